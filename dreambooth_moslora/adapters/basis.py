@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,32 +44,25 @@ from dreambooth_moslora.core import UserError, content_key, file_digest
 from dreambooth_moslora.settings.table import SVD, ZERO
 
 UNET = "unet"
-NEGLIGIBLE = 1e-6
-"""Singular values below this share of the largest are rounding: they are roots of eigenvalues in fp64."""
-
-
-class Basis(Protocol):
-    """A and B of a UNet's layers. `note` names the basis: its kind, a SHA-256, and the name of its file or ""."""
-
-    note: dict[str, str]
-
-    def layer(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
-        """A (rank, in, …) and B (out, rank) in fp32 on the CPU. Raises UserError for a layer that it lacks."""
+NEGLIGIBLE = 1e-6  # singular values below this share of the largest are rounding: roots of eigenvalues in fp64
 
 
 class SvdBasis:
-    """The leading singular directions of the weights in a diffusers folder. The SHA-256 is of the UNet's files.
-
-    Raises UserError for `folder` None, which a single-file base has, and for weights in another format.
-    """
+    """The leading singular directions of the weights in a diffusers folder. The SHA-256 is of the UNet's files. `note`
+    names a basis: its kind, a SHA-256, and the name of its file or "". Raises UserError for `folder` None, which a
+    single-file base has, and for weights in another format."""
 
     def __init__(self, folder: Path | None, variant: str | None = None):
         self.files = [] if folder is None else weight_files(folder / UNET, variant)
         if not self.files or any(file.suffix != ".safetensors" for file in self.files):
             raise UserError("the basis svd needs a base in a diffusers folder with .safetensors files, or a hub id")
-        self.note = {"kind": SVD, "sha256": digest_of(self.files), "file": ""}
+        stats = [(file, file.stat()) for file in self.files]
+        digests = [known_digest(file, stat.st_mtime_ns, stat.st_size) for file, stat in stats]
+        digest = digests[0] if len(digests) == 1 else content_key(files=digests)
+        self.note = {"kind": SVD, "sha256": digest, "file": ""}
 
     def layer(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
+        """A (rank, in, …) and B (out, rank) in fp32 on the CPU. Raises UserError for a layer that the basis lacks."""
         name = f"{path}.weight"
         for file in self.files:
             with safe_open(file, framework="pt") as opened:
@@ -97,6 +89,10 @@ class FileBasis:
         return parts["lora_A"].float(), parts["lora_B"].float()
 
 
+Basis = SvdBasis | FileBasis
+"""A and B of a UNet's layers."""
+
+
 def read_basis(given: str, folder: Path | None, variant: str | None = None) -> Basis:
     """The basis that `--basis` names, for the base in this diffusers folder. Raises UserError."""
     return SvdBasis(folder, variant) if given == SVD else FileBasis(Path(given))
@@ -109,23 +105,16 @@ def svd_bases(folder: Path | None) -> Iterator[SvdBasis]:
         yield SvdBasis(folder, variant)
 
 
-def digest_of(files: list[Path]) -> str:
-    """One SHA-256 of all files; of an unchanged file it is computed once."""
-    digests = [known_digest(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-    return digests[0] if len(digests) == 1 else content_key(files=digests)
-
-
 @lru_cache(maxsize=64)
 def known_digest(file: Path, _mtime_ns: int, _size: int) -> str:
+    """The SHA-256 of an unchanged file, computed once."""
     return file_digest(file)
 
 
 def leading_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in, …) and B (out, rank) of a weight (out, in, …), computed in fp64 on the CPU.
-
-    They come from the eigenvectors of the smaller of W·Wᵀ and Wᵀ·W, a tenth of a full SVD's time. Of each pair the
-    largest entry on that side is positive. Directions beyond the rank of W are zero.
-    """
+    """A (rank, in, …) and B (out, rank) of a weight (out, in, …), computed in fp64 on the CPU. They come from the
+    eigenvectors of the smaller of W·Wᵀ and Wᵀ·W, a tenth of a full SVD's time. Of each pair the largest entry on that
+    side is positive. Directions beyond the rank of W are zero."""
     flat = weight.cpu().double().flatten(1)
     is_tall = len(flat) > flat.shape[1]
     wide = flat.T if is_tall else flat
@@ -162,8 +151,7 @@ def freeze_basis(unet: nn.Module, adapter_name: str = "default") -> None:
 
 MIXERS, LAYERS, EXPONENT = "mixers", "layers", "exponent"
 COMPONENT = f"{UNET}."
-LARGEST = 2.0**14
-"""Of the numbers in the file: fp16 holds up to 65504, and loses precision below 6e-5."""
+LARGEST = 2.0**14  # of the numbers in the file: fp16 holds up to 65504, and loses precision below 6e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,10 +173,8 @@ class Mixers:
 
 
 def write_mixers(path: Path, unet: nn.Module, metadata: AdapterMetadata, adapter_name: str = "default") -> None:
-    """Write the mixers of a live adapter on a basis, and read them back.
-
-    Raises UserError for NaN or infinity, and for a mixer that fp16 does not hold.
-    """
+    """Write the mixers of a live adapter on a basis, and read them back. Raises UserError for NaN or infinity, and for
+    a mixer that fp16 does not hold."""
     live = {path: matrices_of(layer, adapter_name) for path, layer in adapter_layers(unet, adapter_name).items()}
     mixers = [matrices.scale * matrices.mixer.detach().cpu().double() for matrices in live.values()]
     values = torch.cat([mixer.flatten() for mixer in mixers])
@@ -197,9 +183,8 @@ def write_mixers(path: Path, unet: nn.Module, metadata: AdapterMetadata, adapter
     exponent = math.ceil(math.log2(largest / LARGEST)) if largest else 0
     ranks = {name: len(mixer) for name, mixer in zip(live, mixers, strict=True)}
     others = {COMPONENT + name: rank for name, rank in ranks.items() if rank != metadata.rank}
-    metadata = replace(
-        metadata, alpha=metadata.rank, ranks=others, alphas=others, use_rslora=False, structures={}, mixer=ZERO
-    )
+    metadata = replace(metadata, alpha=metadata.rank, ranks=others, alphas=others, use_rslora=False)
+    metadata = replace(metadata, structures={}, mixer=ZERO)
     header = metadata.header | {LAYERS: json.dumps([*live]), EXPONENT: str(exponent)}
     write_file(path, {MIXERS: (values * 2.0**-exponent).half()}, header)
     found = read_mixers(path).values.double().split([rank**2 for rank in ranks.values()])
@@ -242,9 +227,7 @@ def read_mixers(path: Path) -> Mixers:
 
 class SwappedMixers:
     """The adapter `name` on the layers of `ranks` (path -> r), in the UNet's dtype. Its mixers are zero at first.
-
-    Raises UserError for a basis that does not fit the UNet, which is then unchanged.
-    """
+    Raises UserError for a basis that does not fit the UNet, which is then unchanged."""
 
     def __init__(self, unet: nn.Module, basis: Basis, ranks: Mapping[str, int], name: str):
         known = matrix_layers(unet)

@@ -69,10 +69,8 @@ def effective_rank_of(layer: LowRank) -> float:
 
 @torch.no_grad()
 def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str) -> Diagnosis:
-    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`: its start is computed again.
-
-    The scale s has no influence.
-    """
+    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`: its start is computed again. The
+    scale s has no influence."""
     drift, condition = None, None
     if matrices.mixer is not None:
         mixer = matrices.mixer.detach().cpu().double()
@@ -98,10 +96,8 @@ def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
 
 
 def reduce_rank(layer: LowRank, keep: float) -> tuple[LowRank, float, float]:
-    """The layer of lowest rank that keeps at least `keep` of ‖ΔW‖², and the squared norms before and after.
-
-    DoRA's magnitudes do not change.
-    """
+    """The layer of lowest rank that keeps at least `keep` of ‖ΔW‖², and the squared norms before and after. DoRA's
+    magnitudes do not change."""
     left, sizes, right = product_svd(layer.up.flatten(1), layer.down.flatten(1))
     energy = sizes.square().cumsum(0)
     enough = energy >= keep * energy[-1]
@@ -115,10 +111,8 @@ def reduce_rank(layer: LowRank, keep: float) -> tuple[LowRank, float, float]:
 def reduce_layers(
     components: dict[str, dict[str, LowRank]], keep: float
 ) -> tuple[dict[str, dict[str, LowRank]], float]:
-    """Reduce every projection of every component; also returns the fraction of Σ‖ΔW‖² that is left.
-
-    Raises UserError unless 0 < keep <= 1.
-    """
+    """Reduce every projection of every component; also returns the fraction of Σ‖ΔW‖² that is left. Raises UserError
+    unless 0 < keep <= 1."""
     if not 0 < keep <= 1:
         raise UserError(f"keep={keep} is not a share; choose a number above 0 and up to 1, such as 0.99")
     reduced, before, after = {}, 0.0, 0.0
@@ -169,10 +163,7 @@ class Pair:
 
 
 def describe(path: str | Path) -> dict[str, object]:
-    """What a LoRA file is and contains, JSON-able.
-
-    Raises UserError for a broken file, and for one without a LoRA.
-    """
+    """What a LoRA file is and contains, JSON-able. Raises UserError for a broken file, and for one without a LoRA."""
     path = Path(path).expanduser()
     tensors, header = read_tensors(path)
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
@@ -249,12 +240,14 @@ def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]
 
 
 def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
-    """The pairs of down (r, in, …) and up (out, r, …) matrices among a file's tensors.
-
-    Raises UserError for a matrix without its partner.
-    """
+    """The pairs of down (r, in, …) and up (out, r, …) matrices among a file's tensors. Raises UserError for a matrix
+    without its partner."""
+    for down_suffix, (up_suffix, _) in PAIRS.items():
+        for key in tensors:
+            if key.endswith(up_suffix) and key.removesuffix(up_suffix) + down_suffix not in tensors:
+                module = key.removesuffix(up_suffix)
+                raise UserError(f"{name} is broken: {module:.100} has an up matrix without a down matrix")
     pairs = []
-    check_halves(name, tensors)
     for key, down in tensors.items():
         suffix = next((s for s in PAIRS if key.endswith(s)), None)
         if suffix is None or key.removesuffix(suffix) + UNFOLDED in tensors:
@@ -271,14 +264,6 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
         is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
         pairs.append(Pair(module, keys, LowRank(down, up), None if alpha is None else float(alpha), is_product))
     return pairs
-
-
-def check_halves(name: str, tensors: dict[str, Tensor]) -> None:
-    """Raises UserError for an up matrix without its down matrix."""
-    for down_suffix, (up_suffix, _) in PAIRS.items():
-        modules = [key.removesuffix(up_suffix) for key in tensors if key.endswith(up_suffix)]
-        if alone := [module for module in modules if module + down_suffix not in tensors]:
-            raise UserError(f"{name} is broken: {alone[0]:.100} has an up matrix without a down matrix")
 
 
 @torch.no_grad()
@@ -311,25 +296,20 @@ def said_by_header(header: dict[str, str]) -> dict[str, object]:
         return {"mixer": f"{metadata.mixer}, folded"} | said_by_metadata(metadata)
     if HEADER in header:
         return {"base": "unknown: the moslora header is broken"}
+    try:  # kohya's tag counts: the most frequent serve as trigger words
+        counts = Counter()
+        for tags in json.loads(header.get("ss_tag_frequency", "{}")).values():
+            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
+        tags = [tag for tag, _ in counts.most_common(5)]
+    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError):
+        tags = []
     facts = {
         "title": header.get("modelspec.title") or header.get("ss_output_name"),
         "base": header.get("modelspec.architecture") or header.get("ss_base_model_version"),
-        "trigger_words": header.get("modelspec.trigger_phrase") or ", ".join(frequent_tags(header)),
+        "trigger_words": header.get("modelspec.trigger_phrase") or ", ".join(tags),
         "network": header.get("ss_network_module"),
     }
     return {key: value for key, value in facts.items() if value}
-
-
-def frequent_tags(header: dict[str, str], number: int = 5) -> list[str]:
-    """The most frequent tags in kohya's tag counts, which serve as trigger words."""
-    try:
-        folders = json.loads(header.get("ss_tag_frequency", "{}"))
-        counts = Counter()
-        for tags in folders.values():
-            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError):
-        return []
-    return [tag for tag, _ in counts.most_common(number)]
 
 
 def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:

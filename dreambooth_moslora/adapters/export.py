@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.describe import Pair, find_pairs, reduce_layers
+from dreambooth_moslora.adapters.describe import find_pairs, reduce_layers
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, HEADER, AdapterMetadata, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import LowRank
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
@@ -35,7 +35,7 @@ from dreambooth_moslora.adapters.proof import (
     kohya_header,
     kohya_tensors,
     prove_file,
-    published_name,
+    published_path,
 )
 from dreambooth_moslora.adapters.raw_file import (
     RAW_KEY,
@@ -50,10 +50,8 @@ from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, che
 
 
 def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
-    """Write the scale; returns False, without writing, unless this program published the file.
-
-    Raises UserError for a broken file, and OSError when it cannot be written.
-    """
+    """Write the scale; returns False, without writing, unless this program published the file. Raises UserError for a
+    broken file, and OSError when it cannot be written."""
     tensors, header = read_tensors(path)
     facts = metadata_in(header)
     if facts is None or RAW_KEY in tensors:
@@ -65,11 +63,9 @@ def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
 @dataclass(frozen=True)
 class FileDifference:
     """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors differ.
-
     `of_updates`: ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, infinite if the files hold other layers or alphas, or none.
     `is_cast`: some tensor has another shape or dtype, as in a file that was exported anew. `header` names the differing
-    entries of the header; those inside `moslora` have their own names.
-    """
+    entries of the header; those inside `moslora` have their own names."""
 
     first: str
     count: int
@@ -93,15 +89,13 @@ def difference_of(one: Path, other: Path) -> FileDifference:
     is_other = is_cast or len(both) < len(names) or not all(torch.equal(a, b) for a, b in alphas)
     of_updates = inf
     if found and not is_other:
-        of_updates = update_gap(find_pairs(one.name, tensors), find_pairs(other.name, others))
+        gaps, sizes = [], []
+        for a, b in zip(find_pairs(one.name, tensors), find_pairs(other.name, others), strict=True):
+            change = a.matrices.delta
+            gaps.append((change - b.matrices.delta).norm())
+            sizes.append(change.norm())
+        of_updates = math.hypot(*gaps) / size if (size := math.hypot(*sizes)) else inf
     return FileDifference(found[0] if found else "", len(found), len(names), differing, of_updates, is_cast)
-
-
-def update_gap(one: list[Pair], other: list[Pair]) -> float:
-    """‖ΔW − ΔW'‖ / ‖ΔW‖ over equal layers of two files; infinite without a layer."""
-    gaps = [(a.matrices.delta - b.matrices.delta).norm() for a, b in zip(one, other, strict=True)]
-    size = math.hypot(*(a.matrices.delta.norm() for a in one))
-    return math.hypot(*gaps) / size if size else inf
 
 
 def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
@@ -134,7 +128,8 @@ def facts_in(header: dict[str, str]) -> dict[str, object]:
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-Folded = dict[str, dict[str, LowRank]]  # component -> module path, as other programs know it -> layer
+Folded = dict[str, dict[str, LowRank]]
+"""Component -> module path, as other programs know it -> the folded layer."""
 
 RANKS_NOTE = (
     "the ranks differ after the reduction, and old versions of diffusers (0.29 is known) give such projections one "
@@ -154,17 +149,17 @@ def publish(
     tokens: Sequence[NewTokens] = (),
     prove: Callable[[Sequence[Path]], tuple[FileProof, ...]] | None = None,
 ) -> Proof:
-    """Write both published files into `out_dir`, or neither: each is verified before it gets its name.
-
-    New `tokens` are written beside them, in files that both headers name; `prove` verifies these. `keep` below 1
-    reduces the rank of each projection to keep that fraction of ‖ΔW‖².
-
-    Raises UserError when a file differs from the adapter by more than the dtype's bound, when weights are NaN,
-    or when the adapter is merged.
-    """
+    """Write both published files into `out_dir`, or neither: each is verified before it gets its name. New `tokens` are
+    written beside them, in files that both headers name; `prove` verifies these. `keep` below 1 reduces the rank of
+    each projection to keep that fraction of ‖ΔW‖². Raises UserError when a file differs from the adapter by more than
+    the dtype's bound, when weights are NaN, or when the adapter is merged."""
     check_name(name)
     check_publishable(components, dtype, adapter_name)
-    folded, kept, expected = published_layers(components, adapter_name), None, None
+    folded: Folded = {}
+    for component, model in components.items():
+        layers = fold(model, adapter_name)
+        folded[component] = {published_path(component, path): layer for path, layer in layers.items()}
+    kept, expected = None, None
     if keep != 1.0:
         folded, kept, expected = reduced(folded, components, adapter_name, keep)
     out_dir = Path(out_dir)
@@ -199,14 +194,6 @@ def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adap
             raise UserError(f"{path} is merged into the base; unmerge the adapter before saving it")
 
 
-def published_layers(components: dict[str, nn.Module], adapter_name: str) -> Folded:
-    """The folded adapter, under the module paths that other programs know."""
-    return {
-        component: {published_name(component, path)[1]: f for path, f in fold(model, adapter_name).items()}
-        for component, model in components.items()
-    }
-
-
 def reduced(
     folded: Folded, components: dict[str, nn.Module], adapter_name: str, keep: float
 ) -> tuple[Folded, float, dict[str, Tensor]]:
@@ -217,7 +204,7 @@ def reduced(
             check_finite({f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}, "the adapter")
     folded, kept = reduce_layers(folded, keep)
     expected = {
-        f"{component}.{path}": folded[component][published_name(component, path)[1]].delta
+        f"{component}.{path}": folded[component][published_path(component, path)].delta
         for component, model in components.items()
         for path in adapter_layers(model, adapter_name)
     }
@@ -246,10 +233,8 @@ def write_published(
 
 
 def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The tensors under PEFT's keys after the component's name, which diffusers reads since 0.22.
-
-    DoRA's magnitudes stay fp32: half precision would round away what training changed in them.
-    """
+    """The tensors under PEFT's keys after the component's name, which diffusers reads since 0.22. DoRA's magnitudes
+    stay fp32: half precision would round away what training changed in them."""
     tensors = {}
     for component, layers in folded.items():
         for path, layer in layers.items():

@@ -51,10 +51,8 @@ from dreambooth_moslora.base.load import TextProjection
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x (…,in), frozen W0 (out,in) and b (out) or None, A (r,in), Uᵀ (r,out), all of one dtype -> y (…,out).
-
-    `packed` is bitsandbytes' description of a W0 in 4 bit, None for a dense one.
-    """
+    """x (…,in), frozen W0 (out,in) and b (out) or None, A (r,in), Uᵀ (r,out), all of one dtype -> y (…,out). `packed`
+    is bitsandbytes' description of a W0 in 4 bit, None for a dense one."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
@@ -158,15 +156,6 @@ def fast_class(kind: type) -> type | None:
     return type("FastLinear4bit", (ShortWay, kind), {}) if is_4bit else None
 
 
-def is_frozen_linear(base: nn.Module) -> bool:
-    """Whether the base is dense, or in 4 bit as bitsandbytes packs it for training; on CPUs it has another form
-    for inference."""
-    packed = getattr(getattr(base, "weight", None), "quant_state", None)
-    is_4bit = type(base).__name__ == "Linear4bit" and packed is not None and base.compute_type_is_set
-    is_for_training = is_4bit and not getattr(packed, "packing_format_for_cpu", False)
-    return type(base) in (nn.Linear, TextProjection) or is_for_training
-
-
 def compute_dtype(base: nn.Module) -> torch.dtype:
     """The dtype of products with the frozen weight: bitsandbytes' layers set one, others use the weight's own."""
     return getattr(base, "compute_dtype", base.weight.dtype)
@@ -185,7 +174,10 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
     if fast_class(type(layer)) is None:
         return f"not a linear layer ({type(layer).__module__}.{type(layer).__name__})"
     base = layer.base_layer
-    if not is_frozen_linear(base):
+    packed = getattr(getattr(base, "weight", None), "quant_state", None)
+    is_4bit = type(base).__name__ == "Linear4bit" and packed is not None and base.compute_type_is_set
+    is_for_training = is_4bit and not getattr(packed, "packing_format_for_cpu", False)  # that is for inference
+    if type(base) not in (nn.Linear, TextProjection) and not is_for_training:
         return f"the base layer is no nn.Linear, dense or in 4 bit ({type(base).__name__})"
     if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
         return "the base layer carries hooks (offloading, for one)"
@@ -201,10 +193,8 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
 
 
 def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
-    """Fuse every projection of `adapter_name` whose result stays the same; returns how many were fused.
-
-    Call it after `inject`. `slow_reason` says why another keeps its own forward.
-    """
+    """Fuse every projection of `adapter_name` whose result stays the same; returns how many were fused. Call it after
+    `inject`. `slow_reason` says why another keeps its own forward."""
     switched = [m for m in adapter_layers(model, adapter_name).values() if slow_reason(m, adapter_name) is None]
     for layer in switched:
         layer.__class__ = fast_class(type(layer))
@@ -298,10 +288,7 @@ class Alone:
 
 class Joint(Alone):
     """Layers with one input, which compute together: the first that is called computes all of them, and the others'
-    results wait until they are called with the same input.
-
-    `outputs(x)` gives y (…,out) of each layer for x (…,in).
-    """
+    results wait until they are called with the same input. `outputs(x)` gives y (…,out) of each layer for x (…,in)."""
 
     def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
         self.down, self.up, self._input, self._waiting = down, up, None, []
@@ -339,10 +326,8 @@ class JointProducts(Joint):
 
 
 class JointWeights(Joint):
-    """The frozen weights of the layers below one another in one buffer of their own size.
-
-    W (k·out,in), k = the number of `layers`.
-    """
+    """The frozen weights of the layers below one another in one buffer of their own size. W (k·out,in), k = the number
+    of `layers`."""
 
     def __init__(self, *layers: ShortWay):
         super().__init__(*layers)
@@ -359,10 +344,8 @@ class JointWeights(Joint):
 
 
 def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
-    """One buffer (k·out,in) with the stacked frozen weights (out,in); each weight becomes a view of it.
-
-    Nothing is copied if they are stacked already, as in models that share their weights.
-    """
+    """One buffer (k·out,in) with the stacked frozen weights (out,in); each weight becomes a view of it. Nothing is
+    copied if they are stacked already, as in models that share their weights."""
     weights = [linear.weight.detach() for linear in linears]
     first, step = weights[0], weights[0].nbytes
     has_storage = first.device.type != "meta" and all(weight.is_contiguous() for weight in weights)
@@ -393,9 +376,7 @@ def lay_together(model: nn.Module, adapted: Container[str]) -> None:
 
 def projections_of_one_input(attention: nn.Module) -> list[nn.Module]:
     """The projections of one tensor in diffusers' attention: to_q, to_k, to_v, or the last two in cross-attention.
-
-    Empty for any other module.
-    """
+    Empty for any other module."""
     is_cross = getattr(attention, "is_cross_attention", None)
     if is_cross is None:
         return []
@@ -404,11 +385,9 @@ def projections_of_one_input(attention: nn.Module) -> list[nn.Module]:
 
 
 class WorkingCopies:
-    """The copies of every `ShortWay` in `models`; other layers are not touched.
-
-    `joint`: whether projections of one input are computed together. None means everywhere but on a CPU, where
-    fewer kernels gain nothing and stacking would copy weights that are mapped from a file.
-    """
+    """The copies of every `ShortWay` in `models`; other layers are not touched. `joint`: whether projections of one
+    input are computed together. None means everywhere but on a CPU, where fewer kernels gain nothing and stacking would
+    copy weights that are mapped from a file."""
 
     def __init__(self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None):
         self.adapter_name = adapter_name
@@ -432,11 +411,8 @@ class WorkingCopies:
 
     @contextmanager
     def for_one_step(self) -> Iterator["StepCopies"]:
-        """Lend the copies for the length of the block, in which the adapter must not change.
-
-        Call `collect` after each backward pass. After a block without errors the gradients are where the
-        optimizer expects them.
-        """
+        """Lend the copies for the length of the block, in which the adapter must not change. Call `collect` after each
+        backward pass. After a block without errors the gradients are where the optimizer expects them."""
         self.joints = [joint for joint in self.joints if joint.are_shared()]
         together = [joint for joint in self.joints if all(map(self._is_fast, joint.layers))]
         joined = {layer for joint in together for layer in joint.layers}

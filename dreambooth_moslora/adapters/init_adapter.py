@@ -29,11 +29,9 @@ BOUND, BOUND_KAIMING = 1e-5, 1e-3
 
 @dataclass(frozen=True)
 class Start:
-    """What a run started from. `deviation` is the largest relative difference of ΔW from the file's update.
-
-    `kept` is the fraction of the file's Σ‖ΔW‖² that the run's ranks hold. `anew` are layers (`component.path`)
-    that the file lacks, `left_out` layers of the file that the run does not train.
-    """
+    """What a run started from. `deviation` is the largest relative difference of ΔW from the file's update. `kept` is
+    the fraction of the file's Σ‖ΔW‖² that the run's ranks hold. `anew` are layers (`component.path`) that the file
+    lacks, `left_out` layers of the file that the run does not train."""
 
     file_name: str
     layers: int
@@ -59,27 +57,14 @@ def shortened(names: tuple[str, ...]) -> str:
     return f"{len(names)} layers ({names[0]}{more}) are"
 
 
-def read_start(
-    path: str | Path,
-    pipeline: StableDiffusionXLPipeline,
-    base_name: str,
-    use_dora: bool,
-) -> AdapterWeights:
-    """The file's content, whose layers must be the base's.
-
-    Raises UserError for a file that an adapter of the run cannot start from.
-    """
+def read_start(path: str | Path, pipeline: StableDiffusionXLPipeline, base_name: str, use_dora: bool) -> AdapterWeights:
+    """The file's content. Raises UserError when its layers are not the base's, and for content that an adapter of the
+    run cannot hold."""
     try:
         weights = read_adapter(path, pipeline)
         check_fits(weights, pipeline, base_name)
     except UserError as error:
         raise UserError(f"--init_adapter: {error}") from error
-    check_kind(weights, use_dora)
-    return weights
-
-
-def check_kind(weights: AdapterWeights, use_dora: bool) -> None:
-    """Raises UserError for content that an adapter of the run cannot hold."""
     name = f"--init_adapter {weights.file_name}"
     try:
         check_start_header(weights.header)
@@ -92,16 +77,14 @@ def check_kind(weights: AdapterWeights, use_dora: bool) -> None:
     if has_dora != use_dora:
         what = "it holds DoRA: give --use_dora" if has_dora else "it holds no DoRA: leave --use_dora out"
         raise UserError(f"{name}: {what}.")
+    return weights
 
 
 @torch.no_grad()
 @full_fp32()
 def begin_with(weights: AdapterWeights, components: dict[str, nn.Module], adapter_name: str = "default") -> Start:
-    """Copy the file's update into a fresh adapter, verify it, and report the result.
-
-    Raises UserError when file and adapter have no layer in common, and when a ΔW differs by more than rounding
-    explains.
-    """
+    """Copy the file's update into a fresh adapter, verify it, and report the result. Raises UserError when file and
+    adapter have no layer in common, and when a ΔW differs by more than rounding explains."""
     live, update = all_layers(components, adapter_name), updates_in(weights)
     common = [path for path in live if path in update]
     if not common:

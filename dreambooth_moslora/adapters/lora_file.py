@@ -34,7 +34,7 @@ from dreambooth_moslora.adapters.proof import (
     KOHYA_UP,
     collected_warnings,
     is_by_rows,
-    published_name,
+    published_path,
 )
 from dreambooth_moslora.adapters.raw_file import COMPONENTS, RAW_KEY, component_tensors, matrices_from, read_raw
 from dreambooth_moslora.base.load import architecture
@@ -65,11 +65,9 @@ DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[str, LowRank]]:
-    """Component -> module path as the file writes it -> its matrices down (r, in, …) and up (out, r, …).
-
-    Raises UserError for a key that does not belong to a LoRA, an incomplete pair of matrices, DoRA's magnitudes
-    for a part of a component's layers, and NaN or infinity.
-    """
+    """Component -> module path as the file writes it -> its matrices down (r, in, …) and up (out, r, …). Raises
+    UserError for a key that does not belong to a LoRA, an incomplete pair of matrices, DoRA's magnitudes for a part of
+    a component's layers, and NaN or infinity."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         component, path, field = _place(key, tensor, file_name)
@@ -77,10 +75,13 @@ def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[st
             found.setdefault(component, {}).setdefault(path, {})[field] = tensor
     if not found:
         raise UserError(f"{file_name} holds no LoRA projection")
-    result = {
-        component: {path: _projection(parts, f"{component}.{path}", file_name) for path, parts in paths.items()}
-        for component, paths in found.items()
-    }
+    result: dict[str, dict[str, LowRank]] = {}
+    for component, paths in found.items():
+        for path, parts in paths.items():
+            name, down, up = f"{component}.{path}", parts.get("down"), parts.get("up")
+            if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < len(down) == up.shape[1]:
+                raise _broken(file_name, f"{name!r:.100} is half there")
+            result.setdefault(component, {})[path] = LowRank(**parts)
     for component, of_one in result.items():
         if len({projection.magnitude is None for projection in of_one.values()}) > 1:
             raise UserError(f"{file_name} holds DoRA for some layers of its {component} alone, which PEFT cannot load")
@@ -89,10 +90,7 @@ def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[st
 
 def module_path(component: str, key: str) -> str:
     """The module path in a file's key, without its component: `…attn1.processor.to_q_lora.down.weight` ->
-    `…attn1.to_q`.
-
-    A key without a known part is returned as the module path.
-    """
+    `…attn1.to_q`. A key without a known part is a module path."""
     match = _match(key)
     if match is None:
         return key.replace(".processor.", ".")
@@ -121,20 +119,11 @@ def _place(key: str, tensor: Tensor, file_name: str) -> tuple[str, str, str]:
     return component, module_path(component, rest), field
 
 
-def _projection(parts: dict[str, Tensor], name: str, file_name: str) -> LowRank:
-    down, up = parts.get("down"), parts.get("up")
-    if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < down.shape[0] == up.shape[1]:
-        raise _broken(file_name, f"{name!r:.100} is half there")
-    return LowRank(**parts)
-
-
 LARGEST_ALPHA = 1e6
 MOST_VALUES = 200
 """PEFT tries one pattern per value on every module; no trainer writes this many ranks or alphas."""
-PEFT_ALPHA = 8
-"""PEFT's default when a header has no alpha."""
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Initialisations that leave the base unchanged."""
+PEFT_ALPHA = 8  # PEFT's default when a header has no alpha
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # they leave the base unchanged
 MODULE_NAME = re.compile(r"\^?\w[\w.]*")
 
 
@@ -146,21 +135,16 @@ class Scales:
     use_rslora: bool = False
 
 
-Part = tuple[dict[str, LowRank], Scales]
-"""Module path -> matrices of one component, and their scales."""
-
-
 def scales(
     component: str,
     found: dict[str, LowRank],
     network_alphas: dict[str, float] | None,
     peft_metadata: object,
     file_name: str,
+    pipeline: StableDiffusionXLPipeline,
 ) -> Scales:
-    """The alphas of one component, from kohya's alphas or PEFT's settings in the header.
-
-    Raises UserError for settings that are not numbers, that contradict the tensors, or that change the base.
-    """
+    """The alphas of one component, from kohya's alphas or PEFT's settings in the header. Raises UserError for settings
+    that are not numbers, that contradict the tensors, or that change the base."""
     if peft_metadata is not None and not isinstance(peft_metadata, dict):
         raise _broken(file_name, "its LoRA settings are no object")
     if peft_metadata and network_alphas:
@@ -171,7 +155,8 @@ def scales(
     if settings:
         result = _from_settings(component, found, settings, file_name)
     else:  # a layer without an alpha gets the most common one, as in diffusers; without any, alpha is the rank
-        named = {module_path(component, key.removesuffix(".alpha")): value for key, value in own.items()}
+        paths = {key: module_path(component, key.removesuffix(".alpha")) for key in own}
+        named = {_base_path(component, path, pipeline): own[key] for key, path in paths.items()}
         common = most_common(named.values()) if named else None
         result = Scales({path: named.get(path, common) if named else p.rank for path, p in found.items()})
     for value in result.alphas.values():
@@ -195,10 +180,8 @@ def _from_settings(component: str, found: dict[str, LowRank], settings: dict, fi
 
 
 def _matches(component: str, paths: Iterable[str], pattern: object, file_name: str) -> dict[str, float]:
-    """Module path -> value of the first entry that equals one of its names or the end of one, as PEFT chooses.
-
-    An entry that starts with `^` matches only a whole name.
-    """
+    """Module path -> value of the first entry that equals one of its names or the end of one, as PEFT chooses. An entry
+    that starts with `^` matches only a whole name."""
     if not isinstance(pattern, dict):
         raise _broken(file_name, "its alpha_pattern is no object")
     plain = {str(name).replace(r"\.", "."): value for name, value in pattern.items()}
@@ -210,7 +193,7 @@ def _matches(component: str, paths: Iterable[str], pattern: object, file_name: s
         ends = set()
         # Versions of transformers differ in the prefix `text_model.` of a text encoder.
         bare = path if component == "unet" else path.removeprefix("text_model.")
-        for name in (bare, published_name(component, path)[1]):
+        for name in (bare, published_path(component, path)):
             parts = name.split(".")
             ends |= {f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))}
         if known := ends & order.keys():
@@ -229,20 +212,16 @@ def _broken(file_name: str, what: str) -> UserError:
     return UserError(f"{file_name} is broken: {what}")
 
 
-FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
-"""Cross-attention width of the UNet -> the model family that has it."""
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by cross-attention width
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A LoRA file's content: component -> projections and scales by the base's module paths.
-
-    `sha256` is the file's.
-    """
+    """A LoRA file's content: component -> projections by the base's module paths, and their scales."""
 
     file_name: str
     sha256: str
-    parts: dict[str, Part]
+    parts: dict[str, tuple[dict[str, LowRank], Scales]]
     header: dict[str, str]
 
     @property
@@ -274,40 +253,29 @@ def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> Adapt
         raise UserError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from error
     if is_mixer_file(file):
         raise UserError(f"{file.name} holds mixers alone, without their basis; give the LoRA file beside it")
-    content = (fold_raw(file), None, None) if RAW_KEY in keys else _read_published(file, pipeline)
-    return AdapterWeights(file.name, file_digest(file), _parts(*content, file.name, pipeline), header)
-
-
-def _parts(
-    tensors: dict[str, Tensor],
-    network_alphas: dict[str, float] | None,
-    peft_metadata: object,
-    file_name: str,
-    pipeline: StableDiffusionXLPipeline,
-) -> dict[str, Part]:
-    """Components under the base's own paths; transformers 5 has no `text_model.` in CLIPTextModel, files have it or
-    not."""
+    tensors, alphas, settings = (fold_raw(file), None, None) if RAW_KEY in keys else _read_published(file, pipeline)
     parts = {}
-    for component, found in projections(tensors, file_name).items():
-        found_scales = scales(component, found, network_alphas, peft_metadata, file_name)
-        has_prefix = component == "unet" or hasattr(getattr(pipeline, component, None), "text_model")
-        names = {path: published_name(component, path)[1] for path in found}
-        names = {path: name if has_prefix else name.removeprefix("text_model.") for path, name in names.items()}
-        alphas = {names[path]: alpha for path, alpha in found_scales.alphas.items()}
-        by_name = {names[path]: projection for path, projection in found.items()}
-        parts[component] = by_name, Scales(alphas, found_scales.use_rslora)
-    return parts
+    for component, found in projections(tensors, file.name).items():
+        found = {_base_path(component, path, pipeline): projection for path, projection in found.items()}
+        parts[component] = found, scales(component, found, alphas, settings, file.name, pipeline)
+    return AdapterWeights(file.name, file_digest(file), parts, header)
+
+
+def _base_path(component: str, path: str, pipeline: StableDiffusionXLPipeline) -> str:
+    """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files have it or not."""
+    path = published_path(component, path)
+    has_prefix = component == "unet" or hasattr(getattr(pipeline, component, None), "text_model")
+    return path if has_prefix else path.removeprefix("text_model.")
 
 
 def fold_raw(file: Path) -> dict[str, Tensor]:
-    """A checkpoint as the tensors of a plain LoRA in diffusers' naming: down (r, in) = A, up (out, r) = s·B·M,
-    alpha = rank. Raises UserError."""
+    """A checkpoint, folded, as `published_tensors`. Raises UserError."""
     tensors, metadata = read_raw(file)
     folded: dict[str, dict[str, LowRank]] = {}
     for component in COMPONENTS:
         for path, parts in component_tensors(tensors, component).items():
             layer = matrices_from(parts, metadata, f"{component}.{path}").fold()
-            folded.setdefault(component, {})[published_name(component, path)[1]] = layer
+            folded.setdefault(component, {})[published_path(component, path)] = layer
     return published_tensors(folded)
 
 
@@ -346,10 +314,8 @@ def _dora_scales(file: Path) -> dict[str, Tensor]:
 
 
 def _magnitudes(sizes: dict[str, Tensor], pipeline: StableDiffusionXLPipeline) -> dict[str, Tensor]:
-    """kohya's `dora_scale` as PEFT's magnitudes: (out,), or (1, out, 1, 1) of a convolution.
-
-    diffusers renames pairs of matrices alone, so each `dora_scale` is given to it as both of a pair.
-    """
+    """kohya's `dora_scale` as PEFT's magnitudes: (out,), or (1, out, 1, 1) of a convolution."""
+    # diffusers renames pairs of matrices alone, so each `dora_scale` is given to it as both of a pair.
     names = {key.removesuffix(DORA_SCALE): size for key, size in sizes.items()}
     pairs = {f"{name}{side}": size for name, size in names.items() for side in (KOHYA_DOWN, KOHYA_UP)}
     renamed, _ = pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config) if pairs else ({}, None)
@@ -411,10 +377,7 @@ def _unets(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> list
 
 
 def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> None:
-    """Add the adapter to the pipeline's components, under `weights.key`.
-
-    Raises UserError when that fails; the components are then as before.
-    """
+    """Add the adapter under `weights.key`. Raises UserError when that fails; the components are then as before."""
     try:
         for component, (found, scales) in weights.parts.items():
             _load(component, found, scales, weights.key, pipeline)

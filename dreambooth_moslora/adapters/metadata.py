@@ -37,15 +37,13 @@ from dreambooth_moslora.settings.table import (
     shapes_weights,
 )
 
-DORA_READERS = {
+DORA_READERS = {  # programs -> what they compute
     "this program, LyCORIS": "what was trained",
     "ComfyUI": "nearly that: it divides by the norms of W instead of W + ΔW",
     "AUTOMATIC1111, InvokeAI": "another adapter: they divide by the norms of columns",
     "diffusers, kohya's sd-scripts": "a plain LoRA: they drop the magnitudes",
     "others, such as Fooocus": "not known",
 }
-"""Programs -> what they compute."""
-
 DORA_NOTE = (
     "--use_dora: the kohya file is not the same adapter in all programs ("
     + "; ".join(f"{programs}: {what}" for programs, what in DORA_READERS.items())
@@ -62,9 +60,7 @@ def dora_table() -> str:
 PUBLIC = ("variant", "prior_prompts")
 """Settings whose value a file tells if a recipe in `assets/configs` has the same."""
 VARIANT = re.compile(r"\w[\w-]{0,19}")
-LIBRARIES = ("torch", "diffusers", "transformers", "peft")
-HEADER = "moslora"
-"""Key of the metadata in a safetensors header."""
+HEADER = "moslora"  # key of the metadata in a safetensors header
 
 
 def is_rank(value: object) -> bool:
@@ -84,12 +80,12 @@ def is_text(value: object) -> bool:
 
 
 def named(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    """A check for an object whose values all pass `check`."""
+    """For an object whose values all pass `check`."""
     return lambda value: isinstance(value, dict) and all(check(v) for v in value.values())
 
 
 def listed(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    """A check for a list whose items all pass `check`."""
+    """For a list whose items all pass `check`."""
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
@@ -98,8 +94,7 @@ def is_dict(value: object) -> bool:
 
 
 def is_token_note(value: object) -> bool:
-    """Whether it is a valid note. Its file must be a plain name, as anyone may write a header and the named
-    file is opened."""
+    """Its file must be a plain name, as anyone may write a header and the named file is opened."""
     is_known = isinstance(value, dict) and value.keys() == {"word", "count", "file", "sha256"}
     texts = [value[name] for name in ("word", "file", "sha256")] if is_known else [None]
     if not all(map(is_text, texts)) or not is_rank(value["count"]):
@@ -108,7 +103,7 @@ def is_token_note(value: object) -> bool:
 
 
 def is_basis_note(value: object) -> bool:
-    """Whether it is a valid `Basis.note`, or empty. Its file must be a plain name, as a token note's."""
+    """Whether it is a valid note of a basis, or empty. Its file must be a plain name, as a token note's."""
     if value == {}:
         return True
     is_known = isinstance(value, dict) and value.keys() == {"kind", "sha256", "file"} and named(is_text)(value)
@@ -136,7 +131,7 @@ class AdapterMetadata:
     each of several subjects; empty for one. `ranks` and `alphas` list the modules (`component.path`) that
     differ from `rank` and `alpha`. `best_scale` and `usable_scales` (lowest, highest) are set if they were
     measured. `tokens` has the `NewTokens.note` of each of the adapter's files of new tokens, `basis` is the
-    `Basis.note` of the frozen A and B. `public` and `withheld` are explained in `adapters.metadata`. `step` is set
+    note of the frozen A and B. `public` and `withheld` are explained in `adapters.metadata`. `step` is set
     if the run did not end there, `processes` if there were several.
     """
 
@@ -178,8 +173,8 @@ class AdapterMetadata:
         return {HEADER: self.to_json()}
 
     def to_json(self) -> str:
-        """Leaves out later entries when empty, and writes one subject's tokens without a list, so that such files
-        keep their bytes."""
+        """Leaves out later entries when empty, and writes one subject's tokens without a list: such files keep their
+        bytes."""
         facts = asdict(self)
         if len(self.tokens) == 1:
             facts["tokens"] = self.tokens[0]
@@ -224,9 +219,8 @@ def notes_in(header: Mapping[str, str]) -> tuple[dict, ...]:
 def check_start_header(header: Mapping[str, str]) -> None:
     """Raises UserError for the header of an adapter that no run can begin with."""
     if notes := notes_in(header):
-        raise UserError(
-            f"it has learnt new tokens for {notes[0]['word']!r:.40}, and no run begins with such an adapter"
-        )
+        word = notes[0]["word"]
+        raise UserError(f"it has learnt new tokens for {word!r:.40}, and no run begins with such an adapter")
 
 
 def most_common(values: Iterable[float]) -> float:
@@ -237,7 +231,7 @@ def most_common(values: Iterable[float]) -> float:
 def versions() -> dict[str, str]:
     """Name -> version of this package and the libraries that an adapter depends on."""
     found = {"dreambooth_moslora": __version__}
-    for name in LIBRARIES:
+    for name in ("torch", "diffusers", "transformers", "peft"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -269,7 +263,11 @@ def with_told(config: TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
     asked = [name for name in UNTOLD if shapes_weights(name, config) and name not in by_subject]
     asked = [name for name in asked if name not in facts.recipe]
     open_ = [name for name in asked if getattr(config, name) != known.get(name, getattr(DEFAULTS, name))]
-    public = {name: getattr(config, name) for name in open_ if name in PUBLIC and is_public(config, name)}
+    public = {}
+    for name in PUBLIC:
+        values = [getattr(one, name) for one in (DEFAULTS, *shipped_recipes())]
+        if name in open_ and getattr(config, name) in values:
+            public[name] = getattr(config, name)
     return replace(facts, public=public, withheld=tuple(name for name in open_ if name not in public))
 
 
@@ -293,11 +291,6 @@ def told_by(facts: AdapterMetadata) -> bool:
     """Whether the file surely lists its private settings. Files of earlier versions, and those of runs that have
     nothing to list, do not."""
     return bool(facts.public or facts.withheld or facts.step or facts.processes)
-
-
-def is_public(config: TrainConfig, name: str) -> bool:
-    values = [getattr(one, name) for one in (DEFAULTS, *shipped_recipes())]
-    return getattr(config, name) in values
 
 
 @lru_cache(maxsize=1)

@@ -23,11 +23,9 @@ from dreambooth_moslora.settings.table import ZERO
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The two matrices of a plain LoRA on one layer; its scale or alpha is kept elsewhere.
-
-    `down` (r, in) and `up` (out, r), or kernels (r, in, h, w) and (out, r, 1, 1) of a convolution. `bias`
-    (out,) is added by `up`, and `magnitude` (out,) is DoRA's.
-    """
+    """The two matrices of a plain LoRA on one layer; its scale or alpha is kept elsewhere. `down` (r, in) and `up`
+    (out, r), or kernels (r, in, h, w) and (out, r, 1, 1) of a convolution. `bias` (out,) is added by `up`, and
+    `magnitude` (out,) is DoRA's."""
 
     down: Tensor
     up: Tensor
@@ -54,10 +52,8 @@ def nominal_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
 
 
 def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
-    """M₀ (r, r) in fp32 on the CPU. It depends on the seed and the layer's path, not on earlier draws.
-
-    Raises ValueError for an unknown kind.
-    """
+    """M₀ (r, r) in fp32 on the CPU. It depends on the seed and the layer's path, not on earlier draws. Raises
+    ValueError for an unknown kind."""
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
     mixer = torch.empty(rank, rank, dtype=torch.float32, device="cpu")
@@ -76,10 +72,8 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class MixedLowRank:
-    """The adapter of one layer: A `down` (r, in) or (r, in, h, w), M `mixer` (r, r), B `up` (out, r), s.
-
-    `mixer` None means M = I, a plain LoRA. `magnitude` (out,) is DoRA's.
-    """
+    """The adapter of one layer: A `down` (r, in) or (r, in, h, w), M `mixer` (r, r), B `up` (out, r), s. `mixer` None
+    means M = I, a plain LoRA. `magnitude` (out,) is DoRA's."""
 
     down: Tensor
     mixer: Tensor | None
@@ -95,10 +89,8 @@ class MixedLowRank:
 
     @torch.no_grad()
     def fold(self) -> LowRank:
-        """The equal plain LoRA with alpha = rank: down = A, up = s·B·M. In fp32 on the CPU.
-
-        The product is computed in fp64 on the CPU, because Apple GPUs have no fp64.
-        """
+        """The equal plain LoRA with alpha = rank: down = A, up = s·B·M. In fp32 on the CPU. The product is computed in
+        fp64 on the CPU, because Apple GPUs have no fp64."""
         up = self.up.cpu().double()
         if self.mixer is not None:
             up = up @ self.mixer.cpu().double()
@@ -109,10 +101,8 @@ class MixedLowRank:
 
 
 class ReadOnlyWeight(Tensor):
-    """B·M, computed at each reading; results of operations on it are ordinary tensors.
-
-    Assigning to `data`, as some PEFT functions do, would change nothing and raises UserError.
-    """
+    """B·M, computed at each reading; results of operations on it are ordinary tensors. Assigning to `data`, as some
+    PEFT functions do, would change nothing and raises UserError."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -126,12 +116,10 @@ class ReadOnlyWeight(Tensor):
 
 
 class MixerLinear(nn.Module):
-    """B·M instead of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter or a buffer.
-
-    A frozen mixer is a buffer, because PEFT turns gradients on for every parameter of an active adapter. A
-    state dict also holds a `weight` of one zero. Loading it into a plain LoRA then fails on the shape, instead
-    of silently ignoring the other keys.
-    """
+    """B·M instead of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter or a buffer. A frozen mixer is
+    a buffer, because PEFT turns gradients on for every parameter of an active adapter. A state dict also holds a
+    `weight` of one zero. Loading it into a plain LoRA then fails on the shape, instead of silently ignoring the other
+    keys."""
 
     def __init__(self, up: Tensor, mixer: Tensor, train_mixer: bool = True):
         super().__init__()

@@ -44,10 +44,8 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path -> module, in the model's order, as without PEFT's wrappers.
-
-    A shared module is listed under its first path only; the model itself is left out.
-    """
+    """Module path -> module, in the model's order, as without PEFT's wrappers. A shared module is listed under its
+    first path only; the model itself is left out."""
     modules, seen = {}, set()
     for path, module in _walk(without_wrapper(model), ""):
         if module not in seen:
@@ -74,17 +72,9 @@ def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The `base_modules` that `config.target_modules` matches, whether or not they can have an adapter."""
-    modules = base_modules(model)
-    return {path: module for path, module in modules.items() if LoraModel._check_target_module_exists(config, path)}
-
-
 def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
-    """PEFT's `rank_pattern` or `alpha_pattern`: module path -> value, for the values other than `common`.
-
-    It has one regular expression per value, because PEFT tries all of them on every module.
-    """
+    """PEFT's `rank_pattern` or `alpha_pattern`: module path -> value, for the values other than `common`. It has one
+    regular expression per value, because PEFT tries all of them on every module."""
     paths: dict[float, list[str]] = {}
     for path, value in values.items():
         paths.setdefault(value, []).append(re.escape(path))
@@ -110,12 +100,9 @@ create, combine = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
 
 @cache
 def patch_peft() -> None:
-    """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it combines them.
-
-    PEFT's registration of custom layer classes does not suffice: it is ignored when a second adapter joins a
-    wrapped layer, and `add_weighted_adapter` writes to `lora_B.weight`, which a mixer computes. Both errors
-    would be silent.
-    """
+    """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it combines them. PEFT's
+    registration of custom layer classes does not suffice: it is ignored when a second adapter joins a wrapped layer,
+    and `add_weighted_adapter` writes to `lora_B.weight`, which a mixer computes. Both errors would be silent."""
     LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
 
 
@@ -125,11 +112,9 @@ def has_mixer(config: LoraConfig) -> bool:
 
 @wraps(create)
 def create_and_mix(self, lora_config, adapter_name, target, target_name, parent, current_key, **options):
-    """Also put a mixer between the A and the B that PEFT has just made for the layer at `current_key`.
-
-    A, M and B become fp32, even if PEFT is told to use the base's dtype. Raises UserError for a layer that
-    cannot carry a mixer.
-    """
+    """Also put a mixer between the A and the B that PEFT has just made for the layer at `current_key`. A, M and B
+    become fp32, even if PEFT is told to use the base's dtype. Raises UserError for a layer that cannot carry a
+    mixer."""
     create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
     if not has_mixer(lora_config):
         return
@@ -177,10 +162,14 @@ def check_settings(config: LoraConfig) -> None:
         )
 
 
-def check_targets(targets: dict[str, nn.Module], config: LoraConfig, model_name: str) -> None:
-    """`targets`: module path -> base layer. Raises UserError if empty, and for the first unsuitable one."""
+def check_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Raises UserError when `config.target_modules` matches nothing in the model, and for the first unsuitable module.
+    The rule is PEFT's own."""
+    modules = base_modules(model)
+    targets = {p: module for p, module in modules.items() if LoraModel._check_target_module_exists(config, p)}
     if not targets:
-        raise UserError(f"target_modules={config.target_modules!r} matches no module of {model_name}")
+        name = type(without_wrapper(model)).__name__
+        raise UserError(f"target_modules={config.target_modules!r} matches no module of {name}")
     for path, module in targets.items():
         if all(part.ndim < 2 for part in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
             raise UserError(f"{path} is a {type(module).__name__}, which has no matrix to adapt; leave it out")
@@ -228,10 +217,8 @@ SAVED_TYPE = "MOSLORA"
 
 @dataclass
 class MoSLoraConfig(LoraConfig):
-    """PEFT's LoraConfig with a mixer. All other fields, `lora_alpha` too, keep PEFT's names and defaults.
-
-    Raises UserError for an unknown mixer, a rank below 1, and settings that cannot be combined with a mixer.
-    """
+    """PEFT's LoraConfig with a mixer. All other fields, `lora_alpha` too, keep PEFT's names and defaults. Raises
+    UserError for an unknown mixer, a rank below 1, and settings that cannot be combined with a mixer."""
 
     init_lora_weights: bool | str = field(
         default="gaussian", metadata=LoraConfig.__dataclass_fields__["init_lora_weights"].metadata
@@ -253,10 +240,8 @@ class MoSLoraConfig(LoraConfig):
             patch_peft()
 
     def to_dict(self) -> dict[str, object]:
-        """The content of PEFT's `save_pretrained`; without a mixer it is a plain LoraConfig's.
-
-        PEFT without this package refuses the type MOSLORA. As LORA it would load and compute a wrong ΔW.
-        """
+        """The content of PEFT's `save_pretrained`; without a mixer it is a plain LoraConfig's. PEFT without this
+        package refuses the type MOSLORA. As LORA it would load and compute a wrong ΔW."""
         if self.mixer == "none":
             return self.without_mixer().to_dict()
         return super().to_dict() | {"peft_type": SAVED_TYPE}
@@ -286,15 +271,13 @@ def exact_config(
 
 
 def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
-    """Add an adapter to a model in place, freeze the base, activate the adapter. Returns the model.
-
-    Adapter weights are fp32 whatever the base's dtype. Raises UserError when no module matches, when the name
-    is taken, or when a target cannot carry a mixer; the model is unchanged then.
-    """
+    """Add an adapter to a model in place, freeze the base, activate the adapter. Returns the model. Adapter weights are
+    fp32 whatever the base's dtype. Raises UserError when no module matches, when the name is taken, or when a target
+    cannot carry a mixer; the model is unchanged then."""
     if adapter_name in getattr(model, "peft_config", {}):
         raise UserError(f"The model already has an adapter named {adapter_name!r}; delete it or choose another name")
     if config.target_modules not in (None, "all-linear"):  # PEFT finds their layers itself
-        check_targets(target_layers(model, config), config, type(without_wrapper(model)).__name__)
+        check_targets(model, config)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
         model.set_adapter(adapter_name)
@@ -321,10 +304,8 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every A, B, learnt M and DoRA magnitude, in the model's order.
-
-    Frozen mixers, and A and B of a frozen basis, are left out.
-    """
+    """(name, parameter) of every A, B, learnt M and DoRA magnitude, in the model's order. Frozen mixers, and A and B of
+    a frozen basis, are left out."""
     found, is_basis = [], getattr(model.peft_config.get(adapter_name), "mixer", None) == ZERO
     for path, layer in adapter_layers(model, adapter_name).items():
         for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
@@ -336,10 +317,7 @@ def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[
 
 
 def mixer_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
-    """The learnt mixers among `adapter_parameters`.
-
-    Weight decay would pull M to 0, not to its start: exempt them.
-    """
+    """The learnt mixers among `adapter_parameters`. Weight decay would pull M to 0, not to its start: exempt them."""
     return [(name, p) for name, p in adapter_parameters(model, adapter_name) if name.endswith(".lora_B.mixer")]
 
 
@@ -355,10 +333,8 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
-    """Switch all adapters off for the length of the block.
-
-    Gradient flags do not change, unlike with PEFT's own switch.
-    """
+    """Switch all adapters off for the length of the block. Gradient flags do not change, unlike with PEFT's own
+    switch."""
     return switched_off(lora_layers(model))
 
 
@@ -389,9 +365,7 @@ def matrices_of(layer: LoraLayer, adapter_name: str) -> MixedLowRank:
 
 
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, LowRank]:
-    """Module path -> the plain LoRA that equals this adapter at scale 1; fp32, on the CPU.
-
-    Raises UserError for an unknown adapter.
-    """
+    """Module path -> the plain LoRA that equals this adapter at scale 1; fp32, on the CPU. Raises UserError for an
+    unknown adapter."""
     layers = adapter_layers(model, adapter_name)
     return {path: matrices_of(layer, adapter_name).fold() for path, layer in layers.items()}

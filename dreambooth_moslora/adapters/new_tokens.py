@@ -154,10 +154,8 @@ def read_tokens(path: Path) -> NewTokens:
 
 
 def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, ...]:
-    """The tokens that the adapter file's header names, from the files beside it.
-
-    Of a missing file, it logs a warning. Raises UserError for one that is not the file in the header.
-    """
+    """The tokens that the adapter file's header names, from the files beside it. Of a missing file, it logs a warning.
+    Raises UserError for one that is not the file in the header."""
     found = []
     for note in notes_in(header):
         path = adapter.parent / note["file"]

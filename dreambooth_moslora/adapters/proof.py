@@ -47,6 +47,12 @@ def is_by_rows(dora_scale: Tensor) -> bool:
     return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
 
 
+def published_path(component: str, path: str) -> str:
+    """The path that other programs know: they keep CLIPTextModel's `text_model.`, which transformers 5 dropped."""
+    is_bare = component != "unet" and not path.startswith(("text_model.", "text_projection"))
+    return f"text_model.{path}" if is_bare else path
+
+
 def kohya_name(component: str, path: str) -> str:
     """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`."""
     return f"{PREFIXES[component]}_{path.replace('.', '_')}"
@@ -164,11 +170,9 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Compute fp32 products in full precision, and restore PyTorch's settings afterwards.
-
-    By default GPUs since Ampere use only 10 bits of each mantissa in convolutions (TF32). PyTorch has older switches
-    beside its settings; where the two contradict each other, reading a switch raises RuntimeError in any library.
-    """
+    """Compute fp32 products in full precision, and restore PyTorch's settings afterwards. By default GPUs since Ampere
+    use only 10 bits of each mantissa in convolutions (TF32). PyTorch has older switches beside its settings; where the
+    two contradict each other, reading a switch raises RuntimeError in any library."""
     backends = torch.backends
     newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv
     settings = [(switch, "allow_tf32", False) for switch in (backends.cuda.matmul, backends.cudnn)]
@@ -299,11 +303,9 @@ def delta(layer: LoraLayer, adapter_name: str) -> Tensor:
 
 
 def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
-    """The relative difference of the layers' outputs for a fixed x (16, in), or (1, in, 4, 4) for a convolution.
-
-    The base is zero, so that the output is the adapter's own effect: early in training it would vanish in the
-    rounding of W·x. DoRA needs a base, and its magnitudes are compared separately.
-    """
+    """The relative difference of the layers' outputs for a fixed x (16, in), or (1, in, 4, 4) for a convolution. The
+    base is zero, so that the output is the adapter's own effect: early in training it would vanish in the rounding of
+    W·x. DoRA needs a base, and its magnitudes are compared separately."""
     device = live.lora_A[adapter_name].weight.device
     is_convolution = isinstance(live.get_base_layer(), nn.Conv2d)
     shape = (1, live.in_features, 4, TOKENS // 4) if is_convolution else (TOKENS, live.in_features)
@@ -339,7 +341,8 @@ def prove_kohya_dora(
     """Compare merged weights (fp64, over the fixed base), as the file defines them and as PEFT merges them."""
     differences = {}
     for name, layer in live.items():
-        key = kohya_name(*published_name(*name.split(".", 1)))
+        component, module = name.split(".", 1)
+        key = kohya_name(component, published_path(component, module))
         up, down, alpha, found_size = (
             tensors[key + part].double() for part in (KOHYA_UP, KOHYA_DOWN, KOHYA_ALPHA, DORA_SCALE)
         )
@@ -354,11 +357,3 @@ def prove_kohya_dora(
         differences[name] = relative_difference(merged[0] - weight, merged[1] - weight)
     worst = max(differences, key=differences.__getitem__)
     return FileProof(path.name, differences[worst], 0.0, worst, "the definition of dora_scale")
-
-
-def published_name(component: str, path: str) -> tuple[str, str]:
-    """The component and module path that other programs know: they keep CLIPTextModel's `text_model.`, which
-    transformers 5 dropped."""
-    if component != "unet" and not path.startswith(("text_model.", "text_projection")):
-        return component, f"text_model.{path}"
-    return component, path

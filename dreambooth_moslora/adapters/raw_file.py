@@ -96,10 +96,8 @@ PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype
 
 
 def empty_model(description: Mapping[str, object]) -> nn.Module:
-    """The model of a `model_config`, with zeros for weights, which take no memory.
-
-    Raises UserError for a class that is not part of SDXL, and for a config that cannot be built.
-    """
+    """The model of a `model_config`, with zeros for weights, which take no memory. Raises UserError for a class that is
+    not part of SDXL, and for a config that cannot be built."""
     name, config = description.get("class"), description.get("config")
     if name not in CLASSES or not isinstance(config, dict):
         raise UserError(f"{name!r:.60} is not a part of SDXL that can be built; it has {', '.join(CLASSES)}")
@@ -159,10 +157,8 @@ def adapter_metadata(
     resolution_px: int | None = None,
     base_architecture: dict[str, object] | None = None,
 ) -> AdapterMetadata:
-    """The metadata of a live adapter: ranks, alphas and mixer from the models, the rest from the arguments.
-
-    Raises UserError for an unknown component, and when components have different settings.
-    """
+    """The metadata of a live adapter: ranks, alphas and mixer from the models, the rest from the arguments. Raises
+    UserError for an unknown component, and when components have different settings."""
     check_components(components)
     configs = [model.peft_config[adapter_name] for model in components.values()]
     layers = all_layers(components, adapter_name)
@@ -224,10 +220,8 @@ def same_settings(configs: list) -> dict[str, object]:
 def save_raw(
     components: dict[str, nn.Module], path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
 ) -> None:
-    """Write the live adapter, completely or not at all. Raises UserError for NaN or infinity.
-
-    Ranks, alphas and settings in `metadata` are replaced by the models' own.
-    """
+    """Write the live adapter, completely or not at all. Raises UserError for NaN or infinity. Ranks, alphas and
+    settings in `metadata` are replaced by the models' own."""
     check_storable(components, adapter_name)
     live = adapter_metadata(components, adapter_name)
     taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *SHARED_SETTINGS)
@@ -284,10 +278,8 @@ def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata
 
 
 def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: str = "default") -> AdapterMetadata:
-    """Create the adapter of a raw file in the models, bit for bit as it was saved.
-
-    Raises UserError when the file adapts a component that is not given, or was made for another base.
-    """
+    """Create the adapter of a raw file in the models, bit for bit as it was saved. Raises UserError when the file
+    adapts a component that is not given, or was made for another base."""
     check_components(components)
     tensors, metadata = read_raw(path)
     wanted = {key.split(".", 1)[0] for key in tensors}

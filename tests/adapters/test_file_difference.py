@@ -1,15 +1,12 @@
 """In what two adapter files differ."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.adapters.describe import find_pairs
-from dreambooth_moslora.adapters.export import difference_of, update_gap
-from dreambooth_moslora.adapters.mixer import LowRank
+from dreambooth_moslora.adapters.export import difference_of
 from dreambooth_moslora.core import UserError
 
 TENSORS = {"a": torch.arange(4.0), "b": torch.zeros(2, 3), "s": torch.tensor(1.0)}
@@ -51,13 +48,16 @@ def test_the_facts_of_a_header_are_named(against):
     assert "moslora" in against({}, "{broken").header
 
 
-def test_the_updates_are_compared_whatever_the_factors(against):
+def test_the_updates_are_compared_whatever_the_factors(against, tmp_path):
     """One layer of two has half its update: by hand, sqrt(0.25 / 2)."""
-    names = [f"unet.{layer}.lora_{half}.weight" for layer in "xy" for half in "AB"]
-    layers = find_pairs("one", dict.fromkeys(names, torch.ones(1, 1)))
-    halved = [layers[0], replace(layers[1], matrices=LowRank(torch.ones(1, 1), torch.full((1, 1), 0.5)))]
-    scaled = [replace(layers[0], matrices=LowRank(torch.full((1, 1), 2.0), torch.full((1, 1), 0.5))), layers[1]]
-    assert update_gap(layers, halved) == pytest.approx(0.125**0.5) and update_gap(layers, scaled) == 0
+    same = {f"unet.{layer}.lora_{half}.weight": torch.ones(1, 1) for layer in "xy" for half in "AB"}
+    halved = same | {"unet.y.lora_B.weight": torch.full((1, 1), 0.5)}
+    scaled = halved | {"unet.y.lora_A.weight": torch.full((1, 1), 2.0)}
+    for tensors, gap in ((halved, 0.125**0.5), (scaled, 0)):
+        for name, content in (("a", same), ("b", tensors)):
+            save_file(content, tmp_path / f"{name}.safetensors")
+        found = difference_of(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+        assert found.of_updates == pytest.approx(gap)
     assert against({}).of_updates == against({"c": torch.ones(1)}).of_updates == float("inf")
 
 

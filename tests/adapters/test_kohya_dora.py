@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
-from dreambooth_moslora.adapters.proof import BOUNDS, kohya_name, published_name, relative_difference
+from dreambooth_moslora.adapters.proof import BOUNDS, kohya_name, relative_difference
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
@@ -68,7 +68,7 @@ def other_program_s(base, file, shape=(-1, 1)) -> dict[str, torch.Tensor]:
     tensors, wanted = load_file(save_kohya_lora(unet, file, size=0.2)), {}
     generator = torch.Generator().manual_seed(2)
     for path, module in unet.named_modules():
-        name = kohya_name(*published_name("unet", path))
+        name = kohya_name("unet", path)
         if f"{name}.alpha" not in tensors:
             continue
         weight = module.weight.detach()
