@@ -31,14 +31,7 @@ from torch import Tensor, nn
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata
 from dreambooth_moslora.adapters.moslora import adapter_layers, exact_config, inject, matrices_of, matrix_layers
 from dreambooth_moslora.adapters.proof import BOUNDS, relative_difference
-from dreambooth_moslora.adapters.raw_file import (
-    check_finite,
-    component_tensors,
-    fill,
-    read_raw,
-    read_tensors,
-    write_file,
-)
+from dreambooth_moslora.adapters.raw_file import by_module, check_finite, fill, read_raw, read_tensors, write_file
 from dreambooth_moslora.base.files import variants_in, weight_files
 from dreambooth_moslora.core import UserError, content_key, file_digest
 from dreambooth_moslora.settings.table import SVD, ZERO
@@ -78,7 +71,7 @@ class FileBasis:
         self.file = file
         self.note = {"kind": "file", "sha256": file_digest(file) if file.is_file() else "", "file": file.name}
         tensors, self.metadata = read_raw(file)
-        self.modules = component_tensors(tensors, UNET)
+        self.modules = by_module(tensors).get(UNET, {})
 
     def layer(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
         parts = self.modules.get(path)
@@ -89,8 +82,7 @@ class FileBasis:
         return parts["lora_A"].float(), parts["lora_B"].float()
 
 
-Basis = SvdBasis | FileBasis
-"""A and B of a UNet's layers."""
+Basis = SvdBasis | FileBasis  # A and B of a UNet's layers
 
 
 def read_basis(given: str, folder: Path | None, variant: str | None = None) -> Basis:

@@ -1,4 +1,4 @@
-"""Describes any LoRA file, of this or another program: kind, rank, alpha, modules, base, trigger words, spectra.
+"""Describes any LoRA file, of this or another program, and tells how two files differ.
 
 drift            ‖M − M₀‖ / ‖M₀‖, none for M₀ = 0                  how far the mixer has moved from its start
 condition number σ₁(M) / σ_r(M)                                   infinite for a mixer that lost a direction
@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import hypot, inf, isfinite
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -19,17 +19,10 @@ from torch import Tensor
 
 from dreambooth_moslora.adapters.basis import MIXERS, read_mixers
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
-from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank, initial_mixer
+from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer
 from dreambooth_moslora.adapters.new_tokens import KEYS, read_tokens
 from dreambooth_moslora.adapters.proof import DORA_SCALE, KOHYA_ALPHA, KOHYA_DOWN, KOHYA_UP, is_by_rows
-from dreambooth_moslora.adapters.raw_file import (
-    RAW_KEY,
-    check_finite,
-    component_tensors,
-    matrices_from,
-    read_raw,
-    read_tensors,
-)
+from dreambooth_moslora.adapters.raw_file import RAW_KEY, by_module, check_finite, matrices_from, read_raw, read_tensors
 from dreambooth_moslora.core import UserError, one_line
 
 
@@ -95,43 +88,32 @@ def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
     return medians
 
 
-def reduce_rank(layer: LowRank, keep: float) -> tuple[LowRank, float, float]:
-    """The layer of lowest rank that keeps at least `keep` of ‖ΔW‖², and the squared norms before and after. DoRA's
-    magnitudes do not change."""
-    left, sizes, right = product_svd(layer.up.flatten(1), layer.down.flatten(1))
-    energy = sizes.square().cumsum(0)
-    enough = energy >= keep * energy[-1]
-    rank = int(enough.nonzero()[0]) + 1
-    up, down = leading_part(left, sizes, right, rank)
-    down, up = down.view(rank, *layer.down.shape[1:]), up.view(-1, rank, *layer.up.shape[2:])
-    return LowRank(down.float(), up.float(), magnitude=layer.magnitude), float(energy[-1]), float(energy[rank - 1])
-
-
 @torch.no_grad()
-def reduce_layers(
-    components: dict[str, dict[str, LowRank]], keep: float
-) -> tuple[dict[str, dict[str, LowRank]], float]:
-    """Reduce every projection of every component; also returns the fraction of Σ‖ΔW‖² that is left. Raises UserError
-    unless 0 < keep <= 1."""
+def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
+    """Each projection in the lowest rank that keeps at least `keep` of its ‖ΔW‖²; also returns the fraction of Σ‖ΔW‖²
+    that is left. DoRA's magnitudes do not change. Raises UserError unless 0 < keep <= 1."""
     if not 0 < keep <= 1:
         raise UserError(f"keep={keep} is not a share; choose a number above 0 and up to 1, such as 0.99")
-    reduced, before, after = {}, 0.0, 0.0
+    reduced, before, after = {component: {} for component in components}, 0.0, 0.0
     for component, layers in components.items():
-        reduced[component] = {}
         for path, layer in layers.items():
-            reduced[component][path], energy, left = reduce_rank(layer, keep)
-            before, after = before + energy, after + left
+            left, sizes, right = product_svd(layer.up.flatten(1), layer.down.flatten(1))
+            energy = sizes.square().cumsum(0)
+            rank = int((energy >= keep * energy[-1]).nonzero()[0]) + 1
+            up, down = leading_part(left, sizes, right, rank)
+            down, up = down.view(rank, *layer.down.shape[1:]), up.view(-1, rank, *layer.up.shape[2:])
+            reduced[component][path] = LowRank(down.float(), up.float(), magnitude=layer.magnitude)
+            before, after = before + float(energy[-1]), after + float(energy[rank - 1])
     return reduced, after / before if before else 1.0
 
 
-PAIRS = {
+PAIRS = {  # suffix of the down matrix -> (suffix of the up matrix, name of this kind of key)
     ".lora_A.weight": (".lora_B.weight", "PEFT keys"),
     KOHYA_DOWN: (KOHYA_UP, "kohya keys"),
     ".lora.down.weight": (".lora.up.weight", "diffusers keys"),
     "_lora.down.weight": ("_lora.up.weight", "old diffusers keys"),
     ".lora_linear_layer.down.weight": (".lora_linear_layer.up.weight", "diffusers text encoder keys"),
 }
-"""Suffix of the down matrix -> (suffix of the up matrix, name of this kind of key)."""
 UNFOLDED = ".lora_B.mixer"
 OTHER_KINDS = {
     "hada_w1": "LyCORIS LoHa",
@@ -202,8 +184,8 @@ def describe_raw(path: Path) -> dict[str, object]:
     """The content of a raw file, with the figures of its mixers. Raises UserError."""
     tensors, metadata = read_raw(path)
     figures, modules = {}, Counter()
-    for component in sorted({key.split(".", 1)[0] for key in tensors}):
-        for module, parts in component_tensors(tensors, component).items():
+    for component, found in sorted(by_module(tensors).items()):
+        for module, parts in found.items():
             modules[component] += 1
             matrices = matrices_from(parts, metadata, f"{component}.{module}")
             figures[f"{component}.{module}"] = diagnose(matrices, metadata.mixer, metadata.mixer_seed, module)
@@ -328,8 +310,7 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
 
 def lines(facts: dict[str, object]) -> list[str]:
     """One line for each entry of `describe`, for the terminal."""
-    shown = {"file": facts["file"], **{k: v for k, v in facts.items() if k != "file"}}
-    return [f"{key.replace('_', ' ') + ':':<24} {printable(as_text(key, value))}" for key, value in shown.items()]
+    return [f"{key.replace('_', ' ') + ':':<24} {printable(as_text(key, value))}" for key, value in facts.items()]
 
 
 def printable(text: str) -> str:
@@ -343,3 +324,69 @@ def as_text(key: str, value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {number}" for name, number in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@dataclass(frozen=True)
+class FileDifference:
+    """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors differ.
+    `of_updates`: ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, infinite if the files hold other layers or alphas, or none.
+    `is_cast`: some tensor has another shape or dtype, as in a file that was exported anew. `header` names the differing
+    entries of the header; those inside `moslora` have their own names."""
+
+    first: str
+    count: int
+    total: int
+    header: tuple[str, ...]
+    of_updates: float = inf
+    is_cast: bool = False
+
+
+def difference_of(one: Path, other: Path) -> FileDifference:
+    """Compare two safetensors files. Raises UserError when one cannot be read or holds NaN."""
+    (tensors, header), (others, other_header) = read_tensors(one), read_tensors(other)
+    names = sorted(tensors.keys() | others.keys())
+    found = [text for name in names if (text := tensor_difference(name, tensors.get(name), others.get(name)))]
+    facts, other_facts = facts_in(header), facts_in(other_header)
+    keys = sorted(facts.keys() | other_facts.keys())
+    differing = tuple(key for key in keys if facts.get(key) != other_facts.get(key))
+    both = [(tensors[name], others[name]) for name in names if name in tensors and name in others]
+    is_cast = any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in both)
+    alphas = [(a, b) for a, b in both if a.ndim < 2 and a.numel() == 1]
+    is_other = is_cast or len(both) < len(names) or not all(torch.equal(a, b) for a, b in alphas)
+    of_updates = inf
+    if found and not is_other:
+        gaps, sizes = [], []
+        for a, b in zip(find_pairs(one.name, tensors), find_pairs(other.name, others), strict=True):
+            change = a.matrices.delta
+            gaps.append((change - b.matrices.delta).norm())
+            sizes.append(change.norm())
+        of_updates = hypot(*gaps) / size if (size := hypot(*sizes)) else inf
+    return FileDifference(found[0] if found else "", len(found), len(names), differing, of_updates, is_cast)
+
+
+def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
+    """How two tensors of any shapes differ, in words; "" for equal bits."""
+    if one is None or other is None:
+        return f"{name} is in one of the files alone"
+    if one.shape != other.shape:
+        return f"{name} is {list(one.shape)} and {list(other.shape)}"
+    if one.dtype != other.dtype:
+        return f"{name} is {one.dtype} and {other.dtype}".replace("torch.", "")
+    if torch.equal(bits(one), bits(other)):
+        return ""
+    gap = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30)
+    return f"{name} differs by {float(gap):.1e} of its norm"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
+
+
+def facts_in(header: dict[str, str]) -> dict[str, object]:
+    """The header with the JSON object under `moslora` expanded."""
+    try:
+        ours = json.loads(header.get(HEADER, "{}"))
+    except (ValueError, RecursionError):
+        ours = None
+    facts = {key: value for key, value in header.items() if key != HEADER}
+    return facts | (ours if isinstance(ours, dict) else {HEADER: header.get(HEADER)})

@@ -1,4 +1,4 @@
-"""Publishes an adapter, notes its best scale in a published file, and tells how two published files differ.
+"""Publishes an adapter, and notes its best scale in a published file.
 
 A published adapter is always folded: ΔW = up·down with the scale included and alpha = rank.
 
@@ -12,19 +12,16 @@ Such a file is correct without metadata, in any version of diffusers and in kohy
 only after a stock loader has read it back and computed the same (`proof`).
 """
 
-import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from math import inf
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.describe import find_pairs, reduce_layers
-from dreambooth_moslora.adapters.metadata import DORA_NOTE, HEADER, AdapterMetadata, metadata_in, most_common
-from dreambooth_moslora.adapters.mixer import LowRank
+from dreambooth_moslora.adapters.describe import reduce_layers
+from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, metadata_in, most_common
+from dreambooth_moslora.adapters.mixer import Folded, LowRank
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
 from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of
 from dreambooth_moslora.adapters.proof import (
@@ -60,76 +57,7 @@ def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class FileDifference:
-    """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors differ.
-    `of_updates`: ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, infinite if the files hold other layers or alphas, or none.
-    `is_cast`: some tensor has another shape or dtype, as in a file that was exported anew. `header` names the differing
-    entries of the header; those inside `moslora` have their own names."""
-
-    first: str
-    count: int
-    total: int
-    header: tuple[str, ...]
-    of_updates: float = inf
-    is_cast: bool = False
-
-
-def difference_of(one: Path, other: Path) -> FileDifference:
-    """Compare two safetensors files. Raises UserError when one cannot be read or holds NaN."""
-    (tensors, header), (others, other_header) = read_tensors(one), read_tensors(other)
-    names = sorted(tensors.keys() | others.keys())
-    found = [text for name in names if (text := tensor_difference(name, tensors.get(name), others.get(name)))]
-    facts, other_facts = facts_in(header), facts_in(other_header)
-    keys = sorted(facts.keys() | other_facts.keys())
-    differing = tuple(key for key in keys if facts.get(key) != other_facts.get(key))
-    both = [(tensors[name], others[name]) for name in names if name in tensors and name in others]
-    is_cast = any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in both)
-    alphas = [(a, b) for a, b in both if a.ndim < 2 and a.numel() == 1]
-    is_other = is_cast or len(both) < len(names) or not all(torch.equal(a, b) for a, b in alphas)
-    of_updates = inf
-    if found and not is_other:
-        gaps, sizes = [], []
-        for a, b in zip(find_pairs(one.name, tensors), find_pairs(other.name, others), strict=True):
-            change = a.matrices.delta
-            gaps.append((change - b.matrices.delta).norm())
-            sizes.append(change.norm())
-        of_updates = math.hypot(*gaps) / size if (size := math.hypot(*sizes)) else inf
-    return FileDifference(found[0] if found else "", len(found), len(names), differing, of_updates, is_cast)
-
-
-def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
-    """How two tensors of any shapes differ, in words; "" for equal bits."""
-    if one is None or other is None:
-        return f"{name} is in one of the files alone"
-    if one.shape != other.shape:
-        return f"{name} is {list(one.shape)} and {list(other.shape)}"
-    if one.dtype != other.dtype:
-        return f"{name} is {one.dtype} and {other.dtype}".replace("torch.", "")
-    if torch.equal(bits(one), bits(other)):
-        return ""
-    gap = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30)
-    return f"{name} differs by {float(gap):.1e} of its norm"
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).contiguous().view(torch.uint8)
-
-
-def facts_in(header: dict[str, str]) -> dict[str, object]:
-    """The header with the JSON object under `moslora` expanded."""
-    try:
-        ours = json.loads(header.get(HEADER, "{}"))
-    except (ValueError, RecursionError):
-        ours = None
-    facts = {key: value for key, value in header.items() if key != HEADER}
-    return facts | (ours if isinstance(ours, dict) else {HEADER: header.get(HEADER)})
-
-
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-Folded = dict[str, dict[str, LowRank]]
-"""Component -> module path, as other programs know it -> the folded layer."""
 
 RANKS_NOTE = (
     "the ranks differ after the reduction, and old versions of diffusers (0.29 is known) give such projections one "

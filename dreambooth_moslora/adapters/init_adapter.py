@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dreambooth_moslora.adapters.describe import leading_part, product_svd
 from dreambooth_moslora.adapters.lora_file import AdapterWeights, check_fits, read_adapter
 from dreambooth_moslora.adapters.metadata import check_start_header
-from dreambooth_moslora.adapters.mixer import LowRank, nominal_scale
+from dreambooth_moslora.adapters.mixer import LowRank
 from dreambooth_moslora.adapters.moslora import matrices_of
 from dreambooth_moslora.adapters.proof import alone, delta, full_fp32, relative_difference
 from dreambooth_moslora.adapters.raw_file import all_layers, fill
@@ -85,7 +85,12 @@ def read_start(path: str | Path, pipeline: StableDiffusionXLPipeline, base_name:
 def begin_with(weights: AdapterWeights, components: dict[str, nn.Module], adapter_name: str = "default") -> Start:
     """Copy the file's update into a fresh adapter, verify it, and report the result. Raises UserError when file and
     adapter have no layer in common, and when a ΔW differs by more than rounding explains."""
-    live, update = all_layers(components, adapter_name), updates_in(weights)
+    live = all_layers(components, adapter_name)
+    update = {
+        f"{component}.{path}": (projection, scales.of(path, projection.rank))
+        for component, (found, scales) in weights.parts.items()
+        for path, projection in found.items()
+    }
     common = [path for path in live if path in update]
     if not common:
         first = f"it holds {min(update)}, the run trains {min(live)}"
@@ -109,16 +114,6 @@ def begin_with(weights: AdapterWeights, components: dict[str, nn.Module], adapte
             f"from the file, and rounding explains {bound:.0e}: give --mixer orthogonal, which is exact."
         )
     return start
-
-
-def updates_in(weights: AdapterWeights) -> dict[str, tuple[LowRank, float]]:
-    """`component.path` -> the file's matrices and their scale."""
-    updates = {}
-    for component, (found, scales) in weights.parts.items():
-        for path, projection in found.items():
-            scale = nominal_scale(scales.alphas[path], projection.rank, scales.use_rslora)
-            updates[f"{component}.{path}"] = projection, scale
-    return updates
 
 
 def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> tuple[float, float, float]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from dreambooth_moslora.adapters.basis import is_mixer_file
 from dreambooth_moslora.adapters.export import published_tensors
 from dreambooth_moslora.adapters.metadata import most_common
-from dreambooth_moslora.adapters.mixer import LowRank
+from dreambooth_moslora.adapters.mixer import Folded, LowRank, nominal_scale
 from dreambooth_moslora.adapters.moslora import matrix_layers, value_pattern, weight_size
 from dreambooth_moslora.adapters.proof import (
     DORA_SCALE,
@@ -36,7 +36,7 @@ from dreambooth_moslora.adapters.proof import (
     is_by_rows,
     published_path,
 )
-from dreambooth_moslora.adapters.raw_file import COMPONENTS, RAW_KEY, component_tensors, matrices_from, read_raw
+from dreambooth_moslora.adapters.raw_file import COMPONENTS, RAW_KEY, by_module, matrices_from, read_raw
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError, file_digest, is_number, one_line
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, find_weights
@@ -64,7 +64,7 @@ TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
-def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[str, LowRank]]:
+def projections(tensors: dict[str, Tensor], file_name: str) -> Folded:
     """Component -> module path as the file writes it -> its matrices down (r, in, …) and up (out, r, …). Raises
     UserError for a key that does not belong to a LoRA, an incomplete pair of matrices, DoRA's magnitudes for a part of
     a component's layers, and NaN or infinity."""
@@ -75,7 +75,7 @@ def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[st
             found.setdefault(component, {}).setdefault(path, {})[field] = tensor
     if not found:
         raise UserError(f"{file_name} holds no LoRA projection")
-    result: dict[str, dict[str, LowRank]] = {}
+    result: Folded = {}
     for component, paths in found.items():
         for path, parts in paths.items():
             name, down, up = f"{component}.{path}", parts.get("down"), parts.get("up")
@@ -120,8 +120,7 @@ def _place(key: str, tensor: Tensor, file_name: str) -> tuple[str, str, str]:
 
 
 LARGEST_ALPHA = 1e6
-MOST_VALUES = 200
-"""PEFT tries one pattern per value on every module; no trainer writes this many ranks or alphas."""
+MOST_VALUES = 200  # PEFT tries one pattern per value on every module; no trainer writes this many ranks or alphas
 PEFT_ALPHA = 8  # PEFT's default when a header has no alpha
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # they leave the base unchanged
 MODULE_NAME = re.compile(r"\^?\w[\w.]*")
@@ -133,6 +132,10 @@ class Scales:
 
     alphas: dict[str, float]
     use_rslora: bool = False
+
+    def of(self, path: str, rank: int) -> float:
+        """The s of a module."""
+        return nominal_scale(self.alphas[path], rank, self.use_rslora)
 
 
 def scales(
@@ -271,9 +274,9 @@ def _base_path(component: str, path: str, pipeline: StableDiffusionXLPipeline) -
 def fold_raw(file: Path) -> dict[str, Tensor]:
     """A checkpoint, folded, as `published_tensors`. Raises UserError."""
     tensors, metadata = read_raw(file)
-    folded: dict[str, dict[str, LowRank]] = {}
-    for component in COMPONENTS:
-        for path, parts in component_tensors(tensors, component).items():
+    folded: Folded = {}
+    for component, modules in by_module(tensors).items():
+        for path, parts in modules.items():
             layer = matrices_from(parts, metadata, f"{component}.{path}").fold()
             folded.setdefault(component, {})[published_path(component, path)] = layer
     return published_tensors(folded)

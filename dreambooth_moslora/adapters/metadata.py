@@ -57,8 +57,7 @@ def dora_table() -> str:
     return f"| DoRA in the kohya file, read by | computes |\n|---|---|\n{rows}"
 
 
-PUBLIC = ("variant", "prior_prompts")
-"""Settings whose value a file tells if a recipe in `assets/configs` has the same."""
+PUBLIC = ("variant", "prior_prompts")  # Settings whose value a file tells if a recipe in `assets/configs` has the same
 VARIANT = re.compile(r"\w[\w-]{0,19}")
 HEADER = "moslora"  # key of the metadata in a safetensors header
 

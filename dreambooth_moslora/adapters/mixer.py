@@ -43,6 +43,7 @@ class LowRank:
         return change.view(len(self.up), *self.down.shape[1:]).float()
 
 
+Folded = dict[str, dict[str, LowRank]]  # Component -> module path, as other programs know it -> the layer
 PLACEHOLDER_SHAPE = (1, 1)  # of `lora_B.weight` in the state dict of an adapter with a mixer
 
 

@@ -112,14 +112,19 @@ def has_mixer(config: LoraConfig) -> bool:
 
 @wraps(create)
 def create_and_mix(self, lora_config, adapter_name, target, target_name, parent, current_key, **options):
-    """Also put a mixer between the A and the B that PEFT has just made for the layer at `current_key`. A, M and B
-    become fp32, even if PEFT is told to use the base's dtype. Raises UserError for a layer that cannot carry a
-    mixer."""
+    """Also put a mixer between the A and the B that PEFT has just made for the layer at `current_key`; all become fp32,
+    even if PEFT is told to use the base's dtype. Raises UserError unless PEFT only multiplies by lora_B, a plain
+    matrix."""
     create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
     if not has_mixer(lora_config):
         return
     layer = getattr(parent, target_name)
-    check_layer(layer, adapter_name, current_key)
+    base = layer.get_base_layer()
+    is_plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) in (nn.Linear, nn.Conv2d)
+    if not is_plain or isinstance(layer, (MultiheadAttention, ParamWrapper)) or is_odd_convolution(base):
+        raise cannot_carry(current_key, base)
+    if adapter_name in layer.lora_magnitude_vector:
+        check_dora(current_key, base)
     plain = layer.lora_B[adapter_name].weight
     mixer = initial_mixer(lora_config.mixer, plain.shape[1], lora_config.mixer_seed, current_key).to(plain.device)
     mixer_class = MixerConv2d if plain.ndim == 4 else MixerLinear
@@ -180,16 +185,6 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
     for path, module in targets.items():
         if isinstance(module, (nn.Embedding, nn.MultiheadAttention)) or is_odd_convolution(module):
             raise cannot_carry(path, module)
-
-
-def check_layer(layer: LoraLayer, adapter_name: str, path: str) -> None:
-    """Raises UserError unless PEFT only multiplies by the layer's lora_B, a plain matrix."""
-    is_plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) in (nn.Linear, nn.Conv2d)
-    base = layer.get_base_layer()
-    if not is_plain or isinstance(layer, (MultiheadAttention, ParamWrapper)) or is_odd_convolution(base):
-        raise cannot_carry(path, base)
-    if adapter_name in layer.lora_magnitude_vector:
-        check_dora(path, base)
 
 
 def check_dora(path: str, base: nn.Module) -> None:

@@ -34,8 +34,7 @@ from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_nam
 
 logger = logging.getLogger(__name__)
 
-KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""Component -> its tensor in the file."""
+KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # Component -> its tensor in the file
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 WORD, MOST = "moslora_word", 75
 

@@ -32,7 +32,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
-from dreambooth_moslora.adapters.mixer import LowRank
+from dreambooth_moslora.adapters.mixer import Folded
 from dreambooth_moslora.adapters.raw_file import COMPONENTS, all_layers, empty_model, model_config, read_tensors
 from dreambooth_moslora.core import UserError, one_line
 
@@ -58,7 +58,7 @@ def kohya_name(component: str, path: str) -> str:
     return f"{PREFIXES[component]}_{path.replace('.', '_')}"
 
 
-def kohya_tensors(components: dict[str, dict[str, LowRank]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """All tensors of the file, with the shapes above; the scale is already in `up`."""
     alpha = common_rank(components)
     tensors = {}
@@ -73,11 +73,11 @@ def kohya_tensors(components: dict[str, dict[str, LowRank]], dtype: torch.dtype 
     return tensors
 
 
-def common_rank(components: dict[str, dict[str, LowRank]]) -> int:
+def common_rank(components: Folded) -> int:
     return most_common(layer.rank for layers in components.values() for layer in layers.values())
 
 
-def kohya_header(title: str, metadata: AdapterMetadata, components: dict[str, dict[str, LowRank]]) -> dict[str, str]:
+def kohya_header(title: str, metadata: AdapterMetadata, components: Folded) -> dict[str, str]:
     """Title, trigger phrase, architecture and rank. Every value is a string, as safetensors requires."""
     ranks = {layer.rank for layers in components.values() for layer in layers.values()}
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for a file of several ranks

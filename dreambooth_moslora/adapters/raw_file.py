@@ -19,6 +19,7 @@ from dataclasses import replace
 from importlib import import_module
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -88,9 +89,9 @@ CLASSES = {
     "CLIPTextModelWithProjection": "transformers",
 }
 """Class of an adapted model -> its library. A file names the class, so no other class is ever built."""
-MOST_LAYERS = 2000
-"""Most layers of all blocks together, if each were as deep as the deepest. SDXL's UNet has 60, its text
-encoders have 12 and 32."""
+MOST_LAYERS = (
+    2000  # of all blocks, if each were as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32
+)
 DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 
@@ -105,12 +106,9 @@ def empty_model(description: Mapping[str, object]) -> nn.Module:
     if (len(blocks) if isinstance(blocks, list) else 1) * prod(deepest(config.get(n)) for n in DEPTHS) > MOST_LAYERS:
         raise UserError(f"the {name} that the file describes has more than {MOST_LAYERS} layers, so it is not SDXL's")
     try:
-        with torch.device("meta"):
-            model = build(str(name), config)
-        fill_with_zeros(model)
+        return build(str(name), config).eval()
     except Exception as error:  # constructors raise any error on contradictory sizes
         raise UserError(f"the {name} that the file describes cannot be built: {one_line(error)}") from error
-    return model.eval()
 
 
 def deepest(depths: object) -> int:
@@ -121,24 +119,23 @@ def deepest(depths: object) -> int:
 
 
 def build(name: str, config: dict) -> nn.Module:
+    """Every parameter is a zero with strides of 0."""
     kind = getattr(import_module(CLASSES[name]), name)
-    if CLASSES[name] == "diffusers":
-        names = inspect.signature(kind.__init__).parameters  # of this version
-        return kind.from_config({name: value for name, value in config.items() if name in names})
-    # An attention implementation may name a kernel on the hub, which is code: a file must not choose it.
-    return kind(kind.config_class(**{k: v for k, v in config.items() if "attn_implementation" not in k}))
-
-
-def fill_with_zeros(model: nn.Module) -> None:
-    """Replace every parameter by a zero with strides of 0, in place."""
+    with torch.device("meta"):
+        if CLASSES[name] == "diffusers":
+            names = inspect.signature(kind.__init__).parameters  # of this version
+            model = kind.from_config({name: value for name, value in config.items() if name in names})
+        else:  # an attention implementation may name a kernel on the hub, which is code: a file must not choose it
+            model = kind(kind.config_class(**{k: v for k, v in config.items() if "attn_implementation" not in k}))
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for key, parameter in module._parameters.items():
             if parameter is not None:
                 zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
-                module._parameters[name] = nn.Parameter(zero, requires_grad=False)
-        for name, buffer in module._buffers.items():
+                module._parameters[key] = nn.Parameter(zero, requires_grad=False)
+        for key, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+                module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    return model
 
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -148,17 +145,10 @@ RAW_KEY, RAW_FORMAT = "raw_format", 1
 
 
 def adapter_metadata(
-    components: dict[str, nn.Module],
-    adapter_name: str = "default",
-    *,
-    base_id: str | Path = "",
-    trigger_words: tuple[str, ...] = (),
-    class_word: str = "",
-    resolution_px: int | None = None,
-    base_architecture: dict[str, object] | None = None,
+    components: dict[str, nn.Module], adapter_name: str = "default", *, base_id: str | Path = "", **said: Any
 ) -> AdapterMetadata:
-    """The metadata of a live adapter: ranks, alphas and mixer from the models, the rest from the arguments. Raises
-    UserError for an unknown component, and when components have different settings."""
+    """The metadata of a live adapter: ranks, alphas and mixer from the models, else what is `said`. Raises UserError
+    for an unknown component, and when components have different settings."""
     check_components(components)
     configs = [model.peft_config[adapter_name] for model in components.values()]
     layers = all_layers(components, adapter_name)
@@ -172,12 +162,9 @@ def adapter_metadata(
         ranks={path: r for path, r in ranks.items() if r != rank},
         alphas={path: a for path, a in alphas.items() if a != alpha},
         base_id=public_name(base_id),
-        base_architecture=base_architecture or {},
         structures={name: model_config(model) for name, model in components.items()},
-        trigger_words=tuple(trigger_words),
-        class_word=class_word,
-        resolution_px=resolution_px,
         versions=versions(),
+        **said,
     )
 
 
@@ -208,8 +195,8 @@ def all_layers(components: dict[str, nn.Module], adapter_name: str) -> dict[str,
 
 def same_settings(configs: list) -> dict[str, object]:
     """The SHARED_SETTINGS of the configs. Raises UserError when the components differ."""
-    defaults = {"mixer": "none", "train_mixer": True, "mixer_seed": 0}
-    found = [{name: getattr(config, name, defaults.get(name)) for name in SHARED_SETTINGS} for config in configs]
+    plain = AdapterMetadata  # PEFT's own config has no mixer
+    found = [{name: getattr(config, name, getattr(plain, name)) for name in SHARED_SETTINGS} for config in configs]
     for name in SHARED_SETTINGS:
         values = {settings[name] for settings in found}
         if len(values) > 1:
@@ -262,8 +249,8 @@ def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata
     for key, tensor in tensors.items():
         if key.count(".") < 2 or key.split(".", 1)[0] not in COMPONENTS or not tensor.is_floating_point():
             raise UserError(f"{name} is broken: {key!r:.100} does not belong to an adapter")
-    for component in COMPONENTS:
-        for path, parts in component_tensors(tensors, component).items():
+    for component, modules in by_module(tensors).items():
+        for path, parts in modules.items():
             found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
             rank = metadata.ranks.get(f"{component}.{path}", metadata.rank)
             inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
@@ -282,11 +269,9 @@ def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: s
     adapts a component that is not given, or was made for another base."""
     check_components(components)
     tensors, metadata = read_raw(path)
-    wanted = {key.split(".", 1)[0] for key in tensors}
-    missing = sorted(wanted - set(components))
-    if missing:
+    by_component = by_module(tensors)
+    if missing := sorted(by_component.keys() - components.keys()):
         raise UserError(f"{Path(path).name} also adapts {', '.join(missing)}; load the base with it")
-    by_component = {name: component_tensors(tensors, name) for name in components if name in wanted}
     for component, modules in by_component.items():
         check_fits(Path(path).name, metadata, component, components[component], modules)
     settings = {name: getattr(metadata, name) for name in SHARED_SETTINGS}
@@ -300,14 +285,13 @@ def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: s
     return metadata
 
 
-def component_tensors(tensors: dict[str, Tensor], component: str) -> dict[str, dict[str, Tensor]]:
-    """Module path -> part name -> tensor, for one component."""
-    modules: dict[str, dict[str, Tensor]] = {}
+def by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Component -> module path -> part name -> tensor."""
+    modules: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
-        owner, rest = key.split(".", 1)
-        if owner == component:
-            module_path, part = rest.rsplit(".", 1)
-            modules.setdefault(module_path, {})[part] = tensor
+        component, rest = key.split(".", 1)
+        path, part = rest.rsplit(".", 1)
+        modules.setdefault(component, {}).setdefault(path, {})[part] = tensor
     return modules
 
 

@@ -217,7 +217,7 @@ def retrain(config: TrainConfig, step: int | None) -> bool:
 
 def answer(receipt: Receipt, made: Path, config: TrainConfig, unknown: list[str]) -> int:
     """Print the result, and return the exit code. `unknown`: lines about settings that are not known."""
-    from dreambooth_moslora.adapters.export import difference_of
+    from dreambooth_moslora.adapters.describe import difference_of
 
     digest, digest_made = file_digest(receipt.path), file_digest(made)
     if digest == digest_made:

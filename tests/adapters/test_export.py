@@ -12,7 +12,7 @@ from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
 from benchmarks.sdxl_structure import count
 from dreambooth_moslora.adapters import export, moslora, proof
 from dreambooth_moslora.adapters import proof as kohya
-from dreambooth_moslora.adapters.describe import reduce_rank
+from dreambooth_moslora.adapters.describe import reduce_layers
 from dreambooth_moslora.adapters.export import load_published, publish
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank
@@ -222,7 +222,7 @@ def test_rank_reduction_is_the_best_there_is():
     sizes = torch.linalg.svdvals(up @ down)
     for rank in (1, 3, 8):
         share = float(sizes[:rank].square().sum() / sizes.square().sum())
-        smaller, _, _ = reduce_rank(LowRank(down, up), share - 1e-6)
+        smaller = reduce_layers({"unet": {"to_q": LowRank(down, up)}}, share - 1e-6)[0]["unet"]["to_q"]
         assert len(smaller.down) == rank
         error = (smaller.up @ smaller.down - up @ down).norm()
         assert error == pytest.approx(float(sizes[rank:].square().sum().sqrt()), rel=1e-3, abs=1e-4)

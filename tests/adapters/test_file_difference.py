@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.adapters.export import difference_of
+from dreambooth_moslora.adapters.describe import difference_of
 from dreambooth_moslora.core import UserError
 
 TENSORS = {"a": torch.arange(4.0), "b": torch.zeros(2, 3), "s": torch.tensor(1.0)}
