@@ -4,9 +4,7 @@
     y  = W0·x + s·B·M·A·x        M (r, r) starts at zero
 
 `SvdBasis` is of the base's own weights, as its files hold them: the same in whatever precision the base is loaded.
-`FileBasis` takes A and B from a raw adapter file. The files of a run name its basis by kind and SHA-256.
-
-A subject's file holds r² numbers a layer, a few hundred kB for all:
+`FileBasis` takes A and B from a raw adapter file. A subject's file holds r² numbers a layer, a few hundred kB for all:
 
     mixers (n,) fp16    M of all layers, in order, with the scale s included, divided by 2^exponent
 

@@ -139,10 +139,6 @@ class Pair:
     alpha: float | None
     is_product: bool  # ΔW = up·down, flattened
 
-    @property
-    def scale(self) -> float | None:
-        return None if self.alpha is None else self.alpha / self.matrices.rank
-
 
 def describe(path: str | Path) -> dict[str, object]:
     """What a LoRA file is and contains, JSON-able. Raises UserError for a broken file, and for one without a LoRA."""
@@ -252,7 +248,7 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
 def geometry(pairs: list[Pair]) -> dict[str, object]:
     """Modules by component, ranks, alphas, scales, and the effective rank of pairs with ΔW = up·down."""
     ranks, alphas = Counter(p.matrices.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
-    scales = sorted({p.scale for p in pairs if p.scale is not None})
+    scales = sorted({p.alpha / p.matrices.rank for p in pairs if p.alpha is not None})
     dense = [p for p in pairs if p.is_product]
     modules = Counter()
     for p in pairs:
@@ -330,8 +326,7 @@ def as_text(key: str, value: object) -> str:
 class FileDifference:
     """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors differ.
     `of_updates`: ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, infinite if the files hold other layers or alphas, or none.
-    `is_cast`: some tensor has another shape or dtype, as in a file that was exported anew. `header` names the differing
-    entries of the header; those inside `moslora` have their own names."""
+    `is_cast`: some tensor has another shape or dtype. `header` names differing entries, also those inside `moslora`."""
 
     first: str
     count: int
@@ -372,14 +367,10 @@ def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> st
         return f"{name} is {list(one.shape)} and {list(other.shape)}"
     if one.dtype != other.dtype:
         return f"{name} is {one.dtype} and {other.dtype}".replace("torch.", "")
-    if torch.equal(bits(one), bits(other)):
+    if torch.equal(*(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (one, other))):
         return ""
     gap = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30)
     return f"{name} differs by {float(gap):.1e} of its norm"
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).contiguous().view(torch.uint8)
 
 
 def facts_in(header: dict[str, str]) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """Publishes an adapter, and notes its best scale in a published file.
 
-A published adapter is always folded: ΔW = up·down with the scale included and alpha = rank.
+A published adapter is always folded: ΔW = up·down with the scale included and alpha = rank. Such a file is correct
+without metadata, in any version of diffusers and in kohya's form.
 
 live adapter --fold--> LowRank --reduce_layers--> --publish--> pytorch_lora_weights.safetensors   for diffusers
                                                                    <name>.kohya.safetensors           for others
@@ -8,8 +9,7 @@ live adapter --fold--> LowRank --reduce_layers--> --publish--> pytorch_lora_weig
                                                                 <name>_2_emb.safetensors          each subject]
              --save_raw--> moslora_weights.safetensors --load_raw--> the same adapter, bit for bit
 
-Such a file is correct without metadata, in any version of diffusers and in kohya's form. A file is published
-only after a stock loader has read it back and computed the same (`proof`).
+A file is published only after a stock loader has read it back and computed the same (`proof`).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from dreambooth_moslora.adapters.describe import reduce_layers
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import Folded, LowRank
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
-from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of
+from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
 from dreambooth_moslora.adapters.proof import (
     BOUNDS,
     FileProof,
@@ -42,7 +42,7 @@ from dreambooth_moslora.adapters.raw_file import (
     read_tensors,
     write_file,
 )
-from dreambooth_moslora.core import UserError, atomic_write, scratch_directory
+from dreambooth_moslora.core import UserError, scratch_directory
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, check_name, tokens_name
 
 
@@ -98,7 +98,7 @@ def publish(
         proofs = tuple(prove_file(path, components, adapter_name, expected) for path in written)
         paths = [scratch / tokens_name(name, number) for number in range(len(tokens))]
         for path, of_one in zip(paths, tokens):
-            atomic_write(path, of_one.content)
+            write_tokens(path, of_one)
         proofs += prove(paths) if prove and paths else ()
         for proof in proofs:
             if not proof.largest <= BOUNDS[dtype]:

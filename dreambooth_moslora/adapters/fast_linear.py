@@ -3,34 +3,31 @@
     y = W0·x + U·A·x                U = s·B·M (out,r), or s·B for plain LoRA
     dx = W0ᵀ·g + Aᵀ·(Uᵀ·g)          dA = (Uᵀ·g)·xᵀ          dU = g·(A·x)ᵀ
 
-PEFT computes the branch in full-width tensors of its own, in fp32 when the adapter is fp32, and autograd keeps
-a cast copy of x for each projection. Here the branch is added to the base's output in place. Autograd keeps x
-once, uncast (q, k and v share it), and only A·x (n,r) of the branch. Adapters stay fp32 masters; the arithmetic
-is in the base weight's dtype, on A and Uᵀ in that dtype. The scale is folded into U: `addmm` with a factor other
-than 1 is outside the fast CPU kernels.
+PEFT computes the branch in full-width tensors of its own, in fp32 when the adapter is fp32, and autograd keeps a cast
+copy of x for each projection. Here the branch is added to the base's output in place. Autograd keeps x once, uncast,
+and A·x (n,r). Adapters stay fp32 masters; the arithmetic is in the base weight's dtype, on A and Uᵀ in that dtype. The
+scale is folded into U: `addmm` with a factor other than 1 is outside the fast CPU kernels.
 
-It is used for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias. In 4 bit,
-W0 is made dense only for dx, one layer at a time; a `TextProjection` gives W0·x, and needs no dx. Calls that
-need more (disabled, merged, several active adapters, mixed batches, autocast) go to PEFT's own forward.
+It is used for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias. In 4 bit, W0 is
+made dense only for dx; a `TextProjection` gives W0·x, and needs no dx. Calls that need more (disabled, merged, several
+active adapters, mixed batches, autocast) go to PEFT's own forward.
 
 Projections of one input (q, k and v of self-attention, k and v of cross-attention) are one node together:
 
     [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)        W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
 
-This takes three kernels for k projections, where each projection alone takes three. The block diagonal is never
-built: it is a batch of k products, on columns of the wide tensors. W is one buffer, and the layers' own weights
-become views of it, so the base takes no more memory and each layer can still be called alone. Where k and v of
-cross-attention are `TextProjection`s, W·x is known already.
+This takes three kernels for k projections instead of three each. The block diagonal is never built: it is a batch of k
+products, on columns of the wide tensors. W is one buffer, and the layers' own weights become views of it, so the base
+takes no more memory and each layer can still be called alone. Of `TextProjection`s, W·x is known already.
 
 `WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, not at each call:
 
     dB = s·dU·Mᵀ          dM = s·Bᵀ·dU
 
-The copies are leaves of autograd, which micro-batches and recomputation share. Their gradients are summed in
-fp32 over the micro-batches. At the end of the step they become the gradients of A, B and M, so that the
-optimizer and the average over processes see nothing unusual. Layers whose matrices have equal shapes form one
-batch, so all of this takes a few dozen kernels for a UNet. U is held as Uᵀ (r,out), the form in which its
-gradient is computed.
+The copies are leaves of autograd, which micro-batches and recomputation share. Their gradients are summed in fp32 over
+the micro-batches. At the end of the step they become the gradients of A, B and M, so that the optimizer and the average
+over processes see nothing unusual. Layers whose matrices have equal shapes form one batch, so all of this takes a few
+dozen kernels for a UNet. U is held as Uᵀ (r,out), the form in which its gradient is computed.
 """
 
 from collections import defaultdict
@@ -488,7 +485,8 @@ class Batch:
         down, up = torch.stack(self.downs).to(dtype), up.to(dtype).contiguous()
         if self.count > 1:
             down, up = (copies.unflatten(0, (-1, self.count)) for copies in (down, up))
-        return [(leaf(down[i], self.learns_down), leaf(up[i])) for i in range(len(down))]
+        downs = [copy.detach().requires_grad_(self.learns_down) for copy in down]
+        return list(zip(downs, [copy.detach().requires_grad_() for copy in up], strict=True))
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -532,10 +530,6 @@ class Batch:
         for unit in self.units:
             unit.take_back()
         self.copies.clear()
-
-
-def leaf(copy: Tensor, learns: bool = True) -> Tensor:
-    return copy.detach().requires_grad_(learns)
 
 
 def added(total: Tensor | None, more: Tensor) -> Tensor:

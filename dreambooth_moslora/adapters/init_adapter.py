@@ -23,8 +23,7 @@ from dreambooth_moslora.adapters.proof import alone, delta, full_fp32, relative_
 from dreambooth_moslora.adapters.raw_file import all_layers, fill
 from dreambooth_moslora.core import UserError
 
-BOUND, BOUND_KAIMING = 1e-5, 1e-3
-"""Bounds of a layer's deviation: fp32's rounding, and its amplification by a badly conditioned mixer."""
+BOUND, BOUND_KAIMING = 1e-5, 1e-3  # fp32's rounding, and its amplification by a badly conditioned mixer
 
 
 @dataclass(frozen=True)

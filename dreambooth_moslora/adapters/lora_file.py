@@ -139,22 +139,17 @@ class Scales:
 
 
 def scales(
-    component: str,
-    found: dict[str, LowRank],
-    network_alphas: dict[str, float] | None,
-    peft_metadata: object,
-    file_name: str,
-    pipeline: StableDiffusionXLPipeline,
+    component: str, found: dict[str, LowRank], kohya_alphas: dict | None, of_peft: object, file_name: str, pipeline
 ) -> Scales:
     """The alphas of one component, from kohya's alphas or PEFT's settings in the header. Raises UserError for settings
     that are not numbers, that contradict the tensors, or that change the base."""
-    if peft_metadata is not None and not isinstance(peft_metadata, dict):
+    if of_peft is not None and not isinstance(of_peft, dict):
         raise _broken(file_name, "its LoRA settings are no object")
-    if peft_metadata and network_alphas:
+    if of_peft and kohya_alphas:
         raise _broken(file_name, "it has both alphas and LoRA settings")
     prefix = f"{component}."
-    settings = {k.removeprefix(prefix): v for k, v in (peft_metadata or {}).items() if k.startswith(prefix)}
-    own = {k.removeprefix(prefix): v for k, v in (network_alphas or {}).items() if k.startswith(prefix)}
+    settings = {k.removeprefix(prefix): v for k, v in (of_peft or {}).items() if k.startswith(prefix)}
+    own = {k.removeprefix(prefix): v for k, v in (kohya_alphas or {}).items() if k.startswith(prefix)}
     if settings:
         result = _from_settings(component, found, settings, file_name)
     else:  # a layer without an alpha gets the most common one, as in diffusers; without any, alpha is the rank

@@ -52,12 +52,11 @@ DORA_NOTE = (
 
 
 def dora_table() -> str:
-    """The same as a table in Markdown."""
     rows = "\n".join(f"| {programs} | {what} |" for programs, what in DORA_READERS.items())
     return f"| DoRA in the kohya file, read by | computes |\n|---|---|\n{rows}"
 
 
-PUBLIC = ("variant", "prior_prompts")  # Settings whose value a file tells if a recipe in `assets/configs` has the same
+PUBLIC = ("variant", "prior_prompts")  # settings whose value a file tells if a recipe in `assets/configs` has the same
 VARIANT = re.compile(r"\w[\w-]{0,19}")
 HEADER = "moslora"  # key of the metadata in a safetensors header
 
@@ -79,12 +78,10 @@ def is_text(value: object) -> bool:
 
 
 def named(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    """For an object whose values all pass `check`."""
     return lambda value: isinstance(value, dict) and all(check(v) for v in value.values())
 
 
 def listed(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    """For a list whose items all pass `check`."""
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
@@ -92,21 +89,18 @@ def is_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def is_token_note(value: object) -> bool:
-    """Its file must be a plain name, as anyone may write a header and the named file is opened."""
-    is_known = isinstance(value, dict) and value.keys() == {"word", "count", "file", "sha256"}
-    texts = [value[name] for name in ("word", "file", "sha256")] if is_known else [None]
-    if not all(map(is_text, texts)) or not is_rank(value["count"]):
-        return False
-    return value["word"].strip() != "" and PurePath(value["file"]).name == value["file"] != ""
-
-
-def is_basis_note(value: object) -> bool:
-    """Whether it is a valid note of a basis, or empty. Its file must be a plain name, as a token note's."""
-    if value == {}:
-        return True
-    is_known = isinstance(value, dict) and value.keys() == {"kind", "sha256", "file"} and named(is_text)(value)
+def is_note(value: object, names: set[str]) -> bool:
+    """Whether it has these names, each with a text. Its file must be a plain name, as anyone may write a header and
+    the named file is opened."""
+    is_known = isinstance(value, dict) and value.keys() == names and named(is_text)(value)
     return is_known and PurePath(value["file"]).name == value["file"]
+
+
+def is_token_note(value: object) -> bool:
+    if not isinstance(value, dict) or not is_rank(value.get("count")):
+        return False
+    texts = {name: text for name, text in value.items() if name != "count"}
+    return is_note(texts, {"word", "file", "sha256"}) and texts["word"].strip() != "" and texts["file"] != ""
 
 
 def are_public(value: object) -> bool:
@@ -126,12 +120,11 @@ def checked(is_valid: Callable[[object], bool], **default: Any) -> Any:
 class AdapterMetadata:
     """What a file says about its adapter; nothing in it is a path or describes photos or the machine.
 
-    `recipe`: the run's settings in `settings.sources`, for `--like`. `subject_prompts`: the words that call
-    each of several subjects; empty for one. `ranks` and `alphas` list the modules (`component.path`) that
-    differ from `rank` and `alpha`. `best_scale` and `usable_scales` (lowest, highest) are set if they were
-    measured. `tokens` has the `NewTokens.note` of each of the adapter's files of new tokens, `basis` is the
-    note of the frozen A and B. `public` and `withheld` are explained in `adapters.metadata`. `step` is set
-    if the run did not end there, `processes` if there were several.
+    `recipe`: the run's settings in `settings.sources`, for `--like`. `subject_prompts`: the words that call each of
+    several subjects. `ranks` and `alphas` list the modules (`component.path`) that differ from `rank` and `alpha`.
+    `best_scale` and `usable_scales` (lowest, highest) are set if they were measured. `tokens` has the `NewTokens.note`
+    of each file of new tokens, `basis` is the note of the frozen A and B. `public` and `withheld` are explained above.
+    `step` is set if the run did not end there, `processes` if there were several.
     """
 
     rank: int = checked(is_rank)
@@ -160,7 +153,9 @@ class AdapterMetadata:
         lambda value: value == {} or is_token_note(value) or listed(is_token_note)(value), default=()
     )
     subject_prompts: tuple[str, ...] = checked(listed(is_text), default=())
-    basis: Mapping[str, str] = checked(is_basis_note, default_factory=dict)
+    basis: Mapping[str, str] = checked(
+        lambda value: value == {} or is_note(value, {"kind", "sha256", "file"}), default_factory=dict
+    )
     public: Mapping[str, object] = checked(are_public, default_factory=dict)
     withheld: tuple[str, ...] = checked(listed(is_text), default=())
     step: int | None = checked(is_rank_or_none, default=None)

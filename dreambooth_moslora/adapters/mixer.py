@@ -2,11 +2,10 @@
 
     y = W0·x + s·B·M·A·x        W0 (out, in) frozen,  A (r, in),  M (r, r) the mixer,  B (out, r),  s = alpha/r
 
-For a convolution, W0 and A are kernels (out, in, h, w) and (r, in, h, w); B and M mix the channels of each
-pixel. A starts gaussian and B at zero, so the adapter starts as a no-op with any mixer. B·M is the B of a plain
-LoRA: every adapter folds exactly into a plain LoRA, `LowRank`, and with M = I it is one.
-
-`MixedLowRank` is the formula. In a model, PEFT's LoRA layer computes it, with a `MixerLinear` instead of its B.
+For a convolution, W0 and A are kernels (out, in, h, w) and (r, in, h, w); B and M mix the channels of each pixel.
+A starts gaussian and B at zero, so the adapter starts as a no-op with any mixer. B·M is the B of a plain LoRA: every
+adapter folds exactly into a plain LoRA, `LowRank`, and with M = I it is one. `MixedLowRank` is the formula. In a model,
+PEFT's LoRA layer computes it, with a `MixerLinear` instead of its B.
 """
 
 import hashlib
@@ -43,7 +42,7 @@ class LowRank:
         return change.view(len(self.up), *self.down.shape[1:]).float()
 
 
-Folded = dict[str, dict[str, LowRank]]  # Component -> module path, as other programs know it -> the layer
+Folded = dict[str, dict[str, LowRank]]  # component -> module path, as other programs know it -> the layer
 PLACEHOLDER_SHAPE = (1, 1)  # of `lora_B.weight` in the state dict of an adapter with a mixer
 
 
@@ -117,10 +116,9 @@ class ReadOnlyWeight(Tensor):
 
 
 class MixerLinear(nn.Module):
-    """B·M instead of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter or a buffer. A frozen mixer is
-    a buffer, because PEFT turns gradients on for every parameter of an active adapter. A state dict also holds a
-    `weight` of one zero. Loading it into a plain LoRA then fails on the shape, instead of silently ignoring the other
-    keys."""
+    """B·M instead of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter, or a buffer if frozen, as PEFT
+    turns gradients on for every parameter of an active adapter. A state dict also holds a `weight` of one zero:
+    loading it into a plain LoRA then fails on the shape, instead of silently ignoring the other keys."""
 
     def __init__(self, up: Tensor, mixer: Tensor, train_mixer: bool = True):
         super().__init__()

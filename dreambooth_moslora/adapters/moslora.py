@@ -1,12 +1,10 @@
 """MoSLoRA adapters on a model, as PEFT layers: add one, list its layers, scale it, switch it off, fold it.
 
-`mixer` holds the method. The mixer is inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA layer
-also works with this one: quantised bases, DoRA, merging, several adapters. There are two ways to add an
-adapter: `inject` for a model in place, and `MoSLoraConfig` for `peft.get_peft_model`.
-
-Which layers a config names is decided by PEFT's own rule. What PEFT would compute wrongly is refused. The first config
-with a mixer wraps two methods of PEFT's LoraModel, for the life of the process: `PeftModel.add_adapter` and
-`add_weighted_adapter` can be called at any later time, and PEFT has no hook there.
+The mixer is inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA layer also works here: quantised
+bases, DoRA, merging, several adapters. `inject` adds an adapter to a model in place, `MoSLoraConfig` is also for
+`peft.get_peft_model`. What PEFT would compute wrongly is refused. The first config with a mixer wraps two methods of
+PEFT's LoraModel, for the life of the process: `add_adapter` and `add_weighted_adapter` can be called at any later time,
+and PEFT has no hook there.
 """
 
 import math
@@ -112,9 +110,8 @@ def has_mixer(config: LoraConfig) -> bool:
 
 @wraps(create)
 def create_and_mix(self, lora_config, adapter_name, target, target_name, parent, current_key, **options):
-    """Also put a mixer between the A and the B that PEFT has just made for the layer at `current_key`; all become fp32,
-    even if PEFT is told to use the base's dtype. Raises UserError unless PEFT only multiplies by lora_B, a plain
-    matrix."""
+    """Also put a mixer between the A and the B that PEFT has just made; all become fp32, even if PEFT is to use the
+    base's dtype. Raises UserError unless PEFT only multiplies by lora_B, a plain matrix."""
     create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
     if not has_mixer(lora_config):
         return

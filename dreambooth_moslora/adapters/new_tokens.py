@@ -2,11 +2,10 @@
 
     NewTokens --attach--> both tokenizers know <s0> <s1> …, both encoders look their rows up,
                           a word stands for them
-              --content-------> NAME_emb.safetensors: clip_l (n, D), clip_g (n, D2), fp32
+              --write_tokens--> NAME_emb.safetensors: clip_l (n, D), clip_g (n, D2), fp32
 
 diffusers' `load_textual_inversion`, ComfyUI and A1111 read such a file. For the last two a file is one word, so each
-subject of an adapter has its own. The encoders' own tables do not change. The header of the adapter beside them holds
-the files' names and digests.
+subject of an adapter has its own. The header of the adapter beside them holds the files' names and digests.
 """
 
 import hashlib
@@ -28,13 +27,13 @@ from dreambooth_moslora.adapters.metadata import notes_in
 from dreambooth_moslora.adapters.proof import FileProof, collected_warnings, relative_difference
 from dreambooth_moslora.adapters.raw_file import check_finite, read_tensors, with_sorted_metadata
 from dreambooth_moslora.base.load import encode_text
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import UserError, atomic_write
 from dreambooth_moslora.disk.run_folder import tokens_name
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 
 logger = logging.getLogger(__name__)
 
-KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # Component -> its tensor in the file
+KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # component -> its tensor in the file
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 WORD, MOST = "moslora_word", 75
 
@@ -137,6 +136,10 @@ def notes_of(several: Sequence[NewTokens], name: str = "moslora") -> tuple[dict[
     return tuple(tokens.note(tokens_name(name, number)) for number, tokens in enumerate(several))
 
 
+def write_tokens(path: Path, tokens: NewTokens) -> None:
+    atomic_write(path, tokens.content)
+
+
 def read_tokens(path: Path) -> NewTokens:
     """The tokens in a file. Raises UserError for any other file."""
     tensors, header = read_tensors(path)
@@ -155,19 +158,16 @@ def read_tokens(path: Path) -> NewTokens:
 def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, ...]:
     """The tokens that the adapter file's header names, from the files beside it. Of a missing file, it logs a warning.
     Raises UserError for one that is not the file in the header."""
+    missing = "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it"
     found = []
     for note in notes_in(header):
         path = adapter.parent / note["file"]
         if not path.is_file():
-            logger.warning(
-                "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it",
-                adapter.name, note["word"], path.name,
-            )  # fmt: skip
+            logger.warning(missing, adapter.name, note["word"], path.name)
             continue
         if hashlib.sha256(path.read_bytes()).hexdigest() != note["sha256"]:
-            raise UserError(
-                f"{path.name} is not the file of new tokens that belongs to {adapter.name}: copy both again"
-            )
+            what = f"the file of new tokens that belongs to {adapter.name}"
+            raise UserError(f"{path.name} is not {what}: copy both again")
         found.append(read_tokens(path))
     return tuple(found)
 

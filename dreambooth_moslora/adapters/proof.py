@@ -1,10 +1,8 @@
 """Verifies an export: a stock loader reads the file back, in diffusers' or kohya's names, and must compute the same.
 
-diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so that memory never
-holds a second UNet. Two comparisons are made, both relative (‖file − live‖ / ‖live‖), in fp32, at scale 1:
-
-- ΔW of every projection, as PEFT computes it on both sides, and DoRA's magnitudes;
-- the output of a few projections, through PEFT's forward, on fixed inputs.
+diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so that memory never holds a
+second UNet. Compared are, relative (‖file − live‖ / ‖live‖), in fp32, at scale 1: ΔW of every projection, as PEFT
+computes it on both sides, DoRA's magnitudes, and the outputs of a few projections on fixed inputs.
 
 kohya's names, which the proof knows too:
 
@@ -14,15 +12,14 @@ kohya's names, which the proof knows too:
 ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and `up` of the
 others is multiplied by r/alpha: diffusers loses the alphas of attention projections when a file has several.
 DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row of W, as in PEFT and LyCORIS. diffusers drops
-`dora_scale`, so kohya files with DoRA are evaluated by this definition.
-`lora_te1_` and `lora_te2_` are the two text encoders. Header keys: github.com/Stability-AI/ModelSpec, and
-`ss_*` of kohya's sd-scripts. Folder names, captions and tag counts, which sd-scripts also writes, are left out.
+`dora_scale`, so kohya files with DoRA are evaluated by this definition. Header keys: github.com/Stability-AI/ModelSpec,
+and `ss_*` of kohya's sd-scripts, without its folder names, captions and tag counts.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 
@@ -128,8 +125,7 @@ class FileProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """The files that `publish` wrote and their errors. `kept` is the fraction of ‖ΔW‖² after rank reduction (1
-    without)."""
+    """The files that `publish` wrote and their errors. `kept` is the fraction of ‖ΔW‖² after rank reduction."""
 
     dtype: str
     bound: float
@@ -137,7 +133,7 @@ class Proof:
     file_proofs: tuple[FileProof, ...]
     rank_sum: int = 0
     kept: float = 1.0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -332,11 +328,7 @@ def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
 
 
 def prove_kohya_dora(
-    path: Path,
-    tensors: dict[str, Tensor],
-    live: dict[str, LoraLayer],
-    adapter_name: str,
-    expected: dict[str, Tensor] | None,
+    path: Path, tensors: dict[str, Tensor], live: dict[str, LoraLayer], adapter_name: str, expected: dict | None
 ) -> FileProof:
     """Compare merged weights (fp64, over the fixed base), as the file defines them and as PEFT merges them."""
     differences = {}

@@ -2,14 +2,13 @@
 
     <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
 
-The component is `unet`, `text_encoder` or `text_encoder_2`; lora_A is (r, in, h, w) for a convolution.
-`moslora` in the safetensors header holds the metadata as JSON. Because of the tensor `raw_format` every stock
-LoRA loader refuses the file: B·A without the mixer would be wrong.
+The component is `unet`, `text_encoder` or `text_encoder_2`; lora_A is (r, in, h, w) for a convolution. `moslora` in the
+header holds the metadata as JSON. Because of the tensor `raw_format` every stock LoRA loader refuses the file: B·A
+without the mixer would be wrong.
 
 Before it, safetensors files in general: written atomically and in a fixed order, read without running code, refused if
 a value is not finite. And models without weights: every parameter is a single zero, expanded to full size by strides
-of 0. Loaders, including PEFT's, treat such a model as an ordinary fp32 model on the CPU, but it takes almost no memory:
-a few MB for an SDXL UNet. The stock loader reloads an export into it, so that memory holds only one real UNet.
+of 0. Loaders treat such a model as an ordinary fp32 model on the CPU, but it takes only a few MB for an SDXL UNet.
 """
 
 import inspect
@@ -150,7 +149,13 @@ def adapter_metadata(
     """The metadata of a live adapter: ranks, alphas and mixer from the models, else what is `said`. Raises UserError
     for an unknown component, and when components have different settings."""
     check_components(components)
-    configs = [model.peft_config[adapter_name] for model in components.values()]
+    settings = {}
+    for name in SHARED_SETTINGS:  # PEFT's own config has no mixer
+        configs = [model.peft_config[adapter_name] for model in components.values()]
+        values = {getattr(config, name, getattr(AdapterMetadata, name)) for config in configs}
+        if len(values) > 1:
+            raise UserError(f"the components of one adapter file need one {name}, but have {sorted(values)}")
+        settings[name] = values.pop()
     layers = all_layers(components, adapter_name)
     ranks = {path: layer.r[adapter_name] for path, layer in layers.items()}
     alphas = {path: layer.lora_alpha[adapter_name] for path, layer in layers.items()}
@@ -158,7 +163,7 @@ def adapter_metadata(
     return AdapterMetadata(
         rank=rank,
         alpha=alpha,
-        **same_settings(configs),
+        **settings,
         ranks={path: r for path, r in ranks.items() if r != rank},
         alphas={path: a for path, a in alphas.items() if a != alpha},
         base_id=public_name(base_id),
@@ -191,17 +196,6 @@ def all_layers(components: dict[str, nn.Module], adapter_name: str) -> dict[str,
         for component, model in components.items()
         for path, layer in adapter_layers(model, adapter_name).items()
     }
-
-
-def same_settings(configs: list) -> dict[str, object]:
-    """The SHARED_SETTINGS of the configs. Raises UserError when the components differ."""
-    plain = AdapterMetadata  # PEFT's own config has no mixer
-    found = [{name: getattr(config, name, getattr(plain, name)) for name in SHARED_SETTINGS} for config in configs]
-    for name in SHARED_SETTINGS:
-        values = {settings[name] for settings in found}
-        if len(values) > 1:
-            raise UserError(f"the components of one adapter file need one {name}, but have {sorted(values)}")
-    return found[0]
 
 
 def save_raw(
@@ -317,15 +311,11 @@ def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.M
             module = None
         size, here = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:]), weight_size(module)
         if size != here:
-            there = f"is {size_text(here)}" if here else "does not exist"
+            there = f"is {'×'.join(map(str, here))}" if here else "does not exist"
             raise UserError(
                 f"{name} was made for another base{made_for}: it needs {component}.{module_path} of "
-                f"{size_text(size)} (out×in), which {there} here"
+                f"{'×'.join(map(str, size))} (out×in), which {there} here"
             )
-
-
-def size_text(size: tuple[int, ...]) -> str:
-    return "×".join(map(str, size))
 
 
 @torch.no_grad()

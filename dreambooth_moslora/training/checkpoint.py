@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of
+from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
 from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
 from dreambooth_moslora.core import (
     UserError,
@@ -95,7 +95,7 @@ def save_checkpoint(
     the shapes of the trained parameters."""
     with atomic_directory(path) as folder:
         for number, of_one in enumerate(tokens):
-            atomic_write(folder / tokens_name(number=number), of_one.content)
+            write_tokens(folder / tokens_name(number=number), of_one)
         facts = replace(facts, tokens=notes_of(tokens))
         save_raw(components, folder / RAW_NAME, facts)
         save_states(optimizer.state_dict(), folder / OPTIMIZER)
