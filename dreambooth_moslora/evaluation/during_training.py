@@ -2,21 +2,19 @@
 
 Several subjects are drawn and scored separately; the scores are the means over them.
 
-The best step has the highest `metrics.checkpoint_score` (fidelity × prompt × no copy). It is read from the
-run's events, so a resumed run knows it too. The run stops early only if `--early_stopping` asks for it.
+The best step has the highest `metrics.checkpoint_score`. It is read from the run's events, which a resumed run has too.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dreambooth_moslora.adapters.moslora import set_scale
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, sampler_draw
+from dreambooth_moslora.evaluation.evaluate import Draw, Evaluator, sampler_draw
 from dreambooth_moslora.evaluation.metrics import Encoders, load_encoders, photo_nearness
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_of_subject
 from dreambooth_moslora.evaluation.report import evaluators_of, photos_by_subject, pooled
@@ -33,10 +31,8 @@ SEEDS = (100, 101)  # other seeds than `evaluate`: these choose the best step
 
 class TrainingEvaluator:
     """The trainer calls it with its sampler and step. `prompts` must be encoded before the text encoders are freed.
-
     `photos` are those of all subjects. Raises UserError on construction, before the training, when an encoder cannot be
-    loaded. With `scores` False it has the same prompts and no encoders: for a process that never calls it.
-    """
+    loaded. With `scores` False it has the same prompts and no encoders: for a process that never calls it."""
 
     def __init__(
         self, config: TrainConfig, photos: Sequence[Photo], encoders: Encoders | None = None, scores: bool = True
@@ -70,37 +66,40 @@ class TrainingEvaluator:
         photos = self.photos_as_trained
         return evaluators_of(self.subjects, photos, self.plans, self.encoders, self.config.resolution)
 
-    @property
-    def without_bare_prompt(self) -> int:
-        """The number of photos whose captions lack the instance prompt."""
-        return sum(photo.bare_prompt is not None for photo in self.photos_as_trained)
-
     def __call__(self, sampler: Sampler, step: int) -> dict:
         """The fields of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of this evaluation."""
-        draw = sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
+        draw = self._draw(sampler)
         of_each = [evaluator(draw) for evaluator in self.evaluators]
         found = pooled(of_each)
+        # Numbered, as trackers must not get the user's words.
+        numbered = {f"dino_subject_{n}": round(one.mean("dino"), 4) for n, one in enumerate(of_each, start=1)}
         photos = torch.cat([evaluator.photos.joint for evaluator in self.evaluators])
         best = best_of([*self._earlier(step), (step, round(found.score, 4))])
         return {
             **found.logged(),
-            **of_subjects(of_each),
+            **(numbered if len(of_each) > 1 else {}),
             "copy_alarm": found.alarm.raised,
-            "photos": {**photo_facts(photos), "without_bare_prompt": self.without_bare_prompt},
+            "photos": {
+                "count": len(photos),
+                **({"nearness": round(photo_nearness(photos), 4)} if len(photos) > 1 else {}),
+                "without_bare_prompt": sum(photo.bare_prompt is not None for photo in self.photos_as_trained),
+            },
             "best": {"step": best.step, "score": best.score, "since": best.since},
             "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
         }
 
+    def _draw(self, sampler: Sampler) -> Draw:
+        return sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
+
     def find_scale(self, sampler: Sampler, components: dict[str, nn.Module]) -> ScaleChoice | None:
         """Score the live adapter at several scales; afterwards it has the trained scale again."""
-        draw = sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
+        draw, of_subject = self._draw(sampler), [evaluator.of_subject() for evaluator in self.evaluators]
 
         def score(scale: float) -> float:
             for model in components.values():
                 set_scale(model, scale)
             return pooled([one(draw) for one in of_subject]).score
 
-        of_subject = [evaluator.of_subject() for evaluator in self.evaluators]
         try:
             return choose_scale({scale: score(scale) for scale in SCALES})
         finally:
@@ -108,7 +107,7 @@ class TrainingEvaluator:
                 set_scale(model, 1.0)
 
     def _earlier(self, step: int) -> list[tuple[int, float]]:
-        events = RunDir(Path(self.config.output_dir)).read_metrics()
+        events = RunDir(self.config.output_dir).read_metrics()
         scores = {e["step"]: e["score"] for e in events if e.get("type") == "evaluation" and e.get("score") is not None}
         return sorted((at, score) for at, score in scores.items() if at < step)
 
@@ -116,17 +115,3 @@ class TrainingEvaluator:
 def plan_of(subject: TrainConfig, photos: list[Photo]) -> EvaluationPlan:
     full = plan_of_subject(subject, photos, seeds=SEEDS)
     return full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)
-
-
-def of_subjects(found: list[Evaluation]) -> dict[str, float]:
-    """`dino_subject_1` and so on, if there are several. They are numbered, as trackers must not get the user's
-    words."""
-    if len(found) == 1:
-        return {}
-    return {f"dino_subject_{number}": round(one.mean("dino"), 4) for number, one in enumerate(found, start=1)}
-
-
-def photo_facts(photos: Tensor) -> dict[str, float]:
-    """The number of photos from their joint vectors (P, D), and the mean cosine of each to its nearest one."""
-    nearness = {"nearness": round(photo_nearness(photos), 4)} if len(photos) > 1 else {}
-    return {"count": len(photos), **nearness}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -52,7 +52,7 @@ class Evaluation:
         return bootstrap_mean(self.tables[name])
 
     def means(self) -> dict[str, float]:
-        """All scores as plain numbers, rounded, for the log of a training run."""
+        """All scores as plain numbers, rounded."""
         found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
         copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
         return {**found, **self.relative(), **copies, "score": round(self.score, 4)}
@@ -64,9 +64,7 @@ class Evaluation:
 
     def relative(self) -> dict[str, float]:
         """Scores relative to their scales: the base's score, the ceiling (toy world), or the base's own spread.
-
-        pres_gain is PRES above the base's, in standard deviations of the base's pictures.
-        """
+        pres_gain is PRES above the base's, in standard deviations of the base's pictures."""
         found = {}
         for name, row in MEASURES.items():
             measure, whole = row.share or ("", "")
@@ -82,6 +80,8 @@ Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
 """(requests, True for the adapter or False for the base alone) -> pictures in order."""
 BATCH = 4
 GREY = (128, 128, 128)
+GROUPS = ("subject", "bare", "class", "unrelated")
+"""What the adapter draws, in this order."""
 
 
 class Truth(Protocol):
@@ -105,9 +105,7 @@ class Views:
 
 class Evaluator:
     """Judges adapters of one subject by `plan`. `masks` (white = subject) are optional; each photo has one or None.
-
-    `rivals`: words of the adapter's other subjects -> DINO vectors of their photos (`subjects.evaluators_of`).
-    """
+    `rivals`: words of the adapter's other subjects -> DINO vectors of their photos (`report.evaluators_of`)."""
 
     def __init__(
         self,
@@ -126,40 +124,25 @@ class Evaluator:
 
     def __call__(self, draw: Draw) -> Evaluation:
         """Draw all pictures of the plan and score them."""
-        started = time.perf_counter()
-        base = self.base_views(draw)
-        plan = self.plan
-        subject = self._views(draw(plan.subject_requests, True))
-        bare = self._views(draw(plan.bare_requests, True)) if plan.bare_prompt else None
-        classes = self._views(draw(plan.class_requests, True)) if plan.class_images else None
-        unrelated = self._views(draw(plan.unrelated_requests, True)) if plan.unrelated else None
-        tables = self._subject_tables(subject, base["subject"])
-        if bare is not None:
-            tables["dino_bare"] = metrics.subject_fidelity(bare.dino, self.photos.dino).numpy()[None]
-        if classes is not None:
-            tables |= self._class_tables(classes, base["class"])
-        if unrelated is not None:
-            tables |= self._drift_tables(unrelated, base["unrelated"])
-        alarm = metrics.copy_alarm(subject.joint, self.photos.joint)
-        named = {"subject": subject, "bare": bare, "class": classes, "unrelated": unrelated}
-        pictures = {name: views.pictures for name, views in named.items() if views is not None}
-        pictures |= {f"{name}_base": views.pictures for name, views in base.items()}
-        seconds = time.perf_counter() - started
-        return Evaluation(plan, tables, alarm, score_of(tables, alarm), seconds, pictures)
+        started, plan = time.perf_counter(), self.plan
+        groups = {"subject": plan.base_requests, "class": plan.class_requests, "unrelated": plan.unrelated_requests}
+        if self._base is None:
+            self._base = {name: self._views(draw(wanted, False)) for name, wanted in groups.items() if wanted}
+        groups |= {"subject": plan.subject_requests, "bare": plan.bare_requests}
+        drawn = {name: self._views(draw(groups[name], True)) for name in GROUPS if groups[name]}
+        tables = self._subject_tables(drawn["subject"], self._base["subject"]) | self._other_tables(drawn)
+        alarm = metrics.copy_alarm(drawn["subject"].joint, self.photos.joint)
+        means = [float(tables[name].mean()) for name in ("dino", "clip_t", "clip_t_base")]
+        pictures = {name: views.pictures for name, views in drawn.items()}
+        pictures |= {f"{name}_base": views.pictures for name, views in self._base.items()}
+        score, seconds = metrics.checkpoint_score(*means, alarm.share), time.perf_counter() - started
+        return Evaluation(plan, tables, alarm, score, seconds, pictures)
 
     def of_subject(self) -> "Evaluator":
         """A copy that draws only the subject's pictures, which suffice for the score."""
         smaller = copy(self)
         smaller.plan = replace(self.plan, class_images=0, unrelated=(), bare_prompt="")
         return smaller
-
-    def base_views(self, draw: Draw) -> dict[str, Views]:
-        """The base's pictures, drawn at the first call."""
-        if self._base is None:
-            plan = self.plan
-            groups = {"subject": plan.base_requests, "class": plan.class_requests, "unrelated": plan.unrelated_requests}
-            self._base = {name: self._views(draw(requests, False)) for name, requests in groups.items() if requests}
-        return self._base
 
     @cached_property
     def texts(self) -> Tensor:
@@ -198,25 +181,23 @@ class Evaluator:
             tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
         return tables
 
-    def _class_tables(self, classes: Views, base: Views) -> Tables:
-        """PRES, and DIV of the bare class: with its prior preserved it stays as varied as the base draws it."""
+    def _other_tables(self, drawn: dict[str, Views]) -> Tables:
+        """Of the bare prompt; PRES and DIV of the class, which stays as varied as the base draws it while its prior is
+        preserved; drift, with the base's own spread between seeds as its scale. Drift is in CLIP and DINO together, as
+        DINO sees only the object: a duck on the beach that becomes a duck in a kitchen would not count."""
         tables = {}
-        for end, views in (("", classes), ("_base", base)):
-            tables[f"pres{end}"] = metrics.prior_preservation(views.dino, self.photos.dino).numpy()
+        if "bare" in drawn:
+            tables["dino_bare"] = metrics.subject_fidelity(drawn["bare"].dino, self.photos.dino).numpy()[None]
+        for end, views in (("", drawn["class"]), ("_base", self._base["class"])) if "class" in drawn else ():
+            tables[f"pres{end}"] = metrics.subject_fidelity(views.dino, self.photos.dino).numpy()
             if len(views.pictures) > 1:
                 one_prompt = [0] * len(views.pictures)
                 tables[f"class_diversity{end}"] = by_prompt(metrics.diversity(views.dino, one_prompt))
-        return tables
-
-    def _drift_tables(self, unrelated: Views, base: Views) -> Tables:
-        """Drift in CLIP and DINO together, and the base's own spread between seeds as its scale.
-
-        DINO alone sees only the object: a duck on the beach that becomes a duck in a kitchen would not count.
-        """
-        shape = (len(self.plan.unrelated), len(self.plan.seeds))
-        tables = {"drift": metrics.drift(unrelated.joint, base.joint).numpy().reshape(shape)}
-        if len(self.plan.seeds) > 1:
-            tables["drift_base_spread"] = by_prompt(metrics.diversity(base.joint, self._prompts_of(base)))
+        if "unrelated" in drawn:
+            base, shape = self._base["unrelated"], (len(self.plan.unrelated), len(self.plan.seeds))
+            tables["drift"] = metrics.drift(drawn["unrelated"].joint, base.joint).numpy().reshape(shape)
+            if len(self.plan.seeds) > 1:
+                tables["drift_base_spread"] = by_prompt(metrics.diversity(base.joint, self._prompts_of(base)))
         return tables
 
     def _diversity(self, views: Views) -> np.ndarray:
@@ -232,11 +213,6 @@ class Evaluator:
 
 def by_prompt(values: dict[int, float]) -> np.ndarray:
     return np.array([list(values.values())]).T
-
-
-def score_of(tables: Tables, alarm: metrics.CopyAlarm) -> float:
-    means = {name: float(tables[name].mean()) for name in ("dino", "clip_t", "clip_t_base")}
-    return metrics.checkpoint_score(means["dino"], means["clip_t"], means["clip_t_base"], alarm.share)
 
 
 def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
@@ -261,10 +237,9 @@ def sampler_draw(sampler: Sampler, batch_size: int = BATCH) -> Draw:
     """Draw through a Sampler; for the base alone the adapters are switched off."""
 
     def draw(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
-        models = [getattr(sampler.pipeline, name, None) for name in ("unet", "text_encoder", "text_encoder_2")]
         with ExitStack() as stack:
-            for model in models if not with_adapter else ():
-                if model is not None:
+            for name in ("unet", "text_encoder", "text_encoder_2") if not with_adapter else ():
+                if (model := getattr(sampler.pipeline, name, None)) is not None:
                     stack.enter_context(disabled(model))
             return list(sampler(requests, batch_size))
 
@@ -280,15 +255,9 @@ def evaluate_adapter(
     guidance_scale: float | None = None,
 ) -> Evaluation:
     """Score a loaded adapter at `scale`. Text is encoded for each side, as adapters may be on the text encoders."""
-    inner = pipeline.pipeline
+    inner, steps = pipeline.pipeline, evaluator.plan.inference_steps
+    embed, size_px, device = partial(encode_text, inner), pipeline.resolution_px, inner.unet.device
     pipeline.activate(((adapter, scale),))
+    sampler = Sampler(inner, embed, size_px, device, steps, guidance_scale=guidance_scale)
     with torch.no_grad():
-        sampler = Sampler(
-            inner,
-            lambda prompts: encode_text(inner, prompts),
-            pipeline.resolution_px,
-            inner.unet.device,
-            evaluator.plan.inference_steps,
-            guidance_scale=guidance_scale,
-        )
         return evaluator(sampler_draw(sampler, batch_size))

@@ -14,8 +14,6 @@ CVPR 2023, arXiv 2208.12242, section 4.1 and 4.3) names five measures. With u·v
             high value means that every member of the class has become the subject
     DIV     mean distance between pictures of one prompt: by LPIPS as in the paper, or by 1 - dino·dino
 
-Further measures are `drift` on prompts unrelated to the subject, `copy_index` against memorised photos,
-`background_leak`, `confusion` of two subjects of one adapter, and the score that picks the best checkpoint.
 Most functions return one value for each picture, so that intervals can be computed over prompts and seeds.
 
 Intervals are by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13). A score is
@@ -57,7 +55,6 @@ TOY_DINO = "toy-dino"
 ALEXNET = "alexnet-owt-7be5be79.pth"
 BATCH, TOKENS = 16, 77
 
-
 PictureDistance = Callable[[Image.Image, Image.Image], float]
 
 
@@ -70,38 +67,13 @@ class Clip:
     tokenizer: Any
     processor: Any
 
-    @classmethod
-    def of_towers(cls, vision: nn.Module, text: nn.Module, tokenizer: Any, processor: Any) -> "Clip":
-        """From two towers that each have their own projection."""
-        return cls(
-            lambda pixels: vision(pixel_values=pixels).image_embeds,
-            lambda words: text(words.input_ids, attention_mask=words.attention_mask).text_embeds,
-            tokenizer,
-            processor,
-        )
-
-    @classmethod
-    def of_model(cls, model: CLIPModel, tokenizer: Any, processor: Any) -> "Clip":
-        """From a whole CLIPModel."""
-
-        def embed_texts(words: Any) -> Tensor:
-            pooled = model.text_model(words.input_ids, attention_mask=words.attention_mask).pooler_output
-            return model.text_projection(pooled)
-
-        def embed_images(pixels: Tensor) -> Tensor:
-            return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-
-        return cls(embed_images, embed_texts, tokenizer, processor)
-
 
 @dataclass
 class Encoders:
-    """The models and their preprocessing. `names` are their public names, never paths.
+    """The models and their preprocessing. `names` are their public names, never paths. `lpips` is the paper's distance
+    for diversity, if its weights are available."""
 
-    `lpips` is the paper's distance for diversity, if its weights are available.
-    """
-
-    clip: "Clip"
+    clip: Clip
     dino: nn.Module
     dino_processor: Any
     names: tuple[str, str] = ("clip", "dino")
@@ -143,15 +115,11 @@ def load_encoders(
     base: str | Path = "", clip: str | Path = "", dino: str | Path = "", device: str | torch.device = "cpu"
 ) -> Encoders:
     """The toy world's own encoders for the embedded `base`, CLIP and DINOv2 for others, or those named by hub id or
-    folder: the toy world's know only toys, and the others know none.
-
-    Raises UserError when one is not available: give a folder, or fetch it once with a network.
-    """
+    folder: the toy world's know only toys, and the others know none. Raises UserError when one is not available: give a
+    folder, or fetch it once with a network."""
     folder = own_encoders(base)
-    if folder and not clip:
-        towers, clip_name = clip_of_pipeline(folder, device), f"{folder.name} CLIP"
-    else:
-        towers, clip_name = clip_of_model(clip or CLIP, device), public_name(clip or CLIP)
+    clip_name = f"{folder.name} CLIP" if folder and not clip else public_name(clip or CLIP)
+    towers = load_clip(clip or folder or CLIP, device, is_pipeline=bool(folder and not clip))
     dino = dino or (folder.parent / TOY_DINO if folder and (folder.parent / TOY_DINO).is_dir() else DINO)
     model = frozen(AutoModel, dino, device)
     if model.main_input_name != "pixel_values":
@@ -162,10 +130,8 @@ def load_encoders(
 
 
 def lpips_distance(device: str | torch.device = "cpu") -> PictureDistance | None:
-    """LPIPS (Zhang et al., CVPR 2018) on AlexNet; None when the `lpips` package or AlexNet's weights are missing.
-
-    It downloads nothing.
-    """
+    """LPIPS (Zhang et al., CVPR 2018) on AlexNet; None when the package or AlexNet's weights are missing, as nothing
+    is downloaded."""
     weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
     if find_spec("lpips") is None or not weights.is_file():
         return None
@@ -189,18 +155,26 @@ def own_encoders(base: str | Path) -> Path | None:
     return folder if isinstance(folder, Path) and (folder / "image_encoder").is_dir() else None
 
 
-def clip_of_pipeline(folder: Path, device: str | torch.device) -> Clip:
-    """The CLIP inside a diffusers folder: its image encoder matches its second text encoder."""
-    return Clip.of_towers(
-        frozen(CLIPVisionModelWithProjection, folder / "image_encoder", device),
-        frozen(CLIPTextModelWithProjection, folder / "text_encoder_2", device),
-        loaded(CLIPTokenizer, folder / "tokenizer_2"),
-        loaded(CLIPImageProcessor, folder / "feature_extractor"),
+def load_clip(name: str | Path, device: str | torch.device, *, is_pipeline: bool) -> Clip:
+    """A CLIP model, or that inside a pipeline's folder, whose image encoder matches its second text encoder."""
+    if is_pipeline:
+        folder = Path(name)
+        vision = frozen(CLIPVisionModelWithProjection, folder / "image_encoder", device)
+        text = frozen(CLIPTextModelWithProjection, folder / "text_encoder_2", device)
+        return Clip(
+            lambda pixels: vision(pixel_values=pixels).image_embeds,
+            lambda words: text(words.input_ids, attention_mask=words.attention_mask).text_embeds,
+            loaded(CLIPTokenizer, folder / "tokenizer_2"),
+            loaded(CLIPImageProcessor, folder / "feature_extractor"),
+        )
+    model = frozen(CLIPModel, name, device)
+    image_part, text_part = model.vision_model, model.text_model
+    return Clip(
+        lambda pixels: model.visual_projection(image_part(pixel_values=pixels).pooler_output),
+        lambda words: model.text_projection(text_part(words.input_ids, words.attention_mask).pooler_output),
+        loaded(CLIPTokenizer, name),
+        loaded(CLIPImageProcessor, name),
     )
-
-
-def clip_of_model(name: str | Path, device: str | torch.device) -> Clip:
-    return Clip.of_model(frozen(CLIPModel, name, device), loaded(CLIPTokenizer, name), loaded(CLIPImageProcessor, name))
 
 
 def frozen(kind: Any, name: str | Path, device: str | torch.device) -> nn.Module:
@@ -250,11 +224,8 @@ class Interval:
 
 
 def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The mean of a table of any number of axes, and its interval when every axis is resampled.
-
-    An axis of length 1 shows no spread and adds nothing to the interval. Raises ValueError when empty or not
-    finite.
-    """
+    """The mean of a table of any number of axes, and its interval when every axis is resampled. An axis of length 1
+    adds nothing to the interval. Raises ValueError when empty or not finite."""
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"a mean needs finite values, not a table of shape {values.shape} with gaps")
@@ -297,7 +268,8 @@ LONE_PHOTO_NEARNESS = 0.8
 
 
 def subject_fidelity(generated: Tensor, photos: Tensor) -> Tensor:
-    """CLIP-I or DINO: generated (N, D), photos (P, D) -> (N,), mean cosine of each picture to all photos."""
+    """CLIP-I or DINO: generated (N, D), photos (P, D) -> (N,), mean cosine of each picture to all photos. PRES is the
+    same of pictures of the bare class, with DINO's vectors."""
     return (generated @ photos.T).mean(1)
 
 
@@ -312,25 +284,14 @@ def prompt_fidelity(generated: Tensor, texts: Tensor) -> Tensor:
     return (generated * texts).sum(1)
 
 
-def prior_preservation(class_pictures: Tensor, photos: Tensor) -> Tensor:
-    """PRES: DINO vectors of pictures of the bare class (N, D), of the photos (P, D) -> (N,). Lower is better."""
-    return subject_fidelity(class_pictures, photos)
-
-
-def cosine_distance(a: Tensor, b: Tensor) -> float:
-    return float(1 - a @ b)
-
-
 def diversity(
     pictures: Sequence[Picture],
     groups: Sequence[Hashable],
-    distance: Callable[[Picture, Picture], float] = cosine_distance,
+    distance: Callable[[Picture, Picture], float] = lambda a, b: float(1 - a @ b),
 ) -> dict[Hashable, float]:
     """DIV of each group (such as one prompt): the mean `distance` over all pairs in it. Higher is more diverse.
-
-    `pictures` are unit vectors for the cosine distance, the pictures themselves for LPIPS. Groups of one have
-    no pair and are left out.
-    """
+    `pictures` are unit vectors for the default, the cosine distance, and the pictures themselves for LPIPS. Groups of
+    one have no pair and are left out."""
     members: dict[Hashable, list[Picture]] = {}
     for picture, group in zip(pictures, groups, strict=True):
         members.setdefault(group, []).append(picture)
@@ -339,27 +300,20 @@ def diversity(
 
 
 def drift(adapted: Tensor, base: Tensor) -> Tensor:
-    """1 - cosine between adapter and base at equal prompt and seed: (N, D), (N, D) -> (N,). Zero means unchanged.
-
-    The vectors are `joint_vectors`, which see the object and its place. Compare it with the base's `diversity`,
-    the distance of its own pictures between seeds.
-    """
+    """1 - cosine between adapter and base at equal prompt and seed: (N, D), (N, D) -> (N,). Zero means unchanged. The
+    vectors are `joint_vectors`. Compare it with the base's `diversity`, the distance between its own seeds."""
     return 1 - (adapted * base).sum(1)
 
 
 def joint_vectors(clip: Tensor, dino: Tensor) -> Tensor:
     """CLIP (N, C) and DINO (N, D) concatenated to unit vectors (N, C + D): their cosine is the mean of both cosines.
-
-    DINO sees the subject in any place, CLIP sees place and light: only a copy is near a photo in both.
-    """
+    DINO sees the subject in any place, CLIP sees place and light: only a copy is near a photo in both."""
     return torch.cat([clip, dino], dim=1) / 2**0.5
 
 
 def photo_nearness(photos: Tensor) -> float:
-    """The mean over photos (P, D) of their largest cosine to another photo.
-
-    A picture of the subject may be this near to a photo without being a copy.
-    """
+    """The mean over photos (P, D) of their largest cosine to another photo. A picture of the subject may be this near
+    to a photo without being a copy."""
     if len(photos) < 2:
         return LONE_PHOTO_NEARNESS
     similarities = (photos @ photos.T).fill_diagonal_(-1)
@@ -367,10 +321,8 @@ def photo_nearness(photos: Tensor) -> float:
 
 
 def copy_index(generated: Tensor, photos: Tensor) -> Tensor:
-    """(m - r)/(1 - r) of each picture (N, D) -> (N,); m is its largest cosine to a photo (P, D), r `photo_nearness`.
-
-    0: no nearer to a photo than the photos are to each other; 1: it is the photo; negative: farther.
-    """
+    """(m - r)/(1 - r) of each picture (N, D) -> (N,); m is its largest cosine to a photo (P, D), r `photo_nearness`. 0:
+    no nearer to a photo than the photos are to each other; 1: it is the photo; negative: farther."""
     nearness = min(photo_nearness(photos), 0.99)  # equal frames would divide by zero
     return ((generated @ photos.T).amax(1) - nearness) / (1 - nearness)
 
@@ -396,11 +348,8 @@ def copy_alarm(generated: Tensor, photos: Tensor) -> CopyAlarm:
 
 
 def background_leak(generated: Tensor, base: Tensor, backgrounds: Tensor) -> Tensor:
-    """How much nearer to the photos' backgrounds each picture is than the base's at equal prompt and seed, (N,).
-
-    CLIP vectors: generated (N, D), base (N, D), the photos with the subject painted over (P, D). Zero is no
-    leak.
-    """
+    """How much nearer to the photos' backgrounds each picture is than the base's at equal prompt and seed, (N,). CLIP
+    vectors: generated (N, D), base (N, D), the photos with the subject painted over (P, D). Zero is no leak."""
     return subject_fidelity(generated, backgrounds) - subject_fidelity(base, backgrounds)
 
 
@@ -421,10 +370,8 @@ def confusion(generated: Tensor, own: Tensor, other: Tensor) -> Tensor:
 
 
 def checkpoint_score(fidelity: float, prompt: float, base_prompt: float, copied: float) -> float:
-    """fidelity × prompt × no copy, in [0, 1]; it defines the best checkpoint.
-
-    `fidelity` is DINO (negative values count as 0). `prompt` is CLIP-T relative to the base's on the same
-    prompts, at most 1. `copied` is the fraction of copies.
-    """
+    """fidelity × prompt × no copy, in [0, 1]; it defines the best checkpoint. `fidelity` is DINO (negative values count
+    as 0). `prompt` is CLIP-T relative to the base's on the same prompts, at most 1. `copied` is the fraction of
+    copies."""
     kept = min(prompt / base_prompt, 1.0) if base_prompt > 0 else 1.0
     return max(fidelity, 0.0) * max(kept, 0.0) * (1 - copied)

@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError, is_toy
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.settings.prompts import (
-    DREAMBOOTH_LIVE_TEMPLATES,
-    DREAMBOOTH_OBJECT_TEMPLATES,
-    Subject,
-    subject_of,
-)
+from dreambooth_moslora.settings import prompts
+from dreambooth_moslora.settings.prompts import Subject
 from dreambooth_moslora.settings.table import TrainConfig
 
-TEMPLATE_SETS = {"object": DREAMBOOTH_OBJECT_TEMPLATES, "live": DREAMBOOTH_LIVE_TEMPLATES, "toy": TOY_TEMPLATES}
+TEMPLATE_SETS = {
+    "object": prompts.DREAMBOOTH_OBJECT_TEMPLATES,
+    "live": prompts.DREAMBOOTH_LIVE_TEMPLATES,
+    "toy": TOY_TEMPLATES,
+}
 LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird", "person", "man", "woman", "boy", "girl"}
 LIFELESS = {"stuffed", "plush", "toy", "statue", "figurine", "figure", "sculpture", "doll"}
 UNRELATED = (
@@ -50,7 +50,6 @@ class EvaluationPlan:
     subject: Subject
     templates: tuple[str, ...]
     unrelated: tuple[str, ...]
-    class_template: str = "a photo of a {}"
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     class_images: int = 16
     inference_steps: int = 25
@@ -61,9 +60,13 @@ class EvaluationPlan:
             raise UserError("an evaluation needs seeds, and prompts that hold {} for the subject's words")
 
     @property
+    def class_word(self) -> str:
+        return self.subject.class_word or "subject"
+
+    @property
     def texts(self) -> list[str]:
         """The prompts without the token: CLIP-T's texts, and the base's prompts."""
-        return [template.replace("{}", self.subject.class_word or "subject") for template in self.templates]
+        return [template.replace("{}", self.class_word) for template in self.templates]
 
     @property
     def subject_requests(self) -> list[SampleRequest]:
@@ -80,7 +83,7 @@ class EvaluationPlan:
 
     @property
     def class_requests(self) -> list[SampleRequest]:
-        prompt = self.class_template.replace("{}", self.subject.class_word or "subject")
+        prompt = f"a photo of a {self.class_word}"
         return [SampleRequest(prompt, 1000 + number) for number in range(self.class_images)]
 
     @property
@@ -90,8 +93,8 @@ class EvaluationPlan:
     @property
     def prompts(self) -> list[str]:
         """Every text that will be encoded."""
-        of_subject, others = self.subject_requests + self.bare_requests, self.class_requests + self.unrelated_requests
-        return sorted({request.prompt for request in of_subject + self.base_requests + others})
+        of_subject = self.subject_requests + self.base_requests + self.bare_requests
+        return sorted({request.prompt for request in of_subject + self.class_requests + self.unrelated_requests})
 
     def _each(self, prompts: list[str]) -> list[SampleRequest]:
         return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.seeds]
@@ -121,17 +124,23 @@ def plan_for(
 ) -> EvaluationPlan:
     """The full protocol for a subject: the toy world's places for `toy`, DreamBooth's 25 templates otherwise.
 
-    `templates`: a name of TEMPLATE_SETS, or "auto", which distinguishes living things and objects (a stuffed
-    animal is an object). Places in the photos' `captions` are left out (`unseen`). `changes` sets other fields.
-    Raises UserError.
+    `templates`: a name of TEMPLATE_SETS, or "auto", which distinguishes living things and objects (a stuffed animal is
+    an object). Those whose place is in the photos' `captions` are left out, as a copy would score best there, unless no
+    other is left. `changes` sets other fields. Raises UserError.
     """
     if templates == "auto":
-        templates = "toy" if is_toy(base) else "live" if is_living(subject.class_word) else "object"
+        words = set(subject.class_word.lower().split())
+        templates = "toy" if is_toy(base) else "live" if words & LIVING and not words & LIFELESS else "object"
     if templates not in TEMPLATE_SETS:
         raise UserError(f"prompts {templates!r}: choose one of auto, {', '.join(TEMPLATE_SETS)}, or a text file")
+    known, unseen = " | ".join(captions).lower(), []
+    for template in TEMPLATE_SETS[templates]:
+        place = template.partition("{}")[2].strip().lower()
+        if not place or place not in known:
+            unseen.append(template)
     others = tuple(text.format(kind) for text, kind in UNRELATED_TOYS if kind != subject.class_word)
     unrelated = others if is_toy(base) else UNRELATED
-    return EvaluationPlan(subject, unseen(TEMPLATE_SETS[templates], captions), unrelated, **changes)
+    return EvaluationPlan(subject, tuple(unseen) or TEMPLATE_SETS[templates], unrelated, **changes)
 
 
 def plan_of_subject(
@@ -140,19 +149,4 @@ def plan_of_subject(
     """`plan_for` a subject's settings and photos, with its instance prompt as the bare one. Raises UserError."""
     captions = [caption for photo in photos for caption in photo.captions]
     base, bare = subject.pretrained_model_name_or_path, subject.instance_prompt
-    return plan_for(base, subject_of(subject), templates, captions, bare_prompt=bare, **changes)
-
-
-def is_living(class_word: str) -> bool:
-    words = set(class_word.lower().split())
-    return bool(words & LIVING) and not words & LIFELESS
-
-
-def unseen(templates: Sequence[str], captions: Collection[str]) -> tuple[str, ...]:
-    """The templates whose place is in no caption: in a place of the photos a copy would score best.
-
-    All templates if no place is left.
-    """
-    known = " | ".join(captions).lower()
-    places = {template: template.partition("{}")[2].strip().lower() for template in templates}
-    return tuple(t for t, place in places.items() if not place or place not in known) or tuple(templates)
+    return plan_for(base, prompts.subject_of(subject), templates, captions, bare_prompt=bare, **changes)

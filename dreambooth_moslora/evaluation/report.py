@@ -6,8 +6,7 @@ evaluators_of(subjects) -> an Evaluator each, which knows the photos of its riva
 pooled(evaluations)     -> one Evaluation over the prompts of all
 TogetherEvaluator       -> pictures of "sks dog and a zwx cat", and how near they are to the photos of either
 
-Their files are scores.json and report.html of all (likeness and confusion as matrices, pictures by subject,
-pairs), and subject_1/, subject_2/ … with the report of each alone, as for an adapter with one subject.
+Their files are scores.json and report.html of all, and subject_1/, subject_2/ … with the report of each alone.
 """
 
 import json
@@ -38,10 +37,8 @@ from dreambooth_moslora.training.explain import ScaleChoice
 
 @dataclass(frozen=True)
 class ReportContext:
-    """What was judged, as the report names it, without paths. `encoders` are the names of CLIP and DINO.
-
-    `scale`: the result of --sweep_scale.
-    """
+    """What was judged, as the report names it, without paths. `encoders` are the names of CLIP and DINO; `scale` is the
+    result of --sweep_scale."""
 
     adapter: str
     base: str
@@ -84,20 +81,19 @@ def scores_json(found: Evaluation, about: ReportContext, photo_fidelity: float) 
 
 def per_prompt(found: Evaluation) -> list[dict]:
     """Means over the seeds for each prompt of the subject, from every table with such rows."""
-    tables = {}
+    rows = [{"prompt": prompt} for prompt in found.plan.texts]
     for name, values in found.tables.items():
-        has_rows = values.ndim == 2 and len(values) == len(found.plan.templates)
+        has_rows = values.ndim == 2 and len(values) == len(rows)
         if has_rows and not name.startswith(("drift", "class", "dino_bare")):
-            tables[name] = values
-    rows = []
-    for number, prompt in enumerate(found.plan.texts):
-        means = {name: round(float(values[number].mean()), 4) for name, values in tables.items()}
-        rows.append({"prompt": prompt, **means})
+            for row, own in zip(rows, values):
+                row[name] = round(float(own.mean()), 4)
     return rows
 
 
 def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Image], photo_fidelity: float) -> str:
     """The page: verdict, scores, photos, every prompt by adapter and base, the picture nearest to a copy."""
+    relative, means = {**found.relative(), "copied": found.alarm.share}, per_prompt(found)
+    names = ["prompt", *(name for name, row in MEASURES.items() if (row.title or row.truth) and name in means[0])]
     return render(
         "evaluation.html",
         title=f"Fidelity of {about.adapter}",
@@ -105,10 +101,10 @@ def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Imag
         about=about,
         photos=photos,
         scores=score_rows(found, photo_fidelity),
-        shares=[(MEASURES[name].title, f"{value:.3f}") for name, value in shares_of(found).items()],
+        shares=[(row.title, f"{relative[name]:.3f}") for name, row in MEASURES.items() if name in relative],
         truths=rows_beside(found, [name for name, row in MEASURES.items() if row.truth], ("_ceiling", "_floor")),
         judged=rows_beside(found, [name for name, row in MEASURES.items() if row.kind == "judge"], ("_ceiling",)),
-        by_prompt=prompt_table(found),
+        by_prompt=([name.replace("_", " ") for name in names], [[row[name] for name in names] for row in means]),
         copied=metrics.COPIED,
         alarm_share=metrics.ALARM_SHARE,
     )
@@ -125,28 +121,14 @@ def score_rows(found: Evaluation, photo_fidelity: float) -> list[tuple]:
     return rows
 
 
-def shares_of(found: Evaluation) -> dict[str, float]:
-    """The scores relative to their scales, where those were measured."""
-    known = {**found.relative(), "copied": found.alarm.share}
-    return {name: known[name] for name in MEASURES if name in known}
-
-
 def rows_beside(found: Evaluation, names: Sequence[str], ends: Sequence[str]) -> list[tuple]:
     """Title, mean and the means beside it (NAME_ceiling, NAME_floor) of each measure that was compared with them."""
     rows = []
     for name in names:
         tables = [name + end for end in ("", *ends)]
         if all(table in found.tables for table in tables):
-            row = MEASURES[name]
-            rows.append((row.truth or row.title, *map(found.interval, tables)))
+            rows.append((MEASURES[name].truth or MEASURES[name].title, *map(found.interval, tables)))
     return rows
-
-
-def prompt_table(found: Evaluation) -> tuple[list[str], list[list]]:
-    """Header and rows of each prompt's means."""
-    rows = per_prompt(found)
-    names = ["prompt", *(name for name, row in MEASURES.items() if (row.title or row.truth) and name in rows[0])]
-    return [name.replace("_", " ") for name in names], [[row[name] for name in names] for row in rows]
 
 
 def write_report(
@@ -190,8 +172,7 @@ def pooled(found: Sequence[Evaluation]) -> Evaluation:
     """One evaluation of all: the tables of all subjects over all their prompts, the mean score, the worst copy."""
     if len(found) == 1:
         return found[0]
-    names = in_all(found, found[0].tables)
-    tables = {name: np.concatenate([one.tables[name] for one in found]) for name in names}
+    tables = {name: np.concatenate([one.tables[name] for one in found]) for name in in_all(found, found[0].tables)}
     alarms = [one.alarm for one in found]
     share, worst = float(np.mean([alarm.share for alarm in alarms])), max(alarms, key=lambda alarm: alarm.largest)
     alarm = replace(worst, share=share, raised=any(alarm.raised for alarm in alarms))
@@ -207,14 +188,10 @@ def in_all(found: Sequence[Evaluation], names: Iterable[str]) -> list[str]:
 
 @dataclass
 class Together:
-    """Pictures of two subjects `words` in one prompt.
-
-    `tables` (prompts, seeds): DINO to the photos of the `first` and the `second`, and the base's without the
-    tokens.
-    """
+    """Pictures of two subjects `words` in one prompt. `tables` (prompts, seeds): DINO to the photos of the `first` and
+    the `second`, and the base's without the tokens."""
 
     words: tuple[str, str]
-    prompts: list[str]
     tables: Tables
     pictures: list[Image.Image] = field(repr=False)
     base_pictures: list[Image.Image] = field(repr=False)
@@ -241,24 +218,20 @@ class TogetherEvaluator:
         return len(self.plan.templates) * len(self.plan.seeds)
 
     def __call__(self, draw: Draw) -> Together:
-        first, second = self.pair
-        named = [one.plan.subject for one in self.pair]
-        pictures = draw(self.requests([subject.words for subject in named]), True)
-        base = draw(self.requests([subject.class_word or "subject" for subject in named]), False)
-        vectors = {"": first.encoders.dino_images(pictures), "_base": first.encoders.dino_images(base)}
-        shape = (len(self.plan.templates), len(self.plan.seeds))
-        tables = {}
-        for name, one in (("first", first), ("second", second)):
+        words = tuple(one.plan.subject.words for one in self.pair)
+        pictures = draw(self.requests(words), True)
+        base = draw(self.requests([one.plan.class_word for one in self.pair]), False)
+        encode = self.pair[0].encoders.dino_images
+        vectors = {"": encode(pictures), "_base": encode(base)}
+        shape, tables = (len(self.plan.templates), len(self.plan.seeds)), {}
+        for name, one in zip(("first", "second"), self.pair):
             for end, dino in vectors.items():
                 tables[name + end] = metrics.subject_fidelity(dino, one.photos.dino).numpy().reshape(shape)
-        words = (named[0].words, named[1].words)
-        return Together(words, self.prompts(list(words)), tables, pictures, base)
+        return Together(words, tables, pictures, base)
 
-    def prompts(self, words: list[str]) -> list[str]:
-        return [template.replace("{}", " and a ".join(words)) for template in self.plan.templates]
-
-    def requests(self, words: list[str]) -> list[SampleRequest]:
-        return [SampleRequest(prompt, seed) for prompt in self.prompts(words) for seed in self.plan.seeds]
+    def requests(self, words: Sequence[str]) -> list[SampleRequest]:
+        prompts = [template.replace("{}", " and a ".join(words)) for template in self.plan.templates]
+        return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.plan.seeds]
 
 
 def pairs_of(evaluators: Sequence[Evaluator]) -> list[TogetherEvaluator]:
@@ -276,8 +249,7 @@ def write_reports(
     together: Sequence[Together],
     about: ReportContext,
 ) -> None:
-    """Write `folder`/scores.json and report.html; of several subjects those for all, and each one's in a folder of
-    its own."""
+    """Write `folder`/scores.json and report.html; of several subjects those for all, and each one's in subject_1 …"""
     fidelities = [photo_fidelity(one.photos.dino) for one in evaluators]
     if len(found) == 1:
         write_report(folder, found[0], about, evaluators[0].photos.pictures, fidelities[0])

@@ -115,7 +115,12 @@ def full_size(tmp_path_factory) -> tuple[Encoders, nn.Module, nn.Module]:
         eos_token_id=tokenizer.eos_token_id,
     )
     towers = CLIPVisionModelWithProjection(vision).eval(), CLIPTextModelWithProjection(text).eval()
-    clip = Clip.of_towers(*towers, tokenizer, CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=size))
+    clip = Clip(
+        lambda pixels: towers[0](pixel_values=pixels).image_embeds,
+        lambda words: towers[1](words.input_ids, attention_mask=words.attention_mask).text_embeds,
+        tokenizer,
+        CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=size),
+    )
     encoders = Encoders(
         clip,
         Dinov2Model(Dinov2Config(image_size=518, patch_size=14)).eval(),
