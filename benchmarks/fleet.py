@@ -24,10 +24,9 @@ import psutil
 
 from dreambooth_moslora.core import file_digest
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
-from dreambooth_moslora.extras.cluster.fleet import Ending, begun, missing, run_fleet
-from dreambooth_moslora.extras.cluster.on_ray import EMBEDDED, connected, largest_node_gib
+from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, begun, missing, run_fleet
+from dreambooth_moslora.extras.cluster.on_ray import EMBEDDED, connected
 from dreambooth_moslora.extras.cluster.records import Record, write_record
-from dreambooth_moslora.extras.cluster.sizing import Machines
 from dreambooth_moslora.extras.cluster.subjects import read_subjects
 from dreambooth_moslora.extras.cluster.worker import Job
 
@@ -114,7 +113,7 @@ class Killer:
         """The run folder of a running training."""
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            if "dreambooth_moslora.extras.cluster.guarded" in words:
+            if "dreambooth_moslora.extras.cluster.worker" in words:
                 return Path(words[-1]).parent
         return None
 
@@ -130,7 +129,7 @@ def lose_a_node(folder: Path, count: int) -> dict:
     subjects = read_subjects(folder / "photos", shared, out)
     with begun(out, subjects), two_nodes() as (cluster, node):
         killer, started = Killer(cluster, node, out, count // 3), time.monotonic()
-        machines = Machines(None, largest_node_gib())
+        machines = Machines.of_cluster()
         run_fleet(missing(out, subjects), out, machines, killer, killer.when_due)
         seconds = time.monotonic() - started
     records = [json.loads((out / subject.name / "fleet.json").read_text()) for subject in subjects]
@@ -193,7 +192,7 @@ def many(folder: Path, count: int) -> dict:
     todo = missing(out, subjects)
     read, meter = time.monotonic() - started, Meter()
     with begun(out, subjects), connected(None):
-        machines = Machines(None, largest_node_gib())
+        machines = Machines.of_cluster()
         run_fleet(todo[:10], out, machines, meter, train=empty_training)  # workers and imports
         started = time.monotonic()
         run_fleet(todo[10:], out, machines, meter, train=empty_training)

@@ -46,7 +46,7 @@ COMMANDS = {
     "basis": "extras.lab.command_basis",
 }
 """Each command and its module, which has HELP, `add_arguments(parser)` and `run(args)`."""
-UNLISTED = {"together": "extras.cluster.command_together"}
+UNLISTED = {"together": "extras.cluster.together"}
 """What a fleet's worker starts for a group of subjects."""
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"

@@ -8,7 +8,7 @@ import torch
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.extras.cluster.sizing import needs_to_be_alone, shared_settings
+from dreambooth_moslora.extras.cluster.fleet import needs_to_be_alone, shared_settings
 from dreambooth_moslora.extras.cluster.together import Member, train_together
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.table import TrainConfig

@@ -1,8 +1,4 @@
-"""A run folder and its copy behind a URL: one machine at a time writes the copy.
-
-Files behind a URL that fsspec knows (`s3://`, `gs://`, …). Failed calls are retried; the last error is one line.
-
-A run folder and its copy in a bucket. One machine at a time writes the copy.
+"""A run folder and its copy behind a URL that fsspec knows (`s3://`, `gs://`, …). One machine at a time writes it.
 
 URL/NAME/…               the files of a run folder, under their names
 URL/NAME/manifest.json   the SHA-256 of the files that belong together, and their writer; written last
@@ -50,22 +46,10 @@ ONE_PROCESS = "memory"
 DENIED = "access denied ({}); look at the credentials, and at what they may do there"
 
 
-def is_url(place: str) -> bool:
-    return "://" in place
-
-
-def local_path(url: str) -> str | None:
-    """The path of a `file://` URL; None for other schemes."""
-    scheme, _, path = url.partition("://")
-    return path if scheme in ("file", "local") else None
-
-
 class Bucket:
-    """A folder behind `url`. All names are relative to it, with slashes.
-
-    Raises UserError for a URL without a bucket, and when a library is missing. Each method raises UserError for an
-    error that outlasts the retries.
-    """
+    """A folder behind `url`. All names are relative to it, with slashes. Raises UserError for a URL without a bucket,
+    and when a library is missing. Each method retries failed calls, and raises UserError for an error that outlasts
+    that."""
 
     def __init__(self, url: str):
         from fsspec.core import url_to_fs
@@ -115,10 +99,8 @@ class Bucket:
         self.tried(name, self.files.rm_file, absent=None)
 
     def tried(self, name: str, action: Callable[[str], T], source: Path | None = None, **absent: T) -> T:
-        """Call `action` with the full path and retry it on errors. Returns `absent` when the file does not exist.
-
-        Raises UserError for an error that outlasts the retries, and FileNotFoundError when `source` is gone.
-        """
+        """Call `action` with the full path. Returns `absent` when the file does not exist. Raises FileNotFoundError
+        when `source` is gone."""
         for wait in range(TRIES):
             try:
                 self.files.invalidate_cache()
@@ -142,7 +124,7 @@ class Bucket:
 
 def at_once(function: Callable[..., T], items: Iterable) -> list[T]:
     """Call `function` on all items in threads; results keep the items' order. After an error no further call
-    begins; it is raised when those under way have ended."""
+    begins, and it is raised when those under way have ended."""
     with ThreadPoolExecutor(AT_ONCE) as threads:
         return list(threads.map(function, items))
 
@@ -167,13 +149,13 @@ class Manifest:
 
 
 def read_manifest(bucket: Bucket) -> Manifest:
-    """The manifest of a run folder; an empty one when it is missing or damaged. Raises UserError for the
-    bucket's errors."""
+    """The manifest of a run folder; an empty one when it is missing or damaged, as others may write to the bucket."""
     content = bucket.read(MANIFEST) or b"{}"  # outside of the block: a UserError is a ValueError
     try:
         manifest = Manifest(**json.loads(content))
         files = manifest.files
-        if isinstance(manifest.writer, str) and all(map(is_plain, files, files.values())) and not clash(files):
+        clash = any(str(folder) in files for name in files for folder in PurePosixPath(name).parents)
+        if isinstance(manifest.writer, str) and all(map(is_plain, files, files.values())) and not clash:
             return manifest
     except (ValueError, TypeError, AttributeError, RecursionError):
         pass
@@ -181,25 +163,28 @@ def read_manifest(bucket: Bucket) -> Manifest:
 
 
 def is_plain(name: str, digest: object) -> bool:
-    """Whether the name is that of a file within the folder; others may write to the bucket."""
-    path = PurePosixPath(name)
+    """Whether it names a file within the folder, by a name that a file can have and a key that a bucket can have.
+    Raises ValueError for characters that no name has."""
+    path, sizes = PurePosixPath(name), [len(os.fsencode(part)) for part in (name, *name.split("/"))]
     is_within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
     is_one_spelling = str(path) == name and path.parts == Path(name).parts  # Windows divides names at more characters
-    return isinstance(digest, str) and is_within and is_one_spelling and is_possible(name)
+    is_possible = sizes[0] <= KEY_BYTES and max(sizes[1:]) <= NAME_BYTES and "\0" not in name
+    return isinstance(digest, str) and is_within and is_one_spelling and is_possible
 
 
-def is_possible(name: str) -> bool:
-    """Whether a file can have this name, and a bucket this key."""
-    try:
-        lengths = [len(os.fsencode(part)) for part in (name, *name.split("/"))]
-    except UnicodeEncodeError:
-        return False
-    return lengths[0] <= KEY_BYTES and max(lengths[1:]) <= NAME_BYTES and "\0" not in name
+class Digests:
+    """SHA-256 digests of files, each computed again when the file's stat has changed."""
 
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple, str]] = {}
 
-def clash(names: Mapping[str, str]) -> bool:
-    """Whether one is to be a file and the folder of another."""
-    return any(str(folder) in names for name in names for folder in PurePosixPath(name).parents)
+    def of(self, path: Path) -> str:
+        facts = path.stat()
+        stamp = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+        known = self._known.get(path)
+        if known is None or known[0] != stamp:
+            known = self._known[path] = (stamp, file_digest(path))
+        return known[1]
 
 
 class Mirror:
@@ -208,39 +193,41 @@ class Mirror:
     def __init__(self, bucket: Bucket, folder: Path):
         self.bucket, self.folder, self.writer = bucket, folder, uuid.uuid4().hex
         self.good: Mapping[str, str] | None = None
-        self.digests: dict[str, tuple[tuple, str]] = {}
+        self.digests = Digests()
 
     def pull(self) -> None:
         """Copy the bucket's files that match the manifest into the folder. A checkpoint with a bad file is left out."""
-        manifest = read_manifest(self.bucket)
-        names = list(manifest.files)
-        is_good = dict(zip(names, at_once(lambda name: self.fetch(name, manifest.files[name]), names)))
-        self.good = {name: manifest.files[name] for name, good in is_good.items() if good}
-        for name in (name for name, good in is_good.items() if not good):
+        files = read_manifest(self.bucket).files
+
+        def is_good(name: str) -> bool:
+            target = self.folder / name
+            return self.bucket.download(name, target) and file_digest(target) == files[name]
+
+        found = dict(zip(files, at_once(is_good, files)))
+        self.good = {name: digest for name, digest in files.items() if found[name]}
+        for name in files.keys() - self.good.keys():
             top = self.folder / PurePosixPath(name).parts[0]
             if checkpoint_step(top) is not None or top == RunDir(self.folder).last_dir:
                 shutil.rmtree(top, ignore_errors=True)
             elif name not in GROWING:
                 (self.folder / name).unlink(missing_ok=True)
 
-    def fetch(self, name: str, digest: str) -> bool:
-        """Whether the file was downloaded with these bytes."""
-        target = self.folder / name
-        return self.bucket.download(name, target) and file_digest(target) == digest
-
     def claim(self) -> None:
         """From now on this process is the only writer. Bad files that `pull` has found are named no more."""
         self.write_manifest(read_manifest(self.bucket).files if self.good is None else self.good)
 
     def push(self) -> None:
-        """Make the bucket equal to the folder. Raises SupersededError, and UserError for the bucket's errors.
-
-        What is there is read anew, as a bucket may lose its files: without a manifest all are sent again.
-        """
+        """Make the bucket equal to the folder. Raises SupersededError, and UserError for the bucket's errors. What is
+        there is read anew, as a bucket may lose its files: without a manifest all are sent again."""
         manifest = read_manifest(self.bucket)
         if manifest.writer not in ("", self.writer):  # empty: it is missing or damaged
             raise SupersededError(f"{self.bucket.url}: another machine has taken it over.")
-        digests = self.local_digests()
+        digests = {}
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder)
+            is_kept = name.parts[-1] != LOCK_NAME and not any(part.startswith(".") for part in name.parts)
+            if is_kept and (digest := self.digest(name.as_posix())) is not None:  # no lock, no temporary file
+                digests[name.as_posix()] = digest
         changed = [name for name, digest in digests.items() if digest != manifest.files.get(name)]
         at_once(self.send, [name for name in changed if name != FLEET_NAME])
         if FLEET_NAME in changed:  # the record says "done" only after the adapter has arrived
@@ -254,27 +241,13 @@ class Mirror:
         with suppress(FileNotFoundError):  # a checkpoint was removed meanwhile; the next push notes it
             self.bucket.upload(self.folder / name, name)
 
-    def local_digests(self) -> dict[str, str]:
-        """Digests of all files but temporary ones and locks."""
-        found = {}
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder)
-            if name.parts[-1] != LOCK_NAME and not any(part.startswith(".") for part in name.parts):
-                found[name.as_posix()] = self.digest(name.as_posix())
-        return {name: digest for name, digest in found.items() if digest is not None}
-
     def digest(self, name: str) -> str | None:
-        """The file's SHA-256, computed again when the file has changed; None when there is no such file."""
+        """The file's SHA-256; None when there is no such file."""
         path = self.folder / name
         try:
-            info = path.lstat()
-            stamp = (info.st_size, info.st_mtime_ns, info.st_ino)
-            known = self.digests.get(name)
-            if stat.S_ISREG(info.st_mode) and (known is None or known[0] != stamp):
-                known = self.digests[name] = (stamp, file_digest(path))
+            return self.digests.of(path) if stat.S_ISREG(path.lstat().st_mode) else None
         except OSError:
             return None
-        return known[1] if known and stat.S_ISREG(info.st_mode) else None
 
     def write_manifest(self, files: Mapping[str, str]) -> None:
         self.bucket.write(MANIFEST, json.dumps(asdict(Manifest(self.writer, files)), indent=1).encode())

@@ -4,6 +4,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         subjects = read_subjects(Path(args.words[0]), shared, out)
         remote = fleet_behind(url, out)
         if remote:
-            remote.fetch([subject.name for subject in subjects])
+            remote.fetch_all([subject.name for subject in subjects])
         todo = missing(out, subjects)
         line = f"{len(subjects)} subjects: {len(subjects) - len(todo)} are done, {len(todo)} are to be trained"
         print(line, file=sys.stderr)
@@ -105,11 +106,9 @@ def check_places(source: str, out: str | None) -> None:
 @contextmanager
 def opened(place: str) -> Iterator[tuple[Path, str]]:
     """A fleet's folder and its URL, or "". Behind a URL, the folder is a local view, empty at first."""
-    from dreambooth_moslora.extras.cluster.bucket import is_url, local_path
-
-    place = local_path(place) or place
-    if not is_url(place):
-        yield Path(place).resolve(), ""
+    scheme, is_url, path = place.partition("://")
+    if not is_url or (path and scheme in ("file", "local")):
+        yield Path(path or place).resolve(), ""
         return
     with tempfile.TemporaryDirectory(prefix="fleet-") as view:
         yield Path(view).resolve(), place
@@ -125,20 +124,16 @@ def fleet_behind(url: str, view: Path) -> "RemoteFleet | None":
     return RemoteFleet(Bucket(url), view)
 
 
-def train_all(
-    subjects: list, todo: list, out: Path, args: argparse.Namespace, remote: "RemoteFleet | None" = None
-) -> int:
-    from dreambooth_moslora.extras.cluster.fleet import begun, run_fleet
-    from dreambooth_moslora.extras.cluster.on_ray import connected, gpu_memory_gib, largest_node_gib
-    from dreambooth_moslora.extras.cluster.sizing import Machines
+def train_all(subjects: list, todo: list, out: Path, args: argparse.Namespace, remote: "RemoteFleet | None") -> int:
+    from dreambooth_moslora.extras.cluster.fleet import Machines, begun, run_fleet
+    from dreambooth_moslora.extras.cluster.on_ray import connected
 
     progress = FleetProgress(len(subjects), len(todo))
     with begun(out, subjects), remote.begun() if remote else nullcontext():
         if todo:
             with connected(args.ray_address), StopRequest() as stop:
-                machines = Machines(gpu_memory_gib(), largest_node_gib(), args.per_gpu, args.cpus)
                 run = remote.run if remote else run_fleet
-                run(todo, out, machines, progress, stop)
+                run(todo, out, Machines.of_cluster(args.per_gpu, args.cpus), progress, stop)
         return close(out, progress, remote)
 
 
@@ -149,7 +144,7 @@ def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") ->
     index, is_sent = write_index(out, rows_of(out)), True
     try:
         print(remote.publish() if remote else index)
-    except UserError as error:  # the runs' own ending is told first
+    except UserError as error:
         print(f"{index.name} was not sent, `fleet status` sends it: {error}", file=sys.stderr)
         is_sent = False
     if progress.failed:
@@ -180,7 +175,7 @@ class FleetProgress:
     def __init__(self, total: int, todo: int, clock: Callable[[], float] = time.monotonic):
         self.total, self.left, self.failed = total, todo, 0
         self.clock, self.started, self.ended = clock, clock(), 0
-        self.hours: dict[str, float] = {}
+        self.hours: dict[str, float] = defaultdict(float)
 
     def __call__(self, ending: "Ending") -> None:
         record = ending.record
@@ -190,15 +185,13 @@ class FleetProgress:
         self.ended += 1
         self.left -= record.state == "done"
         self.failed += record.state == "failed"
-        self.hours[record.unit] = self.hours.get(record.unit, 0.0) + record.hours
+        self.hours[record.unit] += record.hours
         end = f"{record.seconds:.0f} s" if record.state == "done" else f"{record.state}: {record.message}"
         end = end.replace("failed: ", "FAILED: ").removesuffix(": ").removesuffix(".")
-        each = (self.clock() - self.started) / self.ended
-        rest = each * (self.left - self.failed) / 60
+        rest = (self.clock() - self.started) / self.ended * (self.left - self.failed) / 60
         spent = ", ".join(f"{hours:.2f} {unit}-hours" for unit, hours in self.hours.items())
-        self.say(
-            f"{self.total - self.left}/{self.total} {ending.name}: {end}; about {rest:.0f} min left, {spent} spent"
-        )
+        done = f"{self.total - self.left}/{self.total}"
+        self.say(f"{done} {ending.name}: {end}; about {rest:.0f} min left, {spent} spent")
 
     def say(self, line: str) -> None:
         print(spelled_out(line), file=sys.stderr, flush=True)

@@ -1,36 +1,223 @@
-"""A fleet from its list to its end; the cells of a study go the same way.
+"""A fleet from its list to its end: missing subjects are trained, each on its own, and their ends are recorded.
 
-A fleet from its list to its end: missing subjects are trained, each on its own, and their ends are recorded.
-
-The cells of a study as tasks of a cluster (`compare --ray_address`). They write the same result files as
-without Ray.
+What a training needs of a machine is known by the estimate of `--dry_run`. A cluster task is one subject, or with
+`--per_gpu N` a group: runs that can share their steps (`together`), as they are on one base with micro-batches of one
+shape. Its key is the subject's name, or a tuple of names.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
+from dreambooth_moslora.base.files import base_folder
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.extras.cluster.on_ray import Lost, Task, room_for, run_tasks
-from dreambooth_moslora.extras.cluster.records import (
-    Record,
-    is_finished,
-    read_record,
-    stop_path,
-    write_names,
-    write_record,
-)
-from dreambooth_moslora.extras.cluster.sizing import GroupsUnderWay, Machines, grouped, names_of, plan_name
+from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task, gpu_memory_gib, room_for, run_tasks
+from dreambooth_moslora.extras.cluster.records import Record, ended, is_finished, read_record, stop_path, write_names
 from dreambooth_moslora.extras.cluster.subjects import Subject, mark_of
 from dreambooth_moslora.extras.cluster.worker import Group, Job, train_work
-from dreambooth_moslora.extras.lab.run import run_cell
-from dreambooth_moslora.extras.lab.study import Cell, Study
+from dreambooth_moslora.plan import memory
+from dreambooth_moslora.plan.memory import GIB, USABLE, estimate
+from dreambooth_moslora.settings.optimizers import optimizer_of
 from dreambooth_moslora.settings.table import TrainConfig
+
+ALIKE_GROUPS = ("base model", "adapter", "memory and speed")
+ALIKE = (
+    *("resolution", "with_prior_preservation", "prior", "train_batch_size", "gradient_accumulation_steps"),
+    "do_edm_style_training",
+)
+OWN = ("init_adapter", "mixer_lr_scale", "dataloader_num_workers")
+"""Settings in ALIKE_GROUPS that may nevertheless differ between runs."""
+
+
+def needs_to_be_alone(config: TrainConfig) -> str | None:
+    """The flag that keeps a run from sharing steps with any other; None when there is none."""
+    reasons = {
+        "--train_text_encoder": config.train_text_encoder,
+        "--train_text_encoder_ti": config.train_text_encoder_ti,
+        "--use_dora": config.use_dora,
+        "--lora_dropout": config.lora_dropout > 0,
+        "--enable_bucket": config.enable_bucket,
+        "--caching off": config.caching == "off",
+        "--base_quantization int8": config.base_quantization == "int8",
+        "--compile on": config.compile == "on",
+        "--cache_cross_attention": config.cache_cross_attention or "cached" in (config.memory or ""),
+    }
+    return next((flag for flag, is_given in reasons.items() if is_given), None)
+
+
+def shared_settings(config: TrainConfig) -> tuple[object, ...]:
+    """The values of the settings in which runs must agree to share their steps."""
+    found = [f.name for f in fields(config) if f.metadata["group"] in ALIKE_GROUPS and f.name not in OWN]
+    return tuple(getattr(config, name) for name in (*found, *ALIKE))
+
+
+PROCESS_GIB = 0.5
+"""Memory of the libraries, beside the estimate's tensors."""
+SHARED_PLANS = tuple(name for name, plan in memory.PLANS.items() if "cache_cross_attention" not in plan)
+"""The plans of `--memory auto` with which runs can share a base."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """A cluster's machines: `gpu_gib` of one GPU (None: the fleet trains on CPUs), `node_gib` of the largest machine.
+    The user sets `per_gpu`, trainings at once on a GPU (None: as many as fit), and `cpus`, cores of each training."""
+
+    gpu_gib: float | None
+    node_gib: float
+    per_gpu: int | None = None
+    cpus: int = 1
+
+    @classmethod
+    def of_cluster(cls, per_gpu: int | None = None, cpus: int = 1) -> "Machines":
+        """Those of the connected Ray cluster; all GPUs are assumed alike."""
+        import ray
+
+        rooms = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
+        return cls(gpu_memory_gib(), max(rooms, default=0) / GIB, per_gpu, cpus)
+
+    def resources_for(self, config: TrainConfig) -> Resources:
+        """What one training asks for, at most the largest machine: there, a run that does not fit says so itself.
+        Raises UserError for a damaged base."""
+        planned = memory.with_plan(config, plan_name(config, self.gpu_gib) or "full")
+        need = estimate(planned, base_size(config), 1).peak_gib
+        if self.gpu_gib is None:
+            return Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
+        count = self.per_gpu or max(1, int(USABLE * self.gpu_gib / need))
+        return Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
+
+    def at_once(self, config: TrainConfig) -> int:
+        """How many such trainings share a process: `per_gpu`, or fewer if the GPU is too small. Raises UserError."""
+        count = self.per_gpu or 1
+        while self.gpu_gib is not None and count > 1 and group_gib(config, count) > USABLE * self.gpu_gib:
+            count -= 1
+        return count
+
+    def resources_for_group(self, config: TrainConfig, at_once: int) -> Resources:
+        """What `at_once` such trainings in one process ask for: a whole GPU, or cores and memory. Raises UserError."""
+        if self.gpu_gib is not None:
+            return Resources(self.cpus, gpus=1.0)
+        return Resources(self.cpus, memory_gib=min(group_gib(config, at_once) + PROCESS_GIB, self.node_gib))
+
+
+def group_gib(config: TrainConfig, count: int) -> float:
+    """Peak memory of one base with `count` adapters, for a step on the rows of all, GiB."""
+    of_all = estimate(replace(config, train_batch_size=config.train_batch_size * count), base_size(config), 1)
+    return of_all.peak_gib + (count - 1) * of_all.adapter_parameters * optimizer_of(config).bytes_each / GIB
+
+
+def plan_name(config: TrainConfig, gpu_gib: float | None) -> str | None:
+    """The memory plan that `--memory` means on these machines; None when the option was not given."""
+    if config.memory != "auto":
+        return config.memory
+    return memory.fitting(config, base_size(config), gpu_gib, SHARED_PLANS)
+
+
+def base_size(config: TrainConfig) -> memory.BaseSize:
+    named = ("pretrained_model_name_or_path", "revision", "variant", "cache_dir", "target_modules")
+    return size_of(tuple((name, getattr(config, name)) for name in named))
+
+
+@lru_cache(maxsize=32)
+def size_of(named: tuple[tuple[str, object], ...]) -> memory.BaseSize:
+    """The size of the base that these settings name. Its files are opened once."""
+    config = replace(TrainConfig(), **dict(named))
+    return memory.size_of_base(base_folder(config), config.target_modules, config.variant)
+
+
+MOST_ROUNDS = 8
+LOOK_SEC = 2.0
+
+
+def names_of(task: Task) -> tuple[str, ...]:
+    """The names of the task's subjects."""
+    return (task.key,) if isinstance(task.key, str) else task.key
+
+
+def grouped(tasks: Iterable[Task], machines: Machines, total: int, room: Callable[[Resources], int]) -> Iterator[Task]:
+    """With `--per_gpu N`, join subjects that can share their steps into tasks; a process trains N of a task at once. A
+    task gets one machine's share of the `total` subjects, at most MOST_ROUNDS times N: a lost one costs little."""
+    if (machines.per_gpu or 1) < 2:
+        yield from tasks
+        return
+    waiting, sizes = defaultdict(list), {}
+    for task in tasks:
+        config = TrainConfig.from_dict(task.arguments[0].settings)
+        at_once = 1 if needs_to_be_alone(config) else machines.at_once(config)
+        if at_once == 1:
+            yield task
+            continue
+        kind = shared_settings(config)
+        if kind not in sizes:
+            share = -(-total // room(machines.resources_for_group(config, at_once)))
+            sizes[kind] = min(MOST_ROUNDS * at_once, share)
+        waiting[kind].append(task)
+        if len(waiting[kind]) == sizes[kind]:
+            yield as_group(waiting.pop(kind), machines)
+    yield from (as_group(found, machines) for found in waiting.values())
+
+
+def as_group(tasks: Sequence[Task], machines: Machines) -> Task:
+    if len(tasks) == 1:
+        return tasks[0]
+    config = TrainConfig.from_dict(tasks[0].arguments[0].settings)
+    at_once = min(machines.at_once(config), len(tasks))
+    needs = machines.resources_for_group(config, at_once)
+    jobs = tuple(replace(task.arguments[0], gpus=needs.gpus) for task in tasks)
+    return Task(tuple(task.key for task in tasks), (Group(jobs, at_once),), needs)
+
+
+def results_of(task: Task, result: Record | list[Record] | Lost) -> list[Record | Lost]:
+    """One result per subject. A subject of a lost group may have finished before, and then keeps its record."""
+    (work,) = task.arguments
+    if isinstance(result, list):
+        return result
+    if not isinstance(work, Group):
+        return [result]
+    folders = {Path(job.run_dir): job.mark for job in work.jobs}
+    return [read_record(folder) if is_finished(folder, mark) else result for folder, mark in folders.items()]
+
+
+class GroupsUnderWay:
+    """Reports each subject of a group as soon as it ends, since the group's task returns only after the last one."""
+
+    def __init__(self, tell: Callable[[str, Record], None]):
+        self.tell, self._looked = tell, time.monotonic()
+        self._before: dict[str, tuple[Job, Record | None]] = {}
+
+    def noted(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """Pass the tasks on, after noting their groups' records as they are before the start."""
+        for task in tasks:
+            (work,) = task.arguments
+            for name, job in zip(task.key, work.jobs, strict=True) if isinstance(work, Group) else ():
+                self._before[name] = job, read_record(Path(job.run_dir))
+            yield task
+
+    def look(self) -> None:
+        """Read the records of running groups every few seconds, and report the subjects that have ended."""
+        if time.monotonic() - self._looked < LOOK_SEC:
+            return
+        self._looked = time.monotonic()
+        for name, (job, before) in list(self._before.items()):
+            record = read_record(Path(job.run_dir))
+            is_own = record is not None and record != before and record.mark == job.mark
+            if is_own and record.state in ("done", "failed"):
+                del self._before[name]
+                self.tell(name, record)
+
+    def untold(self, task: Task, result: Record | list[Record] | Lost) -> list[tuple[str, Record | Lost]]:
+        """The results of the task's subjects that have not been reported yet."""
+        found = list(zip(names_of(task), results_of(task, result), strict=True))
+        if isinstance(task.arguments[0], Group):
+            found = [(name, record) for name, record in found if self._before.pop(name, None) is not None]
+        return found
+
 
 NOT_SHARED = "{name} was trained elsewhere and is not here: --out must be a folder that all machines share"
 
@@ -46,10 +233,8 @@ class Ending:
 
 @contextmanager
 def begun(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
-    """Hold a fleet's folder for the length of the block, and write its list of subjects.
-
-    Raises UserError while another fleet holds it.
-    """
+    """Hold a fleet's folder for the length of the block, and write its list of subjects. Raises UserError while another
+    fleet holds it."""
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "--out"):
         write_names(out, [subject.name for subject in subjects])
@@ -61,8 +246,7 @@ def begun(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
 
 
 def missing(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
-    """The subjects that are not done with these settings and photos, each with its mark; a faulty subject's
-    mark is empty."""
+    """The subjects that are not done with these settings and photos, each with its mark; a faulty one's is empty."""
     found = []
     for subject in subjects:
         try:
@@ -84,11 +268,9 @@ def run_fleet(
     check: Callable[[Path, Record | Lost], Record] | None = None,
     url: str = "",
 ) -> None:
-    """Train all of `todo` (from `missing`) on the connected cluster; each subject ends with an `Ending`.
-
-    Call it within `begun`. A worker calls `train`; `check` compares its answer with the files here (`checked`).
-    If the run folders are behind a URL, `out` is a local view of `url` (`remote_output`).
-    """
+    """Train all of `todo` (from `missing`) on the connected cluster; each subject ends with an `Ending`. Call it within
+    `begun`. A worker calls `train`; `check` compares its answer with the files here (`checked`). If the run folders are
+    behind a URL, `out` is a local view of `url` (`remote_output`)."""
 
     def tell(name: str, result: Record | Lost) -> None:
         on_end(Ending(name, (check or checked)(out / name, result)))
@@ -126,7 +308,7 @@ def tasks_of(
             config = TrainConfig.from_dict(subject.settings)
             needs = machines.resources_for(config)
         except UserError as error:
-            on_end(Ending(subject.name, failed(out / subject.name, str(error))))
+            on_end(Ending(subject.name, ended(out / subject.name, "failed", str(error))))
             continue
         plan = plan_name(config, machines.gpu_gib)
         settings = {**subject.settings, **({"memory": plan} if plan else {})}
@@ -138,47 +320,7 @@ def tasks_of(
 def checked(run_dir: Path, result: Record | Lost, reason: str = NOT_SHARED) -> Record:
     """The worker's answer, or a failure when its machine was lost or, for this `reason`, its adapter is not here."""
     if isinstance(result, Lost):
-        return failed(run_dir, result.reason)
+        return ended(run_dir, "failed", result.reason)
     if result.state == "done" and not RunDir(run_dir).adapter_path.is_file():
-        return failed(run_dir, reason.format(name=run_dir.name))
+        return ended(run_dir, "failed", reason.format(name=run_dir.name))
     return result
-
-
-def failed(run_dir: Path, reason: str) -> Record:
-    """Record a failure for a subject that has no worker to record it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    record = replace(read_record(run_dir) or Record("failed"), state="failed", message=reason)
-    write_record(run_dir, record)
-    return record
-
-
-@dataclass(frozen=True)
-class CellRunner:
-    """Replaces `studies.run.run_cells`: runs as many cells at once as the `machines` hold, or at most `jobs`.
-
-    A worker calls `run` for each cell.
-    """
-
-    machines: Machines
-    jobs: int | None = None
-    run: Callable = run_cell
-
-    def __call__(
-        self, study: Study, cells: Sequence[Cell], ranks: Mapping[tuple[str, int], int], out: Path, _jobs: int
-    ) -> Iterator[tuple[Cell, float, str]]:
-        started, tasks = time.monotonic(), self.tasks(study, cells, ranks, out)
-        for task, result in run_tasks(in_folder, tasks, window=self.jobs):
-            yield (task.key, time.monotonic() - started, result.reason) if isinstance(result, Lost) else result
-
-    def tasks(self, study: Study, cells: Sequence[Cell], ranks: Mapping, out: Path) -> Iterator[Task]:
-        for cell in cells:
-            rank = ranks[cell.arm, cell.rank]
-            needs = self.machines.resources_for(study.config_of(cell, rank, out))
-            jobs = self.jobs or min(len(cells), room_for(needs))
-            yield Task(cell, (os.getcwd(), self.run, study, cell, rank, out, jobs), needs)
-
-
-def in_folder(folder: str, run: Callable, *arguments: object) -> tuple[Cell, float, str]:
-    """A study's paths are relative to the folder of the command, which must exist at the same place on all machines."""
-    os.chdir(folder)
-    return run(*arguments)

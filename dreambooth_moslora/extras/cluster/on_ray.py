@@ -29,7 +29,12 @@ EMBEDDED = {
 WINDOW = 64
 """Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to make it grow."""
 WAIT_SEC = 0.5
-GPU_TASK = {"num_cpus": 0, "num_gpus": 0.01}
+LOST_BY = {
+    "WorkerCrashedError": "its worker was killed",
+    "NodeDiedError": "its machine was lost",
+    "OutOfMemoryError": "its machine ran out of memory",
+    "LocalRayletDiedError": "its machine was lost",
+}
 
 
 @dataclass(frozen=True)
@@ -57,23 +62,20 @@ class Lost:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Connect to Ray for the length of the block. Without an address, start it on this machine alone.
-
-    Raises UserError when Ray is not installed, does not start here, or no cluster answers.
-    """
+    """Connect to Ray for the length of the block. Without an address, start it on this machine alone. Raises UserError
+    when Ray is not installed, does not start here, or no cluster answers."""
     os.environ.update({name: value for name, value in EMBEDDED.items() if address is None or "USAGE" in name})
     if installed_versions(("ray",))["ray"] is None:
         raise UserError(f"fleets need Ray: {INSTALL}.")
     import ray
 
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
         os.environ.update(import_environment())
-        options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        options = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     else:
-        options |= {"address": address, "runtime_env": {"env_vars": import_environment()}}
+        options = {"address": address, "runtime_env": {"env_vars": import_environment()}}
     try:
-        ray.init(**options)
+        ray.init(**options, log_to_driver=False, logging_level="error")
     except Exception as error:  # it raises Exception itself when a busy machine starts it too slowly
         where = "on this machine" if address is None else f"at --ray_address {address}"
         raise UserError(f"Ray cannot be reached {where}: {one_line(error).removesuffix('.')}.") from error
@@ -92,26 +94,21 @@ def run_tasks(
     should_stop: Callable[[], bool] = bool,
     on_retry: Callable[[Task, str], None] = lambda task, reason: None,
 ) -> Iterator[tuple[Task, Any]]:
-    """Yield (task, the function's result or `Lost`) as tasks end.
-
-    At most `window` tasks are submitted at once, which bounds memory for long lists. A task whose worker or
-    machine is lost is submitted again up to `retries` times. After `should_stop` no task is started; running
-    ones are waited for.
-    """
+    """Yield (task, the function's result or `Lost`) as tasks end. At most `window` tasks are submitted at once, which
+    bounds memory for long lists. A task whose worker or machine is lost is submitted again up to `retries` times. After
+    `should_stop` no task is started; running ones are waited for."""
     import ray
 
     remote = ray.remote(max_retries=0, max_calls=0)(function)
     source, running, lost = iter(tasks), {}, Counter()
     while True:
-        most = window or window_of_cluster()
-        while len(running) < most and not should_stop():
-            task = next(source, None)
-            if task is None:
-                break
+        most = window or WINDOW + int(ray.cluster_resources().get("CPU", 0))
+        while len(running) < most and not should_stop() and (task := next(source, None)) is not None:
             running[submit(remote, task)] = task
         if not running:
             return
-        for reference in ended(running):
+        ray.wait(list(running), timeout=WAIT_SEC)
+        for reference in ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
             task = running.pop(reference)
             result, is_machines = result_of(reference)
             if is_machines and lost[task.key] < retries and not should_stop():
@@ -133,14 +130,6 @@ def submit(remote: Any, task: Task) -> Any:
     return remote.options(**options).remote(*task.arguments)
 
 
-def ended(running: dict) -> list:
-    """The tasks that have ended, after waiting a moment for the first."""
-    import ray
-
-    first, _ = ray.wait(list(running), timeout=WAIT_SEC)
-    return ray.wait(list(running), num_returns=len(running), timeout=0)[0] if first else []
-
-
 def result_of(reference: Any) -> tuple[Any, bool]:
     """(Its result or `Lost`, whether its worker or machine was lost rather than its function failing)."""
     import ray
@@ -151,27 +140,6 @@ def result_of(reference: Any) -> tuple[Any, bool]:
         return Lost(one_line(f"{type(error.cause).__name__}: {error.cause}")), False
     except ray.exceptions.RayError as error:
         return Lost(LOST_BY.get(type(error).__name__, one_line(error))), True
-
-
-LOST_BY = {
-    "WorkerCrashedError": "its worker was killed",
-    "NodeDiedError": "its machine was lost",
-    "OutOfMemoryError": "its machine ran out of memory",
-    "LocalRayletDiedError": "its machine was lost",
-}
-
-
-def window_of_cluster() -> int:
-    import ray
-
-    return WINDOW + int(ray.cluster_resources().get("CPU", 0))
-
-
-def largest_node_gib() -> float:
-    """Task memory of the cluster's largest live machine, GiB."""
-    import ray
-
-    return max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0) / GIB
 
 
 def room_for(resources: Resources) -> int:
@@ -187,21 +155,19 @@ def room_for(resources: Resources) -> int:
 
 
 def gpu_memory_gib() -> float | None:
-    """Memory of one GPU of the cluster, GiB; all GPUs are assumed alike. None when there is no GPU."""
+    """Memory of one GPU of the cluster, GiB. None when there is no GPU."""
     import ray
 
-    if not has_gpus():
-        return None
-    return ray.get(ray.remote(**GPU_TASK)(own_gpu_gib).remote())
+    @ray.remote(num_cpus=0, num_gpus=0.01)
+    def own_gpu_gib() -> float:
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory / GIB
+
+    return ray.get(own_gpu_gib.remote()) if has_gpus() else None
 
 
 def has_gpus() -> bool:
     import ray
 
     return bool(ray.cluster_resources().get("GPU"))
-
-
-def own_gpu_gib() -> float:
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory / GIB

@@ -5,15 +5,14 @@ OUT/NAME/fleet.json     a `Record`, written when a training begins and when it h
 OUT/fleet.stop          while it exists, running trainings end at a checkpoint and none begins
 OUT/index.html          a page of all this for a person
 
-The state of a fleet is read from its files alone: the fleet need not be running. The page shows each subject's
-contact sheet, likeness and alarms, the most urgent subjects first. It is one file without scripts: small pictures
-are embedded, links lead to files beside it, and it contains no path of the machine.
+The state of a fleet is read from its files alone: the fleet need not be running. The page is one file without scripts:
+small pictures are embedded, links lead to files beside it, and it contains no path of the machine.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -25,7 +24,6 @@ from dreambooth_moslora.disk.processes import CONFIG_NAME
 from dreambooth_moslora.disk.run_folder import RunDir, check_name
 from dreambooth_moslora.pictures import jpeg_url, render
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import alarms_of, figures_from, known_config, with_report
 
 FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
@@ -33,12 +31,9 @@ FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
 
 @dataclass(frozen=True)
 class Record:
-    """`state` is waiting, running, done, interrupted or failed. `mark` identifies settings and photos
-    (`subjects.mark_of`).
-
-    `starts` counts the run's trainings. `seconds` is their total time, `hours` that time multiplied by the held
-    `unit`s (GPUs or CPU cores). The time of a training whose machine was lost is not counted.
-    """
+    """`state` is one of STATES. `mark` identifies settings and photos (`subjects.mark_of`). `starts` counts the run's
+    trainings. `seconds` is their total time, `hours` that time multiplied by the held `unit`s (GPUs or CPU cores). The
+    time of a training whose machine was lost is not counted."""
 
     state: str
     mark: str = ""
@@ -53,8 +48,7 @@ class Record:
 def read_record(run_dir: Path) -> Record | None:
     """None when the record is missing or cannot be read."""
     try:
-        values = read_json_table(run_dir / FLEET_NAME)
-        record = Record(**values)
+        record = Record(**read_json_table(run_dir / FLEET_NAME))
     except (UserError, TypeError):
         return None
     return record if all(fits(getattr(record, item.name), item.type) for item in fields(record)) else None
@@ -62,6 +56,14 @@ def read_record(run_dir: Path) -> Record | None:
 
 def write_record(run_dir: Path, record: Record) -> None:
     atomic_write(run_dir / FLEET_NAME, json.dumps(asdict(record)) + "\n")
+
+
+def ended(run_dir: Path, state: str, message: str = "") -> Record:
+    """Write into the run's record how it ended, and return it. What it has cost is kept."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record = replace(read_record(run_dir) or Record(state), state=state, message=message)
+    write_record(run_dir, record)
+    return record
 
 
 def is_finished(run_dir: Path, mark: str) -> bool:
@@ -95,7 +97,6 @@ def read_names(out: Path) -> list[str]:
 
 STATES = ("failed", "interrupted", "running", "waiting", "done")
 """In the order in which a person should look at them. `running` means begun and not ended."""
-NO_RECORD = Record("waiting")
 
 
 @dataclass(frozen=True)
@@ -110,60 +111,47 @@ class Row:
     likeness: float | None = None
     alarms: Sequence[str] = field(default_factory=list)
 
-    @property
-    def urgency(self) -> tuple:
-        """Sort key: failures first, then alarms, then the subjects least like their photos."""
-        unlike = 2.0 if self.likeness is None else self.likeness
-        return STATES.index(self.record.state), -len(self.alarms), unlike, self.name
-
 
 def rows_of(out: Path) -> list[Row]:
-    """All subjects, the most urgent first. Raises UserError when there is no fleet."""
-    return sorted((row_of(out / name) for name in read_names(out)), key=lambda row: row.urgency)
+    """All subjects, the most urgent first: failures, then alarms, then those least like their photos. Raises UserError
+    when there is no fleet."""
+    rows = sorted((row_of(out / name) for name in read_names(out)), key=lambda row: row.name)
+    rows.sort(key=lambda row: 2.0 if row.likeness is None else row.likeness)
+    return sorted(rows, key=lambda row: (STATES.index(row.record.state), -len(row.alarms)))
 
 
 def row_of(run_dir: Path) -> Row:
-    record = read_record(run_dir) or NO_RECORD
-    record = record if record.state in STATES else NO_RECORD
+    record = read_record(run_dir)
+    if record is None or record.state not in STATES:
+        record = Record("waiting")
     try:
-        config = known_config(read_json_table(run_dir / CONFIG_NAME))
-        return with_figures(Row(run_dir.name, record, config.instance_prompt), RunDir(run_dir), config)
+        config, events = known_config(read_json_table(run_dir / CONFIG_NAME)), RunDir(run_dir).read_metrics()
+        found = figures_from(events, config)
+        found = with_report(found, RunDir(run_dir)) if events else found
+        totals = [None, *(event.get("max_train_steps") for event in events if event.get("type") == "start")]
+        alarms = alarms_of(found) if record.state == "done" else []
+        likeness = found.scores.get("dino")
+        return Row(run_dir.name, record, config.instance_prompt, found.step, totals[-1], likeness, alarms)
     except (OSError, UserError):
         return Row(run_dir.name, record)
-
-
-def with_figures(row: Row, run_dir: RunDir, config: TrainConfig) -> Row:
-    events = run_dir.read_metrics()
-    found = figures_from(events, config)
-    found = with_report(found, run_dir) if events else found
-    totals = [event.get("max_train_steps") for event in events if event.get("type") == "start"]
-    alarms = alarms_of(found) if row.record.state == "done" else []
-    likeness = found.scores.get("dino")
-    return Row(row.name, row.record, row.words, found.step, totals[-1] if totals else None, likeness, alarms)
 
 
 def status_lines(rows: Sequence[Row]) -> list[str]:
     """The count of each state, the cost, and a line for each subject that needs attention or is running."""
     counts = {state: sum(row.record.state == state for row in rows) for state in STATES}
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    lines = [f"{len(rows)} subjects: {said}", f"cost so far: {cost_of([row.record for row in rows])}"]
-    return lines + [f"{row.name}: {standing(row)}" for row in rows if is_told(row)]
+    lines = [f"{len(rows)} subjects: {said}", f"cost so far: {cost_of(rows)}"]
+    for row in rows:
+        if row.record.state not in ("waiting", "done") or row.alarms:
+            far = f", step {row.step}" + (f" of {row.total_steps}" if row.total_steps else "") if row.step else ""
+            more = row.record.message or "; ".join(row.alarms)
+            lines.append(f"{row.name}: {row.record.state}{far}" + (f": {more}" if more else ""))
+    return lines
 
 
-def is_told(row: Row) -> bool:
-    return row.record.state not in ("waiting", "done") or bool(row.alarms)
-
-
-def standing(row: Row) -> str:
-    """One subject in one line."""
-    far = f", step {row.step}" + (f" of {row.total_steps}" if row.total_steps else "") if row.step else ""
-    more = row.record.message or "; ".join(row.alarms)
-    return row.record.state + far + (f": {more}" if more else "")
-
-
-def cost_of(records: Sequence[Record]) -> str:
-    """GPU-hours and CPU-hours that the records held."""
-    hours = {unit: sum(record.hours for record in records if record.unit == unit) for unit in ("GPU", "CPU")}
+def cost_of(rows: Sequence[Row]) -> str:
+    """GPU-hours and CPU-hours that they held."""
+    hours = {unit: sum(row.record.hours for row in rows if row.record.unit == unit) for unit in ("GPU", "CPU")}
     return ", ".join(f"{spent:.2f} {unit}-hours" for unit, spent in hours.items() if spent) or "nothing"
 
 
@@ -176,31 +164,30 @@ PATH = re.compile(r"(?<![\w/\\])(?:[A-Za-z]:)?(?:[\\/][^\\/:;,'\"()]*(?=[\\/]))*
 
 def write_index(out: Path, rows: Sequence[Row]) -> Path:
     """Write the page of `rows`, in their order (that of `rows_of`). Returns the file."""
-    about = f"{status_lines(rows)[0]}; cost: {cost_of([row.record for row in rows])}"
-    shown = [shown_of(out, row, has_sheet=number < MOST_SHEETS) for number, row in enumerate(rows)]
-    page = render("fleet.html", title=f"Fleet of {len(rows)} subjects", about=about, rows=shown)
-    atomic_write(out / INDEX_NAME, page)
+    shown = []
+    for number, row in enumerate(rows):
+        sheet, looks = RunDir(out / row.name).contact_sheet_path, [row.record.message, *row.alarms]
+        shown.append(
+            {
+                "row": row,
+                "name": spelled_out(row.name),
+                "mood": {"failed": "bad", "done": "bad" if row.alarms else "good"}.get(row.record.state, "faint"),
+                "looks": [without_paths(spelled_out(text), out) for text in looks if text],
+                "sheet": sheet_address(sheet) if number < MOST_SHEETS else "",
+                "link": f"{quote(row.name)}/{quote(sheet.name)}",
+            }
+        )
+    about = f"{status_lines(rows)[0]}; cost: {cost_of(rows)}"
+    atomic_write(
+        out / INDEX_NAME, render("fleet.html", title=f"Fleet of {len(rows)} subjects", about=about, rows=shown)
+    )
     return out / INDEX_NAME
 
 
-def shown_of(out: Path, row: Row, *, has_sheet: bool) -> dict[str, object]:
-    """What the page shows of one subject."""
-    run_dir = RunDir(out / row.name)
-    looks = [row.record.message, *row.alarms]
-    return {
-        "row": row,
-        "name": spelled_out(row.name),
-        "mood": {"failed": "bad", "done": "bad" if row.alarms else "good"}.get(row.record.state, "faint"),
-        "looks": [without_paths(spelled_out(text), out) for text in looks if text],
-        "sheet": sheet_of(run_dir) if has_sheet else "",
-        "link": f"{quote(row.name)}/{quote(run_dir.contact_sheet_path.name)}",
-    }
-
-
-def sheet_of(run_dir: RunDir) -> str:
+def sheet_address(path: Path) -> str:
     """A small contact sheet as the address of a picture; empty when there is none that can be read."""
     try:
-        with Image.open(run_dir.contact_sheet_path) as sheet:
+        with Image.open(path) as sheet:
             return jpeg_url(sheet, SHEET_PX)
     except (OSError, ValueError, Image.DecompressionBombError):
         return ""

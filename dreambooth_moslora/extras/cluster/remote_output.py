@@ -10,7 +10,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,20 +18,11 @@ from pathlib import Path
 from dreambooth_moslora.core import UserError, atomic_write, content_key
 from dreambooth_moslora.disk.processes import CONFIG_NAME
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.extras.cluster import records
 from dreambooth_moslora.extras.cluster.bucket import Bucket, Mirror, SupersededError, at_once, read_manifest
-from dreambooth_moslora.extras.cluster.fleet import Ending, checked, run_fleet
+from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, checked, run_fleet
 from dreambooth_moslora.extras.cluster.on_ray import Lost
-from dreambooth_moslora.extras.cluster.records import (
-    FLEET_NAME,
-    INDEX_NAME,
-    STOP_NAME,
-    Record,
-    read_names,
-    read_record,
-    stop_path,
-    write_record,
-)
-from dreambooth_moslora.extras.cluster.sizing import Machines
+from dreambooth_moslora.extras.cluster.records import FLEET_NAME, STOP_NAME, Record, read_record
 from dreambooth_moslora.extras.cluster.subjects import Subject
 from dreambooth_moslora.extras.cluster.worker import HOLD_NAME, Job, held, train_subject
 
@@ -45,10 +36,8 @@ all that it may be."""
 
 
 def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) -> Record:
-    """Train the subject of `job.url` in a local folder; its files are in the bucket at the end.
-
-    A run whose last files the bucket does not take has failed, unless it was interrupted; it keeps its record.
-    """
+    """Train the subject of `job.url` in a local folder; its files are in the bucket at the end. A run whose last files
+    the bucket does not take has failed, unless it was interrupted; it keeps its record."""
     record = Record("failed", job.mark)
     try:
         with mirrored(job) as here:
@@ -62,11 +51,8 @@ def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) ->
 
 @contextmanager
 def mirrored(job: Job) -> Iterator[Job]:
-    """The same job in a local folder, which starts as a copy of the bucket and is copied back.
-
-    Raises UserError when the bucket cannot be read or does not take the last files; the folder then stays for a
-    retry.
-    """
+    """The same job in a local folder, which starts as a copy of the bucket and is copied back. Raises UserError when
+    the bucket cannot be read or does not take the last files; the folder then stays for a retry."""
     home = scratch_home(job.url)
     folder = home / Path(job.run_dir).name
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +68,13 @@ def mirrored(job: Job) -> Iterator[Job]:
     finally:
         done.set()
         keeper.join()
-    finish(mirror)
+    try:
+        mirror.push()
+    except SupersededError:
+        raise
+    except UserError as error:
+        there = f"All files of the run are in {folder}; the same command sends them from there."
+        raise UserError(f"{error} {there}") from error
     shutil.rmtree(home, ignore_errors=True)
 
 
@@ -116,18 +108,6 @@ def begin(mirror: Mirror, mark: str) -> None:
     atomic_write(unsent, mirror.writer)
 
 
-def finish(mirror: Mirror) -> None:
-    """Push the last files. Raises UserError when the bucket does not take them; the folder then stays for a retry."""
-    try:
-        mirror.push()
-    except SupersededError:
-        raise
-    except UserError as error:
-        raise UserError(
-            f"{error} All files of the run are in {mirror.folder}; the same command sends them from there."
-        ) from error
-
-
 def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
     """Until `done`, push each new checkpoint and pass on a stop of the fleet. Failures are tried again later."""
     sent: tuple = ()
@@ -137,7 +117,10 @@ def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
         try:
             checkpoints = tuple((path.name, path.stat().st_mtime_ns) for path in RunDir(mirror.folder).checkpoints())
             if checkpoints != sent or now - sent_at > LEAST_OFTEN_SEC:
-                push_or_stop(mirror)
+                try:
+                    mirror.push()
+                except SupersededError:
+                    stop_here(mirror)
                 sent, sent_at = checkpoints, now
             if now - looked_at > LOOK_SEC:
                 looked_at = now
@@ -147,23 +130,9 @@ def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
             done.wait(LOOK_SEC)
 
 
-def push_or_stop(mirror: Mirror) -> None:
-    try:
-        mirror.push()
-    except SupersededError:
-        stop_here(mirror)
-
-
 def stop_here(mirror: Mirror) -> None:
     """Ask the training to end with a checkpoint. The parent folder holds only this run."""
     (mirror.folder.parent / STOP_NAME).touch()
-
-
-def stop_on_this_machine(urls: Iterable[str]) -> None:
-    """Stop the trainings of these runs on this machine, which need not hear of it from the bucket."""
-    for url in urls:
-        with suppress(UserError, OSError):
-            (scratch_home(url) / STOP_NAME).touch()
 
 
 @dataclass(frozen=True)
@@ -173,11 +142,8 @@ class RemoteFleet:
     bucket: Bucket
     view: Path
 
-    def fetch(self, names: Sequence[str]) -> None:
-        """Download the small files of these subjects. An adapter is represented by an empty file."""
-        at_once(self.fetch_one, names)
-
-    def fetch_one(self, name: str) -> None:
+    def fetch(self, name: str) -> None:
+        """Download the small files of a subject. An adapter is represented by an empty file."""
         bucket, folder = self.bucket / name, self.view / name
         folder.mkdir(parents=True, exist_ok=True)
         files = read_manifest(bucket).files
@@ -187,18 +153,19 @@ class RemoteFleet:
         if PUBLISHED_NAME in files:
             (folder / PUBLISHED_NAME).touch()
 
-    def fetch_all(self) -> None:
-        """Raises UserError when there is no fleet."""
-        self.bucket.download(FLEET_NAME, self.view / FLEET_NAME)
-        try:
-            names = read_names(self.view)
-        except UserError as error:
-            raise UserError(str(error).replace(str(self.view), self.bucket.url)) from error
-        self.fetch(names)
+    def fetch_all(self, names: Sequence[str] | None = None) -> None:
+        """`fetch` these subjects, or those of the fleet's list. Raises UserError when there is none."""
+        if names is None:
+            self.bucket.download(FLEET_NAME, self.view / FLEET_NAME)
+            try:
+                names = records.read_names(self.view)
+            except UserError as error:
+                raise UserError(str(error).replace(str(self.view), self.bucket.url)) from error
+        at_once(self.fetch, names)
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """Copy to the bucket what `run.begun` has written, and clear a stop before and after the block."""
+        """Copy to the bucket what `fleet.begun` has written, and clear a stop before and after the block."""
         self.send(FLEET_NAME)
         self.bucket.remove(STOP_NAME)
         try:
@@ -211,15 +178,15 @@ class RemoteFleet:
         self.bucket.write(name, (self.view / name).read_bytes())
 
     def check(self, run_dir: Path, result: Record | Lost) -> Record:
-        """Like `run.checked`, for the files in the bucket. When they cannot be read, the worker's result is
+        """Like `fleet.checked`, for the files in the bucket. When they cannot be read, the worker's result is
         believed."""
         try:
-            self.fetch([run_dir.name])
+            self.fetch(run_dir.name)
             record = checked(run_dir, result, NOT_THERE)
         except UserError:
             record = checked(run_dir, result) if isinstance(result, Lost) else result
         if record != read_record(run_dir):
-            write_record(run_dir, record)
+            records.write_record(run_dir, record)
         return record
 
     def run(
@@ -240,14 +207,17 @@ class RemoteFleet:
             on_end(ending)
 
         def stop() -> bool:
-            if should_stop() and not stop_path(view).exists():
-                stop_path(view).touch()
-                stop_on_this_machine(f"{self.bucket.url}/{subject.name}" for subject, _ in todo)
-            if stop_path(view).exists() and not is_told:
+            stopped = view / STOP_NAME
+            if should_stop() and not stopped.exists():
+                stopped.touch()
+                for subject, _ in todo:  # on this machine they need not hear of it from the bucket
+                    with suppress(UserError, OSError):
+                        (scratch_home(f"{self.bucket.url}/{subject.name}") / STOP_NAME).touch()
+            if stopped.exists() and not is_told:
                 with suppress(UserError):  # tried again at the next call
                     self.bucket.write(STOP_NAME, b"\n")
                     is_told.append(True)
-            return stop_path(view).exists()
+            return stopped.exists()
 
         is_told: list[bool] = []
         run_fleet(todo, view, machines, note, stop, train_in_bucket, self.check, self.bucket.url)
@@ -262,5 +232,5 @@ class RemoteFleet:
     def publish(self) -> str:
         """Upload the index, and the list again, as the bucket may have lost it. Returns the index's URL."""
         self.send(FLEET_NAME)
-        self.send(INDEX_NAME)
-        return f"{self.bucket.url}/{INDEX_NAME}"
+        self.send(records.INDEX_NAME)
+        return f"{self.bucket.url}/{records.INDEX_NAME}"

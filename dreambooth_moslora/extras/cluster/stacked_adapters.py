@@ -30,10 +30,8 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 class _StackedLinear(torch.autograd.Function):
-    """x (N·m,…,in), frozen W0 (out,in) and b (out) or None, A (N,r,in), Uᵀ (N,r,out) -> y (N·m,…,out).
-
-    All are of one dtype. `packed` is bitsandbytes' description of a W0 in 4 bit, None for a dense one.
-    """
+    """x (N·m,…,in), frozen W0 (out,in) and b (out) or None, A (N,r,in), Uᵀ (N,r,out) -> y (N·m,…,out). All are of one
+    dtype. `packed` is bitsandbytes' description of a W0 in 4 bit, None for a dense one."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
@@ -63,10 +61,8 @@ class _StackedLinear(torch.autograd.Function):
 
 
 class StackedLayer:
-    """The layers of one path in N models; the first computes for all while copies are lent.
-
-    Raises ValueError when the frozen weights are not the same tensor, and for dropout, DoRA and biases.
-    """
+    """The layers of one path in N models; the first computes for all while copies are lent. Raises ValueError when the
+    frozen weights are not the same tensor, and for dropout, DoRA and biases."""
 
     def __init__(self, layers: tuple[LoraLayer, ...], adapter_name: str):
         self.layers, self.adapter_name = layers, adapter_name
@@ -95,15 +91,11 @@ class StackedLayer:
         adapters are switched off."""
         if self.layers[0].disable_adapters:
             return self.base(x)
-        if self._copies is None:
-            return self._one_after_the_other(x)
-        packed = getattr(self.base.weight, "quant_state", None)
-        x = x.to(compute_dtype(self.base))
-        return _StackedLinear.apply(x, self.base.weight, self.base.bias, packed, *self._copies)
-
-    def _one_after_the_other(self, x: Tensor) -> Tensor:
-        name, result = self.adapter_name, self.base(x)
-        branches = []
+        if self._copies is not None:
+            packed = getattr(self.base.weight, "quant_state", None)
+            x = x.to(compute_dtype(self.base))
+            return _StackedLinear.apply(x, self.base.weight, self.base.bias, packed, *self._copies)
+        name, result, branches = self.adapter_name, self.base(x), []
         for layer, rows in zip(self.layers, x.chunk(len(self.layers)), strict=True):
             down, up = layer.lora_A[name], layer.lora_B[name]
             branches.append(up(down(rows.to(down.weight.dtype))) * layer.scaling[name])
@@ -117,10 +109,8 @@ def is_plain(layer: LoraLayer, adapter_name: str) -> bool:
 
 
 class StackedAdapters:
-    """The adapters of N >= 2 models with the same base and the same adapted layers, of equal shapes.
-
-    Raises ValueError for models that do not fit together.
-    """
+    """The adapters of N >= 2 models with the same base and the same adapted layers, of equal shapes. Raises ValueError
+    for models that do not fit together."""
 
     def __init__(self, models: Sequence[nn.Module], adapter_name: str = "default"):
         if len(models) < 2:
@@ -135,11 +125,9 @@ class StackedAdapters:
 
     @contextmanager
     def for_one_step(self) -> Iterator[StepCopies]:
-        """Let the first model compute for all for the length of the block, in which the adapters must not change.
-
-        A batch has N equal shares of rows, in the order of the models. Call `collect` after each backward pass.
-        After a block without errors the gradients are where the optimizers expect them.
-        """
+        """Let the first model compute for all for the length of the block, in which the adapters must not change. A
+        batch has N equal shares of rows, in the order of the models. Call `collect` after each backward pass. After a
+        block without errors the gradients are where the optimizers expect them."""
         with ExitStack() as stack:
             for unit in self.general:
                 stack.callback(unit.take_back)

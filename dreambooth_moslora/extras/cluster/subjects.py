@@ -37,8 +37,7 @@ PLACES = ("instance_data_dir", "output_dir")
 
 @dataclass(frozen=True)
 class Subject:
-    """One run: `name` of its run folder and its training `settings`. `error` says why it cannot be trained, or
-    is empty."""
+    """One run: `name` of its run folder and its training `settings`. `error` says why it cannot be trained."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -47,9 +46,7 @@ class Subject:
 
 def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Subject]:
     """The subjects in the order of the list, or by name. `shared`: settings of all; run folders are made in `out`.
-
-    Raises UserError for a list that cannot be read or is empty, and for two subjects of one name.
-    """
+    Raises UserError for a list that cannot be read or is empty, and for two subjects of one name."""
     refuse({name: value for name, value in shared.items() if value})
     if shared.get("hub_model_id"):
         raise UserError("--hub_model_id: the subjects would overwrite each other; name it in each one's row.")
@@ -74,8 +71,8 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
     if source.is_dir():
         folders = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
         return [{"folder": str(path)} for path in folders]
-    reader = READERS.get(source.suffix.lower())
-    if reader is None:
+    kind = source.suffix.lower()
+    if kind not in (".toml", ".csv", ".jsonl"):
         raise UserError(f"{source}: give a folder of subject folders, or a .toml, .csv or .jsonl list of them.")
     if source.exists() and not source.is_file():
         raise UserError(f"{source} is not a regular file.")
@@ -83,46 +80,36 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
         text = source.read_text(encoding="utf-8-sig")
         if "\0" in text:
             raise ValueError("it is not a text file")
-        return list(reader(text))
+        return list(rows_in(text, kind))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: {reason_of(error)}.") from error
     except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{source} is not a list of subjects: {error}.") from error
 
 
-def rows_of_toml(text: str) -> list[dict[str, Any]]:
-    values = tomllib.loads(text)
-    if set(values) != {"subjects"} or not isinstance(values["subjects"], list):
-        raise ValueError("it has [[subjects]] tables and nothing else")
-    return [as_row(row) for row in values["subjects"]]
-
-
-def rows_of_csv(text: str) -> Iterator[dict[str, Any]]:
-    """One table per row. Empty cells are left out."""
-    for row in csv.DictReader(text.splitlines(), strict=True):
-        if None in row:
-            raise ValueError(f"a line has more cells than the first: {row[None][0]!r}")
-        yield {name.strip(): value for name, value in row.items() if value}
-
-
-def rows_of_jsonl(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
-        if line.strip():
-            yield as_row(json.loads(line))
-
-
-READERS = {".toml": rows_of_toml, ".csv": rows_of_csv, ".jsonl": rows_of_jsonl}
-
-
-def as_row(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r:.60} is not a table of names and values")
-    return value
+def rows_in(text: str, kind: str) -> Iterator[dict[str, Any]]:
+    """The rows of a list's text. Empty cells are left out. Raises ValueError, and csv.Error."""
+    if kind == ".csv":
+        for row in csv.DictReader(text.splitlines(), strict=True):
+            if None in row:
+                raise ValueError(f"a line has more cells than the first: {row[None][0]!r}")
+            yield {name.strip(): value for name, value in row.items() if value}
+        return
+    if kind == ".jsonl":
+        rows = (json.loads(line) for line in text.splitlines() if line.strip())
+    else:
+        values = tomllib.loads(text)
+        rows = values.get("subjects")
+        if set(values) != {"subjects"} or not isinstance(rows, list):
+            raise ValueError("it has [[subjects]] tables and nothing else")
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{row!r:.60} is not a table of names and values")
+        yield row
 
 
 def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path) -> Subject:
-    """A mistake in the row becomes the subject's `error`. Raises UserError when there is no folder or no usable
-    name."""
+    """A mistake in the row becomes the subject's `error`. Raises UserError without a folder or a usable name."""
     row = {name.replace("-", "_"): value for name, value in row.items()}
     folder = row.get("folder")
     if not isinstance(folder, str) or not folder:
@@ -171,9 +158,7 @@ def words_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any]) ->
 
 def mark_of(settings: Mapping[str, Any]) -> str:
     """A digest of the settings and of the photos' file names and sizes: if it changes, the run must be trained again.
-
-    It does not depend on where photos and run folder are.
-    """
+    It does not depend on where photos and run folder are."""
     files = sorted(Path(settings["instance_data_dir"]).iterdir())
     sizes = [(path.name, path.stat().st_size) for path in files if path.is_file()]
     values = TrainConfig.from_dict(settings).to_dict()

@@ -1,9 +1,8 @@
-"""Several runs at once on one base in one process.
+"""`python -m dreambooth_moslora together RUN_DIR… --at_once N`: several runs at once on one base in one process.
 
-One base in memory for several runs: each gets a pipeline whose UNet has its own modules and shared weights.
-
-Trains several runs at once on one base in one process: at each step, a micro-batch of each run goes through
-the UNet together.
+A fleet's worker starts it for a group. Each run folder has its `job_config.json` and its fleet's record, which this
+process updates: running, then how the run ended. At each step, a micro-batch of each run goes through the UNet
+together.
 
 Everything else is as if the run were alone: seed, noise, photos, loss, optimizer, events, checkpoints, pictures
 and publication. So a run can be resumed alone or with others. Only rounding differs: a matrix product with more
@@ -12,33 +11,145 @@ rows sums in another order.
     waiting -> begun (alone: base, class images, encoding) -> steps, together -> ended; the next takes the place
 """
 
+import argparse
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.fast_linear import lay_together
+from dreambooth_moslora.cli.main import make_evaluator, message_for_known_error, start_log, warn_about
+from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
+from dreambooth_moslora.core import UserError, shortened, spelled_out
 from dreambooth_moslora.disk.events import Event
+from dreambooth_moslora.disk.processes import CONFIG_NAME
+from dreambooth_moslora.extras.cluster.records import Record, ended, read_record, write_record
 from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
-from dreambooth_moslora.plan.plan import Plan
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.plan.checks import check_folders
+from dreambooth_moslora.plan.plan import Plan, make_plan
+from dreambooth_moslora.settings.sources import read_json_table
+from dreambooth_moslora.settings.table import TrainConfig, is_scored
 from dreambooth_moslora.training.adapters import target_paths
 from dreambooth_moslora.training.encoder import LoadBase, load_base
 from dreambooth_moslora.training.loop import Steps, StepScorer, Training, TrainResult, advanced, training
-from dreambooth_moslora.training.objective import LossParts
 from dreambooth_moslora.training.step import MicroBatch, StepLosses, TrainStep, UNetRows, numbers_of
+
+T = TypeVar("T")
+HELP = "train several subjects of a fleet in one process"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="run folders with their settings")
+    parser.add_argument("--at_once", type=int, default=2, help="how many of them train at the same time")
+    parser.add_argument("--share", type=float, default=1.0, help="GPUs or cores that the process holds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 130 when a run was stopped. Each run's record says how it ended."""
+    folders, costs = [Path(folder) for folder in args.run_dirs], Costs(args.share)
+
+    def note(member: "Member", result: TrainResult | Exception) -> None:
+        costs.ended(Path(member.plan.config.output_dir), result)
+
+    with StopRequest() as stop:
+        train_together(members(folders, stop, costs), args.at_once, note)
+    states = [record.state for folder in folders if (record := read_record(folder)) is not None]
+    return INTERRUPTED if "interrupted" in states else 0
+
+
+def members(folders: Sequence[Path], stop: StopRequest, costs: "Costs") -> Iterator["Member"]:
+    """The runs one by one, as there is room. A faulty run is recorded as failed."""
+    for folder in folders:
+        if stop():
+            ended(folder, "interrupted", "stopped before it began")
+            continue
+        costs.began(folder)
+        try:
+            config = TrainConfig.from_dict(read_json_table(folder / CONFIG_NAME))
+            check_folders(config)
+            with logged_to(config):
+                plan = make_plan(config)
+                warn_about(plan)
+        except Exception as error:
+            costs.ended(folder, error)
+        else:
+            evaluator = make_evaluator if is_scored(config) else lambda plan: None
+            yield Member(plan, None, stop, evaluator, partial(logged_to, config))
+
+
+@contextmanager
+def logged_to(config: TrainConfig) -> Iterator[None]:
+    """Log only to the run folder for the length of the block, since its events concern this run."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    file_only = start_log(config)
+    try:
+        yield
+    except UserError as error:
+        file_only.error("%s", error)
+        raise
+    finally:
+        for handler in set(root.handlers) - set(before):
+            root.removeHandler(handler)
+            handler.close()
+
+
+def line_for(error: Exception) -> str:
+    """The line for the user; for a bug, the log has the traceback."""
+    if isinstance(error, UserError):
+        return shortened(spelled_out(" ".join(str(error).split())))
+    if (line := message_for_known_error(error)) is not None:
+        return line
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
+
+
+class Costs:
+    """The records of the current runs, each with its share of the time."""
+
+    def __init__(self, share: float):
+        self.share, self._since = share, time.monotonic()
+        self._seconds: dict[Path, float] = {}
+
+    def began(self, folder: Path) -> None:
+        self._divide()
+        self._seconds[folder] = 0.0
+        record = read_record(folder) or Record("running")
+        begun = replace(record, state="running", message="", starts=record.starts + 1, machine=socket.gethostname())
+        write_record(folder, begun)
+
+    def ended(self, folder: Path, result: TrainResult | Exception) -> None:
+        self._divide()
+        if isinstance(result, Exception):
+            state, message = "failed", line_for(result)
+        else:
+            state, message = "interrupted" if result.interrupted else "done", ""
+        spent, record = self._seconds.pop(folder), read_record(folder) or Record(state)
+        hours = record.hours + spent / 3600 * self.share
+        write_record(folder, replace(record, state=state, message=message, seconds=record.seconds + spent, hours=hours))
+
+    def _divide(self) -> None:
+        """Divide the time since the last change among the current runs."""
+        now = time.monotonic()
+        for folder in self._seconds:
+            self._seconds[folder] += (now - self._since) / len(self._seconds)
+        self._since = now
 
 
 class SharedBase:
-    """Replaces `frozen_base.load_base` for runs with the same base, precision and layers.
-
-    The UNet stays on the device. Text encoders and VAE are lent to one run after the other.
-    """
+    """Replaces `encoder.load_base` for runs with the same base, precision and layers. The UNet stays on the device.
+    Text encoders and VAE are lent to one run after the other."""
 
     def __init__(self, load: LoadBase = load_base):
         self._load = load
@@ -65,11 +176,8 @@ class SharedBase:
 
 @dataclass(frozen=True)
 class Member:
-    """A run to train: its plan, its callbacks, and a function that makes its evaluator when it begins.
-
-    Whatever the run does alone happens inside the context manager `within`, which may redirect its log, for
-    example.
-    """
+    """A run to train: its plan, its callbacks, and a function that makes its evaluator when it begins. Whatever the run
+    does alone happens inside the context manager `within`, which may redirect its log."""
 
     plan: Plan
     on_event: Callable[[Event], None] | None = None
@@ -88,83 +196,68 @@ class Course:
 
 
 def train_together(
-    members: Iterable[Member],
-    most: int,
-    on_end: Callable[[Member, TrainResult | Exception], None],
+    members: Iterable[Member], most: int, on_end: Callable[[Member, TrainResult | Exception], None]
 ) -> None:
-    """Train all `members`, at most `most` at once. When one ends or fails, the next begins.
-
-    They must have the same `shared_settings`, and none may need to be alone (`extras.cluster.sizing`). `on_end` is
-    called with each member and its result or error.
-    """
+    """Train all `members`, at most `most` at once. When one ends or fails, the next begins. They must have the same
+    `shared_settings`, and none may need to be alone (`extras.cluster.fleet`). `on_end` is called with each member and
+    its result or error."""
     base, waiting, under_way = SharedBase(), iter(members), []
-    stack = Stack()
+
+    def going(member: Member, action: Callable[..., T], *arguments: object) -> T | None:
+        """What `action` returns, done within the member; None when the run has ended by it."""
+        try:
+            with member.within():
+                return action(*arguments)
+        except StopIteration as end:
+            on_end(member, end.value)
+        except Exception as error:
+            on_end(member, error)
+
     try:
         while True:
             while len(under_way) < most and (member := next(waiting, None)) is not None:
-                begin(member, base, under_way, on_end)
+                if (course := going(member, begun, member, base)) is not None:
+                    under_way.append(course)
+                base.rest()
             if not under_way:
                 return
-            under_way = advance(under_way, stack, on_end)
+            outcomes = losses_of([course.run for course in under_way])
+            for course, outcome in zip(under_way, outcomes, strict=True):
+                course.run = going(course.member, advanced, course.steps, outcome)
+            under_way = [course for course in under_way if course.run is not None]
     finally:
+        stacked.cache_clear()
         for course in under_way:
             course.steps.close()
 
 
-def begin(member: Member, base: SharedBase, under_way: list[Course], on_end: Callable) -> None:
-    """Do everything before a member's first step, alone."""
+def begun(member: Member, base: SharedBase) -> Course:
+    """Everything before a member's first step, alone."""
     config = replace(member.plan.config, compile="off")  # a compiled graph would depend on the number of runs
-    try:
-        with member.within():
-            plan = replace(member.plan, config=config)
-            evaluator = member.make_evaluator(plan)
-            steps = training(plan, member.on_event, member.should_stop, evaluator, base)
-            under_way.append(Course(member, steps, next(steps)))
-    except StopIteration as end:
-        on_end(member, end.value)
-    except Exception as error:
-        on_end(member, error)
-    base.rest()
+    plan = replace(member.plan, config=config)
+    steps = training(plan, member.on_event, member.should_stop, member.make_evaluator(plan), base)
+    return Course(member, steps, next(steps))
 
 
-def advance(under_way: list[Course], stack: "Stack", on_end: Callable) -> list[Course]:
-    """Do one step of each run; returns the runs that continue."""
-    outcomes = losses_of([course.run for course in under_way], stack)
-    going = []
-    for course, outcome in zip(under_way, outcomes, strict=True):
-        try:
-            with course.member.within():
-                course.run = advanced(course.steps, outcome)
-            going.append(course)
-        except StopIteration as end:
-            on_end(course.member, end.value)
-        except Exception as error:
-            on_end(course.member, error)
-    return going
-
-
-def losses_of(runs: Sequence[Training], stack: "Stack") -> list[Callable[[], StepLosses]]:
+def losses_of(runs: Sequence[Training]) -> list[Callable[[], StepLosses]]:
     """For each run, a function that returns its losses or raises. An error while drawing a run's micro-batch
     ends that run only; an error in the common pass ends all runs."""
-    outcomes: dict[int, Callable[[], StepLosses]] = {}
-    drawn: list[tuple[Training, list[MicroBatch]]] = []
+    found: dict[int, StepLosses | Exception] = {}
+    ready, drawn = [], []
     for run in runs if len(runs) > 1 else ():
         try:
-            drawn.append((run, draw(run)))
+            drawn.append(draw(run))
+            ready.append(run)
         except Exception as error:
-            outcomes[id(run)] = raising(error)
-    ready = [run for run, _ in drawn]
+            found[id(run)] = error
     if len(ready) > 1:
         try:
-            found = accumulate_together(
-                [run.train_step for run in ready], [micros for _, micros in drawn], stack.of(ready)
-            )
-            outcomes |= {id(run): partial(given, losses) for run, losses in zip(ready, found, strict=True)}
+            found |= zip(map(id, ready), accumulate_together([run.train_step for run in ready], drawn))
         except Exception as error:
-            outcomes |= dict.fromkeys(map(id, ready), raising(error))
+            found |= dict.fromkeys(map(id, ready), error)
     else:
-        stack.forget()
-    return [outcomes.get(id(run), run.accumulate_gradients) for run in runs]
+        stacked.cache_clear()  # so that ended runs leave memory
+    return [partial(told, found[id(run)]) if id(run) in found else run.accumulate_gradients for run in runs]
 
 
 def draw(run: Training) -> list[MicroBatch]:
@@ -175,57 +268,33 @@ def draw(run: Training) -> list[MicroBatch]:
     return [step.micro_batch(step.number_of(turn)) for turn in range(step.config.gradient_accumulation_steps)]
 
 
-def given(losses: StepLosses) -> StepLosses:
-    return losses
+def told(found: StepLosses | Exception) -> StepLosses:
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
-def raising(error: Exception) -> Callable[[], StepLosses]:
-    def fail() -> StepLosses:
-        raise error
-
-    return fail
-
-
-class Stack:
-    """The adapters of the runs in training, collected again when the runs change."""
-
-    def __init__(self):
-        self._runs: list[Training] = []
-        self._adapters: StackedAdapters | None = None
-
-    def of(self, runs: Sequence[Training]) -> StackedAdapters:
-        if self._adapters is None or self._runs != list(runs):
-            self._runs = list(runs)
-            self._adapters = StackedAdapters([run.train_step.components["unet"] for run in runs])
-        return self._adapters
-
-    def forget(self) -> None:
-        """Drop the runs, so that ended ones leave memory."""
-        self._runs, self._adapters = [], None
+@lru_cache(maxsize=1)
+def stacked(*unets: nn.Module) -> StackedAdapters:
+    """Collected again when the runs in training change."""
+    return StackedAdapters(unets)
 
 
-def accumulate_together(
-    steps: Sequence[TrainStep], drawn: Sequence[Sequence[MicroBatch]], adapters: StackedAdapters
-) -> list[StepLosses]:
-    """Accumulate the gradients of each run's next step. `drawn` are its micro-batches, equally many for each run."""
-    turns, found = list(zip(*drawn, strict=True)), []
-    with adapters.for_one_step() as copies:
+def accumulate_together(steps: Sequence[TrainStep], drawn: Sequence[Sequence[MicroBatch]]) -> list[StepLosses]:
+    """Accumulate the gradients of each run's next step, whose loss is of its own rows. `drawn` are its micro-batches,
+    equally many for each run."""
+    first, turns, found = steps[0], list(zip(*drawn, strict=True)), []
+    with stacked(*(step.components["unet"] for step in steps)).for_one_step() as copies:
         for micros in turns:
-            parts = losses_together(steps, micros)
-            pairs = zip(steps, parts, strict=True)
-            sum(scaled(step, part.total / len(turns)) for step, part in pairs).backward()
+            answers = [None] * len(steps)
+            if first.base_is_prior:
+                answers = predictions(first.base_prediction, [s.prior_rows(m) for s, m in zip(steps, micros)])
+            of_each = predictions(first.predict, [micro.rows for micro in micros])
+            parts = [step.loss_of(*own) for step, *own in zip(steps, micros, of_each, answers, strict=True)]
+            sum(scaled(step, part.total / len(turns)) for step, part in zip(steps, parts)).backward()
             copies.collect()
             found.append([numbers_of(part) for part in parts])
     return [step.mean_of(list(numbers)) for step, numbers in zip(steps, zip(*found, strict=True), strict=True)]
-
-
-def losses_together(steps: Sequence[TrainStep], micros: Sequence[MicroBatch]) -> list[LossParts]:
-    """Each run's loss, of its own rows."""
-    first, answers = steps[0], [None] * len(steps)
-    if first.base_is_prior:
-        answers = predictions(first.base_prediction, [s.prior_rows(m) for s, m in zip(steps, micros, strict=True)])
-    found = predictions(first.predict, [micro.rows for micro in micros])
-    return [step.loss_of(*own) for step, *own in zip(steps, micros, found, answers, strict=True)]
 
 
 def predictions(predict: Callable[[UNetRows], Tensor], parts: Sequence[UNetRows]) -> list[Tensor]:

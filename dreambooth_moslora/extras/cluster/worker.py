@@ -1,31 +1,33 @@
-"""Trains one subject, or several in one process, on one machine.
-
-Trains one subject on one machine: runs the training command as a process, and waits for its end.
+"""Trains one subject, or several in one process, on one machine: starts a command, and waits for its end.
 
 The training resumes from the run folder's newest checkpoint, so a lost machine costs only the steps since then.
 Nothing here imports torch: a worker is small and starts at once.
 
-Several subjects in one process on one machine: they share a base and train together.
+The process of several is `python -m dreambooth_moslora together`. It writes each subject's record as the subject
+begins and ends. This module writes the records of subjects that the process did not live to end.
 
-The process is `python -m dreambooth_moslora together`. It writes each subject's record as the subject begins
-and ends. This module writes the records of subjects that the process did not live to end.
+`python -m dreambooth_moslora.extras.cluster.worker PID COMMAND …` is the command, begun by the process PID: when that
+is gone, the training finishes its step, writes a checkpoint and ends.
 """
 
 import os
+import runpy
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.processes import CONFIG_NAME, log_tail, start_logged, why_it_ended, write_settings
+from dreambooth_moslora.disk import processes
 from dreambooth_moslora.disk.queue import locked, take
-from dreambooth_moslora.extras.cluster.records import Record, is_finished, read_record, stop_path, write_record
+from dreambooth_moslora.extras.cluster.records import Record, ended, is_finished, read_record, stop_path, write_record
 
 DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
 POLL_SEC = 0.2
@@ -36,16 +38,15 @@ HELD_SEC = 120.0
 """How long a training whose worker is gone may take for its last step and checkpoint."""
 KILLED_MOST = 3
 """How many times one machine starts a training that was killed."""
-GUARDED = ("-P", "-m", "dreambooth_moslora.extras.cluster.guarded")
+ENDED = ("done", "failed", "interrupted")
+GUARDED = ("-P", "-m", "dreambooth_moslora.extras.cluster.worker")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs: the run's `settings`, its `mark`, and its share of a machine.
-
-    Relative paths in the settings begin at `folder`, if that exists on the machine. `url` is the run folder's,
-    if it is in a bucket (`remote_output`); of `run_dir` only the name is used then.
-    """
+    """What a worker needs: the run's `settings`, its `mark`, and its share of a machine. Relative paths in the settings
+    begin at `folder`, if that exists on the machine. `url` is the run folder's, if it is in a bucket (`remote_output`);
+    of `run_dir` only the name is used then."""
 
     run_dir: str
     settings: Mapping[str, Any]
@@ -54,6 +55,10 @@ class Job:
     gpus: float = 0.0
     folder: str = ""
     url: str = ""
+
+    @property
+    def unit(self) -> str:
+        return "GPU" if self.gpus else "CPU"
 
 
 def train_subject(job: Job) -> Record:
@@ -64,9 +69,15 @@ def train_subject(job: Job) -> Record:
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with held_for_training(run_dir) as hold:
-            return train_to_an_end(job, run_dir, hold)
+            for _ in range(KILLED_MOST):  # one that is killed goes on from its newest checkpoint
+                if stop_path(run_dir.parent).exists():
+                    return ended(run_dir, "interrupted", "stopped before it began")
+                code = train_once(job, run_dir, hold)
+                if code >= 0:
+                    break
+            return judged(run_dir, code)
     except UserError as error:
-        return ended(job, "failed", str(error))
+        return ended(run_dir, "failed", str(error))
 
 
 @contextmanager
@@ -100,25 +111,15 @@ def held(run_dir: Path) -> BinaryIO:
         time.sleep(POLL_SEC)
 
 
-def train_to_an_end(job: Job, run_dir: Path, hold: BinaryIO) -> Record:
-    """Run the training; if it is killed, start it again from its newest checkpoint a few times."""
-    for _ in range(KILLED_MOST):
-        if stop_path(run_dir.parent).exists():
-            return ended(job, "interrupted", "stopped before it began")
-        code = train_once(job, run_dir, hold)
-        if code >= 0:
-            break
-    return judged(job, run_dir, code)
-
-
 def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     """Returns the exit status; it is negative for a signal. The time is added to the record."""
     before = read_record(run_dir)
     is_known = goes_on(before, job)
-    begun = replace(before if is_known else Record("running", job.mark), state="running", message="", unit=unit_of(job))
-    begun = replace(begun, starts=begun.starts + 1, machine=socket.gethostname())
+    begun = before if is_known else Record("running", job.mark)
+    begun = replace(begun, state="running", message="", unit=job.unit, starts=begun.starts + 1)
+    begun = replace(begun, machine=socket.gethostname())
     write_record(run_dir, begun)
-    write_settings(run_dir, {**job.settings, **({"resume_from_checkpoint": "latest"} if is_known else {})})
+    processes.write_settings(run_dir, {**job.settings, **({"resume_from_checkpoint": "latest"} if is_known else {})})
     started = time.monotonic()
     code = watch(start(job, run_dir, hold), stop_path(run_dir.parent))
     seconds = time.monotonic() - started
@@ -132,23 +133,16 @@ def goes_on(before: Record | None, job: Job) -> bool:
     return before is not None and before.mark == job.mark and before.starts > 0
 
 
-def unit_of(job: Job) -> str:
-    return "GPU" if job.gpus else "CPU"
-
-
 def start(job: Job, run_dir: Path, hold: BinaryIO) -> subprocess.Popen:
-    return start_guarded(job, ("train", "--config", str(run_dir / CONFIG_NAME)), (hold.fileno(),))
+    return start_guarded(job, ("train", "--config", str(run_dir / processes.CONFIG_NAME)), (hold.fileno(),))
 
 
 def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subprocess.Popen:
-    """Start a command of this program that keeps the locks `holds` and does not outlive this process; its log
-    is in the run folder.
-
-    It has as many threads as cores: on CPUs the result's bytes depend on the number of threads.
-    """
+    """Start a command of this program that keeps the locks `holds` and does not outlive this process; its log is in the
+    run folder. It has as many threads as cores: on CPUs the result's bytes depend on the number of threads."""
     folder = job.folder if os.path.isdir(job.folder) else None
     threads, command = {"OMP_NUM_THREADS": str(job.cpus)}, (*GUARDED, str(os.getpid()), *words)
-    return start_logged(Path(job.run_dir), command, threads, folder, inherits=holds)
+    return processes.start_logged(Path(job.run_dir), command, threads, folder, inherits=holds)
 
 
 def watch(process: subprocess.Popen, stop: Path) -> int:
@@ -166,26 +160,16 @@ def watch(process: subprocess.Popen, stop: Path) -> int:
         raise
 
 
-def judged(job: Job, run_dir: Path, code: int) -> Record:
+def judged(run_dir: Path, code: int) -> Record:
     was_asked = stop_path(run_dir.parent).exists()
     if code == DONE:
-        return ended(job, "done")
+        return ended(run_dir, "done")
     if code == INTERRUPTED or (was_asked and code == -signal.SIGTERM):
-        return ended(job, "interrupted")
-    log = log_tail(run_dir)
+        return ended(run_dir, "interrupted")
+    log = processes.log_tail(run_dir)
     errors = [line.removeprefix(ERROR) for line in log.splitlines() if line.startswith(ERROR)]
     is_told = code == MISTAKE and errors
-    return ended(job, "failed", errors[-1] if is_told else why_it_ended(code, log, was_asked=was_asked))
-
-
-def ended(job: Job, state: str, message: str = "") -> Record:
-    run_dir = Path(job.run_dir)
-    record = replace(read_record(run_dir) or Record(state), state=state, message=message)
-    write_record(run_dir, record)
-    return record
-
-
-ENDED = ("done", "failed", "interrupted")
+    return ended(run_dir, "failed", errors[-1] if is_told else processes.why_it_ended(code, log, was_asked=was_asked))
 
 
 @dataclass(frozen=True)
@@ -197,67 +181,61 @@ class Group:
 
 
 def train_work(work: Job | Group) -> Record | list[Record]:
-    """Train a worker's task: one subject or a group."""
-    return train_group(work) if isinstance(work, Group) else train_subject(work)
-
-
-def train_group(group: Group) -> list[Record]:
-    """Train all subjects to their ends, or until the fleet is told to stop. The records are in the order of `jobs`."""
+    """Train a worker's task, one subject or a group, to its end, or until the fleet is told to stop. The records are
+    in the order of `jobs`."""
+    if isinstance(work, Job):
+        return train_subject(work)
     with ExitStack() as stack:
         jobs, holds = [], []
-        for job in group.jobs:
-            if is_finished(Path(job.run_dir), job.mark):  # its machine was lost after it had finished
+        for job in work.jobs:
+            run_dir = Path(job.run_dir)
+            if is_finished(run_dir, job.mark):  # its machine was lost after it had finished
                 continue
-            Path(job.run_dir).mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir(parents=True, exist_ok=True)
             try:
-                holds.append(stack.enter_context(held_for_training(Path(job.run_dir))).fileno())
+                holds.append(stack.enter_context(held_for_training(run_dir)).fileno())
             except UserError as error:
-                ended(job, "failed", str(error))
+                ended(run_dir, "failed", str(error))
             else:
-                enter(job)
+                before = read_record(run_dir)  # what it has cost so far is kept
+                known = before if goes_on(before, job) else Record("waiting", job.mark)
+                write_record(run_dir, replace(known, state="waiting", message="", unit=job.unit))
                 jobs.append(job)
-        train_to_their_ends(jobs, group.at_once, tuple(holds))
-    return [read_record(Path(job.run_dir)) or Record("failed", job.mark) for job in group.jobs]
+        train_to_their_ends(jobs, work.at_once, tuple(holds))
+    return [read_record(Path(job.run_dir)) or Record("failed", job.mark) for job in work.jobs]
 
 
-def enter(job: Job) -> None:
-    """Write a subject's record before it trains here. What it has cost so far is kept."""
-    run_dir = Path(job.run_dir)
-    before = read_record(run_dir)
-    known = before if goes_on(before, job) else Record("waiting", job.mark)
-    write_record(run_dir, replace(known, state="waiting", message="", unit=unit_of(job)))
-
-
-def train_to_their_ends(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> None:
-    """Run the process; if it is killed, start it again for the unfinished subjects, a few times."""
-    left, code = list(jobs), 0
+def train_to_their_ends(left: list[Job], at_once: int, holds: tuple[int, ...]) -> None:
+    """Run the process; if it is killed, start it again for the subjects that are `left`, a few times."""
     for _ in range(KILLED_MOST):
         if not left:
             return
-        if stop_path(Path(left[0].run_dir).parent).exists():
+        first = Path(left[0].run_dir)
+        if stop_path(first.parent).exists():
             for job in left:
-                ended(job, "interrupted", "stopped before it began")
+                ended(Path(job.run_dir), "interrupted", "stopped before it began")
             return
         code = train_group_once(left, at_once, holds)
-        first, left = left[0], [job for job in left if not has_ended(job)]
+        records = [read_record(Path(job.run_dir)) for job in left]
+        left = [job for job, found in zip(left, records) if found is None or found.state not in ENDED]
         if code >= 0:
             break
-    was_asked = bool(left) and stop_path(Path(left[0].run_dir).parent).exists()
+    was_asked = stop_path(first.parent).exists()
     for job in left:
-        reason = why_it_ended(code, log_tail(Path(first.run_dir)), was_asked=was_asked)
-        ended(job, "interrupted" if was_asked else "failed", "" if was_asked else reason)
+        reason = processes.why_it_ended(code, processes.log_tail(first), was_asked=was_asked)
+        ended(Path(job.run_dir), "interrupted" if was_asked else "failed", "" if was_asked else reason)
 
 
 def train_group_once(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> int:
     """Returns the exit status; it is negative for a signal."""
     for job in jobs:
         resumed = {"resume_from_checkpoint": "latest"} if read_record(Path(job.run_dir)).starts else {}
-        write_settings(Path(job.run_dir), {**job.settings, **resumed})
+        processes.write_settings(Path(job.run_dir), {**job.settings, **resumed})
     share = jobs[0].gpus or jobs[0].cpus
     words = ("together", "--at_once", str(at_once), "--share", str(share), *(job.run_dir for job in jobs))
     return watch(start_guarded(jobs[0], words, holds), stop_path(Path(jobs[0].run_dir).parent))
 
 
-def has_ended(job: Job) -> bool:
-    record = read_record(Path(job.run_dir))
-    return record is not None and record.state in ENDED
+if __name__ == "__main__":
+    processes.when_orphaned(int(sys.argv.pop(1)), partial(os.kill, os.getpid(), signal.SIGTERM))
+    runpy.run_module("dreambooth_moslora", run_name="__main__")

@@ -33,11 +33,9 @@ Progress = Callable[[int, int, float, float], None]
 def learn_basis(
     config: TrainConfig, out: Path, basis_lr: float, progress: Progress, should_stop: Callable[[], bool] = bool
 ) -> int:
-    """Write a basis for the subjects of `config`, learnt in its `max_train_steps`; returns the steps done.
-
-    It starts from `config.basis`. Mixers have the run's learning rate, A and B have `basis_lr`; both fall to zero. The
-    file is written now and then, at the end, and after a stop. Raises UserError.
-    """
+    """Write a basis for the subjects of `config`, learnt in its `max_train_steps`; returns the steps done. It starts
+    from `config.basis`. Mixers have the run's learning rate, A and B have `basis_lr`; both fall to zero. The file is
+    written now and then, at the end, and after a stop. Raises UserError."""
     if len(config.subjects) < 2:
         raise UserError("a basis is learnt over two subjects or more: name a folder for each.")
     with tempfile.TemporaryDirectory() as folder:
@@ -65,10 +63,11 @@ class Learner:
 
     def __init__(self, step: TrainStep, count: int, mixer_lr: float, basis_lr: float):
         self.step, self.unet = step, step.components["unet"]
-        self.live = [mixer for _, mixer in mixer_parameters(self.unet)]
-        layers = adapter_layers(self.unet).values()
-        shared = [(layer.lora_A["default"].weight, layer.lora_B["default"].up) for layer in layers]
-        self.shared = [matrix.requires_grad_(True) for pair in shared for matrix in pair]
+        self.live, self.shared = [mixer for _, mixer in mixer_parameters(self.unet)], []
+        for layer in adapter_layers(self.unet).values():
+            self.shared += [layer.lora_A["default"].weight, layer.lora_B["default"].up]
+        for matrix in self.shared:
+            matrix.requires_grad_(True)
         size = sum(mixer.numel() for mixer in self.live)
         self.subjects = [nn.Parameter(self.live[0].new_zeros(size)) for _ in range(count)]
         groups = [{"params": self.shared, "lr": basis_lr}, {"params": self.subjects, "lr": mixer_lr}]

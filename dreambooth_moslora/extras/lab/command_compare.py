@@ -3,14 +3,12 @@
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from dreambooth_moslora.extras.cluster.command_fleet import add_cluster_flags, check_shares
-from dreambooth_moslora.extras.lab.study import Study, load_study
-
-if TYPE_CHECKING:
-    from dreambooth_moslora.extras.lab.run import Progress, Result
+from dreambooth_moslora.extras.lab.study import load_study
 
 HELP = "train and score several kinds of adapter at an equal budget: tables, intervals, plots"
 
@@ -29,45 +27,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_shares(args)
     study, out = load_study(Path(args.config)), Path(args.output_dir)
-    tuning, tests = len(study.tuning_cells()), len(study.test_cells(AnyRate()))
+    tuning, tests = len(study.tuning_cells()), len(study.test_cells(study.first_rates()))
     print(f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare", file=sys.stderr)
-    from dreambooth_moslora.extras.lab.run import run_study, unfinished
+    from dreambooth_moslora.extras.lab.run import cells_on_cluster, run_study, unfinished
 
     if args.dry_run:
         todo = unfinished(study, out)
         print("\n".join(cell.name for cell in todo))
         print(f"{len(todo)} of them are still to be done", file=sys.stderr)
         return 0
+    from dreambooth_moslora.extras.cluster.fleet import Machines
+    from dreambooth_moslora.extras.cluster.on_ray import connected
     from dreambooth_moslora.extras.lab.report import write_comparison
 
-    progress = CellProgress()
-    if args.ray_address and not args.report_only:
-        results = run_on_cluster(study, out, progress, args)
+    progress, jobs = CellProgress(), 0 if args.report_only else max(1, args.jobs or 1)
+    if args.ray_address and jobs:
+        with connected(args.ray_address):
+            runner = partial(cells_on_cluster, Machines.of_cluster(args.per_gpu, args.cpus), args.jobs)
+            results = run_study(study, out.resolve(), jobs, progress, runner)
     else:
-        results = run_study(study, out, 0 if args.report_only else max(1, args.jobs or 1), progress)
+        results = run_study(study, out, jobs, progress)
     print(write_comparison(study, results, out))
     print(out / "report.html")
     if progress.failed:
         print(f"{progress.failed} trainings failed; run again to try them again", file=sys.stderr)
     return 1 if progress.failed else 0
-
-
-def run_on_cluster(study: Study, out: Path, progress: "CellProgress", args: argparse.Namespace) -> list["Result"]:
-    from dreambooth_moslora.extras.cluster.fleet import CellRunner
-    from dreambooth_moslora.extras.cluster.on_ray import connected, gpu_memory_gib, largest_node_gib
-    from dreambooth_moslora.extras.cluster.sizing import Machines
-    from dreambooth_moslora.extras.lab.run import run_study
-
-    with connected(args.ray_address):
-        machines = Machines(gpu_memory_gib(), largest_node_gib(), args.per_gpu, args.cpus)
-        return run_study(study, out.resolve(), max(1, args.jobs or 1), progress, CellRunner(machines, args.jobs))
-
-
-class AnyRate(dict):
-    """Placeholder rates: counting cells needs no chosen learning rate."""
-
-    def __missing__(self, key: tuple[str, int]) -> float:
-        return 0.0
 
 
 class CellProgress:
@@ -76,7 +60,7 @@ class CellProgress:
     def __init__(self):
         self.failed, self.finished, self.started = 0, 0, time.monotonic()
 
-    def __call__(self, progress: "Progress") -> None:
+    def __call__(self, progress: Any) -> None:
         self.finished += 1
         self.failed += bool(progress.error)
         each = (time.monotonic() - self.started) / self.finished

@@ -12,20 +12,9 @@ from PIL import Image
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core import atomic_write, public_name
 from dreambooth_moslora.evaluation.metrics import Interval
-from dreambooth_moslora.extras.lab.run import (
-    STRIP_PX,
-    ArmSummary,
-    Outcome,
-    Result,
-    judged,
-    of_whole_seeds,
-    outcomes,
-    rate_curves,
-    result_path,
-    seeds_of,
-    summaries,
-)
-from dreambooth_moslora.extras.lab.study import Study
+from dreambooth_moslora.extras.lab import run
+from dreambooth_moslora.extras.lab.run import STRIP_PX, ArmSummary, Outcome, Result, judged, result_path, seeds_of
+from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, render
@@ -105,12 +94,15 @@ def rate_plot(curves: dict[tuple[str, int], dict[float, float]]) -> Figure:
 
 def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
     """Write all files for the finished cells; returns the findings, one sentence per arm."""
-    results = of_whole_seeds(results)
-    arms, against = summaries(results), outcomes(study, results)
+    results = run.of_whole_seeds(results)
+    arms, against = run.summaries(results), run.outcomes(study, results)
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "results.json", json.dumps(results_json(study, results, arms, against), indent=1) + "\n")
-    tables = [arm_rows(arms), relative_rows(arms), outcome_rows(against)]
-    atomic_write(out / "table.md", markdown_tables(tables))
+    tables, parts = [arm_rows(arms), relative_rows(arms), outcome_rows(against)], []
+    for header, rows in tables:
+        lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
+        parts.append("\n".join(lines))
+    atomic_write(out / "table.md", "\n\n".join(parts) + "\n")
     plots = plots_of(study, results, arms, against)
     for name, plot in plots.items():
         plot.savefig(out / f"{name}.png", dpi=110)
@@ -123,6 +115,7 @@ def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
 def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Sequence[Outcome]) -> dict:
     """Settings without paths, every cell, every arm, every difference."""
     protocol, hidden = study.protocol, {"pretrained_model_name_or_path", "cache_dir", "output_dir", "class_data_dir"}
+    beside = {subject.name: [one.name for one in subject.beside] for subject in study.subjects if subject.beside}
     return {
         "format": 1,
         "version": __version__,
@@ -130,18 +123,14 @@ def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Seq
         "study": {
             "subjects": [s.name for s in study.subjects],
             "tuning_subjects": [s.name for s in study.tuning_subjects],
-            **({"beside": beside} if (beside := companions(study)) else {}),
+            **({"beside": beside} if beside else {}),
             "seeds": seeds_of(results),
             "ranks": study.ranks,
             "learning_rates": study.learning_rates,
             "budget": study.budget,
             "reference": study.reference,
             "tie": study.tie,
-            "evaluation": {
-                **asdict(study.protocol),
-                "clip": public_name(protocol.clip),
-                "dino": public_name(protocol.dino),
-            },
+            "evaluation": asdict(protocol) | {name: public_name(getattr(protocol, name)) for name in ("clip", "dino")},
             "train": {name: value for name, value in study.train.items() if name not in hidden},
             "arms": study.arms,
         },
@@ -149,11 +138,6 @@ def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Seq
         "against_reference": [asdict(outcome) for outcome in against],
         "cells": [{**asdict(r.cell), "scores": r.scores, "cost": r.cost} for r in results],
     }
-
-
-def companions(study: Study) -> dict[str, list[str]]:
-    """The names of each subject's companions, of those that have some."""
-    return {subject.name: [one.name for one in subject.beside] for subject in study.subjects if subject.beside}
 
 
 def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
@@ -212,14 +196,6 @@ def spans(intervals: Mapping[str, Interval], names: Iterable[str], sign: str = "
     return [format(intervals[name], sign) if name in intervals else "" for name in names]
 
 
-def markdown_tables(tables: Sequence[tuple[list[str], list[list[str]]]]) -> str:
-    parts = []
-    for header, rows in tables:
-        lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
-
-
 def finding(study: Study, against: Sequence[Outcome]) -> str:
     """The differences in score, without adjectives: an interval excludes zero, or it does not."""
     if not against:
@@ -241,17 +217,25 @@ def plots_of(study: Study, results, arms: Sequence[ArmSummary], against: Sequenc
         plots["wins"] = win_plot(against, study.reference)
     if arms:
         plots["trade_off"] = trade_off_plot(arms)
-    if curves := rate_curves(study, results):
+    if curves := run.rate_curves(study, results):
         plots["learning_rates"] = rate_plot(curves)
     return plots
 
 
 def report_html(study: Study, results, out: Path, tables, plots: dict, against: Sequence[Outcome]) -> str:
     arms, shares, differences = tables
+    protocol = study.protocol
+    about = (
+        f"{len(results)} trainings: {len(study.subjects)} subjects × {len(seeds_of(results))} seeds × ranks "
+        f"{', '.join(map(str, study.ranks))}; learning rate chosen for each arm and rank out of "
+        f"{', '.join(f'{rate:g}' for rate in study.learning_rates)} on {len(study.tuning_subjects)} other subjects; "
+        f"equal {study.budget}, steps of a subject, data order and noise; {protocol.num_prompts} prompts × "
+        f"{protocol.images_per_prompt} pictures."
+    )
     return render(
         "study.html",
         title="Comparison of adapters",
-        protocol=protocol_line(study, results),
+        protocol=about,
         findings=finding(study, against).splitlines(),
         arms=arms,
         shares=shares,
@@ -262,34 +246,27 @@ def report_html(study: Study, results, out: Path, tables, plots: dict, against: 
     )
 
 
-def protocol_line(study: Study, results: Sequence[Result]) -> str:
-    protocol = study.protocol
-    return (
-        f"{len(results)} trainings: {len(study.subjects)} subjects × {len(seeds_of(results))} seeds × ranks "
-        f"{', '.join(map(str, study.ranks))}; learning rate chosen for each arm and rank out of "
-        f"{', '.join(f'{rate:g}' for rate in study.learning_rates)} on {len(study.tuning_subjects)} other subjects; "
-        f"equal {study.budget}, steps of a subject, data order and noise; {protocol.num_prompts} prompts × "
-        f"{protocol.images_per_prompt} pictures."
-    )
-
-
 def strips(study: Study, results: Sequence[Result], out: Path) -> Iterator[tuple[str, Image.Image]]:
     """A title, and the pictures of every arm for each subject at the first seed."""
-    tested = [r.cell for r in results if r.cell.stage == "test" and r.cell.seed == study.seeds[0]]
     for subject in study.subjects:
-        for cell in sorted((c for c in tested if c.subject == subject.name), key=lambda c: c.rank):
+        for cell in first_cells(study, results, subject.name):
             path = result_path(study, cell, out).with_suffix(".jpg")
             if path.is_file():
                 yield f"{cell.subject}: {cell.arm}, rank {cell.rank}", Image.open(path)
 
 
+def first_cells(study: Study, results: Sequence[Result], subject: str) -> list[Cell]:
+    """Of one subject in the comparison, at the first seed; the lowest rank first."""
+    found = [r.cell for r in results if (r.cell.stage, r.cell.seed) == ("test", study.seeds[0])]
+    return sorted((cell for cell in found if cell.subject == subject), key=lambda cell: cell.rank)
+
+
 def picture_rows(study: Study, results: Sequence[Result], out: Path) -> list[Row]:
     """A row per subject: its first photo, then the reference arm's pictures at the lowest rank and the first seed."""
     rows = []
-    mine = [r.cell for r in results if r.cell.stage == "test" and r.cell.arm == study.reference]
     for subject in study.subjects:
-        cells = [c for c in mine if c.subject == subject.name and c.seed == study.seeds[0]]
-        cell = min(cells, key=lambda c: c.rank, default=None)
+        cells = (cell for cell in first_cells(study, results, subject.name) if cell.arm == study.reference)
+        cell = next(cells, None)
         path = cell and result_path(study, cell, out).with_suffix(".jpg")
         if path and path.is_file():
             photo = find_photos(Path(subject.photos), subject.instance_prompt, STRIP_PX).photos[0]

@@ -1,4 +1,4 @@
-"""Runs a study: trains and scores each cell once, in any number of processes, keeps finished cells, compares arms.
+"""Runs a study: trains and scores each cell once, in processes here or on a cluster, keeps them, compares arms.
 
     OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written atomically when it is finished
     OUT/cells/NAME-DIGEST.jpg    its pictures in one strip, for the report
@@ -24,9 +24,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,20 +37,15 @@ from PIL import Image
 from dreambooth_moslora.adapters.moslora import matrix_layers
 from dreambooth_moslora.adapters.raw_file import empty_model
 from dreambooth_moslora.base.files import resolve_base
-from dreambooth_moslora.core import atomic_write, content_key, file_digest
+from dreambooth_moslora.core import atomic_write, content_key
 from dreambooth_moslora.disk.events import StepDone, events_of
 from dreambooth_moslora.disk.processes import reset_peak_memory, when_orphaned
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of
-from dreambooth_moslora.evaluation.metrics import (
-    TOY_DINO,
-    Encoders,
-    Interval,
-    bootstrap_mean,
-    load_encoders,
-    own_encoders,
-)
+from dreambooth_moslora.evaluation.metrics import TOY_DINO, Interval, bootstrap_mean, load_encoders, own_encoders
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
+from dreambooth_moslora.extras.cluster.fleet import Machines
+from dreambooth_moslora.extras.cluster.on_ray import Lost, Task, room_for, run_tasks
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
@@ -60,9 +56,6 @@ from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
 from dreambooth_moslora.training.loop import train
-
-if TYPE_CHECKING:
-    from multiprocessing.sharedctypes import Synchronized
 
 
 def studied() -> list[str]:
@@ -139,8 +132,7 @@ def seeds_of(results: Sequence[Result]) -> list[int]:
 
 
 def of_whole_seeds(results: Sequence[Result]) -> list[Result]:
-    """The results without seeds that have fewer cells than others: a seed that is still running would make
-    every arm incomplete."""
+    """The results without seeds that have fewer cells than others: one still running would make each arm incomplete."""
     counts = Counter(r.cell.seed for r in results if r.cell.stage == "test")
     most = max(counts.values(), default=0)
     return [r for r in results if r.cell.stage == "tune" or counts[r.cell.seed] == most]
@@ -181,7 +173,7 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
             for measure, t in by_measure.items()
             if (arm, rank) in t and reference in t
         }
-        wins = {measure: shares_of(duels(study, results, arm, rank, measure)) for measure in judged()}
+        wins = {measure: duels(study, results, arm, rank, measure) for measure in judged()}
         found.append(Outcome(arm, rank, differences, wins))
     return found
 
@@ -191,17 +183,13 @@ def results_of(results: Sequence[Result], arm: str, rank: int) -> list[Result]:
     return [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
 
 
-def shares_of(signs: np.ndarray) -> tuple[float, float, float]:
-    """Fractions of 1, 0 and -1: won, tied, lost."""
-    won, tied, lost = (float((signs == sign).mean()) for sign in (1, 0, -1))
-    return won, tied, lost
-
-
-def duels(study: Study, results: Sequence[Result], arm: str, rank: int, measure: str) -> np.ndarray:
-    """1, 0 or -1 for each pair of pictures of equal subject, seed, prompt and noise: (subjects, seeds, pictures)."""
+def duels(study: Study, results: Sequence[Result], arm: str, rank: int, measure: str) -> tuple[float, float, float]:
+    """Fractions won, tied and lost, of the pairs of pictures of equal subject, seed, prompt and noise."""
     ours, theirs = (pictures(results, name, rank, measure) for name in (arm, study.reference))
     difference, margin = ours - theirs, study.tie * theirs.std()
-    return np.where(np.abs(difference) < margin, 0, np.sign(difference)).astype(int)
+    signs = np.where(np.abs(difference) < margin, 0, np.sign(difference))
+    won, tied, lost = (float((signs == sign).mean()) for sign in (1, 0, -1))
+    return won, tied, lost
 
 
 def pictures(results: Sequence[Result], arm: str, rank: int, measure: str) -> np.ndarray:
@@ -230,21 +218,18 @@ def materials(study: Study, subject: str) -> list[Path]:
 
 @lru_cache(maxsize=64)
 def content_of(path: Path) -> str:
-    """A digest of a file, or of all files below a folder except .md files."""
-    files = [path]
+    """A digest of a file, or of all files below a folder except .md files. Of a large file only its size and last bytes
+    count, which any training changes."""
+    files, marks = [path], []
     if not path.is_file():
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".md")
-    return content_key(files=[(str(file.relative_to(path)), file_mark(file)) for file in files])
-
-
-def file_mark(path: Path) -> str:
-    """The digest of a file. For a large file only its size and last bytes count, which any training changes."""
-    size = path.stat().st_size
-    if size <= WHOLE_BYTES:
-        return file_digest(path)
-    with path.open("rb") as file:
-        file.seek(-END_BYTES, os.SEEK_END)
-        return f"{size} {hashlib.sha256(file.read()).hexdigest()}"
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            opened.seek(size - END_BYTES if size > WHOLE_BYTES else 0)
+            mark = hashlib.file_digest(opened, "sha256").hexdigest()
+        marks.append((str(file.relative_to(path)), f"{size} {mark}" if size > WHOLE_BYTES else mark))
+    return content_key(files=marks)
 
 
 def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]:
@@ -263,56 +248,33 @@ def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> Evaluation:
         pipeline.unload_adapter("cell")
 
 
-@lru_cache(maxsize=1)
-def pipeline_of(base: str) -> SubjectPipeline:
-    return SubjectPipeline.from_base(base)
-
-
-@lru_cache(maxsize=1)
-def encoders_of(base: str, clip: str, dino: str) -> Encoders:
-    return load_encoders(base, clip, dino)
-
-
+pipeline_of = lru_cache(maxsize=1)(SubjectPipeline.from_base)
+encoders_of = lru_cache(maxsize=1)(load_encoders)
 EVALUATORS: dict[str, Evaluator] = {}
 """This process's evaluators by subject; each holds the base's pictures of its prompts."""
 
 
 def evaluator_of(study: Study, name: str) -> Evaluator:
-    key = f"{study.base} {study.subject(name)} {study.protocol}"
-    if key not in EVALUATORS:
-        EVALUATORS[key] = make_evaluator(study, name)
-    return EVALUATORS[key]
-
-
-def make_evaluator(study: Study, name: str) -> Evaluator:
     """Of the subject alone, whatever an arm trains beside it; it knows the photos of its companions."""
-    config = alone(study, study.reference, name)
-    protocol, encoders = study.protocol, encoders_of(study.base, study.protocol.clip, study.protocol.dino)
-    photos = photo_report(config).photos
-    seeds = tuple(range(protocol.images_per_prompt))
-    plan = plan_of_subject(config, photos, seeds=seeds).smaller(
-        protocol.num_prompts,
-        protocol.images_per_prompt,
-        protocol.class_images,
-        protocol.unrelated,
-        protocol.inference_steps,
+    subject, protocol = study.subject(name), study.protocol
+    key = f"{study.base} {subject} {protocol}"
+    if key in EVALUATORS:
+        return EVALUATORS[key]
+    cell, encoders = (
+        Cell("test", study.reference, 1, name, 0, 1.0),
+        encoders_of(study.base, protocol.clip, protocol.dino),
     )
+    config = each_subject(study.config_of(cell, 1, Path("unused")))[0]
+    photos, pictures = photo_report(config).photos, protocol.images_per_prompt
+    counts = (protocol.num_prompts, pictures, protocol.class_images, protocol.unrelated, protocol.inference_steps)
+    plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
     truth = truth_of(study.base, config.instance_data_dir, plan, encoders, pipeline_of(study.base).resolution_px)
     made = Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
-    for one in study.subject(name).beside:
+    for one in subject.beside:
         theirs = photo_report(replace(config, **one.settings)).photos
         made.rivals[one.subject.words] = encoders.dino_images([open_rgb(photo) for photo in theirs])
+    EVALUATORS[key] = made
     return made
-
-
-def alone(study: Study, arm: str, name: str) -> TrainConfig:
-    """The arm's settings for this one subject."""
-    return each_subject(study.config_of(Cell("test", arm, 1, name, 0, 1.0), 1, Path("unused")))[0]
-
-
-def per_picture(found: Evaluation) -> dict[str, list[float]]:
-    """The scores by which pictures are judged."""
-    return {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in judged()}
 
 
 STRIP_PX, STRIP_LENGTH = 128, 8
@@ -332,19 +294,21 @@ class Progress:
 def run_study(
     study: Study, out: Path, jobs: int, on_progress: Callable[[Progress], None], runner: Callable | None = None
 ) -> list[Result]:
-    """Tune, then test; cells with a result in `out` are not run again. Returns all results, without failed cells.
-
-    A failed cell does not stop the others; a second run tries it again. A learning rate at which a training
-    fails cannot be chosen. With `jobs` 0 only finished results are read. `runner` replaces `run_cells`.
-    """
+    """Tune, then test; cells with a result in `out` are not run again. Returns all results, without failed cells. A
+    failed cell does not stop the others; a second run tries it again. A learning rate at which a training fails cannot
+    be chosen. With `jobs` 0 only finished results are read. `runner` replaces `run_cells`."""
     ranks, runner = budget_ranks(study) if jobs else {}, runner or run_cells
-    finish(study, study.tuning_cells(), ranks, out, jobs, on_progress, runner)
-    tuned = read_results(study, study.tuning_cells(), out)
-    if not is_tuned(study, tuned):
-        return tuned
-    cells = study.test_cells(best_rates(study, tuned))
-    finish(study, cells, ranks, out, jobs, on_progress, runner)
-    return tuned + read_results(study, cells, out)
+
+    def finished(cells: list[Cell]) -> list[Result]:
+        todo = [cell for cell in cells if not result_path(study, cell, out).is_file()]
+        done = len(cells) - len(todo)
+        for cell, seconds, error in runner(study, todo, ranks, out, jobs) if jobs else ():
+            done += not error
+            on_progress(Progress(cell, done, len(cells), seconds, error))
+        return read_results(study, cells, out)
+
+    tuned = finished(study.tuning_cells())
+    return tuned + finished(study.test_cells(best_rates(study, tuned))) if is_tuned(study, tuned) else tuned
 
 
 def unfinished(study: Study, out: Path) -> list[Cell]:
@@ -352,16 +316,6 @@ def unfinished(study: Study, out: Path) -> list[Cell]:
     tuned = read_results(study, study.tuning_cells(), out)
     tests = study.test_cells(best_rates(study, tuned)) if is_tuned(study, tuned) else []
     return [cell for cell in study.tuning_cells() + tests if not result_path(study, cell, out).is_file()]
-
-
-def finish(study: Study, cells: list[Cell], ranks, out: Path, jobs: int, on_progress, runner) -> None:
-    if not jobs:
-        return
-    todo = [cell for cell in cells if not result_path(study, cell, out).is_file()]
-    done = len(cells) - len(todo)
-    for cell, seconds, error in runner(study, todo, ranks, out, jobs):
-        done += not error
-        on_progress(Progress(cell, done, len(cells), seconds, error))
 
 
 def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> Iterator[tuple[Cell, float, str]]:
@@ -380,7 +334,29 @@ def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> I
             raise
 
 
-def begin_worker(threads: int, parent: int, begun: "Synchronized[int]") -> None:
+def cells_on_cluster(
+    machines: Machines, most: int | None, study: Study, cells: list[Cell], ranks, out: Path, _jobs: int
+) -> Iterator[tuple[Cell, float, str]]:
+    """Like `run_cells`, as tasks of the connected cluster: as many at once as the `machines` hold, or `most`."""
+
+    def tasks() -> Iterator[Task]:
+        for cell in cells:
+            rank = ranks[cell.arm, cell.rank]
+            needs = machines.resources_for(study.config_of(cell, rank, out))
+            yield Task(cell, (os.getcwd(), study, cell, rank, out, most or min(len(cells), room_for(needs))), needs)
+
+    started = time.monotonic()
+    for task, result in run_tasks(run_in_folder, tasks(), window=most):
+        yield (task.key, time.monotonic() - started, result.reason) if isinstance(result, Lost) else result
+
+
+def run_in_folder(folder: str, *cell: Any) -> tuple[Cell, float, str]:
+    """A study's paths are relative to the folder of the command, which must exist at the same place on all machines."""
+    os.chdir(folder)
+    return run_cell(*cell)
+
+
+def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:
     """Of `jobs` processes: its share of the cores, a GPU, and an end when the one that started it is gone. `begun`
     counts them."""
     torch.set_num_threads(threads)
@@ -394,7 +370,7 @@ def begin_worker(threads: int, parent: int, begun: "Synchronized[int]") -> None:
 
 def gpu_of(number: int, count: int, visible: str | None) -> str | None:
     """The GPU of worker `number`, by the name that the driver takes: one of `count`, of those `visible` if not all are.
-    None where there is no choice."""
+    None without a choice."""
     names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
     return names[number % count] if count > 1 else None
 
@@ -415,8 +391,8 @@ def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int) -> tuple
     path.parent.mkdir(parents=True, exist_ok=True)
     strip(found.pictures["subject"]).save(path.with_suffix(".jpg"), quality=85)
     cost |= {"rank": rank, "evaluation_seconds": found.seconds, "jobs": jobs}
-    result = Result(cell, found.means(), per_picture(found), cost)
-    atomic_write(path, json.dumps(asdict(result)) + "\n")
+    pictures = {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in judged()}
+    atomic_write(path, json.dumps(asdict(Result(cell, found.means(), pictures, cost))) + "\n")
     return cell, time.monotonic() - started, ""
 
 
@@ -460,20 +436,15 @@ def strip(pictures: Iterable[Image.Image]) -> Image.Image:
 
 def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
     """(arm, nominal rank) -> the rank that it trains at: see `Study.budget`."""
-    pairs = [(arm, rank) for arm in study.arms for rank in study.ranks]
-    if study.budget == "rank":
-        return {pair: pair[1] for pair in pairs}
-    subject = study.subjects[0].name
-    configs = {p: study.config_of(Cell("test", *p, subject, 0, 1.0), p[1], Path("unused")) for p in pairs}
-    return {(arm, rank): nearest_rank(configs[arm, rank], rank) for arm, rank in pairs}
-
-
-def nearest_rank(config: TrainConfig, rank: int) -> int:
-    """The rank at which the arm's number of parameters is nearest to a plain LoRA's of `rank`."""
-    widths = projections(config)
-    budget = sum(rank * (inputs + outputs) for inputs, outputs in widths.values())
-    step = 2 if config.mixer == "butterfly" else 1
-    return min(range(step, rank + 1, step), key=lambda r: abs(count_parameters(widths, config, r) - budget))
+    found = {(arm, rank): rank for arm in study.arms for rank in study.ranks}
+    for arm, rank in found if study.budget != "rank" else ():
+        cell = Cell("test", arm, rank, study.subjects[0].name, 0, 1.0)
+        config = study.config_of(cell, rank, Path("unused"))
+        widths, step = projections(config), 2 if config.mixer == "butterfly" else 1
+        budget = sum(rank * (inputs + outputs) for inputs, outputs in widths.values())
+        gaps = {r: abs(count_parameters(widths, config, r) - budget) for r in range(step, rank + 1, step)}
+        found[arm, rank] = min(gaps, key=gaps.__getitem__)
+    return found
 
 
 def count_parameters(widths: Mapping[str, tuple[int, int]], config: TrainConfig, rank: int) -> int:
@@ -489,20 +460,18 @@ def count_parameters(widths: Mapping[str, tuple[int, int]], config: TrainConfig,
 
 
 def projections(config: TrainConfig) -> dict[str, tuple[int, int]]:
-    return dict(widths_of(config.pretrained_model_name_or_path, config.target_modules))
+    """{path: (in, out)} of every targeted layer of the base's UNet, from its configuration alone; in·h·w for a
+    convolution."""
+    return widths_of(config.pretrained_model_name_or_path, config.target_modules)
 
 
 @lru_cache(maxsize=8)
-def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[str, tuple[int, int]], ...]:
-    """Path and (in, out) of every targeted layer of the base's UNet, from its configuration alone; in·h·w for a
-    convolution."""
+def widths_of(base: str, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     source = resolve_base(base)
     if isinstance(source, Path) and source.is_file():
         unet = pipeline_of(base).pipeline.unet
     else:
-        unet = empty_model(
-            {"class": "UNet2DConditionModel", "config": UNet2DConditionModel.load_config(source, subfolder="unet")}
-        )
-    layers = matrix_layers(unet).items()
-    found = [(path, layer.weight) for path, layer in layers if is_adapted(path, targets)]
-    return tuple((path, (weight[0].numel(), weight.shape[0])) for path, weight in found)
+        of_unet = UNet2DConditionModel.load_config(source, subfolder="unet")
+        unet = empty_model({"class": "UNet2DConditionModel", "config": of_unet})
+    weights = {path: layer.weight for path, layer in matrix_layers(unet).items() if is_adapted(path, targets)}
+    return {path: (weight[0].numel(), weight.shape[0]) for path, weight in weights.items()}

@@ -1,15 +1,4 @@
-"""A comparison as data: arms × ranks × subjects × seeds at an equal budget.
-
-A subject of a study: its photos and prompts, and its companions.
-
-    "photos/duck"                                                                  with photos/duck/subject.json
-    {photos = "photos/duck", instance_prompt = "a photo of a sks duck", class_prompt = "a photo of a duck"}
-    {photos = "photos/duck", beside = [{photos = "photos/cat", instance_prompt = "a photo of a zwx cat"}]}
-
-Companions (`beside`) are trained with the subject in the arms that say `together = true`. In every arm their photos
-are what confusion is measured against.
-
-A comparison as data: arms × ranks × subjects × seeds at an equal budget, read from one TOML file.
+"""A comparison as data: arms × ranks × subjects × seeds at an equal budget, read from one TOML file.
 
     [study]       subjects, tuning_subjects, seeds, ranks, learning_rates, reference, budget, tie
     [evaluation]  num_prompts, images_per_prompt, class_images, unrelated, inference_steps, clip, dino
@@ -19,7 +8,14 @@ A comparison as data: arms × ranks × subjects × seeds at an equal budget, rea
 
 Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the others. An
 arm with its own learning rate keeps it. A run with k subjects gets k times the steps, so that each is shown as often as
-alone. How a subject is written: `study_subject`.
+alone. A subject is its photos and prompts, and its companions:
+
+    "photos/duck"                                                                  with photos/duck/subject.json
+    {photos = "photos/duck", instance_prompt = "a photo of a sks duck", class_prompt = "a photo of a duck"}
+    {photos = "photos/duck", beside = [{photos = "photos/cat", instance_prompt = "a photo of a zwx cat"}]}
+
+Companions (`beside`) are trained with the subject in the arms that say `together = true`. In every arm their photos
+are what confusion is measured against.
 """
 
 import hashlib
@@ -40,10 +36,8 @@ from dreambooth_moslora.settings.table import TrainConfig, check_each
 
 @dataclass(frozen=True)
 class StudySubject:
-    """A folder of photos, its prompt and its class prompt (None: prior preservation then needs one in [train]).
-
-    `name` is the folder's. Raises UserError for companions that cannot be told apart from it.
-    """
+    """A folder of photos, its prompt and its class prompt (None: prior preservation then needs one in [train]). `name`
+    is the folder's. Raises UserError for companions that cannot be told apart from it."""
 
     photos: str
     instance_prompt: str
@@ -53,17 +47,14 @@ class StudySubject:
     def __post_init__(self) -> None:
         if not self.beside:
             return
-        found = (self, *self.beside)
         for one in self.beside:
             if one.beside:
-                raise UserError(
-                    f"the study's subject {one.photos} stands beside another, so it has no `beside` itself."
-                )
-        for what, values in (
-            ("folder", [os.path.realpath(one.photos) for one in found]),
-            ("rare word", [one.subject.token for one in found]),
-        ):
-            if len(set(values)) < len(values):
+                where = "stands beside another, so it has no `beside` itself."
+                raise UserError(f"the study's subject {one.photos} {where}")
+        found = (self, *self.beside)
+        folders, tokens = {os.path.realpath(one.photos) for one in found}, {one.subject.token for one in found}
+        for what, values in (("folder", folders), ("rare word", tokens)):
+            if len(values) < len(found):
                 names = " and ".join(one.photos for one in found)
                 raise UserError(f"the study's subjects {names}: each needs a {what} of its own beside the other.")
 
@@ -158,11 +149,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """`budget`: with "parameters" each arm gets the rank whose number of parameters is nearest to plain LoRA's;
-    with "rank" all have the nominal rank.
-
-    `tie`: pictures closer than this many standard deviations of the reference's are a tie. Raises UserError.
-    """
+    """`budget`: with "parameters" each arm gets the rank whose number of parameters is nearest to plain LoRA's; with
+    "rank" all have the nominal rank. `tie`: pictures closer than this many standard deviations of the reference's are a
+    tie. Raises UserError."""
 
     subjects: tuple[StudySubject, ...]
     arms: dict[str, dict[str, Any]]
@@ -189,10 +178,9 @@ class Study:
         names = [subject.name for subject in self.subjects + self.tuning_subjects]
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(f"the study names {', '.join(sorted(twice))} twice; subjects must not be used for tuning.")
-        if any(map(self.is_together, self.arms)):
-            for subject in self.subjects + self.tuning_subjects:
-                if not subject.beside:
-                    raise UserError(f"an arm trains subjects together, but {subject.name} has none `beside` it.")
+        for subject in self.subjects + self.tuning_subjects:
+            if not subject.beside and any(arm.get(TOGETHER) for arm in self.arms.values()):
+                raise UserError(f"an arm trains subjects together, but {subject.name} has none `beside` it.")
         if len(self.learning_rates) > 1 and not self.tuning_subjects:
             raise UserError("several learning rates need tuning_subjects to choose between them.")
 
@@ -202,10 +190,6 @@ class Study:
 
     def subject(self, name: str) -> StudySubject:
         return next(s for s in self.subjects + self.tuning_subjects if s.name == name)
-
-    def is_together(self, arm: str) -> bool:
-        """Whether it trains each subject with its companions in one run."""
-        return self.arms[arm].get(TOGETHER, False)
 
     def rates_of(self, arm: str) -> tuple[float, ...]:
         """The learning rates to choose from; an arm with its own keeps it."""
@@ -226,14 +210,12 @@ class Study:
         return cells
 
     def test_cells(self, chosen: Mapping[tuple[str, int], float]) -> list[Cell]:
-        """All arms on the other subjects, each at the rate chosen for (arm, rank); ordered so that whole
-        comparisons finish first."""
+        """All arms on the other subjects, each at the rate chosen for (arm, rank); whole comparisons finish first."""
         each = product(self.seeds, self.subjects, self.ranks, self.arms)
         return [Cell("test", arm, rank, subject.name, seed, chosen[arm, rank]) for seed, subject, rank, arm in each]
 
     def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
-        """The settings of the cell's training, at its real `rank`. Random draws follow the seed, so arms share
-        order and noise."""
+        """The settings of the cell's training, at its real `rank`. Arms share order and noise; they follow the seed."""
         subject, shared = self.subject(cell.subject), {**self.train, **self.arms[cell.arm]}
         chosen = together(subject, shared) if shared.pop(TOGETHER, False) else subject.settings
         own = {
@@ -249,14 +231,8 @@ class Study:
 
     def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
         """Changes with anything that the cell's result depends on. `materials`: the content of its files."""
-        facts = [
-            *materials,
-            self.train,
-            self.arms[cell.arm],
-            asdict(self.protocol),
-            self.subject(cell.subject).facts,
-            self.budget,
-        ]
+        of_subject, protocol = self.subject(cell.subject).facts, asdict(self.protocol)
+        facts = [*materials, self.train, self.arms[cell.arm], protocol, of_subject, self.budget]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 

@@ -1,8 +1,7 @@
 """Orders, parsed from a client's JSON, and the adapters that they may name: files of folders or of a bucket.
 
-A name from a client never becomes part of a path. A bad order is a `RefusedError` with an HTTP status and one line.
-A listing is renewed after a short time, so that new files are seen without a restart. A changed file gets a new
-version.
+A name from a client never becomes part of a path. A listing is renewed after a short time, so that new files are seen
+without a restart. A changed file gets a new version.
 """
 
 import hashlib
@@ -15,15 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
-from dreambooth_moslora.core import UserError, file_digest, parse_object
+from dreambooth_moslora.core import UserError, parse_object
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, files_by_name, name_of, run_files
-from dreambooth_moslora.extras.cluster.bucket import Bucket
+from dreambooth_moslora.extras.cluster.bucket import Bucket, Digests
 from dreambooth_moslora.generation.params import GenerationParams, check_steps, draw_seed
-
-MAX_BODY_BYTES = 64 * 1024
-"""Fits two prompts of the longest kind with every letter escaped."""
 
 
 class RefusedError(UserError):
@@ -35,6 +31,9 @@ class RefusedError(UserError):
 
     def __reduce__(self) -> tuple:
         return RefusedError, (self.status, str(self), self.retry_sec)
+
+
+TOO_LATE = RefusedError(504, "the picture was not drawn within the time limit; ask again later")
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,8 @@ class Drawn:
 
 
 def parse_order(body: bytes) -> Order:
-    """Parse a JSON object with the fields of GenerationParams. `adapter` and `scale` may stand for one of
-    `adapters`; `adapter_sha256` is as in a picture's recipe. A missing seed is drawn at random. Raises
-    UserError."""
+    """Parse a JSON object with the fields of GenerationParams. `adapter` and `scale` may stand for one of `adapters`;
+    `adapter_sha256` is as in a picture's recipe. A missing seed is drawn at random. Raises UserError."""
     values = parse_object(body)
     expected = values.pop("adapter_sha256", None) or {}
     if not isinstance(expected, dict) or not all(isinstance(word, str) for word in expected.values()):
@@ -110,19 +108,30 @@ MOST_FETCHED = 64
 """Files of a bucket that a replica keeps on its disk."""
 
 
-class Catalogue(Protocol):
-    def names(self) -> list[str]: ...
+class Catalogue:
+    """Adapters by name. `find` raises RefusedError (404) when there is none; `local` is the file's path here, after
+    fetching it if needed."""
 
-    def find(self, name: str) -> AdapterRef:
-        """The adapter of that name. Raises RefusedError (404) when there is none."""
+    def __init__(self) -> None:
+        self._listed, self._found, self._lock = float("-inf"), {}, Lock()
 
-    def local(self, ref: AdapterRef) -> Path:
-        """The file's path on this machine, after fetching it if needed."""
+    def names(self) -> list[str]:
+        return list(self._list())
+
+    def _renewed(self, old_sec: float) -> dict[str, Any]:
+        """The listing, made again when it is old. The last one is kept while a bucket cannot be reached."""
+        with self._lock:
+            if time.monotonic() - self._listed > old_sec:
+                try:
+                    self._found = self._ask()
+                except UserError as error:
+                    logger.warning("%s", error)
+                self._listed = time.monotonic()
+            return self._found
 
 
 def open_catalogue(places: Sequence[str]) -> Catalogue:
-    """Open a catalogue of folders, or of one bucket (`s3://…`, `gs://…`, any URL that fsspec knows). Raises
-    UserError."""
+    """Open a catalogue of folders, or of one bucket (a URL that fsspec knows). Raises UserError."""
     urls = [place for place in places if "://" in place]
     if urls and len(places) > 1:
         raise UserError("--adapters takes several folders or one bucket.")
@@ -138,23 +147,18 @@ def open_catalogue(places: Sequence[str]) -> Catalogue:
     return Folders([folder.resolve() for folder in folders])
 
 
-class Folders:
+class Folders(Catalogue):
     """`.safetensors` files, finished runs, their best steps and checkpoints. A version is the file's SHA-256."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        self.folders = list(folders)
-        self._listed, self._files = float("-inf"), {}
-        self._digests: dict[Path, tuple[tuple, str]] = {}
-        self._lock = Lock()
-
-    def names(self) -> list[str]:
-        return list(self._list())
+        super().__init__()
+        self.folders, self._digests = list(folders), Digests()
 
     def find(self, name: str) -> AdapterRef:
         file = self._list().get(name)
         try:
             if file is not None:
-                return AdapterRef(name, str(file), self._digest(file))
+                return AdapterRef(name, str(file), self._digests.of(file))
         except OSError as error:  # removed, or no longer readable
             logger.warning("The adapter %s cannot be read: %s", name, error)
         raise unknown(name)
@@ -163,50 +167,30 @@ class Folders:
         return Path(ref.place)
 
     def _list(self) -> dict[str, Path]:
-        with self._lock:
-            if time.monotonic() - self._listed > FOLDER_SEC:
-                self._files = files_by_name(self._walk(), self.folders)
-                self._listed = time.monotonic()
-            return self._files
+        return self._renewed(FOLDER_SEC)
 
-    def _walk(self) -> list[Path]:
+    def _ask(self) -> dict[str, Path]:
         files: list[Path] = []
         for folder in self.folders:
             own = [file for file in sorted(folder.glob("*.safetensors")) if file.name != PUBLISHED_NAME]
             files += [*own, *run_files([folder, *folder.glob("*/")])]
-        return files
-
-    def _digest(self, file: Path) -> str:
-        """The file's SHA-256, computed again when its stat has changed, including inode and change time."""
-        facts = file.stat()
-        stamp = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-        with self._lock:
-            known = self._digests.get(file)
-        if known is None or known[0] != stamp:
-            known = (stamp, file_digest(file))
-            with self._lock:
-                self._digests[file] = known
-        return known[1]
+        return files_by_name(files, self.folders)
 
 
-class BucketFolder:
+class BucketFolder(Catalogue):
     """The adapters of a bucket. A version is a digest of what the bucket says of the file (ETag, size, time)."""
 
     def __init__(self, url: str) -> None:
+        super().__init__()
         self.bucket = Bucket(url)
-        self._listed, self._refs = time.monotonic(), self._ask()
-        if not self._refs:  # the listing of a mistyped name is empty
+        self._listed, self._found = time.monotonic(), self._ask()
+        if not self._found:  # the listing of a mistyped name is empty
             raise UserError(f"{url}: holds no .safetensors file.")
         self._fetched: OrderedDict[str, Path] = OrderedDict()
-        self._lock = Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="served-adapters-")
 
-    def names(self) -> list[str]:
-        return list(self._list())
-
     def find(self, name: str) -> AdapterRef:
-        ref = self._list().get(name)
-        if ref is None:
+        if (ref := self._list().get(name)) is None:
             raise unknown(name)
         return ref
 
@@ -236,33 +220,21 @@ class BucketFolder:
         return folder / place.name
 
     def _list(self) -> dict[str, AdapterRef]:
-        """Renew an old listing; keep the last one while the bucket cannot be reached."""
-        with self._lock:
-            if time.monotonic() - self._listed > BUCKET_SEC:
-                try:
-                    self._refs = self._ask()
-                except UserError as error:
-                    logger.warning("%s", error)
-                self._listed = time.monotonic()
-            return self._refs
+        return self._renewed(BUCKET_SEC)
 
     def _ask(self) -> dict[str, AdapterRef]:
         found: dict[str, AdapterRef] = {}
         for path, facts in sorted(self._paths().items()):
             if path.endswith(".safetensors") and not path.endswith(TOKENS_SUFFIX):
                 name = name_of(Path("/", path), [Path("/")])
-                found.setdefault(name, AdapterRef(name, path, version_of(facts)))
+                told = sorted((str(key), str(value)) for key, value in facts.items())
+                found.setdefault(name, AdapterRef(name, path, hashlib.sha256(repr(told).encode()).hexdigest()))
         return found
 
     def _paths(self) -> dict[str, dict]:
         """Files by their path below the bucket's folder. Raises UserError when they cannot be listed."""
         files = self.bucket.tried("", lambda path: self.bucket.files.find(path, maxdepth=2, detail=True))
         return {path.removeprefix(self.bucket.root).lstrip("/"): facts for path, facts in files.items()}
-
-
-def version_of(facts: dict[str, Any]) -> str:
-    told = sorted((str(key), str(value)) for key, value in facts.items())
-    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def unknown(name: str) -> RefusedError:

@@ -1,7 +1,4 @@
-"""`python -m dreambooth_moslora serve --adapters DIR`: pictures over HTTP, drawn by replicas on Ray Serve.
-
-`python -m dreambooth_moslora serve --adapters DIR`: pictures over HTTP, drawn by replicas on Ray Serve.
-"""
+"""`python -m dreambooth_moslora serve --adapters DIR`: pictures over HTTP, drawn by replicas on Ray Serve."""
 
 import argparse
 import os
@@ -83,14 +80,11 @@ def run(args: argparse.Namespace) -> int:
 def settings_of(args: argparse.Namespace) -> ServeSettings:
     """The service's settings. Raises UserError."""
     values = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
-    threads = args.threads
-    if threads is None:
+    if args.threads is None:
         import torch
 
-        threads = torch.get_num_threads()
-    return ServeSettings(
-        **values | {"adapters": tuple(args.adapters), "tokens": tokens_of(args.token), "threads": threads}
-    )
+        values["threads"] = torch.get_num_threads()
+    return ServeSettings(**values | {"adapters": tuple(args.adapters), "tokens": tokens_of(args.token)})
 
 
 def check_port(host: str, port: int) -> None:

@@ -1,8 +1,4 @@
-"""One replica: a base, its loaded adapters, and orders in batches that share a call.
-
-A queue of orders. They are taken in the order of arrival, in batches that need the same adapters and size.
-
-One replica: a base, its loaded adapters, and a queue of orders. It does not depend on Ray.
+"""One replica: a base, its loaded adapters, and a queue of orders. It does not depend on Ray.
 
 The pictures of a batch are drawn one after another, not as rows of one tensor: a row's last bits would depend
 on its neighbours, and the picture must equal that of `generate`. A batch saves loading and switching adapters.
@@ -10,50 +6,42 @@ on its neighbours, and the picture must equal that of `generate`. A batch saves 
 
 import asyncio
 import time
-from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import psutil
 
-from dreambooth_moslora.extras.serving.catalogue import AdapterRef, Catalogue, Drawn, Order, RefusedError
+from dreambooth_moslora.extras.serving.catalogue import TOO_LATE, AdapterRef, Catalogue, Drawn, Order, RefusedError
 from dreambooth_moslora.generation.params import check_size
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-Item = TypeVar("Item")
 
-
-class Batches(Generic[Item]):
+class Batches:
     """A batch is the longest waiting item and up to `most` - 1 others with its key. Thus a batch loads its
     adapters once, and no item starves behind a popular key."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._waiting: OrderedDict[Any, deque[tuple[int, Item]]] = OrderedDict()
-        self._numbers = count()
+        self._waiting: list[tuple[Any, Any]] = []
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return len(self._waiting)
 
-    def put(self, key: Any, item: Item) -> None:
-        self._waiting.setdefault(key, deque()).append((next(self._numbers), item))
+    def put(self, key: Any, item: Any) -> None:
+        self._waiting.append((key, item))
 
-    def take(self) -> list[Item]:
+    def take(self) -> list:
         """The next batch; empty when nothing waits."""
-        if not self._waiting:
-            return []
-        key = min(self._waiting, key=lambda key: self._waiting[key][0][0])
-        line = self._waiting[key]
-        batch = [line.popleft()[1] for _ in range(min(self.most, len(line)))]
-        if not line:
-            del self._waiting[key]
+        batch, others = [], []
+        for key, item in self._waiting:
+            if key == self._waiting[0][0] and len(batch) < self.most:
+                batch.append(item)
+            else:
+                others.append((key, item))
+        self._waiting = others
         return batch
-
-
-TOO_LATE = RefusedError(504, "the picture was not drawn within the time limit; ask again later")
 
 
 @dataclass
@@ -69,11 +57,8 @@ class Waiting:
 
 
 class Drawer:
-    """Draws orders with `pipeline`, one at a time, in batches of at most `batch`.
-
-    `load` is awaited with each adapter's key before an order is drawn. It must call `load_now`, directly or
-    through a cache that Ray Serve's router knows.
-    """
+    """Draws orders with `pipeline`, one at a time, in batches of at most `batch`. `load` is awaited with each adapter's
+    key before an order is drawn. It must call `load_now`, directly or through a cache that Ray Serve's router knows."""
 
     def __init__(
         self,
@@ -85,7 +70,7 @@ class Drawer:
         load: Callable[[str], Awaitable[object]] | None = None,
     ) -> None:
         self.pipeline, self.catalogue, self.name = pipeline, catalogue, name
-        self.batches: Batches[Waiting] = Batches(batch)
+        self.batches = Batches(batch)
         self.adapter_loads = 0
         self._load = load or self.load_now
         self._refs: dict[str, AdapterRef] = {}
@@ -119,8 +104,7 @@ class Drawer:
             for ref in waiting.order.adapters:
                 self._refs[ref.key] = ref
                 await self._load(ref.key)
-            png = await self._in_thread(self._png, waiting)
-            memory = psutil.Process().memory_info().rss
+            png, memory = await self._in_thread(self._png, waiting), psutil.Process().memory_info().rss
             result = Drawn(png, self.name, self.adapter_loads, memory, batch_size)
             if not answer.done():
                 answer.set_result(result)

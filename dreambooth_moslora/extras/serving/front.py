@@ -7,7 +7,6 @@ GET  /metrics    for Prometheus
 
 Who holds a token may ask. Without tokens, only programs of this machine may ask, over the loopback. Web pages
 never may.
-The settings come from the command line or from a Serve config file.
 """
 
 import asyncio
@@ -29,14 +28,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from dreambooth_moslora.core import UserError, one_line
-from dreambooth_moslora.extras.serving.catalogue import (
-    MAX_BODY_BYTES,
-    Catalogue,
-    Drawn,
-    Order,
-    RefusedError,
-    parse_order,
-)
+from dreambooth_moslora.extras.serving.catalogue import TOO_LATE, Catalogue, Drawn, Order, RefusedError, parse_order
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -54,37 +46,23 @@ class Access:
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
         """Raises RefusedError for a request that may not be answered."""
+        try:
+            host = urlsplit(f"//{headers.get('host', '')}").hostname
+        except ValueError:
+            host = None
         if "origin" in headers:
             raise RefusedError(403, "web pages may not send requests; use a program")
-        if not self._digests and host_of(headers.get("host", "")) not in LOOPBACK:
+        if not self._digests and host not in LOOPBACK:
             raise RefusedError(421, "unknown host; without a token only this machine is answered")
-        if self._digests and path not in OPEN and not self._knows(headers.get("authorization", "")):
-            raise RefusedError(401, "a token is needed: send the header `Authorization: Bearer TOKEN`")
-
-    def _knows(self, header: str) -> bool:
-        """Compares every token in constant time, so that the duration tells nothing."""
-        kind, _, token = header.partition(" ")
+        kind, _, token = headers.get("authorization", "").partition(" ")
         given = digest(token.strip())
-        fits = [hmac.compare_digest(given, known) for known in self._digests]
-        return any(fits) and kind.lower() == "bearer"
+        fits = [hmac.compare_digest(given, known) for known in self._digests]  # of all, so that the time tells nothing
+        if self._digests and path not in OPEN and not (any(fits) and kind.lower() == "bearer"):
+            raise RefusedError(401, "a token is needed: send the header `Authorization: Bearer TOKEN`")
 
 
 def digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-
-
-def host_of(header: str) -> str | None:
-    try:
-        return urlsplit(f"//{header}").hostname
-    except ValueError:
-        return None
-
-
-def check_token(token: str) -> str:
-    """The token itself. Raises UserError when it can be guessed or cannot stand in a header."""
-    if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"a token needs at least {MIN_TOKEN_CHARACTERS} letters and digits, without spaces.")
-    return token
 
 
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
@@ -104,11 +82,8 @@ RANGES = {
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """`threads` of each replica on a CPU; `per_gpu` is the number of replicas on a GPU, None without GPUs.
-    Times are in seconds.
-
-    Raises UserError for a value out of range, and for a public address without a token.
-    """
+    """`threads` of each replica on a CPU; `per_gpu` is the number of replicas on a GPU, None without GPUs. Times are in
+    seconds. Raises UserError for a value out of range, and for a public address without a token."""
 
     adapters: tuple[str, ...]
     pretrained_model_name_or_path: str = "toy"
@@ -130,8 +105,9 @@ class ServeSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not low <= value <= high):
                 raise UserError(f"--{name} {value}: must be a whole number from {low} to {high}.")
-        for token in self.tokens:
-            check_token(token)
+        for token in self.tokens:  # none that can be guessed, or cannot stand in a header
+            if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or not token.isprintable() or " " in token:
+                raise UserError(f"a token needs at least {MIN_TOKEN_CHARACTERS} letters and digits, without spaces.")
         if self.host not in LOOPBACK and not self.tokens:
             raise UserError(
                 f"--host {self.host} can be reached from other machines: give --token, or set {TOKEN_VARIABLE}."
@@ -139,8 +115,8 @@ class ServeSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ServeSettings":
-        """Settings of a Serve config file, whose proxies listen on all addresses. Raises UserError for an
-        unknown name."""
+        """Settings of a Serve config file, whose proxies listen on all addresses. Raises UserError for an unknown
+        name."""
         if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
             raise UserError(f"unknown setting {unknown[0]!r}.")
         places = values.get("adapters", ())
@@ -176,13 +152,6 @@ class Telemetry:
         self.loads = Gauge("adapter_loads", "Adapters loaded since the replica's start", ["replica"], **own)
         self.memory = Gauge("replica_memory_bytes", "Resident memory at its last picture", ["replica"], **own)
 
-    def note_picture(self, drawn: Drawn, seconds: float) -> None:
-        self.pictures.inc()
-        self.seconds.observe(seconds)
-        self.batch.observe(drawn.batch_size)
-        self.loads.labels(drawn.replica).set(drawn.adapter_loads)
-        self.memory.labels(drawn.replica).set(drawn.memory_bytes)
-
     def text(self) -> bytes:
         from prometheus_client import generate_latest
 
@@ -191,7 +160,8 @@ class Telemetry:
 
 HEALTH_SEC, BODY_SEC = 10.0, 10.0
 """Seconds for a replica to report its health, and for a body to arrive: a slow one would hold a place in the queue."""
-MOST_RETRY_SEC = 60
+MOST_RETRY_SEC, MAX_BODY_BYTES = 60, 64 * 1024
+"""A body fits two prompts of the longest kind with every letter escaped."""
 logger = logging.getLogger(__name__)
 
 
@@ -216,21 +186,19 @@ class Front:
             response = await self._generate(request)
             status = response.status_code
             return response
-        except ClientDisconnect:
-            status = 499
-            raise
-        except asyncio.CancelledError:
+        except (ClientDisconnect, asyncio.CancelledError):
             status = 499  # nginx's status for a client that has left
             raise
         except UserError as error:
-            status = error.status if isinstance(error, RefusedError) else 400
+            status = getattr(error, "status", 400)
             raise
         finally:
             self.telemetry.requests.labels(status).inc()
 
     async def _generate(self, request: Request) -> Response:
         if self.inside >= self.max_inside:
-            raise RefusedError(503, "the queue is full; ask again later", self._retry_sec())
+            next_sec = math.ceil(self.seconds / max(1, self.max_inside))  # until about the next place is free
+            raise RefusedError(503, "the queue is full; ask again later", max(1, min(MOST_RETRY_SEC, next_sec)))
         self.inside += 1
         self.telemetry.inside.set(self.inside)
         try:
@@ -239,13 +207,17 @@ class Front:
                 order = await self._order_of(request, started)
                 drawn = await self.draw(order)
         except TimeoutError as error:
-            raise RefusedError(504, "the picture was not drawn within the time limit; ask again later") from error
+            raise TOO_LATE from error
         finally:
             self.inside -= 1
             self.telemetry.inside.set(self.inside)
-        seconds = time.monotonic() - started
+        seconds, telemetry = time.monotonic() - started, self.telemetry
         self.seconds += (seconds - self.seconds) / 16
-        self.telemetry.note_picture(drawn, seconds)
+        telemetry.pictures.inc()
+        telemetry.seconds.observe(seconds)
+        telemetry.batch.observe(drawn.batch_size)
+        telemetry.loads.labels(drawn.replica).set(drawn.adapter_loads)
+        telemetry.memory.labels(drawn.replica).set(drawn.memory_bytes)
         return Response(drawn.png, media_type="image/png", headers={"Cache-Control": "no-store"})
 
     async def _order_of(self, request: Request, started: float) -> Order:
@@ -258,14 +230,8 @@ class Front:
         except TimeoutError as error:
             raise RefusedError(408, "the body did not arrive in time; send it at once") from error
         order = parse_order(body)
-        names = [name for name, _ in order.params.adapters]
-        refs = tuple([await asyncio.to_thread(self.catalogue.find, name) for name in names])
-        rest = self.request_timeout_sec - (time.monotonic() - started)
-        return replace(order, adapters=refs, seconds=rest)
-
-    def _retry_sec(self) -> int:
-        """Seconds until about the next place is free."""
-        return max(1, min(MOST_RETRY_SEC, math.ceil(self.seconds / max(1, self.max_inside))))
+        refs = tuple([await asyncio.to_thread(self.catalogue.find, name) for name, _ in order.params.adapters])
+        return replace(order, adapters=refs, seconds=self.request_timeout_sec - (time.monotonic() - started))
 
     async def adapters(self, request: Request) -> Response:
         return JSONResponse({"adapters": await asyncio.to_thread(self.catalogue.names)})
@@ -285,8 +251,7 @@ class Front:
 
 async def body_of(request: Request) -> bytes:
     """Raises RefusedError (413) as soon as the body or its declared length is too long."""
-    promised = request.headers.get("content-length", "")
-    body = b""
+    promised, body = request.headers.get("content-length", ""), b""
     if not (promised.isdigit() and len(promised) < 20 and int(promised) > MAX_BODY_BYTES):
         async for part in request.stream():
             body += part
@@ -316,10 +281,9 @@ def build_front(front: Front) -> Starlette:
 
 
 async def refused(request: Request, error: UserError) -> Response:
-    status = error.status if isinstance(error, RefusedError) else 400
+    status, retry_sec = getattr(error, "status", 400), getattr(error, "retry_sec", None)
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    if isinstance(error, RefusedError) and error.retry_sec is not None:
-        headers["Retry-After"] = str(error.retry_sec)
+    headers |= {"Retry-After": str(retry_sec)} if retry_sec is not None else {}
     return JSONResponse({"error": one_line(error, 500)}, status, headers)
 
 

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -26,8 +27,8 @@ STOP_SEC = 5.0
 
 
 def keep_on_loopback() -> None:
-    """Make this process open its ports on the loopback only. By default Ray Serve opens each replica's port on
-    all addresses and without a token. Call it when a replica starts."""
+    """Make this process open its ports on the loopback only: Ray Serve opens each replica's port on all addresses and
+    without a token. Call it when a replica starts."""
     from grpc.aio._server import Server
 
     add_port = Server.add_insecure_port
@@ -38,8 +39,7 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
     """The class of the replicas. It is made here because the decorator of `load` needs a number from the settings."""
 
     class Replica:
-        """A base on one device. Ray Serve's router sends orders to a replica that has their adapter, while it
-        has room."""
+        """A base on one device. The router sends orders to a replica that has their adapter, while it has room."""
 
         def __init__(self) -> None:
             import torch
@@ -52,8 +52,7 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
             torch.set_num_threads(settings.threads)
             pipeline = SubjectPipeline.from_base(settings.pretrained_model_name_or_path)
             pipeline.resident_adapters = settings.resident_adapters
-            catalogue = open_catalogue(settings.adapters)
-            name = serve.get_replica_context().replica_id.unique_id
+            catalogue, name = open_catalogue(settings.adapters), serve.get_replica_context().replica_id.unique_id
             self.drawer = Drawer(pipeline, catalogue, name=name, batch=settings.batch, load=self.load)
 
         @serve.multiplexed(max_num_models_per_replica=settings.resident_adapters)
@@ -75,8 +74,7 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
 
 
 def application(settings: ServeSettings, *, alone: bool = False) -> serve.Application:
-    """The front and its replicas; `alone`: all on this machine. There is only one front because it counts the
-    requests."""
+    """The front, only one as it counts the requests, and its replicas; `alone`: all on this machine."""
     share = {"num_gpus": 1 / settings.per_gpu} if settings.per_gpu else {"num_gpus": 0}
     waiting = max(2 * settings.batch, -(-settings.max_waiting // settings.replicas))
     common = {"logging_config": QUIET, "graceful_shutdown_wait_loop_s": 0.5, "graceful_shutdown_timeout_s": STOP_SEC}
@@ -93,17 +91,9 @@ def application(settings: ServeSettings, *, alone: bool = False) -> serve.Applic
         if alone:
             keep_on_loopback()
         handle = serve.get_deployment_handle("Replica", APP_NAME)
-        access = Access(settings.tokens)
-        catalogue = open_catalogue(settings.adapters)
-        front = Front(
-            lambda order: drawn_by(handle, order),
-            handle.facts.remote,
-            catalogue,
-            access,
-            settings.max_waiting,
-            settings.request_timeout,
-        )
-        return build_front(front)
+        access, catalogue = Access(settings.tokens), open_catalogue(settings.adapters)
+        limits = (settings.max_waiting, settings.request_timeout)
+        return build_front(Front(partial(drawn_by, handle), handle.facts.remote, catalogue, access, *limits))
 
     front = serve.deployment(
         serve.ingress(front_app)(),
@@ -137,19 +127,14 @@ def listening(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
     through `settings.host`. Raises UserError when it cannot start."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        start(settings, alone=alone)
+        try:
+            serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
+            serve.run(application(settings, alone=alone), name=APP_NAME, route_prefix="/", logging_config=QUIET)
+        except (RuntimeError, TimeoutError, RayError) as error:
+            raise UserError(f"the service cannot start: {one_line(error)}.") from error
         yield
     finally:
         serve.shutdown()
-
-
-def start(settings: ServeSettings, *, alone: bool) -> None:
-    """Start the service. Raises UserError when Ray Serve fails."""
-    try:
-        serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
-        serve.run(application(settings, alone=alone), name=APP_NAME, route_prefix="/", logging_config=QUIET)
-    except (RuntimeError, TimeoutError, RayError) as error:
-        raise UserError(f"the service cannot start: {one_line(error)}.") from error
 
 
 def build(values: dict[str, Any]) -> serve.Application:

@@ -11,12 +11,11 @@ import pytest
 
 from dreambooth_moslora.disk.processes import CONFIG_NAME
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.extras.cluster.fleet import tasks_of
+from dreambooth_moslora.extras.cluster.fleet import GroupsUnderWay, Machines, grouped, results_of, tasks_of
 from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task
 from dreambooth_moslora.extras.cluster.records import Record, write_record
-from dreambooth_moslora.extras.cluster.sizing import GroupsUnderWay, Machines, grouped, results_of
 from dreambooth_moslora.extras.cluster.subjects import PLACES, Subject
-from dreambooth_moslora.extras.cluster.worker import Group, Job, train_group
+from dreambooth_moslora.extras.cluster.worker import Group, Job, train_work
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -66,7 +65,7 @@ def test_of_a_lost_group_those_that_were_done_are_done(tmp_path):
 
 
 def test_each_subject_of_a_group_is_told_once_as_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("dreambooth_moslora.extras.cluster.sizing.LOOK_SEC", 0)
+    monkeypatch.setattr("dreambooth_moslora.extras.cluster.fleet.LOOK_SEC", 0)
     jobs = tuple(Job(str(tmp_path / name), {}, "m") for name in "abc")
     task = Task(("a", "b", "c"), (Group(jobs, 2),))
     for name in "abc":
@@ -107,7 +106,7 @@ def kill_at_a_checkpoint(out: Path) -> None:
 def test_a_group_that_ends_by_an_error_of_its_own_is_not_started_again(tmp_path, monkeypatch):
     codes = []
     monkeypatch.setattr("dreambooth_moslora.extras.cluster.worker.train_group_once", lambda *_: codes.append(1) or 1)
-    records = train_group(Group((Job(str(tmp_path / "out" / "a"), {}, "m"),), at_once=1))
+    records = train_work(Group((Job(str(tmp_path / "out" / "a"), {}, "m"),), at_once=1))
     assert codes == [1] and [record.state for record in records] == ["failed"]
 
 
@@ -120,7 +119,7 @@ def test_a_group_that_is_killed_goes_on_and_a_bad_subject_fails_alone(tiny_base,
         photo.unlink()
     killer = threading.Thread(target=kill_at_a_checkpoint, args=(tmp_path / "out",), daemon=True)
     killer.start()
-    records = train_group(Group(jobs, at_once=3))
+    records = train_work(Group(jobs, at_once=3))
     killer.join()
     assert [record.state for record in records] == ["done", "failed", "done"]
     assert "no usable photo" in records[1].message and records[0].starts == records[2].starts == 2
@@ -132,5 +131,5 @@ def test_a_group_that_is_killed_goes_on_and_a_bad_subject_fails_alone(tiny_base,
         assert "no usable photo" not in log and len(log.splitlines()) == len(set(log.splitlines()))
     before = adapter_sha256(tmp_path / "out" / "0")
     (tmp_path / "out" / "0" / CONFIG_NAME).unlink()
-    assert train_group(Group(jobs[:1], at_once=2))[0].state == "done"
+    assert train_work(Group(jobs[:1], at_once=2))[0].state == "done"
     assert adapter_sha256(tmp_path / "out" / "0") == before and not (tmp_path / "out" / "0" / CONFIG_NAME).exists()

@@ -6,23 +6,23 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.extras.cluster.fleet import CellRunner, Ending, begun, missing, run_fleet
-from dreambooth_moslora.extras.cluster.on_ray import EMBEDDED, Lost, Task, connected, largest_node_gib, run_tasks
+from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, begun, missing, run_fleet
+from dreambooth_moslora.extras.cluster.on_ray import EMBEDDED, Lost, Task, connected, run_tasks
 from dreambooth_moslora.extras.cluster.records import read_record, stop_path
-from dreambooth_moslora.extras.cluster.sizing import Machines
 from dreambooth_moslora.extras.cluster.subjects import PLACES, read_subjects
 from dreambooth_moslora.extras.lab.study import Protocol, Study, StudySubject
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra("ray")]
-GUARDED = "dreambooth_moslora.extras.cluster.guarded"
+GUARDED = "dreambooth_moslora.extras.cluster.worker"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def machines():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         with connected(None):
-            yield Machines(None, largest_node_gib())
+            yield Machines.of_cluster()
 
 
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
@@ -131,7 +131,7 @@ def test_a_task_that_raises_or_always_kills_its_worker_stops_no_other(machines):
 
 
 def test_a_study_has_the_same_results_on_ray(machines, tiny_base, tmp_path):
-    from dreambooth_moslora.extras.lab.run import run_study
+    from dreambooth_moslora.extras.lab.run import cells_on_cluster, run_study
 
     clip, dino = save_tiny_encoders(tmp_path / "encoders")
     subject = StudySubject(str(paint_photos(tmp_path / "dog")), "a photo of sks dog")
@@ -149,7 +149,7 @@ def test_a_study_has_the_same_results_on_ray(machines, tiny_base, tmp_path):
         protocol=Protocol(**protocol, clip=str(clip), dino=str(dino)),
     )
     seen = []
-    (result,) = run_study(study, tmp_path / "ray", 1, seen.append, CellRunner(machines))
+    (result,) = run_study(study, tmp_path / "ray", 1, seen.append, partial(cells_on_cluster, machines, None))
     assert sorted(bool(progress.error) for progress in seen) == [False, True]
     (alone,) = run_study(study, tmp_path / "alone", 1, print)
     assert result.scores == alone.scores and result.pictures == alone.pictures

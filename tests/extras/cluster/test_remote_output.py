@@ -232,7 +232,7 @@ def test_a_run_that_is_stopped_goes_on_elsewhere_and_leaves_nothing_on_the_machi
 
     assert train_in_bucket(JOB, go_on).state == "done" and seen == ["checkpoint-1", "checkpoint-2"]
     (tmp_path / "view").mkdir()
-    RemoteFleet(Bucket(FLEET), tmp_path / "view").fetch(["rex"])
+    RemoteFleet(Bucket(FLEET), tmp_path / "view").fetch("rex")
     assert is_finished(tmp_path / "view" / "rex", "mark") and not is_finished(tmp_path / "view" / "rex", "other")
 
 

@@ -7,10 +7,9 @@ import pytest
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.cluster.command_fleet import FleetProgress
-from dreambooth_moslora.extras.cluster.fleet import Ending, begun, checked, tasks_of
+from dreambooth_moslora.extras.cluster.fleet import PROCESS_GIB, Ending, Machines, begun, checked, tasks_of
 from dreambooth_moslora.extras.cluster.on_ray import Lost
 from dreambooth_moslora.extras.cluster.records import Record, read_names, read_record, stop_path
-from dreambooth_moslora.extras.cluster.sizing import PROCESS_GIB, Machines
 from dreambooth_moslora.extras.cluster.subjects import Subject
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.settings.table import TrainConfig

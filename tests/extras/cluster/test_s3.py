@@ -18,7 +18,7 @@ from dreambooth_moslora.extras.cluster.bucket import TRIES, Bucket, read_manifes
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra("ray", "s3fs", "moto", "flask", "flask_cors")]
-GUARDED, STEPS = "dreambooth_moslora.extras.cluster.guarded", 40
+GUARDED, STEPS = "dreambooth_moslora.extras.cluster.worker", 40
 TOLD = (
     "pretrained_model_name_or_path",
     "resolution",

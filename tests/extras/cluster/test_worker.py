@@ -63,7 +63,7 @@ def test_a_training_holds_its_folder_from_before_its_start_and_without_its_worke
 def test_each_ending_has_its_line(code, log, state, message, tmp_path):
     (tmp_path / "rex").mkdir()
     (tmp_path / "rex" / "job.log").write_text(log)
-    record = judged(job_in(tmp_path), tmp_path / "rex", code)
+    record = judged(tmp_path / "rex", code)
     assert (record.state, record.message) == (state, message) and read_record(tmp_path / "rex") == record
 
 

@@ -23,7 +23,6 @@ from dreambooth_moslora.extras.lab.run import (
     gpu_of,
     is_tuned,
     judged,
-    nearest_rank,
     projections,
     result_path,
     run_study,
@@ -251,9 +250,8 @@ def test_equal_budget_means_the_nearest_number_of_parameters(study):
 
     widths = projections(config("lora", 16))
     budget = count_parameters(widths, config("lora", 16), 16)
-    chosen = nearest_rank(config("mix", 16), 16)
     gaps = {r: abs(count_parameters(widths, config("mix", 16), r) - budget) for r in range(1, 17)}
-    assert gaps[chosen] == min(gaps.values())
+    assert gaps[ranks["mix", 16]] == min(gaps.values())
 
 
 def test_the_counted_parameters_are_those_that_are_trained(study, tiny_base):
