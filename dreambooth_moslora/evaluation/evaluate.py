@@ -36,7 +36,8 @@ Tables = dict[str, np.ndarray]
 
 @dataclass
 class Evaluation:
-    """Tables of scores by name, each (prompts, seeds), (prompts, 1) or (pictures,), and the pictures behind them."""
+    """Tables of scores by name, each (prompts, seeds), (prompts, 1) or (pictures,), and the pictures behind them.
+    `photo_fidelity` is of the photos among themselves."""
 
     plan: EvaluationPlan
     tables: Tables
@@ -44,6 +45,11 @@ class Evaluation:
     score: float
     seconds: float
     pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
+    photo_fidelity: float = float("nan")
+
+    @property
+    def words(self) -> str:
+        return self.plan.subject.words
 
     def mean(self, name: str) -> float:
         return float(self.tables[name].mean())
@@ -52,7 +58,6 @@ class Evaluation:
         return bootstrap_mean(self.tables[name])
 
     def means(self) -> dict[str, float]:
-        """All scores as plain numbers, rounded."""
         found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
         copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
         return {**found, **self.relative(), **copies, "score": round(self.score, 4)}
@@ -92,8 +97,6 @@ class Truth(Protocol):
 
 @dataclass(frozen=True)
 class Views:
-    """Pictures of one group of requests and their unit vectors."""
-
     pictures: list[Image.Image]
     clip: Tensor
     dino: Tensor
@@ -123,7 +126,6 @@ class Evaluator:
         self._base: dict[str, Views] | None = None
 
     def __call__(self, draw: Draw) -> Evaluation:
-        """Draw all pictures of the plan and score them."""
         started, plan = time.perf_counter(), self.plan
         groups = {"subject": plan.base_requests, "class": plan.class_requests, "unrelated": plan.unrelated_requests}
         if self._base is None:
@@ -136,7 +138,8 @@ class Evaluator:
         pictures = {name: views.pictures for name, views in drawn.items()}
         pictures |= {f"{name}_base": views.pictures for name, views in self._base.items()}
         score, seconds = metrics.checkpoint_score(*means, alarm.share), time.perf_counter() - started
-        return Evaluation(plan, tables, alarm, score, seconds, pictures)
+        of_photos = metrics.photo_fidelity(self.photos.dino)
+        return Evaluation(plan, tables, alarm, score, seconds, pictures, of_photos)
 
     def of_subject(self) -> "Evaluator":
         """A copy that draws only the subject's pictures, which suffice for the score."""
@@ -207,7 +210,6 @@ class Evaluator:
         return by_prompt(found)
 
     def _prompts_of(self, views: Views) -> list[int]:
-        """The number of each picture's prompt."""
         return [number // len(self.plan.seeds) for number in range(len(views.pictures))]
 
 

@@ -27,6 +27,7 @@ Satterthwaite's degrees of freedom (1946).
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
@@ -88,27 +89,24 @@ class Encoders:
         """N pictures of any size -> unit vectors (N, D) of the class token after the last layer norm, on the CPU."""
         return self._images(images, self.dino_processor, lambda x: self.dino(pixel_values=x).last_hidden_state[:, 0])
 
-    @torch.no_grad()
     def clip_texts(self, texts: Sequence[str]) -> Tensor:
         """N texts -> unit vectors (N, P), on the CPU. Texts are cut at the model's 77 tokens."""
-        found = []
-        for some in batches(texts, self.batch_size):
-            words = self.clip.tokenizer(some, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
-            vectors = self.clip.embed_texts(words.to(self.dino.device))
-            found.append(normalize(vectors.float(), dim=-1).cpu())
-        return torch.cat(found)
+        read = partial(self.clip.tokenizer, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+        return self._vectors(texts, read, self.clip.embed_texts)
+
+    def _images(self, images: Sequence[Image.Image], processor: Any, embed: Callable) -> Tensor:
+        def read(some: list[Image.Image]) -> Tensor:
+            return processor([image.convert("RGB") for image in some], return_tensors="pt").pixel_values
+
+        return self._vectors(images, read, embed)
 
     @torch.no_grad()
-    def _images(self, images: Sequence[Image.Image], processor: Any, embed) -> Tensor:
+    def _vectors(self, items: Sequence, read: Callable[[list], Any], embed: Callable[[Any], Tensor]) -> Tensor:
         found = []
-        for some in batches(images, self.batch_size):
-            pixels = processor([image.convert("RGB") for image in some], return_tensors="pt").pixel_values
-            found.append(normalize(embed(pixels.to(self.dino.device)).float(), dim=-1).cpu())
+        for start in range(0, len(items), self.batch_size):
+            values = read(list(items[start : start + self.batch_size])).to(self.dino.device)
+            found.append(normalize(embed(values).float(), dim=-1).cpu())
         return torch.cat(found)
-
-
-def batches(items: Sequence, size: int) -> list[list]:
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def load_encoders(

@@ -70,7 +70,6 @@ class EvaluationPlan:
 
     @property
     def subject_requests(self) -> list[SampleRequest]:
-        """Prompt by prompt, all seeds of each."""
         return self._each([template.replace("{}", self.subject.words) for template in self.templates])
 
     @property
@@ -92,7 +91,6 @@ class EvaluationPlan:
 
     @property
     def prompts(self) -> list[str]:
-        """Every text that will be encoded."""
         of_subject = self.subject_requests + self.base_requests + self.bare_requests
         return sorted({request.prompt for request in of_subject + self.class_requests + self.unrelated_requests})
 

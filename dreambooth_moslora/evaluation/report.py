@@ -11,9 +11,9 @@ Their files are scores.json and report.html of all, and subject_1/, subject_2/ �
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.core import atomic_write
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.evaluate import Draw, Evaluation, Evaluator, Tables, truth_of
-from dreambooth_moslora.evaluation.metrics import Encoders, Interval, bootstrap_mean, photo_fidelity
+from dreambooth_moslora.evaluation.metrics import Encoders, Interval, bootstrap_mean
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, spread
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.masks import open_mask
@@ -49,7 +49,7 @@ class ReportContext:
     scale: ScaleChoice | None = None
 
 
-def scores_json(found: Evaluation, about: ReportContext, photo_fidelity: float) -> dict:
+def scores_json(found: Evaluation, about: ReportContext) -> dict:
     """All measurements, JSON-ready: means with 95 % intervals, and each prompt's means."""
     plan = found.plan
     return {
@@ -69,7 +69,7 @@ def scores_json(found: Evaluation, about: ReportContext, photo_fidelity: float) 
             "interval": "95 %, crossed bootstrap over prompts and seeds",
         },
         "scores": {name: found.interval(name).to_dict() for name in found.tables},
-        "dino_of_photos": None if math.isnan(photo_fidelity) else round(photo_fidelity, 4),
+        "dino_of_photos": None if math.isnan(found.photo_fidelity) else round(found.photo_fidelity, 4),
         "relative": found.relative(),
         "copy_alarm": asdict(found.alarm),
         "score": round(found.score, 4),
@@ -90,7 +90,7 @@ def per_prompt(found: Evaluation) -> list[dict]:
     return rows
 
 
-def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Image], photo_fidelity: float) -> str:
+def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Image]) -> str:
     """The page: verdict, scores, photos, every prompt by adapter and base, the picture nearest to a copy."""
     relative, means = {**found.relative(), "copied": found.alarm.share}, per_prompt(found)
     names = ["prompt", *(name for name, row in MEASURES.items() if (row.title or row.truth) and name in means[0])]
@@ -100,7 +100,7 @@ def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Imag
         found=found,
         about=about,
         photos=photos,
-        scores=score_rows(found, photo_fidelity),
+        scores=score_rows(found),
         shares=[(row.title, f"{relative[name]:.3f}") for name, row in MEASURES.items() if name in relative],
         truths=rows_beside(found, [name for name, row in MEASURES.items() if row.truth], ("_ceiling", "_floor")),
         judged=rows_beside(found, [name for name, row in MEASURES.items() if row.kind == "judge"], ("_ceiling",)),
@@ -110,12 +110,12 @@ def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Imag
     )
 
 
-def score_rows(found: Evaluation, photo_fidelity: float) -> list[tuple]:
+def score_rows(found: Evaluation) -> list[tuple]:
     """Title, the adapter's mean, the base's, that of the photos themselves, and the meaning of each measure."""
     rows = []
     for name, row in MEASURES.items():
         if row.title and row.kind == "score" and name in found.tables:
-            own = photo_fidelity if name == "dino" and not math.isnan(photo_fidelity) else ""
+            own = found.photo_fidelity if name == "dino" and not math.isnan(found.photo_fidelity) else ""
             base = found.interval(row.base) if row.base in found.tables else ""
             rows.append((row.title, found.interval(name), base, own, row.help))
     return rows
@@ -129,16 +129,6 @@ def rows_beside(found: Evaluation, names: Sequence[str], ends: Sequence[str]) ->
         if all(table in found.tables for table in tables):
             rows.append((MEASURES[name].truth or MEASURES[name].title, *map(found.interval, tables)))
     return rows
-
-
-def write_report(
-    folder: Path, found: Evaluation, about: ReportContext, photos: list[Image.Image], photo_fidelity: float
-) -> None:
-    """Write `folder`/scores.json and `folder`/report.html, each completely or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scores = scores_json(found, about, photo_fidelity)
-    atomic_write(folder / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
-    atomic_write(folder / "report.html", report_html(found, about, photos, photo_fidelity))
 
 
 TOGETHER_TEMPLATES = 4
@@ -182,7 +172,6 @@ def pooled(found: Sequence[Evaluation]) -> Evaluation:
 
 
 def in_all(found: Sequence[Evaluation], names: Iterable[str]) -> list[str]:
-    """The names that each evaluation has a table for."""
     return [name for name in names if all(name in one.tables for one in found)]
 
 
@@ -198,7 +187,6 @@ class Together:
 
     @property
     def rows(self) -> list[tuple[str, Interval, float]]:
-        """For the report: likeness to the photos of each, of the adapter's pictures and of the base's."""
         return [
             (f"DINO to “{words}”", bootstrap_mean(self.tables[name]), float(self.tables[f"{name}_base"].mean()))
             for name, words in zip(("first", "second"), self.words)
@@ -214,7 +202,6 @@ class TogetherEvaluator:
 
     @property
     def picture_count(self) -> int:
-        """Pictures of the adapter; the base draws as many."""
         return len(self.plan.templates) * len(self.plan.seeds)
 
     def __call__(self, draw: Draw) -> Together:
@@ -250,27 +237,31 @@ def write_reports(
     about: ReportContext,
 ) -> None:
     """Write `folder`/scores.json and report.html; of several subjects those for all, and each one's in subject_1 …"""
-    fidelities = [photo_fidelity(one.photos.dino) for one in evaluators]
-    if len(found) == 1:
-        write_report(folder, found[0], about, evaluators[0].photos.pictures, fidelities[0])
-        return
-    for number, (evaluator, one, fidelity) in enumerate(zip(evaluators, found, fidelities), start=1):
-        write_report(folder / f"subject_{number}", one, about, evaluator.photos.pictures, fidelity)
-    scores = subjects_json(found, together, about, fidelities)
-    atomic_write(folder / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
-    atomic_write(folder / "report.html", subjects_html(evaluators, found, together, about))
+
+    def write(place: Path, scores: dict, html: str) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        atomic_write(place / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+        atomic_write(place / "report.html", html)
+
+    for number, (evaluator, one) in enumerate(zip(evaluators, found), start=1):
+        own = folder / f"subject_{number}" if len(found) > 1 else folder
+        write(own, scores_json(one, about), report_html(one, about, evaluator.photos.pictures))
+    if len(found) > 1:
+        write(folder, subjects_json(found, together, about), subjects_html(evaluators, found, together, about))
 
 
-def subjects_json(
-    found: Sequence[Evaluation], together: Sequence[Together], about: ReportContext, fidelities: Sequence[float]
-) -> dict:
+def subjects_json(found: Sequence[Evaluation], together: Sequence[Together], about: ReportContext) -> dict:
     """`scores_json` over all subjects, with that of each in `subjects`, and `confusion` and `together`."""
-    whole = scores_json(pooled(found), about, float("nan"))
-    whole = {name: value for name, value in whole.items() if name not in ("subject", "per_prompt")}
+    whole, cells = scores_json(pooled(found), about), []
+    for one, other in permutations(found, 2):  # a cell of both matrices: pictures `of` one, photos of the other
+        confusion, names = f"confusion_with {other.words}", ("confusion", "confusion_base", "dino_own", "dino_other")
+        tables = zip(names, (confusion, f"{confusion}_base", "dino", f"dino_to {other.words}"))
+        intervals = {name: one.interval(table).to_dict() for name, table in tables}
+        cells.append({"of": one.words, "with": other.words, **intervals})
     return {
-        **whole,
-        "subjects": [scores_json(one, about, fidelity) for one, fidelity in zip(found, fidelities)],
-        "confusion": [entry(one, words) for one in found for words in rivals_of(one, found)],
+        **{name: value for name, value in whole.items() if name not in ("subject", "per_prompt")},
+        "subjects": [scores_json(one, about) for one in found],
+        "confusion": cells,
         "together": [
             {"words": list(pair.words), **{n: bootstrap_mean(t).to_dict() for n, t in pair.tables.items()}}
             for pair in together
@@ -278,70 +269,39 @@ def subjects_json(
     }
 
 
-def entry(found: Evaluation, words: str) -> dict:
-    """One cell of both matrices: pictures `of` a subject, compared with the photos of the subject `with`."""
-    names = {
-        "confusion": f"confusion_with {words}",
-        "confusion_base": f"confusion_with {words}_base",
-        "dino_own": "dino",
-        "dino_other": f"dino_to {words}",
-    }
-    intervals = {key: found.interval(name).to_dict() for key, name in names.items()}
-    return {"of": words_of(found), "with": words, **intervals}
-
-
-def words_of(found: Evaluation) -> str:
-    return found.plan.subject.words
-
-
-def rivals_of(one: Evaluation, found: Sequence[Evaluation]) -> list[str]:
-    return [words_of(other) for other in found if other is not one]
-
-
 def confusion_lines(found: Sequence[Evaluation]) -> list[str]:
-    """For the terminal: each subject against each other one."""
     lines = []
-    for one in found:
-        for words in rivals_of(one, found):
-            own, other = one.mean("dino"), one.mean(f"dino_to {words}")
-            likeness = f"DINO {own:.3f} to its own photos, {other:.3f} to the other's"
-            said = one.interval(f"confusion_with {words}")
-            lines.append(f"confusion of “{words_of(one)}” with “{words}”: {said}  ({likeness})")
+    for one, rival in permutations(found, 2):
+        own, other = one.mean("dino"), one.mean(f"dino_to {rival.words}")
+        likeness = f"DINO {own:.3f} to its own photos, {other:.3f} to the other's"
+        said = one.interval(f"confusion_with {rival.words}")
+        lines.append(f"confusion of “{one.words}” with “{rival.words}”: {said}  ({likeness})")
     return lines
 
 
 def subjects_html(
     evaluators: Sequence[Evaluator], found: Sequence[Evaluation], together: Sequence[Together], about: ReportContext
 ) -> str:
-    def confusion(one: Evaluation, other: Evaluation) -> str:
-        name = f"confusion_with {words_of(other)}"
-        return "–" if one is other else f"{one.interval(name)}, base {one.mean(name + '_base'):.3f}"
-
-    def likeness(one: Evaluation, other: Evaluation) -> Interval:
-        return one.interval("dino" if one is other else f"dino_to {words_of(other)}")
-
+    known = in_all(found, [name for name, row in MEASURES.items() if row.summary and row.title])
+    confusion, likeness, scores = [], [], []
+    for one in found:
+        scores.append([one.words, *(one.interval(name) for name in known), one.score])
+        confusion.append([one.words])
+        likeness.append([one.words])
+        for other in found:
+            is_own, name = one is other, f"confusion_with {other.words}"
+            confusion[-1].append("–" if is_own else f"{one.interval(name)}, base {one.mean(name + '_base'):.3f}")
+            likeness[-1].append(one.interval("dino" if is_own else f"dino_to {other.words}"))
+    header = ["", *(one.words for one in found)]
     return render(
         "subjects.html",
         title=f"Fidelity of {about.adapter}",
         found=found,
         about=about,
-        confusion=matrix(found, confusion),
-        likeness=matrix(found, likeness),
-        scores=score_table(found),
+        confusion=(header, confusion),
+        likeness=(header, likeness),
+        scores=(["", *(MEASURES[name].title for name in known), "Score"], scores),
         subjects=list(zip(evaluators, found)),
         together=together,
         shown=SHOWN,
     )
-
-
-def matrix(found: Sequence[Evaluation], cell: Callable) -> tuple[list[str], list[list]]:
-    """Header and rows: `cell` of each subject (row) and each (column)."""
-    rows = [[words_of(one), *(cell(one, other) for other in found)] for one in found]
-    return ["", *(words_of(one) for one in found)], rows
-
-
-def score_table(found: Sequence[Evaluation]) -> tuple[list[str], list[list]]:
-    """Header and rows: the means of each subject."""
-    known = in_all(found, [name for name, row in MEASURES.items() if row.summary and row.title])
-    rows = [[words_of(one), *(one.interval(name) for name in known), one.score] for one in found]
-    return ["", *(MEASURES[name].title for name in known), "Score"], rows

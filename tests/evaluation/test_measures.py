@@ -41,7 +41,7 @@ def test_a_row_of_the_table_is_all_that_a_measure_needs(added, encoders):
     found = Evaluator(PLAN, encoders, photos)(lambda requests, on: stub_pictures(requests))
     found.tables |= {"smile": np.full((3, 2), 0.625), "smile_base": np.full((3, 2), 0.5)}
 
-    html = report_html(found, ABOUT, photos, 0.5)
+    html = report_html(found, ABOUT, photos)
     for text in ("Smile", "0.625 [0.625, 0.625]", "0.500 [0.500, 0.500]", "does it smile?", "1.250"):
         assert f">{text}<" in html
     assert "smile              0.625" in summary(found)

@@ -74,7 +74,6 @@ class Bucket:
         return Bucket(f"{self.url}/{name}")
 
     def read(self, name: str) -> bytes | None:
-        """None when there is no such file."""
         return self.tried(name, lambda path: self.files.cat_file(path), absent=None)
 
     def exists(self, name: str) -> bool:
@@ -242,7 +241,6 @@ class Mirror:
             self.bucket.upload(self.folder / name, name)
 
     def digest(self, name: str) -> str | None:
-        """The file's SHA-256; None when there is no such file."""
         path = self.folder / name
         try:
             return self.digests.of(path) if stat.S_ISREG(path.lstat().st_mode) else None

@@ -55,7 +55,6 @@ def add_cluster_flags(
 
 
 def check_shares(args: argparse.Namespace) -> None:
-    """Raises UserError for a share below 1."""
     for name in ("per_gpu", "cpus"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -94,7 +93,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_places(source: str, out: str | None) -> None:
-    """Raises UserError without `--out`, and for a source behind a URL."""
     if not out:
         raise UserError("missing: --out, the folder of all run folders.")
     if "://" in source:

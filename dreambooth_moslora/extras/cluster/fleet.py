@@ -18,7 +18,7 @@ from dreambooth_moslora.base.files import base_folder
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task, gpu_memory_gib, room_for, run_tasks
+from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task, has_gpus, room_for, run_tasks
 from dreambooth_moslora.extras.cluster.records import Record, ended, is_finished, read_record, stop_path, write_names
 from dreambooth_moslora.extras.cluster.subjects import Subject, mark_of
 from dreambooth_moslora.extras.cluster.worker import Group, Job, train_work
@@ -79,8 +79,15 @@ class Machines:
         """Those of the connected Ray cluster; all GPUs are assumed alike."""
         import ray
 
+        @ray.remote(num_cpus=0, num_gpus=0.01)
+        def own_gpu_bytes() -> int:
+            import torch
+
+            return torch.cuda.get_device_properties(0).total_memory
+
+        gpu_gib = ray.get(own_gpu_bytes.remote()) / GIB if has_gpus() else None
         rooms = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
-        return cls(gpu_memory_gib(), max(rooms, default=0) / GIB, per_gpu, cpus)
+        return cls(gpu_gib, max(rooms, default=0) / GIB, per_gpu, cpus)
 
     def resources_for(self, config: TrainConfig) -> Resources:
         """What one training asks for, at most the largest machine: there, a run that does not fit says so itself.
@@ -136,7 +143,6 @@ LOOK_SEC = 2.0
 
 
 def names_of(task: Task) -> tuple[str, ...]:
-    """The names of the task's subjects."""
     return (task.key,) if isinstance(task.key, str) else task.key
 
 
@@ -212,7 +218,6 @@ class GroupsUnderWay:
                 self.tell(name, record)
 
     def untold(self, task: Task, result: Record | list[Record] | Lost) -> list[tuple[str, Record | Lost]]:
-        """The results of the task's subjects that have not been reported yet."""
         found = list(zip(names_of(task), results_of(task, result), strict=True))
         if isinstance(task.arguments[0], Group):
             found = [(name, record) for name, record in found if self._before.pop(name, None) is not None]
@@ -294,11 +299,7 @@ def run_fleet(
 
 
 def tasks_of(
-    todo: Sequence[tuple[Subject, str]],
-    out: Path,
-    machines: Machines,
-    on_end: Callable[[Ending], None],
-    url: str = "",
+    todo: Sequence[tuple[Subject, str]], out: Path, machines: Machines, on_end: Callable[[Ending], None], url: str = ""
 ) -> Iterator[Task]:
     """Make the tasks lazily, as there is room for them. A subject that cannot be trained ends here."""
     for subject, mark in todo:

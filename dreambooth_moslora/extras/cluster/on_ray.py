@@ -154,19 +154,6 @@ def room_for(resources: Resources) -> int:
     return max(1, count)
 
 
-def gpu_memory_gib() -> float | None:
-    """Memory of one GPU of the cluster, GiB. None when there is no GPU."""
-    import ray
-
-    @ray.remote(num_cpus=0, num_gpus=0.01)
-    def own_gpu_gib() -> float:
-        import torch
-
-        return torch.cuda.get_device_properties(0).total_memory / GIB
-
-    return ray.get(own_gpu_gib.remote()) if has_gpus() else None
-
-
 def has_gpus() -> bool:
     import ray
 

@@ -150,7 +150,6 @@ def status_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def cost_of(rows: Sequence[Row]) -> str:
-    """GPU-hours and CPU-hours that they held."""
     hours = {unit: sum(row.record.hours for row in rows if row.record.unit == unit) for unit in ("GPU", "CPU")}
     return ", ".join(f"{spent:.2f} {unit}-hours" for unit, spent in hours.items() if spent) or "nothing"
 

@@ -152,7 +152,10 @@ def words_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any]) ->
     word = row.get("class") or row.get("class_word") or facts.get("class_word")
     if not word:
         return {}
-    token = row.get("token") or facts.get("token") or shared.get("token") or TOKEN
+    return prompts_of(row.get("token") or facts.get("token") or shared.get("token") or TOKEN, word)
+
+
+def prompts_of(token: str, word: str) -> dict[str, str]:
     return {"instance_prompt": f"a photo of a {token} {word}", "class_prompt": f"a photo of a {word}"}
 
 

@@ -140,7 +140,6 @@ class Costs:
         write_record(folder, replace(record, state=state, message=message, seconds=record.seconds + spent, hours=hours))
 
     def _divide(self) -> None:
-        """Divide the time since the last change among the current runs."""
         now = time.monotonic()
         for folder in self._seconds:
             self._seconds[folder] += (now - self._since) / len(self._seconds)
@@ -261,7 +260,6 @@ def losses_of(runs: Sequence[Training]) -> list[Callable[[], StepLosses]]:
 
 
 def draw(run: Training) -> list[MicroBatch]:
-    """The micro-batches of the run's next step."""
     run.stopwatch.restart()
     step = run.train_step
     step.begin()
@@ -302,6 +300,5 @@ def predictions(predict: Callable[[UNetRows], Tensor], parts: Sequence[UNetRows]
 
 
 def scaled(step: TrainStep, loss: Tensor) -> Tensor:
-    """The loss times its run's own fp16 scale."""
     scaler: torch.amp.GradScaler | None = step.accelerator.scaler
     return loss if scaler is None else scaler.scale(loss)

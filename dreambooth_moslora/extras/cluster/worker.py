@@ -121,7 +121,8 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     write_record(run_dir, begun)
     processes.write_settings(run_dir, {**job.settings, **({"resume_from_checkpoint": "latest"} if is_known else {})})
     started = time.monotonic()
-    code = watch(start(job, run_dir, hold), stop_path(run_dir.parent))
+    process = start_guarded(job, ("train", "--config", str(run_dir / processes.CONFIG_NAME)), (hold.fileno(),))
+    code = watch(process, stop_path(run_dir.parent))
     seconds = time.monotonic() - started
     hours = seconds / 3600 * (job.gpus or job.cpus)
     write_record(run_dir, replace(begun, seconds=begun.seconds + seconds, hours=begun.hours + hours))
@@ -129,12 +130,7 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
 
 
 def goes_on(before: Record | None, job: Job) -> bool:
-    """Whether the record is of an earlier training of the same run."""
     return before is not None and before.mark == job.mark and before.starts > 0
-
-
-def start(job: Job, run_dir: Path, hold: BinaryIO) -> subprocess.Popen:
-    return start_guarded(job, ("train", "--config", str(run_dir / processes.CONFIG_NAME)), (hold.fileno(),))
 
 
 def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subprocess.Popen:

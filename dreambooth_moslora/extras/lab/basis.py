@@ -125,6 +125,5 @@ class Learner:
 
 @torch.no_grad()
 def put(values: Tensor, mixers: list[nn.Parameter]) -> None:
-    """Copy (n,) into the mixers."""
     for mixer, part in zip(mixers, values.split([m.numel() for m in mixers]), strict=True):
         mixer.copy_(part.view_as(mixer))

@@ -11,6 +11,7 @@ from dreambooth_moslora.cli.parser import add_training_flags, settings_of
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
 from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset
 from dreambooth_moslora.disk.run_folder import BASIS_SUFFIX
+from dreambooth_moslora.extras.cluster.subjects import prompts_of
 from dreambooth_moslora.settings.fields import check_number
 from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, SVD, TrainConfig
@@ -100,5 +101,4 @@ def table_of(folder: str) -> dict[str, str]:
     token, word = facts.get("token"), facts.get("class_word")
     if not (token and word):
         raise UserError(f'{folder}: write {SUBJECT_FILE} into it, such as {{"token": "sks", "class_word": "dog"}}.')
-    prompts = {"instance_prompt": f"a photo of a {token} {word}", "class_prompt": f"a photo of a {word}"}
-    return {"instance_data_dir": str(place), **prompts}
+    return {"instance_data_dir": str(place), **prompts_of(token, word)}

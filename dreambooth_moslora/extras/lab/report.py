@@ -103,7 +103,14 @@ def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
         lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
         parts.append("\n".join(lines))
     atomic_write(out / "table.md", "\n\n".join(parts) + "\n")
-    plots = plots_of(study, results, arms, against)
+    plots = {}
+    if against:
+        plots["differences"] = difference_plot(against, study.reference)
+        plots["wins"] = win_plot(against, study.reference)
+    if arms:
+        plots["trade_off"] = trade_off_plot(arms)
+    if curves := run.rate_curves(study, results):
+        plots["learning_rates"] = rate_plot(curves)
     for name, plot in plots.items():
         plot.savefig(out / f"{name}.png", dpi=110)
     if rows := picture_rows(study, results, out):
@@ -125,11 +132,7 @@ def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Seq
             "tuning_subjects": [s.name for s in study.tuning_subjects],
             **({"beside": beside} if beside else {}),
             "seeds": seeds_of(results),
-            "ranks": study.ranks,
-            "learning_rates": study.learning_rates,
-            "budget": study.budget,
-            "reference": study.reference,
-            "tie": study.tie,
+            **{name: getattr(study, name) for name in ("ranks", "learning_rates", "budget", "reference", "tie")},
             "evaluation": asdict(protocol) | {name: public_name(getattr(protocol, name)) for name in ("clip", "dino")},
             "train": {name: value for name, value in study.train.items() if name not in hidden},
             "arms": study.arms,
@@ -192,7 +195,6 @@ def column(name: str) -> str:
 
 
 def spans(intervals: Mapping[str, Interval], names: Iterable[str], sign: str = "") -> list[str]:
-    """The interval of each name as text, empty if there is none."""
     return [format(intervals[name], sign) if name in intervals else "" for name in names]
 
 
@@ -208,18 +210,6 @@ def finding(study: Study, against: Sequence[Outcome]) -> str:
     count = len(against)
     lines.append(f"{count} comparisons at 95 %: about {0.05 * count:.1f} of them would exclude zero by chance alone.")
     return "\n".join(lines)
-
-
-def plots_of(study: Study, results, arms: Sequence[ArmSummary], against: Sequence[Outcome]) -> dict:
-    plots = {}
-    if against:
-        plots["differences"] = difference_plot(against, study.reference)
-        plots["wins"] = win_plot(against, study.reference)
-    if arms:
-        plots["trade_off"] = trade_off_plot(arms)
-    if curves := run.rate_curves(study, results):
-        plots["learning_rates"] = rate_plot(curves)
-    return plots
 
 
 def report_html(study: Study, results, out: Path, tables, plots: dict, against: Sequence[Outcome]) -> str:
@@ -247,7 +237,6 @@ def report_html(study: Study, results, out: Path, tables, plots: dict, against: 
 
 
 def strips(study: Study, results: Sequence[Result], out: Path) -> Iterator[tuple[str, Image.Image]]:
-    """A title, and the pictures of every arm for each subject at the first seed."""
     for subject in study.subjects:
         for cell in first_cells(study, results, subject.name):
             path = result_path(study, cell, out).with_suffix(".jpg")
@@ -276,5 +265,4 @@ def picture_rows(study: Study, results: Sequence[Result], out: Path) -> list[Row
 
 
 def tiles(strip: Image.Image, step: int) -> list[Image.Image]:
-    """Every `step`th picture of a strip: one of each prompt."""
     return [strip.crop((x, 0, x + STRIP_PX, STRIP_PX)) for x in range(0, strip.width, step * STRIP_PX)]

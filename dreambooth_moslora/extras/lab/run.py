@@ -59,12 +59,10 @@ from dreambooth_moslora.training.loop import train
 
 
 def studied() -> list[str]:
-    """The measures that are compared."""
     return [name for name, row in MEASURES.items() if row.study]
 
 
 def judged() -> list[str]:
-    """The measures by which single pictures are compared."""
     return [name for name, row in MEASURES.items() if row.pictures]
 
 
@@ -121,12 +119,6 @@ def rate_curves(study: Study, results: Sequence[Result]) -> dict[tuple[str, int]
     return curves
 
 
-def is_tuned(study: Study, results: Sequence[Result]) -> bool:
-    """Whether every arm and rank with several rates has at least one to choose."""
-    cells = {(cell.arm, cell.rank) for cell in study.tuning_cells()}
-    return cells <= rate_curves(study, results).keys()
-
-
 def seeds_of(results: Sequence[Result]) -> list[int]:
     return sorted({r.cell.seed for r in results if r.cell.stage == "test"})
 
@@ -179,7 +171,6 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
 
 
 def results_of(results: Sequence[Result], arm: str, rank: int) -> list[Result]:
-    """Results of one arm at one rank in the comparison."""
     return [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
 
 
@@ -233,7 +224,6 @@ def content_of(path: Path) -> str:
 
 
 def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]:
-    """The results of those cells that are finished."""
     paths = [result_path(study, cell, out) for cell in cells]
     stored = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
     return [Result(Cell(**s["cell"]), s["scores"], s["pictures"], s["cost"]) for s in stored]
@@ -260,11 +250,8 @@ def evaluator_of(study: Study, name: str) -> Evaluator:
     key = f"{study.base} {subject} {protocol}"
     if key in EVALUATORS:
         return EVALUATORS[key]
-    cell, encoders = (
-        Cell("test", study.reference, 1, name, 0, 1.0),
-        encoders_of(study.base, protocol.clip, protocol.dino),
-    )
-    config = each_subject(study.config_of(cell, 1, Path("unused")))[0]
+    encoders = encoders_of(study.base, protocol.clip, protocol.dino)
+    config = each_subject(study.config_of(Cell("test", study.reference, 1, name, 0, 1.0), 1, Path("unused")))[0]
     photos, pictures = photo_report(config).photos, protocol.images_per_prompt
     counts = (protocol.num_prompts, pictures, protocol.class_images, protocol.unrelated, protocol.inference_steps)
     plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
@@ -308,14 +295,20 @@ def run_study(
         return read_results(study, cells, out)
 
     tuned = finished(study.tuning_cells())
-    return tuned + finished(study.test_cells(best_rates(study, tuned))) if is_tuned(study, tuned) else tuned
+    return tuned + finished(compared_cells(study, tuned))
+
+
+def compared_cells(study: Study, tuned: Sequence[Result]) -> list[Cell]:
+    """Those of the comparison, once every arm and rank with several rates has at least one to choose."""
+    cells = {(cell.arm, cell.rank) for cell in study.tuning_cells()}
+    return study.test_cells(best_rates(study, tuned)) if cells <= rate_curves(study, tuned).keys() else []
 
 
 def unfinished(study: Study, out: Path) -> list[Cell]:
     """The cells without a result in `out`; of the comparison only those whose learning rate has been chosen."""
-    tuned = read_results(study, study.tuning_cells(), out)
-    tests = study.test_cells(best_rates(study, tuned)) if is_tuned(study, tuned) else []
-    return [cell for cell in study.tuning_cells() + tests if not result_path(study, cell, out).is_file()]
+    cells = study.tuning_cells()
+    cells += compared_cells(study, read_results(study, cells, out))
+    return [cell for cell in cells if not result_path(study, cell, out).is_file()]
 
 
 def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> Iterator[tuple[Cell, float, str]]:
@@ -343,17 +336,12 @@ def cells_on_cluster(
         for cell in cells:
             rank = ranks[cell.arm, cell.rank]
             needs = machines.resources_for(study.config_of(cell, rank, out))
-            yield Task(cell, (os.getcwd(), study, cell, rank, out, most or min(len(cells), room_for(needs))), needs)
+            jobs = most or min(len(cells), room_for(needs))
+            yield Task(cell, (study, cell, rank, out, jobs, os.getcwd()), needs)
 
     started = time.monotonic()
-    for task, result in run_tasks(run_in_folder, tasks(), window=most):
+    for task, result in run_tasks(run_cell, tasks(), window=most):
         yield (task.key, time.monotonic() - started, result.reason) if isinstance(result, Lost) else result
-
-
-def run_in_folder(folder: str, *cell: Any) -> tuple[Cell, float, str]:
-    """A study's paths are relative to the folder of the command, which must exist at the same place on all machines."""
-    os.chdir(folder)
-    return run_cell(*cell)
 
 
 def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:
@@ -375,8 +363,11 @@ def gpu_of(number: int, count: int, visible: str | None) -> str | None:
     return names[number % count] if count > 1 else None
 
 
-def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int) -> tuple[Cell, float, str]:
-    """Train, score, write the result, delete the run folder."""
+def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int, folder: str = "") -> tuple[Cell, float, str]:
+    """Train, score, write the result, delete the run folder. A study's paths are relative to the `folder` of the
+    command, which must exist at the same place on all machines."""
+    if folder:
+        os.chdir(folder)
     started = time.monotonic()
     work = out / "running" / f"{cell.name}-{os.getpid()}"
     config = study.config_of(cell, rank, work)
@@ -426,7 +417,6 @@ def class_folders(config: TrainConfig, out: Path) -> dict[str, Any]:
 
 
 def strip(pictures: Iterable[Image.Image]) -> Image.Image:
-    """The first pictures side by side."""
     some = list(pictures)[:STRIP_LENGTH]
     sheet = Image.new("RGB", (STRIP_PX * len(some), STRIP_PX))
     for number, picture in enumerate(some):

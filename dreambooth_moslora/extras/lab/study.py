@@ -29,6 +29,7 @@ from typing import Any
 
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset
+from dreambooth_moslora.extras.cluster.subjects import prompts_of
 from dreambooth_moslora.settings.prompts import Subject, subject_of
 from dreambooth_moslora.settings.sources import load_settings, read_json_table, read_tables
 from dreambooth_moslora.settings.table import TrainConfig, check_each
@@ -64,7 +65,6 @@ class StudySubject:
 
     @property
     def subject(self) -> Subject:
-        """Its token and class word."""
         return subject_of(TrainConfig(instance_prompt=self.instance_prompt, class_prompt=self.class_prompt))
 
     @property
@@ -102,7 +102,7 @@ class StudySubject:
         token, word = facts.get("token"), facts.get("class_word")
         if not token or not word:
             raise UserError(f"{facts_path} must name the token and the class_word, or the study an instance_prompt.")
-        return cls(str(folder), f"a photo of a {token} {word}", f"a photo of a {word}", companions)
+        return cls(str(folder), **prompts_of(token, word), beside=companions)
 
 
 SECTIONS = ("study", "evaluation", "train", "arms")
@@ -243,12 +243,16 @@ def load_study(path: Path) -> Study:
     study, protocol, shared, arms = (table(path, name, values.get(name, {})) for name in SECTIONS)
     refuse_unknown(path, "study.", study, [f.name for f in fields(Study)])
     refuse_unknown(path, "evaluation.", protocol, [f.name for f in fields(Protocol)])
-    lists = {name: numbers(path, name, study.pop(name)) for name in LISTS if name in study}
-    chosen = {name: subjects(path, name, study.pop(name, [])) for name in ("subjects", "tuning_subjects")}
+    study |= {name: numbers(path, name, study[name]) for name in LISTS if name in study}
+    for name in ("subjects", "tuning_subjects"):
+        folders = study.get(name, [])
+        if not isinstance(folders, list):
+            raise UserError(f"--config {path}: study.{name} is a list of folders, not {folders!r}.")
+        study[name] = tuple(map(StudySubject.of, folders))
     arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
     for settings in (shared, *arms.values()):
         check_each({name: value for name, value in settings.items() if settings is shared or name != TOGETHER})
-    made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **chosen, **lists, **study)
+    made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **study)
     resolve_base(made.base)
     for cell in made.test_cells(made.first_rates()):
         made.config_of(cell, cell.rank, Path("run"))  # find mistakes in any arm before the first training
@@ -265,26 +269,17 @@ def together(subject: StudySubject, shared: Mapping[str, Any]) -> dict[str, Any]
 
 
 def table(path: Path, name: str, value: Any) -> dict[str, Any]:
-    """The value as a dict. Raises UserError."""
     if not isinstance(value, Mapping):
         raise UserError(f"--config {path}: {name} is a table of settings, [{name}], not {value!r}.")
     return dict(value)
 
 
 def numbers(path: Path, name: str, value: Any) -> tuple:
-    """The value as a tuple of numbers. Raises UserError."""
     kinds, low = LISTS[name]
     if not isinstance(value, list) or not all(type(v) in kinds and v >= low for v in value):
         kind = "numbers" if float in kinds else "whole numbers"
         raise UserError(f"--config {path}: study.{name} is a list of {kind} from {low} on, not {value!r}.")
     return tuple(value)
-
-
-def subjects(path: Path, name: str, value: Any) -> tuple[StudySubject, ...]:
-    """The value as subjects. Raises UserError."""
-    if not isinstance(value, list):
-        raise UserError(f"--config {path}: study.{name} is a list of folders, not {value!r}.")
-    return tuple(map(StudySubject.of, value))
 
 
 def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,7 +292,6 @@ def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], known) -> None:
-    """Raises UserError for a name that is not `known`."""
     for name in values:
         if name not in known:
             raise UserError(f"--config {path}: unknown {where}{name}; known are {', '.join(known)}.")

@@ -58,8 +58,13 @@ def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.extras.serving.catalogue import open_catalogue
 
     count = len(open_catalogue(settings.adapters).names())
-    if args.ray_address is None:
-        check_port(settings.host, settings.port)
+    if args.ray_address is None:  # Ray would only say that its proxy died
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        try:
+            socket.create_server((settings.host, settings.port), family=family).close()
+        except OSError as error:
+            where = f"--host {settings.host} --port {settings.port}"
+            raise UserError(f"{where}: cannot be listened on: {one_line(error)}.") from error
     if not all(map(find_spec, NEEDED)):
         raise UserError(f"serve needs Ray Serve: {INSTALL}.")
     say(f"{count} adapters; loading {settings.pretrained_model_name_or_path}, {settings.replicas} times …")
@@ -78,22 +83,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> ServeSettings:
-    """The service's settings. Raises UserError."""
     values = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
     if args.threads is None:
         import torch
 
         values["threads"] = torch.get_num_threads()
     return ServeSettings(**values | {"adapters": tuple(args.adapters), "tokens": tokens_of(args.token)})
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises UserError for an address that cannot be used: Ray would only say that its proxy died."""
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            pass
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: cannot be listened on: {one_line(error)}.") from error
 
 
 def say(line: str) -> None:

@@ -45,7 +45,6 @@ class Access:
         self._digests = [digest(token) for token in tokens]
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
-        """Raises RefusedError for a request that may not be answered."""
         try:
             host = urlsplit(f"//{headers.get('host', '')}").hostname
         except ValueError:
@@ -126,7 +125,6 @@ class ServeSettings:
 
 
 def tokens_of(given: Any) -> tuple[str, ...]:
-    """The given tokens, and the one in the environment."""
     own = os.environ.get(TOKEN_VARIABLE)
     return (*(given or ()), *([own] if own else ()))
 

@@ -43,7 +43,7 @@ def test_a_training_holds_its_folder_from_before_its_start_and_without_its_worke
     run.mkdir()
     write_settings(run, job.settings)
     with worker.held(run) as hold:
-        training = worker.start(job, run, hold)
+        training = worker.start_guarded(job, ("train", "--config", str(run / "job_config.json")), (hold.fileno(),))
     with pytest.raises(UserError, match="is training there"):
         take(run / worker.HOLD_NAME, "--out")
     training.wait()

@@ -18,10 +18,10 @@ from dreambooth_moslora.extras.lab.run import (
     Result,
     best_rates,
     budget_ranks,
+    compared_cells,
     content_of,
     count_parameters,
     gpu_of,
-    is_tuned,
     judged,
     projections,
     result_path,
@@ -226,10 +226,10 @@ def test_a_rate_that_fails_is_not_chosen_and_does_not_hold_the_study_up(study):
     tune = {"stage": "tune", "subject": "tune"}
     good = [made(study, arm, rate=rate, **tune) for arm in study.arms for rate in (1e-3, 1e-2)]
     failed = [r for r in good if not (r.cell.arm == "mix" and r.cell.learning_rate == 1e-3)]
-    assert is_tuned(study, failed) and best_rates(study, failed) == {("lora", 4): 1e-3, ("mix", 4): 1e-2}
-    assert not is_tuned(study, [r for r in good if r.cell.arm == "lora"])
+    assert compared_cells(study, failed) and best_rates(study, failed) == {("lora", 4): 1e-3, ("mix", 4): 1e-2}
+    assert not compared_cells(study, [r for r in good if r.cell.arm == "lora"])
     two = replace(study, tuning_subjects=(*study.tuning_subjects, replace(study.subjects[0], photos="other")))
-    assert not is_tuned(two, good)  # a rate needs all of its subjects
+    assert not compared_cells(two, good)  # a rate needs all of its subjects
 
 
 def test_a_seed_that_is_still_being_run_does_not_empty_the_report(study, tmp_path):
