@@ -123,19 +123,14 @@ def load_encoders(
     if model.main_input_name != "pixel_values":
         raise UserError(f"the encoder {dino} is a {type(model).__name__}, which reads not only pictures: name a DINOv2")
     names = (clip_name, public_name(dino))
-    lpips = None if folder else lpips_distance(device)  # AlexNet was trained on photographs, not toys
+    lpips, weights = None, Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+    # LPIPS (Zhang et al., CVPR 2018) on AlexNet, which was trained on photographs, not toys. Nothing is downloaded.
+    if not folder and find_spec("lpips") is not None and weights.is_file():
+        from lpips import LPIPS
+
+        alexnet = LPIPS(net="alex", verbose=False).requires_grad_(False).eval().to(device)
+        lpips = picture_distance(alexnet, device)
     return Encoders(towers, model, loaded(AutoImageProcessor, dino), names, lpips=lpips)
-
-
-def lpips_distance(device: str | torch.device = "cpu") -> PictureDistance | None:
-    """LPIPS (Zhang et al., CVPR 2018) on AlexNet; None when the package or AlexNet's weights are missing, as nothing
-    is downloaded."""
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
-    if find_spec("lpips") is None or not weights.is_file():
-        return None
-    from lpips import LPIPS
-
-    return picture_distance(LPIPS(net="alex", verbose=False).requires_grad_(False).eval().to(device), device)
 
 
 def picture_distance(model: nn.Module, device: str | torch.device) -> PictureDistance:

@@ -142,10 +142,6 @@ MOST_ROUNDS = 8
 LOOK_SEC = 2.0
 
 
-def names_of(task: Task) -> tuple[str, ...]:
-    return (task.key,) if isinstance(task.key, str) else task.key
-
-
 def grouped(tasks: Iterable[Task], machines: Machines, total: int, room: Callable[[Resources], int]) -> Iterator[Task]:
     """With `--per_gpu N`, join subjects that can share their steps into tasks; a process trains N of a task at once. A
     task gets one machine's share of the `total` subjects, at most MOST_ROUNDS times N: a lost one costs little."""
@@ -179,17 +175,6 @@ def as_group(tasks: Sequence[Task], machines: Machines) -> Task:
     return Task(tuple(task.key for task in tasks), (Group(jobs, at_once),), needs)
 
 
-def results_of(task: Task, result: Record | list[Record] | Lost) -> list[Record | Lost]:
-    """One result per subject. A subject of a lost group may have finished before, and then keeps its record."""
-    (work,) = task.arguments
-    if isinstance(result, list):
-        return result
-    if not isinstance(work, Group):
-        return [result]
-    folders = {Path(job.run_dir): job.mark for job in work.jobs}
-    return [read_record(folder) if is_finished(folder, mark) else result for folder, mark in folders.items()]
-
-
 class GroupsUnderWay:
     """Reports each subject of a group as soon as it ends, since the group's task returns only after the last one."""
 
@@ -218,9 +203,16 @@ class GroupsUnderWay:
                 self.tell(name, record)
 
     def untold(self, task: Task, result: Record | list[Record] | Lost) -> list[tuple[str, Record | Lost]]:
-        found = list(zip(names_of(task), results_of(task, result), strict=True))
-        if isinstance(task.arguments[0], Group):
-            found = [(name, record) for name, record in found if self._before.pop(name, None) is not None]
+        """The results of the task's subjects that have not been reported yet. One of a lost group may have finished
+        before, and then keeps its record."""
+        (work,), found = task.arguments, []
+        if not isinstance(work, Group):
+            return [(task.key, result)]
+        for number, (name, job) in enumerate(zip(task.key, work.jobs, strict=True)):
+            if self._before.pop(name, None) is not None:
+                folder, record = Path(job.run_dir), result[number] if isinstance(result, list) else result
+                was_done = isinstance(record, Lost) and is_finished(folder, job.mark)
+                found.append((name, read_record(folder) if was_done else record))
         return found
 
 
@@ -289,7 +281,7 @@ def run_fleet(
         return stop_path(out).exists()
 
     def again(task: Task, reason: str) -> None:
-        for name in names_of(task):
+        for name in (task.key,) if isinstance(task.key, str) else task.key:
             on_end(Ending(name, Record("running", message=reason), is_again=True))
 
     tasks = grouped(tasks_of(todo, out, machines, on_end, url), machines, len(todo), room_for)

@@ -19,7 +19,7 @@ import platform
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -165,22 +165,18 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
             for measure, t in by_measure.items()
             if (arm, rank) in t and reference in t
         }
-        wins = {measure: duels(study, results, arm, rank, measure) for measure in judged()}
+        wins = {}
+        for measure in judged():  # of the pairs of pictures of equal subject, seed, prompt and noise
+            ours, theirs = (pictures(results, name, rank, measure) for name in (arm, study.reference))
+            difference, margin = ours - theirs, study.tie * theirs.std()
+            signs = np.where(np.abs(difference) < margin, 0, np.sign(difference))
+            wins[measure] = tuple(float((signs == sign).mean()) for sign in (1, 0, -1))
         found.append(Outcome(arm, rank, differences, wins))
     return found
 
 
 def results_of(results: Sequence[Result], arm: str, rank: int) -> list[Result]:
     return [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
-
-
-def duels(study: Study, results: Sequence[Result], arm: str, rank: int, measure: str) -> tuple[float, float, float]:
-    """Fractions won, tied and lost, of the pairs of pictures of equal subject, seed, prompt and noise."""
-    ours, theirs = (pictures(results, name, rank, measure) for name in (arm, study.reference))
-    difference, margin = ours - theirs, study.tie * theirs.std()
-    signs = np.where(np.abs(difference) < margin, 0, np.sign(difference))
-    won, tied, lost = (float((signs == sign).mean()) for sign in (1, 0, -1))
-    return won, tied, lost
 
 
 def pictures(results: Sequence[Result], arm: str, rank: int, measure: str) -> np.ndarray:
@@ -400,7 +396,7 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
         "seconds": time.monotonic() - started,
         "step_sec": median(event.step_sec for event in steps),
         "memory_gib": max(event.memory_gib or 0.0 for event in steps),
-        "parameters": count_parameters(projections(config), config, config.rank),
+        "parameters": count_parameters(config, config.rank),
     }
 
 
@@ -430,17 +426,19 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
     for arm, rank in found if study.budget != "rank" else ():
         cell = Cell("test", arm, rank, study.subjects[0].name, 0, 1.0)
         config = study.config_of(cell, rank, Path("unused"))
-        widths, step = projections(config), 2 if config.mixer == "butterfly" else 1
-        budget = sum(rank * (inputs + outputs) for inputs, outputs in widths.values())
-        gaps = {r: abs(count_parameters(widths, config, r) - budget) for r in range(step, rank + 1, step)}
+        widths = projections(config.pretrained_model_name_or_path, config.target_modules).values()
+        budget = sum(rank * (inputs + outputs) for inputs, outputs in widths)
+        step = 2 if config.mixer == "butterfly" else 1
+        gaps = {r: abs(count_parameters(config, r) - budget) for r in range(step, rank + 1, step)}
         found[arm, rank] = min(gaps, key=gaps.__getitem__)
     return found
 
 
-def count_parameters(widths: Mapping[str, tuple[int, int]], config: TrainConfig, rank: int) -> int:
-    """Parameters of A, B, a learnt mixer, and DoRA's magnitudes, over all projections: path -> (in, out). Layers that
-    `--rank_pattern` names have ranks of their own."""
+def count_parameters(config: TrainConfig, rank: int) -> int:
+    """Parameters of A, B, a learnt mixer, and DoRA's magnitudes, over all projections. Layers that `--rank_pattern`
+    names have ranks of their own."""
     own, has_mixer, found = replace(config, rank=rank), config.mixer != "none" and config.train_mixer, 0
+    widths = projections(config.pretrained_model_name_or_path, config.target_modules)
     for path, (inputs, outputs) in widths.items():
         r, _ = rank_and_alpha(own, "unet", path)
         found += r * r if has_mixer else 0
@@ -449,14 +447,10 @@ def count_parameters(widths: Mapping[str, tuple[int, int]], config: TrainConfig,
     return found
 
 
-def projections(config: TrainConfig) -> dict[str, tuple[int, int]]:
+@lru_cache(maxsize=8)
+def projections(base: str, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     """{path: (in, out)} of every targeted layer of the base's UNet, from its configuration alone; in·h·w for a
     convolution."""
-    return widths_of(config.pretrained_model_name_or_path, config.target_modules)
-
-
-@lru_cache(maxsize=8)
-def widths_of(base: str, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     source = resolve_base(base)
     if isinstance(source, Path) and source.is_file():
         unet = pipeline_of(base).pipeline.unet

@@ -112,16 +112,17 @@ class Catalogue:
     """Adapters by name. `find` raises RefusedError (404) when there is none; `local` is the file's path here, after
     fetching it if needed."""
 
-    def __init__(self) -> None:
-        self._listed, self._found, self._lock = float("-inf"), {}, Lock()
+    def __init__(self, old_sec: float) -> None:
+        self._old_sec, self._lock = old_sec, Lock()
+        self._listed, self._found = float("-inf"), {}
 
     def names(self) -> list[str]:
         return list(self._list())
 
-    def _renewed(self, old_sec: float) -> dict[str, Any]:
+    def _list(self) -> dict[str, Any]:
         """The listing, made again when it is old. The last one is kept while a bucket cannot be reached."""
         with self._lock:
-            if time.monotonic() - self._listed > old_sec:
+            if time.monotonic() - self._listed > self._old_sec:
                 try:
                     self._found = self._ask()
                 except UserError as error:
@@ -151,7 +152,7 @@ class Folders(Catalogue):
     """`.safetensors` files, finished runs, their best steps and checkpoints. A version is the file's SHA-256."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        super().__init__()
+        super().__init__(FOLDER_SEC)
         self.folders, self._digests = list(folders), Digests()
 
     def find(self, name: str) -> AdapterRef:
@@ -166,9 +167,6 @@ class Folders(Catalogue):
     def local(self, ref: AdapterRef) -> Path:
         return Path(ref.place)
 
-    def _list(self) -> dict[str, Path]:
-        return self._renewed(FOLDER_SEC)
-
     def _ask(self) -> dict[str, Path]:
         files: list[Path] = []
         for folder in self.folders:
@@ -181,7 +179,7 @@ class BucketFolder(Catalogue):
     """The adapters of a bucket. A version is a digest of what the bucket says of the file (ETag, size, time)."""
 
     def __init__(self, url: str) -> None:
-        super().__init__()
+        super().__init__(BUCKET_SEC)
         self.bucket = Bucket(url)
         self._listed, self._found = time.monotonic(), self._ask()
         if not self._found:  # the listing of a mistyped name is empty
@@ -218,9 +216,6 @@ class BucketFolder(Catalogue):
         except UserError as error:
             raise RefusedError(503, f"the adapter {ref.name} cannot be fetched now", 5) from error
         return folder / place.name
-
-    def _list(self) -> dict[str, AdapterRef]:
-        return self._renewed(BUCKET_SEC)
 
     def _ask(self) -> dict[str, AdapterRef]:
         found: dict[str, AdapterRef] = {}

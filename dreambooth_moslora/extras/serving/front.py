@@ -272,23 +272,21 @@ def build_front(front: Front) -> Starlette:
         Route("/generate", guarded(front.generate), methods=["POST"]),
         *(Route(f"/{name}", guarded(getattr(front, name))) for name in ("adapters", "healthz", "metrics")),
     ]
-    handlers = {UserError: refused, HTTPException: no_such_path, Exception: failed}
+    handlers = dict.fromkeys((UserError, HTTPException, Exception), told)
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False  # a redirect would skip the checks of token and Host
     return app
 
 
-async def refused(request: Request, error: UserError) -> Response:
+async def told(request: Request, error: Exception) -> Response:
+    """An error as one line of JSON."""
+    if isinstance(error, HTTPException):
+        line = f"{request.method} is not answered here; POST /generate draws"
+        return JSONResponse({"error": line}, error.status_code)
+    if not isinstance(error, UserError):
+        logger.error("A request failed", exc_info=error)
+        return JSONResponse({"error": "something went wrong; the server's log says what"}, 500)
     status, retry_sec = getattr(error, "status", 400), getattr(error, "retry_sec", None)
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     headers |= {"Retry-After": str(retry_sec)} if retry_sec is not None else {}
     return JSONResponse({"error": one_line(error, 500)}, status, headers)
-
-
-async def no_such_path(request: Request, error: HTTPException) -> Response:
-    return JSONResponse({"error": f"{request.method} is not answered here; POST /generate draws"}, error.status_code)
-
-
-async def failed(request: Request, error: Exception) -> Response:
-    logger.error("A request failed", exc_info=error)
-    return JSONResponse({"error": "something went wrong; the server's log says what"}, 500)

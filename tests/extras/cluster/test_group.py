@@ -11,7 +11,7 @@ import pytest
 
 from dreambooth_moslora.disk.processes import CONFIG_NAME
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.extras.cluster.fleet import GroupsUnderWay, Machines, grouped, results_of, tasks_of
+from dreambooth_moslora.extras.cluster.fleet import GroupsUnderWay, Machines, grouped, tasks_of
 from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task
 from dreambooth_moslora.extras.cluster.records import Record, write_record
 from dreambooth_moslora.extras.cluster.subjects import PLACES, Subject
@@ -60,8 +60,9 @@ def test_of_a_lost_group_those_that_were_done_are_done(tmp_path):
     (tmp_path / "a").mkdir()
     write_record(tmp_path / "a", done := Record("done", "m", starts=1))
     (tmp_path / "a" / "pytorch_lora_weights.safetensors").write_bytes(b"x")
-    lost = Lost("its machine was lost")
-    assert results_of(Task(("a", "b"), (Group(jobs, 2),)), lost) == [done, lost]
+    lost, task, groups = Lost("its machine was lost"), Task(("a", "b"), (Group(jobs, 2),)), GroupsUnderWay(print)
+    assert list(groups.noted([task])) == [task]
+    assert groups.untold(task, lost) == [("a", done), ("b", lost)]
 
 
 def test_each_subject_of_a_group_is_told_once_as_it_ends(tmp_path, monkeypatch):

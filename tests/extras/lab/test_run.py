@@ -23,7 +23,6 @@ from dreambooth_moslora.extras.lab.run import (
     count_parameters,
     gpu_of,
     judged,
-    projections,
     result_path,
     run_study,
     studied,
@@ -248,9 +247,8 @@ def test_equal_budget_means_the_nearest_number_of_parameters(study):
     def config(arm: str, rank: int) -> TrainConfig:
         return TrainConfig.from_dict({**study.train, **study.arms[arm], "rank": rank})
 
-    widths = projections(config("lora", 16))
-    budget = count_parameters(widths, config("lora", 16), 16)
-    gaps = {r: abs(count_parameters(widths, config("mix", 16), r) - budget) for r in range(1, 17)}
+    budget = count_parameters(config("lora", 16), 16)
+    gaps = {r: abs(count_parameters(config("mix", 16), r) - budget) for r in range(1, 17)}
     assert gaps[ranks["mix", 16]] == min(gaps.values())
 
 
@@ -265,4 +263,4 @@ def test_the_counted_parameters_are_those_that_are_trained(study, tiny_base):
         unet = load_pipeline(tiny_base).unet
         add_adapters(config, {"unet": unet})
         real = sum(p.numel() for _, p in adapter_parameters(unet))
-        assert count_parameters(projections(config), config, 4) == real
+        assert count_parameters(config, 4) == real

@@ -59,8 +59,8 @@ def test_a_link_out_of_the_folder_is_not_served(folder, tmp_path):
 def test_many_at_once_look_files_up(folder, monkeypatch):
     for number in range(400):
         (folder / f"a{number}.safetensors").write_bytes(b"%d" % number)
-    catalogue = open_catalogue([str(folder)])
     monkeypatch.setattr(catalogue_module, "FOLDER_SEC", 60.0)
+    catalogue = open_catalogue([str(folder)])
     names = catalogue.names()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
