@@ -32,7 +32,7 @@ from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -250,8 +250,6 @@ def student(degrees: float) -> float:
     return float(np.interp(-1 / degrees, -1 / DEGREES, STUDENT))
 
 
-Picture = TypeVar("Picture")
-
 COPIED = 0.5
 """A picture counts as a copy if it is more than this fraction of the way from another photo to one photo itself."""
 ALARM_SHARE = 0.1
@@ -278,14 +276,14 @@ def prompt_fidelity(generated: Tensor, texts: Tensor) -> Tensor:
 
 
 def diversity(
-    pictures: Sequence[Picture],
+    pictures: Sequence,
     groups: Sequence[Hashable],
-    distance: Callable[[Picture, Picture], float] = lambda a, b: float(1 - a @ b),
+    distance: Callable[[Any, Any], float] = lambda a, b: float(1 - a @ b),
 ) -> dict[Hashable, float]:
     """DIV of each group (such as one prompt): the mean `distance` over all pairs in it. Higher is more diverse.
     `pictures` are unit vectors for the default, the cosine distance, and the pictures themselves for LPIPS. Groups of
     one have no pair and are left out."""
-    members: dict[Hashable, list[Picture]] = {}
+    members: dict[Hashable, list] = {}
     for picture, group in zip(pictures, groups, strict=True):
         members.setdefault(group, []).append(picture)
     pairs = {group: list(combinations(some, 2)) for group, some in members.items()}

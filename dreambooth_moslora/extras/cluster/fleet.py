@@ -205,7 +205,7 @@ class GroupsUnderWay:
     def untold(self, task: Task, result: Record | list[Record] | Lost) -> list[tuple[str, Record | Lost]]:
         """The results of the task's subjects that have not been reported yet. One of a lost group may have finished
         before, and then keeps its record."""
-        (work,), found = task.arguments, []
+        work, found = task.arguments[0], []
         if not isinstance(work, Group):
             return [(task.key, result)]
         for number, (name, job) in enumerate(zip(task.key, work.jobs, strict=True)):

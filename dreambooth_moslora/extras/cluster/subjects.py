@@ -138,21 +138,15 @@ def settings_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any],
     check_each(own)
     if not photos.is_dir():
         raise UserError(f"{photos}: {'not a folder' if photos.exists() else 'no such folder'}.")
-    settings = {**shared, **words_of(row, photos, shared), **own}
+    facts = read_json_table(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
+    word = row.get("class") or row.get("class_word") or facts.get("class_word")
+    token = row.get("token") or facts.get("token") or shared.get("token") or TOKEN
+    settings = {**shared, **(prompts_of(token, word) if word else {}), **own}
     if not settings.get("instance_prompt"):
         raise UserError(f"{photos} does not say what it shows: give its class, a subject.json, or --instance_prompt.")
     settings |= {"instance_data_dir": str(photos.resolve()), "output_dir": str(run_dir)}
     TrainConfig.from_dict(settings)
     return settings
-
-
-def words_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """Its two prompts, from the class in the list or in subject.json; empty when neither names one."""
-    facts = read_json_table(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
-    word = row.get("class") or row.get("class_word") or facts.get("class_word")
-    if not word:
-        return {}
-    return prompts_of(row.get("token") or facts.get("token") or shared.get("token") or TOKEN, word)
 
 
 def prompts_of(token: str, word: str) -> dict[str, str]:

@@ -260,9 +260,7 @@ def picture_rows(study: Study, results: Sequence[Result], out: Path) -> list[Row
         if path and path.is_file():
             photo = find_photos(Path(subject.photos), subject.instance_prompt, STRIP_PX).photos[0]
             title = f"{subject.name}: a photo, then {cell.arm} at rank {cell.rank}"
-            rows.append(Row(title, [open_rgb(photo), *tiles(Image.open(path), study.protocol.images_per_prompt)]))
+            strip, step = Image.open(path), study.protocol.images_per_prompt * STRIP_PX  # one picture of each prompt
+            tiles = [strip.crop((x, 0, x + STRIP_PX, STRIP_PX)) for x in range(0, strip.width, step)]
+            rows.append(Row(title, [open_rgb(photo), *tiles]))
     return rows
-
-
-def tiles(strip: Image.Image, step: int) -> list[Image.Image]:
-    return [strip.crop((x, 0, x + STRIP_PX, STRIP_PX)) for x in range(0, strip.width, step * STRIP_PX)]

@@ -215,9 +215,15 @@ class Study:
         return [Cell("test", arm, rank, subject.name, seed, chosen[arm, rank]) for seed, subject, rank, arm in each]
 
     def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
-        """The settings of the cell's training, at its real `rank`. Arms share order and noise; they follow the seed."""
+        """The settings of the cell's training, at its real `rank`. Arms share order and noise, by the seed.
+        Raises UserError."""
         subject, shared = self.subject(cell.subject), {**self.train, **self.arms[cell.arm]}
-        chosen = together(subject, shared) if shared.pop(TOGETHER, False) else subject.settings
+        chosen, steps = subject.settings, shared.get("max_train_steps")
+        if shared.pop(TOGETHER, False):
+            if not steps:  # epochs and exposures count photos, and companions may have more
+                raise UserError(f"an arm with {TOGETHER} needs max_train_steps, the steps of one subject alone.")
+            found = (subject, *subject.beside)
+            chosen = {"subjects": [one.settings for one in found], "max_train_steps": steps * len(found)}
         own = {
             "output_dir": str(output_dir),
             "rank": rank,
@@ -257,15 +263,6 @@ def load_study(path: Path) -> Study:
     for cell in made.test_cells(made.first_rates()):
         made.config_of(cell, cell.rank, Path("run"))  # find mistakes in any arm before the first training
     return made
-
-
-def together(subject: StudySubject, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of one run of the subject and its companions. Raises UserError unless `shared` has the steps of one
-    alone: epochs and exposures count photos, and companions may have more."""
-    found, steps = (subject, *subject.beside), shared.get("max_train_steps")
-    if not steps:
-        raise UserError(f"an arm with {TOGETHER} needs max_train_steps, the steps of one subject alone.")
-    return {"subjects": [one.settings for one in found], "max_train_steps": steps * len(found)}
 
 
 def table(path: Path, name: str, value: Any) -> dict[str, Any]:

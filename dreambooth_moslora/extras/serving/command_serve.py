@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{where}: cannot be listened on: {one_line(error)}.") from error
     if not all(map(find_spec, NEEDED)):
         raise UserError(f"serve needs Ray Serve: {INSTALL}.")
-    say(f"{count} adapters; loading {settings.pretrained_model_name_or_path}, {settings.replicas} times …")
+    line = f"{count} adapters; loading {settings.pretrained_model_name_or_path}, {settings.replicas} times …"
+    print(line, file=sys.stderr, flush=True)
     started = time.monotonic()
     os.environ.update(PATIENCE | os.environ)
     with connected(args.ray_address):
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
         per_gpu = (settings.per_gpu or 1) if has_gpus() else None
         with listening(replace(settings, per_gpu=per_gpu), alone=args.ray_address is None):
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            say(f"ready after {time.monotonic() - started:.0f} s: http://{host}:{settings.port} (Ctrl-C ends it)")
+            line = f"ready after {time.monotonic() - started:.0f} s: http://{host}:{settings.port} (Ctrl-C ends it)"
+            print(line, file=sys.stderr, flush=True)
             threading.Event().wait()
     return 0
 
@@ -89,7 +91,3 @@ def settings_of(args: argparse.Namespace) -> ServeSettings:
 
         values["threads"] = torch.get_num_threads()
     return ServeSettings(**values | {"adapters": tuple(args.adapters), "tokens": tokens_of(args.token)})
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
