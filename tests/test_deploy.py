@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.parser import Parser, underscored
-from dreambooth_moslora.extras.serving.command_serve import add_arguments
+from dreambooth_moslora.extras.serving.command_serve import serve_arguments
 from dreambooth_moslora.extras.serving.front import ServeSettings
 from dreambooth_moslora.ui import app as page
 
@@ -28,7 +28,7 @@ def settings_of(words: list[str]) -> ServeSettings:
     from dreambooth_moslora.extras.serving.command_serve import settings_of
 
     parser = Parser(prog="serve")
-    add_arguments(parser)
+    serve_arguments(parser)
     return settings_of(parser.parse_args(underscored(words)))
 
 

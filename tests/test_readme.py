@@ -64,7 +64,8 @@ ALL_LINES = sorted({line for path in DOCUMENTS for line in command_lines(path)})
 
 def command_parser(name: str) -> Parser:
     parser = Parser(prog=name)
-    command(name).add_arguments(parser)
+    add_arguments, _ = command(name)
+    add_arguments(parser)
     return parser
 
 

@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.protocol import EvaluationPlan
     from dreambooth_moslora.photos.photo import Photo
 
-HELP = "measure how good an adapter is: report.html and scores.json"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="RUN_OR_FILE", help="a run folder, its best/ folder, or a LoRA file")
     parser.add_argument("--photos", metavar="DIR", help="the real photos (default: those that the run was trained on)")
     parser.add_argument("--base", help='base model (default: what the run or the file says; "toy" is the embedded one)')
@@ -72,7 +70,7 @@ def strength(text: str) -> float:
     return number
 
 
-def run(args: argparse.Namespace) -> int:
+def run_evaluate(args: argparse.Namespace) -> int:
     config, folder = resolve(args), output_folder(args)
     from dreambooth_moslora.base.load import default_guidance
     from dreambooth_moslora.evaluation.evaluate import evaluate_adapter

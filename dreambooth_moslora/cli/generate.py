@@ -9,12 +9,11 @@ from pathlib import Path
 from dreambooth_moslora.core import UserError, free_name
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe, draw_seed, read_recipe
 
-HELP = "make pictures with a base and adapters, one by one or as a captioned grid"
 ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
 DEFAULTS = {field.name: field.default for field in fields(GenerationParams)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def generate_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, **options) -> None:
         hyphens = name.replace("_", "-")
         parser.add_argument(*dict.fromkeys([f"--{name}", f"--{hyphens}"]), dest=name, **options)
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run_generate(args: argparse.Namespace) -> int:
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 

@@ -27,26 +27,45 @@ if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
     from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.plan.plan import Plan
+    from dreambooth_moslora.training.loop import TrainResult
 
 COMMANDS = {
-    "check": "cli.check",
-    "caption": "cli.caption",
-    "export": "cli.export",
-    "evaluate": "cli.evaluate",
-    "explain": "cli.explain",
-    "compare": "extras.lab.command_compare",
-    "queue": "cli.queue",
-    "fleet": "extras.cluster.command_fleet",
-    "generate": "cli.generate",
-    "serve": "extras.serving.command_serve",
-    "verify": "cli.verify",
-    "doctor": "cli.doctor",
-    "selftest": "cli.selftest",
-    "info": "cli.info",
-    "basis": "extras.lab.command_basis",
+    "check": ("cli.photos", "judge a folder of photos and show the exact crops, before any training"),
+    "caption": ("cli.photos", "write captions for photos that have none: the subject's words and the surroundings"),
+    "export": (
+        "cli.adapter_files",
+        "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI",
+    ),
+    "evaluate": ("cli.evaluate", "measure how good an adapter is: report.html and scores.json"),
+    "explain": ("cli.runs", "say what a run's figures mean, and which flag to try next"),
+    "compare": (
+        "extras.lab.command_compare",
+        "train and score several kinds of adapter at an equal budget: tables, intervals, plots",
+    ),
+    "queue": ("cli.runs", "list, order and train the runs that wait; `train … --queue` adds one"),
+    "fleet": (
+        "extras.cluster.command_fleet",
+        "train many subjects on many machines (Ray); `fleet status DIR` shows their state",
+    ),
+    "generate": ("cli.generate", "make pictures with a base and adapters, one by one or as a captioned grid"),
+    "serve": (
+        "extras.serving.command_serve",
+        "answer HTTP requests with pictures of many adapters (Ray Serve)",
+    ),
+    "verify": ("cli.verify", "train again by the recipe in a published file, and compare the files"),
+    "doctor": ("cli.machine", "look for problems: versions, device, disk, a VAE that overflows"),
+    "selftest": (
+        "cli.machine",
+        "train, resume and draw on this machine's device, and compare the results with its CPU",
+    ),
+    "info": (
+        "cli.adapter_files",
+        "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, the mixer's figures",
+    ),
+    "basis": ("extras.lab.command_basis", "learn A and B that many subjects share, for `train --basis FILE`"),
 }
-"""Each command and its module, which has HELP, `add_arguments(parser)` and `run(args)`."""
-UNLISTED = {"together": "extras.cluster.together"}
+"""Each command: its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line of the help."""
+UNLISTED = {"together": ("extras.cluster.together", "train several subjects of a fleet in one process")}
 """What a fleet's worker starts for a group of subjects."""
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
@@ -55,6 +74,7 @@ FILE_MISTAKES = (
     *(errno.EBUSY, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR),
     *(errno.ENOTEMPTY, errno.EROFS, errno.ESTALE),
 )
+WHILE_WRITING = ", while a file was written"
 SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full{place}; free some and resume.",
     errno.EDQUOT: "your quota of the disk is used up{place}; free some and resume.",
@@ -110,66 +130,58 @@ def message_for_known_error(error: Exception) -> str | None:
     """One line for an error of the machine (memory, disk, permissions); None for any other error."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
-    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
-        return SYSTEM_ERRORS[error.errno].format(place=f": {error.filename}" if error.filename else "")
+    if not isinstance(error, OSError):
+        return None
+    place = f": {error.filename}" if error.filename else ""
+    if error.errno in SYSTEM_ERRORS:
+        return SYSTEM_ERRORS[error.errno].format(place=place)
     if isinstance(error, PermissionError):
-        return f"permission denied{f': {error.filename}' if error.filename else ', while a file was written'}."
-    if isinstance(error, OSError) and error.errno in FILE_MISTAKES:
-        return f"{error.strerror}{f': {error.filename}' if error.filename else ', while a file was written'}."
-    return None
+        return f"permission denied{place or WHILE_WRITING}."
+    return f"{error.strerror}{place or WHILE_WRITING}." if error.errno in FILE_MISTAKES else None
 
 
 def run_command(argv: list[str]) -> int:
     """Run the command that `argv` names. Raises UserError for an unknown one."""
+    program = INSTALLED if Path(sys.argv[0]).stem == INSTALLED else MODULE
     if not argv or argv[0] in ("-h", "--help"):
-        print(overview())
+        print(f"usage: {program} COMMAND …\n\ncommands (each has --help):")
+        print("  train     teach a subject; the same as train_dreambooth.py")
+        print("  app       open the page in the browser; the same as app.py")
+        for name, (_, about) in COMMANDS.items():
+            print(f"  {name:9} {about}")
         return DONE if argv else MISTAKE
     name, rest = argv[0], argv[1:]
     if name == "train":
-        return train_or_queue(rest, f"{program()} train")
+        return train_or_queue(rest, f"{program} train")
     if name == "app":
         from dreambooth_moslora.ui import app
 
-        return app.main(rest, f"{program()} app")
+        return app.main(rest, f"{program} app")
     if name not in COMMANDS | UNLISTED:
         raise UserError(f"unknown command {name}: choose one of train, app, {', '.join(COMMANDS)}.")
-    module = command(name)
-    parser = Parser(prog=f"{program()} {name}", description=module.HELP)
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(underscored(rest)))
+    add_arguments, run = command(name)
+    parser = Parser(prog=f"{program} {name}", description=(COMMANDS | UNLISTED)[name][1])
+    add_arguments(parser)
+    return run(parser.parse_args(underscored(rest)))
 
 
-def program() -> str:
-    """The command that started this process, for the usage lines."""
-    return INSTALLED if Path(sys.argv[0]).stem == INSTALLED else MODULE
-
-
-def command(name: str):
-    return import_module(f"dreambooth_moslora.{(COMMANDS | UNLISTED)[name]}")
-
-
-def overview() -> str:
-    lines = [f"usage: {program()} COMMAND …", "", "commands (each has --help):"]
-    lines.append(f"  {'train':9} teach a subject; the same as train_dreambooth.py")
-    lines.append(f"  {'app':9} open the page in the browser; the same as app.py")
-    lines += [f"  {name:9} {command(name).HELP}" for name in COMMANDS]
-    return "\n".join(lines)
+def command(name: str) -> tuple[Callable, Callable]:
+    """What adds a command's arguments to a parser, and what runs it."""
+    module = import_module(f"dreambooth_moslora.{(COMMANDS | UNLISTED)[name][0]}")
+    return getattr(module, f"{name}_arguments"), getattr(module, f"run_{name}")
 
 
 def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
     config, is_queued, report = parse_training(argv, prog)
-    if not is_queued or config.dry_run:
-        return run_training(config, report)
-    print(spelled_out(command("queue").enqueue(config, argv)))
-    return DONE
-
-
-def run_training(config: TrainConfig, report: "PhotoReport | None" = None) -> int:
-    """`report` is given where the photos were read before."""
     if config.dry_run:
         from dreambooth_moslora.training.dry_run import describe_run
 
         print(spelled_out(describe_run(config, report)))
+        return DONE
+    if is_queued:
+        from dreambooth_moslora.cli.runs import enqueue
+
+        print(spelled_out(enqueue(config, argv)))
         return DONE
     from dreambooth_moslora.plan.checks import check_folders
 
@@ -187,6 +199,7 @@ def run_training(config: TrainConfig, report: "PhotoReport | None" = None) -> in
 
 
 def run_trainer(config: TrainConfig, stop: StopRequest, report: "PhotoReport | None" = None) -> int:
+    """`report` is given where the photos were read before."""
     from dreambooth_moslora.plan.plan import make_plan
 
     plan = make_plan(config, report)  # refuses the run, if it must, before torch is imported
@@ -201,10 +214,27 @@ def run_trainer(config: TrainConfig, stop: StopRequest, report: "PhotoReport | N
     finally:
         progress.close()
     if is_main_process():
-        print(closing_message(result.run_dir, result.step, result.interrupted), file=sys.stderr)
-        for line in [] if result.interrupted else advice_on(plan):
-            print(f"try next: {spelled_out(line)}", file=sys.stderr)
+        print_ending(plan, result)
     return INTERRUPTED if result.interrupted else DONE
+
+
+def print_ending(plan: "Plan", result: "TrainResult") -> None:
+    """Say where the adapter is, and of a run that was not stopped the most important advice of `explain`."""
+    folder, step = result.run_dir, result.step
+    if not result.interrupted:
+        text = (
+            f'done: {step} steps. pipe.load_lora_weights("{folder}") loads the adapter; {folder}/README.md says more.'
+        )
+    elif step:
+        text = f"stopped at step {step}: the adapter so far is in {folder}; --resume_from_checkpoint latest goes on."
+    else:
+        text = "stopped before the first step: nothing was saved."
+    print(text, file=sys.stderr)
+    if not result.interrupted:
+        from dreambooth_moslora.training.explain import closing_advice, figures_of
+
+        for line in closing_advice(figures_of(RunDir(plan.config.output_dir), plan.photos)):
+            print(f"try next: {spelled_out(line)}", file=sys.stderr)
 
 
 def warn_about(plan: "Plan") -> None:
@@ -219,23 +249,6 @@ def make_evaluator(plan: "Plan") -> "TrainingEvaluator":
     from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 
     return TrainingEvaluator(plan.config, plan.photos, scores=is_main_process())
-
-
-def closing_message(run_dir: Path, step: int, interrupted: bool) -> str:
-    if not interrupted:
-        return (
-            f'done: {step} steps. pipe.load_lora_weights("{run_dir}") loads the adapter; {run_dir}/README.md says more.'
-        )
-    if step == 0:
-        return "stopped before the first step: nothing was saved."
-    return f"stopped at step {step}: the adapter so far is in {run_dir}; --resume_from_checkpoint latest goes on."
-
-
-def advice_on(plan: "Plan") -> list[str]:
-    """The most important advice of `explain` on a run that has ended and was scored."""
-    from dreambooth_moslora.training.explain import closing_advice, figures_of
-
-    return closing_advice(figures_of(RunDir(plan.config.output_dir), plan.photos))
 
 
 def start_log(config: TrainConfig) -> logging.Logger:

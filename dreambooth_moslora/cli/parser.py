@@ -3,9 +3,8 @@
 Flags may have underscores or hyphens. A switch may be written `--flag`, `--flag false` or `--no_flag`. For a flag of
 another trainer or of an earlier version the error says what to give instead.
 
-`train photos/dog dog` chooses every other setting for a folder and a word, with one line about each choice:
-`plan.choices` chooses by the base, the GPU and the photos, and this module adds what a terminal needs: the folder and
-the word, the base, and the run folder. A --config file replaces the recipe.
+`train photos/dog dog` chooses every other setting for a folder and a word, with one line about each choice. A --config
+file replaces the recipe.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core import (
@@ -37,7 +36,7 @@ from dreambooth_moslora.plan.choices import (
     choose_steps,
     choose_words,
 )
-from dreambooth_moslora.plan.memory import in_lines, same_for_all
+from dreambooth_moslora.plan.memory import STOCK_SDXL, in_lines, least_free_gib, same_for_all
 from dreambooth_moslora.settings.fields import GROUPS, WORDS, Prompt, Subject, nearest
 from dreambooth_moslora.settings.sources import load_settings, settings_like
 from dreambooth_moslora.settings.table import (
@@ -50,9 +49,6 @@ from dreambooth_moslora.settings.table import (
     checked_setting,
     without_removed,
 )
-
-if TYPE_CHECKING:
-    from dreambooth_moslora.photos.folder import PhotoReport
 
 REMOVED_FLAGS = {
     **REMOVED,
@@ -182,12 +178,13 @@ class Parser(argparse.ArgumentParser):
 
 def underscored(argv: Sequence[str]) -> list[str]:
     """`--train-batch-size=1` -> `--train_batch_size=1`; values do not change."""
-    return [spelled(word) if word.startswith("--") else word for word in argv]
-
-
-def spelled(flag: str) -> str:
-    name, equals, value = flag.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+    words = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            word = f"--{name.replace('-', '_')}{equals}{value}"
+        words.append(word)
+    return words
 
 
 def build_train_parser(prog: str = SCRIPT) -> Parser:
@@ -219,32 +216,25 @@ def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
                 add_flag(group, item, is_hidden=item.name in hidden)
 
 
+METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
+
+
 def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
-    base, _ = FIELD_TYPES[item.name]
-    about = argparse.SUPPRESS if is_hidden else help_of(item)
+    base, facts, default = FIELD_TYPES[item.name][0], item.metadata, item.default
+    note = ""
+    if facts["required"]:
+        note = " (required)"
+    elif not (default is None or default is False or default == ()):
+        note = f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
+    about = argparse.SUPPRESS if is_hidden else (facts["help"] + note).replace("%", "%%")
     options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": about}
     if base is bool:
         group.add_argument(f"--{item.name}", nargs="?", const=True, metavar="true|false", **options)
         options |= {"help": argparse.SUPPRESS}
         group.add_argument(f"--no_{item.name}", action="store_const", const=False, **options)
     else:
-        choices = item.metadata["choices"]
-        metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[base]
+        metavar = "{" + ",".join(facts["choices"]) + "}" if facts["choices"] else METAVARS[base]
         group.add_argument(f"--{item.name}", nargs="+" if base in (tuple, Prompt) else None, metavar=metavar, **options)
-
-
-METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
-
-
-def help_of(item: Field) -> str:
-    default = item.default
-    if item.metadata["required"]:
-        note = " (required)"
-    elif default is None or default is False or default == ():
-        note = ""
-    else:
-        note = f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
-    return (item.metadata["help"] + note).replace("%", "%%")
 
 
 def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
@@ -252,18 +242,24 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
     return parse_training(argv, prog)[0]
 
 
-def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig, bool, "PhotoReport | None"]:
-    """Like `parse_train_config`; also returns whether the run should wait in the queue, and the photos if the choices
-    have read them. Raises UserError."""
-    launcher = launcher_settings()
+def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig, bool, Any]:
+    """Like `parse_train_config`; also returns whether the run should wait in the queue, and the `PhotoReport` if the
+    choices have read the photos. The launcher's LOCAL_RANK overrides --local_rank. Raises UserError."""
+    said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    for name, value in said.items():
+        if not value.removeprefix("-").isdecimal():
+            raise UserError(f"{name}={value} in the environment: expected a whole number, as a launcher sets it.")
+    rank = int(said.get("LOCAL_RANK", "-1"))
     given = same_for_all(lambda: given_by(argv, prog), Given.in_lines)
-    choices = with_choices(given) if given.words else Choices(given.settings)
+    choices = choose(given) if given.words else Choices(given.settings)
     require(choices.all)
-    return TrainConfig.from_dict(choices.all | launcher), given.is_queued, choices.photo_report
+    config = TrainConfig.from_dict(choices.all | ({"local_rank": rank} if rank != -1 else {}))
+    return config, given.is_queued, choices.photo_report
 
 
 class Given(NamedTuple):
-    """What a command line and its files say, before the words choose the other settings."""
+    """What a command line and its files say, before the words choose the other settings. `has_recipe`: a file replaces
+    the recipe. `is_queued`: the run will have the whole GPU."""
 
     words: list[str]
     settings: dict[str, Any]
@@ -300,7 +296,9 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     recipe = load_settings(file) if file else {}
     like_of_file = recipe.pop("like", None)
     like = like or like_of_file
-    settings = overridden(recipe, flags, without_words)
+    given = {*flags, WORDS} if without_words else {*flags}
+    gone = [name for name in recipe if name in SETTINGS and given.intersection(SETTINGS[name].metadata["yields_to"])]
+    settings = {name: value for name, value in recipe.items() if name not in gone} | flags
     check_each(settings)
     settings = without_removed(settings)
     if like:
@@ -310,14 +308,6 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     return settings, bool(file or like)
 
 
-def with_choices(given: Given) -> Choices:
-    """The settings, and those chosen for a folder and a word; each choice is printed."""
-    settings = {name: checked_setting(name, value) for name, value in given.settings.items()}
-    choices = choose(given.words, settings, has_recipe=given.has_recipe, is_queued=given.is_queued)
-    say(choices.lines)
-    return choices
-
-
 def say(lines: list[str]) -> None:
     """Print the lines on the terminal, in the first process only."""
     if is_main_process():
@@ -325,58 +315,52 @@ def say(lines: list[str]) -> None:
             print(spelled_out(line), file=sys.stderr)
 
 
-def overridden(settings: dict[str, Any], flags: dict[str, Any], without_words: bool = False) -> dict[str, Any]:
-    """A file's settings overridden by flags, and without those that yield to a flag (`fields.Row`)."""
-    given = {*flags, WORDS} if without_words else {*flags}
-    gone = [name for name in settings if name in SETTINGS and given.intersection(SETTINGS[name].metadata["yields_to"])]
-    return {name: value for name, value in settings.items() if name not in gone} | flags
-
-
-def require(settings: dict[str, Any]) -> None:
+def require(settings: Mapping[str, Any]) -> None:
     """Raises UserError for missing settings."""
-    missing = [f"--{item.name}" for item in fields(TrainConfig) if item.metadata["required"]]
-    missing = [flag for flag in missing if not str(settings.get(flag[2:], "")).strip()]
-    if settings.get("subjects"):
-        missing = [flag for flag in missing if flag != "--instance_prompt"]
-    elif not settings.get("instance_data_dir") and not settings.get("dataset_name"):
+    missing = []
+    for item in fields(TrainConfig):
+        is_said_by_subjects = item.metadata["per_subject"] and settings.get("subjects")
+        if item.metadata["required"] and not is_said_by_subjects and not str(settings.get(item.name, "")).strip():
+            missing.append(f"--{item.name}")
+    if not any(settings.get(name) for name in ("subjects", "instance_data_dir", "dataset_name")):
         missing.append("--instance_data_dir (or --dataset_name)")
     if missing:
         raise UserError(f"missing: {', '.join(missing)}; give it as a flag or in a --config file, or see --help.")
 
 
-def launcher_settings() -> dict[str, int]:
-    """The launcher's LOCAL_RANK, which overrides --local_rank. Raises UserError for a bad number."""
-    said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
-    for name, value in said.items():
-        if not value.removeprefix("-").isdecimal():
-            raise UserError(f"{name}={value} in the environment: expected a whole number, as a launcher sets it.")
-    rank = int(said.get("LOCAL_RANK", "-1"))
-    return {"local_rank": rank} if rank != -1 else {}
-
-
 RUNS = Path("runs")
 AS_ONE_WORD = "as in `train photos/dog dog`"
-NO_GPU = "there is no GPU here, and the embedded base knows toys alone"
 
 
-def choose(words: list[str], given: Mapping[str, Any], *, has_recipe: bool = False, is_queued: bool = False) -> Choices:
-    """All settings for the photos and the class in `words`. Settings `given` by flag or file override the choices.
+def choose(given: Given) -> Choices:
+    """All settings for the photos and the class in the given words; flags and files override the choices, each of which
+    is printed.
 
-    `has_recipe`: a given file replaces the recipe. `is_queued`: the run will have the whole GPU. Raises
-    UserError for a missing folder or word, and for a folder without photos.
+    Raises UserError for a missing folder or word, and for a folder without photos.
     """
-    folder, word = folder_and_word(words)
-    if given.get("instance_data_dir"):
-        raise UserError(f"{words[0]} and --instance_data_dir: give the folder of photos once.")
-    choices = Choices(given, {"instance_data_dir": str(folder)})
-    choose_base(choices, folder)
-    free_gib = None if is_toy(choices.all["pretrained_model_name_or_path"]) else gpu_gib(is_later=is_queued)
-    exposures = USUAL_EXPOSURES if has_recipe else choose_recipe(choices, free_gib)
+    from dreambooth_moslora.photos.folder import photo_report
+
+    folder, word = folder_and_word(given.words)
+    settings = {name: checked_setting(name, value) for name, value in given.settings.items()}
+    if settings.get("instance_data_dir"):
+        raise UserError(f"{given.words[0]} and --instance_data_dir: give the folder of photos once.")
+    choices = Choices(settings, {"instance_data_dir": str(folder)})
+    base, said = STOCK_SDXL, STOCK_SDXL
+    if (folder / SUBJECT_FILE).is_file():
+        base, said = "toy", "the embedded one, as the photos are of its world"
+    elif least_free_gib() is None:
+        base, said = "toy", "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
+    choices.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
+    is_for_toys = is_toy(choices.all["pretrained_model_name_or_path"])
+    free_gib = None if is_for_toys else least_free_gib(is_later=given.is_queued)
+    exposures = USUAL_EXPOSURES if given.has_recipe else choose_recipe(choices, free_gib)
     choose_words(choices, word)
-    choose_output(choices, word)
-    choices.photo_report = read_photos(choices)
+    output = run_folder(word, resumes=bool(settings.get("resume_from_checkpoint")))
+    choices.add(f"output: {output}", "output_dir", output_dir=str(output))
+    choices.photo_report = photo_report(TrainConfig.from_dict(choices.all | {"early_stopping": None}))
     choose_steps(choices, exposures, choices.photo_report.photos)
     choose_scores(choices, choices.photo_report.photos)
+    say(choices.lines)
     return choices
 
 
@@ -395,29 +379,6 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
     return folder, word
 
 
-def choose_base(choices: Choices, folder: Path) -> None:
-    from dreambooth_moslora.plan.memory import STOCK_SDXL
-
-    is_of_toys = (folder / SUBJECT_FILE).is_file()
-    base = "toy" if is_of_toys or gpu_gib() is None else STOCK_SDXL
-    why = "the photos are of its world" if is_of_toys else NO_GPU
-    said = f"the embedded one, as {why}" if base == "toy" else base
-    choices.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
-
-
-def gpu_gib(*, is_later: bool = False) -> float | None:
-    """Free memory of the GPU for this run, of several the least, now or when other runs have ended; None without a
-    GPU."""
-    from dreambooth_moslora.plan.memory import least_free_gib
-
-    return least_free_gib(is_later=is_later)
-
-
-def choose_output(choices: Choices, word: str) -> None:
-    folder = run_folder(word, resumes=bool(choices.given.get("resume_from_checkpoint")))
-    choices.add(f"output: {folder}", "output_dir", output_dir=str(folder))
-
-
 def run_folder(word: str, resumes: bool) -> Path:
     """`runs/dog`, or a free name like it; for a resumed run, the latest of these names.
 
@@ -431,9 +392,3 @@ def run_folder(word: str, resumes: bool) -> Path:
         return RUNS / free_name(name, lambda taken: (RUNS / taken).exists())
     there = [path for path in RUNS.glob("*") if re.fullmatch(rf"{re.escape(name)}(_\d+)?", path.name)]
     return max(there, key=lambda path: (len(path.name), path.name), default=RUNS / name)
-
-
-def read_photos(choices: Choices) -> "PhotoReport":
-    from dreambooth_moslora.photos.folder import photo_report
-
-    return photo_report(TrainConfig.from_dict(choices.all | {"early_stopping": None}))

@@ -25,7 +25,6 @@ from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, TrainConfig, che
 if TYPE_CHECKING:
     from dreambooth_moslora.adapters.metadata import AdapterMetadata
 
-HELP = "train again by the recipe in a published file, and compare the files"
 SAME, DIFFERENT, UNKNOWN, STOPPED = 0, 1, 2, 130
 FLAGS = ("pretrained_model_name_or_path", "token", "class_word", "token_abstraction", *UNTOLD)
 """Settings that affect the training and that the recipe in the file may lack."""
@@ -51,7 +50,7 @@ class Receipt:
     is_kohya: bool
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="an adapter that this program published, or a run folder")
     about_photos = "the photos that it was trained on (of several subjects: --subjects)"
     parser.add_argument("--photos", metavar="DIR", help=about_photos)
@@ -67,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_flag(group, item)
 
 
-def run(args: argparse.Namespace) -> int:
+def run_verify(args: argparse.Namespace) -> int:
     """Exit code 0 for equal weights, 1 for different ones, 2 when that cannot be told, 130 when the user stops it."""
     receipt = read_receipt(args.file)
     if args.step is not None and args.step < 1:

@@ -135,6 +135,8 @@ class Row:
     """may differ between the processes of one run"""
     per_subject: bool = False
     """each of several subjects may have its own"""
+    check: bool = False
+    """the command `check` takes it too"""
     yields_to: tuple[str, ...] = ()
     """a --config file's value is dropped if the command line gives one of these (default if `per_subject`: subjects,
     and WORDS)"""

@@ -106,7 +106,7 @@ class TrainConfig:
     leave_out: tuple[Prompt, ...] = of_photos((), "file names of photos to leave out", yields_to=(WORDS,), shapes=True)
     instance_prompt: str = of_photos("a photo of sks object",
         'the subject in words, with its rare token: "a photo of sks dog"',
-        required=True, per_subject=True, shapes=True)
+        required=True, per_subject=True, shapes=True, check=True)
     subjects: tuple[Subject, ...] = of_photos((),
         "several subjects in one run: a folder with a folder of each (`sks dog`), a .json list, or in TOML tables",
         yields_to=("instance_data_dir", "dataset_name", WORDS), shapes=True)
@@ -139,25 +139,27 @@ class TrainConfig:
         "share of exposures with the instance prompt, of photos whose captions lack it (default: 1/3; 0 with "
         "--caption_column, whose captions are used as they are)",
         low=0, high=1, publish="if_changed")
-    repeats: int = of_photos(1, "how often an epoch shows each photo", low=1, high=10**6, publish="always")
+    repeats: int = of_photos(1, "how often an epoch shows each photo", low=1, high=10**6, publish="always", check=True)
     resolution: int = of_photos(1024, "side of the square crops, px, a multiple of 8",
-        low=8, publish="always", kohya="ss_resolution", of_kohya=one_side)
+        low=8, publish="always", kohya="ss_resolution", of_kohya=one_side, check=True)
     enable_bucket: bool = of_photos(False,
         "crop each photo to a rectangle of its own shape and of the square's area, instead of to the square",
-        publish="always", kohya="ss_enable_bucket")
+        publish="always", kohya="ss_enable_bucket", check=True)
     bucket_reso_steps: int | None = of_photos(None,
         "sides of such rectangles are multiples of this, px (default: 64; 8 up to a resolution of 256)",
-        low=8, publish="always", idle=unless(enable_bucket=True), kohya="ss_bucket_reso_steps")
-    center_crop: bool = of_photos(False, "crop the middle of each photo instead of a random place", publish="always")
-    random_flip: bool = of_photos(False, "mirror photos at random", publish="always", kohya="ss_flip_aug")
-    crops_per_photo: int = of_photos(1, "different crops taken of each photo", low=1, high=1000, publish="always")
+        low=8, publish="always", idle=unless(enable_bucket=True), kohya="ss_bucket_reso_steps", check=True)
+    center_crop: bool = of_photos(False, "crop the middle of each photo instead of a random place",
+        publish="always", check=True)
+    random_flip: bool = of_photos(False, "mirror photos at random", publish="always", kohya="ss_flip_aug", check=True)
+    crops_per_photo: int = of_photos(1, "different crops taken of each photo",
+        low=1, high=1000, publish="always", check=True)
     crop_zoom: float = of_photos(1.0,
         "enlarge each crop by a random factor up to this; 1: crops are as wide as the photo",
-        low=1, high=4, publish="always")
+        low=1, high=4, publish="always", check=True)
     image_interpolation_mode: str = of_photos("lanczos", "filter of the resizing",
-        choices=INTERPOLATIONS, publish="always")
+        choices=INTERPOLATIONS, publish="always", check=True)
     alpha: str = of_photos("mask", "transparent photos go on white; mask: the opaque part is the subject",
-        choices=("mask", "white"), publish="always")
+        choices=("mask", "white"), publish="always", check=True)
     unmasked_weight: float = of_photos(0.2,
         "loss weight of the parts that a mask (name.mask.png) leaves out; it is always 0 for transparent parts",
         low=0, high=1, publish="always")
@@ -166,9 +168,9 @@ class TrainConfig:
         choices=("given", "auto"), publish="always")
     mask_model: str | None = of_photos(None,
         "CLIPSeg that makes masks: hub id or folder (default: CIDAS/clipseg-rd64-refined; the toy's own net)",
-        shapes=True, idle=unless(masks="auto"))
+        shapes=True, idle=unless(masks="auto"), check=True)
     mask_prompt: str | None = of_photos(None, "what CLIPSeg looks for in the photos (default: the class word)",
-        per_subject=True, shapes=True, idle=unless(masks="auto"))
+        per_subject=True, shapes=True, idle=unless(masks="auto"), check=True)
 
     with_prior_preservation: bool = of_prior(False, "preserve what the base knows of the class", publish="always")
     prior: str = of_prior("class_images",
@@ -241,7 +243,7 @@ class TrainConfig:
         path=True, shapes=True, elsewhere="network_weights init_lora")
 
     seed: int | None = of_training(None, "seed of everything random",
-        low=0, high=2**63 - 1, publish="always", kohya="ss_seed", elsewhere="seeds")
+        low=0, high=2**63 - 1, publish="always", kohya="ss_seed", elsewhere="seeds", check=True)
     train_batch_size: int = of_training(4, "photos in one forward pass on each device",
         low=1, high=4096, publish="always", kohya="ss_batch_size ss_train_batch_size ss_batch_size_per_device")
     gradient_accumulation_steps: int = of_training(1, "forward passes in one step",

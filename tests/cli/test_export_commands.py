@@ -11,18 +11,17 @@ from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
 from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
-from dreambooth_moslora.cli import export as export_command
-from dreambooth_moslora.cli import info as info_command
-from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.main import command, main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from tests.helpers.live_adapters import live
 
 
-def call(command, *arguments) -> int:
+def call(name: str, *arguments) -> int:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(a) for a in arguments]))
+    add_arguments, run = command(name)
+    add_arguments(parser)
+    return run(parser.parse_args([str(a) for a in arguments]))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_export_needs_no_base_and_equals_the_file_of_the_live_adapter(checkpoint, tmp_path, capsys):
-    assert call(export_command, checkpoint, "--out", tmp_path / "dog") == 0
+    assert call("export", checkpoint, "--out", tmp_path / "dog") == 0
     shown = capsys.readouterr().out
     assert "largest relative difference" in shown and "dog.kohya.safetensors" in shown
     files = load_file(checkpoint / PUBLISHED_NAME), load_file(tmp_path / "dog" / PUBLISHED_NAME)
@@ -45,26 +44,26 @@ def test_export_needs_no_base_and_equals_the_file_of_the_live_adapter(checkpoint
 
 
 def test_export_says_what_the_rank_became(checkpoint, tmp_path, capsys):
-    assert call(export_command, checkpoint / RAW_NAME, "--out", tmp_path, "--dtype", "fp16", "--keep", "0.7") == 0
+    assert call("export", checkpoint / RAW_NAME, "--out", tmp_path, "--dtype", "fp16", "--keep", "0.7") == 0
     assert "Rank reduced: 352 to " in capsys.readouterr().out
 
 
 def test_export_of_dora_says_what_other_programs_make_of_it(tmp_path, capsys):
     components = live(target_modules=["attn1.to_q"], use_dora=True)
     save_raw(components, tmp_path / RAW_NAME, adapter_metadata(components, base_id="some/base"))
-    assert call(export_command, tmp_path / RAW_NAME, "--out", tmp_path / "dog") == 0
+    assert call("export", tmp_path / RAW_NAME, "--out", tmp_path / "dog") == 0
     assert f"Note: {DORA_NOTE}." in capsys.readouterr().out
 
 
 def test_export_of_nothing_is_one_line(tmp_path):
     with pytest.raises(UserError, match="holds neither"):
-        call(export_command, tmp_path, "--out", tmp_path / "out")
+        call("export", tmp_path, "--out", tmp_path / "out")
     with pytest.raises(UserError, match="there is no file or folder"):
-        call(export_command, tmp_path / "absent", "--out", tmp_path / "out")
+        call("export", tmp_path / "absent", "--out", tmp_path / "out")
 
 
 def test_info_of_our_three_files(checkpoint, capsys):
-    assert call(info_command, "--json", *sorted(checkpoint.glob("*.safetensors"))) == 0
+    assert call("info", "--json", *sorted(checkpoint.glob("*.safetensors"))) == 0
     kohya, raw, published = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     for facts in (kohya, raw, published):
         assert facts["modules"] == {"unet": 88} and facts["ranks"] == {"4": 88} and facts["base"] == "some/base"
@@ -94,7 +93,7 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
     assert describe(tmp_path / "old.safetensors")["modules"] == {"unet": 1}
     assert describe(tmp_path / "lokr.safetensors")["kind"] == "LyCORIS LoKr"
     save_file({"weight": up}, tmp_path / "model.safetensors")
-    assert call(info_command, tmp_path / "model.safetensors", tmp_path / "old.safetensors") == 2
+    assert call("info", tmp_path / "model.safetensors", tmp_path / "old.safetensors") == 2
     shown = capsys.readouterr()
     assert "holds no known LoRA" in shown.err and "old diffusers keys" in shown.out
 
@@ -118,7 +117,7 @@ def test_a_broken_pair_is_named(tmp_path):
 def test_info_of_a_hostile_file_is_calm(tensors, header, said, tmp_path, capsys):
     pair = {"lora_down.weight": torch.ones(2, 3), "lora_up.weight": torch.ones(3, 2)}
     save_file({f"lora_unet_x.{k}": t for k, t in (pair | tensors).items()}, tmp_path / "x.safetensors", header)
-    assert call(info_command, tmp_path / "x.safetensors") == (2 if said else 0)
+    assert call("info", tmp_path / "x.safetensors") == (2 if said else 0)
     shown = capsys.readouterr()
     assert said in shown.err and shown.err.count("\n") <= 1 and "\x1b" not in shown.out + shown.err
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli import parser as one_word
-from dreambooth_moslora.cli import queue as command
+from dreambooth_moslora.cli import runs
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.disk.queue import RunQueue
 from dreambooth_moslora.ui import jobs as page_jobs
@@ -36,7 +36,7 @@ def test_a_run_is_added_with_its_whole_config_and_words_and_nothing_is_trained(p
 
 
 def test_one_word_finds_another_name_for_the_second_run(photos, capsys, monkeypatch):
-    monkeypatch.setattr(one_word, "gpu_gib", lambda **later: None)
+    monkeypatch.setattr(one_word, "least_free_gib", lambda **later: None)
     words = ["train", "hen", "hen", "--pretrained_model_name_or_path", "toy", "--queue"]
     assert main(words) == main(words) == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("hen_2 waits, number 2")
@@ -77,7 +77,7 @@ def test_the_queue_is_listed_moved_and_emptied(photos, capsys):
 
 
 def test_start_trains_all_that_wait_says_how_each_ended_and_answers_with_one(photos, capsys, monkeypatch):
-    monkeypatch.setattr(command, "POLL_SEC", 0.02)
+    monkeypatch.setattr(runs, "POLL_SEC", 0.02)
     (stand_in := photos.parent / "trainer.py").write_text(
         "import json, sys, time\nconfig = json.load(open(sys.argv[2]))\n"
         "if config['rank'] == 3: sys.exit('error: no memory for rank 3')\n"

@@ -101,6 +101,6 @@ def test_a_run_that_used_them_is_still_evaluated_and_explained(capsys):
     (run / "train_config.json").write_text(json.dumps(config.to_dict() | used))
     (run / "metrics.jsonl").write_text("")
     parser = ArgumentParser()
-    evaluate.add_arguments(parser)
+    evaluate.evaluate_arguments(parser)
     assert evaluate.resolve(parser.parse_args(["run"])).rank == 3
     assert main(["explain", "run"]) == 0

@@ -90,7 +90,7 @@ def answer(tmp_path, monkeypatch, capsys):
 
     def answer(facts: AdapterMetadata, *flags: str, change: float = 3.0):
         parser = Parser()
-        verify.add_arguments(parser)
+        verify.verify_arguments(parser)
         args = parser.parse_args([written(facts), "--photos", "photos", *flags])
         receipt = verify.read_receipt(args.file)
         config = verify.config_of(args, receipt, tmp_path / "run")
@@ -149,7 +149,7 @@ def test_words_come_from_flags_then_from_a_recipe_of_the_same_subject_then_from_
 
     def config(*flags: str):
         parser = Parser()
-        verify.add_arguments(parser)
+        verify.verify_arguments(parser)
         args = parser.parse_args(["a.safetensors", "--photos", "photos", *flags])
         return verify.config_of(args, verify.read_receipt(args.file), tmp_path / "run")
 
@@ -167,7 +167,7 @@ def test_what_a_file_does_not_tell_of_its_photos_and_pictures_can_be_said(tmp_pa
     Path("r.toml").write_text('leave_out = ["1.png"]\nsample_batch_size = 2\nprior_generation_precision = "fp32"\n')
     flags = ["--leave_out", "1.png", "--sample_batch_size", "2", "--prior_generation_precision", "fp32"]
     parser = Parser()
-    verify.add_arguments(parser)
+    verify.verify_arguments(parser)
     for words in (["--config", "r.toml"], flags):
         args = parser.parse_args(["a.safetensors", "--photos", "photos", *words])
         config = verify.config_of(args, verify.read_receipt(args.file), tmp_path / "run")
@@ -229,7 +229,7 @@ def test_a_base_that_a_strangers_file_names_is_loaded_only_if_the_person_names_i
     facts = AdapterMetadata(4, 4, recipe={"seed": 1}, base_id=base, trigger_words=("sks dog",))
     save_file(WEIGHTS, "a.safetensors", metadata={"moslora": facts.to_json()})
     parser = Parser()
-    verify.add_arguments(parser)
+    verify.verify_arguments(parser)
     command = ["a.safetensors", "--photos", "dog"]
     receipt = verify.read_receipt("a.safetensors")
     with pytest.raises(UserError, match=f"give --pretrained_model_name_or_path; the file says '{base}'"):

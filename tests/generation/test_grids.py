@@ -114,7 +114,7 @@ def test_long_captions_stay_inside_their_column():
 
 def command(tiny_base, folder, *words) -> int:
     parser = argparse.ArgumentParser()
-    generate.add_arguments(parser)
+    generate.generate_arguments(parser)
     args = parser.parse_args(["--base", str(tiny_base), "--output_dir", str(folder), "--steps", "2", *words])
     return generate.run(args)
 

@@ -204,7 +204,7 @@ def test_export_info_and_the_page_know_the_tokens_file(run, tmp_path, capsys):
 
 def test_verify_learns_the_word_that_the_header_names(run, photos, tmp_path):
     parser = ArgumentParser()
-    verify.add_arguments(parser)
+    verify.verify_arguments(parser)
     base = ["--pretrained_model_name_or_path", run.pretrained_model_name_or_path]
     args = parser.parse_args([run.output_dir, "--photos", str(photos), "--initializer_concept", "th", *base])
     config = verify.config_of(args, verify.read_receipt(run.output_dir), tmp_path / "run")

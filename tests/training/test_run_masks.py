@@ -101,7 +101,7 @@ def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(aut
 
     def masked(*flags: str) -> list[bool]:
         parser = argparse.ArgumentParser()
-        evaluate.add_arguments(parser)
+        evaluate.evaluate_arguments(parser)
         config = evaluate.resolve(parser.parse_args([str(moved), *flags]))
         return [photo.mask_path is not None for photo in photo_report(config).photos]
 

@@ -63,7 +63,7 @@ def test_the_form_is_the_recipe_for_the_card_and_what_the_command_chooses(card, 
         recipe["gradient_checkpointing"] = True
     assert {n: v for n, v in recipe.items() if n not in own} == {n: config.to_dict()[n] for n in recipe.keys() - own}
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
-    monkeypatch.setattr(one_word, "gpu_gib", lambda **later: 0.95 * gb)
+    monkeypatch.setattr(one_word, "least_free_gib", lambda **later: 0.95 * gb)
     command = parse_train_config([str(photos), "dog", "--pretrained_model_name_or_path", "owner/sdxl"])
     left_out = {"output_dir", *OF_THE_PAGE}
     mine, its = ({n: v for n, v in c.to_dict().items() if n not in left_out} for c in (config, command))

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dreambooth_moslora.extras.cluster.fleet import Ending
     from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet
 
-HELP = "train many subjects on many machines (Ray); `fleet status DIR` shows their state"
 OWN_FLAGS = ("words", "out", "ray_address", "per_gpu", "cpus")
 EPILOG = """examples:
   fleet photos/pets --out runs/pets --config assets/configs/sdxl_24gb.toml
@@ -29,7 +28,7 @@ EPILOG = """examples:
   fleet status runs/pets"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def fleet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     about = "a folder of subject folders, or a .toml, .csv or .jsonl list; or: status DIR"
     parser.add_argument("words", metavar="SUBJECTS", nargs="+", help=about)
@@ -61,7 +60,7 @@ def check_shares(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}: must be at least 1.")
 
 
-def run(args: argparse.Namespace) -> int:
+def run_fleet(args: argparse.Namespace) -> int:
     if args.words[0] == "status" and len(args.words) == 2:
         return show_status(args.words[1])
     if len(args.words) > 1:

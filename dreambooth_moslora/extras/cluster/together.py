@@ -46,16 +46,15 @@ from dreambooth_moslora.training.loop import Steps, StepScorer, Training, TrainR
 from dreambooth_moslora.training.step import MicroBatch, StepLosses, TrainStep, UNetRows, numbers_of
 
 T = TypeVar("T")
-HELP = "train several subjects of a fleet in one process"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def together_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="run folders with their settings")
     parser.add_argument("--at_once", type=int, default=2, help="how many of them train at the same time")
     parser.add_argument("--share", type=float, default=1.0, help="GPUs or cores that the process holds")
 
 
-def run(args: argparse.Namespace) -> int:
+def run_together(args: argparse.Namespace) -> int:
     """Returns 130 when a run was stopped. Each run's record says how it ended."""
     folders, costs = [Path(folder) for folder in args.run_dirs], Costs(args.share)
 

@@ -16,7 +16,6 @@ from dreambooth_moslora.settings.fields import check_number
 from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, SVD, TrainConfig
 
-HELP = "learn A and B that many subjects share, for `train --basis FILE`"
 EVERY_SEC = 5.0
 GROUPS_OF_RUNS = ("optimizer", "samples and evaluation", "run folder", "hub")
 OF_RUNS = (
@@ -32,14 +31,14 @@ OF_FILES = (*OF_RUNS, *SAID_BY_SUBJECTS)
 """Of the subject in a file, too, what a flag may say of all: `--mask_prompt toy`."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def basis_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of photos, each with its subject.json")
     parser.add_argument("--out", metavar="FILE", required=True, help=f"its file: a name ending in {BASIS_SUFFIX}")
     parser.add_argument("--basis_lr", type=float, default=1e-3, help="learning rate of A and B (default: 0.001)")
     add_training_flags(parser, hidden=OF_RUNS)
 
 
-def run(args: argparse.Namespace) -> int:
+def run_basis(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(args).items() if name not in ("folders", "out", "basis_lr")}
     check_number("basis_lr", args.basis_lr, low=0, high=100)  # as --learning_rate
     out = Path(args.out)

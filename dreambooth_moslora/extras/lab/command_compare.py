@@ -10,10 +10,8 @@ from typing import Any
 from dreambooth_moslora.extras.cluster.command_fleet import add_cluster_flags, check_shares
 from dreambooth_moslora.extras.lab.study import load_study
 
-HELP = "train and score several kinds of adapter at an equal budget: tables, intervals, plots"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", required=True, help="the study: see assets/studies/mixers.toml")
     parser.add_argument("--output_dir", metavar="DIR", default="runs/study", help="results, and where to resume from")
     parser.add_argument(
@@ -24,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print what would be trained and what is already done")
 
 
-def run(args: argparse.Namespace) -> int:
+def run_compare(args: argparse.Namespace) -> int:
     check_shares(args)
     study, out = load_study(Path(args.config)), Path(args.output_dir)
     tuning, tests = len(study.tuning_cells()), len(study.test_cells(study.first_rates()))

@@ -14,7 +14,6 @@ from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings, tokens_of
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE
 
-HELP = "answer HTTP requests with pictures of many adapters (Ray Serve)"
 EPILOG = """example:
   serve --adapters runs/pets --replicas 2
   curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' \\
@@ -25,7 +24,7 @@ NEEDED = ("ray", "grpc_reflection", "prometheus_client")
 FIELDS = ServeSettings.__dataclass_fields__
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def serve_arguments(parser: argparse.ArgumentParser) -> None:
     def number(name: str, about: str) -> None:
         default = FIELDS[name].default
         parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{about} (default: {default})")
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
 
 
-def run(args: argparse.Namespace) -> int:
+def run_serve(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     from dreambooth_moslora.extras.cluster.on_ray import connected, has_gpus
     from dreambooth_moslora.extras.serving.catalogue import open_catalogue

@@ -1,4 +1,4 @@
-"""`python -m dreambooth_moslora doctor`: is this machine ready to train? Versions, device, disk, and the base's VAE."""
+"""`doctor`: is this machine ready to train? `selftest`: does it train, resume and draw as it should?"""
 
 import argparse
 import json
@@ -6,12 +6,13 @@ import os
 import platform
 import shutil
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dreambooth_moslora.core import UserError, atomic_write
 from dreambooth_moslora.settings.versions import OPTIONAL, bad_pairs, installed_versions, needed_ranges, out_of_range
 
-HELP = "look for problems: versions, device, disk, a VAE that overflows"
 MIN_PYTHON = (3, 11)
 NEEDED_DISK_GIB = 10
 
@@ -25,7 +26,7 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", default="toy", help='test the VAE of this base (default: toy); "none" skips it')
     parser.add_argument("--photos", metavar="DIR", help="test the VAE on these photos")
     parser.add_argument(
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run(args: argparse.Namespace) -> int:
+def run_doctor(args: argparse.Namespace) -> int:
     """Exit code 2 when something will fail."""
     found = Findings()
     examine_versions(found)
@@ -74,17 +75,11 @@ def examine_machine(found: Findings) -> None:
     except Exception as error:  # a broken installation may raise any error
         found.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
-    examine_device(found, torch)
-
-
-def examine_device(found: Findings, torch) -> None:
     from dreambooth_moslora.base.machine import has_fast_bf16
 
     if torch.cuda.is_available():
-        facts = torch.cuda.get_device_properties(0)
-        found.facts["device"] = (
-            f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, {torch.cuda.device_count()} of them"
-        )
+        facts, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
+        found.facts["device"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, {count} of them"
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         found.facts["bf16"] = "yes" if has_bf16 else "no: use --mixed_precision fp16"
     elif torch.backends.mps.is_available():
@@ -106,12 +101,13 @@ def memory_gib() -> float:
         return float("nan")
 
 
-def examine_vae(found: Findings, base: str, photos: str | None, size_px: int) -> None:
+def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) -> None:
     import torch
 
     from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
     from dreambooth_moslora.base.files import resolve_base
-    from dreambooth_moslora.core import UserError
+    from dreambooth_moslora.photos.folder import find_photos
+    from dreambooth_moslora.photos.photo import open_rgb
 
     try:
         vae = load_vae_alone(resolve_base(base))
@@ -119,9 +115,9 @@ def examine_vae(found: Findings, base: str, photos: str | None, size_px: int) ->
         found.warnings.append(f"the VAE of {base} was not tried: {' '.join(str(error).split())[:200]}")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for probe in probe_vae(vae, [torch.bfloat16, torch.float16], open_photos(photos), size_px, device):
-        said = f"off by {probe.error:.2f} of 255 levels" if probe.finite else "NaN"
-        found.facts[f"VAE in {probe.dtype}"] = said
+    photos = [open_rgb(photo) for photo in find_photos(Path(folder), "", 64).photos[:8]] if folder is not None else []
+    for probe in probe_vae(vae, [torch.bfloat16, torch.float16], photos, size_px, device):
+        found.facts[f"VAE in {probe.dtype}"] = f"off by {probe.error:.2f} of 255 levels" if probe.finite else "NaN"
         if not probe.finite:
             found.warnings.append(
                 f"the VAE of {base} overflows in {probe.dtype}: training keeps it in fp32 by itself; other programs "
@@ -129,10 +125,40 @@ def examine_vae(found: Findings, base: str, photos: str | None, size_px: int) ->
             )
 
 
-def open_photos(folder: str | None) -> list:
-    if folder is None:
-        return []
-    from dreambooth_moslora.photos.folder import find_photos
-    from dreambooth_moslora.photos.photo import open_rgb
+def selftest_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="device to test (default: the GPU, if there is one)")
+    parser.add_argument("--output_dir", default="selftest", metavar="DIR", help="folder of the runs and of the report")
 
-    return [open_rgb(photo) for photo in find_photos(Path(folder), "", 64).photos[:8]]
+
+def run_selftest(args: argparse.Namespace) -> int:
+    """Exit code 2 when a test fails. Writes selftest.json, and selftest.md for a bug report."""
+    import psutil
+    import torch
+
+    from dreambooth_moslora.plan.memory import GIB, free_gib_of_gpu
+    from dreambooth_moslora.training.selftest import ON_CPU, SelfTest, as_json, as_page
+
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        raise UserError("--device cuda: this torch sees no GPU; `doctor` says why.")
+    is_on_gpu = has_gpu and args.device != "cpu"
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = Findings()
+    examine_versions(machine)
+    examine_machine(machine)
+    facts = machine.facts | {"tried": "cuda" if is_on_gpu else "cpu"}
+    has_bf16 = not is_on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    free_gib = free_gib_of_gpu() if is_on_gpu else None
+    free_gib = psutil.virtual_memory().available / GIB if free_gib is None else free_gib
+    precisions = ("no", "bf16" if has_bf16 else "fp16")
+    test = SelfTest(folder, precisions, env={} if is_on_gpu else ON_CPU, free_gib=free_gib)
+    found, start = [], time.monotonic()
+    for finding in test.findings():
+        print(f"{'ok  ' if finding.holds else 'FAIL'}  {finding.name:14} {finding.said}", flush=True)
+        found.append(finding)
+    facts["seconds"] = f"{time.monotonic() - start:.0f}"
+    atomic_write(folder / "selftest.json", as_json(facts, found))
+    atomic_write(folder / "selftest.md", as_page(facts, found))
+    print(f"{facts['seconds']} s; paste {folder / 'selftest.md'} into a bug report")
+    return 0 if all(finding.holds for finding in found) else 2

@@ -1,12 +1,41 @@
-"""`export RAW_OR_CHECKPOINT --out DIR`: raw weights to files for diffusers, ComfyUI and the others; needs no base."""
+"""`info FILE…`: what a LoRA file contains, whichever program wrote it. `export RAW_OR_CHECKPOINT --out DIR`: raw
+weights to files for diffusers, ComfyUI and the others; needs no base."""
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
-HELP = "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI"
+from dreambooth_moslora.core import UserError, find_asset
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir, tokens_name
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="safetensors files, or folders with a published adapter"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a file instead of lines")
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Describe each file; a broken one is reported, and the others are still described."""
+    from dreambooth_moslora.adapters.describe import describe, lines, printable
+
+    failed = False
+    for number, name in enumerate(args.files):
+        path = Path(find_asset(name))
+        try:
+            facts = describe(path / PUBLISHED_NAME if path.is_dir() else path)
+        except UserError as error:
+            print(f"error: {' '.join(printable(str(error)).split())}", file=sys.stderr)
+            failed = True
+            continue
+        separator = "\n" if number and not args.json else ""
+        print(separator + (json.dumps(facts) if args.json else "\n".join(lines(facts))))
+    return 2 if failed else 0
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="RAW_OR_CHECKPOINT", help="moslora_weights.safetensors, a checkpoint folder or a run folder"
     )
@@ -22,11 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run_export(args: argparse.Namespace) -> int:
     from dreambooth_moslora.adapters.export import DTYPES, publish
     from dreambooth_moslora.adapters.new_tokens import tokens_beside
     from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, read_raw
-    from dreambooth_moslora.disk.run_folder import tokens_name
 
     source, out = find_raw(Path(args.source).expanduser()), Path(args.out).expanduser()
     _, facts = read_raw(source)
@@ -60,16 +88,11 @@ def rank_sum(model: object) -> int:
 def find_raw(path: Path) -> Path:
     """The raw file itself, that of a checkpoint folder, or of a run folder's last complete checkpoint. Raises
     UserError."""
-    from dreambooth_moslora.core import UserError
-    from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
-
-    if path.is_dir() and (path / RAW_NAME).is_file():
-        return path / RAW_NAME
-    if path.is_dir():
-        checkpoint = RunDir(path).latest_checkpoint()
-        if checkpoint is None:
-            raise UserError(f"{path} holds neither {RAW_NAME} nor a checkpoint")
-        return Path(checkpoint) / RAW_NAME
-    if not path.is_file():
+    if path.is_file():
+        return path
+    if not path.is_dir():
         raise UserError(f"there is no file or folder {path}")
-    return path
+    folder = path if (path / RAW_NAME).is_file() else RunDir(path).latest_checkpoint()
+    if folder is None:
+        raise UserError(f"{path} holds neither {RAW_NAME} nor a checkpoint")
+    return folder / RAW_NAME

@@ -1,4 +1,4 @@
-"""`python -m dreambooth_moslora queue`: the queue of runs, which `train … --queue` and the page add to."""
+"""`queue`: the runs that wait, which `train … --queue` and the page add. `explain RUN`: what a run's figures mean."""
 
 import argparse
 import os
@@ -10,16 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
 from dreambooth_moslora.core import UserError, process_count, spelled_out
+from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import TrainConfig
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
+    from dreambooth_moslora.ui.jobs import JobState, QueueTurns
 
-    from dreambooth_moslora.ui.jobs import Job, QueueTurns
-
-HELP = "list, order and train the runs that wait; `train … --queue` adds one"
 RUNS = "runs"
 EPILOG = """examples:
   queue                    what is trained now, what waits, and how the last ones ended
@@ -32,14 +33,14 @@ PLAIN_INTERVAL_SEC = 30.0
 """Seconds between two lines of progress when the output is a file."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def queue_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     about = "list (default), start, move NAME PLACE, or remove NAME"
     parser.add_argument("words", metavar="WHAT", nargs="*", default=["list"], help=about)
     parser.add_argument("--runs_dir", metavar="DIR", default=RUNS, help=f"folder of the runs (default: {RUNS})")
 
 
-def run(args: argparse.Namespace) -> int:
+def run_queue(args: argparse.Namespace) -> int:
     from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
 
     turns = QueueTurns(Jobs(Path(os.path.abspath(args.runs_dir))))
@@ -62,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
 def enqueue(config: TrainConfig, argv: list[str]) -> str:
     """Check the run and add it to the queue; returns a line to print. Raises UserError for whatever training
     would refuse."""
-    from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.plan.checks import check_folders, check_settings
     from dreambooth_moslora.ui.jobs import Jobs
@@ -78,34 +78,26 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     Jobs(run_dir.parent).run_dir(run_dir.name)
     is_new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)  # so that the next `train` chooses another name
+    facts = {"folder": os.getcwd(), "argv": tuple(argv), "settings": config.to_dict()}
     try:
-        place = RunQueue(run_dir.parent).add(
-            QueuedRun(
-                run_dir.name,
-                folder=os.getcwd(),
-                argv=tuple(argv),
-                settings=config.to_dict(),
-                is_new=is_new,
-                queued=time.time(),
-            )
-        )
+        place = RunQueue(run_dir.parent).add(QueuedRun(run_dir.name, is_new=is_new, queued=time.time(), **facts))
     except BaseException:
         if is_new:
             with suppress(OSError):
                 run_dir.rmdir()
         raise
-    return f"{run_dir.name} waits, number {place} in the queue; `{start_command(run_dir.parent)}` or the page trains it"
-
-
-def start_command(runs_dir: Path) -> str:
-    is_usual = runs_dir == Path(os.path.abspath(RUNS))
-    return "queue start" + ("" if is_usual else f" --runs_dir {shlex.quote(str(runs_dir))}")
+    is_usual = run_dir.parent == Path(os.path.abspath(RUNS))
+    start = "queue start" + ("" if is_usual else f" --runs_dir {shlex.quote(str(run_dir.parent))}")
+    return f"{run_dir.name} waits, number {place} in the queue; `{start}` or the page trains it"
 
 
 def lines_of(turns: "QueueTurns") -> list[str]:
     lines = [f"ended: {line}" for line in map(ending, turns.queue.ended()[-ENDED_SHOWN:])]
     for queued in turns.queue.started():
-        lines.append(f"now: {queued.name}, {progress_of(turns, queued.name)}")
+        state, said = state_of(turns, queued), "interrupted; its next turn resumes it"
+        if state is not None:
+            said = f"step {state.step} of {state.max_train_steps}" if state.max_train_steps else "starting"
+        lines.append(f"now: {queued.name}, {said}")
     for number, queued in enumerate(turns.queue.waiting(), 1):
         said = shlex.join(queued.argv) or ("added on the page" if queued.owner else "its file cannot be read")
         lines.append(f"{number:>3}  {queued.name}  {said}")
@@ -117,18 +109,12 @@ def ending(event: dict[str, Any]) -> str:
     return f"{event.get('name')} {event.get('state')}" + (f": {message}" if message else "")
 
 
-def progress_of(turns: "QueueTurns", name: str) -> str:
-    job = job_of(turns, name)
-    if job is None or not job.is_alive:
-        return "interrupted; its next turn resumes it"
-    state = turns.jobs.state(job)
-    return f"step {state.step} of {state.max_train_steps}" if state.max_train_steps else "starting"
-
-
-def job_of(turns: "QueueTurns", name: str) -> "Job | None":
+def state_of(turns: "QueueTurns", queued: QueuedRun | None) -> "JobState | None":
+    """The state of a run whose process is alive."""
     from dreambooth_moslora.ui.jobs import Job
 
-    return Job.load(turns.jobs.runs_dir / name)
+    job = Job.load(turns.jobs.runs_dir / queued.name) if queued else None
+    return turns.jobs.state(job) if job is not None and job.is_alive else None
 
 
 def train_all(turns: "QueueTurns") -> int:
@@ -153,8 +139,10 @@ def train_all(turns: "QueueTurns") -> int:
 
 def save_and_leave(turns: "QueueTurns") -> None:
     """Let the current run write a checkpoint and end; it stays first in the queue."""
+    from dreambooth_moslora.ui.jobs import Job
+
     queued = turns.current()
-    job = job_of(turns, queued.name) if queued else None
+    job = Job.load(turns.jobs.runs_dir / queued.name) if queued else None
     if job is not None and job.is_alive:
         os.kill(job.pid, signal.SIGTERM)
         while job.is_alive:
@@ -171,13 +159,15 @@ class Bar:
 
     def show(self, turns: "QueueTurns") -> None:
         queued = turns.current()
-        job = job_of(turns, queued.name) if queued else None
-        state = turns.jobs.state(job) if job is not None and job.is_alive else None
+        state = state_of(turns, queued)
         if state is None or not state.max_train_steps:
             return
         if self.name != queued.name:
             self.close()
-            self.name, self.bar = queued.name, bar_of(queued.name, state.max_train_steps, state.step)
+            interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
+            options = {"unit": "step", "initial": state.step, "mininterval": interval}
+            self.name = queued.name
+            self.bar = tqdm(total=state.max_train_steps, desc=spelled_out(queued.name), **options)
         self.bar.update(state.step - self.bar.n)
 
     def close(self) -> None:
@@ -186,8 +176,21 @@ class Bar:
         self.name, self.bar = "", None
 
 
-def bar_of(name: str, total: int, step: int) -> "tqdm":
-    from tqdm import tqdm
+STATES = {"done": "it ended", "interrupted": "it was stopped", "failed": "it failed"}
 
-    interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
-    return tqdm(total=total, initial=step, desc=spelled_out(name), unit="step", mininterval=interval)
+
+def explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder; its scores, if any, are those of its evaluations")
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.training.explain import NOTHING, advice_after, figures_of, meanings
+
+    found = figures_of(RunDir(args.run))
+    shown = "" if found.exposures is None else f"; each of {found.photos} photos was shown {found.exposures:.0f} times"
+    print(spelled_out(f"{STATES.get(found.state, 'it has not ended')} after {found.step} steps{shown}"))
+    advice = advice_after(found) or [NOTHING]
+    for title, lines in {"what the figures mean": meanings(found), "what to try next": advice}.items():
+        if lines:
+            print("\n".join([title, *(spelled_out(f"  {line}") for line in lines)]))
+    return 0

@@ -1,0 +1,176 @@
+"""`check DIR`: how training would use a folder of photos. `caption DIR`: write name.txt beside photos without one."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_moslora.cli.parser import add_flag, say
+from dreambooth_moslora.core import UserError, find_asset, spelled_out
+from dreambooth_moslora.plan.choices import Choices, choose_shapes
+from dreambooth_moslora.plan.memory import STOCK_SDXL
+from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, named
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.photos.folder import PhotoReport
+    from dreambooth_moslora.photos.photo import Photo
+
+BASE = "pretrained_model_name_or_path"
+"""Without it photos are assumed to be photographs, so that the base is SDXL."""
+OF_PHOTOS = (*named("check"), BASE)
+MAX_PICTURED = 48
+"""Most photos in the picture of the crops."""
+
+
+def check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="folder with the photos")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="where the picture of the crops goes (default: NAME_crops.png)"
+    )
+    parser.add_argument("--no_picture", action="store_true", help="draw none")
+    parser.add_argument("--make_masks", action="store_true", help="write name.mask.png beside photos without a mask")
+    parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
+    group = parser.add_argument_group("as in training")
+    for item in fields(TrainConfig):
+        if item.metadata["check"]:
+            add_flag(group, item)
+    about_base = 'the base to be trained: "toy" has its own mask model; for others CLIPSeg makes masks'
+    group.add_argument(f"--{BASE}", metavar="TEXT", default=argparse.SUPPRESS, help=about_base)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.photos.crops import examine
+    from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
+
+    given = {name: value for name, value in vars(args).items() if name in OF_PHOTOS}
+    recipe = load_settings(args.config) if args.config else {}
+    known = {BASE: STOCK_SDXL} | {name: value for name, value in recipe.items() if name in OF_PHOTOS} | given
+    if "instance_prompt" not in known:
+        known["class_word"] = ""  # do not look for the default prompt's `object`
+    config = TrainConfig(**known)
+    folder = Path(find_asset(args.folder))
+    find = partial(find_photos, folder, config.instance_prompt, config.resolution, alpha=config.alpha)
+    report = find()
+    if args.make_masks:
+        make_masks(report.photos, config)
+        report = find()
+    report = examine(report, config.resolution)
+    if not args.config:
+        choices = Choices(given)
+        choose_shapes(choices, report.photos)
+        say(choices.lines)
+        given |= choices.settings
+    config = replace(config, **given)
+    crops = None if args.no_picture or not report.photos else draw(report.photos, config, args, folder)
+    print(json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops)))
+    if not report.photos:
+        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+    if args.json and crops:
+        print(spelled_out(crops), file=sys.stderr)
+    return 0
+
+
+def make_masks(photos: Sequence["Photo"], config: TrainConfig) -> None:
+    """Write masks beside the photos, with a line about each on stderr. Raises UserError."""
+    from dreambooth_moslora.photos.mask_making import best_device, load_segmenter, make_beside
+
+    try:
+        for made in make_beside(photos, load_segmenter(config, best_device())):
+            done = f"{made.path.name} is written" if made.path else ""
+            line = "; ".join(filter(None, [done, made.remark]))
+            print(spelled_out(f"  mask  {made.photo.path.name}  {line}"), file=sys.stderr)
+    except OSError as error:
+        raise UserError(f"--make_masks: a mask cannot be written: {error.strerror}") from error
+
+
+def draw(photos: Sequence["Photo"], config: TrainConfig, args: argparse.Namespace, folder: Path) -> str | None:
+    """Draw the picture of the crops and return a line about it; if it cannot be written, say so and return None."""
+    from dreambooth_moslora.photos.crops import crop_rows
+    from dreambooth_moslora.pictures import draw_contact_sheet
+
+    path = Path(args.picture or f"{folder.resolve().name or 'photos'}_crops.png")
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    try:
+        if path.suffix.lower() != ".png":
+            raise OSError(None, "it is drawn as a PNG; name it so")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_contact_sheet(crop_rows(photos[:MAX_PICTURED], config), path)
+    except OSError as error:
+        print(spelled_out(f"no picture: {path}: {error.strerror}"), file=sys.stderr)
+        return None
+    is_drawn = config.random_flip or config.crop_zoom > 1 or not config.center_crop
+    note = " (of seed 0: without --seed, training draws others)" if is_drawn and config.seed is None else ""
+    return f"the crops: {path}{note}"
+
+
+def as_json(report: "PhotoReport") -> dict[str, Any]:
+    """{"photos": [{"path", "usable", "reasons", "size_px": [h, w] or null}], "usable": n}, by file name."""
+    found = [(photo, True, list(photo.reasons)) for photo in report.photos]
+    found += [(item, False, [item.reason]) for item in report.skipped]
+    rows = []
+    for one, usable, reasons in sorted(found, key=lambda row: str(row[0].path)):
+        size_px = list(one.size_px) if one.size_px else None
+        rows.append({"path": str(one.path), "usable": usable, "reasons": reasons, "size_px": size_px})
+    return {"photos": rows, "usable": len(report.photos)}
+
+
+def as_text(report: "PhotoReport", crops: str | None) -> str:
+    from dreambooth_moslora.photos.photo import quoted
+
+    lines = []
+    for photo in report.photos:
+        height, width = photo.size_px
+        extras = [*photo.reasons, *(["has a mask"] if photo.mask_path not in (None, photo.path) else [])]
+        lines.append(f"  ok    {photo.path.name}  {width} x {height}  {'; '.join(extras)}".rstrip())
+        lines.append(f"        {quoted(photo)}")
+    lines += [f"  left  {item.path.name}  {item.reason}" for item in report.skipped]
+    lines.append(
+        f"{len(report.photos)} usable, {len(report.skipped)} left out, {len(report.sidecars)} captions and masks"
+    )
+    return "\n".join([*lines, *([crops] if crops else [])])
+
+
+def caption_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="folder with the photos")
+    words = parser.add_mutually_exclusive_group(required=True)
+    words.add_argument("--subject", metavar="TEXT", help='rare word and class, "sks dog": "a photo of a sks dog …"')
+    words.add_argument("--instance_prompt", metavar="TEXT", help="instead, the whole beginning of each caption")
+    about_base = 'the base to be trained: "toy" reads places by its own CLIP; for others a language model writes'
+    parser.add_argument(f"--{BASE}", metavar="TEXT", default=STOCK_SDXL, help=about_base)
+    parser.add_argument("--caption_model", metavar="TEXT", help=SETTINGS["caption_model"].metadata["help"])
+    about_anew = "replace captions that were made before; those that you wrote or edited always stay"
+    parser.add_argument("--overwrite_made", action="store_true", help=about_anew)
+
+
+def run_caption(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.photos.captions import load_captioner, make_beside
+    from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
+    from dreambooth_moslora.photos.mask_making import best_device
+
+    words = args.instance_prompt if args.subject is None else args.subject
+    if not words.strip():
+        raise UserError(f"--{'instance_prompt' if args.subject is None else 'subject'}: it has no words.")
+    config = TrainConfig(
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        instance_prompt=args.instance_prompt or f"a photo of a {args.subject.strip()}",
+        caption_model=args.caption_model,
+    )
+    folder = Path(find_asset(args.folder))
+    report = find_photos(folder, config.instance_prompt, config.resolution)
+    if not report.photos:
+        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+    captioner, count = load_captioner(config, best_device()), 0
+    try:
+        for made in make_beside(report.photos, captioner, config.instance_prompt, anew=args.overwrite_made):
+            count += made.caption is not None
+            print(spelled_out(f"  {made.photo.path.name}  {made.caption or made.remark}"))
+    except OSError as error:
+        raise UserError(f"{folder}: a caption cannot be written: {error.strerror}") from error
+    print(f"{len(report.photos)} photos, {count} captions written")
+    return 0
