@@ -143,8 +143,12 @@ def note_strength(path: Path, choice: ScaleChoice | None) -> str:
 
 def resolve(args: argparse.Namespace) -> TrainConfig:
     """What to evaluate, from the arguments, the run folder's configuration and the file's header. Raises UserError."""
-    adapter = Path(find_asset(args.adapter))
-    known = of_one_subject(settings_of_run(adapter) or settings_of_file(adapter), args)
+    known = known_of(Path(find_asset(args.adapter)))
+    if known.get("subjects") and (args.photos or args.instance_prompt or args.class_word):
+        named = {one.instance_prompt: one for one in each_subject(TrainConfig.from_dict(known))}
+        if args.instance_prompt not in named:
+            raise UserError(f"--instance_prompt: it has several subjects; name one of {', '.join(map(repr, named))}.")
+        known = named[args.instance_prompt].to_dict()
     if known.get("subjects"):
         return TrainConfig.from_dict(known | ({"pretrained_model_name_or_path": args.base} if args.base else {}))
     base = args.base or known.get("pretrained_model_name_or_path")
@@ -160,50 +164,28 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
 
 
-def of_one_subject(known: dict, args: argparse.Namespace) -> dict:
-    """The settings of the subject that --instance_prompt names, when flags describe one subject. Raises UserError."""
-    if not known.get("subjects") or not (args.photos or args.instance_prompt or args.class_word):
-        return known
-    named = {one.instance_prompt: one for one in each_subject(TrainConfig.from_dict(known))}
-    if args.instance_prompt not in named:
-        raise UserError(f"--instance_prompt: it has several subjects; name one of {', '.join(map(repr, named))}.")
-    return named[args.instance_prompt].to_dict()
+def known_of(path: Path) -> dict:
+    """The settings of a run folder, or of the run that contains the file or `best/`; else those in the header of a file
+    that this program published."""
+    from dreambooth_moslora.adapters.export import load_published
+    from dreambooth_moslora.disk.run_folder import find_weights
 
-
-def settings_of_run(path: Path) -> dict | None:
-    """`train_config.json` of a run folder, or of the run that contains the file or `best/`; None if there is none."""
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
             return without_removed(read_json_table(config)) | {"output_dir": str(folder)}  # it may have been moved
-    return None
-
-
-def settings_of_file(path: Path) -> dict:
-    """Settings in the header of a file that this program published; empty for other files."""
-    from dreambooth_moslora.adapters.export import load_published
-    from dreambooth_moslora.disk.run_folder import find_weights
-
     facts = load_published(find_weights(path))[1]
     if facts is None or not facts.trigger_words:
         return {}
-    if facts.subject_prompts:  # the user must choose one of them
-        return {"pretrained_model_name_or_path": base_of(facts.base_id)}
-    prompt = f"a photo of {facts.trigger_words[0]}"
-    return {
-        "pretrained_model_name_or_path": base_of(facts.base_id),
-        "instance_prompt": prompt,
-        "class_word": facts.class_word,
-        **({"resolution": facts.resolution_px} if facts.resolution_px else {}),
-    }
-
-
-def base_of(base_id: str) -> str:
-    return "toy" if base_id == "toy-sdxl" else base_id
+    known = {"pretrained_model_name_or_path": "toy" if facts.base_id == "toy-sdxl" else facts.base_id}
+    if not facts.subject_prompts:  # of several the user must choose one
+        known |= {"instance_prompt": f"a photo of {facts.trigger_words[0]}", "class_word": facts.class_word}
+        known |= {"resolution": facts.resolution_px} if facts.resolution_px else {}
+    return known
 
 
 def plan_of(args: argparse.Namespace, subject: TrainConfig, photos: Sequence["Photo"]) -> "EvaluationPlan":
-    """The flags' plan for a subject, without places in its photos' captions."""
+    """The flags' plan for a subject, without places in its photos' captions. Raises UserError."""
     from dreambooth_moslora.evaluation.protocol import plan_of_subject, spread
 
     file = Path(args.prompts)
@@ -216,16 +198,12 @@ def plan_of(args: argparse.Namespace, subject: TrainConfig, photos: Sequence["Ph
         inference_steps=args.inference_steps,
     )
     if file.is_file():
-        plan = replace(plan, templates=lines_of(file))
+        try:
+            lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {file}: {reason_of(error)}.") from error
+        plan = replace(plan, templates=tuple(filter(None, lines)))
     return replace(plan, templates=spread(plan.templates, args.num_prompts)) if args.num_prompts else plan
-
-
-def lines_of(file: Path) -> tuple[str, ...]:
-    """The file's lines that are not empty. Raises UserError."""
-    try:
-        return tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file}: {reason_of(error)}.") from error
 
 
 def output_folder(args: argparse.Namespace) -> Path:

@@ -1,6 +1,7 @@
 """`python -m dreambooth_moslora generate`: pictures without a browser."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -37,12 +38,17 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_generate(args: argparse.Namespace) -> int:
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
-    from dreambooth_moslora.generation.pipeline import SubjectPipeline
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline, adapters_of_picture, given_adapters
 
     axes = tuple(parse_axis(text) for text in args.grid or ())
     recipe = read_recipe(args.from_png) if args.from_png else None
     values = _recipe_values(args, recipe)
-    adapters = _adapter_files(args, recipe)
+    if recipe and not args.adapter:
+        adapters = adapters_of_picture(recipe)
+    else:
+        adapters = given_adapters([_split_scale(text) for text in args.adapter], recipe)
+        for note in filter(None, (item.note for item in adapters)):
+            print(f"note: {note}", file=sys.stderr)
     basis = Path(args.basis).expanduser() if args.basis else None
     if basis and not basis.is_file():
         raise UserError(f"--basis {args.basis}: there is no such file.")
@@ -52,18 +58,6 @@ def run_generate(args: argparse.Namespace) -> int:
     params = GenerationParams.from_dict(values | {"adapters": chosen})
     events = generate_grid(pipeline, params, axes) if axes else pipeline.generate(params)
     return _save_all(events, Path(args.output_dir), only_sheet=bool(axes))
-
-
-def _adapter_files(args: argparse.Namespace, recipe: Recipe | None) -> list:
-    """The adapters of `--adapter`, else those of the picture. Raises UserError for a missing one."""
-    from dreambooth_moslora.generation.pipeline import adapters_of_picture, given_adapters
-
-    if recipe and not args.adapter:
-        return adapters_of_picture(recipe)
-    found = given_adapters([_split_scale(text) for text in args.adapter], recipe)
-    for note in filter(None, (item.note for item in found)):
-        print(f"note: {note}", file=sys.stderr)
-    return found
 
 
 def _split_scale(text: str) -> tuple[str, float | None]:
@@ -99,19 +93,12 @@ def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
     clear = "\r\033[K" if sys.stderr.isatty() else ""
     for event in events:
         if isinstance(event, Step) and clear:
-            print(f"{clear}{_progress(event)}", end="", file=sys.stderr, flush=True)
+            eta = "" if math.isnan(event.eta_sec) else f", {event.eta_sec:.0f} s left"
+            done = f"image {event.index + 1}/{event.num_images}, step {event.step}/{event.steps}{eta}"
+            print(f"{clear}{done}", end="", file=sys.stderr, flush=True)
         elif isinstance(event, Sheet) or (isinstance(event, Image) and not only_sheet):
             print(clear, end="", file=sys.stderr, flush=True)
             stem = "grid" if only_sheet else f"image_{event.params.seed}"
-            print(event.save(free_path(folder, stem)))
+            name = free_name(stem, lambda taken: (folder / f"{taken}.png").exists())
+            print(event.save(folder / f"{name}.png"))
     return 0
-
-
-def _progress(step) -> str:
-    eta = "" if step.eta_sec != step.eta_sec else f", {step.eta_sec:.0f} s left"
-    return f"image {step.index + 1}/{step.num_images}, step {step.step}/{step.steps}{eta}"
-
-
-def free_path(folder: Path, stem: str) -> Path:
-    """`stem`.png, or `stem`_2.png …: no file is overwritten."""
-    return folder / f"{free_name(stem, lambda name: (folder / f'{name}.png').exists())}.png"

@@ -1,18 +1,8 @@
-"""The terminal: streams that never end a run, stop signals, lines and bars of progress.
+"""The terminal: streams that never end a run, Ctrl-C as a request to stop, events as lines and bars.
 
-Standard output and error whose failures never end a run.
-
-In `train … | tee log` Ctrl-C ends `tee` first, and a terminal may be closed; the run must still save its folder
-and return its own exit code. After a failed write a stream is redirected to the null device. Characters that
-the terminal cannot encode are written as escapes.
-
-Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a stop request, which the loop checks between two steps.
-
-The handler only sets a flag, so that no file is cut off while it is saved. A second Ctrl-C prints a message; a
-third ends the process at once. That loses the steps since the last checkpoint, but no file (see
-`core`).
-
-Training events as lines and bars in the terminal, with the remaining time.
+In `train … | tee log` Ctrl-C ends `tee` first, and a terminal may be closed; the run must still save its folder and
+return its own exit code. Ctrl-C, SIGTERM and a closed terminal (SIGHUP) only set a flag, which the loop checks between
+two steps, so that no file is cut off while it is saved.
 """
 
 import os
@@ -43,7 +33,7 @@ STDERR = 2
 
 
 class BreakableStream:
-    """A text stream that drops its output once a write has failed."""
+    """A text stream that drops its output once a write has failed: then it goes to the null device."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -68,23 +58,20 @@ class BreakableStream:
 
 @contextmanager
 def survive_broken_pipes() -> Iterator[None]:
-    """In this block `sys.stdout` and `sys.stderr` survive the end of their reader."""
+    """In this block `sys.stdout` and `sys.stderr` survive the end of their reader, and write what the terminal cannot
+    encode as escapes. None, Python's value for a stream closed from the start (`2>&-`), becomes the null device."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(breakable, before)
+    streams = [stream or open(os.devnull, "w") for stream in before]  # noqa: SIM115
+    for stream in streams:
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = map(BreakableStream, streams)
     try:
         yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
-
-
-def breakable(stream: TextIO | None) -> BreakableStream:
-    """Wrap a stream. None, Python's value for a stream closed from the start (`2>&-`), becomes the null device."""
-    stream = stream or open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(stream, TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")
-    return BreakableStream(stream)
 
 
 MESSAGES = (
@@ -95,7 +82,11 @@ INTERRUPTED = 130
 
 
 class StopRequest:
-    """Context manager. Calling it returns whether the user or the system asked to stop."""
+    """Context manager. Calling it returns whether the user or the system asked to stop.
+
+    A second Ctrl-C prints a message; a third ends the process at once. That loses the steps since the last checkpoint,
+    but no file.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -107,8 +98,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in signals_to_hear():
-                self._before[number] = signal.signal(number, self._note)
+            numbers, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)  # Windows lacks it
+            if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # as under `nohup`
+                numbers.append(hangup)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,14 +119,6 @@ class StopRequest:
                 os.write(STDERR, MESSAGES[max(0, self._interrupts - 1)].encode())
 
 
-def signals_to_hear() -> list[int]:
-    """The signals to handle. SIGHUP is left out under `nohup` and on Windows, which lacks it."""
-    hangup = getattr(signal, "SIGHUP", None)
-    if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
-        return [signal.SIGINT, signal.SIGTERM]
-    return [signal.SIGINT, signal.SIGTERM, hangup]
-
-
 PHASE_TITLES = {
     "loading": "loading the base",
     "captions": "captions",
@@ -144,6 +129,8 @@ PHASE_TITLES = {
     "evaluating": "scoring",
     "exporting": "saving and verifying the adapter",
 }
+TRAINING = "training"
+"""Title of the bar of steps."""
 PLAIN_INTERVAL_SEC = 5.0
 """Seconds between two lines of progress when the output is a file."""
 
@@ -158,9 +145,24 @@ class TerminalProgress:
         self._phase = ""
 
     def __call__(self, event: Event) -> None:
-        handler = getattr(self, f"_on_{event.kind}", None)
-        if handler is not None:
-            handler(event)
+        match event:
+            case RunStarted():
+                self.total_steps = event.max_train_steps
+            case PhaseProgress():
+                self._show_phase(event)
+            case StepDone():
+                self._show_step(event)
+            case CheckpointSaved():
+                self.write(f"step {event.step}: checkpoint {event.path}")
+            case SamplesDrawn():
+                self.write(f"step {event.step}: {len(event.files)} sample images")
+            case StepEvaluated():
+                scores = ", ".join(f"{name} {value:.3f}" for name, value in event.scores.items())
+                self.write(f"step {event.step}: {scores}")
+            case ScaleFound():
+                self.write(f"best scale: {event.best:g}, usable from {event.low:g} to {event.high:g}")
+            case RunEnded():
+                self.close()
 
     def close(self) -> None:
         if self._bar is not None:
@@ -179,30 +181,22 @@ class TerminalProgress:
         )
         self._phase = title
 
-    def _on_start(self, event: RunStarted) -> None:
-        self.total_steps = event.max_train_steps
-
-    def _on_phase(self, event: PhaseProgress) -> None:
+    def _show_phase(self, event: PhaseProgress) -> None:
         title = PHASE_TITLES.get(event.phase)
         if title is None:
             return
-        total, done = event.total, event.done
-        if total <= 1:
-            if not self._training or event.phase == "exporting":
+        if event.total <= 1:
+            if self._phase != TRAINING or event.phase == "exporting":
                 self.close()
                 self.write(f"{title} …")
             return
         if self._phase != title:
-            self._open(title, total, done, "step" if event.phase == "sampling" else "image")
-        self._advance(done)
+            self._open(title, event.total, event.done, "step" if event.phase == "sampling" else "image")
+        self._advance(event.done)
 
-    @property
-    def _training(self) -> bool:
-        return self._phase == "training"
-
-    def _on_step(self, event: StepDone) -> None:
-        if not self._training:
-            self._open("training", self.total_steps, event.step - 1, "step")
+    def _show_step(self, event: StepDone) -> None:
+        if self._phase != TRAINING:
+            self._open(TRAINING, self.total_steps, event.step - 1, "step")
         shown = {"loss": f"{event.loss:.4f}", "lr": f"{event.lr:.2g}"}
         if event.loss_prior is not None:
             shown |= {"instance": f"{event.loss_instance:.4f}", "prior": f"{event.loss_prior:.4f}"}
@@ -213,19 +207,3 @@ class TerminalProgress:
         self._bar.update(done - self._bar.n)
         if done >= (self._bar.total or 0):
             self.close()
-
-    def _on_checkpoint(self, event: CheckpointSaved) -> None:
-        self.write(f"step {event.step}: checkpoint {event.path}")
-
-    def _on_sample(self, event: SamplesDrawn) -> None:
-        self.write(f"step {event.step}: {len(event.files)} sample images")
-
-    def _on_evaluation(self, event: StepEvaluated) -> None:
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in event.scores.items())
-        self.write(f"step {event.step}: {scores}")
-
-    def _on_scale(self, event: ScaleFound) -> None:
-        self.write(f"best scale: {event.best:g}, usable from {event.low:g} to {event.high:g}")
-
-    def _on_end(self, event: RunEnded) -> None:
-        self.close()

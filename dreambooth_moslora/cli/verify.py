@@ -161,27 +161,25 @@ def check_source(args: argparse.Namespace, facts: "AdapterMetadata", told: Mappi
 
 def unknown_settings(args: argparse.Namespace, receipt: Receipt, config: TrainConfig) -> list[str]:
     """A line about each setting that shaped the file and is not known."""
-    facts = receipt.facts
+    facts, lines = receipt.facts, []
     given = given_flags(args).keys() | told_in_config(args, facts).keys()
     if told_by(facts):
-        return [line_about(name) for name in facts.withheld if name not in given]
-    if args.nothing_else:
-        return []
-    names = [name for name in UNTOLD if shapes_weights(name, config) and name not in (*given, *OF_SOURCE)]
-    names = [name for name in names if name not in receipt.recipe] + ["step"] * (args.step is None)
-    flags = ", ".join(f"--{name}" for name in names)
-    return [
-        f"the file does not list its private settings, and earlier versions never did: {flags}",
-        "tell what was set of these; --nothing_else says that no other was",
-    ]
-
-
-def line_about(name: str) -> str:
-    if name == RESUMED:
-        return "the run was resumed with other settings than it began with"
-    if name not in UNTOLD:
-        return f"it was made with the setting {name:.80}, which no flag here tells"
-    return f"it was made with --{name}, whose value is not in the file; give it"
+        for name in (name for name in facts.withheld if name not in given):
+            if name == RESUMED:
+                lines.append("the run was resumed with other settings than it began with")
+            elif name not in UNTOLD:
+                lines.append(f"it was made with the setting {name:.80}, which no flag here tells")
+            else:
+                lines.append(f"it was made with --{name}, whose value is not in the file; give it")
+    elif not args.nothing_else:
+        names = [name for name in UNTOLD if shapes_weights(name, config) and name not in (*given, *OF_SOURCE)]
+        names = [name for name in names if name not in receipt.recipe] + ["step"] * (args.step is None)
+        flags = ", ".join(f"--{name}" for name in names)
+        lines = [
+            f"the file does not list its private settings, and earlier versions never did: {flags}",
+            "tell what was set of these; --nothing_else says that no other was",
+        ]
+    return lines
 
 
 def versions_apart(receipt: Receipt) -> list[str]:

@@ -116,7 +116,7 @@ def command(tiny_base, folder, *words) -> int:
     parser = argparse.ArgumentParser()
     generate.generate_arguments(parser)
     args = parser.parse_args(["--base", str(tiny_base), "--output_dir", str(folder), "--steps", "2", *words])
-    return generate.run(args)
+    return generate.run_generate(args)
 
 
 def test_the_command_writes_pictures_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):
