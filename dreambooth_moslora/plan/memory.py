@@ -42,7 +42,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.steps import uses_class_images
 from dreambooth_moslora.settings.fields import is_adapted, is_text_projection
 from dreambooth_moslora.settings.optimizers import BYTES_IN_8_BIT, optimizer_of
-from dreambooth_moslora.settings.rules import needs_live_projections
+from dreambooth_moslora.settings.rules import excluded_by
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import (
     SETTINGS,
@@ -424,7 +424,7 @@ def is_possible(config: TrainConfig, name: str) -> bool:
     """Whether the plan can be used: nf4 needs bitsandbytes and excludes caching, as other settings may."""
     if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
         return False
-    return "cache_cross_attention" not in PLANS[name] or not needs_live_projections(config)
+    return "cache_cross_attention" not in PLANS[name] or not excluded_by("cache_cross_attention", config)
 
 
 def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:

@@ -14,14 +14,13 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, NewType, get_args, get_type_hints
 
-from dreambooth_moslora.core import UserError, is_number
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.subjects import to_tables
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -83,19 +82,6 @@ def is_text_projection(path: str) -> bool:
     return path.endswith((".attn2.to_k", ".attn2.to_v"))
 
 
-GROUPS = (
-    "base model",
-    "photos",
-    "prior preservation",
-    "adapter",
-    "training",
-    "optimizer",
-    "memory and speed",
-    "samples and evaluation",
-    "run folder",
-    "hub",
-)
-
 MOST = 10**9
 """Upper bound of integers without a bound of their own: larger ones are typing errors."""
 
@@ -129,8 +115,8 @@ class Row:
     """must be given as a flag or in a file"""
     secret: bool = False
     """never written to a file"""
-    path: bool = False
-    """a file or folder; `~` is expanded, since no shell expands it in files and after `=`"""
+    path: Callable[[str], str] | None = None
+    """for a file or folder: what finds it; `~` is expanded, since no shell expands it in files and after `=`"""
     per_process: bool = False
     """may differ between the processes of one run"""
     per_subject: bool = False
@@ -161,18 +147,15 @@ class Row:
     """flags of other trainers that mean the same"""
 
 
-def option(default: Any, help: str, **facts: Any) -> Any:
-    """A dataclass field with the facts of a `Row`."""
-    if facts.get("per_subject"):
-        facts = {"yields_to": ("subjects", WORDS)} | facts
-    return field(default=default, metadata=vars(Row(help, **facts)))
+def grouped(group: str) -> Callable[..., Any]:
+    """What makes a row of the group of the help: a dataclass field with the facts of a `Row`."""
 
+    def option(default: Any, help: str, **facts: Any) -> Any:
+        if facts.get("per_subject"):
+            facts = {"yields_to": ("subjects", WORDS)} | facts
+        return field(default=default, metadata=vars(Row(help, group, **facts)))
 
-def grouped(group: str) -> partial:
-    """`option` for the fields in one group of the help."""
-    if group not in GROUPS:
-        raise KeyError(group)
-    return partial(option, group=group)
+    return option
 
 
 def where(words: str, applies: Callable[[Any], object]) -> Idle:
@@ -197,27 +180,16 @@ def optimizer_name(text: str) -> str:
     return "AdamW" if name.lower() == "adamw8bit" else name
 
 
-def has_8bit_states(text: str) -> bool | None:
-    return True if re.search(r"\badamw8bit(\(|$)", text, re.IGNORECASE) else None
-
-
-def first_number(text: str) -> str:
-    """`[5e-05, 1e-05]` -> 5e-05, since both text encoders share one rate here."""
-    return text.strip("[]").partition(",")[0]
-
-
 def field_types(owner: type) -> dict[str, FieldType]:
     """The type of each field of a dataclass, by name."""
-    hints = get_type_hints(owner)
-    return {item.name: field_type(hints[item.name]) for item in fields(owner)}
-
-
-def field_type(hint: Any) -> FieldType:
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    kind = next(k for k in kinds if k is not type(None))
-    if kind not in (bool, int, float, str):
-        kind = next((item for item in (Prompt, Subject) if item in get_args(kind)), tuple)
-    return kind, type(None) in kinds
+    types = {}
+    for name, hint in get_type_hints(owner).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kind = next(k for k in kinds if k is not type(None))
+        if kind not in (bool, int, float, str):
+            kind = next((item for item in (Prompt, Subject) if item in get_args(kind)), tuple)
+        types[name] = kind, type(None) in kinds
+    return types
 
 
 def convert(name: str, value: Any, kind: FieldType) -> Any:
@@ -225,40 +197,34 @@ def convert(name: str, value: Any, kind: FieldType) -> Any:
     base, optional = kind
     if value is None and optional:
         return None
-    converted = CONVERTERS[base](value)
+    converted = as_type(base, value)
     if converted is None:
-        raise UserError(f"--{name} {value!r}: {NO_TEXT if is_undecodable(value) else f'expected {EXPECTED[base]}'}.")
+        is_undecodable = isinstance(value, (str, Path)) and not is_text(str(value))
+        raise UserError(f"--{name} {value!r}: {NO_TEXT if is_undecodable else f'expected {EXPECTED[base]}'}.")
     return converted
 
 
-def to_bool(value: Any) -> bool | None:
-    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-    return value if isinstance(value, bool) else words.get(value.lower()) if isinstance(value, str) else None
-
-
-def to_int(value: Any) -> int | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
+def as_type(base: Any, value: Any) -> Any:
+    """The value as one of the type; None if it is none. Raises UserError for tables of subjects that cannot be read."""
+    if base is Subject:
+        return to_tables(value)
+    if base is bool:
+        return value if isinstance(value, bool) else BOOLEANS.get(value.lower()) if isinstance(value, str) else None
+    if base is str:
+        return str(value) if isinstance(value, (str, Path)) and is_text(str(value)) else None
+    if base in (int, float):
+        try:
+            number = None if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        if base is float or number is None:
+            return number
         return int(value) if isinstance(value, int) else int(number) if number.is_integer() else None
-    except (TypeError, ValueError, OverflowError):
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or any(as_type(str, text) is None for text in texts):
         return None
-
-
-def to_float(value: Any) -> float | None:
-    try:
-        return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def to_str(value: Any) -> str | None:
-    return str(value) if isinstance(value, (str, Path)) and is_text(str(value)) else None
-
-
-def is_undecodable(value: Any) -> bool:
-    return isinstance(value, (str, Path)) and not is_text(str(value))
+    words = ",".join(texts).split(",") if base is tuple else texts
+    return tuple(word.strip() for word in words if word.strip())
 
 
 def is_text(value: str) -> bool:
@@ -266,21 +232,7 @@ def is_text(value: str) -> bool:
     return "\0" not in value and value == value.encode("utf-8", "replace").decode()
 
 
-def to_prompts(value: Any) -> tuple[str, ...] | None:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or not all(to_str(text) is not None for text in texts):
-        return None
-    return tuple(text.strip() for text in texts if text.strip())
-
-
-def to_words(value: Any) -> tuple[str, ...] | None:
-    texts = to_prompts(value)
-    return None if texts is None else to_prompts(",".join(texts).split(","))
-
-
-CONVERTERS = {bool: to_bool, int: to_int, float: to_float, str: to_str, tuple: to_words, Prompt: to_prompts} | {
-    Subject: to_tables
-}
+BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 NO_TEXT = "not valid UTF-8, or with a NUL, so that no file of the run can hold it; write or rename it in UTF-8"
 EXPECTED = {
     bool: "true or false",
@@ -291,17 +243,6 @@ EXPECTED = {
     Prompt: "a list of prompts",
     Subject: "a folder of folders, a JSON file, or [[subjects]] tables",
 }
-
-
-def check_limits(item: Field, value: Any) -> None:
-    """Raises UserError with the wrong number and the bound it breaks."""
-    facts = item.metadata
-    if value is None or value == item.default:
-        return
-    if facts["choices"] and value not in facts["choices"]:
-        raise UserError(f"--{item.name} {value}: choose one of {', '.join(facts['choices'])}.")
-    if is_number(value):
-        check_number(item.name, value, **{bound: facts[bound] for bound in ("low", "above", "high", "below")})
 
 
 def check_number(

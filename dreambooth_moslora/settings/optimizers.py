@@ -39,26 +39,17 @@ def of_adam(config: Config) -> dict[str, Any]:
     return {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
 
 
-def of_adamw(config: Config) -> dict[str, Any]:
-    """Fused: one kernel for the hundreds of small matrices takes a quarter of the loop's time on a CPU."""
-    return of_adam(config) | ({} if config.use_8bit_adam else {"fused": True})
-
-
-def of_prodigy(config: Config) -> dict[str, Any]:
-    names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-    return of_adam(config) | {name: getattr(config, f"prodigy_{name}") for name in names}
-
-
-def of_adafactor(config: Config) -> dict[str, Any]:
-    """As kohya writes it: the given rate for weights of any size."""
-    return {"scale_parameter": False, "relative_step": False}
-
-
+OF_PRODIGY = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
 OPTIMIZERS = {
-    "AdamW": OptimizerKind("torch.optim:AdamW", of_adamw, in_8_bit="bitsandbytes.optim:AdamW8bit"),
+    "AdamW": OptimizerKind(
+        "torch.optim:AdamW",
+        # fused: one kernel for the hundreds of small matrices takes a quarter of the loop's time on a CPU
+        lambda run: of_adam(run) | ({} if run.use_8bit_adam else {"fused": True}),
+        in_8_bit="bitsandbytes.optim:AdamW8bit",
+    ),
     "Prodigy": OptimizerKind(  # finds its rate (Mishchenko and Defazio 2023); the given one multiplies it
         "prodigyopt:Prodigy",
-        of_prodigy,
+        lambda run: of_adam(run) | {name: getattr(run, f"prodigy_{name}") for name in OF_PRODIGY},
         package="prodigyopt",
         on_gpu="dreambooth_moslora.training.optimizer:FlatProdigy",
         learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"),
@@ -71,7 +62,9 @@ OPTIMIZERS = {
         learns=("k", "weight_sum", "lr_max"),
         averages=True,
     ),
-    "Adafactor": OptimizerKind("transformers.optimization:Adafactor", of_adafactor),  # Shazeer and Stern 2018
+    "Adafactor": OptimizerKind(  # Shazeer and Stern 2018; as kohya writes it: the given rate for weights of any size
+        "transformers.optimization:Adafactor", lambda run: {"scale_parameter": False, "relative_step": False}
+    ),
 }
 BYTES_IN_8_BIT = 10
 """`bytes_each` with --use_8bit_adam."""

@@ -32,6 +32,31 @@ REMARKS: dict[str, Callable[[Config], object]] = {
 """Sentence -> whether it is said of a run."""
 
 
+EDM_WEIGHS = "EDM weighs noise levels itself"
+TEXT_CHANGES = "the text of a prompt changes from step to step"
+EXCLUDED: dict[str, dict[str, str]] = {
+    "snr_gamma": {"do_edm_style_training": EDM_WEIGHS, "debiased_estimation_loss": "each weighs noise levels"},
+    "debiased_estimation_loss": {"do_edm_style_training": EDM_WEIGHS},
+    "loss_type": {"do_edm_style_training": EDM_WEIGHS},
+    "exposures_per_photo": {"max_train_steps": "each sets the steps"},
+    "cache_cross_attention": {
+        "train_text_encoder": TEXT_CHANGES,
+        "train_text_encoder_ti": TEXT_CHANGES,
+        "use_dora": "DoRA reads the weights",
+        "base_quantization": "it quantises these weights",
+    },
+    "basis": {
+        "init_adapter": "each sets A and B",
+        "use_dora": "the mixer alone is trained",
+        "train_text_encoder": "a basis is the UNet's",
+        "train_text_encoder_ti": "a basis is the UNet's",
+        "mixer": "on a basis the mixer starts at zero",
+        "train_mixer": "nothing would be trained",
+    },
+}
+"""Setting -> settings that a run cannot change beside it, and why."""
+
+
 def remarks(config: Config) -> list[str]:
     """A line for each setting that the other settings make ineffective, and for other settings that go badly
     together."""
@@ -39,9 +64,30 @@ def remarks(config: Config) -> list[str]:
         f"--{item.name} has no effect {words.format_map(vars(config))}"
         for item in fields(config)
         for words, applies in item.metadata["idle"]
-        if getattr(config, item.name) not in (item.default, "") and applies(config)
+        if given_flag(config, item.name) and applies(config)
     ]
     return found + [line for line, applies in REMARKS.items() if applies(config)]
+
+
+def given_flag(config: Config, name: str) -> str:
+    """The flag that gives a setting the value that it has; empty for its default."""
+    value, row = getattr(config, name), config.__dataclass_fields__[name]
+    if value in (row.default, ""):
+        return ""
+    if value is False:
+        return f"--no_{name}"
+    return f"--{name} {value}" if row.metadata["choices"] else f"--{name}"
+
+
+def excluded_by(name: str, config: Config) -> list[tuple[str, str]]:
+    """The given flags that the setting excludes, and the reasons."""
+    return [(flag, why) for other, why in EXCLUDED[name].items() if (flag := given_flag(config, other))]
+
+
+def weighting_flags(config: Config) -> list[str]:
+    """The given flags that weigh errors of noise or velocity, which EDM's errors of latents exclude."""
+    weighting = [name for name, others in EXCLUDED.items() if "do_edm_style_training" in others]
+    return [flag for name in weighting if (flag := given_flag(config, name))]
 
 
 def check_together(config: Config) -> None:
@@ -59,12 +105,9 @@ def check_together(config: Config) -> None:
         check_subjects(config)
     elif config.with_prior_preservation and not config.class_prompt:
         raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
-    for flag in weighting_flags(config) if config.do_edm_style_training else ():
-        raise UserError(f"{flag} and --do_edm_style_training: EDM weighs noise levels itself; give one of them.")
-    if config.snr_gamma is not None and config.debiased_estimation_loss:
-        raise UserError("--snr_gamma and --debiased_estimation_loss: each weighs noise levels; give one of them.")
-    if config.exposures_per_photo and config.max_train_steps:
-        raise UserError("--exposures_per_photo and --max_train_steps: each sets the steps; give one of them.")
+    for name in EXCLUDED:
+        for other, why in excluded_by(name, config) if (flag := given_flag(config, name)) else ():
+            raise UserError(f"{flag} and {other}: {why}; give one of them.")
     if config.early_stopping and not config.evaluate_steps:
         raise UserError("--early_stopping needs --evaluate_steps: it stops by the scores.")
     kind = optimizer_of(config)
@@ -77,51 +120,10 @@ def check_together(config: Config) -> None:
         raise UserError("--train_text_encoder and --train_text_encoder_ti: train adapters or new tokens; give one.")
     if kind.averages and config.train_text_encoder_ti:
         raise UserError(f"--optimizer {config.optimizer} averages the adapter alone: give AdamW with new tokens.")
-    for flag, why in needs_live_projections(config) if config.cache_cross_attention else ():
-        raise UserError(f"--cache_cross_attention and {flag}: {why}; give one of them.")
     if config.init_adapter and config.mixer == "butterfly":
         raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
-    for flag, why in excluded_by_basis(config) if config.basis else ():
-        raise UserError(f"--basis and {flag}: {why}; give one of them.")
     for name in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, name):
             parse_pattern(name, text)
     if not config.target_modules:
         raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
-
-
-def needs_live_projections(config: Config) -> list[tuple[str, str]]:
-    """The given flags that make it impossible to compute cross-attention's products with a prompt once, and the
-    reasons."""
-    changes = "the text of a prompt changes from step to step"
-    given = {
-        ("--train_text_encoder", changes): config.train_text_encoder,
-        ("--train_text_encoder_ti", changes): config.train_text_encoder_ti,
-        ("--use_dora", "DoRA reads the weights"): config.use_dora,
-        (f"--base_quantization {config.base_quantization}", "it quantises these weights"): config.base_quantization
-        != "none",
-    }
-    return [reason for reason, is_given in given.items() if is_given]
-
-
-def excluded_by_basis(config: Config) -> list[tuple[str, str]]:
-    """The given flags that a frozen basis excludes, and the reasons."""
-    given = {
-        ("--init_adapter", "each sets A and B"): config.init_adapter,
-        ("--use_dora", "the mixer alone is trained"): config.use_dora,
-        ("--train_text_encoder", "a basis is the UNet's"): config.train_text_encoder,
-        ("--train_text_encoder_ti", "a basis is the UNet's"): config.train_text_encoder_ti,
-        (f"--mixer {config.mixer}", "on a basis the mixer starts at zero"): config.mixer != "orthogonal",
-        ("--no_train_mixer", "nothing would be trained"): not config.train_mixer,
-    }
-    return [reason for reason, is_given in given.items() if is_given]
-
-
-def weighting_flags(config: Config) -> list[str]:
-    """The given flags that weigh errors of noise or velocity, which EDM's errors of latents exclude."""
-    given = {
-        "--snr_gamma": config.snr_gamma is not None,
-        "--debiased_estimation_loss": config.debiased_estimation_loss,
-        f"--loss_type {config.loss_type}": config.loss_type != "l2",
-    }
-    return [flag for flag, is_given in given.items() if is_given]

@@ -106,26 +106,21 @@ def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     taken, wrong = {}, []
     for name, value in values.items():
         try:
-            taken[name] = checked_alone(name, value)
+            if name in REMOVED:
+                raise UserError(f"`{name}`: {REMOVED[name]}")
+            if name not in (*RECIPE, *TOLD_IF_CHANGED):
+                raise UserError(f"`{name:.40}` is not a setting of a recipe")
+            if name in LAYERS and len(str(value)) > MOST_LETTERS:
+                raise UserError(f"--{name} names too many layers")
+            found = getattr(TrainConfig(class_prompt="a class", **{name: value}), name)
+            if name == "basis" and found not in (None, SVD):
+                raise UserError("--basis names a file")
+            if name in LAYERS and not all(LAYER.fullmatch(text) for text in found):
+                raise UserError(f"--{name} names no layers")
+            taken[name] = found
         except UserError as error:
             wrong.append(one_line(str(error).rstrip("."), 100))
     return taken, wrong
-
-
-def checked_alone(name: str, value: Any) -> Any:
-    """The converted value. Raises UserError for a name that is not in RECIPE, and for an invalid value."""
-    if name in REMOVED:
-        raise UserError(f"`{name}`: {REMOVED[name]}")
-    if name not in (*RECIPE, *TOLD_IF_CHANGED):
-        raise UserError(f"`{name:.40}` is not a setting of a recipe")
-    if name in LAYERS and len(str(value)) > MOST_LETTERS:
-        raise UserError(f"--{name} names too many layers")
-    found = getattr(TrainConfig(class_prompt="a class", **{name: value}), name)
-    if name == "basis" and found not in (None, SVD):
-        raise UserError("--basis names a file")
-    if name in LAYERS and not all(LAYER.fullmatch(text) for text in found):
-        raise UserError(f"--{name} names no layers")
-    return found
 
 
 UNSET = ("", "None", "{}", "[]")
@@ -167,27 +162,21 @@ def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
     Raises UserError for a file without a recipe, or that is not a safetensors file.
     """
+    file = Path(os.path.expanduser(path))
     try:
-        found = recipe_in_file(place_of(path))
+        file = file / PUBLISHED_NAME if file.is_dir() else file
+        if not file.is_file():
+            raise UserError("there is no such file")
+        found = recipe_in_file(file)
     except UserError as error:
         raise UserError(f"--like {path}: {error}.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--like {path}: it is not a safetensors file: {one_line(error)}.") from None
     settings = unless_given(found.settings, given)
     return settings, [
         f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)",
         *found.remarks,
     ]
-
-
-def place_of(path: str) -> Path:
-    """The file; for a run folder, its published one. Raises UserError when there is none."""
-    file = Path(os.path.expanduser(path))
-    try:
-        file = file / PUBLISHED_NAME if file.is_dir() else file
-        if file.is_file():
-            return file
-    except (OSError, ValueError) as error:
-        raise UserError(f"it is not a safetensors file: {one_line(error)}") from None
-    raise UserError("there is no such file")
 
 
 def recipe_in_file(file: Path) -> FoundRecipe:
@@ -202,14 +191,14 @@ def recipe_in(header: Mapping[str, str]) -> FoundRecipe:
         facts = json.loads(header.get("moslora", "{}"))
     except (ValueError, RecursionError):
         facts = {}
-    ours = facts.get("recipe") if isinstance(facts, dict) else None
+    facts = facts if isinstance(facts, dict) else {}
+    ours, basis = facts.get("recipe"), facts.get("basis")
     values, meaningless = (ours, []) if isinstance(ours, dict) else from_kohya(header)
     if not values:
         raise UserError("its header holds no recipe, neither ours nor kohya's (ss_*)")
     settings, wrong = checked_recipe(values)
     if not settings:
         raise UserError(f"none of its settings is valid: {one_line('; '.join(wrong))}")
-    basis = facts.get("basis") if isinstance(facts, dict) else None
     if isinstance(basis, dict) and basis.get("kind") == "file":
         wrong = [*wrong, "its basis is a file, which --basis must name"]
     return FoundRecipe(settings, tuple(meaningless), tuple(wrong))

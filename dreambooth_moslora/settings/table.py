@@ -6,23 +6,22 @@ header of a published file, the remarks before a run and the list in `docs/setti
 between several settings is a sentence in `rules`.
 """
 
-import os
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields, make_dataclass
+from os.path import expanduser
 from typing import Any
 
-from dreambooth_moslora.core import UserError, find_asset, is_toy
+from dreambooth_moslora.core import UserError, find_asset, is_number, is_toy
 from dreambooth_moslora.settings.fields import (
     ATTENTION,
     WORDS,
     Prompt,
     Subject,
-    check_limits,
+    check_number,
     convert,
     field_types,
-    first_number,
     grouped,
-    has_8bit_states,
     nearest,
     one_side,
     optimizer_name,
@@ -67,14 +66,6 @@ def draws_class_images(run: "TrainConfig") -> bool:
     return run.with_prior_preservation and run.prior == "class_images"
 
 
-def asks_the_base(run: "TrainConfig") -> bool:
-    return run.with_prior_preservation and run.prior == "adapter_off"
-
-
-def has_steps(run: "TrainConfig") -> bool:
-    return bool(run.max_train_steps or run.exposures_per_photo)
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """Values are converted and checked on construction; UserError names the wrong setting and the reason.
@@ -85,16 +76,16 @@ class TrainConfig:
     # fmt: off
     pretrained_model_name_or_path: str = of_base("toy",
         'base model: a diffusers folder, a hub id, a .safetensors checkpoint, or "toy" (embedded)',
-        required=True, path=True)
+        required=True, path=expanduser)
     pretrained_vae_model_name_or_path: str | None = of_base(None, "another VAE than the base's own: folder or hub id",
-        path=True, shapes=True)
+        path=expanduser, shapes=True)
     revision: str | None = of_base(None, "branch, tag or commit of the base on the hub", shapes=is_of_files)
     variant: str | None = of_base(None, 'which files of the base to load, for example "fp16"', shapes=is_of_files)
     cache_dir: str | None = of_base(None, "where downloads, and encodings with --caching disk, are kept",
-        path=True, per_process=True)
+        path=expanduser, per_process=True)
 
     instance_data_dir: str | None = of_photos(None, "folder with the photos of the subject",
-        path=True, per_subject=True)
+        path=find_asset, per_subject=True)
     dataset_name: str | None = of_photos(None, "instead of a folder: a data set, on the hub or local",
         yields_to=("subjects", WORDS), shapes=True)
     dataset_config_name: str | None = of_photos(None, "configuration of --dataset_name",
@@ -182,9 +173,10 @@ class TrainConfig:
         "other prompts that adapter_off preserves too: every second image draws one of them",
         shapes=True, idle=unless(with_prior_preservation=True, prior="adapter_off"))
     class_data_dir: str | None = of_prior(None, "folder with class images (default: in the run folder)",
-        path=True, per_subject=True, shapes=True,
+        path=expanduser, per_subject=True, shapes=True,
         idle=unless(with_prior_preservation=True)
-        + where("with --prior adapter_off, which needs no images", asks_the_base))
+        + where("with --prior adapter_off, which needs no images",
+            lambda run: run.with_prior_preservation and run.prior == "adapter_off"))
     num_class_images: int = of_prior(100, "class images wanted; missing ones are generated", low=1, publish="always")
     prior_loss_weight: float = of_prior(1.0, "weight of the prior loss",
         low=0, publish="always", kohya="ss_prior_loss_weight", elsewhere="prior_loss_weights")
@@ -215,7 +207,7 @@ class TrainConfig:
     basis: str | None = of_adapter(None,
         "train the mixer alone, from zero: A and B are frozen, from the SVD of the base's weights (svd) or those of "
         "a raw adapter file",
-        path=True, publish="if_changed", shapes=lambda run: run.basis is not None)
+        path=expanduser, publish="if_changed", shapes=lambda run: run.basis is not None)
     target_modules: tuple[str, ...] = of_adapter(ATTENTION,
         "layers of the UNet that get an adapter, by the end of their path (to_q, conv1), with * (down_blocks.2.*), "
         "or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, blora_style)",
@@ -240,7 +232,7 @@ class TrainConfig:
         per_subject=True, shapes=True, idle=unless(train_text_encoder_ti=True))
     init_adapter: str | None = of_adapter(None,
         "begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
-        path=True, shapes=True, elsewhere="network_weights init_lora")
+        path=expanduser, shapes=True, elsewhere="network_weights init_lora")
 
     seed: int | None = of_training(None, "seed of everything random",
         low=0, high=2**63 - 1, publish="always", kohya="ss_seed", elsewhere="seeds", check=True)
@@ -250,7 +242,8 @@ class TrainConfig:
         low=1, publish="always", kohya="ss_gradient_accumulation_steps")
     num_train_epochs: int = of_training(1, "times through all photos, when --max_train_steps is not given",
         low=1, replaces=("max_train_steps", "exposures_per_photo"), publish="always",
-        idle=where("with --max_train_steps or --exposures_per_photo", has_steps), kohya="ss_num_epochs",
+        idle=where("with --max_train_steps or --exposures_per_photo",
+            lambda run: run.max_train_steps or run.exposures_per_photo), kohya="ss_num_epochs",
         elsewhere="max_train_epochs")
     max_train_steps: int | None = of_training(None, "optimizer steps; overrides --num_train_epochs",
         low=1, yields_to=("exposures_per_photo",), replaces=("exposures_per_photo",), publish="always",
@@ -263,7 +256,7 @@ class TrainConfig:
     text_encoder_lr: float = of_training(5e-6, "learning rate of the text encoders; 0: the same as --learning_rate",
         low=0, high=100, publish="always",
         idle=where("without --train_text_encoder or --train_text_encoder_ti", lambda run: not run.keeps_text_encoders),
-        kohya="ss_text_encoder_lr", of_kohya=first_number)
+        kohya="ss_text_encoder_lr", of_kohya=lambda text: text.strip("[]").partition(",")[0])
     scale_lr: bool = of_training(False, "multiply --learning_rate by processes x accumulation x batch size",
         publish="always")
     lr_scheduler: str = of_training("constant", "schedule of the learning rate",
@@ -319,7 +312,8 @@ class TrainConfig:
         spellings={name.lower(): name for name in OPTIMIZERS} | {"schedulefree": SCHEDULE_FREE}, kohya="ss_optimizer",
         of_kohya=optimizer_name)
     use_8bit_adam: bool = of_optimizer(False, "AdamW with 8-bit states (bitsandbytes)",
-        publish="always", packages={True: "bitsandbytes"}, kohya="ss_optimizer", of_kohya=has_8bit_states,
+        publish="always", packages={True: "bitsandbytes"}, kohya="ss_optimizer",
+        of_kohya=lambda text: bool(re.search(r"(?i)\badamw8bit(\(|$)", text)) or None,
         idle=where("with --optimizer {optimizer}", lambda run: not OPTIMIZERS[run.optimizer].in_8_bit))
     adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1, publish="always")
     adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1, publish="always")
@@ -376,13 +370,13 @@ class TrainConfig:
         "stop when the score has not risen for this many evaluations (default: only warn)",
         low=1)
 
-    output_dir: str = of_run("lora-dreambooth-model", "the run folder", path=True, yields_to=(WORDS,))
+    output_dir: str = of_run("lora-dreambooth-model", "the run folder", path=expanduser, yields_to=(WORDS,))
     output_kohya_format: bool = of_run(False, "accepted: the file for ComfyUI and A1111 is always written")
     checkpointing_steps: int = of_run(500, "steps between checkpoints",
         low=1, elsewhere="save_every_n_epochs save_every_n_steps")
     checkpoints_total_limit: int | None = of_run(None, "numbered checkpoints to keep", low=1)
-    resume_from_checkpoint: str | None = of_run(None, 'a checkpoint folder, or "latest"', path=True)
-    logging_dir: str = of_run("logs", "folder of the trackers' logs inside the run folder", path=True)
+    resume_from_checkpoint: str | None = of_run(None, 'a checkpoint folder, or "latest"', path=expanduser)
+    logging_dir: str = of_run("logs", "folder of the trackers' logs inside the run folder", path=expanduser)
     report_to: str = of_run("tensorboard", "tracker for numbers and samples",
         choices=(*TRACKERS, "all", "none"), packages={name: name for name in TRACKERS if name != "tensorboard"})
     dry_run: bool = of_run(False, "print the plan and its cost, and exit")
@@ -431,6 +425,7 @@ class TrainConfig:
 SETTINGS: dict[str, Field] = {item.name: item for item in fields(TrainConfig)}
 """Name -> row."""
 FIELD_TYPES = field_types(TrainConfig)
+GROUPS = tuple(dict.fromkeys(item.metadata["group"] for item in SETTINGS.values()))
 
 
 def named(fact: str, value: Any = True) -> tuple[str, ...]:
@@ -442,10 +437,6 @@ SAID_BY_SUBJECTS = tuple(name for name, item in SETTINGS.items() if "subjects" i
 """What the tables of several subjects say instead of the run's own settings."""
 
 
-def told_of(self: Any) -> dict[str, str]:
-    return {name: value for name, value in vars(self).items() if value is not None}
-
-
 SubjectTable = make_dataclass(
     "SubjectTable",
     [(name, str | None, None) for name in named("per_subject")],
@@ -453,7 +444,7 @@ SubjectTable = make_dataclass(
     namespace={
         "__doc__": "The settings in which a subject differs from the run; None for the others.",
         "__module__": __name__,
-        "to_dict": told_of,
+        "to_dict": lambda self: {name: value for name, value in vars(self).items() if value is not None},
     },
 )
 
@@ -483,14 +474,17 @@ REMOVED = dict.fromkeys(
 
 def checked(item: Field, value: Any) -> Any:
     """The value of one setting, converted and within its limits. Raises UserError."""
-    value = convert(item.name, value, FIELD_TYPES[item.name])
-    value = item.metadata["spellings"].get(str(value).lower(), value)
-    check_limits(item, value)
-    if item.name == "subjects":
+    name, facts, kind = item.name, item.metadata, FIELD_TYPES[item.name]
+    value = convert(name, value, kind)
+    value = facts["spellings"].get(str(value).lower(), value)
+    if value is not None and value != item.default:
+        if facts["choices"] and value not in facts["choices"]:
+            raise UserError(f"--{name} {value}: choose one of {', '.join(facts['choices'])}.")
+        if is_number(value):
+            check_number(name, value, **{bound: facts[bound] for bound in ("low", "above", "high", "below")})
+    if kind[0] is Subject:
         return tuple(map(subject_table, value))
-    if item.name == "instance_data_dir" and value:
-        return find_asset(value)
-    return os.path.expanduser(value) if value and item.metadata["path"] else value
+    return facts["path"](value) if value and facts["path"] else value
 
 
 def subject_table(values: Any) -> Any:
@@ -516,20 +510,16 @@ def check_each(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name in SETTINGS:
             checked_setting(name, value)
-        elif value or name not in REMOVED:
-            raise UserError(unknown_setting(name))
+        elif name in REMOVED and value:
+            raise UserError(f"`{name}`: {REMOVED[name]}.")
+        elif name not in REMOVED:
+            close = nearest(name.replace("-", "_"), SETTINGS)
+            raise UserError(f"unknown setting `{name}`" + (f": did you mean `{close}`?" if close else "; see --help."))
 
 
 def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that an earlier version may have trained, without those in REMOVED."""
     return {name: value for name, value in values.items() if name not in REMOVED}
-
-
-def unknown_setting(name: str) -> str:
-    if name in REMOVED:
-        return f"`{name}`: {REMOVED[name]}."
-    close = nearest(name.replace("-", "_"), SETTINGS)
-    return f"unknown setting `{name}`" + (f": did you mean `{close}`?" if close else "; see --help.")
 
 
 def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:
