@@ -186,22 +186,9 @@ def find_asset(path: str) -> str:
 
 
 TOY_PLACES = (
-    "on grass",
-    "in the snow",
-    "on the beach",
-    "on a wooden floor",
-    "on a purple rug",
-    "in the desert",
-    "on a checkered floor",
-    "in a pink room",
-    "on water",
-    "in a forest",
-    "on a city street",
-    "on the moon",
-    "in a kitchen",
-    "on a stage with red curtains",
-    "on autumn leaves",
-    "on lava",
+    *("on grass", "in the snow", "on the beach", "on a wooden floor", "on a purple rug", "in the desert"),
+    *("on a checkered floor", "in a pink room", "on water", "in a forest", "on a city street", "on the moon"),
+    *("in a kitchen", "on a stage with red curtains", "on autumn leaves", "on lava"),
 )
 TOY_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in TOY_PLACES)
 """One for each place that the embedded base knows."""
@@ -222,9 +209,9 @@ def preferred_guidance(base: str) -> float:
 
 
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
+"""Hub ids of the encoders that score pictures of SDXL."""
 SUBJECT_FILE = "subject.json"
 """Beside photos: their token and class word, for commands that take folders of subjects; of a toy, what it is."""
-"""Hub ids of the encoders that score pictures of SDXL."""
 MAX_WORD_CHARACTERS = 60
 """Of a token, and of the word for what photos show."""
 
@@ -303,10 +290,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path, "new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    old = temporary_name(path, "old")
     try:
         yield temporary
-        sync_tree(temporary)
-        replace_directory(temporary, path)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        sync_folder(temporary)
+        if path.exists():  # `recover` repairs a kill between the two renames
+            os.replace(path, old)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -323,17 +319,6 @@ def scratch_directory(folder: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def replace_directory(new: Path, path: Path) -> None:
-    """Put `new` in the place of `path`. It takes two renames if `path` exists; `recover` repairs a kill between
-    them."""
-    old = temporary_name(path, "old")
-    if path.exists():
-        os.replace(path, old)
-    os.replace(new, path)
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:
@@ -390,14 +375,6 @@ def is_in_use(temporary: re.Match[str]) -> bool:
     except OSError:
         return True
     return True
-
-
-def sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

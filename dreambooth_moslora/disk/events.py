@@ -1,14 +1,8 @@
-"""The events of a run, and the file that holds them, one JSON object a line.
-
-A file of events, such as a run's `metrics.jsonl`: one JSON object per line, only appended to.
-
-A run's events, one frozen dataclass each; `metrics.jsonl` holds one per line.
+"""The events of a run, one frozen dataclass each, and their file, `metrics.jsonl`, one JSON object a line.
 
 RunStarted  PhaseProgress*
 (StepDone  SamplesDrawn?  StepEvaluated?  CheckpointSaved?)*
 ScaleFound?  AdapterExported  RunEnded
-
-`record_of` makes a line's dict, `events_of` finds the events of one type among such dicts.
 """
 
 import json
@@ -19,14 +13,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, BinaryIO, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 
 def append_event(path: Path, event: dict[str, Any]) -> None:
     """Append one line. Numbers that JSON cannot hold (NaN, infinity) become null."""
     line = json.dumps(finite(event), ensure_ascii=False, allow_nan=False, default=str) + "\n"
     with path.open("a+b") as file:
-        file.write((f"\n{line}" if ends_torn(file) else line).encode())
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a kill cut the last line off
+                line = f"\n{line}"
+        file.write(line.encode())
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -41,14 +39,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def ends_torn(file: BinaryIO) -> bool:
-    """Whether the open file's last line was cut off by a kill."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return False
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) != b"\n"
 
 
 def parse_event(line: str | bytes) -> dict[str, Any] | None:
@@ -76,7 +66,12 @@ class Metrics:
 
     def refresh(self) -> "Metrics":
         try:
-            data = self._unread()
+            with self.path.open("rb") as file:
+                file.seek(self._offset - len(self._last_line))
+                if file.read(len(self._last_line)) != self._last_line:
+                    self._forget()
+                    file.seek(0)
+                data = file.read()
         except OSError:
             self._forget()
             return self
@@ -86,14 +81,6 @@ class Metrics:
         self._last_line = lines[-1] if lines else self._last_line
         self.events += [event for line in lines if (event := parse_event(line))]
         return self
-
-    def _unread(self) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self._offset - len(self._last_line))
-            if file.read(len(self._last_line)) != self._last_line:
-                self._forget()
-                file.seek(0)
-            return file.read()
 
     def _forget(self) -> None:
         self.events, self._offset, self._last_line = [], 0, b""
@@ -241,7 +228,10 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
         event = kind(**values)
     except TypeError:  # a field is missing
         return None
-    is_whole = all(fits(getattr(event, item.name), item.type) for item in fields(kind)) and best_fits(event)
+    is_whole = all(fits(getattr(event, item.name), item.type) for item in fields(kind))
+    if kind is StepEvaluated and is_whole:
+        best, wanted = event.best, {"step": int, "score": float, "since": int}
+        is_whole = best.keys() == wanted.keys() and all(fits(best[name], kind) for name, kind in wanted.items())
     return event if is_whole else None
 
 
@@ -251,14 +241,6 @@ def fits(value: object, kind: Any) -> bool:
     if isinstance(value, bool):
         return bool in kinds
     return isinstance(value, tuple(kinds)) or (float in kinds and isinstance(value, int))
-
-
-def best_fits(event: Event) -> bool:
-    """Whether the `best` step of an evaluation is complete."""
-    wanted = {"step": int, "score": float, "since": int}
-    if not isinstance(event, StepEvaluated):
-        return True
-    return event.best.keys() == wanted.keys() and all(fits(event.best[name], kind) for name, kind in wanted.items())
 
 
 def events_of(kind: type[E], records: Iterable[Mapping[str, Any]]) -> list[E]:

@@ -1,18 +1,10 @@
-"""This process, and the process that trains: threads, memory, imports, start and end.
-
-This process: its threads and memory, its imports, and its parent.
+"""This process: its threads, memory and imports. The process that trains: how it is started, and why it ended.
 
 A step on CPU allocates and frees gigabytes of activations. By default glibc maps each large block from the
 kernel and returns it when it is freed, so that every step faults its pages in again, 4 KiB at a time. Without
 `mmap` for large blocks and without trimming, the second step reuses the pages of the first; with pages of 2 MiB
 the processor finds them faster. Together this saves a fifth of a step's time at SDXL's size. Sources:
-mallopt(3), madvise(2). DREAMBOOTH_KEEP_MEMORY=0 in the environment leaves malloc unchanged.
-
-Explains why a run's process ended, from its exit status and the end of its log.
-
-The training command as a process of its own: starting it for the page or a fleet, and reading its log.
-
-The run folder has its settings in `job_config.json` and its terminal output in `job.log`.
+mallopt(3), madvise(2).
 """
 
 import ctypes
@@ -55,7 +47,15 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     if kept:
-        ask_for_huge_pages(libc)
+        # Grow the heap by three quarters of the machine's memory, untouched and so not taken, ask for huge pages there,
+        # and free it again: it is no longer trimmed, so later allocations come from this range.
+        page = os.sysconf("SC_PAGE_SIZE")
+        size = os.sysconf("SC_PHYS_PAGES") * page // 4 * 3
+        libc.malloc.restype = ctypes.c_void_p
+        if block := libc.malloc(ctypes.c_size_t(size)):
+            start = -(-block // page) * page
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size - page), MADV_HUGEPAGE)
+            libc.free(ctypes.c_void_p(block))
     return kept
 
 
@@ -92,22 +92,6 @@ def share_heaps(most: int = 1) -> bool:
         return bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, most))
     except (AttributeError, OSError):
         return False
-
-
-def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """Grow the heap by three quarters of the machine's memory, untouched, ask for huge pages there, and free it again.
-
-    This reserves only addresses, since untouched memory is not taken. As the heap is no longer trimmed, later
-    allocations come from this range. If the kernel refuses, nothing changes.
-    """
-    page = os.sysconf("SC_PAGE_SIZE")
-    size = os.sysconf("SC_PHYS_PAGES") * page // 4 * 3
-    libc.malloc.restype = ctypes.c_void_p
-    block = libc.malloc(ctypes.c_size_t(size))
-    if block:
-        start = -(-block // page) * page
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size - page), MADV_HUGEPAGE)
-        libc.free(ctypes.c_void_p(block))
 
 
 def peak_memory_gib() -> float | None:
@@ -178,11 +162,11 @@ def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
     words = _last_words(log_tail)
     if code == -signal.SIGTERM and was_asked:
         return "It was stopped before training had begun."
+    is_memory = not was_asked and code in (None, -signal.SIGKILL)
+    cause = ", perhaps for want of memory" if is_memory else ""
     if code is not None and code < 0:
-        cause = "" if was_asked else ", perhaps for want of memory" if code == -signal.SIGKILL else ""
         return f"The process was killed by {signal.Signals(-code).name}{cause}."
     if code is None and was_killed(code, log_tail):
-        cause = "" if was_asked else ", perhaps for want of memory"
         return f"The process was killed{cause}; its last words: {words or 'none'}"
     return words or "The process ended without a word."
 
@@ -194,6 +178,7 @@ def _last_words(log_tail: str) -> str:
 
 
 CONFIG_NAME, LOG_NAME = "job_config.json", "job.log"
+"""Files of a run folder: its settings, and the terminal output."""
 TRAIN = ("-P", "-m", "dreambooth_moslora", "train")
 """Arguments of Python. -P: a `torch.py` in the current folder is not imported."""
 LOG_TAIL_LINES, TAIL_BYTES = 40, 64 * 1024
@@ -203,21 +188,6 @@ def write_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
     (run_dir / CONFIG_NAME).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
-def start_training(
-    run_dir: Path,
-    start: Sequence[str] = TRAIN,
-    environment: Mapping[str, str] | None = None,
-    folder: str | None = None,
-    inherits: Sequence[int] = (),
-) -> subprocess.Popen:
-    """Train by the settings in the run folder, whose paths are relative to `folder` (None: the current one).
-
-    `environment` is added to this process's own; open files in `inherits` are passed on. The process has its
-    own session, so that a Ctrl-C in this terminal does not reach it.
-    """
-    return start_logged(run_dir, (*start, "--config", str(run_dir / CONFIG_NAME)), environment, folder, inherits)
-
-
 def start_logged(
     run_dir: Path,
     arguments: Sequence[str],
@@ -225,7 +195,12 @@ def start_logged(
     folder: str | None = None,
     inherits: Sequence[int] = (),
 ) -> subprocess.Popen:
-    """Like `start_training`, for Python with any arguments; the terminal output goes to the log in `run_dir`."""
+    """Start Python with the arguments in `folder` (None: the current one); its terminal output goes to the log in
+    `run_dir`.
+
+    `environment` is added to this process's own; open files in `inherits` are passed on. The process has its own
+    session, so that a Ctrl-C in this terminal does not reach it.
+    """
     own = {"PYTHONUNBUFFERED": "1", **import_environment(), **(environment or {})}
     with (run_dir / LOG_NAME).open("ab") as log:
         return subprocess.Popen(

@@ -1,10 +1,9 @@
 """Which run may train in a folder: the lock of one run, and the queue of those that wait.
 
-One run at a time in a run folder: a locked file names the process and machine that hold it.
+One run at a time in a run folder: a locked file names the process and machine that hold it. The system releases the
+lock when the process ends in any way, so the file of a killed run blocks nobody.
 
-The system releases the lock when the process ends in any way, so the file of a killed run blocks nobody.
-
-The queue of runs, in the folder `.queue` of the folder of runs. Each run is a file that is written atomically.
+The queue is the folder `.queue` in the folder of runs:
 
     waiting/NAME.json    a waiting run with all its settings
     order.json           the names of the waiting runs in their order
@@ -83,14 +82,13 @@ def take(path: Path, flag: str) -> BinaryIO:
 
 def lock(file: BinaryIO) -> None:
     """Raises BlockingIOError when another process holds the lock. On a file system without locks it does nothing."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return
 
 
 QUEUE_NAME = ".queue"
@@ -157,7 +155,12 @@ class RunQueue:
 
     def waiting(self) -> list[QueuedRun]:
         """The waiting runs, in their order."""
-        moved = {name: number for number, name in enumerate(self._order())}
+        try:
+            order = json.loads((self.folder / "order.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            order = []
+        names = [name for name in order if isinstance(name, str)] if isinstance(order, list) else []
+        moved = {name: number for number, name in enumerate(names)}
         return sorted(self._all("waiting"), key=lambda run: (moved.get(run.name, len(moved)), run.queued, run.name))
 
     def started(self) -> list[QueuedRun]:
@@ -171,8 +174,9 @@ class RunQueue:
         Raises UserError for a run that does not wait and for an invalid place.
         """
         with self._held():
-            order = [run.name for run in self.waiting()]
-            own = [run.name for run in self.waiting() if owner is None or run.owner == owner]
+            waiting = self.waiting()
+            order = [run.name for run in waiting]
+            own = [run.name for run in waiting if owner is None or run.owner == owner]
             slots = [order.index(one) for one in own]
             for slot, one in zip(slots, with_place(own, name, place)):
                 order[slot] = one
@@ -250,13 +254,6 @@ class RunQueue:
     def _set_order(self, names: list[str]) -> None:
         atomic_write(self.folder / "order.json", json.dumps(names))
 
-    def _order(self) -> list[str]:
-        try:
-            found = json.loads((self.folder / "order.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return []
-        return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
-
     @contextmanager
     def _held(self) -> Iterator[None]:
         """Lock the order and the list of waiting runs for the length of the block, which must be short. Raises
@@ -279,22 +276,17 @@ class RunQueue:
 def place_of(run: QueuedRun, started: Sequence[QueuedRun], waiting: Sequence[QueuedRun]) -> int:
     """Where a new run goes, from 0: behind the last one of its own round or an earlier one.
 
-    So owners take turns, and a run that was moved to the front stays there.
+    A round has one run of each owner, and at most RUNS_TOGETHER of an address. So owners take turns, and a run that was
+    moved to the front stays there.
     """
-    *earlier, own = rounds_of([*started, *waiting, run])
-    rounds = earlier[len(started) :]
-    return max((place for place, number in enumerate(rounds, 1) if number <= own), default=0)
-
-
-def rounds_of(runs: Sequence[QueuedRun]) -> list[int]:
-    """Each run's round, from 0: a round has one run of each owner, and at most RUNS_TOGETHER of an address."""
     owners, addresses, rounds = Counter(), Counter(), []
-    for run in runs:
-        together = addresses[run.address] // RUNS_TOGETHER if run.address else 0
-        rounds.append(max(owners[run.owner], together))
-        owners[run.owner] += 1
-        addresses[run.address] += 1
-    return rounds
+    for one in [*started, *waiting, run]:
+        together = addresses[one.address] // RUNS_TOGETHER if one.address else 0
+        rounds.append(max(owners[one.owner], together))
+        owners[one.owner] += 1
+        addresses[one.address] += 1
+    earlier, own = rounds[len(started) : -1], rounds[-1]
+    return max((place for place, number in enumerate(earlier, 1) if number <= own), default=0)
 
 
 def with_place(names: Sequence[str], name: str, place: str) -> list[str]:

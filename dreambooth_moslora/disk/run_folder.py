@@ -6,7 +6,6 @@ Adapter files lie in folders of adapters and in runs. A user chooses one by the 
 import json
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -31,97 +30,45 @@ NAME_BYTES = 200
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-@dataclass(frozen=True)
 class RunDir:
     """Names in the output folder `path` of one run. Nothing is created until something is written."""
 
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
+    def __init__(self, path: str | Path):
+        self.path = path = Path(path)
+        self.adapter_path = path / PUBLISHED_NAME
+        self.mixers_path = path / MIXERS_NAME
+        self.card_path = path / "README.md"
+        self.config_path = path / "train_config.json"
+        self.metrics_path = path / "metrics.jsonl"
+        self.log_path = path / "train.log"
+        self.samples_dir = path / "samples"
+        self.class_images_dir = path / "class_images"
+        self.masks_dir = path / "masks"  # made by --masks auto
+        self.captions_path = path / "captions.json"  # made by --captions auto
+        self.best_dir = path / BEST_NAME
+        self.last_dir = path / "last"  # a checkpoint at the end, if its step is no multiple of --checkpointing_steps
+        self.contact_sheet_path = path / "contact_sheet.png"
+        self.loss_plot_path = path / "loss.png"
 
     @property
     def name(self) -> str:
         return self.path.resolve().name or "adapter"
 
     @property
-    def adapter_path(self) -> Path:
-        return self.path / PUBLISHED_NAME
-
-    @property
     def kohya_path(self) -> Path:
         return self.path / f"{self.name}{KOHYA_SUFFIX}"
-
-    @property
-    def mixers_path(self) -> Path:
-        """The mixers alone, if the run trained them on a frozen basis."""
-        return self.path / MIXERS_NAME
 
     @property
     def tokens_paths(self) -> list[Path]:
         """New tokens of both text encoders, a file for each subject; none if the run learnt none."""
         return tokens_files(self.path, self.name)
 
-    @property
-    def card_path(self) -> Path:
-        return self.path / "README.md"
-
     def read_card(self) -> str | None:
         """The text of README.md; None when it does not exist."""
-        if not self.card_path.is_file():
-            return None
-        return self.card_path.read_text(encoding="utf-8", errors="replace")
-
-    @property
-    def config_path(self) -> Path:
-        return self.path / "train_config.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log_path(self) -> Path:
-        return self.path / "train.log"
-
-    @property
-    def samples_dir(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def class_images_dir(self) -> Path:
-        return self.path / "class_images"
-
-    @property
-    def masks_dir(self) -> Path:
-        """Masks made by `--masks auto`."""
-        return self.path / "masks"
-
-    @property
-    def captions_path(self) -> Path:
-        """Captions made by `--captions auto`."""
-        return self.path / "captions.json"
-
-    @property
-    def best_dir(self) -> Path:
-        """The published adapter of the best evaluated step."""
-        return self.path / BEST_NAME
-
-    @property
-    def contact_sheet_path(self) -> Path:
-        return self.path / "contact_sheet.png"
-
-    @property
-    def loss_plot_path(self) -> Path:
-        return self.path / "loss.png"
+        return self.card_path.read_text(encoding="utf-8", errors="replace") if self.card_path.is_file() else None
 
     def checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
-
-    @property
-    def last_dir(self) -> Path:
-        """The checkpoint at a run's end, if its step is not a multiple of `--checkpointing_steps`."""
-        return self.path / "last"
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints by step, including `last`."""
@@ -198,8 +145,6 @@ def is_checkpoint(path: Path) -> bool:
 
 
 SIGNATURE = "Made with dreambooth_moslora"
-
-
 PICTURE = re.compile(r"image_\d+\.png")
 """Names that the trainer gives to pictures. Other files that a card names are not treated as the run's."""
 
@@ -267,17 +212,14 @@ def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Colle
 def run_files(runs: Collection[Path]) -> list[Path]:
     """Adapters of runs, the newest run first with its best step and its mixers alone, then checkpoints, each run's
     from the last to the first."""
-    dirs = map(RunDir, runs)
+    dirs = [RunDir(run) for run in runs]
     places = [place for d in dirs for place in (d.adapter_path, d.best_dir / PUBLISHED_NAME, d.mixers_path)]
+    newest = {d.path: d.adapter_path.stat().st_mtime for d in dirs if d.adapter_path.is_file()}
     finished = [file for file in places if file.is_file()]
-    checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
-    newest = {run: RunDir(run).adapter_path.stat().st_mtime for run in runs if RunDir(run).adapter_path.is_file()}
     finished.sort(key=lambda file: -max(newest.get(run, 0.0) for run in (file.parent, file.parent.parent)))
-    return [*finished, *sorted(checkpoints, key=checkpoint_order)]
-
-
-def checkpoint_order(file: Path) -> tuple[str, int]:
-    return file.parent.parent.name, -step_of_adapter(file.parent)
+    checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
+    checkpoints.sort(key=lambda file: (file.parent.parent.name, -step_of_adapter(file.parent)))
+    return [*finished, *checkpoints]
 
 
 def step_of_adapter(checkpoint: Path) -> int:

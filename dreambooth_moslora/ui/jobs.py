@@ -33,7 +33,7 @@ from dreambooth_moslora.disk.processes import (
     CONFIG_NAME,
     TRAIN,
     log_tail,
-    start_training,
+    start_logged,
     was_killed,
     why_it_ended,
     write_settings,
@@ -330,7 +330,7 @@ class Jobs:
 
     def _spawn(self, run_dir: Path, folder: str) -> subprocess.Popen:
         command = TRAIN if self.script is None else [str(self.script)]
-        return start_training(run_dir, command, folder=folder or None)
+        return start_logged(run_dir, (*command, "--config", str(run_dir / CONFIG_NAME)), folder=folder or None)
 
     def _reap(self) -> None:
         for pid, child in list(self._children.items()):
