@@ -52,9 +52,17 @@ def draw_contact_sheet(rows: list[Row], path: Path, tile_px: int = 192) -> None:
     width = 2 * MARGIN_PX + columns * (tile_px + GAP_PX) - GAP_PX
     height = 2 * MARGIN_PX + sum(row_height(row, columns, tile_px) for row in rows)
     sheet = Image.new("RGB", (width, height), PAPER)
+    draw, font, line_px = ImageDraw.Draw(sheet), font_of(tile_px), line_height(tile_px)
     top = MARGIN_PX
     for row in rows:
-        draw_row(sheet, row, top, columns, tile_px)
+        draw.text((MARGIN_PX, top), row.title, fill=INK, font=font)
+        step = tile_px + GAP_PX + (2 * line_px if row.captions else 0)
+        for number, image in enumerate(row.images):
+            line, column = divmod(number, columns)
+            left, y = MARGIN_PX + column * (tile_px + GAP_PX), top + line_px + line * step
+            sheet.paste(ImageOps.fit(image.convert("RGB"), (tile_px, tile_px)), (left, y))
+            for part, text in enumerate(two_lines(row.captions[number], font, tile_px) if row.captions else ()):
+                draw.text((left, y + tile_px + 2 + part * line_px), text, fill=FAINT, font=font)
         top += row_height(row, columns, tile_px)
     write_png(path, sheet)
 
@@ -71,18 +79,6 @@ def row_height(row: Row, columns: int, tile_px: int) -> int:
     lines = -(-len(row.images) // columns)
     caption = 2 * line_height(tile_px) if row.captions else 0
     return line_height(tile_px) + lines * (tile_px + GAP_PX + caption) + GAP_PX
-
-
-def draw_row(sheet: Image.Image, row: Row, top: int, columns: int, tile_px: int) -> None:
-    draw, font = ImageDraw.Draw(sheet), font_of(tile_px)
-    draw.text((MARGIN_PX, top), row.title, fill=INK, font=font)
-    step = tile_px + GAP_PX + (2 * line_height(tile_px) if row.captions else 0)
-    for number, image in enumerate(row.images):
-        line, column = divmod(number, columns)
-        left, y = MARGIN_PX + column * (tile_px + GAP_PX), top + line_height(tile_px) + line * step
-        sheet.paste(ImageOps.fit(image.convert("RGB"), (tile_px, tile_px)), (left, y))
-        for part, text in enumerate(two_lines(row.captions[number], font, tile_px) if row.captions else ()):
-            draw.text((left, y + tile_px + 2 + part * line_height(tile_px)), text, fill=FAINT, font=font)
 
 
 def two_lines(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:

@@ -73,30 +73,22 @@ def strength(text: str) -> float:
 def run_evaluate(args: argparse.Namespace) -> int:
     config, folder = resolve(args), output_folder(args)
     from dreambooth_moslora.base.load import default_guidance
+    from dreambooth_moslora.evaluation import report
     from dreambooth_moslora.evaluation.evaluate import evaluate_adapter
     from dreambooth_moslora.evaluation.metrics import load_encoders
-    from dreambooth_moslora.evaluation.report import (
-        ReportContext,
-        confusion_lines,
-        evaluators_of,
-        pairs_of,
-        photos_by_subject,
-        pooled,
-        write_reports,
-    )
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
     from dreambooth_moslora.photos.folder import instance_photos
 
     base, subjects = config.pretrained_model_name_or_path, each_subject(config)
     photos = instance_photos(config).photos
-    of_each = photos_by_subject(photos, len(subjects))
+    of_each = report.photos_by_subject(photos, len(subjects))
     plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
     pipeline = SubjectPipeline.from_base(base)
     name = pipeline.load_adapter(find_asset(args.adapter))
     device = pipeline.pipeline.unet.device
     encoders = load_encoders(base, args.clip, args.dino, device)
-    evaluators = evaluators_of(subjects, photos, plans, encoders, pipeline.resolution_px)
-    pairs = pairs_of(evaluators)
+    evaluators = report.evaluators_of(subjects, photos, plans, encoders, pipeline.resolution_px)
+    pairs = report.pairs_of(evaluators)
     count = sum(picture_count(plan, args.sweep_scale) for plan in plans)
     print(f"drawing {count + sum(2 * pair.picture_count for pair in pairs)} pictures …", file=sys.stderr)
     followed = default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
@@ -105,12 +97,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
     choice = None
     if args.sweep_scale:
         smaller = [evaluator.of_subject() for evaluator in evaluators]
-        choice = choose_scale({s: pooled([judge(one, scale=s) for one in smaller]).score for s in SCALES})
+        choice = choose_scale({s: report.pooled([judge(one, scale=s) for one in smaller]).score for s in SCALES})
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
     steps = plans[0].inference_steps
-    about = ReportContext(name, pipeline.base_name, encoders.names, steps, followed, diversity, choice)
-    write_reports(folder, evaluators, found, [judge(pair, scale=args.scale) for pair in pairs], about)
-    print("\n".join([summary(pooled(found)), *confusion_lines(found)]))
+    about = report.ReportContext(name, pipeline.base_name, encoders.names, steps, followed, diversity, choice)
+    report.write_reports(folder, evaluators, found, [judge(pair, scale=args.scale) for pair in pairs], about)
+    print("\n".join([summary(report.pooled(found)), *report.confusion_lines(found)]))
     if args.sweep_scale:
         print(note_strength(Path(find_asset(args.adapter)), choice))
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")

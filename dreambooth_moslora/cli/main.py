@@ -29,42 +29,31 @@ if TYPE_CHECKING:
     from dreambooth_moslora.plan.plan import Plan
     from dreambooth_moslora.training.loop import TrainResult
 
+# fmt: off
 COMMANDS = {
     "check": ("cli.photos", "judge a folder of photos and show the exact crops, before any training"),
     "caption": ("cli.photos", "write captions for photos that have none: the subject's words and the surroundings"),
-    "export": (
-        "cli.adapter_files",
-        "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI",
-    ),
+    "export": ("cli.adapter_files",
+        "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI"),
     "evaluate": ("cli.evaluate", "measure how good an adapter is: report.html and scores.json"),
     "explain": ("cli.runs", "say what a run's figures mean, and which flag to try next"),
-    "compare": (
-        "extras.lab.command_compare",
-        "train and score several kinds of adapter at an equal budget: tables, intervals, plots",
-    ),
+    "compare": ("extras.lab.command_compare",
+        "train and score several kinds of adapter at an equal budget: tables, intervals, plots"),
     "queue": ("cli.runs", "list, order and train the runs that wait; `train … --queue` adds one"),
-    "fleet": (
-        "extras.cluster.command_fleet",
-        "train many subjects on many machines (Ray); `fleet status DIR` shows their state",
-    ),
+    "fleet": ("extras.cluster.command_fleet",
+        "train many subjects on many machines (Ray); `fleet status DIR` shows their state"),
     "generate": ("cli.generate", "make pictures with a base and adapters, one by one or as a captioned grid"),
-    "serve": (
-        "extras.serving.command_serve",
-        "answer HTTP requests with pictures of many adapters (Ray Serve)",
-    ),
+    "serve": ("extras.serving.command_serve", "answer HTTP requests with pictures of many adapters (Ray Serve)"),
     "verify": ("cli.verify", "train again by the recipe in a published file, and compare the files"),
     "doctor": ("cli.machine", "look for problems: versions, device, disk, a VAE that overflows"),
-    "selftest": (
-        "cli.machine",
-        "train, resume and draw on this machine's device, and compare the results with its CPU",
-    ),
-    "info": (
-        "cli.adapter_files",
-        "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, the mixer's figures",
-    ),
+    "selftest": ("cli.machine",
+        "train, resume and draw on this machine's device, and compare the results with its CPU"),
+    "info": ("cli.adapter_files",
+        "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, the mixer's figures"),
     "basis": ("extras.lab.command_basis", "learn A and B that many subjects share, for `train --basis FILE`"),
 }
 """Each command: its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line of the help."""
+# fmt: on
 UNLISTED = {"together": ("extras.cluster.together", "train several subjects of a fleet in one process")}
 """What a fleet's worker starts for a group of subjects."""
 DONE, OUR_BUG, MISTAKE = 0, 1, 2

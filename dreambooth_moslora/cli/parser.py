@@ -56,9 +56,7 @@ REMOVED_FLAGS = {
     "leave_one_out": "removed, as it found one bad photo of two; to train without a photo, use --leave_out FILE",
 }
 """Flags of earlier versions, which every command answers."""
-FOREIGN_FLAGS = {
-    **REMOVED_FLAGS,
-    **{flag: f"use --{name}" for name, item in SETTINGS.items() for flag in item.metadata["elsewhere"].split()},
+FOREIGN = {
     # earlier versions of diffusers' script, and its siblings
     "crops_coords_top_left_h": "each photo's own crop is told to the model; there is nothing to set",
     "crops_coords_top_left_w": "each photo's own crop is told to the model; there is nothing to set",
@@ -72,9 +70,9 @@ FOREIGN_FLAGS = {
     "train_text_encoder_frac": "not supported: the text encoders are trained all along or not at all",
     "adam_weight_decay_text_encoder_ti": "new tokens are never decayed; leave it out",
     "enable_t5_ti": "SDXL has no T5 encoder; --train_text_encoder_ti learns tokens in both of its own",
-    "placeholder_token": "use --train_text_encoder_ti with --token_abstraction",
-    "initializer_token": "use --train_text_encoder_ti with --initializer_concept",
-    "num_vectors": "use --train_text_encoder_ti with --num_new_tokens_per_abstraction",
+    "placeholder_token token_string": "use --train_text_encoder_ti with --token_abstraction",
+    "initializer_token init_word": "use --train_text_encoder_ti with --initializer_concept",
+    "num_vectors num_vectors_per_token": "use --train_text_encoder_ti with --num_new_tokens_per_abstraction",
     "use_blora": "use --target_modules blora_content blora_style",
     "lora_unet_blocks": "use --target_modules, which takes the same names of blocks",
     "validation_negative_prompt": "not supported: samples are drawn without a negative prompt",
@@ -86,19 +84,14 @@ FOREIGN_FLAGS = {
     "optimizer_type": f"use --optimizer {{{','.join(OPTIMIZERS)}}}",
     "optimizer_args": "use --adam_beta1, --adam_weight_decay and their like, one flag each",
     "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
-    "concepts_list": "use --subjects, which takes the same file",
-    "concept_list": "use --subjects, which takes the same file",
+    "concepts_list concept_list": "use --subjects, which takes the same file",
     # kohya-ss/sd-scripts
     "network_module": "there is one kind of adapter; --mixer none makes it a plain LoRA",
     "network_args": "use --rank, --lora_alpha, --rank_pattern, --alpha_pattern, --target_modules, --use_dora",
     "conv_dim": "use --target_modules with *conv* beside the projections, and --rank_pattern *conv*=N",
     "conv_alpha": "use --alpha_pattern *conv*=N",
-    "block_dims": "use --rank_pattern, such as down_blocks.2.*=8",
+    "block_dims network_reg_dims": "use --rank_pattern, such as down_blocks.2.*=8",
     "block_alphas": "use --alpha_pattern, such as down_blocks.2.*=4",
-    "network_reg_dims": "use --rank_pattern, such as down_blocks.2.*=8",
-    "token_string": "use --train_text_encoder_ti with --token_abstraction",
-    "init_word": "use --train_text_encoder_ti with --initializer_concept",
-    "num_vectors_per_token": "use --train_text_encoder_ti with --num_new_tokens_per_abstraction",
     "dim_from_weights": "a file of another rank is converted to --rank; leave it out",
     "network_train_unet_only": "the text encoders are frozen unless --train_text_encoder; leave it out",
     "train_data_dir": "use --instance_data_dir, or --subjects where each folder in it is another subject",
@@ -112,8 +105,7 @@ FOREIGN_FLAGS = {
     "caption_dropout_every_n_epochs": "use --caption_dropout, a share of all exposures",
     "caption_tag_dropout_rate": "not supported: --caption_dropout leaves out a caption as a whole",
     "caption_separator": "tags are what stands between commas; leave it out",
-    "min_bucket_reso": "sides lie between half and twice --resolution; leave it out",
-    "max_bucket_reso": "sides lie between half and twice --resolution; leave it out",
+    "min_bucket_reso max_bucket_reso": "sides lie between half and twice --resolution; leave it out",
     "bucket_no_upscale": "not supported: a small photo is enlarged to the area of --resolution",
     "aspect_ratio_buckets": "use --enable_bucket, which finds the sizes by itself",
     "adaptive_noise_scale": "not supported: --noise_offset is the same for all photos",
@@ -123,12 +115,16 @@ FOREIGN_FLAGS = {
     "alpha_mask": "a photo's transparency is its mask unless --alpha white; leave it out",
     "no_half_vae": "the VAE always computes in fp32; leave it out",
     "cache_text_encoder_outputs": "text embeddings are always computed once; leave it out",
-    "xformers": "PyTorch's own memory-efficient attention is used; leave it out",
-    "torch_compile": "use --compile on",
-    "dynamo_backend": "use --compile on",
-    "sdpa": "PyTorch's own memory-efficient attention is used; leave it out",
+    "xformers sdpa": "PyTorch's own memory-efficient attention is used; leave it out",
+    "torch_compile dynamo_backend": "use --compile on",
     "v_parameterization": "read from the base's scheduler; leave it out",
     "use_face_segmentation_condition": "use --masks auto --mask_prompt face",
+}
+"""Flags of other trainers -> what to give instead."""
+FOREIGN_FLAGS = {
+    **REMOVED_FLAGS,
+    **{flag: f"use --{name}" for name, item in SETTINGS.items() for flag in item.metadata["elsewhere"].split()},
+    **{flag: instead for flags, instead in FOREIGN.items() for flag in flags.split()},
 }
 
 

@@ -17,17 +17,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from dreambooth_moslora.disk.events import (
-    CheckpointSaved,
-    Event,
-    PhaseProgress,
-    RunEnded,
-    RunStarted,
-    SamplesDrawn,
-    ScaleFound,
-    StepDone,
-    StepEvaluated,
-)
+from dreambooth_moslora.disk import events
 
 STDERR = 2
 
@@ -144,24 +134,24 @@ class TerminalProgress:
         self._bar: tqdm | None = None
         self._phase = ""
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 self.total_steps = event.max_train_steps
-            case PhaseProgress():
+            case events.PhaseProgress():
                 self._show_phase(event)
-            case StepDone():
+            case events.StepDone():
                 self._show_step(event)
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 self.write(f"step {event.step}: checkpoint {event.path}")
-            case SamplesDrawn():
+            case events.SamplesDrawn():
                 self.write(f"step {event.step}: {len(event.files)} sample images")
-            case StepEvaluated():
+            case events.StepEvaluated():
                 scores = ", ".join(f"{name} {value:.3f}" for name, value in event.scores.items())
                 self.write(f"step {event.step}: {scores}")
-            case ScaleFound():
+            case events.ScaleFound():
                 self.write(f"best scale: {event.best:g}, usable from {event.low:g} to {event.high:g}")
-            case RunEnded():
+            case events.RunEnded():
                 self.close()
 
     def close(self) -> None:
@@ -181,7 +171,7 @@ class TerminalProgress:
         )
         self._phase = title
 
-    def _show_phase(self, event: PhaseProgress) -> None:
+    def _show_phase(self, event: events.PhaseProgress) -> None:
         title = PHASE_TITLES.get(event.phase)
         if title is None:
             return
@@ -194,7 +184,7 @@ class TerminalProgress:
             self._open(title, event.total, event.done, "step" if event.phase == "sampling" else "image")
         self._advance(event.done)
 
-    def _show_step(self, event: StepDone) -> None:
+    def _show_step(self, event: events.StepDone) -> None:
         if self._phase != TRAINING:
             self._open(TRAINING, self.total_steps, event.step - 1, "step")
         shown = {"loss": f"{event.loss:.4f}", "lr": f"{event.lr:.2g}"}

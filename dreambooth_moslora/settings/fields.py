@@ -14,13 +14,13 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import UnionType
 from typing import Any, NewType, get_args, get_type_hints
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import UserError, is_number
 from dreambooth_moslora.settings.subjects import to_tables
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -192,16 +192,23 @@ def field_types(owner: type) -> dict[str, FieldType]:
     return types
 
 
-def convert(name: str, value: Any, kind: FieldType) -> Any:
-    """A value from Python, TOML, JSON or the command line, converted to the field's type. Raises UserError."""
-    base, optional = kind
-    if value is None and optional:
+def checked(item: Field, value: Any, kind: FieldType) -> Any:
+    """A value from Python, TOML, JSON or the command line, converted to the field's type and within its limits. Raises
+    UserError."""
+    name, facts, (base, is_optional) = item.name, item.metadata, kind
+    if value is None and is_optional:
         return None
-    converted = as_type(base, value)
-    if converted is None:
+    found = as_type(base, value)
+    if found is None:
         is_undecodable = isinstance(value, (str, Path)) and not is_text(str(value))
         raise UserError(f"--{name} {value!r}: {NO_TEXT if is_undecodable else f'expected {EXPECTED[base]}'}.")
-    return converted
+    found = facts["spellings"].get(str(found).lower(), found)
+    if found != item.default:
+        if facts["choices"] and found not in facts["choices"]:
+            raise UserError(f"--{name} {found}: choose one of {', '.join(facts['choices'])}.")
+        if is_number(found):
+            check_number(name, found, **{bound: facts[bound] for bound in ("low", "above", "high", "below")})
+    return facts["path"](found) if found and facts["path"] else found
 
 
 def as_type(base: Any, value: Any) -> Any:

@@ -14,40 +14,20 @@ from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 
 PLACES = (
-    "in the jungle",
-    "in the snow",
-    "on the beach",
-    "on a cobblestone street",
-    "on top of pink fabric",
-    "on top of a wooden floor",
-    "with a city in the background",
-    "with a mountain in the background",
-    "with a blue house in the background",
-    "on top of a purple rug in a forest",
+    *("in the jungle", "in the snow", "on the beach", "on a cobblestone street", "on top of pink fabric"),
+    *("on top of a wooden floor", "with a city in the background", "with a mountain in the background"),
+    *("with a blue house in the background", "on top of a purple rug in a forest"),
 )
 OBJECT_PLACES = (
-    "with a wheat field in the background",
-    "with a tree and autumn leaves in the background",
-    "with the Eiffel Tower in the background",
-    "floating on top of water",
-    "floating in an ocean of milk",
-    "on top of green grass with sunflowers around it",
-    "on top of a mirror",
-    "on top of the sidewalk in a crowded street",
-    "on top of a dirt road",
-    "on top of a white rug",
+    *("with a wheat field in the background", "with a tree and autumn leaves in the background"),
+    *("with the Eiffel Tower in the background", "floating on top of water", "floating in an ocean of milk"),
+    *("on top of green grass with sunflowers around it", "on top of a mirror"),
+    *("on top of the sidewalk in a crowded street", "on top of a dirt road", "on top of a white rug"),
 )
 OUTFITS = (
-    "wearing a red hat",
-    "wearing a santa hat",
-    "wearing a rainbow scarf",
-    "wearing a black top hat and a monocle",
-    "in a chef outfit",
-    "in a firefighter outfit",
-    "in a police outfit",
-    "wearing pink glasses",
-    "wearing a yellow shirt",
-    "in a purple wizard outfit",
+    *("wearing a red hat", "wearing a santa hat", "wearing a rainbow scarf", "wearing a black top hat and a monocle"),
+    *("in a chef outfit", "in a firefighter outfit", "in a police outfit", "wearing pink glasses"),
+    *("wearing a yellow shirt", "in a purple wizard outfit"),
 )
 LOOKS = ("red", "purple", "shiny", "wet", "cube shaped")
 DREAMBOOTH_OBJECT_TEMPLATES = (*(f"a {{}} {p}" for p in PLACES + OBJECT_PLACES), *(f"a {look} {{}}" for look in LOOKS))
@@ -57,13 +37,9 @@ ARTICLE = re.compile(r"^(?:an?|the|one|my)\s+", re.I)
 CONTEXT = re.compile(r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I)
 USUAL_WORD = "TOK"
 """diffusers' scripts use this word in prompts for new tokens."""
-CONTEXT_TEMPLATES = (
-    "a {} on the beach",
-    "a {} in the snow",
-    "a {} with a city in the background",
-    "a {} in the jungle",
+CONTEXT_TEMPLATES = tuple(
+    f"a {{}} {place}" for place in ("on the beach", "in the snow", "with a city in the background", "in the jungle")
 )
-
 MOST_PAIRS = 6
 """Most pairs of subjects that are drawn together."""
 

@@ -12,14 +12,13 @@ from dataclasses import Field, dataclass, fields, make_dataclass
 from os.path import expanduser
 from typing import Any
 
-from dreambooth_moslora.core import UserError, find_asset, is_number, is_toy
+from dreambooth_moslora.core import UserError, find_asset, is_toy
 from dreambooth_moslora.settings.fields import (
     ATTENTION,
     WORDS,
     Prompt,
     Subject,
-    check_number,
-    convert,
+    checked,
     field_types,
     grouped,
     nearest,
@@ -32,19 +31,14 @@ from dreambooth_moslora.settings.fields import (
 from dreambooth_moslora.settings.optimizers import OPTIMIZERS, SCHEDULE_FREE
 from dreambooth_moslora.settings.rules import check_together
 
-INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
 MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
 ZERO = "zero"
 """Start of the mixer on a frozen basis. Elsewhere it would not train."""
 SVD = "svd"
 """The word for the basis of the base's own weights; any other is a file."""
-SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 NO_GAIN = "no gain was shown on three sample subjects"
 """`docs/training.md` has the figures."""
-LOSS_TYPES = ("l2", "huber", "smooth_l1")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
-PRECISIONS = ("no", "fp16", "bf16")
-MEMORY_WORDS = ("auto", "full", "full_cached", "recompute", "recompute_cached", "nf4")
 
 of_base = grouped("base model")
 of_photos = grouped("photos")
@@ -148,7 +142,8 @@ class TrainConfig:
         "enlarge each crop by a random factor up to this; 1: crops are as wide as the photo",
         low=1, high=4, publish="always", check=True)
     image_interpolation_mode: str = of_photos("lanczos", "filter of the resizing",
-        choices=INTERPOLATIONS, publish="always", check=True)
+        choices=("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"),
+        publish="always", check=True)
     alpha: str = of_photos("mask", "transparent photos go on white; mask: the opaque part is the subject",
         choices=("mask", "white"), publish="always", check=True)
     unmasked_weight: float = of_photos(0.2,
@@ -260,7 +255,8 @@ class TrainConfig:
     scale_lr: bool = of_training(False, "multiply --learning_rate by processes x accumulation x batch size",
         publish="always")
     lr_scheduler: str = of_training("constant", "schedule of the learning rate",
-        choices=SCHEDULES, publish="always", kohya="ss_lr_scheduler")
+        choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+        publish="always", kohya="ss_lr_scheduler")
     lr_warmup_steps: int = of_training(500, "steps of warm-up, where the schedule has one",
         low=0, publish="always",
         idle=where("with --lr_scheduler constant", lambda run: run.lr_scheduler == "constant" and run.lr_warmup_steps),
@@ -279,7 +275,7 @@ class TrainConfig:
         low=0, high=1, publish="if_changed", kohya="ss_noise_offset")
     loss_type: str = of_training("l2",
         f"loss at each position: the square, or one that weighs large differences less; {NO_GAIN}",
-        choices=LOSS_TYPES, publish="if_changed", kohya="ss_loss_type")
+        choices=("l2", "huber", "smooth_l1"), publish="if_changed", kohya="ss_loss_type")
     huber_c: float = of_training(0.1, "width beyond which a difference is large, for huber and smooth_l1",
         above=0, high=1, publish="if_changed",
         idle=where("without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"), kohya="ss_huber_c")
@@ -331,11 +327,11 @@ class TrainConfig:
     memory: str | None = of_memory(None,
         "one word for the next flags: one of the plans, from the fastest to the leanest, or auto, the first that "
         "fits the GPU",
-        choices=MEMORY_WORDS,
+        choices=("auto", "full", "full_cached", "recompute", "recompute_cached", "nf4"),
         replaces=("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention"))
     mixed_precision: str | None = of_memory(None,
         "precision of the frozen base (default: what `accelerate config` says)",
-        choices=PRECISIONS, publish="always", kohya="ss_mixed_precision")
+        choices=("no", "fp16", "bf16"), publish="always", kohya="ss_mixed_precision")
     base_quantization: str = of_memory("none", "keep the frozen UNet in 4 or 8 bit",
         choices=("none", "nf4", "int8"), publish="always", packages={"nf4": "bitsandbytes", "int8": "bitsandbytes"})
     gradient_checkpointing: bool = of_memory(False, "less memory, slower steps: recompute activations",
@@ -388,8 +384,8 @@ class TrainConfig:
     # fmt: on
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            object.__setattr__(self, item.name, checked(item, getattr(self, item.name)))
+        for name in SETTINGS:
+            object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
         check_together(self)
 
     @property
@@ -472,21 +468,6 @@ REMOVED = dict.fromkeys(
 """Settings of earlier versions -> why they are gone. Files of runs that did not use them hold them as 0 or []."""
 
 
-def checked(item: Field, value: Any) -> Any:
-    """The value of one setting, converted and within its limits. Raises UserError."""
-    name, facts, kind = item.name, item.metadata, FIELD_TYPES[item.name]
-    value = convert(name, value, kind)
-    value = facts["spellings"].get(str(value).lower(), value)
-    if value is not None and value != item.default:
-        if facts["choices"] and value not in facts["choices"]:
-            raise UserError(f"--{name} {value}: choose one of {', '.join(facts['choices'])}.")
-        if is_number(value):
-            check_number(name, value, **{bound: facts[bound] for bound in ("low", "above", "high", "below")})
-    if kind[0] is Subject:
-        return tuple(map(subject_table, value))
-    return facts["path"](value) if value and facts["path"] else value
-
-
 def subject_table(values: Any) -> Any:
     """A `SubjectTable` of the given settings. Raises UserError for an unknown one."""
     if isinstance(values, SubjectTable):
@@ -499,7 +480,8 @@ def subject_table(values: Any) -> Any:
 
 def checked_setting(name: str, value: Any) -> Any:
     """The value of a setting as the configuration will hold it. Raises UserError for a wrong value."""
-    return checked(SETTINGS[name], value)
+    value = checked(SETTINGS[name], value, FIELD_TYPES[name])
+    return tuple(map(subject_table, value)) if FIELD_TYPES[name][0] is Subject else value
 
 
 def check_each(values: Mapping[str, Any]) -> None:
