@@ -31,8 +31,7 @@ NO_MEMORY = re.compile(
 )
 """Messages of the CPU's allocator, of the drivers of Nvidia's, AMD's and Apple's GPUs, of libraries without memory for
 their workspace, and of oneDNN."""
-MOST_LETTERS = 1000
-"""Most characters of a message: a value of a hundred thousand is not shown whole."""
+MOST_LETTERS = 1000  # Most characters of a message: a value of a hundred thousand is not shown whole.
 
 
 def spelled_out(text: str) -> str:
@@ -60,7 +59,6 @@ def shortened(text: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine or its GPU ran out of memory."""
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_named or bool(NO_MEMORY.search(str(error)))
 
@@ -70,11 +68,8 @@ class StopRequestedError(Exception):
 
 
 class UserError(ValueError):
-    """A mistake of the user: one line that says what was wrong and what to do.
-
-    Command-line programs print it without a traceback and exit with code 2. Undecodable bytes are spelled out,
-    and a very long text loses its middle.
-    """
+    """A mistake of the user: one line that says what was wrong and what to do. Command-line programs print it without a
+    traceback and exit with code 2. Undecodable bytes are spelled out, and a very long text loses its middle."""
 
     def __init__(self, text: str):
         super().__init__(shortened(spelled_out(text)))
@@ -172,11 +167,8 @@ def import_environment() -> dict[str, str]:
 
 
 def find_asset(path: str) -> str:
-    """A path given by the user, with `~` resolved.
-
-    If `assets/…` does not exist there, it is taken from the program's own files: the README's examples work
-    from any folder.
-    """
+    """A path given by the user, with `~` resolved. If `assets/…` does not exist there, it is taken from the program's
+    own files: the README's examples work from any folder."""
     path = os.path.expanduser(path)
     parts = Path(path).parts
     if parts[:1] != ("assets",) or os.path.exists(path):
@@ -198,7 +190,6 @@ TOY_CONTEXT_TEMPLATES = tuple(
 
 
 def is_toy(base: str) -> bool:
-    """Whether the base is the embedded toy world."""
     return str(base).rstrip("/").split("/")[-1] in ("toy", "toy-sdxl")
 
 
@@ -212,8 +203,7 @@ CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 """Hub ids of the encoders that score pictures of SDXL."""
 SUBJECT_FILE = "subject.json"
 """Beside photos: their token and class word, for commands that take folders of subjects; of a toy, what it is."""
-MAX_WORD_CHARACTERS = 60
-"""Of a token, and of the word for what photos show."""
+MAX_WORD_CHARACTERS = 60  # Of a token, and of the word for what photos show.
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -235,8 +225,7 @@ def free_name(name: str, is_taken: Callable[[str], bool], separator: str = "_", 
     return next(numbered for n in numbers if not is_taken(numbered := f"{name}{separator}{n}"))
 
 
-AMPERE = 8
-"""The first compute capability of Nvidia's with bf16 convolutions and matrix products."""
+AMPERE = 8  # The first compute capability of Nvidia's with bf16 convolutions and matrix products.
 AMD = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """The architectures of AMD's with matrix units for bf16: CDNA, and RDNA from the third on."""
 

@@ -209,7 +209,6 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def summary(found: "Evaluation") -> str:
-    """The scores as lines of text."""
     lines = []
     for name, row in MEASURES.items():
         if row.summary and name in found.tables:

@@ -57,8 +57,7 @@ COMMANDS = {
 UNLISTED = {"together": ("extras.cluster.together", "train several subjects of a fleet in one process")}
 """What a fleet's worker starts for a group of subjects."""
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
-INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
-"""The two ways to start `main`."""
+INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"  # The two ways to start `main`.
 FILE_MISTAKES = (
     *(errno.EBUSY, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR),
     *(errno.ENOTEMPTY, errno.EROFS, errno.ESTALE),
@@ -130,7 +129,6 @@ def message_for_known_error(error: Exception) -> str | None:
 
 
 def run_command(argv: list[str]) -> int:
-    """Run the command that `argv` names. Raises UserError for an unknown one."""
     program = INSTALLED if Path(sys.argv[0]).stem == INSTALLED else MODULE
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {program} COMMAND …\n\ncommands (each has --help):")
@@ -241,10 +239,8 @@ def make_evaluator(plan: "Plan") -> "TrainingEvaluator":
 
 
 def start_log(config: TrainConfig) -> logging.Logger:
-    """Send all log records to the run folder, and the main process's warnings also to the terminal.
-
-    Returns a logger that writes only to the run folder: `exit_code` prints the last error on the terminal.
-    """
+    """Send all log records to the run folder, and the main process's warnings also to the terminal. Returns a logger
+    that writes only to the run folder: `exit_code` prints the last error on the terminal."""
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
     root = logging.getLogger()

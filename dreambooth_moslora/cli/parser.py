@@ -198,10 +198,8 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
 
 
 def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
-    """Add `--config`, `--like`, and a flag for each setting; flags that are not given are not in the result.
-
-    `hidden` flags are not in the help; the command that uses this explains them.
-    """
+    """Add `--config`, `--like`, and a flag for each setting; flags that are not given are not in the result. `hidden`
+    flags are not in the help; the command that uses this explains them."""
     parser.is_of_training = True
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
     about_like = "settings from a published adapter file, also kohya's; flags and --config override them"
@@ -285,9 +283,7 @@ def given_by(argv: Sequence[str], prog: str) -> Given:
 
 def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[dict[str, Any], bool]:
     """The settings of parsed flags and of the files of --config and --like, and whether there is such a file.
-
-    `without_words`: a folder and a word replace a --config file's own subject. Raises UserError.
-    """
+    `without_words`: a folder and a word replace a --config file's own subject. Raises UserError."""
     flags = dict(flags)
     file, like = flags.pop("config"), flags.pop("like")
     recipe = load_settings(file) if file else {}
@@ -331,10 +327,7 @@ AS_ONE_WORD = "as in `train photos/dog dog`"
 
 def choose(given: Given) -> Choices:
     """All settings for the photos and the class in the given words; flags and files override the choices, each of which
-    is printed.
-
-    Raises UserError for a missing folder or word, and for a folder without photos.
-    """
+    is printed. Raises UserError for a missing folder or word, and for a folder without photos."""
     from dreambooth_moslora.photos.folder import photo_report
 
     folder, word = folder_and_word(given.words)
@@ -377,11 +370,8 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
 
 
 def run_folder(word: str, resumes: bool) -> Path:
-    """`runs/dog`, or a free name like it; for a resumed run, the latest of these names.
-
-    Several processes cannot each find a free name: they use the first one, and an earlier run there is moved
-    away.
-    """
+    """`runs/dog`, or a free name like it; for a resumed run, the latest of these names. Several processes cannot each
+    find a free name: they use the first one, and an earlier run there is moved away."""
     name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
     if process_count() > 1:
         return RUNS / name

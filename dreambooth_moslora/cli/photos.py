@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 BASE = "pretrained_model_name_or_path"
 """Without it photos are assumed to be photographs, so that the base is SDXL."""
 OF_PHOTOS = (*named("check"), BASE)
-MAX_PICTURED = 48
-"""Most photos in the picture of the crops."""
+MAX_PICTURED = 48  # Most photos in the picture of the crops.
 
 
 def check_arguments(parser: argparse.ArgumentParser) -> None:

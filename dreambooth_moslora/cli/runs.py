@@ -29,8 +29,7 @@ EPILOG = """examples:
   queue remove dog"""
 ENDED_SHOWN = 10
 POLL_SEC = 0.5
-PLAIN_INTERVAL_SEC = 30.0
-"""Seconds between two lines of progress when the output is a file."""
+PLAIN_INTERVAL_SEC = 30.0  # Seconds between two lines of progress when the output is a file.
 
 
 def queue_arguments(parser: argparse.ArgumentParser) -> None:

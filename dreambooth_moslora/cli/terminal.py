@@ -72,11 +72,8 @@ INTERRUPTED = 130
 
 
 class StopRequest:
-    """Context manager. Calling it returns whether the user or the system asked to stop.
-
-    A second Ctrl-C prints a message; a third ends the process at once. That loses the steps since the last checkpoint,
-    but no file.
-    """
+    """Context manager. Calling it returns whether the user or the system asked to stop. A second Ctrl-C prints a
+    message; a third ends the process at once. That loses the steps since the last checkpoint, but no file."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -119,10 +116,8 @@ PHASE_TITLES = {
     "evaluating": "scoring",
     "exporting": "saving and verifying the adapter",
 }
-TRAINING = "training"
-"""Title of the bar of steps."""
-PLAIN_INTERVAL_SEC = 5.0
-"""Seconds between two lines of progress when the output is a file."""
+TRAINING = "training"  # Title of the bar of steps.
+PLAIN_INTERVAL_SEC = 5.0  # Seconds between two lines of progress when the output is a file.
 
 
 class TerminalProgress:

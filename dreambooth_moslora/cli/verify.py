@@ -34,8 +34,7 @@ OF_SOURCE = ("subjects", "dataset_name", "dataset_config_name", "image_column", 
 """Settings of a --config file that --photos replaces."""
 QUIET = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}
 """Settings of the run that do not affect its steps."""
-ROUNDING = 1.0
-"""‖ΔW − ΔW'‖ / ‖ΔW‖ that other rounding may explain: it grows with the steps."""
+ROUNDING = 1.0  # ‖ΔW − ΔW'‖ / ‖ΔW‖ that other rounding may explain: it grows with the steps.
 TITLE = re.compile(r"\w[\w.-]{0,99}")
 
 

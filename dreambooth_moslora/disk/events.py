@@ -53,11 +53,9 @@ def parse_event(line: str | bytes) -> dict[str, Any] | None:
 
 @dataclass
 class Metrics:
-    """The events, read from where the last reading stopped; an unfinished line is read later.
-
-    A resumed run replaces the file by a shorter one, and a deleted folder's name may be used again. So the last
-    line that was read, which holds its time, must still be at its place; if not, everything is read again.
-    """
+    """The events, read from where the last reading stopped; an unfinished line is read later. A resumed run replaces
+    the file by a shorter one, and a deleted folder's name may be used again. So the last line that was read, which
+    holds its time, must still be at its place; if not, everything is read again."""
 
     path: Path
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -124,10 +122,8 @@ class PhaseProgress(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step. Values are None when they do not exist (no prior) or are not finite.
-
-    `skipped`: fp16 overflowed, nothing changed, and the step is repeated with a smaller scale.
-    """
+    """One optimizer step. Values are None when they do not exist (no prior) or are not finite. `skipped`: fp16
+    overflowed, nothing changed, and the step is repeated with a smaller scale."""
 
     kind: ClassVar[str] = "step"
     step: int
@@ -155,10 +151,8 @@ class SamplesDrawn(Event):
 
 @dataclass(frozen=True)
 class StepEvaluated(Event):
-    """`scores` by name (each a key of its own on disk), the `best` step so far, the evaluation's `cost`.
-
-    `photos` holds their `count`, their `nearness` to each other, and how many have no caption that is the bare prompt.
-    """
+    """`scores` by name (each a key of its own on disk), the `best` step so far, the evaluation's `cost`. `photos` holds
+    their `count`, their `nearness` to each other, and how many have no caption that is the bare prompt."""
 
     kind: ClassVar[str] = "evaluation"
     step: int
@@ -209,7 +203,6 @@ E = TypeVar("E", bound=Event)
 
 
 def record_of(event: Event) -> dict[str, Any]:
-    """The event as a dict for one line."""
     values = asdict(event)
     moment = values.pop("time")
     return {"type": event.kind, "time": moment} | values.pop("scores", {}) | values

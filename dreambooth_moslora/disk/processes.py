@@ -30,15 +30,12 @@ if TYPE_CHECKING:
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 MADV_HUGEPAGE, MADV_PAGEOUT = 14, 21
 
-KEEP_MEMORY = "DREAMBOOTH_KEEP_MEMORY"
-"""Environment variable; 0 turns `keep_freed_memory` off."""
+KEEP_MEMORY = "DREAMBOOTH_KEEP_MEMORY"  # Environment variable; 0 turns `keep_freed_memory` off.
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in this process, for allocations from now on.
-
-    Returns False without glibc, or if KEEP_MEMORY is 0; neither is an error.
-    """
+    """Keep freed memory in this process, for allocations from now on. Returns False without glibc, or if KEEP_MEMORY is
+    0; neither is an error."""
     if not sys.platform.startswith("linux") or os.environ.get(KEEP_MEMORY) == "0":
         return False
     try:
@@ -81,11 +78,8 @@ def page_out(tensor: "Tensor") -> None:
 
 def share_heaps(most: int = 1) -> bool:
     """Let all threads of this process allocate from at most `most` of glibc's arenas. For a server; call it before
-    there are threads.
-
-    By default each new thread may begin an arena of its own, 8 per processor, and what its pictures leave there
-    (tens of MiB) serves no thread of another arena. mallopt(3); False where there is no glibc to ask.
-    """
+    there are threads. By default each new thread may begin an arena of its own, 8 per processor, and what its pictures
+    leave there (tens of MiB) serves no thread of another arena. mallopt(3); False where there is no glibc to ask."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -116,21 +110,15 @@ def reset_peak_memory() -> bool:
 
 def avoid_fragmentation() -> None:
     """Let PyTorch grow its blocks of GPU memory, so that pictures between two steps leave no holes. Call it before
-    importing torch.
-
-    The user's own settings, under the new or the old name, are kept.
-    """
+    importing torch. The user's own settings, under the new or the old name, are kept."""
     if sys.platform.startswith("linux") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """For large imports: the garbage collector pauses and never examines the new objects.
-
-    Among half a million objects of PyTorch and diffusers it finds nothing, and takes a sixth of their import
-    time.
-    """
+    """For large imports: the garbage collector pauses and never examines the new objects. Among half a million objects
+    of PyTorch and diffusers it finds nothing, and takes a sixth of their import time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -196,11 +184,8 @@ def start_logged(
     inherits: Sequence[int] = (),
 ) -> subprocess.Popen:
     """Start Python with the arguments in `folder` (None: the current one); its terminal output goes to the log in
-    `run_dir`.
-
-    `environment` is added to this process's own; open files in `inherits` are passed on. The process has its own
-    session, so that a Ctrl-C in this terminal does not reach it.
-    """
+    `run_dir`. `environment` is added to this process's own; open files in `inherits` are passed on. The process has its
+    own session, so that a Ctrl-C in this terminal does not reach it."""
     own = {"PYTHONUNBUFFERED": "1", **import_environment(), **(environment or {})}
     with (run_dir / LOG_NAME).open("ab") as log:
         return subprocess.Popen(

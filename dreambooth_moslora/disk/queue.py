@@ -40,10 +40,8 @@ LOCK_NAME = "run.lock"
 
 @contextmanager
 def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Hold the existing `folder`, which the option `flag` names, for the length of the block.
-
-    Raises UserError when another run holds it.
-    """
+    """Hold the existing `folder`, which the option `flag` names, for the length of the block. Raises UserError when
+    another run holds it."""
     path = folder / LOCK_NAME
     file = take(path, flag)
     try:
@@ -58,10 +56,8 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
 
 
 def take(path: Path, flag: str) -> BinaryIO:
-    """Open and lock the file of that name. If its owner removes it meanwhile, it is created again.
-
-    Raises UserError when another process holds it.
-    """
+    """Open and lock the file of that name. If its owner removes it meanwhile, it is created again. Raises UserError
+    when another process holds it."""
     while True:
         file = path.open("a+b")
         try:
@@ -92,8 +88,7 @@ def lock(file: BinaryIO) -> None:
 
 
 QUEUE_NAME = ".queue"
-COMMAND_LINE = ""
-"""Owner of a run that was added by the command; other runs belong to a user of the page."""
+COMMAND_LINE = ""  # Owner of a run that was added by the command; other runs belong to a user of the page.
 PLACES = ("up", "down", "first", "last")
 RUNS_TOGETHER = 4
 """For all visitors at one address without a login, runs in a round of the owners: one visitor may have many cookies."""
@@ -102,12 +97,10 @@ HELD_SEC, POLL_SEC = 30.0, 0.02
 
 @dataclass(frozen=True)
 class QueuedRun:
-    """A run in the queue, with complete and checked `settings`; they are empty if its file could not be read.
-
-    `address` is that of an owner without a login. Paths in the settings are relative to `folder`. `argv` are
-    the words of the command. `is_new`: its run folder was made for it. `queued` and `started` are times (s);
-    `killed` counts kills since its last checkpoint.
-    """
+    """A run in the queue, with complete and checked `settings`; they are empty if its file could not be read. `address`
+    is that of an owner without a login. Paths in the settings are relative to `folder`. `argv` are the words of the
+    command. `is_new`: its run folder was made for it. `queued` and `started` are times (s); `killed` counts kills since
+    its last checkpoint."""
 
     name: str
     owner: str = COMMAND_LINE
@@ -154,7 +147,6 @@ class RunQueue:
             return place + 1
 
     def waiting(self) -> list[QueuedRun]:
-        """The waiting runs, in their order."""
         try:
             order = json.loads((self.folder / "order.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -168,11 +160,8 @@ class RunQueue:
         return sorted(self._all("started"), key=lambda run: run.started)
 
     def move(self, name: str, place: str, owner: str | None = None) -> None:
-        """Move a run to `place`, one of PLACES or a number from 1. With an `owner`, only that owner's runs
-        change places.
-
-        Raises UserError for a run that does not wait and for an invalid place.
-        """
+        """Move a run to `place`, one of PLACES or a number from 1. With an `owner`, only that owner's runs change
+        places. Raises UserError for a run that does not wait and for an invalid place."""
         with self._held():
             waiting = self.waiting()
             order = [run.name for run in waiting]
@@ -225,7 +214,6 @@ class RunQueue:
             return run
 
     def note(self, run: QueuedRun) -> None:
-        """Save the changed entry of a started run."""
         self._write("started", run)
 
     def end(self, run: QueuedRun, state: str, message: str) -> None:
@@ -274,11 +262,9 @@ class RunQueue:
 
 
 def place_of(run: QueuedRun, started: Sequence[QueuedRun], waiting: Sequence[QueuedRun]) -> int:
-    """Where a new run goes, from 0: behind the last one of its own round or an earlier one.
-
-    A round has one run of each owner, and at most RUNS_TOGETHER of an address. So owners take turns, and a run that was
-    moved to the front stays there.
-    """
+    """Where a new run goes, from 0: behind the last one of its own round or an earlier one. A round has one run of each
+    owner, and at most RUNS_TOGETHER of an address. So owners take turns, and a run that was moved to the front stays
+    there."""
     owners, addresses, rounds = Counter(), Counter(), []
     for one in [*started, *waiting, run]:
         together = addresses[one.address] // RUNS_TOGETHER if one.address else 0

@@ -16,14 +16,10 @@ from dreambooth_moslora.core import UserError, free_name, one_line, recover, rem
 from dreambooth_moslora.disk.events import append_event, read_events
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
-KOHYA_SUFFIX = ".kohya.safetensors"
-"""End of the name of the file for other programs, after the run's name."""
-MIXERS_NAME = "mixers.safetensors"
-"""Mixers alone, of a run on a frozen basis."""
-BASIS_SUFFIX = "basis.safetensors"
-"""End of the name of a basis that was learnt."""
-BEST_NAME = "best"
-"""Folder of the best evaluated step in a run."""
+KOHYA_SUFFIX = ".kohya.safetensors"  # End of the name of the file for other programs, after the run's name.
+MIXERS_NAME = "mixers.safetensors"  # Mixers alone, of a run on a frozen basis.
+BASIS_SUFFIX = "basis.safetensors"  # End of the name of a basis that was learnt.
+BEST_NAME = "best"  # Folder of the best evaluated step in a run.
 TOKENS_SUFFIX = "_emb.safetensors"
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
 NAME_BYTES = 200
@@ -64,7 +60,6 @@ class RunDir:
         return tokens_files(self.path, self.name)
 
     def read_card(self) -> str | None:
-        """The text of README.md; None when it does not exist."""
         return self.card_path.read_text(encoding="utf-8", errors="replace") if self.card_path.is_file() else None
 
     def checkpoint_path(self, step: int) -> Path:
@@ -93,12 +88,10 @@ class RunDir:
                 remove_directory(path)
 
     def append_metrics(self, event: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
         self.path.mkdir(parents=True, exist_ok=True)
         append_event(self.metrics_path, event)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All events so far; a line cut off by a kill is left out."""
         return read_events(self.metrics_path) if self.metrics_path.is_file() else []
 
 
@@ -168,16 +161,13 @@ def pictures_named(text: str) -> set[str]:
     return {url for url in urls if PICTURE.fullmatch(str(url))}
 
 
-NONE = "none"
-"""The choice of no adapter; no file gets this name."""
+NONE = "none"  # The choice of no adapter; no file gets this name.
 UNSAFE = re.compile(r"[^\w .+-]+")
 
 
 def find_weights(path: str | Path) -> Path:
     """The safetensors file of an adapter: the path itself, the published file of a run, or the raw one of a checkpoint.
-
-    Raises UserError when there is none, and for any format that can carry code (pickles).
-    """
+    Raises UserError when there is none, and for any format that can carry code (pickles)."""
     path = Path(path).expanduser()
     if path.is_dir():
         path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)
@@ -198,10 +188,8 @@ def header_of(file: Path) -> dict[str, str]:
 
 
 def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:
-    """Name -> file, in order; a name that is `taken` gets a number.
-
-    Files of new tokens and bases are left out, as they belong to an adapter; so are links that lead out of `folders`.
-    """
+    """Name -> file, in order; a name that is `taken` gets a number. Files of new tokens and bases are left out, as they
+    belong to an adapter; so are links that lead out of `folders`."""
     found: dict[str, Path] = {}
     for file in files:
         if not file.name.endswith((TOKENS_SUFFIX, BASIS_SUFFIX)) and is_file_inside(file, folders):

@@ -36,7 +36,6 @@ def is_target(path: str, name: str) -> bool:
 
 
 def is_adapted(path: str, names: Iterable[str]) -> bool:
-    """Whether the layer at `path` gets an adapter by any of the names in `--target_modules`."""
     return any(is_target(path, name) for name in names)
 
 
@@ -82,8 +81,7 @@ def is_text_projection(path: str) -> bool:
     return path.endswith((".attn2.to_k", ".attn2.to_v"))
 
 
-MOST = 10**9
-"""Upper bound of integers without a bound of their own: larger ones are typing errors."""
+MOST = 10**9  # Upper bound of integers without a bound of their own: larger ones are typing errors.
 
 Prompt = NewType("Prompt", str)
 """Text that may hold commas. A list of prompts is not split at commas; a list of names is."""
@@ -106,45 +104,31 @@ class Row:
     low: float | None = None
     above: float | None = None
     high: float | None = None
-    below: float | None = None
-    """low <= value <= high, above < value < below"""
+    below: float | None = None  # low <= value <= high, above < value < below
     choices: Collection[str] = ()
-    spellings: Mapping[str, str] = field(default_factory=dict)
-    """other spellings, in lower case -> choice"""
-    required: bool = False
-    """must be given as a flag or in a file"""
-    secret: bool = False
-    """never written to a file"""
+    spellings: Mapping[str, str] = field(default_factory=dict)  # other spellings, in lower case -> choice
+    required: bool = False  # must be given as a flag or in a file
+    secret: bool = False  # never written to a file
     path: Callable[[str], str] | None = None
     """for a file or folder: what finds it; `~` is expanded, since no shell expands it in files and after `=`"""
-    per_process: bool = False
-    """may differ between the processes of one run"""
-    per_subject: bool = False
-    """each of several subjects may have its own"""
-    check: bool = False
-    """the command `check` takes it too"""
+    per_process: bool = False  # may differ between the processes of one run
+    per_subject: bool = False  # each of several subjects may have its own
+    check: bool = False  # the command `check` takes it too
     yields_to: tuple[str, ...] = ()
     """a --config file's value is dropped if the command line gives one of these (default if `per_subject`: subjects,
     and WORDS)"""
-    replaces: tuple[str, ...] = ()
-    """if it is given, these are not taken from the file of --like"""
+    replaces: tuple[str, ...] = ()  # if it is given, these are not taken from the file of --like
     publish: str | None = None
     """whether a published file tells it and --like takes it: "always", or "if_changed" (only if it differs from the
     default, so that other files keep their bytes). Only for what cannot hold text of the user's."""
     shapes: bool | Callable[[Any], bool] = False
     """it may shape the weights though a published file may lack it: whenever it is not idle, or in these runs"""
-    idle: Idle = ()
-    """when it has no effect"""
-    packages: Mapping[object, str] = field(default_factory=dict)
-    """value -> package that it needs"""
-    resume: str | None = None
-    """"same": a resumed run must have the checkpoint's value"""
-    kohya: str = ""
-    """its keys in kohya's headers"""
-    of_kohya: Callable[[str], Any] = str
-    """its value from such a key's text; None if the key does not set it"""
-    elsewhere: str = ""
-    """flags of other trainers that mean the same"""
+    idle: Idle = ()  # when it has no effect
+    packages: Mapping[object, str] = field(default_factory=dict)  # value -> package that it needs
+    resume: str | None = None  # "same": a resumed run must have the checkpoint's value
+    kohya: str = ""  # its keys in kohya's headers
+    of_kohya: Callable[[str], Any] = str  # its value from such a key's text; None if the key does not set it
+    elsewhere: str = ""  # flags of other trainers that mean the same
 
 
 def grouped(group: str) -> Callable[..., Any]:
@@ -181,7 +165,6 @@ def optimizer_name(text: str) -> str:
 
 
 def field_types(owner: type) -> dict[str, FieldType]:
-    """The type of each field of a dataclass, by name."""
     types = {}
     for name, hint in get_type_hints(owner).items():
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)

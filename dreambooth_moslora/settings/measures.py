@@ -7,43 +7,26 @@ name. Rows stand in the order in which people see them.
 from dataclasses import dataclass
 from typing import Literal
 
-Study = Literal["", "values", "scores", "differences"]
-
 
 @dataclass(frozen=True)
 class Measure:
-    """What is known of one measure, beside its formula.
+    """What is known of one measure, beside its formula."""
 
-    title      its name in reports; a row without one is in no table of a report
-    kind       the table of `evaluate`'s report: scores, shares (relative to a scale), or answers of the toy's judge
-    base       the measure of the base's own pictures that stands beside it
-    help       what it means
-    share      (measure, whole): it is the ratio of these two means
-    truth      its title beside the toy world's true renders (NAME_ceiling) and other individuals (NAME_floor)
-    summary    whether `evaluate` prints it
-    logged     whether evaluations during training write it into the run's events, and so into the card
-    curve      its label on plots of a run, short enough for a phone
-    sentence   what `explain` says of it, with fields for any score
-    study      what a study does with it: compares the values, shows the score of each arm, or the differences too
-    column     its title in a study's tables, if not `title`
-    panel      its title on a study's plots, if it is drawn there
-    pictures   whether a study also compares single pictures by it
-    """
-
-    title: str = ""
-    kind: Literal["score", "share", "judge"] = "score"
-    base: str = ""
-    help: str = ""
-    share: tuple[str, str] | None = None
-    truth: str = ""
-    summary: bool = False
-    logged: bool = False
-    curve: str = ""
-    sentence: str = ""
-    study: Study = ""
-    column: str = ""
-    panel: str = ""
-    pictures: bool = False
+    title: str = ""  # its name in reports; a row without one is in no table of a report
+    kind: Literal["score", "share", "judge"] = "score"  # scores, shares of a scale, answers of the toy's judge
+    base: str = ""  # the measure of the base's own pictures that stands beside it
+    help: str = ""  # what it means
+    share: tuple[str, str] | None = None  # (measure, whole): it is the ratio of these two means
+    truth: str = ""  # its title beside the toy's true renders (NAME_ceiling) and other individuals (NAME_floor)
+    summary: bool = False  # whether `evaluate` prints it
+    logged: bool = False  # whether evaluations during training write it into the run's events, and so into the card
+    curve: str = ""  # its label on plots of a run, short enough for a phone
+    sentence: str = ""  # what `explain` says of it, with fields for any score
+    study: Literal["", "values", "scores", "differences"] = ""  # what a study does with it: compares the values, shows
+    # the score of each arm, or the differences too
+    column: str = ""  # its title in a study's tables, if not `title`
+    panel: str = ""  # its title on a study's plots, if it is drawn there
+    pictures: bool = False  # whether a study also compares single pictures by it
 
 
 # fmt: off
@@ -152,5 +135,4 @@ MEASURES = {
 
 
 def curves() -> dict[str, str]:
-    """Measure -> its label on a plot of a run."""
     return {name: row.curve for name, row in MEASURES.items() if row.curve}

@@ -16,23 +16,17 @@ SCHEDULE_FREE = "AdamWScheduleFree"
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """One optimizer. Classes are named as `module:name`, and imported when a run begins.
-
-    `options` are its arguments besides the groups and the rate. `on_gpu` and `in_8_bit` are classes that take its place
-    there; `package` is what pip installs for it. `learns` are the values of a group that its steps change, which a
-    checkpoint keeps. `bytes_each` counts the fp32 weight, the gradient and the states of one parameter. With `one_rate`
-    all groups share one learning rate. One that `averages` its steps publishes the average.
-    """
+    """One optimizer. Classes are named as `module:name`, and imported when a run begins."""
 
     home: str
-    options: Callable[[Config], dict[str, Any]]
-    package: str | None = None
-    on_gpu: str | None = None
+    options: Callable[[Config], dict[str, Any]]  # its arguments besides the groups and the rate
+    package: str | None = None  # what pip installs for it
+    on_gpu: str | None = None  # the class that takes its place there
     in_8_bit: str | None = None
-    learns: tuple[str, ...] = ()
-    bytes_each: int = 16
-    one_rate: bool = False
-    averages: bool = False
+    learns: tuple[str, ...] = ()  # the values of a group that its steps change, which a checkpoint keeps
+    bytes_each: int = 16  # of one parameter: the fp32 weight, the gradient and the states
+    one_rate: bool = False  # all groups share one learning rate
+    averages: bool = False  # it publishes the average of its steps
 
 
 def of_adam(config: Config) -> dict[str, Any]:
@@ -66,8 +60,7 @@ OPTIMIZERS = {
         "transformers.optimization:Adafactor", lambda run: {"scale_parameter": False, "relative_step": False}
     ),
 }
-BYTES_IN_8_BIT = 10
-"""`bytes_each` with --use_8bit_adam."""
+BYTES_IN_8_BIT = 10  # `bytes_each` with --use_8bit_adam.
 
 
 def optimizer_of(config: Config) -> OptimizerKind:

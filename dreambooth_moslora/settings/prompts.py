@@ -35,13 +35,11 @@ DREAMBOOTH_LIVE_TEMPLATES = (*(f"a {{}} {p}" for p in PLACES + OUTFITS), *(f"a {
 OPENING = re.compile(r"^(?:(?:an?|the|this)\s+)?(?:photo|picture|photograph|image|painting|drawing)s?\s+of\s+", re.I)
 ARTICLE = re.compile(r"^(?:an?|the|one|my)\s+", re.I)
 CONTEXT = re.compile(r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I)
-USUAL_WORD = "TOK"
-"""diffusers' scripts use this word in prompts for new tokens."""
+USUAL_WORD = "TOK"  # diffusers' scripts use this word in prompts for new tokens.
 CONTEXT_TEMPLATES = tuple(
     f"a {{}} {place}" for place in ("on the beach", "in the snow", "with a city in the background", "in the jungle")
 )
-MOST_PAIRS = 6
-"""Most pairs of subjects that are drawn together."""
+MOST_PAIRS = 6  # Most pairs of subjects that are drawn together.
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,6 @@ def class_word_of(config: TrainConfig) -> str:
 
 
 def trigger_words(config: TrainConfig) -> tuple[str, ...]:
-    """The words that call each subject in a prompt."""
     found = (subject_of(subject).words for subject in each_subject(config))
     return tuple(words for words in found if words)
 
@@ -93,10 +90,8 @@ def word_pattern(word: str) -> re.Pattern:
 
 
 def learnt_words(config: TrainConfig) -> tuple[str, ...]:
-    """The word of each subject that its new tokens stand for in prompts; none for a run without new tokens.
-
-    Raises UserError unless each instance prompt has its word, no class prompt has one, and no word is part of another.
-    """
+    """The word of each subject that its new tokens stand for in prompts; none for a run without new tokens. Raises
+    UserError unless each instance prompt has its word, no class prompt has one, and no word is part of another."""
     if not config.train_text_encoder_ti:
         return ()
     subjects = each_subject(config)
@@ -134,7 +129,6 @@ def spellings_of(counts: Mapping[str, int]) -> dict[str, str]:
 
 
 def spelled(prompt: str, spellings: Mapping[str, str]) -> str:
-    """The prompt with each word replaced by its new tokens."""
     if not spellings:
         return prompt
     longest_first = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
@@ -147,7 +141,6 @@ def joined(*parts: str) -> str:
 
 
 def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """The prompts that are drawn during training at fixed seeds."""
     return tuple(dict.fromkeys(one.validation_prompt or one.instance_prompt for one in each_subject(config)))
 
 

@@ -40,7 +40,6 @@ def read_tables(path: Path | str) -> dict[str, Any]:
 
 
 def read_json_table(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError."""
     return parsed(path, str(path))
 
 
@@ -83,8 +82,7 @@ RECIPE = named("publish", "always")
 TOLD_IF_CHANGED = named("publish", "if_changed")
 LAYERS = tuple(name for name in RECIPE if FIELD_TYPES[name][0] is tuple)
 DEFAULTS = TrainConfig().to_dict()
-MOST_LETTERS = 50_000
-"""Of a list of layers: every layer of SDXL by name takes less."""
+MOST_LETTERS = 50_000  # Of a list of layers: every layer of SDXL by name takes less.
 LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?-]{1,100}([=:][0-9.e+]{1,20})?")
 
 
@@ -148,7 +146,6 @@ class FoundRecipe:
 
     @property
     def remarks(self) -> list[str]:
-        """Lines about what could not be taken."""
         lines = []
         if self.without_equivalent:
             lines.append(f"without an equivalent here: {one_line(', '.join(self.without_equivalent), 600)}")
@@ -158,10 +155,8 @@ class FoundRecipe:
 
 
 def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of the file's recipe that are not `given`, and lines about them. `path` may be a run folder.
-
-    Raises UserError for a file without a recipe, or that is not a safetensors file.
-    """
+    """The settings of the file's recipe that are not `given`, and lines about them. `path` may be a run folder. Raises
+    UserError for a file without a recipe, or that is not a safetensors file."""
     file = Path(os.path.expanduser(path))
     try:
         file = file / PUBLISHED_NAME if file.is_dir() else file

@@ -49,7 +49,6 @@ def tables_in(path: Path) -> Any:
 
 
 def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:
-    """One subject for each folder in `folder`, by name. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"--subjects {folder}: {'not a folder' if folder.exists() else 'no such folder or file'}.")
     try:

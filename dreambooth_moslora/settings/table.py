@@ -32,12 +32,9 @@ from dreambooth_moslora.settings.optimizers import OPTIMIZERS, SCHEDULE_FREE
 from dreambooth_moslora.settings.rules import check_together
 
 MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
-ZERO = "zero"
-"""Start of the mixer on a frozen basis. Elsewhere it would not train."""
-SVD = "svd"
-"""The word for the basis of the base's own weights; any other is a file."""
-NO_GAIN = "no gain was shown on three sample subjects"
-"""`docs/training.md` has the figures."""
+ZERO = "zero"  # Start of the mixer on a frozen basis. Elsewhere it would not train.
+SVD = "svd"  # The word for the basis of the base's own weights; any other is a file.
+NO_GAIN = "no gain was shown on three sample subjects"  # `docs/training.md` has the figures.
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 
 of_base = grouped("base model")
@@ -62,10 +59,8 @@ def draws_class_images(run: "TrainConfig") -> bool:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Values are converted and checked on construction; UserError names the wrong setting and the reason.
-
-    None means "not set" where it is allowed. Lengths ending in `_steps` count optimizer steps; sizes are px.
-    """
+    """Values are converted and checked on construction; UserError names the wrong setting and the reason. None means
+    "not set" where it is allowed. Lengths ending in `_steps` count optimizer steps; sizes are px."""
 
     # fmt: off
     pretrained_model_name_or_path: str = of_base("toy",
@@ -418,8 +413,7 @@ class TrainConfig:
         return {name: plain(value) for name, value in shown.items()}
 
 
-SETTINGS: dict[str, Field] = {item.name: item for item in fields(TrainConfig)}
-"""Name -> row."""
+SETTINGS: dict[str, Field] = {item.name: item for item in fields(TrainConfig)}  # Name -> row.
 FIELD_TYPES = field_types(TrainConfig)
 GROUPS = tuple(dict.fromkeys(item.metadata["group"] for item in SETTINGS.values()))
 
@@ -452,7 +446,6 @@ def plain(value: Any) -> Any:
 
 
 def is_scored(config: TrainConfig) -> bool:
-    """Whether the run draws pictures to score them."""
     return bool(config.evaluate_steps or config.find_scale)
 
 
@@ -485,10 +478,8 @@ def checked_setting(name: str, value: Any) -> Any:
 
 
 def check_each(values: Mapping[str, Any]) -> None:
-    """Check each given setting; others may be missing. Raises UserError for a wrong name or value.
-
-    A setting in REMOVED may be given if it is off.
-    """
+    """Check each given setting; others may be missing. Raises UserError for a wrong name or value. A setting in REMOVED
+    may be given if it is off."""
     for name, value in values.items():
         if name in SETTINGS:
             checked_setting(name, value)

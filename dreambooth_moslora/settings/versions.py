@@ -39,10 +39,8 @@ PAIRS = (
 
 
 def needed_ranges() -> dict[str, SpecifierSet]:
-    """{library: tested versions} of the libraries that every run needs.
-
-    They are read from pyproject.toml in a clone, and from the installed package's metadata otherwise.
-    """
+    """{library: tested versions} of the libraries that every run needs. They are read from pyproject.toml in a clone,
+    and from the installed package's metadata otherwise."""
     clone = clone_folder()
     if clone is not None and (file := clone / "pyproject.toml").is_file():
         lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
@@ -65,11 +63,8 @@ def version_of(name: str) -> str | None:
 
 
 def require_packages(config: TrainConfig) -> None:
-    """Raises UserError for the first flag whose package is missing.
-
-    Without a tracker's package accelerate would log nothing and not say so; without the others a run would fail
-    after its photos are encoded.
-    """
+    """Raises UserError for the first flag whose package is missing. Without a tracker's package accelerate would log
+    nothing and not say so; without the others a run would fail after its photos are encoded."""
     for item in fields(config):
         value, facts = getattr(config, item.name), item.metadata
         package = facts["packages"].get(value) if facts["packages"] else None
@@ -87,7 +82,6 @@ def is_within(version: str | None, versions: SpecifierSet) -> bool:
 
 
 def bad_pairs(installed: Mapping[str, str | None]) -> list[str]:
-    """One line for each pair that fails."""
     known = {name: version or "" for name, version in installed.items()}
     lines = []
     for pair, line in PAIRS:
