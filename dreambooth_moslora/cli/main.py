@@ -80,14 +80,12 @@ OUT_OF_MEMORY = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m dreambooth_moslora COMMAND …` or `dreambooth-moslora COMMAND …`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    return exit_code(lambda: run_command(argv))
+    return exit_code(lambda: run_command(list(sys.argv[1:] if argv is None else argv)))
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """`python train_dreambooth.py …`, alone or under `accelerate launch`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    return exit_code(lambda: train_or_queue(argv))
+    return exit_code(lambda: train_or_queue(list(sys.argv[1:] if argv is None else argv)))
 
 
 def exit_code(run: Callable[[], int]) -> int:

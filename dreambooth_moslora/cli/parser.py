@@ -10,23 +10,22 @@ file replaces the recipe.
 import argparse
 import os
 import re
-import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.cli.terminal import say
 from dreambooth_moslora.core import (
     MAX_WORD_CHARACTERS,
     SUBJECT_FILE,
     UserError,
     find_asset,
     free_name,
-    is_main_process,
     is_toy,
     process_count,
-    spelled_out,
 )
 from dreambooth_moslora.plan.choices import (
     USUAL_EXPOSURES,
@@ -39,17 +38,7 @@ from dreambooth_moslora.plan.choices import (
 from dreambooth_moslora.plan.memory import STOCK_SDXL, in_lines, least_free_gib, same_for_all
 from dreambooth_moslora.settings.fields import WORDS, Prompt, Subject, nearest
 from dreambooth_moslora.settings.sources import load_settings, settings_like
-from dreambooth_moslora.settings.table import (
-    FIELD_TYPES,
-    GROUPS,
-    OPTIMIZERS,
-    REMOVED,
-    SETTINGS,
-    TrainConfig,
-    check_each,
-    checked_setting,
-    without_removed,
-)
+from dreambooth_moslora.settings.table import FIELD_TYPES, REMOVED, SETTINGS, TrainConfig, check_each, checked_setting
 
 REMOVED_FLAGS = {
     **REMOVED,
@@ -81,7 +70,7 @@ FOREIGN = {
     "cache_latents": "latents are always cached; --caching {memory,disk,off} says where",
     "offload": "encoders always leave memory after the photos are encoded; leave it out",
     "upcast_before_saving": "adapters are kept in fp32 all along; leave it out",
-    "optimizer_type": f"use --optimizer {{{','.join(OPTIMIZERS)}}}",
+    "optimizer_type": f"use --optimizer {{{','.join(SETTINGS['optimizer'].metadata['choices'])}}}",
     "optimizer_args": "use --adam_beta1, --adam_weight_decay and their like, one flag each",
     "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
     "concepts_list concept_list": "use --subjects, which takes the same file",
@@ -204,11 +193,10 @@ def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
     about_like = "settings from a published adapter file, also kohya's; flags and --config override them"
     parser.add_argument("--like", metavar="FILE", help=about_like)
-    for title in GROUPS:
+    for title, rows in groupby(SETTINGS.values(), lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
-        for item in fields(TrainConfig):
-            if item.metadata["group"] == title:
-                add_flag(group, item, is_hidden=item.name in hidden)
+        for item in rows:
+            add_flag(group, item, is_hidden=item.name in hidden)
 
 
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
@@ -292,8 +280,7 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     given = {*flags, WORDS} if without_words else {*flags}
     gone = [name for name in recipe if name in SETTINGS and given.intersection(SETTINGS[name].metadata["yields_to"])]
     settings = {name: value for name, value in recipe.items() if name not in gone} | flags
-    check_each(settings)
-    settings = without_removed(settings)
+    settings = check_each(settings)
     if like:
         taken, lines = settings_like(str(like), settings)
         settings = taken | settings
@@ -301,17 +288,10 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     return settings, bool(file or like)
 
 
-def say(lines: list[str]) -> None:
-    """Print the lines on the terminal, in the first process only."""
-    if is_main_process():
-        for line in lines:
-            print(spelled_out(line), file=sys.stderr)
-
-
 def require(settings: Mapping[str, Any]) -> None:
     """Raises UserError for missing settings."""
     missing = []
-    for item in fields(TrainConfig):
+    for item in SETTINGS.values():
         is_said_by_subjects = item.metadata["per_subject"] and settings.get("subjects")
         if item.metadata["required"] and not is_said_by_subjects and not str(settings.get(item.name, "")).strip():
             missing.append(f"--{item.name}")

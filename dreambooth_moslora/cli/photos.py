@@ -4,12 +4,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.cli.parser import add_flag, say
+from dreambooth_moslora.cli.parser import add_flag
+from dreambooth_moslora.cli.terminal import say
 from dreambooth_moslora.core import UserError, find_asset, spelled_out
 from dreambooth_moslora.plan.choices import Choices, choose_shapes
 from dreambooth_moslora.plan.memory import STOCK_SDXL
@@ -36,9 +37,8 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--make_masks", action="store_true", help="write name.mask.png beside photos without a mask")
     parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
     group = parser.add_argument_group("as in training")
-    for item in fields(TrainConfig):
-        if item.metadata["check"]:
-            add_flag(group, item)
+    for name in named("check"):
+        add_flag(group, SETTINGS[name])
     about_base = 'the base to be trained: "toy" has its own mask model; for others CLIPSeg makes masks'
     group.add_argument(f"--{BASE}", metavar="TEXT", default=argparse.SUPPRESS, help=about_base)
 

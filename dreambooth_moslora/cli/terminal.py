@@ -17,9 +17,17 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dreambooth_moslora.core import is_main_process, spelled_out
 from dreambooth_moslora.disk import events
 
 STDERR = 2
+
+
+def say(lines: list[str]) -> None:
+    """Print the lines on standard error, in the first process only."""
+    if is_main_process():
+        for line in lines:
+            print(spelled_out(line), file=sys.stderr)
 
 
 class BreakableStream:

@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from dreambooth_moslora.cli.parser import add_flag
 from dreambooth_moslora.core import UserError, file_digest, one_line, spelled_out
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
 from dreambooth_moslora.settings.sources import checked_recipe, load_settings
-from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, TrainConfig, checked_setting, shapes_weights
+from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, SETTINGS, TrainConfig, checked_setting, shapes_weights
 
 if TYPE_CHECKING:
     from dreambooth_moslora.adapters.metadata import AdapterMetadata
@@ -60,9 +60,8 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
     about_rest = "take what neither the file, --config nor a flag tells as not set, also if the file does not say so"
     parser.add_argument("--nothing_else", action="store_true", help=about_rest)
     group = parser.add_argument_group("as in training (default: from the file's words, “a photo of a sks dog”)")
-    for item in fields(TrainConfig):
-        if item.name in FLAGS:
-            add_flag(group, item)
+    for name in (name for name in SETTINGS if name in FLAGS):
+        add_flag(group, SETTINGS[name])
 
 
 def run_verify(args: argparse.Namespace) -> int:

@@ -76,14 +76,12 @@ def page_out(tensor: "Tensor") -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_PAGEOUT)
 
 
-def share_heaps(most: int = 1) -> bool:
-    """Let all threads of this process allocate from at most `most` of glibc's arenas. For a server; call it before
-    there are threads. By default each new thread may begin an arena of its own, 8 per processor, and what its pictures
-    leave there (tens of MiB) serves no thread of another arena. mallopt(3); False where there is no glibc to ask."""
-    if not sys.platform.startswith("linux"):
-        return False
+def share_heaps() -> bool:
+    """Let all threads of this process allocate from one of glibc's arenas. For a server; call it before there are
+    threads. By default each new thread may begin an arena of its own, 8 per processor, and what its pictures leave
+    there (tens of MiB) serves no thread of another arena. mallopt(3); False where there is no glibc to ask."""
     try:
-        return bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, most))
+        return sys.platform.startswith("linux") and bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1))
     except (AttributeError, OSError):
         return False
 
@@ -200,7 +198,7 @@ def start_logged(
         )
 
 
-def log_tail(run_dir: Path, lines: int = LOG_TAIL_LINES) -> str:
+def log_tail(run_dir: Path) -> str:
     """The last lines of the log, with the last state of progress bars. Empty without a log."""
     try:
         with (run_dir / LOG_NAME).open("rb") as file:
@@ -209,4 +207,4 @@ def log_tail(run_dir: Path, lines: int = LOG_TAIL_LINES) -> str:
     except OSError:
         return ""
     shown = [line for line in text.split("\n") if line.strip()]
-    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown[-lines:])
+    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown[-LOG_TAIL_LINES:])

@@ -404,8 +404,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
         """Settings by name, as from a file. Raises UserError for an unknown name and suggests the nearest known one."""
-        check_each(values)
-        return cls(**without_removed(values))
+        return cls(**check_each(values))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of all settings but the secret ones, for `from_dict`."""
@@ -477,9 +476,9 @@ def checked_setting(name: str, value: Any) -> Any:
     return tuple(map(subject_table, value)) if FIELD_TYPES[name][0] is Subject else value
 
 
-def check_each(values: Mapping[str, Any]) -> None:
-    """Check each given setting; others may be missing. Raises UserError for a wrong name or value. A setting in REMOVED
-    may be given if it is off."""
+def check_each(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings, each checked; others may be missing. Those in REMOVED must be off, and are left out. Raises
+    UserError for a wrong name or value."""
     for name, value in values.items():
         if name in SETTINGS:
             checked_setting(name, value)
@@ -488,6 +487,7 @@ def check_each(values: Mapping[str, Any]) -> None:
         elif name not in REMOVED:
             close = nearest(name.replace("-", "_"), SETTINGS)
             raise UserError(f"unknown setting `{name}`" + (f": did you mean `{close}`?" if close else "; see --help."))
+    return without_removed(values)
 
 
 def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,27 +15,21 @@ from dreambooth_moslora.settings.table import TrainConfig
 OPTIONAL = ("bitsandbytes", "prodigyopt", "schedulefree", "datasets", "tensorboard", "wandb", "trackio", "torchvision")
 """Libraries that only some settings need."""
 
+# fmt: off
 PAIRS = (
-    (
-        {"transformers": ">=5.24", "peft": "<0.22"},
+    ({"transformers": ">=5.24", "peft": "<0.22"},
         "transformers {transformers} needs peft 0.22: adapters on text encoders fail; "
-        'pip install "transformers>=5.12,<5.24"',
-    ),
-    (
-        {"diffusers": "<0.42", "transformers": ">=5"},
-        'diffusers {diffusers} was written for transformers 4; pip install "diffusers>=0.42,<0.43"',
-    ),
-    (
-        {"peft": "<0.17", "transformers": ">=5"},
-        'peft {peft} does not know transformers 5; pip install "peft>=0.21,<0.22"',
-    ),
+        'pip install "transformers>=5.12,<5.24"'),
+    ({"diffusers": "<0.42", "transformers": ">=5"},
+        'diffusers {diffusers} was written for transformers 4; pip install "diffusers>=0.42,<0.43"'),
+    ({"peft": "<0.17", "transformers": ">=5"},
+        'peft {peft} does not know transformers 5; pip install "peft>=0.21,<0.22"'),
     ({"numpy": ">=2", "torch": "<2.3"}, "torch {torch} was built for numpy 1; upgrade torch"),
-    (
-        {"huggingface_hub": ">=1", "transformers": "<5"},
-        "transformers {transformers} needs huggingface_hub below 1; upgrade transformers",
-    ),
+    ({"huggingface_hub": ">=1", "transformers": "<5"},
+        "transformers {transformers} needs huggingface_hub below 1; upgrade transformers"),
 )
 """(versions that fail together, message)."""
+# fmt: on
 
 
 def needed_ranges() -> dict[str, SpecifierSet]:
