@@ -271,16 +271,24 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 @contextmanager
+def scratch_directory(folder: Path, name: str = "scratch") -> Iterator[Path]:
+    """A folder in `folder` for the length of the block. Folders that a killed process left are removed."""
+    clean_stale(folder)
+    scratch = temporary_name(folder / name, "new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it is renamed to `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    clean_stale(path.parent)
-    temporary = temporary_name(path, "new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    old = temporary_name(path, "old")
-    try:
+    with scratch_directory(path.parent, path.name) as temporary:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -288,26 +296,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                     os.fsync(opened.fileno())
         sync_folder(temporary)
         if path.exists():  # `recover` repairs a kill between the two renames
-            os.replace(path, old)
+            os.replace(path, temporary_name(path, "old"))
         os.replace(temporary, path)
         sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def scratch_directory(folder: Path) -> Iterator[Path]:
-    """A folder in `folder` for the length of the block. Folders that a killed process left are removed."""
-    clean_stale(folder)
-    scratch = temporary_name(folder / "scratch", "new")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(temporary_name(path, "old"), ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:
@@ -340,11 +332,9 @@ def clean_stale(folder: Path) -> None:
     """Remove temporaries of processes that no longer run from `folder`."""
     recover(folder)
     for path, match in temporaries(folder):
-        if is_in_use(match):
-            continue
-        if path.is_dir():
+        if path.is_dir() and not is_in_use(match):
             shutil.rmtree(path, ignore_errors=True)
-        else:
+        elif not is_in_use(match):
             path.unlink(missing_ok=True)
 
 
@@ -359,10 +349,8 @@ def is_in_use(temporary: re.Match[str]) -> bool:
         return temporary["token"] == process_token(pid)
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

@@ -19,7 +19,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import TrainConfig
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.ui.jobs import JobState, QueueTurns
+    from dreambooth_moslora.ui.jobs import Job, QueueTurns
 
 RUNS = "runs"
 EPILOG = """examples:
@@ -93,8 +93,9 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
 def lines_of(turns: "QueueTurns") -> list[str]:
     lines = [f"ended: {line}" for line in map(ending, turns.queue.ended()[-ENDED_SHOWN:])]
     for queued in turns.queue.started():
-        state, said = state_of(turns, queued), "interrupted; its next turn resumes it"
-        if state is not None:
+        job, said = live_job(turns, queued), "interrupted; its next turn resumes it"
+        if job is not None:
+            state = turns.jobs.state(job)
             said = f"step {state.step} of {state.max_train_steps}" if state.max_train_steps else "starting"
         lines.append(f"now: {queued.name}, {said}")
     for number, queued in enumerate(turns.queue.waiting(), 1):
@@ -108,12 +109,12 @@ def ending(event: dict[str, Any]) -> str:
     return f"{event.get('name')} {event.get('state')}" + (f": {message}" if message else "")
 
 
-def state_of(turns: "QueueTurns", queued: QueuedRun | None) -> "JobState | None":
-    """The state of a run whose process is alive."""
+def live_job(turns: "QueueTurns", queued: QueuedRun | None) -> "Job | None":
+    """The job of the run, if its process is alive."""
     from dreambooth_moslora.ui.jobs import Job
 
     job = Job.load(turns.jobs.runs_dir / queued.name) if queued else None
-    return turns.jobs.state(job) if job is not None and job.is_alive else None
+    return job if job is not None and job.is_alive else None
 
 
 def train_all(turns: "QueueTurns") -> int:
@@ -138,11 +139,7 @@ def train_all(turns: "QueueTurns") -> int:
 
 def save_and_leave(turns: "QueueTurns") -> None:
     """Let the current run write a checkpoint and end; it stays first in the queue."""
-    from dreambooth_moslora.ui.jobs import Job
-
-    queued = turns.current()
-    job = Job.load(turns.jobs.runs_dir / queued.name) if queued else None
-    if job is not None and job.is_alive:
+    if (job := live_job(turns, turns.current())) is not None:
         os.kill(job.pid, signal.SIGTERM)
         while job.is_alive:
             turns.jobs.current()  # reaps an ended child
@@ -158,7 +155,8 @@ class Bar:
 
     def show(self, turns: "QueueTurns") -> None:
         queued = turns.current()
-        state = state_of(turns, queued)
+        job = live_job(turns, queued)
+        state = turns.jobs.state(job) if job else None
         if state is None or not state.max_train_steps:
             return
         if self.name != queued.name:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.adapters.metadata import RESUMED, UNTOLD, concluded, told_by
 from dreambooth_moslora.cli.parser import add_flag
+from dreambooth_moslora.cli.terminal import StopRequest, TerminalProgress
 from dreambooth_moslora.core import UserError, file_digest, one_line, spelled_out
+from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
 from dreambooth_moslora.settings.sources import checked_recipe, load_settings
 from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, SETTINGS, TrainConfig, checked_setting, shapes_weights
@@ -190,8 +192,6 @@ def versions_apart(receipt: Receipt) -> list[str]:
 
 def retrain(config: TrainConfig, step: int | None) -> bool:
     """Train; returns whether the run reached its end, or `step`. Raises UserError when the run has fewer steps."""
-    from dreambooth_moslora.cli.terminal import StopRequest, TerminalProgress
-    from dreambooth_moslora.disk.events import StepDone
     from dreambooth_moslora.training.loop import train
 
     progress, done = TerminalProgress(), [0]
@@ -234,11 +234,8 @@ def answer(receipt: Receipt, made: Path, config: TrainConfig, unknown: list[str]
         )
     digests = f"sha256 {digest} of the file, {digest_made} of the one that training gave"
     print("cannot tell: the weights differ, and not all that made them is known" if reasons else f"differs: {digests}")
-    lines = [
-        *reasons,
-        *([digests] if reasons else []),
-        f"{found.count} of {found.total} tensors differ, the first: {found.first}",
-    ]
+    lines = [*reasons, digests] if reasons else []
+    lines.append(f"{found.count} of {found.total} tensors differ, the first: {found.first}")
     values = {name: getattr(config, name) for name in FLAGS if name not in receipt.facts.public}
     taken = [f"{name} = {value!r}" for name, value in values.items() if value]
     lines += [*versions_apart(receipt), f"not in the file, and assumed: {', '.join(taken)}"]

@@ -81,10 +81,9 @@ def lock(file: BinaryIO) -> None:
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            return
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                raise
 
 
 QUEUE_NAME = ".queue"

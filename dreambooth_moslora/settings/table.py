@@ -100,12 +100,10 @@ class TrainConfig:
         per_subject=True, yields_to=(WORDS,), shapes=True)
     captions: str = of_photos("given",
         "given: those beside the photos; auto: photos without one get one made before training, in the run folder "
-        "(no gain was shown on three sample subjects)",
-        choices=("given", "auto"), publish="if_changed")
+        "(no gain was shown on three sample subjects)", choices=("given", "auto"), publish="if_changed")
     caption_model: str | None = of_photos(None,
         "vision-language model that makes captions: hub id or folder (default: Qwen/Qwen3-VL-2B-Instruct; the toy's "
-        "own CLIP)",
-        shapes=True, idle=unless(captions="auto"))
+        "own CLIP)", shapes=True, idle=unless(captions="auto"))
     shuffle_caption: bool = of_photos(False, "show the tags of a caption, between commas, in changing orders",
         publish="always", kohya="ss_shuffle_caption", elsewhere="shuffle_tags")
     keep_tokens: int = of_photos(0, "tags at a caption's start that --shuffle_caption leaves in place",
@@ -117,8 +115,7 @@ class TrainConfig:
         elsewhere="caption_dropout_rate caption_dropout_probability proportion_empty_prompts")
     instance_prompt_share: float | None = of_photos(None,
         "share of exposures with the instance prompt, of photos whose captions lack it (default: 1/3; 0 with "
-        "--caption_column, whose captions are used as they are)",
-        low=0, high=1, publish="if_changed")
+        "--caption_column, whose captions are used as they are)", low=0, high=1, publish="if_changed")
     repeats: int = of_photos(1, "how often an epoch shows each photo", low=1, high=10**6, publish="always", check=True)
     resolution: int = of_photos(1024, "side of the square crops, px, a multiple of 8",
         low=8, publish="always", kohya="ss_resolution", of_kohya=one_side, check=True)
@@ -196,8 +193,7 @@ class TrainConfig:
         low=0, publish="always", idle=where("with --mixer none", lambda run: run.mixer == "none"))
     basis: str | None = of_adapter(None,
         "train the mixer alone, from zero: A and B are frozen, from the SVD of the base's weights (svd) or those of "
-        "a raw adapter file",
-        path=expanduser, publish="if_changed", shapes=lambda run: run.basis is not None)
+        "a raw adapter file", path=expanduser, publish="if_changed", shapes=lambda run: run.basis is not None)
     target_modules: tuple[str, ...] = of_adapter(ATTENTION,
         "layers of the UNet that get an adapter, by the end of their path (to_q, conv1), with * (down_blocks.2.*), "
         "or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, blora_style)",
@@ -205,8 +201,7 @@ class TrainConfig:
     train_text_encoder: bool = of_adapter(False, "put adapters on both text encoders too", publish="always")
     train_text_encoder_ti: bool = of_adapter(False,
         "learn new tokens in both text encoders beside the adapter (pivotal tuning), at --text_encoder_lr; on the "
-        "embedded base likeness did not rise",
-        publish="if_changed")
+        "embedded base likeness did not rise", publish="if_changed")
     train_text_encoder_ti_frac: float = of_adapter(0.5,
         "fraction of the steps in which the tokens are learnt; afterwards they are fixed",
         above=0, high=1, publish="if_changed", idle=unless(train_text_encoder_ti=True))
@@ -266,8 +261,7 @@ class TrainConfig:
         replaces=("snr_gamma",), publish="if_changed", kohya="ss_debiased_estimation")
     noise_offset: float = of_training(0.0,
         "shift the noise of each channel as a whole by draws of this deviation, for very dark or bright pictures; "
-        f"{NO_GAIN}",
-        low=0, high=1, publish="if_changed", kohya="ss_noise_offset")
+        f"{NO_GAIN}", low=0, high=1, publish="if_changed", kohya="ss_noise_offset")
     loss_type: str = of_training("l2",
         f"loss at each position: the square, or one that weighs large differences less; {NO_GAIN}",
         choices=("l2", "huber", "smooth_l1"), publish="if_changed", kohya="ss_loss_type")
@@ -291,8 +285,7 @@ class TrainConfig:
     max_grad_norm: float = of_training(1.0, "gradients are clipped to this norm",
         above=0, publish="always", kohya="ss_max_grad_norm")
     use_ema: bool = of_training(False,
-        f"publish, score and sample the adapter's average over the steps (EMA); {NO_GAIN}",
-        publish="if_changed")
+        f"publish, score and sample the adapter's average over the steps (EMA); {NO_GAIN}", publish="if_changed")
     ema_decay: float = of_training(0.9999, "largest decay of the average per step; it is smaller early on",
         low=0, below=1, publish="if_changed", idle=unless(use_ema=True), elsewhere="ema_max_decay")
 
@@ -349,8 +342,7 @@ class TrainConfig:
     validation_prompt: str | None = of_samples(None, "prompt of the sample images (default: the instance prompt)",
         per_subject=True, elsewhere="sample_prompts")
     num_validation_images: int | None = of_samples(None,
-        "sample images each time (default: 4; none on a CPU with a base as large as SDXL)",
-        low=0, high=1000)
+        "sample images each time (default: 4; none on a CPU with a base as large as SDXL)", low=0, high=1000)
     validation_epochs: int = of_samples(50, "epochs between samples", low=1)
     validation_steps: int | None = of_samples(None, "steps between samples; overrides --validation_epochs",
         low=1, elsewhere="sample_every_n_steps")
@@ -358,8 +350,7 @@ class TrainConfig:
     find_scale: bool = of_samples(False,
         "at the end, score the adapter at several scales; the best goes into its header and card")
     early_stopping: int | None = of_samples(None,
-        "stop when the score has not risen for this many evaluations (default: only warn)",
-        low=1)
+        "stop when the score has not risen for this many evaluations (default: only warn)", low=1)
 
     output_dir: str = of_run("lora-dreambooth-model", "the run folder", path=expanduser, yields_to=(WORDS,))
     output_kohya_format: bool = of_run(False, "accepted: the file for ComfyUI and A1111 is always written")
@@ -409,7 +400,8 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of all settings but the secret ones, for `from_dict`."""
         shown = {name: getattr(self, name) for name, item in SETTINGS.items() if not item.metadata["secret"]}
-        return {name: plain(value) for name, value in shown.items()}
+        lists = {name: list(value) for name, value in shown.items() if isinstance(value, tuple)}
+        return shown | lists | {"subjects": [subject.to_dict() for subject in self.subjects]}
 
 
 SETTINGS: dict[str, Field] = {item.name: item for item in fields(TrainConfig)}  # Name -> row.
@@ -436,12 +428,6 @@ SubjectTable = make_dataclass(
         "to_dict": lambda self: {name: value for name, value in vars(self).items() if value is not None},
     },
 )
-
-
-def plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [item.to_dict() if isinstance(item, SubjectTable) else item for item in value]
-    return value
 
 
 def is_scored(config: TrainConfig) -> bool:
