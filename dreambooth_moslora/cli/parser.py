@@ -18,15 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.terminal import say
-from dreambooth_moslora.core import (
-    MAX_WORD_CHARACTERS,
-    SUBJECT_FILE,
-    UserError,
-    find_asset,
-    free_name,
-    is_toy,
-    process_count,
-)
+from dreambooth_moslora.core import MAX_WORD_CHARACTERS, SUBJECT_FILE, UserError, find_asset, free_name, is_toy
 from dreambooth_moslora.plan.choices import (
     USUAL_EXPOSURES,
     Choices,
@@ -35,7 +27,7 @@ from dreambooth_moslora.plan.choices import (
     choose_steps,
     choose_words,
 )
-from dreambooth_moslora.plan.memory import STOCK_SDXL, in_lines, least_free_gib, same_for_all
+from dreambooth_moslora.plan.memory import STOCK_SDXL, in_lines, is_alone, least_free_gib, same_for_all
 from dreambooth_moslora.settings.fields import WORDS, Prompt, Subject, nearest
 from dreambooth_moslora.settings.sources import load_settings, settings_like
 from dreambooth_moslora.settings.table import FIELD_TYPES, REMOVED, SETTINGS, TrainConfig, check_each, checked_setting
@@ -233,7 +225,7 @@ def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig
         if not value.removeprefix("-").isdecimal():
             raise UserError(f"{name}={value} in the environment: expected a whole number, as a launcher sets it.")
     rank = int(said.get("LOCAL_RANK", "-1"))
-    given = same_for_all(lambda: given_by(argv, prog), Given.in_lines)
+    given = same_for_all(lambda: given_by(argv, prog), lambda own: "\n".join([*own.words, in_lines(own.settings)]))
     choices = choose(given) if given.words else Choices(given.settings)
     require(choices.all)
     config = TrainConfig.from_dict(choices.all | ({"local_rank": rank} if rank != -1 else {}))
@@ -248,9 +240,6 @@ class Given(NamedTuple):
     settings: dict[str, Any]
     has_recipe: bool
     is_queued: bool
-
-    def in_lines(self) -> str:
-        return "\n".join([*self.words, in_lines(self.settings)])
 
 
 def given_by(argv: Sequence[str], prog: str) -> Given:
@@ -353,7 +342,7 @@ def run_folder(word: str, resumes: bool) -> Path:
     """`runs/dog`, or a free name like it; for a resumed run, the latest of these names. Several processes cannot each
     find a free name: they use the first one, and an earlier run there is moved away."""
     name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
-    if process_count() > 1:
+    if not is_alone():
         return RUNS / name
     if not resumes:
         return RUNS / free_name(name, lambda taken: (RUNS / taken).exists())

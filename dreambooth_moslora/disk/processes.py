@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -96,14 +96,10 @@ def peak_memory_gib() -> float | None:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
-def reset_peak_memory() -> bool:
-    """Restart `peak_memory_gib` from what is resident now; False on systems that cannot (proc(5), clear_refs)."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        return False
-    return True
+def reset_peak_memory() -> None:
+    """Restart `peak_memory_gib` from what is resident now, on systems that can (proc(5), clear_refs)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def avoid_fragmentation() -> None:

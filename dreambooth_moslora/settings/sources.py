@@ -49,10 +49,10 @@ def parsed(path: Path, called: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{called}: {reason_of(error)}.") from error
+    kind, loads = ("JSON", json.loads) if path.suffix.lower() == ".json" else ("TOML", tomllib.loads)
     try:
-        values = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+        values = loads(text)
     except ValueError as error:
-        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
         raise UserError(f"{called} is not valid {kind}: {error}.") from error
     except RecursionError:
         raise UserError(f"{called}: {TOO_DEEP}.") from None

@@ -94,7 +94,15 @@ def check_subjects(config: Config) -> None:
     for name in ("instance_data_dir", "dataset_name", "instance_prompt"):
         if getattr(config, name) != defaults[name]:
             raise UserError(f"--subjects and --{name}: each subject names its own; give one of the two.")
-    found = [checked_subject(config, number) for number in range(len(config.subjects))]
+    found = []
+    for number, table in enumerate(config.subjects, 1):
+        for name in ("instance_data_dir", "instance_prompt"):
+            if not str(getattr(table, name) or "").strip():
+                raise UserError(f"--subjects: number {number} has no {name}.")
+        try:
+            found.append(replace(config, subjects=(), **table.to_dict()))
+        except UserError as error:
+            raise UserError(f"subject {number} ({table.instance_data_dir}): {error}") from error
     for name in ("instance_data_dir", "instance_prompt"):
         values = [getattr(one, name) for one in found]
         value, count = Counter(map(os.path.normpath, values) if name.endswith("_dir") else values).most_common(1)[0]
@@ -104,15 +112,3 @@ def check_subjects(config: Config) -> None:
     for one in found:
         if one.class_data_dir and classes.setdefault(one.class_data_dir, one.class_prompt) != one.class_prompt:
             raise UserError(f"--class_data_dir {one.class_data_dir}: two classes cannot share it.")
-
-
-def checked_subject(config: Config, number: int) -> Config:
-    """The configuration of one subject. Raises UserError for an incomplete or invalid table."""
-    table = config.subjects[number]
-    for name in ("instance_data_dir", "instance_prompt"):
-        if not str(getattr(table, name) or "").strip():
-            raise UserError(f"--subjects: number {number + 1} has no {name}.")
-    try:
-        return replace(config, subjects=(), **table.to_dict())
-    except UserError as error:
-        raise UserError(f"subject {number + 1} ({table.instance_data_dir}): {error}") from error

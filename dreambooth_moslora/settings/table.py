@@ -90,8 +90,7 @@ class TrainConfig:
     subjects: tuple[Subject, ...] = of_photos((),
         "several subjects in one run: a folder with a folder of each (`sks dog`), a .json list, or in TOML tables",
         yields_to=("instance_data_dir", "dataset_name", WORDS), shapes=True)
-    token: str | None = of_photos(None, "the rare word in the instance prompt (default: found in it)",
-        per_subject=True)
+    token: str | None = of_photos(None, "the rare word in the instance prompt (default: found in it)", per_subject=True)
     class_word: str | None = of_photos(None, "the kind of thing it is (default: found in the prompts)",
         per_subject=True)
     caption_prefix: str | None = of_photos(None, "words before each photo's own captions; the instance prompt stays",
