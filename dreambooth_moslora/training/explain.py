@@ -1,8 +1,5 @@
 """What a run's figures mean: the best step, the best scale, and which flag to try next.
 
-`best_of` and `choose_scale` find the step and the scale with the best score. A rule of advice is a pure function
-that returns a sentence or None:
-
     figures_of(run folder) -> Figures --RULES--> sentences, the most important first
 
 Thresholds come from the twelve trainings of `assets/studies/recipe` (six subjects with prior preservation,
@@ -12,7 +9,7 @@ faults made on purpose.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,10 +43,6 @@ class BestStep:
         if early_stopping:
             return f"{line}: stopping early, as --early_stopping {early_stopping} asks"
         return f"{line} (kept in best/); --early_stopping {STALLED_AFTER} would stop here"
-
-    def should_stop(self, early_stopping: int | None) -> bool:
-        """Whether early stopping is on and its patience is over."""
-        return early_stopping is not None and self.since >= early_stopping
 
 
 def best_of(evaluations: Sequence[tuple[int, float]]) -> BestStep:
@@ -132,18 +125,9 @@ class Figures:
         photos_a_step = self.config.train_batch_size * self.config.gradient_accumulation_steps
         return self.step * photos_a_step / self.photos
 
-    @property
-    def class_moved(self) -> float | None:
-        """How far the class moved: 0 as the base draws it, 1 at the subject. None without the scores."""
-        return self._way_of("pres")
-
-    @property
-    def bare_prompt_moved(self) -> float | None:
-        """How far the bare instance prompt moved: 0 as the base draws the class, 1 at the subject as prompts with
-        places show it. None without the scores."""
-        return self._way_of("dino_bare")
-
-    def _way_of(self, name: str) -> float | None:
+    def moved(self, name: str) -> float | None:
+        """How far `pres`, the class, or `dino_bare`, the bare instance prompt, moved: 0 as the base draws the class,
+        1 at the subject as prompts with places show it. None without the scores."""
         here, start, end = (self.scores.get(each) for each in (name, "pres_base", "dino"))
         if here is None or start is None or end is None or end - start < LEAST_LIKENESS:
             return None
@@ -246,7 +230,7 @@ def as_table(value: Any) -> Mapping[str, Any]:
 
 
 MOST_LINES = 3
-NOTHING = "nothing: no figure stands out"
+NOTHING, NOT_SCORED = "nothing: no figure stands out", "nothing was scored"
 USUAL_EXPOSURES = 200
 """Exposures of a photo: the recipes show each of five photos 192 to 400 times."""
 SKIPPED_SHARE = 0.05
@@ -281,137 +265,93 @@ ALIKE = 0.9
 BROKEN = re.compile(r"the (?:loss|gradient) is \S+ at step \d+|the adapter is not finite after step \d+")
 
 
-def broke_off(run: Figures) -> str | None:
-    if run.state != "failed" or not (found := BROKEN.search(run.message)):
-        return None
-    lower = f"--learning_rate {run.config.learning_rate / 3:.1g} (it was {run.config.learning_rate:g})"
-    other = ", or --mixed_precision bf16" if run.config.mixed_precision == "fp16" else ""
-    return f"{found[0]}: try {lower}{other}"
+def about_the_steps(run: Figures) -> Iterator[str]:
+    """What failed, and what was too rare."""
+    if run.state == "failed" and (found := BROKEN.search(run.message)):
+        lower = f"--learning_rate {run.config.learning_rate / 3:.1g} (it was {run.config.learning_rate:g})"
+        other = ", or --mixed_precision bf16" if run.config.mixed_precision == "fp16" else ""
+        yield f"{found[0]}: try {lower}{other}"
+    if run.skipped > SKIPPED_SHARE * (run.step + run.skipped) and run.skipped >= 5:
+        yield f"fp16 overflowed in {run.skipped} steps, which were done again: try --mixed_precision bf16"
+    if run.exposures is not None and run.exposures < FEW_EXPOSURES:
+        seen = f"each photo was shown {run.exposures:.0f} times, and a subject needs 100 or more"
+        yield f"{seen}: try --exposures_per_photo {USUAL_EXPOSURES}"
+    if not run.scores and run.state != "failed":
+        every = max(1, run.step // 5)
+        yield f"{NOT_SCORED}: the command `evaluate` does it now, --evaluate_steps {every} during the next run"
 
 
-def overflowed(run: Figures) -> str | None:
-    if run.skipped <= SKIPPED_SHARE * (run.step + run.skipped) or run.skipped < 5:
-        return None
-    return f"fp16 overflowed in {run.skipped} steps, which were done again: try --mixed_precision bf16"
-
-
-def seen_too_rarely(run: Figures) -> str | None:
-    if run.exposures is None or run.exposures >= FEW_EXPOSURES:
-        return None
-    seen = f"each photo was shown {run.exposures:.0f} times, and a subject needs 100 or more"
-    return f"{seen}: try --exposures_per_photo {USUAL_EXPOSURES}"
-
-
-def nothing_scored(run: Figures) -> str | None:
-    if run.scores or run.state == "failed":
-        return None
-    every = max(1, run.step // 5)
-    return f"nothing was scored: the command `evaluate` does it now, --evaluate_steps {every} during the next run"
-
-
-def copies_photos(run: Figures) -> str | None:
-    if not run.copy_alarm:
-        return None
-    fewer = f"--max_train_steps {max(1, run.step * 2 // 3)}"
-    more = f"--crops_per_photo {max(8, 2 * run.config.crops_per_photo)}"
-    return f"{run.scores.get('copied', 0.0):.0%} of the pictures repeat a photo: try {more}, or fewer steps ({fewer})"
-
-
-def lost_the_prompt(run: Figures) -> str | None:
-    kept = run.scores.get("clip_t_of_base")
-    if kept is None or kept >= PROMPT_KEPT:
-        return None
-    leak = run.scores.get("background_leak")
-    if leak is None:
+def about_the_prompt(run: Figures) -> Iterator[str]:
+    """What came along with the subject: whole photos, or their surroundings."""
+    config, fewer = run.config, f"--max_train_steps {max(1, run.step * 2 // 3)}"
+    if run.copy_alarm:
+        more = f"--crops_per_photo {max(8, 2 * config.crops_per_photo)}"
+        copied = f"{run.scores.get('copied', 0.0):.0%} of the pictures repeat a photo"
+        yield f"{copied}: try {more}, or fewer steps ({fewer})"
+    kept, leak = run.scores.get("clip_t_of_base", 1.0), run.scores.get("background_leak")
+    if kept < PROMPT_KEPT:
         measured, remedy = "", "add masks (name.mask.png beside each photo) and captions that name the surroundings"
-    else:
-        measured = f", leak {leak:.2f}" if leak > LEAK else ""
-        lower = "--unmasked_weight 0" if run.config.unmasked_weight else "--max_train_steps " + str(run.step * 2 // 3)
-        remedy = f"try {lower}, and captions that name the surroundings"
-    return f"the photos' surroundings came along (CLIP-T is {kept:.2f} of the base's{measured}): {remedy}"
+        if leak is not None:
+            measured = f", leak {leak:.2f}" if leak > LEAK else ""
+            lower = "--unmasked_weight 0" if config.unmasked_weight else f"--max_train_steps {run.step * 2 // 3}"
+            remedy = f"try {lower}, and captions that name the surroundings"
+        yield f"the photos' surroundings came along (CLIP-T is {kept:.2f} of the base's{measured}): {remedy}"
 
 
-def bare_prompt_lags(run: Figures) -> str | None:
-    moved = run.bare_prompt_moved
+def about_the_bare_prompt(run: Figures) -> Iterator[str]:
+    """The remedy is a larger share of the instance prompt where captions lack it, else less that holds the class."""
+    moved, config = run.moved("dino_bare"), run.config
     if moved is None or moved >= BARE_SHOWN:
-        return None
-    prompts = " and ".join(f"“{one.instance_prompt}”" for one in each_subject(run.config))
-    text = f"{prompts} alone shows {max(moved, 0):.0%} of the likeness that prompts with places show"
-    return f"{text}: try {bare_remedy(run)}"
-
-
-def bare_remedy(run: Figures) -> str:
-    """A larger share of the instance prompt where captions lack it, else less that holds the class in place."""
-    shares = [share for share in BARE_SHARES if share > run.config.bare_share]
+        return
+    shares = [share for share in BARE_SHARES if share > config.bare_share]
     if shares and run.without_bare_prompt:
-        return f"--instance_prompt_share {shares[0]:g}"
-    if run.config.with_prior_preservation and run.config.prior_loss_weight:
-        return f"--prior_loss_weight {run.config.prior_loss_weight / 2:g}"
-    return f"--exposures_per_photo {more_exposures(run)}"
+        remedy = f"--instance_prompt_share {shares[0]:g}"
+    elif config.with_prior_preservation and config.prior_loss_weight:
+        remedy = f"--prior_loss_weight {config.prior_loss_weight / 2:g}"
+    else:
+        remedy = f"--exposures_per_photo {more_exposures(run)}"
+    prompts = " and ".join(f"“{one.instance_prompt}”" for one in each_subject(config))
+    text = f"{prompts} alone shows {max(moved, 0):.0%} of the likeness that prompts with places show"
+    yield f"{text}: try {remedy}"
 
 
-def class_became_subject(run: Figures) -> str | None:
-    moved = run.class_moved
-    if moved is None or moved <= CLASS_MOVED:
-        return None
-    word = class_word_of(run.config) or "thing"
-    text = f"every {word} turns into yours (PRES went {min(moved, 1.0):.0%} of the way): try"
-    return f"{text} {prior_remedy(run.config, word)}"
-
-
-def prior_remedy(config: TrainConfig, word: str) -> str:
+def about_the_class(run: Figures) -> Iterator[str]:
+    """Other things that became the subject. One remedy is said once."""
+    config, word = run.config, class_word_of(run.config) or "thing"
     if config.with_prior_preservation:
-        return f"--prior_loss_weight {2 * config.prior_loss_weight or 1:g}"
-    prompt = config.class_prompt or f"a photo of a {word}"
-    return f'--with_prior_preservation --prior adapter_off --class_prompt "{prompt}"'
+        remedy = f"--prior_loss_weight {2 * config.prior_loss_weight or 1:g}"
+    else:
+        prompt = config.class_prompt or f"a photo of a {word}"
+        remedy = f'--with_prior_preservation --prior adapter_off --class_prompt "{prompt}"'
+    moved, spread = run.moved("pres"), run.scores.get("drift_of_spread", 0.0)
+    if moved is not None and moved > CLASS_MOVED:
+        yield f"every {word} turns into yours (PRES went {min(moved, 1.0):.0%} of the way): try {remedy}"
+    elif spread > DRIFTED:
+        if config.with_prior_preservation and config.prior == "adapter_off" and not config.prior_prompts:
+            remedy = "--prior_prompts"
+        yield f"pictures of other things changed, {spread:.1f} times what a new seed changes: try {remedy}"
+    confusion = run.scores.get("confusion", 0.0)
+    if confusion > CONFUSED and len(config.subjects) > 1:
+        text = f"subjects are taken for each other (confusion {confusion:.2f}; 0: told apart as their photos are): try"
+        more = max(more_exposures(run), USUAL_EXPOSURES)
+        yield f"{text} --exposures_per_photo {more}, and another rare word for each subject"
 
 
-def drifted(run: Figures) -> str | None:
-    spread = run.scores.get("drift_of_spread")
-    if spread is None or spread <= DRIFTED or class_became_subject(run):  # the same remedy, said once
-        return None
-    word = class_word_of(run.config) or "thing"
-    has_prior = run.config.with_prior_preservation and run.config.prior == "adapter_off"
-    remedy = prior_remedy(run.config, word) if not has_prior or run.config.prior_prompts else "--prior_prompts"
-    return f"pictures of other things changed, {spread:.1f} times what a new seed changes: try {remedy}"
-
-
-def confused_subjects(run: Figures) -> str | None:
-    confusion = run.scores.get("confusion")
-    if confusion is None or confusion <= CONFUSED or len(run.config.subjects) < 2:
-        return None
-    text = f"subjects are taken for each other (confusion {confusion:.2f}; 0: told apart as their photos are): try"
-    more = max(more_exposures(run), USUAL_EXPOSURES)
-    return f"{text} --exposures_per_photo {more}, and another rare word for each subject"
-
-
-def past_its_best(run: Figures) -> str | None:
-    if len(run.score) < 2:
-        return None
-    (last, score), (step, best) = run.score[-1], max(run.score, key=lambda pair: (pair[1], -pair[0]))
-    if best - score <= SCORE_LOST:
-        return None
-    return (
-        f"the score fell from {best:.2f} at step {step} to {score:.2f} at step {last}: use best/, or try "
-        f"--max_train_steps {step}"
-    )
-
-
-def still_rising(run: Figures) -> str | None:
-    """Compares the likeness gained in the last third of the run with all that was gained."""
+def about_the_length(run: Figures) -> Iterator[str]:
+    """Whether the score fell since its best step, or the likeness still rose in the last third of the run."""
+    if len(run.score) > 1:
+        (last, score), best = run.score[-1], best_of(run.score)
+        if best.score - score > SCORE_LOST:
+            fell = f"the score fell from {best.score:.2f} at step {best.step} to {score:.2f} at step {last}"
+            yield f"{fell}: use best/, or try --max_train_steps {best.step}"
     start = run.scores.get("dino_base")
     if start is None or len(run.likeness) < 3 or run.copy_alarm:
-        return None
+        return
     last, end = run.likeness[-1]
-    earlier_ones = [pair for pair in run.likeness if pair[0] <= last * 2 / 3] or run.likeness[:1]
-    before, earlier = earlier_ones[-1]
-    gained = end - start
-    if gained <= 0 or end - earlier <= RISE_LEFT * gained:
-        return None
-    return (
-        f"likeness still rose at the end (DINO {earlier:.2f} at step {before}, {end:.2f} at step {last}): try "
-        f"--exposures_per_photo {more_exposures(run)}"
-    )
+    before, earlier = ([pair for pair in run.likeness if pair[0] <= last * 2 / 3] or run.likeness[:1])[-1]
+    if end - start > 0 and end - earlier > RISE_LEFT * (end - start):
+        rose = f"likeness still rose at the end (DINO {earlier:.2f} at step {before}, {end:.2f} at step {last})"
+        yield f"{rose}: try --exposures_per_photo {more_exposures(run)}"
 
 
 def more_exposures(run: Figures) -> int:
@@ -419,37 +359,23 @@ def more_exposures(run: Figures) -> int:
     return math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
 
 
-def photos_are_few(run: Figures) -> str | None:
-    if run.photos is None or run.photos >= FEW_PHOTOS:
-        return None
-    plural = "s" * (run.photos != 1)
-    return f"{run.photos} photo{plural}: a subject needs 3 to 10, in several places and from several sides"
+def about_the_photos(run: Figures) -> Iterator[str]:
+    if run.photos is not None and run.photos < FEW_PHOTOS:
+        plural = "s" * (run.photos != 1)
+        yield f"{run.photos} photo{plural}: a subject needs 3 to 10, in several places and from several sides"
+    if run.nearness is not None and run.nearness > ALIKE:
+        more = f"--crops_per_photo {max(8, 2 * run.config.crops_per_photo)} --crop_zoom 1.3"
+        alike = f"the photos are nearly one picture (likeness among them {run.nearness:.2f})"
+        yield f"{alike}: add some in other places, or try {more}"
 
 
-def photos_are_alike(run: Figures) -> str | None:
-    if run.nearness is None or run.nearness <= ALIKE:
-        return None
-    return (
-        f"the photos are nearly one picture (likeness among them {run.nearness:.2f}): add some in other places, or try "
-        f"--crops_per_photo {max(8, 2 * run.config.crops_per_photo)} --crop_zoom 1.3"
-    )
-
-
-RULES: tuple[Callable[[Figures], str | None], ...] = (
-    *(broke_off, overflowed, seen_too_rarely, nothing_scored, copies_photos, lost_the_prompt, bare_prompt_lags),
-    *(class_became_subject, drifted, confused_subjects, past_its_best, still_rising, photos_are_few, photos_are_alike),
-)
+RULES = (about_the_steps, about_the_prompt, about_the_bare_prompt, about_the_class, about_the_length, about_the_photos)
 """The most important first."""
 
 
 def advice_after(run: Figures) -> list[str]:
-    """What to try next: one sentence for each rule that applies."""
-    return [sentence for rule in RULES if (sentence := rule(run))]
-
-
-def alarms_of(run: Figures) -> list[str]:
-    """`advice_after` without the remark that the run was not scored."""
-    return [sentence for rule in RULES if rule is not nothing_scored and (sentence := rule(run))]
+    """What to try next: one sentence for each fault."""
+    return [sentence for rule in RULES for sentence in rule(run)]
 
 
 def closing_advice(run: Figures) -> list[str]:
@@ -460,7 +386,7 @@ def closing_advice(run: Figures) -> list[str]:
 def meanings(run: Figures) -> list[str]:
     """The latest scores in plain words, one line each."""
     known = {"dino_base": math.nan, **run.scores, "class_word": class_word_of(run.config) or "thing"}
-    if run.class_moved is not None:
-        known["class_moved"] = max(run.class_moved, 0)
+    if (moved := run.moved("pres")) is not None:
+        known["class_moved"] = max(moved, 0)
     rows = [row for name, row in MEASURES.items() if row.sentence and name in known]
     return [row.sentence.format_map(known) for row in rows]

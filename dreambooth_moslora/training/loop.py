@@ -225,8 +225,9 @@ class Training:
     def has_stalled(self) -> bool:
         """Whether early stopping is on and due."""
         patience = self.config.early_stopping
-        stalled = patience is not None and self.best is not None and self.best.should_stop(patience)
-        return patience is not None and any_process(self.accelerator, stalled)
+        if patience is None:
+            return False
+        return any_process(self.accelerator, self.best is not None and self.best.since >= patience)
 
     def checkpoint_if_due(self) -> None:
         if self.step % self.config.checkpointing_steps == 0:

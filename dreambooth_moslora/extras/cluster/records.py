@@ -24,7 +24,7 @@ from dreambooth_moslora.disk.processes import CONFIG_NAME
 from dreambooth_moslora.disk.run_folder import RunDir, check_name
 from dreambooth_moslora.pictures import jpeg_url, render
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.training.explain import alarms_of, figures_from, known_config, with_report
+from dreambooth_moslora.training.explain import NOT_SCORED, advice_after, figures_from, known_config, with_report
 
 FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
 
@@ -129,7 +129,8 @@ def row_of(run_dir: Path) -> Row:
         found = figures_from(events, config)
         found = with_report(found, RunDir(run_dir)) if events else found
         totals = [None, *(event.get("max_train_steps") for event in events if event.get("type") == "start")]
-        alarms = alarms_of(found) if record.state == "done" else []
+        advice = advice_after(found) if record.state == "done" else []
+        alarms = [line for line in advice if not line.startswith(NOT_SCORED)]
         likeness = found.scores.get("dino")
         return Row(run_dir.name, record, config.instance_prompt, found.step, totals[-1], likeness, alarms)
     except (OSError, UserError):
