@@ -5,7 +5,6 @@
 
 import shutil
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
@@ -15,48 +14,32 @@ from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.crops import crop_rule, examine
 from dreambooth_moslora.photos.folder import PhotoReport, bare_prompt_line
 from dreambooth_moslora.photos.masks import segmenter_name, sought_word
-from dreambooth_moslora.photos.photo import Photo, quoted
+from dreambooth_moslora.photos.photo import quoted
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
-from dreambooth_moslora.plan.memory import GIB, Estimate, plan_lines, speed_here
+from dreambooth_moslora.plan.memory import GIB, plan_lines, speed_here
 from dreambooth_moslora.plan.plan import Plan, make_plan
-from dreambooth_moslora.plan.steps import FEW_EXPOSURES, StepPlan, uses_class_images
+from dreambooth_moslora.plan.steps import FEW_EXPOSURES, uses_class_images
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.subjects import each_subject
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 from dreambooth_moslora.training.class_images import shares
-
-DEFAULTS = {item.name: item.default for item in fields(TrainConfig)}
 
 
 def advice(plan: Plan) -> list[str]:
     """Lines of advice; none of them forbids the run."""
-    dora = [DORA_NOTE] * plan.config.use_dora
-    return [*remarks(plan.config), *exposure_advice(plan.steps), *disk_advice(plan.config, plan.cost), *dora]
-
-
-def exposure_advice(steps: StepPlan) -> list[str]:
-    if steps.exposures_a_photo >= FEW_EXPOSURES:
-        return []
-    seen = f"each photo is seen about {steps.exposures_a_photo:.0f} times"
-    return [f"{seen}, and a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"]
-
-
-def disk_advice(config: TrainConfig, cost: Estimate) -> list[str]:
-    free = free_disk_gib(config)
-    if free >= cost.disk_gib:
-        return []
-    return [f"the disk has too little room: the run writes {cost.disk_gib:.2f} GiB, {free:.1f} GiB are free"]
+    lines, seen, needed = remarks(plan.config), plan.steps.exposures_a_photo, plan.cost.disk_gib
+    if seen < FEW_EXPOSURES:
+        many = "a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"
+        lines.append(f"each photo is seen about {seen:.0f} times, and {many}")
+    if (free := free_disk_gib(plan.config)) < needed:
+        lines.append(f"the disk has too little room: the run writes {needed:.2f} GiB, {free:.1f} GiB are free")
+    return lines + [DORA_NOTE] * plan.config.use_dora
 
 
 def free_disk_gib(config: TrainConfig) -> float:
     """GiB free on the disk of the run folder, which need not exist yet."""
     return shutil.disk_usage(nearest_existing(Path(config.output_dir))).free / GIB
-
-
-def differs(config: TrainConfig, name: str) -> bool:
-    """Whether a setting differs from its default."""
-    return getattr(config, name) != DEFAULTS[name]
 
 
 def describe_run(config: TrainConfig, report: PhotoReport | None = None) -> str:
@@ -71,11 +54,11 @@ def describe_run(config: TrainConfig, report: PhotoReport | None = None) -> str:
         resume_point(config, RunDir(config.output_dir))
     plan = make_plan(config, report)
     config, report = plan.config, examine(plan.photo_report, config.resolution)
-    made = [*caption_lines(config, report), *mask_lines(config, report)]
+    made = made_lines(config, report)
     speed = f"speed: {speed_here(config, plan.steps.total_steps).sentence()}"
     sections = {
         "settings": settings_lines(config),
-        "photos": [*photo_lines(report), *bucket_lines(config, report.photos), *made],
+        "photos": [*photo_lines(config, report), *made],
         "steps": step_lines(plan),
         "cost (estimated)": [*cost_lines(plan), *plan_lines(config, plan.cost.size), speed],
         "remarks": advice(plan),
@@ -85,10 +68,12 @@ def describe_run(config: TrainConfig, report: PhotoReport | None = None) -> str:
 
 def settings_lines(config: TrainConfig) -> list[str]:
     """The settings as TOML; those that differ from the default are marked."""
-    values = config.to_dict()
-    changed = {name for name in DEFAULTS if differs(config, name)}
-    shown = {name: value for name, value in values.items() if value is not None}
-    return [f"{name} = {as_toml(value)}" + ("  # set" if name in changed else "") for name, value in shown.items()]
+    lines = []
+    for name, value in config.to_dict().items():
+        if value is not None:
+            is_set = getattr(config, name) != SETTINGS[name].default
+            lines.append(f"{name} = {as_toml(value)}" + "  # set" * is_set)
+    return lines
 
 
 def as_toml(value: object) -> str:
@@ -101,25 +86,22 @@ def as_toml(value: object) -> str:
     return "[" + ", ".join(map(as_toml, value)) + "]" if isinstance(value, list) else repr(value)
 
 
-def photo_lines(report: PhotoReport) -> list[str]:
+def photo_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
+    """A line for each photo. With `--enable_bucket`: how many are cropped to each size, and how many class images are
+    drawn in it."""
     lines = []
     for photo in report.photos:
         about = f"{photo.path.name}  {photo.size_px[1]} x {photo.size_px[0]}  {quoted(photo)}"
         lines.append("; ".join([about, *photo.reasons]))
-    return lines + [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
-
-
-def bucket_lines(config: TrainConfig, photos: list[Photo]) -> list[str]:
-    """With `--enable_bucket`: how many photos are cropped to each size, and how many class images are drawn in it."""
-    if not config.enable_bucket:
-        return []
-    rule = crop_rule(config)
-    counts = Counter(rule.target(photo.size_px) for photo in photos)
-    found = [f"cropped to {sizes_in_words(counts)}"]
-    if uses_class_images(config):
-        drawn = Counter(shares(counts, config.num_class_images))
-        found.append(f"class images, where none are given, in the same proportion: {sizes_in_words(drawn)}")
-    return found
+    lines += [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
+    if config.enable_bucket:
+        rule = crop_rule(config)
+        counts = Counter(rule.target(photo.size_px) for photo in report.photos)
+        lines.append(f"cropped to {sizes_in_words(counts)}")
+        if uses_class_images(config):
+            drawn = Counter(shares(counts, config.num_class_images))
+            lines.append(f"class images, where none are given, in the same proportion: {sizes_in_words(drawn)}")
+    return lines
 
 
 def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
@@ -127,27 +109,22 @@ def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
     return ", ".join(f"{width} x {height} px ({count})" for (height, width), count in counts.most_common())
 
 
-def caption_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
-    """The share of the instance prompt, and what `--captions auto` would do. Raises UserError when no class word is
-    known."""
+def made_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
+    """The share of the instance prompt, and what `--captions auto` and `--masks auto` would do. Raises UserError when
+    no word says what to look for."""
+    subjects, made = each_subject(config), "makes them before training"
     lines = list(filter(None, [bare_prompt_line(config, report.photos)]))
     bare = sum(not photo.is_captioned for photo in report.photos)
     if config.captions == "auto" and bare:
-        captioner = load_captioner(each_subject(config)[0])
-        lines.append(f"captions: {bare} photos have none of their own; {captioner.name} makes them before training")
-    return lines
-
-
-def mask_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
-    """What `--masks auto` would do. Raises UserError when no word says what to look for."""
+        captioner = load_captioner(subjects[0])
+        lines.append(f"captions: {bare} photos have none of their own; {captioner.name} {made}")
     bare = [photo for photo in report.photos if photo.mask_path is None]
-    if config.masks != "auto" or not bare:
-        return []
-    subjects = each_subject(config)
-    words = dict.fromkeys(sought_word(subjects[photo.subject]) for photo in bare)
-    sought = f", looking for {', '.join(f'“{word}”' for word in words)}" if any(words) else ""
-    name = public_name(segmenter_name(config))
-    return [f"masks: {len(bare)} photos have none; {name} makes them before training{sought}"]
+    if config.masks == "auto" and bare:
+        words = dict.fromkeys(sought_word(subjects[photo.subject]) for photo in bare)
+        sought = f", looking for {', '.join(f'“{word}”' for word in words)}" if any(words) else ""
+        name = public_name(segmenter_name(config))
+        lines.append(f"masks: {len(bare)} photos have none; {name} {made}{sought}")
+    return lines
 
 
 def step_lines(plan: Plan) -> list[str]:

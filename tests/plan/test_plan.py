@@ -9,10 +9,11 @@ from dreambooth_moslora.adapters.metadata import DORA_NOTE
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.photos import folder, masks
 from dreambooth_moslora.plan import plan
-from dreambooth_moslora.plan.plan import make_plan
+from dreambooth_moslora.plan.memory import BaseSize, estimate
+from dreambooth_moslora.plan.plan import Plan, make_plan
 from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.dry_run import advice, exposure_advice
+from dreambooth_moslora.training.dry_run import advice
 from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_training import paint_photos
 
@@ -75,10 +76,15 @@ def test_exposures_a_photo_set_the_steps(batch, accumulation, processes, steps):
 
 
 def test_too_few_exposures_are_said_with_the_flag_that_sets_them():
-    (line,) = exposure_advice(plan_steps(TrainConfig(), 5))
+    def advised(**settings) -> list[str]:
+        config = TrainConfig(**settings)
+        plan = Plan(config, None, folder.PhotoReport([], []), plan_steps(config, 5), estimate(config, BaseSize(), 1))
+        return [line for line in advice(plan) if "each photo is seen" in line]
+
+    (line,) = advised()
     assert "about 2 times" in line and "--exposures_per_photo" in line
-    assert exposure_advice(plan_steps(TrainConfig(exposures_per_photo=19, train_batch_size=1), 5))
-    assert exposure_advice(plan_steps(TrainConfig(exposures_per_photo=20), 5)) == []
+    assert advised(exposures_per_photo=19, train_batch_size=1)
+    assert advised(exposures_per_photo=20) == []
 
 
 def test_a_run_with_dora_is_told_before_it_begins_what_other_programs_make_of_it(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.sources import recipe_of
-from dreambooth_moslora.training.dry_run import caption_lines
+from dreambooth_moslora.training.dry_run import made_lines
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -60,10 +60,10 @@ def test_a_dry_run_says_what_would_be_made_and_advice_what_has_no_effect(tmp_pat
     photos = paint_photos(tmp_path / "photos", count=2)
     (photos / "0.txt").write_text("mine")
     auto = tiny_config("toy", photos, tmp_path / "run", captions="auto")
-    share, line = caption_lines(auto, photo_report(auto))
+    share, line = made_lines(auto, photo_report(auto))
     assert line == "captions: 1 photos have none of their own; toy-sdxl makes them before training"
     given = tiny_config("toy", photos, tmp_path / "run", caption_model="x/y")
-    assert caption_lines(given, photo_report(given)) == [share]
+    assert made_lines(given, photo_report(given)) == [share]
     assert any("--caption_model has no effect" in text for text in remarks(given))
 
 

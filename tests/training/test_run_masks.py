@@ -12,7 +12,7 @@ from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.mask_making import Segmenter
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.settings.rules import remarks
-from dreambooth_moslora.training.dry_run import mask_lines
+from dreambooth_moslora.training.dry_run import made_lines
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_clipseg import save_tiny_clipseg
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
@@ -82,14 +82,14 @@ def test_a_persons_mask_needs_no_model(tiny_base, photos, tmp_path):
 
 def test_a_dry_run_says_what_would_be_made_and_advice_what_has_no_effect(tiny_base, photos, tmp_path):
     auto = tiny_config("toy", photos, tmp_path / "run", masks="auto", mask_prompt="dog")
-    (line,) = mask_lines(auto, photo_report(auto))
+    *_, line = made_lines(auto, photo_report(auto))
     assert line == "masks: 2 photos have none; toy-segmenter makes them before training"
     assert any("--mask_prompt has no effect with the embedded base's own net" in s for s in remarks(auto))
     real = tiny_config(tiny_base, photos, tmp_path / "run", masks="auto")
-    (line,) = mask_lines(real, photo_report(real))
+    *_, line = made_lines(real, photo_report(real))
     assert line.endswith("clipseg-rd64-refined makes them before training, looking for “dog”")
     given = tiny_config(tiny_base, photos, tmp_path / "run", mask_prompt="dog")
-    assert not mask_lines(given, photo_report(given))
+    assert not [line for line in made_lines(given, photo_report(given)) if line.startswith("masks")]
     assert any("without --masks auto" in line for line in remarks(given))
 
 
