@@ -1,11 +1,8 @@
-"""What a run learns: the adapters of the base's layers, and new tokens up to the pivot.
+"""What a run learns: the adapters of the base's layers, and new tokens.
 
-The layers of the base that get an adapter, and the adapters themselves: fresh, from a file, or from a checkpoint.
-
-Pivotal tuning: new tokens are learnt beside the adapter up to a step, the pivot, and stay fixed after it.
-
-Only the rows of the new tokens are parameters; the encoders and their embedding tables are frozen. Prompts with
-the new word are encoded at each step before the pivot, and once after it.
+Pivotal tuning: new tokens are learnt beside the adapter up to a step, the pivot, and stay fixed after it. Only their
+rows are parameters; the encoders and their embedding tables are frozen. Prompts with the new word are encoded at each
+step before the pivot, and once after it.
 """
 
 import logging
@@ -31,14 +28,14 @@ from dreambooth_moslora.adapters.moslora import (
     value_pattern,
 )
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, AttachedTokens, NewTokens, read_tokens
+from dreambooth_moslora.adapters.raw_file import load_raw
 from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core import UserError, generator, seed_of
-from dreambooth_moslora.disk.run_folder import tokens_files
+from dreambooth_moslora.disk.run_folder import RAW_NAME, tokens_files
 from dreambooth_moslora.settings.fields import is_adapted
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.subjects import each_subject, stream_of
 from dreambooth_moslora.settings.table import ZERO, TrainConfig, rank_and_alpha, ranks_in_vain
-from dreambooth_moslora.training.checkpoint import load_adapter
 from dreambooth_moslora.training.encoder import PromptCache, TensorCache
 
 logger = logging.getLogger(__name__)
@@ -66,54 +63,50 @@ def add_adapters(
     given. With `basis`, the UNet's A and B are the basis's and frozen. Raises UserError for a checkpoint with an
     adapter on other layers or another basis.
     """
-    if checkpoint is not None:
-        facts = load_adapter(checkpoint, components)
-        check_same_layers(config, checkpoint, components)
+    if checkpoint is None:
+        fresh_adapters(config, components, start, basis)
+    else:
+        facts = load_raw(checkpoint / RAW_NAME, components)
+        for name, module in components.items():
+            differing = set(adapter_layers(module)) ^ set(target_paths(config, name, module))
+            if differing:
+                raise UserError(
+                    f"--target_modules: {checkpoint.name} was trained on other layers, first {min(differing)}: "
+                    "resume with the same, or start a new run."
+                )
         if basis is not None and facts.basis.get("sha256") != basis.note["sha256"]:
             raise UserError(f"--basis: {checkpoint.name} has another basis: resume with the same, or start a new run.")
-    for name, module in components.items():
-        if checkpoint is None:
-            paths, layers = target_paths(config, name, module), matrix_layers(module)
-            if line := ranks_in_vain(config, name, narrowest_sides({path: layers[path] for path in paths})):
-                logger.warning("%s", line)
-            torch.manual_seed(seed_of(config.seed, "adapter", name))
-            inject(module, adapter_config(config, name, paths))
-    if checkpoint is None and start is not None:
-        logger.warning("%s", begin_with(start, components).sentence())
     if basis is not None:
-        begin_on_basis(basis, components["unet"], is_fresh=checkpoint is None)
+        freeze_basis(components["unet"])
     for module in components.values():
-        if config.gradient_checkpointing:
-            enable_gradient_checkpointing(module)
+        if config.gradient_checkpointing:  # diffusers and transformers name the method differently
+            turn_on = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+            turn_on()
         enable_fast_path(module)
 
 
-def begin_on_basis(basis: Basis, unet: nn.Module, *, is_fresh: bool) -> None:
-    """Freeze A and B, and set them to the basis if the adapter is fresh. Raises UserError for a basis that does not
-    fit."""
-    if is_fresh:
-        try:
-            put_basis(basis, unet)
-        except UserError as error:
-            raise UserError(f"--basis: {error}.") from error
-    freeze_basis(unet)
+def fresh_adapters(
+    config: TrainConfig, components: dict[str, nn.Module], start: AdapterWeights | None, basis: Basis | None
+) -> None:
+    for name, module in components.items():
+        paths, layers = target_paths(config, name, module), matrix_layers(module)
+        if line := ranks_in_vain(config, name, narrowest_sides({path: layers[path] for path in paths})):
+            logger.warning("%s", line)
+        torch.manual_seed(seed_of(config.seed, "adapter", name))
+        inject(module, adapter_config(config, name, paths))
+    if start is not None:
+        logger.warning("%s", begin_with(start, components).sentence())
+    try:
+        if basis is not None:
+            put_basis(basis, components["unet"])
+    except UserError as error:
+        raise UserError(f"--basis: {error}.") from error
 
 
 def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list[str]:
     """Paths of the component's layers that get an adapter."""
     targets = config.target_modules if component == "unet" else TEXT_PROJECTIONS
     return [path for path in matrix_layers(module) if is_adapted(path, targets)]
-
-
-def check_same_layers(config: TrainConfig, checkpoint: Path, components: dict[str, nn.Module]) -> None:
-    """Raises UserError when the checkpoint has an adapter on other layers than these settings ask for."""
-    for name, module in components.items():
-        differing = set(adapter_layers(module)) ^ set(target_paths(config, name, module))
-        if differing:
-            raise UserError(
-                f"--target_modules: {checkpoint.name} was trained on other layers, first {min(differing)}: "
-                "resume with the same, or start a new run."
-            )
 
 
 def adapter_config(config: TrainConfig, component: str, paths: list[str]) -> MoSLoraConfig:
@@ -135,12 +128,6 @@ def adapter_config(config: TrainConfig, component: str, paths: list[str]) -> MoS
     )
 
 
-def enable_gradient_checkpointing(module: nn.Module) -> None:
-    """Turn on recomputation; diffusers and transformers name the method differently."""
-    name = "enable_gradient_checkpointing"
-    (getattr(module, name) if hasattr(module, name) else module.gradient_checkpointing_enable)()
-
-
 class LearntTokens:
     """The new tokens of a run's subjects. `cached` encodes the prompts without them; `pivot` is the first step at which
     they are fixed."""
@@ -157,7 +144,11 @@ class LearntTokens:
         self.pivot = max(1, round(config.train_text_encoder_ti_frac * total_steps))
         kept = [read_tokens(path) for path in tokens_files(checkpoint)] if checkpoint else []
         started = kept or fresh_tokens(config, pipeline)
-        self.tokens = tuple(trainable(tokens, pipeline.text_encoder.device) for tokens in started)
+        device = pipeline.text_encoder.device
+        self.tokens = tuple(
+            NewTokens(one.word, {part: nn.Parameter(rows.float().to(device)) for part, rows in one.rows.items()})
+            for one in started
+        )
         self.attached = AttachedTokens(pipeline, self.tokens)
         self.is_averaged = False
         self._encoded = PromptCache(lambda prompts: encode_text(pipeline, prompts), TensorCache(), "")
@@ -166,16 +157,14 @@ class LearntTokens:
     def parameters(self) -> list[nn.Parameter]:
         return [rows for tokens in self.tokens for rows in tokens.rows.values()]
 
-    def fill_gradients(self) -> None:
-        """Set missing gradients to zero when no prompt had the word: all processes must average the same parameters."""
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """For the length of the update of a step. Missing gradients become zero, when no prompt had the word: all
+        processes must average the same parameters. From the pivot on, what the optimizer does to the rows is undone:
+        Prodigy moves even a group whose learning rate is 0."""
         for rows in self.parameters:
             if rows.grad is None:
                 rows.grad = torch.zeros_like(rows)
-
-    @contextmanager
-    def at_rest(self, step: int) -> Iterator[None]:
-        """From the pivot on, undo what the optimizer does to the rows in this block: Prodigy moves even a group
-        whose learning rate is 0."""
         kept = [rows.detach().clone() for rows in self.parameters] if step >= self.pivot else []
         yield
         for rows, before in zip(self.parameters, kept):
@@ -206,34 +195,24 @@ class LearntTokens:
         return TextCond(torch.stack([e.to(device) for e in embeds]), torch.stack([p.to(device) for p in pooled]))
 
 
-def trainable(tokens: NewTokens, device: torch.device) -> NewTokens:
-    rows = {part: nn.Parameter(found.float().to(device)) for part, found in tokens.rows.items()}
-    return NewTokens(tokens.word, rows)
-
-
 def fresh_tokens(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> list[NewTokens]:
-    """New tokens of each subject. Raises UserError."""
-    pairs = zip(learnt_words(config), each_subject(config), strict=True)
-    return [
-        NewTokens(word, fresh_rows(subject, pipeline, stream_of("new tokens", number)))
-        for number, (word, subject) in enumerate(pairs)
-    ]
+    """New tokens of each subject: rows (n, D) of the concept's words, or random rows of the table's standard deviation.
 
-
-def fresh_rows(config: TrainConfig, pipeline: StableDiffusionXLPipeline, stream: str) -> dict[str, torch.Tensor]:
-    """Rows (n, D) of the concept's words, or random rows of the table's standard deviation.
-
-    Raises UserError when the tokenizers make different numbers of tokens of it, or none.
+    Raises UserError when the tokenizers make different numbers of tokens of a concept, or none.
     """
-    rows = {}
-    for part in KEYS:
-        table = getattr(pipeline, part).get_input_embeddings().weight.detach().float().cpu()
-        if config.initializer_concept:
-            ids = getattr(pipeline, TOKENIZERS[part])(config.initializer_concept, add_special_tokens=False).input_ids
-            rows[part] = table[ids].clone()
-        else:
-            shape = config.num_new_tokens_per_abstraction, table.shape[1]
-            rows[part] = torch.randn(shape, generator=generator(config.seed, stream, part)) * table.std()
-    if len({len(found) for found in rows.values()}) != 1 or not len(rows["text_encoder"]):
-        raise UserError(f"--initializer_concept {config.initializer_concept}: the tokenizers make no such words of it.")
-    return rows
+    found = []
+    for number, (word, subject) in enumerate(zip(learnt_words(config), each_subject(config), strict=True)):
+        concept, rows = subject.initializer_concept, {}
+        for part in KEYS:
+            table = getattr(pipeline, part).get_input_embeddings().weight.detach().float().cpu()
+            if concept:
+                ids = getattr(pipeline, TOKENIZERS[part])(concept, add_special_tokens=False).input_ids
+                rows[part] = table[ids].clone()
+            else:
+                draws = generator(subject.seed, stream_of("new tokens", number), part)
+                shape = subject.num_new_tokens_per_abstraction, table.shape[1]
+                rows[part] = torch.randn(shape, generator=draws) * table.std()
+        if len({len(each) for each in rows.values()}) != 1 or not len(rows["text_encoder"]):
+            raise UserError(f"--initializer_concept {concept}: the tokenizers make no such words of it.")
+        found.append(NewTokens(word, rows))
+    return found

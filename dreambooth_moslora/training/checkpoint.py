@@ -1,23 +1,15 @@
 """Checkpoints, from which one a run goes on, and the files of earlier runs in its folder.
 
-Checkpoints: the raw adapter (A, M, B), the optimizer and the position, complete or absent.
+A checkpoint holds the raw adapter (A, M, B), the optimizer and the position, complete or absent. It needs neither
+generator states nor the data order: every draw is named by (seed, step) (see `core`), so the step number suffices to
+continue as if the run had never stopped.
 
-They need neither generator states nor the data order: every draw is named by (seed, step) (see `core`),
-so the step number suffices to continue as if the run had never stopped.
-
-Which checkpoint a run resumes from, and whether its settings equal those that it was written with.
-
-Claims a run folder: files of an earlier run that the new one does not continue are moved to `earlier_run_1`.
-
-set_aside                    for a new run: all that the earlier one left
-archive_checkpoints_after    for a resumed run: later checkpoints, and a best step after that step
-
-Files of other programs are moved as well, if the new run would overwrite them.
+Files in the run folder that a new run does not continue, or would overwrite, are moved to `earlier_run_1`.
 """
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -30,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
-from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
+from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core import (
     UserError,
     atomic_directory,
@@ -117,9 +109,15 @@ def digest_of(checkpoint: Path, position: Position) -> str:
 
 def check_whole(checkpoint: Path) -> Position:
     """The checkpoint's position. Raises UserError when its files were changed, or belong to different checkpoints."""
-    position = read_position(checkpoint)
-    named = checkpoint_step(checkpoint)
-    if named is not None and named != position.step:
+    try:
+        position = Position(**json.loads((checkpoint / POSITION).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise damaged(checkpoint, POSITION, error) from error
+    if any(type(value) is not int or value < 0 for value in (position.step, position.seed)):
+        raise damaged(checkpoint, POSITION, "step and seed are whole numbers")
+    if not all(isinstance(value, (str, type(None))) for value in (position.optimizer, position.digest)):
+        raise damaged(checkpoint, POSITION, "optimizer and digest are words")
+    if checkpoint_step(checkpoint) not in (None, position.step):
         raise damaged(checkpoint, POSITION, f"it is of step {position.step}")
     if position.digest is not None and position.digest != digest_of(checkpoint, position):
         raise damaged(checkpoint, POSITION, "the files beside it were changed, or are of another checkpoint")
@@ -131,18 +129,6 @@ def save_states(states: dict, path: Path) -> None:
     buffer = BytesIO()
     torch.save(states, buffer)
     atomic_write(path, buffer.getvalue())
-
-
-def read_position(checkpoint: Path) -> Position:
-    try:
-        position = Position(**json.loads((checkpoint / POSITION).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise damaged(checkpoint, POSITION, error) from error
-    if any(type(value) is not int or value < 0 for value in (position.step, position.seed)):
-        raise damaged(checkpoint, POSITION, "step and seed are whole numbers")
-    if not all(isinstance(value, (str, type(None))) for value in (position.optimizer, position.digest)):
-        raise damaged(checkpoint, POSITION, "optimizer and digest are words")
-    return position
 
 
 def damaged(checkpoint: Path, name: str, reason: object) -> UserError:
@@ -158,11 +144,6 @@ def load_states(checkpoint: Path, name: str) -> dict:
     if not isinstance(states, dict):
         raise damaged(checkpoint, name, "no states of an optimizer")
     return states
-
-
-def load_adapter(checkpoint: Path, components: dict[str, nn.Module]) -> AdapterMetadata:
-    """Create the adapter on the components, bit for bit as it was saved. Raises UserError for a damaged file."""
-    return load_raw(checkpoint / RAW_NAME, components)
 
 
 def restore_optimizer(
@@ -208,10 +189,7 @@ def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
     if not wanted:
         return None
     if wanted == "latest":
-        latest = newest_whole(run_dir)
-        if latest is None:
-            logger.warning("--resume_from_checkpoint latest: %s", nothing_to_resume(run_dir))
-        return latest
+        return newest_whole(run_dir)
     for path in (Path(wanted), run_dir.path / wanted):
         if is_checkpoint(path):
             return path
@@ -219,7 +197,7 @@ def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
 
 
 def newest_whole(run_dir: RunDir) -> Path | None:
-    """The newest checkpoint that is not damaged. Each damaged one is logged."""
+    """The newest checkpoint that is not damaged. Each damaged one is logged, and that there is none."""
     for checkpoint in reversed(run_dir.checkpoints()):
         try:
             check_whole(checkpoint)
@@ -227,13 +205,11 @@ def newest_whole(run_dir: RunDir) -> Path | None:
             logger.warning("--resume_from_checkpoint latest skips %s: %s", checkpoint.name, error)
         else:
             return checkpoint
-    return None
-
-
-def nothing_to_resume(run_dir: RunDir) -> str:
     incomplete = ", ".join(path.name for path in run_dir.named_checkpoints())
     there = f" ({incomplete}: not complete, or another program's)" if incomplete else ""
-    return f"no complete checkpoint in {run_dir.path}{there}; starting at step 0."
+    none = f"no complete checkpoint in {run_dir.path}{there}; starting at step 0."
+    logger.warning("--resume_from_checkpoint latest: %s", none)
+    return None
 
 
 def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] | None:
@@ -257,47 +233,55 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
             f"{checkpoint.name} was written with {position.optimizer}; you ask for {optimizer_kind(config)}: "
             "resume with the same optimizer, or start a new run."
         )
+    for name, there, asked in settings_of_both(config, checkpoint, position.seed, facts, modules):
+        if there != asked:
+            raise UserError(
+                f"--{name}: {checkpoint.name} has {shown(there)}; you ask for {shown(asked)}: "
+                "resume without it, or start a new run."
+            )
+
+
+Both = Iterator[tuple[str, object, object]]
+"""(name of a setting, the checkpoint's, the command line's)."""
+
+
+def settings_of_both(
+    config: TrainConfig, checkpoint: Path, seed: int, facts: AdapterMetadata, modules: set[str]
+) -> Both:
+    """The settings that a resumed run must share. Raises UserError for a file that is missing."""
     if config.seed is not None:
-        require(checkpoint, "seed", position.seed, config.seed)
-    require(
-        checkpoint, "train_text_encoder", any(not m.startswith("unet.") for m in modules), config.train_text_encoder
-    )
-    require(checkpoint, "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti)
+        yield "seed", seed, config.seed
+    yield "train_text_encoder", any(not m.startswith("unet.") for m in modules), config.train_text_encoder
+    yield "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti
     if facts.tokens:
-        require_tokens(checkpoint, facts, config)
-    require_sizes(checkpoint, facts, modules, config)
+        yield from tokens_of_both(config, checkpoint, facts)
+    for module in sorted(modules):
+        rank, alpha = rank_and_alpha(config, *module.split(".", 1))
+        yield "rank_pattern" if config.rank_pattern else "rank", facts.ranks.get(module, facts.rank), rank
+        yield "alpha_pattern" if config.alpha_pattern else "lora_alpha", facts.alphas.get(module, facts.alpha), alpha
     if not optimizer_of(config).averages:
-        require(checkpoint, "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema)
-    require(checkpoint, "basis", facts.basis.get("kind"), config.basis and basis_kind(config.basis))
+        yield "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema
+    yield "basis", facts.basis.get("kind"), config.basis and (SVD if config.basis == SVD else "file")
     unlike = {"mixer"} if config.basis else {"train_mixer"} if config.mixer == "none" else set()
     for name in (name for name in named("resume", "same") if name not in unlike):
-        require(checkpoint, name, getattr(facts, name), getattr(config, name))
-    require_targets(checkpoint, [m.removeprefix("unet.") for m in modules if m.startswith("unet.")], config)
+        yield name, getattr(facts, name), getattr(config, name)
+    asked, adapted = config.target_modules, [m.removeprefix("unet.") for m in modules if m.startswith("unet.")]
+    is_met = all(any(is_target(module, target) for module in adapted) for target in asked)
+    if not is_met or not all(is_adapted(module, asked) for module in adapted):
+        yield "target_modules", " ".join(sorted({last_name(module) for module in adapted})), " ".join(asked)
 
 
-def basis_kind(given: str) -> str:
-    return SVD if given == SVD else "file"
-
-
-def require_tokens(checkpoint: Path, facts: AdapterMetadata, config: TrainConfig) -> None:
-    words = " ".join(note["word"] for note in facts.tokens)
-    require(checkpoint, "token_abstraction", words, " ".join(learnt_words(config)))
+def tokens_of_both(config: TrainConfig, checkpoint: Path, facts: AdapterMetadata) -> Both:
+    yield "token_abstraction", " ".join(note["word"] for note in facts.tokens), " ".join(learnt_words(config))
     for number, (note, subject) in enumerate(zip(facts.tokens, each_subject(config), strict=True)):
         if not subject.initializer_concept:
-            asked = config.num_new_tokens_per_abstraction
-            require(checkpoint, "num_new_tokens_per_abstraction", note["count"], asked)
+            yield "num_new_tokens_per_abstraction", note["count"], config.num_new_tokens_per_abstraction
         if not (checkpoint / tokens_name(number=number)).is_file():
             raise damaged(checkpoint, tokens_name(number=number), "it is missing")
 
 
-def require_sizes(checkpoint: Path, facts: AdapterMetadata, modules: set[str], config: TrainConfig) -> None:
-    """Raises UserError unless each module has the rank and alpha that the settings give it."""
-    for module in sorted(modules):
-        rank, alpha = rank_and_alpha(config, *module.split(".", 1))
-        name = "rank_pattern" if config.rank_pattern else "rank"
-        require(checkpoint, name, facts.ranks.get(module, facts.rank), rank)
-        name = "alpha_pattern" if config.alpha_pattern else "lora_alpha"
-        require(checkpoint, name, facts.alphas.get(module, facts.alpha), alpha)
+def shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def trained_modules(checkpoint: Path) -> tuple[AdapterMetadata, set[str]]:
@@ -311,40 +295,13 @@ def trained_modules(checkpoint: Path) -> tuple[AdapterMetadata, set[str]]:
         raise damaged(checkpoint, RAW_NAME, error) from None
 
 
-def require(checkpoint: Path, name: str, there: object, asked: object) -> None:
-    """Raises UserError when a setting differs from the checkpoint's."""
-    if there != asked:
-        raise UserError(
-            f"--{name}: {checkpoint.name} has {shown(there)}; you ask for {shown(asked)}: "
-            "resume without it, or start a new run."
-        )
-
-
-def shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def require_targets(checkpoint: Path, modules: list[str], config: TrainConfig) -> None:
-    """Raises UserError unless each target matches a module and each module a target, by PEFT's rule."""
-    asked = config.target_modules
-    strange = [module for module in modules if not is_adapted(module, asked)]
-    unmet = [target for target in asked if not any(is_target(module, target) for module in modules)]
-    if strange or unmet:
-        require(checkpoint, "target_modules", " ".join(sorted({last_name(m) for m in modules})), " ".join(asked))
-
-
 def has_previous_run(run_dir: RunDir) -> bool:
     """Whether a checkpoint or an adapter exists; metrics alone come from a run without a result."""
     return bool(run_dir.named_checkpoints() or present(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir))
 
 
-def set_aside(run_dir: RunDir) -> None:
-    """Move an earlier run away. Class images stay, since the new run can use them; so does the log, which continues."""
-    if has_previous_run(run_dir):
-        move(what_was_left(run_dir), run_dir, "held an earlier run")
-
-
 def what_was_left(run_dir: RunDir) -> list[Path]:
+    """Without class images, since the new run can use them, and the log, which continues."""
     pictures = [run_dir.path / name for name in sorted(pictures_named(run_dir.read_card() or ""))]
     adapter = [run_dir.adapter_path, run_dir.mixers_path, *published_as(run_dir)]
     weights = [*run_dir.named_checkpoints(), run_dir.best_dir, *adapter]
@@ -357,21 +314,13 @@ def published_as(run_dir: RunDir) -> list[Path]:
     return sorted(path for pattern in (f"*{KOHYA_SUFFIX}", f"*{TOKENS_SUFFIX}") for path in run_dir.path.glob(pattern))
 
 
-def set_renamed_aside(run_dir: RunDir) -> None:
-    """Move files away that a resumed run would not replace, as they have an earlier name of the folder."""
-    own = {run_dir.kohya_path, *run_dir.tokens_paths}
-    if renamed := [path for path in published_as(run_dir) if path not in own]:
-        move(renamed, run_dir, "held files with an earlier name of the folder")
-
-
 def archive_checkpoints_after(run_dir: RunDir, step: int) -> None:
     """Move checkpoints after `step` away: otherwise `latest` would later resume the abandoned run."""
     later = [path for path in reversed(run_dir.named_checkpoints()) if step_of(path) > step]
     scored = events_of(StepEvaluated, run_dir.read_metrics())
     if scored and scored[-1].best["step"] > step:
         later += present(run_dir.best_dir)
-    if later:
-        move(later, run_dir, f"held checkpoints after step {step}, from which this run goes on")
+    move(later, run_dir, f"held checkpoints after step {step}, from which this run goes on")
 
 
 def present(*paths: Path) -> list[Path]:
@@ -379,6 +328,9 @@ def present(*paths: Path) -> list[Path]:
 
 
 def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
+    """Into the next `earlier_run_1`, if there are any paths, and say so."""
+    if not paths:
+        return
     home = run_dir.path / free_name("earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True)
     home.mkdir()
     for path in paths:
@@ -400,13 +352,14 @@ def claim_run_folder(context: RunContext, step: int, checkpoint: Path | None = N
     metrics; for a checkpoint from elsewhere, the folder's files belong to another run.
     """
     run_dir, report = context.run_dir, context.report
-    if report.has_begun or not context.accelerator.is_main_process:
+    if report.waiting is None or not context.accelerator.is_main_process:
         return
-    goes_on = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
-    if goes_on:
+    if checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve():
         archive_checkpoints_after(run_dir, step)
-        set_renamed_aside(run_dir)
-    else:
-        set_aside(run_dir)
+        own = {run_dir.kohya_path, *run_dir.tokens_paths}  # a resumed run would not replace the others
+        renamed = [path for path in published_as(run_dir) if path not in own]
+        move(renamed, run_dir, "held files with an earlier name of the folder")
+    elif has_previous_run(run_dir):
+        move(what_was_left(run_dir), run_dir, "held an earlier run")
     atomic_write(run_dir.config_path, json.dumps(context.config.to_dict(), indent=2, default=str))
     report.begin_at(step)

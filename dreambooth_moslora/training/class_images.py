@@ -90,9 +90,14 @@ class ClassImages:
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
             missing = tuple(index for index in indices if not self._is_as_made(index, known))
-            if missing:
-                seeds = tuple(self._known_seed(index, known) for index in indices)
-                found.append(ClassBatch(self, tuple(indices), seeds, missing))
+            if not missing:
+                continue
+            seeds = []
+            for index in indices:  # another run may have drawn the image
+                seed = known.get(self.name(index), {}).get("seed")
+                is_one = type(seed) is int and 0 <= seed < 2**32
+                seeds.append(seed if is_one else self.image_seed(index))
+            found.append(ClassBatch(self, tuple(indices), tuple(seeds), missing))
         paths = [self.folder / self.name(index) for batch in found for index in batch.missing]
         if damaged := [path for path in paths if os.path.lexists(path)]:
             logger.warning("%s", spelled_out(DAMAGED.format(path=damaged[0])))
@@ -110,11 +115,6 @@ class ClassImages:
         except UnreadableImageError:
             return False
         return fits and identity(made) == identity(self.facts()) and made.get(DIGEST) in (None, file_digest(path))
-
-    def _known_seed(self, index: int, known: dict[str, dict]) -> int:
-        """The seed in the manifest, as another run may have drawn the image; else this run's."""
-        seed = known.get(self.name(index), {}).get("seed")
-        return seed if type(seed) is int and 0 <= seed < 2**32 else self.image_seed(index)
 
     def write(self, index: int, seed: int, content: bytes) -> None:
         """Write an image and its entry in the manifest; the folder must exist. The manifest comes first: an image that
@@ -175,17 +175,17 @@ def keep_a_persons_work(path: Path, digest: str) -> None:
 
 
 def are_draws(photos: Sequence[Photo], seed: int) -> bool:
-    """Whether a run of this seed draws each of these class images itself."""
+    """Whether a run of this seed draws each of these class images itself: whether each has the seed of its number, as
+    in `class_0a1b2c3d_00007.png`."""
     sets = {folder: ClassImages(folder, "", "", seed, (0, 0)) for folder in {photo.path.parent for photo in photos}}
     known = {folder: images.manifest() for folder, images in sets.items()}
-    return all(is_draw(sets[path.parent], path, known[path.parent]) for path in (photo.path for photo in photos))
-
-
-def is_draw(images: ClassImages, path: Path, known: dict[str, dict]) -> bool:
-    """Whether the image has the seed of its number, as in `class_0a1b2c3d_00007.png`."""
-    if not GENERATED.fullmatch(path.name):
-        return False
-    return known.get(path.name, {}).get("seed") == images.image_seed(int(path.stem.rpartition("_")[2]))
+    for path in (photo.path for photo in photos):
+        drawn = known[path.parent].get(path.name, {}).get("seed")
+        if not GENERATED.fullmatch(path.name):
+            return False
+        if drawn != sets[path.parent].image_seed(int(path.stem.rpartition("_")[2])):
+            return False
+    return True
 
 
 def identity(facts: dict[str, object]) -> tuple[object, ...]:

@@ -1,18 +1,8 @@
 """From a photo to latents: the frozen base, its cached encodings, and batches on the device.
 
-Loads a run's frozen base: the pipeline to train, and one that draws before training.
-
-Outputs of the frozen encoders, cached by a digest of their inputs: in memory or on disk.
-
-The key covers everything that a value depends on (the file's bytes, the crop, the encoder's weights). A changed
-photo, crop or base is encoded anew, an unchanged one never again. Values are dicts of tensors. On disk the
-file's header holds a digest of the tensors; a file that does not match it is encoded anew.
-
-Prompts as embeddings: the frozen text encoders encode each prompt once.
-
-Encodes a crop of a photo as latents, time ids and mask; the VAE encodes each crop once.
-
-A batch of encoded crops with their captions, and its transfer to the device.
+Outputs of the frozen encoders are cached in memory or on disk by a digest of everything that they depend on (the file's
+bytes, the crop, the encoder's weights). A changed photo, crop or base is encoded anew, an unchanged one never again. On
+disk the file's header holds a digest of the tensors; a file that does not match it is encoded anew.
 """
 
 import hashlib
@@ -41,7 +31,6 @@ from dreambooth_moslora.core import UserError, atomic_write, content_key, file_d
 from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb
-from dreambooth_moslora.plan.processes import DTYPES
 from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -77,16 +66,6 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
     pipeline.register_modules(image_encoder=None, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def drawing_pipeline(
-    config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device
-) -> StableDiffusionXLPipeline:
-    """The base itself, or a copy in `prior_generation_precision` if that differs."""
-    wanted = DTYPES.get(config.prior_generation_precision or "", pipeline.unet.dtype)
-    if wanted == pipeline.unet.dtype:
-        return pipeline
-    return load_base(config, wanted, device)
 
 
 def warn_of_slow_precision(pipeline: StableDiffusionXLPipeline, device: torch.device) -> None:
@@ -136,7 +115,9 @@ class TensorCache:
             tensors = load_tensors(content)
         except (OSError, SafetensorError):
             return None
-        return tensors if tensors and digest_in(content) == digest_of(tensors) else None
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        is_whole = tensors and header.get("__metadata__", {}).get(DIGEST) == digest_of(tensors)
+        return tensors if is_whole else None
 
     def _keep(self, key: str, value: Tensors) -> None:
         if self.folder is None:
@@ -156,12 +137,6 @@ def digest_of(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def digest_in(content: bytes) -> str | None:
-    """The digest in the header of a valid safetensors file; None without one."""
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(DIGEST)
-
-
 def fingerprint(module: nn.Module) -> str:
     """Digest of a model: names, shapes, dtype and the first 16 numbers of each weight (any training changes them)."""
     digest = hashlib.sha256()
@@ -174,17 +149,12 @@ def fingerprint(module: nn.Module) -> str:
 class PromptCache:
     """Prompts -> TextCond. Frozen encoders encode each prompt once; `release_encoders` then frees their memory."""
 
-    def __init__(self, encode: Callable[[list[str]], TextCond], cache: TensorCache | None, identity: str):
+    def __init__(self, encode: Callable[[list[str]], TextCond], cache: TensorCache, identity: str):
         self.encode, self.cache, self.identity = encode, cache, identity
 
     def __call__(self, prompts: Sequence[str]) -> TextCond:
-        found = [self._one(prompt) for prompt in prompts]
+        found = [self.cache.get(*self.entry(prompt)) for prompt in prompts]
         return TextCond(torch.stack([f["embeds"] for f in found]), torch.stack([f["pooled"] for f in found]))
-
-    def _one(self, prompt: str) -> Tensors:
-        if self.cache is None:
-            return self._compute(prompt)
-        return self.cache.get(*self.entry(prompt))
 
     def entry(self, prompt: str) -> tuple[str, Callable[[], Tensors]]:
         """The prompt's key in the cache, and the function that encodes it."""
@@ -198,10 +168,9 @@ class PromptCache:
     def release_encoders(self) -> None:
         """Drop the encoders. From now on a new prompt raises RuntimeError; with a cache on disk, an unreadable
         file raises UserError."""
-        is_on_disk = self.cache is not None and self.cache.folder is not None
 
         def gone(prompts: list[str]) -> TextCond:
-            if is_on_disk:
+            if self.cache.folder is not None:
                 raise UserError(
                     f"{self.cache.folder}: the encoding of {prompts[0]!r:.60} cannot be read any more, and the text "
                     "encoders have left memory; resume the run, which encodes it anew."
@@ -243,30 +212,23 @@ class PhotoEncoder:
         self._reading: dict[tuple[Photo, CropPlan], Future[Crop]] = {}
 
     def encode(self, photo: Photo, plan: CropPlan) -> EncodedView:
+        """Its loss weights are 1 on the subject and `unmasked_weight` around it. Around a photo with transparency the
+        weight is 0: its white background was not photographed."""
         tensors = self._compute(photo, plan) if self.cache is None else self.cache.get(*self.entry(photo, plan))
-        weights = self._weights(photo, tensors["subject"]) if "subject" in tensors else None
+        around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
+        weights = around + (1 - around) * tensors["subject"] if "subject" in tensors else None
         return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
 
     def entry(self, photo: Photo, plan: CropPlan) -> tuple[str, Callable[[], Tensors]]:
         """The crop's key in the cache, and the function that encodes it."""
-        return self._key(photo, plan), lambda: self._compute_unchanged(photo, plan)
-
-    def _weights(self, photo: Photo, subject: Tensor) -> Tensor:
-        """Loss weights, `subject` (1, h, w) in [0, 1] -> same shape: 1 on the subject and `unmasked_weight` around it.
-
-        Around a photo with transparency the weight is 0: its white background was not photographed.
-        """
-        around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
-        return around + (1 - around) * subject
-
-    def _key(self, photo: Photo, plan: CropPlan) -> str:
-        return content_key(
+        key = content_key(
             photo=self._digest(photo.path),
             subject=photo.mask_path and self._digest(photo.mask_path),
             plan=plan,
             interpolation=self.rule.interpolation,
             vae=self.vae_identity,
         )
+        return key, lambda: self._compute_unchanged(photo, plan)
 
     def _digest(self, path) -> str:
         if path not in self._digests:
@@ -296,7 +258,10 @@ class PhotoEncoder:
         reading = self._reading.pop((photo, plan), None)
         image, mask = reading.result() if reading else load_crop(photo, plan, self.rule.interpolation)
         latents = load.encode_image(self.vae, pixels_of(image)[None])[0].cpu()
-        return {"latents": latents} if mask is None else {"latents": latents, "subject": latent_mask(mask, latents)}
+        if mask is None:
+            return {"latents": latents}
+        grey = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
+        return {"latents": latents, "subject": F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]}
 
 
 def load_crop(photo: Photo, plan: CropPlan, interpolation: str) -> Crop:
@@ -308,12 +273,6 @@ def load_crop(photo: Photo, plan: CropPlan, interpolation: str) -> Crop:
 def pixels_of(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-
-
-def latent_mask(mask: Image.Image, latents: Tensor) -> Tensor:
-    """Grey picture, latents (4, h, w) -> (1, h, w) in [0, 1], averaged to the latents' size."""
-    grey = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
-    return F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]
 
 
 @dataclass(frozen=True)
@@ -374,8 +333,6 @@ def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> di
     if is_cuda:
         buffer = buffer.pin_memory()
     parts = buffer.to(device, non_blocking=is_cuda).split([tensor.numel() for tensor in given.values()])
-    moved = {
-        name: part.view(tensor.shape).to(tensor.dtype)
-        for part, (name, tensor) in zip(parts, given.items(), strict=True)
-    }
-    return tensors | moved
+    for part, (name, tensor) in zip(parts, given.items(), strict=True):
+        given[name] = part.view(tensor.shape).to(tensor.dtype)
+    return tensors | given

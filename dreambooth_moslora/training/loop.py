@@ -60,9 +60,8 @@ from dreambooth_moslora.training.explain import BestStep, ScaleChoice
 from dreambooth_moslora.training.made_before import captioned_photos, masked_photos
 from dreambooth_moslora.training.optimizer import copies, optimizer_kind
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples
-from dreambooth_moslora.training.publish import Publisher
+from dreambooth_moslora.training.publish import Publisher, ValidationSamples
 from dreambooth_moslora.training.reporter import Reporter, RunContext, Stopwatch, free_unused_memory, memory_gib
-from dreambooth_moslora.training.samples import ValidationSamples
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 
 logger = logging.getLogger(__name__)

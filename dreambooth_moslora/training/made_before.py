@@ -24,11 +24,11 @@ from dreambooth_moslora.photos.folder import find_photos, usable_photos, with_ke
 from dreambooth_moslora.photos.mask_making import MadeMask, load_segmenter, make_kept
 from dreambooth_moslora.photos.masks import with_kept_masks, without_kept_mask
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.plan.processes import agreed, on_main, share_out
+from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.class_images import ClassBatch, ClassImages, shares
-from dreambooth_moslora.training.encoder import drawing_pipeline
+from dreambooth_moslora.training.encoder import load_base
 from dreambooth_moslora.training.reporter import RunContext, free_unused_memory
 
 logger = logging.getLogger(__name__)
@@ -105,11 +105,11 @@ def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
     def make(photo: Photo, captioner: Captioner) -> MadeCaption:
         return make_for_run(photo, captioner, subjects[photo.subject].instance_prompt, path)
 
-    def keep_and_tell(photo: Photo, made: MadeCaption) -> None:
+    def tell(photo: Photo, made: MadeCaption) -> None:
         keep(path, made, subjects[photo.subject].instance_prompt)
         logger.info("%s", spelled_out(f"{photo.path.name}: {made.caption or made.remark}"))
 
-    make_for_photos(context, "caption", bare, load_captioner, make, keep_and_tell)
+    make_for_photos(context, "caption", bare, load_captioner, make, tell)
     found = []
     for number, subject in enumerate(subjects):
         found += with_kept_captions(subject, [photo for photo in photos if photo.subject == number])
@@ -124,15 +124,15 @@ def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
     if context.config.masks != "auto":
         return photos
     folder = context.run_dir.masks_dir
+
+    def tell(photo: Photo, mask: MadeMask) -> None:
+        if mask.remark:
+            logger.warning("%s", spelled_out(f"the mask of {photo.path.name}: {mask.remark}"))
+
     own = [without_kept_mask(photo, folder) for photo in photos]
     if bare := [photo for photo in own if photo.mask_path is None]:
-        make_for_photos(context, "mask", bare, load_segmenter, partial(make_kept, folder=folder), tell_of_mask)
+        make_for_photos(context, "mask", bare, load_segmenter, partial(make_kept, folder=folder), tell)
     return with_kept_masks(own, folder)
-
-
-def tell_of_mask(photo: Photo, mask: MadeMask) -> None:
-    if mask.remark:
-        logger.warning("%s", spelled_out(f"the mask of {photo.path.name}: {mask.remark}"))
 
 
 Sets = list[tuple[ClassImages, int]]
@@ -167,7 +167,13 @@ def make_class_images(
     folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
     if wanted := sum(count for _, count in sets):
-        drawing = cache(lambda: drawing_pipeline(config, pipeline, accelerator.device).to(accelerator.device))
+        precision, device = pipeline.unet.dtype, accelerator.device
+        wanted_precision = DTYPES.get(config.prior_generation_precision or "", precision)
+
+        @cache
+        def drawing() -> StableDiffusionXLPipeline:
+            is_same = wanted_precision == precision
+            return (pipeline if is_same else load_base(config, wanted_precision, device)).to(device)
 
         def draw(batch: ClassBatch) -> list[bytes]:
             size_px, should_stop = batch.images.size_px, context.should_stop
@@ -181,28 +187,20 @@ def make_class_images(
 
 
 def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> tuple[Sets, list[ClassBatch]]:
-    """The sets of the run, and the batches that must be drawn for them. The folder is made, if it can be."""
-    sets = sets_of(folder, config, sizes)
-    folder.mkdir(parents=True, exist_ok=True)
-    clean_stale(folder)
-    return sets, [batch for images, count in sets for batch in images.lacking(count, config.sample_batch_size)]
-
-
-def sets_of(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> Sets:
-    """The sets to generate, one per size, beside the user's own images."""
+    """The sets of the run beside the user's own images, and the batches that must be drawn for them. The folder is
+    made, if it can be."""
     base_id = public_name(config.pretrained_model_name_or_path)
     sets = [ClassImages(folder, config.class_prompt, base_id, config.seed, size) for size in sizes]
-    found = [photo.path for photo in class_photos_in(folder, config)]
-    wanted = max(0, config.num_class_images - len(found) + len(sets[0].generated(found)))
+    paths = []
+    if folder.is_dir():
+        found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
+        paths = [photo.path for photo in found]
+    wanted = max(0, config.num_class_images - len(paths) + len(sets[0].generated(paths)))
     counts = shares(sizes, wanted)
-    return [(images, counts[images.size_px]) for images in sets]
-
-
-def class_photos_in(folder: Path, config: TrainConfig) -> list[Photo]:
-    """Class images in the folder. An empty or missing folder is allowed: it will be filled."""
-    if not folder.is_dir():
-        return []
-    return find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
+    folder.mkdir(parents=True, exist_ok=True)
+    clean_stale(folder)
+    counted = [(images, counts[images.size_px]) for images in sets]
+    return counted, [batch for images, count in counted for batch in images.lacking(count, config.sample_batch_size)]
 
 
 def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[Photo]:

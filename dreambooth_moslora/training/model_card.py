@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCardData
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
+from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.core import one_line, public_name
 from dreambooth_moslora.disk.run_folder import (
     KOHYA_SUFFIX,
@@ -33,9 +33,6 @@ from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import BestStep
 
-if TYPE_CHECKING:
-    from dreambooth_moslora.adapters.proof import Proof
-
 STRENGTH = "## Strength"
 
 
@@ -47,7 +44,7 @@ class CardFacts:
     step: int
     max_train_steps: int
     adapter: AdapterMetadata
-    proof: "Proof"
+    proof: Proof
     images: tuple[tuple[str, str], ...] = ()
     scores: dict[str, float] | None = None
     best: BestStep | None = None
@@ -59,7 +56,7 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
         front_matter(config, facts),
         f"# {facts.name}: an SDXL adapter for {' and '.join(f'“{prompt}”' for prompt in prompts_of(config))}",
         introduction(config, facts),
-        gallery(facts),
+        "\n".join(f"![{prompt}]({file})" for file, prompt in facts.images),
         usage(config, facts),
         strength(facts.adapter.best_scale, facts.adapter.usable_scales),
         training_table(config, facts),
@@ -72,8 +69,6 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
 
 def front_matter(config: TrainConfig, facts: CardFacts) -> str:
     """The card's YAML block for the hub."""
-    from huggingface_hub import ModelCardData
-
     known = {"base_model": facts.adapter.base_id} if "/" in facts.adapter.base_id else {}
     if facts.images:
         known["widget"] = [{"text": prompt, "output": {"url": file}} for file, prompt in facts.images]
@@ -103,12 +98,16 @@ def prompts_of(config: TrainConfig) -> list[str]:
     return [subject.instance_prompt for subject in each_subject(config)]
 
 
-def gallery(facts: CardFacts) -> str:
-    return "\n".join(f"![{prompt}]({file})" for file, prompt in facts.images)
-
-
 def usage(config: TrainConfig, facts: CardFacts) -> str:
+    """How to load it; of DoRA, which programs read the kohya file as what."""
     base_id = facts.adapter.base_id if "/" in facts.adapter.base_id else "path/to/the/base"
+    notes = facts.adapter.tokens
+    prompt = spelled(prompts_of(config)[0], spellings_of({note["word"]: note["count"] for note in notes}))
+    about_kohya = f"{file} is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
+    if config.use_dora:
+        about_kohya = (
+            f"{file} is for other programs, and with DoRA not the same adapter in all of them:\n\n{dora_table()}"
+        )
     return f"""## Use
 
 ```python
@@ -117,19 +116,11 @@ from diffusers import StableDiffusionXLPipeline
 
 pipe = StableDiffusionXLPipeline.from_pretrained({base_id!r}, torch_dtype=torch.float16).to("cuda")
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
-{token_lines(facts.adapter.tokens)}image = pipe({example(config, facts.adapter.tokens)!r}).images[0]
+{token_lines(notes)}image = pipe({prompt!r}).images[0]
 ```
 
-{about_kohya(config, facts.name)}\
-{about_tokens(facts.adapter.tokens)}"""
-
-
-def about_kohya(config: TrainConfig, name: str) -> str:
-    """Which programs read the kohya file as what."""
-    file = f"`{name}{KOHYA_SUFFIX}`"
-    if config.use_dora:
-        return f"{file} is for other programs, and with DoRA not the same adapter in all of them:\n\n{dora_table()}"
-    return f"{file} is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
+`{facts.name}{KOHYA_SUFFIX}` {readers}\
+{about_tokens(notes)}"""
 
 
 def token_lines(notes: Sequence[dict]) -> str:
@@ -145,22 +136,16 @@ def token_lines(notes: Sequence[dict]) -> str:
     return "\n".join([*lines, ""])
 
 
-def example(config: TrainConfig, notes: Sequence[dict]) -> str:
-    """The first instance prompt, with its new word replaced by the new tokens."""
-    return spelled(prompts_of(config)[0], spellings_of({note["word"]: note["count"] for note in notes}))
-
-
 def about_tokens(notes: Sequence[dict]) -> str:
-    return "".join(f"\n\n{about_word(*one)}" for one in zip(notes, token_names(note["count"] for note in notes)))
-
-
-def about_word(note: dict, names: list[str]) -> str:
-    stem = note["file"].removesuffix(".safetensors")
-    return (
-        f"The word “{note['word']}” stands for {note['count']} new tokens, which are in `{note['file']}` and "
-        f"belong to the adapter: in diffusers write `{''.join(names)}` in its place, in ComfyUI `embedding:{stem}` and "
-        f"in AUTOMATIC1111 `{stem}`, with the file in their folder of embeddings."
-    )
+    said = ""
+    for note, names in zip(notes, token_names(note["count"] for note in notes)):
+        stem = note["file"].removesuffix(".safetensors")
+        said += (
+            f"\n\nThe word “{note['word']}” stands for {note['count']} new tokens, which are in `{note['file']}` and "
+            f"belong to the adapter: in diffusers write `{''.join(names)}` in its place, in ComfyUI `embedding:{stem}` "
+            f"and in AUTOMATIC1111 `{stem}`, with the file in their folder of embeddings."
+        )
+    return said
 
 
 def strength(best: float | None, usable: tuple[float, ...]) -> str:

@@ -16,7 +16,6 @@ The error at a position is the square of the difference d, or grows like |d| bey
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -140,19 +139,14 @@ def prediction_of(schedule: NoiseSchedule, output: Tensor, noisy: NoisySample) -
     if schedule.style == "ddpm":
         return output
     sigma = schedule.sigmas[noisy.index].view(-1, 1, 1, 1)
-    if schedule.sigma_data is not None:
-        return edm_denoised(schedule, output, noisy.latents, sigma)
+    if schedule.sigma_data is not None:  # c_skip·z + c_out·F of Karras et al. 2022, table 1
+        variance = sigma**2 + schedule.sigma_data**2
+        c_out = sigma * schedule.sigma_data * variance.rsqrt()
+        sign = 1 if schedule.prediction_type == "epsilon" else -1
+        return schedule.sigma_data**2 / variance * noisy.latents + sign * c_out * output
     if schedule.prediction_type == "epsilon":
         return noisy.latents - sigma * output
     return noisy.latents / (1 + sigma**2) - sigma * (1 + sigma**2).rsqrt() * output
-
-
-def edm_denoised(schedule: NoiseSchedule, output: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
-    """c_skip·z + c_out·F of Karras et al. 2022, table 1; a v-prediction base has the opposite sign of c_out."""
-    variance = sigma**2 + schedule.sigma_data**2
-    c_out = sigma * schedule.sigma_data * variance.rsqrt()
-    sign = 1 if schedule.prediction_type == "epsilon" else -1
-    return schedule.sigma_data**2 / variance * noisy + sign * c_out * output
 
 
 def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr_gamma: float | None) -> Tensor:
@@ -201,11 +195,8 @@ def pointwise_error(
     else:
         width = huber_c + (1 - huber_c) * (1 + schedule.sigmas[index]) ** -2
     width = width.view(-1, 1, 1, 1)
-    return partial(huber_error, width=width, factor=2 * width if loss_type == "huber" else 2)
-
-
-def huber_error(difference: Tensor, width: Tensor, factor: Tensor | float) -> Tensor:
-    return factor * ((difference**2 + width**2).sqrt() - width)
+    factor = 2 * width if loss_type == "huber" else 2
+    return lambda difference: factor * ((difference**2 + width**2).sqrt() - width)
 
 
 def loss(

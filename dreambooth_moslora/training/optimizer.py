@@ -1,8 +1,5 @@
 """Parameter groups, optimizers, their states in a checkpoint, and averages over the steps.
 
-**Groups.** Weight decay would pull a mixer towards zero instead of its start, so mixers have none. In terms of LoRA+ a
-mixer belongs to B's group: `mixer_lr_scale` multiplies its learning rate.
-
 **Prodigy on a GPU** takes each group as one long tensor. It reads two numbers of every parameter in every step to sum
 them, and each read waits for the GPU: 3,360 waits for SDXL's 1,680 small matrices. The other operations are
 elementwise, so one long tensor gives the same step, except for the order of two sums. States are saved per parameter.
@@ -23,7 +20,7 @@ readers, and the weights in another file.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -132,8 +129,9 @@ def parameter_groups(
     """Groups of A and B, and of mixers, for the UNet and each text encoder, then of new tokens. Empty groups
     are left out.
 
-    As in diffusers' script, `scale_lr` scales only the UNet's rate; text encoders without a rate use the
-    UNet's.
+    Weight decay would pull a mixer towards zero instead of its start, so mixers have none. In terms of LoRA+ a mixer
+    belongs to B's group. As in diffusers' script, `scale_lr` scales only the UNet's rate; text encoders without a
+    rate use the UNet's.
     """
     lr_scale = config.gradient_accumulation_steps * config.train_batch_size * world_size if config.scale_lr else 1
     groups = []
@@ -217,9 +215,13 @@ def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, e
             raise ValueError(f"there is no parameter {number}")
         check_state(dict(leaves_of(state)), dict(leaves_of(pattern[number])), step, exact)
     learns = {name for kind in OPTIMIZERS.values() for name in kind.learns}
-    running = [{name: number_in(group, name) for name in group if name in learns} for group in loaded]
-    merged = [{**fresh, **kept} for fresh, kept in zip(groups, running, strict=True)]
-    return {"state": dense(states["state"]), "param_groups": merged}
+    for fresh, kept in zip(groups, loaded, strict=True):
+        for name in learns & kept.keys():
+            value = kept[name]
+            fresh[name] = value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+            if not is_number(fresh[name]):
+                raise ValueError(f"{name} is not a number")
+    return {"state": dense(states["state"]), "param_groups": groups}
 
 
 def pattern_of(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
@@ -257,17 +259,13 @@ def check_state(found: dict[str, Any], pattern: dict[str, Any], step: int, exact
     for name, expected in pattern.items():
         value = found[name]
         if name == "step":
-            check_step(value, step, exact)
+            taken = value.item() if isinstance(value, Tensor) and value.numel() == 1 and value.dim() == 0 else value
+            if not isinstance(taken, (int, float)) or not (taken == step if exact else 0 <= taken <= step):
+                raise ValueError(f"it has taken {taken} steps, not {step}")
         elif isinstance(expected, Tensor):
             check_tensor(name, value, expected)
         elif type(value) is not type(expected):
             raise ValueError(f"{name} is a {type(value).__name__}")
-
-
-def check_step(value: object, step: int, exact: bool) -> None:
-    taken = value.item() if isinstance(value, Tensor) and value.numel() == 1 and value.dim() == 0 else value
-    if not isinstance(taken, (int, float)) or not (taken == step if exact else 0 <= taken <= step):
-        raise ValueError(f"it has taken {taken} steps, not {step}")
 
 
 def check_tensor(name: str, value: object, expected: Tensor) -> None:
@@ -278,24 +276,6 @@ def check_tensor(name: str, value: object, expected: Tensor) -> None:
         raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(expected.shape)}")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} is not finite")
-
-
-def number_in(group: Mapping[str, Any], name: str) -> float | int:
-    value = group[name]
-    if isinstance(value, Tensor) and value.dim() == 0:
-        value = value.item()
-    if not is_number(value):
-        raise ValueError(f"{name} is not a number")
-    return value
-
-
-class Average(Protocol):
-    """An average of a list of parameters; `values` has their order and shapes."""
-
-    def update(self, step: int) -> None:
-        """Call it after optimizer step number `step`, counted from 1."""
-
-    def values(self) -> list[Tensor]: ...
 
 
 class MovingAverage:
@@ -334,6 +314,9 @@ class ScheduleFreeAverage:
         beta1 = self.optimizer.param_groups[0]["betas"][0]
         ahead = [self.optimizer.state[p].get("z", p) for p in self.parameters]
         return [y.lerp(z, 1 - 1 / beta1) for y, z in zip(self.parameters, ahead, strict=True)]
+
+
+Average = MovingAverage | ScheduleFreeAverage
 
 
 def average_of(config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer) -> Average | None:

@@ -1,13 +1,11 @@
-"""The endless, seeded stream of photos and captions, of one subject or of several.
-
-The endless, shuffled, seeded stream of batches of photos and captions.
+"""The endless, shuffled, seeded stream of batches of photos and captions, of one subject or of several.
 
     sample at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
 
 Each epoch shuffles photos × repeats. The crop number is epoch mod `crops_per_photo`; without a cache every
 epoch has fresh crops. Every image, class images too, carries its own size and crop conditioning.
 
-Merges the streams of several subjects; each subject is shown equally often, whatever its number of photos.
+Each of several subjects is shown equally often, whatever its number of photos.
 
     position p  ->  round p div k, subject (order drawn anew each round)  ->  that subject's stream at the round
 
@@ -72,14 +70,12 @@ class PhotoStream:
         the photo's bare prompt, if it has one.
         """
         photo, plan = self._sample(position)
-        return self.encoder.encode(photo, plan), self._caption(photo, position)
-
-    def _caption(self, photo: Photo, position: int) -> str:
+        view = self.encoder.encode(photo, plan)
         if self._is_in(self.caption_dropout, "caption dropout", position):
-            return ""
+            return view, ""
         if photo.bare_prompt and self._is_in(self.bare_share, "bare prompt", position):
-            return photo.bare_prompt
-        return rng(self.seed, self.name, "caption", position).choice(photo.captions)
+            return view, photo.bare_prompt
+        return view, rng(self.seed, self.name, "caption", position).choice(photo.captions)
 
     def _is_in(self, share: float, what: str, position: int) -> bool:
         return rng(self.seed, self.name, what, position).random() < share
@@ -96,7 +92,8 @@ class PhotoStream:
 
     def _sample(self, position: int) -> tuple[Photo, CropPlan]:
         slot, crop, target = self._view(position)
-        return self.photos[slot // self.repeats], self._plan(slot, crop, target)
+        photo, draws = self.photos[slot // self.repeats], rng(self.seed, self.name, "crop", slot, crop)
+        return photo, self.encoder.rule.plan(photo.size_px, draws, target)
 
     @property
     def is_one_size(self) -> bool:
@@ -106,21 +103,15 @@ class PhotoStream:
     def _view(self, position: int) -> View:
         target = None
         if self.beside is not None:
-            target = self.beside.size_at(position)
+            target = self.beside._view(position)[2]
             epoch, slot = self._place_in(target, position)
         elif self.is_one_size:
             epoch, slot = place_of(position, len(self), self.seed, self.name)
         else:
             epoch, slot = self._grouped_place(position)
         crops = self.encoder.rule.crops_per_photo
-        return slot, epoch if crops is None else epoch % crops, target or self._size_of(slot)
-
-    def size_at(self, position: int) -> Size:
-        """(h, w) of the crop at `position`."""
-        return self._view(position)[2]
-
-    def _size_of(self, slot: int) -> Size:
-        return self.encoder.rule.target(self.photos[slot // self.repeats].size_px)
+        target = target or self.encoder.rule.target(self.photos[slot // self.repeats].size_px)
+        return slot, epoch if crops is None else epoch % crops, target
 
     def _place_in(self, size: Size, position: int) -> tuple[int, int]:
         """(epoch, slot) among the slots of this size, or among all if there are none."""
@@ -141,22 +132,15 @@ class PhotoStream:
         return self._place_in(key, batches_before * self.batch_size + place)
 
     def views_ahead(self, sample_count: int) -> list[tuple[Photo, CropPlan]]:
-        """The different views among the first `sample_count` samples; none when each epoch crops anew."""
-        return [self._sample(position) for position in self._first_positions(sample_count)]
-
-    def _first_positions(self, sample_count: int) -> list[int]:
-        """The first position of each view. Views repeat after `bound` samples."""
+        """The different views among the first `sample_count` samples, which repeat after `bound`; none when each epoch
+        crops anew."""
         crops = self.encoder.rule.crops_per_photo or 0
         turns = crops if self.is_one_size else self.batch_size * math.ceil(crops / self.batch_size)
         bound = len(self) * turns if self.beside is None else sample_count * (crops > 0)
-        views: dict[View, int] = {}
+        first: dict[View, int] = {}
         for position in range(min(sample_count, bound)):
-            views.setdefault(self._view(position), position)
-        return list(views.values())
-
-    def _plan(self, slot: int, crop: int, target: Size) -> CropPlan:
-        draws = rng(self.seed, self.name, "crop", slot, crop)
-        return self.encoder.rule.plan(self.photos[slot // self.repeats].size_px, draws, target)
+            first.setdefault(self._view(position), position)
+        return [self._sample(position) for position in first.values()]
 
 
 @lru_cache(maxsize=64)
@@ -206,13 +190,11 @@ class SubjectStreams:
         return number, round_ * self.run + offset
 
     def views_ahead(self, sample_count: int) -> list[tuple[Photo, CropPlan]]:
-        """Like `PhotoStream.views_ahead`, of all subjects."""
-        return [view for stream in self.streams for view in stream.views_ahead(self._share(sample_count))]
-
-    def _share(self, sample_count: int) -> int:
-        """Samples of each stream in `sample_count`, rounded up to whole rounds."""
-        in_a_round = len(self.streams) * self.run
-        return -(-sample_count // in_a_round) * self.run if len(self.streams) > 1 else sample_count
+        """Like `PhotoStream.views_ahead`, of all subjects: in whole rounds if there are several."""
+        share = sample_count
+        if len(self.streams) > 1:
+            share = -(-sample_count // (len(self.streams) * self.run)) * self.run
+        return [view for stream in self.streams for view in stream.views_ahead(share)]
 
 
 def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEncoder) -> SubjectStreams:

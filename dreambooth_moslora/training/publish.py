@@ -1,20 +1,21 @@
-"""What a run leaves: proved adapter files, card, sheets, plots, and the hub.
+"""What a run leaves: samples, proved adapter files, card, sheets, plots, and the hub.
 
-Draws the loss of a run, and its scores beside it.
-
-The loss of single steps is noisy, as each draws its own noise levels, so a running mean is drawn over it.
-
-Writes what a run leaves: verified adapter files, model card and its pictures, contact sheet, loss plot, hub.
+Samples have the same prompts and noise at step 0, during the run and at the end. At the end it also draws new
+contexts: the subject where no photo shows it. The pictures of step 0 are read from the run folder, so that a resumed
+run has them as well.
 """
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -26,13 +27,13 @@ from dreambooth_moslora.adapters.new_tokens import notes_of, prove_tokens
 from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import architecture
-from dreambooth_moslora.core import UserError, atomic_directory, atomic_write, public_name
-from dreambooth_moslora.disk.events import StepDone, StepEvaluated, events_of
+from dreambooth_moslora.core import StopRequestedError, UserError, atomic_directory, atomic_write, public_name, seed_of
+from dreambooth_moslora.disk.events import SamplesDrawn, StepDone, StepEvaluated, events_of
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RunDir, pictures_named
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
-from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.photos.photo import Photo, UnreadableImageError, open_image, open_rgb, to_rgb
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
-from dreambooth_moslora.plan.processes import on_main
+from dreambooth_moslora.plan.processes import on_main, share_out
 from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.settings.prompts import (
     class_word_of,
@@ -48,11 +49,83 @@ from dreambooth_moslora.training.class_images import are_draws
 from dreambooth_moslora.training.explain import BestStep, ScaleChoice
 from dreambooth_moslora.training.model_card import CardFacts, model_card, push
 from dreambooth_moslora.training.prepare import TrainInputs
-from dreambooth_moslora.training.samples import ValidationSamples
 from dreambooth_moslora.training.step import TrainStep
 
-COLOURS = {"loss_instance": "#2a6fdb", "loss_prior": "#d9822b"}
-LABELS = {"loss_instance": "instance", "loss_prior": "prior"}
+logger = logging.getLogger(__name__)
+
+CURVES = {"loss_instance": ("#2a6fdb", "instance"), "loss_prior": ("#d9822b", "prior")}
+"""Losses with their colour and label."""
+CARD_IMAGES = 6
+
+
+@dataclass
+class ValidationSamples:
+    """`requests` are drawn at each sampling step, `contexts` once at the end. Both are empty without a prompt."""
+
+    run_dir: RunDir
+    requests: list[SampleRequest]
+    contexts: list[SampleRequest]
+    every_steps: int
+    latest: list[Image.Image] = field(default_factory=list)
+    latest_step: int = 0
+
+    @classmethod
+    def of(cls, config: TrainConfig, run_dir: RunDir, steps_per_epoch: int) -> "ValidationSamples":
+        prompts = validation_prompts(config)
+        seeds = [seed_of(config.seed, "sample", number) % 2**32 for number in range(config.sample_count)]
+        requests = [SampleRequest(prompt, seed) for prompt in prompts for seed in seeds]
+        contexts = [SampleRequest(p, seeds[0]) for p in context_prompts(config)] if requests else []
+        every = config.validation_steps or config.validation_epochs * steps_per_epoch
+        return cls(run_dir, requests, contexts, every)
+
+    def leave_out(self) -> None:
+        """Draw no samples in this run."""
+        self.requests, self.contexts = [], []
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts that will be drawn."""
+        return sorted({request.prompt for request in [*self.requests, *self.contexts]})
+
+    def is_due(self, step: int, last_step: int) -> bool:
+        return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
+
+    def draw(self, step: int, sampler: Sampler, accelerator: Accelerator) -> SamplesDrawn:
+        """Draw `samples/step_000100_0.png` …, shared out to the processes; the main process saves them. Returns
+        their event.
+
+        Raises StopRequestedError from the sampler; pictures drawn before are kept.
+        """
+        self.latest, self.latest_step = [], step
+        for number, picture in enumerate(share_out(accelerator, self.requests, sampler)):
+            self.latest.append(picture)
+            on_main(accelerator, partial(self.save, self.path(step, number), picture))
+        files = [str(self.path(step, n).relative_to(self.run_dir.path)) for n in range(len(self.requests))]
+        prompts = [request.prompt for request in self.requests]
+        return SamplesDrawn(step, files, prompts, [request.seed for request in self.requests])
+
+    def draw_contexts(self, sampler: Sampler, accelerator: Accelerator) -> list[Image.Image]:
+        """The contexts, shared out to the processes; fewer when a stop is requested."""
+        drawn: list[Image.Image] = []
+        with suppress(StopRequestedError):
+            for picture in share_out(accelerator, self.contexts, sampler):
+                drawn.append(picture)
+        return drawn
+
+    def path(self, step: int, number: int) -> Path:
+        return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
+
+    def first(self, numbers: Iterable[int]) -> list[Image.Image]:
+        """The pictures of step 0 for these requests, if they exist and can be read."""
+        found = []
+        for number in numbers:
+            with suppress(UnreadableImageError, FileNotFoundError):
+                found.append(to_rgb(open_image(self.path(0, number))))
+        return found
+
+    def save(self, path: Path, picture: Image.Image) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(path, picture)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -64,11 +137,21 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_loss_plot(steps: Sequence[StepDone], path: Path, evaluations: Sequence[StepEvaluated] = ()) -> None:
-    """Write a PNG with the loss, and with the scores if there are evaluations."""
+    """Write a PNG with the loss, and with the scores if there are evaluations. The loss of single steps is noisy, as
+    each draws its own noise levels, so a running mean is drawn over it."""
     panels = 2 if evaluations else 1
     figure = Figure(figsize=(7 * panels, 3.5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    draw_loss(axes[0], steps)
+    for key, (colour, label) in CURVES.items():
+        points = [(event.step, getattr(event, key)) for event in steps if getattr(event, key) is not None]
+        if points:
+            at, values = map(np.array, zip(*points))
+            axes[0].plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
+            axes[0].plot(at, running_mean(values, max(5, len(values) // 20)), color=colour, label=label)
+    axes[0].set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes[0].grid(alpha=0.3)
+    if axes[0].get_legend_handles_labels()[1]:
+        axes[0].legend(frameon=False)
     if evaluations:
         draw_fidelity(axes[1], evaluations)
     buffer = BytesIO()
@@ -88,24 +171,6 @@ def draw_fidelity(axes: Axes, evaluations: Sequence[StepEvaluated]) -> None:
     axes.set(xlabel="step", ylabel="score")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
-
-
-def draw_loss(axes: Axes, steps: Sequence[StepDone]) -> None:
-    for key, colour in COLOURS.items():
-        points = [(event.step, getattr(event, key)) for event in steps if getattr(event, key) is not None]
-        if points:
-            at, values = map(np.array, zip(*points))
-            axes.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(at, running_mean(values, max(5, len(values) // 20)), color=colour, label=LABELS[key])
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False)
-
-
-logger = logging.getLogger(__name__)
-
-CARD_IMAGES = 6
 
 
 class Publisher:
@@ -168,7 +233,10 @@ class Publisher:
             if finished and self.config.push_to_hub:
                 push(self.run_dir.path, self.config.hub_model_id, self.config.hub_token)
         finally:
-            write_loss_plot(self.run_dir)
+            records = self.run_dir.read_metrics()
+            steps, scored = events_of(StepDone, records), events_of(StepEvaluated, records)
+            if steps:
+                draw_loss_plot(steps, self.run_dir.loss_plot_path, scored)
             if drawn:
                 start = self.config.init_adapter and f"adapter {public_name(self.config.init_adapter)}"
                 rows = sheet_rows(self.config, self.photos, self.samples, contexts, start or "base")
@@ -290,10 +358,3 @@ def readable(photos: list[Photo]) -> list[Image.Image]:
         except UserError as error:
             logger.warning("the contact sheet is without a photo: %s", error)
     return found
-
-
-def write_loss_plot(run_dir: RunDir) -> None:
-    records = run_dir.read_metrics()
-    steps, scored = events_of(StepDone, records), events_of(StepEvaluated, records)
-    if steps:
-        draw_loss_plot(steps, run_dir.loss_plot_path, scored)

@@ -111,7 +111,7 @@ class Reporter:
         self.step = 0
         self.trackers = Trackers(run_dir, accelerator)
         self.failure: Exception | None = None
-        self._waiting: list[Event] | None = []
+        self.waiting: list[Event] | None = []
 
     def __call__(self, event: Event) -> None:
         if not self.accelerator.is_main_process:
@@ -165,19 +165,15 @@ class Reporter:
 
     def release(self) -> None:
         """Write the events that waited; from now on events are written at once."""
-        waiting, self._waiting = self._waiting or [], None
+        waiting, self.waiting = self.waiting or [], None
         for event in waiting:
             self._write(event)
 
-    @property
-    def has_begun(self) -> bool:
-        return self._waiting is None
-
     def _write(self, event: Event) -> None:
-        if self._waiting is None:
+        if self.waiting is None:
             self.run_dir.append_metrics(record_of(event))
         else:
-            self._waiting.append(event)
+            self.waiting.append(event)
 
 
 class Stopwatch:

@@ -32,9 +32,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageStat
-from torch import Tensor, nn
+from torch import nn
 
 from dreambooth_moslora.base.load import TextCond
 from dreambooth_moslora.core import UserError
@@ -44,6 +45,7 @@ from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.encoder import EncodedView, TrainBatch, collate
 from dreambooth_moslora.training.prepare import noise_schedule
+from dreambooth_moslora.training.step import TrainStep
 
 SIZES = ("sdxl", "small")
 """2.57 billion parameters, or the same topology with a fortieth of the width."""
@@ -53,19 +55,10 @@ def text_widths(size: str) -> tuple[int, int]:
     return (768, 1280) if size == "sdxl" else (32, 64)
 
 
-def text_width(size: str) -> int:
-    """Channels of the text embeddings that the UNet reads."""
-    return sum(text_widths(size))
-
-
-def pooled_width(size: str) -> int:
-    return text_widths(size)[1]
-
-
 def random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditionModel:
     """stabilityai/stable-diffusion-xl-base-1.0's UNet."""
     full = size == "sdxl"
-    time_width = 256 if full else 32
+    time_width, (narrow, wide) = 256 if full else 32, text_widths(size)
     options = {
         "sample_size": 128,
         "block_out_channels": (320, 640, 1280) if full else (32, 64, 64),
@@ -76,8 +69,8 @@ def random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditi
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": time_width,
-        "projection_class_embeddings_input_dim": 6 * time_width + pooled_width(size),
-        "cross_attention_dim": text_width(size),
+        "projection_class_embeddings_input_dim": 6 * time_width + wide,
+        "cross_attention_dim": narrow + wide,
     }
     return made(lambda: UNet2DConditionModel(**options), dtype)
 
@@ -102,17 +95,13 @@ def fill(module: nn.Module, noise: torch.Tensor) -> None:
         elif parameter.dim() == 1:
             parameter.fill_(1)
         else:
-            repeat_into(parameter, noise, 1 / math.sqrt(parameter[0].numel()))
+            flat, scaled = parameter.view(-1), noise * (1 / math.sqrt(parameter[0].numel()))
+            for start in range(0, flat.numel(), scaled.numel()):
+                piece = flat[start : start + scaled.numel()]
+                piece.copy_(scaled[: piece.numel()])
     for name, buffer in module.named_buffers(recurse=False):
         if name == "position_ids":
             buffer.copy_(torch.arange(buffer.shape[-1]))
-
-
-def repeat_into(target: torch.Tensor, noise: torch.Tensor, scale: float) -> None:
-    flat, scaled = target.view(-1), noise * scale
-    for start in range(0, flat.numel(), scaled.numel()):
-        piece = flat[start : start + scaled.numel()]
-        piece.copy_(scaled[: piece.numel()])
 
 
 @dataclass
@@ -133,18 +122,15 @@ class RandomMaterials:
 
     def prompt_embeds(self, prompts: list[str]) -> TextCond:
         """Random text embeddings (N, 77, D) and pooled ones (N, P)."""
-        return TextCond(repeated(self.cond.embeds, len(prompts)), repeated(self.cond.pooled, len(prompts)))
-
-
-def repeated(row: Tensor, count: int) -> Tensor:
-    return row.expand(count, *row.shape[1:])
+        return TextCond(*(row.expand(len(prompts), *row.shape[1:]) for row in (self.cond.embeds, self.cond.pooled)))
 
 
 def random_materials(size: str, resolution_px: int) -> RandomMaterials:
     side = resolution_px // 8
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     ids = torch.tensor([resolution_px, resolution_px, 0, 0, resolution_px, resolution_px], dtype=torch.float32)
-    embeds, pooled = torch.randn(1, 77, text_width(size)), torch.randn(1, pooled_width(size))
+    widths = text_widths(size)
+    embeds, pooled = torch.randn(1, 77, sum(widths)), torch.randn(1, widths[1])
     return RandomMaterials(
         SimpleNamespace(unet=random_unet(size)),
         noise_schedule(scheduler),
@@ -158,10 +144,6 @@ GIB = 2**30
 
 def measure(size: str, config: TrainConfig) -> dict[str, float]:
     """Measure a batch as `config` says, in bf16, on the device that accelerate chooses."""
-    from accelerate import Accelerator
-
-    from dreambooth_moslora.training.step import TrainStep
-
     accelerator = Accelerator(mixed_precision="bf16")
     materials = random_materials(size, config.resolution)
     unet = materials.pipeline.unet.requires_grad_(False).to(accelerator.device)
@@ -275,7 +257,9 @@ class SelfTest:
         """Yields each result as soon as it is known. A run that fails is a result, and ends the test."""
         try:
             yield from self.compare_losses()
-            yield self.published()
+            proof = next(e["proof"] for e in self.run("device_no").read_metrics() if e["type"] == "export")
+            far = proof["max_relative_difference"]
+            yield Finding("published", True, f"both files reload to {far:.1e}", {"relative_difference": far})
             yield self.resumed()
             yield self.generated()
             if self.free_gib is not None:
@@ -285,18 +269,12 @@ class SelfTest:
 
     def compare_losses(self) -> Iterator[Finding]:
         reference = SelfTest(self.folder, env=ON_CPU)
-        expected = reference.losses(reference.train("cpu"))
+        expected = losses(reference.train("cpu"))
         for precision in self.precisions:
-            found = self.losses(self.train(f"device_{precision}", mixed_precision=precision))
-            far = largest_difference(found, expected)
-            holds = far <= TOLERANCE[precision]
-            said = f"{len(found)} losses in {precision_name(precision)}, at most {far:.1e} from the CPU's in fp32"
-            yield Finding(f"losses, {precision_name(precision)}", holds, said, {"relative_difference": far})
-
-    def published(self) -> Finding:
-        proof = next(e["proof"] for e in self.run("device_no").read_metrics() if e["type"] == "export")
-        far = proof["max_relative_difference"]
-        return Finding("published", True, f"both files reload to {far:.1e}", {"relative_difference": far})
+            found = losses(self.train(f"device_{precision}", mixed_precision=precision))
+            name, far = "fp32" if precision == "no" else precision, largest_difference(found, expected)
+            said = f"{len(found)} losses in {name}, at most {far:.1e} from the CPU's in fp32"
+            yield Finding(f"losses, {name}", far <= TOLERANCE[precision], said, {"relative_difference": far})
 
     def resumed(self) -> Finding:
         self.train("resumed", max_train_steps=STOPPED_AT)
@@ -337,9 +315,6 @@ class SelfTest:
     def run(self, name: str) -> RunDir:
         return RunDir(self.folder / name)
 
-    def losses(self, run: RunDir) -> list[float]:
-        return [event["loss"] for event in run.read_metrics() if event["type"] == "step"]
-
     def train(self, name: str, **changes) -> RunDir:
         settings = {
             "pretrained_model_name_or_path": "toy",
@@ -355,10 +330,9 @@ class SelfTest:
             "report_to": "none",
             "seed": 0,
         }
-        words = ["train"]
-        for key, value in {**settings, **changes}.items():
-            words += [f"--{key}", value]
-        self.call(name, words)
+        self.call(
+            name, ["train", *(word for key, value in (settings | changes).items() for word in (f"--{key}", value))]
+        )
         return self.run(name)
 
     def call(self, name: str, words: list) -> None:
@@ -378,8 +352,8 @@ class SelfTest:
         return done.stdout
 
 
-def precision_name(precision: str) -> str:
-    return "fp32" if precision == "no" else precision
+def losses(run: RunDir) -> list[float]:
+    return [event["loss"] for event in run.read_metrics() if event["type"] == "step"]
 
 
 def largest_difference(found: list[float], expected: list[float]) -> float:

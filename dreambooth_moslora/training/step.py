@@ -1,31 +1,20 @@
-"""One optimizer step: draws, micro-batches, gradients, and the update of the adapter.
+"""One optimizer step: gradients from micro-batches, then an update of the adapter.
 
-The random draws of a micro-batch: noise, its levels, and the prompts whose prior is kept.
+Every random draw has the name (seed, what, micro-batch number), so that it does not depend on other draws.
+Micro-batches are counted over steps, accumulation and processes, so one process with accumulation 2 draws what two
+processes draw. The adapters' gradients are small: one all-reduce per step averages them over processes. No module is
+wrapped, so any part of the base can be trained. Adapters are fp32. The frozen base computes in its own dtype, with
+copies of the adapter made once per step.
 
-Each draw is named by (seed, "micro", number of the micro-batch, what), so that it does not depend on other
-draws.
-
-A micro-batch on the device: the rows that the UNet reads, and the targets of the loss.
-
-`--compile`: `torch.compile` of the UNet's transformer blocks, and the fallback when that fails.
-
-Each block is compiled in place, so that no module and no checkpoint key changes its name. Blocks of one width
-share a graph: SDXL has two widths. Graphs stay valid with recomputation, and with the adapter switched off for
-the prior.
-
-One optimizer step: gradients from micro-batches, then an update of the adapter.
-
-Every random draw has the name (seed, what, micro-batch number). Micro-batches are counted over steps,
-accumulation and processes, so one process with accumulation 2 draws what two processes draw. The adapters'
-gradients are small: one all-reduce per step averages them over processes. No module is wrapped, so any part of
-the base can be trained. Adapters are fp32. The frozen base computes in its own dtype, with copies of the
-adapter made once per step.
+`--compile` compiles each of the UNet's transformer blocks in place, so that no module and no checkpoint key changes its
+name. Blocks of one width share a graph: SDXL has two widths. Graphs stay valid with recomputation, and with the adapter
+switched off for the prior.
 """
 
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,7 +37,6 @@ from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_we
 from dreambooth_moslora.training.encoder import TrainBatch, move_together
 from dreambooth_moslora.training.objective import (
     LossParts,
-    NoiseSchedule,
     NoisySample,
     add_noise,
     debiased_weights,
@@ -62,17 +50,6 @@ from dreambooth_moslora.training.objective import (
 )
 from dreambooth_moslora.training.optimizer import average_of, lent, make_lr_schedule, make_optimizer, parameter_groups
 from dreambooth_moslora.training.prepare import TrainInputs
-
-
-def noise_and_levels(
-    config: TrainConfig, schedule: NoiseSchedule, shape: torch.Size, micro_batch: int
-) -> tuple[Tensor, Tensor]:
-    """The noise of `shape` (B, 4, h, w) and the noise levels' index (B,) in the schedule, both on the CPU."""
-    names = (config.seed, "micro", micro_batch)
-    noise = torch.randn(shape, generator=generator(*names, "noise"))
-    noise = offset_noise(noise, config.noise_offset, generator(*names, "noise offset"))
-    bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
-    return noise, sample_timesteps(schedule, shape[0], generator(*names, "level"), *bias)
 
 
 def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:
@@ -130,28 +107,13 @@ GRAPHS = 32
 one graph for all sizes."""
 
 
-class CompiledBlocks:
-    """The blocks of `unet`, compiled at their first call."""
-
-    def __init__(self, unet: nn.Module):
-        self.blocks = [block for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-        for block in self.blocks:
-            block.compile(backend=BACKEND)
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Switch compilation off for the length of the block: pictures would need graphs of their own."""
-        return torch.compiler.set_stance("force_eager") if self.blocks else nullcontext()
-
-    def give_up(self, error: Exception) -> None:
-        """Continue without compilation from now on, and log why. Raises `error` again if no compiler caused it."""
-        is_ours = isinstance(error, (UserError, StopRequestedError))
-        if is_ours or is_out_of_memory(error) or not self.blocks:
-            raise error
-        for block in self.blocks:
-            block._compiled_call_impl = None
-        self.blocks = []
-        logger.warning("--compile: the run goes on without: %s", one_line(f"{type(error).__name__} {error}", 200))
+def compile_blocks(unet: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of `unet`, which are compiled at their first call."""
+    blocks = [block for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    for block in blocks:
+        block.compile(backend=BACKEND)
+    return blocks
 
 
 @dataclass(frozen=True)
@@ -183,7 +145,7 @@ class TrainStep:
         self.components = trained_modules(config, inputs.pipeline)
         add_adapters(config, self.components, checkpoint, start=inputs.start, basis=inputs.basis)
         inputs.start = None  # free its tensors
-        self.compiled = CompiledBlocks(inputs.pipeline.unet) if speed.compiled else None
+        self.compiled = compile_blocks(inputs.pipeline.unet) if speed.compiled else []
         if accelerator.is_main_process and (speed.compiled or speed.channels_last):
             logger.warning("%s", speed.sentence())
         self.parameters = [p for module in self.components.values() for _, p in adapter_parameters(module)]
@@ -206,14 +168,19 @@ class TrainStep:
         self.schedule = inputs.schedule.to(accelerator.device)
 
     def accumulate_gradients(self) -> StepLosses:
-        """Forward and backward passes of this process's micro-batches. If compilation fails, they are repeated
-        without it."""
-        if self.compiled is None:
-            return self._accumulate()
+        """Forward and backward passes of this process's micro-batches. If compilation fails, they are repeated, and the
+        run goes on, without it."""
         try:
             return self._accumulate()
+        except (UserError, StopRequestedError):
+            raise
         except Exception as error:  # compilers and what they call raise what they like
-            self.compiled.give_up(error)
+            if is_out_of_memory(error) or not self.compiled:
+                raise
+            for block in self.compiled:
+                block._compiled_call_impl = None
+            self.compiled = []
+            logger.warning("--compile: the run goes on without: %s", one_line(f"{type(error).__name__} {error}", 200))
         return self._accumulate()
 
     def _accumulate(self) -> StepLosses:
@@ -243,11 +210,9 @@ class TrainStep:
         If the norm is not finite, no step is counted: fp16's gradient scaler has skipped it and lowers its
         scale.
         """
-        if self.learnt:
-            self.learnt.fill_gradients()
-        self._average_gradients()
-        norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf)
-        with self.learnt.at_rest(self.step) if self.learnt else nullcontext():
+        with self.learnt.step(self.step) if self.learnt else nullcontext():
+            self._average_gradients()
+            norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf)
             self.optimizer.step()
         norm = float(norm)
         if math.isfinite(norm):
@@ -260,7 +225,8 @@ class TrainStep:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The adapter holds its average, as it is published, scored and sampled, for the length of the block."""
-        pause = self.compiled.paused() if self.compiled is not None else nullcontext()
+        # pictures would need graphs of their own
+        pause = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         apart = self.learnt.averaged() if self.learnt and self.average is not None else nullcontext()
         with pause, apart, lent(self.average, self.trained):
             yield
@@ -310,15 +276,18 @@ class TrainStep:
     def drawn_for(self, batch: TrainBatch, micro_batch: int) -> dict[str, Tensor | None]:
         """A micro-batch's tensors on the CPU, before their transfer: with noise, noise levels `index` (B,), and
         text."""
-        noise, index = noise_and_levels(self.config, self.inputs.schedule, batch.latents.shape, micro_batch)
+        config, names = self.config, (self.config.seed, "micro", micro_batch)
+        noise = torch.randn(batch.latents.shape, generator=generator(*names, "noise"))
+        bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
+        count, draws = len(batch.latents), generator(*names, "level")
         drawn = {
             "latents": batch.latents,
             "time_ids": batch.time_ids,
             "mask": batch.mask,
-            "noise": noise,
-            "index": index,
+            "noise": offset_noise(noise, config.noise_offset, generator(*names, "noise offset")),
+            "index": sample_timesteps(self.inputs.schedule, count, draws, *bias),
         }
-        if not self.config.keeps_text_encoders:
+        if not config.keeps_text_encoders:
             cond = self.inputs.prompt_embeds(batch.prompts)
             drawn |= {"embeds": cond.embeds, "pooled": cond.pooled}
         return drawn

@@ -9,7 +9,7 @@ from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import rank_and_alpha, ranks_in_vain
-from dreambooth_moslora.training.checkpoint import check_resumed, read_position
+from dreambooth_moslora.training.checkpoint import check_resumed, check_whole
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -86,7 +86,7 @@ def test_a_dry_run_counts_what_is_trained(run, config):
 
 def test_a_run_is_resumed_with_the_same_sizes_alone(run, config):
     checkpoint = run.latest_checkpoint()
-    check_resumed(config(), checkpoint, read_position(checkpoint))
+    check_resumed(config(), checkpoint, check_whole(checkpoint))
     for changes, says in (
         ({"rank_pattern": SIZES["rank_pattern"][1:]}, "--rank_pattern: checkpoint-2 has 2; you ask for 4"),
         ({"rank_pattern": ()}, "--rank: checkpoint-2 has"),
@@ -94,7 +94,7 @@ def test_a_run_is_resumed_with_the_same_sizes_alone(run, config):
         ({"alpha_pattern": ("to_q=2",)}, "--alpha_pattern: checkpoint-2 has 1.5; you ask for 2"),
     ):
         with pytest.raises(UserError, match=says):
-            check_resumed(config(**changes), checkpoint, read_position(checkpoint))
+            check_resumed(config(**changes), checkpoint, check_whole(checkpoint))
 
 
 @pytest.mark.slow

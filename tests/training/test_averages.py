@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
-from dreambooth_moslora.training.checkpoint import check_resumed, read_position, restore_weights
+from dreambooth_moslora.training.checkpoint import check_resumed, check_whole, restore_weights
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.optimizer import MovingAverage, lent
-from dreambooth_moslora.training.samples import ValidationSamples
+from dreambooth_moslora.training.publish import ValidationSamples
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 
@@ -92,4 +92,4 @@ def test_weights_that_are_not_the_adapters_are_refused(runs):
     with pytest.raises(UserError, match=r"weights\.pt: weight 0 is"):
         restore_weights(checkpoint, [torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(UserError, match="--use_ema: checkpoint-3 has True; you ask for False"):
-        check_resumed(replace(config("averaged")), checkpoint, read_position(checkpoint))
+        check_resumed(replace(config("averaged")), checkpoint, check_whole(checkpoint))

@@ -141,9 +141,8 @@ def test_after_the_pivot_no_optimizer_moves_the_rows(base, photos, tmp_path):
     rows = learnt.parameters[0]
     seen = [rows.detach().clone()]
     for step in range(4):
-        learnt.fill_gradients()
-        rows.grad += step < 2
-        with learnt.at_rest(step):
+        with learnt.step(step):
+            rows.grad += step < 2
             optimizer.step()
         seen.append(rows.detach().clone())
         optimizer.zero_grad()

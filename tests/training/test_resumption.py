@@ -18,7 +18,6 @@ from dreambooth_moslora.training.checkpoint import (
     check_whole,
     find_checkpoint,
     load_states,
-    read_position,
 )
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
@@ -59,7 +58,7 @@ def test_a_setting_that_the_checkpoint_has_otherwise_is_refused_with_both_values
     value, says = CHANGES[name]
     checkpoint = RunDir(folder).latest_checkpoint()
     with pytest.raises(UserError, match=f"--{name}: checkpoint-1 {says}: resume without it"):
-        check_resumed(config(**{name: value}), checkpoint, read_position(checkpoint))
+        check_resumed(config(**{name: value}), checkpoint, check_whole(checkpoint))
 
 
 def test_the_same_settings_and_an_unnamed_seed_go_on(finished):
@@ -72,7 +71,7 @@ def test_the_same_settings_and_an_unnamed_seed_go_on(finished):
         {"learning_rate": 1.0},
         {"target_modules": ("to_q", "attn1.to_q")},
     ):
-        check_resumed(config(**same), checkpoint, read_position(checkpoint))
+        check_resumed(config(**same), checkpoint, check_whole(checkpoint))
 
 
 def test_the_settings_file_of_an_earlier_version_goes_on_where_removed_settings_are_off(finished, tmp_path):
@@ -89,11 +88,12 @@ def test_the_settings_file_of_an_earlier_version_goes_on_where_removed_settings_
 def test_a_checkpoint_that_was_trained_with_a_removed_setting_goes_on_and_says_so(finished, tmp_path, caplog):
     folder, config = finished
     checkpoint = shutil.copytree(RunDir(folder).latest_checkpoint(), tmp_path / "checkpoint-1")
+    position = check_whole(checkpoint)
     tensors, header = read_tensors(checkpoint / RAW_NAME)
     facts = json.loads(header["moslora"])
     facts["recipe"]["new_backgrounds"] = 3
     write_file(checkpoint / RAW_NAME, tensors, {**header, "moslora": json.dumps(facts)})
-    check_resumed(config(), checkpoint, read_position(checkpoint))
+    check_resumed(config(), checkpoint, position)
     (said,) = caplog.messages
     assert said.startswith("checkpoint-1 was trained with --new_backgrounds, removed, as ")
 
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_was_trained_with_a_removed_setting_goes_on_and_says_s
 def test_another_optimizer_is_refused_by_name_and_an_early_position_file_goes_on(change, kind, finished):
     folder, config = finished
     checkpoint = RunDir(folder).latest_checkpoint()
-    position = read_position(checkpoint)
+    position = check_whole(checkpoint)
     with pytest.raises(UserError, match=f"checkpoint-1 was written with AdamW; you ask for {kind}"):
         check_resumed(config(**change), checkpoint, position)
     check_resumed(config(), checkpoint, Position(position.step, position.seed))
@@ -128,10 +128,12 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_named_in_one_line(name, number, finished, tmp_path):
     folder, config = finished
     checkpoint = Path(shutil.copytree(RunDir(folder).latest_checkpoint(), tmp_path / "checkpoint-1"))
-    content = DAMAGE[name][number]
+    position, content = check_whole(checkpoint), DAMAGE[name][number]
     (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-200] if content is None else content)
     with pytest.raises(UserError, match=f"checkpoint-1 is damaged .{name}") as found:
-        check_resumed(config(), checkpoint, read_position(checkpoint))
+        if name == "position.json":
+            check_whole(checkpoint)
+        check_resumed(config(), checkpoint, position)
         load_states(checkpoint, "optimizer.pt")
     assert "\n" not in str(found.value)
 

@@ -7,7 +7,7 @@ from dreambooth_moslora.core import StopRequestedError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest, stopper
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.samples import ValidationSamples
+from dreambooth_moslora.training.publish import ValidationSamples
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
@@ -71,7 +71,7 @@ def test_a_step_that_was_not_scored_is_scored_when_the_run_goes_on(config, tmp_p
 @pytest.mark.parametrize("damage", [b"", b"x", None])
 def test_a_damaged_picture_of_step_0_is_left_out_of_the_contact_sheet(damage, tmp_path):
     samples = ValidationSamples(RunDir(tmp_path), [SampleRequest("a dog", seed) for seed in range(2)], [], 1)
-    samples._save(samples.path(0, 0), Image.new("RGB", (8, 8), "red"))
-    samples._save(samples.path(0, 1), Image.new("RGB", (8, 8), "blue"))
+    samples.save(samples.path(0, 0), Image.new("RGB", (8, 8), "red"))
+    samples.save(samples.path(0, 1), Image.new("RGB", (8, 8), "blue"))
     samples.path(0, 0).unlink() if damage is None else samples.path(0, 0).write_bytes(damage)
     assert [picture.getpixel((0, 0)) for picture in samples.first(range(2))] == [(0, 0, 255)]
