@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, ModelCardData
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
-from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.core import one_line, public_name
 from dreambooth_moslora.disk.run_folder import (
     KOHYA_SUFFIX,
@@ -33,6 +33,9 @@ from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import BestStep
 
+if TYPE_CHECKING:
+    from dreambooth_moslora.adapters.proof import Proof
+
 STRENGTH = "## Strength"
 
 
@@ -44,7 +47,7 @@ class CardFacts:
     step: int
     max_train_steps: int
     adapter: AdapterMetadata
-    proof: Proof
+    proof: "Proof"
     images: tuple[tuple[str, str], ...] = ()
     scores: dict[str, float] | None = None
     best: BestStep | None = None
@@ -103,11 +106,9 @@ def usage(config: TrainConfig, facts: CardFacts) -> str:
     base_id = facts.adapter.base_id if "/" in facts.adapter.base_id else "path/to/the/base"
     notes = facts.adapter.tokens
     prompt = spelled(prompts_of(config)[0], spellings_of({note["word"]: note["count"] for note in notes}))
-    about_kohya = f"{file} is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
+    readers = "is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
     if config.use_dora:
-        about_kohya = (
-            f"{file} is for other programs, and with DoRA not the same adapter in all of them:\n\n{dora_table()}"
-        )
+        readers = f"is for other programs, and with DoRA not the same adapter in all of them:\n\n{dora_table()}"
     return f"""## Use
 
 ```python
