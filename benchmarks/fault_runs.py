@@ -281,9 +281,9 @@ def end_if_interrupted() -> None:
 
 def stop_at(step: int) -> None:
     """Stop the run after `step` steps; called in a forked child."""
-    from dreambooth_moslora.training.loop import Training
+    from dreambooth_moslora.training.reporter import RunContext
 
-    Training.stop_requested = lambda run: run.step >= step
+    RunContext.stop_requested = lambda context: context.report.step >= step
 
 
 def make_light(folder: Path) -> None:

@@ -88,17 +88,40 @@ def add_adapters(
 def fresh_adapters(
     config: TrainConfig, components: dict[str, nn.Module], start: AdapterWeights | None, basis: Basis | None
 ) -> None:
+    """Add an adapter to exactly the layers of `target_paths`, each with its own rank and alpha."""
+    usual_alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     for name, module in components.items():
         paths, layers = target_paths(config, name, module), matrix_layers(module)
         if line := ranks_in_vain(config, name, narrowest_sides({path: layers[path] for path in paths})):
             logger.warning("%s", line)
         torch.manual_seed(seed_of(config.seed, "adapter", name))
-        inject(module, adapter_config(config, name, paths))
+        sizes = {path: rank_and_alpha(config, name, path) for path in paths}
+        settings = MoSLoraConfig(
+            r=config.rank,
+            lora_alpha=usual_alpha,
+            rank_pattern=value_pattern({path: rank for path, (rank, _) in sizes.items()}, config.rank),
+            alpha_pattern=value_pattern({path: alpha for path, (_, alpha) in sizes.items()}, usual_alpha),
+            lora_dropout=config.lora_dropout,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
+            target_modules="|".join(map(re.escape, paths)),
+            mixer=ZERO if config.basis else config.mixer,
+            train_mixer=config.train_mixer,
+            mixer_seed=config.seed,
+        )
+        inject(module, settings)
     if start is not None:
         logger.warning("%s", begin_with(start, components).sentence())
-    try:
-        if basis is not None:
+    if basis is not None:
+        with named_basis():
             put_basis(basis, components["unet"])
+
+
+@contextmanager
+def named_basis() -> Iterator[None]:
+    """Errors of a basis name its flag."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"--basis: {error}.") from error
 
@@ -107,25 +130,6 @@ def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list
     """Paths of the component's layers that get an adapter."""
     targets = config.target_modules if component == "unet" else TEXT_PROJECTIONS
     return [path for path in matrix_layers(module) if is_adapted(path, targets)]
-
-
-def adapter_config(config: TrainConfig, component: str, paths: list[str]) -> MoSLoraConfig:
-    """PEFT's settings for exactly these layers, each with its own rank and alpha."""
-    sizes = {path: rank_and_alpha(config, component, path) for path in paths}
-    rank, alpha = config.rank, config.rank if config.lora_alpha is None else config.lora_alpha
-    return MoSLoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        rank_pattern=value_pattern({path: r for path, (r, _) in sizes.items()}, rank),
-        alpha_pattern=value_pattern({path: a for path, (_, a) in sizes.items()}, alpha),
-        lora_dropout=config.lora_dropout,
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
-        target_modules="|".join(map(re.escape, paths)),
-        mixer=ZERO if config.basis else config.mixer,
-        train_mixer=config.train_mixer,
-        mixer_seed=config.seed,
-    )
 
 
 class LearntTokens:

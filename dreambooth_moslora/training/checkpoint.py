@@ -181,23 +181,18 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from: `latest` of the run (None and a warning if there is none), a path, or a
-    name in the run.
+    """The checkpoint to resume from: `latest`, the run's newest that is not damaged (None and a warning if there is
+    none), a path, or a name in the run.
 
     Raises UserError when a named checkpoint is missing or incomplete.
     """
     if not wanted:
         return None
-    if wanted == "latest":
-        return newest_whole(run_dir)
-    for path in (Path(wanted), run_dir.path / wanted):
-        if is_checkpoint(path):
-            return path
-    raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
-
-
-def newest_whole(run_dir: RunDir) -> Path | None:
-    """The newest checkpoint that is not damaged. Each damaged one is logged, and that there is none."""
+    if wanted != "latest":
+        for path in (Path(wanted), run_dir.path / wanted):
+            if is_checkpoint(path):
+                return path
+        raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
     for checkpoint in reversed(run_dir.checkpoints()):
         try:
             check_whole(checkpoint)
@@ -241,20 +236,22 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
             )
 
 
-Both = Iterator[tuple[str, object, object]]
-"""(name of a setting, the checkpoint's, the command line's)."""
-
-
 def settings_of_both(
     config: TrainConfig, checkpoint: Path, seed: int, facts: AdapterMetadata, modules: set[str]
-) -> Both:
-    """The settings that a resumed run must share. Raises UserError for a file that is missing."""
+) -> Iterator[tuple[str, object, object]]:
+    """(name, the checkpoint's, the command line's) of the settings that a resumed run must share. Raises UserError for
+    a file that is missing."""
     if config.seed is not None:
         yield "seed", seed, config.seed
     yield "train_text_encoder", any(not m.startswith("unet.") for m in modules), config.train_text_encoder
     yield "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti
     if facts.tokens:
-        yield from tokens_of_both(config, checkpoint, facts)
+        yield "token_abstraction", " ".join(note["word"] for note in facts.tokens), " ".join(learnt_words(config))
+    for number, (note, subject) in enumerate(zip(facts.tokens, each_subject(config))):
+        if not subject.initializer_concept:
+            yield "num_new_tokens_per_abstraction", note["count"], config.num_new_tokens_per_abstraction
+        if not (checkpoint / tokens_name(number=number)).is_file():
+            raise damaged(checkpoint, tokens_name(number=number), "it is missing")
     for module in sorted(modules):
         rank, alpha = rank_and_alpha(config, *module.split(".", 1))
         yield "rank_pattern" if config.rank_pattern else "rank", facts.ranks.get(module, facts.rank), rank
@@ -269,15 +266,6 @@ def settings_of_both(
     is_met = all(any(is_target(module, target) for module in adapted) for target in asked)
     if not is_met or not all(is_adapted(module, asked) for module in adapted):
         yield "target_modules", " ".join(sorted({last_name(module) for module in adapted})), " ".join(asked)
-
-
-def tokens_of_both(config: TrainConfig, checkpoint: Path, facts: AdapterMetadata) -> Both:
-    yield "token_abstraction", " ".join(note["word"] for note in facts.tokens), " ".join(learnt_words(config))
-    for number, (note, subject) in enumerate(zip(facts.tokens, each_subject(config), strict=True)):
-        if not subject.initializer_concept:
-            yield "num_new_tokens_per_abstraction", note["count"], config.num_new_tokens_per_abstraction
-        if not (checkpoint / tokens_name(number=number)).is_file():
-            raise damaged(checkpoint, tokens_name(number=number), "it is missing")
 
 
 def shown(value: object) -> str:
@@ -298,15 +286,6 @@ def trained_modules(checkpoint: Path) -> tuple[AdapterMetadata, set[str]]:
 def has_previous_run(run_dir: RunDir) -> bool:
     """Whether a checkpoint or an adapter exists; metrics alone come from a run without a result."""
     return bool(run_dir.named_checkpoints() or present(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir))
-
-
-def what_was_left(run_dir: RunDir) -> list[Path]:
-    """Without class images, since the new run can use them, and the log, which continues."""
-    pictures = [run_dir.path / name for name in sorted(pictures_named(run_dir.read_card() or ""))]
-    adapter = [run_dir.adapter_path, run_dir.mixers_path, *published_as(run_dir)]
-    weights = [*run_dir.named_checkpoints(), run_dir.best_dir, *adapter]
-    facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
-    return present(*weights, *facts, *pictures, run_dir.samples_dir, run_dir.contact_sheet_path)
 
 
 def published_as(run_dir: RunDir) -> list[Path]:
@@ -360,6 +339,12 @@ def claim_run_folder(context: RunContext, step: int, checkpoint: Path | None = N
         renamed = [path for path in published_as(run_dir) if path not in own]
         move(renamed, run_dir, "held files with an earlier name of the folder")
     elif has_previous_run(run_dir):
-        move(what_was_left(run_dir), run_dir, "held an earlier run")
+        # class images stay, since the new run can use them, and the log, which continues
+        pictures = [run_dir.path / name for name in sorted(pictures_named(run_dir.read_card() or ""))]
+        adapter = [run_dir.adapter_path, run_dir.mixers_path, *published_as(run_dir)]
+        weights = [*run_dir.named_checkpoints(), run_dir.best_dir, *adapter]
+        facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
+        sheets = [*pictures, run_dir.samples_dir, run_dir.contact_sheet_path]
+        move(present(*weights, *facts, *sheets), run_dir, "held an earlier run")
     atomic_write(run_dir.config_path, json.dumps(context.config.to_dict(), indent=2, default=str))
     report.begin_at(step)

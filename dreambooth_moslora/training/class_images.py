@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,13 +118,17 @@ class ClassImages:
         return fits and identity(made) == identity(self.facts()) and made.get(DIGEST) in (None, file_digest(path))
 
     def write(self, index: int, seed: int, content: bytes) -> None:
-        """Write an image and its entry in the manifest; the folder must exist. The manifest comes first: an image that
-        it does not list would be ignored."""
+        """Write an image and its entry in the manifest, which comes first: an image that it does not list would be
+        ignored. A picture in its place that opens but has another digest goes to the folder `changed`."""
         path = self.folder / self.name(index)
         facts = {**self.facts(), "seed": seed, DIGEST: hashlib.sha256(content).hexdigest()}
         entries = {**self.manifest(), path.name: facts}
-        if os.path.lexists(path):
-            keep_a_persons_work(path, facts[DIGEST])
+        with suppress(UnreadableImageError):
+            open_image(path)
+            if (found := file_digest(path)) != facts[DIGEST]:  # the user may have edited it
+                kept = self.folder / "changed"
+                kept.mkdir(exist_ok=True)
+                os.replace(path, kept / f"{path.stem}_{found[:8]}.png")
         atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
         atomic_write(path, content)
 
@@ -160,18 +165,6 @@ def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, 
     for _ in range(total - sum(found.values())):
         found[max(exact, key=lambda size: exact[size] - found[size])] += 1
     return found
-
-
-def keep_a_persons_work(path: Path, digest: str) -> None:
-    """Move a picture that opens but has another digest into the folder `changed`: the user may have edited it."""
-    try:
-        open_image(path)
-    except UnreadableImageError:
-        return
-    if (found := file_digest(path)) != digest:
-        kept = path.parent / "changed"
-        kept.mkdir(exist_ok=True)
-        os.replace(path, kept / f"{path.stem}_{found[:8]}.png")
 
 
 def are_draws(photos: Sequence[Photo], seed: int) -> bool:

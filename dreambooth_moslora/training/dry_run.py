@@ -43,7 +43,7 @@ def free_disk_gib(config: TrainConfig) -> float:
 
 
 def describe_run(config: TrainConfig, report: PhotoReport | None = None) -> str:
-    """The report of `--dry_run`; `report` is given where the photos were read before.
+    """The report of `--dry_run`, with the settings as TOML; `report` is given where the photos were read before.
 
     Raises UserError for whatever training would refuse before it loads the base.
     """
@@ -54,26 +54,21 @@ def describe_run(config: TrainConfig, report: PhotoReport | None = None) -> str:
         resume_point(config, RunDir(config.output_dir))
     plan = make_plan(config, report)
     config, report = plan.config, examine(plan.photo_report, config.resolution)
+    settings = []
+    for name, value in config.to_dict().items():
+        is_set = getattr(config, name) != SETTINGS[name].default
+        if value is not None:
+            settings.append(f"{name} = {as_toml(value)}" + "  # set" * is_set)
     made = made_lines(config, report)
     speed = f"speed: {speed_here(config, plan.steps.total_steps).sentence()}"
     sections = {
-        "settings": settings_lines(config),
+        "settings": settings,
         "photos": [*photo_lines(config, report), *made],
         "steps": step_lines(plan),
         "cost (estimated)": [*cost_lines(plan), *plan_lines(config, plan.cost.size), speed],
         "remarks": advice(plan),
     }
     return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items() if lines)
-
-
-def settings_lines(config: TrainConfig) -> list[str]:
-    """The settings as TOML; those that differ from the default are marked."""
-    lines = []
-    for name, value in config.to_dict().items():
-        if value is not None:
-            is_set = getattr(config, name) != SETTINGS[name].default
-            lines.append(f"{name} = {as_toml(value)}" + "  # set" * is_set)
-    return lines
 
 
 def as_toml(value: object) -> str:

@@ -220,7 +220,11 @@ class PhotoEncoder:
         return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
 
     def entry(self, photo: Photo, plan: CropPlan) -> tuple[str, Callable[[], Tensors]]:
-        """The crop's key in the cache, and the function that encodes it."""
+        """The crop's key in the cache, and the function that encodes it.
+
+        That raises UserError if the photo has changed since, as its encoding would be kept under a wrong key; and if
+        the VAE has left memory and the disk cache cannot be read.
+        """
         key = content_key(
             photo=self._digest(photo.path),
             subject=photo.mask_path and self._digest(photo.mask_path),
@@ -228,27 +232,25 @@ class PhotoEncoder:
             interpolation=self.rule.interpolation,
             vae=self.vae_identity,
         )
-        return key, lambda: self._compute_unchanged(photo, plan)
+
+        def compute() -> Tensors:
+            if self.vae is None:
+                raise UserError(
+                    f"{self.cache.folder}: the encoding of {photo.path} cannot be read any more, and the VAE has left "
+                    "memory; resume the run, which encodes it anew."
+                )
+            tensors = self._compute(photo, plan)
+            for path in filter(None, (photo.path, photo.mask_path)):
+                if file_digest(path) != self._digest(path):
+                    raise UserError(f"{path} was changed while it was read; start again.")
+            return tensors
+
+        return key, compute
 
     def _digest(self, path) -> str:
         if path not in self._digests:
             self._digests[path] = file_digest(path)
         return self._digests[path]
-
-    def _compute_unchanged(self, photo: Photo, plan: CropPlan) -> Tensors:
-        """Compute the tensors. Raises UserError if the photo has changed since its key was made, as its
-        encoding would be kept under a wrong key; and if the VAE has left memory and the disk cache cannot be
-        read."""
-        if self.vae is None:
-            raise UserError(
-                f"{self.cache.folder}: the encoding of {photo.path} cannot be read any more, and the VAE has left "
-                "memory; resume the run, which encodes it anew."
-            )
-        tensors = self._compute(photo, plan)
-        for path in filter(None, (photo.path, photo.mask_path)):
-            if file_digest(path) != self._digest(path):
-                raise UserError(f"{path} was changed while it was read; start again.")
-        return tensors
 
     def read_ahead(self, photo: Photo, plan: CropPlan) -> None:
         if self._readers is not None and (photo, plan) not in self._reading:

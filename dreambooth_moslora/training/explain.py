@@ -10,11 +10,13 @@ faults made on purpose.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dreambooth_moslora.core import UserError, is_finite_number
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan.steps import FEW_EXPOSURES
 from dreambooth_moslora.settings.measures import MEASURES
@@ -137,7 +139,7 @@ class Figures:
 def figures_from(records: Sequence[Mapping[str, Any]], config: TrainConfig, photos: Mapping[str, int] = {}) -> Figures:
     """Figures from the lines of `metrics.jsonl`, which may have been edited.
 
-    `photos` are facts about them (`facts_of_photos`) for those that no line has.
+    `photos` are facts about them (their `count`, and those `without_bare_prompt`) for those that no line has.
     """
     steps = [event for event in records if event.get("type") == "step"]
     scored = [event for event in records if event.get("type") == "evaluation"]
@@ -178,14 +180,21 @@ def number(value: Any) -> float | None:
 def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figures:
     """The figures of a run folder: its events, its configuration, and the report of `evaluate` if that is newer.
 
-    The photos are read in their folder unless they are given. Raises UserError when the folder holds no run.
+    The photos are read in their folder unless they are given; they may be gone, or from the hub. Raises UserError when
+    the folder holds no run.
     """
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
     config = known_config(read_json_table(run_dir.config_path))
-    found = figures_from(run_dir.read_metrics(), config, facts_of_photos(config, photos))
-    return with_report(found, run_dir)
+    if photos is None and not config.dataset_name:
+        with suppress(UserError):
+            photos = photo_report(config).photos
+    facts = {}
+    if photos and not config.dataset_name:
+        bare = sum(photo.bare_prompt is not None for photo in photos)
+        facts = {"count": len(photos), "without_bare_prompt": bare}
+    return with_report(figures_from(run_dir.read_metrics(), config, facts), run_dir)
 
 
 def known_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -194,20 +203,6 @@ def known_config(values: Mapping[str, Any]) -> TrainConfig:
     Raises UserError for values that no run can have.
     """
     return TrainConfig.from_dict({name: value for name, value in values.items() if name in FIELD_TYPES})
-
-
-def facts_of_photos(config: TrainConfig, photos: Sequence[Photo] | None = None) -> dict[str, int]:
-    """The number of the run's photos, and of those whose captions lack the instance prompt; empty when they can no
-    longer be found, or are from the hub."""
-    from dreambooth_moslora.photos.folder import photo_report
-
-    if photos is None or config.dataset_name:
-        try:
-            photos = [] if config.dataset_name else photo_report(config).photos
-        except UserError:
-            photos = []
-    bare = sum(photo.bare_prompt is not None for photo in photos)
-    return {"count": len(photos), "without_bare_prompt": bare} if photos else {}
 
 
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
@@ -337,29 +332,20 @@ def about_the_class(run: Figures) -> Iterator[str]:
         yield f"{text} --exposures_per_photo {more}, and another rare word for each subject"
 
 
-def about_the_length(run: Figures) -> Iterator[str]:
-    """Whether the score fell since its best step, or the likeness still rose in the last third of the run."""
+def about_length_and_photos(run: Figures) -> Iterator[str]:
+    """A score that fell since its best step, a likeness that still rose in the last third, and too few photos."""
     if len(run.score) > 1:
         (last, score), best = run.score[-1], best_of(run.score)
         if best.score - score > SCORE_LOST:
             fell = f"the score fell from {best.score:.2f} at step {best.step} to {score:.2f} at step {last}"
             yield f"{fell}: use best/, or try --max_train_steps {best.step}"
     start = run.scores.get("dino_base")
-    if start is None or len(run.likeness) < 3 or run.copy_alarm:
-        return
-    last, end = run.likeness[-1]
-    before, earlier = ([pair for pair in run.likeness if pair[0] <= last * 2 / 3] or run.likeness[:1])[-1]
-    if end - start > 0 and end - earlier > RISE_LEFT * (end - start):
-        rose = f"likeness still rose at the end (DINO {earlier:.2f} at step {before}, {end:.2f} at step {last})"
-        yield f"{rose}: try --exposures_per_photo {more_exposures(run)}"
-
-
-def more_exposures(run: Figures) -> int:
-    """Half as many again, in tens."""
-    return math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
-
-
-def about_the_photos(run: Figures) -> Iterator[str]:
+    if start is not None and len(run.likeness) > 2 and not run.copy_alarm:
+        last, end = run.likeness[-1]
+        before, earlier = ([pair for pair in run.likeness if pair[0] <= last * 2 / 3] or run.likeness[:1])[-1]
+        if end - start > 0 and end - earlier > RISE_LEFT * (end - start):
+            rose = f"likeness still rose at the end (DINO {earlier:.2f} at step {before}, {end:.2f} at step {last})"
+            yield f"{rose}: try --exposures_per_photo {more_exposures(run)}"
     if run.photos is not None and run.photos < FEW_PHOTOS:
         plural = "s" * (run.photos != 1)
         yield f"{run.photos} photo{plural}: a subject needs 3 to 10, in several places and from several sides"
@@ -369,7 +355,12 @@ def about_the_photos(run: Figures) -> Iterator[str]:
         yield f"{alike}: add some in other places, or try {more}"
 
 
-RULES = (about_the_steps, about_the_prompt, about_the_bare_prompt, about_the_class, about_the_length, about_the_photos)
+def more_exposures(run: Figures) -> int:
+    """Half as many again, in tens."""
+    return math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
+
+
+RULES = (about_the_steps, about_the_prompt, about_the_bare_prompt, about_the_class, about_length_and_photos)
 """The most important first."""
 
 

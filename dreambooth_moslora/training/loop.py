@@ -7,18 +7,20 @@ training(config)                the same as a generator, for a caller that compu
 
 import logging
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from dreambooth_moslora.adapters.proof import Proof
-from dreambooth_moslora.core import StopRequestedError, UserError, half_precision, one_line, remove_directory
+from dreambooth_moslora.core import StopRequestedError, UserError, half_precision, remove_directory
 from dreambooth_moslora.disk.events import (
     AdapterExported,
     CheckpointSaved,
@@ -61,7 +63,7 @@ from dreambooth_moslora.training.made_before import captioned_photos, masked_pho
 from dreambooth_moslora.training.optimizer import copies, optimizer_kind
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples
 from dreambooth_moslora.training.publish import Publisher, ValidationSamples
-from dreambooth_moslora.training.reporter import Reporter, RunContext, Stopwatch, free_unused_memory, memory_gib
+from dreambooth_moslora.training.reporter import Reporter, RunContext, free_unused_memory, memory_gib
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,11 @@ class TrainResult:
 
 @dataclass
 class Training:
-    """A run that is set up. `checkpoint` is the newest that it wrote or resumed from, `checkpoint_step` its step."""
+    """A run that is set up. `checkpoint` is the newest that it wrote or resumed from, `checkpoint_step` its step.
+
+    `started` is when its step began: the time between two steps (samples, saving) does not count. `seconds` are those
+    of the last steps.
+    """
 
     context: RunContext
     max_train_steps: int
@@ -108,7 +114,8 @@ class Training:
     checkpoint: Path | None
     best: BestStep | None = None
     skipped_in_a_row: int = 0
-    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    started: float = 0.0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
     def __post_init__(self):
         self.config, self.run_dir = self.context.config, self.context.run_dir
@@ -121,7 +128,7 @@ class Training:
         return self.train_step.step
 
     def accumulate_gradients(self) -> StepLosses:
-        self.stopwatch.restart()
+        self.started = time.monotonic()
         return self.train_step.accumulate_gradients()
 
     def check_finite(self, losses: StepLosses) -> None:
@@ -144,20 +151,20 @@ class Training:
         grad_norm = self.train_step.update_adapter()
         skipped = not math.isfinite(grad_norm)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        seconds, eta = self.stopwatch.lap(self.max_train_steps - self.step)
-        event = StepDone(
+        self.seconds.append(time.monotonic() - self.started)
+        done = StepDone(
             step=attempted,
             loss=losses.total,
             loss_instance=losses.instance,
             loss_prior=losses.prior,
             lr=self.train_step.learning_rate,
             grad_norm=None if skipped else grad_norm,
-            step_sec=seconds,
-            eta_sec=eta,
+            step_sec=self.seconds[-1],
+            eta_sec=median(self.seconds) * (self.max_train_steps - self.step),
             memory_gib=memory_gib(self.accelerator.device),
             skipped=skipped,
         )
-        self.report(event)
+        self.report(done)
         if skipped and (self.accelerator.scaler is None or self.skipped_in_a_row >= MOST_SKIPPED):
             raise self.diverged(f"the gradient is {grad_norm} at step {attempted}")
         return not skipped
@@ -173,7 +180,8 @@ class Training:
         sampler = self.sampler
         if self.step == 0:
             total = len(share_of(self.accelerator, self.samples.requests)) * sampler.inference_steps
-            sampler = replace(sampler, on_step=self.report.counter("sampling", total))
+            counts = self.report.counted("sampling", range(1, total + 1), total)
+            sampler = replace(sampler, on_step=lambda: next(counts, None))
         with suppress(StopRequestedError), self.train_step.averaged():  # the loop checks for a stop next
             self.report(self.samples.draw(self.step, sampler, self.accelerator))
         free_unused_memory(self.accelerator.device)
@@ -201,7 +209,7 @@ class Training:
         found = event_of({"type": StepEvaluated.kind, "step": self.step, **scores})
         self.report(found)
         self.best = BestStep(**found.best)
-        self.publisher.note_scores(found.scores, self.best)
+        self.publisher.scores, self.publisher.best = found.scores, self.best
         if self.best.step == self.step:
             with self.train_step.averaged():
                 self.publisher.keep_best()
@@ -209,17 +217,13 @@ class Training:
             logger.warning("step %d: %s", self.step, line)
 
     def recall_scores(self) -> None:
-        """Give a resumed run its earlier scores; score the step at which it was stopped if that is missing."""
-
-        def recall() -> None:
-            scored = events_of(StepEvaluated, self.run_dir.read_metrics())
-            if scored:
-                self.publisher.note_scores(scored[-1].scores, BestStep(**scored[-1].best))
-            if self.is_scored_now and self.step not in (event.step for event in scored):
-                self.evaluate()
-
-        if self.step:
-            on_main(self.accelerator, recall)
+        """On the main process, give a resumed run its earlier scores; score the step at which it was stopped if that is
+        missing."""
+        scored = events_of(StepEvaluated, self.run_dir.read_metrics())
+        if scored:
+            self.publisher.scores, self.publisher.best = scored[-1].scores, BestStep(**scored[-1].best)
+        if self.is_scored_now and self.step not in (event.step for event in scored):
+            self.evaluate()
 
     def has_stalled(self) -> bool:
         """Whether early stopping is on and due."""
@@ -228,39 +232,35 @@ class Training:
             return False
         return any_process(self.accelerator, self.best is not None and self.best.since >= patience)
 
-    def checkpoint_if_due(self) -> None:
-        if self.step % self.config.checkpointing_steps == 0:
-            self.save_checkpoint(self.run_dir.checkpoint_path(self.step))
+    @property
+    def is_checkpoint_due(self) -> bool:
+        return self.step % self.config.checkpointing_steps == 0
 
     def save_checkpoint(self, path: Path) -> None:
         """Write a checkpoint and remove an older `last`. Raises on all processes when the adapter is not finite
         (UserError), or when the main process cannot write."""
-        self.require_finite_adapter()
-        on_main(self.accelerator, lambda: self.write_checkpoint(path))
-        self.checkpoint, self.checkpoint_step = path, self.step
 
-    def write_checkpoint(self, path: Path) -> None:
-        position = Position(self.step, self.config.seed, optimizer_kind(self.config))
-        optimizer, scaler = self.train_step.optimizer.optimizer, self.accelerator.scaler
-        parts = position, self.train_step.components, self.publisher.facts, optimizer, scaler
-        own = copies(self.train_step.trained) if self.train_step.average is not None else None
-        learnt = self.train_step.learnt
-        with self.train_step.averaged():
-            save_checkpoint(path, *parts, own, learnt.tokens if learnt else ())
-        if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
-            remove_directory(self.run_dir.last_dir)
-        self.run_dir.rotate(self.config.checkpoints_total_limit)
-        self.report(CheckpointSaved(self.step, path.name))
+        def write() -> None:
+            step, scaler = self.train_step, self.accelerator.scaler
+            position = Position(self.step, self.config.seed, optimizer_kind(self.config))
+            parts = position, step.components, self.publisher.facts, step.optimizer.optimizer, scaler
+            own = copies(step.trained) if step.average is not None else None
+            with step.averaged():
+                save_checkpoint(path, *parts, own, step.learnt.tokens if step.learnt else ())
+            if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
+                remove_directory(self.run_dir.last_dir)
+            self.run_dir.rotate(self.config.checkpoints_total_limit)
+            self.report(CheckpointSaved(self.step, path.name))
+
+        self.require_finite_adapter()
+        on_main(self.accelerator, write)
+        self.checkpoint, self.checkpoint_step = path, self.step
 
     def require_finite_adapter(self) -> None:
         """Raises UserError on all processes when a weight is NaN or infinite: black pictures can score well, and
         `best/` would be lost."""
         if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.trained):
             raise self.diverged(f"the adapter is not finite after step {self.step}")
-
-    def stop_requested(self) -> bool:
-        """Whether any process was asked to stop; all processes stop after the same step."""
-        return self.context.stop_requested()
 
     def find_scale(self) -> None:
         """Find the finished adapter's best scale for its header and card. A stop leaves it unknown."""
@@ -272,15 +272,11 @@ class Training:
             if found is not None:
                 by_scale = {f"{scale:g}": score for scale, score in found.scores.items()}
                 self.report(ScaleFound(found.best, found.low, found.high, by_scale))
-                self.publisher.note_scale(found)
+                usable = (found.low, found.high)
+                self.publisher.facts = replace(self.publisher.facts, best_scale=found.best, usable_scales=usable)
             if found is not None and self.best is not None and self.best.step == self.step:
                 self.publisher.keep_best()
         free_unused_memory(self.accelerator.device)
-
-    def require_a_step(self) -> None:
-        """Raises StopRequestedError before the first step: the adapter would be the unchanged base."""
-        if self.step == 0:
-            raise StopRequestedError
 
     def finish(self, interrupted: bool) -> TrainResult:
         """Write the loadable adapter with its card, and a checkpoint with the raw adapter to resume from.
@@ -288,8 +284,7 @@ class Training:
         The checkpoint is called `last` unless the step is a multiple of `--checkpointing_steps`: as in
         diffusers' script, only those have numbers.
         """
-        is_due = self.step % self.config.checkpointing_steps == 0
-        here = self.run_dir.checkpoint_path(self.step) if is_due else self.run_dir.last_dir
+        here = self.run_dir.checkpoint_path(self.step) if self.is_checkpoint_due else self.run_dir.last_dir
         is_there = self.checkpoint is not None and self.checkpoint.resolve() == here.resolve()
         if not is_there or self.checkpoint_step != self.step:
             self.save_checkpoint(here)
@@ -297,7 +292,7 @@ class Training:
             if self.config.find_scale and not interrupted:
                 on_main(self.accelerator, self.find_scale)
             self.report.phase("exporting")
-            proof = self.publisher.publish(self.step, self.max_train_steps, finished=not interrupted)
+            proof = self.publisher.publish(finished=not interrupted)
         self.report(AdapterExported(list(proof.files), proof.to_dict()))
         self.report(RunEnded("interrupted" if interrupted else "done", self.step))
         on_each(self.accelerator, self.report.raise_failure)
@@ -355,7 +350,7 @@ def training(
     report = Reporter(run_dir, accelerator, on_event)
     context = RunContext(plan.config, run_dir, accelerator, report, should_stop or (lambda: False))
     with ExitStack() as stack:
-        stack.callback(end_trackers, accelerator)
+        stack.callback(report.trackers.end)
         on_main(accelerator, lambda: stack.enter_context(locked(run_dir.path)))
         try:
             return (yield from fit(set_up(context, plan, evaluator, load)))
@@ -375,8 +370,14 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
 
     Raises UserError, and StopRequestedError when a stop is requested.
     """
-    context, checkpoint, step = find_start(context)
-    config, report = context.config, context.report
+    fresh = None, Position(0, chosen_seed(context.config, context.accelerator))
+    checkpoint, position = agreed(
+        context.accelerator,
+        lambda: resume_point(context.config, context.run_dir) or fresh,
+        lambda found: f"step {found[1].step} to go on from",
+    )
+    config, report, step = replace(context.config, seed=position.seed), context.report, position.step
+    context = replace(context, config=config)
     log_strays(plan.photo_report)
     photos = usable_photos(plan.photo_report)
     steps = plan_steps(config, counts_of(photos), context.accelerator.num_processes)  # MPI sets no WORLD_SIZE
@@ -407,11 +408,13 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
 
 def fit(run: Training) -> Steps:
     """The loop, as a checklist."""
-    run.recall_scores()
+    if run.step:
+        on_main(run.accelerator, run.recall_scores)
     run.sample_if_due()
     while run.step < run.max_train_steps:
-        if run.stop_requested():
-            run.require_a_step()
+        if run.context.stop_requested():
+            if run.step == 0:  # the adapter would be the unchanged base
+                raise StopRequestedError
             return run.finish(interrupted=True)
         losses = yield run
         run.check_finite(losses)
@@ -419,27 +422,8 @@ def fit(run: Training) -> Steps:
             continue
         run.evaluate_if_due()
         run.sample_if_due()
-        run.checkpoint_if_due()
+        if run.is_checkpoint_due:
+            run.save_checkpoint(run.run_dir.checkpoint_path(run.step))
         if run.has_stalled():
             break
     return run.finish(interrupted=False)
-
-
-def find_start(context: RunContext) -> tuple[RunContext, Path | None, int]:
-    """The context with the seed of the run, the checkpoint to go on from (None: a fresh run), and its step: the same on
-    all processes, or a UserError."""
-    fresh = None, Position(0, chosen_seed(context.config, context.accelerator))
-
-    def start() -> tuple[Path | None, Position]:
-        return resume_point(context.config, context.run_dir) or fresh
-
-    checkpoint, position = agreed(context.accelerator, start, lambda found: f"step {found[1].step} to go on from")
-    return replace(context, config=replace(context.config, seed=position.seed)), checkpoint, position.step
-
-
-def end_trackers(accelerator: Accelerator) -> None:
-    """End the trackers. Their errors are only logged, so that they do not hide the run's result or error."""
-    try:
-        accelerator.end_training()
-    except Exception as error:  # each tracker raises its own errors
-        logger.warning("--report_to: ending it failed: %s", one_line(f"{type(error).__name__} {error}"))

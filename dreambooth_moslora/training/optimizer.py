@@ -316,18 +316,16 @@ class ScheduleFreeAverage:
         return [y.lerp(z, 1 - 1 / beta1) for y, z in zip(self.parameters, ahead, strict=True)]
 
 
-Average = MovingAverage | ScheduleFreeAverage
-
-
-def average_of(config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer) -> Average | None:
-    """The average that these settings ask for; None for none."""
+def average_of(
+    config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer
+) -> MovingAverage | ScheduleFreeAverage | None:
     if optimizer_of(config).averages:
         return ScheduleFreeAverage(parameters, optimizer)
     return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
 
 
 @contextmanager
-def lent(average: Average | None, parameters: list[nn.Parameter]) -> Iterator[None]:
+def lent(average: MovingAverage | ScheduleFreeAverage | None, parameters: list[nn.Parameter]) -> Iterator[None]:
     """For the length of the block the parameters hold the average; afterwards their own bits return. Do not nest."""
     if average is None:
         yield

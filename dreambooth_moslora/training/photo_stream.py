@@ -101,6 +101,8 @@ class PhotoStream:
         return len(self.groups) == 1 or self.batch_size == 1
 
     def _view(self, position: int) -> View:
+        """Where batches need one size, a round has as many batches as slots, and each group has as many batches as it
+        has slots. So each slot is shown `batch_size` times a round, whatever the size of its group."""
         target = None
         if self.beside is not None:
             target = self.beside._view(position)[2]
@@ -108,7 +110,13 @@ class PhotoStream:
         elif self.is_one_size:
             epoch, slot = place_of(position, len(self), self.seed, self.name)
         else:
-            epoch, slot = self._grouped_place(position)
+            batch, place = divmod(position, self.batch_size)
+            turn, number = divmod(batch, len(self))
+            counts = tuple((key, len(slots)) for key, slots in self.groups.items())
+            order = batch_order(counts, self.seed, self.name, turn)
+            key = order[number]
+            batches_before = turn * len(self.groups[key]) + order[:number].count(key)
+            epoch, slot = self._place_in(key, batches_before * self.batch_size + place)
         crops = self.encoder.rule.crops_per_photo
         target = target or self.encoder.rule.target(self.photos[slot // self.repeats].size_px)
         return slot, epoch if crops is None else epoch % crops, target
@@ -118,18 +126,6 @@ class PhotoStream:
         slots = self.groups[size] or range(len(self))
         epoch, found = place_of(position, len(slots), self.seed, self.name, size)
         return epoch, slots[found]
-
-    def _grouped_place(self, position: int) -> tuple[int, int]:
-        """(epoch of its group, slot), when batches need one size. A round has as many batches as slots, and
-        each group has as many batches as it has slots. So each slot is shown `batch_size` times a round,
-        whatever the size of its group."""
-        batch, place = divmod(position, self.batch_size)
-        turn, number = divmod(batch, len(self))
-        order = batch_order(tuple((key, len(slots)) for key, slots in self.groups.items()), self.seed, self.name, turn)
-        key = order[number]
-        slots = self.groups[key]
-        batches_before = turn * len(slots) + order[:number].count(key)
-        return self._place_in(key, batches_before * self.batch_size + place)
 
     def views_ahead(self, sample_count: int) -> list[tuple[Photo, CropPlan]]:
         """The different views among the first `sample_count` samples, which repeat after `bound`; none when each epoch
@@ -198,27 +194,22 @@ class SubjectStreams:
 
 
 def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEncoder) -> SubjectStreams:
-    """The streams of the subjects' photos. With buckets, a batch shows one subject, as it needs one size."""
+    """The streams of the subjects' photos. With buckets, a batch shows one subject, as it needs one size.
+
+    When photos of one subject are left out by name, the other photos take their turns, each equally often. Runs without
+    different photos then differ only in those turns: order, crops and noise of all other turns are the same.
+    """
+    if config.leave_out and not config.subjects:  # of several, a name does not tell whose photo it is
+        named = {photo.path.name: [photo] * len(photos) for photo in photos} | dict.fromkeys(config.leave_out, photos)
+        photos = [photo for name in sorted(named) for photo in named[name]]
     streams = []
     for number, subject in enumerate(each_subject(config)):
-        own = taking_turns([photo for photo in photos if photo.subject == number], config)
+        own = [photo for photo in photos if photo.subject == number]
         shuffled = [replace(photo, captions=shuffled_captions(subject, photo.captions)) for photo in own]
         varied = (config.repeats, config.caption_dropout, config.train_batch_size)
         name, share = stream_of("instance", number), subject.bare_share
         streams.append(PhotoStream(shuffled, encoder, config.seed, name, *varied, bare_share=share))
     return SubjectStreams(streams, config.seed, config.train_batch_size if config.enable_bucket else 1)
-
-
-def taking_turns(photos: list[Photo], config: TrainConfig) -> list[Photo]:
-    """When photos are left out by name, the other photos take their turns, each equally often.
-
-    Runs without different photos then differ only in those turns: order, crops and noise of all other turns are
-    the same. It applies to one subject, since a name does not tell whose photo it is.
-    """
-    if not config.leave_out or config.subjects:
-        return photos
-    named = {photo.path.name: [photo] * len(photos) for photo in photos} | dict.fromkeys(config.leave_out, photos)
-    return [photo for name in sorted(named) for photo in named[name]]
 
 
 def prior_streams(

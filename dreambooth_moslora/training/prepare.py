@@ -31,6 +31,7 @@ from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
 from dreambooth_moslora.settings.rules import weighting_flags
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, is_scored
+from dreambooth_moslora.training.adapters import named_basis
 from dreambooth_moslora.training.encoder import (
     LoadBase,
     PhotoEncoder,
@@ -113,7 +114,10 @@ def prepare(
     start = None
     if is_fresh and config.init_adapter is not None:
         start = read_start(config.init_adapter, pipeline, config.pretrained_model_name_or_path, config.use_dora)
-    basis = read_basis_of(config)
+    basis = None
+    if config.basis is not None:
+        with named_basis():
+            basis = read_basis(config.basis, base_folder(config), config.variant)
     context.stop_if_asked()
     class_photos = class_photos_of_each(context, pipeline, photos) if uses_class_images(config) else []
     encoder = PhotoEncoder(
@@ -152,16 +156,6 @@ def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseS
     if edm_style:
         alphas = alphas.clamp(min=2**-24)  # a zero-terminal-SNR base: as diffusers does, EDM needs a finite sigma
     return NoiseSchedule.from_alphas(alphas, kind, "edm" if edm_style else "ddpm")
-
-
-def read_basis_of(config: TrainConfig) -> Basis | None:
-    """Raises UserError."""
-    if config.basis is None:
-        return None
-    try:
-        return read_basis(config.basis, base_folder(config), config.variant)
-    except UserError as error:
-        raise UserError(f"--basis: {error}.") from error
 
 
 def too_slow_for_samples(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> bool:

@@ -46,7 +46,7 @@ from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.checkpoint import trained_modules
 from dreambooth_moslora.training.class_images import are_draws
-from dreambooth_moslora.training.explain import BestStep, ScaleChoice
+from dreambooth_moslora.training.explain import BestStep
 from dreambooth_moslora.training.model_card import CardFacts, model_card, push
 from dreambooth_moslora.training.prepare import TrainInputs
 from dreambooth_moslora.training.step import TrainStep
@@ -56,6 +56,8 @@ logger = logging.getLogger(__name__)
 CURVES = {"loss_instance": ("#2a6fdb", "instance"), "loss_prior": ("#d9822b", "prior")}
 """Losses with their colour and label."""
 CARD_IMAGES = 6
+
+Shown = tuple[SampleRequest, Image.Image]
 
 
 @dataclass
@@ -103,14 +105,6 @@ class ValidationSamples:
         files = [str(self.path(step, n).relative_to(self.run_dir.path)) for n in range(len(self.requests))]
         prompts = [request.prompt for request in self.requests]
         return SamplesDrawn(step, files, prompts, [request.seed for request in self.requests])
-
-    def draw_contexts(self, sampler: Sampler, accelerator: Accelerator) -> list[Image.Image]:
-        """The contexts, shared out to the processes; fewer when a stop is requested."""
-        drawn: list[Image.Image] = []
-        with suppress(StopRequestedError):
-            for picture in share_out(accelerator, self.contexts, sampler):
-                drawn.append(picture)
-        return drawn
 
     def path(self, step: int, number: int) -> Path:
         return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
@@ -196,51 +190,45 @@ class Publisher:
         self.scores: dict[str, float] = {}
         self.best: BestStep | None = None
 
-    def note_scores(self, scores: dict[str, float], best: BestStep) -> None:
-        """Keep the latest scores and the best step for the card."""
-        self.scores, self.best = scores, best
-
-    def note_scale(self, found: ScaleChoice) -> None:
-        """Keep the best scale for the published files and the card."""
-        self.facts = replace(self.facts, best_scale=found.best, usable_scales=(found.low, found.high))
-
     def keep_best(self) -> None:
         """Write the current adapter to `best/`, loadable like the final one, completely or not at all."""
         with atomic_directory(self.run_dir.best_dir) as folder:
             self._publish_to(folder)
 
-    def publish(self, step: int, max_train_steps: int, finished: bool) -> Proof:
+    def publish(self, finished: bool) -> Proof:
         """Write the adapter, then its card, then push it to the hub; plot and contact sheet come last.
 
-        Only a finished run draws new contexts and is pushed. The main process writes; all draw.
+        Only a finished run draws new contexts, fewer when a stop is requested, and is pushed. The main process writes;
+        all draw.
         """
         accelerator = self.train_step.accelerator
         proof = on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
-        contexts = self.samples.draw_contexts(self.sampler, accelerator) if finished else []
-        on_main(accelerator, lambda: self._present(step, max_train_steps, finished, proof, contexts))
+        contexts: list[Shown] = []
+        with suppress(StopRequestedError):
+            asked = self.samples.contexts if finished else []
+            for picture, request in zip(share_out(accelerator, asked, self.sampler), asked, strict=True):
+                contexts.append((request, picture))
+        on_main(accelerator, lambda: self._present(finished, proof, contexts))
         return proof
 
-    def _present(
-        self, step: int, max_train_steps: int, finished: bool, proof: Proof, contexts: list[Image.Image]
-    ) -> None:
+    def _present(self, finished: bool, proof: Proof, contexts: list[Shown]) -> None:
         """Write what shows the adapter, and push it."""
-        best = self.best if self.run_dir.best_dir.is_dir() else None
-        adapter = replace(self.facts, tokens=notes_of(self.tokens, self.run_dir.name))
-        facts = CardFacts(self.run_dir.name, step, max_train_steps, adapter, proof, scores=self.scores, best=best)
+        config, run_dir = self.config, self.run_dir
+        best = self.best if run_dir.best_dir.is_dir() else None
+        adapter, step = replace(self.facts, tokens=notes_of(self.tokens, run_dir.name)), self.train_step.step
+        facts = CardFacts(run_dir.name, step, self.max_train_steps, adapter, proof, scores=self.scores, best=best)
         drawn = list(zip(self.samples.requests, self.samples.latest))
-        write_card(self.config, self.run_dir, facts, card_pictures(self.config, drawn, self.samples, contexts))
+        write_card(config, run_dir, facts, drawn, contexts)
         try:
-            if finished and self.config.push_to_hub:
-                push(self.run_dir.path, self.config.hub_model_id, self.config.hub_token)
+            if finished and config.push_to_hub:
+                push(run_dir.path, config.hub_model_id, config.hub_token)
         finally:
-            records = self.run_dir.read_metrics()
+            records = run_dir.read_metrics()
             steps, scored = events_of(StepDone, records), events_of(StepEvaluated, records)
             if steps:
-                draw_loss_plot(steps, self.run_dir.loss_plot_path, scored)
+                draw_loss_plot(steps, run_dir.loss_plot_path, scored)
             if drawn:
-                start = self.config.init_adapter and f"adapter {public_name(self.config.init_adapter)}"
-                rows = sheet_rows(self.config, self.photos, self.samples, contexts, start or "base")
-                draw_contact_sheet(rows, self.run_dir.contact_sheet_path)
+                draw_contact_sheet(sheet_rows(config, self.photos, self.samples, contexts), run_dir.contact_sheet_path)
 
     def _publish_to(self, folder: Path) -> Proof:
         components, name, step = self.train_step.components, self.run_dir.name, self.train_step.step
@@ -287,29 +275,20 @@ def settings_in(facts: AdapterMetadata) -> list[object]:
     return [stored.get(name) for name in ("recipe", "public", "withheld", "processes")]
 
 
-def card_pictures(
-    config: TrainConfig,
-    drawn: list[tuple[SampleRequest, Image.Image]],
-    samples: ValidationSamples,
-    contexts: list[Image.Image],
-) -> list[tuple[SampleRequest, Image.Image]]:
-    """With one subject, a few pictures; with several, one of each and those of two subjects in one prompt."""
-    new = list(zip(samples.contexts, contexts))
-    if len(config.subjects) < 2:
-        return [*drawn[: max(2, CARD_IMAGES - len(new))], *new]
-    first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
-    pairs = together_prompts(config)
-    return [*reversed(first_of_each.values()), *(shown for shown in new if shown[0].prompt in pairs)]
-
-
 def write_card(
-    config: TrainConfig, run_dir: RunDir, facts: CardFacts, pictures: list[tuple[SampleRequest, Image.Image]]
+    config: TrainConfig, run_dir: RunDir, facts: CardFacts, drawn: list[Shown], contexts: list[Shown]
 ) -> None:
-    """Write README.md and its pictures (request, image), named image_0.png and on.
+    """Write README.md and its pictures, named image_0.png and on: with one subject a few, with several one of each and
+    those of two subjects in one prompt.
 
     The previous card's pictures are removed first and the new ones are written last: a card names every picture
     at all times.
     """
+    pictures = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *contexts]
+    if len(config.subjects) > 1:
+        first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
+        pairs = together_prompts(config)
+        pictures = [*reversed(first_of_each.values()), *(shown for shown in contexts if shown[0].prompt in pairs)]
     for stale in pictures_named(run_dir.read_card() or ""):
         (run_dir.path / stale).unlink(missing_ok=True)
     names = [(f"image_{number}.png", request.prompt) for number, (request, _) in enumerate(pictures)]
@@ -319,13 +298,13 @@ def write_card(
 
 
 def sheet_rows(
-    config: TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Image.Image], start: str
+    config: TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Shown]
 ) -> list[Row]:
-    """The rows of the contact sheet. Each subject has its photos, the pictures of step 0 by the model `start`
-    beside those of the end with the same seeds, and new contexts; then follow prompts with two subjects. It is
-    never uploaded, as it shows the photos."""
+    """The rows of the contact sheet. Each subject has its photos, the pictures of step 0 beside those of the end with
+    the same seeds, and new contexts; then follow prompts with two subjects. It is never uploaded, as it shows the
+    photos."""
+    start = f"adapter {public_name(config.init_adapter)}" if config.init_adapter else "base"
     rows = []
-    new = list(zip(samples.contexts, contexts))
     for number, subject in enumerate(each_subject(config)):
         own = [photo for photo in photos if photo.subject == number]
         name = f" of “{subject.instance_prompt}”" if config.subjects else ""
@@ -339,13 +318,13 @@ def sheet_rows(
                 [samples.latest[n] for n in asked if n < len(samples.latest)],
                 captions,
             ),
-            row_of("New contexts", [shown for shown in new if shown[0].prompt in context_prompts(subject)]),
+            row_of("New contexts", [shown for shown in contexts if shown[0].prompt in context_prompts(subject)]),
         ]
     pairs = together_prompts(config)
-    return [*rows, row_of("Two subjects in one prompt", [shown for shown in new if shown[0].prompt in pairs])]
+    return [*rows, row_of("Two subjects in one prompt", [shown for shown in contexts if shown[0].prompt in pairs])]
 
 
-def row_of(title: str, shown: list[tuple[SampleRequest, Image.Image]]) -> Row:
+def row_of(title: str, shown: list[Shown]) -> Row:
     return Row(title, [picture for _, picture in shown], tuple(request.prompt for request, _ in shown))
 
 

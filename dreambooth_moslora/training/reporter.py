@@ -8,15 +8,12 @@ import gc
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from dreambooth_moslora.core import StopRequestedError, UserError, atomic_write, one_line
@@ -68,19 +65,24 @@ class Trackers:
         """Log numbers, and samples to trackers that show pictures. A tracker that fails causes one warning."""
         for tracker in list(self.accelerator.trackers):
             try:
-                if isinstance(event, SamplesDrawn):
-                    self._show(tracker, event)
-                else:
-                    tracker.log(numbers_of(event), step=event.step)
+                if not isinstance(event, SamplesDrawn):
+                    record = record_of(event)
+                    numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+                    tracker.log({k: v for k, v in numbers.items() if k not in ("step", "time")}, step=event.step)
+                elif tracker.name in PICTURE_OPTIONS:
+                    pictures = np.stack([np.asarray(Image.open(self.run_dir.path / name)) for name in event.files])
+                    tracker.log_images({"samples": pictures}, step=event.step, **PICTURE_OPTIONS[tracker.name])
             except Exception as error:  # each tracker raises its own errors
                 self.accelerator.trackers.remove(tracker)
                 said = one_line(f"{type(error).__name__} {error}")
                 logger.warning("--report_to: %s failed and is not used again in this run: %s", tracker.name, said)
 
-    def _show(self, tracker: GeneralTracker, event: SamplesDrawn) -> None:
-        if tracker.name in PICTURE_OPTIONS:
-            pictures = np.stack([np.asarray(Image.open(self.run_dir.path / name)) for name in event.files])
-            tracker.log_images({"samples": pictures}, step=event.step, **PICTURE_OPTIONS[tracker.name])
+    def end(self) -> None:
+        """Their errors are only logged, so that they do not hide the run's result or error."""
+        try:
+            self.accelerator.end_training()
+        except Exception as error:  # each tracker raises its own errors
+            logger.warning("--report_to: ending it failed: %s", one_line(f"{type(error).__name__} {error}"))
 
 
 def public_settings(config: TrainConfig) -> dict[str, bool | int | float | str]:
@@ -90,11 +92,6 @@ def public_settings(config: TrainConfig) -> dict[str, bool | int | float | str]:
         for name, value in config.to_dict().items()
         if isinstance(value, (bool, int, float)) or (isinstance(value, str) and SETTINGS[name].metadata["choices"])
     }
-
-
-def numbers_of(event: Event) -> dict[str, float]:
-    record = record_of(event)
-    return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
 
 
 class Reporter:
@@ -117,7 +114,13 @@ class Reporter:
         if not self.accelerator.is_main_process:
             return
         try:
-            self._report(event)
+            if not getattr(event, "skipped", False):
+                self.step = getattr(event, "step", self.step)
+            self._write(event)
+            if self.on_event is not None:
+                self.on_event(event)
+            if isinstance(event, TRACKED):
+                self.trackers.log(event)
         except Exception as error:
             if self.accelerator.num_processes == 1:
                 raise
@@ -126,15 +129,6 @@ class Reporter:
     def raise_failure(self) -> None:
         if self.failure is not None:
             raise self.failure
-
-    def _report(self, event: Event) -> None:
-        if not getattr(event, "skipped", False):
-            self.step = getattr(event, "step", self.step)
-        self._write(event)
-        if self.on_event is not None:
-            self.on_event(event)
-        if isinstance(event, TRACKED):
-            self.trackers.log(event)
 
     def phase(self, phase: str, done: int = 0, total: int = 1) -> None:
         self(PhaseProgress(phase, done, total))
@@ -148,11 +142,6 @@ class Reporter:
                 self.phase(phase, done, total)
                 last = time.monotonic()
             yield done
-
-    def counter(self, phase: str, total: int) -> Callable[[], object]:
-        """Like `counted`, without a loop: call the returned function at each count."""
-        counts = self.counted(phase, range(1, total + 1), total)
-        return lambda: next(counts, None)
 
     def begin_at(self, step: int) -> None:
         """Remove from the file the events of steps that will be repeated, and of the earlier end; then write."""
@@ -174,24 +163,6 @@ class Reporter:
             self.run_dir.append_metrics(record_of(event))
         else:
             self.waiting.append(event)
-
-
-class Stopwatch:
-    """Seconds per step (median of the last 20) and the remaining time."""
-
-    def __init__(self):
-        self._seconds: deque[float] = deque(maxlen=20)
-        self._started = time.monotonic()
-
-    def restart(self) -> None:
-        """Start a step: the time since the last one (samples, saving) does not count."""
-        self._started = time.monotonic()
-
-    def lap(self, remaining_steps: int) -> tuple[float, float]:
-        """(seconds of the step that ends now, estimated seconds of the remaining ones)."""
-        seconds = time.monotonic() - self._started
-        self._seconds.append(seconds)
-        return seconds, median(self._seconds) * remaining_steps
 
 
 def free_unused_memory(device: torch.device) -> None:

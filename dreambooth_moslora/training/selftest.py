@@ -256,7 +256,12 @@ class SelfTest:
     def findings(self) -> Iterator[Finding]:
         """Yields each result as soon as it is known. A run that fails is a result, and ends the test."""
         try:
-            yield from self.compare_losses()
+            expected = losses(SelfTest(self.folder, env=ON_CPU).train("cpu"))
+            for precision in self.precisions:
+                found = losses(self.train(f"device_{precision}", mixed_precision=precision))
+                name, far = "fp32" if precision == "no" else precision, largest_difference(found, expected)
+                said = f"{len(found)} losses in {name}, at most {far:.1e} from the CPU's in fp32"
+                yield Finding(f"losses, {name}", far <= TOLERANCE[precision], said, {"relative_difference": far})
             proof = next(e["proof"] for e in self.run("device_no").read_metrics() if e["type"] == "export")
             far = proof["max_relative_difference"]
             yield Finding("published", True, f"both files reload to {far:.1e}", {"relative_difference": far})
@@ -266,15 +271,6 @@ class SelfTest:
                 yield self.step(self.free_gib)
         except UserError as error:
             yield Finding("run", False, str(error))
-
-    def compare_losses(self) -> Iterator[Finding]:
-        reference = SelfTest(self.folder, env=ON_CPU)
-        expected = losses(reference.train("cpu"))
-        for precision in self.precisions:
-            found = losses(self.train(f"device_{precision}", mixed_precision=precision))
-            name, far = "fp32" if precision == "no" else precision, largest_difference(found, expected)
-            said = f"{len(found)} losses in {name}, at most {far:.1e} from the CPU's in fp32"
-            yield Finding(f"losses, {name}", far <= TOLERANCE[precision], said, {"relative_difference": far})
 
     def resumed(self) -> Finding:
         self.train("resumed", max_train_steps=STOPPED_AT)

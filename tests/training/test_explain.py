@@ -18,7 +18,6 @@ from dreambooth_moslora.training.explain import (
     Figures,
     advice_after,
     closing_advice,
-    facts_of_photos,
     figures_from,
     figures_of,
     meanings,
@@ -159,10 +158,13 @@ def test_what_the_captions_lack_is_read_from_the_photos_of_a_run_that_did_not_no
     photos = paint_photos(tmp_path / "photos", 2)
     (photos / "0.txt").write_text("a photo of sks dog on grass")
     config = replace(CONFIG, instance_data_dir=str(photos), resolution=64)
-    assert facts_of_photos(config) == {"count": 2, "without_bare_prompt": 1}
-    found = figures_from([{"type": "evaluation", "photos": {"count": 5}}], config, facts_of_photos(config))
-    assert (found.photos, found.without_bare_prompt) == (5, 1)
-    assert facts_of_photos(replace(config, instance_data_dir=str(tmp_path / "gone"))) == {}
+    run = RunDir(tmp_path)
+    for count, known in ((2, {}), (5, {"count": 5})):
+        run.config_path.write_text(json.dumps(config.to_dict()))
+        run.append_metrics({"type": "evaluation", "photos": known})
+        assert (figures_of(run).photos, figures_of(run).without_bare_prompt) == (count, 1)
+    run.config_path.write_text(json.dumps(config.to_dict() | {"instance_data_dir": str(tmp_path / "gone")}))
+    assert (figures_of(run).photos, figures_of(run).without_bare_prompt) == (5, 0)
 
 
 def test_a_subject_that_was_not_learnt_has_no_bare_prompt_that_lags():

@@ -259,7 +259,7 @@ def losses_of(runs: Sequence[Training]) -> list[Callable[[], StepLosses]]:
 
 
 def draw(run: Training) -> list[MicroBatch]:
-    run.stopwatch.restart()
+    run.started = time.monotonic()
     step = run.train_step
     step.begin()
     return [step.micro_batch(step.number_of(turn)) for turn in range(step.config.gradient_accumulation_steps)]
