@@ -62,10 +62,8 @@ WEIGHTS = "weights.pt"
 @dataclass(frozen=True)
 class Position:
     """Where a run is: the optimizer steps done, the seed that names every draw, and the kind of the saved optimizer.
-
-    `digest` covers the position and the files beside it (`digest_of`), so that mixed or changed files are
-    detected. `optimizer` (`optimizer_kind`) and `digest` may be None.
-    """
+    `digest` covers the position and the files beside it (`digest_of`), so that mixed or changed files are detected.
+    `optimizer` (`optimizer_kind`) and `digest` may be None."""
 
     step: int
     seed: int
@@ -149,10 +147,8 @@ def load_states(checkpoint: Path, name: str) -> dict:
 def restore_optimizer(
     checkpoint: Path, step: int, optimizer: Optimizer, schedule: LambdaLR, scaler: torch.amp.GradScaler | None = None
 ) -> None:
-    """Restore the optimizer's moments, with the settings of the command line, at `step` of the schedule.
-
-    Raises UserError for states that do not fit this optimizer at that step.
-    """
+    """Restore the optimizer's moments, with the settings of the command line, at `step` of the schedule. Raises
+    UserError for states that do not fit this optimizer at that step."""
     exact = isinstance(optimizer, torch.optim.AdamW) and scaler is None  # early versions counted what fp16 skipped
     states = load_states(checkpoint, OPTIMIZER)
     try:
@@ -182,10 +178,7 @@ logger = logging.getLogger(__name__)
 
 def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
     """The checkpoint to resume from: `latest`, the run's newest that is not damaged (None and a warning if there is
-    none), a path, or a name in the run.
-
-    Raises UserError when a named checkpoint is missing or incomplete.
-    """
+    none), a path, or a name in the run. Raises UserError when a named checkpoint is missing or incomplete."""
     if not wanted:
         return None
     if wanted != "latest":
@@ -325,11 +318,9 @@ def report_start(context: RunContext, step: int, max_train_steps: int) -> None:
 
 
 def claim_run_folder(context: RunContext, step: int, checkpoint: Path | None = None) -> None:
-    """Claim the run folder. It happens late, when all is prepared: only then is an earlier run moved away.
-
-    The resolved configuration is written. A run resumed from a `checkpoint` in this folder continues its
-    metrics; for a checkpoint from elsewhere, the folder's files belong to another run.
-    """
+    """Claim the run folder. It happens late, when all is prepared: only then is an earlier run moved away. The
+    resolved configuration is written. A run resumed from a `checkpoint` in this folder continues its metrics; for a
+    checkpoint from elsewhere, the folder's files belong to another run."""
     run_dir, report = context.run_dir, context.report
     if report.waiting is None or not context.accelerator.is_main_process:
         return

@@ -56,10 +56,7 @@ class ClassImages:
 
     def manifest(self) -> dict[str, dict]:
         """File name -> {prompt, seed, model, resolution, sha256} of every generated image; empty if the file is
-        damaged.
-
-        sha256 may be missing.
-        """
+        damaged. sha256 may be missing."""
         try:
             entries = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError, RecursionError):
@@ -82,11 +79,9 @@ class ClassImages:
         return {path for path in paths if path.name in known or GENERATED.fullmatch(path.name)}
 
     def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
-        """The batches of the first `count` images in which one is missing or damaged.
-
-        A whole batch is generated again even for one missing image: an image's last bits can depend on its
-        neighbours, and an interrupted run must end like an unbroken one.
-        """
+        """The batches of the first `count` images in which one is missing or damaged. A whole batch is generated
+        again even for one missing image: an image's last bits can depend on its neighbours, and an interrupted run
+        must end like an unbroken one."""
         known, found = self.manifest(), []
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))

@@ -50,9 +50,7 @@ BF16_ON_A_CPU = (
 
 def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
     """Load the base. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that the user names is in `dtype`.
-
-    Raises UserError when it cannot be loaded.
-    """
+    Raises UserError when it cannot be loaded."""
     pipeline = load_pipeline(
         config.pretrained_model_name_or_path,
         dtype=dtype,
@@ -220,11 +218,9 @@ class PhotoEncoder:
         return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
 
     def entry(self, photo: Photo, plan: CropPlan) -> tuple[str, Callable[[], Tensors]]:
-        """The crop's key in the cache, and the function that encodes it.
-
-        That raises UserError if the photo has changed since, as its encoding would be kept under a wrong key; and if
-        the VAE has left memory and the disk cache cannot be read.
-        """
+        """The crop's key in the cache, and the function that encodes it. That raises UserError if the photo has
+        changed since, as its encoding would be kept under a wrong key; and if the VAE has left memory and the disk
+        cache cannot be read."""
         key = content_key(
             photo=self._digest(photo.path),
             subject=photo.mask_path and self._digest(photo.mask_path),
@@ -279,10 +275,8 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """`latents` (B, 4, h, w), `time_ids` (B, 6), `mask` (B, 1, h, w) or None, `prompts` (B), all on the CPU.
-
-    The first `instance_count` images are the subject's, the others are prior images.
-    """
+    """`latents` (B, 4, h, w), `time_ids` (B, 6), `mask` (B, 1, h, w) or None, `prompts` (B), all on the CPU. The
+    first `instance_count` images are the subject's, the others are prior images."""
 
     latents: Tensor
     time_ids: Tensor
@@ -304,10 +298,8 @@ class TrainBatch:
 
 
 def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> TrainBatch:
-    """Stack views and their captions into one batch, the subject's first.
-
-    If only some views have a mask, the others get a mask of ones.
-    """
+    """Stack views and their captions into one batch, the subject's first. If only some views have a mask, the others
+    get a mask of ones."""
     views = [view for view, _ in samples]
     masks = None
     if any(view.mask is not None for view in views):
@@ -322,11 +314,9 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
 
 
 def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:
-    """The CPU tensors, of any shapes, on `device`, by one transfer; None stays None.
-
-    Only a transfer to CUDA is asynchronous, from pinned memory. Apple's GPUs would read a buffer that is freed.
-    They travel as fp32, which holds integers up to 2**24 and all half-precision numbers exactly.
-    """
+    """The CPU tensors, of any shapes, on `device`, by one transfer; None stays None. Only a transfer to CUDA is
+    asynchronous, from pinned memory. Apple's GPUs would read a buffer that is freed. They travel as fp32, which holds
+    integers up to 2**24 and all half-precision numbers exactly."""
     if device.type == "cpu":
         return tensors
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -100,11 +100,8 @@ NO_SCORES = ("step", "time", "photos")
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of a run.
-
-    `scores` are the latest ones; `likeness` and `score` are (step, value) of each evaluation. The captions of
-    `without_bare_prompt` photos lack the instance prompt.
-    """
+    """The figures of a run. `scores` are the latest ones; `likeness` and `score` are (step, value) of each
+    evaluation. The captions of `without_bare_prompt` photos lack the instance prompt."""
 
     config: TrainConfig
     state: str = ""
@@ -137,10 +134,8 @@ class Figures:
 
 
 def figures_from(records: Sequence[Mapping[str, Any]], config: TrainConfig, photos: Mapping[str, int] = {}) -> Figures:
-    """Figures from the lines of `metrics.jsonl`, which may have been edited.
-
-    `photos` are facts about them (their `count`, and those `without_bare_prompt`) for those that no line has.
-    """
+    """Figures from the lines of `metrics.jsonl`, which may have been edited. `photos` are facts about them (their
+    `count`, and those `without_bare_prompt`) for those that no line has."""
     steps = [event for event in records if event.get("type") == "step"]
     scored = [event for event in records if event.get("type") == "evaluation"]
     ends = [event for event in records if event.get("type") == "end"]
@@ -178,11 +173,9 @@ def number(value: Any) -> float | None:
 
 
 def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figures:
-    """The figures of a run folder: its events, its configuration, and the report of `evaluate` if that is newer.
-
-    The photos are read in their folder unless they are given; they may be gone, or from the hub. Raises UserError when
-    the folder holds no run.
-    """
+    """The figures of a run folder: its events, its configuration, and the report of `evaluate` if that is newer. The
+    photos are read in their folder unless they are given; they may be gone, or from the hub. Raises UserError when
+    the folder holds no run."""
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
@@ -198,18 +191,14 @@ def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figure
 
 
 def known_config(values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of a run. Settings of other versions that this one does not know are left out.
-
-    Raises UserError for values that no run can have.
-    """
+    """The configuration of a run. Settings of other versions that this one does not know are left out. Raises
+    UserError for values that no run can have."""
     return TrainConfig.from_dict({name: value for name, value in values.items() if name in FIELD_TYPES})
 
 
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
-    """The figures, with the scores in `evaluation/scores.json` if that is newer; it is based on more pictures.
-
-    Raises UserError for a damaged file.
-    """
+    """The figures, with the scores in `evaluation/scores.json` if that is newer; it is based on more pictures. Raises
+    UserError for a damaged file."""
     path = run_dir.path / "evaluation" / "scores.json"
     if not path.is_file() or path.stat().st_mtime < run_dir.metrics_path.stat().st_mtime:
         return found

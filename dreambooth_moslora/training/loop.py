@@ -99,10 +99,8 @@ class TrainResult:
 @dataclass
 class Training:
     """A run that is set up. `checkpoint` is the newest that it wrote or resumed from, `checkpoint_step` its step.
-
     `started` is when its step began: the time between two steps (samples, saving) does not count. `seconds` are those
-    of the last steps.
-    """
+    of the last steps."""
 
     context: RunContext
     max_train_steps: int
@@ -144,9 +142,7 @@ class Training:
 
     def update_adapter(self, losses: StepLosses) -> bool:
         """Take an optimizer step. Returns False when fp16 overflowed: nothing changed, and the step is repeated.
-
-        Raises UserError when the gradient stays not finite.
-        """
+        Raises UserError when the gradient stays not finite."""
         attempted = self.step + 1
         grad_norm = self.train_step.update_adapter()
         skipped = not math.isfinite(grad_norm)
@@ -170,10 +166,8 @@ class Training:
         return not skipped
 
     def sample_if_due(self) -> None:
-        """Draw samples at step 0, every `validation_steps`, and at the end, with the same prompts and seeds each time.
-
-        At step 0 each denoising step is reported, as the user may be waiting for them.
-        """
+        """Draw samples at step 0, every `validation_steps`, and at the end, with the same prompts and seeds each
+        time. At step 0 each denoising step is reported, as the user may be waiting for them."""
         if not self.samples.is_due(self.step, self.max_train_steps):
             return
         self.report.phase("sampling", 0, 1)
@@ -279,11 +273,9 @@ class Training:
         free_unused_memory(self.accelerator.device)
 
     def finish(self, interrupted: bool) -> TrainResult:
-        """Write the loadable adapter with its card, and a checkpoint with the raw adapter to resume from.
-
-        The checkpoint is called `last` unless the step is a multiple of `--checkpointing_steps`: as in
-        diffusers' script, only those have numbers.
-        """
+        """Write the loadable adapter with its card, and a checkpoint with the raw adapter to resume from. The
+        checkpoint is called `last` unless the step is a multiple of `--checkpointing_steps`: as in diffusers' script,
+        only those have numbers."""
         here = self.run_dir.checkpoint_path(self.step) if self.is_checkpoint_due else self.run_dir.last_dir
         is_there = self.checkpoint is not None and self.checkpoint.resolve() == here.resolve()
         if not is_there or self.checkpoint_step != self.step:
@@ -366,10 +358,8 @@ def training(
 
 
 def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: LoadBase | None = None) -> Training:
-    """Everything before the first step; drawing class images may take hours. `load` loads the base.
-
-    Raises UserError, and StopRequestedError when a stop is requested.
-    """
+    """Everything before the first step; drawing class images may take hours. `load` loads the base. Raises UserError,
+    and StopRequestedError when a stop is requested."""
     fresh = None, Position(0, chosen_seed(context.config, context.accelerator))
     checkpoint, position = agreed(
         context.accelerator,

@@ -48,11 +48,9 @@ def make_missing(
     size: Callable[[Item], int] = lambda item: 1,
     done: int = 0,
 ) -> None:
-    """`make` each of the `items`, which are shared out to the processes and must be equal in all.
-
-    The main process does `keep`. The report counts the `size` of each item on top of what is `done` already. A stop
-    ends it between two items. Raises StopRequestedError, and an error of one process in all.
-    """
+    """`make` each of the `items`, which are shared out to the processes and must be equal in all. The main process
+    does `keep`. The report counts the `size` of each item on top of what is `done` already. A stop ends it between
+    two items. Raises StopRequestedError, and an error of one process in all."""
     accelerator = context.accelerator
 
     def own(share: Sequence[Item]) -> Generator[Made, None, None]:
@@ -93,10 +91,8 @@ def make_for_photos(
 
 
 def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
-    """The photos; those without a caption get the one in the run folder, which is made if missing.
-
-    Raises UserError when the model is not there, and StopRequestedError.
-    """
+    """The photos; those without a caption get the one in the run folder, which is made if missing. Raises UserError
+    when the model is not there, and StopRequestedError."""
     bare = [photo for photo in photos if not photo.is_captioned]
     if context.config.captions != "auto" or not bare:
         return photos
@@ -117,10 +113,8 @@ def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
 
 
 def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
-    """The photos; those without a mask get the one in the run folder, which is made if missing.
-
-    Raises UserError when the segmenter is not there, and StopRequestedError.
-    """
+    """The photos; those without a mask get the one in the run folder, which is made if missing. Raises UserError when
+    the segmenter is not there, and StopRequestedError."""
     if context.config.masks != "auto":
         return photos
     folder = context.run_dir.masks_dir
@@ -142,10 +136,8 @@ Sets = list[tuple[ClassImages, int]]
 def class_photos_of_each(
     context: RunContext, pipeline: StableDiffusionXLPipeline, photos: list[Photo]
 ) -> list[list[Photo]]:
-    """The class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs.
-
-    Raises UserError and StopRequestedError.
-    """
+    """The class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs. Raises
+    UserError and StopRequestedError."""
     found: dict[tuple[str, str | None], list[Photo]] = {}
     subjects, rule = each_subject(context.config), crop_rule(context.config)
     keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
@@ -159,10 +151,8 @@ def class_photos_of_each(
 def make_class_images(
     context: RunContext, pipeline: StableDiffusionXLPipeline, sizes: Mapping[tuple[int, int], int]
 ) -> list[Photo]:
-    """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`.
-
-    Raises UserError and StopRequestedError.
-    """
+    """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`. Raises
+    UserError and StopRequestedError."""
     config, accelerator = context.config, context.accelerator
     folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
@@ -204,10 +194,8 @@ def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], i
 
 
 def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[Photo]:
-    """Exactly `num_class_images` images, the user's own before generated ones.
-
-    Raises UserError when there are fewer: the prior would be weaker than the settings say, or off.
-    """
+    """Exactly `num_class_images` images, the user's own before generated ones. Raises UserError when there are fewer:
+    the prior would be weaker than the settings say, or off."""
     found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
     paths = [photo.path for photo in found]
     stale = set.intersection(*(images.stale(paths) for images, _ in sets))

@@ -215,11 +215,8 @@ def patterns(names: list[str]) -> list[str]:
 
 
 def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
-    """Create the model repository if it is missing, and upload `public_files`. Returns the repository's address.
-
-    When the hub cannot be reached or refuses, it logs a warning and returns None: the run is complete without
-    it.
-    """
+    """Create the model repository if it is missing, and upload `public_files`. Returns the repository's address. When
+    the hub cannot be reached or refuses, it logs a warning and returns None: the run is complete without it."""
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo_id or RunDir(run_dir).name, exist_ok=True)

@@ -26,11 +26,9 @@ Pointwise = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A base's noise levels: `sigmas` (T,) noise-to-signal ratios, `timesteps` (T,) as the UNet gets them.
-
-    `style` is `ddpm` or `edm`; `prediction_type` is `epsilon` or `v_prediction`; `sigma_data` is set for bases
-    trained with EDM's own preconditioning (Playground v2.5), else None.
-    """
+    """A base's noise levels: `sigmas` (T,) noise-to-signal ratios, `timesteps` (T,) as the UNet gets them. `style` is
+    `ddpm` or `edm`; `prediction_type` is `epsilon` or `v_prediction`; `sigma_data` is set for bases trained with
+    EDM's own preconditioning (Playground v2.5), else None."""
 
     sigmas: Tensor
     timesteps: Tensor
@@ -101,11 +99,9 @@ def sample_timesteps(
 
 
 def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Noise (B, C, h, w) plus one draw per channel of each image, of standard deviation `strength`.
-
-    The overall brightness and colour are then noised too, and so learnt (Guttenberg 2023, "Diffusion with
-    Offset Noise"; kohya's and diffusers' `--noise_offset`). A strength of 0 draws nothing.
-    """
+    """Noise (B, C, h, w) plus one draw per channel of each image, of standard deviation `strength`. The overall
+    brightness and colour are then noised too, and so learnt (Guttenberg 2023, "Diffusion with Offset Noise"; kohya's
+    and diffusers' `--noise_offset`). A strength of 0 draws nothing."""
     if strength == 0:
         return noise
     return noise + strength * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
@@ -208,11 +204,9 @@ def loss(
     mask: Tensor | None = None,
     pointwise: Pointwise = torch.square,
 ) -> LossParts:
-    """Mean error of the instance images and of the prior images, and their weighted sum, in fp32.
-
-    prediction, target (B, 4, h, w); weights (B,); mask (B, 1, h, w) in [0, 1] weighs the positions of an image.
-    The first `instance_count` images are the subject's, the others are prior images.
-    """
+    """Mean error of the instance images and of the prior images, and their weighted sum, in fp32. prediction, target
+    (B, 4, h, w); weights (B,); mask (B, 1, h, w) in [0, 1] weighs the positions of an image. The first
+    `instance_count` images are the subject's, the others are prior images."""
     per_image = weights * image_errors(prediction.float(), target.float(), mask, pointwise)
     instance = per_image[:instance_count].mean()
     if len(per_image) == instance_count:
@@ -225,10 +219,8 @@ def image_errors(
     prediction: Tensor, target: Tensor, mask: Tensor | None, pointwise: Pointwise = torch.square
 ) -> Tensor:
     """Mean error (B,) of each image. Under a mask it is the weighted mean, so that a small subject counts in full.
-
-    The mean is multiplied by the mask's largest weight: an image without the subject then counts no more than
-    its positions do.
-    """
+    The mean is multiplied by the mask's largest weight: an image without the subject then counts no more than its
+    positions do."""
     errors = pointwise(prediction - target)
     if mask is None:
         return errors.flatten(1).mean(1)

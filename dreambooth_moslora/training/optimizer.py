@@ -179,9 +179,7 @@ def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:
 
 def make_lr_schedule(config: TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
     """A learning-rate schedule of diffusers by its name. It counts optimizer steps, whatever the number of processes.
-
-    Raises UserError for an unknown name.
-    """
+    Raises UserError for an unknown name."""
     try:
         return get_scheduler(
             config.lr_scheduler,
@@ -200,11 +198,8 @@ NOT_SET = "p0"
 
 
 def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, exact: bool) -> dict[str, Any]:
-    """The checkpoint's states at `step`, with the settings that the optimizer's groups have now.
-
-    `exact`: each parameter has taken all steps; otherwise at most as many. Raises ValueError for states that do
-    not fit.
-    """
+    """The checkpoint's states at `step`, with the settings that the optimizer's groups have now. `exact`: each
+    parameter has taken all steps; otherwise at most as many. Raises ValueError for states that do not fit."""
     pattern = pattern_of(optimizer)
     groups = optimizer.state_dict()["param_groups"]
     loaded = states["param_groups"]
@@ -279,11 +274,9 @@ def check_tensor(name: str, value: object, expected: Tensor) -> None:
 
 
 class MovingAverage:
-    """The exponential average of `parameters`; it starts at their values.
-
-    At first it forgets faster than `decay` says: at step n it reaches about n/9 steps back, so that a run of a
-    few hundred steps does not average in its start. Same as diffusers' `EMAModel`.
-    """
+    """The exponential average of `parameters`; it starts at their values. At first it forgets faster than `decay`
+    says: at step n it reaches about n/9 steps back, so that a run of a few hundred steps does not average in its
+    start. Same as diffusers' `EMAModel`."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float):
         self.parameters, self.decay = parameters, decay

@@ -64,11 +64,9 @@ class PhotoStream:
         return samples_an_epoch(len(self.photos), self.repeats)
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """The encoded view at `position` >= 0, and a random caption of its photo.
-
-        A fraction `caption_dropout` of the positions has an empty caption. Of the others, a fraction `bare_share` has
-        the photo's bare prompt, if it has one.
-        """
+        """The encoded view at `position` >= 0, and a random caption of its photo. A fraction `caption_dropout` of the
+        positions has an empty caption. Of the others, a fraction `bare_share` has the photo's bare prompt, if it has
+        one."""
         photo, plan = self._sample(position)
         view = self.encoder.encode(photo, plan)
         if self._is_in(self.caption_dropout, "caption dropout", position):
@@ -194,11 +192,9 @@ class SubjectStreams:
 
 
 def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEncoder) -> SubjectStreams:
-    """The streams of the subjects' photos. With buckets, a batch shows one subject, as it needs one size.
-
-    When photos of one subject are left out by name, the other photos take their turns, each equally often. Runs without
-    different photos then differ only in those turns: order, crops and noise of all other turns are the same.
-    """
+    """The streams of the subjects' photos. With buckets, a batch shows one subject, as it needs one size. When photos
+    of one subject are left out by name, the other photos take their turns, each equally often. Runs without different
+    photos then differ only in those turns: order, crops and noise of all other turns are the same."""
     if config.leave_out and not config.subjects:  # of several, a name does not tell whose photo it is
         named = {photo.path.name: [photo] * len(photos) for photo in photos} | dict.fromkeys(config.leave_out, photos)
         photos = [photo for name in sorted(named) for photo in named[name]]

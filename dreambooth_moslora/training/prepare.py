@@ -56,10 +56,8 @@ Entries = dict[str, Callable[[], Tensors]]
 @dataclass
 class TrainInputs:
     """Inputs of the loop. `prior` is None without class images; `prompt_embeds` serves frozen text encoders,
-    `text_products` a UNet that caches cross-attention.
-
-    `start` holds the weights that a fresh adapter begins with, or None; `basis` is that of `--basis`.
-    """
+    `text_products` a UNet that caches cross-attention. `start` holds the weights that a fresh adapter begins with, or
+    None; `basis` is that of `--basis`."""
 
     pipeline: StableDiffusionXLPipeline
     schedule: NoiseSchedule
@@ -74,9 +72,7 @@ class TrainInputs:
 
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> TrainBatch:
         """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
-
-        `next_micro_batch` is the one that this process will ask for next; its photos are read ahead.
-        """
+        `next_micro_batch` is the one that this process will ask for next; its photos are read ahead."""
         streams = [self.instance] if self.prior is None else [self.instance, self.prior]
         samples = [s.at(position) for s in streams for position in range(micro_batch * size, (micro_batch + 1) * size)]
         for stream in streams:
@@ -93,12 +89,9 @@ def prepare(
     is_fresh: bool = True,
     load: LoadBase | None = None,
 ) -> TrainInputs:
-    """Load the base, generate class images, and encode what the run's first `sample_count` samples show.
-
-    `prompts` will be drawn later; they are encoded while the text encoders are in memory. `is_fresh`: the run
-    does not resume an adapter. `load` loads the base, by default `load_base`. Raises UserError and
-    StopRequestedError.
-    """
+    """Load the base, generate class images, and encode what the run's first `sample_count` samples show. `prompts`
+    will be drawn later; they are encoded while the text encoders are in memory. `is_fresh`: the run does not resume
+    an adapter. `load` loads the base, by default `load_base`. Raises UserError and StopRequestedError."""
     config, device = context.config, context.accelerator.device
     context.report.phase("loading")
     dtype = DTYPES[context.accelerator.mixed_precision]
@@ -142,9 +135,7 @@ def prepare(
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseSchedule:
     """The noise levels that a base was trained with, from its scheduler's configuration. EDM bases force EDM style.
-
-    Raises UserError for a base that predicts neither noise nor velocity.
-    """
+    Raises UserError for a base that predicts neither noise nor velocity."""
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"the base predicts `{kind}`: only epsilon and v_prediction bases can be trained.")
@@ -190,10 +181,8 @@ def prompt_cache(config: TrainConfig, pipeline: StableDiffusionXLPipeline, devic
 
 
 def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_count: int) -> None:
-    """Fill the cache with every crop that the run's first `sample_count` samples show.
-
-    Raises UserError when photos cannot be read or differ between processes, and StopRequestedError.
-    """
+    """Fill the cache with every crop that the run's first `sample_count` samples show. Raises UserError when photos
+    cannot be read or differ between processes, and StopRequestedError."""
     encoder = streams[0].encoder
     if encoder.cache is None:
         return

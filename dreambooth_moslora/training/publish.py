@@ -93,11 +93,8 @@ class ValidationSamples:
         return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
 
     def draw(self, step: int, sampler: Sampler, accelerator: Accelerator) -> SamplesDrawn:
-        """Draw `samples/step_000100_0.png` …, shared out to the processes; the main process saves them. Returns
-        their event.
-
-        Raises StopRequestedError from the sampler; pictures drawn before are kept.
-        """
+        """Draw `samples/step_000100_0.png` …, shared out to the processes; the main process saves them. Returns their
+        event. Raises StopRequestedError from the sampler; pictures drawn before are kept."""
         self.latest, self.latest_step = [], step
         for number, picture in enumerate(share_out(accelerator, self.requests, sampler)):
             self.latest.append(picture)
@@ -196,11 +193,9 @@ class Publisher:
             self._publish_to(folder)
 
     def publish(self, finished: bool) -> Proof:
-        """Write the adapter, then its card, then push it to the hub; plot and contact sheet come last.
-
-        Only a finished run draws new contexts, fewer when a stop is requested, and is pushed. The main process writes;
-        all draw.
-        """
+        """Write the adapter, then its card, then push it to the hub; plot and contact sheet come last. Only a
+        finished run draws new contexts, fewer when a stop is requested, and is pushed. The main process writes; all
+        draw."""
         accelerator = self.train_step.accelerator
         proof = on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
         contexts: list[Shown] = []
@@ -278,12 +273,9 @@ def settings_in(facts: AdapterMetadata) -> list[object]:
 def write_card(
     config: TrainConfig, run_dir: RunDir, facts: CardFacts, drawn: list[Shown], contexts: list[Shown]
 ) -> None:
-    """Write README.md and its pictures, named image_0.png and on: with one subject a few, with several one of each and
-    those of two subjects in one prompt.
-
-    The previous card's pictures are removed first and the new ones are written last: a card names every picture
-    at all times.
-    """
+    """Write README.md and its pictures, named image_0.png and on: with one subject a few, with several one of each
+    and those of two subjects in one prompt. The previous card's pictures are removed first and the new ones are
+    written last: a card names every picture at all times."""
     pictures = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *contexts]
     if len(config.subjects) > 1:
         first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}

@@ -235,11 +235,9 @@ class Finding:
 
 
 class SelfTest:
-    """Trains and generates on the device with `program`, with `env` added to the environment.
-
-    `precisions` are the values of `--mixed_precision` to test; they include "no", which is fp32. `free_gib` is
-    the device memory for a step of full-size SDXL; None skips that test.
-    """
+    """Trains and generates on the device with `program`, with `env` added to the environment. `precisions` are the
+    values of `--mixed_precision` to test; they include "no", which is fp32. `free_gib` is the device memory for a
+    step of full-size SDXL; None skips that test."""
 
     def __init__(
         self,

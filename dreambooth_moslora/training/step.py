@@ -206,10 +206,7 @@ class TrainStep:
 
     def update_adapter(self) -> float:
         """Average gradients over processes, clip them, and take a step. Returns the gradient's norm before clipping.
-
-        If the norm is not finite, no step is counted: fp16's gradient scaler has skipped it and lowers its
-        scale.
-        """
+        If the norm is not finite, no step is counted: fp16's gradient scaler has skipped it and lowers its scale."""
         with self.learnt.step(self.step) if self.learnt else nullcontext():
             self._average_gradients()
             norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf)
@@ -293,10 +290,8 @@ class TrainStep:
         return drawn
 
     def predict(self, rows: UNetRows) -> Tensor:
-        """The UNet's prediction (B, 4, h, w) in fp32.
-
-        `time_ids` (B, 6) stay in fp32: bf16 would round a size of 1365 to 1368.
-        """
+        """The UNet's prediction (B, 4, h, w) in fp32. `time_ids` (B, 6) stay in fp32: bf16 would round a size of 1365
+        to 1368."""
         unet, to = self.inputs.pipeline.unet, {"device": self.accelerator.device, "dtype": self.inputs.dtype}
         text = rows.cond.embeds.to(**to)
         if self.inputs.text_products is not None:
