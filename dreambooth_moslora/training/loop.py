@@ -376,7 +376,8 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
     photos = masked_photos(context, captioned_photos(context, photos))
     if line := bare_prompt_line(config, photos):
         logger.info("%s", line)
-    report.trackers.start(config)
+    if context.accelerator.log_with:
+        on_main(context.accelerator, lambda: report.trackers.start(config))
     samples = ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]
     inputs = prepare(context, photos, steps.total_steps * steps.photos_a_step, prompts, checkpoint is None, load)

@@ -30,7 +30,7 @@ from dreambooth_moslora.disk.events import (
 )
 from dreambooth_moslora.disk.processes import peak_memory_gib
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.plan.processes import any_process, on_each, on_main
+from dreambooth_moslora.plan.processes import any_process, on_each
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,6 @@ class Trackers:
 
     def start(self, config: TrainConfig) -> None:
         """Open them with the run's plain settings. Raises UserError when one does not open."""
-        if self.accelerator.log_with:
-            on_main(self.accelerator, lambda: self._open(config))
-
-    def _open(self, config: TrainConfig) -> None:
         try:
             self.accelerator.init_trackers("dreambooth_moslora", config=public_settings(config))
         except Exception as error:  # each tracker raises its own errors

@@ -8,8 +8,8 @@ step        seconds and memory of a step of full-size SDXL with random weights, 
 lower bound
 
 Each training is the training command in a process of its own, with the embedded base and painted photos. Nothing is
-downloaded, and no file is written outside the folder. The random UNet is made in seconds: it is one random megabyte
-repeated, scaled by 1/sqrt(fan-in), so that activations neither grow nor vanish.
+downloaded, and no file is written outside the folder. The random UNet is one random megabyte repeated, scaled by
+1/sqrt(fan-in), so that activations neither grow nor vanish.
 
     python -m dreambooth_moslora.training.selftest
 
@@ -26,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,10 +208,6 @@ def main() -> None:
     print(json.dumps(measure(args.size, config)))
 
 
-if __name__ == "__main__":
-    main()
-
-
 PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
 STEPS, STOPPED_AT = 6, 3
 TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}
@@ -249,7 +245,13 @@ class SelfTest:
     ):
         self.folder, self.precisions, self.env, self.program = folder, precisions, env or {}, program
         self.free_gib = free_gib
-        self.photos = paint_photos(folder / "photos")
+        self.photos = folder / "photos"
+        shutil.rmtree(self.photos, ignore_errors=True)
+        self.photos.mkdir(parents=True)
+        for number in range(3):  # a disc on a plain ground
+            photo = Image.new("RGB", (160, 160), (60 * number, 140, 200 - 60 * number))
+            ImageDraw.Draw(photo).ellipse((30 + 10 * number, 40, 110 + 10 * number, 120), fill=(230, 60, 40))
+            photo.save(self.photos / f"{number}.png")
 
     def findings(self) -> Iterator[Finding]:
         """Yields each result as soon as it is known. A run that fails is a result, and ends the test."""
@@ -279,7 +281,8 @@ class SelfTest:
 
     def generated(self) -> Finding:
         words = ["--adapter", self.run("device_no").path, "--prompt", "a photo of a sks robot", "--steps", "8"]
-        self.call("generate", ["generate", *words, "--output_dir", self.folder / "pictures"])
+        words += ["--output_dir", self.folder / "pictures"]
+        self.call("generate", [*self.program, "generate", *words])
         picture = next((self.folder / "pictures").glob("*.png"))
         spread = min(ImageStat.Stat(Image.open(picture).convert("RGB")).stddev)
         return Finding("generated", spread > FLAT_LEVELS, f"{picture.name}, {spread:.0f} levels of spread")
@@ -300,7 +303,7 @@ class SelfTest:
         words = ["--size", size, "--resolution", str(px), *(["--gradient_checkpointing"] if plan != "full" else [])]
         command = [sys.executable, "-m", "dreambooth_moslora.training.selftest", *words]
         try:
-            found = json.loads(self.called("step", command, STEP_SEC).splitlines()[-1])
+            found = json.loads(self.call("step", command, STEP_SEC).splitlines()[-1])
         except subprocess.TimeoutExpired:
             return Finding("step", True, f"left out: four steps take longer than {STEP_SEC} s here; {told}", needs)
         said = "{step_sec:.2f} s at {} px, the floor {floor_sec:.2f} s, peak {peak_gib:.1f} GiB ({}); {}"
@@ -324,21 +327,14 @@ class SelfTest:
             "report_to": "none",
             "seed": 0,
         }
-        self.call(
-            name, ["train", *(word for key, value in (settings | changes).items() for word in (f"--{key}", value))]
-        )
+        words = [word for key, value in (settings | changes).items() for word in (f"--{key}", value)]
+        self.call(name, [*self.program, "train", *words])
         return self.run(name)
 
-    def call(self, name: str, words: list) -> None:
-        """Run a command of the program. Raises UserError with the last line of its error output."""
-        self.called(name, [*self.program, *map(str, words)])
-
-    def called(self, name: str, command: list[str], timeout_sec: float | None = None) -> str:
-        """Run a command; returns its output. Raises UserError when it fails."""
-        environment = os.environ | self.env
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=timeout_sec
-        )
+    def call(self, name: str, command: Sequence[object], timeout_sec: float | None = None) -> str:
+        """Run a command; returns its output. Raises UserError with the last line of its error output when it fails."""
+        words, env = list(map(str, command)), os.environ | self.env
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=timeout_sec)
         (self.folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["nothing was said"]
@@ -364,17 +360,6 @@ def tensor_bytes(run: Path) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
-def paint_photos(folder: Path, count: int = 3, side_px: int = 160) -> Path:
-    """Paint photos of a disc on plain grounds into a new folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for number in range(count):
-        photo = Image.new("RGB", (side_px, side_px), (60 * number, 140, 200 - 60 * number))
-        ImageDraw.Draw(photo).ellipse((30 + 10 * number, 40, 110 + 10 * number, 120), fill=(230, 60, 40))
-        photo.save(folder / f"{number}.png")
-    return folder
-
-
 def as_page(facts: dict[str, str], findings: list[Finding]) -> str:
     """Markdown for a bug report: the machine, and the results."""
     lines = ["# Self-test of dreambooth_moslora", ""]
@@ -386,3 +371,7 @@ def as_page(facts: dict[str, str], findings: list[Finding]) -> str:
 
 def as_json(facts: dict[str, str], findings: list[Finding]) -> str:
     return json.dumps({"machine": facts, "findings": [vars(found) for found in findings]}, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -35,7 +35,7 @@ def test_losses_are_compared_step_by_step(found, far):
 def test_a_command_that_fails_is_told_by_its_last_line(tmp_path):
     program = (sys.executable, "-c", "import sys; print('loading'); sys.exit('error: the GPU has gone')")
     with pytest.raises(UserError, match="first: exit code 1: error: the GPU has gone"):
-        SelfTest(tmp_path, program=program).call("first", ["train"])
+        SelfTest(tmp_path, program=program).call("first", [*program, "train"])
 
 
 def test_the_tensors_are_compared_without_the_header(tmp_path):
