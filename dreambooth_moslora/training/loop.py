@@ -21,17 +21,7 @@ from torch import nn
 
 from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.core import StopRequestedError, UserError, half_precision, remove_directory
-from dreambooth_moslora.disk.events import (
-    AdapterExported,
-    CheckpointSaved,
-    Event,
-    RunEnded,
-    ScaleFound,
-    StepDone,
-    StepEvaluated,
-    event_of,
-    events_of,
-)
+from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
@@ -148,7 +138,7 @@ class Training:
         skipped = not math.isfinite(grad_norm)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.seconds.append(time.monotonic() - self.started)
-        done = StepDone(
+        done = events.StepDone(
             step=attempted,
             loss=losses.total,
             loss_instance=losses.instance,
@@ -200,7 +190,7 @@ class Training:
             return
         finally:
             free_unused_memory(self.accelerator.device)
-        found = event_of({"type": StepEvaluated.kind, "step": self.step, **scores})
+        found = events.event_of({"type": events.StepEvaluated.kind, "step": self.step, **scores})
         self.report(found)
         self.best = BestStep(**found.best)
         self.publisher.scores, self.publisher.best = found.scores, self.best
@@ -213,7 +203,7 @@ class Training:
     def recall_scores(self) -> None:
         """On the main process, give a resumed run its earlier scores; score the step at which it was stopped if that is
         missing."""
-        scored = events_of(StepEvaluated, self.run_dir.read_metrics())
+        scored = events.events_of(events.StepEvaluated, self.run_dir.read_metrics())
         if scored:
             self.publisher.scores, self.publisher.best = scored[-1].scores, BestStep(**scored[-1].best)
         if self.is_scored_now and self.step not in (event.step for event in scored):
@@ -244,7 +234,7 @@ class Training:
             if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
                 remove_directory(self.run_dir.last_dir)
             self.run_dir.rotate(self.config.checkpoints_total_limit)
-            self.report(CheckpointSaved(self.step, path.name))
+            self.report(events.CheckpointSaved(self.step, path.name))
 
         self.require_finite_adapter()
         on_main(self.accelerator, write)
@@ -265,7 +255,7 @@ class Training:
             found = self.evaluator.find_scale(self.sampler, self.train_step.components)
             if found is not None:
                 by_scale = {f"{scale:g}": score for scale, score in found.scores.items()}
-                self.report(ScaleFound(found.best, found.low, found.high, by_scale))
+                self.report(events.ScaleFound(found.best, found.low, found.high, by_scale))
                 usable = (found.low, found.high)
                 self.publisher.facts = replace(self.publisher.facts, best_scale=found.best, usable_scales=usable)
             if found is not None and self.best is not None and self.best.step == self.step:
@@ -285,15 +275,15 @@ class Training:
                 on_main(self.accelerator, self.find_scale)
             self.report.phase("exporting")
             proof = self.publisher.publish(finished=not interrupted)
-        self.report(AdapterExported(list(proof.files), proof.to_dict()))
-        self.report(RunEnded("interrupted" if interrupted else "done", self.step))
+        self.report(events.AdapterExported(list(proof.files), proof.to_dict()))
+        self.report(events.RunEnded("interrupted" if interrupted else "done", self.step))
         on_each(self.accelerator, self.report.raise_failure)
         return TrainResult(self.run_dir.path, self.step, interrupted, proof)
 
 
 def train(
     config: TrainConfig | Plan,
-    on_event: Callable[[Event], None] | None = None,
+    on_event: Callable[[events.Event], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     evaluator: StepScorer | None = None,
 ) -> TrainResult:
@@ -328,7 +318,7 @@ def advanced(steps: Steps, accumulate: Callable[[], StepLosses]) -> Training:
 
 def training(
     config: TrainConfig | Plan,
-    on_event: Callable[[Event], None] | None = None,
+    on_event: Callable[[events.Event], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     evaluator: StepScorer | None = None,
     load: LoadBase | None = None,
@@ -349,11 +339,11 @@ def training(
         except StopRequestedError:
             if report.step:  # a resumed run can continue from its untouched checkpoint
                 report.release()
-            report(RunEnded("interrupted", report.step, "stopped before a step"))
+            report(events.RunEnded("interrupted", report.step, "stopped before a step"))
             return TrainResult(run_dir.path, report.step, True, None)
         except Exception as error:
             with suppress(OSError):  # a full disk, for example, is already the error itself
-                report(RunEnded("failed", report.step, str(error)))
+                report(events.RunEnded("failed", report.step, str(error)))
             raise
 
 
@@ -385,13 +375,8 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
         samples.leave_out()
         logger.warning(NO_SAMPLES)
     train_step = TrainStep(config, inputs, context.accelerator, steps.total_steps, checkpoint, step)
-    sampler = Sampler(
-        inputs.pipeline,
-        train_step.text_cond,
-        config.resolution,
-        context.accelerator.device,
-        should_stop=context.should_stop,
-    )
+    settings = config.resolution, context.accelerator.device
+    sampler = Sampler(inputs.pipeline, train_step.text_cond, *settings, should_stop=context.should_stop)
     publisher = Publisher(config, context.run_dir, inputs, train_step, samples, sampler, steps.total_steps, checkpoint)
     on_main(context.accelerator, lambda: claim_run_folder(context, step, checkpoint))
     return Training(context, steps.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)

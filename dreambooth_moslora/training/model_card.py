@@ -167,7 +167,6 @@ def with_strength(text: str, best: float, usable: tuple[float, float]) -> str:
 def training_table(config: TrainConfig, facts: CardFacts) -> str:
     trained = "UNet and both text encoders" if config.train_text_encoder else "UNet"
     prior = f"{config.prior}, weight {config.prior_loss_weight}" if config.with_prior_preservation else "none"
-    batch = f"{config.train_batch_size} × {config.gradient_accumulation_steps} accumulated"
     start = {"Began with": public_name(config.init_adapter)} if config.init_adapter else {}
     ranks = sorted({facts.adapter.rank, *facts.adapter.ranks.values()})
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -178,7 +177,7 @@ def training_table(config: TrainConfig, facts: CardFacts) -> str:
         "Adapter": f"rank {rank}, alpha {facts.adapter.alpha:g}, mixer {mixer}, {trained}",
         "Steps": f"{facts.step} of {facts.max_train_steps}",
         "Resolution": f"{config.resolution} px",
-        "Batch": batch,
+        "Batch": f"{config.train_batch_size} × {config.gradient_accumulation_steps} accumulated",
         "Learning rate": f"{config.learning_rate:g}, {config.lr_scheduler}, {config.optimizer}",
         "Prior preservation": prior,
         "Seed": config.seed,

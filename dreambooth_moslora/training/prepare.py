@@ -113,20 +113,16 @@ def prepare(
             basis = read_basis(config.basis, base_folder(config), config.variant)
     context.stop_if_asked()
     class_photos = class_photos_of_each(context, pipeline, photos) if uses_class_images(config) else []
-    encoder = PhotoEncoder(
-        pipeline.vae.to(device),
-        cache_of(config),
-        crop_rule(config),
-        config.dataloader_num_workers,
-        config.unmasked_weight,
-    )
+    options = config.dataloader_num_workers, config.unmasked_weight
+    encoder = PhotoEncoder(pipeline.vae.to(device), cache_of(config), crop_rule(config), *options)
     instance = instance_streams(config, photos, encoder)
     prior = prior_streams(config, class_photos, encoder, instance) if class_photos else None
     prompt_embeds = prompt_cache(config, pipeline, device)
     streams = [stream for stream in (instance, prior) if stream is not None]
     encode_photos(context, streams, sample_count)
     encode_prompts(context, streams, prompt_embeds, prompts)
-    release_encoders(config, pipeline, prompt_embeds, encoder, device)
+    release_encoders(config, pipeline, prompt_embeds, encoder)
+    free_unused_memory(device)
     give_freed_memory_back()
     products = TextProducts(pipeline.unet, device) if config.cache_cross_attention else None
     pipeline.unet.to(device)
@@ -235,11 +231,7 @@ def fill(cache: TensorCache, context: RunContext, entries: Entries) -> Iterator[
 
 
 def release_encoders(
-    config: TrainConfig,
-    pipeline: StableDiffusionXLPipeline,
-    prompt_embeds: PromptCache,
-    encoder: PhotoEncoder,
-    device: torch.device,
+    config: TrainConfig, pipeline: StableDiffusionXLPipeline, prompt_embeds: PromptCache, encoder: PhotoEncoder
 ) -> None:
     """Free the text encoders unless they are trained, and the VAE unless every step encodes. If samples or
     scores need the VAE, it waits on the CPU."""
@@ -251,4 +243,3 @@ def release_encoders(
     elif config.caching != "off":
         pipeline.register_modules(vae=None)
         encoder.vae = None
-    free_unused_memory(device)

@@ -17,17 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from dreambooth_moslora.core import StopRequestedError, UserError, atomic_write, one_line
-from dreambooth_moslora.disk.events import (
-    AdapterExported,
-    Event,
-    PhaseProgress,
-    RunEnded,
-    SamplesDrawn,
-    ScaleFound,
-    StepDone,
-    StepEvaluated,
-    record_of,
-)
+from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.processes import peak_memory_gib
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.processes import any_process, on_each
@@ -35,11 +25,11 @@ from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-TRACKED = (StepDone, StepEvaluated, SamplesDrawn)
+TRACKED = (events.StepDone, events.StepEvaluated, events.SamplesDrawn)
 """Events that trackers get."""
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 """Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB)."""
-ENDINGS = (RunEnded.kind, AdapterExported.kind, ScaleFound.kind)
+ENDINGS = (events.RunEnded.kind, events.AdapterExported.kind, events.ScaleFound.kind)
 
 
 class Trackers:
@@ -57,12 +47,12 @@ class Trackers:
             said = one_line(f"{type(error).__name__} {error}")
             raise UserError(f"--report_to {config.report_to} cannot start: {said}; none trains without it.") from error
 
-    def log(self, event: StepDone | StepEvaluated | SamplesDrawn) -> None:
+    def log(self, event: events.StepDone | events.StepEvaluated | events.SamplesDrawn) -> None:
         """Log numbers, and samples to trackers that show pictures. A tracker that fails causes one warning."""
         for tracker in list(self.accelerator.trackers):
             try:
-                if not isinstance(event, SamplesDrawn):
-                    record = record_of(event)
+                if not isinstance(event, events.SamplesDrawn):
+                    record = events.record_of(event)
                     numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
                     tracker.log({k: v for k, v in numbers.items() if k not in ("step", "time")}, step=event.step)
                 elif tracker.name in PICTURE_OPTIONS:
@@ -99,14 +89,14 @@ class Reporter:
     `raise_failure` then raises it: alone it would leave the others waiting.
     """
 
-    def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[Event], None] | None):
+    def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[events.Event], None] | None):
         self.run_dir, self.accelerator, self.on_event = run_dir, accelerator, on_event
         self.step = 0
         self.trackers = Trackers(run_dir, accelerator)
         self.failure: Exception | None = None
-        self.waiting: list[Event] | None = []
+        self.waiting: list[events.Event] | None = []
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         if not self.accelerator.is_main_process:
             return
         try:
@@ -127,7 +117,7 @@ class Reporter:
             raise self.failure
 
     def phase(self, phase: str, done: int = 0, total: int = 1) -> None:
-        self(PhaseProgress(phase, done, total))
+        self(events.PhaseProgress(phase, done, total))
 
     def counted(self, phase: str, counts: Iterable[int], total: int) -> Iterator[int]:
         """Report each count of a phase, at most four times a second, and always the first and the last."""
@@ -154,9 +144,9 @@ class Reporter:
         for event in waiting:
             self._write(event)
 
-    def _write(self, event: Event) -> None:
+    def _write(self, event: events.Event) -> None:
         if self.waiting is None:
-            self.run_dir.append_metrics(record_of(event))
+            self.run_dir.append_metrics(events.record_of(event))
         else:
             self.waiting.append(event)
 

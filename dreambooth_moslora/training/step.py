@@ -32,22 +32,11 @@ from dreambooth_moslora.plan.memory import Speed, speed_of
 from dreambooth_moslora.plan.processes import mean_over
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training import objective
 from dreambooth_moslora.training.adapters import LearntTokens, add_adapters, trained_modules
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
 from dreambooth_moslora.training.encoder import TrainBatch, move_together
-from dreambooth_moslora.training.objective import (
-    LossParts,
-    NoisySample,
-    add_noise,
-    debiased_weights,
-    loss,
-    loss_target,
-    offset_noise,
-    pointwise_error,
-    prediction_of,
-    sample_timesteps,
-    snr_weights,
-)
+from dreambooth_moslora.training.objective import LossParts, NoisySample
 from dreambooth_moslora.training.optimizer import average_of, lent, make_lr_schedule, make_optimizer, parameter_groups
 from dreambooth_moslora.training.prepare import TrainInputs
 
@@ -239,8 +228,8 @@ class TrainStep:
         batch = self.batch_at(micro_batch)
         torch.manual_seed(seed_of(self.config.seed, "micro", micro_batch, "dropout"))
         on_device = move_together(self.drawn_for(batch, micro_batch), self.accelerator.device)
-        noisy = add_noise(self.schedule, on_device["latents"], on_device["noise"], on_device["index"])
-        target = loss_target(self.schedule, on_device["latents"], on_device["noise"], noisy.index)
+        noisy = objective.add_noise(self.schedule, on_device["latents"], on_device["noise"], on_device["index"])
+        target = objective.loss_target(self.schedule, on_device["latents"], on_device["noise"], noisy.index)
         if self.config.keeps_text_encoders:
             cond = self.text_cond(batch.prompts)
         else:
@@ -253,11 +242,11 @@ class TrainStep:
         prediction of the prior half when that is its target, else None."""
         config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.batch.instance_count
         target = micro.target if answer is None else torch.cat([micro.target[:count], answer])
-        weights = snr_weights(schedule, index, count, config.snr_gamma)
+        weights = objective.snr_weights(schedule, index, count, config.snr_gamma)
         if config.debiased_estimation_loss:
-            weights = debiased_weights(schedule, index)
-        error = pointwise_error(schedule, index, config.loss_type, config.huber_c, config.huber_schedule)
-        return loss(prediction, target, weights, count, config.prior_loss_weight, micro.mask, error)
+            weights = objective.debiased_weights(schedule, index)
+        error = objective.pointwise_error(schedule, index, config.loss_type, config.huber_c, config.huber_schedule)
+        return objective.loss(prediction, target, weights, count, config.prior_loss_weight, micro.mask, error)
 
     def batch_at(self, micro_batch: int) -> TrainBatch:
         """Micro-batch number `micro_batch` of the run. If the frozen base is the prior, it includes the prior half."""
@@ -281,8 +270,8 @@ class TrainStep:
             "latents": batch.latents,
             "time_ids": batch.time_ids,
             "mask": batch.mask,
-            "noise": offset_noise(noise, config.noise_offset, generator(*names, "noise offset")),
-            "index": sample_timesteps(self.inputs.schedule, count, draws, *bias),
+            "noise": objective.offset_noise(noise, config.noise_offset, generator(*names, "noise offset")),
+            "index": objective.sample_timesteps(self.inputs.schedule, count, draws, *bias),
         }
         if not config.keeps_text_encoders:
             cond = self.inputs.prompt_embeds(batch.prompts)
@@ -302,7 +291,7 @@ class TrainStep:
             encoder_hidden_states=text,
             added_cond_kwargs={"text_embeds": rows.cond.pooled.to(**to), "time_ids": rows.time_ids},
         ).sample
-        return prediction_of(self.schedule, output.float(), rows.noisy)
+        return objective.prediction_of(self.schedule, output.float(), rows.noisy)
 
     def prior_rows(self, micro: MicroBatch) -> UNetRows:
         """The rows of the prior half, with text embeddings of the untrained encoders."""
