@@ -181,8 +181,7 @@ class LearntTokens:
             self.is_averaged = False
 
     def text_cond(self, prompts: list[str], step: int) -> TextCond:
-        """Text embeddings of the prompts at `step`, (B, 77, 2048) and pooled (B, 1280) for SDXL; with gradients
-        before the pivot."""
+        """Text embeddings (B, 77, 2048) and pooled (B, 1280) for SDXL, at `step`; with gradients before the pivot."""
         mine = [prompt for prompt in dict.fromkeys(prompts) if self.attached.is_in(prompt)]
         others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in mine]
         is_at_rest = step >= self.pivot and not self.is_averaged

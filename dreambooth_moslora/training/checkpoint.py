@@ -61,9 +61,8 @@ WEIGHTS = "weights.pt"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: the optimizer steps done, the seed that names every draw, and the kind of the saved optimizer.
-    `digest` covers the position and the files beside it (`digest_of`), so that mixed or changed files are detected.
-    `optimizer` (`optimizer_kind`) and `digest` may be None."""
+    """Where a run is: the optimizer steps done, and the seed that names every draw. `digest` covers the position and
+    the files beside it (`digest_of`); it and `optimizer` (`optimizer_kind`) may be None."""
 
     step: int
     seed: int
@@ -81,8 +80,7 @@ def save_checkpoint(
     weights: list[Tensor] | None = None,
     tokens: Sequence[NewTokens] = (),
 ) -> None:
-    """Write the folder `path` completely, or leave its old content. `weights` are those of WEIGHTS, if any, in
-    the shapes of the trained parameters."""
+    """Write the folder `path` completely, or leave its old content. `weights` are those of WEIGHTS, if any."""
     with atomic_directory(path) as folder:
         for number, of_one in enumerate(tokens):
             write_tokens(folder / tokens_name(number=number), of_one)
@@ -211,8 +209,7 @@ def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] 
 
 
 def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> None:
-    """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged adapter file.
-    Settings of the checkpoint in REMOVED are logged."""
+    """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged adapter file."""
     facts, modules = trained_modules(checkpoint)
     for name in REMOVED.keys() & facts.recipe.keys():
         logger.warning("%s was trained with --%s, %s; the run goes on without.", checkpoint.name, name, REMOVED[name])
@@ -266,8 +263,7 @@ def shown(value: object) -> str:
 
 
 def trained_modules(checkpoint: Path) -> tuple[AdapterMetadata, set[str]]:
-    """The metadata in the adapter file's header, and the modules (`component.path`) that it adapts. Raises
-    UserError."""
+    """The metadata in the adapter file's header, and the modules (`component.path`) adapted. Raises UserError."""
     try:
         with safe_open(checkpoint / RAW_NAME, framework="pt") as file:
             facts = AdapterMetadata.from_json((file.metadata() or {})["moslora"])
@@ -318,9 +314,8 @@ def report_start(context: RunContext, step: int, max_train_steps: int) -> None:
 
 
 def claim_run_folder(context: RunContext, step: int, checkpoint: Path | None = None) -> None:
-    """Claim the run folder. It happens late, when all is prepared: only then is an earlier run moved away. The
-    resolved configuration is written. A run resumed from a `checkpoint` in this folder continues its metrics; for a
-    checkpoint from elsewhere, the folder's files belong to another run."""
+    """Claim the run folder, when all is prepared: only then is an earlier run moved away. A run resumed from a
+    `checkpoint` in this folder continues its metrics; else the folder's files belong to another run."""
     run_dir, report = context.run_dir, context.report
     if report.waiting is None or not context.accelerator.is_main_process:
         return

@@ -55,8 +55,7 @@ class ClassImages:
         return seed_of(self.seed, "class_image", index) % 2**32
 
     def manifest(self) -> dict[str, dict]:
-        """File name -> {prompt, seed, model, resolution, sha256} of every generated image; empty if the file is
-        damaged. sha256 may be missing."""
+        """File name -> {prompt, seed, model, resolution, perhaps sha256} of every generated image; {} if damaged."""
         try:
             entries = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError, RecursionError):
@@ -79,9 +78,8 @@ class ClassImages:
         return {path for path in paths if path.name in known or GENERATED.fullmatch(path.name)}
 
     def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
-        """The batches of the first `count` images in which one is missing or damaged. A whole batch is generated
-        again even for one missing image: an image's last bits can depend on its neighbours, and an interrupted run
-        must end like an unbroken one."""
+        """The batches of the first `count` images in which one is missing or damaged. They are drawn whole, as an
+        image's last bits can depend on its neighbours, and an interrupted run must end like an unbroken one."""
         known, found = self.manifest(), []
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
@@ -163,8 +161,7 @@ def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, 
 
 
 def are_draws(photos: Sequence[Photo], seed: int) -> bool:
-    """Whether a run of this seed draws each of these class images itself: whether each has the seed of its number, as
-    in `class_0a1b2c3d_00007.png`."""
+    """Whether a run of this seed draws each of these class images: class_0a1b2c3d_00007.png has the seed of 7."""
     sets = {folder: ClassImages(folder, "", "", seed, (0, 0)) for folder in {photo.path.parent for photo in photos}}
     known = {folder: images.manifest() for folder, images in sets.items()}
     for path in (photo.path for photo in photos):

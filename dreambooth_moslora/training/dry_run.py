@@ -80,8 +80,7 @@ def as_toml(value: object) -> str:
 
 
 def photo_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
-    """A line for each photo. With `--enable_bucket`: how many are cropped to each size, and how many class images are
-    drawn in it."""
+    """A line for each photo; with `--enable_bucket` the sizes of the crops, and of class images."""
     lines = []
     for photo in report.photos:
         about = f"{photo.path.name}  {photo.size_px[1]} x {photo.size_px[0]}  {quoted(photo)}"

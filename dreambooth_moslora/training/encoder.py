@@ -67,8 +67,7 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
 
 
 def warn_of_slow_precision(pipeline: StableDiffusionXLPipeline, device: torch.device) -> None:
-    """Warn when a base as large as SDXL would train in fp32 on a GPU, as it does when no precision is given, or in bf16
-    on a CPU without it."""
+    """Warn when a base as large as SDXL would train in fp32 on a GPU, or in bf16 on a CPU without it."""
     if default_resolution(pipeline) <= SMALL_BASE_PX:
         return
     if device.type == "cuda" and pipeline.unet.dtype == torch.float32:
@@ -219,8 +218,7 @@ class PhotoEncoder:
 
     def entry(self, photo: Photo, plan: CropPlan) -> tuple[str, Callable[[], Tensors]]:
         """The crop's key in the cache, and the function that encodes it. That raises UserError if the photo has
-        changed since, as its encoding would be kept under a wrong key; and if the VAE has left memory and the disk
-        cache cannot be read."""
+        changed since, or if the VAE has left memory and the disk cache cannot be read."""
         key = content_key(
             photo=self._digest(photo.path),
             subject=photo.mask_path and self._digest(photo.mask_path),
@@ -298,8 +296,7 @@ class TrainBatch:
 
 
 def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> TrainBatch:
-    """Stack views and their captions into one batch, the subject's first. If only some views have a mask, the others
-    get a mask of ones."""
+    """One batch, the subject's views first. If only some have a mask, the others get a mask of ones."""
     views = [view for view, _ in samples]
     masks = None
     if any(view.mask is not None for view in views):

@@ -173,9 +173,8 @@ def number(value: Any) -> float | None:
 
 
 def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figures:
-    """The figures of a run folder: its events, its configuration, and the report of `evaluate` if that is newer. The
-    photos are read in their folder unless they are given; they may be gone, or from the hub. Raises UserError when
-    the folder holds no run."""
+    """The figures of a run folder: its events, its configuration, and a newer report of `evaluate`. The photos are
+    read in their folder unless they are given. Raises UserError when the folder holds no run."""
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
@@ -197,8 +196,7 @@ def known_config(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
-    """The figures, with the scores in `evaluation/scores.json` if that is newer; it is based on more pictures. Raises
-    UserError for a damaged file."""
+    """The figures, with the scores of a newer `evaluation/scores.json`. Raises UserError if it is damaged."""
     path = run_dir.path / "evaluation" / "scores.json"
     if not path.is_file() or path.stat().st_mtime < run_dir.metrics_path.stat().st_mtime:
         return found

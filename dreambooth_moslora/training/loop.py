@@ -88,9 +88,8 @@ class TrainResult:
 
 @dataclass
 class Training:
-    """A run that is set up. `checkpoint` is the newest that it wrote or resumed from, `checkpoint_step` its step.
-    `started` is when its step began: the time between two steps (samples, saving) does not count. `seconds` are those
-    of the last steps."""
+    """A run that is set up. `checkpoint` is the newest that it wrote or resumed from, `checkpoint_step` its step. Its
+    step began at `started`, so that `seconds` of the last steps count neither samples nor saving."""
 
     context: RunContext
     max_train_steps: int
@@ -201,8 +200,7 @@ class Training:
             logger.warning("step %d: %s", self.step, line)
 
     def recall_scores(self) -> None:
-        """On the main process, give a resumed run its earlier scores; score the step at which it was stopped if that is
-        missing."""
+        """Give a resumed run its earlier scores; score the step at which it was stopped if that is missing."""
         scored = events.events_of(events.StepEvaluated, self.run_dir.read_metrics())
         if scored:
             self.publisher.scores, self.publisher.best = scored[-1].scores, BestStep(**scored[-1].best)
@@ -221,8 +219,7 @@ class Training:
         return self.step % self.config.checkpointing_steps == 0
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write a checkpoint and remove an older `last`. Raises on all processes when the adapter is not finite
-        (UserError), or when the main process cannot write."""
+        """Write a checkpoint and remove an older `last`. Raises on all processes what the main one raises."""
 
         def write() -> None:
             step, scaler = self.train_step, self.accelerator.scaler
@@ -263,9 +260,8 @@ class Training:
         free_unused_memory(self.accelerator.device)
 
     def finish(self, interrupted: bool) -> TrainResult:
-        """Write the loadable adapter with its card, and a checkpoint with the raw adapter to resume from. The
-        checkpoint is called `last` unless the step is a multiple of `--checkpointing_steps`: as in diffusers' script,
-        only those have numbers."""
+        """Write the loadable adapter with its card, and a checkpoint to resume from. As in diffusers' script only
+        multiples of `--checkpointing_steps` have numbers; another is called `last`."""
         here = self.run_dir.checkpoint_path(self.step) if self.is_checkpoint_due else self.run_dir.last_dir
         is_there = self.checkpoint is not None and self.checkpoint.resolve() == here.resolve()
         if not is_there or self.checkpoint_step != self.step:

@@ -113,8 +113,7 @@ def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
 
 
 def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
-    """The photos; those without a mask get the one in the run folder, which is made if missing. Raises UserError when
-    the segmenter is not there, and StopRequestedError."""
+    """The photos; those without a mask get the run folder's, made if missing. Raises UserError, StopRequestedError."""
     if context.config.masks != "auto":
         return photos
     folder = context.run_dir.masks_dir
@@ -136,8 +135,7 @@ Sets = list[tuple[ClassImages, int]]
 def class_photos_of_each(
     context: RunContext, pipeline: StableDiffusionXLPipeline, photos: list[Photo]
 ) -> list[list[Photo]]:
-    """The class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs. Raises
-    UserError and StopRequestedError."""
+    """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs."""
     found: dict[tuple[str, str | None], list[Photo]] = {}
     subjects, rule = each_subject(context.config), crop_rule(context.config)
     keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
@@ -151,8 +149,7 @@ def class_photos_of_each(
 def make_class_images(
     context: RunContext, pipeline: StableDiffusionXLPipeline, sizes: Mapping[tuple[int, int], int]
 ) -> list[Photo]:
-    """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`. Raises
-    UserError and StopRequestedError."""
+    """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`."""
     config, accelerator = context.config, context.accelerator
     folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
@@ -177,8 +174,7 @@ def make_class_images(
 
 
 def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> tuple[Sets, list[ClassBatch]]:
-    """The sets of the run beside the user's own images, and the batches that must be drawn for them. The folder is
-    made, if it can be."""
+    """The sets of the run beside the user's own images, and the batches to draw for them. The folder is made."""
     base_id = public_name(config.pretrained_model_name_or_path)
     sets = [ClassImages(folder, config.class_prompt, base_id, config.seed, size) for size in sizes]
     paths = []

@@ -274,9 +274,8 @@ def check_tensor(name: str, value: object, expected: Tensor) -> None:
 
 
 class MovingAverage:
-    """The exponential average of `parameters`; it starts at their values. At first it forgets faster than `decay`
-    says: at step n it reaches about n/9 steps back, so that a run of a few hundred steps does not average in its
-    start. Same as diffusers' `EMAModel`."""
+    """The exponential average of `parameters`, as diffusers' `EMAModel`: at step n it reaches about n/9 steps back, so
+    that a run of a few hundred steps does not average in its start."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float):
         self.parameters, self.decay = parameters, decay

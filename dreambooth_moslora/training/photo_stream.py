@@ -64,9 +64,8 @@ class PhotoStream:
         return samples_an_epoch(len(self.photos), self.repeats)
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """The encoded view at `position` >= 0, and a random caption of its photo. A fraction `caption_dropout` of the
-        positions has an empty caption. Of the others, a fraction `bare_share` has the photo's bare prompt, if it has
-        one."""
+        """The encoded view at `position` >= 0, and a random caption of its photo. A fraction `caption_dropout` has an
+        empty caption; of the others, `bare_share` has the photo's bare prompt, if any."""
         photo, plan = self._sample(position)
         view = self.encoder.encode(photo, plan)
         if self._is_in(self.caption_dropout, "caption dropout", position):
@@ -126,8 +125,7 @@ class PhotoStream:
         return epoch, slots[found]
 
     def views_ahead(self, sample_count: int) -> list[tuple[Photo, CropPlan]]:
-        """The different views among the first `sample_count` samples, which repeat after `bound`; none when each epoch
-        crops anew."""
+        """The different views among the first `sample_count` samples; none when each epoch crops anew."""
         crops = self.encoder.rule.crops_per_photo or 0
         turns = crops if self.is_one_size else self.batch_size * math.ceil(crops / self.batch_size)
         bound = len(self) * turns if self.beside is None else sample_count * (crops > 0)
@@ -211,8 +209,7 @@ def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEnc
 def prior_streams(
     config: TrainConfig, class_photos: list[list[Photo]], encoder: PhotoEncoder, instance: SubjectStreams
 ) -> SubjectStreams:
-    """The streams of class images. Beside each sample of a subject they show one of its class; with buckets, of
-    the same size."""
+    """The streams of class images: beside each sample one of its class; with buckets, of the same size."""
     streams = []
     for number, (photos, own) in enumerate(zip(class_photos, instance.streams, strict=True)):
         beside = own if config.enable_bucket else None

@@ -162,8 +162,7 @@ def cache_of(config: TrainConfig) -> TensorCache | None:
 
 
 def prompt_cache(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> PromptCache:
-    """Prompts encoded by the base's text encoders, without their adapters: a file that cannot be read while these
-    are trained is encoded anew."""
+    """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded anew in training."""
     encoders = [pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
     identity = "+".join(fingerprint(encoder) for encoder in encoders)
     if pipeline.config.force_zeros_for_empty_prompt:  # it decides the encoding of ""
@@ -233,8 +232,7 @@ def fill(cache: TensorCache, context: RunContext, entries: Entries) -> Iterator[
 def release_encoders(
     config: TrainConfig, pipeline: StableDiffusionXLPipeline, prompt_embeds: PromptCache, encoder: PhotoEncoder
 ) -> None:
-    """Free the text encoders unless they are trained, and the VAE unless every step encodes. If samples or
-    scores need the VAE, it waits on the CPU."""
+    """Free the text encoders unless they are trained, and the VAE unless a step, sample or score needs it."""
     if not config.keeps_text_encoders:
         prompt_embeds.release_encoders()
         pipeline.register_modules(text_encoder=None, text_encoder_2=None)

@@ -193,9 +193,8 @@ class Publisher:
             self._publish_to(folder)
 
     def publish(self, finished: bool) -> Proof:
-        """Write the adapter, then its card, then push it to the hub; plot and contact sheet come last. Only a
-        finished run draws new contexts, fewer when a stop is requested, and is pushed. The main process writes; all
-        draw."""
+        """Write the adapter, then its card, then push it to the hub; plot and contact sheet come last. Only a finished
+        run draws new contexts, fewer after a stop, and is pushed. The main process writes; all draw."""
         accelerator = self.train_step.accelerator
         proof = on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
         contexts: list[Shown] = []
@@ -273,9 +272,8 @@ def settings_in(facts: AdapterMetadata) -> list[object]:
 def write_card(
     config: TrainConfig, run_dir: RunDir, facts: CardFacts, drawn: list[Shown], contexts: list[Shown]
 ) -> None:
-    """Write README.md and its pictures, named image_0.png and on: with one subject a few, with several one of each
-    and those of two subjects in one prompt. The previous card's pictures are removed first and the new ones are
-    written last: a card names every picture at all times."""
+    """Write README.md and its pictures, image_0.png and on: with one subject a few, with several one of each and of
+    pairs. Old pictures go first and new ones come last: a card names every picture at all times."""
     pictures = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *contexts]
     if len(config.subjects) > 1:
         first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
@@ -292,9 +290,8 @@ def write_card(
 def sheet_rows(
     config: TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Shown]
 ) -> list[Row]:
-    """The rows of the contact sheet. Each subject has its photos, the pictures of step 0 beside those of the end with
-    the same seeds, and new contexts; then follow prompts with two subjects. It is never uploaded, as it shows the
-    photos."""
+    """The contact sheet: each subject's photos, its pictures of step 0 and of the end with the same seeds, and new
+    contexts; then prompts with two subjects. It is never uploaded, as it shows the photos."""
     start = f"adapter {public_name(config.init_adapter)}" if config.init_adapter else "base"
     rows = []
     for number, subject in enumerate(each_subject(config)):

@@ -231,9 +231,8 @@ class Finding:
 
 
 class SelfTest:
-    """Trains and generates on the device with `program`, with `env` added to the environment. `precisions` are the
-    values of `--mixed_precision` to test; they include "no", which is fp32. `free_gib` is the device memory for a
-    step of full-size SDXL; None skips that test."""
+    """Trains and generates with `program`, with `env` added to the environment, in each of `precisions`, of which "no"
+    is fp32. With `free_gib` of device memory it also measures a step of full-size SDXL."""
 
     def __init__(
         self,
@@ -288,8 +287,7 @@ class SelfTest:
         return Finding("generated", spread > FLAT_LEVELS, f"{picture.name}, {spread:.0f} levels of spread")
 
     def step(self, free_gib: float, size: str = "sdxl") -> Finding:
-        """Measure a step in a process of its own, by the fastest plan that fits. Too little memory or time is
-        no failure."""
+        """Measure a step by the fastest plan that fits. Too little memory or time is no failure."""
         is_gpu = self.env != ON_CPU
         px = FULL_PX if is_gpu else CPU_PX
         config = TrainConfig(resolution=px, train_batch_size=1, rank=16, mixed_precision="bf16")

@@ -42,16 +42,14 @@ from dreambooth_moslora.training.prepare import TrainInputs
 
 
 def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:
-    """The prompts whose prior is kept beside each photo of a micro-batch: the prompt of its class, or with
-    equal chance a random one of `prior_prompts`."""
+    """For each photo the prompt of its class, or with equal chance a random one of `prior_prompts`."""
     draws = rng(config.seed, "micro", micro_batch, "prior prompts")
     return [draws.choice((of_class, draws.choice(config.prior_prompts or (of_class,)))) for of_class in classes]
 
 
 @dataclass(frozen=True)
 class UNetRows:
-    """B images for the UNet: noisy latents, text, `time_ids` (B, 6) with sizes and crops, and the `prompts` (B)
-    of the text."""
+    """B images for the UNet: noisy latents, text and its `prompts` (B), `time_ids` (B, 6) with sizes and crops."""
 
     noisy: NoisySample
     cond: TextCond
@@ -79,8 +77,7 @@ class UNetRows:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`target` (B, 4, h, w) is the loss target. Where the frozen base is the prior, the second half's target is
-    its answer instead. `mask` is (B, 1, h, w) or None."""
+    """`target` (B, 4, h, w) and `mask` (B, 1, h, w), or None. With the base as prior its answer is half the target."""
 
     batch: TrainBatch
     rows: UNetRows
@@ -115,8 +112,7 @@ class StepLosses:
 
 
 class TrainStep:
-    """The adapter, its optimizer, and the number of steps done. `trained` are the adapter's `parameters` and
-    new tokens."""
+    """The adapter, its optimizer, and the steps done. `trained` are the adapter's `parameters` and new tokens."""
 
     def __init__(
         self,
@@ -157,8 +153,7 @@ class TrainStep:
         self.schedule = inputs.schedule.to(accelerator.device)
 
     def accumulate_gradients(self) -> StepLosses:
-        """Forward and backward passes of this process's micro-batches. If compilation fails, they are repeated, and the
-        run goes on, without it."""
+        """Forward and backward passes of this process's micro-batches; again without compilation if that fails."""
         try:
             return self._accumulate()
         except (UserError, StopRequestedError):
@@ -260,8 +255,7 @@ class TrainStep:
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
 
     def drawn_for(self, batch: TrainBatch, micro_batch: int) -> dict[str, Tensor | None]:
-        """A micro-batch's tensors on the CPU, before their transfer: with noise, noise levels `index` (B,), and
-        text."""
+        """A micro-batch on the CPU, before its transfer: with noise, noise levels `index` (B,), and text."""
         config, names = self.config, (self.config.seed, "micro", micro_batch)
         noise = torch.randn(batch.latents.shape, generator=generator(*names, "noise"))
         bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
