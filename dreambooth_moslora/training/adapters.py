@@ -130,8 +130,7 @@ def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list
 
 
 class LearntTokens:
-    """The new tokens of a run's subjects. `cached` encodes the prompts without them; `pivot` is the first step at which
-    they are fixed."""
+    """The new tokens of a run's subjects, fixed from step `pivot` on. `cached` encodes the prompts without them."""
 
     def __init__(
         self,

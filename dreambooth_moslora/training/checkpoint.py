@@ -229,8 +229,7 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
 def settings_of_both(
     config: TrainConfig, checkpoint: Path, seed: int, facts: AdapterMetadata, modules: set[str]
 ) -> Iterator[tuple[str, object, object]]:
-    """(name, the checkpoint's, the command line's) of the settings that a resumed run must share. Raises UserError for
-    a file that is missing."""
+    """(name, the checkpoint's, the command line's) of what a run must share. Raises UserError for a missing file."""
     if config.seed is not None:
         yield "seed", seed, config.seed
     yield "train_text_encoder", any(not m.startswith("unet.") for m in modules), config.train_text_encoder

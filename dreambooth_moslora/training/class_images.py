@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 Generate = Callable[[str, list[int]], list[Image.Image]]
 MANIFEST, DIGEST = "manifest.json", "sha256"
-DAMAGED = "{path} has changed since it was made: it is drawn again, like every other changed class image."
 GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 
 
@@ -94,7 +93,10 @@ class ClassImages:
             found.append(ClassBatch(self, tuple(indices), tuple(seeds), missing))
         paths = [self.folder / self.name(index) for batch in found for index in batch.missing]
         if damaged := [path for path in paths if os.path.lexists(path)]:
-            logger.warning("%s", spelled_out(DAMAGED.format(path=damaged[0])))
+            said = (
+                f"{damaged[0]} has changed since it was made: it is drawn again, like every other changed class image."
+            )
+            logger.warning("%s", spelled_out(said))
         return found
 
     def facts(self) -> dict[str, object]:

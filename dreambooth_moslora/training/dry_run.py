@@ -102,8 +102,7 @@ def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
 
 
 def made_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
-    """The share of the instance prompt, and what `--captions auto` and `--masks auto` would do. Raises UserError when
-    no word says what to look for."""
+    """The instance prompt's share, and what would be made. Raises UserError when no word says what to look for."""
     subjects, made = each_subject(config), "makes them before training"
     lines = list(filter(None, [bare_prompt_line(config, report.photos)]))
     bare = sum(not photo.is_captioned for photo in report.photos)

@@ -163,8 +163,7 @@ class PromptCache:
         return {"embeds": cond.embeds[0].cpu(), "pooled": cond.pooled[0].cpu()}
 
     def release_encoders(self) -> None:
-        """Drop the encoders. From now on a new prompt raises RuntimeError; with a cache on disk, an unreadable
-        file raises UserError."""
+        """Drop the encoders. A new prompt then raises RuntimeError, an unreadable file of the cache UserError."""
 
         def gone(prompts: list[str]) -> TextCond:
             if self.cache.folder is not None:
@@ -178,7 +177,6 @@ class PromptCache:
 
 
 Crop = tuple[Image.Image, Image.Image | None]
-"""A crop and its mask."""
 
 
 @dataclass(frozen=True)
@@ -283,8 +281,7 @@ class TrainBatch:
     prompts: list[str]
 
     def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
-        """The batch twice (2B). The second half has these prompts (B); the frozen base's prediction will be its
-        target."""
+        """The batch twice (2B): the second half has these prompts (B), and the base's prediction as its target."""
         size = len(self.prompts)
         return TrainBatch(
             self.latents.repeat(2, 1, 1, 1),

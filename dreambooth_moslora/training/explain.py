@@ -190,8 +190,7 @@ def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figure
 
 
 def known_config(values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of a run. Settings of other versions that this one does not know are left out. Raises
-    UserError for values that no run can have."""
+    """A run's configuration, without settings that are unknown here. Raises UserError for impossible values."""
     return TrainConfig.from_dict({name: value for name, value in values.items() if name in FIELD_TYPES})
 
 

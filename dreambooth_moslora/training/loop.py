@@ -169,11 +169,6 @@ class Training:
             self.report(self.samples.draw(self.step, sampler, self.accelerator))
         free_unused_memory(self.accelerator.device)
 
-    def evaluate_if_due(self) -> None:
-        if self.is_scored_now:
-            self.require_finite_adapter()
-            on_main(self.accelerator, self.evaluate)
-
     @property
     def is_scored_now(self) -> bool:
         every = self.config.evaluate_steps
@@ -284,11 +279,9 @@ def train(
     evaluator: StepScorer | None = None,
 ) -> TrainResult:
     """Run `config`, or a plan that was made of it, to its end, or until `should_stop` says so between two steps.
-
-    Every event is written to the run folder's `metrics.jsonl` and passed to `on_event`. `evaluator(sampler,
-    step)` returns scores. Raises UserError for a mistake in the settings or files, and for a loss that is no
-    longer finite.
-    """
+    Every event is written to the run folder's `metrics.jsonl` and passed to `on_event`. `evaluator(sampler, step)`
+    returns scores. Raises UserError for a mistake in the settings or files, and for a loss that is no longer
+    finite."""
     steps = training(config, on_event, should_stop, evaluator)
     try:
         run = next(steps)
@@ -328,7 +321,7 @@ def training(
     report = Reporter(run_dir, accelerator, on_event)
     context = RunContext(plan.config, run_dir, accelerator, report, should_stop or (lambda: False))
     with ExitStack() as stack:
-        stack.callback(report.trackers.end)
+        stack.callback(report.end_trackers)
         on_main(accelerator, lambda: stack.enter_context(locked(run_dir.path)))
         try:
             return (yield from fit(set_up(context, plan, evaluator, load)))
@@ -363,7 +356,7 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
     if line := bare_prompt_line(config, photos):
         logger.info("%s", line)
     if context.accelerator.log_with:
-        on_main(context.accelerator, lambda: report.trackers.start(config))
+        on_main(context.accelerator, lambda: report.start_trackers(config))
     samples = ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]
     inputs = prepare(context, photos, steps.total_steps * steps.photos_a_step, prompts, checkpoint is None, load)
@@ -392,7 +385,9 @@ def fit(run: Training) -> Steps:
         run.check_finite(losses)
         if not run.update_adapter(losses):
             continue
-        run.evaluate_if_due()
+        if run.is_scored_now:
+            run.require_finite_adapter()
+            on_main(run.accelerator, run.evaluate)
         run.sample_if_due()
         if run.is_checkpoint_due:
             run.save_checkpoint(run.run_dir.checkpoint_path(run.step))

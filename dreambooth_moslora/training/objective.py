@@ -146,12 +146,10 @@ def prediction_of(schedule: NoiseSchedule, output: Tensor, noisy: NoisySample) -
 
 
 def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr_gamma: float | None) -> Tensor:
-    """Weights (B,) of the images' squared errors, as in diffusers' script: `index` (B,), instance images first.
-
-    In EDM style the error of x is weighted by 1/sigma², or by 1 for EDM's own bases. Else weights are 1 without
-    `snr_gamma`. With it (Hang et al. 2023) an instance image's noise is weighted by min(SNR, gamma)/SNR, its
-    velocity by one more.
-    """
+    """Weights (B,) of the images' squared errors, as in diffusers' script: `index` (B,), instance images first. In
+    EDM style the error of x is weighted by 1/sigma², or by 1 for EDM's own bases. Else weights are 1 without
+    `snr_gamma`. With it (Hang et al. 2023) an instance image's noise is weighted by min(SNR, gamma)/SNR, its velocity
+    by one more."""
     snr = schedule.snr(index)
     if schedule.style == "edm":
         return snr if schedule.sigma_data is None else torch.ones_like(snr)
@@ -163,12 +161,10 @@ def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr
 
 
 def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
-    """Weights (B,) of the images' errors: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, with the SNR capped at 1000.
-
-    The error of the noise becomes the error of the latents that it implies, up to a power (Yu et al. 2023,
-    "Debias the Training of Diffusion Models", arXiv 2310.08442). Like kohya's `--debiased_estimation_loss` it
-    applies to all images.
-    """
+    """Weights (B,) of the images' errors: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, with the SNR capped at
+    1000. The error of the noise becomes the error of the latents that it implies, up to a power (Yu et al. 2023,
+    "Debias the Training of Diffusion Models", arXiv 2310.08442). Like kohya's `--debiased_estimation_loss` it applies
+    to all images."""
     snr = schedule.snr(index).clamp(max=1000)
     return snr.rsqrt() if schedule.prediction_type == "epsilon" else 1 / (snr + 1)
 
@@ -176,12 +172,10 @@ def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
 def pointwise_error(
     schedule: NoiseSchedule, index: Tensor, loss_type: str = "l2", huber_c: float = 0.1, huber_schedule: str = "snr"
 ) -> Pointwise:
-    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on each image's `index` (B,).
-
-    With C = `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T), 1 where there is no noise;
-    `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha 2024, "scheduled Huber loss" in diffusers and kohya's
-    sd-scripts, after arXiv 2403.16728).
-    """
+    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on each image's `index`
+    (B,). With C = `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T), 1 where there is no noise;
+    `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha 2024, "scheduled Huber loss" in diffusers and kohya's sd-scripts,
+    after arXiv 2403.16728)."""
     if loss_type == "l2":
         return torch.square
     if huber_schedule == "constant":

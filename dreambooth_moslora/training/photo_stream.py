@@ -48,8 +48,7 @@ class PhotoStream:
         beside: "PhotoStream | None" = None,
         bare_share: float = 0.0,
     ):
-        """Crops have one size in each group of `batch_size` positions. With a stream `beside`, each crop has
-        the size of that stream's sample at the same position."""
+        """Crops have one size in each group of `batch_size` positions, or that of a stream `beside` at the place."""
         self.photos, self.encoder, self.seed, self.name, self.repeats = photos, encoder, seed, name, repeats
         self.caption_dropout, self.batch_size, self.beside = caption_dropout, batch_size, beside
         self.bare_share = bare_share

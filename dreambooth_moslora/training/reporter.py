@@ -32,22 +32,50 @@ PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 ENDINGS = (events.RunEnded.kind, events.AdapterExported.kind, events.ScaleFound.kind)
 
 
-class Trackers:
-    """The trackers of `--report_to`. One that fails during the run is dropped."""
+class Reporter:
+    """Call it with each event. `on_event` gets the same events as the file. The file may belong to an earlier run:
+    events wait until `begin_at`. `step` is the run's latest step. One process raises the error of a report that
+    fails. Of several, the main one keeps it until all meet, and `raise_failure` then raises it: alone it would leave
+    the others waiting."""
 
-    def __init__(self, run_dir: RunDir, accelerator: Accelerator):
-        self.run_dir, self.accelerator = run_dir, accelerator
+    def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[events.Event], None] | None):
+        self.run_dir, self.accelerator, self.on_event = run_dir, accelerator, on_event
+        self.step = 0
+        self.failure: Exception | None = None
+        self.waiting: list[events.Event] | None = []
 
-    def start(self, config: TrainConfig) -> None:
-        """Open them with the run's plain settings. Raises UserError when one does not open."""
+    def __call__(self, event: events.Event) -> None:
+        if not self.accelerator.is_main_process:
+            return
         try:
-            self.accelerator.init_trackers("dreambooth_moslora", config=public_settings(config))
+            if not getattr(event, "skipped", False):
+                self.step = getattr(event, "step", self.step)
+            self._write(event)
+            if self.on_event is not None:
+                self.on_event(event)
+            if isinstance(event, TRACKED):
+                self._track(event)
+        except Exception as error:
+            if self.accelerator.num_processes == 1:
+                raise
+            self.failure = self.failure or error
+
+    def start_trackers(self, config: TrainConfig) -> None:
+        """Open them. They get the settings that are numbers, switches or choices: these cannot hold text of the user's.
+        Raises UserError when one does not open."""
+        public = {}
+        for name, value in config.to_dict().items():
+            is_choice = isinstance(value, str) and SETTINGS[name].metadata["choices"]
+            if isinstance(value, (bool, int, float)) or is_choice:
+                public[name] = value
+        try:
+            self.accelerator.init_trackers("dreambooth_moslora", config=public)
         except Exception as error:  # each tracker raises its own errors
             self.accelerator.trackers.clear()
             said = one_line(f"{type(error).__name__} {error}")
             raise UserError(f"--report_to {config.report_to} cannot start: {said}; none trains without it.") from error
 
-    def log(self, event: events.StepDone | events.StepEvaluated | events.SamplesDrawn) -> None:
+    def _track(self, event: events.StepDone | events.StepEvaluated | events.SamplesDrawn) -> None:
         """Log numbers, and samples to trackers that show pictures. A tracker that fails causes one warning."""
         for tracker in list(self.accelerator.trackers):
             try:
@@ -63,54 +91,12 @@ class Trackers:
                 said = one_line(f"{type(error).__name__} {error}")
                 logger.warning("--report_to: %s failed and is not used again in this run: %s", tracker.name, said)
 
-    def end(self) -> None:
+    def end_trackers(self) -> None:
         """Their errors are only logged, so that they do not hide the run's result or error."""
         try:
             self.accelerator.end_training()
         except Exception as error:  # each tracker raises its own errors
             logger.warning("--report_to: ending it failed: %s", one_line(f"{type(error).__name__} {error}"))
-
-
-def public_settings(config: TrainConfig) -> dict[str, bool | int | float | str]:
-    """Settings that are numbers, switches or choices: they cannot hold text of the user's."""
-    return {
-        name: value
-        for name, value in config.to_dict().items()
-        if isinstance(value, (bool, int, float)) or (isinstance(value, str) and SETTINGS[name].metadata["choices"])
-    }
-
-
-class Reporter:
-    """Call it with each event. `on_event` gets the same events as the file.
-
-    The file may belong to an earlier run: events wait until `begin_at`. `step` is the run's latest step.
-
-    One process raises the error of a report that fails. Of several, the main one keeps it until all meet, and
-    `raise_failure` then raises it: alone it would leave the others waiting.
-    """
-
-    def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[events.Event], None] | None):
-        self.run_dir, self.accelerator, self.on_event = run_dir, accelerator, on_event
-        self.step = 0
-        self.trackers = Trackers(run_dir, accelerator)
-        self.failure: Exception | None = None
-        self.waiting: list[events.Event] | None = []
-
-    def __call__(self, event: events.Event) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        try:
-            if not getattr(event, "skipped", False):
-                self.step = getattr(event, "step", self.step)
-            self._write(event)
-            if self.on_event is not None:
-                self.on_event(event)
-            if isinstance(event, TRACKED):
-                self.trackers.log(event)
-        except Exception as error:
-            if self.accelerator.num_processes == 1:
-                raise
-            self.failure = self.failure or error
 
     def raise_failure(self) -> None:
         if self.failure is not None:

@@ -93,15 +93,6 @@ GRAPHS = 32
 one graph for all sizes."""
 
 
-def compile_blocks(unet: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of `unet`, which are compiled at their first call."""
-    blocks = [block for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    for block in blocks:
-        block.compile(backend=BACKEND)
-    return blocks
-
-
 @dataclass(frozen=True)
 class StepLosses:
     """Means over the micro-batches of one step, on all processes; `prior` is None without prior preservation."""
@@ -130,7 +121,13 @@ class TrainStep:
         self.components = trained_modules(config, inputs.pipeline)
         add_adapters(config, self.components, checkpoint, start=inputs.start, basis=inputs.basis)
         inputs.start = None  # free its tensors
-        self.compiled = compile_blocks(inputs.pipeline.unet) if speed.compiled else []
+        self.compiled = []  # the transformer blocks that are compiled at their first call
+        if speed.compiled:
+            modules = inputs.pipeline.unet.modules()
+            self.compiled = [block for block in modules if isinstance(block, BasicTransformerBlock)]
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+            for block in self.compiled:
+                block.compile(backend=BACKEND)
         if accelerator.is_main_process and (speed.compiled or speed.channels_last):
             logger.warning("%s", speed.sentence())
         self.parameters = [p for module in self.components.values() for _, p in adapter_parameters(module)]

@@ -1,6 +1,7 @@
 """What goes to tensorboard and its like, and that their trouble is said early, or costs the run nothing."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.reporter import public_settings
+from dreambooth_moslora.training.reporter import Reporter
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
@@ -25,11 +26,17 @@ def config(tiny_base, tmp_path):
 
 
 def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():
-    told = public_settings(TrainConfig(optimizer="Prodigy", learning_rate=1.0, random_flip=True))
+    def told_of(**settings) -> dict:
+        got = {}
+        accelerator = SimpleNamespace(init_trackers=lambda _, config: got.update(config))
+        Reporter(None, accelerator, None).start_trackers(TrainConfig(**settings))
+        return got
+
+    told = told_of(optimizer="Prodigy", learning_rate=1.0, random_flip=True)
     assert (told["optimizer"], told["learning_rate"], told["random_flip"]) == ("Prodigy", 1.0, True)
     for name in [name for name, (kind, _) in FIELD_TYPES.items() if kind is str]:
         if not SETTINGS[name].metadata["choices"]:
-            assert "alice" not in public_settings(TrainConfig(**{name: "alice"})).values(), name
+            assert "alice" not in told_of(**{name: "alice"}).values(), name
 
 
 def test_a_tracker_that_cannot_start_is_a_mistake_before_anything_is_loaded(config, tmp_path, caplog):
