@@ -25,7 +25,6 @@ from dreambooth_moslora.pictures import png_bytes
 
 logger = logging.getLogger(__name__)
 
-Generate = Callable[[str, list[int]], list[Image.Image]]
 MANIFEST, DIGEST = "manifest.json", "sha256"
 GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 
@@ -140,7 +139,7 @@ class ClassBatch:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def files(self, generate: Generate) -> list[bytes]:
+    def files(self, generate: Callable[[str, list[int]], list[Image.Image]]) -> list[bytes]:
         """Generate the batch; returns the missing images as PNG files."""
         pictures = dict(zip(self.indices, generate(self.images.prompt, list(self.seeds)), strict=True))
         return [png_bytes(pictures[index]) for index in self.missing]

@@ -176,9 +176,6 @@ class PromptCache:
         self.encode = gone
 
 
-Crop = tuple[Image.Image, Image.Image | None]
-
-
 @dataclass(frozen=True)
 class EncodedView:
     """One crop of one photo: `latents` (4, h, w), `time_ids` (6,), and `mask` (1, h, w), the loss weights, or None."""
@@ -204,7 +201,7 @@ class PhotoEncoder:
         self.vae_identity = fingerprint(vae)
         self._digests: dict[object, str] = {}
         self._readers = ThreadPoolExecutor(readers) if readers and cache is None else None
-        self._reading: dict[tuple[Photo, CropPlan], Future[Crop]] = {}
+        self._reading: dict[tuple[Photo, CropPlan], Future[tuple[Image.Image, Image.Image | None]]] = {}
 
     def encode(self, photo: Photo, plan: CropPlan) -> EncodedView:
         """Its loss weights are 1 on the subject and `unmasked_weight` around it. Around a photo with transparency the
@@ -258,7 +255,7 @@ class PhotoEncoder:
         return {"latents": latents, "subject": F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]}
 
 
-def load_crop(photo: Photo, plan: CropPlan, interpolation: str) -> Crop:
+def load_crop(photo: Photo, plan: CropPlan, interpolation: str) -> tuple[Image.Image, Image.Image | None]:
     """The photo's crop and its mask's, of the target size."""
     image, mask = apply_crop(open_rgb(photo), plan, interpolation), open_mask(photo)
     return image, None if mask is None else apply_crop(mask, plan, "bilinear")

@@ -361,7 +361,7 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]
     inputs = prepare(context, photos, steps.total_steps * steps.photos_a_step, prompts, checkpoint is None, load)
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
-        samples.leave_out()
+        samples.requests, samples.contexts = [], []
         logger.warning(NO_SAMPLES)
     train_step = TrainStep(config, inputs, context.accelerator, steps.total_steps, checkpoint, step)
     settings = config.resolution, context.accelerator.device

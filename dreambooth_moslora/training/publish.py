@@ -80,10 +80,6 @@ class ValidationSamples:
         every = config.validation_steps or config.validation_epochs * steps_per_epoch
         return cls(run_dir, requests, contexts, every)
 
-    def leave_out(self) -> None:
-        """Draw no samples in this run."""
-        self.requests, self.contexts = [], []
-
     @property
     def prompts(self) -> list[str]:
         """All prompts that will be drawn."""
