@@ -208,11 +208,6 @@ def public_files(run_dir: Path) -> list[str]:
     return sorted(p.name for p in run_dir.iterdir() if p.is_file() and any(map(p.match, PUBLIC_FILES)))
 
 
-def patterns(names: list[str]) -> list[str]:
-    """Patterns for the hub's filter (fnmatch) that match only these names, even with brackets in them."""
-    return [escape(name) for name in names]
-
-
 def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
     """Create the model repository if it is missing, and upload `public_files`. Returns the repository's address. When
     the hub cannot be reached or refuses, it logs a warning and returns None: the run is complete without it."""
@@ -222,7 +217,8 @@ def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=run_dir,
-            allow_patterns=patterns(public_files(run_dir)),
+            # patterns that match only these names, even with brackets in them
+            allow_patterns=[escape(name) for name in public_files(run_dir)],
             commit_message="Upload the adapter",
         )
     except Exception as error:  # the client passes on the HTTP library's errors

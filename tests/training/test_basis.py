@@ -15,14 +15,9 @@ from dreambooth_moslora.plan.checks import check_settings
 from dreambooth_moslora.settings.sources import checked_recipe, recipe_of
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import save_tiny_sdxl
-from tests.helpers.tiny_training import paint_photos, tiny_config
+from tests.helpers.tiny_training import tiny_config
 
 PARAMS = GenerationParams("a photo of sks dog", seed=3, steps=2, guidance_scale=1.0)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return paint_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")

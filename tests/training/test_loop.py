@@ -23,11 +23,6 @@ from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return paint_photos(tmp_path_factory.mktemp("photos"))
-
-
 @pytest.fixture
 def run(tiny_base, photos, tmp_path):
     """Train with changes; returns the events and the adapter's hash."""

@@ -26,20 +26,9 @@ from dreambooth_moslora.training.model_card import public_files
 from dreambooth_moslora.training.optimizer import make_optimizer, parameter_groups
 from dreambooth_moslora.ui.adapters import AdapterCatalog
 from dreambooth_moslora.ui.generate_form import summary_of
-from tests.helpers.tiny import save_tiny_sdxl
-from tests.helpers.tiny_training import paint_photos, tiny_config
+from tests.helpers.tiny_training import tiny_config
 
 PROMPT = "a photo of sks dog"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_sdxl(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return paint_photos(tmp_path_factory.mktemp("photos"))
 
 
 def config_in(base, photos, folder, **changes):

@@ -21,18 +21,12 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import fresh_tokens
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.ui.generate_form import summary_of
-from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 DOG = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
 CAT = {"instance_prompt": "a photo of zwx cat", "class_prompt": "a photo of a cat", "initializer_concept": "th cat on"}
 BOTH = "a photo of a sks dog and a zwx cat"
 FILES = ["pets_emb.safetensors", "pets_2_emb.safetensors"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_sdxl(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What leaves the machine, and what a person sees: hub files, card, contact sheet, loss plot."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from dreambooth_moslora.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.plan.checks import check_push
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import model_card as hub
-from dreambooth_moslora.training.model_card import CardFacts, model_card, patterns, public_files, push
+from dreambooth_moslora.training.model_card import CardFacts, model_card, public_files, push
 from dreambooth_moslora.training.publish import draw_loss_plot, running_mean
 
 
@@ -61,11 +62,20 @@ def test_only_the_adapter_its_card_and_its_pictures_are_pushed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dog[1]", "dog]", "a*b?", "[!d]og", "dog [of mine", "{dog}"])
-def test_names_that_read_as_patterns_are_pushed_and_no_others(name, tmp_path):
+def test_names_that_read_as_patterns_are_pushed_and_no_others(name, tmp_path, monkeypatch):
+    asked = []
+
+    class Hub:
+        def __init__(self, token):
+            self.create_repo = lambda *_, **__: SimpleNamespace(repo_id="owner/dog")
+            self.upload_folder = lambda allow_patterns, **_: asked.extend(allow_patterns)
+
+    monkeypatch.setattr(hub, "HfApi", Hub)
     (tmp_path / f"{name}.kohya.safetensors").touch()
     (tmp_path / "README.md").touch()
     others = ["dog1.kohya.safetensors", "axxbx.kohya.safetensors", "log.kohya.safetensors"]
-    found = filter_repo_objects([*public_files(tmp_path), *others], allow_patterns=patterns(public_files(tmp_path)))
+    push(tmp_path, "owner/dog", None)
+    found = filter_repo_objects([*public_files(tmp_path), *others], allow_patterns=asked)
     assert list(found) == public_files(tmp_path)
 
 
