@@ -90,7 +90,7 @@ def test_captions_and_masks_are_made_without_the_toy_world(run, programs):
 from PIL import Image
 from dreambooth_moslora.core import assets_folder
 from dreambooth_moslora.photos.captions import load_captioner
-from dreambooth_moslora.photos.mask_making import load_segmenter
+from dreambooth_moslora.photos.masks import load_segmenter
 from dreambooth_moslora.settings.table import TrainConfig
 folder = assets_folder() / "subjects" / "rocket"
 config = TrainConfig(instance_data_dir=str(folder), instance_prompt="a photo of a sks rocket")

@@ -77,10 +77,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from dreambooth_moslora.evaluation.evaluate import evaluate_adapter
     from dreambooth_moslora.evaluation.metrics import load_encoders
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
-    from dreambooth_moslora.photos.folder import instance_photos
+    from dreambooth_moslora.photos.folder import log_strays, photo_report
 
     base, subjects = config.pretrained_model_name_or_path, each_subject(config)
-    photos = instance_photos(config).photos
+    folders = photo_report(config)
+    log_strays(folders)
+    photos = folders.photos
     of_each = report.photos_by_subject(photos, len(subjects))
     plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
     pipeline = SubjectPipeline.from_base(base)

@@ -1,10 +1,9 @@
 """Captions made for photos that have none: the models that describe, and the files they leave.
 
-A model describes the surroundings of the subject, but not the subject. For photographs, an instruction-tuned
-vision-language model of transformers answers. The default is Qwen3-VL 2B (Apache 2.0, without code of its own); any
-model that `AutoModelForImageTextToText` loads and that has a chat template can be named. It continues the text "A photo
-of a dog", so its answer is what follows these words in a caption. The embedded base reads place and light by its own
-CLIP. This module imports torch only to load a model.
+A model describes the surroundings of the subject, but not the subject. For photographs it is Qwen3-VL 2B (Apache 2.0,
+without code of its own), or any other with a chat template that `AutoModelForImageTextToText` loads. It continues the
+text "A photo of a dog", so its answer is what follows these words in a caption. The embedded base reads place and light
+by its own CLIP. This module imports torch only to load a model.
 
 What the user wrote is never changed. The made captions lie
 
@@ -21,10 +20,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
@@ -39,12 +38,10 @@ from dreambooth_moslora.core import (
     public_name,
 )
 from dreambooth_moslora.photos.folder import CAPTION_SUFFIX, MADE_CAPTIONS, kept_captions
+from dreambooth_moslora.photos.masks import loaded
 from dreambooth_moslora.photos.photo import Photo, open_rgb, why_not_beside
 from dreambooth_moslora.settings.prompts import class_word_of, joined
 from dreambooth_moslora.settings.table import TrainConfig
-
-if TYPE_CHECKING:
-    import torch
 
 QWEN, TOY_CLIP = "Qwen/Qwen3-VL-2B-Instruct", "toy-sdxl"
 QUESTION = (
@@ -59,55 +56,46 @@ reads 77 tokens, including the instance prompt."""
 
 @dataclass(frozen=True)
 class Captioner:
-    """`name` is the model's public name, `word` what the photos show.
-
-    `surroundings` takes an RGB picture and returns words such as "on the beach at sunset", or "" when it finds
-    none.
-    """
+    """`name` is the model's public name, `word` what the photos show. `surroundings` takes an RGB picture and returns
+    words such as "on the beach at sunset", or "" when it finds none."""
 
     name: str
     word: str
     surroundings: Callable[[Image.Image], str]
 
 
-def captioner_name(config: TrainConfig) -> str:
-    """The model of `--caption_model`; by default the embedded base's own CLIP, or Qwen3-VL for other bases."""
-    if config.caption_model:
-        return os.path.expanduser(config.caption_model)
-    return TOY_CLIP if is_toy(config.pretrained_model_name_or_path) else QWEN
-
-
-def load_captioner(config: TrainConfig, device: "torch.device | str" = "cpu") -> Captioner:
-    """The captioner of `--caption_model`. The model is loaded when the first caption is made.
+def load_captioner(config: TrainConfig, device: Any = "cpu") -> Captioner:
+    """The captioner of `--caption_model`, by default the embedded base's own CLIP, or Qwen3-VL for other bases. The
+    model is loaded onto the torch device when the first caption is made.
 
     Raises UserError without a class word; making a caption raises it when the model is missing or of another
     kind.
     """
-    name, word = captioner_name(config), class_word_of(config)
-    if not word and name == TOY_CLIP:
-        word = "toy"
+    default = TOY_CLIP if is_toy(config.pretrained_model_name_or_path) else QWEN
+    name = os.path.expanduser(config.caption_model or default)
+    word = class_word_of(config) or ("toy" if name == TOY_CLIP else "")
     if not word:
         raise UserError('captions: no word says what the photos show; name it behind the rare word, as in "sks dog".')
-    reader = cache(lambda: toy_reader(word, device) if name == TOY_CLIP else chat_reader(name, word, device))
+
+    @cache
+    def reader() -> Callable[[Image.Image], str]:
+        if name != TOY_CLIP:
+            return chat_reader(name, word, device)
+        from dreambooth_moslora.photos.toy_readers import SurroundingsReader, phrase
+
+        clip = SurroundingsReader(assets_folder() / TOY_CLIP, device)
+        return lambda image: phrase(*clip.read(image, word))
+
     return Captioner(public_name(name), word, lambda image: reader()(image))
 
 
-def toy_reader(word: str, device: "torch.device | str") -> Callable[[Image.Image], str]:
-    from dreambooth_moslora.photos.toy_readers import SurroundingsReader, phrase
-
-    reader = SurroundingsReader(assets_folder() / TOY_CLIP, device)
-    return lambda image: phrase(*reader.read(image, word))
-
-
-def chat_reader(name: str, word: str, device: "torch.device | str") -> Callable[[Image.Image], str]:
+def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], str]:
     """A captioner by a chat model. Decoding is greedy, so that a photo always gets the same words.
 
     Raises UserError for a model without a chat template or with missing weights.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from dreambooth_moslora.photos.mask_making import loaded
 
     about = {"flag": "--caption_model", "what": "vision-language model", "trust_remote_code": False}
     dtype = getattr(torch, reading_dtype(torch.device(device).type))
@@ -183,7 +171,16 @@ def make_beside(
             reason = "it has a caption, which is kept"
         else:
             reason = why_not_beside(photo, target, photos, replaces=is_old)
-        yield MadeCaption(photo, None, reason) if reason else make_one_beside(photo, target, captioner, prompt)
+        made = MadeCaption(photo, None, reason) if reason else make(photo, captioner, prompt)
+        if made.caption is not None:
+            keep(target.with_name(MADE_CAPTIONS), made, prompt)
+            try:
+                atomic_write(target, f"{made.caption}\n")
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                made = MadeCaption(photo, None, "its name is too long for a caption beside it: rename it")
+        yield made
 
 
 def was_made(photo: Photo, target: Path) -> bool:
@@ -195,31 +192,21 @@ def was_made(photo: Photo, target: Path) -> bool:
         return False
 
 
-def make_one_beside(photo: Photo, target: Path, captioner: Captioner, prompt: str) -> MadeCaption:
-    made = make(photo, captioner, prompt)
-    if made.caption is not None:
-        note(target.with_name(MADE_CAPTIONS), photo, made.caption, key_of(photo, captioner, prompt))
-        try:
-            atomic_write(target, f"{made.caption}\n")
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            return MadeCaption(photo, None, "its name is too long for a caption beside it: rename it")
-    return made
-
-
 def make_for_run(photo: Photo, captioner: Captioner, prompt: str, path: Path) -> MadeCaption:
     """A caption that `keep` writes into the file `path`. One there of the same photo, model and words is taken."""
-    key, old = key_of(photo, captioner, prompt), kept_captions(path).get(photo.kept_name)
-    if old and old["made_from"] == key:
+    old = kept_captions(path).get(photo.kept_name)
+    if old and old["made_from"] == key_of(photo, captioner, prompt):
         return MadeCaption(photo, old["caption"])
-    return replace(make(photo, captioner, prompt), key=key)
+    return make(photo, captioner, prompt)
 
 
 def keep(path: Path, made: MadeCaption, prompt: str) -> None:
-    """Write a new caption into the file; the `prompt` where there is none."""
+    """Add a new caption to those in the file; the `prompt` where there is none."""
     if made.key:
-        note(path, made.photo, made.caption or prompt, made.key)
+        entry = {"caption": made.caption or prompt, "made_from": made.key}
+        known = kept_captions(path) | {made.photo.kept_name: entry}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False))
 
 
 def key_of(photo: Photo, captioner: Captioner, prompt: str) -> str:
@@ -227,14 +214,7 @@ def key_of(photo: Photo, captioner: Captioner, prompt: str) -> str:
 
 
 def make(photo: Photo, captioner: Captioner, prompt: str) -> MadeCaption:
-    found = captioner.surroundings(open_rgb(photo))
+    found, key = captioner.surroundings(open_rgb(photo)), key_of(photo, captioner, prompt)
     if not found:
-        return MadeCaption(photo, None, "the model says nothing, so no caption is written")
-    return MadeCaption(photo, joined(prompt, found))
-
-
-def note(path: Path, photo: Photo, caption: str, key: str) -> None:
-    """Add one photo's caption to those in the file."""
-    known = kept_captions(path) | {photo.kept_name: {"caption": caption, "made_from": key}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False))
+        return MadeCaption(photo, None, "the model says nothing, so no caption is written", key)
+    return MadeCaption(photo, joined(prompt, found), key=key)

@@ -16,6 +16,7 @@ photos of one subject have up to 0.8; a copy that is cropped by a few percent, b
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
 
 import numpy as np
@@ -29,15 +30,8 @@ from dreambooth_moslora.pictures import Row
 from dreambooth_moslora.settings.subjects import stream_of
 from dreambooth_moslora.settings.table import TrainConfig
 
-FILTERS = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "nearest": Image.Resampling.NEAREST,
-    "nearest_exact": Image.Resampling.NEAREST,
-}
+FILTERS = {name.lower(): kind for name, kind in Image.Resampling.__members__.items()}
+FILTERS["nearest_exact"] = Image.Resampling.NEAREST
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,14 @@ class CropPlan:
     def time_ids(self) -> tuple[int, ...]:
         """SDXL's size and crop conditioning: original height, width, crop top, left, target height, width; px."""
         return *self.original_size, *self.crop_top_left, *self.target_size
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) of the crop in the photo, which is not mirrored, shown at (width, height)."""
+        (crop_height, crop_width), (whole_height, whole_width) = self.target_size, self.resized
+        top, left = self.crop_top_left
+        left = whole_width - crop_width - left if self.flip else left
+        across, down = width / whole_width, height / whole_height
+        return left * across, top * down, (left + crop_width) * across, (top + crop_height) * down
 
 
 def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
@@ -101,20 +103,15 @@ def plan_crop(
     `zoom` >= 1: the photo is enlarged by a factor drawn from [1, zoom], but never beyond its own pixels.
     """
     flip, down, right, closer = rng.random(), rng.random(), rng.random(), rng.random()
-    side, shorter = min(target), zoomed_side(size_px, target, 1 + (zoom - 1) * closer)
+    side = min(target)
+    own = min(size_px[0] * side // target[0], size_px[1] * side // target[1])
+    shorter = max(side, min(round(side * (1 + (zoom - 1) * closer)), own))
     height, width = resized_size(size_px, (target[0] * shorter // side, target[1] * shorter // side))
     if center_crop:
         top, left = (height - target[0]) // 2, (width - target[1]) // 2
     else:
         top, left = int(down * (height - target[0] + 1)), int(right * (width - target[1] + 1))
     return CropPlan(size_px, (height, width), (top, left), target, random_flip and flip < 0.5)
-
-
-def zoomed_side(size_px: tuple[int, int], target: tuple[int, int], times: float) -> int:
-    """The shorter side of `target` times `times`, but not beyond the photo's own pixels."""
-    side = min(target)
-    own = min(size_px[0] * side // target[0], size_px[1] * side // target[1])
-    return max(side, min(round(side * times), own))
 
 
 @dataclass(frozen=True)
@@ -145,13 +142,9 @@ class CropRule:
         return plan_crop(size_px, target or self.target(size_px), rng, **flags)
 
 
-def bucket_step(config: TrainConfig) -> int:
-    """The sides of rectangles are multiples of this, px."""
-    return config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
-
-
 def crop_rule(config: TrainConfig) -> CropRule:
     """The rule that these settings describe."""
+    step_px = config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
     return CropRule(
         config.resolution,
         config.center_crop,
@@ -159,7 +152,7 @@ def crop_rule(config: TrainConfig) -> CropRule:
         config.image_interpolation_mode,
         None if config.caching == "off" else config.crops_per_photo,
         config.crop_zoom,
-        bucket_step(config) if config.enable_bucket else None,
+        step_px if config.enable_bucket else None,
     )
 
 
@@ -169,13 +162,9 @@ def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos
     Only the crop is resampled. Resizing the whole image first would give the same inside, and differ by a
     filter's width at the border.
     """
-    (height, width), (whole_height, whole_width) = plan.target_size, plan.resized
-    top, left = plan.crop_top_left
-    left = whole_width - width - left if plan.flip else left
-    down, across = image.height / whole_height, image.width / whole_width
-    box = (left * across, top * down, (left + width) * across, (top + height) * down)
-    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-    crop = image.resize((width, height), FILTERS[interpolation], box=box)
+    left, top, right, bottom = plan.box(image.width, image.height)
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    crop = image.resize(plan.target_size[::-1], FILTERS[interpolation], box=box)
     return ImageOps.mirror(crop) if plan.flip else crop
 
 
@@ -197,17 +186,15 @@ def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPla
 
 def crop_rows(photos: list[Photo], config: TrainConfig) -> list[Row]:
     """One row per photo: the photo with frames, then up to five crops; parts outside the mask are dark."""
-    return [crop_row(photo, number, config) for number, photo in enumerate(photos)]
-
-
-def crop_row(photo: Photo, number: int, config: TrainConfig) -> Row:
-    image, mask = open_rgb(photo), open_mask(photo)
-    shown = masked(image, mask)
-    plans = list(plans_of(photo, number, config))[:MAX_CROPS]
-    crops = [apply_crop(shown, plan, config.image_interpolation_mode) for plan in plans]
-    title = "; ".join([photo.path.name, *photo.reasons])
-    crops = [ImageOps.pad(crop, (SHOWN_PX, SHOWN_PX), color="white") for crop in crops]
-    return Row(title.encode("ascii", "replace").decode(), [with_frames(shown, plans), *crops])
+    rows = []
+    for number, photo in enumerate(photos):
+        shown = masked(open_rgb(photo), open_mask(photo))
+        plans = list(islice(plans_of(photo, number, config), MAX_CROPS))
+        crops = [apply_crop(shown, plan, config.image_interpolation_mode) for plan in plans]
+        crops = [ImageOps.pad(crop, (SHOWN_PX, SHOWN_PX), color="white") for crop in crops]
+        title = "; ".join([photo.path.name, *photo.reasons])
+        rows.append(Row(title.encode("ascii", "replace").decode(), [with_frames(shown, plans), *crops]))
+    return rows
 
 
 def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
@@ -224,18 +211,9 @@ def with_frames(image: Image.Image, plans: list[CropPlan]) -> Image.Image:
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     draw = ImageDraw.Draw(small)
     for plan in plans:
-        draw.rectangle(frame_of(plan, small.size), outline=FRAME_COLOUR, width=3)
+        left, top, right, bottom = plan.box(*small.size)
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=FRAME_COLOUR, width=3)
     return ImageOps.pad(small, (SHOWN_PX, SHOWN_PX), color="white")
-
-
-def frame_of(plan: CropPlan, shown: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The crop's frame in the picture of (width, height) `shown`; a mirrored crop is on the other side of the photo."""
-    (height, width), (whole_height, whole_width) = plan.target_size, plan.resized
-    top, left = plan.crop_top_left
-    left = whole_width - width - left if plan.flip else left
-    across, down = shown[0] / whole_width, shown[1] / whole_height
-    left, right, top, bottom = left * across, (left + width) * across - 1, top * down, (top + height) * down - 1
-    return left, top, max(left, right), max(top, bottom)
 
 
 MIN_SHARPNESS = 0.85
@@ -246,44 +224,34 @@ THUMBNAIL_PX = 16
 EDGE_PERCENTILE, SHARPEST_PERCENTILE = 80, 90
 
 
-@dataclass(frozen=True)
-class Look:
-    """What is kept of a photo's pixels."""
-
-    photo: Photo
-    sharpness: float
-    thumbnail: np.ndarray
-
-
 def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
     """The report with "blurred" and "near-duplicate" added to the photos' reasons.
 
     Photos are examined at the size of training: finer detail need not be sharp.
     """
-    looks, look_px = [], min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
+    look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
+    photos, thumbnails = [], []
     for photo in report.photos:
-        image = open_rgb(photo)
-        looks.append(Look(photo, sharpness(image, look_px), thumbnail(image)))
-    photos = [
-        replace(look.photo, reasons=(*look.photo.reasons, *verdicts(look, looks[:number])))
-        for number, look in enumerate(looks)
-    ]
+        image, reasons = open_rgb(photo), []
+        if (sharp := sharpness(image, look_px)) < MIN_SHARPNESS:
+            reasons.append(f"blurred: sharpness {sharp:.2f}, sharp photos have {MIN_SHARPNESS} and more")
+        small = thumbnail(image)
+        likenesses = [float(small @ earlier) for earlier in thumbnails]
+        if likenesses and max(likenesses) > MAX_LIKENESS:
+            twin = report.photos[likenesses.index(max(likenesses))]
+            reasons.append(f"near-duplicate of {twin.path.name}")
+        thumbnails.append(small)
+        photos.append(replace(photo, reasons=(*photo.reasons, *reasons)))
     return replace(report, photos=photos)
-
-
-def verdicts(look: Look, earlier: list[Look]) -> list[str]:
-    found = []
-    if look.sharpness < MIN_SHARPNESS:
-        found.append(f"blurred: sharpness {look.sharpness:.2f}, sharp photos have {MIN_SHARPNESS} and more")
-    twin = max(earlier, key=lambda other: likeness(look.thumbnail, other.thumbnail), default=None)
-    if twin is not None and likeness(look.thumbnail, twin.thumbnail) > MAX_LIKENESS:
-        found.append(f"near-duplicate of {twin.photo.path.name}")
-    return found
 
 
 def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:
     """Steepness of the sharpest edges of an RGB picture, scaled to `look_px`; 0 when it has no edges."""
-    grey = np.asarray(shrunk(image, look_px).convert("L"), dtype=np.float32)
+    scale = look_px / min(image.size)
+    if scale < 1:
+        size = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    grey = np.asarray(image.convert("L"), dtype=np.float32)
     if min(grey.shape) < TILE_PX + 2:
         return MIN_SHARPNESS  # too few pixels to tell
     inner = grey[1:-1, 1:-1]
@@ -292,14 +260,6 @@ def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:
     first = tile_energy(((right - left) ** 2 + (down - up) ** 2) / 4)
     edges = first >= np.percentile(first, EDGE_PERCENTILE)
     return float(np.percentile((second / (first + 1))[edges], SHARPEST_PERCENTILE))
-
-
-def shrunk(image: Image.Image, look_px: int) -> Image.Image:
-    scale = look_px / min(image.size)
-    if scale >= 1:
-        return image
-    size = (round(image.width * scale), round(image.height * scale))
-    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def tile_energy(squares: np.ndarray) -> np.ndarray:
@@ -316,7 +276,3 @@ def thumbnail(image: Image.Image) -> np.ndarray:
     values = values - values.mean()
     length = float(np.linalg.norm(values))
     return values / length if length > 1e-3 else values * 0
-
-
-def likeness(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a @ b)

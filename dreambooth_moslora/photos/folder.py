@@ -70,25 +70,22 @@ def bare_prompt_line(config: TrainConfig, photos: Sequence[Photo]) -> str | None
 
 
 def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions, or with `--shuffle_caption` ORDERS orders of each, so that each caption is drawn as often
-    as before."""
+    """The captions, or with `--shuffle_caption` ORDERS orders of each, the written one first, so that each caption is
+    drawn as often as before. The prefix, suffix and first `keep_tokens` tags stay in place."""
     if not config.shuffle_caption:
         return captions
-    return tuple(reordered(config, caption, number) for caption in captions for number in range(ORDERS))
-
-
-def reordered(config: TrainConfig, caption: str, number: int) -> str:
-    """Order `number` of a caption; 0 is the written one. The prefix, suffix and first `keep_tokens` tags stay
-    in place."""
-    if number == 0:
-        return caption
-    ends = (config.caption_prefix, config.caption_suffix) if caption != config.instance_prompt else ("", "")
-    prefix, suffix = (joined((end or "").strip()) for end in ends)
-    head, tail = prefix if caption.startswith(prefix) else "", suffix if caption.endswith(suffix) else ""
-    tags = [tag.strip() for tag in caption[len(head) : len(caption) - len(tail)].split(",") if tag.strip()]
-    kept, others = tags[: config.keep_tokens], tags[config.keep_tokens :]
-    rng(config.seed, "tags", caption, number).shuffle(others)
-    return joined(head, ", ".join([*kept, *others]), tail)
+    found = []
+    for caption in captions:
+        ends = (config.caption_prefix, config.caption_suffix) if caption != config.instance_prompt else ("", "")
+        prefix, suffix = (joined((end or "").strip()) for end in ends)
+        head, tail = prefix if caption.startswith(prefix) else "", suffix if caption.endswith(suffix) else ""
+        tags = [tag.strip() for tag in caption[len(head) : len(caption) - len(tail)].split(",") if tag.strip()]
+        found.append(caption)
+        for number in range(1, ORDERS):
+            others = tags[config.keep_tokens :]
+            rng(config.seed, "tags", caption, number).shuffle(others)
+            found.append(joined(head, ", ".join([*tags[: config.keep_tokens], *others]), tail))
+    return tuple(found)
 
 
 METADATA, MADE_CAPTIONS = "metadata.jsonl", ".made_captions.json"
@@ -120,24 +117,26 @@ class Captions:
     def __init__(self, folder: Path, sidecars: dict[tuple[str, str], Path]):
         self.complaints: list[tuple[Path, str]] = []
         self._sidecars = sidecars
-        self._by_name = self._read_metadata(folder / METADATA)
+        self._by_name: dict[str, str] = {}
+        metadata = folder / METADATA
+        text = self._text_of(metadata) if metadata.is_file() else None
+        for number, line in enumerate((text or "").split("\n"), start=1):
+            name, caption = self._row(metadata, number, line) if line.strip() else ("", "")
+            if name and caption:
+                self._by_name[name] = caption
 
     def of(self, photo: Path) -> tuple[str, ...]:
         """The photo's own captions, one line each; () when it has none."""
-        beside = self._sidecars.get((photo.stem, CAPTION_SUFFIX))
-        lines = self._captions_in(beside) if beside and beside.is_file() else ()
+        beside, lines = self._sidecars.get((photo.stem, CAPTION_SUFFIX)), ()
+        if beside and beside.is_file():
+            if beside.stat().st_size > MOST_BYTES:
+                self.complaints.append((beside, f"captions not read: {TOO_LONG}"))
+            elif (text := self._text_of(beside)) is not None:
+                lines = tuple(filter(None, map(one_space, text.split("\n"))))
+                if not lines:
+                    self.complaints.append((beside, "empty caption: the instance prompt is used"))
         named = self._by_name.get(photo.name)
         return lines or ((named,) if named else ())
-
-    def _captions_in(self, path: Path) -> tuple[str, ...]:
-        if path.stat().st_size > MOST_BYTES:
-            self.complaints.append((path, f"captions not read: {TOO_LONG}"))
-            return ()
-        text = self._text_of(path)
-        lines = tuple(filter(None, map(one_space, (text or "").split("\n"))))
-        if text is not None and not lines:
-            self.complaints.append((path, "empty caption: the instance prompt is used"))
-        return lines
 
     def _text_of(self, path: Path) -> str | None:
         """Text in UTF-8, or in UTF-16 with a mark, as Windows' Notepad writes it; else None and a complaint."""
@@ -153,11 +152,6 @@ class Captions:
                 return text
             self.complaints.append((path, "captions not read: it is not a text file"))
         return None
-
-    def _read_metadata(self, path: Path) -> dict[str, str]:
-        lines = ((self._text_of(path) if path.is_file() else None) or "").split("\n")
-        rows = [self._row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        return {name: caption for name, caption in rows if name and caption}
 
     def _row(self, path: Path, number: int, line: str) -> tuple[str, str]:
         if len(line.encode()) > MOST_BYTES:
@@ -196,13 +190,15 @@ def one_space(text: str) -> str:
 
 def dataset_folder(config: TrainConfig) -> Path:
     """The folder with the data set's images; its name is a digest of their content. Raises UserError."""
-    table = load_images(config)
-    own = own_folders(config)
-    rows = [(image_bytes(row[config.image_column], own), caption_of(row, config.caption_column)) for row in table]
-    rows = [(content, caption) for content, caption in rows if content]
-    digest = sha256(b"".join(sha256(content).digest() + (caption or "").encode() for content, caption in rows))
-    cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-    folder = cache_dir / "photos" / digest.hexdigest()[:16]
+    table, own = load_images(config), own_folders(config)
+    rows, digest = [], sha256()
+    for row in table:
+        content = image_bytes(row[config.image_column], own)
+        caption = row[config.caption_column] if config.caption_column is not None else None
+        if content:
+            rows.append((content, "" if caption is None else str(caption)))
+            digest.update(sha256(content).digest() + rows[-1][1].encode())
+    folder = Path(config.cache_dir or default_cache_dir()) / "photos" / digest.hexdigest()[:16]
     if not folder.is_dir():
         with atomic_directory(folder) as new:
             write_rows(new, rows)
@@ -253,29 +249,20 @@ def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
     return path.read_bytes()
 
 
-def caption_of(row: dict[str, Any], column: str | None) -> str | None:
-    return str(row[column]) if column is not None and row[column] is not None else None
-
-
-def write_rows(folder: Path, rows: list[tuple[bytes, str | None]]) -> None:
+def write_rows(folder: Path, rows: list[tuple[bytes, str]]) -> None:
     lines = []
     for number, (content, caption) in enumerate(rows):
-        name = f"{number:05d}{suffix_of(content)}"
+        try:
+            with Image.open(BytesIO(content)) as image:
+                kind = (image.format or "img").lower()
+        except Exception:  # the reader of the folder reports it
+            kind = "img"
+        name = f"{number:05d}.{'jpg' if kind in ('jpeg', 'mpo') else kind}"
         (folder / name).write_bytes(content)
         if caption:
             lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False))
     if lines:
         (folder / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def suffix_of(content: bytes) -> str:
-    from PIL import Image
-
-    try:
-        with Image.open(BytesIO(content)) as image:
-            return {"JPEG": ".jpg", "MPO": ".jpg"}.get(image.format or "", f".{(image.format or 'img').lower()}")
-    except Exception:  # the reader of the folder reports it
-        return ".img"
 
 
 logger = logging.getLogger(__name__)
@@ -300,18 +287,6 @@ class PhotoReport:
     photos: list[Photo] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     sidecars: list[Path] = field(default_factory=list)
-
-
-def smallest_side_px(resolution_px: int) -> int:
-    """A smaller photo is not used: it would be enlarged more than eight times."""
-    return max(8, resolution_px // 8)
-
-
-def instance_photos(config: TrainConfig) -> PhotoReport:
-    """The `photo_report`; files that are no photos are mentioned in one line of the log. Raises UserError."""
-    report = photo_report(config)
-    log_strays(report)
-    return report
 
 
 def log_strays(report: PhotoReport) -> None:
@@ -386,25 +361,19 @@ def with_kept_captions(config: TrainConfig, photos: list[Photo]) -> list[Photo]:
 
 
 def with_own_captions(config: TrainConfig, photo: Photo) -> Photo:
-    """The photo with framed captions, and the instance prompt as its bare prompt if none of them is it."""
-    captions, prompt = framed(config, photo), config.instance_prompt
-    is_there = as_heard(prompt) in map(as_heard, captions)
-    return replace(photo, captions=captions, bare_prompt=None if is_there else prompt)
+    """The photo with prefix and suffix on its own captions, and the instance prompt as its bare prompt if none of them
+    is it."""
+    prompt, found = config.instance_prompt, []
+    prefix, suffix = ((end or "").strip() for end in (config.caption_prefix, config.caption_suffix))
+    for caption in photo.captions:
+        found.append(caption if caption == prompt else joined(prefix, caption, suffix))
+    is_there = as_heard(prompt) in map(as_heard, found)
+    return replace(photo, captions=tuple(found), bare_prompt=None if is_there else prompt)
 
 
 def as_heard(prompt: str) -> str:
     """What the text encoders hear: neither case nor the width of spaces; and without a full stop."""
     return " ".join(prompt.lower().split()).rstrip(".")
-
-
-def framed(config: TrainConfig, photo: Photo) -> tuple[str, ...]:
-    """The photo's own captions with prefix and suffix; the instance prompt is unchanged."""
-    prefix, suffix = ((end or "").strip() for end in (config.caption_prefix, config.caption_suffix))
-    found = []
-    for caption in photo.captions:
-        is_own = caption != config.instance_prompt
-        found.append(joined(prefix, caption, suffix) if is_own else caption)
-    return tuple(found)
 
 
 def summary_of_skipped(report: PhotoReport) -> str:
@@ -419,9 +388,8 @@ def summary_of_skipped(report: PhotoReport) -> str:
 def require_folder_of_photos(folder: Path) -> None:
     """Raises UserError when there is no such folder."""
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a folder of photos."
-        )
+        reason = "not a folder" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {reason}; give a folder of photos.")
 
 
 def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha: str = "mask") -> PhotoReport:
@@ -432,8 +400,7 @@ def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha
         paths = sorted(folder.iterdir())
     except PermissionError:
         raise UserError(f"{folder}: cannot be read (permission denied).") from None
-    reader = FolderReader(folder, paths, instance_prompt, resolution_px, alpha)
-    return reader.read()
+    return FolderReader(folder, paths, instance_prompt, resolution_px, alpha).read()
 
 
 class FolderReader:
@@ -452,38 +419,34 @@ class FolderReader:
                 (report.photos if isinstance(item, Photo) else report.skipped).append(item)
         stems = {photo.path.stem for photo in report.photos}
         for path in self.paths:
-            if is_sidecar_name(path):
-                self._sort_sidecar(path, stems, report)
+            if not is_sidecar_name(path):
+                continue
+            named = sidecar_of(path)
+            if reason := no_file_reason(path):
+                report.skipped.append(Skipped(path, reason))
+            elif named is None or (named[0] in stems and self.sidecars[named] == path):
+                report.sidecars.append(path)
+            else:
+                report.skipped.append(Skipped(path, "stray: belongs to no photo"))
         report.skipped.extend(Skipped(path, reason) for path, reason in self.captions.complaints)
         return report
 
-    def _sort_sidecar(self, path: Path, stems: set[str], report: PhotoReport) -> None:
-        named = sidecar_of(path)
-        if reason := no_file_reason(path):
-            report.skipped.append(Skipped(path, reason))
-        elif named is None or (named[0] in stems and self.sidecars[named] == path):
-            report.sidecars.append(path)
-        else:
-            report.skipped.append(Skipped(path, "stray: belongs to no photo"))
-
     def _read_one(self, path: Path) -> Photo | Skipped:
-        claims = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        if reason := stray_reason(path):
+        is_system = path.name.lower() in JUNK or path.name.startswith(".")
+        if reason := no_file_reason(path) or ("stray: a file of the system" if is_system else None):
             return Skipped(path, reason)
         try:
             image = open_image(path)
         except UnreadableImageError as error:
+            claims = path.suffix.lower() in IMAGE_SUFFIXES
             return Skipped(path, str(error) if claims else "stray: not a photo", is_photo=claims)
-        return self._judge(path, image)
-
-    def _judge(self, path: Path, image: Image.Image) -> Photo | Skipped:
         height, width = upright_size(image)
-        reasons = ["rotated by EXIF: turned upright"] if is_rotated(image) else []
-        if min(height, width) < smallest_side_px(self.resolution_px):
+        reasons, shorter = ["rotated by EXIF: turned upright"] if is_rotated(image) else [], min(height, width)
+        if shorter < max(8, self.resolution_px // 8):  # it would be enlarged more than eight times
             reason = f"tiny: {width} x {height} px for a resolution of {self.resolution_px}"
             return Skipped(path, reason, is_photo=True, size_px=(height, width))
-        if min(height, width) < self.resolution_px:
-            times = self.resolution_px / min(height, width)
+        if shorter < self.resolution_px:
+            times = self.resolution_px / shorter
             reasons.append(f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times")
         beside = self.sidecars.get((path.stem, MASK_SUFFIX))
         mask_path, remarks = find_mask(path, image, beside, alpha_is_mask=self.alpha == "mask")
@@ -493,12 +456,6 @@ class FolderReader:
 
 def is_sidecar_name(path: Path) -> bool:
     return path.name == METADATA or sidecar_of(path) is not None
-
-
-def stray_reason(path: Path) -> str | None:
-    if path.name.lower() in JUNK or path.name.startswith("."):
-        return no_file_reason(path) or "stray: a file of the system"
-    return no_file_reason(path)
 
 
 def no_file_reason(path: Path) -> str | None:

@@ -1,50 +1,56 @@
-"""Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and the segmenter.
+"""Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and who makes one.
 
-A photo's mask is `name.mask.png` beside it, else its own transparency, else a mask kept in the run folder by
-`mask_making`. A key in the header of a made mask records its sources, so that none is made twice.
+A photo's mask is `name.mask.png` beside it, else its own transparency, else one that was made in the run folder.
+
+CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; its weights are downloaded once from the hub. The
+embedded base has the toy world's own net. Both give a probability for each pixel. A pixel belongs to the mask if its
+probability is at least half of the largest one: CLIPSeg's certainty depends more on the word than on the subject's
+outline. Always fp32. torch is imported only to load a model.
+
+The user's own masks are never changed. The made ones lie
+
+beside the photos    `name.mask.png`, as a user would write it (`check --make_masks`)
+in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records photo, model and word,
+                     so that a resumed run does not make it again
 """
 
 import os
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageChops
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core import UserError, is_toy
+from dreambooth_moslora.core import (
+    UserError,
+    assets_folder,
+    atomic_write,
+    content_key,
+    file_digest,
+    is_toy,
+    one_line,
+    public_name,
+)
 from dreambooth_moslora.photos.photo import (
     Photo,
     UnreadableImageError,
     alpha_of,
     open_image,
+    open_rgb,
     to_rgb,
     upright,
     upright_size,
+    why_not_beside,
 )
 from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.table import TrainConfig
 
 KEY = "made-from"
-
-
-def marked_png(image: Image.Image, key: str) -> bytes:
-    """A PNG with `key`, if any, in its header for `made_from`."""
-    facts = PngInfo()
-    if key:
-        facts.add_text(KEY, key)
-    buffer = BytesIO()
-    image.save(buffer, format="PNG", pnginfo=facts, optimize=True)
-    return buffer.getvalue()
-
-
-def made_from(path: Path) -> str | None:
-    """The key in the picture's header; None when there is none."""
-    try:
-        return open_image(path).info.get(KEY) if path.is_file() else None
-    except UnreadableImageError:
-        return None
 
 
 CLIPSEG, TOY_SEGMENTER = "CIDAS/clipseg-rd64-refined", "toy-segmenter"
@@ -117,13 +123,13 @@ def kept_path(photo: Photo, folder: Path) -> Path:
 
 def with_kept_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
     """The photos; those without a mask of their own get the one that training made, if it is there and fits."""
-    return [with_kept_mask(without_kept_mask(photo, folder), kept_path(photo, folder)) for photo in photos]
-
-
-def with_kept_mask(photo: Photo, path: Path) -> Photo:
-    if photo.mask_path is not None or not path.is_file() or mask_problem(path, photo.size_px):
-        return photo
-    return replace(photo, mask_path=path)
+    found = []
+    for photo in photos:
+        photo, path = without_kept_mask(photo, folder), kept_path(photo, folder)
+        if photo.mask_path is None and path.is_file() and not mask_problem(path, photo.size_px):
+            photo = replace(photo, mask_path=path)
+        found.append(photo)
+    return found
 
 
 def without_kept_mask(photo: Photo, folder: Path) -> Photo:
@@ -149,3 +155,176 @@ def sought_word(config: TrainConfig) -> str:
     if not word:
         raise UserError('masks: no word says what the subject is; give --mask_prompt, such as "dog".')
     return word
+
+
+LEAST_PEAK = 0.2
+"""If no pixel's probability is above this, the subject was not found."""
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """`name` is its public name, `word` what it looks for ("" for toys). `probabilities` takes an RGB picture (width,
+    height) and returns a tensor or array, fp32 (height, width) in [0, 1], on the CPU."""
+
+    name: str
+    word: str
+    probabilities: Callable[[Image.Image], Any]
+
+    def mask(self, image: Image.Image) -> Image.Image:
+        """L of the picture's size: 255 on the subject, 0 elsewhere; all 0 when it was not found."""
+        found = np.asarray(self.probabilities(image))
+        peak = float(found.max())
+        white = (found >= peak / 2) & (peak >= LEAST_PEAK)
+        return Image.fromarray(white.astype(np.uint8) * 255)
+
+
+def best_device() -> Any:
+    """The GPU of this machine as a torch device, if it has one."""
+    import torch
+
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load_segmenter(config: TrainConfig, device: Any = "cpu") -> Segmenter:
+    """The segmenter of `--mask_model`. The model is loaded onto the torch device when the first mask is made, and freed
+    with the Segmenter.
+
+    Raises UserError without a word; making a mask raises it when the model is missing or of another kind.
+    """
+    name, word = segmenter_name(config), sought_word(config)
+
+    @cache
+    def finder() -> Callable[[Image.Image], Any]:
+        if name != TOY_SEGMENTER:
+            return clipseg_finder(name, word, device)
+        import torch
+
+        from dreambooth_moslora.photos.toy_readers import load_net
+
+        net = load_net(assets_folder() / TOY_SEGMENTER).to(device)
+
+        def find(image: Image.Image) -> torch.Tensor:
+            pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+            return net.logits(pixels[None].to(device))[0].sigmoid().cpu()
+
+        return find
+
+    return Segmenter(public_name(name), word, lambda image: finder()(image))
+
+
+def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image], Any]:
+    """A function from an RGB picture (width, height) to probabilities (height, width). Raises UserError."""
+    import torch
+    from torch.nn.functional import interpolate
+    from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
+
+    about = {"flag": "--mask_model", "what": "CLIPSeg"}
+    processor = loaded(CLIPSegProcessor, name, **about)
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, found = loaded(CLIPSegForImageSegmentation, name, **about, **options)
+    if lacking := sorted(found["missing_keys"]):
+        raise UserError(f"--mask_model {name} is not a CLIPSeg: it has no {lacking[0]}")
+    model = model.requires_grad_(False).eval().to(device)
+
+    def find(image: Image.Image) -> torch.Tensor:
+        inputs = processor(text=[word], images=[image], padding=True, truncation=True, return_tensors="pt")
+        logits = model(**inputs.to(device)).logits
+        size = (image.height, image.width)
+        found = logits.view(1, 1, *logits.shape[-2:]).sigmoid()
+        return interpolate(found, size=size, mode="bilinear")[0, 0].cpu()
+
+    return find
+
+
+def loaded(kind: Any, name: str, *, flag: str, what: str, **options: Any) -> Any:
+    """`kind.from_pretrained(name)`, without code of the repository. Raises UserError about the `flag` on failure."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, HFValidationError) as error:
+        raise UserError(
+            f"{flag} {name} is not here and cannot be fetched: connect to the hub once, or name a folder"
+        ) from error
+    except Exception as error:  # files of other models may raise any error
+        reason = one_line(f"{type(error).__name__} {error}")
+        raise UserError(f"{flag} {name} cannot be read as a {what}: {reason}") from error
+
+
+SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9
+"""Fractions of the photo; a mask outside this range is probably wrong."""
+MOST_PIECES = 3
+LOOK_PX = 64
+SPECK = 0.02
+"""Pieces below this fraction of the mask are not counted."""
+
+
+@dataclass(frozen=True)
+class MadeMask:
+    """The result for one photo: the `path` of its mask if one was made, and a `remark` for the user."""
+
+    photo: Photo
+    path: Path | None
+    remark: str = ""
+
+
+def make_beside(photos: Iterable[Photo], segmenter: Segmenter) -> Iterator[MadeMask]:
+    """Write `name.mask.png` beside each photo without a mask, one after the other. Raises OSError."""
+    photos = list(photos)
+    for photo in photos:
+        target = photo.path.with_name(f"{photo.path.stem}.mask.png")
+        has_one = photo.mask_path is not None
+        reason = "it has a mask, which is kept" if has_one else why_not_beside(photo, target, photos)
+        yield MadeMask(photo, None, reason) if reason else make(photo, target, segmenter)
+
+
+def make_kept(photo: Photo, segmenter: Segmenter, folder: Path) -> MadeMask:
+    """Write the photo's mask into `folder`. One made before from the same photo, model and word is kept."""
+    key = content_key(photo=file_digest(photo.path), model=segmenter.name, word=segmenter.word)
+    target = kept_path(photo, folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if target.is_file() and open_image(target).info.get(KEY) == key:
+            return MadeMask(photo, target)
+    except UnreadableImageError:
+        pass  # it is made again
+    return make(photo, target, segmenter, key)
+
+
+def make(photo: Photo, target: Path, segmenter: Segmenter, key: str = "") -> MadeMask:
+    mask = segmenter.mask(open_rgb(photo))
+    if mask.getextrema()[1] == 0:
+        target.unlink(missing_ok=True)  # it was made for another word
+        sought = f"“{segmenter.word}”" if segmenter.word else "the subject"
+        return MadeMask(photo, None, f"empty: {sought} was not found, so no mask is written")
+    facts, png = PngInfo(), BytesIO()
+    if key:
+        facts.add_text(KEY, key)
+    mask.convert("1").save(png, format="PNG", pnginfo=facts, optimize=True)
+    atomic_write(target, png.getvalue())
+    return MadeMask(photo, target, quality_warning(mask))
+
+
+def quality_warning(mask: Image.Image) -> str:
+    """What looks wrong with a mask (L, not all black), in words; "" when nothing does."""
+    share = float((np.asarray(mask) > 127).mean())
+    if share < SMALLEST_SHARE:
+        return f"nearly empty: {share:.1%} of the photo"
+    if share > LARGEST_SHARE:
+        return f"nearly the whole picture: {share:.0%} of the photo"
+    pieces = pieces_of(mask)
+    return f"in {pieces} pieces: look whether all are the subject" if pieces > MOST_PIECES else ""
+
+
+def pieces_of(mask: Image.Image) -> int:
+    """How many connected pieces a mask has, without specks."""
+    small = mask.resize((LOOK_PX, LOOK_PX), Image.Resampling.BOX).point(lambda value: 255 * (value > 127))
+    white = np.asarray(small) > 0
+    whole, count = white.sum(), 0
+    while white.any():
+        row, column = np.argwhere(white)[0]
+        ImageDraw.floodfill(small, (int(column), int(row)), 0)
+        left = np.asarray(small) > 0
+        count += int(white.sum() - left.sum() >= SPECK * whole)
+        white = left
+    return count

@@ -66,7 +66,8 @@ def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(path, formats=FORMATS)
-            check_size(image)
+            if min(image.size) < 1:
+                raise UnreadableImageError("broken: it has no pixels")
             scale = max(image.size) / longest_px if longest_px else 1
             if scale > 1:
                 image.draft(None, tuple(max(1, int(side / scale)) for side in image.size))
@@ -79,7 +80,8 @@ def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
     except PermissionError:
         raise UnreadableImageError("cannot be read: permission denied") from None
     except Image.UnidentifiedImageError:
-        raise UnreadableImageError(what_is_wrong(path)) from None
+        reason = "the file is empty" if path.stat().st_size == 0 else "not a picture, or damaged"
+        raise UnreadableImageError(f"broken: {reason}") from None
     except Exception as error:  # decoders raise any error on damaged bytes
         if getattr(error, "errno", None) in OF_THE_MACHINE:
             raise
@@ -99,15 +101,6 @@ def shrunk(image: Image.Image, longest_px: int) -> Image.Image:
     return image
 
 
-def check_size(image: Image.Image) -> None:
-    if min(image.size) < 1:
-        raise UnreadableImageError("broken: it has no pixels")
-
-
-def what_is_wrong(path: Path) -> str:
-    return "broken: the file is empty" if path.stat().st_size == 0 else "broken: not a picture, or damaged"
-
-
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8."""
     try:
@@ -123,7 +116,7 @@ def is_rotated(image: Image.Image) -> bool:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) of the upright picture: EXIF orientations from 5 on swap the sides."""
-    turned = is_rotated(image) and orientation(image) >= 5
+    turned = orientation(image) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
 
 

@@ -21,8 +21,7 @@ from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import find_photos, usable_photos, with_kept_captions
-from dreambooth_moslora.photos.mask_making import MadeMask, load_segmenter, make_kept
-from dreambooth_moslora.photos.masks import with_kept_masks, without_kept_mask
+from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept, with_kept_masks, without_kept_mask
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
 from dreambooth_moslora.settings.subjects import each_subject

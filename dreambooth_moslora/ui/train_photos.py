@@ -70,8 +70,7 @@ def shown_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[ShownMask]:
     Raises UserError when the segmenter is not there.
     """
     from dreambooth_moslora.photos.crops import masked
-    from dreambooth_moslora.photos.mask_making import quality_warning
-    from dreambooth_moslora.photos.masks import open_mask
+    from dreambooth_moslora.photos.masks import open_mask, quality_warning
     from dreambooth_moslora.photos.photo import open_rgb
 
     photos = list(with_made_masks(config, visitor))
@@ -87,7 +86,7 @@ def shown_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[ShownMask]:
 def with_made_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[tuple["Photo", str]]:
     """Each photo with its mask, if it has one, and a remark on a made one."""
     from dreambooth_moslora.photos.folder import photo_report
-    from dreambooth_moslora.photos.mask_making import load_segmenter, make_kept
+    from dreambooth_moslora.photos.masks import load_segmenter, make_kept
 
     segmenters = [load_segmenter(one) for one in each_subject(config)] if config.masks == "auto" else []
     for photo in photo_report(config).photos:
@@ -147,7 +146,7 @@ def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: "Tr
 
     Returns a warning, or "". Raises UserError for a mask that is black everywhere.
     """
-    from dreambooth_moslora.photos.mask_making import quality_warning
+    from dreambooth_moslora.photos.masks import quality_warning
 
     photo = photo_called(visitor, name)
     with PIL.Image.open(photo) as opened:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.photos.folder import instance_photos
+from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
@@ -21,7 +21,7 @@ def test_only_the_word_differs(tmp_path, monkeypatch):
     facts = json.loads((copied / "subject.json").read_text())
     assert facts == {**json.loads((source / "subject.json").read_text()), "token": "zwx"}
     prompt = "a photo of a zwx rocket"
-    photos = instance_photos(TrainConfig(instance_data_dir=str(copied), instance_prompt=prompt)).photos
+    photos = photo_report(TrainConfig(instance_data_dir=str(copied), instance_prompt=prompt)).photos
     assert len(photos) == 5 and all(caption.startswith(prompt) for photo in photos for caption in photo.captions)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.photos.crops import FILTERS, CropPlan, apply_crop, frame_of, plan_crop, plans_of, resized_size
+from dreambooth_moslora.photos.crops import FILTERS, CropPlan, apply_crop, plan_crop, plans_of, resized_size
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -92,5 +92,5 @@ def test_check_shows_the_crops_that_training_takes(tmp_path):
 
 def test_frames_of_mirrored_crops_lie_on_the_other_side():
     plain, mirrored = (CropPlan((32, 64), (32, 64), (0, 0), (32, 32), flip) for flip in (False, True))
-    assert frame_of(plain, (64, 32)) == (0, 0, 31, 31)
-    assert frame_of(mirrored, (64, 32)) == (32, 0, 63, 31)
+    assert plain.box(64, 32) == (0, 0, 32, 32)
+    assert mirrored.box(64, 32) == (32, 0, 64, 32)

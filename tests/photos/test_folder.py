@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.crops import MIN_SHARPNESS, examine, sharpness
-from dreambooth_moslora.photos.folder import find_photos, instance_photos
+from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
 from dreambooth_moslora.photos.photo import open_rgb, quoted
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
@@ -212,14 +212,14 @@ def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"")
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(UserError, match=r"no usable photo in .*broken\.jpg \(broken: the file is empty\)"):
-        instance_photos(TrainConfig(instance_data_dir=tmp_path))
+        photo_report(TrainConfig(instance_data_dir=tmp_path))
 
 
 def test_files_that_are_not_used_are_said_in_one_line(tmp_path, caplog):
     picture().save(tmp_path / "a.png")
     for name in ("b.md", "c.mov", "d.txt", "e.pdf", ".DS_Store", "subject.json"):
         (tmp_path / name).write_text("x")
-    instance_photos(TrainConfig(instance_data_dir=tmp_path, resolution=64))
+    log_strays(photo_report(TrainConfig(instance_data_dir=tmp_path, resolution=64)))
     (line,) = caplog.messages
     assert line.startswith("files not used (4): b.md (stray: not a photo)") and line.endswith("1 more.")
     assert ".DS_Store" not in line and "subject.json" not in line
@@ -240,11 +240,11 @@ def test_a_local_data_set_is_read_with_its_captions(tmp_path):
     rows = [{"file_name": "one.png", "words": "first"}, {"file_name": "two.png", "words": "second"}]
     (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = TrainConfig(dataset_name=source, caption_column="words", cache_dir=tmp_path / "cache", resolution=64)
-    photos = instance_photos(config).photos
+    photos = photo_report(config).photos
     assert sorted(photo.captions for photo in photos) == [("first",), ("second",)]
     assert {photo.path.read_bytes() for photo in photos} == {(source / n).read_bytes() for n in ("one.png", "two.png")}
     with pytest.raises(UserError, match=r"--caption_column word: .* Did you mean words\?"):
-        instance_photos(TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache"))
+        photo_report(TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("named", ["{outside}/secret.png", "../secret.png", "linked.png"])
@@ -258,7 +258,7 @@ def test_a_data_set_that_names_a_file_outside_itself_is_refused(named, tmp_path)
     table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(path)}]}, features)
     table.to_parquet(source / "train.parquet")
     with pytest.raises(UserError, match=r"is not a file of the data set"):
-        instance_photos(TrainConfig(dataset_name=source, cache_dir=tmp_path / "cache"))
+        photo_report(TrainConfig(dataset_name=source, cache_dir=tmp_path / "cache"))
     assert not (tmp_path / "cache" / "photos").exists()
 
 
@@ -281,10 +281,10 @@ def test_a_photo_that_the_disk_does_not_give_is_not_left_out_but_ends_the_run(tm
 def test_photos_are_left_out_by_name(tmp_path):
     folder = str(paint_photos(tmp_path / "photos"))
     config = TrainConfig(instance_data_dir=folder, resolution=64, leave_out=("1.png",))
-    report = instance_photos(config)
+    report = photo_report(config)
     assert [photo.path.name for photo in report.photos] == ["0.png", "2.png"]
     assert [(item.path.name, item.reason) for item in report.skipped] == [("1.png", "left out by --leave_out")]
     with pytest.raises(UserError, match=r"--leave_out 7\.png: there is no such photo"):
-        instance_photos(TrainConfig(instance_data_dir=folder, resolution=64, leave_out=("7.png",)))
+        photo_report(TrainConfig(instance_data_dir=folder, resolution=64, leave_out=("7.png",)))
     with pytest.raises(UserError, match="--leave_out leaves no photo"):
-        instance_photos(TrainConfig(instance_data_dir=folder, resolution=64, leave_out=("0.png", "1.png", "2.png")))
+        photo_report(TrainConfig(instance_data_dir=folder, resolution=64, leave_out=("0.png", "1.png", "2.png")))

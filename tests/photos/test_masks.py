@@ -9,8 +9,19 @@ from PIL import Image
 
 from dreambooth_moslora.core import UserError, find_asset
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.mask_making import Segmenter, load_segmenter, make_beside, make_kept, quality_warning
-from dreambooth_moslora.photos.masks import CLIPSEG, grey_mask, kept_path, open_mask, sought_word, with_kept_masks
+from dreambooth_moslora.photos.masks import (
+    CLIPSEG,
+    Segmenter,
+    grey_mask,
+    kept_path,
+    load_segmenter,
+    make_beside,
+    make_kept,
+    open_mask,
+    quality_warning,
+    sought_word,
+    with_kept_masks,
+)
 from dreambooth_moslora.photos.photo import open_image, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import picture, transparent

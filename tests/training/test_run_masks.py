@@ -9,8 +9,7 @@ import pytest
 from dreambooth_moslora.cli import evaluate
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.photos.mask_making import Segmenter
-from dreambooth_moslora.photos.masks import open_mask
+from dreambooth_moslora.photos.masks import Segmenter, open_mask
 from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.training.dry_run import made_lines
 from dreambooth_moslora.training.loop import train
@@ -26,7 +25,7 @@ def photos(tmp_path):
 @pytest.fixture
 def found_everywhere(monkeypatch):
     """A random CLIPSeg finds nothing: its probabilities are taken as they come, without the least peak."""
-    monkeypatch.setattr("dreambooth_moslora.photos.mask_making.LEAST_PEAK", 0.0)
+    monkeypatch.setattr("dreambooth_moslora.photos.masks.LEAST_PEAK", 0.0)
 
 
 @pytest.fixture

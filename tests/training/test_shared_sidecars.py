@@ -12,7 +12,7 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.mask_making import Segmenter
+from dreambooth_moslora.photos.masks import Segmenter
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import made_before as run_captions
 from dreambooth_moslora.training import made_before as run_masks

@@ -8,7 +8,7 @@ import pytest
 
 from dreambooth_moslora.adapters.export import load_published
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.photos.captions import note
+from dreambooth_moslora.photos.captions import MadeCaption, keep
 from dreambooth_moslora.photos.crops import CropRule, crop_rule, plans_of
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.masks import kept_path
@@ -177,7 +177,7 @@ def test_the_made_captions_of_each_subject_do_not_meet(several):
     config = several(captions="auto")
     photos, path = photo_report(config).photos, RunDir(config.output_dir).captions_path
     for photo in (photos[0], photos[3]):
-        note(path, photo, f"caption of {photo.subject}", "key")
+        keep(path, MadeCaption(photo, f"caption of {photo.subject}", key="key"), "")
     captions = [photo.captions for photo in photo_report(config).photos]
     assert captions[0] == ("caption of 0",) and captions[3] == ("caption of 1",)
     assert captions[1] == ("a photo of sks dog",)
