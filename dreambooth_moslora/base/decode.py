@@ -1,17 +1,16 @@
-"""Latents to pictures, and whether a VAE survives half precision.
+"""Latents to pictures, and whether a VAE survives half precision: SDXL's own overflows in fp16.
 
-Decodes latents: scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
+Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
 
 One picture is decoded at a time: at 1024 px SDXL's fp32 decoder needs 3 to 4 GiB for each. If a GPU has less,
 the picture is decoded in tiles of 512 px that overlap by a quarter.
-
-Tests a VAE in half precision: SDXL's own overflows in fp16 and gives black pictures, or NaN to train on.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,17 +40,21 @@ def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
     An fp16 VAE that overflows is converted to fp32 for good.
     """
-    return torch.cat([decode_one(vae, latents[index : index + 1]) for index in range(len(latents))])
+    found = []
+    for one in latents.split(1):
+        decode = partial(decoded, vae, one)
+        found.append(finite_or_fp32(vae, decode) if one.isfinite().all() else decode())
+    return torch.cat(found)
 
 
-def decode_one(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """(1, 4, h, w) -> (1, 3, 8h, 8w)."""
-    pixels = decoded(vae, latents)
-    if not pixels.isfinite().all() and latents.isfinite().all() and vae.dtype != torch.float32:
+def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], Tensor]) -> Tensor:
+    """What `work` computes with the VAE. If that is not finite, it is done again in fp32, which the VAE then keeps."""
+    found = work()
+    if not found.isfinite().all() and vae.dtype != torch.float32:
         logger.warning("The VAE gives NaN in %s: it is used in float32 from here on.", vae.dtype)
         vae.to(torch.float32)
-        pixels = decoded(vae, latents)
-    return pixels
+        found = work()
+    return found
 
 
 def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -123,23 +126,23 @@ def load_vae_alone(source: str | Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(source, subfolder="vae").eval()
 
 
-def stress_pixels(photos: list[Image.Image], size_px: int) -> torch.Tensor:
-    """(N, 3, size, size) in [-1, 1]: the photos, or hard edges in full contrast, which overflow first."""
-    rows, columns = np.indices((size_px, size_px)) // max(1, size_px // 16)
-    squares = ((rows + columns) % 2 * 255).astype(np.uint8)
-    images = [image.resize((size_px, size_px)) for image in photos] or [Image.fromarray(squares).convert("RGB")]
-    stacked = np.stack([np.asarray(image, dtype=np.float32) for image in images])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
-
-
 @torch.no_grad()
 def probe_vae(
     vae: AutoencoderKL, dtypes: list[torch.dtype], photos: list[Image.Image], size_px: int, device: torch.device
 ) -> list[Probe]:
-    """Encode and decode in each dtype, compared with fp32. The VAE is left in fp32."""
-    pixels = stress_pixels(photos, size_px)
-    exact = round_trip(vae, pixels, torch.float32, device)
-    probes = [judged(round_trip(vae, pixels, dtype, device), exact, dtype) for dtype in dtypes]
+    """Encode and decode in each dtype, compared with fp32: the photos, or else hard edges in full contrast, which
+    overflow first. The VAE is left in fp32."""
+    rows, columns = np.indices((size_px, size_px)) // max(1, size_px // 16)
+    squares = Image.fromarray(((rows + columns) % 2 * 255).astype(np.uint8)).convert("RGB")
+    images = [image.resize((size_px, size_px)) for image in photos] or [squares]
+    stacked = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+    pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
+    exact, probes = round_trip(vae, pixels, torch.float32, device), []
+    for dtype in dtypes:
+        ours = round_trip(vae, pixels, dtype, device)
+        finite = bool(ours.isfinite().all())
+        error = float((ours - exact).clamp(-2, 2).abs().mean() * 127.5) if finite else float("nan")
+        probes.append(Probe(str(dtype).removeprefix("torch."), finite, error))
     vae.to(torch.float32)
     return probes
 
@@ -148,9 +151,3 @@ def round_trip(vae: AutoencoderKL, pixels: torch.Tensor, dtype: torch.dtype, dev
     vae.to(device, dtype)
     decoded = [vae.decode(vae.encode(p[None].to(device, dtype)).latent_dist.mode()).sample for p in pixels]
     return torch.cat(decoded).float().cpu()
-
-
-def judged(pixels: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> Probe:
-    finite = bool(pixels.isfinite().all())
-    error = float((pixels - exact).clamp(-2, 2).abs().mean() * 127.5) if finite else float("nan")
-    return Probe(str(dtype).removeprefix("torch."), finite, error)

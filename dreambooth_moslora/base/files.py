@@ -1,9 +1,5 @@
 """A base's files on this machine, and what their headers say without loading the model.
 
-Names and shapes of the tensors in safetensors files, read from the headers alone.
-
-Finds a base's files on this machine, and reads what they say without loading the model.
-
 `--dry_run` and training run the same checks: a base that passes the first is not refused by the second.
 """
 
@@ -16,6 +12,20 @@ from dreambooth_moslora.core import UserError, assets_folder
 from dreambooth_moslora.settings.table import TrainConfig
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
+SMALL_BASE_PX = 256
+"""A base of at most this resolution, such as the embedded one, needs no care with GPU memory."""
+TOY = assets_folder() / "toy-sdxl"
+SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
+INDEX = "model_index.json"
+CONFIGS = ("tokenizer", "tokenizer_2", "scheduler")
+TEXT_MARKS = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}
+MARKS = {
+    "unet": {"conv_in.weight"},
+    "vae": {"encoder.conv_in.weight"},
+    "text_encoder": TEXT_MARKS,
+    "text_encoder_2": TEXT_MARKS,
+}
+"""Component with weights -> names of a tensor that each such component has."""
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -64,55 +74,28 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
         raise UserError(f"{path} is damaged, cut short or not a safetensors file ({error}): fetch it again.") from None
 
 
-SMALL_BASE_PX = 256
-"""A base of at most this resolution, such as the embedded one, needs no care with GPU memory."""
-TOY = assets_folder() / "toy-sdxl"
-SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
-INDEX = "model_index.json"
-CONFIGS = ("tokenizer", "tokenizer_2", "scheduler")
-TEXT_MARKS = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}
-MARKS = {
-    "unet": {"conv_in.weight"},
-    "vae": {"encoder.conv_in.weight"},
-    "text_encoder": TEXT_MARKS,
-    "text_encoder_2": TEXT_MARKS,
-}
-"""Component with weights -> names of a tensor that each such component has."""
-
-
 def resolve_base(name: str | Path) -> str | Path:
     """`toy`, a folder, a single checkpoint file, or a hub id (returned unchanged).
 
-    Raises UserError for a path that does not exist, for a folder that is no diffusers model, and for a damaged
-    file.
+    Raises UserError for a path that is missing or damaged, or no diffusers model.
     """
     if str(name) == "toy":
-        return existing_toy()
+        if not (TOY / INDEX).is_file():
+            raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone or install it again.")
+        return TOY
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / INDEX).is_file():
             raise UserError(f"{path} is not a diffusers model: it has no {INDEX}.")
         return path
     if path.is_file():
-        return single_file(path)
+        if path.suffix not in SINGLE_FILE_SUFFIXES:
+            raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
+        check_weights(path)
+        return path
     if not is_hub_id(str(name)):
         raise UserError(f"the base {name} does not exist: give a diffusers folder, a .safetensors file or a hub id.")
     return str(name)
-
-
-def existing_toy() -> Path:
-    """The embedded base's folder. Raises UserError when it is missing."""
-    if not (TOY / INDEX).is_file():
-        raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone or install it again.")
-    return TOY
-
-
-def single_file(path: Path) -> Path:
-    """The checkpoint itself. Raises UserError for another kind of file, and for a damaged one."""
-    if path.suffix not in SINGLE_FILE_SUFFIXES:
-        raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
-    check_weights(path)
-    return path
 
 
 def is_hub_id(name: str) -> bool:
@@ -130,18 +113,15 @@ def base_folder(config: TrainConfig) -> Path | None:
     """
     source = resolve_base(config.pretrained_model_name_or_path)
     if isinstance(source, str):
-        return cached_folder(source, config)
+        from huggingface_hub import try_to_load_from_cache
+
+        places = {"cache_dir": config.cache_dir, "revision": config.revision}
+        found = try_to_load_from_cache(source, "unet/config.json", **places)
+        return Path(found).parents[1] if isinstance(found, str) else None
     if source.is_file():
         return None
     check_diffusers_folder(source, config.variant, has_vae=config.pretrained_vae_model_name_or_path is None)
     return source
-
-
-def cached_folder(name: str, config: TrainConfig) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "unet/config.json", cache_dir=config.cache_dir, revision=config.revision)
-    return Path(found).parents[1] if isinstance(found, str) else None
 
 
 def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae: bool = True) -> None:

@@ -1,22 +1,18 @@
-"""The base model: loads the pipeline by its name, quantises it, and encodes photos and prompts.
-
-Quantises the frozen base: 4-bit NormalFloat (QLoRA, Dettmers et al. 2023) or 8-bit weights of bitsandbytes.
-
-Only the linear layers of the transformer blocks are quantised: they hold nine tenths of SDXL's UNet.
-
-Computes cross-attention's frozen to_k and to_v without their weights on the device.
-
-They compute W0·c of a text c. While the text encoders are frozen, c depends only on the prompt, so W0·c is
-computed once per prompt and kept on the host, as are the weights. A pass of the UNet copies the products of its
-prompts to the device. In SDXL's UNet in half precision the weights take 0.63 GiB, and W0·c of a prompt 0.024.
-For a text that is not a known prompt's (a picture needs its prompt and the empty one together) the weights are
-copied to the device, one after the other, at its first denoising step.
-
-The base model: loads the pipeline by its name, and encodes photos and prompts for the UNet.
+"""The base model: loads the pipeline by its name, quantises it, and encodes photos and prompts for the UNet.
 
 name --load_pipeline--> StableDiffusionXLPipeline
 pixels (B, 3, H, W) in [-1, 1] --encode_image--> latents (B, 4, H/8, W/8), scaled as the UNet expects them
 prompts (N) --encode_text--> TextCond(embeds (N, 77, D), pooled (N, P))
+
+Quantised to 4-bit NormalFloat (QLoRA, Dettmers et al. 2023) or to 8-bit weights of bitsandbytes are only the linear
+layers of the transformer blocks: they hold nine tenths of SDXL's UNet.
+
+`TextProducts` computes cross-attention's frozen to_k and to_v, W0·c of a text c, without their weights on the device.
+While the text encoders are frozen, c depends only on the prompt, so W0·c is computed once per prompt and kept on the
+host, as are the weights. A pass of the UNet copies the products of its prompts to the device. In SDXL's UNet in half
+precision the weights take 0.63 GiB, and W0·c of a prompt 0.024. For a text that is not a known prompt's (a picture
+needs its prompt and the empty one together) the weights are copied to the device, one after the other, at its first
+denoising step.
 """
 
 import logging
@@ -32,7 +28,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.base.decode import latent_statistics
+from dreambooth_moslora.base.decode import finite_or_fp32, latent_statistics
 from dreambooth_moslora.base.files import check_diffusers_folder, configs_beside, resolve_base
 from dreambooth_moslora.core import UserError, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
@@ -100,7 +96,7 @@ def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: t
 
 class TextProjection(nn.Linear):
     """A frozen projection (out,in) of the text. `host_weight` has the numbers; `weight`, which is NaN, only has
-    their shape, dtype and device. `of_attention` (B,T,â¦) is the product of this layer beside those of its `siblings`,
+    their shape, dtype and device. `of_attention` (B,T,…) is the product of this layer beside those of its `siblings`,
     the number of text projections of its attention."""
 
     siblings = 1
@@ -180,8 +176,6 @@ class TextProducts:
         return torch.cat(found, -1)
 
 
-logger = logging.getLogger(__name__)
-
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
 """Errors of diffusers' converter for a damaged file, and for one of another model."""
 UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
@@ -236,10 +230,10 @@ def load_pipeline(
         raise
     except UNLOADABLE as error:
         raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error, 300)}") from error
-    check_is_sdxl(pipeline, name_or_path)
     check_is_whole(pipeline, name_or_path)
-    if has_zero_terminal_snr(pipeline):
-        start_at_pure_noise(pipeline)
+    if has_zero_terminal_snr(pipeline):  # SDXL's own spacing (`leading`) would never use the last noise level
+        scheduler = pipeline.scheduler
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
     if pipeline.vae.dtype != vae_dtype:
         pipeline.vae.to(vae_dtype)
     freeze(pipeline)
@@ -263,19 +257,16 @@ def load_single_file(path: Path, options: dict) -> StableDiffusionXLPipeline:
     try:
         pipeline = StableDiffusionXLPipeline.from_single_file(str(path), add_watermarker=False, **options, **local)
     except (LocalEntryNotFoundError, ConnectionError) as error:
-        raise UserError(without_configs(path)) from error
+        raise UserError(
+            f"{path} holds weights alone, and the configs that belong to them could not be fetched from the hub: go "
+            "online once, or put the .json and tokenizer files of a diffusers folder of that model into "
+            f"{path.with_suffix('')}."
+        ) from error
     except UNREADABLE as error:
         raise UserError(f"{path} is not an SDXL checkpoint that diffusers can read: {one_line(error, 300)}") from error
     if path.suffix == ".safetensors":
         follow_prediction_marks(pipeline, path)
     return pipeline
-
-
-def without_configs(path: Path) -> str:
-    return (
-        f"{path} holds weights alone, and the configs that belong to them could not be fetched from the hub: go online "
-        f"once, or put the .json and tokenizer files of a diffusers folder of that model into {path.with_suffix('')}."
-    )
 
 
 def follow_prediction_marks(pipeline: StableDiffusionXLPipeline, path: Path) -> None:
@@ -294,21 +285,12 @@ def has_zero_terminal_snr(pipeline: StableDiffusionXLPipeline) -> bool:
     return bool(config.get("rescale_betas_zero_snr")) and config.get("prediction_type") == "v_prediction"
 
 
-def start_at_pure_noise(pipeline: StableDiffusionXLPipeline) -> None:
-    """Use trailing timesteps: SDXL's own spacing (`leading`) would never use the last noise level."""
-    scheduler = pipeline.scheduler
-    pipeline.scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
-
-
-def check_is_sdxl(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
-    """Raises UserError for a pipeline of another kind."""
+def check_is_whole(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
+    """Raises UserError for a pipeline of another kind, and for a missing weight, which the loader leaves without
+    memory."""
     unet = pipeline.unet
     if unet is None or pipeline.text_encoder_2 is None or unet.config.addition_embed_type != "text_time":
         raise UserError(f"{name} is not an SDXL base model (two text encoders and size conditioning are needed).")
-
-
-def check_is_whole(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
-    """Raises UserError for a missing weight, which the loader leaves without memory."""
     for part, model in pipeline.components.items():
         weights = model.named_parameters() if isinstance(model, nn.Module) else ()
         if missing := next((weight for weight, value in weights if value.is_meta), None):
@@ -354,27 +336,13 @@ def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> Text
 def encode_image(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), fp32: the mean of the VAE's posterior.
 
-    An SDXL VAE in fp16 can overflow to NaN; it is then converted to fp32 for good and run again. Raises
-    UserError when even fp32 gives no finite latents.
+    An SDXL VAE in fp16 can overflow to NaN; it is then converted to fp32 for good and run again. VAEs that publish
+    their latents' statistics (Playground v2.5) have scale·(z - mean)/std. Raises UserError when even fp32 gives NaN.
     """
-    latents = posterior_mean(vae, pixels)
-    if not latents.isfinite().all() and vae.dtype != torch.float32:
-        logger.warning("The VAE gives NaN in %s: it is used in float32 from here on.", vae.dtype)
-        vae.to(torch.float32)
-        latents = posterior_mean(vae, pixels)
+    latents = finite_or_fp32(vae, lambda: vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float())
     if not latents.isfinite().all():
         raise UserError("the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE.")
-    return scale_latents(vae, latents)
-
-
-def posterior_mean(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
-
-
-def scale_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """z -> scale·z, or scale·(z - mean)/std for VAEs that publish their latents' statistics (Playground v2.5)."""
-    statistics = latent_statistics(vae, latents.device)
-    if statistics:
+    if statistics := latent_statistics(vae, latents.device):
         latents = (latents - statistics[0]) / statistics[1]
     return latents * vae.config.scaling_factor
 

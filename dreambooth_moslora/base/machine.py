@@ -1,24 +1,16 @@
-"""What this machine's GPU can do: its free memory, and whether it computes bf16.
+"""What this machine's GPU can do: its free memory, and whether it computes bf16. PyTorch is imported only when asked.
 
-A GPU's free memory, and the memory that decoding a picture needs.
-
-PyTorch is imported only when asked.
-
-Who computes bf16: Nvidia GPUs since Ampere (compute capability 8.0), and CPUs with AVX-512, AMX or Arm's bf16.
-
-On older GPUs PyTorch emulates bf16 and reports it as supported. cuDNN has no bf16 convolutions there, so
-training would fail at its first step or be very slow. On other CPUs oneDNN has no bf16 kernels, and PyTorch's own are
-many times slower than fp32.
+Nvidia's GPUs compute bf16 since Ampere (compute capability 8.0), and CPUs with AVX-512, AMX or Arm's bf16. On older
+GPUs PyTorch emulates bf16 and reports it as supported. cuDNN has no bf16 convolutions there, so training would fail at
+its first step or be very slow. On other CPUs oneDNN has no bf16 kernels, and PyTorch's own are many times slower than
+fp32.
 """
 
 import os
-from typing import TYPE_CHECKING
+from typing import Any
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
-
-if TYPE_CHECKING:
-    import torch
 
 GIB = 2**30
 DECODER_BYTES_A_PIXEL = 4300
@@ -27,11 +19,9 @@ TILE_PX = 512
 """Side of the tiles that are decoded if the whole picture does not fit."""
 
 
-def free_gib(device: "torch.device") -> float | None:
-    """GiB that this process can still use on a CUDA device; None for other devices.
-
-    Blocks that the allocator keeps for reuse count as free.
-    """
+def free_gib(device: Any) -> float | None:
+    """GiB that this process can still use on a CUDA device, with the blocks that the allocator keeps for reuse; None
+    for other torch devices."""
     if device.type != "cuda":
         return None
     import torch
@@ -58,10 +48,8 @@ def has_fast_bf16() -> bool:
 
 
 def check_bf16(config: TrainConfig) -> None:
-    """Raises UserError for a run in bf16 on a GPU without it.
-
-    Without the flag, the precision is that of `accelerate launch` in the environment.
-    """
+    """Raises UserError for a run in bf16 on a GPU without it. Without the flag, the precision is that of
+    `accelerate launch` in the environment."""
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     asked = {"mixed_precision": precision, "prior_generation_precision": config.prior_generation_precision}
     flags = [flag for flag, wanted in asked.items() if wanted == "bf16"]

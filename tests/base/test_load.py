@@ -1,6 +1,6 @@
 """The base model: names, loading, and what its UNet reads."""
 
-from types import SimpleNamespace
+import copy
 
 import pytest
 import torch
@@ -85,9 +85,9 @@ def test_latents_are_the_scaled_posterior_mean(pipeline):
 def test_published_latent_statistics_are_used(pipeline):
     pixels = torch.rand(1, 3, 64, 64)
     plain = load.encode_image(pipeline.vae, pixels)
-    config = SimpleNamespace(scaling_factor=0.5, latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
-    latents = load.scale_latents(SimpleNamespace(config=config), plain / 0.5)
-    assert torch.allclose(latents, (plain / 0.5 - 1) / 2 * 0.5, atol=1e-6)
+    vae = copy.deepcopy(pipeline.vae)
+    vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
+    assert torch.allclose(load.encode_image(vae, pixels), (plain / 0.5 - 1) / 2 * 0.5, atol=1e-6)
 
 
 def overflowing_vae(tiny_base, dtype):
