@@ -47,14 +47,18 @@ def has_fast_bf16() -> bool:
         return False
 
 
+def asks_accelerate(variable: str) -> bool:
+    """Whether `accelerate launch`, or the user, turned this on in the environment."""
+    return os.environ.get(variable, "false").lower() in ("true", "1")
+
+
 def check_bf16(config: TrainConfig) -> None:
     """Raises UserError for a run in bf16 on a GPU without it. Without the flag, the precision is that of
     `accelerate launch` in the environment."""
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     asked = {"mixed_precision": precision, "prior_generation_precision": config.prior_generation_precision}
     flags = [flag for flag, wanted in asked.items() if wanted == "bf16"]
-    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
-    if not flags or is_on_cpu:
+    if not flags or asks_accelerate("ACCELERATE_USE_CPU"):
         return
     import torch  # not before it is needed: a dry run answers at once
 

@@ -101,7 +101,9 @@ def check_folders(config: TrainConfig) -> None:
         raise UserError("--output_dir is empty: name a folder for the run.")
     for subject in each_subject(config):
         refuse_circles(subject)
-    check_home(config.output_dir)
+    place = Path(config.output_dir).resolve()
+    if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):  # a run would fill it with files
+        raise UserError(f"--output_dir {config.output_dir} is {place} itself: name a folder of the run's own.")
     run_dir = RunDir(config.output_dir)
     check_name(run_dir.name)
     for subject in each_subject(config):
@@ -121,13 +123,6 @@ def refuse_circles(config: TrainConfig) -> None:
                 raise UserError(f"--{name} {value}: it is a link that leads back to itself.") from error
 
 
-def check_home(output_dir: str) -> None:
-    """Raises UserError for the root or the user's home: a run would fill it with files."""
-    place = Path(output_dir).resolve()
-    if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):
-        raise UserError(f"--output_dir {output_dir} is {place} itself: name a folder of the run's own.")
-
-
 def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
     """Raises UserError for photos at the top of the run folder, or where a run replaces and moves its own files."""
     photos, images = config.instance_data_dir, config.class_data_dir
@@ -142,15 +137,10 @@ def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
         if folder == home:
             raise UserError(f"--output_dir {config.output_dir} is the folder of --{name}: a run needs one of its own.")
         first = folder.relative_to(home).parts[0]
-        if is_of_the_run(run_dir, first) and not (name == "class_data_dir" and first == run_dir.class_images_dir.name):
+        own = {run_dir.samples_dir, run_dir.best_dir, run_dir.last_dir, run_dir.masks_dir}
+        own |= {run_dir.class_images_dir} if name != "class_data_dir" else set()
+        if first in {path.name for path in own} or checkpoint_step(Path(first)) is not None:
             raise UserError(f"--{name} {value}: the run writes to {first} in its folder; keep the photos elsewhere.")
-
-
-def is_of_the_run(run_dir: RunDir, name: str) -> bool:
-    """Whether a run itself makes a folder of this name at the top of the run folder."""
-    folders = (run_dir.samples_dir, run_dir.best_dir, run_dir.last_dir, run_dir.class_images_dir, run_dir.masks_dir)
-    own = {path.name for path in folders}
-    return name in own or checkpoint_step(Path(name)) is not None
 
 
 def check_places(config: TrainConfig, run_dir: RunDir) -> None:
@@ -256,9 +246,8 @@ def check_basis(config: TrainConfig) -> None:
     if config.basis == SVD:
         source = resolve_base(config.pretrained_model_name_or_path)
         if isinstance(source, Path) and source.is_file():
-            raise UserError(
-                f"{given}: {source.name} is a single file; the base must be a diffusers folder or a hub id."
-            )
+            reason = f"{source.name} is a single file; the base must be a diffusers folder or a hub id."
+            raise UserError(f"{given}: {reason}")
         return
     if not Path(config.basis).is_file():
         raise UserError(f"{given}: there is no such file; give a raw adapter file, or the word svd.")

@@ -5,11 +5,13 @@
 The base decides the recipe from `assets/configs`; on a GPU its free memory decides which of SDXL's.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dreambooth_moslora.base import machine
 from dreambooth_moslora.core import CLIP, DINO, assets_folder, half_precision, is_toy, process_count
+from dreambooth_moslora.plan.memory import RECIPES, STOCK_SDXL
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting
 
@@ -47,14 +49,12 @@ class Choices:
     said: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     photo_report: "PhotoReport | None" = None
 
-    def add(self, words: str | Callable[[Mapping[str, Any]], str], *flags: str, **settings: Any) -> None:
-        """Choose these settings unless given. `words` are said if any was chosen, unless they are empty; a function
-        makes them of all settings, as some may be given."""
+    def add(self, words: str, *flags: str, **settings: Any) -> None:
+        """Choose these settings unless given. `words` are said if any was chosen, unless they are empty."""
         chosen = {name: value for name, value in settings.items() if name not in self.given}
         self.settings |= chosen
-        said = words if isinstance(words, str) else words(self.all)
-        if chosen and said:
-            self.say(said, *flags)
+        if chosen and words:
+            self.say(words, *flags)
 
     def say(self, words: str, *flags: str) -> None:
         self.said.append((words, flags))
@@ -76,14 +76,12 @@ class Choices:
 def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     """Choose the recipe. `free_gib` is the GPU's, None without a GPU. Returns the exposures of each photo in
     the recipe."""
-    from dreambooth_moslora.base.machine import has_gpu
-
     base, memory = choices.all["pretrained_model_name_or_path"], choices.given.get("memory")
     name, recipe = recipe_settings(base, free_gib)
     photos_a_step = recipe["train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
     exposures = recipe["max_train_steps"] * photos_a_step // PHOTOS_OF_A_RECIPE
     left_out = {*OWN, *(OF_MEMORY if memory not in (None, "auto") else ())}
-    if not is_toy(base) and free_gib is None and not has_gpu():
+    if not is_toy(base) and free_gib is None and not machine.has_gpu():
         left_out.update(OF_SAMPLES)
     recipe = {key: value for key, value in recipe.items() if key not in left_out}
     if choices.given.get("do_edm_style_training"):
@@ -98,38 +96,26 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
 
 
 def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, Any]]:
-    """The file in `assets/configs` for this base and GPU, and its settings for them."""
+    """The file in `assets/configs` for this base and GPU, and its settings, with what SDXL's recipes leave open: bases
+    without fp16 files, recomputation on 16 GB, and the precision that the GPU, or the CPU where there is none, computes
+    fast. Its GB are those of the largest recipe that needs at most nine tenths of the card; 12 without a GPU."""
+    folder = assets_folder() / "configs"
     if is_toy(base):
-        return "toy.toml", load_settings(assets_folder() / "configs" / "toy.toml")
-    name = f"sdxl_{recipe_gb(free_gib)}gb.toml"
-    return name, load_settings(assets_folder() / "configs" / name) | for_base_and_card(base, name)
-
-
-def recipe_gb(free: float | None) -> int:
-    """GB of the largest recipe that needs at most nine tenths of the card; 12 without a GPU."""
-    from dreambooth_moslora.plan.memory import RECIPES
-
-    return 12 if free is None else max((gb for gb in RECIPES if 0.9 * gb <= free), default=min(RECIPES))
-
-
-def for_base_and_card(base: str, recipe: str) -> dict[str, Any]:
-    """What SDXL's recipes leave open: bases without fp16 files, recomputation on 16 GB, and the precision that the GPU,
-    or the CPU where there is none, computes fast."""
+        return "toy.toml", load_settings(folder / "toy.toml")
     import torch
 
-    from dreambooth_moslora.base.machine import has_fast_bf16, has_gpu
-    from dreambooth_moslora.plan.memory import STOCK_SDXL
-
-    changes: dict[str, Any] = {}
+    fitting = [12] if free_gib is None else [gb for gb in RECIPES if 0.9 * gb <= free_gib]
+    name = f"sdxl_{max(fitting, default=min(RECIPES))}gb.toml"
+    recipe = load_settings(folder / name)
     if base != STOCK_SDXL:
-        changes["variant"] = None
-    if recipe == "sdxl_16gb.toml":
-        changes["gradient_checkpointing"] = True
+        recipe["variant"] = None
+    if name == "sdxl_16gb.toml":
+        recipe["gradient_checkpointing"] = True
     if torch.cuda.is_available():
-        changes["mixed_precision"] = half_precision()
-    elif not has_gpu() and not has_fast_bf16():
-        changes["mixed_precision"] = "no"
-    return changes
+        recipe["mixed_precision"] = half_precision()
+    elif not machine.has_gpu() and not machine.has_fast_bf16():
+        recipe["mixed_precision"] = "no"
+    return name, recipe
 
 
 def choose_words(choices: Choices, word: str) -> None:
@@ -141,11 +127,9 @@ def choose_words(choices: Choices, word: str) -> None:
     choices.add(f"words: “{prompt}”", "instance_prompt", "token", instance_prompt=prompt)
     if choices.given.get("with_prior_preservation") is not False:
         wanted = {"with_prior_preservation": True, "class_prompt": of_class, "prior": "adapter_off"}
-        choices.add(class_line, "no_with_prior_preservation", "class_prompt", **wanted)
-
-
-def class_line(settings: Mapping[str, Any]) -> str:
-    return f"the class: “{settings['class_prompt']}” stays as the base draws it"
+        said = choices.given.get("class_prompt", of_class)
+        line = f"the class: “{said}” stays as the base draws it"
+        choices.add(line, "no_with_prior_preservation", "class_prompt", **wanted)
 
 
 def choose_subjects(choices: Choices) -> None:
@@ -168,24 +152,19 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
     is_given = choices.given.keys() & {"max_train_steps", "num_train_epochs", "exposures_per_photo"}
     if not is_given:
         choices.settings["exposures_per_photo"] = exposures
-    choose_masks(choices, photos)
-    choose_shapes(choices, photos)
-    if not is_given:
-        line = f"steps: {steps_of(choices, photos)}, which show each photo {exposures} times"
-        line += ", and those of a subject with fewer oftener" if len(set(counted(photos))) > 1 else ""
-        choices.say(line, "exposures_per_photo", "max_train_steps")
-
-
-def choose_masks(choices: Choices, photos: list["Photo"]) -> None:
-    """Make masks with the embedded base's own segmenter. SDXL's would be a download, which needs the user's consent."""
-    masked = sum(photo.mask_path is not None for photo in photos)
-    counts = " + ".join(map(str, counted(photos)))
-    choices.said.insert(0, (f"photos: {counts}, {masked} with a mask (name.mask.png beside each)", ()))
+    counts, masked = counted(photos), sum(photo.mask_path is not None for photo in photos)
+    shown = " + ".join(map(str, counts))
+    choices.said.insert(0, (f"photos: {shown}, {masked} with a mask (name.mask.png beside each)", ()))
     bare = len(photos) - masked
     if bare and is_toy(choices.all["pretrained_model_name_or_path"]):
         choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
-    elif bare and "masks" not in choices.given:
+    elif bare and "masks" not in choices.given:  # SDXL's segmenter is a download, which needs the user's consent
         choices.say("masks: made for none, as CLIPSeg comes from the hub", "masks auto")
+    choose_shapes(choices, photos)
+    if not is_given:
+        line = f"steps: {steps_of(choices, photos)}, which show each photo {exposures} times"
+        line += ", and those of a subject with fewer oftener" if len(set(counts)) > 1 else ""
+        choices.say(line, "exposures_per_photo", "max_train_steps")
 
 
 def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
@@ -203,7 +182,7 @@ def counted(photos: list["Photo"]) -> list[int]:
 
 
 def steps_of(choices: Choices, photos: list["Photo"]) -> int:
-    from dreambooth_moslora.plan.steps import plan_steps
+    from dreambooth_moslora.plan.plan import plan_steps
 
     config = TrainConfig.from_dict(choices.all | {"early_stopping": None})  # the scores it needs are chosen later
     return plan_steps(config, counted(photos), process_count()).total_steps
@@ -219,20 +198,16 @@ def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | Non
     if encoders_are_here(choices.all["pretrained_model_name_or_path"]) if is_open else is_wanted:
         every = given or max(1, steps_of(choices, photos) // 4)
         wanted = {"evaluate_steps": every, "validation_steps": every, "find_scale": True}
-        choices.add(score_line, "evaluate_steps", "no_find_scale", **wanted)
+        settings = choices.settings | wanted | dict(choices.given)
+        every, parts = settings["evaluate_steps"], []
+        if settings["validation_steps"] == every and settings.get("num_validation_images") != 0:
+            parts.append("beside pictures")
+        parts.append("the best in best/")
+        if settings["find_scale"]:
+            parts.append("and the best scale at the end")
+        choices.add(f"scores: every {every} steps, {', '.join(parts)}", "evaluate_steps", "no_find_scale", **wanted)
     elif is_open and not given and not choices.given.get("find_scale"):
         choices.say("scores: none, as they take CLIP and DINOv2 from the hub", "evaluate_steps", "find_scale")
-
-
-def score_line(settings: Mapping[str, Any]) -> str:
-    every = settings["evaluate_steps"]
-    parts = [f"every {every} steps"]
-    if settings["validation_steps"] == every and settings.get("num_validation_images") != 0:
-        parts.append("beside pictures")
-    parts.append("the best in best/")
-    if settings["find_scale"]:
-        parts.append("and the best scale at the end")
-    return f"scores: {', '.join(parts)}"
 
 
 def encoders_are_here(base: str) -> bool:

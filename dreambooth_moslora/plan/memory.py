@@ -36,21 +36,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dreambooth_moslora.base.files import base_folder, tensor_shapes
-from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX
+from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, asks_accelerate
 from dreambooth_moslora.core import UserError, half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.plan.steps import uses_class_images
 from dreambooth_moslora.settings.fields import is_adapted, is_text_projection
 from dreambooth_moslora.settings.optimizers import BYTES_IN_8_BIT, optimizer_of
 from dreambooth_moslora.settings.rules import excluded_by
 from dreambooth_moslora.settings.subjects import each_subject
-from dreambooth_moslora.settings.table import (
-    SETTINGS,
-    TrainConfig,
-    checked_setting,
-    is_scored,
-    rank_and_alpha,
-)
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting, is_scored, rank_and_alpha
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
@@ -141,17 +134,24 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     """The device memory of each phase, and the disk space, GiB."""
     number = BYTES[precision_of(config)]
     adapter = adapter_parameters(config, size)
-    unet, texts, vae = unet_gib(config, size), size.text_encoders * number / GIB, size.vae * 4 / GIB
+    quantized = QUANTIZED_BYTES.get(config.base_quantization, number)
+    unet = ((size.unet - size.projections) * number + size.projections * quantized) / GIB
+    texts, vae = size.text_encoders * number / GIB, size.vae * 4 / GIB
     bytes_each = BYTES_IN_8_BIT if config.use_8bit_adam else optimizer_of(config).bytes_each
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / GIB
     on_host = size.text_projections * number / GIB if config.cache_cross_attention else 0.0
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)
     decoder = min(config.resolution, TILE_PX) ** 2 * DECODER_BYTES_A_PIXEL / GIB
     drawing = vae + max(decoder, drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
+    at_once = config.sample_batch_size if uses_class_images(config) else 0
+    encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
+    preparing = max(encoder, drawing_gib(config, size, images=2 * at_once))
+    if at_once or config.base_quantization == "int8":  # the UNet draws, or is quantised, before training
+        preparing += unet
     checkpoint = adapter * (12 + AVERAGE_BYTES * config.use_ema) / GIB
     return Estimate(
         adapter_parameters=adapter,
-        encoding_gib=CONTEXT_GIB + texts + vae + preparing_gib(config, size),
+        encoding_gib=CONTEXT_GIB + texts + vae + preparing,
         training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter),
         sampling_gib=CONTEXT_GIB + weights + (drawing if config.sample_count or is_scored(config) else 0),
         checkpoint_gib=checkpoint,
@@ -170,31 +170,19 @@ def adapter_parameters(config: TrainConfig, size: BaseSize) -> int:
     return mixers if config.basis else round(sum(rank * width for rank, width in layers)) + mixers
 
 
+def uses_class_images(config: TrainConfig) -> bool:
+    return config.with_prior_preservation and config.prior == "class_images"
+
+
 def precision_of(config: TrainConfig) -> str:
     """The precision that accelerate uses: that of the flag, or of `accelerate launch` in the environment."""
     return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
-
-
-def unet_gib(config: TrainConfig, size: BaseSize) -> float:
-    number = BYTES[precision_of(config)]
-    small = QUANTIZED_BYTES.get(config.base_quantization, number)
-    return ((size.unet - size.projections) * number + size.projections * small) / GIB
 
 
 def products_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
     """The products of cross-attention's to_k and to_v with the images' text, while the host holds these weights."""
     products = images * TOKENS * size.text_outputs if config.cache_cross_attention else 0
     return products * BYTES[precision_of(config)] / GIB
-
-
-def preparing_gib(config: TrainConfig, size: BaseSize) -> float:
-    """Memory before training, beside text encoders and VAE. The UNet counts only if it draws or is quantised to
-    int8."""
-    encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
-    at_once = config.sample_batch_size if uses_class_images(config) else 0
-    is_there = at_once or config.base_quantization == "int8"
-    drawing = drawing_gib(config, size, images=2 * at_once)
-    return max(encoder, drawing) + (unet_gib(config, size) if is_there else 0)
 
 
 def drawing_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
@@ -263,7 +251,7 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
     It includes the CUDA context, which asking the driver creates. `is_later`: the whole GPU's memory, for a run
     that waits until the others have ended.
     """
-    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+    if asks_accelerate("ACCELERATE_USE_CPU"):
         return None
     import torch  # not before it is needed: a dry run answers at once
 
@@ -280,7 +268,10 @@ def way_out(config: TrainConfig, size: BaseSize, free_gib: float) -> str:
         cost = estimate(replace(config, **changes), size, 1).peak_gib
         if cost <= free_gib:
             flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
-            return f"give {flags} (then {cost:.1f} GiB){recipe_for(free_gib)}."
+            card = next((card for card in RECIPES if card * 0.9 <= free_gib), None)  # a tenth is the desktop's
+            precision = "" if half_precision() == "bf16" else f" with --mixed_precision {half_precision()}"
+            recipe = f", or start from assets/configs/sdxl_{card}gb.toml{precision}" if card else ""
+            return f"give {flags} (then {cost:.1f} GiB){recipe}."
     return f"give a smaller --resolution than {config.resolution}, or free the GPU."
 
 
@@ -293,22 +284,12 @@ def plans(config: TrainConfig) -> list[dict[str, object]]:
         "sample_batch_size": 1,
         "base_quantization": "nf4",
     }
-    changes: dict[str, object] = {}
-    found = []
+    changes, found = {}, []
     for name, value in wanted.items():
         if getattr(config, name) != value:
             changes = {**changes, name: value}
             found.append(changes)
     return found
-
-
-def recipe_for(free_gib: float) -> str:
-    """The largest recipe for this memory; the desktop and the driver take a tenth of the card."""
-    fitting = next((card for card in RECIPES if card * 0.9 <= free_gib), None)
-    if fitting is None:
-        return ""
-    precision = "" if half_precision() == "bf16" else f" with --mixed_precision {half_precision()}"
-    return f", or start from assets/configs/sdxl_{fitting}gb.toml{precision}"
 
 
 WORTH_IMAGES = 1000
@@ -429,9 +410,9 @@ def is_possible(config: TrainConfig, name: str) -> bool:
 
 def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
     """For `--dry_run`: what each plan would need, and what the GPU has free."""
-    free = free_gib_of_gpu() if config.memory else None
     if config.memory is None:
         return []
+    free = free_gib_of_gpu()
     bare = replace(config, gradient_checkpointing=False, base_quantization="none", cache_cross_attention=False)
     needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in costs(bare, size).items())
     has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
@@ -439,7 +420,6 @@ def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
 
 
 Result = TypeVar("Result")
-SAME_SETTINGS = "give all processes the same flags and files."
 
 
 def is_alone() -> bool:
@@ -454,7 +434,7 @@ def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> 
         return find()
     from dreambooth_moslora.plan.processes import agreed, joined
 
-    return agreed(joined(), find, words, SAME_SETTINGS)
+    return agreed(joined(), find, words, "give all processes the same flags and files.")
 
 
 def same_config(config: TrainConfig) -> TrainConfig:
@@ -483,7 +463,7 @@ def least_free_gib(*, is_later: bool = False) -> float | None:
     own = free_gib_of_gpu(is_later=is_later)
     if is_alone():
         return own
-    from dreambooth_moslora.plan.processes import joined, told_by_each
+    from dreambooth_moslora.plan.processes import exchange, joined
 
-    told = told_by_each(joined(), own)
+    told = exchange(joined(), [own], None)
     return min((free for free in told if free is not None), default=None)

@@ -1,8 +1,17 @@
 """The plan of a run, made once, before the base is loaded: a dry run and the page print it, the trainer follows it.
 
 settings --memory--> settings --checks--> base --photos--> steps --estimate--> cost
+
+samples per epoch = photos × repeats, or the number of class images if larger
+steps per epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉        as diffusers' script counts
+exposures of a photo = steps × accumulation × batch × processes / photos
+
+Several subjects are shown equally often. Each counts as if it had as many photos as the largest one: an epoch
+shows each photo of that subject once, and photos of the others more often.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,9 +21,69 @@ from dreambooth_moslora.photos.folder import PhotoReport, photo_report
 from dreambooth_moslora.photos.masks import with_kept_masks
 from dreambooth_moslora.photos.photo import Photo, counts_of
 from dreambooth_moslora.plan.checks import preflight
-from dreambooth_moslora.plan.memory import Estimate, checked_by_all, choose_memory, estimate, same_config
-from dreambooth_moslora.plan.steps import StepPlan, plan_steps
+from dreambooth_moslora.plan.memory import (
+    Estimate,
+    checked_by_all,
+    choose_memory,
+    estimate,
+    same_config,
+    uses_class_images,
+)
 from dreambooth_moslora.settings.table import TrainConfig
+
+FEW_EXPOSURES = 20
+"""Exposures of a photo below which hardly anything of a subject is learnt."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """`photo_counts` holds the number of photos of each subject."""
+
+    photo_counts: tuple[int, ...]
+    repeats: int
+    photos_a_step: int
+    steps_an_epoch: int
+    total_steps: int
+
+    @property
+    def exposures_a_subject(self) -> float:
+        return self.total_steps * self.photos_a_step / len(self.photo_counts)
+
+    @property
+    def exposures_a_photo(self) -> float:
+        """Exposures of a photo of the subject with the most photos."""
+        return self.exposures_a_subject / max(self.photo_counts)
+
+    def sentence(self) -> str:
+        """The plan in one line."""
+        counts = " + ".join(map(str, self.photo_counts)) + " photos"
+        seen = f"each photo is seen about {self.exposures_a_photo:.0f} times"
+        if len(self.photo_counts) > 1:
+            counts = f"{len(self.photo_counts)} subjects, {counts}"
+            seen = f"each subject is seen about {self.exposures_a_subject:.0f} times"
+        return (
+            f"{counts} × {self.repeats} repeats, {self.photos_a_step} a step: {self.steps_an_epoch} steps an epoch; "
+            f"{self.total_steps} steps = {self.total_steps / self.steps_an_epoch:.1f} epochs; {seen}"
+        )
+
+
+def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: int = 1) -> StepPlan:
+    """`photos` is their number, or a list with the number for each subject.
+
+    Raises ZeroDivisionError for no photos; `photo_report` refuses that before.
+    """
+    counts = (photos,) if isinstance(photos, int) else tuple(photos)
+    photo_count = len(counts) * max(counts)
+    samples = photo_count * config.repeats
+    if uses_class_images(config):
+        samples = max(samples, config.num_class_images)
+    batches = math.ceil(samples / (config.train_batch_size * process_count))
+    steps_an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    photos_a_step = config.train_batch_size * config.gradient_accumulation_steps * process_count
+    total = config.max_train_steps or config.num_train_epochs * steps_an_epoch
+    if config.exposures_per_photo:
+        total = math.ceil(config.exposures_per_photo * photo_count / photos_a_step)
+    return StepPlan(counts, config.repeats, photos_a_step, steps_an_epoch, total)
 
 
 @dataclass(frozen=True)
@@ -46,15 +115,10 @@ def make_plan(
     """
     config = same_config(choose_memory(same_config(config), free_gib))
     base, size = checked_by_all(lambda: preflight(config, is_later=is_later))
-    if report is None:
-        report = read_by_all(config)
+    if report is None:  # the main process reads first, as it then writes the images of a data set
+        first = checked_by_all(lambda: photo_report(config) if is_main_process() else None)
+        report = checked_by_all(lambda: first or photo_report(config))
     elif config.masks == "auto":  # it may have been chosen after the photos were read
         report = replace(report, photos=with_kept_masks(report.photos, RunDir(config.output_dir).masks_dir))
     steps = plan_steps(config, counts_of(report.photos), process_count())
     return Plan(config, base, report, steps, estimate(config, size, steps.total_steps))
-
-
-def read_by_all(config: TrainConfig) -> PhotoReport:
-    """The photos. The main process reads them first, as it then writes the images of a data set."""
-    first = checked_by_all(lambda: photo_report(config) if is_main_process() else None)
-    return checked_by_all(lambda: first or photo_report(config))

@@ -6,7 +6,7 @@ A process that raised alone would leave the others waiting. So each tells the ot
 
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from random import SystemRandom
@@ -27,7 +27,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from dreambooth_moslora.base.machine import check_bf16
+from dreambooth_moslora.base.machine import asks_accelerate, check_bf16
 from dreambooth_moslora.core import StopRequestedError, UserError, clean_stale, is_out_of_memory, one_line
 from dreambooth_moslora.disk.processes import keep_freed_memory
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -98,11 +98,6 @@ def on_each(accelerator: Processes, work: Callable[[], Result]) -> Result:
     result, error = attempt(work)
     exchange(accelerator, [], error)
     return result
-
-
-def told_by_each(accelerator: Processes, own: Item) -> list[Item]:
-    """The picklable `own` of each process, in their order. All must call it."""
-    return exchange(accelerator, [own], None)
 
 
 def share_out(
@@ -213,7 +208,7 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     Raises UserError for settings of accelerate that cannot work.
     """
     check_bf16(config)
-    refuse_sharding(os.environ)
+    refuse_sharding()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
@@ -237,8 +232,9 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
             f"`accelerate config` or the environment asks for the precision {accelerator.mixed_precision}: give "
             "--mixed_precision no, fp16 or bf16."
         )
-    check_world_size(os.environ, accelerator.num_processes)
-    if accelerator.num_processes == 1 and asked_for_more(os.environ):
+    check_world_size(accelerator.num_processes)
+    is_alone = accelerator.num_processes == 1 and "WORLD_SIZE" not in os.environ
+    if is_alone and asks_accelerate("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:  # several were asked for
         logger.warning(ONE_PROCESS)
     if accelerator.device.type == "cpu":  # a GPU run should return this memory, which it no longer needs
         keep_freed_memory()
@@ -250,27 +246,27 @@ def joined() -> PartialState:
 
     Raises UserError where accelerate does not join them.
     """
-    refuse_sharding(os.environ)
+    refuse_sharding()
     try:
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     except ValueError as error:
         raise UserError(refusal(None, one_line(error, 300))) from error
-    check_world_size(os.environ, state.num_processes)
+    check_world_size(state.num_processes)
     return state
 
 
-def refuse_sharding(environment: Mapping[str, str]) -> None:
+def refuse_sharding() -> None:
     """Raises UserError when `accelerate config` or `launch` asks to shard the model."""
     for name, variable in SHARDING.items():
-        if environment.get(variable, "false").lower() in ("true", "1"):
+        if asks_accelerate(variable):
             raise UserError(
                 f"accelerate is set to {name}: adapters need no sharding; use accelerate launch --multi_gpu."
             )
 
 
-def check_world_size(environment: Mapping[str, str], num_processes: int) -> None:
+def check_world_size(num_processes: int) -> None:
     """Raises UserError when a launcher started processes that accelerate does not join."""
-    started = environment.get("WORLD_SIZE", "")
+    started = os.environ.get("WORLD_SIZE", "")
     if started.isdigit() and int(started) != num_processes:
         raise UserError(
             f"{started} processes were started (WORLD_SIZE) and accelerate joins {num_processes}: "
@@ -283,13 +279,6 @@ def refusal(mixed_precision: str | None, said: str) -> str:
     if mixed_precision is not None and "precision" in said:
         return f"--mixed_precision {mixed_precision}: {said}"
     return f"accelerate says: {said.rstrip('.')}; look at `accelerate config` and at ACCELERATE_… in the environment."
-
-
-def asked_for_more(environment: Mapping[str, str]) -> bool:
-    """Whether several processes were asked for and only one started: `accelerate launch --cpu --num_processes
-    2` without MPI."""
-    wants_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
-    return wants_cpu and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
 
 
 def chosen_seed(config: TrainConfig, accelerator: Accelerator) -> int:

@@ -16,9 +16,8 @@ from dreambooth_moslora.photos.folder import PhotoReport, bare_prompt_line
 from dreambooth_moslora.photos.masks import segmenter_name, sought_word
 from dreambooth_moslora.photos.photo import quoted
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
-from dreambooth_moslora.plan.memory import GIB, plan_lines, speed_here
-from dreambooth_moslora.plan.plan import Plan, make_plan
-from dreambooth_moslora.plan.steps import FEW_EXPOSURES, uses_class_images
+from dreambooth_moslora.plan.memory import GIB, plan_lines, speed_here, uses_class_images
+from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.subjects import each_subject

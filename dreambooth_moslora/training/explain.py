@@ -18,7 +18,7 @@ from dreambooth_moslora.core import UserError, is_finite_number
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.plan.steps import FEW_EXPOSURES
+from dreambooth_moslora.plan.plan import FEW_EXPOSURES
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.sources import read_json_table

@@ -28,7 +28,7 @@ from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import bare_prompt_line, log_strays, usable_photos
 from dreambooth_moslora.photos.photo import counts_of
 from dreambooth_moslora.plan.checks import check_folders
-from dreambooth_moslora.plan.plan import Plan, make_plan
+from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.plan.processes import (
     agreed,
     any_process,
@@ -38,7 +38,6 @@ from dreambooth_moslora.plan.processes import (
     on_main,
     share_of,
 )
-from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings.table import TrainConfig, is_scored
 from dreambooth_moslora.training.checkpoint import (
     Position,

@@ -22,7 +22,6 @@ from dreambooth_moslora.core import place_of, rng
 from dreambooth_moslora.photos.crops import CropPlan, nearest_shape
 from dreambooth_moslora.photos.folder import shuffled_captions
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.plan.steps import samples_an_epoch
 from dreambooth_moslora.settings.subjects import each_subject, stream_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.encoder import EncodedView, PhotoEncoder
@@ -60,7 +59,7 @@ class PhotoStream:
 
     def __len__(self) -> int:
         """Samples per epoch."""
-        return samples_an_epoch(len(self.photos), self.repeats)
+        return len(self.photos) * self.repeats
 
     def at(self, position: int) -> tuple[EncodedView, str]:
         """The encoded view at `position` >= 0, and a random caption of its photo. A fraction `caption_dropout` has an

@@ -25,8 +25,8 @@ from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan.checks import check_layers, check_patterns
+from dreambooth_moslora.plan.memory import uses_class_images
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_each, share_out
-from dreambooth_moslora.plan.steps import uses_class_images
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
 from dreambooth_moslora.settings.rules import weighting_flags
 from dreambooth_moslora.settings.subjects import each_subject

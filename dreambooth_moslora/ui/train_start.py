@@ -157,7 +157,7 @@ def length_of(
     config: TrainConfig, photos_dir: Path, subjects: int, recipe: FoundRecipe | None = None
 ) -> dict[str, Any]:
     """The preset where one shows each photo as often, else the number of steps."""
-    from dreambooth_moslora.plan.steps import plan_steps
+    from dreambooth_moslora.plan.plan import plan_steps
 
     for name, share in PRESETS.items():
         wanted = lengths_in(lengths_of(config, recipe), share)

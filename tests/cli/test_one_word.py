@@ -11,9 +11,9 @@ from dreambooth_moslora.cli import parser as one_word
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
 from dreambooth_moslora.core import CLIP, DINO
-from dreambooth_moslora.plan.choices import recipe_gb
+from dreambooth_moslora.plan.choices import recipe_settings
 from dreambooth_moslora.plan.memory import RECIPES, STOCK_SDXL, BaseSize, estimate
-from dreambooth_moslora.plan.steps import plan_steps
+from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import is_scored
@@ -172,7 +172,8 @@ def test_sdxl_is_scored_where_both_encoders_are_here(photos, tmp_path, monkeypat
 
 
 def test_recipes_by_memory():
-    assert [recipe_gb(free) for free in (None, 2.0, 7.3, 11.0, 80.0)] == [12, 6, 8, 12, 24]
+    names = [recipe_settings(STOCK_SDXL, free)[0] for free in (None, 2.0, 7.3, 11.0, 80.0)]
+    assert names == [f"sdxl_{gb}gb.toml" for gb in (12, 6, 8, 12, 24)]
 
 
 def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):

@@ -10,8 +10,7 @@ from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.photos import folder, masks
 from dreambooth_moslora.plan import plan
 from dreambooth_moslora.plan.memory import BaseSize, estimate
-from dreambooth_moslora.plan.plan import Plan, make_plan
-from dreambooth_moslora.plan.steps import plan_steps
+from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.dry_run import advice
 from tests.helpers.odd_photos import picture

@@ -14,7 +14,7 @@ from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.masks import kept_path
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan.memory import BaseSize, estimate
-from dreambooth_moslora.plan.steps import plan_steps
+from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train

@@ -7,7 +7,7 @@ import torch
 from dreambooth_moslora.cli import parser as one_word
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.plan.memory import RECIPES, BaseSize, choose_memory, estimate
-from dreambooth_moslora.plan.steps import plan_steps
+from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.jobs import Jobs

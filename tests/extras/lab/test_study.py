@@ -13,7 +13,7 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.lab.report import arm_rows, difference_plot, outcome_rows
 from dreambooth_moslora.extras.lab.run import Result, best_rates, materials, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
-from dreambooth_moslora.plan.steps import plan_steps
+from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.subjects import each_subject
 
