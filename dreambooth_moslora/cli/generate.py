@@ -38,7 +38,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_generate(args: argparse.Namespace) -> int:
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
-    from dreambooth_moslora.generation.pipeline import SubjectPipeline, adapters_of_picture, given_adapters
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline, adapters_of_picture, given_adapter
 
     axes = tuple(parse_axis(text) for text in args.grid or ())
     recipe = read_recipe(args.from_png) if args.from_png else None
@@ -46,7 +46,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if recipe and not args.adapter:
         adapters = adapters_of_picture(recipe)
     else:
-        adapters = given_adapters([_split_scale(text) for text in args.adapter], recipe)
+        adapters = [given_adapter(*_split_scale(text), recipe) for text in args.adapter]
         for note in filter(None, (item.note for item in adapters)):
             print(f"note: {note}", file=sys.stderr)
     basis = Path(args.basis).expanduser() if args.basis else None
@@ -86,8 +86,7 @@ def _recipe_values(args: argparse.Namespace, recipe: Recipe | None) -> dict:
 def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
     """Write each picture (or only the grid's sheet) under a free name and print its path."""
     from dreambooth_moslora.generation.grids import Sheet
-    from dreambooth_moslora.generation.params import Image
-    from dreambooth_moslora.generation.progress import Step
+    from dreambooth_moslora.generation.params import Image, Step
 
     folder.mkdir(parents=True, exist_ok=True)
     clear = "\r\033[K" if sys.stderr.isatty() else ""

@@ -54,7 +54,9 @@ class Sampler:
 
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
-        cond, empty = (self.embed([r.prompt for r in requests]), self._negative(len(requests)))
+        cond, empty = self.embed([r.prompt for r in requests]), None
+        if not self.pipeline.config.force_zeros_for_empty_prompt:  # else the pipeline itself makes zeros
+            empty = self.embed([""] * len(requests))
         to = {"device": self.device, "dtype": self.pipeline.unet.dtype}
         latents = self.pipeline(
             prompt_embeds=cond.embeds.to(**to),
@@ -71,12 +73,6 @@ class Sampler:
             callback_on_step_end=stopper(self.should_stop, self.on_step),
         ).images
         return decode_image(self.pipeline.vae, latents)
-
-    def _negative(self, count: int) -> TextCond | None:
-        """SDXL's base uses zeros for the empty prompt (None lets the pipeline make them); other bases embed it."""
-        if self.pipeline.config.force_zeros_for_empty_prompt:
-            return None
-        return self.embed([""] * count)
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import PIL.Image
 from PIL import ImageDraw, ImageFont
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, recipe_text
+from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Step, recipe_text
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.generation.progress import Preview, Step
+from dreambooth_moslora.generation.progress import Preview
 
 MAX_CELLS = 64
 MARGIN_PX = 12
@@ -49,28 +49,22 @@ class Sheet:
         return Path(path)
 
 
-def _with_scale(params: GenerationParams, value: float) -> GenerationParams:
-    if not params.adapters:
-        raise UserError("a grid over the scale needs an adapter")
-    return replace(params, adapters=((params.adapters[0][0], value), *params.adapters[1:]))
+AXES = {"scale": float, "seed": int, "prompt": str, "adapter": str, "steps": int, "guidance": float}
+"""What a grid can vary -> the type of its values. `scale` and `adapter` mean the first adapter."""
 
 
-def _with_adapter(params: GenerationParams, value: str) -> GenerationParams:
-    """Replace the first adapter, for example by a checkpoint of the same run; "none" is the base alone."""
-    scale = params.adapters[0][1] if params.adapters else 1.0
-    chosen = () if value == "none" else ((value, scale),)
-    return replace(params, adapters=(*chosen, *(pair for pair in params.adapters[1:] if pair[0] != value)))
-
-
-AXES: dict[str, tuple[type, Callable[[GenerationParams, object], GenerationParams]]] = {
-    "scale": (float, _with_scale),
-    "seed": (int, lambda params, value: replace(params, seed=value)),
-    "prompt": (str, lambda params, value: replace(params, prompt=value)),
-    "adapter": (str, _with_adapter),
-    "steps": (int, lambda params, value: replace(params, steps=value)),
-    "guidance": (float, lambda params, value: replace(params, guidance_scale=value)),
-}
-"""What a grid can vary -> the type of its values and how one is set. `scale` and `adapter` mean the first adapter."""
+def _varied(params: GenerationParams, name: str, value: str | int | float) -> GenerationParams:
+    """The parameters with another value on the axis `name`. An adapter may be replaced by a checkpoint of the same
+    run, for example; "none" is the base alone."""
+    first, rest = params.adapters[:1], params.adapters[1:]
+    if name == "scale":
+        if not first:
+            raise UserError("a grid over the scale needs an adapter")
+        return replace(params, adapters=((first[0][0], value), *rest))
+    if name == "adapter":
+        chosen = () if value == "none" else ((value, first[0][1] if first else 1.0),)
+        return replace(params, adapters=(*chosen, *(pair for pair in rest if pair[0] != value)))
+    return replace(params, **{"guidance_scale" if name == "guidance" else name: value})
 
 
 def parse_axis(text: str) -> Axis:
@@ -80,7 +74,7 @@ def parse_axis(text: str) -> Axis:
     name = name.strip()
     if name not in AXES or not equals:
         raise UserError(f"{text!r:.60} is not a grid axis; write one of {', '.join(AXES)}, then = and values")
-    kind = AXES[name][0]
+    kind = AXES[name]
     parts = [part.strip() for part in rest.split("|" if name == "prompt" else ",") if part.strip()]
     try:
         values = tuple(kind(part) for part in parts)
@@ -99,10 +93,10 @@ def cells_of(params: GenerationParams, axes: tuple[Axis, ...]) -> list[list[Gene
     if (count := len(down.values) * (len(across.values) if across else 1)) > MAX_CELLS:
         raise UserError(f"the grid has {count} cells; at most {MAX_CELLS} are drawn")
     params = replace(params.apply_tags(), num_images=1)
-    rows = [AXES[down.name][1](params, value) for value in down.values]
+    rows = [_varied(params, down.name, value) for value in down.values]
     if across is None:
         return [[row] for row in rows]
-    return [[AXES[across.name][1](row, value) for value in across.values] for row in rows]
+    return [[_varied(row, across.name, value) for value in across.values] for row in rows]
 
 
 def generate_grid(
@@ -123,34 +117,26 @@ def generate_grid(
     images: list[Image] = []
     for number, cell in enumerate(cells):
         for event in pipeline.generate(load(cell), should_stop=should_stop):
-            yield _renumbered(event, number, len(cells))
+            changes = {"index": number}
+            if isinstance(event, Step):
+                rest = (len(cells) - number - 1) * event.eta_sec * event.steps / max(event.steps - event.step, 1)
+                changes |= {"num_images": len(cells), "eta_sec": event.eta_sec + rest}
+            yield replace(event, **changes)
             if isinstance(event, Image):
                 images.append(event)
         if len(images) <= number:
             return
-    yield Sheet(_sheet_of([image.pixels for image in images], axes), images[0].params, axes, _origin_of(images))
+    yield _sheet_of(images, axes)
 
 
-def _origin_of(images: list[Image]) -> Provenance:
-    """The provenance of all cells: base and versions of the first, and every adapter's hash."""
+def _sheet_of(images: list[Image], axes: tuple[Axis, ...]) -> Sheet:
+    """Its provenance: base and versions of the first cell, and every adapter's hash."""
+    down, *across = [[axis.label(i) for i in range(len(axis.values))] for axis in axes]
+    pictures, columns = [image.pixels for image in images], across[0] if across else down
+    rows = [pictures[i : i + len(columns)] for i in range(0, len(pictures), len(columns))]
     hashes = {name: sha for image in images for name, sha in image.provenance.adapter_sha256}
-    return replace(images[0].provenance, adapter_sha256=tuple(hashes.items()))
-
-
-def _renumbered(event: Step | Preview | Image, number: int, count: int) -> Step | Preview | Image:
-    if not isinstance(event, Step):
-        return replace(event, index=number)
-    rest = (count - number - 1) * event.eta_sec * event.steps / max(event.steps - event.step, 1)
-    return replace(event, index=number, num_images=count, eta_sec=event.eta_sec + rest)
-
-
-def _sheet_of(pictures: list[PIL.Image.Image], axes: tuple[Axis, ...]) -> PIL.Image.Image:
-    down = [axes[0].label(i) for i in range(len(axes[0].values))]
-    if len(axes) == 1:
-        return draw_sheet([pictures], [""], down)
-    across = [axes[1].label(i) for i in range(len(axes[1].values))]
-    width = len(across)
-    return draw_sheet([pictures[i : i + width] for i in range(0, len(pictures), width)], down, across)
+    origin = replace(images[0].provenance, adapter_sha256=tuple(hashes.items()))
+    return Sheet(draw_sheet(rows, down if across else [""], columns), images[0].params, axes, origin)
 
 
 def draw_sheet(rows: list[list[PIL.Image.Image]], row_labels: list[str], column_labels: list[str]) -> PIL.Image.Image:

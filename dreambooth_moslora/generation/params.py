@@ -1,15 +1,7 @@
-"""The parameters of a picture: schedulers, limits, and how a PNG carries its recipe.
-
-The table of schedulers, for the command line, the page and PNG files. It needs no torch.
-
-The parameters of a picture, and how a PNG carries them.
+"""The parameters of a picture: schedulers, limits, and how a PNG carries its recipe. It needs no torch.
 
 Every PNG has two text chunks: `parameters`, the text that A1111 and its relatives read, and
 `dreambooth_moslora`, exact JSON: `GenerationParams.from_png(path)` gives the same picture again.
-
-Limits of one picture on a machine that draws for many users: a larger one would block the queue.
-
-A finished picture, with its recipe for the PNG.
 """
 
 import json
@@ -19,16 +11,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL.Image
 from PIL import UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core import UserError
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
 
 
 @dataclass(frozen=True)
@@ -42,29 +31,10 @@ class Scheduler:
 
 SCHEDULERS = {
     "euler": Scheduler("Euler", "EulerDiscreteScheduler"),
-    "dpmpp_2m_karras": Scheduler(
-        "DPM++ 2M Karras",
-        "DPMSolverMultistepScheduler",
-        {"use_karras_sigmas": True},
-    ),
+    "dpmpp_2m_karras": Scheduler("DPM++ 2M Karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "unipc": Scheduler("UniPC", "UniPCMultistepScheduler"),
 }
 """Schedulers by this program's names. All are deterministic: noise is drawn only at the start."""
-
-
-def scheduler_of_title(title: str) -> str | None:
-    """The name of the scheduler that other programs call `title`."""
-    return next((name for name, scheduler in SCHEDULERS.items() if scheduler.title == title), None)
-
-
-def make_scheduler(name: str, base_config: Mapping[str, Any]) -> "SchedulerMixin":
-    """diffusers' scheduler of that name, with the noise levels of the base's own scheduler."""
-    import diffusers
-
-    scheduler = SCHEDULERS[name]
-    return getattr(diffusers, scheduler.class_name).from_config(base_config, **scheduler.options)
-
-
 PNG_KEY = "dreambooth_moslora"
 FORMAT_VERSION = 1
 MAX_SEED = 2**32 - 1
@@ -83,6 +53,10 @@ LORA_TAG = re.compile(r"<lora:([^:<>]{1,100})(?::(-?\d+(?:\.\d+)?))?>")
 SETTING = re.compile(r'([\w+/-][\w +/-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 MAX_SETTINGS_CHARACTERS = 10_000
 """Limit of another program's line of settings, which bounds regex backtracking on hostile text."""
+MAX_STEPS = 100
+"""Most steps on a machine that draws for many users: more would block the queue."""
+MAX_AREA = 4
+"""Largest area relative to the base's own: larger pictures take much longer and repeat themselves."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +89,14 @@ class GenerationParams:
     scheduler: str = "euler"
 
     def __post_init__(self) -> None:
-        _check_prompts(self)
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(text := getattr(self, name), str):
+                raise UserError(f"{name} must be text, not {type(text).__name__}")
+            if len(text) > MAX_PROMPT_CHARACTERS:
+                raise UserError(f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed")
+            check_characters(text, name)
+        if not self.prompt.strip():
+            raise UserError("the prompt is empty; write what the picture should show")
         for name, (low, high) in LIMITS.items():
             _check_number(name, getattr(self, name), low, high, whole=name != "guidance_scale")
         for name in ("height_px", "width_px"):
@@ -132,9 +113,8 @@ class GenerationParams:
     def apply_tags(self) -> "GenerationParams":
         """Turn `<lora:name:0.8>` in the prompt into an adapter; a tag overrides the scale chosen elsewhere."""
         prompt, tags = split_lora_tags(self.prompt)
-        return (
-            replace(self, prompt=prompt, adapters=tuple((dict(self.adapters) | dict(tags)).items())) if tags else self
-        )
+        adapters = tuple((dict(self.adapters) | dict(tags)).items())
+        return replace(self, prompt=prompt, adapters=adapters) if tags else self
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"adapters": [list(pair) for pair in self.adapters]}
@@ -192,7 +172,15 @@ def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
 
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in the file; pixels are not decoded. Raises UserError when it is no PNG or has no parameters."""
-    return recipe_in(_png_text(Path(path)), Path(path).name)
+    path = Path(path)
+    try:
+        with PIL.Image.open(path, formats=["PNG"]) as image:
+            text = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    except PIL.Image.DecompressionBombError as error:
+        raise UserError(f"{path.name} claims far too many pixels; it is not opened") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path.name} is not a readable PNG file") from error
+    return recipe_in(text, path.name)
 
 
 def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
@@ -202,16 +190,6 @@ def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
     if "parameters" in text:
         return _parse_a1111(text["parameters"])
     raise UserError(f"{name} carries no generation parameters; was it saved again by another program?")
-
-
-def _png_text(path: Path) -> dict[str, str]:
-    try:
-        with PIL.Image.open(path, formats=["PNG"]) as image:
-            return {key: value for key, value in image.info.items() if isinstance(value, str)}
-    except PIL.Image.DecompressionBombError as error:
-        raise UserError(f"{path.name} claims far too many pixels; it is not opened") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path.name} is not a readable PNG file") from error
 
 
 def _own_recipe(text: str) -> Recipe:
@@ -232,17 +210,6 @@ def _own_recipe(text: str) -> Recipe:
 
 def _string_pairs(values: Any) -> tuple[tuple[str, str], ...]:
     return tuple((str(key), str(value)) for key, value in (values or {}).items())
-
-
-def _check_prompts(params: GenerationParams) -> None:
-    for name in ("prompt", "negative_prompt"):
-        if not isinstance(text := getattr(params, name), str):
-            raise UserError(f"{name} must be text, not {type(text).__name__}")
-        if len(text) > MAX_PROMPT_CHARACTERS:
-            raise UserError(f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed")
-        check_characters(text, name)
-    if not params.prompt.strip():
-        raise UserError("the prompt is empty; write what the picture should show")
 
 
 def check_characters(text: str, name: str) -> None:
@@ -305,28 +272,22 @@ def _parse_a1111(text: str) -> Recipe:
     prompt, _, negative = body.partition("\nNegative prompt:")
     settings = {key.strip(): value.strip().strip('"') for key, value in SETTING.findall(line[:MAX_SETTINGS_CHARACTERS])}
     prompt, tags = split_lora_tags(prompt.strip())
-    values: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags}
-    params = GenerationParams.from_dict(values | _known_settings(settings))
     sampler = _sampler_of(settings)
-    ours = SCHEDULERS[params.scheduler].title
-    known = sampler in ("", ours)
-    remarks = () if known else (f"the sampler {sampler} is not available; {ours} replaces it",)
-    return Recipe(params, Provenance(), exact=False, remarks=remarks)
-
-
-def _known_settings(settings: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+    name = next((name for name, scheduler in SCHEDULERS.items() if scheduler.title == sampler), "euler")
+    values: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags}
+    values["scheduler"] = name
     names = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance_scale", float)}
     try:
-        for key, (name, kind) in names.items():
+        for key, (own, kind) in names.items():
             if key in settings:
-                values[name] = kind(settings[key])
+                values[own] = kind(settings[key])
         if "Size" in settings:
             values["width_px"], values["height_px"] = (int(n) for n in settings["Size"].split("x"))
     except ValueError as error:
         raise UserError("the settings inside the PNG are damaged") from error
-    values["scheduler"] = scheduler_of_title(_sampler_of(settings)) or "euler"
-    return values
+    ours = SCHEDULERS[name].title
+    remarks = () if sampler in ("", ours) else (f"the sampler {sampler} is not available; {ours} replaces it",)
+    return Recipe(GenerationParams.from_dict(values), Provenance(), exact=False, remarks=remarks)
 
 
 def _sampler_of(settings: Mapping[str, str]) -> str:
@@ -335,11 +296,6 @@ def _sampler_of(settings: Mapping[str, str]) -> str:
     if schedule == "Automatic":
         schedule = "Karras" if sampler == "DPM++ 2M" else ""
     return f"{sampler} {schedule}".strip()
-
-
-MAX_STEPS = 100
-MAX_AREA = 4
-"""Largest area relative to the base's own: larger pictures take much longer and repeat themselves."""
 
 
 def check_size(params: GenerationParams, resolution_px: int) -> None:
@@ -357,6 +313,17 @@ def check_steps(params: GenerationParams) -> None:
 
 
 @dataclass(frozen=True)
+class Step:
+    """After denoising step `step` of `steps` (1-based) of image `index`. `eta_sec` covers all remaining images."""
+
+    index: int
+    num_images: int
+    step: int
+    steps: int
+    eta_sec: float
+
+
+@dataclass(frozen=True)
 class Image:
     """Image `index`, with the parameters of this one image and its provenance."""
 
@@ -367,17 +334,14 @@ class Image:
 
     def save(self, path: str | Path) -> Path:
         """Write a PNG with the recipe."""
-        self._write(path)
+        Path(path).write_bytes(self.png())
         return Path(path)
 
     def png(self) -> bytes:
         """The bytes of that file."""
         file = BytesIO()
-        self._write(file)
+        self.pixels.save(file, format="PNG", pnginfo=recipe_text(self.params, self.provenance))
         return file.getvalue()
-
-    def _write(self, target: str | Path | BytesIO) -> None:
-        self.pixels.save(target, format="PNG", pnginfo=recipe_text(self.params, self.provenance))
 
 
 def recipe_text(params: GenerationParams, provenance: Provenance) -> PngInfo:

@@ -1,16 +1,4 @@
-"""SubjectPipeline: a base, any number of adapters with their scales, and pictures as a stream of events.
-
-Turns a function with callbacks into an iterator, so that slow work can be watched and stopped.
-
-An adapter in a pipeline, and when its file has changed.
-
-The adapters of a picture: those that the user gives, or those in a PNG's recipe, found again by their SHA-256.
-
-What fits on a GPU while pictures are drawn: all models or one at a time, and which picture size.
-
-Subjects that are mixers alone: finds their basis, puts it into the pipeline once, and swaps the mixers on it.
-
-SubjectPipeline: a base, any number of adapters with their scales, and pictures that are yielded one by one.
+"""SubjectPipeline: a base, any number of adapters with their scales, and pictures that are yielded one by one.
 
 GenerationParams --generate--> Step, Preview … Image: the same parameters give the same pixels for any
 `num_images`.
@@ -20,10 +8,12 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
@@ -55,8 +45,8 @@ from dreambooth_moslora.core import (
     public_name,
 )
 from dreambooth_moslora.disk.run_folder import BEST_NAME, find_weights
-from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Recipe, make_scheduler
-from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Step, Watcher
+from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Provenance, Recipe, Step
+from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Watcher
 from dreambooth_moslora.settings.table import SVD, TrainConfig
 
 Item = TypeVar("Event")
@@ -107,16 +97,6 @@ class Adapter:
     stamp: Stamp
     mixers: Mixers | None = None
 
-    @property
-    def lacks_tokens(self) -> bool:
-        return len(self.tokens) < len(notes_in(self.header))
-
-
-def stamp_of(file: Path) -> Stamp:
-    """Changes with the file, and needs no reading."""
-    facts = file.stat()
-    return file.resolve(), facts.st_mtime_ns, facts.st_size
-
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -128,18 +108,14 @@ class AdapterFile:
     note: str = ""
 
 
-def given_adapters(given: list[tuple[str, float | None]], recipe: Recipe | None) -> list[AdapterFile]:
-    """Path and scale, as the user gave them. A scale of None is the picture's, or 1. Raises UserError."""
-    return [_given(path, scale, recipe) for path, scale in given]
-
-
 def adapters_of_picture(recipe: Recipe) -> list[AdapterFile]:
     """The adapters of the picture, looked up among local files. Raises UserError for a missing one."""
     hashes = dict(recipe.provenance.adapter_sha256)
     return [AdapterFile(_find(name, hashes.get(name)), name, scale) for name, scale in recipe.params.adapters]
 
 
-def _given(path: str, scale: float | None, recipe: Recipe | None) -> AdapterFile:
+def given_adapter(path: str, scale: float | None, recipe: Recipe | None) -> AdapterFile:
+    """An adapter as the user gave it. A scale of None is the picture's, or 1. Raises UserError."""
     scales, hashes = (dict(recipe.params.adapters), dict(recipe.provenance.adapter_sha256)) if recipe else ({}, {})
     place = Path(find_asset(path))
     file = _find(path, hashes.get(path)) if path in scales and not place.exists() else find_weights(place)
@@ -153,7 +129,10 @@ def _given(path: str, scale: float | None, recipe: Recipe | None) -> AdapterFile
 
 def _find(name: str, sha256: str | None) -> Path:
     """The file with this content under any name; without a sha256, the file with this name. Raises UserError."""
-    files = _files_here()
+    runs = Path("runs")
+    own = sorted((assets_folder() / "adapters").glob("*.safetensors"))
+    places = [*own, *sorted([*runs.glob("*/*.safetensors"), *runs.glob("*/*/*.safetensors")])]
+    files = [file for file in places if file.is_file()]
     named = [file for file in files if adapter_name(file) == name]
     for file in [*named, *files] if sha256 else named:
         if sha256 in (None, file_digest(file)):
@@ -164,14 +143,6 @@ def _find(name: str, sha256: str | None) -> Path:
         f"the picture's adapter {name!r:.60}{known} is not in runs/ nor in assets/adapters/{other}; "
         "give its file with --adapter"
     )
-
-
-def _files_here() -> list[Path]:
-    """The program's own adapters, then those of the runs in `runs/`, with their best steps and checkpoints."""
-    runs = Path("runs")
-    places = [*runs.glob("*/*.safetensors"), *runs.glob("*/*/*.safetensors")]
-    own = sorted((assets_folder() / "adapters").glob("*.safetensors"))
-    return [file for file in [*own, *sorted(places)] if file.is_file()]
 
 
 CPU = torch.device("cpu")
@@ -188,22 +159,6 @@ def weights_gib(model: DiffusionPipeline | nn.Module) -> float:
     return sum(weight.numel() * weight.element_size() for weight in weights) / GIB
 
 
-def must_offload(free_gib: float | None, all_weights_gib: float) -> bool:
-    """Whether the models must take turns on the device.
-
-    `free_gib` None means unlimited memory.
-    """
-    return free_gib is not None and free_gib < ROOM_BESIDE_WEIGHTS * all_weights_gib
-
-
-def max_pixels(free_gib: float) -> int:
-    """The largest picture that the UNet can denoise in the memory free beside its weights.
-
-    The decoder sets no limit: it can work in tiles.
-    """
-    return int(max(0.0, free_gib) * GIB / UNET_BYTES_A_PIXEL)
-
-
 class Home:
     """The device that a pipeline draws on. A resting pipeline is in the CPU's memory.
 
@@ -217,20 +172,17 @@ class Home:
     @property
     def is_short(self) -> bool:
         """Whether the device has too little free memory for a resting pipeline's models."""
-        return self.is_resting and must_offload(free_gib(self.device), weights_gib(self.pipeline))
+        if not self.is_resting or (free := free_gib(self.device)) is None:
+            return False
+        return free < ROOM_BESIDE_WEIGHTS * weights_gib(self.pipeline)
 
     def enter(self) -> None:
-        """Move all models to the device, or let them take turns until `end_turns`."""
+        """Move all models to the device, or let them take turns until `leave`."""
         if self.is_short:
             self.pipeline.enable_model_cpu_offload(device=self.device)
         elif self.is_resting:
             self.pipeline.to(self.device)
             self.is_resting = False
-
-    def end_turns(self) -> None:
-        """Remove the models that took turns."""
-        if self.is_resting:
-            self.leave()
 
     def leave(self) -> None:
         self.is_resting = True
@@ -239,11 +191,13 @@ class Home:
         torch.cuda.empty_cache()
 
     def check_size(self, height_px: int, width_px: int) -> None:
-        """Raises UserError for a picture that cannot fit, before its first step. Call it after `enter`."""
+        """Raises UserError for a picture that cannot fit, before its first step. Call it after `enter`. Only the UNet
+        sets a limit, by the memory beside its weights: the decoder can work in tiles."""
         free = free_gib(self.device)
         if free is None:
             return
-        most = max_pixels(free - weights_gib(self.pipeline.unet) if self.is_resting else free)
+        room = free - weights_gib(self.pipeline.unet) if self.is_resting else free
+        most = int(max(0.0, room) * GIB / UNET_BYTES_A_PIXEL)
         if height_px * width_px > most:
             side = int(most**0.5) // 32 * 32
             raise UserError(
@@ -297,8 +251,8 @@ class MixersOnBases:
 
     def _svd_basis(self, mixers: Mixers) -> Basis:
         """Of the base's files that the mixers were trained on: a run may have loaded another variant of them."""
-        wanted, found = mixers.metadata.basis, []
-        for basis in svd_bases(self._folder()):
+        wanted, found, name = mixers.metadata.basis, [], str(self.pipeline.config.get("_name_or_path") or "")
+        for basis in svd_bases(base_folder(TrainConfig(pretrained_model_name_or_path=name)) if name else None):
             if basis.note == wanted:
                 return basis
             found.append(basis.note["sha256"][:12])
@@ -306,11 +260,6 @@ class MixersOnBases:
             f"{mixers.file_name} was made for other weights: its basis is of a base with sha256 "
             f"{wanted['sha256'][:12]:.12}, and this one's is {found[0]}"
         )
-
-    def _folder(self) -> Path | None:
-        """The diffusers folder of the pipeline's base, None for a single file."""
-        name = str(self.pipeline.config.get("_name_or_path") or "")
-        return base_folder(TrainConfig(pretrained_model_name_or_path=name)) if name else None
 
 
 RESIDENT_ADAPTERS = 8
@@ -328,10 +277,7 @@ class SubjectPipeline:
     """
 
     def __init__(
-        self,
-        pipeline: StableDiffusionXLPipeline,
-        base_name: str,
-        home: str | torch.device | None = None,
+        self, pipeline: StableDiffusionXLPipeline, base_name: str, home: str | torch.device | None = None
     ) -> None:
         self.resident_adapters = RESIDENT_ADAPTERS
         self.pipeline = pipeline
@@ -342,7 +288,6 @@ class SubjectPipeline:
         self._active: dict[str, float] | None = None
         self._scheduler_config = pipeline.scheduler.config
         self._tokens: AttachedTokens | None = None
-        self._colours: LatentColours | None = None
         self._lock = threading.RLock()
         pipeline.set_progress_bar_config(disable=True)
 
@@ -389,13 +334,15 @@ class SubjectPipeline:
         there. New tokens come from the files that its header names, beside it. Raises UserError when it is no adapter
         for this base, or its tokens belong to another.
         """
-        name = name or adapter_name(path)
-        stamp = stamp_of(find_weights(path))
+        name, file = name or adapter_name(path), find_weights(path)
+        facts = file.stat()
+        stamp = (file.resolve(), facts.st_mtime_ns, facts.st_size)
         with self._lock:
-            if name in self.adapters and self.adapters[name].stamp == stamp and not self.adapters[name].lacks_tokens:
+            known = self.adapters.get(name)
+            if known and known.stamp == stamp and len(known.tokens) >= len(notes_in(known.header)):
                 self._touch(name)
                 return name
-            adapter = self._install(name, find_weights(path), stamp)
+            adapter = self._install(name, file, stamp)
             self._forget(name, unless=adapter.key)
             self.adapters[name] = adapter
             self._make_room()
@@ -474,24 +421,17 @@ class SubjectPipeline:
         blended = self.bases.show((adapter.mixers, scale) for adapter, scale in chosen if adapter.mixers is not None)
         active |= dict.fromkeys(blended, 1.0)
         if active != self._active:  # PEFT walks over all modules, which takes longer than swapping mixers
-            self._switch(active)
+            if active:
+                self.pipeline.enable_lora()
+                self.pipeline.set_adapters(list(active), list(active.values()))
+            elif self.adapters:
+                self.pipeline.disable_lora()
             self._active = active
-        self._use_tokens([tokens for adapter, _ in chosen for tokens in adapter.tokens])
-
-    def _switch(self, active: dict[str, float]) -> None:
-        if active:
-            self.pipeline.enable_lora()
-            self.pipeline.set_adapters(list(active), list(active.values()))
-        elif self.adapters:
-            self.pipeline.disable_lora()
-
-    def _use_tokens(self, wanted: list[NewTokens]) -> None:
-        """Make the text encoders know exactly these tokens."""
         if self._tokens is not None:
             self._tokens.detach()
             self._tokens = None
-        if wanted:
-            self._tokens = AttachedTokens(self.pipeline, wanted)
+        if tokens := [tokens for adapter, _ in chosen for tokens in adapter.tokens]:
+            self._tokens = AttachedTokens(self.pipeline, tokens)
 
     def provenance(self, params: GenerationParams) -> Provenance:
         hashes = tuple((name, self.adapters[name].sha256) for name, _ in params.adapters)
@@ -519,14 +459,15 @@ class SubjectPipeline:
                 f"there is too little memory for {params.height_px} x {params.width_px} px; choose a smaller size"
             ) from error
         finally:
-            self.home.end_turns()
+            if self.home.is_resting:  # the models took turns
+                self.home.leave()
 
     def _generate_one(self, index, params, words, clock, emit, stop) -> None:
         if stop():
             raise StopRequestedError
         own = params.for_image(index)
         self.pipeline.scheduler = self._scheduler(own.scheduler)
-        watcher = Watcher(index, own, clock, self.colours(), emit, stop)
+        watcher = Watcher(index, own, clock, self.colours, emit, stop)
         with tiled_where_short(self.pipeline.vae, (own.height_px, own.width_px), self.home.device):
             pixels = self.pipeline(
                 **words,
@@ -551,13 +492,14 @@ class SubjectPipeline:
         )
         return dict(zip(names, embeds))
 
-    def _scheduler(self, name: str):
-        return make_scheduler(name, self._scheduler_config)
+    def _scheduler(self, name: str) -> diffusers.SchedulerMixin:
+        """diffusers' scheduler of that name, with the noise levels of the base's own scheduler."""
+        chosen = SCHEDULERS[name]
+        return getattr(diffusers, chosen.class_name).from_config(self._scheduler_config, **chosen.options)
 
+    @cached_property
     def colours(self) -> LatentColours:
-        if self._colours is None:
-            self._colours = LatentColours(self.pipeline.vae, self.pipeline._execution_device)
-        return self._colours
+        return LatentColours(self.pipeline.vae, self.pipeline._execution_device)
 
     def _touch(self, name: str) -> None:
         """Mark as just used, so that `_make_room` drops others first."""

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreambooth_moslora.core import StopRequestedError, one_line
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.params import GenerationParams, Step
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,12 @@ class LatentColours:
 
 
 class PreviewTracker:
-    """Follows one denoising run and estimates the clean latents after each step."""
+    """Follows one denoising run and estimates the clean latents after each step. Euler keeps x0 + σ·ε; the others keep
+    the variance near one, α·x0 + σ·α·ε with α = 1/sqrt(1 + σ²)."""
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
         self.sigmas = scheduler.sigmas.float().cpu()
-        self.is_unit_variance = not _is_sigma_space(scheduler)
+        self.is_unit_variance = float(scheduler.init_noise_sigma) == 1.0
         self.previous: Tensor | None = None
 
     def clean_latents(self, step: int, latents: Tensor) -> Tensor:
@@ -74,11 +75,6 @@ class PreviewTracker:
         if before is None or sigma_next == sigma:
             return x / (1 + sigma_next**2).sqrt()
         return x - sigma_next * (x - before) / (sigma_next - sigma)
-
-
-def _is_sigma_space(scheduler: SchedulerMixin) -> bool:
-    """Euler keeps x0 + σ·ε; the others keep the variance near one, α·x0 + σ·α·ε with α = 1/sqrt(1 + σ²)."""
-    return float(scheduler.init_noise_sigma) != 1.0
 
 
 @torch.no_grad()
@@ -111,17 +107,6 @@ def _pixels_as_rows(image: Tensor) -> Tensor:
 def _with_ones(latents: Tensor) -> Tensor:
     rows = _pixels_as_rows(latents)
     return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
-
-
-@dataclass(frozen=True)
-class Step:
-    """After denoising step `step` of `steps` (1-based) of image `index`. `eta_sec` covers all remaining images."""
-
-    index: int
-    num_images: int
-    step: int
-    steps: int
-    eta_sec: float
 
 
 @dataclass(frozen=True)
@@ -160,21 +145,17 @@ class Clock:
         return (now - self.started) / (self.done - 1) * (self.total_steps - self.done)
 
 
+@dataclass
 class Watcher:
     """diffusers' `callback_on_step_end`: reports progress, offers a preview, and stops the loop on request."""
 
-    def __init__(
-        self,
-        index: int,
-        params: GenerationParams,
-        clock: Clock,
-        colours: LatentColours,
-        emit: Callable[[Step | Preview], None],
-        stop: Callable[[], bool],
-    ) -> None:
-        self.index, self.params, self.clock = index, params, clock
-        self.colours, self.emit, self.stop = colours, emit, stop
-        self.tracker: PreviewTracker | None = None
+    index: int
+    params: GenerationParams
+    clock: Clock
+    colours: LatentColours
+    emit: Callable[[Step | Preview], None]
+    stop: Callable[[], bool]
+    tracker: PreviewTracker | None = None
 
     def __call__(self, pipeline: StableDiffusionXLPipeline, step: int, _timestep: object, tensors: dict) -> dict:
         if self.stop():

@@ -13,18 +13,17 @@ import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image as PillowImage
+import PIL.Image
 
 from dreambooth_moslora.core import UserError, file_digest, one_line, parse_object
-from dreambooth_moslora.generation.params import GenerationParams, Recipe, recipe_in
+from dreambooth_moslora.disk.run_folder import find_weights
+from dreambooth_moslora.generation.params import GenerationParams, Image, Recipe, Step, recipe_in
 
-if TYPE_CHECKING:
-    from dreambooth_moslora.generation.params import Image
-    from dreambooth_moslora.generation.progress import Step
-
+TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
+"""Environment variable for a token; the command line would show it in process lists."""
 MAX_ANSWER_BYTES = 256 * 2**20
 POLL_SEC = 0.1
 
@@ -74,13 +73,11 @@ class Service:
                 connection.close()
         if status == 200:
             return data
-        raise UserError(f"the backend {self.shown} answers: {self._reason(data, status)}")
-
-    def _reason(self, data: bytes, status: int) -> str:
         try:
-            return one_line(self._object(data)["error"])
+            reason = one_line(self._object(data)["error"])
         except (UserError, KeyError):
-            return f"HTTP status {status}"
+            reason = f"HTTP status {status}"
+        raise UserError(f"the backend {self.shown} answers: {reason}")
 
     def _object(self, data: bytes) -> dict[str, Any]:
         try:
@@ -114,7 +111,6 @@ class RemotePipeline:
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Note the digest of the file `name`. Raises UserError when the service has no adapter of that name."""
         from dreambooth_moslora.adapters.lora_file import adapter_name
-        from dreambooth_moslora.disk.run_folder import find_weights
 
         file = find_weights(path)
         name = name or adapter_name(file)
@@ -130,15 +126,12 @@ class RemotePipeline:
 
     def generate(
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
-    ) -> "Iterator[Step | Image]":
+    ) -> Iterator[Step | Image]:
         """Request the pictures one by one; yield a Step and the Image for each. `should_stop` ends it as in
         SubjectPipeline.
 
         Raises UserError with the service's message.
         """
-        from dreambooth_moslora.generation.params import Image
-        from dreambooth_moslora.generation.progress import Step
-
         params, stopped, started = params.apply_tags(), should_stop or bool, time.monotonic()
         for index in range(params.num_images):
             png = self._drawn(params.for_image(index), stopped)
@@ -173,17 +166,13 @@ class RemotePipeline:
         return None
 
 
-def opened(png: bytes) -> tuple[PillowImage.Image, Recipe]:
+def opened(png: bytes) -> tuple[PIL.Image.Image, Recipe]:
     """The picture and its recipe. Raises UserError when the bytes are not a picture with a recipe."""
     try:
-        with PillowImage.open(io.BytesIO(png), formats=["PNG"]) as image:
+        with PIL.Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             image.load()
             text = {key: value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise UserError("the backend's answer is not a picture") from error
     image.info.clear()
     return image, recipe_in(text, "the backend's picture")
-
-
-TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
-"""Environment variable for a token; the command line would show it in process lists."""

@@ -28,8 +28,7 @@ from dreambooth_moslora.ui.state import AppContext, as_user_error, import_librar
 from dreambooth_moslora.ui.visitors import Picture, Visitor
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.generation.params import Image
-    from dreambooth_moslora.generation.progress import Step
+    from dreambooth_moslora.generation.params import Image, Step
 
 MAX_IMAGES = 8
 RANGES = {"steps": (1, MAX_STEPS), "guidance_scale": (0, 30), "scale": (-2, 2)}
@@ -439,8 +438,8 @@ def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes:
 
 def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: str) -> Iterator[Frame]:
     from dreambooth_moslora.generation.grids import Sheet
-    from dreambooth_moslora.generation.params import Image
-    from dreambooth_moslora.generation.progress import Preview, Step
+    from dreambooth_moslora.generation.params import Image, Step
+    from dreambooth_moslora.generation.progress import Preview
 
     started = shown_at = time.perf_counter()
     step, pictures, total, sheet, black = None, [], params.num_images, None, 0

@@ -11,9 +11,8 @@ import pytest
 from dreambooth_moslora.cli import generate
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
-from dreambooth_moslora.generation.params import GenerationParams, Image, read_recipe
+from dreambooth_moslora.generation.params import GenerationParams, Image, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.generation.progress import Step
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=2, guidance_scale=4.0, adapters=(("dog", 1.0),))

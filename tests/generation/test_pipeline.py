@@ -17,9 +17,9 @@ from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameter
 from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME
-from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, read_recipe
+from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.generation.progress import LatentColours, Preview, PreviewTracker, Step, smooth_latents
+from dreambooth_moslora.generation.progress import LatentColours, Preview, PreviewTracker, smooth_latents
 from tests.helpers.tiny_adapters import TARGETS, save_diffusers_lora, save_kohya_lora
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=3, guidance_scale=4.0)
@@ -119,6 +119,14 @@ def test_a_lora_tag_in_the_prompt_acts(pipeline):
 def test_all_schedulers_draw_something_of_their_own(pipeline):
     seen = [picture(pipeline, scheduler=scheduler) for scheduler in SCHEDULERS]
     assert all(differs(a, b) for a, b in pairwise(seen))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_has_its_class_its_options_and_the_noise_levels_of_the_base(pipeline, name):
+    made = pipeline._scheduler(name)
+    assert type(made).__name__ == SCHEDULERS[name].class_name
+    assert {key: made.config[key] for key in SCHEDULERS[name].options} == SCHEDULERS[name].options
+    assert (made.config.beta_start, made.config.beta_end) == (0.00085, 0.012)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

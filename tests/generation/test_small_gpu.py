@@ -1,5 +1,7 @@
 """Pictures on a GPU with little memory: a model at a time, in tiles, and no size that cannot fit."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -79,11 +81,18 @@ def test_a_size_that_cannot_fit_is_refused_before_the_first_step(tiny_base, monk
         (5.4, 6.5, True, 1024),  # 6 GB
     ],
 )
-def test_what_sdxl_may_draw_on_a_card(free_gib, weights_gib, offloads, side_px):
+def test_what_sdxl_may_draw_on_a_card(free_gib, weights_gib, offloads, side_px, monkeypatch):
     """In half precision: 6.5 GiB of weights, of which the UNet has 4.8."""
-    assert gpu_room.must_offload(free_gib, weights_gib) == offloads
-    room = free_gib - (4.8 if offloads else weights_gib)
-    assert gpu_room.max_pixels(room) >= side_px**2
+    monkeypatch.setattr(gpu_room, "weights_gib", lambda model: 4.8 if model == "unet" else weights_gib)
+    home = gpu_room.Home(SimpleNamespace(device=torch.device("cpu"), unet="unet"), torch.device(OTHER_DEVICE))
+    free(monkeypatch, free_gib)
+    assert home.is_short == offloads
+    if not offloads:
+        home.is_resting = False
+        free(monkeypatch, free_gib - weights_gib)
+    home.check_size(side_px, side_px)
+    with pytest.raises(UserError, match="too little memory"):
+        home.check_size(3 * side_px, 3 * side_px)
 
 
 def test_the_pipeline_decodes_in_tiles_where_memory_is_short(tiny_base, monkeypatch):
