@@ -36,10 +36,8 @@ def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w).
-
-    An fp16 VAE that overflows is converted to fp32 for good.
-    """
+    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w). An fp16 VAE that overflows is converted to fp32 for
+    good."""
     found = []
     for one in latents.split(1):
         decode = partial(decoded, vae, one)
@@ -82,10 +80,8 @@ def scale_of(vae: AutoencoderKL) -> int:
 
 @contextmanager
 def tiled_where_short(vae: AutoencoderKL, size_px: tuple[int, int], device: torch.device) -> Iterator[None]:
-    """In this block the VAE decodes in tiles if `device` has too little memory for (height, width) px at once.
-
-    A VAE without tiling decodes as usual. The VAE's own settings are restored afterwards.
-    """
+    """In this block the VAE decodes in tiles if `device` has too little memory for (height, width) px at once. A VAE
+    without tiling decodes as usual. The VAE's own settings are restored afterwards."""
     free = free_gib(device)
     is_short = free is not None and size_px[0] * size_px[1] * DECODER_BYTES_A_PIXEL / GIB > free
     if not is_short or not hasattr(vae, "tile_latent_min_size"):

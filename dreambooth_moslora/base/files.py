@@ -50,23 +50,18 @@ def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[in
     UserError."""
     shapes: dict[str, list[int]] = {}
     for file in weight_files(folder, variant):
-        check_weights(file)
-        if file.suffix == ".safetensors":
-            shapes |= shapes_in(file)
+        shapes |= shapes_in(file)
     return shapes
 
 
-def check_weights(path: Path) -> None:
-    """Raises UserError for a git-lfs pointer, and for a truncated file."""
+def shapes_in(path: Path) -> dict[str, list[int]]:
+    """{tensor's name: its shape} of a safetensors file, by its header; {} for another format. Raises UserError for a
+    git-lfs pointer, and for a damaged or truncated file."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(f"{path} is a git-lfs pointer, the weights are not here: fetch them with `git lfs pull`.")
-    if path.suffix == ".safetensors":
-        shapes_in(path)
-
-
-def shapes_in(path: Path) -> dict[str, list[int]]:
-    """{tensor's name: its shape} of a safetensors file. Raises UserError for a damaged file."""
+    if path.suffix != ".safetensors":
+        return {}
     try:
         with safe_open(path, "np") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
@@ -75,10 +70,8 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
 
 
 def resolve_base(name: str | Path) -> str | Path:
-    """`toy`, a folder, a single checkpoint file, or a hub id (returned unchanged).
-
-    Raises UserError for a path that is missing or damaged, or no diffusers model.
-    """
+    """`toy`, a folder, a single checkpoint file, or a hub id (returned unchanged). Raises UserError for a path that is
+    missing or damaged, or no diffusers model."""
     if str(name) == "toy":
         if not (TOY / INDEX).is_file():
             raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone or install it again.")
@@ -91,7 +84,7 @@ def resolve_base(name: str | Path) -> str | Path:
     if path.is_file():
         if path.suffix not in SINGLE_FILE_SUFFIXES:
             raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
-        check_weights(path)
+        shapes_in(path)
         return path
     if not is_hub_id(str(name)):
         raise UserError(f"the base {name} does not exist: give a diffusers folder, a .safetensors file or a hub id.")
@@ -106,11 +99,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def base_folder(config: TrainConfig) -> Path | None:
-    """The diffusers folder of the base: as named, embedded, or in the hub's cache. None for a single file or a
-    base not fetched yet.
-
-    Raises UserError for a base that training would refuse.
-    """
+    """The diffusers folder of the base: as named, embedded, or in the hub's cache. None for a single file or a base not
+    fetched yet. Raises UserError for a base that training would refuse."""
     source = resolve_base(config.pretrained_model_name_or_path)
     if isinstance(source, str):
         from huggingface_hub import try_to_load_from_cache

@@ -34,45 +34,42 @@ from dreambooth_moslora.core import UserError, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.settings.fields import is_text_projection
 
-QUANTIZATIONS = ("none", "nf4", "int8")
 OUTPUTS_A_BLOCK = 32
 """Outputs that the 4-bit kernels for CPUs compute at a time. Every width of SDXL is a multiple."""
 CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"
 """A warning of bitsandbytes at every call in bf16, thousands of times per run."""
+MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
+"""PEFT uses these attributes to choose its own layers for bitsandbytes."""
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
+"""Errors of diffusers' converter for a damaged file, and for one of another model."""
+UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
+"""Errors of the loaders for damaged or missing parts of a folder."""
+ZERO_SNR_RESCALE = 0.7
+"""Lin et al. 2024 (arXiv 2305.08891), section 3.4: how much of the contrast added by guidance is removed."""
 
 
 def quantize(unet: nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None) -> int:
-    """Replace the layers in place, each quantised on `device` (default: its own); returns how many.
-
-    Only one dense layer at a time is on the device. In 4 bit, each layer then moves back, so that the device is
-    free for the encoders. `kind` none does nothing. Raises UserError for an unknown kind, and when bitsandbytes
-    is not installed.
-    """
-    if kind not in QUANTIZATIONS:
-        raise UserError(f"--base_quantization {kind} is unknown: choose one of {', '.join(QUANTIZATIONS)}.")
+    """Replace the layers in place, each quantised on `device` (default: its own); returns how many. Only one dense
+    layer at a time is on the device. In 4 bit, each layer then moves back, so that the device is free for the encoders.
+    `kind` none does nothing. Raises UserError when bitsandbytes is not installed."""
     if kind == "none":
         return 0
     if kind == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_worth_saying)
-    targets = [(name, module) for name, module in unet.named_modules() if is_target(name, module)]
-    for name, dense in targets:
-        parent, _, child = name.rpartition(".")
-        setattr(unet.get_submodule(parent), child, quantized(dense, kind, compute_dtype, device or dense.weight.device))
+    count = 0
+    for name, dense in list(unet.named_modules()):
+        is_linear = "transformer_blocks" in name and type(dense) is nn.Linear
+        if is_linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
+            parent, _, child = name.rpartition(".")
+            layer = quantized(dense, kind, compute_dtype, device or dense.weight.device)
+            setattr(unet.get_submodule(parent), child, layer)
+            count += 1
     setattr(unet, MARKS[kind], True)
-    return len(targets)
-
-
-MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
-"""PEFT uses these attributes to choose its own layers for bitsandbytes."""
+    return count
 
 
 def is_worth_saying(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(CAST_TO_FP16)
-
-
-def is_target(name: str, module: nn.Module) -> bool:
-    in_block = "transformer_blocks" in name
-    return in_block and type(module) is nn.Linear and module.out_features % OUTPUTS_A_BLOCK == 0
 
 
 def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str) -> nn.Module:
@@ -82,12 +79,11 @@ def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: t
     except ImportError as error:
         raise UserError("--base_quantization needs bitsandbytes: pip install bitsandbytes.") from error
     shape = (dense.in_features, dense.out_features, dense.bias is not None)
-    options = {"device": "meta"}  # the layer's own random weights are not needed
-    if kind == "nf4":
-        layer = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", **options)
+    if kind == "nf4":  # on meta, as the layer's own random weights are not needed
+        layer = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
         layer.weight = bnb.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
     else:
-        layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False, **options)
+        layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
         layer.weight = bnb.Int8Params(dense.weight.data, requires_grad=False, has_fp16_weights=False)
     layer.bias = dense.bias
     home = dense.weight.device if kind == "nf4" else device
@@ -176,14 +172,6 @@ class TextProducts:
         return torch.cat(found, -1)
 
 
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
-"""Errors of diffusers' converter for a damaged file, and for one of another model."""
-UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
-"""Errors of the loaders for damaged or missing parts of a folder."""
-ZERO_SNR_RESCALE = 0.7
-"""Lin et al. 2024 (arXiv 2305.08891), section 3.4: how much of the contrast added by guidance is removed."""
-
-
 @dataclass(frozen=True)
 class TextCond:
     """Text conditioning of N prompts: `embeds` (N, 77, D) of both encoders, `pooled` (N, P) of the second one."""
@@ -200,17 +188,11 @@ def load_pipeline(
     revision: str | None = None,
     vae: str | Path | None = None,
     cache_dir: str | Path | None = None,
-    device: str | torch.device | None = None,
     vae_dtype: torch.dtype | None = None,
-    quantization: str = "none",
 ) -> StableDiffusionXLPipeline:
-    """Load a base in `dtype` (default fp32) onto `device`, every module frozen and in evaluation mode.
-
-    `vae` names another autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` is its dtype
-    (default `dtype`); `quantization` (`nf4`, `int8`) is that of the UNet's weights.
-
-    Raises UserError when the base is missing, is no SDXL model, or cannot be fetched.
-    """
+    """Load a base in `dtype` (default fp32), every module frozen and in evaluation mode. `vae` names another
+    autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` is its dtype (default `dtype`). Raises
+    UserError when the base is missing, is no SDXL model, or cannot be fetched."""
     source = resolve_base(name_or_path)
     if isinstance(source, Path) and source.is_dir():
         check_diffusers_folder(source, variant, has_vae=vae is None)
@@ -236,9 +218,10 @@ def load_pipeline(
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
     if pipeline.vae.dtype != vae_dtype:
         pipeline.vae.to(vae_dtype)
-    freeze(pipeline)
-    quantize(pipeline.unet, quantization, dtype)
-    return pipeline.to(device) if device is not None else pipeline
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    return pipeline
 
 
 def load_vae(name: str | Path, dtype: torch.dtype, cache_dir: str | Path | None) -> AutoencoderKL:
@@ -250,8 +233,8 @@ def load_vae(name: str | Path, dtype: torch.dtype, cache_dir: str | Path | None)
 
 
 def load_single_file(path: Path, options: dict) -> StableDiffusionXLPipeline:
-    """Load one checkpoint file. Its configs come from a diffusers folder of the same stem beside it, else from
-    the hub. Raises UserError."""
+    """Load one checkpoint file; its marks say whether velocity is predicted. Its configs come from a diffusers folder
+    of the same stem beside it, else from the hub. Raises UserError."""
     configs = configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
     try:
@@ -265,18 +248,12 @@ def load_single_file(path: Path, options: dict) -> StableDiffusionXLPipeline:
     except UNREADABLE as error:
         raise UserError(f"{path} is not an SDXL checkpoint that diffusers can read: {one_line(error, 300)}") from error
     if path.suffix == ".safetensors":
-        follow_prediction_marks(pipeline, path)
+        with safe_open(path, framework="pt") as file:  # diffusers ignores these empty tensors
+            marks = {"v_pred", "ztsnr"} & set(file.keys())
+        if "v_pred" in marks:
+            changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in marks}
+            pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
     return pipeline
-
-
-def follow_prediction_marks(pipeline: StableDiffusionXLPipeline, path: Path) -> None:
-    """Set the scheduler of v-prediction checkpoints: they have an empty tensor `v_pred` (and `ztsnr`), which
-    diffusers ignores."""
-    with safe_open(path, framework="pt") as file:
-        marks = {"v_pred", "ztsnr"} & set(file.keys())
-    if "v_pred" in marks:
-        changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in marks}
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
 
 
 def has_zero_terminal_snr(pipeline: StableDiffusionXLPipeline) -> bool:
@@ -297,12 +274,6 @@ def check_is_whole(pipeline: StableDiffusionXLPipeline, name: str | Path) -> Non
             raise UserError(f"the base model {name} is not whole: the files of its {part} have no {missing}.")
 
 
-def freeze(pipeline: StableDiffusionXLPipeline) -> None:
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False).eval()
-
-
 def default_resolution(pipeline: StableDiffusionXLPipeline) -> int:
     """Side in pixels of the UNet's training images: 1024 for SDXL, 128 for the embedded base."""
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
@@ -320,10 +291,8 @@ def guidance_rescale(pipeline: StableDiffusionXLPipeline) -> float:
 
 def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> TextCond:
     """Embed N prompts: the penultimate hidden states of both encoders, concatenated, and the second's pooled output.
-
-    Gradients reach the encoders if enabled; use `torch.no_grad()` for frozen ones. The empty prompt becomes
-    zeros if the pipeline's unconditional embedding is zero (`force_zeros_for_empty_prompt`).
-    """
+    Gradients reach the encoders if enabled; use `torch.no_grad()` for frozen ones. The empty prompt becomes zeros if
+    the pipeline's unconditional embedding is zero (`force_zeros_for_empty_prompt`)."""
     device = pipeline.text_encoder_2.device
     embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
     if pipeline.config.force_zeros_for_empty_prompt:
@@ -334,11 +303,9 @@ def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> Text
 
 @torch.no_grad()
 def encode_image(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), fp32: the mean of the VAE's posterior.
-
-    An SDXL VAE in fp16 can overflow to NaN; it is then converted to fp32 for good and run again. VAEs that publish
-    their latents' statistics (Playground v2.5) have scale·(z - mean)/std. Raises UserError when even fp32 gives NaN.
-    """
+    """Pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), fp32: the mean of the VAE's posterior. An SDXL
+    VAE in fp16 can overflow to NaN; it is then converted to fp32 for good and run again. VAEs that publish their
+    latents' statistics (Playground v2.5) have scale·(z - mean)/std. Raises UserError when even fp32 gives NaN."""
     latents = finite_or_fp32(vae, lambda: vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float())
     if not latents.isfinite().all():
         raise UserError("the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE.")

@@ -30,10 +30,8 @@ class SampleRequest:
 @dataclass
 class Sampler:
     """Draws requests with the pipeline's current UNet. `embed` returns the TextCond of prompts, cached or computed.
-
-    `guidance_scale` None is the base's own. `on_step` is called after each denoising step. Raises
-    StopRequestedError at the next denoising step after `should_stop` returns true.
-    """
+    `guidance_scale` None is the base's own. `on_step` is called after each denoising step. Raises StopRequestedError at
+    the next denoising step after `should_stop` returns true."""
 
     pipeline: StableDiffusionXLPipeline
     embed: Callable[[list[str]], TextCond]
@@ -110,11 +108,8 @@ def generate_images(
     size_px: tuple[int, int],
     should_stop: Callable[[], bool] = bool,
 ) -> list[Image.Image]:
-    """Images (h, w) = `size_px` of one prompt by the base alone, at its own guidance and the pipeline's
-    defaults: class images and scenes.
-
-    Raises UserError for pictures that are not finite: they would be trained on as black images.
-    """
+    """Images (h, w) = `size_px` of one prompt by the base alone, at its own guidance and the pipeline's defaults: class
+    images and scenes. Raises UserError for pictures that are not finite: they would be trained on as black images."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = {"height": size_px[0], "width": size_px[1], "guidance_scale": default_guidance(pipeline)}
     options["guidance_rescale"] = guidance_rescale(pipeline)
@@ -122,8 +117,6 @@ def generate_images(
     latents = pipeline([prompt] * len(seeds), generator=generators, output_type="latent", **options).images
     pixels = decode_pixels(pipeline.vae, latents)
     if not pixels.isfinite().all():
-        raise UserError(
-            "the base draws pictures that are not finite (NaN): give --prior_generation_precision fp32, "
-            "or another base if it says so in fp32 too."
-        )
+        remedy = "give --prior_generation_precision fp32, or another base if it says so in fp32 too."
+        raise UserError(f"the base draws pictures that are not finite (NaN): {remedy}")
     return pictures_of(pixels)

@@ -15,7 +15,9 @@ from dreambooth_moslora.generation.progress import Preview
 
 MAX_CELLS = 64
 MARGIN_PX = 12
-INK, FAINT, PAPER = (20, 20, 24), (110, 110, 118), (255, 255, 255)
+INK, PAPER = (20, 20, 24), (255, 255, 255)
+AXES = {"scale": float, "seed": int, "prompt": str, "adapter": str, "steps": int, "guidance": float}
+"""What a grid can vary -> the type of its values. `scale` and `adapter` mean the first adapter."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,6 @@ class Sheet:
         text.add_itxt("dreambooth_moslora_grid", json.dumps({axis.name: axis.values for axis in self.axes}))
         self.pixels.save(path, format="PNG", pnginfo=text)
         return Path(path)
-
-
-AXES = {"scale": float, "seed": int, "prompt": str, "adapter": str, "steps": int, "guidance": float}
-"""What a grid can vary -> the type of its values. `scale` and `adapter` mean the first adapter."""
 
 
 def _varied(params: GenerationParams, name: str, value: str | int | float) -> GenerationParams:
@@ -106,12 +104,9 @@ def generate_grid(
     should_stop: Callable[[], bool] | None = None,
     load: Callable[[GenerationParams], GenerationParams] | None = None,
 ) -> Iterator[Step | Preview | Image | Sheet]:
-    """The events of every cell, numbered row by row, and finally the Sheet (not if stopped).
-
-    `load` brings a cell's adapters into the model. It is called for all cells before the first is drawn, so
-    that a mistake in the last one is found early, and again before each: the model may not hold all adapters at
-    once. Raises UserError.
-    """
+    """The events of every cell, numbered row by row, and finally the Sheet (not if stopped). `load` brings a cell's
+    adapters into the model. It is called for all cells before the first is drawn, so that a mistake in the last one is
+    found early, and again before each: the model may not hold all adapters at once. Raises UserError."""
     load = load or pipeline.complete
     cells = [load(cell) for row in cells_of(params, axes) for cell in row]
     images: list[Image] = []

@@ -19,22 +19,6 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core import UserError
 
-
-@dataclass(frozen=True)
-class Scheduler:
-    """`title` is its name in other programs ("Sampler" in A1111), `class_name` diffusers' class."""
-
-    title: str
-    class_name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-SCHEDULERS = {
-    "euler": Scheduler("Euler", "EulerDiscreteScheduler"),
-    "dpmpp_2m_karras": Scheduler("DPM++ 2M Karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "unipc": Scheduler("UniPC", "UniPCMultistepScheduler"),
-}
-"""Schedulers by this program's names. All are deterministic: noise is drawn only at the start."""
 PNG_KEY = "dreambooth_moslora"
 FORMAT_VERSION = 1
 MAX_SEED = 2**32 - 1
@@ -60,6 +44,23 @@ MAX_AREA = 4
 
 
 @dataclass(frozen=True)
+class Scheduler:
+    """`title` is its name in other programs ("Sampler" in A1111), `class_name` diffusers' class."""
+
+    title: str
+    class_name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+SCHEDULERS = {
+    "euler": Scheduler("Euler", "EulerDiscreteScheduler"),
+    "dpmpp_2m_karras": Scheduler("DPM++ 2M Karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "unipc": Scheduler("UniPC", "UniPCMultistepScheduler"),
+}
+"""Schedulers by this program's names. All are deterministic: noise is drawn only at the start."""
+
+
+@dataclass(frozen=True)
 class Provenance:
     """The files and programs that made a picture, without paths and facts about photos or the machine."""
 
@@ -70,12 +71,9 @@ class Provenance:
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """Everything that decides the pixels, given the base and the adapters' files. Sizes are px; None in a size
-    or the guidance means the base's own.
-
-    Image i of `num_images` is the picture of seed `seed + i`, whatever `num_images` is. Raises UserError on a
-    value that cannot be generated.
-    """
+    """Everything that decides the pixels, given the base and the adapters' files. Sizes are px; None in a size or the
+    guidance means the base's own. Image i of `num_images` is the picture of seed `seed + i`, whatever `num_images` is.
+    Raises UserError on a value that cannot be generated."""
 
     prompt: str
     negative_prompt: str = ""
@@ -148,10 +146,8 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe in a PNG. `exact` is False when it was read from another program's text.
-
-    `remarks` list what that text asks for and this program cannot do.
-    """
+    """The recipe in a PNG. `exact` is False when it was read from another program's text. `remarks` list what that text
+    asks for and this program cannot do."""
 
     params: GenerationParams
     provenance: Provenance
@@ -196,11 +192,8 @@ def _own_recipe(text: str) -> Recipe:
     try:
         recipe = json.loads(text)
         json.dumps(recipe, ensure_ascii=False).encode("utf-8")  # a name may hold half a surrogate pair
-        provenance = Provenance(
-            str(recipe.get("base", "")),
-            _string_pairs(recipe.get("adapter_sha256")),
-            _string_pairs(recipe.get("versions")),
-        )
+        adapters, versions = (_string_pairs(recipe.get(key)) for key in ("adapter_sha256", "versions"))
+        provenance = Provenance(str(recipe.get("base", "")), adapters, versions)
         return Recipe(GenerationParams.from_dict(recipe["params"]), provenance, exact=True)
     except UserError:
         raise

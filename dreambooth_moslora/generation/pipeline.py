@@ -49,39 +49,42 @@ from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, I
 from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Watcher
 from dreambooth_moslora.settings.table import SVD, TrainConfig
 
-Item = TypeVar("Event")
+Item = TypeVar("Item")
+Stamp = tuple[Path, int, int]
+CPU = torch.device("cpu")
+ROOM_BESIDE_WEIGHTS = 1.5
+"""If free memory over weights is less, models take turns: SDXL in half precision needs 9.7 GiB to avoid that."""
+UNET_BYTES_A_PIXEL = 400
+"""Of the UNet in half precision per pixel of the picture, with and without the prompt together."""
+RESIDENT_ADAPTERS = 8
+"""Default number of adapters kept in the model; the least recently used one is dropped first."""
+Event = Step | Preview | Image
 
 
 def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) -> Iterator[Item]:
-    """Run `work(emit, abandoned)` in a thread of its own and yield what it emits.
-
-    `abandoned()` becomes true when the consumer closes the iterator; `work` should return soon after. An
-    exception in `work` is raised in the consumer. The thread ends with the iterator.
-    """
+    """Run `work(emit, abandoned)` in a thread of its own and yield what it emits. `abandoned()` becomes true when the
+    consumer closes the iterator; `work` should return soon after. An exception in `work` is raised in the consumer. The
+    thread ends with the iterator."""
     events: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()
-    failure: list[BaseException] = []
 
     def body() -> None:
         try:
             work(events.put, abandoned.is_set)
+            events.put(None)
         except BaseException as error:  # raised by the consumer
-            failure.append(error)
-        events.put(None)
+            events.put(error)
 
     thread = threading.Thread(target=body, name="generate", daemon=True)
     thread.start()
     try:
         while (event := events.get()) is not None:
+            if isinstance(event, BaseException):
+                raise event
             yield event
     finally:
         abandoned.set()
         thread.join()
-    if failure:
-        raise failure[0]
-
-
-Stamp = tuple[Path, int, int]
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,9 @@ def given_adapter(path: str, scale: float | None, recipe: Recipe | None) -> Adap
     """An adapter as the user gave it. A scale of None is the picture's, or 1. Raises UserError."""
     scales, hashes = (dict(recipe.params.adapters), dict(recipe.provenance.adapter_sha256)) if recipe else ({}, {})
     place = Path(find_asset(path))
-    file = _find(path, hashes.get(path)) if path in scales and not place.exists() else find_weights(place)
-    digest = file_digest(file) if hashes else ""
-    name = path if path in scales and not place.exists() else adapter_name(file)
+    is_name = path in scales and not place.exists()
+    file = _find(path, hashes.get(path)) if is_name else find_weights(place)
+    name, digest = path if is_name else adapter_name(file), file_digest(file) if hashes else ""
     in_picture = next((known for known in scales if hashes.get(known) == digest), name)
     differs = hashes.get(in_picture, digest) != digest
     note = f"the adapter {name} is another file than the one that made the picture" if differs else ""
@@ -145,13 +148,6 @@ def _find(name: str, sha256: str | None) -> Path:
     )
 
 
-CPU = torch.device("cpu")
-ROOM_BESIDE_WEIGHTS = 1.5
-"""If free memory over weights is less, models take turns: SDXL in half precision needs 9.7 GiB to avoid that."""
-UNET_BYTES_A_PIXEL = 400
-"""Of the UNet in half precision per pixel of the picture, with and without the prompt together."""
-
-
 def weights_gib(model: DiffusionPipeline | nn.Module) -> float:
     """GiB of all weights, in their current dtype."""
     parts = [model] if isinstance(model, nn.Module) else model.components.values()
@@ -160,10 +156,8 @@ def weights_gib(model: DiffusionPipeline | nn.Module) -> float:
 
 
 class Home:
-    """The device that a pipeline draws on. A resting pipeline is in the CPU's memory.
-
-    If the device is short of memory, the models take turns on it, and the pipeline rests between calls.
-    """
+    """The device that a pipeline draws on. A resting pipeline is in the CPU's memory. If the device is short of memory,
+    the models take turns on it, and the pipeline rests between calls."""
 
     def __init__(self, pipeline: DiffusionPipeline, device: torch.device) -> None:
         self.pipeline, self.device = pipeline, device
@@ -200,9 +194,8 @@ class Home:
         most = int(max(0.0, room) * GIB / UNET_BYTES_A_PIXEL)
         if height_px * width_px > most:
             side = int(most**0.5) // 32 * 32
-            raise UserError(
-                f"there is too little memory for {height_px} x {width_px} px: at most {side} x {side} px fit now"
-            )
+            asked = f"{height_px} x {width_px} px"
+            raise UserError(f"there is too little memory for {asked}: at most {side} x {side} px fit now")
 
 
 class MixersOnBases:
@@ -214,11 +207,9 @@ class MixersOnBases:
         self._loaded: dict[str, SwappedMixers] = {}
 
     def prepare(self, mixers: Mixers, file: Path) -> None:
-        """Put the basis of the mixers, read from `file`, into the UNet, unless it is there. Raises UserError."""
-        if mixers.basis_key not in self._loaded:
-            basis = self._find(mixers, file)
-            swapped = SwappedMixers(self.pipeline.unet, basis, mixers.ranks, mixers.basis_key)
-            self._loaded[mixers.basis_key] = swapped
+        """Put the basis of the mixers, read from `file`, into the UNet. Raises UserError."""
+        basis, key = self._find(mixers, file), mixers.basis_key
+        self._loaded[key] = SwappedMixers(self.pipeline.unet, basis, mixers.ranks, key)
 
     def show(self, chosen: Iterable[tuple[Mixers, float]]) -> set[str]:
         """Let each basis compute with the weighted sum of its chosen mixers. Returns the names of these adapters."""
@@ -262,19 +253,10 @@ class MixersOnBases:
         )
 
 
-RESIDENT_ADAPTERS = 8
-"""Default number of adapters kept in the model; the least recently used one is dropped first."""
-
-
-Event = Step | Preview | Image
-
-
 class SubjectPipeline:
-    """Base and adapters. It generates for one caller at a time: calls from other threads wait.
-
-    `home` is the device that draws. A resting pipeline is in the CPU's memory; `generate` ends the rest. If
-    `home` has too little memory for all models, they take turns on it, and rest between calls.
-    """
+    """Base and adapters. It generates for one caller at a time: calls from other threads wait. `home` is the device
+    that draws. A resting pipeline is in the CPU's memory; `generate` ends the rest. If `home` has too little memory for
+    all models, they take turns on it, and rest between calls."""
 
     def __init__(
         self, pipeline: StableDiffusionXLPipeline, base_name: str, home: str | torch.device | None = None
@@ -300,12 +282,10 @@ class SubjectPipeline:
         *,
         resting: bool = False,
     ) -> "SubjectPipeline":
-        """Load "toy", a folder, a hub id or a single file. Default `device`: the GPU, if there is one.
-
-        `resting`: nothing moves to the GPU before the first `generate`. Raises UserError.
-        """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+        """Load "toy", a folder, a hub id or a single file. Default `device`: the GPU, if there is one. `resting`:
+        nothing moves to the GPU before the first `generate`. Raises UserError."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
         subject = cls(load_pipeline(name, dtype=dtype), public_name(name), device)
         if not (resting or subject.home.is_short):
             subject.home.enter()
@@ -318,10 +298,9 @@ class SubjectPipeline:
 
     def rest(self) -> None:
         """Free the GPU until the next `generate`, after the current generation has ended."""
-        if not self.has_gpu:
-            return
-        with self._lock:
-            self.home.leave()
+        if self.has_gpu:
+            with self._lock:
+                self.home.leave()
 
     @property
     def resolution_px(self) -> int:
@@ -370,11 +349,9 @@ class SubjectPipeline:
     def generate(
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[Step | Preview | Image]:
-        """Yield Step and Preview for each denoising step and Image for each finished picture.
-
-        Ends early when `should_stop()` is true or the iterator is closed; images already yielded stay valid.
-        Raises UserError for an adapter that is not loaded, and when memory does not suffice.
-        """
+        """Yield Step and Preview for each denoising step and Image for each finished picture. Ends early when
+        `should_stop()` is true or the iterator is closed; images already yielded stay valid. Raises UserError for an
+        adapter that is not loaded, and when memory does not suffice."""
         params = self.complete(params)
 
         def work(emit: Callable[[Event], None], abandoned: Callable[[], bool]) -> None:
@@ -407,10 +384,7 @@ class SubjectPipeline:
         side = self.resolution_px
         guidance = default_guidance(self.pipeline) if params.guidance_scale is None else params.guidance_scale
         return replace(
-            params,
-            guidance_scale=guidance,
-            height_px=params.height_px or side,
-            width_px=params.width_px or side,
+            params, guidance_scale=guidance, height_px=params.height_px or side, width_px=params.width_px or side
         )
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
@@ -455,9 +429,8 @@ class SubjectPipeline:
             if not is_out_of_memory(error):
                 raise
             torch.cuda.empty_cache()
-            raise UserError(
-                f"there is too little memory for {params.height_px} x {params.width_px} px; choose a smaller size"
-            ) from error
+            size = f"{params.height_px} x {params.width_px} px"
+            raise UserError(f"there is too little memory for {size}; choose a smaller size") from error
         finally:
             if self.home.is_resting:  # the models took turns
                 self.home.leave()

@@ -21,7 +21,6 @@ from dreambooth_moslora.generation.params import GenerationParams, Step
 
 logger = logging.getLogger(__name__)
 
-CPU = torch.device("cpu")
 PREVIEW_PX = 384
 """The longer side of a preview on the page."""
 FIT_SIDE = 32
@@ -29,22 +28,25 @@ FIT_SIDE = 32
 
 
 class LatentColours:
-    """RGB = W·latent + b, fitted by least squares to the VAE's output for smooth random latents.
+    """RGB = W·latent + b, fitted by least squares to the VAE's output for smooth random latents. Latents are as the
+    UNet sees them: (B, 4, h, w), scaled by the VAE's factor. Pixels lie in [0, 1]. If the VAE fails, previews are grey,
+    and the picture is still drawn."""
 
-    Latents are as the UNet sees them: (B, 4, h, w), scaled by the VAE's factor. Pixels lie in [0, 1]. If the
-    VAE fails, previews are grey, and the picture is still drawn.
-    """
-
-    def __init__(self, vae: AutoencoderKL, device: torch.device = CPU) -> None:
-        latents = smooth_latents(vae.config.latent_channels)
+    @torch.no_grad()
+    def __init__(self, vae: AutoencoderKL, device: torch.device | str = "cpu") -> None:
+        latents, dtype = smooth_latents(vae.config.latent_channels), vae.dtype
         self.weight = torch.zeros(vae.config.latent_channels + 1, 3)
         try:
-            colours = colours_of(vae, latents, device)
+            vae.to(torch.float32)  # as the pipeline decodes: SDXL's own VAE overflows in fp16
+            pixels = vae.decode((latents / vae.config.scaling_factor).to(device)).sample
+            colours = torch.nn.functional.adaptive_avg_pool2d(pixels.float().cpu(), FIT_SIDE)
         except RuntimeError as error:  # such as out of memory
             logger.warning("previews are grey: the VAE could not decode: %s", one_line(error))
             return
+        finally:
+            vae.to(dtype)
         if colours.isfinite().all():
-            self.weight = torch.linalg.lstsq(_with_ones(latents), _pixels_as_rows(colours)).solution
+            self.weight = torch.linalg.lstsq(_with_ones(latents), colours[0].flatten(1).T).solution
         else:
             logger.warning("previews are grey: the VAE gives values that are not finite (NaN)")
 
@@ -77,35 +79,15 @@ class PreviewTracker:
         return x - sigma_next * (x - before) / (sigma_next - sigma)
 
 
-@torch.no_grad()
-def colours_of(vae: AutoencoderKL, latents: Tensor, device: torch.device) -> Tensor:
-    """Latents (1, C, 32, 32) -> the VAE's output on `device`, (1, 3, 32, 32), about in [-1, 1].
-
-    Computed in fp32 like the pipeline's decoding: SDXL's own VAE overflows in fp16. The VAE is restored
-    afterwards.
-    """
-    dtype = vae.dtype
-    try:
-        vae.to(torch.float32)
-        pixels = vae.decode((latents / vae.config.scaling_factor).to(device)).sample
-    finally:
-        vae.to(dtype)
-    return torch.nn.functional.adaptive_avg_pool2d(pixels.float().cpu(), FIT_SIDE)
-
-
 def smooth_latents(channels: int, seed: int = 0) -> Tensor:
     """(1, channels, 32, 32) of unit variance whose neighbours are similar, as in a real picture's latents."""
     coarse = torch.randn(1, channels, FIT_SIDE // 4, FIT_SIDE // 4, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(coarse, scale_factor=4.0, mode="nearest")
 
 
-def _pixels_as_rows(image: Tensor) -> Tensor:
-    """(1, C, h, w) -> (h·w, C)."""
-    return image[0].flatten(1).T
-
-
 def _with_ones(latents: Tensor) -> Tensor:
-    rows = _pixels_as_rows(latents)
+    """(1, C, h, w) -> (h·w, C + 1)."""
+    rows = latents[0].flatten(1).T
     return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
 
 

@@ -6,11 +6,11 @@ only.
 
 import io
 import json
-import queue
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
@@ -58,19 +58,14 @@ class Service:
         headers = {"Content-Type": "application/json"}
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
-        connection = None
         try:
-            connection = self.kind(self.host, self.port, timeout=self.timeout_sec)
-            connection.request(method, self.folder + path, body, headers)
-            answer = connection.getresponse()
-            status, data = answer.status, answer.read(MAX_ANSWER_BYTES)
-        except (OSError, HTTPException, ssl.SSLError) as error:
-            raise UserError(
-                f"the backend {self.shown} cannot be reached ({one_line(error)}); start it, or leave --backend out"
-            ) from error
-        finally:
-            if connection is not None:
-                connection.close()
+            with closing(self.kind(self.host, self.port, timeout=self.timeout_sec)) as connection:
+                connection.request(method, self.folder + path, body, headers)
+                answer = connection.getresponse()
+                status, data = answer.status, answer.read(MAX_ANSWER_BYTES)
+        except (OSError, HTTPException) as error:
+            reason = f"cannot be reached ({one_line(error)}); start it, or leave --backend out"
+            raise UserError(f"the backend {self.shown} {reason}") from error
         if status == 200:
             return data
         try:
@@ -101,8 +96,7 @@ class RemotePipeline:
             raise UserError(f"{service.shown} is not a service of `dreambooth_moslora serve`")
         if self.base_name != base_name:
             raise UserError(f"the backend draws with {self.base_name:.60}, the page with {base_name}: name one base")
-        self._digests: dict[str, str] = {}
-        self._stamps: dict[str, tuple] = {}
+        self._files: dict[str, tuple[tuple, str]] = {}
         self._lock = threading.Lock()
 
     def rest(self) -> None:
@@ -117,8 +111,8 @@ class RemotePipeline:
         facts = file.stat()
         stamp = (file.resolve(), facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size)
         with self._lock:
-            if self._stamps.get(name) != stamp:
-                self._digests[name], self._stamps[name] = file_digest(file), stamp
+            if self._files.get(name, ((), ""))[0] != stamp:
+                self._files[name] = stamp, file_digest(file)
         names = self.service.get("/adapters").get("adapters")
         if not isinstance(names, list) or name not in names:
             raise UserError(f"the backend has no adapter {name!r:.60}; put its file into a folder of its --adapters")
@@ -128,10 +122,7 @@ class RemotePipeline:
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[Step | Image]:
         """Request the pictures one by one; yield a Step and the Image for each. `should_stop` ends it as in
-        SubjectPipeline.
-
-        Raises UserError with the service's message.
-        """
+        SubjectPipeline. Raises UserError with the service's message."""
         params, stopped, started = params.apply_tags(), should_stop or bool, time.monotonic()
         for index in range(params.num_images):
             png = self._drawn(params.for_image(index), stopped)
@@ -144,25 +135,20 @@ class RemotePipeline:
 
     def _drawn(self, params: GenerationParams, stopped: Callable[[], bool]) -> bytes | None:
         """One PNG, or None when stopped; a running request is then abandoned."""
-        known = {name: self._digests[name] for name, _ in params.adapters}
+        known = {name: self._files[name][1] for name, _ in params.adapters}
         order = {key: value for key, value in params.to_dict().items() if value is not None}
-        answers: queue.SimpleQueue = queue.SimpleQueue()
+        answer: Future[bytes] = Future()
 
         def ask() -> None:
             try:
-                answers.put(self.service.generate(order | {"adapter_sha256": known}))
+                answer.set_result(self.service.generate(order | {"adapter_sha256": known}))
             except Exception as error:  # raised by the thread that waits
-                answers.put(error)
+                answer.set_exception(error)
 
         threading.Thread(target=ask, name="ask-backend", daemon=True).start()
         while not stopped():
-            try:
-                answer = answers.get(timeout=POLL_SEC)
-            except queue.Empty:
-                continue
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
+            with suppress(TimeoutError):
+                return answer.result(timeout=POLL_SEC)
         return None
 
 

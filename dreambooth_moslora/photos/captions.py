@@ -27,16 +27,7 @@ from typing import Any
 
 from PIL import Image
 
-from dreambooth_moslora.core import (
-    UserError,
-    assets_folder,
-    atomic_write,
-    content_key,
-    file_digest,
-    half_precision,
-    is_toy,
-    public_name,
-)
+from dreambooth_moslora.core import UserError, assets_folder, atomic_write, half_precision, is_toy, public_name
 from dreambooth_moslora.photos.folder import CAPTION_SUFFIX, MADE_CAPTIONS, kept_captions
 from dreambooth_moslora.photos.masks import loaded
 from dreambooth_moslora.photos.photo import Photo, open_rgb, why_not_beside
@@ -66,11 +57,8 @@ class Captioner:
 
 def load_captioner(config: TrainConfig, device: Any = "cpu") -> Captioner:
     """The captioner of `--caption_model`, by default the embedded base's own CLIP, or Qwen3-VL for other bases. The
-    model is loaded onto the torch device when the first caption is made.
-
-    Raises UserError without a class word; making a caption raises it when the model is missing or of another
-    kind.
-    """
+    model is loaded onto the torch device when the first caption is made. Raises UserError without a class word; making
+    a caption raises it when the model is missing or of another kind."""
     default = TOY_CLIP if is_toy(config.pretrained_model_name_or_path) else QWEN
     name = os.path.expanduser(config.caption_model or default)
     word = class_word_of(config) or ("toy" if name == TOY_CLIP else "")
@@ -90,15 +78,15 @@ def load_captioner(config: TrainConfig, device: Any = "cpu") -> Captioner:
 
 
 def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], str]:
-    """A captioner by a chat model. Decoding is greedy, so that a photo always gets the same words.
-
-    Raises UserError for a model without a chat template or with missing weights.
-    """
+    """A captioner by a chat model. Decoding is greedy, so that a photo always gets the same words. Raises UserError for
+    a model without a chat template or with missing weights."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     about = {"flag": "--caption_model", "what": "vision-language model", "trust_remote_code": False}
-    dtype = getattr(torch, reading_dtype(torch.device(device).type))
+    kind = torch.device(device).type
+    half = half_precision() if kind == "cuda" else "bf16"  # before Ampere cuDNN has no convolution in bf16
+    dtype = torch.float32 if kind == "cpu" else {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
     processor = loaded(AutoProcessor, name, **about)
     if not getattr(processor, "chat_template", None):
         raise UserError(f"--caption_model {name} has no chat template: name a model that follows instructions")
@@ -117,13 +105,6 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
         return surroundings_in(processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
     return read
-
-
-def reading_dtype(device_type: str) -> str:
-    """fp32 on a CPU, and on a GPU the half precision that it has: before Ampere cuDNN has no convolution in bf16."""
-    if device_type == "cuda":
-        return {"bf16": "bfloat16", "fp16": "float16"}[half_precision()]
-    return "float32" if device_type == "cpu" else "bfloat16"
 
 
 def conversation(image: Image.Image, word: str) -> list[dict[str, Any]]:
@@ -157,10 +138,8 @@ class MadeCaption:
 def make_beside(
     photos: Iterable[Photo], captioner: Captioner, prompt: str, *, anew: bool = False
 ) -> Iterator[MadeCaption]:
-    """Write `name.txt` beside each photo without a caption: `prompt` and the surroundings. Raises OSError.
-
-    With `anew`, earlier made captions that were not edited are made again.
-    """
+    """Write `name.txt` beside each photo without a caption: `prompt` and the surroundings. Raises OSError. With `anew`,
+    earlier made captions that were not edited are made again."""
     photos = list(photos)
     for photo in photos:
         target = photo.path.with_suffix(CAPTION_SUFFIX)
@@ -195,7 +174,7 @@ def was_made(photo: Photo, target: Path) -> bool:
 def make_for_run(photo: Photo, captioner: Captioner, prompt: str, path: Path) -> MadeCaption:
     """A caption that `keep` writes into the file `path`. One there of the same photo, model and words is taken."""
     old = kept_captions(path).get(photo.kept_name)
-    if old and old["made_from"] == key_of(photo, captioner, prompt):
+    if old and old["made_from"] == photo.key(model=captioner.name, word=captioner.word, prompt=prompt):
         return MadeCaption(photo, old["caption"])
     return make(photo, captioner, prompt)
 
@@ -209,12 +188,9 @@ def keep(path: Path, made: MadeCaption, prompt: str) -> None:
         atomic_write(path, json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False))
 
 
-def key_of(photo: Photo, captioner: Captioner, prompt: str) -> str:
-    return content_key(photo=file_digest(photo.path), model=captioner.name, word=captioner.word, prompt=prompt)
-
-
 def make(photo: Photo, captioner: Captioner, prompt: str) -> MadeCaption:
-    found, key = captioner.surroundings(open_rgb(photo)), key_of(photo, captioner, prompt)
+    found = captioner.surroundings(open_rgb(photo))
+    key = photo.key(model=captioner.name, word=captioner.word, prompt=prompt)
     if not found:
         return MadeCaption(photo, None, "the model says nothing, so no caption is written", key)
     return MadeCaption(photo, joined(prompt, found), key=key)

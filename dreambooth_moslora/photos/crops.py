@@ -3,8 +3,7 @@
     photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
 
 With `--enable_bucket` the crop is a rectangle of about the same area, whose shape is nearest to the photo's. SDXL is
-conditioned on these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2). `crop_rows` draws the crops of
-training in advance.
+conditioned on these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2).
 
 `examine` finds blurred photos and nearly equal pairs. Sharpness compares second differences with first ones at edges:
 √mean L² / √mean |∇|², over tiles. It measures how steep edges are, not how many there are, so a plain background is
@@ -32,6 +31,15 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 FILTERS = {name.lower(): kind for name, kind in Image.Resampling.__members__.items()}
 FILTERS["nearest_exact"] = Image.Resampling.NEAREST
+FRAME_COLOUR = (232, 64, 44)
+SHOWN_PX = 384
+MAX_CROPS = 5
+MIN_SHARPNESS = 0.85
+MAX_LIKENESS = 0.92
+LOOK_PX, MIN_LOOK_PX = 512, 128
+TILE_PX = 16
+THUMBNAIL_PX = 16
+EDGE_PERCENTILE, SHARPEST_PERCENTILE = 80, 90
 
 
 @dataclass(frozen=True)
@@ -68,10 +76,8 @@ def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int
 
 
 def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
-    """(h, w), multiples of `step_px`, with at most the square's area, and the shape nearest to that of `size_px`.
-
-    The sides are between half and twice `resolution_px`. Of two equally near shapes the larger one is taken.
-    """
+    """(h, w), multiples of `step_px`, with at most the square's area, and the shape nearest to that of `size_px`. The
+    sides are between half and twice `resolution_px`. Of two equally near shapes the larger one is taken."""
     sides = range(step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px)
     shapes: set[tuple[int, int]] = set()
     for side in sides:
@@ -88,39 +94,11 @@ def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -
     return min(sorted(shapes), key=lambda shape: abs(math.log(shape[0] / shape[1] / ratio)))
 
 
-def plan_crop(
-    size_px: tuple[int, int],
-    target: tuple[int, int],
-    rng: Random,
-    *,
-    center_crop: bool = False,
-    random_flip: bool = False,
-    zoom: float = 1.0,
-) -> CropPlan:
-    """Where to cut `target` (h, w) out of a photo of `size_px` (h, w). It always draws four random numbers,
-    whatever the flags.
-
-    `zoom` >= 1: the photo is enlarged by a factor drawn from [1, zoom], but never beyond its own pixels.
-    """
-    flip, down, right, closer = rng.random(), rng.random(), rng.random(), rng.random()
-    side = min(target)
-    own = min(size_px[0] * side // target[0], size_px[1] * side // target[1])
-    shorter = max(side, min(round(side * (1 + (zoom - 1) * closer)), own))
-    height, width = resized_size(size_px, (target[0] * shorter // side, target[1] * shorter // side))
-    if center_crop:
-        top, left = (height - target[0]) // 2, (width - target[1]) // 2
-    else:
-        top, left = int(down * (height - target[0] + 1)), int(right * (width - target[1] + 1))
-    return CropPlan(size_px, (height, width), (top, left), target, random_flip and flip < 0.5)
-
-
 @dataclass(frozen=True)
 class CropRule:
-    """How photos are cut: to a square of `resolution_px`, in `crops_per_photo` different crops (None: always
-    new ones), each enlarged by a random factor from 1 to `zoom`.
-
-    With `bucket_step_px`, to the rectangle of `bucket_of` instead of the square.
-    """
+    """How photos are cut: to a square of `resolution_px`, or with `bucket_step_px` to the rectangle of `bucket_of`, in
+    `crops_per_photo` different crops (None: always new ones). Each photo is enlarged by a random factor, of at most
+    `zoom` and not beyond its own pixels."""
 
     resolution_px: int
     center_crop: bool = False
@@ -137,47 +115,41 @@ class CropRule:
         return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
 
     def plan(self, size_px: tuple[int, int], rng: Random, target: tuple[int, int] | None = None) -> CropPlan:
-        """Where to cut `target` (h, w), by default the rule's own, out of a photo of `size_px` (h, w)."""
-        flags = {"center_crop": self.center_crop, "random_flip": self.random_flip, "zoom": self.zoom}
-        return plan_crop(size_px, target or self.target(size_px), rng, **flags)
+        """Where to cut `target` (h, w), by default the rule's own, out of a photo of `size_px` (h, w). It always draws
+        four random numbers."""
+        flip, down, right, closer = rng.random(), rng.random(), rng.random(), rng.random()
+        target = target or self.target(size_px)
+        side = min(target)
+        own = min(size_px[0] * side // target[0], size_px[1] * side // target[1])
+        shorter = max(side, min(round(side * (1 + (self.zoom - 1) * closer)), own))
+        height, width = resized_size(size_px, (target[0] * shorter // side, target[1] * shorter // side))
+        if self.center_crop:
+            top, left = (height - target[0]) // 2, (width - target[1]) // 2
+        else:
+            top, left = int(down * (height - target[0] + 1)), int(right * (width - target[1] + 1))
+        return CropPlan(size_px, (height, width), (top, left), target, self.random_flip and flip < 0.5)
 
 
 def crop_rule(config: TrainConfig) -> CropRule:
     """The rule that these settings describe."""
+    crops = None if config.caching == "off" else config.crops_per_photo
     step_px = config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
-    return CropRule(
-        config.resolution,
-        config.center_crop,
-        config.random_flip,
-        config.image_interpolation_mode,
-        None if config.caching == "off" else config.crops_per_photo,
-        config.crop_zoom,
-        step_px if config.enable_bucket else None,
-    )
+    drawing = (config.center_crop, config.random_flip, config.image_interpolation_mode, crops, config.crop_zoom)
+    return CropRule(config.resolution, *drawing, step_px if config.enable_bucket else None)
 
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
-    """The crop of `image`, of `target_size`. `image` is the photo or its mask, at any scale.
-
-    Only the crop is resampled. Resizing the whole image first would give the same inside, and differ by a
-    filter's width at the border.
-    """
+    """The crop of `image`, of `target_size`. `image` is the photo or its mask, at any scale. Only the crop is
+    resampled. Resizing the whole image first would give the same inside, and differ by a filter's width at the
+    border."""
     left, top, right, bottom = plan.box(image.width, image.height)
     box = (left, top, min(right, image.width), min(bottom, image.height))
     crop = image.resize(plan.target_size[::-1], FILTERS[interpolation], box=box)
     return ImageOps.mirror(crop) if plan.flip else crop
 
 
-FRAME_COLOUR = (232, 64, 44)
-SHOWN_PX = 384
-MAX_CROPS = 5
-
-
 def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPlan]:
-    """The crops of photo `number` of its subject, with the random draws of training (`photo_stream.PhotoStream`).
-
-    Without a seed they are those of seed 0, while training draws a seed.
-    """
+    """The crops of photo `number` of its subject, with the random draws of training; without a seed those of seed 0."""
     rule, stream = crop_rule(config), stream_of("instance", photo.subject)
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
         for crop in range(config.crops_per_photo):
@@ -193,7 +165,15 @@ def crop_rows(photos: list[Photo], config: TrainConfig) -> list[Row]:
         crops = [apply_crop(shown, plan, config.image_interpolation_mode) for plan in plans]
         crops = [ImageOps.pad(crop, (SHOWN_PX, SHOWN_PX), color="white") for crop in crops]
         title = "; ".join([photo.path.name, *photo.reasons])
-        rows.append(Row(title.encode("ascii", "replace").decode(), [with_frames(shown, plans), *crops]))
+        scale = SHOWN_PX / max(shown.size)
+        framed = shown.resize((max(1, round(shown.width * scale)), max(1, round(shown.height * scale))))
+        draw = ImageDraw.Draw(framed)
+        for plan in plans:
+            left, top, right, bottom = plan.box(*framed.size)
+            frame = (left, top, max(left, right - 1), max(top, bottom - 1))
+            draw.rectangle(frame, outline=FRAME_COLOUR, width=3)
+        framed = ImageOps.pad(framed, (SHOWN_PX, SHOWN_PX), color="white")
+        rows.append(Row(title.encode("ascii", "replace").decode(), [framed, *crops]))
     return rows
 
 
@@ -205,30 +185,9 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
     return Image.composite(image, dark, mask.resize(image.size))
 
 
-def with_frames(image: Image.Image, plans: list[CropPlan]) -> Image.Image:
-    """The whole photo, small, with the frame of each crop, padded to a square."""
-    scale = SHOWN_PX / max(image.size)
-    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    draw = ImageDraw.Draw(small)
-    for plan in plans:
-        left, top, right, bottom = plan.box(*small.size)
-        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=FRAME_COLOUR, width=3)
-    return ImageOps.pad(small, (SHOWN_PX, SHOWN_PX), color="white")
-
-
-MIN_SHARPNESS = 0.85
-MAX_LIKENESS = 0.92
-LOOK_PX, MIN_LOOK_PX = 512, 128
-TILE_PX = 16
-THUMBNAIL_PX = 16
-EDGE_PERCENTILE, SHARPEST_PERCENTILE = 80, 90
-
-
 def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
-    """The report with "blurred" and "near-duplicate" added to the photos' reasons.
-
-    Photos are examined at the size of training: finer detail need not be sharp.
-    """
+    """The report with "blurred" and "near-duplicate" added to the photos' reasons. Photos are examined at the size of
+    training: finer detail need not be sharp."""
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
     photos, thumbnails = [], []
     for photo in report.photos:

@@ -5,8 +5,7 @@ format of the datasets library), else a caption kept in the run folder by `capti
 draws one of them for each exposure. `masks` finds its mask, `name.mask.png` or another image format. Suffixes may be
 upper or lower case. No file in the folder can stop the program: unusable files are listed with a reason.
 
-`--dataset_name`: the images of a data set, on the hub or local, become such a folder. The image files are written
-unchanged, so that EXIF, transparency and the encoding cache work as for any other.
+`--dataset_name`: the images of a data set, on the hub or local, become such a folder, written unchanged.
 
 Tags of image boards have no order, so they are shuffled:
 
@@ -22,7 +21,7 @@ preservation holds the class prompt, its neighbour, where it was: the bare promp
 import json
 import logging
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from io import BytesIO
@@ -55,8 +54,17 @@ from dreambooth_moslora.settings.prompts import joined
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 
+logger = logging.getLogger(__name__)
+
 ORDERS = 16
 """Orders of each caption, including the written one."""
+METADATA, MADE_CAPTIONS = "metadata.jsonl", ".made_captions.json"
+CAPTION_SUFFIX, MASK_SUFFIX = ".txt", ".mask"
+MOST_BYTES = 32 * 1024
+"""Of one photo's captions."""
+TOO_LONG = f"longer than captions may be, {MOST_BYTES // 1024} KiB"
+CAPTION_KEYS = ("text", "caption", "prompt")
+JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 
 
 def bare_prompt_line(config: TrainConfig, photos: Sequence[Photo]) -> str | None:
@@ -86,14 +94,6 @@ def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[s
             rng(config.seed, "tags", caption, number).shuffle(others)
             found.append(joined(head, ", ".join([*tags[: config.keep_tokens], *others]), tail))
     return tuple(found)
-
-
-METADATA, MADE_CAPTIONS = "metadata.jsonl", ".made_captions.json"
-CAPTION_SUFFIX, MASK_SUFFIX = ".txt", ".mask"
-MOST_BYTES = 32 * 1024
-"""Of one photo's captions."""
-TOO_LONG = f"longer than captions may be, {MOST_BYTES // 1024} KiB"
-CAPTION_KEYS = ("text", "caption", "prompt")
 
 
 def sidecar_of(path: Path) -> tuple[str, str] | None:
@@ -190,7 +190,13 @@ def one_space(text: str) -> str:
 
 def dataset_folder(config: TrainConfig) -> Path:
     """The folder with the data set's images; its name is a digest of their content. Raises UserError."""
-    table, own = load_images(config), own_folders(config)
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    table = load_images(config)
+    caches = [config.cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
+    local = [config.dataset_name] if Path(config.dataset_name).is_dir() else []
+    own = [Path(folder).resolve() for folder in (*local, *caches, HF_HUB_CACHE)]  # all that may hold its files
     rows, digest = [], sha256()
     for row in table:
         content = image_bytes(row[config.image_column], own)
@@ -224,21 +230,9 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
     return table.cast_column(column, datasets.Image(decode=False))
 
 
-def own_folders(config: TrainConfig) -> list[Path]:
-    """Folders that may hold files of the data set: its own, if local, and the library's downloads."""
-    import datasets
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    caches = [config.cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
-    local = [config.dataset_name] if Path(config.dataset_name).is_dir() else []
-    return [Path(folder).resolve() for folder in (*local, *caches, HF_HUB_CACHE)]
-
-
 def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
-    """The image's file; empty for an empty cell. Raises UserError for a path outside the folders `own`.
-
-    A table from the internet might otherwise name any file of this machine.
-    """
+    """The image's file; empty for an empty cell. Raises UserError for a path outside the folders `own`. A table from
+    the internet might otherwise name any file of this machine."""
     if not cell:
         return b""
     if cell.get("bytes"):
@@ -263,11 +257,6 @@ def write_rows(folder: Path, rows: list[tuple[bytes, str]]) -> None:
             lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False))
     if lines:
         (folder / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-logger = logging.getLogger(__name__)
-
-JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 
 
 @dataclass(frozen=True)
@@ -309,24 +298,20 @@ def photo_report(config: TrainConfig) -> PhotoReport:
     """The photos of all subjects, numbered by subject. Raises UserError for a subject without a usable photo."""
     found = PhotoReport()
     for number, subject in enumerate(each_subject(config)):
-        report = without(report_of(subject, number), config.leave_out)
-        found.photos.extend(report.photos)
+        report, used = report_of(subject, number), len(found.photos)
         found.skipped.extend(report.skipped)
+        for photo in report.photos:
+            if photo.path.name in config.leave_out:
+                found.skipped.append(Skipped(photo.path, "left out by --leave_out", size_px=photo.size_px))
+            else:
+                found.photos.append(photo)
+        if len(found.photos) == used:
+            raise UserError("--leave_out leaves no photo; name fewer.")
         found.sidecars.extend(report.sidecars)
     named = {item.path.name for item in found.skipped}
     if unknown := [name for name in config.leave_out if name not in named]:
         raise UserError(f"--leave_out {unknown[0]}: there is no such photo.")
     return found
-
-
-def without(report: PhotoReport, names: Collection[str]) -> PhotoReport:
-    """Leave out the photos of these names. Raises UserError for an unknown name, and when no photo stays."""
-    photos = [photo for photo in report.photos if photo.path.name not in names]
-    if not photos:
-        raise UserError("--leave_out leaves no photo; name fewer.")
-    gone = [photo for photo in report.photos if photo.path.name in names]
-    chosen = [Skipped(photo.path, "left out by --leave_out", False, photo.size_px) for photo in gone]
-    return replace(report, photos=photos, skipped=[*report.skipped, *chosen])
 
 
 def report_of(config: TrainConfig, number: int) -> PhotoReport:
@@ -339,14 +324,13 @@ def report_of(config: TrainConfig, number: int) -> PhotoReport:
         raise UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
     photos = [replace(with_own_captions(config, photo), subject=number) for photo in report.photos]
-    report = replace(report, photos=photos)
-    if not report.photos:
+    if not photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     if config.captions == "auto":
-        report = replace(report, photos=with_kept_captions(config, report.photos))
+        photos = with_kept_captions(config, photos)
     if config.masks == "auto":
-        return replace(report, photos=with_kept_masks(report.photos, RunDir(config.output_dir).masks_dir))
-    return report
+        photos = with_kept_masks(photos, RunDir(config.output_dir).masks_dir)
+    return replace(report, photos=photos)
 
 
 def with_kept_captions(config: TrainConfig, photos: list[Photo]) -> list[Photo]:

@@ -26,16 +26,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core import (
-    UserError,
-    assets_folder,
-    atomic_write,
-    content_key,
-    file_digest,
-    is_toy,
-    one_line,
-    public_name,
-)
+from dreambooth_moslora.core import UserError, assets_folder, atomic_write, is_toy, one_line, public_name
 from dreambooth_moslora.photos.photo import (
     Photo,
     UnreadableImageError,
@@ -51,18 +42,22 @@ from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.table import TrainConfig
 
 KEY = "made-from"
-
-
 CLIPSEG, TOY_SEGMENTER = "CIDAS/clipseg-rd64-refined", "toy-segmenter"
+LEAST_PEAK = 0.2
+"""If no pixel's probability is above this, the subject was not found."""
+SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9
+"""Fractions of the photo; a mask outside this range is probably wrong."""
+MOST_PIECES = 3
+LOOK_PX = 64
+SPECK = 0.02
+"""Pieces below this fraction of the mask are not counted."""
 
 
 def find_mask(
     path: Path, photo: Image.Image, beside: Path | None, *, alpha_is_mask: bool
 ) -> tuple[Path | None, list[str]]:
-    """(mask file of the photo at `path`, remarks for the user).
-
-    The mask is the file `beside`, or the photo itself if `alpha_is_mask` and part of it is transparent.
-    """
+    """(mask file of the photo at `path`, remarks for the user). The mask is the file `beside`, or the photo itself if
+    `alpha_is_mask` and part of it is transparent."""
     reasons = []
     if beside and beside.is_file():
         problem = mask_problem(beside, upright_size(photo))
@@ -91,10 +86,8 @@ def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
 
 
 def grey_mask(image: Image.Image) -> Image.Image:
-    """The mask as L, the subject white: the brightness, or the opacity where all of that is black.
-
-    Its maximum becomes 255, so that a file of zeros and ones works too.
-    """
+    """The mask as L, the subject white: the brightness, or the opacity where all of that is black. Its maximum becomes
+    255, so that a file of zeros and ones works too."""
     alpha = alpha_of(image)
     if alpha is None:
         grey = to_rgb(image).convert("L")
@@ -146,19 +139,13 @@ def segmenter_name(config: TrainConfig) -> str:
 
 def sought_word(config: TrainConfig) -> str:
     """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net, which needs none.
-
-    Raises UserError when there is no such word.
-    """
+    Raises UserError when there is no such word."""
     if segmenter_name(config) == TOY_SEGMENTER:
         return ""
     word = config.mask_prompt or class_word_of(config)
     if not word:
         raise UserError('masks: no word says what the subject is; give --mask_prompt, such as "dog".')
     return word
-
-
-LEAST_PEAK = 0.2
-"""If no pixel's probability is above this, the subject was not found."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +174,8 @@ def best_device() -> Any:
 
 def load_segmenter(config: TrainConfig, device: Any = "cpu") -> Segmenter:
     """The segmenter of `--mask_model`. The model is loaded onto the torch device when the first mask is made, and freed
-    with the Segmenter.
-
-    Raises UserError without a word; making a mask raises it when the model is missing or of another kind.
-    """
+    with the Segmenter. Raises UserError without a word; making a mask raises it when the model is missing or of another
+    kind."""
     name, word = segmenter_name(config), sought_word(config)
 
     @cache
@@ -251,14 +236,6 @@ def loaded(kind: Any, name: str, *, flag: str, what: str, **options: Any) -> Any
         raise UserError(f"{flag} {name} cannot be read as a {what}: {reason}") from error
 
 
-SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9
-"""Fractions of the photo; a mask outside this range is probably wrong."""
-MOST_PIECES = 3
-LOOK_PX = 64
-SPECK = 0.02
-"""Pieces below this fraction of the mask are not counted."""
-
-
 @dataclass(frozen=True)
 class MadeMask:
     """The result for one photo: the `path` of its mask if one was made, and a `remark` for the user."""
@@ -280,7 +257,7 @@ def make_beside(photos: Iterable[Photo], segmenter: Segmenter) -> Iterator[MadeM
 
 def make_kept(photo: Photo, segmenter: Segmenter, folder: Path) -> MadeMask:
     """Write the photo's mask into `folder`. One made before from the same photo, model and word is kept."""
-    key = content_key(photo=file_digest(photo.path), model=segmenter.name, word=segmenter.word)
+    key = photo.key(model=segmenter.name, word=segmenter.word)
     target = kept_path(photo, folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

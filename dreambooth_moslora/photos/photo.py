@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from dreambooth_moslora.core import UserError, one_line
+from dreambooth_moslora.core import UserError, content_key, file_digest, one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
 """Formats that are read as photos; none runs an interpreter (EPS) or fetches anything."""
@@ -56,11 +56,8 @@ def register_heif() -> None:
 
 
 def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
-    """The first frame, decoded; its orientation is not yet applied.
-
-    A side longer than `longest_px` is reduced to it before any conversion, to save memory. Raises
-    UnreadableImageError, and OSError when the machine fails.
-    """
+    """The first frame, decoded; its orientation is not yet applied. A side longer than `longest_px` is reduced to it
+    before any conversion, to save memory. Raises UnreadableImageError, and OSError when the machine fails."""
     register_heif()
     try:
         with warnings.catch_warnings():
@@ -207,8 +204,7 @@ class Photo:
 
     Each exposure uses one of the `captions`; `is_captioned` if they are the photo's own. `bare_prompt` is the instance
     prompt if none of them is it, as some exposures then use it (`--instance_prompt_share`). `reasons` are remarks
-    for the user (too small, rotated by EXIF, …), none of which forbids its use. `subject` is the number of the
-    run's subject, from 0.
+    for the user (too small, …), none of which forbids its use. `subject` is the number of the run's subject, from 0.
     """
 
     path: Path
@@ -224,6 +220,10 @@ class Photo:
     def kept_name(self) -> str:
         """Name of files that a run folder keeps for it; those of further subjects are in `1/` and so on."""
         return f"{self.subject}/{self.path.name}" if self.subject else self.path.name
+
+    def key(self, **made_by: str) -> str:
+        """Of what is made for it: changes with the photo's content, and with the model and words that make it."""
+        return content_key(photo=file_digest(self.path), **made_by)
 
 
 def counts_of(photos: Iterable[Photo]) -> list[int]:
@@ -245,10 +245,8 @@ def open_rgb(photo: Photo) -> Image.Image:
 
 
 def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo], *, replaces: bool = False) -> str:
-    """Why no file `target` is made beside one of the photos: something has its name, or two photos would share it.
-
-    "" when it can be made. With `replaces`, what is there was made before.
-    """
+    """Why no file `target` is made beside one of the photos: something has its name, or two photos would share it. ""
+    when it can be made. With `replaces`, what is there was made before."""
     if target.exists() and not replaces:
         return f"{target.name} exists but cannot be used; it is kept"
     if sum(other.path.stem == photo.path.stem for other in photos) > 1:

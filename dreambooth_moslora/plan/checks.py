@@ -38,10 +38,8 @@ UNREADABLE = "add_embedding."
 
 
 def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool) -> None:
-    """`layers` maps paths as in `check_targets` to the weight's dimensions: 2 for a matrix, 4 for a convolution.
-
-    Raises UserError for a name that matches no layer, and for layers that cannot have such an adapter.
-    """
+    """`layers` maps paths as in `check_targets` to the weight's dimensions: 2 for a matrix, 4 for a convolution. Raises
+    UserError for a name that matches no layer, and for layers that cannot have such an adapter."""
     targets = list(targets)
     check_targets(targets, layers)
     for name in targets:
@@ -54,27 +52,23 @@ def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bo
 
 
 def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
-    """`layers` are paths of layers with weights, such as `mid_block.attentions.0.proj_in`.
-
-    Raises UserError for a name that matches none of them, and suggests the name that was probably meant.
-    """
+    """`layers` are paths of layers with weights, such as `mid_block.attentions.0.proj_in`. Raises UserError for a name
+    that matches none of them, and suggests the name that was probably meant."""
     layers = list(layers)
     for name in targets:
         if not any(is_target(layer, name) for layer in layers):
-            close = nearest(full_name(name), names_in(layers, blocks="." in name))
-            hint = f"did you mean {close}?" if close else "to_q, to_k, to_v and to_out.0 are those of attention."
+            hint = hint_for(name, layers) or "to_q, to_k, to_v and to_out.0 are those of attention."
             raise UserError(f"--target_modules {name}: the UNet has no such layer; {hint}")
 
 
-def names_in(layers: Iterable[str], blocks: bool) -> list[str]:
-    """The last names of the layers, or with `blocks` all paths of layers and of the blocks that hold them."""
-    if not blocks:
-        return sorted({last_name(layer) for layer in layers})
-    paths = set(layers)
-    for layer in layers:
-        while layer := layer.rpartition(".")[0]:
-            paths.add(layer)
-    return sorted(paths)
+def hint_for(name: str, layers: Iterable[str]) -> str:
+    """Names what was probably meant: a layer's last name, or for a path that of a layer or of a block; else ""."""
+    known = set(layers) if "." in name else {last_name(layer) for layer in layers}
+    if "." in name:
+        for layer in layers:
+            known |= {".".join(layer.split(".")[:depth]) for depth in range(1, layer.count(".") + 1)}
+    close = nearest(full_name(name), sorted(known))
+    return f"did you mean {close}?" if close else ""
 
 
 def check_patterns(config: TrainConfig, layers: Iterable[str]) -> None:
@@ -84,8 +78,7 @@ def check_patterns(config: TrainConfig, layers: Iterable[str]) -> None:
         for text in getattr(config, flag):
             name = parse_pattern(flag, text)[0]
             if not any(is_meant(layer, name) for layer in adapted):
-                close = nearest(full_name(name), names_in(adapted, blocks="." in name))
-                hint = f"did you mean {close}?" if close else "--target_modules says which have one."
+                hint = hint_for(name, adapted) or "--target_modules says which have one."
                 raise UserError(f"--{flag} {text}: no layer with an adapter has that name; {hint}")
 
 
@@ -193,9 +186,7 @@ def check_strangers(run_dir: RunDir) -> None:
 
 def preflight(config: TrainConfig, *, is_later: bool = False) -> tuple[Path | None, BaseSize]:
     """Check settings and memory. Returns the base's diffusers folder, None if not on this machine, and its size.
-
-    `is_later`: the run begins later, so the memory that is free now does not matter. Raises UserError.
-    """
+    `is_later`: the run begins later, so the memory that is free now does not matter. Raises UserError."""
     folder = check_settings(config)
     size = size_of_base(folder, config.target_modules, config.variant)
     if not is_later:

@@ -39,10 +39,8 @@ OF_SAMPLES = ("num_validation_images", "validation_steps")
 
 @dataclass
 class Choices:
-    """Chosen settings; `said` holds a sentence about each choice and the flags that change it.
-
-    `photo_report` is kept where the photos were read for a choice.
-    """
+    """Chosen settings; `said` holds a sentence about each choice and the flags that change it. `photo_report` is kept
+    where the photos were read for a choice."""
 
     given: Mapping[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -149,10 +147,12 @@ def in_words(prompts: Iterable[str | None]) -> str:
 
 def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:
     """Choose masks and shapes, and unless the steps were given, the number that shows each photo `exposures` times."""
+    from dreambooth_moslora.photos.photo import counts_of
+
     is_given = choices.given.keys() & {"max_train_steps", "num_train_epochs", "exposures_per_photo"}
     if not is_given:
         choices.settings["exposures_per_photo"] = exposures
-    counts, masked = counted(photos), sum(photo.mask_path is not None for photo in photos)
+    counts, masked = counts_of(photos), sum(photo.mask_path is not None for photo in photos)
     shown = " + ".join(map(str, counts))
     choices.said.insert(0, (f"photos: {shown}, {masked} with a mask (name.mask.png beside each)", ()))
     bare = len(photos) - masked
@@ -174,25 +174,17 @@ def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
         choices.add("crops: in the photos' own shapes", "no_enable_bucket", enable_bucket=True)
 
 
-def counted(photos: list["Photo"]) -> list[int]:
-    """The number of photos of each subject."""
-    from dreambooth_moslora.photos.photo import counts_of
-
-    return counts_of(photos)
-
-
 def steps_of(choices: Choices, photos: list["Photo"]) -> int:
+    from dreambooth_moslora.photos.photo import counts_of
     from dreambooth_moslora.plan.plan import plan_steps
 
     config = TrainConfig.from_dict(choices.all | {"early_stopping": None})  # the scores it needs are chosen later
-    return plan_steps(config, counted(photos), process_count()).total_steps
+    return plan_steps(config, counts_of(photos), process_count()).total_steps
 
 
 def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | None = None) -> None:
     """The embedded base has its own encoders; SDXL's are used where they are, as nobody asked for a download.
-
-    `is_wanted`: the user has asked for scores, or has refused them; None when neither. Given steps of 0 refuse them.
-    """
+    `is_wanted`: the user has asked for scores, or has refused them; None when neither. Given steps of 0 refuse them."""
     given = choices.given.get("evaluate_steps")
     is_open = is_wanted is None and (given or "evaluate_steps" not in choices.given)
     if encoders_are_here(choices.all["pretrained_model_name_or_path"]) if is_open else is_wanted:

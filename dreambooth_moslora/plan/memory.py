@@ -10,7 +10,8 @@ blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind o
 channels last      convolutions in NHWC, the layout of tensor cores
 cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed
 
-`--memory`: one word for precision, recomputation, caching and quantisation.
+`--memory`: one word for precision, recomputation, caching and quantisation. It only adds to the given flags; on a GPU
+it also chooses half precision, unless a precision was given.
 
 full               nothing is recomputed
 full_cached        full, and cross-attention's to_k and to_v leave the GPU (--cache_cross_attention)
@@ -19,17 +20,15 @@ recompute_cached   both
 nf4                recompute, and the frozen UNet is kept in 4 bit (--base_quantization nf4)
 auto               the first of these that is possible and fits the GPU's free memory; full without a GPU
 
-A memory plan only adds to the given flags. On a GPU it also chooses half precision, unless a precision was given.
-
 Processes with different settings would train different adapters, or wait for each other for ever. So they agree on
 the flags and files, then on what is chosen by the GPU with the least free memory. One process asks nobody, and then
 nothing here loads torch.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +41,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.fields import is_adapted, is_text_projection
 from dreambooth_moslora.settings.optimizers import BYTES_IN_8_BIT, optimizer_of
 from dreambooth_moslora.settings.rules import excluded_by
+from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting, is_scored, rank_and_alpha
 
@@ -67,16 +67,32 @@ DRAWING_GIB = 0.15
 ENCODER_BYTES_A_PIXEL = 2600
 """Peak of the fp32 VAE's encoder, beside its weights."""
 PNG_BYTES_A_PIXEL = 1.6
+SMALL_GIB = 2.0
+"""Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded."""
+STOCK_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+RECIPES = (24, 16, 12, 8, 6)
+"""GB of the cards that the recipes `assets/configs/sdxl_…gb.toml` are for."""
+WORTH_IMAGES = 1000
+"""Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
+report about a minute to compile the blocks, and a tenth of a second saved per image."""
+PLANS: dict[str, dict[str, object]] = {
+    "full": {},
+    "full_cached": {"cache_cross_attention": True},
+    "recompute": {"gradient_checkpointing": True},
+    "recompute_cached": {"gradient_checkpointing": True, "cache_cross_attention": True},
+    "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
+}
+"""From the fastest to the leanest."""
+USABLE = 0.9
+"""Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class BaseSize:
     """Counts of a base's parameters. `adapted_widths` sums (in + out) over the `adapted_layers` that get an adapter.
-
-    `projections` counts the UNet's parameters that quantisation replaces, `text_projections` those of
-    cross-attention's to_k and to_v, which have `text_outputs` outputs together. For a convolution (out, in, h, w), in
-    is in·h·w.
-    """
+    `projections` counts the UNet's parameters that quantisation replaces, `text_projections` those of cross-attention's
+    to_k and to_v, which have `text_outputs` outputs together. For a convolution (out, in, h, w), in is in·h·w."""
 
     unet: int = 2_567_463_684
     projections: int = 2_183_987_200
@@ -109,10 +125,8 @@ class Estimate:
 
 
 def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None) -> BaseSize:
-    """The size of the base in this diffusers folder; SDXL's when the folder is missing or incomplete.
-
-    Raises UserError for damaged files.
-    """
+    """The size of the base in this diffusers folder; SDXL's when the folder is missing or incomplete. Raises UserError
+    for damaged files."""
     shapes = {part: tensor_shapes(folder / part, variant) for part in PARTS} if folder is not None else {}
     if not shapes or not all(shapes.values()):
         return BaseSize()
@@ -221,36 +235,23 @@ def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_ste
     return checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / GIB
 
 
-SMALL_GIB = 2.0
-"""Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded."""
-STOCK_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-RECIPES = (24, 16, 12, 8, 6)
-"""GB of the cards that the recipes `assets/configs/sdxl_…gb.toml` are for."""
-
-
 def check_memory(config: TrainConfig, size: BaseSize) -> None:
-    """Raises UserError for a run that needs more memory than the GPU has free; the message names settings that fit.
-
-    A base of unknown size is not judged.
-    """
+    """Raises UserError for a run that needs more memory than the GPU has free; the message names settings that fit. A
+    base of unknown size is not judged."""
     need = estimate(config, size, 1).peak_gib
     is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
     if need < SMALL_GIB or not is_known:
         return
     free = free_gib_of_gpu()
     if free is not None and need > free:
-        raise UserError(
-            f"this run needs about {need:.1f} GiB of GPU memory and {free:.1f} GiB are free: "
-            + way_out(config, size, free)
-        )
+        lack = f"this run needs about {need:.1f} GiB of GPU memory and {free:.1f} GiB are free"
+        raise UserError(f"{lack}: {way_out(config, size, free)}")
 
 
 def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
-    """GiB for this process on its GPU; None without a GPU, or when accelerate is told to use the CPU.
-
-    It includes the CUDA context, which asking the driver creates. `is_later`: the whole GPU's memory, for a run
-    that waits until the others have ended.
-    """
+    """GiB for this process on its GPU; None without a GPU, or when accelerate is told to use the CPU. It includes the
+    CUDA context, which asking the driver creates. `is_later`: the whole GPU's memory, for a run that waits until the
+    others have ended."""
     if asks_accelerate("ACCELERATE_USE_CPU"):
         return None
     import torch  # not before it is needed: a dry run answers at once
@@ -263,38 +264,28 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
 
 
 def way_out(config: TrainConfig, size: BaseSize, free_gib: float) -> str:
-    """The fewest changes to these settings that fit, and the recipe for such a card."""
-    for changes in plans(config):
-        cost = estimate(replace(config, **changes), size, 1).peak_gib
-        if cost <= free_gib:
-            flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
-            card = next((card for card in RECIPES if card * 0.9 <= free_gib), None)  # a tenth is the desktop's
-            precision = "" if half_precision() == "bf16" else f" with --mixed_precision {half_precision()}"
-            recipe = f", or start from assets/configs/sdxl_{card}gb.toml{precision}" if card else ""
-            return f"give {flags} (then {cost:.1f} GiB){recipe}."
-    return f"give a smaller --resolution than {config.resolution}, or free the GPU."
-
-
-def plans(config: TrainConfig) -> list[dict[str, object]]:
-    """Changes to a run's settings, each including the previous ones, ordered by their cost in time."""
+    """The fewest changes to these settings that fit, the cheapest in time first, and the recipe for such a card."""
+    half, precision = half_precision(), precision_of(config)
     wanted = {
-        "mixed_precision": half_precision() if precision_of(config) in ("no", "fp32") else precision_of(config),
+        "mixed_precision": half if precision in ("no", "fp32") else precision,
         "gradient_checkpointing": True,
         "train_batch_size": 1,
         "sample_batch_size": 1,
         "base_quantization": "nf4",
     }
-    changes, found = {}, []
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            changes = {**changes, name: value}
-            found.append(changes)
-    return found
-
-
-WORTH_IMAGES = 1000
-"""Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
-report about a minute to compile the blocks, and a tenth of a second saved per image."""
+    changes = {}
+    for setting, wished in wanted.items():
+        if getattr(config, setting) == wished:
+            continue
+        changes[setting] = wished
+        cost = estimate(replace(config, **changes), size, 1).peak_gib
+        if cost <= free_gib:
+            flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
+            card = next((card for card in RECIPES if card * 0.9 <= free_gib), None)  # a tenth is the desktop's
+            recipe = f", or start from assets/configs/sdxl_{card}gb.toml" if card else ""
+            recipe += f" with --mixed_precision {half}" if card and half != "bf16" else ""
+            return f"give {flags} (then {cost:.1f} GiB){recipe}."
+    return f"give a smaller --resolution than {config.resolution}, or free the GPU."
 
 
 @dataclass(frozen=True)
@@ -319,12 +310,7 @@ def speed_of(config: TrainConfig, device_type: str, steps: int) -> Speed:
     is_cuda = device_type == "cuda"
     pays = is_cuda and images >= WORTH_IMAGES
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
-    return Speed(
-        compiled=config.compile == "on" or by_itself,
-        channels_last=is_cuda,
-        searches=pays and not config.enable_bucket,
-        images=images,
-    )
+    return Speed(config.compile == "on" or by_itself, is_cuda, pays and not config.enable_bucket, images)
 
 
 def speed_here(config: TrainConfig, steps: int) -> Speed:
@@ -339,43 +325,23 @@ def images_of(config: TrainConfig, steps: int) -> float:
     return images * (config.resolution / 1024) ** 2
 
 
-PLANS: dict[str, dict[str, object]] = {
-    "full": {},
-    "full_cached": {"cache_cross_attention": True},
-    "recompute": {"gradient_checkpointing": True},
-    "recompute_cached": {"gradient_checkpointing": True, "cache_cross_attention": True},
-    "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
-}
-"""From the fastest to the leanest."""
-USABLE = 0.9
-"""Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
-
-
 def choose_memory(config: TrainConfig, free_gib: float | None = None) -> TrainConfig:
-    """`config` with the settings of its `--memory`; unchanged without that option.
-
-    `free_gib` is the GPU's, if another process will train; else all processes of the run must call it. A resumed run
-    keeps its first plan, since another would change the result's bytes. Raises UserError for a missing base.
-    """
+    """`config` with the settings of its `--memory`; unchanged without that option. `free_gib` is the GPU's, if another
+    process will train; else all processes of the run must call it. A resumed run keeps its first plan, since another
+    would change the result's bytes. Raises UserError for a missing base."""
     if config.memory is None:
         return config
     free = least_free_gib() if free_gib is None else free_gib
-    if config.resume_from_checkpoint and (before := settings_before(config)):
-        return replace(config, **before)
+    if config.resume_from_checkpoint:
+        with suppress(UserError):  # the folder has no settings yet
+            saved = read_json_table(RunDir(config.output_dir).config_path)
+            if before := {name: saved[name] for name in SETTINGS["memory"].metadata["replaces"] if name in saved}:
+                return replace(config, **before)
     if free is not None and precision_of(config) == "no":
         config = replace(config, mixed_precision=half_precision())
     size = size_of_base(base_folder(config), config.target_modules, config.variant)
     name = config.memory if config.memory != "auto" else fitting(config, size, free)
     return with_plan(config, name)
-
-
-def settings_before(config: TrainConfig) -> dict[str, object]:
-    try:
-        saved = json.loads(RunDir(config.output_dir).config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    names = SETTINGS["memory"].metadata["replaces"] if isinstance(saved, dict) else ()
-    return {name: saved[name] for name in names if name in saved}
 
 
 def with_plan(config: TrainConfig, name: str) -> TrainConfig:
@@ -396,16 +362,15 @@ def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: 
 
 
 def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PLANS)) -> dict[str, float]:
-    """Plan -> peak memory in GiB, for the plans that are possible here with these settings."""
-    possible = [name for name in names if is_possible(config, name)]
-    return {name: estimate(with_plan(config, name), size, 1).peak_gib for name in possible}
-
-
-def is_possible(config: TrainConfig, name: str) -> bool:
-    """Whether the plan can be used: nf4 needs bitsandbytes and excludes caching, as other settings may."""
-    if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
-        return False
-    return "cache_cross_attention" not in PLANS[name] or not excluded_by("cache_cross_attention", config)
+    """Plan -> peak memory in GiB, for the plans that are possible here with these settings: nf4 needs bitsandbytes and
+    excludes caching, as other settings may."""
+    found = {}
+    for name in names:
+        if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
+            continue
+        if "cache_cross_attention" not in PLANS[name] or not excluded_by("cache_cross_attention", config):
+            found[name] = estimate(with_plan(config, name), size, 1).peak_gib
+    return found
 
 
 def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
@@ -417,9 +382,6 @@ def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
     needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in costs(bare, size).items())
     has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
     return [f"memory plans: {needs}; {has} (--memory {config.memory})"]
-
-
-Result = TypeVar("Result")
 
 
 def is_alone() -> bool:
@@ -442,7 +404,7 @@ def same_config(config: TrainConfig) -> TrainConfig:
     return same_for_all(lambda: config, lambda own: in_lines(own.to_dict()))
 
 
-def checked_by_all(check: Callable[[], Result]) -> Result:
+def by_all(check: Callable[[], Result]) -> Result:
     """What `check` returns. Its error in one process is raised on all."""
     if is_alone():
         return check()

@@ -21,14 +21,7 @@ from dreambooth_moslora.photos.folder import PhotoReport, photo_report
 from dreambooth_moslora.photos.masks import with_kept_masks
 from dreambooth_moslora.photos.photo import Photo, counts_of
 from dreambooth_moslora.plan.checks import preflight
-from dreambooth_moslora.plan.memory import (
-    Estimate,
-    checked_by_all,
-    choose_memory,
-    estimate,
-    same_config,
-    uses_class_images,
-)
+from dreambooth_moslora.plan.memory import Estimate, by_all, choose_memory, estimate, same_config, uses_class_images
 from dreambooth_moslora.settings.table import TrainConfig
 
 FEW_EXPOSURES = 20
@@ -68,10 +61,8 @@ class StepPlan:
 
 
 def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: int = 1) -> StepPlan:
-    """`photos` is their number, or a list with the number for each subject.
-
-    Raises ZeroDivisionError for no photos; `photo_report` refuses that before.
-    """
+    """`photos` is their number, or a list with the number for each subject. Raises ZeroDivisionError for no photos;
+    `photo_report` refuses that before."""
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
     samples = photo_count * config.repeats
@@ -89,9 +80,7 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: 
 @dataclass(frozen=True)
 class Plan:
     """`config` has the settings of its `--memory`. `base` is the base's diffusers folder, None if not on this machine.
-
-    `photo_report` is what was found when each photo was opened; `steps` counts them for all processes of the run.
-    """
+    `photo_report` is what was found when each photo was opened; `steps` counts them for all processes of the run."""
 
     config: TrainConfig
     base: Path | None
@@ -107,17 +96,14 @@ class Plan:
 def make_plan(
     config: TrainConfig, report: PhotoReport | None = None, *, free_gib: float | None = None, is_later: bool = False
 ) -> Plan:
-    """The plan of a run whose folders `check_folders` allows. All processes of the run must call it.
-
-    `report` is given where the photos were read before. `is_later`: another process will train, on a GPU with
-    `free_gib`; the memory that is free now does not matter then. Raises UserError for whatever training would refuse
-    before it loads the base.
-    """
+    """The plan of a run whose folders `check_folders` allows. All processes of the run must call it. `report` is given
+    where the photos were read before. `is_later`: another process will train, on a GPU with `free_gib`; the memory that
+    is free now does not matter then. Raises UserError for whatever training would refuse before it loads the base."""
     config = same_config(choose_memory(same_config(config), free_gib))
-    base, size = checked_by_all(lambda: preflight(config, is_later=is_later))
+    base, size = by_all(lambda: preflight(config, is_later=is_later))
     if report is None:  # the main process reads first, as it then writes the images of a data set
-        first = checked_by_all(lambda: photo_report(config) if is_main_process() else None)
-        report = checked_by_all(lambda: first or photo_report(config))
+        first = by_all(lambda: photo_report(config) if is_main_process() else None)
+        report = by_all(lambda: first or photo_report(config))
     elif config.masks == "auto":  # it may have been chosen after the photos were read
         report = replace(report, photos=with_kept_masks(report.photos, RunDir(config.output_dir).masks_dir))
     steps = plan_steps(config, counts_of(report.photos), process_count())

@@ -19,7 +19,6 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
-    broadcast_object_list,
     gather_object,
     parse_flag_from_env,
 )
@@ -37,14 +36,7 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others: class images and pictures of a large base can take hours."""
-
-SHARDING = {
-    "FSDP": "ACCELERATE_USE_FSDP",
-    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
-    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
-}
-"""Name in accelerate -> environment variable that asks for it."""
-
+SHARDING = ("FSDP", "DeepSpeed", "Megatron-LM")
 ONE_PROCESS = (
     "this is the only process: on CPUs without MPI, accelerate starts several by "
     "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …`"
@@ -75,22 +67,12 @@ def mean_over(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 def on_main(accelerator: Processes, work: Callable[[], Result]) -> Result:
-    """Do `work` on the main process; all processes get its result, which must be small and picklable.
-
-    An error or stop there is raised on all processes.
-    """
-    if accelerator.num_processes == 1:
-        return work()
-    result, error = attempt(work) if accelerator.is_main_process else (None, None)
-    told = [(result, Ending.of(error))]
-    with others_present():
-        broadcast_object_list(told)
-    if error is not None:
-        raise error
-    result, ending = told[0]
-    if ending is not None:
-        raise ending.heard_from(0)
-    return result
+    """Do `work` on the main process; all processes get its result, which must be small and picklable. An error or stop
+    there is raised on all processes."""
+    is_main = accelerator.is_main_process
+    result, error = attempt(work) if is_main else (None, None)
+    told = exchange(accelerator, [result] if is_main else [], error)
+    return result if is_main else told[0]
 
 
 def on_each(accelerator: Processes, work: Callable[[], Result]) -> Result:
@@ -103,11 +85,9 @@ def on_each(accelerator: Processes, work: Callable[[], Result]) -> Result:
 def share_out(
     accelerator: Accelerator, items: Sequence[Item], work: Callable[[Sequence[Item]], Generator[Result, None, None]]
 ) -> Iterator[Result]:
-    """The results of `items`, in their order, on all processes. Of n processes, each works on every n-th item.
-
-    `work` yields one picklable result for each item that it is given. The processes exchange results after each
-    item: an error or stop of one is then raised on all. All processes must have equal `items`.
-    """
+    """The results of `items`, in their order, on all processes. Of n processes, each works on every n-th item. `work`
+    yields one picklable result for each item that it is given. The processes exchange results after each item: an error
+    or stop of one is then raised on all. All processes must have equal `items`."""
     with closing(work(share_of(accelerator, items))) as own:
         for first in range(0, len(items), accelerator.num_processes):
             has_one = first + accelerator.process_index < len(items)
@@ -126,12 +106,9 @@ def agreed(
     words: Callable[[Result], str],
     remedy: str = "the photos, --class_data_dir and --output_dir must be on a disk that all machines share.",
 ) -> Result:
-    """What each process finds by itself, in `words` the same as on the main process.
-
-    Raises UserError on all processes where one finds something else, as they would train different adapters or wait
-    for one that is gone: it names the lines of `words` that differ, and the `remedy`. An error of `find` in one process
-    is raised on all.
-    """
+    """What each process finds by itself, in `words` the same as on the main process. Raises UserError on all processes
+    where one finds something else, as they would train different adapters or wait for one that is gone: it names the
+    lines of `words` that differ, and the `remedy`. An error of `find` in one process is raised on all."""
     if accelerator.num_processes == 1:
         return find()
     found, error = attempt(find)
@@ -203,10 +180,8 @@ def others_present() -> Iterator[None]:
 
 
 def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
-    """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32.
-
-    Raises UserError for settings of accelerate that cannot work.
-    """
+    """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32. Raises
+    UserError for settings of accelerate that cannot work."""
     check_bf16(config)
     refuse_sharding()
     diffusers_logging.disable_progress_bar()
@@ -228,10 +203,8 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     except ValueError as error:
         raise UserError(refusal(config.mixed_precision, one_line(error, 300))) from error
     if accelerator.mixed_precision not in DTYPES:
-        raise UserError(
-            f"`accelerate config` or the environment asks for the precision {accelerator.mixed_precision}: give "
-            "--mixed_precision no, fp16 or bf16."
-        )
+        asks = f"`accelerate config` or the environment asks for the precision {accelerator.mixed_precision}"
+        raise UserError(f"{asks}: give --mixed_precision no, fp16 or bf16.")
     check_world_size(accelerator.num_processes)
     is_alone = accelerator.num_processes == 1 and "WORLD_SIZE" not in os.environ
     if is_alone and asks_accelerate("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:  # several were asked for
@@ -243,9 +216,7 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
 
 def joined() -> PartialState:
     """The processes that a launcher started, before their precision is known; `make_accelerator` goes on with them.
-
-    Raises UserError where accelerate does not join them.
-    """
+    Raises UserError where accelerate does not join them."""
     refuse_sharding()
     try:
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
@@ -257,21 +228,18 @@ def joined() -> PartialState:
 
 def refuse_sharding() -> None:
     """Raises UserError when `accelerate config` or `launch` asks to shard the model."""
-    for name, variable in SHARDING.items():
-        if asks_accelerate(variable):
-            raise UserError(
-                f"accelerate is set to {name}: adapters need no sharding; use accelerate launch --multi_gpu."
-            )
+    for name in SHARDING:
+        if asks_accelerate(f"ACCELERATE_USE_{name.upper().replace('-', '_')}"):
+            remedy = "adapters need no sharding; use accelerate launch --multi_gpu."
+            raise UserError(f"accelerate is set to {name}: {remedy}")
 
 
 def check_world_size(num_processes: int) -> None:
     """Raises UserError when a launcher started processes that accelerate does not join."""
     started = os.environ.get("WORLD_SIZE", "")
     if started.isdigit() and int(started) != num_processes:
-        raise UserError(
-            f"{started} processes were started (WORLD_SIZE) and accelerate joins {num_processes}: "
-            "use accelerate launch --multi_gpu, or start one process."
-        )
+        found = f"{started} processes were started (WORLD_SIZE) and accelerate joins {num_processes}"
+        raise UserError(f"{found}: use accelerate launch --multi_gpu, or start one process.")
 
 
 def refusal(mixed_precision: str | None, said: str) -> str:

@@ -24,11 +24,7 @@ def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
         here.barrier.wait(PATIENCE_S)
         return told
 
-    def broadcast(values: list) -> None:
-        values[0] = gather(list(values))[0]
-
     monkeypatch.setattr(processes, "gather_object", gather)
-    monkeypatch.setattr(processes, "broadcast_object_list", broadcast)
 
     def run(count: int, work: Callable, on_machine: int | None = None) -> list:
         wire, barrier = {}, Barrier(count)

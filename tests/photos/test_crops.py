@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.photos.crops import FILTERS, CropPlan, apply_crop, plan_crop, plans_of, resized_size
+from dreambooth_moslora.photos.crops import FILTERS, CropPlan, CropRule, apply_crop, plans_of, resized_size
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -25,7 +25,7 @@ def test_time_ids_are_original_crop_target():
 def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
     height, width = resized_size(size_px, (32, 32))
     assert min(height, width) == 32
-    plans = [plan_crop(size_px, (32, 32), random.Random(seed), random_flip=True) for seed in range(400)]
+    plans = [CropRule(32, random_flip=True).plan(size_px, random.Random(seed)) for seed in range(400)]
     tops, lefts = {p.crop_top_left[0] for p in plans}, {p.crop_top_left[1] for p in plans}
     assert min(tops) <= (height - 32) * 0.02 and min(lefts) <= (width - 32) * 0.02
     assert max(tops) <= height - 32 and max(lefts) <= width - 32
@@ -34,21 +34,21 @@ def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
 
 
 def test_center_crop_and_flip_change_nothing_else():
-    draws = [plan_crop((90, 64), (32, 32), random.Random(3), random_flip=flip) for flip in (False, True)]
+    draws = [CropRule(32, random_flip=flip).plan((90, 64), random.Random(3)) for flip in (False, True)]
     assert draws[0].crop_top_left == draws[1].crop_top_left
-    assert plan_crop((96, 64), (32, 32), random.Random(3), center_crop=True).crop_top_left == (8, 0)
+    assert CropRule(32, center_crop=True).plan((96, 64), random.Random(3)).crop_top_left == (8, 0)
 
 
 def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():
-    plans = [plan_crop((128, 128), (32, 32), random.Random(seed), zoom=1.5) for seed in range(400)]
+    plans = [CropRule(32, zoom=1.5).plan((128, 128), random.Random(seed)) for seed in range(400)]
     sides = [side for plan in plans for side in plan.resized]
     assert min(sides) == 32 and max(sides) == 48 and 38 < sum(sides) / len(sides) < 42
     assert all(0 <= edge <= plan.resized[0] - 32 for plan in plans for edge in plan.crop_top_left)
     assert len({plan.crop_top_left for plan in plans}) > 50, "a square photo gives crops that differ"
-    assert {plan_crop((40, 40), (32, 32), random.Random(seed), zoom=4).resized[0] for seed in range(50)} <= set(
+    assert {CropRule(32, zoom=4).plan((40, 40), random.Random(seed)).resized[0] for seed in range(50)} <= set(
         range(32, 41)
     )
-    assert plan_crop((20, 20), (32, 32), random.Random(0), zoom=2).resized == (32, 32)
+    assert CropRule(32, zoom=2).plan((20, 20), random.Random(0)).resized == (32, 32)
 
 
 def test_a_zoomed_crop_shows_its_part_of_the_photo():
@@ -69,13 +69,12 @@ def test_a_crop_is_what_resizing_everything_first_gives(name, flip):
 
 
 def test_a_mask_of_another_scale_is_cut_at_the_same_place():
-    photo, plan = smooth((300, 200)), plan_crop((300, 200), (40, 40), random.Random(1))
+    photo, plan = smooth((300, 200)), CropRule(40).plan((300, 200), random.Random(1))
     cuts = [np.asarray(apply_crop(image, plan), dtype=int) for image in (photo, photo.resize((100, 150)))]
     assert np.abs(cuts[0] - cuts[1]).mean() < 4
 
 
 def test_check_shows_the_crops_that_training_takes(tmp_path):
-    from dreambooth_moslora.photos.crops import CropRule
     from dreambooth_moslora.training.photo_stream import PhotoStream
 
     photos = [Photo(tmp_path / f"{n}.jpg", (70 + 9 * n, 120), ("x",)) for n in range(3)]

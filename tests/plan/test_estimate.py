@@ -70,9 +70,11 @@ def test_a_unet_that_is_still_on_the_cpu_is_not_counted():
 def test_projections_are_counted_in_the_files(tiny_base):
     from bitsandbytes.nn import Linear4bit
 
-    from dreambooth_moslora.base.load import load_pipeline
+    from dreambooth_moslora.base.load import load_pipeline, quantize
 
-    layers = [m for m in load_pipeline(tiny_base, quantization="nf4").unet.modules() if type(m) is Linear4bit]
+    unet = load_pipeline(tiny_base).unet
+    quantize(unet, "nf4", torch.float32)
+    layers = [m for m in unet.modules() if type(m) is Linear4bit]
     numbers = sum(layer.in_features * layer.out_features for layer in layers)
     assert size_of_base(tiny_base, ("to_q",)).projections == numbers > 0
 

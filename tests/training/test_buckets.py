@@ -10,7 +10,7 @@ from PIL import Image
 
 from dreambooth_moslora.core import place_of
 from dreambooth_moslora.disk.events import StepDone
-from dreambooth_moslora.photos.crops import CropRule, bucket_of, crop_rule, plan_crop, plans_of
+from dreambooth_moslora.photos.crops import CropRule, bucket_of, crop_rule, plans_of
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.dry_run import describe_run
@@ -65,7 +65,7 @@ def test_crops_cover_their_bucket_and_lie_within_the_photo():
     for _ in range(300):
         size = draws.randint(30, 900), draws.randint(30, 900)
         target = bucket_of(size, 128, 8)
-        plan = plan_crop(size, target, draws, zoom=draws.choice([1, 2]))
+        plan = CropRule(128, zoom=draws.choice([1, 2])).plan(size, draws, target)
         assert plan.target_size == target and plan.time_ids[4:] == target and target[0] * target[1] <= 128**2
         for start, crop, whole in zip(plan.crop_top_left, target, plan.resized, strict=True):
             assert start >= 0 and start + crop <= whole

@@ -9,7 +9,7 @@ import PIL.ImageFilter
 import pytest
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.photos.crops import apply_crop, plan_crop, plans_of
+from dreambooth_moslora.photos.crops import CropRule, apply_crop, plans_of
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.settings.sources import load_settings
@@ -167,6 +167,6 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, base, seed):
     plan = next(plans_of(photo, 0, config))
     shown = np.asarray(found.crops[0][0])
     assert np.array_equal(shown, np.asarray(apply_crop(open_rgb(photo), plan)))
-    centre = plan_crop(photo.size_px, (128, 128), random.Random(0), center_crop=True)
+    centre = CropRule(128, center_crop=True).plan(photo.size_px, random.Random(0))
     assert not np.array_equal(shown, np.asarray(apply_crop(open_rgb(photo), centre)))
     assert ("first of its 12 crops" in found.remarks) == (base == "toy")
