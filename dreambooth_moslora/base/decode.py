@@ -26,8 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px. Values that are not finite become black, with a
-    warning."""
+    """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px; not finite is black, with a warning."""
     pixels = decode_pixels(vae, latents)
     if not pixels.isfinite().all():
         logger.warning("A picture has values that are not finite (NaN) and is black there: use --mixed_precision bf16.")
@@ -36,8 +35,7 @@ def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w). An fp16 VAE that overflows is converted to fp32 for
-    good."""
+    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w)."""
     found = []
     for one in latents.split(1):
         decode = partial(decoded, vae, one)
@@ -126,8 +124,7 @@ def load_vae_alone(source: str | Path) -> AutoencoderKL:
 def probe_vae(
     vae: AutoencoderKL, dtypes: list[torch.dtype], photos: list[Image.Image], size_px: int, device: torch.device
 ) -> list[Probe]:
-    """Encode and decode in each dtype, compared with fp32: the photos, or else hard edges in full contrast, which
-    overflow first. The VAE is left in fp32."""
+    """Encode and decode in each dtype, against fp32, which it stays in: photos, else hard edges, which overflow."""
     rows, columns = np.indices((size_px, size_px)) // max(1, size_px // 16)
     squares = Image.fromarray(((rows + columns) % 2 * 255).astype(np.uint8)).convert("RGB")
     images = [image.resize((size_px, size_px)) for image in photos] or [squares]

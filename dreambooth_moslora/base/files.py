@@ -46,8 +46,7 @@ def variants_in(folder: Path) -> list[str]:
 
 
 def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
-    """Name -> shape for a component's folder; empty if its weights are in another format, or missing. Raises
-    UserError."""
+    """Name -> shape for a component's folder; empty for another format, or none. Raises UserError."""
     shapes: dict[str, list[int]] = {}
     for file in weight_files(folder, variant):
         shapes |= shapes_in(file)
@@ -92,8 +91,7 @@ def resolve_base(name: str | Path) -> str | Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether it is a hub id: `owner/model-1.0` is one despite its dot; `owner/model.safetensors` and `./model`
-    are paths."""
+    """`owner/model-1.0` is one despite its dot; `owner/model.safetensors` and `./model` are paths."""
     is_path = name.startswith((".", "~", "/")) or Path(name).suffix in SINGLE_FILE_SUFFIXES
     return name.count("/") == 1 and not is_path
 

@@ -263,8 +263,7 @@ def has_zero_terminal_snr(pipeline: StableDiffusionXLPipeline) -> bool:
 
 
 def check_is_whole(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
-    """Raises UserError for a pipeline of another kind, and for a missing weight, which the loader leaves without
-    memory."""
+    """Raises UserError for another kind of pipeline, and for a weight that the loader left without memory."""
     unet = pipeline.unet
     if unet is None or pipeline.text_encoder_2 is None or unet.config.addition_embed_type != "text_time":
         raise UserError(f"{name} is not an SDXL base model (two text encoders and size conditioning are needed).")

@@ -20,8 +20,7 @@ TILE_PX = 512
 
 
 def free_gib(device: Any) -> float | None:
-    """GiB that this process can still use on a CUDA device, with the blocks that the allocator keeps for reuse; None
-    for other torch devices."""
+    """GiB that this process can still use on a CUDA device, its allocator's own blocks too; None for other devices."""
     if device.type != "cuda":
         return None
     import torch
@@ -53,8 +52,7 @@ def asks_accelerate(variable: str) -> bool:
 
 
 def check_bf16(config: TrainConfig) -> None:
-    """Raises UserError for a run in bf16 on a GPU without it. Without the flag, the precision is that of
-    `accelerate launch` in the environment."""
+    """Raises UserError for a run in bf16, by its flags or `accelerate launch`, on a GPU without it."""
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     asked = {"mixed_precision": precision, "prior_generation_precision": config.prior_generation_precision}
     flags = [flag for flag, wanted in asked.items() if wanted == "bf16"]

@@ -4,8 +4,7 @@ The same prompt and seed give the same noise at every step, so that only the ada
 encoded once; the text encoders may be freed before the first picture is drawn.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +45,19 @@ class Sampler:
         """The pictures, in order. Each has its own noise in any batch. Without requests, no VAE is needed."""
         if not requests:
             return
-        with sampling_mode(self.pipeline, self.device):
+        pipeline = self.pipeline
+        parts = [p for p in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) if p is not None]
+        modes, home = [part.training for part in parts], pipeline.vae.device
+        for part in parts:
+            part.eval()  # adapters may have dropout
+        pipeline.vae.to(self.device)
+        try:
             for start in range(0, len(requests), batch_size):
                 yield from self._draw(requests[start : start + batch_size])
+        finally:
+            for part, mode in zip(parts, modes):
+                part.train(mode)
+            pipeline.vae.to(home)
 
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
@@ -71,22 +80,6 @@ class Sampler:
             callback_on_step_end=stopper(self.should_stop, self.on_step),
         ).images
         return decode_image(self.pipeline.vae, latents)
-
-
-@contextmanager
-def sampling_mode(pipeline: StableDiffusionXLPipeline, device: torch.device) -> Iterator[None]:
-    """Evaluation mode (adapters may have dropout) with the VAE on the device; the old state is restored afterwards."""
-    parts = [p for p in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) if p is not None]
-    modes, home = [part.training for part in parts], pipeline.vae.device
-    for part in parts:
-        part.eval()
-    pipeline.vae.to(device)
-    try:
-        yield
-    finally:
-        for part, mode in zip(parts, modes):
-            part.train(mode)
-        pipeline.vae.to(home)
 
 
 def stopper(should_stop: Callable[[], bool], on_step: Callable[[], object] = bool) -> Callable[..., dict]:

@@ -66,8 +66,7 @@ def _varied(params: GenerationParams, name: str, value: str | int | float) -> Ge
 
 
 def parse_axis(text: str) -> Axis:
-    """Parse `scale=0,0.5,1` or `prompt=a mug|a red mug` (prompts are separated by `|`, as they hold commas).
-    Raises UserError."""
+    """`scale=0,0.5,1`, or `prompt=a mug|a red mug`, as prompts hold commas. Raises UserError."""
     name, equals, rest = text.partition("=")
     name = name.strip()
     if name not in AXES or not equals:

@@ -374,8 +374,7 @@ class SubjectPipeline:
         return images
 
     def complete(self, params: GenerationParams) -> GenerationParams:
-        """The parameters with tags applied, and the base's sizes and guidance. Raises UserError for an unknown
-        adapter."""
+        """With tags applied, and the base's sizes and guidance. Raises UserError for an unknown adapter."""
         params = params.apply_tags()
         for name, _ in params.adapters:
             if name not in self.adapters:
@@ -388,8 +387,7 @@ class SubjectPipeline:
         )
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
-        """Make exactly these adapters active, at these scales. Scale 0 means absent: the result is the base's,
-        bit for bit."""
+        """Make exactly these adapters active. Scale 0 means absent: the result is the base's, bit for bit."""
         chosen = [(self.adapters[name], scale) for name, scale in adapters if scale != 0]
         active = {adapter.key: scale for adapter, scale in chosen if adapter.mixers is None}
         blended = self.bases.show((adapter.mixers, scale) for adapter, scale in chosen if adapter.mixers is not None)

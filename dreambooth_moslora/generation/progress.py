@@ -117,8 +117,7 @@ class Clock:
         self.done = 0
 
     def tick(self) -> float:
-        """Count one step; returns the remaining seconds. The first step, which includes the warm-up, only
-        starts the clock."""
+        """Count one step; returns the remaining seconds, NaN after the first step, which includes the warm-up."""
         now = time.perf_counter()
         self.done += 1
         if self.started is None:

@@ -126,8 +126,7 @@ def surroundings_in(answer: str) -> str:
 
 @dataclass(frozen=True)
 class MadeCaption:
-    """The result for one photo: its new `caption`, or None and the reason as a `remark`. With a `key` it is not kept
-    yet."""
+    """Of one photo: its new `caption`, or None and why as a `remark`. With a `key` it is not kept yet."""
 
     photo: Photo
     caption: str | None

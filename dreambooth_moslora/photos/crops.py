@@ -115,8 +115,7 @@ class CropRule:
         return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
 
     def plan(self, size_px: tuple[int, int], rng: Random, target: tuple[int, int] | None = None) -> CropPlan:
-        """Where to cut `target` (h, w), by default the rule's own, out of a photo of `size_px` (h, w). It always draws
-        four random numbers."""
+        """Where to cut `target` (h, w), else the rule's own, out of a photo of `size_px` (h, w). Draws four numbers."""
         flip, down, right, closer = rng.random(), rng.random(), rng.random(), rng.random()
         target = target or self.target(size_px)
         side = min(target)
@@ -140,8 +139,7 @@ def crop_rule(config: TrainConfig) -> CropRule:
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
     """The crop of `image`, of `target_size`. `image` is the photo or its mask, at any scale. Only the crop is
-    resampled. Resizing the whole image first would give the same inside, and differ by a filter's width at the
-    border."""
+    resampled, which differs from resizing the whole image first by a filter's width at the border."""
     left, top, right, bottom = plan.box(image.width, image.height)
     box = (left, top, min(right, image.width), min(bottom, image.height))
     crop = image.resize(plan.target_size[::-1], FILTERS[interpolation], box=box)
@@ -186,8 +184,7 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
 
 
 def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
-    """The report with "blurred" and "near-duplicate" added to the photos' reasons. Photos are examined at the size of
-    training: finer detail need not be sharp."""
+    """The report with "blurred" and "near-duplicate" in the reasons, as seen at the size of training."""
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
     photos, thumbnails = [], []
     for photo in report.photos:

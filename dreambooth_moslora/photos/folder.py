@@ -183,8 +183,7 @@ def kept_captions(path: Path) -> dict[str, dict[str, str]]:
 
 
 def one_space(text: str) -> str:
-    """The text on one line. JSON can spell half a character ("\\ud83d"), which cannot be encoded; it becomes a
-    question mark."""
+    """The text on one line. Half a character, which JSON can spell, becomes a question mark."""
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
@@ -345,8 +344,7 @@ def with_kept_captions(config: TrainConfig, photos: list[Photo]) -> list[Photo]:
 
 
 def with_own_captions(config: TrainConfig, photo: Photo) -> Photo:
-    """The photo with prefix and suffix on its own captions, and the instance prompt as its bare prompt if none of them
-    is it."""
+    """With prefix and suffix on its own captions, and its bare prompt if none of them is the instance prompt."""
     prompt, found = config.instance_prompt, []
     prefix, suffix = ((end or "").strip() for end in (config.caption_prefix, config.caption_suffix))
     for caption in photo.captions:

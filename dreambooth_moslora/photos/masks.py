@@ -31,6 +31,7 @@ from dreambooth_moslora.photos.photo import (
     Photo,
     UnreadableImageError,
     alpha_of,
+    open_again,
     open_image,
     open_rgb,
     to_rgb,
@@ -102,10 +103,7 @@ def open_mask(photo: Photo) -> Image.Image | None:
     """L, 255 on the subject and 0 elsewhere; None without a mask. Raises UserError."""
     if photo.mask_path is None:
         return None
-    try:
-        image = open_image(photo.mask_path)
-    except UnreadableImageError as error:
-        raise UserError(f"{photo.mask_path}: {error}; it changed since the folder was read.") from error
+    image = open_again(photo.mask_path)
     return alpha_of(image) if photo.mask_path == photo.path else grey_mask(image)
 
 
@@ -173,9 +171,8 @@ def best_device() -> Any:
 
 
 def load_segmenter(config: TrainConfig, device: Any = "cpu") -> Segmenter:
-    """The segmenter of `--mask_model`. The model is loaded onto the torch device when the first mask is made, and freed
-    with the Segmenter. Raises UserError without a word; making a mask raises it when the model is missing or of another
-    kind."""
+    """The segmenter of `--mask_model`, which goes to the torch device when the first mask is made. Raises UserError
+    without a word; making a mask raises it when the model is missing or of another kind."""
     name, word = segmenter_name(config), sought_word(config)
 
     @cache

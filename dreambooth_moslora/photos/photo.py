@@ -236,12 +236,17 @@ def quoted(photo: Photo) -> str:
     return " ".join(f"“{caption}”" for caption in photo.captions)
 
 
+def open_again(path: Path) -> Image.Image:
+    """A file that could be read before. Raises UserError when it cannot any more."""
+    try:
+        return open_image(path)
+    except UnreadableImageError as error:
+        raise UserError(f"{path}: {error}; it changed since the folder was read.") from error
+
+
 def open_rgb(photo: Photo) -> Image.Image:
     """The photo's pixels: RGB, upright, on white. Raises UserError when it cannot be read any more."""
-    try:
-        return to_rgb(open_image(photo.path))
-    except UnreadableImageError as error:
-        raise UserError(f"{photo.path}: {error}; it changed since the folder was read.") from error
+    return to_rgb(open_again(photo.path))
 
 
 def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo], *, replaces: bool = False) -> str:

@@ -253,8 +253,7 @@ def check_basis(config: TrainConfig) -> None:
 
 
 def check_push(config: TrainConfig) -> None:
-    """Check a push before the training. Raises UserError for an invalid name and for a token that the hub
-    rejects; an unreachable hub is no error."""
+    """Raises UserError for a name or token that the hub rejects; an unreachable hub is no error."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError

@@ -39,8 +39,7 @@ OF_SAMPLES = ("num_validation_images", "validation_steps")
 
 @dataclass
 class Choices:
-    """Chosen settings; `said` holds a sentence about each choice and the flags that change it. `photo_report` is kept
-    where the photos were read for a choice."""
+    """`said` has a sentence about each choice and its flags; `photo_report` is set if the photos were read for one."""
 
     given: Mapping[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -72,8 +71,7 @@ class Choices:
 
 
 def choose_recipe(choices: Choices, free_gib: float | None) -> int:
-    """Choose the recipe. `free_gib` is the GPU's, None without a GPU. Returns the exposures of each photo in
-    the recipe."""
+    """`free_gib` is the GPU's, None without one. Returns the exposures of each photo in the recipe."""
     base, memory = choices.all["pretrained_model_name_or_path"], choices.given.get("memory")
     name, recipe = recipe_settings(base, free_gib)
     photos_a_step = recipe["train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)

@@ -47,16 +47,14 @@ from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_set
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
-"""Bytes of a quantised parameter, with its share of the scales. Parameters outside the blocks' projections keep
-their precision."""
+"""Bytes of a quantised parameter, with its share of the scales. Those outside the blocks keep their precision."""
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 AVERAGE_BYTES = 4
 """Further bytes per parameter of the adapter with `--use_ema`."""
 CONTEXT_GIB = 0.5
 """Memory of the CUDA context of a process, beside its tensors."""
 STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
-"""GiB that a step keeps of an image of 1024 px: without recomputation, in addition for each rank, and with
-recomputation."""
+"""GiB of a step's image of 1024 px: without recomputation, in addition for each rank, and with recomputation."""
 TEXT_GIB = 0.025
 """The same of its text, which does not grow with the image."""
 TOKENS = 77
@@ -125,8 +123,7 @@ class Estimate:
 
 
 def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None) -> BaseSize:
-    """The size of the base in this diffusers folder; SDXL's when the folder is missing or incomplete. Raises UserError
-    for damaged files."""
+    """The size of the base in this folder, SDXL's if that is incomplete. Raises UserError for damaged files."""
     shapes = {part: tensor_shapes(folder / part, variant) for part in PARTS} if folder is not None else {}
     if not shapes or not all(shapes.values()):
         return BaseSize()
@@ -175,8 +172,7 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
 
 
 def adapter_parameters(config: TrainConfig, size: BaseSize) -> int:
-    """Parameters of A, B and the mixers, on a basis of the mixers alone. Patterns count only where the layers' paths
-    are known."""
+    """Of A, B and the mixers, on a basis of these alone. Patterns count only where the layers' paths are known."""
     layers = [(rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
     if not layers:
         layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers
@@ -205,8 +201,7 @@ def drawing_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
 
 
 def scale_of(config: TrainConfig, size: BaseSize) -> float:
-    """Cost relative to an image of 1024 px in half precision. A narrower UNet than SDXL's needs less, about as
-    its width."""
+    """Cost relative to SDXL's image of 1024 px in half precision; a narrower UNet needs less, about as its width."""
     width = math.sqrt(size.unet / BaseSize().unet)
     return (config.resolution / 1024) ** 2 * width * BYTES[precision_of(config)] / 2
 
@@ -236,8 +231,7 @@ def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_ste
 
 
 def check_memory(config: TrainConfig, size: BaseSize) -> None:
-    """Raises UserError for a run that needs more memory than the GPU has free; the message names settings that fit. A
-    base of unknown size is not judged."""
+    """Raises UserError, with settings that fit, for a base of known size that needs more memory than is free."""
     need = estimate(config, size, 1).peak_gib
     is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
     if need < SMALL_GIB or not is_known:
@@ -345,8 +339,7 @@ def choose_memory(config: TrainConfig, free_gib: float | None = None) -> TrainCo
 
 
 def with_plan(config: TrainConfig, name: str) -> TrainConfig:
-    """Add the plan to the given settings: int8 stays int8, and no setting is turned off. Raises UserError for a
-    plan that the other settings exclude."""
+    """Add the plan to the given settings; int8 stays. Raises UserError where the other settings exclude it."""
     changes = dict(PLANS[name])
     if config.base_quantization != "none":
         changes.pop("base_quantization", None)
@@ -362,8 +355,7 @@ def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: 
 
 
 def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PLANS)) -> dict[str, float]:
-    """Plan -> peak memory in GiB, for the plans that are possible here with these settings: nf4 needs bitsandbytes and
-    excludes caching, as other settings may."""
+    """Plan -> peak memory in GiB, for the plans that are possible with these settings and packages."""
     found = {}
     for name in names:
         if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):

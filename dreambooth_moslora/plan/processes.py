@@ -67,8 +67,7 @@ def mean_over(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 def on_main(accelerator: Processes, work: Callable[[], Result]) -> Result:
-    """Do `work` on the main process; all processes get its result, which must be small and picklable. An error or stop
-    there is raised on all processes."""
+    """Do `work` on the main process; all get its small, picklable result, or its error or stop."""
     is_main = accelerator.is_main_process
     result, error = attempt(work) if is_main else (None, None)
     told = exchange(accelerator, [result] if is_main else [], error)
