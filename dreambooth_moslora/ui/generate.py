@@ -2,7 +2,7 @@
 
 import html
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dreambooth_moslora.ui.generate_form import (
     MAX_IMAGES,
     NONE,
     RANGES,
+    AdapterSummary,
     GenerateForm,
     clamp_to_widgets,
     code_snippet,
@@ -42,10 +43,10 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     """The most used widgets: prompt, adapter, scale, number of pictures, buttons."""
     names = [NONE, *ctx.catalog.files()]
     first = names[1] if len(names) > 1 else NONE
-    summary = summary_of(ctx.catalog.files()[first]) if first != NONE else None
+    summary = summary_of(ctx.catalog.files()[first]) if first != NONE else AdapterSummary()
     prompt = gr.Textbox(
         label="Prompt",
-        value=prompt_for(summary) if summary else "",
+        value=prompt_for(summary),
         placeholder="a photo of … in the snow",
         lines=1,
         max_lines=5,
@@ -58,10 +59,9 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
         upload = gr.UploadButton(
             "Upload", file_types=[".safetensors"], scale=0, min_width=88, elem_id="upload_adapter", size="md"
         )
-    words = summary.sentence() if summary else ""
+    words = summary.sentence()
     about = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
-    preset = summary.scale if summary else 1.0
-    scale = gr.Slider(*RANGES["scale"], preset, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
+    scale = gr.Slider(*RANGES["scale"], summary.scale, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
     num_images = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
     with gr.Row(elem_classes="tight"):
         run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
@@ -99,14 +99,6 @@ def settings_widgets(ctx: AppContext) -> dict[str, Any]:
                 )
         gr.Markdown("Or write `<lora:name:0.8>` in the prompt.", elem_classes="faint")
     return widgets | {"scheduler": scheduler}
-
-
-def extra_widgets(templates: list[str]) -> dict[str, Any]:
-    with gr.Accordion("Prompt templates", open=False, elem_id="templates_box"):
-        template = gr.Dropdown(templates, value=None, label="Template", elem_id="template")
-    with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
-        dropped = gr.File(file_types=[".png"], label="Drop a PNG", height=110, elem_id="drop_png")
-    return {"template": template, "dropped": dropped}
 
 
 def result_widgets(ctx: AppContext) -> dict[str, Any]:
@@ -175,24 +167,36 @@ def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -
             results = result_widgets(ctx)
         with gr.Column(elem_id="settings", min_width=280):
             widgets |= settings_widgets(ctx)
-            extras = extra_widgets(templates)
+            with gr.Accordion("Prompt templates", open=False, elem_id="templates_box"):
+                template = gr.Dropdown(templates, value=None, label="Template", elem_id="template")
+            with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
+                dropped = gr.File(file_types=[".png"], label="Drop a PNG", height=110, elem_id="drop_png")
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
         explain_bad_values(widget)
     tab = GenerateTab(ordered, [widgets[f"adapter{n}"] for n in ("", "_2", "_3")], widgets["prompt"], results["tabs"])
     _connect_runs(ctx, tab, buttons, results)
+    _connect_compare_and_grid(ctx, tab, results)
     _connect_adapters(ctx, page, tab, buttons)
-    _connect_reuse(ctx, tab, results, extras)
+    _connect_reuse(ctx, tab, results, template, dropped)
     return tab
 
 
-def _items(pictures: tuple[Picture, ...] | list[Picture]) -> list[tuple[str, str]]:
+def _items(pictures: Iterable[Picture]) -> list[tuple[str, str]]:
     return [(str(picture.path), picture.caption) for picture in pictures]
 
 
 def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dict) -> None:
-    options = dict(GPU, show_progress="minimal", show_progress_on=results["status"])
-    shown_state = results["shown"]
+    starts = [buttons["run"].click, tab.prompt.submit]
+    outputs = [results["gallery"], results["used_seed"], results["status"], results["shown"]]
+
+    # The page runs a trigger's events in order: the immediate ones must come before the long one.
+    @gr.on(starts, inputs=None, outputs=results["tabs"], **AT_ONCE)
+    def announce(request: gr.Request) -> gr.Tabs:
+        ctx.announce(request)
+        return gr.Tabs(selected="pictures")
+
+    gr.on([results["compare"].click, results["draw"].click], ctx.announce, None, None, **AT_ONCE)
 
     @as_gradio_error
     def generate(request: gr.Request, **values) -> Iterator[tuple]:
@@ -203,44 +207,41 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
             else:
                 yield _items(frame.pictures), seed, frame.status, list(frame.pictures)
 
-    def announce(request: gr.Request) -> gr.Tabs:
-        ctx.announce(request)
-        return gr.Tabs(selected="pictures")
+    options = _drawing(results) | {"inputs_kwargs": tab.fields, "outputs": outputs}
+    made = gr.on(starts, generate, api_name="generate", **options)
+    made.then(lambda: 0, None, results["selected"], **AT_ONCE)
 
-    def stop(request: gr.Request) -> None:
-        ctx.stop(request)
-
+    @made.then(inputs=results["shown"], outputs=results["code"], **AT_ONCE)
     def snippet(pictures: list[Picture], request: gr.Request) -> str:
         visitor = ctx.visitors.of(request)
         if not (own := _own(pictures, visitor)):
             return ""
         return code_snippet(GenerationParams.from_png(own[0].path), ctx.base, ctx.catalog.public_paths(visitor))
 
-    starts = [buttons["run"].click, tab.prompt.submit]
-    outputs = [results["gallery"], results["used_seed"], results["status"], shown_state]
-    # The page runs a trigger's events in order: the immediate ones must come before the long one.
-    gr.on(starts, announce, None, results["tabs"], **AT_ONCE)
-    gr.on([results["compare"].click, results["draw"].click], ctx.announce, None, None, **AT_ONCE)
-    made = gr.on(starts, generate, inputs_kwargs=tab.fields, outputs=outputs, api_name="generate", **options)
-    made.then(lambda: 0, None, results["selected"], **AT_ONCE)
-    made.then(snippet, shown_state, results["code"], **AT_ONCE)
-    buttons["stop"].click(stop, None, None, queue=False, api_name="stop")
-    _connect_compare(ctx, tab, results, options)
-    _connect_grid(ctx, tab, results, options)
+    @buttons["stop"].click(inputs=None, outputs=None, queue=False, api_name="stop")
+    def stop(request: gr.Request) -> None:
+        ctx.stop(request)
 
 
-def _connect_compare(ctx: AppContext, tab: GenerateTab, results: dict, options: dict) -> None:
+def _drawing(results: dict) -> dict[str, Any]:
+    """Options of the events that draw."""
+    return {**GPU, "show_progress": "minimal", "show_progress_on": results["status"]}
+
+
+def _connect_compare_and_grid(ctx: AppContext, tab: GenerateTab, results: dict) -> None:
+    options, status = _drawing(results), results["status"]
+    compared = {"inputs_kwargs": tab.fields, "outputs": [results["slider"], status]}
+    axis = {"rows": "down", "row_values": "down_values", "columns": "across", "column_values": "across_values"}
+    of_grid = {"inputs_kwargs": {name: results[widget] for name, widget in axis.items()} | tab.fields}
+
+    @results["compare"].click(api_name="compare", **compared, **options)
     @as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
         for frame in compare(ctx, GenerateForm.of(values), request):
             pair = frame.pictures and len(frame.pictures) == 2
             yield tuple(str(p.path) for p in frame.pictures) if pair else gr.skip(), frame.status
 
-    outputs = [results["slider"], results["status"]]
-    results["compare"].click(compare_both, inputs_kwargs=tab.fields, outputs=outputs, api_name="compare", **options)
-
-
-def _connect_grid(ctx: AppContext, tab: GenerateTab, results: dict, options: dict) -> None:
+    @results["draw"].click(outputs=[results["sheet"], status], api_name="grid", **of_grid, **options)
     @as_gradio_error
     def grid(
         rows: str, row_values: str, columns: str, column_values: str, request: gr.Request, **values
@@ -250,48 +251,52 @@ def _connect_grid(ctx: AppContext, tab: GenerateTab, results: dict, options: dic
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
 
     def axis_values(name: str, adapter: str, prompt: str, request: gr.Request) -> str:
-        return _axis_values(ctx, name, adapter, prompt, request)
+        if name == "prompt":
+            return f"{prompt}|"
+        if name != "adapter":
+            return AXIS_VALUES.get(name, "")
+        names = list(ctx.catalog.files(ctx.visitors.of(request)))
+        # default values for checkpoints: all of the chosen adapter's run
+        run = [n for n in reversed(names) if n.split("@")[0] == str(adapter).split("@")[0]]
+        return ", ".join(["none", *(run if len(run) > 1 else names[:3])])
 
-    axis = {"rows": "down", "row_values": "down_values", "columns": "across", "column_values": "across_values"}
-    fields_of_grid = {name: results[widget] for name, widget in axis.items()} | tab.fields
-    outputs = [results["sheet"], results["status"]]
-    results["draw"].click(grid, inputs_kwargs=fields_of_grid, outputs=outputs, api_name="grid", **options)
     for box, values in ((results["down"], results["down_values"]), (results["across"], results["across_values"])):
-        inputs = [box, tab.adapters[0], tab.prompt]
-        box.input(axis_values, inputs, values, **AT_ONCE)
-
-
-def _axis_values(ctx: AppContext, name: str, adapter: str, prompt: str, request: gr.Request) -> str:
-    """Default values for an axis; for checkpoints, all of the chosen adapter's run."""
-    if name == "prompt":
-        return f"{prompt}|"
-    if name != "adapter":
-        return AXIS_VALUES.get(name, "")
-    names = list(ctx.catalog.files(ctx.visitors.of(request)))
-    run = [n for n in reversed(names) if n.split("@")[0] == str(adapter).split("@")[0]]
-    return ", ".join(["none", *(run if len(run) > 1 else names[:3])])
+        box.input(axis_values, [box, tab.adapters[0], tab.prompt], values, **AT_ONCE)
 
 
 def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict) -> None:
     first, prompt, about = tab.adapters[0], tab.prompt, buttons["about"]
 
-    def adapters(request: gr.Request) -> list:
-        names = [NONE, *ctx.catalog.files(ctx.visitors.of(request))]
-        return [gr.Dropdown(choices=names)] * len(tab.adapters)
+    def files_for(request: gr.Request) -> dict[str, Path]:
+        return ctx.catalog.files(ctx.visitors.of(request))
 
+    @gr.api(api_name="adapters", queue=False)
+    def listed(request: gr.Request) -> list[dict]:
+        """Name and summary of every adapter that the user may use."""
+        return [{"name": name, **asdict(summary_of(file))} for name, file in files_for(request).items()]
+
+    def adapters(request: gr.Request) -> list:
+        return [gr.Dropdown(choices=[NONE, *files_for(request)])] * len(tab.adapters)
+
+    buttons["refresh"].click(adapters, None, tab.adapters, **AT_ONCE)
+    page.load(adapters, None, tab.adapters, **AT_ONCE)
+
+    @first.change(inputs=[first, prompt], outputs=[about, prompt], **AT_ONCE)
     def describe(name: str, old_prompt: str, request: gr.Request) -> tuple:
-        files = ctx.catalog.files(ctx.visitors.of(request))
-        summary = summary_of(files[name]) if name in files else None
-        words = summary.sentence() if summary else ""
-        about = gr.HTML(faint(words), visible=bool(words))
-        if summary is None:
-            return about, gr.skip()
-        return about, renewed_prompt(old_prompt, summary, map(summary_of, files.values()))
+        files = files_for(request)
+        if name not in files:
+            return gr.HTML(faint(""), visible=False), gr.skip()
+        summary = summary_of(files[name])
+        words = summary.sentence()
+        renewed = renewed_prompt(old_prompt, summary, map(summary_of, files.values()))
+        return gr.HTML(faint(words), visible=bool(words)), renewed
 
     def preset(name: str, request: gr.Request) -> float:
         """The chosen file's recommended scale. A picture's settings do not call this: they have their own scale."""
-        files = ctx.catalog.files(ctx.visitors.of(request))
+        files = files_for(request)
         return summary_of(files[name]).scale if name in files else 1.0
+
+    first.input(preset, first, tab.fields["scale"], **AT_ONCE)
 
     @as_gradio_error
     def upload(file: str, request: gr.Request) -> tuple:
@@ -305,57 +310,48 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
         names = [NONE, *ctx.catalog.files(visitor)]
         return gr.Dropdown(choices=names, value=name), gr.Dropdown(choices=names), gr.Dropdown(choices=names)
 
-    def listed(request: gr.Request) -> list[dict]:
-        """Name and summary of every adapter that the user may use."""
-        files = ctx.catalog.files(ctx.visitors.of(request))
-        return [{"name": name, **asdict(summary_of(file))} for name, file in files.items()]
-
-    gr.api(listed, api_name="adapters", queue=False)
-    buttons["refresh"].click(adapters, None, tab.adapters, **AT_ONCE)
-    page.load(adapters, None, tab.adapters, **AT_ONCE)
-    first.change(describe, [first, prompt], [about, prompt], **AT_ONCE)
-    first.input(preset, first, tab.fields["scale"], **AT_ONCE)
     uploaded = buttons["upload"].upload(upload, buttons["upload"], tab.adapters, api_visibility="private", **GPU)
     uploaded.then(preset, first, tab.fields["scale"], **AT_ONCE)
 
 
-def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, extras: dict) -> None:
+def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, template: gr.Dropdown, dropped: gr.File) -> None:
     outputs = list(tab.fields.values())
 
     def select(event: gr.SelectData) -> int:
         return event.index if isinstance(event.index, int) else 0
 
-    def history(request: gr.Request) -> list:
-        return _items(list(ctx.visitors.of(request).history))
+    results["gallery"].select(select, None, results["selected"], **AT_ONCE)
+    results["history"].select(select, None, results["selected_history"], **AT_ONCE)
 
+    @results["history_tab"].select(inputs=None, outputs=results["history"], **AT_ONCE)
+    def history(request: gr.Request) -> list:
+        return _items(ctx.visitors.of(request).history)
+
+    @results["reuse"].click(inputs=[results["shown"], results["selected"]], outputs=outputs, **TELLING)
     @as_gradio_error
     def reuse_shown(pictures: list[Picture], index: int, request: gr.Request) -> list:
         own = _own(pictures, ctx.visitors.of(request))
         return to_widgets(ctx, recipe_of(_picked(own, index)), request)
 
+    @results["reuse_history"].click(inputs=results["selected_history"], outputs=outputs, **TELLING)
     @as_gradio_error
     def reuse_history(index: int, request: gr.Request) -> list:
         return to_widgets(ctx, recipe_of(_picked(list(ctx.visitors.of(request).history), index)), request)
 
+    results["last_seed"].click(
+        lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **AT_ONCE
+    )
+
+    @dropped.upload(inputs=dropped, outputs=outputs, **TELLING)
     @as_gradio_error
     def reuse_dropped(file: str | None, request: gr.Request) -> list:
         return to_widgets(ctx, recipe_of(file), request) if file else [gr.skip()] * len(outputs)
 
+    @template.input(inputs=[template, tab.adapters[0]], outputs=tab.prompt, **TELLING)
     def from_template(template: str | None, adapter: str, request: gr.Request) -> Any:
         files = ctx.catalog.files(ctx.visitors.of(request))
         subject = summary_of(files[adapter]).subject if adapter in files else ""
         return template.replace("{}", subject or "…") if template else gr.skip()
-
-    results["gallery"].select(select, None, results["selected"], **AT_ONCE)
-    results["history"].select(select, None, results["selected_history"], **AT_ONCE)
-    results["history_tab"].select(history, None, results["history"], **AT_ONCE)
-    results["reuse"].click(reuse_shown, [results["shown"], results["selected"]], outputs, **TELLING)
-    results["reuse_history"].click(reuse_history, results["selected_history"], outputs, **TELLING)
-    results["last_seed"].click(
-        lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **AT_ONCE
-    )
-    extras["dropped"].upload(reuse_dropped, extras["dropped"], outputs, **TELLING)
-    extras["template"].input(from_template, [extras["template"], tab.adapters[0]], tab.prompt, **TELLING)
 
 
 def _own(pictures: list[Picture], visitor: Visitor) -> list[Picture]:

@@ -22,9 +22,8 @@ from dreambooth_moslora.core import UserError, is_number
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import MAX_STEPS, GenerationParams, Recipe, check_size, draw_seed, read_recipe
-from dreambooth_moslora.ui.adapters import check_header
 from dreambooth_moslora.ui.html import notice, progress_card, thumbnail
-from dreambooth_moslora.ui.state import AppContext, as_user_error, import_libraries, sentence
+from dreambooth_moslora.ui.state import AppContext, as_user_error, check_header, import_libraries, sentence
 from dreambooth_moslora.ui.visitors import Picture, Visitor
 
 if TYPE_CHECKING:
@@ -218,13 +217,11 @@ def _read(file: Path, mtime_ns: int, size: int) -> AdapterSummary:
         with safe_open(file, framework="numpy") as opened:
             header = opened.metadata() or {}
         facts = json.loads(header.get("moslora", "{}"))
-        return _from_facts(facts if isinstance(facts, dict) else {})
     except (SafetensorError, OSError, ValueError, RecursionError):
+        facts = {}
+    if not isinstance(facts, dict):
         return AdapterSummary()
-
-
-def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
-    words = facts.get("trigger_words")
+    words, scale, (low, high) = facts.get("trigger_words"), facts.get("best_scale"), RANGES["scale"]
     first, *others = words if isinstance(words, list) and words else [""]
     return AdapterSummary(
         trigger=_word(first),
@@ -232,17 +229,11 @@ def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
         base=_word(facts.get("base_id")),
         rank=_rank(facts),
         mixer=_word(facts.get("mixer")),
-        scale=_scale(facts.get("best_scale")),
+        scale=float(scale) if is_number(scale) and low <= scale <= high else 1.0,  # what the slider offers
         tokens=_tokens(facts.get("tokens")),
         others=tuple(filter(None, map(_word, others[:MOST_OTHERS]))),
         new_tokens=bool(facts.get("tokens")),
     )
-
-
-def _scale(value: Any) -> float:
-    """The header's scale if the slider offers it, else 1."""
-    low, high = RANGES["scale"]
-    return float(value) if is_number(value) and low <= value <= high else 1.0
 
 
 def _tokens(notes: Any) -> tuple[str, ...]:
@@ -421,7 +412,7 @@ def _run(
 def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str) -> Iterator[Frame]:
     visitor = ctx.visitors.of(request)
     check_size(params, ctx.resolution_px)
-    if not ctx.is_ready:
+    if ctx.loaded() is None:
         yield Frame(progress_card("Loading the base …", "the next pictures need not wait for it"))
     with ctx.turns.drawing(), ctx.stoppable(request) as should_stop:
         pipeline = ctx.pipeline()
@@ -451,12 +442,18 @@ def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: 
             black += event.pixels.getbbox() is None
             yield Frame(_status(step, word), tuple(pictures))
         elif isinstance(event, Sheet):
-            sheet = _keep_sheet(event, visitor)
+            for old in visitor.folder.glob("grid_*.png"):
+                old.unlink(missing_ok=True)
+            sheet = event.save(visitor.folder / f"grid_{time.time_ns():x}.png")
         elif isinstance(event, Preview) and time.perf_counter() - shown_at > FRAME_SEC:
             shown_at = time.perf_counter()
             yield Frame(_status(step, word, thumbnail(event.pixels)))
-    summary = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)
-    yield Frame(notice(_of_black(black), "bad") if black else summary, tuple(pictures), params, sheet)
+    status = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)
+    if black:  # values that are too large for the model become black without an error
+        which = "1 of them is" if black == 1 else f"{black} of them are"
+        why = "an adapter's values or its scale are too large for this base"
+        status = notice(f"The pictures are done, but {which} black: {why}.", "bad")
+    yield Frame(status, tuple(pictures), params, sheet)
 
 
 def _keep(image: "Image", visitor: Visitor) -> Picture:
@@ -467,12 +464,6 @@ def _keep(image: "Image", visitor: Visitor) -> Picture:
     picture = Picture(path, f"seed {seed}" + (f" · {scales}" if scales else ""))
     visitor.remember(picture)
     return picture
-
-
-def _keep_sheet(sheet, visitor: Visitor) -> Path:
-    for old in visitor.folder.glob("grid_*.png"):
-        old.unlink(missing_ok=True)
-    return sheet.save(visitor.folder / f"grid_{time.time_ns():x}.png")
 
 
 def _status(step: "Step", word: str, picture: str = "") -> str:
@@ -489,12 +480,6 @@ def _summary(pictures: list[Picture], total: int, seconds: float, is_grid: bool)
     plural = "s" if total != 1 else ""
     detail = pictures[0].caption if not is_grid else "they are in the history, too"
     return progress_card(f"{total} picture{plural} in {format_seconds(seconds)}", detail)
-
-
-def _of_black(count: int) -> str:
-    """The warning about black pictures: values that are too large for the model become black without an error."""
-    which = "1 of them is" if count == 1 else f"{count} of them are"
-    return f"The pictures are done, but {which} black: an adapter's values or its scale are too large for this base."
 
 
 def format_seconds(seconds: float) -> str:

@@ -10,8 +10,8 @@ import json
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,10 +20,9 @@ from gradio.utils import get_upload_folder
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.formparsers import MultiPartException
-from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 
-from dreambooth_moslora.ui.visitors import secret_in
+from dreambooth_moslora.ui.visitors import cookie_of, header_of
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -36,7 +35,6 @@ FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
 """No other site may show the page in a frame, where users could be tricked into clicks."""
 Origin = tuple[str, str, int]
 """Scheme, host name and port of a page: pages that differ in one of them are different sites."""
-Lifespan = Callable[[Any], AbstractAsyncContextManager]
 REFUSED = "another site may not ask here; behind a proxy, start the app with --allowed_host and the page's address"
 SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 
@@ -59,49 +57,44 @@ class TrustedHosts:
         elif refusal := self._refusal(scope):
             await refusal(scope, receive, send)
         else:
-            named = [(name, value) for name, value in scope["headers"] if self._may_pass(name, value)]
-            await self.app(scope | {"headers": named}, receive, _cleaned(send, scope["headers"]))
-
-    def _may_pass(self, name: bytes, value: bytes) -> bool:
-        """gradio puts X-Forwarded-Host into addresses that all users get: only known names and real ports pass."""
-        if name != b"x-forwarded-host":
-            return True
-        origin = _origin(f"https://{value.decode('latin1')}")
-        return origin is not None and origin[1] in self.names
+            headers = []
+            for name, value in scope["headers"]:
+                # gradio puts X-Forwarded-Host into addresses that all users get: only known names and real ports pass
+                named = _origin(f"https://{value.decode('latin1')}") if name == b"x-forwarded-host" else None
+                if name != b"x-forwarded-host" or (named and named[1] in self.names):
+                    headers.append((name, value))
+            await self.app(scope | {"headers": headers}, receive, _cleaned(send, scope["headers"]))
 
     def _refusal(self, scope: dict) -> PlainTextResponse | None:
+        """Host and X-Forwarded-Host give the page's own name and port: a browser does not let another site's page
+        set them. They do not tell the scheme; for an allowed name it is one of those that are allowed."""
         headers = {name: value.decode("latin1") for name, value in scope["headers"] if name in HEADERS}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        if self.hosts is not None and _hostname(f"//{host}") not in self.hosts:
+        name = None
+        with suppress(ValueError):
+            name = urlsplit(f"//{host}").hostname
+        if self.hosts is not None and name not in self.hosts:
             return PlainTextResponse("unknown host; start the app with --allowed_host for this name", 421)
-        if origin is not None and not self._is_own(origin, (host, headers.get(b"x-forwarded-host", host))):
-            return PlainTextResponse(REFUSED, 403)
+        if origin is not None:
+            asked, scheme = _origin(origin), origin.partition("://")[0]
+            is_own = asked in {_origin(f"{scheme}://{one}") for one in (host, headers.get(b"x-forwarded-host", host))}
+            if is_own and asked and asked[1] in self.names:
+                is_own = asked[:2] in {known[:2] for known in self.allowed}
+            if asked is None or not (is_own or asked in self.allowed):
+                return PlainTextResponse(REFUSED, 403)
         if scope["path"].rstrip("/") == "/logout" and headers.get(b"sec-fetch-site") in FOREIGN_SITES:
             return PlainTextResponse("another site may not end a login", 403)
         return None
 
-    def _is_own(self, origin: str, hosts: tuple[str, ...]) -> bool:
-        """Host and X-Forwarded-Host give the page's own name and port: a browser does not let another site's page
-        set them. They do not tell the scheme; for an allowed name it is one of those that are allowed."""
-        asked, scheme = _origin(origin), origin.partition("://")[0]
-        if asked is None or asked in self.allowed:
-            return asked is not None
-        is_named = asked in {_origin(f"{scheme}://{host}") for host in hosts}
-        return is_named and (asked[1] not in self.names or asked[:2] in {known[:2] for known in self.allowed})
 
-
-def outermost(hosts: Collection[str] | None, allowed: Collection[Origin]) -> Lifespan:
+@asynccontextmanager
+async def trusted_hosts(hosts: Collection[str] | None, allowed: Collection[Origin], app: Any) -> AsyncIterator[None]:
     """A lifespan that puts TrustedHosts around everything else, including gradio's own middleware.
 
     Gradio adds its own outside of any given one, and would itself answer a foreign page's preflight.
     """
-
-    @asynccontextmanager
-    async def lifespan(app: Any) -> AsyncIterator[None]:
-        app.middleware_stack = TrustedHosts(app.middleware_stack, hosts, allowed)
-        yield
-
-    return lifespan
+    app.middleware_stack = TrustedHosts(app.middleware_stack, hosts, allowed)
+    yield
 
 
 def _cleaned(send: Any, asked: list[tuple[bytes, bytes]]) -> Any:
@@ -111,24 +104,15 @@ def _cleaned(send: Any, asked: list[tuple[bytes, bytes]]) -> Any:
 
     async def send_cleaned(message: dict) -> None:
         if message["type"] == "http.response.start":
-            headers = [_lax(name, value) for name, value in message.get("headers", ())]
-            message["headers"] = [header for header in headers if (header[0].lower(), header[1]) not in own]
-            message["headers"].append(FRAMES)
+            headers = []
+            for name, value in message.get("headers", ()):
+                lax = SAME_SITE_NONE.sub(b"SameSite=Lax", value) if name.lower() == b"set-cookie" else value
+                if (name.lower(), lax) not in own:
+                    headers.append((name, lax))
+            message["headers"] = [*headers, FRAMES]
         await send(message)
 
     return send_cleaned
-
-
-def _lax(name: bytes, value: bytes) -> tuple[bytes, bytes]:
-    return name, SAME_SITE_NONE.sub(b"SameSite=Lax", value) if name.lower() == b"set-cookie" else value
-
-
-def _hostname(url: str) -> str | None:
-    """Lower case, without the port; None when there is none."""
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None
 
 
 def _origin(url: str) -> Origin | None:
@@ -176,10 +160,6 @@ class BodySizeLimit:
             await self.app(scope, _watched(receive, scope) if is_upload else _counted(receive), send)
 
 
-def header_of(scope: dict, wanted: bytes) -> bytes:
-    return next((value for name, value in scope["headers"] if name == wanted), b"")
-
-
 def promised_bytes(scope: dict) -> int:
     promised = header_of(scope, b"content-length")
     return int(promised) if promised.isdigit() else 0
@@ -222,22 +202,15 @@ def _watched(receive: Any, scope: dict) -> Any:
 
 class _FieldMeter:
     """Counts the bytes of a form that belong to no file, which gradio keeps in memory. Raises MultiPartException
-    for a text among the files."""
+    for a text among the files. The methods `on_…` are the parser's callbacks."""
 
     def __init__(self, content_type: bytes) -> None:
         self.field_bytes = 0
         self._name, self._value, self._is_file = bytearray(), bytearray(), False
         boundary = parse_options_header(content_type)[1].get(b"boundary")
-        self._parser = MultipartParser(boundary, self._callbacks()) if boundary else None
-
-    def _callbacks(self) -> dict[str, Any]:
-        return {
-            "on_part_begin": self._begin_part,
-            "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
-            "on_header_end": self._end_header,
-            "on_part_data": self._count,
-        }
+        names = ("on_part_begin", "on_header_field", "on_header_value", "on_header_end", "on_part_data")
+        callbacks = {name: getattr(self, name) for name in names}
+        self._parser = MultipartParser(boundary, callbacks) if boundary else None
 
     def write(self, data: bytes) -> None:
         """Ignores unreadable data: gradio refuses it with a message."""
@@ -247,10 +220,16 @@ class _FieldMeter:
         except FormParserError:
             self._parser = None
 
-    def _begin_part(self) -> None:
+    def on_part_begin(self) -> None:
         self._is_file = False
 
-    def _end_header(self) -> None:
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._name.extend(data[start:end])
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value.extend(data[start:end])
+
+    def on_header_end(self) -> None:
         if self._name.lower() == b"content-disposition":
             options = parse_options_header(bytes(self._value))[1]
             self._is_file = b"filename" in options
@@ -259,7 +238,7 @@ class _FieldMeter:
         self._name.clear()
         self._value.clear()
 
-    def _count(self, data: bytes, start: int, end: int) -> None:
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if not self._is_file:
             self.field_bytes += end - start
 
@@ -281,14 +260,32 @@ class UploadQuota:
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["path"].rstrip("/") != UPLOAD:
             await self.app(scope, receive, send)
-        elif free_bytes() - promised_bytes(scope) < DISK_RESERVE_BYTES:
+            return
+        folder = Path(get_upload_folder())
+        place = next(place for place in (folder, *folder.parents) if place.exists())
+        if shutil.disk_usage(place).free - promised_bytes(scope) < DISK_RESERVE_BYTES:
             await PlainTextResponse("the server's disk is almost full; no upload is taken", 507)(scope, receive, send)
-        else:
-            answer = bytearray()
-            await self.app(scope, receive, _noted(send, answer))
-            self._note(_owner_of(scope), _paths_in(answer))
+            return
+        answer, is_good = bytearray(), False
 
-    def _note(self, owner: str, paths: list[Path]) -> None:
+        async def noted(message: dict) -> None:
+            nonlocal is_good
+            is_good = message["status"] == 200 if message["type"] == "http.response.start" else is_good
+            if is_good and len(answer) < MAX_ANSWER_BYTES:
+                answer.extend(message.get("body", b""))
+            await send(message)
+
+        await self.app(scope, receive, noted)
+        self._note(scope, answer)
+
+    def _note(self, scope: dict, answer: bytearray) -> None:
+        """The owner by the cookie, else by the address: an upload names no session. The answer lists the paths."""
+        cookie = cookie_of(scope)
+        owner = f"cookie:{cookie}" if cookie else f"address:{(scope.get('client') or ('',))[0]}"
+        try:
+            paths = [Path(path) for path in json.loads(answer)] if answer else []
+        except (ValueError, TypeError):
+            paths = []
         mine = self._stored.setdefault(owner, OrderedDict())
         for path in paths:
             with suppress(OSError):
@@ -298,35 +295,3 @@ class UploadQuota:
             oldest, _ = mine.popitem(last=False)
             if not any(oldest in theirs for theirs in self._stored.values()):
                 oldest.unlink(missing_ok=True)
-
-
-def free_bytes() -> int:
-    folder = Path(get_upload_folder())
-    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
-
-
-def _noted(send: Any, answer: bytearray) -> Any:
-    """`send` that copies a successful answer's text."""
-    is_good = False
-
-    async def noted(message: dict) -> None:
-        nonlocal is_good
-        is_good = message["status"] == 200 if message["type"] == "http.response.start" else is_good
-        if is_good and len(answer) < MAX_ANSWER_BYTES:
-            answer.extend(message.get("body", b""))
-        await send(message)
-
-    return noted
-
-
-def _paths_in(answer: bytearray) -> list[Path]:
-    try:
-        return [Path(path) for path in json.loads(answer)] if answer else []
-    except (ValueError, TypeError):
-        return []
-
-
-def _owner_of(scope: dict) -> str:
-    """The owner by the cookie, else by the address: an upload names no session."""
-    cookie = secret_in(cookie_parser(header_of(scope, b"cookie").decode("latin1")))
-    return f"cookie:{cookie}" if cookie else f"address:{(scope.get('client') or ('',))[0]}"

@@ -3,10 +3,9 @@
 `runs/<name>/job.json` names the process and its owner; `metrics.jsonl`, which anyone may have edited, has the progress.
 A signal stops a run: the trainer finishes its step and writes a checkpoint.
 
-The page's pipeline and a training take turns, as most machines cannot hold SDXL twice. On a GPU the pipeline moves to
-the host while a run trains; without one it leaves memory: in fp32 SDXL takes 13 GiB. The queue's runs are trained one
-after the other, in a thread of the page or in the command `queue start`; several processes may do so at once, and as
-the queue's state is on the disk, another one goes on when a page or command is killed.
+The queue's runs are trained one after the other, in a thread of the page or in the command `queue start`; several
+processes may do so at once, and as the queue's state is on the disk, another one goes on when a page or command is
+killed.
 """
 
 import json
@@ -17,16 +16,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import dropwhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
-from dreambooth_moslora.base.machine import has_gpu
 from dreambooth_moslora.core import UserError, is_finite_number, one_line
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.processes import (
@@ -40,9 +38,6 @@ from dreambooth_moslora.disk.processes import (
 )
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue, locked
 from dreambooth_moslora.disk.run_folder import RunDir
-
-if TYPE_CHECKING:
-    from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 NUMBER = (int, float)
 KINDS = {
@@ -174,12 +169,6 @@ class JobState:
         return self.state in ACTIVE
 
 
-def run_name_of(text: str) -> str:
-    """Turn any text into a valid RUN_NAME: spaces and forbidden characters become dashes."""
-    name = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", "-", text))
-    return re.sub(r"^[\W_]+", "", name)[:MAX_RUN_NAME].rstrip(".-") or "run"
-
-
 class Jobs:
     """The runs under `runs_dir`. One process at a time; only its owner may stop it.
 
@@ -229,7 +218,10 @@ class Jobs:
         if not job.is_alive:
             raise UserError(f"the run {job.name} has already ended")
         if job.stop_asked and time.time() - job.stop_asked > KILL_AFTER_SEC:
-            _kill_tree(job.pid)
+            with suppress(psutil.Error):
+                parent = psutil.Process(job.pid)
+                for process in [*parent.children(recursive=True), parent]:
+                    process.kill()
             return job
         if not job.stop_asked:
             os.kill(job.pid, signal.SIGTERM)
@@ -275,23 +267,22 @@ class Jobs:
         alive = job.is_alive  # read before the metrics, which are complete once the process has ended
         self._reap()
         metrics = self.metrics(job)
-        events = self._events_of(job)
+        events, code = self._events_of(job), self._exits.get(job.pid)
         by_kind = {event.get("type"): event for event in events}
         end = by_kind.get("end", {})
         if alive:
             state = "stopping" if job.stop_asked else "running" if events else "starting"
         else:
-            state = end.get("state") or ("interrupted" if self._was_stopped_early(job) else "failed")
+            was_stopped_early = job.stop_asked and code == -signal.SIGTERM  # before it could record its end
+            state = end.get("state") or ("interrupted" if was_stopped_early else "failed")
         is_starting = alive and not events  # the file still belongs to an earlier start
         done = [] if is_starting else [*metrics.of("step")[-1:], *events]
         step = max((int(event.get("step") or 0) for event in done), default=0)
         total = int(metrics.last("start").get("max_train_steps") or 0)
-        message = str(end.get("message") or "") or ("" if end or alive else self._why_it_ended(job))
+        message = str(end.get("message") or "")
+        if not (message or end or alive):
+            message = why_it_ended(code, job.log_tail(), was_asked=bool(job.stop_asked))
         return JobState(state, step, total, phase_of(events), message)
-
-    def _was_stopped_early(self, job: Job) -> bool:
-        """Whether its owner stopped it before it could record its end."""
-        return bool(job.stop_asked) and self._exits.get(job.pid) == -signal.SIGTERM
 
     def was_cut_off(self, job: Job) -> bool:
         """Whether it neither ended itself nor was stopped by its owner: it was killed, or its machine went down."""
@@ -306,9 +297,6 @@ class Jobs:
         back later."""
         events = self.metrics(job).since_start()
         return list(dropwhile(lambda event: (event.get("time") or 0) < job.created - 1, events))
-
-    def _why_it_ended(self, job: Job) -> str:
-        return why_it_ended(self._exits.get(job.pid), job.log_tail(), was_asked=bool(job.stop_asked))
 
     def _launch(self, run_dir: Path, owner: str, folder: str) -> Job:
         with self._make_room(), self._lock:
@@ -350,75 +338,6 @@ def settings_of(job: Job) -> dict[str, Any]:
     return settings
 
 
-def _kill_tree(pid: int) -> None:
-    try:
-        parent = psutil.Process(pid)
-        for process in [*parent.children(recursive=True), parent]:
-            process.kill()
-    except psutil.Error:
-        return
-
-
-BUSY = "this machine is training a run; pictures can be drawn again when the run has ended or is stopped"
-
-
-class GpuTurns:
-    """Keeps the pipeline out of a run's way while `is_training()`. A small base is never moved, as both fit.
-
-    `pipeline()` waits for the base, `loaded()` does not, `unload()` forgets it.
-    """
-
-    def __init__(
-        self,
-        pipeline: Callable[[], "SubjectPipeline"],
-        loaded: Callable[[], "SubjectPipeline | None"],
-        unload: Callable[[], None],
-        is_training: Callable[[], bool],
-        *,
-        is_small: bool,
-    ) -> None:
-        self._pipeline, self._loaded, self._unload = pipeline, loaded, unload
-        self._is_training, self._is_small = is_training, is_small
-        self._lock = threading.Lock()  # not an RLock: another thread may close the generator
-
-    def check_memory(self) -> None:
-        """Raises UserError while the base must not be loaded: beside a run, without a GPU."""
-        if not self._is_small and self._is_training() and not has_gpu():
-            raise UserError(BUSY)
-
-    @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Wraps all pictures of a request. Raises UserError while a run trains."""
-        if self._is_small:
-            yield
-            return
-        self._pipeline()  # not under the lock: loading takes long
-        with self._lock:
-            if self._is_training():
-                raise UserError(BUSY)
-            yield
-
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """Wraps the start of a run: waits for the current pictures, then makes room for it.
-
-        With a GPU, a pipeline that is still loading is left alone, as it loads into the CPU's memory.
-        """
-        with self._lock:
-            if not self._is_small:
-                self._make_room()
-            yield
-
-    def _make_room(self) -> None:
-        pipeline = self._loaded()
-        if has_gpu() if pipeline is None else pipeline.has_gpu:
-            if pipeline is not None:
-                pipeline.rest()
-            return
-        del pipeline
-        self._unload()
-
-
 KILLED_MOST = 3
 """A run that is killed this many times without a new checkpoint counts as failed."""
 TURN_SEC = 1.0
@@ -449,11 +368,8 @@ class QueueTurns:
     def is_empty(self) -> bool:
         return not (self.queue.started() or self.queue.waiting())
 
-    def in_background(self) -> None:
+    def keep_on(self) -> None:
         """Call `take` every second while this process lives and the folder of runs exists."""
-        threading.Thread(target=self._keep_on, name="queue", daemon=True).start()
-
-    def _keep_on(self) -> None:
         while self.jobs.runs_dir.is_dir():
             try:
                 self.take()
@@ -470,13 +386,10 @@ class QueueTurns:
         if not run.started or job is None or job.created < run.started - 1:
             self._start(run)
             return
-        if self.jobs.was_cut_off(job):
-            self._go_on(run)
+        if not self.jobs.was_cut_off(job):
+            state = self.jobs.state(job)
+            self.queue.end(run, state.state, state.message)
             return
-        state = self.jobs.state(job)
-        self.queue.end(run, state.state, state.message)
-
-    def _go_on(self, run: QueuedRun) -> None:
         killed = 0 if self._has_checkpoint_since(run.started, run) else run.killed + 1
         if killed >= KILLED_MOST:
             self.queue.end(run, "failed", f"it was killed {KILLED_MOST} times, perhaps for want of memory")
@@ -486,8 +399,12 @@ class QueueTurns:
     def _start(self, run: QueuedRun) -> None:
         """Start it, from the newest checkpoint if it has been started before."""
         run_dir = self.jobs.runs_dir / run.name
-        if is_held(run_dir):
-            return
+        if run_dir.is_dir():
+            try:
+                with locked(run_dir):
+                    pass
+            except UserError:  # an unrecorded process trains there
+                return
         goes_on = self._has_checkpoint_since(run.queued, run)
         settings = run.settings | ({"resume_from_checkpoint": "latest"} if goes_on else {})
         self.queue.note(replace(run, started=time.time()))
@@ -500,12 +417,3 @@ class QueueTurns:
     def _has_checkpoint_since(self, when: float, run: QueuedRun) -> bool:
         newest = RunDir(self.jobs.runs_dir / run.name).latest_checkpoint()
         return newest is not None and newest.stat().st_mtime >= when
-
-
-def is_held(run_dir: Path) -> bool:
-    """Whether an unrecorded process trains in that folder."""
-    if not run_dir.is_dir():
-        return False
-    with suppress(UserError), locked(run_dir):
-        return False
-    return True

@@ -1,23 +1,31 @@
-"""The whole page: a heading, the tabs, and how it is served."""
+"""The whole page: a heading, the tabs, and how it is served. The Inspect tab is here: it shows a PNG's recipe, or an
+adapter's description."""
 
+import threading
 from collections.abc import Collection
+from functools import partial
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
 
-from dreambooth_moslora.ui.generate import build_generate_tab
-from dreambooth_moslora.ui.guard import LOOPBACK, MAX_UPLOAD_BYTES, BodySizeLimit, Origin, UploadQuota, outermost
-from dreambooth_moslora.ui.html import CSS, HEAD, theme
-from dreambooth_moslora.ui.inspect import build_inspect_tab
-from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
+from dreambooth_moslora.ui.generate import GenerateTab, build_generate_tab, to_widgets
+from dreambooth_moslora.ui.generate_form import recipe_of
+from dreambooth_moslora.ui.guard import LOOPBACK, MAX_UPLOAD_BYTES, BodySizeLimit, Origin, UploadQuota, trusted_hosts
+from dreambooth_moslora.ui.html import CSS, HEAD, THEME, facts_table, notice
+from dreambooth_moslora.ui.state import TELLING, AppContext, as_gradio_error, check_upload, import_libraries, sentence
 from dreambooth_moslora.ui.train import build_train_tab
 from dreambooth_moslora.ui.visitors import VisitorCookie
 
 MAX_SESSIONS = 256
 """Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
+SPELLINGS = {"size mib": "Size (MiB)", "dora": "DoRA", "rslora": "rsLoRA", "resolution px": "Resolution (px)"}
+HINT = notice("Drop a PNG made here or elsewhere, or a .safetensors adapter.")
 
 
 def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
@@ -34,7 +42,7 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
                 generate = build_generate_tab(ctx, page, templates)
             if ctx.training:
                 with gr.Tab("Train", id="train"):
-                    build_train_tab(ctx, ctx.jobs, page, tabs, generate)
+                    build_train_tab(ctx, page, tabs, generate)
             with gr.Tab("Inspect", id="inspect"):
                 build_inspect_tab(ctx, tabs, generate)
     page.queue(api_open=False)
@@ -43,7 +51,7 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
 
         protect(page)
     if ctx.training:
-        ctx.queue.in_background()
+        threading.Thread(target=ctx.queue.keep_on, name="queue", daemon=True).start()
     return page
 
 
@@ -61,7 +69,7 @@ def launch_options(allowed: Collection[Origin] = (), *, public: bool = False) ->
         layers[2:2] = LAYERS
     hosts = None if public else LOOPBACK | {name for _, name, _ in allowed}
     return {
-        "theme": theme(),
+        "theme": THEME,
         "css": CSS,
         "head": HEAD,
         "footer_links": ["api"],
@@ -70,9 +78,85 @@ def launch_options(allowed: Collection[Origin] = (), *, public: bool = False) ->
         "state_session_capacity": MAX_SESSIONS,
         "app_kwargs": {
             "middleware": list(map(Middleware, layers)),
-            "lifespan": outermost(hosts, allowed),
+            "lifespan": partial(trusted_hosts, hosts, allowed),
         },
         "enable_monitoring": False,
         "share": False,
         "ssr_mode": False,
     }
+
+
+def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> None:
+    with gr.Row(elem_id="inspect", equal_height=False):
+        with gr.Column(min_width=280, scale=2):
+            file = gr.File(
+                file_types=[".png", ".safetensors"], label="PNG or adapter", height=160, elem_id="inspect_file"
+            )
+            use = gr.Button("Use these settings", visible=False, variant="primary", elem_id="inspect_use")
+        with gr.Column(min_width=280, scale=3):
+            facts = gr.HTML(HINT, elem_id="inspect_facts", label="Facts")
+    fields = list(generate.fields.values())
+
+    @gr.on([file.upload, file.clear], inputs=file, outputs=[facts, use], api_name="inspect", concurrency_limit=2)
+    @as_gradio_error
+    def inspect(file: str | None) -> tuple:
+        if not file:
+            return HINT, gr.Button(visible=False)
+        is_picture = Path(file).suffix.lower() != ".safetensors"
+        found = recipe_facts(recipe_of(file)) if is_picture else adapter_facts(file)
+        return facts_table(found), gr.Button(visible=is_picture)
+
+    @use.click(inputs=file, outputs=[tabs, *fields], show_progress_on=fields, **TELLING)
+    @as_gradio_error
+    def use_recipe(file: str | None, request: gr.Request) -> list:
+        if not file:
+            raise UserError("drop a PNG first")
+        return [gr.Tabs(selected="generate"), *to_widgets(ctx, recipe_of(file), request)]
+
+
+def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
+    params, origin = recipe.params, recipe.provenance
+    hashes = dict(origin.adapter_sha256)
+    size = f"{params.width_px} × {params.height_px} px" if params.width_px else ""
+    adapters = [
+        ("Adapter", f"{name}, scale {scale:g}" + (f"\nsha256 {hashes[name]}" if name in hashes else ""))
+        for name, scale in params.adapters
+    ]
+    return [
+        ("Prompt", params.prompt),
+        ("Negative prompt", params.negative_prompt),
+        *adapters,
+        ("Seed", str(params.seed)),
+        ("Steps", str(params.steps)),
+        ("Guidance", "" if params.guidance_scale is None else f"{params.guidance_scale:g}"),
+        ("Size", size),
+        ("Scheduler", SCHEDULERS[params.scheduler].title),
+        ("Base", origin.base),
+        ("Made with", ", ".join(f"{name} {version}" for name, version in origin.versions)),
+        ("Remarks", "\n".join(map(sentence, recipe.remarks))),
+        ("Recipe", "exact" if recipe.exact else "read from another program's text"),
+    ]
+
+
+def adapter_facts(file: str) -> list[tuple[str, str]]:
+    """The lines of `info` for any LoRA file."""
+    check_upload(Path(file))
+    import_libraries()
+    from dreambooth_moslora.adapters.describe import describe
+
+    facts = []
+    for name, value in describe(file).items():
+        words = name.removeprefix("use_").replace("_", " ")
+        facts.append((SPELLINGS.get(words) or words[:1].upper() + words[1:], words_of(value)))
+    return facts
+
+
+def words_of(value: Any) -> str:
+    """A value as one or a few lines: lists separated by commas, tables by lines."""
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {words_of(inner)}" for key, inner in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(words_of, value))
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

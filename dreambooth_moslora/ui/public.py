@@ -14,7 +14,8 @@ import json
 import re
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import count
 from typing import Any
 from urllib.parse import parse_qs
@@ -25,13 +26,11 @@ import gradio as gr
 from gradio.blocks import Block
 from gradio.server_messages import ProcessCompletedMessage
 from gradio.state_holder import SessionState
-from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun
-from dreambooth_moslora.ui.guard import header_of
-from dreambooth_moslora.ui.visitors import Visitor, address_of, secret_in, visitor_id
+from dreambooth_moslora.ui.visitors import Visitor, address_of, cookie_of, secret_in, visitor_id
 
 RUNS_PER_VISITOR, RUNS_PER_ADDRESS, RUNS_IN_ALL = 20, 40, 100
 """Runs that may wait: of a visitor, of all visitors at one address without a login, and of the whole page."""
@@ -70,8 +69,8 @@ class UnknownNames:
         path, page = scope["path"].rstrip("/"), scope["app"].get_blocks()
         missing = _missing_name(path, scope, page)
         if not missing and scope["method"] == "POST" and BY_NUMBER.fullmatch(path):
-            body = await whole_body(receive)
-            missing, receive = _missing_number(body, page), body_again(body, receive)
+            body, receive = await whole_body(receive)
+            missing = _missing_number(body, page)
         if missing:
             await PlainTextResponse(f"there is no such {missing}", 404)(scope, receive, send)
             return
@@ -81,20 +80,21 @@ class UnknownNames:
 
 def _missing_name(path: str, scope: dict, page: Any) -> str:
     """What the path names and `page` lacks; "" for nothing."""
+    queue = page._queue
     if path == STREAM:
-        session = parse_qs(scope["query_string"].decode("latin1")).get("session_hash", [""])[0]
-        return "session" if session and session not in page._queue.pending_messages_per_session else ""
+        session = _streamed(scope)
+        return "session" if session and session not in queue.pending_messages_per_session else ""
     if (found := ASKED.fullmatch(path)) and scope["method"] == "POST":
         names = {function.api_name for function in page.fns.values()} | {ANY_FUNCTION}
         return "" if found["name"] in names else "function"
     if (found := FETCHED.fullmatch(path)) and scope["method"] == "GET":
-        return "" if _is_job(found["event"], page._queue) else "job"
+        known = (
+            queue.event_ids_to_events,
+            queue.pending_messages_per_session,
+            *queue.pending_event_ids_session.values(),
+        )
+        return "" if any(found["event"] in events for events in known) else "job"
     return ""
-
-
-def _is_job(event: str, queue: Any) -> bool:
-    is_pending = any(event in events for events in queue.pending_event_ids_session.values())
-    return is_pending or event in queue.event_ids_to_events or event in queue.pending_messages_per_session
 
 
 def _missing_number(body: bytes, page: Any) -> str:
@@ -118,29 +118,6 @@ _owners: OrderedDict[str, str] = OrderedDict()
 """Session -> the cookie of the browser that began it. Names are random, so servers of one process may share it."""
 
 
-def note_sessions(page: gr.Blocks) -> None:
-    """Make the queue of `page` record each session's owner; 403 for a job in another's."""
-    queue = page._queue
-    push = queue.push
-
-    async def noted_push(body: Any, request: Any, username: str | None) -> tuple:
-        if body.session_hash:
-            cookie = secret_in(request.cookies)
-            if _owners.get(body.session_hash, cookie) != cookie:
-                raise fastapi.HTTPException(403, NOT_YOURS)
-            _note(body.session_hash, cookie)
-        return await push(body, request, username)
-
-    queue.push = noted_push
-
-
-def _note(session: str, cookie: str) -> None:
-    if cookie:
-        _owners.setdefault(session, cookie)
-    while len(_owners) > MOST_OWNERS:
-        _owners.popitem(last=False)
-
-
 class SessionGuard:
     """ASGI middleware: answers 403 to requests for the stream or the end of another's session, and for a link
     to any."""
@@ -151,45 +128,35 @@ class SessionGuard:
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         path, session = scope["path"].rstrip("/") if scope["type"] == "http" else "", ""
         if path == CANCEL:
-            body = await whole_body(receive)
-            session, receive = _session_in(body), body_again(body, receive)
+            body, receive = await whole_body(receive)
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
+                session = str(json.loads(body)["session_hash"])
         elif path == STREAM:
-            session = parse_qs(scope["query_string"].decode("latin1")).get("session_hash", [""])[0]
-        if path == LINK or _owners.get(session, _cookie_of(scope)) != _cookie_of(scope):
+            session = _streamed(scope)
+        if path == LINK or _owners.get(session, cookie_of(scope)) != cookie_of(scope):
             await PlainTextResponse(NOT_YOURS, 403)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
 
-def _cookie_of(scope: dict) -> str:
-    return secret_in(cookie_parser(header_of(scope, b"cookie").decode("latin1"))) if "headers" in scope else ""
+def _streamed(scope: dict) -> str:
+    """The session whose stream is asked for."""
+    return parse_qs(scope["query_string"].decode("latin1")).get("session_hash", [""])[0]
 
 
-async def whole_body(receive: Any) -> bytes:
-    """The body, whose length BodySizeLimit bounds."""
+async def whole_body(receive: Any) -> tuple[bytes, Any]:
+    """The body, whose length BodySizeLimit bounds, and a `receive` that begins with it again."""
     body, is_open = bytearray(), True
     while is_open:
         message = await receive()
         body += message.get("body", b"")
         is_open = message.get("more_body", False)
-    return bytes(body)
-
-
-def body_again(body: bytes, receive: Any) -> Any:
-    """`receive` that begins with the body that has been read."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
     async def replayed() -> dict:
         return messages.pop() if messages else await receive()
 
-    return replayed
-
-
-def _session_in(body: bytes) -> str:
-    try:
-        return str(json.loads(body)["session_hash"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return ""
+    return bytes(body), replayed
 
 
 _put = SessionState.__setitem__
@@ -226,7 +193,10 @@ class LoginLimit:
             await self.app(scope, receive, send)
             return
         address = (scope.get("client") or ("",))[0]
-        if self._is_closed(address):
+        while self._tries and time.monotonic() - self._tries[0][0] > WINDOW_SEC:
+            self._tries.popleft()
+        of_address = sum(other == address for _, other in self._tries)
+        if len(self._tries) >= TOGETHER or of_address >= TRIES_PER_ADDRESS:
             await PlainTextResponse(TOO_MANY_TRIES, 429)(scope, receive, send)
             return
         attempt = (time.monotonic(), address)  # counted at once, as many may be sent together
@@ -238,11 +208,6 @@ class LoginLimit:
             await send(message)
 
         await self.app(scope, receive, send_and_forgive)
-
-    def _is_closed(self, address: str) -> bool:
-        while self._tries and time.monotonic() - self._tries[0][0] > WINDOW_SEC:
-            self._tries.popleft()
-        return len(self._tries) >= TOGETHER or sum(other == address for _, other in self._tries) >= TRIES_PER_ADDRESS
 
 
 PLACES = 64
@@ -262,144 +227,130 @@ UNHEARD = "the work was dropped, as nobody fetched its results"
 FULL = "the queue is full; try again in a while"
 
 
-def protect(page: gr.Blocks) -> None:
-    """Give the queue of `page` its limits and its order, and its sessions their owners and a small memory."""
-    served: OrderedDict[str, int] = OrderedDict()
-    take_turns(page, served)
-    limit_waiting(page, served)
-    drop_unheard(page)
-    note_sessions(page)
-    SessionState.__setitem__ = _put_with_its_number
+class Turns:
+    """Whose turn it is, however many jobs each visitor has waiting.
 
-
-def take_turns(page: gr.Blocks, served: OrderedDict[str, int]) -> None:
-    """Make the queue of `page` serve the visitors in rotation, however many jobs each has waiting.
-
-    `served` is filled: visitor -> the number of the last turn. Visitors at one address who had no turn share
-    one, or invented cookies would always be first.
+    Visitors at one address who had no turn share one, or invented cookies would always be first. `served` has the
+    number of each visitor's last turn, `places` those of the last turns at an address without a login.
     """
-    queue, places = page._queue, OrderedDict()
-    push, take, numbers = queue.push, queue.get_events, count(1)
 
-    def order(jobs: list) -> None:
-        askers = [_asker_of(event) for event in jobs]
-        last = [_last_turn(asker, served, places) for asker in askers]
-        jobs[:] = in_rotation(jobs, [_turn_of(asker, served) for asker in askers], last)
+    def __init__(self) -> None:
+        self.served: OrderedDict[str, int] = OrderedDict()
+        self.places: OrderedDict[str, deque[int]] = OrderedDict()
+        self._numbers = count(1)
 
-    async def push_in_order(*arguments: Any) -> tuple:
-        answer = await push(*arguments)
-        for lane in queue.event_queue_per_concurrency_id.values():
-            order(lane.queue)
-        return answer
+    def _name_of(self, asker: gr.Request) -> str:
+        visitor = visitor_id(asker)
+        return visitor if asker.username or visitor in self.served else f"strangers at {address_of(asker)}"
 
-    def take_next() -> tuple | None:
-        if taken := take():
-            events, _, lane = taken
-            for asker in map(_asker_of, events):
-                _note_turn(asker, next(numbers), served, places)
-            order(queue.event_queue_per_concurrency_id[lane].queue)
-        return taken
+    def note(self, asker: gr.Request) -> None:
+        """The asker has a turn now."""
+        number = next(self._numbers)
+        for name in {self._name_of(asker), visitor_id(asker)}:
+            self.served[name] = number
+            self.served.move_to_end(name)
+        if not asker.username:
+            self.places.setdefault(address_of(asker), deque(maxlen=TURNS_TOGETHER)).append(number)
+            self.places.move_to_end(address_of(asker))
+        for remembered in (self.served, self.places):
+            while len(remembered) > MOST_REMEMBERED:
+                remembered.popitem(last=False)
 
-    queue.push, queue.get_events = push_in_order, take_next
+    def in_order(self, jobs: list, askers: list[gr.Request]) -> list:
+        """Each visitor's first job, then each one's second, and so on; in a round, the oldest last turn goes first.
 
+        That is the number of the visitor's own, or of the one TURNS_TOGETHER ago at the address if later; 0: none.
+        """
+        earlier, ranks = Counter(), []
+        for place, asker in enumerate(askers):
+            name = self._name_of(asker)
+            last, turns = self.served.get(name, 0), () if asker.username else self.places.get(address_of(asker), ())
+            ranks.append((earlier[name], max(last, turns[0]) if len(turns) == TURNS_TOGETHER else last, place))
+            earlier[name] += 1
+        return [jobs[place] for _, _, place in sorted(ranks)]
 
-def in_rotation(jobs: list, owners: list[str], last_turns: Sequence[int]) -> list:
-    """Each owner's first job, then each one's second, and so on; in a round, the owner whose last turn is
-    oldest goes first."""
-    earlier, ranks = Counter(), []
-    for number, (owner, last) in enumerate(zip(owners, last_turns, strict=True)):
-        ranks.append((earlier[owner], last, number))
-        earlier[owner] += 1
-    return [jobs[number] for _, _, number in sorted(ranks)]
-
-
-def _note_turn(asker: gr.Request, number: int, served: OrderedDict[str, int], places: OrderedDict[str, deque]) -> None:
-    for name in {_turn_of(asker, served), visitor_id(asker)}:
-        served[name] = number
-        served.move_to_end(name)
-    if not asker.username:
-        places.setdefault(address_of(asker), deque(maxlen=TURNS_TOGETHER)).append(number)
-        places.move_to_end(address_of(asker))
-    for remembered in (served, places):
-        while len(remembered) > MOST_REMEMBERED:
-            remembered.popitem(last=False)
-
-
-def _last_turn(asker: gr.Request, served: Mapping[str, int], places: Mapping[str, deque]) -> int:
-    """The number of the visitor's own last turn, or of the one TURNS_TOGETHER ago at the address if later; 0: none."""
-    own = served.get(_turn_of(asker, served), 0)
-    turns = () if asker.username else places.get(address_of(asker), ())
-    return max(own, turns[0]) if len(turns) == TURNS_TOGETHER else own
+    def shares(self, asker: gr.Request) -> dict[tuple[str, str], int]:
+        """Everything that a job of this visitor counts against, with the number of jobs that may wait there."""
+        visitor, address = visitor_id(asker), address_of(asker)
+        shares = {("visitor", visitor): PER_VISITOR}
+        if not asker.username:
+            shares["address", address] = JOBS_PER_ADDRESS
+            if visitor not in self.served:
+                shares["strangers", address] = STRANGERS
+        return shares
 
 
-def _turn_of(asker: gr.Request, served: Mapping[str, int]) -> str:
-    visitor = visitor_id(asker)
-    return visitor if asker.username or visitor in served else f"strangers at {address_of(asker)}"
+class FairQueue:
+    """Puts its own methods, which call Gradio's, in the place of those of the queue of `page`."""
 
+    def __init__(self, page: gr.Blocks) -> None:
+        self.page, self.queue, self.turns = page, page._queue, Turns()
+        self._push, self._take, self._send = self.queue.push, self.queue.get_events, self.queue.send_message
+        self._heard: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+        self.queue.push, self.queue.get_events = self.push, self.get_events
+        self.queue.send_message = self.send_message
 
-def limit_waiting(page: gr.Blocks, served: Mapping[str, int]) -> None:
-    """Make the queue of `page`, which itself has no limit, refuse too many waiting jobs.
+    async def push(self, body: Any, request: fastapi.Request, username: str | None) -> tuple:
+        """Records the session's owner; 403 for a job in another's. By itself the queue has no limit: 429 for a visitor
+        with too many jobs, 503 when all places are taken.
 
-    429 for a visitor with too many, 503 when all places are taken. An event that is declared with queue=False,
-    but sent to the queue by a client, competes only with its own kind.
-    """
-    queue = page._queue
-    push = queue.push
-
-    async def limited_push(body: Any, request: fastapi.Request, username: str | None) -> tuple:
-        function = page.fns.get(body.fn_index)
+        An event that is declared with queue=False, but sent to the queue by a client, competes only with its own kind.
+        """
+        if session := body.session_hash:
+            cookie = secret_in(request.cookies)
+            if _owners.get(session, cookie) != cookie:
+                raise fastapi.HTTPException(403, NOT_YOURS)
+            if cookie:
+                _owners.setdefault(session, cookie)
+            while len(_owners) > MOST_OWNERS:
+                _owners.popitem(last=False)
+        function, lanes = self.page.fns.get(body.fn_index), self.queue.event_queue_per_concurrency_id
         if function is not None:
-            waiting = [event for events in queue.event_queue_per_concurrency_id.values() for event in events.queue]
+            waiting = [event for lane in lanes.values() for event in lane.queue]
             rivals = [e for e in waiting if e.fn is function or (e.fn.queue and function.queue)]
-            asker = gr.Request(request, username=username, session_hash=body.session_hash)
-            _refuse_more(rivals, asker, served)
+            taken = [self.turns.shares(_asker_of(event)) for event in rivals]
+            asker = gr.Request(request, username=username, session_hash=session)
+            for share, limit in self.turns.shares(asker).items():
+                if sum(share in others for others in taken) >= limit:
+                    raise fastapi.HTTPException(429, TOO_MANY_JOBS.format(limit))
             if len(rivals) >= PLACES:
                 return False, FULL, "queue_full"
-        return await push(body, request, username)
+        answer = await self._push(body, request, username)
+        for lane in lanes.values():
+            self._order(lane.queue)
+        return answer
 
-    queue.push = limited_push
+    def get_events(self) -> tuple | None:
+        if taken := self._take():
+            events, _, lane = taken
+            for event in events:
+                self.turns.note(_asker_of(event))
+            self._order(self.queue.event_queue_per_concurrency_id[lane].queue)
+        return taken
 
+    def _order(self, jobs: list) -> None:
+        jobs[:] = self.turns.in_order(jobs, [_asker_of(event) for event in jobs])
 
-def drop_unheard(page: gr.Blocks) -> None:
-    """Make the queue of `page` drop a job whose messages were not fetched for 30 s.
-
-    Gradio itself drops the work of a listener who leaves, but not of one who never came.
-    """
-    queue, heard = page._queue, WeakKeyDictionary()
-    send = queue.send_message
-
-    def send_if_heard(event: Any, message: Any) -> None:
-        unread = queue.pending_messages_per_session.get(event.session_hash)
+    def send_message(self, event: Any, message: Any) -> None:
+        """Drops a job whose messages were not fetched for 30 s: Gradio itself drops the work of a listener who leaves,
+        but not of one who never came."""
+        unread = self.queue.pending_messages_per_session.get(event.session_hash)
         if unread is None or unread.empty():
-            heard[event] = time.monotonic()
-        send(event, message)
-        if time.monotonic() - heard.setdefault(event, time.monotonic()) > UNHEARD_SEC and event.alive:
-            send(event, ProcessCompletedMessage(output={"error": UNHEARD}, success=False, title="Left"))
+            self._heard[event] = time.monotonic()
+        self._send(event, message)
+        if time.monotonic() - self._heard.setdefault(event, time.monotonic()) > UNHEARD_SEC and event.alive:
+            self._send(event, ProcessCompletedMessage(output={"error": UNHEARD}, success=False, title="Left"))
             event.alive = False
-
-    queue.send_message = send_if_heard
-
-
-def _refuse_more(rivals: list, asker: gr.Request, served: Mapping[str, int]) -> None:
-    shares = [_shares(_asker_of(event), served) for event in rivals]
-    for share, limit in _shares(asker, served).items():
-        if sum(share in others for others in shares) >= limit:
-            raise fastapi.HTTPException(429, TOO_MANY_JOBS.format(limit))
 
 
 def _asker_of(event: Any) -> gr.Request:
     return gr.Request(event.request, username=event.username, session_hash=event.session_hash)
 
 
-def _shares(asker: gr.Request, served: Mapping[str, int]) -> dict[tuple[str, str], int]:
-    """Everything that a job of this visitor counts against, with the number of jobs that may wait there."""
-    visitor, address = visitor_id(asker), address_of(asker)
-    shares = {("visitor", visitor): PER_VISITOR}
-    if not asker.username:
-        shares["address", address] = JOBS_PER_ADDRESS
-        if visitor not in served:
-            shares["strangers", address] = STRANGERS
-    return shares
+def protect(page: gr.Blocks) -> None:
+    """Give the queue of `page` its limits and its order, and its sessions their owners and a small memory."""
+    FairQueue(page)
+    SessionState.__setitem__ = _put_with_its_number
 
 
 LAYERS = (LoginLimit, SessionGuard, UnknownNames)

@@ -1,28 +1,40 @@
-"""State shared by all tabs: the pipeline (which loads while the page is already up), adapters, visitors, and stops."""
+"""State shared by all tabs: the pipeline (which loads while the page is already up), adapters, visitors, and stops.
+
+The adapters that a visitor can choose or upload are files in known folders, by name; a visitor's path is never opened.
+The size and the header of an uploaded file bound its cost before anything is loaded or computed.
+"""
 
 import errno
 import functools
 import gc
 import html
 import inspect
+import json
 import logging
 import os
+import shutil
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from dreambooth_moslora.base.files import SMALL_BASE_PX
-from dreambooth_moslora.core import UserError, one_line, preferred_guidance
+from dreambooth_moslora.base.machine import has_gpu
+from dreambooth_moslora.core import UserError, assets_folder, free_name, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import give_freed_memory_back
+from dreambooth_moslora.disk.queue import COMMAND_LINE
+from dreambooth_moslora.disk.run_folder import NONE, clean_name, files_by_name, run_files
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.ui.adapters import AdapterCatalog
-from dreambooth_moslora.ui.jobs import GpuTurns, Jobs, QueueTurns
+from dreambooth_moslora.ui.guard import MAX_UPLOAD_BYTES
+from dreambooth_moslora.ui.jobs import JOB_NAME, Job, Jobs, QueueTurns
 from dreambooth_moslora.ui.visitors import Visitor, Visitors, visitor_id
 
 if TYPE_CHECKING:
@@ -43,6 +55,126 @@ Page = tuple[str, str]
 """Visitor and session."""
 
 logger = logging.getLogger(__name__)
+
+
+MAX_HEADER_BYTES = 8 * 1024**2
+"""SDXL with all layers trained needs less than 1 MiB; large data sets add long lists of tags."""
+MAX_QUOTES = 400_000
+"""Quotes in a header: four for each entry of its metadata, ten for each tensor."""
+MAX_WORK = 2e10
+"""Sum of rank²·width over all matrices: about half a minute of one core. Rank 64 on all of SDXL is 0.8e10."""
+
+
+def check_upload(source: Path) -> None:
+    """Raises UserError for anything but a safetensors file of reasonable size and header."""
+    if source.suffix != ".safetensors":
+        raise UserError(f"{source.name} is not a .safetensors file; other formats can carry code and are not opened")
+    if (size := source.stat().st_size) > MAX_UPLOAD_BYTES:
+        raise UserError(f"{source.name} has {size / 2**20:.0f} MiB; at most {MAX_UPLOAD_BYTES // 2**20} are taken")
+    if _work(check_header(source)) > MAX_WORK:
+        raise UserError(f"{source.name}: its ranks are too high; measuring them would hold up everybody else")
+
+
+def check_header(file: Path) -> bytes:
+    """The header's JSON, unparsed. Raises UserError for one that takes long to parse, and OSError."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if MAX_HEADER_BYTES < length <= file.stat().st_size:
+            raise UserError(f"{file.name}: its header has {length / 2**20:.0f} MiB; at most 8 are read")
+        header = opened.read(min(length, MAX_HEADER_BYTES))
+    if header.count(b'"') - header.count(b'\\"') > MAX_QUOTES:
+        raise UserError(f"{file.name}: its header holds too many names")
+    return header
+
+
+def _work(header: bytes) -> float:
+    """The cost of measuring the file's ranks; 0 for an unreadable header, which fails later with a reason."""
+    work = 0.0
+    try:
+        for key, entry in json.loads(header).items():
+            if "lora" in key and key != "__metadata__" and len(shape := entry["shape"]) > 1:
+                low, high = sorted((shape[0], prod(shape[1:])))
+                work += float(low) ** 2 * high
+        return work
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return 0.0
+
+
+PROJECT = assets_folder().parent
+MAX_UPLOADS = 16
+
+
+@dataclass(frozen=True)
+class AdapterCatalog:
+    """Finds adapters in `adapters_dir` (safetensors files) and `runs_dir` (finished runs and their checkpoints)."""
+
+    adapters_dir: Path
+    runs_dir: Path
+
+    def files(self, visitor: Visitor | None = None) -> dict[str, Path]:
+        """Name -> file. The visitor's own uploads come first; a checkpoint is called `run@step`.
+
+        Runs that a visitor started are listed for that visitor only; runs of the command line are listed for
+        all.
+        """
+        uploads = dict(visitor.uploads) if visitor else {}
+        runs = [folder for folder in self.runs_dir.glob("*/") if _may_see(folder, visitor)]
+        files = [*sorted(self.adapters_dir.glob("*.safetensors")), *run_files(runs)]
+        return uploads | files_by_name(files, (self.adapters_dir, self.runs_dir), taken=uploads)
+
+    def path(self, name: str, visitor: Visitor | None = None) -> Path:
+        """The file of that name. Raises UserError for an unlisted name: names are looked up, never joined to a
+        folder."""
+        files = self.files(visitor)
+        if name not in files:
+            raise UserError(f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}")
+        return files[name]
+
+    def public_paths(self, visitor: Visitor | None = None) -> dict[str, str]:
+        """Name -> the path to write in a program, such as `runs/dog/checkpoint-500`: relative to the project, and
+        elsewhere the bare name, so that no folder of this machine is shown."""
+        paths = {}
+        for name, file in self.files(visitor).items():
+            is_run = file.is_relative_to(self.runs_dir)
+            wanted = file.parent if is_run else file
+            if wanted.is_relative_to(PROJECT):
+                paths[name] = wanted.relative_to(PROJECT).as_posix()
+            else:
+                paths[name] = f"runs/{wanted.relative_to(self.runs_dir).as_posix()}" if is_run else file.name
+        return paths
+
+    def name_of(self, file: Path, visitor: Visitor | None = None) -> str:
+        """The name under which `file` is listed. Raises UserError when it is not."""
+        for name, path in self.files(visitor).items():
+            if path == file:
+                return name
+        raise UserError("there is no adapter yet")
+
+    def add_upload(self, uploaded: str | Path, visitor: Visitor) -> str:
+        """Keep an uploaded file for its visitor alone; returns its name. The pipeline has checked its content.
+        Raises UserError."""
+        source = Path(uploaded)
+        check_upload(source)
+        if len(visitor.uploads) >= MAX_UPLOADS:
+            raise UserError(f"{MAX_UPLOADS} adapters are uploaded already; reload the page later or use the folder")
+        name = free_name(clean_name(source.stem), {NONE, *self.files(visitor)}.__contains__, " ")
+        target = Path(tempfile.mkdtemp(prefix="adapter-", dir=visitor.folder)) / f"{name}.safetensors"
+        shutil.copyfile(source, target)
+        visitor.uploads[name] = target
+        return name
+
+
+def _may_see(run_dir: Path, visitor: Visitor | None) -> bool:
+    """Whether the visitor may see the run. A run without `job.json`, or without an owner, is of the command
+    line; a run with an unreadable owner is hidden from all."""
+    try:
+        (run_dir / JOB_NAME).lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    job = Job.load(run_dir)
+    return job is not None and (job.owner == COMMAND_LINE or (visitor is not None and job.owner == visitor.id))
 
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -94,7 +226,7 @@ class AppContext:
         self._stops: dict[Page, threading.Event] = {}
         self._waiting: OrderedDict[Page, threading.Event] = OrderedDict()
         is_small = resolution_px <= SMALL_BASE_PX
-        self.turns = GpuTurns(self.pipeline, self.loaded, self.unload, self.is_training, is_small=is_small)
+        self.turns = GpuTurns(self, is_small=is_small)
         self.jobs = Jobs(runs_dir, make_room=self.turns.training)
         self.queue = QueueTurns(self.jobs)
         self.jobs.public_names |= {f"{adapters_dir}/": ""} | ({base_name: base} if os.sep in base_name else {})
@@ -105,10 +237,6 @@ class AppContext:
     def guidance_scale(self) -> float:
         """The base's own guidance."""
         return preferred_guidance(self.base_name)
-
-    @property
-    def is_ready(self) -> bool:
-        return self.loaded() is not None
 
     def loaded(self) -> "SubjectPipeline | None":
         """The pipeline, or None while it is not loaded."""
@@ -138,12 +266,20 @@ class AppContext:
     def _loading(self) -> "Future[SubjectPipeline]":
         """The future pipeline, which loads in a thread."""
 
-        def load() -> "SubjectPipeline":
-            self.turns.check_memory()
-            return self._load()
-
         future: Future[SubjectPipeline] = Future()
-        threading.Thread(target=_fulfil, args=(future, load, self.jobs.told), name="load-base", daemon=True).start()
+
+        def fulfil() -> None:
+            try:
+                self.turns.check_memory()
+                future.set_result(self._load())
+            except UserError as error:
+                logger.error("The base could not be loaded: %s", error)
+                future.set_exception(UserError(self.jobs.told(str(error))))
+            except Exception:
+                logger.exception("The base could not be loaded")
+                future.set_exception(UserError("the base could not be loaded; the server's log says why"))
+
+        threading.Thread(target=fulfil, name="load-base", daemon=True).start()
         return future
 
     def load_adapters(self, params: GenerationParams, visitor: Visitor) -> GenerationParams:
@@ -177,50 +313,79 @@ class AppContext:
                 stop.set()
 
 
+BUSY = "this machine is training a run; pictures can be drawn again when the run has ended or is stopped"
+
+
+class GpuTurns:
+    """Keeps the pipeline out of a run's way, as most machines cannot hold SDXL twice: on a GPU it moves to the host
+    while a run trains; without one it leaves memory (in fp32 SDXL takes 13 GiB). A small base is never moved, as both
+    fit."""
+
+    def __init__(self, ctx: AppContext, *, is_small: bool) -> None:
+        self._ctx, self._is_small = ctx, is_small
+        self._lock = threading.Lock()  # not an RLock: another thread may close the generator
+
+    def check_memory(self) -> None:
+        """Raises UserError while the base must not be loaded: beside a run, without a GPU."""
+        if not self._is_small and self._ctx.is_training() and not has_gpu():
+            raise UserError(BUSY)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Wraps all pictures of a request. Raises UserError while a run trains."""
+        if self._is_small:
+            yield
+            return
+        self._ctx.pipeline()  # not under the lock: loading takes long
+        with self._lock:
+            if self._ctx.is_training():
+                raise UserError(BUSY)
+            yield
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Wraps the start of a run: waits for the current pictures, then makes room for it.
+
+        With a GPU, a pipeline that is still loading is left alone, as it loads into the CPU's memory.
+        """
+        with self._lock:
+            pipeline = None if self._is_small else self._ctx.loaded()
+            if pipeline is not None and pipeline.has_gpu:
+                pipeline.rest()
+            elif not self._is_small and (pipeline is not None or not has_gpu()):
+                del pipeline
+                self._ctx.unload()
+            yield
+
+
 def _page_of(request: gr.Request) -> Page:
     """The visitor and the page: the session's name is chosen by the client, so it alone grants nothing."""
     return visitor_id(request), str(request.session_hash)
 
 
-def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"], told: Callable[[str], str]) -> None:
+@contextmanager
+def _told_on_the_page() -> Iterator[None]:
     try:
-        future.set_result(load())
-    except UserError as error:
-        logger.error("The base could not be loaded: %s", error)
-        future.set_exception(UserError(told(str(error))))
-    except Exception:
-        logger.exception("The base could not be loaded")
-        future.set_exception(UserError("the base could not be loaded; the server's log says why"))
+        yield
+    except gr.Error:
+        raise
+    except Exception as error:
+        words = html.escape(sentence(as_user_error(error)), quote=False)
+        raise gr.Error(words, duration=12, print_exception=False) from error
 
 
 def as_gradio_error(handler: Callable) -> Callable:
     """A decorator: a handler's error becomes a message on the page (`as_user_error`), escaped, as it may quote
     a visitor."""
-    if inspect.isgeneratorfunction(handler):
+    if not inspect.isgeneratorfunction(handler):
+        return _told_on_the_page()(handler)
 
-        @functools.wraps(handler)
-        def guarded(*args, **kwargs):
-            try:
-                yield from handler(*args, **kwargs)
-            except Exception as error:
-                raise as_message(error) from error
-    else:
-
-        @functools.wraps(handler)
-        def guarded(*args, **kwargs):
-            try:
-                return handler(*args, **kwargs)
-            except Exception as error:
-                raise as_message(error) from error
+    @functools.wraps(handler)
+    def guarded(*args, **kwargs):
+        with _told_on_the_page():
+            yield from handler(*args, **kwargs)
 
     return guarded
-
-
-def as_message(error: Exception) -> gr.Error:
-    if isinstance(error, gr.Error):
-        return error
-    words = html.escape(sentence(as_user_error(error)), quote=False)
-    return gr.Error(words, duration=12, print_exception=False)
 
 
 def as_user_error(error: Exception) -> UserError:

@@ -14,7 +14,7 @@ from dreambooth_moslora.settings.sources import FoundRecipe
 from dreambooth_moslora.ui.generate import GenerateTab
 from dreambooth_moslora.ui.generate_form import prompt_for, summary_of
 from dreambooth_moslora.ui.html import explain_bad_values, notice
-from dreambooth_moslora.ui.jobs import Jobs, settings_of
+from dreambooth_moslora.ui.jobs import settings_of
 from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
 from dreambooth_moslora.ui.train_form import (
     TrainForm,
@@ -50,7 +50,7 @@ from dreambooth_moslora.ui.train_start import (
     starts_for,
     take_photos_of_run,
 )
-from dreambooth_moslora.ui.train_watch import connect_queue, connect_watch, queue_widgets, run_names, watch_widgets
+from dreambooth_moslora.ui.train_watch import connect_queue, connect_watch, run_names, watch_widgets
 from dreambooth_moslora.ui.visitors import Visitor
 
 FROM_HUB = "; {} from the hub once"
@@ -133,30 +133,35 @@ SHOW_STATUS = """() => {
   if (innerWidth <= 760) document.getElementById("train_status").scrollIntoView({block: "center"});
 }"""
 """On a phone the run stands below the whole form."""
-BUTTONS = {"train": "start", "add_to_queue": "queue"}
-"""Name in the API -> the button's, where they differ."""
 Files = list[str] | None
 """Uploads of a subject; those of a further subject may be missing."""
 
 
-def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:
+def build_train_tab(ctx: AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:
     with gr.Row(elem_id="train", equal_height=False):
         with gr.Column(elem_id="train_form", min_width=280):
             fields, parts = train_widgets(ctx.base_name)
         with gr.Column(elem_id="train_watch", min_width=280):
-            parts |= watch_widgets(queue_widgets)
+            parts |= watch_widgets()
     connect_subjects(ctx, page, fields, parts)
-    _connect_start(ctx, jobs, fields, parts)
-    _connect_names(ctx, page, fields)
+    _connect_start(ctx, fields, parts)
+
+    @gr.on([page.load, fields["begin_with"].focus], inputs=None, outputs=fields["begin_with"], **AT_ONCE)
+    def starts(request: gr.Request) -> gr.Dropdown:
+        return gr.Dropdown(choices=starts_for(ctx, ctx.visitors.of(request)))
+
+    @gr.on([page.load, fields["like"].focus], inputs=None, outputs=fields["like"], **AT_ONCE)
+    def recipes(request: gr.Request) -> gr.Dropdown:
+        return gr.Dropdown(choices=recipe_names(ctx, ctx.visitors.of(request)))
+
     _connect_like(ctx, fields, parts)
     connect_masks(ctx, fields, parts)
-    connect_watch(ctx, jobs, page, parts)
-    connect_queue(ctx, jobs, page, parts)
-    _connect_use(ctx, jobs, parts, tabs, generate)
-    _connect_reopen(ctx, jobs, fields, parts)
+    connect_watch(ctx, page, parts)
+    connect_queue(ctx, page, parts)
+    _connect_ended(ctx, fields, parts, tabs, generate)
 
 
-def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> None:
+def _connect_start(ctx: AppContext, fields: dict, parts: dict) -> None:
     def with_photos(act: Callable[[TrainForm, Visitor], Any]) -> Callable:
         """A handler of the form's values, after the photos were taken."""
 
@@ -175,38 +180,31 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
 
         return handler
 
-    def train(form: TrainForm, visitor: Visitor) -> tuple:
-        job, chosen = start_run(ctx, jobs, form, visitor)
-        names = gr.Dropdown(choices=run_names(jobs, visitor.id), value=job.name)
-        return names, notice(f"The run {job.name} is starting."), chosen
-
-    def connect(name: str, act: Callable[[TrainForm, Visitor], Any], outputs: Any) -> Any:
-        how = {"inputs_kwargs": inputs, "outputs": outputs, **TAKING_PHOTOS}
-        return parts[BUTTONS.get(name, name)].click(with_photos(act), api_name=name, **how)
-
     for widget in fields.values():
         if not isinstance(widget, gr.File):
             explain_bad_values(widget)
-    inputs = {"photos": parts["photos"], **fields}
+    how = {"inputs_kwargs": {"photos": parts["photos"], **fields}, **TAKING_PHOTOS}
     chosen = gr.State("")  # hidden from programs: `/train` returns two values
-    started = [parts["run"], parts["status"], chosen]
     chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE)
-    connect("train", train, started).success(None, js=SHOW_STATUS, **AT_ONCE)
-    connect("add_to_queue", lambda form, visitor: add_to_queue(ctx, jobs, form, visitor)[1], parts["cost"])
-    connect("estimate", lambda form, visitor: estimate_cost(ctx, jobs, form, visitor), parts["cost"])
 
+    @with_photos
+    def train(form: TrainForm, visitor: Visitor) -> tuple:
+        job, chosen = start_run(ctx, form, visitor)
+        names = gr.Dropdown(choices=run_names(ctx.jobs, visitor.id), value=job.name)
+        return names, notice(f"The run {job.name} is starting."), chosen
 
-def _connect_names(ctx: AppContext, page: gr.Blocks, fields: dict) -> None:
-    """The lists of adapters."""
+    started = parts["start"].click(train, api_name="train", outputs=[parts["run"], parts["status"], chosen], **how)
+    started.success(None, js=SHOW_STATUS, **AT_ONCE)
 
-    def connect(listed: Callable[[AppContext, Visitor], list[str]], widget: gr.Dropdown) -> None:
-        def names(request: gr.Request) -> gr.Dropdown:
-            return gr.Dropdown(choices=listed(ctx, ctx.visitors.of(request)))
+    @parts["queue"].click(api_name="add_to_queue", outputs=parts["cost"], **how)
+    @with_photos
+    def queue(form: TrainForm, visitor: Visitor) -> str:
+        return add_to_queue(ctx, form, visitor)[1]
 
-        gr.on([page.load, widget.focus], names, None, widget, **AT_ONCE)
-
-    connect(starts_for, fields["begin_with"])
-    connect(recipe_names, fields["like"])
+    @parts["estimate"].click(api_name="estimate", outputs=parts["cost"], **how)
+    @with_photos
+    def estimate(form: TrainForm, visitor: Visitor) -> str:
+        return estimate_cost(ctx, form, visitor)
 
 
 def _connect_like(ctx: AppContext, fields: dict, parts: dict) -> None:
@@ -214,22 +212,7 @@ def _connect_like(ctx: AppContext, fields: dict, parts: dict) -> None:
     names = list(values_like(None, ctx.base_name))
     filled = [*(fields[name] for name in names), *review_widgets(parts)]
     outputs = [fields["like"], parts["like_said"], *filled]
-
-    def choose(name: str | None, count: int, request: gr.Request) -> tuple:
-        """A name without a recipe becomes “none”."""
-        try:
-            return like(str(name or NONE), count, ctx.visitors.of(request))
-        except Exception as error:
-            listed, _, *rest = like(NONE, count, ctx.visitors.of(request))
-            return listed, mistake(error), *rest
-
-    def upload(file: str, count: int, request: gr.Request) -> tuple:
-        """A bad file changes nothing."""
-        visitor = ctx.visitors.of(request)
-        try:
-            return like(add_recipe(ctx, file, visitor), count, visitor)
-        except Exception as error:
-            return gr.skip(), mistake(error), *([gr.skip()] * len(filled))
+    options = {"outputs": outputs, "show_progress_on": parts["like_said"], **TELLING}
 
     def like(name: str, count: int, visitor: Visitor) -> tuple:
         recipe = recipe_of(ctx, name, visitor)
@@ -241,42 +224,54 @@ def _connect_like(ctx: AppContext, fields: dict, parts: dict) -> None:
     def mistake(error: Exception) -> gr.HTML:
         return gr.HTML(notice(ctx.jobs.told(sentence(as_user_error(error))), "bad"), visible=True)
 
-    options = {"show_progress_on": parts["like_said"], **TELLING}
-    fields["like"].input(choose, [fields["like"], fields["subjects"]], outputs, **options)
-    parts["upload_like"].upload(upload, [parts["upload_like"], fields["subjects"]], outputs, **options)
+    @fields["like"].input(inputs=[fields["like"], fields["subjects"]], **options)
+    def choose(name: str | None, count: int, request: gr.Request) -> tuple:
+        """A name without a recipe becomes “none”."""
+        try:
+            return like(str(name or NONE), count, ctx.visitors.of(request))
+        except Exception as error:
+            listed, _, *rest = like(NONE, count, ctx.visitors.of(request))
+            return listed, mistake(error), *rest
+
+    @parts["upload_like"].upload(inputs=[parts["upload_like"], fields["subjects"]], **options)
+    def upload(file: str, count: int, request: gr.Request) -> tuple:
+        """A bad file changes nothing."""
+        visitor = ctx.visitors.of(request)
+        try:
+            return like(add_recipe(ctx, file, visitor), count, visitor)
+        except Exception as error:
+            return gr.skip(), mistake(error), *([gr.skip()] * len(filled))
 
 
 def said_of(name: str, recipe: FoundRecipe | None) -> gr.HTML:
     return gr.HTML(notice(like_line(name, recipe)) if recipe else "", visible=recipe is not None)
 
 
-def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
+def _connect_ended(ctx: AppContext, fields: dict, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
+    """A run's adapter into the other tab; its settings, words and photos into the form."""
+    shown = [tabs, generate.adapters[0], generate.prompt, generate.fields["scale"]]
+
+    @parts["use"].click(inputs=parts["run"], outputs=shown, show_progress_on=generate.prompt, **TELLING)
     @as_gradio_error
     def use(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
-        job = jobs.owned(run or "", visitor.id)
+        job = ctx.jobs.owned(run or "", visitor.id)
         name = ctx.catalog.name_of(RunDir(job.run_dir).adapter_path, visitor)
         files = ctx.catalog.files(visitor)
         summary = summary_of(files[name])
         chosen = gr.Dropdown(choices=[NONE, *files], value=name)
         return gr.Tabs(selected="generate"), chosen, prompt_for(summary), summary.scale
 
-    shown = [tabs, generate.adapters[0], generate.prompt, generate.fields["scale"]]
-    parts["use"].click(use, parts["run"], shown, show_progress_on=generate.prompt, **TELLING)
-
-
-def _connect_reopen(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> None:
-    """A run's settings, words and photos into the form."""
     names = [name for name, field in fields.items() if not isinstance(field, gr.File)]
     files = [field for field in fields.values() if isinstance(field, gr.File)]
-    shown = [*review_widgets(parts), parts["like_said"], parts["cost"]]
-    outputs = [*(fields[name] for name in names), parts["photos"], *files, *shown]
-    boxes = box_widgets(fields | parts)[1:]
+    outputs = [*(fields[name] for name in names), parts["photos"], *files, *review_widgets(parts)]
+    outputs += [parts["like_said"], parts["cost"], *box_widgets(fields | parts)[1:]]
 
+    @parts["reopen"].click(inputs=parts["run"], outputs=outputs, show_progress_on=parts["cost"], **TELLING)
     @as_gradio_error
     def reopen(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
-        job = jobs.owned(run or "", visitor.id)
+        job = ctx.jobs.owned(run or "", visitor.id)
         form = form_of_run(settings_of(job), job.run_dir / "photos")
         count = len(form.subjects)
         take_photos_of_run(job.run_dir, visitor, count)
@@ -287,5 +282,3 @@ def _connect_reopen(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> N
         told = notice(f"The settings, words and photos of {job.name} are in the form. Change them, and start.")
         shown = (*reviews(ctx, visitor, form.seed, count, form.like), said_of(name, recipe), told)
         return (*(values[name] for name in names), *emptied, *shown, *boxes_for(count)[1:])
-
-    parts["reopen"].click(reopen, parts["run"], [*outputs, *boxes], show_progress_on=parts["cost"], **TELLING)

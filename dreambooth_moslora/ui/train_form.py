@@ -130,12 +130,6 @@ class FormField:
             raise UserError(f"{what} from 0 to {self.limit}, not {value!r:.30}")
         return type(self.default)(value)
 
-    def of_setting(self, value: Any, base: str) -> Any:
-        """The field's value for a value of its setting; as at first where the form has none."""
-        if value is None or (self.values and value not in self.values):
-            return self.first(base)
-        return value == self.words[1] if self.words else value
-
 
 def asked(default: Any, label: str, info: str = "", **facts: Any) -> Any:
     """A field of the form with the facts of a `FormField`."""
@@ -170,31 +164,6 @@ def named(name: str, number: int) -> str:
 def folder_of(photos_dir: Path, number: int) -> Path:
     """The folder of a subject's photos; `photos_dir` is the first one's."""
     return photos_dir.with_name(named(photos_dir.name, number))
-
-
-def subject_count(photos_dir: Path, most: int) -> int:
-    """How many subjects in a row, from the first on, have photos; at most the given number."""
-    count = 0
-    while count < most and kept_photos(folder_of(photos_dir, count + 1)):
-        count += 1
-    return count
-
-
-def words_in(values: Mapping[str, Any]) -> tuple[SubjectWords, ...]:
-    """The subjects after the first; `subjects` in `values` (by name) is the number of all.
-
-    Raises UserError for an invalid number, and for words of a subject beyond it.
-    """
-    count = values.get("subjects", 1)
-    if isinstance(count, bool) or count not in range(1, MOST_SUBJECTS + 1):
-        raise UserError(f"subjects must be a whole number from 1 to {MOST_SUBJECTS}, not {count!r:.30}")
-    for number in range(int(count) + 1, MOST_SUBJECTS + 1):
-        if str(values.get(named("class_word", number)) or "").strip():
-            raise UserError(f"with {named('class_word', number)}, subjects must be at least {number}, not {count}")
-    return tuple(
-        SubjectWords(*(str(values.get(named(name, number)) or "") for name in SubjectWords.__dataclass_fields__))
-        for number in range(2, int(count) + 1)
-    )
 
 
 def table_of(number: int, words: SubjectWords, photos_dir: Path) -> dict[str, str]:
@@ -385,8 +354,21 @@ class TrainForm:
 
 
 def form_of(values: Mapping[str, Any], form: type[TrainForm] = TrainForm) -> TrainForm:
-    """The form from all fields' values, by name. Raises UserError for invalid subjects."""
-    return form(**{name: values[name] for name in rows(form) if name in values}, others=words_in(values))
+    """The form from all fields' values, by name; `subjects` among them is the number of all.
+
+    Raises UserError for an invalid number, and for words of a subject beyond it.
+    """
+    count = values.get("subjects", 1)
+    if isinstance(count, bool) or count not in range(1, MOST_SUBJECTS + 1):
+        raise UserError(f"subjects must be a whole number from 1 to {MOST_SUBJECTS}, not {count!r:.30}")
+    others = []
+    for number in range(2, MOST_SUBJECTS + 1):
+        words = [str(values.get(named(name, number)) or "") for name in SubjectWords.__dataclass_fields__]
+        if number <= count:
+            others.append(SubjectWords(*words))
+        elif words[0].strip():
+            raise UserError(f"with {named('class_word', number)}, subjects must be at least {number}, not {count}")
+    return form(**{name: values[name] for name in rows(form) if name in values}, others=tuple(others))
 
 
 def values_of(form: TrainForm) -> dict[str, Any]:
@@ -399,12 +381,17 @@ def values_of(form: TrainForm) -> dict[str, Any]:
 
 
 def values_from(said: Mapping[str, Any], base: str, form: type[TrainForm] = TrainForm) -> dict[str, Any]:
-    """Of the fields that fill a setting, by name. What the settings say nothing of is as at first."""
+    """Of the fields that fill a setting, by name. What the settings say nothing of, or what the form has not,
+    is as at first."""
     values: dict[str, Any] = {}
     for name, row in rows(form).items():
         if row.setting:
-            is_meant = not row.needs or said.get(rows(form)[row.needs].setting, rows(form)[row.needs].default)
-            values[name] = row.of_setting(said.get(row.setting) if is_meant else None, base)
+            needed = rows(form)[row.needs] if row.needs else None
+            value = said.get(row.setting) if not needed or said.get(needed.setting, needed.default) else None
+            if value is None or (row.values and value not in row.values):
+                values[name] = row.first(base)
+            else:
+                values[name] = value == row.words[1] if row.words else value
     return values
 
 

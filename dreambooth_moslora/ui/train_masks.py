@@ -8,7 +8,7 @@ import io
 import shutil
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fastapi
 import gradio as gr
@@ -16,6 +16,7 @@ import PIL.Image
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import NONE
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.html import faint, notice, remarks_card
 from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error
 from dreambooth_moslora.ui.train_form import (
@@ -26,7 +27,6 @@ from dreambooth_moslora.ui.train_form import (
     form_of,
     named,
     prompts_of,
-    subject_count,
 )
 from dreambooth_moslora.ui.train_photos import (
     EDIT_PX,
@@ -34,21 +34,16 @@ from dreambooth_moslora.ui.train_photos import (
     LEARNED,
     LEFT_OUT,
     PhotoReview,
-    ShownMask,
     editor_picture,
     keep_mask,
     put_back,
     review_kept,
-    review_photos,
     shown_masks,
     take_with_masks,
 )
 from dreambooth_moslora.ui.train_start import recipe_of
 from dreambooth_moslora.ui.train_watch import picture_rows
 from dreambooth_moslora.ui.visitors import PHOTO_TYPES, Visitor, kept_photos
-
-if TYPE_CHECKING:
-    from dreambooth_moslora.settings.table import TrainConfig
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
 """Options of events that process photos: visitors take turns photo by photo (`photo_uploads.ONE_AT_A_TIME`)."""
@@ -112,7 +107,9 @@ def take_given(files: Sequence[list[str] | None], visitor: Visitor) -> None:
             take_with_masks(of_one, visitor, number)
 
 
-def connect_words(token: gr.Textbox, class_word: gr.Textbox, prompts: gr.HTML) -> None:
+def connect_subjects(ctx: AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
+    everything = fields | parts
+
     def words(token: str, class_word: str) -> gr.HTML:
         try:
             instance, class_prompt = prompts_of(token, class_word)
@@ -120,15 +117,10 @@ def connect_words(token: gr.Textbox, class_word: gr.Textbox, prompts: gr.HTML) -
             return gr.HTML(visible=False)
         return gr.HTML(notice(f"Learns “{instance}” and tells it from “{class_prompt}”."), visible=True)
 
-    gr.on([token.change, class_word.change], words, [token, class_word], prompts, **AT_ONCE)
-
-
-def connect_subjects(ctx: AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
-    everything = fields | parts
     for number in range(1, MOST_SUBJECTS + 1):
-        widgets = [everything[named(name, number)] for name in ("token", "class_word", "prompts")]
-        connect_words(*widgets)
-        connect_photos(ctx, number, everything, [fields["seed"], fields["like"]])
+        token, class_word, prompts = (everything[named(name, number)] for name in ("token", "class_word", "prompts"))
+        gr.on([token.change, class_word.change], words, [token, class_word], prompts, **AT_ONCE)
+        connect_photos(ctx, number, everything)
     concepts = [fields[named("tokens_begin_as", number)] for number in FURTHER]
     fields["new_tokens"].change(
         lambda is_set: [gr.Textbox(visible=is_set) for _ in FURTHER], fields["new_tokens"], concepts, **AT_ONCE
@@ -137,45 +129,43 @@ def connect_subjects(ctx: AppContext, page: gr.Blocks, fields: dict, parts: dict
     connect_count(ctx, everything)
 
 
-def connect_photos(ctx: AppContext, number: int, widgets: dict, how: list) -> None:
-    """`how` are the widgets of the seed and of the recipe, on which the crops depend."""
+def connect_photos(ctx: AppContext, number: int, widgets: dict) -> None:
+    """The crops depend on the seed and on the recipe, too."""
+    photos, *outputs = (widgets[named(name, number)] for name in ("photos", "remarks", "crops"))
 
+    @gr.on(
+        [photos.upload, photos.delete, photos.clear],
+        inputs=[photos, widgets["seed"], widgets["like"]],
+        outputs=outputs,
+        api_visibility="private",
+        show_progress="minimal",
+        **TAKING_PHOTOS,
+    )
     @as_gradio_error
     def review(photos: list[str] | None, seed: int, like: str, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         if not photos:
             forget(visitor, number)
             return gr.HTML(visible=False), gr.Gallery(visible=False)
-        return shown(review_photos(ctx, photos, visitor, seed, number, like))
-
-    photos, *outputs = (widgets[named(name, number)] for name in ("photos", "remarks", "crops"))
-    gr.on(
-        [photos.upload, photos.delete, photos.clear],
-        review,
-        [photos, *how],
-        outputs,
-        api_visibility="private",
-        show_progress="minimal",
-        **TAKING_PHOTOS,
-    )
+        return shown(review_kept(ctx, visitor, take_with_masks(photos, visitor, number), seed, number, like))
 
 
 def connect_kept(ctx: AppContext, page: gr.Blocks, widgets: dict) -> None:
     """After a reload or a change of the seed: the photos that a run would use."""
     pictures = review_widgets(widgets)
 
+    @page.load(inputs=widgets["seed"], outputs=[*pictures, *box_widgets(widgets)], **AT_ONCE)
+    @as_gradio_error
+    def restore(seed: int, request: gr.Request) -> tuple:
+        visitor, count = ctx.visitors.of(request), 0
+        while count < MOST_SUBJECTS and kept_photos(folder_of(visitor.photos_dir, count + 1)):
+            count += 1
+        return (*reviews(ctx, visitor, seed, max(1, count)), *boxes_for(max(1, count)))
+
+    @widgets["seed"].blur(inputs=[widgets[name] for name in ("seed", "subjects", "like")], outputs=pictures, **TELLING)
     @as_gradio_error
     def again(seed: int, count: int, like: str, request: gr.Request) -> tuple:
         return reviews(ctx, ctx.visitors.of(request), seed, count, like)
-
-    @as_gradio_error
-    def restore(seed: int, request: gr.Request) -> tuple:
-        visitor = ctx.visitors.of(request)
-        count = max(1, subject_count(visitor.photos_dir, MOST_SUBJECTS))
-        return (*reviews(ctx, visitor, seed, count), *boxes_for(count))
-
-    page.load(restore, widgets["seed"], [*pictures, *box_widgets(widgets)], **AT_ONCE)
-    widgets["seed"].blur(again, [widgets["seed"], widgets["subjects"], widgets["like"]], pictures, **TELLING)
 
 
 def review_widgets(widgets: dict) -> list[Any]:
@@ -196,9 +186,11 @@ def connect_count(ctx: AppContext, widgets: dict) -> None:
     gone = ("photos", "remarks", "crops", *SubjectWords.__dataclass_fields__)
     emptied = [widgets[named(name, number)] for number in FURTHER for name in gone]
 
+    @widgets["add_subject"].click(inputs=widgets["subjects"], outputs=outputs, **AT_ONCE)
     def add(count: int) -> tuple:
         return boxes_for(min(MOST_SUBJECTS, int(count) + 1))
 
+    @widgets["remove_subject"].click(inputs=widgets["subjects"], outputs=[*outputs, *emptied], **AT_ONCE)
     def remove(count: int, request: gr.Request) -> tuple:
         """Remove the last subject with its photos and words."""
         last = max(2, int(count))
@@ -206,9 +198,6 @@ def connect_count(ctx: AppContext, widgets: dict) -> None:
         values = (None, gr.HTML(visible=False), gr.Gallery(visible=False), "", TOKENS[last - 1], "", "")
         cleared = [value if number == last else gr.skip() for number in FURTHER for value in values]
         return (*boxes_for(last - 1), *cleared)
-
-    widgets["add_subject"].click(add, widgets["subjects"], outputs, **AT_ONCE)
-    widgets["remove_subject"].click(remove, widgets["subjects"], [*outputs, *emptied], **AT_ONCE)
 
 
 def box_widgets(widgets: dict) -> list[Any]:
@@ -246,12 +235,12 @@ class Drawings(OrderedDict):
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)
         self.move_to_end(key)
-        while len(self) > 1 and sum(map(bytes_of, self.values())) > KEPT_BYTES:
+        while len(self) > 1 and self._bytes() > KEPT_BYTES:
             self.popitem(last=False)
 
-
-def bytes_of(drawing: Any) -> int:
-    return sum(len(part) for part in (drawing.background, drawing.composite, *drawing.layers) if part)
+    def _bytes(self) -> int:
+        parts = [part for drawing in self.values() for part in (drawing.background, drawing.composite, *drawing.layers)]
+        return sum(map(len, filter(None, parts)))
 
 
 def mask_editor() -> gr.ImageEditor:
@@ -334,28 +323,40 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
     progress, and all inside it, for their values at every event of the page, and the editor would answer with
     an upload."""
     inputs = {"photos": parts["photos"], **fields}
-    numbers = range(1, MOST_SUBJECTS + 1)
-    chosen = {"name": parts["mask_chosen"], **inputs}
+    files = [inputs[named("photos", number)] for number in range(1, MOST_SUBJECTS + 1)]
+    of_chosen = {"name": parts["mask_chosen"], **inputs}
     shown = [parts[name] for name in ("mask_remarks", "masks", "mask_names", "mask_box")]
     edited = [parts[name] for name in ("mask_box", "mask_about", "mask_editor", "mask_chosen")]
     corrected = [*shown, *review_widgets(parts)]
+    making = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": parts["mask_remarks"], **GPU}
 
-    def settings(visitor: Visitor, values: dict) -> "TrainConfig":
-        from dreambooth_moslora.settings.table import TrainConfig
-
-        if not visitor.has_photos:
-            raise UserError("add some photos of your subject first")
-        form = form_of(values)
+    def settings(visitor: Visitor, values: dict) -> TrainConfig:
+        photos, form = visitor.given_photos, form_of(values)
         recipe, run_dir = recipe_of(ctx, form.like, visitor), ctx.runs_dir / "new"
-        config = form.config(ctx.base_name, ctx.resolution_px, visitor.photos_dir, run_dir, recipe)
+        config = form.config(ctx.base_name, ctx.resolution_px, photos, run_dir, recipe)
         return TrainConfig.from_dict(config)
 
+    def pictures(visitor: Visitor, values: dict) -> tuple:
+        """Values for remarks, pictures, names and the editor's box, which closes."""
+        masks = list(shown_masks(settings(visitor, values), visitor))
+        return (
+            gr.HTML(remarks_card([f"{mask.label}: {mask.remark}" for mask in masks if mask.remark], HOW), visible=True),
+            gr.Gallery([(mask.picture, mask.remark or "good") for mask in masks], visible=True, selected_index=None),
+            [(mask.photo, mask.label) for mask in masks],
+            gr.Column(visible=False),
+        )
+
+    def after(visitor: Visitor, values: dict) -> tuple:
+        return (*pictures(visitor, values), *reviews(ctx, visitor, values["seed"], values["subjects"], values["like"]))
+
+    @parts["show_masks"].click(inputs_kwargs=inputs, outputs=shown, **making)
     @as_gradio_error
     def show(request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
-        take_given([values[named("photos", number)] for number in numbers], visitor)
-        return _pictures(list(shown_masks(settings(visitor, values), visitor)))
+        take_given([values[named("photos", number)] for number in range(1, MOST_SUBJECTS + 1)], visitor)
+        return pictures(visitor, values)
 
+    @parts["masks"].select(inputs_kwargs={"names": parts["mask_names"], **inputs}, outputs=edited, **making)
     @as_gradio_error
     def edit(names: list[tuple[str, str]], event: gr.SelectData, request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
@@ -366,44 +367,25 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
         value = {"background": picture, "layers": [], "composite": None}
         return gr.Column(visible=True), notice(f"{label.capitalize()}: {PAINT}"), value, name
 
-    def after(change: Any, visitor: Visitor, values: dict) -> tuple:
-        warning = change()
-        found = _pictures(list(shown_masks(settings(visitor, values), visitor)), warning)
-        return (*found, *reviews(ctx, visitor, values["seed"], values["subjects"], values["like"]))
-
+    @parts["keep_mask"].click(inputs_kwargs={"painted": parts["mask_editor"], **of_chosen}, outputs=corrected, **making)
     @as_gradio_error
     def keep(name: str, painted: Any, request: gr.Request, **values) -> tuple:
         if painted is None:
             raise UserError(EMPTY)
         visitor = ctx.visitors.of(request)
-        return after(lambda: keep_mask(visitor, name, painted, settings(visitor, values)), visitor, values)
+        keep_mask(visitor, name, painted, settings(visitor, values))
+        return after(visitor, values)
 
+    @parts["put_mask_back"].click(inputs_kwargs=of_chosen, outputs=corrected, **making)
     @as_gradio_error
     def back(name: str, request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
-        return after(lambda: put_back(visitor, name), visitor, values)
+        put_back(visitor, name)
+        return after(visitor, values)
 
-    making = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": parts["mask_remarks"], **GPU}
-    parts["show_masks"].click(show, inputs_kwargs=inputs, outputs=shown, **making)
-    parts["masks"].select(edit, inputs_kwargs={"names": parts["mask_names"], **inputs}, outputs=edited, **making)
-    painted = {"painted": parts["mask_editor"], **chosen}
-    parts["keep_mask"].click(keep, inputs_kwargs=painted, outputs=corrected, **making)
-    parts["put_mask_back"].click(back, inputs_kwargs=chosen, outputs=corrected, **making)
-    files = [inputs[named("photos", number)] for number in numbers]
     gone = [event for file in files for event in (file.upload, file.delete, file.clear)]
     gone += [parts["remove_subject"].click, parts["reopen"].click]
-    closed = lambda: (gr.HTML(visible=False), gr.Gallery(visible=False), [], gr.Column(visible=False))  # noqa: E731
-    gr.on(gone, closed, None, shown, show_progress_on=parts["mask_remarks"], **AT_ONCE)
 
-
-def _pictures(masks: list[ShownMask], warning: str | None = "") -> tuple:
-    """Values for remarks, pictures, names and the editor's box, which closes."""
-    lines = [f"{mask.label}: {mask.remark}" for mask in masks if mask.remark]
-    titled = remarks_card(lines, HOW)
-    pictures = [(mask.picture, mask.remark or "good") for mask in masks]
-    return (
-        gr.HTML(titled, visible=True),
-        gr.Gallery(pictures, visible=True, selected_index=None),
-        [(mask.photo, mask.label) for mask in masks],
-        gr.Column(visible=False),
-    )
+    @gr.on(gone, inputs=None, outputs=shown, show_progress_on=parts["mask_remarks"], **AT_ONCE)
+    def closed() -> tuple:
+        return gr.HTML(visible=False), gr.Gallery(visible=False), [], gr.Column(visible=False)

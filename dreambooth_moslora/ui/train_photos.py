@@ -6,7 +6,7 @@ again. Beside the copy it is `photo_01.mask.png`, like a mask that came with the
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +17,15 @@ import PIL.ImageChops
 from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.html import remarks_card
 from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, crop_config, folder_of
 from dreambooth_moslora.ui.train_start import recipe_of
-from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Intake, Visitor, kept_photos, take_photos
+from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Visitor, kept_photos, take_photos
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo
-    from dreambooth_moslora.settings.table import TrainConfig
 
 EDIT_PX = 768
 """Side of the square to paint on: the photo, scaled to it, and a margin. The mask is then scaled to the photo's
@@ -54,17 +54,17 @@ class ShownMask:
     remark: str
 
 
-def take_with_masks(files: list[str], visitor: Visitor, number: int = 1) -> Intake:
+def take_with_masks(files: list[str], visitor: Visitor, number: int = 1) -> list[str]:
     """`take_photos` for subject `number`, with earlier corrections for the same photos."""
     folder = folder_of(visitor.photos_dir, number)
-    intake = take_photos(files, folder)
+    remarks = take_photos(files, folder)
     for photo in kept_photos(folder):
         if (corrected := corrections_of(visitor, photo)[0]).is_file():
             shutil.copyfile(corrected, beside(photo))
-    return intake
+    return remarks
 
 
-def shown_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[ShownMask]:
+def shown_masks(config: TrainConfig, visitor: Visitor) -> Iterator[ShownMask]:
     """The masks of all usable photos, as a run with these settings uses them; missing ones are made now, and kept.
 
     Raises UserError when the segmenter is not there.
@@ -73,8 +73,11 @@ def shown_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[ShownMask]:
     from dreambooth_moslora.photos.masks import open_mask, quality_warning
     from dreambooth_moslora.photos.photo import open_rgb
 
-    photos = list(with_made_masks(config, visitor))
-    for label, (photo, remark) in zip(labels_of([photo for photo, _ in photos]), photos, strict=True):
+    photos, counts = list(with_made_masks(config, visitor)), Counter()
+    is_several = len({photo.subject for photo, _ in photos}) > 1
+    for photo, remark in photos:
+        counts[photo.subject] += 1
+        label = f"photo {counts[photo.subject]}" + (f" of subject {photo.subject + 1}" if is_several else "")
         mask = open_mask(photo)
         reason = remark or next((words for words in photo.reasons if words.startswith("mask not used")), "")
         words = NO_MASK if mask is None else quality_warning(mask)
@@ -83,7 +86,7 @@ def shown_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[ShownMask]:
         yield ShownMask(name_of(photo.path, visitor), label, masked(image, mask), reason or words)
 
 
-def with_made_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[tuple["Photo", str]]:
+def with_made_masks(config: TrainConfig, visitor: Visitor) -> Iterator[tuple["Photo", str]]:
     """Each photo with its mask, if it has one, and a remark on a made one."""
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.photos.masks import load_segmenter, make_kept
@@ -97,7 +100,7 @@ def with_made_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[tuple["
         yield replace(photo, mask_path=made.path), made.remark
 
 
-def editor_picture(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Image.Image:
+def editor_picture(visitor: Visitor, name: str, config: TrainConfig) -> PIL.Image.Image:
     """The photo of that name on its square, tinted where its mask is white."""
     from dreambooth_moslora.photos.photo import open_rgb
 
@@ -109,7 +112,7 @@ def editor_picture(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Im
     return PIL.Image.composite(tinted, square, mask_on_square(visitor, name, config))
 
 
-def mask_on_square(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Image.Image:
+def mask_on_square(visitor: Visitor, name: str, config: TrainConfig) -> PIL.Image.Image:
     """L: the mask that the run would use now; black without one."""
     from dreambooth_moslora.photos.masks import open_mask
 
@@ -121,7 +124,7 @@ def mask_on_square(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Im
     return square
 
 
-def photo_now(visitor: Visitor, name: str, config: "TrainConfig") -> "Photo":
+def photo_now(visitor: Visitor, name: str, config: TrainConfig) -> "Photo":
     """The photo of that name with its current mask. Raises UserError when it is gone."""
     found = (photo for photo, _ in with_made_masks(config, visitor) if name_of(photo.path, visitor) == name)
     if (photo := next(found, None)) is None:
@@ -141,13 +144,11 @@ def place_of(size: tuple[int, int]) -> tuple[int, int, int, int]:
     return left, top, left + width, top + height
 
 
-def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: "TrainConfig") -> str:
+def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: TrainConfig) -> None:
     """Save the mask with what was painted on the square (RGBA): LEARNED becomes white, LEFT_OUT black.
 
-    Returns a warning, or "". Raises UserError for a mask that is black everywhere.
+    Raises UserError for a mask that is black everywhere.
     """
-    from dreambooth_moslora.photos.masks import quality_warning
-
     photo = photo_called(visitor, name)
     with PIL.Image.open(photo) as opened:
         size = opened.size
@@ -168,7 +169,6 @@ def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: "Tr
         shutil.copyfile(corrected, beside(photo))
     for path in sorted(corrected.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-MOST_KEPT]:
         path.unlink(missing_ok=True)
-    return quality_warning(mask)
 
 
 def put_back(visitor: Visitor, name: str) -> None:
@@ -198,15 +198,6 @@ def name_of(photo: Path, visitor: Visitor) -> str:
     return photo.name if photo.parent == visitor.photos_dir else f"{photo.parent.name}/{photo.name}"
 
 
-def labels_of(photos: list["Photo"]) -> list[str]:
-    """`photo 1`; with several subjects, `photo 1 of subject 2`."""
-    counts, found = Counter(), []
-    for photo in photos:
-        counts[photo.subject] += 1
-        found.append((photo.subject, f"photo {counts[photo.subject]}"))
-    return [f"{label} of subject {number + 1}" if len(counts) > 1 else label for number, label in found]
-
-
 def beside(photo: Path) -> Path:
     return photo.with_suffix(".mask.png")
 
@@ -225,48 +216,33 @@ class PhotoReview:
     remarks: str
 
 
-def review_photos(
-    ctx: AppContext, files: list[str], visitor: Visitor, seed: int = 0, number: int = 1, like: str = NONE
-) -> PhotoReview:
-    """Make clean copies of subject `number`'s photos and judge them. Raises UserError when no file is a photo."""
-    return review_kept(ctx, visitor, take_with_masks(files, visitor, number).remarks, seed, number, like)
-
-
 def review_kept(
     ctx: AppContext,
     visitor: Visitor,
-    remarks: tuple[str, ...] = (),
+    remarks: Sequence[str] = (),
     seed: int = 0,
     number: int = 1,
     like: str = NONE,
 ) -> PhotoReview:
-    """Judge the existing clean copies; `remarks` are lines about their source files.
+    """Judge the existing clean copies of subject `number`; `remarks` are lines about their source files.
 
-    Each photo is shown by its first crop in a run with this `seed` and the recipe of that name.
+    Each photo is shown by its first crop in a run with this `seed` and the recipe of that name; dark outside its mask.
     """
-    from dreambooth_moslora.photos.crops import examine
+    from dreambooth_moslora.photos.crops import apply_crop, examine, masked, plans_of
     from dreambooth_moslora.photos.folder import find_photos
+    from dreambooth_moslora.photos.masks import open_mask
+    from dreambooth_moslora.photos.photo import open_rgb
 
     folder = folder_of(visitor.photos_dir, number)
     report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
     recipe = recipe_of(ctx, like, visitor)
     config = crop_config(ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe)
-    crops = [
-        (first_crop(replace(photo, subject=number - 1), place, config), ", ".join(photo.reasons) or "good")
-        for place, photo in enumerate(report.photos)
-    ]
-    lines = [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
-    lines += [f"photo {i}: {', '.join(photo.reasons)}" for i, photo in enumerate(report.photos, 1) if photo.reasons]
+    crops, lines = [], [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
+    for place, photo in enumerate(report.photos):
+        plan = next(plans_of(replace(photo, subject=number - 1), place, config))
+        crop = apply_crop(masked(open_rgb(photo), open_mask(photo)), plan, config.image_interpolation_mode)
+        crops.append((crop, ", ".join(photo.reasons) or "good"))
+        lines += [f"photo {place + 1}: {', '.join(photo.reasons)}"] if photo.reasons else []
     each = config.crops_per_photo
     how = "shown as they will be cropped" if each == 1 else f"each shown by the first of its {each} crops"
     return PhotoReview(crops, remarks_card(lines, f"{len(crops)} photo{'s' * (len(crops) != 1)}, {how}."))
-
-
-def first_crop(photo: "Photo", number: int, config: "TrainConfig") -> PIL.Image.Image:
-    """The first crop of photo `number` of the folder, as in training; dark outside its mask."""
-    from dreambooth_moslora.photos.crops import apply_crop, masked, plans_of
-    from dreambooth_moslora.photos.masks import open_mask
-    from dreambooth_moslora.photos.photo import open_rgb
-
-    plan = next(plans_of(photo, number, config))
-    return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan, config.image_interpolation_mode)

@@ -6,6 +6,7 @@ with the recipe of a file (“Train like”). Of a visitor's file only the recip
 """
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -13,23 +14,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dreambooth_moslora.adapters.metadata import check_start_header
 from dreambooth_moslora.core import UserError, free_name
 from dreambooth_moslora.disk.queue import QueuedRun
 from dreambooth_moslora.disk.run_folder import NONE, clean_name, header_of
 from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_recipe
+from dreambooth_moslora.plan.memory import Estimate
 from dreambooth_moslora.settings.fields import parse_pattern
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.sources import FoundRecipe, checked_recipe, recipe_in_file
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, without_removed
-from dreambooth_moslora.ui.adapters import check_header
 from dreambooth_moslora.ui.generate_form import format_seconds, summary_of
 from dreambooth_moslora.ui.html import remarks_card
-from dreambooth_moslora.ui.jobs import Job, Jobs, run_name_of
-from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
+from dreambooth_moslora.ui.state import AppContext, check_header
 from dreambooth_moslora.ui.train_form import (
     LENGTHS,
     MOST,
@@ -46,20 +47,17 @@ from dreambooth_moslora.ui.train_form import (
 )
 from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Visitor, kept_photos
 
-if TYPE_CHECKING:
-    from dreambooth_moslora.plan.memory import Estimate
-
 LIKE = "like"
 """Folder in a run: the recipe that it was given, NAME.json."""
 MOST_RECIPES = 16
 
 
-def recipe_names(ctx: "AppContext", visitor: Visitor) -> list[str]:
+def recipe_names(ctx: AppContext, visitor: Visitor) -> list[str]:
     """What can be chosen: the visitor's own files, then the adapters."""
     return [NONE, *visitor.recipes, *ctx.catalog.files(visitor)]
 
 
-def recipe_of(ctx: "AppContext", name: str | None, visitor: Visitor) -> FoundRecipe | None:
+def recipe_of(ctx: AppContext, name: str | None, visitor: Visitor) -> FoundRecipe | None:
     """The recipe of that name; None of none. Raises UserError for an unlisted name, and for an adapter without one."""
     name = str(name or NONE)
     if name == NONE:
@@ -67,7 +65,7 @@ def recipe_of(ctx: "AppContext", name: str | None, visitor: Visitor) -> FoundRec
     return visitor.recipes.get(name) or read(ctx.catalog.path(name, visitor), name)
 
 
-def add_recipe(ctx: "AppContext", uploaded: str | Path, visitor: Visitor) -> str:
+def add_recipe(ctx: AppContext, uploaded: str | Path, visitor: Visitor) -> str:
     """Keep the recipe of an uploaded file for its visitor alone; returns its name. Raises UserError."""
     file = Path(uploaded)
     if file.suffix != ".safetensors":
@@ -78,7 +76,7 @@ def add_recipe(ctx: "AppContext", uploaded: str | Path, visitor: Visitor) -> str
     return name
 
 
-def keep_recipe(ctx: "AppContext", name: str, recipe: FoundRecipe | None, visitor: Visitor) -> None:
+def keep_recipe(ctx: AppContext, name: str, recipe: FoundRecipe | None, visitor: Visitor) -> None:
     """Keep a recipe that a run of the visitor was given, unless its name is listed."""
     if recipe is None or name in recipe_names(ctx, visitor):
         return
@@ -97,18 +95,20 @@ def read(file: Path, name: str) -> FoundRecipe:
 
 def bounded(found: FoundRecipe) -> FoundRecipe:
     """The recipe without settings beyond MOST, each of which gets a line. Raises UserError where nothing is left."""
-    great = {name: value for name, value in found.settings.items() if is_too_great(name, value)}
-    if len(great) == len(found.settings):
+    kept, great = {}, []
+    for name, value in found.settings.items():
+        if name == "rank_pattern":
+            is_great = any(parse_pattern(name, text)[1] > MOST["rank"] for text in value)
+        else:
+            is_great = name in MOST and value is not None and value > MOST[name]
+        if is_great:
+            great.append(name)
+        else:
+            kept[name] = value
+    if not kept:
         raise UserError(f"none of its settings can be taken: {', '.join(great)} are too great for this page")
-    kept = {name: value for name, value in found.settings.items() if name not in great}
     lines = [f"{name} is too great for this page" for name in great]
     return FoundRecipe(kept, found.without_equivalent, (*found.invalid, *lines))
-
-
-def is_too_great(name: str, value: Any) -> bool:
-    if name == "rank_pattern":
-        return any(parse_pattern(name, text)[1] > MOST["rank"] for text in value)
-    return name in MOST and value is not None and value > MOST[name]
 
 
 def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainForm] = TrainForm) -> TrainForm:
@@ -156,24 +156,24 @@ def like_of_run(run_dir: Path) -> tuple[str, FoundRecipe | None]:
 def length_of(
     config: TrainConfig, photos_dir: Path, subjects: int, recipe: FoundRecipe | None = None
 ) -> dict[str, Any]:
-    """The preset where one shows each photo as often, else the number of steps."""
+    """The preset where one shows each photo as often, else the number of steps.
+
+    What says the length of a standard run is the recipe, or the base's own.
+    """
     from dreambooth_moslora.plan.plan import plan_steps
 
+    if recipe is not None:
+        lengths = {name: value for name, value in recipe.settings.items() if name in LENGTHS}
+        lengths = lengths or {"exposures_per_photo": USUAL_EXPOSURES}
+    else:
+        base = config.pretrained_model_name_or_path
+        chosen = choose_recipe(Choices({"pretrained_model_name_or_path": base}), free_for(base))
+        lengths = {"exposures_per_photo": chosen}
     for name, share in PRESETS.items():
-        wanted = lengths_in(lengths_of(config, recipe), share)
-        if all(getattr(config, length) == value for length, value in wanted.items()):
+        if all(getattr(config, length) == value for length, value in lengths_in(lengths, share).items()):
             return {"preset": name}
     counts = [max(1, len(kept_photos(folder_of(photos_dir, number)))) for number in range(1, subjects + 1)]
     return {"steps": plan_steps(config, counts).total_steps}
-
-
-def lengths_of(config: TrainConfig, recipe: FoundRecipe | None) -> dict[str, Any]:
-    """What says the length of a standard run: the recipe, or the base's own."""
-    if recipe is not None:
-        lengths = {name: value for name, value in recipe.settings.items() if name in LENGTHS}
-        return lengths or {"exposures_per_photo": USUAL_EXPOSURES}
-    base = config.pretrained_model_name_or_path
-    return {"exposures_per_photo": choose_recipe(Choices({"pretrained_model_name_or_path": base}), free_for(base))}
 
 
 def take_photos_of_run(run_dir: Path, visitor: Visitor, subjects: int) -> None:
@@ -206,26 +206,26 @@ class Prepared:
     said: list[str]
 
 
-def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> tuple[Job, str]:
+def start_run(ctx: AppContext, form: TrainForm, visitor: Visitor) -> tuple[Job, str]:
     """Check everything, move the photos into a new run folder, start the process.
 
     Returns the run, and what was chosen for it as HTML. Raises UserError.
     """
-    if jobs.current() or not ctx.queue.is_empty:
+    if ctx.jobs.current() or not ctx.queue.is_empty:
         raise UserError(BUSY)
-    with prepared(ctx, jobs, form, visitor) as run:
-        job = jobs.start(run.run_dir.name, run.settings, visitor.id)
+    with prepared(ctx, form, visitor) as run:
+        job = ctx.jobs.start(run.run_dir.name, run.settings, visitor.id)
     return job, remarks_card(run.said, f"{job.name} has started. {CHOSEN}")
 
 
-def add_to_queue(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> tuple[str, str]:
+def add_to_queue(ctx: AppContext, form: TrainForm, visitor: Visitor) -> tuple[str, str]:
     """Like `start_run`, but the run waits until those before it have ended. Returns its name, and HTML. Raises
     UserError."""
     if ctx.public:
         from dreambooth_moslora.ui.public import check_room
 
         check_room(ctx.queue.queue.waiting(), visitor)
-    with prepared(ctx, jobs, form, visitor, is_queued=True) as run:
+    with prepared(ctx, form, visitor, is_queued=True) as run:
         name = run.run_dir.name
         asked = {"settings": run.settings, "is_new": True, "queued": time.time()}
         place = ctx.queue.queue.add(QueuedRun(name, visitor.id, visitor.address, **asked))
@@ -233,18 +233,13 @@ def add_to_queue(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor)
 
 
 @contextmanager
-def prepared(
-    ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor, *, is_queued: bool = False
-) -> Iterator[Prepared]:
+def prepared(ctx: AppContext, form: TrainForm, visitor: Visitor, *, is_queued: bool = False) -> Iterator[Prepared]:
     """Prepare the run folder. It is deleted when the block fails, which frees its name. Raises UserError."""
     from dreambooth_moslora.plan.checks import check_settings
-    from dreambooth_moslora.settings.table import TrainConfig
 
-    photos = visitor.photos_dir
-    if not visitor.has_photos:
-        raise UserError("add some photos of your subject first")
+    photos = visitor.given_photos
     prompts_of(form.token, form.class_word)
-    run_dir = free_run_dir(jobs, form)
+    run_dir = free_run_dir(ctx.jobs, form)
     recipe = recipe_of(ctx, form.like, visitor)
     choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir, is_queued=is_queued, recipe=recipe)
     begun_with = adapter_of(ctx, form, visitor)
@@ -301,43 +296,32 @@ def start_lines(form: TrainForm) -> list[str]:
 
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
     """The wanted name, or one from the class words; a number is added when it is taken."""
-    wanted = run_name_of(str(form.run_name or "-".join(str(words.class_word) for words in form.subjects)))
+    wanted = str(form.run_name or "-".join(str(words.class_word) for words in form.subjects))
+    wanted = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", "-", wanted))  # what a RUN_NAME may have, dashes for the rest
+    wanted = re.sub(r"^[\W_]+", "", wanted)[:MAX_RUN_NAME].rstrip(".-") or "run"
     return jobs.run_dir(free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))
 
 
-def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> str:
+def estimate_cost(ctx: AppContext, form: TrainForm, visitor: Visitor) -> str:
     """Each choice, then steps, time, memory and disk as HTML. Raises UserError for whatever training would refuse."""
+    from dreambooth_moslora.plan.plan import make_plan
+    from dreambooth_moslora.training.dry_run import advice, cost_lines, step_lines
+
+    jobs = ctx.jobs
     try:
-        lines = _lines(ctx, jobs, form, visitor)
+        photos, recipe = visitor.given_photos, recipe_of(ctx, form.like, visitor)
+        choices = form.choices(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe=recipe)
+        plan = make_plan(TrainConfig.from_dict(choices.all), free_gib=free_gib(), is_later=True)
+        adapter_of(ctx, form, visitor)
+        lines = [*start_lines(form), *(words for words, _ in choices.said), *step_lines(plan)]
+        lines += time_line(jobs, plan.config, plan.steps.total_steps)
+        lines += [*cost_lines(plan), *card_lines(plan.config, plan.cost), *advice(plan)]
     except UserError as error:
         raise UserError(jobs.told(str(error))) from error
     return remarks_card([jobs.told(line) for line in lines])
 
 
-def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> list[str]:
-    from dreambooth_moslora.plan.plan import make_plan
-    from dreambooth_moslora.settings.table import TrainConfig
-    from dreambooth_moslora.training.dry_run import advice, cost_lines, step_lines
-
-    photos = visitor.photos_dir
-    if not visitor.has_photos:
-        raise UserError("add some photos of your subject first")
-    recipe = recipe_of(ctx, form.like, visitor)
-    choices = form.choices(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe=recipe)
-    plan = make_plan(TrainConfig.from_dict(choices.all), free_gib=free_gib(), is_later=True)
-    adapter_of(ctx, form, visitor)
-    return [
-        *start_lines(form),
-        *(words for words, _ in choices.said),
-        *step_lines(plan),
-        *time_line(jobs, plan.config, plan.steps.total_steps),
-        *cost_lines(plan),
-        *card_lines(plan.config, plan.cost),
-        *advice(plan),
-    ]
-
-
-def card_lines(config: "TrainConfig", cost: "Estimate") -> list[str]:
+def card_lines(config: TrainConfig, cost: Estimate) -> list[str]:
     """Device and plan of the run, for the cost estimate; `config` has its memory plan."""
     import torch
 
@@ -353,7 +337,7 @@ def card_lines(config: "TrainConfig", cost: "Estimate") -> list[str]:
     return [line, *(["the GPU may have too little memory even so"] if cost.peak_gib > free else [])]
 
 
-def time_line(jobs: Jobs, config: "TrainConfig", total_steps: int) -> list[str]:
+def time_line(jobs: Jobs, config: TrainConfig, total_steps: int) -> list[str]:
     """The time at the pace of this machine's newest run with the same base and size."""
     alike = (
         *("pretrained_model_name_or_path", "resolution", "train_batch_size", "gradient_accumulation_steps"),

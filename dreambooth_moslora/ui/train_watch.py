@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -55,28 +55,14 @@ MAX_WORDS = 40
 ENDINGS = {"done": "Done.", "interrupted": "Stopped; a checkpoint is written.", "failed": "The run failed."}
 
 
-@dataclass(frozen=True)
-class Watch:
-    """Everything the page shows of a run. `version` changes when anything else does."""
-
-    version: tuple
-    state: JobState
-    status: str
-    loss: pd.DataFrame
-    fidelity: pd.DataFrame
-    samples: list[tuple[str, str]]
-    log: str
-
-
-def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`below_status` makes the widgets below the status."""
+def watch_widgets() -> dict[str, Any]:
     plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
     with gr.Row(elem_classes="tight"):
         run = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, elem_id="run_picker", min_width=110)
         stop = gr.Button("Stop", variant="stop", interactive=False, min_width=76, scale=0, elem_id="stop_training")
         resume = gr.Button("Resume", interactive=False, min_width=88, scale=0, elem_id="resume")
     status = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
-    waiting = below_status()
+    waiting = queue_widgets()
     with gr.Row(elem_classes="tight"):
         use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
         reopen = gr.Button("Change and train again", visible=False, elem_id="reopen")
@@ -102,27 +88,27 @@ def picture_rows(label: str, elem_id: str, **options: Any) -> gr.Gallery:
     return gr.Gallery(label=label, show_label=False, elem_id=elem_id, **shape, **options)
 
 
-def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> None:
-    outputs = [parts[name] for name in WATCHED]
-
-    def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
-        changes = watched(jobs, run, seen, ctx.visitors.of(request)) or {"seen": gr.skip()}
-        return {parts[name]: value for name, value in changes.items()}
+def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
+    inputs, outputs = [parts["run"], parts["seen"]], [parts[name] for name in WATCHED]
 
     def attach(request: gr.Request) -> gr.Dropdown:
-        names = run_names(jobs, ctx.visitors.of(request).id)
+        names = run_names(ctx.jobs, ctx.visitors.of(request).id)
         return gr.Dropdown(choices=names, value=names[0] if names else None)
 
+    def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
+        changes = watched(ctx.jobs, run, seen, ctx.visitors.of(request)) or {"seen": gr.skip()}
+        return {parts[name]: value for name, value in changes.items()}
+
+    page.load(attach, None, parts["run"], **AT_ONCE).then(look, inputs, outputs, **AT_ONCE)
+    parts["timer"].tick(look, inputs, outputs, **AT_ONCE)
+    parts["run"].change(look, inputs, outputs, **AT_ONCE)
+    _connect_control(ctx, parts["stop"], parts, ctx.jobs.stop, "stop_training")
+    _connect_control(ctx, parts["resume"], parts, ctx.jobs.resume, "resume_training")
+
+    @gr.api(api_name="train_status")
     @as_gradio_error
     def status(run: str | None, request: gr.Request) -> dict:
-        return status_of(jobs, jobs.owned(run or "", ctx.visitors.of(request).id))
-
-    page.load(attach, None, parts["run"], **AT_ONCE).then(look, [parts["run"], parts["seen"]], outputs, **AT_ONCE)
-    parts["timer"].tick(look, [parts["run"], parts["seen"]], outputs, **AT_ONCE)
-    parts["run"].change(look, [parts["run"], parts["seen"]], outputs, **AT_ONCE)
-    _connect_control(ctx, parts["stop"], parts, jobs.stop, "stop_training")
-    _connect_control(ctx, parts["resume"], parts, jobs.resume, "resume_training")
-    gr.api(status, api_name="train_status")
+        return status_of(ctx.jobs, ctx.jobs.owned(run or "", ctx.visitors.of(request).id))
 
 
 def status_of(jobs: Jobs, job: Job) -> dict[str, Any]:
@@ -156,57 +142,47 @@ def _connect_control(
 
 
 def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -> dict[str, Any]:
-    """New values for the widgets in WATCHED, by name; empty while the run is as it was `seen`."""
+    """New values for the widgets in WATCHED, by name; empty while the run is as it was `seen`.
+
+    A run whose folder was deleted looks the same as another visitor's.
+    """
     if not run:
         return {}
     try:
         job = jobs.owned(run, visitor.id)
     except UserError:
-        return _gone(run_names(jobs, visitor.id))
-    now = watch(jobs, job, visitor)
-    return {} if now.version == seen else _updates(now, job, visitor)
+        shown = {name: gr.update(visible=False) for name in ("use", "reopen", *DOWNLOADS, *PICTURES)}
+        shown |= {name: gr.Button(interactive=False) for name in ("stop", "resume")}
+        names = gr.Dropdown(choices=run_names(jobs, visitor.id), value=None)
+        return shown | {"run": names, "seen": None, "status": notice(GONE, "bad"), "log": ""}
+    state, metrics = jobs.state(job), jobs.metrics(job)
+    now = (job.name, job.created, state, len(metrics.events))
+    return {} if now == seen else {"seen": now} | _shown(jobs, job, state, visitor)
 
 
-def _gone(names: list[str]) -> dict[str, Any]:
-    """The folder of the run was deleted, or it is another's, which must look the same."""
-    hidden = ("use", "reopen", *DOWNLOADS, *PICTURES)
+def _shown(jobs: Jobs, job: Job, state: JobState, visitor: Visitor) -> dict[str, Any]:
+    run_dir, metrics = RunDir(job.run_dir), jobs.metrics(job)
+    ready = run_dir.adapter_path.is_file() and not state.is_active
+    has_sheet = ready and run_dir.contact_sheet_path.is_file()  # the photos, and pictures before and after the training
+    sheet = str(link_into_user_folder(run_dir.contact_sheet_path, visitor, job.name)) if has_sheet else None
+    samples = samples_of(job, metrics, visitor)
+    status = status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics))
     return {
-        "run": gr.Dropdown(choices=names, value=None),
-        "seen": None,
-        "status": notice(GONE, "bad"),
-        "stop": gr.Button(interactive=False),
-        "resume": gr.Button(interactive=False),
-        "log": "",
-    } | {name: gr.update(visible=False) for name in hidden}
-
-
-def _updates(now: Watch, job: Job, visitor: Visitor) -> dict[str, Any]:
-    run_dir = RunDir(job.run_dir)
-    ready = run_dir.adapter_path.is_file() and not now.state.is_active
-    resumable = not now.state.is_active and now.state.state != "done"
-    return {
-        "seen": now.version,
-        "status": now.status,
-        "stop": gr.Button(interactive=now.state.is_active),
-        "resume": gr.Button(interactive=resumable),
+        "status": status + subjects_line(metrics) + (advice_card(metrics) if state.state == "done" else ""),
+        "stop": gr.Button(interactive=state.is_active),
+        "resume": gr.Button(interactive=not state.is_active and state.state != "done"),
         "use": gr.Button(visible=ready),
-        "reopen": gr.Button(visible=not now.state.is_active),
+        "reopen": gr.Button(visible=not state.is_active),
         "download": _download(run_dir.adapter_path, ready, job, visitor),
         "download_kohya": _download(run_dir.kohya_path, ready and run_dir.kohya_path.is_file(), job, visitor),
         "download_tokens": _download_tokens(run_dir.tokens_paths if ready else [], job, visitor),
         "download_mixers": _download(run_dir.mixers_path, ready and run_dir.mixers_path.is_file(), job, visitor),
-        "loss": _plot(now.loss, "loss"),
-        "fidelity": _plot(now.fidelity, "score"),
-        "samples": gr.Gallery(now.samples, visible=bool(now.samples)),
-        "sheet": _sheet(run_dir.contact_sheet_path, ready, job, visitor),
-        "log": now.log,
+        "loss": _plot(loss_table(metrics), "loss"),
+        "fidelity": _plot(fidelity_table(metrics), "score"),
+        "samples": gr.Gallery(samples, visible=bool(samples)),
+        "sheet": gr.Image(sheet, visible=has_sheet),
+        "log": jobs.told(job.log_tail()),
     }
-
-
-def _sheet(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.Image:
-    """The photos, and pictures before and after the training; of several subjects, one after the other."""
-    is_there = ready and file.is_file()
-    return gr.Image(str(link_into_user_folder(file, visitor, job.name)) if is_there else None, visible=is_there)
 
 
 def _download(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.DownloadButton:
@@ -255,54 +231,56 @@ def queue_widgets() -> dict[str, Any]:
     return widgets | {"queue_up": up, "queue_down": down, "queue_remove": remove}
 
 
-def connect_queue(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> None:
-    outputs = [parts[name] for name in OF_QUEUE]
+def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
+    queue, outputs = ctx.queue.queue, [parts[name] for name in OF_QUEUE]
     inputs = [parts["run"], parts["queue_seen"]]
 
-    def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
-        changes = queue_changes(ctx, jobs, ctx.visitors.of(request), run, seen)
-        return {parts[name]: value for name, value in (changes or {"queue_seen": gr.skip()}).items()}
-
-    def control(change: Any) -> Any:
+    def control(change: Callable[[str, str], Any]) -> Callable:
         @as_gradio_error
         def changed(chosen: str | None, run: str | None, request: gr.Request) -> dict:
             visitor = ctx.visitors.of(request)
             change(chosen or "", visitor.id)
-            shown = queue_changes(ctx, jobs, visitor, run, None, chosen)
+            shown = queue_changes(ctx, visitor, run, None, chosen)
             return {parts[name]: value for name, value in shown.items()}
 
         return changed
 
-    def move(place: str) -> Any:
-        return lambda name, owner: ctx.queue.queue.move(name, place, owner)
-
-    buttons = {"queue_up": move("up"), "queue_down": move("down"), "queue_remove": ctx.queue.queue.remove}
+    buttons = {
+        "queue_up": lambda name, owner: queue.move(name, "up", owner),
+        "queue_down": lambda name, owner: queue.move(name, "down", owner),
+        "queue_remove": queue.remove,
+    }
     for name, change in buttons.items():
         parts[name].click(control(change), [parts["queued"], parts["run"]], outputs, **TELLING)
+
+    def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
+        changes = queue_changes(ctx, ctx.visitors.of(request), run, seen)
+        return {parts[name]: value for name, value in (changes or {"queue_seen": gr.skip()}).items()}
+
     page.load(look, inputs, outputs, **AT_ONCE)
     parts["timer"].tick(look, inputs, outputs, **AT_ONCE)
     _connect_programs(ctx)
 
 
 def _connect_programs(ctx: AppContext) -> None:
+    @gr.api(api_name="queue", queue=False)
     @as_gradio_error
     def queue(request: gr.Request) -> list:
         return queued_runs(ctx, ctx.visitors.of(request))
 
+    @gr.api(api_name="move_in_queue", queue=False)
     @as_gradio_error
     def move_in_queue(run: str, place: str = "first", request: gr.Request = None) -> list:
         visitor = ctx.visitors.of(request)
         ctx.queue.queue.move(str(run), str(place), visitor.id)
         return queued_runs(ctx, visitor)
 
+    @gr.api(api_name="remove_from_queue", queue=False)
     @as_gradio_error
     def remove_from_queue(run: str, request: gr.Request) -> list:
         visitor = ctx.visitors.of(request)
         ctx.queue.queue.remove(str(run), visitor.id)
         return queued_runs(ctx, visitor)
-
-    for endpoint in (queue, move_in_queue, remove_from_queue):
-        gr.api(endpoint, api_name=endpoint.__name__, queue=False)
 
 
 def queued_runs(ctx: AppContext, visitor: Visitor) -> list[dict[str, Any]]:
@@ -312,25 +290,27 @@ def queued_runs(ctx: AppContext, visitor: Visitor) -> list[dict[str, Any]]:
 
 
 def queue_changes(
-    ctx: AppContext, jobs: Jobs, visitor: Visitor, run: str | None, seen: tuple | None, chosen: str | None = None
+    ctx: AppContext, visitor: Visitor, run: str | None, seen: tuple | None, chosen: str | None = None
 ) -> dict[str, Any]:
-    """New values for the widgets in SHOWN, by name; empty while the queue is as it was `seen`.
+    """New values for the widgets in OF_QUEUE, by name; empty while the queue is as it was `seen`.
 
-    `run` is the watched run. A `chosen` run stays chosen after its visitor moved it; after other changes none
-    is chosen, as it may no longer wait.
+    `run` is the watched run: the visitor's own whose turn has come is watched next. A `chosen` run stays chosen after
+    its visitor moved it; after other changes none is chosen, as it may no longer wait.
     """
-    waiting, names = ctx.queue.queue.waiting(), run_names(jobs, visitor.id)
+    waiting, names = ctx.queue.queue.waiting(), run_names(ctx.jobs, visitor.id)
     rows = [(f"{place} · {words_of(one)}", one.name) for place, one in enumerate(waiting, 1) if one.owner == visitor.id]
     rest = rest_of(waiting, visitor)
     now = (rows, rest, names)
     if now == seen:
         return {}
+    current = ctx.jobs.current()
+    is_next = current is not None and current.owner == visitor.id and current.name != run
     return {
         "queue_box": gr.Column(visible=bool(rows or rest)),
         "queued": gr.Radio(choices=rows, value=chosen if chosen in dict(map(reversed, rows)) else None),
         "queue_rest": rest,
         "queue_seen": now,
-        "run": _watched_run(jobs, visitor, run, names),
+        "run": gr.Dropdown(choices=names, value=current.name) if is_next else gr.Dropdown(choices=names),
     }
 
 
@@ -347,29 +327,6 @@ def rest_of(waiting: list[QueuedRun], visitor: Visitor) -> str:
     parts = [f"added by command: {', '.join(named)}"] * bool(named)
     parts += [f"{others} of other visitors"] * bool(others)
     return faint("; ".join(parts)) if parts else ""
-
-
-def _watched_run(jobs: Jobs, visitor: Visitor, run: str | None, names: list[str]) -> gr.Dropdown:
-    """Watch the visitor's run whose turn has come, unless another running one is watched."""
-    current = jobs.current()
-    if current is None or current.owner != visitor.id or current.name == run:
-        return gr.Dropdown(choices=names)
-    return gr.Dropdown(choices=names, value=current.name)
-
-
-def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
-    state, metrics = jobs.state(job), jobs.metrics(job)
-    return Watch(
-        version=(job.name, job.created, state, len(metrics.events)),
-        state=state,
-        status=status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics))
-        + subjects_line(metrics)
-        + (advice_card(metrics) if state.state == "done" else ""),
-        loss=loss_table(metrics),
-        fidelity=fidelity_table(metrics),
-        samples=samples_of(job, metrics, visitor),
-        log=jobs.told(job.log_tail()),
-    )
 
 
 def best_of(job: Job, metrics: Metrics) -> str:
@@ -479,27 +436,23 @@ def fidelity_table(metrics: Metrics) -> pd.DataFrame:
 
 
 def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, str]]:
-    """The sample pictures by step, step 0 first, as links in this visitor's folder.
+    """The sample pictures by step, step 0 first, as links in this visitor's folder; those of several prompts with
+    their noun.
 
     If there are too many, step 0 and the newest are kept: the base's pictures are the reference for the others.
     """
     found: dict[str, str] = {}
     for event in metrics.of("sample"):
-        for name, words in zip(event.get("files") or (), subjects_shown(event)):
-            found[Path(str(name)).name] = f"step {event.get('step')}{words}"
+        prompts, files = event.get("prompts"), event.get("files") or ()
+        several = isinstance(prompts, list) and len(prompts) == len(files) and len(set(map(str, prompts))) > 1
+        nouns = [f" · {noun_of(str(prompt))[:MAX_WORDS]}" for prompt in prompts] if several else [""] * len(files)
+        for name, noun in zip(files, nouns, strict=True):
+            found[Path(str(name)).name] = f"step {event.get('step')}{noun}"
     samples = [(job.run_dir / "samples" / name, caption) for name, caption in found.items()]
     there = [(file, caption) for file, caption in samples if file.is_file()]
     first = [item for item in there if item[1].partition(" · ")[0] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
     newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
     return [(str(link_into_user_folder(file, visitor, job.name)), caption) for file, caption in first + newest]
-
-
-def subjects_shown(event: dict[str, Any]) -> list[str]:
-    """What is added to the caption of each picture of the event: its prompt's noun, where they differ."""
-    prompts, files = event.get("prompts"), event.get("files") or ()
-    if not isinstance(prompts, list) or len(prompts) != len(files) or len(set(map(str, prompts))) < 2:
-        return [""] * len(files)
-    return [f" · {noun_of(str(prompt))[:MAX_WORDS]}" for prompt in prompts]
 
 
 def link_into_user_folder(file: Path, visitor: Visitor, run: str) -> Path:

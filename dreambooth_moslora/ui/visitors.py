@@ -18,7 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 import PIL.Image
@@ -26,9 +26,7 @@ import psutil
 from starlette.requests import cookie_parser
 
 from dreambooth_moslora.core import UserError
-
-if TYPE_CHECKING:
-    from dreambooth_moslora.settings.sources import FoundRecipe
+from dreambooth_moslora.settings.sources import FoundRecipe
 
 PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]
 MAX_PHOTOS = 50
@@ -41,19 +39,11 @@ ONE_AT_A_TIME = threading.Lock()
 """Lock over all visitors: decoding a photo of 120 megapixels takes up to a gigabyte."""
 
 
-@dataclass(frozen=True)
-class Intake:
-    """The folder of clean copies, and one line for each file that was refused or turned."""
-
-    folder: Path
-    remarks: tuple[str, ...]
-
-
-def take_photos(files: list[str], folder: Path) -> Intake:
+def take_photos(files: list[str], folder: Path) -> list[str]:
     """Copy the photos into an empty `folder` as photo_01.png …, and their masks as photo_01.mask.png ….
 
-    The folder is replaced atomically: two tabs of one visitor may send theirs at the same time. Raises
-    UserError when no file is usable.
+    Returns one line for each file that was refused or turned. The folder is replaced atomically: two tabs of one
+    visitor may send theirs at the same time. Raises UserError when no file is usable.
     """
     from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
 
@@ -64,7 +54,9 @@ def take_photos(files: list[str], folder: Path) -> Intake:
         raise UserError("add some photos of your subject first")
     if len(photos) > MAX_PHOTOS:
         raise UserError(f"{len(photos)} photos are too many; {MAX_PHOTOS} at most, and 4 to 10 good ones are enough")
-    check_sum([*photos, *masks.values()])
+    pixels, most = sum(map(pixels_of, [*photos, *masks.values()])), MAX_PIXELS_TOGETHER // 10**6
+    if pixels > MAX_PIXELS_TOGETHER:
+        raise UserError(f"the photos have {pixels / 1e6:.0f} megapixels together; at most {most} are taken at a time")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
         (new := Path(scratch) / folder.name).mkdir()
@@ -75,7 +67,7 @@ def take_photos(files: list[str], folder: Path) -> Intake:
             new.rename(folder)
     if is_empty:
         raise UserError(f"none of the files is a usable photo: {remarks[0]}")
-    return Intake(folder, tuple(remarks))
+    return remarks
 
 
 def kept_photos(folder: Path) -> list[Path]:
@@ -84,7 +76,11 @@ def kept_photos(folder: Path) -> list[Path]:
 
 
 def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[str]:
-    """Write clean copies as photo_01.png … beside their masks (by the photo's stem); returns the remarks."""
+    """Write clean copies as photo_01.png …, beside them their masks in plain grey (by the photo's stem); returns the
+    remarks."""
+    from dreambooth_moslora.photos.masks import grey_mask
+    from dreambooth_moslora.photos.photo import UnreadableImageError, open_image
+
     remarks, taken = [], 0
     for photo in photos:
         try:
@@ -96,25 +92,15 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[s
         taken += 1
         clean.save(folder / f"photo_{taken:02d}.png")
         remarks += [f"photo {taken}: rotated by EXIF, turned upright"] if was_turned else []
-        remarks += copy_mask(masks.get(photo.stem), folder / f"photo_{taken:02d}.mask.png")
+        if mask := masks.get(photo.stem):
+            try:
+                with ONE_AT_A_TIME:
+                    check_size(mask)
+                    grey_mask(open_image(mask, MAX_SIDE_PX)).save(folder / f"photo_{taken:02d}.mask.png")
+            except (UserError, UnreadableImageError) as error:
+                remarks.append(str(error) if isinstance(error, UserError) else f"{mask.name}: {error}")
     stems = {photo.stem for photo in photos}
     return remarks + [f"{mask.name}: a mask of no photo that is here" for s, mask in masks.items() if s not in stems]
-
-
-def copy_mask(mask: Path | None, target: Path) -> list[str]:
-    """Write a photo's mask as plain grey; returns the reasons if that is impossible."""
-    from dreambooth_moslora.photos.masks import grey_mask
-    from dreambooth_moslora.photos.photo import UnreadableImageError, open_image
-
-    if mask is None:
-        return []
-    try:
-        with ONE_AT_A_TIME:
-            check_size(mask)
-            grey_mask(open_image(mask, MAX_SIDE_PX)).save(target)
-    except (UserError, UnreadableImageError) as error:
-        return [str(error) if isinstance(error, UserError) else f"{mask.name}: {error}"]
-    return []
 
 
 def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
@@ -135,14 +121,6 @@ def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
     bare = PIL.Image.new(clean.mode, clean.size)
     bare.paste(clean)
     return bare, is_rotated(opened)
-
-
-def check_sum(files: list[Path]) -> None:
-    """Raises UserError for files with too many pixels in total: all visitors' photos are processed one at a time."""
-    pixels = sum(pixels_of(file) for file in files)
-    if pixels > MAX_PIXELS_TOGETHER:
-        most = MAX_PIXELS_TOGETHER // 10**6
-        raise UserError(f"the photos have {pixels / 1e6:.0f} megapixels together; at most {most} are taken at a time")
 
 
 def check_size(file: Path) -> None:
@@ -199,7 +177,7 @@ class Visitor:
     address: str = ""
     history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
     uploads: dict[str, Path] = field(default_factory=dict)
-    recipes: dict[str, "FoundRecipe"] = field(default_factory=dict)
+    recipes: dict[str, FoundRecipe] = field(default_factory=dict)
     seen_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -214,13 +192,11 @@ class Visitor:
         return self.root / "photos"
 
     @property
-    def can_be_forgotten(self) -> bool:
-        """Whether nothing is stored, or the visitor has been away for an hour."""
-        return not self.root.exists() or time.monotonic() - self.seen_at > KEPT_SEC
-
-    @property
-    def has_photos(self) -> bool:
-        return bool(kept_photos(self.photos_dir))
+    def given_photos(self) -> Path:
+        """`photos_dir`. Raises UserError while no photo is in it."""
+        if not kept_photos(self.photos_dir):
+            raise UserError("add some photos of your subject first")
+        return self.photos_dir
 
     def remember(self, picture: Picture) -> None:
         """Add to the history, newest first; when it is full, the oldest file is deleted."""
@@ -236,53 +212,37 @@ class Visitors:
     """
 
     def __init__(self) -> None:
-        sweep()
-        home().mkdir(parents=True, exist_ok=True)
-        self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=home())).resolve()
-        self._known: OrderedDict[str, Visitor] = OrderedDict()
+        home = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())  # of all servers' folders
+        for folder in home.glob(f"{PREFIX}*"):  # those of servers that were killed go
+            pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+            if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+                shutil.rmtree(folder, ignore_errors=True)
+        home.mkdir(parents=True, exist_ok=True)
+        self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=home)).resolve()
+        self._known: OrderedDict[str, Visitor] = OrderedDict()  # by their last visit, the oldest first
         self._lock = threading.Lock()
 
     def of(self, request: gr.Request) -> Visitor:
-        identity = visitor_id(request)
+        identity, now = visitor_id(request), time.monotonic()
         with self._lock:
-            self._forget_long_gone()
+            while self._known and next(iter(self._known.values())).seen_at < now - LONGEST_KEPT_SEC:
+                shutil.rmtree(self._known.popitem(last=False)[1].root, ignore_errors=True)
             if identity not in self._known:
-                self._forget_old()
+                if (spare := len(self._known) - MAX_VISITORS + 1) > 0:
+                    idle = [
+                        i for i, one in self._known.items() if not one.root.exists() or now - one.seen_at > KEPT_SEC
+                    ]
+                    for old in idle[:spare]:
+                        shutil.rmtree(self._known.pop(old).root, ignore_errors=True)
                 self._known[identity] = Visitor(identity, self.root / secrets.token_hex(16))
             self._known.move_to_end(identity)
             visitor = self._known[identity]
-            visitor.seen_at = time.monotonic()
+            visitor.seen_at = now
             visitor.address = "" if getattr(request, "username", None) else address_of(request)
             return visitor
 
-    def _forget_long_gone(self) -> None:
-        """Visitors are ordered by their last visit, the oldest first."""
-        end = time.monotonic() - LONGEST_KEPT_SEC
-        while self._known and next(iter(self._known.values())).seen_at < end:
-            shutil.rmtree(self._known.popitem(last=False)[1].root, ignore_errors=True)
-
-    def _forget_old(self) -> None:
-        spare = len(self._known) - MAX_VISITORS + 1
-        if spare <= 0:
-            return
-        for identity in [i for i, visitor in self._known.items() if visitor.can_be_forgotten][:spare]:
-            shutil.rmtree(self._known.pop(identity).root, ignore_errors=True)
-
     def close(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
-
-
-def home() -> Path:
-    """The parent of the folders of all servers."""
-    return Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
-
-
-def sweep() -> None:
-    """Remove visitors' files of servers that were killed."""
-    for folder in home().glob(f"{PREFIX}*"):
-        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def visitor_id(request: gr.Request) -> str:
@@ -308,6 +268,15 @@ def secret_in(cookies: Mapping[str, str]) -> str:
     return secret if len(secret) >= SHORTEST_SECRET and len(set(secret)) >= FEWEST_LETTERS else ""
 
 
+def header_of(scope: dict, wanted: bytes) -> bytes:
+    return next((value for name, value in scope.get("headers", ()) if name == wanted), b"")
+
+
+def cookie_of(scope: dict) -> str:
+    """`secret_in` the cookies of a request."""
+    return secret_in(cookie_parser(header_of(scope, b"cookie").decode("latin1")))
+
+
 class VisitorCookie:
     """ASGI middleware: the first answer to a browser sets the cookie."""
 
@@ -315,7 +284,7 @@ class VisitorCookie:
         self.app = app
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"] != "/" or _has_cookie(scope):
+        if scope["type"] != "http" or scope["path"] != "/" or cookie_of(scope):
             await self.app(scope, receive, send)
             return
 
@@ -328,8 +297,3 @@ class VisitorCookie:
             await send(message)
 
         await self.app(scope, receive, send_with_cookie)
-
-
-def _has_cookie(scope: dict) -> bool:
-    header = next((value.decode("latin1") for name, value in scope["headers"] if name == b"cookie"), "")
-    return bool(secret_in(cookie_parser(header)))

@@ -24,8 +24,8 @@ from dreambooth_moslora.training.adapters import LearntTokens, fresh_tokens
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.model_card import public_files
 from dreambooth_moslora.training.optimizer import make_optimizer, parameter_groups
-from dreambooth_moslora.ui.adapters import AdapterCatalog
 from dreambooth_moslora.ui.generate_form import summary_of
+from dreambooth_moslora.ui.state import AdapterCatalog
 from tests.helpers.tiny_training import tiny_config
 
 PROMPT = "a photo of sks dog"

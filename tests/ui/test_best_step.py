@@ -9,9 +9,9 @@ import PIL.Image
 import psutil
 import pytest
 
-from dreambooth_moslora.ui.adapters import AdapterCatalog
 from dreambooth_moslora.ui.jobs import Job, Jobs
-from dreambooth_moslora.ui.train_watch import in_the_forms_words, watch, watched
+from dreambooth_moslora.ui.state import AdapterCatalog
+from dreambooth_moslora.ui.train_watch import in_the_forms_words, watched
 from tests.ui.test_handlers import OWNER, visitor
 
 PUBLISHED = "pytorch_lora_weights.safetensors"
@@ -114,11 +114,11 @@ def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_
         PIL.Image.new("RGB", (8, 8)).save(run / name)
     (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 1e12, **event}) + "\n" for event in events))
     jobs, ann = Jobs(tmp_path / "runs"), visitor(tmp_path)
-    now = watch(jobs, jobs.owned("dog", OWNER), ann)
-    assert "Confusion of the subjects: 0.07" in now.status
-    assert "Likeness: 0.70 of subject 1, 0.50 of subject 2." in now.status
-    assert set(now.fidelity.measure) == {"1", "2", "score", "confusion"}
-    assert [caption for _, caption in now.samples] == ["step 0 · sks duck", "step 0 · zwx rocket"]
+    now = watched(jobs, "dog", None, ann)
+    assert "Confusion of the subjects: 0.07" in now["status"]
+    assert "Likeness: 0.70 of subject 1, 0.50 of subject 2." in now["status"]
+    assert {row[2] for row in now["fidelity"].value["data"]} == {"1", "2", "score", "confusion"}
+    assert [sample["caption"] for sample in now["samples"].value] == ["step 0 · sks duck", "step 0 · zwx rocket"]
 
 
 def test_a_run_without_scores_or_a_kohya_file_offers_neither(run, tmp_path):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import PIL.Image
 import pytest
@@ -13,7 +14,7 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams, read_recipe
 from dreambooth_moslora.ui.generate_form import summary_of
 from dreambooth_moslora.ui.html import facts_table, notice
-from dreambooth_moslora.ui.state import as_message
+from dreambooth_moslora.ui.state import as_gradio_error
 from dreambooth_moslora.ui.train_form import TrainForm
 
 HALF = "a \ud800"
@@ -52,6 +53,12 @@ def test_what_the_page_quotes_can_be_sent(tmp_path):
     file = tmp_path / "a.safetensors"
     facts = json.dumps({"trigger_words": [HALF], "class_word": "dog"})
     save_file({"x": np.zeros(1, np.float32)}, file, metadata={"moslora": facts})
-    for made in (notice(HALF), facts_table([(HALF, HALF)]), as_message(UserError(HALF)).message):
+
+    def fail() -> None:
+        raise UserError(HALF)
+
+    with pytest.raises(gr.Error) as told:
+        as_gradio_error(fail)()
+    for made in (notice(HALF), facts_table([(HALF, HALF)]), told.value.message):
         assert made.encode()
     assert summary_of(file).subject.encode()

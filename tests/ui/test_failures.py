@@ -8,10 +8,9 @@ import pytest
 from safetensors.torch import save_file
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.ui.adapters import AdapterCatalog
 from dreambooth_moslora.ui.generate_form import GenerateForm, compare, make_pictures
 from dreambooth_moslora.ui.jobs import Job, Jobs
-from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.state import AdapterCatalog, AppContext
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import start_run
 from dreambooth_moslora.ui.visitors import Visitor
@@ -73,11 +72,12 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(context, visitor,
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    jobs = Jobs(tmp_path / "runs")
+    page = context()
+    jobs = page.jobs
     target = {"write_captions": (TrainForm, "write_captions"), "start": (jobs, "start"), "spawn": (jobs, "_spawn")}
     monkeypatch.setattr(*target[broken], fail)
     with pytest.raises(OSError, match="disk full"):
-        start_run(context(), jobs, TrainForm("sks", "dog"), visitor)
+        start_run(page, TrainForm("sks", "dog"), visitor)
     assert not list((tmp_path / "runs").glob("*"))
 
 

@@ -16,7 +16,7 @@ from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.generate_form import GenerateForm
 from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
-from dreambooth_moslora.ui.train_photos import review_photos
+from dreambooth_moslora.ui.train_photos import review_kept, take_with_masks
 from dreambooth_moslora.ui.visitors import take_photos
 from tests.ui.test_handlers import visitor
 
@@ -110,7 +110,7 @@ def test_captions_lie_beside_their_photos(tmp_path):
     photos = [tmp_path / f"in{i}.png" for i in range(3)]
     for photo in photos:
         PIL.Image.new("RGB", (40, 40)).save(photo)
-    folder = take_photos([str(p) for p in photos], tmp_path / "photos").folder
+    take_photos([str(p) for p in photos], folder := tmp_path / "photos")
     TrainForm("sks", "dog", captions="first\n\nthird").write_captions(folder)
     assert {p.name: p.read_text() for p in folder.glob("*.txt")} == {"photo_01.txt": "first", "photo_03.txt": "third"}
 
@@ -130,7 +130,7 @@ def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path):
     noise(4, 20).save(tmp_path / "tiny.png")
     names = ("letter.jpg", "turned.png", "good.png", "twin.png", "soft.png", "tiny.png")
     ann, ctx = visitor(tmp_path), SimpleNamespace(resolution_px=64, base_name="some/base")
-    found = review_photos(ctx, [str(tmp_path / name) for name in names], ann)
+    found = review_kept(ctx, ann, take_with_masks([str(tmp_path / name) for name in names], ann))
     assert [p.name for p in sorted(ann.photos_dir.iterdir())] == [f"photo_0{n}.png" for n in range(1, 6)]
     for words in (
         "letter.jpg: broken",
@@ -161,7 +161,7 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, base, seed):
     x, y = np.meshgrid(np.arange(400) % 256, np.arange(200))
     PIL.Image.fromarray(np.stack([x, y, x], 2).astype(np.uint8)).save(tmp_path / "wide.png")
     ann, ctx = visitor(tmp_path), SimpleNamespace(resolution_px=128, base_name=base)
-    found = review_photos(ctx, [str(tmp_path / "wide.png")], ann, seed)
+    found = review_kept(ctx, ann, take_with_masks([str(tmp_path / "wide.png")], ann), seed)
     config = TrainConfig.from_dict(TrainForm("sks", "dog", seed=seed).config(base, 128, ann.photos_dir, tmp_path))
     (photo,) = find_photos(ann.photos_dir, "", 128).photos
     plan = next(plans_of(photo, 0, config))

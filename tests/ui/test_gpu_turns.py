@@ -148,7 +148,7 @@ def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_load
     ctx = context(tmp_path, load)
     jobs = sleeping(tmp_path, ctx)
     jobs.start("dog", {}, OWNER)  # while the base is loading
-    assert not ctx.is_ready and [one() for one in made] == [None]
+    assert not ctx.loaded() and [one() for one in made] == [None]
     with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
         picture(ctx)
     again = context(tmp_path, load)  # a server that is started again

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import UserError, assets_folder
 from dreambooth_moslora.generation.params import GenerationParams, Provenance, Recipe
-from dreambooth_moslora.ui.adapters import AdapterCatalog
 from dreambooth_moslora.ui.app import main, parse_login, resolution_of
-from dreambooth_moslora.ui.generate import _axis_values, ask_widgets
+from dreambooth_moslora.ui.generate import ask_widgets
 from dreambooth_moslora.ui.generate_form import (
     AdapterSummary,
     GenerateForm,
@@ -25,9 +24,9 @@ from dreambooth_moslora.ui.generate_form import (
     size_choices,
     summary_of,
 )
-from dreambooth_moslora.ui.inspect import label_of, words_of
 from dreambooth_moslora.ui.jobs import Job
-from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.page import adapter_facts, build_app, words_of
+from dreambooth_moslora.ui.state import AdapterCatalog, AppContext
 from dreambooth_moslora.ui.visitors import HISTORY_LENGTH, Picture, Visitor, VisitorCookie
 
 OWNER, OTHER = "a" * 64, "b" * 64
@@ -145,9 +144,9 @@ def test_the_snippet_names_files_as_they_lie_in_the_project_or_by_the_bare_name(
     shelf = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs")
     runs = {"dog": "runs/dog", "dog@20": "runs/dog/checkpoint-20"}
     assert shelf.public_paths() == {"cat": "cat.safetensors"} | runs
-    monkeypatch.setattr("dreambooth_moslora.ui.adapters.PROJECT", tmp_path)
+    monkeypatch.setattr("dreambooth_moslora.ui.state.PROJECT", tmp_path)
     assert shelf.public_paths() == {"cat": "adapters/cat.safetensors"} | runs
-    monkeypatch.setattr("dreambooth_moslora.ui.adapters.PROJECT", tmp_path.parent)
+    monkeypatch.setattr("dreambooth_moslora.ui.state.PROJECT", tmp_path.parent)
     assert shelf.public_paths()["dog@20"] == f"{tmp_path.name}/runs/dog/checkpoint-20"
 
 
@@ -216,8 +215,9 @@ def test_the_axis_of_adapters_starts_with_the_checkpoints_of_the_chosen_run(tmp_
     for step in (20, 100):
         write_adapter(tmp_path / "runs" / "dog" / f"checkpoint-{step}" / "moslora_weights.safetensors", "sks")
     write_adapter(tmp_path / "runs" / "dog" / "pytorch_lora_weights.safetensors", "sks")
-    assert _axis_values(ctx, "adapter", "dog", "", page) == "none, dog@20, dog@100, dog"
-    assert _axis_values(ctx, "prompt", "dog", "a dog", page) == "a dog|"
+    axis_values = next(event.fn for event in build_app(ctx, []).fns.values() if event.name == "axis_values")
+    assert axis_values("adapter", "dog", "", page) == "none, dog@20, dog@100, dog"
+    assert axis_values("prompt", "dog", "a dog", page) == "a dog|"
     ctx.visitors.close()
 
 
@@ -246,7 +246,8 @@ def test_a_public_address_needs_a_login_for_training_and_is_guarded(monkeypatch,
 
 
 def test_facts_have_names_that_people_read():
-    assert [label_of(n) for n in ("use_dora", "size_mib", "trigger_words")] == ["DoRA", "Size (MiB)", "Trigger words"]
+    file = assets_folder() / "adapters" / "rocket.safetensors"
+    assert {"DoRA", "Size (MiB)", "Trigger words"} <= dict(adapter_facts(str(file))).keys()
     assert [words_of(v) for v in (True, False, None, 0.25)] == ["yes", "no", "", "0.25"]
 
 

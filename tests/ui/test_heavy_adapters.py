@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.ui.adapters import AdapterCatalog, check_upload
 from dreambooth_moslora.ui.generate_form import AdapterSummary, summary_of
-from dreambooth_moslora.ui.inspect import adapter_facts
+from dreambooth_moslora.ui.page import adapter_facts
+from dreambooth_moslora.ui.state import AdapterCatalog, check_upload
 from tests.ui.test_handlers import visitor, write_adapter
 
 

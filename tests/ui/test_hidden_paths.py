@@ -66,5 +66,5 @@ def test_an_estimate_names_no_folder(ctx, tmp_path):
     ann.photos_dir.mkdir()
     PIL.Image.new("RGB", (64, 64)).save(ann.photos_dir / "photo_01.png")
     with pytest.raises(UserError, match="my_base") as told:
-        estimate_cost(ctx, ctx.jobs, TrainForm("sks", "dog"), ann)
+        estimate_cost(ctx, TrainForm("sks", "dog"), ann)
     assert str(tmp_path) not in str(told.value)

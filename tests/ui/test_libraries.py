@@ -18,7 +18,7 @@ INSPECTED_WHILE_LOADING = '''
 """Inspect an adapter as soon as the loading of the base imports its first library; count who imported."""
 import argparse, json, sys, threading
 from dreambooth_moslora.ui import app
-from dreambooth_moslora.ui.inspect import adapter_facts
+from dreambooth_moslora.ui.page import adapter_facts
 
 imports, begun = [], threading.Event()
 
@@ -78,7 +78,7 @@ def test_a_base_that_could_not_be_loaded_is_tried_again_by_the_next_who_asks(con
 
     ctx = context(load)
     wait([ctx._pipeline])
-    assert not ctx.is_ready
+    assert not ctx.loaded()
     with pytest.raises(UserError):
         ctx.pipeline()
-    assert ctx.pipeline() is ctx.pipeline() is found and ctx.is_ready and len(tries) == 3
+    assert ctx.pipeline() is ctx.pipeline() is found and ctx.loaded() and len(tries) == 3

@@ -13,7 +13,7 @@ from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui.adapters import AdapterCatalog
+from dreambooth_moslora.ui.state import AdapterCatalog
 from dreambooth_moslora.ui.train_form import TrainForm, crop_config, like_line, rows, values_like
 from dreambooth_moslora.ui.train_photos import review_kept
 from dreambooth_moslora.ui.train_start import (
@@ -52,11 +52,10 @@ def ours(**recipe) -> dict[str, str]:
 @pytest.fixture
 def shelf(page, tmp_path):  # noqa: F811
     """The page with a shelf of "ours", "pivotal", "kohya" and "plain", which has no recipe."""
-    ctx, jobs = page
     (folder := tmp_path / "adapters").mkdir()
     for name, header in (("ours", ours(**OURS)), ("pivotal", ours(**PIVOTAL)), ("kohya", KOHYA), ("plain", {})):
         save(folder / f"{name}.safetensors", header)
-    return SimpleNamespace(**vars(ctx), catalog=AdapterCatalog(folder, jobs.runs_dir)), jobs
+    return SimpleNamespace(**vars(page), catalog=AdapterCatalog(folder, page.runs_dir))
 
 
 def filled(ctx, name: str, person) -> TrainForm:
@@ -66,7 +65,7 @@ def filled(ctx, name: str, person) -> TrainForm:
 
 @pytest.mark.parametrize("name", ["ours", "pivotal", "kohya"])
 def test_the_filled_form_makes_the_config_of_the_flag(shelf, ann, name, monkeypatch, tmp_path):  # noqa: F811
-    ctx, _ = shelf
+    ctx = shelf
     form = filled(ctx, name, ann)
     config = form.config("toy", 128, ann.photos_dir, tmp_path / "run", recipe_of(ctx, name, ann))
     monkeypatch.chdir(tmp_path)
@@ -79,7 +78,7 @@ def test_the_filled_form_makes_the_config_of_the_flag(shelf, ann, name, monkeypa
 
 
 def test_a_field_of_the_form_wins_over_the_file(shelf, ann, tmp_path):  # noqa: F811
-    ctx, _ = shelf
+    ctx = shelf
     recipe = recipe_of(ctx, "ours", ann)
     own = {"rank": 5, "mixer": "none", "prior_preservation": False, "make_masks": True, "preset": "thorough"}
     config = replace(filled(ctx, "ours", ann), **own).config("toy", 128, ann.photos_dir, tmp_path / "run", recipe)
@@ -96,7 +95,7 @@ def test_fields_that_a_file_does_not_speak_of_are_as_at_first():
 
 
 def test_the_line_says_what_was_taken_and_what_not(shelf, ann):  # noqa: F811
-    ctx, _ = shelf
+    ctx = shelf
     line = like_line("kohya", recipe_of(ctx, "kohya", ann))
     assert line == (
         "Like kohya: 6 settings, those of this form filled in; left to this page: resolution; "
@@ -108,14 +107,14 @@ def test_the_line_says_what_was_taken_and_what_not(shelf, ann):  # noqa: F811
 
 def test_a_run_keeps_the_recipe_and_comes_back_into_the_form_with_it(shelf, ann):  # noqa: F811
     for name in ("ours", "pivotal", "kohya"):
-        form = replace(filled(shelf[0], name, ann), preset="quick")
-        with prepared(*shelf, form, ann) as run:
+        form = replace(filled(shelf, name, ann), preset="quick")
+        with prepared(shelf, form, ann) as run:
             assert f"settings like {name}, where the form says nothing else" in run.said
             back = form_of_run(run.settings, run.run_dir / "photos")
             kept, recipe = like_of_run(run.run_dir)
-            assert (kept, recipe.settings) == (name, recipe_of(shelf[0], name, ann).settings)
+            assert (kept, recipe.settings) == (name, recipe_of(shelf, name, ann).settings)
         assert (back.like, back.preset) == (name, "standard" if name == "pivotal" else "quick")
-        with prepared(*shelf, back, ann) as again:
+        with prepared(shelf, back, ann) as again:
             own = ("output_dir", "instance_data_dir", "token")
             assert {n: v for n, v in again.settings.items() if n not in own} == {
                 n: v for n, v in run.settings.items() if n not in own
@@ -123,14 +122,14 @@ def test_a_run_keeps_the_recipe_and_comes_back_into_the_form_with_it(shelf, ann)
 
 
 def test_the_crops_are_shown_as_the_recipe_makes_them(shelf, ann):  # noqa: F811
-    ctx, _ = shelf
+    ctx = shelf
     config = crop_config("toy", 128, ann.photos_dir, [], 0, recipe_of(ctx, "ours", ann))
     assert (config.crops_per_photo, config.crop_zoom, config.resolution) == (3, 1.5, 128)
     assert "each shown by the first of its 3 crops" in review_kept(ctx, ann, like="ours").remarks
 
 
 def test_a_file_of_ones_own_is_offered_to_oneself_alone(shelf, ann, tmp_path):  # noqa: F811
-    ctx, _ = shelf
+    ctx = shelf
     file = save(tmp_path / "ours.safetensors", ours(rank=7))
     assert add_recipe(ctx, file, ann) == "ours.safetensors" and add_recipe(ctx, file, ann) == "ours.safetensors 2"
     file.unlink()
@@ -163,19 +162,19 @@ def test_a_bad_file_is_one_line(shelf, ann, tmp_path, name, content, words):  # 
     file = tmp_path / name
     file.write_bytes(content) if isinstance(content, bytes) else save(file, content)
     with pytest.raises(UserError, match=words) as raised:
-        add_recipe(shelf[0], file, ann)
+        add_recipe(shelf, file, ann)
     assert "\n" not in str(raised.value) and str(tmp_path) not in str(raised.value) and not ann.recipes
 
 
 def test_a_recipe_that_cannot_be_used_is_named_before_anything_is_made(shelf, ann, tmp_path):  # noqa: F811
-    ctx, jobs = shelf
+    ctx, jobs = shelf, shelf.jobs
     save(tmp_path / "adapters" / "blocks.safetensors", ours(target_modules=["to_quarrel"], rank=3))
     cases = {"plain": "holds no recipe", "gone": "there is no adapter gone", "blocks": "has no such layer"}
     for name, words in cases.items():
         form = TrainForm("sks", "duck", like=name)
         with pytest.raises(UserError, match=words):
-            estimate_cost(ctx, jobs, form, ann)
-        with pytest.raises(UserError, match=words), prepared(ctx, jobs, form, ann):
+            estimate_cost(ctx, form, ann)
+        with pytest.raises(UserError, match=words), prepared(ctx, form, ann):
             pass
     assert not jobs.runs_dir.exists() or not list(jobs.runs_dir.iterdir())
 

@@ -71,7 +71,9 @@ def painted(ann, *boxes: tuple[int, int, int, int]) -> PIL.Image.Image:
 
 
 def keep(ann, name: str, layer: PIL.Image.Image) -> str:
-    return keep_mask(ann, name, layer, config_of(ann))
+    """The remark on the mask that is kept."""
+    keep_mask(ann, name, layer, config_of(ann))
+    return next(mask.remark for mask in shown_masks(config_of(ann), ann) if mask.photo == name)
 
 
 def mask_of(ann, number: int = 0) -> np.ndarray:

@@ -10,7 +10,6 @@ from dreambooth_moslora.plan.memory import RECIPES, BaseSize, choose_memory, est
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.train_form import TrainForm, crop_config
 from dreambooth_moslora.ui.train_start import estimate_cost
@@ -111,7 +110,7 @@ def test_the_cost_says_each_choice_and_names_the_card(card, tmp_path, photos, fr
         path.rename(path.with_name(f"photo_{number:02d}.png"))
     folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
     ctx = AppContext(lambda: None, base="sdxl", base_name="owner/sdxl", resolution_px=1024, training=True, **folders)
-    cost = estimate_cost(ctx, Jobs(ctx.runs_dir), TrainForm("sks", "dog"), Visitor("a" * 64, tmp_path / "visitor"))
+    cost = estimate_cost(ctx, TrainForm("sks", "dog"), Visitor("a" * 64, tmp_path / "visitor"))
     ctx.visitors.close()
     card_line = f"GPU: Some Card &lt;3, {free_gib} GiB free for this run, so it trains in bf16, {words} gradient"
     assert card_line in cost and ("too little memory" in cost) == is_tight

@@ -40,7 +40,7 @@ def ann(tmp_path):
 @pytest.fixture
 def page(tmp_path):
     jobs = Jobs(tmp_path / "runs")
-    return SimpleNamespace(base_name="toy", resolution_px=128, runs_dir=jobs.runs_dir), jobs
+    return SimpleNamespace(base_name="toy", resolution_px=128, runs_dir=jobs.runs_dir, jobs=jobs)
 
 
 def in_toml(folder: Path, run_dir: Path, file: Path) -> TrainConfig:
@@ -83,7 +83,7 @@ def test_what_is_started_has_the_photos_and_captions_of_each_and_the_steps_for_b
     values = {"token": "sks", "class_word": "duck", "subjects": 2, "class_word_2": "rocket", "token_2": "zwx"}
     form = form_of(values | {"captions_2": ROCKET.captions})
     assert form == FORM
-    with prepared(*page, form, ann) as run:
+    with prepared(page, form, ann) as run:
         assert run.run_dir.name == "duck-rocket"
         tables = run.settings["subjects"]
         assert [Path(table["instance_data_dir"]).name for table in tables] == ["photos", "photos_2"]
@@ -95,7 +95,7 @@ def test_what_is_started_has_the_photos_and_captions_of_each_and_the_steps_for_b
     )
     assert "the classes: “a photo of a duck”, “a photo of a rocket” stay" in said
     assert "steps: 960, which show each photo 384 times, and those of a subject with fewer oftener" in said
-    cost = estimate_cost(*page, form, ann)
+    cost = estimate_cost(page, form, ann)
     assert "2 subjects, 5 + 2 photos" in cost and "“a photo of a zwx rocket”: token “zwx”, class “rocket”" in cost
 
 
@@ -117,7 +117,7 @@ def test_masks_are_shown_and_kept_of_each_subject(ann, tmp_path):
 def test_the_crops_shown_of_each_subject_are_those_of_the_run(ann, page, tmp_path, number):
     config = TrainConfig.from_dict(FORM.config("toy", 128, ann.photos_dir, tmp_path / "run"))
     photo = next(photo for photo in photo_report(config).photos if photo.subject == number - 1)
-    (crop, _), *_ = review_kept(page[0], ann, number=number).crops
+    (crop, _), *_ = review_kept(page, ann, number=number).crops
     assert np.array_equal(np.asarray(crop), np.asarray(apply_crop(open_rgb(photo), next(plans_of(photo, 0, config)))))
 
 

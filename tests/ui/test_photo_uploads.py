@@ -57,8 +57,8 @@ def test_a_large_rotated_picture_with_a_palette_stands_upright_and_keeps_its_col
     picture = PIL.Image.new("RGB", (MAX_SIDE_PX + 400, 90), "red")
     picture.paste("blue", (0, 0, 400, 90))
     picture.quantize(4).save(tmp_path / "a.png", exif=exif)
-    intake = take_photos([str(tmp_path / "a.png")], tmp_path / "photos")
-    assert intake.remarks == ("photo 1: rotated by EXIF, turned upright",)
+    remarks = take_photos([str(tmp_path / "a.png")], tmp_path / "photos")
+    assert remarks == ["photo 1: rotated by EXIF, turned upright"]
     with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
         assert taken.size[1] == MAX_SIDE_PX > taken.size[0]
         assert (taken.getpixel((9, 9)), taken.getpixel((9, 4000))) == ((0, 0, 255), (255, 0, 0))
@@ -70,11 +70,11 @@ def test_masks_go_with_their_photos_and_are_no_photos(tmp_path):
     for name in ("b.Mask.PNG", "c.mask.png"):
         PIL.Image.linear_gradient("L").resize((96, 64)).save(tmp_path / name)
     (tmp_path / "a.mask.png").write_bytes(b"no picture")
-    intake = take_photos([str(path) for path in sorted(tmp_path.iterdir())], tmp_path / "photos")
-    assert [path.name for path in kept_photos(intake.folder)] == ["photo_01.png", "photo_02.png"]
-    assert "c.mask.png: a mask of no photo that is here" in intake.remarks
-    assert any(remark.startswith("a.mask.png: ") for remark in intake.remarks) and len(intake.remarks) == 2
-    first, second = find_photos(intake.folder, "x", 64).photos
+    remarks = take_photos([str(path) for path in sorted(tmp_path.iterdir())], tmp_path / "photos")
+    assert [path.name for path in kept_photos(tmp_path / "photos")] == ["photo_01.png", "photo_02.png"]
+    assert "c.mask.png: a mask of no photo that is here" in remarks
+    assert any(remark.startswith("a.mask.png: ") for remark in remarks) and len(remarks) == 2
+    first, second = find_photos(tmp_path / "photos", "x", 64).photos
     assert open_mask(first) is None
     assert np.abs(np.array(open_mask(second)).mean() - 127) < 3
     with pytest.raises(UserError, match="add some photos"):
@@ -88,10 +88,10 @@ def test_a_black_shape_on_nothing_is_a_mask_of_any_image_format(tmp_path):
     shape.save(tmp_path / "a.mask.webp", lossless=True)
     (tmp_path / "a.txt").write_text("a caption is not taken for the mask")
     files = [str(tmp_path / name) for name in ("a.jpg", "a.mask.webp", "a.txt")]
-    intake = take_photos(files, tmp_path / "photos")
-    (photo,) = find_photos(intake.folder, "x", 64).photos
+    remarks = take_photos(files, tmp_path / "photos")
+    (photo,) = find_photos(tmp_path / "photos", "x", 64).photos
     mask = open_mask(photo)
-    assert len(intake.remarks) == 1 and intake.remarks[0].startswith("a.txt: ")
+    assert len(remarks) == 1 and remarks[0].startswith("a.txt: ")
     assert (mask.getpixel((9, 9)), mask.getpixel((90, 9))) == (255, 0)
 
 

@@ -2,15 +2,13 @@
 
 import threading
 import time
-from collections import OrderedDict
-from itertools import count
 from types import SimpleNamespace
 
 import httpx
 import pytest
 from gradio_client import Client
 
-from dreambooth_moslora.ui.public import PER_VISITOR, STRANGERS, TURNS_TOGETHER, _last_turn, _note_turn, in_rotation
+from dreambooth_moslora.ui.public import PER_VISITOR, STRANGERS, TURNS_TOGETHER, Turns
 from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
 from tests.helpers.ui_server import cookie_of, secret_of
 from tests.ui.test_private_events import foreign_run
@@ -83,31 +81,31 @@ def test_the_queue_cannot_be_passed_by(served):
 
 
 def test_visitors_take_turns_however_many_jobs_each_has_waiting():
-    served: dict[str, int] = {}
-    waiting, drawn = [("eve", n) for n in range(4)] + [("ann", 0), ("bob", 0), ("ann", 1)], []
+    turns = Turns()
+    eve, ann, bob = (visitor(name, f"203.0.113.{n}") for n, name in enumerate(("eve", "ann", "bob")))
+    waiting, drawn = [(eve, n) for n in range(4)] + [(ann, 0), (bob, 0), (ann, 1)], []
     while waiting:
-        waiting = in_rotation(waiting, *zip(*((owner, served.get(owner, 0)) for owner, _ in waiting)))
+        waiting = turns.in_order(waiting, [asker for asker, _ in waiting])
         drawn.append(waiting.pop(0))
-        served[drawn[-1][0]] = len(drawn)
+        turns.note(drawn[-1][0])
         if len(drawn) == 3:
-            waiting.append(("bob", 1))
-    assert [owner for owner, _ in drawn] == ["eve", "ann", "bob", "eve", "ann", "bob", "eve", "eve"]
-    assert [number for owner, number in drawn if owner == "eve"] == [0, 1, 2, 3]
+            waiting.append((bob, 1))
+    assert [owner for owner, _ in drawn] == [eve, ann, bob, eve, ann, bob, eve, eve]
+    assert [number for owner, number in drawn if owner is eve] == [0, 1, 2, 3]
 
 
 def test_many_cookies_that_have_had_a_turn_each_are_together_no_more_than_a_few_visitors():
     """Eve keeps forty cookies, and asks again with each as soon as it was served; ann has one, at another address."""
-    served, places, numbers, drawn = OrderedDict(), OrderedDict(), count(1), []
+    turns, drawn = Turns(), []
     eves, ann = [visitor(f"eve {n}", "203.0.113.1") for n in range(40)], visitor("ann", "203.0.113.2")
     login = visitor("carl", "203.0.113.1", username="carl")
     for asker in (*eves, ann, login):
-        _note_turn(asker, next(numbers), served, places)
+        turns.note(asker)
     waiting = [*eves, ann, login]
     for _ in range(120):
-        last = [_last_turn(asker, served, places) for asker in waiting]
-        waiting = in_rotation(waiting, [visitor_id(asker) for asker in waiting], last)
+        waiting = turns.in_order(waiting, waiting)
         drawn.append(waiting.pop(0))
-        _note_turn(drawn[-1], next(numbers), served, places)
+        turns.note(drawn[-1])
         waiting.append(drawn[-1])
     assert min(drawn.count(ann), drawn.count(login)) >= 120 // (TURNS_TOGETHER + 2) - 2
     assert len({visitor_id(asker) for asker in drawn}) == 42

@@ -28,7 +28,7 @@ CHANGED |= {"prior": "class_images", "prior_weight": 4.0, "make_masks": False, "
     ],
 )
 def test_what_a_run_was_started_with_comes_back_and_makes_the_same_run(ann, page, form):  # noqa: F811
-    with prepared(*page, form, ann) as run:
+    with prepared(page, form, ann) as run:
         back = form_of_run(run.settings, run.run_dir / "photos")
         take_photos_of_run(run.run_dir, ann, len(back.subjects))
     assert (back.subjects, back.preset, back.steps) == (
@@ -36,7 +36,7 @@ def test_what_a_run_was_started_with_comes_back_and_makes_the_same_run(ann, page
         form.preset,
         form.steps,
     )
-    with prepared(*page, back, ann) as again:
+    with prepared(page, back, ann) as again:
         own = ("output_dir", "instance_data_dir", "subjects", "token")
         assert {n: v for n, v in again.settings.items() if n not in own} == {
             n: v for n, v in run.settings.items() if n not in own
@@ -49,7 +49,7 @@ def test_what_a_run_was_started_with_comes_back_and_makes_the_same_run(ann, page
 
 def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added(ann, page):  # noqa: F811
     (ann.photos_dir / "photo_01.mask.png").write_bytes((ann.photos_dir / "photo_02.png").read_bytes())
-    with prepared(*page, FORM, ann) as run:
+    with prepared(page, FORM, ann) as run:
         shutil.rmtree(folder_of(ann.photos_dir, 2))
         (ann.photos_dir / "photo_05.png").unlink()
         take_photos_of_run(run.run_dir, ann, 2)
@@ -61,7 +61,7 @@ def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added(an
 
 
 def test_where_photos_of_a_subject_are_gone_from_the_run_the_visitor_keeps_all_of_theirs(ann, page):  # noqa: F811
-    with prepared(*page, FORM, ann) as run:
+    with prepared(page, FORM, ann) as run:
         shutil.rmtree(folder_of(run.run_dir / "photos", 2))
         (ann.photos_dir / "photo_05.png").unlink()
         with pytest.raises(UserError, match="the photos of this run are not there any more"):
@@ -76,7 +76,7 @@ def test_the_fields_of_subjects_that_the_run_has_not_are_empty_again():
 
 
 def test_a_run_that_used_a_removed_setting_comes_back_without_it(ann, page):  # noqa: F811
-    with prepared(*page, TrainForm("sks", "duck"), ann) as run:
+    with prepared(page, TrainForm("sks", "duck"), ann) as run:
         photos, old = run.run_dir / "photos", {"new_backgrounds": 2, "background_scenes": ["in a barn"]}
         assert form_of_run({**run.settings, **old}, photos) == form_of_run(run.settings, photos)
 

@@ -16,9 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.ui.adapters import AdapterCatalog
 from dreambooth_moslora.ui.html import facts_table, notice, progress_card
 from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.state import AdapterCatalog
 from dreambooth_moslora.ui.visitors import take_photos
 from tests.helpers.odd_photos import png_of
 from tests.helpers.ui_server import serve

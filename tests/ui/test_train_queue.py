@@ -33,25 +33,25 @@ def test_the_page_adds_shows_and_moves_runs_of_its_visitor_alone(jobs, page, mon
     ctx, ann = page
     bob = replace(ann, id=OTHER)
     form = TrainForm("sks", "dog")
-    assert add_to_queue(ctx, jobs, form, ann)[0] == "dog"
-    name, card = add_to_queue(ctx, jobs, replace(form, steps=7), ann)
+    assert add_to_queue(ctx, form, ann)[0] == "dog"
+    name, card = add_to_queue(ctx, replace(form, steps=7), ann)
     assert name == "dog-2" and "dog-2 waits, number 2 in the queue" in card
     assert len(list((jobs.runs_dir / "dog-2" / "photos").iterdir())) == 2
-    add_to_queue(ctx, jobs, replace(form, run_name="secret"), bob)
+    add_to_queue(ctx, replace(form, run_name="secret"), bob)
     added(ctx.queue.queue, "bear", owner="")
-    shown = queue_changes(ctx, jobs, ann, None, None)
+    shown = queue_changes(ctx, ann, None, None)
     assert shown["queued"].choices == [("1 · dog · each photo 384 times", "dog"), ("4 · dog-2 · 7 steps", "dog-2")]
     assert "3 · bear" in shown["queue_rest"] and "1 of other visitors" in shown["queue_rest"]
     assert "secret" not in str(shown) and shown["queue_box"].visible
-    assert queue_changes(ctx, jobs, ann, None, shown["queue_seen"]) == {}
+    assert queue_changes(ctx, ann, None, shown["queue_seen"]) == {}
     with pytest.raises(UserError, match="Add to queue"):
-        start_run(ctx, jobs, form, ann)
+        start_run(ctx, form, ann)
     monkeypatch.setattr(public, "RUNS_PER_VISITOR", 2)
     with pytest.raises(UserError, match="2 runs of yours are waiting"):
-        add_to_queue(ctx, jobs, form, ann)
+        add_to_queue(ctx, form, ann)
     for run in names(ctx.queue.queue):
         ctx.queue.queue.remove(run)
-    assert not queue_changes(ctx, jobs, ann, None, None, "dog")["queue_box"].visible
+    assert not queue_changes(ctx, ann, None, None, "dog")["queue_box"].visible
     assert [path.name for path in jobs.runs_dir.iterdir()] == [".queue"]
 
 
@@ -64,12 +64,12 @@ def test_cookies_together_leave_room_for_others(jobs, page, monkeypatch, limit, 
     monkeypatch.setattr(public, limit, 2)
     added(ctx.queue.queue, "bear", owner="", address="")
     for number in range(2):
-        add_to_queue(ctx, jobs, TrainForm("sks", "dog"), replace(ann, id=f"cookie {number}", address="203.0.113.1"))
+        add_to_queue(ctx, TrainForm("sks", "dog"), replace(ann, id=f"cookie {number}", address="203.0.113.1"))
     with pytest.raises(UserError, match=says):
-        add_to_queue(ctx, jobs, TrainForm("sks", "dog"), replace(ann, id="cookie 2", address="203.0.113.1"))
+        add_to_queue(ctx, TrainForm("sks", "dog"), replace(ann, id="cookie 2", address="203.0.113.1"))
     elsewhere = [replace(ann, address="203.0.113.2"), replace(ann, id="a login")]
     if limit == "RUNS_PER_ADDRESS":
-        assert [add_to_queue(ctx, jobs, TrainForm("sks", "dog"), one)[0] for one in elsewhere] == ["dog-3", "dog-4"]
+        assert [add_to_queue(ctx, TrainForm("sks", "dog"), one)[0] for one in elsewhere] == ["dog-3", "dog-4"]
 
 
 def test_a_visitor_without_a_login_has_an_address():
@@ -84,6 +84,6 @@ def test_the_page_turns_to_the_run_whose_turn_has_come(jobs, page):  # noqa: F81
     added(ctx.queue.queue, "dog", steps=500)
     ctx.queue.take()
     wait_for(lambda: jobs.current())
-    assert queue_changes(ctx, jobs, ann, "old", None)["run"].value == "dog"
-    other = queue_changes(ctx, jobs, replace(ann, id=OTHER), None, None)["run"]
+    assert queue_changes(ctx, ann, "old", None)["run"].value == "dog"
+    other = queue_changes(ctx, replace(ann, id=OTHER), None, None)["run"]
     assert other.value != "dog" and other.choices == []
