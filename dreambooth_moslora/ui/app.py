@@ -6,14 +6,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from dreambooth_moslora.core import UserError, assets_folder, one_line, public_name
+from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder, one_line, public_name
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
-
-if TYPE_CHECKING:
-    from dreambooth_moslora.ui.guard import Origin
 
 DEFAULT_RESOLUTION_PX = 1024
 MAX_PORT = 65535
@@ -57,11 +53,11 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
-    from dreambooth_moslora.ui.guard import LOOPBACK
+    from dreambooth_moslora.ui.guard import LOOPBACK, origins_of
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
         raise UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
-    allowed = set().union(*map(parse_host, args.allowed_host))
+    allowed = set().union(*map(origins_of, args.allowed_host))
     logins = [parse_login(text) for text in args.auth or ()]
     is_public = args.share or args.server_name not in LOOPBACK
     if is_public and not logins:
@@ -93,19 +89,6 @@ def parse_login(text: str) -> tuple[str, str]:
     if not (name and colon and password):
         raise UserError("--auth needs NAME:PASSWORD")
     return name, password
-
-
-def parse_host(text: str) -> set["Origin"]:
-    """The origins of a page of that name or address (`origins_of`). Raises UserError."""
-    from dreambooth_moslora.ui.guard import origins_of
-
-    origins = origins_of(text)
-    if not origins:
-        raise UserError(
-            f"--allowed_host {text!r:.60} is not a host name; write it like pictures.example.org, or with scheme and "
-            "port like https://pictures.example.org:8443"
-        )
-    return origins
 
 
 def context_of(args: argparse.Namespace, *, training: bool, public: bool = False):
@@ -165,9 +148,6 @@ def resolution_of(folder: Path | None) -> int:
 
 def templates_for(base: str) -> list[str]:
     """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
-    from dreambooth_moslora import core as toy
-    from dreambooth_moslora.settings import prompts
+    from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES
 
-    if base == "toy":
-        return list(toy.TOY_TEMPLATES)
-    return [*prompts.DREAMBOOTH_OBJECT_TEMPLATES, *prompts.DREAMBOOTH_LIVE_TEMPLATES]
+    return list(TOY_TEMPLATES) if base == "toy" else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]

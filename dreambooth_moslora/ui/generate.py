@@ -10,25 +10,10 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
-from dreambooth_moslora.ui.generate_form import (
-    MAX_IMAGES,
-    NONE,
-    RANGES,
-    AdapterSummary,
-    GenerateForm,
-    clamp_to_widgets,
-    code_snippet,
-    compare,
-    draw_grid,
-    make_pictures,
-    match_adapters,
-    prompt_for,
-    recipe_of,
-    renewed_prompt,
-    size_choices,
-    summary_of,
-)
+from dreambooth_moslora.ui import generate_form
+from dreambooth_moslora.ui.generate_form import RANGES, GenerateForm, make_pictures, recipe_of, summary_of
 from dreambooth_moslora.ui.html import SHOWN, explain_bad_values, faint, progress_card
 from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error, sentence
 from dreambooth_moslora.ui.visitors import Picture, Visitor
@@ -43,10 +28,10 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     """The most used widgets: prompt, adapter, scale, number of pictures, buttons."""
     names = [NONE, *ctx.catalog.files()]
     first = names[1] if len(names) > 1 else NONE
-    summary = summary_of(ctx.catalog.files()[first]) if first != NONE else AdapterSummary()
+    summary = summary_of(ctx.catalog.files()[first]) if first != NONE else generate_form.AdapterSummary()
     prompt = gr.Textbox(
         label="Prompt",
-        value=prompt_for(summary),
+        value=generate_form.prompt_for(summary),
         placeholder="a photo of … in the snow",
         lines=1,
         max_lines=5,
@@ -62,7 +47,7 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     words = summary.sentence()
     about = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
     scale = gr.Slider(*RANGES["scale"], summary.scale, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
-    num_images = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
+    num_images = gr.Slider(1, generate_form.MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
     with gr.Row(elem_classes="tight"):
         run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
         stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1, min_width=80)
@@ -71,7 +56,7 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def settings_widgets(ctx: AppContext) -> dict[str, Any]:
-    sizes = size_choices(ctx.resolution_px)
+    sizes = generate_form.size_choices(ctx.resolution_px)
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
         negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, elem_id="negative")
         with gr.Row():
@@ -139,7 +124,11 @@ def _grid_widgets() -> dict[str, Any]:
         down_values = gr.Textbox(AXIS_VALUES["scale"], label="Row values", min_width=120, elem_id="grid_row_values")
     with gr.Row():
         across = gr.Dropdown(
-            [("Nothing", NONE), *AXIS_LABELS], value="seed", label="Columns", min_width=120, elem_id="grid_columns"
+            [("Nothing", NONE), *AXIS_LABELS],
+            value="seed",
+            label="Columns",
+            min_width=120,
+            elem_id="grid_columns",
         )
         across_values = gr.Textbox(AXIS_VALUES["seed"], label="Column values", min_width=120)
     gr.Markdown("Commas separate values; `|` separates prompts.", elem_classes="faint")
@@ -216,7 +205,9 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
         visitor = ctx.visitors.of(request)
         if not (own := _own(pictures, visitor)):
             return ""
-        return code_snippet(GenerationParams.from_png(own[0].path), ctx.base, ctx.catalog.public_paths(visitor))
+        return generate_form.code_snippet(
+            GenerationParams.from_png(own[0].path), ctx.base, ctx.catalog.public_paths(visitor)
+        )
 
     @buttons["stop"].click(inputs=None, outputs=None, queue=False, api_name="stop")
     def stop(request: gr.Request) -> None:
@@ -237,7 +228,7 @@ def _connect_compare_and_grid(ctx: AppContext, tab: GenerateTab, results: dict) 
     @results["compare"].click(api_name="compare", **compared, **options)
     @as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in compare(ctx, GenerateForm.of(values), request):
+        for frame in generate_form.compare(ctx, GenerateForm.of(values), request):
             pair = frame.pictures and len(frame.pictures) == 2
             yield tuple(str(p.path) for p in frame.pictures) if pair else gr.skip(), frame.status
 
@@ -247,9 +238,15 @@ def _connect_compare_and_grid(ctx: AppContext, tab: GenerateTab, results: dict) 
         rows: str, row_values: str, columns: str, column_values: str, request: gr.Request, **values
     ) -> Iterator[tuple]:
         axes = [f"{rows}={row_values}"] + ([f"{columns}={column_values}"] if columns != NONE else [])
-        for frame in draw_grid(ctx, GenerateForm.of(values), tuple(axes), request):
+        for frame in make_pictures(ctx, GenerateForm.of(values), request, axes):
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
 
+    def axis_of(place: str) -> dict[str, Any]:
+        inputs = [results[place], tab.adapters[0], tab.prompt]
+        return {"inputs": inputs, "outputs": results[f"{place}_values"], **AT_ONCE}
+
+    @results["across"].input(**axis_of("across"))
+    @results["down"].input(**axis_of("down"))
     def axis_values(name: str, adapter: str, prompt: str, request: gr.Request) -> str:
         if name == "prompt":
             return f"{prompt}|"
@@ -259,9 +256,6 @@ def _connect_compare_and_grid(ctx: AppContext, tab: GenerateTab, results: dict) 
         # default values for checkpoints: all of the chosen adapter's run
         run = [n for n in reversed(names) if n.split("@")[0] == str(adapter).split("@")[0]]
         return ", ".join(["none", *(run if len(run) > 1 else names[:3])])
-
-    for box, values in ((results["down"], results["down_values"]), (results["across"], results["across_values"])):
-        box.input(axis_values, [box, tab.adapters[0], tab.prompt], values, **AT_ONCE)
 
 
 def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict) -> None:
@@ -288,7 +282,7 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
             return gr.HTML(faint(""), visible=False), gr.skip()
         summary = summary_of(files[name])
         words = summary.sentence()
-        renewed = renewed_prompt(old_prompt, summary, map(summary_of, files.values()))
+        renewed = generate_form.renewed_prompt(old_prompt, summary, map(summary_of, files.values()))
         return gr.HTML(faint(words), visible=bool(words)), renewed
 
     def preset(name: str, request: gr.Request) -> float:
@@ -367,8 +361,8 @@ def _picked(pictures: list[Picture], index: int) -> Path:
 
 def to_widgets(ctx: AppContext, recipe: Recipe, request: gr.Request) -> list:
     """The values of all fields, in order, that give the recipe again; differences are shown as remarks."""
-    settled, remarks = match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
-    params, changes = clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
+    settled, remarks = generate_form.match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
+    params, changes = generate_form.clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
     for remark in (*remarks, *changes):
         gr.Warning(html.escape(sentence(remark), quote=False))
     form = GenerateForm.from_params(params)

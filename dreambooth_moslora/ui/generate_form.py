@@ -1,8 +1,7 @@
-"""The Generate tab's values and actions.
+"""The Generate tab's values, under the API's names, and its actions, which stream their state as `Frame`s.
 
-The form's values, under the API's names, become GenerationParams and come back from a picture's recipe: its adapters
-are found again by content, and differences are remarks. The summary of an adapter is read from its file's header alone.
-The actions are plain functions that stream their state as `Frame`s.
+A picture's recipe comes back into the form: its adapters are found again by content, and differences are remarks. The
+summary of an adapter is read from its file's header alone.
 """
 
 import hashlib
@@ -59,8 +58,7 @@ class GenerateForm:
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
     def params(self) -> GenerationParams:
-        """The parameters; a negative or empty seed is drawn here. Raises UserError for values that cannot be
-        generated."""
+        """A negative or empty seed is drawn here. Raises UserError for values that cannot be generated."""
         width, height = parse_size(self.size)
         for name in ("adapter", "adapter_2", "adapter_3", "scheduler"):
             if not isinstance(word := getattr(self, name) or "", str):
@@ -298,10 +296,7 @@ def match_adapters(recipe: Recipe, files: Mapping[str, Path], base: str) -> tupl
 def clamp_to_widgets(
     params: GenerationParams, resolution_px: int, guidance: float
 ) -> tuple[GenerationParams, list[str]]:
-    """The nearest parameters that the page's widgets accept, and a remark for each change.
-
-    A recipe without a guidance gets the base's own.
-    """
+    """The nearest parameters that the widgets accept (for no guidance the base's own), a remark for each change."""
     remarks: list[str] = []
 
     def near(value: float, name: str, words: str) -> float:
@@ -363,17 +358,17 @@ class Frame:
     sheet: Path | None = None
 
 
-def make_pictures(ctx: AppContext, form: GenerateForm, request: gr.Request) -> Iterator[Frame]:
-    """Draw 1 to 8 pictures with consecutive seeds, each shown when done; a stop keeps the finished ones."""
-    yield from _run(ctx, form.params(), request, axes=())
+def make_pictures(
+    ctx: AppContext, form: GenerateForm, request: gr.Request, axes: Iterable[str] = ()
+) -> Iterator[Frame]:
+    """Draw 1 to 8 pictures with consecutive seeds; with `axes`, one for each cell, and the captioned sheet."""
+    parsed = ()
+    if axes:
+        import_libraries()
+        from dreambooth_moslora.generation.grids import parse_axis
 
-
-def draw_grid(ctx: AppContext, form: GenerateForm, axes: tuple[str, ...], request: gr.Request) -> Iterator[Frame]:
-    """Draw a picture for each cell; the last frame has the captioned sheet of all."""
-    import_libraries()
-    from dreambooth_moslora.generation.grids import parse_axis
-
-    yield from _run(ctx, form.params(), request, tuple(parse_axis(axis) for axis in axes))
+        parsed = tuple(map(parse_axis, axes))
+    yield from _run(ctx, form.params(), request, parsed)
 
 
 def compare(ctx: AppContext, form: GenerateForm, request: gr.Request) -> Iterator[Frame]:
@@ -395,10 +390,7 @@ def compare(ctx: AppContext, form: GenerateForm, request: gr.Request) -> Iterato
 def _run(
     ctx: AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str = ""
 ) -> Iterator[Frame]:
-    """What `_drawn` yields; when it fails, the card must not go on saying that it loads or draws.
-
-    A picture allocates and frees hundreds of MiB: what is left between two pictures goes back to the system.
-    """
+    """What `_drawn` yields. An error is told on the card; what a picture leaves of memory goes back to the system."""
     try:
         yield from _drawn(ctx, params, request, axes, word)
     except Exception as error:

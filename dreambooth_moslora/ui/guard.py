@@ -22,6 +22,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.formparsers import MultiPartException
 from starlette.responses import PlainTextResponse
 
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui.visitors import cookie_of, header_of
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -54,16 +55,29 @@ class TrustedHosts:
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif refusal := self._refusal(scope):
+            return
+        if refusal := self._refusal(scope):
             await refusal(scope, receive, send)
-        else:
-            headers = []
-            for name, value in scope["headers"]:
-                # gradio puts X-Forwarded-Host into addresses that all users get: only known names and real ports pass
-                named = _origin(f"https://{value.decode('latin1')}") if name == b"x-forwarded-host" else None
-                if name != b"x-forwarded-host" or (named and named[1] in self.names):
-                    headers.append((name, value))
-            await self.app(scope | {"headers": headers}, receive, _cleaned(send, scope["headers"]))
+            return
+        asked = []
+        for name, value in scope["headers"]:
+            # gradio puts X-Forwarded-Host into addresses that all users get: only known names and real ports pass
+            named = _origin(f"https://{value.decode('latin1')}") if name == b"x-forwarded-host" else None
+            if name != b"x-forwarded-host" or (named and named[1] in self.names):
+                asked.append((name, value))
+        own = {(name.lower(), value) for name, value in scope["headers"] if name.lower() not in OF_ANSWERS}
+
+        async def send_cleaned(message: dict) -> None:
+            """Without the request's own headers: for a part of a file gradio repeats them, also the HttpOnly cookie."""
+            if message["type"] == "http.response.start":
+                headers = []
+                for name, value in message.get("headers", ()):
+                    lax = SAME_SITE_NONE.sub(b"SameSite=Lax", value) if name.lower() == b"set-cookie" else value
+                    headers += [(name, lax)] if (name.lower(), lax) not in own else []
+                message["headers"] = [*headers, FRAMES]
+            await send(message)
+
+        await self.app(scope | {"headers": asked}, receive, send_cleaned)
 
     def _refusal(self, scope: dict) -> PlainTextResponse | None:
         """Host and X-Forwarded-Host give the page's own name and port: a browser does not let another site's page
@@ -97,24 +111,6 @@ async def trusted_hosts(hosts: Collection[str] | None, allowed: Collection[Origi
     yield
 
 
-def _cleaned(send: Any, asked: list[tuple[bytes, bytes]]) -> Any:
-    """`send` with lax cookies, and without the request's own headers: when a part of a file is requested,
-    gradio repeats them, including the HttpOnly cookie."""
-    own = {(name.lower(), value) for name, value in asked if name.lower() not in OF_ANSWERS}
-
-    async def send_cleaned(message: dict) -> None:
-        if message["type"] == "http.response.start":
-            headers = []
-            for name, value in message.get("headers", ()):
-                lax = SAME_SITE_NONE.sub(b"SameSite=Lax", value) if name.lower() == b"set-cookie" else value
-                if (name.lower(), lax) not in own:
-                    headers.append((name, lax))
-            message["headers"] = [*headers, FRAMES]
-        await send(message)
-
-    return send_cleaned
-
-
 def _origin(url: str) -> Origin | None:
     """The port is by default the scheme's; None for an invalid address."""
     try:
@@ -126,10 +122,14 @@ def _origin(url: str) -> Origin | None:
 
 
 def origins_of(text: str) -> set[Origin]:
-    """What a host name or an address means: without a scheme http and https, without a port the scheme's own.
-    Empty for an invalid one."""
-    urls = [text] if "//" in text else [f"{scheme}://{text}" for scheme in DEFAULT_PORTS]
-    return {_origin(url) for url in urls} - {None}
+    """What a host name or address means; without a scheme http and https, without a port its own. Raises UserError."""
+    origins = {_origin(url) for url in ([text] if "//" in text else [f"{scheme}://{text}" for scheme in DEFAULT_PORTS])}
+    if origins == {None}:
+        raise UserError(
+            f"--allowed_host {text!r:.60} is not a host name; write it like pictures.example.org, or with scheme and "
+            "port like https://pictures.example.org:8443"
+        )
+    return origins - {None}
 
 
 UPLOAD, FILES = "/gradio_api/upload", b"files"
@@ -141,10 +141,7 @@ MAX_UPLOAD_BYTES = 512 * 1024**2
 
 
 class BodySizeLimit:
-    """ASGI middleware: answers 413 when the declared length is too long, and cuts off a body that exceeds the limit.
-
-    Files may make an upload longer by MAX_UPLOAD_BYTES. If it ends early its files are deleted.
-    """
+    """ASGI middleware: answers 413 for too long a declared length, and cuts off a longer body. Files may be longer."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -179,10 +176,7 @@ def _counted(receive: Any) -> Any:
 
 
 def _watched(receive: Any, scope: dict) -> Any:
-    """`receive` that raises MultiPartException when an upload is too long or its sender leaves early.
-
-    At that error gradio deletes what it has written so far.
-    """
+    """`receive` that raises MultiPartException, at which gradio deletes what it wrote, when too long or ended early."""
     taken, meter, is_open = 0, _FieldMeter(header_of(scope, b"content-type")), True
 
     async def watched() -> dict:
@@ -201,8 +195,7 @@ def _watched(receive: Any, scope: dict) -> Any:
 
 
 class _FieldMeter:
-    """Counts the bytes of a form that belong to no file, which gradio keeps in memory. Raises MultiPartException
-    for a text among the files. The methods `on_…` are the parser's callbacks."""
+    """Counts the bytes of no file, which gradio keeps in memory. The methods `on_…` are the parser's callbacks."""
 
     def __init__(self, content_type: bytes) -> None:
         self.field_bytes = 0

@@ -1,8 +1,6 @@
 """How the page looks: pieces of HTML, CSS, theme, keys (Escape stops, / focuses the prompt).
 
-What came from a user or a file is escaped here. The CSS has first sizes, then the layout, which has one column on a
-phone; `--picture-width` is the width of a preview, or of a single picture. The theme has one accent colour and system
-fonts: nothing is fetched.
+What came from a user or a file is escaped here. Nothing is fetched: the fonts are the system's.
 """
 
 import base64

@@ -1,11 +1,8 @@
 """Training runs as processes of the server: they go on when the page is closed or the app is restarted.
 
 `runs/<name>/job.json` names the process and its owner; `metrics.jsonl`, which anyone may have edited, has the progress.
-A signal stops a run: the trainer finishes its step and writes a checkpoint.
-
-The queue's runs are trained one after the other, in a thread of the page or in the command `queue start`; several
-processes may do so at once, and as the queue's state is on the disk, another one goes on when a page or command is
-killed.
+A signal stops a run: the trainer finishes its step and writes a checkpoint. The queue's runs are trained one after the
+other, by a page or by the command `queue start`; their state is on the disk, so another one goes on when one is killed.
 """
 
 import json
@@ -26,16 +23,8 @@ from typing import Any
 import psutil
 
 from dreambooth_moslora.core import UserError, is_finite_number, one_line
+from dreambooth_moslora.disk import processes
 from dreambooth_moslora.disk.events import Metrics
-from dreambooth_moslora.disk.processes import (
-    CONFIG_NAME,
-    TRAIN,
-    log_tail,
-    start_logged,
-    was_killed,
-    why_it_ended,
-    write_settings,
-)
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue, locked
 from dreambooth_moslora.disk.run_folder import RunDir
 
@@ -68,8 +57,7 @@ def is_sound(event: dict[str, Any]) -> bool:
 
 
 def phase_of(events: list[dict[str, Any]]) -> str:
-    """What the trainer does now. It trains after a step, and after the last of the photos, when no other phase has
-    begun."""
+    """What the trainer does now: it trains after a step, and after the last of the photos."""
     for event in reversed(events):
         if event["type"] in ("phase", "step"):
             was_last = event.get("phase") == "caching" and event.get("done") == event.get("total")
@@ -82,10 +70,7 @@ JOB_NAME = "job.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its folder, its owner (`Visitor.id`) and its process, distinguished from a later one of the same number.
-
-    Paths in its settings are relative to `folder`, by default the server's current folder.
-    """
+    """One run: its folder, its owner (`Visitor.id`) and its process. Paths in its settings are relative to `folder`."""
 
     run_dir: Path
     owner: str
@@ -130,15 +115,11 @@ class Job:
             return False
 
     def log_tail(self) -> str:
-        return log_tail(self.run_dir)
+        return processes.log_tail(self.run_dir)
 
 
 def birth_of(pid: int) -> str:
-    """The boot of the machine and the tick at which the process started; unlike a time, it does not change with
-    the clock.
-
-    Empty if the system does not tell.
-    """
+    """The machine's boot and the tick of the process's start, which no change of the clock alters; "" if not told."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
@@ -170,10 +151,7 @@ class JobState:
 
 
 class Jobs:
-    """The runs under `runs_dir`. One process at a time; only its owner may stop it.
-
-    `make_room` is a context manager around the start of a process.
-    """
+    """The runs under `runs_dir`, one process at a time. `make_room` is a context manager around its start."""
 
     def __init__(
         self,
@@ -199,7 +177,7 @@ class Jobs:
         """Start training into `runs_dir`/`name`. Raises UserError while another run is going on."""
         run_dir = self.run_dir(name)
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_settings(run_dir, config)
+        processes.write_settings(run_dir, config)
         return self._launch(run_dir, owner, folder)
 
     def resume(self, name: str, owner: str) -> Job:
@@ -208,12 +186,11 @@ class Jobs:
         if job.is_alive:
             raise UserError(f"the run {job.name} is still going on")
         config = settings_of(job) | {"resume_from_checkpoint": "latest"}
-        write_settings(job.run_dir, config)
+        processes.write_settings(job.run_dir, config)
         return self._launch(job.run_dir, owner, job.folder)
 
     def stop(self, name: str, owner: str) -> Job:
-        """Ask the trainer to end with a checkpoint; when called again after 30 s, kill it with its children.
-        Raises UserError."""
+        """Ask the trainer to end with a checkpoint; after 30 s, kill it with its children. Raises UserError."""
         job = self.owned(name, owner)
         if not job.is_alive:
             raise UserError(f"the run {job.name} has already ended")
@@ -281,7 +258,7 @@ class Jobs:
         total = int(metrics.last("start").get("max_train_steps") or 0)
         message = str(end.get("message") or "")
         if not (message or end or alive):
-            message = why_it_ended(code, job.log_tail(), was_asked=bool(job.stop_asked))
+            message = processes.why_it_ended(code, job.log_tail(), was_asked=bool(job.stop_asked))
         return JobState(state, step, total, phase_of(events), message)
 
     def was_cut_off(self, job: Job) -> bool:
@@ -290,11 +267,10 @@ class Jobs:
             return False
         self._reap()
         ends = [event.get("state") for event in self._events_of(job) if event.get("type") == "end"]
-        return ends[-1] == "interrupted" if ends else was_killed(self._exits.get(job.pid), job.log_tail())
+        return ends[-1] == "interrupted" if ends else processes.was_killed(self._exits.get(job.pid), job.log_tail())
 
     def _events_of(self, job: Job) -> list[dict[str, Any]]:
-        """Events of its last start: from the first one that is not older than the process, as the clock may be put
-        back later."""
+        """Events since the first that is not older than its process, as the clock may be put back later."""
         events = self.metrics(job).since_start()
         return list(dropwhile(lambda event: (event.get("time") or 0) < job.created - 1, events))
 
@@ -303,7 +279,9 @@ class Jobs:
             if running := self.current():
                 whose = "your run " + running.name if running.owner == owner else "another visitor's run"
                 raise UserError(f"{whose} is going on; one run at a time")
-            child = self._spawn(run_dir, folder)
+            command = processes.TRAIN if self.script is None else [str(self.script)]
+            words = (*command, "--config", str(run_dir / processes.CONFIG_NAME))
+            child = processes.start_logged(run_dir, words, folder=folder or None)
             self._children[child.pid] = child
             self._exits.pop(child.pid, None)
             self._asked.pop(child.pid, None)
@@ -316,10 +294,6 @@ class Jobs:
                 raise
             return job
 
-    def _spawn(self, run_dir: Path, folder: str) -> subprocess.Popen:
-        command = TRAIN if self.script is None else [str(self.script)]
-        return start_logged(run_dir, (*command, "--config", str(run_dir / CONFIG_NAME)), folder=folder or None)
-
     def _reap(self) -> None:
         for pid, child in list(self._children.items()):
             if (code := child.poll()) is not None:
@@ -330,7 +304,7 @@ class Jobs:
 def settings_of(job: Job) -> dict[str, Any]:
     """Those that it was started with. Raises UserError for a file that holds none."""
     try:
-        settings = json.loads((job.run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+        settings = json.loads((job.run_dir / processes.CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
@@ -355,10 +329,24 @@ class QueueTurns:
     def take(self) -> None:
         """Does nothing while any run is in progress, or while another process holds the turn."""
         with self.queue.turn() as is_mine:
-            if not is_mine or self.jobs.current():
+            if not is_mine or self.jobs.current() or not (run := self.current() or self.queue.claim()):
                 return
-            for run in self.queue.started()[:1] or filter(None, [self.queue.claim()]):
-                self._settle(run)
+            if not run.settings:
+                self.queue.end(run, "failed", UNREADABLE)
+                return
+            job = Job.load(self.jobs.runs_dir / run.name)
+            if not run.started or job is None or job.created < run.started - 1:
+                self._start(run)
+                return
+            if not self.jobs.was_cut_off(job):
+                state = self.jobs.state(job)
+                self.queue.end(run, state.state, state.message)
+                return
+            killed = 0 if self._has_checkpoint_since(run.started, run) else run.killed + 1
+            if killed >= KILLED_MOST:
+                self.queue.end(run, "failed", f"it was killed {KILLED_MOST} times, perhaps for want of memory")
+            else:
+                self._start(replace(run, killed=killed))
 
     def current(self) -> QueuedRun | None:
         """The run whose turn it is."""
@@ -376,25 +364,6 @@ class QueueTurns:
             except Exception:  # such as a full disk: the next turn may succeed
                 logger.exception("The queue's turn failed")
             time.sleep(TURN_SEC)
-
-    def _settle(self, run: QueuedRun) -> None:
-        """The run has no process: start it, or record how it ended."""
-        if not run.settings:
-            self.queue.end(run, "failed", UNREADABLE)
-            return
-        job = Job.load(self.jobs.runs_dir / run.name)
-        if not run.started or job is None or job.created < run.started - 1:
-            self._start(run)
-            return
-        if not self.jobs.was_cut_off(job):
-            state = self.jobs.state(job)
-            self.queue.end(run, state.state, state.message)
-            return
-        killed = 0 if self._has_checkpoint_since(run.started, run) else run.killed + 1
-        if killed >= KILLED_MOST:
-            self.queue.end(run, "failed", f"it was killed {KILLED_MOST} times, perhaps for want of memory")
-        else:
-            self._start(replace(run, killed=killed))
 
     def _start(self, run: QueuedRun) -> None:
         """Start it, from the newest checkpoint if it has been started before."""

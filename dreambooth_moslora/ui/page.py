@@ -1,5 +1,4 @@
-"""The whole page: a heading, the tabs, and how it is served. The Inspect tab is here: it shows a PNG's recipe, or an
-adapter's description."""
+"""The whole page: a heading, the tabs, and how it is served. The Inspect tab, for PNGs and adapters, is here."""
 
 import threading
 from collections.abc import Collection
@@ -29,8 +28,7 @@ HINT = notice("Drop a PNG made here or elsewhere, or a .safetensors adapter.")
 
 
 def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
-    """The page as a Blocks with its queue. If `ctx.training` allows it, it has the training tab and trains the
-    queued runs."""
+    """The page with its queue. If `ctx.training` allows it, it has the training tab and trains the queued runs."""
     with gr.Blocks(
         title="dreambooth_moslora", analytics_enabled=False, delete_cache=(CACHE_CHECK_SEC, CACHE_AGE_SEC)
     ) as page:
@@ -47,9 +45,9 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
                 build_inspect_tab(ctx, tabs, generate)
     page.queue(api_open=False)
     if ctx.public:
-        from dreambooth_moslora.ui.public import protect
+        from dreambooth_moslora.ui.public import FairQueue
 
-        protect(page)
+        FairQueue(page)
     if ctx.training:
         threading.Thread(target=ctx.queue.keep_on, name="queue", daemon=True).start()
     return page

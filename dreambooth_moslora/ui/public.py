@@ -119,8 +119,7 @@ _owners: OrderedDict[str, str] = OrderedDict()
 
 
 class SessionGuard:
-    """ASGI middleware: answers 403 to requests for the stream or the end of another's session, and for a link
-    to any."""
+    """ASGI middleware: 403 to requests for the stream or the end of another's session, and for a link to any."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -165,8 +164,8 @@ _put = SessionState.__setitem__
 def _put_with_its_number(session: SessionState, number: int, value: Any) -> None:
     """Let sessions hold one component in each place, however often it is updated.
 
-    Gradio puts an updated component, which has a new number, in the old one's place, and by its next value in the new
-    number's place as well: two components more with each job, for as long as the session is remembered.
+    Gradio puts an updated component, which has a new number, in the old one's place and in the new number's: two
+    more with each job, for as long as the session is remembered.
     """
     if isinstance(value, Block):
         value._id = number
@@ -181,8 +180,7 @@ TOO_MANY_TRIES = "too many wrong passwords; wait five minutes"
 
 
 class LoginLimit:
-    """ASGI middleware: answers 429 to a login after PER_ADDRESS wrong ones in WINDOW_SEC. Existing logins are
-    not affected."""
+    """ASGI middleware: 429 to a login after TRIES_PER_ADDRESS wrong ones in WINDOW_SEC; existing logins go on."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -213,13 +211,11 @@ class LoginLimit:
 PLACES = 64
 PER_VISITOR = 8
 STRANGERS = 24
-"""Limit for all at one address who have had no turn: cookies can be invented, so each job may look like a new
-visitor."""
+"""Limit for all at one address who had no turn: cookies can be invented, so each job may look like a new visitor."""
 JOBS_PER_ADDRESS = 48
 """Limit for all at one address without a login."""
 TURNS_TOGETHER = 4
-"""For all at one address without a login, turns between two turns of another address: one visitor may hold many
-cookies that had a turn each."""
+"""Turns of an address, without a login, between two of another: one visitor may hold many cookies that had one each."""
 MOST_REMEMBERED = 10_000
 TOO_MANY_JOBS = "{} jobs from here are waiting already; wait until one is done, or stop it"
 UNHEARD_SEC = 30.0
@@ -281,7 +277,7 @@ class Turns:
 
 
 class FairQueue:
-    """Puts its own methods, which call Gradio's, in the place of those of the queue of `page`."""
+    """Its methods stand in the place of those of the page's queue, which they call: limits, order, owners."""
 
     def __init__(self, page: gr.Blocks) -> None:
         self.page, self.queue, self.turns = page, page._queue, Turns()
@@ -289,6 +285,7 @@ class FairQueue:
         self._heard: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
         self.queue.push, self.queue.get_events = self.push, self.get_events
         self.queue.send_message = self.send_message
+        SessionState.__setitem__ = _put_with_its_number
 
     async def push(self, body: Any, request: fastapi.Request, username: str | None) -> tuple:
         """Records the session's owner; 403 for a job in another's. By itself the queue has no limit: 429 for a visitor
@@ -332,8 +329,7 @@ class FairQueue:
         jobs[:] = self.turns.in_order(jobs, [_asker_of(event) for event in jobs])
 
     def send_message(self, event: Any, message: Any) -> None:
-        """Drops a job whose messages were not fetched for 30 s: Gradio itself drops the work of a listener who leaves,
-        but not of one who never came."""
+        """Drops a job that nobody has listened to for 30 s; Gradio itself drops only that of a listener who leaves."""
         unread = self.queue.pending_messages_per_session.get(event.session_hash)
         if unread is None or unread.empty():
             self._heard[event] = time.monotonic()
@@ -345,12 +341,6 @@ class FairQueue:
 
 def _asker_of(event: Any) -> gr.Request:
     return gr.Request(event.request, username=event.username, session_hash=event.session_hash)
-
-
-def protect(page: gr.Blocks) -> None:
-    """Give the queue of `page` its limits and its order, and its sessions their owners and a small memory."""
-    FairQueue(page)
-    SessionState.__setitem__ = _put_with_its_number
 
 
 LAYERS = (LoginLimit, SessionGuard, UnknownNames)

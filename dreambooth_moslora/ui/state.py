@@ -1,7 +1,7 @@
 """State shared by all tabs: the pipeline (which loads while the page is already up), adapters, visitors, and stops.
 
-The adapters that a visitor can choose or upload are files in known folders, by name; a visitor's path is never opened.
-The size and the header of an uploaded file bound its cost before anything is loaded or computed.
+Adapters are files in known folders, by name: a visitor's path is never opened. The size and the header of an uploaded
+file bound its cost before anything is loaded or computed.
 """
 
 import errno
@@ -112,27 +112,21 @@ class AdapterCatalog:
     runs_dir: Path
 
     def files(self, visitor: Visitor | None = None) -> dict[str, Path]:
-        """Name -> file. The visitor's own uploads come first; a checkpoint is called `run@step`.
-
-        Runs that a visitor started are listed for that visitor only; runs of the command line are listed for
-        all.
-        """
+        """Name -> file: the visitor's uploads and runs, and those of the command line; a checkpoint is `run@step`."""
         uploads = dict(visitor.uploads) if visitor else {}
         runs = [folder for folder in self.runs_dir.glob("*/") if _may_see(folder, visitor)]
         files = [*sorted(self.adapters_dir.glob("*.safetensors")), *run_files(runs)]
         return uploads | files_by_name(files, (self.adapters_dir, self.runs_dir), taken=uploads)
 
     def path(self, name: str, visitor: Visitor | None = None) -> Path:
-        """The file of that name. Raises UserError for an unlisted name: names are looked up, never joined to a
-        folder."""
+        """Raises UserError for an unlisted name: names are looked up, never joined to a folder."""
         files = self.files(visitor)
         if name not in files:
             raise UserError(f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}")
         return files[name]
 
     def public_paths(self, visitor: Visitor | None = None) -> dict[str, str]:
-        """Name -> the path to write in a program, such as `runs/dog/checkpoint-500`: relative to the project, and
-        elsewhere the bare name, so that no folder of this machine is shown."""
+        """Name -> the path for a program, such as `runs/dog/checkpoint-500`: no folder of this machine is shown."""
         paths = {}
         for name, file in self.files(visitor).items():
             is_run = file.is_relative_to(self.runs_dir)
@@ -151,8 +145,7 @@ class AdapterCatalog:
         raise UserError("there is no adapter yet")
 
     def add_upload(self, uploaded: str | Path, visitor: Visitor) -> str:
-        """Keep an uploaded file for its visitor alone; returns its name. The pipeline has checked its content.
-        Raises UserError."""
+        """Keep an uploaded file for its visitor alone; returns its name. Raises UserError."""
         source = Path(uploaded)
         check_upload(source)
         if len(visitor.uploads) >= MAX_UPLOADS:
@@ -165,8 +158,7 @@ class AdapterCatalog:
 
 
 def _may_see(run_dir: Path, visitor: Visitor | None) -> bool:
-    """Whether the visitor may see the run. A run without `job.json`, or without an owner, is of the command
-    line; a run with an unreadable owner is hidden from all."""
+    """Whether it is the visitor's own, or of the command line: without `job.json`, or without an owner in it."""
     try:
         (run_dir / JOB_NAME).lstat()
     except FileNotFoundError:
@@ -185,8 +177,7 @@ TELLS_PROMPTS = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusi
 def import_libraries() -> None:
     """Import torch, diffusers and transformers in the first thread that needs them, while the others wait.
 
-    They import each other in circles: two threads that start at different places would find half-made modules. Call it
-    before importing, inside a function of the page, a module that needs one of them.
+    They import each other in circles, and two threads would find half-made modules: call it before any import of one.
     """
     with _ONE_AT_A_TIME:
         import dreambooth_moslora.adapters.describe
@@ -202,8 +193,7 @@ def _tells_no_prompt(record: logging.LogRecord) -> bool:
 class AppContext:
     """State of the server. `load` returns the pipeline; it runs in a thread from the start.
 
-    `base` is shown to everyone; the trainer gets `base_name`, which may be a path of this machine. Strangers can
-    reach a `public` page.
+    `base` is shown to everyone; the trainer gets `base_name`, which may be a path. Strangers can reach a `public` page.
     """
 
     def __init__(
@@ -317,9 +307,10 @@ BUSY = "this machine is training a run; pictures can be drawn again when the run
 
 
 class GpuTurns:
-    """Keeps the pipeline out of a run's way, as most machines cannot hold SDXL twice: on a GPU it moves to the host
-    while a run trains; without one it leaves memory (in fp32 SDXL takes 13 GiB). A small base is never moved, as both
-    fit."""
+    """Keeps the pipeline out of a run's way: most machines cannot hold SDXL twice, but a small base fits.
+
+    On a GPU it moves to the host while a run trains; without one it leaves memory (13 GiB in fp32).
+    """
 
     def __init__(self, ctx: AppContext, *, is_small: bool) -> None:
         self._ctx, self._is_small = ctx, is_small
@@ -344,10 +335,7 @@ class GpuTurns:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Wraps the start of a run: waits for the current pictures, then makes room for it.
-
-        With a GPU, a pipeline that is still loading is left alone, as it loads into the CPU's memory.
-        """
+        """Wraps a run's start: waits for the current pictures. With a GPU, a loading pipeline is left alone, in RAM."""
         with self._lock:
             pipeline = None if self._is_small else self._ctx.loaded()
             if pipeline is not None and pipeline.has_gpu:
@@ -375,8 +363,7 @@ def _told_on_the_page() -> Iterator[None]:
 
 
 def as_gradio_error(handler: Callable) -> Callable:
-    """A decorator: a handler's error becomes a message on the page (`as_user_error`), escaped, as it may quote
-    a visitor."""
+    """A decorator: a handler's error becomes a message on the page (`as_user_error`), escaped."""
     if not inspect.isgeneratorfunction(handler):
         return _told_on_the_page()(handler)
 

@@ -1,7 +1,4 @@
-"""The Train tab: photos, a word, a button, and a view of the run. The server owns the run; the page only shows it.
-
-On the left stand the photos, the word and the buttons; the form's other fields are folded below them.
-"""
+"""The Train tab: photos, a word, a button, and a view of the run, which the server owns; further fields are folded."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,45 +8,13 @@ import gradio as gr
 from dreambooth_moslora.core import is_toy
 from dreambooth_moslora.disk.run_folder import NONE, RunDir
 from dreambooth_moslora.settings.sources import FoundRecipe
+from dreambooth_moslora.ui import train_masks, train_start
 from dreambooth_moslora.ui.generate import GenerateTab
 from dreambooth_moslora.ui.generate_form import prompt_for, summary_of
 from dreambooth_moslora.ui.html import explain_bad_values, notice
 from dreambooth_moslora.ui.jobs import settings_of
 from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
-from dreambooth_moslora.ui.train_form import (
-    TrainForm,
-    form_of,
-    like_line,
-    rows,
-    values_like,
-    values_of,
-)
-from dreambooth_moslora.ui.train_masks import (
-    TAKING_PHOTOS,
-    box_widgets,
-    boxes_for,
-    connect_masks,
-    connect_subjects,
-    mask_widgets,
-    photo_widgets,
-    review_widgets,
-    reviews,
-    subject_widgets,
-    take_given,
-)
-from dreambooth_moslora.ui.train_start import (
-    add_recipe,
-    add_to_queue,
-    estimate_cost,
-    form_of_run,
-    keep_recipe,
-    like_of_run,
-    recipe_names,
-    recipe_of,
-    start_run,
-    starts_for,
-    take_photos_of_run,
-)
+from dreambooth_moslora.ui.train_form import TrainForm, form_of, left_out, rows, values_like, values_of
 from dreambooth_moslora.ui.train_watch import connect_queue, connect_watch, run_names, watch_widgets
 from dreambooth_moslora.ui.visitors import Visitor
 
@@ -60,11 +25,11 @@ NARROW = {"min_width": 110}
 def train_widgets(base: str, form: type[TrainForm] = TrainForm) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields under the names of the API, and the other widgets."""
     gr.Markdown("### 1 · Photos", elem_classes="step")
-    others = photo_widgets()
+    others = train_masks.photo_widgets()
     gr.Markdown("### 2 · One word", elem_classes="step")
     fields = {"class_word": field_widget("class_word", form, base)}
     prompts = gr.HTML(visible=False, elem_id="prompts")
-    further, boxes = subject_widgets()
+    further, boxes = train_masks.subject_widgets()
     with gr.Row(elem_classes="tight"):
         start = gr.Button("Start training", variant="primary", elem_id="start")
     with gr.Row(elem_classes="tight"):
@@ -75,34 +40,30 @@ def train_widgets(base: str, form: type[TrainForm] = TrainForm) -> tuple[dict[st
     with gr.Accordion("More settings", open=False, elem_id="more_training"):
         for line in sorted({row.line for row in rows(form).values()} - {0}):
             names = [name for name, row in rows(form).items() if row.line == line]
-            if "like" in names:
-                others |= like_widgets(fields, form, base)
-            else:
-                fields |= line_widgets(names, fields, form, base)
-            others |= mask_widgets() if "unmasked_weight" in names else {}
+            others |= line_widgets(names, fields, form, base)
+            others |= train_masks.mask_widgets() if "unmasked_weight" in names else {}
     return {name: fields[name] for name in rows(form)} | further, others | boxes
 
 
-def like_widgets(fields: dict[str, Any], form: type[TrainForm], base: str) -> dict[str, Any]:
-    """A file whose settings fill the form, and the line about it."""
-    with gr.Row(elem_classes="tight"):
-        fields["like"] = field_widget("like", form, base)
-        upload = gr.UploadButton(
-            "Upload", file_types=[".safetensors"], scale=0, min_width=88, elem_id="upload_like", size="md"
-        )
-    return {"upload_like": upload, "like_said": gr.HTML("", visible=False, elem_id="like_said")}
-
-
-def line_widgets(names: list[str], above: dict[str, Any], form: type[TrainForm], base: str) -> dict[str, Any]:
-    """Fields side by side, if there are several. A box is shown while the tick `above` that they need is set."""
+def line_widgets(names: list[str], fields: dict[str, Any], form: type[TrainForm], base: str) -> dict[str, Any]:
+    """Widgets of one line, into `fields`; returns others. A box is shown while the tick above that it needs is set."""
     row = rows(form)[names[0]]
+    if names == ["like"]:  # a file whose settings fill the form, and the line about it
+        with gr.Row(elem_classes="tight"):
+            fields["like"] = field_widget("like", form, base)
+            upload = gr.UploadButton(
+                "Upload", file_types=[".safetensors"], scale=0, min_width=88, elem_id="upload_like", size="md"
+            )
+        return {"upload_like": upload, "like_said": gr.HTML("", visible=False, elem_id="like_said")}
     if len(names) == 1 and not row.box:
-        return {names[0]: field_widget(names[0], form, base)}
+        fields[names[0]] = field_widget(names[0], form, base)
+        return {}
     with gr.Row(visible=not row.box, elem_id=row.box or None) as box:
-        fields = {name: field_widget(name, form, base, **NARROW) for name in names}
+        fields |= {name: field_widget(name, form, base, **NARROW) for name in names}
     if row.box:
-        above[row.needs].change(lambda is_set: gr.Row(visible=is_set), above[row.needs], box, **AT_ONCE)
-    return fields
+        tick = fields[row.needs]
+        tick.change(lambda is_set: gr.Row(visible=is_set), tick, box, **AT_ONCE)
+    return {}
 
 
 def field_widget(name: str, form: type[TrainForm], base: str, **room: Any) -> gr.components.Component:
@@ -143,19 +104,21 @@ def build_train_tab(ctx: AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: G
             fields, parts = train_widgets(ctx.base_name)
         with gr.Column(elem_id="train_watch", min_width=280):
             parts |= watch_widgets()
-    connect_subjects(ctx, page, fields, parts)
+    train_masks.connect_subjects(ctx, page, fields, parts)
     _connect_start(ctx, fields, parts)
 
     @gr.on([page.load, fields["begin_with"].focus], inputs=None, outputs=fields["begin_with"], **AT_ONCE)
     def starts(request: gr.Request) -> gr.Dropdown:
-        return gr.Dropdown(choices=starts_for(ctx, ctx.visitors.of(request)))
+        """Adapters with new tokens are left out, as no run begins with them."""
+        files = ctx.catalog.files(ctx.visitors.of(request))
+        return gr.Dropdown(choices=[NONE, *(name for name, file in files.items() if not summary_of(file).new_tokens)])
 
     @gr.on([page.load, fields["like"].focus], inputs=None, outputs=fields["like"], **AT_ONCE)
     def recipes(request: gr.Request) -> gr.Dropdown:
-        return gr.Dropdown(choices=recipe_names(ctx, ctx.visitors.of(request)))
+        return gr.Dropdown(choices=train_start.recipe_names(ctx, ctx.visitors.of(request)))
 
     _connect_like(ctx, fields, parts)
-    connect_masks(ctx, fields, parts)
+    train_masks.connect_masks(ctx, fields, parts)
     connect_watch(ctx, page, parts)
     connect_queue(ctx, page, parts)
     _connect_ended(ctx, fields, parts, tabs, generate)
@@ -175,7 +138,7 @@ def _connect_start(ctx: AppContext, fields: dict, parts: dict) -> None:
             **values,
         ) -> Any:
             visitor = ctx.visitors.of(request)
-            take_given((photos, photos_2, photos_3, photos_4), visitor)
+            train_masks.take_given((photos, photos_2, photos_3, photos_4), visitor)
             return act(form_of(values), visitor)
 
         return handler
@@ -183,13 +146,13 @@ def _connect_start(ctx: AppContext, fields: dict, parts: dict) -> None:
     for widget in fields.values():
         if not isinstance(widget, gr.File):
             explain_bad_values(widget)
-    how = {"inputs_kwargs": {"photos": parts["photos"], **fields}, **TAKING_PHOTOS}
+    how = {"inputs_kwargs": {"photos": parts["photos"], **fields}, **train_masks.TAKING_PHOTOS}
     chosen = gr.State("")  # hidden from programs: `/train` returns two values
     chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE)
 
     @with_photos
     def train(form: TrainForm, visitor: Visitor) -> tuple:
-        job, chosen = start_run(ctx, form, visitor)
+        job, chosen = train_start.start_run(ctx, form, visitor)
         names = gr.Dropdown(choices=run_names(ctx.jobs, visitor.id), value=job.name)
         return names, notice(f"The run {job.name} is starting."), chosen
 
@@ -199,26 +162,26 @@ def _connect_start(ctx: AppContext, fields: dict, parts: dict) -> None:
     @parts["queue"].click(api_name="add_to_queue", outputs=parts["cost"], **how)
     @with_photos
     def queue(form: TrainForm, visitor: Visitor) -> str:
-        return add_to_queue(ctx, form, visitor)[1]
+        return train_start.add_to_queue(ctx, form, visitor)[1]
 
     @parts["estimate"].click(api_name="estimate", outputs=parts["cost"], **how)
     @with_photos
     def estimate(form: TrainForm, visitor: Visitor) -> str:
-        return estimate_cost(ctx, form, visitor)
+        return train_start.estimate_cost(ctx, form, visitor)
 
 
 def _connect_like(ctx: AppContext, fields: dict, parts: dict) -> None:
     """An adapter's recipe into the form, and the crops as it makes them. A file without one is told below the list."""
     names = list(values_like(None, ctx.base_name))
-    filled = [*(fields[name] for name in names), *review_widgets(parts)]
+    filled = [*(fields[name] for name in names), *train_masks.review_widgets(parts)]
     outputs = [fields["like"], parts["like_said"], *filled]
     options = {"outputs": outputs, "show_progress_on": parts["like_said"], **TELLING}
 
     def like(name: str, count: int, visitor: Visitor) -> tuple:
-        recipe = recipe_of(ctx, name, visitor)
+        recipe = train_start.recipe_of(ctx, name, visitor)
         values = values_like(recipe, ctx.base_name)
-        listed = gr.Dropdown(choices=recipe_names(ctx, visitor), value=name)
-        pictures = reviews(ctx, visitor, values["seed"], count, name)
+        listed = gr.Dropdown(choices=train_start.recipe_names(ctx, visitor), value=name)
+        pictures = train_masks.reviews(ctx, visitor, values["seed"], count, name)
         return listed, said_of(name, recipe), *(values[field] for field in names), *pictures
 
     def mistake(error: Exception) -> gr.HTML:
@@ -238,13 +201,19 @@ def _connect_like(ctx: AppContext, fields: dict, parts: dict) -> None:
         """A bad file changes nothing."""
         visitor = ctx.visitors.of(request)
         try:
-            return like(add_recipe(ctx, file, visitor), count, visitor)
+            return like(train_start.add_recipe(ctx, file, visitor), count, visitor)
         except Exception as error:
             return gr.skip(), mistake(error), *([gr.skip()] * len(filled))
 
 
 def said_of(name: str, recipe: FoundRecipe | None) -> gr.HTML:
-    return gr.HTML(notice(like_line(name, recipe)) if recipe else "", visible=recipe is not None)
+    """What was taken, and what could not be; hidden for no recipe."""
+    if recipe is None:
+        return gr.HTML("", visible=False)
+    own = left_out(recipe)
+    parts = [f"Like {name}: {len(recipe.settings) - len(own)} settings, those of this form filled in"]
+    parts += [f"left to this page: {', '.join(own)}"] if own else []
+    return gr.HTML(notice(f"{'; '.join([*parts, *recipe.remarks])}."), visible=True)
 
 
 def _connect_ended(ctx: AppContext, fields: dict, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
@@ -264,21 +233,21 @@ def _connect_ended(ctx: AppContext, fields: dict, parts: dict, tabs: gr.Tabs, ge
 
     names = [name for name, field in fields.items() if not isinstance(field, gr.File)]
     files = [field for field in fields.values() if isinstance(field, gr.File)]
-    outputs = [*(fields[name] for name in names), parts["photos"], *files, *review_widgets(parts)]
-    outputs += [parts["like_said"], parts["cost"], *box_widgets(fields | parts)[1:]]
+    outputs = [*(fields[name] for name in names), parts["photos"], *files, *train_masks.review_widgets(parts)]
+    outputs += [parts["like_said"], parts["cost"], *train_masks.box_widgets(fields | parts)[1:]]
 
     @parts["reopen"].click(inputs=parts["run"], outputs=outputs, show_progress_on=parts["cost"], **TELLING)
     @as_gradio_error
     def reopen(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         job = ctx.jobs.owned(run or "", visitor.id)
-        form = form_of_run(settings_of(job), job.run_dir / "photos")
+        form = train_start.form_of_run(settings_of(job), job.run_dir / "photos")
         count = len(form.subjects)
-        take_photos_of_run(job.run_dir, visitor, count)
-        name, recipe = like_of_run(job.run_dir)
-        keep_recipe(ctx, name, recipe, visitor)
+        train_start.take_photos_of_run(job.run_dir, visitor, count)
+        name, recipe = train_start.like_of_run(job.run_dir)
+        train_start.keep_recipe(ctx, name, recipe, visitor)
         values = values_of(form)
         emptied = [None] * (1 + len(files))
         told = notice(f"The settings, words and photos of {job.name} are in the form. Change them, and start.")
-        shown = (*reviews(ctx, visitor, form.seed, count, form.like), said_of(name, recipe), told)
-        return (*(values[name] for name in names), *emptied, *shown, *boxes_for(count)[1:])
+        shown = (*train_masks.reviews(ctx, visitor, form.seed, count, form.like), said_of(name, recipe), told)
+        return (*(values[name] for name in names), *emptied, *shown, *train_masks.boxes_for(count)[1:])

@@ -1,10 +1,10 @@
 """The training form as a value: the table of its fields, and the settings that `train FOLDER WORD` chooses from them.
 
-A field of the Train tab is one row of `TrainForm`: its name in the API, its default, what the page shows of it and the
-setting that it fills. The widgets, the run's settings, the form of an earlier run, “Train like” and the form's words in
-advice are made from the rows; what a row leaves out is as the table of settings has it.
+A field is one row of `TrainForm`. The widgets, the run's settings, the form of an earlier run, “Train like” and the
+form's words in advice are made from the rows; what a row leaves out is as the table of settings has it.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,19 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, is_number, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import check_characters
-from dreambooth_moslora.plan.choices import (
-    TOKEN,
-    USUAL_EXPOSURES,
-    Choices,
-    choose_recipe,
-    choose_scores,
-    choose_shapes,
-    choose_steps,
-    choose_subjects,
-    choose_words,
-    encoders_are_here,
-    recipe_settings,
-)
+from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.plan.memory import GIB
 from dreambooth_moslora.settings.sources import FoundRecipe, unless_given
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
@@ -54,40 +42,23 @@ class FormField:
 
     default: Any
     label: str
-    info: str = ""
-    """default: the help of its setting"""
-    line: int = 0
-    """where it stands below “More settings”, from the top; fields of one line stand side by side. 0: elsewhere"""
-    setting: str = ""
-    """the setting that it fills; "" if the form does more with it"""
-    choices: Collection[str] | Mapping[str, str] = ()
-    """values, or value -> its label (default: those of its setting)"""
-    most: float | None = None
-    """the most that a visitor may ask of this machine (default: the setting's bound)"""
-    kind: str = ""
-    """radio, slider, or list: names that the page knows; else the widget follows from the values"""
-    required: bool = False
-    """the API's argument has no default"""
-    always: bool = False
-    """the run is given its value even where that is as at first; a number of another field means “by recipe” if 0"""
-    needs: str = ""
-    """a tick without which it means nothing"""
-    box: str = ""
-    """id of the box around its line, which is shown while what it needs is ticked"""
-    words: tuple[str, str] | None = None
-    """values of the setting for a tick that is off, and on"""
-    of_files: bool = False
-    """not for the embedded base"""
-    at_first: Callable[[str], Any] | None = None
-    """its first value by the base, if that decides"""
-    fetched: str = ""
-    """what is told where a tick is off at first, as it takes something from the hub"""
-    title: str = ""
-    """its name in an error (default: the label)"""
-    elem_id: str = ""
-    """its id on the page (default: its name)"""
-    look: Mapping[str, Any] = field(default_factory=dict)
-    """further options of the widget"""
+    info: str = ""  # default: the help of its setting
+    line: int = 0  # its line below “More settings”, from the top, where several may stand side by side; 0: elsewhere
+    setting: str = ""  # the setting that it fills; "" if the form does more with it
+    choices: Collection[str] | Mapping[str, str] = ()  # values, or value -> its label (default: those of its setting)
+    most: float | None = None  # the most that a visitor may ask of this machine (default: the setting's bound)
+    kind: str = ""  # radio, slider, or list: names that the page knows; else the widget follows from the values
+    required: bool = False  # the API's argument has no default
+    always: bool = False  # the run is given its value even where that is as at first; else 0 means “by recipe”
+    needs: str = ""  # a tick without which it means nothing
+    box: str = ""  # id of the box around its line, which is shown while what it needs is ticked
+    words: tuple[str, str] | None = None  # values of the setting for a tick that is off, and on
+    of_files: bool = False  # not for the embedded base
+    at_first: Callable[[str], Any] | None = None  # its first value by the base, if that decides
+    fetched: str = ""  # what is told where a tick is off at first, as it takes something from the hub
+    title: str = ""  # its name in an error (default: the label)
+    elem_id: str = ""  # its id on the page (default: its name)
+    look: Mapping[str, Any] = field(default_factory=dict)  # further options of the widget
 
     @property
     def row(self) -> Mapping[str, Any]:
@@ -196,12 +167,11 @@ def prompts_of(token: str, class_word: str) -> tuple[str, str]:
 class TrainForm:
     """The fields' names and order are those of the API's arguments. 0 in a number, and None: as the recipe has it.
 
-    `begin_with` and `like` name an adapter or a recipe that can be chosen on the page; where its file lies is not
-    the form's to know.
+    `begin_with` and `like` name an adapter or a recipe that can be chosen on the page.
     """
 
     # fmt: off
-    token: str = asked(TOKEN, "Token", "a rare word", line=2)
+    token: str = asked(plan.TOKEN, "Token", "a rare word", line=2)
     class_word: str = asked("", "What the photos show", required=True, look={"placeholder": "dog"})
     run_name: str = asked("", "Name of the run", "may be empty", line=2)
     preset: str = asked("standard", "Length", "half, once, twice the recipe's", line=5, choices=PRESETS, kind="radio")
@@ -227,7 +197,7 @@ class TrainForm:
     unmasked_weight: float = asked(0.2, "Weight outside the mask", "0: the surroundings are not learned at all",
         line=10, setting="unmasked_weight", always=True, kind="slider")
     scores: bool | None = asked(None, "Scores", "measures on the way and keeps the best step",
-        line=11, at_first=encoders_are_here, fetched="CLIP and DINOv2 are not here and come, 2 GB,")
+        line=11, at_first=plan.encoders_are_here, fetched="CLIP and DINOv2 are not here and come, 2 GB,")
     make_captions: bool = asked(False, "Write captions", "says the surroundings of photos that have no line",
         line=4, setting="captions", words=("given", "auto"), fetched="Qwen3-VL comes")
     new_tokens: bool = asked(False, "New tokens", NEW_TOKENS, line=12, setting="train_text_encoder_ti")
@@ -260,28 +230,24 @@ class TrainForm:
         *,
         is_queued: bool = False,
         recipe: FoundRecipe | None = None,
-    ) -> Choices:
-        """What the command would choose for these photos and words. Raises UserError for invalid values.
-
-        `photos_dir` is the first subject's; the others' folders are beside it (`folder_of`). `recipe` is that of
-        `like`.
-        """
+    ) -> plan.Choices:
+        """What the command would choose for these photos, in `folder_of` each subject, and words. Raises UserError."""
         given = self.given(base, resolution_px, photos_dir, run_dir, is_like=recipe is not None)
         share, wants_scores = PRESETS[self.checked("preset")], self.checked("scores")
         if recipe is None:
-            choices = Choices(given)
-            exposures = choose_recipe(choices, free_for(base, is_later=is_queued))
+            choices = plan.Choices(given)
+            exposures = plan.choose_recipe(choices, free_for(base, is_later=is_queued))
         else:
-            choices = Choices(taken_from(recipe, given, share) | given)
-            exposures = USUAL_EXPOSURES
+            choices = plan.Choices(taken_from(recipe, given, share) | given)
+            exposures = plan.USUAL_EXPOSURES
             choices.say(f"settings like {self.like}, where the form says nothing else")
         if self.others:
-            choose_subjects(choices)
+            plan.choose_subjects(choices)
         else:
-            choose_words(choices, " ".join(str(self.class_word).split()))
+            plan.choose_words(choices, " ".join(str(self.class_word).split()))
         photos = usable_photos(photos_dir, resolution_px, len(self.subjects))
-        choose_steps(choices, round(share * exposures), photos)
-        choose_scores(choices, photos, None if wants_scores == encoders_are_here(base) else wants_scores)
+        plan.choose_steps(choices, round(share * exposures), photos)
+        plan.choose_scores(choices, photos, None if wants_scores == plan.encoders_are_here(base) else wants_scores)
         return choices
 
     def config(
@@ -305,12 +271,11 @@ class TrainForm:
             **self.settings_given(base, is_like=is_like),
             **self.photos_given(photos_dir),
             **({} if self.others else self.concept_of(self.subjects[0])),
-            **({"token": token} if token != TOKEN and not self.others else {}),
+            **({"token": token} if token != plan.TOKEN and not self.others else {}),
         }
 
     def settings_given(self, base: str, *, is_like: bool) -> dict[str, Any]:
-        """What the fields say that fill a setting. Beside a file (`is_like`) each tick and choice says so, even one
-        that is as at first, as the file may say something else. Raises UserError."""
+        """What the fields say of settings; beside a file (`is_like`) even what is as at first. Raises UserError."""
         given = {}
         for name, row in rows(type(self)).items():
             if not row.setting or (row.needs and not getattr(self, row.needs)):
@@ -354,10 +319,7 @@ class TrainForm:
 
 
 def form_of(values: Mapping[str, Any], form: type[TrainForm] = TrainForm) -> TrainForm:
-    """The form from all fields' values, by name; `subjects` among them is the number of all.
-
-    Raises UserError for an invalid number, and for words of a subject beyond it.
-    """
+    """The form from all fields' values, by name. Raises UserError for words beyond the number of `subjects`."""
     count = values.get("subjects", 1)
     if isinstance(count, bool) or count not in range(1, MOST_SUBJECTS + 1):
         raise UserError(f"subjects must be a whole number from 1 to {MOST_SUBJECTS}, not {count!r:.30}")
@@ -381,8 +343,7 @@ def values_of(form: TrainForm) -> dict[str, Any]:
 
 
 def values_from(said: Mapping[str, Any], base: str, form: type[TrainForm] = TrainForm) -> dict[str, Any]:
-    """Of the fields that fill a setting, by name. What the settings say nothing of, or what the form has not,
-    is as at first."""
+    """Of the fields that fill a setting, by name; what the settings do not say is as at first."""
     values: dict[str, Any] = {}
     for name, row in rows(form).items():
         if row.setting:
@@ -414,11 +375,11 @@ MOST: dict[str, float] = {
 PRIOR_FLAGS = r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\""
 
 
-def form_words(form: type[TrainForm] = TrainForm) -> dict[str, str]:
-    """A flag that advice names -> what the form calls it, both as for `re.sub`."""
+def in_the_forms_words(advice: str, form: type[TrainForm] = TrainForm) -> str:
+    """Flags of the command line as the form calls them; those that it has not stay."""
     words = {
         r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
-        PRIOR_FLAGS: f"“{TrainForm.__dataclass_fields__['prior_preservation'].metadata['row'].label}”",
+        PRIOR_FLAGS: f"“{rows(form)['prior_preservation'].label}”",
     }
     for row in rows(form).values():
         if row.setting and row.words:
@@ -426,21 +387,15 @@ def form_words(form: type[TrainForm] = TrainForm) -> dict[str, str]:
         elif row.setting and row.is_number:
             shown = rf"\1 as “{row.label}”" if row.kind == "slider" else rf"“{row.label}” \1"
             words[rf"--{row.setting} ([\d.e-]+)"] = shown
-    return words
+    for flag, said in words.items():
+        advice = re.sub(flag, said, advice)
+    return advice
 
 
 def left_out(recipe: FoundRecipe) -> dict[str, Any]:
     """The recipe's settings that are not taken: the base has its own resolution, and the machine its own memory."""
     without = () if version_of("bitsandbytes") else ("use_8bit_adam",)
     return {name: recipe.settings[name] for name in ("resolution", *OF_MACHINE, *without) if name in recipe.settings}
-
-
-def like_line(name: str, recipe: FoundRecipe) -> str:
-    """What was taken, and what could not be."""
-    own = left_out(recipe)
-    parts = [f"Like {name}: {len(recipe.settings) - len(own)} settings, those of this form filled in"]
-    parts += [f"left to this page: {', '.join(own)}"] if own else []
-    return f"{'; '.join([*parts, *recipe.remarks])}."
 
 
 def taken_from(recipe: FoundRecipe, given: Mapping[str, Any], share: float = 1.0) -> dict[str, Any]:
@@ -455,10 +410,7 @@ def lengths_in(settings: Mapping[str, Any], share: float) -> dict[str, int]:
 
 
 def free_gib(*, is_later: bool = False) -> float | None:
-    """GPU memory for a run, GiB: what is free, and what this process frees when the run begins.
-
-    None without a GPU. `is_later`: the whole GPU's memory, for a run that waits until the others have ended.
-    """
+    """GPU memory for a run, GiB, or for one that begins when all others have ended (`is_later`); None: no GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -498,7 +450,9 @@ def crop_config(
     like: FoundRecipe | None = None,
 ) -> TrainConfig:
     """The settings that decide the crops, like those of `TrainForm.choices`; the words are not needed."""
-    recipe = taken_from(like, {"with_prior_preservation": False}) if like else recipe_settings(base, free_for(base))[1]
+    recipe = (
+        taken_from(like, {"with_prior_preservation": False}) if like else plan.recipe_settings(base, free_for(base))[1]
+    )
     own = {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": str(photos_dir),
@@ -506,6 +460,6 @@ def crop_config(
         "resolution": resolution_px,
         "seed": rows(TrainForm)["seed"].checked("seed", seed),
     }
-    choices = Choices(recipe | own)
-    choose_shapes(choices, photos)
+    choices = plan.Choices(recipe | own)
+    plan.choose_shapes(choices, photos)
     return TrainConfig.from_dict(choices.all)

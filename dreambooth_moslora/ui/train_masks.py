@@ -1,7 +1,6 @@
 """The widgets of photos in the Train tab: of each subject, and of their masks with a brush to correct them.
 
-The fields of a further subject are shown on request. Gradio's ImageEditor has only a brush and an eraser here, and
-limits: uploads are bounded before they are decoded, and unused ones are dropped.
+Gradio's ImageEditor has limits here: uploads are bounded before they are decoded, and unused ones are dropped.
 """
 
 import io
@@ -17,30 +16,10 @@ import PIL.Image
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.ui import train_photos
 from dreambooth_moslora.ui.html import faint, notice, remarks_card
 from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error
-from dreambooth_moslora.ui.train_form import (
-    MOST_SUBJECTS,
-    TOKENS,
-    SubjectWords,
-    folder_of,
-    form_of,
-    named,
-    prompts_of,
-)
-from dreambooth_moslora.ui.train_photos import (
-    EDIT_PX,
-    EMPTY,
-    LEARNED,
-    LEFT_OUT,
-    PhotoReview,
-    editor_picture,
-    keep_mask,
-    put_back,
-    review_kept,
-    shown_masks,
-    take_with_masks,
-)
+from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, TOKENS, SubjectWords, folder_of, form_of, named, prompts_of
 from dreambooth_moslora.ui.train_start import recipe_of
 from dreambooth_moslora.ui.train_watch import picture_rows
 from dreambooth_moslora.ui.visitors import PHOTO_TYPES, Visitor, kept_photos
@@ -66,7 +45,11 @@ def photo_widgets(number: int = 1) -> dict[str, Any]:
     remarks = gr.HTML(visible=False, elem_id=named("remarks", number))
     look = {"object_fit": "contain", "buttons": ["fullscreen"], "elem_classes": "crops"}
     crops = picture_rows("Crops", named("crops", number), **look)
-    return {named("photos", number): photos, named("remarks", number): remarks, named("crops", number): crops}
+    return {
+        named("photos", number): photos,
+        named("remarks", number): remarks,
+        named("crops", number): crops,
+    }
 
 
 def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -104,7 +87,7 @@ def take_given(files: Sequence[list[str] | None], visitor: Visitor) -> None:
     """Make clean copies of the added photos of each subject; other photos do not change."""
     for number, of_one in enumerate(files, 1):
         if of_one:
-            take_with_masks(of_one, visitor, number)
+            train_photos.take_with_masks(of_one, visitor, number)
 
 
 def connect_subjects(ctx: AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
@@ -147,7 +130,11 @@ def connect_photos(ctx: AppContext, number: int, widgets: dict) -> None:
         if not photos:
             forget(visitor, number)
             return gr.HTML(visible=False), gr.Gallery(visible=False)
-        return shown(review_kept(ctx, visitor, take_with_masks(photos, visitor, number), seed, number, like))
+        return shown(
+            train_photos.review_kept(
+                ctx, visitor, train_photos.take_with_masks(photos, visitor, number), seed, number, like
+            )
+        )
 
 
 def connect_kept(ctx: AppContext, page: gr.Blocks, widgets: dict) -> None:
@@ -177,7 +164,11 @@ def reviews(ctx: AppContext, visitor: Visitor, seed: int, count: int, like: str 
     found = []
     for number in range(1, MOST_SUBJECTS + 1):
         is_there = number <= count and kept_photos(folder_of(visitor.photos_dir, number))
-        found += shown(review_kept(ctx, visitor, (), seed, number, like)) if is_there else (gr.skip(), gr.skip())
+        found += (
+            shown(train_photos.review_kept(ctx, visitor, (), seed, number, like))
+            if is_there
+            else (gr.skip(), gr.skip())
+        )
     return tuple(found)
 
 
@@ -218,11 +209,11 @@ def forget(visitor: Visitor, number: int) -> None:
     shutil.rmtree(folder_of(visitor.photos_dir, number), ignore_errors=True)
 
 
-def shown(found: PhotoReview) -> tuple:
+def shown(found: train_photos.PhotoReview) -> tuple:
     return gr.HTML(found.remarks, visible=True), gr.Gallery(found.crops, visible=True)
 
 
-MOST_PIXELS = 4 * EDIT_PX**2
+MOST_PIXELS = 4 * train_photos.EDIT_PX**2
 KEPT_BYTES = 32 * 1024**2
 """Limit for all visitors' drawings between upload and the click that uses them."""
 BRUSH_PX, OPACITY = 24, 0.6
@@ -235,20 +226,19 @@ class Drawings(OrderedDict):
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)
         self.move_to_end(key)
-        while len(self) > 1 and self._bytes() > KEPT_BYTES:
+        size = {
+            name: sum(map(len, filter(None, (drawing.background, drawing.composite, *drawing.layers))))
+            for name, drawing in self.items()
+        }
+        while len(self) > 1 and sum(size[name] for name in self) > KEPT_BYTES:
             self.popitem(last=False)
-
-    def _bytes(self) -> int:
-        parts = [part for drawing in self.values() for part in (drawing.background, drawing.composite, *drawing.layers)]
-        return sum(map(len, filter(None, parts)))
 
 
 def mask_editor() -> gr.ImageEditor:
-    """An editor whose value, for a handler, is the painted layer (RGBA), or None.
-
-    Update only its value: for any other update gradio would make another component, without the limits.
-    """
-    colours = [f"rgba({red}, {green}, {blue}, {OPACITY})" for red, green, blue in (LEARNED, LEFT_OUT)]
+    """The editor of a painted layer. Update only its value: else gradio makes another one, without the limits."""
+    colours = [
+        f"rgba({red}, {green}, {blue}, {OPACITY})" for red, green, blue in (train_photos.LEARNED, train_photos.LEFT_OUT)
+    ]
     editor = gr.ImageEditor(
         label="Mask",
         show_label=False,
@@ -259,7 +249,7 @@ def mask_editor() -> gr.ImageEditor:
         format="png",
         buttons=[],
         interactive=True,
-        canvas_size=(EDIT_PX, EDIT_PX),
+        canvas_size=(train_photos.EDIT_PX, train_photos.EDIT_PX),
         brush=gr.Brush(default_size=BRUSH_PX, colors=colours, default_color=colours[0], color_mode="fixed"),
         eraser=gr.Eraser(default_size=BRUSH_PX),
     )
@@ -319,9 +309,8 @@ def mask_widgets() -> dict[str, Any]:
 
 
 def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
-    """Connect the events. Progress is shown only on the remarks: gradio would ask a component that shows
-    progress, and all inside it, for their values at every event of the page, and the editor would answer with
-    an upload."""
+    """Progress is shown only on the remarks: gradio would ask a component that shows progress, and all inside it, for
+    their values at every event of the page, and the editor would answer with an upload."""
     inputs = {"photos": parts["photos"], **fields}
     files = [inputs[named("photos", number)] for number in range(1, MOST_SUBJECTS + 1)]
     of_chosen = {"name": parts["mask_chosen"], **inputs}
@@ -338,7 +327,7 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
 
     def pictures(visitor: Visitor, values: dict) -> tuple:
         """Values for remarks, pictures, names and the editor's box, which closes."""
-        masks = list(shown_masks(settings(visitor, values), visitor))
+        masks = list(train_photos.shown_masks(settings(visitor, values), visitor))
         return (
             gr.HTML(remarks_card([f"{mask.label}: {mask.remark}" for mask in masks if mask.remark], HOW), visible=True),
             gr.Gallery([(mask.picture, mask.remark or "good") for mask in masks], visible=True, selected_index=None),
@@ -363,7 +352,7 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
         if not isinstance(event.index, int) or not 0 <= event.index < len(names):
             raise UserError("show the masks again, and choose one")
         name, label = names[event.index]
-        picture = editor_picture(visitor, name, settings(visitor, values))
+        picture = train_photos.editor_picture(visitor, name, settings(visitor, values))
         value = {"background": picture, "layers": [], "composite": None}
         return gr.Column(visible=True), notice(f"{label.capitalize()}: {PAINT}"), value, name
 
@@ -371,16 +360,16 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
     @as_gradio_error
     def keep(name: str, painted: Any, request: gr.Request, **values) -> tuple:
         if painted is None:
-            raise UserError(EMPTY)
+            raise UserError(train_photos.EMPTY)
         visitor = ctx.visitors.of(request)
-        keep_mask(visitor, name, painted, settings(visitor, values))
+        train_photos.keep_mask(visitor, name, painted, settings(visitor, values))
         return after(visitor, values)
 
     @parts["put_mask_back"].click(inputs_kwargs=of_chosen, outputs=corrected, **making)
     @as_gradio_error
     def back(name: str, request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
-        put_back(visitor, name)
+        train_photos.put_back(visitor, name)
         return after(visitor, values)
 
     gone = [event for file in files for event in (file.upload, file.delete, file.clear)]

@@ -1,7 +1,6 @@
 """A visitor's photos: taken, shown as the run will crop them, with masks to correct.
 
-A corrected mask is kept under the digest of its photo's clean copy, so that it is found when the same photo is uploaded
-again. Beside the copy it is `photo_01.mask.png`, like a mask that came with the photo.
+A corrected mask is kept under the digest of its photo's clean copy, and found when the photo is uploaded again.
 """
 
 import shutil
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo
 
 EDIT_PX = 768
-"""Side of the square to paint on: the photo, scaled to it, and a margin. The mask is then scaled to the photo's
-own size."""
+"""Side of the square to paint on: the photo, scaled to it, and a margin."""
 MARGIN = (226, 228, 232)
 LEARNED, LEFT_OUT = (13, 148, 136), (225, 29, 72)
 """Colours of the brush: for parts that become white in the mask, and for parts that become black."""
@@ -45,8 +43,7 @@ EMPTY = "the mask is empty: paint green what is to be learned of this photo"
 
 @dataclass(frozen=True)
 class ShownMask:
-    """`photo` is the name of the clean copy (`name_of`), `label` its name for the user; `picture` is the photo,
-    dark where it is not learned."""
+    """`photo` is the clean copy's `name_of`, `label` its name for the user; `picture` is dark outside the mask."""
 
     photo: str
     label: str
@@ -65,10 +62,7 @@ def take_with_masks(files: list[str], visitor: Visitor, number: int = 1) -> list
 
 
 def shown_masks(config: TrainConfig, visitor: Visitor) -> Iterator[ShownMask]:
-    """The masks of all usable photos, as a run with these settings uses them; missing ones are made now, and kept.
-
-    Raises UserError when the segmenter is not there.
-    """
+    """The masks as a run with these settings uses them; missing ones are made, and kept. Raises UserError."""
     from dreambooth_moslora.photos.crops import masked
     from dreambooth_moslora.photos.masks import open_mask, quality_warning
     from dreambooth_moslora.photos.photo import open_rgb
@@ -145,10 +139,7 @@ def place_of(size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: TrainConfig) -> None:
-    """Save the mask with what was painted on the square (RGBA): LEARNED becomes white, LEFT_OUT black.
-
-    Raises UserError for a mask that is black everywhere.
-    """
+    """Save the mask with what was painted (RGBA) on the square, green as white. Raises UserError for no white."""
     photo = photo_called(visitor, name)
     with PIL.Image.open(photo) as opened:
         size = opened.size
@@ -224,10 +215,7 @@ def review_kept(
     number: int = 1,
     like: str = NONE,
 ) -> PhotoReview:
-    """Judge the existing clean copies of subject `number`; `remarks` are lines about their source files.
-
-    Each photo is shown by its first crop in a run with this `seed` and the recipe of that name; dark outside its mask.
-    """
+    """Judge the clean copies of subject `number`, each by its first crop in a run with this seed and recipe."""
     from dreambooth_moslora.photos.crops import apply_crop, examine, masked, plans_of
     from dreambooth_moslora.photos.folder import find_photos
     from dreambooth_moslora.photos.masks import open_mask

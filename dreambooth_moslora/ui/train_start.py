@@ -1,8 +1,7 @@
-"""From a filled form to a run, and from an earlier run or a recipe back to the form.
+"""From a filled form to a run, and from an earlier run or a recipe (“Train like”) back to the form.
 
-A form is checked, its photos are moved into the run's folder, and the run is started or queued; or it is told what the
-run will cost, as `--dry_run` estimates it. A form is filled with the settings, words and photos of an earlier run, or
-with the recipe of a file (“Train like”). Of a visitor's file only the recipe is kept, so it need not fit this base.
+A run is started, queued, or told what it will cost, as `--dry_run` estimates it. Of a visitor's file only the recipe is
+kept, so it need not fit this base.
 """
 
 import json
@@ -27,24 +26,12 @@ from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.sources import FoundRecipe, checked_recipe, recipe_in_file
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, without_removed
-from dreambooth_moslora.ui.generate_form import format_seconds, summary_of
+from dreambooth_moslora.ui import train_form
+from dreambooth_moslora.ui.generate_form import format_seconds
 from dreambooth_moslora.ui.html import remarks_card
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
 from dreambooth_moslora.ui.state import AppContext, check_header
-from dreambooth_moslora.ui.train_form import (
-    LENGTHS,
-    MOST,
-    MOST_SUBJECTS,
-    PRESETS,
-    SubjectWords,
-    TrainForm,
-    folder_of,
-    free_for,
-    free_gib,
-    lengths_in,
-    prompts_of,
-    values_from,
-)
+from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, SubjectWords, TrainForm, folder_of, lengths_in
 from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Visitor, kept_photos
 
 LIKE = "like"
@@ -98,9 +85,9 @@ def bounded(found: FoundRecipe) -> FoundRecipe:
     kept, great = {}, []
     for name, value in found.settings.items():
         if name == "rank_pattern":
-            is_great = any(parse_pattern(name, text)[1] > MOST["rank"] for text in value)
+            is_great = any(parse_pattern(name, text)[1] > train_form.MOST["rank"] for text in value)
         else:
-            is_great = name in MOST and value is not None and value > MOST[name]
+            is_great = name in train_form.MOST and value is not None and value > train_form.MOST[name]
         if is_great:
             great.append(name)
         else:
@@ -112,17 +99,14 @@ def bounded(found: FoundRecipe) -> FoundRecipe:
 
 
 def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainForm] = TrainForm) -> TrainForm:
-    """The form that makes a run of these settings, with the captions that lie beside the photos.
-
-    Raises UserError for settings that no configuration can have, and for more subjects than the form has.
-    """
+    """The form that makes a run of these settings. Raises UserError for settings that no form has."""
     config = TrainConfig.from_dict(without_removed(settings) | {"resume_from_checkpoint": None})
     subjects = each_subject(config)
     if len(subjects) > MOST_SUBJECTS:
         raise UserError(f"the run has {len(subjects)} subjects, and the form {MOST_SUBJECTS} at most")
     like, recipe = like_of_run(photos_dir.parent)
     first, *others = (words_of(one, folder_of(photos_dir, n)) for n, one in enumerate(subjects, 1))
-    values = values_from(vars(config), config.pretrained_model_name_or_path, form) | {"steps": 0}
+    values = train_form.values_from(vars(config), config.pretrained_model_name_or_path, form) | {"steps": 0}
     values |= vars(first) | length_of(config, photos_dir, len(subjects), recipe)
     begun = {"begin_with": Path(config.init_adapter).stem} if config.init_adapter else {}
     return form(**values, **begun, scores=bool(config.evaluate_steps), like=like, others=tuple(others))
@@ -156,20 +140,17 @@ def like_of_run(run_dir: Path) -> tuple[str, FoundRecipe | None]:
 def length_of(
     config: TrainConfig, photos_dir: Path, subjects: int, recipe: FoundRecipe | None = None
 ) -> dict[str, Any]:
-    """The preset where one shows each photo as often, else the number of steps.
-
-    What says the length of a standard run is the recipe, or the base's own.
-    """
+    """The preset that shows each photo as often as the recipe, or as the base's own, else the number of steps."""
     from dreambooth_moslora.plan.plan import plan_steps
 
     if recipe is not None:
-        lengths = {name: value for name, value in recipe.settings.items() if name in LENGTHS}
+        lengths = {name: value for name, value in recipe.settings.items() if name in train_form.LENGTHS}
         lengths = lengths or {"exposures_per_photo": USUAL_EXPOSURES}
     else:
         base = config.pretrained_model_name_or_path
-        chosen = choose_recipe(Choices({"pretrained_model_name_or_path": base}), free_for(base))
+        chosen = choose_recipe(Choices({"pretrained_model_name_or_path": base}), train_form.free_for(base))
         lengths = {"exposures_per_photo": chosen}
-    for name, share in PRESETS.items():
+    for name, share in train_form.PRESETS.items():
         if all(getattr(config, length) == value for length, value in lengths_in(lengths, share).items()):
             return {"preset": name}
     counts = [max(1, len(kept_photos(folder_of(photos_dir, number)))) for number in range(1, subjects + 1)]
@@ -177,10 +158,7 @@ def length_of(
 
 
 def take_photos_of_run(run_dir: Path, visitor: Visitor, subjects: int) -> None:
-    """The photos of the run, with their masks, become the visitor's own.
-
-    Raises UserError, and changes nothing, where those of a subject are gone.
-    """
+    """The run's photos and masks become the visitor's. Raises UserError where those of a subject are gone."""
     with ONE_AT_A_TIME:
         if not all(kept_photos(folder_of(run_dir / "photos", number)) for number in range(1, subjects + 1)):
             raise UserError("the photos of this run are not there any more")
@@ -207,10 +185,7 @@ class Prepared:
 
 
 def start_run(ctx: AppContext, form: TrainForm, visitor: Visitor) -> tuple[Job, str]:
-    """Check everything, move the photos into a new run folder, start the process.
-
-    Returns the run, and what was chosen for it as HTML. Raises UserError.
-    """
+    """The started run, and what was chosen for it as HTML. Raises UserError."""
     if ctx.jobs.current() or not ctx.queue.is_empty:
         raise UserError(BUSY)
     with prepared(ctx, form, visitor) as run:
@@ -219,8 +194,7 @@ def start_run(ctx: AppContext, form: TrainForm, visitor: Visitor) -> tuple[Job, 
 
 
 def add_to_queue(ctx: AppContext, form: TrainForm, visitor: Visitor) -> tuple[str, str]:
-    """Like `start_run`, but the run waits until those before it have ended. Returns its name, and HTML. Raises
-    UserError."""
+    """The name of the run, which waits until those before it have ended, and HTML. Raises UserError."""
     if ctx.public:
         from dreambooth_moslora.ui.public import check_room
 
@@ -238,7 +212,7 @@ def prepared(ctx: AppContext, form: TrainForm, visitor: Visitor, *, is_queued: b
     from dreambooth_moslora.plan.checks import check_settings
 
     photos = visitor.given_photos
-    prompts_of(form.token, form.class_word)
+    train_form.prompts_of(form.token, form.class_word)
     run_dir = free_run_dir(ctx.jobs, form)
     recipe = recipe_of(ctx, form.like, visitor)
     choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir, is_queued=is_queued, recipe=recipe)
@@ -269,15 +243,8 @@ def prepared(ctx: AppContext, form: TrainForm, visitor: Visitor, *, is_queued: b
         raise
 
 
-def starts_for(ctx: AppContext, visitor: Visitor) -> list[str]:
-    """The names that "Begin with" offers: adapters with new tokens are left out, as no run begins with them."""
-    files = ctx.catalog.files(visitor)
-    return [NONE, *(name for name, file in files.items() if not summary_of(file).new_tokens)]
-
-
 def adapter_of(ctx: AppContext, form: TrainForm, visitor: Visitor) -> Path | None:
-    """The file that the run goes on from. Raises UserError for a name that the visitor cannot choose, and for a
-    file that no run begins with."""
+    """The file that the run goes on from. Raises UserError for one that no run begins with, or that is not listed."""
     name = str(form.begin_with or NONE)
     if name == NONE:
         return None
@@ -311,7 +278,7 @@ def estimate_cost(ctx: AppContext, form: TrainForm, visitor: Visitor) -> str:
     try:
         photos, recipe = visitor.given_photos, recipe_of(ctx, form.like, visitor)
         choices = form.choices(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe=recipe)
-        plan = make_plan(TrainConfig.from_dict(choices.all), free_gib=free_gib(), is_later=True)
+        plan = make_plan(TrainConfig.from_dict(choices.all), free_gib=train_form.free_gib(), is_later=True)
         adapter_of(ctx, form, visitor)
         lines = [*start_lines(form), *(words for words, _ in choices.said), *step_lines(plan)]
         lines += time_line(jobs, plan.config, plan.steps.total_steps)
@@ -325,7 +292,7 @@ def card_lines(config: TrainConfig, cost: Estimate) -> list[str]:
     """Device and plan of the run, for the cost estimate; `config` has its memory plan."""
     import torch
 
-    free = free_gib()
+    free = train_form.free_gib()
     if free is None:
         return ["GPU: none is here, so it trains on the CPU"]
     line = f"GPU: {torch.cuda.get_device_name()}, {free:.1f} GiB free for this run"

@@ -1,7 +1,4 @@
-"""The right half of the Train tab: a run's progress, its buttons, and the runs that wait.
-
-Their list stands below the state of the current run, and is shown only while some wait.
-"""
+"""The right half of the Train tab: a run's progress, its buttons, and below its state the runs that wait."""
 
 import os
 import re
@@ -27,7 +24,7 @@ from dreambooth_moslora.ui.generate_form import format_seconds
 from dreambooth_moslora.ui.html import SHOWN, faint, notice, progress_card
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
 from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
-from dreambooth_moslora.ui.train_form import form_words
+from dreambooth_moslora.ui.train_form import in_the_forms_words
 from dreambooth_moslora.ui.visitors import Visitor
 
 POLL_SEC = 2.0
@@ -123,8 +120,7 @@ def _connect_control(
 ) -> None:
     """Stop and Resume, which work only on the visitor's own runs.
 
-    The page's own event does not join the queue, which may be full when a run must be stopped. So errors are
-    shown on the card.
+    The page's event does not join the queue, which may be full when a run must be stopped: the card shows errors.
     """
 
     def control(run: str | None, request: gr.Request) -> str:
@@ -144,7 +140,7 @@ def _connect_control(
 def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -> dict[str, Any]:
     """New values for the widgets in WATCHED, by name; empty while the run is as it was `seen`.
 
-    A run whose folder was deleted looks the same as another visitor's.
+    A deleted run looks the same as another visitor's.
     """
     if not run:
         return {}
@@ -294,8 +290,7 @@ def queue_changes(
 ) -> dict[str, Any]:
     """New values for the widgets in OF_QUEUE, by name; empty while the queue is as it was `seen`.
 
-    `run` is the watched run: the visitor's own whose turn has come is watched next. A `chosen` run stays chosen after
-    its visitor moved it; after other changes none is chosen, as it may no longer wait.
+    The visitor's own run whose turn has come is watched next. A `chosen` run stays chosen after it was moved.
     """
     waiting, names = ctx.queue.queue.waiting(), run_names(ctx.jobs, visitor.id)
     rows = [(f"{place} · {words_of(one)}", one.name) for place, one in enumerate(waiting, 1) if one.owner == visitor.id]
@@ -362,13 +357,6 @@ def advice_card(metrics: Metrics) -> str:
     return "".join(faint(f"Try next: {in_the_forms_words(line)}.") for line in found)
 
 
-def in_the_forms_words(advice: str) -> str:
-    """Flags of the command line as the form calls them; those that it has not stay."""
-    for flag, words in form_words().items():
-        advice = re.sub(flag, words, advice)
-    return advice
-
-
 def status_card(state: JobState, metrics: Metrics, best: str = "") -> str:
     """One line of state and one of numbers."""
     if state.state in ENDINGS:
@@ -419,10 +407,7 @@ def loss_table(metrics: Metrics) -> pd.DataFrame:
 
 
 def fidelity_table(metrics: Metrics) -> pd.DataFrame:
-    """Columns step, score, measure, from the evaluations of the run: the curves of its plot file.
-
-    Of several subjects, each one's likeness has a curve, named by its number: a phone has room for few words.
-    """
+    """Columns step, score, measure: the curves of the run's plot; of several subjects, each one's likeness."""
     shown = curves()
     each = {name: name.rpartition("_")[2] for name in subject_scores(metrics)}
     if each:
@@ -436,8 +421,7 @@ def fidelity_table(metrics: Metrics) -> pd.DataFrame:
 
 
 def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, str]]:
-    """The sample pictures by step, step 0 first, as links in this visitor's folder; those of several prompts with
-    their noun.
+    """The sample pictures by step, as links in this visitor's folder; those of several prompts with their noun.
 
     If there are too many, step 0 and the newest are kept: the base's pictures are the reference for the others.
     """
@@ -456,8 +440,7 @@ def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, 
 
 
 def link_into_user_folder(file: Path, visitor: Visitor, run: str) -> Path:
-    """The file inside the visitor's own folder (a hard link if possible), from where gradio may serve it to
-    this visitor."""
+    """The file inside the visitor's own folder (a hard link if possible), from where gradio may serve it."""
     target = visitor.folder / "runs" / run / file.name
     if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:
         return target

@@ -2,8 +2,7 @@
 
 A login name comes first, then a random, HttpOnly cookie for each browser, then the session of one page (for API clients
 without cookies). The cookie is sent with a link from another site (SameSite=Lax); otherwise that link would make its
-owner a stranger. Uploaded photos become clean copies: upright, RGB, without EXIF and without the user's file names;
-`name.mask.png` among them is the mask of the photo `name`, as in a folder on the command line.
+owner a stranger. Clean copies are upright, RGB, without EXIF and without the user's file names.
 """
 
 import hashlib
@@ -40,10 +39,9 @@ ONE_AT_A_TIME = threading.Lock()
 
 
 def take_photos(files: list[str], folder: Path) -> list[str]:
-    """Copy the photos into an empty `folder` as photo_01.png …, and their masks as photo_01.mask.png ….
+    """Copy photos into an empty `folder` as photo_01.png …, masks as photo_01.mask.png …; returns remarks.
 
-    Returns one line for each file that was refused or turned. The folder is replaced atomically: two tabs of one
-    visitor may send theirs at the same time. Raises UserError when no file is usable.
+    The folder is replaced atomically: two tabs may send theirs at once. Raises UserError when no file is usable.
     """
     from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
 
@@ -76,8 +74,7 @@ def kept_photos(folder: Path) -> list[Path]:
 
 
 def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[str]:
-    """Write clean copies as photo_01.png …, beside them their masks in plain grey (by the photo's stem); returns the
-    remarks."""
+    """Write clean copies, beside them their masks in plain grey (by the photo's stem); returns the remarks."""
     from dreambooth_moslora.photos.masks import grey_mask
     from dreambooth_moslora.photos.photo import UnreadableImageError, open_image
 
@@ -104,10 +101,7 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[s
 
 
 def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
-    """The upright pixels (and transparency) only, at most 4096 px a side, and whether EXIF had turned them.
-
-    Raises UserError for anything else.
-    """
+    """The upright pixels, at most 4096 px a side, and whether EXIF had turned them. Raises UserError."""
     from dreambooth_moslora.photos.photo import UnreadableImageError, alpha_of, is_rotated, open_image, to_rgb
 
     check_size(file)
@@ -132,8 +126,7 @@ def check_size(file: Path) -> None:
 
 
 def pixels_of(file: Path) -> int:
-    """Pixels by the file's header; 0 for a file that is no image, which `open_image` explains later. Raises
-    UserError."""
+    """Pixels by the file's header; 0 for what is no image, as `open_image` explains later. Raises UserError."""
     from dreambooth_moslora.photos.photo import FORMATS, register_heif
 
     register_heif()
@@ -206,10 +199,7 @@ class Visitor:
 
 
 class Visitors:
-    """All visitors. A visitor who is away for a week is forgotten with all files.
-
-    Beyond 200 the least recent are forgotten too, those without files first.
-    """
+    """All visitors. Who is away for a week is forgotten with all files; beyond 200, who has none or was least here."""
 
     def __init__(self) -> None:
         home = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())  # of all servers' folders

@@ -85,7 +85,7 @@ def test_start_trains_all_that_wait_says_how_each_ended_and_answers_with_one(pho
         "end = {'type': 'end', 'time': time.time(), 'state': 'done', 'step': 5}\n"
         "open(config['output_dir'] + '/metrics.jsonl', 'w').write(json.dumps(event) + '\\n' + json.dumps(end) + '\\n')"
     )
-    monkeypatch.setattr(page_jobs, "TRAIN", (str(stand_in),))
+    monkeypatch.setattr(page_jobs.processes, "TRAIN", (str(stand_in),))
     for name, rank in (("hen", "3"), ("cat", "4")):
         add("--output_dir", f"runs/{name}", "--rank", rank)
     assert main(["queue", "start"]) == 1

@@ -11,7 +11,8 @@ import pytest
 
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.state import AdapterCatalog
-from dreambooth_moslora.ui.train_watch import in_the_forms_words, watched
+from dreambooth_moslora.ui.train_form import in_the_forms_words
+from dreambooth_moslora.ui.train_watch import watched
 from tests.ui.test_handlers import OWNER, visitor
 
 PUBLISHED = "pytorch_lora_weights.safetensors"

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import save_file
 
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.generate_form import GenerateForm, compare, make_pictures
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.state import AdapterCatalog, AppContext
@@ -74,7 +75,11 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(context, visitor,
 
     page = context()
     jobs = page.jobs
-    target = {"write_captions": (TrainForm, "write_captions"), "start": (jobs, "start"), "spawn": (jobs, "_spawn")}
+    target = {
+        "write_captions": (TrainForm, "write_captions"),
+        "start": (jobs, "start"),
+        "spawn": (page_jobs.processes, "start_training"),
+    }
     monkeypatch.setattr(*target[broken], fail)
     with pytest.raises(OSError, match="disk full"):
         start_run(page, TrainForm("sks", "dog"), visitor)
@@ -84,8 +89,9 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(context, visitor,
 def test_a_process_of_which_nothing_can_be_noted_is_ended(tmp_path, monkeypatch):
     (script := tmp_path / "trainer.py").write_text("import time; time.sleep(60)")
     jobs, children = Jobs(tmp_path / "runs", script), []
-    spawn = jobs._spawn
-    monkeypatch.setattr(jobs, "_spawn", lambda *place: children.append(spawn(*place)) or children[0])
+    spawn = page_jobs.processes.start_training
+    noted = lambda *place, **how: children.append(spawn(*place, **how)) or children[0]  # noqa: E731
+    monkeypatch.setattr(page_jobs.processes, "start_training", noted)
     monkeypatch.setattr(Job, "save", lambda job: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         jobs.start("dog", {}, OWNER)

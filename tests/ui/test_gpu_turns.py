@@ -12,6 +12,7 @@ import pytest
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.generate_form import GenerateForm, make_pictures
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.state import AppContext
@@ -59,7 +60,7 @@ def picture(ctx: AppContext) -> bytes:
     return PIL.Image.open(last.pictures[0].path).tobytes()
 
 
-def test_the_pages_base_is_off_the_gpu_while_a_run_trains_and_draws_the_same_afterwards(tmp_path):
+def test_the_pages_base_is_off_the_gpu_while_a_run_trains_and_draws_the_same_afterwards(tmp_path, monkeypatch):
     subject, moves = resting_toy()
     ctx = context(tmp_path, lambda: subject)
     ctx.pipeline()
@@ -68,8 +69,9 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_and_draws_the_same_aft
     assert moves == [OTHER_DEVICE]
     picture(ctx)
     assert moves == [OTHER_DEVICE]
-    seen, spawn = [], jobs._spawn
-    jobs._spawn = lambda *place: (seen.append(list(moves)), spawn(*place))[1]
+    seen, spawn = [], page_jobs.processes.start_training
+    noted = lambda *place, **how: (seen.append(list(moves)), spawn(*place, **how))[1]  # noqa: E731
+    monkeypatch.setattr(page_jobs.processes, "start_training", noted)
     jobs.start("dog", {}, OWNER)
     assert seen == [[OTHER_DEVICE, "cpu"]]
     with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):

@@ -14,7 +14,8 @@ from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.state import AdapterCatalog
-from dreambooth_moslora.ui.train_form import TrainForm, crop_config, like_line, rows, values_like
+from dreambooth_moslora.ui.train import said_of
+from dreambooth_moslora.ui.train_form import TrainForm, crop_config, rows, values_like
 from dreambooth_moslora.ui.train_photos import review_kept
 from dreambooth_moslora.ui.train_start import (
     MOST_RECIPES,
@@ -96,13 +97,13 @@ def test_fields_that_a_file_does_not_speak_of_are_as_at_first():
 
 def test_the_line_says_what_was_taken_and_what_not(shelf, ann):  # noqa: F811
     ctx = shelf
-    line = like_line("kohya", recipe_of(ctx, "kohya", ann))
-    assert line == (
-        "Like kohya: 6 settings, those of this form filled in; left to this page: resolution; "
-        "without an equivalent here: ss_clip_skip."
-    )
+    line = said_of("kohya", recipe_of(ctx, "kohya", ann)).value
+    assert (
+        ">Like kohya: 6 settings, those of this form filled in; left to this page: resolution; "
+        "without an equivalent here: ss_clip_skip.<"
+    ) in line
     great = add_recipe(ctx, save(ctx.catalog.adapters_dir.parent / "g.safetensors", ours(rank=4000, seed=1)), ann)
-    assert "ignored, as they are invalid: rank is too great for this page" in like_line(great, ann.recipes[great])
+    assert "ignored, as they are invalid: rank is too great for this page" in said_of(great, ann.recipes[great]).value
 
 
 def test_a_run_keeps_the_recipe_and_comes_back_into_the_form_with_it(shelf, ann):  # noqa: F811

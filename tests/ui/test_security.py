@@ -156,7 +156,7 @@ def test_photos_lose_exif_name_and_profile(tmp_path):
     exif.get_ifd(0x8825)[2] = (48.0, 8.0, 0.0)
     file = tmp_path / "My secret holiday.jpg"
     image.save(file, exif=exif)
-    folder = take_photos([str(file)], tmp_path / "photos").folder
+    take_photos([str(file)], folder := tmp_path / "photos")
     copies = list(folder.iterdir())
     assert [copy.name for copy in copies] == ["photo_01.png"]
     with PIL.Image.open(copies[0]) as clean:

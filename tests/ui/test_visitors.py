@@ -11,8 +11,7 @@ import httpx
 import pytest
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.ui.app import parse_host
-from dreambooth_moslora.ui.guard import MAX_BODY_BYTES
+from dreambooth_moslora.ui.guard import MAX_BODY_BYTES, origins_of
 from dreambooth_moslora.ui.visitors import COOKIE, KEPT_SEC, LONGEST_KEPT_SEC, MAX_VISITORS, Visitors, visitor_id
 from tests.helpers.ui_server import secret_of
 
@@ -104,13 +103,13 @@ ADDRESSES = {
 
 @pytest.mark.parametrize("text", ADDRESSES)
 def test_an_allowed_host_may_be_written_as_an_address(text):
-    assert parse_host(text) == {(scheme, "pictures.example.org", port) for scheme, port in ADDRESSES[text]}
+    assert origins_of(text) == {(scheme, "pictures.example.org", port) for scheme, port in ADDRESSES[text]}
 
 
 @pytest.mark.parametrize("text", ["https://", "", "ftp://pictures.example.org", "pictures.example.org:port"])
 def test_what_is_no_host_is_refused(text):
     with pytest.raises(UserError, match="is not a host name"):
-        parse_host(text)
+        origins_of(text)
 
 
 @pytest.mark.parametrize("path", ["queue/join", "run/stop", "call/stop", "run/upload"])
