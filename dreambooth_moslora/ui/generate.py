@@ -282,8 +282,10 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
             return gr.HTML(faint(""), visible=False), gr.skip()
         summary = summary_of(files[name])
         words = summary.sentence()
-        renewed = generate_form.renewed_prompt(old_prompt, summary, map(summary_of, files.values()))
-        return gr.HTML(faint(words), visible=bool(words)), renewed
+        # the adapter's own words, unless the user has edited the prompt that another one had filled in
+        untouched = {"", *(generate_form.prompt_for(summary_of(file)) for file in files.values())}
+        renewed = generate_form.prompt_for(summary) if (old_prompt or "").strip() in untouched else ""
+        return gr.HTML(faint(words), visible=bool(words)), renewed or old_prompt
 
     def preset(name: str, request: gr.Request) -> float:
         """The chosen file's recommended scale. A picture's settings do not call this: they have their own scale."""

@@ -262,12 +262,6 @@ def prompt_for(summary: AdapterSummary) -> str:
     return f"a photo of a {summary.subject}" if summary.subject else ""
 
 
-def renewed_prompt(old: str, chosen: AdapterSummary, known: Iterable[AdapterSummary]) -> str:
-    """The chosen adapter's own words, unless the user has edited the prompt that another adapter had filled in."""
-    untouched = {"", *map(prompt_for, known)}
-    return prompt_for(chosen) or old if (old or "").strip() in untouched else old
-
-
 def recipe_of(file: str | Path) -> Recipe:
     """The recipe of any PNG. Raises UserError for one that is damaged, or that contains infinite numbers."""
     try:

@@ -108,8 +108,7 @@ def connect_subjects(ctx: AppContext, page: gr.Blocks, fields: dict, parts: dict
     fields["new_tokens"].change(
         lambda is_set: [gr.Textbox(visible=is_set) for _ in FURTHER], fields["new_tokens"], concepts, **AT_ONCE
     )
-    connect_kept(ctx, page, everything)
-    connect_count(ctx, everything)
+    connect_boxes(ctx, page, everything)
 
 
 def connect_photos(ctx: AppContext, number: int, widgets: dict) -> None:
@@ -137,11 +136,13 @@ def connect_photos(ctx: AppContext, number: int, widgets: dict) -> None:
         )
 
 
-def connect_kept(ctx: AppContext, page: gr.Blocks, widgets: dict) -> None:
-    """After a reload or a change of the seed: the photos that a run would use."""
-    pictures = review_widgets(widgets)
+def connect_boxes(ctx: AppContext, page: gr.Blocks, widgets: dict) -> None:
+    """The photos that a run would use, after a reload or a change of the seed; further subjects."""
+    boxes, pictures = box_widgets(widgets), review_widgets(widgets)
+    gone = ("photos", "remarks", "crops", *SubjectWords.__dataclass_fields__)
+    emptied = [widgets[named(name, number)] for number in FURTHER for name in gone]
 
-    @page.load(inputs=widgets["seed"], outputs=[*pictures, *box_widgets(widgets)], **AT_ONCE)
+    @page.load(inputs=widgets["seed"], outputs=[*pictures, *boxes], **AT_ONCE)
     @as_gradio_error
     def restore(seed: int, request: gr.Request) -> tuple:
         visitor, count = ctx.visitors.of(request), 0
@@ -153,6 +154,19 @@ def connect_kept(ctx: AppContext, page: gr.Blocks, widgets: dict) -> None:
     @as_gradio_error
     def again(seed: int, count: int, like: str, request: gr.Request) -> tuple:
         return reviews(ctx, ctx.visitors.of(request), seed, count, like)
+
+    @widgets["add_subject"].click(inputs=widgets["subjects"], outputs=boxes, **AT_ONCE)
+    def add(count: int) -> tuple:
+        return boxes_for(min(MOST_SUBJECTS, int(count) + 1))
+
+    @widgets["remove_subject"].click(inputs=widgets["subjects"], outputs=[*boxes, *emptied], **AT_ONCE)
+    def remove(count: int, request: gr.Request) -> tuple:
+        """Remove the last subject with its photos and words."""
+        last = max(2, int(count))
+        forget(ctx.visitors.of(request), last)
+        values = (None, gr.HTML(visible=False), gr.Gallery(visible=False), "", TOKENS[last - 1], "", "")
+        cleared = [value if number == last else gr.skip() for number in FURTHER for value in values]
+        return (*boxes_for(last - 1), *cleared)
 
 
 def review_widgets(widgets: dict) -> list[Any]:
@@ -170,25 +184,6 @@ def reviews(ctx: AppContext, visitor: Visitor, seed: int, count: int, like: str 
             else (gr.skip(), gr.skip())
         )
     return tuple(found)
-
-
-def connect_count(ctx: AppContext, widgets: dict) -> None:
-    outputs = box_widgets(widgets)
-    gone = ("photos", "remarks", "crops", *SubjectWords.__dataclass_fields__)
-    emptied = [widgets[named(name, number)] for number in FURTHER for name in gone]
-
-    @widgets["add_subject"].click(inputs=widgets["subjects"], outputs=outputs, **AT_ONCE)
-    def add(count: int) -> tuple:
-        return boxes_for(min(MOST_SUBJECTS, int(count) + 1))
-
-    @widgets["remove_subject"].click(inputs=widgets["subjects"], outputs=[*outputs, *emptied], **AT_ONCE)
-    def remove(count: int, request: gr.Request) -> tuple:
-        """Remove the last subject with its photos and words."""
-        last = max(2, int(count))
-        forget(ctx.visitors.of(request), last)
-        values = (None, gr.HTML(visible=False), gr.Gallery(visible=False), "", TOKENS[last - 1], "", "")
-        cleared = [value if number == last else gr.skip() for number in FURTHER for value in values]
-        return (*boxes_for(last - 1), *cleared)
 
 
 def box_widgets(widgets: dict) -> list[Any]:

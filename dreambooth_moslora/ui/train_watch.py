@@ -105,14 +105,10 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     @gr.api(api_name="train_status")
     @as_gradio_error
     def status(run: str | None, request: gr.Request) -> dict:
-        return status_of(ctx.jobs, ctx.jobs.owned(run or "", ctx.visitors.of(request).id))
-
-
-def status_of(jobs: Jobs, job: Job) -> dict[str, Any]:
-    """A run's state for a program."""
-    state = jobs.state(job)
-    facts = {"run": job.name, "state": state.state, "step": state.step, "steps": state.max_train_steps}
-    return facts | ({"message": jobs.told(state.message)} if state.message else {})
+        job = ctx.jobs.owned(run or "", ctx.visitors.of(request).id)
+        state = ctx.jobs.state(job)
+        facts = {"run": job.name, "state": state.state, "step": state.step, "steps": state.max_train_steps}
+        return facts | ({"message": ctx.jobs.told(state.message)} if state.message else {})
 
 
 def _connect_control(
@@ -169,10 +165,10 @@ def _shown(jobs: Jobs, job: Job, state: JobState, visitor: Visitor) -> dict[str,
         "resume": gr.Button(interactive=not state.is_active and state.state != "done"),
         "use": gr.Button(visible=ready),
         "reopen": gr.Button(visible=not state.is_active),
-        "download": _download(run_dir.adapter_path, ready, job, visitor),
-        "download_kohya": _download(run_dir.kohya_path, ready and run_dir.kohya_path.is_file(), job, visitor),
-        "download_tokens": _download_tokens(run_dir.tokens_paths if ready else [], job, visitor),
-        "download_mixers": _download(run_dir.mixers_path, ready and run_dir.mixers_path.is_file(), job, visitor),
+        "download": _download([run_dir.adapter_path], ready, job, visitor),
+        "download_kohya": _download([run_dir.kohya_path], ready, job, visitor),
+        "download_tokens": _download(run_dir.tokens_paths, ready, job, visitor),
+        "download_mixers": _download([run_dir.mixers_path], ready, job, visitor),
         "loss": _plot(loss_table(metrics), "loss"),
         "fidelity": _plot(fidelity_table(metrics), "score"),
         "samples": gr.Gallery(samples, visible=bool(samples)),
@@ -181,16 +177,12 @@ def _shown(jobs: Jobs, job: Job, state: JobState, visitor: Visitor) -> dict[str,
     }
 
 
-def _download(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.DownloadButton:
-    return gr.DownloadButton(
-        value=str(link_into_user_folder(file, visitor, job.name)) if ready else None, visible=ready
-    )
-
-
-def _download_tokens(files: list[Path], job: Job, visitor: Visitor) -> gr.DownloadButton:
-    """The file of new tokens; of several subjects, all files in one."""
+def _download(files: list[Path], ready: bool, job: Job, visitor: Visitor) -> gr.DownloadButton:
+    """The file that is there, or of several all in one; hidden for none."""
+    files = [file for file in files if ready and file.is_file()]
     if len(files) < 2:
-        return _download(*files or [Path()], bool(files), job, visitor)
+        linked = [str(link_into_user_folder(file, visitor, job.name)) for file in files]
+        return gr.DownloadButton(value=linked[0] if linked else None, visible=bool(linked))
     bundle = visitor.folder / "runs" / job.name / f"{job.name}_emb.zip"
     if not bundle.is_file() or bundle.stat().st_mtime < max(file.stat().st_mtime for file in files):
         content = BytesIO()

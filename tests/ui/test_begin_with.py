@@ -10,10 +10,10 @@ from safetensors.numpy import save_file
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import AdapterCatalog, AppContext
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import estimate_cost, form_of_run, prepared
+from tests.ui.test_handlers import PAGE, handler
 from tests.ui.test_more_subjects import ann, page  # noqa: F401 (fixtures)
 
 FORM = TrainForm("sks", "duck", begin_with="old duck@30")
@@ -74,7 +74,5 @@ def test_the_list_leaves_out_adapters_with_new_tokens(tmp_path):
         save_header(tmp_path / f"{name}.safetensors", tokens=tokens)
     folders = {"adapters_dir": tmp_path, "runs_dir": tmp_path / "runs"}
     ctx = AppContext(lambda: None, base="toy", base_name="toy", resolution_px=128, training=True, **folders)
-    starts = next(event.fn for event in build_app(ctx, []).fns.values() if event.name == "starts")
-    request = SimpleNamespace(username=None, cookies={}, session_hash="page")
-    assert [name for name, _ in starts(request).choices] == ["none", "plain"]
+    assert [name for name, _ in handler(ctx, "starts")(PAGE).choices] == ["none", "plain"]
     ctx.visitors.close()

@@ -15,12 +15,10 @@ from dreambooth_moslora.generation.params import GenerationParams, Provenance, R
 from dreambooth_moslora.ui.app import main, parse_login, resolution_of
 from dreambooth_moslora.ui.generate import ask_widgets
 from dreambooth_moslora.ui.generate_form import (
-    AdapterSummary,
     GenerateForm,
     code_snippet,
     format_seconds,
     match_adapters,
-    renewed_prompt,
     size_choices,
     summary_of,
 )
@@ -30,6 +28,7 @@ from dreambooth_moslora.ui.state import AdapterCatalog, AppContext
 from dreambooth_moslora.ui.visitors import HISTORY_LENGTH, Picture, Visitor, VisitorCookie
 
 OWNER, OTHER = "a" * 64, "b" * 64
+PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")
 
 
 def test_the_form_and_the_parameters_are_each_others_inverse():
@@ -165,13 +164,23 @@ def test_an_adapter_of_several_subjects_says_the_words_of_each(tmp_path):
     assert found.sentence() == "say “sks duck” or “zwx rocket”" and found.subject == "sks duck"
 
 
-def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it():
-    dog, cat, foreign = AdapterSummary("sks", "dog"), AdapterSummary("zwx", "cat"), AdapterSummary()
-    known = (dog, cat, foreign)
-    assert renewed_prompt("", dog, known) == "a photo of a sks dog"
-    assert renewed_prompt("a photo of a sks dog", cat, known) == "a photo of a zwx cat"
-    assert renewed_prompt("a photo of a sks dog in space", cat, known) == "a photo of a sks dog in space"
-    assert renewed_prompt("a photo of a sks dog", foreign, known) == "a photo of a sks dog"
+def handler(ctx: AppContext, name: str):
+    """What the page does at that event."""
+    return next(event.fn for event in build_app(ctx, []).fns.values() if event.name == name)
+
+
+def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it(tmp_path):
+    for name in ("sks", "zwx", ""):
+        write_adapter(tmp_path / "adapters" / f"{name or 'foreign'}.safetensors", name, "dog" if name else "")
+    describe = handler(ctx := context(tmp_path), "describe")
+    for old, name, new in (
+        ("", "sks", "a photo of a sks dog"),
+        ("a photo of a sks dog", "zwx", "a photo of a zwx dog"),
+        ("a photo of a sks dog in space", "zwx", "a photo of a sks dog in space"),
+        ("a photo of a sks dog", "foreign", "a photo of a sks dog"),
+    ):
+        assert describe(name, old, PAGE)[1] == new
+    ctx.visitors.close()
 
 
 def context(tmp_path, load=lambda: None) -> AppContext:
@@ -192,8 +201,8 @@ def test_a_base_that_does_not_load_is_told_to_the_visitor_without_the_machines_s
     ctx.visitors.close()
 
 
-def write_adapter(file: Path, trigger: str) -> None:
-    facts = {"trigger_words": [trigger], "class_word": "dog", "base_id": "toy"}
+def write_adapter(file: Path, trigger: str, class_word: str = "dog") -> None:
+    facts = {"trigger_words": [trigger], "class_word": class_word, "base_id": "toy"}
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({"x": np.zeros(1, np.float32)}, file, metadata={"moslora": json.dumps(facts)})
 
@@ -210,14 +219,14 @@ def test_the_first_prompt_has_the_trigger_words_and_the_adapters_words_are_no_ma
 
 
 def test_the_axis_of_adapters_starts_with_the_checkpoints_of_the_chosen_run(tmp_path):
-    ctx, page = context(tmp_path), SimpleNamespace(username=None, cookies={}, session_hash="page")
+    ctx = context(tmp_path)
     write_adapter(tmp_path / "adapters" / "cat.safetensors", "zwx")
     for step in (20, 100):
         write_adapter(tmp_path / "runs" / "dog" / f"checkpoint-{step}" / "moslora_weights.safetensors", "sks")
     write_adapter(tmp_path / "runs" / "dog" / "pytorch_lora_weights.safetensors", "sks")
-    axis_values = next(event.fn for event in build_app(ctx, []).fns.values() if event.name == "axis_values")
-    assert axis_values("adapter", "dog", "", page) == "none, dog@20, dog@100, dog"
-    assert axis_values("prompt", "dog", "a dog", page) == "a dog|"
+    axis_values = handler(ctx, "axis_values")
+    assert axis_values("adapter", "dog", "", PAGE) == "none, dog@20, dog@100, dog"
+    assert axis_values("prompt", "dog", "a dog", PAGE) == "a dog|"
     ctx.visitors.close()
 
 

@@ -12,8 +12,8 @@ from dreambooth_moslora.ui.jobs import Job
 from dreambooth_moslora.ui.state import TELLS_PROMPTS, AppContext, import_libraries
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import estimate_cost
-from dreambooth_moslora.ui.train_watch import status_of, watched
-from tests.ui.test_handlers import OWNER, visitor
+from dreambooth_moslora.ui.train_watch import watched
+from tests.ui.test_handlers import PAGE, handler, visitor
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def test_a_base_that_does_not_load_is_named_without_its_folder(ctx, tmp_path):
 
 def test_a_run_that_failed_tells_no_folder_in_card_log_and_state(ctx, tmp_path):
     (run := tmp_path / "runs" / "dog").mkdir()
-    job = Job(run, OWNER, 1, psutil.Process().create_time())
-    job.save()
+    ann = ctx.visitors.of(PAGE)
+    Job(run, ann.id, 1, psutil.Process().create_time()).save()
     (run / "job.log").write_text(f"error: {ctx.base_name}/unet is missing, {ctx.catalog.adapters_dir}/a too\n")
-    now = watched(ctx.jobs, "dog", None, visitor(tmp_path))
-    for text in (now["status"], now["log"], str(status_of(ctx.jobs, job))):
+    now = watched(ctx.jobs, "dog", None, ann)
+    for text in (now["status"], now["log"], str(handler(ctx, "status")("dog", PAGE))):
         assert "my_base/unet" in text and str(tmp_path) not in text
 
 
