@@ -124,11 +124,7 @@ def _grid_widgets() -> dict[str, Any]:
         down_values = gr.Textbox(AXIS_VALUES["scale"], label="Row values", min_width=120, elem_id="grid_row_values")
     with gr.Row():
         across = gr.Dropdown(
-            [("Nothing", NONE), *AXIS_LABELS],
-            value="seed",
-            label="Columns",
-            min_width=120,
-            elem_id="grid_columns",
+            [("Nothing", NONE), *AXIS_LABELS], value="seed", label="Columns", min_width=120, elem_id="grid_columns"
         )
         across_values = gr.Textbox(AXIS_VALUES["seed"], label="Column values", min_width=120)
     gr.Markdown("Commas separate values; `|` separates prompts.", elem_classes="faint")

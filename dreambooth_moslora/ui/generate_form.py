@@ -4,7 +4,6 @@ A picture's recipe comes back into the form: its adapters are found again by con
 summary of an adapter is read from its file's header alone.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.core import UserError, is_number
+from dreambooth_moslora.core import UserError, file_digest, is_number
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import MAX_STEPS, GenerationParams, Recipe, check_size, draw_seed, read_recipe
@@ -334,12 +333,10 @@ def _sha256_of(file: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _digest(file: Path, mtime_ns: int, size: int) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return file_digest(file)
 
 
-FRAME_SEC = 0.12
-"""Least seconds between two updates of the page; finished pictures are always shown."""
+FRAME_SEC = 0.12  # Least seconds between two updates of the page; finished pictures are always shown
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import PlainTextResponse
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.ui.visitors import cookie_of, header_of
+from dreambooth_moslora.ui.visitors import Layer, cookie_of, header_of
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -40,8 +40,8 @@ REFUSED = "another site may not ask here; behind a proxy, start the app with --a
 SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 
 
-class TrustedHosts:
-    """ASGI middleware: answers 421 for a foreign host name, 403 for requests from another site's page.
+class TrustedHosts(Layer):
+    """Answers 421 for a foreign host name, 403 for requests from another site's page.
 
     `hosts` are the only names that the page answers to; None means all. A page of one of the `allowed` origins
     may send requests, whatever Host the proxy in front passes on. Cookies that a browser would send with
@@ -49,13 +49,11 @@ class TrustedHosts:
     """
 
     def __init__(self, app: Any, hosts: Collection[str] | None, allowed: Collection[Origin] = ()) -> None:
-        self.app, self.hosts, self.allowed = app, hosts, allowed
+        super().__init__(app)
+        self.hosts, self.allowed = hosts, allowed
         self.names = {name for _, name, _ in allowed}
 
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+    async def answer(self, scope: dict, receive: Any, send: Any) -> None:
         if refusal := self._refusal(scope):
             await refusal(scope, receive, send)
             return
@@ -136,20 +134,13 @@ UPLOAD, FILES = "/gradio_api/upload", b"files"
 """Path of an upload, and the name of the form's field that holds its files: gradio has no answer to a text there."""
 MAX_BODY_BYTES = 4 * 1024**2
 """Far more than any form of the page needs; parsing takes several times as much memory."""
-MAX_UPLOAD_BYTES = 512 * 1024**2
-"""Limit of all files of one upload together."""
+MAX_UPLOAD_BYTES = 512 * 1024**2  # Limit of all files of one upload together
 
 
-class BodySizeLimit:
-    """ASGI middleware: answers 413 for too long a declared length, and cuts off a longer body. Files may be longer."""
+class BodySizeLimit(Layer):
+    """Answers 413 for too long a declared length, and cuts off a longer body. Files may be longer."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+    async def answer(self, scope: dict, receive: Any, send: Any) -> None:
         is_upload = scope["path"] == UPLOAD
         if promised_bytes(scope) > MAX_BODY_BYTES + MAX_UPLOAD_BYTES * is_upload:
             await PlainTextResponse("too long; files are sent to /upload", 413)(scope, receive, send)
@@ -236,22 +227,20 @@ class _FieldMeter:
             self.field_bytes += end - start
 
 
-MAX_BYTES_EACH = 2 * 1024**3
-"""Four of the longest uploads, or 50 of the largest photos."""
-DISK_RESERVE_BYTES = 1024**3
-"""Space that uploads must leave free, since a visitor can invent further cookies."""
+MAX_BYTES_EACH = 2 * 1024**3  # Four of the longest uploads, or 50 of the largest photos
+DISK_RESERVE_BYTES = 1024**3  # Space that uploads must leave free, since a visitor can invent further cookies
 MAX_ANSWER_BYTES = 1024**2
 
 
-class UploadQuota:
-    """ASGI middleware: records what each visitor has uploaded; answers 507 when the upload would fill the disk."""
+class UploadQuota(Layer):
+    """Records what each visitor has uploaded; answers 507 when the upload would fill the disk."""
 
     def __init__(self, app: Any) -> None:
-        self.app = app
+        super().__init__(app)
         self._stored: dict[str, OrderedDict[Path, int]] = {}
 
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"].rstrip("/") != UPLOAD:
+    async def answer(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["path"].rstrip("/") != UPLOAD:
             await self.app(scope, receive, send)
             return
         folder = Path(get_upload_folder())

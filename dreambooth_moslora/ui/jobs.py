@@ -154,10 +154,7 @@ class Jobs:
     """The runs under `runs_dir`, one process at a time. `make_room` is a context manager around its start."""
 
     def __init__(
-        self,
-        runs_dir: Path,
-        script: Path | None = None,
-        make_room: Callable[[], AbstractContextManager] = nullcontext,
+        self, runs_dir: Path, script: Path | None = None, make_room: Callable[[], AbstractContextManager] = nullcontext
     ) -> None:
         self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
         self.public_names = {f"{runs_dir}/": ""}  # text in messages -> its replacement for visitors
@@ -312,8 +309,7 @@ def settings_of(job: Job) -> dict[str, Any]:
     return settings
 
 
-KILLED_MOST = 3
-"""A run that is killed this many times without a new checkpoint counts as failed."""
+KILLED_MOST = 3  # A run that is killed this many times without a new checkpoint counts as failed
 TURN_SEC = 1.0
 UNREADABLE = "its file in the queue cannot be read; add it once more"
 

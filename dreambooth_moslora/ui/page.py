@@ -74,10 +74,7 @@ def launch_options(allowed: Collection[Origin] = (), *, public: bool = False) ->
         "run_history": False,
         "max_file_size": MAX_UPLOAD_BYTES,
         "state_session_capacity": MAX_SESSIONS,
-        "app_kwargs": {
-            "middleware": list(map(Middleware, layers)),
-            "lifespan": partial(trusted_hosts, hosts, allowed),
-        },
+        "app_kwargs": {"middleware": list(map(Middleware, layers)), "lifespan": partial(trusted_hosts, hosts, allowed)},
         "enable_monitoring": False,
         "share": False,
         "ssr_mode": False,

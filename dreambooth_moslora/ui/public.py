@@ -30,7 +30,7 @@ from starlette.responses import PlainTextResponse
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun
-from dreambooth_moslora.ui.visitors import Visitor, address_of, cookie_of, secret_in, visitor_id
+from dreambooth_moslora.ui.visitors import Layer, Visitor, address_of, cookie_of, secret_in, visitor_id
 
 RUNS_PER_VISITOR, RUNS_PER_ADDRESS, RUNS_IN_ALL = 20, 40, 100
 """Runs that may wait: of a visitor, of all visitors at one address without a login, and of the whole page."""
@@ -50,22 +50,15 @@ API = "/gradio_api"
 ASKED = re.compile(rf"{API}/(run|api|call/v2|call)/(?P<name>[^/]+)")
 FETCHED = re.compile(rf"{API}/call/(v2/)?[^/]+/(?P<event>[^/]+)")
 BY_NUMBER = re.compile(rf"{API}/(run/predict|api/predict|queue/join|component_server)")
-ANY_FUNCTION = "predict"
-"""The name that Gradio uses for a function given by its number."""
+ANY_FUNCTION = "predict"  # The name that Gradio uses for a function given by its number
 ONE_RANGE = re.compile(rb"bytes=\d*-\d*")
 """Gradio handles only this form of range; a server may answer with the whole file (RFC 9110)."""
 
 
-class UnknownNames:
-    """ASGI middleware around Gradio's own application."""
+class UnknownNames(Layer):
+    """Stands around Gradio's own application."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+    async def answer(self, scope: dict, receive: Any, send: Any) -> None:
         path, page = scope["path"].rstrip("/"), scope["app"].get_blocks()
         missing = _missing_name(path, scope, page)
         if not missing and scope["method"] == "POST" and BY_NUMBER.fullmatch(path):
@@ -118,14 +111,11 @@ _owners: OrderedDict[str, str] = OrderedDict()
 """Session -> the cookie of the browser that began it. Names are random, so servers of one process may share it."""
 
 
-class SessionGuard:
-    """ASGI middleware: 403 to requests for the stream or the end of another's session, and for a link to any."""
+class SessionGuard(Layer):
+    """403 to requests for the stream or the end of another's session, and for a link to any."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        path, session = scope["path"].rstrip("/") if scope["type"] == "http" else "", ""
+    async def answer(self, scope: dict, receive: Any, send: Any) -> None:
+        path, session = scope["path"].rstrip("/"), ""
         if path == CANCEL:
             body, receive = await whole_body(receive)
             with suppress(ValueError, TypeError, KeyError, RecursionError):
@@ -174,20 +164,19 @@ def _put_with_its_number(session: SessionState, number: int, value: Any) -> None
 
 WINDOW_SEC = 300.0
 TRIES_PER_ADDRESS = 10
-TOGETHER = 100
-"""Limit for all addresses together: behind a proxy a client may send any address."""
+TOGETHER = 100  # Limit for all addresses together: behind a proxy a client may send any address
 TOO_MANY_TRIES = "too many wrong passwords; wait five minutes"
 
 
-class LoginLimit:
-    """ASGI middleware: 429 to a login after TRIES_PER_ADDRESS wrong ones in WINDOW_SEC; existing logins go on."""
+class LoginLimit(Layer):
+    """429 to a login after TRIES_PER_ADDRESS wrong ones in WINDOW_SEC; existing logins go on."""
 
     def __init__(self, app: Any) -> None:
-        self.app = app
+        super().__init__(app)
         self._tries: deque[tuple[float, str]] = deque()
 
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].rstrip("/") != "/login":
+    async def answer(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["method"] != "POST" or scope["path"].rstrip("/") != "/login":
             await self.app(scope, receive, send)
             return
         address = (scope.get("client") or ("",))[0]
@@ -212,8 +201,7 @@ PLACES = 64
 PER_VISITOR = 8
 STRANGERS = 24
 """Limit for all at one address who had no turn: cookies can be invented, so each job may look like a new visitor."""
-JOBS_PER_ADDRESS = 48
-"""Limit for all at one address without a login."""
+JOBS_PER_ADDRESS = 48  # Limit for all at one address without a login
 TURNS_TOGETHER = 4
 """Turns of an address, without a login, between two of another: one visitor may hold many cookies that had one each."""
 MOST_REMEMBERED = 10_000

@@ -51,16 +51,14 @@ TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility
 MAX_WAITING = 1000
 MAX_SENTENCE = 300
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-Page = tuple[str, str]
-"""Visitor and session."""
+Page = tuple[str, str]  # Visitor and session
 
 logger = logging.getLogger(__name__)
 
 
 MAX_HEADER_BYTES = 8 * 1024**2
 """SDXL with all layers trained needs less than 1 MiB; large data sets add long lists of tags."""
-MAX_QUOTES = 400_000
-"""Quotes in a header: four for each entry of its metadata, ten for each tensor."""
+MAX_QUOTES = 400_000  # Quotes in a header: four for each entry of its metadata, ten for each tensor
 MAX_WORK = 2e10
 """Sum of rank²·width over all matrices: about half a minute of one core. Rank 64 on all of SDXL is 0.8e10."""
 
@@ -209,7 +207,7 @@ class AppContext:
         public: bool = False,
     ) -> None:
         self.base, self.base_name, self.resolution_px = base, base_name, resolution_px
-        self.runs_dir = runs_dir
+        self.runs_dir, self.guidance_scale = runs_dir, preferred_guidance(base_name)
         self.training, self.public = training, public
         self.visitors = Visitors()
         self.catalog = AdapterCatalog(adapters_dir, runs_dir)
@@ -223,18 +221,10 @@ class AppContext:
         self._load, self._load_lock = load, threading.Lock()
         self._pipeline: Future[SubjectPipeline] | None = self._loading()
 
-    @property
-    def guidance_scale(self) -> float:
-        """The base's own guidance."""
-        return preferred_guidance(self.base_name)
-
     def loaded(self) -> "SubjectPipeline | None":
         """The pipeline, or None while it is not loaded."""
         loading = self._pipeline
         return loading.result() if loading and loading.done() and loading.exception() is None else None
-
-    def is_training(self) -> bool:
-        return self.jobs.current() is not None
 
     def unload(self) -> None:
         """Free the pipeline's memory, after its loading has ended; the next who needs it loads it again."""
@@ -255,7 +245,6 @@ class AppContext:
 
     def _loading(self) -> "Future[SubjectPipeline]":
         """The future pipeline, which loads in a thread."""
-
         future: Future[SubjectPipeline] = Future()
 
         def fulfil() -> None:
@@ -318,7 +307,7 @@ class GpuTurns:
 
     def check_memory(self) -> None:
         """Raises UserError while the base must not be loaded: beside a run, without a GPU."""
-        if not self._is_small and self._ctx.is_training() and not has_gpu():
+        if not self._is_small and self._ctx.jobs.current() and not has_gpu():
             raise UserError(BUSY)
 
     @contextmanager
@@ -329,7 +318,7 @@ class GpuTurns:
             return
         self._ctx.pipeline()  # not under the lock: loading takes long
         with self._lock:
-            if self._ctx.is_training():
+            if self._ctx.jobs.current():
                 raise UserError(BUSY)
             yield
 

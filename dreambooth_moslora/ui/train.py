@@ -94,8 +94,7 @@ SHOW_STATUS = """() => {
   if (innerWidth <= 760) document.getElementById("train_status").scrollIntoView({block: "center"});
 }"""
 """On a phone the run stands below the whole form."""
-Files = list[str] | None
-"""Uploads of a subject; those of a further subject may be missing."""
+Files = list[str] | None  # Uploads of a subject; those of a further subject may be missing
 
 
 def build_train_tab(ctx: AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:

@@ -30,8 +30,7 @@ OF_MACHINE = (
 )
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
 """Name -> how often each photo is shown, as a multiple of what the recipe says."""
-TOKENS_RATE = 1e-3
-"""The trainer's own default, diffusers', hardly moves new tokens."""
+TOKENS_RATE = 1e-3  # The trainer's own default, diffusers', hardly moves new tokens
 BY_RECIPE = "0: by recipe"
 NEW_TOKENS = "learns the token anew in both text encoders, beside the adapter; on the toys likeness did not rise"
 
@@ -113,8 +112,7 @@ def rows(form: type) -> dict[str, FormField]:
 
 
 MOST_SUBJECTS = 4
-TOKENS = ("sks", "zwx", "ohwx", "xjy")
-"""The default rare word of each further subject."""
+TOKENS = ("sks", "zwx", "ohwx", "xjy")  # The default rare word of each further subject
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,7 @@ def photo_widgets(number: int = 1) -> dict[str, Any]:
     remarks = gr.HTML(visible=False, elem_id=named("remarks", number))
     look = {"object_fit": "contain", "buttons": ["fullscreen"], "elem_classes": "crops"}
     crops = picture_rows("Crops", named("crops", number), **look)
-    return {
-        named("photos", number): photos,
-        named("remarks", number): remarks,
-        named("crops", number): crops,
-    }
+    return {named("photos", number): photos, named("remarks", number): remarks, named("crops", number): crops}
 
 
 def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -209,8 +205,7 @@ def shown(found: train_photos.PhotoReview) -> tuple:
 
 
 MOST_PIXELS = 4 * train_photos.EDIT_PX**2
-KEPT_BYTES = 32 * 1024**2
-"""Limit for all visitors' drawings between upload and the click that uses them."""
+KEPT_BYTES = 32 * 1024**2  # Limit for all visitors' drawings between upload and the click that uses them
 BRUSH_PX, OPACITY = 24, 0.6
 TOO_LARGE = "the painted mask is no picture of the size that was shown"
 

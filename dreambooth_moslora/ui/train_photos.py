@@ -26,16 +26,13 @@ from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Visitor, kept_photos, 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo
 
-EDIT_PX = 768
-"""Side of the square to paint on: the photo, scaled to it, and a margin."""
+EDIT_PX = 768  # Side of the square to paint on: the photo, scaled to it, and a margin
 MARGIN = (226, 228, 232)
 LEARNED, LEFT_OUT = (13, 148, 136), (225, 29, 72)
 """Colours of the brush: for parts that become white in the mask, and for parts that become black."""
 TINT = 0.5
-PAINTED = 64
-"""A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less."""
-MOST_KEPT = 200
-"""Most files of corrections per visitor; the oldest are deleted."""
+PAINTED = 64  # A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less
+MOST_KEPT = 200  # Most files of corrections per visitor; the oldest are deleted
 NO_MASK = "no mask: all of it is learned"
 GONE = "this photo is not there any more; show the masks again"
 EMPTY = "the mask is empty: paint green what is to be learned of this photo"
@@ -98,19 +95,19 @@ def editor_picture(visitor: Visitor, name: str, config: TrainConfig) -> PIL.Imag
     """The photo of that name on its square, tinted where its mask is white."""
     from dreambooth_moslora.photos.photo import open_rgb
 
-    photo = open_rgb(photo_now(visitor, name, config))
+    found = photo_now(visitor, name, config)
+    photo = open_rgb(found)
     left, top, right, bottom = place_of(photo.size)
     square = PIL.Image.new("RGB", (EDIT_PX, EDIT_PX), MARGIN)
     square.paste(photo.resize((right - left, bottom - top)), (left, top))
     tinted = PIL.Image.blend(square, PIL.Image.new("RGB", square.size, LEARNED), TINT)
-    return PIL.Image.composite(tinted, square, mask_on_square(visitor, name, config))
+    return PIL.Image.composite(tinted, square, mask_on_square(found))
 
 
-def mask_on_square(visitor: Visitor, name: str, config: TrainConfig) -> PIL.Image.Image:
+def mask_on_square(photo: "Photo") -> PIL.Image.Image:
     """L: the mask that the run would use now; black without one."""
     from dreambooth_moslora.photos.masks import open_mask
 
-    photo = photo_now(visitor, name, config)
     mask, square = open_mask(photo), PIL.Image.new("L", (EDIT_PX, EDIT_PX), 0)
     if mask is not None:
         left, top, right, bottom = place_of((photo.size_px[1], photo.size_px[0]))
@@ -146,7 +143,7 @@ def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: Tra
     red, green, _, alpha = painted.resize((EDIT_PX, EDIT_PX)).split()
     is_painted = alpha.point(lambda value: 255 * (value >= PAINTED))
     is_learned = PIL.ImageChops.subtract(green, red).point(lambda value: 255 * (value > 0))
-    square = PIL.Image.composite(is_learned, mask_on_square(visitor, name, config), is_painted)
+    square = PIL.Image.composite(is_learned, mask_on_square(photo_now(visitor, name, config)), is_painted)
     white = square.crop(place_of(size))
     if white.getextrema()[1] == 0:
         raise UserError(EMPTY)
@@ -208,12 +205,7 @@ class PhotoReview:
 
 
 def review_kept(
-    ctx: AppContext,
-    visitor: Visitor,
-    remarks: Sequence[str] = (),
-    seed: int = 0,
-    number: int = 1,
-    like: str = NONE,
+    ctx: AppContext, visitor: Visitor, remarks: Sequence[str] = (), seed: int = 0, number: int = 1, like: str = NONE
 ) -> PhotoReview:
     """Judge the clean copies of subject `number`, each by its first crop in a run with this seed and recipe."""
     from dreambooth_moslora.photos.crops import apply_crop, examine, masked, plans_of

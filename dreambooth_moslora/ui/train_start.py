@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -34,8 +34,7 @@ from dreambooth_moslora.ui.state import AppContext, check_header
 from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, SubjectWords, TrainForm, folder_of, lengths_in
 from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Visitor, kept_photos
 
-LIKE = "like"
-"""Folder in a run: the recipe that it was given, NAME.json."""
+LIKE = "like"  # Folder in a run: the recipe that it was given, NAME.json
 MOST_RECIPES = 16
 
 
@@ -114,16 +113,12 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainF
 
 def words_of(config: TrainConfig, photos_dir: Path) -> SubjectWords:
     subject = subject_of(config)
-    lines = [" ".join(caption_of(photo).split()) for photo in kept_photos(photos_dir)]
-    captions = "\n".join(lines).rstrip()
-    return SubjectWords(subject.class_word, subject.token, captions, config.initializer_concept or "")
-
-
-def caption_of(photo: Path) -> str:
-    try:
-        return photo.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    captions = ""
+    for photo in kept_photos(photos_dir):
+        with suppress(OSError):
+            captions += " ".join(photo.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").split())
+        captions += "\n"
+    return SubjectWords(subject.class_word, subject.token, captions.rstrip(), config.initializer_concept or "")
 
 
 def like_of_run(run_dir: Path) -> tuple[str, FoundRecipe | None]:
@@ -170,8 +165,7 @@ def take_photos_of_run(run_dir: Path, visitor: Visitor, subjects: int) -> None:
 
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
-BEGUN_WITH = "begun_with"
-"""Folder in a run: a copy of the adapter that it begins with."""
+BEGUN_WITH = "begun_with"  # Folder in a run: a copy of the adapter that it begins with
 CHOSEN = "Chosen; “More settings” changes it."
 
 

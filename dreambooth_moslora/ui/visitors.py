@@ -267,14 +267,21 @@ def cookie_of(scope: dict) -> str:
     return secret_in(cookie_parser(header_of(scope, b"cookie").decode("latin1")))
 
 
-class VisitorCookie:
-    """ASGI middleware: the first answer to a browser sets the cookie."""
+class Layer:
+    """ASGI middleware around `app`: `answer` handles what is HTTP."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"] != "/" or cookie_of(scope):
+        await (self.answer if scope["type"] == "http" else self.app)(scope, receive, send)
+
+
+class VisitorCookie(Layer):
+    """The first answer to a browser sets the cookie."""
+
+    async def answer(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["path"] != "/" or cookie_of(scope):
             await self.app(scope, receive, send)
             return
 
