@@ -64,6 +64,7 @@ class GenerateForm:
                 raise UserError(f"{name} must be a name, not {word!r:.30}")
         if not 1 <= _whole(self.num_images, "images") <= MAX_IMAGES:
             raise UserError(f"{self.num_images} images were requested; the page makes 1 to {MAX_IMAGES} at a time")
+        slots = ((self.adapter, self.scale), (self.adapter_2, self.scale_2), (self.adapter_3, self.scale_3))
         return GenerationParams(
             prompt=str(self.prompt or ""),
             negative_prompt=str(self.negative_prompt or ""),
@@ -73,13 +74,9 @@ class GenerateForm:
             height_px=height,
             width_px=width,
             num_images=_whole(self.num_images, "images"),
-            adapters=self._adapters(),
+            adapters=tuple((name, scale) for name, scale in slots if name and name != NONE),
             scheduler=str(self.scheduler or ""),
         )
-
-    def _adapters(self) -> tuple[tuple[str, float], ...]:
-        slots = ((self.adapter, self.scale), (self.adapter_2, self.scale_2), (self.adapter_3, self.scale_3))
-        return tuple((name, scale) for name, scale in slots if name and name != NONE)
 
     @classmethod
     def from_params(cls, params: GenerationParams) -> "GenerateForm":
@@ -163,11 +160,9 @@ MOST_OTHERS = 8
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """Values are empty if the file lacks them (an adapter of another program).
-
-    `scale` is the recommended strength; `new_tokens` says whether it has learnt some, and `tokens` are those of
-    their files that are missing; `others` are the words of further subjects.
-    """
+    """Values are empty if the file lacks them (an adapter of another program). `scale` is the recommended strength;
+    `new_tokens` says whether it has learnt some, and `tokens` are those of their files that are missing; `others` are
+    the words of further subjects."""
 
     trigger: str = ""
     class_word: str = ""

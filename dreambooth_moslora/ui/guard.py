@@ -41,12 +41,9 @@ SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 
 
 class TrustedHosts(Layer):
-    """Answers 421 for a foreign host name, 403 for requests from another site's page.
-
-    `hosts` are the only names that the page answers to; None means all. A page of one of the `allowed` origins
-    may send requests, whatever Host the proxy in front passes on. Cookies that a browser would send with
-    another site's requests become SameSite=Lax.
-    """
+    """Answers 421 for a foreign host name, 403 for requests from another site's page. `hosts` are the only names that
+    the page answers to; None means all. A page of one of the `allowed` origins may send requests, whatever Host the
+    proxy in front passes on. Cookies that a browser would send with another site's requests become SameSite=Lax."""
 
     def __init__(self, app: Any, hosts: Collection[str] | None, allowed: Collection[Origin] = ()) -> None:
         super().__init__(app)
@@ -101,10 +98,8 @@ class TrustedHosts(Layer):
 
 @asynccontextmanager
 async def trusted_hosts(hosts: Collection[str] | None, allowed: Collection[Origin], app: Any) -> AsyncIterator[None]:
-    """A lifespan that puts TrustedHosts around everything else, including gradio's own middleware.
-
-    Gradio adds its own outside of any given one, and would itself answer a foreign page's preflight.
-    """
+    """A lifespan that puts TrustedHosts around everything else, including gradio's own middleware. Gradio adds its own
+    outside of any given one, and would itself answer a foreign page's preflight."""
     app.middleware_stack = TrustedHosts(app.middleware_stack, hosts, allowed)
     yield
 

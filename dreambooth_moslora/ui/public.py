@@ -152,11 +152,9 @@ _put = SessionState.__setitem__
 
 
 def _put_with_its_number(session: SessionState, number: int, value: Any) -> None:
-    """Let sessions hold one component in each place, however often it is updated.
-
-    Gradio puts an updated component, which has a new number, in the old one's place and in the new number's: two
-    more with each job, for as long as the session is remembered.
-    """
+    """Let sessions hold one component in each place, however often it is updated. Gradio puts an updated component,
+    which has a new number, in the old one's place and in the new number's: two more with each job, for as long as the
+    session is remembered."""
     if isinstance(value, Block):
         value._id = number
     _put(session, number, value)
@@ -212,11 +210,9 @@ FULL = "the queue is full; try again in a while"
 
 
 class Turns:
-    """Whose turn it is, however many jobs each visitor has waiting.
-
-    Visitors at one address who had no turn share one, or invented cookies would always be first. `served` has the
-    number of each visitor's last turn, `places` those of the last turns at an address without a login.
-    """
+    """Whose turn it is, however many jobs each visitor has waiting. Visitors at one address who had no turn share one,
+    or invented cookies would always be first. `served` has the number of each visitor's last turn, `places` those of
+    the last turns at an address without a login."""
 
     def __init__(self) -> None:
         self.served: OrderedDict[str, int] = OrderedDict()
@@ -242,9 +238,7 @@ class Turns:
 
     def in_order(self, jobs: list, askers: list[gr.Request]) -> list:
         """Each visitor's first job, then each one's second, and so on; in a round, the oldest last turn goes first.
-
-        That is the number of the visitor's own, or of the one TURNS_TOGETHER ago at the address if later; 0: none.
-        """
+        That is the number of the visitor's own, or of the one TURNS_TOGETHER ago at the address if later; 0: none."""
         earlier, ranks = Counter(), []
         for place, asker in enumerate(askers):
             name = self._name_of(asker)
@@ -277,10 +271,8 @@ class FairQueue:
 
     async def push(self, body: Any, request: fastapi.Request, username: str | None) -> tuple:
         """Records the session's owner; 403 for a job in another's. By itself the queue has no limit: 429 for a visitor
-        with too many jobs, 503 when all places are taken.
-
-        An event that is declared with queue=False, but sent to the queue by a client, competes only with its own kind.
-        """
+        with too many jobs, 503 when all places are taken. An event that is declared with queue=False, but sent to the
+        queue by a client, competes only with its own kind."""
         if session := body.session_hash:
             cookie = secret_in(request.cookies)
             if _owners.get(session, cookie) != cookie:

@@ -173,10 +173,8 @@ TELLS_PROMPTS = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusi
 
 
 def import_libraries() -> None:
-    """Import torch, diffusers and transformers in the first thread that needs them, while the others wait.
-
-    They import each other in circles, and two threads would find half-made modules: call it before any import of one.
-    """
+    """Import torch, diffusers and transformers in the first thread that needs them, while the others wait. They import
+    each other in circles, and two threads would find half-made modules: call it before any import of one."""
     with _ONE_AT_A_TIME:
         import dreambooth_moslora.adapters.describe
         import dreambooth_moslora.generation.grids  # and by it the pipeline  # noqa: F401
@@ -189,10 +187,8 @@ def _tells_no_prompt(record: logging.LogRecord) -> bool:
 
 
 class AppContext:
-    """State of the server. `load` returns the pipeline; it runs in a thread from the start.
-
-    `base` is shown to everyone; the trainer gets `base_name`, which may be a path. Strangers can reach a `public` page.
-    """
+    """State of the server. `load` returns the pipeline; it runs in a thread from the start. `base` is shown to
+    everyone; the trainer gets `base_name`, which may be a path. Strangers can reach a `public` page."""
 
     def __init__(
         self,
@@ -296,10 +292,8 @@ BUSY = "this machine is training a run; pictures can be drawn again when the run
 
 
 class GpuTurns:
-    """Keeps the pipeline out of a run's way: most machines cannot hold SDXL twice, but a small base fits.
-
-    On a GPU it moves to the host while a run trains; without one it leaves memory (13 GiB in fp32).
-    """
+    """Keeps the pipeline out of a run's way: most machines cannot hold SDXL twice, but a small base fits. On a GPU it
+    moves to the host while a run trains; without one it leaves memory (13 GiB in fp32)."""
 
     def __init__(self, ctx: AppContext, *, is_small: bool) -> None:
         self._ctx, self._is_small = ctx, is_small

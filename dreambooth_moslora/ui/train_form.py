@@ -164,9 +164,7 @@ def prompts_of(token: str, class_word: str) -> tuple[str, str]:
 @dataclass(frozen=True)
 class TrainForm:
     """The fields' names and order are those of the API's arguments. 0 in a number, and None: as the recipe has it.
-
-    `begin_with` and `like` name an adapter or a recipe that can be chosen on the page.
-    """
+    `begin_with` and `like` name an adapter or a recipe that can be chosen on the page."""
 
     # fmt: off
     token: str = asked(plan.TOKEN, "Token", "a rare word", line=2)

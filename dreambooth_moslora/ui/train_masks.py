@@ -260,15 +260,12 @@ def mask_editor() -> gr.ImageEditor:
 
 
 def painted_of(editor: gr.ImageEditor, payload: Any) -> PIL.Image.Image | None:
-    if payload is None:
+    """The layer that was sent, as RGBA. Raises gr.Error unless it is a small picture."""
+    if payload is not None and payload.id is not None:
+        payload = editor.blob_storage.pop(payload.id, None)
+    layer = next((layer for layer in payload.layers if layer), None) if payload is not None else None
+    if layer is None:
         return None
-    sent = editor.blob_storage.pop(payload.id, None) if payload.id is not None else payload
-    layers = [layer for layer in sent.layers if layer] if sent is not None else []
-    return opened(layers[0]) if layers else None
-
-
-def opened(layer: Any) -> PIL.Image.Image:
-    """The layer as RGBA. Raises gr.Error unless it is a small picture."""
     source = io.BytesIO(layer) if isinstance(layer, bytes | bytearray) else layer.path
     try:
         with PIL.Image.open(source, formats=["PNG", "WEBP"]) as image:

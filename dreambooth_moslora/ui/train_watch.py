@@ -114,10 +114,8 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
 def _connect_control(
     ctx: AppContext, button: gr.Button, parts: dict, action: Callable[[str, str], Job], api_name: str
 ) -> None:
-    """Stop and Resume, which work only on the visitor's own runs.
-
-    The page's event does not join the queue, which may be full when a run must be stopped: the card shows errors.
-    """
+    """Stop and Resume, which work only on the visitor's own runs. The page's event does not join the queue, which may
+    be full when a run must be stopped: the card shows errors."""
 
     def control(run: str | None, request: gr.Request) -> str:
         job = action(run or "", ctx.visitors.of(request).id)
@@ -134,10 +132,8 @@ def _connect_control(
 
 
 def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -> dict[str, Any]:
-    """New values for the widgets in WATCHED, by name; empty while the run is as it was `seen`.
-
-    A deleted run looks the same as another visitor's.
-    """
+    """New values for the widgets in WATCHED, by name; empty while the run is as it was `seen`. A deleted run looks the
+    same as another visitor's."""
     if not run:
         return {}
     try:
@@ -280,10 +276,8 @@ def queued_runs(ctx: AppContext, visitor: Visitor) -> list[dict[str, Any]]:
 def queue_changes(
     ctx: AppContext, visitor: Visitor, run: str | None, seen: tuple | None, chosen: str | None = None
 ) -> dict[str, Any]:
-    """New values for the widgets in OF_QUEUE, by name; empty while the queue is as it was `seen`.
-
-    The visitor's own run whose turn has come is watched next. A `chosen` run stays chosen after it was moved.
-    """
+    """New values for the widgets in OF_QUEUE, by name; empty while the queue is as it was `seen`. The visitor's own
+    run whose turn has come is watched next. A `chosen` run stays chosen after it was moved."""
     waiting, names = ctx.queue.queue.waiting(), run_names(ctx.jobs, visitor.id)
     rows = [(f"{place} · {words_of(one)}", one.name) for place, one in enumerate(waiting, 1) if one.owner == visitor.id]
     rest = rest_of(waiting, visitor)
@@ -413,10 +407,8 @@ def fidelity_table(metrics: Metrics) -> pd.DataFrame:
 
 
 def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, str]]:
-    """The sample pictures by step, as links in this visitor's folder; those of several prompts with their noun.
-
-    If there are too many, step 0 and the newest are kept: the base's pictures are the reference for the others.
-    """
+    """The sample pictures by step, as links in this visitor's folder; those of several prompts with their noun. If
+    there are too many, step 0 and the newest are kept: the base's pictures are the reference for the others."""
     found: dict[str, str] = {}
     for event in metrics.of("sample"):
         prompts, files = event.get("prompts"), event.get("files") or ()

@@ -39,10 +39,8 @@ ONE_AT_A_TIME = threading.Lock()
 
 
 def take_photos(files: list[str], folder: Path) -> list[str]:
-    """Copy photos into an empty `folder` as photo_01.png …, masks as photo_01.mask.png …; returns remarks.
-
-    The folder is replaced atomically: two tabs may send theirs at once. Raises UserError when no file is usable.
-    """
+    """Copy photos into an empty `folder` as photo_01.png …, masks as photo_01.mask.png …; returns remarks. The folder
+    is replaced atomically: two tabs may send theirs at once. Raises UserError when no file is usable."""
     from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
 
     named_masks = [file for file in map(Path, files) if (sidecar_of(file) or ("", ""))[1] == MASK_SUFFIX]
