@@ -1,7 +1,6 @@
 """The Generate tab's values, under the API's names, and its actions, which stream their state as `Frame`s.
 
-A picture's recipe comes back into the form: its adapters are found again by content, and differences are remarks. The
-summary of an adapter is read from its file's header alone.
+A picture's recipe comes back into the form: its adapters are found again by content, and differences are remarks.
 """
 
 import json
@@ -160,9 +159,8 @@ MOST_OTHERS = 8
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """Values are empty if the file lacks them (an adapter of another program). `scale` is the recommended strength;
-    `new_tokens` says whether it has learnt some, and `tokens` are those of their files that are missing; `others` are
-    the words of further subjects."""
+    """Values are empty if the file lacks them. `tokens` are those of its files of new tokens that are missing;
+    `others` are the words of further subjects."""
 
     trigger: str = ""
     class_word: str = ""

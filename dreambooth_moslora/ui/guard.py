@@ -1,9 +1,8 @@
 """What a request may be on every page: its host and origin, its length, and the disk space of uploads.
 
-A page on the loopback answers only to its own names, and no page answers to another site's page. Otherwise any site
-could point a name of its own at 127.0.0.1 and use the page through a visitor's browser (DNS rebinding), or read and
-send with the login that the browser holds. Requests are held in memory, so only the files of uploads, which Gradio
-writes to the disk, may be long; a visitor's oldest uploads are deleted when their total is too large.
+No page answers to another site's page, and one on the loopback only to its own names: otherwise any site could point a
+name of its own at 127.0.0.1 (DNS rebinding), or use the login that the browser holds. Requests are held in memory, so
+only uploads, which Gradio writes to the disk, may be long; a visitor's oldest are deleted when they are too many.
 """
 
 import json
@@ -41,9 +40,8 @@ SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 
 
 class TrustedHosts(Layer):
-    """Answers 421 for a foreign host name, 403 for requests from another site's page. `hosts` are the only names that
-    the page answers to; None means all. A page of one of the `allowed` origins may send requests, whatever Host the
-    proxy in front passes on. Cookies that a browser would send with another site's requests become SameSite=Lax."""
+    """Answers 421 for a host name that is not among `hosts` (None: all are), 403 for requests from another site's page.
+    A page of one of the `allowed` origins may ask, whatever Host the proxy passes on. Cookies become SameSite=Lax."""
 
     def __init__(self, app: Any, hosts: Collection[str] | None, allowed: Collection[Origin] = ()) -> None:
         super().__init__(app)

@@ -1,7 +1,4 @@
-"""How the page looks: pieces of HTML, CSS, theme, keys (Escape stops, / focuses the prompt).
-
-What came from a user or a file is escaped here. Nothing is fetched: the fonts are the system's.
-"""
+"""How the page looks: HTML (what came from a user or a file is escaped), CSS, theme, keys. Nothing is fetched."""
 
 import base64
 import html

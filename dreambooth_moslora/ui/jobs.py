@@ -1,8 +1,8 @@
 """Training runs as processes of the server: they go on when the page is closed or the app is restarted.
 
 `runs/<name>/job.json` names the process and its owner; `metrics.jsonl`, which anyone may have edited, has the progress.
-A signal stops a run: the trainer finishes its step and writes a checkpoint. The queue's runs are trained one after the
-other, by a page or by the command `queue start`; their state is on the disk, so another one goes on when one is killed.
+A signal stops a run after its step, with a checkpoint. The queue's state is on the disk: any page or `queue start`
+trains its runs, one after the other.
 """
 
 import json
@@ -28,10 +28,9 @@ from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue, locked
 from dreambooth_moslora.disk.run_folder import RunDir
 
-NUMBER = (int, float)
 KINDS = {
     **dict.fromkeys(("step", "max_train_steps", "done", "total"), int),
-    **dict.fromkeys(("time", "loss", "step_sec", "eta_sec", "memory_gib"), NUMBER),
+    **dict.fromkeys(("time", "loss", "step_sec", "eta_sec", "memory_gib"), int | float),
     **dict.fromkeys(("phase", "state", "message"), str),
     "files": list,
     "config": dict,
@@ -132,7 +131,6 @@ KILL_AFTER_SEC = 30
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
 """Letters, digits, space and `+-_`, with single dots between: no separator, no leading dot."""
 MAX_RUN_NAME = 60
-ACTIVE = ("starting", "running", "stopping")
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ class JobState:
 
     @property
     def is_active(self) -> bool:
-        return self.state in ACTIVE
+        return self.state in ("starting", "running", "stopping")
 
 
 class Jobs:

@@ -55,8 +55,7 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
 
 def launch_options(allowed: Collection[Origin] = (), *, public: bool = False) -> dict[str, Any]:
     """The common options for `launch()`. The page answers to the loopback's names and those of the `allowed` origins,
-    a `public` page to every name; no page answers to another site's page. Strangers can reach a public page, and one
-    of an allowed origin: both have the layers of `public`."""
+    a `public` page to every name; both have the layers of `public`, as strangers can reach them."""
     layers = [BodySizeLimit, UploadQuota, VisitorCookie]
     if public or allowed:
         from dreambooth_moslora.ui.public import LAYERS

@@ -2,10 +2,9 @@
 
 - Turns: no visitor fills the queue alone, visitors take turns, work without a listener ends, and only so many runs of
   training wait. Events that stop or list something are not limited.
-- Limits: after a few wrong passwords the login is closed for a while. What Gradio remembers of each session (a page in
-  a browser, until the server ends) stays small.
-- Names: a session's name appears in addresses, so it is no secret, and another browser must not read or end the session
-  by it. An unknown function, component, session or job is answered with 404, where Gradio would raise a traceback.
+- Limits: after a few wrong passwords the login is closed for a while; what Gradio remembers of each session is small.
+- Names: a session's name appears in addresses, so another browser must not read or end the session by it. An unknown
+  function, component, session or job is answered with 404, where Gradio would raise a traceback.
 
 All but the layers and `check_room` work through parts of Gradio that it does not promise to keep.
 """
@@ -152,9 +151,8 @@ _put = SessionState.__setitem__
 
 
 def _put_with_its_number(session: SessionState, number: int, value: Any) -> None:
-    """Let sessions hold one component in each place, however often it is updated. Gradio puts an updated component,
-    which has a new number, in the old one's place and in the new number's: two more with each job, for as long as the
-    session is remembered."""
+    """Let sessions hold one component in each place. Gradio puts an updated one, which has a new number, in the old
+    one's place and in its own: two more with each job, for as long as the session is remembered."""
     if isinstance(value, Block):
         value._id = number
     _put(session, number, value)
@@ -210,9 +208,8 @@ FULL = "the queue is full; try again in a while"
 
 
 class Turns:
-    """Whose turn it is, however many jobs each visitor has waiting. Visitors at one address who had no turn share one,
-    or invented cookies would always be first. `served` has the number of each visitor's last turn, `places` those of
-    the last turns at an address without a login."""
+    """Whose turn it is: `served` has the number of each visitor's last turn, `places` those of the last turns at an
+    address without a login. Visitors there who had no turn share one, or invented cookies would always be first."""
 
     def __init__(self) -> None:
         self.served: OrderedDict[str, int] = OrderedDict()
@@ -270,9 +267,8 @@ class FairQueue:
         SessionState.__setitem__ = _put_with_its_number
 
     async def push(self, body: Any, request: fastapi.Request, username: str | None) -> tuple:
-        """Records the session's owner; 403 for a job in another's. By itself the queue has no limit: 429 for a visitor
-        with too many jobs, 503 when all places are taken. An event that is declared with queue=False, but sent to the
-        queue by a client, competes only with its own kind."""
+        """Records the session's owner, 403 for another's; 429 for a visitor with too many jobs, 503 without a place. An
+        event with queue=False that a client sends to the queue competes only with its own kind."""
         if session := body.session_hash:
             cookie = secret_in(request.cookies)
             if _owners.get(session, cookie) != cookie:

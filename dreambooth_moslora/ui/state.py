@@ -1,7 +1,6 @@
 """State shared by all tabs: the pipeline (which loads while the page is already up), adapters, visitors, and stops.
 
-Adapters are files in known folders, by name: a visitor's path is never opened. The size and the header of an uploaded
-file bound its cost before anything is loaded or computed.
+Adapters are looked up by name: a visitor's path is never opened, and an upload's size and header bound its cost.
 """
 
 import errno
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
 GPU = {"concurrency_id": "gpu", "concurrency_limit": 1}
 """Options of every event that computes: one at a time, the others wait in one queue."""
-
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Options of small events outside the queue, whose errors and remarks the page does not show: they must not raise."""
 TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
@@ -54,7 +52,6 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Page = tuple[str, str]  # Visitor and session
 
 logger = logging.getLogger(__name__)
-
 
 MAX_HEADER_BYTES = 8 * 1024**2
 """SDXL with all layers trained needs less than 1 MiB; large data sets add long lists of tags."""

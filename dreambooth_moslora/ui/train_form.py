@@ -1,7 +1,7 @@
 """The training form as a value: the table of its fields, and the settings that `train FOLDER WORD` chooses from them.
 
-A field is one row of `TrainForm`. The widgets, the run's settings, the form of an earlier run, “Train like” and the
-form's words in advice are made from the rows; what a row leaves out is as the table of settings has it.
+A field is one row of `TrainForm`: widgets, settings, the form of an earlier run, “Train like” and the form's words in
+advice are made from the rows; what a row leaves out is as the table of settings has it.
 """
 
 import re

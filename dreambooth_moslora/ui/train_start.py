@@ -101,19 +101,18 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainF
     """The form that makes a run of these settings. Raises UserError for settings that no form has."""
     config = TrainConfig.from_dict(without_removed(settings) | {"resume_from_checkpoint": None})
     subjects = each_subject(config)
-    if len(subjects) > MOST_SUBJECTS:
-        raise UserError(f"the run has {len(subjects)} subjects, and the form {MOST_SUBJECTS} at most")
+    if (count := len(subjects)) > MOST_SUBJECTS:
+        raise UserError(f"the run has {count} subjects, and the form {MOST_SUBJECTS} at most")
     like, recipe = like_of_run(photos_dir.parent)
     first, *others = (words_of(one, folder_of(photos_dir, n)) for n, one in enumerate(subjects, 1))
     values = train_form.values_from(vars(config), config.pretrained_model_name_or_path, form) | {"steps": 0}
-    values |= vars(first) | length_of(config, photos_dir, len(subjects), recipe)
+    values |= vars(first) | length_of(config, photos_dir, count, recipe)
     begun = {"begin_with": Path(config.init_adapter).stem} if config.init_adapter else {}
     return form(**values, **begun, scores=bool(config.evaluate_steps), like=like, others=tuple(others))
 
 
 def words_of(config: TrainConfig, photos_dir: Path) -> SubjectWords:
-    subject = subject_of(config)
-    captions = ""
+    subject, captions = subject_of(config), ""
     for photo in kept_photos(photos_dir):
         with suppress(OSError):
             captions += " ".join(photo.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").split())
@@ -132,9 +131,7 @@ def like_of_run(run_dir: Path) -> tuple[str, FoundRecipe | None]:
     return TrainForm.like, None
 
 
-def length_of(
-    config: TrainConfig, photos_dir: Path, subjects: int, recipe: FoundRecipe | None = None
-) -> dict[str, Any]:
+def length_of(config: TrainConfig, photos_dir: Path, subjects: int, recipe: FoundRecipe | None) -> dict[str, Any]:
     """The preset that shows each photo as often as the recipe, or as the base's own, else the number of steps."""
     from dreambooth_moslora.plan.plan import plan_steps
 
@@ -194,8 +191,7 @@ def add_to_queue(ctx: AppContext, form: TrainForm, visitor: Visitor) -> tuple[st
 
         check_room(ctx.queue.queue.waiting(), visitor)
     with prepared(ctx, form, visitor, is_queued=True) as run:
-        name = run.run_dir.name
-        asked = {"settings": run.settings, "is_new": True, "queued": time.time()}
+        name, asked = run.run_dir.name, {"settings": run.settings, "is_new": True, "queued": time.time()}
         place = ctx.queue.queue.add(QueuedRun(name, visitor.id, visitor.address, **asked))
     return name, remarks_card(run.said, f"{name} waits, number {place} in the queue. {CHOSEN}")
 

@@ -1,8 +1,7 @@
 """Who uses the page, and what the server keeps for each visitor: photos as clean copies, pictures, uploads.
 
 A login name comes first, then a random, HttpOnly cookie for each browser, then the session of one page (for API clients
-without cookies). The cookie is sent with a link from another site (SameSite=Lax); otherwise that link would make its
-owner a stranger. Clean copies are upright, RGB, without EXIF and without the user's file names.
+without cookies). The cookie is sent with a link from another site (SameSite=Lax), or its owner would become a stranger.
 """
 
 import hashlib
