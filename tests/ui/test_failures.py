@@ -78,7 +78,7 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(context, visitor,
     target = {
         "write_captions": (TrainForm, "write_captions"),
         "start": (jobs, "start"),
-        "spawn": (page_jobs.processes, "start_training"),
+        "spawn": (page_jobs.processes, "start_logged"),
     }
     monkeypatch.setattr(*target[broken], fail)
     with pytest.raises(OSError, match="disk full"):
@@ -89,9 +89,9 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(context, visitor,
 def test_a_process_of_which_nothing_can_be_noted_is_ended(tmp_path, monkeypatch):
     (script := tmp_path / "trainer.py").write_text("import time; time.sleep(60)")
     jobs, children = Jobs(tmp_path / "runs", script), []
-    spawn = page_jobs.processes.start_training
+    spawn = page_jobs.processes.start_logged
     noted = lambda *place, **how: children.append(spawn(*place, **how)) or children[0]  # noqa: E731
-    monkeypatch.setattr(page_jobs.processes, "start_training", noted)
+    monkeypatch.setattr(page_jobs.processes, "start_logged", noted)
     monkeypatch.setattr(Job, "save", lambda job: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         jobs.start("dog", {}, OWNER)

@@ -69,9 +69,9 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_and_draws_the_same_aft
     assert moves == [OTHER_DEVICE]
     picture(ctx)
     assert moves == [OTHER_DEVICE]
-    seen, spawn = [], page_jobs.processes.start_training
+    seen, spawn = [], page_jobs.processes.start_logged
     noted = lambda *place, **how: (seen.append(list(moves)), spawn(*place, **how))[1]  # noqa: E731
-    monkeypatch.setattr(page_jobs.processes, "start_training", noted)
+    monkeypatch.setattr(page_jobs.processes, "start_logged", noted)
     jobs.start("dog", {}, OWNER)
     assert seen == [[OTHER_DEVICE, "cpu"]]
     with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
