@@ -8,7 +8,15 @@ from dataclasses import fields
 from pathlib import Path
 
 from dreambooth_moslora.core import UserError, free_name
-from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe, draw_seed, read_recipe
+from dreambooth_moslora.generation.params import (
+    SCHEDULERS,
+    GenerationParams,
+    Image,
+    Recipe,
+    Step,
+    draw_seed,
+    read_recipe,
+)
 
 ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
 DEFAULTS = {field.name: field.default for field in fields(GenerationParams)}
@@ -86,7 +94,6 @@ def _recipe_values(args: argparse.Namespace, recipe: Recipe | None) -> dict:
 def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
     """Write each picture (or only the grid's sheet) under a free name and print its path."""
     from dreambooth_moslora.generation.grids import Sheet
-    from dreambooth_moslora.generation.params import Image, Step
 
     folder.mkdir(parents=True, exist_ok=True)
     clear = "\r\033[K" if sys.stderr.isatty() else ""

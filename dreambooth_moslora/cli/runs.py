@@ -131,20 +131,15 @@ def train_all(turns: "QueueTurns") -> int:
             bar.show(turns)
             time.sleep(POLL_SEC)
         bar.close()
-        if stop():
-            save_and_leave(turns)
+        if stop():  # the current run saves and stays first in the queue
+            if (job := live_job(turns, turns.current())) is not None:
+                os.kill(job.pid, signal.SIGTERM)
+                while job.is_alive:
+                    turns.jobs.current()  # reaps an ended child
+                    time.sleep(POLL_SEC)
+            print("stopped; `queue start` continues", file=sys.stderr)
             return INTERRUPTED
     return 1 if failed else 0
-
-
-def save_and_leave(turns: "QueueTurns") -> None:
-    """Let the current run write a checkpoint and end; it stays first in the queue."""
-    if (job := live_job(turns, turns.current())) is not None:
-        os.kill(job.pid, signal.SIGTERM)
-        while job.is_alive:
-            turns.jobs.current()  # reaps an ended child
-            time.sleep(POLL_SEC)
-    print("stopped; `queue start` continues", file=sys.stderr)
 
 
 class Bar:
