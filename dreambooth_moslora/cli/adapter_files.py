@@ -86,8 +86,7 @@ def rank_sum(model: object) -> int:
 
 
 def find_raw(path: Path) -> Path:
-    """The raw file itself, that of a checkpoint folder, or of a run folder's last complete checkpoint. Raises
-    UserError."""
+    """The raw file: the path, that of a checkpoint folder, or of a run's last complete checkpoint. Raises UserError."""
     if path.is_file():
         return path
     if not path.is_dir():

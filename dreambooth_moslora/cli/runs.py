@@ -60,8 +60,7 @@ def run_queue(args: argparse.Namespace) -> int:
 
 
 def enqueue(config: TrainConfig, argv: list[str]) -> str:
-    """Check the run and add it to the queue; returns a line to print. Raises UserError for whatever training
-    would refuse."""
+    """Check the run and queue it; returns a line to print. Raises UserError for whatever training would refuse."""
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.plan.checks import check_folders, check_settings
     from dreambooth_moslora.ui.jobs import Jobs

@@ -40,8 +40,7 @@ LOCK_NAME = "run.lock"
 
 @contextmanager
 def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Hold the existing `folder`, which the option `flag` names, for the length of the block. Raises UserError when
-    another run holds it."""
+    """Hold the existing `folder` of the option `flag` for the block. Raises UserError when another run holds it."""
     path = folder / LOCK_NAME
     file = take(path, flag)
     try:
@@ -133,8 +132,7 @@ class RunQueue:
         self.ended_path = self.folder / "ended.jsonl"
 
     def add(self, run: QueuedRun) -> int:
-        """Add a run where its owner's turn is (`place_of`); returns its place, from 1. Raises UserError when the
-        queue has a run of that name."""
+        """Add a run where its owner's turn is; returns its place, from 1. Raises UserError for a name in the queue."""
         with self._held():
             started, waiting = self.started(), self.waiting()
             order = [found.name for found in waiting]
@@ -243,8 +241,7 @@ class RunQueue:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Lock the order and the list of waiting runs for the length of the block, which must be short. Raises
-        UserError."""
+        """Lock the order and the waiting runs for the block, which must be short. Raises UserError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         end = time.monotonic() + HELD_SEC
         while True:

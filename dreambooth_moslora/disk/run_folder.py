@@ -198,8 +198,7 @@ def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Colle
 
 
 def run_files(runs: Collection[Path]) -> list[Path]:
-    """Adapters of runs, the newest run first with its best step and its mixers alone, then checkpoints, each run's
-    from the last to the first."""
+    """Adapters of runs, the newest first, with best step and mixers; then checkpoints, the last of a run first."""
     dirs = [RunDir(run) for run in runs]
     places = [place for d in dirs for place in (d.adapter_path, d.best_dir / PUBLISHED_NAME, d.mixers_path)]
     newest = {d.path: d.adapter_path.stat().st_mtime for d in dirs if d.adapter_path.is_file()}

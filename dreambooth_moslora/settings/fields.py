@@ -176,8 +176,7 @@ def field_types(owner: type) -> dict[str, FieldType]:
 
 
 def checked(item: Field, value: Any, kind: FieldType) -> Any:
-    """A value from Python, TOML, JSON or the command line, converted to the field's type and within its limits. Raises
-    UserError."""
+    """The value of any source, converted to the field's type and within its limits. Raises UserError."""
     name, facts, (base, is_optional) = item.name, item.metadata, kind
     if value is None and is_optional:
         return None

@@ -58,8 +58,7 @@ EXCLUDED: dict[str, dict[str, str]] = {
 
 
 def remarks(config: Config) -> list[str]:
-    """A line for each setting that the other settings make ineffective, and for other settings that go badly
-    together."""
+    """A line for each setting that the others make ineffective, and for settings that go badly together."""
     found = [
         f"--{item.name} has no effect {words.format_map(vars(config))}"
         for item in fields(config)

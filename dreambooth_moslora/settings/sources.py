@@ -180,8 +180,7 @@ def recipe_in_file(file: Path) -> FoundRecipe:
 
 
 def recipe_in(header: Mapping[str, str]) -> FoundRecipe:
-    """This program's recipe, else kohya's settings. Raises UserError for a header with neither, and for one
-    without a valid setting."""
+    """This program's recipe, else kohya's settings. Raises UserError for a header without one of these."""
     try:
         facts = json.loads(header.get("moslora", "{}"))
     except (ValueError, RecursionError):

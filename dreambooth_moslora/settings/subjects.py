@@ -61,8 +61,7 @@ def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:
 
 
 def prompts_of(folder: Path) -> dict[str, str]:
-    """The instance prompt and the class prompt: the lines of `name.txt` beside the folder, else from its name. Raises
-    UserError."""
+    """Instance and class prompt: the lines of `name.txt` beside the folder, else from its name. Raises UserError."""
     file = folder.with_name(f"{folder.name}.txt")
     if file.is_file():
         try:

@@ -415,8 +415,6 @@ def named(fact: str, value: Any = True) -> tuple[str, ...]:
 
 SAID_BY_SUBJECTS = tuple(name for name, item in SETTINGS.items() if "subjects" in item.metadata["yields_to"])
 """What the tables of several subjects say instead of the run's own settings."""
-
-
 SubjectTable = make_dataclass(
     "SubjectTable",
     [(name, str | None, None) for name in named("per_subject")],
@@ -489,8 +487,7 @@ def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int,
 
 
 def ranks_in_vain(config: TrainConfig, component: str, narrowest: Mapping[str, int]) -> str | None:
-    """A warning when a layer's rank exceeds its inputs or its outputs, whichever are fewer (`narrowest`, by
-    path); else None."""
+    """A warning where a layer's rank exceeds the fewer of its inputs and outputs (`narrowest`, by path); else None."""
     ranks = {path: rank_and_alpha(config, component, path)[0] for path in narrowest}
     wide = [path for path, rank in ranks.items() if rank > narrowest[path]]
     if not wide:
