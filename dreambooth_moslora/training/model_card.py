@@ -55,10 +55,17 @@ class CardFacts:
 
 def model_card(config: TrainConfig, facts: CardFacts) -> str:
     """The text of README.md: YAML front matter for the hub, then sections."""
+    method = (
+        "a MoSLoRA adapter (arXiv 2406.11909), folded into plain LoRA" if config.mixer != "none" else "a plain LoRA"
+    )
+    prompts = prompts_of(config)
+    words = ", ".join(f"`{word}`" for word in facts.adapter.trigger_words or prompts)
+    count = "One subject" if len(prompts) == 1 else f"{len(prompts)} subjects"
+    unfinished = "" if facts.step >= facts.max_train_steps else f" Training stopped at step {facts.step}."
     sections = [
         front_matter(config, facts),
-        f"# {facts.name}: an SDXL adapter for {' and '.join(f'“{prompt}”' for prompt in prompts_of(config))}",
-        introduction(config, facts),
+        f"# {facts.name}: an SDXL adapter for {' and '.join(f'“{prompt}”' for prompt in prompts)}",
+        f"{count}, learnt from a few photos by DreamBooth, as {method}. Trigger words: {words}.{unfinished}",
         "\n".join(f"![{prompt}]({file})" for file, prompt in facts.images),
         usage(config, facts),
         strength(facts.adapter.best_scale, facts.adapter.usable_scales),
@@ -83,17 +90,6 @@ def front_matter(config: TrainConfig, facts: CardFacts) -> str:
         **known,
     )
     return f"---\n{data.to_yaml()}\n---"
-
-
-def introduction(config: TrainConfig, facts: CardFacts) -> str:
-    method = (
-        "a plain LoRA" if config.mixer == "none" else "a MoSLoRA adapter (arXiv 2406.11909), folded into plain LoRA"
-    )
-    prompts = prompts_of(config)
-    words = ", ".join(f"`{word}`" for word in facts.adapter.trigger_words or prompts)
-    count = "One subject" if len(prompts) == 1 else f"{len(prompts)} subjects"
-    unfinished = "" if facts.step >= facts.max_train_steps else f" Training stopped at step {facts.step}."
-    return f"{count}, learnt from a few photos by DreamBooth, as {method}. Trigger words: {words}.{unfinished}"
 
 
 def prompts_of(config: TrainConfig) -> list[str]:

@@ -216,18 +216,33 @@ class TrainStep:
         return self.loss_of(micro, self.predict(micro.rows), answer)
 
     def micro_batch(self, micro_batch: int) -> MicroBatch:
-        """Micro-batch number `micro_batch` of the run, on the device."""
-        batch = self.batch_at(micro_batch)
-        torch.manual_seed(seed_of(self.config.seed, "micro", micro_batch, "dropout"))
-        on_device = move_together(self.drawn_for(batch, micro_batch), self.accelerator.device)
-        noisy = objective.add_noise(self.schedule, on_device["latents"], on_device["noise"], on_device["index"])
-        target = objective.loss_target(self.schedule, on_device["latents"], on_device["noise"], noisy.index)
-        if self.config.keeps_text_encoders:
+        """Micro-batch number `micro_batch` of the run: drawn on the CPU, with noise and noise levels `index` (B,), then
+        moved to the device."""
+        config, batch = self.config, self.batch_at(micro_batch)
+        names = (config.seed, "micro", micro_batch)
+        torch.manual_seed(seed_of(*names, "dropout"))
+        noise = torch.randn(batch.latents.shape, generator=generator(*names, "noise"))
+        bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
+        count, draws = len(batch.latents), generator(*names, "level")
+        drawn = {
+            "latents": batch.latents,
+            "time_ids": batch.time_ids,
+            "mask": batch.mask,
+            "noise": objective.offset_noise(noise, config.noise_offset, generator(*names, "noise offset")),
+            "index": objective.sample_timesteps(self.inputs.schedule, count, draws, *bias),
+        }
+        if not config.keeps_text_encoders:
+            cached = self.inputs.prompt_embeds(batch.prompts)
+            drawn |= {"embeds": cached.embeds, "pooled": cached.pooled}
+        moved = move_together(drawn, self.accelerator.device)
+        if config.keeps_text_encoders:
             cond = self.text_cond(batch.prompts)
         else:
-            cond = TextCond(on_device["embeds"], on_device["pooled"])
-        rows = UNetRows(noisy, cond, on_device["time_ids"], tuple(batch.prompts))
-        return MicroBatch(batch, rows, target, on_device["mask"])
+            cond = TextCond(moved["embeds"], moved["pooled"])
+        noisy = objective.add_noise(self.schedule, moved["latents"], moved["noise"], moved["index"])
+        target = objective.loss_target(self.schedule, moved["latents"], moved["noise"], noisy.index)
+        rows = UNetRows(noisy, cond, moved["time_ids"], tuple(batch.prompts))
+        return MicroBatch(batch, rows, target, moved["mask"])
 
     def loss_of(self, micro: MicroBatch, prediction: Tensor, answer: Tensor | None) -> LossParts:
         """The loss of the UNet's `prediction` (B, 4, h, w). `answer` (B/2, 4, h, w) is the frozen base's
@@ -250,24 +265,6 @@ class TrainStep:
         shown = [self.inputs.instance.subject_at(micro_batch * size + place) for place in range(size)]
         classes = [self.class_prompts[number] for number in shown]
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
-
-    def drawn_for(self, batch: TrainBatch, micro_batch: int) -> dict[str, Tensor | None]:
-        """A micro-batch on the CPU, before its transfer: with noise, noise levels `index` (B,), and text."""
-        config, names = self.config, (self.config.seed, "micro", micro_batch)
-        noise = torch.randn(batch.latents.shape, generator=generator(*names, "noise"))
-        bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
-        count, draws = len(batch.latents), generator(*names, "level")
-        drawn = {
-            "latents": batch.latents,
-            "time_ids": batch.time_ids,
-            "mask": batch.mask,
-            "noise": objective.offset_noise(noise, config.noise_offset, generator(*names, "noise offset")),
-            "index": objective.sample_timesteps(self.inputs.schedule, count, draws, *bias),
-        }
-        if not config.keeps_text_encoders:
-            cond = self.inputs.prompt_embeds(batch.prompts)
-            drawn |= {"embeds": cond.embeds, "pooled": cond.pooled}
-        return drawn
 
     def predict(self, rows: UNetRows) -> Tensor:
         """The UNet's prediction (B, 4, h, w) in fp32. `time_ids` (B, 6) stay in fp32: bf16 would round a size of 1365

@@ -16,6 +16,7 @@ from dreambooth_moslora.adapters.raw_file import read_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepDone, events_of, record_of
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.training import objective
 from dreambooth_moslora.training import step as train_step_module
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import StepLosses, prior_prompts
@@ -322,9 +323,11 @@ def test_unmasked_weight_goes_from_the_subject_alone_to_no_mask_at_all(run, phot
 
 def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, monkeypatch):
     base, noised, targets = save_tiny_sdxl(tmp_path / "base", prediction_type="v_prediction"), [], []
-    add_noise, loss = train_step_module.add_noise, train_step_module.loss
-    monkeypatch.setattr(train_step_module, "add_noise", lambda *given: noised.append(given) or add_noise(*given))
-    monkeypatch.setattr(train_step_module, "loss", lambda *given: targets.append(given[1]) or loss(*given))
+    add_noise, loss = train_step_module.objective.add_noise, train_step_module.objective.loss
+    monkeypatch.setattr(
+        train_step_module.objective, "add_noise", lambda *given: noised.append(given) or add_noise(*given)
+    )
+    monkeypatch.setattr(objective, "loss", lambda *given: targets.append(given[1]) or loss(*given))
     train(tiny_config(base, photos, tmp_path / "run", max_train_steps=2))
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
     for (_, latents, noise, index), target in zip(noised, targets, strict=True):
