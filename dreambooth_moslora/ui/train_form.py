@@ -8,20 +8,19 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, is_number, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import check_characters
+from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.plan.memory import GIB
 from dreambooth_moslora.settings.sources import FoundRecipe, unless_given
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 from dreambooth_moslora.settings.versions import version_of
 from dreambooth_moslora.ui.visitors import kept_photos
-
-if TYPE_CHECKING:
-    from dreambooth_moslora.photos.photo import Photo
 
 LENGTHS = ("max_train_steps", "exposures_per_photo", "num_train_epochs")
 OF_MACHINE = (
@@ -420,10 +419,8 @@ def free_for(base: str, *, is_later: bool = False) -> float | None:
     return None if is_toy(base) else free_gib(is_later=is_later)
 
 
-def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> list["Photo"]:
+def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> list[Photo]:
     """The usable photos of the first `subjects` subjects. Raises UserError for a subject without any."""
-    from dreambooth_moslora.photos.folder import find_photos
-
     found = []
     for number in range(1, subjects + 1):
         folder = folder_of(photos_dir, number)
@@ -441,7 +438,7 @@ def crop_config(
     base: str,
     resolution_px: int,
     photos_dir: Path,
-    photos: Sequence["Photo"],
+    photos: Sequence[Photo],
     seed: Any = 0,
     like: FoundRecipe | None = None,
 ) -> TrainConfig:

@@ -25,7 +25,7 @@ from dreambooth_moslora.ui.train_watch import picture_rows
 from dreambooth_moslora.ui.visitors import PHOTO_TYPES, Visitor, kept_photos
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
-"""Options of events that process photos: visitors take turns photo by photo (`photo_uploads.ONE_AT_A_TIME`)."""
+"""Options of events that process photos: visitors take turns photo by photo (`visitors.ONE_AT_A_TIME`)."""
 ABOUT_MASKS = "A mask goes along as name.mask.png beside name.jpg: only what is white in it is learned."
 FURTHER = range(2, MOST_SUBJECTS + 1)
 NARROW = {"min_width": 110}

@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import PIL.Image
 import PIL.ImageChops
 
 from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.disk.run_folder import NONE
+from dreambooth_moslora.photos.crops import apply_crop, examine, masked, plans_of
+from dreambooth_moslora.photos.folder import find_photos, photo_report
+from dreambooth_moslora.photos.masks import load_segmenter, make_kept, open_mask, quality_warning
+from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.html import remarks_card
@@ -22,9 +25,6 @@ from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, crop_config, folder_of
 from dreambooth_moslora.ui.train_start import recipe_of
 from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Visitor, kept_photos, take_photos
-
-if TYPE_CHECKING:
-    from dreambooth_moslora.photos.photo import Photo
 
 EDIT_PX = 768  # Side of the square to paint on: the photo, scaled to it, and a margin
 MARGIN = (226, 228, 232)
@@ -60,10 +60,6 @@ def take_with_masks(files: list[str], visitor: Visitor, number: int = 1) -> list
 
 def shown_masks(config: TrainConfig, visitor: Visitor) -> Iterator[ShownMask]:
     """The masks as a run with these settings uses them; missing ones are made, and kept. Raises UserError."""
-    from dreambooth_moslora.photos.crops import masked
-    from dreambooth_moslora.photos.masks import open_mask, quality_warning
-    from dreambooth_moslora.photos.photo import open_rgb
-
     photos, counts = list(with_made_masks(config, visitor)), Counter()
     is_several = len({photo.subject for photo, _ in photos}) > 1
     for photo, remark in photos:
@@ -77,11 +73,8 @@ def shown_masks(config: TrainConfig, visitor: Visitor) -> Iterator[ShownMask]:
         yield ShownMask(name_of(photo.path, visitor), label, masked(image, mask), reason or words)
 
 
-def with_made_masks(config: TrainConfig, visitor: Visitor) -> Iterator[tuple["Photo", str]]:
+def with_made_masks(config: TrainConfig, visitor: Visitor) -> Iterator[tuple[Photo, str]]:
     """Each photo with its mask, if it has one, and a remark on a made one."""
-    from dreambooth_moslora.photos.folder import photo_report
-    from dreambooth_moslora.photos.masks import load_segmenter, make_kept
-
     segmenters = [load_segmenter(one) for one in each_subject(config)] if config.masks == "auto" else []
     for photo in photo_report(config).photos:
         if photo.mask_path is not None or not segmenters:
@@ -93,8 +86,6 @@ def with_made_masks(config: TrainConfig, visitor: Visitor) -> Iterator[tuple["Ph
 
 def editor_picture(visitor: Visitor, name: str, config: TrainConfig) -> PIL.Image.Image:
     """The photo of that name on its square, tinted where its mask is white."""
-    from dreambooth_moslora.photos.photo import open_rgb
-
     found = photo_now(visitor, name, config)
     photo = open_rgb(found)
     left, top, right, bottom = place_of(photo.size)
@@ -104,10 +95,8 @@ def editor_picture(visitor: Visitor, name: str, config: TrainConfig) -> PIL.Imag
     return PIL.Image.composite(tinted, square, mask_on_square(found))
 
 
-def mask_on_square(photo: "Photo") -> PIL.Image.Image:
+def mask_on_square(photo: Photo) -> PIL.Image.Image:
     """L: the mask that the run would use now; black without one."""
-    from dreambooth_moslora.photos.masks import open_mask
-
     mask, square = open_mask(photo), PIL.Image.new("L", (EDIT_PX, EDIT_PX), 0)
     if mask is not None:
         left, top, right, bottom = place_of((photo.size_px[1], photo.size_px[0]))
@@ -115,7 +104,7 @@ def mask_on_square(photo: "Photo") -> PIL.Image.Image:
     return square
 
 
-def photo_now(visitor: Visitor, name: str, config: TrainConfig) -> "Photo":
+def photo_now(visitor: Visitor, name: str, config: TrainConfig) -> Photo:
     """The photo of that name with its current mask. Raises UserError when it is gone."""
     found = (photo for photo, _ in with_made_masks(config, visitor) if name_of(photo.path, visitor) == name)
     if (photo := next(found, None)) is None:
@@ -208,11 +197,6 @@ def review_kept(
     ctx: AppContext, visitor: Visitor, remarks: Sequence[str] = (), seed: int = 0, number: int = 1, like: str = NONE
 ) -> PhotoReview:
     """Judge the clean copies of subject `number`, each by its first crop in a run with this seed and recipe."""
-    from dreambooth_moslora.photos.crops import apply_crop, examine, masked, plans_of
-    from dreambooth_moslora.photos.folder import find_photos
-    from dreambooth_moslora.photos.masks import open_mask
-    from dreambooth_moslora.photos.photo import open_rgb
-
     folder = folder_of(visitor.photos_dir, number)
     report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
     recipe = recipe_of(ctx, like, visitor)

@@ -21,6 +21,7 @@ from dreambooth_moslora.disk.queue import QueuedRun
 from dreambooth_moslora.disk.run_folder import NONE, clean_name, header_of
 from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_recipe
 from dreambooth_moslora.plan.memory import Estimate
+from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.fields import parse_pattern
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.sources import FoundRecipe, checked_recipe, recipe_in_file
@@ -133,8 +134,6 @@ def like_of_run(run_dir: Path) -> tuple[str, FoundRecipe | None]:
 
 def length_of(config: TrainConfig, photos_dir: Path, subjects: int, recipe: FoundRecipe | None) -> dict[str, Any]:
     """The preset that shows each photo as often as the recipe, or as the base's own, else the number of steps."""
-    from dreambooth_moslora.plan.plan import plan_steps
-
     if recipe is not None:
         lengths = {name: value for name, value in recipe.settings.items() if name in train_form.LENGTHS}
         lengths = lengths or {"exposures_per_photo": USUAL_EXPOSURES}

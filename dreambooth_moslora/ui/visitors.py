@@ -24,6 +24,9 @@ import psutil
 from starlette.requests import cookie_parser
 
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.photos import photo as images
+from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
+from dreambooth_moslora.photos.masks import grey_mask
 from dreambooth_moslora.settings.sources import FoundRecipe
 
 PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]
@@ -40,8 +43,6 @@ ONE_AT_A_TIME = threading.Lock()
 def take_photos(files: list[str], folder: Path) -> list[str]:
     """Copy photos into an empty `folder` as photo_01.png …, masks as photo_01.mask.png …; returns remarks. The folder
     is replaced atomically: two tabs may send theirs at once. Raises UserError when no file is usable."""
-    from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
-
     named_masks = [file for file in map(Path, files) if (sidecar_of(file) or ("", ""))[1] == MASK_SUFFIX]
     masks = {stem: file for (stem, _), file in sidecars_of(named_masks).items()}
     photos = [file for file in map(Path, files) if file not in named_masks]
@@ -72,9 +73,6 @@ def kept_photos(folder: Path) -> list[Path]:
 
 def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[str]:
     """Write clean copies, beside them their masks in plain grey (by the photo's stem); returns the remarks."""
-    from dreambooth_moslora.photos.masks import grey_mask
-    from dreambooth_moslora.photos.photo import UnreadableImageError, open_image
-
     remarks, taken = [], 0
     for photo in photos:
         try:
@@ -90,8 +88,8 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[s
             try:
                 with ONE_AT_A_TIME:
                     check_size(mask)
-                    grey_mask(open_image(mask, MAX_SIDE_PX)).save(folder / f"photo_{taken:02d}.mask.png")
-            except (UserError, UnreadableImageError) as error:
+                    grey_mask(images.open_image(mask, MAX_SIDE_PX)).save(folder / f"photo_{taken:02d}.mask.png")
+            except (UserError, images.UnreadableImageError) as error:
                 remarks.append(str(error) if isinstance(error, UserError) else f"{mask.name}: {error}")
     stems = {photo.stem for photo in photos}
     return remarks + [f"{mask.name}: a mask of no photo that is here" for s, mask in masks.items() if s not in stems]
@@ -99,19 +97,17 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[s
 
 def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
     """The upright pixels, at most 4096 px a side, and whether EXIF had turned them. Raises UserError."""
-    from dreambooth_moslora.photos.photo import UnreadableImageError, alpha_of, is_rotated, open_image, to_rgb
-
     check_size(file)
     try:
-        opened = open_image(file, MAX_SIDE_PX)
-        clean, alpha = to_rgb(opened), alpha_of(opened)
-    except UnreadableImageError as error:
+        opened = images.open_image(file, MAX_SIDE_PX)
+        clean, alpha = images.to_rgb(opened), images.alpha_of(opened)
+    except images.UnreadableImageError as error:
         raise UserError(f"{file.name}: {error}") from error
     if alpha is not None:
         clean.putalpha(alpha)
     bare = PIL.Image.new(clean.mode, clean.size)
     bare.paste(clean)
-    return bare, is_rotated(opened)
+    return bare, images.is_rotated(opened)
 
 
 def check_size(file: Path) -> None:
@@ -124,13 +120,11 @@ def check_size(file: Path) -> None:
 
 def pixels_of(file: Path) -> int:
     """Pixels by the file's header; 0 for what is no image, as `open_image` explains later. Raises UserError."""
-    from dreambooth_moslora.photos.photo import FORMATS, register_heif
-
-    register_heif()
+    images.register_heif()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with PIL.Image.open(file, formats=FORMATS) as image:
+            with PIL.Image.open(file, formats=images.FORMATS) as image:
                 return image.width * image.height
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{file.name} has too many pixels") from error
