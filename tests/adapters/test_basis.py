@@ -1,13 +1,17 @@
-"""A frozen basis: its directions, what learns on it, and subjects that are swapped on it."""
+"""A frozen basis: its directions, what learns on it, subjects that are swapped on it, and where it is looked for."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters.basis import (
+    Basis,
     FileBasis,
+    Mixers,
     SvdBasis,
     SwappedMixers,
     freeze_basis,
@@ -31,6 +35,8 @@ from dreambooth_moslora.adapters.moslora import (
 )
 from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RunDir
+from dreambooth_moslora.generation.pipeline import MixersOnBases
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import tiny_unet
 
@@ -77,6 +83,7 @@ def mixers_of(unet, folder, name="mixers.safetensors", **more):
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (6, 5, 3, 3)])
 def test_the_directions_are_the_weights_leading_singular_vectors(shape):
+    """Beyond a narrow weight they are zero."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     down, up = leading_directions(weight, 5)
     left, sizes, right = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
@@ -84,10 +91,7 @@ def test_the_directions_are_the_weights_leading_singular_vectors(shape):
     assert down.shape == (5, *shape[1:]) and up.shape == (shape[0], 5)
     assert torch.allclose((up.double() @ down.double().flatten(1)), wanted, atol=1e-6)
     assert all(torch.equal(one, other) for one, other in zip((down, up), leading_directions(weight, 5)))
-
-
-def test_directions_beyond_a_narrow_weight_are_zero():
-    down, up = leading_directions(torch.randn(3, 8), 5)
+    down, up = leading_directions(weight[:3], 5)
     assert not down[3:].any() and not up[:, 3:].any() and up[:, :3].any(0).all()
     assert not any(part.isnan().any() for part in leading_directions(torch.zeros(4, 6), 2))
 
@@ -118,6 +122,7 @@ def test_the_mixers_alone_learn_and_the_fast_path_gives_pefts_gradients(basis):
 
 
 def test_a_subject_from_its_file_computes_what_its_adapter_does(basis, tmp_path):
+    """However small its mixers are; NaN is refused."""
     unet = on_basis(basis, seed=2, lora_alpha=11, rank_pattern={"conv1": 3})
     file = mixers_of(unet, tmp_path)
     mixers, count = read_mixers(file), sum(r**2 for r in read_mixers(file).ranks.values())
@@ -130,6 +135,15 @@ def test_a_subject_from_its_file_computes_what_its_adapter_does(basis, tmp_path)
     wanted, found = fold(unet), fold(twin, "basis")
     assert wanted.keys() == found.keys()
     assert all(torch.dist(found[p].delta, wanted[p].delta) < 1e-3 * wanted[p].delta.norm() for p in wanted)
+    live = [mixer for _, mixer in adapter_parameters(unet)]
+    with torch.no_grad():
+        for mixer in live:
+            mixer.mul_(1e-9)
+        small = 1e-9 * mixers.values
+        assert torch.dist(read_mixers(mixers_of(unet, tmp_path)).values, small) < 1e-3 * small.norm()
+        live[0][0, 0] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        mixers_of(unet, tmp_path)
 
 
 def test_subjects_on_one_basis_are_summed_and_survive_a_move_of_the_unet(basis, tmp_path):
@@ -147,21 +161,6 @@ def test_subjects_on_one_basis_are_summed_and_survive_a_move_of_the_unet(basis, 
     unet.double()
     swapped.show([(cat.values, 1.0)])
     assert torch.equal(held(), cat.values.double())
-
-
-def test_small_mixers_keep_their_precision_and_broken_ones_are_refused(basis, tmp_path):
-    unet = on_basis(basis, seed=4)
-    with torch.no_grad():
-        for _, mixer in adapter_parameters(unet):
-            mixer.mul_(1e-9)
-    file = mixers_of(unet, tmp_path)
-    live = torch.cat([mixer.flatten() for _, mixer in adapter_parameters(unet)])
-    assert torch.dist(read_mixers(file).values, live) < 1e-3 * live.norm()
-    first = next(mixer for _, mixer in adapter_parameters(unet))
-    with torch.no_grad():
-        first[0, 0] = float("nan")
-    with pytest.raises(UserError, match="NaN"):
-        mixers_of(unet, tmp_path)
 
 
 def test_a_wrong_header_is_said_in_one_line_and_other_readers_refuse_the_file(basis, tmp_path):
@@ -220,3 +219,49 @@ def test_the_basis_svd_is_of_the_files_on_the_disk(tiny_base):
         SvdBasis(None)
     with pytest.raises(UserError, match=r"no nowhere\.weight"):
         basis.layer("nowhere", 3)
+
+
+QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def mixers_on(basis: Basis) -> Mixers:
+    metadata = AdapterMetadata(rank=2, alpha=2.0, basis=basis.note)
+    return Mixers(MIXERS_NAME, "", torch.ones(4), {QUERY: 2}, metadata, {})
+
+
+@pytest.fixture
+def bases(tiny_base, tmp_path):
+    """A pipeline's bases; its base is a copy of the tiny one."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    return MixersOnBases(SimpleNamespace(unet=tiny_unet(), config={"_name_or_path": str(base)}))
+
+
+def test_mixers_of_a_variant_find_its_files_beside_the_plain_ones(bases, tmp_path):
+    base, mixers_file = tmp_path / "base", tmp_path / MIXERS_NAME
+    plain = base / "unet" / "diffusion_pytorch_model.safetensors"
+    file = plain.with_suffix(".fp16.safetensors")
+    save_file({f"{QUERY}.weight": load_file(plain)[f"{QUERY}.weight"].half()}, file)
+    of_variant, of_plain = (SvdBasis(base, variant) for variant in ("fp16", None))
+    assert of_variant.note != of_plain.note
+    mixers = [mixers_on(basis) for basis in (of_variant, of_plain)]
+    for one in mixers:
+        bases.prepare(one, mixers_file)
+    assert bases.show((one, 1.0) for one in mixers) == {one.basis_key for one in mixers}
+    file.unlink()
+    bases.forget(mixers[0].basis_key)
+    with pytest.raises(UserError, match=f"made for other weights: .* and this one's is {of_plain.note['sha256'][:12]}"):
+        bases.prepare(mixers[0], mixers_file)
+
+
+def test_the_best_steps_mixers_find_the_basis_above_the_run(bases, tmp_path):
+    unet, run = tiny_unet(), RunDir(tmp_path / "run")
+    inject(unet, MoSLoraConfig(r=2, lora_alpha=2, target_modules=[QUERY]))
+    save_raw({"unet": unet}, tmp_path / "toys_basis.safetensors", facts_of({"unet": unet}))
+    mixers = mixers_on(FileBasis(tmp_path / "toys_basis.safetensors"))
+    for folder in (run.path, run.best_dir):
+        bases.prepare(mixers, folder / MIXERS_NAME)
+        assert bases.show([(mixers, 1.0)]) == {mixers.basis_key}
+        bases.forget(mixers.basis_key)
+        bases.pipeline.unet.delete_adapters(mixers.basis_key)
+    with pytest.raises(UserError, match="into the folder above, or name it with --basis"):
+        bases.prepare(mixers, run.path / "deep" / MIXERS_NAME)

@@ -1,24 +1,21 @@
 """Adapters on convolutions: the formula, PEFT's merging, both adapter files, fewer ranks, and who is refused."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers
 from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.export import publish
-from dreambooth_moslora.adapters.lora_file import fold_raw
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.proof import kohya_name
-from dreambooth_moslora.adapters.raw_file import load_raw, read_raw, read_tensors, save_raw
+from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.plan.memory import size_of_base
 from tests.adapters.test_moslora import MIXERS, shake
 from tests.helpers.layer_figures import diagnostics
@@ -89,27 +86,23 @@ def test_an_untouched_diffusers_computes_the_live_output_from_both_files(kind, o
     components = live(mixer=kind, **options)
     proof = publish(components, tmp_path, "dog", facts_of(components))
     assert proof.max_relative_difference < 1e-6
+    arguments, more = unet_inputs()
     for file in proof.files:
-        twin = loaded_by_diffusers(tiny_unet(), tmp_path / file)
-        inputs = unet_inputs()
+        nets = loaded_by_diffusers(tiny_unet(), tmp_path / file), components["unet"], tiny_unet()
         with torch.no_grad():
-            found, wanted = (net(*inputs[0], **inputs[1]).sample for net in (twin, components["unet"]))
-            bare = tiny_unet()(*inputs[0], **inputs[1]).sample
+            found, wanted, bare = (net(*arguments, **more).sample for net in nets)
         assert (found - wanted).norm() <= BOUND * (wanted - bare).norm()
 
 
 def unet_inputs() -> tuple[tuple, dict]:
     generator = torch.Generator().manual_seed(4)
-    unet = tiny_unet()
-    width = unet.config.cross_attention_dim
-    pooled = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
-    words, text = (torch.randn(shape, generator=generator) for shape in ((1, 7, width), (1, pooled)))
+    words, text, latents = (torch.randn(s, generator=generator) for s in ((1, 7, 48), (1, 32), (1, 4, 8, 8)))
     added = {"text_embeds": text, "time_ids": torch.zeros(1, 6)}
-    latents = torch.randn(1, 4, 8, 8, generator=generator)
     return (latents, torch.tensor([300]), words), {"added_cond_kwargs": added}
 
 
 def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
+    """The same whether pictures or channels come first in memory."""
     components = live()
     publish(components, tmp_path, "dog", facts_of(components))
     path = next(p for p in adapter_layers(components["unet"]) if p.endswith("conv1"))
@@ -119,35 +112,10 @@ def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
     assert down.shape[2:] == (3, 3) and up.shape[2:] == (1, 1)
     assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_down.weight"], down)
     assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_up.weight"], up)
-
-
-@pytest.mark.parametrize("kind", ["kaiming", "none"])
-def test_a_raw_file_brings_it_back_bit_for_bit(kind, tmp_path):
-    components = live(mixer=kind)
-    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
-    twin = {"unet": tiny_unet()}
-    load_raw(tmp_path / RAW_NAME, twin)
-    pairs = zip(adapter_parameters(components["unet"]), adapter_parameters(twin["unet"]), strict=True)
-    assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
-    folded, published = fold_raw(tmp_path / RAW_NAME), fold(components["unet"])
-    for path, layer in published.items():
-        assert torch.equal(folded[f"unet.{path}.lora_A.weight"], layer.down)
-        assert torch.allclose(folded[f"unet.{path}.lora_B.weight"], layer.up, atol=1e-6)
-    assert describe(tmp_path / RAW_NAME)["modules"] == {"unet": len(published)}
-
-
-def test_a_kernel_of_another_size_is_another_base(tmp_path):
-    components = live()
-    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
-    other = tiny_unet()
-    path = next(p for p in read_raw(tmp_path / RAW_NAME)[0] if p.endswith("conv1.lora_A"))
-    name = path.removeprefix("unet.").removesuffix(".lora_A")
-    old = other.get_submodule(name)
-    other.get_submodule(name.rpartition(".")[0]).conv1 = nn.Conv2d(old.in_channels, old.out_channels, 5, padding=2)
-    size = f"{old.out_channels}×{old.in_channels}"
-    with pytest.raises(UserError, match=rf"{size}×3×3 \(out×in\), which is {size}×5×5 here"):
-        load_raw(tmp_path / RAW_NAME, {"unet": other})
-    assert not hasattr(other, "peft_config")
+    components["unet"].to(memory_format=torch.channels_last)
+    publish(components, tmp_path / "b", "dog", facts_of(components))
+    again = load_file(tmp_path / "b" / PUBLISHED_NAME)
+    assert all(torch.equal(diffusers[key], again[key]) for key in diffusers)
 
 
 def test_a_lower_rank_keeps_the_share_that_was_asked_for(tmp_path):
@@ -169,6 +137,9 @@ def test_its_figures_are_those_of_the_flattened_matrix():
     assert figures.effective_rank == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-4)
 
 
+NO_DORA = "wide is a convolution, and DoRA is for projections"
+
+
 @pytest.mark.parametrize(
     ("target", "options", "said"),
     [
@@ -178,71 +149,16 @@ def test_its_figures_are_those_of_the_flattened_matrix():
         ("norm", {}, "norm is a GroupNorm, which has no matrix to adapt"),
         ("norm", {"mixer": "none"}, "norm is a GroupNorm, which has no matrix to adapt"),
         ("line", {}, "line is a Conv1d"),
-        ("wide", {"use_dora": True}, "wide is a convolution, and DoRA is for projections"),
-        ("wide", {"use_dora": True, "mixer": "none"}, "wide is a convolution, and DoRA is for projections"),
+        ("wide", {"use_dora": True}, NO_DORA),
+        ("wide", {"use_dora": True, "mixer": "none"}, NO_DORA),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_and_left_as_it_was(target, options, said):
     net = Convolutions()
-    before = copy.deepcopy(net.state_dict())
+    names = net.state_dict().keys()
     with pytest.raises(UserError, match=said):
         inject(net, config("wide", target, **options))
-    assert net.state_dict().keys() == before.keys()
-
-
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
-def test_get_peft_model_refuses_a_grouped_one_too():
-    with pytest.raises(UserError, match="grouped is a grouped, dilated or circular Conv2d"):
-        get_peft_model(Convolutions(), config("grouped"))
-
-
-def test_dora_on_a_convolution_is_refused_at_peft_s_door_and_at_ours(tmp_path):
-    with pytest.raises(UserError, match="wide is a convolution, and DoRA is for projections"):
-        get_peft_model(Convolutions(), config("wide", use_dora=True))
-    unet = tiny_unet()
-    unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"], use_dora=True), "default")
-    components, facts = {"unet": unet}, AdapterMetadata(rank=2, alpha=2)
-    with pytest.raises(UserError, match="conv1 is a convolution with DoRA, which cannot be saved here"):
-        save_raw(components, tmp_path / RAW_NAME, facts)
-    with pytest.raises(UserError, match="conv1 is a convolution with DoRA, which cannot be saved here"):
-        publish(components, tmp_path, "dog", facts)
-    assert not list(tmp_path.iterdir())
-
-
-def test_pictures_first_or_channels_first_is_all_the_same_to_a_file(tmp_path):
-    components = live()
-    publish(components, tmp_path / "a", "dog", facts_of(components))
-    components["unet"].to(memory_format=torch.channels_last)
-    publish(components, tmp_path / "b", "dog", facts_of(components))
-    a, b = (load_file(tmp_path / folder / PUBLISHED_NAME) for folder in "ab")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_a_damaged_raw_file_is_told_as_one(tmp_path):
-    components = live()
-    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
-    tensors, header = read_tensors(tmp_path / RAW_NAME)
-    key = next(k for k in tensors if k.endswith("to_q.lora_A"))
-    for shape in ((4,), (4, 1, 2), (4, 1, 1, 1, 2)):
-        save_file(tensors | {key: torch.zeros(shape)}, tmp_path / "broken.safetensors", header)
-        with pytest.raises(UserError, match=r"is broken: unet.*to_q is not whole"):
-            describe(tmp_path / "broken.safetensors")
-
-
-def test_a_foreign_file_is_described_whatever_its_kernels_are(tmp_path):
-    up, down, mid = torch.eye(4)[..., None, None], torch.eye(4)[..., None, None], torch.ones(4, 4, 3, 3)
-    files = {
-        "plain": {"lora_up": up, "lora_down": down},
-        "with a middle": {"lora_up": up, "lora_down": down, "lora_mid": mid},
-        "empty": {"lora_up": up[:0], "lora_down": down},
-    }
-    for name, parts in files.items():
-        tensors = {f"lora_unet_conv_in.{part}.weight": tensor.contiguous() for part, tensor in parts.items()}
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-    found = {name: describe(tmp_path / f"{name}.safetensors") for name in files}
-    assert found["plain"]["effective_rank_median"] == 4 and found["plain"]["kind"] == "kohya keys"
-    assert "effective_rank_median" not in found["with a middle"] and "LoCon" in found["with a middle"]["kind"]
-    assert found["empty"]["ranks"] == {"4": 1}
+    assert net.state_dict().keys() == names
 
 
 @pytest.mark.parametrize("targets", [("to_q", "to_k"), ("conv1", "conv_in", "to_q")])
@@ -251,3 +167,26 @@ def test_the_estimate_counts_what_is_trained(targets, tiny_base):
     unet = inject(tiny_unet(), config(*targets))
     parameters = sum(p.numel() for _, p in adapter_parameters(unet))
     assert 4 * size.adapted_widths + 16 * size.adapted_layers == parameters
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+@pytest.mark.parametrize(
+    ("target", "options", "said"),
+    [("grouped", {}, "grouped is a grouped, dilated or circular Conv2d"), ("wide", {"use_dora": True}, NO_DORA)],
+)
+def test_get_peft_model_refuses_too(target, options, said):
+    with pytest.raises(UserError, match=said):
+        get_peft_model(Convolutions(), config(target, **options))
+
+
+def test_dora_of_pefts_own_on_a_convolution_is_not_saved(tmp_path):
+    unet = tiny_unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"], use_dora=True), "default")
+    components, facts = {"unet": unet}, AdapterMetadata(rank=2, alpha=2)
+    for save in (
+        lambda: save_raw(components, tmp_path / "x", facts),
+        lambda: publish(components, tmp_path, "x", facts),
+    ):
+        with pytest.raises(UserError, match="conv1 is a convolution with DoRA, which cannot be saved here"):
+            save()
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,8 @@
-"""Adapter files: raw and back, published and proved, refused when broken; and the mistakes that must not pass."""
+"""Published files: proved, in full fp32, refused when broken; and the mistakes that must not pass."""
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from safetensors.torch import load_file
 from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
 from benchmarks.sdxl_structure import count
 from dreambooth_moslora.adapters import export, moslora, proof
-from dreambooth_moslora.adapters import proof as kohya
 from dreambooth_moslora.adapters.describe import reduce_layers
 from dreambooth_moslora.adapters.export import load_published, publish
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
@@ -41,27 +41,34 @@ def test_an_untouched_diffusers_computes_the_live_output(kind, variant, tmp_path
     assert max(measure(kind, variant, tmp_path).values()) <= BOUND
 
 
+def published(components, folder, *arguments, **options):
+    return publish(components, folder, "dog", facts_of(components), *arguments, **options)
+
+
+def header_of(file) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
 def test_the_proof_names_its_files_and_is_near(dog):
     folder, _, found = dog
     assert found.files == (PUBLISHED_NAME, KOHYA) and all((folder / f).is_file() for f in found.files)
     assert 0 < found.max_relative_difference < 1e-6 and found.projections == 112
     assert json.loads(json.dumps(found.to_dict()))["bound"] == 1e-5
     assert not list(folder.glob(".*")), "scratch is left behind"
-
-
-def as_after_one_step(components: dict) -> dict:
-    """B as small as the first optimizer steps leave it: fp16 alone would underflow, and W·x drowns B·M·A·x."""
-    for name, parameter in adapter_parameters(components["unet"]):
-        if name.endswith("lora_B.up"):
-            parameter.data.mul_(1e-6)
-    return components
+    sdxl = count(4)
+    assert (sdxl["projections"], round(sdxl["a_and_b"], 2), round(sdxl["mixers"], 3)) == (560, 5.81, 0.009)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_files_of_the_first_steps_keep_their_bound(dtype, options, tmp_path):
-    components = as_after_one_step(live(target_modules=["to_q", "to_k"], **options))
-    found = publish(components, tmp_path, "dog", facts_of(components), dtype)
+    """B as small as the first optimizer steps leave it: fp16 alone would underflow, and W·x drowns B·M·A·x."""
+    components = live(target_modules=["to_q", "to_k"], **options)
+    for name, parameter in adapter_parameters(components["unet"]):
+        if name.endswith("lora_B.up"):
+            parameter.data.mul_(1e-6)
+    found = published(components, tmp_path, dtype)
     assert 0 < found.max_relative_difference < proof.BOUNDS[dtype]
     types = {t.dtype for k, t in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_magnitude" not in k}
     assert types == {dtype}
@@ -71,18 +78,17 @@ def test_files_of_the_first_steps_keep_their_bound(dtype, options, tmp_path):
 def test_the_header_of_a_folded_file_says_alpha_equal_to_the_rank(options, tmp_path):
     components = live(**options)
     assert facts_of(components).alpha == 11
-    publish(components, tmp_path, "dog", facts_of(components))
+    published(components, tmp_path)
     for name in (PUBLISHED_NAME, KOHYA):
-        with safe_open(tmp_path / name, "pt") as file:
-            told = AdapterMetadata.from_json(file.metadata()["moslora"])
+        told = AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
         assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
 
 
 def test_the_scale_of_the_moment_is_not_published(tmp_path):
     components = live()
-    wanted = publish(components, tmp_path / "a", "dog", facts_of(components))
+    wanted = published(components, tmp_path / "a")
     set_scale(components["unet"], 0.1)
-    publish(components, tmp_path / "b", "dog", facts_of(components))
+    published(components, tmp_path / "b")
     files = [load_file(tmp_path / f / PUBLISHED_NAME) for f in "ab"]
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     assert wanted.max_relative_difference < 1e-6
@@ -90,66 +96,48 @@ def test_the_scale_of_the_moment_is_not_published(tmp_path):
     assert layer.scaling["default"] == pytest.approx(0.1 * 11 / 4)
 
 
-def break_mixer(monkeypatch):
-    def without_mixer(matrices):
-        return LowRank(matrices.down.detach().clone(), (matrices.scale * matrices.up).detach())
+def swapped(real, *arguments):
+    def other(key):
+        return key.replace(".lora_A.", ".?.").replace(".lora_B.", ".lora_A.").replace(".?.", ".lora_B.")
 
-    monkeypatch.setattr(MixedLowRank, "fold", without_mixer)
-
-
-def break_alpha(monkeypatch):
-    monkeypatch.setattr(moslora, "nominal_scale", lambda *_: 1.0)
+    return {other(k): t.T.contiguous() for k, t in real(*arguments).items()}
 
 
-def break_kohya_alpha(monkeypatch):
-    real = kohya.kohya_tensors
-
-    def wrong(*arguments):
-        return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
-
-    monkeypatch.setattr(export, "kohya_tensors", wrong)
-
-
-def swap(monkeypatch):
-    real = export.published_tensors
-
-    def wrong(*arguments):
-        def other(key):
-            return key.replace(".lora_A.", ".?.").replace(".lora_B.", ".lora_A.").replace(".?.", ".lora_B.")
-
-        return {other(k): t.T.contiguous() for k, t in real(*arguments).items()}
-
-    monkeypatch.setattr(export, "published_tensors", wrong)
+DIFFERS = r"differs from the live adapter by \d"
+NO_MIXER = (MixedLowRank, "fold", lambda real, m: LowRank(m.down.detach().clone(), (m.scale * m.up).detach()))
+NO_ALPHA = (moslora, "nominal_scale", lambda real, *_: 1.0)
+KOHYA_ALPHA = (
+    export,
+    "kohya_tensors",
+    lambda real, *all: {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*all).items()},
+)
+SWAPPED = (export, "published_tensors", swapped)
+SKIPPED = (export, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
 
-def skip_a_module(monkeypatch):
-    real = export.fold
-    monkeypatch.setattr(export, "fold", lambda *arguments: dict(list(real(*arguments).items())[:-1]))
-
-
-@pytest.mark.parametrize("mistake", [break_mixer, break_alpha, break_kohya_alpha, swap, skip_a_module])
-def test_a_mistake_in_the_export_is_caught_by_the_proof_and_nothing_is_left(mistake, monkeypatch, tmp_path):
-    components = live(target_modules=["attn1.to_q", "attn1.to_k"])  # square, so that swapped matrices fit too
-    mistake(monkeypatch)
-    with pytest.raises(UserError, match=r"differs from the live adapter by \d|adapts other modules"):
-        publish(components, tmp_path, "dog", facts_of(components))
+@pytest.mark.parametrize(
+    ("mistake", "options", "keep", "said"),
+    [
+        (NO_MIXER, {}, 1.0, DIFFERS),
+        (NO_ALPHA, {}, 1.0, DIFFERS),
+        (KOHYA_ALPHA, {}, 1.0, DIFFERS),
+        (SWAPPED, {}, 1.0, DIFFERS),
+        (SWAPPED, {"target_modules": ["attn2.to_k"]}, 1.0, "the stock loader refuses it"),  # it is not square
+        (SKIPPED, {}, 1.0, "adapts other modules"),
+        (NO_MIXER, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01"),
+        (NO_ALPHA, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01"),
+    ],
+)
+def test_a_mistake_in_the_export_is_caught_by_the_proof_and_nothing_is_left(
+    mistake, options, keep, said, monkeypatch, tmp_path
+):
+    owner, name, wrong = mistake
+    components = live(**{"target_modules": ["attn1.to_q", "attn1.to_k"]} | options)
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: wrong(real, *arguments))
+    with pytest.raises(UserError, match=said):
+        published(components, tmp_path, keep=keep)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("mistake", [break_mixer, break_alpha])
-def test_a_mistake_is_caught_beside_a_rank_reduction_too(mistake, monkeypatch, tmp_path):
-    components = live(target_modules=["attn1.to_q"])
-    mistake(monkeypatch)
-    with pytest.raises(UserError, match=r"differs from the live adapter by \d.*keep=0.99 allows 1.00e-01"):
-        publish(components, tmp_path, "dog", facts_of(components), keep=0.99)
-    assert not list(tmp_path.iterdir())
-
-
-def test_nan_is_named_before_a_rank_reduction_stumbles_over_it(tmp_path):
-    components = live(target_modules=["attn1.to_q"])
-    next(iter(adapter_layers(components["unet"]).values())).lora_A["default"].weight.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match="NaN or infinite"):
-        publish(components, tmp_path, "dog", facts_of(components), keep=0.9)
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a\nb", "a\udcff"])
@@ -171,8 +159,7 @@ def test_every_kohya_alpha_is_the_rank_and_every_module_is_there(dog):
 
 
 def test_the_kohya_header_says_what_the_tools_show(dog):
-    with safe_open(dog[0] / KOHYA, "pt") as file:
-        header = file.metadata()
+    header = header_of(dog[0] / KOHYA)
     assert header["modelspec.title"] == header["ss_output_name"] == "dog"
     assert header["modelspec.trigger_phrase"] == "sks dog" and header["modelspec.architecture"].endswith("/lora")
     assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
@@ -180,35 +167,31 @@ def test_the_kohya_header_says_what_the_tools_show(dog):
 
 
 def test_no_file_tells_where_it_was_made(dog, tmp_path):
-    components = live()
-    facts = facts_of(components, base_id=tmp_path / "private" / "toy-sdxl")
-    assert facts.base_id == "toy-sdxl"
+    assert facts_of(live(), base_id=tmp_path / "private" / "toy-sdxl").base_id == "toy-sdxl"
     for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
-        with safe_open(dog[0] / file, "pt") as opened:
-            text = json.dumps(opened.metadata())
+        text = json.dumps(header_of(dog[0] / file))
         assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(tmp_path)))
 
 
 def test_nan_and_merged_adapters_are_not_saved(tmp_path):
-    components = live()
+    """NaN is named before a rank reduction stumbles over it."""
+    components = live(target_modules=["attn1.to_q"])
     layer = next(iter(adapter_layers(components["unet"]).values()))
     layer.merge()
     with pytest.raises(UserError, match="merged into the base"):
-        publish(components, tmp_path, "dog", facts_of(components))
+        published(components, tmp_path)
     layer.unmerge()
-    layer.lora_A["default"].weight.data[0, 0] = float("inf")
-    for action in (save_raw_to, publish_to):
-        with pytest.raises(UserError, match="NaN or infinite"):
-            action(components, tmp_path)
+    facts = facts_of(components)
+    for value in (float("inf"), float("nan")):
+        layer.lora_A["default"].weight.data[0, 0] = value
+        for save in (
+            partial(save_raw, components, tmp_path / RAW_NAME, facts),
+            partial(published, components, tmp_path),
+            partial(published, components, tmp_path, keep=0.9),
+        ):
+            with pytest.raises(UserError, match="NaN or infinite"):
+                save()
     assert not list(tmp_path.iterdir())
-
-
-def save_raw_to(components, folder):
-    save_raw(components, folder / RAW_NAME, facts_of(components))
-
-
-def publish_to(components, folder):
-    publish(components, folder, "dog", facts_of(components))
 
 
 def test_an_adapter_that_has_not_learnt_yet_can_be_published(tmp_path):
@@ -230,17 +213,14 @@ def test_rank_reduction_is_the_best_there_is():
 
 def test_keep_publishes_smaller_files_that_are_proved_too(tmp_path):
     components = live()
-    facts = facts_of(components)
-    whole = publish(components, tmp_path / "whole", "dog", facts)
-    smaller = publish(components, tmp_path / "small", "dog", facts, keep=0.8)
+    whole, smaller = published(components, tmp_path / "whole"), published(components, tmp_path / "small", keep=0.8)
     assert smaller.rank_sum < whole.rank_sum and 0.8 <= smaller.kept < 1 and smaller.max_relative_difference < 1e-6
     assert any("0.29" in note for note in smaller.notes)
     ranks = {t.shape[0] for k, t in load_file(tmp_path / "small" / PUBLISHED_NAME).items() if ".lora_A." in k}
-    assert len(ranks) > 1
     again = load_published(tmp_path / "small")[1]
-    assert again.rank in ranks and set(again.ranks.values()) | {again.rank} == ranks
+    assert len(ranks) > 1 and again.rank in ranks and set(again.ranks.values()) | {again.rank} == ranks
     with pytest.raises(UserError, match=r"keep=1.5"):
-        publish(components, tmp_path / "no", "dog", facts, keep=1.5)
+        published(components, tmp_path / "no", keep=1.5)
 
 
 def test_published_files_change_the_pipeline_as_the_adapter_does(tmp_path):
@@ -260,15 +240,62 @@ def test_published_files_change_the_pipeline_as_the_adapter_does(tmp_path):
         assert torch.allclose(seen(loaded_by_diffusers(copy.deepcopy(base), tmp_path / file)), wanted, atol=1e-5)
 
 
-def test_the_full_size_sdxl_adapter():
-    found = count(4)
-    assert found["projections"] == 560
-    assert round(found["a_and_b"], 2) == 5.81 and round(found["mixers"], 3) == 0.009
+COARSEST = {
+    torch.backends.cuda.matmul: "tf32",
+    torch.backends.cudnn.conv: "tf32",
+    torch.backends.mkldnn.matmul: "bf16",
+    torch.backends.mkldnn.conv: "bf16",
+}
 
 
-def test_a_file_that_the_stock_loader_refuses_is_not_published(monkeypatch, tmp_path):
+def precisions() -> list[str]:
+    return [setting.fp32_precision for setting in COARSEST]
+
+
+@pytest.fixture
+def coarse():
+    """Products and convolutions of GPU and CPU as coarse as PyTorch lets them be."""
+    before = precisions()
+    for setting, precision in COARSEST.items():
+        setting.fp32_precision = precision
+    yield
+    for setting, precision in zip(COARSEST, before, strict=True):
+        setting.fp32_precision = precision
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.9])
+def test_every_comparison_is_in_full_fp32_and_the_settings_come_back(keep, coarse, monkeypatch, tmp_path):
+    found, compare = [], proof.relative_difference
+    monkeypatch.setattr(proof, "relative_difference", lambda *two: found.append(precisions()) or compare(*two))
+    published(live(), tmp_path, keep=keep)
+    assert found and all(each == ["ieee"] * 4 for each in found)
+    assert precisions() == list(COARSEST.values())
+
+
+def test_the_settings_come_back_after_a_refusal(coarse):
     components = live()
-    swap(monkeypatch)  # attn2.to_k is not square
-    with pytest.raises(UserError, match="the stock loader refuses it"):
-        publish(components, tmp_path, "dog", facts_of(components))
-    assert not list(tmp_path.iterdir())
+    reduced = {name: torch.zeros(1) for name in proof.all_layers(components, "default")}
+    with pytest.raises(UserError, match="reduced in rank"):
+        proof.check_reduction(components, "default", reduced, keep=0.9)
+    assert precisions() == list(COARSEST.values())
+
+
+@pytest.fixture
+def older_switches():
+    """PyTorch raises on reading one of them where the newer settings contradict it."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    yield switches
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("allowed", [(True, True), (False, False), (True, False), (False, True)])
+def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, older_switches):
+    for switch, value in zip(older_switches, allowed, strict=True):
+        switch.allow_tf32 = value
+    before = precisions()
+    with proof.full_fp32():
+        assert [switch.allow_tf32 for switch in older_switches] == [False, False]
+        assert precisions() == ["ieee"] * 4
+    assert tuple(switch.allow_tf32 for switch in older_switches) == allowed and precisions() == before

@@ -1,11 +1,14 @@
-"""The adapter: the formula, both doors, every mixer, and what PEFT does with a layer that carries a mixer."""
+"""The adapter: the formula, both doors, every mixer, which layers a config means, what PEFT does with such a layer."""
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraModel
 from torch import nn
 
 from dreambooth_moslora.adapters.moslora import (
@@ -13,14 +16,18 @@ from dreambooth_moslora.adapters.moslora import (
     MoSLoraConfig,
     adapter_layers,
     adapter_parameters,
+    base_modules,
     disabled,
     fold,
     inject,
     matrices_of,
+    matrix_layers,
     mixer_parameters,
     set_scale,
+    value_pattern,
 )
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.settings.fields import is_target
 from dreambooth_moslora.settings.table import MIXERS
 from tests.helpers.tiny import tiny_unet
 
@@ -92,21 +99,20 @@ def test_adapters_are_fp32_whatever_the_base(dtype):
 
 
 def test_none_is_plain_peft_lora_bit_for_bit():
-    torch.manual_seed(3)
-    plain = Net()
-    twin = copy.deepcopy(plain)
     options = {"r": 4, "lora_alpha": 4, "target_modules": ["to_q", "to_k"], "init_lora_weights": "gaussian"}
-    torch.manual_seed(4)
-    plain = get_peft_model(plain, LoraConfig(**options)).get_base_model()
-    torch.manual_seed(4)
-    inject(twin, MoSLoraConfig(mixer="none", **options))
-    for net in (plain, twin):
+    base, states = Net(), []
+    for door in (
+        lambda net: get_peft_model(net, LoraConfig(**options)).get_base_model(),
+        lambda net: inject(net, MoSLoraConfig(mixer="none", **options)),
+    ):
+        torch.manual_seed(4)
+        net = door(copy.deepcopy(base))
         optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
             net(X).square().sum().backward()
             optimizer.step()
-    states = plain.state_dict(), twin.state_dict()
+        states.append(net.state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
@@ -132,11 +138,8 @@ def test_gradients_are_those_of_the_paper():
 def test_only_the_adapter_learns_and_a_frozen_mixer_stays(train_mixer):
     net = inject(Net(), config(train_mixer=train_mixer))
     net.to_q.set_adapter("default")  # PEFT turns on every parameter of an adapter
-    names = {n for n, p in net.named_parameters() if p.requires_grad}
-    assert names == {
-        n.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
-        for n, _ in adapter_parameters(net)
-    }
+    learnt = {id(p) for p in net.parameters() if p.requires_grad}
+    assert learnt == {id(p) for _, p in adapter_parameters(net)}
     assert len(mixer_parameters(net)) == (2 if train_mixer else 0)
     start = net.to_q.lora_B["default"].mixer.clone()
     shake(net)
@@ -162,19 +165,16 @@ def test_merge_and_unmerge(options):
 
 def test_several_adapters_scale_disable_and_delete():
     net = adapted(seed=1)
-    base = copy.deepcopy(net)
     with disabled(net):
         alone = net(X)
-    first = net(X)
+    first, change = net(X), net.to_q(X) - net.to_q.base_layer(X)
     inject(net, config(r=2, mixer="kaiming"), "second")
     shake(net, "second", seed=8)
-    second = net(X)
-    assert not torch.allclose(first, second, atol=1e-3)
+    assert not torch.allclose(first, net(X), atol=1e-3)
     for layer in adapter_layers(net, "second").values():
         layer.set_adapter(["default", "second"])
-    both = net.to_q(X)
-    parts = [layer(X) - net.to_q.base_layer(X) for layer in [base.to_q]]
-    assert torch.allclose(both - net.to_q.base_layer(X) - parts[0], delta_of(net.to_q, "second", X), atol=1e-5)
+    second = net.to_q.scaling["second"] * net.to_q.lora_B["second"](net.to_q.lora_A["second"](X))
+    assert torch.allclose(net.to_q(X) - net.to_q.base_layer(X) - change, second, atol=1e-5)
     for layer in adapter_layers(net).values():
         layer.delete_adapter("second")
         layer.set_adapter("default")
@@ -183,10 +183,6 @@ def test_several_adapters_scale_disable_and_delete():
     assert torch.allclose(net(X), alone, atol=1e-6)
     set_scale(net, 1.0)
     assert torch.equal(net(X), first)
-
-
-def delta_of(layer: nn.Module, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-    return layer.scaling[adapter_name] * layer.lora_B[adapter_name](layer.lora_A[adapter_name](x))
 
 
 def test_disabled_leaves_the_gradient_flags_alone():
@@ -209,24 +205,14 @@ def test_rank_and_alpha_patterns_and_regex_targets():
     assert net.to_q.scaling["default"] == 4 and net.to_k.scaling["default"] == 2
 
 
-def test_fold_is_of_the_trained_scale_not_of_the_slider():
-    net = adapted(lora_alpha=8)
-    before = fold(net)["to_q"].up
-    set_scale(net, 0.3)
-    assert torch.equal(fold(net)["to_q"].up, before)
-
-
-def test_dropout_is_active_in_training_only():
+def test_dropout_is_active_in_training_only_and_layers_can_be_copied_and_pickled():
     net = adapted(lora_dropout=0.5)
     assert torch.equal(net(X), net(X))
+    assert torch.equal(copy.deepcopy(net)(X), net(X))
+    again = pickle.loads(pickle.dumps(net.to_q.lora_B))
+    assert torch.equal(again["default"].weight, net.to_q.lora_B["default"].weight)
     net.train()
     assert not torch.equal(net(X), net(X))
-
-
-def test_layers_can_be_copied_and_pickled():
-    net = adapted()
-    assert torch.equal(copy.deepcopy(net)(X), net(X))
-    assert torch.equal(pickle.loads(pickle.dumps(net.to_q.lora_B))["default"].weight, net.to_q.lora_B["default"].weight)
 
 
 def test_a_half_precision_base_trains_where_peft_is_told_not_to_cast():
@@ -249,13 +235,11 @@ def test_mixed_batches_name_an_adapter_per_row():
     for seed, name in enumerate(("one", "two")):
         shake(model, name, seed)
     rows = model(X[:3], adapter_names=["two", "__base__", "one"])
-    for row, name in enumerate(["two", None, "one"]):
-        if name:
-            model.set_adapter(name)
-            assert torch.allclose(rows[row], model(X)[row], atol=1e-6)
-        else:
-            with model.disable_adapter():
-                assert torch.allclose(rows[row], model(X)[row], atol=1e-6)
+    for row, name in ((0, "two"), (2, "one")):
+        model.set_adapter(name)
+        assert torch.allclose(rows[row], model(X)[row], atol=1e-6)
+    with model.disable_adapter():
+        assert torch.allclose(rows[1], model(X)[1], atol=1e-6)
 
 
 def test_autocast_and_gradient_checkpointing():
@@ -278,3 +262,86 @@ def test_the_unet_of_sdxl():
     assert unet.active_adapters() == ["default"]
     unet.delete_adapters("default")
     assert not [n for n, _ in unet.named_parameters() if ".default." in n]
+
+
+NAMES = ["to_q", "to_out.0", "conv1", "mid_block.attentions.0.proj_in", "q", "out.0"]
+
+
+def test_the_base_has_the_same_modules_with_an_adapter_as_without():
+    def named(modules) -> list[tuple[str, str]]:
+        return [(path, type(module).__name__) for path, module in modules if path]
+
+    options = {"r": 2, "target_modules": ["to_q", "conv1"]}
+    wrapped = get_peft_model(inject(tiny_unet(), MoSLoraConfig(**options)), MoSLoraConfig(**options), "second")
+    plain = named(tiny_unet().named_modules())
+    assert named(base_modules(tiny_unet()).items()) == named(base_modules(wrapped).items()) == plain
+
+
+def test_matrix_layers_are_those_whose_weight_is_no_vector():
+    model = nn.ModuleDict({"line": nn.Linear(2, 3), "norm": nn.LayerNorm(2), "words": nn.Embedding(4, 2)})
+    assert list(matrix_layers(model)) == ["line", "words"]
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_the_rule_without_torch_is_pefts_own(target):
+    config = LoraConfig(target_modules=[target])
+    for path in base_modules(tiny_unet()):
+        assert bool(LoraModel._check_target_module_exists(config, path)) == is_target(path, target), path
+
+
+BLOCK_NAMES = {
+    "mid_block": lambda path: path.startswith("mid_block.") and path.endswith(("to_q", "to_k", "to_v", "to_out.0")),
+    "blora_style": lambda path: "up_blocks.0.attentions.1." in path and ".to_" in path and not path.endswith("to_out"),
+    "unet.up_blocks.0.attentions.1": lambda path: is_target(path, "blora_style"),
+    "down_blocks.1.*": lambda path: path.startswith("down_blocks.1."),
+    "*conv1": lambda path: path.endswith(".conv1"),
+    "attn1.*": lambda path: ".attn1." in path,
+    "down_blocks.*.to_q": lambda path: path.startswith("down_blocks.") and path.endswith(".to_q"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCK_NAMES)
+def test_blocks_and_patterns_name_layers_too(name):
+    paths = list(matrix_layers(tiny_unet()))
+    found = [path for path in paths if is_target(path, name)]
+    assert found and found == [path for path in paths if BLOCK_NAMES[name](path)]
+
+
+def test_a_pattern_gives_every_module_its_value_back():
+    ranks = {"to_q": 2, "to_k": 3, "inner.to_q": 4, "inner.to_k": 3}
+    net, inner = (nn.ModuleDict({"to_q": nn.Linear(2, 2), "to_k": nn.Linear(2, 2)}) for _ in range(2))
+    net["inner"] = inner
+    inject(net, MoSLoraConfig(r=3, target_modules=["to_q", "to_k"], rank_pattern=value_pattern(ranks, 3)))
+    assert {path: layer.r["default"] for path, layer in adapter_layers(net).items()} == ranks
+
+
+FOLD = """
+import copy, os, sys, torch
+from dreambooth_moslora.adapters.moslora import fold
+from tests.adapters.test_moslora import adapted
+from tests.helpers.layer_figures import diagnostics
+from tests.helpers.python_gpu import DEVICE, Watch
+
+net = adapted(lora_alpha=7, use_dora=sys.argv[1] == "dora", mixer=sys.argv[2])
+wanted, figures = fold(net), diagnostics(net)
+Watch.has_fp64 = False
+net = copy.deepcopy(net).to(DEVICE)
+try:
+    found = fold(net)
+    for path, layer in found.items():
+        for part in ("down", "up", "magnitude"):
+            one, other = getattr(layer, part), getattr(wanted[path], part)
+            assert (one is None and other is None) or torch.equal(one, other), (path, part)
+    assert diagnostics(net) == figures
+    print("equal", flush=True)
+except BaseException as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "mixer"), [("dora", "kaiming"), ("plain", "none")])
+def test_an_adapter_on_a_device_without_fp64_folds_as_on_the_cpu(variant, mixer):
+    run = [sys.executable, "-c", FOLD, variant, mixer]
+    assert subprocess.check_output(run, text=True).strip().splitlines()[-1] == "equal"

@@ -10,8 +10,7 @@ from dreambooth_moslora.adapters.fast_linear import WorkingCopies, enable_fast_p
 from dreambooth_moslora.adapters.moslora import adapter_layers, disabled
 from dreambooth_moslora.base.load import quantize
 from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
-from tests.adapters.test_fused_linear import Block, adapted, assert_same, randomize
-from tests.adapters.test_working_copies import KINDS, given
+from tests.adapters.test_fast_linear import KINDS, Block, adapted, assert_same, given, randomize
 from tests.helpers.tiny import tiny_unet
 
 COUNT, ROWS = 3, 2

@@ -22,6 +22,8 @@ from dreambooth_moslora.settings.prompts import Subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import BestStep, best_of
 from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny import tiny_unet
+from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -41,46 +43,66 @@ def run(tiny_base, encoders, tmp_path_factory):
     return config, RunDir(home / "dog")
 
 
-def test_a_missing_encoder_is_told_before_anything_is_trained(tiny_base, tmp_path, monkeypatch):
+def evaluations(run: RunDir) -> list[dict]:
+    return [event for event in run.read_metrics() if event["type"] == "evaluation"]
+
+
+@pytest.fixture
+def scored(tiny_base, tmp_path):
+    """A configuration that is evaluated after each step."""
+
+    def config(name: str = "dog", **options) -> TrainConfig:
+        photos = tmp_path / "photos"
+        paint_photos(photos) if not photos.exists() else None
+        return tiny_config(tiny_base, photos, tmp_path / name, **{"evaluate_steps": 1} | options)
+
+    return config
+
+
+def test_a_missing_encoder_is_told_before_anything_is_trained(scored, monkeypatch):
     def nowhere(*_):
         raise UserError("the encoder cannot be loaded")
 
     monkeypatch.setattr("dreambooth_moslora.evaluation.metrics.load_encoders", nowhere)
-    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", evaluate_steps=1)
+    config = scored()
     with pytest.raises(UserError, match="cannot be loaded"):
         TrainingEvaluator(config, photo_report(config).photos)
 
 
-def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(tiny_base, tmp_path, encoders, monkeypatch):
+def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(scored, encoders, monkeypatch):
     """Its prompts are those of the first, as both encode them in step with each other."""
-    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", evaluate_steps=1)
+    config = scored()
     monkeypatch.setenv("RANK", "1")
     plan = make_plan(config)
     other = make_evaluator(plan)
     assert other.encoders is None and other.prompts == TrainingEvaluator(config, plan.photos, encoders).prompts
 
 
-def test_an_adapter_that_is_not_finite_gets_no_scores(tiny_base, encoders, tmp_path):
+def test_an_adapter_that_is_not_finite_gets_no_scores(scored, encoders, tmp_path):
     """Its pictures are black, and their score would take the place of the best step's."""
-    photos, overflow = paint_photos(tmp_path / "photos"), {"adam_weight_decay": 1e38, "learning_rate": 1e2}
-    config = tiny_config(tiny_base, photos, tmp_path / "dog", max_train_steps=1, evaluate_steps=1, **overflow)
+    config = scored(max_train_steps=1, adam_weight_decay=1e38, learning_rate=1e2)
     with pytest.raises(UserError, match="the adapter is not finite after step 1"):
         train(config, evaluator=quick(config, encoders))
-    assert not [e for e in RunDir(tmp_path / "dog").read_metrics() if e["type"] == "evaluation"]
+    assert not evaluations(RunDir(tmp_path / "dog"))
 
 
-def test_every_evaluation_is_logged_with_its_scores_and_cost(run):
-    events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
+def test_every_evaluation_is_logged_with_its_scores_and_cost(run, encoders):
+    """A resumed run remembers those before."""
+    events = evaluations(run[1])
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     for event in events:
         assert {"dino", "dino_bare", "clip_i", "clip_t", "pres", "drift", "copied", "score"} <= event.keys()
         assert event["photos"]["without_bare_prompt"] == 0
         bare = 1  # at the instance prompt, by the adapter alone
         assert event["cost"]["pictures"] == 2 * (2 + 1 + 1) + bare and event["cost"]["seconds"] > 0
+    earlier = [(event["step"], event["score"]) for event in events[:2]]
+    assert quick(run[0], encoders)._earlier(3) == earlier
 
 
 def test_the_best_step_is_kept_loadable_and_named_in_the_card(run, tiny_base):
-    events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
+    """Of equal scores it is the first."""
+    assert best_of([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
+    events = evaluations(run[1])
     best = max(events, key=lambda event: (event["score"], -event["step"]))
     assert events[-1]["best"]["step"] == best["step"]
     card = run[1].card_path.read_text()
@@ -103,66 +125,60 @@ def test_the_scale_that_scores_best_is_in_the_files_and_the_card_without_private
 
 
 def test_evaluating_does_not_change_what_is_learnt(run, tmp_path):
-    config = TrainConfig.from_dict(
-        {**run[0].to_dict(), "output_dir": str(tmp_path / "dog"), "evaluate_steps": None, "find_scale": False}
-    )
-    train(config)
+    train(replace(run[0], output_dir=str(tmp_path / "dog"), evaluate_steps=None, find_scale=False))
     assert adapter_sha256(tmp_path / "dog") == adapter_sha256(run[1].path)
 
 
-def test_a_resumed_run_remembers_the_best_step(run, tiny_base, encoders):
-    evaluator = quick(run[0], encoders)
-    events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
-    assert evaluator._earlier(3) == [(event["step"], event["score"]) for event in events[:2]]
-
-
 @pytest.mark.slow
-def test_the_card_of_a_resumed_run_has_the_scores_from_before(tiny_base, encoders, tmp_path):
-    photos, done = paint_photos(tmp_path / "photos"), []
-    whole, torn = (
-        tiny_config(tiny_base, photos, tmp_path / name, max_train_steps=3, evaluate_steps=2)
-        for name in ("whole", "torn")
-    )
+def test_the_card_of_a_resumed_run_has_the_scores_from_before(scored, encoders, tmp_path):
+    done = []
+    whole, torn = (scored(name, max_train_steps=3, evaluate_steps=2) for name in ("whole", "torn"))
     train(whole, evaluator=quick(whole, encoders))
     train(torn, done.append, lambda: any(e.kind == "evaluation" for e in done), quick(torn, encoders))
     train(replace(torn, resume_from_checkpoint="latest"), evaluator=quick(torn, encoders))
     cards = [(tmp_path / name / "README.md").read_text() for name in ("whole", "torn")]
-    for line in ("Best step: 2", "| score |"):
-        assert all(line in card for card in cards)
+    assert all(line in card for card in cards for line in ("Best step: 2", "| score |"))
     scores = [[line for line in card.splitlines() if line.startswith("| ")] for card in cards]
     assert scores[0] == scores[1]
 
 
 @pytest.mark.slow
-def test_early_stopping_stops_only_when_asked_and_says_so(tiny_base, encoders, tmp_path, caplog):
-    photos = paint_photos(tmp_path / "photos")
-    stubborn = {"max_train_steps": 8, "evaluate_steps": 1, "learning_rate": 0.0}  # nothing ever gets better
+def test_early_stopping_stops_only_when_asked_and_says_so(scored, encoders, caplog):
     for name, patience, last in (("free", None, 8), ("early", 2, 3)):
-        config = tiny_config(tiny_base, photos, tmp_path / name, early_stopping=patience, **stubborn)
+        # nothing ever gets better
+        config = scored(name, early_stopping=patience, max_train_steps=8, learning_rate=0.0)
         with caplog.at_level(logging.WARNING):
             assert train(config, evaluator=quick(config, encoders)).step == last
         assert "the score has not risen" in caplog.text
         assert ("stopping early" in caplog.text) == bool(patience)
-    with pytest.raises(UserError, match="--early_stopping needs --evaluate_steps"):
-        TrainConfig(early_stopping=2)
 
 
-def test_the_best_of_equal_scores_is_the_first():
-    assert best_of([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
-
-
-def test_the_evaluate_command_leaves_a_report_beside_the_run(run, tmp_path, capsys):
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    """The command on a run with tiny encoders: its exit code, and what it said."""
     clip, dino = save_tiny_encoders(tmp_path)
+
+    def run(folder, *flags) -> tuple[int, str, str]:
+        try:
+            code = main(["evaluate", str(folder), "--clip", str(clip), "--dino", str(dino), *flags])
+        except SystemExit as end:  # argparse's own way
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
     few = ["--num_prompts", "2", "--images-per-prompt", "2", "--class_images", "1", "--inference_steps", "2"]
     before = adapter_sha256(run[1].path)
-    assert main(["evaluate", str(run[1].path), "--clip", str(clip), "--dino", str(dino), *few, "--sweep_scale"]) == 0
+    code, out, _ = evaluate(run[1].path, *few, "--sweep_scale")
+    assert code == 0
     html = (run[1].path / "evaluation" / "report.html").read_text()
     scores = (run[1].path / "evaluation" / "scores.json").read_text()
     assert not re.search("https?:", html) and html.count("data:image/jpeg") == 3 + 2 * 4 + 2 + 2 + 2 * 1 + 2 * 12
     assert "The instance prompt alone: “a photo of sks dog”" in html and "DINO, bare prompt" in html
     for text in (html, scores):
         assert str(run[1].path.parent) not in text
-    out = capsys.readouterr().out
     assert "dino_bare " in out and "dino_bare" in json.loads(scores)["scores"]
     assert "dino " in out and "; written into pytorch_lora_weights.safetensors, dog.kohya.safetensors, README.md" in out
     found = json.loads(scores)["scale"]
@@ -179,30 +195,17 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, tmp_path, caps
         ("train_config.json", [], "not valid JSON"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, capsys, spoil, flags, said):
+def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate, spoil, flags, said):
     folder = shutil.copytree(run[1].path, tmp_path / "dog")
     (tmp_path / "latin.txt").write_bytes("à {}".encode("latin-1"))
     if spoil:
         (folder / spoil).write_text("{")
-    flags = [flag.format(run=folder, latin=tmp_path / "latin.txt") for flag in flags]
-    clip, dino = save_tiny_encoders(tmp_path)
-    try:
-        code = main(["evaluate", str(folder), "--clip", str(clip), "--dino", str(dino), *flags])
-    except SystemExit as end:  # argparse's own way
-        code = end.code
-    found = capsys.readouterr()
-    assert code == 2 and said in found.err and "drawing" not in found.err
+    code, _, err = evaluate(folder, *(flag.format(run=folder, latin=tmp_path / "latin.txt") for flag in flags))
+    assert code == 2 and said in err and "drawing" not in err
 
 
-def test_prompts_may_hold_other_braces():
+def test_the_evaluate_command_asks_for_what_the_file_does_not_say(evaluate, tmp_path):
+    code, _, err = evaluate(save_diffusers_lora(tiny_unet(), tmp_path))
+    assert code == 2 and "give --base" in err
     plan = EvaluationPlan(Subject("sks", "dog"), ("a {} in {curly} beside a {}",), ())
     assert plan.texts == ["a dog in {curly} beside a dog"]
-
-
-def test_the_evaluate_command_asks_for_what_the_file_does_not_say(tmp_path, tiny_base, capsys):
-    from dreambooth_moslora.base.load import load_pipeline
-    from tests.helpers.tiny_adapters import save_diffusers_lora
-
-    file = save_diffusers_lora(load_pipeline(tiny_base).unet, tmp_path)
-    assert main(["evaluate", str(file)]) == 2
-    assert "give --base" in capsys.readouterr().err

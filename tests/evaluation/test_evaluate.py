@@ -1,4 +1,5 @@
-"""From an adapter to its scores on the tiny random pipeline, and the toy world's truth on real renders."""
+"""From an adapter to its scores on the tiny random pipeline, the toy world's truth on real renders, and where a measure
+shows: whoever adds its row finds it in the report, on the terminal, in the log, the plot and the card."""
 
 import json
 import random
@@ -8,16 +9,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
+from dreambooth_moslora.cli.evaluate import summary
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.events import StepEvaluated, event_of
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, paint_over, truth_of
 from dreambooth_moslora.evaluation.metrics import picture_distance
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
-from dreambooth_moslora.evaluation.report import rows_beside
+from dreambooth_moslora.evaluation.report import ReportContext, report_html, rows_beside
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
-from dreambooth_moslora.settings.measures import MEASURES
+from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.prompts import Subject
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.explain import figures_from, meanings
+from dreambooth_moslora.training.model_card import score_table
+from dreambooth_moslora.training.publish import draw_fidelity
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
 from toybox.readers.judge import QUESTIONS, Reading
@@ -47,7 +55,7 @@ def photos():
     return toy_pictures(TOY, ["on grass", "on the beach", "in a kitchen"])
 
 
-def stub_pictures(requests: list[SampleRequest]) -> list[Image.Image]:
+def stub_pictures(requests: list[SampleRequest], on: bool = False) -> list[Image.Image]:
     """A picture for each request that depends on nothing but the request."""
     seeds = [[*request.prompt.encode(), request.seed] for request in requests]
     return [Image.fromarray(np.random.default_rng(s).integers(0, 256, (32, 32, 3), dtype=np.uint8)) for s in seeds]
@@ -61,28 +69,43 @@ def test_the_plan_asks_the_base_without_the_token_at_the_same_seeds():
     assert set(PLAN.prompts) >= {"a photo of a duck", "a photo of a red car on water"}
 
 
+def all_of(*pictures: Image.Image):
+    """An adapter that draws these alone, in turn, on a base that draws `stub_pictures`."""
+
+    def draw(requests: list[SampleRequest], on: bool) -> list[Image.Image]:
+        return [pictures[n % len(pictures)] for n in range(len(requests))] if on else stub_pictures(requests)
+
+    return draw
+
+
+def with_subject(folder):
+    (folder / "subject.json").write_text(json.dumps({"toy": TOY.to_dict(), "class_word": "duck", "token": "sks"}))
+    return folder
+
+
 def test_plans_by_kind_of_subject():
-    assert len(plan_for("toy", Subject("sks", "duck")).templates) == 16
-    assert not any("duck" in prompt for prompt in plan_for("toy", Subject("sks", "duck")).unrelated)
-    dog, mug = (plan_for("some/base", Subject("sks", word)).templates for word in ("corgi dog", "mug"))
+    duck = Subject("sks", "duck")
+    full = plan_for("toy", duck)
+    assert len(full.templates) == 16 and not any("duck" in prompt for prompt in full.unrelated)
+    dog, stuffed, mug = (
+        plan_for("some/base", Subject("sks", w)).templates for w in ("corgi dog", "stuffed dog", "mug")
+    )
     assert len(dog) == len(mug) == 25 and dog != mug and "a {} wearing a santa hat" in dog
-    with pytest.raises(UserError, match="choose one of"):
-        plan_for("toy", Subject("sks", "duck"), "nonsense")
-    with pytest.raises(UserError, match=r"hold \{\}"):
-        EvaluationPlan(Subject("sks", "duck"), ("a duck",), ())
-
-
-def test_a_smaller_plan_is_spread_over_the_templates():
-    small = plan_for("toy", Subject("sks", "duck")).smaller(templates=4, seeds=1, class_images=2, unrelated=2)
-    full = plan_for("toy", Subject("sks", "duck")).templates
-    assert small.templates == (full[0], full[4], full[8], full[12])
+    assert stuffed == mug, "a likeness of an animal is a thing"
+    small = full.smaller(templates=4, seeds=1, class_images=2, unrelated=2)  # spread over the templates
+    assert small.templates == full.templates[0:13:4]
     assert (small.seeds, small.class_images, len(small.unrelated)) == ((0,), 2, 2)
+    with pytest.raises(UserError, match="choose one of"):
+        plan_for("toy", duck, "nonsense")
+    with pytest.raises(UserError, match=r"hold \{\}"):
+        EvaluationPlan(duck, ("a duck",), ())
 
 
 def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, photos, tmp_path):
+    """The same twice, nearly the same in a batch; an adapter that is off does not drift."""
     subject.load_adapter(save_diffusers_lora(subject.pipeline.unet, tmp_path, size=2.0), "one")
     evaluator = Evaluator(PLAN, encoders, photos)
-    found = evaluate_adapter(subject, "one", evaluator)
+    found, again, off = (evaluate_adapter(subject, "one", evaluator, scale=scale) for scale in (1.0, 1.0, 0.0))
     assert {name: t.shape for name, t in found.tables.items()} == {
         **dict.fromkeys(("dino", "clip_i", "clip_t", "dino_base", "clip_i_base", "clip_t_base", "copy_index"), (3, 2)),
         **dict.fromkeys(("diversity", "diversity_base"), (3, 1)),
@@ -94,6 +117,12 @@ def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, 
     assert found.mean("drift") > 1e-4  # the adapter changed what the base draws
     assert 0 <= found.score <= 1
     assert len(found.pictures["subject"]) == len(found.pictures["subject_base"]) == 6
+    assert off.mean("drift") == pytest.approx(0, abs=1e-6)
+    assert off.mean("pres") == pytest.approx(off.mean("pres_base"), abs=1e-6)
+    one, six = (evaluate_adapter(subject, "one", Evaluator(PLAN, encoders, photos), n) for n in (1, 6))
+    for name, table in found.tables.items():
+        assert np.array_equal(table, again.tables[name]), name
+        assert np.abs(one.tables[name] - six.tables[name]).max() < 0.02, name
 
 
 def test_the_bare_prompt_is_scored_beside_the_others_which_stay_as_they_were(encoders, photos):
@@ -117,51 +146,25 @@ def test_the_bare_prompt_is_scored_beside_the_others_which_stay_as_they_were(enc
 
 
 def test_a_class_that_has_become_one_picture_has_no_diversity(encoders, photos):
-    def draw(requests, on):
-        return [photos[0]] * len(requests) if on else stub_pictures(requests)
-
-    found = Evaluator(PLAN, encoders, photos)(draw)
+    found = Evaluator(PLAN, encoders, photos)(all_of(photos[0]))
     assert found.mean("class_diversity") == pytest.approx(0, abs=1e-5) and found.mean("class_diversity_base") > 1e-3
     assert found.means()["class_diversity_of_base"] == pytest.approx(0, abs=1e-3)
-
-
-def test_an_adapter_that_is_off_does_not_drift_and_scores_the_same_twice(subject, encoders, photos, tmp_path):
-    subject.load_adapter(save_diffusers_lora(subject.pipeline.unet, tmp_path), "one")
-    evaluator = Evaluator(PLAN, encoders, photos)
-    off, on, again = (evaluate_adapter(subject, "one", evaluator, scale=s) for s in (0.0, 1.0, 1.0))
-    assert off.mean("drift") == pytest.approx(0, abs=1e-6)
-    assert off.mean("pres") == pytest.approx(off.mean("pres_base"), abs=1e-6)
-    for name, table in on.tables.items():
-        assert np.array_equal(table, again.tables[name]), name
-
-
-def test_the_batch_does_not_change_the_scores(subject, encoders, photos, tmp_path):
-    subject.load_adapter(save_diffusers_lora(subject.pipeline.unet, tmp_path), "one")
-    one, six = (evaluate_adapter(subject, "one", Evaluator(PLAN, encoders, photos), n) for n in (1, 6))
-    for name, table in one.tables.items():
-        assert np.abs(table - six.tables[name]).max() < 0.02, name
 
 
 def test_copies_of_the_photos_set_off_the_alarm_and_lower_the_score(encoders, photos):
     pixels = replace(encoders)
     pixels.clip_images = pixels.dino_images = small_pixels
     pixels.clip_texts = encoders_of_length(192)
-    fresh = Evaluator(PLAN, pixels, photos)(lambda requests, on: stub_pictures(requests))
-    copies = Evaluator(PLAN, pixels, photos)(
-        lambda requests, on: [photos[n % 3] for n in range(len(requests))] if on else stub_pictures(requests)
-    )
+    fresh, copies = (Evaluator(PLAN, pixels, photos)(draw) for draw in (stub_pictures, all_of(*photos)))
     assert copies.alarm.raised and copies.alarm.share == 1 and copies.score == 0
     assert copies.mean("copy_index") == pytest.approx(1, abs=1e-3)
     assert not fresh.alarm.raised
 
 
 def test_diversity_is_by_lpips_where_it_is_at_hand_and_drift_stays_on_dino(encoders, photos):
-    def draw(requests: list[SampleRequest], on: bool) -> list[Image.Image]:
-        return stub_pictures(requests)
-
-    by_dino = Evaluator(PLAN, encoders, photos)(draw)
     model = lambda a, b: (a - b).square().mean()  # noqa: E731 (called as LPIPS is: two pictures in [-1, 1])
-    by_pixels = Evaluator(PLAN, replace(encoders, lpips=picture_distance(model, "cpu")), photos)(draw)
+    lpips = replace(encoders, lpips=picture_distance(model, "cpu"))
+    by_dino, by_pixels = (Evaluator(PLAN, one, photos)(stub_pictures) for one in (encoders, lpips))
     first, second = (np.array(p, dtype=float) / 127.5 - 1 for p in by_pixels.pictures["subject"][:2])
     assert by_pixels.tables["diversity"][0, 0] == pytest.approx(np.square(first - second).mean(), rel=1e-4)
     assert np.array_equal(by_pixels.tables["drift_base_spread"], by_dino.tables["drift_base_spread"])
@@ -181,48 +184,44 @@ def test_masks_give_the_background_alone_and_a_leak(encoders, photos):
     mask.paste(255, (10, 10, 30, 30))
     alone = np.array(paint_over(photos[0], mask))
     assert (alone[15:25, 15:25] == 128).all() and (alone[40:, 40:] == np.array(photos[0])[40:, 40:]).all()
-    evaluator = Evaluator(PLAN, encoders, photos, [mask, None, None])
-    leaked = evaluator(
-        lambda requests, on: [paint_over(photos[0], mask)] * len(requests) if on else stub_pictures(requests)
-    )
+    leaked = Evaluator(PLAN, encoders, photos, [mask, None, None])(all_of(paint_over(photos[0], mask)))
     assert leaked.mean("background_leak") > 0
 
 
 def test_the_truth_is_found_beside_toy_photos_only(encoders, tmp_path):
+    """And asked of the toy base alone, in places that it knows."""
     assert find_truth(tmp_path, encoders) is None
-    (tmp_path / "subject.json").write_text(json.dumps({"toy": TOY.to_dict(), "class_word": "duck", "token": "sks"}))
-    assert find_truth(tmp_path, encoders).toy == TOY
+    assert find_truth(with_subject(tmp_path), encoders).toy == TOY
+    assert place_in("a photo of a {} on a checkered floor") == "on a checkered floor"
+    elsewhere = replace(PLAN, templates=("a {} wearing a santa hat",))
+    assert truth_of("toy", tmp_path, PLAN, encoders, 64).toy == TOY
+    for base, folder, plan in (("some/base", tmp_path, PLAN), ("toy", tmp_path, elsewhere), ("toy", None, PLAN)):
+        assert truth_of(base, folder, plan, encoders, 64) is None
 
 
 def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, photos):
     """With an encoder that sees colour (mean RGB), the individual and another of its kind are told apart."""
-    (tmp_path / "subject.json").write_text(json.dumps({"toy": TOY.to_dict()}))
     encoders = tiny_encoders(tmp_path / "encoders")
     encoders.dino_images = mean_colours
-    truth = find_truth(tmp_path, encoders, size_px=64)
+    truth = find_truth(with_subject(tmp_path), encoders, size_px=64)
     places = [place_in(template) for template in PLAN.templates]
-    true = toy_pictures(TOY, [p for p in places for _ in PLAN.seeds], seed=1)
-    other = toy_pictures(other_toy(TOY, random.Random(3)), [p for p in places for _ in PLAN.seeds], seed=1)
+    drawn_in = [p for p in places for _ in PLAN.seeds]
+    true, other = (toy_pictures(toy, drawn_in, seed=1) for toy in (TOY, other_toy(TOY, random.Random(3))))
+    soft = [picture.filter(ImageFilter.BoxBlur(2)) for picture in true]
     photo_vectors = mean_colours(photos)
-    good, bad = (truth.tables(PLAN, some, mean_colours(some), photo_vectors) for some in (true, other))
-    assert good["truth"].mean() > bad["truth"].mean()
-    assert good["truth_ceiling"].mean() > good["truth_floor"].mean()
+    good, bad, blurred = (truth.tables(PLAN, some, mean_colours(some), photo_vectors) for some in (true, other, soft))
+    near, far, ceiling = good["truth"].mean(), bad["truth"].mean(), good["truth_ceiling"].mean()
+    assert near > far and ceiling > good["truth_floor"].mean() and abs(near - ceiling) < abs(far - ceiling)
     renders = Image.fromarray(render([view(random.Random(f"true {places[1]} {TOY}"), TOY, places[1])], 64)[0].numpy())
     said = encoders.clip_images([renders]) @ encoders.clip_texts(PLAN.texts).T
     assert good["clip_t_ceiling"][1, 0] == pytest.approx(float(said[0, 1]), abs=1e-5)
-    assert abs(good["truth"].mean() - good["truth_ceiling"].mean()) < abs(
-        bad["truth"].mean() - good["truth_ceiling"].mean()
-    )
-    soft = [picture.filter(ImageFilter.BoxBlur(2)) for picture in true]
-    blurred = truth.tables(PLAN, soft, mean_colours(soft), photo_vectors)
     assert {f"judge_{name}{end}" for name in QUESTIONS for end in ("", "_ceiling")} <= good.keys()
     assert good["judge_kind_ceiling"].shape == (3, 3)
     assert good["sharpness"].mean() > max(good["sharpness_ceiling"].mean(), 1.5 * blurred["sharpness"].mean())
 
 
 def test_the_judge_is_asked_for_all_looks_of_the_subject_in_the_place_of_each_prompt(encoders, tmp_path):
-    (tmp_path / "subject.json").write_text(json.dumps({"toy": TOY.to_dict()}))
-    truth = find_truth(tmp_path, encoders, size_px=64)
+    truth = find_truth(with_subject(tmp_path), encoders, size_px=64)
     first = Reading("duck", "pink", "blue", "on the beach", frozenset({"top hat"}), (1.0,) * 5)
     wrong = replace(first, colour2="red", ornaments=frozenset({"top hat", "bow"}))
     truth.judge = SimpleNamespace(read=lambda images: [first, wrong, first, first, first, first])
@@ -258,16 +257,6 @@ def mean_colours(pictures: list[Image.Image]) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.stack(middles), dim=-1)
 
 
-def test_the_truth_is_asked_of_the_toy_base_in_places_that_it_knows_only(encoders, tmp_path):
-    (tmp_path / "subject.json").write_text(json.dumps({"toy": TOY.to_dict(), "class_word": "duck", "token": "sks"}))
-    assert place_in("a photo of a {} on a checkered floor") == "on a checkered floor"
-    elsewhere = replace(PLAN, templates=("a {} wearing a santa hat",))
-    assert truth_of("toy", tmp_path, PLAN, encoders, 64).toy == TOY
-    assert truth_of("some/base", tmp_path, PLAN, encoders, 64) is None
-    assert truth_of("toy", tmp_path, elsewhere, encoders, 64) is None
-    assert truth_of("toy", None, PLAN, encoders, 64) is None
-
-
 def test_places_that_the_captions_name_are_not_asked_for():
     duck = Subject("sks", "duck")
     templates = plan_for("toy", duck, captions=["a photo of a sks duck on grass", "A sks duck ON LAVA"]).templates
@@ -277,17 +266,49 @@ def test_places_that_the_captions_name_are_not_asked_for():
     assert "a red {}" in plan_for("some/base", Subject("sks", "mug"), captions=["red"]).templates  # no place
 
 
-def test_a_likeness_of_an_animal_is_a_thing():
-    alive, stuffed = (plan_for("some/base", Subject("sks", w)).templates for w in ("dog", "stuffed dog"))
-    assert alive != stuffed == plan_for("some/base", Subject("sks", "mug")).templates
-
-
 def test_drift_sees_a_change_of_place(encoders, photos):
     """An encoder that looks at the thing alone finds none."""
     blind = replace(encoders)
     blind.dino_images = lambda pictures: torch.nn.functional.normalize(torch.ones(len(pictures), 4), dim=-1)
     blind.clip_images, blind.clip_texts = small_pixels, encoders_of_length(192)
-    found = Evaluator(PLAN, blind, photos)(
-        lambda requests, on: [photos[0]] * len(requests) if on else stub_pictures(requests)
-    )
-    assert found.mean("drift") > 0.01
+    assert Evaluator(PLAN, blind, photos)(all_of(photos[0])).mean("drift") > 0.01
+
+
+ABOUT = ReportContext("mine", "toy", ("clip", "dino"), 2, 7.0)
+SMILE = Measure(
+    "Smile",
+    base="smile_base",
+    help="does it smile?",
+    summary=True,
+    logged=True,
+    curve="smiles",
+    sentence="it smiles on {smile:.0%} of the pictures",
+)
+
+
+def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkeypatch):
+    like_base = Measure("Smile, share of the base's", "share", share=("smile", "smile_base"), logged=True)
+    monkeypatch.setitem(MEASURES, "smile", SMILE)
+    monkeypatch.setitem(MEASURES, "smile_of_base", like_base)
+    found = Evaluator(PLAN, encoders, photos)(stub_pictures)
+    found.tables |= {"smile": np.full((3, 2), 0.625), "smile_base": np.full((3, 2), 0.5)}
+
+    html = report_html(found, ABOUT, photos)
+    for text in ("Smile", "0.625 [0.625, 0.625]", "0.500 [0.500, 0.500]", "does it smile?", "1.250"):
+        assert f">{text}<" in html
+    assert "smile              0.625" in summary(found)
+
+    scores = found.logged()
+    assert (scores["smile"], scores["smile_of_base"]) == (0.625, 1.25)
+    event = {"type": StepEvaluated.kind, "step": 3, "best": {"step": 3, "score": 0.1, "since": 0}, **scores}
+    axes = Figure().subplots()
+    draw_fidelity(axes, [event_of(event)])
+    assert "smiles" in axes.get_legend_handles_labels()[1]
+    assert "| smile | 0.625 |" in score_table(SimpleNamespace(scores=event_of(event).scores, best=None))
+    assert "it smiles on 62% of the pictures" in meanings(figures_from([event], TrainConfig()))
+
+
+def test_every_measure_that_has_a_scale_or_a_base_names_tables_that_exist():
+    known = {*MEASURES, "clip_i_base", "diversity_base", "class_diversity_base", "sharpness"}
+    known |= {f"{name}_ceiling" for name in ("dino", "clip_t", "sharpness")}
+    assert {name for row in MEASURES.values() for name in (row.base, *(row.share or ())) if name} <= known

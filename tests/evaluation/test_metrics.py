@@ -1,14 +1,50 @@
-"""The measures on vectors whose answers are known by hand, and on the properties that their definitions promise."""
+"""The measures on vectors whose answers are known by hand and on the toy world, whose truth is known; encoders."""
 
 import math
+import random
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
+from torch import nn
 from torch.nn.functional import normalize
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessor,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+)
 
+from dreambooth_moslora.base.files import TOY
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.evaluation import metrics
-from dreambooth_moslora.evaluation.metrics import DEGREES, STUDENT, bootstrap_mean, student
+from dreambooth_moslora.evaluation.metrics import (
+    DEGREES,
+    STUDENT,
+    Clip,
+    Encoders,
+    bootstrap_mean,
+    load_encoders,
+    student,
+)
+from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.tiny_encoders import save_tiny_encoders
+from toybox.captions import canonical_caption
+from toybox.make_subjects import FOLDER, load
+from toybox.render import render
+from toybox.truth import other_toy
+from toybox.world import Scene, Toy, sample_scene
 
 E = torch.eye(4)
 HALF = normalize(E[0] + E[1], dim=0)  # 45 degrees between the first two axes
@@ -45,9 +81,6 @@ def test_diversity_is_the_mean_distance_of_the_pairs_of_a_group():
     pictures, groups = [E[0], E[1], HALF, E[2]], ["a", "a", "a", "alone"]
     expected = (1 + 2 * (1 - math.sqrt(0.5))) / 3
     assert metrics.diversity(pictures, groups) == {"a": pytest.approx(expected)}
-
-
-def test_diversity_takes_any_distance():
     assert metrics.diversity([E[0], E[1]], [0, 0], lambda a, b: float((a - b).abs().sum())) == {0: 2.0}
 
 
@@ -90,10 +123,9 @@ def test_background_leak_is_the_nearness_gained_over_the_base():
 
 
 def test_checkpoint_score_is_the_product_and_never_rewards_more_prompt_than_the_base():
-    assert metrics.checkpoint_score(0.8, 0.3, 0.3, 0.0) == pytest.approx(0.8)
-    assert metrics.checkpoint_score(0.8, 0.6, 0.3, 0.0) == pytest.approx(0.8)
+    for scores, expected in (((0.8, 0.3, 0.3, 0.0), 0.8), ((0.8, 0.6, 0.3, 0.0), 0.8), ((-0.2, 0.3, 0.3, 0.0), 0.0)):
+        assert metrics.checkpoint_score(*scores) == pytest.approx(expected)
     assert metrics.checkpoint_score(0.8, 0.15, 0.3, 0.25) == pytest.approx(0.8 * 0.5 * 0.75)
-    assert metrics.checkpoint_score(-0.2, 0.3, 0.3, 0.0) == 0.0
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (6, 2), (12, 10), (16, 4), (3, 2)])
@@ -133,3 +165,182 @@ def test_bootstrap_of_one_value_is_that_value_and_gaps_are_refused():
     for bad in (np.array([]), np.array([1.0, np.nan])):
         with pytest.raises(ValueError, match="finite"):
             bootstrap_mean(bad)
+
+
+needs_toy = pytest.mark.skipif(
+    not (TOY / "image_encoder").is_dir() or not (TOY.parent / "toy-dino").is_dir(),
+    reason="the embedded base is not in this checkout",
+)
+NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir()) if FOLDER.is_dir() else []
+NEW_PLACES = ("on lava", "in the snow", "on the moon", "on a purple rug", "in the desert", "on water")
+
+
+@pytest.fixture(scope="module")
+def toy_encoders() -> Encoders:
+    return load_encoders("toy")
+
+
+def photos_of(name: str) -> list[Image.Image]:
+    return [Image.open(path).convert("RGB") for path in sorted(Path(FOLDER / name).glob("*.jpg"))]
+
+
+def drawn(scenes: list[Scene]) -> list[Image.Image]:
+    return [Image.fromarray(picture.numpy()) for picture in render(scenes)]
+
+
+def in_places(toys: list[Toy], seed: int) -> list[Image.Image]:
+    rng = random.Random(seed)
+    return drawn([sample_scene(rng, toy, place, held_out=None) for toy, place in zip(toys, NEW_PLACES)])
+
+
+@needs_toy
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_individual_in_other_places_is_nearer_to_the_photos_than_others_of_its_kind(toy_encoders, name):
+    toy, photos, rng = load(name).toy, toy_encoders.dino_images(photos_of(name)), random.Random(2)
+    same, others = (
+        metrics.subject_fidelity(toy_encoders.dino_images(in_places(toys, 1)), photos).mean()
+        for toys in ([toy] * 6, [other_toy(toy, rng) for _ in range(6)])
+    )
+    assert same > others + 0.2
+
+
+@needs_toy
+@pytest.mark.slow
+def test_shuffled_prompts_lower_clip_t(toy_encoders):
+    rng = random.Random(0)
+    scenes = [sample_scene(rng) for _ in range(40)]
+    pictures, texts = (
+        toy_encoders.clip_images(drawn(scenes)),
+        toy_encoders.clip_texts([canonical_caption(s) for s in scenes]),
+    )
+    paired = metrics.prompt_fidelity(pictures, texts)
+    shuffled = metrics.prompt_fidelity(pictures, texts.roll(1, 0))
+    assert (paired > shuffled).float().mean() > 0.9 and paired.mean() > shuffled.mean() + 0.2
+
+
+def worn(photo: Image.Image) -> Image.Image:
+    """The photo as a model that learnt it by heart would draw it: small, soft and a little off."""
+    small = photo.resize((128, 128)).filter(ImageFilter.GaussianBlur(1))
+    buffer = BytesIO()
+    small.save(buffer, "JPEG", quality=70)
+    return Image.open(buffer).convert("RGB")
+
+
+@needs_toy
+@pytest.mark.parametrize("name", NAMES)
+def test_the_copy_alarm_knows_a_worn_photo_from_a_new_picture_of_the_subject(toy_encoders, name):
+    def joint(pictures: list[Image.Image]) -> torch.Tensor:
+        return metrics.joint_vectors(toy_encoders.clip_images(pictures), toy_encoders.dino_images(pictures))
+
+    photos = photos_of(name)
+    fresh = in_places([load(name).toy] * 6, 3)
+    assert not metrics.copy_alarm(joint(fresh), joint(photos)).raised
+    assert metrics.copy_alarm(joint([worn(photo) for photo in photos]), joint(photos)).share > 0.5
+
+
+TEXTS = ["a dog", "a photo of a very small dog on a wide beach, at night", "cat " * 60]
+
+
+def pictures(sizes=((64, 48), (40, 90), (32, 32), (51, 51))) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return save_tiny_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+def assert_close(ours: torch.Tensor, direct: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert (ours - normalize(direct.float(), dim=-1)).abs().max() < tolerance
+
+
+@pytest.fixture(scope="module")
+def by_folder(folders) -> Encoders:
+    return load_encoders(clip=folders[0], dino=folders[1])
+
+
+def test_encoders_by_folder_agree_with_the_whole_models(folders, by_folder):
+    """Against CLIPModel's own forward pass and DINO's class token, one picture and text at a time."""
+    clip, processor = CLIPModel.from_pretrained(folders[0]).eval(), CLIPImageProcessor.from_pretrained(folders[0])
+    dino, dino_processor = (
+        Dinov2Model.from_pretrained(folders[1]).eval(),
+        AutoImageProcessor.from_pretrained(folders[1]),
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(folders[0])
+    pixels = [processor(p, return_tensors="pt").pixel_values for p in pictures()]
+    views = [dino_processor(p, return_tensors="pt").pixel_values for p in pictures()]
+    words = [tokenizer(t, truncation=True, max_length=77, return_tensors="pt").input_ids for t in TEXTS]
+    with torch.no_grad():
+        images = torch.cat([clip(pixel_values=x, input_ids=words[0]).image_embeds for x in pixels])
+        texts = torch.cat([clip(pixel_values=pixels[0], input_ids=w).text_embeds for w in words])
+        tokens = torch.cat([dino(view).pooler_output for view in views])
+    assert_close(by_folder.clip_images(pictures()), images)
+    assert_close(by_folder.clip_texts(TEXTS), texts)
+    assert_close(by_folder.dino_images(pictures()), tokens)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_vectors_are_units_and_do_not_depend_on_the_batch(by_folder, batch_size):
+    def vectors(encoders):
+        return encoders.clip_images(pictures()), encoders.dino_images(pictures()), encoders.clip_texts(TEXTS)
+
+    for a, b in zip(vectors(by_folder), vectors(replace(by_folder, batch_size=batch_size)), strict=True):
+        assert (a - b).abs().max() < 1e-5
+        assert torch.allclose(a.norm(dim=-1), torch.ones(len(a)), atol=1e-5)
+
+
+def test_another_model_is_no_encoder_with_made_up_weights(folders, by_folder, tmp_path):
+    assert by_folder.names == ("clip", "dino"), "names carry no path"
+    for clip, dino, said in (
+        (folders[1], folders[1], "is no CLIPModel: it has no "),
+        (folders[0], folders[0], "reads not only pictures"),
+        (tmp_path / "nowhere", folders[1], "cannot be loaded"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_encoders(clip=clip, dino=dino)
+
+
+def sizes_of(width: int, layers: int, heads: int) -> dict[str, int]:
+    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim"
+    return dict(zip(names, (width, 4 * width, layers, heads, 768), strict=True))
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory) -> tuple[Encoders, nn.Module, nn.Module]:
+    """CLIP ViT-L/14 and DINOv2-base as their configurations say, with random weights; and CLIP's two towers."""
+    torch.manual_seed(0)
+    size = {"height": 224, "width": 224}
+    vision = CLIPVisionConfig.from_dict(sizes_of(1024, 24, 16) | {"patch_size": 14, "image_size": 224})
+    tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    text = CLIPTextConfig.from_dict(sizes_of(768, 12, 12) | {"eos_token_id": tokenizer.eos_token_id})
+    towers = CLIPVisionModelWithProjection(vision).eval(), CLIPTextModelWithProjection(text).eval()
+    clip = Clip(
+        lambda pixels: towers[0](pixel_values=pixels).image_embeds,
+        lambda words: towers[1](words.input_ids, attention_mask=words.attention_mask).text_embeds,
+        tokenizer,
+        CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=size),
+    )
+    encoders = Encoders(
+        clip,
+        Dinov2Model(Dinov2Config(image_size=518, patch_size=14)).eval(),
+        BitImageProcessor(size={"shortest_edge": 256}, crop_size=size),
+        batch_size=2,
+    )
+    return encoders, *towers
+
+
+@pytest.mark.slow
+def test_full_size_architectures_agree_with_transformers_and_do_not_depend_on_the_batch(full_size):
+    encoders, vision, text_tower = full_size
+    some, clip = pictures()[:2], encoders.clip
+    with torch.no_grad():
+        images = torch.cat([vision(clip.processor(p, return_tensors="pt").pixel_values).image_embeds for p in some])
+        views = [encoders.dino_processor(p, return_tensors="pt").pixel_values for p in some]
+        dino = torch.cat([encoders.dino(v).last_hidden_state[:, 0] for v in views])
+        words = [clip.tokenizer(t, truncation=True, max_length=77, return_tensors="pt").input_ids for t in TEXTS]
+        text = torch.cat([text_tower(ids).text_embeds for ids in words])
+    assert images.shape == (2, 768) and dino.shape == (2, 768) and text.shape == (3, 768)
+    assert_close(encoders.clip_images(some), images)
+    assert_close(encoders.dino_images(some), dino)
+    assert_close(encoders.clip_texts(TEXTS), text)

@@ -34,15 +34,9 @@ def test_cells_are_where_the_sheet_says(pipeline):
     assert [(e.params.adapters[0][1], e.params.seed) for e in images][3] == (1.0, 1)
     steps = [e for e in events if isinstance(e, Step)]
     assert steps[0].num_images == 6 and steps[-1].eta_sec == 0
-    alone = next(
-        np.asarray(e.pixels)
-        for e in pipeline.generate(replace(PARAMS, seed=2, adapters=(("dog", 0.0),)))
-        if isinstance(e, Image)
-    )
-    pixels = np.asarray(sheet.pixels)
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, (64, 64, 3))[:, :, 0]
-    places = [tuple(p) for p in np.argwhere((windows == alone).all((2, 3, 4)))]
-    assert len(places) == 1
+    (alone,) = pipeline.draw(replace(PARAMS, seed=2, adapters=(("dog", 0.0),)))
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(sheet.pixels), (64, 64, 3))[:, :, 0]
+    assert (windows == np.asarray(alone.pixels)).all((2, 3, 4)).sum() == 1
 
 
 def test_a_grid_may_have_more_adapters_than_the_model_holds_and_its_sheet_names_them(tiny_base, tmp_path, monkeypatch):
@@ -88,20 +82,14 @@ def test_axes_are_parsed_and_applied():
         ("seed=", "no values"),
         ("seed=a", "not a number"),
         ("seed=1.5", "number"),
+        ((PARAMS, (Axis("seed", tuple(range(65))),)), "cells"),
+        ((PARAMS, (Axis("seed", (1,)), Axis("seed", (2,)))), "different"),
+        ((GenerationParams("a"), (Axis("scale", (1.0,)),)), "needs an adapter"),
     ],
 )
-def test_a_bad_axis_is_a_user_error(text, word):
+def test_a_bad_axis_and_an_impossible_grid_are_refused(text, word):
     with pytest.raises(UserError, match=word):
-        parse_axis(text)
-
-
-def test_impossible_grids_are_refused():
-    with pytest.raises(UserError, match="cells"):
-        cells_of(PARAMS, (Axis("seed", tuple(range(65))),))
-    with pytest.raises(UserError, match="different"):
-        cells_of(PARAMS, (Axis("seed", (1,)), Axis("seed", (2,))))
-    with pytest.raises(UserError, match="needs an adapter"):
-        cells_of(GenerationParams("a"), (Axis("scale", (1.0,)),))
+        parse_axis(text) if isinstance(text, str) else cells_of(*text)
 
 
 def test_long_captions_stay_inside_their_column():
@@ -163,8 +151,11 @@ def test_a_pictures_adapter_is_found_by_its_content_under_another_name(tiny_base
 def test_another_file_of_the_pictures_adapter_keeps_the_scale_and_is_said(
     tiny_base, pipeline, drawn, tmp_path, monkeypatch, capsys
 ):
-    save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "runs" / "dog", seed=2)
+    """Without a name, one line says which file is missing."""
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"the picture's adapter 'dog' \(sha256 \w{12}\) is not in runs/.*--adapter"):
+        command(tiny_base, tmp_path, "--from_png", str(drawn / "image_0.png"))
+    save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "runs" / "dog", seed=2)
     assert not is_drawn_again(tiny_base, drawn, tmp_path, "--adapter", "runs/dog")
     assert "note: the adapter dog is another file than the one that made the picture" in capsys.readouterr().err
     assert read_recipe(tmp_path / "image_0.png").params.adapters == (("dog", 0.6),)
@@ -172,22 +163,11 @@ def test_another_file_of_the_pictures_adapter_keeps_the_scale_and_is_said(
         command(tiny_base, tmp_path, "--from_png", str(drawn / "image_0.png"))
 
 
-def test_a_missing_adapter_of_the_picture_is_named_in_one_line(tiny_base, drawn, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"the picture's adapter 'dog' \(sha256 \w{12}\) is not in runs/.*--adapter"):
-        command(tiny_base, tmp_path, "--from_png", str(drawn / "image_0.png"))
-
-
-def test_the_command_draws_a_grid(tiny_base, pipeline, tmp_path, capsys):
-    adapter = save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "dog", seed=1)
-    assert (
-        command(tiny_base, tmp_path, "--adapter", str(adapter), "--prompt", "dog", "--grid", "scale=0,1", "seed=1,2")
-        == 0
-    )
+def test_the_command_draws_a_grid(tiny_base, pipeline, tmp_path):
+    adapter = str(save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "dog", seed=1))
+    words = ["--adapter", adapter, "--prompt", "dog", "--grid", "scale=0,1", "seed=1,2"]
+    assert command(tiny_base, tmp_path, *words) == 0
     assert [p.name for p in tmp_path.glob("*.png")] == ["grid.png"]
     assert read_recipe(tmp_path / "grid.png").params.prompt == "dog"
-
-
-def test_the_command_needs_a_prompt(tiny_base, tmp_path):
     with pytest.raises(UserError, match="--prompt"):
         command(tiny_base, tmp_path)

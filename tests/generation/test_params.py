@@ -1,5 +1,6 @@
 """GenerationParams: limits, tags, and the way through a PNG and back."""
 
+import io
 import json
 import time
 import zlib
@@ -36,8 +37,11 @@ def write_png(path, text: dict[str, str]):
 
 
 def test_a_png_gives_back_exactly_what_was_written(tmp_path):
-    recipe = read_recipe(write_png(tmp_path / "a.png", FULL.to_png_text(FACTS)))
+    """And names no path."""
+    text = FULL.to_png_text(FACTS)
+    recipe = read_recipe(write_png(tmp_path / "a.png", text))
     assert recipe.params == FULL and recipe.provenance == FACTS and recipe.exact
+    assert "/" not in json.dumps(text).replace("</b>", "")
 
 
 def test_the_a1111_text_is_read_by_itself(tmp_path):
@@ -58,15 +62,10 @@ def test_text_of_another_program_is_understood(tmp_path):
 
 
 def test_a_line_that_is_made_to_keep_the_reader_busy_is_read_at_once(tmp_path):
-    file = write_png(tmp_path / "a.png", {"parameters": "a dog\nSteps: 3, " + " " * 900 + "!" + "x " * 50_000})
+    text = "a dog\nSteps: 3, " + " " * 900 + "!" + "x " * 50_000
     started = time.process_time()
-    assert GenerationParams.from_png(file).steps == 3
+    assert GenerationParams.from_png(write_png(tmp_path / "a.png", {"parameters": text})).steps == 3
     assert time.process_time() - started < 1
-
-
-def test_the_recipe_names_no_path():
-    text = json.dumps(FULL.to_png_text(FACTS))
-    assert "/" not in text.replace("</b>", "")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +84,7 @@ def test_the_recipe_names_no_path():
         ({"adapters": "abc"}, "pairs"),
         ({"adapters": [("a", 99)]}, "99"),
         ({"adapters": [("a", float("nan"))]}, "nan"),
+        ({"adapters": [("a", 10**400)]}, "pairs of name and scale"),
         ({"adapters": [("a", 1), ("a", 2)]}, "twice"),
         ({"num_images": 65}, "num_images"),
         ({"surprise": 1}, "surprise"),
@@ -96,66 +96,56 @@ def test_what_cannot_be_generated_is_refused_in_one_line(values, word):
     assert word in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "[]",
-        "{",
-        '{"params": []}',
-        '{"params": {"prompt": {}}}',
-        "[" * 100_000,
-        '{"params": {"prompt": "a"}, "versions": 3}',
-    ],
-    ids=["list", "half", "params list", "prompt dict", "nested", "versions number"],
-)
-def test_a_damaged_recipe_is_a_user_error(tmp_path, recipe):
-    with pytest.raises(UserError):
-        read_recipe(write_png(tmp_path / "a.png", {"dreambooth_moslora": recipe}))
+def jpeg() -> bytes:
+    Image.new("RGB", (8, 8)).save(file := io.BytesIO(), "JPEG")
+    return file.getvalue()
 
 
-def test_files_that_are_no_png_or_say_nothing_are_refused(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
-    (tmp_path / "text.png").write_text("hello")
-    Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
-    for name, word in (("photo.jpg", "PNG"), ("text.png", "PNG"), ("bare.png", "no generation"), ("none.png", "PNG")):
-        with pytest.raises(UserError, match=word):
-            read_recipe(tmp_path / name)
-
-
-def test_a_pixel_bomb_and_a_text_bomb_are_not_opened(tmp_path):
-    (tmp_path / "pixels.png").write_bytes(png_of(100_000, 100_000, b""))
+def text_bomb() -> bytes:
     text = b"dreambooth_moslora\0\0" + zlib.compress(b" " * 200_000_000, 9)
-    (tmp_path / "text.png").write_bytes(png_of(8, 8, b"", (b"zTXt", text)))
-    for name in ("pixels.png", "text.png"):
-        with pytest.raises(UserError):
-            read_recipe(tmp_path / name)
+    return png_of(8, 8, b"", (b"zTXt", text))
 
 
-def test_a_scale_beyond_every_float_is_a_user_error():
-    with pytest.raises(UserError, match="pairs of name and scale"):
-        GenerationParams("a dog", adapters=(("rex", 10**400),))
+ODD = {
+    "list": ("[]", ""),
+    "half": ("{", ""),
+    "params list": ('{"params": []}', ""),
+    "prompt dict": ('{"params": {"prompt": {}}}', ""),
+    "nested": ("[" * 100_000, ""),
+    "versions number": ('{"params": {"prompt": "a"}, "versions": 3}', ""),
+    "text": (b"hello", "PNG"),
+    "nothing": (None, "PNG"),
+    "photo": (jpeg, "PNG"),
+    "bare": ({}, "no generation"),
+    "pixel bomb": (png_of(100_000, 100_000, b""), ""),
+    "text bomb": (text_bomb, ""),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_files_that_are_no_png_or_say_nothing_are_refused(name, tmp_path):
+    (content, word), file = ODD[name], tmp_path / "a.png"
+    content = content() if callable(content) else content
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        write_png(file, {"dreambooth_moslora": content} if content else {})
+    with pytest.raises(UserError, match=word):
+        read_recipe(file)
 
 
 def test_tags_become_adapters_and_leave_the_prompt():
-    assert split_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>") == (
-        "a dog in snow",
-        (("rex", 0.8), ("style", 1.0)),
-    )
+    found = split_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>")
+    assert found == ("a dog in snow", (("rex", 0.8), ("style", 1.0)))
     assert split_lora_tags("a  dog") == ("a  dog", ())
     params = GenerationParams("dog <lora:rex:0.5>", adapters=(("rex", 1.0), ("b", 0.2))).apply_tags()
     assert params.prompt == "dog" and params.adapters == (("rex", 0.5), ("b", 0.2))
-
-
-def test_a_tag_alone_is_an_empty_prompt():
     with pytest.raises(UserError, match="empty"):
         GenerationParams("<lora:rex>").apply_tags()
 
 
 def test_each_image_has_its_own_seed_and_counts_one():
+    """A negative one is drawn."""
     images = [GenerationParams("dog", seed=4294967295, num_images=3).for_image(i) for i in range(2)]
     assert [(p.seed, p.num_images) for p in images] == [(4294967295, 1), (0, 1)]
-
-
-def test_a_negative_seed_is_drawn():
-    assert draw_seed(7) == 7
-    assert len({draw_seed(-1) for _ in range(8)}) > 1
+    assert draw_seed(7) == 7 and len({draw_seed(-1) for _ in range(8)}) > 1

@@ -1,7 +1,10 @@
-"""SubjectPipeline on the tiny base: same parameters, same pixels; adapters come, combine and go."""
+"""SubjectPipeline on the tiny base: same parameters, same pixels; adapters come, combine and go; previews cost nothing
+until somebody looks at them, and never the picture; a GPU with little memory; a base with zero terminal SNR."""
 
+import json
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -9,18 +12,30 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save, save_file
 
 from dreambooth_moslora.adapters.export import publish
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
-from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
+from dreambooth_moslora.adapters.raw_file import save_raw
+from dreambooth_moslora.base import decode
+from dreambooth_moslora.base.load import guidance_rescale, load_pipeline
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME
+from dreambooth_moslora.generation import pipeline as gpu_room
+from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.generation.progress import LatentColours, Preview, PreviewTracker, smooth_latents
-from tests.helpers.tiny_adapters import TARGETS, save_diffusers_lora, save_kohya_lora
+from dreambooth_moslora.generation.progress import (
+    Clock,
+    LatentColours,
+    Preview,
+    PreviewTracker,
+    Watcher,
+    smooth_latents,
+)
+from tests.helpers.live_adapters import facts_of, live
+from tests.helpers.tiny import save_tiny_sdxl, tiny_sdxl
+from tests.helpers.tiny_adapters import save_diffusers_lora, save_kohya_lora
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=3, guidance_scale=4.0)
 
@@ -45,12 +60,12 @@ def pipeline(tiny_base, files):
     return subject
 
 
-def test_guidance_that_is_not_given_is_sdxls_usual(pipeline):
-    assert pipeline.complete(replace(PARAMS, guidance_scale=None)).guidance_scale == 5.0
-
-
 def pictures(subject, params) -> list[np.ndarray]:
     return [np.asarray(event.pixels) for event in subject.generate(params) if isinstance(event, Image)]
+
+
+def with_adapters(subject, **scales) -> np.ndarray:
+    return picture(subject, adapters=tuple(scales.items()))
 
 
 def picture(subject, params=PARAMS, **changes) -> np.ndarray:
@@ -91,42 +106,36 @@ def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(pipeline, f
 
 def test_scale_zero_and_no_adapter_are_the_untouched_base_bit_for_bit(pipeline, tiny_base):
     base = picture(SubjectPipeline.from_base(tiny_base))
-    with_dog = picture(pipeline, adapters=(("dog", 1.0),))
+    with_dog = with_adapters(pipeline, dog=1.0)
     assert differs(base, with_dog)
-    assert np.array_equal(picture(pipeline, adapters=(("dog", 0.0),)), base)
+    assert np.array_equal(with_adapters(pipeline, dog=0.0), base)
     assert np.array_equal(picture(pipeline), base)
-    assert np.array_equal(picture(pipeline, adapters=(("dog", 1.0), ("cat", 0.0))), with_dog)
+    assert np.array_equal(with_adapters(pipeline, dog=1.0, cat=0.0), with_dog)
 
 
 def test_adapters_combine_and_switch_without_a_trace(pipeline):
-    dog, both = picture(pipeline, adapters=(("dog", 1.0),)), picture(pipeline, adapters=(("dog", 1.0), ("cat", 1.0)))
-    cat = picture(pipeline, adapters=(("cat", 1.0),))
+    dog, both = with_adapters(pipeline, dog=1.0), with_adapters(pipeline, dog=1.0, cat=1.0)
+    cat = with_adapters(pipeline, cat=1.0)
     assert differs(dog, cat) and differs(both, dog) and differs(both, cat)
-    assert np.array_equal(picture(pipeline, adapters=(("dog", 1.0),)), dog)
-    assert differs(picture(pipeline, adapters=(("dog", 0.3),)), dog)
-
-
-def test_the_kohya_form_computes_what_the_diffusers_form_computes(pipeline):
-    ours, theirs = (picture(pipeline, adapters=((name, 1.0),)) for name in ("dog", "dog_kohya"))
-    assert not differs(ours, theirs)
+    assert np.array_equal(with_adapters(pipeline, dog=1.0), dog)
+    assert differs(with_adapters(pipeline, dog=0.3), dog)
+    assert not differs(with_adapters(pipeline, dog_kohya=1.0), dog)
 
 
 def test_a_lora_tag_in_the_prompt_acts(pipeline):
     tagged = picture(pipeline, prompt=PARAMS.prompt + " <lora:dog:0.7>")
-    assert np.array_equal(tagged, picture(pipeline, adapters=(("dog", 0.7),)))
+    assert np.array_equal(tagged, with_adapters(pipeline, dog=0.7))
 
 
 def test_all_schedulers_draw_something_of_their_own(pipeline):
+    """Each has its class, its options, and the noise levels of the base."""
     seen = [picture(pipeline, scheduler=scheduler) for scheduler in SCHEDULERS]
     assert all(differs(a, b) for a, b in pairwise(seen))
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_has_its_class_its_options_and_the_noise_levels_of_the_base(pipeline, name):
-    made = pipeline._scheduler(name)
-    assert type(made).__name__ == SCHEDULERS[name].class_name
-    assert {key: made.config[key] for key in SCHEDULERS[name].options} == SCHEDULERS[name].options
-    assert (made.config.beta_start, made.config.beta_end) == (0.00085, 0.012)
+    for name, wanted in SCHEDULERS.items():
+        made = pipeline._scheduler(name)
+        assert type(made).__name__ == wanted.class_name
+        assert {key: made.config[key] for key in wanted.options} == wanted.options
+        assert (made.config.beta_start, made.config.beta_end) == (0.00085, 0.012)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -180,50 +189,42 @@ def test_closing_the_iterator_stops_the_work(pipeline):
     assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
 
 
-def test_too_little_memory_is_told_with_the_size(pipeline, monkeypatch):
+def test_what_cannot_be_drawn_is_said(pipeline, monkeypatch):
     """An allocation beyond any machine's address space fails as a too large picture does."""
+    assert pipeline.complete(replace(PARAMS, guidance_scale=None)).guidance_scale == 5.0  # SDXL's usual
+    with pytest.raises(UserError, match=r"'rex'.*loaded are: .*dog_kohya"):
+        pipeline.generate(replace(PARAMS, adapters=(("rex", 1.0),)))
     monkeypatch.setattr(pipeline.pipeline.unet, "forward", lambda *_, **__: torch.empty(2**50))
     with pytest.raises(UserError, match="too little memory for 64 x 64 px"):
         picture(pipeline)
 
 
-def test_an_unknown_adapter_names_those_there_are(pipeline):
-    with pytest.raises(UserError, match=r"'rex'.*loaded are: .*dog_kohya"):
-        pipeline.generate(replace(PARAMS, adapters=(("rex", 1.0),)))
-
-
 def test_an_adapter_of_another_base_is_refused_with_both_architectures(pipeline, files, tmp_path):
     state = {key: value.repeat(1, 2) if "lora_A" in key else value for key, value in load_file(files["dog"]).items()}
     save_file(state, tmp_path / "wide.safetensors")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"cross-attention width 96.*cross-attention width 48") as error:
         pipeline.load_adapter(tmp_path / "wide.safetensors")
-    assert "cross-attention width 96" in str(error.value) and "cross-attention width 48" in str(error.value)
     assert "\n" not in str(error.value) and "wide" not in pipeline.adapters
 
 
-def bad_files(files, folder):
-    """Name -> file that must be refused."""
-    state = load_file(files["dog"])
+def test_what_is_no_adapter_is_refused_in_one_line(pipeline, files, tmp_path):
+    state, before = load_file(files["dog"]), dict(pipeline.adapters)
     first = next(iter(state))
     contents = {
-        "flux.safetensors": {"transformer." + key: value for key, value in state.items()},
-        "plain.safetensors": {"weight": torch.zeros(2, 2)},
-        "nan.safetensors": state | {first: state[first] * torch.nan},
-        "half.safetensors": {key: value for key, value in state.items() if "lora_B" not in key},
+        "flux": {"transformer." + key: value for key, value in state.items()},
+        "plain": {"weight": torch.zeros(2, 2)},
+        "nan": state | {first: state[first] * torch.nan},
+        "half": {key: value for key, value in state.items() if "lora_B" not in key},
+        "text": b"hello",
+        "cut": files["dog"].read_bytes()[:-100],
+        "pickle": pickle.dumps(state),
     }
-    for name, tensors in contents.items():
-        save_file(tensors, folder / name)
-    (folder / "text.safetensors").write_text("hello")
-    (folder / "cut.safetensors").write_bytes(files["dog"].read_bytes()[:-100])
-    (folder / "pickle.safetensors").write_bytes(pickle.dumps(state))
-    torch.save(state, folder / "old.bin")
-    (folder / "empty").mkdir()
-    return [*contents, "text.safetensors", "cut.safetensors", "pickle.safetensors", "old.bin", "empty", "missing"]
-
-
-def test_what_is_no_adapter_is_refused_in_one_line(pipeline, files, tmp_path):
-    before = dict(pipeline.adapters)
-    for name in bad_files(files, tmp_path):
+    for name, content in contents.items():
+        file = tmp_path / f"{name}.safetensors"
+        file.write_bytes(content if isinstance(content, bytes) else save(content))
+    torch.save(state, tmp_path / "old.bin")
+    (tmp_path / "empty").mkdir()
+    for name in (*(f"{name}.safetensors" for name in contents), "old.bin", "empty", "missing"):
         with pytest.raises(UserError) as error:
             pipeline.load_adapter(tmp_path / name)
         assert "\n" not in str(error.value), name
@@ -231,59 +232,40 @@ def test_what_is_no_adapter_is_refused_in_one_line(pipeline, files, tmp_path):
 
 
 def test_the_least_used_adapter_makes_room_and_reloading_is_by_content(tiny_base, files, monkeypatch):
+    """An adapter that is asked for again does not make room for the next."""
     monkeypatch.setattr("dreambooth_moslora.generation.pipeline.RESIDENT_ADAPTERS", 2)
     subject = SubjectPipeline.from_base(tiny_base)
     assert subject.load_adapter(files["dog"]) == "dog"
     assert subject.load_adapter(files["dog"].parent, "rex") == "rex"
     assert subject.pipeline.get_list_adapters() == {"unet": [subject.adapters["dog"].key]}
-    dog = picture(subject, adapters=(("rex", 1.0),))
+    dog = with_adapters(subject, rex=1.0)
     subject.load_adapter(files["cat"])
     subject.load_adapter(files["dog_kohya"])
     assert list(subject.adapters) == ["cat", "dog_kohya"]
+    subject.load_adapter(files["cat"])
     subject.load_adapter(files["dog"])
-    assert np.array_equal(picture(subject, adapters=(("dog", 1.0),)), dog)
+    assert set(subject.adapters) == {"cat", "dog"} and np.array_equal(with_adapters(subject, dog=1.0), dog)
     for name in list(subject.adapters):
         subject.unload_adapter(name)
     assert not subject.adapters and not subject.pipeline.get_list_adapters().get("unet")
 
 
-def test_an_adapter_that_is_asked_for_again_does_not_make_room_for_the_next(tiny_base, files, monkeypatch):
-    monkeypatch.setattr("dreambooth_moslora.generation.pipeline.RESIDENT_ADAPTERS", 2)
-    subject = SubjectPipeline.from_base(tiny_base)
-    for name in ("dog", "cat", "dog", "dog_kohya"):
-        subject.load_adapter(files[name], name)
-    assert list(subject.adapters) == ["dog", "dog_kohya"]
-
-
 def test_two_threads_wait_for_each_other(pipeline):
-    expected = {name: picture(pipeline, adapters=((name, 1.0),)) for name in ("dog", "cat")}
-    got: dict[str, list[np.ndarray]] = {"dog": [], "cat": []}
-
-    def work(name):
-        for _ in range(3):
-            got[name].append(picture(pipeline, adapters=((name, 1.0),)))
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in got]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert all(np.array_equal(image, expected[name]) for name in got for image in got[name])
-    assert [len(images) for images in got.values()] == [3, 3]
+    expected = {name: with_adapters(pipeline, **{name: 1.0}) for name in ("dog", "cat")}
+    with ThreadPoolExecutor(2) as pool:
+        got = {n: [pool.submit(with_adapters, pipeline, **{n: 1.0}) for _ in range(3)] for n in expected}
+    assert all(np.array_equal(image.result(), expected[name]) for name in got for image in got[name])
 
 
 def test_a_checkpoint_of_ours_computes_what_its_published_file_computes(pipeline, tmp_path):
     """The raw A, M, B of a checkpoint, and the folded file: the same pictures, under names that tell them apart."""
-    unet = UNet2DConditionModel.from_config(pipeline.pipeline.unet.config)
-    inject(unet, MoSLoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, mixer="kaiming"))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, parameter in adapter_parameters(unet, "default"):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
-    facts = adapter_metadata({"unet": unet}, base_id="tiny")
-    publish({"unet": unet}, tmp_path / "rex", "rex", facts)
-    save_raw({"unet": unet}, tmp_path / "rex" / "checkpoint-20" / RAW_NAME, facts)
+    components = live(lora_alpha=8, mixer="kaiming")
+    facts = facts_of(components)
+    publish(components, tmp_path / "rex", "rex", facts)
+    save_raw(components, tmp_path / "rex" / "checkpoint-20" / RAW_NAME, facts)
     names = [pipeline.load_adapter(path) for path in (tmp_path / "rex", tmp_path / "rex" / "checkpoint-20")]
     assert names == ["rex", "rex@20"]
-    published, raw = (picture(pipeline, adapters=((name, 1.0),)) for name in names)
+    published, raw = (with_adapters(pipeline, **{name: 1.0}) for name in names)
     assert not differs(published, raw) and differs(published, picture(pipeline))
 
 
@@ -294,3 +276,195 @@ def test_drawn_in_the_calling_thread_a_picture_is_the_same_file(subject, tmp_pat
     assert [image.png() for image in drawn] == [image.png() for image in streamed]
     assert drawn[1].save(tmp_path / "one.png").read_bytes() == drawn[1].png()
     assert subject.draw(params, lambda: True) == []
+
+
+@pytest.fixture(scope="module")
+def colours(tiny_base):
+    return LatentColours(load_pipeline(tiny_base).vae)
+
+
+def after_a_step(latents: torch.Tensor, colours: LatentColours) -> Preview:
+    """What the watcher emits beside the step."""
+    scheduler, params = EulerDiscreteScheduler(), GenerationParams("a dog", steps=3, height_px=1024, width_px=512)
+    scheduler.set_timesteps(3)
+    events: list = []
+    watcher = Watcher(0, params, Clock(params), colours, events.append, bool)
+    for step in range(2):
+        watcher(SimpleNamespace(scheduler=scheduler), step, None, {"latents": latents})
+    assert isinstance(events[-1], Preview)
+    return events[-1]
+
+
+def test_a_preview_is_as_large_as_the_page_shows_it_and_no_larger_than_the_picture(colours):
+    """Numbers on the meta device cannot be read: whoever copies them before they are looked at fails."""
+    preview = after_a_step(torch.randn(1, 4, 128, 64), colours)
+    assert preview.pixels.size == (192, 384) and preview.pixels is preview.pixels
+    assert Preview(0, torch.randn(1, 4, 8, 8), (64, 64), colours).pixels.size == (64, 64)
+    on_meta = after_a_step(torch.empty(1, 4, 128, 64, device="meta"), colours)
+    with pytest.raises(NotImplementedError, match="meta"):
+        on_meta.pixels  # noqa: B018
+
+
+OVERFLOWING = 3e5
+"""On the VAE's first weights: its activations leave fp16's range, and its norms take the factor out again."""
+
+
+def pipeline_of(folder, dtype: torch.dtype, factor: float):
+    pipeline = tiny_sdxl(folder)
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_in.weight.mul_(factor)
+    return pipeline.to(dtype)
+
+
+def last_preview_and_picture(pipeline) -> tuple[np.ndarray, np.ndarray]:
+    """The last preview and the picture."""
+    events = list(SubjectPipeline(pipeline, "tiny").generate(PARAMS))
+    preview = [event for event in events if isinstance(event, Preview)][-1]
+    assert isinstance(events[-1], Image)
+    return np.asarray(preview.pixels).astype(int), np.asarray(events[-1].pixels).astype(int)
+
+
+def test_a_vae_that_overflows_in_fp16_draws_what_it_draws_in_fp32(tmp_path):
+    half = pipeline_of(tmp_path / "half", torch.float16, OVERFLOWING)
+    found = last_preview_and_picture(half)
+    expected = last_preview_and_picture(pipeline_of(tmp_path / "full", torch.float32, OVERFLOWING))
+    assert half.vae.dtype == torch.float16
+    for mine, wanted in zip(found, expected, strict=True):
+        assert wanted.std() > 1 and np.abs(mine - wanted).max() <= 8
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_without_finite_colours_the_preview_is_grey_and_the_picture_comes(factor, tmp_path, monkeypatch):
+    """Also where memory is short at that moment: the VAE keeps its precision."""
+    preview, _ = last_preview_and_picture(pipeline_of(tmp_path, torch.float32, factor))
+    assert (preview == 127).all()
+    half = pipeline_of(tmp_path, torch.float16, 1.0)
+    decode, errors = half.vae.decode, [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def fails_once(*arguments, **options):
+        if errors:
+            raise errors.pop()
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(half.vae, "decode", fails_once)
+    preview, drawn = last_preview_and_picture(half)
+    assert (preview == 127).all() and drawn.std() > 0 and half.vae.dtype == torch.float16
+
+
+OTHER_DEVICE = "cpu:0"
+"""Not the device named `cpu`, but with its memory: here models can really be moved, and draw."""
+KIB = 2**-20
+"""In GiB. The tiny base has 0.6 MiB of weights."""
+
+
+@pytest.fixture
+def offloads(monkeypatch):
+    """The devices that the pipeline was asked to visit a model at a time."""
+    asked: list[str] = []
+    enable = StableDiffusionXLPipeline.enable_model_cpu_offload
+
+    def noted(self, gpu_id=None, device=None):
+        asked.append(str(device))
+        return enable(self, gpu_id, device)
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "enable_model_cpu_offload", noted)
+    return asked
+
+
+def free(monkeypatch, gib: float) -> None:
+    for module in (gpu_room, decode):
+        monkeypatch.setattr(module, "free_gib", lambda device: gib)
+
+
+def test_a_small_gpu_holds_one_model_at_a_time_and_draws_the_same(tiny_base, monkeypatch, offloads):
+    expected = picture(SubjectPipeline.from_base(tiny_base))
+    assert not offloads
+    weights = gpu_room.weights_gib(SubjectPipeline.from_base(tiny_base).pipeline)
+    free(monkeypatch, 1.4 * weights)
+    monkeypatch.setattr(gpu_room, "UNET_BYTES_A_PIXEL", 1e-9)
+    small = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
+    assert [picture(small).tolist() for _ in range(2)] == [expected.tolist()] * 2
+    assert set(offloads) == {OTHER_DEVICE}
+    hooked = [part for part in small.pipeline.components.values() if hasattr(part, "_hf_hook")]
+    assert not hooked and small.pipeline.device == torch.device("cpu")
+
+
+def test_a_large_gpu_keeps_all_models(tiny_base, monkeypatch, offloads):
+    """And a size that cannot fit is refused before the first step."""
+    free(monkeypatch, 24.0)
+    subject = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
+    picture(subject)
+    assert not offloads and not subject.home.is_resting
+    subject = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
+    free(monkeypatch, 100 * 100 * gpu_room.UNET_BYTES_A_PIXEL / 2**30)
+    with pytest.raises(UserError, match="too little memory for 128 x 128 px: at most 96 x 96 px fit"):
+        picture(subject, GenerationParams("a dog", steps=1, height_px=128, width_px=128))
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "weights_gib", "offloads", "side_px"),
+    [
+        (23.0, 6.5, False, 4000),
+        (9.0, 6.5, True, 2048),  # 12 GB beside a desktop, 10 GB
+        (7.2, 6.5, True, 2048),  # 8 GB
+        (5.4, 6.5, True, 1024),  # 6 GB
+    ],
+)
+def test_what_sdxl_may_draw_on_a_card(free_gib, weights_gib, offloads, side_px, monkeypatch):
+    """In half precision: 6.5 GiB of weights, of which the UNet has 4.8."""
+    monkeypatch.setattr(gpu_room, "weights_gib", lambda model: 4.8 if model == "unet" else weights_gib)
+    home = gpu_room.Home(SimpleNamespace(device=torch.device("cpu"), unet="unet"), torch.device(OTHER_DEVICE))
+    free(monkeypatch, free_gib)
+    assert home.is_short == offloads
+    if not offloads:
+        home.is_resting = False
+        free(monkeypatch, free_gib - weights_gib)
+    home.check_size(side_px, side_px)
+    with pytest.raises(UserError, match="too little memory"):
+        home.check_size(3 * side_px, 3 * side_px)
+
+
+def test_the_pipeline_decodes_in_tiles_where_memory_is_short(tiny_base, monkeypatch):
+    subject = SubjectPipeline.from_base(tiny_base)
+    tiles: list[torch.Size] = []
+    subject.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: tiles.append(inputs[0].shape[-2:]))
+    monkeypatch.setattr(decode, "TILE_PX", 32)
+    monkeypatch.setattr(decode, "free_gib", lambda device: 1 * KIB)
+    picture(subject)
+    assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it
+
+
+@pytest.fixture(scope="module")
+def zero_snr_base(tmp_path_factory):
+    """As its authors publish it: marked, and with SDXL's own spacing of timesteps."""
+    folder = save_tiny_sdxl(tmp_path_factory.mktemp("base"), prediction_type="v_prediction")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    return folder
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_starts_at_pure_noise(zero_snr_base, name):
+    scheduler = SubjectPipeline(load_pipeline(zero_snr_base), "tiny")._scheduler(name)
+    scheduler.set_timesteps(10)
+    assert int(scheduler.timesteps[0]) == 999
+
+
+def test_the_rescaling_of_guidance_reaches_every_picture(zero_snr_base, tiny_base, tmp_path, monkeypatch):
+    """Other bases are drawn as before."""
+    asked = []
+    call = StableDiffusionXLPipeline.__call__
+
+    def noted(self, *arguments, **options):
+        asked.append(options.get("guidance_rescale"))
+        return call(self, *arguments, num_inference_steps=options.pop("num_inference_steps", 2), **options)
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "__call__", noted)
+    pipeline = load_pipeline(zero_snr_base)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = [picture(SubjectPipeline(pipeline, "tiny"), guidance_scale=9.0)]
+    drawn += generate_images(pipeline, "a dog", [1], (64, 64))
+    assert asked == [0.7, 0.7] and all(np.asarray(one).std() > 0 for one in drawn)
+    for folder in (tiny_base, save_tiny_sdxl(tmp_path / "v", prediction_type="v_prediction")):
+        other = load_pipeline(folder)
+        assert guidance_rescale(other) == 0.0 and other.scheduler.config.timestep_spacing == "leading"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel
 
 from dreambooth_moslora.core import UserError, assets_folder, find_asset
@@ -31,22 +30,12 @@ PROMPT = "a photo of a sks dog"
 
 def captioner(words: str = "on grass", asked: list | None = None) -> Captioner:
     """Says the same of every picture, and counts."""
-
-    def surroundings(image: Image.Image) -> str:
-        if asked is not None:
-            asked.append(image.size)
-        return words
-
-    return Captioner("same", "dog", surroundings)
+    asked = [] if asked is None else asked
+    return Captioner("same", "dog", lambda image: asked.append(image.size) or words)
 
 
 def photos_in(folder: Path):
     return find_photos(folder, PROMPT, 64).photos
-
-
-def keep_all(photos: list, captioner: Captioner, prompt: str, path: Path) -> None:
-    for photo in photos:
-        keep(path, make_for_run(photo, captioner, prompt, path), prompt)
 
 
 def written(folder: Path, words: str = "on grass", **options) -> list[str | None]:
@@ -74,65 +63,55 @@ def test_captions_go_beside_photos_that_have_none_and_a_persons_own_stay(folder,
     made = f"{PROMPT} in the snow" if anew else f"{PROMPT} on grass"
     assert photos_in(folder)[0].captions == (made,)
     assert not any(item.path.name.startswith(".made") for item in find_photos(folder, PROMPT, 64).skipped)
-
-
-def test_a_made_caption_that_a_person_changed_is_the_persons(folder):
-    written(folder)
-    (folder / "a.txt").write_text("a photo of a sks dog on grass, seen from behind")
+    (folder / "a.txt").write_text("a photo of a sks dog on grass, seen from behind")  # by a person
     assert written(folder, "in the snow", anew=True)[0] is None
     assert (folder / "a.txt").read_text().endswith("seen from behind")
 
 
-def test_photos_that_would_share_a_caption_get_none(tmp_path):
-    for name in ("a.jpg", "a.png", "b.jpg"):
+@pytest.mark.parametrize(
+    ("names", "words", "remark"),
+    [
+        (("a.jpg", "a.png", "b.jpg"), "on grass", "rename one of them"),
+        # 255 bytes, the most there are: a temporary's name beside it would be longer
+        (("a" * 251 + ".jpg", "b.jpg"), "on grass", "too long"),
+        (("a.jpg",), "", ""),
+    ],
+)
+def test_photos_that_would_share_a_caption_get_none(names, words, remark, tmp_path):
+    """One whose name leaves no room costs the others nothing; a silent model leaves a photo as it is."""
+    for name in names:
         picture().save(tmp_path / name)
-    made = list(make_beside(photos_in(tmp_path), captioner(), PROMPT))
-    assert [found.caption is None for found in made] == [True, True, False]
-    assert "rename one of them" in made[0].remark
+    made = list(make_beside(photos_in(tmp_path), captioner(words), PROMPT))
+    assert remark in made[0].remark
+    assert [found.caption is None for found in made] == [name != "b.jpg" for name in names]
+    texts = [path.name for path in tmp_path.iterdir() if path.suffix == ".txt" and not path.name.startswith(".")]
+    assert texts == (["b.txt"] if "b.jpg" in names else [])
 
 
-def test_a_silent_model_leaves_the_photo_as_it_is(tmp_path):
-    picture().save(tmp_path / "a.jpg")
-    assert written(tmp_path, "") == [None] and [path.name for path in tmp_path.iterdir()] == ["a.jpg"]
+def keep_bare(folder, path: Path, asked: list, prompt: str = PROMPT) -> int:
+    """Captions kept for photos without one; how many were asked for."""
+    asked.clear()
+    for photo in photos_in(folder):
+        if not photo.is_captioned:
+            keep(path, make_for_run(photo, captioner(asked=asked), prompt, path), prompt)
+    return len(asked)
 
 
 def test_kept_captions_are_made_once_for_each_photo_model_and_words(folder, tmp_path):
     kept, asked = tmp_path / "run" / "captions.json", []
-    bare = [photo for photo in photos_in(folder) if not photo.is_captioned]
-
-    def ask(prompt: str = PROMPT) -> int:
-        asked.clear()
-        keep_all(bare, captioner(asked=asked), prompt, kept)
-        return len(asked)
-
-    assert [ask(), ask(), ask("a sks cat")] == [2, 0, 2]
+    assert [keep_bare(folder, kept, asked, prompt) for prompt in (PROMPT, PROMPT, "a sks cat")] == [2, 0, 2]
     kept.write_text("{broken")
-    assert ask() == 2
+    assert keep_bare(folder, kept, asked) == 2
 
 
 def test_a_run_sees_kept_captions_in_place_of_the_prompt_with_prefix_and_suffix(folder, tmp_path):
     run = tmp_path / "run"
     settings = {"instance_data_dir": str(folder), "output_dir": str(run), "instance_prompt": PROMPT, "resolution": 64}
-    bare = [photo for photo in photos_in(folder) if not photo.is_captioned]
-    keep_all(bare, captioner(), PROMPT, run / "captions.json")
+    keep_bare(folder, run / "captions.json", [])
     auto = photo_report(TrainConfig(**settings, captions="auto", caption_suffix=", sharp")).photos
-    assert [photo.captions[0] for photo in auto] == [
-        f"{PROMPT} on grass, sharp",
-        "my own words, sharp",
-        PROMPT,
-        f"{PROMPT} on grass, sharp",
-        "mine, sharp",
-    ]
+    made, own = f"{PROMPT} on grass, sharp", ["my own words, sharp", PROMPT]
+    assert [photo.captions[0] for photo in auto] == [made, *own, made, "mine, sharp"]
     assert photo_report(TrainConfig(**settings)).photos[0].captions == (PROMPT,)
-
-
-def test_a_photo_whose_name_leaves_no_room_for_a_captions_costs_the_others_nothing(tmp_path):
-    """255 bytes, the most there are: a temporary's name beside it would be longer."""
-    for name in ("a" * 251, "b"):
-        picture().save(tmp_path / f"{name}.jpg")
-    made = list(make_beside(photos_in(tmp_path), captioner(), PROMPT))
-    assert "too long" in made[0].remark and (tmp_path / "b.txt").read_text() == "a photo of a sks dog on grass\n"
-    assert not list(tmp_path.glob("aaa*.txt"))
 
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -190,20 +169,19 @@ def test_an_answer_becomes_one_phrase(answer, surroundings):
 
 
 def test_an_absent_model_and_a_foreign_one_are_one_line(chat_model, tmp_path):
-    with pytest.raises(UserError, match="--caption_model Qwen/Qwen3-VL-2B-Instruct is not here and cannot be fetched"):
-        load_captioner(config_of()).surroundings(picture())
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="--caption_model"):
-        load_captioner(config_of(caption_model=str(tmp_path))).surroundings(picture())
-    shutil.copytree(chat_model, tmp_path / "silent")
-    (tmp_path / "silent" / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="has no chat template"):
-        load_captioner(config_of(caption_model=str(tmp_path / "silent"))).surroundings(picture())
-
-
-def test_without_a_word_for_the_subject_there_is_nothing_to_go_on_from():
-    with pytest.raises(UserError, match="no word says what the photos show"):
-        load_captioner(config_of(instance_prompt="sks"))
+    foreign, silent = tmp_path / "foreign", tmp_path / "silent"
+    foreign.mkdir()
+    (foreign / "config.json").write_text("{}")
+    shutil.copytree(chat_model, silent)
+    (silent / "chat_template.jinja").unlink()
+    for settings, said in (
+        ({}, "--caption_model Qwen/Qwen3-VL-2B-Instruct is not here and cannot be fetched"),
+        ({"caption_model": str(foreign)}, "--caption_model"),
+        ({"caption_model": str(silent)}, "has no chat template"),
+        ({"instance_prompt": "sks"}, "no word says what the photos show"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_captioner(config_of(**settings)).surroundings(picture())
     assert load_captioner(config_of(pretrained_model_name_or_path="toy", instance_prompt="sks")).word == "toy"
 
 

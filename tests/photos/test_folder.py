@@ -33,20 +33,10 @@ def report(folder):
     return find_photos(folder, PROMPT, SIZE_PX[0] - 32)
 
 
-def quadrant_colours(image):
-    height, width = image.height, image.width
-    return {
-        (row, column): image.getpixel((width // 4 + column * width // 2, height // 4 + row * height // 2))
-        for row, column in QUADRANTS
-    }
-
-
-def test_the_corpus_is_large():
-    assert len({case.name for case in CASES}) == len(CASES) >= 40
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_file_gets_its_verdict(case, report):
+    """Usable ones open upright in their colours; greys keep their brightness whatever their depth."""
+    assert len({case.name for case in CASES}) == len(CASES) >= 40
     usable = {photo.path.name: photo for photo in report.photos}
     left = {item.path.name: item for item in report.skipped}
     assert (case.name in usable) == case.usable
@@ -54,23 +44,17 @@ def test_every_file_gets_its_verdict(case, report):
     reasons = "; ".join(item.reasons) if case.usable else item.reason
     assert item.size_px == case.size_px
     assert case.says in reasons if case.says else not reasons
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.usable], ids=lambda case: case.name)
-def test_every_usable_file_opens_upright_in_its_colours(case, report):
-    photo = next(photo for photo in report.photos if photo.path.name == case.name)
-    image = open_rgb(photo)
-    assert (image.mode, image.height, image.width) == ("RGB", *case.size_px)
-    if case.colours:
-        for place, colour in quadrant_colours(image).items():
-            assert np.abs(np.subtract(colour, QUADRANTS[place])).max() <= 24, (place, colour)
-
-
-@pytest.mark.parametrize("name", ["deep_grey.png", "deep_grey.tif", "deep_int.tif", "float.tif", "grey.jpg"])
-def test_greys_keep_their_brightness_whatever_their_depth(name, report):
-    photo = next(photo for photo in report.photos if photo.path.name == name)
-    expected = np.asarray(picture("L").convert("RGB"), dtype=int)
-    assert np.abs(np.asarray(open_rgb(photo), dtype=int) - expected).mean() < 2
+    if not case.usable:
+        return
+    image = open_rgb(item)
+    height, width = case.size_px
+    assert (image.mode, image.height, image.width) == ("RGB", height, width)
+    for row, column in QUADRANTS if case.colours else ():
+        colour = image.getpixel((width // 4 + column * width // 2, height // 4 + row * height // 2))
+        assert np.abs(np.subtract(colour, QUADRANTS[row, column])).max() <= 24, (row, column, colour)
+    if case.name in ("deep_grey.png", "deep_grey.tif", "deep_int.tif", "float.tif", "grey.jpg"):
+        expected = np.asarray(picture("L").convert("RGB"), dtype=int)
+        assert np.abs(np.asarray(image, dtype=int) - expected).mean() < 2
 
 
 def display_p3_profile() -> bytes:
@@ -102,65 +86,64 @@ def test_a_wide_gamut_photo_is_converted_and_not_reinterpreted(tmp_path):
     assert (red, green, blue) == pytest.approx((214, 96, 97), abs=4)
 
 
-def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(tmp_path):
-    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
-        picture().save(tmp_path / name)
-    (tmp_path / "a.txt").write_text("\ufeffmy sks toy \r\n\n my sks toy, on a table \n", encoding="utf-8")
-    (tmp_path / "d.txt").write_text("\n")
-    rows = [{"file_name": "a.jpg", "text": "not this"}, {"file_name": "b.jpg", "text": "my sks toy in the snow"}]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
-    report = find_photos(tmp_path, PROMPT, 64)
-    assert [photo.captions for photo in report.photos] == [
-        ("my sks toy", "my sks toy, on a table"),
-        (rows[1]["text"],),
-        (PROMPT,),
-        (PROMPT,),
-    ]
-    assert quoted(report.photos[0]) == "“my sks toy” “my sks toy, on a table”"
-    complaints = {(item.path.name, item.reason.split(" ")[0]) for item in report.skipped}
-    assert complaints == {("metadata.jsonl", "line"), ("d.txt", "empty")}
+MINE, LONG = "my sks toy", "my sks toy, " * 3000
+NESTED = ["[" * 100_000, '{"file_name": ' * 100_000]
+"""Of no depth that a reader should follow."""
 
 
-def test_a_text_that_is_far_longer_than_captions_is_left_out_and_named(tmp_path):
-    """Ten megabytes of words kept the tokenizer busy for minutes."""
-    for name in ("a", "b", "c"):
+def row_of(name: str, text: str, **options) -> str:
+    return json.dumps({"file_name": name, "text": text}, **options)
+
+
+@pytest.mark.parametrize(
+    ("texts", "metadata", "captions", "complaints"),
+    [
+        (
+            {"a": "\ufeffmy sks toy \r\n\n my sks toy, on a table \n".encode(), "d": b"\n"},
+            [row_of("a.jpg", "not this"), row_of("b.jpg", "my sks toy in the snow"), "{broken", ""],
+            [(MINE, "my sks toy, on a table"), ("my sks toy in the snow",), (PROMPT,), (PROMPT,)],
+            [("metadata.jsonl", "line 3 "), ("d.txt", "empty")],
+        ),
+        (  # ten megabytes of words kept the tokenizer busy for minutes
+            {"a": LONG.encode(), "b": b"my sks toy\n" * 2900},
+            [row_of("c.jpg", LONG)],
+            [(PROMPT,), (MINE,), (PROMPT,), (PROMPT,)],
+            [
+                ("metadata.jsonl", "line 1 is longer than captions may be, 32 KiB"),
+                ("a.txt", "captions not read: longer than captions may be, 32 KiB"),
+            ],
+        ),
+        *(
+            (
+                {},
+                [line, row_of("a.jpg", MINE)],
+                [(MINE,), (PROMPT,), (PROMPT,), (PROMPT,)],
+                [("metadata.jsonl", "line 1")],
+            )
+            for line in NESTED
+        ),
+        (
+            {"a": "my sks toy, café".encode("utf-16"), "b": "my sks toy, café".encode("latin-1")},
+            [row_of("c.jpg", "one\u2028two", ensure_ascii=False) + "\r", row_of("d.jpg", "half \ud83d") + "\r", ""],
+            [("my sks toy, café",), (PROMPT,), ("one two",), ("half ?",)],
+            [("b.txt", "captions not read: neither UTF-8 nor UTF-16 text")],
+        ),
+    ],
+    ids=["all places", "too long", "nested list", "nested table", "as notepad saves them"],
+)
+def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(
+    texts, metadata, captions, complaints, tmp_path
+):
+    for name in "abcd":
         picture().save(tmp_path / f"{name}.jpg")
-    long = "my sks toy, " * 3000
-    (tmp_path / "a.txt").write_text(long)
-    (tmp_path / "b.txt").write_text("my sks toy\n" * 2900)
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "c.jpg", "text": long}))
+    for name, content in texts.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    (tmp_path / "metadata.jsonl").write_bytes("\n".join(metadata).encode())
     report = find_photos(tmp_path, PROMPT, 64)
-    assert [set(photo.captions) for photo in report.photos] == [{PROMPT}, {"my sks toy"}, {PROMPT}]
-    assert [(item.path.name, item.reason) for item in report.skipped] == [
-        ("metadata.jsonl", "line 1 is longer than captions may be, 32 KiB"),
-        ("a.txt", "captions not read: longer than captions may be, 32 KiB"),
-    ]
-
-
-@pytest.mark.parametrize("line", ["[" * 100_000, '{"file_name": ' * 100_000], ids=["list", "table"])
-def test_a_metadata_line_that_is_nested_too_deeply_is_left_out(line, tmp_path):
-    picture().save(tmp_path / "a.jpg")
-    rows = [line, json.dumps({"file_name": "a.jpg", "text": "my sks toy"})]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    report = find_photos(tmp_path, PROMPT, 64)
-    assert report.photos[0].captions == ("my sks toy",)
-    assert [item.reason.split(" is ")[0] for item in report.skipped] == ["line 1"]
-
-
-def test_captions_are_read_as_notepad_saves_them_and_lines_end_only_at_line_feeds(tmp_path):
-    for name in ("a", "b", "c", "d", "e"):
-        picture().save(tmp_path / f"{name}.jpg")
-    (tmp_path / "a.txt").write_text("my sks toy, café", encoding="utf-16")
-    (tmp_path / "b.txt").write_bytes("my sks toy, café".encode("latin-1"))
-    rows = [{"file_name": "c.jpg", "text": "one\u2028two"}, {"file_name": "d.jpg", "text": "half \ud83d"}]
-    lines = [json.dumps(rows[0], ensure_ascii=False), json.dumps(rows[1]), ""]
-    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode())
-    report = find_photos(tmp_path, PROMPT, 64)
-    captions = [caption for photo in report.photos for caption in photo.captions]
-    assert captions == ["my sks toy, café", PROMPT, "one two", "half ?", PROMPT]
-    assert [(item.path.name, item.reason.split(";")[0]) for item in report.skipped] == [
-        ("b.txt", "captions not read: neither UTF-8 nor UTF-16 text")
-    ]
+    assert [tuple(dict.fromkeys(photo.captions)) for photo in report.photos] == captions
+    assert quoted(report.photos[0]) == " ".join(f"“{text}”" for text in captions[0])
+    assert [item.path.name for item in report.skipped] == [name for name, _ in complaints]
+    assert all(item.reason.startswith(said) for item, (_, said) in zip(report.skipped, complaints, strict=True))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
@@ -178,18 +161,6 @@ def test_what_is_no_file_is_neither_photo_nor_caption_nor_mask_and_is_not_waited
     reasons = {item.path.name: item.reason.removeprefix("stray: ") for item in report.skipped}
     assert reasons.pop("loop.png") == "a link to nothing" and reasons.pop("1.txt").startswith("a folder")
     assert len(reasons) == 6 and set(reasons.values()) == {"not a file"}
-
-
-def test_suffixes_of_captions_and_masks_may_be_in_capitals(tmp_path):
-    picture().save(tmp_path / "1.JPG")
-    (tmp_path / "1.TXT").write_text("my sks toy")
-    Image.new("L", (128, 96), 255).save(tmp_path / "1.mask.PNG")
-    (tmp_path / "2.Txt").write_text("of no photo")
-    report = find_photos(tmp_path, PROMPT, 64)
-    (photo,) = report.photos
-    assert photo.captions == ("my sks toy",) and photo.mask_path == tmp_path / "1.mask.PNG"
-    assert [path.name for path in report.sidecars] == ["1.TXT", "1.mask.PNG"]
-    assert [(item.path.name, item.reason) for item in report.skipped] == [("2.Txt", "stray: belongs to no photo")]
 
 
 def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
@@ -213,23 +184,28 @@ def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(UserError, match=r"no usable photo in .*broken\.jpg \(broken: the file is empty\)"):
         photo_report(TrainConfig(instance_data_dir=tmp_path))
+    for name in ("missing", "broken.jpg"):
+        with pytest.raises(UserError, match="folder"):
+            find_photos(tmp_path / name, PROMPT, 64)
 
 
 def test_files_that_are_not_used_are_said_in_one_line(tmp_path, caplog):
-    picture().save(tmp_path / "a.png")
-    for name in ("b.md", "c.mov", "d.txt", "e.pdf", ".DS_Store", "subject.json"):
+    """Suffixes of captions and masks may be in capitals."""
+    picture().save(tmp_path / "1.JPG")
+    (tmp_path / "1.TXT").write_text("my sks toy")
+    Image.new("L", (128, 96), 255).save(tmp_path / "1.mask.PNG")
+    for name in ("b.md", "c.mov", "d.Txt", "e.pdf", ".DS_Store", "subject.json"):
         (tmp_path / name).write_text("x")
-    log_strays(photo_report(TrainConfig(instance_data_dir=tmp_path, resolution=64)))
+    report = photo_report(TrainConfig(instance_data_dir=tmp_path, resolution=64))
+    (photo,) = report.photos
+    assert photo.captions == ("my sks toy",) and photo.mask_path == tmp_path / "1.mask.PNG"
+    assert [path.name for path in report.sidecars] == ["1.TXT", "1.mask.PNG"]
+    reasons = {item.path.name: item.reason for item in report.skipped}
+    assert reasons["d.Txt"] == "stray: belongs to no photo"
+    log_strays(report)
     (line,) = caplog.messages
     assert line.startswith("files not used (4): b.md (stray: not a photo)") and line.endswith("1 more.")
     assert ".DS_Store" not in line and "subject.json" not in line
-
-
-@pytest.mark.parametrize("name", ["missing", "file.jpg"])
-def test_a_folder_that_is_none_is_the_persons_mistake(tmp_path, name):
-    picture().save(tmp_path / "file.jpg")
-    with pytest.raises(UserError, match="folder"):
-        find_photos(tmp_path / name, PROMPT, 64)
 
 
 def test_a_local_data_set_is_read_with_its_captions(tmp_path):
@@ -280,11 +256,14 @@ def test_a_photo_that_the_disk_does_not_give_is_not_left_out_but_ends_the_run(tm
 
 def test_photos_are_left_out_by_name(tmp_path):
     folder = str(paint_photos(tmp_path / "photos"))
-    config = TrainConfig(instance_data_dir=folder, resolution=64, leave_out=("1.png",))
-    report = photo_report(config)
+
+    def without(*names):
+        return photo_report(TrainConfig(instance_data_dir=folder, resolution=64, leave_out=names))
+
+    report = without("1.png")
     assert [photo.path.name for photo in report.photos] == ["0.png", "2.png"]
     assert [(item.path.name, item.reason) for item in report.skipped] == [("1.png", "left out by --leave_out")]
     with pytest.raises(UserError, match=r"--leave_out 7\.png: there is no such photo"):
-        photo_report(TrainConfig(instance_data_dir=folder, resolution=64, leave_out=("7.png",)))
+        without("7.png")
     with pytest.raises(UserError, match="--leave_out leaves no photo"):
-        photo_report(TrainConfig(instance_data_dir=folder, resolution=64, leave_out=("0.png", "1.png", "2.png")))
+        without("0.png", "1.png", "2.png")

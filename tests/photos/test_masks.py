@@ -32,39 +32,45 @@ PROMPT = "a photo of sks toy"
 
 
 def test_what_is_transparent_becomes_white_and_is_not_learnt(tmp_path):
+    """With alpha white, there is no mask."""
     transparent(tmp_path / "a.png")
     (photo,) = find_photos(tmp_path, PROMPT, 64).photos
     assert open_rgb(photo).getpixel((4, 4)) == (255, 255, 255)
     mask = open_mask(photo)
     assert (mask.getpixel((4, 4)), mask.getpixel((60, 60))) == (0, 255)
-
-
-def test_alpha_white_means_no_mask(tmp_path):
-    transparent(tmp_path / "a.png")
     (photo,) = find_photos(tmp_path, PROMPT, 64, alpha="white").photos
     assert open_mask(photo) is None and "transparent: on white" in photo.reasons
+
+
+def paint(folder: Path, *names: str, size_px=None) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (picture(size_px=size_px) if size_px else picture()).save(folder / name)
+    return folder
+
+
+def grey(size=(128, 96), ground: int = 0, *boxes: tuple, white: int = 255) -> Image.Image:
+    mask = Image.new("L", size, ground)
+    for box in boxes:
+        mask.paste(white, box)
+    return mask
 
 
 @pytest.mark.parametrize("name, white", [("a.mask.png", 1), ("a.mask.tif", 255), ("a.mask.jpg", 130)])
 def test_a_mask_may_be_of_any_format_and_dim(tmp_path, name, white):
     Image.new("RGB", (128, 96), "green").save(tmp_path / "a.jpg")
-    mask = Image.new("L", (128, 96), 0)
-    mask.paste(white, (0, 0, 64, 96))
-    mask.save(tmp_path / name)
-    (photo,) = find_photos(tmp_path, "x", 64).photos
+    grey((128, 96), 0, (0, 0, 64, 96), white=white).save(tmp_path / name)
+    (photo,) = photos_in(tmp_path)
     found = open_mask(photo)
     assert found.getpixel((9, 9)) > 250 and found.getpixel((120, 9)) < 5
 
 
 def test_a_mask_beside_the_photo_is_used_and_one_of_another_shape_is_refused(tmp_path):
-    for name in ("a", "b", "c"):
-        picture().save(tmp_path / f"{name}.jpg")
-    mask = Image.new("L", (128, 96), 0)
-    mask.paste(255, (32, 24, 96, 72))
-    mask.save(tmp_path / "a.mask.png")
-    Image.new("L", (96, 96), 255).save(tmp_path / "b.mask.png")
-    Image.new("L", (128, 96), 0).save(tmp_path / "c.mask.png")
-    a, b, c = find_photos(tmp_path, PROMPT, 64).photos
+    paint(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    mask = grey((128, 96), 0, (32, 24, 96, 72))
+    for name, one in (("a", mask), ("b", grey((96, 96), 255)), ("c", grey())):
+        one.save(tmp_path / f"{name}.mask.png")
+    a, b, c = photos_in(tmp_path)
     assert np.array_equal(np.asarray(open_mask(a)), np.asarray(mask))
     assert open_mask(b) is None and "mask not used: its shape" in b.reasons[0]
     assert open_mask(c) is None and "black everywhere" in c.reasons[0]
@@ -90,56 +96,45 @@ def photos_in(folder: Path):
 
 
 def test_masks_go_beside_photos_that_have_none_and_a_persons_own_stay(tmp_path):
-    for name in ("a", "b", "c"):
-        picture().save(tmp_path / f"{name}.jpg")
+    paint(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     transparent(tmp_path / "d.png")
-    own = Image.new("L", (128, 96), 255)
-    own.save(tmp_path / "b.mask.png")
-    Image.new("L", (96, 96), 255).save(tmp_path / "c.mask.png")  # of no use
+    grey(ground=255).save(tmp_path / "b.mask.png")
+    grey((96, 96), 255).save(tmp_path / "c.mask.png")  # of no use
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     made = list(make_beside(photos_in(tmp_path), half()))
     assert [mask.path and mask.path.name for mask in made] == ["a.mask.png", None, None, None]
     assert ["kept" in mask.remark for mask in made] == [False, True, True, True]
     assert all(path.read_bytes() == content for path, content in before.items())
-    a = photos_in(tmp_path)[0]
-    mask = np.asarray(open_mask(a))
+    mask = np.asarray(open_mask(photos_in(tmp_path)[0]))
     assert mask.shape == (96, 128) and (mask[:, :64] == 255).all() and (mask[:, 64:] == 0).all()
 
 
 def test_photos_that_would_share_a_mask_get_none(tmp_path):
-    for name in ("a.jpg", "a.png", "b.jpg"):
-        picture().save(tmp_path / name)
+    """One that is turned by EXIF gets an upright mask."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    paint(tmp_path, "a.jpg", "a.png")
+    picture().save(tmp_path / "b.jpg", exif=exif)
     made = list(make_beside(photos_in(tmp_path), half()))
     assert [mask.path and mask.path.name for mask in made] == [None, None, "b.mask.png"]
     assert [mask.remark for mask in made[:2]] == ["another photo has the name a too: rename one of them"] * 2
-
-
-def test_a_photo_that_is_turned_by_exif_gets_an_upright_mask(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture().save(tmp_path / "a.jpg", exif=exif)
-    list(make_beside(photos_in(tmp_path), half()))
-    (photo,) = photos_in(tmp_path)
-    assert photo.size_px == (128, 96) and open_mask(photo).size == (96, 128)
+    *_, turned = photos_in(tmp_path)
+    assert turned.size_px == (128, 96) and open_mask(turned).size == (96, 128)
 
 
 def test_kept_masks_are_made_once_for_each_photo_model_and_word(tmp_path):
-    folder, kept = tmp_path / "photos", tmp_path / "masks"
-    folder.mkdir()
-    picture().save(folder / "a.jpg")
-    picture().save(folder / "a.png")
-    photos = photos_in(folder)
+    folder, kept = paint(tmp_path / "photos", "a.jpg", "a.png"), tmp_path / "masks"
 
     def asked(segmenter: Segmenter) -> int:
-        for photo in photos:
+        for photo in photos_in(folder):
             make_kept(photo, segmenter, kept)
         return len(segmenter.asked)
 
     assert [asked(half()), asked(half()), asked(half("cat"))] == [2, 0, 2]
-    first = kept_path(photos[0], kept).read_bytes()
-    picture(size_px=(64, 64)).save(folder / "a.jpg")
-    photos = photos_in(folder)
+    first = kept_path(photos_in(folder)[0], kept).read_bytes()
+    paint(folder, "a.jpg", size_px=(64, 64))
     assert asked(half("cat")) == 1
+    photos = photos_in(folder)
     assert kept_path(photos[0], kept).read_bytes() != first
     found = with_kept_masks(photos, kept)
     assert [photo.mask_path.name for photo in found] == ["a.jpg.mask.png", "a.png.mask.png"]
@@ -147,26 +142,18 @@ def test_kept_masks_are_made_once_for_each_photo_model_and_word(tmp_path):
 
 
 def test_a_subject_that_is_not_found_gets_no_mask_and_loses_that_of_another_word(tmp_path):
-    picture().save(tmp_path / "a.jpg")
-    photos = photos_in(tmp_path)
-    make_kept(photos[0], half(), tmp_path / "masks")
-    made = make_kept(photos[0], half("nothing"), tmp_path / "masks")
+    """A kept mask of another shape is not used either."""
+    photos, kept = photos_in(paint(tmp_path, "a.jpg")), tmp_path / "masks"
+    make_kept(photos[0], half(), kept)
+    made = make_kept(photos[0], half("nothing"), kept)
     assert made.path is None and "“nothing” was not found" in made.remark
-    assert with_kept_masks(photos, tmp_path / "masks") == photos
-
-
-def test_a_kept_mask_of_another_shape_is_not_used(tmp_path):
-    picture().save(tmp_path / "a.jpg")
-    photos = photos_in(tmp_path)
-    Image.new("L", (10, 90), 255).save(kept_path(photos[0], tmp_path))
-    assert with_kept_masks(photos, tmp_path) == photos
+    assert with_kept_masks(photos, kept) == photos
+    grey((10, 90), 255).save(kept_path(photos[0], kept))
+    assert with_kept_masks(photos, kept) == photos
 
 
 def mask_of(*boxes: tuple[int, int, int, int]) -> Image.Image:
-    mask = Image.new("L", (256, 192))
-    for box in boxes:
-        mask.paste(255, box)
-    return mask
+    return grey((256, 192), 0, *boxes)
 
 
 @pytest.mark.parametrize(
@@ -217,16 +204,15 @@ def test_a_mask_begins_at_half_of_the_highest_probability_and_is_black_without_a
 
 
 def test_an_absent_model_and_a_foreign_one_are_one_line(clipseg, tmp_path):
-    with pytest.raises(UserError, match="CIDAS/clipseg-rd64-refined is not here and cannot be fetched"):
-        load_segmenter(config_of()).mask(picture())
+    """So is no word to look for; the toy net needs none."""
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="--mask_model"):
-        load_segmenter(config_of(mask_model=str(tmp_path))).mask(picture())
-
-
-def test_without_a_word_clipseg_has_nothing_to_look_for_and_the_toy_net_needs_none():
-    with pytest.raises(UserError, match="--mask_prompt"):
-        sought_word(config_of(instance_prompt="sks"))
+    for settings, said in (
+        ({}, "CIDAS/clipseg-rd64-refined is not here and cannot be fetched"),
+        ({"mask_model": str(tmp_path)}, "--mask_model"),
+        ({"mask_model": clipseg, "instance_prompt": "sks"}, "--mask_prompt"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_segmenter(config_of(**settings)).mask(picture())
     assert sought_word(config_of(pretrained_model_name_or_path="toy", instance_prompt="sks")) == ""
     assert sought_word(config_of(pretrained_model_name_or_path="toy", mask_model=CLIPSEG)) == "dog"
 

@@ -1,14 +1,24 @@
-"""What a file tells of its run beside the recipe, and what a reader concludes from it."""
+"""What a file tells of its run beside the recipe, what a reader concludes from it, and the strength that it wants."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from dreambooth_moslora.adapters.export import note_scale
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, concluded, told_by, with_told
+from dreambooth_moslora.adapters.raw_file import read_tensors
 from dreambooth_moslora.settings.prompts import class_word_of, trigger_words
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.explain import choose_scale
+from dreambooth_moslora.training.model_card import with_strength
+from dreambooth_moslora.ui.generate_form import summary_of
+from tests.helpers.tiny import tiny_unet
+from tests.helpers.tiny_adapters import save_diffusers_lora
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
 PROMPTS = tuple(load_settings(CONFIGS / "toy.toml")["prior_prompts"])
@@ -61,3 +71,54 @@ def test_only_what_shapes_the_run_is_named():
 def test_a_strangers_header_may_only_hold_what_a_file_tells(public):
     with pytest.raises(ValueError, match="public"):
         AdapterMetadata.from_json(replace(AdapterMetadata(4, 4), public=public or {"x": 1}).to_json())
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "usable"),
+    [
+        ({0.4: 0.2, 0.6: 0.5, 0.8: 0.6, 1.0: 0.58, 1.2: 0.3}, 0.8, (0.8, 1.0)),
+        ({0.4: 0.2, 0.6: 0.5, 0.8: 0.600, 1.0: 0.598, 1.2: 0.597}, 1.0, (0.8, 1.2)),  # all as good: as trained
+        ({0.4: 0.6, 0.6: 0.3, 0.8: 0.6, 1.0: 0.2, 1.2: 0.1}, 0.8, (0.8, 0.8)),  # a gap ends the range
+        ({0.4: 0.1, 0.6: 0.2, 0.8: 0.3, 1.0: 0.4, 1.2: 0.5}, 1.2, (1.2, 1.2)),
+    ],
+)
+def test_the_best_scale_and_the_range_around_it(scores, best, usable):
+    found = choose_scale(scores)
+    assert (found.best, (found.low, found.high)) == (best, usable)
+    assert f"best scale is {best:g}" in found.sentence()
+    assert choose_scale(dict.fromkeys(scores, 0.0)) is None, "none shows the subject"
+
+
+def test_a_header_without_scales_is_as_it_was_and_a_wrong_one_is_refused():
+    facts = AdapterMetadata(4, 4.0)
+    assert "scale" not in facts.to_json()
+    known = replace(facts, best_scale=0.8, usable_scales=(0.6, 1.0))
+    assert AdapterMetadata.from_json(known.to_json()) == known
+    for wrong in ({"best_scale": "much"}, {"usable_scales": [1]}, {"usable_scales": ["a", "b"]}):
+        with pytest.raises(ValueError):
+            AdapterMetadata.from_json(json.dumps({"rank": 4, "alpha": 4.0, **wrong}))
+
+
+def test_a_published_file_keeps_its_tensors_and_the_page_presets_its_scale(dog, tmp_path):
+    file = shutil.copy(dog[0] / "dog.kohya.safetensors", tmp_path / "dog.safetensors")
+    tensors = read_tensors(file)[0]
+    assert summary_of(file).scale == 1
+    assert note_scale(file, 0.6, (0.4, 0.8)) and note_scale(file, 0.7, (0.4, 0.8))
+    after, header = read_tensors(file)
+    facts = AdapterMetadata.from_json(header["moslora"])
+    assert facts.best_scale == 0.7 and facts.usable_scales == (0.4, 0.8)
+    assert summary_of(file).scale == 0.7 and "best at scale 0.7" in summary_of(file).sentence()
+    assert list(after) == list(tensors) and all(torch.equal(after[name], tensors[name]) for name in tensors)
+    assert note_scale(file, 1e9, (0.4, 0.8)) and summary_of(file).scale == 1  # beyond the slider
+    foreign = save_diffusers_lora(tiny_unet(), tmp_path)
+    before = foreign.read_bytes()
+    assert not note_scale(foreign, 0.8, (0.6, 1.0)) and foreign.read_bytes() == before
+
+
+def test_a_card_names_the_strength_once():
+    card = "# dog\n\n## Use\n\ncode\n\n## Training\n\n| | |\n"
+    once = with_strength(card, 0.8, (0.6, 1.0))
+    assert "Scale 0.8 scored best; from 0.6 to 1 the score stays near it" in once
+    assert once.replace(once[once.index("## Strength") : once.index("## Training")], "") == card
+    again = with_strength(once, 1.2, (1.2, 1.2))
+    assert again.count("## Strength") == 1 and "Scale 1.2 scored best. In diffusers" in again

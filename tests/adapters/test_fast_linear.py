@@ -1,0 +1,556 @@
+"""The fast path is PEFT's own forward, cheaper: layers alone, on a step's working copies, and q, k and v together."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from dreambooth_moslora.adapters.fast_linear import (
+    FastLinear,
+    WorkingCopies,
+    compute_dtype,
+    disable_fast_path,
+    enable_fast_path,
+    lay_together,
+)
+from dreambooth_moslora.adapters.mixer import MixerLinear
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, disabled, inject, set_scale
+from dreambooth_moslora.base.load import TextProducts, quantize
+from dreambooth_moslora.extras.cluster.stacked_adapters import twin
+from dreambooth_moslora.settings.table import MIXERS
+from tests.helpers.layer_figures import slow_projections
+from tests.helpers.tiny import tiny_unet
+
+RANK = 3
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+class Block(nn.Module):
+    """Two projections of one input, as q and k are."""
+
+    def __init__(self, bias: bool = False, widths: tuple[int, int] = (12, 20)) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(*widths, bias=bias), nn.Linear(*widths, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.to_q(x).tanh() * self.to_k(x)
+
+
+def randomize(model: nn.Module, seed: int = 7) -> nn.Module:
+    """Give every adapter matrix a value: a fresh B is zero, and then nothing but dB could differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def adapted(model: nn.Module, adapter_name: str = "default", **options) -> nn.Module:
+    """`model` with an adapter, all matrices random, base frozen."""
+    config = MoSLoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, "target_modules": TARGETS, **options})
+    return randomize(inject(model, config, adapter_name))
+
+
+def gradients(model: nn.Module, run) -> dict[str, torch.Tensor]:
+    """Gradients of the trained parameters for the scalar that `run(model)` returns."""
+    model.zero_grad()
+    run(model).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(fast: dict[str, torch.Tensor], general: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert fast.keys() == general.keys() and fast
+    for name, expected in general.items():
+        assert fast[name].dtype == expected.dtype
+        assert (fast[name] - expected).norm() <= tolerance * expected.norm(), name
+
+
+def unet_loss(unet: nn.Module) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    latents, words, pooled = (torch.randn(s, generator=g).to(unet.dtype) for s in [(2, 4, 8, 8), (2, 77, 48), (2, 32)])
+    extra = {"text_embeds": pooled, "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * 2).to(unet.dtype)}
+    return unet(latents, torch.tensor([10, 700]), words, added_cond_kwargs=extra).sample.square().mean()
+
+
+@pytest.mark.parametrize("mixer", [m for m in MIXERS if m != "butterfly"])
+@pytest.mark.parametrize(("shape", "bias"), [((5, 12), False), ((2, 7, 12), True), ((12,), True)])
+def test_gradients_are_those_of_finite_differences(mixer, shape, bias):
+    """Of x, A, B and, where there is one, M."""
+    torch.manual_seed(0)
+    model = adapted(Block(bias), mixer=mixer).double()
+    assert enable_fast_path(model) == 2
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, *parameters))
+
+
+def fast_copy(model: nn.Module) -> nn.Module:
+    fast = copy.deepcopy(model)
+    assert enable_fast_path(fast)
+    return fast
+
+
+def test_the_gradient_of_the_input_is_not_computed_where_nothing_needs_it():
+    model, x = fast_copy(adapted(Block())), torch.randn(4, 12)
+    model(x).sum().backward()
+    assert x.grad is None and model.to_q.lora_A["default"].weight.grad is not None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_base_with_fp32_masters_is_as_exact_as_the_general_path(autocast):
+    """Against fp64 truth: error of output and gradients at most 1.5 times that of PEFT's forward."""
+    torch.manual_seed(1)
+    truth = adapted(Block()).double()
+    x = torch.randn(64, 12)
+
+    def run(model: nn.Module) -> torch.Tensor:
+        weight = model.to_q.base_layer.weight
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and weight.dtype == torch.bfloat16):
+            return model(x.to(weight.dtype)).double().square().mean()
+
+    def bf16_base() -> nn.Module:
+        model = copy.deepcopy(truth).float()
+        for layer in (model.to_q, model.to_k):
+            layer.base_layer.bfloat16()
+        return model
+
+    general, fast = bf16_base(), bf16_base()
+    enable_fast_path(fast)
+    expected, seen_general, seen_fast = (gradients(m, run) for m in (truth, general, fast))
+    for name, value in expected.items():
+        assert seen_fast[name].dtype == torch.float32
+        error, allowed = (seen_fast[name] - value).norm(), (seen_general[name] - value).norm()
+        assert error <= 1.5 * allowed + 2e-3 * value.norm(), name
+
+
+def full_width_tensors(model: nn.Module, x: torch.Tensor) -> int:
+    """How many different tensors as large as x the two projections of x keep for the backward pass, under autocast."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == x.numel():
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        outputs = model.to_q(x), model.to_k(x)
+    return len(kept) if outputs else 0
+
+
+def test_two_projections_of_one_input_keep_it_once():
+    general = adapted(Block())
+    for layer in (general.to_q, general.to_k):
+        layer.base_layer.bfloat16()
+    x = torch.randn(64, 12, dtype=torch.bfloat16, requires_grad=True)
+    assert [full_width_tensors(model, x) for model in (general, fast_copy(general))] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "call"),
+    [
+        (lambda layer: layer.set_scale("default", 0.25), {}),
+        (lambda layer: layer.set_adapter(["default", "other"]), {}),
+        (lambda layer: layer.set_adapter("other"), {}),
+        (lambda layer: None, {"adapter_names": ["default", "__base__"] * 3}),
+    ],
+    ids=["a scale", "two adapters", "another adapter", "a batch of mixed adapters"],
+)
+def test_what_is_changed_later_is_followed(change, call):
+    """Fast and general agree after the change."""
+    general = adapted(adapted(Block()), adapter_name="other")
+    for layer in (general.to_q, general.to_k):
+        layer.set_adapter("default")
+    fast, x = fast_copy(general), torch.randn(6, 12)
+    before = fast.to_q(x)
+    for side in (general, fast):
+        for layer in (side.to_q, side.to_k):
+            change(layer)
+    after = fast.to_q(x, **call)
+    assert not torch.equal(before, after) and torch.allclose(after, general.to_q(x, **call), atol=1e-5)
+
+
+@pytest.mark.parametrize("in_a_step", [False, True])
+def test_disabled_adapters_give_the_base_bit_for_bit(in_a_step):
+    model, x = fast_copy(adapted(Block(bias=True))), torch.randn(6, 12)
+    with WorkingCopies(model).for_one_step() if in_a_step else nullcontext():
+        live, base = model.to_q(x), model.to_q.base_layer(x)
+        with disabled(model):
+            assert torch.equal(model.to_q(x), base)
+        assert torch.equal(model.to_q(x), live) and not torch.equal(live, base)
+        if not in_a_step:
+            set_scale(model, 0.0)
+            assert torch.equal(model.to_q(x), base)
+            set_scale(model, 1.0)
+        model.to_q.enable_adapters(False)
+        assert torch.equal(model.to_q(x), base)
+
+
+def test_merged_and_unmerged_agree():
+    model, x = fast_copy(adapted(Block())), torch.randn(6, 12)
+    live = model.to_q(x)
+    model.to_q.merge()
+    assert torch.allclose(model.to_q(x), live, atol=1e-5)
+    model.to_q.unmerge()
+    assert torch.allclose(model.to_q(x), live, atol=1e-5)
+
+
+def test_autocast_to_another_dtype_than_the_weights_goes_the_general_way():
+    """`meta` is a device without autocast: it has shapes and no numbers."""
+    general = adapted(Block())
+    fast, x = fast_copy(general), torch.randn(6, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), general(x))
+    assert fast.to("meta")(torch.ones(6, 12, device="meta")).shape == (6, 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"lora_dropout": 0.1}, "dropout"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True, "mixer": "none", "init_lora_weights": True}, "bias"),
+        ("int8", "Linear8bitLt"),
+        ("trained", "trained"),
+        ("hooked", "hooks"),
+        ("convolutions", "Conv2d"),
+    ],
+)
+def test_what_cannot_be_fast_is_left_alone_and_reported(options, reason):
+    if options == "int8":
+        model = quantised("int8", torch.float32)
+    elif options == "convolutions":
+        layers = nn.ModuleDict({name: nn.Conv2d(2, 2, 1) for name in ("to_q", "to_k")})
+        model = adapted(layers, mixer="none")
+    else:
+        model = adapted(Block(bias=True), **(options if isinstance(options, dict) else {"mixer": "none"}))
+    for layer in adapter_layers(model).values():
+        if options == "trained":
+            layer.base_layer.requires_grad_(True)
+        elif options == "hooked":
+            layer.base_layer.register_forward_hook(lambda *_: None)
+    assert enable_fast_path(model) == 0
+    slow = slow_projections(model)
+    assert len(slow) == 2 and all(reason in text for text in slow.values())
+
+
+def quantised(kind: str, dtype: torch.dtype) -> nn.Module:
+    """Two adapted projections of widths that bitsandbytes takes, named as the quantisation wants them."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"transformer_blocks": Block(bias=True, widths=(64, 96))})
+    quantize(model.to(dtype).requires_grad_(False).train(), kind, dtype)
+    return adapted(model)
+
+
+def quantised_loss(model: nn.Module) -> torch.Tensor:
+    """Of bf16 or fp32 inputs, through x itself too: the first projection's input needs a gradient."""
+    block = model["transformer_blocks"]
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).to(compute_dtype(block.to_q.base_layer))
+    first = block.to_q(x)[:, :64].tanh()
+    return (block.to_k(first) * block.to_q(first)).float().square().sum()
+
+
+@pytest.mark.parametrize("on_copies", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_a_base_in_4_bit_gives_the_same_gradients(dtype, tolerance, on_copies):
+    general = quantised("nf4", dtype)
+    fast = copy.deepcopy(general)
+    assert enable_fast_path(fast) == 2 and not slow_projections(fast)
+    step = step_on_copies if on_copies else plain_step
+    assert_same(step(fast, [quantised_loss]), plain_step(general, [quantised_loss]), tolerance)
+    disable_fast_path(fast)
+    assert torch.equal(quantised_loss(fast), quantised_loss(general))
+
+
+def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():
+    model = adapted(Block())
+    keys, copies = list(model.state_dict()), None
+    enable_fast_path(model)
+    assert list(model.state_dict()) == keys and type(model.to_q) is FastLinear
+    copies = WorkingCopies(model)
+    disable_fast_path(model)
+    assert type(model.to_q) is not FastLinear and not slow_projections(model)
+    with copies.for_one_step() as step:
+        assert not step.batches
+
+
+KINDS = {
+    "learnt mixer": {},
+    "no mixer": {"mixer": "none", "lora_alpha": 1},
+    "frozen mixer": {"train_mixer": False, "rank_pattern": {"attn2.to_v": 1}},
+    "scale": {"lora_alpha": 1, "use_rslora": True},
+    "ranks and scales": {"rank_pattern": {"to_k": 5, "attn2.to_v": 1}, "alpha_pattern": {"to_q": 1}},
+    "convolutions": {"target_modules": ["to_q", "to_v", "conv1", "conv_shortcut"]},
+}
+
+
+def given(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_step(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tensor]:
+    """Gradients of the sum of losses, each with a backward pass of its own."""
+    for loss in losses:
+        loss(model).backward()
+    return given(model)
+
+
+def step_on_copies(model: nn.Module, losses: list[Callable], joint: bool = False) -> dict[str, torch.Tensor]:
+    with WorkingCopies(model, joint=joint).for_one_step() as copies:
+        assert not joint or any(batch.count > 1 for batch in copies.batches)
+        for loss in losses:
+            loss(model).backward()
+            copies.collect()
+    return given(model)
+
+
+@pytest.mark.parametrize("options", [KINDS["learnt mixer"], KINDS["no mixer"], KINDS["scale"]])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dtype, tolerance):
+    """In bf16 both round at the same places; sums over micro-batches are in fp32."""
+    plain = adapted(Block(), **options)
+    for layer in (plain.to_q, plain.to_k):
+        layer.base_layer.to(dtype)
+    enable_fast_path(plain)
+    fast = copy.deepcopy(plain)
+    inputs = [torch.randn(64, 12, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 2)]
+    losses = [lambda block, x=x: block(x).float().square().sum() for x in inputs]
+    assert_same(step_on_copies(fast, losses), plain_step(plain, losses), tolerance)
+    assert {p.dtype for p in fast.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do():
+    """A fused optimizer wants it so."""
+    for options in (KINDS["learnt mixer"], KINDS["no mixer"]):
+        model = fast_copy(adapted(Block(), **options))
+        step_on_copies(model, [lambda block: block(torch.ones(4, 12)).sum()])
+        assert all(p.grad.stride() == p.stride() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_layer_that_is_not_used_has_no_gradient():
+    model = fast_copy(adapted(Block()))
+    found = step_on_copies(model, [lambda block: block.to_q(torch.ones(4, 12)).sum()])
+    assert {name.split(".")[0] for name in found} == {"to_q"}
+
+
+def test_layers_of_the_general_path_and_calls_that_take_it_keep_their_gradients():
+    model = fast_copy(adapted(Block()))
+    x = torch.randn(4, 12)
+    wanted = {name: 2 * grad for name, grad in plain_step(copy.deepcopy(model), [lambda b: b(x).sum()]).items()}
+
+    def both_ways(block: Block) -> torch.Tensor:
+        names = {"adapter_names": ["default"] * 4}
+        return block(x).sum() + (block.to_q(x, **names).tanh() * block.to_k(x, **names)).sum()
+
+    assert_same(step_on_copies(model, [both_ways]), wanted, 1e-5)
+
+
+def test_the_product_is_made_once_for_all_micro_batches_and_recomputations(monkeypatch):
+    products = []
+    monkeypatch.setattr(MixerLinear, "product", lambda self: products.append(self))
+    model = adapted(tiny_unet()).train()
+    model.enable_gradient_checkpointing()
+    assert enable_fast_path(model)
+    step_on_copies(model, [unet_loss] * 2)
+    assert not products
+
+
+def test_an_adapter_that_moved_is_never_seen_as_it_was():
+    """After a step, after one that failed, and in the next one."""
+    model = fast_copy(adapted(Block()))
+    copies, x = WorkingCopies(model), torch.randn(6, 12)
+    with pytest.raises(ZeroDivisionError), copies.for_one_step():
+        raise ZeroDivisionError
+    for _ in range(2):
+        with torch.no_grad(), copies.for_one_step():
+            in_step = model.to_q(x)
+        assert torch.allclose(model.to_q(x), in_step, atol=1e-6)
+        with torch.no_grad():
+            model.to_q.lora_B["default"].up.mul_(2)
+        model.to_q.set_scale("default", 3)
+        assert not torch.allclose(model.to_q(x), in_step, atol=1e-3)
+    assert not any(layer.working for layer in adapter_layers(model).values())
+
+
+def test_layers_given_back_to_peft_are_left_alone():
+    model = fast_copy(adapted(Block()))
+    copies = WorkingCopies(model)
+    disable_fast_path(model)
+    with copies.for_one_step() as step:
+        assert not step.batches
+
+
+WORDS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
+
+
+class Pair(nn.Module):
+    """Self-attention and cross-attention of the same width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.cross = Attention(12, heads=2, dim_head=6), Attention(12, 12, heads=2, dim_head=6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cross(self.own(x), encoder_hidden_states=WORDS.to(x.dtype))
+
+
+def pair_loss(pair: nn.Module) -> torch.Tensor:
+    weight = pair.own.to_q.base_layer.weight
+    x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1))
+    return pair(x.to(weight.dtype)).float().square().sum()
+
+
+def joint_step(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tensor]:
+    return step_on_copies(model, losses, joint=True)
+
+
+STEPS = {"alone": plain_step, "on copies": step_on_copies, "joint": joint_step}
+CASES = [
+    *(("alone", kind, 1, False) for kind in ("learnt mixer", "no mixer", "frozen mixer", "scale")),
+    ("alone", "learnt mixer", 1, True),
+    *(("on copies", *case) for case in product(KINDS, (1, 2), (False, True))),
+    ("joint", "learnt mixer", 2, True),
+    ("joint", "no mixer", 2, False),
+    pytest.param("joint", "learnt mixer", 2, False, marks=pytest.mark.slow),
+    pytest.param("joint", "frozen mixer", 2, True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("step", "kind", "micro_batches", "recomputed"), CASES)
+def test_gradients_are_those_of_pefts_own_layers(step, kind, micro_batches, recomputed):
+    """In fp64, layers alone or in a step."""
+    general = adapted(tiny_unet().double(), **KINDS[kind]).double().train()
+    fast = copy.deepcopy(general)
+    linear = [layer for layer in adapter_layers(general).values() if isinstance(layer.base_layer, nn.Linear)]
+    assert enable_fast_path(fast) == len(linear) and unet_loss(fast).item() == pytest.approx(
+        unet_loss(general).item(), rel=1e-9
+    )
+    if recomputed:
+        fast.enable_gradient_checkpointing()
+    losses = [unet_loss, lambda unet: 3 * unet_loss(unet).sqrt()][:micro_batches]
+    assert_same(STEPS[step](fast, losses), plain_step(general, losses), 1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank_pattern": {"attn2.to_v": 1}}])
+def test_keys_and_values_of_a_text_whose_products_are_there(options):
+    """Together, and alone where the ranks differ."""
+    general = adapted(tiny_unet().double(), **options).double().train()
+    unet = tiny_unet().double()
+    unet.load_state_dict(tiny_unet().state_dict())
+    TextProducts(unet, torch.device("cpu"))
+    fast = adapted(unet, **options).double().train()
+    fast.load_state_dict(general.state_dict(), strict=False)
+    enable_fast_path(fast)
+    fast.enable_gradient_checkpointing()
+    losses = [unet_loss, lambda unet: 3 * unet_loss(unet).sqrt()]
+    assert_same(joint_step(fast, losses), plain_step(general, losses), 1e-8)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+def test_it_rounds_as_layers_alone_do(dtype, tolerance):
+    model = adapted(Pair())
+    for layer in model.modules():
+        if hasattr(layer, "base_layer"):
+            layer.base_layer.to(dtype)
+    enable_fast_path(model)
+    alone = copy.deepcopy(model)
+    assert_same(joint_step(model, [pair_loss]), plain_step(alone, [pair_loss]), tolerance)
+
+
+def storage_bytes(model: nn.Module) -> int:
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(storages.values())
+
+
+def test_weights_of_one_buffer_take_no_more_memory_and_are_the_same():
+    model = fast_copy(adapted(tiny_unet()))
+    before, size = copy.deepcopy(model.state_dict()), storage_bytes(model)
+    copies = WorkingCopies(model, joint=True)
+    assert copies.joints and storage_bytes(model) == size
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_models_that_share_their_weights_share_the_buffer():
+    base = tiny_unet()
+    lay_together(base, [path for path, _ in base.named_modules() if path.endswith(("to_q", "to_v"))])
+    size = storage_bytes(base)
+    models = [adapted(twin(base), target_modules=["to_q", "to_v"]) for _ in range(2)]
+    for model in models:
+        enable_fast_path(model)
+        assert WorkingCopies(model, joint=True).joints
+    frozen = [p for model in models for p in model.parameters() if not p.requires_grad]
+    assert sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in frozen}.values()) == size
+
+
+def test_layers_alone_and_in_another_order_are_right_too():
+    """A processor may give each projection another input, call it twice, or not at all."""
+    model = fast_copy(adapted(Attention(12, heads=2, dim_head=6)))
+    x, y = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
+    calls = [("to_v", x), ("to_k", x), ("to_k", x), ("to_q", y), ("to_k", x), ("to_q", y)]
+    wanted = [getattr(model, name)(value) for name, value in calls]
+    with WorkingCopies(model, joint=True).for_one_step() as step:
+        with torch.no_grad():
+            assert not model.to_q(x).requires_grad
+        seen = [getattr(model, name)(value) for name, value in calls]
+        torch.stack(seen).sum().backward()
+        step.collect()
+    for one, other in zip(seen, wanted, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    found = given(model)
+    model.zero_grad()
+    torch.stack(wanted).sum().backward()
+    assert_same(found, given(model), 1e-5)
+
+
+def test_a_layer_that_is_switched_off_is_the_base_beside_the_others():
+    model = fast_copy(adapted(Attention(12, heads=2, dim_head=6)))
+    x, live = torch.randn(2, 3, 12), [model.to_q, model.to_v]
+    wanted = [layer(x) for layer in live]
+    with WorkingCopies(model, joint=True).for_one_step():
+        model.to_k._disable_adapters = True
+        seen = [layer(x) for layer in (model.to_q, model.to_k, model.to_v)]
+        assert torch.equal(seen.pop(1), model.to_k.base_layer(x))
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(seen, wanted, strict=True))
+
+
+def test_weights_that_were_moved_or_cast_since_are_not_computed_from_the_old_ones():
+    model = fast_copy(adapted(Pair()))
+    copies = WorkingCopies(model, joint=True)
+    model.double()
+    with copies.for_one_step() as step:
+        assert all(batch.count == 1 for batch in step.batches) and not copies.joints
+        pair_loss(model).backward()
+        step.collect()
+    found = given(model)
+    model.zero_grad()
+    assert_same(found, plain_step(model, [pair_loss]), 1e-8)
+
+
+def test_it_is_for_devices_where_kernels_count():
+    """On a CPU the weights stay where they are: often mapped from the file."""
+    model = fast_copy(adapted(Pair()))
+    assert not WorkingCopies(model).joints
+    assert [len(joint.layers) for joint in WorkingCopies(model.to("meta")).joints] == [3, 2]
+
+
+def test_weights_in_4_bit_stay_apart():
+    """Packed numbers cannot be put below one another."""
+    model = nn.ModuleDict({"transformer_blocks": Attention(64, heads=2, dim_head=32)}).requires_grad_(False)
+    assert quantize(model, "nf4", torch.float32) == 4
+    assert enable_fast_path(adapted(model)) == 4
+    assert not WorkingCopies(model, joint=True).joints
+
+
+@pytest.mark.slow
+def test_a_compiled_block_is_one_graph():
+    """`fullgraph` raises where Python would have to step in."""
+    model = fast_copy(adapted(Pair()))
+    alone = plain_step(copy.deepcopy(model), [pair_loss])
+    model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    assert_same(joint_step(model, [pair_loss]), alone, 2e-6)

@@ -1,0 +1,337 @@
+"""LoRA files of other programs: what an honest one means in diffusers it means here, beside others too; one of somebody
+who means harm is refused in one line, or does no more than its LoRA."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+
+from dreambooth_moslora.adapters import lora_file
+from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
+from dreambooth_moslora.adapters.proof import BOUNDS, kohya_name, relative_difference
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from tests.adapters.test_moslora import shake
+from tests.adapters.test_moslora_models import PROJECTIONS
+from tests.generation.test_pipeline import differs, picture
+from tests.helpers.tiny_adapters import base_bytes, save_kohya_lora
+
+
+def loaded(subject, path, name="x"):
+    subject.load_adapter(path, name)
+    return subject
+
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def ours(base, **options):
+    """A fresh pipeline with moved adapters, and its components."""
+    pipeline = SubjectPipeline.from_base(base).pipeline
+    components = {name: getattr(pipeline, name) for name in PARTS}
+    for name, model in components.items():
+        targets = list(ATTENTION_PROJECTIONS) if name == "unet" else PROJECTIONS
+        inject(model, MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options))
+        shake(model)
+    return pipeline, components
+
+
+def save_published(base, folder, name=PUBLISHED_NAME, **options):
+    """Our own two files of an adapter; returns one."""
+    _, components = ours(base, **options)
+    publish(components, folder, "dog", adapter_metadata(components, base_id="tiny"))
+    return folder / name
+
+
+def save_peft(base, folder, **options):
+    """As diffusers writes it, with PEFT's settings in the header."""
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    config = LoraConfig(r=4, lora_alpha=9, target_modules=list(ATTENTION_PROJECTIONS), **options)
+    unet.add_adapter(config)
+    generator = torch.Generator().manual_seed(0)
+    state = {k: torch.randn(v.shape, generator=generator) * 0.3 for k, v in get_peft_model_state_dict(unet).items()}
+    own = {f"unet.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    header = {"lora_adapter_metadata": json.dumps(own, default=str)}
+    save_file({f"unet.{k}": v for k, v in state.items()}, folder / "x.safetensors", header)
+    return folder / "x.safetensors"
+
+
+def save_kohya(base, folder):
+    """With one alpha that is not the rank."""
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    tensors = load_file(save_kohya_lora(unet, folder / "x.safetensors"))
+    save_file({k: t * 0 + 3 if k.endswith("alpha") else t for k, t in tensors.items()}, folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+HONEST = {
+    "ours": save_published,
+    "ours for kohya": partial(save_published, name="dog.kohya.safetensors"),
+    "DoRA": partial(save_published, use_dora=True),
+    "several ranks": partial(save_published, rank_pattern={"to_k": 2, "attn1.to_v": 6}, alpha_pattern={"to_q": 3}),
+    "PEFT": save_peft,
+    "PEFT with patterns": partial(
+        save_peft,
+        use_rslora=True,
+        rank_pattern={"to_k": 2, "attn1.to_v": 6},
+        alpha_pattern={"attn1.to_q": 3, "to_q": 5, "^no": 1},
+    ),
+    "PEFT with biases": partial(save_peft, lora_bias=True),
+    "kohya": save_kohya,
+}
+
+
+@pytest.mark.parametrize("save", HONEST.values(), ids=HONEST)
+def test_an_honest_file_computes_what_diffusers_computes(save, tiny_base, subject, tmp_path):
+    """Also beside another adapter, and the base is as before when it has gone."""
+    file, stock = save(tiny_base, tmp_path), SubjectPipeline.from_base(tiny_base)
+    stock.pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    bare, before = picture(subject), base_bytes(subject.pipeline)
+    mine = picture(loaded(subject, file), adapters=(("x", 1.0),))
+    assert np.array_equal(mine, picture(stock)) and differs(mine, bare)
+    assert np.array_equal(picture(subject), bare)
+    subject.unload_adapter("x")
+    assert np.array_equal(picture(subject), bare) and base_bytes(subject.pipeline) == before
+
+
+def test_an_adapter_of_the_text_encoder_alone_works_beside_others(tiny_base, state, subject, tmp_path):
+    tensors = load_file(save_published(tiny_base, tmp_path))
+    save_file({k: t for k, t in tensors.items() if k.startswith("text_encoder.")}, tmp_path / "words.safetensors")
+    save_file(state, tmp_path / "dog.safetensors")
+    bare = picture(subject)
+    words = picture(loaded(subject, tmp_path / "words.safetensors", "words"), adapters=(("words", 1.0),))
+    dog = picture(loaded(subject, tmp_path / "dog.safetensors", "dog"), adapters=(("dog", 1.0),))
+    assert differs(words, bare) and differs(dog, words)
+    assert np.array_equal(picture(subject), bare)
+    assert np.array_equal(picture(subject, adapters=(("words", 1.0),)), words)
+    assert np.array_equal(picture(subject, adapters=(("dog", 1.0),)), dog)
+    fresh = loaded(SubjectPipeline.from_base(tiny_base), tmp_path / "dog.safetensors", "dog")
+    assert np.array_equal(picture(fresh, adapters=(("dog", 1.0),)), dog)
+
+
+def test_every_alpha_of_a_kohya_file_counts(tiny_base, subject, tmp_path):
+    """diffusers gives all attention projections the commonest one."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    tensors = load_file(save_kohya_lora(unet, tmp_path / "a.safetensors"))
+    folded = {}
+    for number, key in enumerate(k for k in list(tensors) if k.endswith(".alpha")):
+        up = key.replace(".alpha", ".lora_up.weight")
+        folded |= {key: tensors[key], up: tensors[up] * 2.0 ** (number % 3)}
+        tensors[key] = tensors[key] * 2.0 ** (number % 3)
+    save_file(tensors, tmp_path / "alphas.safetensors")
+    save_file(tensors | folded, tmp_path / "folded.safetensors")
+    for name in ("alphas", "folded"):
+        subject.load_adapter(tmp_path / f"{name}.safetensors")
+    assert not differs(*(picture(subject, adapters=((name, 1.0),)) for name in ("alphas", "folded")))
+
+
+QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def settings(**changes) -> dict[str, str]:
+    """The header in which diffusers keeps PEFT's settings, with some of them changed."""
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    own = {"r": 4, "lora_alpha": 4, "target_modules": targets} | changes
+    return {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in own.items()})}
+
+
+def with_part(key: str, tensor: torch.Tensor):
+    return lambda state: (state | {key: tensor}, None)
+
+
+def save_other(folder, state, change):
+    """The LoRA with other tensors, or, from a dict, with other settings in its header."""
+    tensors, header = (state, settings(**change)) if isinstance(change, dict) else change(state)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "x.safetensors", header)
+    return folder / "x.safetensors"
+
+
+def changed(**shapes):
+    """Parts of one layer, each with another shape or type."""
+    parts = {f"{QUERY}.{name}.weight": change for name, change in shapes.items()}
+    return lambda state: (state | {key: change(state[key]) for key, change in parts.items()}, None)
+
+
+REFUSED = {
+    "a weight of the base": with_part("unet.conv_out.weight", torch.ones(4, 8, 3, 3)),
+    "a wrapped weight of the base": with_part(f"{QUERY}.base_layer.weight", torch.ones(16, 16)),
+    "a wrapped bias": with_part(f"{QUERY.replace('to_q', 'to_out.0')}.base_layer.bias", torch.ones(16)),
+    "a LoRA in a LoRA": lambda state: (
+        state | {f"{QUERY}.base_layer.lora_{x}.weight": torch.ones(16, 16) for x in "AB"},
+        None,
+    ),
+    "a weight of a text encoder": with_part("text_encoder.embeddings.token_embedding.weight", torch.ones(4, 16)),
+    "a LoRA on a whole block": lambda state: (
+        state | {f"unet.mid_block.attentions.0.lora_{x}.weight": torch.ones(32, 32) for x in "AB"},
+        None,
+    ),
+    "a control LoRA": with_part("unet.lora_controlnet", torch.ones(1)),
+    "LoKr": with_part(f"{QUERY}.lokr_w1", torch.ones(4, 4)),
+    "a line break": with_part("unet.a\nb.lora_A.weight", torch.ones(4, 4)),
+    "OLoRA": {"init_lora_weights": "olora"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "fast PiSSA": {"init_lora_weights": "pissa_niter_1"},
+    "an alpha by expression": {"alpha_pattern": {"(.*)to_q": 7}},
+    "an alpha of no number": {"lora_alpha": float("nan")},
+    "an endless alpha": {"lora_alpha": 10**400},
+    "an alpha in words": {"lora_alpha": "four"},
+    "an alpha that is a list": {"alpha_pattern": {"to_q": [1]}},
+    "alphas in a list": {"alpha_pattern": ["to_q"]},
+    "a flag in words": {"use_rslora": "yes"},
+    "DoRA without magnitudes": {"use_dora": True},
+    "settings in a list": lambda state: (state, {"lora_adapter_metadata": "[1]"}),
+    "settings without a floor": lambda state: (state, {"lora_adapter_metadata": "[" * 100_000}),
+    "four dimensions on a linear layer": changed(**dict.fromkeys(("lora_A", "lora_B"), lambda t: t[..., None, None])),
+    "a magnitude of another length": with_part(f"{QUERY}.lora_magnitude_vector", torch.ones(7)),
+    "a bias of another length": with_part(f"{QUERY}.lora_B.bias", torch.ones(7)),
+    "rank 0": changed(lora_A=lambda t: t[:0], lora_B=lambda t: t[:, :0]),
+    "whole numbers": changed(lora_A=lambda t: t.int()),
+    "eight bits": changed(lora_A=lambda t: t.to(torch.float8_e4m3fn)),
+}
+DRAWN = ("a weight of the base", "a wrapped bias", "OLoRA", "a LoRA in a LoRA")
+"""After these, pictures are drawn too."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_hostile_file_is_refused_in_one_line_and_nothing_has_changed(name, state, subject, tmp_path):
+    others = {}
+    if name in DRAWN:
+        save_file(state, tmp_path / "good.safetensors")
+        others = {(): picture(subject)}
+        loaded(subject, tmp_path / "good.safetensors", "good")
+        others[("good", 1.0),] = picture(subject, adapters=(("good", 1.0),))
+    before, known = base_bytes(subject.pipeline), (list(subject.adapters), subject.pipeline.get_list_adapters())
+    with pytest.raises(UserError) as error:
+        subject.load_adapter(save_other(tmp_path, state, REFUSED[name]))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert (list(subject.adapters), subject.pipeline.get_list_adapters()) == known
+    assert base_bytes(subject.pipeline) == before
+    for adapters, drawn in others.items():
+        assert np.array_equal(picture(subject, adapters=adapters), drawn)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ".*to_q"},
+        {"rank_pattern": {"(.*)to_q": 7}},
+        {"modules_to_save": ["conv_out"]},
+        {"nobody": {"knows": ["this"]}},
+        {"runtime_config": 3, "peft_type": "LOHA", "megatron_config": {"a": 1}},
+    ],
+    ids=["targets by expression", "ranks by expression", "whole modules", "unknown settings", "an attack on a class"],
+)
+def test_other_settings_of_a_file_do_not_reach_peft(changes, state, subject, tmp_path):
+    save_file(state, tmp_path / "plain.safetensors")
+    plain, bare = picture(loaded(subject, tmp_path / "plain.safetensors"), adapters=(("x", 1.0),)), picture(subject)
+    before = base_bytes(subject.pipeline)
+    loaded(subject, save_other(tmp_path, state, changes), "settings")
+    config = subject.pipeline.unet.peft_config[subject.adapters["settings"].key]
+    assert isinstance(config.target_modules, set) and not config.rank_pattern and config.modules_to_save is None
+    assert all(any(f"{name}." in key for key in state) for name in config.target_modules)
+    assert np.array_equal(picture(subject, adapters=(("settings", 1.0),)), plain)
+    assert np.array_equal(picture(subject), bare) and base_bytes(subject.pipeline) == before
+
+
+def test_a_failure_half_way_takes_out_what_was_in(tiny_base, subject, tmp_path, monkeypatch):
+    file = save_published(tiny_base, tmp_path)
+
+    def fail(*_, **__):
+        raise RuntimeError("no\nmemory")
+
+    before, bare = base_bytes(subject.pipeline), picture(subject)
+    with monkeypatch.context() as patch:
+        patch.setattr(subject.pipeline, "load_lora_into_unet", fail)  # the text encoders come before it
+        with pytest.raises(UserError, match="could not be put into the base: no memory"):
+            subject.load_adapter(file)
+    assert not subject.adapters and not any(subject.pipeline.get_list_adapters().values())
+    assert base_bytes(subject.pipeline) == before and np.array_equal(picture(subject), bare)
+    assert differs(picture(loaded(subject, file), adapters=(("x", 1.0),)), bare)
+
+
+def test_a_file_with_more_alphas_than_any_trainer_writes_is_refused(state, subject, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora_file, "MOST_VALUES", 1)
+    with pytest.raises(UserError, match="more than 1 different ranks or alphas"):
+        subject.load_adapter(save_other(tmp_path, state, {"alpha_pattern": {"to_q": 7}}))
+
+
+def changes(pipeline) -> dict[str, torch.Tensor]:
+    """`component.path` -> W' − W of every adapted layer, as PEFT merges it."""
+    found = {}
+    for component in PARTS:
+        for path, layer in getattr(pipeline, component).named_modules():
+            if isinstance(layer, LoraLayer):
+                before = layer.get_base_layer().weight.detach().clone()
+                layer.merge()
+                found[f"{component}.{path}"] = layer.get_base_layer().weight.detach() - before
+    return found
+
+
+def worst(base, file, wanted) -> float:
+    """Of a file and the changes that it should make."""
+    subject = SubjectPipeline.from_base(base)
+    subject.activate(((subject.load_adapter(file), 1.0),))
+    found = changes(subject.pipeline)
+    assert found.keys() == wanted.keys() and found
+    return max(relative_difference(found[name], change) for name, change in wanted.items())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, BOUNDS[torch.float16])])
+def test_a_trained_dora_comes_back_from_both_files(dtype, bound, tiny_base, tmp_path):
+    pipeline, components = ours(tiny_base, use_dora=True)
+    publish(components, tmp_path, "dog", adapter_metadata(components, base_id="tiny"), dtype)
+    assert ", DoRA, PEFT keys" in describe(tmp_path / PUBLISHED_NAME)["kind"]
+    wanted = changes(pipeline)
+    for file in (PUBLISHED_NAME, "dog.kohya.safetensors"):
+        assert worst(tiny_base, tmp_path / file, wanted) < bound
+
+
+def other_program_s(base, file, shape=(-1, 1)) -> dict[str, torch.Tensor]:
+    """A file as LyCORIS writes it, alpha apart from the rank, and the changes W' − W that its definition gives:
+    W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ for each row, as LyCORIS merges it and as PEFT does."""
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    tensors, wanted = load_file(save_kohya_lora(unet, file, size=0.2)), {}
+    generator = torch.Generator().manual_seed(2)
+    for path, module in unet.named_modules():
+        name = kohya_name("unet", path)
+        if f"{name}.alpha" not in tensors:
+            continue
+        weight = module.weight.detach()
+        tensors[f"{name}.alpha"] = torch.tensor(3.0)
+        moved = weight + 3 / 4 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
+        size = weight.norm(dim=1, keepdim=True) * (1 + 0.3 * torch.rand(len(weight), 1, generator=generator))
+        tensors[f"{name}.dora_scale"] = size if shape == (-1, 1) else torch.ones(1, weight.shape[1])
+        wanted[f"unet.{path}"] = size * moved / moved.norm(dim=1, keepdim=True) - weight
+    save_file(tensors, file)
+    return wanted
+
+
+def test_another_program_s_dora_is_what_its_definition_says(tiny_base, tmp_path):
+    wanted = other_program_s(tiny_base, tmp_path / "x.safetensors")
+    assert describe(tmp_path / "x.safetensors")["kind"] == "DoRA, kohya keys"
+    assert worst(tiny_base, tmp_path / "x.safetensors", wanted) < 1e-5
+
+
+def test_dora_by_columns_is_refused_in_one_line(tiny_base, subject, tmp_path):
+    """So is DoRA for some layers alone."""
+    file = tmp_path / "x.safetensors"
+    other_program_s(tiny_base, file, shape=(1, -1))
+    assert "DoRA by columns, which is not read" in describe(file)["kind"]
+    with pytest.raises(UserError, match=r"x.safetensors holds DoRA by the columns of W \(lora_unet.*dora_scale \(1, "):
+        subject.load_adapter(file)
+    other_program_s(tiny_base, file)
+    tensors = load_file(file)
+    del tensors[next(key for key in tensors if key.endswith(".dora_scale"))]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="holds DoRA for some layers of its unet alone"):
+        subject.load_adapter(file)
