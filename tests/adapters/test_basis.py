@@ -37,6 +37,7 @@ from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RunDir
 from dreambooth_moslora.generation.pipeline import MixersOnBases
+from tests.adapters.test_fast_linear import unet_loss
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import tiny_unet
 
@@ -108,11 +109,8 @@ def test_the_mixers_alone_learn_and_the_fast_path_gives_pefts_gradients(basis):
     assert names and all(name.endswith(".lora_B.mixer") for name in names)
     assert enable_fast_path(fast)
     for unet in (slow, fast):
-        generator = torch.Generator().manual_seed(3)
-        noise, text = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 7, 48)))
-        added = {"text_embeds": torch.ones(2, 32), "time_ids": torch.full((2, 6), 64.0)}
         with WorkingCopies(unet).for_one_step() as copies:
-            unet(noise, 300, text, added_cond_kwargs=added).sample.square().mean().backward()
+            unet_loss(unet).backward()
             copies.collect()
     for (name, one), (_, other) in zip(adapter_parameters(slow), adapter_parameters(fast), strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-7), name
@@ -191,20 +189,17 @@ def test_a_raw_file_is_a_basis_for_its_own_layers_and_ranks(basis, tmp_path):
     own, there = ({p: matrices_of(x, "default") for p, x in adapter_layers(u).items()} for u in (unet, twin))
     assert all(torch.equal(own[p].down, there[p].down) and torch.equal(own[p].up, there[p].up) for p in own)
     assert not any(matrices.mixer.any() for matrices in there.values())
-    path = next(iter(own))
-    with pytest.raises(UserError, match=r"basis\.safetensors has rank 4 in .*, not 2"):
-        found.layer(path, 2)
-    with pytest.raises(UserError, match=r"basis\.safetensors has no layer nowhere"):
-        found.layer("nowhere", 4)
-    narrow = OwnBasis(tiny_unet())
+    narrow, twin, path = OwnBasis(tiny_unet()), tiny_unet(), next(iter(own))
     narrow.weights = {name: weight[:, 1:] for name, weight in narrow.weights.items() if weight.ndim > 1}
-    with pytest.raises(UserError, match="made for another base"):
-        put_basis(narrow, twin)
-    twin = tiny_unet()
-    with pytest.raises(UserError, match="another base: it has no layer nowhere"):
-        SwappedMixers(twin, basis, {"nowhere": 4}, "basis")
-    with pytest.raises(UserError, match="made for another base"):
-        SwappedMixers(twin, narrow, {path: 4}, "basis")
+    for call, said in (
+        (lambda: found.layer(path, 2), r"basis\.safetensors has rank 4 in .*, not 2"),
+        (lambda: found.layer("nowhere", 4), r"basis\.safetensors has no layer nowhere"),
+        (lambda: put_basis(narrow, on_basis(basis, seed=2)), "made for another base"),
+        (lambda: SwappedMixers(twin, basis, {"nowhere": 4}, "basis"), "another base: it has no layer nowhere"),
+        (lambda: SwappedMixers(twin, narrow, {path: 4}, "basis"), "made for another base"),
+    ):
+        with pytest.raises(UserError, match=said):
+            call()
     assert not getattr(twin, "peft_config", {})
 
 

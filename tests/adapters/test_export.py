@@ -1,18 +1,18 @@
 """Published files: proved, in full fp32, refused when broken; and the mistakes that must not pass."""
 
-import copy
 import json
 from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
 from benchmarks.sdxl_structure import count
 from dreambooth_moslora.adapters import export, moslora, proof
-from dreambooth_moslora.adapters.describe import reduce_layers
+from dreambooth_moslora.adapters.describe import describe, reduce_layers
 from dreambooth_moslora.adapters.export import load_published, publish
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank
@@ -20,7 +20,7 @@ from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, a
 from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
-from tests.helpers.live_adapters import facts_of, live
+from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live
 from tests.helpers.tiny import tiny_unet
 
 KOHYA = "dog.kohya.safetensors"
@@ -50,6 +50,42 @@ def header_of(file) -> dict[str, str]:
         return opened.metadata()
 
 
+@pytest.mark.parametrize("kind", ["orthogonal", "none"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"conv1": 2}}], ids=str)
+def test_an_untouched_diffusers_computes_the_live_output_of_convolutions(kind, options, tmp_path):
+    components, generator = live(mixer=kind, target_modules=CONVOLUTIONS, **options), torch.Generator().manual_seed(4)
+    found = published(components, tmp_path)
+    assert found.max_relative_difference < 1e-6
+    words, text, latents = (torch.randn(s, generator=generator) for s in ((1, 7, 48), (1, 32), (1, 4, 8, 8)))
+    added = {"text_embeds": text, "time_ids": torch.zeros(1, 6)}
+    for file in found.files:
+        nets = loaded_by_diffusers(tiny_unet(), tmp_path / file), components["unet"], tiny_unet()
+        with torch.no_grad():
+            seen, wanted, bare = (net.eval()(latents, 300, words, added_cond_kwargs=added).sample for net in nets)
+        assert (seen - wanted).norm() <= BOUND * (wanted - bare).norm()
+
+
+def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
+    """The same whether pictures or channels come first in memory. A lower rank keeps the share that was asked for."""
+    components = live(target_modules=CONVOLUTIONS)
+    published(components, tmp_path)
+    path = next(p for p in adapter_layers(components["unet"]) if p.endswith("conv1"))
+    diffusers, kohya = (load_file(tmp_path / name) for name in (PUBLISHED_NAME, KOHYA))
+    down, up = diffusers[f"unet.{path}.lora_A.weight"], diffusers[f"unet.{path}.lora_B.weight"]
+    assert down.shape[2:] == (3, 3) and up.shape[2:] == (1, 1)
+    assert torch.equal(kohya[f"{proof.kohya_name('unet', path)}.lora_down.weight"], down)
+    assert torch.equal(kohya[f"{proof.kohya_name('unet', path)}.lora_up.weight"], up)
+    components["unet"].to(memory_format=torch.channels_last)
+    published(components, tmp_path / "b")
+    again = load_file(tmp_path / "b" / PUBLISHED_NAME)
+    assert all(torch.equal(diffusers[key], again[key]) for key in diffusers)
+    smaller = published(components, tmp_path, keep=0.9)
+    assert 0.9 <= smaller.kept < 1 and smaller.rank_sum < 4 * smaller.projections
+    assert smaller.max_relative_difference < 1e-6
+    described = describe(tmp_path / PUBLISHED_NAME)
+    assert len(described["ranks"]) > 1 and described["effective_rank_median"] > 1
+
+
 def test_the_proof_names_its_files_and_is_near(dog):
     folder, _, found = dog
     assert found.files == (PUBLISHED_NAME, KOHYA) and all((folder / f).is_file() for f in found.files)
@@ -74,14 +110,19 @@ def test_files_of_the_first_steps_keep_their_bound(dtype, options, tmp_path):
     assert types == {dtype}
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"to_k": 2, "attn1.to_v": 6}, "alpha_pattern": {"to_q": 3}}]
+)
 def test_the_header_of_a_folded_file_says_alpha_equal_to_the_rank(options, tmp_path):
-    components = live(**options)
+    """Matrices of lower ranks are filled up with zeros."""
+    components, rank = live(**options), 6 if "rank_pattern" in options else 4
     assert facts_of(components).alpha == 11
     published(components, tmp_path)
     for name in (PUBLISHED_NAME, KOHYA):
         told = AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
         assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
+    tensors = load_file(tmp_path / PUBLISHED_NAME)
+    assert {tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key} == {rank}
 
 
 def test_the_scale_of_the_moment_is_not_published(tmp_path):
@@ -159,44 +200,44 @@ def test_every_kohya_alpha_is_the_rank_and_every_module_is_there(dog):
 
 
 def test_the_kohya_header_says_what_the_tools_show(dog):
+    """And no file tells where it was made."""
     header = header_of(dog[0] / KOHYA)
     assert header["modelspec.title"] == header["ss_output_name"] == "dog"
     assert header["modelspec.trigger_phrase"] == "sks dog" and header["modelspec.architecture"].endswith("/lora")
     assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
     assert header["modelspec.resolution"] == "1024x1024"
-
-
-def test_no_file_tells_where_it_was_made(dog, tmp_path):
-    assert facts_of(live(), base_id=tmp_path / "private" / "toy-sdxl").base_id == "toy-sdxl"
+    assert facts_of(dog[1], base_id=dog[0] / "private" / "toy-sdxl").base_id == "toy-sdxl"
     for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
         text = json.dumps(header_of(dog[0] / file))
-        assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(tmp_path)))
+        assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(dog[0].parent)))
 
 
 def test_nan_and_merged_adapters_are_not_saved(tmp_path):
-    """NaN is named before a rank reduction stumbles over it."""
+    """NaN is named before a rank reduction stumbles over it. Nor is PEFT's own DoRA on a convolution."""
     components = live(target_modules=["attn1.to_q"])
     layer = next(iter(adapter_layers(components["unet"]).values()))
+    unet = tiny_unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"], use_dora=True), "default")
+    facts, folder = facts_of(components), tmp_path / "none"
+
+    def refused(said, components):
+        for save in (
+            partial(save_raw, components, folder / RAW_NAME, facts),
+            partial(publish, components, folder, "dog", facts),
+            partial(publish, components, folder, "dog", facts, keep=0.9),
+        ):
+            with pytest.raises(UserError, match=said):
+                save()
+
+    refused("conv1 is a convolution with DoRA, which cannot be saved here", {"unet": unet})
     layer.merge()
     with pytest.raises(UserError, match="merged into the base"):
-        published(components, tmp_path)
+        publish(components, folder, "dog", facts)
     layer.unmerge()
-    facts = facts_of(components)
     for value in (float("inf"), float("nan")):
         layer.lora_A["default"].weight.data[0, 0] = value
-        for save in (
-            partial(save_raw, components, tmp_path / RAW_NAME, facts),
-            partial(published, components, tmp_path),
-            partial(published, components, tmp_path, keep=0.9),
-        ):
-            with pytest.raises(UserError, match="NaN or infinite"):
-                save()
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_adapter_that_has_not_learnt_yet_can_be_published(tmp_path):
-    unet = inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))
-    assert publish({"unet": unet}, tmp_path, "dog", facts_of({"unet": unet})).max_relative_difference == 0
+        refused("NaN or infinite", components)
+    assert not folder.exists() or not list(folder.iterdir())
 
 
 def test_rank_reduction_is_the_best_there_is():
@@ -221,23 +262,8 @@ def test_keep_publishes_smaller_files_that_are_proved_too(tmp_path):
     assert len(ranks) > 1 and again.rank in ranks and set(again.ranks.values()) | {again.rank} == ranks
     with pytest.raises(UserError, match=r"keep=1.5"):
         published(components, tmp_path / "no", keep=1.5)
-
-
-def test_published_files_change_the_pipeline_as_the_adapter_does(tmp_path):
-    """End to end on the UNet, with ranks that differ: what a person sees, without our proof."""
-    components = live(rank_pattern={"to_k": 2, "attn1.to_v": 6}, alpha_pattern={"to_q": 3})
-    publish(components, tmp_path, "dog", facts_of(components))
-    assert {t.shape[0] for k, t in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_A." in k} == {6}
-    base = tiny_unet().eval()
-    added = {"text_embeds": torch.ones(1, 32), "time_ids": torch.ones(1, 6)}
-
-    def seen(unet) -> torch.Tensor:
-        return unet(torch.ones(1, 4, 8, 8), 10, torch.ones(1, 7, 48), added_cond_kwargs=added).sample.detach()
-
-    wanted = seen(components["unet"].eval())
-    assert not torch.allclose(seen(base), wanted, atol=1e-3)
-    for file in (PUBLISHED_NAME, KOHYA):
-        assert torch.allclose(seen(loaded_by_diffusers(copy.deepcopy(base), tmp_path / file)), wanted, atol=1e-5)
+    fresh = {"unet": inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))}
+    assert published(fresh, tmp_path / "fresh").max_relative_difference == 0, "it has not learnt yet"
 
 
 COARSEST = {
@@ -253,49 +279,34 @@ def precisions() -> list[str]:
 
 
 @pytest.fixture
-def coarse():
+def coarse(monkeypatch):
     """Products and convolutions of GPU and CPU as coarse as PyTorch lets them be."""
-    before = precisions()
     for setting, precision in COARSEST.items():
-        setting.fp32_precision = precision
-    yield
-    for setting, precision in zip(COARSEST, before, strict=True):
-        setting.fp32_precision = precision
+        monkeypatch.setattr(setting, "fp32_precision", precision)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.9])
 def test_every_comparison_is_in_full_fp32_and_the_settings_come_back(keep, coarse, monkeypatch, tmp_path):
-    found, compare = [], proof.relative_difference
+    """Also after a refusal."""
+    found, compare, components = [], proof.relative_difference, live()
     monkeypatch.setattr(proof, "relative_difference", lambda *two: found.append(precisions()) or compare(*two))
-    published(live(), tmp_path, keep=keep)
+    published(components, tmp_path, keep=keep)
     assert found and all(each == ["ieee"] * 4 for each in found)
     assert precisions() == list(COARSEST.values())
-
-
-def test_the_settings_come_back_after_a_refusal(coarse):
-    components = live()
     reduced = {name: torch.zeros(1) for name in proof.all_layers(components, "default")}
     with pytest.raises(UserError, match="reduced in rank"):
         proof.check_reduction(components, "default", reduced, keep=0.9)
     assert precisions() == list(COARSEST.values())
 
 
-@pytest.fixture
-def older_switches():
+@pytest.mark.parametrize("allowed", [(True, True), (False, False), (True, False), (False, True)])
+def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, monkeypatch):
     """PyTorch raises on reading one of them where the newer settings contradict it."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
-    yield switches
-    for switch, allowed in zip(switches, before, strict=True):
-        switch.allow_tf32 = allowed
-
-
-@pytest.mark.parametrize("allowed", [(True, True), (False, False), (True, False), (False, True)])
-def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, older_switches):
-    for switch, value in zip(older_switches, allowed, strict=True):
-        switch.allow_tf32 = value
+    for switch, value in zip(switches, allowed, strict=True):
+        monkeypatch.setattr(switch, "allow_tf32", value)
     before = precisions()
     with proof.full_fp32():
-        assert [switch.allow_tf32 for switch in older_switches] == [False, False]
+        assert [switch.allow_tf32 for switch in switches] == [False, False]
         assert precisions() == ["ieee"] * 4
-    assert tuple(switch.allow_tf32 for switch in older_switches) == allowed and precisions() == before
+    assert tuple(switch.allow_tf32 for switch in switches) == allowed and precisions() == before

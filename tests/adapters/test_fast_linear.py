@@ -1,4 +1,5 @@
-"""The fast path is PEFT's own forward, cheaper: layers alone, on a step's working copies, and q, k and v together."""
+"""The fast path is PEFT's own forward, cheaper: layers alone, on a step's working copies, q, k and v together, and
+several adapters on one base in one batch."""
 
 import copy
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from torch import nn
+from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.fast_linear import (
     FastLinear,
@@ -21,7 +22,7 @@ from dreambooth_moslora.adapters.fast_linear import (
 from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, disabled, inject, set_scale
 from dreambooth_moslora.base.load import TextProducts, quantize
-from dreambooth_moslora.extras.cluster.stacked_adapters import twin
+from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
 from dreambooth_moslora.settings.table import MIXERS
 from tests.helpers.layer_figures import slow_projections
 from tests.helpers.tiny import tiny_unet
@@ -57,13 +58,6 @@ def adapted(model: nn.Module, adapter_name: str = "default", **options) -> nn.Mo
     return randomize(inject(model, config, adapter_name))
 
 
-def gradients(model: nn.Module, run) -> dict[str, torch.Tensor]:
-    """Gradients of the trained parameters for the scalar that `run(model)` returns."""
-    model.zero_grad()
-    run(model).backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
 def assert_same(fast: dict[str, torch.Tensor], general: dict[str, torch.Tensor], tolerance: float) -> None:
     assert fast.keys() == general.keys() and fast
     for name, expected in general.items():
@@ -96,33 +90,21 @@ def fast_copy(model: nn.Module) -> nn.Module:
     return fast
 
 
-def test_the_gradient_of_the_input_is_not_computed_where_nothing_needs_it():
-    model, x = fast_copy(adapted(Block())), torch.randn(4, 12)
-    model(x).sum().backward()
-    assert x.grad is None and model.to_q.lora_A["default"].weight.grad is not None
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_base_with_fp32_masters_is_as_exact_as_the_general_path(autocast):
     """Against fp64 truth: error of output and gradients at most 1.5 times that of PEFT's forward."""
     torch.manual_seed(1)
-    truth = adapted(Block()).double()
-    x = torch.randn(64, 12)
+    truth, x = adapted(Block()).double(), torch.randn(64, 12)
 
     def run(model: nn.Module) -> torch.Tensor:
         weight = model.to_q.base_layer.weight
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and weight.dtype == torch.bfloat16):
             return model(x.to(weight.dtype)).double().square().mean()
 
-    def bf16_base() -> nn.Module:
-        model = copy.deepcopy(truth).float()
-        for layer in (model.to_q, model.to_k):
-            layer.base_layer.bfloat16()
-        return model
-
-    general, fast = bf16_base(), bf16_base()
-    enable_fast_path(fast)
-    expected, seen_general, seen_fast = (gradients(m, run) for m in (truth, general, fast))
+    general = copy.deepcopy(truth).float()
+    for layer in (general.to_q, general.to_k):
+        layer.base_layer.bfloat16()
+    expected, seen_general, seen_fast = (plain_step(m, [run]) for m in (truth, general, fast_copy(general)))
     for name, value in expected.items():
         assert seen_fast[name].dtype == torch.float32
         error, allowed = (seen_fast[name] - value).norm(), (seen_general[name] - value).norm()
@@ -183,21 +165,18 @@ def test_disabled_adapters_give_the_base_bit_for_bit(in_a_step):
         with disabled(model):
             assert torch.equal(model.to_q(x), base)
         assert torch.equal(model.to_q(x), live) and not torch.equal(live, base)
-        if not in_a_step:
-            set_scale(model, 0.0)
-            assert torch.equal(model.to_q(x), base)
-            set_scale(model, 1.0)
         model.to_q.enable_adapters(False)
         assert torch.equal(model.to_q(x), base)
 
 
-def test_merged_and_unmerged_agree():
-    model, x = fast_copy(adapted(Block())), torch.randn(6, 12)
+def test_merged_and_unmerged_agree_and_scale_zero_is_the_base():
+    model, x = fast_copy(adapted(Block(bias=True))), torch.randn(6, 12)
     live = model.to_q(x)
-    model.to_q.merge()
-    assert torch.allclose(model.to_q(x), live, atol=1e-5)
-    model.to_q.unmerge()
-    assert torch.allclose(model.to_q(x), live, atol=1e-5)
+    for change in (model.to_q.merge, model.to_q.unmerge):
+        change()
+        assert torch.allclose(model.to_q(x), live, atol=1e-5)
+    set_scale(model, 0.0)
+    assert torch.equal(model.to_q(x), model.to_q.base_layer(x))
 
 
 def test_autocast_to_another_dtype_than_the_weights_goes_the_general_way():
@@ -209,31 +188,28 @@ def test_autocast_to_another_dtype_than_the_weights_goes_the_general_way():
     assert fast.to("meta")(torch.ones(6, 12, device="meta")).shape == (6, 20)
 
 
+def block(change=lambda layer: None, **options) -> nn.Module:
+    """Two adapted projections with biases, their base layers changed."""
+    model = adapted(Block(bias=True), **options)
+    for layer in adapter_layers(model).values():
+        change(layer.base_layer)
+    return model
+
+
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("make", "reason"),
     [
-        ({"lora_dropout": 0.1}, "dropout"),
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True, "mixer": "none", "init_lora_weights": True}, "bias"),
-        ("int8", "Linear8bitLt"),
-        ("trained", "trained"),
-        ("hooked", "hooks"),
-        ("convolutions", "Conv2d"),
+        (lambda: block(lora_dropout=0.1), "dropout"),
+        (lambda: block(use_dora=True), "DoRA"),
+        (lambda: block(lora_bias=True, mixer="none", init_lora_weights=True), "bias"),
+        (lambda: block(lambda base: base.requires_grad_(True)), "trained"),
+        (lambda: block(lambda base: base.register_forward_hook(lambda *_: None)), "hooks"),
+        (lambda: adapted(nn.ModuleDict({name: nn.Conv2d(2, 2, 1) for name in ("to_q", "to_k")})), "Conv2d"),
+        (lambda: quantised("int8", torch.float32), "Linear8bitLt"),
     ],
 )
-def test_what_cannot_be_fast_is_left_alone_and_reported(options, reason):
-    if options == "int8":
-        model = quantised("int8", torch.float32)
-    elif options == "convolutions":
-        layers = nn.ModuleDict({name: nn.Conv2d(2, 2, 1) for name in ("to_q", "to_k")})
-        model = adapted(layers, mixer="none")
-    else:
-        model = adapted(Block(bias=True), **(options if isinstance(options, dict) else {"mixer": "none"}))
-    for layer in adapter_layers(model).values():
-        if options == "trained":
-            layer.base_layer.requires_grad_(True)
-        elif options == "hooked":
-            layer.base_layer.register_forward_hook(lambda *_: None)
+def test_what_cannot_be_fast_is_left_alone_and_reported(make, reason):
+    model = make()
     assert enable_fast_path(model) == 0
     slow = slow_projections(model)
     assert len(slow) == 2 and all(reason in text for text in slow.values())
@@ -269,7 +245,7 @@ def test_a_base_in_4_bit_gives_the_same_gradients(dtype, tolerance, on_copies):
 
 def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():
     model = adapted(Block())
-    keys, copies = list(model.state_dict()), None
+    keys = list(model.state_dict())
     enable_fast_path(model)
     assert list(model.state_dict()) == keys and type(model.to_q) is FastLinear
     copies = WorkingCopies(model)
@@ -295,6 +271,7 @@ def given(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def plain_step(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tensor]:
     """Gradients of the sum of losses, each with a backward pass of its own."""
+    model.zero_grad()
     for loss in losses:
         loss(model).backward()
     return given(model)
@@ -324,18 +301,15 @@ def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dty
     assert {p.dtype for p in fast.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_gradients_lie_in_memory_as_their_parameters_do():
-    """A fused optimizer wants it so."""
+def test_a_layer_that_is_not_used_has_no_gradient():
+    """Nor an input that needs none. Gradients lie in memory as their parameters do: a fused optimizer wants it so."""
+    x = torch.ones(4, 12)
     for options in (KINDS["learnt mixer"], KINDS["no mixer"]):
         model = fast_copy(adapted(Block(), **options))
-        step_on_copies(model, [lambda block: block(torch.ones(4, 12)).sum()])
+        found = step_on_copies(model, [lambda block: block.to_q(x).sum()])
+        assert {name.split(".")[0] for name in found} == {"to_q"} and x.grad is None
+        step_on_copies(model, [lambda block: block(x).sum()])
         assert all(p.grad.stride() == p.stride() for p in model.parameters() if p.requires_grad)
-
-
-def test_a_layer_that_is_not_used_has_no_gradient():
-    model = fast_copy(adapted(Block()))
-    found = step_on_copies(model, [lambda block: block.to_q(torch.ones(4, 12)).sum()])
-    assert {name.split(".")[0] for name in found} == {"to_q"}
 
 
 def test_layers_of_the_general_path_and_calls_that_take_it_keep_their_gradients():
@@ -468,12 +442,20 @@ def storage_bytes(model: nn.Module) -> int:
 
 
 def test_weights_of_one_buffer_take_no_more_memory_and_are_the_same():
+    """It is for devices where kernels count: on a CPU the weights stay where they are, often mapped from the file.
+    Packed numbers of 4 bits cannot be put below one another."""
     model = fast_copy(adapted(tiny_unet()))
     before, size = copy.deepcopy(model.state_dict()), storage_bytes(model)
     copies = WorkingCopies(model, joint=True)
     assert copies.joints and storage_bytes(model) == size
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    pair = fast_copy(adapted(Pair()))
+    assert not WorkingCopies(pair).joints
+    assert [len(joint.layers) for joint in WorkingCopies(pair.to("meta")).joints] == [3, 2]
+    packed = nn.ModuleDict({"transformer_blocks": Attention(64, heads=2, dim_head=32)}).requires_grad_(False)
+    assert quantize(packed, "nf4", torch.float32) == 4 == enable_fast_path(adapted(packed))
+    assert not WorkingCopies(packed, joint=True).joints
 
 
 def test_models_that_share_their_weights_share_the_buffer():
@@ -532,21 +514,6 @@ def test_weights_that_were_moved_or_cast_since_are_not_computed_from_the_old_one
     assert_same(found, plain_step(model, [pair_loss]), 1e-8)
 
 
-def test_it_is_for_devices_where_kernels_count():
-    """On a CPU the weights stay where they are: often mapped from the file."""
-    model = fast_copy(adapted(Pair()))
-    assert not WorkingCopies(model).joints
-    assert [len(joint.layers) for joint in WorkingCopies(model.to("meta")).joints] == [3, 2]
-
-
-def test_weights_in_4_bit_stay_apart():
-    """Packed numbers cannot be put below one another."""
-    model = nn.ModuleDict({"transformer_blocks": Attention(64, heads=2, dim_head=32)}).requires_grad_(False)
-    assert quantize(model, "nf4", torch.float32) == 4
-    assert enable_fast_path(adapted(model)) == 4
-    assert not WorkingCopies(model, joint=True).joints
-
-
 @pytest.mark.slow
 def test_a_compiled_block_is_one_graph():
     """`fullgraph` raises where Python would have to step in."""
@@ -554,3 +521,143 @@ def test_a_compiled_block_is_one_graph():
     alone = plain_step(copy.deepcopy(model), [pair_loss])
     model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     assert_same(joint_step(model, [pair_loss]), alone, 2e-6)
+
+
+COUNT, ROWS = 3, 2
+
+
+def adapted_twins(base: nn.Module, **options) -> list[nn.Module]:
+    """COUNT models on one base, each with an adapter of its own."""
+    models = []
+    for number in range(COUNT):
+        model = randomize(adapted(twin(base), **options), seed=number)
+        enable_fast_path(model)
+        models.append(model.train())
+    return models
+
+
+def inputs_of(number: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(number)
+    shapes = [(ROWS, 4, 8, 8), (ROWS, 77, 48), (ROWS, 32)]
+    latents, words, pooled = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+    return latents, torch.randint(1000, (ROWS,), generator=g), words, pooled, torch.full((ROWS, 6), 64.0, dtype=dtype)
+
+
+def prediction(unet: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    latents, times, words, pooled, sizes = inputs
+    return unet(latents, times, words, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+
+
+def gradients_alone(models: list[nn.Module], turns: int = 1) -> list[dict[str, Tensor]]:
+    """Each adapter has another loss, as subjects have."""
+    found, dtype = [], models[0].conv_in.weight.dtype
+    for number, model in enumerate(models):
+        inputs = [inputs_of(10 * turn + number, dtype) for turn in range(turns)]
+        losses = [lambda m, x=x, n=number: (1 + n) * prediction(m, x).square().mean() for x in inputs]
+        found.append(step_on_copies(model, losses))
+        model.zero_grad()
+    return found
+
+
+def gradients_together(models: list[nn.Module], turns: int = 1) -> list[dict[str, Tensor]]:
+    dtype = models[0].conv_in.weight.dtype
+    with StackedAdapters(models).for_one_step() as copies:
+        for turn in range(turns):
+            each = [inputs_of(10 * turn + number, dtype) for number in range(len(models))]
+            outputs = prediction(models[0], tuple(map(torch.cat, zip(*each, strict=True)))).chunk(len(models))
+            sum((1 + number) * output.square().mean() for number, output in enumerate(outputs)).backward()
+            copies.collect()
+    found = [given(model) for model in models]
+    for model in models:
+        model.zero_grad()
+    return found
+
+
+FAST_STACKS = [("learnt mixer", True), ("convolutions", False)]
+SLOW_STACKS = [("convolutions", True), *((kind, False) for kind in KINDS if kind != "convolutions")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "recomputed"), [*FAST_STACKS, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW_STACKS)]
+)
+def test_each_adapter_gets_the_gradients_that_it_gets_alone(kind, recomputed):
+    """Of two micro-batches, in fp64: exact to its rounding."""
+    models = adapted_twins(tiny_unet().double(), **KINDS[kind])
+    for model in models:
+        model.double()
+        if recomputed:
+            model.enable_gradient_checkpointing()
+    for together, alone in zip(gradients_together(models, 2), gradients_alone(models, 2), strict=True):
+        assert_same(together, alone, 1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_stacked_fp32_adapters_get_fp32_gradients(dtype, tolerance):
+    models = adapted_twins(tiny_unet().to(dtype))
+    for together, alone in zip(gradients_together(models), gradients_alone(models), strict=True):
+        assert_same(together, alone, tolerance)
+        assert {grad.dtype for grad in together.values()} == {torch.float32}
+
+
+def test_stacked_adapters_on_a_base_in_4_bit_get_the_same_gradients():
+    base = nn.ModuleDict({"transformer_blocks": Block(bias=True, widths=(64, 96))})
+    quantize(base.requires_grad_(False).train(), "nf4", torch.float32)
+    models = adapted_twins(base)
+    rows = torch.randn(COUNT, 5, 64, generator=torch.Generator().manual_seed(1))
+
+    def loss(model, x):
+        return model["transformer_blocks"](x).square().sum()
+
+    alone = [plain_step(model, [lambda m, x=x: loss(m, x)]) for model, x in zip(models, rows, strict=True)]
+    for model in models:
+        model.zero_grad()
+    with StackedAdapters(models).for_one_step() as copies:
+        loss(models[0], rows.flatten(0, 1)).backward()
+        copies.collect()
+    for model, wanted in zip(models, alone, strict=True):
+        assert_same(given(model), wanted, 1e-5)
+
+
+def test_nan_in_one_adapter_stays_there():
+    models = adapted_twins(tiny_unet())
+    wanted = gradients_together(models)
+    with torch.no_grad():
+        next(iter(adapter_layers(models[1]).values())).lora_A["default"].weight.fill_(torch.nan)
+    found = gradients_together(models)
+    assert all(grad.isnan().any() for grad in found[1].values())
+    for number in (0, 2):
+        assert all(torch.equal(found[number][name], grad) for name, grad in wanted[number].items())
+
+
+def test_afterwards_each_model_is_as_before():
+    """Switched off, they give the base bit for bit."""
+    base = tiny_unet()
+    models = adapted_twins(base, target_modules=["to_q", "conv1"])
+    one = inputs_of(0, torch.float32)
+    before = [prediction(model, one) for model in models]
+    with torch.no_grad(), StackedAdapters(models).for_one_step(), disabled(models[0]):
+        assert torch.equal(prediction(models[0], one), prediction(base, one))
+    with pytest.raises(RuntimeError), StackedAdapters(models).for_one_step():
+        raise RuntimeError
+    assert all(torch.equal(prediction(m, one), b) for m, b in zip(models, before, strict=True))
+    assert not any(given(model) for model in models)
+
+
+def test_models_that_do_not_fit_together_are_refused():
+    """A twin has its own adapter on the same weights."""
+    base = tiny_unet()
+    first, second = adapted(twin(base)), adapted(twin(base))
+    for one, other in zip(adapter_layers(first).values(), adapter_layers(second).values(), strict=True):
+        assert one.base_layer.weight is other.base_layer.weight
+        assert one.lora_A["default"].weight is not other.lora_A["default"].weight
+    assert not any("lora" in name for name, _ in base.named_parameters())
+    dora, dropout = {"use_dora": True, "mixer": "none"}, {"lora_dropout": 0.1}
+    for models, said in (
+        ([first, adapted(tiny_unet())], "share their frozen weights"),
+        ([first, adapted(twin(base), target_modules=["to_k"])], "on the same layers"),
+        ([first], "no stack"),
+        ([adapted(twin(base), **dora) for _ in range(2)], "no dropout, no DoRA"),
+        ([adapted(twin(base), **dropout) for _ in range(2)], "no dropout, no DoRA"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            StackedAdapters(models)

@@ -13,8 +13,7 @@ from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.settings.table import MIXERS
-from tests.adapters.test_moslora import shake
-from tests.helpers.live_adapters import facts_of
+from tests.helpers.live_adapters import facts_of, shake
 from tests.helpers.tiny import tiny_sdxl, tiny_unet
 from tests.helpers.tiny_adapters import TARGETS, save_diffusers_lora, save_kohya_lora
 

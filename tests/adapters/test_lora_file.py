@@ -21,9 +21,8 @@ from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from tests.adapters.test_moslora import shake
-from tests.adapters.test_moslora_models import PROJECTIONS
 from tests.generation.test_pipeline import differs, picture
+from tests.helpers.live_adapters import PROJECTIONS, shake
 from tests.helpers.tiny_adapters import base_bytes, save_kohya_lora
 
 

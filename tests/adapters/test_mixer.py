@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from dreambooth_moslora.adapters.mixer import MixerLinear, initial_mixer
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject
 from dreambooth_moslora.core import UserError
-from tests.adapters.test_moslora import Net, config, shake
+from tests.adapters.test_moslora import Net, config
+from tests.helpers.live_adapters import shake
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "identity", "butterfly"])

@@ -1,16 +1,26 @@
-"""The adapter: the formula, both doors, every mixer, which layers a config means, what PEFT does with such a layer."""
+"""The adapter: the formula, both doors, every mixer, convolutions, which layers a config means, PEFT's own ways and
+files, models of transformers, and 4-bit bases (QMoSLoRA)."""
 
 import copy
 import pickle
 import subprocess
 import sys
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import torch.nn.functional as F
+import transformers
+from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.intruders import reduce_intruder_dimension
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
+from benchmarks.fold_table import loaded_by_diffusers
+from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import (
     ATTENTION_PROJECTIONS,
     MoSLoraConfig,
@@ -27,9 +37,12 @@ from dreambooth_moslora.adapters.moslora import (
     value_pattern,
 )
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.fields import is_target
 from dreambooth_moslora.settings.table import MIXERS
-from tests.helpers.tiny import tiny_unet
+from tests.helpers.layer_figures import diagnostics
+from tests.helpers.live_adapters import PROJECTIONS, live, shake
+from tests.helpers.tiny import tiny_text_config, tiny_unet
 
 MIXED = [kind for kind in MIXERS if kind != "none"]
 
@@ -51,14 +64,6 @@ def config(**options) -> MoSLoraConfig:
     return MoSLoraConfig(**{"r": 4, "lora_alpha": 4, "target_modules": ["to_q", "to_k"]} | options)
 
 
-def shake(model: nn.Module, adapter_name: str = "default", seed: int = 5) -> None:
-    """Stand in for training: move every adapter weight, so that nothing is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in adapter_parameters(model, adapter_name):
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
 def adapted(seed: int = 0, dtype: torch.dtype = torch.float32, adapter_name: str = "default", **options) -> Net:
     torch.manual_seed(seed)
     net = inject(Net(dtype), config(**options), adapter_name)
@@ -72,6 +77,10 @@ X = torch.randn(7, 12, generator=torch.Generator().manual_seed(9))
 @pytest.mark.parametrize("kind", MIXED)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_forward_is_the_formula_of_the_paper(kind, rslora):
+    """An adapter starts as a no-op."""
+    fresh = Net()
+    before = fresh(X)
+    assert torch.equal(inject(fresh, config(mixer=kind))(X), before)
     net = adapted(mixer=kind, lora_alpha=3, use_rslora=rslora)
     layer = net.to_q
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"]
@@ -83,19 +92,16 @@ def test_forward_is_the_formula_of_the_paper(kind, rslora):
     assert torch.allclose(X @ (weight + matrices.fold().delta).T + bias, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", MIXERS)
-def test_an_adapter_starts_as_a_no_op(kind):
-    net = Net()
-    before = net(X)
-    assert torch.equal(inject(net, config(mixer=kind))(X), before)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapters_are_fp32_whatever_the_base(dtype):
+    """Also where PEFT is told not to cast; and they train."""
     net = inject(Net(dtype), config(r=8))
     assert {p.dtype for _, p in adapter_parameters(net)} == {torch.float32}
     mixer = net.to_q.lora_B["default"].mixer
     assert torch.allclose(mixer @ mixer.T, torch.eye(8), atol=1e-6), "made in half precision it is off by 3e-3"
+    model = get_peft_model(Net(dtype), config(), autocast_adapter_dtype=False)
+    model(X.to(dtype)).sum().backward()
+    assert {p.dtype for _, p in adapter_parameters(model)} == {torch.float32}
 
 
 def test_none_is_plain_peft_lora_bit_for_bit():
@@ -117,23 +123,6 @@ def test_none_is_plain_peft_lora_bit_for_bit():
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
-def test_an_identity_mixer_that_is_frozen_is_lora():
-    nets = [adapted(mixer=kind, train_mixer=False) for kind in ("identity", "none")]
-    assert torch.allclose(nets[0](X), nets[1](X), atol=1e-6)
-
-
-def test_gradients_are_those_of_the_paper():
-    net = adapted()
-    layer = net.to_q
-    grad = torch.randn(7, 10)
-    layer(X).backward(grad)
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"]
-    g = grad.T @ X  # dL/dΔW (out, in)
-    assert torch.allclose(b.up.grad, g @ a.T @ b.mixer.T, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(b.mixer.grad, b.up.T @ g @ a.T, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(a.grad, b.mixer.T @ b.up.T @ g, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("train_mixer", [True, False])
 def test_only_the_adapter_learns_and_a_frozen_mixer_stays(train_mixer):
     net = inject(Net(), config(train_mixer=train_mixer))
@@ -153,20 +142,21 @@ def test_only_the_adapter_learns_and_a_frozen_mixer_stays(train_mixer):
 def test_merge_and_unmerge(options):
     net = adapted(**options)
     live, weight = net(X), net.to_q.base_layer.weight.clone()
-    for layer in (net.to_q, net.to_k):
-        layer.merge()
-    assert not torch.allclose(net.to_q.base_layer.weight, weight, atol=1e-2)
-    assert torch.allclose(net(X), live, atol=1e-5)
-    for layer in (net.to_q, net.to_k):
-        layer.unmerge()
-    assert torch.allclose(net.to_q.base_layer.weight, weight, atol=1e-5)
-    assert torch.allclose(net(X), live, atol=1e-5)
+    for method in ("merge", "unmerge"):
+        for layer in (net.to_q, net.to_k):
+            getattr(layer, method)()
+        assert torch.allclose(net(X), live, atol=1e-5)
+        assert torch.allclose(net.to_q.base_layer.weight, weight, atol=1e-5) == (method == "unmerge")
 
 
 def test_several_adapters_scale_disable_and_delete():
     net = adapted(seed=1)
+    net.to_k.lora_A["default"].weight.requires_grad_(False)
+    flags = [p.requires_grad for p in net.parameters()]
     with disabled(net):
         alone = net(X)
+        assert torch.equal(net.to_q(X), net.to_q.base_layer(X))
+    assert flags == [p.requires_grad for p in net.parameters()]
     first, change = net(X), net.to_q(X) - net.to_q.base_layer(X)
     inject(net, config(r=2, mixer="kaiming"), "second")
     shake(net, "second", seed=8)
@@ -183,15 +173,6 @@ def test_several_adapters_scale_disable_and_delete():
     assert torch.allclose(net(X), alone, atol=1e-6)
     set_scale(net, 1.0)
     assert torch.equal(net(X), first)
-
-
-def test_disabled_leaves_the_gradient_flags_alone():
-    net = adapted()
-    net.to_q.lora_A["default"].weight.requires_grad_(False)
-    flags = [p.requires_grad for p in net.parameters()]
-    with disabled(net):
-        assert torch.equal(net.to_q(X), net.to_q.base_layer(X))
-    assert flags == [p.requires_grad for p in net.parameters()]
 
 
 def test_rank_and_alpha_patterns_and_regex_targets():
@@ -215,12 +196,6 @@ def test_dropout_is_active_in_training_only_and_layers_can_be_copied_and_pickled
     assert not torch.equal(net(X), net(X))
 
 
-def test_a_half_precision_base_trains_where_peft_is_told_not_to_cast():
-    model = get_peft_model(Net(torch.bfloat16), config(), autocast_adapter_dtype=False)
-    model(X.bfloat16()).sum().backward()
-    assert {p.dtype for _, p in adapter_parameters(model)} == {torch.float32}
-
-
 def test_a_taken_or_unknown_name_is_refused():
     net = adapted()
     with pytest.raises(UserError, match="already has an adapter named 'default'"):
@@ -242,26 +217,11 @@ def test_mixed_batches_name_an_adapter_per_row():
         assert torch.allclose(rows[1], model(X)[1], atol=1e-6)
 
 
-def test_autocast_and_gradient_checkpointing():
+def test_autocast():
     net = adapted()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = net(X)
     assert torch.allclose(low.float(), net(X), atol=0.1, rtol=0.05)
-    net(X).square().sum().backward()
-    grads = [p.grad.clone() for _, p in adapter_parameters(net)]
-    net.zero_grad()
-    torch.utils.checkpoint.checkpoint(net, X, use_reentrant=False).square().sum().backward()
-    assert all(torch.equal(g, p.grad) for g, (_, p) in zip(grads, adapter_parameters(net), strict=True))
-
-
-def test_the_unet_of_sdxl():
-    unet = tiny_unet()
-    inject(unet, MoSLoraConfig(r=4, lora_alpha=4, target_modules=list(ATTENTION_PROJECTIONS)))
-    linears = [n for n, m in unet.named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
-    assert list(adapter_layers(unet)) == linears
-    assert unet.active_adapters() == ["default"]
-    unet.delete_adapters("default")
-    assert not [n for n, _ in unet.named_parameters() if ".default." in n]
 
 
 NAMES = ["to_q", "to_out.0", "conv1", "mid_block.attentions.0.proj_in", "q", "out.0"]
@@ -275,11 +235,13 @@ def test_the_base_has_the_same_modules_with_an_adapter_as_without():
     wrapped = get_peft_model(inject(tiny_unet(), MoSLoraConfig(**options)), MoSLoraConfig(**options), "second")
     plain = named(tiny_unet().named_modules())
     assert named(base_modules(tiny_unet()).items()) == named(base_modules(wrapped).items()) == plain
-
-
-def test_matrix_layers_are_those_whose_weight_is_no_vector():
     model = nn.ModuleDict({"line": nn.Linear(2, 3), "norm": nn.LayerNorm(2), "words": nn.Embedding(4, 2)})
-    assert list(matrix_layers(model)) == ["line", "words"]
+    assert list(matrix_layers(model)) == ["line", "words"], "norms have vectors alone"
+    unet = inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=list(ATTENTION_PROJECTIONS)))
+    projections = [path for path, _ in plain if path.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    assert list(adapter_layers(unet)) == projections and unet.active_adapters() == ["default"]
+    unet.delete_adapters("default")
+    assert not [n for n, _ in unet.named_parameters() if ".default." in n]
 
 
 @pytest.mark.parametrize("target", NAMES)
@@ -345,3 +307,280 @@ os._exit(0)
 def test_an_adapter_on_a_device_without_fp64_folds_as_on_the_cpu(variant, mixer):
     run = [sys.executable, "-c", FOLD, variant, mixer]
     assert subprocess.check_output(run, text=True).strip().splitlines()[-1] == "equal"
+
+
+PIXELS = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(2))
+
+
+class Convolutions(nn.Module):
+    """One of each kind that a UNet has, and what cannot have an adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(3, 6, 3, padding=1)
+        self.point = nn.Conv2d(3, 6, 1)
+        self.down = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+        self.dilated = nn.Conv2d(4, 4, 3, dilation=2)
+        self.seamless = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+        self.norm = nn.GroupNorm(2, 4)
+        self.line = nn.Conv1d(4, 4, 3)
+
+
+@pytest.mark.parametrize("name", ["wide", "point", "down"])
+@pytest.mark.parametrize("kind", MIXERS)
+def test_forward_and_merge_of_a_convolution_are_the_formula(name, kind):
+    net = inject(Convolutions(), config(target_modules=[name], lora_alpha=6, mixer=kind))
+    layer = getattr(net, name)
+    assert torch.equal(layer(PIXELS), layer.base_layer(PIXELS)), "an adapter starts as a no-op"
+    shake(net)
+    base, down, lora_b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"]
+    up = lora_b.weight.flatten(1) if kind == "none" else lora_b.up @ lora_b.mixer
+    delta = 6 / 4 * torch.einsum("or,rihw->oihw", up, down)
+    wanted = F.conv2d(PIXELS, base.weight + delta, base.bias, base.stride, base.padding)
+    assert torch.allclose(layer(PIXELS), wanted, atol=1e-5)
+    assert torch.allclose(fold(net)[name].delta, delta, atol=1e-6)
+    for change in (layer.merge, layer.unmerge):
+        change()
+        assert torch.allclose(layer(PIXELS), wanted, atol=1e-5)
+
+
+def test_its_figures_are_those_of_the_flattened_matrix():
+    unet = live(target_modules=["conv1"])["unet"]
+    path = next(iter(adapter_layers(unet)))
+    figures, delta = diagnostics(unet)[path], fold(unet)[path].delta.flatten(1)
+    sizes = torch.linalg.svdvals(delta)[:4]
+    shares = sizes / sizes.sum()
+    assert figures.rank == 4
+    assert figures.effective_rank == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-4)
+
+
+NO_DORA = "wide is a convolution, and DoRA is for projections"
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+@pytest.mark.parametrize(
+    ("target", "options", "said"),
+    [
+        ("grouped", {}, "grouped is a grouped, dilated or circular Conv2d"),
+        ("dilated", {}, "dilated is a grouped, dilated or circular Conv2d"),
+        ("seamless", {}, "seamless is a grouped, dilated or circular Conv2d"),
+        ("norm", {}, "norm is a GroupNorm, which has no matrix to adapt"),
+        ("norm", {"mixer": "none"}, "norm is a GroupNorm, which has no matrix to adapt"),
+        ("line", {}, "line is a Conv1d"),
+        ("wide", {"use_dora": True}, "wide is a convolution, and DoRA is for projections"),
+        ("wide", {"use_dora": True, "mixer": "none"}, "wide is a convolution, and DoRA is for projections"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_and_left_as_it_was(target, options, said):
+    """PEFT's own door says no to norms itself, and to all without a mixer."""
+    net = Convolutions()
+    names = net.state_dict().keys()
+    with pytest.raises(UserError, match=said):
+        inject(net, config(target_modules=["wide", target], **options))
+    assert net.state_dict().keys() == names
+    if target != "norm" and "mixer" not in options:
+        with pytest.raises(UserError, match=said):
+            get_peft_model(Convolutions(), config(target_modules=[target], **options))
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_k"], ["conv1", "conv_in", "to_q"]])
+def test_the_estimate_counts_what_is_trained(targets, tiny_base):
+    size = size_of_base(tiny_base, targets)
+    parameters = sum(p.numel() for _, p in adapter_parameters(inject(tiny_unet(), config(target_modules=targets))))
+    assert 4 * size.adapted_widths + 16 * size.adapted_layers == parameters
+
+
+WORDS = torch.tensor([[3, 7, 9, 1, 30]])
+
+
+def llama_config() -> transformers.LlamaConfig:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes)
+
+
+def llama() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(llama_config())
+
+
+def llava() -> transformers.LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, **sizes)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=llama_config(), image_token_index=31, image_seq_length=4
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def in_nf4(model: nn.Module, skipped: tuple[str, ...]) -> nn.Module:
+    """Every linear layer in 4-bit NormalFloat, quantised on the CPU, and the flag that transformers sets then."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not name.endswith(skipped):
+            sizes, bias = (module.in_features, module.out_features), module.bias is not None
+            layer = bnb.nn.Linear4bit(*sizes, bias=bias, quant_type="nf4", compute_dtype=torch.float32)
+            layer.weight = bnb.nn.Params4bit(module.weight.data.clone(), requires_grad=False, quant_type="nf4")
+            layer.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.to("cpu"))
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def forward_of(model: nn.Module) -> torch.Tensor:
+    """Scores of a fixed input, whatever the model."""
+    torch.manual_seed(1)
+    if isinstance(model, transformers.LlavaForConditionalGeneration):
+        words = torch.cat([torch.full((1, 4), 31), WORDS], dim=1)
+        return model(input_ids=words, pixel_values=torch.randn(1, 3, 16, 16)).logits
+    if isinstance(model, transformers.LlamaForCausalLM):
+        return model(input_ids=WORDS).logits
+    if isinstance(model, (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)):
+        return model(input_ids=WORDS)[0]
+    added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.ones(1, 6)}
+    return model(torch.randn(1, 4, 8, 8), 10, torch.randn(1, 7, 48), added_cond_kwargs=added).sample
+
+
+def with_folded_weights(model: nn.Module) -> nn.Module:
+    """A copy of an adapted model whose projections are plain LoRA pairs: up = s·B·M, down = A, alpha = rank."""
+    twin, folded = copy.deepcopy(model), fold(model)
+    for path, layer in adapter_layers(twin).items():
+        plain = nn.Linear(layer.r["default"], layer.out_features, bias=False)
+        plain.weight.data = folded[path].up
+        layer.lora_B["default"], layer.scaling["default"] = plain, 1.0
+        layer.lora_A["default"].weight.data = folded[path].down
+    return twin
+
+
+MODELS = {
+    "text_encoder": (lambda: transformers.CLIPTextModel(tiny_text_config(16, 31)), PROJECTIONS),
+    "text_encoder_2": (
+        lambda: transformers.CLIPTextModelWithProjection(tiny_text_config(32, 31, projection_dim=32)),
+        PROJECTIONS,
+    ),
+    "llama": (llama, ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]),
+    "llava": (llava, r".*language_model.*\.(q_proj|v_proj)"),
+    "unet": (tiny_unet, list(ATTENTION_PROJECTIONS)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_both_doors_and_the_fold(name, dora):
+    make, targets = MODELS[name]
+    settings = MoSLoraConfig(r=4, lora_alpha=6, target_modules=targets, use_dora=dora)
+    torch.manual_seed(2)
+    through_peft = get_peft_model(make(), copy.deepcopy(settings)).get_base_model().eval()
+    torch.manual_seed(2)
+    model = inject(make(), settings).eval()
+    states = model.state_dict(), through_peft.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    base = forward_of(model).detach()
+    shake(model)
+    change = (forward_of(model) - base).detach()
+    assert change.abs().max() > 1e-4
+    assert (forward_of(with_folded_weights(model)) - base - change).abs().max() <= 1e-5 * max(1, change.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["llama", "unet"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_qmoslora_on_a_4_bit_base(kind, dora):
+    make, targets = MODELS[kind]
+    model = in_nf4(make(), ("lm_head",) if kind == "llama" else ("time_emb_proj", "linear_1", "linear_2"))
+    # Training mode, without dropout: in evaluation mode bitsandbytes repacks the weights for inference on the CPU.
+    inject(model, MoSLoraConfig(r=4, lora_alpha=4, target_modules=targets, use_dora=dora)).train()
+    layers = adapter_layers(model)
+    assert all(isinstance(layer.get_base_layer(), bnb.nn.Linear4bit) for layer in layers.values())
+    assert all(isinstance(layer.lora_B["default"], MixerLinear) for layer in layers.values())
+    shake(model)
+    forward_of(model).square().sum().backward()
+    for name, parameter in adapter_parameters(model):
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    with torch.no_grad():
+        live, folded = forward_of(model), forward_of(with_folded_weights(model))
+    assert (live - folded).abs().max() <= 1e-5 * live.abs().max()
+
+
+def test_peft_files_come_back_whole_and_a_peft_without_this_package_refuses_them(tmp_path, monkeypatch):
+    net = Net()
+    fresh = copy.deepcopy(net)
+    model = get_peft_model(net, config(mixer="kaiming", lora_alpha=7)).eval()
+    shake(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert isinstance(again.peft_config["default"], MoSLoraConfig) and torch.equal(again(X), model(X))
+    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "MOSLORA")  # as it is before this package is imported
+    with pytest.raises(KeyError, match="MOSLORA"):
+        PeftModel.from_pretrained(Net(), tmp_path)
+
+
+def plain_lora() -> PeftModel:
+    return get_peft_model(Net(), LoraConfig(r=4, target_modules=["to_q", "to_k"]))
+
+
+def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):
+    """Nor does what diffusers' training scripts save: it must not become a LoRA with noise for B."""
+    mixed, again = get_peft_model(Net(), config(mixer="kaiming")), get_peft_model(Net(), config(mixer_seed=3))
+    shake(mixed)
+    state = get_peft_model_state_dict(mixed)
+    set_peft_model_state_dict(again, state)
+    pairs = zip(adapter_layers(mixed).values(), adapter_layers(again).values(), strict=True)
+    assert all(torch.equal(a.get_delta_weight("default"), b.get_delta_weight("default")) for a, b in pairs)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        set_peft_model_state_dict(plain_lora(), state)
+    with pytest.raises(RuntimeError, match="plain LoRA's B, and this adapter has a mixer"):
+        set_peft_model_state_dict(mixed, get_peft_model_state_dict(plain_lora()))
+    with pytest.raises(UserError, match=r"lora_B\.weight is B·M here and cannot be set"):
+        reduce_intruder_dimension(mixed, logging_sink=None)
+    unet = inject(tiny_unet(), config(target_modules=list(ATTENTION_PROJECTIONS)))
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(unet))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        loaded_by_diffusers(tiny_unet(), tmp_path / "pytorch_lora_weights.safetensors")
+
+
+def test_adapters_are_swapped_in_place_only_for_their_like(tmp_path):
+    net = Net()
+    fresh = copy.deepcopy(net)
+    model = get_peft_model(net, config()).eval()
+    model.save_pretrained(tmp_path / "first")
+    shake(model)
+    model.save_pretrained(tmp_path / "second")
+    swapped = PeftModel.from_pretrained(fresh, tmp_path / "first").eval()
+    hotswap_adapter(swapped, tmp_path / "second", "default")
+    assert torch.equal(swapped(X), model(X))
+    plain_lora().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="incompatible: for mixer"):
+        hotswap_adapter(swapped, tmp_path / "plain", "default")
+
+
+def test_without_a_mixer_the_saved_config_is_plain_pefts(tmp_path, recwarn):
+    get_peft_model(Net(), config(mixer="none")).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Net(), tmp_path)
+    assert type(again.peft_config["default"]) is LoraConfig
+    assert not [w for w in recwarn if "Unexpected keyword" in str(w.message)]
+
+
+def test_full_graph_compilation():
+    net = inject(Net(), config()).eval()
+    shake(net)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(X), net(X), atol=1e-6)
+
+
+def test_diagnostics_of_an_untrained_and_a_moved_mixer():
+    net = inject(Net(), config())
+    figures = diagnostics(net)
+    assert all(f.drift == 0 and abs(f.condition_number - 1) < 1e-5 and f.effective_rank == 0 for f in figures.values())
+    assert diagnostics(inject(Net(), config(mixer="butterfly")))["to_q"].condition_number == float("inf")
+    layer = net.to_q
+    with torch.no_grad():
+        layer.lora_B["default"].mixer.mul_(1.5)
+        layer.lora_A["default"].weight.copy_(torch.eye(4, 12))
+        layer.lora_B["default"].up.copy_(torch.eye(10, 4))
+    moved = diagnostics(net)["to_q"]
+    assert abs(moved.drift - 0.5) < 1e-6 and abs(moved.effective_rank - 4) < 1e-5 and moved.rank == 4
+    with torch.no_grad():
+        layer.lora_B["default"].up[:, 1:] = 0
+    assert abs(diagnostics(net)["to_q"].effective_rank - 1) < 1e-5

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 
 from benchmarks.fold_table import loaded_by_diffusers, small_unet
 from dreambooth_moslora.adapters import raw_file
@@ -17,10 +17,8 @@ from dreambooth_moslora.adapters.moslora import adapter_layers, fold
 from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, model_config, save_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
-from tests.helpers.live_adapters import facts_of, live, text_encoders
+from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, text_encoders
 from tests.helpers.tiny import tiny_unet
-
-CONVOLUTIONS = {"target_modules": ["conv1", "conv_shortcut", "downsamplers.0.conv", "to_q"]}
 
 
 @pytest.mark.parametrize(
@@ -30,8 +28,8 @@ CONVOLUTIONS = {"target_modules": ["conv1", "conv_shortcut", "downsamplers.0.con
         {"mixer": "kaiming", "train_mixer": False, "use_rslora": True, "lora_dropout": 0.1},
         {"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}},
         {"mixer": "none"},
-        CONVOLUTIONS | {"mixer": "kaiming"},
-        CONVOLUTIONS | {"mixer": "none"},
+        {"target_modules": CONVOLUTIONS, "mixer": "kaiming"},
+        {"target_modules": CONVOLUTIONS, "mixer": "none"},
     ],
 )
 def test_raw_files_come_back_bit_for_bit(options, tmp_path):
@@ -63,48 +61,37 @@ def test_a_stock_loader_refuses_a_raw_file(mixer, tmp_path):
         loaded_by_diffusers(tiny_unet(), tmp_path / RAW_NAME)
 
 
-def spoil(folder, how: str):
-    """A broken copy of the raw file."""
-    whole, path = folder / RAW_NAME, folder / f"{how}.safetensors"
-    tensors, header = raw_file.read_tensors(whole)
-    if how == "truncated":
-        path.write_bytes(whole.read_bytes()[:-100])
-    elif how == "pickled":
-        path.write_bytes(pickle.dumps(tensors))
-    elif how == "nan":
-        next(t for k, t in tensors.items() if k.endswith("lora_A"))[0, 0] = float("nan")
-        save_file(tensors, path, header)
-    elif how == "half":
-        save_file({k: t for k, t in tensors.items() if not k.endswith("to_q.mixer")}, path, header)
-    elif how == "headless":
-        save_file(tensors, path)
-    elif how == "newer":
-        save_file(tensors | {"raw_format": torch.tensor([99])}, path, header)
-    elif how == "published":
-        path.write_bytes((folder / PUBLISHED_NAME).read_bytes())
-    elif how == "empty":
-        path.write_bytes(struct.pack("<Q", 1 << 40))
-    return path
+BROKEN = {
+    "truncated": (lambda whole, *_: whole[:-100], "truncated or not a safetensors file"),
+    "empty": (lambda *_: struct.pack("<Q", 1 << 40), "truncated or not a safetensors file"),
+    "pickled": (lambda _, tensors, header: pickle.dumps(tensors), "can run code"),
+    "nan": (
+        lambda _, tensors, header: save(
+            {k: t * torch.nan if ".lora_A" in k else t for k, t in tensors.items()}, header
+        ),
+        "NaN or infinite values, first in",
+    ),
+    "half": (
+        lambda _, tensors, header: save({k: t for k, t in tensors.items() if not k.endswith("to_q.mixer")}, header),
+        "is not whole",
+    ),
+    "headless": (lambda _, tensors, header: save(tensors), "lost its header"),
+    "newer": (lambda _, tensors, header: save(tensors | {"raw_format": torch.tensor([99])}, header), "newer"),
+}
 
 
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("truncated", "truncated or not a safetensors file"),
-        ("empty", "truncated or not a safetensors file"),
-        ("pickled", "can run code"),
-        ("nan", "NaN or infinite values, first in"),
-        ("half", "is not whole"),
-        ("headless", "lost its header"),
-        ("newer", "newer"),
-        ("published", "loads with load_lora_weights"),
-        ("absent", "there is no file"),
-    ],
-)
-def test_broken_files_get_one_clear_line(how, said, dog):
+@pytest.mark.parametrize("how", [*BROKEN, "published", "absent"])
+def test_broken_files_get_one_clear_line(how, dog, tmp_path):
+    raw, file = dog[0] / RAW_NAME, tmp_path / "x.safetensors"
+    said = {"published": "loads with load_lora_weights", "absent": "there is no file"}.get(how)
+    if how == "published":
+        file = dog[0] / PUBLISHED_NAME
+    elif how in BROKEN:
+        change, said = BROKEN[how]
+        file.write_bytes(change(raw.read_bytes(), *raw_file.read_tensors(raw)))
     components = {"unet": tiny_unet()} | text_encoders()
     with pytest.raises(UserError, match=said) as caught:
-        load_raw(spoil(dog[0], how), components)
+        load_raw(file, components)
     assert "\n" not in str(caught.value) and not hasattr(components["unet"], "peft_config")
 
 

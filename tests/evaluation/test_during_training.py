@@ -209,3 +209,29 @@ def test_the_evaluate_command_asks_for_what_the_file_does_not_say(evaluate, tmp_
     assert code == 2 and "give --base" in err
     plan = EvaluationPlan(Subject("sks", "dog"), ("a {} in {curly} beside a {}",), ())
     assert plan.texts == ["a dog in {curly} beside a dog"]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_is_scored_along_the_way_and_by_the_command(tiny_base, encoders, evaluate, tmp_path):
+    settings = tiny_config(tiny_base, None, tmp_path / "run", max_train_steps=2, evaluate_steps=1).to_dict()
+    for name in ("instance_data_dir", "instance_prompt", "class_prompt"):
+        del settings[name]
+    settings["subjects"] = [
+        {"instance_data_dir": str(paint_photos(tmp_path / word)), "instance_prompt": f"a photo of sks {word}"}
+        for word in ("dog", "cat")
+    ]
+    config, events = TrainConfig.from_dict(settings), []
+    train(config, events.append, evaluator=quick(config, encoders))
+    scores = [event.scores for event in events if event.kind == "evaluation"][-1]
+    assert {"confusion", "dino_subject_1", "dino_subject_2", "score"} <= scores.keys()
+    assert scores["dino"] == pytest.approx((scores["dino_subject_1"] + scores["dino_subject_2"]) / 2, abs=1e-3)
+
+    few = ["--num_prompts", "1", "--images_per_prompt", "1", "--class_images", "1", "--inference_steps", "2"]
+    code, out, _ = evaluate(tmp_path / "run", *few)
+    assert code == 0 and "confusion of “sks dog” with “sks cat”" in out
+    assert (tmp_path / "run" / "evaluation" / "subject_2" / "scores.json").is_file()
+    code, _, err = evaluate(tmp_path / "run", *few, "--instance_prompt", "a photo of sks cow")
+    assert code == 2 and "name one of 'a photo of sks dog', 'a photo of sks cat'" in err
+    of_cat = ["--instance_prompt", "a photo of sks cat", "--output_dir", str(tmp_path / "cat")]
+    assert evaluate(tmp_path / "run", *few, *of_cat)[0] == 0
+    assert json.loads((tmp_path / "cat" / "scores.json").read_text())["subject"]["class_word"] == "cat"

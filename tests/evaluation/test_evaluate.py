@@ -1,5 +1,4 @@
-"""From an adapter to its scores on the tiny random pipeline, the toy world's truth on real renders, and where a measure
-shows: whoever adds its row finds it in the report, on the terminal, in the log, the plot and the card."""
+"""From an adapter to its scores on the tiny random pipeline, the toy world's truth, and several subjects."""
 
 import json
 import random
@@ -15,10 +14,10 @@ from PIL import Image, ImageFilter
 from dreambooth_moslora.cli.evaluate import summary
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepEvaluated, event_of
+from dreambooth_moslora.evaluation import metrics, report
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, paint_over, truth_of
-from dreambooth_moslora.evaluation.metrics import picture_distance
+from dreambooth_moslora.evaluation.metrics import load_encoders, picture_distance
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
-from dreambooth_moslora.evaluation.report import ReportContext, report_html, rows_beside
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.prompts import Subject
@@ -236,7 +235,7 @@ def test_the_report_shows_what_the_judge_reads_beside_true_renders():
     tables |= {"judge_ornaments": np.zeros((3, 2)), "judge_ornaments_ceiling": np.ones((3, 3))}
     found = Evaluation(PLAN, tables, alarm=None, score=0.0, seconds=0.0)
     judges = [name for name, row in MEASURES.items() if row.kind == "judge"]
-    ((title, drawn, ceiling),) = rows_beside(found, judges, ("_ceiling",))
+    ((title, drawn, ceiling),) = report.rows_beside(found, judges, ("_ceiling",))
     assert title.startswith("ornaments") and str(drawn) == "0.000 [0.000, 0.000]" and ceiling.mean == 1
 
 
@@ -274,7 +273,7 @@ def test_drift_sees_a_change_of_place(encoders, photos):
     assert Evaluator(PLAN, blind, photos)(all_of(photos[0])).mean("drift") > 0.01
 
 
-ABOUT = ReportContext("mine", "toy", ("clip", "dino"), 2, 7.0)
+ABOUT = report.ReportContext("mine", "toy", ("clip", "dino"), 2, 7.0)
 SMILE = Measure(
     "Smile",
     base="smile_base",
@@ -293,7 +292,7 @@ def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkey
     found = Evaluator(PLAN, encoders, photos)(stub_pictures)
     found.tables |= {"smile": np.full((3, 2), 0.625), "smile_base": np.full((3, 2), 0.5)}
 
-    html = report_html(found, ABOUT, photos)
+    html = report.report_html(found, ABOUT, photos)
     for text in ("Smile", "0.625 [0.625, 0.625]", "0.500 [0.500, 0.500]", "does it smile?", "1.250"):
         assert f">{text}<" in html
     assert "smile              0.625" in summary(found)
@@ -312,3 +311,104 @@ def test_every_measure_that_has_a_scale_or_a_base_names_tables_that_exist():
     known = {*MEASURES, "clip_i_base", "diversity_base", "class_diversity_base", "sharpness"}
     known |= {f"{name}_ceiling" for name in ("dino", "clip_t", "sharpness")}
     assert {name for row in MEASURES.values() for name in (row.base, *(row.share or ())) if name} <= known
+
+
+ROCKET = Toy("rocket", "white", "red", "striped", "glossy", (0.3, 0.5, -0.2, 0.8), ("flag",))
+BOTH = report.ReportContext("both", "toy", ("clip", "dino"), 2, 7.0)
+
+
+def plan_of(word):
+    return replace(PLAN, subject=Subject("sks", word), unrelated=("a photo of a red car",))
+
+
+@pytest.fixture(scope="module")
+def both():
+    places = ["on grass", "on the beach", "in a kitchen"]
+    return {"duck": toy_pictures(TOY, places), "rocket": toy_pictures(ROCKET, places)}
+
+
+@pytest.fixture(scope="module")
+def evaluators(both):
+    encoders = load_encoders("toy")  # random ones see no difference
+    duck, rocket = (Evaluator(plan_of(word), encoders, both[word]) for word in ("duck", "rocket"))
+    duck.rivals, rocket.rivals = {"sks rocket": rocket.photos.dino}, {"sks duck": duck.photos.dino}
+    return [duck, rocket]
+
+
+def drawer(both, swapped=False):
+    """The adapter draws photos of the subject that a prompt names, or of the other one; the base, noise."""
+    kinds = {"sks duck": "rocket" if swapped else "duck", "sks rocket": "duck" if swapped else "rocket"}
+
+    def draw(requests, with_adapter):
+        if not with_adapter:
+            return stub_pictures(requests)
+        words = [next((w for w in kinds if w in request.prompt), None) for request in requests]
+        return [both[kinds[word]][n % 3] if word else stub_pictures([requests[n]])[0] for n, word in enumerate(words)]
+
+    return draw
+
+
+@pytest.fixture(scope="module")
+def right(evaluators, both):
+    """Of an adapter that draws what it is asked for."""
+    return [evaluator(drawer(both)) for evaluator in evaluators]
+
+
+def test_confusion_is_the_way_from_the_own_photos_margin_to_the_others():
+    draws = torch.Generator().manual_seed(0)
+    own, other, drawn = (torch.nn.functional.normalize(torch.randn(n, 8, generator=draws), dim=1) for n in (3, 4, 5))
+
+    def without(photos, number):
+        return torch.cat([photos[:number], photos[number + 1 :]])
+
+    def margin(picture, own, other):
+        return float((own @ picture).mean() - (other @ picture).mean())
+
+    at_own = np.mean([margin(photo, without(own, n), other) for n, photo in enumerate(own)])
+    at_other = np.mean([margin(photo, own, without(other, n)) for n, photo in enumerate(other)])
+    expected = [(at_own - margin(picture, own, other)) / (at_own - at_other) for picture in drawn]
+    assert metrics.confusion(drawn, own, other).tolist() == pytest.approx(expected, abs=1e-5)
+    assert torch.isfinite(metrics.confusion(own, own, own)).all()
+    assert torch.isfinite(metrics.confusion(own, own[:1], other[:1])).all()
+
+
+def test_pictures_of_the_other_subject_are_confused_and_those_of_the_own_are_not(evaluators, both, right):
+    wrong = [evaluator(drawer(both, swapped=True)) for evaluator in evaluators]
+    for good, bad in zip(right, wrong, strict=True):
+        assert good.tables["confusion"].shape == (3, 2)
+        assert good.mean("confusion") < 0.05 and bad.mean("confusion") > 0.95
+        assert good.mean("dino") > bad.mean("dino")
+    assert "“sks duck” with “sks rocket”" in report.confusion_lines(right)[0]
+
+
+def test_all_subjects_together_are_their_prompts_together(right):
+    whole = report.pooled(right)
+    assert whole.tables["dino"].shape == (6, 2) and whole.tables["pres"].shape == (4,)
+    assert whole.mean("dino") == pytest.approx(np.mean([one.mean("dino") for one in right]))
+    assert whole.score == pytest.approx(np.mean([one.score for one in right])) and whole.alarm.raised
+    assert not any("sks" in name for name in whole.tables) and "confusion" in whole.means()
+    assert report.pooled(right[:1]) is right[0]
+
+
+def test_the_report_has_matrices_pictures_by_subject_and_pairs(evaluators, both, right, tmp_path):
+    draw, (pair,) = drawer(both), report.pairs_of(evaluators)
+    asked = []
+    together = pair(lambda requests, on: asked.append((requests[0].prompt, on)) or draw(requests, on))
+    assert asked == [
+        ("a photo of a sks duck and a sks rocket on the beach", True),
+        ("a photo of a duck and a rocket on the beach", False),
+    ]
+    report.write_reports(tmp_path, evaluators, right, [together], BOTH)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    cells = {(cell["of"], cell["with"]): cell for cell in scores["confusion"]}
+    assert cells.keys() == {("sks duck", "sks rocket"), ("sks rocket", "sks duck")}
+    cell = cells["sks duck", "sks rocket"]
+    assert cell["confusion"]["low"] <= cell["confusion"]["mean"] < 0.05 < cell["confusion_base"]["mean"]
+    assert cell["dino_own"]["mean"] > cell["dino_other"]["mean"]
+    assert [one["subject"]["class_word"] for one in scores["subjects"]] == ["duck", "rocket"]
+    assert scores["together"][0]["words"] == ["sks duck", "sks rocket"]
+    assert scores["together"][0]["first"]["mean"] > scores["together"][0]["second"]["mean"]
+    html = (tmp_path / "report.html").read_text()
+    for title in ("Are they told apart?", "“sks duck”", "“sks duck” and “sks rocket” in one prompt"):
+        assert f"<h2>{title}</h2>" in html
+    assert "Confusion" in (tmp_path / "subject_2" / "report.html").read_text()

@@ -22,17 +22,10 @@ from dreambooth_moslora.base.load import guidance_rescale, load_pipeline
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.generation import pipeline as gpu_room
+from dreambooth_moslora.generation import progress
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.generation.progress import (
-    Clock,
-    LatentColours,
-    Preview,
-    PreviewTracker,
-    Watcher,
-    smooth_latents,
-)
 from tests.helpers.live_adapters import facts_of, live
 from tests.helpers.tiny import save_tiny_sdxl, tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora, save_kohya_lora
@@ -86,10 +79,10 @@ def test_an_image_does_not_depend_on_how_many_are_made(pipeline):
 def test_every_step_is_reported_with_a_preview_and_the_image_comes_last(pipeline):
     events = list(pipeline.generate(replace(PARAMS, num_images=2)))
     kinds = [type(event) for event in events]
-    assert kinds == [Step, Preview] * 3 + [Image] + [Step, Preview] * 3 + [Image]
+    assert kinds == [Step, progress.Preview] * 3 + [Image] + [Step, progress.Preview] * 3 + [Image]
     assert [(e.index, e.step, e.steps, e.num_images) for e in events if isinstance(e, Step)][3] == (1, 1, 3, 2)
     assert events[-3].eta_sec == 0
-    assert {e.pixels.size for e in events if isinstance(e, Image | Preview)} == {(64, 64)}
+    assert {e.pixels.size for e in events if isinstance(e, Image | progress.Preview)} == {(64, 64)}
 
 
 def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(pipeline, files, tiny_base, tmp_path):
@@ -104,27 +97,19 @@ def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(pipeline, f
     assert np.array_equal(picture(fresh, recipe.params), np.asarray(image.pixels))
 
 
-def test_scale_zero_and_no_adapter_are_the_untouched_base_bit_for_bit(pipeline, tiny_base):
-    base = picture(SubjectPipeline.from_base(tiny_base))
-    with_dog = with_adapters(pipeline, dog=1.0)
-    assert differs(base, with_dog)
-    assert np.array_equal(with_adapters(pipeline, dog=0.0), base)
-    assert np.array_equal(picture(pipeline), base)
-    assert np.array_equal(with_adapters(pipeline, dog=1.0, cat=0.0), with_dog)
-
-
-def test_adapters_combine_and_switch_without_a_trace(pipeline):
-    dog, both = with_adapters(pipeline, dog=1.0), with_adapters(pipeline, dog=1.0, cat=1.0)
-    cat = with_adapters(pipeline, cat=1.0)
-    assert differs(dog, cat) and differs(both, dog) and differs(both, cat)
-    assert np.array_equal(with_adapters(pipeline, dog=1.0), dog)
-    assert differs(with_adapters(pipeline, dog=0.3), dog)
+def test_adapters_combine_and_switch_without_a_trace(pipeline, tiny_base):
+    """Scale zero and no adapter are the untouched base bit for bit. A LoRA tag in the prompt acts."""
+    base, dog, cat = (
+        picture(SubjectPipeline.from_base(tiny_base)),
+        *(with_adapters(pipeline, **{n: 1.0}) for n in ("dog", "cat")),
+    )
+    both = with_adapters(pipeline, dog=1.0, cat=1.0)
+    assert differs(dog, cat) and differs(both, dog) and differs(both, cat) and differs(base, dog)
+    assert np.array_equal(with_adapters(pipeline, dog=1.0, cat=0.0), dog)
+    assert np.array_equal(with_adapters(pipeline, dog=0.0), base) and np.array_equal(picture(pipeline), base)
     assert not differs(with_adapters(pipeline, dog_kohya=1.0), dog)
-
-
-def test_a_lora_tag_in_the_prompt_acts(pipeline):
-    tagged = picture(pipeline, prompt=PARAMS.prompt + " <lora:dog:0.7>")
-    assert np.array_equal(tagged, with_adapters(pipeline, dog=0.7))
+    tagged, less = picture(pipeline, prompt=PARAMS.prompt + " <lora:dog:0.3>"), with_adapters(pipeline, dog=0.3)
+    assert differs(less, dog) and np.array_equal(tagged, less)
 
 
 def test_all_schedulers_draw_something_of_their_own(pipeline):
@@ -142,7 +127,7 @@ def test_all_schedulers_draw_something_of_their_own(pipeline):
 def test_the_preview_finds_the_clean_latents_when_the_model_is_right(pipeline, name):
     scheduler = pipeline._scheduler(name)
     scheduler.set_timesteps(6)
-    tracker = PreviewTracker(scheduler)
+    tracker = progress.PreviewTracker(scheduler)
     clean, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sigma = scheduler.sigmas[0]
     x = (clean + sigma * noise) / (1 if name == "euler" else (1 + sigma**2).sqrt())
@@ -165,28 +150,25 @@ class LinearVae(torch.nn.Module):
 
 
 def test_preview_colours_are_those_of_the_vae():
-    vae, latents = LinearVae(), smooth_latents(4, seed=7)
+    vae, latents = LinearVae(), progress.smooth_latents(4, seed=7)
     truth = (vae.decode(latents / vae.config.scaling_factor).sample[0, :, ::8, ::8] / 2 + 0.5).clamp(0, 1) * 255
-    preview = np.asarray(LatentColours(vae)(latents, (32, 32))).astype(float)
+    preview = np.asarray(progress.LatentColours(vae)(latents, (32, 32))).astype(float)
     assert np.abs(preview - truth.permute(1, 2, 0).numpy()).max() <= 1.01
 
 
 def test_stopping_ends_after_the_step_and_leaves_the_pipeline_usable(pipeline):
-    stop = threading.Event()
-    events = []
+    """So does closing the iterator."""
+    stop, events, before = threading.Event(), [], picture(pipeline)
     for event in pipeline.generate(replace(PARAMS, steps=50, num_images=4), should_stop=stop.is_set):
         events.append(event)
         stop.set()
     assert not any(isinstance(event, Image) for event in events)
     assert len([e for e in events if isinstance(e, Step)]) < 50
-    assert np.array_equal(picture(pipeline), picture(pipeline))
-
-
-def test_closing_the_iterator_stops_the_work(pipeline):
-    events = pipeline.generate(replace(PARAMS, steps=200))
-    next(events)
-    events.close()
+    closed = pipeline.generate(replace(PARAMS, steps=200))
+    next(closed)
+    closed.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
+    assert np.array_equal(picture(pipeline), before)
 
 
 def test_what_cannot_be_drawn_is_said(pipeline, monkeypatch):
@@ -280,18 +262,18 @@ def test_drawn_in_the_calling_thread_a_picture_is_the_same_file(subject, tmp_pat
 
 @pytest.fixture(scope="module")
 def colours(tiny_base):
-    return LatentColours(load_pipeline(tiny_base).vae)
+    return progress.LatentColours(load_pipeline(tiny_base).vae)
 
 
-def after_a_step(latents: torch.Tensor, colours: LatentColours) -> Preview:
+def after_a_step(latents: torch.Tensor, colours: progress.LatentColours) -> progress.Preview:
     """What the watcher emits beside the step."""
     scheduler, params = EulerDiscreteScheduler(), GenerationParams("a dog", steps=3, height_px=1024, width_px=512)
     scheduler.set_timesteps(3)
     events: list = []
-    watcher = Watcher(0, params, Clock(params), colours, events.append, bool)
+    watcher = progress.Watcher(0, params, progress.Clock(params), colours, events.append, bool)
     for step in range(2):
         watcher(SimpleNamespace(scheduler=scheduler), step, None, {"latents": latents})
-    assert isinstance(events[-1], Preview)
+    assert isinstance(events[-1], progress.Preview)
     return events[-1]
 
 
@@ -299,7 +281,7 @@ def test_a_preview_is_as_large_as_the_page_shows_it_and_no_larger_than_the_pictu
     """Numbers on the meta device cannot be read: whoever copies them before they are looked at fails."""
     preview = after_a_step(torch.randn(1, 4, 128, 64), colours)
     assert preview.pixels.size == (192, 384) and preview.pixels is preview.pixels
-    assert Preview(0, torch.randn(1, 4, 8, 8), (64, 64), colours).pixels.size == (64, 64)
+    assert progress.Preview(0, torch.randn(1, 4, 8, 8), (64, 64), colours).pixels.size == (64, 64)
     on_meta = after_a_step(torch.empty(1, 4, 128, 64, device="meta"), colours)
     with pytest.raises(NotImplementedError, match="meta"):
         on_meta.pixels  # noqa: B018
@@ -319,7 +301,7 @@ def pipeline_of(folder, dtype: torch.dtype, factor: float):
 def last_preview_and_picture(pipeline) -> tuple[np.ndarray, np.ndarray]:
     """The last preview and the picture."""
     events = list(SubjectPipeline(pipeline, "tiny").generate(PARAMS))
-    preview = [event for event in events if isinstance(event, Preview)][-1]
+    preview = [event for event in events if isinstance(event, progress.Preview)][-1]
     assert isinstance(events[-1], Image)
     return np.asarray(preview.pixels).astype(int), np.asarray(events[-1].pixels).astype(int)
 
@@ -353,6 +335,8 @@ def test_without_finite_colours_the_preview_is_grey_and_the_picture_comes(factor
 
 OTHER_DEVICE = "cpu:0"
 """Not the device named `cpu`, but with its memory: here models can really be moved, and draw."""
+
+
 KIB = 2**-20
 """In GiB. The tiny base has 0.6 MiB of weights."""
 
@@ -377,9 +361,16 @@ def free(monkeypatch, gib: float) -> None:
 
 
 def test_a_small_gpu_holds_one_model_at_a_time_and_draws_the_same(tiny_base, monkeypatch, offloads):
+    """A large one keeps all models, and a size that cannot fit is refused before the first step."""
     expected = picture(SubjectPipeline.from_base(tiny_base))
-    assert not offloads
-    weights = gpu_room.weights_gib(SubjectPipeline.from_base(tiny_base).pipeline)
+    free(monkeypatch, 24.0)
+    large = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
+    assert np.array_equal(picture(large), expected) and not offloads and not large.home.is_resting
+    weights = gpu_room.weights_gib(large.pipeline)
+    small = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
+    free(monkeypatch, 100 * 100 * gpu_room.UNET_BYTES_A_PIXEL / 2**30)
+    with pytest.raises(UserError, match="too little memory for 128 x 128 px: at most 96 x 96 px fit"):
+        picture(small, GenerationParams("a dog", steps=1, height_px=128, width_px=128))
     free(monkeypatch, 1.4 * weights)
     monkeypatch.setattr(gpu_room, "UNET_BYTES_A_PIXEL", 1e-9)
     small = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
@@ -387,18 +378,6 @@ def test_a_small_gpu_holds_one_model_at_a_time_and_draws_the_same(tiny_base, mon
     assert set(offloads) == {OTHER_DEVICE}
     hooked = [part for part in small.pipeline.components.values() if hasattr(part, "_hf_hook")]
     assert not hooked and small.pipeline.device == torch.device("cpu")
-
-
-def test_a_large_gpu_keeps_all_models(tiny_base, monkeypatch, offloads):
-    """And a size that cannot fit is refused before the first step."""
-    free(monkeypatch, 24.0)
-    subject = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
-    picture(subject)
-    assert not offloads and not subject.home.is_resting
-    subject = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
-    free(monkeypatch, 100 * 100 * gpu_room.UNET_BYTES_A_PIXEL / 2**30)
-    with pytest.raises(UserError, match="too little memory for 128 x 128 px: at most 96 x 96 px fit"):
-        picture(subject, GenerationParams("a dog", steps=1, height_px=128, width_px=128))
 
 
 @pytest.mark.parametrize(

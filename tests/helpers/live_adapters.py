@@ -3,11 +3,20 @@
 import torch
 
 from dreambooth_moslora.adapters import export
-from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
+from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
-from tests.adapters.test_moslora import shake
-from tests.adapters.test_moslora_models import PROJECTIONS
 from tests.helpers.tiny import tiny_text_config, tiny_unet
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+CONVOLUTIONS = ["conv1", "conv_shortcut", "downsamplers.0.conv", "to_q"]
+
+
+def shake(model: torch.nn.Module, adapter_name: str = "default", seed: int = 5) -> None:
+    """Stand in for training: move every adapter weight, so that nothing is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(model, adapter_name):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def text_encoders() -> dict[str, torch.nn.Module]:

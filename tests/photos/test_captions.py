@@ -9,15 +9,7 @@ import torch
 from transformers import AutoProcessor, PreTrainedModel
 
 from dreambooth_moslora.core import UserError, assets_folder, find_asset
-from dreambooth_moslora.photos.captions import (
-    Captioner,
-    conversation,
-    keep,
-    load_captioner,
-    make_beside,
-    make_for_run,
-    surroundings_in,
-)
+from dreambooth_moslora.photos import captions
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.photo import open_image
 from dreambooth_moslora.settings.table import TrainConfig
@@ -28,10 +20,10 @@ from toybox.make_subjects import PHOTO_PLACES
 PROMPT = "a photo of a sks dog"
 
 
-def captioner(words: str = "on grass", asked: list | None = None) -> Captioner:
+def captioner(words: str = "on grass", asked: list | None = None) -> captions.Captioner:
     """Says the same of every picture, and counts."""
     asked = [] if asked is None else asked
-    return Captioner("same", "dog", lambda image: asked.append(image.size) or words)
+    return captions.Captioner("same", "dog", lambda image: asked.append(image.size) or words)
 
 
 def photos_in(folder: Path):
@@ -39,7 +31,7 @@ def photos_in(folder: Path):
 
 
 def written(folder: Path, words: str = "on grass", **options) -> list[str | None]:
-    return [made.caption for made in make_beside(photos_in(folder), captioner(words), PROMPT, **options)]
+    return [made.caption for made in captions.make_beside(photos_in(folder), captioner(words), PROMPT, **options)]
 
 
 @pytest.fixture
@@ -81,7 +73,7 @@ def test_photos_that_would_share_a_caption_get_none(names, words, remark, tmp_pa
     """One whose name leaves no room costs the others nothing; a silent model leaves a photo as it is."""
     for name in names:
         picture().save(tmp_path / name)
-    made = list(make_beside(photos_in(tmp_path), captioner(words), PROMPT))
+    made = list(captions.make_beside(photos_in(tmp_path), captioner(words), PROMPT))
     assert remark in made[0].remark
     assert [found.caption is None for found in made] == [name != "b.jpg" for name in names]
     texts = [path.name for path in tmp_path.iterdir() if path.suffix == ".txt" and not path.name.startswith(".")]
@@ -93,7 +85,7 @@ def keep_bare(folder, path: Path, asked: list, prompt: str = PROMPT) -> int:
     asked.clear()
     for photo in photos_in(folder):
         if not photo.is_captioned:
-            keep(path, make_for_run(photo, captioner(asked=asked), prompt, path), prompt)
+            captions.keep(path, captions.make_for_run(photo, captioner(asked=asked), prompt, path), prompt)
     return len(asked)
 
 
@@ -127,8 +119,8 @@ def config_of(**settings) -> TrainConfig:
 
 
 def test_a_language_model_answers_the_same_to_the_same_photo_and_sees_photo_and_word(chat_model):
-    dog = load_captioner(config_of(caption_model=str(chat_model)))
-    cat = load_captioner(config_of(caption_model=str(chat_model), instance_prompt="a photo of sks cat"))
+    dog = captions.load_captioner(config_of(caption_model=str(chat_model)))
+    cat = captions.load_captioner(config_of(caption_model=str(chat_model), instance_prompt="a photo of sks cat"))
     said = dog.surroundings(picture())
     assert said and said == dog.surroundings(picture()) and dog.name == "chat" and dog.word == "dog"
     assert said != dog.surroundings(picture().rotate(90)) and said != cat.surroundings(picture())
@@ -136,7 +128,7 @@ def test_a_language_model_answers_the_same_to_the_same_photo_and_sees_photo_and_
 
 
 def test_the_model_goes_on_from_the_words_for_the_subject(chat_model):
-    asked = conversation(picture(size_px=(3000, 2000)), "dog")
+    asked = captions.conversation(picture(size_px=(3000, 2000)), "dog")
     assert asked[0]["content"][0]["image"].size == (512, 768)
     words = AutoProcessor.from_pretrained(chat_model).apply_chat_template(asked, continue_final_message=True)
     assert words.endswith("assistant\nA photo of a dog") and "sks" not in words
@@ -148,7 +140,7 @@ def test_on_a_gpu_the_model_is_loaded_in_the_half_precision_that_the_gpu_has(maj
     moved = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (major, 0))
     monkeypatch.setattr(PreTrainedModel, "to", lambda model, device: moved.append((model.dtype, device)) or model)
-    said = load_captioner(config_of(caption_model=str(chat_model)), "cuda").surroundings(picture())
+    said = captions.load_captioner(config_of(caption_model=str(chat_model)), "cuda").surroundings(picture())
     assert moved == [(dtype, "cuda")] and all(letter.isprintable() for letter in said)
 
 
@@ -165,7 +157,7 @@ def test_on_a_gpu_the_model_is_loaded_in_the_half_precision_that_the_gpu_has(maj
     ],
 )
 def test_an_answer_becomes_one_phrase(answer, surroundings):
-    assert surroundings_in(answer) == surroundings
+    assert captions.surroundings_in(answer) == surroundings
 
 
 def test_an_absent_model_and_a_foreign_one_are_one_line(chat_model, tmp_path):
@@ -181,14 +173,14 @@ def test_an_absent_model_and_a_foreign_one_are_one_line(chat_model, tmp_path):
         ({"instance_prompt": "sks"}, "no word says what the photos show"),
     ):
         with pytest.raises(UserError, match=said):
-            load_captioner(config_of(**settings)).surroundings(picture())
-    assert load_captioner(config_of(pretrained_model_name_or_path="toy", instance_prompt="sks")).word == "toy"
+            captions.load_captioner(config_of(**settings)).surroundings(picture())
+    assert captions.load_captioner(config_of(pretrained_model_name_or_path="toy", instance_prompt="sks")).word == "toy"
 
 
 def test_the_embedded_bases_clip_reads_where_the_sample_subjects_stand():
     """Five photos, each at the place of its number; none of them was trained on."""
     duck = {"pretrained_model_name_or_path": "toy", "instance_prompt": "a photo of a sks duck"}
-    captioner, right = load_captioner(config_of(**duck)), 0
+    captioner, right = captions.load_captioner(config_of(**duck)), 0
     for number, place in enumerate(PHOTO_PLACES):
         photo = open_image(Path(find_asset(f"assets/subjects/duck/{number:02d}.jpg")))
         right += captioner.surroundings(photo).startswith(place)

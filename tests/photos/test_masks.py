@@ -8,20 +8,8 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.core import UserError, find_asset
+from dreambooth_moslora.photos import masks
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.masks import (
-    CLIPSEG,
-    Segmenter,
-    grey_mask,
-    kept_path,
-    load_segmenter,
-    make_beside,
-    make_kept,
-    open_mask,
-    quality_warning,
-    sought_word,
-    with_kept_masks,
-)
 from dreambooth_moslora.photos.photo import open_image, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import picture, transparent
@@ -36,10 +24,10 @@ def test_what_is_transparent_becomes_white_and_is_not_learnt(tmp_path):
     transparent(tmp_path / "a.png")
     (photo,) = find_photos(tmp_path, PROMPT, 64).photos
     assert open_rgb(photo).getpixel((4, 4)) == (255, 255, 255)
-    mask = open_mask(photo)
+    mask = masks.open_mask(photo)
     assert (mask.getpixel((4, 4)), mask.getpixel((60, 60))) == (0, 255)
     (photo,) = find_photos(tmp_path, PROMPT, 64, alpha="white").photos
-    assert open_mask(photo) is None and "transparent: on white" in photo.reasons
+    assert masks.open_mask(photo) is None and "transparent: on white" in photo.reasons
 
 
 def paint(folder: Path, *names: str, size_px=None) -> Path:
@@ -61,7 +49,7 @@ def test_a_mask_may_be_of_any_format_and_dim(tmp_path, name, white):
     Image.new("RGB", (128, 96), "green").save(tmp_path / "a.jpg")
     grey((128, 96), 0, (0, 0, 64, 96), white=white).save(tmp_path / name)
     (photo,) = photos_in(tmp_path)
-    found = open_mask(photo)
+    found = masks.open_mask(photo)
     assert found.getpixel((9, 9)) > 250 and found.getpixel((120, 9)) < 5
 
 
@@ -71,12 +59,12 @@ def test_a_mask_beside_the_photo_is_used_and_one_of_another_shape_is_refused(tmp
     for name, one in (("a", mask), ("b", grey((96, 96), 255)), ("c", grey())):
         one.save(tmp_path / f"{name}.mask.png")
     a, b, c = photos_in(tmp_path)
-    assert np.array_equal(np.asarray(open_mask(a)), np.asarray(mask))
-    assert open_mask(b) is None and "mask not used: its shape" in b.reasons[0]
-    assert open_mask(c) is None and "black everywhere" in c.reasons[0]
+    assert np.array_equal(np.asarray(masks.open_mask(a)), np.asarray(mask))
+    assert masks.open_mask(b) is None and "mask not used: its shape" in b.reasons[0]
+    assert masks.open_mask(c) is None and "black everywhere" in c.reasons[0]
 
 
-def half(word: str = "dog") -> Segmenter:
+def half(word: str = "dog") -> masks.Segmenter:
     """Finds the left half of everything, and counts."""
     asked = []
 
@@ -86,7 +74,7 @@ def half(word: str = "dog") -> Segmenter:
         found[:, : image.width // 2] = 0.9 if word != "nothing" else 0.0
         return found
 
-    segmenter = Segmenter("half", word, probabilities)
+    segmenter = masks.Segmenter("half", word, probabilities)
     object.__setattr__(segmenter, "asked", asked)
     return segmenter
 
@@ -101,11 +89,11 @@ def test_masks_go_beside_photos_that_have_none_and_a_persons_own_stay(tmp_path):
     grey(ground=255).save(tmp_path / "b.mask.png")
     grey((96, 96), 255).save(tmp_path / "c.mask.png")  # of no use
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    made = list(make_beside(photos_in(tmp_path), half()))
+    made = list(masks.make_beside(photos_in(tmp_path), half()))
     assert [mask.path and mask.path.name for mask in made] == ["a.mask.png", None, None, None]
     assert ["kept" in mask.remark for mask in made] == [False, True, True, True]
     assert all(path.read_bytes() == content for path, content in before.items())
-    mask = np.asarray(open_mask(photos_in(tmp_path)[0]))
+    mask = np.asarray(masks.open_mask(photos_in(tmp_path)[0]))
     assert mask.shape == (96, 128) and (mask[:, :64] == 255).all() and (mask[:, 64:] == 0).all()
 
 
@@ -115,28 +103,28 @@ def test_photos_that_would_share_a_mask_get_none(tmp_path):
     exif[0x0112] = 6
     paint(tmp_path, "a.jpg", "a.png")
     picture().save(tmp_path / "b.jpg", exif=exif)
-    made = list(make_beside(photos_in(tmp_path), half()))
+    made = list(masks.make_beside(photos_in(tmp_path), half()))
     assert [mask.path and mask.path.name for mask in made] == [None, None, "b.mask.png"]
     assert [mask.remark for mask in made[:2]] == ["another photo has the name a too: rename one of them"] * 2
     *_, turned = photos_in(tmp_path)
-    assert turned.size_px == (128, 96) and open_mask(turned).size == (96, 128)
+    assert turned.size_px == (128, 96) and masks.open_mask(turned).size == (96, 128)
 
 
 def test_kept_masks_are_made_once_for_each_photo_model_and_word(tmp_path):
     folder, kept = paint(tmp_path / "photos", "a.jpg", "a.png"), tmp_path / "masks"
 
-    def asked(segmenter: Segmenter) -> int:
+    def asked(segmenter: masks.Segmenter) -> int:
         for photo in photos_in(folder):
-            make_kept(photo, segmenter, kept)
+            masks.make_kept(photo, segmenter, kept)
         return len(segmenter.asked)
 
     assert [asked(half()), asked(half()), asked(half("cat"))] == [2, 0, 2]
-    first = kept_path(photos_in(folder)[0], kept).read_bytes()
+    first = masks.kept_path(photos_in(folder)[0], kept).read_bytes()
     paint(folder, "a.jpg", size_px=(64, 64))
     assert asked(half("cat")) == 1
     photos = photos_in(folder)
-    assert kept_path(photos[0], kept).read_bytes() != first
-    found = with_kept_masks(photos, kept)
+    assert masks.kept_path(photos[0], kept).read_bytes() != first
+    found = masks.with_kept_masks(photos, kept)
     assert [photo.mask_path.name for photo in found] == ["a.jpg.mask.png", "a.png.mask.png"]
     assert sorted(path.name for path in folder.iterdir()) == ["a.jpg", "a.png"]
 
@@ -144,12 +132,12 @@ def test_kept_masks_are_made_once_for_each_photo_model_and_word(tmp_path):
 def test_a_subject_that_is_not_found_gets_no_mask_and_loses_that_of_another_word(tmp_path):
     """A kept mask of another shape is not used either."""
     photos, kept = photos_in(paint(tmp_path, "a.jpg")), tmp_path / "masks"
-    make_kept(photos[0], half(), kept)
-    made = make_kept(photos[0], half("nothing"), kept)
+    masks.make_kept(photos[0], half(), kept)
+    made = masks.make_kept(photos[0], half("nothing"), kept)
     assert made.path is None and "“nothing” was not found" in made.remark
-    assert with_kept_masks(photos, kept) == photos
-    grey((10, 90), 255).save(kept_path(photos[0], kept))
-    assert with_kept_masks(photos, kept) == photos
+    assert masks.with_kept_masks(photos, kept) == photos
+    grey((10, 90), 255).save(masks.kept_path(photos[0], kept))
+    assert masks.with_kept_masks(photos, kept) == photos
 
 
 def mask_of(*boxes: tuple[int, int, int, int]) -> Image.Image:
@@ -168,7 +156,7 @@ def mask_of(*boxes: tuple[int, int, int, int]) -> Image.Image:
     ],
 )
 def test_what_looks_wrong_is_said(mask, says):
-    warning = quality_warning(mask)
+    warning = masks.quality_warning(mask)
     assert warning.startswith(says) and bool(warning) == bool(says)
 
 
@@ -188,10 +176,10 @@ def test_clipseg_is_asked_for_the_class_word_or_for_the_prompt(clipseg):
     image = picture()
     seen = {}
     for word in ("dog", "cat"):
-        found = load_segmenter(config_of(mask_model=clipseg, mask_prompt=word)).probabilities(image)
+        found = masks.load_segmenter(config_of(mask_model=clipseg, mask_prompt=word)).probabilities(image)
         assert found.shape == (image.height, image.width) and found.dtype == torch.float32
         seen[word] = found
-    dog = load_segmenter(config_of(mask_model=clipseg)).probabilities(image)
+    dog = masks.load_segmenter(config_of(mask_model=clipseg)).probabilities(image)
     assert torch.equal(dog, seen["dog"]) and not torch.equal(dog, seen["cat"])
 
 
@@ -199,7 +187,7 @@ def test_clipseg_is_asked_for_the_class_word_or_for_the_prompt(clipseg):
 def test_a_mask_begins_at_half_of_the_highest_probability_and_is_black_without_a_peak(peak, share):
     found = torch.full((8, 16), 0.4 * peak)
     found[:, :8] = peak
-    mask = np.asarray(Segmenter("x", "dog", lambda image: found).mask(Image.new("RGB", (16, 8))))
+    mask = np.asarray(masks.Segmenter("x", "dog", lambda image: found).mask(Image.new("RGB", (16, 8))))
     assert mask.shape == (8, 16) and (mask > 127).mean() == share and set(np.unique(mask)) <= {0, 255}
 
 
@@ -212,17 +200,17 @@ def test_an_absent_model_and_a_foreign_one_are_one_line(clipseg, tmp_path):
         ({"mask_model": clipseg, "instance_prompt": "sks"}, "--mask_prompt"),
     ):
         with pytest.raises(UserError, match=said):
-            load_segmenter(config_of(**settings)).mask(picture())
-    assert sought_word(config_of(pretrained_model_name_or_path="toy", instance_prompt="sks")) == ""
-    assert sought_word(config_of(pretrained_model_name_or_path="toy", mask_model=CLIPSEG)) == "dog"
+            masks.load_segmenter(config_of(**settings)).mask(picture())
+    assert masks.sought_word(config_of(pretrained_model_name_or_path="toy", instance_prompt="sks")) == ""
+    assert masks.sought_word(config_of(pretrained_model_name_or_path="toy", mask_model=masks.CLIPSEG)) == "dog"
 
 
 def test_the_toy_net_finds_the_sample_subjects():
     """None of them is in its training; eight photos of 512 px against their true masks."""
-    segmenter = load_segmenter(config_of(pretrained_model_name_or_path="toy"))
+    segmenter = masks.load_segmenter(config_of(pretrained_model_name_or_path="toy"))
     found, true = [], []
     for path in sorted(Path(find_asset("assets/subjects")).glob("*/00.jpg")):
         found.append(np.asarray(segmenter.mask(open_image(path))))
-        true.append(np.asarray(grey_mask(open_image(path.with_name("00.mask.png")))))
+        true.append(np.asarray(masks.grey_mask(open_image(path.with_name("00.mask.png")))))
     scores = iou(*(torch.from_numpy(np.stack(masks)) > 127 for masks in (found, true)))
     assert len(scores) == 8 and scores.mean() > 0.88 and scores.min() > 0.7
