@@ -87,8 +87,8 @@ def test_a_wide_gamut_photo_is_converted_and_not_reinterpreted(tmp_path):
 
 
 MINE, LONG = "my sks toy", "my sks toy, " * 3000
-NESTED = ["[" * 100_000, '{"file_name": ' * 100_000]
-"""Of no depth that a reader should follow."""
+NESTED = ["[" * 30_000, '{"file_name": ' * 2_000]
+"""Of no depth that a reader should follow, and no longer than captions may be."""
 
 
 def row_of(name: str, text: str, **options) -> str:
@@ -118,7 +118,7 @@ def row_of(name: str, text: str, **options) -> str:
                 {},
                 [line, row_of("a.jpg", MINE)],
                 [(MINE,), (PROMPT,), (PROMPT,), (PROMPT,)],
-                [("metadata.jsonl", "line 1")],
+                [("metadata.jsonl", "line 1 is not")],
             )
             for line in NESTED
         ),
