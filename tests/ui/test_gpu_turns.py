@@ -4,7 +4,6 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -14,18 +13,11 @@ from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.generate_form import GenerateForm, make_pictures
-from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.state import AppContext
+from tests.ui.conftest import OWNER, PAGE, wait_for
 
-OWNER = "a" * 64
-PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")
 OTHER_DEVICE = "cpu:0"
 """Not the device named `cpu`, but with its memory: here the pipeline can really be moved, and draw."""
-
-
-def context(tmp_path, load, resolution_px: int = 1024) -> AppContext:
-    folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
-    return AppContext(load, base="sdxl", base_name="toy", resolution_px=resolution_px, training=True, **folders)
 
 
 def resting_toy() -> tuple[SubjectPipeline, list[str]]:
@@ -41,30 +33,43 @@ def resting_toy() -> tuple[SubjectPipeline, list[str]]:
     return subject, moves
 
 
-def sleeping(tmp_path, ctx: AppContext) -> Jobs:
+@pytest.fixture
+def large(context, tmp_path):
+    """A page on a base of that size, whose runs do nothing; they end with the test."""
     (tmp_path / "trainer.py").write_text("import time; time.sleep(120)")
-    ctx.jobs.script = tmp_path / "trainer.py"
-    return ctx.jobs
+    made = []
+
+    def make(load, resolution_px: int = 1024) -> AppContext:
+        made.append(context(load, base="sdxl", resolution_px=resolution_px))
+        made[-1].jobs.script = tmp_path / "trainer.py"
+        return made[-1]
+
+    yield make
+    if made[0].jobs.current():
+        stop(made[0])
 
 
-def wait_for_the_end(jobs: Jobs) -> None:
-    deadline = time.monotonic() + 30
-    while jobs.current():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+@pytest.fixture
+def at_rest(large):
+    """Such a page with the toy at rest, and its moves."""
+    subject, moves = resting_toy()
+    ctx = large(lambda: subject)
+    ctx.pipeline()
+    return ctx, moves
+
+
+def stop(ctx: AppContext) -> None:
+    ctx.jobs.stop(ctx.jobs.current().name, OWNER)
+    wait_for(lambda: not ctx.jobs.current())
 
 
 def picture(ctx: AppContext) -> bytes:
-    form = GenerateForm("a red ball", seed=1, steps=1, size="64 x 64")
-    *_, last = make_pictures(ctx, form, PAGE)
+    *_, last = make_pictures(ctx, GenerateForm("a red ball", seed=1, steps=1, size="64 x 64"), PAGE)
     return PIL.Image.open(last.pictures[0].path).tobytes()
 
 
-def test_the_pages_base_is_off_the_gpu_while_a_run_trains_and_draws_the_same_afterwards(tmp_path, monkeypatch):
-    subject, moves = resting_toy()
-    ctx = context(tmp_path, lambda: subject)
-    ctx.pipeline()
-    jobs = sleeping(tmp_path, ctx)
+def test_the_pages_base_is_off_the_gpu_while_a_run_trains_and_draws_the_same_afterwards(at_rest, monkeypatch):
+    ctx, moves = at_rest
     before = picture(ctx)
     assert moves == [OTHER_DEVICE]
     picture(ctx)
@@ -72,74 +77,53 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_and_draws_the_same_aft
     seen, spawn = [], page_jobs.processes.start_logged
     noted = lambda *place, **how: (seen.append(list(moves)), spawn(*place, **how))[1]  # noqa: E731
     monkeypatch.setattr(page_jobs.processes, "start_logged", noted)
-    jobs.start("dog", {}, OWNER)
+    ctx.jobs.start("dog", {}, OWNER)
     assert seen == [[OTHER_DEVICE, "cpu"]]
     with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
         picture(ctx)
-    assert jobs.current() and moves == [OTHER_DEVICE, "cpu"]
-    jobs.stop("dog", OWNER)
-    wait_for_the_end(jobs)
+    assert ctx.jobs.current() and moves == [OTHER_DEVICE, "cpu"]
+    stop(ctx)
     assert picture(ctx) == before and moves == [OTHER_DEVICE, "cpu", OTHER_DEVICE]
-    ctx.visitors.close()
 
 
-def test_a_resumed_run_and_a_server_that_is_started_again_keep_the_turns(tmp_path):
-    subject, moves = resting_toy()
-    ctx = context(tmp_path, lambda: subject)
-    ctx.pipeline()
-    jobs = sleeping(tmp_path, ctx)
-    jobs.start("dog", {}, OWNER)
-    jobs.stop("dog", OWNER)
-    wait_for_the_end(jobs)
+def test_a_resumed_run_and_a_server_that_is_started_again_keep_the_turns(at_rest, large):
+    ctx, moves = at_rest
+    ctx.jobs.start("dog", {}, OWNER)
+    stop(ctx)
     picture(ctx)
-    jobs.resume("dog", OWNER)
+    ctx.jobs.resume("dog", OWNER)
     assert moves == ["cpu", OTHER_DEVICE, "cpu"]
     fresh, its_moves = resting_toy()
-    again = context(tmp_path, lambda: fresh)
     with pytest.raises(UserError, match="this machine is training a run"):
-        picture(again)
+        picture(large(lambda: fresh))
     assert its_moves == []
-    jobs.stop("dog", OWNER)
-    wait_for_the_end(jobs)
-    for each in (ctx, again):
-        each.visitors.close()
 
 
-def test_a_run_begins_when_the_picture_being_drawn_is_done(tmp_path):
-    subject, moves = resting_toy()
-    ctx = context(tmp_path, lambda: subject)
-    ctx.pipeline()
-    jobs = sleeping(tmp_path, ctx)
+def test_a_run_begins_when_the_picture_being_drawn_is_done(at_rest):
+    ctx, moves = at_rest
     frames = make_pictures(ctx, GenerateForm("a red ball", seed=1, steps=2, size="64 x 64"), PAGE)
     next(frames)
     with ThreadPoolExecutor(1) as pool:
         started = threading.Event()
-        job = pool.submit(lambda: (started.set(), jobs.start("dog", {}, OWNER))[1])
+        job = pool.submit(lambda: (started.set(), ctx.jobs.start("dog", {}, OWNER))[1])
         started.wait()
         time.sleep(0.1)
-        assert not job.done() and jobs.current() is None
+        assert not job.done() and ctx.jobs.current() is None
         *_, last = frames
         assert len(last.pictures) == 1 and job.result(timeout=20).is_alive
     assert moves == [OTHER_DEVICE, "cpu"]
-    jobs.stop("dog", OWNER)
-    wait_for_the_end(jobs)
-    ctx.visitors.close()
 
 
-def test_a_small_base_stays_and_draws_beside_a_run(tmp_path):
+def test_a_small_base_stays_and_draws_beside_a_run(large):
     subject, moves = resting_toy()
-    ctx = context(tmp_path, lambda: subject, resolution_px=128)
+    ctx = large(lambda: subject, resolution_px=128)
     ctx.pipeline()
-    jobs = sleeping(tmp_path, ctx)
-    jobs.start("dog", {}, OWNER)
+    ctx.jobs.start("dog", {}, OWNER)
     picture(ctx)
-    assert jobs.current() and moves == [OTHER_DEVICE]
-    jobs.stop("dog", OWNER)
-    wait_for_the_end(jobs)
-    ctx.visitors.close()
+    assert ctx.jobs.current() and moves == [OTHER_DEVICE]
 
 
-def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_loaded_again(tmp_path):
+def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_loaded_again(large):
     made = []
 
     def load() -> SubjectPipeline:
@@ -147,25 +131,19 @@ def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_load
         made.append(weakref.ref(subject.pipeline.unet))
         return subject
 
-    ctx = context(tmp_path, load)
-    jobs = sleeping(tmp_path, ctx)
-    jobs.start("dog", {}, OWNER)  # while the base is loading
+    ctx = large(load)
+    ctx.jobs.start("dog", {}, OWNER)  # while the base is loading
     assert not ctx.loaded() and [one() for one in made] == [None]
     with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
         picture(ctx)
-    again = context(tmp_path, load)  # a server that is started again
     with pytest.raises(UserError, match="this machine is training a run"):
-        again.pipeline()
-    jobs.stop("dog", OWNER)
-    wait_for_the_end(jobs)
+        large(load).pipeline()  # a server that is started again
+    stop(ctx)
     before = picture(ctx)
-    jobs.start("cat", {}, OWNER)
+    ctx.jobs.start("cat", {}, OWNER)
     assert [one() for one in made] == [None, None]
-    jobs.stop("cat", OWNER)
-    wait_for_the_end(jobs)
+    stop(ctx)
     assert picture(ctx) == before and len(made) == 3
-    for each in (ctx, again):
-        each.visitors.close()
 
 
 def test_an_adapter_that_is_loaded_at_rest_draws_as_one_loaded_awake():

@@ -1,141 +1,130 @@
-"""Runs as the page sees them when something changes under it: a resumed file, a deleted folder, a killed process."""
+"""The page's trainings: one process each, which outlives the server, whatever changes under it."""
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
+import gradio as gr
 import psutil
 import pytest
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.processes import why_it_ended
-from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, birth_of, phase_of
-from dreambooth_moslora.ui.train_watch import status_card, watched
-from dreambooth_moslora.ui.visitors import Visitor
+from dreambooth_moslora.ui import jobs as page_jobs
+from dreambooth_moslora.ui.jobs import Job, Jobs, birth_of
+from dreambooth_moslora.ui.state import AdapterCatalog, as_gradio_error
+from dreambooth_moslora.ui.train_watch import status_card
+from tests.ui.conftest import OTHER, OWNER, recorded, visitor, wait_for
 
-OWNER = "a" * 64
-
-
-def line(kind: str, step: int, when: float = 0.0, **facts) -> str:
-    return json.dumps({"type": kind, "time": when, "step": step, **facts}) + "\n"
-
-
-def replaced(path, text: str) -> None:
-    (fresh := path.with_name("fresh")).write_text(text)
-    fresh.replace(path)
+NOW = psutil.Process().create_time()
+DEEP = "[" * 100_000
+SLEEPER = "print('loading', flush=True); import time; time.sleep(60)"
+on_linux = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a file that is always full")
 
 
-def test_a_run_that_goes_on_from_an_older_checkpoint_is_read_anew(tmp_path):
-    metrics = Metrics(tmp_path / "metrics.jsonl")
-    steps = [line("step", step, step) for step in range(1, 383)]
-    metrics.path.write_text(line("start", 0) + "".join(steps))
-    assert metrics.refresh().last("step")["step"] == 382
-    replaced(metrics.path, line("start", 0) + "".join(steps[:200]) + line("start", 200, 500.0))
-    assert metrics.refresh().last("step")["step"] == 200 and metrics.events[-1]["type"] == "start"
-    with metrics.path.open("a") as file:
-        file.writelines(line("step", step, 500.0 + step) for step in range(201, 500))
-    assert [e["step"] for e in metrics.refresh().of("step")] == list(range(1, 500))
+def start(jobs: Jobs, mode: str = "good", name: str = "dog", **config) -> Job:
+    return jobs.start(name, {"mode": mode, "output_dir": str(jobs.runs_dir / name), **config}, OWNER)
 
 
-def test_a_folder_that_was_deleted_and_is_used_again_starts_from_nothing(tmp_path):
-    run = tmp_path / "dog"
-    run.mkdir()
-    metrics = Metrics(run / "metrics.jsonl")
-    metrics.path.write_text(line("step", 50, 1.0))
-    assert metrics.refresh().events
-    shutil.rmtree(run)
-    assert metrics.refresh().events == []
-    run.mkdir()
-    metrics.path.write_text("".join(line("step", step, time.time()) for step in range(1, 9)))
-    assert len(metrics.refresh().events) == 8
+def test_a_run_survives_the_server_that_started_it(jobs):
+    """Another process starts the run and is gone; this one finds it, watches it and stops it."""
+    code = (
+        "import sys; from pathlib import Path; from dreambooth_moslora.ui.jobs import Jobs\n"
+        f"jobs = Jobs(Path({str(jobs.runs_dir)!r}), Path({str(jobs.script)!r}))\n"
+        f"jobs.start('dog', {{'mode': 'good', 'output_dir': {str(jobs.runs_dir / 'dog')!r}}}, {OWNER!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    job = jobs.current()
+    assert job is not None and job.is_alive
+    first = wait_for(lambda: jobs.state(job).step)
+    wait_for(lambda: jobs.state(job).step > first)
+    assert jobs.stop("dog", OWNER).stop_asked
+    wait_for(lambda: jobs.state(jobs.owned("dog", OWNER)).state == "interrupted")
+    assert jobs.current() is None
 
 
-def test_a_file_of_the_same_length_in_the_old_ones_place_is_read_anew(tmp_path):
-    metrics = Metrics(tmp_path / "metrics.jsonl")
-    for when in (1.0, 2.0):
-        metrics.path.write_text(line("step", 5, when))
-        assert [e["time"] for e in metrics.refresh().refresh().events] == [when]
+def test_one_run_at_a_time_and_only_the_owner_has_a_say(jobs):
+    start(jobs)
+    with pytest.raises(UserError, match="your run dog"):
+        start(jobs, name="cat")
+    with pytest.raises(UserError, match="another visitor's"):
+        jobs.start("cat", {}, OTHER)
+    for action in (jobs.stop, jobs.resume):
+        with pytest.raises(UserError, match="you have no run"):
+            action("dog", OTHER)
+    with pytest.raises(UserError, match="still going on"):
+        jobs.resume("dog", OWNER)
+    assert jobs.current().name == "dog" and jobs.of(OTHER) == []
 
 
-def test_while_it_starts_a_resumed_run_is_at_none_of_the_earlier_steps(tmp_path):
-    (run := tmp_path / "dog").mkdir()
-    job, jobs = Job(run, OWNER, os.getpid(), psutil.Process().create_time()), Jobs(tmp_path)
-    old = line("start", 0, 1.0) + line("step", 382, 2.0)
-    (run / "metrics.jsonl").write_text(old)
-    state = jobs.state(job)
-    assert (state.state, state.step) == ("starting", 0)
-    start = json.dumps({"type": "start", "time": time.time(), "max_train_steps": 400}) + "\n"
-    replaced(run / "metrics.jsonl", line("step", 200, 1.5) + start)
-    state = jobs.state(job)
-    assert (state.state, state.step) == ("running", 200)
-    assert jobs.state(replace(job, created=0.0)).state == "failed"
+def test_resume_adds_the_checkpoint_to_the_same_run(jobs):
+    job = start(jobs, steps=2)
+    wait_for(lambda: jobs.state(job).state == "done")
+    job = jobs.resume("dog", OWNER)
+    wait_for(lambda: jobs.state(job).state == "done")
+    config = json.loads((job.run_dir / "job_config.json").read_text())
+    assert config["resume_from_checkpoint"] == "latest" and len(jobs.metrics(job).of("start")) == 2
 
 
-def visitor(tmp_path) -> Visitor:
-    (folder := tmp_path / "visitor").mkdir(exist_ok=True)
-    return Visitor(OWNER, folder)
+@pytest.mark.parametrize("is_full", [False, pytest.param(True, marks=on_linux)])
+def test_a_process_that_will_not_stop_is_killed_at_the_second_asking(jobs, monkeypatch, is_full):
+    """A full disk stops nobody from stopping a run: this process remembers that it was asked."""
+    job = start(jobs, "stubborn")
+    wait_for(lambda: jobs.state(job).step)
+    fill_the_disk(job, is_full)
+    assert jobs.stop("dog", OWNER).stop_asked
+    stopping = jobs.owned("dog", OWNER)
+    assert jobs.state(stopping).state == "stopping" and stopping.is_alive
+    monkeypatch.setattr("dreambooth_moslora.ui.jobs.KILL_AFTER_SEC", 0)
+    jobs.stop("dog", OWNER)
+    wait_for(lambda: not job.is_alive)
+    assert jobs.state(jobs.owned("dog", OWNER)).state == "failed"
 
 
-def test_a_run_that_is_gone_is_told_and_leaves_no_button_to_press(tmp_path):
-    jobs, ann = Jobs(tmp_path), visitor(tmp_path)
-    for name, owner in (("dog", OWNER), ("mine", OWNER), ("theirs", "b" * 64)):
-        (tmp_path / name).mkdir()
-        Job(tmp_path / name, owner, os.getpid(), psutil.Process().create_time()).save()
-    seen = watched(jobs, "dog", None, ann)
-    assert seen["stop"].interactive and watched(jobs, "dog", seen["seen"], ann) == {}
-    shutil.rmtree(tmp_path / "dog")
-    for run in ("dog", "theirs", "../dog"):
-        now = watched(jobs, run, seen["seen"], ann)
-        assert "not there any more" in now["status"] and now["run"].value is None
-        assert [value for _, value in now["run"].choices] == ["mine"]
-        assert not (now["stop"].interactive or now["resume"].interactive or now["download"]["visible"])
-    assert watched(jobs, None, None, ann) == {}
+def fill_the_disk(job: Job, is_full: bool) -> None:
+    """No record of the run can be written any more."""
+    if is_full:
+        (job.run_dir / ".job.json.tmp").symlink_to("/dev/full")
 
 
-def test_a_run_lives_on_when_the_clock_is_set_and_a_reused_number_is_not_taken_for_it(tmp_path):
-    (run := tmp_path / "dog").mkdir()
-    Job(run, OWNER, os.getpid(), created=1.0, birth=birth_of(os.getpid())).save()
-    job = Job.load(run)
-    assert job.is_alive
-    assert not replace(job, birth="another boot 1").is_alive
+def loading(jobs: Jobs) -> Job:
+    """A run that is killed by any signal."""
+    jobs.script.write_text(SLEEPER)
+    job = jobs.start("dog", {}, OWNER)
+    wait_for(lambda: "loading" in job.log_tail())
+    return job
 
 
 def ended(jobs: Jobs, job: Job) -> str:
-    deadline = time.monotonic() + 40
-    while jobs.state(job).is_active:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: not jobs.state(job).is_active)
     return jobs.state(job).message
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_one(tmp_path, known):
-    (script := tmp_path / "trainer.py").write_text("print('loading', flush=True); import time; time.sleep(60)")
-    jobs = Jobs(tmp_path / "runs", script)
-    job = jobs.start("dog", {}, OWNER)
-    while "loading" not in job.log_tail():
-        time.sleep(0.02)
-    os.kill(job.pid, 9)
-    told = ended(jobs, job) if known else (ended(jobs, job), ended(Jobs(tmp_path / "runs"), job))[1]
-    assert "was killed" in told and "want of memory" in told and ("loading" in told) == (not known)
+@pytest.mark.parametrize("is_full", [False, pytest.param(True, marks=on_linux)])
+def test_a_run_that_is_stopped_while_it_starts_has_not_failed(jobs, tmp_path, is_full):
+    fill_the_disk(loading(jobs), is_full)
+    assert "stopped before training had begun" in ended(jobs, jobs.stop("dog", OWNER))
+    state = jobs.state(jobs.owned("dog", OWNER))
+    assert state.state == "interrupted" and not state.is_active
+    assert "It was stopped before training had begun." in status_card(state, Metrics(tmp_path))
     with pytest.raises(UserError, match="dog has already ended"):
         jobs.stop("dog", OWNER)
 
 
-def test_a_run_that_is_stopped_while_it_starts_has_not_failed(tmp_path):
-    (script := tmp_path / "trainer.py").write_text("print('loading', flush=True); import time; time.sleep(60)")
-    jobs = Jobs(tmp_path / "runs", script)
-    job = jobs.start("dog", {}, OWNER)
-    while "loading" not in job.log_tail():
-        time.sleep(0.02)
-    job = jobs.stop("dog", OWNER)
-    assert "stopped before training had begun" in ended(jobs, job)
-    state = jobs.state(jobs.owned("dog", OWNER))
-    assert state.state == "interrupted" and not state.is_active
-    assert "It was stopped before training had begun." in status_card(state, Metrics(tmp_path))
+@pytest.mark.parametrize("known", [True, False])
+def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_one(jobs, known):
+    job = loading(jobs)
+    os.kill(job.pid, 9)
+    told = ended(jobs, job)
+    told = told if known else ended(Jobs(jobs.runs_dir), job)
+    assert "was killed" in told and "want of memory" in told and ("loading" in told) == (not known)
+    with pytest.raises(UserError, match="dog has already ended"):
+        jobs.stop("dog", OWNER)
 
 
 @pytest.mark.parametrize(
@@ -153,21 +142,6 @@ def test_why_a_process_is_gone_is_said_as_well_as_it_is_known(code, asked, log, 
     assert words in why_it_ended(code, log, was_asked=bool(asked))
 
 
-def test_a_run_stopped_before_its_first_step_boasts_of_no_checkpoint(tmp_path):
-    state = JobState("interrupted", 0, 100, "", "stopped before the first step")
-    assert "Stopped before the first step." in status_card(state, Metrics(tmp_path))
-    assert "checkpoint is written" in status_card(replace(state, message=""), Metrics(tmp_path))
-
-
-def test_after_the_last_photo_the_first_step_is_spoken_of(tmp_path):
-    """On a CPU it takes minutes with SDXL, and nothing more is written before its end."""
-    encoding = {"type": "phase", "phase": "caching", "done": 3, "total": 4}
-    assert phase_of([encoding]) == "caching"
-    last = phase_of([encoding, encoding | {"done": 4}])
-    assert "Step 1 of 400" in status_card(JobState("running", 0, 400, last), Metrics(tmp_path))
-    assert phase_of([encoding | {"done": 4}, {"type": "phase", "phase": "sampling"}]) == "sampling"
-
-
 def test_training_is_found_from_any_folder_and_takes_nothing_from_there(tmp_path, monkeypatch):
     (tmp_path / "dreambooth_moslora.py").write_text("raise SystemExit('the wrong program')")
     monkeypatch.chdir(tmp_path)
@@ -175,3 +149,143 @@ def test_training_is_found_from_any_folder_and_takes_nothing_from_there(tmp_path
     jobs = Jobs(tmp_path / "runs")
     job = jobs.start("dog", {"pretrained_model_name_or_path": "toy"}, OWNER)
     assert "missing: --instance_prompt" in ended(jobs, job)
+
+
+@on_linux
+def test_a_start_on_a_full_disk_is_refused_in_words(jobs):
+    (jobs.runs_dir / "dog").mkdir()
+    (jobs.runs_dir / "dog" / "job_config.json").symlink_to("/dev/full")
+    with pytest.raises(gr.Error, match="disk is full"):
+        as_gradio_error(jobs.start)("dog", {"a": 1}, OWNER)
+
+
+def test_a_process_of_which_nothing_can_be_noted_is_ended(jobs, monkeypatch):
+    jobs.script.write_text(SLEEPER)
+    children, spawn = [], page_jobs.processes.start_logged
+    noted = lambda *place, **how: children.append(spawn(*place, **how)) or children[0]  # noqa: E731
+    monkeypatch.setattr(page_jobs.processes, "start_logged", noted)
+    monkeypatch.setattr(Job, "save", lambda job: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        jobs.start("dog", {}, OWNER)
+    assert children[0].wait(timeout=20) == -9
+
+
+def test_a_process_is_known_by_its_birth_when_the_clock_is_set_and_not_by_its_number_alone(tmp_path):
+    recorded(tmp_path / "dog", created=1.0, birth=birth_of(os.getpid()))
+    job = Job.load(tmp_path / "dog")
+    assert job.is_alive and not replace(job, birth="another boot 1").is_alive
+    by_clock = replace(job, birth="")
+    assert not by_clock.is_alive and replace(by_clock, created=NOW).is_alive
+
+
+def test_while_it_starts_a_resumed_run_is_at_none_of_the_earlier_steps(tmp_path):
+    job, jobs = recorded(tmp_path / "dog", created=NOW), Jobs(tmp_path)
+    old = line("start", 0, 1.0) + line("step", 382, 2.0)
+    replaced(job.run_dir / "metrics.jsonl", old)
+    assert (jobs.state(job).state, jobs.state(job).step) == ("starting", 0)
+    replaced(job.run_dir / "metrics.jsonl", line("step", 200, 1.5) + line("start", 0, time.time()))
+    assert (jobs.state(job).state, jobs.state(job).step) == ("running", 200)
+    assert jobs.state(replace(job, created=0.0)).state == "failed"
+
+
+def test_a_run_that_ended_while_the_clock_was_put_back_is_done(tmp_path):
+    """Its events are known by their place in the file: those behind its start are its own."""
+    now = NOW - 100
+    events = [
+        {"type": "start", "time": now - 50},
+        {"type": "end", "time": now - 40, "state": "failed"},
+        {"type": "start", "time": now + 1},
+        {"type": "step", "time": now + 2, "step": 7},
+        {"type": "end", "time": now - 3600, "state": "done"},
+    ]
+    recorded(tmp_path / "dog", *events, pid=2**30, created=now)
+    (job,) = (jobs := Jobs(tmp_path)).all()
+    assert (jobs.state(job).state, jobs.state(job).step, jobs.was_cut_off(job)) == ("done", 7, False)
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", "[]", "7", DEEP], ids=["empty", "words", "list", "number", "deep"])
+def test_settings_that_cannot_be_read_are_told(tmp_path, content):
+    (recorded(tmp_path / "dog").run_dir / "job_config.json").write_text(content)
+    with pytest.raises(UserError, match="settings of the run dog cannot be read"):
+        Jobs(tmp_path).resume("dog", OWNER)
+
+
+ODD_RECORDS = {"news": True}, {"pid": "x", "created": []}, {"pid": -1}, {"pid": 0}, {"pid": True}, {"created": 10**400}
+RECORDS = ["", "nonsense", "[]", "{}", '{"owner": 5}', DEEP, "a pipe", "a link to nowhere"]
+RECORDS += [json.dumps({"owner": OWNER, "pid": os.getpid(), "created": 0.0} | odd) for odd in ODD_RECORDS]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record[:60])
+def test_a_record_that_cannot_be_read_is_no_run_and_its_adapter_is_shown_to_nobody(tmp_path, record):
+    file = recorded(tmp_path / "dog").run_dir / "job.json"
+    (tmp_path / "dog" / "pytorch_lora_weights.safetensors").write_text("x")
+    jobs, shelf = Jobs(tmp_path), AdapterCatalog(tmp_path / "adapters", tmp_path)
+    file.unlink()
+    assert list(shelf.files()) == ["dog"]
+    if record == "a pipe":
+        os.mkfifo(file)  # reading it would have no end
+    elif record == "a link to nowhere":
+        file.symlink_to(tmp_path / "nowhere")
+    else:
+        file.write_text(record)
+    assert jobs.all() == [] and jobs.current() is None
+    with pytest.raises(UserError, match="you have no run"):
+        jobs.stop("dog", OWNER)
+    assert not shelf.files() and not shelf.files(visitor(tmp_path, OTHER))
+
+
+@pytest.fixture
+def metrics(tmp_path) -> Metrics:
+    (tmp_path / "run").mkdir()
+    return Metrics(tmp_path / "run" / "metrics.jsonl")
+
+
+def line(kind: str, step: int, when: float = 0.0, **facts) -> str:
+    return json.dumps({"type": kind, "time": when, "step": step, **facts}) + "\n"
+
+
+def replaced(path, text: str) -> None:
+    (fresh := path.with_name("fresh")).write_text(text)
+    fresh.replace(path)
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_is_read_anew(metrics):
+    steps = [line("step", step, step) for step in range(1, 383)]
+    metrics.path.write_text(line("start", 0) + "".join(steps))
+    assert metrics.refresh().last("step")["step"] == 382
+    replaced(metrics.path, line("start", 0) + "".join(steps[:200]) + line("start", 200, 500.0))
+    assert metrics.refresh().last("step")["step"] == 200 and metrics.events[-1]["type"] == "start"
+    with metrics.path.open("a") as file:
+        file.writelines(line("step", step, 500.0 + step) for step in range(201, 500))
+    assert [e["step"] for e in metrics.refresh().of("step")] == list(range(1, 500))
+
+
+def test_a_folder_that_was_deleted_and_is_used_again_starts_from_nothing(metrics):
+    metrics.path.write_text(line("step", 50, 1.0))
+    assert metrics.refresh().events
+    shutil.rmtree(metrics.path.parent)
+    assert metrics.refresh().events == []
+    metrics.path.parent.mkdir()
+    metrics.path.write_text("".join(line("step", step, time.time()) for step in range(1, 9)))
+    assert len(metrics.refresh().events) == 8
+
+
+def test_a_file_of_the_same_length_in_the_old_ones_place_is_read_anew(metrics):
+    for when in (1.0, 2.0):
+        metrics.path.write_text(line("step", 5, when))
+        assert [e["time"] for e in metrics.refresh().refresh().events] == [when]
+
+
+def test_metrics_wait_for_the_rest_of_a_half_written_line(metrics):
+    assert metrics.refresh().events == []
+    with metrics.path.open("a") as file:
+        file.write('{"type": "start"}\nnonsense\n[1]\n{"type": "st')
+        file.flush()
+        assert [e["type"] for e in metrics.refresh().events] == ["start"]
+        file.write('ep", "step": 1}\n')
+    assert metrics.refresh().last("step") == {"type": "step", "step": 1}
+
+
+def test_the_log_shows_a_progress_bars_last_state_and_no_empty_lines(tmp_path):
+    (tmp_path / "job.log").write_bytes(b"loading\n\n 1%|\r 50%|\r 99%|\n\r\nsaved\n")
+    assert recorded(tmp_path).log_tail() == "loading\n 99%|\nsaved"

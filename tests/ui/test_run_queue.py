@@ -1,4 +1,4 @@
-"""The queue of runs: its order on the disk, turns that outlive page and command, one process a run, a bad run alone."""
+"""The queue of runs: its order on the disk, turns that outlive page and command, and what the page does with it."""
 
 import json
 import os
@@ -6,25 +6,39 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun, RunQueue, locked
+from dreambooth_moslora.ui import public
 from dreambooth_moslora.ui.jobs import KILLED_MOST, Jobs, QueueTurns
-from tests.ui.test_handlers import OTHER, OWNER
-from tests.ui.test_processes import jobs, wait_for  # noqa: F401 (a fixture)
+from dreambooth_moslora.ui.train_form import TrainForm
+from dreambooth_moslora.ui.train_start import add_to_queue, start_run
+from dreambooth_moslora.ui.train_watch import queue_changes
+from tests.helpers.tiny_training import paint_photos
+from tests.ui.conftest import OTHER, OWNER, wait_for
 
 TURNS = """
 import sys, time
 from pathlib import Path
-from dreambooth_moslora.ui.jobs import Jobs
-from dreambooth_moslora.ui.jobs import QueueTurns
+from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
 turns = QueueTurns(Jobs(Path(sys.argv[1]), Path(sys.argv[2])))
 while not turns.is_empty:
     turns.take()
     time.sleep(0.01)
 """
+
+
+@pytest.fixture
+def queue(tmp_path) -> RunQueue:
+    return RunQueue(tmp_path)
+
+
+@pytest.fixture
+def turns(jobs) -> QueueTurns:
+    return QueueTurns(jobs)
 
 
 def added(queue: RunQueue, name: str, owner: str = OWNER, address: str = "", **settings) -> QueuedRun:
@@ -58,11 +72,10 @@ def starts_of(queue: RunQueue, name: str) -> list[dict]:
     return [event for event in map(json.loads, lines) if event["type"] == "start"]
 
 
-def test_the_order_is_on_the_disk_and_each_owner_changes_only_the_own_places(tmp_path):
-    queue = RunQueue(tmp_path)
+def test_the_order_is_on_the_disk_and_each_owner_changes_only_the_own_places(queue):
     for name, owner in (("a", OWNER), ("b", OTHER), ("c", OWNER), ("d", OWNER)):
         added(queue, name, owner)
-    assert names(RunQueue(tmp_path)) == ["a", "b", "c", "d"]
+    assert names(RunQueue(queue.runs_dir)) == ["a", "b", "c", "d"]
     for name, place, owner, order in (
         ("d", "up", OWNER, "abdc"),
         ("c", "first", OWNER, "cbad"),
@@ -74,33 +87,33 @@ def test_the_order_is_on_the_disk_and_each_owner_changes_only_the_own_places(tmp
         ("b", "2", None, "dbca"),
     ):
         queue.move(name, place, owner)
-        assert "".join(names(RunQueue(tmp_path))) == order
+        assert "".join(names(RunQueue(queue.runs_dir))) == order
     added(queue, "e")
     assert names(queue)[-1] == "e"
-    for call in (lambda: queue.move("a", "up", OTHER), lambda: queue.remove("a", OTHER), lambda: queue.remove("zz")):
-        with pytest.raises(UserError, match="waits in the queue"):
+    for call, words in (
+        (lambda: queue.move("a", "up", OTHER), "waits in the queue"),
+        (lambda: queue.remove("a", OTHER), "waits in the queue"),
+        (lambda: queue.remove("zz"), "waits in the queue"),
+        (lambda: queue.move("a", "sideways"), "'sideways' is not a place"),
+        (lambda: queue.add(QueuedRun("a")), "a is in the queue already"),
+    ):
+        with pytest.raises(UserError, match=words):
             call()
-    with pytest.raises(UserError, match="'sideways' is not a place"):
-        queue.move("a", "sideways")
-    with pytest.raises(UserError, match="a is in the queue already"):
-        queue.add(QueuedRun("a"))
 
 
-def test_owners_take_turns_however_many_runs_each_has_waiting(tmp_path):
-    queue = RunQueue(tmp_path)
+def test_owners_take_turns_however_many_runs_each_has_waiting(queue):
     for name in ("e1", "e2", "e3", "e4"):
         added(queue, name, "eve")
     assert queue.claim().name == "e1"  # eve's turn in the first round
     for name, owner in (("a1", "ann"), ("b1", "bob"), ("a2", "ann"), ("c1", COMMAND_LINE), ("c2", COMMAND_LINE)):
         added(queue, name, owner)
-    assert names(RunQueue(tmp_path)) == ["a1", "b1", "c1", "e2", "a2", "c2", "e3", "e4"]
+    assert names(RunQueue(queue.runs_dir)) == ["a1", "b1", "c1", "e2", "a2", "c2", "e3", "e4"]
     queue.move("e4", "first")  # by the person at the machine
     added(queue, "d1", "dan")
     assert names(queue) == ["e4", "a1", "b1", "c1", "d1", "e2", "a2", "c2", "e3"]
 
 
-def test_invented_cookies_of_one_address_are_together_no_more_than_a_few_owners(tmp_path):
-    queue = RunQueue(tmp_path)
+def test_invented_cookies_of_one_address_are_together_no_more_than_a_few_owners(queue):
     for number in range(12):
         added(queue, f"e{number}", f"cookie {number}", "203.0.113.1")
     added(queue, "a", "ann", "203.0.113.2")
@@ -108,49 +121,37 @@ def test_invented_cookies_of_one_address_are_together_no_more_than_a_few_owners(
     assert names(queue)[:6] == ["e0", "e1", "e2", "e3", "a", "l"]
 
 
-def test_a_removed_run_takes_its_new_folder_along_but_nothing_that_was_trained(tmp_path):
-    queue = RunQueue(tmp_path)
-    for name, owner in (("new", OWNER), ("trained", OWNER), ("empty", COMMAND_LINE), ("noted", COMMAND_LINE)):
+def test_a_removed_run_takes_its_new_folder_along_but_nothing_that_was_trained(queue):
+    runs = {"new": OWNER, "trained": OWNER, "empty": COMMAND_LINE, "noted": COMMAND_LINE}
+    for name, owner in runs.items():
         added(queue, name, owner)
-    (tmp_path / "trained" / "metrics.jsonl").write_text("")
-    (tmp_path / "noted" / "notes.txt").write_text("mine")
-    for name in ("new", "trained", "empty", "noted"):
+    (queue.runs_dir / "trained" / "metrics.jsonl").write_text("")
+    (queue.runs_dir / "noted" / "notes.txt").write_text("mine")
+    for name in runs:
         queue.remove(name)
-    assert not (tmp_path / "new").exists() and not (tmp_path / "empty").exists()
-    assert (tmp_path / "trained").exists() and names(queue) == []
-    assert (tmp_path / "noted" / "notes.txt").read_text() == "mine"
+    assert [(queue.runs_dir / name).exists() for name in runs] == [False, True, False, True] and names(queue) == []
+    assert (queue.runs_dir / "noted" / "notes.txt").read_text() == "mine"
 
 
-def test_runs_are_trained_in_their_order_and_a_bad_one_fails_alone(jobs):  # noqa: F811
-    turns = QueueTurns(jobs)
-    added(turns.queue, "cat")
-    added(turns.queue, "bad", mode="crash")
-    added(turns.queue, "gone")
+def test_runs_are_trained_in_their_order_and_a_bad_one_fails_alone(turns):
+    for name, mode in (("cat", "good"), ("bad", "crash"), ("gone", "good")):
+        added(turns.queue, name, mode=mode)
+    turns.queue._write("waiting", replace(added(turns.queue, "odd"), folder="a\0b"))
     (turns.queue.folder / "waiting" / "torn.json").write_text('{"name": "to')
     added(turns.queue, "dog")
     turns.queue.move("dog", "first")
-    (gone := turns.queue.folder / "waiting" / "gone.json").write_text(
-        json.dumps(json.loads(gone.read_text()) | {"folder": "/no/such/folder"})
-    )
+    gone = next(run for run in turns.queue.waiting() if run.name == "gone")
+    turns.queue._write("waiting", replace(gone, folder="/no/such/folder"))
     states = trained(turns)
-    assert [name for name in states if name != "torn"] == ["dog", "cat", "bad", "gone"]
-    assert {name for name, state in states.items() if state == "done"} == {"dog", "cat"}
+    assert [name for name in states if name != "torn"] == ["dog", "cat", "bad", "gone", "odd"]
+    assert states == dict.fromkeys(("dog", "cat"), "done") | dict.fromkeys(("bad", "gone", "odd", "torn"), "failed")
     words = {event["name"]: event["message"] for event in turns.queue.ended()}
     assert words["bad"] == "error: the photos are gone" and "cannot be read" in words["torn"]
     assert "/no/such/folder" in words["gone"]
-    started = {name: starts_of(turns.queue, name)[0]["time"] for name in ("dog", "cat")}
-    assert started["dog"] < started["cat"]
+    assert starts_of(turns.queue, "dog")[0]["time"] < starts_of(turns.queue, "cat")[0]["time"]
 
 
-def test_a_run_whose_folder_is_no_path_fails_alone(jobs):  # noqa: F811
-    turns = QueueTurns(jobs)
-    run = added(turns.queue, "bad")
-    turns.queue._write("waiting", replace(run, folder="a\0b"))
-    added(turns.queue, "good")
-    assert trained(turns) == {"bad": "failed", "good": "done"}
-
-
-def test_two_processes_never_start_the_same_run(jobs):  # noqa: F811
+def test_two_processes_never_start_the_same_run(jobs):
     queue = RunQueue(jobs.runs_dir)
     for name in ("a", "b", "c"):
         added(queue, name, steps=1)
@@ -161,7 +162,7 @@ def test_two_processes_never_start_the_same_run(jobs):  # noqa: F811
     assert [len(starts_of(queue, name)) for name in "abc"] == [1, 1, 1]
 
 
-def test_a_run_that_was_cut_off_goes_on_first_from_its_checkpoint(jobs):  # noqa: F811
+def test_a_run_that_was_cut_off_goes_on_first_from_its_checkpoint(jobs):
     queue, first = RunQueue(jobs.runs_dir), QueueTurns(jobs)
     added(queue, "dog", steps=500)
     added(queue, "cat")
@@ -190,16 +191,14 @@ def test_a_run_that_was_cut_off_goes_on_first_from_its_checkpoint(jobs):  # noqa
     assert trained(later) == {"dog": "interrupted", "cat": "done"}
 
 
-def test_a_run_that_is_killed_again_and_again_fails_and_the_next_begins(jobs):  # noqa: F811
-    jobs.script.write_text("import os; os.kill(os.getpid(), 9)")
-    turns = QueueTurns(jobs)
+def test_a_run_that_is_killed_again_and_again_fails_and_the_next_begins(turns):
+    turns.jobs.script.write_text("import os; os.kill(os.getpid(), 9)")
     added(turns.queue, "big")
     assert trained(turns) == {"big": "failed"}
     assert f"killed {KILLED_MOST} times" in turns.queue.ended()[0]["message"]
 
 
-def test_nothing_is_started_beside_a_run_or_in_a_folder_that_is_held(jobs):  # noqa: F811
-    turns = QueueTurns(jobs)
+def test_nothing_is_started_beside_a_run_or_in_a_folder_that_is_held(jobs, turns):
     added(turns.queue, "dog")
     jobs.start("cat", {"mode": "good", "output_dir": str(jobs.runs_dir / "cat"), "steps": 2}, OTHER)
     turns.take()
@@ -209,3 +208,69 @@ def test_nothing_is_started_beside_a_run_or_in_a_folder_that_is_held(jobs):  # n
         turns.take()
         assert turns.current().name == "dog" and jobs.current() is None
     assert trained(turns) == {"dog": "done"}
+
+
+FORM = TrainForm("sks", "dog")
+
+
+@pytest.fixture
+def page(jobs, turns):
+    """What the tab's actions know."""
+    return SimpleNamespace(queue=turns, base_name="toy", resolution_px=128, jobs=jobs, public=True)
+
+
+@pytest.fixture
+def ann(ann):
+    """A visitor with two photos."""
+    for number, file in enumerate(sorted(paint_photos(ann.photos_dir, 2).iterdir()), 1):
+        file.rename(ann.photos_dir / f"photo_0{number}.png")
+    return ann
+
+
+def test_the_page_adds_shows_and_moves_runs_of_its_visitor_alone(page, ann, monkeypatch):
+    queue, runs_dir = page.queue.queue, page.jobs.runs_dir
+    assert add_to_queue(page, FORM, ann)[0] == "dog"
+    name, card = add_to_queue(page, replace(FORM, steps=7), ann)
+    assert name == "dog-2" and "dog-2 waits, number 2 in the queue" in card
+    assert len(list((runs_dir / "dog-2" / "photos").iterdir())) == 2
+    add_to_queue(page, replace(FORM, run_name="secret"), replace(ann, id=OTHER))
+    added(queue, "bear", owner="")
+    shown = queue_changes(page, ann, None, None)
+    assert shown["queued"].choices == [("1 · dog · each photo 384 times", "dog"), ("4 · dog-2 · 7 steps", "dog-2")]
+    assert "3 · bear" in shown["queue_rest"] and "1 of other visitors" in shown["queue_rest"]
+    assert "secret" not in str(shown) and shown["queue_box"].visible
+    assert queue_changes(page, ann, None, shown["queue_seen"]) == {}
+    with pytest.raises(UserError, match="Add to queue"):
+        start_run(page, FORM, ann)
+    monkeypatch.setattr(public, "RUNS_PER_VISITOR", 2)
+    with pytest.raises(UserError, match="2 runs of yours are waiting"):
+        add_to_queue(page, FORM, ann)
+    for run in names(queue):
+        queue.remove(run)
+    assert not queue_changes(page, ann, None, None, "dog")["queue_box"].visible
+    assert [path.name for path in runs_dir.iterdir()] == [".queue"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [("RUNS_PER_ADDRESS", "2 runs from your address are waiting"), ("RUNS_IN_ALL", "the queue is full, 2 runs")],
+)
+def test_cookies_together_leave_room_for_others(page, ann, monkeypatch, limit, says):
+    monkeypatch.setattr(public, limit, 2)
+    added(page.queue.queue, "bear", owner="", address="")
+    for number in range(2):
+        add_to_queue(page, FORM, replace(ann, id=f"cookie {number}", address="203.0.113.1"))
+    with pytest.raises(UserError, match=says):
+        add_to_queue(page, FORM, replace(ann, id="cookie 2", address="203.0.113.1"))
+    elsewhere = [replace(ann, address="203.0.113.2"), replace(ann, id="a login")]
+    if limit == "RUNS_PER_ADDRESS":
+        assert [add_to_queue(page, FORM, one)[0] for one in elsewhere] == ["dog-3", "dog-4"]
+
+
+def test_the_page_turns_to_the_run_whose_turn_has_come(page, ann):
+    added(page.queue.queue, "dog", steps=500)
+    page.queue.take()
+    wait_for(page.jobs.current)
+    assert queue_changes(page, ann, "old", None)["run"].value == "dog"
+    other = queue_changes(page, replace(ann, id=OTHER), None, None)["run"]
+    assert other.value != "dog" and other.choices == []

@@ -1,0 +1,140 @@
+"""What the page's tests begin with: visitors, runs of a stand-in, and the page without a server."""
+
+import json
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import save_file
+
+from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.page import build_app
+from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.visitors import Visitor
+
+OWNER, OTHER = "a" * 64, "b" * 64
+PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")
+TRAINER = '''
+"""Stands in for the training program where a real one would be too slow or too well-behaved."""
+import json, signal, sys, time
+config = json.load(open(sys.argv[2]))
+mode, out = config["mode"], config["output_dir"] + "/metrics.jsonl"
+def say(kind, **facts):
+    with open(out, "a") as file:
+        file.write(json.dumps({"type": kind, "time": time.time(), **facts}) + "\\n")
+if mode == "crash":
+    print("error: the photos are gone", file=sys.stderr)
+    sys.exit(2)
+stop = []
+signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "stubborn" else lambda *_: stop.append(1))
+say("start", max_train_steps=1000, config={})
+say("phase", phase=config.get("phase", "loading"), done=0, total=1)
+for step in range(1, 1001):
+    say("step", step=step, loss=1.0, loss_instance=1.0, loss_prior=None, lr=1e-4, step_sec=0.05, eta_sec=9.0)
+    time.sleep(0.05)
+    if stop or step == config.get("steps", 1000):
+        break
+say("end", state="interrupted" if stop else "done", step=step, message="")
+'''
+
+
+def visitor(folder: Path, name: str = OWNER) -> Visitor:
+    (own := folder / f"visitor-{name[:4]}").mkdir(exist_ok=True)
+    return Visitor(name, own)
+
+
+@pytest.fixture
+def ann(tmp_path) -> Visitor:
+    return visitor(tmp_path)
+
+
+@pytest.fixture
+def context(tmp_path):
+    """Makes a page without a server, whose base is what `load` gives; `facts` win."""
+    made = []
+
+    def make(load=lambda: None, **facts) -> AppContext:
+        folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
+        facts = {"base": "x", "base_name": "toy", "resolution_px": 64, "training": True} | folders | facts
+        made.append(AppContext(load, **facts))
+        return made[-1]
+
+    yield make
+    for ctx in made:
+        ctx.visitors.close()
+
+
+def recorded(run: Path, *events: dict, **job) -> Job:
+    """A run with these events, whose process is gone; this one, where `job` says when it was created."""
+    run.mkdir(parents=True, exist_ok=True)
+    found = Job(run, **{"owner": OWNER, "pid": os.getpid(), "created": psutil.Process().create_time() - 100} | job)
+    found.save()
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 1e12} | event) + "\n" for event in events))
+    return found
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """Runs of TRAINER."""
+    (script := tmp_path / "trainer.py").write_text(TRAINER)
+    (tmp_path / "runs").mkdir()
+    found = Jobs(tmp_path / "runs", script)
+    yield found
+    for job in found.all():
+        if job.is_alive:
+            os.kill(job.pid, 9)
+
+
+def wait_for(condition, seconds: float = 40.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+def handler(ctx: AppContext, name: str):
+    """What the page does at that event."""
+    return next(event.fn for event in build_app(ctx, []).fns.values() if event.name == name)
+
+
+def write_adapter(file: Path, trigger: str = "sks", class_word: str = "dog", **facts) -> Path:
+    facts = {"trigger_words": [trigger], "class_word": class_word, "base_id": "toy"} | facts
+    return save_header(file, moslora=json.dumps(facts))
+
+
+def save_header(file: Path, **header: str) -> Path:
+    """An adapter of one number."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"x": np.zeros(1, np.float32)}, file, metadata=header)
+    return file
+
+
+def refusal(client, *args, **kwargs) -> str:
+    """The words of the error that a request to the page ends in."""
+    with pytest.raises(Exception) as error:
+        client.predict(*args, **kwargs)
+    return str(error.value)
+
+
+def event_of(served, elem_id: str, trigger: str) -> int:
+    """The number of the event that one widget's `trigger` starts."""
+    config = httpx.get(f"{served.url}config").json()
+    widget = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == elem_id)
+    return next(d["id"] for d in config["dependencies"] if [widget, trigger] in [list(t) for t in d["targets"]])
+
+
+def foreign_run(served) -> Path:
+    """A finished run of somebody else, with a secret in each file."""
+    run = served.ctx.runs_dir / "theirs"
+    (run / "samples").mkdir(parents=True, exist_ok=True)
+    for name in ("pytorch_lora_weights.safetensors", "job.log", "samples/a.png"):
+        (run / name).write_text("TOPSECRET")
+    (run / "metrics.jsonl").write_text(json.dumps({"type": "sample", "step": 0, "files": ["a.png"]}) + "\n")
+    Job(run, "somebody-else", os.getpid(), 0.0).save()
+    return run
