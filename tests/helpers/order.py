@@ -17,7 +17,7 @@ LONGEST = (
     "extras/cluster/test_on_ray.py",
     "training/test_faulty_run.py",
     "extras/cluster/test_group.py",
-    "ui/test_new_tokens.py",
+    "ui/test_train_form.py",
     "extras/serving/test_on_ray.py",
     "test_wheel.py",
     "extras/cluster/test_s3.py",

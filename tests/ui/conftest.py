@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +13,17 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
+from dreambooth_moslora.core import assets_folder
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.page import build_app
-from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.state import AdapterCatalog, AppContext
+from dreambooth_moslora.ui.train_form import SubjectWords, TrainForm, folder_of
 from dreambooth_moslora.ui.visitors import Visitor
 
 OWNER, OTHER = "a" * 64, "b" * 64
 PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")
+ROCKET = SubjectWords("rocket", "zwx", "a red rocket\n\n")
+TWO = TrainForm("sks", "duck", others=(ROCKET,))
 TRAINER = '''
 """Stands in for the training program where a real one would be too slow or too well-behaved."""
 import json, signal, sys, time
@@ -51,6 +56,24 @@ def visitor(folder: Path, name: str = OWNER) -> Visitor:
 @pytest.fixture
 def ann(tmp_path) -> Visitor:
     return visitor(tmp_path)
+
+
+@pytest.fixture
+def toys(ann) -> Visitor:
+    """Ann with five photos of a duck and two of a rocket."""
+    for number, (name, count) in enumerate((("duck", 5), ("rocket", 2)), 1):
+        (folder := folder_of(ann.photos_dir, number)).mkdir()
+        for photo in range(count):
+            shutil.copy(assets_folder() / "subjects" / name / f"0{photo}.jpg", folder / f"photo_0{photo + 1}.png")
+    return ann
+
+
+@pytest.fixture
+def tab(tmp_path) -> SimpleNamespace:
+    """What the Train tab's actions know of a page on the embedded base."""
+    jobs = Jobs(tmp_path / "runs")
+    catalog = AdapterCatalog(tmp_path / "adapters", jobs.runs_dir)
+    return SimpleNamespace(base_name="toy", resolution_px=128, runs_dir=jobs.runs_dir, jobs=jobs, catalog=catalog)
 
 
 @pytest.fixture

@@ -1,39 +1,12 @@
 """Names of runs, a visitor's address, and faults that are told."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import gradio as gr
 import pytest
 
 from dreambooth_moslora.ui.state import as_gradio_error
-from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.train_start import free_run_dir
 from dreambooth_moslora.ui.visitors import Visitors
-
-
-def test_a_run_gets_a_free_name_that_is_a_folder_name(jobs):
-    form = TrainForm("sks", "guinea pig", run_name="")
-    assert free_run_dir(jobs, form).name == "guinea-pig"
-    (jobs.runs_dir / "guinea-pig").mkdir()
-    assert free_run_dir(jobs, form).name == "guinea-pig-2"
-    assert free_run_dir(jobs, replace(form, run_name="../../x")).parent == jobs.runs_dir
-
-
-@pytest.mark.parametrize(
-    "words, name",
-    [
-        ("-dog", "dog"),
-        ("d..g", "d.g"),
-        ("dog.", "dog"),
-        ("_ +", "run"),
-        ("Bär v2.1", "Bär-v2.1"),
-        ("a" * 59 + ".b", "a" * 59),
-        ("d@/<g", "d-g"),
-    ],
-)
-def test_any_word_names_a_run(jobs, words, name):
-    assert free_run_dir(jobs, TrainForm("sks", words)).name == name
 
 
 def test_a_visitor_without_a_login_has_an_address():

@@ -1,0 +1,257 @@
+"""Photos on the page: how they are taken, their crops, and masks that are shown, corrected and kept with them."""
+
+import io
+import random
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import fastapi
+import gradio as gr
+import numpy as np
+import PIL.Image
+import PIL.ImageFilter
+import pytest
+
+from dreambooth_moslora.core import UserError, assets_folder
+from dreambooth_moslora.photos.crops import CropRule, apply_crop, plans_of
+from dreambooth_moslora.photos.folder import find_photos, photo_report
+from dreambooth_moslora.photos.masks import open_mask
+from dreambooth_moslora.photos.photo import open_rgb
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.ui import train_masks as mask_editor
+from dreambooth_moslora.ui import train_photos as mask_corrections
+from dreambooth_moslora.ui.train_form import TrainForm, folder_of
+from dreambooth_moslora.ui.train_photos import (
+    EDIT_PX,
+    LEARNED,
+    LEFT_OUT,
+    editor_picture,
+    keep_mask,
+    place_of,
+    put_back,
+    review_kept,
+    shown_masks,
+    take_with_masks,
+)
+from dreambooth_moslora.ui.visitors import take_photos
+from tests.ui.conftest import TWO
+
+TOYS = assets_folder() / "subjects" / "rocket"
+ROCKET = TrainForm("sks", "rocket")
+TAB = SimpleNamespace(base_name="toy", resolution_px=128)
+
+
+def config_of(ann, form: TrainForm = ROCKET, base: str = "toy", **values) -> TrainConfig:
+    form = replace(form, **values)
+    return TrainConfig.from_dict(form.config(base, 128, ann.photos_dir, ann.root / "run"))
+
+
+def pixels(picture: PIL.Image.Image) -> np.ndarray:
+    return np.asarray(picture)
+
+
+def test_captions_lie_beside_their_photos(tmp_path):
+    PIL.Image.new("RGB", (40, 40)).save(tmp_path / "in.png")
+    take_photos([str(tmp_path / "in.png")] * 3, folder := tmp_path / "photos")
+    TrainForm("sks", "dog", captions="first\n\nthird").write_captions(folder)
+    assert {p.name: p.read_text() for p in folder.glob("*.txt")} == {"photo_01.txt": "first", "photo_03.txt": "third"}
+
+
+def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path, ann):
+    def noise(seed: int, side: int = 160) -> PIL.Image.Image:
+        pixels = np.random.default_rng(seed).integers(0, 255, (side, side + 8, 3), dtype=np.uint8)
+        return PIL.Image.fromarray(pixels)
+
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    (tmp_path / "letter.jpg").write_text("hello")
+    noise(1).save(tmp_path / "turned.png", exif=turned)
+    noise(2).save(tmp_path / "good.png")
+    noise(2).point(lambda value: value * 9 // 10).save(tmp_path / "twin.png")
+    noise(3).filter(PIL.ImageFilter.GaussianBlur(4)).save(tmp_path / "soft.png")
+    noise(4, 20).save(tmp_path / "tiny.png")
+    names = ("letter.jpg", "turned.png", "good.png", "twin.png", "soft.png", "tiny.png")
+    ctx = SimpleNamespace(resolution_px=64, base_name="some/base")
+    found = review_kept(ctx, ann, take_with_masks([str(tmp_path / name) for name in names], ann))
+    assert [p.name for p in sorted(ann.photos_dir.iterdir())] == [f"photo_0{n}.png" for n in range(1, 6)]
+    faults = ("letter.jpg: broken", "photo 1: rotated", "photo 3: near-duplicate of photo_02", "photo 4: blurred")
+    for words in (*faults, "photo 5: too small"):
+        assert words in found.remarks, (words, found.remarks)
+    assert [caption == "good" for _, caption in found.crops] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("base, seed", [("toy", 0), ("toy", 7), ("some/base", 7)])
+def test_the_crops_shown_are_those_of_the_very_run(tmp_path, ann, base, seed):
+    x, y = np.meshgrid(np.arange(400) % 256, np.arange(200))
+    PIL.Image.fromarray(np.stack([x, y, x], 2).astype(np.uint8)).save(tmp_path / "wide.png")
+    ctx = SimpleNamespace(resolution_px=128, base_name=base)
+    found = review_kept(ctx, ann, take_with_masks([str(tmp_path / "wide.png")], ann), seed)
+    (photo,) = find_photos(ann.photos_dir, "", 128).photos
+    plans = next(plans_of(photo, 0, config_of(ann, base=base, seed=seed))), CropRule(128, center_crop=True)
+    crops = [apply_crop(open_rgb(photo), plan) for plan in (plans[0], plans[1].plan(photo.size_px, random.Random(0)))]
+    assert [np.array_equal(pixels(found.crops[0][0]), pixels(crop)) for crop in crops] == [True, False]
+    assert ("first of its 12 crops" in found.remarks) == (base == "toy")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_crops_shown_of_each_subject_are_those_of_the_run(toys, number):
+    config = config_of(toys, TWO)
+    photo = next(photo for photo in photo_report(config).photos if photo.subject == number - 1)
+    (crop, _), *_ = review_kept(TAB, toys, number=number).crops
+    assert np.array_equal(pixels(crop), pixels(apply_crop(open_rgb(photo), next(plans_of(photo, 0, config)))))
+
+
+def test_masks_are_shown_and_kept_of_each_subject(toys):
+    config = config_of(toys, TWO)
+    found = [(mask.photo, mask.label) for mask in shown_masks(config, toys)]
+    assert found[4:6] == [("photo_05.png", "photo 5 of subject 1"), ("photos_2/photo_01.png", "photo 1 of subject 2")]
+    layer = PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (*LEFT_OUT, 255))
+    layer.paste((*LEARNED, 255), (200, 200, 400, 400))
+    keep_mask(toys, "photos_2/photo_01.png", layer, config)
+    masks = [folder_of(toys.photos_dir, number) / "photo_01.mask.png" for number in (1, 2)]
+    assert [mask.exists() for mask in masks] == [False, True]
+
+
+@pytest.fixture
+def masked(tmp_path, ann):
+    """Ann with two toy photos, the first of which has a mask of its own."""
+    files = [tmp_path / name for name in ("a.jpg", "b.jpg", "a.mask.png")]
+    for number, file in enumerate(files[:2]):
+        shutil.copy(TOYS / f"0{number}.jpg", file)
+    with PIL.Image.open(files[0]) as photo:
+        left = PIL.Image.new("L", photo.size, 0)
+        left.paste(255, (0, 0, photo.width // 2, photo.height))
+    left.save(files[2])
+    take_with_masks([str(path) for path in files], ann)
+    return ann
+
+
+WHOLE, PART = (0, 0, 9999, 9999), (8, 8, 60, 90)
+
+
+def painted(ann, *boxes: tuple[int, int, int, int]) -> PIL.Image.Image:
+    """The layer on which all is taken away but boxes in px of the first photo, as the page sends it."""
+    with PIL.Image.open(ann.photos_dir / "photo_01.png") as photo:
+        left, top, right, _ = place_of(photo.size)
+        scale = (right - left) / photo.width
+    layer = PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (*LEFT_OUT, 150))
+    for box in boxes:
+        layer.paste(
+            (*LEARNED, 150), tuple(min(EDIT_PX, round(scale * s) + (left, top)[n % 2]) for n, s in enumerate(box))
+        )
+    return layer
+
+
+def keep(ann, name: str, layer: PIL.Image.Image) -> str:
+    """The remark on the mask that is kept."""
+    keep_mask(ann, name, layer, config_of(ann))
+    return next(mask.remark for mask in shown_masks(config_of(ann), ann) if mask.photo == name)
+
+
+def mask_of(ann, number: int = 0) -> np.ndarray:
+    return np.asarray(open_mask(find_photos(ann.photos_dir, "", 128).photos[number])) > 127
+
+
+def test_masks_are_shown_as_the_run_has_them(masked):
+    given, made = shown_masks(config_of(masked), masked)
+    assert (given.photo, given.remark, made.remark) == ("photo_01.png", "", "")
+    assert not (masked.photos_dir / "photo_02.mask.png").exists()  # the run makes it, as it was shown
+    white = pixels(given.picture).mean(axis=(0, 2))
+    assert white[: len(white) // 2].mean() > 2 * white[len(white) // 2 :].mean()
+    bare = shown_masks(config_of(masked, make_masks=False), masked)
+    assert [mask.remark for mask in bare] == ["", "no mask: all of it is learned"]
+
+
+def test_a_corrected_mask_is_the_photos_in_the_run_in_the_crops_and_after_another_intake(masked, tmp_path):
+    tinted, plain = (
+        pixels(editor_picture(masked, "photo_02.png", config_of(masked, make_masks=made))) for made in (None, False)
+    )
+    assert tinted.shape == (EDIT_PX, EDIT_PX, 3) and 0.02 < (tinted != plain).any(axis=2).mean() < 0.6
+    before = [pixels(crop) for crop, _ in review_kept(TAB, masked).crops]
+    assert keep(masked, "photo_01.png", painted(masked, PART)) == ""
+    rows, columns = np.where(mask_of(masked))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 89, 8, 59)
+    after = [pixels(crop) for crop, _ in review_kept(TAB, masked).crops]
+    assert [np.array_equal(*pair) for pair in zip(before, after)] == [False, True]
+    corrected = mask_of(masked)
+    for number, names in ((1, ("b.jpg", "a.jpg")), (0, ("a.jpg", "b.jpg", "a.mask.png"))):  # as each start does
+        take_with_masks([str(tmp_path / name) for name in names], masked)
+        assert np.array_equal(mask_of(masked, number), corrected)
+
+
+def test_the_brush_adds_to_the_mask_and_takes_away_from_it(masked):
+    before, layer = mask_of(masked), PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (0, 0, 0, 0))
+    layer.paste((*LEFT_OUT, 150), (0, 0, EDIT_PX, EDIT_PX // 2))
+    layer.paste((*LEARNED, 150), (EDIT_PX // 2, EDIT_PX // 2, EDIT_PX, EDIT_PX))
+    keep(masked, "photo_01.png", layer)
+    middle, after = len(before) // 2, mask_of(masked)
+    assert not after[: middle - 1].any() and after[middle + 1 :].all() and before[:middle].any()
+
+
+def test_the_old_mask_comes_back(masked):
+    given = mask_of(masked)
+    for box in (PART, (20, 20, 40, 40)):
+        keep(masked, "photo_01.png", painted(masked, box))
+    put_back(masked, "photo_01.png")
+    put_back(masked, "photo_01.png")
+    assert np.array_equal(mask_of(masked), given)
+    keep(masked, "photo_02.png", painted(masked, PART))
+    put_back(masked, "photo_02.png")
+    assert not (masked.photos_dir / "photo_02.mask.png").exists()
+
+
+def test_what_looks_wrong_is_said_and_nothing_is_kept_of_an_empty_one(masked, monkeypatch):
+    dots = painted(masked, *((left, 8, left + 16, 40) for left in range(0, 128, 32)))
+    refused = [("photo_01.png", painted(masked), "the mask is empty")]
+    refused += [(name, dots, "not there any more") for name in ("photo_09.png", "../photo_01.png", "")]
+    for name, layer, words in refused:
+        with pytest.raises(UserError, match=words):
+            keep(masked, name, layer)
+    assert "nearly the whole picture" in keep(masked, "photo_01.png", painted(masked, WHOLE))
+    assert "in 4 pieces" in keep(masked, "photo_01.png", dots)
+    monkeypatch.setattr(mask_corrections, "MOST_KEPT", 1)
+    keep(masked, "photo_02.png", painted(masked, PART))
+    assert len(list((masked.root / "corrected_masks").iterdir())) == 1
+
+
+def png(size: tuple[int, int], alpha: int = 200) -> bytes:
+    PIL.Image.new("RGBA", size, (0, 0, 0, alpha)).save(buffer := io.BytesIO(), format="PNG")
+    return buffer.getvalue()
+
+
+def test_what_a_page_paints_is_bounded_before_it_is_read(monkeypatch):
+    editor = mask_editor.mask_editor()
+
+    def send(name: str, content: bytes, kind: str = "layer", index: object = "0") -> None:
+        editor.accept_blobs(SimpleNamespace(data={"type": kind, "index": index, "id": name}, files=[("file", content)]))
+
+    def value_of(name: str) -> PIL.Image.Image | None:
+        return editor.preprocess(SimpleNamespace(id=name))
+
+    send("mine", png((30, 20)))
+    send("mine", png((3000, 3000)), "background")
+    assert value_of("mine").size == (30, 20) and value_of("mine") is None
+    for index in ("1", "1000000000", "x"):
+        with pytest.raises(fastapi.HTTPException):
+            send("mine", b"x", index=index)
+    for content in (png((3000, 3000)), b"no picture"):
+        send("mine", content)
+        with pytest.raises(gr.Error, match="no picture of the size"):
+            value_of("mine")
+    monkeypatch.setattr(mask_editor, "KEPT_BYTES", 100)
+    for name in ("first", "second"):
+        send(name, b"x" * 60)
+    assert list(editor.blob_storage) == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("widget", "event"), [("photos", "upload"), ("photos_2", "clear"), ("remove_subject", "click"), ("reopen", "click")]
+)
+def test_what_replaces_the_photos_hides_the_masks_and_the_brush_of_the_old_ones(served, widget, event):
+    page = served.page
+    numbers = {block.elem_id: number for number, block in page.blocks.items()}
+    of_event = [fn for fn in page.fns.values() if (numbers[widget], event) in fn.targets]
+    (hide,) = [fn for fn in of_event if numbers["mask_box"] in [block._id for block in fn.outputs]]
+    shown = dict(zip((block.elem_id for block in hide.outputs), hide.fn()))
+    assert [shown[name].visible for name in ("mask_remarks", "masks", "mask_box")] == [False] * 3

@@ -1,0 +1,463 @@
+"""From the form to a run as the command would make it, and from an earlier run, or from a recipe, back to the form."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.cli import parser as one_word
+from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.plan.memory import RECIPES, BaseSize, choose_memory, estimate
+from dreambooth_moslora.plan.plan import plan_steps
+from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.ui import jobs as page_jobs
+from dreambooth_moslora.ui.train import said_of
+from dreambooth_moslora.ui.train_form import (
+    TrainForm,
+    crop_config,
+    folder_of,
+    rows,
+    values_like,
+    values_of,
+)
+from dreambooth_moslora.ui.train_photos import review_kept
+from dreambooth_moslora.ui.train_start import (
+    MOST_RECIPES,
+    add_recipe,
+    estimate_cost,
+    form_of_run,
+    free_run_dir,
+    like_of_run,
+    prepared,
+    recipe_names,
+    recipe_of,
+    start_run,
+    take_photos_of_run,
+)
+from tests.helpers.tiny_training import paint_photos
+from tests.ui.conftest import PAGE, ROCKET, TWO, handler, save_header, visitor
+
+DUCK = TrainForm("sks", "duck")
+CHANGED = {"rank": 3, "learning_rate": 0.5, "mixer": "none", "seed": 9, "unmasked_weight": 0.5, "scores": False}
+CHANGED |= {"prior": "class_images", "prior_weight": 4.0, "make_masks": False, "make_captions": True}
+
+
+@pytest.fixture
+def ann(toys):
+    return toys
+
+
+def without(settings: dict, *names: str) -> dict:
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        ("guinea pig", "guinea-pig"),
+        ("-dog", "dog"),
+        ("d..g", "d.g"),
+        ("dog.", "dog"),
+        ("_ +", "run"),
+        ("Bär v2.1", "Bär-v2.1"),
+        ("a" * 59 + ".b", "a" * 59),
+        ("d@/<g", "d-g"),
+        ("../../x", "x"),
+    ],
+)
+def test_any_word_names_a_run_whose_folder_is_free(jobs, words, name):
+    assert free_run_dir(jobs, TrainForm("sks", words)) == jobs.runs_dir / name
+    (jobs.runs_dir / name).mkdir()
+    assert free_run_dir(jobs, TrainForm("sks", "dog", run_name=words)).name == f"{name}-2"
+
+
+def test_what_is_started_has_the_photos_and_captions_of_each_and_the_steps_for_both(ann, tab):
+    with prepared(tab, TWO, ann) as run:
+        assert run.run_dir.name == "duck-rocket"
+        tables, said = run.settings["subjects"], " ".join(run.said)
+        assert [Path(table["instance_data_dir"]).name for table in tables] == ["photos", "photos_2"]
+        assert [len(list(Path(table["instance_data_dir"]).glob("*.png"))) for table in tables] == [5, 2]
+        assert Path(tables[1]["instance_data_dir"], "photo_01.txt").read_text() == "a red rocket"
+    for words in (
+        "photos: 5 + 2, 0 with a mask",
+        "words: “a photo of a sks duck”, “a photo of a zwx rocket”",
+        "the classes: “a photo of a duck”, “a photo of a rocket” stay",
+        "steps: 960, which show each photo 384 times, and those of a subject with fewer oftener",
+    ):
+        assert words in said
+    cost = estimate_cost(tab, TWO, ann)
+    assert "2 subjects, 5 + 2 photos" in cost and "“a photo of a zwx rocket”: token “zwx”, class “rocket”" in cost
+
+
+@pytest.mark.parametrize("broken", ["write_captions", "start", "spawn"])
+def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(context, ann, monkeypatch, broken):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    page = context()
+    spawn = (page_jobs.processes, "start_logged")
+    targets = {"write_captions": (TrainForm, "write_captions"), "start": (page.jobs, "start"), "spawn": spawn}
+    monkeypatch.setattr(*targets[broken], fail)
+    with pytest.raises(OSError, match="disk full"):
+        start_run(page, DUCK, ann)
+    assert not list(page.runs_dir.glob("*"))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        DUCK,
+        TrainForm("tok", "toy duck", preset="quick", captions="first\n\nthird"),
+        TrainForm("sks", "duck", steps=7, **CHANGED),
+        TrainForm("sks", "duck", prior_preservation=False, new_tokens=True, tokens_begin_as="toy duck"),
+        replace(TWO, preset="thorough"),
+        replace(TWO, steps=30, seed=4),
+        replace(TWO, new_tokens=True, others=(replace(ROCKET, tokens_begin_as="red rocket"),)),
+    ],
+)
+def test_what_a_run_was_started_with_comes_back_and_makes_the_same_run(ann, tab, form):
+    with prepared(tab, form, ann) as run:
+        back = form_of_run(run.settings, run.run_dir / "photos")
+        take_photos_of_run(run.run_dir, ann, len(back.subjects))
+    words = tuple(replace(words, captions=words.captions.rstrip()) for words in form.subjects)
+    assert (back.subjects, back.preset, back.steps) == (words, form.preset, form.steps)
+    with prepared(tab, back, ann) as again:
+        settings = [without(each.settings, *OF_ONE_RUN, "subjects") for each in (run, again)]
+        prompts = [[one.get("instance_prompt") for one in each.settings["subjects"]] for each in (run, again)]
+        texts = [sorted(path.name for path in each.run_dir.rglob("*.txt")) for each in (run, again)]
+    assert all(one == other for one, other in (settings, prompts, texts))
+
+
+OF_ONE_RUN = ("output_dir", "instance_data_dir", "token")
+
+
+def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added(ann, tab):
+    folders = [folder_of(ann.photos_dir, number) for number in (1, 2)]
+    shutil.copy(folders[0] / "photo_02.png", folders[0] / "photo_01.mask.png")
+    with prepared(tab, TWO, ann) as run:
+        shutil.rmtree(folders[1])
+        (folders[0] / "photo_05.png").unlink()
+        take_photos_of_run(run.run_dir, ann, 2)
+        assert [len(list(folder.iterdir())) for folder in folders] == [6, 2]
+        take_photos_of_run(run.run_dir, ann, 1)
+        assert not folders[1].exists()
+
+
+def test_where_photos_of_a_subject_are_gone_from_the_run_the_visitor_keeps_all_of_theirs(ann, tab):
+    with prepared(tab, TWO, ann) as run:
+        shutil.rmtree(folder_of(run.run_dir / "photos", 2))
+        (ann.photos_dir / "photo_05.png").unlink()
+        for subjects in (2, 3):
+            with pytest.raises(UserError, match="the photos of this run are not there any more"):
+                take_photos_of_run(run.run_dir, ann, subjects)
+        assert [len(list(folder_of(ann.photos_dir, n).iterdir())) for n in (1, 2)] == [4, 2]
+
+
+def test_the_fields_of_subjects_that_the_run_has_not_are_empty_again():
+    values = values_of(TWO)
+    assert (values["subjects"], values["class_word_2"], values["token_2"]) == (2, "rocket", "zwx")
+    assert (values["class_word_3"], values["token_3"], values["captions_3"]) == ("", "ohwx", "")
+
+
+def test_a_run_that_used_a_removed_setting_comes_back_without_it(ann, tab):
+    with prepared(tab, DUCK, ann) as run:
+        photos, old = run.run_dir / "photos", {"new_backgrounds": 2, "background_scenes": ["in a barn"]}
+        assert form_of_run({**run.settings, **old}, photos) == form_of_run(run.settings, photos)
+
+
+def test_settings_that_are_none_are_told_in_words(tmp_path):
+    tables = [
+        {"instance_data_dir": f"/p{n}", "instance_prompt": f"a photo of a t{n} dog", "class_prompt": "a dog"}
+        for n in range(5)
+    ]
+    five = TrainConfig(subjects=tables).to_dict()
+    for settings, words in (({"rnak": 3}, "rnak"), (five, "5 subjects, and the form 4 at most")):
+        with pytest.raises(UserError, match=words):
+            form_of_run(settings, tmp_path)
+
+
+OURS = {"rank": 3, "lora_alpha": 6.0, "learning_rate": 5e-4, "mixer": "kaiming", "seed": 4, "optimizer": "Adafactor"}
+OURS |= {"unmasked_weight": 0.5, "with_prior_preservation": True, "prior": "class_images", "prior_loss_weight": 0.7}
+OURS |= {"masks": "given", "crops_per_photo": 3, "crop_zoom": 1.5, "resolution": 128, "exposures_per_photo": 40}
+PIVOTAL = {"with_prior_preservation": False, "train_text_encoder_ti": True, "text_encoder_lr": 2e-3, "seed": 0}
+PIVOTAL |= {"num_new_tokens_per_abstraction": 3, "max_train_steps": 30, "masks": "auto", "captions": "auto"}
+KOHYA = {"ss_network_dim": "8", "ss_network_alpha": "4", "ss_learning_rate": "0.001", "ss_num_epochs": "7"}
+KOHYA |= {"ss_seed": "42", "ss_clip_skip": "2", "ss_resolution": "(1024, 1024)", "ss_lr_scheduler": "cosine"}
+NOTE = {"word": "sks", "count": 2, "file": "moslora_emb.safetensors", "sha256": "0" * 64}
+OTHER = {"output_dir", "variant", "evaluate_steps", "validation_steps"}
+"""What the page and the command line choose each in their own way."""
+
+
+def adapter(file: Path, **facts) -> Path:
+    return save_header(file, moslora=AdapterMetadata(rank=4, alpha=4, **facts).to_json())
+
+
+def ours(**recipe) -> dict[str, str]:
+    return {"moslora": AdapterMetadata(rank=4, alpha=4, recipe=recipe).to_json()}
+
+
+@pytest.fixture
+def begun(tab):
+    """The tab with the checkpoint of a run on its shelf."""
+    adapter(tab.runs_dir / "old duck" / "checkpoint-30" / "moslora_weights.safetensors")
+    return tab
+
+
+@pytest.fixture
+def shelf(tab, tmp_path):
+    """The tab with a shelf of "ours", "pivotal", "kohya" and "plain", which has no recipe."""
+    for name, header in (("ours", ours(**OURS)), ("pivotal", ours(**PIVOTAL)), ("kohya", KOHYA), ("plain", {})):
+        save_header(tmp_path / "adapters" / f"{name}.safetensors", **header)
+    return tab
+
+
+def test_a_run_that_begins_with_an_adapter_has_the_config_of_the_flag_and_its_own_copy(begun, ann):
+    with prepared(begun, replace(DUCK, begin_with="old duck@30"), ann) as run:
+        copied = Path(run.settings["init_adapter"])
+        assert copied == run.run_dir / "begun_with" / "old duck@30.safetensors"
+        assert copied.read_bytes() == begun.catalog.path("old duck@30", ann).read_bytes()
+        assert "begins with what the adapter old duck@30 has learnt" in run.said
+        assert form_of_run(run.settings, run.run_dir / "photos").begin_with == "old duck@30"
+        assert list(begun.catalog.files(ann)) == ["old duck@30"]
+    with prepared(begun, DUCK, ann) as plain:
+        own = {name: run.settings[name] for name in ("output_dir", "instance_data_dir", "init_adapter")}
+        assert TrainConfig.from_dict(plain.settings | own).to_dict() == run.settings
+        assert not (plain.run_dir / "begun_with").exists()
+
+
+@pytest.mark.parametrize(
+    "form, words",
+    [
+        ({"begin_with": "dog"}, "there is no adapter"),
+        ({"begin_with": "../runs/old duck@30"}, "there is no adapter"),
+        ({"begin_with": "tokens"}, "“Begin with” tokens: .*learnt new tokens for 'sks'"),
+        ({"begin_with": "torn"}, "“Begin with” torn: .*not a safetensors file"),
+        ({"like": "plain"}, "holds no recipe"),
+        ({"like": "gone"}, "there is no adapter gone"),
+        ({"like": "blocks"}, "has no such layer"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_is_named_before_anything_is_made(begun, shelf, ann, tmp_path, form, words):
+    adapter(tmp_path / "adapters" / "tokens.safetensors", tokens=NOTE)
+    adapter(tmp_path / "adapters" / "blocks.safetensors", recipe={"target_modules": ["to_quarrel"], "rank": 3})
+    (tmp_path / "adapters" / "torn.safetensors").write_text("an adapter")
+    form = replace(DUCK, **form)
+    for begin in (lambda: estimate_cost(shelf, form, ann), lambda: prepared(shelf, form, ann).__enter__()):
+        with pytest.raises(UserError, match=words):
+            begin()
+    assert [path.name for path in shelf.runs_dir.iterdir()] == ["old duck"]
+
+
+def test_the_list_of_what_to_begin_with_leaves_out_adapters_with_new_tokens(tmp_path, context):
+    for name, tokens in (("plain", {}), ("pivotal", NOTE)):
+        adapter(tmp_path / "adapters" / f"{name}.safetensors", tokens=tokens)
+    assert [name for name, _ in handler(context(), "starts")(PAGE).choices] == ["none", "plain"]
+
+
+def filled(ctx, name: str, person) -> TrainForm:
+    return replace(DUCK, like=name, **values_like(recipe_of(ctx, name, person), ctx.base_name))
+
+
+@pytest.mark.parametrize("name", ["ours", "pivotal", "kohya"])
+def test_the_filled_form_makes_the_config_of_the_flag(shelf, ann, name, monkeypatch, tmp_path):
+    form = filled(shelf, name, ann)
+    config = form.config("toy", 128, ann.photos_dir, tmp_path / "run", recipe_of(shelf, name, ann))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--pretrained_model_name_or_path", "toy", "--like", str(shelf.catalog.path(name, ann))]
+    flags += ["--resolution", "128", *([] if name == "kohya" else ["--seed", str(form.seed)])]
+    command = parse_train_config([str(ann.photos_dir), "duck", *flags]).to_dict()
+    assert without(TrainConfig.from_dict(config).to_dict(), *OTHER) == without(command, *OTHER)
+
+
+def test_a_field_of_the_form_wins_over_the_file(shelf, ann, tmp_path):
+    def config_with(**own) -> dict:
+        form, recipe = filled(shelf, "ours", ann), recipe_of(shelf, "ours", ann)
+        return replace(form, **own).config("toy", 128, ann.photos_dir, tmp_path / "run", recipe)
+
+    config = config_with(rank=5, mixer="none", prior_preservation=False, make_masks=True, preset="thorough")
+    assert (config["rank"], config["mixer"], config["with_prior_preservation"]) == (5, "none", False)
+    assert (config["masks"], config["exposures_per_photo"], config["optimizer"]) == ("auto", 80, "Adafactor")
+    steps = config_with(steps=7)
+    assert steps["max_train_steps"] == 7 and "exposures_per_photo" not in steps
+
+
+def test_fields_that_a_file_does_not_speak_of_are_as_at_first():
+    values = values_like(None, "toy")
+    assert values.keys() < set(rows(TrainForm)) and values.pop("make_masks") is True
+    assert values == {name: getattr(TrainForm, name) for name in values}
+
+
+def test_the_line_says_what_was_taken_and_what_not(shelf, ann, tmp_path):
+    assert (
+        ">Like kohya: 6 settings, those of this form filled in; left to this page: resolution; "
+        "without an equivalent here: ss_clip_skip.<"
+    ) in said_of("kohya", recipe_of(shelf, "kohya", ann)).value
+    great = add_recipe(shelf, save_header(tmp_path / "g.safetensors", **ours(rank=4000, seed=1)), ann)
+    assert "ignored, as they are invalid: rank is too great for this page" in said_of(great, ann.recipes[great]).value
+
+
+@pytest.mark.parametrize("name", ["ours", "pivotal", "kohya"])
+def test_a_run_keeps_the_recipe_and_comes_back_into_the_form_with_it(shelf, ann, name):
+    with prepared(shelf, replace(filled(shelf, name, ann), preset="quick"), ann) as run:
+        assert f"settings like {name}, where the form says nothing else" in run.said
+        back = form_of_run(run.settings, run.run_dir / "photos")
+        kept, recipe = like_of_run(run.run_dir)
+        assert (kept, recipe.settings) == (name, recipe_of(shelf, name, ann).settings)
+    assert (back.like, back.preset) == (name, "standard" if name == "pivotal" else "quick")
+    with prepared(shelf, back, ann) as again:
+        assert without(again.settings, *OF_ONE_RUN) == without(run.settings, *OF_ONE_RUN)
+
+
+def test_the_crops_are_shown_as_the_recipe_makes_them(shelf, ann):
+    config = crop_config("toy", 128, ann.photos_dir, [], 0, recipe_of(shelf, "ours", ann))
+    assert (config.crops_per_photo, config.crop_zoom, config.resolution) == (3, 1.5, 128)
+    assert "each shown by the first of its 3 crops" in review_kept(shelf, ann, like="ours").remarks
+
+
+def test_a_file_of_ones_own_is_offered_to_oneself_alone(shelf, ann, tmp_path):
+    file = save_header(tmp_path / "ours.safetensors", **ours(rank=7))
+    assert [add_recipe(shelf, file, ann) for _ in range(2)] == ["ours.safetensors", "ours.safetensors 2"]
+    assert recipe_names(shelf, ann)[:3] == ["none", "ours.safetensors", "ours.safetensors 2"]
+    bob = visitor(tmp_path, "b" * 64)
+    assert recipe_names(shelf, bob) == ["none", "kohya", "ours", "pivotal", "plain"]
+    with pytest.raises(UserError, match="there is no adapter ours"):
+        recipe_of(shelf, "ours.safetensors", bob)
+    kept = file.rename(tmp_path / "more.safetensors")
+    assert recipe_of(shelf, "ours.safetensors", ann).settings == {"rank": 7}
+    for _ in range(MOST_RECIPES):
+        add_recipe(shelf, kept, ann)
+    assert len(ann.recipes) == MOST_RECIPES and "ours.safetensors" not in ann.recipes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.pt", b"\x80\x02}q", "is not a .safetensors file"),
+        ("a.safetensors", b"", "not a safetensors file"),
+        ("a.safetensors", b"\xff" * 64, "not a safetensors file"),
+        ("a.safetensors", (9 << 20).to_bytes(8, "little") + b" " * (9 << 20), "its header has 9 MiB; at most 8"),
+        ("a.safetensors", {}, "its header holds no recipe"),
+        ("a.safetensors", ours(output_dir="/etc"), "none of its settings is valid"),
+        ("a.safetensors", ours(rank=4000), "rank are too great for this page"),
+        ("a.safetensors", ours(target_modules=["to_q"] * 50_000), "names too many layers"),
+    ],
+)
+def test_a_bad_file_is_one_line(shelf, ann, tmp_path, name, content, words):
+    file = tmp_path / name
+    file.write_bytes(content) if isinstance(content, bytes) else save_header(file, **content)
+    with pytest.raises(UserError, match=words) as raised:
+        add_recipe(shelf, file, ann)
+    assert "\n" not in str(raised.value) and str(tmp_path) not in str(raised.value) and not ann.recipes
+
+
+def test_a_changed_recipe_of_a_run_is_checked_again(tmp_path):
+    (tmp_path / "like").mkdir()
+    for content, left in ((json.dumps({"rank": 5, "output_dir": "/etc"}), {"rank": 5}), ("[1]", None), ("{", None)):
+        (tmp_path / "like" / "a.json").write_text(content)
+        name, recipe = like_of_run(tmp_path)
+        assert (name, recipe and recipe.settings) == (("a", left) if left else ("none", None))
+
+
+GIB = 2**30
+WORDS_AND_PATHS = {
+    *("pretrained_model_name_or_path", "variant", "instance_data_dir", "output_dir"),
+    *("instance_prompt", "class_prompt"),
+}
+OF_THE_PAGE = {"seed", "memory"}
+"""Named by the form alone: the crops it shows are drawn from the seed, and a plan may add to the recipe's."""
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretend that there is a GPU of some capability, with so much free and so much in this process's hands."""
+
+    def put(capability: int, free_gib: float, own_gib: float = 0.0) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Some Card <3")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (capability, 0))
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: capability >= 8)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (int(free_gib * GIB), 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *device: int(own_gib * GIB))
+
+    return put
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Five, large enough for SDXL."""
+    for path in paint_photos(tmp_path / "dog", 5).iterdir():
+        with PIL.Image.open(path) as image:
+            image.resize((256, 256)).save(path)
+    return tmp_path / "dog"
+
+
+def config_of(form: TrainForm, photos, base: str = "owner/sdxl", resolution_px: int = 1024) -> TrainConfig:
+    return TrainConfig.from_dict(form.config(base, resolution_px, photos, photos.parent / "run"))
+
+
+@pytest.mark.parametrize("gb", RECIPES)
+def test_the_form_is_the_recipe_for_the_card_and_what_the_command_chooses(card, photos, monkeypatch, gb):
+    card(8, 0.95 * gb)
+    config = config_of(TrainForm("sks", "dog"), photos)
+    recipe = load_settings(f"assets/configs/sdxl_{gb}gb.toml")
+    own = WORDS_AND_PATHS | {"max_train_steps", "prior"}
+    if gb == 16:  # for a class that is kept too, says the recipe itself
+        recipe["gradient_checkpointing"] = True
+    assert {n: v for n, v in recipe.items() if n not in own} == {n: config.to_dict()[n] for n in recipe.keys() - own}
+    assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
+    monkeypatch.setattr(one_word, "least_free_gib", lambda **later: 0.95 * gb)
+    command = parse_train_config([str(photos), "dog", "--pretrained_model_name_or_path", "owner/sdxl"])
+    left_out = {"output_dir", *OF_THE_PAGE}
+    mine, its = ({n: v for n, v in c.to_dict().items() if n not in left_out} for c in (config, command))
+    assert mine == its and (config.memory, config.seed) == ("auto", 0)
+    assert choose_memory(config, 0.95 * gb) == config and estimate(config, BaseSize(), 400).peak_gib <= 0.95 * gb
+    crops = crop_config("owner/sdxl", 1024, photos, [])
+    assert crops.crops_per_photo == config.crops_per_photo == recipe.get("crops_per_photo", 1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "free_gib", "own_gib", "form", "expected"),
+    [
+        (8, 8.0, 7.0, {}, ("bf16", True, "none")),  # the page's own base makes room: the recipe for 16 GB
+        (7, 23.0, 0.0, {}, ("fp16", False, "none")),
+        (8, 7.0, 0.0, {"memory": "full"}, ("bf16", False, "none")),
+        (8, 7.0, 0.0, {"memory": "recompute"}, ("bf16", True, "none")),
+        (8, 23.0, 0.0, {"memory": "nf4"}, ("bf16", True, "nf4")),
+        (8, 23.0, 0.0, {"rank": 256, "prior": "class_images"}, ("bf16", True, "none")),  # more than the recipe needs
+    ],
+)
+def test_a_run_on_sdxl_has_the_plan_of_its_card_and_its_word(
+    card, photos, capability, free_gib, own_gib, form, expected
+):
+    card(capability, free_gib, own_gib)
+    config = choose_memory(config_of(TrainForm("sks", "dog", **form), photos), free_gib + own_gib)
+    assert (config.mixed_precision, config.gradient_checkpointing, config.base_quantization) == expected
+
+
+def test_the_embedded_base_is_trained_as_the_command_does_on_any_card(card, photos):
+    command = parse_train_config([str(photos), "dog", "--pretrained_model_name_or_path", "toy"])
+    card(8, 4.0)
+    config = config_of(TrainForm("sks", "dog"), photos, "toy", 128)
+    mine, its = ({n: v for n, v in c.to_dict().items() if n != "output_dir"} for c in (config, command))
+    assert mine == its and config.mixed_precision is None and config.memory is None and config.evaluate_steps
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "words", "is_tight"), [(40.0, "without", False), (11.0, "with", False), (4.0, "with", True)]
+)
+def test_the_cost_says_each_choice_and_names_the_card(card, ann, context, free_gib, words, is_tight):
+    card(8, free_gib)
+    ctx = context(base="sdxl", base_name="owner/sdxl", resolution_px=1024)
+    cost = estimate_cost(ctx, TrainForm("sks", "dog"), ann)
+    card_line = f"GPU: Some Card &lt;3, {free_gib} GiB free for this run, so it trains in bf16, {words} gradient"
+    assert card_line in cost and ("too little memory" in cost) == is_tight
+    recipe = "recipe: assets/configs/sdxl_"
+    for said in ("photos: 5, 0 with a mask", recipe, "which show each photo", "scores: none, as"):
+        assert said in cost, (said, cost)
