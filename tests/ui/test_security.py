@@ -1,10 +1,13 @@
-"""The attack list: each is tried on the running page and must be refused."""
+"""The attack list: each is tried on the running page, by its names or by its private events, and must be refused."""
 
 import io
 import os
 import pickle
+import secrets
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -17,38 +20,55 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.html import facts_table, notice, progress_card
-from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.state import AdapterCatalog
-from dreambooth_moslora.ui.visitors import take_photos
+from dreambooth_moslora.ui.visitors import COOKIE, take_photos, visitor_id
 from tests.helpers.odd_photos import png_of
-from tests.helpers.ui_server import serve
+from tests.helpers.ui_server import cookie_of, secret_of, serve
+from tests.ui.conftest import event_of, foreign_run, refusal
 
 EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
 FAST = {"steps": 2, "guidance_scale": 2.0}
+DRAW = FAST | {"api_name": "/generate"}
+NO_ADAPTER = "here is no adapter"
+OUTSIDE = (403, 404)
 
 
-@pytest.fixture(scope="module")
-def served(tiny_base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("app")
-    (folder / "secret.safetensors").write_text("secret")
-    with serve(tiny_base, folder) as server:
-        yield server
+def call_private(served, index: int, data: list, cookie: str = "eve", session: str = "") -> str:
+    """Call an event by its number, as a script would; the server's last words."""
+    headers, session = cookie_of(cookie), session or secrets.token_hex(8)
+    body = {"fn_index": index, "data": data, "session_hash": session}
+    joined = httpx.post(f"{served.url}gradio_api/queue/join", json=body, headers=headers)
+    if not joined.is_success:
+        return joined.text
+    stream = f"{served.url}gradio_api/queue/data?session_hash={session}"
+    with httpx.stream("GET", stream, headers=headers, timeout=60) as lines:
+        ends = ("process_completed", "unexpected_error")
+        return next((line for line in lines.iter_lines() if any(end in line for end in ends)), "")
 
 
-def refusal(client, *args, **kwargs) -> str:
-    with pytest.raises(Exception) as error:
-        client.predict(*args, **kwargs)
-    return str(error.value)
+def sent(served, name: str, content: bytes, cookie: str) -> str:
+    """The server's path of a file that was sent to it."""
+    headers = cookie_of(cookie)
+    answer = httpx.post(f"{served.url}gradio_api/upload", files={"files": (name, content)}, headers=headers)
+    return answer.json()[0]
+
+
+def uploads(served, name: str, content: bytes, cookie: str) -> bool:
+    """Whether the page takes the file as an adapter."""
+    data = {"path": sent(served, name, content, cookie), "meta": {"_type": "gradio.FileData"}, "orig_name": name}
+    told = call_private(served, event_of(served, "upload_adapter", "upload"), [data], cookie).replace(" ", "")
+    assert '"success":' in told
+    return '"success":true' in told
 
 
 @pytest.mark.parametrize(
     "name", ["../secret", "../../etc/passwd", "/etc/passwd", "adapters/dog", "dog.safetensors", "dog\0"]
 )
-def test_adapter_names_are_looked_up_and_never_paths(client, name):
-    assert "here is no adapter" in refusal(client, "a dog", adapter=name, **FAST, api_name="/generate")
-    assert "here is no adapter" in refusal(
-        client, f"a dog <lora:{name}:1>", adapter="none", **FAST, api_name="/generate"
-    )
+def test_adapter_names_are_looked_up_and_never_paths(served, client, name):
+    (served.ctx.catalog.adapters_dir.parent / "secret.safetensors").write_text("secret")
+    assert NO_ADAPTER in refusal(client, "a dog", adapter=name, **DRAW)
+    assert NO_ADAPTER in refusal(client, f"a dog <lora:{name}:1>", adapter="none", **DRAW)
 
 
 def test_a_link_out_of_the_folder_is_not_on_the_shelf(tmp_path):
@@ -76,21 +96,20 @@ def png_with_recipe(path: Path, adapter: str) -> Path:
 
 def test_a_png_that_names_a_path_gives_no_file(client, tmp_path):
     file = png_with_recipe(tmp_path / "a.png", "../secret")
-    facts = client.predict(handle_file(file), api_name="/inspect")
-    assert "../secret" in str(facts)
+    assert "../secret" in str(client.predict(handle_file(file), api_name="/inspect"))
     name = GenerationParams.from_png(file).adapters[0][0]
-    assert "here is no adapter" in refusal(client, "a dog", adapter=name, **FAST, api_name="/generate")
+    assert NO_ADAPTER in refusal(client, "a dog", adapter=name, **DRAW)
 
 
 def test_html_in_prompts_names_and_recipes_is_escaped(client, tmp_path):
     for made in (notice(EVIL), progress_card(EVIL, EVIL, 0.5, EVIL), facts_table([(EVIL, EVIL)])):
         assert "<script>" not in made and "<img src=x" not in made
-    assert "<script>" not in refusal(client, "a dog", adapter=EVIL, **FAST, api_name="/generate")
-    _, _, status = client.predict(EVIL, **FAST, api_name="/generate")
-    assert "<script>" not in status
+    assert "<script>" not in refusal(client, "a dog", adapter=EVIL, **DRAW)
+    assert "<script>" not in client.predict(EVIL, **DRAW)[2]
     file = png_with_recipe(tmp_path / "a.png", EVIL)
     assert "<script>" not in str(client.predict(handle_file(file), api_name="/inspect"))
-    assert clean_name(EVIL + "../../x") == clean_name(clean_name(EVIL + "../../x")) and "<" not in clean_name(EVIL)
+    name = clean_name(EVIL + "../../x")
+    assert name == clean_name(name) and "<" not in name
 
 
 class Touch:
@@ -104,17 +123,15 @@ class Touch:
 
 
 @pytest.mark.parametrize("name", ["evil.safetensors", "evil.bin", "evil.pt", "evil.ckpt"])
-def test_pickled_adapters_are_refused_and_never_run(client, tmp_path, name):
-    proof = tmp_path / "ran"
-    file = tmp_path / name
+def test_pickled_adapters_are_refused_and_never_run(served, client, tmp_path, name):
+    proof, file = tmp_path / "ran", tmp_path / name
     file.write_bytes(pickle.dumps({"lora": Touch(proof)}))
     assert refusal(client, handle_file(file), api_name="/inspect")
-    assert not proof.exists()
+    assert not uploads(served, name, file.read_bytes(), "ann") and not proof.exists()
 
 
 def zip_bomb() -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("data.pkl", b"\0" * 50_000_000)
     return buffer.getvalue()
 
@@ -123,29 +140,22 @@ def pixel_bomb(side: int) -> bytes:
     return png_of(side, side, b"\0" * 100)
 
 
-def header_bomb() -> bytes:
-    """A safetensors header that claims 10^18 bytes."""
-    return (10**18).to_bytes(8, "little") + b"{}"
+BOMBS = {
+    "zip.safetensors": zip_bomb(),
+    "header.safetensors": (10**18).to_bytes(8, "little") + b"{}",
+    "bomb.png": pixel_bomb(100_000),
+    "below Pillow's limit.png": pixel_bomb(12_000),
+    "empty.png": b"",
+    "page.html": b"<script>alert(1)</script>",
+}
 
 
-@pytest.mark.parametrize(
-    "name, data",
-    [
-        ("zip.safetensors", zip_bomb()),
-        ("header.safetensors", header_bomb()),
-        ("bomb.png", pixel_bomb(100_000)),
-        ("bomb2.png", pixel_bomb(12_000)),
-        ("empty.png", b""),
-        ("page.html", b"<script>alert(1)</script>"),
-    ],
-    ids=["zip", "header", "pixels", "pixels below Pillow's limit", "empty", "html"],
-)
-def test_bombs_are_refused(client, tmp_path, name, data):
-    file = tmp_path / name
-    file.write_bytes(data)
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused(client, tmp_path, name):
+    (file := tmp_path / name).write_bytes(BOMBS[name])
     assert refusal(client, handle_file(file), api_name="/inspect")
     if name.endswith(".png"):
-        with pytest.raises(UserError, match="empty" if not data else "too many pixels|144 megapixels"):
+        with pytest.raises(UserError, match="too many pixels|144 megapixels" if BOMBS[name] else "empty"):
             take_photos([str(file)], tmp_path / "photos")
 
 
@@ -169,21 +179,21 @@ def test_photos_lose_exif_name_and_profile(tmp_path):
     ["/etc/passwd", "../../etc/passwd", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "README.md", ".git/config"],
 )
 def test_files_outside_are_not_served(served, path):
-    assert httpx.get(f"{served.url}gradio_api/file={path}").status_code in (403, 404)
-    assert httpx.get(f"{served.url}gradio_api/file={Path(path).resolve()}").status_code in (403, 404)
+    for name in (path, Path(path).resolve()):
+        assert httpx.get(f"{served.url}gradio_api/file={name}").status_code in OUTSIDE
 
 
 def test_a_runs_files_and_the_visitors_folders_are_not_served(served):
-    run = served.ctx.runs_dir / "dog"
-    run.mkdir()
-    (run / "photo.png").write_bytes(b"x")
-    (served.ctx.visitors.root / "x.png").write_bytes(b"x")
-    for path in (
-        run / "photo.png",
-        served.ctx.visitors.root / "x.png",
-        served.ctx.catalog.adapters_dir / "dog.safetensors",
-    ):
-        assert httpx.get(f"{served.url}gradio_api/file={path}").status_code in (403, 404), path
+    ctx = served.ctx
+    files = [
+        ctx.runs_dir / "dog" / "photo.png",
+        ctx.visitors.root / "x.png",
+        ctx.catalog.adapters_dir / "dog.safetensors",
+    ]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.exists() or file.write_bytes(b"x")
+        assert httpx.get(f"{served.url}gradio_api/file={file}").status_code in OUTSIDE, file
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "dog.safetensors"])
@@ -194,6 +204,89 @@ def test_a_handler_reads_no_file_that_was_not_uploaded(served, name):
     asked = httpx.post(f"{served.url}gradio_api/call/inspect", json=data)
     answer = httpx.get(f"{served.url}gradio_api/call/inspect/{asked.json()['event_id']}", timeout=20).text
     assert "event: error" in answer and "event: complete" not in answer
+
+
+def test_the_name_of_an_upload_leaves_no_folder(served, tmp_path):
+    path = Path(sent(served, "../../../evil<b>.png", b"x", "eve"))
+    assert ".." not in path.parts and "<" not in path.name
+    assert path.resolve() == path and not (path.parents[2] / path.name).exists()
+
+
+def test_an_uploaded_adapter_belongs_to_its_visitor_in_grids_too(served, client):
+    assert uploads(served, "anns.safetensors", served.ctx.catalog.path("dog").read_bytes(), "ann")
+    ann = Client(served.url, verbose=False, headers=cookie_of("ann"))
+    tagged, chosen = ("prompt", "a dog <lora:anns:1>|a dog"), ("adapter", "anns")
+    assert ann.predict(*tagged, "none", "", "a dog", **FAST, api_name="/grid")
+    for axis in (tagged, chosen):
+        assert f"{NO_ADAPTER} anns" in refusal(client, *axis, "none", "", "a dog", **FAST, api_name="/grid")
+
+
+def test_an_upload_that_fails_in_any_way_is_not_kept(served, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("nobody thought of this")
+
+    good, shelved = served.ctx.catalog.path("dog").read_bytes(), served.ctx.visitors.root
+    with monkeypatch.context() as patch:
+        patch.setattr(served.ctx.pipeline(), "load_adapter", fail)
+        assert not uploads(served, "lost.safetensors", good, "ida")
+    assert not list(shelved.rglob("lost.safetensors"))
+
+
+def test_a_forged_session_shows_nobodys_pictures(served):
+    ann = Client(served.url, verbose=False, headers=cookie_of("ann"))
+    ann.predict("a TOPSECRET dog", **DRAW)
+    event = event_of(served, "reuse", "click")
+    answers = {cookie: call_private(served, event, [None, 0], cookie, ann.session_hash) for cookie in ("eve", "ann")}
+    assert "TOPSECRET" in answers["ann"] and "TOPSECRET" not in answers["eve"]
+
+
+def test_another_visitors_run_cannot_be_seen_stopped_resumed_or_used(client, served):
+    foreign_run(served)
+    assert "theirs" not in [row["name"] for row in client.predict(api_name="/adapters")]
+    for endpoint in ("/train_status", "/stop_training", "/resume_training"):
+        assert "you have no run" in refusal(client, "theirs", api_name=endpoint).lower()
+    assert "no adapter" in refusal(client, "a dog", adapter="theirs", **DRAW)
+
+
+def test_private_events_give_nothing_of_others_and_the_owner_what_is_asked(served):
+    run = foreign_run(served)
+    config = httpx.get(f"{served.url}config").json()
+    private = [d for d in config["dependencies"] if d["api_visibility"] == "private"]
+    assert len(private) > 10
+    for dependency in private:
+        answer = call_private(served, dependency["id"], ["theirs"] * len(dependency["inputs"]))
+        assert "TOPSECRET" not in answer and "theirs/" not in answer
+    owner = visitor_id(SimpleNamespace(cookies={COOKIE: secret_of("ann")}, session_hash=None))
+    Job(run, owner, os.getpid(), 0.0).save()
+    watch = event_of(served, "run_picker", "change")
+    told = ["TOPSECRET" in call_private(served, watch, ["theirs", None], name) for name in ("ann", "eve")]
+    assert told == [True, False]
+
+
+def test_a_stop_ends_only_ones_own_work_whatever_session_it_names(served):
+    mine = Client(served.url, verbose=False, headers=cookie_of("victim"))
+    job = mine.submit("a dog", steps=60, num_images=8, api_name="/generate")
+    while not job.outputs():
+        time.sleep(0.02)
+    forged = {"data": [], "session_hash": mine.session_hash}
+    for headers in (cookie_of("eve"), {}):
+        httpx.post(f"{served.url}gradio_api/run/stop", json=forged, headers=headers)
+    Client(served.url, verbose=False).predict(api_name="/stop")
+    time.sleep(0.3)
+    assert not job.done()
+    mine.predict(api_name="/stop")
+    gallery, _, status = job.result(timeout=60)
+    assert "Stopped" in status and len(gallery) < 8
+
+
+def test_the_page_asks_the_mask_editor_for_its_picture_only_when_it_is_kept(served):
+    """gradio asks all that lies in a component with a progress for their values, at each tick of the page's timers."""
+    editor = next(block for block in served.page.blocks.values() if block.elem_id == "mask_editor")
+    around = {editor._id}
+    while editor := editor.parent:
+        around.add(editor._id)
+    for event in served.page.get_config_file()["dependencies"]:
+        assert not set(event["show_progress_on"] or event["outputs"]) & around, event["targets"]
 
 
 @pytest.mark.parametrize("training", [True, False])
