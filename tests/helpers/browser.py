@@ -1,13 +1,25 @@
 """A real Chromium for the tests and the screenshots: Debian's own, with nothing that phones home."""
 
+from __future__ import annotations
+
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+IN_BROWSER = [
+    pytest.mark.slow,
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and find_spec("playwright")), reason="there is no Chromium, or no playwright"),
+]
 QUIET = [
     "--no-sandbox",
     "--disable-background-networking",
@@ -36,6 +48,8 @@ class Visit:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         try:
@@ -71,6 +85,37 @@ def _note_page_error(visited: Visit, text: str) -> None:
 def _note_error(visited: Visit, message) -> None:
     if message.type == "error":
         visited.errors.append(message.text)
+
+
+def says(page: Page, elem_id: str, words: str) -> None:
+    """Wait until the element says so."""
+    inside = "([id, words]) => document.getElementById(id)?.innerText.includes(words)"
+    page.wait_for_function(inside, arg=[elem_id, words])
+
+
+def put(page: Page, elem_id: str, words: str) -> None:
+    page.fill(f"#{elem_id} textarea, #{elem_id} input", words)
+
+
+def open_tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def open_box(page: Page, elem_id: str) -> None:
+    page.locator(f"#{elem_id} button.label-wrap").click()
+
+
+def add_photos(page: Page, files: list, word: str, number: int = 1) -> None:
+    """The photos of a subject and what they show, on the Train tab."""
+    last = "" if number == 1 else f"_{number}"
+    page.set_input_files(f"#photos{last} input[type=file]", files)
+    says(page, f"remarks{last}", f"{len(files)} photos")
+    put(page, f"class_word{last}", word)
+
+
+def fits(page: Page) -> bool:
+    """Nothing stands out at the right, however narrow the page."""
+    return page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
 def set_number(page: Page, elem_id: str, value: object) -> None:

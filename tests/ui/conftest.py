@@ -19,6 +19,7 @@ from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import AdapterCatalog, AppContext
 from dreambooth_moslora.ui.train_form import SubjectWords, TrainForm, folder_of
 from dreambooth_moslora.ui.visitors import Visitor
+from tests.helpers.browser import chromium
 
 OWNER, OTHER = "a" * 64, "b" * 64
 PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")
@@ -111,6 +112,27 @@ def jobs(tmp_path):
     for job in found.all():
         if job.is_alive:
             os.kill(job.pid, 9)
+
+
+@pytest.fixture
+def started(served, monkeypatch):
+    """The settings of each run that is started; none is trained, and their folders go."""
+    found: list[dict] = []
+
+    def start(name: str, config: dict, owner: str) -> Job:
+        found.append(config)
+        return Job(served.ctx.runs_dir / name, owner, 1, 0.0)
+
+    monkeypatch.setattr(served.ctx.jobs, "start", start)
+    yield found
+    for config in found:
+        shutil.rmtree(config["output_dir"])
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
 
 
 def wait_for(condition, seconds: float = 40.0):

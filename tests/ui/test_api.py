@@ -44,21 +44,6 @@ def endpoints(client) -> dict[str, list[dict]]:
     return {name: facts["parameters"] for name, facts in api.items()}
 
 
-@pytest.fixture
-def started(served, tmp_path, monkeypatch):
-    """The settings of each run that is started; none is trained, and their folders go."""
-    found: list[dict] = []
-
-    def start(name: str, config: dict, owner: str) -> Job:
-        found.append(config)
-        return Job(tmp_path / name, owner, 1, 0.0)
-
-    monkeypatch.setattr(served.ctx.jobs, "start", start)
-    yield found
-    for config in found:
-        shutil.rmtree(config["output_dir"])
-
-
 def test_endpoints_and_arguments_keep_their_names(endpoints):
     arguments = {name.lstrip("/"): [p["parameter_name"] for p in found] for name, found in endpoints.items()}
     fields = ("photos", "class_word", "token", "captions", "tokens_begin_as")

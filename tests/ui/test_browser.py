@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,15 +14,20 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.visitors import visitor_id
+from tests.helpers.browser import (
+    IN_BROWSER,
+    add_photos,
+    fits,
+    open_box,
+    open_tab,
+    put,
+    says,
+    set_number,
+    visit,
+)
 from tests.helpers.ui_server import serve
 
-browser_module = pytest.importorskip("tests.helpers.browser")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.browser,
-    pytest.mark.skipif(browser_module.CHROMIUM is None, reason="there is no Chromium"),
-]
-visit, set_number, PATIENCE_MS = browser_module.visit, browser_module.set_number, browser_module.PATIENCE_MS
+pytestmark = IN_BROWSER
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +37,6 @@ def served(tiny_base, tmp_path_factory):
         for job in Jobs(server.ctx.runs_dir).all():
             if job.is_alive:
                 os.kill(job.pid, 9)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with browser_module.chromium() as found:
-        yield found
 
 
 @pytest.fixture
@@ -52,12 +52,6 @@ def page(visited):
     return visited.page
 
 
-def wait_for_status(page, words: str, elem_id: str = "status") -> None:
-    page.wait_for_function(
-        "([id, words]) => document.getElementById(id)?.innerText.includes(words)", arg=[elem_id, words]
-    )
-
-
 def generate(page, prompt: str = "a photo of a sks dog", steps: int = 3, pictures: int = 1) -> None:
     page.fill("#prompt textarea", prompt)
     set_number(page, "steps", steps)
@@ -71,8 +65,11 @@ def pixels_of(page, selector: str) -> np.ndarray:
     return np.asarray(PIL.Image.open(io.BytesIO(answer.body())).convert("RGB"))
 
 
-def open_box(page, elem_id: str) -> None:
-    page.locator(f"#{elem_id} button.label-wrap").click()
+def saved(page, folder: Path) -> Path:
+    """The first picture of the gallery as a file."""
+    src = page.locator("#gallery img").first.get_attribute("src")
+    (file := folder / "picture.png").write_bytes(page.request.get(src).body())
+    return file
 
 
 def test_enter_generates_and_pictures_carry_their_recipe(page, tmp_path):
@@ -80,10 +77,9 @@ def test_enter_generates_and_pictures_carry_their_recipe(page, tmp_path):
     set_number(page, "steps", 3)
     set_number(page, "num_images", 2)
     page.press("#prompt textarea", "Enter")
-    wait_for_status(page, "2 pictures in")
+    says(page, "status", "2 pictures in")
     assert page.locator("#gallery img").count() == 2
-    answer = page.request.get(page.locator("#gallery img").first.get_attribute("src"))
-    with PIL.Image.open(io.BytesIO(answer.body())) as image:
+    with PIL.Image.open(saved(page, tmp_path)) as image:
         assert image.format == "PNG" and "dreambooth_moslora" in image.info
 
 
@@ -92,7 +88,7 @@ def test_stop_keeps_what_is_finished_and_escape_stops_too(page):
         generate(page, steps=60, pictures=8)
         page.wait_for_selector("#status .bar")
         stop()
-        wait_for_status(page, "Stopped.")
+        says(page, "status", "Stopped.")
 
 
 def test_a_picture_in_the_queue_is_stopped_before_its_turn(served, browser, page):
@@ -104,7 +100,7 @@ def test_a_picture_in_the_queue_is_stopped_before_its_turn(served, browser, page
         second.page.click("#stop")
         second.page.wait_for_timeout(300)
         page.click("#stop")
-        wait_for_status(second.page, "0 of 8 pictures")
+        says(second.page, "status", "0 of 8 pictures")
 
 
 def test_slash_brings_the_cursor_to_the_prompt(page):
@@ -117,7 +113,7 @@ def test_slash_brings_the_cursor_to_the_prompt(page):
 def test_compare_shows_both_halves(page):
     page.fill("#prompt textarea", "a photo of a sks dog")
     set_number(page, "steps", 3)
-    page.get_by_role("tab", name="Compare", exact=True).click()
+    open_tab(page, "Compare")
     page.click("#compare")
     page.wait_for_function("document.querySelectorAll('#slider img').length >= 2")
     halves = [page.request.get(img.get_attribute("src")).body() for img in page.locator("#slider img").all()]
@@ -127,8 +123,8 @@ def test_compare_shows_both_halves(page):
 def test_a_grid_is_drawn(page):
     page.fill("#prompt textarea", "a photo of a sks dog")
     set_number(page, "steps", 2)
-    page.get_by_role("tab", name="Grid", exact=True).click()
-    page.fill("#grid_row_values textarea, #grid_row_values input", "0, 1")
+    open_tab(page, "Grid")
+    put(page, "grid_row_values", "0, 1")
     page.click("#draw_grid")
     page.wait_for_selector("#sheet img")
     assert pixels_of(page, "#sheet img").shape[1] > 3 * 64
@@ -136,10 +132,8 @@ def test_a_grid_is_drawn(page):
 
 def test_a_dropped_png_gives_the_same_picture_again(page, tmp_path):
     generate(page, "a sks dog in the snow", steps=4)
-    wait_for_status(page, "1 picture in")
-    src = page.locator("#gallery img").first.get_attribute("src")
-    file = tmp_path / "picture.png"
-    file.write_bytes(page.request.get(src).body())
+    says(page, "status", "1 picture in")
+    file = saved(page, tmp_path)
     before = pixels_of(page, "#gallery img")
     page.reload()
     page.wait_for_selector("#run")
@@ -147,21 +141,20 @@ def test_a_dropped_png_gives_the_same_picture_again(page, tmp_path):
     page.set_input_files("#drop_png input[type=file]", file)
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in the snow'")
     page.click("#run")
-    wait_for_status(page, "1 picture in")
+    says(page, "status", "1 picture in")
     assert np.array_equal(pixels_of(page, "#gallery img"), before)
-    page.get_by_role("tab", name="History", exact=True).click()
+    open_tab(page, "History")
     page.wait_for_function("document.querySelectorAll('#history img').length >= 2")
 
 
 def test_inspect_reads_a_png_and_hands_it_on(page, tmp_path):
     generate(page, "a sks dog in space", steps=4)
-    wait_for_status(page, "1 picture in")
-    file = tmp_path / "picture.png"
-    file.write_bytes(page.request.get(page.locator("#gallery img").first.get_attribute("src")).body())
+    says(page, "status", "1 picture in")
+    file = saved(page, tmp_path)
     page.fill("#prompt textarea", "something else")
-    page.get_by_role("tab", name="Inspect", exact=True).click()
+    open_tab(page, "Inspect")
     page.set_input_files("#inspect_file input[type=file]", file)
-    wait_for_status(page, "a sks dog in space", "inspect_facts")
+    says(page, "inspect_facts", "a sks dog in space")
     page.click("#inspect_use")
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in space'")
     page.wait_for_selector("#run", state="visible")
@@ -178,82 +171,75 @@ def photos_of(folder) -> list:
 
 
 def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(page, tmp_path):
-    page.get_by_role("tab", name="Train", exact=True).click()
-    page.set_input_files("#photos input[type=file]", photos_of(tmp_path))
+    open_tab(page, "Train")
+    add_photos(page, photos_of(tmp_path), "dog")
     page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
-    wait_for_status(page, "3 photos", "remarks")
-    page.fill("#class_word textarea, #class_word input", "dog")
-    wait_for_status(page, "a photo of a sks dog", "prompts")
+    says(page, "prompts", "a photo of a sks dog")
     open_box(page, "more_training")
     set_number(page, "train_steps", 5000)
     page.click("#start")
-    wait_for_status(page, "of 5000", "train_status")
+    says(page, "train_status", "of 5000")
     page.reload()
-    page.get_by_role("tab", name="Train", exact=True).click()
-    wait_for_status(page, "of 5000", "train_status")
+    open_tab(page, "Train")
+    says(page, "train_status", "of 5000")
     page.click("#stop_training")
-    wait_for_status(page, "Stopped; a checkpoint is written.", "train_status")
+    says(page, "train_status", "Stopped; a checkpoint is written.")
     page.click("#resume:not([disabled])")
     shown = "document.getElementById('train_status').innerText"
     page.wait_for_function(f"{shown}.includes('of 5000') && !{shown}.includes('Stop')")
     page.wait_for_function("document.querySelectorAll('#samples img').length >= 1")
     page.click("#stop_training:not([disabled])")
-    wait_for_status(page, "Stopped; a checkpoint is written.", "train_status")
+    says(page, "train_status", "Stopped; a checkpoint is written.")
     page.click("#use_adapter")
     page.wait_for_selector("#run", state="visible")
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'a photo of a sks dog'")
     set_number(page, "steps", 3)
     page.click("#run")
-    wait_for_status(page, "1 picture in")
-
-
-def fits(page) -> bool:
-    """Nothing stands out at the right, however narrow the page."""
-    return page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    says(page, "status", "1 picture in")
 
 
 def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(served, page, tmp_path):
-    page.get_by_role("tab", name="Train", exact=True).click()
+    open_tab(page, "Train")
     page.set_input_files("#photos input[type=file]", photos_of(tmp_path))
     open_box(page, "more_training")
     set_number(page, "train_steps", 5000)
     assert not page.locator("#queue_box").is_visible()
     for word in ("first", "second", "third", "fourth"):
-        page.fill("#class_word textarea, #class_word input", word)
+        put(page, "class_word", word)
         page.click("#add_to_queue")
-        wait_for_status(page, f"{word} waits, number", "cost")
-    wait_for_status(page, "of 5000", "train_status")
+        says(page, "cost", f"{word} waits, number")
+    says(page, "train_status", "of 5000")
     assert page.input_value("#run_picker input") == "first"
     page.wait_for_function("document.querySelectorAll('#queued label').length === 3")
     page.locator("#queued label", has_text="third").click()
     page.click("#queue_up")
-    wait_for_status(page, "1 · third · 5000 steps\n2 · second", "queued")
+    says(page, "queued", "1 · third · 5000 steps\n2 · second")
     page.locator("#queued label", has_text="second").click()
     page.click("#queue_remove")
-    wait_for_status(page, "1 · third · 5000 steps\n2 · fourth", "queued")
+    says(page, "queued", "1 · third · 5000 steps\n2 · fourth")
     page.set_viewport_size({"width": 390, "height": 844})
     assert fits(page) and page.locator("#queue_down").is_visible()
     page.click("#stop_training:not([disabled])")
     page.wait_for_function("document.querySelector('#run_picker input').value === 'third'")
-    wait_for_status(page, "of 5000", "train_status")
+    says(page, "train_status", "of 5000")
     served.ctx.queue.queue.remove("fourth")
     page.wait_for_selector("#queue_box", state="hidden")
     page.click("#stop_training:not([disabled])")
-    wait_for_status(page, "Stop", "train_status")
+    says(page, "train_status", "Stop")
 
 
 @pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
 def test_a_mask_is_shown_and_corrected_with_the_brush(served, browser, tmp_path, size):
     with visit(browser, served.url, size=size) as visited:
         page = visited.page
-        page.get_by_role("tab", name="Train", exact=True).click()
+        open_tab(page, "Train")
         page.set_input_files("#photos input[type=file]", photos_of(tmp_path))
         page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
         before = pixels_of(page, "#crops img")
-        page.fill("#class_word textarea, #class_word input", "dog")
+        put(page, "class_word", "dog")
         open_box(page, "more_training")
         page.click("#show_masks")
-        wait_for_status(page, "photo 3: no mask", "mask_remarks")
+        says(page, "mask_remarks", "photo 3: no mask")
         page.locator("#masks img").first.click()
         canvas = page.locator("#mask_editor canvas").last
         canvas.wait_for()
@@ -283,23 +269,14 @@ def choose(page, elem_id: str, option: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
-def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browser, tmp_path, monkeypatch, size):
-    configs: list[dict] = []
-
-    def start(name: str, config: dict, owner: str) -> Job:
-        configs.append(config)
-        return Job(served.ctx.runs_dir / name, owner, 1, 0.0)
-
-    monkeypatch.setattr(served.ctx.jobs, "start", start)
+def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browser, tmp_path, started, size):
     with visit(browser, served.url, size=size) as visited:
         page = visited.page
-        page.get_by_role("tab", name="Train", exact=True).click()
-        page.set_input_files("#photos input[type=file]", photos_of(tmp_path))
-        wait_for_status(page, "3 photos", "remarks")
-        page.fill("#class_word textarea, #class_word input", "dog")
+        open_tab(page, "Train")
+        add_photos(page, photos_of(tmp_path), "dog")
         assert not page.locator("#token").is_visible()
         page.click("#start")
-        wait_for_status(page, "masks: made for none, as CLIPSeg comes from the hub", "cost")
+        says(page, "cost", "masks: made for none, as CLIPSeg comes from the hub")
         assert "recipe: assets/configs/sdxl_" in page.inner_text("#cost")
         open_box(page, "more_training")
         page.locator("#scores input").check()
@@ -309,15 +286,15 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browse
         set_number(page, "prior_weight", 3)
         set_number(page, "unmasked_weight", 0.5)
         page.click("#start")
-        wait_for_status(page, "scores: every 60 steps", "cost")
+        says(page, "cost", "scores: every 60 steps")
         boxes = [box.bounding_box() for box in page.locator("#more_training .block").all() if box.is_visible()]
         assert len(boxes) > 14 and all(b["x"] >= 0 and b["x"] + b["width"] <= size[0] for b in boxes)
-        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        assert fits(page)
         assert not visited.errors
     wanted = {"memory": "recompute", "prior": "class_images", "prior_loss_weight": 3, "masks": "auto"}
     wanted |= {"unmasked_weight": 0.5, "evaluate_steps": 60, "validation_steps": 60, "find_scale": True}
     wanted["gradient_checkpointing"] = False  # the plan's word says it when the run begins
-    before, after = configs
+    before, after = started
     assert {name for name in after if before[name] != after[name]} == {*wanted, "output_dir", "instance_data_dir"}
     assert {name: after[name] for name in wanted} == wanted
 
@@ -337,7 +314,7 @@ def test_a_picture_without_a_recipe_is_told_on_the_page_and_a_missing_adapter_re
     open_box(page, "drop_box")
     page.set_input_files("#drop_png input[type=file]", bare)
     page.get_by_text("carries no generation parameters").wait_for()
-    page.get_by_role("tab", name="Inspect", exact=True).click()
+    open_tab(page, "Inspect")
     page.set_input_files("#inspect_file input[type=file]", other)
     page.click("#inspect_use")
     page.get_by_text("The adapter hen is not here").wait_for()
@@ -348,12 +325,12 @@ def test_a_phone_shows_the_whole_page_with_the_results_under_the_button(served, 
     with visit(browser, served.url, size=(390, 844), dark=dark) as visited:
         page = visited.page
         generate(page)
-        wait_for_status(page, "1 picture in")
+        says(page, "status", "1 picture in")
         tops = [page.locator(f"#{part}").bounding_box()["y"] for part in ("run", "status", "gallery", "settings")]
         assert tops == sorted(tops)
         for tab in ("Generate", "Train", "Inspect"):
-            page.get_by_role("tab", name=tab, exact=True).click()
-            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, tab
+            open_tab(page, tab)
+            assert fits(page), tab
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         brightness = sum(int(float(n)) for n in colour[colour.index("(") + 1 : -1].split(",")[:3])
         assert (brightness < 200) == dark
@@ -377,7 +354,7 @@ def test_on_a_phone_a_plot_shows_all_its_lines_and_names_and_a_button_has_a_marg
         page, cookies = visited.page, {cookie["name"]: cookie["value"] for cookie in visited.context.cookies()}
         scored_run(served, visitor_id(SimpleNamespace(cookies=cookies)))
         page.reload()
-        page.get_by_role("tab", name="Train", exact=True).click()
+        open_tab(page, "Train")
         plot = page.locator("#fidelity svg")
         plot.locator(".mark-line path").first.wait_for(state="attached")
         frame = plot.locator("path.background").first.bounding_box()
@@ -396,10 +373,10 @@ def test_a_failed_load_and_a_run_that_is_gone_are_told_on_their_cards(served, pa
 
     monkeypatch.setattr(served.ctx, "pipeline", no_base)
     generate(page)
-    wait_for_status(page, "There is no base here")
-    page.get_by_role("tab", name="Train", exact=True).click()
+    says(page, "status", "There is no base here")
+    open_tab(page, "Train")
     page.fill("#run_picker input", "nowhere")
     page.press("#run_picker input", "Enter")
-    wait_for_status(page, "This run is not there any more.", "train_status")
+    says(page, "train_status", "This run is not there any more.")
     assert page.locator("#stop_training").is_disabled()
     assert page.input_value("#run_picker input") == ""

@@ -10,16 +10,21 @@ import pytest
 from safetensors.numpy import save_file
 
 from dreambooth_moslora.core import assets_folder
-from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.jobs import Jobs
+from tests.helpers.browser import (
+    IN_BROWSER,
+    add_photos,
+    fits,
+    open_box,
+    open_tab,
+    put,
+    says,
+    set_number,
+    visit,
+)
 from tests.helpers.ui_server import serve
 
-browser_module = pytest.importorskip("tests.helpers.browser")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.browser,
-    pytest.mark.skipif(browser_module.CHROMIUM is None, reason="there is no Chromium"),
-]
-visit, set_number = browser_module.visit, browser_module.set_number
+pytestmark = IN_BROWSER
 LONG_MS = 900_000
 """Of a training on a busy machine, with its pictures."""
 IN_VIEW = """id => {
@@ -45,12 +50,6 @@ def of_toys(tmp_path_factory):
                 os.kill(job.pid, 9)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with browser_module.chromium() as found:
-        yield found
-
-
 @pytest.fixture
 def photos(tmp_path):
     """Three photos of one subject, two of another."""
@@ -61,70 +60,39 @@ def photos(tmp_path):
     return found[:3], found[3:]
 
 
-@pytest.fixture
-def configs(served, monkeypatch):
-    """The settings of each run that is started; none is trained."""
-    found: list[dict] = []
-
-    def start(name: str, config: dict, owner: str) -> Job:
-        found.append(config)
-        return Job(served.ctx.runs_dir / name, owner, 1, 0.0)
-
-    monkeypatch.setattr(served.ctx.jobs, "start", start)
-    return found
-
-
-def wait_for(page, elem_id: str, words: str) -> None:
-    page.wait_for_function(
-        "([id, words]) => document.getElementById(id)?.innerText.includes(words)", arg=[elem_id, words]
-    )
-
-
-def put(page, elem_id: str, words: str) -> None:
-    page.fill(f"#{elem_id} textarea, #{elem_id} input", words)
-
-
-def fits(page) -> bool:
-    return page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
-
-
 def columns(page, elem_id: str) -> int:
     tracks = "e => getComputedStyle(e).gridTemplateColumns"
     return len(page.locator(f"#{elem_id} .grid-container").evaluate(tracks).split())
 
 
 def fill_two(page, first: list[Path], second: list[Path], words: tuple[str, str]) -> None:
-    page.get_by_role("tab", name="Train", exact=True).click()
-    page.set_input_files("#photos input[type=file]", first)
-    wait_for(page, "remarks", f"{len(first)} photos")
-    put(page, "class_word", words[0])
+    open_tab(page, "Train")
+    add_photos(page, first, words[0])
     page.click("#add_subject")
-    page.set_input_files("#photos_2 input[type=file]", second)
-    wait_for(page, "remarks_2", f"{len(second)} photos")
-    put(page, "class_word_2", words[1])
-    wait_for(page, "prompts_2", f"Learns “a photo of a zwx {words[1]}”")
+    add_photos(page, second, words[1], 2)
+    says(page, "prompts_2", f"Learns “a photo of a zwx {words[1]}”")
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_second_subject_is_asked_for_trained_and_taken_away(served, browser, photos, configs, size):
+def test_a_second_subject_is_asked_for_trained_and_taken_away(served, browser, photos, started, size):
     with visit(browser, served.url, size=size) as visited:
         page = visited.page
-        page.get_by_role("tab", name="Train", exact=True).click()
+        open_tab(page, "Train")
         assert not page.locator("#subject_2").is_visible() and not page.locator("#remove_subject").is_visible()
         fill_two(page, *photos, ("dog", "cat"))
         assert page.locator("#crops_2 img").count() == 2 and fits(page)
         assert size[0] > 760 or columns(page, "crops") == columns(page, "crops_2") == 3
         page.click("#estimate")
-        wait_for(page, "cost", "2 subjects, 3 + 2 photos")
+        says(page, "cost", "2 subjects, 3 + 2 photos")
         page.click("#start")
-        wait_for(page, "cost", "words: “a photo of a sks dog”, “a photo of a zwx cat”")
-        page.locator("#more_training button.label-wrap").click()
+        says(page, "cost", "words: “a photo of a sks dog”, “a photo of a zwx cat”")
+        open_box(page, "more_training")
         page.click("#show_masks")
-        wait_for(page, "mask_remarks", "photo 2 of subject 2: no mask")
+        says(page, "mask_remarks", "photo 2 of subject 2: no mask")
         assert page.locator("#masks img").count() == 5
         page.reload()
         page.wait_for_selector("#run")
-        page.get_by_role("tab", name="Train", exact=True).click()
+        open_tab(page, "Train")
         page.wait_for_function("document.querySelectorAll('#crops_2 img').length === 2")
         for number in (3, 4):
             page.click("#add_subject")
@@ -136,42 +104,38 @@ def test_a_second_subject_is_asked_for_trained_and_taken_away(served, browser, p
             page.wait_for_selector(f"#subject_{number}", state="hidden")
         put(page, "class_word", "dog")
         page.click("#start")
-        wait_for(page, "cost", "words: “a photo of a sks dog”")
+        says(page, "cost", "words: “a photo of a sks dog”")
         assert not visited.errors
-    two, one = configs
+    two, one = started
     assert [table["instance_prompt"] for table in two["subjects"]] == ["a photo of a sks dog", "a photo of a zwx cat"]
     assert one["subjects"] == [] and one["instance_prompt"] == "a photo of a sks dog"
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_new_tokens_are_a_tick_with_its_words(served, browser, photos, configs, size):
+def test_new_tokens_are_a_tick_with_its_words(served, browser, photos, started, size):
     with visit(browser, served.url, size=size) as visited:
         page = visited.page
-        page.get_by_role("tab", name="Train", exact=True).click()
-        page.set_input_files("#photos input[type=file]", photos[0])
-        wait_for(page, "remarks", "3 photos")
-        put(page, "class_word", "dog")
-        page.locator("#more_training button.label-wrap").click()
+        open_tab(page, "Train")
+        add_photos(page, photos[0], "dog")
+        open_box(page, "more_training")
         assert not page.locator("#tokens_begin_as").is_visible()
         page.locator("#new_tokens input").check()
         page.wait_for_selector("#tokens_begin_as")
         put(page, "tokens_begin_as", "brown dog")
         set_number(page, "tokens_rate", 0.002)
         page.click("#start")
-        wait_for(page, "cost", "words: “a photo of a sks dog”")
+        says(page, "cost", "words: “a photo of a sks dog”")
         if size[0] <= 760:
             page.wait_for_function(IN_VIEW, arg="train_status")
         page.click("#add_subject")
-        page.set_input_files("#photos_2 input[type=file]", photos[1])
-        wait_for(page, "remarks_2", "2 photos")
-        put(page, "class_word_2", "cat")
+        add_photos(page, photos[1], "cat", 2)
         put(page, "tokens_begin_as_2", "grey cat")
         page.click("#start")
-        wait_for(page, "cost", "words: “a photo of a sks dog”, “a photo of a zwx cat”")
+        says(page, "cost", "words: “a photo of a sks dog”, “a photo of a zwx cat”")
         page.locator("#new_tokens input").uncheck()
         page.wait_for_selector("#tokens_begin_as_2", state="hidden")
         assert fits(page) and not visited.errors
-    config, of_two = configs
+    config, of_two = started
     assert [table["initializer_concept"] for table in of_two["subjects"]] == ["brown dog", "grey cat"]
     assert of_two["train_text_encoder_ti"] and not of_two["initializer_concept"]
     flags = ("train_text_encoder_ti", "initializer_concept", "text_encoder_lr")
@@ -179,31 +143,29 @@ def test_new_tokens_are_a_tick_with_its_words(served, browser, photos, configs, 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_an_adapters_settings_fill_the_form(served, browser, photos, configs, tmp_path, size):
+def test_an_adapters_settings_fill_the_form(served, browser, photos, started, tmp_path, size):
     of_kohya = {"ss_network_dim": "3", "ss_network_alpha": "6", "ss_seed": "7", "ss_clip_skip": "2"}
     for name, header in (("kohya", of_kohya), ("bare", {})):
         save_file({"weight": np.zeros((1, 1), np.float32)}, tmp_path / f"{name}.safetensors", metadata=header)
     with visit(browser, served.url, size=size) as visited:
         page = visited.page
-        page.get_by_role("tab", name="Train", exact=True).click()
-        page.set_input_files("#photos input[type=file]", photos[0])
-        wait_for(page, "remarks", "3 photos")
-        put(page, "class_word", "dog")
-        page.locator("#more_training button.label-wrap").click()
+        open_tab(page, "Train")
+        add_photos(page, photos[0], "dog")
+        open_box(page, "more_training")
         for name, said in (("kohya", "Like kohya.safetensors: 3 settings"), ("bare", "Nothing is taken from bare")):
             with page.expect_file_chooser() as chooser:
                 page.click("#upload_like")
             chooser.value.set_files(tmp_path / f"{name}.safetensors")
-            wait_for(page, "like_said", said)
+            says(page, "like_said", said)
             assert page.input_value("#train_like input") == "kohya.safetensors" and fits(page)
         assert page.input_value("#rank input") == "3" and page.input_value("#train_seed input") == "7"
         page.click("#start")
-        wait_for(page, "cost", "settings like kohya.safetensors")
+        says(page, "cost", "settings like kohya.safetensors")
         page.click("#train_like input")
         page.get_by_role("option", name="none", exact=True).click()
         page.wait_for_selector("#like_said", state="hidden")
         assert page.input_value("#rank input") == "0" and not visited.errors
-    (config,) = configs
+    (config,) = started
     assert [config[name] for name in ("rank", "lora_alpha", "seed", "mixer")] == [3, 6.0, 7, "orthogonal"]
 
 
@@ -215,12 +177,12 @@ def test_two_subjects_are_trained_on_the_embedded_base_and_put_back_into_the_for
     with visit(browser, of_toys.url) as visited:
         page = visited.page
         fill_two(page, toys("duck", 3), toys("rocket", 2), ("duck", "rocket"))
-        page.locator("#more_training button.label-wrap").click()
+        open_box(page, "more_training")
         set_number(page, "train_steps", 2)
         page.locator("#scores input").uncheck()
         page.click("#start")
         page.set_default_timeout(LONG_MS)
-        wait_for(page, "train_status", "Done.")
+        says(page, "train_status", "Done.")
         page.wait_for_selector("#sheet_of_run img", state="attached")
         captions = page.locator("#samples .caption-label, #samples .thumbnail-lg").all_inner_texts()
         assert any("sks duck" in words for words in captions) and any("zwx rocket" in words for words in captions)
@@ -229,13 +191,13 @@ def test_two_subjects_are_trained_on_the_embedded_base_and_put_back_into_the_for
         page.set_viewport_size({"width": 1280, "height": 900})
         page.reload()
         page.wait_for_selector("#run")
-        page.get_by_role("tab", name="Train", exact=True).click()
+        open_tab(page, "Train")
         page.click("#reopen")
-        wait_for(page, "cost", "duck-rocket are in the form")
+        says(page, "cost", "duck-rocket are in the form")
         page.wait_for_function("document.querySelectorAll('#crops_2 img').length === 2")
         assert page.input_value("#class_word_2 textarea, #class_word_2 input") == "rocket"
         page.click("#add_to_queue")
-        wait_for(page, "cost", "duck-rocket-2 waits")
+        says(page, "cost", "duck-rocket-2 waits")
         page.click("#stop_training:not([disabled])")
         assert fits(page) and not visited.errors
     settings = [

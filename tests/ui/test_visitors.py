@@ -1,21 +1,51 @@
-"""Each visitor stays who they are, keeps what is theirs, and nobody reaches the page through another site."""
+"""Each visitor stays who they are and keeps what is theirs; their photos are taken in within bounded memory."""
 
-import contextlib
+import asyncio
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
+import PIL.Image
 import pytest
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.ui.guard import MAX_BODY_BYTES, origins_of
-from dreambooth_moslora.ui.visitors import COOKIE, KEPT_SEC, LONGEST_KEPT_SEC, MAX_VISITORS, Visitors, visitor_id
+from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.photos.masks import open_mask
+from dreambooth_moslora.ui.visitors import (
+    COOKIE,
+    HISTORY_LENGTH,
+    KEPT_SEC,
+    LONGEST_KEPT_SEC,
+    MAX_SIDE_PX,
+    MAX_VISITORS,
+    ONE_AT_A_TIME,
+    Picture,
+    VisitorCookie,
+    Visitors,
+    kept_photos,
+    take_photos,
+    visitor_id,
+)
 from tests.helpers.ui_server import secret_of
+from tests.ui.conftest import wait_for
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def visitors():
+    yield (found := Visitors())
+    found.close()
+
+
+def asker(secret: str) -> SimpleNamespace:
+    return SimpleNamespace(cookies={COOKIE: secret_of(secret)}, session_hash=None)
 
 
 def test_the_cookie_is_unreadable_for_scripts_and_not_sent_across_sites(served):
@@ -39,115 +69,213 @@ def test_a_cookie_that_others_may_guess_counts_as_none(served, weak):
     assert visitor_id(asker("x")) == visitor_id(asker("x"))
 
 
-def asker(secret: str) -> SimpleNamespace:
-    return SimpleNamespace(cookies={COOKIE: secret_of(secret)}, session_hash=None)
+def test_a_page_below_a_cookie_keeps_it():
+    """Websocket and asset requests pass through untouched."""
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(bool(message["headers"]))
+
+    for path in ("/", "/assets/x.js"):
+        asyncio.run(VisitorCookie(app)({"type": "http", "path": path, "headers": []}, None, send))
+    assert sent == [True, False]
 
 
-def test_strangers_do_not_push_out_a_visitor_who_has_stored_something():
-    visitors = Visitors()
-    try:
-        ann = visitors.of(asker("ann"))
-        picture = ann.folder / "picture.png"
-        picture.write_bytes(b"x")
-        for number in range(3 * MAX_VISITORS):
-            visitors.of(asker(f"stranger {number}"))
-        assert visitors.of(asker("ann")) is ann and picture.exists()
-        assert len(list(visitors.root.iterdir())) == 1
-    finally:
-        visitors.close()
+def test_a_visitor_without_a_login_has_an_address(visitors):
+    asked = {"cookies": {}, "session_hash": "s", "client": SimpleNamespace(host="203.0.113.1")}
+    found = [visitors.of(SimpleNamespace(username=name, **asked)).address for name in (None, "ann")]
+    assert found == ["203.0.113.1", ""]
 
 
-def test_old_visitors_go_with_their_files(monkeypatch):
-    visitors = Visitors()
-    try:
-        ann = visitors.of(asker("ann"))
-        folder = ann.folder
-        ann.seen_at -= KEPT_SEC + 1
-        for number in range(MAX_VISITORS):
-            visitors.of(asker(f"stranger {number}"))
-        assert not folder.exists() and visitors.of(asker("ann")) is not ann
-    finally:
-        visitors.close()
+def test_strangers_do_not_push_out_a_visitor_who_has_stored_something_until_that_is_old(visitors):
+    ann = visitors.of(asker("ann"))
+    folder = ann.folder
+    picture = folder / "picture.png"
+    picture.write_bytes(b"x")
+    for number in range(3 * MAX_VISITORS):
+        visitors.of(asker(f"stranger {number}"))
+    assert visitors.of(asker("ann")) is ann and picture.exists()
+    assert len(list(visitors.root.iterdir())) == 1
+    ann.seen_at -= KEPT_SEC + 1
+    for number in range(MAX_VISITORS):
+        visitors.of(asker(f"stranger {number}"))
+    assert not folder.exists() and visitors.of(asker("ann")) is not ann
 
 
-def test_whoever_has_not_come_for_a_week_goes_with_all_files():
-    visitors = Visitors()
-    try:
-        ann, bob = visitors.of(asker("ann")), visitors.of(asker("bob"))
-        folders = [ann.folder, bob.folder]
-        ann.seen_at -= LONGEST_KEPT_SEC + 1
-        bob.seen_at -= LONGEST_KEPT_SEC - 60
-        assert visitors.of(asker("bob")) is bob and [folder.exists() for folder in folders] == [False, True]
-        assert visitors.of(asker("ann")) is not ann
-    finally:
-        visitors.close()
+def test_whoever_has_not_come_for_a_week_goes_with_all_files(visitors):
+    ann, bob = visitors.of(asker("ann")), visitors.of(asker("bob"))
+    folders = [ann.folder, bob.folder]
+    ann.seen_at -= LONGEST_KEPT_SEC + 1
+    bob.seen_at -= LONGEST_KEPT_SEC - 60
+    assert visitors.of(asker("bob")) is bob and [folder.exists() for folder in folders] == [False, True]
+    assert visitors.of(asker("ann")) is not ann
 
 
-def test_a_page_on_the_loopback_answers_only_to_its_own_names(served):
-    url, foreign = served.url, {"Origin": "http://evil.example"}
-    assert httpx.get(url).status_code == 200
-    assert httpx.get(url, headers={"Host": "evil.example:80"}).status_code == 421
-    sent = {"files": ("a.png", b"x")}
-    assert httpx.post(f"{url}gradio_api/upload", files=sent, headers=foreign).status_code == 403
-    own = {"Origin": url.rstrip("/")}
-    assert httpx.post(f"{url}gradio_api/upload", files=sent, headers=own).status_code == 200
+def test_the_history_forgets_the_oldest_with_its_file(tmp_path, ann):
+    for number in range(HISTORY_LENGTH + 5):
+        (path := tmp_path / f"{number}.png").write_bytes(b"x")
+        ann.remember(Picture(path, str(number)))
+    assert ann.history[0].caption == str(HISTORY_LENGTH + 4)
+    assert len(list(tmp_path.glob("*.png"))) == HISTORY_LENGTH
 
 
-ADDRESSES = {
-    "Pictures.Example.org": {("http", 80), ("https", 443)},
-    "pictures.example.org:8443": {("http", 8443), ("https", 8443)},
-    "https://pictures.example.org/": {("https", 443)},
-    "https://pictures.example.org:8443": {("https", 8443)},
-}
-
-
-@pytest.mark.parametrize("text", ADDRESSES)
-def test_an_allowed_host_may_be_written_as_an_address(text):
-    assert origins_of(text) == {(scheme, "pictures.example.org", port) for scheme, port in ADDRESSES[text]}
-
-
-@pytest.mark.parametrize("text", ["https://", "", "ftp://pictures.example.org", "pictures.example.org:port"])
-def test_what_is_no_host_is_refused(text):
-    with pytest.raises(UserError, match="is not a host name"):
-        origins_of(text)
-
-
-@pytest.mark.parametrize("path", ["queue/join", "run/stop", "call/stop", "run/upload"])
-def test_a_body_longer_than_any_form_is_not_taken_into_memory(served, path):
-    def parts():
-        """Sent in chunks, which promise no length."""
-        yield b'{"data": ["'
-        for _ in range(MAX_BODY_BYTES // 2**20 + 1):
-            yield b"x" * 2**20
-        yield b'"], "session_hash": "a", "fn_index": 0}'
-
-    url, headers = f"{served.url}gradio_api/{path}", {"Content-Type": "application/json"}
-    assert httpx.post(url, content=b"".join(parts()), headers=headers).status_code == 413
-    with contextlib.suppress(httpx.RemoteProtocolError, httpx.WriteError):
-        assert httpx.post(url, content=parts(), headers=headers).status_code >= 400
-    assert httpx.post(f"{served.url}gradio_api/run/stop", json={"data": []}).status_code == 200
-
-
-def test_an_upload_may_be_longer_than_a_form(served):
-    files = {"files": ("a.png", b"x" * (MAX_BODY_BYTES + 1))}
-    assert httpx.post(f"{served.url}gradio_api/upload", files=files).status_code == 200
-
-
-def test_nobody_reads_what_others_ask_for_from_the_monitor(served):
-    assert httpx.get(f"{served.url}monitoring/summary").status_code in (403, 404)
-    assert httpx.get(f"{served.url}monitoring").status_code in (403, 404)
-
-
-def test_a_page_that_is_terminated_leaves_no_visitors_files(tmp_path, free_port):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_nothing_that_a_visitor_sent_outlives_the_server(tmp_path, free_port, number):
+    """After a kill the next start clears it away."""
+    tmp = tmp_path / "tmp"
+    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    environment |= {"TMPDIR": str(tmp), "PYTHONUNBUFFERED": "1"}
+    (tmp / "moslora-app-999999999-left").mkdir(parents=True)
     command = [sys.executable, "app.py", "--runs_dir", str(tmp_path / "runs"), "--server_port", str(free_port)]
-    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
-    (tmp_path / "moslora-app-999999999-left").mkdir()
-    app = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    page = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        assert any("Running on" in line for line in app.stdout)
-        assert len(list(tmp_path.glob("moslora-app-*"))) == 1
-        app.terminate()
-        assert app.wait(30) == 143
+        assert any("Running on" in line for line in page.stdout)
+        assert len(list(tmp.glob("moslora-app-*"))) == 1
+        url, files = f"http://127.0.0.1:{free_port}/gradio_api/upload", {"files": ("gps.jpg", b"x" * 100)}
+        uploaded = Path(httpx.post(url, files=files, timeout=60).json()[0])
+        assert uploaded.is_relative_to(tmp) and uploaded.is_file()
     finally:
-        app.kill()
-    assert not list(tmp_path.glob("moslora-app-*"))
+        page.send_signal(number)
+        code = page.wait(timeout=60)
+    if number == signal.SIGKILL:
+        assert uploaded.is_file()
+        start = "from dreambooth_moslora.ui.visitors import Visitors; Visitors().close()"
+        subprocess.run([sys.executable, "-c", start], env=environment, check=True)
+    else:
+        assert code == 143
+    assert not list(tmp.glob("moslora-app-*")) and not [path for path in tmp.rglob("*") if path.is_file()]
+
+
+PEAK_CODE = """
+import sys
+from pathlib import Path
+from dreambooth_moslora.photos.photo import open_image
+from dreambooth_moslora.ui.visitors import take_photos
+
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+before = peak()
+take_photos([sys.argv[1]], Path(sys.argv[2]))
+print((peak() - before) // 1024)
+"""
+
+
+def deep_png(path: Path) -> None:
+    PIL.Image.fromarray(np.full((5000, 5000), 40_000, dtype=np.uint16)).save(path, compress_level=1)
+
+
+def large_jpeg(path: Path) -> None:
+    PIL.Image.new("L", (2 * MAX_SIDE_PX, 2 * MAX_SIDE_PX), 128).save(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak")
+@pytest.mark.parametrize("write, name", [(deep_png, "deep.png"), (large_jpeg, "large.jpg")])
+def test_a_large_photo_takes_little_more_than_its_own_pixels(tmp_path, write, name):
+    write(tmp_path / name)
+    command = [sys.executable, "-c", PEAK_CODE, str(tmp_path / name), str(tmp_path / "photos")]
+    assert int(subprocess.check_output(command, text=True)) < 300  # MiB
+    with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
+        assert taken.size == (MAX_SIDE_PX, MAX_SIDE_PX)
+
+
+def test_a_large_rotated_picture_with_a_palette_stands_upright_and_keeps_its_colours(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    picture = PIL.Image.new("RGB", (MAX_SIDE_PX + 400, 90), "red")
+    picture.paste("blue", (0, 0, 400, 90))
+    picture.quantize(4).save(tmp_path / "a.png", exif=exif)
+    remarks = take_photos([str(tmp_path / "a.png")], tmp_path / "photos")
+    assert remarks == ["photo 1: rotated by EXIF, turned upright"]
+    with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
+        assert taken.size[1] == MAX_SIDE_PX > taken.size[0]
+        assert (taken.getpixel((9, 9)), taken.getpixel((9, 4000))) == ((0, 0, 255), (255, 0, 0))
+
+
+def test_masks_go_with_their_photos_and_are_no_photos(tmp_path):
+    for name, colour in (("a.jpg", "red"), ("b.png", "blue")):
+        PIL.Image.new("RGB", (96, 64), colour).save(tmp_path / name)
+    for name in ("b.Mask.PNG", "c.mask.png"):
+        PIL.Image.linear_gradient("L").resize((96, 64)).save(tmp_path / name)
+    (tmp_path / "a.mask.png").write_bytes(b"no picture")
+    remarks = take_photos([str(path) for path in sorted(tmp_path.iterdir())], tmp_path / "photos")
+    assert [path.name for path in kept_photos(tmp_path / "photos")] == ["photo_01.png", "photo_02.png"]
+    assert "c.mask.png: a mask of no photo that is here" in remarks
+    assert any(remark.startswith("a.mask.png: ") for remark in remarks) and len(remarks) == 2
+    first, second = find_photos(tmp_path / "photos", "x", 64).photos
+    assert open_mask(first) is None
+    assert np.abs(np.array(open_mask(second)).mean() - 127) < 3
+    with pytest.raises(UserError, match="add some photos"):
+        take_photos([str(tmp_path / "c.mask.png")], tmp_path / "none")
+
+
+def test_a_black_shape_on_nothing_is_a_mask_of_any_image_format(tmp_path):
+    PIL.Image.new("RGB", (96, 64), "red").save(tmp_path / "a.jpg")
+    shape = PIL.Image.new("RGBA", (96, 64), (255, 255, 255, 0))
+    shape.paste((0, 0, 0, 255), (0, 0, 48, 64))
+    shape.save(tmp_path / "a.mask.webp", lossless=True)
+    (tmp_path / "a.txt").write_text("a caption is not taken for the mask")
+    files = [str(tmp_path / name) for name in ("a.jpg", "a.mask.webp", "a.txt")]
+    remarks = take_photos(files, tmp_path / "photos")
+    (photo,) = find_photos(tmp_path / "photos", "x", 64).photos
+    mask = open_mask(photo)
+    assert len(remarks) == 1 and remarks[0].startswith("a.txt: ")
+    assert (mask.getpixel((9, 9)), mask.getpixel((90, 9))) == (255, 0)
+
+
+def test_photos_of_two_tabs_are_taken_in_one_tab_at_a_time_and_not_mixed(tmp_path):
+    folder, faults = tmp_path / "photos", []
+
+    def send(colour: str, count: int) -> None:
+        try:
+            take_photos([str(tmp_path / f"{colour}.png")] * count, folder)
+        except Exception as error:
+            faults.append(error)
+
+    for colour in ("red", "blue"):
+        PIL.Image.new("RGB", (64, 64), colour).save(tmp_path / f"{colour}.png")
+    threads = [threading.Thread(target=send, args=tab) for tab in (("red", 6), ("blue", 1))]
+    with ONE_AT_A_TIME:
+        for thread in threads:
+            thread.start()
+            thread.join(0.3)
+            assert thread.is_alive() and not list(tmp_path.rglob("photo_*.png"))
+    for thread in threads:
+        thread.join(30)
+    kept = [PIL.Image.open(path).getpixel((0, 0)) for path in folder.iterdir()]
+    assert not faults and kept in ([(255, 0, 0)] * 6, [(0, 0, 255)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blue.png", "photos", "red.png"]
+
+
+def flat_png(path: Path, side: int) -> str:
+    PIL.Image.new("1", (side, side)).save(path)
+    return str(path)
+
+
+def test_photos_of_too_many_pixels_together_are_refused_before_any_is_decoded(tmp_path, monkeypatch):
+    files = [flat_png(tmp_path / f"{number}.png", 10_000) for number in range(7)]
+    monkeypatch.setattr(PIL.Image.Image, "load", lambda image: pytest.fail("it was decoded"))
+    with pytest.raises(UserError, match="700 megapixels together"):
+        take_photos(files, tmp_path / "photos")
+
+
+@pytest.mark.slow
+def test_one_photo_need_not_wait_for_another_visitors_many(tmp_path):
+    """They take turns photo by photo."""
+    many = [flat_png(tmp_path / f"{number}.png", 5000) for number in range(12)]
+    small = flat_png(tmp_path / "small.png", 64)
+    slow = threading.Thread(target=take_photos, args=(many, tmp_path / "a" / "photos"))
+    slow.start()
+    wait_for(lambda: list(tmp_path.glob("a/*/photos/photo_*.png")))
+    take_photos([small], tmp_path / "b" / "photos")
+    assert slow.is_alive()
+    slow.join(120)
+
+
+def test_estimate_and_train_do_not_wait_for_each_other_and_the_page_says_how_a_mask_goes_along(served):
+    fns = {fn.api_name: fn for fn in served.page.fns.values()}
+    assert min(fns[name].concurrency_limit for name in ("estimate", "train")) > 1
+    assert "name.mask.png" in httpx.get(f"{served.url}config").text

@@ -1,0 +1,197 @@
+"""The program `app.py`: what it is told, its libraries, and the memory that its process keeps."""
+
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from gradio_client import Client
+
+from dreambooth_moslora.core import TOY_TEMPLATES, UserError
+from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
+from dreambooth_moslora.ui.app import main, parse_login, resolution_of, templates_for
+from dreambooth_moslora.ui.generate_form import (
+    GenerateForm,
+    make_pictures,
+)
+from dreambooth_moslora.ui.page import MAX_SESSIONS
+from tests.helpers.tiny_adapters import save_diffusers_lora
+from tests.helpers.ui_server import serve
+from tests.ui.conftest import PAGE
+
+UI = Path(__file__).parents[2] / "dreambooth_moslora" / "ui"
+
+
+@pytest.mark.parametrize(
+    "options, training, public",
+    [
+        ([], True, False),
+        (["--server_name", "localhost", "--auth", "ann:secret"], True, False),
+        (["--share"], False, True),
+        (["--server_name", "0.0.0.0"], False, True),
+        (["--server_name", "0.0.0.0", "--auth", "ann:secret"], True, True),
+        (["--share", "--auth", "ann:secret"], True, True),
+        (["--allowed_host", "pictures.example.org"], True, True),
+    ],
+)
+def test_a_public_address_needs_a_login_for_training_and_is_guarded(monkeypatch, capsys, options, training, public):
+    seen = []
+
+    def stop_here(args, **how):
+        seen.append(how)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("dreambooth_moslora.ui.app.context_of", stop_here)
+    assert main(options) == 2 and seen == [{"training": training, "public": public}]
+    assert ("warning: everybody" in capsys.readouterr().err) == (not training)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--auth", "nocolon"], "--auth needs NAME:PASSWORD\n"),
+        *((["--runs_dir", f"{{}}/{place}"], "--runs_dir") for place in ("file", "file/below")),
+        (["--runs_dir", "/proc/none/below"], "--runs_dir"),
+        *(
+            (["--server_port", port], f"--server_port {port} is not a port; choose one from 1 to 65535\n")
+            for port in ("99999", "-1", "0")
+        ),
+    ],
+)
+def test_what_it_is_told_wrongly_ends_in_one_line(tmp_path, capsys, options, told):
+    (tmp_path / "file").write_text("x")
+    assert main(["--runs_dir", str(tmp_path), *(option.format(tmp_path) for option in options)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {told}") and error.count("\n") == 1
+
+
+def test_a_password_may_have_a_colon_and_the_resolution_is_read_without_the_weights(tiny_base, tmp_path):
+    assert parse_login("ann:se:cret") == ("ann", "se:cret")
+    assert [resolution_of(base) for base in (tiny_base, None, tmp_path)] == [64, 1024, 1024]
+
+
+@pytest.mark.parametrize("base, templates", [("toy", TOY_TEMPLATES), ("some/sdxl", DREAMBOOTH_LIVE_TEMPLATES)])
+def test_the_prompts_suit_the_base_and_have_a_place_for_the_subject(base, templates):
+    found = templates_for(base)
+    assert set(templates) <= set(found) and all("{}" in template for template in found)
+
+
+INSPECTED_WHILE_LOADING = '''
+"""Inspect an adapter as soon as the loading of the base imports its first library; count who imported."""
+import argparse, json, sys, threading
+from dreambooth_moslora.ui import app
+from dreambooth_moslora.ui.page import adapter_facts
+
+imports, begun = [], threading.Event()
+
+class Spy:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "diffusers", "transformers", "peft"):
+            imports.append(threading.get_ident())
+            begun.set()
+
+sys.meta_path.insert(0, Spy())
+parser = argparse.ArgumentParser()
+app.add_arguments(parser)
+args = parser.parse_args(["--base", sys.argv[1], "--runs_dir", sys.argv[2]])
+ctx = app.context_of(args, training=True)
+begun.wait(60)
+facts = dict(adapter_facts(sys.argv[3]))
+ctx.pipeline()
+ctx.visitors.close()
+print(json.dumps({"mine": imports.count(threading.get_ident()), "all": len(imports), "facts": len(facts)}))
+'''
+
+
+@pytest.mark.slow
+def test_an_adapter_inspected_while_the_base_loads_shares_no_import_with_it(tiny_base, subject, tmp_path):
+    adapter = save_diffusers_lora(subject.pipeline.unet, tmp_path / "made", seed=1)
+    adapter = adapter.rename(tmp_path / "dog.safetensors")
+    command = [sys.executable, "-c", INSPECTED_WHILE_LOADING, tiny_base, tmp_path / "runs", adapter]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=UI.parents[1], check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["facts"] and found["all"] and found["mine"] == 0
+
+
+BLOCKS, BLOCK_BYTES = 2500, 60_000
+THREADS = """
+import ctypes, sys, tempfile, threading
+from dreambooth_moslora.ui.app import main
+if sys.argv[1] == "page":
+    assert main(["--server_port", "-1"]) == 2
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+together = threading.Barrier(4)
+def work():
+    together.wait()
+    libc.malloc(ctypes.c_size_t(5000))
+    together.wait()
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+with tempfile.NamedTemporaryFile() as file:
+    stream = ctypes.c_void_p(libc.fopen(file.name.encode(), b"w"))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    print(open(file.name).read().count("<heap nr="))
+"""
+
+
+@pytest.fixture
+def _glibc():
+    if not hasattr(ctypes.CDLL(None), "malloc_info"):
+        pytest.skip("no glibc here")
+
+
+@pytest.mark.usefixtures("_glibc")
+def test_the_pages_threads_share_one_heap():
+    """Four that allocate at once; by themselves they begin heaps of their own."""
+    own, page = (int(subprocess.check_output([sys.executable, "-c", THREADS, mode])) for mode in ("own", "page"))
+    assert page == 1 < own
+
+
+@pytest.mark.usefixtures("_glibc")
+def test_what_a_picture_leaves_free_goes_back_to_the_system(context, subject):
+    """Many small blocks below one that stays: without being asked, glibc keeps them all."""
+    ctx, form = context(lambda: subject), GenerateForm("a dog", steps=1, size="64 x 64")
+    list(make_pictures(ctx, form, PAGE))
+    stays = leave_free_blocks()
+    before = psutil.Process().memory_info().rss
+    list(make_pictures(ctx, form, PAGE))
+    left = psutil.Process().memory_info().rss
+    ctypes.CDLL(None).free(stays)
+    assert before - left > BLOCKS * BLOCK_BYTES / 2
+
+
+def leave_free_blocks() -> ctypes.c_void_p:
+    """150 MB, allocated, written and freed again but for the last block, which is returned."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    blocks = [ctypes.c_void_p(libc.malloc(ctypes.c_size_t(BLOCK_BYTES))) for _ in range(BLOCKS)]
+    for block in blocks:
+        ctypes.memset(block, 1, BLOCK_BYTES)
+    for block in blocks[:-1]:
+        libc.free(block)
+    return blocks[-1]
+
+
+def test_a_session_holds_no_more_after_more_pictures_and_the_oldest_is_forgotten(tmp_path, tiny_base):
+    """The gallery is told to stay as it is before each picture: Gradio kept a new one each time."""
+    with serve(tiny_base, tmp_path) as served:
+        client = Client(served.url, verbose=False, download_files=tmp_path / "got")
+        sessions, held = served.page.state_holder, []
+        for seed in range(3):
+            client.predict("a dog", adapter="none", seed=seed, steps=1, size="64 x 64", api_name="/generate")
+            session = sessions.session_data[client.session_hash]
+            held.append((len(session.blocks_config.blocks), len(session.config_values)))
+        client.close()
+        assert held[0] == held[1] == held[2]
+        first, *others = (f"session{number}" for number in range(MAX_SESSIONS + 1))
+        sessions[first]
+        sessions.session_data.update(dict.fromkeys(others[:-1], sessions[first]))
+        sessions[others[-1]]
+        assert set(sessions.session_data) == set(others)

@@ -1,0 +1,338 @@
+"""The form of the Generate tab, what a picture or an adapter fills into it, and what is refused before it is read."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+import PIL.Image
+import pytest
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+
+from dreambooth_moslora.core import UserError, assets_folder
+from dreambooth_moslora.generation.params import GenerationParams, Provenance, Recipe, check_size, read_recipe
+from dreambooth_moslora.ui.generate import ask_widgets, settings_widgets
+from dreambooth_moslora.ui.generate_form import (
+    RANGES,
+    AdapterSummary,
+    GenerateForm,
+    clamp_to_widgets,
+    code_snippet,
+    compare,
+    format_seconds,
+    make_pictures,
+    match_adapters,
+    recipe_of,
+    size_choices,
+    summary_of,
+)
+from dreambooth_moslora.ui.html import facts_table, notice
+from dreambooth_moslora.ui.page import adapter_facts, words_of
+from dreambooth_moslora.ui.state import as_gradio_error, check_upload
+from tests.ui.conftest import PAGE, handler, save_header, write_adapter
+
+
+def test_the_form_and_the_parameters_are_each_others_inverse():
+    form = GenerateForm("a dog", "blur", "dog", 0.5, "cat", 0.2, "none", 1.0, 7, 20, 4.0, "96 x 64", 3, "unipc")
+    params = form.params()
+    assert (params.width_px, params.height_px, params.adapters) == (96, 64, (("dog", 0.5), ("cat", 0.2)))
+    assert GenerateForm.from_params(params) == form
+
+
+def test_a_fourth_adapter_becomes_a_tag():
+    params = GenerationParams("a dog", adapters=(("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 0.3)))
+    assert GenerateForm.from_params(params).params().apply_tags().adapters == params.adapters
+
+
+@pytest.mark.parametrize("resolution", [64, 128, 512, 1024])
+def test_size_presets_are_multiples_of_eight_around_the_bases_own(resolution):
+    sizes = [tuple(int(n) for n in value.split(" x ")) for _, value in size_choices(resolution)]
+    assert sizes[0] == (resolution, resolution) and len(set(sizes)) == 5
+    assert all(w % 8 == h % 8 == 0 and abs(w * h / resolution**2 - 1) < 0.15 for w, h in sizes)
+
+
+def test_the_snippet_is_python_that_gives_the_same_parameters():
+    params = GenerationParams('a "dog"', seed=3, steps=2, height_px=64, width_px=64, adapters=(("dog", 0.5),))
+    code = code_snippet(params, "toy", {"dog": "dog.safetensors"})
+    seen = {}
+
+    class Stand:
+        def load_adapter(self, path, name):
+            seen["loaded"] = (path, name)
+
+        def generate(self, params):
+            seen["params"] = params
+            return []
+
+    code = code.replace("from dreambooth_moslora import GenerationParams, SubjectPipeline", "")
+    factory = type("SubjectPipeline", (), {"from_base": staticmethod(lambda base: Stand())})
+    exec(code, {"GenerationParams": GenerationParams, "SubjectPipeline": factory})
+    assert seen == {"loaded": ("dog.safetensors", "dog"), "params": params}
+
+
+def test_seconds_are_said_as_people_say_them():
+    assert [format_seconds(s) for s in (4.21, 42, 65, 7800)] == ["4.2 s", "42 s", "1 min 05 s", "2 h 10 min"]
+
+
+HALF = "a \ud800"
+"""JSON can hold a lone surrogate."""
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        *(({"steps": number}, "") for number in (float("nan"), float("inf"), 1.5, True, None, "7", 10**400)),
+        *(({"scheduler": value}, "scheduler") for value in ([], ["euler"], {}, 5, None)),
+        *(({"adapter": value}, "adapter") for value in (["dog"], {"a": 1}, 5)),
+        *(({name: HALF}, "is not a character") for name in ("prompt", "negative_prompt")),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_words(values, words):
+    with pytest.raises(UserError, match=words) as told:
+        GenerateForm(**{"prompt": "a dog"} | values).params()
+    assert str(told.value).encode()
+
+
+@pytest.mark.parametrize(
+    "params, words",
+    [
+        (GenerationParams("a", steps=200), ["the number of steps 200 is beyond what the page offers; 100 is set"]),
+        (GenerationParams("a", guidance_scale=50.0), ["guidance 50 is beyond what the page offers; 30 is set"]),
+        (GenerationParams("a", adapters=(("x", -10), ("y", 10))), ["scale of x: -10", "scale of y: 10"]),
+        (GenerationParams("a", height_px=1024, width_px=1024), ["1024 x 1024 px is too large"]),
+        (GenerationParams("a", steps=100, guidance_scale=0.0, adapters=(("x", -2.0),), height_px=64, width_px=64), []),
+    ],
+)
+def test_settings_beyond_the_page_become_the_nearest_with_a_remark(context, params, words):
+    found, remarks = clamp_to_widgets(params, 64, 4.0)
+    assert len(remarks) == len(words) and all(word in remark for word, remark in zip(words, remarks))
+    assert replace(found, guidance_scale=params.guidance_scale) == params or words
+    assert found.guidance_scale == (4.0 if params.guidance_scale is None else min(params.guidance_scale, 30))
+    ctx = context()
+    with gr.Blocks():
+        widgets = ask_widgets(ctx)[0] | settings_widgets(ctx)
+    form = GenerateForm.from_params(found)
+    taken = {name: widgets[name].preprocess(getattr(form, name)) for name in widgets}
+    check_size(GenerateForm.of(taken).params(), 64)
+    assert {widgets[name].maximum for name in RANGES} == {high for _, high in RANGES.values()}
+
+
+def picture(file: Path, name: str, text: str, **how) -> Path:
+    (info := PngInfo()).add_text(name, text, **how)
+    PIL.Image.new("RGB", (8, 8)).save(file, pnginfo=info)
+    return file
+
+
+INSTEAD = "the sampler {} is not available; Euler replaces it"
+
+
+@pytest.mark.parametrize(
+    "sampler, ours, remark",
+    [
+        ("Euler a", "euler", [INSTEAD.format("Euler a")]),
+        ("DPM++ 2M, Schedule type: Karras", "dpmpp_2m_karras", []),
+        ("DPM++ 2M, Schedule type: Automatic", "dpmpp_2m_karras", []),
+        ("Euler, Schedule type: Automatic", "euler", []),
+        ("Euler, Schedule type: Beta", "euler", [INSTEAD.format("Euler Beta")]),
+    ],
+)
+def test_a_sampler_that_is_not_here_is_remarked(tmp_path, sampler, ours, remark):
+    text = f"a hen\nSteps: 4, Sampler: {sampler}, CFG scale: 5, Seed: 1"
+    params, remarks = match_adapters(read_recipe(picture(tmp_path / "a.png", "parameters", text)), {}, "toy")
+    assert (params.scheduler, remarks) == (ours, remark)
+
+
+ODD_RECIPES = {
+    "an endless scale": {"adapters": [["a", 10**400]]},
+    "an endless name": {"x" * 3_000_000: 1},
+    "an endless number": {"steps": 10**400},
+    "an endless scheduler": {"scheduler": "x" * 3_000_000},
+    "a list for a scheduler": {"scheduler": []},
+    "half a character": {"prompt": HALF},
+    "half a name": {"adapters": [[HALF, 1.0]]},
+    "half a hash": {},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_RECIPES)
+def test_a_recipe_with_endless_or_odd_values_is_refused_in_a_short_line(tmp_path, kind):
+    recipe = {"params": {"prompt": "a dog"} | ODD_RECIPES[kind]} | (
+        {} if ODD_RECIPES[kind] else {"adapter_sha256": {HALF: "x"}}
+    )
+    file = picture(tmp_path / "a.png", "dreambooth_moslora", json.dumps(recipe), zip=True)
+    with pytest.raises(gr.Error) as told:
+        as_gradio_error(recipe_of)(file)
+    assert len(told.value.message) < 400 and "server's log" not in told.value.message
+    assert "half" not in kind or "damaged" in told.value.message
+
+
+def test_a_recipes_adapter_is_found_by_content_and_a_changed_one_is_told(tmp_path):
+    for name, content in (("renamed", b"dog"), ("cat", b"another cat")):
+        (tmp_path / name).write_bytes(content)
+    files = {name: tmp_path / name for name in ("renamed", "cat")}
+    sha = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("dog", "cat", "rex")}
+    params = GenerationParams("x", adapters=(("dog", 0.5), ("cat", 1.0), ("rex", 1.0)))
+    settled, remarks = match_adapters(Recipe(params, Provenance("toy", tuple(sha.items())), True), files, "other")
+    assert settled.adapters == (("renamed", 0.5), ("cat", 1.0), ("rex", 1.0))
+    words = ("cat here is another", "rex is not here", "base toy")
+    assert all(word in remark for word, remark in zip(words, remarks, strict=True))
+
+
+@pytest.mark.parametrize(
+    "facts, said, subject",
+    [
+        ({"rank": 8}, "rank 8", ""),
+        ({"rank": 4, "ranks": {"a": 1, "b": 23}}, "ranks 1 to 23", ""),
+        ({"rank": "8", "ranks": [1]}, "", ""),
+        ({"trigger_words": ["sks duck", "zwx rocket", 3]}, "say “sks duck” or “zwx rocket”", "sks duck"),
+    ],
+)
+def test_an_adapter_says_its_ranks_and_the_words_of_each_subject(tmp_path, facts, said, subject):
+    found = summary_of(save_header(tmp_path / "a.safetensors", moslora=json.dumps(facts | {"class_word": "duck"})))
+    assert said in found.sentence() and (not subject or found.subject == subject)
+
+
+def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it(tmp_path, context):
+    for name in ("sks", "zwx", ""):
+        write_adapter(tmp_path / "adapters" / f"{name or 'foreign'}.safetensors", name, "dog" if name else "")
+    describe = handler(context(), "describe")
+    for old, name, new in (
+        ("", "sks", "a photo of a sks dog"),
+        ("a photo of a sks dog", "zwx", "a photo of a zwx dog"),
+        ("a photo of a sks dog in space", "zwx", "a photo of a sks dog in space"),
+        ("a photo of a sks dog", "foreign", "a photo of a sks dog"),
+    ):
+        assert describe(name, old, PAGE)[1] == new
+
+
+def test_the_first_prompt_has_the_trigger_words_and_the_adapters_words_are_no_markup(tmp_path, context):
+    for trigger, prompt in (("sks", "a photo of a sks dog"), ("<b>![x](//evil/x.png)", "a photo of a <b>")):
+        write_adapter(tmp_path / "adapters" / "a.safetensors", trigger)
+        with gr.Blocks():
+            widgets, others = ask_widgets(context())
+        assert widgets["adapter"].value == "a" and widgets["prompt"].value.startswith(prompt)
+        assert isinstance(others["about"], gr.HTML) and "<b>" not in others["about"].value
+
+
+def test_the_axis_of_adapters_starts_with_the_checkpoints_of_the_chosen_run(tmp_path, context):
+    raw, published = "moslora_weights.safetensors", "pytorch_lora_weights.safetensors"
+    for file in (f"checkpoint-20/{raw}", f"checkpoint-100/{raw}", published):
+        write_adapter(tmp_path / "runs" / "dog" / file)
+    write_adapter(tmp_path / "adapters" / "cat.safetensors", "zwx")
+    axis_values = handler(context(), "axis_values")
+    assert axis_values("adapter", "dog", "", PAGE) == "none, dog@20, dog@100, dog"
+    assert axis_values("prompt", "dog", "a dog", PAGE) == "a dog|"
+
+
+def test_facts_have_names_that_people_read():
+    file = assets_folder() / "adapters" / "rocket.safetensors"
+    assert {"DoRA", "Size (MiB)", "Trigger words"} <= dict(adapter_facts(str(file))).keys()
+    assert [words_of(v) for v in (True, False, None, 0.25)] == ["yes", "no", "", "0.25"]
+
+
+def test_what_the_page_quotes_can_be_sent(tmp_path):
+    def fail() -> None:
+        raise UserError(HALF)
+
+    with pytest.raises(gr.Error) as told:
+        as_gradio_error(fail)()
+    for made in (notice(HALF), facts_table([(HALF, HALF)]), told.value.message):
+        assert made.encode()
+    assert summary_of(write_adapter(tmp_path / "a.safetensors", HALF)).subject.encode()
+
+
+def last_card(frames) -> str:
+    status = ""
+    try:
+        for frame in frames:
+            status = frame.status
+    except Exception:
+        return status
+    raise AssertionError("it did not fail")
+
+
+def breaking(params, should_stop):
+    raise RuntimeError("/secret/path")
+    yield
+
+
+@pytest.mark.parametrize("run", [make_pictures, compare])
+def test_the_card_says_what_failed_in_loading_and_drawing(context, run):
+    def no_base():
+        raise UserError("there is no base <x>")
+
+    form = GenerateForm("a dog", adapter="rex" if run is compare else "none")
+    assert "There is no base &lt;x&gt;" in last_card(run(context(no_base), form, PAGE))
+    broken = context(lambda: SimpleNamespace(generate=breaking))
+    told = last_card(make_pictures(broken, GenerateForm("a dog"), PAGE))
+    assert "server&#x27;s log" in told and "secret" not in told
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_black_picture_is_explained(context, subject, state, tmp_path):
+    """Values that overflow inside the model end as black pixels, without an error."""
+    (tmp_path / "adapters").mkdir()
+    save_file({key: value * 1e30 for key, value in state.items()}, tmp_path / "adapters" / "huge.safetensors")
+    page = context(lambda: subject)
+    for adapter, is_black in (("huge", True), ("none", False)):
+        frames = list(make_pictures(page, GenerateForm("a dog", adapter=adapter, steps=1, size="64 x 64"), PAGE))
+        assert ("1 of them is black: an adapter" in frames[-1].status.replace("&#x27;", "'")) == is_black
+
+
+def with_header(file: Path, header: bytes, content: int = 0) -> Path:
+    with file.open("wb") as opened:
+        opened.write(len(header).to_bytes(8, "little") + header)
+        opened.truncate(8 + len(header) + content)
+    return file
+
+
+def with_ranks(file: Path, *shapes: tuple[int, int]) -> Path:
+    """A file that is as sparse as its matrices: only the header is written."""
+    header, end = {}, 0
+    for number, shape in enumerate(shapes):
+        start, end = end, end + 4 * shape[0] * shape[1]
+        header[f"unet.a{number}.lora_A.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    return with_header(file, json.dumps(header).encode(), end)
+
+
+def test_millions_of_names_are_refused_before_they_are_parsed(tmp_path, monkeypatch):
+    names = ",".join(f'"{number:x}":""' for number in range(700_000))
+    many = with_header(tmp_path / "many.safetensors", f'{{"__metadata__":{{{names}}}}}'.encode())
+    long = with_header(tmp_path / "long.safetensors", b"{" + b" " * (16 << 20) + b"}")
+    monkeypatch.setattr("json.loads", lambda text: pytest.fail("it was parsed"))
+    for file, word in ((many, "names"), (long, "MiB")):
+        with pytest.raises(UserError, match=f"header .*{word}"):
+            check_upload(file)
+        assert summary_of(file) == AdapterSummary()
+
+
+def test_ranks_that_take_minutes_to_measure_are_refused_and_usual_ones_taken(tmp_path):
+    for shapes in ([(8000, 1280), (1280, 8000)], [(320, 1280)] * 320):
+        with pytest.raises(UserError, match="ranks are too high"):
+            adapter_facts(str(with_ranks(tmp_path / "high.safetensors", *shapes)))
+    check_upload(with_ranks(tmp_path / "usual.safetensors", *[(64, 1280), (1280, 64)] * 722))
+    check_upload(save_header(tmp_path / "plain.safetensors"))
+
+
+@pytest.mark.parametrize("header", [b"[" * 100_000, b"[]", b'{"lora": 1}', b'{"lora": {"shape": ["x"]}}', b"\xff"])
+def test_a_header_that_makes_no_sense_is_left_to_the_reader(tmp_path, header):
+    file = with_header(tmp_path / "odd.safetensors", header)
+    check_upload(file)
+    with pytest.raises(UserError, match="odd"):
+        adapter_facts(str(file))
+
+
+def test_a_header_is_parsed_once_until_the_file_changes(tmp_path, monkeypatch):
+    file = tmp_path / "a.safetensors"
+    write_adapter(file, "sks")
+    opened = []
+    monkeypatch.setattr("dreambooth_moslora.ui.generate_form.json.loads", lambda text: opened.append(text) or {})
+    for _ in range(3):
+        summary_of(file)
+    assert len(opened) == 1
+    write_adapter(file, "zwx the second")
+    summary_of(file)
+    assert len(opened) == 2
