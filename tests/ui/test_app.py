@@ -13,10 +13,7 @@ from gradio_client import Client
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
 from dreambooth_moslora.ui.app import main, parse_login, resolution_of, templates_for
-from dreambooth_moslora.ui.generate_form import (
-    GenerateForm,
-    make_pictures,
-)
+from dreambooth_moslora.ui.generate_form import GenerateForm, make_pictures
 from dreambooth_moslora.ui.page import MAX_SESSIONS
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.ui_server import serve
@@ -190,6 +187,7 @@ def test_a_session_holds_no_more_after_more_pictures_and_the_oldest_is_forgotten
             held.append((len(session.blocks_config.blocks), len(session.config_values)))
         client.close()
         assert held[0] == held[1] == held[2]
+        sessions.session_data.clear()
         first, *others = (f"session{number}" for number in range(MAX_SESSIONS + 1))
         sessions[first]
         sessions.session_data.update(dict.fromkeys(others[:-1], sessions[first]))

@@ -14,17 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.visitors import visitor_id
-from tests.helpers.browser import (
-    IN_BROWSER,
-    add_photos,
-    fits,
-    open_box,
-    open_tab,
-    put,
-    says,
-    set_number,
-    visit,
-)
+from tests.helpers.browser import IN_BROWSER, add_photos, fits, open_box, open_tab, put, says, set_number, visit
 from tests.helpers.ui_server import serve
 
 pytestmark = IN_BROWSER

@@ -181,18 +181,21 @@ def test_a_recipes_adapter_is_found_by_content_and_a_changed_one_is_told(tmp_pat
     assert all(word in remark for word, remark in zip(words, remarks, strict=True))
 
 
+TWO_SUBJECTS = {"trigger_words": ["sks duck", "zwx rocket", 3], "class_word": "duck"}
+
+
 @pytest.mark.parametrize(
     "facts, said, subject",
     [
         ({"rank": 8}, "rank 8", ""),
         ({"rank": 4, "ranks": {"a": 1, "b": 23}}, "ranks 1 to 23", ""),
         ({"rank": "8", "ranks": [1]}, "", ""),
-        ({"trigger_words": ["sks duck", "zwx rocket", 3]}, "say “sks duck” or “zwx rocket”", "sks duck"),
+        (TWO_SUBJECTS, "say “sks duck” or “zwx rocket”", "sks duck"),
     ],
 )
 def test_an_adapter_says_its_ranks_and_the_words_of_each_subject(tmp_path, facts, said, subject):
-    found = summary_of(save_header(tmp_path / "a.safetensors", moslora=json.dumps(facts | {"class_word": "duck"})))
-    assert said in found.sentence() and (not subject or found.subject == subject)
+    found = summary_of(save_header(tmp_path / "a.safetensors", moslora=json.dumps(facts)))
+    assert found.sentence() == said and (not subject or found.subject == subject)
 
 
 def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it(tmp_path, context):

@@ -183,15 +183,12 @@ ADDRESSES = {
 }
 
 
-@pytest.mark.parametrize("text", ADDRESSES)
-def test_an_allowed_host_may_be_written_as_an_address(text):
-    assert origins_of(text) == {(scheme, PROXY, port) for scheme, port in ADDRESSES[text]}
-
-
-@pytest.mark.parametrize("text", ["https://", "", "ftp://pictures.example.org", "pictures.example.org:port"])
-def test_what_is_no_host_is_refused(text):
-    with pytest.raises(UserError, match="is not a host name"):
-        origins_of(text)
+def test_an_allowed_host_may_be_written_as_an_address_and_what_is_none_is_refused():
+    for text, places in ADDRESSES.items():
+        assert origins_of(text) == {(scheme, PROXY, port) for scheme, port in places}
+    for text in ("https://", "", f"ftp://{PROXY}", f"{PROXY}:port"):
+        with pytest.raises(UserError, match="is not a host name"):
+            origins_of(text)
 
 
 def test_a_part_of_a_file_comes_without_the_visitors_cookie(served):
@@ -320,17 +317,17 @@ def test_a_field_that_is_no_file_is_not_taken_into_memory(served, kept, before, 
     assert psutil.Process().memory_info().rss - memory.rss < 60 * MIB
 
 
-def test_many_small_fields_count_together(served, kept):
-    assert sent(served, *(part(NOTE, 1) for _ in range(6))) == 413
-
-
-def test_files_that_are_too_long_in_all_leave_nothing_on_the_disk(served, kept, monkeypatch):
+@pytest.mark.parametrize(
+    ("parts", "status"),
+    [
+        ([(NOTE, 1)] * 6, 413),  # small fields count together
+        ([(FILE, 3)] * 3, 413),  # and so do files
+        ([(FILE, 1), (FIELD, 1)], 400),  # a text in the place of a file
+    ],
+)
+def test_what_is_refused_leaves_nothing_on_the_disk(served, kept, monkeypatch, parts, status):
     monkeypatch.setattr(guard, "MAX_UPLOAD_BYTES", 4 * MIB)
-    assert sent(served, part(FILE, 3), part(FILE, 3), part(FILE, 3)) == 413
-
-
-def test_a_text_in_the_place_of_a_file_is_refused_and_leaves_nothing(served, kept):
-    assert sent(served, part(FILE, 1), part(FIELD, 1)) == 400
+    assert sent(served, *(part(*one) for one in parts)) == status
 
 
 def begun(served, size: int) -> http.client.HTTPConnection:

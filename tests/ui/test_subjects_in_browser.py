@@ -11,17 +11,7 @@ from safetensors.numpy import save_file
 
 from dreambooth_moslora.core import assets_folder
 from dreambooth_moslora.ui.jobs import Jobs
-from tests.helpers.browser import (
-    IN_BROWSER,
-    add_photos,
-    fits,
-    open_box,
-    open_tab,
-    put,
-    says,
-    set_number,
-    visit,
-)
+from tests.helpers.browser import IN_BROWSER, add_photos, fits, open_box, open_tab, put, says, set_number, visit
 from tests.helpers.ui_server import serve
 
 pytestmark = IN_BROWSER

@@ -19,14 +19,7 @@ from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.train import said_of
-from dreambooth_moslora.ui.train_form import (
-    TrainForm,
-    crop_config,
-    folder_of,
-    rows,
-    values_like,
-    values_of,
-)
+from dreambooth_moslora.ui.train_form import TrainForm, crop_config, folder_of, rows, values_like, values_of
 from dreambooth_moslora.ui.train_photos import review_kept
 from dreambooth_moslora.ui.train_start import (
     MOST_RECIPES,
