@@ -1,14 +1,17 @@
-"""A run takes no folder in which it would harm what it did not make."""
+"""What forbids a run: folders that it would harm, layers without a name, bf16 on a GPU that is too old for it."""
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from dreambooth_moslora.cli.main import train_main
-from dreambooth_moslora.core import UserError, atomic_write
+from dreambooth_moslora.cli.main import main, train_main
+from dreambooth_moslora.core import UserError, atomic_write, half_precision
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.plan.checks import check_folders
+from dreambooth_moslora.plan.checks import check_folders, check_layers, check_targets, preflight
+from dreambooth_moslora.plan.processes import make_accelerator
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -148,3 +151,121 @@ def test_a_run_replaces_the_pictures_of_its_own_card_only(tiny_base, tmp_path):
     assert len(list(run.glob("image_*.png"))) == 6
     train(tiny_config(tiny_base, photos, run, **{**drawn, "num_validation_images": 0}))
     assert not list(run.glob("image_*.png"))
+
+
+LAYERS = ["conv_in", "down.0.attn1.to_q", "down.0.attn1.to_k", "down.0.attn1.to_out.0", "mid.proj_in"]
+
+
+@pytest.mark.parametrize("names", [("to_q", "to_out.0"), ("attn1.to_k",), ("conv_in",), ("down.0.attn1.to_q",)])
+def test_ends_of_layers_paths_pass(names):
+    check_targets(names, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("to_foo", "did you mean to_"), ("to_out", "did you mean to_out.0"), ("o_q", "mean to_q"), ("zzz", "to_v")],
+)
+def test_a_name_that_matches_nothing_is_answered_with_a_near_one(name, says):
+    with pytest.raises(UserError, match=f"--target_modules {name}: .*{says}"):
+        check_targets(("to_q", name), LAYERS)
+
+
+def test_dora_on_a_convolution_is_refused_by_its_path():
+    layers = dict.fromkeys(LAYERS, 2) | {"conv_in": 4, "down.0.conv1": 4}
+    check_layers(("to_q",), layers, use_dora=True)
+    check_layers(("to_q", "conv1"), layers, use_dora=False)
+    with pytest.raises(UserError, match=r"--use_dora: down.0.conv1 is a convolution; leave conv1 out of"):
+        check_layers(("to_q", "conv1"), layers, use_dora=True)
+
+
+def test_a_layer_that_other_programs_could_not_read_again_is_refused():
+    layers = {"time_embedding.linear_1": 2, "add_embedding.linear_1": 2}
+    check_layers(("time_embedding.linear_1",), layers, use_dora=False)
+    with pytest.raises(UserError, match=r"linear_1: add_embedding.linear_1 has no name in kohya's files"):
+        check_layers(("linear_1",), layers, use_dora=False)
+    with pytest.raises(UserError, match=r"kohya's files; name the blocks: down_blocks\.\*"):
+        check_layers(("*",), layers, use_dora=False)
+
+
+def pretend(monkeypatch, name: str, major: int, minor: int) -> None:
+    """What torch.cuda says of its only GPU; bf16 itself it says by its own rules."""
+    facts = SimpleNamespace(name=name, major=major, minor=minor, total_memory=16 * 2**30)
+    answers = {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "get_device_name": lambda device=None: name,
+        "get_device_capability": lambda device=None: (major, minor),
+        "get_device_properties": lambda device=None: facts,
+        "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
+        "_check_bf16_tensor_supported": lambda device: True,  # by emulation
+    }
+    for function, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, function, answer)
+
+
+@pytest.fixture
+def t4(monkeypatch):
+    pretend(monkeypatch, "Tesla T4", 7, 5)
+
+
+def config(**changes) -> TrainConfig:
+    return TrainConfig(**{"report_to": "none"} | changes)
+
+
+@pytest.mark.parametrize("flag", ["mixed_precision", "prior_generation_precision"])
+def test_bf16_on_an_older_gpu_is_refused_with_the_way_out(flag, t4):
+    says = rf"^--{flag} bf16: Tesla T4 \(compute capability 7.5\) has no bf16.*: give --{flag} fp16\.$"
+    with pytest.raises(UserError, match=says):
+        preflight(config(**{flag: "bf16"}))
+
+
+def test_a_training_that_is_called_as_a_function_is_refused_too(t4, tmp_path):
+    with pytest.raises(UserError, match="give --mixed_precision fp16"):
+        make_accelerator(config(mixed_precision="bf16"), RunDir(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_precision_of_accelerate_launch_counts_where_no_flag_is_given(t4, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UserError, match="give --mixed_precision fp16"):
+        preflight(config())
+    preflight(config(mixed_precision="fp16"))
+
+
+def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused(t4, monkeypatch):
+    for precision in ("fp16", "no", None):
+        preflight(config(mixed_precision=precision))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    preflight(config(mixed_precision="bf16"))
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    pretend(monkeypatch, "NVIDIA A100", 8, 0)
+    preflight(config(mixed_precision="bf16"))
+
+
+@pytest.mark.parametrize(("major", "says"), [(7, "no: use --mixed_precision fp16"), (8, "yes")])
+def test_doctor_does_not_count_emulation(major, says, monkeypatch, capsys):
+    pretend(monkeypatch, "a GPU", major, 0)
+    main(["doctor", "--base", "none"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["bf16"]]
+    assert line.split(maxsplit=1)[1] == says
+
+
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        ("gfx1030", "fp16"),
+        ("gfx906:sramecc+:xnack-", "fp16"),
+        ("gfx90a:sramecc+:xnack-", "bf16"),
+        ("gfx942", "bf16"),
+        ("gfx1100", "bf16"),
+        ("gfx1201", "bf16"),
+    ],
+)
+def test_amd_gpus_get_bf16_by_their_architecture(architecture, precision, monkeypatch):
+    """ROCm gives the architecture's number as a compute capability: 10.3 for gfx1030."""
+    pretend(monkeypatch, "an AMD GPU", 10, 3)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    facts = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: facts)
+    assert half_precision() == precision

@@ -1,12 +1,18 @@
-"""Whole small trainings on the tiny base: what they leave, what they learn, and that every option really acts."""
+"""Whole small trainings on the tiny base: what they leave and learn, that every option acts, how they end."""
 
 import json
 import math
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -15,11 +21,12 @@ from dreambooth_moslora.adapters.moslora import disabled
 from dreambooth_moslora.adapters.raw_file import read_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepDone, events_of, record_of
+from dreambooth_moslora.disk.queue import LOCK_NAME, locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training import objective
 from dreambooth_moslora.training import step as train_step_module
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.step import StepLosses, prior_prompts
+from dreambooth_moslora.training.step import StepLosses, TrainStep, prior_prompts
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -282,6 +289,7 @@ OPTIONS = {
         lambda left, plain: left.steps[1].loss != plain.steps[1].loss,
     ),
 }
+
 """Changes, and what they must show beside the run without them."""
 
 
@@ -436,3 +444,102 @@ def test_sizes_reach_a_bf16_base_unrounded(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(UNet2DConditionModel, "forward", look)
     train(tiny_config(tiny_base, photos, tmp_path / "run", mixed_precision="bf16", max_train_steps=1))
     assert seen[0][0, :2].tolist() == [683, 1365]
+
+
+@pytest.fixture
+def config(tiny_base, tmp_path):
+    return tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", max_train_steps=1)
+
+
+@pytest.fixture
+def lost_tracker(monkeypatch):
+    def fail(_):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(Accelerator, "end_training", fail)
+
+
+def lose(*_):
+    raise UserError("the loss is nan")
+
+
+def test_a_tracker_that_fails_at_the_end_loses_no_finished_run(config, lost_tracker, caplog):
+    assert train(config).proof is not None
+    assert "--report_to: ending it failed: ConnectionError no network" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("weight_decay", "says", "kept"),
+    [(1e38, "the adapter is not finite after step 1", []), (1e30, "the gradient is nan at step 2", ["checkpoint-1"])],
+)
+def test_an_adapter_that_is_not_finite_becomes_no_checkpoint(weight_decay, says, kept, config):
+    """The loss before a step knows nothing of what that step does: here it overflows."""
+    sizes = {"adam_weight_decay": weight_decay, "learning_rate": 1e2}
+    config = replace(config, max_train_steps=2, checkpointing_steps=1, **sizes)
+    with pytest.raises(UserError, match=f"{says}: lower --learning_rate"):
+        train(config)
+    assert [path.name for path in RunDir(config.output_dir).checkpoints()] == kept
+
+
+def test_a_tracker_that_fails_at_the_end_hides_no_error(config, lost_tracker, monkeypatch, caplog):
+    monkeypatch.setattr(TrainStep, "accumulate_gradients", lose)
+    with pytest.raises(UserError, match="the loss is nan"):
+        train(config)
+    assert "ConnectionError" in caplog.text
+
+
+def test_an_end_that_cannot_be_written_hides_no_error(config, monkeypatch):
+    def full(self, event):
+        if event["type"] == "end":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TrainStep, "accumulate_gradients", lose)
+    monkeypatch.setattr(RunDir, "append_metrics", full)
+    with pytest.raises(UserError, match="the loss is nan"):
+        train(config)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from dreambooth_moslora.disk.queue import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the folder."""
+    pytest.importorskip("fcntl")
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(holder, tiny_base, tmp_path, tmp_path_factory):
+    photos = paint_photos(tmp_path_factory.mktemp("photos"))
+    config = tiny_config(tiny_base, photos, tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UserError, match=f"process {holder.pid} on {socket.gethostname()} is training there"):
+        train(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_lock_of_a_killed_process_holds_nobody_up(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    assert str(holder.pid) in (tmp_path / LOCK_NAME).read_text()
+    with locked(tmp_path):
+        assert str(os.getpid()) in (tmp_path / LOCK_NAME).read_text()
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_folder_is_free_again_after_its_run(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path), pytest.raises(UserError, match="is training there"), locked(tmp_path):
+            pass

@@ -7,12 +7,17 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
+from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.training import objective
+from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.objective import NoiseSchedule
 from dreambooth_moslora.training.prepare import noise_schedule
+from tests.helpers.tiny_training import paint_photos, tiny_config
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
 INDEX = torch.tensor([3, 400, 999])
+
 ALL = 3  # of the drawn images are the subject's
 
 
@@ -199,3 +204,22 @@ def test_an_ordinary_loss_is_the_squared_error_bit_for_bit(drawn):
     plain = objective.image_errors(output, target, None)
     assert torch.equal(plain, ((output - target) ** 2).flatten(1).mean(1))
     assert objective.pointwise_error(schedule(), INDEX) is torch.square
+
+
+OTHER = {
+    "plain": {},
+    "noise offset": {"noise_offset": 0.1},
+    "huber": {"loss_type": "huber"},
+    "smooth_l1": {"loss_type": "smooth_l1", "huber_schedule": "exponential"},
+    "debiased": {"debiased_estimation_loss": True},
+}
+
+
+@pytest.mark.slow
+def test_each_loss_reaches_the_step(tiny_base, tmp_path):
+    photos, found = paint_photos(tmp_path / "photos"), {}
+    for name, change in OTHER.items():
+        events = []
+        train(tiny_config(tiny_base, photos, tmp_path / name, max_train_steps=1, **change), events.append)
+        found[name] = next(event.loss for event in events if isinstance(event, StepDone))
+    assert len(set(found.values())) == len(OTHER)

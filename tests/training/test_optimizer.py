@@ -1,19 +1,39 @@
-"""Parameter groups: who is trained how fast, and what does not decay."""
+"""Optimizers, their groups, states and averages."""
 
+import copy
 import sys
+from dataclasses import replace
+from io import BytesIO
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
+from prodigyopt import Prodigy
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, inject
+from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
+from dreambooth_moslora.plan.memory import BaseSize, estimate
+from dreambooth_moslora.settings.optimizers import OPTIMIZERS, OptimizerKind
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.checkpoint import check_resumed, check_whole, restore_weights
+from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.optimizer import (
+    FlatProdigy,
+    MovingAverage,
     ScheduleFreeAverage,
+    checked_states,
+    lent,
     make_lr_schedule,
     make_optimizer,
     parameter_groups,
 )
+from dreambooth_moslora.training.publish import ValidationSamples
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 
 def components(**extra):
@@ -96,3 +116,235 @@ def test_a_library_that_is_missing_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "schedulefree", None)
     with pytest.raises(UserError, match="AdamWScheduleFree needs schedulefree: pip install schedulefree"):
         make_optimizer(TrainConfig(optimizer="AdamWScheduleFree"), [])
+
+
+WORDS = ["--pretrained_model_name_or_path", "toy", "--instance_prompt", "a photo of sks cup", "--instance_data_dir"]
+
+
+@pytest.fixture
+def row(monkeypatch):
+    kind = OptimizerKind("torch.optim:RAdam", lambda config: {"betas": (0.8, config.adam_beta2)}, bytes_each=1000)
+    monkeypatch.setitem(OPTIMIZERS, "RAdam", kind)
+
+
+@pytest.mark.usefixtures("row")
+def test_the_flag_and_the_estimate_know_the_row():
+    config = parse_train_config([*WORDS, "assets/subjects/duck", "--optimizer", "RAdam"])
+    known, other = (estimate(replace(config, optimizer=name), BaseSize(), 1) for name in ("RAdam", "AdamW"))
+    assert known.training_gib > other.training_gib
+    with pytest.raises(UserError, match="choose one of AdamW, Prodigy, AdamWScheduleFree, Adafactor, RAdam"):
+        replace(config, optimizer="Lion")
+
+
+@pytest.mark.usefixtures("row")
+def test_a_run_with_the_row_is_resumed_to_the_same_bytes(tmp_path, tiny_base):
+    photos = paint_photos(tmp_path / "photos", count=2)
+    whole, half = (
+        tiny_config(tiny_base, photos, tmp_path / name, optimizer="RAdam", max_train_steps=4, checkpointing_steps=2)
+        for name in ("whole", "half")
+    )
+    train(whole)
+    train(replace(half, max_train_steps=2))
+    train(replace(half, resume_from_checkpoint="latest"))
+    saved = torch.load(tmp_path / "half" / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert all("exp_avg_sq" in state for state in saved["state"].values())
+    assert adapter_sha256(tmp_path / "half") == adapter_sha256(tmp_path / "whole")
+
+
+SHAPE = (48, 32)
+
+
+def after_one_step() -> torch.optim.AdamW:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(SHAPE, generator=generator)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(params, lr=0.1, fused=True)
+    for param in params:
+        param.grad = torch.randn(SHAPE, generator=generator)
+    optimizer.step()
+    return optimizer
+
+
+def gone_on(moments: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The parameters after one more step, from a file with these first moments."""
+    optimizer, file = after_one_step(), BytesIO()
+    states = optimizer.state_dict()
+    for number, moment in enumerate(moments):
+        states["state"][number]["exp_avg"] = moment
+    torch.save(states, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=True)
+    optimizer.load_state_dict(checked_states(read, optimizer, step=1, exact=True))
+    optimizer.step()
+    return [param.detach() for param in optimizer.param_groups[0]["params"]]
+
+
+LAYOUTS = {
+    "transposed": lambda one, other: [one.T.contiguous().T, other],
+    "every second number": lambda one, other: [one.repeat_interleave(2, 1)[:, ::2], other],
+    "one number for all": lambda one, other: [one[:1, :1].expand(SHAPE), other],
+    "one tensor for both parameters": lambda one, other: [one, one],
+    "a sign that is only noted": lambda one, other: [torch._neg_view(one), other],
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_in_the_file_changes_no_number(name):
+    """The fused kernel takes each moment for a dense one: it read and wrote beyond the end of an expanded one."""
+    generator = torch.Generator().manual_seed(1)
+    moments = LAYOUTS[name](*(torch.randn(SHAPE, generator=generator) for _ in range(2)))
+    dense = [torch.tensor(moment.tolist()) for moment in moments]
+    for found, expected in zip(gone_on(moments), gone_on(dense), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+PRODIGY = {"lr": 1.0, "d0": 1e-3, "safeguard_warmup": True}
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the program reads of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ == "_local_scalar_dense"
+        return function(*args, **(kwargs or {}))
+
+
+def weights_and_groups() -> tuple[list[nn.Parameter], list[dict]]:
+    """One of the weights is zero at the start, as B is; one never has a gradient."""
+    generator = torch.Generator().manual_seed(3)
+    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (2, 2), (5,), (3, 3), (2,))]
+    nn.init.zeros_(weights[1])
+    return weights, [{"params": weights[:3], "weight_decay": 0.1}, {"params": weights[3:], "weight_decay": 0.0}]
+
+
+def stepped_on(optimizer, weights, start: int, stop: int) -> None:
+    for number in range(start, stop):
+        generator = torch.Generator().manual_seed(100 + number)
+        for weight in weights[:4]:
+            weight.grad = weight.detach() + 0.5 + 0.01 * torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+
+
+def test_the_steps_are_prodigys_and_read_two_numbers_a_group():
+    (plain, groups), (long, long_groups) = weights_and_groups(), weights_and_groups()
+    one, other = Prodigy(groups, **PRODIGY), FlatProdigy(long_groups, **PRODIGY)
+    stepped_on(one, plain, 0, 10)
+    stepped_on(other, long, 0, 9)
+    with Reads() as reads:
+        stepped_on(other, long, 9, 10)
+    assert reads.count == 4
+    for expected, found in zip(plain, long, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert one.param_groups[0]["d"] == pytest.approx(other.param_groups[0]["d"], rel=1e-6)
+    assert one.param_groups[0]["d"] > 2e-3
+    assert [group["params"] for group in other.param_groups] == [long[:3], long[3:]]
+
+
+@pytest.mark.parametrize("kinds", [(Prodigy, FlatProdigy), (FlatProdigy, Prodigy), (FlatProdigy, FlatProdigy)])
+def test_each_goes_on_from_the_others_checkpoint(kinds):
+    first, second = kinds
+    weights, groups = weights_and_groups()
+    before = first(groups, **PRODIGY)
+    stepped_on(before, weights, 0, 5)
+    states, saved = copy.deepcopy(before.state_dict()), copy.deepcopy([weight.detach() for weight in weights])
+    stepped_on(before, weights, 5, 8)
+    fresh, groups = weights_and_groups()
+    with torch.no_grad():
+        for weight, value in zip(fresh, saved, strict=True):
+            weight.copy_(value)
+    after = second(groups, **PRODIGY)
+    after.load_state_dict(states)
+    stepped_on(after, fresh, 5, 8)
+    for expected, found in zip(weights, fresh, strict=True):
+        exact = first is second
+        assert torch.equal(found, expected) if exact else torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_that_is_reached_later_than_the_others_takes_its_first_step_then():
+    (plain, groups), (long, long_groups) = weights_and_groups(), weights_and_groups()
+    for optimizer, weights in ((Prodigy(groups, **PRODIGY), plain), (FlatProdigy(long_groups, **PRODIGY), long)):
+        stepped_on(optimizer, weights, 0, 3)
+        weights[4].grad = torch.ones(2)
+        stepped_on(optimizer, weights, 3, 6)
+    for expected, found in zip(plain, long, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base, tmp_path_factory):
+    """One run twice, without and with an average, and what its samples were drawn with."""
+    folder, drawn = tmp_path_factory.mktemp("averages"), {}
+    photos, draw = paint_photos(folder / "photos"), ValidationSamples.draw
+
+    def note(samples, step, sampler, accelerator):
+        weights = [p.detach().clone() for n, p in sampler.pipeline.unet.named_parameters() if ".lora_A." in n]
+        drawn[step] = weights
+        return draw(samples, step, sampler, accelerator)
+
+    def config(name: str, **changes):
+        settings = {"max_train_steps": 3, "checkpointing_steps": 1, **changes}
+        return tiny_config(tiny_base, photos, folder / name, **settings)
+
+    train(config("plain"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ValidationSamples, "draw", note)
+        shown = {"num_validation_images": 1, "validation_steps": 3}
+        train(config("averaged", use_ema=True, **shown))
+    return folder, config, drawn
+
+
+def raw_of(folder, name: str, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / name / f"checkpoint-{step}" / RAW_NAME)
+
+
+def adapter_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.endswith(("lora_A", "lora_B", "mixer"))}
+
+
+def bytes_of(tensors) -> set[bytes]:
+    return {tensor.numpy().tobytes() for tensor in tensors}
+
+
+def test_the_average_is_that_of_diffusers():
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(3, 2))]
+    ours, theirs = MovingAverage(weights, 0.5), EMAModel(weights, decay=0.5)
+    for step in range(1, 15):
+        weights[0].data += torch.randn(3, 2)
+        ours.update(step)
+        theirs.step(weights)
+        assert torch.allclose(ours.values()[0], theirs.shadow_params[0], atol=1e-6)
+    own = weights[0].detach().clone()
+    with lent(ours, weights):
+        assert torch.equal(weights[0], ours.values()[0]) and not torch.equal(weights[0], own)
+    assert torch.equal(weights[0], own)
+
+
+@pytest.mark.slow
+def test_the_steps_are_those_without_and_the_checkpoint_holds_both(runs):
+    folder, _, drawn = runs
+    plain = [raw_of(folder, "plain", step) for step in (1, 2, 3)]
+    weights = torch.load(folder / "averaged" / "checkpoint-3" / "weights.pt", weights_only=True)["weights"]
+    assert bytes_of(weights) == bytes_of(adapter_tensors(plain[-1]).values())
+    kept = [1 - 2 / 11, 1 - 3 / 12]  # of steps 2 and 3; the average of step 1 is its weights
+    averaged = adapter_tensors(raw_of(folder, "averaged", 3))
+    for name, last in averaged.items():
+        mean = plain[0][name]
+        for found, share in zip(plain[1:], kept, strict=True):
+            mean = mean.lerp(found[name], share)
+        assert torch.allclose(last, mean, atol=1e-6)
+    downs = bytes_of(tensor for name, tensor in averaged.items() if name.endswith("lora_A"))
+    assert bytes_of(drawn[3]) == downs
+    assert downs < bytes_of(load_file(folder / "averaged" / "pytorch_lora_weights.safetensors").values())
+    assert adapter_sha256(folder / "averaged") != adapter_sha256(folder / "plain")
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_the_adapters_are_refused(runs):
+    folder, config, _ = runs
+    checkpoint = RunDir(folder / "averaged").latest_checkpoint()
+    with pytest.raises(UserError, match=r"weights\.pt: weight 0 is"):
+        restore_weights(checkpoint, [torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(UserError, match="--use_ema: checkpoint-3 has True; you ask for False"):
+        check_resumed(replace(config("averaged")), checkpoint, check_whole(checkpoint))

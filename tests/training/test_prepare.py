@@ -1,15 +1,28 @@
-"""What is encoded before training, and what is still in memory when it begins."""
+"""What is done before the first step: `--init_adapter`, encoding, the first samples."""
 
+import io
 from weakref import ref
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.base.load import load_pipeline
+from dreambooth_moslora.cli.terminal import TerminalProgress
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.events import PhaseProgress, SamplesDrawn
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan.checks import preflight
 from dreambooth_moslora.training import encoder as frozen_base
 from dreambooth_moslora.training import prepare
 from dreambooth_moslora.training.loop import train
-from tests.helpers.tiny_training import paint_photos, tiny_config
+from dreambooth_moslora.training.prepare import too_slow_for_samples
+from tests.helpers.tiny import tiny_sdxl
+from tests.helpers.tiny_adapters import save_diffusers_lora
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.training.test_resume import stop_at
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 
@@ -66,3 +79,119 @@ def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(
     frozen_base.warn_of_slow_precision(pipeline, where)
     lines = [record.message for record in caplog.records if record.name == frozen_base.__name__]
     assert [advice in line and "\n" not in line for line in lines] == [True] * (advice is not None)
+
+
+@pytest.fixture
+def file(tiny_base, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    return save_diffusers_lora(unet, tmp_path / "old", seed=1, rank=3, size=0.1)
+
+
+@pytest.fixture
+def config(tiny_base, tmp_path, file):
+    photos = paint_photos(tmp_path / "photos")
+    start = {"target_modules": ("to_q", "to_k"), "init_adapter": str(file)}
+    return lambda **changes: tiny_config(tiny_base, photos, tmp_path / "run", **start | changes)
+
+
+def deltas(path):
+    tensors = load_file(path)
+    ends = (".lora_A.weight", ".lora_B.weight")
+    modules = {key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])}
+    return {name: tensors[name + ends[1]].double() @ tensors[name + ends[0]].double() for name in modules}
+
+
+def test_at_a_rate_of_zero_the_published_file_is_the_one_it_began_with(config, file, tmp_path, caplog):
+    train(config(learning_rate=0.0, max_train_steps=1, rank=5, lora_alpha=2))
+    found, given = deltas(RunDir(tmp_path / "run").adapter_path), deltas(file)
+    assert found and all(torch.dist(found[n], given[n]) < 1e-5 * given[n].norm() for n in found)
+    said = [line for line in caplog.messages if "--init_adapter" in line]
+    assert len(said) == 1 and f"{len(found)} layers go on from it, largest relative deviation" in said[0]
+    assert f"{len(given) - len(found)} layers (unet." in said[0]
+
+
+@pytest.mark.slow
+def test_it_learns_on_and_a_resumed_run_needs_the_file_no_more(config, file, tmp_path):
+    train(config(seed=1, max_train_steps=3))
+    unbroken, found, given = (
+        adapter_sha256(tmp_path / "run"),
+        deltas(RunDir(tmp_path / "run").adapter_path),
+        deltas(file),
+    )
+    assert all(1e-4 < torch.dist(found[n], given[n]) / given[n].norm() < 0.9 for n in found)
+    should_stop, on_event = stop_at(2)
+    train(config(seed=1, max_train_steps=3), on_event, should_stop)
+    file.unlink()
+    train(config(seed=1, max_train_steps=3, resume_from_checkpoint="latest"))
+    assert adapter_sha256(tmp_path / "run") == unbroken
+
+
+def test_new_tokens_in_the_file_are_said_before_the_base_is_loaded(config, file):
+    note = {"word": "sks", "count": 2, "file": "dog_emb.safetensors", "sha256": "0" * 64}
+    save_file(load_file(file), file, {"moslora": AdapterMetadata(4, 4.0, tokens=note).to_json()})
+    with pytest.raises(UserError, match=r"--init_adapter .*: it has learnt new tokens for 'sks'"):
+        preflight(config())
+    file.write_bytes(b"no adapter")
+    with pytest.raises(UserError, match=r"--init_adapter .*: it is not a safetensors file"):
+        preflight(config())
+
+
+def test_a_file_that_is_not_there_is_said_before_the_base_is_loaded(config, file):
+    file.unlink()
+    with pytest.raises(UserError, match=r"--init_adapter .*: there is no such file or folder"):
+        preflight(config())
+
+
+@pytest.fixture(scope="module")
+def large_base(tmp_path_factory):
+    """The tiny base, said to draw 512 px."""
+    folder = tmp_path_factory.mktemp("large")
+    pipeline = tiny_sdxl(folder)
+    pipeline.unet.register_to_config(sample_size=64)
+    pipeline.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def test_on_a_cpu_with_a_large_base_there_are_no_samples_unless_they_are_asked_for(large_base, tmp_path, caplog):
+    config = tiny_config(large_base, paint_photos(tmp_path / "photos"), tmp_path / "run", max_train_steps=1)
+    events = []
+    train(type(config).from_dict(config.to_dict() | {"num_validation_images": None}), events.append)
+    assert not [event for event in events if isinstance(event, SamplesDrawn)]
+    said = [line for line in caplog.messages if "No sample images are drawn" in line]
+    assert len(said) == 1 and "--num_validation_images 4" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "px", "is_slow"),
+    [
+        ({}, "cpu", 64, True),
+        ({}, "cuda", 64, False),
+        ({}, "cpu", 16, False),
+        ({"num_validation_images": 4}, "cpu", 64, False),
+        ({"validation_prompt": "a dog"}, "cpu", 64, False),
+        ({"validation_steps": 9}, "cpu", 64, False),
+    ],
+)
+def test_only_the_default_is_left_out(asked, device, px, is_slow, subject, tmp_path):
+    subject.pipeline.unet.register_to_config(sample_size=px)
+    config = tiny_config(tmp_path, tmp_path, tmp_path, **{"num_validation_images": None} | asked)
+    assert config.sample_count == 4
+    assert too_slow_for_samples(config, subject.pipeline, torch.device(device)) == is_slow
+
+
+@pytest.mark.slow
+def test_the_first_samples_show_their_steps_and_the_time_left(tiny_base, tmp_path):
+    screen, events = io.StringIO(), []
+    progress = TerminalProgress(screen)
+
+    def hear(event):
+        events.append(event)
+        progress(event)
+
+    photos = paint_photos(tmp_path / "photos")
+    train(tiny_config(tiny_base, photos, tmp_path / "run", num_validation_images=2, max_train_steps=1), hear)
+    first = next(i for i, event in enumerate(events) if isinstance(event, SamplesDrawn))
+    counts = [e for e in events[:first] if isinstance(e, PhaseProgress) and e.phase == "sampling" and e.total > 1]
+    assert counts[0].done == 0 and counts[-1].done == counts[-1].total == 50
+    assert not [e for e in events[first:] if isinstance(e, PhaseProgress) and e.phase == "sampling" and e.total > 1]
+    assert "drawing samples: 100%" in screen.getvalue() and "50/50" in screen.getvalue() and "<00:" in screen.getvalue()

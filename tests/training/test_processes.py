@@ -1,27 +1,33 @@
-"""`accelerate launch` with two processes, against one process that accumulates two micro-batches.
-
-On CPUs accelerate starts several processes by `--multi_gpu` with ACCELERATE_USE_CPU=true; by `--cpu` it starts one,
-unless there are MPI and a host file. Both are tried here.
-"""
+"""Real processes: launched, sharing the work, ending together."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan.memory import STOCK_SDXL, in_lines
 from dreambooth_moslora.training.loop import train
 from tests.helpers.ranks import ended_ranks
+from tests.helpers.scenes import quick_call
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
 
 pytestmark = pytest.mark.slow
 
+
 ROOT = Path(__file__).resolve().parents[2]
+
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
 SCRIPT = ROOT / "tests" / "helpers" / "two_processes.py"
 
 
@@ -110,3 +116,196 @@ def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_ba
     assert "stopped before the first step" in said[0]
     assert ["said by every process" in words for words in said] == [True, False]
     assert not RunDir(tmp_path / "run").checkpoints()
+
+
+SCENES = {
+    "class images": {"place": "drawn", "rank": 1, "after": 1, "end": "full"},
+    "class images, stopped": {"place": "drawn", "rank": 0, "after": 1, "end": "stop"},
+    "encodings": {"place": "encoded", "rank": 0, "after": 1, "end": "full"},
+    "samples": {"place": "sampled", "rank": 1, "after": 0, "end": "full"},
+    "checkpoint": {"place": "saved", "rank": 0, "after": 0, "end": "full"},
+    "whole": {},
+    "killed": {"place": "drawn", "rank": 1, "after": 0, "end": "kill"},
+}
+
+CHANGES = {"with_prior_preservation": True, "num_class_images": 5, "sample_batch_size": 1, "num_validation_images": 3}
+
+CHANGES |= {"max_train_steps": 2, "caching": "disk", "crops_per_photo": 2}
+
+
+def digests(folder: Path, pattern: str = "**/*") -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """As the two processes are: three denoising steps, one thread."""
+    monkeypatch.setattr(StableDiffusionXLPipeline, "__call__", quick_call)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_share_the_work_and_leave_the_files_of_one(tiny_base, tmp_path, free_port, quick):
+    photos = paint_photos(tmp_path / "photos")
+
+    def config(name: str, **changes):
+        cache_dir = str(tmp_path / f"{name}_cache")
+        return tiny_config(tiny_base, photos, tmp_path / name, cache_dir=cache_dir, **CHANGES, **changes)
+
+    scenes = []
+    for name, scene in SCENES.items():
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(config("killed" if name == "killed" else "two").to_dict()))
+        scenes.append({"config": str(file), **scene})
+    (tmp_path / "scenes.json").write_text(json.dumps(scenes))
+    (main_code, main_said), (other_code, other_said) = ended_ranks(
+        "tests.helpers.scenes", free_port, str(tmp_path / "scenes.json")
+    )
+    main, other = (json.loads((tmp_path / f"scenes_{rank}.json").read_text()) for rank in (0, 1))
+
+    assert [scene["code"] for scene in main] == [2, 130, 2, 2, 2, 0, 2], main_said + other_said
+    assert [scene["code"] for scene in other] == [2, 130, 2, 2, 2, 0], main_said + other_said
+    assert main_code == 0 and other_code == -9
+    errors = [line for line in main_said.splitlines() if line.startswith("error: ")]
+    assert "process 1 ended: [Errno 28]" in errors[0] and "process 1 ended: [Errno 28]" in errors[2]
+    assert len(errors) == 5 and "another process of this run has gone" in errors[4]
+    assert other_said.count("error: the main process ended: [Errno 28]") == 2
+    assert "Traceback" not in main_said + other_said
+
+    train(config("one", gradient_accumulation_steps=2))
+    for pattern in ("class_images/*", "samples/step_000000_*"):
+        assert digests(tmp_path / "two", pattern) == digests(tmp_path / "one", pattern) != {}
+    assert digests(tmp_path / "two_cache") == digests(tmp_path / "one_cache") != {}
+    assert share_of_each(main, other, "drawn") == [[2, 1], [2, 1], [1, 0], [0, 0], [0, 0], [0, 0]]
+    keys = [key for rank in (main, other) for scene in rank for key in scene["encoded"]]
+    assert len(keys) == len(set(keys)) and min(share_of_each(main, other, "encoded")[3]) > 2
+
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    for drawn in [*(tmp_path / "again").glob("image_*.png"), *RunDir(tmp_path / "again").samples_dir.iterdir()]:
+        drawn.unlink()
+    train(config("again", resume_from_checkpoint="latest"))
+    for pattern in ("samples/step_000002_*.png", "image_*.png"):
+        assert digests(tmp_path / "two", pattern) == digests(tmp_path / "again", pattern) != {}
+
+
+def share_of_each(main: list[dict], other: list[dict], place: str) -> list[list[int]]:
+    """How much each process did there in each scene."""
+    return [[len(one[place]), len(two[place])] for one, two in zip(main, other)]
+
+
+GONE = "error: another process of this run has gone"
+
+
+@pytest.fixture
+def ends(tiny_base, tmp_path, free_port):
+    """Play scenes, each in a folder of its own; returns the exit codes and words of both processes."""
+
+    def play(*scenes: dict) -> list[tuple[int, str]]:
+        photos, written = paint_photos(tmp_path / "photos"), []
+        for number, scene in enumerate(scenes):
+            config = tiny_config(tiny_base, photos, tmp_path / str(number), max_train_steps=3, checkpointing_steps=1)
+            file = tmp_path / f"{number}.json"
+            file.write_text(json.dumps(config.to_dict()))
+            written.append({"config": str(file), **scene})
+        (tmp_path / "scenes.json").write_text(json.dumps(written))
+        return ended_ranks("tests.helpers.scenes", free_port, str(tmp_path / "scenes.json"))
+
+    return play
+
+
+def checkpoints(folder) -> list[str]:
+    return [path.name for path in RunDir(folder).checkpoints()]
+
+
+def test_what_the_main_process_cannot_write_ends_both_and_the_process_that_is_killed_the_other(ends, tmp_path):
+    full, killed = {"rank": 0, "end": "full"}, {"place": "averaged", "rank": 1, "after": 1, "end": "kill"}
+    scenes = {"place": "started", "after": 0, **full}, {"place": "reported", "after": 1, **full}, killed
+    (_, main_said), (other_code, other_said) = ends(*scenes)
+    main, other = (json.loads((tmp_path / f"scenes_{rank}.json").read_text()) for rank in (0, 1))
+    assert [scene["code"] for scene in main] == [2, 2, 2], main_said
+    assert [scene["code"] for scene in other] == [2, 2] and other_code == -9, other_said
+    assert other_said.count("error: the main process ended: [Errno 28]") == 2
+    assert main_said.count(GONE) == 1 and "Traceback" not in main_said + other_said
+    assert [checkpoints(tmp_path / name) for name in "012"] == [[], ["checkpoint-1", "checkpoint-2"], ["checkpoint-1"]]
+
+
+def test_the_others_end_in_a_line_when_the_main_process_is_killed(ends, tmp_path):
+    (main_code, _), (_, said) = ends({"place": "averaged", "rank": 0, "after": 1, "end": "kill"})
+    (scene,) = json.loads((tmp_path / "scenes_1.json").read_text())
+    assert main_code == -9 and scene["code"] == 2, said
+    assert said.count(GONE) == 1 and "Traceback" not in said
+    assert checkpoints(tmp_path / "0") == ["checkpoint-1"]
+
+
+@pytest.fixture
+def cards_end(tmp_path, free_port):
+    """Play scenes; returns what became of each in both processes, and what each process said."""
+
+    def play(*scenes: dict) -> tuple[list[tuple[dict, dict]], list[str]]:
+        (tmp_path / "scenes.json").write_text(json.dumps(scenes))
+        said = [words for _, words in ended_ranks("tests.helpers.two_cards", free_port, str(tmp_path / "scenes.json"))]
+        both = [json.loads((tmp_path / f"cards_{rank}.json").read_text()) for rank in (0, 1)]
+        assert [len(played) for played in both] == [len(scenes)] * 2, said
+        return list(zip(*both, strict=True)), said
+
+    return play
+
+
+def settings_of(folder) -> dict:
+    return json.loads((folder / "train_config.json").read_text())
+
+
+@pytest.mark.slow
+def test_cards_with_different_memory_free_train_one_adapter_by_the_smaller(cards_end, tiny_base, tmp_path):
+    photos, file = paint_photos(tmp_path / "photos"), tmp_path / "config.json"
+    one_word = [str(photos), "dog", "--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64"]
+    one_word += ["--max_train_steps", "2", "--num_validation_images", "0", "--report_to", "none"]
+    one_word += ["--output_dir", str(tmp_path / "word")]
+    planned = tiny_config(tiny_base, photos, tmp_path / "plan", max_train_steps=2, memory="auto")
+    file.write_text(json.dumps(planned.to_dict()))
+    played, said = cards_end(
+        {"free": [23.2, 20.8], "flags": [one_word, one_word]},
+        {"free": [23.2, 0.01], "flags": [["--config", str(file), "--cache_cross_attention"]] * 2},
+    )
+    for main, other in played:
+        assert main == other and main["code"] == 0 and main["adapter"], said
+    assert settings_of(tmp_path / "word")["rank"] == 16
+    assert settings_of(tmp_path / "plan")["gradient_checkpointing"] is True
+    assert "sdxl_16gb.toml for 21 GiB of free GPU memory" in said[0]
+
+
+@pytest.mark.slow
+def test_different_flags_and_a_card_that_is_too_small_end_both_in_one_line(cards_end, tiny_base, tmp_path):
+    photos, file = paint_photos(tmp_path / "photos"), tmp_path / "config.json"
+    file.write_text(json.dumps(tiny_config(tiny_base, photos, tmp_path / "run").to_dict()))
+    own = ["--config", str(file)]
+    sdxl = [*own, "--pretrained_model_name_or_path", STOCK_SDXL, "--resolution", "1024", "--mixed_precision", "bf16"]
+    pairs = [
+        [[*own, "--rank", "2"], [*own, "--rank", "4"]],
+        [own, [*own, "--rank", "many"]],
+        [[*own, "--memory", "auto"], own],
+        [[str(photos), "dog"], [str(photos), "cat"]],
+        [sdxl, sdxl],
+    ]
+    played, said = cards_end(*({"free": [23.2, 3.0], "flags": pair} for pair in pairs))
+    assert all(end == {"code": 2, "adapter": None} for both in played for end in both), said
+    main, other = ([line for line in words.splitlines() if line.startswith("error: ")] for words in said)
+    assert len(main) == len(other) == len(pairs), said
+    same = "give all processes the same flags and files."
+    assert main[0] == other[0] == f"error: process 1 has --rank 4, and the main process --rank 2: {same}"
+    assert main[1] == f"error: process 1 ended: {other[1].removeprefix('error: ')}" and "many" in other[1]
+    assert main[2] == f"error: process 1 has --memory None, and the main process --memory 'auto': {same}"
+    assert main[3] == f"error: process 1 has cat, and the main process dog: {same}"
+    assert main[4] == f"error: process 1 ended: {other[4].removeprefix('error: ')}" and "3.0 GiB are free" in other[4]
+    assert not any("Traceback" in words for words in said)
+
+
+def test_processes_may_differ_in_their_number_their_cache_and_how_a_number_is_written():
+    own = {"local_rank": 1, "cache_dir": "/disk", "hub_token": "secret", "rank": "8"}
+    assert in_lines(own) == in_lines({"rank": 8}) != in_lines({})

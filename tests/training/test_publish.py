@@ -1,26 +1,37 @@
-"""What leaves the machine, and what a person sees: hub files, card, contact sheet, loss plot."""
+"""What a run tells, draws and leaves: samples, trackers, card, pictures, and what leaves the machine."""
 
+import io
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from accelerate.tracking import TensorBoardTracker
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
 from dreambooth_moslora.adapters.proof import FileProof, Proof
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk.events import StepDone
-from dreambooth_moslora.disk.run_folder import SIGNATURE, pictures_named
+from dreambooth_moslora.disk.run_folder import SIGNATURE, RunDir, pictures_named
+from dreambooth_moslora.generation.fixed_seeds import SampleRequest, stopper
 from dreambooth_moslora.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.plan.checks import check_push
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig
 from dreambooth_moslora.training import model_card as hub
+from dreambooth_moslora.training import publish
+from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.model_card import CardFacts, model_card, public_files, push
-from dreambooth_moslora.training.publish import draw_loss_plot, running_mean
+from dreambooth_moslora.training.publish import ValidationSamples, draw_loss_plot, running_mean
+from dreambooth_moslora.training.reporter import Reporter
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 def card(use_dora: bool = False, **changes) -> str:
@@ -31,29 +42,20 @@ def card(use_dora: bool = False, **changes) -> str:
     return model_card(config, CardFacts(**{**values, "images": (("image_0.png", 'a "sks": dog'),), **changes}))
 
 
-def test_the_card_of_dora_says_by_program_what_its_kohya_file_is():
+def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_ended():
+    """0.29 and 0.33 of diffusers ignore `dtype=` and load fp32."""
+    assert "from_pretrained('owner/base', torch_dtype=torch.float16)" in card()
     assert "is the same adapter for ComfyUI" in card() and "DoRA" not in card()
     assert "the same adapter for" not in card(use_dora=True) and dora_table() in card(use_dora=True)
-
-
-def test_the_card_s_snippet_loads_half_precision_in_old_and_new_diffusers():
-    """0.29 and 0.33 ignore `dtype=` and load fp32."""
-    assert "from_pretrained('owner/base', torch_dtype=torch.float16)" in card()
+    assert "3.0e-07" in card() and "stopped at step" not in card()
+    assert "stopped at step 120" in card(step=120)
 
 
 def test_only_the_adapter_its_card_and_its_pictures_are_pushed(tmp_path):
     public = ["README.md", "dog.kohya.safetensors", "image_0.png", "pytorch_lora_weights.safetensors"]
-    private = [
-        "contact_sheet.png",
-        "train_config.json",
-        "metrics.jsonl",
-        "train.log",
-        "samples/step_000000_0.png",
-        "class_images/class_1_00000.png",
-        "checkpoint-5/moslora_weights.safetensors",
-        "earlier_run_1/dog.kohya.safetensors",
-        "best/pytorch_lora_weights.safetensors",
-    ]
+    private = ["contact_sheet.png", "train_config.json", "metrics.jsonl", "train.log", "samples/step_000000_0.png"]
+    private += ["class_images/class_1_00000.png", "checkpoint-5/moslora_weights.safetensors"]
+    private += ["earlier_run_1/dog.kohya.safetensors", "best/pytorch_lora_weights.safetensors"]
     for name in [*public, *private]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -71,10 +73,10 @@ def test_names_that_read_as_patterns_are_pushed_and_no_others(name, tmp_path, mo
             self.upload_folder = lambda allow_patterns, **_: asked.extend(allow_patterns)
 
     monkeypatch.setattr(hub, "HfApi", Hub)
-    (tmp_path / f"{name}.kohya.safetensors").touch()
-    (tmp_path / "README.md").touch()
-    others = ["dog1.kohya.safetensors", "axxbx.kohya.safetensors", "log.kohya.safetensors"]
+    for file in (f"{name}.kohya.safetensors", "README.md"):
+        (tmp_path / file).touch()
     push(tmp_path, "owner/dog", None)
+    others = ["dog1.kohya.safetensors", "axxbx.kohya.safetensors", "log.kohya.safetensors"]
     found = filter_repo_objects([*public_files(tmp_path), *others], allow_patterns=asked)
     assert list(found) == public_files(tmp_path)
 
@@ -102,20 +104,17 @@ def test_a_push_that_cannot_be_done_is_one_line_and_no_failure(tmp_path, monkeyp
     assert "could not be pushed to the hub ([Errno -3] Temporary failure in name" in line and "\n" not in line
 
 
-def test_the_name_of_a_repository_is_checked_before_training_and_is_that_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi", Unreachable)
-    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
-    monkeypatch.chdir(tmp_path)
-    check_push(TrainConfig(output_dir="."))
-    with pytest.raises(UserError, match="--hub_model_id: "):
-        check_push(TrainConfig(hub_model_id="no such/name/at all"))
-
-
-def test_a_token_that_the_hub_does_not_know_is_a_mistake_before_training(monkeypatch):
+def test_name_and_token_are_checked_before_training_and_the_name_is_that_of_the_run(tmp_path, monkeypatch):
     def refuse(*_):
         raise LocalTokenNotFoundError("Token is required")
 
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as down:
+        down.setattr("huggingface_hub.HfApi", Unreachable)
+        check_push(TrainConfig(output_dir="."))
+        with pytest.raises(UserError, match="--hub_model_id: "):
+            check_push(TrainConfig(hub_model_id="no such/name/at all"))
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", refuse)
     with pytest.raises(UserError, match="--push_to_hub: Token is required"):
         check_push(TrainConfig())
@@ -144,11 +143,6 @@ def test_a_card_that_was_changed_by_hand_names_no_other_file(front):
     assert pictures_named(f"---\n{front}\n---\n{SIGNATURE}") == set()
 
 
-def test_the_card_says_how_exactly_the_files_reload_and_whether_the_run_ended():
-    assert "3.0e-07" in card() and "stopped at step" not in card()
-    assert "stopped at step 120" in card(step=120)
-
-
 def test_a_contact_sheet_has_every_row_that_has_pictures(tmp_path):
     tile = Image.new("RGB", (40, 30), (255, 0, 0))
     rows = [Row("photos", [tile] * 8), Row("none", []), Row("end", [tile], ("a very long prompt " * 10,))]
@@ -170,18 +164,164 @@ def test_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
     assert Image.open(tmp_path / "loss.png").size[0] > 500 and (tmp_path / "loss.png").read_bytes() != first
 
 
-@pytest.mark.parametrize("draw", ["sheet", "plot"])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: draw_contact_sheet([Row("photos", [Image.new("RGB", (8, 8))])], path),
+        lambda path: draw_loss_plot([StepDone(1, loss_instance=1.0)], path),
+    ],
+)
 def test_a_picture_that_cannot_be_written_leaves_the_one_before(draw, tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    path.write_bytes(b"before")
+    def fail_full(_):
+        raise OSError(28, "full")
+
+    (tmp_path / "a.png").write_bytes(b"before")
     monkeypatch.setattr("dreambooth_moslora.core.os.fsync", fail_full)
     with pytest.raises(OSError, match="full"):
-        if draw == "sheet":
-            draw_contact_sheet([Row("photos", [Image.new("RGB", (8, 8))])], path)
-        else:
-            draw_loss_plot([StepDone(1, loss_instance=1.0)], path)
-    assert path.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+        draw(tmp_path / "a.png")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
 
 
-def fail_full(_):
-    raise OSError(28, "full")
+@pytest.fixture
+def config(tiny_base, tmp_path):
+    """Three steps without pictures."""
+    photos = paint_photos(tmp_path / "photos")
+    return lambda **changes: tiny_config(tiny_base, photos, tmp_path / "run", **{"max_train_steps": 3, **changes})
+
+
+DRAWN = {"num_validation_images": 3, "validation_steps": 2}
+
+
+@pytest.mark.slow
+def test_photos_that_were_moved_in_training_cost_their_place_on_the_sheet_only(config, tmp_path, caplog):
+    events = []
+
+    def note(event):
+        events.append(event)
+        if event.kind == "step":
+            shutil.rmtree(tmp_path / "photos", ignore_errors=True)
+
+    train(config(max_train_steps=1, num_validation_images=1), note)
+    assert events[-1].state == "done" and (tmp_path / "run" / "contact_sheet.png").is_file()
+    assert caplog.text.count("the contact sheet is without a photo") == 3
+
+
+def test_a_push_that_fails_costs_no_picture_and_comes_before_them(config, tmp_path, monkeypatch):
+    there = []
+
+    def push(folder, *_):
+        there.extend(path.name for path in folder.iterdir())
+        raise UserError("no hub")
+
+    monkeypatch.setattr(publish, "push", push)
+    with pytest.raises(UserError, match="no hub"):
+        train(config(max_train_steps=1, push_to_hub=True))
+    assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(there) and "loss.png" not in there
+    assert (tmp_path / "run" / "loss.png").is_file()
+
+
+def test_the_pipeline_is_asked_within_a_picture():
+    tensors = {"latents": 1}
+    assert stopper(lambda: False)(None, 0, None, tensors) is tensors
+    with pytest.raises(StopRequestedError):
+        stopper(lambda: True)(None, 0, None, tensors)
+
+
+def test_a_stop_in_the_first_pictures_is_heard_before_they_are_all_drawn(config, tmp_path):
+    samples = tmp_path / "run" / "samples"
+    result = train(config(**DRAWN), should_stop=(samples / "step_000000_0.png").exists)
+    assert result.interrupted and result.step == 0
+    assert [path.name for path in samples.iterdir()] == ["step_000000_0.png"]
+
+
+@pytest.mark.slow
+def test_a_stop_in_later_pictures_saves_the_step_and_they_are_drawn_when_the_run_goes_on(config, tmp_path):
+    run = RunDir(tmp_path / "run")
+    result = train(config(**DRAWN), should_stop=(run.samples_dir / "step_000002_0.png").exists)
+    assert result.interrupted and result.step == 2 and run.adapter_path.is_file()
+    assert not (run.samples_dir / "step_000002_1.png").exists()
+    train(config(resume_from_checkpoint="latest", **DRAWN))
+    assert [event["step"] for event in run.read_metrics() if event["type"] == "sample"] == [0, 2, 3]
+
+
+class Interrupted:
+    """An evaluator that is interrupted the first time."""
+
+    prompts = ()
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, sampler, step):
+        self.asked.append(step)
+        if len(self.asked) == 1:
+            raise StopRequestedError
+        return {"score": 1.0, "best": {"step": step, "score": 1.0, "since": 0}}
+
+
+@pytest.mark.slow
+def test_a_step_that_was_not_scored_is_scored_when_the_run_goes_on(config, tmp_path):
+    evaluator, plain = Interrupted(), {"evaluate_steps": 2}
+    train(config(**plain), evaluator=evaluator, should_stop=lambda: bool(evaluator.asked))
+    assert train(config(resume_from_checkpoint="latest", **plain), evaluator=evaluator).step == 3
+    assert evaluator.asked == [2, 2]
+    assert [e["step"] for e in RunDir(tmp_path / "run").read_metrics() if e["type"] == "evaluation"] == [2]
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", None])
+def test_a_damaged_picture_of_step_0_is_left_out_of_the_contact_sheet(damage, tmp_path):
+    samples = ValidationSamples(RunDir(tmp_path), [SampleRequest("a dog", seed) for seed in range(2)], [], 1)
+    samples.save(samples.path(0, 0), Image.new("RGB", (8, 8), "red"))
+    samples.save(samples.path(0, 1), Image.new("RGB", (8, 8), "blue"))
+    samples.path(0, 0).unlink() if damage is None else samples.path(0, 0).write_bytes(damage)
+    assert [picture.getpixel((0, 0)) for picture in samples.first(range(2))] == [(0, 0, 255)]
+
+
+def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():
+    def told_of(**settings) -> dict:
+        got = {}
+        accelerator = SimpleNamespace(init_trackers=lambda _, config: got.update(config))
+        Reporter(None, accelerator, None).start_trackers(TrainConfig(**settings))
+        return got
+
+    told = told_of(optimizer="Prodigy", learning_rate=1.0, random_flip=True)
+    assert (told["optimizer"], told["learning_rate"], told["random_flip"]) == ("Prodigy", 1.0, True)
+    for name in [name for name, (kind, _) in FIELD_TYPES.items() if kind is str]:
+        if not SETTINGS[name].metadata["choices"]:
+            assert "alice" not in told_of(**{name: "alice"}).values(), name
+
+
+def test_a_tracker_that_cannot_start_is_a_mistake_before_anything_is_loaded(config, tmp_path, caplog):
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / "dreambooth_moslora").write_text("no folder")
+    events = []
+    with pytest.raises(UserError, match=r"--report_to tensorboard cannot start: FileExistsError .*; none trains"):
+        train(config(report_to="tensorboard"), events.append)
+    assert [event.kind for event in events] == ["start", "end"] and not caplog.text
+
+
+def test_a_tracker_that_fails_on_the_way_is_said_once_and_the_run_goes_on(config, monkeypatch, caplog):
+    asked, log = [], TensorBoardTracker.log
+
+    def fail_later(self, values, step, **options):
+        asked.append(step)
+        if step > 1:
+            raise ConnectionError("no\nnetwork")
+        log(self, values, step, **options)
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fail_later)
+    assert train(config(report_to="tensorboard")).proof is not None
+    assert asked == [1, 2]
+    assert caplog.text.count("tensorboard failed and is not used again in this run: ConnectionError no network") == 1
+
+
+@pytest.mark.slow
+def test_the_samples_go_to_tensorboard_as_they_are_and_without_their_prompts(config, tmp_path):
+    train(config(report_to="tensorboard", num_validation_images=2, validation_steps=2))
+    logs = EventAccumulator(str(tmp_path / "run" / "logs" / "dreambooth_moslora")).Reload()
+    shown = logs.Images("samples")
+    assert [picture.step for picture in shown] == [0, 2, 3] and logs.Tags()["images"] == ["samples"]
+    sheet = np.asarray(Image.open(io.BytesIO(shown[1].encoded_image_string)))
+    saved = [np.asarray(Image.open(tmp_path / "run" / "samples" / f"step_000002_{n}.png")) for n in (0, 1)]
+    assert np.array_equal(sheet, np.concatenate(saved, axis=1))
+    assert [scalar.step for scalar in logs.Scalars("loss")] == [1, 2, 3]

@@ -1,0 +1,245 @@
+"""What a run is said to need, what fits a card, and which plan `--memory` takes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
+from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.plan import memory as memory_plan
+from dreambooth_moslora.plan.checks import preflight
+from dreambooth_moslora.plan.memory import RECIPES, STOCK_SDXL, USABLE, BaseSize, choose_memory, estimate, size_of_base
+from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.table import TrainConfig
+
+GIB = 2**30
+
+SDXL = TrainConfig(
+    pretrained_model_name_or_path=STOCK_SDXL, train_batch_size=1, resolution=1024, rank=16, memory="auto"
+)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretend that there is a GPU with so much free beside CUDA's context; bitsandbytes is there."""
+
+    def put(free_gib: float, capability: int = 8) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (capability, 0))
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= 8)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "a GPU")
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (int(free_gib * GIB), 80 * GIB))
+
+    monkeypatch.setattr(memory_plan, "find_spec", lambda name: True)
+    return put
+
+
+def chosen(config: TrainConfig) -> tuple:
+    return config.mixed_precision, config.gradient_checkpointing, config.base_quantization
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "capability", "settings"),
+    [
+        (23.0, 8, ("bf16", False, "none")),
+        (23.0, 7, ("fp16", False, "none")),
+        (9.0, 8, ("bf16", True, "none")),
+        (5.5, 8, ("bf16", True, "nf4")),
+    ],
+)
+def test_the_first_plan_that_fits_is_taken(card, free_gib, capability, settings):
+    card(free_gib, capability)
+    found = choose_memory(SDXL)
+    assert chosen(found) == settings
+    assert estimate(found, BaseSize(), 1).peak_gib <= USABLE * (free_gib + 0.5)
+    assert choose_memory(found) == found
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "recomputed", "cached"),
+    [(11.9, False, False), (11.2, False, True), (9.0, True, False), (7.0, True, True)],
+)
+def test_the_texts_projections_leave_where_that_saves_recomputation_or_bits(card, free_gib, recomputed, cached):
+    """`free_gib` is beside CUDA's context."""
+    card(free_gib)
+    found = choose_memory(SDXL)
+    assert chosen(found) == ("bf16", recomputed, "none") and found.cache_cross_attention == cached
+
+
+def test_no_plan_caches_a_text_that_changes(card):
+    card(11.2)
+    found = choose_memory(replace(SDXL, train_text_encoder=True))
+    assert chosen(found) == ("bf16", True, "none") and not found.cache_cross_attention
+    with pytest.raises(UserError, match="--cache_cross_attention and --use_dora"):
+        choose_memory(replace(SDXL, memory="full_cached", use_dora=True))
+
+
+def test_4_bit_and_cached_text_exclude_each_other(card):
+    card(4)
+    found = choose_memory(replace(SDXL, cache_cross_attention=True))
+    assert chosen(found) == ("bf16", True, "none") and found.cache_cross_attention
+    with pytest.raises(UserError, match="--cache_cross_attention and --base_quantization"):
+        choose_memory(replace(SDXL, memory="nf4", cache_cross_attention=True))
+
+
+def test_what_was_given_stays(card):
+    card(23.0)
+    given = replace(SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8")
+    assert chosen(choose_memory(given)) == ("fp16", True, "int8")
+    assert chosen(choose_memory(replace(given, memory="nf4"))) == ("fp16", True, "int8")
+    plain = replace(SDXL, memory=None)
+    assert choose_memory(plain) is plain
+
+
+def test_without_a_gpu_nothing_is_chosen_for_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert chosen(choose_memory(SDXL)) == (None, False, "none")
+    assert chosen(choose_memory(replace(SDXL, memory="recompute"))) == (None, True, "none")
+
+
+def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
+    card(9.0)
+    begun = choose_memory(replace(SDXL, output_dir=str(tmp_path)))
+    (tmp_path / "train_config.json").write_text(json.dumps(begun.to_dict()))
+    card(80.0)
+    resumed = choose_memory(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+    assert chosen(resumed) == ("bf16", True, "none") and resumed.cache_cross_attention == begun.cache_cross_attention
+
+
+def test_a_dry_run_says_what_each_plan_needs(capsys):
+    assert train_main(["--config", "assets/configs/quickstart.toml", "--dry_run", "--memory", "recompute"]) == 0
+    said = capsys.readouterr().out
+    assert "gradient_checkpointing = true" in said and "memory plans: full 0." in said
+    assert "(--memory recompute)" in said
+
+
+GIB = 2**30
+
+SETTINGS = {
+    "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
+    "instance_data_dir": ".",
+    "instance_prompt": "a photo of sks dog",
+    "resolution": 1024,
+    "train_batch_size": 1,
+}
+
+
+def cost(**changes):
+    return estimate(TrainConfig.from_dict(SETTINGS | {"mixed_precision": "bf16"} | changes), BaseSize(), 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("px", "rank", "batch", "recomputed", "cached"),
+    [(1024, 16, 1, False, False), (512, 128, 1, False, True), (768, 16, 2, True, False), (512, 16, 4, True, True)],
+)
+def test_the_estimate_is_within_a_tenth_of_the_count(px, rank, batch, recomputed, cached):
+    config = run_config(px, rank, batch, recomputed, cached)
+    unet = adapted_unet(config)
+    assert estimated_total_gib(config) == pytest.approx(counted_total_gib(unet, count(config, unet)), rel=0.1)
+
+
+def test_a_quantised_unet_counts_as_it_weighs():
+    """Of SETTINGS's 2.567 billion numbers 2.184 are in projections of blocks; the others stay in half precision."""
+    dense, nf4, int8 = (cost(base_quantization=kind).sampling_gib for kind in ("none", "nf4", "int8"))
+    assert dense - nf4 == pytest.approx(4.78 - 1.76, abs=0.02)
+    assert dense - int8 == pytest.approx(4.78 - 2.75, abs=0.02)
+
+
+def test_cached_text_counts_as_its_products_weigh():
+    """340.8 million numbers of SETTINGS's are on the host; 77 tokens have 166,400 products."""
+    for changes, images in (({}, 1), ({"train_batch_size": 3}, 3)):
+        live, cached = cost(**changes), cost(**changes, cache_cross_attention=True)
+        saved = (340_787_200 - images * 77 * 166_400) * 2 / GIB
+        assert live.training_gib - cached.training_gib == pytest.approx(saved)
+        assert live.encoding_gib == cached.encoding_gib
+    sampling = cost(cache_cross_attention=True).sampling_gib
+    assert sampling == pytest.approx(cost().sampling_gib - (340_787_200 - 2 * 77 * 166_400) * 2 / GIB)
+
+
+def test_the_texts_projections_are_counted_in_the_files(tiny_base):
+    from dreambooth_moslora.base.load import TextProducts, load_pipeline
+
+    layers = TextProducts(load_pipeline(tiny_base).unet, torch.device("cpu")).layers
+    size = size_of_base(tiny_base, ("to_q",))
+    assert size.text_projections == sum(layer.host_weight.numel() for layer in layers)
+    assert size.text_outputs == sum(layer.out_features for layer in layers) > 0
+
+
+def test_a_unet_that_is_still_on_the_cpu_is_not_counted():
+    class_images = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
+    alone, with_unet = cost().encoding_gib, cost(**class_images).encoding_gib
+    assert alone < 5.0 and with_unet > alone + 3.0
+
+
+def test_projections_are_counted_in_the_files(tiny_base):
+    from bitsandbytes.nn import Linear4bit
+
+    from dreambooth_moslora.base.load import load_pipeline, quantize
+
+    unet = load_pipeline(tiny_base).unet
+    quantize(unet, "nf4", torch.float32)
+    layers = [m for m in unet.modules() if type(m) is Linear4bit]
+    numbers = sum(layer.in_features * layer.out_features for layer in layers)
+    assert size_of_base(tiny_base, ("to_q",)).projections == numbers > 0
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "says"),
+    [
+        (15.0, r"needs about 2\d\.\d GiB .* 15\.5 GiB are free: give --mixed_precision bf16 \(then 10"),
+        (7.4, r"give --mixed_precision bf16 --gradient_checkpointing .* start from assets/configs/sdxl_8gb.toml"),
+        (5.4, r"--base_quantization nf4 \(then [45]\.\d GiB\), or start from assets/configs/sdxl_6gb.toml"),
+        (2.0, r"give a smaller --resolution than 1024"),
+    ],
+)
+def test_a_run_beyond_the_card_is_refused_with_the_nearest_one_that_fits(card, free_gib, says):
+    card(free_gib)
+    with pytest.raises(UserError, match=says):
+        preflight(TrainConfig.from_dict(SETTINGS))
+
+
+def test_the_settings_that_are_named_on_a_card_without_bf16_are_not_refused_there(card):
+    card(14.6, capability=7)
+    two = SETTINGS | {"train_batch_size": 2}
+    says = r"give --mixed_precision fp16 --gradient_checkpointing .*16gb.toml with --mixed_precision fp16"
+    with pytest.raises(UserError, match=says):
+        preflight(TrainConfig.from_dict(two))
+    preflight(TrainConfig.from_dict(two | {"mixed_precision": "fp16", "gradient_checkpointing": True}))
+
+
+def test_a_run_within_the_card_and_a_small_base_are_let_through(card):
+    card(24.0)
+    preflight(TrainConfig.from_dict(SETTINGS | {"mixed_precision": "bf16"}))
+    card(0.1)
+    preflight(TrainConfig.from_dict(SETTINGS | {"pretrained_model_name_or_path": "toy", "resolution": 128}))
+
+
+CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
+
+SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}
+
+CLASS = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
+
+
+def peak_gib(gb: int, **changes) -> float:
+    config = TrainConfig.from_dict(load_settings(CONFIGS / f"sdxl_{gb}gb.toml") | SUBJECT | changes)
+    return estimate(config, BaseSize(), 400).peak_gib
+
+
+@pytest.mark.parametrize("gb", RECIPES)
+def test_a_recipe_fits_its_card_at_sdxls_own_size(gb):
+    """A desktop and what the allocator loses take a tenth. The 16 GB recipe recomputes to keep the class."""
+    settings = load_settings(CONFIGS / f"sdxl_{gb}gb.toml")
+    assert (settings["resolution"], settings["mixed_precision"], settings["variant"]) == (1024, "bf16", "fp16")
+    assert not settings.get("use_8bit_adam")
+    assert peak_gib(gb) <= 0.9 * gb
+    assert peak_gib(gb, **CLASS, **({"gradient_checkpointing": True} if gb == 16 else {})) <= 0.9 * gb
+
+
+def test_there_is_a_recipe_for_each_card_that_a_refusal_can_name():
+    assert {path.name for path in CONFIGS.glob("sdxl_*gb.toml")} == {f"sdxl_{gb}gb.toml" for gb in RECIPES}
