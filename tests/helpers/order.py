@@ -11,6 +11,7 @@ LONGEST = (
     "training/test_python_gpu.py",
     "ui/test_subjects_in_browser.py",
     "training/test_resume.py",
+    "training/test_processes.py",
     "training/test_selftest.py",
     "training/test_kill.py",
     "docs/test_notebook.py",

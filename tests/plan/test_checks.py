@@ -32,21 +32,23 @@ def check(output, photos="photos", **changes):
     check_folders(TrainConfig(output_dir=str(output), instance_data_dir=str(photos), **changes))
 
 
-@pytest.mark.parametrize("output", ["", " ", ".", "../photos", "{photos}"])
-def test_neither_an_empty_name_nor_the_photo_folder_is_a_run_folder(output, tmp_path, monkeypatch):
+ITSELF = r"--output_dir .* itself: name a folder of the run's own"
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        *((output, "--output_dir") for output in ("", " ", ".", "../photos", "{home}/photos")),
+        *((output, ITSELF) for output in ("/", "//", "~", "{home}/.", "{home}/photos/..")),
+    ],
+)
+def test_neither_an_empty_name_nor_photos_nor_root_nor_home_is_a_run_folder(output, says, tmp_path, monkeypatch):
     photos = paint_photos(tmp_path / "photos")
     monkeypatch.chdir(photos)
-    with pytest.raises(UserError, match="--output_dir"):
-        check(output.format(photos=photos), photos)
-
-
-@pytest.mark.parametrize("output", ["/", "//", "~", "{home}/.", "{home}/photos/.."])
-def test_neither_the_root_nor_the_home_is_a_run_folder(output, tmp_path, monkeypatch):
-    paint_photos(tmp_path / "photos")
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"--output_dir .* itself: name a folder of the run's own"):
-        check(output.format(home=tmp_path))
-    check(tmp_path / "run")
+    with pytest.raises(UserError, match=says):
+        check(output.format(home=tmp_path), photos)
+    check(tmp_path / "run", photos)
 
 
 @pytest.mark.parametrize("name", ["output_dir", "instance_data_dir", "class_data_dir", "dataset_name"])
@@ -73,14 +75,11 @@ def test_a_default_cache_that_cannot_be_used_is_said_before_training(cache, tmp_
         check(tmp_path / "run", tmp_path / "photos", caching="disk", cache_dir="/proc")
 
 
-@pytest.mark.parametrize("name", ["a\nb", "d" * 245, "ü" * 101])
-def test_a_folder_of_which_no_adapter_can_be_called_is_refused_before_training(name, tmp_path):
-    with pytest.raises(UserError, match="name"):
-        check(tmp_path / name)
+def test_a_folder_of_which_no_adapter_can_be_called_is_refused_and_the_longest_leaves_room(tmp_path):
+    for name in ("a\nb", "d" * 245, "ü" * 101):
+        with pytest.raises(UserError, match="name"):
+            check(tmp_path / name)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_longest_name_leaves_room_for_every_file_and_its_temporary(tmp_path):
     run = RunDir(tmp_path / ("d" * 200))
     check(run.path)
     run.path.mkdir()
@@ -96,36 +95,28 @@ def test_the_present_folder_lends_the_best_adapter_its_name_too(tiny_base, tmp_p
 
 
 @pytest.mark.parametrize("inner", ["samples", "checkpoint-5", "best/mine", "class_images", "masks"])
-def test_photos_are_not_taken_from_where_a_run_writes(inner, tmp_path):
+def test_photos_are_not_taken_from_where_a_run_writes_nor_the_class_from_them(inner, tmp_path):
     with pytest.raises(UserError, match="--instance_data_dir"):
         check(tmp_path, tmp_path / inner)
-
-
-def test_the_class_is_not_learnt_from_the_subjects_photos(tmp_path):
     with pytest.raises(UserError, match="--class_data_dir is the folder of --instance_data_dir"):
-        check(tmp_path / "run", tmp_path / "photos", class_data_dir=f"{tmp_path}/x/../photos")
-
-
-def test_photo_folders_that_a_run_leaves_alone_may_be_near(tmp_path):
+        check(tmp_path / "run", tmp_path / inner, class_data_dir=f"{tmp_path}/x/../{inner}")
     check(tmp_path, tmp_path / "photos", class_data_dir=str(tmp_path / "class_images"))
     check(tmp_path / "photos" / "run", tmp_path / "photos")
 
 
 def test_a_run_is_refused_before_it_touches_the_photos(tiny_base, tmp_path):
     photos = paint_photos(tmp_path / "photos")
-    (photos / "0.png").rename(photos / "image_0.png")
+    (photos / "image_0.png").write_bytes((photos / "0.png").read_bytes())
     (photos / "README.md").write_text("my photos")
     before = {path.name: path.read_bytes() for path in photos.iterdir()}
     with pytest.raises(UserError, match="is the folder of --instance_data_dir"):
         train(tiny_config(tiny_base, photos, photos))
     assert {path.name: path.read_bytes() for path in photos.iterdir()} == before
-
-
-@pytest.mark.parametrize("name", ["README.md", "image_7.png"])
-def test_a_card_or_picture_that_no_run_made_is_not_written_over(name, tmp_path):
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match="is not a run's"):
-        check(tmp_path)
+    for name in ("README.md", "image_7.png"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        with pytest.raises(UserError, match="is not a run's"):
+            check(tmp_path / name)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="everything is allowed to root")
@@ -156,35 +147,27 @@ def test_a_run_replaces_the_pictures_of_its_own_card_only(tiny_base, tmp_path):
 LAYERS = ["conv_in", "down.0.attn1.to_q", "down.0.attn1.to_k", "down.0.attn1.to_out.0", "mid.proj_in"]
 
 
-@pytest.mark.parametrize("names", [("to_q", "to_out.0"), ("attn1.to_k",), ("conv_in",), ("down.0.attn1.to_q",)])
-def test_ends_of_layers_paths_pass(names):
-    check_targets(names, LAYERS)
+def test_a_name_that_matches_nothing_is_answered_with_a_near_one_and_ends_of_paths_pass():
+    for names in (("to_q", "to_out.0"), ("attn1.to_k",), ("conv_in",), ("down.0.attn1.to_q",)):
+        check_targets(names, LAYERS)
+    near = {"to_foo": "did you mean to_", "to_out": "did you mean to_out.0", "o_q": "mean to_q", "zzz": "to_v"}
+    for name, says in near.items():
+        with pytest.raises(UserError, match=f"--target_modules {name}: .*{says}"):
+            check_targets(("to_q", name), LAYERS)
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [("to_foo", "did you mean to_"), ("to_out", "did you mean to_out.0"), ("o_q", "mean to_q"), ("zzz", "to_v")],
-)
-def test_a_name_that_matches_nothing_is_answered_with_a_near_one(name, says):
-    with pytest.raises(UserError, match=f"--target_modules {name}: .*{says}"):
-        check_targets(("to_q", name), LAYERS)
-
-
-def test_dora_on_a_convolution_is_refused_by_its_path():
+def test_dora_on_a_convolution_and_a_layer_that_other_programs_could_not_read_again_are_refused():
     layers = dict.fromkeys(LAYERS, 2) | {"conv_in": 4, "down.0.conv1": 4}
     check_layers(("to_q",), layers, use_dora=True)
     check_layers(("to_q", "conv1"), layers, use_dora=False)
     with pytest.raises(UserError, match=r"--use_dora: down.0.conv1 is a convolution; leave conv1 out of"):
         check_layers(("to_q", "conv1"), layers, use_dora=True)
-
-
-def test_a_layer_that_other_programs_could_not_read_again_is_refused():
     layers = {"time_embedding.linear_1": 2, "add_embedding.linear_1": 2}
     check_layers(("time_embedding.linear_1",), layers, use_dora=False)
-    with pytest.raises(UserError, match=r"linear_1: add_embedding.linear_1 has no name in kohya's files"):
-        check_layers(("linear_1",), layers, use_dora=False)
-    with pytest.raises(UserError, match=r"kohya's files; name the blocks: down_blocks\.\*"):
-        check_layers(("*",), layers, use_dora=False)
+    no_name = r"linear_1: add_embedding.linear_1 has no name in kohya's files"
+    for target, says in (("linear_1", no_name), ("*", r"kohya's files; name the blocks: down_blocks\.\*")):
+        with pytest.raises(UserError, match=says):
+            check_layers((target,), layers, use_dora=False)
 
 
 def pretend(monkeypatch, name: str, major: int, minor: int) -> None:
@@ -209,63 +192,49 @@ def t4(monkeypatch):
     pretend(monkeypatch, "Tesla T4", 7, 5)
 
 
-def config(**changes) -> TrainConfig:
-    return TrainConfig(**{"report_to": "none"} | changes)
+def asked(**changes):
+    preflight(TrainConfig(**{"report_to": "none"} | changes))
 
 
 @pytest.mark.parametrize("flag", ["mixed_precision", "prior_generation_precision"])
 def test_bf16_on_an_older_gpu_is_refused_with_the_way_out(flag, t4):
     says = rf"^--{flag} bf16: Tesla T4 \(compute capability 7.5\) has no bf16.*: give --{flag} fp16\.$"
     with pytest.raises(UserError, match=says):
-        preflight(config(**{flag: "bf16"}))
+        asked(**{flag: "bf16"})
 
 
-def test_a_training_that_is_called_as_a_function_is_refused_too(t4, tmp_path):
-    with pytest.raises(UserError, match="give --mixed_precision fp16"):
-        make_accelerator(config(mixed_precision="bf16"), RunDir(tmp_path / "run"))
+def test_a_training_as_a_function_and_the_precision_of_accelerate_launch_are_refused_too(t4, tmp_path, monkeypatch):
+    says = "give --mixed_precision fp16"
+    with pytest.raises(UserError, match=says):
+        make_accelerator(TrainConfig(report_to="none", mixed_precision="bf16"), RunDir(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-
-
-def test_the_precision_of_accelerate_launch_counts_where_no_flag_is_given(t4, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(UserError, match="give --mixed_precision fp16"):
-        preflight(config())
-    preflight(config(mixed_precision="fp16"))
+    with pytest.raises(UserError, match=says):
+        asked()
+    asked(mixed_precision="fp16")
 
 
-def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused(t4, monkeypatch):
+def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says_so(t4, monkeypatch, capsys):
     for precision in ("fp16", "no", None):
-        preflight(config(mixed_precision=precision))
+        asked(mixed_precision=precision)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    preflight(config(mixed_precision="bf16"))
+    asked(mixed_precision="bf16")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     pretend(monkeypatch, "NVIDIA A100", 8, 0)
-    preflight(config(mixed_precision="bf16"))
+    asked(mixed_precision="bf16")
+    for major, says in ((7, "no: use --mixed_precision fp16"), (8, "yes")):
+        pretend(monkeypatch, "a GPU", major, 0)
+        main(["doctor", "--base", "none"])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["bf16"]]
+        assert line.split(maxsplit=1)[1] == says
 
 
-@pytest.mark.parametrize(("major", "says"), [(7, "no: use --mixed_precision fp16"), (8, "yes")])
-def test_doctor_does_not_count_emulation(major, says, monkeypatch, capsys):
-    pretend(monkeypatch, "a GPU", major, 0)
-    main(["doctor", "--base", "none"])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["bf16"]]
-    assert line.split(maxsplit=1)[1] == says
-
-
-@pytest.mark.parametrize(
-    ("architecture", "precision"),
-    [
-        ("gfx1030", "fp16"),
-        ("gfx906:sramecc+:xnack-", "fp16"),
-        ("gfx90a:sramecc+:xnack-", "bf16"),
-        ("gfx942", "bf16"),
-        ("gfx1100", "bf16"),
-        ("gfx1201", "bf16"),
-    ],
-)
-def test_amd_gpus_get_bf16_by_their_architecture(architecture, precision, monkeypatch):
+def test_amd_gpus_get_bf16_by_their_architecture(monkeypatch):
     """ROCm gives the architecture's number as a compute capability: 10.3 for gfx1030."""
     pretend(monkeypatch, "an AMD GPU", 10, 3)
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    facts = SimpleNamespace(gcnArchName=architecture)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: facts)
-    assert half_precision() == precision
+    older = ("gfx1030", "gfx906:sramecc+:xnack-")
+    for name in (*older, "gfx90a:sramecc+:xnack-", "gfx942", "gfx1100", "gfx1201"):
+        facts = SimpleNamespace(gcnArchName=name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None, facts=facts: facts)
+        assert half_precision() == ("fp16" if name in older else "bf16"), name

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
+from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan import memory as memory_plan
@@ -17,7 +18,6 @@ from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
 
 GIB = 2**30
-
 SDXL = TrainConfig(
     pretrained_model_name_or_path=STOCK_SDXL, train_batch_size=1, resolution=1024, rank=16, memory="auto"
 )
@@ -43,59 +43,46 @@ def chosen(config: TrainConfig) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("free_gib", "capability", "settings"),
+    ("free_gib", "capability", "settings", "cached"),
     [
-        (23.0, 8, ("bf16", False, "none")),
-        (23.0, 7, ("fp16", False, "none")),
-        (9.0, 8, ("bf16", True, "none")),
-        (5.5, 8, ("bf16", True, "nf4")),
+        (23.0, 8, ("bf16", False, "none"), False),
+        (23.0, 7, ("fp16", False, "none"), False),
+        (11.9, 8, ("bf16", False, "none"), False),
+        (11.2, 8, ("bf16", False, "none"), True),
+        (9.0, 8, ("bf16", True, "none"), False),
+        (7.0, 8, ("bf16", True, "none"), True),
+        (5.5, 8, ("bf16", True, "nf4"), False),
     ],
 )
-def test_the_first_plan_that_fits_is_taken(card, free_gib, capability, settings):
+def test_the_first_plan_that_fits_is_taken(card, free_gib, capability, settings, cached):
+    """The text's projections leave where that saves recomputation or bits."""
     card(free_gib, capability)
     found = choose_memory(SDXL)
-    assert chosen(found) == settings
+    assert chosen(found) == settings and found.cache_cross_attention == cached
     assert estimate(found, BaseSize(), 1).peak_gib <= USABLE * (free_gib + 0.5)
     assert choose_memory(found) == found
 
 
-@pytest.mark.parametrize(
-    ("free_gib", "recomputed", "cached"),
-    [(11.9, False, False), (11.2, False, True), (9.0, True, False), (7.0, True, True)],
-)
-def test_the_texts_projections_leave_where_that_saves_recomputation_or_bits(card, free_gib, recomputed, cached):
-    """`free_gib` is beside CUDA's context."""
-    card(free_gib)
-    found = choose_memory(SDXL)
-    assert chosen(found) == ("bf16", recomputed, "none") and found.cache_cross_attention == cached
+def test_cached_text_and_one_that_changes_or_4_bit_exclude_each_other(card):
+    for free_gib, changes, cached, other in (
+        (11.2, {"train_text_encoder": True}, False, {"memory": "full_cached", "use_dora": True}),
+        (4, {"cache_cross_attention": True}, True, {"memory": "nf4", "cache_cross_attention": True}),
+    ):
+        card(free_gib)
+        found = choose_memory(replace(SDXL, **changes))
+        assert chosen(found) == ("bf16", True, "none") and found.cache_cross_attention == cached
+        second = "use_dora" if "use_dora" in other else "base_quantization"
+        with pytest.raises(UserError, match=f"--cache_cross_attention and --{second}"):
+            choose_memory(replace(SDXL, **other))
 
 
-def test_no_plan_caches_a_text_that_changes(card):
-    card(11.2)
-    found = choose_memory(replace(SDXL, train_text_encoder=True))
-    assert chosen(found) == ("bf16", True, "none") and not found.cache_cross_attention
-    with pytest.raises(UserError, match="--cache_cross_attention and --use_dora"):
-        choose_memory(replace(SDXL, memory="full_cached", use_dora=True))
-
-
-def test_4_bit_and_cached_text_exclude_each_other(card):
-    card(4)
-    found = choose_memory(replace(SDXL, cache_cross_attention=True))
-    assert chosen(found) == ("bf16", True, "none") and found.cache_cross_attention
-    with pytest.raises(UserError, match="--cache_cross_attention and --base_quantization"):
-        choose_memory(replace(SDXL, memory="nf4", cache_cross_attention=True))
-
-
-def test_what_was_given_stays(card):
+def test_what_was_given_stays_and_without_a_gpu_nothing_is_chosen_for_it(card, monkeypatch):
     card(23.0)
     given = replace(SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8")
     assert chosen(choose_memory(given)) == ("fp16", True, "int8")
     assert chosen(choose_memory(replace(given, memory="nf4"))) == ("fp16", True, "int8")
     plain = replace(SDXL, memory=None)
     assert choose_memory(plain) is plain
-
-
-def test_without_a_gpu_nothing_is_chosen_for_it(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert chosen(choose_memory(SDXL)) == (None, False, "none")
     assert chosen(choose_memory(replace(SDXL, memory="recompute"))) == (None, True, "none")
@@ -118,7 +105,6 @@ def test_a_dry_run_says_what_each_plan_needs(capsys):
 
 
 GIB = 2**30
-
 SETTINGS = {
     "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
     "instance_data_dir": ".",
@@ -143,11 +129,14 @@ def test_the_estimate_is_within_a_tenth_of_the_count(px, rank, batch, recomputed
     assert estimated_total_gib(config) == pytest.approx(counted_total_gib(unet, count(config, unet)), rel=0.1)
 
 
-def test_a_quantised_unet_counts_as_it_weighs():
-    """Of SETTINGS's 2.567 billion numbers 2.184 are in projections of blocks; the others stay in half precision."""
+def test_a_unet_counts_as_it_weighs_and_where_it_is():
+    """Of SDXL's 2.567 billion numbers 2.184 are in projections of blocks; the others stay in half precision."""
     dense, nf4, int8 = (cost(base_quantization=kind).sampling_gib for kind in ("none", "nf4", "int8"))
     assert dense - nf4 == pytest.approx(4.78 - 1.76, abs=0.02)
     assert dense - int8 == pytest.approx(4.78 - 2.75, abs=0.02)
+    class_images = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
+    alone, with_unet = cost().encoding_gib, cost(**class_images).encoding_gib
+    assert alone < 5.0 and with_unet > alone + 3.0
 
 
 def test_cached_text_counts_as_its_products_weigh():
@@ -161,31 +150,16 @@ def test_cached_text_counts_as_its_products_weigh():
     assert sampling == pytest.approx(cost().sampling_gib - (340_787_200 - 2 * 77 * 166_400) * 2 / GIB)
 
 
-def test_the_texts_projections_are_counted_in_the_files(tiny_base):
-    from dreambooth_moslora.base.load import TextProducts, load_pipeline
-
-    layers = TextProducts(load_pipeline(tiny_base).unet, torch.device("cpu")).layers
-    size = size_of_base(tiny_base, ("to_q",))
-    assert size.text_projections == sum(layer.host_weight.numel() for layer in layers)
-    assert size.text_outputs == sum(layer.out_features for layer in layers) > 0
-
-
-def test_a_unet_that_is_still_on_the_cpu_is_not_counted():
-    class_images = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
-    alone, with_unet = cost().encoding_gib, cost(**class_images).encoding_gib
-    assert alone < 5.0 and with_unet > alone + 3.0
-
-
-def test_projections_are_counted_in_the_files(tiny_base):
+def test_the_texts_projections_and_those_of_blocks_are_counted_in_the_files(tiny_base):
     from bitsandbytes.nn import Linear4bit
 
-    from dreambooth_moslora.base.load import load_pipeline, quantize
-
-    unet = load_pipeline(tiny_base).unet
+    size, unet = size_of_base(tiny_base, ("to_q",)), load_pipeline(tiny_base).unet
+    texts = TextProducts(load_pipeline(tiny_base).unet, torch.device("cpu")).layers
+    assert size.text_projections == sum(layer.host_weight.numel() for layer in texts)
+    assert size.text_outputs == sum(layer.out_features for layer in texts) > 0
     quantize(unet, "nf4", torch.float32)
     layers = [m for m in unet.modules() if type(m) is Linear4bit]
-    numbers = sum(layer.in_features * layer.out_features for layer in layers)
-    assert size_of_base(tiny_base, ("to_q",)).projections == numbers > 0
+    assert size.projections == sum(layer.in_features * layer.out_features for layer in layers) > 0
 
 
 @pytest.mark.parametrize(
@@ -203,16 +177,13 @@ def test_a_run_beyond_the_card_is_refused_with_the_nearest_one_that_fits(card, f
         preflight(TrainConfig.from_dict(SETTINGS))
 
 
-def test_the_settings_that_are_named_on_a_card_without_bf16_are_not_refused_there(card):
+def test_the_settings_that_are_named_fit_and_so_does_a_small_base(card):
     card(14.6, capability=7)
     two = SETTINGS | {"train_batch_size": 2}
     says = r"give --mixed_precision fp16 --gradient_checkpointing .*16gb.toml with --mixed_precision fp16"
     with pytest.raises(UserError, match=says):
         preflight(TrainConfig.from_dict(two))
     preflight(TrainConfig.from_dict(two | {"mixed_precision": "fp16", "gradient_checkpointing": True}))
-
-
-def test_a_run_within_the_card_and_a_small_base_are_let_through(card):
     card(24.0)
     preflight(TrainConfig.from_dict(SETTINGS | {"mixed_precision": "bf16"}))
     card(0.1)
@@ -220,26 +191,17 @@ def test_a_run_within_the_card_and_a_small_base_are_let_through(card):
 
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
-
 SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}
-
 CLASS = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
 
 
-def peak_gib(gb: int, **changes) -> float:
-    config = TrainConfig.from_dict(load_settings(CONFIGS / f"sdxl_{gb}gb.toml") | SUBJECT | changes)
-    return estimate(config, BaseSize(), 400).peak_gib
-
-
-@pytest.mark.parametrize("gb", RECIPES)
-def test_a_recipe_fits_its_card_at_sdxls_own_size(gb):
+def test_there_is_a_recipe_for_each_card_that_a_refusal_can_name_and_it_fits_at_sdxls_own_size():
     """A desktop and what the allocator loses take a tenth. The 16 GB recipe recomputes to keep the class."""
-    settings = load_settings(CONFIGS / f"sdxl_{gb}gb.toml")
-    assert (settings["resolution"], settings["mixed_precision"], settings["variant"]) == (1024, "bf16", "fp16")
-    assert not settings.get("use_8bit_adam")
-    assert peak_gib(gb) <= 0.9 * gb
-    assert peak_gib(gb, **CLASS, **({"gradient_checkpointing": True} if gb == 16 else {})) <= 0.9 * gb
-
-
-def test_there_is_a_recipe_for_each_card_that_a_refusal_can_name():
     assert {path.name for path in CONFIGS.glob("sdxl_*gb.toml")} == {f"sdxl_{gb}gb.toml" for gb in RECIPES}
+    for gb in RECIPES:
+        settings = load_settings(CONFIGS / f"sdxl_{gb}gb.toml")
+        assert (settings["resolution"], settings["mixed_precision"], settings["variant"]) == (1024, "bf16", "fp16")
+        assert not settings.get("use_8bit_adam")
+        for changes in ({}, CLASS | ({"gradient_checkpointing": True} if gb == 16 else {})):
+            config = TrainConfig.from_dict(settings | SUBJECT | changes)
+            assert estimate(config, BaseSize(), 400).peak_gib <= 0.9 * gb

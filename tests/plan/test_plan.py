@@ -19,20 +19,11 @@ from tests.helpers.tiny_training import paint_photos
 
 def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_base, encoders, tmp_path, monkeypatch):
     """Encoding and scoring open them for their pixels, by `photo.open_rgb`."""
-    opened, plans = Counter(), []
-
-    def counting(path, *sizes):
-        opened[path.name] += 1
-        return open_image(path, *sizes)
-
-    def planning(*settings):
-        plans.append(settings)
-        return estimate(*settings)
-
-    open_image, estimate = folder.open_image, plan.estimate
+    opened, plans, open_image, estimate = Counter(), [], folder.open_image, plan.estimate
+    counting = lambda path, *sizes: opened.update([path.name]) or open_image(path, *sizes)  # noqa: E731
     monkeypatch.setattr(folder, "open_image", counting)
     monkeypatch.setattr(masks, "open_image", counting)
-    monkeypatch.setattr(plan, "estimate", planning)
+    monkeypatch.setattr(plan, "estimate", lambda *settings: plans.append(settings) or estimate(*settings))
     monkeypatch.setattr("dreambooth_moslora.evaluation.during_training.load_encoders", lambda name: encoders)
     photos = paint_photos(tmp_path / "photos")
     flags = ["--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64", "--report_to", "none"]
@@ -52,15 +43,10 @@ def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_
     ],
 )
 def test_an_epoch_has_the_steps_that_diffusers_script_counts(batch, accumulation, repeats, prior, processes, steps):
-    config = TrainConfig(
-        train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        repeats=repeats,
-        with_prior_preservation=prior,
-        class_prompt="a dog",
-        num_class_images=37,
-    )
-    assert plan_steps(config, 7, processes).steps_an_epoch == steps
+    sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation, "repeats": repeats}
+    classes = {"with_prior_preservation": prior, "class_prompt": "a dog", "num_class_images": 37}
+    plan = plan_steps(TrainConfig(num_train_epochs=2, **sizes, **classes), 7, processes)
+    assert (plan.steps_an_epoch, plan.total_steps) == (steps, 2 * steps)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +58,12 @@ def test_exposures_a_photo_set_the_steps(batch, accumulation, processes, steps):
     plan = plan_steps(TrainConfig(exposures_per_photo=50, **sizes), 7, processes)
     assert plan.total_steps == steps
     assert 50 <= plan.exposures_a_photo < 50 + plan.photos_a_step / 7
+
+
+def test_steps_are_counted_for_the_subject_with_the_most_photos():
+    plan = plan_steps(TrainConfig(exposures_per_photo=40, train_batch_size=4), (5, 2))
+    assert (plan.total_steps, plan.exposures_a_photo, plan.exposures_a_subject) == (100, 40, 200)
+    assert plan_steps(TrainConfig(num_train_epochs=2, train_batch_size=1), (5, 2)).total_steps == 20
 
 
 def test_too_few_exposures_are_said_with_the_flag_that_sets_them():

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan import processes
-from dreambooth_moslora.plan import processes as accelerator_module
+from dreambooth_moslora.plan.memory import in_lines
 from dreambooth_moslora.plan.processes import agreed, make_accelerator, on_each, on_main, refusal, share_out
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.threads import as_processes
@@ -106,16 +106,14 @@ def test_processes_that_find_other_checkpoints_end_in_one_line(ends):
             step = steps[accelerator.process_index]
             return fail(UserError(step)) if isinstance(step, str) else step
 
-        words = lambda step: f"step {step}"  # noqa: E731
-        return ends(2, lambda accelerator: agreed(accelerator, lambda: find(accelerator), words))
+        return ends(2, lambda accelerator: agreed(accelerator, lambda: find(accelerator), lambda step: f"step {step}"))
 
     assert found(4, 4) == [4, 4]
     for error in found(4, 0):
         assert str(error).startswith("process 1 has step 0, and the main process step 4: the photos, ")
         assert str(error).endswith("must be on a disk that all machines share.")
-    own, heard = found("no checkpoint there", 4)
-    assert [str(own), str(heard)] == ["no checkpoint there", "the main process ended: no checkpoint there"]
-    assert [str(error) for error in found("damaged", "damaged")] == ["damaged"] * 2
+    said = [str(error) for error in found("no checkpoint there", 4) + found("damaged", "damaged")]
+    assert said == ["no checkpoint there", "the main process ended: no checkpoint there", "damaged", "damaged"]
 
 
 def test_of_several_lines_those_that_differ_are_named_with_the_remedy(ends):
@@ -124,29 +122,34 @@ def test_of_several_lines_those_that_differ_are_named_with_the_remedy(ends):
     assert {str(error) for error in found} == {"process 1 has seed 2, and the main process seed 1: be alike."}
 
 
-REFUSED = {
-    ("ACCELERATE_MIXED_PRECISION", "fp7"): (
-        None,
-        "asks for the precision fp7: give --mixed_precision no, fp16 or bf16",
+BEGIN = {
+    ("ACCELERATE_MIXED_PRECISION", "fp7"): "asks for the precision fp7: give --mixed_precision no, fp16 or bf16",
+    ("ACCELERATE_DYNAMO_BACKEND", "two"): "^accelerate says: 'TWO' is not a valid DynamoBackend; look",
+    **dict.fromkeys(
+        [(f"ACCELERATE_USE_{name}", "true") for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM")],
+        "adapters need no sharding; use accelerate launch --multi_gpu",
     ),
-    ("ACCELERATE_DYNAMO_BACKEND", "two"): ("bf16", "^accelerate says: 'TWO' is not a valid DynamoBackend; look"),
+    ("WORLD_SIZE", "2"): r"2 processes were started .* accelerate joins 1",  # each would be the main process
 }
 
 
-@pytest.mark.parametrize("setting", REFUSED)
-def test_a_setting_of_accelerates_own_is_blamed_on_no_flag(setting, tmp_path, monkeypatch):
-    precision, says = REFUSED[setting]
+@pytest.fixture
+def begin(tmp_path):
+    return lambda **changes: make_accelerator(TrainConfig(report_to="none", **changes), RunDir(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("setting", BEGIN)
+def test_what_a_launcher_sets_is_refused_in_one_line_and_blamed_on_no_flag(setting, begin, monkeypatch):
     monkeypatch.setenv(*setting)
-    with pytest.raises(UserError, match=says):
-        make_accelerator(TrainConfig(report_to="none", mixed_precision=precision), RunDir(tmp_path / "run"))
+    with pytest.raises(UserError, match=BEGIN[setting]):
+        begin(mixed_precision="bf16" if "DYNAMO" in setting[0] else None)
 
 
 @pytest.mark.parametrize("number", ["4", "two"])
-def test_accelerates_own_accumulation_divides_no_gradient_again(number, tmp_path, monkeypatch):
+def test_accelerates_own_accumulation_divides_no_gradient_again(number, begin, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", number)
-    accelerator = make_accelerator(TrainConfig(report_to="none"), RunDir(tmp_path / "run"))
     weight = torch.ones(1, requires_grad=True)
-    accelerator.backward(weight.sum())
+    begin().backward(weight.sum())
     assert weight.grad.item() == 1
 
 
@@ -156,24 +159,15 @@ def test_the_flag_is_named_where_it_is_to_blame():
     assert refusal("bf16", said) == f"--mixed_precision bf16: {said}"
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_sharding_is_refused_in_one_line(name, tmp_path, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(UserError, match="adapters need no sharding; use accelerate launch --multi_gpu"):
-        make_accelerator(TrainConfig(report_to="none"), RunDir(tmp_path / "run"))
-
-
-def test_processes_that_accelerate_does_not_join_are_refused(tmp_path, monkeypatch):
-    """Each of them would be the main process and write the same folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"2 processes were started .* accelerate joins 1"):
-        make_accelerator(TrainConfig(report_to="none"), RunDir(tmp_path / "run"))
-
-
 @pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("cuda", 0)])
-def test_freed_memory_is_kept_on_a_cpu_only(device, kept, tmp_path, monkeypatch):
+def test_freed_memory_is_kept_on_a_cpu_only(device, kept, begin, monkeypatch):
     asked = []
-    monkeypatch.setattr(accelerator_module, "keep_freed_memory", lambda: asked.append(1))
+    monkeypatch.setattr(processes, "keep_freed_memory", lambda: asked.append(1))
     monkeypatch.setattr(Accelerator, "device", torch.device(device))
-    make_accelerator(TrainConfig(report_to="none"), RunDir(tmp_path / "run"))
+    begin()
     assert len(asked) == kept
+
+
+def test_processes_may_differ_in_their_number_their_cache_and_how_a_number_is_written():
+    own = {"local_rank": 1, "cache_dir": "/disk", "hub_token": "secret", "rank": "8"}
+    assert in_lines(own) == in_lines({"rank": 8}) != in_lines({})

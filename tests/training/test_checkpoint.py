@@ -16,7 +16,7 @@ from dreambooth_moslora.adapters.raw_file import adapter_metadata, read_tensors,
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, RunDir
-from dreambooth_moslora.training import loop as trainer_module
+from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.checkpoint import (
     Position,
     check_resumed,
@@ -27,20 +27,16 @@ from dreambooth_moslora.training.checkpoint import (
 )
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_unet
-from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.helpers.tiny_training import adapter_sha256, tiny_config
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_base, tmp_path_factory):
+def finished(tiny_base, photos, tmp_path_factory):
     """(run folder, its configuration with changes)."""
-    folder = tmp_path_factory.mktemp("finished")
-    photos = paint_photos(folder / "photos")
-
-    def config(**changes):
-        return tiny_config(tiny_base, photos, folder / "run", **{"max_train_steps": 2} | changes)
-
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    config = lambda **changes: tiny_config(tiny_base, photos, folder, **{"max_train_steps": 2} | changes)  # noqa: E731
     train(config(checkpointing_steps=1))
-    return folder / "run", config
+    return folder, config
 
 
 @pytest.fixture
@@ -246,14 +242,11 @@ def test_a_mistake_touches_no_finished_run(name, finished):
     assert [event.state for event in events[-1:]] == (["failed"] if name == "rank" else [])  # the others have no plan
 
 
-def test_a_new_run_that_is_stopped_before_it_begins_touches_nothing(finished):
+def test_a_run_that_is_stopped_before_it_begins_touches_nothing_and_a_resumed_one_only_says_so(finished):
     folder, config = finished
     before = contents(folder)
     assert train(config(), should_stop=lambda: True).step == 0
     assert contents(folder) == before
-
-
-def test_a_resumed_run_that_is_stopped_before_it_begins_is_at_its_step_and_only_says_so(finished):
     folder, config = finished
     before = contents(folder)
     result = train(config(resume_from_checkpoint="checkpoint-1"), should_stop=lambda: True)
@@ -265,15 +258,10 @@ def test_a_resumed_run_that_is_stopped_before_it_begins_is_at_its_step_and_only_
     assert (end["type"], end["state"], end["step"]) == ("end", "interrupted", 1)
 
 
-def test_a_run_in_a_fresh_folder_can_be_watched_while_it_is_prepared(tiny_base, tmp_path, monkeypatch):
-    seen, prepare = [], trainer_module.prepare
-
-    def look(*arguments):
-        seen.extend(RunDir(tmp_path / "run").read_metrics())
-        return prepare(*arguments)
-
-    monkeypatch.setattr(trainer_module, "prepare", look)
-    train(tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", max_train_steps=1))
+def test_a_run_in_a_fresh_folder_can_be_watched_while_it_is_prepared(tiny_base, photos, tmp_path, monkeypatch):
+    seen, prepare, run = [], loop.prepare, RunDir(tmp_path / "run")
+    monkeypatch.setattr(loop, "prepare", lambda *given: seen.extend(run.read_metrics()) or prepare(*given))
+    train(tiny_config(tiny_base, photos, run.path, max_train_steps=1))
     assert [event["type"] for event in seen] == ["start"]
 
 
@@ -286,8 +274,8 @@ def of_another_program(folder):
     return contents(folder)
 
 
-def test_what_another_program_left_under_our_names_is_set_aside(tiny_base, tmp_path):
-    photos, run = paint_photos(tmp_path / "photos"), tmp_path / "run"
+def test_what_another_program_left_under_our_names_is_set_aside(tiny_base, photos, tmp_path):
+    run = tmp_path / "run"
     theirs = of_another_program(run)
     (run / PUBLISHED_NAME).unlink()
     train(tiny_config(tiny_base, photos, run, max_train_steps=2, checkpointing_steps=2))
@@ -305,7 +293,7 @@ def test_a_run_that_goes_on_from_elsewhere_takes_nothing_of_the_folder_for_its_o
 
 
 @pytest.mark.parametrize("resume", [None, "latest"])
-def test_after_a_run_folder_is_renamed_only_the_new_names_files_are_left_at_its_top(finished, tmp_path, resume):
+def test_an_earlier_run_goes_aside_and_of_a_renamed_folder_only_the_new_names_files_stay(finished, tmp_path, resume):
     folder, config = finished
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
@@ -314,6 +302,9 @@ def test_after_a_run_folder_is_renamed_only_the_new_names_files_are_left_at_its_
     assert [path.name for path in moved.glob("*.kohya.safetensors")] == ["moved.kohya.safetensors"]
     home = max(moved.glob("earlier_run_*"))
     assert {"run.kohya.safetensors", "run_emb.safetensors"} <= {path.name for path in home.iterdir()}
+    if not resume:
+        assert adapter_sha256(home) == adapter_sha256(folder)
+        assert [path.name for path in RunDir(moved).checkpoints()] == ["last"]
 
 
 @pytest.fixture
@@ -329,19 +320,15 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_told_as_one_and_costs_no_checkpoint(small_disk):
-    unet = tiny_unet()
+    unet, run = tiny_unet(), RunDir(small_disk)
     inject(unet, MoSLoraConfig(r=32, target_modules=["to_q"]))
     optimizer = torch.optim.AdamW([p for _, p in adapter_parameters(unet)], lr=1e-3)
     parts = ({"unet": unet}, adapter_metadata({"unet": unet}), optimizer)
-    run = RunDir(small_disk)
-    save_checkpoint(run.checkpoint_path(1), Position(1, 0), *parts)
-    optimizer.zero_grad()
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    save_checkpoint(run.checkpoint_path(2), Position(2, 0), *parts)
-    sizes = {path.name: path.stat().st_size for path in run.checkpoint_path(2).iterdir()}
-    shutil.rmtree(run.checkpoint_path(2))
+    save_checkpoint(run.checkpoint_path(1), Position(1, 0), *parts)
+    sizes = {path.name: path.stat().st_size for path in run.checkpoint_path(1).iterdir()}
     room = sizes["moslora_weights.safetensors"] + sizes["optimizer.pt"] // 2
     (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
     with pytest.raises(OSError) as error:

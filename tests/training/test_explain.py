@@ -22,6 +22,7 @@ from dreambooth_moslora.training.explain import (
     figures_of,
     meanings,
 )
+from dreambooth_moslora.training.loop import train
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -47,13 +48,9 @@ def with_scores(**changes) -> Figures:
 
 
 PRIOR = replace(CONFIG, with_prior_preservation=True, class_prompt="a photo of a dog")
-TWO = {
-    "instance_prompt": TrainConfig().instance_prompt,
-    "subjects": (
-        {"instance_data_dir": "dogs", "instance_prompt": "a photo of sks dog"},
-        {"instance_data_dir": "cats", "instance_prompt": "a photo of sks cat"},
-    ),
-}
+DOGS = {"instance_data_dir": "dogs", "instance_prompt": "a photo of sks dog"}
+CATS = {"instance_data_dir": "cats", "instance_prompt": "a photo of sks cat"}
+TWO = {"instance_prompt": TrainConfig().instance_prompt, "subjects": (DOGS, CATS)}
 FAULTS = {
     "broke_off": (
         replace(GOOD, state="failed", message="the loss is nan at step 7: lower --learning_rate"),
@@ -93,18 +90,13 @@ FAULTS = {
 }
 
 
-def test_every_sentence_has_a_fault_here():
-    assert len(FAULTS) == sum(inspect.getsource(rule).count("yield ") for rule in explain.RULES)
-
-
-def test_nothing_is_said_of_good_figures():
+def test_good_figures_get_no_advice_and_bad_ones_three_lines_at_most():
     assert advice_after(GOOD) == [] and closing_advice(GOOD) == [NOTHING]
-
-
-def test_a_run_ends_with_three_lines_at_most_and_with_none_when_nobody_scored_it():
+    assert with_scores(dino=0.15, dino_base=0.1, dino_bare=0.1).moved("dino_bare") is None
     bad = replace(with_scores(pres=0.5, copied=0.3, clip_t_of_base=0.6), copy_alarm=True, nearness=0.97)
     assert closing_advice(bad) == advice_after(bad)[:3] and len(advice_after(bad)) == 4
     assert closing_advice(replace(GOOD, scores={})) == []
+    assert len(FAULTS) == sum(inspect.getsource(rule).count("yield ") for rule in explain.RULES)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -167,15 +159,11 @@ def test_what_the_captions_lack_is_read_from_the_photos_of_a_run_that_did_not_no
     assert (figures_of(run).photos, figures_of(run).without_bare_prompt) == (5, 0)
 
 
-def test_a_subject_that_was_not_learnt_has_no_bare_prompt_that_lags():
-    assert with_scores(dino=0.15, dino_base=0.1, dino_bare=0.1).moved("dino_bare") is None
-
-
 def test_what_is_not_a_number_is_passed_over():
     odd = {"type": "evaluation", "step": 3, "dino": "high", "score": None, "photos": 7, "copied": float("nan")}
     assert figures_from([odd, {"type": "step"}, {"type": "end", "state": None}], CONFIG).scores == {}
-    huge = {"type": "evaluation", "step": 3, "dino": 10**400, "photos": {"count": 10**400}}
-    assert figures_from([huge], CONFIG).scores == {} and figures_from([huge], CONFIG).photos is None
+    huge = figures_from([{"type": "evaluation", "step": 3, "dino": 10**400, "photos": {"count": 10**400}}], CONFIG)
+    assert huge.scores == {} and huge.photos is None
 
 
 def test_a_later_report_of_evaluate_is_taken(tmp_path):
@@ -190,10 +178,8 @@ def test_a_later_report_of_evaluate_is_taken(tmp_path):
     assert found.scores == {"dino": 0.6, "drift_of_spread": 1.7, "score": 0.4} and found.copy_alarm
 
 
-def test_the_command_reads_a_real_run_and_says_how_to_score_it(tiny_base, tmp_path, capsys):
-    from dreambooth_moslora.training.loop import train
-
-    train(tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", max_train_steps=2))
+def test_the_command_reads_a_real_run_and_says_how_to_score_it(tiny_base, photos, tmp_path, capsys):
+    train(tiny_config(tiny_base, photos, tmp_path / "dog", max_train_steps=2))
     assert main(["explain", str(tmp_path / "dog")]) == 0
     out = capsys.readouterr().out
     assert "it ended after 2 steps; each of 3 photos was shown 1 times" in out
@@ -201,11 +187,10 @@ def test_the_command_reads_a_real_run_and_says_how_to_score_it(tiny_base, tmp_pa
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
-    assert main(["explain", str(tmp_path)]) == 2
-    assert "holds no run: train_config.json is not there" in capsys.readouterr().err
-    RunDir(tmp_path).config_path.write_text(json.dumps(CONFIG.to_dict()))
-    assert main(["explain", str(tmp_path)]) == 2
-    assert "holds no run: metrics.jsonl is not there" in capsys.readouterr().err
+    for missing in ("train_config.json", "metrics.jsonl"):
+        assert main(["explain", str(tmp_path)]) == 2
+        assert f"holds no run: {missing} is not there" in capsys.readouterr().err
+        RunDir(tmp_path).config_path.write_text(json.dumps(CONFIG.to_dict()))
 
 
 @pytest.mark.slow
@@ -221,8 +206,6 @@ def test_subjects_that_were_hardly_learnt_are_said_to_be_taken_for_each_other(tm
 
 @pytest.mark.slow
 def test_frames_of_one_film_are_said_to_be_alike(tiny_base, encoders, tmp_path):
-    from dreambooth_moslora.training.loop import train
-
     photos = paint_photos(tmp_path / "photos", 1)
     for number in (1, 2):
         shutil.copy(photos / "0.png", photos / f"{number}.png")

@@ -31,21 +31,15 @@ def ended(tmp_path_factory) -> tuple[RunDir, str]:
     return RunDir(home / "runs" / "rocket"), said.getvalue()
 
 
-def test_one_word_trains_scores_finds_the_scale_and_explains(ended):
+def test_one_word_trains_scores_and_explains_both_faults(ended, capsys):
     run, said = ended
     kinds = {event["type"] for event in run.read_metrics()}
     assert {"evaluation", "scale", "export", "end"} <= kinds and run.best_dir.is_dir()
     assert 1 <= said.count("try next: ") <= 3
-
-
-def test_the_class_is_said_to_become_the_subject(ended, capsys):
     run, said = ended
     assert re.search("try next: every rocket turns into yours.* --with_prior_preservation", said)
     assert main(["explain", str(run.path)]) == 0
     assert "a bare rocket went " in capsys.readouterr().out
-
-
-def test_likeness_is_said_to_have_risen_still(ended):
     said = advice_after(figures_of(ended[0]))
     assert any("likeness still rose" in line and "--exposures_per_photo" in line for line in said), said
 

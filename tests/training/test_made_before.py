@@ -35,6 +35,13 @@ def photos(tmp_path):
 
 
 @pytest.fixture
+def auto(tiny_base, photos, tmp_path):
+    model = str(save_tiny_clipseg(tmp_path))
+    settings = {"masks": "auto", "mask_model": model, "max_train_steps": 1, "unmasked_weight": 0.0}
+    return tiny_config(tiny_base, photos, tmp_path / "run", **settings)
+
+
+@pytest.fixture
 def found_everywhere(monkeypatch):
     """A random CLIPSeg finds nothing: its probabilities are taken as they come, without the least peak."""
     monkeypatch.setattr("dreambooth_moslora.photos.masks.LEAST_PEAK", 0.0)
@@ -48,37 +55,31 @@ def asked(monkeypatch) -> list[str]:
     return words
 
 
-@pytest.fixture
-def auto(tiny_base, photos, tmp_path):
-    model = str(save_tiny_clipseg(tmp_path))
-    settings = {"masks": "auto", "mask_model": model, "max_train_steps": 1, "unmasked_weight": 0.0}
-    return tiny_config(tiny_base, photos, tmp_path / "run", **settings)
-
-
 @pytest.mark.slow
-def test_masks_are_made_weigh_the_loss_and_leave_the_photos_alone(auto, photos, tmp_path, asked, found_everywhere):
+def test_masks_are_made_once_weigh_the_loss_and_leave_the_photos_alone(auto, photos, tmp_path, asked, found_everywhere):
     before = sorted(path.name for path in photos.iterdir())
     train(auto)
-    assert asked == ["dog", "dog"]
     assert sorted(path.name for path in photos.iterdir()) == before
     made = sorted(path.name for path in (tmp_path / "run" / "masks").iterdir())
     assert made == ["0.png.mask.png", "1.png.mask.png"]
     assert all(open_mask(photo) is not None for photo in photo_report(auto).photos)
-    train(replace(auto, masks="given", output_dir=str(tmp_path / "plain")))
-    assert adapter_sha256(tmp_path / "plain") != adapter_sha256(tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_a_run_in_the_same_folder_keeps_the_masks_and_ends_the_same(auto, tmp_path, asked, found_everywhere):
-    train(auto)
     first = adapter_sha256(tmp_path / "run")
     train(auto)
     assert asked == ["dog", "dog"] and adapter_sha256(tmp_path / "run") == first
+    train(replace(auto, masks="given", output_dir=str(tmp_path / "plain")))
+    assert adapter_sha256(tmp_path / "plain") != first
 
 
-def test_a_mask_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(tiny_base, photos, tmp_path):
-    events, config = [], tiny_config(tiny_base, photos, tmp_path / "run", masks="auto")
-    with pytest.raises(UserError, match="--mask_model CIDAS/clipseg-rd64-refined is not here"):
+@pytest.mark.parametrize(
+    ("asked_for", "says"),
+    [
+        ("masks", "--mask_model CIDAS/clipseg-rd64-refined is not here"),
+        ("captions", "--caption_model Qwen/Qwen3-VL-2B-Instruct is not here"),
+    ],
+)
+def test_a_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(asked_for, says, tiny_base, photos, tmp_path):
+    events, config = [], tiny_config(tiny_base, photos, tmp_path / "run", **{asked_for: "auto"})
+    with pytest.raises(UserError, match=says):
         train(config, events.append)
     assert not [event for event in events if getattr(event, "phase", None) == "loading"]
 
@@ -134,35 +135,22 @@ def captioned(monkeypatch) -> list[str]:
 
 @pytest.mark.slow
 def test_captions_are_made_are_learnt_and_leave_the_photos_alone(tiny_base, tmp_path, captioned):
-    photos = paint_photos(tmp_path / "photos", count=3)
+    photos, run = paint_photos(tmp_path / "photos", count=3), tmp_path / "run"
     (photos / "1.txt").write_text("sks dog, mine")
     before = sorted(path.name for path in photos.iterdir())
-    auto = tiny_config(tiny_base, photos, tmp_path / "run", captions="auto", max_train_steps=2)
+    auto = tiny_config(tiny_base, photos, run, captions="auto", max_train_steps=2)
     train(auto)
     assert len(captioned) == 2 and sorted(path.name for path in photos.iterdir()) == before
-    kept = json.loads((tmp_path / "run" / "captions.json").read_text())
-    assert kept["0.png"]["caption"] == "a photo of sks dog beside 96 trees" and list(kept) == ["0.png", "2.png"]
-    first = adapter_sha256(tmp_path / "run")
-    for name, caption in ((name, facts["caption"]) for name, facts in kept.items()):
+    kept = {name: facts["caption"] for name, facts in json.loads((run / "captions.json").read_text()).items()}
+    assert kept["0.png"] == "a photo of sks dog beside 96 trees" and list(kept) == ["0.png", "2.png"]
+    train(replace(auto, captions="given", output_dir=str(tmp_path / "plain")))
+    for name, caption in kept.items():
         (photos / name).with_suffix(".txt").write_text(caption)
     train(replace(auto, captions="given", output_dir=str(tmp_path / "written")))
-    assert adapter_sha256(tmp_path / "written") == first
-    for name in kept:
-        (photos / name).with_suffix(".txt").unlink()
-    train(replace(auto, captions="given", output_dir=str(tmp_path / "plain")))
-    assert adapter_sha256(tmp_path / "plain") != first
+    assert adapter_sha256(tmp_path / "written") == adapter_sha256(run) != adapter_sha256(tmp_path / "plain")
 
 
-def test_a_caption_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(tiny_base, tmp_path):
-    photos = paint_photos(tmp_path / "photos", count=1)
-    events, config = [], tiny_config(tiny_base, photos, tmp_path / "run", captions="auto")
-    with pytest.raises(UserError, match="--caption_model Qwen/Qwen3-VL-2B-Instruct is not here"):
-        train(config, events.append)
-    assert not [event for event in events if getattr(event, "phase", None) == "loading"]
-
-
-def test_a_dry_run_says_which_captions_would_be_made_and_advice_what_has_no_effect(tmp_path):
-    photos = paint_photos(tmp_path / "photos", count=2)
+def test_dry_run_and_published_file_tell_of_captions_that_are_made(photos, tmp_path):
     (photos / "0.txt").write_text("mine")
     auto = tiny_config("toy", photos, tmp_path / "run", captions="auto")
     share, line = made_lines(auto, photo_report(auto))
@@ -170,12 +158,7 @@ def test_a_dry_run_says_which_captions_would_be_made_and_advice_what_has_no_effe
     given = tiny_config("toy", photos, tmp_path / "run", caption_model="x/y")
     assert made_lines(given, photo_report(given)) == [share]
     assert any("--caption_model has no effect" in text for text in remarks(given))
-
-
-def test_a_published_file_tells_that_captions_were_made_and_nothing_new_otherwise(tmp_path):
-    config = tiny_config("toy", tmp_path, tmp_path / "run", captions="auto")
-    assert recipe_of(config)["captions"] == "auto"
-    assert "captions" not in recipe_of(replace(config, captions="given"))
+    assert recipe_of(auto)["captions"] == "auto" and "captions" not in recipe_of(given)
 
 
 WORDS = ("sks dog", "zwx cat")
@@ -202,21 +185,20 @@ def made(monkeypatch, tmp_path, pets):
         folder, done = tmp_path / f"run_{count}", [0] * count
         config = TrainConfig(subjects=tables, masks="auto", captions="auto", output_dir=str(folder))
 
-        def ask(device: torch.device) -> None:
-            if is_full(device.index, done[device.index]):
-                raise UserError("full")
-            done[device.index] += 1
+        def asking(kind, answer):
+            """What loads a Segmenter or a Captioner that answers so, on a device that tells its process."""
 
-        def mask(device: torch.device, image: Image.Image) -> torch.Tensor:
-            return ask(device) or torch.ones(image.height, image.width)
+            def ask(device: torch.device, image: Image.Image) -> object:
+                if is_full(device.index, done[device.index]):
+                    raise UserError("full")
+                done[device.index] += 1
+                return answer(image)
 
-        def surroundings(device: torch.device, image: Image.Image) -> str:
-            return ask(device) or f"beside {image.width} trees"
+            return lambda config, device: kind("model", "", partial(ask, device))
 
-        segmenter = lambda one, device: Segmenter("model", "", partial(mask, device))  # noqa: E731
-        captioner = lambda one, device: Captioner("model", "", partial(surroundings, device))  # noqa: E731
-        monkeypatch.setattr(made_before, "load_segmenter", segmenter)
-        monkeypatch.setattr(made_before, "load_captioner", captioner)
+        mask = asking(Segmenter, lambda image: torch.ones(image.height, image.width))
+        monkeypatch.setattr(made_before, "load_segmenter", mask)
+        monkeypatch.setattr(made_before, "load_captioner", asking(Captioner, lambda i: f"beside {i.width} trees"))
 
         def one(accelerator):
             accelerator.device = torch.device("cpu", accelerator.process_index)

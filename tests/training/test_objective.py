@@ -12,12 +12,10 @@ from dreambooth_moslora.training import objective
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.objective import NoiseSchedule
 from dreambooth_moslora.training.prepare import noise_schedule
-from tests.helpers.tiny_training import paint_photos, tiny_config
+from tests.helpers.tiny_training import tiny_config
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-
-INDEX = torch.tensor([3, 400, 999])
-
+INDEX, EARLIER = torch.tensor([3, 400, 999]), torch.tensor([3, 400, 900])
 ALL = 3  # of the drawn images are the subject's
 
 
@@ -40,24 +38,22 @@ def test_ddpm_noise_and_velocity_equal_diffusers(drawn):
     assert torch.allclose(velocity, SCHEDULER.get_velocity(latents, noise, INDEX), atol=1e-5)
 
 
-def parts(kind, style, drawn):
+def learnt(plan, drawn, index=INDEX):
+    """What the UNet's output means, and what it should have been."""
     latents, noise, output = drawn
-    plan = schedule(kind, style)
-    noisy = objective.add_noise(plan, latents, noise, INDEX)
-    prediction = objective.prediction_of(plan, output, noisy)
-    target = objective.loss_target(plan, latents, noise, INDEX)
-    return objective.image_errors(prediction, target, None) * objective.snr_weights(plan, INDEX, ALL, None)
+    noisy = objective.add_noise(plan, latents, noise, index)
+    return objective.prediction_of(plan, output, noisy), objective.loss_target(plan, latents, noise, index)
 
 
-def test_edm_style_tells_the_unet_the_same(drawn):
+def test_edm_style_tells_the_unet_the_same_and_with_epsilon_is_the_same_loss(drawn):
     latents, noise, _ = drawn
     ddpm, edm = (objective.add_noise(schedule(style=s), latents, noise, INDEX) for s in ("ddpm", "edm"))
-    assert torch.allclose(ddpm.unet_input, edm.unet_input, atol=1e-5)
-    assert torch.equal(ddpm.timesteps, edm.timesteps)
-
-
-def test_edm_style_with_epsilon_is_the_same_loss(drawn):
-    assert torch.allclose(parts("epsilon", "edm", drawn), parts("epsilon", "ddpm", drawn), rtol=1e-3)
+    assert torch.allclose(ddpm.unet_input, edm.unet_input, atol=1e-5) and torch.equal(ddpm.timesteps, edm.timesteps)
+    ddpm, edm = (
+        objective.image_errors(*learnt(plan, drawn), None) * objective.snr_weights(plan, INDEX, ALL, None)
+        for plan in (schedule(), schedule(style="edm"))
+    )
+    assert torch.allclose(edm, ddpm, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "extra"), [("epsilon", 0.0), ("v_prediction", 1.0)])
@@ -65,35 +61,25 @@ def test_min_snr_is_that_of_diffusers_script(kind, extra, drawn):
     """min(SNR, gamma) / SNR, and one more for velocity; the prior loss is the plain mean (arXiv 2303.09556, 3.4)."""
     latents, noise, output = drawn
     truth = DDPMScheduler.from_config(SCHEDULER.config, prediction_type=kind)
-    index, subjects, gamma = torch.tensor([3, 400, 900]), 2, 5.0
-    answer = noise if kind == "epsilon" else truth.get_velocity(latents, noise, index)
+    plan, subjects, gamma = schedule(kind), 2, 5.0
+    answer = noise if kind == "epsilon" else truth.get_velocity(latents, noise, EARLIER)
     errors = (output - answer).square().mean((1, 2, 3)).tolist()
-    weights = [min(snr, gamma) / snr + extra for snr in compute_snr(truth, index).tolist()]
-    expected = (weights[0] * errors[0] + weights[1] * errors[1]) / 2
-    plan = schedule(kind)
-    target = objective.loss_target(plan, latents, noise, index)
-    got = objective.loss(output, target, objective.snr_weights(plan, index, subjects, gamma), subjects, 0.25)
-    assert float(got.instance) == pytest.approx(expected, rel=1e-4)
-    assert float(got.prior) == pytest.approx(errors[2], rel=1e-4)
-    assert float(got.total) == pytest.approx(expected + 0.25 * errors[2], rel=1e-4)
+    weights = [min(snr, gamma) / snr + extra for snr in compute_snr(truth, EARLIER).tolist()]
+    instance = (weights[0] * errors[0] + weights[1] * errors[1]) / 2
+    target = objective.loss_target(plan, latents, noise, EARLIER)
+    got = objective.loss(output, target, objective.snr_weights(plan, EARLIER, subjects, gamma), subjects, 0.25)
+    wanted = [instance, errors[2], instance + 0.25 * errors[2]]
+    assert [float(loss) for loss in (got.instance, got.prior, got.total)] == pytest.approx(wanted, rel=1e-4)
     assert weights[0] - extra < 0.05 and weights[1] - extra == 1
 
 
 def test_edm_style_counts_an_error_of_the_latents_by_one_over_sigma_squared(drawn):
     latents, noise, output = drawn
-    truth = EulerDiscreteScheduler.from_config(SCHEDULER.config)
-    index = torch.tensor([3, 400, 900])
-    sigmas = truth.sigmas[:-1].flip(0)[index].view(-1, 1, 1, 1)
+    truth, plan = EulerDiscreteScheduler.from_config(SCHEDULER.config), schedule(style="edm")
+    sigmas = truth.sigmas[:-1].flip(0)[EARLIER].view(-1, 1, 1, 1)
     clean = latents + sigmas * noise - sigmas * output
-    expected = ((clean - latents) ** 2 / sigmas**2).mean()
-    plan = schedule(style="edm")
-    noisy = objective.add_noise(plan, latents, noise, index)
-    prediction, target = (
-        objective.prediction_of(plan, output, noisy),
-        objective.loss_target(plan, latents, noise, index),
-    )
-    got = objective.loss(prediction, target, objective.snr_weights(plan, index, ALL, None), ALL)
-    assert float(got.total) == pytest.approx(float(expected), rel=1e-3)
+    got = objective.loss(*learnt(plan, drawn, EARLIER), objective.snr_weights(plan, EARLIER, ALL, None), ALL)
+    assert float(got.total) == pytest.approx(float(((clean - latents) ** 2 / sigmas**2).mean()), rel=1e-3)
 
 
 def test_a_perfect_prediction_costs_nothing(drawn):
@@ -109,11 +95,11 @@ def test_edm_bases_are_preconditioned_as_diffusers_does(kind, drawn):
     latents, noise, output = drawn
     truth = EDMEulerScheduler(prediction_type=kind)
     plan = NoiseSchedule(truth.sigmas[:-1], truth.timesteps, kind, "edm", truth.config.sigma_data)
-    index = torch.tensor([3, 400, 900])
-    sigma = truth.sigmas[index].view(-1, 1, 1, 1)
-    noisy = objective.add_noise(plan, latents, noise, index)
-    assert torch.allclose(noisy.unet_input, truth.precondition_inputs(latents + sigma * noise, sigma))
-    clean = truth.precondition_outputs(latents + sigma * noise, output, sigma)
+    sigma = truth.sigmas[EARLIER].view(-1, 1, 1, 1)
+    sample = latents + sigma * noise
+    noisy = objective.add_noise(plan, latents, noise, EARLIER)
+    assert torch.allclose(noisy.unet_input, truth.precondition_inputs(sample, sigma))
+    clean = truth.precondition_outputs(sample, output, sigma)
     assert torch.allclose(objective.prediction_of(plan, output, noisy), clean, atol=1e-5)
 
 
@@ -132,27 +118,17 @@ def test_instance_and_prior_are_apart_and_weighted():
     target[2:] = 3
     got = objective.loss(prediction, target, torch.ones(4), instance_count=2, prior_loss_weight=0.5)
     assert (got.instance, got.prior, got.total) == (1, 9, 5.5)
+    alone = objective.loss(prediction[:1], target[:1], torch.ones(1), 1)
+    assert alone.prior is None and alone.total == alone.instance == 1
 
 
-def test_without_prior_images_the_total_is_the_instance_loss():
-    got = objective.loss(torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(1), 1)
-    assert got.prior is None and got.total == got.instance == 1
-
-
-def test_a_mask_weighs_places_and_not_images():
-    prediction, target = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+def test_a_mask_weighs_places_and_an_image_without_the_subject_counts_as_its_places_do():
+    prediction, target = torch.zeros(4, 4, 2, 2), torch.ones(4, 4, 2, 2)
     target[..., 0, 0] = 2
-    mask = torch.zeros(1, 1, 2, 2)
-    mask[..., 0, 0] = 1
-    assert objective.image_errors(prediction, target, mask).item() == 4
-
-
-def test_an_image_without_the_subject_counts_as_its_places_do():
-    prediction, target = torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2)
-    target[..., 0, 0] = 2
-    mask = torch.stack([torch.full((1, 2, 2), weight) for weight in (1.0, 0.2, 0.0)])
+    mask = torch.stack([torch.full((1, 2, 2), weight) for weight in (1.0, 0.2, 0.0, 0.0)])
+    mask[3, 0, 0, 0] = 1
     got = objective.image_errors(prediction, target, mask).tolist()
-    assert got == pytest.approx([7 / 4, 0.2 * 7 / 4, 0])
+    assert got == pytest.approx([7 / 4, 0.2 * 7 / 4, 0, 4])
 
 
 @pytest.mark.parametrize("strategy, noisy_share", [("none", 0.25), ("later", 4 / 7), ("earlier", 1 / 7)])
@@ -206,20 +182,12 @@ def test_an_ordinary_loss_is_the_squared_error_bit_for_bit(drawn):
     assert objective.pointwise_error(schedule(), INDEX) is torch.square
 
 
-OTHER = {
-    "plain": {},
-    "noise offset": {"noise_offset": 0.1},
-    "huber": {"loss_type": "huber"},
-    "smooth_l1": {"loss_type": "smooth_l1", "huber_schedule": "exponential"},
-    "debiased": {"debiased_estimation_loss": True},
-}
-
-
 @pytest.mark.slow
-def test_each_loss_reaches_the_step(tiny_base, tmp_path):
-    photos, found = paint_photos(tmp_path / "photos"), {}
-    for name, change in OTHER.items():
+def test_each_loss_reaches_the_step(tiny_base, photos, tmp_path):
+    huber = [{"loss_type": "huber"}, {"loss_type": "smooth_l1", "huber_schedule": "exponential"}]
+    changes, found = [{}, {"noise_offset": 0.1}, *huber, {"debiased_estimation_loss": True}], []
+    for number, change in enumerate(changes):
         events = []
-        train(tiny_config(tiny_base, photos, tmp_path / name, max_train_steps=1, **change), events.append)
-        found[name] = next(event.loss for event in events if isinstance(event, StepDone))
-    assert len(set(found.values())) == len(OTHER)
+        train(tiny_config(tiny_base, photos, tmp_path / str(number), max_train_steps=1, **change), events.append)
+        found += [event.loss for event in events if isinstance(event, StepDone)]
+    assert len(set(found)) == len(found) == len(changes)

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.plan.memory import STOCK_SDXL, in_lines
+from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.training.loop import train
 from tests.helpers.ranks import ended_ranks
 from tests.helpers.scenes import quick_call
@@ -23,11 +23,9 @@ pytestmark = pytest.mark.slow
 
 
 ROOT = Path(__file__).resolve().parents[2]
-
+GONE = "another process of this run has gone"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-
 SCRIPT = ROOT / "tests" / "helpers" / "two_processes.py"
 
 
@@ -35,25 +33,23 @@ def losses(folder: Path) -> list[float]:
     return [event["loss"] for event in RunDir(folder).read_metrics() if event["type"] == "step"]
 
 
-def launch(config, tmp_path: Path, *flags: str, script: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    return subprocess.run(
-        [*LAUNCH, *flags, str(script), "--config", str(tmp_path / "config.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+def launched(config, *flags: str, script: Path, **environment: str) -> str:
+    """Launch it; returns what it said."""
+    file = Path(config.output_dir).with_suffix(".json")
+    file.write_text(json.dumps(config.to_dict()))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    words = [*LAUNCH, *flags, str(script), "--config", str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr
 
 
-def test_two_processes_train_one_adapter_and_are_one_process_with_accumulation_two(tiny_base, tmp_path):
-    photos = paint_photos(tmp_path / "photos")
+def test_two_processes_train_one_adapter_and_are_one_process_with_accumulation_two(tiny_base, photos, tmp_path):
     changes = {"max_train_steps": 4, "with_prior_preservation": True, "prior": "adapter_off"}
     changes |= {"lr_scheduler": "linear", "lr_warmup_steps": 2}
     changes |= {"train_text_encoder_ti": True, "caption_dropout": 0.5}  # a process may have no prompt with the word
     both = tiny_config(tiny_base, photos, tmp_path / "both", **changes)
-    done = launch(both, tmp_path, "--multi_gpu", script=SCRIPT, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stdout + done.stderr
+    launched(both, "--multi_gpu", script=SCRIPT, ACCELERATE_USE_CPU="true")
     ranks = [json.loads((tmp_path / "both" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1] and ranks[0]["processes"] == 2
     train(tiny_config(tiny_base, photos, tmp_path / "one", gradient_accumulation_steps=2, **changes))
@@ -67,26 +63,18 @@ def shown(folder: Path, ranks: int) -> list:
 
 
 def test_several_subjects_are_shown_and_learnt_alike_by_two_processes_and_by_one(tiny_base, tmp_path):
-    words = (("sks", "dog", 3), ("zwx", "cat", 1), ("ohwx", "bear", 2))
     tables = [
         {
             "instance_data_dir": str(paint_photos(tmp_path / kind, count)),
             "instance_prompt": f"a photo of {token} {kind}",
             "class_prompt": f"a photo of a {kind}",
         }
-        for token, kind, count in words
+        for token, kind, count in (("sks", "dog", 3), ("zwx", "cat", 1), ("ohwx", "bear", 2))
     ]
-    changes = {
-        "subjects": tables,
-        "with_prior_preservation": True,
-        "prior": "adapter_off",
-        "train_batch_size": 2,
-        "max_train_steps": 4,
-    }
-    changes |= {"train_text_encoder_ti": True}  # a process may have no prompt with a subject's word
+    changes = {"subjects": tables, "with_prior_preservation": True, "prior": "adapter_off", "max_train_steps": 4}
+    changes |= {"train_batch_size": 2, "train_text_encoder_ti": True}  # a process may have no prompt with its word
     both = tiny_config(tiny_base, None, tmp_path / "both", **changes)
-    done = launch(both, tmp_path, "--multi_gpu", script=SCRIPT, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stdout + done.stderr
+    launched(both, "--multi_gpu", script=SCRIPT, ACCELERATE_USE_CPU="true")
     one = tiny_config(tiny_base, None, tmp_path / "one", gradient_accumulation_steps=2, **changes)
     (tmp_path / "one.json").write_text(json.dumps(one.to_dict()))
     subprocess.run([sys.executable, str(SCRIPT), "--config", str(tmp_path / "one.json")], check=True)
@@ -97,19 +85,16 @@ def test_several_subjects_are_shown_and_learnt_alike_by_two_processes_and_by_one
     assert largest_difference(tmp_path / "both", tmp_path / "one") < 1e-5
 
 
-def test_launched_on_cpus_without_mpi_it_is_one_process_and_says_so(tiny_base, tmp_path):
-    photos = paint_photos(tmp_path / "photos")
+def test_launched_on_cpus_without_mpi_it_is_one_process_and_says_so(tiny_base, photos, tmp_path):
     config = tiny_config(tiny_base, photos, tmp_path / "launched", max_train_steps=1)
-    done = launch(config, tmp_path, "--cpu", script=ROOT / "train_dreambooth.py")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes" in done.stderr
+    said = launched(config, "--cpu", script=ROOT / "train_dreambooth.py")
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes" in said
     train(tiny_config(tiny_base, photos, tmp_path / "plain", max_train_steps=1))
     assert adapter_sha256(tmp_path / "launched") == adapter_sha256(tmp_path / "plain")
 
 
-def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_base, tmp_path, free_port):
-    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run")
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_base, photos, tmp_path, free_port):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(tiny_base, photos, tmp_path / "run").to_dict()))
     ended = ended_ranks("tests.helpers.stopped_process", free_port, "--config", str(tmp_path / "config.json"))
     said = [words for _, words in ended]
     assert [code for code, _ in ended] == [130, 130], said
@@ -129,16 +114,12 @@ SCENES = {
 }
 
 CHANGES = {"with_prior_preservation": True, "num_class_images": 5, "sample_batch_size": 1, "num_validation_images": 3}
-
 CHANGES |= {"max_train_steps": 2, "caching": "disk", "crops_per_photo": 2}
 
 
 def digests(folder: Path, pattern: str = "**/*") -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.glob(pattern))
-        if path.is_file()
-    }
+    found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 @pytest.fixture
@@ -151,30 +132,23 @@ def quick(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_two_processes_share_the_work_and_leave_the_files_of_one(tiny_base, tmp_path, free_port, quick):
-    photos = paint_photos(tmp_path / "photos")
+def test_two_processes_share_the_work_and_leave_the_files_of_one(tiny_base, photos, tmp_path, play, quick):
+    """In several scenes one fails or is stopped in the midst of its share of class images, encodings and samples. The
+    last scene that is not killed goes on with what the others left."""
 
     def config(name: str, **changes):
         cache_dir = str(tmp_path / f"{name}_cache")
         return tiny_config(tiny_base, photos, tmp_path / name, cache_dir=cache_dir, **CHANGES, **changes)
 
-    scenes = []
-    for name, scene in SCENES.items():
-        file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps(config("killed" if name == "killed" else "two").to_dict()))
-        scenes.append({"config": str(file), **scene})
-    (tmp_path / "scenes.json").write_text(json.dumps(scenes))
-    (main_code, main_said), (other_code, other_said) = ended_ranks(
-        "tests.helpers.scenes", free_port, str(tmp_path / "scenes.json")
-    )
-    main, other = (json.loads((tmp_path / f"scenes_{rank}.json").read_text()) for rank in (0, 1))
+    scenes = [{"config": config("killed" if name == "killed" else "two"), **SCENES[name]} for name in SCENES]
+    ((main_code, main_said), (other_code, other_said)), (main, other) = play(scenes)
 
     assert [scene["code"] for scene in main] == [2, 130, 2, 2, 2, 0, 2], main_said + other_said
     assert [scene["code"] for scene in other] == [2, 130, 2, 2, 2, 0], main_said + other_said
     assert main_code == 0 and other_code == -9
     errors = [line for line in main_said.splitlines() if line.startswith("error: ")]
     assert "process 1 ended: [Errno 28]" in errors[0] and "process 1 ended: [Errno 28]" in errors[2]
-    assert len(errors) == 5 and "another process of this run has gone" in errors[4]
+    assert len(errors) == 5 and GONE in errors[4]
     assert other_said.count("error: the main process ended: [Errno 28]") == 2
     assert "Traceback" not in main_said + other_said
 
@@ -199,90 +173,72 @@ def share_of_each(main: list[dict], other: list[dict], place: str) -> list[list[
     return [[len(one[place]), len(two[place])] for one, two in zip(main, other)]
 
 
-GONE = "error: another process of this run has gone"
-
-
-@pytest.fixture
-def ends(tiny_base, tmp_path, free_port):
-    """Play scenes, each in a folder of its own; returns the exit codes and words of both processes."""
-
-    def play(*scenes: dict) -> list[tuple[int, str]]:
-        photos, written = paint_photos(tmp_path / "photos"), []
-        for number, scene in enumerate(scenes):
-            config = tiny_config(tiny_base, photos, tmp_path / str(number), max_train_steps=3, checkpointing_steps=1)
-            file = tmp_path / f"{number}.json"
-            file.write_text(json.dumps(config.to_dict()))
-            written.append({"config": str(file), **scene})
-        (tmp_path / "scenes.json").write_text(json.dumps(written))
-        return ended_ranks("tests.helpers.scenes", free_port, str(tmp_path / "scenes.json"))
-
-    return play
-
-
 def checkpoints(folder) -> list[str]:
     return [path.name for path in RunDir(folder).checkpoints()]
 
 
-def test_what_the_main_process_cannot_write_ends_both_and_the_process_that_is_killed_the_other(ends, tmp_path):
-    full, killed = {"rank": 0, "end": "full"}, {"place": "averaged", "rank": 1, "after": 1, "end": "kill"}
-    scenes = {"place": "started", "after": 0, **full}, {"place": "reported", "after": 1, **full}, killed
-    (_, main_said), (other_code, other_said) = ends(*scenes)
-    main, other = (json.loads((tmp_path / f"scenes_{rank}.json").read_text()) for rank in (0, 1))
+@pytest.fixture
+def short(tiny_base, photos, tmp_path):
+    """A run of three steps in a folder of this name."""
+    return lambda name: tiny_config(tiny_base, photos, tmp_path / name, max_train_steps=3, checkpointing_steps=1)
+
+
+def test_what_the_main_process_cannot_write_ends_both_and_the_process_that_is_killed_the_other(play, short, tmp_path):
+    full = {"rank": 0, "end": "full"}
+    scenes = [
+        {"config": short("0"), "place": "started", "after": 0, **full},
+        {"config": short("1"), "place": "reported", "after": 1, **full},
+        {"config": short("2"), "place": "averaged", "rank": 1, "after": 1, "end": "kill"},
+    ]
+    ((_, main_said), (other_code, other_said)), (main, other) = play(scenes)
     assert [scene["code"] for scene in main] == [2, 2, 2], main_said
     assert [scene["code"] for scene in other] == [2, 2] and other_code == -9, other_said
     assert other_said.count("error: the main process ended: [Errno 28]") == 2
-    assert main_said.count(GONE) == 1 and "Traceback" not in main_said + other_said
+    assert main_said.count(f"error: {GONE}") == 1 and "Traceback" not in main_said + other_said
     assert [checkpoints(tmp_path / name) for name in "012"] == [[], ["checkpoint-1", "checkpoint-2"], ["checkpoint-1"]]
 
 
-def test_the_others_end_in_a_line_when_the_main_process_is_killed(ends, tmp_path):
-    (main_code, _), (_, said) = ends({"place": "averaged", "rank": 0, "after": 1, "end": "kill"})
-    (scene,) = json.loads((tmp_path / "scenes_1.json").read_text())
+def test_the_others_end_in_a_line_when_the_main_process_is_killed(play, short, tmp_path):
+    killed = {"config": short("0"), "place": "averaged", "rank": 0, "after": 1, "end": "kill"}
+    ((main_code, _), (_, said)), (_, (scene,)) = play([killed])
     assert main_code == -9 and scene["code"] == 2, said
-    assert said.count(GONE) == 1 and "Traceback" not in said
+    assert said.count(f"error: {GONE}") == 1 and "Traceback" not in said
     assert checkpoints(tmp_path / "0") == ["checkpoint-1"]
 
 
 @pytest.fixture
-def cards_end(tmp_path, free_port):
-    """Play scenes; returns what became of each in both processes, and what each process said."""
+def on_cards(play):
+    """Play scenes on two cards; returns what became of each in both processes, and what each process said."""
 
-    def play(*scenes: dict) -> tuple[list[tuple[dict, dict]], list[str]]:
-        (tmp_path / "scenes.json").write_text(json.dumps(scenes))
-        said = [words for _, words in ended_ranks("tests.helpers.two_cards", free_port, str(tmp_path / "scenes.json"))]
-        both = [json.loads((tmp_path / f"cards_{rank}.json").read_text()) for rank in (0, 1)]
+    def on_cards(*scenes: dict) -> tuple[list[tuple[dict, dict]], list[str]]:
+        ended, both = play(list(scenes), "two_cards", "cards")
+        said = [words for _, words in ended]
         assert [len(played) for played in both] == [len(scenes)] * 2, said
         return list(zip(*both, strict=True)), said
 
-    return play
+    return on_cards
 
 
-def settings_of(folder) -> dict:
-    return json.loads((folder / "train_config.json").read_text())
-
-
-@pytest.mark.slow
-def test_cards_with_different_memory_free_train_one_adapter_by_the_smaller(cards_end, tiny_base, tmp_path):
-    photos, file = paint_photos(tmp_path / "photos"), tmp_path / "config.json"
+def test_cards_with_different_memory_free_train_one_adapter_by_the_smaller(on_cards, tiny_base, photos, tmp_path):
+    file = tmp_path / "config.json"
     one_word = [str(photos), "dog", "--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64"]
     one_word += ["--max_train_steps", "2", "--num_validation_images", "0", "--report_to", "none"]
     one_word += ["--output_dir", str(tmp_path / "word")]
     planned = tiny_config(tiny_base, photos, tmp_path / "plan", max_train_steps=2, memory="auto")
     file.write_text(json.dumps(planned.to_dict()))
-    played, said = cards_end(
+    played, said = on_cards(
         {"free": [23.2, 20.8], "flags": [one_word, one_word]},
         {"free": [23.2, 0.01], "flags": [["--config", str(file), "--cache_cross_attention"]] * 2},
     )
     for main, other in played:
         assert main == other and main["code"] == 0 and main["adapter"], said
-    assert settings_of(tmp_path / "word")["rank"] == 16
-    assert settings_of(tmp_path / "plan")["gradient_checkpointing"] is True
+    word, plan = (json.loads((tmp_path / name / "train_config.json").read_text()) for name in ("word", "plan"))
+    assert word["rank"] == 16 and plan["gradient_checkpointing"] is True
     assert "sdxl_16gb.toml for 21 GiB of free GPU memory" in said[0]
 
 
-@pytest.mark.slow
-def test_different_flags_and_a_card_that_is_too_small_end_both_in_one_line(cards_end, tiny_base, tmp_path):
-    photos, file = paint_photos(tmp_path / "photos"), tmp_path / "config.json"
+def test_different_flags_and_a_card_that_is_too_small_end_both_in_one_line(on_cards, tiny_base, photos, tmp_path):
+    file = tmp_path / "config.json"
     file.write_text(json.dumps(tiny_config(tiny_base, photos, tmp_path / "run").to_dict()))
     own = ["--config", str(file)]
     sdxl = [*own, "--pretrained_model_name_or_path", STOCK_SDXL, "--resolution", "1024", "--mixed_precision", "bf16"]
@@ -293,7 +249,7 @@ def test_different_flags_and_a_card_that_is_too_small_end_both_in_one_line(cards
         [[str(photos), "dog"], [str(photos), "cat"]],
         [sdxl, sdxl],
     ]
-    played, said = cards_end(*({"free": [23.2, 3.0], "flags": pair} for pair in pairs))
+    played, said = on_cards(*({"free": [23.2, 3.0], "flags": pair} for pair in pairs))
     assert all(end == {"code": 2, "adapter": None} for both in played for end in both), said
     main, other = ([line for line in words.splitlines() if line.startswith("error: ")] for words in said)
     assert len(main) == len(other) == len(pairs), said
@@ -304,8 +260,3 @@ def test_different_flags_and_a_card_that_is_too_small_end_both_in_one_line(cards
     assert main[3] == f"error: process 1 has cat, and the main process dog: {same}"
     assert main[4] == f"error: process 1 ended: {other[4].removeprefix('error: ')}" and "3.0 GiB are free" in other[4]
     assert not any("Traceback" in words for words in said)
-
-
-def test_processes_may_differ_in_their_number_their_cache_and_how_a_number_is_written():
-    own = {"local_rank": 1, "cache_dir": "/disk", "hub_token": "secret", "rank": "8"}
-    assert in_lines(own) == in_lines({"rank": 8}) != in_lines({})

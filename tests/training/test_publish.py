@@ -81,6 +81,10 @@ def test_names_that_read_as_patterns_are_pushed_and_no_others(name, tmp_path, mo
     assert list(found) == public_files(tmp_path)
 
 
+class TransportError(Exception):
+    """Like httpx's: no OSError."""
+
+
 class Unreachable:
     """A hub behind a network that is down, as its client tells it."""
 
@@ -91,10 +95,6 @@ class Unreachable:
         raise TransportError("[Errno -3] Temporary failure\nin name resolution")
 
     whoami = create_repo
-
-
-class TransportError(Exception):
-    """Like httpx's: no OSError."""
 
 
 def test_a_push_that_cannot_be_done_is_one_line_and_no_failure(tmp_path, monkeypatch, caplog):
@@ -120,14 +120,11 @@ def test_name_and_token_are_checked_before_training_and_the_name_is_that_of_the_
         check_push(TrainConfig())
 
 
-def test_the_cards_front_matter_is_yaml_whatever_the_prompt_holds():
+def test_the_cards_front_matter_is_yaml_and_names_the_pictures_whoever_wrote_it():
     odd = 'a "sks": dog # \u2028 \x1b 🦆 \x85 ---\n---\n'
     front = ModelCard(card(images=(("image_0.png", odd),))).data
     assert front.base_model == "owner/base" and front.instance_prompt == 'a photo of "sks": dog'
     assert front.widget == [{"text": odd, "output": {"url": "image_0.png"}}]
-
-
-def test_the_pictures_are_known_whoever_wrote_the_yaml():
     text = card(images=(("image_0.png", "a dog"), ("image_1.png", "a cat")))
     reformatted = text.replace("url: image_0.png", "{url: 'image_0.png'}").replace("output:\n    {", "output: {")
     earlier = text.replace("output:\n    url: image_0.png", 'output: {url: "image_0.png"}')
@@ -152,11 +149,8 @@ def test_a_contact_sheet_has_every_row_that_has_pictures(tmp_path):
     assert reds == 9 * 64 * 64
 
 
-def test_the_running_mean_starts_at_the_first_value_and_keeps_the_length():
+def test_a_loss_plot_is_drawn_with_and_without_prior_from_the_first_running_mean(tmp_path):
     assert running_mean(np.array([4.0, 2.0, 0.0, 2.0]), 2).tolist() == [4, 3, 1, 1]
-
-
-def test_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
     steps = [StepDone(n, loss_instance=1 / n) for n in range(1, 30)]
     draw_loss_plot(steps, tmp_path / "loss.png")
     first = (tmp_path / "loss.png").read_bytes()
@@ -220,18 +214,16 @@ def test_a_push_that_fails_costs_no_picture_and_comes_before_them(config, tmp_pa
     assert (tmp_path / "run" / "loss.png").is_file()
 
 
-def test_the_pipeline_is_asked_within_a_picture():
+def test_a_stop_in_the_first_pictures_is_heard_within_one_before_they_are_all_drawn(config, tmp_path):
     tensors = {"latents": 1}
     assert stopper(lambda: False)(None, 0, None, tensors) is tensors
     with pytest.raises(StopRequestedError):
         stopper(lambda: True)(None, 0, None, tensors)
-
-
-def test_a_stop_in_the_first_pictures_is_heard_before_they_are_all_drawn(config, tmp_path):
     samples = tmp_path / "run" / "samples"
     result = train(config(**DRAWN), should_stop=(samples / "step_000000_0.png").exists)
     assert result.interrupted and result.step == 0
     assert [path.name for path in samples.iterdir()] == ["step_000000_0.png"]
+    assert not RunDir(tmp_path / "run").checkpoints()
 
 
 @pytest.mark.slow
@@ -244,27 +236,21 @@ def test_a_stop_in_later_pictures_saves_the_step_and_they_are_drawn_when_the_run
     assert [event["step"] for event in run.read_metrics() if event["type"] == "sample"] == [0, 2, 3]
 
 
-class Interrupted:
-    """An evaluator that is interrupted the first time."""
+@pytest.mark.slow
+def test_a_step_that_was_not_scored_is_scored_when_the_run_goes_on(config, tmp_path):
+    asked, plain = [], {"evaluate_steps": 2}
 
-    prompts = ()
-
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, sampler, step):
-        self.asked.append(step)
-        if len(self.asked) == 1:
+    def evaluator(sampler, step):
+        """It is interrupted the first time."""
+        asked.append(step)
+        if len(asked) == 1:
             raise StopRequestedError
         return {"score": 1.0, "best": {"step": step, "score": 1.0, "since": 0}}
 
-
-@pytest.mark.slow
-def test_a_step_that_was_not_scored_is_scored_when_the_run_goes_on(config, tmp_path):
-    evaluator, plain = Interrupted(), {"evaluate_steps": 2}
-    train(config(**plain), evaluator=evaluator, should_stop=lambda: bool(evaluator.asked))
+    evaluator.prompts = ()
+    train(config(**plain), evaluator=evaluator, should_stop=lambda: bool(asked))
     assert train(config(resume_from_checkpoint="latest", **plain), evaluator=evaluator).step == 3
-    assert evaluator.asked == [2, 2]
+    assert asked == [2, 2]
     assert [e["step"] for e in RunDir(tmp_path / "run").read_metrics() if e["type"] == "evaluation"] == [2]
 
 

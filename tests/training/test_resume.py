@@ -3,7 +3,6 @@
 `KINDS` is the matrix: a feature whose state a checkpoint has to keep is a row of it.
 """
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,71 +13,38 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training.checkpoint import archive_checkpoints_after, find_checkpoint
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
-from tests.helpers.ranks import ended_ranks
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 
 DOG = {"instance_data_dir": "photos", "instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
 CAT = {"instance_data_dir": "cat", "instance_prompt": "a photo of zwx cat", "class_prompt": "a photo of a cat"}
+CLASS_IMAGES = {"with_prior_preservation": True}
+BASE_PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
+WARM, TWO_CROPS = {"lr_warmup_steps": 2}, {"crops_per_photo": 2}
+TAGS = {"instance_prompt": "sks dog, red, round, on grass", "shuffle_caption": True, "keep_tokens": 1}
+BUCKETS = {"enable_bucket": True, "train_batch_size": 2, "caching": "disk", **TWO_CROPS}
+SIZES = {"enable_bucket": True, "bucket_reso_steps": 16, "num_class_images": 5, "sample_batch_size": 1}
+CONVOLUTIONS = {"target_modules": ("to_q", "conv1", "conv_shortcut")}
+BASIS = {"basis": "svd", "rank": 3, "lora_alpha": 2, "target_modules": ("to_q", "conv1"), "learning_rate": 0.3}
+TEXT = {"train_text_encoder": True, "lora_dropout": 0.3, "use_dora": True, "lr_scheduler": "cosine"}
+BITS_8 = {"use_8bit_adam": True, "rank": 128}
 KINDS = {
     "plain": {"random_flip": True},
     "bare_prompt": {"instance_data_dir": "placed", "instance_prompt_share": 0.5, "seed": 1},
-    "class_images_and_captions": {
-        "with_prior_preservation": True,
-        "instance_prompt": "sks dog, red, round, on grass",
-        "shuffle_caption": True,
-        "keep_tokens": 1,
-        "caption_dropout": 0.4,
-    },
-    "accumulation_and_convolutions": {
-        "gradient_accumulation_steps": 3,
-        "train_batch_size": 2,
-        "target_modules": ("to_q", "conv1", "conv_shortcut"),
-    },
-    "text_encoder_dropout_and_dora": {
-        "train_text_encoder": True,
-        "with_prior_preservation": True,
-        "prior": "adapter_off",
-        "lora_dropout": 0.3,
-        "use_dora": True,
-        "lr_scheduler": "cosine",
-        "lr_warmup_steps": 2,
-    },
-    "buckets_and_adafactor": {
-        "enable_bucket": True,
-        "train_batch_size": 2,
-        "crops_per_photo": 2,
-        "caching": "disk",
-        "optimizer": "Adafactor",
-        "target_modules": ("to_q", "conv1"),
-    },
-    "prodigy_uncached": {"optimizer": "Prodigy", "learning_rate": 1.0, "caching": "off", "crops_per_photo": 2},
-    "schedule_free": {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2},
-    "adam_8bit_in_bf16": {
-        "use_8bit_adam": True,
-        "rank": 128,
-        "mixed_precision": "bf16",
-        "gradient_checkpointing": True,
-    },
+    "class_images_and_captions": CLASS_IMAGES | TAGS | {"caption_dropout": 0.4},
+    "accumulation_and_convolutions": CONVOLUTIONS | {"gradient_accumulation_steps": 3, "train_batch_size": 2},
+    "text_encoder_dropout_and_dora": BASE_PRIOR | WARM | TEXT,
+    "buckets_and_adafactor": BUCKETS | CONVOLUTIONS | {"optimizer": "Adafactor"},
+    "prodigy_uncached": TWO_CROPS | {"optimizer": "Prodigy", "learning_rate": 1.0, "caching": "off"},
+    "schedule_free": WARM | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
+    "adam_8bit_in_bf16": BITS_8 | {"mixed_precision": "bf16", "gradient_checkpointing": True},
     "average": {"use_ema": True},
-    "basis": {"basis": "svd", "rank": 3, "lora_alpha": 2, "target_modules": ("to_q", "conv1"), "learning_rate": 0.3},
-    "new_tokens_and_average": {
-        "train_text_encoder_ti": True,
-        "use_ema": True,
-        "with_prior_preservation": True,
-        "prior": "adapter_off",
-    },
-    "several_subjects": {"subjects": [DOG, CAT], "with_prior_preservation": True},
+    "basis": BASIS,
+    "new_tokens_and_average": BASE_PRIOR | {"train_text_encoder_ti": True, "use_ema": True},
+    "several_subjects": CLASS_IMAGES | {"subjects": [DOG, CAT]},
     "new_tokens_of_several_subjects": {"subjects": [DOG, CAT], "train_text_encoder_ti": True},
-    "class_images_of_several_sizes": {
-        "enable_bucket": True,
-        "bucket_reso_steps": 16,
-        "with_prior_preservation": True,
-        "num_class_images": 5,
-        "sample_batch_size": 1,
-        "max_train_steps": 2,
-    },
+    "class_images_of_several_sizes": CLASS_IMAGES | SIZES | {"max_train_steps": 2},
 }
 NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}
 FAST = ("plain", "bare_prompt")
@@ -102,9 +68,9 @@ def photos(tmp_path_factory):
 
 
 def stop_at(step: int):
-    """(should_stop, on_event): the second hears the events, the first says so once `step` is done."""
+    """(on_event, should_stop): the first hears the events, the second says so once `step` is done."""
     done = []
-    return (lambda: step in done), (lambda event: done.append(event.step if event.kind == "step" else None))
+    return (lambda event: done.append(event.step if event.kind == "step" else None)), (lambda: step in done)
 
 
 def left_by(folder: Path) -> dict[str, bytes]:
@@ -124,8 +90,8 @@ def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_pa
     unbroken = left_by(run.path)
     shutil.rmtree(run.path)
     for step in STOPS.get(kind, (2,)):
-        should_stop, on_event = stop_at(step)
-        result = train(again, on_event, should_stop if step else lambda: len([*run.class_images_dir.glob("*.png")]) > 1)
+        heard = stop_at(step) if step else (None, lambda: len([*run.class_images_dir.glob("*.png")]) > 1)
+        result = train(again, *heard)
         assert result.interrupted and result.step == step
         found = left_by(run.path)
         assert found != unbroken and found.keys() <= unbroken.keys()
@@ -136,19 +102,14 @@ def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_stopped_and_go_on_equal_two_unbroken_ones(tiny_base, photos, tmp_path, free_port):
+def test_two_processes_that_are_stopped_and_go_on_equal_two_unbroken_ones(tiny_base, photos, tmp_path, play):
     """The second hears the signal in its second step."""
     settings = {"max_train_steps": 4, **KINDS["class_images_and_captions"]}
     whole, torn = (tiny_config(tiny_base, photos, tmp_path / name / "run", **settings) for name in ("whole", "torn"))
-    scenes = []
-    for number, config in enumerate((whole, torn, replace(torn, resume_from_checkpoint="latest"))):
-        (tmp_path / f"{number}.json").write_text(json.dumps(config.to_dict()))
-        scenes.append({"config": str(tmp_path / f"{number}.json")})
-    scenes[1] |= {"place": "averaged", "rank": 1, "after": 1, "end": "stop"}
-    (tmp_path / "scenes.json").write_text(json.dumps(scenes))
-    ended = ended_ranks("tests.helpers.scenes", free_port, str(tmp_path / "scenes.json"))
-    for rank in (0, 1):
-        played = json.loads((tmp_path / f"scenes_{rank}.json").read_text())
+    stopped = {"config": torn, "place": "averaged", "rank": 1, "after": 1, "end": "stop"}
+    scenes = [{"config": whole}, stopped, {"config": replace(torn, resume_from_checkpoint="latest")}]
+    ended, both = play(scenes)
+    for played in both:
         assert [scene["code"] for scene in played] == [0, 130, 0], ended
         assert [scene["averaged"] for scene in played[1:]] == [[0, 1], [2, 3]]
     assert left_by(tmp_path / "torn" / "run") == left_by(tmp_path / "whole" / "run") != {}
@@ -169,8 +130,7 @@ def test_the_share_of_the_bare_prompt_counts_and_is_said(tiny_base, photos, tmp_
 
 @pytest.mark.slow
 def test_the_metrics_of_a_resumed_run_have_each_step_once_and_a_new_learning_rate(tiny_base, photos, tmp_path):
-    should_stop, on_event = stop_at(2)
-    train(tiny_config(tiny_base, photos, tmp_path), on_event, should_stop)
+    train(tiny_config(tiny_base, photos, tmp_path), *stop_at(2))
     train(tiny_config(tiny_base, photos, tmp_path, learning_rate=5e-3, resume_from_checkpoint="latest"))
     events = RunDir(tmp_path).read_metrics()
     steps = [(event["step"], event["lr"]) for event in events if event["type"] == "step"]
@@ -180,33 +140,15 @@ def test_the_metrics_of_a_resumed_run_have_each_step_once_and_a_new_learning_rat
 
 @pytest.mark.slow
 def test_a_run_without_a_seed_is_resumed_with_the_seed_it_drew(tiny_base, photos, tmp_path):
-    def config(**changes):
-        return tiny_config(tiny_base, photos, tmp_path / "run", **changes)
+    def go(*heard, **changes):
+        train(tiny_config(tiny_base, photos, tmp_path / "run", **changes), *heard)
+        return adapter_sha256(tmp_path / "run")
 
-    should_stop, on_event = stop_at(2)
-    train(config(seed=None), on_event, should_stop)
+    go(*stop_at(2), seed=None)
     drawn = RunDir(tmp_path / "run").read_metrics()[0]["config"]["seed"]
-    train(config(seed=None, resume_from_checkpoint="latest"))
-    resumed = adapter_sha256(tmp_path / "run")
+    resumed = go(seed=None, resume_from_checkpoint="latest")
     shutil.rmtree(tmp_path / "run")
-    train(config(seed=drawn))
-    assert adapter_sha256(tmp_path / "run") == resumed
-
-
-@pytest.mark.slow
-def test_a_finished_run_can_be_trained_further(tiny_base, photos, tmp_path):
-    train(tiny_config(tiny_base, photos, tmp_path / "a", max_train_steps=3))
-    train(tiny_config(tiny_base, photos, tmp_path / "a", resume_from_checkpoint="latest"))
-    train(tiny_config(tiny_base, photos, tmp_path / "b"))
-    assert adapter_sha256(tmp_path / "a") == adapter_sha256(tmp_path / "b")
-
-
-def test_a_new_run_in_an_old_folder_sets_the_old_one_aside(tiny_base, photos, tmp_path):
-    train(tiny_config(tiny_base, photos, tmp_path, max_train_steps=2))
-    old = adapter_sha256(tmp_path)
-    train(tiny_config(tiny_base, photos, tmp_path, max_train_steps=1))
-    assert adapter_sha256(tmp_path / "earlier_run_1") == old
-    assert [path.name for path in RunDir(tmp_path).checkpoints()] == ["last"]
+    assert go(seed=drawn) == resumed
 
 
 def test_latest_without_a_checkpoint_begins_anew_and_says_so(tiny_base, photos, tmp_path, caplog):
@@ -237,36 +179,28 @@ def test_an_older_checkpoint_sets_the_later_ones_aside(tiny_base, photos, tmp_pa
     assert all((aside / name).read_bytes() != (tmp_path / "run" / name).read_bytes() for name in names)
 
 
-def names_of(folder):
-    return [path.name for path in RunDir(folder).checkpoints()]
-
-
 @pytest.mark.slow
 def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_called_last(tiny_base, photos, tmp_path):
     """Multiples of `--checkpointing_steps`, the newest `--checkpoints_total_limit` of them."""
+    run = RunDir(tmp_path / "run")
 
-    def go(steps, **changes):
+    def go(steps, *heard, **changes):
         every = {"checkpointing_steps": 2, "checkpoints_total_limit": 2, "max_train_steps": steps}
-        train(tiny_config(tiny_base, photos, tmp_path / "run", **every | changes))
+        train(tiny_config(tiny_base, photos, run.path, **every | changes), *heard)
+        return [path.name for path in run.checkpoints()]
 
-    should_stop, on_event = stop_at(3)
-    every = {"checkpointing_steps": 2, "checkpoints_total_limit": 2, "max_train_steps": 7}
-    train(tiny_config(tiny_base, photos, tmp_path / "run", **every), on_event, should_stop)
-    assert names_of(tmp_path / "run") == ["checkpoint-2", "last"]
-    go(7, resume_from_checkpoint="latest")
-    assert names_of(tmp_path / "run") == ["checkpoint-4", "checkpoint-6", "last"]
-    seven = adapter_sha256(tmp_path / "run")
-    go(8, resume_from_checkpoint="latest")
-    assert names_of(tmp_path / "run") == ["checkpoint-6", "checkpoint-8"]
-    steps = [e["step"] for e in RunDir(tmp_path / "run").read_metrics() if e["type"] == "step"]
-    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert go(7, *stop_at(3)) == ["checkpoint-2", "last"]
+    assert go(7, resume_from_checkpoint="latest") == ["checkpoint-4", "checkpoint-6", "last"]
+    seven = adapter_sha256(run.path)
+    assert go(8, resume_from_checkpoint="latest") == ["checkpoint-6", "checkpoint-8"]
+    assert [e["step"] for e in run.read_metrics() if e["type"] == "step"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert go(7, resume_from_checkpoint="checkpoint-6") == ["checkpoint-6", "last"]
+    assert adapter_sha256(run.path) == seven
     go(7, resume_from_checkpoint="checkpoint-6")
-    assert names_of(tmp_path / "run") == ["checkpoint-6", "last"] and adapter_sha256(tmp_path / "run") == seven
-    go(7, resume_from_checkpoint="checkpoint-6")
-    assert (tmp_path / "run" / "earlier_run_2" / "last" / "position.json").is_file()
+    assert (run.path / "earlier_run_2" / "last" / "position.json").is_file()
 
 
-def test_latest_passes_by_a_damaged_last(tiny_base, photos, tmp_path, caplog):
+def test_latest_passes_by_a_damaged_last(tiny_base, photos, tmp_path):
     train(tiny_config(tiny_base, photos, tmp_path, max_train_steps=3, checkpointing_steps=2))
     (tmp_path / "last" / "position.json").write_text("{}")
     run = RunDir(tmp_path)

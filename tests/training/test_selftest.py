@@ -23,12 +23,10 @@ from dreambooth_moslora.training.step import TrainStep
 HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 
-@pytest.mark.parametrize(
-    ("found", "far"),
-    [([1.0, 2.0], 0.0), ([1.0, 2.2], 0.1), ([1.0], math.inf), ([1.0, math.nan], math.inf)],
-)
-def test_losses_are_compared_step_by_step(found, far):
-    assert largest_difference(found, [1.0, 2.0]) == pytest.approx(far)
+def test_losses_are_compared_step_by_step():
+    far = [([1.0, 2.0], 0.0), ([1.0, 2.2], 0.1), ([1.0], math.inf), ([1.0, math.nan], math.inf)]
+    for found, difference in far:
+        assert largest_difference(found, [1.0, 2.0]) == pytest.approx(difference)
 
 
 def test_a_command_that_fails_is_told_by_its_last_line(tmp_path):

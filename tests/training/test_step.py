@@ -2,12 +2,10 @@
 
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch._inductor import config as inductor
@@ -20,16 +18,14 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.memory import speed_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop
-from dreambooth_moslora.training import step as compiled_blocks
 from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import Training, train
 from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny import tiny_unet
-from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
+from tests.helpers.tiny_training import adapter_sha256, largest_difference, tiny_config
 
 PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
-
 KINDS = {
     "prior of the base, two micro-batches": PRIOR | {"gradient_accumulation_steps": 2},
     "text encoders, recomputed": {"train_text_encoder": True, "gradient_checkpointing": True},
@@ -38,7 +34,7 @@ KINDS = {
 
 
 @pytest.fixture
-def first_gradients(tiny_base, tmp_path, monkeypatch):
+def first_gradients(tiny_base, photos, tmp_path, monkeypatch):
     """The gradients that the optimizer sees in the first step of a run, or None for a parameter without one."""
     found = []
 
@@ -49,7 +45,7 @@ def first_gradients(tiny_base, tmp_path, monkeypatch):
     def of(name: str, **changes) -> list[torch.Tensor | None]:
         monkeypatch.setattr(TrainStep, "update_adapter", note)
         wide = {"target_modules": ("to_q", "to_k", "to_v", "to_out.0", "conv1")}
-        train(tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / name, **wide, **changes))
+        train(tiny_config(tiny_base, photos, tmp_path / name, **wide, **changes))
         return found.pop()
 
     return of
@@ -69,10 +65,9 @@ def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(first_gradien
     assert any(g is not None and g.norm() > 0 for g in with_copies)
 
 
-def test_a_step_walks_over_no_model(tiny_base, tmp_path, monkeypatch):
+def test_a_step_walks_over_no_model(tiny_base, photos, tmp_path, monkeypatch):
     """SDXL's UNet has 7,530 modules: to list them, or to set their mode again, took 9 and 15 ms."""
-    walked, roots = [], []
-    step = TrainStep.accumulate_gradients
+    walked, roots, step = [], [], TrainStep.accumulate_gradients
 
     def watched(train_step: TrainStep):
         roots[:] = train_step.components.values() if train_step.step else ()
@@ -80,88 +75,91 @@ def test_a_step_walks_over_no_model(tiny_base, tmp_path, monkeypatch):
         roots.clear()
         return losses
 
-    def note(name: str) -> None:
+    def noted(name: str):
         usual = getattr(nn.Module, name)
-
-        def walk(self, *given, **named):
-            walked.extend(name for root in roots if root is self)
-            return usual(self, *given, **named)
-
-        monkeypatch.setattr(nn.Module, name, walk)
+        seen = lambda self: walked.extend(name for root in roots if root is self)  # noqa: E731
+        return lambda self, *given, **named: seen(self) or usual(self, *given, **named)
 
     monkeypatch.setattr(TrainStep, "accumulate_gradients", watched)
-    note("modules")
-    note("train")
-    photos = paint_photos(tmp_path / "photos")
+    for name in ("modules", "train"):
+        monkeypatch.setattr(nn.Module, name, noted(name))
     train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=2, **PRIOR))
     assert not walked
 
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+@pytest.fixture
+def losses_of(tiny_base, photos, tmp_path):
+    """Train a run by its name; returns its losses."""
 
-BASE_PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
+    def run(name: str, **changes) -> list[float]:
+        events = []
+        torch._dynamo.reset()
+        train(tiny_config(tiny_base, photos, tmp_path / name, **{"max_train_steps": 2, **changes}), events.append)
+        return [event.loss for event in events if isinstance(event, StepDone)]
+
+    return run
 
 
-def losses(run: Path) -> list[float]:
-    return [event["loss"] for event in RunDir(run).read_metrics() if event["type"] == "step"]
+@pytest.fixture
+def live_and_cached(losses_of, tmp_path):
+    """Train without and with the text's projections; returns the losses of both and how far their adapters differ."""
+
+    def both(**changes) -> tuple[list[float], list[float], float]:
+        settings = {"target_modules": ("to_q", "to_k", "to_v", "to_out.0"), "max_train_steps": 3} | changes
+        live, cached = (losses_of("live", **settings), losses_of("cached", cache_cross_attention=True, **settings))
+        return live, cached, largest_difference(tmp_path / "live", tmp_path / "cached")
+
+    return both
 
 
-def trained_both_ways(tiny_base, tmp_path, **changes) -> tuple[Path, Path]:
-    photos = paint_photos(tmp_path / "photos")
-    for name, cached in (("live", False), ("cached", True)):
-        settings = {"target_modules": ATTENTION, "max_train_steps": 3, "cache_cross_attention": cached} | changes
-        train(tiny_config(tiny_base, photos, tmp_path / name, **settings))
-    return tmp_path / "live", tmp_path / "cached"
+SLOW = [
+    {},
+    {"target_modules": ("to_q", "attn2.to_v")},
+    {"lora_dropout": 0.1},
+    {"caption_dropout": 0.5, "max_train_steps": 5},
+    {"num_validation_images": 1, "max_train_steps": 1},
+]
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"target_modules": ("to_q", "attn2.to_v")}, marks=pytest.mark.slow),
-        pytest.param({"lora_dropout": 0.1}, marks=pytest.mark.slow),
-        pytest.param({"caption_dropout": 0.5, "max_train_steps": 5}, marks=pytest.mark.slow),
-        pytest.param({"num_validation_images": 1, "max_train_steps": 1}, marks=pytest.mark.slow),
+        *(pytest.param(changes, marks=pytest.mark.slow) for changes in SLOW),
     ],
     ids=str,
 )
-def test_one_photo_at_a_time_gives_the_same_bytes(tiny_base, tmp_path, changes):
+def test_cached_text_gives_the_same_bytes_one_photo_at_a_time(live_and_cached, tmp_path, changes):
     """On a CPU: the same products of the same shapes."""
-    live, cached = trained_both_ways(tiny_base, tmp_path, **changes)
-    assert losses(cached) == losses(live) and largest_difference(live, cached) == 0
-    for picture in live.rglob("*.png"):
-        assert (cached / picture.relative_to(live)).read_bytes() == picture.read_bytes()
+    live, cached, difference = live_and_cached(**changes)
+    assert cached == live and difference == 0
+    for picture in (tmp_path / "live").rglob("*.png"):
+        assert (tmp_path / "cached" / picture.relative_to(tmp_path / "live")).read_bytes() == picture.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param(BASE_PRIOR | {"gradient_checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param({"train_batch_size": 3}, marks=pytest.mark.slow),
-    ],
-)
-def test_several_rows_give_the_same_but_for_rounding(tiny_base, tmp_path, changes):
-    live, cached = trained_both_ways(tiny_base, tmp_path, **changes)
-    assert losses(cached) == pytest.approx(losses(live), rel=1e-5)
-    assert largest_difference(live, cached) < 1e-4
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [PRIOR | {"gradient_checkpointing": True}, {"train_batch_size": 3}])
+def test_cached_text_of_several_rows_gives_the_same_but_for_rounding(live_and_cached, changes):
+    live, cached, difference = live_and_cached(**changes)
+    assert cached == pytest.approx(live, rel=1e-5) and difference < 1e-4
+
+
+def drawn_by(unet) -> torch.Tensor:
+    """What it answers to some random numbers, the same each time."""
+    torch.manual_seed(0)
+    added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.randn(1, 6)}
+    return unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 48), added_cond_kwargs=added).sample
 
 
 def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products():
     unet = tiny_unet()
-    added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.randn(1, 6)}
-    given = torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 48)
-    expected = unet(*given, added_cond_kwargs=added).sample
-    numbers = sum(weight.numel() for weight in unet.parameters())
+    expected, numbers = drawn_by(unet), sum(weight.numel() for weight in unet.parameters())
     products = TextProducts(unet, torch.device("cpu"))
     gone = sum(layer.host_weight.numel() for layer in products.layers)
     assert len(products.layers) == sum(isinstance(module, TextProjection) for module in unet.modules()) > 0
     assert sum(weight.numel() for weight in unet.parameters()) == numbers - gone
     assert all(layer.weight.untyped_storage().nbytes() <= 4 for layer in products.layers)
-    assert torch.equal(unet(*given, added_cond_kwargs=added).sample, expected)
-
-
-LONG = {"resolution": 1024, "train_batch_size": 1}
+    assert torch.equal(drawn_by(unet), expected)
 
 
 @pytest.mark.parametrize(
@@ -180,37 +178,22 @@ LONG = {"resolution": 1024, "train_batch_size": 1}
     ],
 )
 def test_only_a_long_run_on_a_gpu_is_compiled_by_itself(changes, device, steps, compiled, searches):
-    speed = speed_of(TrainConfig(**{**LONG, **changes}), device, steps)
+    speed = speed_of(TrainConfig(**{"resolution": 1024, "train_batch_size": 1, **changes}), device, steps)
     assert (speed.compiled, speed.searches, speed.channels_last) == (compiled, searches, device == "cuda")
 
 
-def test_a_dry_run_says_what_is_chosen(tiny_base, tmp_path):
-    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", compile="on")
+def test_a_dry_run_says_what_is_chosen(tiny_base, photos, tmp_path):
+    config = tiny_config(tiny_base, photos, tmp_path / "run", compile="on")
     assert "  speed: transformer blocks compiled (the work of 0 images of 1024 px" in describe_run(config)
 
 
 def test_channels_last_is_the_same_function():
-    unet, other = tiny_unet(), tiny_unet()
-    train_step.make_convolutions_fast(other, speed_of(TrainConfig(), "cuda", 1))
-    assert other.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.randn(1, 6)}
-    given = torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 48)
-    plain, fast = (net(*given, added_cond_kwargs=added).sample for net in (unet, other))
-    assert torch.allclose(plain, fast, atol=1e-5)
+    unet = tiny_unet()
+    plain = drawn_by(unet)
+    train_step.make_convolutions_fast(unet, speed_of(TrainConfig(), "cuda", 1))
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(plain, drawn_by(unet), atol=1e-5)
     assert not torch.backends.cudnn.benchmark
-
-
-@pytest.fixture
-def losses_of(tiny_base, tmp_path):
-    photos = paint_photos(tmp_path / "photos")
-
-    def run(name: str, **changes) -> list[float]:
-        events = []
-        torch._dynamo.reset()
-        train(tiny_config(tiny_base, photos, tmp_path / name, **{"max_train_steps": 2, **changes}), events.append)
-        return [event.loss for event in events if isinstance(event, StepDone)]
-
-    return run
 
 
 @pytest.mark.slow
@@ -221,23 +204,20 @@ def test_a_block_by_inductor_computes_the_same():
     block = tiny_unet().mid_block.attentions[0].transformer_blocks[0]
     x, text = torch.randn(1, 16, 32), torch.randn(1, 7, 48)
     plain = block(x, encoder_hidden_states=text)
-    block.compile(backend=compiled_blocks.BACKEND)
+    block.compile(backend=train_step.BACKEND)
     assert torch.allclose(block(x, encoder_hidden_states=text), plain, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_compiled_losses_are_those_without_and_so_is_what_is_saved(losses_of, tmp_path, monkeypatch):
     """Traced, differentiated ahead of time, and run operation by operation: inductor would take minutes here."""
-    monkeypatch.setattr(compiled_blocks, "BACKEND", "aot_eager")
+    monkeypatch.setattr(train_step, "BACKEND", "aot_eager")
     prior = {"with_prior_preservation": True, "prior": "adapter_off", "gradient_checkpointing": True}
     settings = {**prior, "enable_bucket": True, "target_modules": ("to_q", "to_k", "to_v", "conv1")}
     plain, compiled = losses_of("plain", **settings), losses_of("compiled", compile="on", **settings)
     assert compiled == pytest.approx(plain, rel=1e-5)
-    names = []
-    for run in ("plain", "compiled"):
-        with safe_open(tmp_path / run / "last" / "moslora_weights.safetensors", "pt") as file:
-            names.append(sorted(file.keys()))
-    assert names[0] == names[1] and not any("_orig_mod" in name for name in names[1])
+    one, other = (load_file(tmp_path / run / "last" / "moslora_weights.safetensors") for run in ("plain", "compiled"))
+    assert one.keys() == other.keys() and not any("_orig_mod" in name for name in other)
 
 
 @pytest.mark.slow
@@ -248,9 +228,6 @@ def test_a_compiler_that_is_missing_costs_nothing(losses_of, tmp_path, caplog):
     assert failed == plain and adapter_sha256(tmp_path / "failed") == adapter_sha256(tmp_path / "plain")
     lines = [record.getMessage() for record in caplog.records if "goes on without" in record.getMessage()]
     assert len(lines) == 1 and "\n" not in lines[0] and "/nowhere/g++" in lines[0]
-
-
-SETTINGS = {"max_train_steps": 3, "lr_scheduler": "linear", "adam_epsilon": 1e-5}
 
 
 @pytest.fixture
@@ -271,36 +248,36 @@ def scaled(monkeypatch):
     return use
 
 
+@pytest.fixture
+def config(tiny_base, photos, tmp_path):
+    settings = {"max_train_steps": 3, "lr_scheduler": "linear", "adam_epsilon": 1e-5}
+    return lambda name: tiny_config(tiny_base, photos, tmp_path / name, **settings)
+
+
 def steps_of(folder) -> list[dict]:
     return [record for record in RunDir(folder).read_metrics() if record["type"] == "step"]
 
 
-def adapter(folder) -> dict[str, torch.Tensor]:
-    return load_file(RunDir(folder).latest_checkpoint() / "moslora_weights.safetensors")
-
-
-def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_schedule(tiny_base, tmp_path, scaled):
-    photos = paint_photos(tmp_path / "photos")
+def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_schedule(config, tmp_path, scaled):
     scaled(init_scale=2.0**10, backoff=0.5)
-    loop.train(tiny_config(tiny_base, photos, tmp_path / "plain", **SETTINGS))
+    loop.train(config("plain"))
     scaled(init_scale=2.0**30, backoff=0.25)
-    result = loop.train(tiny_config(tiny_base, photos, tmp_path / "scaled", **SETTINGS))
+    result = loop.train(config("scaled"))
     found, plain = steps_of(tmp_path / "scaled"), steps_of(tmp_path / "plain")
     skipped, done = ([step for step in found if step["skipped"] is kind] for kind in (True, False))
     assert result.step == 3 and len(skipped) > 1
     assert all(step["step"] == 1 and step["grad_norm"] is None for step in skipped)
-    assert [step["step"] for step in done] == [1, 2, 3]
-    assert [step["lr"] for step in done] == [step["lr"] for step in plain]
-    expected, trained = adapter(tmp_path / "plain"), adapter(tmp_path / "scaled")
+    assert [(step["step"], step["lr"]) for step in done] == [(n, plain[n - 1]["lr"]) for n in (1, 2, 3)]
+    name = "last/moslora_weights.safetensors"
+    expected, trained = (load_file(tmp_path / run / name) for run in ("plain", "scaled"))
     for name, weights in expected.items():
         torch.testing.assert_close(trained[name], weights, rtol=0.02, atol=1e-4)
 
 
-def test_a_run_whose_steps_all_overflow_ends_in_one_line(tiny_base, tmp_path, scaled):
+def test_a_run_whose_steps_all_overflow_ends_in_one_line(config, tmp_path, scaled):
     scaled(init_scale=2.0**30, backoff=0.999)
-    photos = paint_photos(tmp_path / "photos")
     with pytest.raises(UserError, match=r"the gradient is .* at step 1: lower --learning_rate"):
-        loop.train(tiny_config(tiny_base, photos, tmp_path / "run", **SETTINGS))
+        loop.train(config("run"))
     assert len(steps_of(tmp_path / "run")) == 20
     assert not RunDir(tmp_path / "run").adapter_path.exists()
 

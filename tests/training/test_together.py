@@ -32,24 +32,16 @@ def configs(base: Path, photos: Path, out: Path, **changes) -> list[TrainConfig]
     own = [{"max_train_steps": steps, "seed": number} for number, steps in enumerate(STEPS)]
     own[1] |= {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "random_flip": True}
     own[2] |= {"snr_gamma": 5.0, "use_ema": True}
-    return [
-        tiny_config(
-            base,
-            paint_photos(photos / str(number), number + 2),
-            out / str(number),
-            **{"learning_rate": RATE, **one, **changes},
-        )
-        for number, one in enumerate(own)
-    ]
+    places = [(paint_photos(photos / str(number), number + 2), out / str(number)) for number in range(3)]
+    return [tiny_config(base, *place, **{"learning_rate": RATE, **one, **changes}) for place, one in zip(places, own)]
 
 
 def together(runs: list[TrainConfig], most: int, *options: tuple) -> dict[str, TrainResult | Exception]:
     """What each ended with, by its folder's name."""
     ended = {}
     members = [Member(make_plan(config), *own) for config, own in zip(runs, options or [()] * len(runs), strict=True)]
-    train_together(
-        members, most, lambda member, result: ended.update({Path(member.plan.config.output_dir).name: result})
-    )
+    keep = lambda member, result: ended.update({Path(member.plan.config.output_dir).name: result})  # noqa: E731
+    train_together(members, most, keep)
     return ended
 
 
@@ -77,7 +69,7 @@ def test_stopped_and_resumed_together_is_the_same_bytes_and_alone_to_rounding(ti
 
     together(pair("unbroken"), most=2)
     for out in ("again", "apart"):
-        ended = together(pair(out), 2, *(stop_at(2)[::-1] for _ in range(2)))
+        ended = together(pair(out), 2, stop_at(2), stop_at(2))
         assert [(result.interrupted, result.step) for result in ended.values()] == [(True, 2)] * 2
     together(pair("again", resume_from_checkpoint="latest"), most=2)
     for config in pair("apart", resume_from_checkpoint="latest"):
@@ -95,34 +87,30 @@ def test_a_bad_run_ends_alone(tiny_base, tmp_path, monkeypatch):
 
     def not_finite(self, *arguments):
         parts = loss_of(self, *arguments)
-        return replace(parts, total=parts.total * torch.nan) if self.config.seed == 1 and self.step == 1 else parts
+        return replace(parts, total=parts.total * torch.nan) if (self.config.seed, self.step) == (1, 1) else parts
 
     def gone(self, number):
-        if self.config.seed == 2 and self.step == 2:
+        if (self.config.seed, self.step) == (2, 2):
             raise UserError("its encoding cannot be read any more")
         return micro_batch(self, number)
 
-    monkeypatch.setattr(TrainStep, "loss_of", not_finite)
-    monkeypatch.setattr(TrainStep, "micro_batch", gone)
-    ended = together(runs, most=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "loss_of", not_finite)
+        patch.setattr(TrainStep, "micro_batch", gone)
+        ended = together(runs, most=3)
     assert ended["0"].step == 3 and ended["0"].proof is not None
-    assert "the loss is nan at step 2" in str(ended["1"])
-    assert "cannot be read any more" in str(ended["2"])
+    assert "the loss is nan at step 2" in str(ended["1"]) and "cannot be read any more" in str(ended["2"])
     assert [e["state"] for e in RunDir(runs[2].output_dir).read_metrics() if e["type"] == "end"] == ["failed"]
-    monkeypatch.undo()
     train(replace(runs[0], output_dir=str(tmp_path / "alone")))
     assert largest_difference(tmp_path / "alone", tmp_path / "out" / "0") < RATE / 20
 
 
-def test_what_cannot_share_its_steps_is_named(tiny_base, tmp_path):
+def test_runs_share_their_steps_where_the_unet_computes_one_shape_and_what_cannot_is_named(tiny_base, tmp_path):
     config = configs(tiny_base, tmp_path / "photos", tmp_path)[0]
     assert needs_to_be_alone(config) is None
     flags = {"train_text_encoder": True, "use_dora": True, "lora_dropout": 0.1, "enable_bucket": True, "caching": "off"}
     for name, value in flags.items():
         assert f"--{name}" in needs_to_be_alone(replace(config, **{name: value}))
-
-
-def test_runs_share_their_steps_where_what_the_unet_computes_has_one_shape(tiny_base, tmp_path):
     config = configs(tiny_base, tmp_path / "photos", tmp_path)[0]
     for name, value in {"rank": 8, "train_batch_size": 2, "resolution": 128, "mixer": "none"}.items():
         assert shared_settings(replace(config, **{name: value})) != shared_settings(config)
