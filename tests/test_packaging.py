@@ -1,6 +1,7 @@
-"""What pyproject.toml declares is what the code imports and what requirements.txt installs."""
+"""What pyproject.toml declares is what the code imports and what requirements.txt installs; what needs more says so."""
 
 import ast
+import re
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from tests.conftest import pytest_runtest_setup
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -74,3 +77,18 @@ def test_each_extra_brings_what_its_package_imports():
     for extra, libraries in EXTRAS.values():
         brought = ranges(PROJECT["project"]["optional-dependencies"][extra])
         assert {names.get(library, library.replace("_", "-")) for library in libraries} <= brought.keys()
+
+
+CI = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_a_test_is_skipped_where_its_extra_is_missing(request):
+    request.node.add_marker(pytest.mark.extra("json", "no_such_module"))
+    with pytest.raises(pytest.skip.Exception, match=r"^not installed: no_such_module$"):
+        pytest_runtest_setup(request.node)
+
+
+def test_the_fast_tier_runs_before_any_extra_is_installed_and_what_it_skipped_after_it():
+    steps = re.findall(r"^(?:pip install|python -m pytest).*", CI, re.MULTILINE)
+    assert steps[:2] == ["pip install -q --no-compile -r requirements.txt", "python -m pytest"]
+    assert steps[2].startswith("pip install") and steps[3].startswith('python -m pytest -m "slow or extra"')

@@ -17,7 +17,7 @@ LONGEST = (
     "docs/test_notebook.py",
     "extras/cluster/test_on_ray.py",
     "training/test_faulty_run.py",
-    "extras/cluster/test_group.py",
+    "extras/cluster/test_fleet.py",
     "ui/test_train_form.py",
     "extras/serving/test_on_ray.py",
     "test_wheel.py",

@@ -1,6 +1,8 @@
-"""The adapters that are served: by name, and as they are now."""
+"""The adapters that are served, what is ordered of them, and which orders are drawn together."""
 
+import json
 import os
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,8 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
-from dreambooth_moslora.extras.serving.catalogue import RefusedError, open_catalogue
+from dreambooth_moslora.extras.serving.catalogue import AdapterRef, Order, RefusedError, open_catalogue, parse_order
+from dreambooth_moslora.extras.serving.drawer import Batches
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +144,97 @@ def test_the_command_tells_a_missing_folder_before_a_missing_library(folder, fre
     assert capsys.readouterr().err == f"error: --adapters {folder / 'none'}: there is no such folder.\n"
     assert main(["serve", "--adapters", str(folder), "--port", str(free_port)]) == 2
     assert "serve needs Ray Serve: pip install" in capsys.readouterr().err
+
+
+def order_of(**values) -> Order:
+    return parse_order(json.dumps(values).encode())
+
+
+def test_one_adapter_and_its_scale_are_a_short_form_of_the_list():
+    short = order_of(prompt="a dog", adapter="rex", scale=0.5, seed=1)
+    long = order_of(prompt="a dog", adapters=[["rex", 0.5]], seed=1)
+    tag = order_of(prompt="a dog <lora:rex:0.5>", seed=1)
+    assert short.params == long.params == tag.params
+    assert order_of(prompt="a dog", adapter="rex", seed=1).params.adapters == (("rex", 1.0),)
+
+
+def test_a_recipe_of_a_picture_is_an_order():
+    params = order_of(prompt="a dog", adapter="rex", seed=7, steps=3).params
+    again = order_of(**params.to_dict(), adapter_sha256={"rex": "ab"})
+    assert again.params == params and again.sha256 == {"rex": "ab"}
+
+
+def test_a_seed_that_is_left_out_is_drawn():
+    assert len({order_of(prompt="a dog").params.seed for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        (b"", "JSON"),
+        (b"[" * 60_000, "JSON"),
+        (b'{"prompt": "a", "seed": NaN}', "JSON"),
+        (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", "JSON"),
+        (b'{"prompt": "\xff"}', "JSON"),
+        (b'["a"]', "object"),
+        (b"{}", "prompt"),
+        (b'{"prompt": 3}', "prompt"),
+        (b'{"prompt": "\\ud800"}', "character"),
+        (b'{"prompt": "a", "steps": 101}', "100"),
+        (b'{"prompt": "a", "steps": 1e400}', "steps"),
+        (b'{"prompt": "a", "num_images": 2}', "one picture"),
+        (b'{"prompt": "a", "scale": 2}', "adapter"),
+        (b'{"prompt": "a", "adapter": "b", "adapters": [["c", 1]]}', "either"),
+        (b'{"prompt": "a", "adapter": ["b"]}', "adapter"),
+        (b'{"prompt": "a", "adapters": {"b": 1}}', "adapters"),
+        (b'{"prompt": "a", "adapter_sha256": ["b"]}', "adapter_sha256"),
+        (b'{"prompt": "a", "out": "/etc/passwd"}', "out"),
+    ],
+)
+def test_a_mistake_is_one_line(body, word):
+    with pytest.raises(UserError, match=word) as error:
+        parse_order(body)
+    assert "\n" not in str(error.value)
+
+
+def test_orders_of_one_batch_have_adapters_scales_and_size_in_common():
+    def key(sha: str = "1", **values) -> tuple:
+        order = order_of(prompt="a", adapter="rex", **values)
+        return Order(order.params, adapters=(AdapterRef("rex", "/rex", sha),)).batch_key
+
+    assert key(seed=1, steps=2) == key(seed=2, steps=9)
+    assert len({key(), key("2"), key(scale=0.5), key(height_px=64)}) == 4
+
+
+def test_a_refusal_comes_whole_from_another_process():
+    error = pickle.loads(pickle.dumps(RefusedError(503, "full", 4)))
+    assert (error.status, str(error), error.retry_sec) == (503, "full", 4)
+
+
+def taken(batches: Batches) -> list[list]:
+    found = []
+    while batch := batches.take():
+        found.append(batch)
+    return found
+
+
+def test_a_batch_is_the_longest_waiting_item_and_others_of_its_key():
+    batches = Batches(3)
+    for item in ("a1", "b1", "a2", "a3", "c1", "a4", "b2"):
+        batches.put(item[0], item)
+    assert len(batches) == 7
+    assert taken(batches) == [["a1", "a2", "a3"], ["b1", "b2"], ["c1"], ["a4"]]
+    assert len(batches) == 0 and batches.take() == []
+
+
+def test_a_favourite_does_not_keep_another_waiting():
+    batches = Batches(2)
+    for item in ("a1", "a2", "a3", "b1"):
+        batches.put(item[0], item)
+    order = []
+    for number in range(4, 20):
+        batches.put("a", f"a{number}")
+        order += batches.take()
+        if "b1" in order:
+            break
+    assert order == ["a1", "a2", "a3", "a4", "b1"]

@@ -1,6 +1,7 @@
-"""The commands of the pages that a newcomer follows word by word are run: as dry runs, and on the embedded base."""
+"""What the pages say is so: the tables for those who come from another trainer, and the commands that are followed."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -9,21 +10,90 @@ from PIL import Image
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.main import main, train_main
+from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, REMOVED_FLAGS, unknown_flag_message
+from dreambooth_moslora.settings.table import SETTINGS
 from tests.helpers.tiny_training import paint_photos
 from tests.test_readme import blocks, command_lines
 
-ROOT = Path(__file__).parents[2]
-PAGES = ("comfyui", "from_diffusers", "from_kohya", "from_onetrainer")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ("from_diffusers", "from_kohya", "from_onetrainer")
+SAME, NONE = "the same", "–"
+SPAN = re.compile(r"`([^`]+)`")
+HEAD = re.compile(r"^\| [^|]+ \| here \| remark \|\n\|[-|]+\|\n((?:\|.*\n)+)", re.MULTILINE)
+
+
+def rows(page: str) -> list[tuple[list[str], str, str]]:
+    """(their names, ours, remark) of each row of the page's tables."""
+    found = []
+    for table in HEAD.findall((DOCS / f"{page}.md").read_text(encoding="utf-8")):
+        for line in table.splitlines():
+            theirs, ours, remark = (cell.strip() for cell in line.strip("|").split("|"))
+            found.append((SPAN.findall(theirs), ours, remark))
+    return found
+
+
+ROWS = [(page, *row) for page in PAGES for row in rows(page)]
+OF_FLAGS = [row for row in ROWS if row[0] != "from_onetrainer"]
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"--(\w+)", text)) & SETTINGS.keys()
+
+
+def wrong(names: list[str], ours: str) -> list[str]:
+    """What a row says that is not so: the same name that is no setting, another name where the name is one of ours."""
+    if ours == SAME:
+        return [name for name in names if name not in SETTINGS]
+    if ours == NONE:
+        return [name for name in names if name in SETTINGS]
+    return [] if "`--" in ours else names
+
+
+def test_the_tables_were_found():
+    assert {page: len(rows(page)) > 40 for page in PAGES} == dict.fromkeys(PAGES, True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_same_name_is_a_setting_and_a_dash_is_none(page):
+    assert [(names, ours) for names, ours, _ in rows(page) if wrong(names, ours)] == []
+    assert wrong(["network_dim"], SAME) and wrong(["rank"], NONE) and wrong(["network_dim"], "`rank`")
+
+
+def test_a_row_names_what_the_program_answers_to_that_flag():
+    said: dict[str, set[str]] = {}
+    for _, names, ours, remark in OF_FLAGS:
+        for name in FOREIGN_FLAGS.keys() & set(names):
+            said.setdefault(name, set()).update(flags_in(ours + remark))
+    assert len(said) > 60
+    assert {name for name, flags in said.items() if flags_in(FOREIGN_FLAGS[name]) - flags} == set()
+
+
+def test_each_flag_that_the_program_answers_has_a_row():
+    named = {name for _, names, _, _ in OF_FLAGS for name in names}
+    assert set(FOREIGN_FLAGS) - set(REMOVED_FLAGS) - named == set()
+
+
+def test_a_flag_of_another_program_ends_with_one_line_that_names_ours(capsys):
+    assert train_main(["--network_dim", "16"]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {unknown_flag_message('--network_dim')}"
+
+
+def test_a_preset_of_onetrainer_is_refused_by_its_first_name(tmp_path, capsys):
+    (tmp_path / "preset.json").write_text('{"training_method": "LORA", "lora_rank": 16}')
+    assert train_main(["--config", str(tmp_path / "preset.json")]) == 2
+    assert "training_method" in capsys.readouterr().err
+
+
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 RUN_ELSEWHERE = ("pip install ", "python -m venv ", "python -m dreambooth_moslora doctor")
 """`tests/test_wheel.py` installs the program in a fresh environment, `tests/cli/test_doctor.py` runs the doctor."""
-LINES = list(dict.fromkeys(line for page in PAGES for line in command_lines(ROOT / "docs" / f"{page}.md")))
+LINES = list(dict.fromkeys(line for page in ("comfyui", *PAGES) for line in command_lines(DOCS / f"{page}.md")))
 TRAININGS = [line for line in LINES if " train_dreambooth.py " in line or " train " in line]
 PLANNED = [
     pytest.param(line, marks=pytest.mark.slow) if "--resume_from_checkpoint" in line else line for line in TRAININGS
 ]
 """To look for a checkpoint imports diffusers and PEFT."""
-WALK = [line for line in command_lines(ROOT / "docs" / "comfyui.md") if not line.startswith(RUN_ELSEWHERE)]
+WALK = [line for line in command_lines(DOCS / "comfyui.md") if not line.startswith(RUN_ELSEWHERE)]
 SHORTER = {
     "train": ["--max_train_steps", "2", "--num_validation_images", "1", "--evaluate_steps", "0", "--no_find_scale"],
     "generate": ["--steps", "1", "--base", "toy"],
@@ -71,7 +141,7 @@ def test_what_the_walk_says_is_printed_is_what_is_printed(capsys):
     (line,) = [line for line in WALK if line.endswith("--dry_run")]
     assert run(line) == 0
     said = capsys.readouterr()
-    page = (ROOT / "docs" / "comfyui.md").read_text(encoding="utf-8")
+    page = (DOCS / "comfyui.md").read_text(encoding="utf-8")
     assert all(choice in page for choice in said.err.splitlines() if ": " in choice)
     cost = [row for row in said.out.splitlines() if row.startswith(("  memory: ", "  speed: "))]
     assert len(cost) == 2 and all(row in page for row in cost)
@@ -95,7 +165,7 @@ def test_the_whole_walk_on_the_embedded_base(capsys):
 
 @pytest.mark.slow
 def test_the_program_of_the_api_page_trains_and_draws_outside_the_clone():
-    (program,) = blocks(ROOT / "docs" / "api.md", "python")
+    (program,) = blocks(DOCS / "api.md", "python")
     assert all(words in program for words in FEWER)
     for words, fewer in FEWER.items():
         program = program.replace(words, fewer)

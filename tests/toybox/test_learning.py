@@ -1,4 +1,4 @@
-"""What the pre-training scripts rest on: unbiased timesteps, cell weights, a GroupNorm of our own, runs that resume."""
+"""What the pre-training scripts rest on: timesteps, norms, runs that resume, the tokenizer, the aim of the decoder."""
 
 import json
 import os
@@ -12,12 +12,15 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
 from toybox.data.dead_leaves import dead_leaves
 from toybox.learning import training
 from toybox.learning.adversary import Adversary
 from toybox.learning.alignment import Alignment
-from toybox.learning.channels_last import FastGroupNorm, to_channels_last
+from toybox.learning.build_tokenizer import MAX_TOKENS, load
+from toybox.learning.channels_last import FastGroupNorm, to_channels_last, use_fast_group_norm
+from toybox.learning.sharpen_decoder import anchor_loss, contrast, contrast_gains, with_contrast
 from toybox.learning.train_unet import (
     SNR_GAMMA,
     TOY_WEIGHT,
@@ -29,11 +32,10 @@ from toybox.learning.train_unet import (
 )
 from toybox.learning.train_vae import crops
 from toybox.learning.train_vit import Views
-from toybox.learning.training import MasterWeights, Run, saved_step
-
-pytestmark = pytest.mark.slow
+from toybox.learning.training import MasterWeights, Run, compute_dtype, saved_step
 
 
+@pytest.mark.slow
 def test_weighted_timesteps_expect_what_uniform_ones_with_min_snr_weights_would():
     schedule = noise_schedule()
     snr = compute_snr(schedule, torch.arange(1000))
@@ -44,11 +46,13 @@ def test_weighted_timesteps_expect_what_uniform_ones_with_min_snr_weights_would(
     assert sum(means) / len(means) == pytest.approx(truth, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_a_batch_of_timesteps_covers_the_whole_schedule():
     t, weight = Timesteps(noise_schedule()).draw(50, torch.Generator().manual_seed(1))
     assert t.min() < 60 and t.max() > 970 and (t.diff() >= 0).all() and (weight > 0).all()
 
 
+@pytest.mark.slow
 def test_cells_of_a_toy_weigh_more_and_a_batch_weighs_one():
     toys = torch.zeros(2, 16, 16, dtype=torch.float16)
     toys[0, 4:8, 4:8] = 1
@@ -57,6 +61,7 @@ def test_cells_of_a_toy_weigh_more_and_a_batch_weighs_one():
     assert float(weights[0, 0, 5, 5] / weights[0, 0, 0, 0]) == pytest.approx(1 + TOY_WEIGHT)
 
 
+@pytest.mark.slow
 def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
     torch.manual_seed(0)
     unet, seen = build_unet(), torch.randn(14, 160, 4, 4).half()
@@ -72,6 +77,7 @@ def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
     assert alignment.loss(opposite).item() == pytest.approx(2 - loss.item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adversary_sharpens_what_squared_errors_blur():
     torch.manual_seed(0)
     adversary = Adversary(weight=1.0)
@@ -90,6 +96,7 @@ def test_an_adversary_sharpens_what_squared_errors_blur():
     assert all(p.grad is None and p.requires_grad for p in adversary.network.parameters())
 
 
+@pytest.mark.slow
 def test_a_batch_of_views_shows_two_kinds_and_each_toy_from_two_sides(tmp_path):
     kinds = ["duck", "bear", "car"] * 6
     numbers = np.arange(18 * 4, dtype=np.uint8).reshape(18, 4, 1, 1, 1)
@@ -102,6 +109,7 @@ def test_a_batch_of_views_shows_two_kinds_and_each_toy_from_two_sides(tmp_path):
     assert toys.max() < 15 and sorted(Counter(kinds[t] for t in toys).values()) == [4, 4]
 
 
+@pytest.mark.slow
 def test_a_model_computes_in_the_dtype_of_its_inputs_and_its_masters_in_fp32(monkeypatch):
     for dtype, has in ((torch.float32, {}), (torch.bfloat16, {"amx_bf16": True})):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
@@ -111,6 +119,7 @@ def test_a_model_computes_in_the_dtype_of_its_inputs_and_its_masters_in_fp32(mon
         assert model(x).dtype == x.dtype == dtype and {m.dtype for m in masters} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_networks_trained_beside_are_saved_and_found_again(tmp_path):
     def weights() -> MasterWeights:
         return MasterWeights(nn.Linear(2, 2))
@@ -122,6 +131,7 @@ def test_networks_trained_beside_are_saved_and_found_again(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.masters, other.masters))
 
 
+@pytest.mark.slow
 def test_dropped_captions_are_zero_and_a_tenth():
     embeds, pooled = torch.ones(4000, 2, 3), torch.ones(4000, 5)
     drop_captions(embeds, pooled, torch.Generator().manual_seed(0))
@@ -129,6 +139,7 @@ def test_dropped_captions_are_zero_and_a_tenth():
     assert torch.equal(gone, embeds.sum((1, 2)) == 0) and 0.08 < gone.float().mean() < 0.12
 
 
+@pytest.mark.slow
 def test_the_group_norm_and_its_gradients_are_those_of_pytorch():
     torch.manual_seed(0)
     norm = nn.GroupNorm(4, 16)
@@ -163,6 +174,7 @@ def fit(out, steps: int, total: int) -> dict[str, torch.Tensor]:
     return weights.averaged()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     unbroken = fit(tmp_path / "a", 20, 20)
     fit(tmp_path / "b", 12, 20)  # saved at 10, stopped at 12
@@ -171,6 +183,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     assert all(torch.equal(unbroken[k], resumed[k]) for k in unbroken)
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_has_the_rates_of_one_and_logs_its_samples(tmp_path):
     def part(out: Path, until: int | None) -> list[float]:
         run = Run(out, MasterWeights(nn.Linear(2, 2)), 8, until=until, batch=3, save_every=100, log_every=2)
@@ -198,10 +211,11 @@ torch.save(weights.averaged(), f"{sys.argv[1]}/{rank}_of_{world}.pt")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns_from_both_halves(tmp_path):
     script = tmp_path / "shared.py"
     script.write_text(SHARED)
-    root, free = Path(__file__).parents[3], ("--nproc_per_node", "2", "--standalone")
+    root, free = Path(__file__).parents[2], ("--nproc_per_node", "2", "--standalone")
     for launcher in ((), ("-m", "torch.distributed.run", *free)):
         command = [sys.executable, *launcher, str(script), str(tmp_path)]
         subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=300)
@@ -210,6 +224,7 @@ def test_two_processes_learn_what_one_learns_from_both_halves(tmp_path):
         torch.testing.assert_close(shared, one, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_rate_rises_stays_and_falls(tmp_path):
     run = Run(tmp_path, MasterWeights(nn.Linear(2, 2)), 100, save_every=1000, log_every=1000)
     rates = [run.rate(step, warmup=10) for step in run] + [run.rate(100)]
@@ -229,6 +244,7 @@ def steps_by_the_clock(out: Path, clock: list[float], stop_after: int | None = N
     return done
 
 
+@pytest.mark.slow
 def test_a_run_of_minutes_ends_by_the_clock_of_all_its_pieces(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
@@ -243,12 +259,14 @@ def test_a_run_of_minutes_ends_by_the_clock_of_all_its_pieces(tmp_path, monkeypa
     assert steps_by_the_clock(tmp_path / "b", clock) == []
 
 
+@pytest.mark.slow
 def test_dead_leaves_repeat_from_their_seed():
     first = dead_leaves(2, 32, seed=1)
     assert first.shape == (2, 32, 32, 3) and (first == dead_leaves(2, 32, seed=1)).all()
     assert (first[0] != first[1]).any()
 
 
+@pytest.mark.slow
 def test_the_vae_trains_on_the_crop_with_the_most_detail():
     """A picture that is plain but for one textured corner: crops of it hold the corner more often than chance."""
     images = torch.full((64, 128, 128, 3), 128, dtype=torch.uint8)
@@ -256,3 +274,58 @@ def test_the_vae_trains_on_the_crop_with_the_most_detail():
     share = [float((crops(images, 64, torch.Generator().manual_seed(seed)).std(dim=(1, 2, 3)) > 0.05).float().mean())
              for seed in range(4)]  # fmt: skip
     assert sum(share) / 4 > 0.4  # 0.24 by chance, 0.56 as the best of three
+
+
+SHIPPED = Path(__file__).parents[2] / "assets" / "toy-sdxl" / "tokenizer"
+TEXTS = ["a photo of a sks red robot on the beach", "two toys: an orange duck, naïve 熊 42's", "word " * 100]
+
+
+def test_the_shipped_tokenizer_is_read_as_the_one_of_the_training(tmp_path):
+    model = json.loads((SHIPPED / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    (tmp_path / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    trained, shipped = (load(f)(TEXTS, padding="max_length", truncation=True) for f in (tmp_path, SHIPPED))
+    assert trained.input_ids == shipped.input_ids and trained.attention_mask == shipped.attention_mask
+    assert {len(ids) for ids in shipped.input_ids} == {MAX_TOKENS}
+
+
+OLD_X86, NEW_X86, ARM = {"avx2": True, "avx512_bf16": False}, {"avx512_bf16": True}, {"neon": True, "bf16": True}
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(OLD_X86, torch.float32), (NEW_X86, torch.bfloat16), (ARM, torch.bfloat16)])
+def test_inputs_and_norms_have_the_dtype_of_the_processor(monkeypatch, has, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    model = use_fast_group_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))
+    assert compute_dtype() == to_channels_last(torch.randn(1, 3, 8, 8)).dtype == dtype
+    assert isinstance(model[1], FastGroupNorm) == (dtype == torch.bfloat16)
+
+
+def test_a_gpu_and_a_pytorch_that_cannot_be_asked(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert compute_dtype() == torch.float32 and compute_dtype("cuda") == torch.bfloat16
+
+
+@pytest.fixture
+def pictures() -> torch.Tensor:
+    """Noise of several sizes in [-1, 1], (4,3,64,64)."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(4, 3, 64, 64, generator=generator) * 2 - 1
+    return (noise + avg_pool2d(noise, 4).repeat_interleave(4, -1).repeat_interleave(4, -2)) / 2
+
+
+def test_gains_of_one_change_nothing(pictures):
+    torch.testing.assert_close(with_contrast(pictures, [1.0] * 4), pictures)
+
+
+def test_pictures_get_the_contrast_of_others_and_keep_their_mean_colour(pictures):
+    softer = 0.8 * pictures + 0.2 * avg_pool2d(pictures, 3, stride=1, padding=1)
+    changed = with_contrast(pictures, contrast_gains(pictures, softer))
+    assert contrast(pictures) != pytest.approx(contrast(softer), rel=0.1)
+    assert contrast(changed) == pytest.approx(contrast(softer), rel=0.02)
+    torch.testing.assert_close(changed.mean((2, 3)), pictures.mean((2, 3)), atol=0.02, rtol=0)
+
+
+def test_a_picture_that_has_moved_is_told_by_the_anchor(pictures):
+    assert anchor_loss(pictures, pictures) == 0
+    assert anchor_loss(pictures.roll(4, -1), pictures) > anchor_loss(pictures.roll(1, -1), pictures) > 0

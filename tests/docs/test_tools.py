@@ -1,0 +1,99 @@
+"""The tools behind the docs and the studies: copies of subjects, bare photos, sheets, the list of settings."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.settings.prompts import learnt_words
+from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
+from tools import another_word, bare_photos, subject_sheet
+from tools.settings_table import OUT, page
+
+
+def test_only_the_word_differs(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    another_word.main(["rocket", "--word", "zwx", "--out", str(tmp_path)])
+    copied, source = tmp_path / "rocket", Path("assets/subjects/rocket")
+    assert sorted(path.name for path in copied.iterdir()) == sorted(path.name for path in source.iterdir())
+    facts = json.loads((copied / "subject.json").read_text())
+    assert facts == {**json.loads((source / "subject.json").read_text()), "token": "zwx"}
+    prompt = "a photo of a zwx rocket"
+    photos = photo_report(TrainConfig(instance_data_dir=str(copied), instance_prompt=prompt)).photos
+    assert len(photos) == 5 and all(caption.startswith(prompt) for photo in photos for caption in photo.captions)
+
+
+def test_the_recipe_of_two_subjects_says_what_to_change_for_new_tokens(tmp_path):
+    recipe = (Path(__file__).parents[2] / "assets/configs/two_subjects.toml").read_text(encoding="utf-8")
+    head, changed = recipe.partition("\n\n")[0], recipe
+    assert "python -m tools.another_word rocket --word zwx --out runs/zwx" in head
+    for old, new in (
+        ("assets/subjects/rocket", "runs/zwx/rocket"),
+        ("a photo of a sks rocket", "a photo of a zwx rocket"),
+    ):
+        assert f'"{new}"' in head
+        changed = changed.replace(f'"{old}"', f'"{new}"')
+
+    def words_of(text: str) -> tuple[str, ...]:
+        (tmp_path / "two.toml").write_text(text, encoding="utf-8")
+        return learnt_words(TrainConfig(**load_settings(tmp_path / "two.toml"), train_text_encoder_ti=True))
+
+    assert words_of(changed) == ("sks", "zwx")
+    with pytest.raises(UserError, match="a rare word of its own"):
+        words_of(recipe)
+
+
+def photo_and_mask(box) -> tuple[Image.Image, Image.Image]:
+    mask = Image.new("L", (80, 80))
+    ImageDraw.Draw(mask).rectangle(box, fill=255)
+    return Image.merge("RGB", [mask] * 3), mask
+
+
+def test_a_photo_is_cut_around_its_subject():
+    photo, mask = photo_and_mask((4, 60, 20, 75))  # at the left, low
+    wide, tall = bare_photos.cut(photo, mask, wide=True), bare_photos.cut(photo, mask, wide=False)
+    assert wide.size == (80, 60) and tall.size == (60, 80)
+    white = mask.histogram()[255]
+    assert [one.convert("L").histogram()[255] for one in (wide, tall)] == [white, white]
+
+
+def test_a_subject_in_the_middle_stays_there():
+    photo, mask = photo_and_mask((30, 35, 49, 44))
+    assert bare_photos.cut(photo, mask, wide=True).getbbox() == (30, 25, 50, 35)
+    assert bare_photos.cut(photo, mask, wide=False).getbbox() == (20, 35, 40, 45)
+
+
+@pytest.mark.slow
+def test_captions_are_made_by_the_program_and_all_name_a_place(tmp_path):
+    bare_photos.main(["--captions", "--out", str(tmp_path), "--subjects", "tall_cactus"])
+    captions = [path.read_text().strip() for path in (tmp_path / "tall_cactus").glob("*.txt")]
+    assert len(captions) == 5 and all(text.startswith("a photo of a sks cactus ") for text in captions)
+    assert len(list((tmp_path / "tall_cactus").glob("*.mask.png"))) == 5
+
+
+@pytest.mark.slow
+def test_a_run_is_a_row_of_a_photo_and_four_unlike_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(subject_sheet, "STEPS", 2)
+    run = tmp_path / "rocket"
+    run.mkdir()
+    shutil.copy("assets/adapters/rocket.safetensors", run / "pytorch_lora_weights.safetensors")
+    settings = {"instance_data_dir": "assets/subjects/rocket", "instance_prompt": "a photo of a sks rocket"}
+    (run / "train_config.json").write_text(json.dumps(settings))
+    (row,) = subject_sheet.rows([run])
+    drawn = [np.asarray(image) for image in row.images[1:]]
+    assert row.title == "rocket" and row.images[0].size == (512, 512) and len(drawn) == 4
+    assert all((one != other).any() for number, one in enumerate(drawn) for other in drawn[:number])
+    subject_sheet.main([str(run), "--out", str(tmp_path / "sheet.jpg")])
+    assert Image.open(tmp_path / "sheet.jpg").width > 5 * 128
+
+
+def test_the_page_lists_each_setting_once_and_is_up_to_date():
+    text = OUT.read_text(encoding="utf-8")
+    assert text == page(), "run: python -m tools.settings_table"
+    assert [text.count(f"| `--{name}` |") for name in SETTINGS] == [1] * len(SETTINGS)

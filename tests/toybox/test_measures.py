@@ -1,0 +1,190 @@
+"""The measures of the base: shares with their intervals, sharpness, distances of pictures, and the model card."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from toybox.captions import full_caption
+from toybox.data.renders import to_pixels, to_uint8
+from toybox.measures import evaluate_base
+from toybox.measures.evaluate_base import accuracy, kept_pictures, scenes_for, tells, wilson
+from toybox.measures.model_card import PARTS, card
+from toybox.measures.model_card import QUESTIONS as ASKED
+from toybox.measures.sharpness import sharpness
+from toybox.measures.swd import blur, distances, laplacian_pyramid, sliced_wasserstein
+from toybox.readers.judge import QUESTIONS, Reading
+from toybox.render import render, toy_masks
+from toybox.world import Scene, Toy, sample_scene
+
+PLAIN = Scene((Toy("duck", "red", "white"),), "on grass")
+DRESSED = Scene((Toy("duck", "red", "white", accessories=("scarf",)),), "on grass")
+STRIPED = Scene((Toy("duck", "red", "white", "striped"),), "on grass")
+
+
+def test_a_question_is_asked_where_the_prompt_tells_the_answer():
+    names = lambda scene, full: {name for name, told in tells(scene, full).items() if told}  # noqa: E731
+    assert names(PLAIN, False) == set(QUESTIONS) - {"colour2"}
+    assert names(DRESSED, False) == set(QUESTIONS) - {"colour2", "ornaments"}
+    assert names(STRIPED, False) == names(DRESSED, True) == set(QUESTIONS)
+
+
+def test_shares_are_of_the_pictures_that_are_asked(monkeypatch):
+    readings = [
+        Reading("duck", "red", "blue", "on grass", frozenset(), (1.0,) * 5),
+        Reading("duck", "blue", "white", "on grass", frozenset({"scarf"}), (1.0,) * 5),
+        Reading("duck", "red", "white", "on grass", frozenset({"bow"}), (1.0,) * 5),
+    ]
+    monkeypatch.setattr(evaluate_base.judge, "load", lambda: SimpleNamespace(read=lambda images: readings))
+    images, scenes = torch.zeros(3, 8, 8, 3), [PLAIN, DRESSED, STRIPED]
+    found = accuracy(images, scenes)
+    assert found["kind"] == 1 and found["colour"] == found["all"] == pytest.approx(2 / 3, abs=1e-4)
+    assert found["colour2"] == 1 and found["ornaments"] == 0.5 and "ornaments_worn" not in found
+    assert found["intervals"]["colour2"] == (*wilson(1, 1), 1) and found["intervals"]["ornaments"][2] == 2
+    named = accuracy(images, scenes, full=True)
+    assert named["colour2"] == named["ornaments"] == pytest.approx(2 / 3, abs=1e-4) and named["ornaments_worn"] == 1
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+
+
+def test_scenes_that_are_told_in_full_have_a_pattern_or_an_ornament_and_their_captions_name_it():
+    for scene in scenes_for(40, held_out=False, seed=1, full=True):
+        (toy,) = scene.toys
+        words = full_caption(scene)
+        assert toy.pattern != "plain" or toy.accessories
+        assert all(name in words for name in (toy.kind, toy.colour2, scene.place, *toy.accessories))
+    assert full_caption(DRESSED) == "a photo of a red duck with white parts and a red scarf on grass"
+    assert full_caption(STRIPED) == "a photo of a red and white striped duck on grass"
+
+
+def test_pictures_are_drawn_once(tmp_path, monkeypatch):
+    calls = []
+
+    def generate(pipeline, prompts, **options):
+        calls.append((prompts, options))
+        return torch.full((len(prompts), 2, 2, 3), 7, dtype=torch.uint8)
+
+    monkeypatch.setattr(evaluate_base, "generate", generate)
+    first, second = (kept_pictures(tmp_path / "a_at_2.5.npy", None, ["x", "y"], seed=1) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (2, 2, 2, 3) and calls == [(["x", "y"], {"seed": 1})]
+
+
+SCENES = [sample_scene(random.Random(seed)) for seed in range(3)]
+
+
+def test_a_blurred_toy_has_less_and_a_sharpened_one_more():
+    images, masks = render(SCENES), toy_masks(SCENES, 128)
+    pixels = to_pixels(images)
+    soft = blur(pixels)
+    true = sharpness(images, masks)
+    assert (sharpness(to_uint8(soft), masks) < 0.75 * true).all()
+    assert (sharpness(to_uint8((2 * pixels - soft).clamp(-1, 1)), masks) > 1.2 * true).all()
+
+
+def test_what_is_beside_the_toy_does_not_count():
+    images, masks = render(SCENES), toy_masks(SCENES, 128)
+    inner = -torch.nn.functional.max_pool2d(-masks[:, None].float(), 25, 1, 12)[:, 0] > 0
+    inner[:, 0] = False
+    noisy = torch.where(masks[..., None], images, torch.randint_like(images, 256))
+    assert inner.any()
+    torch.testing.assert_close(sharpness(noisy, inner), sharpness(images, inner))
+    assert (sharpness(images, torch.zeros_like(masks)) == 0).all()
+
+
+@pytest.fixture(scope="module")
+def renders() -> tuple[Tensor, Tensor]:
+    """Two times 24 renders, uint8 (24,64,64,3)."""
+    rng = random.Random(3)
+    return tuple(render([sample_scene(rng) for _ in range(24)], 64) for _ in range(2))
+
+
+def blurred(pictures: Tensor) -> Tensor:
+    return blur(pictures.permute(0, 3, 1, 2).float()).round().byte().permute(0, 2, 3, 1)
+
+
+def test_points_that_are_moved_are_as_far_as_the_move_projected_on_the_directions():
+    points = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
+    far = sliced_wasserstein(points, points + torch.tensor([3.0, 4.0]), directions=4000)
+    assert far == pytest.approx(5 * 2 / torch.pi, rel=0.03), "the mean of |cos| is 2/π"
+    assert sliced_wasserstein(points, points[torch.randperm(500)]) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_levels_of_a_pyramid_add_up_to_the_picture():
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    *levels, rest = laplacian_pyramid(pictures)
+    assert [level.shape[-1] for level in (*levels, rest)] == [64, 32, 16]
+    for level in reversed(levels):
+        rest = interpolate(rest, scale_factor=2, mode="bilinear") + level
+    torch.testing.assert_close(rest, pictures)
+
+
+@pytest.mark.slow
+def test_noise_is_farther_from_renders_than_other_renders_are(renders):
+    references, others = renders
+    noise = torch.randint(0, 256, references.shape, generator=torch.Generator().manual_seed(0)).byte()
+    near, far = distances(others, references), distances(noise, references)
+    assert set(near) == {"64_px", "32_px", "16_px", "mean"}
+    assert far["mean"] > 2 * near["mean"] and far["64_px"] > 3 * near["64_px"]
+
+
+@pytest.mark.slow
+def test_blur_shows_at_the_finest_level_and_not_at_the_coarsest(renders):
+    references, _ = renders
+    same, smeared = distances(references, references), distances(blurred(references), references)
+    assert smeared["64_px"] > 3 * same["64_px"]
+    assert smeared["16_px"] < 1.5 * same["16_px"] + 5
+
+
+SHARES = {name: 0.9 for name in ASKED if name != "ornaments_worn"}
+INTERVALS = {name: [0.81, 0.95, 70] for name in SHARES}
+
+
+def scores() -> dict:
+    values = SHARES | {"intervals": INTERVALS}
+    generated = values | {"swd": {"128_px": 30.0, "mean": 31.0}}
+    return {"guidance": 2.5, "seen combinations": {"generated": generated, "renders": values}}
+
+
+def test_a_part_in_work_replaces_its_lines_and_the_others_stay(tmp_path):
+    (tmp_path / "judge").mkdir()
+    logs = [{"step": 50, "loss": 4.0, "step_sec": 1.0}, {"step": 1000, "loss": 0.5, "step_sec": 1.8}]
+    (tmp_path / "judge" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logs))
+    (tmp_path / "judge" / "report.json").write_text(json.dumps({"kind_accuracy": 0.99}))
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(scores()))
+    rows = [f"| {PARTS['vae']} | 5000 | 0.9 | 0.235 → 0.151 |", f"- {PARTS['vae']}: psnr_db 31.3"]
+    shipped = "- as shipped, on fresh renders: vae_psnr_db 30.83"
+    found = card(tmp_path, "\n".join([*rows, shipped, f"- {PARTS['judge']}: kind_accuracy 0.1"])).splitlines()
+    assert {*rows, shipped} <= set(found)
+    assert f"| {PARTS['judge']} | 1000 | 0.5 | 4.000 → 0.500 |" in found
+    assert f"- {PARTS['judge']}: kind_accuracy 0.99" in found and f"- {PARTS['judge']}: kind_accuracy 0.1" not in found
+    share = "90.0 [81.0, 95.0] of 70"
+    cells = " | ".join("–" if name == "ornaments_worn" else share for name in ASKED)
+    assert f"| seen combinations | renders | {cells} |" in found
+    assert not any(line.startswith("On two cores") for line in found)
+    clock = "On two cores: 0.26 s to load, 3.05 s for four images."
+    assert clock in card(tmp_path, clock).splitlines(), "no timings were taken: the old ones stay"
+    taken = scores() | {"timings": {"load_sec": 0.3, "four_images_sec": 4}}
+    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(taken))
+    assert "On two cores: 0.3 s to load, 4 s for four images." in card(tmp_path, clock).splitlines()
+    assert "Sliced Wasserstein distance to renders, seen combinations: 128 px 30.0, mean 31.0." in found
+
+
+def test_groups_that_were_not_measured_again_keep_their_rows(tmp_path):
+    rows = ["| held-out combinations | generated | 98.2 % | 93.8 % | 100.0 % | 92.5 % |"]
+    rows += ["| held-out combinations | renders | 99.0 % | 97.8 % | 99.8 % | 96.8 % |"]
+    distance = "Sliced Wasserstein distance to renders, held-out combinations: 128 px 31.5, mean 30.3."
+    old = "\n".join([*rows, "| seen combinations | renders | 1 % | 1 % | 1 % | 1 % |", distance])
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(scores()))
+    found = card(tmp_path, old)
+    assert {*rows, distance} <= set(found.splitlines()) and "| 1 % |" not in found
+    again = card(tmp_path / "nothing", found)
+    assert again == found, "a second run without measurements changes nothing"
