@@ -21,7 +21,7 @@ from dreambooth_moslora.extras.cluster.records import Record, is_finished, read_
 from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet, scratch_home, train_in_bucket
 from dreambooth_moslora.extras.cluster.subjects import Subject
 from dreambooth_moslora.extras.cluster.worker import Job
-from tests.extras.cluster.test_status import START, STEP, subject
+from tests.extras.cluster.test_subjects import START, STEP, subject
 from tests.helpers.flaky_bucket import FlakyBucket
 
 FLEET = "flaky://bucket/fleet"
