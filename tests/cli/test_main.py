@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 
 from dreambooth_moslora.cli.main import COMMANDS, exit_code, log_file, main, run_trainer, train_main
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress
 from dreambooth_moslora.disk.events import RunStarted, StepDone
 from dreambooth_moslora.disk.run_folder import RunDir, step_of
+from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.loop import train
 from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -38,6 +41,11 @@ print("saved", flush=True)
 """
 
 
+def needed(base, photos, run):
+    words = ["--pretrained_model_name_or_path", base, "--instance_data_dir", photos, "--instance_prompt", "x"]
+    return [*map(str, words), "--output_dir", str(run), "--resolution", "64", "--report_to", "none"]
+
+
 @pytest.fixture
 def photos(tmp_path):
     folder = tmp_path / "photos"
@@ -47,41 +55,30 @@ def photos(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("program", ["dreambooth_moslora.cli.main", "dreambooth_moslora.ui.app"])
-@pytest.mark.parametrize(("given", "spins"), [({}, "2000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
-def test_every_program_lets_idle_threads_sleep_soon(program, given, spins):
-    code = f"import os; from {program} import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    code += "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
-    free = {k: v for k, v in ENVIRONMENT.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=free, check=True)
-    assert done.stdout.splitlines()[-1] == f"{given.get('OMP_WAIT_POLICY', 'PASSIVE')} {spins}"
+def python(*words, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, **options)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--rnak", "3"], []])
-def test_help_and_mistakes_import_no_torch(words):
-    code = "import sys\nfrom dreambooth_moslora.cli.main import train_main\n"
-    code += "try: train_main(sys.argv[1:])\nexcept SystemExit: 0"
-    code += "\nfor name in ('torch', 'diffusers', 'numpy', 'PIL'): assert name not in sys.modules, name"
-    done = subprocess.run([sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("ending", [["--dry_run"], ["--output_dir", "."]], ids=["dry run", "refused folder"])
-def test_a_dry_run_and_a_refused_folder_import_no_torch(ending, photos):
-    code = "import sys; from dreambooth_moslora.cli.main import train_main; print(train_main(sys.argv[1:]))"
-    code += "\nassert 'torch' not in sys.modules"
-    words = [*needed("toy", ".", "run"), *ending]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=photos, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == ("0" if ending == ["--dry_run"] else "2")
-
-
-def test_help_describes_every_flag():
-    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0
-    for flag in ("--instance_data_dir", "--snr_gamma", "--mixer", "--dry_run", "--config"):
-        assert flag in done.stdout
+@pytest.mark.parametrize(
+    ("words", "code", "unneeded"),
+    [
+        (["--help"], "0", "torch diffusers numpy PIL"),
+        (["--rnak", "3"], "2", "torch diffusers numpy PIL"),
+        ([], "2", "torch diffusers numpy PIL"),
+        ([*needed("toy", ".", "run"), "--dry_run"], "0", "torch"),
+        (needed("toy", ".", "."), "2", "torch"),
+        (needed("toy", ".", ""), "2", "torch"),
+    ],
+    ids=["help", "mistake", "nothing", "dry run", "refused folder", "no folder"],
+)
+def test_what_trains_nothing_imports_no_torch(words, code, unneeded, photos):
+    before = sorted(photos.iterdir())
+    program = "import sys\nfrom dreambooth_moslora.cli.main import train_main\n"
+    program += "try: code = train_main(sys.argv[1:])\nexcept SystemExit as ended: code = ended.code\n"
+    program += f"for name in {unneeded.split()}: assert name not in sys.modules, name\nprint(code)"
+    done = python("-c", program, *words, cwd=photos)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == code, done.stderr
+    assert sorted(photos.iterdir()) == before
 
 
 def test_the_overview_names_every_command(capsys):
@@ -110,6 +107,19 @@ def fail(error):
     raise error
 
 
+OUT_OF_MEMORY = (
+    "alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory: 512 GB",
+    "could not create a primitive",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+    "CUDA driver error: out of memory",
+    "HIP error: out of memory",
+    "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate`",
+    "miopenStatusAllocFailed",
+    "MPS backend out of memory (MPS allocated: 8.95 GB, other allocations",
+)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
@@ -124,21 +134,9 @@ def fail(error):
         (PermissionError(errno.EPERM, "Operation not permitted"), 2, "permission denied, while a file was written."),
         (OSError(errno.EROFS, "Read-only file system"), 2, "Read-only file system, while a file was written."),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png"), 2, "No such file or directory: a.png"),
-        (RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory: 512 GB"), 2, "out of memory: try"),
-        (RuntimeError("could not create a primitive"), 2, "out of memory: try"),
         (type("_ArrayMemoryError", (MemoryError,), {})("numpy's"), 2, "out of memory: try"),
+        *((RuntimeError(text), 2, "out of memory: try") for text in OUT_OF_MEMORY),
         (RuntimeError("could not create a primitive descriptor for the sum primitive."), 1, "Traceback"),
-        (
-            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-            2,
-            "out of memory: try",
-        ),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), 2, "out of memory: try"),
-        (RuntimeError("CUDA driver error: out of memory"), 2, "out of memory: try"),
-        (RuntimeError("HIP error: out of memory"), 2, "out of memory: try"),
-        (RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate`"), 2, "out of memory: try"),
-        (RuntimeError("miopenStatusAllocFailed"), 2, "out of memory: try"),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 8.95 GB, other allocations"), 2, "out of memory: try"),
         (RuntimeError("HIP error: invalid argument"), 1, "Traceback"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"), 1, "Traceback"),
         (PermissionError(13, "no", "/x"), 2, "permission denied"),
@@ -168,26 +166,26 @@ def test_ctrl_c_during_the_imports_is_one_word(program, tmp_path):
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
 
 
-def limit_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-
 @pytest.mark.slow
 def test_a_run_that_may_write_no_large_file_ends_in_one_line(photos, tiny_base, tmp_path):
-    words = needed(tiny_base, photos, str(tmp_path / "run"))
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *words], env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=limit_files
+    done = python(
+        SCRIPT,
+        *needed(tiny_base, photos, tmp_path / "run"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: a file would be larger than the system allows" in done.stderr
 
 
-def start_stopper(**extra):
-    process = subprocess.Popen(
-        [sys.executable, "-c", STOPPER], env={**ENVIRONMENT, **extra}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout.readline() == b"ready\n"
-    return process
+def started(*words, **extra):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *map(str, words)], env=ENVIRONMENT | extra, **pipes)
+
+
+def send(process, signals, pause_sec):
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(pause_sec)
 
 
 SIGNALS = [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 4, [signal.SIGHUP]]
@@ -195,13 +193,11 @@ SIGNALS = [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTE
 
 @pytest.mark.parametrize("signals", SIGNALS)
 def test_signals_ask_and_never_tear(signals):
-    process = start_stopper()
-    for number in signals:
-        process.send_signal(number)
-        time.sleep(0.05)
+    process = started("-c", STOPPER)
+    assert process.stdout.readline() == b"ready\n"
+    send(process, signals, 0.05)
     out, err = process.communicate(timeout=60)
-    assert out == b"saving\nsaved\n" and process.returncode == 0
-    assert b"stopping after this step" in err
+    assert out == b"saving\nsaved\n" and process.returncode == 0 and b"stopping after this step" in err
 
 
 def test_a_closed_terminal_stops_nothing_under_nohup():
@@ -216,21 +212,16 @@ def test_a_closed_terminal_stops_nothing_under_nohup():
 
 
 def test_a_third_ctrl_c_leaves_at_once():
-    process = start_stopper(HANG="1")
-    for _ in range(3):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
+    process = started("-c", STOPPER, HANG="1")
+    assert process.stdout.readline() == b"ready\n"
+    send(process, [signal.SIGINT] * 3, 0.1)
     assert process.wait(timeout=20) == 130
 
 
 def start_training(photos, base, run):
     """A training of the real script in its first steps."""
-    words = ["--pretrained_model_name_or_path", base, "--instance_data_dir", photos, "--output_dir", run.path]
-    words += ["--instance_prompt", "a photo of sks toy", "--resolution", "64", "--train_batch_size", "1"]
-    words += ["--max_train_steps", "100000", "--num_validation_images", "0", "--report_to", "none", "--seed", "1"]
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, words)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    words = ["--train_batch_size", 1, "--max_train_steps", 100000, "--num_validation_images", 0, "--seed", 1]
+    process = started(SCRIPT, *needed(base, photos, run.path), *words)
     while not any(event["type"] == "step" for event in run.read_metrics()):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.1)
@@ -239,13 +230,10 @@ def start_training(photos, base, run):
 
 def check_interrupted(run):
     """The number of the checkpoint that an interrupted run left, beside its adapter."""
-    from safetensors import safe_open
-
     (checkpoint,) = run.checkpoints()
     with safe_open(run.adapter_path, "pt") as file:
         assert file.keys()
-    assert run.read_metrics()[-1]["state"] == "interrupted"
-    assert checkpoint.name == "last"
+    assert run.read_metrics()[-1]["state"] == "interrupted" and checkpoint.name == "last"
     return str(step_of(checkpoint))
 
 
@@ -253,11 +241,9 @@ def check_interrupted(run):
 def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, tiny_base, tmp_path):
     run = RunDir(tmp_path / "run")
     process = start_training(photos, tiny_base, run)
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
+    send(process, [signal.SIGINT] * 2, 0.2)
     error = process.communicate()[1].decode()
-    assert process.returncode == 130 and "stopped at step" in error and "Traceback" not in error
+    assert process.returncode == 130 and "Traceback" not in error
     assert f"stopped at step {check_interrupted(run)}" in error
 
 
@@ -281,14 +267,7 @@ def test_help_without_a_reader_is_no_failure(ending):
     assert done.returncode == 0 and done.stderr == b""
 
 
-def needed(base, photos, run):
-    words = ["--pretrained_model_name_or_path", base, "--instance_data_dir", photos, "--instance_prompt", "x"]
-    return [*map(str, words), "--output_dir", str(run), "--resolution", "64", "--report_to", "none"]
-
-
 def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log(photos, tmp_path, monkeypatch, capsys):
-    from dreambooth_moslora.training import loop
-
     monkeypatch.setattr(loop, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen")))
     assert train_main(needed("toy", photos, tmp_path / "run")) == 1
     assert (tmp_path / "run" / "train.log").read_text().count("ZeroDivisionError: unforeseen") == 1
@@ -335,24 +314,11 @@ def test_photos_whose_names_are_no_text_are_trained_on(photos, tiny_base, tmp_pa
     assert r"broken\udcff.png is left out" in (tmp_path / "run" / "train.log").read_text()
 
 
-def test_a_refused_run_folder_stays_as_it_was(photos, tiny_base, capsys, monkeypatch):
-    before = sorted(photos.iterdir())
-    assert train_main(needed(tiny_base, photos, photos)) == 2
-    assert "a run needs one of its own" in capsys.readouterr().err
-    assert sorted(photos.iterdir()) == before
-    monkeypatch.chdir(photos)
-    assert train_main(needed(tiny_base, photos, "")) == 2
-    assert sorted(photos.iterdir()) == before
-
-
 def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, tiny_base, tmp_path, capsys):
-    from diffusers import UNet2DConditionModel
-
     (photos / "notes.md").write_text("x")
-    words = ["--pretrained_model_name_or_path", tiny_base, "--instance_data_dir", photos, "--resolution", "64"]
-    words += ["--instance_prompt", "a photo of sks toy", "--repeats", "4", "--train_batch_size", "2", "--rank", "3"]
-    words += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "5", "--output_dir", tmp_path / "run"]
-    assert train_main([*map(str, words), "--dry_run", "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
+    words = [*needed(tiny_base, photos, tmp_path / "run"), "--repeats", "4", "--train_batch_size", "2", "--rank", "3"]
+    words += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "5", "--dry_run"]
+    assert train_main([*words, "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
     out = capsys.readouterr().out
     assert "rank = 3  # set" in out and 'mixer = "orthogonal"\n' in out
     assert "0.png  128 x 96" in out and "left out: notes.md" in out
@@ -360,27 +326,21 @@ def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, 
     assert "each photo is seen about 20 times" in out and "--exposures_per_photo" not in out
     assert out.count("has no effect without --with_prior_preservation") == 2
     assert "--prior has no effect without --with_prior_preservation" in out
-    assert "--exposures_per_photo" not in out
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     ends = ("to_q", "to_k", "to_v", "to_out.0")
     layers = [m for name, m in unet.named_modules() if name.endswith(ends)]
     expected = sum(3 * (m.in_features + m.out_features) + 9 for m in layers)
     assert f"{expected:,} parameters on {len(layers)} layers" in out
     assert not (tmp_path / "run").exists()
-    assert train_main([*map(str, words), "--dry_run", "--num_train_epochs", "1"]) == 0
+    assert train_main([*words, "--num_train_epochs", "1"]) == 0
     assert "set --exposures_per_photo" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_run_shows_its_phases_the_time_left_and_both_losses(tiny_base, tmp_path):
-    config = tiny_config(
-        tiny_base,
-        paint_photos(tmp_path / "photos"),
-        tmp_path / "run",
-        with_prior_preservation=True,
-        num_validation_images=1,
-        checkpointing_steps=2,
-    )
+    photos = paint_photos(tmp_path / "photos")
+    changes = {"with_prior_preservation": True, "num_validation_images": 1, "checkpointing_steps": 2}
+    config = tiny_config(tiny_base, photos, tmp_path / "run", **changes)
     stream = io.StringIO()
     train(config, TerminalProgress(stream))
     seen = stream.getvalue()
@@ -401,11 +361,17 @@ def test_a_resumed_run_counts_from_its_step():
     assert "41/100" in stream.getvalue() and "0/100" not in stream.getvalue().replace("40/100", "")
 
 
-def test_a_run_of_few_exposures_says_so_before_it_begins(tiny_base, tmp_path, caplog):
-    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", max_train_steps=2)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_train_steps": 2}, "note: each photo is seen about "),
+        ({"max_train_steps": 10**9, "checkpointing_steps": 1}, "note: the disk has too little room"),
+    ],
+)
+def test_a_run_says_before_it_begins_what_will_go_badly(changes, says, tiny_base, tmp_path, caplog):
+    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", **changes)
     assert run_trainer(config, stop=lambda: True) == INTERRUPTED
-    (line,) = [line for line in caplog.messages if "--exposures_per_photo" in line]
-    assert line.startswith("note: each photo is seen about ")
+    assert len([line for line in caplog.messages if line.startswith(says)]) == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
@@ -413,14 +379,7 @@ def test_a_log_on_a_full_disk_is_said_once_and_without_a_traceback(tmp_path, cap
     (tmp_path / "train.log").symlink_to("/dev/full")
     logger = logging.Logger("a run")
     logger.addHandler(log_file(RunDir(tmp_path)))
-    logger.warning("one")
-    logger.warning("two")
+    for word in ("one", "two"):
+        logger.warning(word)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("note: ") and "No space left on device" in said
-
-
-def test_a_run_warns_of_a_disk_that_cannot_hold_it(tiny_base, tmp_path, caplog):
-    endless = {"max_train_steps": 10**9, "checkpointing_steps": 1}
-    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", **endless)
-    assert run_trainer(config, stop=lambda: True) == INTERRUPTED
-    assert [line for line in caplog.messages if line.startswith("note: the disk has too little room")]
