@@ -5,10 +5,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
+from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.plan import checks
+from dreambooth_moslora.settings import versions
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.versions import OPTIONAL, bad_pairs, installed_versions, needed_ranges, out_of_range
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,20 +27,15 @@ def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys):
 
 
 def test_doctor_names_bad_pairs_and_missing_libraries():
-    from dreambooth_moslora.settings.versions import bad_pairs, installed_versions, needed_ranges, out_of_range
-
     mine = installed_versions(tuple(needed_ranges()))
     assert bad_pairs(mine) == [] and out_of_range(mine) == []
     (line,) = bad_pairs({**mine, "transformers": "5.24.1"})
     assert "transformers 5.24.1 needs peft 0.22" in line
     assert bad_pairs({**mine, "transformers": "5.24.0", "peft": "0.22.0"}) == []
     assert "peft is missing" in out_of_range({**mine, "peft": None})[0]
-    assert "torch 2.3.1+cpu was not tried" in out_of_range({**mine, "torch": "2.3.1+cpu"})[0]
 
 
 def test_the_ranges_are_those_that_the_installation_asks_for():
-    from dreambooth_moslora.settings.versions import OPTIONAL, needed_ranges
-
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     found = needed_ranges()
     assert {"torch", "peft", "gradio"} <= found.keys() and not found.keys() & set(OPTIONAL)
@@ -47,42 +48,28 @@ def test_the_ranges_are_those_that_the_installation_asks_for():
     [("2.9", True), ("2.13.0+cpu", True), ("2.9.0rc1", True), ("3.0", False), ("2.8.9", False), ("unknown", False)],
 )
 def test_builds_and_candidates_count_as_their_release(version, tried):
-    from dreambooth_moslora.settings.versions import installed_versions, needed_ranges, out_of_range
-
     lines = out_of_range({**installed_versions(tuple(needed_ranges())), "torch": version})
-    assert [line.split()[:2] for line in lines] == ([] if tried else [["torch", version]])
+    assert [line.partition(" was not")[0] for line in lines] == ([] if tried else [f"torch {version}"])
 
 
 def test_a_vae_that_overflows_is_found(tiny_base):
-    import torch
-
-    from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
-
     vae = load_vae_alone(tiny_base)
     with torch.no_grad():
         vae.decoder.conv_in.weight.mul_(1e6)
     (half,) = probe_vae(vae, [torch.float16], [], 32, torch.device("cpu"))
-    assert not half.finite
-    assert vae.dtype == torch.float32
+    assert not half.finite and vae.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (
-            {"optimizer": "Prodigy", "use_8bit_adam": True},
-            "--optimizer Prodigy needs prodigyopt: pip install prodigyopt",
-        ),
+        ({"optimizer": "Prodigy", "use_8bit_adam": True}, "--optimizer Prodigy needs prodigyopt: pip install prodig"),
         ({"use_8bit_adam": True}, "--use_8bit_adam needs bitsandbytes"),
         ({"base_quantization": "nf4"}, "--base_quantization nf4 needs bitsandbytes"),
         ({"report_to": "wandb"}, "--report_to wandb needs wandb"),
     ],
 )
 def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(settings, says, monkeypatch):
-    from dreambooth_moslora.plan import checks
-    from dreambooth_moslora.settings import versions
-    from dreambooth_moslora.settings.table import TrainConfig
-
     checks.preflight(TrainConfig(report_to="none"))
     monkeypatch.setattr(versions, "version_of", lambda name: None)
     with pytest.raises(UserError, match=says):

@@ -92,7 +92,11 @@ def test_the_overview_names_every_command(capsys):
     [
         (main, ["chekc"], "unknown command chekc"),
         (main, ["check"], "the following arguments are required"),
-        (train_main, ["--rank", "4"], "missing: --pretrained_model_name_or_path"),
+        (
+            train_main,
+            ["--rank", "4"],
+            "missing: --pretrained_model_name_or_path, --instance_prompt, --instance_data_dir",
+        ),
         (train_main, ["--trian"], "unknown flag --trian"),
         (train_main, ["--rank", "0"], "--rank"),
     ],

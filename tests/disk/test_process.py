@@ -27,17 +27,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def page_faults(mode: str) -> int:
-    done = subprocess.run([sys.executable, "-c", ROUNDS, mode], capture_output=True, text=True, check=False)
+def printed(code: str, *words: str, **environment: str) -> list[str]:
+    """The words that a program prints, in a process of its own."""
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     if done.returncode == 77:
         pytest.skip("no glibc here")
     assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return done.stdout.split()
 
 
 def test_freed_memory_is_found_again_by_the_next_round():
     """Three rounds of 160 MiB are 120 thousand pages; with the memory kept they fault in almost none."""
-    assert page_faults("keep") * 20 < page_faults("default")
+    kept, default = (int(printed(ROUNDS, mode)[0]) for mode in ("keep", "default"))
+    assert kept * 20 < default
 
 
 def test_keeping_memory_can_be_turned_off(monkeypatch):
@@ -120,12 +123,8 @@ def test_the_heap_is_in_huge_pages_and_asking_takes_no_memory():
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[never]" in setting.read_text():
         pytest.skip("this kernel gives no huge pages")
-    done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=False)
-    if done.returncode == 77:
-        pytest.skip("no glibc here")
-    taken_kib, huge_kib = map(int, done.stdout.split())
-    assert taken_kib < 16 << 10
-    assert huge_kib > 32 << 10
+    taken_kib, huge_kib = map(int, printed(HUGE))
+    assert taken_kib < 16 << 10 and huge_kib > 32 << 10
 
 
 def test_the_peak_counts_what_was_held():
@@ -137,12 +136,12 @@ def test_the_peak_counts_what_was_held():
 
 
 PHASE = """
+import sys
 import psutil
 from dreambooth_moslora.disk.processes import give_freed_memory_back, keep_freed_memory
 import torch
 if not keep_freed_memory():
-    print("no glibc")
-    raise SystemExit
+    sys.exit(77)
 resident = psutil.Process().memory_info
 blocks = [torch.ones(5_000_000) for _ in range(10)]
 stays = torch.ones(1000)
@@ -156,10 +155,7 @@ print(full, kept, resident().rss)
 
 def test_a_phase_that_is_over_gives_its_memory_back():
     """Kept until then; 10 blocks of 20 MB, below one that stays."""
-    printed = subprocess.check_output([sys.executable, "-c", PHASE], text=True).strip()
-    if printed == "no glibc":
-        pytest.skip(printed)
-    full, kept, left = map(int, printed.split())
+    full, kept, left = map(int, printed(PHASE))
     assert full - kept < 20e6 and kept - left > 150e6
 
 
@@ -174,16 +170,13 @@ def test_a_mapped_tensor_leaves_memory_and_is_read_again(tmp_path):
     assert torch.equal(mapped, numbers)
 
 
-def test_what_is_imported_at_once_is_not_looked_at_by_the_collector():
+def test_what_is_imported_at_once_is_not_looked_at_by_the_collector_which_stays_off_where_it_was():
     frozen, rounds = gc.get_freeze_count(), gc.get_stats()[0]["collections"]
     with pytest.raises(ImportError), uncollected():
         kept = [[] for _ in range(10_000)]
         assert gc.get_stats()[0]["collections"] <= rounds + 1
         raise ImportError
     assert gc.isenabled() and gc.get_freeze_count() >= frozen + len(kept)
-
-
-def test_a_collector_that_was_off_stays_off_after_an_import():
     gc.disable()
     try:
         with uncollected():

@@ -51,22 +51,9 @@ def make_checkpoint(folder: Path, text: str = "x") -> None:
 
 def test_names_are_those_of_the_design(tmp_path):
     run = RunDir(tmp_path / "dog")
-    names = [
-        run.adapter_path,
-        run.kohya_path,
-        run.config_path,
-        run.metrics_path,
-        run.log_path,
-        run.checkpoint_path(500),
-    ]
-    assert [path.name for path in names] == [
-        "pytorch_lora_weights.safetensors",
-        "dog.kohya.safetensors",
-        "train_config.json",
-        "metrics.jsonl",
-        "train.log",
-        "checkpoint-500",
-    ]
+    paths = (run.adapter_path, run.kohya_path, run.config_path, run.metrics_path, run.log_path, run.checkpoint_path(5))
+    names = "pytorch_lora_weights.safetensors dog.kohya.safetensors train_config.json metrics.jsonl train.log"
+    assert [path.name for path in paths] == [*names.split(), "checkpoint-5"]
 
 
 @pytest.mark.parametrize("round_", range(6))
@@ -87,14 +74,20 @@ def test_a_kill_at_any_moment_leaves_whole_files_and_one_checkpoint(tmp_path, ro
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "one.txt"]
 
 
-def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path):
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing_and_is_in_nobodys_way(is_own, tmp_path):
+    """Of a process that is gone, or of one that had this process's number."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for kind, text in (("old", "before"), ("new", "after")):
-        folder = tmp_path / f".checkpoint-7.{ended.pid}-0123abcd.{kind}"
-        make_checkpoint(folder, text)
+    for kind, text in (("old", "before"), ("new", "half")):
+        make_checkpoint(tmp_path / f".checkpoint-7.{os.getpid() if is_own else ended.pid}-0123abcd.{kind}", text)
     (checkpoint,) = RunDir(tmp_path).checkpoints()
     assert (checkpoint / "optimizer.pt").read_text() == "before"
+    with atomic_directory(tmp_path / "checkpoint-7") as folder:
+        (folder / "a").write_text("after")
+        clean_stale(tmp_path)
+    assert (tmp_path / "checkpoint-7" / "a").read_text() == "after"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
 def test_what_a_running_process_writes_is_left_alone(tmp_path):
@@ -155,29 +148,11 @@ def test_metrics_survive_a_torn_line_and_stay_json(tmp_path):
     json.loads(run.metrics_path.read_text().splitlines()[0], parse_constant=pytest.fail)
 
 
-def test_what_a_killed_process_of_our_own_number_left_is_in_nobodys_way(tmp_path):
-    for kind, text in (("old", "before"), ("new", "half")):
-        folder = tmp_path / f".checkpoint-7.{os.getpid()}-0123abcd.{kind}"
-        make_checkpoint(folder, text)
-    (checkpoint,) = RunDir(tmp_path).checkpoints()
-    assert (checkpoint / "optimizer.pt").read_text() == "before"
-    with atomic_directory(tmp_path / "checkpoint-7") as folder:
-        (folder / "a").write_text("after")
-        clean_stale(tmp_path)
-    assert (tmp_path / "checkpoint-7" / "a").read_text() == "after"
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
-
-
-def test_lines_that_are_no_events_are_left_out(tmp_path):
-    run = RunDir(tmp_path)
+def test_lines_that_are_no_events_are_left_out_and_an_event_may_hold_every_kind_of_line_break(tmp_path):
+    run, event = RunDir(tmp_path), {"type": "start", "instance_prompt": "a\u2028b\x85c\nd\re"}
     run.metrics_path.write_text('{"step": 1}\n{"type": 3}\n{"type": "step", "step": "two"}\n[1]\n{"type": "end"}\n')
-    assert run.read_metrics() == [{"type": "end"}]
-
-
-def test_an_event_may_hold_every_kind_of_line_break(tmp_path):
-    event = {"type": "start", "instance_prompt": "a\u2028b\x85c\nd\re"}
-    RunDir(tmp_path).append_metrics(event)
-    assert RunDir(tmp_path).read_metrics() == [event]
+    run.append_metrics(event)
+    assert run.read_metrics() == [{"type": "end"}, event]
 
 
 def test_a_scratch_folder_goes_with_its_block_and_a_killed_one_with_the_next(tmp_path):

@@ -1,22 +1,16 @@
 """What a run learns: one subject or several; its token, its class word and the templates."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError
-from dreambooth_moslora.settings.prompts import (
-    DREAMBOOTH_LIVE_TEMPLATES,
-    DREAMBOOTH_OBJECT_TEMPLATES,
-    context_prompts,
-    subject_of,
-    trigger_words,
-    validation_prompts,
-)
+from dreambooth_moslora.settings import prompts
+from dreambooth_moslora.settings.prompts import context_prompts, subject_of, trigger_words, validation_prompts
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
+from toybox.drawing.places import PLACES
 
 BASE = ["--pretrained_model_name_or_path", "toy"]
 DUCK = {"instance_data_dir": "a", "instance_prompt": "a photo of a sks duck", "class_prompt": "a photo of a duck"}
@@ -113,11 +107,11 @@ def test_a_mistake_in_a_table_is_one_line_that_names_it(changes, says):
         TrainConfig(**changes)
 
 
-@pytest.mark.parametrize(("name", "text"), [("x.json", "[1]"), ("x.json", "{"), ("x.json", "{}"), ("x.json", '["a"]')])
-def test_a_file_that_is_no_list_of_tables_is_refused(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
+@pytest.mark.parametrize("text", ["[1]", "{", "{}", '["a"]'])
+def test_a_file_that_is_no_list_of_tables_is_refused(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=r"expected a list of subjects|is not valid JSON"):
-        TrainConfig(subjects=str(tmp_path / name))
+        TrainConfig(subjects=str(tmp_path / "x.json"))
 
 
 def test_a_folder_without_folders_and_an_empty_prompt_file_are_refused(tmp_path):
@@ -129,10 +123,13 @@ def test_a_folder_without_folders_and_an_empty_prompt_file_are_refused(tmp_path)
         TrainConfig(subjects=str(tmp_path))
 
 
+SKS_DOG = {"instance_prompt": "a photo of sks dog"}
+
+
 @pytest.mark.parametrize(
     ("settings", "token", "word"),
     [
-        ({"instance_prompt": "a photo of sks dog"}, "sks", "dog"),
+        (SKS_DOG, "sks", "dog"),
         ({"instance_prompt": "A photo of a sks dog on the beach"}, "sks", "dog"),
         ({"instance_prompt": "sks"}, "sks", ""),
         ({"instance_prompt": "a photo of TOK toy robot", "class_prompt": "a photo of a toy robot"}, "TOK", "toy robot"),
@@ -142,6 +139,7 @@ def test_a_folder_without_folders_and_an_empty_prompt_file_are_refused(tmp_path)
         ({"instance_prompt": "a photo of a hot dog", "token": "hot"}, "hot", "dog"),
         ({"instance_prompt": "a photo of a cup", "token": "hot"}, "hot", ""),
         ({"instance_prompt": "zwx", "token": "zwx", "class_word": "clock"}, "zwx", "clock"),
+        *(({**SKS_DOG, "class_prompt": "a dog", "token": empty}, "sks", "dog") for empty in ("", " ")),
     ],
 )
 def test_token_and_class_word_are_found(settings, token, word):
@@ -151,14 +149,12 @@ def test_token_and_class_word_are_found(settings, token, word):
 
 
 def test_the_templates_are_25_each_and_take_the_subject_once():
-    assert len(set(DREAMBOOTH_OBJECT_TEMPLATES)) == len(set(DREAMBOOTH_LIVE_TEMPLATES)) == 25
-    for template in (*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES, *TOY_TEMPLATES):
-        assert template.count("{}") == 1
+    objects, live = prompts.DREAMBOOTH_OBJECT_TEMPLATES, prompts.DREAMBOOTH_LIVE_TEMPLATES
+    assert len(set(objects)) == len(set(live)) == 25
+    assert all(template.count("{}") == 1 for template in (*objects, *live))
 
 
 def test_toy_templates_name_the_places_that_the_embedded_base_knows():
-    from toybox.drawing.places import PLACES
-
     assert tuple(f"a photo of a {{}} {place}" for place in PLACES) == TOY_TEMPLATES
 
 
@@ -166,8 +162,3 @@ def test_samples_are_of_the_validation_prompt_or_the_instance_prompt():
     assert validation_prompts(TrainConfig(instance_prompt="sks dog")) == ("sks dog",)
     assert validation_prompts(TrainConfig(instance_prompt="sks dog", validation_prompt="v")) == ("v",)
     assert all("sks dog" in prompt for prompt in context_prompts(TrainConfig(instance_prompt="a photo of sks dog")))
-
-
-def test_an_empty_token_is_none():
-    config = TrainConfig(instance_prompt="a photo of sks dog", class_prompt="a dog")
-    assert subject_of(replace(config, token="")) == subject_of(replace(config, token=" ")) == subject_of(config)
