@@ -38,21 +38,13 @@ class FlakyBucket(MemoryFileSystem):
         type(self).answer(rpath)
         self.sent.append(rpath)
 
-    def get_file(self, rpath, lpath, **options):
-        type(self).fault(rpath)
-        super().get_file(rpath, lpath, **options)
 
-    def rm_file(self, path):
-        type(self).fault(path)
-        super().rm_file(path)
-
-    def exists(self, path, **options):
-        type(self).fault(path)
-        return super().exists(path, **options)
-
-    def cat_file(self, path, **options):
-        type(self).fault(path)
-        return super().cat_file(path, **options)
+def after_fault(name: str):
+    """The request of that name to the store in memory, which the fault may forbid. Its path is its first argument."""
+    plain = getattr(MemoryFileSystem, name)
+    return lambda store, path, *rest, **options: type(store).fault(path) or plain(store, path, *rest, **options)
 
 
+for request in ("get_file", "rm_file", "exists", "cat_file"):
+    setattr(FlakyBucket, request, after_fault(request))
 fsspec.register_implementation("flaky", FlakyBucket, clobber=True)

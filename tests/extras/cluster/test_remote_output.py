@@ -5,7 +5,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from tests.extras.cluster.test_subjects import START, STEP, subject
 from tests.helpers.flaky_bucket import FlakyBucket
 
 FLEET = "flaky://bucket/fleet"
+TWO = ["checkpoint-1", "checkpoint-2"]
 HOW = "write it like s3://BUCKET/PATH."
 
 
@@ -57,6 +57,25 @@ def checkpoint(run: Path, step: int, text: str = "bytes") -> Path:
     return path
 
 
+def pulled(folder: Path) -> Mirror:
+    mirror = mirror_in(folder)
+    mirror.pull()
+    return mirror
+
+
+def well(path: str) -> None:
+    """No fault."""
+
+
+def away(path: str) -> None:
+    raise ConnectionError("no route to host")
+
+
+def refuse_the_adapter(path: str) -> None:
+    if path.endswith(".safetensors") and "checkpoint" not in path:
+        away(path)
+
+
 def steps_in(run: Path) -> list[str]:
     return [path.name for path in RunDir(run).checkpoints()]
 
@@ -76,12 +95,9 @@ def test_a_folder_comes_back_as_it_was_and_locks_and_temporaries_stay(tmp_path):
     for name in ("run.lock", ".worker.lock", ".checkpoint-3.17-ab.new"):
         (mirror.folder / name).write_text("x")
     mirror.push()
-    other = mirror_in(tmp_path / "b")
-    other.pull()
+    other = pulled(tmp_path / "b")
     names = sorted(str(path.relative_to(other.folder)) for path in other.folder.rglob("*") if path.is_file())
-    assert (
-        len(names) == 7 and names[-1] == "metrics.jsonl" and steps_in(other.folder) == ["checkpoint-1", "checkpoint-2"]
-    )
+    assert len(names) == 7 and names[-1] == "metrics.jsonl" and steps_in(other.folder) == TWO
     assert all((other.folder / name).read_bytes() == (mirror.folder / name).read_bytes() for name in names)
 
 
@@ -91,9 +107,7 @@ def test_what_is_equal_is_not_sent_again_and_what_is_gone_here_goes_there(tmp_pa
     store.sent.clear()
     mirror.push()
     assert [path.rpartition("/")[2] for path in store.sent] == ["manifest.json"]
-    assert not any("checkpoint-1" in path for path in store.store) and any(
-        "checkpoint-2" in path for path in store.store
-    )
+    assert [any(name in path for path in store.store) for name in TWO] == [False, True]
 
 
 def test_half_of_an_upload_is_not_taken_and_the_next_push_completes_it(tmp_path, store):
@@ -109,36 +123,32 @@ def test_half_of_an_upload_is_not_taken_and_the_next_push_completes_it(tmp_path,
     with pytest.raises(UserError, match=rf"optimizer.pt: reset by peer, {TRIES} times"):
         mirror.push()
     assert any("checkpoint-2/position.json" in path for path in store.store)
-    other = mirror_in(tmp_path / "b")
-    other.pull()
+    other = pulled(tmp_path / "b")
     assert steps_in(other.folder) == ["checkpoint-1"] and (other.folder / "metrics.jsonl").read_text() == "1\n2\n"
-    store.fault = staticmethod(lambda path: None)
+    store.fault = staticmethod(well)
     mirror.push()
-    third = mirror_in(tmp_path / "c")
-    third.pull()
-    assert steps_in(third.folder) == ["checkpoint-1", "checkpoint-2"]
+    third = pulled(tmp_path / "c")
+    assert steps_in(third.folder) == TWO
 
 
 def test_a_checkpoint_with_a_flipped_byte_is_left_out_whole_and_mended(tmp_path, store):
     pushed(tmp_path / "a", 1, 2)
     Bucket(f"{FLEET}/rex").write("checkpoint-2/optimizer.pt", b"optimizer.pt 2 bytez")
-    other = mirror_in(tmp_path / "b")
-    other.pull()
+    other = pulled(tmp_path / "b")
     assert steps_in(other.folder) == ["checkpoint-1"] and not (other.folder / "checkpoint-2").exists()
     other.claim()
     checkpoint(other.folder, 2)
     other.push()
-    third = mirror_in(tmp_path / "c")
-    third.pull()
-    assert steps_in(third.folder) == ["checkpoint-1", "checkpoint-2"]
+    third = pulled(tmp_path / "c")
+    assert steps_in(third.folder) == TWO
 
 
 def test_what_fails_for_a_moment_is_tried_again(tmp_path, store):
-    tries: Counter = Counter()
+    tries: list[str] = []
 
     def fail_twice(path: str) -> None:
-        tries[path] += 1
-        if tries[path] < 3:
+        tries.append(path)
+        if tries.count(path) < 3:
             raise TimeoutError("slow down")
 
     store.fault = staticmethod(fail_twice)
@@ -148,8 +158,7 @@ def test_what_fails_for_a_moment_is_tried_again(tmp_path, store):
 
 def test_one_who_was_taken_for_lost_writes_no_more(tmp_path, store):
     lost = pushed(tmp_path / "a", 1)
-    other = mirror_in(tmp_path / "b")
-    other.pull()
+    other = pulled(tmp_path / "b")
     other.claim()
     checkpoint(lost.folder, 2)
     before = dict(store.store)
@@ -161,9 +170,8 @@ def test_one_who_was_taken_for_lost_writes_no_more(tmp_path, store):
 @pytest.mark.parametrize("content", [None, b"", b'{"writer": "'], ids=["gone", "empty", "half"])
 def test_a_missing_or_damaged_manifest_is_written_again_and_is_no_other_machine(content, tmp_path, store):
     mirror = pushed(tmp_path / "a", 1)
-    if content is None:
-        mirror.bucket.remove("manifest.json")
-    else:
+    mirror.bucket.remove("manifest.json")
+    if content is not None:
         mirror.bucket.write("manifest.json", content)
     checkpoint(mirror.folder, 2)
     mirror.push()
@@ -214,6 +222,19 @@ def training(steps: range, goes_on: bool = False):
     return train
 
 
+def finish_alone(job: Job) -> Record:
+    """A training after whose first checkpoint the bucket is away."""
+    training(range(1, 2))(job)
+    FlakyBucket.fault = staticmethod(away)
+    return read_record(Path(job.run_dir))
+
+
+def find(job: Job) -> Record:
+    """A worker that has nothing left to train."""
+    assert is_finished(Path(job.run_dir), "mark")
+    return read_record(Path(job.run_dir))
+
+
 JOB = Job("/anywhere/rex", {}, "mark", url=f"{FLEET}/rex")
 
 
@@ -230,25 +251,17 @@ def test_a_run_that_is_stopped_goes_on_elsewhere_and_leaves_nothing_on_the_machi
         assert read_record(Path(job.run_dir)).state == "interrupted"
         return training(range(3, 4))(job)
 
-    assert train_in_bucket(JOB, go_on).state == "done" and seen == ["checkpoint-1", "checkpoint-2"]
+    assert train_in_bucket(JOB, go_on).state == "done" and seen == TWO
     (tmp_path / "view").mkdir()
     RemoteFleet(Bucket(FLEET), tmp_path / "view").fetch("rex")
     assert is_finished(tmp_path / "view" / "rex", "mark") and not is_finished(tmp_path / "view" / "rex", "other")
 
 
 def test_what_the_bucket_did_not_take_at_the_end_is_sent_by_the_next_try(tmp_path, store):
-    def fail(path: str) -> None:
-        if path.endswith(".safetensors") and "checkpoint" not in path:
-            raise ConnectionError("no route to host")
-
-    store.fault = staticmethod(fail)
+    store.fault = staticmethod(refuse_the_adapter)
     record = train_in_bucket(JOB, training(range(1, 2)))
     assert record.state == "failed" and "no route to host" in record.message and "are in" in record.message
-    store.fault = staticmethod(lambda path: None)
-
-    def find(job: Job) -> Record:
-        assert is_finished(Path(job.run_dir), "mark")
-        return read_record(Path(job.run_dir))
+    store.fault = staticmethod(well)
 
     assert train_in_bucket(JOB, find).state == "done"
     assert "pytorch_lora_weights.safetensors" in read_manifest(Bucket(JOB.url)).files
@@ -266,29 +279,16 @@ def test_what_a_killed_worker_could_not_send_is_found_by_the_next_try(tmp_path, 
 
     with pytest.raises(KeyboardInterrupt):
         train_in_bucket(JOB, be_killed)
-    store.fault = staticmethod(lambda path: None)
+    store.fault = staticmethod(well)
     seen = []
-
-    def go_on(job: Job) -> Record:
-        seen.extend(steps_in(Path(job.run_dir)))
-        return training(range(3, 4))(job)
-
-    assert train_in_bucket(JOB, go_on).state == "done" and seen == ["checkpoint-1", "checkpoint-2"]
+    go_on = lambda job: seen.extend(steps_in(Path(job.run_dir))) or training(range(3, 4))(job)  # noqa: E731
+    assert train_in_bucket(JOB, go_on).state == "done" and seen == TWO
 
 
 def test_a_try_while_the_bucket_is_still_away_keeps_what_was_not_sent(tmp_path, store):
-    def finish_alone(job: Job) -> Record:
-        training(range(1, 2))(job)
-        store.fault = staticmethod(away)
-        return read_record(Path(job.run_dir))
-
-    def find(job: Job) -> Record:
-        assert is_finished(Path(job.run_dir), "mark") and steps_in(Path(job.run_dir)) == ["checkpoint-1"]
-        return read_record(Path(job.run_dir))
-
     assert "manifest.json: no route to host" in train_in_bucket(JOB, finish_alone).message
     assert "manifest.json: no route to host" in train_in_bucket(JOB, find).message
-    store.fault = staticmethod(lambda path: None)
+    store.fault = staticmethod(well)
     assert train_in_bucket(JOB, find).state == "done"
 
 
@@ -300,10 +300,6 @@ def test_a_bucket_that_comes_back_empty_gets_all_files_again(tmp_path, store):
         store.fault = staticmethod(away)
         return record
 
-    def find(job: Job) -> Record:
-        assert is_finished(Path(job.run_dir), "mark")
-        return read_record(Path(job.run_dir))
-
     assert train_in_bucket(JOB, lose_it_twice).state == "failed"
     store.forget()
     assert train_in_bucket(JOB, find).state == "done"
@@ -313,44 +309,29 @@ def test_a_bucket_that_comes_back_empty_gets_all_files_again(tmp_path, store):
 
 
 def test_a_claim_that_was_taken_and_not_answered_is_no_other_machine(store):
-    def finish_alone(job: Job) -> Record:
-        training(range(1, 2))(job)
-        store.fault = staticmethod(away)
-        return read_record(Path(job.run_dir))
-
     def take_silently(path: str) -> None:
         if path.endswith("manifest.json"):
             raise TimeoutError("no answer")
 
-    def find(job: Job) -> Record:
-        assert is_finished(Path(job.run_dir), "mark")
-        return read_record(Path(job.run_dir))
-
     train_in_bucket(JOB, finish_alone)
-    store.fault = staticmethod(lambda path: None)
+    store.fault = staticmethod(well)
     store.answer = staticmethod(take_silently)
     assert "no answer" in train_in_bucket(JOB, find).message
-    store.answer = staticmethod(lambda path: None)
+    store.answer = staticmethod(well)
     assert train_in_bucket(JOB, find).state == "done"
 
 
 def test_what_another_machine_did_since_then_is_not_undone_by_an_unsent_end(tmp_path, monkeypatch, store):
-    def fail(path: str) -> None:
-        if path.endswith(".safetensors") and "checkpoint" not in path:
-            raise ConnectionError("no route to host")
-
-    store.fault = staticmethod(fail)
+    store.fault = staticmethod(refuse_the_adapter)
     assert train_in_bucket(JOB, training(range(1, 2))).state == "failed"
-    store.fault = staticmethod(lambda path: None)
+    store.fault = staticmethod(well)
     machine(tmp_path / "two", monkeypatch)
     assert train_in_bucket(JOB, training(range(2, 4))).state == "done"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "one"))
 
-    def find(job: Job) -> Record:
-        assert steps_in(Path(job.run_dir)) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-        return read_record(Path(job.run_dir))
-
-    assert train_in_bucket(JOB, find).state == "done"
+    seen = []
+    assert train_in_bucket(JOB, lambda job: seen.extend(steps_in(Path(job.run_dir))) or find(job)).state == "done"
+    assert seen == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_sent_is_passed_over(tmp_path, store):
@@ -380,10 +361,6 @@ def test_status_reads_the_bucket_and_leaves_the_index_there(tmp_path, capsys, st
     shown = capsys.readouterr().out
     assert "2 subjects: 1 failed, 1 waiting" in shown and "rex: failed, step 4 of 9: no usable photo" in shown
     assert shown.endswith(f"{FLEET}/index.html\n") and b"no usable photo" in Bucket(FLEET).read("index.html")
-
-
-def away(path: str) -> None:
-    raise ConnectionError("no route to host")
 
 
 @pytest.fixture
@@ -424,7 +401,7 @@ def test_a_stop_with_the_bucket_away_reaches_this_machine_and_later_the_bucket(f
         scratch_home(JOB.url).mkdir(parents=True)
         asked.append(True)
         assert should_stop() and (scratch_home(JOB.url) / "fleet.stop").exists()
-        store.fault = staticmethod(lambda path: None)
+        store.fault = staticmethod(well)
         assert not there.exists("fleet.stop") and should_stop() and there.exists("fleet.stop")
 
     monkeypatch.setattr(remote_output, "run_fleet", run_fleet)

@@ -13,14 +13,14 @@ import psutil
 import pytest
 from PIL import Image, ImageChops, ImageOps, ImageStat
 
+from dreambooth_moslora.adapters.moslora import adapter_parameters
+from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.extras.lab.report import write_comparison
-from dreambooth_moslora.extras.lab.run import (
     Result,
     best_rates,
     budget_ranks,
     compared_cells,
     content_of,
-    count_parameters,
     gpu_of,
     judged,
     result_path,
@@ -28,8 +28,11 @@ from dreambooth_moslora.extras.lab.run import (
     studied,
     unfinished,
 )
+from dreambooth_moslora.extras.lab import run
+from dreambooth_moslora.extras.lab.run import Result, run_study, unfinished
 from dreambooth_moslora.extras.lab.study import Cell, Protocol, Study, StudySubject
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.adapters import add_adapters
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import paint_photos
 
@@ -103,8 +106,8 @@ def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(study,
     cell = replace(cell, subject="photos")
 
     def path():
-        content_of.cache_clear()
-        return result_path(copied, cell, tmp_path)
+        run.content_of.cache_clear()
+        return run.result_path(copied, cell, tmp_path)
 
     seen = [path()]
     (base / "README.md").write_text("a card")
@@ -122,15 +125,9 @@ def test_a_subject_is_compared_alone_and_beside_another(study, tmp_path):
     beside = StudySubject(str(paint_photos(tmp_path / "cat", count=2)), "a photo of zwx cat", "a photo of cat")
     mine = replace(study.subjects[0], class_prompt="a photo of dog", beside=(beside,))
     prior = {"with_prior_preservation": True, "prior": "class_images", "num_class_images": 1}
-    pairs = replace(
-        study,
-        subjects=(mine,),
-        arms={"both": {"together": True}, "alone": {}},
-        train={**study.train, **prior},
-        tuning_subjects=(),
-        learning_rates=(1e-2,),
-        reference="alone",
-    )
+    arms = {"both": {"together": True}, "alone": {}}
+    pairs = replace(study, subjects=(mine,), arms=arms, train=study.train | prior, reference="alone")
+    pairs = replace(pairs, tuning_subjects=(), learning_rates=(1e-2,))
     seen, out = [], tmp_path / "out"
     both, alone = run_study(pairs, out, 1, seen.append)
     assert [p.error for p in seen] == ["", ""]
@@ -158,22 +155,23 @@ def test_a_subject_is_compared_alone_and_beside_another(study, tmp_path):
     ],
 )
 def test_workers_take_turns_on_the_gpus(count, visible, names):
-    assert [gpu_of(number, count, visible) for number in range(3)] == names
+    assert [run.gpu_of(number, count, visible) for number in range(3)] == names
+
+
+POOL = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+if __name__ == "__main__":
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(1, context, begin_worker, (1, os.getpid(), context.Value("i", 0)))
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600).result()
+"""
 
 
 def test_workers_end_with_the_study_that_started_them():
-    code = (
-        "import os, time\n"
-        "from concurrent.futures import ProcessPoolExecutor\n"
-        "from multiprocessing import get_context\n"
-        "from dreambooth_moslora.extras.lab.run import begin_worker\n"
-        "if __name__ == '__main__':\n"
-        "    context = get_context('spawn')\n"
-        "    pool = ProcessPoolExecutor(1, context, begin_worker, (1, os.getpid(), context.Value('i', 0)))\n"
-        "    print(pool.submit(os.getpid).result(), flush=True)\n"
-        "    pool.submit(time.sleep, 600).result()\n"
-    )
-    study = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    study = subprocess.Popen([sys.executable, "-c", POOL], stdout=subprocess.PIPE, text=True)
     worker = psutil.Process(int(study.stdout.readline()))
     assert worker.is_running()
     study.kill()
@@ -202,14 +200,8 @@ def test_the_report_is_one_file_without_network_or_paths(study, finished):
 
 
 def test_a_cell_that_fails_is_told_and_does_not_stop_the_others(study, tmp_path):
-    broken = replace(
-        study,
-        arms={"lora": {"mixer": "none"}, "odd": {"mixer": "butterfly"}},
-        ranks=(3,),
-        learning_rates=(1e-3,),
-        budget="rank",
-    )
-    seen = []
+    arms, seen = {"lora": {"mixer": "none"}, "odd": {"mixer": "butterfly"}}, []
+    broken = replace(study, arms=arms, ranks=(3,), learning_rates=(1e-3,), budget="rank")
     results = run_study(broken, tmp_path, 1, seen.append)
     assert [r.cell.arm for r in results] == ["lora"]
     assert [bool(p.error) for p in seen] == [False, True] and "even --rank" in seen[1].error
@@ -217,7 +209,7 @@ def test_a_cell_that_fails_is_told_and_does_not_stop_the_others(study, tmp_path)
 
 def made(study, arm: str, stage="test", seed=0, rate=1e-3, score=0.5, subject="test") -> Result:
     cost = {"rank": 4, "parameters": 1, "step_sec": 1, "memory_gib": 1, "jobs": 2}
-    pictures, scores = {name: [score, score] for name in judged()}, dict.fromkeys(studied(), score)
+    pictures, scores = {name: [score, score] for name in run.judged()}, dict.fromkeys(run.studied(), score)
     return Result(Cell(stage, arm, 4, subject, seed, rate), scores, pictures, cost)
 
 
@@ -225,10 +217,10 @@ def test_a_rate_that_fails_is_not_chosen_and_does_not_hold_the_study_up(study):
     tune = {"stage": "tune", "subject": "tune"}
     good = [made(study, arm, rate=rate, **tune) for arm in study.arms for rate in (1e-3, 1e-2)]
     failed = [r for r in good if not (r.cell.arm == "mix" and r.cell.learning_rate == 1e-3)]
-    assert compared_cells(study, failed) and best_rates(study, failed) == {("lora", 4): 1e-3, ("mix", 4): 1e-2}
-    assert not compared_cells(study, [r for r in good if r.cell.arm == "lora"])
+    assert run.compared_cells(study, failed) and run.best_rates(study, failed) == {("lora", 4): 1e-3, ("mix", 4): 1e-2}
+    assert not run.compared_cells(study, [r for r in good if r.cell.arm == "lora"])
     two = replace(study, tuning_subjects=(*study.tuning_subjects, replace(study.subjects[0], photos="other")))
-    assert not compared_cells(two, good)  # a rate needs all of its subjects
+    assert not run.compared_cells(two, good)  # a rate needs all of its subjects
 
 
 def test_a_seed_that_is_still_being_run_does_not_empty_the_report(study, tmp_path):
@@ -240,27 +232,23 @@ def test_a_seed_that_is_still_being_run_does_not_empty_the_report(study, tmp_pat
 
 
 def test_equal_budget_means_the_nearest_number_of_parameters(study):
-    study = replace(study, arms={**study.arms, "frozen": {"mixer": "orthogonal", "train_mixer": False}}, ranks=(2, 16))
-    ranks = budget_ranks(study)
+    study = replace(study, arms=study.arms | {"frozen": {"mixer": "orthogonal", "train_mixer": False}}, ranks=(2, 16))
+    ranks = run.budget_ranks(study)
     assert ranks["lora", 16] == ranks["frozen", 16] == 16 and ranks["mix", 16] < 16
 
     def config(arm: str, rank: int) -> TrainConfig:
         return TrainConfig.from_dict({**study.train, **study.arms[arm], "rank": rank})
 
-    budget = count_parameters(config("lora", 16), 16)
-    gaps = {r: abs(count_parameters(config("mix", 16), r) - budget) for r in range(1, 17)}
+    budget = run.count_parameters(config("lora", 16), 16)
+    gaps = {r: abs(run.count_parameters(config("mix", 16), r) - budget) for r in range(1, 17)}
     assert gaps[ranks["mix", 16]] == min(gaps.values())
 
 
 def test_the_counted_parameters_are_those_that_are_trained(study, tiny_base):
-    from dreambooth_moslora.adapters.moslora import adapter_parameters
-    from dreambooth_moslora.base.load import load_pipeline
-    from dreambooth_moslora.training.adapters import add_adapters
-
     kinds = [{"mixer": "orthogonal"}, {"mixer": "none"}, {"mixer": "identity", "train_mixer": False}]
     for settings in (*kinds, {"mixer": "orthogonal", "rank_pattern": ["*.to_k=2"]}):
         config = TrainConfig.from_dict({**study.train, **settings, "rank": 4})
         unet = load_pipeline(tiny_base).unet
         add_adapters(config, {"unet": unet})
         real = sum(p.numel() for _, p in adapter_parameters(unet))
-        assert count_parameters(config, 4) == real
+        assert run.count_parameters(config, 4) == real

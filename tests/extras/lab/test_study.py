@@ -1,6 +1,5 @@
 """A study's file, its cells and what its results say, on made-up results whose answers are known."""
 
-import json
 import pickle
 import shutil
 from dataclasses import replace
@@ -20,14 +19,12 @@ from dreambooth_moslora.settings.subjects import each_subject
 MIXERS = Path(__file__).parents[3] / "assets" / "studies" / "mixers.toml"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
     for name in ("a", "b", "t"):
         (tmp_path / name).mkdir()
-        facts = {"token": "sks", "class_word": "duck"}
-        (tmp_path / name / "subject.json").write_text(json.dumps(facts))
+        (tmp_path / name / "subject.json").write_text('{"token": "sks", "class_word": "duck"}')
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def study_text(extra: str = "", arms: str = "[arms.lora]\nmixer = 'none'\n[arms.mix]\nmixer = 'identity'\n") -> str:
@@ -60,13 +57,13 @@ together = true
 """
 
 
-def write(folder: Path, text: str) -> Path:
-    (folder / "study.toml").write_text(text, encoding="utf-8")
-    return folder / "study.toml"
+def study_of(text: str) -> Study:
+    Path("study.toml").write_text(text, encoding="utf-8")
+    return load_study(Path("study.toml"))
 
 
-def test_the_cells_are_all_combinations_and_tuning_never_touches_the_test_subjects(folders):
-    study = load_study(write(folders, study_text()))
+def test_the_cells_are_all_combinations_and_tuning_never_touches_the_test_subjects():
+    study = study_of(study_text())
     tuning = study.tuning_cells()
     tests = study.test_cells({("lora", 4): 1e-4, ("mix", 4): 1e-3})
     assert len(tuning) == 2 * 2 and {cell.subject for cell in tuning} == {"t"}
@@ -74,17 +71,16 @@ def test_the_cells_are_all_combinations_and_tuning_never_touches_the_test_subjec
     assert {(cell.arm, cell.learning_rate) for cell in tests} == {("lora", 1e-4), ("mix", 1e-3)}
 
 
-def test_arms_differ_only_in_what_they_say(folders):
-    study = load_study(write(folders, study_text()))
-    lora, mix = (
-        study.config_of(Cell("test", arm, 4, "a", 7, 1e-3), 4, Path("run")).to_dict() for arm in ("lora", "mix")
-    )
+def test_arms_differ_only_in_what_they_say():
+    study = study_of(study_text())
+    cells = [Cell("test", arm, 4, "a", 7, 1e-3) for arm in ("lora", "mix")]
+    lora, mix = (study.config_of(cell, 4, Path("run")).to_dict() for cell in cells)
     assert {name for name in lora if lora[name] != mix[name]} == {"mixer"}
     assert lora["seed"] == 7 and lora["instance_prompt"] == "a photo of a sks duck"
 
 
-def test_the_digest_follows_every_setting_that_matters(folders):
-    study = load_study(write(folders, study_text()))
+def test_the_digest_follows_every_setting_that_matters():
+    study = study_of(study_text())
     cell = Cell("test", "mix", 4, "a", 0, 1e-3)
     changed = [
         replace(study, train={"resolution": 128}),
@@ -118,10 +114,7 @@ def test_the_digest_follows_every_setting_that_matters(folders):
         (study_text(arms="[arms.lora]\nlearning_rate = 'fast'"), "learning_rate"),
         (study_text(arms="[arms.lora]\n[evaluation]\nnum_prompts = 0"), "num_prompts is a whole number from 1 on"),
         (study_text(arms="[arms.lora]\n[evaluation]\nclip = 3"), "clip is a text"),
-        (
-            study_text().replace("resolution", "pretrained_model_name_or_path = 'no/such/base'\nresolution"),
-            "base no/such",
-        ),
+        (study_text().replace("resolution = 64", "pretrained_model_name_or_path = 'no/such/base'"), "base no/such"),
         (pairs_text().replace("zwx duck", "sks duck"), "each needs a rare word of its own"),
         (pairs_text(beside='["a"]'), "each needs a folder of its own"),
         (pairs_text(beside="'b'"), "`beside` is a list of subjects, not 'b'"),
@@ -138,13 +131,13 @@ def test_the_digest_follows_every_setting_that_matters(folders):
         ("", "no subjects"),
     ],
 )
-def test_mistakes_are_found_before_the_first_training(folders, text, complaint):
+def test_mistakes_are_found_before_the_first_training(text, complaint):
     with pytest.raises(UserError, match=complaint):
-        load_study(write(folders, text))
+        study_of(text)
 
 
-def test_a_subject_is_shown_as_often_together_as_alone(folders):
-    study = load_study(write(folders, pairs_text()))
+def test_a_subject_is_shown_as_often_together_as_alone():
+    study = study_of(pairs_text())
     alone, both = (study.config_of(Cell("test", arm, 4, "a", 0, 1e-3), 4, Path("run")) for arm in ("alone", "both"))
     assert not alone.subjects and (alone.max_train_steps, both.max_train_steps) == (10, 20)
     prompts = [one.instance_prompt for one in each_subject(both)]
@@ -155,8 +148,8 @@ def test_a_subject_is_shown_as_often_together_as_alone(folders):
     assert pickle.loads(pickle.dumps(study)) == study  # as a cluster's tasks take it
 
 
-def test_a_result_depends_on_the_companions_in_every_arm(folders):
-    study = load_study(write(folders, pairs_text()))
+def test_a_result_depends_on_the_companions_in_every_arm():
+    study = study_of(pairs_text())
     cells = [Cell("test", arm, 4, "a", 0, 1e-3) for arm in study.arms]
     others = replace(study, subjects=(replace(study.subjects[0], beside=(StudySubject("b", "a photo of xyz duck"),)),))
     assert len({one.digest(cell) for one in (study, others) for cell in cells}) == 4
@@ -165,14 +158,14 @@ def test_a_result_depends_on_the_companions_in_every_arm(folders):
 
 
 @pytest.mark.parametrize("text, complaint", [("{", "not valid JSON"), ("[]", "names and values"), ("{}", "must name")])
-def test_a_damaged_subject_is_one_clear_line(folders, text, complaint):
-    (folders / "a" / "subject.json").write_text(text)
+def test_a_damaged_subject_is_one_clear_line(text, complaint):
+    Path("a/subject.json").write_text(text)
     with pytest.raises(UserError, match=complaint):
-        load_study(write(folders, study_text()))
+        study_of(study_text())
 
 
-def test_a_subject_without_facts_needs_its_prompt(folders):
-    (folders / "a" / "subject.json").unlink()
+def test_a_subject_without_facts_needs_its_prompt():
+    Path("a/subject.json").unlink()
     with pytest.raises(UserError, match="give it an instance_prompt"):
         StudySubject.of("a")
     assert StudySubject.of("b").class_prompt == "a photo of a duck"
@@ -230,28 +223,21 @@ def test_pairing_finds_a_small_gain_that_unpaired_means_cannot():
     assert means["lora"].high > means["better"].low  # the arms' own intervals overlap
 
 
-def test_the_tables_have_a_column_for_each_measure_that_was_taken():
+def test_there_is_a_column_for_each_measure_that_was_taken_and_a_panel_where_every_arm_was_scored_at_it():
     study, results = made_up(np.random.default_rng(0), {"other": 0.05})
     header, (row,) = outcome_rows(outcomes(study, results))
     assert len(header) == len(row) and "Δ DINO" in header and not {"Δ Confusion", "Δ Leak"} & set(header)
+    assert titles(study, results) == ["subject (DINO)", "prompt (CLIP-T)", "score"]
     for result in results:
-        result.scores["confusion"] = 0.1 if result.cell.arm == "lora" else 0.3
+        result.scores.update(dict.fromkeys(("confusion", "dino_bare"), 0.1 if result.cell.arm == "lora" else 0.3))
     header, (row,) = outcome_rows(outcomes(study, results))
-    assert row[header.index("Δ Confusion")] == "+0.200 [+0.200, +0.200]"
+    for name in ("Confusion", "DINO, bare prompt"):
+        assert row[header.index(f"Δ {name}")] == "+0.200 [+0.200, +0.200]"
+    assert titles(study, results) == ["subject (DINO)", "bare prompt (DINO)", "prompt (CLIP-T)", "score"]
 
 
-def test_the_bare_prompt_has_a_panel_where_every_arm_was_scored_at_it():
-    study, results = made_up(np.random.default_rng(0), {"other": 0.05})
-
-    def titles():
-        return [axis.get_title() for axis in difference_plot(outcomes(study, results), "lora").axes]
-
-    assert titles() == ["subject (DINO)", "prompt (CLIP-T)", "score"]
-    for result in results:
-        result.scores["dino_bare"] = 0.2 if result.cell.arm == "lora" else 0.6
-    assert titles() == ["subject (DINO)", "bare prompt (DINO)", "prompt (CLIP-T)", "score"]
-    header, (row,) = outcome_rows(outcomes(study, results))
-    assert row[header.index("Δ DINO, bare prompt")] == "+0.400 [+0.400, +0.400]"
+def titles(study: Study, results: list[Result]) -> list[str]:
+    return [axis.get_title() for axis in difference_plot(outcomes(study, results), "lora").axes]
 
 
 def test_a_measure_that_is_added_to_the_table_has_its_columns_and_its_panel(monkeypatch):
@@ -265,8 +251,7 @@ def test_a_measure_that_is_added_to_the_table_has_its_columns_and_its_panel(monk
     assert (lora[column], other[column]) == ("0.250 [0.250, 0.250]", "0.500 [0.500, 0.500]")
     header, (row,) = outcome_rows(outcomes(study, results))
     assert row[header.index("Δ Smile")] == "+0.250 [+0.250, +0.250]"
-    plot = difference_plot(outcomes(study, results), "lora")
-    assert plot.axes[-1].get_title() == "smile (mouth)"
+    assert titles(study, results)[-1] == "smile (mouth)"
 
 
 def test_wins_ties_and_losses_are_shares_of_pictures_that_sum_to_one():
@@ -282,13 +267,8 @@ def test_an_arm_with_a_missing_cell_is_left_out_not_compared_on_fewer_subjects()
 
 
 def test_each_arm_gets_the_rate_that_was_best_for_it():
-    study = Study(
-        (StudySubject("a", ""),),
-        {"lora": {}, "mix": {}},
-        {},
-        (StudySubject("t", ""), StudySubject("u", "")),
-        learning_rates=(1e-4, 1e-3),
-    )
+    one, *tuned = (StudySubject(name, "") for name in "atu")
+    study = Study((one,), {"lora": {}, "mix": {}}, {}, tuple(tuned), learning_rates=(1e-4, 1e-3))
     scores = {("lora", 1e-4): 0.2, ("lora", 1e-3): 0.4, ("mix", 1e-4): 0.3, ("mix", 1e-3): 0.3}
     results = [
         Result(Cell("tune", arm, 4, subject, 0, rate), {"score": score}, {}, {})

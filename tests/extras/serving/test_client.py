@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,17 +15,13 @@ from dreambooth_moslora.extras.serving.drawer import Drawer
 from dreambooth_moslora.extras.serving.front import Access, Front, build_front
 from dreambooth_moslora.generation.grids import generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.remote import RemotePipeline, Service
+from dreambooth_moslora.ui.app import context_of
 from dreambooth_moslora.ui.generate_form import GenerateForm, compare, make_pictures
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 TOKEN = "correct-horse-battery"
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base) -> SubjectPipeline:
-    return SubjectPipeline.from_base(tiny_base)
+needs_counts = pytest.mark.extra("prometheus_client")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +57,7 @@ def params(**values) -> GenerationParams:
     return GenerationParams("a photo of a dog", **given)
 
 
-@pytest.mark.extra("prometheus_client")
+@needs_counts
 def test_remote_pictures_are_the_files_of_the_pipeline_here(remote, base, place):
     base.load_adapter(place.shelf / "dog.safetensors")
     asked = params(num_images=2)
@@ -71,7 +68,7 @@ def test_remote_pictures_are_the_files_of_the_pipeline_here(remote, base, place)
     assert list(remote.generate(params(), lambda: True)) == []
 
 
-@pytest.mark.extra("prometheus_client")
+@needs_counts
 def test_another_file_of_the_same_name_is_refused_and_an_unknown_name_too(remote, base, tmp_path):
     other = save_diffusers_lora(base.pipeline.unet, tmp_path, seed=5)
     with pytest.raises(UserError, match="has no adapter 'cat'"):
@@ -81,7 +78,7 @@ def test_another_file_of_the_same_name_is_refused_and_an_unknown_name_too(remote
         list(remote.generate(params()))
 
 
-@pytest.mark.extra("prometheus_client")
+@needs_counts
 def test_a_wrong_token_another_base_and_another_program_are_told(place, base):
     with pytest.raises(UserError, match="token"):
         RemotePipeline(Service(place.url), base.base_name).load_adapter(place.shelf / "dog.safetensors")
@@ -91,43 +88,35 @@ def test_a_wrong_token_another_base_and_another_program_are_told(place, base):
         RemotePipeline(Service(f"{place.url}/below", TOKEN), base.base_name)
 
 
+URLS = ("ftp://x", "http://", "http://x:port", "//", "http://[::1", "http://a..b", "http://a/\u00fc")
+TOKENS = ("a\nX: y", "\u043a\u043b\u044e\u0447")
+"""What no header can hold."""
+
+
 @pytest.mark.parametrize(
-    "url",
+    ("words", "says"),
     [
-        "ftp://x",
-        "http://",
-        "http://x:port",
-        "//",
-        "http://[::1",
-        "http://a..b",
-        "http://a/\u00fc",
-        "http://" + "a" * 300,
+        *(((url,), "--backend ") for url in (*URLS, "http://" + "a" * 300)),
+        *((("http://127.0.0.1", token), "--backend_token") for token in TOKENS),
     ],
 )
-def test_what_is_no_address_is_a_persons_mistake(url):
-    with pytest.raises(UserError, match="--backend"):
-        Service(url)
+def test_what_is_no_address_or_token_is_a_persons_mistake(words, says):
+    with pytest.raises(UserError, match=says):
+        Service(*words)
 
 
-@pytest.mark.parametrize("token", ["a\nX: y", "\u043a\u043b\u044e\u0447"])
-def test_a_token_that_no_header_can_hold_is_a_persons_mistake(token):
-    with pytest.raises(UserError, match="--backend_token"):
-        Service("http://127.0.0.1", token)
-
-
-@pytest.mark.parametrize("size", ["x", [1], float("inf"), True])
-def test_a_size_that_is_none_is_told(monkeypatch, size):
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        *(({"resolution_px": size}, "not a service") for size in ("x", [1], float("inf"), True)),
+        ({"resolution_px": 64, "adapters": 5}, "has no adapter 'dog'"),
+    ],
+)
+def test_facts_that_are_none_are_told(monkeypatch, tmp_path, facts, says):
     service = Service("http://127.0.0.1")
-    monkeypatch.setattr(service, "get", lambda path: {"base": "tiny", "resolution_px": size})
-    with pytest.raises(UserError, match="not a service"):
-        RemotePipeline(service, "tiny")
-
-
-def test_a_list_of_adapters_that_is_none_is_told(monkeypatch, tmp_path):
-    service = Service("http://127.0.0.1")
-    monkeypatch.setattr(service, "get", lambda path: {"base": "tiny", "resolution_px": 64, "adapters": 5})
+    monkeypatch.setattr(service, "get", lambda path: facts | {"base": "tiny"})
     (tmp_path / "dog.safetensors").write_bytes(b"dog")
-    with pytest.raises(UserError, match="has no adapter 'dog'"):
+    with pytest.raises(UserError, match=says):
         RemotePipeline(service, "tiny").load_adapter(tmp_path / "dog.safetensors", "dog")
 
 
@@ -137,28 +126,22 @@ def test_a_backend_that_is_away_is_one_line_without_the_token(free_port):
     assert "\n" not in str(error.value) and TOKEN not in str(error.value)
 
 
-@pytest.mark.extra("prometheus_client")
+@needs_counts
 def test_the_page_generates_and_compares_by_the_backend_and_says_when_it_is_away(place, base, tmp_path, free_port):
-    from dreambooth_moslora.ui.app import context_of
-
     request = SimpleNamespace(session_hash="s", username=None, headers={}, cookies={}, request=None, client=None)
     options = {"base": str(base.base_name), "adapters_dir": str(place.shelf), "runs_dir": str(tmp_path / "runs")}
     form = GenerateForm(prompt="a dog", adapter="dog", seed=1, steps=1, guidance_scale=2.0, size="64 x 64")
 
-    def context(url: str):
-        return context_of(SimpleNamespace(**options, backend=url, backend_token=TOKEN), training=False)
+    @contextmanager
+    def page_of(url: str):
+        ctx = context_of(SimpleNamespace(**options, backend=url, backend_token=TOKEN), training=False)
+        with closing(ctx.visitors):
+            yield ctx
 
-    ctx = context(place.url)
-    try:
+    with page_of(place.url) as ctx:
         *_, frame = make_pictures(ctx, form, request)
         assert GenerationParams.from_png(frame.pictures[0].path).adapters == (("dog", 1.0),)
         *_, frame = compare(ctx, form, request)
         assert len(frame.pictures) == 2
-    finally:
-        ctx.visitors.close()
-    ctx = context(f"http://127.0.0.1:{free_port}")
-    try:
-        with pytest.raises(UserError, match="cannot be reached"):
-            list(make_pictures(ctx, form, request))
-    finally:
-        ctx.visitors.close()
+    with page_of(f"http://127.0.0.1:{free_port}") as ctx, pytest.raises(UserError, match="cannot be reached"):
+        list(make_pictures(ctx, form, request))

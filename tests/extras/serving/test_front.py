@@ -17,11 +17,9 @@ from dreambooth_moslora.extras.serving.drawer import Drawer
 from dreambooth_moslora.extras.serving.front import Access, Front, ServeSettings, build_front
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from tests.helpers.tiny_adapters import save_diffusers_lora
+from tests.extras.serving.conftest import NAMES, TOKEN
 
 pytestmark = pytest.mark.extra("prometheus_client")
-TOKEN = "correct-horse-battery"
-NAMES = ("dog", "cat", "emu")
 
 
 @dataclass
@@ -45,25 +43,16 @@ class Shop:
     def get(self, path: str, **headers: str) -> httpx.Response:
         return self.run(lambda client: client.get(path), **headers)
 
+    def post(self, content, kind: str | None = "application/json") -> int:
+        """The status of such a body."""
+        headers = {"Content-Type": kind} if kind else {}
+        return self.run(lambda client: client.post("/generate", content=content, headers=headers)).status_code
+
     def ask(self, *orders: dict, **headers: str) -> list[httpx.Response]:
         async def all_at_once(client: httpx.AsyncClient) -> list[httpx.Response]:
             return await asyncio.gather(*(client.post("/generate", json=order) for order in orders))
 
         return self.run(all_at_once, **headers)
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base) -> SubjectPipeline:
-    return SubjectPipeline.from_base(tiny_base)
-
-
-@pytest.fixture(scope="module")
-def shelf(base, tmp_path_factory) -> Path:
-    made = tmp_path_factory.mktemp("made")
-    (made / "shelf").mkdir()
-    for seed, name in enumerate(NAMES):
-        save_diffusers_lora(base.pipeline.unet, made / name, seed=seed).rename(made / "shelf" / f"{name}.safetensors")
-    return made / "shelf"
 
 
 @pytest.fixture(scope="module")
@@ -160,22 +149,12 @@ def test_a_persons_mistake_is_one_line_of_json(shop):
 
 
 def test_what_is_no_order_is_refused(shop):
-    async def others(client: httpx.AsyncClient) -> list[int]:
-        json_type = {"Content-Type": "application/json"}
+    async def endless():
+        for _ in range(64):
+            yield b" " * 65536
 
-        async def endless():
-            for _ in range(64):
-                yield b" " * 65536
-
-        return [
-            (await client.post("/generate", content=b"{}")).status_code,
-            (await client.post("/generate", content=b" " * 70_000, headers=json_type)).status_code,
-            (await client.post("/generate", content=endless(), headers=json_type)).status_code,
-            (await client.get("/generate")).status_code,
-            (await client.get("/../etc/passwd")).status_code,
-        ]
-
-    assert shop.run(others) == [415, 413, 413, 405, 404]
+    assert [shop.post(b"{}", None), shop.post(b" " * 70_000), shop.post(endless())] == [415, 413, 413]
+    assert [shop.get(path).status_code for path in ("/generate", "/../etc/passwd")] == [405, 404]
 
 
 def test_a_body_that_trickles_gives_its_place_up(shop, monkeypatch):
@@ -186,11 +165,7 @@ def test_a_body_that_trickles_gives_its_place_up(shop, monkeypatch):
             yield b" "
             await asyncio.sleep(0.05)
 
-    async def ask(client: httpx.AsyncClient) -> int:
-        json_type = {"Content-Type": "application/json"}
-        return (await client.post("/generate", content=trickling(), headers=json_type)).status_code
-
-    assert shop.run(ask) == 408 and shop.front.inside == 0
+    assert shop.post(trickling()) == 408 and shop.front.inside == 0
 
 
 def test_more_than_may_wait_are_told_when_to_come_back(open_shop):
@@ -232,13 +207,12 @@ def test_without_a_token_no_web_page_is_answered(shop):
 
 def test_tokens_are_compared_in_constant_time(monkeypatch):
     compared = []
-    from dreambooth_moslora.extras.serving import front as access
 
     def compare(one: bytes, other: bytes) -> bool:
         compared.append((one, other))
         return one == other
 
-    monkeypatch.setattr(access.hmac, "compare_digest", compare)
+    monkeypatch.setattr(front_module.hmac, "compare_digest", compare)
     with pytest.raises(RefusedError):
         Access([TOKEN, "another-long-token"]).check("/generate", {"authorization": "Bearer x"})
     assert len(compared) == 2 and {len(word) for pair in compared for word in pair} == {32}

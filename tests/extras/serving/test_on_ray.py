@@ -14,35 +14,18 @@ from dreambooth_moslora.extras.serving.command_serve import NEEDED
 from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from tests.helpers.tiny_adapters import save_diffusers_lora
+from tests.extras.serving.conftest import NAMES, TOKEN
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra(*NEEDED)]
-TOKEN = "correct-horse-battery"
-NAMES = ("dog", "cat", "emu")
 
 
 @pytest.fixture(scope="module")
-def base(tiny_base) -> SubjectPipeline:
-    return SubjectPipeline.from_base(tiny_base)
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def service(base, tiny_base, tmp_path_factory, monkeypatch_module):
+def service(shelf, tiny_base):
     """An httpx client of it, and the folder of its adapters."""
     from dreambooth_moslora.extras.cluster.on_ray import connected
 
-    made = tmp_path_factory.mktemp("made")
-    (made / "shelf").mkdir()
-    for seed, name in enumerate(NAMES):
-        save_diffusers_lora(base.pipeline.unet, made / name, seed=seed).rename(made / "shelf" / f"{name}.safetensors")
     settings = ServeSettings(
-        adapters=(str(made / "shelf"),),
+        adapters=(str(shelf),),
         pretrained_model_name_or_path=str(tiny_base),
         port=free(),
         replicas=2,
@@ -51,20 +34,16 @@ def service(base, tiny_base, tmp_path_factory, monkeypatch_module):
         resident_adapters=2,
         threads=torch.get_num_threads(),
     )
-    for name, value in PATIENCE.items():
-        monkeypatch_module.setenv(name, value)
-    monkeypatch_module.setenv("RAY_AUTH_MODE", "disabled")  # whatever the person has set
-    with connected(None):
-        from dreambooth_moslora.extras.serving.on_ray import listening
+    url, bearer = f"http://127.0.0.1:{settings.port}", {"Authorization": f"Bearer {TOKEN}"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (PATIENCE | {"RAY_AUTH_MODE": "disabled"}).items():  # whatever the person has set
+            patch.setenv(name, value)
+        with connected(None):
+            from dreambooth_moslora.extras.serving.on_ray import listening
 
-        bearer = {"Authorization": f"Bearer {TOKEN}"}
-        with (
-            listening(settings, alone=True),
-            httpx.Client(
-                base_url=f"http://127.0.0.1:{settings.port}", headers=bearer, timeout=120, trust_env=False
-            ) as client,
-        ):
-            yield client, made / "shelf"
+            client = httpx.Client(base_url=url, headers=bearer, timeout=120, trust_env=False)
+            with listening(settings, alone=True), client:
+                yield client, shelf
 
 
 def free() -> int:
