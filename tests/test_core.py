@@ -58,29 +58,23 @@ def test_the_first_free_name():
     assert free_name("cat", taken.__contains__, is_numbered=True) == "cat_1"
 
 
-def test_letters_that_turn_the_direction_of_a_line_are_spelled_out():
+def test_letters_that_turn_the_direction_of_a_line_are_spelled_out_and_those_of_every_script_stay():
     """`gpj.exe` behind U+202E reads as `exe.jpg` on a terminal."""
     assert spelled_out("a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\r") == r"a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\x0d"
-
-
-def test_letters_of_every_script_stay():
     text = "café 雪 шар כלב 👩\u200d🚀\n\t"
     assert spelled_out(text) == text
 
 
-@pytest.mark.parametrize("value", [0, -3, 0.5, 1e308])
-def test_an_int_and_a_float_are_finite_numbers(value):
-    assert is_number(value) and is_finite_number(value)
-
-
-@pytest.mark.parametrize("value", [True, False, "1", None, [1]])
-def test_a_bool_and_what_only_looks_like_a_number_are_none(value):
-    assert not is_number(value) and not is_finite_number(value)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400])
-def test_what_no_float_can_hold_is_not_finite(value):
-    assert is_number(value) and not is_finite_number(value)
+@pytest.mark.parametrize(
+    ("values", "is_one", "is_finite"),
+    [
+        ((0, -3, 0.5, 1e308), True, True),
+        ((True, False, "1", None, [1]), False, False),
+        ((math.nan, math.inf, -math.inf, 10**400), True, False),
+    ],
+)
+def test_a_bool_is_no_number_and_what_no_float_can_hold_is_not_finite(values, is_one, is_finite):
+    assert [(is_number(value), is_finite_number(value)) for value in values] == [(is_one, is_finite)] * len(values)
 
 
 def test_seeds_depend_on_every_name_and_on_nothing_else():
@@ -95,13 +89,8 @@ def test_each_epoch_shows_every_slot_once_in_a_new_order():
     places = [place_of(position, 5, 0, "instance") for position in range(15)]
     assert [epoch for epoch, _ in places] == [0] * 5 + [1] * 5 + [2] * 5
     epochs = [tuple(slot for e, slot in places if e == epoch) for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
-    assert len(set(epochs)) > 1
-
-
-def test_a_position_can_be_asked_out_of_order():
-    forward = [place_of(position, 7, 3, "prior") for position in range(20)]
-    assert [place_of(position, 7, 3, "prior") for position in reversed(range(20))] == forward[::-1]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs) and len(set(epochs)) > 1
+    assert [place_of(position, 5, 0, "instance") for position in reversed(range(15))] == places[::-1]
 
 
 ROOT = Path(__file__).parents[1]
@@ -112,15 +101,11 @@ def test_assets_lie_beside_the_package_in_a_clone():
     assert resolve_base("toy") == ROOT / "assets" / "toy-sdxl"
 
 
-def test_a_recipe_and_its_photos_are_found_from_any_folder(tmp_path, monkeypatch):
+def test_a_recipe_and_its_photos_are_found_from_any_folder_and_what_is_here_goes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse_train_config(["--config", "assets/configs/quickstart.toml"])
     assert Path(config.instance_data_dir) == ROOT / "assets" / "subjects" / "rocket"
     assert config.output_dir == "runs/rocket"
-
-
-def test_what_is_here_goes_before_the_programs_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "assets" / "subjects" / "rocket").mkdir(parents=True)
     assert find_asset("assets/subjects/rocket") == "assets/subjects/rocket"
     assert find_asset("assets/subjects/bear") == str(ROOT / "assets" / "subjects" / "bear")

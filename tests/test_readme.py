@@ -143,8 +143,9 @@ def test_a_command_line_that_is_wrong_is_noticed(line, monkeypatch):
         understand(line)
 
 
-def test_the_command_lines_were_found():
+def test_the_command_lines_and_files_were_found():
     assert len(command_lines(README)) > 5 and len(ALL_LINES) > 25
+    assert len({name for path in DOCUMENTS for name in FILE.findall(read(path))}) > 15
     assert set(COMMANDS) <= {word for line in ALL_LINES for word in line.split()[3:4]}
 
 
@@ -154,15 +155,6 @@ def test_every_flag_in_the_text_is_one_of_ours():
     ours = [span for path in DOCUMENTS for span in spans(path) if not span.startswith(OTHER_PROGRAMS)]
     named = {word for span in ours for word in span.split() if word.startswith("--")}
     assert len(named) > 30 and named - known == set()
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
-def test_every_file_in_the_text_is_there(path):
-    assert [name for name in FILE.findall(read(path)) if not (ROOT / name).exists()] == []
-
-
-def test_files_were_found():
-    assert len({name for path in DOCUMENTS for name in FILE.findall(read(path))}) > 15
 
 
 PLACE = re.compile(r"^\| [^|]+ \| `([\w/]+)` \| (.*) \|$", re.MULTILINE)
@@ -205,8 +197,11 @@ def broken_links(path: Path, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
-def test_every_link_leads_somewhere(path):
+def test_every_file_in_the_text_is_there_every_link_leads_somewhere_and_every_program_is_python(path):
+    assert [name for name in FILE.findall(read(path)) if not (ROOT / name).exists()] == []
     assert broken_links(path, read(path)) == []
+    for text in blocks(path, "python"):
+        ast.parse(text)
 
 
 def test_a_broken_link_is_noticed():
@@ -214,18 +209,8 @@ def test_a_broken_link_is_noticed():
     assert broken_links(README, text) == ["docs/none.md", "docs/photos.md#none", "#none", "none.png"]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
-def test_every_program_is_python(path):
-    for text in blocks(path, "python"):
-        ast.parse(text)
-
-
-def test_the_docs_say_by_program_what_dora_in_kohya_s_form_is():
-    assert dora_table() in read(ROOT / "docs" / "training.md")
-
-
-def test_the_readme_is_short():
-    assert len(read(README).split()) <= MAX_WORDS
+def test_the_readme_is_short_and_the_docs_say_by_program_what_dora_in_kohya_s_form_is():
+    assert len(read(README).split()) <= MAX_WORDS and dora_table() in read(ROOT / "docs" / "training.md")
 
 
 def test_the_container_starts_the_page_with_flags_that_it_has(monkeypatch):

@@ -27,14 +27,10 @@ def site(tmp_path_factory) -> Path:
 
 
 @built_by
-def test_every_page_is_built(site):
+def test_every_page_is_built_and_every_picture_is_there(site):
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
     assert {path.parent.name for path in site.glob("*/index.html")} == pages
     assert not (site / "requirements.txt").exists()
-
-
-@built_by
-def test_every_picture_is_there(site):
     shown = 0
     for page in site.rglob("*.html"):
         for name in re.findall(r'<img[^>]* src="([^":]+)"', page.read_text(encoding="utf-8")):
@@ -44,19 +40,13 @@ def test_every_picture_is_there(site):
 
 
 @built_by
-def test_the_api_page_holds_docstrings(site):
+def test_the_api_page_holds_docstrings_and_no_signature_is_cut_off_at_the_right(site):
     page = (site / "api" / "index.html").read_text(encoding="utf-8")
     for name in set(dreambooth_moslora.__all__) - {"__version__"}:
         assert re.search(rf'id="dreambooth_moslora\.[a-z_.]+\.{name}"', page), name
     assert "Raises UserError" in page
-
-
-@built_by
-def test_a_signature_is_not_cut_off_at_the_right(site):
-    page = (site / "api" / "index.html").read_text(encoding="utf-8")
-    shown = [
-        re.sub(r"<[^>]+>", "", text) for text in re.findall(r'<div class="[^"]*doc-signature.*?</pre>', page, re.S)
-    ]
+    signatures = re.findall(r'<div class="[^"]*doc-signature.*?</pre>', page, re.S)
+    shown = [re.sub(r"<[^>]+>", "", text) for text in signatures]
     lines = [html.unescape(line) for text in shown for line in text.splitlines()]
     assert len(shown) > 8 and max(map(len, lines)) <= 72, max(lines, key=len)
 

@@ -73,8 +73,8 @@ def test_an_earlier_judge_without_the_new_heads_is_gone_on_from(tmp_path):
         start_from(tmp_path / "other.safetensors")
 
 
-def test_the_shipped_judge_is_small_and_has_all_heads():
-    assert judge.WEIGHTS.stat().st_size < 2_000_000
+def test_the_shipped_nets_are_small_and_the_judge_has_all_heads():
+    assert judge.WEIGHTS.stat().st_size < 2_000_000 and (NET / FILE).stat().st_size <= 300_000
     judge.load()
 
 
@@ -89,10 +89,6 @@ def test_the_shipped_judge_reads_what_fresh_toys_wear():
 
 
 NET = Path(__file__).resolve().parents[2] / "assets" / "toy-segmenter"
-
-
-def test_the_shipped_net_is_small():
-    assert (NET / FILE).stat().st_size <= 300_000
 
 
 @pytest.mark.slow

@@ -22,15 +22,8 @@ from toybox.captions import canonical_caption
 from toybox.learning.train_unet import noise_schedule
 from toybox.learning.train_vit import build_vit
 from toybox.make_subjects import load, photo_scenes
+from toybox.measures import evaluate_parts as parts
 from toybox.measures.evaluate_base import accuracy, generate, scenes_for
-from toybox.measures.evaluate_parts import (
-    fresh_renders,
-    individuals_told_apart,
-    psnr_db,
-    reconstruct,
-    retrieval_at_1,
-    unlike_toys,
-)
 from toybox.render import render
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -38,11 +31,15 @@ LIMIT_MB = 48
 PROMPT = "a photo of a red robot on the beach"
 
 
-@pytest.fixture(scope="module")
-def base() -> StableDiffusionXLPipeline:
+def fresh() -> StableDiffusionXLPipeline:
     pipeline = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="module")
+def base() -> StableDiffusionXLPipeline:
+    return fresh()
 
 
 def drawn(pipeline, seed: int = 3, **arguments) -> np.ndarray:
@@ -64,24 +61,18 @@ def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
     assert np.abs(np.asarray(ours.pixels) / 255 - drawn(base, guidance_scale=2.5)).max() < 0.02
     assert subject.complete(replace(asked, guidance_scale=6.0)).guidance_scale == 6.0
     words = lambda prompts: encode_text(subject.pipeline, prompts)  # noqa: E731
-    other = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4, guidance_scale=6.0)
-    (sample,) = other([SampleRequest(PROMPT, 3)])
-    assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=6.0)).max() < 0.02
-    sampler = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4)
-    (sample,) = sampler([SampleRequest(PROMPT, 3)])
-    assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=2.5)).max() < 0.02
+    for scale, own in ((6.0, {"guidance_scale": 6.0}), (2.5, {})):
+        (sample,) = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4, **own)([SampleRequest(PROMPT, 3)])
+        assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=scale)).max() < 0.02
 
 
-def test_its_topology_is_that_of_sdxl(base):
+def test_its_topology_is_that_of_sdxl_and_its_schedule_the_one_that_it_was_trained_on(base):
     config = base.unet.config
     assert config.down_block_types == ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
     assert config.addition_embed_type == "text_time" and config.use_linear_projection
     widths = base.text_encoder.config.hidden_size, base.text_encoder_2.config.hidden_size
     assert widths[0] != widths[1] and sum(widths) == config.cross_attention_dim
     assert base.vae_scale_factor == 8 and base.vae.config.latent_channels == 4
-
-
-def test_it_is_sampled_by_the_schedule_that_it_was_trained_on(base):
     trained = noise_schedule().config
     for name in ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"):
         assert base.scheduler.config[name] == trained[name], name
@@ -97,18 +88,18 @@ def test_the_judge_finds_in_its_pictures_what_the_prompts_name(base):
 
 @pytest.mark.slow
 def test_its_vit_tells_individuals_apart_and_an_untrained_one_does_not():
-    toys = unlike_toys("duck", 50)
+    toys = parts.unlike_toys("duck", 50)
     assert len({replace(toy, genes=()) for toy in toys}) == 50 and {toy.kind for toy in toys} == {"duck"}
     trained = Dinov2Model.from_pretrained(ASSETS / "toy-dino", torch_dtype=torch.float32).eval()
-    shares = [individuals_told_apart(vit, "duck", count=12) for vit in (trained, build_vit().eval())]
+    shares = [parts.individuals_told_apart(vit, "duck", count=12) for vit in (trained, build_vit().eval())]
     assert shares[0] > 0.9 and shares[1] < 0.5
 
 
 @pytest.mark.slow
 def test_its_vae_keeps_renders_and_its_clip_knows_their_captions(base):
-    images, captions = fresh_renders(100, seed=1)
-    assert psnr_db(images, reconstruct(base.vae, images)).mean() > 30
-    assert retrieval_at_1(base, images, captions) > 0.8
+    images, captions = parts.fresh_renders(100, seed=1)
+    assert parts.psnr_db(images, parts.reconstruct(base.vae, images)).mean() > 30
+    assert parts.retrieval_at_1(base, images, captions) > 0.8
 
 
 def test_any_prompt_and_a_rare_token_are_accepted(base):
@@ -132,19 +123,14 @@ def test_img2img_and_inpaint_take_its_parts(base):
 
 
 def test_diffusers_loads_an_adapter_onto_it(tmp_path):
-    pipeline = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline, other = fresh(), fresh()
     plain = drawn(pipeline)
     config = MoSLoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
     inject(pipeline.unet, config)
     live = drawn(pipeline)
     publish({"unet": pipeline.unet}, tmp_path, "x", adapter_metadata({"unet": pipeline.unet}), torch.float32)
-    fresh = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
-    fresh.set_progress_bar_config(disable=True)
-    fresh.load_lora_weights(tmp_path / "pytorch_lora_weights.safetensors")
-    loaded = drawn(fresh)
-    assert np.abs(live - plain).mean() > 1e-3
-    assert np.abs(loaded - live).max() < 1e-2
+    other.load_lora_weights(tmp_path / "pytorch_lora_weights.safetensors")
+    assert np.abs(live - plain).mean() > 1e-3 and np.abs(drawn(other) - live).max() < 1e-2
 
 
 def test_the_embedded_weights_stay_small_and_fp16():

@@ -43,14 +43,10 @@ def toy_pixels(scene: Scene, size_px: int = 64) -> torch.Tensor:
     return pictures[0][changed]
 
 
-def test_same_seed_same_scenes_and_pictures():
-    assert scenes(5) == scenes(5)
-    assert torch.equal(render(scenes(2), 32), render(scenes(2), 32))
-
-
-def test_a_picture_does_not_depend_on_its_neighbours():
+def test_the_same_seed_gives_the_same_scenes_and_pictures_which_do_not_depend_on_their_neighbours():
     three = scenes(3)
     together = render(three, 32)
+    assert three == scenes(3) and torch.equal(together, render(scenes(3), 32))
     assert together.shape == (3, 32, 32, 3) and together.dtype == torch.uint8
     for scene, picture in zip(three, together):
         assert (render([scene], 32)[0].int() - picture.int()).abs().max() <= 1
@@ -68,11 +64,6 @@ def test_masks_hold_the_pixels_that_change_with_the_toy():
     assert ((changed & masks).sum((1, 2)) > 0.3 * masks.sum((1, 2))).all()
 
 
-def test_scene_survives_json():
-    for scene in scenes(50):
-        assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
-
-
 def heights(some: list[Scene]) -> torch.Tensor:
     """The share of the frame's height that the toys of each scene take, (N,)."""
     return toy_masks(some, 32).any(dim=2).float().mean(dim=1)
@@ -88,8 +79,10 @@ def test_the_usual_view_is_from_1_9_to_2_6_toy_sizes_and_fills_the_frame_as_subj
     assert ((low <= photos) & (photos <= high)).float().mean() > 0.7
 
 
-def test_only_a_close_up_is_called_one():
+def test_only_a_close_up_is_called_one_and_fixed_fields_win():
     rng = random.Random(6)
+    toy = sample_toy(rng, "duck", colour="teal", pattern="striped")
+    assert (toy.kind, toy.colour, toy.pattern) == ("duck", "teal", "striped")
     for scene in scenes(400):
         assert ("close-up" in caption(scene, rng)) <= (scene.distance < 1.9)
         assert 1.6 <= scene.distance <= 4 and (len(scene.toys) == 1 or scene.distance >= 2.1)
@@ -110,11 +103,6 @@ def test_held_out_share_is_small_for_every_kind_colour_and_place():
         for name in names:
             rows = sum(row[position] == name for row in table)
             assert rows / (len(KINDS) * len(COLOURS) * len(PLACES) / len(names)) < 0.15, name
-
-
-def test_fixed_fields_win():
-    toy = sample_toy(random.Random(0), "duck", colour="teal", pattern="striped")
-    assert (toy.kind, toy.colour, toy.pattern) == ("duck", "teal", "striped")
 
 
 @pytest.mark.parametrize("colour", ["red", "green", "blue", "yellow"])
@@ -168,36 +156,30 @@ def test_canonical_caption_and_article():
     assert article("orange duck") == "an orange duck" and article("blue car") == "a blue car"
 
 
-def test_only_what_is_worn_is_wearable():
+def test_a_scene_survives_json_and_only_what_is_wearable_is_worn():
     for scene in scenes(200):
+        assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
         assert all(set(toy.accessories) <= set(SHAPES[toy.kind].accessories) for toy in scene.toys)
 
 
-def test_subjects_load_with_their_photos():
+def test_subjects_load_with_their_photos_and_masks():
     for name, toy in SUBJECTS.items():
         subject = load(name)
-        assert subject.toy == toy and subject.class_word == toy.kind
-        assert len({scene.place for scene in photo_scenes(subject)}) == 5
-
-
-def test_subjects_have_masks_of_their_toys():
-    for name in SUBJECTS:
-        for number, mask in enumerate(toy_masks(photo_scenes(load(name)), 128)):
+        photos = photo_scenes(subject)
+        assert subject.toy == toy and subject.class_word == toy.kind and len({scene.place for scene in photos}) == 5
+        for number, mask in enumerate(toy_masks(photos, 128)):
             with Image.open(FOLDER / name / f"{number:02d}.mask.png") as file:
                 shipped = torch.from_numpy(np.array(file.resize((128, 128), Image.Resampling.NEAREST)))
             assert (shipped != mask).float().mean() < 0.02 < mask.float().mean()
 
 
-def test_individuals_are_unlike_each_other_and_of_all_kinds(tmp_path):
+def test_individuals_are_unlike_each_other_and_of_all_kinds_and_a_missing_subject_is_explained():
     found = individuals(40, seed=1)
     assert {one.toy.kind for one in found} == set(KINDS) and len({one.name for one in found}) == 40
     assert len({one.toy for one in found + individuals(40, seed=2)}) == 80 and found == individuals(40, seed=1)
     assert max(abs(gene) for one in found for gene in one.toy.genes) > 1
     with pytest.raises(SystemExit):
         make_subjects.main(["--individuals", "2"])
-
-
-def test_missing_subject_is_explained():
     with pytest.raises(FileNotFoundError, match="make_subjects"):
         load("nobody")
 

@@ -221,18 +221,14 @@ def job_in(folder: Path, **settings) -> Job:
     return Job(str(folder / "rex"), settings, "mark")
 
 
-def test_what_is_done_is_not_trained_again(tmp_path):
+def test_a_fleet_that_stops_begins_none_and_what_is_done_is_not_trained_again(tmp_path):
     job = job_in(tmp_path)
-    (tmp_path / "rex").mkdir()
+    stop_path(tmp_path).touch()
+    assert train_subject(job).state == "interrupted" and not (tmp_path / "rex" / "job.log").exists()
+    stop_path(tmp_path).unlink()
     write_record(tmp_path / "rex", done := Record("done", "mark", starts=1))
     (tmp_path / "rex" / "pytorch_lora_weights.safetensors").write_bytes(b"x")
     assert train_subject(job) == done
-
-
-def test_a_fleet_that_stops_begins_none(tmp_path):
-    stop_path(tmp_path).touch()
-    assert train_subject(job_in(tmp_path)).state == "interrupted"
-    assert not (tmp_path / "rex" / "job.log").exists()
 
 
 def test_a_folder_that_another_training_holds_is_waited_for_and_then_a_failure(tmp_path, monkeypatch):

@@ -122,10 +122,8 @@ def fail(kind: str) -> str:
 def test_a_task_that_raises_or_always_kills_its_worker_stops_no_other(machines):
     again = []
     tasks = [Task(kind, (kind,)) for kind in ("raises", "dies", "well")]
-    found = dict(
-        (task.key, result)
-        for task, result in run_tasks(fail, tasks, retries=1, on_retry=lambda task, why: again.append(task.key))
-    )
+    results = run_tasks(fail, tasks, retries=1, on_retry=lambda task, why: again.append(task.key))
+    found = {task.key: result for task, result in results}
     assert found == {"raises": Lost("ZeroDivisionError: ours"), "dies": Lost("its worker was killed"), "well": "well"}
     assert again == ["dies"]
 
@@ -138,16 +136,9 @@ def test_a_study_has_the_same_results_on_ray(machines, tiny_base, tmp_path):
     train = {"pretrained_model_name_or_path": str(tiny_base), "resolution": 64, "max_train_steps": 2}
     arms = {"lora": {"mixer": "none"}, "odd": {"mixer": "butterfly", "rank": 3}}
     protocol = {"num_prompts": 1, "images_per_prompt": 1, "class_images": 1, "unrelated": 1, "inference_steps": 2}
-    study = Study(
-        (subject,),
-        arms,
-        {**train, "train_batch_size": 1},
-        seeds=(0,),
-        ranks=(3,),
-        budget="rank",
-        learning_rates=(1e-3,),
-        protocol=Protocol(**protocol, clip=str(clip), dino=str(dino)),
-    )
+    shape = {"seeds": (0,), "ranks": (3,), "budget": "rank", "learning_rates": (1e-3,)}
+    protocol = Protocol(**protocol, clip=str(clip), dino=str(dino))
+    study = Study((subject,), arms, {**train, "train_batch_size": 1}, **shape, protocol=protocol)
     seen = []
     (result,) = run_study(study, tmp_path / "ray", 1, seen.append, partial(cells_on_cluster, machines, None))
     assert sorted(bool(progress.error) for progress in seen) == [False, True]

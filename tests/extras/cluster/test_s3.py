@@ -20,17 +20,8 @@ from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_confi
 pytestmark = [pytest.mark.slow, pytest.mark.extra("ray", "s3fs", "moto", "flask", "flask_cors")]
 GUARDED, STEPS = "dreambooth_moslora.extras.cluster.worker", 40
 TOLD = (
-    "pretrained_model_name_or_path",
-    "resolution",
-    "target_modules",
-    "train_batch_size",
-    "max_train_steps",
-    "learning_rate",
-    "num_validation_images",
-    "report_to",
-    "seed",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
+    *("pretrained_model_name_or_path", "resolution", "target_modules", "train_batch_size", "max_train_steps"),
+    *("learning_rate", "num_validation_images", "report_to", "seed", "checkpointing_steps", "checkpoints_total_limit"),
 )
 
 

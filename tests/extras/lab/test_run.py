@@ -15,20 +15,8 @@ from PIL import Image, ImageChops, ImageOps, ImageStat
 
 from dreambooth_moslora.adapters.moslora import adapter_parameters
 from dreambooth_moslora.base.load import load_pipeline
-from dreambooth_moslora.extras.lab.report import write_comparison
-    Result,
-    best_rates,
-    budget_ranks,
-    compared_cells,
-    content_of,
-    gpu_of,
-    judged,
-    result_path,
-    run_study,
-    studied,
-    unfinished,
-)
 from dreambooth_moslora.extras.lab import run
+from dreambooth_moslora.extras.lab.report import write_comparison
 from dreambooth_moslora.extras.lab.run import Result, run_study, unfinished
 from dreambooth_moslora.extras.lab.study import Cell, Protocol, Study, StudySubject
 from dreambooth_moslora.settings.table import TrainConfig
