@@ -6,21 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dreambooth_moslora import core
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core import (
-    assets_folder,
-    find_asset,
-    free_name,
-    generator,
-    is_finite_number,
-    is_number,
-    place_of,
-    public_name,
-    rng,
-    seed_of,
-    spelled_out,
-)
+from dreambooth_moslora.core import find_asset, free_name, is_finite_number, is_number, place_of, public_name, seed_of
 
 
 @pytest.mark.parametrize(
@@ -60,9 +49,11 @@ def test_the_first_free_name():
 
 def test_letters_that_turn_the_direction_of_a_line_are_spelled_out_and_those_of_every_script_stay():
     """`gpj.exe` behind U+202E reads as `exe.jpg` on a terminal."""
-    assert spelled_out("a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\r") == r"a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\x0d"
+    assert (
+        core.spelled_out("a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\r") == r"a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\x0d"
+    )
     text = "café 雪 шар כלב 👩\u200d🚀\n\t"
-    assert spelled_out(text) == text
+    assert core.spelled_out(text) == text
 
 
 @pytest.mark.parametrize(
@@ -80,8 +71,10 @@ def test_a_bool_is_no_number_and_what_no_float_can_hold_is_not_finite(values, is
 def test_seeds_depend_on_every_name_and_on_nothing_else():
     seeds = {seed_of(*names) for names in ((0, "noise", 1), (0, "noise", 2), (1, "noise", 1), (0, "crop", 1))}
     assert len(seeds) == 4
-    assert torch.equal(torch.randn(4, generator=generator(7, "a")), torch.randn(4, generator=generator(7, "a")))
-    assert rng(7, "a").random() == rng(7, "a").random()
+    assert torch.equal(
+        torch.randn(4, generator=core.generator(7, "a")), torch.randn(4, generator=core.generator(7, "a"))
+    )
+    assert core.rng(7, "a").random() == core.rng(7, "a").random()
     assert seed_of("ab", "c") != seed_of("a", "bc") and seed_of(7, "crop", 3) == 2131499920990350508
 
 
@@ -97,7 +90,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_assets_lie_beside_the_package_in_a_clone():
-    assert assets_folder() == ROOT / "assets"
+    assert core.assets_folder() == ROOT / "assets"
     assert resolve_base("toy") == ROOT / "assets" / "toy-sdxl"
 
 

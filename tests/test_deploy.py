@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.parser import Parser, underscored
-from dreambooth_moslora.extras.serving.command_serve import serve_arguments
+from dreambooth_moslora.extras.serving import command_serve
 from dreambooth_moslora.extras.serving.front import ServeSettings
 from dreambooth_moslora.ui import app as page
 
@@ -25,11 +25,9 @@ def token(monkeypatch):
 
 def settings_of(words: list[str]) -> ServeSettings:
     """What `serve` would start with. Raises UserError."""
-    from dreambooth_moslora.extras.serving.command_serve import settings_of
-
     parser = Parser(prog="serve")
-    serve_arguments(parser)
-    return settings_of(parser.parse_args(underscored(words)))
+    command_serve.serve_arguments(parser)
+    return command_serve.settings_of(parser.parse_args(underscored(words)))
 
 
 def content(name: str) -> dict:
@@ -40,10 +38,6 @@ def content(name: str) -> dict:
 def test_each_file_says_first_what_was_run_and_what_was_not(path):
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!")]
     assert re.match(r"# (Not run|Run): .*\.", lines[0]), lines[0]
-
-
-def test_all_four_ways_are_there():
-    assert [path.name for path in FILES] == ["compose.yaml", "rayservice.yaml", "runpod.sh", "skypilot.yaml"]
 
 
 def test_compose_starts_the_service_and_the_page_that_draws_by_it():
@@ -83,7 +77,4 @@ def test_skypilot_and_runpod_start_a_service_that_takes_their_command():
         settings = settings_of(words[words.index("serve") + 1 :])
         assert settings.host == "0.0.0.0" and settings.tokens == (TOKEN,), name
     assert content("skypilot.yaml")["resources"]["ports"] == settings.port
-
-
-def test_the_shell_script_is_one():
     assert subprocess.run(["bash", "-n", ROOT / "deploy" / "runpod.sh"], check=False).returncode == 0

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import one_word
+from benchmarks import fault_runs, one_word
 from benchmarks.basis_share import share_of
 from benchmarks.fast_path_table import compare
 from benchmarks.mixer_motion import RANKS, first_step_difference, mixer_share, rank_share
@@ -54,16 +54,12 @@ def test_4_bit_weights_are_those_of_pefts_layers():
 
 @pytest.mark.slow
 def test_8_bit_layers_keep_pefts_path():
-    assert dict(compare("int8", "q/k/v together", ("plain", "recomputed"))) == {
-        "plain": (0.0, 0.0),
-        "recomputed": (0.0, 0.0),
-    }
+    hows = ("plain", "recomputed")
+    assert dict(compare("int8", "q/k/v together", hows)) == dict.fromkeys(hows, (0.0, 0.0))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the faults are injected on Linux")
 def test_a_run_that_is_killed_before_its_first_word_has_an_empty_log(tmp_path, monkeypatch):
-    from benchmarks import fault_runs
-
     workshop = object.__new__(fault_runs.Workshop)
     workshop.base = tmp_path
     monkeypatch.setattr(fault_runs, "become_training", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
@@ -73,8 +69,6 @@ def test_a_run_that_is_killed_before_its_first_word_has_an_empty_log(tmp_path, m
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the faults are injected on Linux")
 def test_a_ctrl_c_before_the_scripts_first_line_is_no_fault_of_the_program(monkeypatch, tmp_path):
-    from benchmarks import fault_runs
-
     workshop = object.__new__(fault_runs.Workshop)
     monkeypatch.setattr(fault_runs.Workshop, "arguments", lambda *_, **__: ["--help"])
 
@@ -90,19 +84,10 @@ WIDTH = 320
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_the_first_step_of_sgd_is_loras(rank):
-    assert first_step_difference(rank, WIDTH) < 1e-6
-
-
-@pytest.mark.parametrize("rank", RANKS)
-def test_adam_moves_the_product_through_m_by_a_share_of_one_over_the_root_of_the_rank(rank):
-    assert mixer_share(rank, WIDTH) == pytest.approx(rank**-0.5, rel=0.25)
-
-
-@pytest.mark.parametrize("rank", RANKS)
-def test_a_butterfly_has_half_the_rank(rank):
-    assert rank_share("butterfly", rank) == 0.5
-    assert rank_share("orthogonal", rank) == 1
+def test_the_statements_of_the_mixers_theory_hold(rank):
+    assert first_step_difference(rank, WIDTH) < 1e-6, "the first step of SGD is LoRA's"
+    assert mixer_share(rank, WIDTH) == pytest.approx(rank**-0.5, rel=0.25), "Adam moves the product through M by this"
+    assert (rank_share("butterfly", rank), rank_share("orthogonal", rank)) == (0.5, 1)
 
 
 @pytest.mark.slow

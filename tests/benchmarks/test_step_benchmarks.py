@@ -9,6 +9,13 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from benchmarks import gpu_step
+from benchmarks.batched_adapters import trained
+from benchmarks.diffusers_style_loop import diffusers_style_step
+from benchmarks.floor_ratio import measure
+from benchmarks.gpu_memory import adapted_unet, count, run_config
+from benchmarks.host_peak import command_of, peak_gb
+from benchmarks.random_sdxl import random_sdxl
 from benchmarks.startup import moments
 from benchmarks.train_step import ratios
 from dreambooth_moslora.cli.parser import parse_train_config
@@ -33,8 +40,6 @@ def test_the_quick_form_steps_the_trainers_own_learner(tmp_path):
 
 
 def test_our_step_and_the_floor_take_turns_on_the_same_weights():
-    from benchmarks.floor_ratio import measure
-
     AcceleratorState._reset_state(reset_partial_state=True)
     Accelerator(mixed_precision="no", cpu=True)  # as an earlier training in this process
     found = measure("small", 64, rank=2, warmup=0, steps=2)
@@ -43,16 +48,12 @@ def test_our_step_and_the_floor_take_turns_on_the_same_weights():
 
 
 def test_the_peak_of_a_whole_process_is_the_kernels():
-    from benchmarks.host_peak import peak_gb
-
     assert 2.9 < peak_gb([sys.executable, "-c", "n = 2_900_000_000; b'1' * n"]) < 3.2  # above what a worker itself has
     with pytest.raises(subprocess.CalledProcessError):
         peak_gb([sys.executable, "-c", "1 / 0"])
 
 
 def test_the_commands_whose_peak_is_measured_are_trainings(tmp_path):
-    from benchmarks.host_peak import command_of
-
     words = command_of("recomputed, text cached", tmp_path / "base", tmp_path, 64, 2)
     config = parse_train_config(words[2:])
     assert config.gradient_checkpointing and config.cache_cross_attention and config.max_train_steps == 2
@@ -60,8 +61,6 @@ def test_the_commands_whose_peak_is_measured_are_trainings(tmp_path):
 
 
 def test_the_loop_in_diffusers_style_learns_with_the_adapter_in_either_dtype():
-    from benchmarks.diffusers_style_loop import diffusers_style_step
-
     for fp32_adapter in (False, True):
         step = diffusers_style_step("small", 64, 2, True, fp32_adapter)
         losses = [step()[0] for _ in range(2)]
@@ -69,8 +68,6 @@ def test_the_loop_in_diffusers_style_learns_with_the_adapter_in_either_dtype():
 
 
 def test_the_trainer_takes_the_random_base(tmp_path):
-    from benchmarks.random_sdxl import random_sdxl
-
     random_sdxl("small").save_pretrained(tmp_path / "base")
     photos = paint_photos(tmp_path / "photos")
     config = tiny_config(tmp_path / "base", photos, tmp_path / "run", max_train_steps=2, mixed_precision="bf16")
@@ -79,8 +76,6 @@ def test_the_trainer_takes_the_random_base(tmp_path):
 
 
 def test_subjects_on_one_base_are_timed():
-    from benchmarks.batched_adapters import trained
-
     figures = trained("small", count=2, steps=4)
     assert figures["count"] == 2 and figures["an_hour"] == pytest.approx(2 * 3600 / (480 * figures["step_sec"]))
     assert figures["cpu_sec"] > 0 and figures["peak_gib"] > 0
@@ -116,8 +111,6 @@ def test_moments_of_a_run_are_counted_from_the_command():
 
 @pytest.mark.parametrize("arm", ["floor", "ours", "peft", "nf4"])
 def test_the_gpu_arms_step_on_any_device(arm, capsys):
-    from benchmarks import gpu_step
-
     words = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2", "--arms", arm]
     gpu_step.main(words)
     found = json.loads(capsys.readouterr().out)
@@ -128,8 +121,6 @@ def test_the_gpu_arms_step_on_any_device(arm, capsys):
 @pytest.mark.parametrize(("recomputed", "kernels"), [(False, 5_600), (True, 7_500)])
 def test_a_step_of_full_size_sdxl_starts_few_kernels(recomputed, kernels):
     """It was 11,410 and 15,724 with the products and casts of the adapter made at each call."""
-    from benchmarks.gpu_memory import adapted_unet, count, run_config
-
     for cached in (False, True):
         config = run_config(recomputed=recomputed, cached=cached)
         assert count(config, adapted_unet(config)).kernels <= kernels

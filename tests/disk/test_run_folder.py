@@ -12,19 +12,8 @@ from unittest.mock import ANY
 import pytest
 
 from dreambooth_moslora.core import atomic_directory, atomic_write, clean_stale, scratch_directory
-from dreambooth_moslora.disk.events import (
-    AdapterExported,
-    CheckpointSaved,
-    PhaseProgress,
-    RunEnded,
-    RunStarted,
-    SamplesDrawn,
-    StepDone,
-    StepEvaluated,
-    event_of,
-    events_of,
-    record_of,
-)
+from dreambooth_moslora.disk import events
+from dreambooth_moslora.disk.events import RunEnded, StepDone, StepEvaluated, event_of, events_of, record_of
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
 
 WRITER = """
@@ -165,13 +154,13 @@ def test_a_scratch_folder_goes_with_its_block_and_a_killed_one_with_the_next(tmp
 
 
 EVENTS = [
-    RunStarted(9, {"rank": 4}),
-    PhaseProgress("caching", 2, 3),
+    events.RunStarted(9, {"rank": 4}),
+    events.PhaseProgress("caching", 2, 3),
     StepDone(3, loss=0.5, loss_instance=0.5, lr=1e-4),
-    SamplesDrawn(3, ["samples/a.png"], ["a dog"], [7]),
+    events.SamplesDrawn(3, ["samples/a.png"], ["a dog"], [7]),
     StepEvaluated(3, {"dino": 0.5, "score": 0.25}, {"step": 3, "score": 0.25, "since": 0}, True, {"seconds": 1.0}),
-    CheckpointSaved(3, "checkpoint-3"),
-    AdapterExported(["a.safetensors"], {"checked": 1}),
+    events.CheckpointSaved(3, "checkpoint-3"),
+    events.AdapterExported(["a.safetensors"], {"checked": 1}),
     RunEnded("done", 3),
 ]
 

@@ -15,21 +15,13 @@ from torch import nn
 from torch.nn.functional import avg_pool2d
 
 from toybox.data.dead_leaves import dead_leaves
-from toybox.learning import training
+from toybox.learning import train_unet, training
 from toybox.learning.adversary import Adversary
 from toybox.learning.alignment import Alignment
 from toybox.learning.build_tokenizer import MAX_TOKENS, load
 from toybox.learning.channels_last import FastGroupNorm, to_channels_last, use_fast_group_norm
 from toybox.learning.sharpen_decoder import anchor_loss, contrast, contrast_gains, with_contrast
-from toybox.learning.train_unet import (
-    SNR_GAMMA,
-    TOY_WEIGHT,
-    Timesteps,
-    build_unet,
-    cell_weights,
-    drop_captions,
-    noise_schedule,
-)
+from toybox.learning.train_unet import SNR_GAMMA, TOY_WEIGHT, Timesteps, build_unet, noise_schedule
 from toybox.learning.train_vae import crops
 from toybox.learning.train_vit import Views
 from toybox.learning.training import MasterWeights, Run, compute_dtype, saved_step
@@ -52,7 +44,7 @@ def test_weighted_timesteps_expect_what_uniform_ones_with_min_snr_weights_would(
 def test_cells_of_a_toy_weigh_more_and_a_batch_weighs_one():
     toys = torch.zeros(2, 16, 16, dtype=torch.float16)
     toys[0, 4:8, 4:8] = 1
-    weights = cell_weights(toys)
+    weights = train_unet.cell_weights(toys)
     assert float(weights.mean()) == pytest.approx(1)
     assert float(weights[0, 0, 5, 5] / weights[0, 0, 0, 0]) == pytest.approx(1 + TOY_WEIGHT)
 
@@ -120,7 +112,7 @@ def test_networks_trained_beside_are_saved_and_found_again(tmp_path):
 @pytest.mark.slow
 def test_dropped_captions_are_zero_and_a_tenth():
     embeds, pooled = torch.ones(4000, 2, 3), torch.ones(4000, 5)
-    drop_captions(embeds, pooled, torch.Generator().manual_seed(0))
+    train_unet.drop_captions(embeds, pooled, torch.Generator().manual_seed(0))
     gone = pooled.sum(1) == 0
     assert torch.equal(gone, embeds.sum((1, 2)) == 0) and 0.08 < gone.float().mean() < 0.12
 

@@ -11,17 +11,9 @@ from PIL import Image
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.extras.cluster import records
 from dreambooth_moslora.extras.cluster.fleet import missing
-from dreambooth_moslora.extras.cluster.records import (
-    Record,
-    read_record,
-    rows_of,
-    status_lines,
-    without_paths,
-    write_index,
-    write_names,
-    write_record,
-)
+from dreambooth_moslora.extras.cluster.records import Record, read_record, rows_of, write_names, write_record
 from dreambooth_moslora.extras.cluster.subjects import mark_of, read_subjects
 
 SHARED = {"resolution": 64, "max_train_steps": 3}
@@ -186,7 +178,7 @@ def fleet(tmp_path) -> Path:
 
 def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_need_an_eye(fleet):
     assert [row.name for row in rows_of(fleet)] == ["<b>bad", "halfway", "waiting", "copied", "unlike", "fine"]
-    first, cost, *others = status_lines(rows_of(fleet))
+    first, cost, *others = records.status_lines(rows_of(fleet))
     assert first == "6 subjects: 1 failed, 1 running, 1 waiting, 3 done"
     assert cost == "cost so far: 1.50 GPU-hours, 0.25 CPU-hours"
     assert any(line == "halfway: running, step 4 of 9" for line in others)
@@ -195,7 +187,7 @@ def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_ne
 
 
 def test_the_page_shows_no_path_and_no_markup_of_others(fleet):
-    html = write_index(fleet, rows_of(fleet)).read_text(encoding="utf-8")
+    html = records.write_index(fleet, rows_of(fleet)).read_text(encoding="utf-8")
     assert str(fleet.parent) not in html and "our pets" not in html
     assert "no usable photo in bad: it is &lt;empty&gt;." in html and "&lt;b&gt;bad" in html and "<b><b>" not in html
     assert html.count("data:image/jpeg") == 1 and 'href="copied/contact_sheet.png"' in html
@@ -212,7 +204,7 @@ def test_the_page_shows_no_path_and_no_markup_of_others(fleet):
     ],
 )
 def test_paths_lose_all_but_their_last_part(text, shown, tmp_path):
-    assert without_paths(text, tmp_path) == shown
+    assert records.without_paths(text, tmp_path) == shown
 
 
 def test_status_is_a_command_and_a_folder_without_a_fleet_is_a_mistake(fleet, capsys):

@@ -113,9 +113,8 @@ def test_a_subject_is_compared_alone_and_beside_another(study, tmp_path):
     beside = StudySubject(str(paint_photos(tmp_path / "cat", count=2)), "a photo of zwx cat", "a photo of cat")
     mine = replace(study.subjects[0], class_prompt="a photo of dog", beside=(beside,))
     prior = {"with_prior_preservation": True, "prior": "class_images", "num_class_images": 1}
-    arms = {"both": {"together": True}, "alone": {}}
-    pairs = replace(study, subjects=(mine,), arms=arms, train=study.train | prior, reference="alone")
-    pairs = replace(pairs, tuning_subjects=(), learning_rates=(1e-2,))
+    own = {"subjects": (mine,), "arms": {"both": {"together": True}, "alone": {}}, "reference": "alone"}
+    pairs = replace(study, **own, train=study.train | prior, tuning_subjects=(), learning_rates=(1e-2,))
     seen, out = [], tmp_path / "out"
     both, alone = run_study(pairs, out, 1, seen.append)
     assert [p.error for p in seen] == ["", ""]
