@@ -279,10 +279,14 @@ def precisions() -> list[str]:
 
 
 @pytest.fixture
-def coarse(monkeypatch):
-    """Products and convolutions of GPU and CPU as coarse as PyTorch lets them be."""
+def coarse():
+    """Products of GPU and CPU as coarse as PyTorch lets them be. `monkeypatch` cannot put these back."""
+    before = precisions()
     for setting, precision in COARSEST.items():
-        monkeypatch.setattr(setting, "fp32_precision", precision)
+        setting.fp32_precision = precision
+    yield
+    for setting, precision in zip(COARSEST, before, strict=True):
+        setting.fp32_precision = precision
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.9])
@@ -299,14 +303,22 @@ def test_every_comparison_is_in_full_fp32_and_the_settings_come_back(keep, coars
     assert precisions() == list(COARSEST.values())
 
 
-@pytest.mark.parametrize("allowed", [(True, True), (False, False), (True, False), (False, True)])
-def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, monkeypatch):
+@pytest.fixture
+def older_switches():
     """PyTorch raises on reading one of them where the newer settings contradict it."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    for switch, value in zip(switches, allowed, strict=True):
-        monkeypatch.setattr(switch, "allow_tf32", value)
+    before = [switch.allow_tf32 for switch in switches]
+    yield switches
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("allowed", [(True, True), (False, False), (True, False), (False, True)])
+def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, older_switches):
+    for switch, value in zip(older_switches, allowed, strict=True):
+        switch.allow_tf32 = value
     before = precisions()
     with proof.full_fp32():
-        assert [switch.allow_tf32 for switch in switches] == [False, False]
+        assert [switch.allow_tf32 for switch in older_switches] == [False, False]
         assert precisions() == ["ieee"] * 4
-    assert tuple(switch.allow_tf32 for switch in switches) == allowed and precisions() == before
+    assert tuple(switch.allow_tf32 for switch in older_switches) == allowed and precisions() == before
