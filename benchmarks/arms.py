@@ -29,12 +29,14 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
 
     materials = random_materials(size, resolution_px)
     unet, batch = materials.pipeline.unet.requires_grad_(False).train(), materials.batch_at(0, 1)
-    latents, words = batch.latents.to(materials.dtype), materials.prompt_embeds(batch.prompts)
-    added = {"text_embeds": words.pooled, "time_ids": batch.time_ids}
+    latents, words = (
+        batch.latents.to(materials.dtype),
+        materials.family.arguments(materials.prompt_embeds(batch.prompts)),
+    )
 
     def step() -> tuple[float, float]:
         noisy = torch.randn_like(latents).requires_grad_()
-        output = unet(noisy, torch.randint(0, 1000, (1,)), words.embeds, added_cond_kwargs=added).sample
+        output = materials.family.predict(unet, noisy, torch.randint(0, 1000, (1,)), batch.time_ids, **words)
         loss = output.float().square().mean()
         loss.backward()
         return loss.item(), noisy.grad.float().norm().item()

@@ -193,10 +193,10 @@ def is_toy(base: str) -> bool:
     return str(base).rstrip("/").split("/")[-1] in ("toy", "toy-sdxl")
 
 
-def preferred_guidance(base: str) -> float:
-    """The default classifier-free guidance of a base: 5 for SDXL. With 5, the embedded base's colours saturate,
-    and adapted pictures drift further from its own (`evaluate --guidance_scale 5`)."""
-    return 2.5 if is_toy(base) else 5.0
+def preferred_guidance(base: str, usual: float = 5.0) -> float:
+    """The default guidance of a base: its family's `usual` one, 5 for SDXL. With 5, the embedded base's colours
+    saturate, and adapted pictures drift further from its own (`evaluate --guidance_scale 5`)."""
+    return 2.5 if is_toy(base) else usual
 
 
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"

@@ -126,6 +126,7 @@ COMPONENT_KEYS = {
     "text_encoder_2": r"(lora_te2_|text_encoder_2\.)",
     "text_encoder": r"(lora_te1?_|text_encoder\.)",
     "unet": r"(lora_unet_|unet\.)",
+    "transformer": r"transformer\.",
 }
 
 

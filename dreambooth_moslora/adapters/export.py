@@ -44,6 +44,7 @@ from dreambooth_moslora.adapters.raw_file import (
 )
 from dreambooth_moslora.core import UserError, scratch_directory
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, check_name, tokens_name
+from dreambooth_moslora.settings.families import DENOISERS
 
 
 def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
@@ -142,8 +143,9 @@ def reduced(
 
 def write_published(
     folded: Folded, folder: Path, name: str, metadata: AdapterMetadata, dtype: torch.dtype, *, pad: bool
-) -> tuple[Path, Path]:
-    """Write both files, with alpha = rank and no rsLoRA; with `pad`, diffusers' file has a single rank."""
+) -> list[Path]:
+    """Write diffusers' file, and a UNet's in kohya's names, which ComfyUI needs there; it reads diffusers' own names of
+    transformers. Alpha is the rank, without rsLoRA; with `pad`, diffusers' file has a single rank."""
     ranks = {f"{c}.{path}": layer.rank for c, layers in folded.items() for path, layer in layers.items()}
     rank = most_common(ranks.values())
     others = {path: r for path, r in ranks.items() if r != rank}
@@ -151,13 +153,14 @@ def write_published(
     if dtype == torch.float16:
         folded = {c: {path: balanced(layer) for path, layer in layers.items()} for c, layers in folded.items()}
     header = {"format": "pt"} | replace(metadata, structures={}).header
-    paths = folder / PUBLISHED_NAME, folder / f"{name}{KOHYA_SUFFIX}"
-    files = published_tensors(padded(folded) if pad else folded, dtype), kohya_tensors(folded, dtype)
-    headers = header, header | kohya_header(name, metadata, folded)
-    for path, tensors, head in zip(paths, files, headers, strict=True):
+    files = [(folder / PUBLISHED_NAME, published_tensors(padded(folded) if pad else folded, dtype), header)]
+    if "unet" in folded:
+        head = header | kohya_header(name, metadata, folded)
+        files.append((folder / f"{name}{KOHYA_SUFFIX}", kohya_tensors(folded, dtype), head))
+    for path, tensors, head in files:
         check_finite(tensors, f"the adapter in {dtype}")
         write_file(path, tensors, head)
-    return paths
+    return [path for path, _, _ in files]
 
 
 def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -170,7 +173,7 @@ def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dic
             tensors[f"{component}.{path}.lora_B.weight"] = layer.up.to(dtype)
             if layer.magnitude is not None:
                 # For a UNet every diffusers adds `.weight`, and old ones need that; transformers' loader does not.
-                suffix = "" if component == "unet" else ".weight"
+                suffix = "" if component in DENOISERS else ".weight"
                 tensors[f"{component}.{path}.lora_magnitude_vector{suffix}"] = layer.magnitude
     return tensors
 

@@ -206,13 +206,14 @@ def disable_fast_path(model: nn.Module) -> None:
 
 
 class _JointLinear(torch.autograd.Function):
-    """x (…,in), frozen W (k·out,in), A (k,r,in), Uᵀ (k,r,out), all of one dtype -> k tensors (…,out)."""
+    """x (…,in), frozen W (k·out,in) and bias (k·out,) or None, A (k,r,in), Uᵀ (k,r,out), all of one dtype -> k tensors
+    (…,out)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         rows, count = x.reshape(-1, x.shape[-1]), len(up)
         inner = rows.mm(down.flatten(0, 1).t())
-        result = add_blocks(F.linear(rows, weight), inner, up)
+        result = add_blocks(F.linear(rows, weight, bias), inner, up)
         ctx.save_for_backward(x, inner, weight, down, up)
         return result.view(*x.shape[:-1], -1).chunk(count, -1)
 
@@ -225,7 +226,7 @@ class _JointLinear(torch.autograd.Function):
         grad_inner = add_blocks(None, grad, up.mT)
         grad_up = parts(inner, count).mT.bmm(parts(grad, count))
         grad_x = grad.mm(weight).addmm_(grad_inner, down.flatten(0, 1)).view(x.shape) if needs_x else None
-        return grad_x, None, grad_inner.t().mm(x.reshape(-1, x.shape[-1])).view(down.shape), grad_up
+        return grad_x, None, None, grad_inner.t().mm(x.reshape(-1, x.shape[-1])).view(down.shape), grad_up
 
 
 class _JointBeside(torch.autograd.Function):
@@ -329,9 +330,11 @@ class JointWeights(Joint):
     def __init__(self, *layers: ShortWay):
         super().__init__(*layers)
         self.weight = laid_together([layer.base_layer for layer in layers])
+        biases = [layer.base_layer.bias for layer in layers]
+        self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
 
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
-        return _JointLinear.apply(x.to(self.weight.dtype), self.weight, self.down, self.up)
+        return _JointLinear.apply(x.to(self.weight.dtype), self.weight, self.bias, self.down, self.up)
 
     def are_shared(self) -> bool:
         """Whether the layers still use the buffer; not after one was moved, cast or given other weights."""
@@ -357,28 +360,33 @@ def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
 
 
 def are_matrices(layers: Iterable[nn.Module]) -> bool:
-    """Whether each layer is a plain matrix: not quantised, and without a bias."""
-    return all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
+    """Whether each layer is a plain matrix, not quantised; all with a bias, or none."""
+    layers = list(layers)
+    return all(type(layer) is nn.Linear for layer in layers) and len({layer.bias is None for layer in layers}) == 1
 
 
 def lay_together(model: nn.Module, adapted: Container[str]) -> None:
     """Stack the `adapted` projections (paths) that models with shared weights will compute jointly."""
     for path, module in model.named_modules():
         names = {layer: name for name, layer in module.named_children()}
-        layers = [x for x in projections_of_one_input(module) if f"{path}.{names[x]}" in adapted]
-        kinds = {(type(x), x.weight.shape, x.weight.dtype) for x in layers}
-        if len(layers) > 1 and len(kinds) == 1 and are_matrices(layers):
-            laid_together(layers)
+        for group in projections_of_one_input(module):
+            layers = [x for x in group if f"{path}.{names[x]}" in adapted]
+            kinds = {(type(x), x.weight.shape, x.weight.dtype) for x in layers}
+            if len(layers) > 1 and len(kinds) == 1 and are_matrices(layers):
+                laid_together(layers)
 
 
-def projections_of_one_input(attention: nn.Module) -> list[nn.Module]:
-    """The projections of one tensor in diffusers' attention: to_q, to_k, to_v, or the last two in cross-attention.
-    Empty for any other module."""
-    is_cross = getattr(attention, "is_cross_attention", None)
-    if is_cross is None:
+def projections_of_one_input(attention: nn.Module) -> list[list[nn.Module]]:
+    """Groups of projections of one tensor in diffusers' attentions: to_q, to_k, to_v, or the last two in
+    cross-attention, and those of the text where pictures and texts attend together. Empty for any other module."""
+    if not all(isinstance(getattr(attention, name, None), nn.Module) for name in ("to_q", "to_k", "to_v")):
         return []
-    names = ("to_k", "to_v") if is_cross else ("to_q", "to_k", "to_v")
-    return [layer for layer in (getattr(attention, name, None) for name in names) if layer is not None]
+    own = ("to_k", "to_v") if getattr(attention, "is_cross_attention", False) else ("to_q", "to_k", "to_v")
+    groups = []
+    for names in (own, ("add_q_proj", "add_k_proj", "add_v_proj")):
+        layers = [getattr(attention, name, None) for name in names]
+        groups.append([layer for layer in layers if isinstance(layer, nn.Module)])
+    return [layers for layers in groups if layers]
 
 
 class WorkingCopies:
@@ -391,8 +399,10 @@ class WorkingCopies:
         modules = [module for model in models for module in model.modules()]
         self.layers = [layer for layer in modules if isinstance(layer, ShortWay)]
         self.joints: list[Joint] = []
-        for module in modules:
-            layers = [layer for layer in projections_of_one_input(module) if self._is_fast(layer)]
+        for group in (group for module in modules for group in projections_of_one_input(module)):
+            layers = [layer for layer in group if self._is_fast(layer)]
+            if len({kind_of(layer, adapter_name) for layer in layers}) > 1:
+                layers = layers[1:]  # of grouped queries, keys and values are narrower
             if len(layers) < 2 or len({kind_of(layer, adapter_name) for layer in layers}) > 1:
                 continue
             bases = [layer.base_layer for layer in layers]

@@ -15,11 +15,12 @@ import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from dreambooth_moslora.adapters.raw_file import COMPONENTS, RAW_KEY, by_module,
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError, file_digest, is_number, one_line
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, find_weights
+from dreambooth_moslora.settings.families import DENOISERS, facts_of
 
 PEFT_KEY = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?|alpha)"
@@ -95,7 +97,7 @@ def module_path(component: str, key: str) -> str:
     if match is None:
         return key.replace(".processor.", ".")
     old = match.groupdict().get("projection")
-    names = UNET_NAMES if component == "unet" else TEXT_NAMES
+    names = UNET_NAMES if component in DENOISERS else TEXT_NAMES
     return f"{match['path']}.{names[old]}" if old else match["path"]
 
 
@@ -190,7 +192,7 @@ def _matches(component: str, paths: Iterable[str], pattern: object, file_name: s
     for path in paths:
         ends = set()
         # Versions of transformers differ in the prefix `text_model.` of a text encoder.
-        bare = path if component == "unet" else path.removeprefix("text_model.")
+        bare = path if component in DENOISERS else path.removeprefix("text_model.")
         for name in (bare, published_path(component, path)):
             parts = name.split(".")
             ends |= {f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))}
@@ -241,7 +243,7 @@ def adapter_name(path: str | Path) -> str:
     return f"{folder.parent.name}@{folder.name.removeprefix('checkpoint-')}" if is_checkpoint else folder.name
 
 
-def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> AdapterWeights:
+def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeights:
     """The file's content. Raises UserError when it is missing, is not a safetensors file, or holds no known LoRA."""
     file = find_weights(path)
     try:
@@ -259,10 +261,10 @@ def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> Adapt
     return AdapterWeights(file.name, file_digest(file), parts, header)
 
 
-def _base_path(component: str, path: str, pipeline: StableDiffusionXLPipeline) -> str:
+def _base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
     """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files have it or not."""
     path = published_path(component, path)
-    has_prefix = component == "unet" or hasattr(getattr(pipeline, component, None), "text_model")
+    has_prefix = component in DENOISERS or hasattr(getattr(pipeline, component, None), "text_model")
     return path if has_prefix else path.removeprefix("text_model.")
 
 
@@ -277,19 +279,21 @@ def fold_raw(file: Path) -> dict[str, Tensor]:
     return published_tensors(folded)
 
 
-def _read_published(file: Path, pipeline: StableDiffusionXLPipeline) -> tuple[dict[str, Tensor], dict | None, object]:
+def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, Tensor], dict | None, object]:
     """Tensors in diffusers' naming, kohya's alphas, and PEFT's settings in the header. Raises UserError."""
     try:
         sizes = _dora_scales(file)
         with collected_warnings() if sizes else nullcontext():  # diffusers drops dora_scale, and says so
-            tensors, alphas, settings = pipeline.lora_state_dict(
+            is_unet = facts_of(type(pipeline).__name__).denoiser == "unet"
+            tensors, *alphas, settings = pipeline.lora_state_dict(
                 str(file.parent),
                 weight_name=file.name,
-                unet_config=pipeline.unet.config,
                 use_safetensors=True,
                 local_files_only=True,
                 return_lora_metadata=True,
+                **({"unet_config": pipeline.unet.config} if is_unet else {}),
             )
+            alphas = alphas[0] if alphas else None  # of a UNet; elsewhere they are in `tensors`
         return tensors | _magnitudes(sizes, pipeline), alphas, settings
     except UserError:
         raise
@@ -311,7 +315,7 @@ def _dora_scales(file: Path) -> dict[str, Tensor]:
     return sizes
 
 
-def _magnitudes(sizes: dict[str, Tensor], pipeline: StableDiffusionXLPipeline) -> dict[str, Tensor]:
+def _magnitudes(sizes: dict[str, Tensor], pipeline: DiffusionPipeline) -> dict[str, Tensor]:
     """kohya's `dora_scale` as PEFT's magnitudes: (out,), or (1, out, 1, 1) of a convolution."""
     # diffusers renames pairs of matrices alone, so each `dora_scale` is given to it as both of a pair.
     names = {key.removesuffix(DORA_SCALE): size for key, size in sizes.items()}
@@ -325,7 +329,7 @@ def _magnitudes(sizes: dict[str, Tensor], pipeline: StableDiffusionXLPipeline) -
     return found
 
 
-def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:
+def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: str) -> None:
     """Raises UserError, which describes both bases, unless each pair fits a layer of the base."""
     for component, (found, _) in weights.parts.items():
         model = getattr(pipeline, component, None)
@@ -358,8 +362,11 @@ def _misshapen(projection: LowRank, outputs: int, inputs: int, *kernel: int) -> 
     return ""
 
 
-def _unets(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> list[str]:
+def _unets(weights: AdapterWeights, pipeline: DiffusionPipeline) -> list[str]:
     """The UNet that the file is for, and the pipeline's, in words."""
+    facts = facts_of(type(pipeline).__name__)
+    if facts.denoiser != "unet" or "transformer" in weights.parts:
+        return [describe_kind(weights), f"{facts.title}, {facts.model}"]
     found = weights.parts["unet"][0] if "unet" in weights.parts else {}
     needed = max((p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")), default=0)
     outputs = {p.up.shape[0] for path, p in found.items() if ".attn1." in path or ".attn2." in path}
@@ -374,7 +381,14 @@ def _unets(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> list
     return texts
 
 
-def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> None:
+def describe_kind(weights: AdapterWeights) -> str:
+    """The denoiser that the file adapts, in words."""
+    found = weights.parts.get("transformer") or weights.parts.get("unet") or ({}, None)
+    widths = sorted({projection.down.shape[1] for projection in found[0].values()})
+    return f"a {'transformer' if 'transformer' in weights.parts else 'UNet'} with layers of widths {widths[:6]}"
+
+
+def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
     """Add the adapter under `weights.key`. Raises UserError when that fails; the components are then as before."""
     try:
         for component, (found, scales) in weights.parts.items():
@@ -386,8 +400,8 @@ def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> Non
 
 def _load(component: str, found: dict[str, LowRank], scales: Scales, key: str, pipeline) -> None:
     """The tensors get names for diffusers' loader: PEFT's for a UNet, its own older ones for a text encoder."""
-    is_unet = component == "unet"
-    down, up = ("lora_A", "lora_B") if is_unet else ("lora_linear_layer.down", "lora_linear_layer.up")
+    is_denoiser = component in DENOISERS
+    down, up = ("lora_A", "lora_B") if is_denoiser else ("lora_linear_layer.down", "lora_linear_layer.up")
     tensors = {}
     for path, projection in found.items():
         parts = {
@@ -398,12 +412,19 @@ def _load(component: str, found: dict[str, LowRank], scales: Scales, key: str, p
         }
         tensors |= {f"{component}.{path}.{name}": part for name, part in parts.items() if part is not None}
     config = {f"{component}.{name}": value for name, value in lora_config(found, scales).items()}
-    options = {"network_alphas": None, "adapter_name": key, "metadata": config, "_pipeline": pipeline}
-    if is_unet:
-        pipeline.load_lora_into_unet(tensors, unet=pipeline.unet, **options)
+    model, options = getattr(pipeline, component), {"adapter_name": key, "metadata": config, "_pipeline": pipeline}
+    if component == "unet":
+        pipeline.load_lora_into_unet(tensors, unet=model, network_alphas=None, **options)
+    elif is_denoiser:
+        alphas = (
+            {}
+            if "network_alphas" not in signature(pipeline.load_lora_into_transformer).parameters
+            else {"network_alphas": None}
+        )
+        pipeline.load_lora_into_transformer(tensors, transformer=model, **alphas, **options)
     else:
-        model = getattr(pipeline, component)
-        pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, prefix=component, **options)
+        options |= {"network_alphas": None, "prefix": component}
+        pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, **options)
 
 
 def lora_config(found: dict[str, LowRank], scales: Scales) -> dict[str, Any]:

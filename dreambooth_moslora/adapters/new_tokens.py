@@ -183,7 +183,7 @@ def prove_tokens(paths: Sequence[Path], attached: AttachedTokens, prompts: Seque
     for number, (path, tokens) in enumerate(zip(paths, attached.several, strict=True)):
         found = read_tokens(path)
         rows = {KEYS[p]: relative_difference(found.rows[p], r.detach().float().cpu()) for p, r in tokens.rows.items()}
-        pairs = (stock.embeds[number], live.embeds[number]), (stock.pooled[number], live.pooled[number])
+        pairs = [(stock[number][name], here) for name, here in live[number].items()]
         outputs = max(relative_difference(there.float().cpu(), here.float().cpu()) for there, here in pairs)
         worst = max(rows, key=rows.__getitem__)
         proofs.append(FileProof(path.name, rows[worst], outputs, worst, "diffusers' load_textual_inversion"))

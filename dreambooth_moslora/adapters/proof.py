@@ -16,25 +16,29 @@ DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row o
 and `ss_*` of kohya's sd-scripts, without its folder names, captions and tag counts.
 """
 
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import StableDiffusionXLPipeline
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.adapters.mixer import Folded
-from dreambooth_moslora.adapters.raw_file import COMPONENTS, all_layers, empty_model, model_config, read_tensors
+from dreambooth_moslora.adapters.raw_file import all_layers, empty_model, model_config, read_tensors
 from dreambooth_moslora.core import UserError, one_line
+from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-SDXL_CROSS_ATTENTION = 2048
+ALONE = {"text_encoder": "lora_te"}
+"""Of the one text encoder of Stable Diffusion 1.5."""
+WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
 KOHYA_DOWN, KOHYA_UP, KOHYA_ALPHA, DORA_SCALE = ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale"
 
 
@@ -46,13 +50,14 @@ def is_by_rows(dora_scale: Tensor) -> bool:
 
 def published_path(component: str, path: str) -> str:
     """The path that other programs know: they keep CLIPTextModel's `text_model.`, which transformers 5 dropped."""
-    is_bare = component != "unet" and not path.startswith(("text_model.", "text_projection"))
+    is_bare = component not in DENOISERS and not path.startswith(("text_model.", "text_projection"))
     return f"text_model.{path}" if is_bare else path
 
 
-def kohya_name(component: str, path: str) -> str:
-    """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`."""
-    return f"{PREFIXES[component]}_{path.replace('.', '_')}"
+def kohya_name(component: str, path: str, components: Collection[str] = tuple(PREFIXES)) -> str:
+    """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`, in a file with these components."""
+    prefixes = PREFIXES if "text_encoder_2" in components else PREFIXES | ALONE
+    return f"{prefixes[component]}_{path.replace('.', '_')}"
 
 
 def kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -61,7 +66,7 @@ def kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> dic
     tensors = {}
     for component, layers in components.items():
         for path, layer in layers.items():
-            name = kohya_name(component, path)
+            name = kohya_name(component, path, components)
             tensors[f"{name}{KOHYA_DOWN}"] = layer.down.to(dtype)
             tensors[f"{name}{KOHYA_UP}"] = (layer.up * (layer.rank / alpha)).to(dtype)
             tensors[f"{name}{KOHYA_ALPHA}"] = torch.tensor(float(alpha), dtype=dtype)
@@ -78,11 +83,12 @@ def kohya_header(title: str, metadata: AdapterMetadata, components: Folded) -> d
     """Title, trigger phrase, architecture and rank. Every value is a string, as safetensors requires."""
     ranks = {layer.rank for layers in components.values() for layer in layers.values()}
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for a file of several ranks
-    cross = metadata.structures.get("unet", {}).get("config", {}).get("cross_attention_dim", SDXL_CROSS_ATTENTION)
-    is_sdxl = cross == SDXL_CROSS_ATTENTION
+    config = metadata.structures.get("unet", {}).get("config", {"addition_embed_type": "text_time"})
+    facts, cross = facts_of_model("UNet2DConditionModel", config), config.get("cross_attention_dim", WIDTHS[0])
+    is_usual = cross in WIDTHS
     header = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora" if is_sdxl else f"sdxl-like-{cross}/lora",
+        "modelspec.architecture": f"{facts.modelspec}/lora" if is_usual else f"{facts.name}-like-{cross}/lora",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.title": title,
         "modelspec.trigger_phrase": ", ".join(metadata.trigger_words),
@@ -93,8 +99,8 @@ def kohya_header(title: str, metadata: AdapterMetadata, components: Folded) -> d
         "ss_network_alpha": str(common_rank(components)),
         "ss_v2": "False",
     }
-    if is_sdxl:
-        header["ss_base_model_version"] = "sdxl_base_v1-0"
+    if is_usual:
+        header["ss_base_model_version"] = facts.kohya_version
     if metadata.resolution_px:
         size = metadata.resolution_px
         header |= {"modelspec.resolution": f"{size}x{size}", "ss_resolution": f"({size}, {size})"}
@@ -241,11 +247,15 @@ def check_reduction(
 
 def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, LoraLayer]:
     """Layers of a stock diffusers pipeline that loaded the file. Raises UserError if it refuses or warns."""
-    if "unet" not in components:
-        raise UserError("an SDXL LoRA file is loaded through the UNet; give `unet` among the components")
+    denoiser = next((components[name] for name in DENOISERS if name in components), None)
+    if denoiser is None:
+        raise UserError("a LoRA file is loaded through the denoiser; give `unet` or `transformer` among the components")
     twins = {name: empty_model(model_config(model)) for name, model in components.items()}
-    parts = {name: twins.get(name) for name in COMPONENTS}
-    shell = StableDiffusionXLPipeline(vae=None, tokenizer=None, tokenizer_2=None, scheduler=None, **parts)
+    kind = getattr(diffusers, facts_of_model(type(denoiser).__name__, denoiser.config).pipeline)
+    names = inspect.signature(kind.__init__).parameters.items()
+    parts = {name: None for name, parameter in names if parameter.default is parameter.empty and name != "self"}
+    with collected_warnings():  # of a pipeline without a safety checker
+        shell = kind(**parts | twins)
     with collected_warnings() as warnings:
         try:
             shell.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True)
@@ -334,7 +344,7 @@ def prove_kohya_dora(
     differences = {}
     for name, layer in live.items():
         component, module = name.split(".", 1)
-        key = kohya_name(component, published_path(component, module))
+        key = kohya_name(component, published_path(component, module), {name.partition(".")[0] for name in live})
         up, down, alpha, found_size = (
             tensors[key + part].double() for part in (KOHYA_UP, KOHYA_DOWN, KOHYA_ALPHA, DORA_SCALE)
         )

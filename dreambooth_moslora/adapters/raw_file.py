@@ -30,6 +30,7 @@ from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, most_c
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.moslora import adapter_layers, exact_config, inject, matrices_of, weight_size
 from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name
+from dreambooth_moslora.settings.families import DENOISERS, FAMILIES
 
 
 def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
@@ -82,8 +83,7 @@ def model_config(model: nn.Module) -> dict[str, object]:
     return {"class": type(model).__name__, "config": json.loads(json.dumps(values, default=str))}
 
 
-CLASSES = {
-    "UNet2DConditionModel": "diffusers",
+CLASSES = {facts.model: "diffusers" for facts in FAMILIES} | {
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
 }
@@ -92,6 +92,7 @@ MOST_LAYERS = (
     2000  # of all blocks, if each were as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32
 )
 DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
+DEPTHS += ("num_layers", "num_single_layers", "n_layers")
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 
 
@@ -137,7 +138,7 @@ def build(name: str, config: dict) -> nn.Module:
     return model
 
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2")
 SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed")
 """A file has one value of each for all its components."""
 RAW_KEY, RAW_FORMAT = "raw_format", 1

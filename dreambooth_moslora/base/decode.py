@@ -27,10 +27,14 @@ logger = logging.getLogger(__name__)
 
 def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px; not finite is black, with a warning."""
-    pixels = decode_pixels(vae, latents)
+    return pictures_of(finite_or_black(decode_pixels(vae, latents)))
+
+
+def finite_or_black(pixels: Tensor) -> Tensor:
+    """The pixels as they are, which become black where they are not finite, with a warning."""
     if not pixels.isfinite().all():
         logger.warning("A picture has values that are not finite (NaN) and is black there: use --mixed_precision bf16.")
-    return pictures_of(pixels)
+    return pixels
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.core import UserError, assets_folder
+from dreambooth_moslora.settings.families import DENOISERS, Facts, facts_of
 from dreambooth_moslora.settings.table import TrainConfig
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
@@ -17,7 +18,6 @@ SMALL_BASE_PX = 256
 TOY = assets_folder() / "toy-sdxl"
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 INDEX = "model_index.json"
-CONFIGS = ("tokenizer", "tokenizer_2", "scheduler")
 TEXT_MARKS = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}
 MARKS = {
     "unet": {"conv_in.weight"},
@@ -104,8 +104,9 @@ def base_folder(config: TrainConfig) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
         places = {"cache_dir": config.cache_dir, "revision": config.revision}
-        found = try_to_load_from_cache(source, "unet/config.json", **places)
-        return Path(found).parents[1] if isinstance(found, str) else None
+        found = try_to_load_from_cache(source, INDEX, **places)
+        folder = Path(found).parent if isinstance(found, str) else None
+        return folder if folder and any((folder / name / "config.json").is_file() for name in DENOISERS) else None
     if source.is_file():
         return None
     check_diffusers_folder(source, config.variant, has_vae=config.pretrained_vae_model_name_or_path is None)
@@ -113,19 +114,47 @@ def base_folder(config: TrainConfig) -> Path | None:
 
 
 def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae: bool = True) -> None:
-    """Raises UserError for a folder that is no complete SDXL base. With `has_vae` False it may lack a VAE."""
+    """Raises UserError for a folder that is no complete base. With `has_vae` False it may lack a VAE."""
     index = read_json(folder / INDEX)
-    parts = [part for part in (*MARKS, *CONFIGS) if has_vae or part != "vae"]
-    for part in parts:
+    facts = facts_in(index)
+    models = [part for part in (facts.denoiser, "vae", *facts.encoders) if has_vae or part != "vae"]
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in facts.encoders]
+    for part in (*models, *tokenizers, "scheduler"):
         if not isinstance(index.get(part), list) or None in index[part]:
-            raise UserError(f"{folder} is not an SDXL base model: its {INDEX} names no {part}.")
+            raise UserError(f"{folder} is not an {facts.title} base model: its {INDEX} names no {part}.")
         if not any((folder / part).glob("*.json")):
             raise UserError(f"{folder} is not a whole base model: {folder / part} is missing or has no configuration.")
-    if read_json(folder / "unet" / "config.json").get("addition_embed_type") != "text_time":
+    if facts.needs_sizes and read_json(folder / "unet" / "config.json").get("addition_embed_type") != "text_time":
         raise UserError(f"{folder} is not an SDXL base model: its UNet has no size conditioning (text_time).")
-    for part in parts:
-        if part in MARKS:
-            check_component(folder / part, variant, MARKS[part])
+    for part in models:
+        check_component(folder / part, variant, MARKS.get(part) if facts.denoiser == "unet" else None)
+
+
+def facts_of_base(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> Facts | None:
+    """The family of a base, by its index; None for a hub id whose index cannot be fetched. A single file is SDXL's.
+    Raises UserError for a base that is not there, and for one that cannot be trained."""
+    source = resolve_base(name)
+    if isinstance(source, Path):
+        return facts_in(read_json(source / INDEX)) if source.is_dir() else facts_of("StableDiffusionXLPipeline")
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    found = try_to_load_from_cache(source, INDEX, revision=revision, cache_dir=cache_dir)
+    if isinstance(found, str):
+        return facts_in(read_json(Path(found)))
+    try:  # once, as loading the base tries again for long
+        answer = get_session().get(hf_hub_url(source, INDEX, revision=revision), headers=build_hf_headers(), timeout=5)
+        index = answer.json() if answer.status_code == 200 else None
+    except Exception:  # the client passes on the HTTP library's errors
+        return None
+    return facts_in(index) if isinstance(index, dict) else None
+
+
+def facts_in(index: dict) -> Facts:
+    """The family of a base by its `model_index.json`; SDXL's pipelines for other tasks hold the same parts. Raises
+    UserError for one that cannot be trained."""
+    name = str(index.get("_class_name", ""))
+    return facts_of("StableDiffusionXLPipeline" if name.startswith("StableDiffusionXL") or not name else name)
 
 
 def check_vae(name: str) -> None:
@@ -138,12 +167,12 @@ def check_vae(name: str) -> None:
         raise UserError(f"the VAE {name} is neither a diffusers folder that is here nor a hub id.")
 
 
-def check_component(folder: Path, variant: str | None, marks: set[str]) -> None:
-    """Raises UserError for a folder without weights, and for another model's weights."""
+def check_component(folder: Path, variant: str | None, marks: set[str] | None) -> None:
+    """Raises UserError for a folder without weights, and for another model's weights: they have none of `marks`."""
     if not weight_files(folder, variant):
         raise UserError(f"{folder} has no weights: there is neither a .safetensors nor a .bin file in it.")
     names = tensor_shapes(folder, variant).keys()
-    if names and not names & marks:
+    if marks and names and not names & marks:
         raise UserError(f"{folder} holds weights of another model: it has no {min(marks)}, but {min(names):.80}.")
 
 

@@ -1,11 +1,11 @@
-"""The base model: loads the pipeline by its name, quantises it, and encodes photos and prompts for the UNet.
+"""The base model: loads the pipeline by its name, quantises it, and encodes photos and prompts for the denoiser.
 
-name --load_pipeline--> StableDiffusionXLPipeline
-pixels (B, 3, H, W) in [-1, 1] --encode_image--> latents (B, 4, H/8, W/8), scaled as the UNet expects them
-prompts (N) --encode_text--> TextCond(embeds (N, 77, D), pooled (N, P))
+name --load_pipeline--> the pipeline of its family (`families`)
+pixels (B, 3, H, W) in [-1, 1] --encode_image--> latents (B, C, h, w), normalised as the denoiser expects them
+prompts (N) --encode_text--> N texts, each by the names of the pipeline's own arguments
 
 Quantised to 4-bit NormalFloat (QLoRA, Dettmers et al. 2023) or to 8-bit weights of bitsandbytes are only the linear
-layers of the transformer blocks: they hold nine tenths of SDXL's UNet.
+layers of the repeated blocks: they hold nine tenths of SDXL's UNet.
 
 `TextProducts` computes cross-attention's frozen to_k and to_v, W0·c of a text c, without their weights on the device.
 While the text encoders are frozen, c depends only on the prompt, so W0·c is computed once per prompt and kept on the
@@ -17,21 +17,24 @@ denoising step.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.base.decode import finite_or_fp32, latent_statistics
-from dreambooth_moslora.base.files import check_diffusers_folder, configs_beside, resolve_base
+from dreambooth_moslora.base.decode import finite_or_fp32
+from dreambooth_moslora.base.families import SDXL, Family, Text, block_classes, family_of
+from dreambooth_moslora.base.files import check_diffusers_folder, configs_beside, facts_of_base, resolve_base
 from dreambooth_moslora.core import UserError, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
+from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.fields import is_text_projection
 
 OUTPUTS_A_BLOCK = 32
@@ -48,7 +51,9 @@ ZERO_SNR_RESCALE = 0.7
 """Lin et al. 2024 (arXiv 2305.08891), section 3.4: how much of the contrast added by guidance is removed."""
 
 
-def quantize(unet: nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None) -> int:
+def quantize(
+    denoiser: nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None
+) -> int:
     """Replace the layers in place, each quantised on `device` (default: its own); returns how many. Only one dense
     layer at a time is on the device. In 4 bit, each layer then moves back, so that the device is free for the encoders.
     `kind` none does nothing. Raises UserError when bitsandbytes is not installed."""
@@ -57,15 +62,21 @@ def quantize(unet: nn.Module, kind: str, compute_dtype: torch.dtype, device: tor
     if kind == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_worth_saying)
     count = 0
-    for name, dense in list(unet.named_modules()):
-        is_linear = "transformer_blocks" in name and type(dense) is nn.Linear
-        if is_linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
+    for name, dense in layers_of_blocks(denoiser):
+        if type(dense) is nn.Linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
             parent, _, child = name.rpartition(".")
             layer = quantized(dense, kind, compute_dtype, device or dense.weight.device)
-            setattr(unet.get_submodule(parent), child, layer)
+            setattr(denoiser.get_submodule(parent), child, layer)
             count += 1
-    setattr(unet, MARKS[kind], True)
+    setattr(denoiser, MARKS[kind], True)
     return count
+
+
+def layers_of_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of the repeated blocks, by their paths."""
+    kinds, modules = block_classes(denoiser), list(denoiser.named_modules())
+    blocks = tuple(f"{name}." for name, module in modules if type(module).__name__ in kinds)
+    return [(name, module) for name, module in modules if name.startswith(blocks or "transformer_blocks")]
 
 
 def is_worth_saying(record: logging.LogRecord) -> bool:
@@ -172,14 +183,6 @@ class TextProducts:
         return torch.cat(found, -1)
 
 
-@dataclass(frozen=True)
-class TextCond:
-    """Text conditioning of N prompts: `embeds` (N, 77, D) of both encoders, `pooled` (N, P) of the second one."""
-
-    embeds: Tensor
-    pooled: Tensor
-
-
 def load_pipeline(
     name_or_path: str | Path,
     *,
@@ -189,10 +192,10 @@ def load_pipeline(
     vae: str | Path | None = None,
     cache_dir: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
-) -> StableDiffusionXLPipeline:
+) -> DiffusionPipeline:
     """Load a base in `dtype` (default fp32), every module frozen and in evaluation mode. `vae` names another
     autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` is its dtype (default `dtype`). Raises
-    UserError when the base is missing, is no SDXL model, or cannot be fetched."""
+    UserError when the base is missing, is of no family that can be trained, or cannot be fetched."""
     source = resolve_base(name_or_path)
     if isinstance(source, Path) and source.is_dir():
         check_diffusers_folder(source, variant, has_vae=vae is None)
@@ -200,14 +203,15 @@ def load_pipeline(
     vae_dtype = vae_dtype or dtype
     options = {"dtype": dtype, "revision": revision, "cache_dir": cache_dir}
     try:
-        parts = {"vae": load_vae(vae, vae_dtype, cache_dir)} if vae else {}
+        facts = facts_of_base(source, revision, cache_dir) or facts_of("StableDiffusionXLPipeline")
+        kind = getattr(diffusers, facts.pipeline)
+        parts = {"vae": load_vae(vae, kind, vae_dtype, cache_dir)} if vae else {}
+        parts |= {"add_watermarker": False} if "add_watermarker" in signature(kind.__init__).parameters else {}
         if isinstance(source, Path) and source.is_file():
-            pipeline = load_single_file(source, {**options, **parts})
+            pipeline = load_single_file(source, kind, {**options, **parts})
         else:
             options["dtype"] = {"default": dtype, "vae": vae_dtype}
-            pipeline = StableDiffusionXLPipeline.from_pretrained(
-                source, variant=variant, add_watermarker=False, **options, **parts
-            )
+            pipeline = kind.from_pretrained(source, variant=variant, **options, **parts)
     except UserError:
         raise
     except UNLOADABLE as error:
@@ -224,21 +228,24 @@ def load_pipeline(
     return pipeline
 
 
-def load_vae(name: str | Path, dtype: torch.dtype, cache_dir: str | Path | None) -> AutoencoderKL:
+def load_vae(
+    name: str | Path, pipeline: type[DiffusionPipeline], dtype: torch.dtype, cache_dir: str | Path | None
+) -> nn.Module:
     """The autoencoder of a folder or hub id. Raises UserError when it cannot be loaded."""
     try:
-        return AutoencoderKL.from_pretrained(name, dtype=dtype, cache_dir=cache_dir)
+        kind = pipeline._get_signature_types()["vae"][0]
+        return kind.from_pretrained(name, dtype=dtype, cache_dir=cache_dir)
     except UNLOADABLE as error:
         raise UserError(f"the VAE {name} cannot be loaded: {one_line(error, 300)}") from error
 
 
-def load_single_file(path: Path, options: dict) -> StableDiffusionXLPipeline:
+def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
     """Load one checkpoint file; its marks say whether velocity is predicted. Its configs come from a diffusers folder
     of the same stem beside it, else from the hub. Raises UserError."""
     configs = configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
     try:
-        pipeline = StableDiffusionXLPipeline.from_single_file(str(path), add_watermarker=False, **options, **local)
+        pipeline = kind.from_single_file(str(path), **options, **local)
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(
             f"{path} holds weights alone, and the configs that belong to them could not be fetched from the hub: go "
@@ -256,65 +263,70 @@ def load_single_file(path: Path, options: dict) -> StableDiffusionXLPipeline:
     return pipeline
 
 
-def has_zero_terminal_snr(pipeline: StableDiffusionXLPipeline) -> bool:
+def has_zero_terminal_snr(pipeline: DiffusionPipeline) -> bool:
     """Whether the last noise level of a velocity base is pure noise."""
     config = pipeline.scheduler.config
     return bool(config.get("rescale_betas_zero_snr")) and config.get("prediction_type") == "v_prediction"
 
 
-def check_is_whole(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
-    """Raises UserError for another kind of pipeline, and for a weight that the loader left without memory."""
-    unet = pipeline.unet
-    if unet is None or pipeline.text_encoder_2 is None or unet.config.addition_embed_type != "text_time":
+def check_is_whole(pipeline: DiffusionPipeline, name: str | Path) -> None:
+    """Raises UserError for a part that is missing, and for a weight that the loader left without memory."""
+    facts = facts_of(type(pipeline).__name__)
+    lacking = [part for part in (facts.denoiser, *facts.encoders) if getattr(pipeline, part) is None]
+    if facts.needs_sizes and (lacking or pipeline.unet.config.addition_embed_type != "text_time"):
         raise UserError(f"{name} is not an SDXL base model (two text encoders and size conditioning are needed).")
+    if lacking:
+        raise UserError(f"the base model {name} is not whole: it has no {lacking[0]}.")
     for part, model in pipeline.components.items():
         weights = model.named_parameters() if isinstance(model, nn.Module) else ()
         if missing := next((weight for weight, value in weights if value.is_meta), None):
             raise UserError(f"the base model {name} is not whole: the files of its {part} have no {missing}.")
 
 
-def default_resolution(pipeline: StableDiffusionXLPipeline) -> int:
-    """Side in pixels of the UNet's training images: 1024 for SDXL, 128 for the embedded base."""
+def default_resolution(pipeline: DiffusionPipeline) -> int:
+    """Side in pixels of the base's training images: 1024 for SDXL, 128 for the embedded base."""
+    facts = facts_of(type(pipeline).__name__)
+    if facts.style == "flow":
+        return facts.resolution_px
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
-def default_guidance(pipeline: StableDiffusionXLPipeline) -> float:
-    """`preferred_guidance` of the loaded base."""
-    return preferred_guidance(str(pipeline.config.get("_name_or_path", "")))
+def default_guidance(pipeline: DiffusionPipeline) -> float:
+    """The family's usual guidance; the embedded base has its own."""
+    facts = facts_of(type(pipeline).__name__)
+    return preferred_guidance(str(pipeline.config.get("_name_or_path", "")), facts.guidance)
 
 
-def guidance_rescale(pipeline: StableDiffusionXLPipeline) -> float:
+def guidance_rescale(pipeline: DiffusionPipeline) -> float:
     """The pipeline's argument of this name: guidance overexposes pictures of bases with zero terminal SNR."""
     return ZERO_SNR_RESCALE if has_zero_terminal_snr(pipeline) else 0.0
 
 
-def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> TextCond:
-    """Embed N prompts: the penultimate hidden states of both encoders, concatenated, and the second's pooled output.
-    Gradients reach the encoders if enabled; use `torch.no_grad()` for frozen ones. The empty prompt becomes zeros if
-    the pipeline's unconditional embedding is zero (`force_zeros_for_empty_prompt`)."""
-    device = pipeline.text_encoder_2.device
-    embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
-    if pipeline.config.force_zeros_for_empty_prompt:
-        said = torch.tensor([bool(prompt) for prompt in prompts], device=device)
-        embeds, pooled = torch.where(said[:, None, None], embeds, 0), torch.where(said[:, None], pooled, 0)
-    return TextCond(embeds, pooled)
+SDXL_FAMILY = SDXL(facts_of("StableDiffusionXLPipeline"))
+
+
+def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[Text]:
+    """The text of each prompt. Gradients reach the encoders if enabled; use `torch.no_grad()` for frozen ones."""
+    return family_of(pipeline).texts(pipeline, prompts)
 
 
 @torch.no_grad()
-def encode_image(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), fp32: the mean of the VAE's posterior. An SDXL
-    VAE in fp16 can overflow to NaN; it is then converted to fp32 for good and run again. VAEs that publish their
-    latents' statistics (Playground v2.5) have scale·(z - mean)/std. Raises UserError when even fp32 gives NaN."""
-    latents = finite_or_fp32(vae, lambda: vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float())
+def encode_image(vae: nn.Module, pixels: Tensor, family: Family = SDXL_FAMILY) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) as the denoiser expects them, fp32: the mean of the VAE's
+    posterior. An SDXL VAE in fp16 can overflow to NaN; it is then converted to fp32 for good and run again. Raises
+    UserError when even fp32 gives NaN."""
+    latents = finite_or_fp32(vae, lambda: family.latents(vae, pixels))
     if not latents.isfinite().all():
         raise UserError("the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE.")
-    if statistics := latent_statistics(vae, latents.device):
-        latents = (latents - statistics[0]) / statistics[1]
-    return latents * vae.config.scaling_factor
+    return latents
 
 
-def architecture(unet: UNet2DConditionModel) -> dict[str, object]:
-    """The shape of a UNet, JSON-able: bases of equal shape accept each other's adapters."""
-    keys = ("in_channels", "block_out_channels", "cross_attention_dim", "transformer_layers_per_block")
-    facts = {key: unet.config[key] for key in keys}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "transformer_layers_per_block")
+
+
+def architecture(denoiser: nn.Module) -> dict[str, object]:
+    """The shape of a denoiser, JSON-able: bases of equal shape accept each other's adapters. Of a UNet it is SHAPE, of
+    a transformer every whole number of its configuration."""
+    config = dict(denoiser.config)
+    keys = SHAPE if "block_out_channels" in config else [key for key, value in config.items() if type(value) is int]
+    return {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in keys}

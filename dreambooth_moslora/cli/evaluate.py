@@ -72,6 +72,7 @@ def strength(text: str) -> float:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     config, folder = resolve(args), output_folder(args)
+    from dreambooth_moslora.base.families import denoiser_of
     from dreambooth_moslora.base.load import default_guidance
     from dreambooth_moslora.evaluation import report
     from dreambooth_moslora.evaluation.evaluate import evaluate_adapter
@@ -87,7 +88,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
     pipeline = SubjectPipeline.from_base(base)
     name = pipeline.load_adapter(find_asset(args.adapter))
-    device = pipeline.pipeline.unet.device
+    device = denoiser_of(pipeline.pipeline).device
     encoders = load_encoders(base, args.clip, args.dino, device)
     evaluators = report.evaluators_of(subjects, photos, plans, encoders, pipeline.resolution_px)
     pairs = report.pairs_of(evaluators)

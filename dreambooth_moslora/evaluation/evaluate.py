@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreambooth_moslora.adapters.moslora import disabled
+from dreambooth_moslora.base.families import denoiser_of
 from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.core import is_toy
 from dreambooth_moslora.evaluation import metrics
@@ -29,6 +30,7 @@ from dreambooth_moslora.evaluation.metrics import Encoders, Interval, bootstrap_
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.measures import MEASURES
 
 Tables = dict[str, np.ndarray]
@@ -240,7 +242,7 @@ def sampler_draw(sampler: Sampler, batch_size: int = BATCH) -> Draw:
 
     def draw(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
         with ExitStack() as stack:
-            for name in ("unet", "text_encoder", "text_encoder_2") if not with_adapter else ():
+            for name in (*DENOISERS, "text_encoder", "text_encoder_2") if not with_adapter else ():
                 if (model := getattr(sampler.pipeline, name, None)) is not None:
                     stack.enter_context(disabled(model))
             return list(sampler(requests, batch_size))
@@ -258,7 +260,7 @@ def evaluate_adapter(
 ) -> Evaluation:
     """Score a loaded adapter at `scale`. Text is encoded for each side, as adapters may be on the text encoders."""
     inner, steps = pipeline.pipeline, evaluator.plan.inference_steps
-    embed, size_px, device = partial(encode_text, inner), pipeline.resolution_px, inner.unet.device
+    embed, size_px, device = partial(encode_text, inner), pipeline.resolution_px, denoiser_of(inner).device
     pipeline.activate(((adapter, scale),))
     sampler = Sampler(inner, embed, size_px, device, steps, guidance_scale=guidance_scale)
     with torch.no_grad():

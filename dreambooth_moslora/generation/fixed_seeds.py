@@ -6,14 +6,18 @@ encoded once; the text encoders may be freed before the first picture is drawn.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
-from dreambooth_moslora.base.decode import decode_image, decode_pixels, pictures_of
-from dreambooth_moslora.base.load import TextCond, default_guidance, guidance_rescale
+from dreambooth_moslora.base.decode import decode_pixels, finite_or_black, pictures_of
+from dreambooth_moslora.base.families import Text, denoiser_of, family_of, in_dtype
+from dreambooth_moslora.base.load import default_guidance, guidance_rescale
 from dreambooth_moslora.core import StopRequestedError, UserError
+from dreambooth_moslora.settings.families import facts_of
 
 DEFAULT_INFERENCE_STEPS = 25
 
@@ -28,12 +32,12 @@ class SampleRequest:
 
 @dataclass
 class Sampler:
-    """Draws requests with the pipeline's current UNet. `embed` returns the TextCond of prompts, cached or computed.
+    """Draws requests with the pipeline's current denoiser. `embed` returns the texts of prompts, cached or computed.
     `guidance_scale` None is the base's own. `on_step` is called after each denoising step. Raises StopRequestedError at
     the next denoising step after `should_stop` returns true."""
 
-    pipeline: StableDiffusionXLPipeline
-    embed: Callable[[list[str]], TextCond]
+    pipeline: DiffusionPipeline
+    embed: Callable[[list[str]], list[Text]]
     resolution_px: int
     device: torch.device
     inference_steps: int = DEFAULT_INFERENCE_STEPS
@@ -46,7 +50,9 @@ class Sampler:
         if not requests:
             return
         pipeline = self.pipeline
-        parts = [p for p in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) if p is not None]
+        facts = facts_of(type(pipeline).__name__)
+        names = (facts.denoiser, *facts.encoders)
+        parts = [part for part in (getattr(pipeline, name) for name in names) if part is not None]
         modes, home = [part.training for part in parts], pipeline.vae.device
         for part in parts:
             part.eval()  # adapters may have dropout
@@ -61,25 +67,46 @@ class Sampler:
 
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
-        cond, empty = self.embed([r.prompt for r in requests]), None
-        if not self.pipeline.config.force_zeros_for_empty_prompt:  # else the pipeline itself makes zeros
-            empty = self.embed([""] * len(requests))
-        to = {"device": self.device, "dtype": self.pipeline.unet.dtype}
-        latents = self.pipeline(
-            prompt_embeds=cond.embeds.to(**to),
-            pooled_prompt_embeds=cond.pooled.to(**to),
-            negative_prompt_embeds=empty and empty.embeds.to(**to),
-            negative_pooled_prompt_embeds=empty and empty.pooled.to(**to),
-            generator=[torch.Generator().manual_seed(r.seed) for r in requests],
+        family = family_of(self.pipeline)
+        to = {"device": self.device, "dtype": denoiser_of(self.pipeline).dtype}
+        words, empty = (
+            family.arguments([in_dtype(text, **to) for text in self.embed(prompts)])
+            for prompts in ([r.prompt for r in requests], [""] * len(requests))
+        )
+        seeds, size = [r.seed for r in requests], (self.resolution_px, self.resolution_px)
+        pixels = drawn(
+            self.pipeline,
+            family.with_negative(words, empty),
+            seeds,
+            size,
+            guidance=self.guidance_scale,
             num_inference_steps=self.inference_steps,
-            guidance_scale=default_guidance(self.pipeline) if self.guidance_scale is None else self.guidance_scale,
-            guidance_rescale=guidance_rescale(self.pipeline),
-            height=self.resolution_px,
-            width=self.resolution_px,
-            output_type="latent",
             callback_on_step_end=stopper(self.should_stop, self.on_step),
-        ).images
-        return decode_image(self.pipeline.vae, latents)
+        )
+        return pictures_of(finite_or_black(pixels))
+
+
+def drawn(
+    pipeline: DiffusionPipeline,
+    words: dict[str, Any],
+    seeds: list[int],
+    size_px: tuple[int, int],
+    guidance: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """Pixels (B, 3, h, w), about in [-1, 1], by the pipeline's own call with `words`, its arguments for the text.
+    `guidance` None is the base's own. A UNet's latents are decoded one by one, by `decode`."""
+    facts = facts_of(type(pipeline).__name__)
+    options |= {
+        "height": size_px[0],
+        "width": size_px[1],
+        "generator": [torch.Generator().manual_seed(s) for s in seeds],
+    }
+    options[facts.guidance_name] = default_guidance(pipeline) if guidance is None else guidance
+    if facts.style == "flow":
+        return pipeline(**words, **options, output_type="pt").images.float() * 2 - 1
+    options["guidance_rescale"] = guidance_rescale(pipeline)
+    return decode_pixels(pipeline.vae, pipeline(**words, **options, output_type="latent").images)
 
 
 def stopper(should_stop: Callable[[], bool], on_step: Callable[[], object] = bool) -> Callable[..., dict]:
@@ -95,7 +122,7 @@ def stopper(should_stop: Callable[[], bool], on_step: Callable[[], object] = boo
 
 
 def generate_images(
-    pipeline: StableDiffusionXLPipeline,
+    pipeline: DiffusionPipeline,
     prompt: str,
     seeds: list[int],
     size_px: tuple[int, int],
@@ -103,12 +130,8 @@ def generate_images(
 ) -> list[Image.Image]:
     """Images (h, w) = `size_px` of one prompt by the base alone, at its own guidance and the pipeline's defaults: class
     images and scenes. Raises UserError for pictures that are not finite: they would be trained on as black images."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {"height": size_px[0], "width": size_px[1], "guidance_scale": default_guidance(pipeline)}
-    options["guidance_rescale"] = guidance_rescale(pipeline)
-    options["callback_on_step_end"] = stopper(should_stop)
-    latents = pipeline([prompt] * len(seeds), generator=generators, output_type="latent", **options).images
-    pixels = decode_pixels(pipeline.vae, latents)
+    words = {"prompt": [prompt] * len(seeds)}
+    pixels = drawn(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))
     if not pixels.isfinite().all():
         remedy = "give --prior_generation_precision fp32, or another base if it says so in fp32 too."
         raise UserError(f"the base draws pictures that are not finite (NaN): {remedy}")

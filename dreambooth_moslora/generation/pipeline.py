@@ -7,6 +7,7 @@ GenerationParams --generate--> Step, Preview … Image: the same parameters give
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from typing import TypeVar
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from dreambooth_moslora import __version__
@@ -32,8 +33,14 @@ from dreambooth_moslora.adapters.lora_file import adapter_name, check_fits, inst
 from dreambooth_moslora.adapters.metadata import notes_in
 from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, tokens_beside
 from dreambooth_moslora.base.decode import tiled_where_short
-from dreambooth_moslora.base.files import base_folder
-from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline
+from dreambooth_moslora.base.families import family_of
+from dreambooth_moslora.base.files import base_folder, facts_of_base
+from dreambooth_moslora.base.load import (
+    default_guidance,
+    default_resolution,
+    guidance_rescale,
+    load_pipeline,
+)
 from dreambooth_moslora.base.machine import GIB, free_gib
 from dreambooth_moslora.core import (
     StopRequestedError,
@@ -190,7 +197,8 @@ class Home:
         free = free_gib(self.device)
         if free is None:
             return
-        room = free - weights_gib(self.pipeline.unet) if self.is_resting else free
+        denoiser = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+        room = free - weights_gib(denoiser) if self.is_resting else free
         most = int(max(0.0, room) * GIB / UNET_BYTES_A_PIXEL)
         if height_px * width_px > most:
             side = int(most**0.5) // 32 * 32
@@ -201,7 +209,7 @@ class Home:
 class MixersOnBases:
     """The bases in a pipeline's UNet, by `Mixers.basis_key`. `files` are bases that the user names."""
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline):
+    def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
         self.files: list[Path] = []
         self._loaded: dict[str, SwappedMixers] = {}
@@ -258,14 +266,13 @@ class SubjectPipeline:
     that draws. A resting pipeline is in the CPU's memory; `generate` ends the rest. If `home` has too little memory for
     all models, they take turns on it, and rest between calls."""
 
-    def __init__(
-        self, pipeline: StableDiffusionXLPipeline, base_name: str, home: str | torch.device | None = None
-    ) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, base_name: str, home: str | torch.device | None = None) -> None:
         self.resident_adapters = RESIDENT_ADAPTERS
         self.pipeline = pipeline
         self.base_name = base_name
         self.home = Home(pipeline, torch.device(home or pipeline.device))
         self.adapters: dict[str, Adapter] = {}
+        self.family = family_of(pipeline)
         self.bases = MixersOnBases(pipeline)
         self._active: dict[str, float] | None = None
         self._scheduler_config = pipeline.scheduler.config
@@ -285,7 +292,8 @@ class SubjectPipeline:
         """Load "toy", a folder, a hub id or a single file. Default `device`: the GPU, if there is one. `resting`:
         nothing moves to the GPU before the first `generate`. Raises UserError."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        half = torch.bfloat16 if getattr(facts_of_base(name), "style", None) == "flow" else torch.float16
+        dtype = dtype or (half if device.type == "cuda" else torch.float32)
         subject = cls(load_pipeline(name, dtype=dtype), public_name(name), device)
         if not (resting or subject.home.is_short):
             subject.home.enter()
@@ -436,17 +444,18 @@ class SubjectPipeline:
     def _generate_one(self, index, params, words, clock, emit, stop) -> None:
         if stop():
             raise StopRequestedError
-        own = params.for_image(index)
-        self.pipeline.scheduler = self._scheduler(own.scheduler)
-        watcher = Watcher(index, own, clock, self.colours, emit, stop)
-        with tiled_where_short(self.pipeline.vae, (own.height_px, own.width_px), self.home.device):
+        own, is_flow = params.for_image(index), self.family.facts.style == "flow"
+        if not is_flow:
+            self.pipeline.scheduler = self._scheduler(own.scheduler)
+            words = words | {"guidance_rescale": guidance_rescale(self.pipeline)}
+        watcher = Watcher(index, own, clock, None if is_flow else self.colours, emit, stop)
+        size, device = (own.height_px, own.width_px), self.home.device
+        with nullcontext() if is_flow else tiled_where_short(self.pipeline.vae, size, device):
             pixels = self.pipeline(
-                **words,
+                **words | {self.family.facts.guidance_name: own.guidance_scale},
                 height=own.height_px,
                 width=own.width_px,
                 num_inference_steps=own.steps,
-                guidance_scale=own.guidance_scale,
-                guidance_rescale=guidance_rescale(self.pipeline),
                 generator=torch.Generator("cpu").manual_seed(own.seed),
                 callback_on_step_end=watcher,
             ).images[0]
@@ -454,6 +463,13 @@ class SubjectPipeline:
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         """Text conditioning for all images of a call; the negative half only if guidance uses it."""
+        family = self.family
+        if not family.facts.needs_sizes:
+            texts = (
+                family.texts(self.pipeline, [params.prompt]),
+                family.texts(self.pipeline, [params.negative_prompt or ""]),
+            )
+            return family.with_negative(*map(family.arguments, texts))
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         embeds = self.pipeline.encode_prompt(
             params.prompt,

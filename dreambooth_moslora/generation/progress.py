@@ -98,7 +98,8 @@ class Preview:
     index: int
     latents: Tensor
     size_px: tuple[int, int]
-    colours: LatentColours
+    colours: LatentColours | None
+    """None: no previews, as the latents are packed."""
 
     @cached_property
     def pixels(self) -> Image.Image:
@@ -133,7 +134,8 @@ class Watcher:
     index: int
     params: GenerationParams
     clock: Clock
-    colours: LatentColours
+    colours: LatentColours | None
+    """None: no previews, as the latents are packed."""
     emit: Callable[[Step | Preview], None]
     stop: Callable[[], bool]
     tracker: PreviewTracker | None = None
@@ -143,6 +145,8 @@ class Watcher:
             raise StopRequestedError
         params, steps = self.params, len(pipeline.scheduler.timesteps)
         self.emit(Step(self.index, self.clock.total_steps // params.steps, step + 1, steps, self.clock.tick()))
+        if self.colours is None:
+            return {}
         self.tracker = self.tracker or PreviewTracker(pipeline.scheduler)
         latents = self.tracker.clean_latents(step, tensors["latents"])
         self.emit(Preview(self.index, latents, (params.height_px, params.width_px), self.colours))

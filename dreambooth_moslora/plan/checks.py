@@ -7,13 +7,22 @@ the base and each other, the packages that they need are installed, and the GPU 
 import errno
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_header
-from dreambooth_moslora.base.files import base_folder, check_vae, resolve_base, tensor_shapes
+from dreambooth_moslora.base.files import (
+    INDEX,
+    base_folder,
+    check_vae,
+    facts_of_base,
+    read_json,
+    resolve_base,
+    tensor_shapes,
+)
 from dreambooth_moslora.base.machine import check_bf16
 from dreambooth_moslora.core import UserError, default_cache_dir, one_line
 from dreambooth_moslora.disk.run_folder import (
@@ -27,8 +36,18 @@ from dreambooth_moslora.disk.run_folder import (
 )
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.memory import BaseSize, check_memory, size_of_base
-from dreambooth_moslora.settings.fields import full_name, is_adapted, is_meant, is_target, nearest, parse_pattern
+from dreambooth_moslora.settings.families import DENOISERS, OF_UNETS, Facts, distilled
+from dreambooth_moslora.settings.fields import (
+    ATTENTION,
+    full_name,
+    is_adapted,
+    is_meant,
+    is_target,
+    nearest,
+    parse_pattern,
+)
 from dreambooth_moslora.settings.prompts import learnt_words
+from dreambooth_moslora.settings.rules import given_flag
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import SVD, TrainConfig
 from dreambooth_moslora.settings.versions import require_packages
@@ -194,6 +213,10 @@ def preflight(config: TrainConfig, *, is_later: bool = False) -> tuple[Path | No
     return folder, size
 
 
+def denoiser_in(folder: Path) -> str:
+    return next(name for name in DENOISERS if (folder / name).is_dir())
+
+
 def check_settings(config: TrainConfig) -> Path | None:
     """The checks of `preflight` that concern no memory. Returns the base's folder as it does. Raises UserError."""
     if config.instance_data_dir:
@@ -212,13 +235,48 @@ def check_settings(config: TrainConfig) -> Path | None:
     if config.pretrained_vae_model_name_or_path:
         check_vae(config.pretrained_vae_model_name_or_path)
     folder = base_folder(config)
-    shapes = tensor_shapes(folder / "unet", config.variant) if folder else {}
+    shapes = tensor_shapes(folder / denoiser_in(folder), config.variant) if folder else {}
     layers = {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
     if layers:
         check_layers(config.target_modules, layers, config.use_dora)
         check_patterns(config, layers)
     require_packages(config)
     return folder
+
+
+def with_family(config: TrainConfig) -> TrainConfig:
+    """The settings of the run, with what the family of its base says of layers and noise levels where nothing was
+    chosen. Raises UserError for settings that the family cannot obey."""
+    facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+    if facts is None:
+        return config
+    check_family(config, facts)
+    folder = base_folder(config)
+    index = read_json(folder / INDEX) if folder else {}
+    if facts.style == "flow" and (reason := distilled(index, config.pretrained_model_name_or_path)):
+        raise UserError(f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}: {reason}.")
+    if facts.style == "ddpm":
+        return config
+    layers = facts.targets if config.target_modules == ATTENTION else config.target_modules
+    scheme = config.weighting_scheme or facts.weighting_scheme
+    return replace(config, target_modules=layers, weighting_scheme=scheme)
+
+
+def check_family(config: TrainConfig, facts: Facts) -> None:
+    """Raises UserError for a setting of other models, named with the family."""
+    others = (
+        (*OF_UNETS, "mixed_precision fp16") if facts.style == "flow" else ("weighting_scheme", "max_sequence_length")
+    )
+    if not facts.has_new_tokens:
+        others += ("train_text_encoder_ti",)
+    if config.train_text_encoder and not facts.adapted_encoders:
+        others += ("train_text_encoder",)
+    for name in others:
+        if name == "mixed_precision fp16":
+            if config.mixed_precision == "fp16":
+                raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give bf16.")
+        elif flag := given_flag(config, name):
+            raise UserError(f"{flag} is not for {facts.title}; leave it out.")
 
 
 def check_start(adapter: str) -> None:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base import machine
+from dreambooth_moslora.base.files import facts_of_base
 from dreambooth_moslora.core import CLIP, DINO, assets_folder, half_precision, is_toy, process_count
 from dreambooth_moslora.plan.memory import RECIPES, STOCK_SDXL
+from dreambooth_moslora.settings.families import OF_UNETS
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting
 
@@ -82,6 +84,10 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     recipe = {key: value for key, value in recipe.items() if key not in left_out}
     if choices.given.get("do_edm_style_training"):
         recipe.pop("snr_gamma", None)
+    facts = facts_of_base(base)
+    if facts and not is_toy(base):
+        recipe = {key: value for key, value in recipe.items() if facts.style == "ddpm" or key not in OF_UNETS}
+        recipe["resolution"] = facts.resolution_px
     if choices.given.get("with_prior_preservation") is False:
         recipe = {key: value for key, value in recipe.items() if "prior" not in key}
     with_memory = "" if is_toy(base) or free_gib is None else f" for {free_gib:.0f} GiB of free GPU memory"

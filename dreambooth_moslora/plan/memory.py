@@ -34,7 +34,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_moslora.base.files import base_folder, tensor_shapes
+from dreambooth_moslora.base.files import INDEX, base_folder, facts_in, read_json, tensor_shapes
 from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, asks_accelerate
 from dreambooth_moslora.core import UserError, half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -48,7 +48,6 @@ from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_set
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
 """Bytes of a quantised parameter, with its share of the scales. Those outside the blocks keep their precision."""
-PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 AVERAGE_BYTES = 4
 """Further bytes per parameter of the adapter with `--use_ema`."""
 CONTEXT_GIB = 0.5
@@ -103,6 +102,8 @@ class BaseSize:
     is_measured: bool = False
     widths: tuple[tuple[str, int], ...] = ()
     """Path and in + out of each layer that gets an adapter, where known."""
+    uncounted: str = ""
+    """Title of a family whose steps were not counted: nothing is decided by its memory then."""
 
 
 @dataclass(frozen=True)
@@ -124,21 +125,26 @@ class Estimate:
 
 def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None) -> BaseSize:
     """The size of the base in this folder, SDXL's if that is incomplete. Raises UserError for damaged files."""
-    shapes = {part: tensor_shapes(folder / part, variant) for part in PARTS} if folder is not None else {}
-    if not shapes or not all(shapes.values()):
+    if folder is None:
         return BaseSize()
-    weights = {name: shape for name, shape in shapes["unet"].items() if name.endswith(".weight") and len(shape) > 1}
+    facts = facts_in(read_json(folder / INDEX))
+    denoiser = facts.denoiser
+    shapes = {part: tensor_shapes(folder / part, variant) for part in (denoiser, *facts.encoders, "vae")}
+    if not all(shapes.values()):
+        return BaseSize()
+    weights = {name: shape for name, shape in shapes[denoiser].items() if name.endswith(".weight") and len(shape) > 1}
     layers = {name.removesuffix(".weight"): shape for name, shape in weights.items()}
     adapted = {path: shape for path, shape in layers.items() if is_adapted(path, target_modules)}
     count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
-    texts = count["text_encoder"] + count["text_encoder_2"]
+    texts = sum(number for part, number in count.items() if part.startswith("text_encoder"))
     widths = tuple((path, shape[0] + math.prod(shape[1:])) for path, shape in adapted.items())
     total = sum(width for _, width in widths)
     quantized = (shape for name, shape in weights.items() if "transformer_blocks" in name and len(shape) == 2)
     projections = sum(math.prod(shape) for shape in quantized if shape[0] % 32 == 0)  # as `base.load` chooses them
     of_text = [shape for path, shape in layers.items() if is_text_projection(path)]
     hosted = sum(map(math.prod, of_text)), sum(shape[0] for shape in of_text)
-    return BaseSize(count["unet"], projections, *hosted, texts, count["vae"], total, len(widths), True, widths)
+    title = facts.title if facts.style == "flow" else ""
+    return BaseSize(count[denoiser], projections, *hosted, texts, count["vae"], total, len(widths), True, widths, title)
 
 
 def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
@@ -234,7 +240,7 @@ def check_memory(config: TrainConfig, size: BaseSize) -> None:
     """Raises UserError, with settings that fit, for a base of known size that needs more memory than is free."""
     need = estimate(config, size, 1).peak_gib
     is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
-    if need < SMALL_GIB or not is_known:
+    if need < SMALL_GIB or not is_known or size.uncounted:
         return
     free = free_gib_of_gpu()
     if free is not None and need > free:
@@ -350,6 +356,8 @@ def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: 
     """The first of `names` that fits, or else the leanest possible plan; a later check refuses that."""
     if free_gib is None:
         return "full"
+    if size.uncounted:
+        return "recompute"
     needs = costs(config, size, names)
     return next((name for name, cost in needs.items() if cost <= USABLE * free_gib), list(needs)[-1])
 
@@ -367,7 +375,7 @@ def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PL
 
 def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
     """For `--dry_run`: what each plan would need, and what the GPU has free."""
-    if config.memory is None:
+    if config.memory is None or size.uncounted:
         return []
     free = free_gib_of_gpu()
     bare = replace(config, gradient_checkpointing=False, base_quantization="none", cache_cross_attention=False)

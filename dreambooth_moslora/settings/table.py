@@ -281,6 +281,21 @@ class TrainConfig:
         above=0, high=1, publish="always")
     do_edm_style_training: bool = of_training(False, "EDM preconditioning of the loss (arXiv 2206.00364)",
         replaces=("snr_gamma", "debiased_estimation_loss", "loss_type"), publish="always")
+    weighting_scheme: str | None = of_training(None,
+        "flow models: which noise levels are drawn, or how they are weighed (default: as in diffusers' script)",
+        choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"), publish="if_changed")
+    logit_mean: float = of_training(0.0, "mean of logit_normal", low=-10, high=10, publish="if_changed",
+        idle=unless(weighting_scheme="logit_normal"))
+    logit_std: float = of_training(1.0, "standard deviation of logit_normal", above=0, high=10, publish="if_changed",
+        idle=unless(weighting_scheme="logit_normal"))
+    mode_scale: float = of_training(1.29, "scale of mode", low=-1, high=1.75, publish="if_changed",
+        idle=unless(weighting_scheme="mode"))
+    guidance_scale: float = of_training(3.5, "what a base with embedded guidance (FLUX.1 dev) is told in training",
+        low=0, high=100, publish="if_changed")
+    max_sequence_length: int | None = of_training(None, "most tokens of a prompt, for bases with a long text encoder",
+        low=1, high=2048, publish="if_changed")
+    text_encoder_out_layers: tuple[str, ...] = of_training((),
+        "numbers of the text encoder's layers that FLUX.2 reads (default: its own)", shapes=True)
     max_grad_norm: float = of_training(1.0, "gradients are clipped to this norm",
         above=0, publish="always", kohya="ss_max_grad_norm")
     use_ema: bool = of_training(False,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from dreambooth_moslora.adapters.basis import Basis, freeze_basis, put_basis
@@ -29,9 +29,11 @@ from dreambooth_moslora.adapters.moslora import (
 )
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, AttachedTokens, NewTokens, read_tokens
 from dreambooth_moslora.adapters.raw_file import load_raw
-from dreambooth_moslora.base.load import TextCond, encode_text
+from dreambooth_moslora.base.families import Text
+from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.core import UserError, generator, seed_of
 from dreambooth_moslora.disk.run_folder import RAW_NAME, tokens_files
+from dreambooth_moslora.settings.families import DENOISERS, Facts
 from dreambooth_moslora.settings.fields import is_adapted
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.subjects import each_subject, stream_of
@@ -43,9 +45,9 @@ logger = logging.getLogger(__name__)
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def trained_modules(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> dict[str, nn.Module]:
+def trained_modules(config: TrainConfig, facts: Facts, pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """The modules that get adapters, by diffusers' names."""
-    names = ["unet", "text_encoder", "text_encoder_2"] if config.train_text_encoder else ["unet"]
+    names = (facts.denoiser, *(facts.adapted_encoders if config.train_text_encoder else ()))
     return {name: getattr(pipeline, name) for name in names}
 
 
@@ -125,7 +127,7 @@ def named_basis() -> Iterator[None]:
 
 def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list[str]:
     """Paths of the component's layers that get an adapter."""
-    targets = config.target_modules if component == "unet" else TEXT_PROJECTIONS
+    targets = config.target_modules if component in DENOISERS else TEXT_PROJECTIONS
     return [path for path in matrix_layers(module) if is_adapted(path, targets)]
 
 
@@ -135,7 +137,7 @@ class LearntTokens:
     def __init__(
         self,
         config: TrainConfig,
-        pipeline: StableDiffusionXLPipeline,
+        pipeline: DiffusionPipeline,
         cached: PromptCache,
         total_steps: int,
         checkpoint: Path | None,
@@ -179,22 +181,20 @@ class LearntTokens:
         finally:
             self.is_averaged = False
 
-    def text_cond(self, prompts: list[str], step: int) -> TextCond:
-        """Text embeddings (B, 77, 2048) and pooled (B, 1280) for SDXL, at `step`; with gradients before the pivot."""
+    def texts(self, prompts: list[str], step: int) -> list[Text]:
+        """The texts of SDXL at `step`, embeddings (77, 2048) and pooled (1280); with gradients before the pivot."""
         mine = [prompt for prompt in dict.fromkeys(prompts) if self.attached.is_in(prompt)]
         others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in mine]
         is_at_rest = step >= self.pivot and not self.is_averaged
         encode = self._encoded if is_at_rest else lambda texts: encode_text(self.pipeline, texts)
         found = {}
         for group, ask in ((mine, encode), (others, self.cached)):
-            cond = ask(group) if group else None
-            found |= {prompt: (cond.embeds[n], cond.pooled[n]) for n, prompt in enumerate(group)}
+            found |= dict(zip(group, ask(group) if group else [], strict=True))
         device = self.parameters[0].device
-        embeds, pooled = zip(*(found[prompt] for prompt in prompts))
-        return TextCond(torch.stack([e.to(device) for e in embeds]), torch.stack([p.to(device) for p in pooled]))
+        return [{name: tensor.to(device) for name, tensor in found[prompt].items()} for prompt in prompts]
 
 
-def fresh_tokens(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> list[NewTokens]:
+def fresh_tokens(config: TrainConfig, pipeline: DiffusionPipeline) -> list[NewTokens]:
     """New tokens of each subject: rows (n, D) of the concept's words, or random rows of the table's standard
     deviation. Raises UserError when the tokenizers make different numbers of tokens of a concept, or none."""
     found = []

@@ -232,7 +232,7 @@ def settings_of_both(
     """(name, the checkpoint's, the command line's) of what a run must share. Raises UserError for a missing file."""
     if config.seed is not None:
         yield "seed", seed, config.seed
-    yield "train_text_encoder", any(not m.startswith("unet.") for m in modules), config.train_text_encoder
+    yield "train_text_encoder", any(m.startswith("text_encoder") for m in modules), config.train_text_encoder
     yield "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti
     if facts.tokens:
         yield "token_abstraction", " ".join(note["word"] for note in facts.tokens), " ".join(learnt_words(config))
@@ -251,7 +251,7 @@ def settings_of_both(
     unlike = {"mixer"} if config.basis else {"train_mixer"} if config.mixer == "none" else set()
     for name in (name for name in named("resume", "same") if name not in unlike):
         yield name, getattr(facts, name), getattr(config, name)
-    asked, adapted = config.target_modules, [m.removeprefix("unet.") for m in modules if m.startswith("unet.")]
+    asked, adapted = config.target_modules, [m.partition(".")[2] for m in modules if not m.startswith("text_encoder")]
     is_met = all(any(is_target(module, target) for module in adapted) for target in asked)
     if not is_met or not all(is_adapted(module, asked) for module in adapted):
         yield "target_modules", " ".join(sorted({last_name(module) for module in adapted})), " ".join(asked)

@@ -139,10 +139,14 @@ def cost_lines(plan: Plan) -> list[str]:
     cost, known = plan.cost, "counted in its files"
     if not cost.size.is_measured:
         known = "taken to be SDXL's, with the adapter on attention alone, as its files are not here"
+    memory = f"encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
+    memory += f"samples {cost.sampling_gib:.2f} GiB"
+    if title := cost.size.uncounted:
+        billions = cost.size.unet / 1e9
+        memory = f"not counted for {title}; its transformer has {billions:.2f} billion parameters"
     return [
         f"adapter: {cost.adapter_parameters:,} parameters on {cost.size.adapted_layers} layers; base: {known}",
-        f"memory: encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
-        f"samples {cost.sampling_gib:.2f} GiB",
+        f"memory: {memory}",
         f"disk: {cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint; "
         f"free: {free_disk_gib(plan.config):.1f} GiB",
     ]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -24,8 +24,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreambooth_moslora.base import load
+from dreambooth_moslora.base.families import Family, Text, denoiser_of
 from dreambooth_moslora.base.files import SMALL_BASE_PX
-from dreambooth_moslora.base.load import TextCond, default_resolution, load_pipeline, quantize
+from dreambooth_moslora.base.load import default_resolution, load_pipeline, quantize
 from dreambooth_moslora.base.machine import has_fast_bf16
 from dreambooth_moslora.core import UserError, atomic_write, content_key, file_digest
 from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
@@ -35,7 +36,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-LoadBase = Callable[[TrainConfig, torch.dtype, torch.device], StableDiffusionXLPipeline]
+LoadBase = Callable[[TrainConfig, torch.dtype, torch.device], DiffusionPipeline]
 
 FP32_ON_A_GPU = (
     "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision bf16 "
@@ -48,7 +49,7 @@ BF16_ON_A_CPU = (
 )
 
 
-def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
+def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
     """Load the base. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that the user names is in `dtype`.
     Raises UserError when it cannot be loaded."""
     pipeline = load_pipeline(
@@ -60,19 +61,20 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
         cache_dir=config.cache_dir,
         vae_dtype=dtype if config.pretrained_vae_model_name_or_path else torch.float32,
     )
-    quantize(pipeline.unet, config.base_quantization, dtype, device)
-    pipeline.register_modules(image_encoder=None, feature_extractor=None)
+    quantize(denoiser_of(pipeline), config.base_quantization, dtype, device)
+    if hasattr(pipeline, "image_encoder"):
+        pipeline.register_modules(image_encoder=None, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def warn_of_slow_precision(pipeline: StableDiffusionXLPipeline, device: torch.device) -> None:
+def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:
     """Warn when a base as large as SDXL would train in fp32 on a GPU, or in bf16 on a CPU without it."""
     if default_resolution(pipeline) <= SMALL_BASE_PX:
         return
-    if device.type == "cuda" and pipeline.unet.dtype == torch.float32:
+    if device.type == "cuda" and denoiser_of(pipeline).dtype == torch.float32:
         logger.warning(FP32_ON_A_GPU)
-    if device.type == "cpu" and pipeline.unet.dtype == torch.bfloat16 and not has_fast_bf16():
+    if device.type == "cpu" and denoiser_of(pipeline).dtype == torch.bfloat16 and not has_fast_bf16():
         logger.warning(BF16_ON_A_CPU)
 
 
@@ -144,28 +146,27 @@ def fingerprint(module: nn.Module) -> str:
 
 
 class PromptCache:
-    """Prompts -> TextCond. Frozen encoders encode each prompt once; `release_encoders` then frees their memory."""
+    """Prompts -> texts. Frozen encoders encode each prompt once; `release_encoders` then frees their memory."""
 
-    def __init__(self, encode: Callable[[list[str]], TextCond], cache: TensorCache, identity: str):
+    def __init__(self, encode: Callable[[list[str]], list[Text]], cache: TensorCache, identity: str):
         self.encode, self.cache, self.identity = encode, cache, identity
 
-    def __call__(self, prompts: Sequence[str]) -> TextCond:
-        found = [self.cache.get(*self.entry(prompt)) for prompt in prompts]
-        return TextCond(torch.stack([f["embeds"] for f in found]), torch.stack([f["pooled"] for f in found]))
+    def __call__(self, prompts: Sequence[str]) -> list[Text]:
+        return [self.cache.get(*self.entry(prompt)) for prompt in prompts]
 
     def entry(self, prompt: str) -> tuple[str, Callable[[], Tensors]]:
         """The prompt's key in the cache, and the function that encodes it."""
-        return content_key(prompt=prompt, encoders=self.identity), lambda: self._compute(prompt)
+        return content_key(prompt=prompt, texts_of=self.identity), lambda: self._compute(prompt)
 
     @torch.no_grad()
     def _compute(self, prompt: str) -> Tensors:
-        cond = self.encode([prompt])
-        return {"embeds": cond.embeds[0].cpu(), "pooled": cond.pooled[0].cpu()}
+        (text,) = self.encode([prompt])
+        return {name: tensor.cpu() for name, tensor in text.items()}
 
     def release_encoders(self) -> None:
         """Drop the encoders. A new prompt then raises RuntimeError, an unreadable file of the cache UserError."""
 
-        def gone(prompts: list[str]) -> TextCond:
+        def gone(prompts: list[str]) -> list[Text]:
             if self.cache.folder is not None:
                 raise UserError(
                     f"{self.cache.folder}: the encoding of {prompts[0]!r:.60} cannot be read any more, and the text "
@@ -190,14 +191,16 @@ class PhotoEncoder:
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: nn.Module,
         cache: TensorCache | None,
         rule: CropRule,
         readers: int = 0,
         unmasked_weight: float = 0.0,
+        family: Family = load.SDXL_FAMILY,
     ):
         """Without a cache, `readers` threads open and crop photos ahead of time."""
         self.vae, self.cache, self.rule, self.unmasked_weight = vae, cache, rule, unmasked_weight
+        self.family = family
         self.vae_identity = fingerprint(vae)
         self._digests: dict[object, str] = {}
         self._readers = ThreadPoolExecutor(readers) if readers and cache is None else None
@@ -248,7 +251,7 @@ class PhotoEncoder:
     def _compute(self, photo: Photo, plan: CropPlan) -> Tensors:
         reading = self._reading.pop((photo, plan), None)
         image, mask = reading.result() if reading else load_crop(photo, plan, self.rule.interpolation)
-        latents = load.encode_image(self.vae, pixels_of(image)[None])[0].cpu()
+        latents = load.encode_image(self.vae, pixels_of(image)[None], self.family)[0].cpu()
         if mask is None:
             return {"latents": latents}
         grey = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255

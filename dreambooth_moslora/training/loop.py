@@ -364,7 +364,7 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
         logger.warning(NO_SAMPLES)
     train_step = TrainStep(config, inputs, context.accelerator, steps.total_steps, checkpoint, step)
     settings = config.resolution, context.accelerator.device
-    sampler = Sampler(inputs.pipeline, train_step.text_cond, *settings, should_stop=context.should_stop)
+    sampler = Sampler(inputs.pipeline, train_step.texts, *settings, should_stop=context.should_stop)
     publisher = Publisher(config, context.run_dir, inputs, train_step, samples, sampler, steps.total_steps, checkpoint)
     on_main(context.accelerator, lambda: claim_run_folder(context, step, checkpoint))
     return Training(context, steps.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 
+from dreambooth_moslora.base.families import denoiser_of
 from dreambooth_moslora.core import UserError, clean_stale, public_name, spelled_out
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
@@ -131,9 +132,7 @@ Sets = list[tuple[ClassImages, int]]
 """Sets of generated images, one per size, each with the wanted number."""
 
 
-def class_photos_of_each(
-    context: RunContext, pipeline: StableDiffusionXLPipeline, photos: list[Photo]
-) -> list[list[Photo]]:
+def class_photos_of_each(context: RunContext, pipeline: DiffusionPipeline, photos: list[Photo]) -> list[list[Photo]]:
     """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs."""
     found: dict[tuple[str, str | None], list[Photo]] = {}
     subjects, rule = each_subject(context.config), crop_rule(context.config)
@@ -146,18 +145,18 @@ def class_photos_of_each(
 
 
 def make_class_images(
-    context: RunContext, pipeline: StableDiffusionXLPipeline, sizes: Mapping[tuple[int, int], int]
+    context: RunContext, pipeline: DiffusionPipeline, sizes: Mapping[tuple[int, int], int]
 ) -> list[Photo]:
     """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`."""
     config, accelerator = context.config, context.accelerator
     folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
     if wanted := sum(count for _, count in sets):
-        precision, device = pipeline.unet.dtype, accelerator.device
+        precision, device = denoiser_of(pipeline).dtype, accelerator.device
         wanted_precision = DTYPES.get(config.prior_generation_precision or "", precision)
 
         @cache
-        def drawing() -> StableDiffusionXLPipeline:
+        def drawing() -> DiffusionPipeline:
             is_same = wanted_precision == precision
             return (pipeline if is_same else load_base(config, wanted_precision, device)).to(device)
 

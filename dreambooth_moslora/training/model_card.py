@@ -28,6 +28,7 @@ from dreambooth_moslora.disk.run_folder import (
     TOKENS_SUFFIX,
     RunDir,
 )
+from dreambooth_moslora.settings.families import DENOISERS, FAMILIES, Facts, facts_of_model
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
@@ -61,10 +62,11 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
     prompts = prompts_of(config)
     words = ", ".join(f"`{word}`" for word in facts.adapter.trigger_words or prompts)
     count = "One subject" if len(prompts) == 1 else f"{len(prompts)} subjects"
+    family = f"{family_in(facts).article} {family_in(facts).title}"
     unfinished = "" if facts.step >= facts.max_train_steps else f" Training stopped at step {facts.step}."
     sections = [
         front_matter(config, facts),
-        f"# {facts.name}: an SDXL adapter for {' and '.join(f'“{prompt}”' for prompt in prompts)}",
+        f"# {facts.name}: {family} adapter for {' and '.join(f'“{prompt}”' for prompt in prompts)}",
         f"{count}, learnt from a few photos by DreamBooth, as {method}. Trigger words: {words}.{unfinished}",
         "\n".join(f"![{prompt}]({file})" for file, prompt in facts.images),
         usage(config, facts),
@@ -82,11 +84,12 @@ def front_matter(config: TrainConfig, facts: CardFacts) -> str:
     known = {"base_model": facts.adapter.base_id} if "/" in facts.adapter.base_id else {}
     if facts.images:
         known["widget"] = [{"text": prompt, "output": {"url": file}} for file, prompt in facts.images]
+    tag = family_in(facts).hub_tag or family_in(facts).name
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         instance_prompt=", ".join(prompts_of(config)),
-        tags=["text-to-image", "diffusers", "lora", "moslora", "dreambooth", "stable-diffusion-xl", "template:sd-lora"],
+        tags=["text-to-image", "diffusers", "lora", "moslora", "dreambooth", tag, "template:sd-lora"],
         **known,
     )
     return f"---\n{data.to_yaml()}\n---"
@@ -97,26 +100,39 @@ def prompts_of(config: TrainConfig) -> list[str]:
     return [subject.instance_prompt for subject in each_subject(config)]
 
 
+def family_in(facts: CardFacts) -> Facts:
+    """The family of the adapted denoiser."""
+    for model in (facts.adapter.structures.get(name) for name in DENOISERS):
+        if model:
+            return facts_of_model(model["class"], model["config"])
+    return FAMILIES[0]
+
+
 def usage(config: TrainConfig, facts: CardFacts) -> str:
     """How to load it; of DoRA, which programs read the kohya file as what."""
     base_id = facts.adapter.base_id if "/" in facts.adapter.base_id else "path/to/the/base"
     notes = facts.adapter.tokens
     prompt = spelled(prompts_of(config)[0], spellings_of({note["word"]: note["count"] for note in notes}))
-    readers = "is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
-    if config.use_dora:
-        readers = f"is for other programs, and with DoRA not the same adapter in all of them:\n\n{dora_table()}"
+    family = family_in(facts)
+    readers = f"`{facts.name}{KOHYA_SUFFIX}` is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
+    if family.denoiser != "unet":
+        readers = "ComfyUI reads the same file."
+    elif config.use_dora:
+        many = "is for other programs, and with DoRA not the same adapter in all of them:"
+        readers = f"`{facts.name}{KOHYA_SUFFIX}` {many}\n\n{dora_table()}"
+    dtype = "bfloat16" if family.style == "flow" else "float16"
     return f"""## Use
 
 ```python
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import {family.pipeline}
 
-pipe = StableDiffusionXLPipeline.from_pretrained({base_id!r}, torch_dtype=torch.float16).to("cuda")
+pipe = {family.pipeline}.from_pretrained({base_id!r}, torch_dtype=torch.{dtype}).to("cuda")
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
 {token_lines(notes)}image = pipe({prompt!r}).images[0]
 ```
 
-`{facts.name}{KOHYA_SUFFIX}` {readers}\
+{readers}\
 {about_tokens(notes)}"""
 
 

@@ -1,8 +1,9 @@
 """The training objective: add noise to latents, and compare the UNet's prediction with its target.
 
-Two ways to add noise n to latents x at step i of the base's schedule, a = alpha_i its cumulative product:
+Three ways to add noise n to latents x at step i of the base's schedule, a = alpha_i its cumulative product:
 
     ddpm   z = sqrt(a)·x + sqrt(1 - a)·n             the UNet predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
+    flow   z = (1 - s)·x + s·n                       the transformer predicts n - x (Liu et al. 2022)
     edm    z = x + sigma·n,  sigma = sqrt(1/a - 1)   its output is converted to x itself (Karras et al. 2022)
 
 With prior preservation (Ruiz et al. 2022) a batch holds instance and prior images:
@@ -14,6 +15,7 @@ The error at a position is the square of the difference d, or grows like |d| bey
     huber      2c·(sqrt(d² + c²) - c)       smooth_l1  2·(sqrt(d² + c²) - c)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -27,8 +29,8 @@ Pointwise = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class NoiseSchedule:
     """A base's noise levels: `sigmas` (T,) noise-to-signal ratios, `timesteps` (T,) as the UNet gets them. `style` is
-    `ddpm` or `edm`; `prediction_type` is `epsilon` or `v_prediction`; `sigma_data` is set for bases trained with
-    EDM's own preconditioning (Playground v2.5), else None."""
+    `ddpm`, `edm` or `flow`; `prediction_type` is `epsilon`, `v_prediction` or `flow`; `sigma_data` is set for bases
+    trained with EDM's own preconditioning (Playground v2.5), else None."""
 
     sigmas: Tensor
     timesteps: Tensor
@@ -50,8 +52,12 @@ class NoiseSchedule:
         return replace(self, sigmas=self.sigmas.to(device), timesteps=self.timesteps.to(device))
 
     def signal_and_noise(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha) and sqrt(1 - alpha) at `index` (B,), each (B, 1, 1, 1); 0 and 1 where sigma is infinite."""
+        """Factors of x and n at `index` (B,), each (B, 1, 1, 1): sqrt(alpha) and sqrt(1 - alpha), or of a flow 1 - s
+        and s; 0 and 1 where sigma is infinite."""
         sigma = self.sigmas[index].view(-1, 1, 1, 1)
+        if self.style == "flow":
+            share = 1 / (1 + 1 / sigma)
+            return 1 - share, share
         signal = (1 + sigma**2).rsqrt()
         return signal, torch.where(sigma.isinf(), torch.ones_like(sigma), sigma * signal)
 
@@ -68,6 +74,10 @@ class NoisySample:
     latents: Tensor
     timesteps: Tensor
     index: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.unet_input, self.latents, self.timesteps, self.index
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,19 @@ def sample_timesteps(
     return torch.multinomial(chances, count, replacement=True, generator=generator)
 
 
+def flow_levels(
+    schedule: NoiseSchedule, count: int, generator: torch.Generator, scheme: str, mean: float, std: float, mode: float
+) -> Tensor:
+    """Indices (count,) of a flow's noise levels, drawn as diffusers' scripts do (Esser et al. 2024, section 3.1)."""
+    if scheme == "logit_normal":
+        drawn = torch.normal(mean, std, (count,), generator=generator).sigmoid()
+    else:
+        drawn = torch.rand(count, generator=generator)
+    if scheme == "mode":
+        drawn = 1 - drawn - mode * ((math.pi * drawn / 2).cos() ** 2 - 1 + drawn)
+    return (drawn * len(schedule)).long().clamp(max=len(schedule) - 1)
+
+
 def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Noise (B, C, h, w) plus one draw per channel of each image, of standard deviation `strength`. The overall
     brightness and colour are then noised too, and so learnt (Guttenberg 2023, "Diffusion with Offset Noise"; kohya's
@@ -111,7 +134,7 @@ def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Te
     """Mix latents and noise (B, 4, h, w) at noise levels `index` (B,), and scale the mix to unit variance."""
     timesteps = schedule.timesteps[index]
     signal, spread = schedule.signal_and_noise(index)
-    if schedule.style == "ddpm":
+    if schedule.style != "edm":
         noisy = signal * latents + spread * noise
         return NoisySample(noisy, noisy, timesteps, index)
     sigma = schedule.sigmas[index].view(-1, 1, 1, 1)
@@ -124,6 +147,8 @@ def loss_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: 
     """What `prediction_of` should return, (B, 4, h, w): the noise, the velocity, or in EDM style the latents."""
     if schedule.style == "edm":
         return latents
+    if schedule.style == "flow":
+        return noise - latents
     if schedule.prediction_type == "epsilon":
         return noise
     signal, spread = schedule.signal_and_noise(index)
@@ -132,7 +157,7 @@ def loss_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: 
 
 def prediction_of(schedule: NoiseSchedule, output: Tensor, noisy: NoisySample) -> Tensor:
     """The UNet's output (B, 4, h, w) unchanged; in EDM style, the clean latents which it implies."""
-    if schedule.style == "ddpm":
+    if schedule.style != "edm":
         return output
     sigma = schedule.sigmas[noisy.index].view(-1, 1, 1, 1)
     if schedule.sigma_data is not None:  # c_skip·z + c_out·F of Karras et al. 2022, table 1
@@ -158,6 +183,16 @@ def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr
     clipped = (snr_gamma / snr).clamp(max=1)  # 1 where the SNR is zero
     weights = clipped if schedule.prediction_type == "epsilon" else clipped + 1
     return torch.cat([weights[:instance_count], torch.ones_like(weights[instance_count:])])
+
+
+def flow_weights(schedule: NoiseSchedule, index: Tensor, scheme: str) -> Tensor:
+    """Weights (B,) of a flow's squared errors: 1, or those of `sigma_sqrt` and `cosmap` (Esser et al. 2024)."""
+    share = schedule.signal_and_noise(index)[1].flatten()
+    if scheme == "sigma_sqrt":
+        return share**-2
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * share + 2 * share**2))
+    return torch.ones_like(share)
 
 
 def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:

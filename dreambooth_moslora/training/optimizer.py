@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dreambooth_moslora.adapters.moslora import adapter_parameters, mixer_parameters
 from dreambooth_moslora.core import UserError, is_number
+from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.optimizers import OPTIMIZERS, optimizer_of
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -135,7 +136,7 @@ def parameter_groups(
     unet_lr = lr_scale * config.learning_rate
     text_lr = unet_lr if optimizer_of(config).one_rate else config.text_encoder_lr or unet_lr
     for name, module in components.items():
-        is_text = name != "unet"
+        is_text = name not in DENOISERS
         lr = text_lr if is_text else unet_lr
         decay = config.adam_weight_decay_text_encoder if is_text else config.adam_weight_decay
         mixers = [p for _, p in mixer_parameters(module)]

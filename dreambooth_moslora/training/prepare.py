@@ -7,26 +7,31 @@ written by the process that encodes; on a machine that does not see them, one pr
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from torch import nn
 
 from dreambooth_moslora.adapters.basis import Basis, read_basis
 from dreambooth_moslora.adapters.init_adapter import read_start
 from dreambooth_moslora.adapters.lora_file import AdapterWeights
 from dreambooth_moslora.adapters.moslora import disabled, matrix_layers
+from dreambooth_moslora.base.families import Family, Text, denoiser_of, family_of
 from dreambooth_moslora.base.files import SMALL_BASE_PX, base_folder
-from dreambooth_moslora.base.load import TextCond, TextProducts, default_resolution, encode_text
+from dreambooth_moslora.base.load import TextProducts, default_resolution
 from dreambooth_moslora.core import UserError, content_key, default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.plan.checks import check_layers, check_patterns
+from dreambooth_moslora.plan.checks import check_family, check_layers, check_patterns
 from dreambooth_moslora.plan.memory import uses_class_images
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_each, share_out
+from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
 from dreambooth_moslora.settings.rules import weighting_flags
 from dreambooth_moslora.settings.subjects import each_subject
@@ -59,7 +64,8 @@ class TrainInputs:
     `text_products` a UNet that caches cross-attention. `start` holds the weights that a fresh adapter begins with, or
     None; `basis` is that of `--basis`."""
 
-    pipeline: StableDiffusionXLPipeline
+    pipeline: DiffusionPipeline
+    family: Family
     schedule: NoiseSchedule
     photos: list[Photo]
     instance: SubjectStreams
@@ -69,6 +75,10 @@ class TrainInputs:
     start: AdapterWeights | None = None
     text_products: TextProducts | None = None
     basis: Basis | None = None
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return denoiser_of(self.pipeline)
 
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> TrainBatch:
         """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
@@ -101,7 +111,9 @@ def prepare(
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     for flag in weighting_flags(config) if schedule.style == "edm" else ():  # the base may be one without the flag
         raise UserError(f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out.")
-    layers = {path: layer.weight.ndim for path, layer in matrix_layers(pipeline.unet).items()}
+    family, denoiser = family_of_run(config, pipeline), denoiser_of(pipeline)
+    check_family(config, family.facts)
+    layers = {path: layer.weight.ndim for path, layer in matrix_layers(denoiser).items()}
     check_layers(config.target_modules, layers, config.use_dora)
     check_patterns(config, layers)
     start = None
@@ -113,7 +125,7 @@ def prepare(
             basis = read_basis(config.basis, base_folder(config), config.variant)
     context.stop_if_asked()
     class_photos = class_photos_of_each(context, pipeline, photos) if uses_class_images(config) else []
-    options = config.dataloader_num_workers, config.unmasked_weight
+    options = config.dataloader_num_workers, config.unmasked_weight, family
     encoder = PhotoEncoder(pipeline.vae.to(device), cache_of(config), crop_rule(config), *options)
     instance = instance_streams(config, photos, encoder)
     prior = prior_streams(config, class_photos, encoder, instance) if class_photos else None
@@ -124,14 +136,30 @@ def prepare(
     release_encoders(config, pipeline, prompt_embeds, encoder)
     free_unused_memory(device)
     give_freed_memory_back()
-    products = TextProducts(pipeline.unet, device) if config.cache_cross_attention else None
-    pipeline.unet.to(device)
-    return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype, start, products, basis)
+    products = TextProducts(denoiser, device) if config.cache_cross_attention else None
+    denoiser.to(device)
+    return TrainInputs(
+        pipeline, family, schedule, photos, instance, prior, prompt_embeds, dtype, start, products, basis
+    )
+
+
+def family_of_run(config: TrainConfig, pipeline: DiffusionPipeline) -> Family:
+    """The family, with the run's options of encoding and of embedded guidance."""
+    options: dict[str, Any] = {}
+    if config.max_sequence_length is not None:
+        options["max_sequence_length"] = config.max_sequence_length
+    if config.text_encoder_out_layers:
+        options["text_encoder_out_layers"] = tuple(map(int, config.text_encoder_out_layers))
+    return family_of(pipeline, told_guidance=config.guidance_scale, options=options)
 
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseSchedule:
     """The noise levels that a base was trained with, from its scheduler's configuration. EDM bases force EDM style.
     Raises UserError for a base that predicts neither noise nor velocity."""
+    if "FlowMatch" in type(scheduler).__name__:
+        fresh = type(scheduler).from_config(scheduler.config)
+        share = fresh.sigmas[: len(fresh.timesteps)].double()  # of the noise
+        return NoiseSchedule((share / (1 - share)).float(), fresh.timesteps, "flow", "flow")
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"the base predicts `{kind}`: only epsilon and v_prediction bases can be trained.")
@@ -145,7 +173,7 @@ def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseS
     return NoiseSchedule.from_alphas(alphas, kind, "edm" if edm_style else "ddpm")
 
 
-def too_slow_for_samples(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> bool:
+def too_slow_for_samples(config: TrainConfig, pipeline: DiffusionPipeline, device: torch.device) -> bool:
     """Whether samples would take minutes each, on a CPU with a large base, and were not asked for."""
     prompts = [subject.validation_prompt for subject in each_subject(config)]
     asked = (config.num_validation_images, *prompts, config.validation_steps)
@@ -161,16 +189,19 @@ def cache_of(config: TrainConfig) -> TensorCache | None:
     return TensorCache((Path(config.cache_dir) if config.cache_dir else default_cache_dir()) / "encoded")
 
 
-def prompt_cache(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> PromptCache:
+def prompt_cache(config: TrainConfig, pipeline: DiffusionPipeline, device: torch.device) -> PromptCache:
     """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded anew in training."""
-    encoders = [pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
-    identity = "+".join(fingerprint(encoder) for encoder in encoders)
-    if pipeline.config.force_zeros_for_empty_prompt:  # it decides the encoding of ""
+    family = family_of_run(config, pipeline)
+    encoders = [getattr(pipeline, name).to(device) for name in family.facts.encoders]
+    identity = "+".join([family.facts.name, *map(fingerprint, encoders)])
+    if pipeline.config.get("force_zeros_for_empty_prompt"):  # it decides the encoding of ""
         identity += "+zeros"
 
-    def encode(prompts: list[str]) -> TextCond:
-        with disabled(encoders[0]), disabled(encoders[1]):
-            return encode_text(pipeline, prompts)
+    def encode(prompts: list[str]) -> list[Text]:
+        with ExitStack() as stack:
+            for encoder in encoders:
+                stack.enter_context(disabled(encoder))
+            return family.texts(pipeline, prompts)
 
     return PromptCache(encode, cache_of(config) or TensorCache(), identity)
 
@@ -230,12 +261,12 @@ def fill(cache: TensorCache, context: RunContext, entries: Entries) -> Iterator[
 
 
 def release_encoders(
-    config: TrainConfig, pipeline: StableDiffusionXLPipeline, prompt_embeds: PromptCache, encoder: PhotoEncoder
+    config: TrainConfig, pipeline: DiffusionPipeline, prompt_embeds: PromptCache, encoder: PhotoEncoder
 ) -> None:
     """Free the text encoders unless they are trained, and the VAE unless a step, sample or score needs it."""
     if not config.keeps_text_encoders:
         prompt_embeds.release_encoders()
-        pipeline.register_modules(text_encoder=None, text_encoder_2=None)
+        pipeline.register_modules(**dict.fromkeys(facts_of(type(pipeline).__name__).encoders))
     if config.caching != "off" and (config.sample_count or is_scored(config)):
         pipeline.vae.to("cpu")
     elif config.caching != "off":

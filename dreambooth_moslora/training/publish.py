@@ -240,7 +240,7 @@ def facts_of(
     facts = adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
-        base_architecture=architecture(inputs.pipeline.unet),
+        base_architecture=architecture(inputs.denoiser),
         trigger_words=trigger_words(config),
         class_word=class_word_of(config),
         resolution_px=config.resolution,

@@ -37,7 +37,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageStat
 from torch import nn
 
-from dreambooth_moslora.base.load import TextCond
+from dreambooth_moslora.base.families import Family, Text, in_dtype
+from dreambooth_moslora.base.load import SDXL_FAMILY
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.processes import keep_freed_memory, peak_memory_gib
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -111,7 +112,8 @@ class RandomMaterials:
     pipeline: SimpleNamespace
     schedule: object
     view: EncodedView
-    cond: TextCond
+    text: Text
+    family: Family = SDXL_FAMILY
     dtype: torch.dtype = torch.bfloat16
     start: None = None
     text_products: None = None
@@ -120,9 +122,13 @@ class RandomMaterials:
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int = 0) -> TrainBatch:
         return collate([(self.view, "a photo of sks dog")] * size, size)
 
-    def prompt_embeds(self, prompts: list[str]) -> TextCond:
-        """Random text embeddings (N, 77, D) and pooled ones (N, P)."""
-        return TextCond(*(row.expand(len(prompts), *row.shape[1:]) for row in (self.cond.embeds, self.cond.pooled)))
+    @property
+    def denoiser(self) -> UNet2DConditionModel:
+        return self.pipeline.unet
+
+    def prompt_embeds(self, prompts: list[str]) -> list[Text]:
+        """The same random text for every prompt."""
+        return [self.text] * len(prompts)
 
 
 def random_materials(size: str, resolution_px: int) -> RandomMaterials:
@@ -130,12 +136,12 @@ def random_materials(size: str, resolution_px: int) -> RandomMaterials:
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     ids = torch.tensor([resolution_px, resolution_px, 0, 0, resolution_px, resolution_px], dtype=torch.float32)
     widths = text_widths(size)
-    embeds, pooled = torch.randn(1, 77, sum(widths)), torch.randn(1, widths[1])
+    embeds, pooled = torch.randn(77, sum(widths)).bfloat16(), torch.randn(widths[1]).bfloat16()
     return RandomMaterials(
         SimpleNamespace(unet=random_unet(size)),
         noise_schedule(scheduler),
         EncodedView(torch.randn(4, side, side), ids, None),
-        TextCond(embeds.bfloat16(), pooled.bfloat16()),
+        {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled},
     )
 
 
@@ -164,13 +170,16 @@ def measure(size: str, config: TrainConfig) -> dict[str, float]:
 def floor_step(materials: RandomMaterials, config: TrainConfig, device: torch.device) -> Callable[[], None]:
     """One forward pass of the frozen UNet in training mode and its input's gradient: the lower bound of a step."""
     unet, batch = materials.pipeline.unet.train(), materials.batch_at(0, config.train_batch_size)
-    words = materials.prompt_embeds(batch.prompts)
-    embeds = words.embeds.to(device)
-    added = {"text_embeds": words.pooled.to(device), "time_ids": batch.time_ids.to(device)}
+    texts = [in_dtype(text, device, materials.dtype) for text in materials.prompt_embeds(batch.prompts)]
+    words, sizes, times = (
+        materials.family.arguments(texts),
+        batch.time_ids.to(device),
+        torch.tensor([500], device=device),
+    )
 
     def step() -> None:
         noisy = torch.randn_like(batch.latents, device=device, dtype=materials.dtype).requires_grad_()
-        unet(noisy, 500, embeds, added_cond_kwargs=added).sample.float().square().mean().backward()
+        materials.family.predict(unet, noisy, times, sizes, **words).float().square().mean().backward()
 
     return step
 

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dreambooth_moslora.adapters.fast_linear import WorkingCopies
 from dreambooth_moslora.adapters.moslora import adapter_parameters, lora_layers, switched_off
-from dreambooth_moslora.base.load import TextCond, encode_text
+from dreambooth_moslora.base.families import Text, block_classes, in_dtype
+from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.core import StopRequestedError, UserError, generator, is_out_of_memory, one_line, rng, seed_of
 from dreambooth_moslora.plan.memory import Speed, speed_of
 from dreambooth_moslora.plan.processes import mean_over
@@ -48,31 +48,26 @@ def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> 
 
 
 @dataclass(frozen=True)
-class UNetRows:
-    """B images for the UNet: noisy latents, text and its `prompts` (B), `time_ids` (B, 6) with sizes and crops."""
+class Rows:
+    """B images for the denoiser: noisy latents, their `texts` and `prompts` (B), `time_ids` (B, 6) with sizes and
+    crops."""
 
     noisy: NoisySample
-    cond: TextCond
+    texts: tuple[Text, ...]
     time_ids: Tensor
     prompts: tuple[str, ...]
 
     @classmethod
-    def joined(cls, parts: Sequence["UNetRows"]) -> "UNetRows":
+    def joined(cls, parts: Sequence["Rows"]) -> "Rows":
         """Concatenate the rows of several parts, in their order."""
-        tensors = map(torch.cat, zip(*(part.tensors() for part in parts), strict=True))
-        return cls.of(*tensors, prompts=tuple(prompt for part in parts for prompt in part.prompts))
+        noisy = NoisySample(*map(torch.cat, zip(*(part.noisy.tensors for part in parts), strict=True)))
+        texts, prompts = (tuple(one for part in parts for one in getattr(part, name)) for name in ("texts", "prompts"))
+        return cls(noisy, texts, torch.cat([part.time_ids for part in parts]), prompts)
 
-    def after(self, count: int) -> "UNetRows":
+    def after(self, count: int) -> "Rows":
         """Without the first `count`."""
-        return self.of(*(tensor[count:] for tensor in self.tensors()), prompts=self.prompts[count:])
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        noisy, cond = self.noisy, self.cond
-        return noisy.unet_input, noisy.latents, noisy.timesteps, noisy.index, cond.embeds, cond.pooled, self.time_ids
-
-    @classmethod
-    def of(cls, *tensors: Tensor, prompts: tuple[str, ...]) -> "UNetRows":
-        return cls(NoisySample(*tensors[:4]), TextCond(*tensors[4:6]), tensors[6], prompts)
+        noisy = NoisySample(*(tensor[count:] for tensor in self.noisy.tensors))
+        return Rows(noisy, self.texts[count:], self.time_ids[count:], self.prompts[count:])
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class MicroBatch:
     """`target` (B, 4, h, w) and `mask` (B, 1, h, w), or None. With the base as prior its answer is half the target."""
 
     batch: TrainBatch
-    rows: UNetRows
+    rows: Rows
     target: Tensor
     mask: Tensor | None
 
@@ -116,15 +111,15 @@ class TrainStep:
     ):
         self.config, self.inputs, self.accelerator, self.step = config, inputs, accelerator, step
         speed = speed_of(config, accelerator.device.type, max_train_steps - step)
-        make_convolutions_fast(inputs.pipeline.unet, speed)
+        make_convolutions_fast(inputs.denoiser, speed)
         self.class_prompts = [subject.class_prompt for subject in each_subject(config)]
-        self.components = trained_modules(config, inputs.pipeline)
+        self.components = trained_modules(config, inputs.family.facts, inputs.pipeline)
         add_adapters(config, self.components, checkpoint, start=inputs.start, basis=inputs.basis)
         inputs.start = None  # free its tensors
         self.compiled = []  # the transformer blocks that are compiled at their first call
         if speed.compiled:
-            modules = inputs.pipeline.unet.modules()
-            self.compiled = [block for block in modules if isinstance(block, BasicTransformerBlock)]
+            denoiser = inputs.denoiser
+            self.compiled = [block for block in denoiser.modules() if type(block).__name__ in block_classes(denoiser)]
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for block in self.compiled:
                 block.compile(backend=BACKEND)
@@ -147,7 +142,7 @@ class TrainStep:
         if checkpoint is not None and self.average is not None:
             restore_weights(checkpoint, self.trained)
         self.optimizer = accelerator.prepare(optimizer)
-        self.schedule = inputs.schedule.to(accelerator.device)
+        self.schedule, self.device = inputs.schedule.to(accelerator.device), accelerator.device
 
     def accumulate_gradients(self) -> StepLosses:
         """Forward and backward passes of this process's micro-batches; again without compilation if that fails."""
@@ -222,26 +217,30 @@ class TrainStep:
         names = (config.seed, "micro", micro_batch)
         torch.manual_seed(seed_of(*names, "dropout"))
         noise = torch.randn(batch.latents.shape, generator=generator(*names, "noise"))
-        bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
-        count, draws = len(batch.latents), generator(*names, "level")
+        schedule, count, draws = self.inputs.schedule, len(batch.latents), generator(*names, "level")
+        if schedule.style == "flow":
+            scheme = (config.weighting_scheme or "none", config.logit_mean, config.logit_std, config.mode_scale)
+            index = objective.flow_levels(schedule, count, draws, *scheme)
+        else:
+            bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
+            index = objective.sample_timesteps(schedule, count, draws, *bias)
         drawn = {
             "latents": batch.latents,
             "time_ids": batch.time_ids,
             "mask": batch.mask,
             "noise": objective.offset_noise(noise, config.noise_offset, generator(*names, "noise offset")),
-            "index": objective.sample_timesteps(self.inputs.schedule, count, draws, *bias),
+            "index": index,
         }
-        if not config.keeps_text_encoders:
-            cached = self.inputs.prompt_embeds(batch.prompts)
-            drawn |= {"embeds": cached.embeds, "pooled": cached.pooled}
-        moved = move_together(drawn, self.accelerator.device)
+        texts = [] if config.keeps_text_encoders else self.inputs.prompt_embeds(batch.prompts)
+        named = [{(number, name): tensor for name, tensor in text.items()} for number, text in enumerate(texts)]
+        moved = move_together(drawn | {key: tensor for text in named for key, tensor in text.items()}, self.device)
         if config.keeps_text_encoders:
-            cond = self.text_cond(batch.prompts)
+            texts = self.texts(batch.prompts)
         else:
-            cond = TextCond(moved["embeds"], moved["pooled"])
+            texts = [{name: moved[number, name] for _, name in text} for number, text in enumerate(named)]
         noisy = objective.add_noise(self.schedule, moved["latents"], moved["noise"], moved["index"])
         target = objective.loss_target(self.schedule, moved["latents"], moved["noise"], noisy.index)
-        rows = UNetRows(noisy, cond, moved["time_ids"], tuple(batch.prompts))
+        rows = Rows(noisy, tuple(texts), moved["time_ids"], tuple(batch.prompts))
         return MicroBatch(batch, rows, target, moved["mask"])
 
     def loss_of(self, micro: MicroBatch, prediction: Tensor, answer: Tensor | None) -> LossParts:
@@ -250,7 +249,9 @@ class TrainStep:
         config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.batch.instance_count
         target = micro.target if answer is None else torch.cat([micro.target[:count], answer])
         weights = objective.snr_weights(schedule, index, count, config.snr_gamma)
-        if config.debiased_estimation_loss:
+        if schedule.style == "flow":
+            weights = objective.flow_weights(schedule, index, config.weighting_scheme or "none")
+        elif config.debiased_estimation_loss:
             weights = objective.debiased_weights(schedule, index)
         error = objective.pointwise_error(schedule, index, config.loss_type, config.huber_c, config.huber_schedule)
         return objective.loss(prediction, target, weights, count, config.prior_loss_weight, micro.mask, error)
@@ -266,39 +267,35 @@ class TrainStep:
         classes = [self.class_prompts[number] for number in shown]
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
 
-    def predict(self, rows: UNetRows) -> Tensor:
-        """The UNet's prediction (B, 4, h, w) in fp32. `time_ids` (B, 6) stay in fp32: bf16 would round a size of 1365
-        to 1368."""
-        unet, to = self.inputs.pipeline.unet, {"device": self.accelerator.device, "dtype": self.inputs.dtype}
-        text = rows.cond.embeds.to(**to)
-        if self.inputs.text_products is not None:
-            self.inputs.text_products.show(text, rows.prompts)
-        output = unet(
-            rows.noisy.unet_input.to(**to),
-            rows.noisy.timesteps,
-            encoder_hidden_states=text,
-            added_cond_kwargs={"text_embeds": rows.cond.pooled.to(**to), "time_ids": rows.time_ids},
-        ).sample
+    def predict(self, rows: Rows) -> Tensor:
+        """The denoiser's prediction (B, C, h, w) in fp32. `time_ids` (B, 6) stay in fp32: bf16 would round a size of
+        1365 to 1368."""
+        inputs, family, to = self.inputs, self.inputs.family, {"device": self.device, "dtype": self.inputs.dtype}
+        words = family.arguments([in_dtype(text, **to) for text in rows.texts])
+        if inputs.text_products is not None:
+            inputs.text_products.show(words["prompt_embeds"], rows.prompts)
+        z, t = rows.noisy.unet_input.to(**to), rows.noisy.timesteps
+        output = family.predict(inputs.denoiser, z, t, rows.time_ids, **words)
         return objective.prediction_of(self.schedule, output.float(), rows.noisy)
 
-    def prior_rows(self, micro: MicroBatch) -> UNetRows:
+    def prior_rows(self, micro: MicroBatch) -> Rows:
         """The rows of the prior half, with text embeddings of the untrained encoders."""
         count = micro.batch.instance_count
         rows = micro.rows.after(count)
         if self.config.keeps_text_encoders:
-            return replace(rows, cond=self.inputs.prompt_embeds(micro.batch.prompts[count:]))
+            return replace(rows, texts=tuple(self.inputs.prompt_embeds(micro.batch.prompts[count:])))
         return rows
 
     @torch.no_grad()
-    def base_prediction(self, rows: UNetRows) -> Tensor:
+    def base_prediction(self, rows: Rows) -> Tensor:
         """The frozen base's prediction (B/2, 4, h, w) for the prior half; it is that half's target."""
         with switched_off(self.lora_layers):
             return self.predict(rows)
 
-    def text_cond(self, prompts: list[str]) -> TextCond:
-        """Cached embeddings; live ones with gradients when the text encoders or new tokens are trained."""
+    def texts(self, prompts: list[str]) -> list[Text]:
+        """Cached texts; live ones with gradients when the text encoders or new tokens are trained."""
         if self.learnt:
-            return self.learnt.text_cond(prompts, self.step)
+            return self.learnt.texts(prompts, self.step)
         if self.config.train_text_encoder:
             return encode_text(self.inputs.pipeline, prompts)
         return self.inputs.prompt_embeds(prompts)

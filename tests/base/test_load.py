@@ -15,6 +15,7 @@ from dreambooth_moslora.adapters.moslora import inject
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.training.prepare import noise_schedule
+from tests.helpers.texts import embeds_of, pooled_of
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +67,13 @@ def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
     """The empty prompt is its own unconditional one."""
     for force_zeros in (True, False):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-        cond = load.encode_text(pipeline, ["", "a photo of sks dog"])
+        texts = load.encode_text(pipeline, ["", "a photo of sks dog"])
+        found, found_pooled = embeds_of(texts), pooled_of(texts)
         embeds, nothing, pooled, pooled_nothing = pipeline.encode_prompt(["a photo of sks dog"], negative_prompt=None)
-        assert cond.embeds.shape == (2, 77, 48) and cond.pooled.shape == (2, 32)
-        assert torch.allclose(cond.embeds, torch.cat([nothing, embeds]), atol=1e-5)
-        assert torch.allclose(cond.pooled, torch.cat([pooled_nothing, pooled]), atol=1e-5)
-        assert bool(cond.embeds[0].any()) is not force_zeros
+        assert found.shape == (2, 77, 48) and found_pooled.shape == (2, 32)
+        assert torch.allclose(found, torch.cat([nothing, embeds]), atol=1e-5)
+        assert torch.allclose(found_pooled, torch.cat([pooled_nothing, pooled]), atol=1e-5)
+        assert bool(found[0].any()) is not force_zeros
 
 
 def test_latents_are_the_scaled_posterior_mean(pipeline):
@@ -120,9 +122,9 @@ def test_a_picture_that_is_not_finite_is_said(tiny_base, caplog):
 def test_a_quantized_unet_answers_almost_as_the_dense_one(tiny_base, kind):
     dense, small = load.load_pipeline(tiny_base), load.load_pipeline(tiny_base)
     load.quantize(small.unet, kind, torch.float32)
-    cond = load.encode_text(dense, ["a dog"])
-    inputs = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 500, cond.embeds)
-    extra = {"text_embeds": cond.pooled, "time_ids": torch.full((1, 6), 64.0)}
+    texts = load.encode_text(dense, ["a dog"])
+    inputs = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 500, embeds_of(texts))
+    extra = {"text_embeds": pooled_of(texts), "time_ids": torch.full((1, 6), 64.0)}
     with torch.no_grad():
         a, b = (p.unet(*inputs, added_cond_kwargs=extra).sample for p in (dense, small))
     assert 0 < (a - b).norm() / a.norm() < 0.3

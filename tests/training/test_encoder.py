@@ -19,6 +19,7 @@ from dreambooth_moslora.training.encoder import PhotoEncoder, PromptCache, Tenso
 from dreambooth_moslora.training.photo_stream import PhotoStream
 from dreambooth_moslora.training.prepare import fill, prompt_cache, same_everywhere
 from dreambooth_moslora.training.reporter import RunContext
+from tests.helpers.texts import embeds_of, equal, pooled_of
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny_training import paint_photos
 
@@ -178,7 +179,7 @@ def test_the_empty_prompt_of_another_pipeline_is_not_found_in_the_cache(pipeline
     config, found = TrainConfig(caching="disk", cache_dir=str(tmp_path)), []
     for force_zeros in (False, True):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-        found.append(prompt_cache(config, pipeline, torch.device("cpu"))([""]).embeds.abs().sum().item())
+        found.append(embeds_of(prompt_cache(config, pipeline, torch.device("cpu"))([""])).abs().sum().item())
     assert found[0] > 0 == found[1]
 
 
@@ -196,9 +197,9 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
             torch.nn.init.normal_(weights)
     file.unlink()
     again = prompt_embeds(prompt)
-    assert torch.equal(before.embeds, again.embeds) and torch.equal(before.pooled, again.pooled)
+    assert equal(before, again)
     assert file.read_bytes() == content
-    assert not torch.allclose(load.encode_text(pipeline, prompt).embeds, before.embeds, atol=1e-3)
+    assert not torch.allclose(embeds_of(load.encode_text(pipeline, prompt)), embeds_of(before), atol=1e-3)
 
 
 def test_words_are_asked_once_and_known_after_the_encoders_left(pipeline):
@@ -209,7 +210,7 @@ def test_words_are_asked_once_and_known_after_the_encoders_left(pipeline):
     prompt_embeds.release_encoders()
     again = prompt_embeds(["a cat", "a dog", "a dog"])
     assert asked == ["a dog", "a cat"]
-    assert torch.equal(again.embeds[0], first.embeds[1]) and torch.equal(again.pooled[2], first.pooled[0])
+    assert equal([again[0], again[2]], [first[1], first[0]])
     with pytest.raises(RuntimeError, match="a bird"):
         prompt_embeds(["a bird"])
 
@@ -222,14 +223,14 @@ def test_the_base_as_prior_doubles_the_batch_with_its_own_prompts(pipeline, phot
 
 
 def test_what_the_disk_does_not_give_any_more_ends_the_run_in_one_line(pipeline, photos, tmp_path):
-    encode = lambda prompts: load.TextCond(torch.ones(1, 77, 8), torch.ones(1, 8))  # noqa: E731
+    encode = lambda prompts: [{"prompt_embeds": torch.ones(77, 8), "pooled_prompt_embeds": torch.ones(8)}]  # noqa: E731
     prompt_embeds = PromptCache(encode, TensorCache(tmp_path / "words"), "tiny")
     prompt_embeds(["a photo of a dog"])
     prompt_embeds.release_encoders()
     stream = stream_of(photos[:1], pipeline.vae, TensorCache(tmp_path / "cache"))
     encode_ahead(stream, 1)
     stream.encoder.vae = None
-    assert prompt_embeds(["a photo of a dog"]).pooled.shape == (1, 8) and stream.at(0)[0].latents.shape == (4, 8, 8)
+    assert pooled_of(prompt_embeds(["a photo of a dog"])).shape == (1, 8) and stream.at(0)[0].latents.shape == (4, 8, 8)
     for path in tmp_path.rglob("*.safetensors"):
         path.unlink()
     with pytest.raises(UserError, match=r"'a photo of a dog' cannot be read any more.*resume the run"):

@@ -27,6 +27,7 @@ from dreambooth_moslora.training.model_card import public_files
 from dreambooth_moslora.training.optimizer import make_optimizer, parameter_groups
 from dreambooth_moslora.ui.generate_form import summary_of
 from dreambooth_moslora.ui.state import AdapterCatalog
+from tests.helpers.texts import embeds_of, equal, pooled_of
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 PROMPT = "a photo of sks dog"
@@ -48,7 +49,7 @@ def random_tokens(pipeline):
 
 def same(one, other):
     """Of two encoded texts."""
-    return torch.equal(one.embeds, other.embeds) and torch.equal(one.pooled, other.pooled)
+    return equal(one, other)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_gradients_reach_the_new_rows_alone_and_other_prompts_are_encoded_as_bef
     before = {name: value.clone() for name, value in pipeline.text_encoder_2.state_dict().items()}
     attached, rows = random_tokens(pipeline)
     cond = encode_text(pipeline, [PROMPT, "a photo of a dog"])
-    (cond.embeds.sum() + cond.pooled.square().sum()).backward()
+    (embeds_of(cond).sum() + pooled_of(cond).square().sum()).backward()
     assert all(bool(found.grad.ne(0).any(dim=1).all()) for found in rows.values())
     others = [w for m in (pipeline.text_encoder, pipeline.text_encoder_2) for w in m.parameters()]
     assert all(w.grad is None for w in others if not any(w is found for found in rows.values()))
@@ -120,7 +121,7 @@ def test_the_file_is_proved_and_a_stock_diffusers_encodes_the_same_with_it(run, 
     pipeline = load_pipeline(base)
     plain = encode_text(pipeline, [PROMPT])
     AttachedTokens(pipeline, [read_tokens(RunDir(run.output_dir).tokens_paths[0])])
-    assert same(found, encode_text(pipeline, [PROMPT])) and not torch.equal(found.embeds, plain.embeds)
+    assert same(found, encode_text(pipeline, [PROMPT])) and not equal(found, plain)
     assert 'load_file("path/to/this/folder/dog_emb.safetensors")' in card and "a photo of <s0><s1> dog" in card
     assert "embedding:dog_emb" in card
 
@@ -132,7 +133,7 @@ def test_the_proof_leaves_the_encoders_tables_as_they_are(run, base):
     attached = AttachedTokens(pipeline, [read_tokens(path)])
     assert prove_tokens([path], attached, [PROMPT])[0].largest == 0.0
     assert all(torch.equal(part.get_input_embeddings().weight, kept) for part, kept in zip(parts, before))
-    assert encode_text(pipeline, [PROMPT]).embeds.isfinite().all() and len(pipeline.tokenizer) == len(before[0]) + 2
+    assert embeds_of(encode_text(pipeline, [PROMPT])).isfinite().all() and len(pipeline.tokenizer) == len(before[0]) + 2
 
 
 def test_after_the_pivot_no_optimizer_moves_the_rows(base, photos, tmp_path):
@@ -154,13 +155,13 @@ def test_after_the_pivot_no_optimizer_moves_the_rows(base, photos, tmp_path):
 def words(pipeline, name, scale=1.0):
     """The encoded prompt while the adapter acts."""
     pipeline.activate(((name, scale),))
-    return encode_text(pipeline.pipeline, [PROMPT]).embeds
+    return embeds_of(encode_text(pipeline.pipeline, [PROMPT]))
 
 
 def test_the_subject_pipeline_takes_tokens_by_itself_but_no_others_and_no_word_twice(run, base, tmp_path, caplog):
     folder = RunDir(run.output_dir)
     pipeline = SubjectPipeline.from_base(base)
-    plain = encode_text(pipeline.pipeline, [PROMPT]).embeds
+    plain = embeds_of(encode_text(pipeline.pipeline, [PROMPT]))
     whole = words(pipeline, pipeline.load_adapter(folder.path))
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes(folder.adapter_path.read_bytes())
@@ -368,16 +369,16 @@ def test_stock_diffusers_loads_the_proved_files_of_both_subjects(pets, base, liv
 def test_the_subject_pipeline_takes_the_tokens_of_both_and_says_which_are_missing(pets, base, live, tmp_path, caplog):
     pipeline = SubjectPipeline.from_base(base)
     pipeline.activate(((pipeline.load_adapter(pets.output_dir), 1.0),))
-    whole = encode_text(pipeline.pipeline, [BOTH]).embeds
-    assert torch.equal(whole, encode_text(live, [BOTH]).embeds)
+    whole = embeds_of(encode_text(pipeline.pipeline, [BOTH]))
+    assert torch.equal(whole, embeds_of(encode_text(live, [BOTH])))
     for file in (RunDir(pets.output_dir).adapter_path.name, FILES[0]):
         shutil.copy(RunDir(pets.output_dir).path / file, tmp_path)
     alone = tmp_path / RunDir(pets.output_dir).adapter_path.name
     assert summary_of(alone).sentence().endswith(f"its new tokens are missing: {FILES[1]} belongs beside it")
     pipeline.activate(((pipeline.load_adapter(alone, "alone"), 1.0),))
     assert f"knows 'zwx' by new tokens, and their file {FILES[1]} is not beside it" in caplog.text
-    dogs = [encode_text(one, [DOG["instance_prompt"]]).embeds for one in (pipeline.pipeline, live)]
-    assert torch.equal(*dogs) and not torch.equal(encode_text(pipeline.pipeline, [BOTH]).embeds, whole)
+    dogs = [embeds_of(encode_text(one, [DOG["instance_prompt"]])) for one in (pipeline.pipeline, live)]
+    assert torch.equal(*dogs) and not torch.equal(embeds_of(encode_text(pipeline.pipeline, [BOTH])), whole)
 
 
 @pytest.mark.slow

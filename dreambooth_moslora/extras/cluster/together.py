@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.fast_linear import lay_together
+from dreambooth_moslora.base.families import denoiser_of
 from dreambooth_moslora.cli.main import make_evaluator, message_for_known_error, start_log, warn_about
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
 from dreambooth_moslora.core import UserError, shortened, spelled_out
@@ -38,12 +39,13 @@ from dreambooth_moslora.extras.cluster.records import Record, ended, read_record
 from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan
+from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.table import TrainConfig, is_scored
 from dreambooth_moslora.training.adapters import target_paths
 from dreambooth_moslora.training.encoder import LoadBase, load_base
 from dreambooth_moslora.training.loop import Steps, StepScorer, Training, TrainResult, advanced, training
-from dreambooth_moslora.training.step import MicroBatch, StepLosses, TrainStep, UNetRows, numbers_of
+from dreambooth_moslora.training.step import MicroBatch, Rows, StepLosses, TrainStep, numbers_of
 
 T = TypeVar("T")
 
@@ -151,25 +153,27 @@ class SharedBase:
 
     def __init__(self, load: LoadBase = load_base):
         self._load = load
-        self._pipeline: StableDiffusionXLPipeline | None = None
+        self._pipeline: DiffusionPipeline | None = None
 
-    def __call__(self, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
+    def __call__(self, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
         """The pipeline of one run. Its adapter and the components it removes do not affect other runs."""
         if self._pipeline is None:
             pipeline = self._load(config, dtype, device)
-            pipeline.unet.to(device)
+            denoiser = denoiser_of(pipeline).to(device)
+            facts = facts_of(type(pipeline).__name__)
             if device.type != "cpu":
-                lay_together(pipeline.unet, target_paths(config, "unet", pipeline.unet))
+                lay_together(denoiser, target_paths(config, facts.denoiser, denoiser))
             self._pipeline = pipeline
         own = copy.copy(self._pipeline)
-        own.register_modules(unet=twin(self._pipeline.unet), scheduler=copy.deepcopy(self._pipeline.scheduler))
+        name, scheduler = facts_of(type(own).__name__).denoiser, copy.deepcopy(self._pipeline.scheduler)
+        own.register_modules(**{name: twin(denoiser_of(self._pipeline))}, scheduler=scheduler)
         return own
 
     def rest(self) -> None:
         """Move the text encoders and the VAE off the device, until a run moves them back."""
         if self._pipeline is not None:
-            for part in (self._pipeline.text_encoder, self._pipeline.text_encoder_2, self._pipeline.vae):
-                part.to("cpu")
+            for name in ("vae", *facts_of(type(self._pipeline).__name__).encoders):
+                getattr(self._pipeline, name).to("cpu")
 
 
 @dataclass(frozen=True)
@@ -281,7 +285,7 @@ def accumulate_together(steps: Sequence[TrainStep], drawn: Sequence[Sequence[Mic
     """Accumulate the gradients of each run's next step, whose loss is of its own rows. `drawn` are its micro-batches,
     equally many for each run."""
     first, turns, found = steps[0], list(zip(*drawn, strict=True)), []
-    with stacked(*(step.components["unet"] for step in steps)).for_one_step() as copies:
+    with stacked(*(step.inputs.denoiser for step in steps)).for_one_step() as copies:
         for micros in turns:
             answers = [None] * len(steps)
             if first.base_is_prior:
@@ -294,8 +298,8 @@ def accumulate_together(steps: Sequence[TrainStep], drawn: Sequence[Sequence[Mic
     return [step.mean_of(list(numbers)) for step, numbers in zip(steps, zip(*found, strict=True), strict=True)]
 
 
-def predictions(predict: Callable[[UNetRows], Tensor], parts: Sequence[UNetRows]) -> list[Tensor]:
-    return list(predict(UNetRows.joined(parts)).split([len(part.time_ids) for part in parts]))
+def predictions(predict: Callable[[Rows], Tensor], parts: Sequence[Rows]) -> list[Tensor]:
+    return list(predict(Rows.joined(parts)).split([len(part.time_ids) for part in parts]))
 
 
 def scaled(step: TrainStep, loss: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class Learner:
         facts = adapter_metadata(
             {"unet": self.unet},
             base_id=config.pretrained_model_name_or_path,
-            base_architecture=architecture(self.step.inputs.pipeline.unet),
+            base_architecture=architecture(self.step.inputs.denoiser),
             resolution_px=config.resolution,
         )
         save_raw({"unet": self.unet}, out, facts)

@@ -1,0 +1,291 @@
+"""What differs between families of models: how they encode a prompt and a picture, and how their denoiser is called.
+
+    texts(pipe, prompts)                       -> one `Text` a prompt
+    arguments(texts)                           -> these as a batch: arguments of the pipeline's call and of `predict`
+    latents(vae, pixels)                       -> (B, C, h, w), normalised as the denoiser expects them
+    predict(denoiser, z, t, crops, **words)    -> (B, C, h, w): noise or velocity, or n - x of a flow
+
+A prompt's encoding is a dict by the names of the pipeline's own arguments. It is cached, batched, given to the denoiser
+and to the pipeline alike, so nothing else needs to know what is in it. `tests/base/test_families.py` compares each
+family with its own pipeline.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from dreambooth_moslora.base.decode import latent_statistics
+from dreambooth_moslora.settings.families import Facts, facts_of
+
+Text = dict[str, Tensor]
+"""One prompt, by the names of the pipeline's arguments: prompt_embeds (T, D), pooled_prompt_embeds (P), …"""
+
+
+class Family:
+    """What most flow families share. `told_guidance` is what a model with embedded guidance is told in training;
+    `options` are further arguments of the pipeline's `encode_prompt`, such as `max_sequence_length`."""
+
+    names: tuple[str, ...] = ("prompt_embeds",)
+    """The results of `encode_prompt`, in their order."""
+
+    def __init__(self, facts: Facts, told_guidance: float = 1.0, options: dict[str, Any] | None = None):
+        self.facts, self.told_guidance, self.options = facts, told_guidance, options or {}
+
+    def texts(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
+        """Each prompt by itself, so that no encoding depends on the length of the others."""
+        return [self.text(pipe, prompt) for prompt in prompts]
+
+    def text(self, pipe: DiffusionPipeline, prompt: str) -> Text:
+        found = pipe.encode_prompt(prompt, device=self.device(pipe), **self.options)
+        return {name: value[0] for name, value in zip(self.names, found) if value is not None}
+
+    def device(self, pipe: DiffusionPipeline) -> torch.device:
+        return getattr(pipe, self.facts.encoders[-1]).device
+
+    def arguments(self, texts: Sequence[Text]) -> dict[str, Any]:
+        return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
+
+    def with_negative(self, words: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's arguments for pictures of `words`, drawn against `empty`."""
+        if not self.facts.has_negative:
+            return words
+        return words | {f"negative_{name}": value for name, value in empty.items()}
+
+    def latents(self, vae: nn.Module, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], encoded to the mean of the posterior, fp32."""
+        z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        return (z - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+    def predict(self, denoiser: nn.Module, z: Tensor, t: Tensor, crops: Tensor | None, **words: Any) -> Tensor:
+        """`z` (B, C, h, w), `t` (B,) as in the scheduler, `crops` (B, 6): original size, corner and size in pixels."""
+        raise NotImplementedError
+
+    def guidance(self, denoiser: nn.Module, count: int, device: torch.device) -> Tensor | None:
+        """What a model with embedded guidance is told, (count,)."""
+        return torch.full((count,), self.told_guidance, device=device) if denoiser.config.guidance_embeds else None
+
+
+class UNetFamily(Family):
+    """Denoisers that are UNets: scale·z, or scale·(z - mean)/std of a VAE with its latents' statistics (Playground)."""
+
+    def latents(self, vae, pixels):
+        z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        if statistics := latent_statistics(vae, z.device):
+            z = (z - statistics[0]) / statistics[1]
+        return z * vae.config.scaling_factor
+
+
+class SDXL(UNetFamily):
+    """SDXL uses zeros for the empty prompt where its pipeline says so."""
+
+    def texts(self, pipe, prompts):
+        device = self.device(pipe)
+        embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+        if pipe.config.force_zeros_for_empty_prompt:
+            said = torch.tensor([bool(prompt) for prompt in prompts], device=device)
+            embeds, pooled = torch.where(said[:, None, None], embeds, 0), torch.where(said[:, None], pooled, 0)
+        return [{"prompt_embeds": e, "pooled_prompt_embeds": p} for e, p in zip(embeds, pooled)]
+
+    def predict(self, denoiser, z, t, crops, prompt_embeds, pooled_prompt_embeds):
+        added = {"text_embeds": pooled_prompt_embeds, "time_ids": crops}
+        return denoiser(z, t, prompt_embeds, added_cond_kwargs=added).sample
+
+
+class SD1(UNetFamily):
+    def text(self, pipe, prompt):
+        found = pipe.encode_prompt(prompt, self.device(pipe), 1, do_classifier_free_guidance=False)
+        return {"prompt_embeds": found[0][0]}
+
+    def predict(self, denoiser, z, t, crops, prompt_embeds):
+        return denoiser(z, t, prompt_embeds).sample
+
+
+class SD3(Family):
+    def text(self, pipe, prompt):
+        found = pipe.encode_prompt(
+            prompt, None, None, device=self.device(pipe), do_classifier_free_guidance=False, **self.options
+        )
+        return {"prompt_embeds": found[0][0], "pooled_prompt_embeds": found[2][0]}
+
+    def predict(self, denoiser, z, t, crops, prompt_embeds, pooled_prompt_embeds):
+        return denoiser(z, prompt_embeds, pooled_prompt_embeds, t, return_dict=False)[0]
+
+
+class Flux(Family):
+    names = ("prompt_embeds", "pooled_prompt_embeds")
+
+    def text(self, pipe, prompt):
+        found = pipe.encode_prompt(prompt, None, device=self.device(pipe), **self.options)
+        return {name: value[0] for name, value in zip(self.names, found)}
+
+    def predict(self, denoiser, z, t, crops, prompt_embeds, pooled_prompt_embeds):
+        found = denoiser(
+            packed(z),
+            prompt_embeds,
+            pooled_prompt_embeds,
+            t / 1000,
+            img_ids=grid(z.shape[-2] // 2, z.shape[-1] // 2, 3, z.device),
+            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=z.device),
+            guidance=self.guidance(denoiser, len(z), z.device),
+            return_dict=False,
+        )[0]
+        return unpacked(found, z)
+
+
+class Flux2(Family):
+    """The VAE's latents are packed 2 x 2 into channels, and normalised by the statistics of a batch norm."""
+
+    def latents(self, vae, pixels):
+        z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        b, c, h, w = z.shape
+        z = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+        mean, variance = (v.float().view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var))
+        return (z - mean) * (variance + vae.config.batch_norm_eps).rsqrt()
+
+    def predict(self, denoiser, z, t, crops, prompt_embeds):
+        words = torch.zeros(prompt_embeds.shape[1], 4, device=z.device)
+        words[:, 3] = torch.arange(len(words), device=z.device)
+        places = grid(*z.shape[-2:], 4, z.device)
+        found = denoiser(
+            z.flatten(2).mT,
+            prompt_embeds,
+            t / 1000,
+            img_ids=places.expand(len(z), -1, -1),
+            txt_ids=words.expand(len(z), -1, -1),
+            guidance=self.guidance(denoiser, len(z), z.device),
+            return_dict=False,
+        )[0]
+        return found[:, : len(places)].mT.reshape(z.shape)
+
+
+class ZImage(Family):
+    """Texts of unequal length stay a list. Time runs backwards, and the answer is negated."""
+
+    def text(self, pipe, prompt):
+        found = pipe.encode_prompt([prompt], self.device(pipe), do_classifier_free_guidance=False, **self.options)
+        return {"prompt_embeds": found[0][0]}
+
+    def arguments(self, texts):
+        return {"prompt_embeds": [text["prompt_embeds"] for text in texts]}
+
+    def predict(self, denoiser, z, t, crops, prompt_embeds):
+        found = denoiser(list(z[:, :, None]), (1000 - t) / 1000, prompt_embeds, return_dict=False)[0]
+        return -torch.stack(found)[:, :, 0]
+
+
+class QwenImage(Family):
+    """A mask tells the texts of a batch from what fills them up. The VAE has an axis for frames."""
+
+    def arguments(self, texts):
+        embeds = [text["prompt_embeds"] for text in texts]
+        lengths = torch.tensor([len(rows) for rows in embeds])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(embeds[0].device)
+        return {"prompt_embeds": pad_sequence(embeds, batch_first=True), "prompt_embeds_mask": mask}
+
+    def latents(self, vae, pixels):
+        z = vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()[:, :, 0].float()
+        statistics = (vae.config.latents_mean, vae.config.latents_std)
+        mean, std = (torch.tensor(values, device=z.device).view(1, -1, 1, 1) for values in statistics)
+        return (z - mean) / std
+
+    def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_embeds_mask):
+        shape = (1, z.shape[-2] // 2, z.shape[-1] // 2)
+        found = denoiser(packed(z), prompt_embeds, prompt_embeds_mask, t / 1000, [shape] * len(z), return_dict=False)[0]
+        return unpacked(found, z)
+
+
+class Krea2(QwenImage):
+    names = ("prompt_embeds", "prompt_embeds_mask")
+    arguments = Family.arguments
+
+    def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_embeds_mask):
+        words = torch.zeros(prompt_embeds.shape[1], 3, device=z.device)
+        places = torch.cat([words, grid(z.shape[-2] // 2, z.shape[-1] // 2, 3, z.device)])
+        options = {"encoder_attention_mask": prompt_embeds_mask, "return_dict": False}
+        return unpacked(denoiser(packed(z), prompt_embeds, t / 1000, places, **options)[0], z)
+
+
+class Lumina2(Family):
+    """Time runs backwards, and the answer is negated."""
+
+    names = ("prompt_embeds", "prompt_attention_mask")
+
+    def text(self, pipe, prompt):
+        options = {"do_classifier_free_guidance": False, "device": self.device(pipe), **self.options}
+        return {name: value[0] for name, value in zip(self.names, pipe.encode_prompt(prompt, **options))}
+
+    def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_attention_mask):
+        return -denoiser(z, 1 - t / 1000, prompt_embeds, prompt_attention_mask, return_dict=False)[0]
+
+
+class Sana(Lumina2):
+    def with_negative(self, words, empty):
+        """At the size that is asked for: by itself the pipeline draws at a usual size and scales the picture."""
+        return super().with_negative(words, empty) | {"negative_prompt": None, "use_resolution_binning": False}
+
+    def latents(self, vae, pixels):
+        return vae.encode(pixels.to(vae.device, vae.dtype)).latent.float() * vae.config.scaling_factor
+
+    def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_attention_mask):
+        options = {"encoder_attention_mask": prompt_attention_mask, "return_dict": False}
+        return denoiser(z, prompt_embeds, t * denoiser.config.timestep_scale, **options)[0]
+
+
+def packed(z: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h/2·w/2, 4C): each patch of 2 x 2 becomes a token."""
+    b, c, h, w = z.shape
+    return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
+    """`packed` backwards, to the shape of `like`."""
+    b, c, h, w = like.shape
+    return tokens.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def grid(h: int, w: int, axes: int, device: torch.device) -> Tensor:
+    """(h·w, axes): row and column of each token in axes 1 and 2."""
+    places = torch.zeros(h, w, axes, device=device)
+    places[..., 1], places[..., 2] = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
+    return places.view(h * w, axes)
+
+
+METHODS: dict[str, type[Family]] = {
+    "sdxl": SDXL,
+    "sd1": SD1,
+    "sd3": SD3,
+    "flux": Flux,
+    "flux2": Flux2,
+    "z_image": ZImage,
+    "qwen_image": QwenImage,
+    "krea2": Krea2,
+    "lumina2": Lumina2,
+    "sana": Sana,
+}
+"""By the name of the facts."""
+
+
+def family_of(pipe: DiffusionPipeline, **about: Any) -> Family:
+    """The family of a loaded base; `about` are arguments of `Family`. Raises UserError for an unknown one."""
+    facts = facts_of(type(pipe).__name__)
+    return METHODS[facts.name](facts, **about)
+
+
+def in_dtype(text: Text, device: torch.device, dtype: torch.dtype) -> Text:
+    """The text on the device; masks keep their type."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in text.items()
+    }
+
+
+def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
+    return getattr(pipe, facts_of(type(pipe).__name__).denoiser)
+
+
+def block_classes(denoiser: nn.Module) -> tuple[str, ...]:
+    """Class names of the blocks that are repeated, as diffusers lists them: they hold nearly all weights."""
+    return tuple(getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ())

@@ -1,0 +1,206 @@
+"""What is known of each family of models without loading one: the parts of its pipeline, and its usual settings.
+
+The base says which family it is, by the class of its pipeline (`model_index.json`). How a family encodes and predicts
+is in `base.families`. Nothing else asks for a family by name.
+
+Sources: diffusers 0.42, its pipelines' defaults and its `examples/dreambooth` scripts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dreambooth_moslora.core import UserError
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One family. `name` begins its recipes' file names; `title` is for sentences, cards and the page."""
+
+    name: str
+    title: str
+    pipeline: str
+    """Class of the pipeline."""
+    model: str
+    """Class of the model that denoises."""
+    denoiser: str = "transformer"
+    """The pipeline's attribute of that model; it begins the keys of adapter files."""
+    encoders: tuple[str, ...] = ("text_encoder",)
+    adapted_encoders: tuple[str, ...] = ()
+    """Those whose LoRA diffusers loads: what `--train_text_encoder` trains."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    style: str = "flow"
+    """What the denoiser predicts: `flow`, n - x of z = (1 - σ)x + σn, or `ddpm`, noise or velocity."""
+    weighting_scheme: str = "none"
+    guidance: float = 4.0
+    guidance_name: str = "guidance_scale"
+    """The pipeline's argument for the weight of the prompt against the empty one."""
+    no_guidance: float = 1.0
+    """Its value that uses the prompt alone."""
+    has_negative: bool = True
+    """Whether pictures are drawn against a negative prompt; else the model is told the guidance."""
+    steps: int = 50
+    resolution_px: int = 1024
+    multiple_px: int = 16
+    """Sides of pictures are multiples of this."""
+    needs_sizes: bool = False
+    """Whether the denoiser is told the photo's size and crop."""
+    has_new_tokens: bool = False
+    """Whether new tokens can be learnt in its text encoders (pivotal tuning)."""
+    modelspec: str = ""
+    """Name of the architecture in the header of a file in kohya's form, and kohya's own word for it."""
+    kohya_version: str = ""
+    article: str = "a"
+    hub_tag: str = ""
+    licence: str = ""
+
+
+JOINT = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+"""Attention's layers of pictures and texts side by side, as diffusers' scripts for SD 3 and FLUX.1 name them."""
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+UNET = {"model": "UNet2DConditionModel", "denoiser": "unet", "style": "ddpm", "multiple_px": 8}
+
+FAMILIES = (
+    Facts(
+        "sdxl",
+        "SDXL",
+        "StableDiffusionXLPipeline",
+        encoders=("text_encoder", "text_encoder_2"),
+        adapted_encoders=("text_encoder", "text_encoder_2"),
+        guidance=5.0,
+        needs_sizes=True,
+        has_new_tokens=True,
+        modelspec="stable-diffusion-xl-v1-base",
+        kohya_version="sdxl_base_v1-0",
+        article="an",
+        hub_tag="stable-diffusion-xl",
+        licence="OpenRAIL++",
+        **UNET,
+    ),
+    Facts(
+        "sd1",
+        "Stable Diffusion 1.5",
+        "StableDiffusionPipeline",
+        adapted_encoders=("text_encoder",),
+        guidance=7.5,
+        resolution_px=512,
+        modelspec="stable-diffusion-v1",
+        kohya_version="sd_v1",
+        hub_tag="stable-diffusion",
+        licence="OpenRAIL",
+        **UNET,
+    ),
+    Facts(
+        "sd3",
+        "Stable Diffusion 3.5",
+        "StableDiffusion3Pipeline",
+        "SD3Transformer2DModel",
+        encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+        adapted_encoders=("text_encoder", "text_encoder_2"),
+        targets=JOINT,
+        weighting_scheme="logit_normal",
+        guidance=7.0,
+        steps=28,
+        licence="Stability Community",
+    ),
+    Facts(
+        "flux",
+        "FLUX.1",
+        "FluxPipeline",
+        "FluxTransformer2DModel",
+        encoders=("text_encoder", "text_encoder_2"),
+        adapted_encoders=("text_encoder",),
+        targets=(*JOINT, *FEED_FORWARD),
+        guidance=3.5,
+        has_negative=False,
+        steps=28,
+        licence="FLUX.1 dev Non-Commercial",
+    ),
+    Facts(
+        "flux2",
+        "FLUX.2 klein",
+        "Flux2KleinPipeline",
+        "Flux2Transformer2DModel",
+        targets=("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out"),
+        licence="Apache-2.0 (4B), FLUX Non-Commercial (9B)",
+    ),
+    Facts(
+        "z_image",
+        "Z-Image",
+        "ZImagePipeline",
+        "ZImageTransformer2DModel",
+        guidance=5.0,
+        no_guidance=0.0,
+        licence="Apache-2.0",
+    ),
+    Facts(
+        "qwen_image",
+        "Qwen-Image",
+        "QwenImagePipeline",
+        "QwenImageTransformer2DModel",
+        guidance_name="true_cfg_scale",
+        licence="Apache-2.0",
+    ),
+    Facts(
+        "krea2",
+        "Krea 2",
+        "Krea2Pipeline",
+        "Krea2Transformer2DModel",
+        guidance=4.5,
+        no_guidance=0.0,
+        steps=28,
+        licence="Krea 2 Community",
+    ),
+    Facts("lumina2", "Lumina 2", "Lumina2Pipeline", "Lumina2Transformer2DModel", licence="Apache-2.0"),
+    Facts(
+        "sana",
+        "Sana",
+        "SanaPipeline",
+        "SanaTransformer2DModel",
+        targets=("to_q", "to_k", "to_v"),
+        guidance=4.5,
+        steps=20,
+        multiple_px=32,
+        licence="NSCL",
+    ),
+)
+OF_UNETS = ("do_edm_style_training", "snr_gamma", "debiased_estimation_loss", "timestep_bias_strategy")
+OF_UNETS += ("noise_offset", "cache_cross_attention", "basis")
+"""Settings that only UNets obey."""
+BY_PIPELINE = {facts.pipeline: facts for facts in FAMILIES}
+DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))
+"""`unet`, `transformer`: the components of adapter files that are no text encoder."""
+
+
+def facts_of(pipeline: str) -> Facts:
+    """The family of a pipeline's class. Raises UserError for a class that is not one of these."""
+    if pipeline not in BY_PIPELINE:
+        known = ", ".join(facts.title for facts in FAMILIES)
+        raise UserError(f"a base of the class {pipeline} cannot be trained here: take one of {known}.")
+    return BY_PIPELINE[pipeline]
+
+
+def distilled(index: Mapping[str, Any], name: str) -> str:
+    """Why a base is not one to train, by its index and name; "" if it is. An adapter undoes what few-step models have
+    learnt, or learns a subject that is anybody's."""
+    if index.get("is_distilled"):
+        return "it is distilled to a few steps: train the base model of its family (klein: the one with “base”)"
+    word = next((word for word in ("turbo", "schnell", "lightning", "hyper-sd") if word in name.lower()), "")
+    return f"“{word}” says that it is distilled to a few steps: train the base model of its family" if word else ""
+
+
+def facts_of_model(model: str, config: Mapping[str, Any]) -> Facts:
+    """The family of a denoiser's class and configuration: SDXL's UNet is conditioned on sizes. Raises UserError."""
+    found = [facts for facts in FAMILIES if facts.model == model]
+    if not found:
+        raise UserError(f"{model} is not a model of a family that can be trained here.")
+    return found[0] if len(found) == 1 or config.get("addition_embed_type") == "text_time" else found[1]

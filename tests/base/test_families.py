@@ -1,0 +1,257 @@
+"""Each family computes what its own pipeline computes. A random tiny pipeline proves sign, time, places and masks."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from dreambooth_moslora.adapters.fast_linear import WorkingCopies, enable_fast_path
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject, matrix_layers
+from dreambooth_moslora.base.families import METHODS, family_of, packed, unpacked
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.settings.families import FAMILIES, facts_of
+from dreambooth_moslora.settings.fields import is_adapted
+from tests.helpers.tiny_families import MAKERS, OPTIONS, tiny_pipeline
+
+FAST = ("flux", "z_image")
+NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS]
+PX = 64
+PROMPTS = ["a photo of sks dog", "a much longer photo of a cat on the moon"]
+CROPS = torch.tensor([[PX, PX, 0, 0, PX, PX]] * 2, dtype=torch.float32)
+
+
+@pytest.fixture
+def made(request, tmp_path):
+    pipe = tiny_pipeline(request.param, tmp_path)
+    return pipe, family_of(pipe, told_guidance=3.5, options=OPTIONS.get(request.param))
+
+
+each = pytest.mark.parametrize("made", NAMES, indirect=True)
+
+
+def pixels() -> Tensor:
+    return torch.rand(2, 3, PX, PX, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def as_taken(family, z: Tensor) -> Tensor:
+    """Latents as the pipeline's argument `latents`."""
+    return packed(z) if family.facts.name in ("flux", "qwen_image", "krea2") else z
+
+
+def as_latents(rows: Tensor, like: Tensor) -> Tensor:
+    """A pipeline's latents (B, tokens, channels) or (B, C, h, w), as (B, C, h, w)."""
+    if rows.ndim == 4:
+        return rows
+    return rows.mT.reshape(like.shape) if rows.shape[-1] == like.shape[1] else unpacked(rows, like)
+
+
+def unguided(family) -> dict:
+    scale = family.told_guidance if not family.facts.has_negative else family.facts.no_guidance
+    return {family.facts.guidance_name: scale, "height": PX, "width": PX}
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@torch.no_grad()
+@each
+def test_the_pipelines_own_step_is_ours(made):
+    pipe, family = made
+    denoiser = getattr(pipe, family.facts.denoiser)
+    words = family.arguments(family.texts(pipe, PROMPTS))
+    noise = torch.randn(family.latents(pipe.vae, pixels()).shape, generator=torch.Generator().manual_seed(1))
+    calls, seen = [], []
+    hook = denoiser.register_forward_hook(lambda m, given, names, out: calls.append((given, out)), with_kwargs=True)
+
+    def on_step(pipe, number, t, tensors):
+        seen.append((float(t), tensors["latents"].clone()))
+        return tensors
+
+    options = {"num_inference_steps": 3, "output_type": "latent", "callback_on_step_end": on_step, **unguided(family)}
+    pipe(**words, latents=as_taken(family, noise).clone(), **options)
+    hook.remove()
+    t, after = torch.full((2,), seen[0][0]), as_latents(seen[0][1], noise)
+    if family.facts.style == "ddpm":
+        (z, *_), found = calls[0]
+        theirs = found[0]
+    else:
+        z, theirs = noise, (after - noise) / (pipe.scheduler.sigmas[1] - pipe.scheduler.sigmas[0])
+    assert relative(family.predict(denoiser, z, t, CROPS, **words), theirs) < 2e-6
+
+
+class DecodedError(Exception):
+    """Ends a pipeline's call with what it gives the VAE."""
+
+
+@torch.no_grad()
+@each
+def test_the_pipeline_decodes_our_latents_to_the_posteriors_mean(made, monkeypatch):
+    """With an answer of zeros a flow stays where it is."""
+    pipe, family = made
+    z = family.latents(pipe.vae, pixels())
+
+    def decode(given: Tensor, *_, **__):
+        raise DecodedError(given)
+
+    if family.facts.style == "ddpm":
+        given = z / pipe.vae.config.scaling_factor
+    else:
+        monkeypatch.setattr(pipe.vae, "decode", decode)
+        getattr(pipe, family.facts.denoiser).register_forward_hook(lambda m, a, found: zeros_like(found))
+        words = family.arguments(family.texts(pipe, PROMPTS))
+        with pytest.raises(DecodedError) as reached:
+            pipe(**words, latents=as_taken(family, z).clone(), num_inference_steps=2, **unguided(family))
+        given = reached.value.args[0]
+    encoded = pipe.vae.encode(pixels()[:, :, None] if given.ndim == 5 else pixels())
+    assert relative(given, encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()) < 2e-6
+
+
+def zeros_like(found):
+    first = found[0]
+    return ([torch.zeros_like(one) for one in first] if isinstance(first, list) else torch.zeros_like(first),)
+
+
+@torch.no_grad()
+@each
+def test_prompts_of_unequal_length_give_in_a_batch_what_each_gives_alone(made):
+    pipe, family = made
+    denoiser, texts = getattr(pipe, family.facts.denoiser), family.texts(pipe, PROMPTS)
+    z, t = family.latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
+    together = family.predict(denoiser, z, t, CROPS, **family.arguments(texts))
+    for row in range(2):
+        one = slice(row, row + 1)
+        alone = family.predict(denoiser, z[one], t[one], CROPS[one], **family.arguments(texts[one]))
+        assert relative(together[one], alone) < 1e-5
+
+
+@each
+def test_recomputation_changes_no_gradient(made):
+    pipe, family = made
+    denoiser = getattr(pipe, family.facts.denoiser).train()
+    with torch.no_grad():
+        words, z = family.arguments(family.texts(pipe, PROMPTS)), family.latents(pipe.vae, pixels())
+    weights = [layer.weight for layer in denoiser.modules() if isinstance(layer, torch.nn.Linear)]
+    found = []
+    for recomputed in (False, True):
+        if recomputed:
+            denoiser.enable_gradient_checkpointing()
+        for weight in weights:
+            weight.requires_grad_().grad = None
+        family.predict(denoiser, z, torch.tensor([300.0, 700.0]), CROPS, **words).square().mean().backward()
+        found.append([weight.grad for weight in weights if weight.grad is not None])
+    assert len(found[0]) == len(found[1]) > 10
+    assert max(relative(one, other) for one, other in zip(*found) if other.norm() > 1e-9) < 1e-4
+
+
+@torch.no_grad()
+@each
+def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(made):
+    """Guided; alone and beside another."""
+    pipe, family = made
+    texts, empty = family.texts(pipe, PROMPTS), family.texts(pipe, [""])
+    pipe.register_modules(**dict.fromkeys(family.facts.encoders))
+
+    def draw(rows: list[int]) -> Tensor:
+        words = family.with_negative(
+            family.arguments([texts[row] for row in rows]), family.arguments(empty * len(rows))
+        )
+        seeds = [torch.Generator().manual_seed(row) for row in rows]
+        options = {family.facts.guidance_name: family.facts.guidance, "num_inference_steps": 2, "output_type": "pt"}
+        return pipe(**words, generator=seeds, height=PX, width=PX, **options).images
+
+    both, one = draw([0, 1]), draw([0])
+    assert both.shape[:2] == (2, 3) and relative(both[:1], one) < 1e-4
+
+
+def test_each_family_has_methods_and_the_class_of_its_pipeline(tmp_path):
+    assert {facts.name for facts in FAMILIES} == METHODS.keys() == MAKERS.keys()
+    for facts in FAMILIES:
+        kind = getattr(__import__("diffusers"), facts.pipeline)
+        assert {facts.denoiser, *facts.encoders} <= inspect.signature(kind.__init__).parameters.keys()
+        assert {facts.guidance_name} <= inspect.signature(kind.__call__).parameters.keys()
+        assert set(facts.adapted_encoders) | {facts.denoiser} == set(kind._lora_loadable_modules)
+
+
+def test_another_class_is_refused_by_name():
+    with pytest.raises(UserError, match="class ChromaPipeline cannot be trained here: take one of SDXL"):
+        facts_of("ChromaPipeline")
+
+
+JOINT_GROUPS = {
+    "sdxl": 22,
+    "sd1": 8,
+    "sd3": 4,
+    "flux": 6,
+    "flux2": 2,
+    "z_image": 4,
+    "qwen_image": 2,
+    "krea2": 4,
+    "lumina2": 6,
+    "sana": 4,
+}
+"""Groups of projections that one node computes."""
+
+
+@each
+def test_the_fused_path_has_the_gradients_of_peft(made):
+    """With working copies, alone and jointly: projections of pictures and of texts, with biases or without."""
+    pipe, family = made
+    denoiser = getattr(pipe, family.facts.denoiser)
+    paths = [path for path in matrix_layers(denoiser) if is_adapted(path, family.facts.targets)]
+    inject(denoiser, MoSLoraConfig(r=2, target_modules="|".join(map(re.escape, paths)), mixer="orthogonal"))
+    weights = [weight for _, weight in adapter_parameters(denoiser)]
+    with torch.no_grad():
+        for weight in weights:
+            weight.add_(0.1 * torch.randn_like(weight))
+        words, z = family.arguments(family.texts(pipe, PROMPTS)), family.latents(pipe.vae, pixels())
+
+    def gradients() -> list[Tensor]:
+        for weight in weights:
+            weight.grad = None
+        family.predict(denoiser, z, torch.tensor([300.0, 700.0]), CROPS, **words).square().mean().backward()
+        return [weight.grad for weight in weights]
+
+    slow = gradients()
+    assert enable_fast_path(denoiser) == len(paths)
+    for joint in (False, True):
+        copies = WorkingCopies(denoiser, joint=joint)
+        with copies.for_one_step() as step:
+            gradients()
+            step.collect()
+        fast = [weight.grad for weight in weights]
+        assert max(relative(one, other) for one, other in zip(fast, slow) if other is not None) < 1e-4
+    assert len(copies.joints) == JOINT_GROUPS[family.facts.name]
+
+
+HUB = """
+import http.server, json, os, threading
+asked = []
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        asked.append(self.path)
+        content = json.dumps({"_class_name": "ZImagePipeline"}).encode()
+        self.send_response(200 if "Z-Image" in self.path else 404)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+    def log_message(self, *words):
+        pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+from dreambooth_moslora.base.files import facts_of_base
+print(facts_of_base("some/Z-Image").name, facts_of_base("some/other"), asked)
+"""
+
+
+def test_a_base_on_the_hub_is_asked_once_which_family_it_is():
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    found = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True)
+    asked = "['/some/Z-Image/resolve/main/model_index.json', '/some/other/resolve/main/model_index.json']"
+    assert found.stdout.strip() == f"z_image None {asked}"
