@@ -10,6 +10,7 @@ PEFT's LoRA layer computes it, with a `MixerLinear` instead of its B.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,23 +52,26 @@ def nominal_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
+STARTS: dict[str, Callable[[Tensor, torch.Generator], object]] = {
+    "orthogonal": lambda mixer, generator: nn.init.orthogonal_(mixer, generator=generator),
+    "kaiming": lambda mixer, generator: nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator),
+    "identity": lambda mixer, _: nn.init.eye_(mixer),
+    "butterfly": lambda mixer, _: mixer.copy_(torch.eye(len(mixer) // 2).repeat(2, 2)),  # [[I, I], [I, I]]
+    ZERO: lambda mixer, _: mixer.zero_(),  # on a basis, whose B is not zero
+}
+"""Kind -> how M (r, r) starts, in place, from the generator alone. `settings.table.MIXERS` offers them."""
+
+
 def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
     """M₀ (r, r) in fp32 on the CPU. It depends on the seed and the layer's path, not on earlier draws. Raises
     ValueError for an unknown kind."""
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    if kind not in STARTS:
+        raise ValueError(f"there is no mixer {kind!r}")
     mixer = torch.empty(rank, rank, dtype=torch.float32, device="cpu")
-    if kind == "orthogonal":
-        return nn.init.orthogonal_(mixer, generator=generator)
-    if kind == "kaiming":
-        return nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator)
-    if kind == "identity":
-        return torch.eye(rank)
-    if kind == "butterfly":
-        return torch.eye(rank // 2).repeat(2, 2)  # [[I, I], [I, I]]
-    if kind == ZERO:  # on a basis, whose B is not zero
-        return mixer.zero_()
-    raise ValueError(f"there is no mixer {kind!r}")
+    STARTS[kind](mixer, generator)
+    return mixer
 
 
 @dataclass(frozen=True, eq=False)

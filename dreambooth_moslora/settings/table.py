@@ -31,7 +31,7 @@ from dreambooth_moslora.settings.fields import (
 from dreambooth_moslora.settings.optimizers import OPTIMIZERS, SCHEDULE_FREE
 from dreambooth_moslora.settings.rules import check_together
 
-MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
+MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
 ZERO = "zero"  # Start of the mixer on a frozen basis. Elsewhere it would not train.
 SVD = "svd"  # The word for the basis of the base's own weights; any other is a file.
 NO_GAIN = "no gain was shown on three sample subjects"  # `docs/training.md` has the figures.
