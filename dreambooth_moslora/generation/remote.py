@@ -130,7 +130,9 @@ class RemotePipeline:
                 return
             left = (time.monotonic() - started) / (index + 1) * (params.num_images - index - 1)
             yield Step(index, params.num_images, params.steps, params.steps, left)
-            pixels, recipe = opened(png)
+            pixels, recipe = opened(
+                png, (params.width_px or self.resolution_px, params.height_px or self.resolution_px)
+            )
             yield Image(index, pixels, recipe.params, recipe.provenance)
 
     def _drawn(self, params: GenerationParams, stopped: Callable[[], bool]) -> bytes | None:
@@ -152,12 +154,17 @@ class RemotePipeline:
         return None
 
 
-def opened(png: bytes) -> tuple[PIL.Image.Image, Recipe]:
-    """The picture and its recipe. Raises UserError when the bytes are not a picture with a recipe."""
+def opened(png: bytes, size_px: tuple[int, int]) -> tuple[PIL.Image.Image, Recipe]:
+    """The picture and its recipe. Raises UserError when the bytes are not a picture with a recipe, and for a picture of
+    another size than `size_px` (width, height), before it is decoded."""
     try:
         with PIL.Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            if image.size != size_px:
+                raise UserError(f"the backend's picture has {image.width} x {image.height} px, which nobody asked for")
             image.load()
             text = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    except UserError:
+        raise
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise UserError("the backend's answer is not a picture") from error
     image.info.clear()

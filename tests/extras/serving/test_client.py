@@ -2,7 +2,9 @@
 
 import asyncio
 import socket
+import struct
 import threading
+import zlib
 from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
@@ -66,6 +68,18 @@ def test_remote_pictures_are_the_files_of_the_pipeline_here(remote, base, place)
     *_, sheet = generate_grid(remote, params(), (parse_axis("seed=1,2"),), load=lambda cell: cell)
     assert sheet.provenance.adapter_sha256[0][0] == "dog"
     assert list(remote.generate(params(), lambda: True)) == []
+
+
+@pytest.mark.parametrize("size", [(13000, 13000), (64, 65)])
+def test_a_picture_of_another_size_than_asked_for_is_refused_before_it_is_decoded(size):
+    """There are no pixels behind the header: decoding it would be another error."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    png += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    facts = {"base": "toy", "resolution_px": 64}
+    service = SimpleNamespace(get=lambda path: facts, generate=lambda order: png, shown="x")
+    with pytest.raises(UserError, match=f"has {size[0]} x {size[1]} px, which nobody asked for"):
+        list(RemotePipeline(service, "toy").generate(GenerationParams("a dog", steps=1)))
 
 
 @needs_counts
