@@ -8,7 +8,7 @@ A test fails while the page differs from the table.
 from dataclasses import Field, fields
 from pathlib import Path
 
-from dreambooth_moslora.settings.fields import Prompt, Subject
+from dreambooth_moslora.settings.rows import Prompt, Subject
 from dreambooth_moslora.settings.table import FIELD_TYPES, GROUPS, TrainConfig
 
 __all__ = ["main", "page"]

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters.basis import MIXERS, read_mixers
+from dreambooth_moslora.adapters.kohya_file import DORA_SCALE, KOHYA_ALPHA, KOHYA_DOWN, KOHYA_UP, is_by_rows
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer
 from dreambooth_moslora.adapters.new_tokens import KEYS, read_tokens
-from dreambooth_moslora.adapters.proof import DORA_SCALE, KOHYA_ALPHA, KOHYA_DOWN, KOHYA_UP, is_by_rows
 from dreambooth_moslora.adapters.raw_file import RAW_KEY, by_module, check_finite, matrices_from, read_raw, read_tensors
 from dreambooth_moslora.core import UserError, one_line
 

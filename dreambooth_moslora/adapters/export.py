@@ -20,20 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.describe import reduce_layers
+from dreambooth_moslora.adapters.kohya_file import kohya_header, kohya_tensors, published_path
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import Folded, LowRank
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
 from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
-from dreambooth_moslora.adapters.proof import (
-    BOUNDS,
-    FileProof,
-    Proof,
-    check_reduction,
-    kohya_header,
-    kohya_tensors,
-    prove_file,
-    published_path,
-)
+from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
 from dreambooth_moslora.adapters.raw_file import (
     RAW_KEY,
     all_layers,

@@ -35,7 +35,7 @@ from dreambooth_moslora.base.files import check_diffusers_folder, configs_beside
 from dreambooth_moslora.core import UserError, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.settings.families import facts_of
-from dreambooth_moslora.settings.fields import is_text_projection
+from dreambooth_moslora.settings.rows import is_text_projection
 
 OUTPUTS_A_BLOCK = 32
 """Outputs that the 4-bit kernels for CPUs compute at a time. Every width of SDXL is a multiple."""

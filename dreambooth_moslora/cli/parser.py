@@ -28,7 +28,7 @@ from dreambooth_moslora.plan.choices import (
     choose_words,
 )
 from dreambooth_moslora.plan.memory import STOCK_SDXL, in_lines, is_alone, least_free_gib, same_for_all
-from dreambooth_moslora.settings.fields import WORDS, Prompt, Subject, nearest
+from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject, nearest
 from dreambooth_moslora.settings.sources import load_settings, settings_like
 from dreambooth_moslora.settings.table import FIELD_TYPES, REMOVED, SETTINGS, TrainConfig, check_each, checked_setting
 

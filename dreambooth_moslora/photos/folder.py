@@ -49,8 +49,8 @@ from dreambooth_moslora.photos.photo import (
     open_image,
     upright_size,
 )
-from dreambooth_moslora.settings.fields import nearest
 from dreambooth_moslora.settings.prompts import joined
+from dreambooth_moslora.settings.rows import nearest
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 

@@ -37,7 +37,8 @@ from dreambooth_moslora.disk.run_folder import (
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.memory import BaseSize, check_memory, size_of_base
 from dreambooth_moslora.settings.families import DENOISERS, OF_UNETS, Facts, distilled
-from dreambooth_moslora.settings.fields import (
+from dreambooth_moslora.settings.prompts import learnt_words
+from dreambooth_moslora.settings.rows import (
     ATTENTION,
     full_name,
     is_adapted,
@@ -46,7 +47,6 @@ from dreambooth_moslora.settings.fields import (
     nearest,
     parse_pattern,
 )
-from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rules import given_flag
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import SVD, TrainConfig

@@ -8,8 +8,8 @@ from dataclasses import fields
 from typing import Any
 
 from dreambooth_moslora.core import UserError, is_toy
-from dreambooth_moslora.settings.fields import parse_pattern
 from dreambooth_moslora.settings.optimizers import SCHEDULE_FREE, optimizer_of
+from dreambooth_moslora.settings.rows import parse_pattern
 from dreambooth_moslora.settings.subjects import check_subjects
 
 Config = Any

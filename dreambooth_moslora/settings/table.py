@@ -1,6 +1,6 @@
 """The table of all settings of a training run: each is one row of `TrainConfig`, with all that is known of it.
 
-A row has the setting's name, type, default and help, and what `fields.Row` lists: bounds, choices, whether a published
+A row has the setting's name, type, default and help, and what `rows.Row` lists: bounds, choices, whether a published
 file tells it, when it has no effect, its names elsewhere. The command line, the configuration files, `--like`, the
 header of a published file, the remarks before a run and the list in `docs/settings.md` are made from the rows. A rule
 between several settings is a sentence in `rules`.
@@ -13,7 +13,8 @@ from os.path import expanduser
 from typing import Any
 
 from dreambooth_moslora.core import UserError, find_asset, is_toy
-from dreambooth_moslora.settings.fields import (
+from dreambooth_moslora.settings.optimizers import OPTIMIZERS, SCHEDULE_FREE
+from dreambooth_moslora.settings.rows import (
     ATTENTION,
     WORDS,
     Prompt,
@@ -28,7 +29,6 @@ from dreambooth_moslora.settings.fields import (
     unless,
     where,
 )
-from dreambooth_moslora.settings.optimizers import OPTIMIZERS, SCHEDULE_FREE
 from dreambooth_moslora.settings.rules import check_together
 
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
@@ -424,7 +424,7 @@ GROUPS = tuple(dict.fromkeys(item.metadata["group"] for item in SETTINGS.values(
 
 
 def named(fact: str, value: Any = True) -> tuple[str, ...]:
-    """The settings whose row has this value of a fact of `fields.Row`."""
+    """The settings whose row has this value of a fact of `rows.Row`."""
     return tuple(name for name, item in SETTINGS.items() if item.metadata[fact] == value)
 
 

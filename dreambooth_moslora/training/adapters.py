@@ -34,8 +34,8 @@ from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.core import UserError, generator, seed_of
 from dreambooth_moslora.disk.run_folder import RAW_NAME, tokens_files
 from dreambooth_moslora.settings.families import DENOISERS, Facts
-from dreambooth_moslora.settings.fields import is_adapted
 from dreambooth_moslora.settings.prompts import learnt_words
+from dreambooth_moslora.settings.rows import is_adapted
 from dreambooth_moslora.settings.subjects import each_subject, stream_of
 from dreambooth_moslora.settings.table import ZERO, TrainConfig, rank_and_alpha, ranks_in_vain
 from dreambooth_moslora.training.encoder import PromptCache, TensorCache

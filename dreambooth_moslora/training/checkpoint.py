@@ -46,9 +46,9 @@ from dreambooth_moslora.disk.run_folder import (
     tokens_name,
 )
 from dreambooth_moslora.plan.checks import last_name
-from dreambooth_moslora.settings.fields import is_adapted, is_target
 from dreambooth_moslora.settings.optimizers import optimizer_of
 from dreambooth_moslora.settings.prompts import learnt_words
+from dreambooth_moslora.settings.rows import is_adapted, is_target
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import REMOVED, SVD, TrainConfig, named, rank_and_alpha
 from dreambooth_moslora.training.optimizer import check_tensor, checked_states, optimizer_kind, put

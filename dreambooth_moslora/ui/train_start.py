@@ -22,8 +22,8 @@ from dreambooth_moslora.disk.run_folder import NONE, clean_name, header_of
 from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_recipe
 from dreambooth_moslora.plan.memory import Estimate
 from dreambooth_moslora.plan.plan import plan_steps
-from dreambooth_moslora.settings.fields import parse_pattern
 from dreambooth_moslora.settings.prompts import subject_of
+from dreambooth_moslora.settings.rows import parse_pattern
 from dreambooth_moslora.settings.sources import FoundRecipe, checked_recipe, recipe_in_file
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, without_removed

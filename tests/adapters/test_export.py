@@ -14,6 +14,7 @@ from benchmarks.sdxl_structure import count
 from dreambooth_moslora.adapters import export, moslora, proof
 from dreambooth_moslora.adapters.describe import describe, reduce_layers
 from dreambooth_moslora.adapters.export import load_published, publish
+from dreambooth_moslora.adapters.kohya_file import kohya_name
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject, set_scale
@@ -73,8 +74,8 @@ def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
     diffusers, kohya = (load_file(tmp_path / name) for name in (PUBLISHED_NAME, KOHYA))
     down, up = diffusers[f"unet.{path}.lora_A.weight"], diffusers[f"unet.{path}.lora_B.weight"]
     assert down.shape[2:] == (3, 3) and up.shape[2:] == (1, 1)
-    assert torch.equal(kohya[f"{proof.kohya_name('unet', path)}.lora_down.weight"], down)
-    assert torch.equal(kohya[f"{proof.kohya_name('unet', path)}.lora_up.weight"], up)
+    assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_down.weight"], down)
+    assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_up.weight"], up)
     components["unet"].to(memory_format=torch.channels_last)
     published(components, tmp_path / "b")
     again = load_file(tmp_path / "b" / PUBLISHED_NAME)

@@ -38,7 +38,7 @@ from dreambooth_moslora.adapters.moslora import (
 )
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan.memory import size_of_base
-from dreambooth_moslora.settings.fields import is_target
+from dreambooth_moslora.settings.rows import is_target
 from dreambooth_moslora.settings.table import MIXERS
 from tests.helpers.layer_figures import diagnostics
 from tests.helpers.live_adapters import PROJECTIONS, live, shake

@@ -15,7 +15,7 @@ from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameter
 from dreambooth_moslora.base.families import METHODS, family_of, packed, unpacked
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.families import FAMILIES, facts_of
-from dreambooth_moslora.settings.fields import is_adapted
+from dreambooth_moslora.settings.rows import is_adapted
 from tests.helpers.tiny_families import MAKERS, OPTIONS, tiny_pipeline
 
 FAST = ("flux", "z_image")

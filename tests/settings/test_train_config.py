@@ -13,7 +13,7 @@ import pytest
 
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, parse_train_config
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.settings.fields import WORDS
+from dreambooth_moslora.settings.rows import WORDS
 from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 

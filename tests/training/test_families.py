@@ -20,7 +20,7 @@ from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.families import BY_PIPELINE, FAMILIES
-from dreambooth_moslora.settings.fields import ATTENTION
+from dreambooth_moslora.settings.rows import ATTENTION
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.objective import add_noise, flow_levels, flow_weights, loss_target
 from dreambooth_moslora.training.prepare import noise_schedule

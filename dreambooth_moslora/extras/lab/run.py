@@ -51,8 +51,8 @@ from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import open_rgb
-from dreambooth_moslora.settings.fields import is_adapted
 from dreambooth_moslora.settings.measures import MEASURES
+from dreambooth_moslora.settings.rows import is_adapted
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
 from dreambooth_moslora.training.loop import train
