@@ -149,6 +149,7 @@ POOL = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from dreambooth_moslora.extras.lab.run import begin_worker
 if __name__ == "__main__":
     context = get_context("spawn")
     pool = ProcessPoolExecutor(1, context, begin_worker, (1, os.getpid(), context.Value("i", 0)))
