@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.base import load
 from dreambooth_moslora.base.families import Family, Text, denoiser_of
-from dreambooth_moslora.base.files import SMALL_BASE_PX
+from dreambooth_moslora.base.files import SMALL_BASE_PX, facts_of_base
 from dreambooth_moslora.base.load import default_resolution, load_pipeline, quantize
 from dreambooth_moslora.base.machine import has_fast_bf16
 from dreambooth_moslora.core import UserError, atomic_write, content_key, file_digest
@@ -50,8 +50,10 @@ BF16_ON_A_CPU = (
 
 
 def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
-    """Load the base. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that the user names is in `dtype`.
-    Raises UserError when it cannot be loaded."""
+    """Load the base. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that the user names is in `dtype`, and
+    so is a flow model's, whose pipeline gives it latents in that. Raises UserError when it cannot be loaded."""
+    facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+    is_flow = facts is not None and facts.style == "flow"
     pipeline = load_pipeline(
         config.pretrained_model_name_or_path,
         dtype=dtype,
@@ -59,7 +61,7 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
         revision=config.revision,
         vae=config.pretrained_vae_model_name_or_path,
         cache_dir=config.cache_dir,
-        vae_dtype=dtype if config.pretrained_vae_model_name_or_path else torch.float32,
+        vae_dtype=dtype if is_flow or config.pretrained_vae_model_name_or_path else torch.float32,
     )
     quantize(denoiser_of(pipeline), config.base_quantization, dtype, device)
     if hasattr(pipeline, "image_encoder"):

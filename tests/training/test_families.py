@@ -87,6 +87,13 @@ def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(name, pho
     assert not np.array_equal(drawn(subject, (adapter, 1.0)), without)
 
 
+def test_in_bf16_samples_are_drawn_too(photos, tmp_path):
+    """The pipeline hands its latents to the VAE in the transformer's dtype."""
+    more = {"mixed_precision": "bf16", "num_validation_images": 1, "max_train_steps": 1}
+    train(tiny_config(base_of("z_image", tmp_path), photos, tmp_path / "run", **settings_of("z_image", **more)))
+    assert (tmp_path / "run" / "image_0.png").is_file()
+
+
 def test_the_plan_takes_layers_and_levels_of_the_family(photos, tmp_path):
     config = make_plan(tiny_config(base_of("sd3", tmp_path), photos, tmp_path / "run", **settings_of("sd3"))).config
     assert config.target_modules == BY_PIPELINE["StableDiffusion3Pipeline"].targets
