@@ -87,10 +87,11 @@ def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(name, pho
     assert not np.array_equal(drawn(subject, (adapter, 1.0)), without)
 
 
-def test_in_bf16_samples_are_drawn_too(photos, tmp_path):
+@pytest.mark.parametrize("name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3", "qwen_image"))])
+def test_in_bf16_samples_are_drawn_too(name, photos, tmp_path):
     """The pipeline hands its latents to the VAE in the transformer's dtype."""
     more = {"mixed_precision": "bf16", "num_validation_images": 1, "max_train_steps": 1}
-    train(tiny_config(base_of("z_image", tmp_path), photos, tmp_path / "run", **settings_of("z_image", **more)))
+    train(tiny_config(base_of(name, tmp_path), photos, tmp_path / "run", **settings_of(name, **more)))
     assert (tmp_path / "run" / "image_0.png").is_file()
 
 
