@@ -72,4 +72,4 @@ def test_without_a_share_the_bare_prompt_is_said_to_lag_and_with_the_usual_one_i
     said = [line for line in advice_after(never) if "alone shows" in line]
     assert len(said) == 1 and said[0].endswith("--instance_prompt_share 0.33"), never.scores
     assert not [line for line in advice_after(usual) if "alone shows" in line], usual.scores
-    assert usual.moved("dino_bare") > never.bare_prompt_moved + 0.2
+    assert usual.moved("dino_bare") > never.moved("dino_bare") + 0.2
