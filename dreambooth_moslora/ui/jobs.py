@@ -78,6 +78,9 @@ class Job:
     stop_asked: float = 0.0
     birth: str = ""
     folder: str = ""
+    began: float = 0.0
+    """The clock just before the process was made: `created` is exact to a second only, and an earlier process may have
+    ended within it."""
 
     @property
     def name(self) -> str:
@@ -98,7 +101,7 @@ class Job:
             job = cls(run_dir, **json.loads((run_dir / JOB_NAME).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError):
             return None
-        texts, numbers = (job.owner, job.birth, job.folder), (job.created, job.stop_asked)
+        texts, numbers = (job.owner, job.birth, job.folder), (job.created, job.stop_asked, job.began)
         is_sound = type(job.pid) is int and job.pid > 0 and all(isinstance(text, str) for text in texts)
         return job if is_sound and all(map(is_finite_number, numbers)) else None
 
@@ -266,8 +269,8 @@ class Jobs:
 
     def _events_of(self, job: Job) -> list[dict[str, Any]]:
         """Events since the first that is not older than its process, as the clock may be put back later."""
-        events = self.metrics(job).since_start()
-        return list(dropwhile(lambda event: (event.get("time") or 0) < job.created - 1, events))
+        events, since = self.metrics(job).since_start(), job.began or job.created - 1
+        return list(dropwhile(lambda event: (event.get("time") or 0) < since, events))
 
     def _launch(self, run_dir: Path, owner: str, folder: str) -> Job:
         with self._make_room(), self._lock:
@@ -276,13 +279,14 @@ class Jobs:
                 raise UserError(f"{whose} is going on; one run at a time")
             command = processes.TRAIN if self.script is None else [str(self.script)]
             words = (*command, "--config", str(run_dir / processes.CONFIG_NAME))
+            began = time.time()
             child = processes.start_logged(run_dir, words, folder=folder or None)
             self._children[child.pid] = child
             self._exits.pop(child.pid, None)
             self._asked.pop(child.pid, None)
             try:
                 created, birth = psutil.Process(child.pid).create_time(), birth_of(child.pid)
-                job = Job(run_dir, owner, child.pid, created, birth=birth, folder=folder)
+                job = Job(run_dir, owner, child.pid, created, birth=birth, folder=folder, began=began)
                 job.save()
             except BaseException:  # an unrecorded process could not be stopped
                 child.kill()

@@ -45,6 +45,13 @@ class Visit:
     errors: list[str] = field(default_factory=list)
     hosts: set[str] = field(default_factory=set)
 
+    def reload(self) -> None:
+        """Load the page again. Gradio's client tells of the requests that the page drops as it leaves."""
+        told = len(self.errors)
+        self.page.reload()
+        self.page.wait_for_selector("#run")
+        del self.errors[told:]
+
 
 @contextmanager
 def chromium() -> Iterator[Browser]:

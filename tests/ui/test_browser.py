@@ -120,13 +120,12 @@ def test_a_grid_is_drawn(page):
     assert pixels_of(page, "#sheet img").shape[1] > 3 * 64
 
 
-def test_a_dropped_png_gives_the_same_picture_again(page, tmp_path):
+def test_a_dropped_png_gives_the_same_picture_again(visited, page, tmp_path):
     generate(page, "a sks dog in the snow", steps=4)
     says(page, "status", "1 picture in")
     file = saved(page, tmp_path)
     before = pixels_of(page, "#gallery img")
-    page.reload()
-    page.wait_for_selector("#run")
+    visited.reload()
     open_box(page, "drop_box")
     page.set_input_files("#drop_png input[type=file]", file)
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in the snow'")
@@ -160,7 +159,7 @@ def photos_of(folder) -> list:
     return files
 
 
-def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(page, tmp_path):
+def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(visited, page, tmp_path):
     open_tab(page, "Train")
     add_photos(page, photos_of(tmp_path), "dog")
     page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
@@ -169,7 +168,7 @@ def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(page, tmp_
     set_number(page, "train_steps", 5000)
     page.click("#start")
     says(page, "train_status", "of 5000")
-    page.reload()
+    visited.reload()
     open_tab(page, "Train")
     says(page, "train_status", "of 5000")
     page.click("#stop_training")
@@ -343,7 +342,7 @@ def test_on_a_phone_a_plot_shows_all_its_lines_and_names_and_a_button_has_a_marg
     with visit(browser, served.url, size=(390, 844)) as visited:
         page, cookies = visited.page, {cookie["name"]: cookie["value"] for cookie in visited.context.cookies()}
         scored_run(served, visitor_id(SimpleNamespace(cookies=cookies)))
-        page.reload()
+        visited.reload()
         open_tab(page, "Train")
         plot = page.locator("#fidelity svg")
         plot.locator(".mark-line path").first.wait_for(state="attached")

@@ -188,6 +188,20 @@ def test_while_it_starts_a_resumed_run_is_at_none_of_the_earlier_steps(tmp_path)
     assert jobs.state(replace(job, created=0.0)).state == "failed"
 
 
+def test_a_run_resumed_in_the_second_of_its_end_is_starting(jobs):
+    """The earlier process's last events are not the new one's, though its birth is known to a second only."""
+    start(jobs)
+    wait_for(lambda: jobs.state(jobs.current()).step)
+    jobs.stop("dog", OWNER)
+    wait_for(lambda: jobs.current() is None)
+    now = time.time()
+    earlier = line("start", 0, now - 9) + line("step", 5, now - 0.1) + line("end", 5, now - 0.1)
+    replaced(jobs.runs_dir / "dog" / "metrics.jsonl", earlier)
+    jobs.script.write_text("import time; time.sleep(60)")
+    job = jobs.resume("dog", OWNER)
+    assert (jobs.state(job).state, jobs.state(job).step) == ("starting", 0)
+
+
 def test_a_run_that_ended_while_the_clock_was_put_back_is_done(tmp_path):
     """Its events are known by their place in the file: those behind its start are its own."""
     now = NOW - 100

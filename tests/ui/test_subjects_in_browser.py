@@ -80,8 +80,7 @@ def test_a_second_subject_is_asked_for_trained_and_taken_away(served, browser, p
         page.click("#show_masks")
         says(page, "mask_remarks", "photo 2 of subject 2: no mask")
         assert page.locator("#masks img").count() == 5
-        page.reload()
-        page.wait_for_selector("#run")
+        visited.reload()
         open_tab(page, "Train")
         page.wait_for_function("document.querySelectorAll('#crops_2 img').length === 2")
         for number in (3, 4):
@@ -179,8 +178,7 @@ def test_two_subjects_are_trained_on_the_embedded_base_and_put_back_into_the_for
         page.set_viewport_size({"width": 390, "height": 844})
         assert columns(page, "samples") == 2 and fits(page)
         page.set_viewport_size({"width": 1280, "height": 900})
-        page.reload()
-        page.wait_for_selector("#run")
+        visited.reload()
         open_tab(page, "Train")
         page.click("#reopen")
         says(page, "cost", "duck-rocket are in the form")
