@@ -16,9 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dreambooth_moslora.core import is_main_process, process_count
-from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.photos.folder import PhotoReport, photo_report
-from dreambooth_moslora.photos.masks import with_kept_masks
+from dreambooth_moslora.photos.folder import PhotoReport, photo_report, with_made
 from dreambooth_moslora.photos.photo import Photo, counts_of
 from dreambooth_moslora.plan.checks import preflight, with_family
 from dreambooth_moslora.plan.memory import Estimate, by_all, choose_memory, estimate, same_config, uses_class_images
@@ -104,7 +102,7 @@ def make_plan(
     if report is None:  # the main process reads first, as it then writes the images of a data set
         first = by_all(lambda: photo_report(config) if is_main_process() else None)
         report = by_all(lambda: first or photo_report(config))
-    elif config.masks == "auto":  # it may have been chosen after the photos were read
-        report = replace(report, photos=with_kept_masks(report.photos, RunDir(config.output_dir).masks_dir))
+    else:  # masks may have been chosen after the photos were read
+        report = replace(report, photos=with_made(config, report.photos))
     steps = plan_steps(config, counts_of(report.photos), process_count())
     return Plan(config, base, report, steps, estimate(config, size, steps.total_steps))

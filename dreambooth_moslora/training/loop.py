@@ -25,7 +25,7 @@ from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.photos.folder import bare_prompt_line, log_strays, usable_photos
+from dreambooth_moslora.photos.folder import bare_prompt_line, log_strays, usable_photos, with_made
 from dreambooth_moslora.photos.photo import counts_of
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
@@ -48,7 +48,7 @@ from dreambooth_moslora.training.checkpoint import (
 )
 from dreambooth_moslora.training.encoder import LoadBase
 from dreambooth_moslora.training.explain import BestStep, ScaleChoice
-from dreambooth_moslora.training.made_before import captioned_photos, masked_photos
+from dreambooth_moslora.training.made_before import make_captions, make_masks
 from dreambooth_moslora.training.optimizer import copies, optimizer_kind
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples
 from dreambooth_moslora.training.publish import Publisher, ValidationSamples
@@ -351,7 +351,9 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
     steps = plan_steps(config, counts_of(photos), context.accelerator.num_processes)  # MPI sets no WORLD_SIZE
     report.step = step
     on_main(context.accelerator, lambda: report_start(context, step, steps.total_steps))
-    photos = masked_photos(context, captioned_photos(context, photos))
+    make_captions(context, photos)
+    make_masks(context, photos)
+    photos = with_made(config, photos)
     if line := bare_prompt_line(config, photos):
         logger.info("%s", line)
     if context.accelerator.log_with:

@@ -21,8 +21,8 @@ from dreambooth_moslora.core import UserError, clean_stale, public_name, spelled
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
 from dreambooth_moslora.photos.crops import crop_rule
-from dreambooth_moslora.photos.folder import find_photos, usable_photos, with_kept_captions
-from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept, with_kept_masks, without_kept_mask
+from dreambooth_moslora.photos.folder import find_photos, usable_photos
+from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept, without_kept_mask
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
 from dreambooth_moslora.settings.subjects import each_subject
@@ -90,12 +90,12 @@ def make_for_photos(
     free_unused_memory(device)
 
 
-def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
-    """The photos; those without a caption get the one in the run folder, which is made if missing. Raises UserError
-    when the model is not there, and StopRequestedError."""
+def make_captions(context: RunContext, photos: list[Photo]) -> None:
+    """Make what the run folder lacks of captions for the photos without one. Raises UserError when the model is not
+    there, and StopRequestedError."""
     bare = [photo for photo in photos if not photo.is_captioned]
     if context.config.captions != "auto" or not bare:
-        return photos
+        return
     subjects, path = each_subject(context.config), context.run_dir.captions_path
 
     def make(photo: Photo, captioner: Captioner) -> MadeCaption:
@@ -106,16 +106,12 @@ def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
         logger.info("%s", spelled_out(f"{photo.path.name}: {made.caption or made.remark}"))
 
     make_for_photos(context, "caption", bare, load_captioner, make, tell)
-    found = []
-    for number, subject in enumerate(subjects):
-        found += with_kept_captions(subject, [photo for photo in photos if photo.subject == number])
-    return found
 
 
-def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
-    """The photos; those without a mask get the run folder's, made if missing. Raises UserError, StopRequestedError."""
+def make_masks(context: RunContext, photos: list[Photo]) -> None:
+    """Make what the run folder lacks of masks for the photos without one. Raises UserError, StopRequestedError."""
     if context.config.masks != "auto":
-        return photos
+        return
     folder = context.run_dir.masks_dir
 
     def tell(photo: Photo, mask: MadeMask) -> None:
@@ -125,7 +121,6 @@ def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
     own = [without_kept_mask(photo, folder) for photo in photos]
     if bare := [photo for photo in own if photo.mask_path is None]:
         make_for_photos(context, "mask", bare, load_segmenter, partial(make_kept, folder=folder), tell)
-    return with_kept_masks(own, folder)
 
 
 Sets = list[tuple[ClassImages, int]]

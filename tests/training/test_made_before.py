@@ -15,7 +15,7 @@ from dreambooth_moslora.cli import evaluate
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import Captioner
-from dreambooth_moslora.photos.folder import find_photos, photo_report
+from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
 from dreambooth_moslora.photos.masks import Segmenter, open_mask
 from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.sources import recipe_of
@@ -205,8 +205,9 @@ def made(monkeypatch, tmp_path, pets):
             accelerator.reduce = lambda votes, kind: votes  # nobody asks for a stop
             report = SimpleNamespace(counted=lambda phase, counts, total: counts, failure=None)
             context = RunContext(config, RunDir(folder), accelerator, report, bool)
-            found = made_before.captioned_photos(context, made_before.masked_photos(context, pets))
-            return [(photo.captions, photo.mask_path.name) for photo in found]
+            made_before.make_masks(context, pets)
+            made_before.make_captions(context, pets)
+            return [(photo.captions, photo.mask_path.name) for photo in with_made(config, pets)]
 
         found = run(count, one)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
