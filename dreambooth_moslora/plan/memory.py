@@ -325,31 +325,30 @@ def images_of(config: TrainConfig, steps: int) -> float:
     return images * (config.resolution / 1024) ** 2
 
 
-def choose_memory(config: TrainConfig, free_gib: float | None = None) -> TrainConfig:
-    """`config` with the settings of its `--memory`; unchanged without that option. `free_gib` is the GPU's, if another
-    process will train; else all processes of the run must call it. A resumed run keeps its first plan, since another
-    would change the result's bytes. Raises UserError for a missing base."""
+def memory_settings(config: TrainConfig, free_gib: float | None = None) -> dict[str, Any]:
+    """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's, if another process
+    will train; else all processes of the run must call it. A resumed run keeps its first plan, since another would
+    change the result's bytes. Raises UserError for a missing base."""
     if config.memory is None:
-        return config
+        return {}
     free = least_free_gib() if free_gib is None else free_gib
     if config.resume_from_checkpoint:
         with suppress(UserError):  # the folder has no settings yet
             saved = read_json_table(RunDir(config.output_dir).config_path)
             if before := {name: saved[name] for name in SETTINGS["memory"].metadata["replaces"] if name in saved}:
-                return replace(config, **before)
-    if free is not None and precision_of(config) == "no":
-        config = replace(config, mixed_precision=half_precision())
+                return before
+    is_open = free is not None and precision_of(config) == "no"
+    precision = {"mixed_precision": half_precision()} if is_open else {}
+    config = replace(config, **precision)
     size = size_of_base(base_folder(config), config.target_modules, config.variant)
     name = config.memory if config.memory != "auto" else fitting(config, size, free)
-    return with_plan(config, name)
+    return precision | plan_settings(config, name)
 
 
-def with_plan(config: TrainConfig, name: str) -> TrainConfig:
-    """Add the plan to the given settings; int8 stays. Raises UserError where the other settings exclude it."""
-    changes = dict(PLANS[name])
-    if config.base_quantization != "none":
-        changes.pop("base_quantization", None)
-    return replace(config, **changes)
+def plan_settings(config: TrainConfig, name: str) -> dict[str, Any]:
+    """What the plan adds to the given settings; int8 stays."""
+    is_quantized = config.base_quantization != "none"
+    return {key: value for key, value in PLANS[name].items() if not (is_quantized and key == "base_quantization")}
 
 
 def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: Collection[str] = tuple(PLANS)) -> str:
@@ -369,7 +368,7 @@ def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PL
         if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
             continue
         if "cache_cross_attention" not in PLANS[name] or not excluded_by("cache_cross_attention", config):
-            found[name] = estimate(with_plan(config, name), size, 1).peak_gib
+            found[name] = estimate(replace(config, **plan_settings(config, name)), size, 1).peak_gib
     return found
 
 
@@ -399,9 +398,9 @@ def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> 
     return agreed(joined(), find, words, "give all processes the same flags and files.")
 
 
-def same_config(config: TrainConfig) -> TrainConfig:
-    """`config`. Raises UserError on all processes where one has another."""
-    return same_for_all(lambda: config, lambda own: in_lines(own.to_dict()))
+def check_same(config: TrainConfig) -> None:
+    """Raises UserError on all processes where one has other settings."""
+    same_for_all(lambda: config, lambda own: in_lines(own.to_dict()))
 
 
 def by_all(check: Callable[[], Result]) -> Result:

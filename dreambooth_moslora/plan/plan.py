@@ -18,8 +18,8 @@ from pathlib import Path
 from dreambooth_moslora.core import is_main_process, process_count
 from dreambooth_moslora.photos.folder import PhotoReport, photo_report, with_made
 from dreambooth_moslora.photos.photo import Photo, counts_of
-from dreambooth_moslora.plan.checks import preflight, with_family
-from dreambooth_moslora.plan.memory import Estimate, by_all, choose_memory, estimate, same_config, uses_class_images
+from dreambooth_moslora.plan.checks import family_settings, preflight
+from dreambooth_moslora.plan.memory import Estimate, by_all, check_same, estimate, memory_settings, uses_class_images
 from dreambooth_moslora.settings.table import TrainConfig
 
 FEW_EXPOSURES = 20
@@ -97,7 +97,10 @@ def make_plan(
     """The plan of a run whose folders `check_folders` allows. All processes of the run must call it. `report` is given
     where the photos were read before. `is_later`: another process will train, on a GPU with `free_gib`; the memory that
     is free now does not matter then. Raises UserError for whatever training would refuse before it loads the base."""
-    config = same_config(choose_memory(with_family(same_config(config)), free_gib))
+    check_same(config)
+    config = replace(config, **family_settings(config))
+    config = replace(config, **memory_settings(config, free_gib))
+    check_same(config)
     base, size = by_all(lambda: preflight(config, is_later=is_later))
     if report is None:  # the main process reads first, as it then writes the images of a data set
         first = by_all(lambda: photo_report(config) if is_main_process() else None)

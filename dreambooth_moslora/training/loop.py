@@ -90,6 +90,7 @@ class Training:
     """A run that is set up. `checkpoint` is the newest that it wrote or resumed from, `checkpoint_step` its step. Its
     step began at `started`, so that `seconds` of the last steps count neither samples nor saving."""
 
+    config: TrainConfig
     context: RunContext
     max_train_steps: int
     train_step: TrainStep
@@ -104,9 +105,8 @@ class Training:
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
     def __post_init__(self):
-        self.config, self.run_dir = self.context.config, self.context.run_dir
-        self.accelerator, self.report = self.context.accelerator, self.context.report
-        self.checkpoint_step = self.step
+        self.run_dir, self.accelerator = self.context.run_dir, self.context.accelerator
+        self.report, self.checkpoint_step = self.context.report, self.step
 
     @property
     def step(self) -> int:
@@ -318,7 +318,7 @@ def training(
     run_dir = RunDir(plan.config.output_dir)
     accelerator = make_accelerator(plan.config, run_dir)
     report = Reporter(run_dir, accelerator, on_event)
-    context = RunContext(plan.config, run_dir, accelerator, report, should_stop or (lambda: False))
+    context = RunContext(run_dir, accelerator, report, should_stop or (lambda: False))
     with ExitStack() as stack:
         stack.callback(report.end_trackers)
         on_main(accelerator, lambda: stack.enter_context(locked(run_dir.path)))
@@ -338,21 +338,20 @@ def training(
 def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: LoadBase | None = None) -> Training:
     """Everything before the first step; drawing class images may take hours. `load` loads the base. Raises UserError,
     and StopRequestedError when a stop is requested."""
-    fresh = None, Position(0, chosen_seed(context.config, context.accelerator))
+    fresh = None, Position(0, chosen_seed(plan.config.seed, context.accelerator))
     checkpoint, position = agreed(
         context.accelerator,
-        lambda: resume_point(context.config, context.run_dir) or fresh,
+        lambda: resume_point(plan.config, context.run_dir) or fresh,
         lambda found: f"step {found[1].step} to go on from",
     )
-    config, report, step = replace(context.config, seed=position.seed), context.report, position.step
-    context = replace(context, config=config)
+    config, report, step = replace(plan.config, seed=position.seed), context.report, position.step
     log_strays(plan.photo_report)
     photos = usable_photos(plan.photo_report)
     steps = plan_steps(config, counts_of(photos), context.accelerator.num_processes)  # MPI sets no WORLD_SIZE
     report.step = step
-    on_main(context.accelerator, lambda: report_start(context, step, steps.total_steps))
-    make_captions(context, photos)
-    make_masks(context, photos)
+    on_main(context.accelerator, lambda: report_start(config, context, step, steps.total_steps))
+    make_captions(config, context, photos)
+    make_masks(config, context, photos)
     photos = with_made(config, photos)
     if line := bare_prompt_line(config, photos):
         logger.info("%s", line)
@@ -360,7 +359,8 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
         on_main(context.accelerator, lambda: report.start_trackers(config))
     samples = ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]
-    inputs = prepare(context, photos, steps.total_steps * steps.photos_a_step, prompts, checkpoint is None, load)
+    sample_count = steps.total_steps * steps.photos_a_step
+    inputs = prepare(config, context, photos, sample_count, prompts, checkpoint is None, load)
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
         samples.requests, samples.contexts = [], []
         logger.warning(NO_SAMPLES)
@@ -368,8 +368,8 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
     settings = config.resolution, context.accelerator.device
     sampler = Sampler(inputs.pipeline, train_step.texts, *settings, should_stop=context.should_stop)
     publisher = Publisher(config, context.run_dir, inputs, train_step, samples, sampler, steps.total_steps, checkpoint)
-    on_main(context.accelerator, lambda: claim_run_folder(context, step, checkpoint))
-    return Training(context, steps.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)
+    on_main(context.accelerator, lambda: claim_run_folder(config, context, step, checkpoint))
+    return Training(config, context, steps.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)
 
 
 def fit(run: Training) -> Steps:

@@ -92,6 +92,7 @@ class TrainInputs:
 
 
 def prepare(
+    config: TrainConfig,
     context: RunContext,
     photos: list[Photo],
     sample_count: int,
@@ -102,7 +103,7 @@ def prepare(
     """Load the base, generate class images, and encode what the run's first `sample_count` samples show. `prompts`
     will be drawn later; they are encoded while the text encoders are in memory. `is_fresh`: the run does not resume
     an adapter. `load` loads the base, by default `load_base`. Raises UserError and StopRequestedError."""
-    config, device = context.config, context.accelerator.device
+    device = context.accelerator.device
     context.report.phase("loading")
     dtype = DTYPES[context.accelerator.mixed_precision]
     pipeline = (load or load_base)(config, dtype, device)
@@ -124,7 +125,7 @@ def prepare(
         with named_basis():
             basis = read_basis(config.basis, base_folder(config), config.variant)
     context.stop_if_asked()
-    class_photos = class_photos_of_each(context, pipeline, photos) if uses_class_images(config) else []
+    class_photos = class_photos_of_each(config, context, pipeline, photos) if uses_class_images(config) else []
     options = config.dataloader_num_workers, config.unmasked_weight, family
     encoder = PhotoEncoder(pipeline.vae.to(device), cache_of(config), crop_rule(config), *options)
     instance = instance_streams(config, photos, encoder)
@@ -132,7 +133,7 @@ def prepare(
     prompt_embeds = prompt_cache(config, pipeline, device)
     streams = [stream for stream in (instance, prior) if stream is not None]
     encode_photos(context, streams, sample_count)
-    encode_prompts(context, streams, prompt_embeds, prompts)
+    encode_prompts(config, context, streams, prompt_embeds, prompts)
     release_encoders(config, pipeline, prompt_embeds, encoder)
     free_unused_memory(device)
     give_freed_memory_back()
@@ -222,10 +223,13 @@ def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_cou
 
 
 def encode_prompts(
-    context: RunContext, streams: list[SubjectStreams], prompt_embeds: PromptCache, prompts: Iterable[str]
+    config: TrainConfig,
+    context: RunContext,
+    streams: list[SubjectStreams],
+    prompt_embeds: PromptCache,
+    prompts: Iterable[str],
 ) -> None:
     """Fill the cache with every caption and prompt that the run will use. Raises UserError and StopRequestedError."""
-    config = context.config
     captions = {*prompts, ""}
     for stream in streams:
         captions |= stream.captions

@@ -251,7 +251,7 @@ def filled(monkeypatch):
         def work(accelerator):
             process = accelerator.process_index
             asked = iter(KEYS[process :: len(caches)])
-            context = RunContext(None, None, accelerator, None, lambda: should_stop(process, next(asked)))
+            context = RunContext(None, accelerator, None, lambda: should_stop(process, next(asked)))
             entries = {key: lambda key=key: {"value": torch.tensor([float(key)])} for key in KEYS}
             assert list(fill(caches[process], context, entries)) == [1, 2, 3, 4, 5]
             return caches[process].computed

@@ -204,9 +204,9 @@ def made(monkeypatch, tmp_path, pets):
             accelerator.device = torch.device("cpu", accelerator.process_index)
             accelerator.reduce = lambda votes, kind: votes  # nobody asks for a stop
             report = SimpleNamespace(counted=lambda phase, counts, total: counts, failure=None)
-            context = RunContext(config, RunDir(folder), accelerator, report, bool)
-            made_before.make_masks(context, pets)
-            made_before.make_captions(context, pets)
+            context = RunContext(RunDir(folder), accelerator, report, bool)
+            made_before.make_masks(config, context, pets)
+            made_before.make_captions(config, context, pets)
             return [(photo.captions, photo.mask_path.name) for photo in with_made(config, pets)]
 
         found = run(count, one)
