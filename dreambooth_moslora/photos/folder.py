@@ -40,14 +40,15 @@ from dreambooth_moslora.core import (
     spelled_out,
 )
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.photos.masks import find_mask, with_kept_masks
 from dreambooth_moslora.photos.photo import (
     IMAGE_SUFFIXES,
     Photo,
     UnreadableImageError,
+    find_mask,
     is_rotated,
     open_image,
     upright_size,
+    with_kept_masks,
 )
 from dreambooth_moslora.settings.prompts import joined
 from dreambooth_moslora.settings.rows import nearest

@@ -11,10 +11,10 @@ from dreambooth_moslora.adapters.metadata import DORA_NOTE
 from dreambooth_moslora.core import public_name
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import load_captioner
-from dreambooth_moslora.photos.crops import crop_rule, examine
+from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.photos.folder import PhotoReport, bare_prompt_line
 from dreambooth_moslora.photos.masks import segmenter_name, sought_word
-from dreambooth_moslora.photos.photo import quoted
+from dreambooth_moslora.photos.photo import crop_rule, quoted
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
 from dreambooth_moslora.plan.memory import GIB, plan_lines, speed_here, uses_class_images
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan

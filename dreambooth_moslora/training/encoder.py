@@ -29,9 +29,7 @@ from dreambooth_moslora.base.files import SMALL_BASE_PX, facts_of_base
 from dreambooth_moslora.base.load import default_resolution, load_pipeline, quantize
 from dreambooth_moslora.base.machine import has_fast_bf16
 from dreambooth_moslora.core import UserError, atomic_write, content_key, file_digest
-from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
-from dreambooth_moslora.photos.masks import open_mask
-from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.photos.photo import CropPlan, CropRule, Photo, apply_crop, open_mask, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)

@@ -19,10 +19,9 @@ from dreambooth_moslora.base.families import denoiser_of
 from dreambooth_moslora.core import UserError, clean_stale, public_name, spelled_out
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
-from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import find_photos, usable_photos
-from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept, without_kept_mask
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept
+from dreambooth_moslora.photos.photo import Photo, crop_rule, without_kept_mask
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig

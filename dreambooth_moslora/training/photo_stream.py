@@ -19,9 +19,8 @@ from dataclasses import replace
 from functools import lru_cache
 
 from dreambooth_moslora.core import place_of, rng
-from dreambooth_moslora.photos.crops import CropPlan, nearest_shape
 from dreambooth_moslora.photos.folder import shuffled_captions
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos.photo import CropPlan, Photo, nearest_shape
 from dreambooth_moslora.settings.subjects import each_subject, stream_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.encoder import EncodedView, PhotoEncoder

@@ -26,8 +26,7 @@ from dreambooth_moslora.base.files import SMALL_BASE_PX, base_folder
 from dreambooth_moslora.base.load import TextProducts, default_resolution
 from dreambooth_moslora.core import UserError, content_key, default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
-from dreambooth_moslora.photos.crops import crop_rule
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos.photo import Photo, crop_rule
 from dreambooth_moslora.plan.checks import check_family, check_layers, check_patterns
 from dreambooth_moslora.plan.memory import uses_class_images
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_each, share_out

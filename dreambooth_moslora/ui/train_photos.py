@@ -14,10 +14,10 @@ import PIL.ImageChops
 
 from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.disk.run_folder import NONE
-from dreambooth_moslora.photos.crops import apply_crop, examine, masked, plans_of
+from dreambooth_moslora.photos.examine import examine, masked, plans_of
 from dreambooth_moslora.photos.folder import find_photos, photo_report
-from dreambooth_moslora.photos.masks import load_segmenter, make_kept, open_mask, quality_warning
-from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_warning
+from dreambooth_moslora.photos.photo import Photo, apply_crop, open_mask, open_rgb
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.html import remarks_card

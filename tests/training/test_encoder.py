@@ -12,8 +12,8 @@ from safetensors.torch import save
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.base import load
 from dreambooth_moslora.core import StopRequestedError, UserError
-from dreambooth_moslora.photos.crops import CropPlan, CropRule, resized_size
 from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.photos.photo import CropPlan, CropRule, resized_size
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.encoder import PhotoEncoder, PromptCache, TensorCache, collate, fingerprint
 from dreambooth_moslora.training.photo_stream import PhotoStream

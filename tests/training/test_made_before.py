@@ -16,7 +16,8 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
-from dreambooth_moslora.photos.masks import Segmenter, open_mask
+from dreambooth_moslora.photos.masks import Segmenter
+from dreambooth_moslora.photos.photo import open_mask
 from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.sources import recipe_of
 from dreambooth_moslora.settings.table import TrainConfig

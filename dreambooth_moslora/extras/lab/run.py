@@ -49,8 +49,7 @@ from dreambooth_moslora.extras.cluster.on_ray import Lost, Task, room_for, run_t
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.photos.masks import open_mask
-from dreambooth_moslora.photos.photo import open_rgb
+from dreambooth_moslora.photos.photo import open_mask, open_rgb
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.rows import is_adapted
 from dreambooth_moslora.settings.subjects import each_subject
