@@ -38,7 +38,7 @@ from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import is_adapted
 from dreambooth_moslora.settings.subjects import each_subject, stream_of
 from dreambooth_moslora.settings.table import ZERO, TrainConfig, rank_and_alpha, ranks_in_vain
-from dreambooth_moslora.training.encoder import PromptCache, TensorCache
+from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache
 
 logger = logging.getLogger(__name__)
 

@@ -46,8 +46,8 @@ from dreambooth_moslora.training.checkpoint import (
     resume_point,
     save_checkpoint,
 )
-from dreambooth_moslora.training.encoder import LoadBase
 from dreambooth_moslora.training.explain import BestStep, ScaleChoice
+from dreambooth_moslora.training.frozen_base import LoadBase
 from dreambooth_moslora.training.made_before import make_captions, make_masks
 from dreambooth_moslora.training.optimizer import copies, optimizer_kind
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples

@@ -26,7 +26,7 @@ from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.class_images import ClassBatch, ClassImages, shares
-from dreambooth_moslora.training.encoder import load_base
+from dreambooth_moslora.training.frozen_base import load_base
 from dreambooth_moslora.training.reporter import RunContext, free_unused_memory
 
 logger = logging.getLogger(__name__)

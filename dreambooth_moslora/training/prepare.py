@@ -36,21 +36,25 @@ from dreambooth_moslora.settings.rules import weighting_flags
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, is_scored
 from dreambooth_moslora.training.adapters import named_basis
-from dreambooth_moslora.training.encoder import (
+from dreambooth_moslora.training.frozen_base import (
     LoadBase,
-    PhotoEncoder,
     PromptCache,
     TensorCache,
     Tensors,
-    TrainBatch,
-    collate,
     fingerprint,
     load_base,
     warn_of_slow_precision,
 )
 from dreambooth_moslora.training.made_before import class_photos_of_each
 from dreambooth_moslora.training.objective import NoiseSchedule
-from dreambooth_moslora.training.photo_stream import SubjectStreams, instance_streams, prior_streams
+from dreambooth_moslora.training.photo_stream import (
+    PhotoEncoder,
+    SubjectStreams,
+    TrainBatch,
+    collate,
+    instance_streams,
+    prior_streams,
+)
 from dreambooth_moslora.training.reporter import RunContext, free_unused_memory
 
 Entries = dict[str, Callable[[], Tensors]]

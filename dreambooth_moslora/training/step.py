@@ -35,9 +35,9 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import objective
 from dreambooth_moslora.training.adapters import LearntTokens, add_adapters, trained_modules
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
-from dreambooth_moslora.training.encoder import TrainBatch, move_together
 from dreambooth_moslora.training.objective import LossParts, NoisySample
 from dreambooth_moslora.training.optimizer import average_of, lent, make_lr_schedule, make_optimizer, parameter_groups
+from dreambooth_moslora.training.photo_stream import TrainBatch, move_together
 from dreambooth_moslora.training.prepare import TrainInputs
 
 

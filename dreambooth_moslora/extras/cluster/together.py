@@ -43,7 +43,7 @@ from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.table import TrainConfig, is_scored
 from dreambooth_moslora.training.adapters import target_paths
-from dreambooth_moslora.training.encoder import LoadBase, load_base
+from dreambooth_moslora.training.frozen_base import LoadBase, load_base
 from dreambooth_moslora.training.loop import Steps, StepScorer, Training, TrainResult, advanced, training
 from dreambooth_moslora.training.step import MicroBatch, Rows, StepLosses, TrainStep, numbers_of
 

@@ -15,8 +15,8 @@ from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import CropPlan, CropRule, resized_size
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.encoder import PhotoEncoder, PromptCache, TensorCache, collate, fingerprint
-from dreambooth_moslora.training.photo_stream import PhotoStream
+from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache, fingerprint
+from dreambooth_moslora.training.photo_stream import PhotoEncoder, PhotoStream, collate
 from dreambooth_moslora.training.prepare import fill, prompt_cache, same_everywhere
 from dreambooth_moslora.training.reporter import RunContext
 from tests.helpers.texts import embeds_of, equal, pooled_of
