@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.cli.parser import add_flag
 from dreambooth_moslora.cli.terminal import say
+from dreambooth_moslora.cli.train import add_flag
 from dreambooth_moslora.core import UserError, find_asset, spelled_out
 from dreambooth_moslora.plan.choices import Choices, choose_shapes
 from dreambooth_moslora.plan.memory import STOCK_SDXL

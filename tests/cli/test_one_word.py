@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.base import machine as precision
-from dreambooth_moslora.cli import parser as one_word
-from dreambooth_moslora.cli.main import main, train_main
-from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
+from dreambooth_moslora.cli import train as one_word
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.train import build_train_parser, parse_train_config, train_main
 from dreambooth_moslora.core import CLIP, DINO
 from dreambooth_moslora.plan.choices import recipe_settings
 from dreambooth_moslora.plan.memory import RECIPES, STOCK_SDXL, BaseSize, estimate

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.cli import parser as one_word
 from dreambooth_moslora.cli import runs
-from dreambooth_moslora.cli.main import main, train_main
+from dreambooth_moslora.cli import train as one_word
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.disk.queue import RunQueue
 from dreambooth_moslora.ui import jobs as page_jobs
 from tests.helpers.tiny_training import paint_photos

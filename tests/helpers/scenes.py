@@ -16,7 +16,7 @@ from pathlib import Path
 from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.training import checkpoint as earlier_runs

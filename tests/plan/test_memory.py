@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
 from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
-from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan import memory as memory_plan
 from dreambooth_moslora.plan.checks import preflight

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
-from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.photos import folder, photo
 from dreambooth_moslora.plan import plan
 from dreambooth_moslora.plan.memory import BaseSize, estimate

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError
 from dreambooth_moslora.settings import prompts
 from dreambooth_moslora.settings.prompts import context_prompts, subject_of, trigger_words, validation_prompts

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.cli import parser as one_word
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli import train as one_word
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan.memory import RECIPES, BaseSize, estimate, memory_settings
 from dreambooth_moslora.plan.plan import plan_steps

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.fast_linear import lay_together
 from dreambooth_moslora.base.families import denoiser_of
-from dreambooth_moslora.cli.main import make_evaluator, message_for_known_error, start_log, warn_about
-from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
+from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, message_for_known_error
+from dreambooth_moslora.cli.train import make_evaluator, start_log, warn_about
 from dreambooth_moslora.core import UserError, shortened, spelled_out
 from dreambooth_moslora.disk.events import Event
 from dreambooth_moslora.disk.processes import CONFIG_NAME

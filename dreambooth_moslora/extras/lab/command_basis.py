@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
-from dreambooth_moslora.cli.parser import add_training_flags, settings_of
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
+from dreambooth_moslora.cli.train import add_training_flags, settings_of
 from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset
 from dreambooth_moslora.disk.run_folder import BASIS_SUFFIX
 from dreambooth_moslora.extras.cluster.subjects import prompts_of
