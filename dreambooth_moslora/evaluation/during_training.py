@@ -21,7 +21,6 @@ from dreambooth_moslora.evaluation.report import evaluators_of, photos_by_subjec
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import with_made
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import SCALES, ScaleChoice, best_of, choose_scale
 
@@ -37,7 +36,7 @@ class TrainingEvaluator:
         self, config: TrainConfig, photos: Sequence[Photo], encoders: Encoders | None = None, scores: bool = True
     ):
         self.config, self.photos = config, photos
-        self.subjects = each_subject(config)
+        self.subjects = config.each_subject
         of_each = photos_by_subject(photos, len(self.subjects))
         self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, of_each)]
         if encoders is None and scores:

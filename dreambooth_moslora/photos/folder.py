@@ -52,7 +52,6 @@ from dreambooth_moslora.photos.photo import (
 )
 from dreambooth_moslora.settings.prompts import joined
 from dreambooth_moslora.settings.rows import nearest
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -297,7 +296,7 @@ def usable_photos(report: PhotoReport) -> list[Photo]:
 def photo_report(config: TrainConfig) -> PhotoReport:
     """The photos of all subjects, numbered by subject. Raises UserError for a subject without a usable photo."""
     found = PhotoReport()
-    for number, subject in enumerate(each_subject(config)):
+    for number, subject in enumerate(config.each_subject):
         report, used = report_of(subject, number), len(found.photos)
         found.skipped.extend(report.skipped)
         for photo in report.photos:
@@ -335,7 +334,7 @@ def with_made(config: TrainConfig, photos: Iterable[Photo]) -> list[Photo]:
     one in the run folder, if training has made it by now."""
     photos, run_dir = list(photos), RunDir(config.output_dir)
     if config.captions == "auto":
-        subjects, kept = each_subject(config), kept_captions(run_dir.captions_path)
+        subjects, kept = config.each_subject, kept_captions(run_dir.captions_path)
         for number, photo in enumerate(photos):
             if not photo.is_captioned and (made := kept.get(photo.kept_name)):
                 captioned = replace(photo, captions=(made["caption"],))

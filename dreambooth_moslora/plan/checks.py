@@ -48,7 +48,6 @@ from dreambooth_moslora.settings.rows import (
     parse_pattern,
 )
 from dreambooth_moslora.settings.rules import given_flag
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import SVD, TrainConfig
 from dreambooth_moslora.settings.versions import require_packages
 
@@ -111,14 +110,14 @@ def check_folders(config: TrainConfig) -> None:
     """Raises UserError when the run folder is unsuitable or gives the adapter no name. Creates nothing."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
-    for subject in each_subject(config):
+    for subject in config.each_subject:
         refuse_circles(subject)
     place = Path(config.output_dir).resolve()
     if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):  # a run would fill it with files
         raise UserError(f"--output_dir {config.output_dir} is {place} itself: name a folder of the run's own.")
     run_dir = RunDir(config.output_dir)
     check_name(run_dir.name)
-    for subject in each_subject(config):
+    for subject in config.each_subject:
         check_photo_folders(subject, run_dir)
         check_places(subject, run_dir)
     check_strangers(run_dir)

@@ -42,7 +42,6 @@ from dreambooth_moslora.settings.optimizers import BYTES_IN_8_BIT, optimizer_of
 from dreambooth_moslora.settings.rows import is_adapted, is_text_projection
 from dreambooth_moslora.settings.rules import excluded_by
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting, is_scored, rank_and_alpha
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
@@ -228,7 +227,7 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
 def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
     checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
     checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
-    subjects = each_subject(config)
+    subjects = config.each_subject
     times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
     samples = len(subjects) * config.sample_count * times
     classes = {one.class_prompt for one in subjects if uses_class_images(one) and not one.class_data_dir}

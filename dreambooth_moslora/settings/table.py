@@ -8,7 +8,8 @@ between several settings is a sentence in `rules`.
 
 import re
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields, make_dataclass
+from dataclasses import Field, dataclass, fields, make_dataclass, replace
+from functools import cached_property
 from os.path import expanduser
 from pathlib import Path
 from types import UnionType
@@ -388,6 +389,11 @@ class TrainConfig:
         for name in SETTINGS:
             object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
         check_together(self)
+
+    @cached_property
+    def each_subject(self) -> tuple["TrainConfig", ...]:
+        """The run's 1 to n subjects, each as the settings of a run with this subject alone."""
+        return tuple(replace(self, subjects=(), **table.to_dict()) for table in self.subjects) or (self,)
 
     @property
     def keeps_text_encoders(self) -> bool:

@@ -49,7 +49,6 @@ from dreambooth_moslora.plan.checks import last_name
 from dreambooth_moslora.settings.optimizers import optimizer_of
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import is_adapted, is_target
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import REMOVED, SVD, TrainConfig, named, rank_and_alpha
 from dreambooth_moslora.training.optimizer import check_tensor, checked_states, optimizer_kind, put
 from dreambooth_moslora.training.reporter import RunContext
@@ -236,7 +235,7 @@ def settings_of_both(
     yield "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti
     if facts.tokens:
         yield "token_abstraction", " ".join(note["word"] for note in facts.tokens), " ".join(learnt_words(config))
-    for number, (note, subject) in enumerate(zip(facts.tokens, each_subject(config))):
+    for number, (note, subject) in enumerate(zip(facts.tokens, config.each_subject)):
         if not subject.initializer_concept:
             yield "num_new_tokens_per_abstraction", note["count"], config.num_new_tokens_per_abstraction
         if not (checkpoint / tokens_name(number=number)).is_file():

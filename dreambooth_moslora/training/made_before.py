@@ -23,7 +23,6 @@ from dreambooth_moslora.photos.folder import find_photos, usable_photos
 from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept
 from dreambooth_moslora.photos.photo import Photo, crop_rule, without_kept_mask
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.class_images import ClassBatch, ClassImages, shares
 from dreambooth_moslora.training.frozen_base import load_base
@@ -81,7 +80,7 @@ def make_for_photos(
 ) -> None:
     """Make what the photos, which are in the order of their subjects, lack, by the model that `load` finds for each
     subject. One model is in memory at a time, and none at the end."""
-    subjects, device = each_subject(config), context.accelerator.device
+    subjects, device = config.each_subject, context.accelerator.device
     same = agreed(context.accelerator, lambda: photos, lambda found: f"{len(found)} photos without a {kind}")
     model_of = lru_cache(maxsize=1)(lambda subject: load(subjects[subject], device))
     make_missing(context, f"{kind}s", same, lambda photo: make(photo, model_of(photo.subject)), keep)
@@ -95,7 +94,7 @@ def make_captions(config: TrainConfig, context: RunContext, photos: list[Photo])
     bare = [photo for photo in photos if not photo.is_captioned]
     if config.captions != "auto" or not bare:
         return
-    subjects, path = each_subject(config), context.run_dir.captions_path
+    subjects, path = config.each_subject, context.run_dir.captions_path
 
     def make(photo: Photo, captioner: Captioner) -> MadeCaption:
         return make_for_run(photo, captioner, subjects[photo.subject].instance_prompt, path)
@@ -131,7 +130,7 @@ def class_photos_of_each(
 ) -> list[list[Photo]]:
     """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs."""
     found: dict[tuple[str, str | None], list[Photo]] = {}
-    subjects, rule = each_subject(config), crop_rule(config)
+    subjects, rule = config.each_subject, crop_rule(config)
     keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
     for subject, key in zip(subjects, keys):
         if key not in found:

@@ -30,7 +30,7 @@ from dreambooth_moslora.base.families import Family
 from dreambooth_moslora.core import UserError, content_key, file_digest, place_of, rng
 from dreambooth_moslora.photos.folder import shuffled_captions
 from dreambooth_moslora.photos.photo import CropPlan, CropRule, Photo, apply_crop, nearest_shape, open_mask, open_rgb
-from dreambooth_moslora.settings.subjects import each_subject, stream_of
+from dreambooth_moslora.settings.subjects import stream_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
 
@@ -295,7 +295,7 @@ def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEnc
         named = {photo.path.name: [photo] * len(photos) for photo in photos} | dict.fromkeys(config.leave_out, photos)
         photos = [photo for name in sorted(named) for photo in named[name]]
     streams = []
-    for number, subject in enumerate(each_subject(config)):
+    for number, subject in enumerate(config.each_subject):
         own = [photo for photo in photos if photo.subject == number]
         shuffled = [replace(photo, captions=shuffled_captions(subject, photo.captions)) for photo in own]
         varied = (config.repeats, config.caption_dropout, config.train_batch_size)

@@ -33,7 +33,6 @@ from dreambooth_moslora.plan.processes import DTYPES, agreed, on_each, share_out
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
 from dreambooth_moslora.settings.rules import weighting_flags
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, is_scored
 from dreambooth_moslora.training.adapters import named_basis
 from dreambooth_moslora.training.frozen_base import (
@@ -179,7 +178,7 @@ def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseS
 
 def too_slow_for_samples(config: TrainConfig, pipeline: DiffusionPipeline, device: torch.device) -> bool:
     """Whether samples would take minutes each, on a CPU with a large base, and were not asked for."""
-    prompts = [subject.validation_prompt for subject in each_subject(config)]
+    prompts = [subject.validation_prompt for subject in config.each_subject]
     asked = (config.num_validation_images, *prompts, config.validation_steps)
     is_large = default_resolution(pipeline) > SMALL_BASE_PX
     return device.type == "cpu" and is_large and all(setting is None for setting in asked)
@@ -236,7 +235,7 @@ def encode_prompts(
     captions = {*prompts, ""}
     for stream in streams:
         captions |= stream.captions
-    for subject in each_subject(config):
+    for subject in config.each_subject:
         captions |= {subject.class_prompt, *config.prior_prompts} if subject.class_prompt else set()
     learnt = [word_pattern(word) for word in learnt_words(config)]
     plain = [caption for caption in sorted(captions) if not any(pattern.search(caption) for pattern in learnt)]
