@@ -120,7 +120,7 @@ def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
 
 def note_strength(path: Path, choice: ScaleChoice | None) -> str:
     """Write the sweep's result into the adapter's files and card; returns a line about it."""
-    from dreambooth_moslora.adapters.export import note_scale
+    from dreambooth_moslora.adapters.published_file import note_scale
 
     if choice is None:
         return "no scale shows the subject, so none is recommended"
@@ -161,7 +161,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
 def known_of(path: Path) -> dict:
     """The settings of a run folder, or of the run that contains the file or `best/`; else those in the header of a file
     that this program published."""
-    from dreambooth_moslora.adapters.export import load_published
+    from dreambooth_moslora.adapters.published_file import load_published
     from dreambooth_moslora.disk.run_folder import find_weights
 
     for folder in (path, path.parent):

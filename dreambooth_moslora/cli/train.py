@@ -81,7 +81,7 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
         print(spelled_out(describe_run(config, report)))
         return DONE
     if is_queued:
-        from dreambooth_moslora.cli.runs import enqueue
+        from dreambooth_moslora.cli.queue import enqueue
 
         print(spelled_out(enqueue(config, argv)))
         return DONE

@@ -38,7 +38,7 @@ from dreambooth_moslora.base.files import INDEX, base_folder, facts_in, read_jso
 from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, asks_accelerate
 from dreambooth_moslora.core import UserError, half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.optimizers import BYTES_IN_8_BIT, optimizer_of
+from dreambooth_moslora.settings.optimizer_kinds import BYTES_IN_8_BIT, optimizer_of
 from dreambooth_moslora.settings.rows import is_adapted, is_text_projection
 from dreambooth_moslora.settings.rules import excluded_by
 from dreambooth_moslora.settings.sources import read_json_table

@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from dreambooth_moslora.core import UserError, find_asset, is_number, is_toy
-from dreambooth_moslora.settings.optimizers import OPTIMIZERS, SCHEDULE_FREE
+from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS, SCHEDULE_FREE
 from dreambooth_moslora.settings.rows import (
     ATTENTION,
     WORDS,

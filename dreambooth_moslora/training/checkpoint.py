@@ -46,7 +46,7 @@ from dreambooth_moslora.disk.run_folder import (
     tokens_name,
 )
 from dreambooth_moslora.plan.checks import last_name
-from dreambooth_moslora.settings.optimizers import optimizer_of
+from dreambooth_moslora.settings.optimizer_kinds import optimizer_of
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import is_adapted, is_target
 from dreambooth_moslora.settings.table import REMOVED, SVD, TrainConfig, named, rank_and_alpha

@@ -51,8 +51,8 @@ from dreambooth_moslora.training.frozen_base import LoadBase
 from dreambooth_moslora.training.made_before import make_captions, make_masks
 from dreambooth_moslora.training.optimizer import copies, optimizer_kind
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples
-from dreambooth_moslora.training.publish import Publisher, ValidationSamples
 from dreambooth_moslora.training.reporter import Reporter, RunContext, free_unused_memory, memory_gib
+from dreambooth_moslora.training.results import Publisher, ValidationSamples
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 
 logger = logging.getLogger(__name__)

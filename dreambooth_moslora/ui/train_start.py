@@ -27,7 +27,7 @@ from dreambooth_moslora.settings.rows import parse_pattern
 from dreambooth_moslora.settings.sources import FoundRecipe, checked_recipe, recipe_in_file
 from dreambooth_moslora.settings.table import TrainConfig, without_removed
 from dreambooth_moslora.ui import train_form
-from dreambooth_moslora.ui.generate_form import format_seconds
+from dreambooth_moslora.ui.generate_values import format_seconds
 from dreambooth_moslora.ui.html import remarks_card
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
 from dreambooth_moslora.ui.state import AppContext, check_header

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.adapters.export import load_published
+from dreambooth_moslora.adapters.published_file import load_published
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import make_evaluator
 from dreambooth_moslora.core import UserError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_moslora.adapters.export import load_published
+from dreambooth_moslora.adapters.published_file import load_published
 from dreambooth_moslora.core import place_of
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import MadeCaption, keep

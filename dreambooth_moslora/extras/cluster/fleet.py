@@ -24,7 +24,7 @@ from dreambooth_moslora.extras.cluster.subjects import Subject, mark_of
 from dreambooth_moslora.extras.cluster.worker import Group, Job, train_work
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import GIB, USABLE, estimate
-from dreambooth_moslora.settings.optimizers import optimizer_of
+from dreambooth_moslora.settings.optimizer_kinds import optimizer_of
 from dreambooth_moslora.settings.table import TrainConfig
 
 ALIKE_GROUPS = ("base model", "adapter", "memory and speed")

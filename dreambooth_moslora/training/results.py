@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dreambooth_moslora.adapters.basis import write_mixers
-from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.metadata import RESUMED, AdapterMetadata, with_told
 from dreambooth_moslora.adapters.new_tokens import notes_of, prove_tokens
 from dreambooth_moslora.adapters.proof import Proof
+from dreambooth_moslora.adapters.published_file import publish
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import StopRequestedError, UserError, atomic_directory, atomic_write, public_name, seed_of
