@@ -44,7 +44,7 @@ from dreambooth_moslora.plan.choices import (
 from dreambooth_moslora.plan.memory import STOCK_SDXL, in_lines, is_alone, least_free_gib, same_for_all
 from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject
 from dreambooth_moslora.settings.sources import load_settings, settings_like
-from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig, check_each, checked_setting, is_scored
+from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig, check_each, checked_setting
 
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
@@ -288,7 +288,7 @@ def run_trainer(config: TrainConfig, stop: StopRequest, report: "PhotoReport | N
 
     warn_about(plan)
     progress = TerminalProgress()
-    evaluator = make_evaluator(plan) if is_scored(config) else None
+    evaluator = make_evaluator(plan) if config.is_scored else None
     try:
         result = train(plan, progress, stop, evaluator)
     finally:

@@ -42,7 +42,7 @@ from dreambooth_moslora.settings.optimizer_kinds import BYTES_IN_8_BIT, optimize
 from dreambooth_moslora.settings.rows import is_adapted, is_text_projection
 from dreambooth_moslora.settings.rules import excluded_by
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting, is_scored, rank_and_alpha
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting, rank_and_alpha
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
@@ -159,7 +159,7 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)
     decoder = min(config.resolution, TILE_PX) ** 2 * DECODER_BYTES_A_PIXEL / GIB
     drawing = vae + max(decoder, drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
-    at_once = config.sample_batch_size if uses_class_images(config) else 0
+    at_once = config.sample_batch_size if config.draws_class_images else 0
     encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
     preparing = max(encoder, drawing_gib(config, size, images=2 * at_once))
     if at_once or config.base_quantization == "int8":  # the UNet draws, or is quantised, before training
@@ -169,7 +169,7 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
         adapter_parameters=adapter,
         encoding_gib=CONTEXT_GIB + texts + vae + preparing,
         training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter),
-        sampling_gib=CONTEXT_GIB + weights + (drawing if config.sample_count or is_scored(config) else 0),
+        sampling_gib=CONTEXT_GIB + weights + (drawing if config.sample_count or config.is_scored else 0),
         checkpoint_gib=checkpoint,
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
@@ -183,10 +183,6 @@ def adapter_parameters(config: TrainConfig, size: BaseSize) -> int:
         layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers
     mixers = sum(rank**2 for rank, _ in layers) if config.mixer != "none" else 0
     return mixers if config.basis else round(sum(rank * width for rank, width in layers)) + mixers
-
-
-def uses_class_images(config: TrainConfig) -> bool:
-    return config.with_prior_preservation and config.prior == "class_images"
 
 
 def precision_of(config: TrainConfig) -> str:
@@ -230,7 +226,7 @@ def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_ste
     subjects = config.each_subject
     times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
     samples = len(subjects) * config.sample_count * times
-    classes = {one.class_prompt for one in subjects if uses_class_images(one) and not one.class_data_dir}
+    classes = {one.class_prompt for one in subjects if one.draws_class_images and not one.class_data_dir}
     pictures = samples + len(classes) * config.num_class_images
     return checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / GIB
 

@@ -19,7 +19,7 @@ from dreambooth_moslora.core import is_main_process, process_count
 from dreambooth_moslora.photos.folder import PhotoReport, photo_report, with_made
 from dreambooth_moslora.photos.photo import Photo, counts_of
 from dreambooth_moslora.plan.checks import family_settings, preflight
-from dreambooth_moslora.plan.memory import Estimate, by_all, check_same, estimate, memory_settings, uses_class_images
+from dreambooth_moslora.plan.memory import Estimate, by_all, check_same, estimate, memory_settings
 from dreambooth_moslora.settings.table import TrainConfig
 
 FEW_EXPOSURES = 20
@@ -64,7 +64,7 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: 
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
     samples = photo_count * config.repeats
-    if uses_class_images(config):
+    if config.draws_class_images:
         samples = max(samples, config.num_class_images)
     batches = math.ceil(samples / (config.train_batch_size * process_count))
     steps_an_epoch = math.ceil(batches / config.gradient_accumulation_steps)

@@ -55,10 +55,6 @@ def is_of_files(run: "TrainConfig") -> bool:
     return not is_toy(run.pretrained_model_name_or_path)
 
 
-def draws_class_images(run: "TrainConfig") -> bool:
-    return run.with_prior_preservation and run.prior == "class_images"
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """Values are converted and checked on construction; UserError names the wrong setting and the reason. None means
@@ -169,9 +165,10 @@ class TrainConfig:
     prior_loss_weight: float = of_prior(1.0, "weight of the prior loss",
         low=0, publish="always", kohya="ss_prior_loss_weight", elsewhere="prior_loss_weights")
     sample_batch_size: int = of_prior(4, "images generated at once",
-        low=1, high=4096, publish="if_changed", shapes=draws_class_images)
+        low=1, high=4096, publish="if_changed", shapes=lambda run: run.draws_class_images)
     prior_generation_precision: str | None = of_prior(None, "precision of that generation",
-        choices=("no", "fp32", "fp16", "bf16"), publish="if_changed", shapes=draws_class_images)
+        choices=("no", "fp32", "fp16", "bf16"), publish="if_changed",
+        shapes=lambda run: run.draws_class_images)
 
     rank: int = of_adapter(4, "rank r of the adapter",
         low=1, high=4096, publish="always", kohya="ss_network_dim", elsewhere="network_dim lora_rank lora_r")
@@ -396,6 +393,14 @@ class TrainConfig:
         return tuple(replace(self, subjects=(), **table.to_dict()) for table in self.subjects) or (self,)
 
     @property
+    def draws_class_images(self) -> bool:
+        return self.with_prior_preservation and self.prior == "class_images"
+
+    @property
+    def is_scored(self) -> bool:
+        return bool(self.evaluate_steps or self.find_scale)
+
+    @property
     def keeps_text_encoders(self) -> bool:
         """Whether the steps use the text encoders, so that they stay in memory."""
         return self.train_text_encoder or self.train_text_encoder_ti
@@ -462,10 +467,6 @@ SubjectTable = make_dataclass(
         "to_dict": lambda self: {name: value for name, value in vars(self).items() if value is not None},
     },
 )
-
-
-def is_scored(config: TrainConfig) -> bool:
-    return bool(config.evaluate_steps or config.find_scale)
 
 
 def shapes_weights(name: str, config: TrainConfig) -> bool:

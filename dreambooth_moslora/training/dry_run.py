@@ -16,7 +16,7 @@ from dreambooth_moslora.photos.folder import PhotoReport, bare_prompt_line
 from dreambooth_moslora.photos.masks import segmenter_name, sought_word
 from dreambooth_moslora.photos.photo import crop_rule, quoted
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
-from dreambooth_moslora.plan.memory import GIB, plan_lines, speed_here, uses_class_images
+from dreambooth_moslora.plan.memory import GIB, plan_lines, speed_here
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.rules import remarks
@@ -88,7 +88,7 @@ def photo_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
         rule = crop_rule(config)
         counts = Counter(rule.target(photo.size_px) for photo in report.photos)
         lines.append(f"cropped to {sizes_in_words(counts)}")
-        if uses_class_images(config):
+        if config.draws_class_images:
             drawn = Counter(shares(counts, config.num_class_images))
             lines.append(f"class images, where none are given, in the same proportion: {sizes_in_words(drawn)}")
     return lines

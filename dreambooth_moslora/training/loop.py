@@ -38,7 +38,7 @@ from dreambooth_moslora.plan.processes import (
     on_main,
     share_of,
 )
-from dreambooth_moslora.settings.table import TrainConfig, is_scored
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.checkpoint import (
     Position,
     claim_run_folder,
@@ -358,7 +358,7 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
     if context.accelerator.log_with:
         on_main(context.accelerator, lambda: report.start_trackers(config))
     samples = ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
-    prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]
+    prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.is_scored else ())]
     sample_count = steps.total_steps * steps.photos_a_step
     inputs = prepare(config, context, photos, sample_count, prompts, checkpoint is None, load)
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):

@@ -280,10 +280,8 @@ class SubjectStreams:
         return number, round_ * self.run + offset
 
     def views_ahead(self, sample_count: int) -> list[tuple[Photo, CropPlan]]:
-        """Like `PhotoStream.views_ahead`, of all subjects: in whole rounds if there are several."""
-        share = sample_count
-        if len(self.streams) > 1:
-            share = -(-sample_count // (len(self.streams) * self.run)) * self.run
+        """Like `PhotoStream.views_ahead`, of all subjects, in whole rounds."""
+        share = -(-sample_count // (len(self.streams) * self.run)) * self.run
         return [view for stream in self.streams for view in stream.views_ahead(share)]
 
 

@@ -28,12 +28,11 @@ from dreambooth_moslora.core import UserError, content_key, default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.photos.photo import Photo, crop_rule
 from dreambooth_moslora.plan.checks import check_family, check_layers, check_patterns
-from dreambooth_moslora.plan.memory import uses_class_images
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_each, share_out
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
 from dreambooth_moslora.settings.rules import weighting_flags
-from dreambooth_moslora.settings.table import TrainConfig, is_scored
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import named_basis
 from dreambooth_moslora.training.frozen_base import (
     LoadBase,
@@ -127,7 +126,7 @@ def prepare(
         with named_basis():
             basis = read_basis(config.basis, base_folder(config), config.variant)
     context.stop_if_asked()
-    class_photos = class_photos_of_each(config, context, pipeline, photos) if uses_class_images(config) else []
+    class_photos = class_photos_of_each(config, context, pipeline, photos) if config.draws_class_images else []
     options = config.dataloader_num_workers, config.unmasked_weight, family
     encoder = PhotoEncoder(pipeline.vae.to(device), cache_of(config), crop_rule(config), *options)
     instance = instance_streams(config, photos, encoder)
@@ -273,7 +272,7 @@ def release_encoders(
     if not config.keeps_text_encoders:
         prompt_embeds.release_encoders()
         pipeline.register_modules(**dict.fromkeys(facts_of(type(pipeline).__name__).encoders))
-    if config.caching != "off" and (config.sample_count or is_scored(config)):
+    if config.caching != "off" and (config.sample_count or config.is_scored):
         pipeline.vae.to("cpu")
     elif config.caching != "off":
         pipeline.register_modules(vae=None)

@@ -41,7 +41,7 @@ from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.table import TrainConfig, is_scored
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import target_paths
 from dreambooth_moslora.training.frozen_base import LoadBase, load_base
 from dreambooth_moslora.training.loop import Steps, StepScorer, Training, TrainResult, advanced, training
@@ -85,7 +85,7 @@ def members(folders: Sequence[Path], stop: StopRequest, costs: "Costs") -> Itera
         except Exception as error:
             costs.ended(folder, error)
         else:
-            evaluator = make_evaluator if is_scored(config) else lambda plan: None
+            evaluator = make_evaluator if config.is_scored else lambda plan: None
             yield Member(plan, None, stop, evaluator, partial(logged_to, config))
 
 
