@@ -49,6 +49,7 @@ def test_tables_of_a_file_are_the_runs_settings_with_each_ones_own(recipe):
 def test_a_run_without_tables_is_its_own_one_subject():
     config = TrainConfig(**DUCK)
     assert config.each_subject == (config,) == TrainConfig(subjects=[DUCK]).each_subject
+    assert config.each_subject is config.each_subject, "they are made once"
 
 
 def test_a_flag_for_one_subject_displaces_the_files_several_and_the_other_way_round(recipe, tmp_path):
