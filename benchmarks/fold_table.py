@@ -20,7 +20,6 @@ from diffusers.models import UNet2DConditionModel
 from diffusers.utils import logging
 from torch import Tensor
 
-from dreambooth_moslora.adapters.export import load_published, publish
 from dreambooth_moslora.adapters.kohya_file import kohya_name
 from dreambooth_moslora.adapters.moslora import (
     ATTENTION_PROJECTIONS,
@@ -29,6 +28,7 @@ from dreambooth_moslora.adapters.moslora import (
     adapter_parameters,
     inject,
 )
+from dreambooth_moslora.adapters.published_file import load_published, publish
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
 from dreambooth_moslora.settings.table import MIXERS

@@ -97,7 +97,7 @@ def encoders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dog(tmp_path_factory):
     """One live adapter on all three components, its raw file and both published files."""
-    from dreambooth_moslora.adapters.export import publish
+    from dreambooth_moslora.adapters.published_file import publish
     from dreambooth_moslora.adapters.raw_file import save_raw
     from dreambooth_moslora.disk.run_folder import RAW_NAME
     from tests.helpers.live_adapters import facts_of, live

@@ -8,7 +8,7 @@ import torch
 
 from dreambooth_moslora import core
 from dreambooth_moslora.base.files import resolve_base
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import find_asset, free_name, is_finite_number, is_number, place_of, public_name, seed_of
 
 

@@ -1,6 +1,7 @@
 """The layers of the house are checked here, not promised: a package imports only from those before it."""
 
 import ast
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -99,6 +100,17 @@ def test_the_page_never_reaches_the_training_loop():
     for module in GRAPH:
         if package_of(module) == "ui":
             assert "training.loop" not in reached_from(module), module
+
+
+@pytest.mark.parametrize(("start", "most"), [("- A flag to the loss: ", 7), ("- A photo to its row of the loss: ", 9)])
+def test_a_road_to_the_loss_is_short_and_each_file_on_it_hands_to_the_next_ones(start, most):
+    text = (HOME / "CONTRIBUTING.md").read_text(encoding="utf-8").partition(start)[2].partition("\n- ")[0]
+    files = re.findall(r"`([\w/]+)\.py`", text.partition("\n\n")[0])
+    road = [file.replace("/", ".") for file in files if file != "train_dreambooth"]
+    assert len(files) <= most and road[-1] == "training.objective"
+    for number, module in enumerate(road[1:], 1):
+        before = road[:number]
+        assert GRAPH[module] & set(before) or any(module in GRAPH[one] for one in before), module
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

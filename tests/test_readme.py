@@ -12,7 +12,8 @@ import pytest
 
 from dreambooth_moslora.adapters.metadata import dora_table
 from dreambooth_moslora.cli.main import COMMANDS, command
-from dreambooth_moslora.cli.parser import Parser, build_train_parser, parse_train_config, underscored
+from dreambooth_moslora.cli.parser import Parser, underscored
+from dreambooth_moslora.cli.train import build_train_parser, parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui import app as serve
 

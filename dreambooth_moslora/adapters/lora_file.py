@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreambooth_moslora.adapters.basis import is_mixer_file
-from dreambooth_moslora.adapters.export import published_tensors
 from dreambooth_moslora.adapters.kohya_file import DORA_SCALE, KOHYA_DOWN, KOHYA_UP, is_by_rows, published_path
 from dreambooth_moslora.adapters.metadata import most_common
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, nominal_scale
 from dreambooth_moslora.adapters.moslora import matrix_layers, value_pattern, weight_size
 from dreambooth_moslora.adapters.proof import collected_warnings
+from dreambooth_moslora.adapters.published_file import published_tensors
 from dreambooth_moslora.adapters.raw_file import COMPONENTS, RAW_KEY, by_module, matrices_from, read_raw
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError, file_digest, is_number, one_line

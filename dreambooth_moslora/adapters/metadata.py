@@ -26,7 +26,6 @@ from typing import Any
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core import UserError, assets_folder, is_finite_number
 from dreambooth_moslora.settings.sources import load_settings, recipe_of
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import (
     MIXERS,
     SAID_BY_SUBJECTS,
@@ -250,7 +249,7 @@ among them: other entries of the header have them."""
 def with_told(config: TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
     """The `facts` of a run, whose words and base are set, with the recipe and all else that they tell of `config`."""
     if len(config.subjects) == 1:  # a single table trains the very file that flags train
-        (config,) = each_subject(config)
+        (config,) = config.each_subject
     facts = replace(facts, recipe=recipe_of(config))
     known = concluded(facts)
     by_subject = SAID_BY_SUBJECTS if config.subjects else ()

@@ -52,8 +52,8 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from dreambooth_moslora.adapters.export import DTYPES, publish
     from dreambooth_moslora.adapters.new_tokens import tokens_beside
+    from dreambooth_moslora.adapters.published_file import DTYPES, publish
     from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, read_raw
 
     source, out = find_raw(Path(args.source).expanduser()), Path(args.out).expanduser()

@@ -13,7 +13,6 @@ from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, is_card
 from dreambooth_moslora.plan.checks import require_folder, require_writable
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.sources import read_json_table, reason_of
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, without_removed
 from dreambooth_moslora.training.explain import SCALES, ScaleChoice, choose_scale
 from dreambooth_moslora.training.model_card import with_strength
@@ -80,7 +79,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
     from dreambooth_moslora.photos.folder import log_strays, photo_report
 
-    base, subjects = config.pretrained_model_name_or_path, each_subject(config)
+    base, subjects = config.pretrained_model_name_or_path, config.each_subject
     folders = photo_report(config)
     log_strays(folders)
     photos = folders.photos
@@ -121,7 +120,7 @@ def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
 
 def note_strength(path: Path, choice: ScaleChoice | None) -> str:
     """Write the sweep's result into the adapter's files and card; returns a line about it."""
-    from dreambooth_moslora.adapters.export import note_scale
+    from dreambooth_moslora.adapters.published_file import note_scale
 
     if choice is None:
         return "no scale shows the subject, so none is recommended"
@@ -140,7 +139,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
     """What to evaluate, from the arguments, the run folder's configuration and the file's header. Raises UserError."""
     known = known_of(Path(find_asset(args.adapter)))
     if known.get("subjects") and (args.photos or args.instance_prompt or args.class_word):
-        named = {one.instance_prompt: one for one in each_subject(TrainConfig.from_dict(known))}
+        named = {one.instance_prompt: one for one in TrainConfig.from_dict(known).each_subject}
         if args.instance_prompt not in named:
             raise UserError(f"--instance_prompt: it has several subjects; name one of {', '.join(map(repr, named))}.")
         known = named[args.instance_prompt].to_dict()
@@ -162,7 +161,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
 def known_of(path: Path) -> dict:
     """The settings of a run folder, or of the run that contains the file or `best/`; else those in the header of a file
     that this program published."""
-    from dreambooth_moslora.adapters.export import load_published
+    from dreambooth_moslora.adapters.published_file import load_published
     from dreambooth_moslora.disk.run_folder import find_weights
 
     for folder in (path, path.parent):

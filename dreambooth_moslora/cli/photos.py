@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.cli.parser import add_flag
 from dreambooth_moslora.cli.terminal import say
+from dreambooth_moslora.cli.train import add_flag
 from dreambooth_moslora.core import UserError, find_asset, spelled_out
 from dreambooth_moslora.plan.choices import Choices, choose_shapes
 from dreambooth_moslora.plan.memory import STOCK_SDXL
@@ -44,7 +44,7 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from dreambooth_moslora.photos.crops import examine
+    from dreambooth_moslora.photos.examine import examine
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
 
     given = {name: value for name, value in vars(args).items() if name in OF_PHOTOS}
@@ -90,7 +90,7 @@ def make_masks(photos: Sequence["Photo"], config: TrainConfig) -> None:
 
 def draw(photos: Sequence["Photo"], config: TrainConfig, args: argparse.Namespace, folder: Path) -> str | None:
     """Draw the picture of the crops and return a line about it; if it cannot be written, say so and return None."""
-    from dreambooth_moslora.photos.crops import crop_rows
+    from dreambooth_moslora.photos.examine import crop_rows
     from dreambooth_moslora.pictures import draw_contact_sheet
 
     path = Path(args.picture or f"{folder.resolve().name or 'photos'}_crops.png")

@@ -1,14 +1,17 @@
-"""The terminal: streams that never end a run, Ctrl-C as a request to stop, events as lines and bars.
+"""The terminal: streams that never end a run, Ctrl-C as a request to stop, events as lines and bars, exit codes.
 
 In `train … | tee log` Ctrl-C ends `tee` first, and a terminal may be closed; the run must still save its folder and
 return its own exit code. Ctrl-C, SIGTERM and a closed terminal (SIGHUP) only set a flag, which the loop checks between
 two steps, so that no file is cut off while it is saved.
 """
 
+import errno
+import logging
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
@@ -17,8 +20,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from dreambooth_moslora.core import is_main_process, spelled_out
+from dreambooth_moslora.core import UserError, is_main_process, is_out_of_memory, shortened, spelled_out
 from dreambooth_moslora.disk import events
+from dreambooth_moslora.disk.processes import avoid_fragmentation
 
 STDERR = 2
 
@@ -200,3 +204,62 @@ class TerminalProgress:
         self._bar.update(done - self._bar.n)
         if done >= (self._bar.total or 0):
             self.close()
+
+
+DONE, OUR_BUG, MISTAKE = 0, 1, 2
+FILE_MISTAKES = (
+    *(errno.EBUSY, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR),
+    *(errno.ENOTEMPTY, errno.EROFS, errno.ESTALE),
+)
+WHILE_WRITING = ", while a file was written"
+SYSTEM_ERRORS = {
+    errno.ENOSPC: "the disk is full{place}; free some and resume.",
+    errno.EDQUOT: "your quota of the disk is used up{place}; free some and resume.",
+    errno.EFBIG: "a file would be larger than the system allows{place}; raise the limit (`ulimit -f`) and resume.",
+    errno.EIO: "the disk could not be read or written{place} (input/output error); look after it, then resume.",
+    errno.EMFILE: "too many files are open{place}; raise the limit (`ulimit -n`) and resume.",
+    errno.ENOMEM: "the system has no memory left{place}; close some programs and resume.",
+    errno.ENFILE: "the system has too many open files{place}; close some programs and resume.",
+}
+OUT_OF_MEMORY = (
+    "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16 (fp16 on Nvidia GPUs "
+    "before Ampere), a smaller --resolution or --base_quantization nf4; --dry_run estimates the need."
+)
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) does not end the run."""
+    avoid_fragmentation()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns without a GPU, even if unused
+    with survive_broken_pipes():
+        try:
+            return run()
+        except UserError as error:
+            return print_user_error(str(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            if (line := message_for_known_error(error)) is not None:
+                return print_user_error(line)
+            traceback.print_exc()
+            return OUR_BUG
+
+
+def print_user_error(text: str) -> int:
+    print(f"error: {shortened(spelled_out(' '.join(text.split())))}", file=sys.stderr)
+    return MISTAKE
+
+
+def message_for_known_error(error: Exception) -> str | None:
+    """One line for an error of the machine (memory, disk, permissions); None for any other error."""
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    if not isinstance(error, OSError):
+        return None
+    place = f": {error.filename}" if error.filename else ""
+    if error.errno in SYSTEM_ERRORS:
+        return SYSTEM_ERRORS[error.errno].format(place=place)
+    if isinstance(error, PermissionError):
+        return f"permission denied{place or WHILE_WRITING}."
+    return f"{error.strerror}{place or WHILE_WRITING}." if error.errno in FILE_MISTAKES else None

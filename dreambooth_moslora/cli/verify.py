@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.adapters.metadata import RESUMED, UNTOLD, concluded, told_by
-from dreambooth_moslora.cli.parser import add_flag
 from dreambooth_moslora.cli.terminal import StopRequest, TerminalProgress
+from dreambooth_moslora.cli.train import add_flag
 from dreambooth_moslora.core import UserError, file_digest, one_line, spelled_out
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME

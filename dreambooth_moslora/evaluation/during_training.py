@@ -19,10 +19,8 @@ from dreambooth_moslora.evaluation.metrics import Encoders, load_encoders, photo
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_of_subject
 from dreambooth_moslora.evaluation.report import evaluators_of, photos_by_subject, pooled
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.photos.folder import with_kept_captions
-from dreambooth_moslora.photos.masks import with_kept_masks
+from dreambooth_moslora.photos.folder import with_made
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import SCALES, ScaleChoice, best_of, choose_scale
 
@@ -38,7 +36,7 @@ class TrainingEvaluator:
         self, config: TrainConfig, photos: Sequence[Photo], encoders: Encoders | None = None, scores: bool = True
     ):
         self.config, self.photos = config, photos
-        self.subjects = each_subject(config)
+        self.subjects = config.each_subject
         of_each = photos_by_subject(photos, len(self.subjects))
         self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, of_each)]
         if encoders is None and scores:
@@ -52,13 +50,7 @@ class TrainingEvaluator:
     @cached_property
     def photos_as_trained(self) -> list[Photo]:
         """With the masks and captions that the run has made by now."""
-        photos = list(self.photos)
-        if self.config.masks == "auto":
-            photos = with_kept_masks(photos, RunDir(self.config.output_dir).masks_dir)
-        if self.config.captions == "auto":
-            of_each = photos_by_subject(photos, len(self.subjects))
-            photos = [p for subject, own in zip(self.subjects, of_each) for p in with_kept_captions(subject, own)]
-        return photos
+        return with_made(self.config, self.photos)
 
     @cached_property
     def evaluators(self) -> list[Evaluator]:

@@ -26,8 +26,7 @@ from dreambooth_moslora.evaluation.evaluate import Draw, Evaluation, Evaluator, 
 from dreambooth_moslora.evaluation.metrics import Encoders, Interval, bootstrap_mean
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, spread
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
-from dreambooth_moslora.photos.masks import open_mask
-from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.photos.photo import Photo, open_mask, open_rgb
 from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.prompts import MOST_PAIRS

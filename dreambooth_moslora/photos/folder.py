@@ -40,18 +40,18 @@ from dreambooth_moslora.core import (
     spelled_out,
 )
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.photos.masks import find_mask, with_kept_masks
 from dreambooth_moslora.photos.photo import (
     IMAGE_SUFFIXES,
     Photo,
     UnreadableImageError,
+    find_mask,
     is_rotated,
     open_image,
     upright_size,
+    with_kept_masks,
 )
 from dreambooth_moslora.settings.prompts import joined
 from dreambooth_moslora.settings.rows import nearest
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -296,7 +296,7 @@ def usable_photos(report: PhotoReport) -> list[Photo]:
 def photo_report(config: TrainConfig) -> PhotoReport:
     """The photos of all subjects, numbered by subject. Raises UserError for a subject without a usable photo."""
     found = PhotoReport()
-    for number, subject in enumerate(each_subject(config)):
+    for number, subject in enumerate(config.each_subject):
         report, used = report_of(subject, number), len(found.photos)
         found.skipped.extend(report.skipped)
         for photo in report.photos:
@@ -307,6 +307,7 @@ def photo_report(config: TrainConfig) -> PhotoReport:
         if len(found.photos) == used:
             raise UserError("--leave_out leaves no photo; name fewer.")
         found.sidecars.extend(report.sidecars)
+    found.photos[:] = with_made(config, found.photos)
     named = {item.path.name for item in found.skipped}
     if unknown := [name for name in config.leave_out if name not in named]:
         raise UserError(f"--leave_out {unknown[0]}: there is no such photo.")
@@ -325,22 +326,20 @@ def report_of(config: TrainConfig, number: int) -> PhotoReport:
     photos = [replace(with_own_captions(config, photo), subject=number) for photo in report.photos]
     if not photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
-    if config.captions == "auto":
-        photos = with_kept_captions(config, photos)
-    if config.masks == "auto":
-        photos = with_kept_masks(photos, RunDir(config.output_dir).masks_dir)
     return replace(report, photos=photos)
 
 
-def with_kept_captions(config: TrainConfig, photos: list[Photo]) -> list[Photo]:
-    """The photos; those without a caption get the one that training made."""
-    kept, found = kept_captions(RunDir(config.output_dir).captions_path), []
-    for photo in photos:
-        made = None if photo.is_captioned else kept.get(photo.kept_name)
-        if made is not None:
-            photo = with_own_captions(config, replace(photo, captions=(made["caption"],)))
-        found.append(photo)
-    return found
+def with_made(config: TrainConfig, photos: Iterable[Photo]) -> list[Photo]:
+    """The photos of all subjects; with `--captions auto` and `--masks auto` those without a caption or a mask get the
+    one in the run folder, if training has made it by now."""
+    photos, run_dir = list(photos), RunDir(config.output_dir)
+    if config.captions == "auto":
+        subjects, kept = config.each_subject, kept_captions(run_dir.captions_path)
+        for number, photo in enumerate(photos):
+            if not photo.is_captioned and (made := kept.get(photo.kept_name)):
+                captioned = replace(photo, captions=(made["caption"],))
+                photos[number] = with_own_captions(subjects[photo.subject], captioned)
+    return with_kept_masks(photos, run_dir.masks_dir) if config.masks == "auto" else photos
 
 
 def with_own_captions(config: TrainConfig, photo: Photo) -> Photo:

@@ -1,6 +1,4 @@
-"""Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and who makes one.
-
-A photo's mask is `name.mask.png` beside it, else its own transparency, else one that was made in the run folder.
+"""Masks made for photos that have none: the models that find the subject, and the files they leave.
 
 CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; its weights are downloaded once from the hub. The
 embedded base has the toy world's own net. Both give a probability for each pixel. A pixel belongs to the mask if its
@@ -16,27 +14,23 @@ in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header recor
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core import UserError, assets_folder, atomic_write, is_toy, one_line, public_name
 from dreambooth_moslora.photos.photo import (
     Photo,
     UnreadableImageError,
-    alpha_of,
-    open_again,
+    kept_path,
     open_image,
     open_rgb,
-    to_rgb,
-    upright,
-    upright_size,
     why_not_beside,
 )
 from dreambooth_moslora.settings.prompts import class_word_of
@@ -52,80 +46,6 @@ MOST_PIECES = 3
 LOOK_PX = 64
 SPECK = 0.02
 """Pieces below this fraction of the mask are not counted."""
-
-
-def find_mask(
-    path: Path, photo: Image.Image, beside: Path | None, *, alpha_is_mask: bool
-) -> tuple[Path | None, list[str]]:
-    """(mask file of the photo at `path`, remarks for the user). The mask is the file `beside`, or the photo itself if
-    `alpha_is_mask` and part of it is transparent."""
-    reasons = []
-    if beside and beside.is_file():
-        problem = mask_problem(beside, upright_size(photo))
-        if problem is None:
-            return beside, reasons
-        reasons.append(f"mask not used: {problem}")
-    transparent = alpha_of(photo)
-    if transparent is None:
-        return None, reasons
-    if transparent.getextrema()[1] == 0:
-        return None, [*reasons, "entirely transparent: it is a white square"]
-    reasons.append("transparent: on white" + (", its opaque part is the mask" if alpha_is_mask else ""))
-    return path if alpha_is_mask else None, reasons
-
-
-def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
-    """Why a mask file cannot be used with a photo of this (height, width), or None."""
-    try:
-        mask = grey_mask(open_image(path))
-    except UnreadableImageError as error:
-        return str(error)
-    height, width = photo_px
-    if abs(mask.width / mask.height - width / height) > 0.02 * width / height:
-        return f"its shape {mask.width} x {mask.height} is not that of the photo, {width} x {height}"
-    return "it is black everywhere" if mask.getextrema()[1] == 0 else None
-
-
-def grey_mask(image: Image.Image) -> Image.Image:
-    """The mask as L, the subject white: the brightness, or the opacity where all of that is black. Its maximum becomes
-    255, so that a file of zeros and ones works too."""
-    alpha = alpha_of(image)
-    if alpha is None:
-        grey = to_rgb(image).convert("L")
-    else:
-        seen = ImageChops.multiply(upright(image).convert("LA").getchannel("L"), alpha)
-        grey = alpha if seen.getextrema()[1] == 0 else seen
-    brightest = max(grey.getextrema()[1], 1)
-    return grey.point([min(255, round(255 * value / brightest)) for value in range(256)])
-
-
-def open_mask(photo: Photo) -> Image.Image | None:
-    """L, 255 on the subject and 0 elsewhere; None without a mask. Raises UserError."""
-    if photo.mask_path is None:
-        return None
-    image = open_again(photo.mask_path)
-    return alpha_of(image) if photo.mask_path == photo.path else grey_mask(image)
-
-
-def kept_path(photo: Photo, folder: Path) -> Path:
-    """The photo's mask in `folder`; `dog.jpg` and `dog.png` have different ones."""
-    return folder / f"{photo.kept_name}.mask.png"
-
-
-def with_kept_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
-    """The photos; those without a mask of their own get the one that training made, if it is there and fits."""
-    found = []
-    for photo in photos:
-        photo, path = without_kept_mask(photo, folder), kept_path(photo, folder)
-        if photo.mask_path is None and path.is_file() and not mask_problem(path, photo.size_px):
-            photo = replace(photo, mask_path=path)
-        found.append(photo)
-    return found
-
-
-def without_kept_mask(photo: Photo, folder: Path) -> Photo:
-    """The photo, without its mask if training made that."""
-    return replace(photo, mask_path=None) if photo.mask_path == kept_path(photo, folder) else photo
 
 
 def segmenter_name(config: TrainConfig) -> str:

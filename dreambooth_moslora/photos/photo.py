@@ -1,23 +1,34 @@
-"""One photo: its file from any phone or program as upright sRGB pixels, its captions and its mask.
+"""One photo: its file from any phone or program as upright sRGB pixels, its captions, its mask and its crops.
 
 Only this module handles orientation (EXIF), colour profiles, transparency (on white), CMYK, Lab, palettes, greys and 16
 bits. Sizes are (height, width) px of the upright picture.
+
+A photo's mask, white on the subject, is `name.mask.png` beside it, else its own transparency, else one that was made in
+the run folder (`masks`). What training cuts out of a photo is planned as numbers and then cut as pixels:
+
+    photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
+
+With `--enable_bucket` the crop is a rectangle of about the same area, whose shape is nearest to the photo's. SDXL is
+conditioned on these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2).
 """
 
 import errno
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 from itertools import product
 from pathlib import Path
+from random import Random
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
 from dreambooth_moslora.core import UserError, content_key, file_digest, one_line
+from dreambooth_moslora.settings.table import TrainConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
 """Formats that are read as photos; none runs an interpreter (EPS) or fetches anything."""
@@ -257,3 +268,185 @@ def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo], *, repla
     if sum(other.path.stem == photo.path.stem for other in photos) > 1:
         return f"another photo has the name {photo.path.stem} too: rename one of them"
     return ""
+
+
+def find_mask(
+    path: Path, photo: Image.Image, beside: Path | None, *, alpha_is_mask: bool
+) -> tuple[Path | None, list[str]]:
+    """(mask file of the photo at `path`, remarks for the user). The mask is the file `beside`, or the photo itself if
+    `alpha_is_mask` and part of it is transparent."""
+    reasons = []
+    if beside and beside.is_file():
+        problem = mask_problem(beside, upright_size(photo))
+        if problem is None:
+            return beside, reasons
+        reasons.append(f"mask not used: {problem}")
+    transparent = alpha_of(photo)
+    if transparent is None:
+        return None, reasons
+    if transparent.getextrema()[1] == 0:
+        return None, [*reasons, "entirely transparent: it is a white square"]
+    reasons.append("transparent: on white" + (", its opaque part is the mask" if alpha_is_mask else ""))
+    return path if alpha_is_mask else None, reasons
+
+
+def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
+    """Why a mask file cannot be used with a photo of this (height, width), or None."""
+    try:
+        mask = grey_mask(open_image(path))
+    except UnreadableImageError as error:
+        return str(error)
+    height, width = photo_px
+    if abs(mask.width / mask.height - width / height) > 0.02 * width / height:
+        return f"its shape {mask.width} x {mask.height} is not that of the photo, {width} x {height}"
+    return "it is black everywhere" if mask.getextrema()[1] == 0 else None
+
+
+def grey_mask(image: Image.Image) -> Image.Image:
+    """The mask as L, the subject white: the brightness, or the opacity where all of that is black. Its maximum becomes
+    255, so that a file of zeros and ones works too."""
+    alpha = alpha_of(image)
+    if alpha is None:
+        grey = to_rgb(image).convert("L")
+    else:
+        seen = ImageChops.multiply(upright(image).convert("LA").getchannel("L"), alpha)
+        grey = alpha if seen.getextrema()[1] == 0 else seen
+    brightest = max(grey.getextrema()[1], 1)
+    return grey.point([min(255, round(255 * value / brightest)) for value in range(256)])
+
+
+def open_mask(photo: Photo) -> Image.Image | None:
+    """L, 255 on the subject and 0 elsewhere; None without a mask. Raises UserError."""
+    if photo.mask_path is None:
+        return None
+    image = open_again(photo.mask_path)
+    return alpha_of(image) if photo.mask_path == photo.path else grey_mask(image)
+
+
+def kept_path(photo: Photo, folder: Path) -> Path:
+    """The photo's mask in `folder`; `dog.jpg` and `dog.png` have different ones."""
+    return folder / f"{photo.kept_name}.mask.png"
+
+
+def with_kept_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
+    """The photos; those without a mask of their own get the one that training made, if it is there and fits."""
+    found = []
+    for photo in photos:
+        photo, path = without_kept_mask(photo, folder), kept_path(photo, folder)
+        if photo.mask_path is None and path.is_file() and not mask_problem(path, photo.size_px):
+            photo = replace(photo, mask_path=path)
+        found.append(photo)
+    return found
+
+
+def without_kept_mask(photo: Photo, folder: Path) -> Photo:
+    """The photo, without its mask if training made that."""
+    return replace(photo, mask_path=None) if photo.mask_path == kept_path(photo, folder) else photo
+
+
+FILTERS = {name.lower(): kind for name, kind in Image.Resampling.__members__.items()}
+FILTERS["nearest_exact"] = Image.Resampling.NEAREST
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """`original_size` (h, w) of the upright photo, `resized` (h, w) after scaling, `crop_top_left` (y, x) in
+    the resized and mirrored photo, `target_size` (h, w) of the crop; all in px."""
+
+    original_size: tuple[int, int]
+    resized: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+    flip: bool
+
+    @property
+    def time_ids(self) -> tuple[int, ...]:
+        """SDXL's size and crop conditioning: original height, width, crop top, left, target height, width; px."""
+        return *self.original_size, *self.crop_top_left, *self.target_size
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) of the crop in the photo, which is not mirrored, shown at (width, height)."""
+        (crop_height, crop_width), (whole_height, whole_width) = self.target_size, self.resized
+        top, left = self.crop_top_left
+        left = whole_width - crop_width - left if self.flip else left
+        across, down = width / whole_width, height / whole_height
+        return left * across, top * down, (left + crop_width) * across, (top + crop_height) * down
+
+
+def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the photo scaled to the smallest size that covers `target` (h, w)."""
+    (height, width), (least_height, least_width) = size_px, target
+    if least_height * width >= least_width * height:
+        return least_height, max(least_width, width * least_height // height)
+    return max(least_height, height * least_width // width), least_width
+
+
+def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
+    """(h, w), multiples of `step_px`, with at most the square's area, and the shape nearest to that of `size_px`. The
+    sides are between half and twice `resolution_px`. Of two equally near shapes the larger one is taken."""
+    sides = range(step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px)
+    shapes: set[tuple[int, int]] = set()
+    for side in sides:
+        other = min(resolution_px**2 // side, 2 * resolution_px) // step_px * step_px
+        if other:
+            shapes |= {(side, other), (other, side)}
+    ratio = size_px[0] / size_px[1]
+    return min(sorted(shapes), key=lambda s: (round(abs(math.log(s[0] / s[1] / ratio)), 6), -s[0] * s[1]))
+
+
+def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Of `shapes` (h, w), the one nearest to that of `size_px` (h, w)."""
+    ratio = size_px[0] / size_px[1]
+    return min(sorted(shapes), key=lambda shape: abs(math.log(shape[0] / shape[1] / ratio)))
+
+
+@dataclass(frozen=True)
+class CropRule:
+    """How photos are cut: to a square of `resolution_px`, or with `bucket_step_px` to the rectangle of `bucket_of`, in
+    `crops_per_photo` different crops (None: always new ones). Each photo is enlarged by a random factor, of at most
+    `zoom` and not beyond its own pixels."""
+
+    resolution_px: int
+    center_crop: bool = False
+    random_flip: bool = False
+    interpolation: str = "lanczos"
+    crops_per_photo: int | None = 1
+    zoom: float = 1.0
+    bucket_step_px: int | None = None
+
+    def target(self, size_px: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the crops of a photo of `size_px` (h, w)."""
+        if self.bucket_step_px is None:
+            return self.resolution_px, self.resolution_px
+        return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
+
+    def plan(self, size_px: tuple[int, int], rng: Random, target: tuple[int, int] | None = None) -> CropPlan:
+        """Where to cut `target` (h, w), else the rule's own, out of a photo of `size_px` (h, w). Draws four numbers."""
+        flip, down, right, closer = rng.random(), rng.random(), rng.random(), rng.random()
+        target = target or self.target(size_px)
+        side = min(target)
+        own = min(size_px[0] * side // target[0], size_px[1] * side // target[1])
+        shorter = max(side, min(round(side * (1 + (self.zoom - 1) * closer)), own))
+        height, width = resized_size(size_px, (target[0] * shorter // side, target[1] * shorter // side))
+        if self.center_crop:
+            top, left = (height - target[0]) // 2, (width - target[1]) // 2
+        else:
+            top, left = int(down * (height - target[0] + 1)), int(right * (width - target[1] + 1))
+        return CropPlan(size_px, (height, width), (top, left), target, self.random_flip and flip < 0.5)
+
+
+def crop_rule(config: TrainConfig) -> CropRule:
+    """The rule that these settings describe."""
+    crops = None if config.caching == "off" else config.crops_per_photo
+    step_px = config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
+    drawing = (config.center_crop, config.random_flip, config.image_interpolation_mode, crops, config.crop_zoom)
+    return CropRule(config.resolution, *drawing, step_px if config.enable_bucket else None)
+
+
+def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
+    """The crop of `image`, of `target_size`. `image` is the photo or its mask, at any scale. Only the crop is
+    resampled, which differs from resizing the whole image first by a filter's width at the border."""
+    left, top, right, bottom = plan.box(image.width, image.height)
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    crop = image.resize(plan.target_size[::-1], FILTERS[interpolation], box=box)
+    return ImageOps.mirror(crop) if plan.flip else crop

@@ -7,9 +7,9 @@ the base and each other, the packages that they need are installed, and the GPU 
 import errno
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -48,7 +48,6 @@ from dreambooth_moslora.settings.rows import (
     parse_pattern,
 )
 from dreambooth_moslora.settings.rules import given_flag
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import SVD, TrainConfig
 from dreambooth_moslora.settings.versions import require_packages
 
@@ -111,14 +110,14 @@ def check_folders(config: TrainConfig) -> None:
     """Raises UserError when the run folder is unsuitable or gives the adapter no name. Creates nothing."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
-    for subject in each_subject(config):
+    for subject in config.each_subject:
         refuse_circles(subject)
     place = Path(config.output_dir).resolve()
     if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):  # a run would fill it with files
         raise UserError(f"--output_dir {config.output_dir} is {place} itself: name a folder of the run's own.")
     run_dir = RunDir(config.output_dir)
     check_name(run_dir.name)
-    for subject in each_subject(config):
+    for subject in config.each_subject:
         check_photo_folders(subject, run_dir)
         check_places(subject, run_dir)
     check_strangers(run_dir)
@@ -244,22 +243,21 @@ def check_settings(config: TrainConfig) -> Path | None:
     return folder
 
 
-def with_family(config: TrainConfig) -> TrainConfig:
-    """The settings of the run, with what the family of its base says of layers and noise levels where nothing was
-    chosen. Raises UserError for settings that the family cannot obey."""
+def family_settings(config: TrainConfig) -> dict[str, Any]:
+    """What the family of the base says of layers and noise levels where nothing was chosen. Raises UserError for
+    settings that the family cannot obey."""
     facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
     if facts is None:
-        return config
+        return {}
     check_family(config, facts)
     folder = base_folder(config)
     index = read_json(folder / INDEX) if folder else {}
     if facts.style == "flow" and (reason := distilled(index, config.pretrained_model_name_or_path)):
         raise UserError(f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}: {reason}.")
     if facts.style == "ddpm":
-        return config
+        return {}
     layers = facts.targets if config.target_modules == ATTENTION else config.target_modules
-    scheme = config.weighting_scheme or facts.weighting_scheme
-    return replace(config, target_modules=layers, weighting_scheme=scheme)
+    return {"target_modules": layers, "weighting_scheme": config.weighting_scheme or facts.weighting_scheme}
 
 
 def check_family(config: TrainConfig, facts: Facts) -> None:

@@ -38,12 +38,11 @@ from dreambooth_moslora.base.files import INDEX, base_folder, facts_in, read_jso
 from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, asks_accelerate
 from dreambooth_moslora.core import UserError, half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.optimizers import BYTES_IN_8_BIT, optimizer_of
+from dreambooth_moslora.settings.optimizer_kinds import BYTES_IN_8_BIT, optimizer_of
 from dreambooth_moslora.settings.rows import is_adapted, is_text_projection
 from dreambooth_moslora.settings.rules import excluded_by
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.subjects import each_subject
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting, is_scored, rank_and_alpha
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting, rank_and_alpha
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
@@ -160,7 +159,7 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)
     decoder = min(config.resolution, TILE_PX) ** 2 * DECODER_BYTES_A_PIXEL / GIB
     drawing = vae + max(decoder, drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
-    at_once = config.sample_batch_size if uses_class_images(config) else 0
+    at_once = config.sample_batch_size if config.draws_class_images else 0
     encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
     preparing = max(encoder, drawing_gib(config, size, images=2 * at_once))
     if at_once or config.base_quantization == "int8":  # the UNet draws, or is quantised, before training
@@ -170,7 +169,7 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
         adapter_parameters=adapter,
         encoding_gib=CONTEXT_GIB + texts + vae + preparing,
         training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter),
-        sampling_gib=CONTEXT_GIB + weights + (drawing if config.sample_count or is_scored(config) else 0),
+        sampling_gib=CONTEXT_GIB + weights + (drawing if config.sample_count or config.is_scored else 0),
         checkpoint_gib=checkpoint,
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
@@ -184,10 +183,6 @@ def adapter_parameters(config: TrainConfig, size: BaseSize) -> int:
         layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers
     mixers = sum(rank**2 for rank, _ in layers) if config.mixer != "none" else 0
     return mixers if config.basis else round(sum(rank * width for rank, width in layers)) + mixers
-
-
-def uses_class_images(config: TrainConfig) -> bool:
-    return config.with_prior_preservation and config.prior == "class_images"
 
 
 def precision_of(config: TrainConfig) -> str:
@@ -228,10 +223,10 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
 def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
     checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
     checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
-    subjects = each_subject(config)
+    subjects = config.each_subject
     times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
     samples = len(subjects) * config.sample_count * times
-    classes = {one.class_prompt for one in subjects if uses_class_images(one) and not one.class_data_dir}
+    classes = {one.class_prompt for one in subjects if one.draws_class_images and not one.class_data_dir}
     pictures = samples + len(classes) * config.num_class_images
     return checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / GIB
 
@@ -325,31 +320,30 @@ def images_of(config: TrainConfig, steps: int) -> float:
     return images * (config.resolution / 1024) ** 2
 
 
-def choose_memory(config: TrainConfig, free_gib: float | None = None) -> TrainConfig:
-    """`config` with the settings of its `--memory`; unchanged without that option. `free_gib` is the GPU's, if another
-    process will train; else all processes of the run must call it. A resumed run keeps its first plan, since another
-    would change the result's bytes. Raises UserError for a missing base."""
+def memory_settings(config: TrainConfig, free_gib: float | None = None) -> dict[str, Any]:
+    """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's, if another process
+    will train; else all processes of the run must call it. A resumed run keeps its first plan, since another would
+    change the result's bytes. Raises UserError for a missing base."""
     if config.memory is None:
-        return config
+        return {}
     free = least_free_gib() if free_gib is None else free_gib
     if config.resume_from_checkpoint:
         with suppress(UserError):  # the folder has no settings yet
             saved = read_json_table(RunDir(config.output_dir).config_path)
             if before := {name: saved[name] for name in SETTINGS["memory"].metadata["replaces"] if name in saved}:
-                return replace(config, **before)
-    if free is not None and precision_of(config) == "no":
-        config = replace(config, mixed_precision=half_precision())
+                return before
+    is_open = free is not None and precision_of(config) == "no"
+    precision = {"mixed_precision": half_precision()} if is_open else {}
+    config = replace(config, **precision)
     size = size_of_base(base_folder(config), config.target_modules, config.variant)
     name = config.memory if config.memory != "auto" else fitting(config, size, free)
-    return with_plan(config, name)
+    return precision | plan_settings(config, name)
 
 
-def with_plan(config: TrainConfig, name: str) -> TrainConfig:
-    """Add the plan to the given settings; int8 stays. Raises UserError where the other settings exclude it."""
-    changes = dict(PLANS[name])
-    if config.base_quantization != "none":
-        changes.pop("base_quantization", None)
-    return replace(config, **changes)
+def plan_settings(config: TrainConfig, name: str) -> dict[str, Any]:
+    """What the plan adds to the given settings; int8 stays."""
+    is_quantized = config.base_quantization != "none"
+    return {key: value for key, value in PLANS[name].items() if not (is_quantized and key == "base_quantization")}
 
 
 def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: Collection[str] = tuple(PLANS)) -> str:
@@ -369,7 +363,7 @@ def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PL
         if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
             continue
         if "cache_cross_attention" not in PLANS[name] or not excluded_by("cache_cross_attention", config):
-            found[name] = estimate(with_plan(config, name), size, 1).peak_gib
+            found[name] = estimate(replace(config, **plan_settings(config, name)), size, 1).peak_gib
     return found
 
 
@@ -399,9 +393,9 @@ def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> 
     return agreed(joined(), find, words, "give all processes the same flags and files.")
 
 
-def same_config(config: TrainConfig) -> TrainConfig:
-    """`config`. Raises UserError on all processes where one has another."""
-    return same_for_all(lambda: config, lambda own: in_lines(own.to_dict()))
+def check_same(config: TrainConfig) -> None:
+    """Raises UserError on all processes where one has other settings."""
+    same_for_all(lambda: config, lambda own: in_lines(own.to_dict()))
 
 
 def by_all(check: Callable[[], Result]) -> Result:

@@ -16,12 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dreambooth_moslora.core import is_main_process, process_count
-from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.photos.folder import PhotoReport, photo_report
-from dreambooth_moslora.photos.masks import with_kept_masks
+from dreambooth_moslora.photos.folder import PhotoReport, photo_report, with_made
 from dreambooth_moslora.photos.photo import Photo, counts_of
-from dreambooth_moslora.plan.checks import preflight, with_family
-from dreambooth_moslora.plan.memory import Estimate, by_all, choose_memory, estimate, same_config, uses_class_images
+from dreambooth_moslora.plan.checks import family_settings, preflight
+from dreambooth_moslora.plan.memory import Estimate, by_all, check_same, estimate, memory_settings
 from dreambooth_moslora.settings.table import TrainConfig
 
 FEW_EXPOSURES = 20
@@ -66,7 +64,7 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: 
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
     samples = photo_count * config.repeats
-    if uses_class_images(config):
+    if config.draws_class_images:
         samples = max(samples, config.num_class_images)
     batches = math.ceil(samples / (config.train_batch_size * process_count))
     steps_an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
@@ -99,12 +97,15 @@ def make_plan(
     """The plan of a run whose folders `check_folders` allows. All processes of the run must call it. `report` is given
     where the photos were read before. `is_later`: another process will train, on a GPU with `free_gib`; the memory that
     is free now does not matter then. Raises UserError for whatever training would refuse before it loads the base."""
-    config = same_config(choose_memory(with_family(same_config(config)), free_gib))
+    check_same(config)
+    config = replace(config, **family_settings(config))
+    config = replace(config, **memory_settings(config, free_gib))
+    check_same(config)
     base, size = by_all(lambda: preflight(config, is_later=is_later))
     if report is None:  # the main process reads first, as it then writes the images of a data set
         first = by_all(lambda: photo_report(config) if is_main_process() else None)
         report = by_all(lambda: first or photo_report(config))
-    elif config.masks == "auto":  # it may have been chosen after the photos were read
-        report = replace(report, photos=with_kept_masks(report.photos, RunDir(config.output_dir).masks_dir))
+    else:  # masks may have been chosen after the photos were read
+        report = replace(report, photos=with_made(config, report.photos))
     steps = plan_steps(config, counts_of(report.photos), process_count())
     return Plan(config, base, report, steps, estimate(config, size, steps.total_steps))

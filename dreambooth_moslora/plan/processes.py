@@ -248,7 +248,6 @@ def refusal(mixed_precision: str | None, said: str) -> str:
     return f"accelerate says: {said.rstrip('.')}; look at `accelerate config` and at ACCELERATE_… in the environment."
 
 
-def chosen_seed(config: TrainConfig, accelerator: Accelerator) -> int:
+def chosen_seed(seed: int | None, accelerator: Accelerator) -> int:
     """`--seed`, or a random one that all processes share. It is saved, so that the run can be resumed."""
-    seeds = [config.seed if config.seed is not None else SystemRandom().randrange(2**31)]
-    return on_main(accelerator, lambda: seeds[0])
+    return on_main(accelerator, lambda: SystemRandom().randrange(2**31) if seed is None else seed)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import combinations, count, islice, permutations, product
 
 from dreambooth_moslora.core import TOY_CONTEXT_TEMPLATES, UserError, is_toy
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 
 PLACES = (
@@ -76,11 +75,11 @@ def noun_of(prompt: str) -> str:
 
 def class_word_of(config: TrainConfig) -> str:
     """The class word, of the first subject if there are several."""
-    return subject_of(each_subject(config)[0]).class_word
+    return subject_of(config.each_subject[0]).class_word
 
 
 def trigger_words(config: TrainConfig) -> tuple[str, ...]:
-    found = (subject_of(subject).words for subject in each_subject(config))
+    found = (subject_of(subject).words for subject in config.each_subject)
     return tuple(words for words in found if words)
 
 
@@ -94,7 +93,7 @@ def learnt_words(config: TrainConfig) -> tuple[str, ...]:
     UserError unless each instance prompt has its word, no class prompt has one, and no word is part of another."""
     if not config.train_text_encoder_ti:
         return ()
-    subjects = each_subject(config)
+    subjects = config.each_subject
     words = tuple(map(learnt_word, subjects))
     for one, other in permutations(words, 2):
         if word_pattern(one).search(other):
@@ -141,13 +140,13 @@ def joined(*parts: str) -> str:
 
 
 def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(one.validation_prompt or one.instance_prompt for one in each_subject(config)))
+    return tuple(dict.fromkeys(one.validation_prompt or one.instance_prompt for one in config.each_subject))
 
 
 def context_prompts(config: TrainConfig) -> tuple[str, ...]:
     """New contexts for each subject, which show what the adapter can do beyond the photos; then pairs of subjects."""
     templates = TOY_CONTEXT_TEMPLATES if is_toy(config.pretrained_model_name_or_path) else CONTEXT_TEMPLATES
-    names = [subject_of(one).words or one.instance_prompt for one in each_subject(config)]
+    names = [subject_of(one).words or one.instance_prompt for one in config.each_subject]
     return (*(template.format(name) for name in names for template in templates), *together_prompts(config))
 
 

@@ -1,4 +1,4 @@
-"""How a row of the settings' table is written, converted and checked, with the names of layers in patterns.
+"""What a row of the settings' table may say, and the names of layers in patterns.
 
 Layers in `--target_modules`, `--rank_pattern` and `--alpha_pattern` are named so:
 
@@ -14,14 +14,11 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import Field, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
-from types import UnionType
-from typing import Any, NewType, get_args, get_type_hints
+from typing import Any, NewType
 
-from dreambooth_moslora.core import UserError, is_number
-from dreambooth_moslora.settings.subjects import to_tables
+from dreambooth_moslora.core import UserError
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
@@ -81,14 +78,10 @@ def is_text_projection(path: str) -> bool:
     return path.endswith((".attn2.to_k", ".attn2.to_v"))
 
 
-MOST = 10**9  # Upper bound of integers without a bound of their own: larger ones are typing errors.
-
 Prompt = NewType("Prompt", str)
 """Text that may hold commas. A list of prompts is not split at commas; a list of names is."""
 Subject = NewType("Subject", Any)
 """A `table.SubjectTable`; before conversion, a mapping of a subject's settings."""
-FieldType = tuple[Any, bool]
-"""(bool, int, float, str, tuple for names, Prompt or Subject for several of them; whether None is allowed)."""
 WORDS = "words"
 """Stands in `Row.yields_to` for a folder and a word on the command line: `train photos/dog dog`."""
 Idle = tuple[tuple[str, Callable[[Any], object]], ...]
@@ -162,100 +155,6 @@ def optimizer_name(text: str) -> str:
     """`bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)` -> AdamW."""
     name = text.partition("(")[0].rpartition(".")[2]
     return "AdamW" if name.lower() == "adamw8bit" else name
-
-
-def field_types(owner: type) -> dict[str, FieldType]:
-    types = {}
-    for name, hint in get_type_hints(owner).items():
-        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        kind = next(k for k in kinds if k is not type(None))
-        if kind not in (bool, int, float, str):
-            kind = next((item for item in (Prompt, Subject) if item in get_args(kind)), tuple)
-        types[name] = kind, type(None) in kinds
-    return types
-
-
-def checked(item: Field, value: Any, kind: FieldType) -> Any:
-    """The value of any source, converted to the field's type and within its limits. Raises UserError."""
-    name, facts, (base, is_optional) = item.name, item.metadata, kind
-    if value is None and is_optional:
-        return None
-    found = as_type(base, value)
-    if found is None:
-        is_undecodable = isinstance(value, (str, Path)) and not is_text(str(value))
-        raise UserError(f"--{name} {value!r}: {NO_TEXT if is_undecodable else f'expected {EXPECTED[base]}'}.")
-    found = facts["spellings"].get(str(found).lower(), found)
-    if found != item.default:
-        if facts["choices"] and found not in facts["choices"]:
-            raise UserError(f"--{name} {found}: choose one of {', '.join(facts['choices'])}.")
-        if is_number(found):
-            check_number(name, found, **{bound: facts[bound] for bound in ("low", "above", "high", "below")})
-    return facts["path"](found) if found and facts["path"] else found
-
-
-def as_type(base: Any, value: Any) -> Any:
-    """The value as one of the type; None if it is none. Raises UserError for tables of subjects that cannot be read."""
-    if base is Subject:
-        return to_tables(value)
-    if base is bool:
-        return value if isinstance(value, bool) else BOOLEANS.get(value.lower()) if isinstance(value, str) else None
-    if base is str:
-        return str(value) if isinstance(value, (str, Path)) and is_text(str(value)) else None
-    if base in (int, float):
-        try:
-            number = None if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            return None
-        if base is float or number is None:
-            return number
-        return int(value) if isinstance(value, int) else int(number) if number.is_integer() else None
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or any(as_type(str, text) is None for text in texts):
-        return None
-    words = ",".join(texts).split(",") if base is tuple else texts
-    return tuple(word.strip() for word in words if word.strip())
-
-
-def is_text(value: str) -> bool:
-    """False for NUL and for undecodable bytes: they cannot be written into the run's files."""
-    return "\0" not in value and value == value.encode("utf-8", "replace").decode()
-
-
-BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-NO_TEXT = "not valid UTF-8, or with a NUL, so that no file of the run can hold it; write or rename it in UTF-8"
-EXPECTED = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    tuple: "a list of names, separated by commas",
-    Prompt: "a list of prompts",
-    Subject: "a folder of folders, a JSON file, or [[subjects]] tables",
-}
-
-
-def check_number(
-    name: str,
-    value: float,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-) -> None:
-    """Raises UserError, which begins with `--name`, for a number that is not finite or breaks a bound."""
-    if value != value or value in (float("inf"), float("-inf")):
-        raise UserError(f"--{name} {value}: must be a finite number.")
-    if low is not None and value < low:
-        raise UserError(f"--{name} {value:g}: must be at least {low:g}.")
-    if above is not None and value <= above:
-        raise UserError(f"--{name} {value:g}: must be more than {above:g}.")
-    if high is None and isinstance(value, int):
-        high = MOST
-    if high is not None and value > high:
-        raise UserError(f"--{name} {value:g}: must be at most {high:g}.")
-    if below is not None and value >= below:
-        raise UserError(f"--{name} {value:g}: must be less than {below:g}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

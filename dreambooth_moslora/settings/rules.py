@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from dreambooth_moslora.core import UserError, is_toy
-from dreambooth_moslora.settings.optimizers import SCHEDULE_FREE, optimizer_of
+from dreambooth_moslora.settings.optimizer_kinds import SCHEDULE_FREE, optimizer_of
 from dreambooth_moslora.settings.rows import parse_pattern
 from dreambooth_moslora.settings.subjects import check_subjects
 

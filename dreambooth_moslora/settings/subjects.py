@@ -1,4 +1,4 @@
-"""Several subjects in one run: their tables, from TOML, JSON or a folder of folders, and the configuration of each.
+"""Several subjects in one run: their tables, from TOML, JSON or a folder of folders.
 
     [[subjects]]                               --subjects photos
     instance_data_dir = "photos/duck"          photos/sks duck/      "a photo of a sks duck", class
@@ -75,11 +75,6 @@ def prompts_of(folder: Path) -> dict[str, str]:
         noun = " ".join(kind)
         lines = [f"a photo of a {token} {noun}", f"a photo of a {noun}"] if kind else [f"a photo of {token}"]
     return dict(zip(("instance_prompt", "class_prompt"), lines))
-
-
-def each_subject(config: Config) -> list[Config]:
-    """The configuration of each subject alone; the run's own if it has no tables."""
-    return [replace(config, subjects=(), **table.to_dict()) for table in config.subjects] or [config]
 
 
 def stream_of(name: str, number: int) -> str:

@@ -8,19 +8,20 @@ between several settings is a sentence in `rules`.
 
 import re
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields, make_dataclass
+from dataclasses import Field, dataclass, fields, make_dataclass, replace
+from functools import cached_property
 from os.path import expanduser
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
-from dreambooth_moslora.core import UserError, find_asset, is_toy
-from dreambooth_moslora.settings.optimizers import OPTIMIZERS, SCHEDULE_FREE
+from dreambooth_moslora.core import UserError, find_asset, is_number, is_toy
+from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS, SCHEDULE_FREE
 from dreambooth_moslora.settings.rows import (
     ATTENTION,
     WORDS,
     Prompt,
     Subject,
-    checked,
-    field_types,
     grouped,
     nearest,
     one_side,
@@ -30,6 +31,7 @@ from dreambooth_moslora.settings.rows import (
     where,
 )
 from dreambooth_moslora.settings.rules import check_together
+from dreambooth_moslora.settings.subjects import to_tables
 
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
 ZERO = "zero"  # Start of the mixer on a frozen basis. Elsewhere it would not train.
@@ -51,10 +53,6 @@ of_hub = grouped("hub")
 
 def is_of_files(run: "TrainConfig") -> bool:
     return not is_toy(run.pretrained_model_name_or_path)
-
-
-def draws_class_images(run: "TrainConfig") -> bool:
-    return run.with_prior_preservation and run.prior == "class_images"
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,10 @@ class TrainConfig:
     prior_loss_weight: float = of_prior(1.0, "weight of the prior loss",
         low=0, publish="always", kohya="ss_prior_loss_weight", elsewhere="prior_loss_weights")
     sample_batch_size: int = of_prior(4, "images generated at once",
-        low=1, high=4096, publish="if_changed", shapes=draws_class_images)
+        low=1, high=4096, publish="if_changed", shapes=lambda run: run.draws_class_images)
     prior_generation_precision: str | None = of_prior(None, "precision of that generation",
-        choices=("no", "fp32", "fp16", "bf16"), publish="if_changed", shapes=draws_class_images)
+        choices=("no", "fp32", "fp16", "bf16"), publish="if_changed",
+        shapes=lambda run: run.draws_class_images)
 
     rank: int = of_adapter(4, "rank r of the adapter",
         low=1, high=4096, publish="always", kohya="ss_network_dim", elsewhere="network_dim lora_rank lora_r")
@@ -388,6 +387,19 @@ class TrainConfig:
             object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
         check_together(self)
 
+    @cached_property
+    def each_subject(self) -> tuple["TrainConfig", ...]:
+        """The run's 1 to n subjects, each as the settings of a run with this subject alone."""
+        return tuple(replace(self, subjects=(), **table.to_dict()) for table in self.subjects) or (self,)
+
+    @property
+    def draws_class_images(self) -> bool:
+        return self.with_prior_preservation and self.prior == "class_images"
+
+    @property
+    def is_scored(self) -> bool:
+        return bool(self.evaluate_steps or self.find_scale)
+
     @property
     def keeps_text_encoders(self) -> bool:
         """Whether the steps use the text encoders, so that they stay in memory."""
@@ -418,6 +430,21 @@ class TrainConfig:
         return shown | lists | {"subjects": [subject.to_dict() for subject in self.subjects]}
 
 
+FieldType = tuple[Any, bool]
+"""(bool, int, float, str, tuple for names, Prompt or Subject for several of them; whether None is allowed)."""
+
+
+def field_types(owner: type) -> dict[str, FieldType]:
+    types = {}
+    for name, hint in get_type_hints(owner).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kind = next(k for k in kinds if k is not type(None))
+        if kind not in (bool, int, float, str):
+            kind = next((item for item in (Prompt, Subject) if item in get_args(kind)), tuple)
+        types[name] = kind, type(None) in kinds
+    return types
+
+
 SETTINGS: dict[str, Field] = {item.name: item for item in fields(TrainConfig)}  # Name -> row.
 FIELD_TYPES = field_types(TrainConfig)
 GROUPS = tuple(dict.fromkeys(item.metadata["group"] for item in SETTINGS.values()))
@@ -440,10 +467,6 @@ SubjectTable = make_dataclass(
         "to_dict": lambda self: {name: value for name, value in vars(self).items() if value is not None},
     },
 )
-
-
-def is_scored(config: TrainConfig) -> bool:
-    return bool(config.evaluate_steps or config.find_scale)
 
 
 def shapes_weights(name: str, config: TrainConfig) -> bool:
@@ -469,9 +492,91 @@ def subject_table(values: Any) -> Any:
 
 
 def checked_setting(name: str, value: Any) -> Any:
-    """The value of a setting as the configuration will hold it. Raises UserError for a wrong value."""
-    value = checked(SETTINGS[name], value, FIELD_TYPES[name])
-    return tuple(map(subject_table, value)) if FIELD_TYPES[name][0] is Subject else value
+    """The value of any source as the configuration will hold it: converted to the setting's type, and within its
+    limits. Raises UserError for a wrong value."""
+    item, (base, is_optional) = SETTINGS[name], FIELD_TYPES[name]
+    facts = item.metadata
+    if value is None and is_optional:
+        return None
+    found = as_type(base, value)
+    if found is None:
+        is_undecodable = isinstance(value, (str, Path)) and not is_text(str(value))
+        raise UserError(f"--{name} {value!r}: {NO_TEXT if is_undecodable else f'expected {EXPECTED[base]}'}.")
+    found = facts["spellings"].get(str(found).lower(), found)
+    if found != item.default:
+        if facts["choices"] and found not in facts["choices"]:
+            raise UserError(f"--{name} {found}: choose one of {', '.join(facts['choices'])}.")
+        if is_number(found):
+            check_number(name, found, **{bound: facts[bound] for bound in ("low", "above", "high", "below")})
+    if base is Subject:
+        return tuple(map(subject_table, found))
+    return facts["path"](found) if found and facts["path"] else found
+
+
+MOST = 10**9  # Upper bound of integers without a bound of their own: larger ones are typing errors.
+BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+NO_TEXT = "not valid UTF-8, or with a NUL, so that no file of the run can hold it; write or rename it in UTF-8"
+EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list of names, separated by commas",
+    Prompt: "a list of prompts",
+    Subject: "a folder of folders, a JSON file, or [[subjects]] tables",
+}
+
+
+def as_type(base: Any, value: Any) -> Any:
+    """The value as one of the type; None if it is none. Raises UserError for tables of subjects that cannot be read."""
+    if base is Subject:
+        return to_tables(value)
+    if base is bool:
+        return value if isinstance(value, bool) else BOOLEANS.get(value.lower()) if isinstance(value, str) else None
+    if base is str:
+        return str(value) if isinstance(value, (str, Path)) and is_text(str(value)) else None
+    if base in (int, float):
+        try:
+            number = None if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        if base is float or number is None:
+            return number
+        return int(value) if isinstance(value, int) else int(number) if number.is_integer() else None
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or any(as_type(str, text) is None for text in texts):
+        return None
+    words = ",".join(texts).split(",") if base is tuple else texts
+    return tuple(word.strip() for word in words if word.strip())
+
+
+def is_text(value: str) -> bool:
+    """False for NUL and for undecodable bytes: they cannot be written into the run's files."""
+    return "\0" not in value and value == value.encode("utf-8", "replace").decode()
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raises UserError, which begins with `--name`, for a number that is not finite or breaks a bound."""
+    if value != value or value in (float("inf"), float("-inf")):
+        raise UserError(f"--{name} {value}: must be a finite number.")
+    if low is not None and value < low:
+        raise UserError(f"--{name} {value:g}: must be at least {low:g}.")
+    if above is not None and value <= above:
+        raise UserError(f"--{name} {value:g}: must be more than {above:g}.")
+    if high is None and isinstance(value, int):
+        high = MOST
+    if high is not None and value > high:
+        raise UserError(f"--{name} {value:g}: must be at most {high:g}.")
+    if below is not None and value >= below:
+        raise UserError(f"--{name} {value:g}: must be less than {below:g}.")
 
 
 def check_each(values: Mapping[str, Any]) -> dict[str, Any]:

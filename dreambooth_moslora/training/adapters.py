@@ -36,9 +36,9 @@ from dreambooth_moslora.disk.run_folder import RAW_NAME, tokens_files
 from dreambooth_moslora.settings.families import DENOISERS, Facts
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import is_adapted
-from dreambooth_moslora.settings.subjects import each_subject, stream_of
+from dreambooth_moslora.settings.subjects import stream_of
 from dreambooth_moslora.settings.table import ZERO, TrainConfig, rank_and_alpha, ranks_in_vain
-from dreambooth_moslora.training.encoder import PromptCache, TensorCache
+from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def fresh_tokens(config: TrainConfig, pipeline: DiffusionPipeline) -> list[NewTo
     """New tokens of each subject: rows (n, D) of the concept's words, or random rows of the table's standard
     deviation. Raises UserError when the tokenizers make different numbers of tokens of a concept, or none."""
     found = []
-    for number, (word, subject) in enumerate(zip(learnt_words(config), each_subject(config), strict=True)):
+    for number, (word, subject) in enumerate(zip(learnt_words(config), config.each_subject, strict=True)):
         concept, rows = subject.initializer_concept, {}
         for part in KEYS:
             table = getattr(pipeline, part).get_input_embeddings().weight.detach().float().cpu()

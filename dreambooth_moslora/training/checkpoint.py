@@ -46,10 +46,9 @@ from dreambooth_moslora.disk.run_folder import (
     tokens_name,
 )
 from dreambooth_moslora.plan.checks import last_name
-from dreambooth_moslora.settings.optimizers import optimizer_of
+from dreambooth_moslora.settings.optimizer_kinds import optimizer_of
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import is_adapted, is_target
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import REMOVED, SVD, TrainConfig, named, rank_and_alpha
 from dreambooth_moslora.training.optimizer import check_tensor, checked_states, optimizer_kind, put
 from dreambooth_moslora.training.reporter import RunContext
@@ -236,7 +235,7 @@ def settings_of_both(
     yield "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti
     if facts.tokens:
         yield "token_abstraction", " ".join(note["word"] for note in facts.tokens), " ".join(learnt_words(config))
-    for number, (note, subject) in enumerate(zip(facts.tokens, each_subject(config))):
+    for number, (note, subject) in enumerate(zip(facts.tokens, config.each_subject)):
         if not subject.initializer_concept:
             yield "num_new_tokens_per_abstraction", note["count"], config.num_new_tokens_per_abstraction
         if not (checkpoint / tokens_name(number=number)).is_file():
@@ -305,14 +304,14 @@ def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
     logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
 
 
-def report_start(context: RunContext, step: int, max_train_steps: int) -> None:
+def report_start(config: TrainConfig, context: RunContext, step: int, max_train_steps: int) -> None:
     """Report the start. A folder without an earlier run is claimed at once, so that the run can be watched."""
-    context.report(RunStarted(max_train_steps, context.config.to_dict()))
+    context.report(RunStarted(max_train_steps, config.to_dict()))
     if step == 0 and not has_previous_run(context.run_dir):
-        claim_run_folder(context, step)
+        claim_run_folder(config, context, step)
 
 
-def claim_run_folder(context: RunContext, step: int, checkpoint: Path | None = None) -> None:
+def claim_run_folder(config: TrainConfig, context: RunContext, step: int, checkpoint: Path | None = None) -> None:
     """Claim the run folder, when all is prepared: only then is an earlier run moved away. A run resumed from a
     `checkpoint` in this folder continues its metrics; else the folder's files belong to another run."""
     run_dir, report = context.run_dir, context.report
@@ -331,5 +330,5 @@ def claim_run_folder(context: RunContext, step: int, checkpoint: Path | None = N
         facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
         sheets = [*pictures, run_dir.samples_dir, run_dir.contact_sheet_path]
         move(present(*weights, *facts, *sheets), run_dir, "held an earlier run")
-    atomic_write(run_dir.config_path, json.dumps(context.config.to_dict(), indent=2, default=str))
+    atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
     report.begin_at(step)

@@ -11,16 +11,15 @@ from dreambooth_moslora.adapters.metadata import DORA_NOTE
 from dreambooth_moslora.core import public_name
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import load_captioner
-from dreambooth_moslora.photos.crops import crop_rule, examine
+from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.photos.folder import PhotoReport, bare_prompt_line
 from dreambooth_moslora.photos.masks import segmenter_name, sought_word
-from dreambooth_moslora.photos.photo import quoted
+from dreambooth_moslora.photos.photo import crop_rule, quoted
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
-from dreambooth_moslora.plan.memory import GIB, plan_lines, speed_here, uses_class_images
+from dreambooth_moslora.plan.memory import GIB, plan_lines, speed_here
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.rules import remarks
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 from dreambooth_moslora.training.class_images import shares
 
@@ -89,7 +88,7 @@ def photo_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
         rule = crop_rule(config)
         counts = Counter(rule.target(photo.size_px) for photo in report.photos)
         lines.append(f"cropped to {sizes_in_words(counts)}")
-        if uses_class_images(config):
+        if config.draws_class_images:
             drawn = Counter(shares(counts, config.num_class_images))
             lines.append(f"class images, where none are given, in the same proportion: {sizes_in_words(drawn)}")
     return lines
@@ -102,7 +101,7 @@ def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
 
 def made_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
     """The instance prompt's share, and what would be made. Raises UserError when no word says what to look for."""
-    subjects, made = each_subject(config), "makes them before training"
+    subjects, made = config.each_subject, "makes them before training"
     lines = list(filter(None, [bare_prompt_line(config, report.photos)]))
     bare = sum(not photo.is_captioned for photo in report.photos)
     if config.captions == "auto" and bare:
@@ -122,7 +121,7 @@ def step_lines(plan: Plan) -> list[str]:
     lines = [steps.sentence()]
     if config.crops_per_photo > 1:
         lines.append(f"{config.crops_per_photo} crops of each photo take turns, one an epoch")
-    subjects = each_subject(config)
+    subjects = config.each_subject
     if config.with_prior_preservation:
         source = f"{config.num_class_images} class images" if config.prior == "class_images" else "the base's answer"
         prompts = ", ".join(f"“{prompt}”" for prompt in dict.fromkeys(one.class_prompt for one in subjects))

@@ -22,7 +22,6 @@ from dreambooth_moslora.plan.plan import FEW_EXPOSURES
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import FIELD_TYPES, TrainConfig
 
 STALLED_AFTER = 3
@@ -291,7 +290,7 @@ def about_the_bare_prompt(run: Figures) -> Iterator[str]:
         remedy = f"--prior_loss_weight {config.prior_loss_weight / 2:g}"
     else:
         remedy = f"--exposures_per_photo {more_exposures(run)}"
-    prompts = " and ".join(f"“{one.instance_prompt}”" for one in each_subject(config))
+    prompts = " and ".join(f"“{one.instance_prompt}”" for one in config.each_subject)
     text = f"{prompts} alone shows {max(moved, 0):.0%} of the likeness that prompts with places show"
     yield f"{text}: try {remedy}"
 
@@ -312,7 +311,7 @@ def about_the_class(run: Figures) -> Iterator[str]:
             remedy = "--prior_prompts"
         yield f"pictures of other things changed, {spread:.1f} times what a new seed changes: try {remedy}"
     confusion = run.scores.get("confusion", 0.0)
-    if confusion > CONFUSED and len(config.subjects) > 1:
+    if confusion > CONFUSED:
         text = f"subjects are taken for each other (confusion {confusion:.2f}; 0: told apart as their photos are): try"
         more = max(more_exposures(run), USUAL_EXPOSURES)
         yield f"{text} --exposures_per_photo {more}, and another rare word for each subject"

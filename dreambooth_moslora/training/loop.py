@@ -25,7 +25,7 @@ from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.photos.folder import bare_prompt_line, log_strays, usable_photos
+from dreambooth_moslora.photos.folder import bare_prompt_line, log_strays, usable_photos, with_made
 from dreambooth_moslora.photos.photo import counts_of
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
@@ -38,7 +38,7 @@ from dreambooth_moslora.plan.processes import (
     on_main,
     share_of,
 )
-from dreambooth_moslora.settings.table import TrainConfig, is_scored
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.checkpoint import (
     Position,
     claim_run_folder,
@@ -46,13 +46,13 @@ from dreambooth_moslora.training.checkpoint import (
     resume_point,
     save_checkpoint,
 )
-from dreambooth_moslora.training.encoder import LoadBase
 from dreambooth_moslora.training.explain import BestStep, ScaleChoice
-from dreambooth_moslora.training.made_before import captioned_photos, masked_photos
+from dreambooth_moslora.training.frozen_base import LoadBase
+from dreambooth_moslora.training.made_before import make_captions, make_masks
 from dreambooth_moslora.training.optimizer import copies, optimizer_kind
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples
-from dreambooth_moslora.training.publish import Publisher, ValidationSamples
 from dreambooth_moslora.training.reporter import Reporter, RunContext, free_unused_memory, memory_gib
+from dreambooth_moslora.training.results import Publisher, ValidationSamples
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class Training:
     """A run that is set up. `checkpoint` is the newest that it wrote or resumed from, `checkpoint_step` its step. Its
     step began at `started`, so that `seconds` of the last steps count neither samples nor saving."""
 
+    config: TrainConfig
     context: RunContext
     max_train_steps: int
     train_step: TrainStep
@@ -104,9 +105,8 @@ class Training:
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
     def __post_init__(self):
-        self.config, self.run_dir = self.context.config, self.context.run_dir
-        self.accelerator, self.report = self.context.accelerator, self.context.report
-        self.checkpoint_step = self.step
+        self.run_dir, self.accelerator = self.context.run_dir, self.context.accelerator
+        self.report, self.checkpoint_step = self.context.report, self.step
 
     @property
     def step(self) -> int:
@@ -318,7 +318,7 @@ def training(
     run_dir = RunDir(plan.config.output_dir)
     accelerator = make_accelerator(plan.config, run_dir)
     report = Reporter(run_dir, accelerator, on_event)
-    context = RunContext(plan.config, run_dir, accelerator, report, should_stop or (lambda: False))
+    context = RunContext(run_dir, accelerator, report, should_stop or (lambda: False))
     with ExitStack() as stack:
         stack.callback(report.end_trackers)
         on_main(accelerator, lambda: stack.enter_context(locked(run_dir.path)))
@@ -338,27 +338,29 @@ def training(
 def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: LoadBase | None = None) -> Training:
     """Everything before the first step; drawing class images may take hours. `load` loads the base. Raises UserError,
     and StopRequestedError when a stop is requested."""
-    fresh = None, Position(0, chosen_seed(context.config, context.accelerator))
+    fresh = None, Position(0, chosen_seed(plan.config.seed, context.accelerator))
     checkpoint, position = agreed(
         context.accelerator,
-        lambda: resume_point(context.config, context.run_dir) or fresh,
+        lambda: resume_point(plan.config, context.run_dir) or fresh,
         lambda found: f"step {found[1].step} to go on from",
     )
-    config, report, step = replace(context.config, seed=position.seed), context.report, position.step
-    context = replace(context, config=config)
+    config, report, step = replace(plan.config, seed=position.seed), context.report, position.step
     log_strays(plan.photo_report)
     photos = usable_photos(plan.photo_report)
     steps = plan_steps(config, counts_of(photos), context.accelerator.num_processes)  # MPI sets no WORLD_SIZE
     report.step = step
-    on_main(context.accelerator, lambda: report_start(context, step, steps.total_steps))
-    photos = masked_photos(context, captioned_photos(context, photos))
+    on_main(context.accelerator, lambda: report_start(config, context, step, steps.total_steps))
+    make_captions(config, context, photos)
+    make_masks(config, context, photos)
+    photos = with_made(config, photos)
     if line := bare_prompt_line(config, photos):
         logger.info("%s", line)
     if context.accelerator.log_with:
         on_main(context.accelerator, lambda: report.start_trackers(config))
     samples = ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
-    prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]
-    inputs = prepare(context, photos, steps.total_steps * steps.photos_a_step, prompts, checkpoint is None, load)
+    prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.is_scored else ())]
+    sample_count = steps.total_steps * steps.photos_a_step
+    inputs = prepare(config, context, photos, sample_count, prompts, checkpoint is None, load)
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
         samples.requests, samples.contexts = [], []
         logger.warning(NO_SAMPLES)
@@ -366,8 +368,8 @@ def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: 
     settings = config.resolution, context.accelerator.device
     sampler = Sampler(inputs.pipeline, train_step.texts, *settings, should_stop=context.should_stop)
     publisher = Publisher(config, context.run_dir, inputs, train_step, samples, sampler, steps.total_steps, checkpoint)
-    on_main(context.accelerator, lambda: claim_run_folder(context, step, checkpoint))
-    return Training(context, steps.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)
+    on_main(context.accelerator, lambda: claim_run_folder(config, context, step, checkpoint))
+    return Training(config, context, steps.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)
 
 
 def fit(run: Training) -> Steps:

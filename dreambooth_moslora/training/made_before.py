@@ -8,7 +8,6 @@ model that makes them then leaves memory. The class images are the user's own, a
 import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,15 +19,13 @@ from dreambooth_moslora.base.families import denoiser_of
 from dreambooth_moslora.core import UserError, clean_stale, public_name, spelled_out
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
-from dreambooth_moslora.photos.crops import crop_rule
-from dreambooth_moslora.photos.folder import find_photos, usable_photos, with_kept_captions
-from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept, with_kept_masks, without_kept_mask
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos.folder import find_photos, usable_photos
+from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept
+from dreambooth_moslora.photos.photo import Photo, crop_rule, without_kept_mask
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.class_images import ClassBatch, ClassImages, shares
-from dreambooth_moslora.training.encoder import load_base
+from dreambooth_moslora.training.frozen_base import load_base
 from dreambooth_moslora.training.reporter import RunContext, free_unused_memory
 
 logger = logging.getLogger(__name__)
@@ -73,6 +70,7 @@ def make_missing(
 
 
 def make_for_photos(
+    config: TrainConfig,
     context: RunContext,
     kind: str,
     photos: list[Photo],
@@ -82,7 +80,7 @@ def make_for_photos(
 ) -> None:
     """Make what the photos, which are in the order of their subjects, lack, by the model that `load` finds for each
     subject. One model is in memory at a time, and none at the end."""
-    subjects, device = each_subject(context.config), context.accelerator.device
+    subjects, device = config.each_subject, context.accelerator.device
     same = agreed(context.accelerator, lambda: photos, lambda found: f"{len(found)} photos without a {kind}")
     model_of = lru_cache(maxsize=1)(lambda subject: load(subjects[subject], device))
     make_missing(context, f"{kind}s", same, lambda photo: make(photo, model_of(photo.subject)), keep)
@@ -90,13 +88,13 @@ def make_for_photos(
     free_unused_memory(device)
 
 
-def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
-    """The photos; those without a caption get the one in the run folder, which is made if missing. Raises UserError
-    when the model is not there, and StopRequestedError."""
+def make_captions(config: TrainConfig, context: RunContext, photos: list[Photo]) -> None:
+    """Make what the run folder lacks of captions for the photos without one. Raises UserError when the model is not
+    there, and StopRequestedError."""
     bare = [photo for photo in photos if not photo.is_captioned]
-    if context.config.captions != "auto" or not bare:
-        return photos
-    subjects, path = each_subject(context.config), context.run_dir.captions_path
+    if config.captions != "auto" or not bare:
+        return
+    subjects, path = config.each_subject, context.run_dir.captions_path
 
     def make(photo: Photo, captioner: Captioner) -> MadeCaption:
         return make_for_run(photo, captioner, subjects[photo.subject].instance_prompt, path)
@@ -105,17 +103,13 @@ def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
         keep(path, made, subjects[photo.subject].instance_prompt)
         logger.info("%s", spelled_out(f"{photo.path.name}: {made.caption or made.remark}"))
 
-    make_for_photos(context, "caption", bare, load_captioner, make, tell)
-    found = []
-    for number, subject in enumerate(subjects):
-        found += with_kept_captions(subject, [photo for photo in photos if photo.subject == number])
-    return found
+    make_for_photos(config, context, "caption", bare, load_captioner, make, tell)
 
 
-def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
-    """The photos; those without a mask get the run folder's, made if missing. Raises UserError, StopRequestedError."""
-    if context.config.masks != "auto":
-        return photos
+def make_masks(config: TrainConfig, context: RunContext, photos: list[Photo]) -> None:
+    """Make what the run folder lacks of masks for the photos without one. Raises UserError, StopRequestedError."""
+    if config.masks != "auto":
+        return
     folder = context.run_dir.masks_dir
 
     def tell(photo: Photo, mask: MadeMask) -> None:
@@ -124,31 +118,32 @@ def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
 
     own = [without_kept_mask(photo, folder) for photo in photos]
     if bare := [photo for photo in own if photo.mask_path is None]:
-        make_for_photos(context, "mask", bare, load_segmenter, partial(make_kept, folder=folder), tell)
-    return with_kept_masks(own, folder)
+        make_for_photos(config, context, "mask", bare, load_segmenter, partial(make_kept, folder=folder), tell)
 
 
 Sets = list[tuple[ClassImages, int]]
 """Sets of generated images, one per size, each with the wanted number."""
 
 
-def class_photos_of_each(context: RunContext, pipeline: DiffusionPipeline, photos: list[Photo]) -> list[list[Photo]]:
+def class_photos_of_each(
+    config: TrainConfig, context: RunContext, pipeline: DiffusionPipeline, photos: list[Photo]
+) -> list[list[Photo]]:
     """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs."""
     found: dict[tuple[str, str | None], list[Photo]] = {}
-    subjects, rule = each_subject(context.config), crop_rule(context.config)
+    subjects, rule = config.each_subject, crop_rule(config)
     keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
     for subject, key in zip(subjects, keys):
         if key not in found:
             sizes = Counter(rule.target(photo.size_px) for photo in photos if keys[photo.subject] == key)
-            found[key] = make_class_images(replace(context, config=subject), pipeline, sizes)
+            found[key] = make_class_images(subject, context, pipeline, sizes)
     return [found[key] for key in keys]
 
 
 def make_class_images(
-    context: RunContext, pipeline: DiffusionPipeline, sizes: Mapping[tuple[int, int], int]
+    config: TrainConfig, context: RunContext, pipeline: DiffusionPipeline, sizes: Mapping[tuple[int, int], int]
 ) -> list[Photo]:
     """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`."""
-    config, accelerator = context.config, context.accelerator
+    accelerator = context.accelerator
     folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
     if wanted := sum(count for _, count in sets):

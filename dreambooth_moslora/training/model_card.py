@@ -30,7 +30,6 @@ from dreambooth_moslora.disk.run_folder import (
 )
 from dreambooth_moslora.settings.families import DENOISERS, FAMILIES, Facts, facts_of_model
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import BestStep
 
@@ -97,7 +96,7 @@ def front_matter(config: TrainConfig, facts: CardFacts) -> str:
 
 def prompts_of(config: TrainConfig) -> list[str]:
     """The instance prompt of each subject."""
-    return [subject.instance_prompt for subject in each_subject(config)]
+    return [subject.instance_prompt for subject in config.each_subject]
 
 
 def family_in(facts: CardFacts) -> Facts:

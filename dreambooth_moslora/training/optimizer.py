@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dreambooth_moslora.adapters.moslora import adapter_parameters, mixer_parameters
 from dreambooth_moslora.core import UserError, is_number
 from dreambooth_moslora.settings.families import DENOISERS
-from dreambooth_moslora.settings.optimizers import OPTIMIZERS, optimizer_of
+from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS, optimizer_of
 from dreambooth_moslora.settings.table import TrainConfig
 
 Weights = tuple[nn.Parameter, ...]

@@ -1,4 +1,4 @@
-"""The endless, shuffled, seeded stream of batches of photos and captions, of one subject or of several.
+"""From photos to batches: the endless, shuffled, seeded stream of encoded crops with captions, of all subjects.
 
     sample at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
 
@@ -14,22 +14,122 @@ shows.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from dreambooth_moslora.core import place_of, rng
-from dreambooth_moslora.photos.crops import CropPlan, nearest_shape
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from dreambooth_moslora.base import load
+from dreambooth_moslora.base.families import Family
+from dreambooth_moslora.core import UserError, content_key, file_digest, place_of, rng
 from dreambooth_moslora.photos.folder import shuffled_captions
-from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.settings.subjects import each_subject, stream_of
+from dreambooth_moslora.photos.photo import CropPlan, CropRule, Photo, apply_crop, nearest_shape, open_mask, open_rgb
+from dreambooth_moslora.settings.subjects import stream_of
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.encoder import EncodedView, PhotoEncoder
+from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
 
 Size = tuple[int, int]
 """(h, w) in px."""
 View = tuple[int, int, Size]
 """(slot, crop number, crop size); the slot numbers photos times repeats."""
+
+
+@dataclass(frozen=True)
+class EncodedView:
+    """One crop of one photo: `latents` (4, h, w), `time_ids` (6,), and `mask` (1, h, w), the loss weights, or None."""
+
+    latents: Tensor
+    time_ids: Tensor
+    mask: Tensor | None
+
+
+class PhotoEncoder:
+    """Crops and encodes photos. The VAE computes only what the cache does not hold."""
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        cache: TensorCache | None,
+        rule: CropRule,
+        readers: int = 0,
+        unmasked_weight: float = 0.0,
+        family: Family = load.SDXL_FAMILY,
+    ):
+        """Without a cache, `readers` threads open and crop photos ahead of time."""
+        self.vae, self.cache, self.rule, self.unmasked_weight = vae, cache, rule, unmasked_weight
+        self.family = family
+        self.vae_identity = fingerprint(vae)
+        self._digests: dict[object, str] = {}
+        self._readers = ThreadPoolExecutor(readers) if readers and cache is None else None
+        self._reading: dict[tuple[Photo, CropPlan], Future[tuple[Image.Image, Image.Image | None]]] = {}
+
+    def encode(self, photo: Photo, plan: CropPlan) -> EncodedView:
+        """Its loss weights are 1 on the subject and `unmasked_weight` around it. Around a photo with transparency the
+        weight is 0: its white background was not photographed."""
+        tensors = self._compute(photo, plan) if self.cache is None else self.cache.get(*self.entry(photo, plan))
+        around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
+        weights = around + (1 - around) * tensors["subject"] if "subject" in tensors else None
+        return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
+
+    def entry(self, photo: Photo, plan: CropPlan) -> tuple[str, Callable[[], Tensors]]:
+        """The crop's key in the cache, and the function that encodes it. That raises UserError if the photo has
+        changed since, or if the VAE has left memory and the disk cache cannot be read."""
+        key = content_key(
+            photo=self._digest(photo.path),
+            subject=photo.mask_path and self._digest(photo.mask_path),
+            plan=plan,
+            interpolation=self.rule.interpolation,
+            vae=self.vae_identity,
+        )
+
+        def compute() -> Tensors:
+            if self.vae is None:
+                raise UserError(
+                    f"{self.cache.folder}: the encoding of {photo.path} cannot be read any more, and the VAE has left "
+                    "memory; resume the run, which encodes it anew."
+                )
+            tensors = self._compute(photo, plan)
+            for path in filter(None, (photo.path, photo.mask_path)):
+                if file_digest(path) != self._digest(path):
+                    raise UserError(f"{path} was changed while it was read; start again.")
+            return tensors
+
+        return key, compute
+
+    def _digest(self, path) -> str:
+        if path not in self._digests:
+            self._digests[path] = file_digest(path)
+        return self._digests[path]
+
+    def read_ahead(self, photo: Photo, plan: CropPlan) -> None:
+        if self._readers is not None and (photo, plan) not in self._reading:
+            self._reading[photo, plan] = self._readers.submit(load_crop, photo, plan, self.rule.interpolation)
+
+    def _compute(self, photo: Photo, plan: CropPlan) -> Tensors:
+        reading = self._reading.pop((photo, plan), None)
+        image, mask = reading.result() if reading else load_crop(photo, plan, self.rule.interpolation)
+        latents = load.encode_image(self.vae, pixels_of(image)[None], self.family)[0].cpu()
+        if mask is None:
+            return {"latents": latents}
+        grey = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
+        return {"latents": latents, "subject": F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]}
+
+
+def load_crop(photo: Photo, plan: CropPlan, interpolation: str) -> tuple[Image.Image, Image.Image | None]:
+    """The photo's crop and its mask's, of the target size."""
+    image, mask = apply_crop(open_rgb(photo), plan, interpolation), open_mask(photo)
+    return image, None if mask is None else apply_crop(mask, plan, "bilinear")
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 class PhotoStream:
@@ -180,10 +280,8 @@ class SubjectStreams:
         return number, round_ * self.run + offset
 
     def views_ahead(self, sample_count: int) -> list[tuple[Photo, CropPlan]]:
-        """Like `PhotoStream.views_ahead`, of all subjects: in whole rounds if there are several."""
-        share = sample_count
-        if len(self.streams) > 1:
-            share = -(-sample_count // (len(self.streams) * self.run)) * self.run
+        """Like `PhotoStream.views_ahead`, of all subjects, in whole rounds."""
+        share = -(-sample_count // (len(self.streams) * self.run)) * self.run
         return [view for stream in self.streams for view in stream.views_ahead(share)]
 
 
@@ -195,7 +293,7 @@ def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEnc
         named = {photo.path.name: [photo] * len(photos) for photo in photos} | dict.fromkeys(config.leave_out, photos)
         photos = [photo for name in sorted(named) for photo in named[name]]
     streams = []
-    for number, subject in enumerate(each_subject(config)):
+    for number, subject in enumerate(config.each_subject):
         own = [photo for photo in photos if photo.subject == number]
         shuffled = [replace(photo, captions=shuffled_captions(subject, photo.captions)) for photo in own]
         varied = (config.repeats, config.caption_dropout, config.train_batch_size)
@@ -213,3 +311,58 @@ def prior_streams(
         beside = own if config.enable_bucket else None
         streams.append(PhotoStream(photos, encoder, config.seed, stream_of("prior", number), beside=beside))
     return SubjectStreams(streams, config.seed, instance.run)
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """`latents` (B, 4, h, w), `time_ids` (B, 6), `mask` (B, 1, h, w) or None, `prompts` (B), all on the CPU. The
+    first `instance_count` images are the subject's, the others are prior images."""
+
+    latents: Tensor
+    time_ids: Tensor
+    instance_count: int
+    mask: Tensor | None
+    prompts: list[str]
+
+    def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
+        """The batch twice (2B): the second half has these prompts (B), and the base's prediction as its target."""
+        size = len(self.prompts)
+        return TrainBatch(
+            self.latents.repeat(2, 1, 1, 1),
+            self.time_ids.repeat(2, 1),
+            size,
+            None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)]),
+            [*self.prompts, *prompts],
+        )
+
+
+def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> TrainBatch:
+    """One batch, the subject's views first. If only some have a mask, the others get a mask of ones."""
+    views = [view for view, _ in samples]
+    masks = None
+    if any(view.mask is not None for view in views):
+        masks = torch.stack([torch.ones_like(v.latents[:1]) if v.mask is None else v.mask for v in views])
+    return TrainBatch(
+        torch.stack([view.latents for view in views]),
+        torch.stack([view.time_ids for view in views]),
+        instance_count,
+        masks,
+        [caption for _, caption in samples],
+    )
+
+
+def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:
+    """The CPU tensors, of any shapes, on `device`, by one transfer; None stays None. Only a transfer to CUDA is
+    asynchronous, from pinned memory. Apple's GPUs would read a buffer that is freed. They travel as fp32, which holds
+    integers up to 2**24 and all half-precision numbers exactly."""
+    if device.type == "cpu":
+        return tensors
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    buffer = torch.cat([tensor.reshape(-1).float() for tensor in given.values()])
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        buffer = buffer.pin_memory()
+    parts = buffer.to(device, non_blocking=is_cuda).split([tensor.numel() for tensor in given.values()])
+    for part, (name, tensor) in zip(parts, given.items(), strict=True):
+        given[name] = part.view(tensor.shape).to(tensor.dtype)
+    return tensors | given

@@ -26,32 +26,33 @@ from dreambooth_moslora.base.files import SMALL_BASE_PX, base_folder
 from dreambooth_moslora.base.load import TextProducts, default_resolution
 from dreambooth_moslora.core import UserError, content_key, default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
-from dreambooth_moslora.photos.crops import crop_rule
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos.photo import Photo, crop_rule
 from dreambooth_moslora.plan.checks import check_family, check_layers, check_patterns
-from dreambooth_moslora.plan.memory import uses_class_images
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_each, share_out
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
 from dreambooth_moslora.settings.rules import weighting_flags
-from dreambooth_moslora.settings.subjects import each_subject
-from dreambooth_moslora.settings.table import TrainConfig, is_scored
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import named_basis
-from dreambooth_moslora.training.encoder import (
+from dreambooth_moslora.training.frozen_base import (
     LoadBase,
-    PhotoEncoder,
     PromptCache,
     TensorCache,
     Tensors,
-    TrainBatch,
-    collate,
     fingerprint,
     load_base,
     warn_of_slow_precision,
 )
 from dreambooth_moslora.training.made_before import class_photos_of_each
 from dreambooth_moslora.training.objective import NoiseSchedule
-from dreambooth_moslora.training.photo_stream import SubjectStreams, instance_streams, prior_streams
+from dreambooth_moslora.training.photo_stream import (
+    PhotoEncoder,
+    SubjectStreams,
+    TrainBatch,
+    collate,
+    instance_streams,
+    prior_streams,
+)
 from dreambooth_moslora.training.reporter import RunContext, free_unused_memory
 
 Entries = dict[str, Callable[[], Tensors]]
@@ -92,6 +93,7 @@ class TrainInputs:
 
 
 def prepare(
+    config: TrainConfig,
     context: RunContext,
     photos: list[Photo],
     sample_count: int,
@@ -102,7 +104,7 @@ def prepare(
     """Load the base, generate class images, and encode what the run's first `sample_count` samples show. `prompts`
     will be drawn later; they are encoded while the text encoders are in memory. `is_fresh`: the run does not resume
     an adapter. `load` loads the base, by default `load_base`. Raises UserError and StopRequestedError."""
-    config, device = context.config, context.accelerator.device
+    device = context.accelerator.device
     context.report.phase("loading")
     dtype = DTYPES[context.accelerator.mixed_precision]
     pipeline = (load or load_base)(config, dtype, device)
@@ -124,7 +126,7 @@ def prepare(
         with named_basis():
             basis = read_basis(config.basis, base_folder(config), config.variant)
     context.stop_if_asked()
-    class_photos = class_photos_of_each(context, pipeline, photos) if uses_class_images(config) else []
+    class_photos = class_photos_of_each(config, context, pipeline, photos) if config.draws_class_images else []
     options = config.dataloader_num_workers, config.unmasked_weight, family
     encoder = PhotoEncoder(pipeline.vae.to(device), cache_of(config), crop_rule(config), *options)
     instance = instance_streams(config, photos, encoder)
@@ -132,7 +134,7 @@ def prepare(
     prompt_embeds = prompt_cache(config, pipeline, device)
     streams = [stream for stream in (instance, prior) if stream is not None]
     encode_photos(context, streams, sample_count)
-    encode_prompts(context, streams, prompt_embeds, prompts)
+    encode_prompts(config, context, streams, prompt_embeds, prompts)
     release_encoders(config, pipeline, prompt_embeds, encoder)
     free_unused_memory(device)
     give_freed_memory_back()
@@ -175,7 +177,7 @@ def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseS
 
 def too_slow_for_samples(config: TrainConfig, pipeline: DiffusionPipeline, device: torch.device) -> bool:
     """Whether samples would take minutes each, on a CPU with a large base, and were not asked for."""
-    prompts = [subject.validation_prompt for subject in each_subject(config)]
+    prompts = [subject.validation_prompt for subject in config.each_subject]
     asked = (config.num_validation_images, *prompts, config.validation_steps)
     is_large = default_resolution(pipeline) > SMALL_BASE_PX
     return device.type == "cpu" and is_large and all(setting is None for setting in asked)
@@ -222,14 +224,17 @@ def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_cou
 
 
 def encode_prompts(
-    context: RunContext, streams: list[SubjectStreams], prompt_embeds: PromptCache, prompts: Iterable[str]
+    config: TrainConfig,
+    context: RunContext,
+    streams: list[SubjectStreams],
+    prompt_embeds: PromptCache,
+    prompts: Iterable[str],
 ) -> None:
     """Fill the cache with every caption and prompt that the run will use. Raises UserError and StopRequestedError."""
-    config = context.config
     captions = {*prompts, ""}
     for stream in streams:
         captions |= stream.captions
-    for subject in each_subject(config):
+    for subject in config.each_subject:
         captions |= {subject.class_prompt, *config.prior_prompts} if subject.class_prompt else set()
     learnt = [word_pattern(word) for word in learnt_words(config)]
     plain = [caption for caption in sorted(captions) if not any(pattern.search(caption) for pattern in learnt)]
@@ -267,7 +272,7 @@ def release_encoders(
     if not config.keeps_text_encoders:
         prompt_embeds.release_encoders()
         pipeline.register_modules(**dict.fromkeys(facts_of(type(pipeline).__name__).encoders))
-    if config.caching != "off" and (config.sample_count or is_scored(config)):
+    if config.caching != "off" and (config.sample_count or config.is_scored):
         pipeline.vae.to("cpu")
     elif config.caching != "off":
         pipeline.register_modules(vae=None)

@@ -155,7 +155,6 @@ def memory_gib(device: torch.device) -> float | None:
 class RunContext:
     """`should_stop` says whether this process was asked to stop."""
 
-    config: TrainConfig
     run_dir: RunDir
     accelerator: Accelerator
     report: Reporter

@@ -44,7 +44,7 @@ from dreambooth_moslora.disk.processes import keep_freed_memory, peak_memory_gib
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.encoder import EncodedView, TrainBatch, collate
+from dreambooth_moslora.training.photo_stream import EncodedView, TrainBatch, collate
 from dreambooth_moslora.training.prepare import noise_schedule
 from dreambooth_moslora.training.step import TrainStep
 

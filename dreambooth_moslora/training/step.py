@@ -30,14 +30,13 @@ from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.core import StopRequestedError, UserError, generator, is_out_of_memory, one_line, rng, seed_of
 from dreambooth_moslora.plan.memory import Speed, speed_of
 from dreambooth_moslora.plan.processes import mean_over
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import objective
 from dreambooth_moslora.training.adapters import LearntTokens, add_adapters, trained_modules
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
-from dreambooth_moslora.training.encoder import TrainBatch, move_together
 from dreambooth_moslora.training.objective import LossParts, NoisySample
 from dreambooth_moslora.training.optimizer import average_of, lent, make_lr_schedule, make_optimizer, parameter_groups
+from dreambooth_moslora.training.photo_stream import TrainBatch, move_together
 from dreambooth_moslora.training.prepare import TrainInputs
 
 
@@ -112,7 +111,7 @@ class TrainStep:
         self.config, self.inputs, self.accelerator, self.step = config, inputs, accelerator, step
         speed = speed_of(config, accelerator.device.type, max_train_steps - step)
         make_convolutions_fast(inputs.denoiser, speed)
-        self.class_prompts = [subject.class_prompt for subject in each_subject(config)]
+        self.class_prompts = [subject.class_prompt for subject in config.each_subject]
         self.components = trained_modules(config, inputs.family.facts, inputs.pipeline)
         add_adapters(config, self.components, checkpoint, start=inputs.start, basis=inputs.basis)
         inputs.start = None  # free its tensors

@@ -12,8 +12,8 @@ import gradio as gr
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
-from dreambooth_moslora.ui import generate_form
-from dreambooth_moslora.ui.generate_form import RANGES, GenerateForm, make_pictures, recipe_of, summary_of
+from dreambooth_moslora.ui import generate_values
+from dreambooth_moslora.ui.generate_values import RANGES, GenerateForm, make_pictures, recipe_of, summary_of
 from dreambooth_moslora.ui.html import SHOWN, explain_bad_values, faint, progress_card
 from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error, sentence
 from dreambooth_moslora.ui.visitors import Picture, Visitor
@@ -28,10 +28,10 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     """The most used widgets: prompt, adapter, scale, number of pictures, buttons."""
     names = [NONE, *ctx.catalog.files()]
     first = names[1] if len(names) > 1 else NONE
-    summary = summary_of(ctx.catalog.files()[first]) if first != NONE else generate_form.AdapterSummary()
+    summary = summary_of(ctx.catalog.files()[first]) if first != NONE else generate_values.AdapterSummary()
     prompt = gr.Textbox(
         label="Prompt",
-        value=generate_form.prompt_for(summary),
+        value=generate_values.prompt_for(summary),
         placeholder="a photo of … in the snow",
         lines=1,
         max_lines=5,
@@ -47,7 +47,7 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     words = summary.sentence()
     about = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
     scale = gr.Slider(*RANGES["scale"], summary.scale, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
-    num_images = gr.Slider(1, generate_form.MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
+    num_images = gr.Slider(1, generate_values.MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
     with gr.Row(elem_classes="tight"):
         run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
         stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1, min_width=80)
@@ -56,7 +56,7 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def settings_widgets(ctx: AppContext) -> dict[str, Any]:
-    sizes = generate_form.size_choices(ctx.resolution_px)
+    sizes = generate_values.size_choices(ctx.resolution_px)
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
         negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, elem_id="negative")
         with gr.Row():
@@ -201,7 +201,7 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
         visitor = ctx.visitors.of(request)
         if not (own := _own(pictures, visitor)):
             return ""
-        return generate_form.code_snippet(
+        return generate_values.code_snippet(
             GenerationParams.from_png(own[0].path), ctx.base, ctx.catalog.public_paths(visitor)
         )
 
@@ -224,7 +224,7 @@ def _connect_compare_and_grid(ctx: AppContext, tab: GenerateTab, results: dict) 
     @results["compare"].click(api_name="compare", **compared, **options)
     @as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in generate_form.compare(ctx, GenerateForm.of(values), request):
+        for frame in generate_values.compare(ctx, GenerateForm.of(values), request):
             pair = frame.pictures and len(frame.pictures) == 2
             yield tuple(str(p.path) for p in frame.pictures) if pair else gr.skip(), frame.status
 
@@ -279,8 +279,8 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
         summary = summary_of(files[name])
         words = summary.sentence()
         # the adapter's own words, unless the user has edited the prompt that another one had filled in
-        untouched = {"", *(generate_form.prompt_for(summary_of(file)) for file in files.values())}
-        renewed = generate_form.prompt_for(summary) if (old_prompt or "").strip() in untouched else ""
+        untouched = {"", *(generate_values.prompt_for(summary_of(file)) for file in files.values())}
+        renewed = generate_values.prompt_for(summary) if (old_prompt or "").strip() in untouched else ""
         return gr.HTML(faint(words), visible=bool(words)), renewed or old_prompt
 
     def preset(name: str, request: gr.Request) -> float:
@@ -359,8 +359,8 @@ def _picked(pictures: list[Picture], index: int) -> Path:
 
 def to_widgets(ctx: AppContext, recipe: Recipe, request: gr.Request) -> list:
     """The values of all fields, in order, that give the recipe again; differences are shown as remarks."""
-    settled, remarks = generate_form.match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
-    params, changes = generate_form.clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
+    settled, remarks = generate_values.match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
+    params, changes = generate_values.clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
     for remark in (*remarks, *changes):
         gr.Warning(html.escape(sentence(remark), quote=False))
     form = GenerateForm.from_params(params)

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
 from dreambooth_moslora.ui.generate import GenerateTab, build_generate_tab, to_widgets
-from dreambooth_moslora.ui.generate_form import recipe_of
+from dreambooth_moslora.ui.generate_values import recipe_of
 from dreambooth_moslora.ui.guard import LOOPBACK, MAX_UPLOAD_BYTES, BodySizeLimit, Origin, UploadQuota, trusted_hosts
 from dreambooth_moslora.ui.html import CSS, HEAD, THEME, facts_table, notice
 from dreambooth_moslora.ui.state import TELLING, AppContext, as_gradio_error, check_upload, import_libraries, sentence

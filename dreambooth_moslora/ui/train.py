@@ -10,7 +10,7 @@ from dreambooth_moslora.disk.run_folder import NONE, RunDir
 from dreambooth_moslora.settings.sources import FoundRecipe
 from dreambooth_moslora.ui import train_masks, train_start
 from dreambooth_moslora.ui.generate import GenerateTab
-from dreambooth_moslora.ui.generate_form import prompt_for, summary_of
+from dreambooth_moslora.ui.generate_values import prompt_for, summary_of
 from dreambooth_moslora.ui.html import explain_bad_values, notice
 from dreambooth_moslora.ui.jobs import settings_of
 from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence

@@ -14,11 +14,10 @@ import PIL.ImageChops
 
 from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.disk.run_folder import NONE
-from dreambooth_moslora.photos.crops import apply_crop, examine, masked, plans_of
+from dreambooth_moslora.photos.examine import examine, masked, plans_of
 from dreambooth_moslora.photos.folder import find_photos, photo_report
-from dreambooth_moslora.photos.masks import load_segmenter, make_kept, open_mask, quality_warning
-from dreambooth_moslora.photos.photo import Photo, open_rgb
-from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_warning
+from dreambooth_moslora.photos.photo import Photo, apply_crop, open_mask, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.html import remarks_card
 from dreambooth_moslora.ui.state import AppContext
@@ -75,7 +74,7 @@ def shown_masks(config: TrainConfig, visitor: Visitor) -> Iterator[ShownMask]:
 
 def with_made_masks(config: TrainConfig, visitor: Visitor) -> Iterator[tuple[Photo, str]]:
     """Each photo with its mask, if it has one, and a remark on a made one."""
-    segmenters = [load_segmenter(one) for one in each_subject(config)] if config.masks == "auto" else []
+    segmenters = [load_segmenter(one) for one in config.each_subject] if config.masks == "auto" else []
     for photo in photo_report(config).photos:
         if photo.mask_path is not None or not segmenters:
             yield photo, ""

@@ -25,10 +25,9 @@ from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.rows import parse_pattern
 from dreambooth_moslora.settings.sources import FoundRecipe, checked_recipe, recipe_in_file
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, without_removed
 from dreambooth_moslora.ui import train_form
-from dreambooth_moslora.ui.generate_form import format_seconds
+from dreambooth_moslora.ui.generate_values import format_seconds
 from dreambooth_moslora.ui.html import remarks_card
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
 from dreambooth_moslora.ui.state import AppContext, check_header
@@ -101,7 +100,7 @@ def bounded(found: FoundRecipe) -> FoundRecipe:
 def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainForm] = TrainForm) -> TrainForm:
     """The form that makes a run of these settings. Raises UserError for settings that no form has."""
     config = TrainConfig.from_dict(without_removed(settings) | {"resume_from_checkpoint": None})
-    subjects = each_subject(config)
+    subjects = config.each_subject
     if (count := len(subjects)) > MOST_SUBJECTS:
         raise UserError(f"the run has {count} subjects, and the form {MOST_SUBJECTS} at most")
     like, recipe = like_of_run(photos_dir.parent)

@@ -20,7 +20,7 @@ from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.settings.prompts import noun_of
 from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
-from dreambooth_moslora.ui.generate_form import format_seconds
+from dreambooth_moslora.ui.generate_values import format_seconds
 from dreambooth_moslora.ui.html import SHOWN, faint, notice, progress_card
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
 from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence

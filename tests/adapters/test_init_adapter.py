@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.init_adapter import begin_with, read_start
 from dreambooth_moslora.adapters.lora_file import read_adapter
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.proof import relative_difference
+from dreambooth_moslora.adapters.published_file import publish
 from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME

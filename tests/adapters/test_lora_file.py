@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters import lora_file
 from dreambooth_moslora.adapters.describe import describe
-from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.kohya_file import kohya_name
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
 from dreambooth_moslora.adapters.proof import BOUNDS, relative_difference
+from dreambooth_moslora.adapters.published_file import publish
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth_moslora.adapters.export import note_scale
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, concluded, told_by, with_told
+from dreambooth_moslora.adapters.published_file import note_scale
 from dreambooth_moslora.adapters.raw_file import read_tensors
 from dreambooth_moslora.settings.prompts import class_word_of, trigger_words
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import choose_scale
 from dreambooth_moslora.training.model_card import with_strength
-from dreambooth_moslora.ui.generate_form import summary_of
+from dreambooth_moslora.ui.generate_values import summary_of
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_adapters import save_diffusers_lora
 

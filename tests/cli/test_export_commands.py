@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters.describe import describe
-from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
+from dreambooth_moslora.adapters.published_file import publish
 from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli import evaluate
-from dreambooth_moslora.cli.main import main, train_main
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.settings.sources import LAYERS, RECIPE, TOLD_IF_CHANGED, recipe_of
 from dreambooth_moslora.settings.table import FIELD_TYPES, TrainConfig
 from dreambooth_moslora.training.loop import train

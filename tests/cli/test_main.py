@@ -15,8 +15,9 @@ import pytest
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
-from dreambooth_moslora.cli.main import COMMANDS, exit_code, log_file, main, run_trainer, train_main
-from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress
+from dreambooth_moslora.cli.main import COMMANDS, main
+from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
+from dreambooth_moslora.cli.train import log_file, run_trainer, train_main
 from dreambooth_moslora.disk.events import RunStarted, StepDone
 from dreambooth_moslora.disk.run_folder import RunDir, step_of
 from dreambooth_moslora.training import loop
@@ -73,7 +74,7 @@ def python(*words, **options) -> subprocess.CompletedProcess:
 )
 def test_what_trains_nothing_imports_no_torch(words, code, unneeded, photos):
     before = sorted(photos.iterdir())
-    program = "import sys\nfrom dreambooth_moslora.cli.main import train_main\n"
+    program = "import sys\nfrom dreambooth_moslora.cli.train import train_main\n"
     program += "try: code = train_main(sys.argv[1:])\nexcept SystemExit as ended: code = ended.code\n"
     program += f"for name in {unneeded.split()}: assert name not in sys.modules, name\nprint(code)"
     done = python("-c", program, *words, cwd=photos)

@@ -7,16 +7,15 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.base import machine as precision
-from dreambooth_moslora.cli import parser as one_word
-from dreambooth_moslora.cli.main import main, train_main
-from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
+from dreambooth_moslora.cli import train as one_word
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.train import build_train_parser, parse_train_config, train_main
 from dreambooth_moslora.core import CLIP, DINO
 from dreambooth_moslora.plan.choices import recipe_settings
 from dreambooth_moslora.plan.memory import RECIPES, STOCK_SDXL, BaseSize, estimate
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.sources import load_settings
-from dreambooth_moslora.settings.table import is_scored
 from tests.helpers.tiny_training import paint_photos
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
@@ -110,7 +109,7 @@ def test_the_lines_say_what_flags_and_choices_give_together(flags, said, capsys)
 
 def test_scores_are_refused_by_steps_of_0_and_early_stopping_waits_for_those_that_are_chosen(capsys):
     config = parse_train_config([*TOYS, "--evaluate_steps", "0"])
-    assert not is_scored(config) and "scores: " not in capsys.readouterr().err
+    assert not config.is_scored and "scores: " not in capsys.readouterr().err
     assert parse_train_config([*TOYS, "--evaluate_steps", "0", "--find_scale"]).find_scale
     assert parse_train_config([*TOYS, "--early_stopping", "2"]).evaluate_steps == 120
 

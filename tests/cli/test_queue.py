@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.cli import parser as one_word
-from dreambooth_moslora.cli import runs
-from dreambooth_moslora.cli.main import main, train_main
+from dreambooth_moslora.cli import queue
+from dreambooth_moslora.cli import train as one_word
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.disk.queue import RunQueue
 from dreambooth_moslora.ui import jobs as page_jobs
 from tests.helpers.tiny_training import paint_photos
@@ -77,7 +78,7 @@ def test_the_queue_is_listed_moved_and_emptied(photos, capsys):
 
 
 def test_start_trains_all_that_wait_says_how_each_ended_and_answers_with_one(photos, capsys, monkeypatch):
-    monkeypatch.setattr(runs, "POLL_SEC", 0.02)
+    monkeypatch.setattr(queue, "POLL_SEC", 0.02)
     (stand_in := photos.parent / "trainer.py").write_text(
         "import json, sys, time\nconfig = json.load(open(sys.argv[2]))\n"
         "if config['rank'] == 3: sys.exit('error: no memory for rank 3')\n"

@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.adapters.export import note_scale
 from dreambooth_moslora.adapters.metadata import UNTOLD, AdapterMetadata
+from dreambooth_moslora.adapters.published_file import note_scale
 from dreambooth_moslora.adapters.raw_file import read_tensors, write_file
 from dreambooth_moslora.cli import verify
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.parser import Parser, parse_train_config
+from dreambooth_moslora.cli.parser import Parser
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.cli.verify import FLAGS
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepDone

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.base import machine
-from dreambooth_moslora.cli.main import main, train_main
+from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, REMOVED_FLAGS, unknown_flag_message
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.settings.table import SETTINGS
 from tests.helpers.tiny_training import paint_photos
 from tests.test_readme import blocks, command_lines

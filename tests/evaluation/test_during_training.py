@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.adapters.export import load_published
-from dreambooth_moslora.cli.main import main, make_evaluator
+from dreambooth_moslora.adapters.published_file import load_published
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.train import make_evaluator
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator

@@ -24,7 +24,7 @@ from dreambooth_moslora.settings.prompts import Subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import figures_from, meanings
 from dreambooth_moslora.training.model_card import score_table
-from dreambooth_moslora.training.publish import draw_fidelity
+from dreambooth_moslora.training.results import draw_fidelity
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
 from toybox.readers.judge import QUESTIONS, Reading

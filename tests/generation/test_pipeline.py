@@ -15,7 +15,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save, save_file
 
-from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.published_file import publish
 from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.base import decode
 from dreambooth_moslora.base.load import guidance_rescale, load_pipeline

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.fold_table import VARIANTS, adapt, output, small_unet
-from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.published_file import publish
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 
 CASES = [("orthogonal", variant) for variant in VARIANTS] + [("kaiming", "alpha ≠ r"), ("none", "rank pattern")]

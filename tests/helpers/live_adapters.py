@@ -2,7 +2,7 @@
 
 import torch
 
-from dreambooth_moslora.adapters import export
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from tests.helpers.tiny import tiny_text_config, tiny_unet
@@ -39,6 +39,6 @@ def live(with_text: bool = False, **options) -> dict[str, torch.nn.Module]:
     return components
 
 
-def facts_of(components: dict, **more) -> export.AdapterMetadata:
+def facts_of(components: dict, **more) -> AdapterMetadata:
     given = {"base_id": "some/base", "trigger_words": ("sks dog",), "class_word": "dog", "resolution_px": 1024}
     return adapter_metadata(components, **given | more)

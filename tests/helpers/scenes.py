@@ -16,13 +16,13 @@ from pathlib import Path
 from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.training import checkpoint as earlier_runs
 from dreambooth_moslora.training import loop as run
 from dreambooth_moslora.training import made_before as run_class_images
-from dreambooth_moslora.training.encoder import TensorCache
+from dreambooth_moslora.training.frozen_base import TensorCache
 from dreambooth_moslora.training.step import TrainStep
 
 RANK = int(os.environ.get("RANK", "0"))

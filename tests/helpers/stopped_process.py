@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.training import prepare
 
 encode = prepare.encode_photos

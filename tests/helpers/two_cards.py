@@ -19,7 +19,7 @@ RANK = int(os.environ["RANK"])
 said: dict[str, float] = {}
 estimate.free_gib_of_gpu = lambda **_: said["free"]  # before the modules that take it from there
 
-from dreambooth_moslora.cli.main import train_main  # noqa: E402
+from dreambooth_moslora.cli.train import train_main  # noqa: E402
 from dreambooth_moslora.plan import memory as memory_plan  # noqa: E402
 from dreambooth_moslora.training import loop  # noqa: E402
 from dreambooth_moslora.training.step import TrainStep  # noqa: E402

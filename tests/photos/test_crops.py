@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.photos.crops import FILTERS, CropPlan, CropRule, apply_crop, plans_of, resized_size
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos.examine import plans_of
+from dreambooth_moslora.photos.photo import FILTERS, CropPlan, CropRule, Photo, apply_crop, resized_size
 from dreambooth_moslora.settings.table import TrainConfig
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.photos.crops import MIN_SHARPNESS, examine, sharpness
+from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
 from dreambooth_moslora.photos.photo import open_rgb, quoted
 from dreambooth_moslora.settings.table import TrainConfig

@@ -10,7 +10,7 @@ from PIL import Image
 from dreambooth_moslora.core import UserError, find_asset
 from dreambooth_moslora.photos import masks
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.photo import open_image, open_rgb
+from dreambooth_moslora.photos.photo import grey_mask, kept_path, open_image, open_mask, open_rgb, with_kept_masks
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import picture, transparent
 from tests.helpers.tiny_clipseg import save_tiny_clipseg
@@ -24,10 +24,10 @@ def test_what_is_transparent_becomes_white_and_is_not_learnt(tmp_path):
     transparent(tmp_path / "a.png")
     (photo,) = find_photos(tmp_path, PROMPT, 64).photos
     assert open_rgb(photo).getpixel((4, 4)) == (255, 255, 255)
-    mask = masks.open_mask(photo)
+    mask = open_mask(photo)
     assert (mask.getpixel((4, 4)), mask.getpixel((60, 60))) == (0, 255)
     (photo,) = find_photos(tmp_path, PROMPT, 64, alpha="white").photos
-    assert masks.open_mask(photo) is None and "transparent: on white" in photo.reasons
+    assert open_mask(photo) is None and "transparent: on white" in photo.reasons
 
 
 def paint(folder: Path, *names: str, size_px=None) -> Path:
@@ -49,7 +49,7 @@ def test_a_mask_may_be_of_any_format_and_dim(tmp_path, name, white):
     Image.new("RGB", (128, 96), "green").save(tmp_path / "a.jpg")
     grey((128, 96), 0, (0, 0, 64, 96), white=white).save(tmp_path / name)
     (photo,) = photos_in(tmp_path)
-    found = masks.open_mask(photo)
+    found = open_mask(photo)
     assert found.getpixel((9, 9)) > 250 and found.getpixel((120, 9)) < 5
 
 
@@ -59,9 +59,9 @@ def test_a_mask_beside_the_photo_is_used_and_one_of_another_shape_is_refused(tmp
     for name, one in (("a", mask), ("b", grey((96, 96), 255)), ("c", grey())):
         one.save(tmp_path / f"{name}.mask.png")
     a, b, c = photos_in(tmp_path)
-    assert np.array_equal(np.asarray(masks.open_mask(a)), np.asarray(mask))
-    assert masks.open_mask(b) is None and "mask not used: its shape" in b.reasons[0]
-    assert masks.open_mask(c) is None and "black everywhere" in c.reasons[0]
+    assert np.array_equal(np.asarray(open_mask(a)), np.asarray(mask))
+    assert open_mask(b) is None and "mask not used: its shape" in b.reasons[0]
+    assert open_mask(c) is None and "black everywhere" in c.reasons[0]
 
 
 def half(word: str = "dog") -> masks.Segmenter:
@@ -93,7 +93,7 @@ def test_masks_go_beside_photos_that_have_none_and_a_persons_own_stay(tmp_path):
     assert [mask.path and mask.path.name for mask in made] == ["a.mask.png", None, None, None]
     assert ["kept" in mask.remark for mask in made] == [False, True, True, True]
     assert all(path.read_bytes() == content for path, content in before.items())
-    mask = np.asarray(masks.open_mask(photos_in(tmp_path)[0]))
+    mask = np.asarray(open_mask(photos_in(tmp_path)[0]))
     assert mask.shape == (96, 128) and (mask[:, :64] == 255).all() and (mask[:, 64:] == 0).all()
 
 
@@ -107,7 +107,7 @@ def test_photos_that_would_share_a_mask_get_none(tmp_path):
     assert [mask.path and mask.path.name for mask in made] == [None, None, "b.mask.png"]
     assert [mask.remark for mask in made[:2]] == ["another photo has the name a too: rename one of them"] * 2
     *_, turned = photos_in(tmp_path)
-    assert turned.size_px == (128, 96) and masks.open_mask(turned).size == (96, 128)
+    assert turned.size_px == (128, 96) and open_mask(turned).size == (96, 128)
 
 
 def test_kept_masks_are_made_once_for_each_photo_model_and_word(tmp_path):
@@ -119,12 +119,12 @@ def test_kept_masks_are_made_once_for_each_photo_model_and_word(tmp_path):
         return len(segmenter.asked)
 
     assert [asked(half()), asked(half()), asked(half("cat"))] == [2, 0, 2]
-    first = masks.kept_path(photos_in(folder)[0], kept).read_bytes()
+    first = kept_path(photos_in(folder)[0], kept).read_bytes()
     paint(folder, "a.jpg", size_px=(64, 64))
     assert asked(half("cat")) == 1
     photos = photos_in(folder)
-    assert masks.kept_path(photos[0], kept).read_bytes() != first
-    found = masks.with_kept_masks(photos, kept)
+    assert kept_path(photos[0], kept).read_bytes() != first
+    found = with_kept_masks(photos, kept)
     assert [photo.mask_path.name for photo in found] == ["a.jpg.mask.png", "a.png.mask.png"]
     assert sorted(path.name for path in folder.iterdir()) == ["a.jpg", "a.png"]
 
@@ -135,9 +135,9 @@ def test_a_subject_that_is_not_found_gets_no_mask_and_loses_that_of_another_word
     masks.make_kept(photos[0], half(), kept)
     made = masks.make_kept(photos[0], half("nothing"), kept)
     assert made.path is None and "“nothing” was not found" in made.remark
-    assert masks.with_kept_masks(photos, kept) == photos
-    grey((10, 90), 255).save(masks.kept_path(photos[0], kept))
-    assert masks.with_kept_masks(photos, kept) == photos
+    assert with_kept_masks(photos, kept) == photos
+    grey((10, 90), 255).save(kept_path(photos[0], kept))
+    assert with_kept_masks(photos, kept) == photos
 
 
 def mask_of(*boxes: tuple[int, int, int, int]) -> Image.Image:
@@ -211,6 +211,6 @@ def test_the_toy_net_finds_the_sample_subjects():
     found, true = [], []
     for path in sorted(Path(find_asset("assets/subjects")).glob("*/00.jpg")):
         found.append(np.asarray(segmenter.mask(open_image(path))))
-        true.append(np.asarray(masks.grey_mask(open_image(path.with_name("00.mask.png")))))
+        true.append(np.asarray(grey_mask(open_image(path.with_name("00.mask.png")))))
     scores = iou(*(torch.from_numpy(np.stack(masks)) > 127 for masks in (found, true)))
     assert len(scores) == 8 and scores.mean() > 0.88 and scores.min() > 0.7

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dreambooth_moslora.cli.main import main, train_main
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError, atomic_write, half_precision
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.checks import check_folders, check_layers, check_targets, preflight

@@ -4,8 +4,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dreambooth_moslora.adapters.raw_file import read_raw
-from dreambooth_moslora.cli.main import train_main
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import rank_and_alpha, ranks_in_vain

@@ -9,11 +9,19 @@ import torch
 
 from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
 from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
-from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan import memory as memory_plan
 from dreambooth_moslora.plan.checks import preflight
-from dreambooth_moslora.plan.memory import RECIPES, STOCK_SDXL, USABLE, BaseSize, choose_memory, estimate, size_of_base
+from dreambooth_moslora.plan.memory import (
+    RECIPES,
+    STOCK_SDXL,
+    USABLE,
+    BaseSize,
+    estimate,
+    memory_settings,
+    size_of_base,
+)
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -38,6 +46,10 @@ def card(monkeypatch):
     return put
 
 
+def planned(config: TrainConfig) -> TrainConfig:
+    return replace(config, **memory_settings(config))
+
+
 def chosen(config: TrainConfig) -> tuple:
     return config.mixed_precision, config.gradient_checkpointing, config.base_quantization
 
@@ -57,10 +69,10 @@ def chosen(config: TrainConfig) -> tuple:
 def test_the_first_plan_that_fits_is_taken(card, free_gib, capability, settings, cached):
     """The text's projections leave where that saves recomputation or bits."""
     card(free_gib, capability)
-    found = choose_memory(SDXL)
+    found = planned(SDXL)
     assert chosen(found) == settings and found.cache_cross_attention == cached
     assert estimate(found, BaseSize(), 1).peak_gib <= USABLE * (free_gib + 0.5)
-    assert choose_memory(found) == found
+    assert planned(found) == found
 
 
 def test_cached_text_and_one_that_changes_or_4_bit_exclude_each_other(card):
@@ -69,31 +81,31 @@ def test_cached_text_and_one_that_changes_or_4_bit_exclude_each_other(card):
         (4, {"cache_cross_attention": True}, True, {"memory": "nf4", "cache_cross_attention": True}),
     ):
         card(free_gib)
-        found = choose_memory(replace(SDXL, **changes))
+        found = planned(replace(SDXL, **changes))
         assert chosen(found) == ("bf16", True, "none") and found.cache_cross_attention == cached
         second = "use_dora" if "use_dora" in other else "base_quantization"
         with pytest.raises(UserError, match=f"--cache_cross_attention and --{second}"):
-            choose_memory(replace(SDXL, **other))
+            planned(replace(SDXL, **other))
 
 
 def test_what_was_given_stays_and_without_a_gpu_nothing_is_chosen_for_it(card, monkeypatch):
     card(23.0)
     given = replace(SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8")
-    assert chosen(choose_memory(given)) == ("fp16", True, "int8")
-    assert chosen(choose_memory(replace(given, memory="nf4"))) == ("fp16", True, "int8")
+    assert chosen(planned(given)) == ("fp16", True, "int8")
+    assert chosen(planned(replace(given, memory="nf4"))) == ("fp16", True, "int8")
     plain = replace(SDXL, memory=None)
-    assert choose_memory(plain) is plain
+    assert memory_settings(plain) == {}
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert chosen(choose_memory(SDXL)) == (None, False, "none")
-    assert chosen(choose_memory(replace(SDXL, memory="recompute"))) == (None, True, "none")
+    assert chosen(planned(SDXL)) == (None, False, "none")
+    assert chosen(planned(replace(SDXL, memory="recompute"))) == (None, True, "none")
 
 
 def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
     card(9.0)
-    begun = choose_memory(replace(SDXL, output_dir=str(tmp_path)))
+    begun = planned(replace(SDXL, output_dir=str(tmp_path)))
     (tmp_path / "train_config.json").write_text(json.dumps(begun.to_dict()))
     card(80.0)
-    resumed = choose_memory(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+    resumed = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
     assert chosen(resumed) == ("bf16", True, "none") and resumed.cache_cross_attention == begun.cache_cross_attention
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
-from dreambooth_moslora.cli.main import train_main
-from dreambooth_moslora.photos import folder, masks
+from dreambooth_moslora.cli.train import train_main
+from dreambooth_moslora.photos import folder, photo
 from dreambooth_moslora.plan import plan
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
@@ -19,10 +19,12 @@ from tests.helpers.tiny_training import paint_photos
 
 def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_base, encoders, tmp_path, monkeypatch):
     """Encoding and scoring open them for their pixels, by `photo.open_rgb`."""
-    opened, plans, open_image, estimate = Counter(), [], folder.open_image, plan.estimate
+    opened, plans, estimate = Counter(), [], plan.estimate
+    open_image, mask_problem = folder.open_image, photo.mask_problem
     counting = lambda path, *sizes: opened.update([path.name]) or open_image(path, *sizes)  # noqa: E731
     monkeypatch.setattr(folder, "open_image", counting)
-    monkeypatch.setattr(masks, "open_image", counting)
+    counted = lambda path, size: opened.update([path.name]) or mask_problem(path, size)  # noqa: E731
+    monkeypatch.setattr(photo, "mask_problem", counted)
     monkeypatch.setattr(plan, "estimate", lambda *settings: plans.append(settings) or estimate(*settings))
     monkeypatch.setattr("dreambooth_moslora.evaluation.during_training.load_encoders", lambda name: encoders)
     photos = paint_photos(tmp_path / "photos")

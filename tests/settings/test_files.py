@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.cli.main import train_main
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError
 from dreambooth_moslora.evaluation.protocol import UNRELATED_TOYS
 from dreambooth_moslora.settings.sources import RECIPE, TOLD_IF_CHANGED, load_settings, recipe_of

@@ -4,11 +4,10 @@ import json
 
 import pytest
 
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError
 from dreambooth_moslora.settings import prompts
 from dreambooth_moslora.settings.prompts import context_prompts, subject_of, trigger_words, validation_prompts
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from toybox.drawing.places import PLACES
 
@@ -38,7 +37,7 @@ def recipe(tmp_path):
 
 def test_tables_of_a_file_are_the_runs_settings_with_each_ones_own(recipe):
     config = parse_train_config([*BASE, *recipe])
-    duck, dog = each_subject(config)
+    duck, dog = config.each_subject
     assert duck == TrainConfig(pretrained_model_name_or_path="toy", rank=3, caption_prefix="see,", **DUCK)
     assert dog == TrainConfig(pretrained_model_name_or_path="toy", rank=3, caption_prefix="look,", **DOG)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -49,7 +48,8 @@ def test_tables_of_a_file_are_the_runs_settings_with_each_ones_own(recipe):
 
 def test_a_run_without_tables_is_its_own_one_subject():
     config = TrainConfig(**DUCK)
-    assert each_subject(config) == [config] and each_subject(TrainConfig(subjects=[DUCK])) == [config]
+    assert config.each_subject == (config,) == TrainConfig(subjects=[DUCK]).each_subject
+    assert config.each_subject is config.each_subject, "they are made once"
 
 
 def test_a_flag_for_one_subject_displaces_the_files_several_and_the_other_way_round(recipe, tmp_path):
@@ -66,7 +66,7 @@ def test_a_folder_of_folders_names_its_subjects_or_text_files_beside_them_do(tmp
         (tmp_path / name).mkdir()
     (tmp_path / "x.txt").write_text("\ufeffa painting by ohwx \n\n a painting\n", encoding="utf-8")
     (tmp_path / "notes.txt").write_text("for myself")
-    found = each_subject(parse_train_config([*BASE, "--subjects", str(tmp_path)]))
+    found = parse_train_config([*BASE, "--subjects", str(tmp_path)]).each_subject
     assert [(one.instance_prompt, one.class_prompt) for one in found] == [
         ("a photo of a zwx big dog", "a photo of a big dog"),
         ("a photo of mylo", None),
@@ -79,7 +79,7 @@ def test_a_folder_of_folders_names_its_subjects_or_text_files_beside_them_do(tmp
 def test_the_json_list_of_other_scripts_is_taken(tmp_path):
     (tmp_path / "concepts.json").write_text(json.dumps([DUCK, DOG]))
     config = parse_train_config([*BASE, "--subjects", str(tmp_path / "concepts.json")])
-    assert [one.instance_prompt for one in each_subject(config)] == [DUCK["instance_prompt"], DOG["instance_prompt"]]
+    assert [one.instance_prompt for one in config.each_subject] == [DUCK["instance_prompt"], DOG["instance_prompt"]]
     with pytest.raises(UserError, match="--concepts_list: use --subjects, which takes the same file"):
         parse_train_config([*BASE, "--concepts_list", "concepts.json"])
 

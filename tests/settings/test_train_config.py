@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, parse_train_config
+from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.rows import WORDS
 from dreambooth_moslora.settings.rules import remarks
@@ -209,7 +210,8 @@ ROW = """    haze: float = of_photos(0.5, "how much haze", low=0, high=2,
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config, unknown_flag_message
+from dreambooth_moslora.cli.parser import unknown_flag_message
+from dreambooth_moslora.cli.train import build_train_parser, parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings import rules, sources, versions
 from dreambooth_moslora.settings.table import SubjectTable, TrainConfig

@@ -12,7 +12,7 @@ from PIL import Image as Picture
 from transformers import Dinov2Model
 
 from dreambooth_moslora import MoSLoraConfig, inject
-from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.published_file import publish
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest

@@ -13,7 +13,7 @@ import torch
 
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.adapters.raw_file import adapter_metadata, read_tensors, write_file
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, RunDir
 from dreambooth_moslora.training import loop

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from dreambooth_moslora.cli.main import main, train_main
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.photos.folder import photo_report

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from dreambooth_moslora import training
 from dreambooth_moslora.adapters.describe import describe
-from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline

@@ -15,8 +15,9 @@ from dreambooth_moslora.cli import evaluate
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import Captioner
-from dreambooth_moslora.photos.folder import find_photos, photo_report
-from dreambooth_moslora.photos.masks import Segmenter, open_mask
+from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
+from dreambooth_moslora.photos.masks import Segmenter
+from dreambooth_moslora.photos.photo import open_mask
 from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.sources import recipe_of
 from dreambooth_moslora.settings.table import TrainConfig
@@ -204,9 +205,10 @@ def made(monkeypatch, tmp_path, pets):
             accelerator.device = torch.device("cpu", accelerator.process_index)
             accelerator.reduce = lambda votes, kind: votes  # nobody asks for a stop
             report = SimpleNamespace(counted=lambda phase, counts, total: counts, failure=None)
-            context = RunContext(config, RunDir(folder), accelerator, report, bool)
-            found = made_before.captioned_photos(context, made_before.masked_photos(context, pets))
-            return [(photo.captions, photo.mask_path.name) for photo in found]
+            context = RunContext(RunDir(folder), accelerator, report, bool)
+            made_before.make_masks(config, context, pets)
+            made_before.make_captions(config, context, pets)
+            return [(photo.captions, photo.mask_path.name) for photo in with_made(config, pets)]
 
         found = run(count, one)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]

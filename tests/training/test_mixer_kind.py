@@ -9,7 +9,7 @@ from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.mixer import STARTS
 from dreambooth_moslora.adapters.raw_file import read_raw
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.settings.table import MIXERS
 from dreambooth_moslora.training.loop import train

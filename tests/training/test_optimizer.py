@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, inject
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.plan.memory import BaseSize, estimate
-from dreambooth_moslora.settings.optimizers import OPTIMIZERS, OptimizerKind
+from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS, OptimizerKind
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.checkpoint import restore_weights
 from dreambooth_moslora.training.loop import train
@@ -32,7 +32,7 @@ from dreambooth_moslora.training.optimizer import (
     make_optimizer,
     parameter_groups,
 )
-from dreambooth_moslora.training.publish import ValidationSamples
+from dreambooth_moslora.training.results import ValidationSamples
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_moslora.adapters.export import load_published
+from dreambooth_moslora.adapters.published_file import load_published
 from dreambooth_moslora.core import place_of
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import MadeCaption, keep
-from dreambooth_moslora.photos.crops import CropRule, bucket_of, crop_rule, plans_of
+from dreambooth_moslora.photos.examine import plans_of
 from dreambooth_moslora.photos.folder import ORDERS, bare_prompt_line, photo_report, shuffled_captions
-from dreambooth_moslora.photos.masks import kept_path
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos.photo import CropRule, Photo, bucket_of, crop_rule, kept_path
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.settings.sources import recipe_of
 from dreambooth_moslora.settings.table import TrainConfig

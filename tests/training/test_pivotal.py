@@ -25,7 +25,7 @@ from dreambooth_moslora.training.adapters import LearntTokens, fresh_tokens
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.model_card import public_files
 from dreambooth_moslora.training.optimizer import make_optimizer, parameter_groups
-from dreambooth_moslora.ui.generate_form import summary_of
+from dreambooth_moslora.ui.generate_values import summary_of
 from dreambooth_moslora.ui.state import AdapterCatalog
 from tests.helpers.texts import embeds_of, equal, pooled_of
 from tests.helpers.tiny_training import paint_photos, tiny_config

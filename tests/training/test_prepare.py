@@ -15,7 +15,7 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import PhaseProgress, SamplesDrawn
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.checks import preflight
-from dreambooth_moslora.training import encoder, prepare
+from dreambooth_moslora.training import frozen_base, prepare
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import too_slow_for_samples
 from tests.helpers.few_steps import few_steps
@@ -61,14 +61,14 @@ def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_b
         ("cpu", torch.bfloat16, True, None),
         ("cpu", torch.bfloat16, False, "--mixed_precision no"),
     ):
-        monkeypatch.setattr(encoder, "has_fast_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(frozen_base, "has_fast_bf16", lambda has_bf16=has_bf16: has_bf16)
         pipeline, where = load_pipeline(tiny_base, dtype=dtype), torch.device(device)
         caplog.clear()
-        encoder.warn_of_slow_precision(pipeline, where)
+        frozen_base.warn_of_slow_precision(pipeline, where)
         assert not caplog.records
         pipeline.unet.register_to_config(sample_size=1024 // pipeline.vae_scale_factor)
-        encoder.warn_of_slow_precision(pipeline, where)
-        lines = [record.message for record in caplog.records if record.name == encoder.__name__]
+        frozen_base.warn_of_slow_precision(pipeline, where)
+        lines = [record.message for record in caplog.records if record.name == frozen_base.__name__]
         assert [advice in line and "\n" not in line for line in lines] == [True] * (advice is not None)
 
 

@@ -13,7 +13,7 @@ from gradio_client import Client
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
 from dreambooth_moslora.ui.app import main, parse_login, resolution_of, templates_for
-from dreambooth_moslora.ui.generate_form import GenerateForm, make_pictures
+from dreambooth_moslora.ui.generate_values import GenerateForm, make_pictures
 from dreambooth_moslora.ui.page import MAX_SESSIONS
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.ui_server import serve

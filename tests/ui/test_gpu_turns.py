@@ -12,7 +12,7 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui import jobs as page_jobs
-from dreambooth_moslora.ui.generate_form import GenerateForm, make_pictures
+from dreambooth_moslora.ui.generate_values import GenerateForm, make_pictures
 from dreambooth_moslora.ui.state import AppContext
 from tests.ui.conftest import OWNER, PAGE, wait_for
 

@@ -12,7 +12,7 @@ import pytest
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.ui.generate_form import AdapterSummary, summary_of
+from dreambooth_moslora.ui.generate_values import AdapterSummary, summary_of
 from dreambooth_moslora.ui.state import TELLS_PROMPTS, AdapterCatalog, AppContext, as_gradio_error, import_libraries
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import estimate_cost

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.cli import parser as one_word
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli import train as one_word
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.plan.memory import RECIPES, BaseSize, choose_memory, estimate
+from dreambooth_moslora.plan.memory import RECIPES, BaseSize, estimate, memory_settings
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
@@ -410,7 +410,8 @@ def test_the_form_is_the_recipe_for_the_card_and_what_the_command_chooses(card, 
     left_out = {"output_dir", *OF_THE_PAGE}
     mine, its = ({n: v for n, v in c.to_dict().items() if n not in left_out} for c in (config, command))
     assert mine == its and (config.memory, config.seed) == ("auto", 0)
-    assert choose_memory(config, 0.95 * gb) == config and estimate(config, BaseSize(), 400).peak_gib <= 0.95 * gb
+    assert replace(config, **memory_settings(config, 0.95 * gb)) == config
+    assert estimate(config, BaseSize(), 400).peak_gib <= 0.95 * gb
     crops = crop_config("owner/sdxl", 1024, photos, [])
     assert crops.crops_per_photo == config.crops_per_photo == recipe.get("crops_per_photo", 1)
 
@@ -430,7 +431,8 @@ def test_a_run_on_sdxl_has_the_plan_of_its_card_and_its_word(
     card, photos, capability, free_gib, own_gib, form, expected
 ):
     card(capability, free_gib, own_gib)
-    config = choose_memory(config_of(TrainForm("sks", "dog", **form), photos), free_gib + own_gib)
+    config = config_of(TrainForm("sks", "dog", **form), photos)
+    config = replace(config, **memory_settings(config, free_gib + own_gib))
     assert (config.mixed_precision, config.gradient_checkpointing, config.base_quantization) == expected
 
 

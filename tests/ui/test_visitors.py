@@ -16,7 +16,7 @@ import pytest
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.masks import open_mask
+from dreambooth_moslora.photos.photo import open_mask
 from dreambooth_moslora.ui.visitors import (
     COOKIE,
     HISTORY_LENGTH,

@@ -10,8 +10,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.cli.parser import add_training_flags, settings_of
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
+from dreambooth_moslora.cli.train import add_training_flags, settings_of
 from dreambooth_moslora.core import UserError, spelled_out
 from dreambooth_moslora.extras.cluster.subjects import REFUSED, read_subjects
 

@@ -24,7 +24,7 @@ from dreambooth_moslora.extras.cluster.subjects import Subject, mark_of
 from dreambooth_moslora.extras.cluster.worker import Group, Job, train_work
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import GIB, USABLE, estimate
-from dreambooth_moslora.settings.optimizers import optimizer_of
+from dreambooth_moslora.settings.optimizer_kinds import optimizer_of
 from dreambooth_moslora.settings.table import TrainConfig
 
 ALIKE_GROUPS = ("base model", "adapter", "memory and speed")
@@ -92,7 +92,7 @@ class Machines:
     def resources_for(self, config: TrainConfig) -> Resources:
         """What one training asks for, at most the largest machine: there, a run that does not fit says so itself.
         Raises UserError for a damaged base."""
-        planned = memory.with_plan(config, plan_name(config, self.gpu_gib) or "full")
+        planned = replace(config, **memory.plan_settings(config, plan_name(config, self.gpu_gib) or "full"))
         need = estimate(planned, base_size(config), 1).peak_gib
         if self.gpu_gib is None:
             return Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.fast_linear import lay_together
 from dreambooth_moslora.base.families import denoiser_of
-from dreambooth_moslora.cli.main import make_evaluator, message_for_known_error, start_log, warn_about
-from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
+from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, message_for_known_error
+from dreambooth_moslora.cli.train import make_evaluator, start_log, warn_about
 from dreambooth_moslora.core import UserError, shortened, spelled_out
 from dreambooth_moslora.disk.events import Event
 from dreambooth_moslora.disk.processes import CONFIG_NAME
@@ -41,9 +41,9 @@ from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.table import TrainConfig, is_scored
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import target_paths
-from dreambooth_moslora.training.encoder import LoadBase, load_base
+from dreambooth_moslora.training.frozen_base import LoadBase, load_base
 from dreambooth_moslora.training.loop import Steps, StepScorer, Training, TrainResult, advanced, training
 from dreambooth_moslora.training.step import MicroBatch, Rows, StepLosses, TrainStep, numbers_of
 
@@ -85,7 +85,7 @@ def members(folders: Sequence[Path], stop: StopRequest, costs: "Costs") -> Itera
         except Exception as error:
             costs.ended(folder, error)
         else:
-            evaluator = make_evaluator if is_scored(config) else lambda plan: None
+            evaluator = make_evaluator if config.is_scored else lambda plan: None
             yield Member(plan, None, stop, evaluator, partial(logged_to, config))
 
 

@@ -7,14 +7,13 @@ from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
-from dreambooth_moslora.cli.parser import add_training_flags, settings_of
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
+from dreambooth_moslora.cli.train import add_training_flags, settings_of
 from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset
 from dreambooth_moslora.disk.run_folder import BASIS_SUFFIX
 from dreambooth_moslora.extras.cluster.subjects import prompts_of
-from dreambooth_moslora.settings.rows import check_number
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, SVD, TrainConfig
+from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, SVD, TrainConfig, check_number
 
 EVERY_SEC = 5.0
 GROUPS_OF_RUNS = ("optimizer", "samples and evaluation", "run folder", "hub")

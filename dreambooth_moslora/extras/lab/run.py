@@ -49,11 +49,9 @@ from dreambooth_moslora.extras.cluster.on_ray import Lost, Task, room_for, run_t
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.photos.masks import open_mask
-from dreambooth_moslora.photos.photo import open_rgb
+from dreambooth_moslora.photos.photo import open_mask, open_rgb
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.rows import is_adapted
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
 from dreambooth_moslora.training.loop import train
 
@@ -247,7 +245,7 @@ def evaluator_of(study: Study, name: str) -> Evaluator:
     if key in EVALUATORS:
         return EVALUATORS[key]
     encoders = encoders_of(study.base, protocol.clip, protocol.dino)
-    config = each_subject(study.config_of(Cell("test", study.reference, 1, name, 0, 1.0), 1, Path("unused")))[0]
+    config = study.config_of(Cell("test", study.reference, 1, name, 0, 1.0), 1, Path("unused")).each_subject[0]
     photos, pictures = photo_report(config).photos, protocol.images_per_prompt
     counts = (protocol.num_prompts, pictures, protocol.class_images, protocol.unrelated, protocol.inference_steps)
     plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
@@ -405,7 +403,7 @@ def class_folders(config: TrainConfig, out: Path) -> dict[str, Any]:
     if not config.with_prior_preservation or config.class_data_dir:
         return {}
     mine = f"s{config.seed}-{platform.node()}-{os.getpid()}"
-    folders = [str(out / "class_images" / f"{Path(one.instance_data_dir).name}-{mine}") for one in each_subject(config)]
+    folders = [str(out / "class_images" / f"{Path(one.instance_data_dir).name}-{mine}") for one in config.each_subject]
     if not config.subjects:
         return {"class_data_dir": folders[0]}
     tables = zip(config.subjects, folders, strict=True)

@@ -14,7 +14,6 @@ from dreambooth_moslora.extras.lab.run import Result, best_rates, materials, out
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.measures import MEASURES, Measure
-from dreambooth_moslora.settings.subjects import each_subject
 
 MIXERS = Path(__file__).parents[3] / "assets" / "studies" / "mixers.toml"
 
@@ -140,7 +139,7 @@ def test_a_subject_is_shown_as_often_together_as_alone():
     study = study_of(pairs_text())
     alone, both = (study.config_of(Cell("test", arm, 4, "a", 0, 1e-3), 4, Path("run")) for arm in ("alone", "both"))
     assert not alone.subjects and (alone.max_train_steps, both.max_train_steps) == (10, 20)
-    prompts = [one.instance_prompt for one in each_subject(both)]
+    prompts = [one.instance_prompt for one in both.each_subject]
     assert prompts == ["a photo of a sks duck", "a photo of a zwx duck"]
     for counts in ((5, 5), (5, 2), (2, 5)):
         shown = [plan_steps(alone, counts[0]).exposures_a_subject, plan_steps(both, counts).exposures_a_subject]

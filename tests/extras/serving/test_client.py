@@ -19,7 +19,7 @@ from dreambooth_moslora.generation.grids import generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.remote import RemotePipeline, Service
 from dreambooth_moslora.ui.app import context_of
-from dreambooth_moslora.ui.generate_form import GenerateForm, compare, make_pictures
+from dreambooth_moslora.ui.generate_values import GenerateForm, compare, make_pictures
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 TOKEN = "correct-horse-battery"

@@ -24,11 +24,11 @@ from dreambooth_moslora.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.plan.checks import check_push
 from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig
 from dreambooth_moslora.training import model_card as hub
-from dreambooth_moslora.training import publish
+from dreambooth_moslora.training import results
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.model_card import CardFacts, model_card, public_files, push
-from dreambooth_moslora.training.publish import ValidationSamples, draw_loss_plot, running_mean
 from dreambooth_moslora.training.reporter import Reporter
+from dreambooth_moslora.training.results import ValidationSamples, draw_loss_plot, running_mean
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
@@ -207,7 +207,7 @@ def test_a_push_that_fails_costs_no_picture_and_comes_before_them(config, tmp_pa
         there.extend(path.name for path in folder.iterdir())
         raise UserError("no hub")
 
-    monkeypatch.setattr(publish, "push", push)
+    monkeypatch.setattr(results, "push", push)
     with pytest.raises(UserError, match="no hub"):
         train(config(max_train_steps=1, push_to_hub=True))
     assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(there) and "loss.png" not in there

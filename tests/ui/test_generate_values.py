@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from dreambooth_moslora.core import UserError, assets_folder
 from dreambooth_moslora.generation.params import GenerationParams, Provenance, Recipe, check_size, read_recipe
 from dreambooth_moslora.ui.generate import ask_widgets, settings_widgets
-from dreambooth_moslora.ui.generate_form import (
+from dreambooth_moslora.ui.generate_values import (
     RANGES,
     AdapterSummary,
     GenerateForm,
@@ -332,7 +332,7 @@ def test_a_header_is_parsed_once_until_the_file_changes(tmp_path, monkeypatch):
     file = tmp_path / "a.safetensors"
     write_adapter(file, "sks")
     opened = []
-    monkeypatch.setattr("dreambooth_moslora.ui.generate_form.json.loads", lambda text: opened.append(text) or {})
+    monkeypatch.setattr("dreambooth_moslora.ui.generate_values.json.loads", lambda text: opened.append(text) or {})
     for _ in range(3):
         summary_of(file)
     assert len(opened) == 1

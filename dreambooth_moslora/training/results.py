@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dreambooth_moslora.adapters.basis import write_mixers
-from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.metadata import RESUMED, AdapterMetadata, with_told
 from dreambooth_moslora.adapters.new_tokens import notes_of, prove_tokens
 from dreambooth_moslora.adapters.proof import Proof
+from dreambooth_moslora.adapters.published_file import publish
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import StopRequestedError, UserError, atomic_directory, atomic_write, public_name, seed_of
@@ -42,7 +42,6 @@ from dreambooth_moslora.settings.prompts import (
     trigger_words,
     validation_prompts,
 )
-from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.checkpoint import trained_modules
 from dreambooth_moslora.training.class_images import are_draws
@@ -228,7 +227,7 @@ class Publisher:
             if self.config.basis:
                 write_mixers(folder / MIXERS_NAME, components["unet"], facts)
             return proof
-        attached, prompts = self.learnt.attached, [one.instance_prompt for one in each_subject(self.config)]
+        attached, prompts = self.learnt.attached, [one.instance_prompt for one in self.config.each_subject]
         prove = lambda paths: prove_tokens(paths, attached, prompts)  # noqa: E731
         return publish(components, folder, name, facts, tokens=self.tokens, prove=prove)
 
@@ -245,7 +244,7 @@ def facts_of(
         class_word=class_word_of(config),
         resolution_px=config.resolution,
     )
-    prompts = tuple(one.instance_prompt for one in each_subject(config)) if len(config.subjects) > 1 else ()
+    prompts = tuple(one.instance_prompt for one in config.each_subject) if len(config.subjects) > 1 else ()
     basis = inputs.basis.note if inputs.basis else {}
     accelerator = train_step.accelerator
     processes = accelerator.num_processes if accelerator.num_processes > 1 else None
@@ -290,7 +289,7 @@ def sheet_rows(
     contexts; then prompts with two subjects. It is never uploaded, as it shows the photos."""
     start = f"adapter {public_name(config.init_adapter)}" if config.init_adapter else "base"
     rows = []
-    for number, subject in enumerate(each_subject(config)):
+    for number, subject in enumerate(config.each_subject):
         own = [photo for photo in photos if photo.subject == number]
         name = f" of “{subject.instance_prompt}”" if config.subjects else ""
         asked = [n for n, request in enumerate(samples.requests) if request.prompt in validation_prompts(subject)]

@@ -12,11 +12,11 @@ from safetensors.torch import save
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.base import load
 from dreambooth_moslora.core import StopRequestedError, UserError
-from dreambooth_moslora.photos.crops import CropPlan, CropRule, resized_size
 from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.photos.photo import CropPlan, CropRule, resized_size
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.encoder import PhotoEncoder, PromptCache, TensorCache, collate, fingerprint
-from dreambooth_moslora.training.photo_stream import PhotoStream
+from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache, fingerprint
+from dreambooth_moslora.training.photo_stream import PhotoEncoder, PhotoStream, collate
 from dreambooth_moslora.training.prepare import fill, prompt_cache, same_everywhere
 from dreambooth_moslora.training.reporter import RunContext
 from tests.helpers.texts import embeds_of, equal, pooled_of
@@ -251,7 +251,7 @@ def filled(monkeypatch):
         def work(accelerator):
             process = accelerator.process_index
             asked = iter(KEYS[process :: len(caches)])
-            context = RunContext(None, None, accelerator, None, lambda: should_stop(process, next(asked)))
+            context = RunContext(None, accelerator, None, lambda: should_stop(process, next(asked)))
             entries = {key: lambda key=key: {"value": torch.tensor([float(key)])} for key in KEYS}
             assert list(fill(caches[process], context, entries)) == [1, 2, 3, 4, 5]
             return caches[process].computed

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
 from benchmarks.sdxl_structure import count
-from dreambooth_moslora.adapters import export, moslora, proof
+from dreambooth_moslora.adapters import moslora, proof, published_file
 from dreambooth_moslora.adapters.describe import describe, reduce_layers
-from dreambooth_moslora.adapters.export import load_published, publish
 from dreambooth_moslora.adapters.kohya_file import kohya_name
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject, set_scale
+from dreambooth_moslora.adapters.published_file import load_published, publish
 from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
@@ -149,12 +149,12 @@ DIFFERS = r"differs from the live adapter by \d"
 NO_MIXER = (MixedLowRank, "fold", lambda real, m: LowRank(m.down.detach().clone(), (m.scale * m.up).detach()))
 NO_ALPHA = (moslora, "nominal_scale", lambda real, *_: 1.0)
 KOHYA_ALPHA = (
-    export,
+    published_file,
     "kohya_tensors",
     lambda real, *all: {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*all).items()},
 )
-SWAPPED = (export, "published_tensors", swapped)
-SKIPPED = (export, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
+SWAPPED = (published_file, "published_tensors", swapped)
+SKIPPED = (published_file, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
 
 @pytest.mark.parametrize(

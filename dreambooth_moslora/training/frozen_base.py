@@ -1,0 +1,170 @@
+"""The frozen base: loading it, and what its encoders gave, in a cache.
+
+Outputs of the frozen encoders are cached in memory or on disk by a digest of everything that they depend on (the file's
+bytes, the crop, the encoder's weights). A changed photo, crop or base is encoded anew, an unchanged one never again. On
+disk the file's header holds a digest of the tensors; a file that does not match it is encoded anew.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dreambooth_moslora.base.families import Text, denoiser_of
+from dreambooth_moslora.base.files import SMALL_BASE_PX, facts_of_base
+from dreambooth_moslora.base.load import default_resolution, load_pipeline, quantize
+from dreambooth_moslora.base.machine import has_fast_bf16
+from dreambooth_moslora.core import UserError, atomic_write, content_key
+from dreambooth_moslora.settings.table import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+LoadBase = Callable[[TrainConfig, torch.dtype, torch.device], DiffusionPipeline]
+
+FP32_ON_A_GPU = (
+    "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision bf16 "
+    "(fp16 on a GPU older than Ampere)."
+)
+
+BF16_ON_A_CPU = (
+    "This CPU has no bf16, so PyTorch emulates it, many times slower than fp32: give --mixed_precision no, which "
+    "takes twice the memory."
+)
+
+
+def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    """Load the base. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that the user names is in `dtype`, and
+    so is a flow model's, whose pipeline gives it latents in that. Raises UserError when it cannot be loaded."""
+    facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+    is_flow = facts is not None and facts.style == "flow"
+    pipeline = load_pipeline(
+        config.pretrained_model_name_or_path,
+        dtype=dtype,
+        variant=config.variant,
+        revision=config.revision,
+        vae=config.pretrained_vae_model_name_or_path,
+        cache_dir=config.cache_dir,
+        vae_dtype=dtype if is_flow or config.pretrained_vae_model_name_or_path else torch.float32,
+    )
+    quantize(denoiser_of(pipeline), config.base_quantization, dtype, device)
+    if hasattr(pipeline, "image_encoder"):
+        pipeline.register_modules(image_encoder=None, feature_extractor=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:
+    """Warn when a base as large as SDXL would train in fp32 on a GPU, or in bf16 on a CPU without it."""
+    if default_resolution(pipeline) <= SMALL_BASE_PX:
+        return
+    if device.type == "cuda" and denoiser_of(pipeline).dtype == torch.float32:
+        logger.warning(FP32_ON_A_GPU)
+    if device.type == "cpu" and denoiser_of(pipeline).dtype == torch.bfloat16 and not has_fast_bf16():
+        logger.warning(BF16_ON_A_CPU)
+
+
+Tensors = dict[str, Tensor]
+DIGEST = "sha256"
+
+
+class TensorCache:
+    """With a `folder`, values are kept in one safetensors file per key, shared between runs; with None, in memory."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self._memory: dict[str, Tensors] = {}
+        self.computed = 0
+
+    def get(self, key: str, compute: Callable[[], Tensors]) -> Tensors:
+        """The value under `key`; it is computed and kept if missing."""
+        found = self._memory.get(key) if self.folder is None else self._read(key)
+        if found is None:
+            found = compute()
+            self.computed += 1
+            self._keep(key, found)
+        return found
+
+    def put(self, key: str, value: Tensors) -> None:
+        """Keep a value that another process has computed, unless this one has it already."""
+        if key not in self._memory if self.folder is None else self._read(key) is None:
+            self._keep(key, value)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _read(self, key: str) -> Tensors | None:
+        """The tensors on disk; None if the file is missing, unreadable, damaged or empty."""
+        try:
+            content = self._path(key).read_bytes()
+            tensors = load_tensors(content)
+        except (OSError, SafetensorError):
+            return None
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        is_whole = tensors and header.get("__metadata__", {}).get(DIGEST) == digest_of(tensors)
+        return tensors if is_whole else None
+
+    def _keep(self, key: str, value: Tensors) -> None:
+        if self.folder is None:
+            self._memory[key] = value
+            return
+        self._path(key).parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in value.items()}
+        atomic_write(self._path(key), save(tensors, metadata={DIGEST: digest_of(tensors)}))
+
+
+def digest_of(tensors: Tensors) -> str:
+    """SHA-256 of the names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Digest of a model: names, shapes, dtype and the first 16 numbers of each weight (any training changes them)."""
+    digest = hashlib.sha256()
+    for name, weight in module.state_dict().items():
+        head = weight.detach().flatten()[:16].to("cpu", torch.float64)
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}{head.tolist()}".encode())
+    return digest.hexdigest()
+
+
+class PromptCache:
+    """Prompts -> texts. Frozen encoders encode each prompt once; `release_encoders` then frees their memory."""
+
+    def __init__(self, encode: Callable[[list[str]], list[Text]], cache: TensorCache, identity: str):
+        self.encode, self.cache, self.identity = encode, cache, identity
+
+    def __call__(self, prompts: Sequence[str]) -> list[Text]:
+        return [self.cache.get(*self.entry(prompt)) for prompt in prompts]
+
+    def entry(self, prompt: str) -> tuple[str, Callable[[], Tensors]]:
+        """The prompt's key in the cache, and the function that encodes it."""
+        return content_key(prompt=prompt, texts_of=self.identity), lambda: self._compute(prompt)
+
+    @torch.no_grad()
+    def _compute(self, prompt: str) -> Tensors:
+        (text,) = self.encode([prompt])
+        return {name: tensor.cpu() for name, tensor in text.items()}
+
+    def release_encoders(self) -> None:
+        """Drop the encoders. A new prompt then raises RuntimeError, an unreadable file of the cache UserError."""
+
+        def gone(prompts: list[str]) -> list[Text]:
+            if self.cache.folder is not None:
+                raise UserError(
+                    f"{self.cache.folder}: the encoding of {prompts[0]!r:.60} cannot be read any more, and the text "
+                    "encoders have left memory; resume the run, which encodes it anew."
+                )
+            raise RuntimeError(f"the text encoders have left memory; {prompts} was not encoded before")
+
+        self.encode = gone
