@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from toybox.learning.build_tokenizer import load
@@ -58,6 +59,20 @@ def compute_in_fp32(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def readable_by_transformers_4(base: Path) -> None:
+    """transformers 4 looks for `text_model.` before the keys of a text encoder, and for a tokenizer's vocab.json and
+    merges.txt; without them it draws other words than those asked for, or fails. transformers 5 reads both."""
+    file = base / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    prefixed = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in tensors.items()}
+    save_file(prefixed, file, {"format": "pt"})
+    for folder in (base / "tokenizer", base / "tokenizer_2"):
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
 def forget_origin(folder: Path) -> None:
     """Remove the folder that a part was loaded from from every config."""
     for path in folder.rglob("config.json"):
@@ -76,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("text_encoder", "text_encoder_2", "image_encoder"):
         compute_in_fp32(base / name)
     forget_origin(base)
+    readable_by_transformers_4(base)
     if (args.work / "vit" / "model").exists():
         shutil.copytree(args.work / "vit" / "model", args.assets / "toy-dino", dirs_exist_ok=True)
         compute_in_fp32(args.assets / "toy-dino")

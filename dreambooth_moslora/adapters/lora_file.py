@@ -5,12 +5,10 @@ file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapte
 A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it; other keys are refused.
 
 <component>.<module path>.<part>  ->  component -> module path -> LowRank
-
-PEFT                              diffusers                          kohya, after diffusers' conversion
-to_q.lora_A.weight                to_q.lora.down.weight              processor.to_q_lora.down.weight
-q_proj.lora_A.weight              q_proj.lora_linear_layer.down.…    to_q_lora.down.weight
 """
 
+import json
+import logging
 import re
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -25,25 +23,27 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreambooth_moslora.adapters.basis import is_mixer_file
-from dreambooth_moslora.adapters.kohya_file import DORA_SCALE, KOHYA_DOWN, KOHYA_UP, is_by_rows, published_path
+from dreambooth_moslora.adapters.key_names import (
+    PEFT_PREFIX,
+    as_magnitude,
+    as_peft,
+    is_read_here,
+    match_of,
+    module_path,
+    renamed,
+)
+from dreambooth_moslora.adapters.kohya_file import DORA_SCALE, is_by_rows, published_path
 from dreambooth_moslora.adapters.metadata import most_common
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, nominal_scale
 from dreambooth_moslora.adapters.moslora import matrix_layers, value_pattern, weight_size
 from dreambooth_moslora.adapters.proof import collected_warnings
-from dreambooth_moslora.adapters.published_file import published_tensors
+from dreambooth_moslora.adapters.published_file import PEFT_SETTINGS, published_tensors
 from dreambooth_moslora.adapters.raw_file import COMPONENTS, RAW_KEY, by_module, matrices_from, read_raw
 from dreambooth_moslora.base.load import architecture
-from dreambooth_moslora.core import UserError, file_digest, is_number, one_line
-from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, find_weights
+from dreambooth_moslora.core import UserError, file_digest, is_number, one_line, parse_object
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, find_weights, header_of
 from dreambooth_moslora.settings.families import DENOISERS, facts_of
 
-PEFT_KEY = re.compile(
-    r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?|alpha)"
-)
-OLD_KEY = re.compile(
-    r"(?P<path>.+?)\.((?P<projection>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)"
-    r"\.(?P<side>down\.weight|up\.weight|up\.bias)"
-)
 FIELDS = {
     "lora_A.weight": "down",
     "lora_B.weight": "up",
@@ -55,8 +55,10 @@ FIELDS = {
     "up.bias": "bias",
     "alpha": "",  # ignored: diffusers and PEFT do not read an alpha under such a name
 }
-UNET_NAMES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
-TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+logger = logging.getLogger(__name__)
+
+PEFT_CONFIG, LONGEST_CONFIG = "adapter_config.json", 2**20  # bytes
+BUNDLE = "bundle_emb."  # OneTrainer's new tokens
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -84,26 +86,10 @@ def projections(tensors: dict[str, Tensor], file_name: str) -> Folded:
     return result
 
 
-def module_path(component: str, key: str) -> str:
-    """The module path in a file's key, without its component: `…attn1.processor.to_q_lora.down.weight` ->
-    `…attn1.to_q`. A key without a known part is a module path."""
-    match = _match(key)
-    if match is None:
-        return key.replace(".processor.", ".")
-    old = match.groupdict().get("projection")
-    names = UNET_NAMES if component in DENOISERS else TEXT_NAMES
-    return f"{match['path']}.{names[old]}" if old else match["path"]
-
-
-def _match(key: str) -> re.Match[str] | None:
-    key = key.replace(".processor.", ".")
-    return PEFT_KEY.fullmatch(key) or OLD_KEY.fullmatch(key)
-
-
 def _place(key: str, tensor: Tensor, file_name: str) -> tuple[str, str, str]:
     """Component, module path and field of LowRank ("" for an ignored tensor). Raises UserError."""
     component, _, rest = key.partition(".")
-    match = _match(rest)
+    match = match_of(rest)
     if component not in COMPONENTS or match is None:
         raise UserError(f"{file_name} is not a LoRA for SDXL: {key!r:.100} does not belong to one")
     groups = match.groupdict()
@@ -277,10 +263,13 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
     """Tensors in diffusers' naming, kohya's alphas, and PEFT's settings in the header. Raises UserError."""
     try:
         sizes = _dora_scales(file)
+        tensors = _read_otherwise(file, pipeline)
+        if tensors is not None and (others := as_peft(tensors, pipeline, file.name)):
+            return others, None, _settings_beside(file, tensors, others)
         with collected_warnings() if sizes else nullcontext():  # diffusers drops dora_scale, and says so
             is_unet = facts_of(type(pipeline).__name__).denoiser == "unet"
             tensors, *alphas, settings = pipeline.lora_state_dict(
-                str(file.parent),
+                str(file.parent) if tensors is None else tensors,
                 weight_name=file.name,
                 use_safetensors=True,
                 local_files_only=True,
@@ -288,11 +277,42 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
                 **({"unet_config": pipeline.unet.config} if is_unet else {}),
             )
             alphas = alphas[0] if alphas else None  # of a UNet; elsewhere they are in `tensors`
+        settings = settings or json.loads(header_of(file).get(PEFT_SETTINGS, "null"))
         return tensors | _magnitudes(sizes, pipeline), alphas, settings
     except UserError:
         raise
     except Exception as error:  # diffusers' conversion raises any error on unknown names
         raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}") from error
+
+
+def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> dict[str, Tensor] | None:
+    """The tensors of a file that diffusers cannot read as it is, with floats of eight bits as fp32 and without
+    OneTrainer's new tokens; None for any other file."""
+    with safe_open(file, framework="pt") as opened:
+        keys = sorted(opened.keys())
+        is_short = any(opened.get_slice(key).get_dtype().startswith("F8") for key in keys)
+        if not is_short and not is_read_here(keys, pipeline):
+            return None
+        tensors = {key: opened.get_tensor(key) for key in keys if not key.startswith(BUNDLE)}
+    if words := {key.split(".")[1] for key in keys if key.startswith(BUNDLE)}:
+        logger.warning(
+            "%s also holds new tokens (%s), which are not read from there", file.name, ", ".join(sorted(words))
+        )
+    return {key: tensor.float() if is_eight_bit(tensor) else tensor for key, tensor in tensors.items()}
+
+
+def is_eight_bit(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() == 1
+
+
+def _settings_beside(file: Path, tensors: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, object] | None:
+    """PEFT's settings, which it keeps in a file of its own; None for a file that has none."""
+    config = file.parent / PEFT_CONFIG
+    if not config.is_file() or not any(key.startswith(PEFT_PREFIX) for key in tensors):
+        return None
+    settings = parse_object(config.read_bytes()[:LONGEST_CONFIG])
+    components = {key.partition(".")[0] for key in found}
+    return {f"{component}.{name}": value for component in components for name, value in settings.items()}
 
 
 def _dora_scales(file: Path) -> dict[str, Tensor]:
@@ -310,16 +330,11 @@ def _dora_scales(file: Path) -> dict[str, Tensor]:
 
 
 def _magnitudes(sizes: dict[str, Tensor], pipeline: DiffusionPipeline) -> dict[str, Tensor]:
-    """kohya's `dora_scale` as PEFT's magnitudes: (out,), or (1, out, 1, 1) of a convolution."""
-    # diffusers renames pairs of matrices alone, so each `dora_scale` is given to it as both of a pair.
+    """kohya's `dora_scale` as PEFT's magnitudes."""
     names = {key.removesuffix(DORA_SCALE): size for key, size in sizes.items()}
-    pairs = {f"{name}{side}": size for name, size in names.items() for side in (KOHYA_DOWN, KOHYA_UP)}
-    renamed, _ = pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config) if pairs else ({}, None)
     found = {}
-    for key, size in renamed.items():
-        component, _, rest = key.partition(".")
-        magnitude = size[:, 0] if size.ndim == 2 else size.transpose(0, 1)
-        found[f"{component}.{module_path(component, rest)}.lora_magnitude_vector"] = magnitude
+    for name, label in renamed(names, pipeline).items():
+        found[f"{label}.lora_magnitude_vector"] = as_magnitude(names[name])
     return found
 
 

@@ -12,6 +12,7 @@ live adapter --fold--> LowRank --reduce_layers--> --publish--> pytorch_lora_weig
 A file is published only after a stock loader has read it back and computed the same (`proof`).
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -145,7 +146,9 @@ def write_published(
     if dtype == torch.float16:
         folded = {c: {path: balanced(layer) for path, layer in layers.items()} for c, layers in folded.items()}
     header = {"format": "pt"} | replace(metadata, structures={}).header
-    files = [(folder / PUBLISHED_NAME, published_tensors(padded(folded) if pad else folded, dtype), header)]
+    filled = padded(folded) if pad else folded
+    settings = {} if "unet" in folded else {PEFT_SETTINGS: json.dumps(peft_settings(filled), indent=2, sort_keys=True)}
+    files = [(folder / PUBLISHED_NAME, published_tensors(filled, dtype), header | settings)]
     if "unet" in folded:
         head = header | kohya_header(name, metadata, folded)
         files.append((folder / f"{name}{KOHYA_SUFFIX}", kohya_tensors(folded, dtype), head))
@@ -153,6 +156,26 @@ def write_published(
         check_finite(tensors, f"the adapter in {dtype}")
         write_file(path, tensors, head)
     return [path for path, _, _ in files]
+
+
+PEFT_SETTINGS = "lora_adapter_metadata"
+"""Key of PEFT's settings in the header, as diffusers' scripts for transformers write them; those for UNets do not."""
+
+
+def peft_settings(folded: Folded) -> dict[str, object]:
+    """`component.name` -> a setting of PEFT's LoraConfig. The scale is in `up`, so alpha is the rank, whatever
+    --lora_alpha was: programs that read no settings compute the same. Names have no `text_model.`, which versions of
+    transformers differ in: PEFT compares their ends."""
+    settings: dict[str, object] = {}
+    for component, layers in folded.items():
+        ranks = {path.removeprefix("text_model."): layer.rank for path, layer in layers.items()}
+        rank = most_common(ranks.values())
+        others = {path: of_one for path, of_one in ranks.items() if of_one != rank}
+        use_dora = any(layer.magnitude is not None for layer in layers.values())
+        of_component = {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others}
+        of_component |= {"target_modules": sorted(ranks), "use_dora": use_dora, "use_rslora": False, "lora_bias": False}
+        settings |= {f"{component}.{name}": value for name, value in of_component.items()}
+    return settings
 
 
 def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

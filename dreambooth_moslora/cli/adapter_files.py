@@ -39,6 +39,13 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="RAW_OR_CHECKPOINT", help="moslora_weights.safetensors, a checkpoint folder or a run folder"
     )
+    parser.add_argument(
+        "--for",
+        dest="readers",
+        choices=["diffusers", "peft"],
+        default="diffusers",
+        help="peft: fold a language model's adapter, the folder that PEFT's save_pretrained wrote, into a plain LoRA",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the two files; made if it is not there")
     parser.add_argument("--name", help="title and name of the kohya file; by default that of the output folder")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="dtype of the tensors (fp32)")
@@ -53,10 +60,17 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     from dreambooth_moslora.adapters.new_tokens import tokens_beside
+    from dreambooth_moslora.adapters.peft_file import fold_peft, is_peft_folder
     from dreambooth_moslora.adapters.published_file import DTYPES, publish
     from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, read_raw
 
-    source, out = find_raw(Path(args.source).expanduser()), Path(args.out).expanduser()
+    source, out = Path(args.source).expanduser(), Path(args.out).expanduser()
+    if args.readers == "peft":
+        print(f"{out}: a plain LoRA for PEFT, {fold_peft(source, out)} layers folded (B·M).")
+        return 0
+    if is_peft_folder(source):
+        raise UserError(f"{source} is an adapter of PEFT: add --for peft")
+    source = find_raw(source)
     _, facts = read_raw(source)
     components = {name: empty_model(structure) for name, structure in facts.structures.items()}
     load_raw(source, components)

@@ -14,6 +14,7 @@ from dreambooth_moslora.generation.params import (
     Image,
     Recipe,
     Step,
+    about_black,
     draw_seed,
     read_recipe,
 )
@@ -96,8 +97,10 @@ def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
     from dreambooth_moslora.generation.grids import Sheet
 
     folder.mkdir(parents=True, exist_ok=True)
-    clear = "\r\033[K" if sys.stderr.isatty() else ""
+    clear, black = "\r\033[K" if sys.stderr.isatty() else "", []
     for event in events:
+        if isinstance(event, Image) and about_black([event.pixels]):
+            black.append(event.pixels)
         if isinstance(event, Step) and clear:
             eta = "" if math.isnan(event.eta_sec) else f", {event.eta_sec:.0f} s left"
             done = f"image {event.index + 1}/{event.num_images}, step {event.step}/{event.steps}{eta}"
@@ -107,4 +110,6 @@ def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
             stem = "grid" if only_sheet else f"image_{event.params.seed}"
             name = free_name(stem, lambda taken: (folder / f"{taken}.png").exists())
             print(event.save(folder / f"{name}.png"))
+    if said := about_black(black):
+        print(f"note: of the pictures, {said}.", file=sys.stderr)
     return 0

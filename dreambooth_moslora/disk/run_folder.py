@@ -191,9 +191,11 @@ def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Colle
     """Name -> file, in order; a name that is `taken` gets a number. Files of new tokens and bases are left out, as they
     belong to an adapter; so are links that lead out of `folders`."""
     found: dict[str, Path] = {}
+    known = {NONE, *taken}
     for file in files:
         if not file.name.endswith((TOKENS_SUFFIX, BASIS_SUFFIX)) and is_file_inside(file, folders):
-            found[free_name(name_of(file, folders), {NONE, *taken, *found}.__contains__, " ")] = file
+            known.add(name := free_name(name_of(file, folders), known.__contains__, " "))
+            found[name] = file
     return found
 
 

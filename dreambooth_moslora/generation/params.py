@@ -7,7 +7,7 @@ Every PNG has two text chunks: `parameters`, the text that A1111 and its relativ
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from io import BytesIO
 from pathlib import Path
@@ -335,6 +335,14 @@ class Image:
         file = BytesIO()
         self.pixels.save(file, format="PNG", pnginfo=recipe_text(self.params, self.provenance))
         return file.getvalue()
+
+
+def about_black(pictures: Iterable[PIL.Image.Image]) -> str:
+    """How many are black and why; "" for none. Values that are too large for the model become black without an
+    error."""
+    black = sum(picture.getbbox() is None for picture in pictures)
+    which = "1 of them is" if black == 1 else f"{black} of them are"
+    return f"{which} black: an adapter's values or its scale are too large for this base" if black else ""
 
 
 def recipe_text(params: GenerationParams, provenance: Provenance) -> PngInfo:

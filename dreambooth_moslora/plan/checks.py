@@ -51,6 +51,7 @@ from dreambooth_moslora.settings.rules import given_flag
 from dreambooth_moslora.settings.table import SVD, TrainConfig
 from dreambooth_moslora.settings.versions import require_packages
 
+PACKAGE = Path(__file__).resolve().parents[1]
 UNREADABLE = "add_embedding."
 """diffusers does not read these layers back from a kohya file, so an adapter on them cannot be verified."""
 
@@ -115,6 +116,9 @@ def check_folders(config: TrainConfig) -> None:
     place = Path(config.output_dir).resolve()
     if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):  # a run would fill it with files
         raise UserError(f"--output_dir {config.output_dir} is {place} itself: name a folder of the run's own.")
+    if ".git" in place.parts or place.is_relative_to(PACKAGE):
+        owner = "git's" if ".git" in place.parts else "this program's own"
+        raise UserError(f"--output_dir {config.output_dir} is among {owner} files: name a folder such as runs/dog.")
     run_dir = RunDir(config.output_dir)
     check_name(run_dir.name)
     for subject in config.each_subject:

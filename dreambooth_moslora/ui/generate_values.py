@@ -18,7 +18,15 @@ from safetensors import SafetensorError, safe_open
 from dreambooth_moslora.core import UserError, file_digest, is_number
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.disk.run_folder import NONE
-from dreambooth_moslora.generation.params import MAX_STEPS, GenerationParams, Recipe, check_size, draw_seed, read_recipe
+from dreambooth_moslora.generation.params import (
+    MAX_STEPS,
+    GenerationParams,
+    Recipe,
+    about_black,
+    check_size,
+    draw_seed,
+    read_recipe,
+)
 from dreambooth_moslora.ui.html import notice, progress_card, thumbnail
 from dreambooth_moslora.ui.state import AppContext, as_user_error, check_header, import_libraries, sentence
 from dreambooth_moslora.ui.visitors import Picture, Visitor
@@ -409,13 +417,13 @@ def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: 
     from dreambooth_moslora.generation.progress import Preview
 
     started = shown_at = time.perf_counter()
-    step, pictures, total, sheet, black = None, [], params.num_images, None, 0
+    step, pictures, total, sheet, black = None, [], params.num_images, None, []
     for event in events:
         if isinstance(event, Step):
             step, total = event, event.num_images
         elif isinstance(event, Image):
             pictures.append(_keep(event, visitor))
-            black += event.pixels.getbbox() is None
+            black += [event.pixels] * bool(about_black([event.pixels]))
             yield Frame(_status(step, word), tuple(pictures))
         elif isinstance(event, Sheet):
             for old in visitor.folder.glob("grid_*.png"):
@@ -425,10 +433,8 @@ def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: 
             shown_at = time.perf_counter()
             yield Frame(_status(step, word, thumbnail(event.pixels)))
     status = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)
-    if black:  # values that are too large for the model become black without an error
-        which = "1 of them is" if black == 1 else f"{black} of them are"
-        why = "an adapter's values or its scale are too large for this base"
-        status = notice(f"The pictures are done, but {which} black: {why}.", "bad")
+    if said := about_black(black):
+        status = notice(f"The pictures are done, but {said}.", "bad")
     yield Frame(status, tuple(pictures), params, sheet)
 
 

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import dropwhile
 from pathlib import Path
@@ -170,6 +170,14 @@ class Jobs:
         for place, name in self.public_names.items():
             text = text.replace(place, name)
         return text
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """A UserError in this block names no folder of this machine."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(self.told(str(error))) from error
 
     def start(self, name: str, config: dict[str, Any], owner: str, folder: str = "") -> Job:
         """Start training into `runs_dir`/`name`. Raises UserError while another run is going on."""

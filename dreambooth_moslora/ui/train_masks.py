@@ -7,6 +7,7 @@ import io
 import shutil
 from collections import OrderedDict
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import fastapi
@@ -22,7 +23,7 @@ from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gr
 from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, TOKENS, SubjectWords, folder_of, form_of, named, prompts_of
 from dreambooth_moslora.ui.train_start import recipe_of
 from dreambooth_moslora.ui.train_watch import picture_rows
-from dreambooth_moslora.ui.visitors import PHOTO_TYPES, Visitor, kept_photos
+from dreambooth_moslora.ui.visitors import PHOTO_TYPES, Visitor, kept_photos, secret_in
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
 """Options of events that process photos: visitors take turns photo by photo (`visitors.ONE_AT_A_TIME`)."""
@@ -206,22 +207,33 @@ def shown(found: train_photos.PhotoReview) -> tuple:
 
 MOST_PIXELS = 4 * train_photos.EDIT_PX**2
 KEPT_BYTES = 32 * 1024**2  # Limit for all visitors' drawings between upload and the click that uses them
+OWN_BYTES = KEPT_BYTES // 4
 BRUSH_PX, OPACITY = 24, 0.6
 TOO_LARGE = "the painted mask is no picture of the size that was shown"
 
 
 class Drawings(OrderedDict):
-    """Id -> uploaded drawing; the oldest are dropped when the total exceeds KEPT_BYTES."""
+    """(Owner, id) -> uploaded drawing. The oldest go when those of an owner exceed OWN_BYTES, or all KEPT_BYTES."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)
         self.move_to_end(key)
-        size = {
-            name: sum(map(len, filter(None, (drawing.background, drawing.composite, *drawing.layers))))
-            for name, drawing in self.items()
-        }
-        while len(self) > 1 and sum(size[name] for name in self) > KEPT_BYTES:
-            self.popitem(last=False)
+        self.drop_oldest([name for name in self if name[0] == key[0]], OWN_BYTES)
+        self.drop_oldest(list(self), KEPT_BYTES)
+
+    def drop_oldest(self, names: list, limit: int) -> None:
+        """Keep the newest of these, and at most `limit` bytes."""
+        total = 0
+        for number, name in enumerate(reversed(names)):
+            drawing = self[name]
+            total += sum(map(len, filter(None, (drawing.background, drawing.composite, *drawing.layers))))
+            if number and total > limit:
+                del self[name]
+
+
+def owner_of(request: gr.Request) -> str:
+    """Whose drawings these are: the visitor's cookie, which the upload of a drawing has with a login too."""
+    return secret_in(getattr(request, "cookies", None) or {})
 
 
 def mask_editor() -> gr.ImageEditor:
@@ -246,23 +258,28 @@ def mask_editor() -> gr.ImageEditor:
     editor.blob_storage = Drawings()
     accept = editor.accept_blobs
 
-    def accept_blobs(data: Any) -> None:
-        if data.data["type"] != "layer":  # the server has the photo
+    def accept_blobs(data: Any, request: gr.Request) -> None:
+        try:
+            kind, index, name = (data.data[part] for part in ("type", "index", "id"))
+            data.files[0][1]
+        except (AttributeError, IndexError, KeyError, TypeError) as error:  # JSON in place of a form
+            raise fastapi.HTTPException(400, "send the layer as a form, with type, index, id and one file") from error
+        if kind != "layer":  # the server has the photo
             return
-        if str(data.data["index"]) != "0":
+        if str(index) != "0":
             raise fastapi.HTTPException(400, "there is one layer")
-        accept(data)
+        accept(SimpleNamespace(data={**data.data, "id": (owner_of(request), name)}, files=data.files))
 
     accept_blobs._is_server_fn = True
     editor.accept_blobs = accept_blobs
-    editor.preprocess = lambda payload: painted_of(editor, payload)
+    editor.preprocess = lambda payload: payload  # `painted_of` is told whose it is
     return editor
 
 
-def painted_of(editor: gr.ImageEditor, payload: Any) -> PIL.Image.Image | None:
-    """The layer that was sent, as RGBA. Raises gr.Error unless it is a small picture."""
+def painted_of(editor: gr.ImageEditor, payload: Any, owner: str) -> PIL.Image.Image | None:
+    """The layer that this owner sent, as RGBA. Raises gr.Error unless it is a small picture."""
     if payload is not None and payload.id is not None:
-        payload = editor.blob_storage.pop(payload.id, None)
+        payload = editor.blob_storage.pop((owner, payload.id), None)
     layer = next((layer for layer in payload.layers if layer), None) if payload is not None else None
     if layer is None:
         return None
@@ -346,6 +363,7 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
     @parts["keep_mask"].click(inputs_kwargs={"painted": parts["mask_editor"], **of_chosen}, outputs=corrected, **making)
     @as_gradio_error
     def keep(name: str, painted: Any, request: gr.Request, **values) -> tuple:
+        painted = painted_of(parts["mask_editor"], painted, owner_of(request))
         if painted is None:
             raise UserError(train_photos.EMPTY)
         visitor = ctx.visitors.of(request)

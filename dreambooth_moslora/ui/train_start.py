@@ -177,7 +177,7 @@ def start_run(ctx: AppContext, form: TrainForm, visitor: Visitor) -> tuple[Job, 
     """The started run, and what was chosen for it as HTML. Raises UserError."""
     if ctx.jobs.current() or not ctx.queue.is_empty:
         raise UserError(BUSY)
-    with prepared(ctx, form, visitor) as run:
+    with ctx.jobs.telling(), prepared(ctx, form, visitor) as run:
         job = ctx.jobs.start(run.run_dir.name, run.settings, visitor.id)
     return job, remarks_card(run.said, f"{job.name} has started. {CHOSEN}")
 
@@ -188,7 +188,7 @@ def add_to_queue(ctx: AppContext, form: TrainForm, visitor: Visitor) -> tuple[st
         from dreambooth_moslora.ui.public import check_room
 
         check_room(ctx.queue.queue.waiting(), visitor)
-    with prepared(ctx, form, visitor, is_queued=True) as run:
+    with ctx.jobs.telling(), prepared(ctx, form, visitor, is_queued=True) as run:
         name, asked = run.run_dir.name, {"settings": run.settings, "is_new": True, "queued": time.time()}
         place = ctx.queue.queue.add(QueuedRun(name, visitor.id, visitor.address, **asked))
     return name, remarks_card(run.said, f"{name} waits, number {place} in the queue. {CHOSEN}")
@@ -263,7 +263,7 @@ def estimate_cost(ctx: AppContext, form: TrainForm, visitor: Visitor) -> str:
     from dreambooth_moslora.training.dry_run import advice, cost_lines, step_lines
 
     jobs = ctx.jobs
-    try:
+    with jobs.telling():
         photos, recipe = visitor.given_photos, recipe_of(ctx, form.like, visitor)
         choices = form.choices(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe=recipe)
         plan = make_plan(TrainConfig.from_dict(choices.all), free_gib=train_form.free_gib(), is_later=True)
@@ -271,8 +271,6 @@ def estimate_cost(ctx: AppContext, form: TrainForm, visitor: Visitor) -> str:
         lines = [*start_lines(form), *(words for words, _ in choices.said), *step_lines(plan)]
         lines += time_line(jobs, plan.config, plan.steps.total_steps)
         lines += [*cost_lines(plan), *card_lines(plan.config, plan.cost), *advice(plan)]
-    except UserError as error:
-        raise UserError(jobs.told(str(error))) from error
     return remarks_card([jobs.told(line) for line in lines])
 
 

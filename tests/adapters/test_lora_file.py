@@ -196,7 +196,6 @@ REFUSED = {
     "a bias of another length": with_part(f"{QUERY}.lora_B.bias", torch.ones(7)),
     "rank 0": changed(lora_A=lambda t: t[:0], lora_B=lambda t: t[:, :0]),
     "whole numbers": changed(lora_A=lambda t: t.int()),
-    "eight bits": changed(lora_A=lambda t: t.to(torch.float8_e4m3fn)),
 }
 DRAWN = ("a weight of the base", "a wrapped bias", "OLoRA", "a LoRA in a LoRA")
 """After these, pictures are drawn too."""

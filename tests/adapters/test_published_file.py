@@ -7,22 +7,24 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
 from benchmarks.sdxl_structure import count
 from dreambooth_moslora.adapters import moslora, proof, published_file
 from dreambooth_moslora.adapters.describe import describe, reduce_layers
 from dreambooth_moslora.adapters.kohya_file import kohya_name
+from dreambooth_moslora.adapters.lora_file import check_fits, read_adapter
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject, set_scale
 from dreambooth_moslora.adapters.published_file import load_published, publish
-from dreambooth_moslora.adapters.raw_file import save_raw
+from dreambooth_moslora.adapters.raw_file import read_tensors, save_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
-from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live
+from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, shake
 from tests.helpers.tiny import tiny_unet
+from tests.helpers.tiny_families import tiny_pipeline
 
 KOHYA = "dog.kohya.safetensors"
 
@@ -124,6 +126,33 @@ def test_the_header_of_a_folded_file_says_alpha_equal_to_the_rank(options, tmp_p
         assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
     tensors = load_file(tmp_path / PUBLISHED_NAME)
     assert {tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key} == {rank}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True, "rank_pattern": {"attn.to_k": 2}}, {"use_dora": True}], ids=str
+)
+@pytest.mark.parametrize("keep", [1.0, 0.8])
+def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_without_them(options, keep, tmp_path):
+    """diffusers reads the settings, ComfyUI takes alpha to be the rank, and --lora_alpha is neither."""
+    pipeline, components = tiny_pipeline("flux", tmp_path / "files"), {}
+    for name, targets in (("transformer", ["attn.to_q", "attn.to_k"]), ("text_encoder", ["q_proj", "v_proj"])):
+        components[name] = inject(
+            getattr(pipeline, name), MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options)
+        )
+        shake(components[name])
+    published(components, tmp_path, keep=keep)
+    tensors, header = read_tensors(tmp_path / PUBLISHED_NAME)
+    settings = json.loads(header.pop("lora_adapter_metadata"))
+    assert settings["transformer.lora_alpha"] == settings["transformer.r"] and len(settings) == 16
+    assert bool(settings["transformer.rank_pattern"]) == (keep < 1) and "text_encoder.target_modules" in settings
+    (tmp_path / "bare").mkdir()
+    save_file(tensors, tmp_path / "bare" / "x.safetensors", header)
+    with_settings = proof.stock_layers(tmp_path / PUBLISHED_NAME, components)
+    without = proof.stock_layers(tmp_path / "bare" / "x.safetensors", components)
+    for path, layer in with_settings.items():
+        assert torch.equal(proof.delta(layer, proof.STOCK), proof.delta(without[path], proof.STOCK))
+    pipeline = tiny_pipeline("flux", tmp_path / "again")
+    check_fits(read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline, "flux")
 
 
 def test_the_scale_of_the_moment_is_not_published(tmp_path):

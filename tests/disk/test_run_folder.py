@@ -14,7 +14,7 @@ import pytest
 from dreambooth_moslora.core import atomic_directory, atomic_write, clean_stale, scratch_directory
 from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.events import RunEnded, StepDone, StepEvaluated, event_of, events_of, record_of
-from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
+from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name
 
 WRITER = """
 import sys
@@ -206,3 +206,25 @@ def test_a_whole_number_is_a_fraction_too_and_what_is_not_finite_is_null():
 def test_lines_of_another_program_are_no_events():
     lines = [{"type": "step"}, {"type": "epoch", "step": 1}, {"type": ["step"]}, {"type": "step", "step": 2, "new": 1}]
     assert [event.step for event in events_of(StepDone, lines)] == [2]
+
+
+class Counted(list):
+    """A list that counts how often it is gone through."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+
+def test_names_of_many_files_are_compared_once(tmp_path):
+    """A set of all names was made for each file: ten thousand took seconds."""
+    for number in range(20):
+        (tmp_path / f"{number}.safetensors").write_bytes(b"")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "1.safetensors").write_bytes(b"")
+    taken = Counted(["0"])
+    found = files_by_name(sorted(tmp_path.rglob("*.safetensors")), [tmp_path], taken)
+    assert len(found) == 21 and {"0 2", "1", "1 2"} <= found.keys() and "0" not in found
+    assert taken.times == 1

@@ -11,6 +11,7 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError, atomic_write, half_precision
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan import checks
 from dreambooth_moslora.plan.checks import check_folders, check_layers, check_targets, preflight
 from dreambooth_moslora.plan.processes import make_accelerator
 from dreambooth_moslora.settings.table import TrainConfig
@@ -50,6 +51,15 @@ def test_neither_an_empty_name_nor_photos_nor_root_nor_home_is_a_run_folder(outp
     with pytest.raises(UserError, match=says):
         check(output.format(home=tmp_path), photos)
     check(tmp_path / "run", photos)
+
+
+@pytest.mark.parametrize("place", [".git", ".git/runs/dog", "sub/.git/hooks", "{package}", "{package}/adapters/dog"])
+def test_a_run_writes_neither_among_git_s_files_nor_into_the_program(place, tmp_path, monkeypatch):
+    photos = paint_photos(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--output_dir .* is among .* files: name a folder such as runs/dog"):
+        check(place.format(package=Path(checks.__file__).parents[1]), photos)
+    check("dreambooth_moslora/.gitted", photos)
 
 
 @pytest.mark.parametrize("name", ["output_dir", "instance_data_dir", "class_data_dir", "dataset_name"])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 from PIL import Image as Picture
-from transformers import Dinov2Model
+from safetensors import safe_open
+from transformers import CLIPTokenizer, Dinov2Model
 
 from dreambooth_moslora import MoSLoraConfig, inject
 from dreambooth_moslora.adapters.published_file import publish
@@ -131,6 +132,19 @@ def test_diffusers_loads_an_adapter_onto_it(tmp_path):
     publish({"unet": pipeline.unet}, tmp_path, "x", adapter_metadata({"unet": pipeline.unet}), torch.float32)
     other.load_lora_weights(tmp_path / "pytorch_lora_weights.safetensors")
     assert np.abs(live - plain).mean() > 1e-3 and np.abs(drawn(other) - live).max() < 1e-2
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+def test_transformers_4_finds_the_keys_of_the_text_encoders(name):
+    with safe_open(ASSETS / "toy-sdxl" / name / "model.safetensors", "pt") as opened:
+        assert all(key.startswith(("text_model.", "text_projection.")) for key in opened.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
+def test_the_tokenizer_of_transformers_4_s_two_files_is_that_of_the_one_of_transformers_5(name):
+    folder = ASSETS / "toy-sdxl" / name
+    of_two = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    assert of_two(PROMPT + ", naïve").input_ids == CLIPTokenizer.from_pretrained(folder)(PROMPT + ", naïve").input_ids
 
 
 def test_the_embedded_weights_stay_small_and_fp16():

@@ -15,7 +15,7 @@ from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.generate_values import AdapterSummary, summary_of
 from dreambooth_moslora.ui.state import TELLS_PROMPTS, AdapterCatalog, AppContext, as_gradio_error, import_libraries
 from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.train_start import estimate_cost
+from dreambooth_moslora.ui.train_start import add_to_queue, estimate_cost, start_run
 from dreambooth_moslora.ui.train_watch import watched
 from tests.ui.conftest import OTHER, PAGE, handler, recorded, visitor, write_adapter
 
@@ -140,6 +140,9 @@ def hidden(context, tmp_path) -> AppContext:
     return context(load, base="my_base", base_name=str(secret), adapters_dir=secret.parent / "adapters")
 
 
+ACTS = (estimate_cost, start_run, add_to_queue)
+
+
 def test_no_visitor_reads_where_things_lie_on_this_machine(hidden, tmp_path, ann):
     me = hidden.visitors.of(PAGE)
     run = recorded(tmp_path / "runs" / "dog", owner=me.id).run_dir
@@ -150,7 +153,7 @@ def test_no_visitor_reads_where_things_lie_on_this_machine(hidden, tmp_path, ann
     texts = {text: "my_base/unet" for text in (now["status"], now["log"], str(handler(hidden, "status")("dog", PAGE)))}
     for asked, words in (
         (hidden.pipeline, "my_base has no unet; x is there"),
-        (lambda: estimate_cost(hidden, TrainForm("sks", "dog"), ann), "my_base"),
+        *((lambda act=act: act(hidden, TrainForm("sks", "dog"), ann), "my_base") for act in ACTS),
     ):
         with pytest.raises(UserError) as told:
             asked()

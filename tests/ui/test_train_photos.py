@@ -2,6 +2,7 @@
 
 import io
 import random
+import secrets
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from dreambooth_moslora.ui.train_photos import (
     shown_masks,
     take_with_masks,
 )
-from dreambooth_moslora.ui.visitors import take_photos
+from dreambooth_moslora.ui.visitors import COOKIE, take_photos
 from tests.ui.conftest import TWO
 
 TOYS = assets_folder() / "subjects" / "rocket"
@@ -221,16 +222,23 @@ def png(size: tuple[int, int], alpha: int = 200) -> bytes:
 
 def test_what_a_page_paints_is_bounded_before_it_is_read(monkeypatch):
     editor = mask_editor.mask_editor()
+    ann, bob = (SimpleNamespace(cookies={COOKIE: secrets.token_urlsafe(32)}) for _ in range(2))
 
-    def send(name: str, content: bytes, kind: str = "layer", index: object = "0") -> None:
-        editor.accept_blobs(SimpleNamespace(data={"type": kind, "index": index, "id": name}, files=[("file", content)]))
+    def send(name: str, content: bytes, kind: str = "layer", index: object = "0", owner=ann) -> None:
+        data = {"type": kind, "index": index, "id": name}
+        editor.accept_blobs(SimpleNamespace(data=data, files=[("file", content)]), owner)
 
-    def value_of(name: str) -> PIL.Image.Image | None:
-        return editor.preprocess(SimpleNamespace(id=name))
+    def value_of(name: str, owner=ann) -> PIL.Image.Image | None:
+        payload = editor.preprocess(SimpleNamespace(id=name))
+        return mask_editor.painted_of(editor, payload, mask_editor.owner_of(owner))
 
     send("mine", png((30, 20)))
     send("mine", png((3000, 3000)), "background")
+    assert value_of("mine", bob) is None, "another visitor knows the id"
     assert value_of("mine").size == (30, 20) and value_of("mine") is None
+    for data in ({"type": "layer"}, ["x"], None, SimpleNamespace(data={"type": "layer"}, files=[])):
+        with pytest.raises(fastapi.HTTPException, match="400"):
+            editor.accept_blobs(data, ann)
     for index in ("1", "1000000000", "x"):
         with pytest.raises(fastapi.HTTPException):
             send("mine", b"x", index=index)
@@ -239,9 +247,13 @@ def test_what_a_page_paints_is_bounded_before_it_is_read(monkeypatch):
         with pytest.raises(gr.Error, match="no picture of the size"):
             value_of("mine")
     monkeypatch.setattr(mask_editor, "KEPT_BYTES", 100)
+    monkeypatch.setattr(mask_editor, "OWN_BYTES", 70)
+    send("his", b"x" * 30, owner=bob)
     for name in ("first", "second"):
         send(name, b"x" * 60)
-    assert list(editor.blob_storage) == ["second"]
+    assert [name for _, name in editor.blob_storage] == ["his", "second"], "each has a share"
+    send("third", b"x" * 80)
+    assert [name for _, name in editor.blob_storage] == ["third"]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER_SEC, BUCKET_SEC = 0.5, 10.0
 """Age in seconds at which a listing is renewed."""
+SHARE = 9
+"""A listing is kept this many times as long as it took: of many files, renewing it takes a tenth of the time."""
 MOST_FETCHED = 64
 """Files of a bucket that a replica keeps on its disk."""
 
@@ -114,7 +116,7 @@ class Catalogue:
 
     def __init__(self, old_sec: float) -> None:
         self._old_sec, self._lock = old_sec, Lock()
-        self._listed, self._found = float("-inf"), {}
+        self._listed, self._found, self._took_sec = float("-inf"), {}, 0.0
 
     def names(self) -> list[str]:
         return list(self._list())
@@ -122,12 +124,14 @@ class Catalogue:
     def _list(self) -> dict[str, Any]:
         """The listing, made again when it is old. The last one is kept while a bucket cannot be reached."""
         with self._lock:
-            if time.monotonic() - self._listed > self._old_sec:
+            started = time.monotonic()
+            if started - self._listed > self._old_sec + SHARE * self._took_sec:
                 try:
                     self._found = self._ask()
                 except UserError as error:
                     logger.warning("%s", error)
                 self._listed = time.monotonic()
+                self._took_sec = self._listed - started
             return self._found
 
 

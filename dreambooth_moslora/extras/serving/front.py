@@ -157,7 +157,7 @@ class Telemetry:
 
 
 HEALTH_SEC, BODY_SEC = 10.0, 10.0
-"""Seconds for a replica to report its health, and for a body to arrive: a slow one would hold a place in the queue."""
+"""Seconds for a replica to report its health, and for a body to arrive."""
 MOST_RETRY_SEC, MAX_BODY_BYTES = 60, 64 * 1024
 """A body fits two prompts of the longest kind with every letter escaped."""
 logger = logging.getLogger(__name__)
@@ -193,16 +193,22 @@ class Front:
         finally:
             self.telemetry.requests.labels(status).inc()
 
-    async def _generate(self, request: Request) -> Response:
+    def _refuse_if_full(self) -> None:
+        """Raises RefusedError (503)."""
         if self.inside >= self.max_inside:
             next_sec = math.ceil(self.seconds / max(1, self.max_inside))  # until about the next place is free
             raise RefusedError(503, "the queue is full; ask again later", max(1, min(MOST_RETRY_SEC, next_sec)))
+
+    async def _generate(self, request: Request) -> Response:
+        self._refuse_if_full()
+        started = time.monotonic()
+        body = await self._body_of(request)  # it has no place yet: slow senders would hold all of them
+        self._refuse_if_full()
         self.inside += 1
         self.telemetry.inside.set(self.inside)
         try:
             async with asyncio.timeout(self.request_timeout_sec):
-                started = time.monotonic()
-                order = await self._order_of(request, started)
+                order = await self._order_of(body, started)
                 drawn = await self.draw(order)
         except TimeoutError as error:
             raise TOO_LATE from error
@@ -218,15 +224,18 @@ class Front:
         telemetry.memory.labels(drawn.replica).set(drawn.memory_bytes)
         return Response(drawn.png, media_type="image/png", headers={"Cache-Control": "no-store"})
 
-    async def _order_of(self, request: Request, started: float) -> Order:
+    async def _body_of(self, request: Request) -> bytes:
+        """Raises RefusedError for what is no JSON, too long, or too slow."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise RefusedError(415, "send JSON, with the header `Content-Type: application/json`")
         try:
-            async with asyncio.timeout(BODY_SEC):
-                body = await body_of(request)
+            async with asyncio.timeout(min(BODY_SEC, self.request_timeout_sec)):
+                return await body_of(request)
         except TimeoutError as error:
             raise RefusedError(408, "the body did not arrive in time; send it at once") from error
+
+    async def _order_of(self, body: bytes, started: float) -> Order:
         order = parse_order(body)
         refs = tuple([await asyncio.to_thread(self.catalogue.find, name) for name, _ in order.params.adapters])
         return replace(order, adapters=refs, seconds=self.request_timeout_sec - (time.monotonic() - started))

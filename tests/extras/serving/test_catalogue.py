@@ -6,6 +6,7 @@ import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,6 +94,26 @@ def test_a_new_file_is_seen_and_a_changed_one_has_another_version(folder):
     (folder / "emu.safetensors").unlink()
     with pytest.raises(RefusedError, match="emu"):
         catalogue.find("emu")
+
+
+def test_a_listing_that_took_long_is_kept_longer(folder, monkeypatch):
+    """Of ten thousand adapters it took seconds, at each request."""
+    clock, asked = [100.0], []
+    monkeypatch.setattr(catalogue_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", 0.5)
+    catalogue = open_catalogue([str(folder)])
+    ask = catalogue._ask
+
+    def slowly():
+        clock[0] += 2
+        asked.append(clock[0])
+        return ask()
+
+    monkeypatch.setattr(catalogue, "_ask", slowly)
+    for passed in (0, 10, 8, 0.6):
+        clock[0] += passed
+        assert "dog" in catalogue.names()
+    assert asked == pytest.approx([102.0, 122.6])
 
 
 def test_a_bucket_is_served_like_a_folder(folder):

@@ -157,6 +157,26 @@ def test_what_is_no_order_is_refused(shop):
     assert [shop.get(path).status_code for path in ("/generate", "/../etc/passwd")] == [405, 404]
 
 
+def test_slow_bodies_hold_no_place(open_shop):
+    """They once kept all others out for ten seconds."""
+    shop, drawn = open_shop(max_inside=1), asyncio.Event()
+
+    async def slow():
+        yield b" "
+        await drawn.wait()
+
+    async def work(client: httpx.AsyncClient) -> int:
+        json = {"headers": {"Content-Type": "application/json"}}
+        trickling = [asyncio.create_task(client.post("/generate", content=slow(), **json)) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        answer = await client.post("/generate", json=order())
+        drawn.set()
+        await asyncio.gather(*trickling)
+        return answer.status_code
+
+    assert shop.run(work) == 200
+
+
 def test_a_body_that_trickles_gives_its_place_up(shop, monkeypatch):
     monkeypatch.setattr(front_module, "BODY_SEC", 0.05)
 

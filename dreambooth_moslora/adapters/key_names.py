@@ -1,0 +1,172 @@
+"""Names of the tensors in LoRA files: of PEFT, diffusers, kohya, and those that diffusers does not read.
+
+PEFT                              diffusers                          kohya, after diffusers' conversion
+to_q.lora_A.weight                to_q.lora.down.weight              processor.to_q_lora.down.weight
+q_proj.lora_A.weight              q_proj.lora_linear_layer.down.…    to_q_lora.down.weight
+
+read here alone:    lycoris_<path with _>.…    base_model.model.<path>.…    <path>.…    <component>.<path>.lora_down.…
+                    lora_unet_<path with _>.… of LoHa and LoKr
+"""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from dreambooth_moslora.adapters.kohya_file import KOHYA_DOWN, KOHYA_UP, PREFIXES, published_path
+from dreambooth_moslora.adapters.lycoris import MAGNITUDE, lora_of
+from dreambooth_moslora.adapters.moslora import matrix_layers, weight_size
+from dreambooth_moslora.adapters.raw_file import COMPONENTS
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.settings.families import DENOISERS
+
+PEFT_KEY = re.compile(
+    r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?|alpha)"
+)
+OLD_KEY = re.compile(
+    r"(?P<path>.+?)\.((?P<projection>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)"
+    r"\.(?P<side>down\.weight|up\.weight|up\.bias)"
+)
+KOHYA_KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha|dora_scale|(hada|lokr)_\w+)")
+UNET_NAMES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+SIDES = {
+    "lora_A.weight": "down",
+    "lora_down.weight": "down",
+    "down.weight": "down",
+    "lora_B.weight": "up",
+    "lora_up.weight": "up",
+    "up.weight": "up",
+}
+PEFT_PREFIX = "base_model.model."
+MOST_NUMBERS = 2**29  # of a file as a LoRA: 2 GiB in fp32
+Layer = tuple[str, str, tuple[int, ...]]  # component, module path, (out, in) or (out, in, h, w)
+
+
+def module_path(component: str, key: str) -> str:
+    """The module path in a file's key, without its component: `…attn1.processor.to_q_lora.down.weight` ->
+    `…attn1.to_q`. A key without a known part is a module path."""
+    match = match_of(key)
+    if match is None:
+        return key.replace(".processor.", ".")
+    old = match.groupdict().get("projection")
+    names = UNET_NAMES if component in DENOISERS else TEXT_NAMES
+    return f"{match['path']}.{names[old]}" if old else match["path"]
+
+
+def match_of(key: str) -> re.Match[str] | None:
+    key = key.replace(".processor.", ".")
+    return PEFT_KEY.fullmatch(key) or OLD_KEY.fullmatch(key)
+
+
+def is_of_lycoris(key: str) -> bool:
+    return re.search(r"\.(hada|lokr)_", key) is not None
+
+
+def is_read_here(keys: Iterable[str], pipeline: DiffusionPipeline) -> bool:
+    """Whether a key of the file is none that diffusers reads for a UNet. Of other models it knows more or less, by
+    version, so their names are looked up here first."""
+    is_unet = getattr(pipeline, "unet", None) is not None
+    for key in keys:
+        is_flat, is_dotted = key.startswith("lora_"), key.partition(".")[0] in COMPONENTS
+        is_kohya_s = re.search(r"\.lora_(down|up)\.", key) is not None
+        if is_of_lycoris(key) or not (is_flat or is_dotted) or (is_kohya_s and is_dotted) or (is_flat and not is_unet):
+            return True
+    return False
+
+
+def as_peft(tensors: dict[str, Tensor], pipeline: DiffusionPipeline, file_name: str) -> dict[str, Tensor] | None:
+    """The tensors under PEFT's names, with the scales in `lora_B`; None for names that diffusers may know. Raises
+    UserError for LoHa and LoKr that do not fit, are broken, or would be too large as a LoRA."""
+    if not is_read_here(tensors, pipeline):
+        return None
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, part = placed(key)
+        modules.setdefault(name, {})[part] = tensor
+    layers, found, numbers = layers_named(modules, pipeline), {}, 0
+    for name, parts in modules.items():
+        if name not in layers:
+            if any(map(is_of_lycoris, tensors)):
+                raise UserError(f"{file_name} does not fit this base: {name!r:.100} is no layer of it")
+            return None
+        label, size, (up, down) = folded(parts, layers[name], f"{file_name} is broken, or was made for another base")
+        numbers += up.numel() + down.numel()
+        if numbers > MOST_NUMBERS:
+            raise UserError(
+                f"{file_name} would be a LoRA of more than {MOST_NUMBERS / 2**28:.0f} GiB, as its LoHa or LoKr has so "
+                "high a rank: use it in the program that trained it, or train it with a lower dim"
+            )
+        found[f"{label}.lora_A.weight"] = down.view(len(down), *size[1:])
+        found[f"{label}.lora_B.weight"] = up.view(*up.shape, *(1,) * (len(size) - 2))
+        if MAGNITUDE in parts:
+            found[f"{label}.lora_magnitude_vector"] = as_magnitude(parts[MAGNITUDE])
+    return found
+
+
+def folded(parts: dict[str, Tensor], layers: list[Layer], wrong: str) -> tuple[str, tuple[int, ...], tuple]:
+    """`component.path`, size, and up and down of the first of these layers that the parts fit. Raises UserError."""
+    for component, path, size in layers:
+        try:
+            return f"{component}.{path}", size, lora_of(parts, size)
+        except ValueError:
+            continue
+    component, path, size = layers[0]
+    raise UserError(f"{wrong}: {component}.{path:.100} is {'×'.join(map(str, size))} (out×in) here")
+
+
+def as_magnitude(dora_scale: Tensor) -> Tensor:
+    """kohya's `dora_scale` as PEFT's magnitudes: (out, 1) -> (out,), and (out, 1, 1, 1) -> (1, out, 1, 1)."""
+    return dora_scale[:, 0] if dora_scale.ndim == 2 else dora_scale.transpose(0, 1)
+
+
+def placed(key: str) -> tuple[str, str]:
+    """A module as the file names it, and the part: `x.lora_A.weight` -> `x`, `down`. An unknown key has the part ""."""
+    if old := KOHYA_KEY.fullmatch(key):
+        return old["path"], SIDES.get(old["part"], old["part"])
+    if (match := match_of(key)) is None:
+        return key, ""
+    part = match.groupdict().get("part") or match["side"]
+    component = "text_encoder" if "self_attn" in key else DENOISERS[0]
+    return module_path(component, key), SIDES.get(part, part)
+
+
+def layers_named(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str, list[Layer]]:
+    """Module's name in some program -> the layers that it may mean: SDXL's two text encoders share theirs."""
+    known: dict[str, list[Layer]] = {}
+    by_label: dict[str, Layer] = {}
+    for component in COMPONENTS:
+        model = getattr(pipeline, component, None)
+        for own_path, module in ({} if model is None else matrix_layers(model)).items():
+            path = published_path(component, own_path)
+            layer = by_label[f"{component}.{path}"] = component, path, weight_size(module)
+            for name in spellings(component, path):
+                known.setdefault(name, []).append(layer)
+    others = [name for name in names if name not in known and name.startswith("lora_")]
+    labels = renamed(others, pipeline) if hasattr(pipeline, "unet") else {}
+    return known | {name: [by_label[label]] for name, label in labels.items() if label in by_label}
+
+
+def spellings(component: str, path: str) -> list[str]:
+    """How programs name this module."""
+    flat, bare = path.replace(".", "_"), path.removeprefix("text_model.")
+    found = [name for dotted in dict.fromkeys((path, bare)) for name in (dotted, PEFT_PREFIX + dotted)]
+    found += [f"{component}.{dotted}" for dotted in dict.fromkeys((path, bare))]
+    found.append(f"{PREFIXES.get(component, f'lora_{component}')}_{flat}")
+    return [*found, f"lycoris_{flat}"] if component in DENOISERS else found
+
+
+def renamed(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str, str]:
+    """kohya's names, also those of SDXL's original blocks -> `component.path`, as diffusers renames them. It renames
+    pairs of matrices, so each name gets a pair that holds its number."""
+    numbered = dict(enumerate(names))
+    pairs = {
+        f"{name}{side}": torch.full((1, 1), float(n)) for n, name in numbered.items() for side in (KOHYA_DOWN, KOHYA_UP)
+    }
+    found = {}
+    for key, number in (pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config)[0] if pairs else {}).items():
+        component, _, rest = key.partition(".")
+        found[numbered[int(number)]] = f"{component}.{published_path(component, module_path(component, rest))}"
+    return found
