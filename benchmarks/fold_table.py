@@ -31,7 +31,7 @@ from dreambooth_moslora.adapters.moslora import (
 from dreambooth_moslora.adapters.published_file import load_published, publish
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
-from dreambooth_moslora.settings.table import MIXERS
+from dreambooth_moslora.settings.table import KRONECKER, MIXERS
 
 BOUND = 1e-5
 VARIANTS = {
@@ -135,7 +135,7 @@ def main() -> None:
     logging.set_verbosity_error()  # diffusers announces that the file has no text encoder
     print(f"{'mixer':<12} {'file':<10} " + " ".join(f"{variant:>13}" for variant in VARIANTS))
     rows = {}
-    for kind in MIXERS:
+    for kind in (kind for kind in MIXERS if kind != KRONECKER):  # no convolution can carry it
         with tempfile.TemporaryDirectory() as folder:
             row = {variant: measure(kind, variant, Path(folder)) for variant in VARIANTS}
         rows[kind] = row

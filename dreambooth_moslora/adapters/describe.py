@@ -61,13 +61,14 @@ def effective_rank_of(layer: LowRank) -> float:
 
 
 @torch.no_grad()
-def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str) -> Diagnosis:
+def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str, factor: int = 0) -> Diagnosis:
     """Figures of the projection at `path`, whose mixer started as `kind` with `seed`: its start is computed again. The
     scale s has no influence."""
     drift, condition = None, None
     if matrices.mixer is not None:
         mixer = matrices.mixer.detach().cpu().double()
-        start = initial_mixer(kind, len(mixer), seed, path).double()
+        start = initial_mixer(kind, factor or len(mixer), seed, path).double()
+        start = torch.kron(start, torch.eye(len(mixer) // len(start)).double())
         sizes = torch.linalg.svdvals(mixer)
         largest, smallest = float(sizes[0]), float(sizes[-1])
         is_negligible = smallest <= len(mixer) * torch.finfo(torch.float32).eps * largest
@@ -185,7 +186,9 @@ def describe_raw(path: Path) -> dict[str, object]:
         for module, parts in found.items():
             modules[component] += 1
             matrices = matrices_from(parts, metadata, f"{component}.{module}")
-            figures[f"{component}.{module}"] = diagnose(matrices, metadata.mixer, metadata.mixer_seed, module)
+            figures[f"{component}.{module}"] = diagnose(
+                matrices, metadata.mixer, metadata.mixer_seed, module, metadata.mixer_factor
+            )
     ranks = Counter(f.rank for f in figures.values())
     return {
         "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} (for resuming; export it to use it elsewhere)",

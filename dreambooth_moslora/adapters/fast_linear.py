@@ -42,7 +42,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dreambooth_moslora.adapters.mixer import MixerLinear
+from dreambooth_moslora.adapters.mixer import KroneckerUp, MixerLinear
 from dreambooth_moslora.adapters.moslora import adapter_layers
 from dreambooth_moslora.base.load import TextProjection
 
@@ -184,6 +184,8 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
         return "the adapter has dropout"
     if layer.lora_bias[adapter_name]:
         return "the adapter has a bias"
+    if isinstance(layer.lora_B[adapter_name], KroneckerUp):
+        return "A and B of its LoKr are tied"
     if base.weight.requires_grad:
         return "the base weight is trained too"
     return None

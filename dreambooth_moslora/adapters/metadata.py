@@ -27,6 +27,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.core import UserError, assets_folder, is_finite_number
 from dreambooth_moslora.settings.sources import load_settings, recipe_of
 from dreambooth_moslora.settings.table import (
+    KRONECKER,
     MIXERS,
     SAID_BY_SUBJECTS,
     SETTINGS,
@@ -134,6 +135,7 @@ class AdapterMetadata:
     mixer: str = checked(lambda value: value in (*MIXERS, ZERO), default="none")
     train_mixer: bool = checked(is_bool, default=True)
     mixer_seed: int = checked(lambda value: type(value) is int, default=0)
+    mixer_factor: int = checked(lambda value: value == 0 or is_rank(value), default=0)
     ranks: Mapping[str, int] = checked(named(is_rank), default_factory=dict)
     alphas: Mapping[str, float] = checked(named(is_finite_number), default_factory=dict)
     base_id: str = checked(is_text, default="")
@@ -161,6 +163,11 @@ class AdapterMetadata:
     processes: int | None = checked(is_rank_or_none, default=None)
 
     @property
+    def factor(self) -> int:
+        """The rows and columns of a LoKr's W₁; 1 for other mixers."""
+        return (self.mixer_factor or 1) if self.mixer == KRONECKER else 1
+
+    @property
     def header(self) -> dict[str, str]:
         """The entry of a file's header."""
         return {HEADER: self.to_json()}
@@ -172,7 +179,7 @@ class AdapterMetadata:
         if len(self.tokens) == 1:
             facts["tokens"] = self.tokens[0]
         later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts", "basis")
-        later += ("public", "withheld", "step", "processes")
+        later += ("public", "withheld", "step", "processes", "mixer_factor")
         missing = [name for name in later if not facts[name]]
         return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
 

@@ -4,7 +4,12 @@
 
 For a convolution, W0 and A are kernels (out, in, h, w) and (r, in, h, w); B and M mix the channels of each pixel.
 A starts gaussian and B at zero, so the adapter starts as a no-op with any mixer. B·M is the B of a plain LoRA: every
-adapter folds exactly into a plain LoRA, `LowRank`, and with M = I it is one. `MixedLowRank` is the formula. In a model,
+adapter folds exactly into a plain LoRA, `LowRank`, and with M = I it is one. LoKr (Yeh et al., arXiv 2309.14859) is a
+MoSLoRA whose A and B are tied: with W₁ (f, f), A₂ (r/f, in/f) and B₂ (out/f, r/f),
+
+    W₁ ⊗ (B₂·A₂) = (I ⊗ B₂) · (W₁ ⊗ I) · (I ⊗ A₂)
+
+so the mixer "kronecker" learns W₁, A₂ and B₂. `MixedLowRank` is the formula. In a model,
 PEFT's LoRA layer computes it, with a `MixerLinear` instead of its B.
 """
 
@@ -18,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.settings.table import ZERO
+from dreambooth_moslora.settings.table import KRONECKER, ZERO
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +62,7 @@ STARTS: dict[str, Callable[[Tensor, torch.Generator], object]] = {
     "kaiming": lambda mixer, generator: nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator),
     "identity": lambda mixer, _: nn.init.eye_(mixer),
     "butterfly": lambda mixer, _: mixer.copy_(torch.eye(len(mixer) // 2).repeat(2, 2)),  # [[I, I], [I, I]]
+    KRONECKER: lambda mixer, generator: nn.init.orthogonal_(mixer, generator=generator),  # of W₁ (f, f)
     ZERO: lambda mixer, _: mixer.zero_(),  # on a basis, whose B is not zero
 }
 """Kind -> how M (r, r) starts, in place, from the generator alone. `settings.table.MIXERS` offers them."""
@@ -104,9 +110,16 @@ class MixedLowRank:
         return LowRank(down, up.contiguous(), magnitude=magnitude)
 
 
+def untied(down: Tensor, mixer: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A₂ (r/f, in/f), W₁ (f, f), B₂ (out/f, r/f) -> A (r, in), M (r, r), B (out, r), so that B·M·A = W₁ ⊗ (B₂·A₂)."""
+    eye = torch.eye(len(mixer), dtype=down.dtype, device=down.device)
+    inner = torch.eye(len(down), dtype=down.dtype, device=down.device)
+    return torch.kron(eye, down), torch.kron(mixer, inner), torch.kron(eye, up)
+
+
 class ReadOnlyWeight(Tensor):
-    """B·M, computed at each reading; results of operations on it are ordinary tensors. Assigning to `data`, as some
-    PEFT functions do, would change nothing and raises UserError."""
+    """A matrix that is computed at each reading; results of operations on it are ordinary tensors. Assigning to
+    `data`, as some PEFT functions do, would change nothing and raises UserError."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -116,13 +129,36 @@ class ReadOnlyWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise UserError("lora_B.weight is B·M here and cannot be set; fold the adapter into a plain LoRA first")
+        raise UserError("the weight is computed here and cannot be set; fold the adapter into a plain LoRA first")
 
 
-class MixerLinear(nn.Module):
-    """B·M instead of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter, or a buffer if frozen, as PEFT
-    turns gradients on for every parameter of an active adapter. A state dict also holds a `weight` of one zero:
+class Computed(nn.Module):
+    """A matrix of LoRA that is the `product` of its parameters. A state dict also holds a `weight` of one zero:
     loading it into a plain LoRA then fails on the shape, instead of silently ignoring the other keys."""
+
+    def product(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The product, which PEFT merges as a plain LoRA's. A fake or distributed tensor keeps its class."""
+        product = self.product()
+        return product.as_subclass(ReadOnlyWeight) if type(product) is Tensor else product
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = next(self.parameters()).detach().new_zeros(PLACEHOLDER_SHAPE)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        plain = state_dict.pop(f"{prefix}weight", None)
+        if plain is not None and plain.shape != PLACEHOLDER_SHAPE:
+            errors.append(f"{prefix}weight is a plain LoRA's, and this adapter has a mixer")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+class MixerLinear(Computed):
+    """B·M instead of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter, or a buffer if frozen, as PEFT
+    turns gradients on for every parameter of an active adapter."""
 
     def __init__(self, up: Tensor, mixer: Tensor, train_mixer: bool = True):
         super().__init__()
@@ -135,22 +171,6 @@ class MixerLinear(nn.Module):
     def product(self) -> Tensor:
         """B·M, in the shape of a plain LoRA's B: (out, r)."""
         return self.up @ self.mixer
-
-    @property
-    def weight(self) -> Tensor:
-        """B·M (out, r), which PEFT merges as a plain LoRA's B. A fake or distributed tensor keeps its class."""
-        product = self.product()
-        return product.as_subclass(ReadOnlyWeight) if type(product) is Tensor else product
-
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.up.detach().new_zeros(PLACEHOLDER_SHAPE)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        plain = state_dict.pop(f"{prefix}weight", None)
-        if plain is not None and plain.shape != PLACEHOLDER_SHAPE:
-            errors.append(f"{prefix}weight is a plain LoRA's B, and this adapter has a mixer")
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, r) -> (…, out)."""
@@ -167,3 +187,29 @@ class MixerConv2d(MixerLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(N, r, H, W) -> (N, out, H, W)."""
         return F.conv2d(x, self.product())
+
+
+class KroneckerDown(Computed):
+    """A = I ⊗ A₂ (r, in): `tied` A₂ (r/f, in/f) is the parameter."""
+
+    def __init__(self, tied: Tensor, factor: int):
+        super().__init__()
+        self.tied, self.factor = nn.Parameter(tied), factor
+
+    def product(self) -> Tensor:
+        return torch.kron(torch.eye(self.factor, dtype=self.tied.dtype, device=self.tied.device), self.tied)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, r)."""
+        return F.linear(x.unflatten(-1, (self.factor, -1)), self.tied).flatten(-2)
+
+
+class KroneckerUp(MixerLinear):
+    """B·M = W₁ ⊗ B₂ (out, r): `up` B₂ (out/f, r/f) and `mixer` W₁ (f, f)."""
+
+    def product(self) -> Tensor:
+        return torch.kron(self.mixer, self.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, r) -> (…, out)."""
+        return F.linear(self.mixer @ x.unflatten(-1, (len(self.mixer), -1)), self.up).flatten(-2)

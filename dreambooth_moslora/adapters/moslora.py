@@ -22,18 +22,21 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from peft.utils import PeftType
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
-from torch import nn
+from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.mixer import (
+    KroneckerDown,
+    KroneckerUp,
     LowRank,
     MixedLowRank,
     MixerConv2d,
     MixerLinear,
     initial_mixer,
     nominal_scale,
+    untied,
 )
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.settings.table import MIXERS, ZERO
+from dreambooth_moslora.settings.table import KRONECKER, MIXERS, ZERO, check_kronecker
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -122,12 +125,28 @@ def create_and_mix(self, lora_config, adapter_name, target, target_name, parent,
         raise cannot_carry(current_key, base)
     if adapter_name in layer.lora_magnitude_vector:
         check_dora(current_key, base)
+    if lora_config.mixer == KRONECKER:
+        tie(layer, adapter_name, lora_config, current_key)
+        return
     plain = layer.lora_B[adapter_name].weight
     mixer = initial_mixer(lora_config.mixer, plain.shape[1], lora_config.mixer_seed, current_key).to(plain.device)
     mixer_class = MixerConv2d if plain.ndim == 4 else MixerLinear
     mixed = mixer_class(plain.detach().flatten(1).float(), mixer, lora_config.train_mixer)
     layer.lora_B[adapter_name] = mixed.requires_grad_(plain.requires_grad)
     layer.lora_A[adapter_name].float()
+
+
+def tie(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str) -> None:
+    """A and B of a LoKr in place of the layer's own, which give their values; B is zero."""
+    factor, lora_a, lora_b = config.mixer_factor, layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    mixer = initial_mixer(KRONECKER, factor, config.mixer_seed, path).to(lora_a.weight.device)
+    down, up = (one.weight.detach().float() for one in (lora_a, lora_b))
+    (rank, inputs), outputs = down.shape, len(up)
+    down = down[: rank // factor, : inputs // factor].clone()
+    mixed = KroneckerUp(up[: outputs // factor, : rank // factor].clone(), mixer, config.train_mixer)
+    learns = lora_b.weight.requires_grad
+    layer.lora_A[adapter_name] = KroneckerDown(down, factor).requires_grad_(learns)
+    layer.lora_B[adapter_name] = mixed.requires_grad_(learns)
 
 
 @wraps(combine)
@@ -150,6 +169,8 @@ def check_settings(config: LoraConfig) -> None:
             raise UserError(f"a rank is a whole number from 1 on, not {rank}")
         if config.mixer == "butterfly" and rank % 2:
             raise UserError(f"the butterfly mixer [[I, I], [I, I]] needs even ranks, not {rank}")
+        if config.mixer == KRONECKER and rank % config.mixer_factor:
+            raise UserError(f"the kronecker mixer needs ranks that {config.mixer_factor} divides, not {rank}")
     if not has_mixer(config):
         return
     # PEFT would compute variants of LoRA from B·A, without the mixer.
@@ -182,6 +203,8 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
     for path, module in targets.items():
         if isinstance(module, (nn.Embedding, nn.MultiheadAttention)) or is_odd_convolution(module):
             raise cannot_carry(path, module)
+        if config.mixer == KRONECKER:
+            check_kronecker(path, weight_size(module), config.mixer_factor)
 
 
 def check_dora(path: str, base: nn.Module) -> None:
@@ -218,6 +241,7 @@ class MoSLoraConfig(LoraConfig):
     mixer: str = field(default="orthogonal", metadata={"help": f"How M starts: one of {', '.join(MIXERS)}."})
     train_mixer: bool = field(default=True, metadata={"help": "Learn M, or keep it as it started."})
     mixer_seed: int = field(default=0, metadata={"help": "Seed of the random mixers."})
+    mixer_factor: int = field(default=8, metadata={"help": "Rows and columns of W₁, of the mixer kronecker."})
 
     def __post_init__(self):
         check_settings(self)
@@ -345,15 +369,26 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 
 def matrices_of(layer: LoraLayer, adapter_name: str) -> MixedLowRank:
     """The live A, M, B and magnitude of one layer, not copied, and the s of training, not that of `set_scale`."""
-    lora_b, magnitudes = layer.lora_B[adapter_name], layer.lora_magnitude_vector
-    is_mixed = isinstance(lora_b, MixerLinear)
+    magnitudes = layer.lora_magnitude_vector
+    down, mixer, up = stored_matrices(layer, adapter_name)
+    if isinstance(layer.lora_B[adapter_name], KroneckerUp):
+        down, mixer, up = untied(down, mixer, up)
     return MixedLowRank(
-        down=layer.lora_A[adapter_name].weight,
-        mixer=lora_b.mixer if is_mixed else None,
-        up=lora_b.up if is_mixed else lora_b.weight.flatten(1),
+        down=down,
+        mixer=mixer,
+        up=up,
         scale=nominal_scale(layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name]),
         magnitude=magnitudes[adapter_name].weight if adapter_name in magnitudes else None,
     )
+
+
+def stored_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A, M (None without a mixer) and B of one layer as they are learnt; of a LoKr A₂, W₁ and B₂."""
+    lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    down = lora_a.tied if isinstance(lora_a, KroneckerDown) else lora_a.weight
+    if isinstance(lora_b, MixerLinear):
+        return down, lora_b.mixer, lora_b.up
+    return down, None, lora_b.weight.flatten(1)
 
 
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, LowRank]:

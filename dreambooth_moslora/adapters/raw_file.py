@@ -2,9 +2,9 @@
 
     <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
 
-The component is `unet`, `text_encoder` or `text_encoder_2`; lora_A is (r, in, h, w) for a convolution. `moslora` in the
-header holds the metadata as JSON. Because of the tensor `raw_format` every stock LoRA loader refuses the file: B·A
-without the mixer would be wrong.
+A LoKr has A₂ (r/f, in/f), W₁ (f, f) and B₂ (out/f, r/f) under these names. The component is `unet`, `text_encoder` or
+`text_encoder_2`; lora_A is (r, in, h, w) for a convolution. `moslora` in the header holds the metadata as JSON. Because
+of the tensor `raw_format` every stock LoRA loader refuses the file: B·A without the mixer would be wrong.
 
 Before it, safetensors files in general: written atomically and in a fixed order, read without running code, refused if
 a value is not finite. And models without weights: every parameter is a single zero, expanded to full size by strides
@@ -27,10 +27,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, most_common, versions
-from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
-from dreambooth_moslora.adapters.moslora import adapter_layers, exact_config, inject, matrices_of, weight_size
+from dreambooth_moslora.adapters.mixer import KroneckerDown, MixedLowRank, MixerLinear, nominal_scale, untied
+from dreambooth_moslora.adapters.moslora import (
+    adapter_layers,
+    exact_config,
+    inject,
+    matrices_of,
+    stored_matrices,
+    weight_size,
+)
 from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name
 from dreambooth_moslora.settings.families import DENOISERS, FAMILIES
+from dreambooth_moslora.settings.table import KRONECKER
 
 
 def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
@@ -139,7 +147,7 @@ def build(name: str, config: dict) -> nn.Module:
 
 
 COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2")
-SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed")
+SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed", "mixer_factor")
 """A file has one value of each for all its components."""
 RAW_KEY, RAW_FORMAT = "raw_format", 1
 
@@ -157,6 +165,7 @@ def adapter_metadata(
         if len(values) > 1:
             raise UserError(f"the components of one adapter file need one {name}, but have {sorted(values)}")
         settings[name] = values.pop()
+    settings["mixer_factor"] *= settings["mixer"] == KRONECKER
     layers = all_layers(components, adapter_name)
     ranks = {path: layer.r[adapter_name] for path, layer in layers.items()}
     alphas = {path: layer.lora_alpha[adapter_name] for path, layer in layers.items()}
@@ -210,8 +219,9 @@ def save_raw(
     metadata = replace(metadata, **{name: getattr(live, name) for name in taken})
     tensors = {RAW_KEY: torch.tensor([RAW_FORMAT])}
     for module_path, layer in all_layers(components, adapter_name).items():
-        own = matrices_of(layer, adapter_name)
-        parts = {"lora_A": own.down, "mixer": own.mixer, "lora_B": own.up, "magnitude": own.magnitude}
+        down, mixer, up = stored_matrices(layer, adapter_name)
+        magnitude = matrices_of(layer, adapter_name).magnitude
+        parts = {"lora_A": down, "mixer": mixer, "lora_B": up, "magnitude": magnitude}
         for part, tensor in parts.items():
             if tensor is not None:
                 tensors[f"{module_path}.{part}"] = tensor.detach().cpu().contiguous()
@@ -250,11 +260,12 @@ def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata
             rank = metadata.ranks.get(f"{component}.{path}", metadata.rank)
             inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
             inputs = inputs if len(inputs) in (1, 3) else (0,)  # (in,) or (in, h, w)
-            sizes = {"lora_A": (rank, *inputs), "lora_B": (*outputs, rank)}
+            own = rank // metadata.factor
+            sizes = {"lora_A": (own, *inputs), "lora_B": (*outputs, own)}
             if metadata.mixer != "none":
-                sizes["mixer"] = (rank, rank)
+                sizes["mixer"] = (metadata.factor if metadata.mixer == KRONECKER else rank,) * 2
             if metadata.use_dora:
-                sizes["magnitude"] = outputs
+                sizes["magnitude"] = (outputs[0] * metadata.factor,)
             if found != sizes:
                 raise UserError(f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank")
 
@@ -291,12 +302,15 @@ def by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, dict[str, Tenso
 
 
 def matrices_from(parts: dict[str, Tensor], metadata: AdapterMetadata, module: str) -> MixedLowRank:
-    """A (r, in, …), M (r, r), B (out, r) and s of one module (`component.path`) of a raw file."""
+    """A (r, in, …), M (r, r), B (out, r) and s of one module (`component.path`) of a raw file, a LoKr's untied."""
     rank, alpha = metadata.ranks.get(module, metadata.rank), metadata.alphas.get(module, metadata.alpha)
+    down, mixer, up = parts["lora_A"], parts.get("mixer"), parts["lora_B"]
+    if metadata.mixer == KRONECKER:
+        down, mixer, up = untied(down, mixer, up)
     return MixedLowRank(
-        down=parts["lora_A"],
-        mixer=parts.get("mixer"),
-        up=parts["lora_B"],
+        down=down,
+        mixer=mixer,
+        up=up,
         scale=nominal_scale(alpha, rank, metadata.use_rslora),
         magnitude=parts.get("magnitude"),
     )
@@ -310,7 +324,8 @@ def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.M
             module = model.get_submodule(module_path)
         except AttributeError:
             module = None
-        size, here = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:]), weight_size(module)
+        own, here = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:]), weight_size(module)
+        size = tuple(side * metadata.factor for side in own)
         if size != here:
             there = f"is {'×'.join(map(str, here))}" if here else "does not exist"
             raise UserError(
@@ -322,8 +337,8 @@ def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.M
 @torch.no_grad()
 def fill(layer: LoraLayer, adapter_name: str, parts: dict[str, Tensor]) -> None:
     """Copy the saved tensors into the layer; `check_fits` has compared the shapes."""
-    lora_b = layer.lora_B[adapter_name]
-    layer.lora_A[adapter_name].weight.copy_(parts["lora_A"])
+    lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    (lora_a.tied if isinstance(lora_a, KroneckerDown) else lora_a.weight).copy_(parts["lora_A"])
     if isinstance(lora_b, MixerLinear):
         lora_b.up.copy_(parts["lora_B"])
         lora_b.mixer.copy_(parts["mixer"])

@@ -48,7 +48,7 @@ from dreambooth_moslora.settings.rows import (
     parse_pattern,
 )
 from dreambooth_moslora.settings.rules import given_flag
-from dreambooth_moslora.settings.table import SVD, TrainConfig
+from dreambooth_moslora.settings.table import KRONECKER, SVD, TrainConfig, check_kronecker
 from dreambooth_moslora.settings.versions import require_packages
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -229,6 +229,9 @@ def check_settings(config: TrainConfig) -> Path | None:
     ranks = [config.rank, *(int(parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern)]
     if config.mixer == "butterfly" and (odd := [rank for rank in ranks if rank % 2]):
         raise UserError(f"--mixer butterfly needs an even --rank, not {odd[0]}.")
+    if config.mixer == KRONECKER and (other := [rank for rank in ranks if rank % config.mixer_factor]):
+        factor = f"--mixer_factor {config.mixer_factor}"
+        raise UserError(f"--mixer kronecker needs a --rank that {factor} divides, not {other[0]}.")
     if config.push_to_hub:
         check_push(config)
     if config.init_adapter and not config.resume_from_checkpoint:
@@ -243,6 +246,9 @@ def check_settings(config: TrainConfig) -> Path | None:
     if layers:
         check_layers(config.target_modules, layers, config.use_dora)
         check_patterns(config, layers)
+    for name in layers if config.mixer == KRONECKER else ():
+        if is_adapted(name, config.target_modules):
+            check_kronecker(name, shapes[f"{name}.weight"], config.mixer_factor)
     require_packages(config)
     return folder
 

@@ -42,7 +42,13 @@ from dreambooth_moslora.settings.optimizer_kinds import BYTES_IN_8_BIT, optimize
 from dreambooth_moslora.settings.rows import is_adapted, is_text_projection
 from dreambooth_moslora.settings.rules import excluded_by
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting, rank_and_alpha
+from dreambooth_moslora.settings.table import (
+    SETTINGS,
+    TrainConfig,
+    checked_setting,
+    layer_parameters,
+    rank_and_alpha,
+)
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
@@ -181,8 +187,7 @@ def adapter_parameters(config: TrainConfig, size: BaseSize) -> int:
     layers = [(rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
     if not layers:
         layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers
-    mixers = sum(rank**2 for rank, _ in layers) if config.mixer != "none" else 0
-    return mixers if config.basis else round(sum(rank * width for rank, width in layers)) + mixers
+    return round(sum(layer_parameters(config, rank, width) for rank, width in layers))
 
 
 def precision_of(config: TrainConfig) -> str:

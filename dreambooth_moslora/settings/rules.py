@@ -121,6 +121,8 @@ def check_together(config: Config) -> None:
         raise UserError(f"--optimizer {config.optimizer} averages the adapter alone: give AdamW with new tokens.")
     if config.init_adapter and config.mixer == "butterfly":
         raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
+    if config.init_adapter and config.mixer == "kronecker":
+        raise UserError("--init_adapter: LoKr's A and B are tied, a file's are not; give another --mixer.")
     for name in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, name):
             parse_pattern(name, text)

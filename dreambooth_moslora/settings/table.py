@@ -7,7 +7,7 @@ between several settings is a sentence in `rules`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, make_dataclass, replace
 from functools import cached_property
 from os.path import expanduser
@@ -33,7 +33,8 @@ from dreambooth_moslora.settings.rows import (
 from dreambooth_moslora.settings.rules import check_together
 from dreambooth_moslora.settings.subjects import to_tables
 
-MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
+KRONECKER = "kronecker"
+MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", KRONECKER, "none"]
 ZERO = "zero"  # Start of the mixer on a frozen basis. Elsewhere it would not train.
 SVD = "svd"  # The word for the basis of the base's own weights; any other is a file.
 NO_GAIN = "no gain was shown on three sample subjects"  # `docs/training.md` has the figures.
@@ -184,8 +185,11 @@ class TrainConfig:
     lora_dropout: float = of_adapter(0.0, "dropout in front of the adapter",
         low=0, high=0.99, publish="always", resume="same", kohya="ss_network_dropout", elsewhere="network_dropout")
     use_dora: bool = of_adapter(False, "learn the weights' magnitudes too (DoRA)", publish="always", resume="same")
-    mixer: str = of_adapter("orthogonal", "start of the r x r mixer; none is plain LoRA",
+    mixer: str = of_adapter("orthogonal", "start of the r x r mixer; kronecker is LoKr, none is plain LoRA",
         choices=MIXERS, publish="always", resume="same")
+    mixer_factor: int = of_adapter(8,
+        "LoKr's W1 is so many rows by columns; it divides the rank, which is that of the published LoRA",
+        low=2, high=64, publish="if_changed", resume="same", idle=unless(mixer=KRONECKER))
     train_mixer: bool = of_adapter(True, "learn the mixer", publish="always", resume="same")
     mixer_lr_scale: float = of_adapter(1.0, "the mixer's learning rate, as a multiple of the others'",
         low=0, publish="always", idle=where("with --mixer none", lambda run: run.mixer == "none"))
@@ -604,6 +608,23 @@ def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int,
     rank = pattern_value(config.rank_pattern if is_unet else (), "rank_pattern", path) or config.rank
     alpha = pattern_value(config.alpha_pattern if is_unet else (), "alpha_pattern", path) or config.lora_alpha
     return int(rank), float(alpha or rank)
+
+
+def layer_parameters(config: TrainConfig, rank: int, width: int) -> int:
+    """The learnt numbers of A, B and M of one layer; `width` is the sum of its inputs and outputs."""
+    if config.mixer == KRONECKER:
+        side = config.mixer_factor
+        matrices = rank // side * (width // side)
+    else:
+        side, matrices = rank, 0 if config.basis else rank * width
+    return matrices + (side**2 if config.mixer != "none" and config.train_mixer else 0)
+
+
+def check_kronecker(path: str, size: Sequence[int], factor: int) -> None:
+    """Raises UserError unless a layer's weight (out, in) is a Kronecker product of `factor` x `factor` blocks."""
+    if len(size) != 2 or any(side % factor for side in size):
+        shape = "×".join(map(str, size))
+        raise UserError(f"{path} of {shape} (out×in) cannot be a Kronecker product of {factor}×{factor} blocks")
 
 
 def ranks_in_vain(config: TrainConfig, component: str, narrowest: Mapping[str, int]) -> str | None:

@@ -107,6 +107,7 @@ def fresh_adapters(
             mixer=ZERO if config.basis else config.mixer,
             train_mixer=config.train_mixer,
             mixer_seed=config.seed,
+            mixer_factor=config.mixer_factor,
         )
         inject(module, settings)
     if start is not None:

@@ -49,7 +49,7 @@ from dreambooth_moslora.plan.checks import last_name
 from dreambooth_moslora.settings.optimizer_kinds import optimizer_of
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import is_adapted, is_target
-from dreambooth_moslora.settings.table import REMOVED, SVD, TrainConfig, named, rank_and_alpha
+from dreambooth_moslora.settings.table import KRONECKER, REMOVED, SVD, TrainConfig, named, rank_and_alpha
 from dreambooth_moslora.training.optimizer import check_tensor, checked_states, optimizer_kind, put
 from dreambooth_moslora.training.reporter import RunContext
 
@@ -248,6 +248,7 @@ def settings_of_both(
         yield "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema
     yield "basis", facts.basis.get("kind"), config.basis and (SVD if config.basis == SVD else "file")
     unlike = {"mixer"} if config.basis else {"train_mixer"} if config.mixer == "none" else set()
+    unlike |= {"mixer_factor"} if config.mixer != KRONECKER else set()
     for name in (name for name in named("resume", "same") if name not in unlike):
         yield name, getattr(facts, name), getattr(config, name)
     asked, adapted = config.target_modules, [m.partition(".")[2] for m in modules if not m.startswith("text_encoder")]

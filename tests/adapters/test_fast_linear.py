@@ -72,7 +72,7 @@ def unet_loss(unet: nn.Module) -> torch.Tensor:
     return unet(latents, torch.tensor([10, 700]), words, added_cond_kwargs=extra).sample.square().mean()
 
 
-@pytest.mark.parametrize("mixer", [m for m in MIXERS if m != "butterfly"])
+@pytest.mark.parametrize("mixer", [m for m in MIXERS if m not in ("butterfly", "kronecker")])
 @pytest.mark.parametrize(("shape", "bias"), [((5, 12), False), ((2, 7, 12), True), ((12,), True)])
 def test_gradients_are_those_of_finite_differences(mixer, shape, bias):
     """Of x, A, B and, where there is one, M."""

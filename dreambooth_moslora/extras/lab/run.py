@@ -52,7 +52,7 @@ from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import open_mask, open_rgb
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.rows import is_adapted
-from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
+from dreambooth_moslora.settings.table import KRONECKER, TrainConfig, layer_parameters, rank_and_alpha
 from dreambooth_moslora.training.loop import train
 
 
@@ -426,7 +426,7 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
         config = study.config_of(cell, rank, Path("unused"))
         widths = projections(config.pretrained_model_name_or_path, config.target_modules).values()
         budget = sum(rank * (inputs + outputs) for inputs, outputs in widths)
-        step = 2 if config.mixer == "butterfly" else 1
+        step = {"butterfly": 2, KRONECKER: config.mixer_factor}.get(config.mixer, 1)
         gaps = {r: abs(count_parameters(config, r) - budget) for r in range(step, rank + 1, step)}
         found[arm, rank] = min(gaps, key=gaps.__getitem__)
     return found
@@ -435,13 +435,12 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
 def count_parameters(config: TrainConfig, rank: int) -> int:
     """Parameters of A, B, a learnt mixer, and DoRA's magnitudes, over all projections. Layers that `--rank_pattern`
     names have ranks of their own."""
-    own, has_mixer, found = replace(config, rank=rank), config.mixer != "none" and config.train_mixer, 0
+    own, found = replace(config, rank=rank), 0
     widths = projections(config.pretrained_model_name_or_path, config.target_modules)
     for path, (inputs, outputs) in widths.items():
         r, _ = rank_and_alpha(own, "unet", path)
-        found += r * r if has_mixer else 0
-        if not config.basis:
-            found += r * (inputs + outputs) + (outputs if config.use_dora else 0)
+        found += layer_parameters(own, r, inputs + outputs)
+        found += outputs if config.use_dora and not config.basis else 0
     return found
 
 

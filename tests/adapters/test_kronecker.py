@@ -1,0 +1,129 @@
+"""`--mixer kronecker`: LoKr as a MoSLoRA whose A and B are tied, from the layer to the published file."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, fold, inject, matrices_of
+from dreambooth_moslora.adapters.raw_file import load_raw, read_raw, save_raw
+from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.plan.checks import check_settings
+from dreambooth_moslora.plan.memory import adapter_parameters as counted
+from dreambooth_moslora.plan.memory import size_of_base
+from dreambooth_moslora.settings.table import layer_parameters
+from dreambooth_moslora.training.loop import train
+from tests.helpers.live_adapters import facts_of, live, shake
+from tests.helpers.tiny import tiny_unet
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+
+X = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.to_q = nn.Linear(12, 20)
+
+    def forward(self, x):
+        return self.to_q(x)
+
+
+def config(**options) -> MoSLoraConfig:
+    return MoSLoraConfig(**{"r": 8, "lora_alpha": 3, "target_modules": ["to_q"], "mixer": "kronecker"} | options)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"train_mixer": False}])
+def test_it_is_lokr(options):
+    """x·(W₀ + s·W₁ ⊗ (B₂·A₂))ᵀ, with the gradients of that; at the start it is the base."""
+    net = inject(Net(), config(mixer_factor=4, **options))
+    assert torch.equal(net(X), Net()(X))
+    shake(net)
+    layer = net.to_q
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    leaves = [p.detach().clone().requires_grad_() for p in (down.tied, up.mixer, up.up)]
+    assert [tuple(leaf.shape) for leaf in leaves] == [(2, 3), (4, 4), (5, 2)]
+    weight = layer.base_layer.weight + layer.scaling["default"] * torch.kron(leaves[1], leaves[2] @ leaves[0])
+    expected = F.linear(X, weight, layer.base_layer.bias)
+    assert torch.allclose(net(X), expected, atol=1e-5)
+    for result in (net(X), expected):
+        result.square().sum().backward()
+    for mine, leaf in zip((down.tied, up.mixer, up.up), leaves, strict=True):
+        assert torch.allclose(mine.grad, leaf.grad, rtol=1e-4) if mine.requires_grad else not options["train_mixer"]
+    matrices = matrices_of(layer, "default")
+    assert torch.allclose(matrices.forward(X, layer.base_layer.weight) + layer.base_layer.bias, expected, atol=1e-5)
+    plain = fold(net)["to_q"]
+    assert plain.rank == 8 and torch.allclose(layer.base_layer.weight + plain.delta, weight, atol=1e-6)
+    layer.merge()
+    assert torch.allclose(layer.base_layer.weight, weight, atol=1e-6)
+
+
+def test_it_starts_orthogonal_from_its_seed_and_learns_few_numbers():
+    one, other = (inject(Net(), config(mixer_factor=4, mixer_seed=seed)) for seed in (1, 2))
+    mixers = [net.to_q.lora_B["default"].mixer for net in (one, other)]
+    assert torch.allclose(mixers[0] @ mixers[0].T, torch.eye(4), atol=1e-6) and not torch.equal(*mixers)
+    assert sum(p.numel() for _, p in adapter_parameters(one)) == 2 * 3 + 4 * 4 + 5 * 2
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"r": 6}, "needs ranks that 4 divides, not 6"),
+        ({"mixer_factor": 8}, r"to_q of 20×12 \(out×in\) cannot be a Kronecker product of 8×8 blocks"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_the_model_stays(options, words):
+    net = Net()
+    with pytest.raises(UserError, match=words):
+        inject(net, config(**{"mixer_factor": 4} | options))
+    assert isinstance(net.to_q, nn.Linear)
+
+
+def test_a_raw_file_brings_it_back_bit_for_bit(tmp_path):
+    components = live(mixer="kronecker", r=8, mixer_factor=4)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    again = {"unet": tiny_unet()}
+    assert load_raw(tmp_path / RAW_NAME, again).mixer_factor == 4
+    pairs = zip(adapter_parameters(components["unet"]), adapter_parameters(again["unet"]), strict=True)
+    assert all(torch.equal(one, other) for (_, one), (_, other) in pairs)
+    shown = describe(tmp_path / RAW_NAME)
+    assert shown["mixer"] == "kronecker" and list(shown["ranks"]) == ["8"] and shown["mixer_drift_max"] > 0
+
+
+def test_a_run_publishes_a_plain_lora_resumes_to_the_same_bytes_and_counts_its_numbers(tiny_base, tmp_path):
+    photos = paint_photos(tmp_path / "photos")
+    options = {"mixer": "kronecker", "rank": 8, "mixer_factor": 4, "max_train_steps": 4, "checkpointing_steps": 2}
+    whole = tiny_config(tiny_base, photos, tmp_path / "whole", **options)
+    train(whole)
+    train(tiny_config(tiny_base, photos, tmp_path / "parts", **options | {"max_train_steps": 2}))
+    train(tiny_config(tiny_base, photos, tmp_path / "parts", **options, resume_from_checkpoint="latest"))
+    assert adapter_sha256(tmp_path / "whole") == adapter_sha256(tmp_path / "parts")
+    ranks = {len(tensor) for key, tensor in load_file(tmp_path / "whole" / PUBLISHED_NAME).items() if "lora_A" in key}
+    assert ranks == {8} and describe(tmp_path / "whole" / PUBLISHED_NAME)["mixer"] == "kronecker, folded"
+    tensors, metadata = read_raw(tmp_path / "whole" / "checkpoint-4" / RAW_NAME)
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    assert metadata.mixer_factor == 4 and counted(whole, size_of_base(tiny_base, whole.target_modules, None)) == stored
+    assert layer_parameters(whole, 8, 64) == 2 * 16 + 16
+
+
+WRONG = [
+    (["--mixer_factor", "3"], "--mixer kronecker needs a --rank that --mixer_factor 3 divides, not 8."),
+    (["--mixer_factor", "2", "--target_modules", "conv1"], "cannot be a Kronecker product of 2×2 blocks"),
+]
+
+
+@pytest.mark.parametrize("flags, words", WRONG)
+def test_a_run_says_what_does_not_fit(flags, words, tiny_base, tmp_path):
+    """Before the base is loaded."""
+    folder = ["--instance_data_dir", str(paint_photos(tmp_path / "photos")), "--output_dir", str(tmp_path / "run")]
+    words_of = ["--instance_prompt", "a sks dog", "--pretrained_model_name_or_path", str(tiny_base)]
+    config = parse_train_config([*folder, *words_of, "--mixer", "kronecker", "--rank", "8", *flags])
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_settings(config)
