@@ -9,6 +9,8 @@ from pathlib import Path
 from dreambooth_moslora.core import UserError, find_asset
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir, tokens_name
 
+LOKR_SUFFIX = ".lokr.safetensors"
+
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -42,9 +44,10 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for",
         dest="readers",
-        choices=["diffusers", "peft"],
+        choices=["diffusers", "peft", "lycoris"],
         default="diffusers",
-        help="peft: fold a language model's adapter, the folder that PEFT's save_pretrained wrote, into a plain LoRA",
+        help="peft: fold a language model's adapter, the folder that PEFT's save_pretrained wrote, into a plain LoRA; "
+        "lycoris: a run with --mixer kronecker as the small LoKr file that ComfyUI reads",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the two files; made if it is not there")
     parser.add_argument("--name", help="title and name of the kohya file; by default that of the output folder")
@@ -59,6 +62,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.adapters.lycoris import write_lokr
     from dreambooth_moslora.adapters.new_tokens import tokens_beside
     from dreambooth_moslora.adapters.peft_file import fold_peft, is_peft_folder
     from dreambooth_moslora.adapters.published_file import DTYPES, publish
@@ -71,11 +75,15 @@ def run_export(args: argparse.Namespace) -> int:
     if is_peft_folder(source):
         raise UserError(f"{source} is an adapter of PEFT: add --for peft")
     source = find_raw(source)
+    name = args.name or out.resolve().name or "adapter"
+    if args.readers == "lycoris":
+        layers = write_lokr(source, out / f"{name}{LOKR_SUFFIX}")
+        print(f"{out / name}{LOKR_SUFFIX}: a LoKr, {layers} layers read back and compared.")
+        return 0
     _, facts = read_raw(source)
     components = {name: empty_model(structure) for name, structure in facts.structures.items()}
     load_raw(source, components)
     before = sum(rank_sum(model) for model in components.values())
-    name = args.name or out.resolve().name or "adapter"
     tokens = tokens_beside(source, {"moslora": facts.to_json()})
     proof = publish(components, out, name, facts, DTYPES[args.dtype], keep=args.keep, tokens=tokens)
     for file in [*proof.files, *(tokens_name(name, number) for number in range(len(tokens)))]:
