@@ -245,6 +245,8 @@ class Given(NamedTuple):
 
 def given_by(argv: Sequence[str], prog: str) -> Given:
     """Raises UserError; SystemExit for --help and --version."""
+    if not argv:
+        raise UserError(f"say which photos to train, and what they show, {AS_ONE_WORD}; --help shows the flags.")
     argv = underscored(argv)
     first_flag = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
     words = argv[:first_flag]
@@ -305,12 +307,7 @@ def choose(given: Given) -> Choices:
     if settings.get("instance_data_dir"):
         raise UserError(f"{given.words[0]} and --instance_data_dir: give the folder of photos once.")
     choices = Choices(settings, {"instance_data_dir": str(folder)})
-    base, said = STOCK_SDXL, STOCK_SDXL
-    if (folder / SUBJECT_FILE).is_file():
-        base, said = "toy", "the embedded one, as the photos are of its world"
-    elif least_free_gib() is None:
-        base, said = "toy", "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
-    choices.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
+    choose_base(choices, folder)
     is_for_toys = is_toy(choices.all["pretrained_model_name_or_path"])
     free_gib = None if is_for_toys else least_free_gib(is_later=given.is_queued)
     exposures = USUAL_EXPOSURES if given.has_recipe else choose_recipe(choices, free_gib)
@@ -322,6 +319,15 @@ def choose(given: Given) -> Choices:
     choose_scores(choices, choices.photo_report.photos)
     say(choices.lines)
     return choices
+
+
+def choose_base(choices: Choices, folder: Path) -> None:
+    base, said = STOCK_SDXL, STOCK_SDXL
+    if (folder / SUBJECT_FILE).is_file():
+        base, said = "toy", "the embedded one, as the photos are of its world"
+    elif least_free_gib() is None:
+        base, said = "toy", "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
+    choices.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
 
 
 def folder_and_word(words: list[str]) -> tuple[Path, str]:
