@@ -16,11 +16,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.parser import SCRIPT, Parser, parse_training, underscored
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, survive_broken_pipes
 from dreambooth_moslora.core import UserError, is_main_process, is_out_of_memory, shortened, spelled_out
 from dreambooth_moslora.disk.processes import avoid_fragmentation, uncollected
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.settings.rows import nearest
 from dreambooth_moslora.settings.table import TrainConfig, is_scored
 
 if TYPE_CHECKING:
@@ -136,6 +138,9 @@ def run_command(argv: list[str]) -> int:
             print(f"  {name:9} {about}")
         return DONE if argv else MISTAKE
     name, rest = argv[0], argv[1:]
+    if name == "--version":
+        print(__version__)
+        return DONE
     if name == "train":
         return train_or_queue(rest, f"{program} train")
     if name == "app":
@@ -143,7 +148,10 @@ def run_command(argv: list[str]) -> int:
 
         return app.main(rest, f"{program} app")
     if name not in COMMANDS | UNLISTED:
-        raise UserError(f"unknown command {name}: choose one of train, app, {', '.join(COMMANDS)}.")
+        known = ("train", "app", *COMMANDS)
+        close = nearest(name, known)
+        hint = f"did you mean {close}?" if close else f"choose one of {', '.join(known)}."
+        raise UserError(f"unknown command {name}: {hint}")
     add_arguments, run = command(name)
     parser = Parser(prog=f"{program} {name}", description=(COMMANDS | UNLISTED)[name][1])
     add_arguments(parser)

@@ -5,10 +5,12 @@ return its own exit code. Ctrl-C, SIGTERM and a closed terminal (SIGHUP) only se
 two steps, so that no file is cut off while it is saved.
 """
 
+import logging
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
@@ -28,6 +30,22 @@ def say(lines: list[str]) -> None:
     if is_main_process():
         for line in lines:
             print(spelled_out(line), file=sys.stderr)
+
+
+def hush() -> None:
+    """No bars while the parts of a base are loaded, and none of the libraries' notes that ask for nothing. A download's
+    bar stays."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(is_of_use)
+    warnings.filterwarnings("ignore", "invalid value encountered in cast")  # `about_black` says it in words
+
+
+def is_of_use(record: logging.LogRecord) -> bool:
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 class BreakableStream:
