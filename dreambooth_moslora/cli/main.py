@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.parser import SCRIPT, Parser, parse_training, underscored
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, survive_broken_pipes
-from dreambooth_moslora.core import UserError, is_main_process, is_out_of_memory, shortened, spelled_out
+from dreambooth_moslora.core import UserError, is_main_process, is_out_of_memory, public_name, shortened, spelled_out
 from dreambooth_moslora.disk.processes import avoid_fragmentation, uncollected
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.rows import nearest
@@ -181,8 +181,11 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
     with StopRequest() as stop:
         check_folders(config)  # before the log file creates or changes a folder
         file_only = start_log(config)
+        file_only.info("begins: version %s, base %s", __version__, public_name(config.pretrained_model_name_or_path))
         try:
-            return run_trainer(config, stop, report)
+            code = run_trainer(config, stop, report)
+            file_only.info("ended: %s", "stopped" if code == INTERRUPTED else "done")
+            return code
         except UserError as error:
             file_only.error("%s", error)
             raise
