@@ -14,23 +14,20 @@ from dreambooth_moslora.adapters.mixer import untied
 from dreambooth_moslora.adapters.moslora import SAVED_TYPE
 from dreambooth_moslora.adapters.raw_file import check_finite, read_tensors, write_file
 from dreambooth_moslora.core import UserError, atomic_write, parse_object
+from dreambooth_moslora.disk.run_folder import PEFT_CONFIG
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 OWN_SETTINGS = ("mixer", "train_mixer", "mixer_seed", "mixer_factor")
 UP, MIXER, WEIGHT, DOWN = ".lora_B.up", ".lora_B.mixer", ".lora_B.weight", ".lora_A.weight"
 TIED = ".lora_A.tied"  # of a LoKr
 
 
-def is_peft_folder(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
-
-
 def fold_peft(source: Path, out: Path) -> int:
     """Write the folder's adapter folded into `out`; returns how many layers were. Raises UserError for a folder that is
     not a MoSLoRA adapter of PEFT, a broken file, and an `out` that is the source."""
-    if not is_peft_folder(source):
-        raise UserError(f"{source} holds no {CONFIG}: --for peft takes the folder that PEFT's save_pretrained wrote")
-    settings = parse_object((source / CONFIG).read_bytes())
+    if not (source / PEFT_CONFIG).is_file():
+        raise UserError(f"{source} holds no {PEFT_CONFIG}: give the folder that PEFT's save_pretrained wrote")
+    settings = parse_object((source / PEFT_CONFIG).read_bytes())
     if settings.get("peft_type") != SAVED_TYPE:
         raise UserError(f"{source} is of the type {settings.get('peft_type')!r:.40}, which PEFT loads as it is")
     if out.resolve() == source.resolve():
@@ -43,7 +40,7 @@ def fold_peft(source: Path, out: Path) -> int:
         plain[module + DOWN], plain[module + WEIGHT] = folded(module, tensors)
     settings = {name: value for name, value in settings.items() if name not in OWN_SETTINGS} | {"peft_type": "LORA"}
     write_file(out / WEIGHTS, plain, header)
-    atomic_write(out / CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode())
+    atomic_write(out / PEFT_CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode())
     return len(modules)
 
 
