@@ -19,6 +19,7 @@ import logging
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -192,10 +193,12 @@ def load_pipeline(
     vae: str | Path | None = None,
     cache_dir: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
+    has_denoiser: bool = True,
 ) -> DiffusionPipeline:
     """Load a base in `dtype` (default fp32), every module frozen and in evaluation mode. `vae` names another
-    autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` is its dtype (default `dtype`). Raises
-    UserError when the base is missing, is of no family that can be trained, or cannot be fetched."""
+    autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` is its dtype (default `dtype`). With
+    `has_denoiser` False a folder or hub id is loaded without it, for `load_denoiser`. Raises UserError when the base is
+    missing, is of no family that can be trained, or cannot be fetched."""
     source = resolve_base(name_or_path)
     if isinstance(source, Path) and source.is_dir():
         check_diffusers_folder(source, variant, has_vae=vae is None)
@@ -207,6 +210,7 @@ def load_pipeline(
         kind = getattr(diffusers, facts.pipeline)
         parts = {"vae": load_vae(vae, kind, vae_dtype, cache_dir)} if vae else {}
         parts |= {"add_watermarker": False} if "add_watermarker" in signature(kind.__init__).parameters else {}
+        parts |= {} if has_denoiser else {facts.denoiser: None}
         if isinstance(source, Path) and source.is_file():
             pipeline = load_single_file(source, kind, {**options, **parts})
         else:
@@ -216,7 +220,7 @@ def load_pipeline(
         raise
     except UNLOADABLE as error:
         raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error, 300)}") from error
-    check_is_whole(pipeline, name_or_path)
+    check_is_whole(pipeline, name_or_path, has_denoiser)
     if has_zero_terminal_snr(pipeline):  # SDXL's own spacing (`leading`) would never use the last noise level
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
@@ -226,6 +230,19 @@ def load_pipeline(
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipeline
+
+
+def load_denoiser(pipeline: DiffusionPipeline, name_or_path: str | Path, dtype: torch.dtype, **options: Any) -> None:
+    """Give a pipeline that was loaded without one its denoiser, frozen. `options` are `variant`, `revision` and
+    `cache_dir`. Raises UserError when it cannot be loaded."""
+    name = facts_of(type(pipeline).__name__).denoiser
+    others = dict.fromkeys(part for part in pipeline.components if part != name)
+    try:
+        found = type(pipeline).from_pretrained(resolve_base(name_or_path), dtype=dtype, **options, **others)
+    except UNLOADABLE as error:
+        raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error, 300)}") from error
+    pipeline.register_modules(**{name: getattr(found, name).requires_grad_(False).eval()})
+    check_is_whole(pipeline, name_or_path, needs_encoders=False)
 
 
 def load_vae(
@@ -269,10 +286,13 @@ def has_zero_terminal_snr(pipeline: DiffusionPipeline) -> bool:
     return bool(config.get("rescale_betas_zero_snr")) and config.get("prediction_type") == "v_prediction"
 
 
-def check_is_whole(pipeline: DiffusionPipeline, name: str | Path) -> None:
+def check_is_whole(
+    pipeline: DiffusionPipeline, name: str | Path, needs_denoiser: bool = True, needs_encoders: bool = True
+) -> None:
     """Raises UserError for a part that is missing, and for a weight that the loader left without memory."""
     facts = facts_of(type(pipeline).__name__)
-    lacking = [part for part in (facts.denoiser, *facts.encoders) if getattr(pipeline, part) is None]
+    needed = (facts.denoiser,) * needs_denoiser + facts.encoders * needs_encoders
+    lacking = [part for part in needed if getattr(pipeline, part) is None]
     if facts.needs_sizes and (lacking or pipeline.unet.config.addition_embed_type != "text_time"):
         raise UserError(f"{name} is not an SDXL base model (two text encoders and size conditioning are needed).")
     if lacking:

@@ -2,7 +2,7 @@
 
     given settings --choose_…--> chosen settings and lines about them      a given setting always wins
 
-The base decides the recipe from `assets/configs`; on a GPU its free memory decides which of SDXL's.
+The base decides the recipe from `assets/configs`; on a GPU its free memory decides which of the family's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.files import facts_of_base
 from dreambooth_moslora.core import CLIP, DINO, assets_folder, half_precision, is_toy, process_count
-from dreambooth_moslora.plan.memory import RECIPES, STOCK_SDXL
+from dreambooth_moslora.plan.memory import SDXL, STOCK_SDXL
 from dreambooth_moslora.settings.families import OF_UNETS
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting
@@ -87,7 +87,8 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     facts = facts_of_base(base)
     if facts and not is_toy(base):
         recipe = {key: value for key, value in recipe.items() if facts.style == "ddpm" or key not in OF_UNETS}
-        recipe["resolution"] = facts.resolution_px
+        if facts.style == "ddpm" or not facts.recipes:
+            recipe["resolution"] = facts.resolution_px
     if choices.given.get("with_prior_preservation") is False:
         recipe = {key: value for key, value in recipe.items() if "prior" not in key}
     with_memory = "" if is_toy(base) or free_gib is None else f" for {free_gib:.0f} GiB of free GPU memory"
@@ -98,7 +99,7 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
 
 
 def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, Any]]:
-    """The file in `assets/configs` for this base and GPU, and its settings, with what SDXL's recipes leave open: bases
+    """The file in `assets/configs` for this base and GPU, and its settings, with what the recipes leave open: bases
     without fp16 files, recomputation on 16 GB, and the precision that the GPU, or the CPU where there is none, computes
     fast. Its GB are those of the largest recipe that needs at most nine tenths of the card; 12 without a GPU."""
     folder = assets_folder() / "configs"
@@ -106,8 +107,11 @@ def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, A
         return "toy.toml", load_settings(folder / "toy.toml")
     import torch
 
-    fitting = [12] if free_gib is None else [gb for gb in RECIPES if 0.9 * gb <= free_gib]
-    name = f"sdxl_{max(fitting, default=min(RECIPES))}gb.toml"
+    found = None if base == STOCK_SDXL else facts_of_base(base)
+    facts = found if found and found.recipes else SDXL
+    most = 12 if free_gib is None else free_gib / 0.9
+    fitting = [gb for gb in facts.recipes if gb <= most]
+    name = f"{facts.name}_{max(fitting, default=min(facts.recipes))}gb.toml"
     recipe = load_settings(folder / name)
     if base != STOCK_SDXL:
         recipe["variant"] = None

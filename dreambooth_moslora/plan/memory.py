@@ -1,8 +1,8 @@
 """Memory and speed of a run before it begins, and what is chosen by them, the same in all its processes.
 
 Weights and adapters are counted exactly, from the headers of the base's files. The memory of a step was counted
-on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px); it is scaled by
-pixels, images and bytes.
+on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px), and on a model of each flow
+family (`benchmarks.family_memory`); it is scaled by pixels or tokens, images and bytes.
 
 Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first.
 
@@ -27,6 +27,7 @@ nothing here loads torch.
 
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from dreambooth_moslora.base.files import INDEX, base_folder, facts_in, read_jso
 from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, asks_accelerate
 from dreambooth_moslora.core import UserError, half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.settings.families import Facts, facts_of
 from dreambooth_moslora.settings.optimizer_kinds import BYTES_IN_8_BIT, optimizer_of
 from dreambooth_moslora.settings.rows import is_adapted, is_text_projection
 from dreambooth_moslora.settings.rules import excluded_by
@@ -72,8 +74,10 @@ PNG_BYTES_A_PIXEL = 1.6
 SMALL_GIB = 2.0
 """Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded."""
 STOCK_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-RECIPES = (24, 16, 12, 8, 6)
-"""GB of the cards that the recipes `assets/configs/sdxl_…gb.toml` are for."""
+SDXL = facts_of("StableDiffusionXLPipeline")
+RECIPES = SDXL.recipes
+BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
+"""Paths of a transformer's repeated blocks, whose linear layers are quantised."""
 WORTH_IMAGES = 1000
 """Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
 report about a minute to compile the blocks, and a tenth of a second saved per image."""
@@ -107,8 +111,7 @@ class BaseSize:
     is_measured: bool = False
     widths: tuple[tuple[str, int], ...] = ()
     """Path and in + out of each layer that gets an adapter, where known."""
-    uncounted: str = ""
-    """Title of a family whose steps were not counted: nothing is decided by its memory then."""
+    family: Facts = SDXL
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,16 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: 
     if folder is None:
         return BaseSize()
     facts = facts_in(read_json(folder / INDEX))
+    parts = (facts.denoiser, *facts.encoders, "vae")
+    shapes = {part: tensor_shapes(folder / part, variant) for part in parts}
+    return size_of_shapes(facts, shapes, target_modules) if all(shapes.values()) else BaseSize()
+
+
+def size_of_shapes(
+    facts: Facts, shapes: Mapping[str, dict[str, list[int]]], target_modules: tuple[str, ...]
+) -> BaseSize:
+    """The same by the shapes of each part's weights; a part may be missing."""
     denoiser = facts.denoiser
-    shapes = {part: tensor_shapes(folder / part, variant) for part in (denoiser, *facts.encoders, "vae")}
-    if not all(shapes.values()):
-        return BaseSize()
     weights = {name: shape for name, shape in shapes[denoiser].items() if name.endswith(".weight") and len(shape) > 1}
     layers = {name.removesuffix(".weight"): shape for name, shape in weights.items()}
     adapted = {path: shape for path, shape in layers.items() if is_adapted(path, target_modules)}
@@ -144,12 +153,14 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: 
     texts = sum(number for part, number in count.items() if part.startswith("text_encoder"))
     widths = tuple((path, shape[0] + math.prod(shape[1:])) for path, shape in adapted.items())
     total = sum(width for _, width in widths)
-    quantized = (shape for name, shape in weights.items() if "transformer_blocks" in name and len(shape) == 2)
+    blocks = BLOCKS.match if facts.style == "flow" else re.compile("transformer_blocks").search
+    quantized = (shape for name, shape in weights.items() if blocks(name) and len(shape) == 2)
     projections = sum(math.prod(shape) for shape in quantized if shape[0] % 32 == 0)  # as `base.load` chooses them
     of_text = [shape for path, shape in layers.items() if is_text_projection(path)]
     hosted = sum(map(math.prod, of_text)), sum(shape[0] for shape in of_text)
-    title = facts.title if facts.style == "flow" else ""
-    return BaseSize(count[denoiser], projections, *hosted, texts, count["vae"], total, len(widths), True, widths, title)
+    return BaseSize(
+        count[denoiser], projections, *hosted, texts, count.get("vae", 0), total, len(widths), True, widths, facts
+    )
 
 
 def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
@@ -168,7 +179,10 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     at_once = config.sample_batch_size if config.draws_class_images else 0
     encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
     preparing = max(encoder, drawing_gib(config, size, images=2 * at_once))
-    if at_once or config.base_quantization == "int8":  # the UNet draws, or is quantised, before training
+    is_late = size.family.style == "flow" and not at_once and not config.keeps_text_encoders
+    if is_late:  # encoders that do not fit encode on the CPU, and the denoiser is loaded when they are gone
+        texts = 0.0
+    elif at_once or config.base_quantization == "int8":  # the UNet draws, or is quantised, before training
         preparing += unet
     checkpoint = adapter * (12 + AVERAGE_BYTES * config.use_ema) / GIB
     return Estimate(
@@ -203,11 +217,17 @@ def products_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
 
 def drawing_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
     """Memory of the UNet for images denoised together. A picture counts as two images, with and without its prompt."""
-    return DRAWING_GIB * images * scale_of(config, size)
+    memory = size.family.memory
+    return (memory.drawing_gib if memory else DRAWING_GIB) * images * scale_of(config, size)
 
 
 def scale_of(config: TrainConfig, size: BaseSize) -> float:
-    """Cost relative to SDXL's image of 1024 px in half precision; a narrower UNet needs less, about as its width."""
+    """Cost relative to an image of 1024 px in half precision of SDXL, or of the model that the family was counted on;
+    a narrower model needs less, about as its width. A transformer's grows with all tokens, those of the text too."""
+    if memory := size.family.memory:
+        tokens = (config.resolution / 16) ** 2 + memory.text_tokens
+        width = math.sqrt(size.unet / memory.parameters)
+        return tokens / (4096 + memory.text_tokens) * width * BYTES[precision_of(config)] / 2
     width = math.sqrt(size.unet / BaseSize().unet)
     return (config.resolution / 1024) ** 2 * width * BYTES[precision_of(config)] / 2
 
@@ -217,8 +237,12 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
     images = config.train_batch_size * (2 if config.with_prior_preservation else 1)
     is_pefts = config.base_quantization == "int8" or config.use_dora or config.lora_dropout > 0
     scale, products = scale_of(config, size) * images, products_gib(config, size, images)
+    memory = size.family.memory
     if config.gradient_checkpointing:
-        return RECOMPUTED_GIB * scale * (PEFT_RECOMPUTED if is_pefts else 1) + products
+        recomputed = memory.recomputed_gib if memory else RECOMPUTED_GIB
+        return recomputed * scale * (PEFT_RECOMPUTED if is_pefts else 1) + products
+    if memory:
+        return memory.full_gib * scale * (PEFT_STEP if is_pefts else 1)
     rank = adapter * config.rank / max(1, adapter_parameters(replace(config, rank_pattern=()), size))  # on average
     image = (STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560) * (PEFT_STEP if is_pefts else 1)
     casts = adapter * 2 / GIB
@@ -240,11 +264,12 @@ def check_memory(config: TrainConfig, size: BaseSize) -> None:
     """Raises UserError, with settings that fit, for a base of known size that needs more memory than is free."""
     need = estimate(config, size, 1).peak_gib
     is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
-    if need < SMALL_GIB or not is_known or size.uncounted:
+    if need < SMALL_GIB or not is_known:
         return
     free = free_gib_of_gpu()
     if free is not None and need > free:
-        lack = f"this run needs about {need:.1f} GiB of GPU memory and {free:.1f} GiB are free"
+        of = f" of {size.family.title}" if size.family.memory else ""
+        lack = f"this run{of} needs about {need:.1f} GiB of GPU memory and {free:.1f} GiB are free"
         raise UserError(f"{lack}: {way_out(config, size, free)}")
 
 
@@ -281,8 +306,9 @@ def way_out(config: TrainConfig, size: BaseSize, free_gib: float) -> str:
         cost = estimate(replace(config, **changes), size, 1).peak_gib
         if cost <= free_gib:
             flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
-            card = next((card for card in RECIPES if card * 0.9 <= free_gib), None)  # a tenth is the desktop's
-            recipe = f", or start from assets/configs/sdxl_{card}gb.toml" if card else ""
+            fitting = (card for card in size.family.recipes if card * 0.9 <= free_gib)  # a tenth is the desktop's
+            card = next(fitting, None)
+            recipe = f", or start from assets/configs/{size.family.name}_{card}gb.toml" if card else ""
             recipe += f" with --mixed_precision {half}" if card and half != "bf16" else ""
             return f"give {flags} (then {cost:.1f} GiB){recipe}."
     return f"give a smaller --resolution than {config.resolution}, or free the GPU."
@@ -355,8 +381,6 @@ def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: 
     """The first of `names` that fits, or else the leanest possible plan; a later check refuses that."""
     if free_gib is None:
         return "full"
-    if size.uncounted:
-        return "recompute"
     needs = costs(config, size, names)
     return next((name for name, cost in needs.items() if cost <= USABLE * free_gib), list(needs)[-1])
 
@@ -367,6 +391,8 @@ def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PL
     for name in names:
         if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
             continue
+        if "cache_cross_attention" in PLANS[name] and size.family.style == "flow":
+            continue
         if "cache_cross_attention" not in PLANS[name] or not excluded_by("cache_cross_attention", config):
             found[name] = estimate(replace(config, **plan_settings(config, name)), size, 1).peak_gib
     return found
@@ -374,7 +400,7 @@ def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PL
 
 def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
     """For `--dry_run`: what each plan would need, and what the GPU has free."""
-    if config.memory is None or size.uncounted:
+    if config.memory is None:
         return []
     free = free_gib_of_gpu()
     bare = replace(config, gradient_checkpointing=False, base_quantization="none", cache_cross_attention=False)

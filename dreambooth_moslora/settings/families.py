@@ -14,6 +14,18 @@ from dreambooth_moslora.core import UserError
 
 
 @dataclass(frozen=True)
+class Memory:
+    """GiB of one image of 1024 px in bf16, without weights and gradients, counted on a model of so many `parameters`
+    with the targets below at rank 16 (`benchmarks.family_memory`)."""
+
+    full_gib: float
+    recomputed_gib: float
+    drawing_gib: float
+    parameters: float
+    text_tokens: int = 512
+
+
+@dataclass(frozen=True)
 class Facts:
     """One family. `name` begins its recipes' file names; `title` is for sentences, cards and the page."""
 
@@ -53,6 +65,10 @@ class Facts:
     article: str = "a"
     hub_tag: str = ""
     licence: str = ""
+    memory: Memory | None = None
+    """None for UNets, which are counted by SDXL's."""
+    recipes: tuple[int, ...] = ()
+    """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for."""
 
 
 JOINT = (
@@ -84,6 +100,7 @@ FAMILIES = (
         article="an",
         hub_tag="stable-diffusion-xl",
         licence="OpenRAIL++",
+        recipes=(24, 16, 12, 8, 6),
         **UNET,
     ),
     Facts(
@@ -111,6 +128,7 @@ FAMILIES = (
         guidance=7.0,
         steps=28,
         licence="Stability Community",
+        memory=Memory(7.313, 0.618, 0.170, 2.243e9, 333),
     ),
     Facts(
         "flux",
@@ -124,6 +142,8 @@ FAMILIES = (
         has_negative=False,
         steps=28,
         licence="FLUX.1 dev Non-Commercial",
+        memory=Memory(26.373, 2.163, 0.457, 11.901e9),
+        recipes=(24, 12),
     ),
     Facts(
         "flux2",
@@ -132,6 +152,8 @@ FAMILIES = (
         "Flux2Transformer2DModel",
         targets=("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out"),
         licence="Apache-2.0 (4B), FLUX Non-Commercial (9B)",
+        memory=Memory(16.204, 1.690, 0.574, 3.876e9),
+        recipes=(12, 8),
     ),
     Facts(
         "z_image",
@@ -141,6 +163,8 @@ FAMILIES = (
         guidance=5.0,
         no_guidance=0.0,
         licence="Apache-2.0",
+        memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64),
+        recipes=(24, 16, 8),
     ),
     Facts(
         "qwen_image",
@@ -149,6 +173,8 @@ FAMILIES = (
         "QwenImageTransformer2DModel",
         guidance_name="true_cfg_scale",
         licence="Apache-2.0",
+        memory=Memory(25.915, 2.028, 0.356, 20.430e9, 64),
+        recipes=(24,),
     ),
     Facts(
         "krea2",
@@ -159,8 +185,17 @@ FAMILIES = (
         no_guidance=0.0,
         steps=28,
         licence="Krea 2 Community",
+        memory=Memory(33.899, 4.606, 0.673, 12.820e9),
+        recipes=(24,),
     ),
-    Facts("lumina2", "Lumina 2", "Lumina2Pipeline", "Lumina2Transformer2DModel", licence="Apache-2.0"),
+    Facts(
+        "lumina2",
+        "Lumina 2",
+        "Lumina2Pipeline",
+        "Lumina2Transformer2DModel",
+        licence="Apache-2.0",
+        memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64),  # Z-Image's, built alike: its own cannot be counted
+    ),
     Facts(
         "sana",
         "Sana",
@@ -171,6 +206,7 @@ FAMILIES = (
         steps=20,
         multiple_px=32,
         licence="NSCL",
+        memory=Memory(3.245, 0.254, 0.062, 1.604e9, 0),
     ),
 )
 OF_UNETS = ("do_edm_style_training", "snr_gamma", "debiased_estimation_loss", "timestep_bias_strategy")

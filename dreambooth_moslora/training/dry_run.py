@@ -16,7 +16,7 @@ from dreambooth_moslora.photos.folder import PhotoReport, bare_prompt_line
 from dreambooth_moslora.photos.masks import segmenter_name, sought_word
 from dreambooth_moslora.photos.photo import crop_rule, quoted
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
-from dreambooth_moslora.plan.memory import GIB, plan_lines, speed_here
+from dreambooth_moslora.plan.memory import BYTES, GIB, plan_lines, precision_of, speed_here
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.rules import remarks
@@ -140,9 +140,9 @@ def cost_lines(plan: Plan) -> list[str]:
         known = "taken to be SDXL's, with the adapter on attention alone, as its files are not here"
     memory = f"encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
     memory += f"samples {cost.sampling_gib:.2f} GiB"
-    if title := cost.size.uncounted:
-        billions = cost.size.unet / 1e9
-        memory = f"not counted for {title}; its transformer has {billions:.2f} billion parameters"
+    if cost.size.family.style == "flow":
+        encoders = cost.size.text_encoders * BYTES[precision_of(plan.config)] / GIB
+        memory += f"; text encoders {encoders:.2f} GiB, gone before training, on the CPU where the GPU lacks that"
     return [
         f"adapter: {cost.adapter_parameters:,} parameters on {cost.size.adapted_layers} layers; base: {known}",
         f"memory: {memory}",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.base.families import Text, denoiser_of
 from dreambooth_moslora.base.files import SMALL_BASE_PX, facts_of_base
-from dreambooth_moslora.base.load import default_resolution, load_pipeline, quantize
+from dreambooth_moslora.base.load import default_resolution, load_denoiser, load_pipeline, quantize
 from dreambooth_moslora.base.machine import has_fast_bf16
 from dreambooth_moslora.core import UserError, atomic_write, content_key
 from dreambooth_moslora.settings.table import TrainConfig
@@ -40,9 +40,12 @@ BF16_ON_A_CPU = (
 )
 
 
-def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
-    """Load the base. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that the user names is in `dtype`, and
-    so is a flow model's, whose pipeline gives it latents in that. Raises UserError when it cannot be loaded."""
+def load_base(
+    config: TrainConfig, dtype: torch.dtype, device: torch.device, *, has_denoiser: bool = True
+) -> DiffusionPipeline:
+    """Load the base, without its denoiser if so told. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that
+    the user names is in `dtype`, and so is a flow model's, whose pipeline gives it latents in that. Raises UserError
+    when it cannot be loaded."""
     facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
     is_flow = facts is not None and facts.style == "flow"
     pipeline = load_pipeline(
@@ -53,12 +56,31 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
         vae=config.pretrained_vae_model_name_or_path,
         cache_dir=config.cache_dir,
         vae_dtype=dtype if is_flow or config.pretrained_vae_model_name_or_path else torch.float32,
+        has_denoiser=has_denoiser,
     )
-    quantize(denoiser_of(pipeline), config.base_quantization, dtype, device)
+    if has_denoiser:
+        quantize(denoiser_of(pipeline), config.base_quantization, dtype, device)
     if hasattr(pipeline, "image_encoder"):
         pipeline.register_modules(image_encoder=None, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_denoiser_of(
+    config: TrainConfig, pipeline: DiffusionPipeline, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. Raises UserError."""
+    places = {"variant": config.variant, "revision": config.revision, "cache_dir": config.cache_dir}
+    load_denoiser(pipeline, config.pretrained_model_name_or_path, dtype, **places)
+    quantize(denoiser_of(pipeline), config.base_quantization, dtype, device)
+
+
+def waits_for_encoders(config: TrainConfig) -> bool:
+    """Whether the denoiser is loaded once the encoders are gone: big encoders of a flow model would not fit beside it.
+    Trained encoders stay, and class images are drawn by the whole pipeline."""
+    facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+    is_flow = facts is not None and facts.style == "flow"
+    return is_flow and not config.keeps_text_encoders and not config.draws_class_images
 
 
 def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:

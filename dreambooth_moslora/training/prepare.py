@@ -1,6 +1,7 @@
 """Prepares all inputs of the training loop: the base, and encoded photos and prompts.
 
     photos -> base -> class images -> latents and text embeddings -> encoders leave memory
+    photos -> encoders -> latents and text embeddings -> encoders leave memory -> denoiser      (flow models)
 
 The processes share the encoding. Afterwards each finds every encoding in its memory or on its machine's disk. Files are
 written by the process that encodes; on a machine that does not see them, one process writes them again.
@@ -28,6 +29,7 @@ from dreambooth_moslora.core import UserError, content_key, default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.photos.photo import Photo, crop_rule
 from dreambooth_moslora.plan.checks import check_family, check_layers, check_patterns
+from dreambooth_moslora.plan.memory import USABLE
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_each, share_out
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
@@ -41,6 +43,8 @@ from dreambooth_moslora.training.frozen_base import (
     Tensors,
     fingerprint,
     load_base,
+    load_denoiser_of,
+    waits_for_encoders,
     warn_of_slow_precision,
 )
 from dreambooth_moslora.training.made_before import class_photos_of_each
@@ -107,24 +111,17 @@ def prepare(
     device = context.accelerator.device
     context.report.phase("loading")
     dtype = DTYPES[context.accelerator.mixed_precision]
-    pipeline = (load or load_base)(config, dtype, device)
-    if context.accelerator.is_main_process:
-        warn_of_slow_precision(pipeline, device)
+    is_late = load is None and waits_for_encoders(config)
+    pipeline = (
+        load_base(config, dtype, device, has_denoiser=False) if is_late else (load or load_base)(config, dtype, device)
+    )
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     for flag in weighting_flags(config) if schedule.style == "edm" else ():  # the base may be one without the flag
         raise UserError(f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out.")
-    family, denoiser = family_of_run(config, pipeline), denoiser_of(pipeline)
+    family = family_of_run(config, pipeline)
     check_family(config, family.facts)
-    layers = {path: layer.weight.ndim for path, layer in matrix_layers(denoiser).items()}
-    check_layers(config.target_modules, layers, config.use_dora)
-    check_patterns(config, layers)
-    start = None
-    if is_fresh and config.init_adapter is not None:
-        start = read_start(config.init_adapter, pipeline, config.pretrained_model_name_or_path, config.use_dora)
-    basis = None
-    if config.basis is not None:
-        with named_basis():
-            basis = read_basis(config.basis, base_folder(config), config.variant)
+    if not is_late:
+        start, basis = check_denoiser(config, context, pipeline, is_fresh)
     context.stop_if_asked()
     class_photos = class_photos_of_each(config, context, pipeline, photos) if config.draws_class_images else []
     options = config.dataloader_num_workers, config.unmasked_weight, family
@@ -138,11 +135,33 @@ def prepare(
     release_encoders(config, pipeline, prompt_embeds, encoder)
     free_unused_memory(device)
     give_freed_memory_back()
+    if is_late:
+        load_denoiser_of(config, pipeline, dtype, device)
+        start, basis = check_denoiser(config, context, pipeline, is_fresh)
+    denoiser = denoiser_of(pipeline)
     products = TextProducts(denoiser, device) if config.cache_cross_attention else None
     denoiser.to(device)
     return TrainInputs(
         pipeline, family, schedule, photos, instance, prior, prompt_embeds, dtype, start, products, basis
     )
+
+
+def check_denoiser(
+    config: TrainConfig, context: RunContext, pipeline: DiffusionPipeline, is_fresh: bool
+) -> tuple[AdapterWeights | None, Basis | None]:
+    """What a fresh adapter starts with, and its basis. Raises UserError for layers that the denoiser lacks."""
+    if context.accelerator.is_main_process:
+        warn_of_slow_precision(pipeline, context.accelerator.device)
+    layers = {path: layer.weight.ndim for path, layer in matrix_layers(denoiser_of(pipeline)).items()}
+    check_layers(config.target_modules, layers, config.use_dora)
+    check_patterns(config, layers)
+    start = None
+    if is_fresh and config.init_adapter is not None:
+        start = read_start(config.init_adapter, pipeline, config.pretrained_model_name_or_path, config.use_dora)
+    if config.basis is None:
+        return start, None
+    with named_basis():
+        return start, read_basis(config.basis, base_folder(config), config.variant)
 
 
 def family_of_run(config: TrainConfig, pipeline: DiffusionPipeline) -> Family:
@@ -194,7 +213,8 @@ def cache_of(config: TrainConfig) -> TensorCache | None:
 def prompt_cache(config: TrainConfig, pipeline: DiffusionPipeline, device: torch.device) -> PromptCache:
     """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded anew in training."""
     family = family_of_run(config, pipeline)
-    encoders = [getattr(pipeline, name).to(device) for name in family.facts.encoders]
+    found = [getattr(pipeline, name) for name in family.facts.encoders]
+    encoders = [encoder.to(device_with_room(found, device)) for encoder in found]
     identity = "+".join([family.facts.name, *map(fingerprint, encoders)])
     if pipeline.config.get("force_zeros_for_empty_prompt"):  # it decides the encoding of ""
         identity += "+zeros"
@@ -206,6 +226,15 @@ def prompt_cache(config: TrainConfig, pipeline: DiffusionPipeline, device: torch
             return family.texts(pipeline, prompts)
 
     return PromptCache(encode, cache_of(config) or TensorCache(), identity)
+
+
+def device_with_room(models: Sequence[nn.Module], device: torch.device) -> torch.device:
+    """`device`, or the CPU where a GPU lacks the memory for these models."""
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = sum(weight.numel() * weight.element_size() for model in models for weight in model.parameters())
+    return device if needed <= USABLE * free else torch.device("cpu")
 
 
 def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_count: int) -> None:

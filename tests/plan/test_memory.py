@@ -7,23 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import family_memory
 from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
 from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan import memory as memory_plan
 from dreambooth_moslora.plan.checks import preflight
+from dreambooth_moslora.plan.choices import recipe_settings
 from dreambooth_moslora.plan.memory import (
     RECIPES,
     STOCK_SDXL,
     USABLE,
     BaseSize,
+    check_memory,
     estimate,
+    fitting,
     memory_settings,
     size_of_base,
 )
+from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
+from tests.helpers.tiny_families import tiny_pipeline
 
 GIB = 2**30
 SDXL = TrainConfig(
@@ -217,3 +223,40 @@ def test_there_is_a_recipe_for_each_card_that_a_refusal_can_name_and_it_fits_at_
         for changes in ({}, CLASS | ({"gradient_checkpointing": True} if gb == 16 else {})):
             config = TrainConfig.from_dict(settings | SUBJECT | changes)
             assert estimate(config, BaseSize(), 400).peak_gib <= 0.9 * gb
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Z-Image", "FLUX.2 klein 9B"])
+def test_the_estimate_of_a_family_lies_within_a_tenth_of_the_count_on_its_full_size(name, capsys):
+    """The second is estimated from the smaller model of its family, the first also at another size and rank."""
+    cases = [(1024, 16)] + [(512, 64)] * (name == "Z-Image")
+    found = [one for case in cases for one in family_memory.deviations(name, *case)]
+    assert max(found) < 0.1, capsys.readouterr().out
+
+
+def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card):
+    facts = next(facts for facts in FAMILIES if facts.title == "Z-Image")
+    size = replace(BaseSize(), unet=6_154_908_736, projections=6_142_033_920, family=facts, is_measured=True)
+    run = replace(SDXL, target_modules=facts.targets, mixed_precision="bf16", num_validation_images=0)
+    assert [fitting(run, size, free) for free in (48.0, 18.0, 8.0)] == ["full", "recompute", "nf4"]
+    card(8.0)
+    with pytest.raises(UserError, match=r"this run of Z-Image needs about .*z_image_8gb\.toml"):
+        check_memory(run, size)
+
+
+OF_FAMILIES = [(facts, gb) for facts in FAMILIES if facts.memory for gb in facts.recipes]
+
+
+@pytest.mark.parametrize(("facts", "gb"), OF_FAMILIES, ids=lambda value: getattr(value, "name", value))
+def test_the_recipe_of_a_family_fits_its_card(facts, gb, tmp_path):
+    recipe = load_settings(CONFIGS / f"{facts.name}_{gb}gb.toml")
+    run = TrainConfig.from_dict(recipe | {"target_modules": facts.targets, "output_dir": str(tmp_path)})
+    parameters = int(facts.memory.parameters)
+    size = replace(BaseSize(), unet=parameters, projections=int(0.94 * parameters), family=facts)
+    assert estimate(run, size, 1).peak_gib < USABLE * gb
+
+
+def test_one_word_takes_the_recipe_of_the_bases_family(tmp_path):
+    tiny_pipeline("z_image", tmp_path / "files").save_pretrained(tmp_path / "base")
+    names = [recipe_settings(str(tmp_path / "base"), free)[0] for free in (7.3, 15.0, None)]
+    assert names == ["z_image_8gb.toml", "z_image_16gb.toml", "z_image_8gb.toml"]

@@ -1,7 +1,10 @@
 """Every family is trained from photos to files, stopped and resumed to the same bytes, loaded, drawn and described."""
 
+import gc
 import json
 import re
+import weakref
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from safetensors import safe_open
 
 from dreambooth_moslora import training
 from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.base import load
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams
@@ -21,7 +25,9 @@ from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.families import BY_PIPELINE, FAMILIES
 from dreambooth_moslora.settings.rows import ATTENTION
-from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training import frozen_base
+from dreambooth_moslora.training.loop import advanced, train
+from dreambooth_moslora.training.loop import training as training_loop
 from dreambooth_moslora.training.objective import add_noise, flow_levels, flow_weights, loss_target
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.tiny_families import MAKERS, tiny_pipeline
@@ -67,6 +73,41 @@ def test_photos_become_files_and_a_resumed_run_ends_with_the_same_bytes(name, ph
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"{facts.pipeline}.from_pretrained" in card and facts.title in card
     assert describe(files[0])["modules"] == {facts.denoiser: len(keys) // 2}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_encoders_are_gone_before_the_denoiser_comes_and_the_bytes_are_those_of_a_whole_base(
+    name, photos, tmp_path, monkeypatch
+):
+    if name == "sd1":
+        pytest.skip("a UNet comes with its small encoder")
+    more = {"with_prior_preservation": True, "prior": "adapter_off", "num_validation_images": 1}
+    config = tiny_config(base_of(name, tmp_path), photos, tmp_path / "run", **settings_of(name, **more))
+    facts, encoders, orders = next(facts for facts in FAMILIES if facts.name == name), [], []
+
+    def loaded(*arguments, **options):
+        pipeline = load.load_pipeline(*arguments, **options)
+        assert getattr(pipeline, facts.denoiser) is None
+        encoders.extend(weakref.ref(getattr(pipeline, part)) for part in facts.encoders)
+        return pipeline
+
+    def denoiser(*arguments, **options):
+        gc.collect()
+        orders.append([reference() for reference in encoders])
+        load.load_denoiser(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(frozen_base, "load_pipeline", loaded)
+        patch.setattr(frozen_base, "load_denoiser", denoiser)
+        train(config)
+    assert orders == [[None] * len(facts.encoders)]
+    whole = training_loop(replace(config, output_dir=str(tmp_path / "whole" / "run")), load=frozen_base.load_base)
+    run = next(whole)
+    with suppress(StopIteration):
+        while True:
+            run = advanced(whole, run.accumulate_gradients)
+    for file in ("pytorch_lora_weights.safetensors", "image_0.png"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / "run" / file).read_bytes()
 
 
 @pytest.mark.parametrize("name", NAMES)

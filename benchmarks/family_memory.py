@@ -1,0 +1,186 @@
+"""GPU memory and kernels of a training step of each flow family's full-size denoiser, counted on the meta device.
+
+    python -m benchmarks.family_memory                              # every model and plan; some minutes
+    python -m benchmarks.family_memory --models Z-Image --resolutions 512 1024 --ranks 16 64
+
+It needs no GPU and no weights: the configurations are those of the published models. `gpu_memory` says what is counted.
+NF4 and int8 are the recomputed step with the bytes of quantised layers; workspaces of bitsandbytes are in no count. The
+encoders are gone by then. The estimate is that of `--dry_run`; it is read from the shapes of the weights.
+"""
+
+import argparse
+import gc
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from benchmarks.gpu_memory import empty
+from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
+from dreambooth_moslora.adapters.fast_linear import WorkingCopies
+from dreambooth_moslora.base.families import METHODS
+from dreambooth_moslora.base.load import OUTPUTS_A_BLOCK, layers_of_blocks
+from dreambooth_moslora.plan.memory import CONTEXT_GIB, QUANTIZED_BYTES, estimate, size_of_shapes
+from dreambooth_moslora.settings.families import FAMILIES, Facts
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.adapters import add_adapters
+
+__all__ = ["MODELS", "PLANS", "deviations", "main"]
+
+PLANS = {
+    "full": {},
+    "recompute": {"gradient_checkpointing": True},
+    "int8": {"gradient_checkpointing": True, "base_quantization": "int8"},
+    "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
+}
+SD3_MEDIUM = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+SD3_LARGE = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
+KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
+Words = dict[str, Any]
+"""One prompt, as the arguments of `predict`."""
+
+
+def pooled(tokens: int, width: int, pooled_width: int) -> Callable[[], Words]:
+    return lambda: {
+        "prompt_embeds": empty(1, tokens, width),
+        "pooled_prompt_embeds": empty(1, pooled_width),
+    }
+
+
+def masked(tokens: int, *width: int, name: str = "prompt_attention_mask") -> Callable[[], Words]:
+    return lambda: {"prompt_embeds": empty(1, tokens, *width), name: torch.ones(1, tokens, device="meta").bool()}
+
+
+# name: its family, its configuration, channels of its latents and pixels a side of each, one prompt
+MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], Words]]] = {
+    "SD 3.5 medium": (
+        "sd3",
+        {"sample_size": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, **SD3_MEDIUM},
+        (16, 8),
+        pooled(333, 4096, 2048),
+    ),
+    "SD 3.5 large": (
+        "sd3",
+        {"sample_size": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, **SD3_LARGE},
+        (16, 8),
+        pooled(333, 4096, 2048),
+    ),
+    "FLUX.1 dev": ("flux", {"guidance_embeds": True}, (16, 8), pooled(512, 4096, 768)),
+    "FLUX.2 klein 4B": (
+        "flux2",
+        {**KLEIN_4B, "guidance_embeds": False},
+        (128, 16),
+        lambda: {"prompt_embeds": empty(1, 512, 7680)},
+    ),
+    "FLUX.2 klein 9B": (
+        "flux2",
+        {**KLEIN_9B, "guidance_embeds": False},
+        (128, 16),
+        lambda: {"prompt_embeds": empty(1, 512, 12288)},
+    ),
+    "Z-Image": ("z_image", {}, (16, 8), lambda: {"prompt_embeds": [empty(64, 2560)]}),
+    "Qwen-Image": (
+        "qwen_image",
+        {},
+        (16, 8),
+        lambda: {"prompt_embeds": empty(1, 64, 3584), "prompt_embeds_mask": None},
+    ),
+    "Krea 2": ("krea2", {}, (16, 8), lambda: {"prompt_embeds": empty(1, 512, 12, 2560), "prompt_embeds_mask": None}),
+    "Sana": ("sana", {}, (32, 32), masked(300, 2304)),
+}
+
+
+def config_of(facts: Facts, resolution: int, rank: int, plan: str) -> TrainConfig:
+    usual = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog", "train_batch_size": 1}
+    settings = {"resolution": resolution, "rank": rank, "target_modules": facts.targets, "mixed_precision": "bf16"}
+    return TrainConfig(**usual, **settings, **PLANS[plan])
+
+
+def denoiser_of(name: str) -> tuple[Facts, nn.Module]:
+    """The frozen denoiser in bf16 on the meta device."""
+    family, options, _, _ = MODELS[name]
+    facts = next(facts for facts in FAMILIES if facts.name == family)
+    with torch.device("meta"):
+        model = getattr(diffusers, facts.model)(**options)
+    return facts, model.to(torch.bfloat16).requires_grad_(False).train()
+
+
+def count(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> Count:
+    """One step of one picture by the adapted denoiser, as in `gpu_memory`."""
+    channels, pixels = MODELS[name][2]
+    copies, family = WorkingCopies(denoiser), METHODS[facts.name](facts, told_guidance=3.5)
+    z, time = empty(1, channels, resolution // pixels, resolution // pixels), torch.empty(1, device="meta")
+    with torch.device("meta"), Counter() as counter, flash_attention(), copies.for_one_step() as step:
+        loss = family.predict(denoiser, z, time, None, **MODELS[name][3]()).float().square().mean()
+        kept = counter.live
+        loss.backward()
+        step.collect()
+    denoiser.zero_grad(set_to_none=True)
+    return Count(kept / GIB, counter.peak / GIB, counter.kernels)
+
+
+def saved_gib(denoiser: nn.Module, plan: str) -> float:
+    """What quantisation takes off the weights."""
+    kind = PLANS[plan].get("base_quantization")
+    layers = [layer for _, layer in layers_of_blocks(denoiser) if isinstance(layer, nn.Linear)]
+    numbers = sum(layer.weight.numel() for layer in layers if layer.out_features % OUTPUTS_A_BLOCK == 0)
+    return numbers * (2 - QUANTIZED_BYTES[kind]) / GIB if kind else 0.0
+
+
+def deviations(name: str, resolution: int, rank: int) -> list[float]:
+    """Print a line for each plan; returns |estimate / count - 1| of each."""
+    found, counts = [], {}
+    for plan in PLANS:
+        gc.collect()
+        facts, denoiser = denoiser_of(name)
+        config = config_of(facts, resolution, rank, plan)
+        shapes = {facts.denoiser: {path: list(weight.shape) for path, weight in denoiser.named_parameters()}}
+        told = estimate(config, size_of_shapes(facts, shapes, facts.targets), total_steps=100).training_gib
+        weights = bytes_of(denoiser) / GIB - saved_gib(denoiser, plan)
+        with torch.device("meta"):
+            add_adapters(config, {facts.denoiser: denoiser})
+        adapter = sum(weight.numel() for weight in denoiser.parameters() if weight.requires_grad)
+        is_recomputed = config.gradient_checkpointing
+        counts[is_recomputed] = counts.get(is_recomputed) or count(name, facts, denoiser, resolution)
+        counted = counts[is_recomputed]
+        total = weights + adapter * 12 / GIB + counted.peak_gib + CONTEXT_GIB
+        line = f"{f'{name}, {resolution} px, rank {rank}, {plan}':48} {counted.kept_gib:6.2f} {counted.peak_gib:6.2f}"
+        print(f"{line} {counted.kernels:8,} {total:7.2f} {told:9.2f} {told / total - 1:+10.1%}", flush=True)
+        found.append(abs(told / total - 1))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    options.add_argument("--resolutions", nargs="+", type=int, default=[1024], metavar="PX")
+    options.add_argument("--ranks", nargs="+", type=int, default=[16], metavar="R")
+    options = options.parse_args(arguments)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    print(f"{'bf16, one picture':48} {'kept':>6} {'peak':>6} {'kernels':>8} {'total':>7} {'estimate':>9} {'error':>10}")
+    found = []
+    for case in itertools.product(options.models, options.resolutions, options.ranks):
+        found += deviations(*case)
+    print(f"largest deviation of the estimate: {max(found):.1%}")
+
+
+if __name__ == "__main__":
+    main()
