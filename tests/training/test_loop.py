@@ -150,7 +150,7 @@ class Left:
 
     def __init__(self, folder):
         self.steps = events_of(StepDone, RunDir(folder).read_metrics())
-        self.loss = self.steps[0].loss
+        self.loss, self.lr = self.steps[0].loss, [step.lr for step in self.steps]
         checkpoint, by_kind = RunDir(folder).latest_checkpoint(), defaultdict(list)
         raw, self.facts = read_raw(checkpoint / "moslora_weights.safetensors")
         for name, tensor in raw.items():
@@ -158,6 +158,7 @@ class Left:
         self.modules = {name.split(".")[0] for name in raw}
         self.tensors = {kind: torch.cat([t.flatten() for t in found]) for kind, found in by_kind.items()}
         self.states = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        self.is_8_bit = any("__bnb_optimizer_quant_state__" in state for state in self.states["state"].values())
         self.is_orthogonal = all(torch.allclose(t @ t.T, torch.eye(len(t)), atol=1e-5) for t in by_kind["mixer"])
 
     def size(self, kind):
@@ -179,6 +180,16 @@ def is_other_later(left, plain):
     return left.loss == plain.loss and left.steps[1].loss != plain.steps[1].loss
 
 
+def is_clipped(left, plain):
+    return left.size("lora_B") < plain.size("lora_B") / 10 and left.steps[0].grad_norm == plain.steps[0].grad_norm
+
+
+def is_prodigy(left, plain):
+    return left.states["param_groups"][0]["d"] > 0 and "d" not in plain.states["param_groups"][0]
+
+
+TEXT = {"text_encoder", "text_encoder_2"}
+LATER = {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 1e3}
 OPTIONS = {
     "seed": ({"seed": 4}, is_other),
     "rank": ({"rank": 2}, lambda left, plain: 2 * len(left.tensors["lora_A"]) == len(plain.tensors["lora_A"])),
@@ -189,37 +200,22 @@ OPTIONS = {
     "rslora": ({"use_rslora": True}, lambda left, plain: left.facts.use_rslora and left.loss == plain.loss),
     "dora": ({"use_dora": True}, lambda left, plain: left.tensors.keys() > plain.tensors.keys()),
     "dropout": ({"lora_dropout": 0.5}, is_other_later),  # nothing to drop while B is zero
-    "timestep bias": ({"timestep_bias_strategy": "later", "timestep_bias_multiplier": 1e3}, is_other),
+    "timestep bias": (LATER, is_other),
     "edm": ({"do_edm_style_training": True}, is_other),
     "bf16": ({"mixed_precision": "bf16"}, is_rounded),
     "nf4": ({"base_quantization": "nf4"}, is_rounded),
-    "text encoder": (
-        {"train_text_encoder": True},
-        lambda left, plain: left.modules - plain.modules == {"text_encoder", "text_encoder_2"},
-    ),
-    "8-bit": (
-        {"use_8bit_adam": True, "rank": 128},
-        lambda left, plain: any("__bnb_optimizer_quant_state__" in s for s in left.states["state"].values()),
-    ),
-    "prodigy": (
-        {"optimizer": "prodigy", "learning_rate": 1.0},
-        lambda left, plain: left.states["param_groups"][0]["d"] > 0 and "d" not in plain.states["param_groups"][0],
-    ),
+    "text encoder": ({"train_text_encoder": True}, lambda left, plain: left.modules - plain.modules == TEXT),
+    "8-bit": ({"use_8bit_adam": True, "rank": 128}, lambda left, plain: left.is_8_bit),
+    "prodigy": ({"optimizer": "prodigy", "learning_rate": 1.0}, is_prodigy),
     "cosine": (
         {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
-        lambda left, plain: left.steps[1].lr < left.steps[0].lr == plain.steps[0].lr,
+        lambda left, plain: left.lr[1] < left.lr[0] == plain.lr[0],
     ),
-    "clipping": (
-        {"max_grad_norm": 1e-6, "adam_epsilon": 1e-4},
-        lambda left, plain: (
-            left.size("lora_B") < plain.size("lora_B") / 10 and left.steps[0].grad_norm == plain.steps[0].grad_norm
-        ),
-    ),
+    "clipping": ({"max_grad_norm": 1e-6, "adam_epsilon": 1e-4}, is_clipped),
     "weight decay": ({"adam_weight_decay": 5.0}, lambda left, plain: left.size("lora_A") < 0.97 * plain.size("lora_A")),
     "center_crop": ({"center_crop": True}, is_other),
     "interpolation": ({"image_interpolation_mode": "nearest"}, is_other_later),  # the first photo has the size already
 }
-
 """Changes, and what they must show beside the run without them."""
 
 
@@ -236,8 +232,7 @@ def test_every_option_acts_as_its_name_says_and_stays_finite(name, run, plain_ru
     changes, acts = OPTIONS[name]
     run(max_train_steps=2, **changes)
     left = Left(tmp_path / "run")
-    assert all(math.isfinite(step.loss) for step in left.steps)
-    assert acts(left, plain_run)
+    assert all(math.isfinite(step.loss) for step in left.steps) and acts(left, plain_run)
 
 
 def test_unmasked_weight_goes_from_the_subject_alone_to_no_mask_at_all(run, photos, tmp_path):
@@ -304,7 +299,12 @@ def test_the_base_is_its_own_prior_so_the_first_prior_loss_is_zero_for_class_and
     assert len(digests) == 2
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, monkeypatch, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, monkeypatch, tmp_path, tiny_base, photos):
+    """A run that is stopped before the first step leaves no adapter."""
+    early = RunDir(tmp_path / "early")
+    result = train(tiny_config(tiny_base, photos, early.path), should_stop=lambda: True)
+    assert result.interrupted and result.step == 0 and result.proof is None
+    assert not early.adapter_path.exists() and early.checkpoints() == []
     step, bad = TrainStep.accumulate_gradients, StepLosses(float("nan"), float("nan"), None)
     monkeypatch.setattr(TrainStep, "accumulate_gradients", lambda self: step(self) if self.step < 2 else bad)
     with pytest.raises(UserError, match="at step 3: lower --learning_rate"):
@@ -312,12 +312,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, monkeypatch, tm
     end = RunDir(tmp_path / "run").read_metrics()[-1]
     assert (end["state"], end["step"]) == ("failed", 2)
     assert RunDir(tmp_path / "run").latest_checkpoint().name == "checkpoint-2"
-
-
-def test_stopping_before_the_first_step_leaves_no_adapter(tiny_base, photos, tmp_path):
-    result = train(tiny_config(tiny_base, photos, tmp_path), should_stop=lambda: True)
-    assert result.interrupted and result.step == 0 and result.proof is None
-    assert not RunDir(tmp_path).adapter_path.exists() and RunDir(tmp_path).checkpoints() == []
 
 
 def test_memory_holds_no_text_encoder_and_the_adapter_is_fp32(tiny_base, photos, tmp_path, train_steps):
