@@ -59,23 +59,22 @@ def scored(tiny_base, tmp_path):
     return config
 
 
-def test_a_missing_encoder_is_told_before_anything_is_trained(scored, monkeypatch):
+def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(scored, encoders, monkeypatch):
+    """Its prompts are those of the first, as both encode them in step with each other. A missing encoder is told before
+    anything is trained."""
+
     def nowhere(*_):
         raise UserError("the encoder cannot be loaded")
 
-    monkeypatch.setattr("dreambooth_moslora.evaluation.metrics.load_encoders", nowhere)
     config = scored()
-    with pytest.raises(UserError, match="cannot be loaded"):
-        TrainingEvaluator(config, photo_report(config).photos)
-
-
-def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(scored, encoders, monkeypatch):
-    """Its prompts are those of the first, as both encode them in step with each other."""
-    config = scored()
-    monkeypatch.setenv("RANK", "1")
     plan = make_plan(config)
-    other = make_evaluator(plan)
+    with monkeypatch.context() as second:
+        second.setenv("RANK", "1")
+        other = make_evaluator(plan)
     assert other.encoders is None and other.prompts == TrainingEvaluator(config, plan.photos, encoders).prompts
+    monkeypatch.setattr("dreambooth_moslora.evaluation.metrics.load_encoders", nowhere)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        TrainingEvaluator(config, plan.photos)
 
 
 def test_an_adapter_that_is_not_finite_gets_no_scores(scored, encoders, tmp_path):
@@ -186,25 +185,19 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
     assert adapter_sha256(run[1].path) == before and "best scale is" in html
 
 
-@pytest.mark.parametrize(
-    "spoil, flags, said",
-    [
-        (None, ["--output_dir", "{run}/train_config.json"], "is a file, not a folder"),
-        (None, ["--prompts", "{latin}"], "not a text file"),
-        (None, ["--scale", "nan"], "out of range"),
-        ("train_config.json", [], "not valid JSON"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate, spoil, flags, said):
+def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
     folder = shutil.copytree(run[1].path, tmp_path / "dog")
     (tmp_path / "latin.txt").write_bytes("à {}".encode("latin-1"))
-    if spoil:
-        (folder / spoil).write_text("{")
-    code, _, err = evaluate(folder, *(flag.format(run=folder, latin=tmp_path / "latin.txt") for flag in flags))
-    assert code == 2 and said in err and "drawing" not in err
-
-
-def test_the_evaluate_command_asks_for_what_the_file_does_not_say(evaluate, tmp_path):
+    for flags, told in (
+        (["--output_dir", str(folder / "train_config.json")], "is a file, not a folder"),
+        (["--prompts", str(tmp_path / "latin.txt")], "not a text file"),
+        (["--scale", "nan"], "out of range"),
+        ([], "not valid JSON"),
+    ):
+        if not flags:
+            (folder / "train_config.json").write_text("{")
+        code, _, err = evaluate(folder, *flags)
+        assert code == 2 and told in err and "drawing" not in err
     code, _, err = evaluate(save_diffusers_lora(tiny_unet(), tmp_path))
     assert code == 2 and "give --base" in err
     plan = EvaluationPlan(Subject("sks", "dog"), ("a {} in {curly} beside a {}",), ())
@@ -213,19 +206,14 @@ def test_the_evaluate_command_asks_for_what_the_file_does_not_say(evaluate, tmp_
 
 @pytest.mark.slow
 def test_a_run_of_two_is_scored_along_the_way_and_by_the_command(tiny_base, encoders, evaluate, tmp_path):
-    settings = tiny_config(tiny_base, None, tmp_path / "run", max_train_steps=2, evaluate_steps=1).to_dict()
-    for name in ("instance_data_dir", "instance_prompt", "class_prompt"):
-        del settings[name]
-    settings["subjects"] = [
-        {"instance_data_dir": str(paint_photos(tmp_path / word)), "instance_prompt": f"a photo of sks {word}"}
-        for word in ("dog", "cat")
-    ]
-    config, events = TrainConfig.from_dict(settings), []
+    pets = [(str(paint_photos(tmp_path / word)), f"a photo of sks {word}") for word in ("dog", "cat")]
+    tables = [{"instance_data_dir": photos, "instance_prompt": prompt} for photos, prompt in pets]
+    sizes, events = {"max_train_steps": 2, "evaluate_steps": 1}, []
+    config = tiny_config(tiny_base, None, tmp_path / "run", subjects=tables, **sizes)
     train(config, events.append, evaluator=quick(config, encoders))
     scores = [event.scores for event in events if event.kind == "evaluation"][-1]
     assert {"confusion", "dino_subject_1", "dino_subject_2", "score"} <= scores.keys()
     assert scores["dino"] == pytest.approx((scores["dino_subject_1"] + scores["dino_subject_2"]) / 2, abs=1e-3)
-
     few = ["--num_prompts", "1", "--images_per_prompt", "1", "--class_images", "1", "--inference_steps", "2"]
     code, out, _ = evaluate(tmp_path / "run", *few)
     assert code == 0 and "confusion of “sks dog” with “sks cat”" in out
