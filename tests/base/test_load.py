@@ -22,8 +22,7 @@ from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.base.decode import load_vae_alone
 from dreambooth_moslora.base.files import base_folder, variants_in, weight_files
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.plan.checks import preflight
-from dreambooth_moslora.plan.memory import size_of_base
+from dreambooth_moslora.plan import checks, memory
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import noise_schedule
@@ -37,9 +36,8 @@ def pipeline(tiny_base):
     return load.load_pipeline(tiny_base)
 
 
-NO_BASE = dict.fromkeys(
-    ("./nowhere", "/no/such/folder", "models/base.safetensors", "base.safetensors"), "does not exist"
-)
+NOWHERE = ("./nowhere", "/no/such/folder", "models/base.safetensors", "base.safetensors")
+NO_BASE = dict.fromkeys(NOWHERE, "does not exist")
 NO_BASE |= {"{here}": "no model_index", "{here}/odd.safetensors": "odd", "nobody/no-such-model": "nobody/no-such-model"}
 
 
@@ -85,7 +83,7 @@ def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
         assert bool(found[0].any()) is not force_zeros
 
 
-def test_latents_are_the_scaled_posterior_mean(pipeline):
+def test_latents_are_the_scaled_posterior_mean_and_decoding_undoes_the_scale(pipeline):
     """Statistics that the base publishes are used."""
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     latents = load.encode_image(pipeline.vae, pixels)
@@ -95,6 +93,12 @@ def test_latents_are_the_scaled_posterior_mean(pipeline):
     vae = copy.deepcopy(pipeline.vae)
     vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
     assert torch.allclose(load.encode_image(vae, pixels), (latents / 0.5 - 1) / 2 * 0.5, atol=1e-6)
+    latents = torch.randn(2, 4, 8, 8) * 0.5
+    pictures = decode.decode_image(pipeline.vae, latents)
+    with torch.no_grad():
+        truth = pipeline.image_processor.postprocess(pipeline.vae.decode(latents / 0.5).sample, output_type="np")
+    assert [p.size for p in pictures] == [(64, 64)] * 2
+    assert np.abs(np.stack([np.asarray(p) for p in pictures]) - 255 * truth).max() <= 1
 
 
 def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
@@ -112,15 +116,6 @@ def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
     vae.encoder.conv_in.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="VAE"):
         load.encode_image(vae, pixels)
-
-
-def test_decoding_undoes_the_latents_scale(pipeline):
-    latents = torch.randn(2, 4, 8, 8) * 0.5
-    pictures = decode.decode_image(pipeline.vae, latents)
-    with torch.no_grad():
-        truth = pipeline.image_processor.postprocess(pipeline.vae.decode(latents / 0.5).sample, output_type="np")
-    assert [p.size for p in pictures] == [(64, 64)] * 2
-    assert np.abs(np.stack([np.asarray(p) for p in pictures]) - 255 * truth).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -193,7 +188,7 @@ def vae(tiny_base):
     return vae
 
 
-def test_one_latent_is_decoded_at_a_time_and_tiling_that_somebody_set_is_back_afterwards(vae, monkeypatch):
+def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_were(vae, monkeypatch):
     latents = torch.randn(4, 4, 8, 8)
     pixels = decode.decode_pixels(vae, latents)
     assert vae.shapes == [(1, 8, 8)] * 4
@@ -203,6 +198,12 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_that_somebody_set_is_back_af
     with decode.tiled_where_short(vae, (1024, 1024), vae.device):
         assert vae.tile_latent_min_size == 64
     assert vae.use_tiling and vae.tile_latent_min_size == 8
+    gib, seen = 2**30, {"mem_get_info": (3, 8), "memory_reserved": 4, "memory_allocated": 2}
+    for name, found in seen.items():
+        found = tuple(gib * n for n in found) if isinstance(found, tuple) else gib * found
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert machine.free_gib(torch.device("cuda")) == 5.0
+    assert machine.free_gib(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(("gib", "side", "is_tiled"), [(None, 128, 0), (20.0, 128, 0), (3.0, 128, 1), (2.0, 64, 0)])
@@ -212,15 +213,6 @@ def test_tiles_of_512_px_where_a_whole_picture_does_not_fit(vae, monkeypatch, gi
     assert pixels.shape == (1, 3, 8 * side, 8 * side)
     assert max(side for _, *sides in vae.shapes for side in sides) == (64 if is_tiled else side)
     assert (len(vae.shapes) > 1) == bool(is_tiled) and not vae.use_tiling
-
-
-def test_gpu_memory_counts_what_the_allocator_keeps_for_reuse(monkeypatch):
-    gib, seen = 2**30, {"mem_get_info": (3, 8), "memory_reserved": 4, "memory_allocated": 2}
-    for name, found in seen.items():
-        found = tuple(gib * n for n in found) if isinstance(found, tuple) else gib * found
-        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
-    assert machine.free_gib(torch.device("cuda")) == 5.0
-    assert machine.free_gib(torch.device("cpu")) is None
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 492265168\n"
@@ -290,10 +282,10 @@ def test_what_only_the_loader_can_see_is_one_line_too(base, tiny_base):
 def test_only_the_files_that_are_loaded_need_be_whole(base):
     """A single file is looked at too."""
     shutil.copy(base / UNET, base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    whole = size_of_base(base_folder(TrainConfig(pretrained_model_name_or_path=base)), ("to_q",))
+    whole = memory.size_of_base(base_folder(TrainConfig(pretrained_model_name_or_path=base)), ("to_q",))
     (base / UNET).write_text(POINTER)
     folder = base_folder(TrainConfig(pretrained_model_name_or_path=base, variant="fp16"))
-    assert size_of_base(folder, ("to_q",), "fp16") == whole
+    assert memory.size_of_base(folder, ("to_q",), "fp16") == whole
     with pytest.raises(UserError, match="git-lfs pointer"):
         base_folder(TrainConfig(pretrained_model_name_or_path=base / UNET))
 
@@ -310,7 +302,7 @@ def test_another_vae_is_looked_at_before_a_run_and_before_a_dry_one(base):
     for name, says in names.items():
         given = {"pretrained_model_name_or_path": str(base), "pretrained_vae_model_name_or_path": str(name)}
         with pytest.raises(UserError, match=says) if says else nullcontext():
-            preflight(TrainConfig(**given))
+            checks.preflight(TrainConfig(**given))
 
 
 @pytest.mark.parametrize("name", ["a.fp16", "a.fp16-00001-of-00002", "a-00001-of-00002.fp16"])

@@ -18,8 +18,7 @@ from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings.prompts import Subject
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import prompts, table
 from dreambooth_moslora.training.explain import BestStep, best_of
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_unet
@@ -28,7 +27,7 @@ from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 
-def quick(config: TrainConfig, encoders) -> TrainingEvaluator:
+def quick(config: table.TrainConfig, encoders) -> TrainingEvaluator:
     evaluator = TrainingEvaluator(config, photo_report(config).photos, encoders)
     evaluator.plans = [plan.smaller(2, 1, 1, 1, inference_steps=2) for plan in evaluator.plans]
     return evaluator
@@ -51,7 +50,7 @@ def evaluations(run: RunDir) -> list[dict]:
 def scored(tiny_base, tmp_path):
     """A configuration that is evaluated after each step."""
 
-    def config(name: str = "dog", **options) -> TrainConfig:
+    def config(name: str = "dog", **options) -> table.TrainConfig:
         photos = tmp_path / "photos"
         paint_photos(photos) if not photos.exists() else None
         return tiny_config(tiny_base, photos, tmp_path / name, **{"evaluate_steps": 1} | options)
@@ -85,7 +84,7 @@ def test_an_adapter_that_is_not_finite_gets_no_scores(scored, encoders, tmp_path
     assert not evaluations(RunDir(tmp_path / "dog"))
 
 
-def test_every_evaluation_is_logged_with_its_scores_and_cost(run, encoders):
+def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_learnt(run, encoders, tmp_path):
     """A resumed run remembers those before."""
     events = evaluations(run[1])
     assert [event["step"] for event in events] == [1, 2, 3, 4]
@@ -96,9 +95,11 @@ def test_every_evaluation_is_logged_with_its_scores_and_cost(run, encoders):
         assert event["cost"]["pictures"] == 2 * (2 + 1 + 1) + bare and event["cost"]["seconds"] > 0
     earlier = [(event["step"], event["score"]) for event in events[:2]]
     assert quick(run[0], encoders)._earlier(3) == earlier
+    train(replace(run[0], output_dir=str(tmp_path / "dog"), evaluate_steps=None, find_scale=False))
+    assert adapter_sha256(tmp_path / "dog") == adapter_sha256(run[1].path)
 
 
-def test_the_best_step_is_kept_loadable_and_named_in_the_card(run, tiny_base):
+def test_the_best_step_is_kept_and_the_card_and_the_files_name_it_and_the_scale_that_scores_best(run, tiny_base):
     """Of equal scores it is the first."""
     assert best_of([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
     events = evaluations(run[1])
@@ -110,9 +111,6 @@ def test_the_best_step_is_kept_loadable_and_named_in_the_card(run, tiny_base):
     with Image.open(run[1].path / "loss.png") as plot:
         assert plot.width > 3 * plot.height  # the fidelity plot is beside the loss plot
     assert SubjectPipeline.from_base(tiny_base).load_adapter(run[1].best_dir) == "best"
-
-
-def test_the_scale_that_scores_best_is_in_the_files_and_the_card_without_private_facts(run):
     (event,) = [event for event in run[1].read_metrics() if event["type"] == "scale"]
     assert set(event["by_scale"]) == {"0.4", "0.6", "0.8", "1", "1.2"}
     assert len(set(event["by_scale"].values())) > 1  # the pictures did change
@@ -121,11 +119,6 @@ def test_the_scale_that_scores_best_is_in_the_files_and_the_card_without_private
         assert facts.best_scale == event["best"] and facts.usable_scales == (event["low"], event["high"])
         assert str(run[1].path.parent) not in facts.to_json()
     assert f"Scale {event['best']:g} scored best" in run[1].card_path.read_text()
-
-
-def test_evaluating_does_not_change_what_is_learnt(run, tmp_path):
-    train(replace(run[0], output_dir=str(tmp_path / "dog"), evaluate_steps=None, find_scale=False))
-    assert adapter_sha256(tmp_path / "dog") == adapter_sha256(run[1].path)
 
 
 @pytest.mark.slow
@@ -200,7 +193,7 @@ def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
         assert code == 2 and told in err and "drawing" not in err
     code, _, err = evaluate(save_diffusers_lora(tiny_unet(), tmp_path))
     assert code == 2 and "give --base" in err
-    plan = EvaluationPlan(Subject("sks", "dog"), ("a {} in {curly} beside a {}",), ())
+    plan = EvaluationPlan(prompts.Subject("sks", "dog"), ("a {} in {curly} beside a {}",), ())
     assert plan.texts == ["a dog in {curly} beside a dog"]
 
 

@@ -23,9 +23,7 @@ from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.prompts import Subject
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.explain import figures_from, meanings
-from dreambooth_moslora.training.model_card import score_table
-from dreambooth_moslora.training.publish import draw_fidelity
+from dreambooth_moslora.training import explain, model_card, publish
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
 from toybox.readers.judge import QUESTIONS, Reading
@@ -179,11 +177,8 @@ def test_diversity_is_by_lpips_where_it_is_at_hand_and_drift_stays_on_dino(encod
 def test_the_truth_is_found_beside_toy_photos_only(encoders, tmp_path):
     """And asked of the toy base alone, in places that it knows. A damaged file is one clear line."""
     assert find_truth(tmp_path, encoders) is None
-    for text, said in (
-        ("{", "not valid JSON"),
-        ('{"toy": {"kind": "robot"}}', "KeyError"),
-        ('{"toy": 3}', "TypeError"),
-    ):
+    damaged = {"{": "not valid JSON", '{"toy": {"kind": "robot"}}': "KeyError", '{"toy": 3}': "TypeError"}
+    for text, said in damaged.items():
         (tmp_path / "subject.json").write_text(text)
         with pytest.raises(UserError, match=said):
             find_truth(tmp_path, encoders)
@@ -285,10 +280,10 @@ def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkey
     assert (scores["smile"], scores["smile_of_base"]) == (0.625, 1.25)
     event = {"type": StepEvaluated.kind, "step": 3, "best": {"step": 3, "score": 0.1, "since": 0}, **scores}
     axes = Figure().subplots()
-    draw_fidelity(axes, [event_of(event)])
+    publish.draw_fidelity(axes, [event_of(event)])
     assert "smiles" in axes.get_legend_handles_labels()[1]
-    assert "| smile | 0.625 |" in score_table(SimpleNamespace(scores=event_of(event).scores, best=None))
-    assert "it smiles on 62% of the pictures" in meanings(figures_from([event], TrainConfig()))
+    assert "| smile | 0.625 |" in model_card.score_table(SimpleNamespace(scores=event_of(event).scores, best=None))
+    assert "it smiles on 62% of the pictures" in explain.meanings(explain.figures_from([event], TrainConfig()))
 
 
 ROCKET = Toy("rocket", "white", "red", "striped", "glossy", (0.3, 0.5, -0.2, 0.8), ("flag",))
@@ -347,9 +342,7 @@ def test_confusion_is_the_way_from_the_own_photos_margin_to_the_others():
     assert torch.isfinite(metrics.confusion(own, own[:1], other[:1])).all()
 
 
-def test_pictures_of_the_other_subject_are_confused_and_all_subjects_together_are_their_prompts(
-    evaluators, both, right
-):
+def test_pictures_of_the_other_subject_are_confused_and_all_together_are_their_prompts(evaluators, both, right):
     wrong = [evaluator(drawer(both, swapped=True)) for evaluator in evaluators]
     for good, bad in zip(right, wrong, strict=True):
         assert good.tables["confusion"].shape == (3, 2)

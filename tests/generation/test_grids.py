@@ -139,9 +139,7 @@ def test_a_picture_is_drawn_again_at_its_own_scale(words, tiny_base, drawn, tmp_
     assert "note" not in capsys.readouterr().err
 
 
-def test_another_file_of_the_pictures_adapter_keeps_the_scale_and_is_said(
-    tiny_base, pipeline, drawn, tmp_path, monkeypatch, capsys
-):
+def test_another_file_of_the_adapter_is_said(tiny_base, pipeline, drawn, tmp_path, monkeypatch, capsys):
     """Without a name, one line says which file is missing."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"the picture's adapter 'dog' \(sha256 \w{12}\) is not in runs/.*--adapter"):

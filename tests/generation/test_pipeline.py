@@ -16,15 +16,12 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save
 
-from dreambooth_moslora.adapters.export import publish
-from dreambooth_moslora.adapters.raw_file import save_raw
-from dreambooth_moslora.base import decode
-from dreambooth_moslora.base.load import guidance_rescale, load_pipeline
+from dreambooth_moslora.adapters import export, raw_file
+from dreambooth_moslora.base import decode, load
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME
+from dreambooth_moslora.generation import fixed_seeds, progress
 from dreambooth_moslora.generation import pipeline as gpu_room
-from dreambooth_moslora.generation import progress
-from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.helpers.live_adapters import facts_of, live
@@ -40,8 +37,7 @@ def files(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     unet = SubjectPipeline.from_base(tiny_base).pipeline.unet
     return {
-        "dog": save_diffusers_lora(unet, folder / "dog", seed=1),
-        "cat": save_diffusers_lora(unet, folder / "cat", seed=2),
+        **{name: save_diffusers_lora(unet, folder / name, seed) for name, seed in (("dog", 1), ("cat", 2))},
         "dog_kohya": save_kohya_lora(unet, folder / "dog_kohya.safetensors", seed=1),
     }
 
@@ -225,8 +221,8 @@ def test_a_checkpoint_of_ours_computes_what_its_published_file_computes(pipeline
     """The raw A, M, B of a checkpoint, and the folded file: the same pictures, under names that tell them apart."""
     components = live(lora_alpha=8, mixer="kaiming")
     facts = facts_of(components)
-    publish(components, tmp_path / "rex", "rex", facts)
-    save_raw(components, tmp_path / "rex" / "checkpoint-20" / RAW_NAME, facts)
+    export.publish(components, tmp_path / "rex", "rex", facts)
+    raw_file.save_raw(components, tmp_path / "rex" / "checkpoint-20" / RAW_NAME, facts)
     names = [pipeline.load_adapter(path) for path in (tmp_path / "rex", tmp_path / "rex" / "checkpoint-20")]
     assert names == ["rex", "rex@20"]
     published, raw = (with_adapters(pipeline, **{name: 1.0}) for name in names)
@@ -248,7 +244,7 @@ def test_two_threads_wait_for_each_other_and_drawn_in_the_calling_one_a_picture_
 
 def test_a_preview_is_as_large_as_the_page_shows_it_and_no_larger_than_the_picture(tiny_base):
     """Numbers on the meta device cannot be read: whoever copies them before they are looked at fails."""
-    colours = progress.LatentColours(load_pipeline(tiny_base).vae)
+    colours = progress.LatentColours(load.load_pipeline(tiny_base).vae)
 
     def after_a_step(latents: torch.Tensor) -> progress.Preview:
         """What the watcher emits beside the step."""
@@ -315,7 +311,7 @@ OTHER_DEVICE = "cpu:0"
 """Not the device named `cpu`, but with its memory: here models can really be moved, and draw."""
 
 
-def test_a_small_gpu_holds_one_model_at_a_time_and_draws_the_same(tiny_base, monkeypatch):
+def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_same(tiny_base, monkeypatch, subject):
     """A large one keeps all models, and a size that cannot fit is refused before the first step."""
     offloads, enable = [], StableDiffusionXLPipeline.enable_model_cpu_offload
     noted = lambda self, gpu_id=None, device=None: offloads.append(str(device)) or enable(self, gpu_id, device)  # noqa: E731
@@ -336,6 +332,12 @@ def test_a_small_gpu_holds_one_model_at_a_time_and_draws_the_same(tiny_base, mon
     assert set(offloads) == {OTHER_DEVICE}
     hooked = [part for part in small.pipeline.components.values() if hasattr(part, "_hf_hook")]
     assert not hooked and small.pipeline.device == torch.device("cpu")
+    tiles: list[torch.Size] = []
+    subject.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: tiles.append(inputs[0].shape[-2:]))
+    monkeypatch.setattr(decode, "TILE_PX", 32)
+    monkeypatch.setattr(decode, "free_gib", lambda device: 2**-20)  # the tiny base has 0.6 MiB of weights
+    picture(subject)
+    assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it
 
 
 def free(monkeypatch, gib: float) -> None:
@@ -366,18 +368,7 @@ def test_what_sdxl_may_draw_on_a_card(free_gib, weights_gib, offloads, side_px, 
         home.check_size(3 * side_px, 3 * side_px)
 
 
-def test_the_pipeline_decodes_in_tiles_where_memory_is_short(subject, monkeypatch):
-    tiles: list[torch.Size] = []
-    subject.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: tiles.append(inputs[0].shape[-2:]))
-    monkeypatch.setattr(decode, "TILE_PX", 32)
-    monkeypatch.setattr(decode, "free_gib", lambda device: 2**-20)  # the tiny base has 0.6 MiB of weights
-    picture(subject)
-    assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it
-
-
-def test_a_base_of_zero_terminal_snr_starts_at_pure_noise_and_its_guidance_is_rescaled(
-    tiny_base, tmp_path, monkeypatch
-):
+def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescaled(tiny_base, tmp_path, monkeypatch):
     """As its authors publish it: marked, and with SDXL's own spacing of timesteps. Other bases are drawn as before."""
     velocity = save_tiny_sdxl(tmp_path / "v", prediction_type="v_prediction")
     base = shutil.copytree(velocity, tmp_path / "zero")
@@ -390,14 +381,14 @@ def test_a_base_of_zero_terminal_snr_starts_at_pure_noise_and_its_guidance_is_re
         return call(self, *arguments, num_inference_steps=options.pop("num_inference_steps", 2), **options)
 
     monkeypatch.setattr(StableDiffusionXLPipeline, "__call__", noted)
-    pipeline = load_pipeline(base)
+    pipeline = load.load_pipeline(base)
     pipeline.set_progress_bar_config(disable=True)
     subject = SubjectPipeline(pipeline, "tiny")
     for name in SCHEDULERS:
         scheduler = subject._scheduler(name)
         scheduler.set_timesteps(10)
         assert int(scheduler.timesteps[0]) == 999, name
-    drawn = [picture(subject, guidance_scale=9.0), *generate_images(pipeline, "a dog", [1], (64, 64))]
+    drawn = [picture(subject, guidance_scale=9.0), *fixed_seeds.generate_images(pipeline, "a dog", [1], (64, 64))]
     assert asked == [0.7, 0.7] and all(np.asarray(one).std() > 0 for one in drawn)
-    for other in map(load_pipeline, (tiny_base, velocity)):
-        assert guidance_rescale(other) == 0.0 and other.scheduler.config.timestep_spacing == "leading"
+    for other in map(load.load_pipeline, (tiny_base, velocity)):
+        assert load.guidance_rescale(other) == 0.0 and other.scheduler.config.timestep_spacing == "leading"
