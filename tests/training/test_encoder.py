@@ -13,10 +13,8 @@ from PIL import Image
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save, save_file
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
+from dreambooth_moslora.adapters import metadata, moslora
 from dreambooth_moslora.base import load
-from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.cli.terminal import TerminalProgress
 from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk.events import PhaseProgress, SamplesDrawn
@@ -25,12 +23,10 @@ from dreambooth_moslora.photos.crops import CropPlan, CropRule, resized_size
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan.checks import preflight
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import encoder, prepare
+from dreambooth_moslora.training import encoder, photo_stream, prepare, reporter
 from dreambooth_moslora.training.encoder import PhotoEncoder, PromptCache, TensorCache, collate, fingerprint
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.photo_stream import PhotoStream
 from dreambooth_moslora.training.prepare import fill, prompt_cache, same_everywhere, too_slow_for_samples
-from dreambooth_moslora.training.reporter import RunContext
 from tests.helpers.few_steps import few_steps
 from tests.helpers.texts import embeds_of, equal, pooled_of
 from tests.helpers.threads import as_processes
@@ -54,11 +50,11 @@ def read(tmp_path):
     return find_photos(folder, "a photo of sks dog", 64).photos
 
 
-def stream_of(photos, vae, cache, rule=RULE, **options) -> PhotoStream:
-    return PhotoStream(photos, PhotoEncoder(vae, cache, rule), 0, "instance", **options)
+def stream_of(photos, vae, cache, rule=RULE, **options) -> photo_stream.PhotoStream:
+    return photo_stream.PhotoStream(photos, PhotoEncoder(vae, cache, rule), 0, "instance", **options)
 
 
-def encode_ahead(stream: PhotoStream, sample_count: int) -> int:
+def encode_ahead(stream: photo_stream.PhotoStream, sample_count: int) -> int:
     """Encode what these samples will show; returns the number of views."""
     return len([stream.encoder.encode(*view) for view in stream.views_ahead(sample_count)])
 
@@ -136,9 +132,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_changed_entry_of_the_disk_cache_is_computed_anew_and_so_is_one_of_another_vae(
-    name, pipeline, read, tmp_path
-):
+def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(name, pipeline, read, tmp_path):
     cache = TensorCache(tmp_path / "cache")
     stream = stream_of(read[:1], pipeline.vae, cache)
     expected = stream.at(0)[0].latents
@@ -202,8 +196,8 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
         found.append(embeds_of(prompt_cache(config, pipeline, cpu)([""])).abs().sum().item())
     assert found[0] > 0 == found[1]
     for model in (pipeline.text_encoder, pipeline.text_encoder_2):
-        inject(model, MoSLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-        for _, weights in adapter_parameters(model):
+        moslora.inject(model, moslora.MoSLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        for _, weights in moslora.adapter_parameters(model):
             torch.nn.init.normal_(weights)
     file.unlink()
     assert equal(before, prompt_embeds(prompt)) and file.read_bytes() == content
@@ -252,7 +246,7 @@ def filled(monkeypatch):
         def work(accelerator):
             process = accelerator.process_index
             asked = iter(KEYS[process :: len(caches)])
-            context = RunContext(None, None, accelerator, None, lambda: should_stop(process, next(asked)))
+            context = reporter.RunContext(None, None, accelerator, None, lambda: should_stop(process, next(asked)))
             entries = {key: lambda key=key: {"value": torch.tensor([float(key)])} for key in KEYS}
             assert list(fill(caches[process], context, entries)) == [1, 2, 3, 4, 5]
             return caches[process].computed
@@ -309,8 +303,8 @@ def test_processes_that_see_other_photos_end_in_one_line(monkeypatch):
 def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny_base, photos, tmp_path, monkeypatch):
     load, loaded, seen = prepare.load_base, [], []
 
-    def load_base(*arguments):
-        pipeline = load(*arguments)
+    def load_base(*given):
+        pipeline = load(*given)
         loaded.append(ref(pipeline.vae))
         return pipeline
 
@@ -331,15 +325,12 @@ def test_only_what_the_steps_will_show_is_encoded(tiny_base, photos, tmp_path):
 
 
 def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog, monkeypatch):
-    for device, dtype, has_bf16, advice in (
-        ("cuda", torch.float32, False, "--mixed_precision bf16"),
-        ("cuda", torch.bfloat16, False, None),
-        ("cpu", torch.float32, False, None),
-        ("cpu", torch.bfloat16, True, None),
-        ("cpu", torch.bfloat16, False, "--mixed_precision no"),
-    ):
+    single, half = torch.float32, torch.bfloat16
+    cases = [("cuda", single, False, "--mixed_precision bf16"), ("cpu", half, False, "--mixed_precision no")]
+    cases += [("cuda", half, False, None), ("cpu", single, False, None), ("cpu", half, True, None)]
+    for device, dtype, has_bf16, advice in cases:
         monkeypatch.setattr(encoder, "has_fast_bf16", lambda has_bf16=has_bf16: has_bf16)
-        pipeline, where = load_pipeline(tiny_base, dtype=dtype), torch.device(device)
+        pipeline, where = load.load_pipeline(tiny_base, dtype=dtype), torch.device(device)
         caplog.clear()
         encoder.warn_of_slow_precision(pipeline, where)
         assert not caplog.records
@@ -396,7 +387,7 @@ def test_a_file_that_cannot_be_gone_on_from_is_said_before_the_base_is_loaded(co
         return str(error.value)
 
     note = {"word": "sks", "count": 2, "file": "dog_emb.safetensors", "sha256": "0" * 64}
-    save_file(load_file(file), file, {"moslora": AdapterMetadata(4, 4.0, tokens=note).to_json()})
+    save_file(load_file(file), file, {"moslora": metadata.AdapterMetadata(4, 4.0, tokens=note).to_json()})
     assert "it has learnt new tokens for 'sks'" in said()
     file.write_bytes(b"no adapter")
     assert "it is not a safetensors file" in said()
@@ -404,19 +395,9 @@ def test_a_file_that_cannot_be_gone_on_from_is_said_before_the_base_is_loaded(co
     assert "there is no such file or folder" in said()
 
 
-def test_on_a_cpu_with_a_large_base_there_are_no_samples_unless_they_are_asked_for(tmp_path, photos, caplog):
-    """The tiny base, said to draw 512 px."""
-    pipeline, events = tiny_sdxl(tmp_path), []
-    pipeline.unet.register_to_config(sample_size=64)
-    pipeline.save_pretrained(tmp_path / "model")
-    config = tiny_config(tmp_path / "model", photos, tmp_path / "run", max_train_steps=1)
-    train(type(config).from_dict(config.to_dict() | {"num_validation_images": None}), events.append)
-    assert not [event for event in events if isinstance(event, SamplesDrawn)]
-    (said,) = [line for line in caplog.messages if "No sample images are drawn" in line]
-    assert "--num_validation_images 4" in said
+def test_on_a_cpu_with_a_large_base_there_are_no_samples_unless_they_are_asked_for(subject, tmp_path, photos, caplog):
+    """The tiny base, said to draw 512 px. Only the default is left out."""
 
-
-def test_only_the_default_is_left_out(subject, tmp_path):
     def is_left_out(device="cpu", px=64, **asked):
         subject.pipeline.unet.register_to_config(sample_size=px)
         config = tiny_config(tmp_path, tmp_path, tmp_path, **{"num_validation_images": None} | asked)
@@ -426,6 +407,14 @@ def test_only_the_default_is_left_out(subject, tmp_path):
     assert is_left_out() and not is_left_out(device="cuda") and not is_left_out(px=16)
     for asked in ({"num_validation_images": 4}, {"validation_prompt": "a dog"}, {"validation_steps": 9}):
         assert not is_left_out(**asked)
+    pipeline, events = tiny_sdxl(tmp_path), []
+    pipeline.unet.register_to_config(sample_size=64)
+    pipeline.save_pretrained(tmp_path / "model")
+    config = tiny_config(tmp_path / "model", photos, tmp_path / "run", max_train_steps=1)
+    train(type(config).from_dict(config.to_dict() | {"num_validation_images": None}), events.append)
+    assert not [event for event in events if isinstance(event, SamplesDrawn)]
+    (said,) = [line for line in caplog.messages if "No sample images are drawn" in line]
+    assert "--num_validation_images 4" in said
 
 
 @pytest.mark.slow

@@ -17,8 +17,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
-from dreambooth_moslora.adapters.moslora import disabled
-from dreambooth_moslora.adapters.raw_file import read_raw
+from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepDone, events_of, record_of
 from dreambooth_moslora.disk.queue import LOCK_NAME, locked
@@ -124,7 +123,7 @@ def test_the_adapter_lowers_the_loss_on_equal_noise(tiny_base, tmp_path, train_s
     losses = lambda: sum(float(train_steps[0].micro_batch_loss(n).total) for n in range(1000, 1008))  # noqa: E731
     with torch.no_grad():
         trained = losses()
-        with disabled(train_steps[0].components["unet"]):
+        with moslora.disabled(train_steps[0].components["unet"]):
             untrained = losses()
     assert trained < 0.95 * untrained  # 0.89 was seen
 
@@ -152,7 +151,7 @@ class Left:
         self.steps = events_of(StepDone, RunDir(folder).read_metrics())
         self.loss, self.lr = self.steps[0].loss, [step.lr for step in self.steps]
         checkpoint, by_kind = RunDir(folder).latest_checkpoint(), defaultdict(list)
-        raw, self.facts = read_raw(checkpoint / "moslora_weights.safetensors")
+        raw, self.facts = raw_file.read_raw(checkpoint / "moslora_weights.safetensors")
         for name, tensor in raw.items():
             by_kind[name.rpartition(".")[2]].append(tensor)
         self.modules = {name.split(".")[0] for name in raw}
@@ -274,9 +273,7 @@ def test_min_snr_weighs_the_instance_loss_leaves_the_prior_alone_and_is_refused_
         train(tiny_config(base, photos, tmp_path / "run", snr_gamma=5.0))
 
 
-def test_prior_losses_are_logged_apart_and_every_second_prior_prompt_is_the_class_prompt(
-    run, tiny_base, photos, tmp_path
-):
+def test_prior_losses_are_logged_apart_and_every_second_prompt_is_the_class_s(run, tiny_base, photos, tmp_path):
     events, _ = run(with_prior_preservation=True, prior_loss_weight=0.5, max_train_steps=2)
     for event in steps(events):
         assert event.loss == pytest.approx(event.loss_instance + 0.5 * event.loss_prior, rel=1e-5)

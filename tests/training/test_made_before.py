@@ -17,15 +17,11 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.masks import Segmenter, open_mask
-from dreambooth_moslora.settings.rules import remarks
-from dreambooth_moslora.settings.sources import recipe_of
-from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import made_before
+from dreambooth_moslora.settings import rules, sources, table
+from dreambooth_moslora.training import dry_run, made_before, reporter
 from dreambooth_moslora.training.class_images import ClassImages, shares
-from dreambooth_moslora.training.dry_run import made_lines
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.made_before import planned, usable_class_photos
-from dreambooth_moslora.training.reporter import RunContext
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_clipseg import save_tiny_clipseg
@@ -51,9 +47,7 @@ def found_everywhere(monkeypatch):
 
 
 @pytest.mark.slow
-def test_masks_are_made_once_weigh_the_loss_and_leave_the_photos_alone(
-    auto, photos, tmp_path, found_everywhere, monkeypatch
-):
+def test_masks_are_made_once_weigh_the_loss_and_spare_the_photos(auto, photos, tmp_path, found_everywhere, monkeypatch):
     asked, ask = [], Segmenter.mask
     monkeypatch.setattr(Segmenter, "mask", lambda self, image: asked.append(self.word) or ask(self, image))
     before = sorted(path.name for path in photos.iterdir())
@@ -91,9 +85,9 @@ def test_a_persons_mask_needs_no_model(tiny_base, photos, tmp_path):
 def test_a_dry_run_says_what_would_be_made_advice_what_has_no_effect(tiny_base, photos, tmp_path):
     """The published file tells of captions that are made."""
 
-    def lines(base, **changes) -> tuple[list[str], str, TrainConfig]:
+    def lines(base, **changes) -> tuple[list[str], str, table.TrainConfig]:
         config = tiny_config(base, photos, tmp_path / "run", **changes)
-        return made_lines(config, photo_report(config)), "\n".join(remarks(config)), config
+        return dry_run.made_lines(config, photo_report(config)), "\n".join(rules.remarks(config)), config
 
     said, advice, _ = lines("toy", masks="auto", mask_prompt="dog")
     assert said[-1] == "masks: 2 photos have none; toy-segmenter makes them before training"
@@ -107,7 +101,7 @@ def test_a_dry_run_says_what_would_be_made_advice_what_has_no_effect(tiny_base, 
     assert line == "captions: 1 photos have none of their own; toy-sdxl makes them before training"
     said, advice, given = lines("toy", caption_model="x/y")
     assert said == [share] and "--caption_model has no effect" in advice
-    assert recipe_of(auto)["captions"] == "auto" and "captions" not in recipe_of(given)
+    assert sources.recipe_of(auto)["captions"] == "auto" and "captions" not in sources.recipe_of(given)
 
 
 def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(auto, photos, tmp_path, found_everywhere):
@@ -165,7 +159,7 @@ def made(monkeypatch, tmp_path, pets):
 
     def make(count: int, is_full=lambda process, done: False) -> tuple[list, list[int], dict[str, bytes]]:
         folder, done = tmp_path / f"run_{count}", [0] * count
-        config = TrainConfig(subjects=tables, masks="auto", captions="auto", output_dir=str(folder))
+        config = table.TrainConfig(subjects=tables, masks="auto", captions="auto", output_dir=str(folder))
 
         def asking(kind, answer):
             """What loads a Segmenter or a Captioner that answers so, on a device that tells its process."""
@@ -186,7 +180,7 @@ def made(monkeypatch, tmp_path, pets):
             accelerator.device = torch.device("cpu", accelerator.process_index)
             accelerator.reduce = lambda votes, kind: votes  # nobody asks for a stop
             report = SimpleNamespace(counted=lambda phase, counts, total: counts, failure=None)
-            context = RunContext(config, RunDir(folder), accelerator, report, bool)
+            context = reporter.RunContext(config, RunDir(folder), accelerator, report, bool)
             found = made_before.captioned_photos(context, made_before.masked_photos(context, pets))
             return [(photo.captions, photo.mask_path.name) for photo in found]
 
@@ -222,7 +216,7 @@ def dogs(folder, seed=7, size=(8, 8)):
 
 
 def wanted(count):
-    return TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=count, resolution=8)
+    return table.TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=count, resolution=8)
 
 
 def taken(folder, *sets):
@@ -274,18 +268,9 @@ def test_only_what_is_missing_or_cannot_be_read_is_generated_and_batches_stay_wh
     assert top_up(images, 8) == [] and len(top_up(images, 10)) == 1
 
 
-def test_images_of_another_prompt_are_known_as_stale_and_a_persons_own_are_not(tmp_path):
-    own, cats = dogs(tmp_path), ClassImages(tmp_path, "a cat", "toy", 7, (8, 8))
-    top_up(own, 2)
-    top_up(cats, 2)
-    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
-    paths = list(tmp_path.glob("*.png"))
-    assert {path.name for path in cats.stale(paths)} == {own.name(0), own.name(1)}
-    assert {path.name for path in set(paths) - cats.generated(paths)} == {"mine.png"}
-
-
-def test_sets_of_other_sizes_are_stale_stand_beside_the_first_and_their_manifest_says_so(tmp_path):
-    square, wide = dogs(tmp_path), dogs(tmp_path, size=(8, 16))
+def test_images_of_another_prompt_or_size_are_known_as_stale_and_a_persons_own_are_not(tmp_path):
+    """Sets of several sizes stand beside each other, and their manifest says so."""
+    square, wide, cats = dogs(tmp_path), dogs(tmp_path, size=(8, 16)), ClassImages(tmp_path, "a cat", "toy", 7, (8, 8))
     top_up(square, 1)
     assert wide.stale(list(tmp_path.glob("*.png"))) == set(tmp_path.glob("*.png")) != set()
     top_up(wide, 2)
@@ -294,6 +279,11 @@ def test_sets_of_other_sizes_are_stale_stand_beside_the_first_and_their_manifest
     assert Image.open(tmp_path / wide.name(1)).size == (16, 8)
     assert top_up(wide, 2) == top_up(square, 1) == []
     assert taken(tmp_path, (square, 1), (wide, 2)) == [square.name(0), wide.name(0), wide.name(1)]
+    top_up(cats, 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    paths = list(tmp_path.glob("*.png"))
+    assert {path.name for path in cats.stale(paths)} == {square.name(0), wide.name(0), wide.name(1)}
+    assert {path.name for path in set(paths) - cats.generated(paths)} == {"mine.png"}
 
 
 def test_a_generated_image_that_opens_with_other_pixels_is_drawn_again_and_said_once(tmp_path, caplog):
@@ -331,10 +321,9 @@ def test_a_manifest_with_one_bit_flipped_or_without_digests_ends_with_the_same_i
     assert top_up(dogs(tmp_path, seed=8), 2) == []
 
 
-DAMAGES = ['{"class_', "[1, 2]", '{"a.png": 3}', "", "[" * 100_000, None]
-
-
-@pytest.mark.parametrize("text", DAMAGES, ids=lambda text: text[:8] if text else str(text))
+@pytest.mark.parametrize(
+    "text", ['{"class_', "[1, 2]", '{"a.png": 3}', "", "[" * 100_000, None], ids=lambda text: str(text)[:8]
+)
 def test_a_damaged_manifest_makes_the_generated_images_stale_and_nobodys_own(tmp_path, text):
     images, manifest = dogs(tmp_path), tmp_path / "manifest.json"
     top_up(images, 2)

@@ -15,15 +15,13 @@ import torch
 
 from benchmarks.fault_runs import build_shim
 from benchmarks.faults import preloading
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
-from dreambooth_moslora.adapters.raw_file import adapter_metadata, read_tensors, write_file
+from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, RunDir
 from dreambooth_moslora.training import checkpoint as checkpoints
-from dreambooth_moslora.training import loop
+from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training.checkpoint import Position, check_resumed, check_whole, find_checkpoint
-from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
@@ -143,9 +141,7 @@ def test_the_share_of_the_bare_prompt_counts_and_is_said(tiny_base, photos, tmp_
 
 
 @pytest.mark.slow
-def test_the_metrics_of_a_resumed_run_have_each_step_once_a_new_learning_rate_and_the_seed_that_was_drawn(
-    tiny_base, photos, tmp_path
-):
+def test_a_resumed_run_has_each_step_once_the_new_learning_rate_and_the_seed_it_drew(tiny_base, photos, tmp_path):
     rate = {"learning_rate": 5e-3, "resume_from_checkpoint": "latest"}
     train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None), *stop_at(2))
     drawn = RunDir(tmp_path / "run").read_metrics()[0]["config"]["seed"]
@@ -163,7 +159,7 @@ def test_latest_without_a_checkpoint_begins_anew_and_says_so(tiny_base, photos, 
     """A dry run names what is not complete."""
     config = tiny_config(tiny_base, photos, tmp_path, resume_from_checkpoint="latest")
     (tmp_path / "checkpoint-4").mkdir()
-    describe_run(config)
+    dry_run.describe_run(config)
     assert "(checkpoint-4: not complete, or another program's); starting at step 0" in caplog.text
     (tmp_path / "checkpoint-4").rmdir()
     caplog.clear()
@@ -208,9 +204,7 @@ def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_calle
     assert (run.path / "earlier_run_2" / "last" / "position.json").is_file()
 
 
-def test_latest_passes_by_a_damaged_last_and_a_best_step_that_will_be_done_again_goes_aside(
-    tiny_base, photos, tmp_path, monkeypatch
-):
+def test_latest_passes_by_a_damaged_last_and_a_later_best_goes_aside(tiny_base, photos, tmp_path, monkeypatch):
     """An earlier one stays. A run in a fresh folder can be watched while it is prepared."""
     seen, prepare, run = [], loop.prepare, RunDir(tmp_path / "run")
     monkeypatch.setattr(loop, "prepare", lambda *given: seen.extend(run.read_metrics()) or prepare(*given))
@@ -275,9 +269,7 @@ def test_the_same_settings_an_unnamed_seed_and_an_early_position_file_go_on(fini
             check_resumed(finished[1](**change), checkpoint, position)
 
 
-def test_the_settings_file_of_an_earlier_version_goes_on_and_says_which_removed_setting_shaped_it(
-    finished, checkpoint, tmp_path, caplog
-):
+def test_settings_of_an_earlier_version_go_on_and_a_removed_one_is_said(finished, checkpoint, tmp_path, caplog):
     shutil.copytree(finished[0], tmp_path / "run")
     file = RunDir(tmp_path / "run").config_path
     old = {"new_backgrounds": 0, "background_scenes": [], "output_dir": str(tmp_path / "run")}
@@ -286,10 +278,10 @@ def test_the_settings_file_of_an_earlier_version_goes_on_and_says_which_removed_
     assert train(parse_train_config(["--config", str(file), *flags])).step == 3
     assert not {"new_backgrounds", "background_scenes"} & json.loads(file.read_text()).keys()
     position = check_whole(checkpoint)
-    tensors, header = read_tensors(checkpoint / RAW_NAME)
+    tensors, header = raw_file.read_tensors(checkpoint / RAW_NAME)
     facts = json.loads(header["moslora"])
     facts["recipe"]["new_backgrounds"] = 3
-    write_file(checkpoint / RAW_NAME, tensors, {**header, "moslora": json.dumps(facts)})
+    raw_file.write_file(checkpoint / RAW_NAME, tensors, {**header, "moslora": json.dumps(facts)})
     caplog.clear()
     check_resumed(finished[1](), checkpoint, position)
     (said,) = caplog.messages
@@ -473,9 +465,9 @@ def test_a_full_disk_is_told_as_one_and_costs_no_checkpoint(tmp_path):
         pytest.skip("needs the right to mount")
     try:
         unet, run = tiny_unet(), RunDir(tmp_path)
-        inject(unet, MoSLoraConfig(r=32, target_modules=["to_q"]))
-        optimizer = torch.optim.AdamW([p for _, p in adapter_parameters(unet)], lr=1e-3)
-        parts = ({"unet": unet}, adapter_metadata({"unet": unet}), optimizer)
+        moslora.inject(unet, moslora.MoSLoraConfig(r=32, target_modules=["to_q"]))
+        optimizer = torch.optim.AdamW([p for _, p in moslora.adapter_parameters(unet)], lr=1e-3)
+        parts = ({"unet": unet}, raw_file.adapter_metadata({"unet": unet}), optimizer)
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
