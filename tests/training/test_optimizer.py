@@ -20,11 +20,10 @@ from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.settings.optimizers import OPTIMIZERS, OptimizerKind
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training import loop, publish
 from dreambooth_moslora.training import optimizer as optimizers
 from dreambooth_moslora.training.checkpoint import restore_weights
-from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.optimizer import FlatProdigy, MovingAverage, make_optimizer, parameter_groups
-from dreambooth_moslora.training.publish import ValidationSamples
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 
@@ -107,7 +106,7 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
     sizes["optimizer"] = "RAdam"
     whole, half = (tiny_config(tiny_base, photos, tmp_path / name, **sizes) for name in ("whole", "half"))
     for config in (whole, replace(half, max_train_steps=2), replace(half, resume_from_checkpoint="latest")):
-        train(config)
+        loop.train(config)
     saved = torch.load(tmp_path / "half" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     assert all("exp_avg_sq" in state for state in saved["state"].values())
     assert adapter_sha256(tmp_path / "half") == adapter_sha256(tmp_path / "whole")
@@ -235,7 +234,7 @@ def bytes_of(tensors) -> set[bytes]:
 @pytest.mark.slow
 def test_the_steps_are_those_without_an_average_and_the_checkpoint_holds_both(tiny_base, tmp_path, monkeypatch):
     """Samples are drawn with the average."""
-    photos, draw, drawn = paint_photos(tmp_path / "photos"), ValidationSamples.draw, {}
+    photos, draw, drawn = paint_photos(tmp_path / "photos"), publish.ValidationSamples.draw, {}
 
     def note(samples, step, sampler, accelerator):
         named = sampler.pipeline.unet.named_parameters()
@@ -243,10 +242,10 @@ def test_the_steps_are_those_without_an_average_and_the_checkpoint_holds_both(ti
         return draw(samples, step, sampler, accelerator)
 
     sizes = {"max_train_steps": 3, "checkpointing_steps": 1}
-    train(tiny_config(tiny_base, photos, tmp_path / "plain", **sizes))
-    monkeypatch.setattr(ValidationSamples, "draw", note)
+    loop.train(tiny_config(tiny_base, photos, tmp_path / "plain", **sizes))
+    monkeypatch.setattr(publish.ValidationSamples, "draw", note)
     shown = {"num_validation_images": 1, "validation_steps": 3, "use_ema": True}
-    train(tiny_config(tiny_base, photos, tmp_path / "averaged", **sizes, **shown))
+    loop.train(tiny_config(tiny_base, photos, tmp_path / "averaged", **sizes, **shown))
     plain = [load_file(tmp_path / "plain" / f"checkpoint-{step}" / RAW_NAME) for step in (1, 2, 3)]
     checkpoint = tmp_path / "averaged" / "checkpoint-3"
     weights = torch.load(checkpoint / "weights.pt", weights_only=True)["weights"]
