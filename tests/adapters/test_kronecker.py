@@ -11,7 +11,7 @@ from torch import nn
 from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, fold, inject, matrices_of
 from dreambooth_moslora.adapters.raw_file import load_raw, read_raw, save_raw
-from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.plan.checks import check_settings
