@@ -14,20 +14,11 @@ from safetensors.torch import load_file, save, save_file
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure, small_unet
 from benchmarks.sdxl_structure import count
-from dreambooth_moslora.adapters import moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters import lora_file, metadata, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe, reduce_layers
 from dreambooth_moslora.adapters.kohya_file import kohya_name
-from dreambooth_moslora.adapters.lora_file import check_fits, fold_raw, read_adapter
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank
-from dreambooth_moslora.adapters.moslora import (
-    MoSLoraConfig,
-    adapter_layers,
-    adapter_parameters,
-    fold,
-    inject,
-    set_scale,
-)
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.published_file import load_published, publish
 from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, model_config, read_tensors, save_raw
 from dreambooth_moslora.core import UserError
@@ -39,17 +30,11 @@ from tests.helpers.tiny_families import tiny_pipeline
 KOHYA = "dog.kohya.safetensors"
 
 
-@pytest.mark.parametrize(
-    ("kind", "variant"),
-    [
-        ("orthogonal", "alpha ≠ r"),
-        ("orthogonal", "rank pattern"),
-        ("identity", "rsLoRA"),
-        ("kaiming", "DoRA"),
-        ("butterfly", "alpha = r"),
-        ("none", "rank pattern"),
-    ],
-)
+PAIRS = [("orthogonal", "alpha ≠ r"), ("orthogonal", "rank pattern"), ("identity", "rsLoRA"), ("kaiming", "DoRA")]
+PAIRS += [("butterfly", "alpha = r"), ("none", "rank pattern")]
+
+
+@pytest.mark.parametrize(("kind", "variant"), PAIRS)
 def test_an_untouched_diffusers_computes_the_live_output(kind, variant, tmp_path):
     assert max(measure(kind, variant, tmp_path).values()) <= BOUND
 
@@ -99,7 +84,8 @@ def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
     assert len(described["ranks"]) > 1 and described["effective_rank_median"] > 1
 
 
-def test_the_proof_names_its_files_and_is_near(dog):
+def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools_show(dog):
+    """And no file tells where it was made."""
     folder, _, found = dog
     assert found.files == (PUBLISHED_NAME, KOHYA) and all((folder / f).is_file() for f in found.files)
     assert 0 < found.max_relative_difference < 1e-6 and found.projections == 112
@@ -107,6 +93,22 @@ def test_the_proof_names_its_files_and_is_near(dog):
     assert not list(folder.glob(".*")), "scratch is left behind"
     sdxl = count(4)
     assert (sdxl["projections"], round(sdxl["a_and_b"], 2), round(sdxl["mixers"], 3)) == (560, 5.81, 0.009)
+    folder, components, _ = dog
+    tensors, header = load_file(folder / KOHYA), header_of(folder / KOHYA)
+    names = {key.split(".")[0] for key in tensors}
+    assert len(names) == sum(len(adapter_layers(m)) for m in components.values())
+    for name in names:
+        assert tensors[f"{name}.alpha"] == tensors[f"{name}.lora_down.weight"].shape[0] == 4
+    unet = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"}
+    assert names >= unet | {f"lora_te{n}_text_model_encoder_layers_0_self_attn_q_proj" for n in (1, 2)}
+    assert header["modelspec.title"] == header["ss_output_name"] == "dog"
+    assert header["modelspec.trigger_phrase"] == "sks dog" and header["modelspec.architecture"].endswith("/lora")
+    assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
+    assert header["modelspec.resolution"] == "1024x1024"
+    assert facts_of(components, base_id=folder / "private" / "toy-sdxl").base_id == "toy-sdxl"
+    for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
+        text = json.dumps(header_of(folder / file))
+        assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(folder.parent)))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
@@ -132,7 +134,7 @@ def test_the_header_of_a_folded_file_says_alpha_equal_to_the_rank(options, tmp_p
     assert facts_of(components).alpha == 11
     published(components, tmp_path)
     for name in (PUBLISHED_NAME, KOHYA):
-        told = AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
+        told = metadata.AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
         assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
     tensors = load_file(tmp_path / PUBLISHED_NAME)
     assert {tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key} == {rank}
@@ -162,13 +164,13 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
     for path, layer in with_settings.items():
         assert torch.equal(proof.delta(layer, proof.STOCK), proof.delta(without[path], proof.STOCK))
     pipeline = tiny_pipeline("flux", tmp_path / "again")
-    check_fits(read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline, "flux")
+    lora_file.check_fits(lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline, "flux")
 
 
 def test_the_scale_of_the_moment_is_not_published(tmp_path):
     components = live()
     wanted = published(components, tmp_path / "a")
-    set_scale(components["unet"], 0.1)
+    moslora.set_scale(components["unet"], 0.1)
     published(components, tmp_path / "b")
     files = [load_file(tmp_path / f / PUBLISHED_NAME) for f in "ab"]
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
@@ -197,22 +199,14 @@ KOHYA_ALPHA, SWAPPED = (published_file, "kohya_tensors", doubled), (published_fi
 SKIPPED = (published_file, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
 
-@pytest.mark.parametrize(
-    ("mistake", "options", "keep", "said"),
-    [
-        (NO_MIXER, {}, 1.0, DIFFERS),
-        (NO_ALPHA, {}, 1.0, DIFFERS),
-        (KOHYA_ALPHA, {}, 1.0, DIFFERS),
-        (SWAPPED, {}, 1.0, DIFFERS),
-        (SWAPPED, {"target_modules": ["attn2.to_k"]}, 1.0, "the stock loader refuses it"),  # it is not square
-        (SKIPPED, {}, 1.0, "adapts other modules"),
-        (NO_MIXER, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01"),
-        (NO_ALPHA, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01"),
-    ],
-)
-def test_a_mistake_in_the_export_is_caught_by_the_proof_and_nothing_is_left(
-    mistake, options, keep, said, monkeypatch, tmp_path
-):
+MISTAKES = [(mistake, {}, 1.0, DIFFERS) for mistake in (NO_MIXER, NO_ALPHA, KOHYA_ALPHA, SWAPPED)]
+MISTAKES += [(SWAPPED, {"target_modules": ["attn2.to_k"]}, 1.0, "the stock loader refuses it")]  # it is not square
+MISTAKES += [(SKIPPED, {}, 1.0, "adapts other modules")]
+MISTAKES += [(mistake, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01") for mistake in (NO_MIXER, NO_ALPHA)]
+
+
+@pytest.mark.parametrize(("mistake", "options", "keep", "said"), MISTAKES)
+def test_a_mistake_in_the_export_is_caught_by_the_proof(mistake, options, keep, said, monkeypatch, tmp_path):
     owner, name, wrong = mistake
     components = live(**{"target_modules": ["attn1.to_q", "attn1.to_k"]} | options)
     real = getattr(owner, name)
@@ -250,26 +244,6 @@ def test_nan_merged_adapters_and_names_of_no_file_are_not_saved(tmp_path):
         layer.lora_A["default"].weight.data[0, 0] = value
         refused("NaN or infinite", components)
     assert not folder.exists() or not list(folder.iterdir())
-
-
-def test_the_kohya_file_has_every_module_alpha_is_the_rank_and_its_header_says_what_the_tools_show(dog):
-    """And no file tells where it was made."""
-    folder, components, _ = dog
-    tensors, header = load_file(folder / KOHYA), header_of(folder / KOHYA)
-    names = {key.split(".")[0] for key in tensors}
-    assert len(names) == sum(len(adapter_layers(m)) for m in components.values())
-    for name in names:
-        assert tensors[f"{name}.alpha"] == tensors[f"{name}.lora_down.weight"].shape[0] == 4
-    unet = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"}
-    assert names >= unet | {f"lora_te{n}_text_model_encoder_layers_0_self_attn_q_proj" for n in (1, 2)}
-    assert header["modelspec.title"] == header["ss_output_name"] == "dog"
-    assert header["modelspec.trigger_phrase"] == "sks dog" and header["modelspec.architecture"].endswith("/lora")
-    assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
-    assert header["modelspec.resolution"] == "1024x1024"
-    assert facts_of(components, base_id=folder / "private" / "toy-sdxl").base_id == "toy-sdxl"
-    for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
-        text = json.dumps(header_of(folder / file))
-        assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(folder.parent)))
 
 
 def test_keep_publishes_smaller_files_that_are_proved_too_and_the_reduction_is_the_best_there_is(tmp_path):
@@ -379,7 +353,7 @@ def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         loaded_by_diffusers(tiny_unet(), tmp_path / RAW_NAME)
     if "conv1" in options.get("target_modules", ()):
-        folded, published = fold_raw(tmp_path / RAW_NAME), fold(components["unet"])
+        folded, published = lora_file.fold_raw(tmp_path / RAW_NAME), fold(components["unet"])
         for path, layer in published.items():
             assert torch.equal(folded[f"unet.{path}.lora_A.weight"], layer.down)
             assert torch.allclose(folded[f"unet.{path}.lora_B.weight"], layer.up, atol=1e-6)
@@ -451,24 +425,16 @@ def raw(tmp_path_factory):
     return folder
 
 
-HOSTILE = {
-    "rank 8": {"rank": 8},
-    "rank in words": {"rank": "four"},
-    "no scale": {"alpha": float("nan")},
+HOSTILE = {"rank 8": {"rank": 8}, "rank in words": {"rank": "four"}, "no scale": {"alpha": float("nan")}}
+HOSTILE |= {
     "an endless scale": {"alpha": 10**400},
     "alphas": {"alphas": {"unet.x": "y"}},
-    "mixer": {"mixer": ["orthogonal"]},
     "no mixer": {"mixer": "none"},
-    "dora": {"use_dora": True},
-    "trigger words": {"trigger_words": 5},
-    "versions": {"versions": ["1"]},
-    # copy_ would repeat a single row
-    "one row": lambda t: t[:1].clone(),
-    "a vector": lambda t: t[:, 0].clone(),
-    "three dimensions": lambda t: t[None].clone(),
-    "five dimensions": lambda t: t[:, None, None, None].clone(),
-    "whole numbers": lambda t: t.int(),
 }
+HOSTILE |= {"mixer": {"mixer": ["orthogonal"]}, "dora": {"use_dora": True}, "trigger words": {"trigger_words": 5}}
+HOSTILE |= {"versions": {"versions": ["1"]}, "whole numbers": lambda t: t.int()}
+HOSTILE |= {"one row": lambda t: t[:1].clone(), "a vector": lambda t: t[:, 0].clone()}  # copy_ would repeat a row
+HOSTILE |= {"three dimensions": lambda t: t[None].clone(), "five dimensions": lambda t: t[:, None, None, None].clone()}
 
 
 def with_facts(folder, path, tensors: dict | None = None, **facts):
@@ -514,15 +480,12 @@ def test_a_structure_from_a_file_builds_parts_of_sdxl_only_and_does_not_choose_t
     assert model.config._attn_implementation != "somebody/kernel"
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("UNet2DConditionModel", {"layers_per_block": 3000}),
-        ("UNet2DConditionModel", {"layers_per_block": [1, 1, 60], "transformer_layers_per_block": [[9], 1, 900]}),
-        ("UNet2DConditionModel", {"down_block_types": ["DownBlock2D"] * 3000}),
-        ("CLIPTextModel", {"num_hidden_layers": 10**400}),
-    ],
-)
+ENDLESS = [("UNet2DConditionModel", {"layers_per_block": 3000}), ("CLIPTextModel", {"num_hidden_layers": 10**400})]
+ENDLESS += [("UNet2DConditionModel", {"down_block_types": ["DownBlock2D"] * 3000})]
+NESTED = {"layers_per_block": [1, 1, 60], "transformer_layers_per_block": [[9], 1, 900]}
+
+
+@pytest.mark.parametrize(("name", "changes"), [*ENDLESS, ("UNet2DConditionModel", NESTED)])
 def test_a_file_does_not_have_us_build_for_minutes(name, changes, monkeypatch):
     monkeypatch.setattr("dreambooth_moslora.adapters.raw_file.build", lambda *_: pytest.fail("it is built"))
     model = tiny_unet() if name.startswith("UNet") else text_encoders()["text_encoder"]

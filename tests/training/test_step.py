@@ -17,9 +17,8 @@ from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.plan.memory import speed_of
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import loop
+from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training import step as train_step
-from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import Training, train
 from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny import tiny_unet
@@ -131,28 +130,22 @@ def drawn_by(unet) -> torch.Tensor:
     return unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 48), added_cond_kwargs=added).sample
 
 
-@pytest.mark.parametrize(
-    ("changes", "device", "steps", "compiled", "searches"),
-    [
-        ({}, "cuda", 1000, True, True),
-        ({}, "cuda", 999, False, False),
-        ({}, "cpu", 10**6, False, False),
-        ({"resolution": 512}, "cuda", 1000, False, False),
-        ({"gradient_accumulation_steps": 2}, "cuda", 500, True, True),
-        ({"with_prior_preservation": True, "class_prompt": "a dog"}, "cuda", 500, True, True),
-        ({"enable_bucket": True}, "cuda", 1000, True, False),
-        ({"base_quantization": "nf4"}, "cuda", 1000, False, True),
-        ({"compile": "off"}, "cuda", 1000, False, True),
-        ({"compile": "on"}, "cpu", 1, True, False),
-    ],
-)
+CHOSEN = [({}, "cuda", 1000, True, True), ({}, "cuda", 999, False, False), ({}, "cpu", 10**6, False, False)]
+CHOSEN += [({"resolution": 512}, "cuda", 1000, False, False), ({"enable_bucket": True}, "cuda", 1000, True, False)]
+CHOSEN += [({"gradient_accumulation_steps": 2}, "cuda", 500, True, True)]
+CHOSEN += [({"with_prior_preservation": True, "class_prompt": "a dog"}, "cuda", 500, True, True)]
+CHOSEN += [({"base_quantization": "nf4"}, "cuda", 1000, False, True), ({"compile": "off"}, "cuda", 1000, False, True)]
+CHOSEN += [({"compile": "on"}, "cpu", 1, True, False)]
+
+
+@pytest.mark.parametrize(("changes", "device", "steps", "compiled", "searches"), CHOSEN)
 def test_only_a_long_run_on_a_gpu_is_compiled_by_itself(changes, device, steps, compiled, searches):
     speed = speed_of(TrainConfig(**{"resolution": 1024, "train_batch_size": 1, **changes}), device, steps)
     assert (speed.compiled, speed.searches, speed.channels_last) == (compiled, searches, device == "cuda")
 
 
 def test_a_dry_run_says_what_is_chosen(tiny_base, photos, tmp_path):
-    said = describe_run(tiny_config(tiny_base, photos, tmp_path / "run", compile="on"))
+    said = dry_run.describe_run(tiny_config(tiny_base, photos, tmp_path / "run", compile="on"))
     assert "  speed: transformer blocks compiled (the work of 0 images of 1024 px" in said
 
 
