@@ -41,7 +41,14 @@ from dreambooth_moslora.adapters.published_file import PEFT_SETTINGS, published_
 from dreambooth_moslora.adapters.raw_file import COMPONENTS, RAW_KEY, by_module, matrices_from, read_raw
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError, file_digest, is_number, one_line, parse_object
-from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, find_weights, header_of
+from dreambooth_moslora.disk.run_folder import (
+    MIXERS_NAME,
+    PEFT_CONFIG,
+    PUBLISHED_NAME,
+    RAW_NAME,
+    find_weights,
+    header_of,
+)
 from dreambooth_moslora.settings.families import DENOISERS, facts_of
 
 FIELDS = {
@@ -57,7 +64,7 @@ FIELDS = {
 }
 logger = logging.getLogger(__name__)
 
-PEFT_CONFIG, LONGEST_CONFIG = "adapter_config.json", 2**20  # bytes
+LONGEST_CONFIG = 2**20  # bytes
 BUNDLE = "bundle_emb."  # OneTrainer's new tokens
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 

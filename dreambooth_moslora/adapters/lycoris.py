@@ -4,13 +4,21 @@
     LoKr    ΔW = s W1 ⊗ W2           each of them whole, or a product; the ranks multiply
 
 A layer whose shorter side is below that rank gets the whole ΔW, and a unit matrix beside it. A Tucker core t is
-multiplied out first. n stands for in, or in·h·w of a convolution.
+multiplied out first. n stands for in, or in·h·w of a convolution. A run with `--mixer kronecker` is a LoKr already, and
+`write_lokr` writes it as such a file: W1 whole, W2 as a product.
 """
 
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dreambooth_moslora.adapters.kohya_file import PREFIXES, kohya_name, published_path
+from dreambooth_moslora.adapters.mixer import nominal_scale
+from dreambooth_moslora.adapters.raw_file import by_module, matrices_from, read_raw, read_tensors, write_file
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.settings.table import KRONECKER
 
 Factors = tuple[Tensor, Tensor]  # (out, r) and (r, n), for their product
 
@@ -109,3 +117,40 @@ def whole(change: Tensor) -> Factors:
 def check_names(parts: dict[str, Tensor], known: set[str]) -> None:
     if not parts.keys() <= known or not all(tensor.numel() for tensor in parts.values()):
         raise ValueError("parts of something else")
+
+
+BOUND = 1e-5
+"""Largest relative difference of a layer's ΔW in the file from the trained one, by rounding to fp32."""
+
+
+def write_lokr(source: Path, file: Path) -> int:
+    """Write the LoKr of a raw file in LyCORIS' names, which ComfyUI reads, and prove it: read back, each ΔW equals the
+    trained one within BOUND. Returns the number of layers. Raises UserError for an adapter of another kind."""
+    tensors, facts = read_raw(source)
+    if facts.mixer != KRONECKER:
+        raise UserError(f"{source.name} is no LoKr: `--mixer kronecker` trains one; export it without --for lycoris")
+    components = by_module(tensors)
+    names: dict[str, str] = {}
+    content: dict[str, Tensor] = {}
+    for component, modules in components.items():
+        for path, parts in modules.items():
+            module, public = f"{component}.{path}", published_path(component, path)
+            name = kohya_name(component, public, components) if component in PREFIXES else f"{component}.{public}"
+            rank, alpha = facts.ranks.get(module, facts.rank), facts.alphas.get(module, facts.alpha)
+            scale = nominal_scale(alpha, rank, facts.use_rslora)
+            own = {"lokr_w1": parts["mixer"], "lokr_w2_a": parts["lora_B"], "lokr_w2_b": parts["lora_A"]}
+            own[ALPHA] = torch.tensor(scale * len(parts["lora_A"]))
+            if "magnitude" in parts:
+                own[MAGNITUDE] = parts["magnitude"][:, None]
+            content |= {f"{name}.{part}": tensor.contiguous() for part, tensor in own.items()}
+            names[module] = name
+    write_file(file, content, facts.header)
+    written, _ = read_tensors(file)
+    for module, name in names.items():
+        component, path = module.split(".", 1)
+        wanted = matrices_from(components[component][path], facts, module).fold().delta
+        own = {key.removeprefix(f"{name}."): value for key, value in written.items() if key.startswith(f"{name}.")}
+        up, down = lora_of(own, tuple(wanted.shape))
+        if not (up @ down - wanted).norm() <= BOUND * wanted.norm():
+            raise UserError(f"{file.name}: {module} differs from the trained adapter; the file is not to be used")
+    return len(names)

@@ -6,8 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-from dreambooth_moslora.core import UserError, find_asset
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir, tokens_name
+from dreambooth_moslora.core import UserError, find_asset, spelled_out
+from dreambooth_moslora.disk.run_folder import PEFT_CONFIG, PUBLISHED_NAME, RAW_NAME, RunDir, tokens_name
+
+LOKR_SUFFIX = ".lokr.safetensors"
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,20 +21,29 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_info(args: argparse.Namespace) -> int:
     """Describe each file; a broken one is reported, and the others are still described."""
-    from dreambooth_moslora.adapters.describe import describe, lines, printable
-
     failed = False
     for number, name in enumerate(args.files):
         path = Path(find_asset(name))
         try:
-            facts = describe(path / PUBLISHED_NAME if path.is_dir() else path)
+            facts = facts_of(path / PUBLISHED_NAME if path.is_dir() else path)
         except UserError as error:
-            print(f"error: {' '.join(printable(str(error)).split())}", file=sys.stderr)
+            print(f"error: {spelled_out(' '.join(str(error).split()))}", file=sys.stderr)
             failed = True
             continue
+        from dreambooth_moslora.adapters.describe import lines
+
         separator = "\n" if number and not args.json else ""
         print(separator + (json.dumps(facts) if args.json else "\n".join(lines(facts))))
     return 2 if failed else 0
+
+
+def facts_of(file: Path) -> dict[str, object]:
+    """What the file is. Raises UserError, for a missing one at once: describing it takes torch."""
+    if not file.is_file():
+        raise UserError(f"there is no file {file}")
+    from dreambooth_moslora.adapters.describe import describe
+
+    return describe(file)
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +53,10 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for",
         dest="readers",
-        choices=["diffusers", "peft"],
+        choices=["diffusers", "peft", "lycoris"],
         default="diffusers",
-        help="peft: fold a language model's adapter, the folder that PEFT's save_pretrained wrote, into a plain LoRA",
+        help="peft: fold a language model's adapter, the folder that PEFT's save_pretrained wrote, into a plain LoRA; "
+        "lycoris: a run with --mixer kronecker as the small LoKr file that ComfyUI reads",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the two files; made if it is not there")
     parser.add_argument("--name", help="title and name of the kohya file; by default that of the output folder")
@@ -59,23 +71,32 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
+    source, out = Path(args.source).expanduser(), Path(args.out).expanduser()
+    if args.readers == "peft":
+        if not source.is_dir():
+            raise UserError(f"there is no folder {source}")
+    elif (source / PEFT_CONFIG).is_file():
+        raise UserError(f"{source} is an adapter of PEFT: add --for peft")
+    else:
+        source = find_raw(source)
+    from dreambooth_moslora.adapters.lycoris import write_lokr
     from dreambooth_moslora.adapters.new_tokens import tokens_beside
-    from dreambooth_moslora.adapters.peft_file import fold_peft, is_peft_folder
+    from dreambooth_moslora.adapters.peft_file import fold_peft
     from dreambooth_moslora.adapters.published_file import DTYPES, publish
     from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, read_raw
 
-    source, out = Path(args.source).expanduser(), Path(args.out).expanduser()
     if args.readers == "peft":
         print(f"{out}: a plain LoRA for PEFT, {fold_peft(source, out)} layers folded (B·M).")
         return 0
-    if is_peft_folder(source):
-        raise UserError(f"{source} is an adapter of PEFT: add --for peft")
-    source = find_raw(source)
+    name = args.name or out.resolve().name or "adapter"
+    if args.readers == "lycoris":
+        layers = write_lokr(source, out / f"{name}{LOKR_SUFFIX}")
+        print(f"{out / name}{LOKR_SUFFIX}: a LoKr, {layers} layers read back and compared.")
+        return 0
     _, facts = read_raw(source)
     components = {name: empty_model(structure) for name, structure in facts.structures.items()}
     load_raw(source, components)
     before = sum(rank_sum(model) for model in components.values())
-    name = args.name or out.resolve().name or "adapter"
     tokens = tokens_beside(source, {"moslora": facts.to_json()})
     proof = publish(components, out, name, facts, DTYPES[args.dtype], keep=args.keep, tokens=tokens)
     for file in [*proof.files, *(tokens_name(name, number) for number in range(len(tokens)))]:

@@ -8,8 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
+from dreambooth_moslora.base.files import resolve_base
+from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
 from dreambooth_moslora.core import UserError, atomic_write, find_asset
-from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, is_card
+from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card
+from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.checks import require_folder, require_writable
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.sources import read_json_table, reason_of
@@ -70,6 +75,7 @@ def strength(text: str) -> float:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
+    check_paths(args)
     config, folder = resolve(args), output_folder(args)
     from dreambooth_moslora.base.families import denoiser_of
     from dreambooth_moslora.base.load import default_guidance
@@ -79,6 +85,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
     from dreambooth_moslora.photos.folder import log_strays, photo_report
 
+    hush()
     base, subjects = config.pretrained_model_name_or_path, config.each_subject
     folders = photo_report(config)
     log_strays(folders)
@@ -92,23 +99,41 @@ def run_evaluate(args: argparse.Namespace) -> int:
     evaluators = report.evaluators_of(subjects, photos, plans, encoders, pipeline.resolution_px)
     pairs = report.pairs_of(evaluators)
     count = sum(picture_count(plan, args.sweep_scale) for plan in plans)
-    print(f"drawing {count + sum(2 * pair.picture_count for pair in pairs)} pictures …", file=sys.stderr)
+    count += sum(2 * pair.picture_count for pair in pairs)
     followed = default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
-    judge = partial(evaluate_adapter, pipeline, name, batch_size=args.batch_size, guidance_scale=followed)
-    found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
-    choice = None
-    if args.sweep_scale:
-        smaller = [evaluator.of_subject() for evaluator in evaluators]
-        choice = choose_scale({s: report.pooled([judge(one, scale=s) for one in smaller]).score for s in SCALES})
+    options, choice = {"batch_size": args.batch_size, "guidance_scale": followed}, None
+    with bar_of_pictures(count) as bar:
+        judge = partial(evaluate_adapter, pipeline, name, on_picture=bar.update, **options)
+        found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
+        if args.sweep_scale:
+            smaller = [evaluator.of_subject() for evaluator in evaluators]
+            choice = choose_scale({s: report.pooled([judge(one, scale=s) for one in smaller]).score for s in SCALES})
+        of_pairs = [judge(pair, scale=args.scale) for pair in pairs]
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
     steps = plans[0].inference_steps
     about = report.ReportContext(name, pipeline.base_name, encoders.names, steps, followed, diversity, choice)
-    report.write_reports(folder, evaluators, found, [judge(pair, scale=args.scale) for pair in pairs], about)
+    report.write_reports(folder, evaluators, found, of_pairs, about)
     print("\n".join([summary(report.pooled(found)), *report.confusion_lines(found)]))
     if args.sweep_scale:
         print(note_strength(Path(find_asset(args.adapter)), choice))
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
     return 0
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Raises UserError for a file or folder that is not there, before torch is imported."""
+    path = Path(find_asset(args.adapter))
+    if not any(RunDir(folder).config_path.is_file() for folder in (path, path.parent)):
+        find_weights(path)
+    if args.photos:
+        require_folder_of_photos(Path(find_asset(args.photos)))
+    if args.base:
+        resolve_base(args.base)
+
+
+def bar_of_pictures(count: int) -> tqdm:
+    interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
+    return tqdm(total=count, desc="drawing pictures", unit="picture", mininterval=interval, maxinterval=60.0)
 
 
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
@@ -161,6 +186,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
 def known_of(path: Path) -> dict:
     """The settings of a run folder, or of the run that contains the file or `best/`; else those in the header of a file
     that this program published."""
+    hush()
     from dreambooth_moslora.adapters.published_file import load_published
     from dreambooth_moslora.disk.run_folder import find_weights
 

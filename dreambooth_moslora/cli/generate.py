@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from dreambooth_moslora.core import UserError, free_name
+from dreambooth_moslora.base.files import resolve_base
+from dreambooth_moslora.cli.terminal import hush
+from dreambooth_moslora.core import UserError, find_asset, free_name
+from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.generation.params import (
     SCHEDULERS,
     GenerationParams,
@@ -46,12 +49,14 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> int:
+    recipe = read_recipe(args.from_png) if args.from_png else None
+    values = _recipe_values(args, recipe)
+    check_paths(args, recipe)
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
     from dreambooth_moslora.generation.pipeline import SubjectPipeline, adapters_of_picture, given_adapter
 
+    hush()
     axes = tuple(parse_axis(text) for text in args.grid or ())
-    recipe = read_recipe(args.from_png) if args.from_png else None
-    values = _recipe_values(args, recipe)
     if recipe and not args.adapter:
         adapters = adapters_of_picture(recipe)
     else:
@@ -59,14 +64,23 @@ def run_generate(args: argparse.Namespace) -> int:
         for note in filter(None, (item.note for item in adapters)):
             print(f"note: {note}", file=sys.stderr)
     basis = Path(args.basis).expanduser() if args.basis else None
-    if basis and not basis.is_file():
-        raise UserError(f"--basis {args.basis}: there is no such file.")
     pipeline = SubjectPipeline.from_base(args.base)
     pipeline.bases.files += [basis] if basis else []
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
     params = GenerationParams.from_dict(values | {"adapters": chosen})
     events = generate_grid(pipeline, params, axes) if axes else pipeline.generate(params)
     return _save_all(events, Path(args.output_dir), only_sheet=bool(axes))
+
+
+def check_paths(args: argparse.Namespace, recipe: Recipe | None) -> None:
+    """Raises UserError for a file that is not there, before torch is imported."""
+    in_picture = dict(recipe.params.adapters) if recipe else {}
+    for path, _ in map(_split_scale, args.adapter):
+        if path not in in_picture:
+            find_weights(find_asset(path))
+    if args.basis and not Path(args.basis).expanduser().is_file():
+        raise UserError(f"--basis {args.basis}: there is no such file.")
+    resolve_base(args.base)
 
 
 def _split_scale(text: str) -> tuple[str, float | None]:

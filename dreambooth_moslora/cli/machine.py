@@ -10,7 +10,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dreambooth_moslora.cli.terminal import hush
 from dreambooth_moslora.core import UserError, atomic_write
+from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.settings.versions import OPTIONAL, bad_pairs, installed_versions, needed_ranges, out_of_range
 
 MIN_PYTHON = (3, 11)
@@ -37,6 +39,8 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Exit code 2 when something will fail."""
+    if args.photos is not None:
+        require_folder_of_photos(Path(args.photos))
     found = Findings()
     examine_versions(found)
     examine_machine(found)
@@ -109,6 +113,7 @@ def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) ->
     from dreambooth_moslora.photos.folder import find_photos
     from dreambooth_moslora.photos.photo import open_rgb
 
+    hush()
     try:
         vae = load_vae_alone(resolve_base(base))
     except (UserError, OSError, ValueError) as error:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.parser import Parser, underscored
 from dreambooth_moslora.cli.terminal import DONE, MISTAKE, exit_code
 from dreambooth_moslora.cli.train import train_or_queue
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.settings.rows import nearest
 
 # fmt: off
 COMMANDS = {
@@ -59,6 +61,9 @@ def run_command(argv: list[str]) -> int:
             print(f"  {name:9} {about}")
         return DONE if argv else MISTAKE
     name, rest = argv[0], argv[1:]
+    if name == "--version":
+        print(__version__)
+        return DONE
     if name == "train":
         return train_or_queue(rest, f"{program} train")
     if name == "app":
@@ -66,7 +71,10 @@ def run_command(argv: list[str]) -> int:
 
         return app.main(rest, f"{program} app")
     if name not in COMMANDS | UNLISTED:
-        raise UserError(f"unknown command {name}: choose one of train, app, {', '.join(COMMANDS)}.")
+        known = ("train", "app", *COMMANDS)
+        close = nearest(name, known)
+        hint = f"did you mean {close}?" if close else f"choose one of {', '.join(known)}."
+        raise UserError(f"unknown command {name}: {hint}")
     add_arguments, run = command(name)
     parser = Parser(prog=f"{program} {name}", description=(COMMANDS | UNLISTED)[name][1])
     add_arguments(parser)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.cli.terminal import say
-from dreambooth_moslora.cli.train import add_flag
-from dreambooth_moslora.core import UserError, find_asset, spelled_out
-from dreambooth_moslora.plan.choices import Choices, choose_shapes
-from dreambooth_moslora.plan.memory import STOCK_SDXL
+from dreambooth_moslora.cli.train import add_flag, choose_base, folder_and_word
+from dreambooth_moslora.core import UserError, find_asset, is_toy, spelled_out
+from dreambooth_moslora.plan.choices import Choices, choose_recipe, choose_shapes, choose_words
+from dreambooth_moslora.plan.memory import STOCK_SDXL, least_free_gib
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, named
 
@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 BASE = "pretrained_model_name_or_path"
 """Without it photos are assumed to be photographs, so that the base is SDXL."""
 OF_PHOTOS = (*named("check"), BASE)
+FAULTS = ("blurred", "near-duplicate", "too small")
+"""How reasons begin for which a photo is better left out."""
 MAX_PICTURED = 48  # Most photos in the picture of the crops.
 
 
 def check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="folder with the photos")
+    about_word = "what they show: judge them for the base and the size that `train DIR WORD` would choose"
+    parser.add_argument("word", metavar="WORD", nargs="?", help=about_word)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--picture", metavar="FILE", help="where the picture of the crops goes (default: NAME_crops.png)"
@@ -47,13 +51,15 @@ def run_check(args: argparse.Namespace) -> int:
     from dreambooth_moslora.photos.examine import examine
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
 
+    folder = Path(find_asset(args.folder))
     given = {name: value for name, value in vars(args).items() if name in OF_PHOTOS}
     recipe = load_settings(args.config) if args.config else {}
+    if args.word:
+        recipe = as_train_would(args, recipe | given)
     known = {BASE: STOCK_SDXL} | {name: value for name, value in recipe.items() if name in OF_PHOTOS} | given
     if "instance_prompt" not in known:
         known["class_word"] = ""  # do not look for the default prompt's `object`
     config = TrainConfig(**known)
-    folder = Path(find_asset(args.folder))
     find = partial(find_photos, folder, config.instance_prompt, config.resolution, alpha=config.alpha)
     report = find()
     if args.make_masks:
@@ -67,12 +73,25 @@ def run_check(args: argparse.Namespace) -> int:
         given |= choices.settings
     config = replace(config, **given)
     crops = None if args.no_picture or not report.photos else draw(report.photos, config, args, folder)
-    print(json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops)))
+    shown = json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops))
+    print(shown)
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     if args.json and crops:
         print(spelled_out(crops), file=sys.stderr)
     return 0
+
+
+def as_train_would(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    """The `given` settings and what `train DIR WORD` chooses; says the base. Raises UserError."""
+    folder, word = folder_and_word([args.folder, args.word])
+    choices = Choices(given)
+    choose_base(choices, folder)
+    say(choices.lines)
+    if not args.config:
+        choose_recipe(choices, None if is_toy(choices.all[BASE]) else least_free_gib())
+    choose_words(choices, word)
+    return {name: value for name, value in choices.all.items() if name in OF_PHOTOS}
 
 
 def make_masks(photos: Sequence["Photo"], config: TrainConfig) -> None:
@@ -132,7 +151,20 @@ def as_text(report: "PhotoReport", crops: str | None) -> str:
     lines.append(
         f"{len(report.photos)} usable, {len(report.skipped)} left out, {len(report.sidecars)} captions and masks"
     )
-    return "\n".join([*lines, *([crops] if crops else [])])
+    return "\n".join([*lines, *([crops] if crops else []), *([verdict(report)] if report.photos else [])])
+
+
+FEWEST = 3  # good photos
+
+
+def verdict(report: "PhotoReport") -> str:
+    """What to do about the photos, in one sentence."""
+    faulty = [photo.path.name for photo in report.photos if any(r.startswith(FAULTS) for r in photo.reasons)]
+    good = len(report.photos) - len(faulty)
+    advice = f"leave out {', '.join(faulty)} (--leave_out {' '.join(faulty)}); " if faulty else ""
+    rest = f"{good} good {'photo is' if good == 1 else 'photos are'} there"
+    enough = "enough to train" if good >= FEWEST else f"too few: take {FEWEST} to 10 of the subject"
+    return f"verdict: {advice}{rest}, {enough}"
 
 
 def caption_arguments(parser: argparse.ArgumentParser) -> None:

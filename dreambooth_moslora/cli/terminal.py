@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from dreambooth_moslora.core import UserError, is_main_process, is_out_of_memory, shortened, spelled_out
 from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.processes import avoid_fragmentation
+from dreambooth_moslora.settings.measures import curves
 
 STDERR = 2
 
@@ -32,6 +34,22 @@ def say(lines: list[str]) -> None:
     if is_main_process():
         for line in lines:
             print(spelled_out(line), file=sys.stderr)
+
+
+def hush() -> None:
+    """No bars while the parts of a base are loaded, and none of the libraries' notes that ask for nothing. A download's
+    bar stays."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(is_of_use)
+    warnings.filterwarnings("ignore", "invalid value encountered in cast")  # `about_black` says it in words
+
+
+def is_of_use(record: logging.LogRecord) -> bool:
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 class BreakableStream:
@@ -129,6 +147,8 @@ PHASE_TITLES = {
     "exporting": "saving and verifying the adapter",
 }
 TRAINING = "training"  # Title of the bar of steps.
+STEPS = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+"""Without the bar's own forecast, which would take the seconds of scoring and of samples for those of a step."""
 PLAIN_INTERVAL_SEC = 5.0  # Seconds between two lines of progress when the output is a file.
 
 
@@ -140,6 +160,7 @@ class TerminalProgress:
         self.total_steps = 0
         self._bar: tqdm | None = None
         self._phase = ""
+        self._has_begun = False
 
     def __call__(self, event: events.Event) -> None:
         match event:
@@ -154,8 +175,8 @@ class TerminalProgress:
             case events.SamplesDrawn():
                 self.write(f"step {event.step}: {len(event.files)} sample images")
             case events.StepEvaluated():
-                scores = ", ".join(f"{name} {value:.3f}" for name, value in event.scores.items())
-                self.write(f"step {event.step}: {scores}")
+                named = {label: event.scores[name] for name, label in curves().items() if name in event.scores}
+                self.write(f"step {event.step}: " + ", ".join(f"{label} {v:.3f}" for label, v in named.items()))
             case events.ScaleFound():
                 self.write(f"best scale: {event.best:g}, usable from {event.low:g} to {event.high:g}")
             case events.RunEnded():
@@ -173,9 +194,8 @@ class TerminalProgress:
     def _open(self, title: str, total: int, start: int, unit: str) -> None:
         self.close()
         interval = 0.2 if self.stream.isatty() else PLAIN_INTERVAL_SEC
-        self._bar = tqdm(
-            total=total, initial=start, desc=title, unit=unit, file=self.stream, mininterval=interval, maxinterval=60.0
-        )
+        options = {"mininterval": interval, "maxinterval": 60.0} | ({"bar_format": STEPS} if title == TRAINING else {})
+        self._bar = tqdm(total=total, initial=start, desc=title, unit=unit, file=self.stream, **options)
         self._phase = title
 
     def _show_phase(self, event: events.PhaseProgress) -> None:
@@ -192,9 +212,13 @@ class TerminalProgress:
         self._advance(event.done)
 
     def _show_step(self, event: events.StepDone) -> None:
+        if event.step > 1 and not self._has_begun:
+            self.write(f"goes on from step {event.step - 1}")
+        self._has_begun = True
         if self._phase != TRAINING:
             self._open(TRAINING, self.total_steps, event.step - 1, "step")
-        shown = {"loss": f"{event.loss:.4f}", "lr": f"{event.lr:.2g}"}
+        left = {} if event.eta_sec is None else {"left": tqdm.format_interval(event.eta_sec)}
+        shown = left | {"loss": f"{event.loss:.4f}", "lr": f"{event.lr:.2g}"}
         if event.loss_prior is not None:
             shown |= {"instance": f"{event.loss_instance:.4f}", "prior": f"{event.loss_prior:.4f}"}
         self._bar.set_postfix(shown, refresh=False)

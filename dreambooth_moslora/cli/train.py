@@ -29,6 +29,7 @@ from dreambooth_moslora.core import (
     free_name,
     is_main_process,
     is_toy,
+    public_name,
     spelled_out,
 )
 from dreambooth_moslora.disk.processes import uncollected
@@ -90,8 +91,11 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
     with StopRequest() as stop:
         check_folders(config)  # before the log file creates or changes a folder
         file_only = start_log(config)
+        file_only.info("begins: version %s, base %s", __version__, public_name(config.pretrained_model_name_or_path))
         try:
-            return run_trainer(config, stop, report)
+            code = run_trainer(config, stop, report)
+            file_only.info("ended: %s", "stopped" if code == INTERRUPTED else "done")
+            return code
         except UserError as error:
             file_only.error("%s", error)
             raise
@@ -176,6 +180,8 @@ class Given(NamedTuple):
 
 def given_by(argv: Sequence[str], prog: str) -> Given:
     """Raises UserError; SystemExit for --help and --version."""
+    if not argv:
+        raise UserError(f"say which photos to train, and what they show, {AS_ONE_WORD}; --help shows the flags.")
     argv = underscored(argv)
     first_flag = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
     words = argv[:first_flag]
@@ -232,12 +238,7 @@ def choose(given: Given) -> Choices:
     if settings.get("instance_data_dir"):
         raise UserError(f"{given.words[0]} and --instance_data_dir: give the folder of photos once.")
     choices = Choices(settings, {"instance_data_dir": str(folder)})
-    base, said = STOCK_SDXL, STOCK_SDXL
-    if (folder / SUBJECT_FILE).is_file():
-        base, said = "toy", "the embedded one, as the photos are of its world"
-    elif least_free_gib() is None:
-        base, said = "toy", "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
-    choices.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
+    choose_base(choices, folder)
     is_for_toys = is_toy(choices.all["pretrained_model_name_or_path"])
     free_gib = None if is_for_toys else least_free_gib(is_later=given.is_queued)
     exposures = USUAL_EXPOSURES if given.has_recipe else choose_recipe(choices, free_gib)
@@ -249,6 +250,15 @@ def choose(given: Given) -> Choices:
     choose_scores(choices, choices.photo_report.photos)
     say(choices.lines)
     return choices
+
+
+def choose_base(choices: Choices, folder: Path) -> None:
+    base, said = STOCK_SDXL, STOCK_SDXL
+    if (folder / SUBJECT_FILE).is_file():
+        base, said = "toy", "the embedded one, as the photos are of its world"
+    elif least_free_gib() is None:
+        base, said = "toy", "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
+    choices.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
 
 
 def folder_and_word(words: list[str]) -> tuple[Path, str]:

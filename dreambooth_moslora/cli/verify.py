@@ -84,13 +84,13 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def read_receipt(path: str) -> Receipt:
     """Raises UserError for a file that this program did not publish, and for a recipe that it does not know."""
-    from dreambooth_moslora.adapters.metadata import AdapterMetadata
-    from dreambooth_moslora.adapters.raw_file import read_tensors
-
     file = Path(path).expanduser()
     file = file / PUBLISHED_NAME if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"{path}: there is no such file.")
+    from dreambooth_moslora.adapters.metadata import AdapterMetadata
+    from dreambooth_moslora.adapters.raw_file import read_tensors
+
     tensors, header = read_tensors(file)
     try:
         facts = AdapterMetadata.from_json(header.get("moslora", ""))

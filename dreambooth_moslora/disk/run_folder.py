@@ -162,6 +162,7 @@ def pictures_named(text: str) -> set[str]:
 
 
 NONE = "none"  # The choice of no adapter; no file gets this name.
+PEFT_CONFIG = "adapter_config.json"  # beside adapter_model.safetensors, by PEFT
 UNSAFE = re.compile(r"[^\w .+-]+")
 
 

@@ -237,15 +237,19 @@ def truth_of(
     return find_truth(Path(photos_dir), encoders, size_px) if all(map(is_known_place, plan.templates)) else None
 
 
-def sampler_draw(sampler: Sampler, batch_size: int = BATCH) -> Draw:
-    """Draw through a Sampler; for the base alone the adapters are switched off."""
+def sampler_draw(sampler: Sampler, batch_size: int = BATCH, on_picture: Callable[[], object] = bool) -> Draw:
+    """Draw through a Sampler; for the base alone the adapters are switched off. `on_picture` hears of each picture."""
 
     def draw(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
         with ExitStack() as stack:
             for name in (*DENOISERS, "text_encoder", "text_encoder_2") if not with_adapter else ():
                 if (model := getattr(sampler.pipeline, name, None)) is not None:
                     stack.enter_context(disabled(model))
-            return list(sampler(requests, batch_size))
+            pictures = []
+            for picture in sampler(requests, batch_size):
+                pictures.append(picture)
+                on_picture()
+            return pictures
 
     return draw
 
@@ -257,11 +261,13 @@ def evaluate_adapter(
     batch_size: int = BATCH,
     scale: float = 1.0,
     guidance_scale: float | None = None,
+    on_picture: Callable[[], object] = bool,
 ) -> Evaluation:
-    """Score a loaded adapter at `scale`. Text is encoded for each side, as adapters may be on the text encoders."""
+    """Score a loaded adapter at `scale`. Text is encoded for each side, as adapters may be on the text encoders.
+    `on_picture` is called after each picture."""
     inner, steps = pipeline.pipeline, evaluator.plan.inference_steps
     embed, size_px, device = partial(encode_text, inner), pipeline.resolution_px, denoiser_of(inner).device
     pipeline.activate(((adapter, scale),))
     sampler = Sampler(inner, embed, size_px, device, steps, guidance_scale=guidance_scale)
     with torch.no_grad():
-        return evaluator(sampler_draw(sampler, batch_size))
+        return evaluator(sampler_draw(sampler, batch_size, on_picture))

@@ -69,19 +69,27 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
     return Image.composite(image, dark, mask.resize(image.size))
 
 
+BLURRED = "blurred"
+
+
 def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
-    """The report with "blurred" and "near-duplicate" in the reasons, as seen at the size of training."""
+    """The report with "blurred" and "near-duplicate" in the reasons, as seen at the size of training. Of a sharp photo
+    and a blurred copy, the copy is the duplicate, whatever their order."""
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
     photos, thumbnails = [], []
     for photo in report.photos:
         image, reasons = open_rgb(photo), []
         if (sharp := sharpness(image, look_px)) < MIN_SHARPNESS:
-            reasons.append(f"blurred: sharpness {sharp:.2f}, sharp photos have {MIN_SHARPNESS} and more")
+            reasons.append(f"{BLURRED}: sharpness {sharp:.2f}, sharp photos have {MIN_SHARPNESS} and more")
         small = thumbnail(image)
         likenesses = [float(small @ earlier) for earlier in thumbnails]
         if likenesses and max(likenesses) > MAX_LIKENESS:
-            twin = report.photos[likenesses.index(max(likenesses))]
-            reasons.append(f"near-duplicate of {twin.path.name}")
+            place = likenesses.index(max(likenesses))
+            twin = photos[place]
+            if not reasons and any(reason.startswith(BLURRED) for reason in twin.reasons):  # the sharp one stays
+                photos[place] = replace(twin, reasons=(*twin.reasons, f"near-duplicate of {photo.path.name}"))
+            else:
+                reasons.append(f"near-duplicate of {twin.path.name}")
         thumbnails.append(small)
         photos.append(replace(photo, reasons=(*photo.reasons, *reasons)))
     return replace(report, photos=photos)

@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder, one_line, public_name
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
+    resolve_base(args.base)
     from dreambooth_moslora.ui.guard import LOOPBACK, origins_of
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:

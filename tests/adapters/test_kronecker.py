@@ -8,9 +8,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from dreambooth_moslora.adapters import lycoris
 from dreambooth_moslora.adapters.describe import describe
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, fold, inject, matrices_of
+from dreambooth_moslora.adapters.lora_file import read_adapter
+from dreambooth_moslora.adapters.moslora import (
+    ATTENTION_PROJECTIONS,
+    MoSLoraConfig,
+    adapter_layers,
+    adapter_parameters,
+    fold,
+    inject,
+    matrices_of,
+)
 from dreambooth_moslora.adapters.raw_file import load_raw, read_raw, save_raw
+from dreambooth_moslora.base.load import load_pipeline
+from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
@@ -19,7 +31,7 @@ from dreambooth_moslora.plan.memory import adapter_parameters as counted
 from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.table import layer_parameters
 from dreambooth_moslora.training.loop import train
-from tests.helpers.live_adapters import facts_of, live, shake
+from tests.helpers.live_adapters import PROJECTIONS, facts_of, live, shake
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -111,6 +123,42 @@ def test_a_run_publishes_a_plain_lora_resumes_to_the_same_bytes_and_counts_its_n
     stored = sum(tensor.numel() for tensor in tensors.values())
     assert metadata.mixer_factor == 4 and counted(whole, size_of_base(tiny_base, whole.target_modules, None)) == stored
     assert layer_parameters(whole, 8, 64) == 2 * 16 + 16
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_it_is_written_as_a_lokr_too_which_is_read_as_what_was_trained(options, tiny_base, tmp_path, capsys):
+    pipeline = load_pipeline(tiny_base)
+    components = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    for name, model in components.items():
+        targets = ATTENTION_PROJECTIONS if name == "unet" else PROJECTIONS
+        inject(model, config(target_modules=list(targets), lora_alpha=11, mixer_factor=4, **options))
+        shake(model)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    folder = tmp_path / "out"
+    assert main(["export", str(tmp_path / RAW_NAME), "--out", str(folder), "--for", "lycoris", "--name", "dog"]) == 0
+    layers = sum(len(adapter_layers(model)) for model in components.values())
+    assert f"{layers} layers read back" in capsys.readouterr().out
+    file = folder / "dog.lokr.safetensors"
+    parts = read_adapter(file, load_pipeline(tiny_base)).parts
+    for component, model in components.items():
+        (read, scales), wanted = parts[component], fold(model)
+        assert read.keys() == wanted.keys()
+        for path, layer in wanted.items():
+            assert torch.allclose(scales.of(path, layer.rank) * read[path].delta, layer.delta, atol=1e-5)
+            assert (read[path].magnitude is None) == ("use_dora" not in options)
+    learnt = sum(p.numel() for model in components.values() for _, p in adapter_parameters(model))
+    assert sum(tensor.numel() for tensor in load_file(file).values()) == learnt + layers, "and an alpha for each layer"
+
+
+def test_a_lokr_file_that_would_mean_something_else_is_refused(tmp_path, monkeypatch):
+    components = live(mixer="kronecker", r=8, mixer_factor=4)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    monkeypatch.setattr(lycoris, "nominal_scale", lambda *_: 1.01 * 11 / 8)
+    with pytest.raises(UserError, match="differs from the trained adapter"):
+        lycoris.write_lokr(tmp_path / RAW_NAME, tmp_path / "dog.lokr.safetensors")
+    save_raw(plain := live(), tmp_path / RAW_NAME, facts_of(plain))
+    with pytest.raises(UserError, match="is no LoKr"):
+        lycoris.write_lokr(tmp_path / RAW_NAME, tmp_path / "dog.lokr.safetensors")
 
 
 WRONG = [

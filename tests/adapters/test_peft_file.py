@@ -27,14 +27,13 @@ assert "dreambooth_moslora" not in sys.modules
 """
 
 
-@pytest.fixture
-def adapter(tmp_path) -> tuple[Path, torch.Tensor]:
+@pytest.fixture(params=["orthogonal", "kronecker"])
+def adapter(request, tmp_path) -> tuple[Path, torch.Tensor]:
     """The folder of an adapter that PEFT saved, and the logits of its model, whose base is beside it."""
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES))
     model.save_pretrained(tmp_path / "base")
-    config = MoSLoraConfig(
-        r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}, task_type="CAUSAL_LM"
-    )
+    kind = {"mixer": request.param, "mixer_factor": 2, "rank_pattern": {"q_proj": 2}, "task_type": "CAUSAL_LM"}
+    config = MoSLoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"], **kind)
     adapted = shaken(model, config).eval()
     adapted.save_pretrained(tmp_path / "own")
     with torch.no_grad():

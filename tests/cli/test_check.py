@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from dreambooth_moslora.cli.main import main
 from tests.helpers.odd_photos import CASES, make_folder, picture
@@ -40,6 +40,24 @@ def test_json_has_exactly_the_promised_form(tmp_path, capsys):
         "reasons": ["broken: not a picture, or damaged"],
         "size_px": None,
     }
+
+
+def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_path, capsys):
+    """For the toy base where there is no GPU, and its size. A blurred copy is the duplicate, though it is first."""
+    for name in ("00.jpg", "01.jpg"):
+        shutil.copy(ROOT / "assets" / "subjects" / "rocket" / name, tmp_path / name)
+    with Image.open("00.jpg") as sharp:
+        sharp.filter(ImageFilter.GaussianBlur(8)).save("00 copy.jpg")
+        sharp.resize((40, 40)).save("tiny.jpg")
+    assert main(["check", ".", "rocket", "--no_picture"]) == 0
+    shown = capsys.readouterr()
+    assert "the embedded one, as there is no GPU here" in shown.err and "“a photo of a sks rocket”" in shown.out
+    assert "40 x 40 px is enlarged 3.2 times" in shown.out, "to 128 px"
+    bad = "leave out 00 copy.jpg, tiny.jpg (--leave_out 00 copy.jpg tiny.jpg); 2 good photos are there, too few"
+    assert shown.out.splitlines()[-1] == f"verdict: {bad}: take 3 to 10 of the subject"
+    shutil.copy(ROOT / "assets" / "subjects" / "rocket" / "02.jpg", tmp_path / "02.jpg")
+    assert main(["check", ".", "--no_picture", "--resolution", "128"]) == 0
+    assert capsys.readouterr().out.endswith("3 good photos are there, enough to train\n")
 
 
 def test_the_picture_shows_every_photo_and_its_crops(tmp_path, capsys):

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from dreambooth_moslora.cli.main import COMMANDS, main
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
 from dreambooth_moslora.cli.train import log_file, run_trainer, train_main
-from dreambooth_moslora.disk.events import RunStarted, StepDone
+from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
 from dreambooth_moslora.disk.run_folder import RunDir, step_of
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.loop import train
@@ -316,7 +316,8 @@ def test_photos_whose_names_are_no_text_are_trained_on(photos, tiny_base, tmp_pa
     words = [*needed(tiny_base, photos, tmp_path / "run"), "--max_train_steps", "1", "--train_batch_size", "1"]
     assert train_main([*words, "--num_validation_images", "1"]) == 0
     assert r"broken\udcff.png is left out" in capfd.readouterr().err
-    assert r"broken\udcff.png is left out" in (tmp_path / "run" / "train.log").read_text()
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert r"broken\udcff.png is left out" in log and "begins: version" in log and "ended: done" in log
 
 
 def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, tiny_base, tmp_path, capsys):
@@ -353,7 +354,7 @@ def test_a_run_shows_its_phases_the_time_left_and_both_losses(tiny_base, tmp_pat
         assert words in seen, words
     assert "step 2: checkpoint" in seen and "step 0: 1 sample images" in seen
     last = [line for line in seen.replace("\r", "\n").splitlines() if line.startswith("training")][-1]
-    assert "5/5 [" in last and "<00:00" in last  # done, elapsed and left
+    assert "5/5 [" in last and "left=00:00" in last
     assert all(word in last for word in ("loss=", "lr=", "instance=", "prior="))
 
 
@@ -361,9 +362,23 @@ def test_a_resumed_run_counts_from_its_step():
     stream = io.StringIO()
     progress = TerminalProgress(stream)
     progress(RunStarted(100))
-    progress(StepDone(41, loss=1.0, lr=1e-4))
+    progress(StepDone(41, loss=1.0, lr=1e-4, eta_sec=125.0))
     progress.close()
-    assert "41/100" in stream.getvalue() and "0/100" not in stream.getvalue().replace("40/100", "")
+    seen = stream.getvalue()
+    assert "41/100" in seen and "0/100" not in seen.replace("40/100", "")
+    assert seen.count("goes on from step 40\n") == 1 and "left=02:05" in seen and "step/s" not in seen
+
+
+def test_a_line_of_scores_has_words_and_a_new_run_goes_on_from_nowhere():
+    """There were fourteen of the program's own names in it."""
+    stream = io.StringIO()
+    progress = TerminalProgress(stream)
+    progress(RunStarted(2))
+    progress(StepDone(1, loss=1.0, lr=1e-4))
+    progress(StepEvaluated(1, {"dino": 0.5, "dino_base": 0.1, "clip_t": 0.25, "score": 0.75}))
+    progress.close()
+    assert "step 1: subject 0.500, prompt 0.250, score 0.750\n" in stream.getvalue()
+    assert "goes on" not in stream.getvalue()
 
 
 @pytest.mark.parametrize(

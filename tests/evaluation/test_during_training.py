@@ -164,8 +164,8 @@ def evaluate(tmp_path, capsys):
 def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
     few = ["--num_prompts", "2", "--images-per-prompt", "2", "--class_images", "1", "--inference_steps", "2"]
     before = adapter_sha256(run[1].path)
-    code, out, _ = evaluate(run[1].path, *few, "--sweep_scale")
-    assert code == 0
+    code, out, said = evaluate(run[1].path, *few, "--sweep_scale")
+    assert code == 0 and "drawing pictures: 100%" in said and "Loading" not in said and "float32: []" not in said
     html = (run[1].path / "evaluation" / "report.html").read_text()
     scores = (run[1].path / "evaluation" / "scores.json").read_text()
     assert not re.search("https?:", html) and html.count("data:image/jpeg") == 3 + 2 * 4 + 2 + 2 + 2 * 1 + 2 * 12

@@ -9,7 +9,9 @@ import threading
 import time
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
+from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings, tokens_of
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE
@@ -52,6 +54,10 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
+    for place in args.adapters:
+        if "://" not in place and not Path(place).expanduser().is_dir():
+            raise UserError(f"--adapters {place}: there is no such folder.")
+    resolve_base(args.pretrained_model_name_or_path)
     settings = settings_of(args)
     from dreambooth_moslora.extras.cluster.on_ray import connected, has_gpus
     from dreambooth_moslora.extras.serving.catalogue import open_catalogue
