@@ -11,14 +11,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.fast_linear import (
-    FastLinear,
-    WorkingCopies,
-    compute_dtype,
-    disable_fast_path,
-    enable_fast_path,
-    lay_together,
-)
+from dreambooth_moslora.adapters import fast_linear
+from dreambooth_moslora.adapters.fast_linear import WorkingCopies, disable_fast_path, enable_fast_path
 from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, disabled, inject, set_scale
 from dreambooth_moslora.base.load import TextProducts, quantize
@@ -58,6 +52,20 @@ def adapted(model: nn.Module, adapter_name: str = "default", **options) -> nn.Mo
     return randomize(inject(model, config, adapter_name))
 
 
+def fast_copy(model: nn.Module) -> nn.Module:
+    fast = copy.deepcopy(model)
+    assert enable_fast_path(fast)
+    return fast
+
+
+def block(change=lambda base: None, bias: bool = True, **options) -> nn.Module:
+    """Two adapted projections, their base layers changed."""
+    model = adapted(Block(bias), **options)
+    for layer in adapter_layers(model).values():
+        change(layer.base_layer)
+    return model
+
+
 def assert_same(fast: dict[str, torch.Tensor], general: dict[str, torch.Tensor], tolerance: float) -> None:
     assert fast.keys() == general.keys() and fast
     for name, expected in general.items():
@@ -65,11 +73,11 @@ def assert_same(fast: dict[str, torch.Tensor], general: dict[str, torch.Tensor],
         assert (fast[name] - expected).norm() <= tolerance * expected.norm(), name
 
 
-def unet_loss(unet: nn.Module) -> torch.Tensor:
-    g = torch.Generator().manual_seed(0)
-    latents, words, pooled = (torch.randn(s, generator=g).to(unet.dtype) for s in [(2, 4, 8, 8), (2, 77, 48), (2, 32)])
-    extra = {"text_embeds": pooled, "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * 2).to(unet.dtype)}
-    return unet(latents, torch.tensor([10, 700]), words, added_cond_kwargs=extra).sample.square().mean()
+ROWS = 2
+
+
+def unet_loss(unet: nn.Module) -> Tensor:
+    return prediction(unet, inputs_of(0, unet.dtype)).square().mean()
 
 
 @pytest.mark.parametrize("mixer", [m for m in MIXERS if m not in ("butterfly", "kronecker")])
@@ -84,17 +92,11 @@ def test_gradients_are_those_of_finite_differences(mixer, shape, bias):
     assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, *parameters))
 
 
-def fast_copy(model: nn.Module) -> nn.Module:
-    fast = copy.deepcopy(model)
-    assert enable_fast_path(fast)
-    return fast
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_base_with_fp32_masters_is_as_exact_as_the_general_path(autocast):
     """Against fp64 truth: error of output and gradients at most 1.5 times that of PEFT's forward."""
     torch.manual_seed(1)
-    truth, x = adapted(Block()).double(), torch.randn(64, 12)
+    truth, x = block(bias=False).double(), torch.randn(64, 12)
 
     def run(model: nn.Module) -> torch.Tensor:
         weight = model.to_q.base_layer.weight
@@ -102,7 +104,7 @@ def test_bf16_base_with_fp32_masters_is_as_exact_as_the_general_path(autocast):
             return model(x.to(weight.dtype)).double().square().mean()
 
     general = copy.deepcopy(truth).float()
-    for layer in (general.to_q, general.to_k):
+    for layer in adapter_layers(general).values():
         layer.base_layer.bfloat16()
     expected, seen_general, seen_fast = (plain_step(m, [run]) for m in (truth, general, fast_copy(general)))
     for name, value in expected.items():
@@ -111,55 +113,45 @@ def test_bf16_base_with_fp32_masters_is_as_exact_as_the_general_path(autocast):
         assert error <= 1.5 * allowed + 2e-3 * value.norm(), name
 
 
-def full_width_tensors(model: nn.Module, x: torch.Tensor) -> int:
-    """How many different tensors as large as x the two projections of x keep for the backward pass, under autocast."""
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.numel() == x.numel():
-            kept[tensor.data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        outputs = model.to_q(x), model.to_k(x)
-    return len(kept) if outputs else 0
-
-
 def test_two_projections_of_one_input_keep_it_once():
-    general = adapted(Block())
-    for layer in (general.to_q, general.to_k):
-        layer.base_layer.bfloat16()
-    x = torch.randn(64, 12, dtype=torch.bfloat16, requires_grad=True)
-    assert [full_width_tensors(model, x) for model in (general, fast_copy(general))] == [2, 1]
+    """So many different tensors as large as it are kept for the backward pass, under autocast."""
+    general = block(lambda base: base.bfloat16(), bias=False)
+    x, counts = torch.randn(64, 12, dtype=torch.bfloat16, requires_grad=True), []
+    for model in (general, fast_copy(general)):
+        kept: dict[int, Tensor] = {}
+        keep = lambda t, kept=kept: kept.setdefault(t.data_ptr(), t) if t.numel() == x.numel() else t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            outputs = model.to_q(x), model.to_k(x)
+        counts.append(len(kept) if outputs else 0)
+    assert counts == [2, 1]
 
 
-@pytest.mark.parametrize(
-    ("change", "call"),
-    [
-        (lambda layer: layer.set_scale("default", 0.25), {}),
-        (lambda layer: layer.set_adapter(["default", "other"]), {}),
-        (lambda layer: layer.set_adapter("other"), {}),
-        (lambda layer: None, {"adapter_names": ["default", "__base__"] * 3}),
-    ],
-    ids=["a scale", "two adapters", "another adapter", "a batch of mixed adapters"],
-)
-def test_what_is_changed_later_is_followed(change, call):
+LATER = {
+    "a scale": (lambda layer: layer.set_scale("default", 0.25), {}),
+    "two adapters": (lambda layer: layer.set_adapter(["default", "other"]), {}),
+    "another adapter": (lambda layer: layer.set_adapter("other"), {}),
+    "a batch of mixed adapters": (lambda layer: None, {"adapter_names": ["default", "__base__"] * 3}),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_changed_later_is_followed(name):
     """Fast and general agree after the change."""
-    general = adapted(adapted(Block()), adapter_name="other")
-    for layer in (general.to_q, general.to_k):
+    change, call = LATER[name]
+    general, x = adapted(block(bias=False), adapter_name="other"), torch.randn(6, 12)
+    for layer in adapter_layers(general).values():
         layer.set_adapter("default")
-    fast, x = fast_copy(general), torch.randn(6, 12)
+    fast = fast_copy(general)
     before = fast.to_q(x)
-    for side in (general, fast):
-        for layer in (side.to_q, side.to_k):
-            change(layer)
+    for layer in (*adapter_layers(general).values(), *adapter_layers(fast).values()):
+        change(layer)
     after = fast.to_q(x, **call)
     assert not torch.equal(before, after) and torch.allclose(after, general.to_q(x, **call), atol=1e-5)
 
 
 @pytest.mark.parametrize("in_a_step", [False, True])
-def test_disabled_adapters_give_the_base_bit_for_bit(in_a_step):
-    model, x = fast_copy(adapted(Block(bias=True))), torch.randn(6, 12)
+def test_disabled_adapters_and_scale_zero_give_the_base_bit_for_bit_and_merged_ones_the_same(in_a_step):
+    model, x = fast_copy(block()), torch.randn(6, 12)
     with WorkingCopies(model).for_one_step() if in_a_step else nullcontext():
         live, base = model.to_q(x), model.to_q.base_layer(x)
         with disabled(model):
@@ -167,11 +159,7 @@ def test_disabled_adapters_give_the_base_bit_for_bit(in_a_step):
         assert torch.equal(model.to_q(x), live) and not torch.equal(live, base)
         model.to_q.enable_adapters(False)
         assert torch.equal(model.to_q(x), base)
-
-
-def test_merged_and_unmerged_agree_and_scale_zero_is_the_base():
-    model, x = fast_copy(adapted(Block(bias=True))), torch.randn(6, 12)
-    live = model.to_q(x)
+    model.to_q.enable_adapters(True)
     for change in (model.to_q.merge, model.to_q.unmerge):
         change()
         assert torch.allclose(model.to_q(x), live, atol=1e-5)
@@ -181,35 +169,28 @@ def test_merged_and_unmerged_agree_and_scale_zero_is_the_base():
 
 def test_autocast_to_another_dtype_than_the_weights_goes_the_general_way():
     """`meta` is a device without autocast: it has shapes and no numbers."""
-    general = adapted(Block())
-    fast, x = fast_copy(general), torch.randn(6, 12)
+    general, x = block(bias=False), torch.randn(6, 12)
+    fast = fast_copy(general)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fast(x), general(x))
     assert fast.to("meta")(torch.ones(6, 12, device="meta")).shape == (6, 20)
 
 
-def block(change=lambda layer: None, **options) -> nn.Module:
-    """Two adapted projections with biases, their base layers changed."""
-    model = adapted(Block(bias=True), **options)
-    for layer in adapter_layers(model).values():
-        change(layer.base_layer)
-    return model
+CONVOLUTIONS = {name: nn.Conv2d(2, 2, 1) for name in ("to_q", "to_k")}
+SLOW = {
+    "dropout": lambda: block(lora_dropout=0.1),
+    "DoRA": lambda: block(use_dora=True),
+    "bias": lambda: block(lora_bias=True, mixer="none", init_lora_weights=True),
+    "trained": lambda: block(lambda base: base.requires_grad_(True)),
+    "hooks": lambda: block(lambda base: base.register_forward_hook(lambda *_: None)),
+    "Conv2d": lambda: adapted(nn.ModuleDict(CONVOLUTIONS)),
+    "Linear8bitLt": lambda: quantised("int8", torch.float32),
+}
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda: block(lora_dropout=0.1), "dropout"),
-        (lambda: block(use_dora=True), "DoRA"),
-        (lambda: block(lora_bias=True, mixer="none", init_lora_weights=True), "bias"),
-        (lambda: block(lambda base: base.requires_grad_(True)), "trained"),
-        (lambda: block(lambda base: base.register_forward_hook(lambda *_: None)), "hooks"),
-        (lambda: adapted(nn.ModuleDict({name: nn.Conv2d(2, 2, 1) for name in ("to_q", "to_k")})), "Conv2d"),
-        (lambda: quantised("int8", torch.float32), "Linear8bitLt"),
-    ],
-)
-def test_what_cannot_be_fast_is_left_alone_and_reported(make, reason):
-    model = make()
+@pytest.mark.parametrize("reason", SLOW)
+def test_what_cannot_be_fast_is_left_alone_and_reported(reason):
+    model = SLOW[reason]()
     assert enable_fast_path(model) == 0
     slow = slow_projections(model)
     assert len(slow) == 2 and all(reason in text for text in slow.values())
@@ -217,17 +198,22 @@ def test_what_cannot_be_fast_is_left_alone_and_reported(make, reason):
 
 def quantised(kind: str, dtype: torch.dtype) -> nn.Module:
     """Two adapted projections of widths that bitsandbytes takes, named as the quantisation wants them."""
+    return adapted(quantised_base(kind, dtype))
+
+
+def quantised_base(kind: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     model = nn.ModuleDict({"transformer_blocks": Block(bias=True, widths=(64, 96))})
     quantize(model.to(dtype).requires_grad_(False).train(), kind, dtype)
-    return adapted(model)
+    return model
 
 
-def quantised_loss(model: nn.Module) -> torch.Tensor:
+def quantised_loss(model: nn.Module, x: Tensor | None = None) -> Tensor:
     """Of bf16 or fp32 inputs, through x itself too: the first projection's input needs a gradient."""
     block = model["transformer_blocks"]
-    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).to(compute_dtype(block.to_q.base_layer))
-    first = block.to_q(x)[:, :64].tanh()
+    if x is None:
+        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    first = block.to_q(x.to(fast_linear.compute_dtype(block.to_q.base_layer)))[:, :64].tanh()
     return (block.to_k(first) * block.to_q(first)).float().square().sum()
 
 
@@ -235,8 +221,8 @@ def quantised_loss(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_a_base_in_4_bit_gives_the_same_gradients(dtype, tolerance, on_copies):
     general = quantised("nf4", dtype)
-    fast = copy.deepcopy(general)
-    assert enable_fast_path(fast) == 2 and not slow_projections(fast)
+    fast = fast_copy(general)
+    assert not slow_projections(fast)
     step = step_on_copies if on_copies else plain_step
     assert_same(step(fast, [quantised_loss]), plain_step(general, [quantised_loss]), tolerance)
     disable_fast_path(fast)
@@ -247,12 +233,29 @@ def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():
     model = adapted(Block())
     keys = list(model.state_dict())
     enable_fast_path(model)
-    assert list(model.state_dict()) == keys and type(model.to_q) is FastLinear
+    assert list(model.state_dict()) == keys and type(model.to_q) is fast_linear.FastLinear
     copies = WorkingCopies(model)
     disable_fast_path(model)
-    assert type(model.to_q) is not FastLinear and not slow_projections(model)
+    assert type(model.to_q) is not fast_linear.FastLinear and not slow_projections(model)
     with copies.for_one_step() as step:
         assert not step.batches
+
+
+def test_an_adapter_that_moved_is_never_seen_as_it_was():
+    """After a step, after one that failed, and in the next one."""
+    model, x = fast_copy(block(bias=False)), torch.randn(6, 12)
+    copies = WorkingCopies(model)
+    with pytest.raises(ZeroDivisionError), copies.for_one_step():
+        raise ZeroDivisionError
+    for _ in range(2):
+        with torch.no_grad(), copies.for_one_step():
+            in_step = model.to_q(x)
+        assert torch.allclose(model.to_q(x), in_step, atol=1e-6)
+        with torch.no_grad():
+            model.to_q.lora_B["default"].up.mul_(2)
+        model.to_q.set_scale("default", 3)
+        assert not torch.allclose(model.to_q(x), in_step, atol=1e-3)
+    assert not any(layer.working for layer in adapter_layers(model).values())
 
 
 KINDS = {
@@ -286,26 +289,11 @@ def step_on_copies(model: nn.Module, losses: list[Callable], joint: bool = False
     return given(model)
 
 
-@pytest.mark.parametrize("options", [KINDS["learnt mixer"], KINDS["no mixer"], KINDS["scale"]])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
-def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dtype, tolerance):
-    """In bf16 both round at the same places; sums over micro-batches are in fp32."""
-    plain = adapted(Block(), **options)
-    for layer in (plain.to_q, plain.to_k):
-        layer.base_layer.to(dtype)
-    enable_fast_path(plain)
-    fast = copy.deepcopy(plain)
-    inputs = [torch.randn(64, 12, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 2)]
-    losses = [lambda block, x=x: block(x).float().square().sum() for x in inputs]
-    assert_same(step_on_copies(fast, losses), plain_step(plain, losses), tolerance)
-    assert {p.dtype for p in fast.parameters() if p.requires_grad} == {torch.float32}
-
-
 def test_a_layer_that_is_not_used_has_no_gradient():
     """Nor an input that needs none. Gradients lie in memory as their parameters do: a fused optimizer wants it so."""
     x = torch.ones(4, 12)
     for options in (KINDS["learnt mixer"], KINDS["no mixer"]):
-        model = fast_copy(adapted(Block(), **options))
+        model = fast_copy(block(bias=False, **options))
         found = step_on_copies(model, [lambda block: block.to_q(x).sum()])
         assert {name.split(".")[0] for name in found} == {"to_q"} and x.grad is None
         step_on_copies(model, [lambda block: block(x).sum()])
@@ -313,8 +301,7 @@ def test_a_layer_that_is_not_used_has_no_gradient():
 
 
 def test_layers_of_the_general_path_and_calls_that_take_it_keep_their_gradients():
-    model = fast_copy(adapted(Block()))
-    x = torch.randn(4, 12)
+    model, x = fast_copy(block(bias=False)), torch.randn(4, 12)
     wanted = {name: 2 * grad for name, grad in plain_step(copy.deepcopy(model), [lambda b: b(x).sum()]).items()}
 
     def both_ways(block: Block) -> torch.Tensor:
@@ -332,31 +319,6 @@ def test_the_product_is_made_once_for_all_micro_batches_and_recomputations(monke
     assert enable_fast_path(model)
     step_on_copies(model, [unet_loss] * 2)
     assert not products
-
-
-def test_an_adapter_that_moved_is_never_seen_as_it_was():
-    """After a step, after one that failed, and in the next one."""
-    model = fast_copy(adapted(Block()))
-    copies, x = WorkingCopies(model), torch.randn(6, 12)
-    with pytest.raises(ZeroDivisionError), copies.for_one_step():
-        raise ZeroDivisionError
-    for _ in range(2):
-        with torch.no_grad(), copies.for_one_step():
-            in_step = model.to_q(x)
-        assert torch.allclose(model.to_q(x), in_step, atol=1e-6)
-        with torch.no_grad():
-            model.to_q.lora_B["default"].up.mul_(2)
-        model.to_q.set_scale("default", 3)
-        assert not torch.allclose(model.to_q(x), in_step, atol=1e-3)
-    assert not any(layer.working for layer in adapter_layers(model).values())
-
-
-def test_layers_given_back_to_peft_are_left_alone():
-    model = fast_copy(adapted(Block()))
-    copies = WorkingCopies(model)
-    disable_fast_path(model)
-    with copies.for_one_step() as step:
-        assert not step.batches
 
 
 WORDS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
@@ -401,9 +363,8 @@ def test_gradients_are_those_of_pefts_own_layers(step, kind, micro_batches, reco
     general = adapted(tiny_unet().double(), **KINDS[kind]).double().train()
     fast = copy.deepcopy(general)
     linear = [layer for layer in adapter_layers(general).values() if isinstance(layer.base_layer, nn.Linear)]
-    assert enable_fast_path(fast) == len(linear) and unet_loss(fast).item() == pytest.approx(
-        unet_loss(general).item(), rel=1e-9
-    )
+    assert enable_fast_path(fast) == len(linear)
+    assert unet_loss(fast).item() == pytest.approx(unet_loss(general).item(), rel=1e-9)
     if recomputed:
         fast.enable_gradient_checkpointing()
     losses = [unet_loss, lambda unet: 3 * unet_loss(unet).sqrt()][:micro_batches]
@@ -425,23 +386,21 @@ def test_keys_and_values_of_a_text_whose_products_are_there(options):
     assert_same(joint_step(fast, losses), plain_step(general, losses), 1e-8)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
-def test_it_rounds_as_layers_alone_do(dtype, tolerance):
-    model = adapted(Pair())
-    for layer in model.modules():
-        if hasattr(layer, "base_layer"):
-            layer.base_layer.to(dtype)
-    enable_fast_path(model)
-    alone = copy.deepcopy(model)
-    assert_same(joint_step(model, [pair_loss]), plain_step(alone, [pair_loss]), tolerance)
+@pytest.mark.parametrize("options", [KINDS["learnt mixer"], KINDS["no mixer"], KINDS["scale"]])
+@pytest.mark.parametrize(("dtype", "tolerances"), [(torch.float32, (1e-6, 2e-6)), (torch.bfloat16, (1e-3, 3e-2))])
+def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dtype, tolerances):
+    """In bf16 all round at the same places, copies jointly too; sums over micro-batches are in fp32."""
+    model = adapted(Pair(), **options)
+    for layer in adapter_layers(model).values():
+        layer.base_layer.to(dtype)
+    losses = [pair_loss, lambda pair: 3 * pair_loss(pair).sqrt()]
+    wanted = plain_step(fast_copy(model), losses)
+    assert {gradient.dtype for gradient in wanted.values()} == {torch.float32}
+    for step, tolerance in zip((step_on_copies, joint_step), tolerances, strict=True):
+        assert_same(step(fast_copy(model), losses), wanted, tolerance)
 
 
-def storage_bytes(model: nn.Module) -> int:
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    return sum(storages.values())
-
-
-def test_weights_of_one_buffer_take_no_more_memory_and_are_the_same():
+def test_weights_of_one_buffer_take_no_more_memory_and_models_that_share_them_share_it():
     """It is for devices where kernels count: on a CPU the weights stay where they are, often mapped from the file.
     Packed numbers of 4 bits cannot be put below one another."""
     model = fast_copy(adapted(tiny_unet()))
@@ -456,41 +415,35 @@ def test_weights_of_one_buffer_take_no_more_memory_and_are_the_same():
     packed = nn.ModuleDict({"transformer_blocks": Attention(64, heads=2, dim_head=32)}).requires_grad_(False)
     assert quantize(packed, "nf4", torch.float32) == 4 == enable_fast_path(adapted(packed))
     assert not WorkingCopies(packed, joint=True).joints
+    base = tiny_unet().requires_grad_(False)
+    fast_linear.lay_together(base, [path for path, _ in base.named_modules() if path.endswith(("to_q", "to_v"))])
+    models = adapted_twins(base, target_modules=["to_q", "to_v"])
+    assert all(WorkingCopies(model, joint=True).joints for model in models)
+    assert storage_bytes(*models) == storage_bytes(base)
 
 
-def test_models_that_share_their_weights_share_the_buffer():
-    base = tiny_unet()
-    lay_together(base, [path for path, _ in base.named_modules() if path.endswith(("to_q", "to_v"))])
-    size = storage_bytes(base)
-    models = [adapted(twin(base), target_modules=["to_q", "to_v"]) for _ in range(2)]
-    for model in models:
-        enable_fast_path(model)
-        assert WorkingCopies(model, joint=True).joints
-    frozen = [p for model in models for p in model.parameters() if not p.requires_grad]
-    assert sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in frozen}.values()) == size
+def storage_bytes(*models: nn.Module) -> int:
+    """Of the bases alone."""
+    frozen = [p.untyped_storage() for model in models for p in model.parameters() if not p.requires_grad]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in frozen}.values())
 
 
-def test_layers_alone_and_in_another_order_are_right_too():
+def test_layers_alone_in_another_order_and_beside_one_that_is_switched_off_are_right_too():
     """A processor may give each projection another input, call it twice, or not at all."""
     model = fast_copy(adapted(Attention(12, heads=2, dim_head=6)))
     x, y = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
     calls = [("to_v", x), ("to_k", x), ("to_k", x), ("to_q", y), ("to_k", x), ("to_q", y)]
-    wanted = [getattr(model, name)(value) for name, value in calls]
+    answers = lambda: torch.stack([getattr(model, name)(value) for name, value in calls])  # noqa: E731
+    wanted = answers()
     with WorkingCopies(model, joint=True).for_one_step() as step:
         with torch.no_grad():
             assert not model.to_q(x).requires_grad
-        seen = [getattr(model, name)(value) for name, value in calls]
-        torch.stack(seen).sum().backward()
+        seen = answers()
+        seen.sum().backward()
         step.collect()
-    for one, other in zip(seen, wanted, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+    assert torch.allclose(seen, wanted, atol=1e-5)
     found = given(model)
-    model.zero_grad()
-    torch.stack(wanted).sum().backward()
-    assert_same(found, given(model), 1e-5)
-
-
-def test_a_layer_that_is_switched_off_is_the_base_beside_the_others():
+    assert_same(found, plain_step(model, [lambda _: wanted.sum()]), 1e-5)
     model = fast_copy(adapted(Attention(12, heads=2, dim_head=6)))
     x, live = torch.randn(2, 3, 12), [model.to_q, model.to_v]
     wanted = [layer(x) for layer in live]
@@ -523,17 +476,14 @@ def test_a_compiled_block_is_one_graph():
     assert_same(joint_step(model, [pair_loss]), alone, 2e-6)
 
 
-COUNT, ROWS = 3, 2
+COUNT = 3
 
 
 def adapted_twins(base: nn.Module, **options) -> list[nn.Module]:
     """COUNT models on one base, each with an adapter of its own."""
-    models = []
-    for number in range(COUNT):
-        model = randomize(adapted(twin(base), **options), seed=number)
-        enable_fast_path(model)
-        models.append(model.train())
-    return models
+    models = [randomize(adapted(twin(base), **options), seed=number) for number in range(COUNT)]
+    assert all(map(enable_fast_path, models))
+    return [model.train() for model in models]
 
 
 def inputs_of(number: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -548,13 +498,16 @@ def prediction(unet: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     return unet(latents, times, words, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
 
 
-def gradients_alone(models: list[nn.Module], turns: int = 1) -> list[dict[str, Tensor]]:
+def loss_of(number: int, outputs: Tensor) -> Tensor:
     """Each adapter has another loss, as subjects have."""
+    return (1 + number) * outputs.square().mean()
+
+
+def gradients_alone(models: list[nn.Module], turns: int = 1) -> list[dict[str, Tensor]]:
     found, dtype = [], models[0].conv_in.weight.dtype
     for number, model in enumerate(models):
         inputs = [inputs_of(10 * turn + number, dtype) for turn in range(turns)]
-        losses = [lambda m, x=x, n=number: (1 + n) * prediction(m, x).square().mean() for x in inputs]
-        found.append(step_on_copies(model, losses))
+        found.append(step_on_copies(model, [lambda m, x=x, n=number: loss_of(n, prediction(m, x)) for x in inputs]))
         model.zero_grad()
     return found
 
@@ -565,7 +518,7 @@ def gradients_together(models: list[nn.Module], turns: int = 1) -> list[dict[str
         for turn in range(turns):
             each = [inputs_of(10 * turn + number, dtype) for number in range(len(models))]
             outputs = prediction(models[0], tuple(map(torch.cat, zip(*each, strict=True)))).chunk(len(models))
-            sum((1 + number) * output.square().mean() for number, output in enumerate(outputs)).backward()
+            sum(map(loss_of, range(len(models)), outputs)).backward()
             copies.collect()
     found = [given(model) for model in models]
     for model in models:
@@ -600,25 +553,20 @@ def test_stacked_fp32_adapters_get_fp32_gradients(dtype, tolerance):
 
 
 def test_stacked_adapters_on_a_base_in_4_bit_get_the_same_gradients():
-    base = nn.ModuleDict({"transformer_blocks": Block(bias=True, widths=(64, 96))})
-    quantize(base.requires_grad_(False).train(), "nf4", torch.float32)
-    models = adapted_twins(base)
+    models = adapted_twins(quantised_base("nf4", torch.float32))
     rows = torch.randn(COUNT, 5, 64, generator=torch.Generator().manual_seed(1))
-
-    def loss(model, x):
-        return model["transformer_blocks"](x).square().sum()
-
-    alone = [plain_step(model, [lambda m, x=x: loss(m, x)]) for model, x in zip(models, rows, strict=True)]
+    alone = [plain_step(model, [lambda m, x=x: quantised_loss(m, x)]) for model, x in zip(models, rows, strict=True)]
     for model in models:
         model.zero_grad()
     with StackedAdapters(models).for_one_step() as copies:
-        loss(models[0], rows.flatten(0, 1)).backward()
+        quantised_loss(models[0], rows.flatten(0, 1)).backward()
         copies.collect()
     for model, wanted in zip(models, alone, strict=True):
         assert_same(given(model), wanted, 1e-5)
 
 
-def test_nan_in_one_adapter_stays_there():
+def test_nan_in_one_adapter_stays_there_and_afterwards_each_model_is_as_before():
+    """Switched off, they give the base bit for bit."""
     models = adapted_twins(tiny_unet())
     wanted = gradients_together(models)
     with torch.no_grad():
@@ -627,10 +575,6 @@ def test_nan_in_one_adapter_stays_there():
     assert all(grad.isnan().any() for grad in found[1].values())
     for number in (0, 2):
         assert all(torch.equal(found[number][name], grad) for name, grad in wanted[number].items())
-
-
-def test_afterwards_each_model_is_as_before():
-    """Switched off, they give the base bit for bit."""
     base = tiny_unet()
     models = adapted_twins(base, target_modules=["to_q", "conv1"])
     one = inputs_of(0, torch.float32)

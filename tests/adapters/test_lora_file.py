@@ -12,13 +12,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters import lora_file
+from dreambooth_moslora.adapters import kohya_file, lora_file, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe
-from dreambooth_moslora.adapters.kohya_file import kohya_name
-from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
-from dreambooth_moslora.adapters.proof import BOUNDS, relative_difference
-from dreambooth_moslora.adapters.published_file import publish
-from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -26,13 +21,12 @@ from tests.generation.test_pipeline import differs, picture
 from tests.helpers.live_adapters import PROJECTIONS, shake
 from tests.helpers.tiny_adapters import base_bytes, save_kohya_lora
 
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+
 
 def loaded(subject, path, name="x"):
     subject.load_adapter(path, name)
     return subject
-
-
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 def ours(base, **options):
@@ -40,8 +34,8 @@ def ours(base, **options):
     pipeline = SubjectPipeline.from_base(base).pipeline
     components = {name: getattr(pipeline, name) for name in PARTS}
     for name, model in components.items():
-        targets = list(ATTENTION_PROJECTIONS) if name == "unet" else PROJECTIONS
-        inject(model, MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options))
+        targets = list(moslora.ATTENTION_PROJECTIONS) if name == "unet" else PROJECTIONS
+        moslora.inject(model, moslora.MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options))
         shake(model)
     return pipeline, components
 
@@ -49,14 +43,14 @@ def ours(base, **options):
 def save_published(base, folder, name=PUBLISHED_NAME, **options):
     """Our own two files of an adapter; returns one."""
     _, components = ours(base, **options)
-    publish(components, folder, "dog", adapter_metadata(components, base_id="tiny"))
+    published_file.publish(components, folder, "dog", raw_file.adapter_metadata(components, base_id="tiny"))
     return folder / name
 
 
 def save_peft(base, folder, **options):
     """As diffusers writes it, with PEFT's settings in the header."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    config = LoraConfig(r=4, lora_alpha=9, target_modules=list(ATTENTION_PROJECTIONS), **options)
+    config = LoraConfig(r=4, lora_alpha=9, target_modules=list(moslora.ATTENTION_PROJECTIONS), **options)
     unet.add_adapter(config)
     generator = torch.Generator().manual_seed(0)
     state = {k: torch.randn(v.shape, generator=generator) * 0.3 for k, v in get_peft_model_state_dict(unet).items()}
@@ -74,18 +68,15 @@ def save_kohya(base, folder):
     return folder / "x.safetensors"
 
 
+PATTERNS = {"rank_pattern": {"to_k": 2, "attn1.to_v": 6}}
+PEFT_PATTERNS = PATTERNS | {"use_rslora": True, "alpha_pattern": {"attn1.to_q": 3, "to_q": 5, "^no": 1}}
 HONEST = {
     "ours": save_published,
     "ours for kohya": partial(save_published, name="dog.kohya.safetensors"),
     "DoRA": partial(save_published, use_dora=True),
-    "several ranks": partial(save_published, rank_pattern={"to_k": 2, "attn1.to_v": 6}, alpha_pattern={"to_q": 3}),
+    "several ranks": partial(save_published, alpha_pattern={"to_q": 3}, **PATTERNS),
     "PEFT": save_peft,
-    "PEFT with patterns": partial(
-        save_peft,
-        use_rslora=True,
-        rank_pattern={"to_k": 2, "attn1.to_v": 6},
-        alpha_pattern={"attn1.to_q": 3, "to_q": 5, "^no": 1},
-    ),
+    "PEFT with patterns": partial(save_peft, **PEFT_PATTERNS),
     "PEFT with biases": partial(save_peft, lora_bias=True),
     "kohya": save_kohya,
 }
@@ -138,20 +129,21 @@ def test_every_alpha_of_a_kohya_file_counts(tiny_base, subject, tmp_path):
 QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
-def settings(**changes) -> dict[str, str]:
-    """The header in which diffusers keeps PEFT's settings, with some of them changed."""
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    own = {"r": 4, "lora_alpha": 4, "target_modules": targets} | changes
-    return {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in own.items()})}
-
-
 def with_part(key: str, tensor: torch.Tensor):
     return lambda state: (state | {key: tensor}, None)
 
 
+def pair_at(path: str, width: int):
+    """A LoRA on a place where none belongs."""
+    return lambda state: (state | {f"{path}.lora_{x}.weight": torch.ones(width, width) for x in "AB"}, None)
+
+
 def save_other(folder, state, change):
-    """The LoRA with other tensors, or, from a dict, with other settings in its header."""
-    tensors, header = (state, settings(**change)) if isinstance(change, dict) else change(state)
+    """The LoRA with other tensors, or, from a dict, with others of PEFT's settings in the header of diffusers."""
+    tensors, header = (state, None) if isinstance(change, dict) else change(state)
+    if isinstance(change, dict):
+        own = {"r": 4, "lora_alpha": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]} | change
+        header = {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in own.items()})}
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "x.safetensors", header)
     return folder / "x.safetensors"
 
@@ -166,29 +158,12 @@ REFUSED = {
     "a weight of the base": with_part("unet.conv_out.weight", torch.ones(4, 8, 3, 3)),
     "a wrapped weight of the base": with_part(f"{QUERY}.base_layer.weight", torch.ones(16, 16)),
     "a wrapped bias": with_part(f"{QUERY.replace('to_q', 'to_out.0')}.base_layer.bias", torch.ones(16)),
-    "a LoRA in a LoRA": lambda state: (
-        state | {f"{QUERY}.base_layer.lora_{x}.weight": torch.ones(16, 16) for x in "AB"},
-        None,
-    ),
+    "a LoRA in a LoRA": pair_at(f"{QUERY}.base_layer", 16),
     "a weight of a text encoder": with_part("text_encoder.embeddings.token_embedding.weight", torch.ones(4, 16)),
-    "a LoRA on a whole block": lambda state: (
-        state | {f"unet.mid_block.attentions.0.lora_{x}.weight": torch.ones(32, 32) for x in "AB"},
-        None,
-    ),
+    "a LoRA on a whole block": pair_at("unet.mid_block.attentions.0", 32),
     "a control LoRA": with_part("unet.lora_controlnet", torch.ones(1)),
     "LoKr": with_part(f"{QUERY}.lokr_w1", torch.ones(4, 4)),
     "a line break": with_part("unet.a\nb.lora_A.weight", torch.ones(4, 4)),
-    "OLoRA": {"init_lora_weights": "olora"},
-    "PiSSA": {"init_lora_weights": "pissa"},
-    "fast PiSSA": {"init_lora_weights": "pissa_niter_1"},
-    "an alpha by expression": {"alpha_pattern": {"(.*)to_q": 7}},
-    "an alpha of no number": {"lora_alpha": float("nan")},
-    "an endless alpha": {"lora_alpha": 10**400},
-    "an alpha in words": {"lora_alpha": "four"},
-    "an alpha that is a list": {"alpha_pattern": {"to_q": [1]}},
-    "alphas in a list": {"alpha_pattern": ["to_q"]},
-    "a flag in words": {"use_rslora": "yes"},
-    "DoRA without magnitudes": {"use_dora": True},
     "settings in a list": lambda state: (state, {"lora_adapter_metadata": "[1]"}),
     "settings without a floor": lambda state: (state, {"lora_adapter_metadata": "[" * 100_000}),
     "four dimensions on a linear layer": changed(**dict.fromkeys(("lora_A", "lora_B"), lambda t: t[..., None, None])),
@@ -197,7 +172,12 @@ REFUSED = {
     "rank 0": changed(lora_A=lambda t: t[:0], lora_B=lambda t: t[:, :0]),
     "whole numbers": changed(lora_A=lambda t: t.int()),
 }
-DRAWN = ("a weight of the base", "a wrapped bias", "OLoRA", "a LoRA in a LoRA")
+REFUSED |= {name: {"init_lora_weights": name} for name in ("olora", "pissa", "pissa_niter_1")}
+REFUSED |= {"an alpha by expression": {"alpha_pattern": {"(.*)to_q": 7}}, "an endless alpha": {"lora_alpha": 10**400}}
+REFUSED |= {"an alpha of no number": {"lora_alpha": float("nan")}, "an alpha in words": {"lora_alpha": "four"}}
+REFUSED |= {"an alpha in a list": {"alpha_pattern": {"to_q": [1]}}, "alphas in a list": {"alpha_pattern": ["to_q"]}}
+REFUSED |= {"a flag in words": {"use_rslora": "yes"}, "DoRA without magnitudes": {"use_dora": True}}
+DRAWN = ("a weight of the base", "a wrapped bias", "olora", "a LoRA in a LoRA")
 """After these, pictures are drawn too."""
 
 
@@ -219,17 +199,16 @@ def test_a_hostile_file_is_refused_in_one_line_and_nothing_has_changed(name, sta
         assert np.array_equal(picture(subject, adapters=adapters), drawn)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"target_modules": ".*to_q"},
-        {"rank_pattern": {"(.*)to_q": 7}},
-        {"modules_to_save": ["conv_out"]},
-        {"nobody": {"knows": ["this"]}},
-        {"runtime_config": 3, "peft_type": "LOHA", "megatron_config": {"a": 1}},
-    ],
-    ids=["targets by expression", "ranks by expression", "whole modules", "unknown settings", "an attack on a class"],
-)
+OTHER_SETTINGS = {
+    "targets by expression": {"target_modules": ".*to_q"},
+    "ranks by expression": {"rank_pattern": {"(.*)to_q": 7}},
+    "whole modules": {"modules_to_save": ["conv_out"]},
+    "unknown settings": {"nobody": {"knows": ["this"]}},
+    "an attack on a class": {"runtime_config": 3, "peft_type": "LOHA", "megatron_config": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize("changes", OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
 def test_other_settings_of_a_file_do_not_reach_peft(changes, state, subject, tmp_path):
     save_file(state, tmp_path / "plain.safetensors")
     plain, bare = picture(loaded(subject, tmp_path / "plain.safetensors"), adapters=(("x", 1.0),)), picture(subject)
@@ -242,7 +221,12 @@ def test_other_settings_of_a_file_do_not_reach_peft(changes, state, subject, tmp
     assert np.array_equal(picture(subject), bare) and base_bytes(subject.pipeline) == before
 
 
-def test_a_failure_half_way_takes_out_what_was_in(tiny_base, subject, tmp_path, monkeypatch):
+def test_a_failure_half_way_takes_out_what_was_in(tiny_base, subject, state, tmp_path, monkeypatch):
+    """A file with more alphas than any trainer writes is refused."""
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_file, "MOST_VALUES", 1)
+        with pytest.raises(UserError, match="more than 1 different ranks or alphas"):
+            subject.load_adapter(save_other(tmp_path, state, {"alpha_pattern": {"to_q": 7}}))
     file = save_published(tiny_base, tmp_path)
 
     def fail(*_, **__):
@@ -256,12 +240,6 @@ def test_a_failure_half_way_takes_out_what_was_in(tiny_base, subject, tmp_path, 
     assert not subject.adapters and not any(subject.pipeline.get_list_adapters().values())
     assert base_bytes(subject.pipeline) == before and np.array_equal(picture(subject), bare)
     assert differs(picture(loaded(subject, file), adapters=(("x", 1.0),)), bare)
-
-
-def test_a_file_with_more_alphas_than_any_trainer_writes_is_refused(state, subject, tmp_path, monkeypatch):
-    monkeypatch.setattr(lora_file, "MOST_VALUES", 1)
-    with pytest.raises(UserError, match="more than 1 different ranks or alphas"):
-        subject.load_adapter(save_other(tmp_path, state, {"alpha_pattern": {"to_q": 7}}))
 
 
 def changes(pipeline) -> dict[str, torch.Tensor]:
@@ -282,13 +260,13 @@ def worst(base, file, wanted) -> float:
     subject.activate(((subject.load_adapter(file), 1.0),))
     found = changes(subject.pipeline)
     assert found.keys() == wanted.keys() and found
-    return max(relative_difference(found[name], change) for name, change in wanted.items())
+    return max(proof.relative_difference(found[name], change) for name, change in wanted.items())
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, BOUNDS[torch.float16])])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, proof.BOUNDS[torch.float16])])
 def test_a_trained_dora_comes_back_from_both_files(dtype, bound, tiny_base, tmp_path):
     pipeline, components = ours(tiny_base, use_dora=True)
-    publish(components, tmp_path, "dog", adapter_metadata(components, base_id="tiny"), dtype)
+    published_file.publish(components, tmp_path, "dog", raw_file.adapter_metadata(components, base_id="tiny"), dtype)
     assert ", DoRA, PEFT keys" in describe(tmp_path / PUBLISHED_NAME)["kind"]
     wanted = changes(pipeline)
     for file in (PUBLISHED_NAME, "dog.kohya.safetensors"):
@@ -302,7 +280,7 @@ def other_program_s(base, file, shape=(-1, 1)) -> dict[str, torch.Tensor]:
     tensors, wanted = load_file(save_kohya_lora(unet, file, size=0.2)), {}
     generator = torch.Generator().manual_seed(2)
     for path, module in unet.named_modules():
-        name = kohya_name("unet", path)
+        name = kohya_file.kohya_name("unet", path)
         if f"{name}.alpha" not in tensors:
             continue
         weight = module.weight.detach()
@@ -315,22 +293,17 @@ def other_program_s(base, file, shape=(-1, 1)) -> dict[str, torch.Tensor]:
     return wanted
 
 
-def test_another_program_s_dora_is_what_its_definition_says(tiny_base, tmp_path):
-    wanted = other_program_s(tiny_base, tmp_path / "x.safetensors")
-    assert describe(tmp_path / "x.safetensors")["kind"] == "DoRA, kohya keys"
-    assert worst(tiny_base, tmp_path / "x.safetensors", wanted) < 1e-5
-
-
-def test_dora_by_columns_is_refused_in_one_line(tiny_base, subject, tmp_path):
-    """So is DoRA for some layers alone."""
+def test_another_program_s_dora_is_what_its_definition_says_or_it_is_refused(tiny_base, subject, tmp_path):
     file = tmp_path / "x.safetensors"
-    other_program_s(tiny_base, file, shape=(1, -1))
-    assert "DoRA by columns, which is not read" in describe(file)["kind"]
-    with pytest.raises(UserError, match=r"x.safetensors holds DoRA by the columns of W \(lora_unet.*dora_scale \(1, "):
-        subject.load_adapter(file)
-    other_program_s(tiny_base, file)
+    wanted = other_program_s(tiny_base, file)
+    assert describe(file)["kind"] == "DoRA, kohya keys"
+    assert worst(tiny_base, file, wanted) < 1e-5
     tensors = load_file(file)
     del tensors[next(key for key in tensors if key.endswith(".dora_scale"))]
     save_file(tensors, file)
     with pytest.raises(UserError, match="holds DoRA for some layers of its unet alone"):
+        subject.load_adapter(file)
+    other_program_s(tiny_base, file, shape=(1, -1))
+    assert "DoRA by columns, which is not read" in describe(file)["kind"]
+    with pytest.raises(UserError, match=r"x.safetensors holds DoRA by the columns of W \(lora_unet.*dora_scale \(1, "):
         subject.load_adapter(file)

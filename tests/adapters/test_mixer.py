@@ -1,20 +1,33 @@
-"""The mixers themselves: how they start, what depends on them, and who is refused one."""
+"""The mixers: how they start, what depends on them, who is refused one, and that a kind of mixer is a name and a start:
+flag, page, training, files and their descriptions know it by these."""
 
 import pickle
 import subprocess
 import sys
 
+import gradio as gr
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dreambooth_moslora.adapters.mixer import MixerLinear, initial_mixer
+from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.mixer import STARTS, MixerLinear, initial_mixer
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject
+from dreambooth_moslora.adapters.raw_file import read_raw
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.settings.table import MIXERS
+from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.ui.train import train_widgets
+from dreambooth_moslora.ui.train_form import TrainForm
 from tests.adapters.test_moslora import Net, config
 from tests.helpers.live_adapters import shake
+from tests.helpers.tiny_training import paint_photos, tiny_config
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "identity", "butterfly"])
@@ -30,7 +43,7 @@ def test_the_mixers_start_as_they_are_named(kind):
         initial_mixer("random", 6, seed=0, path="x")
 
 
-def test_mixers_depend_on_seed_and_place_and_on_nothing_else():
+def test_mixers_depend_on_seed_and_place_and_their_product_stays_of_its_subclass():
     first = initial_mixer("orthogonal", 4, seed=0, path="a")
     torch.manual_seed(77)
     state = torch.get_rng_state()
@@ -38,32 +51,24 @@ def test_mixers_depend_on_seed_and_place_and_on_nothing_else():
     assert torch.equal(state, torch.get_rng_state()), "a mixer must not shift the draws of A"
     assert not torch.equal(first, initial_mixer("orthogonal", 4, seed=1, path="a"))
     assert not torch.equal(first, initial_mixer("orthogonal", 4, seed=0, path="b"))
+    with FakeTensorMode():
+        mixed = MixerLinear(torch.ones(5, 2), torch.ones(2, 2))
+    assert type(mixed.weight) is FakeTensor and mixed.weight.shape == (5, 2)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"target_modules": ["to_q", "words"]}, "words is a Embedding"),
-        ({"target_modules": ["nowhere"]}, "matches no module of Net"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"r": 0}, "from 1 on, not 0"),
-        ({"rank_pattern": {"to_k": -2}}, "from 1 on, not -2"),
-        ({"mixer": "butterfly", "r": 3}, "even ranks, not 3"),
-    ],
-)
+REFUSED = [({"target_modules": ["to_q", "words"]}, "words is a Embedding"), ({"r": 0}, "from 1 on, not 0")]
+REFUSED += [({"target_modules": ["nowhere"]}, "matches no module of Net"), ({"lora_bias": True}, "lora_bias")]
+REFUSED += [({"rank_pattern": {"to_k": -2}}, "from 1 on, not -2")]
+REFUSED += [({"mixer": "butterfly", "r": 3}, "even ranks, not 3"), ({"mixer": "random"}, "mixer")]
+REFUSED += [({"init_lora_weights": kind}, "mixer") for kind in ("pissa", "olora")]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED)
 def test_what_cannot_carry_a_mixer_is_named_and_the_model_stays_as_it_was(options, said):
     net = Net()
     with pytest.raises(UserError, match=said):
         inject(net, config(**options))
     assert not hasattr(net, "peft_config") and type(net.to_q) is nn.Linear
-
-
-@pytest.mark.parametrize(
-    "options", [{"mixer": "random"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]
-)
-def test_wrong_settings_are_refused(options):
-    with pytest.raises(UserError, match="mixer"):
-        config(**options)
 
 
 @pytest.mark.parametrize("first", [LoraConfig, MoSLoraConfig])
@@ -114,12 +119,6 @@ def test_add_weighted_adapter_combines_the_folded_adapters(combination):
     assert isinstance(model.peft_config["one"], MoSLoraConfig)
 
 
-def test_the_product_of_a_tensor_subclass_stays_of_that_subclass():
-    with FakeTensorMode():
-        mixed = MixerLinear(torch.ones(5, 2), torch.ones(2, 2))
-    assert type(mixed.weight) is FakeTensor and mixed.weight.shape == (5, 2)
-
-
 def test_what_cannot_carry_a_mixer_is_named_for_pefts_own_models_too():
     with pytest.raises(UserError, match="words is a Embedding"):
         get_peft_model(Net(), config(target_modules=["words"]))
@@ -128,3 +127,29 @@ def test_what_cannot_carry_a_mixer_is_named_for_pefts_own_models_too():
     with pytest.raises(UserError, match="words is a Embedding"):
         inject(model, config(target_modules=["to_q", "words"]), "two")
     assert [name for name, _ in model.named_parameters()] == before and list(model.peft_config) == ["one"]
+
+
+@pytest.fixture
+def reversed_kind(monkeypatch):
+    monkeypatch.setitem(STARTS, "reversed", lambda mixer, _: mixer.copy_(torch.eye(len(mixer)).flip(0)))
+    MIXERS.append("reversed")
+    yield "reversed"
+    MIXERS.remove("reversed")
+
+
+def test_flag_page_training_files_and_descriptions_know_a_new_mixer(reversed_kind, tiny_base, tmp_path):
+    assert set(STARTS) == set(MIXERS) - {"none"} | {"zero"}
+    flags = ["--mixer", "reversed", "--instance_data_dir", "p", "--instance_prompt", "a sks dog", "--output_dir", "run"]
+    assert parse_train_config([*flags, "--pretrained_model_name_or_path", "toy"]).mixer == "reversed"
+    with gr.Blocks():
+        widgets, _ = train_widgets("toy", TrainForm)
+    assert "reversed" in [value for _, value in widgets["mixer"].choices]
+    changes = {"mixer": "reversed", "learning_rate": 1e-6, "max_train_steps": 1}
+    train(tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", **changes))
+    tensors, metadata = read_raw(tmp_path / "run" / "last" / RAW_NAME)
+    mixers = [tensor for key, tensor in tensors.items() if key.endswith(".mixer")]
+    assert mixers and all(torch.allclose(mixer, torch.eye(len(mixer)).flip(0), atol=1e-4) for mixer in mixers)
+    with safe_open(tmp_path / "run" / PUBLISHED_NAME, "pt") as file:
+        told = AdapterMetadata.from_json(file.metadata()["moslora"])
+    assert metadata.mixer == told.mixer == "reversed"
+    assert describe(tmp_path / "run" / PUBLISHED_NAME)["mixer"] == "reversed, folded"

@@ -20,29 +20,17 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from benchmarks.fold_table import loaded_by_diffusers
+from dreambooth_moslora.adapters import moslora
 from dreambooth_moslora.adapters.mixer import MixerLinear
-from dreambooth_moslora.adapters.moslora import (
-    ATTENTION_PROJECTIONS,
-    MoSLoraConfig,
-    adapter_layers,
-    adapter_parameters,
-    base_modules,
-    disabled,
-    fold,
-    inject,
-    matrices_of,
-    matrix_layers,
-    mixer_parameters,
-    set_scale,
-    value_pattern,
-)
+from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS as ATTENTION
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.rows import is_target
 from dreambooth_moslora.settings.table import KRONECKER, MIXERS
 from tests.helpers.layer_figures import diagnostics
-from tests.helpers.live_adapters import PROJECTIONS, live, shake
-from tests.helpers.tiny import tiny_text_config, tiny_unet
+from tests.helpers.live_adapters import PROJECTIONS, live, shake, text_encoders
+from tests.helpers.tiny import tiny_unet
 
 MIXED = [kind for kind in MIXERS if kind not in (KRONECKER, "none")]
 
@@ -87,7 +75,7 @@ def test_forward_is_the_formula_of_the_paper(kind, rslora):
     scale = 3 / 2 if rslora else 3 / 4
     expected = layer.base_layer(X) + scale * (((X @ a.T) @ b.mixer.T) @ b.up.T)
     assert torch.allclose(layer(X), expected, atol=1e-5)
-    matrices, weight, bias = matrices_of(layer, "default"), layer.base_layer.weight, layer.base_layer.bias
+    matrices, weight, bias = moslora.matrices_of(layer, "default"), layer.base_layer.weight, layer.base_layer.bias
     assert torch.allclose(matrices.forward(X, weight) + bias, expected, atol=1e-5)
     assert torch.allclose(X @ (weight + matrices.fold().delta).T + bias, expected, atol=1e-5)
 
@@ -129,7 +117,7 @@ def test_only_the_adapter_learns_and_a_frozen_mixer_stays(train_mixer):
     net.to_q.set_adapter("default")  # PEFT turns on every parameter of an adapter
     learnt = {id(p) for p in net.parameters() if p.requires_grad}
     assert learnt == {id(p) for _, p in adapter_parameters(net)}
-    assert len(mixer_parameters(net)) == (2 if train_mixer else 0)
+    assert len(moslora.mixer_parameters(net)) == (2 if train_mixer else 0)
     start = net.to_q.lora_B["default"].mixer.clone()
     shake(net)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
@@ -153,7 +141,7 @@ def test_several_adapters_scale_disable_and_delete():
     net = adapted(seed=1)
     net.to_k.lora_A["default"].weight.requires_grad_(False)
     flags = [p.requires_grad for p in net.parameters()]
-    with disabled(net):
+    with moslora.disabled(net):
         alone = net(X)
         assert torch.equal(net.to_q(X), net.to_q.base_layer(X))
     assert flags == [p.requires_grad for p in net.parameters()]
@@ -169,39 +157,23 @@ def test_several_adapters_scale_disable_and_delete():
         layer.delete_adapter("second")
         layer.set_adapter("default")
     assert torch.equal(net(X), first)
-    set_scale(net, 0.0)
+    moslora.set_scale(net, 0.0)
     assert torch.allclose(net(X), alone, atol=1e-6)
-    set_scale(net, 1.0)
+    moslora.set_scale(net, 1.0)
     assert torch.equal(net(X), first)
 
 
-def test_rank_and_alpha_patterns_and_regex_targets():
-    net = adapted(target_modules=r"to_[qk]", rank_pattern={"to_k": 2}, alpha_pattern={"to_q": 16})
-    assert net.to_k.lora_B["default"].mixer.shape == (2, 2)
-    folded = fold(net)
-    assert [len(folded[p].down) for p in ("to_q", "to_k")] == [4, 2]
-    assert torch.allclose(
-        X @ (folded["to_q"].up @ folded["to_q"].down).T, net.to_q(X) - net.to_q.base_layer(X), atol=1e-5
-    )
-    assert net.to_q.scaling["default"] == 4 and net.to_k.scaling["default"] == 2
-
-
-def test_dropout_is_active_in_training_only_and_layers_can_be_copied_and_pickled():
+def test_dropout_is_active_in_training_only_layers_are_copied_and_pickled_and_names_are_unique():
     net = adapted(lora_dropout=0.5)
-    assert torch.equal(net(X), net(X))
-    assert torch.equal(copy.deepcopy(net)(X), net(X))
+    assert torch.equal(net(X), net(X)) and torch.equal(copy.deepcopy(net)(X), net(X))
     again = pickle.loads(pickle.dumps(net.to_q.lora_B))
     assert torch.equal(again["default"].weight, net.to_q.lora_B["default"].weight)
-    net.train()
-    assert not torch.equal(net(X), net(X))
-
-
-def test_a_taken_or_unknown_name_is_refused():
-    net = adapted()
     with pytest.raises(UserError, match="already has an adapter named 'default'"):
         inject(net, config())
     with pytest.raises(UserError, match="No adapter named 'dog' in Net; it has: default"):
         fold(net, "dog")
+    net.train()
+    assert not torch.equal(net(X), net(X))
 
 
 def test_mixed_batches_name_an_adapter_per_row():
@@ -217,14 +189,12 @@ def test_mixed_batches_name_an_adapter_per_row():
         assert torch.allclose(rows[1], model(X)[1], atol=1e-6)
 
 
-def test_autocast():
+def test_autocast_and_full_graph_compilation():
     net = adapted()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = net(X)
     assert torch.allclose(low.float(), net(X), atol=0.1, rtol=0.05)
-
-
-NAMES = ["to_q", "to_out.0", "conv1", "mid_block.attentions.0.proj_in", "q", "out.0"]
+    assert torch.allclose(torch.compile(net, fullgraph=True, backend="eager")(X), net(X), atol=1e-6)
 
 
 def test_the_base_has_the_same_modules_with_an_adapter_as_without():
@@ -234,20 +204,20 @@ def test_the_base_has_the_same_modules_with_an_adapter_as_without():
     options = {"r": 2, "target_modules": ["to_q", "conv1"]}
     wrapped = get_peft_model(inject(tiny_unet(), MoSLoraConfig(**options)), MoSLoraConfig(**options), "second")
     plain = named(tiny_unet().named_modules())
-    assert named(base_modules(tiny_unet()).items()) == named(base_modules(wrapped).items()) == plain
+    assert named(moslora.base_modules(tiny_unet()).items()) == named(moslora.base_modules(wrapped).items()) == plain
     model = nn.ModuleDict({"line": nn.Linear(2, 3), "norm": nn.LayerNorm(2), "words": nn.Embedding(4, 2)})
-    assert list(matrix_layers(model)) == ["line", "words"], "norms have vectors alone"
-    unet = inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=list(ATTENTION_PROJECTIONS)))
+    assert list(moslora.matrix_layers(model)) == ["line", "words"], "norms have vectors alone"
+    unet = inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=list(ATTENTION)))
     projections = [path for path, _ in plain if path.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
     assert list(adapter_layers(unet)) == projections and unet.active_adapters() == ["default"]
     unet.delete_adapters("default")
     assert not [n for n, _ in unet.named_parameters() if ".default." in n]
 
 
-@pytest.mark.parametrize("target", NAMES)
+@pytest.mark.parametrize("target", ["to_q", "to_out.0", "conv1", "mid_block.attentions.0.proj_in", "q", "out.0"])
 def test_the_rule_without_torch_is_pefts_own(target):
     config = LoraConfig(target_modules=[target])
-    for path in base_modules(tiny_unet()):
+    for path in moslora.base_modules(tiny_unet()):
         assert bool(LoraModel._check_target_module_exists(config, path)) == is_target(path, target), path
 
 
@@ -264,16 +234,22 @@ BLOCK_NAMES = {
 
 @pytest.mark.parametrize("name", BLOCK_NAMES)
 def test_blocks_and_patterns_name_layers_too(name):
-    paths = list(matrix_layers(tiny_unet()))
+    paths = list(moslora.matrix_layers(tiny_unet()))
     found = [path for path in paths if is_target(path, name)]
     assert found and found == [path for path in paths if BLOCK_NAMES[name](path)]
 
 
-def test_a_pattern_gives_every_module_its_value_back():
+def test_rank_and_alpha_patterns_and_regex_targets():
+    net = adapted(target_modules=r"to_[qk]", rank_pattern={"to_k": 2}, alpha_pattern={"to_q": 16})
+    assert net.to_k.lora_B["default"].mixer.shape == (2, 2)
+    folded = fold(net)
+    assert [len(folded[p].down) for p in ("to_q", "to_k")] == [4, 2]
+    change = net.to_q(X) - net.to_q.base_layer(X)
+    assert torch.allclose(X @ (folded["to_q"].up @ folded["to_q"].down).T, change, atol=1e-5)
+    assert net.to_q.scaling["default"] == 4 and net.to_k.scaling["default"] == 2
     ranks = {"to_q": 2, "to_k": 3, "inner.to_q": 4, "inner.to_k": 3}
-    net, inner = (nn.ModuleDict({"to_q": nn.Linear(2, 2), "to_k": nn.Linear(2, 2)}) for _ in range(2))
-    net["inner"] = inner
-    inject(net, MoSLoraConfig(r=3, target_modules=["to_q", "to_k"], rank_pattern=value_pattern(ranks, 3)))
+    net, net.inner = Net(), Net()
+    inject(net, config(r=3, rank_pattern=moslora.value_pattern(ranks, 3)))
     assert {path: layer.r["default"] for path, layer in adapter_layers(net).items()} == ranks
 
 
@@ -345,33 +321,37 @@ def test_forward_and_merge_of_a_convolution_are_the_formula(name, kind):
         assert torch.allclose(layer(PIXELS), wanted, atol=1e-5)
 
 
-def test_its_figures_are_those_of_the_flattened_matrix():
+def test_diagnostics_of_an_untrained_and_a_moved_mixer_and_of_a_flattened_kernel():
+    net = inject(Net(), config())
+    figures = diagnostics(net)
+    assert all(f.drift == 0 and abs(f.condition_number - 1) < 1e-5 and f.effective_rank == 0 for f in figures.values())
+    assert diagnostics(inject(Net(), config(mixer="butterfly")))["to_q"].condition_number == float("inf")
+    layer = net.to_q
+    with torch.no_grad():
+        layer.lora_B["default"].mixer.mul_(1.5)
+        layer.lora_A["default"].weight.copy_(torch.eye(4, 12))
+        layer.lora_B["default"].up.copy_(torch.eye(10, 4))
+    moved = diagnostics(net)["to_q"]
+    assert abs(moved.drift - 0.5) < 1e-6 and abs(moved.effective_rank - 4) < 1e-5 and moved.rank == 4
+    with torch.no_grad():
+        layer.lora_B["default"].up[:, 1:] = 0
+    assert abs(diagnostics(net)["to_q"].effective_rank - 1) < 1e-5
     unet = live(target_modules=["conv1"])["unet"]
     path = next(iter(adapter_layers(unet)))
-    figures, delta = diagnostics(unet)[path], fold(unet)[path].delta.flatten(1)
-    sizes = torch.linalg.svdvals(delta)[:4]
-    shares = sizes / sizes.sum()
+    sizes = torch.linalg.svdvals(fold(unet)[path].delta.flatten(1))[:4]
+    shares, figures = sizes / sizes.sum(), diagnostics(unet)[path]
     assert figures.rank == 4
     assert figures.effective_rank == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-4)
 
 
-NO_DORA = "wide is a convolution, and DoRA is for projections"
+NOT_SQUARE = dict.fromkeys(("grouped", "dilated", "seamless"), "a grouped, dilated or circular Conv2d")
+REFUSED = [(name, {}, f"{name} is {kind}") for name, kind in {**NOT_SQUARE, "line": "a Conv1d"}.items()]
+REFUSED += [("norm", mixer, "norm is a GroupNorm, which has no matrix to adapt") for mixer in ({}, {"mixer": "none"})]
+REFUSED += [("wide", {"use_dora": True} | mixer, "and DoRA is for projections") for mixer in ({}, {"mixer": "none"})]
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
-@pytest.mark.parametrize(
-    ("target", "options", "said"),
-    [
-        ("grouped", {}, "grouped is a grouped, dilated or circular Conv2d"),
-        ("dilated", {}, "dilated is a grouped, dilated or circular Conv2d"),
-        ("seamless", {}, "seamless is a grouped, dilated or circular Conv2d"),
-        ("norm", {}, "norm is a GroupNorm, which has no matrix to adapt"),
-        ("norm", {"mixer": "none"}, "norm is a GroupNorm, which has no matrix to adapt"),
-        ("line", {}, "line is a Conv1d"),
-        ("wide", {"use_dora": True}, "wide is a convolution, and DoRA is for projections"),
-        ("wide", {"use_dora": True, "mixer": "none"}, "wide is a convolution, and DoRA is for projections"),
-    ],
-)
+@pytest.mark.parametrize(("target", "options", "said"), REFUSED)
 def test_what_cannot_be_adapted_is_refused_and_left_as_it_was(target, options, said):
     """PEFT's own door says no to norms itself, and to all without a mixer."""
     net = Convolutions()
@@ -394,23 +374,16 @@ def test_the_estimate_counts_what_is_trained(targets, tiny_base):
 WORDS = torch.tensor([[3, 7, 9, 1, 30]])
 
 
-def llama_config() -> transformers.LlamaConfig:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes)
-
-
-def llama() -> transformers.LlamaForCausalLM:
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(llama_config())
+LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA |= {"vocab_size": 32, "num_key_value_heads": 2}
+LLAMAS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
 
 
 def llava() -> transformers.LlavaForConditionalGeneration:
-    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
     vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, **sizes)
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=llama_config(), image_token_index=31, image_seq_length=4
-    )
+    both = {"vision_config": vision, "text_config": transformers.LlamaConfig(**LLAMA)}
+    config = transformers.LlavaConfig(image_token_index=31, image_seq_length=4, **both)
     return transformers.LlavaForConditionalGeneration(config)
 
 
@@ -454,14 +427,10 @@ def with_folded_weights(model: nn.Module) -> nn.Module:
 
 
 MODELS = {
-    "text_encoder": (lambda: transformers.CLIPTextModel(tiny_text_config(16, 31)), PROJECTIONS),
-    "text_encoder_2": (
-        lambda: transformers.CLIPTextModelWithProjection(tiny_text_config(32, 31, projection_dim=32)),
-        PROJECTIONS,
-    ),
-    "llama": (llama, ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]),
+    **{name: (lambda name=name: text_encoders()[name], PROJECTIONS) for name in ("text_encoder", "text_encoder_2")},
+    "llama": (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), LLAMAS),
     "llava": (llava, r".*language_model.*\.(q_proj|v_proj)"),
-    "unet": (tiny_unet, list(ATTENTION_PROJECTIONS)),
+    "unet": (tiny_unet, list(ATTENTION)),
 }
 
 
@@ -469,14 +438,14 @@ MODELS = {
 @pytest.mark.parametrize("dora", [False, True])
 def test_both_doors_and_the_fold(name, dora):
     make, targets = MODELS[name]
-    settings = MoSLoraConfig(r=4, lora_alpha=6, target_modules=targets, use_dora=dora)
-    torch.manual_seed(2)
-    through_peft = get_peft_model(make(), copy.deepcopy(settings)).get_base_model().eval()
-    torch.manual_seed(2)
-    model = inject(make(), settings).eval()
-    states = model.state_dict(), through_peft.state_dict()
+    settings, models = MoSLoraConfig(r=4, lora_alpha=6, target_modules=targets, use_dora=dora), []
+    for door in (lambda net, config: get_peft_model(net, config).get_base_model(), inject):
+        torch.manual_seed(2)
+        models.append(door(make(), copy.deepcopy(settings)).eval())
+    states = [model.state_dict() for model in models]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    model = models[1]
     base = forward_of(model).detach()
     shake(model)
     change = (forward_of(model) - base).detach()
@@ -491,9 +460,9 @@ def test_qmoslora_on_a_4_bit_base(kind, dora):
     model = in_nf4(make(), ("lm_head",) if kind == "llama" else ("time_emb_proj", "linear_1", "linear_2"))
     # Training mode, without dropout: in evaluation mode bitsandbytes repacks the weights for inference on the CPU.
     inject(model, MoSLoraConfig(r=4, lora_alpha=4, target_modules=targets, use_dora=dora)).train()
-    layers = adapter_layers(model)
-    assert all(isinstance(layer.get_base_layer(), bnb.nn.Linear4bit) for layer in layers.values())
-    assert all(isinstance(layer.lora_B["default"], MixerLinear) for layer in layers.values())
+    for layer in adapter_layers(model).values():
+        assert isinstance(layer.get_base_layer(), bnb.nn.Linear4bit)
+        assert isinstance(layer.lora_B["default"], MixerLinear)
     shake(model)
     forward_of(model).square().sum().backward()
     for name, parameter in adapter_parameters(model):
@@ -503,84 +472,46 @@ def test_qmoslora_on_a_4_bit_base(kind, dora):
     assert (live - folded).abs().max() <= 1e-5 * live.abs().max()
 
 
-def test_peft_files_come_back_whole_and_a_peft_without_this_package_refuses_them(tmp_path, monkeypatch):
+def test_peft_files_come_back_whole_and_are_swapped_in_place_only_for_their_like(tmp_path, monkeypatch, recwarn):
+    """A PEFT without this package refuses them. Without a mixer the saved config is plain PEFT's."""
     net = Net()
-    fresh = copy.deepcopy(net)
-    model = get_peft_model(net, config(mixer="kaiming", lora_alpha=7)).eval()
+    model = get_peft_model(copy.deepcopy(net), config(mixer="kaiming", lora_alpha=7)).eval()
+    model.save_pretrained(tmp_path / "first")
     shake(model)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    model.save_pretrained(tmp_path / "second")
+    first, again = (PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / n).eval() for n in ("first", "second"))
     assert isinstance(again.peft_config["default"], MoSLoraConfig) and torch.equal(again(X), model(X))
+    assert not torch.equal(first(X), model(X))
+    hotswap_adapter(first, tmp_path / "second", "default")
+    assert torch.equal(first(X), model(X))
+    get_peft_model(Net(), config(mixer="none")).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="incompatible: for mixer"):
+        hotswap_adapter(first, tmp_path / "plain", "default")
+    assert type(PeftModel.from_pretrained(Net(), tmp_path / "plain").peft_config["default"]) is LoraConfig
+    assert not [w for w in recwarn if "Unexpected keyword" in str(w.message)]
     monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "MOSLORA")  # as it is before this package is imported
     with pytest.raises(KeyError, match="MOSLORA"):
-        PeftModel.from_pretrained(Net(), tmp_path)
+        PeftModel.from_pretrained(Net(), tmp_path / "second")
 
 
-def plain_lora() -> PeftModel:
-    return get_peft_model(Net(), LoraConfig(r=4, target_modules=["to_q", "to_k"]))
+PLAIN = LoraConfig(r=4, target_modules=["to_q", "to_k"])
 
 
 def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):
     """Nor does what diffusers' training scripts save: it must not become a LoRA with noise for B."""
     mixed, again = get_peft_model(Net(), config(mixer="kaiming")), get_peft_model(Net(), config(mixer_seed=3))
     shake(mixed)
-    state = get_peft_model_state_dict(mixed)
+    state, plain = get_peft_model_state_dict(mixed), get_peft_model(Net(), PLAIN)
     set_peft_model_state_dict(again, state)
     pairs = zip(adapter_layers(mixed).values(), adapter_layers(again).values(), strict=True)
     assert all(torch.equal(a.get_delta_weight("default"), b.get_delta_weight("default")) for a, b in pairs)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        set_peft_model_state_dict(plain_lora(), state)
+        set_peft_model_state_dict(plain, state)
     with pytest.raises(RuntimeError, match="plain LoRA's, and this adapter has a mixer"):
-        set_peft_model_state_dict(mixed, get_peft_model_state_dict(plain_lora()))
+        set_peft_model_state_dict(mixed, get_peft_model_state_dict(plain))
     with pytest.raises(UserError, match=r"the weight is computed here and cannot be set"):
         reduce_intruder_dimension(mixed, logging_sink=None)
-    unet = inject(tiny_unet(), config(target_modules=list(ATTENTION_PROJECTIONS)))
+    unet = inject(tiny_unet(), config(target_modules=list(ATTENTION)))
     StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(unet))
     with pytest.raises(RuntimeError, match="size mismatch"):
         loaded_by_diffusers(tiny_unet(), tmp_path / "pytorch_lora_weights.safetensors")
-
-
-def test_adapters_are_swapped_in_place_only_for_their_like(tmp_path):
-    net = Net()
-    fresh = copy.deepcopy(net)
-    model = get_peft_model(net, config()).eval()
-    model.save_pretrained(tmp_path / "first")
-    shake(model)
-    model.save_pretrained(tmp_path / "second")
-    swapped = PeftModel.from_pretrained(fresh, tmp_path / "first").eval()
-    hotswap_adapter(swapped, tmp_path / "second", "default")
-    assert torch.equal(swapped(X), model(X))
-    plain_lora().save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match="incompatible: for mixer"):
-        hotswap_adapter(swapped, tmp_path / "plain", "default")
-
-
-def test_without_a_mixer_the_saved_config_is_plain_pefts(tmp_path, recwarn):
-    get_peft_model(Net(), config(mixer="none")).save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(Net(), tmp_path)
-    assert type(again.peft_config["default"]) is LoraConfig
-    assert not [w for w in recwarn if "Unexpected keyword" in str(w.message)]
-
-
-def test_full_graph_compilation():
-    net = inject(Net(), config()).eval()
-    shake(net)
-    compiled = torch.compile(net, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(X), net(X), atol=1e-6)
-
-
-def test_diagnostics_of_an_untrained_and_a_moved_mixer():
-    net = inject(Net(), config())
-    figures = diagnostics(net)
-    assert all(f.drift == 0 and abs(f.condition_number - 1) < 1e-5 and f.effective_rank == 0 for f in figures.values())
-    assert diagnostics(inject(Net(), config(mixer="butterfly")))["to_q"].condition_number == float("inf")
-    layer = net.to_q
-    with torch.no_grad():
-        layer.lora_B["default"].mixer.mul_(1.5)
-        layer.lora_A["default"].weight.copy_(torch.eye(4, 12))
-        layer.lora_B["default"].up.copy_(torch.eye(10, 4))
-    moved = diagnostics(net)["to_q"]
-    assert abs(moved.drift - 0.5) < 1e-6 and abs(moved.effective_rank - 4) < 1e-5 and moved.rank == 4
-    with torch.no_grad():
-        layer.lora_B["default"].up[:, 1:] = 0
-    assert abs(diagnostics(net)["to_q"].effective_rank - 1) < 1e-5

@@ -1,45 +1,40 @@
-"""Published files: proved, in full fp32, refused when broken; and the mistakes that must not pass."""
+"""Published files: proved, in full fp32, refused when broken; the mistakes that must not pass. Raw files: they come
+back bit for bit; what is broken, of another base or from a stranger gets one line."""
 
 import json
+import pickle
+import struct
 from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
-from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
+from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure, small_unet
 from benchmarks.sdxl_structure import count
-from dreambooth_moslora.adapters import moslora, proof, published_file
+from dreambooth_moslora.adapters import lora_file, metadata, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe, reduce_layers
 from dreambooth_moslora.adapters.kohya_file import kohya_name
-from dreambooth_moslora.adapters.lora_file import check_fits, read_adapter
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject, set_scale
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.published_file import load_published, publish
-from dreambooth_moslora.adapters.raw_file import read_tensors, save_raw
+from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, model_config, read_tensors, save_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
-from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, shake
+from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, shake, text_encoders
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_families import tiny_pipeline
 
 KOHYA = "dog.kohya.safetensors"
 
 
-@pytest.mark.parametrize(
-    ("kind", "variant"),
-    [
-        ("orthogonal", "alpha ≠ r"),
-        ("orthogonal", "rank pattern"),
-        ("identity", "rsLoRA"),
-        ("kaiming", "DoRA"),
-        ("butterfly", "alpha = r"),
-        ("none", "rank pattern"),
-    ],
-)
+PAIRS = [("orthogonal", "alpha ≠ r"), ("orthogonal", "rank pattern"), ("identity", "rsLoRA"), ("kaiming", "DoRA")]
+PAIRS += [("butterfly", "alpha = r"), ("none", "rank pattern")]
+
+
+@pytest.mark.parametrize(("kind", "variant"), PAIRS)
 def test_an_untouched_diffusers_computes_the_live_output(kind, variant, tmp_path):
     assert max(measure(kind, variant, tmp_path).values()) <= BOUND
 
@@ -89,7 +84,8 @@ def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
     assert len(described["ranks"]) > 1 and described["effective_rank_median"] > 1
 
 
-def test_the_proof_names_its_files_and_is_near(dog):
+def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools_show(dog):
+    """And no file tells where it was made."""
     folder, _, found = dog
     assert found.files == (PUBLISHED_NAME, KOHYA) and all((folder / f).is_file() for f in found.files)
     assert 0 < found.max_relative_difference < 1e-6 and found.projections == 112
@@ -97,6 +93,22 @@ def test_the_proof_names_its_files_and_is_near(dog):
     assert not list(folder.glob(".*")), "scratch is left behind"
     sdxl = count(4)
     assert (sdxl["projections"], round(sdxl["a_and_b"], 2), round(sdxl["mixers"], 3)) == (560, 5.81, 0.009)
+    folder, components, _ = dog
+    tensors, header = load_file(folder / KOHYA), header_of(folder / KOHYA)
+    names = {key.split(".")[0] for key in tensors}
+    assert len(names) == sum(len(adapter_layers(m)) for m in components.values())
+    for name in names:
+        assert tensors[f"{name}.alpha"] == tensors[f"{name}.lora_down.weight"].shape[0] == 4
+    unet = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"}
+    assert names >= unet | {f"lora_te{n}_text_model_encoder_layers_0_self_attn_q_proj" for n in (1, 2)}
+    assert header["modelspec.title"] == header["ss_output_name"] == "dog"
+    assert header["modelspec.trigger_phrase"] == "sks dog" and header["modelspec.architecture"].endswith("/lora")
+    assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
+    assert header["modelspec.resolution"] == "1024x1024"
+    assert facts_of(components, base_id=folder / "private" / "toy-sdxl").base_id == "toy-sdxl"
+    for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
+        text = json.dumps(header_of(folder / file))
+        assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(folder.parent)))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
@@ -122,7 +134,7 @@ def test_the_header_of_a_folded_file_says_alpha_equal_to_the_rank(options, tmp_p
     assert facts_of(components).alpha == 11
     published(components, tmp_path)
     for name in (PUBLISHED_NAME, KOHYA):
-        told = AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
+        told = metadata.AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
         assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
     tensors = load_file(tmp_path / PUBLISHED_NAME)
     assert {tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key} == {rank}
@@ -152,19 +164,24 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
     for path, layer in with_settings.items():
         assert torch.equal(proof.delta(layer, proof.STOCK), proof.delta(without[path], proof.STOCK))
     pipeline = tiny_pipeline("flux", tmp_path / "again")
-    check_fits(read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline, "flux")
+    lora_file.check_fits(lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline, "flux")
 
 
 def test_the_scale_of_the_moment_is_not_published(tmp_path):
     components = live()
     wanted = published(components, tmp_path / "a")
-    set_scale(components["unet"], 0.1)
+    moslora.set_scale(components["unet"], 0.1)
     published(components, tmp_path / "b")
     files = [load_file(tmp_path / f / PUBLISHED_NAME) for f in "ab"]
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     assert wanted.max_relative_difference < 1e-6
     layer = next(iter(adapter_layers(components["unet"]).values()))
     assert layer.scaling["default"] == pytest.approx(0.1 * 11 / 4)
+
+
+DIFFERS = r"differs from the live adapter by \d"
+NO_MIXER = (MixedLowRank, "fold", lambda real, m: LowRank(m.down.detach().clone(), (m.scale * m.up).detach()))
+NO_ALPHA = (moslora, "nominal_scale", lambda real, *_: 1.0)
 
 
 def swapped(real, *arguments):
@@ -174,34 +191,22 @@ def swapped(real, *arguments):
     return {other(k): t.T.contiguous() for k, t in real(*arguments).items()}
 
 
-DIFFERS = r"differs from the live adapter by \d"
-NO_MIXER = (MixedLowRank, "fold", lambda real, m: LowRank(m.down.detach().clone(), (m.scale * m.up).detach()))
-NO_ALPHA = (moslora, "nominal_scale", lambda real, *_: 1.0)
-KOHYA_ALPHA = (
-    published_file,
-    "kohya_tensors",
-    lambda real, *all: {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*all).items()},
-)
-SWAPPED = (published_file, "published_tensors", swapped)
+def doubled(real, *arguments):
+    return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
+
+
+KOHYA_ALPHA, SWAPPED = (published_file, "kohya_tensors", doubled), (published_file, "published_tensors", swapped)
 SKIPPED = (published_file, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
 
-@pytest.mark.parametrize(
-    ("mistake", "options", "keep", "said"),
-    [
-        (NO_MIXER, {}, 1.0, DIFFERS),
-        (NO_ALPHA, {}, 1.0, DIFFERS),
-        (KOHYA_ALPHA, {}, 1.0, DIFFERS),
-        (SWAPPED, {}, 1.0, DIFFERS),
-        (SWAPPED, {"target_modules": ["attn2.to_k"]}, 1.0, "the stock loader refuses it"),  # it is not square
-        (SKIPPED, {}, 1.0, "adapts other modules"),
-        (NO_MIXER, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01"),
-        (NO_ALPHA, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01"),
-    ],
-)
-def test_a_mistake_in_the_export_is_caught_by_the_proof_and_nothing_is_left(
-    mistake, options, keep, said, monkeypatch, tmp_path
-):
+MISTAKES = [(mistake, {}, 1.0, DIFFERS) for mistake in (NO_MIXER, NO_ALPHA, KOHYA_ALPHA, SWAPPED)]
+MISTAKES += [(SWAPPED, {"target_modules": ["attn2.to_k"]}, 1.0, "the stock loader refuses it")]  # it is not square
+MISTAKES += [(SKIPPED, {}, 1.0, "adapts other modules")]
+MISTAKES += [(mistake, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01") for mistake in (NO_MIXER, NO_ALPHA)]
+
+
+@pytest.mark.parametrize(("mistake", "options", "keep", "said"), MISTAKES)
+def test_a_mistake_in_the_export_is_caught_by_the_proof(mistake, options, keep, said, monkeypatch, tmp_path):
     owner, name, wrong = mistake
     components = live(**{"target_modules": ["attn1.to_q", "attn1.to_k"]} | options)
     real = getattr(owner, name)
@@ -211,54 +216,25 @@ def test_a_mistake_in_the_export_is_caught_by_the_proof_and_nothing_is_left(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", "a\nb", "a\udcff"])
-def test_a_name_that_is_no_file_name_is_refused(name, tmp_path):
-    with pytest.raises(UserError, match="cannot be part of a file's name"):
-        publish(live(target_modules=["attn1.to_q"]), tmp_path, name, None)
-
-
-def test_every_kohya_alpha_is_the_rank_and_every_module_is_there(dog):
-    folder, components, _ = dog
-    tensors = load_file(folder / KOHYA)
-    names = {key.split(".")[0] for key in tensors}
-    assert len(names) == sum(len(adapter_layers(m)) for m in components.values())
-    for name in names:
-        assert tensors[f"{name}.alpha"] == tensors[f"{name}.lora_down.weight"].shape[0] == 4
-    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0" in names
-    assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in names
-    assert "lora_te2_text_model_encoder_layers_0_self_attn_q_proj" in names
-
-
-def test_the_kohya_header_says_what_the_tools_show(dog):
-    """And no file tells where it was made."""
-    header = header_of(dog[0] / KOHYA)
-    assert header["modelspec.title"] == header["ss_output_name"] == "dog"
-    assert header["modelspec.trigger_phrase"] == "sks dog" and header["modelspec.architecture"].endswith("/lora")
-    assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
-    assert header["modelspec.resolution"] == "1024x1024"
-    assert facts_of(dog[1], base_id=dog[0] / "private" / "toy-sdxl").base_id == "toy-sdxl"
-    for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
-        text = json.dumps(header_of(dog[0] / file))
-        assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(dog[0].parent)))
-
-
-def test_nan_and_merged_adapters_are_not_saved(tmp_path):
+def test_nan_merged_adapters_and_names_of_no_file_are_not_saved(tmp_path):
     """NaN is named before a rank reduction stumbles over it. Nor is PEFT's own DoRA on a convolution."""
-    components = live(target_modules=["attn1.to_q"])
+    components, unet = live(target_modules=["attn1.to_q"]), tiny_unet()
     layer = next(iter(adapter_layers(components["unet"]).values()))
-    unet = tiny_unet()
     unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"], use_dora=True), "default")
     facts, folder = facts_of(components), tmp_path / "none"
 
     def refused(said, components):
-        for save in (
+        for saving in (
             partial(save_raw, components, folder / RAW_NAME, facts),
             partial(publish, components, folder, "dog", facts),
             partial(publish, components, folder, "dog", facts, keep=0.9),
         ):
             with pytest.raises(UserError, match=said):
-                save()
+                saving()
 
+    for name in ("", "..", "a/b", "a\nb", "a\udcff"):
+        with pytest.raises(UserError, match="cannot be part of a file's name"):
+            publish(components, folder, name, facts)
     refused("conv1 is a convolution with DoRA, which cannot be saved here", {"unet": unet})
     layer.merge()
     with pytest.raises(UserError, match="merged into the base"):
@@ -270,19 +246,7 @@ def test_nan_and_merged_adapters_are_not_saved(tmp_path):
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def test_rank_reduction_is_the_best_there_is():
-    generator = torch.Generator().manual_seed(0)
-    up, down = torch.randn(20, 8, generator=generator), torch.randn(8, 30, generator=generator)
-    sizes = torch.linalg.svdvals(up @ down)
-    for rank in (1, 3, 8):
-        share = float(sizes[:rank].square().sum() / sizes.square().sum())
-        smaller = reduce_layers({"unet": {"to_q": LowRank(down, up)}}, share - 1e-6)[0]["unet"]["to_q"]
-        assert len(smaller.down) == rank
-        error = (smaller.up @ smaller.down - up @ down).norm()
-        assert error == pytest.approx(float(sizes[rank:].square().sum().sqrt()), rel=1e-3, abs=1e-4)
-
-
-def test_keep_publishes_smaller_files_that_are_proved_too(tmp_path):
+def test_keep_publishes_smaller_files_that_are_proved_too_and_the_reduction_is_the_best_there_is(tmp_path):
     components = live()
     whole, smaller = published(components, tmp_path / "whole"), published(components, tmp_path / "small", keep=0.8)
     assert smaller.rank_sum < whole.rank_sum and 0.8 <= smaller.kept < 1 and smaller.max_relative_difference < 1e-6
@@ -294,6 +258,14 @@ def test_keep_publishes_smaller_files_that_are_proved_too(tmp_path):
         published(components, tmp_path / "no", keep=1.5)
     fresh = {"unet": inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))}
     assert published(fresh, tmp_path / "fresh").max_relative_difference == 0, "it has not learnt yet"
+    up, down = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((20, 8), (8, 30)))
+    sizes = torch.linalg.svdvals(up @ down)
+    for rank in (1, 3, 8):
+        share = float(sizes[:rank].square().sum() / sizes.square().sum())
+        layer = reduce_layers({"unet": {"to_q": LowRank(down, up)}}, share - 1e-6)[0]["unet"]["to_q"]
+        assert len(layer.down) == rank
+        error = (layer.up @ layer.down - up @ down).norm()
+        assert error == pytest.approx(float(sizes[rank:].square().sum().sqrt()), rel=1e-3, abs=1e-4)
 
 
 COARSEST = {
@@ -352,3 +324,179 @@ def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, 
         assert [switch.allow_tf32 for switch in older_switches] == [False, False]
         assert precisions() == ["ieee"] * 4
     assert tuple(switch.allow_tf32 for switch in older_switches) == allowed and precisions() == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mixer": "kaiming", "train_mixer": False, "use_rslora": True, "lora_dropout": 0.1},
+        {"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}},
+        {"mixer": "none"},
+        {"target_modules": CONVOLUTIONS, "mixer": "kaiming"},
+        {"target_modules": CONVOLUTIONS, "mixer": "none"},
+    ],
+)
+def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options, tmp_path):
+    components = live(with_text=not options, **options)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    again = {"unet": tiny_unet()} | (text_encoders() if not options else {})
+    facts = load_raw(tmp_path / RAW_NAME, again)
+    assert facts.trigger_words == ("sks dog",) and facts.class_word == "dog" and facts.versions["peft"]
+    for name, model in components.items():
+        one, two = model.state_dict(), again[name].state_dict()
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+        pairs = zip(adapter_layers(model).values(), adapter_layers(again[name]).values(), strict=True)
+        assert all((a.scaling, a.r, [*a.lora_dropout]) == (b.scaling, b.r, [*b.lora_dropout]) for a, b in pairs)
+        learnt = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (model, again[name])]
+        assert learnt[0] == learnt[1]
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        loaded_by_diffusers(tiny_unet(), tmp_path / RAW_NAME)
+    if "conv1" in options.get("target_modules", ()):
+        folded, published = lora_file.fold_raw(tmp_path / RAW_NAME), fold(components["unet"])
+        for path, layer in published.items():
+            assert torch.equal(folded[f"unet.{path}.lora_A.weight"], layer.down)
+            assert torch.allclose(folded[f"unet.{path}.lora_B.weight"], layer.up, atol=1e-6)
+        assert describe(tmp_path / RAW_NAME)["modules"] == {"unet": len(published)}
+
+
+def with_nan(whole, tensors, header):
+    return save({k: t * torch.nan if ".lora_A" in k else t for k, t in tensors.items()}, header)
+
+
+BROKEN = {
+    "truncated": (lambda whole, *_: whole[:-100], "truncated or not a safetensors file"),
+    "empty": (lambda *_: struct.pack("<Q", 1 << 40), "truncated or not a safetensors file"),
+    "pickled": (lambda _, tensors, header: pickle.dumps(tensors), "can run code"),
+    "nan": (with_nan, "NaN or infinite values, first in"),
+    "half": (lambda _, t, header: save({k: t[k] for k in t if not k.endswith("to_q.mixer")}, header), "is not whole"),
+    "headless": (lambda _, tensors, header: save(tensors), "lost its header"),
+    "newer": (lambda _, tensors, header: save(tensors | {"raw_format": torch.tensor([99])}, header), "newer"),
+}
+
+
+@pytest.mark.parametrize("how", [*BROKEN, "published", "absent"])
+def test_broken_files_get_one_clear_line(how, dog, tmp_path):
+    raw, file = dog[0] / RAW_NAME, tmp_path / "x.safetensors"
+    said = {"published": "loads with load_lora_weights", "absent": "there is no file"}.get(how)
+    if how == "published":
+        file = dog[0] / PUBLISHED_NAME
+    elif how in BROKEN:
+        change, said = BROKEN[how]
+        file.write_bytes(change(raw.read_bytes(), *raw_file.read_tensors(raw)))
+    components = {"unet": tiny_unet()} | text_encoders()
+    with pytest.raises(UserError, match=said) as caught:
+        load_raw(file, components)
+    assert "\n" not in str(caught.value) and not hasattr(components["unet"], "peft_config")
+
+
+def test_another_base_is_named_with_both_sizes(dog, tmp_path):
+    with pytest.raises(UserError, match=r"another base \(some/base\).*to_k of 16×16 \(out×in\), which is 64×64 here"):
+        load_raw(dog[0] / RAW_NAME, {"unet": small_unet()} | text_encoders())
+    with pytest.raises(UserError, match="also adapts text_encoder, text_encoder_2"):
+        load_raw(dog[0] / RAW_NAME, {"unet": tiny_unet()})
+    components, other = live(target_modules=["conv1"]), tiny_unet()
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    for name, module in list(other.named_modules()):
+        if name.endswith("conv1"):
+            wider = torch.nn.Conv2d(module.in_channels, module.out_channels, 5, padding=2)
+            other.get_submodule(name.rpartition(".")[0]).conv1 = wider
+    with pytest.raises(UserError, match=r"(\d+×\d+)×3×3 \(out×in\), which is \1×5×5 here"):
+        load_raw(tmp_path / RAW_NAME, {"unet": other})
+    assert not hasattr(other, "peft_config")
+
+
+@pytest.mark.parametrize("start", [b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"])
+def test_a_header_as_long_as_a_pickles_first_bytes_is_no_pickle(start, tmp_path):
+    path, weights = tmp_path / "a.safetensors", {"a": torch.ones(3)}
+    bare = struct.unpack("<Q", save(weights, {"filler": ""})[:8])[0]
+    wanted = int.from_bytes(start, "little")
+    path.write_bytes(save(weights, {"filler": "x" * (wanted - bare)}))
+    assert path.read_bytes()[:2] == start
+    tensors, header = raw_file.read_tensors(path)
+    assert torch.equal(tensors["a"], weights["a"]) and set(header["filler"]) == {"x"}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """The folder of a raw file."""
+    folder, components = tmp_path_factory.mktemp("raw"), live(target_modules=["attn1.to_q"])
+    save_raw(components, folder / RAW_NAME, facts_of(components))
+    return folder
+
+
+HOSTILE = {"rank 8": {"rank": 8}, "rank in words": {"rank": "four"}, "no scale": {"alpha": float("nan")}}
+HOSTILE |= {
+    "an endless scale": {"alpha": 10**400},
+    "alphas": {"alphas": {"unet.x": "y"}},
+    "no mixer": {"mixer": "none"},
+}
+HOSTILE |= {"mixer": {"mixer": ["orthogonal"]}, "dora": {"use_dora": True}, "trigger words": {"trigger_words": 5}}
+HOSTILE |= {"versions": {"versions": ["1"]}, "whole numbers": lambda t: t.int()}
+HOSTILE |= {"one row": lambda t: t[:1].clone(), "a vector": lambda t: t[:, 0].clone()}  # copy_ would repeat a row
+HOSTILE |= {"three dimensions": lambda t: t[None].clone(), "five dimensions": lambda t: t[:, None, None, None].clone()}
+
+
+def with_facts(folder, path, tensors: dict | None = None, **facts):
+    """A copy of the raw file with other tensors or facts."""
+    own, header = raw_file.read_tensors(folder / RAW_NAME)
+    path.write_bytes(save(tensors or own, {"moslora": json.dumps(json.loads(header["moslora"]) | facts)}))
+    return path
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_facts_that_do_not_go_with_the_tensors_are_refused(change, raw, tmp_path):
+    tensors = load_file(raw / RAW_NAME)
+    if not isinstance(change, dict):
+        key = next(key for key in tensors if key.endswith(".lora_A"))
+        tensors[key], change = change(tensors[key]), {}
+    file = with_facts(raw, tmp_path / "x.safetensors", tensors, **change)
+    for read in (raw_file.read_raw, describe):
+        with pytest.raises(UserError, match=r"is broken|has lost its header"):
+            read(file)
+
+
+def test_a_header_that_is_no_object_and_tensors_of_no_adapter_are_refused(raw, tmp_path):
+    tensors, file = load_file(raw / RAW_NAME), tmp_path / "x.safetensors"
+    for text in ("[]", "null", "5", "{", "{}", "[" * 100_000):
+        file.write_bytes(save(tensors, {"moslora": text}))
+        with pytest.raises(UserError, match="has lost its header"):
+            raw_file.read_raw(file)
+    for key in ("weird", "unet.weird", "vae.a.lora_A"):
+        with pytest.raises(UserError, match="does not belong to an adapter"):
+            raw_file.read_raw(with_facts(raw, file, tensors | {key: torch.ones(4, 4)}))
+
+
+ODD_PARTS = [("utils", {}), ("AutoModel", {}), ("UNet2DConditionModel", None)]
+ODD_PARTS += [("UNet2DConditionModel", {"block_out_channels": "x"}), ("CLIPTextModel", {"vocab_size": -3})]
+
+
+@pytest.mark.parametrize(("name", "config"), ODD_PARTS)
+def test_a_structure_from_a_file_builds_parts_of_sdxl_only_and_does_not_choose_the_attention_code(name, config):
+    with pytest.raises(UserError, match=r"is not a part of SDXL|cannot be built"):
+        empty_model({"class": name} | ({} if config is None else {"config": config}))
+    config = model_config(text_encoders()["text_encoder"])["config"]
+    model = empty_model({"class": "CLIPTextModel", "config": config | {"attn_implementation": "somebody/kernel"}})
+    assert model.config._attn_implementation != "somebody/kernel"
+
+
+ENDLESS = [("UNet2DConditionModel", {"layers_per_block": 3000}), ("CLIPTextModel", {"num_hidden_layers": 10**400})]
+ENDLESS += [("UNet2DConditionModel", {"down_block_types": ["DownBlock2D"] * 3000})]
+NESTED = {"layers_per_block": [1, 1, 60], "transformer_layers_per_block": [[9], 1, 900]}
+
+
+@pytest.mark.parametrize(("name", "changes"), [*ENDLESS, ("UNet2DConditionModel", NESTED)])
+def test_a_file_does_not_have_us_build_for_minutes(name, changes, monkeypatch):
+    monkeypatch.setattr("dreambooth_moslora.adapters.raw_file.build", lambda *_: pytest.fail("it is built"))
+    model = tiny_unet() if name.startswith("UNet") else text_encoders()["text_encoder"]
+    with pytest.raises(UserError, match="more than 2000 layers"):
+        empty_model({"class": name, "config": model_config(model)["config"] | changes})
+
+
+def test_equal_files_have_equal_bytes_whatever_the_order_of_their_metadata(tmp_path):
+    names = [f"name {number}" for number in range(8)]
+    for path, order in ((tmp_path / "a", names), (tmp_path / "b", names[::-1])):
+        raw_file.write_file(path, {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, {name: "ü\n" for name in order})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    tensors, header = raw_file.read_tensors(tmp_path / "a")
+    assert tensors["x"].tolist() == [0, 1, 2] and list(tensors) == ["x", "y"] and header["name 7"] == "ü\n"

@@ -1,21 +1,34 @@
-"""The base model: names, loading, quantising, encoding and decoding, and what its UNet reads."""
+"""The base model: names, loading, quantising, encoding and decoding. Damaged, foreign or half fetched ones: `--dry_run`
+and training refuse them in the same line. One that is a single file is the same model as its folder."""
 
 import copy
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes import nn as bnb
 from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.tuners.lora import bnb as peft_bnb
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from dreambooth_moslora.adapters.moslora import inject
 from dreambooth_moslora.base import decode, load, machine
+from dreambooth_moslora.base.decode import load_vae_alone
+from dreambooth_moslora.base.files import base_folder, variants_in, weight_files
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.plan import checks, memory
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import noise_schedule
+from tests.helpers.single_file import save_single_file
 from tests.helpers.texts import embeds_of, pooled_of
+from tests.helpers.tiny_training import paint_photos, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +36,15 @@ def pipeline(tiny_base):
     return load.load_pipeline(tiny_base)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("./nowhere", "does not exist"),
-        ("/no/such/folder", "does not exist"),
-        ("models/base.safetensors", "does not exist"),
-        ("base.safetensors", "does not exist"),
-        ("{here}", "no model_index"),
-        ("{here}/odd.safetensors", "odd"),
-        ("nobody/no-such-model", "nobody/no-such-model"),
-    ],
-)
-def test_what_is_no_base_is_one_line(name, said, tmp_path):
+NOWHERE = ("./nowhere", "/no/such/folder", "models/base.safetensors", "base.safetensors")
+NO_BASE = dict.fromkeys(NOWHERE, "does not exist")
+NO_BASE |= {"{here}": "no model_index", "{here}/odd.safetensors": "odd", "nobody/no-such-model": "nobody/no-such-model"}
+
+
+@pytest.mark.parametrize("name", NO_BASE)
+def test_what_is_no_base_is_one_line(name, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors")
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=NO_BASE[name]) as error:
         load.load_pipeline(name.format(here=tmp_path))
     assert "\n" not in str(error.value)
 
@@ -76,7 +83,7 @@ def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
         assert bool(found[0].any()) is not force_zeros
 
 
-def test_latents_are_the_scaled_posterior_mean(pipeline):
+def test_latents_are_the_scaled_posterior_mean_and_decoding_undoes_the_scale(pipeline):
     """Statistics that the base publishes are used."""
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     latents = load.encode_image(pipeline.vae, pixels)
@@ -86,36 +93,29 @@ def test_latents_are_the_scaled_posterior_mean(pipeline):
     vae = copy.deepcopy(pipeline.vae)
     vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
     assert torch.allclose(load.encode_image(vae, pixels), (latents / 0.5 - 1) / 2 * 0.5, atol=1e-6)
+    latents = torch.randn(2, 4, 8, 8) * 0.5
+    pictures = decode.decode_image(pipeline.vae, latents)
+    with torch.no_grad():
+        truth = pipeline.image_processor.postprocess(pipeline.vae.decode(latents / 0.5).sample, output_type="np")
+    assert [p.size for p in pictures] == [(64, 64)] * 2
+    assert np.abs(np.stack([np.asarray(p) for p in pictures]) - 255 * truth).max() <= 1
 
 
 def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
-    """Its activations pass 65504, the largest fp16 number, but not the largest fp32 number. A broken one is refused."""
+    """Its activations pass 65504, the largest fp16 number, but not the largest fp32 number. A broken one is refused. A
+    picture that is not finite is said: the VAE is not to blame."""
     pixels, vae = torch.rand(1, 3, 64, 64), StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.half()
+    assert decode.decode_image(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
+    (picture,) = decode.decode_image(vae, torch.full((1, 4, 8, 8), float("nan")))
+    assert picture.getextrema() == ((0, 0),) * 3 and "not finite (NaN)" in caplog.text
+    assert vae.dtype == torch.float16
+    caplog.clear()
     vae.encoder.conv_in.weight.data.fill_(6e4)
     assert load.encode_image(vae, pixels).isfinite().all()
     assert vae.dtype == torch.float32 and "float32" in caplog.text
     vae.encoder.conv_in.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="VAE"):
         load.encode_image(vae, pixels)
-
-
-def test_decoding_undoes_the_latents_scale(pipeline):
-    latents = torch.randn(2, 4, 8, 8) * 0.5
-    pictures = decode.decode_image(pipeline.vae, latents)
-    with torch.no_grad():
-        truth = pipeline.image_processor.postprocess(pipeline.vae.decode(latents / 0.5).sample, output_type="pil")
-    assert [p.size for p in pictures] == [(64, 64)] * 2
-    for ours, theirs in zip(pictures, truth):
-        difference = torch.tensor(list(ours.tobytes())).int() - torch.tensor(list(theirs.tobytes())).int()
-        assert difference.abs().max() <= 1
-
-
-def test_a_picture_that_is_not_finite_is_said(tiny_base, caplog):
-    vae = StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.half()
-    assert decode.decode_image(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
-    (picture,) = decode.decode_image(vae, torch.full((1, 4, 8, 8), float("nan")))
-    assert picture.getextrema() == ((0, 0),) * 3 and "not finite (NaN)" in caplog.text
-    assert vae.dtype == torch.float16  # it is not to blame
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -159,9 +159,10 @@ KINDS = {"nf4": (bnb.Linear4bit, peft_bnb.Linear4bit), "int8": (bnb.Linear8bitLt
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(kind, caplog):
+def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(kind, caplog, monkeypatch):
     """bitsandbytes' kernels for CPUs want blocks of 32 outputs. PEFT adapts the layer as a quantised one: its layer for
-    dense weights would add the adapter's fp32 to the bf16 output, and round twice."""
+    dense weights would add the adapter's fp32 to the bf16 output, and round twice. A 4-bit layer waits where the dense
+    one was: the device is for the text encoders and the VAE until training begins."""
     unet, before = Unet().to(torch.bfloat16).requires_grad_(False).eval(), torch.random.get_rng_state()
     assert load.quantize(unet, kind, torch.bfloat16) == 1
     assert torch.equal(torch.random.get_rng_state(), before), "drawn for weights that are thrown away"
@@ -172,10 +173,6 @@ def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(kind
     assert not caplog.text
     inject(unet, LoraConfig(r=4, target_modules=["to_q"]))
     assert type(layers["to_q"]) is KINDS[kind][1]
-
-
-def test_a_4_bit_layer_waits_where_the_dense_one_was(monkeypatch):
-    """The device is for the text encoders and the VAE until training begins."""
     seen, move = [], bnb.Linear4bit.to
     monkeypatch.setattr(bnb.Linear4bit, "to", lambda self, device: seen.append(str(device)) or move(self, device))
     load.quantize(Unet(), "nf4", torch.float32, "cpu:0")
@@ -191,39 +188,203 @@ def vae(tiny_base):
     return vae
 
 
-def free(monkeypatch, gib: float | None) -> None:
-    monkeypatch.setattr(decode, "free_gib", lambda device: gib)
-
-
-def test_one_latent_is_decoded_at_a_time(vae):
+def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_were(vae, monkeypatch):
     latents = torch.randn(4, 4, 8, 8)
     pixels = decode.decode_pixels(vae, latents)
     assert vae.shapes == [(1, 8, 8)] * 4
-    alone = [decode.decode_pixels(vae, one[None]) for one in latents]
-    assert torch.equal(pixels, torch.cat(alone))
+    assert torch.equal(pixels, torch.cat([decode.decode_pixels(vae, one[None]) for one in latents]))
+    monkeypatch.setattr(decode, "free_gib", lambda device: 1.0)
+    vae.enable_tiling()
+    with decode.tiled_where_short(vae, (1024, 1024), vae.device):
+        assert vae.tile_latent_min_size == 64
+    assert vae.use_tiling and vae.tile_latent_min_size == 8
+    gib, seen = 2**30, {"mem_get_info": (3, 8), "memory_reserved": 4, "memory_allocated": 2}
+    for name, found in seen.items():
+        found = tuple(gib * n for n in found) if isinstance(found, tuple) else gib * found
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert machine.free_gib(torch.device("cuda")) == 5.0
+    assert machine.free_gib(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(("gib", "side", "is_tiled"), [(None, 128, 0), (20.0, 128, 0), (3.0, 128, 1), (2.0, 64, 0)])
 def test_tiles_of_512_px_where_a_whole_picture_does_not_fit(vae, monkeypatch, gib, side, is_tiled):
-    free(monkeypatch, gib)
+    monkeypatch.setattr(decode, "free_gib", lambda device: gib)
     pixels = decode.decode_pixels(vae, torch.randn(1, 4, side, side))
     assert pixels.shape == (1, 3, 8 * side, 8 * side)
     assert max(side for _, *sides in vae.shapes for side in sides) == (64 if is_tiled else side)
     assert (len(vae.shapes) > 1) == bool(is_tiled) and not vae.use_tiling
 
 
-def test_tiling_that_somebody_set_is_back_afterwards(vae, monkeypatch):
-    free(monkeypatch, 1.0)
-    vae.enable_tiling()
-    with decode.tiled_where_short(vae, (1024, 1024), vae.device):
-        assert vae.tile_latent_min_size == 64
-    assert vae.use_tiling and vae.tile_latent_min_size == 8
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 492265168\n"
+INDEX, NO_SDXL = "model_index.json", "not an SDXL base model: its {} names no text_encoder_2"
+UNET, TEXT = Path("unet/diffusion_pytorch_model.safetensors"), Path("text_encoder/model.safetensors")
+CONFIG = "unet/config.json"
 
 
-def test_gpu_memory_counts_what_the_allocator_keeps_for_reuse(monkeypatch):
-    gib = 2**30
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * gib, 8 * gib))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * gib)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * gib)
-    assert machine.free_gib(torch.device("cuda")) == 5.0
-    assert machine.free_gib(torch.device("cpu")) is None
+@pytest.fixture
+def base(tiny_base, tmp_path):
+    return shutil.copytree(tiny_base, tmp_path / "base")
+
+
+def rename_tensors(file):
+    save_file({f"other.{name}": value for name, value in load_file(file).items()}, file)
+
+
+def change(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def cut(file, length):
+    file.write_bytes(file.read_bytes()[:length])
+
+
+DAMAGES = {
+    "a pointer for the UNet": (lambda base: (base / UNET).write_text(POINTER), r"unet.* is a git-lfs pointer"),
+    "a pointer for a text encoder": (lambda base: (base / TEXT).write_text(POINTER), r"text_encoder.*`git lfs pull`"),
+    "half a file": (lambda base: cut(base / UNET, -1000), r"cut short.*not fully covered\): fetch it again"),
+    "half a header": (lambda base: cut(base / UNET, 100), r"is damaged, cut short.*header"),
+    "an empty file": (lambda base: cut(base / UNET, 0), r"not a safetensors file \(.*header too small"),
+    "no UNet": (lambda base: shutil.rmtree(base / "unet"), "unet is missing"),
+    "no weights": (lambda base: (base / UNET).unlink(), "has no weights"),
+    "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "tokenizer is missing"),
+    "another model's UNet": (lambda base: rename_tensors(base / UNET), r"another model: it has no conv_in\.weight"),
+    "another text encoder": (lambda base: rename_tensors(base / TEXT), "text_encoder holds weights of another model"),
+    "a broken index": (lambda base: (base / INDEX).write_text("{"), "model_index.json cannot be read"),
+    "no second text encoder": (lambda base: change(base / INDEX, text_encoder_2=[None, None]), NO_SDXL.format(INDEX)),
+    "no size conditioning": (lambda base: change(base / CONFIG, addition_embed_type=None), "SDXL base model: its UNet"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_base_is_one_line_and_the_same_in_dry_run_and_in_training(name, base):
+    damage, says = DAMAGES[name]
+    damage(base)
+    with pytest.raises(UserError, match=says) as seen:
+        base_folder(TrainConfig(pretrained_model_name_or_path=base))
+    with pytest.raises(UserError, match=says) as loaded:
+        load.load_pipeline(base)
+    assert str(seen.value) == str(loaded.value) and "\n" not in str(seen.value)
+
+
+def test_what_only_the_loader_can_see_is_one_line_too(base, tiny_base):
+    save_file({k: v for k, v in load_file(base / UNET).items() if k != "conv_out.bias"}, base / UNET)
+    with pytest.raises(UserError, match=r"not whole: the files of its unet have no conv_out\.bias"):
+        load.load_pipeline(base)
+    shutil.copy(tiny_base / UNET, base / UNET)
+    weights = load_file(base / TEXT)
+    last = max(name for name in weights if name.endswith("layer_norm2.weight"))
+    save_file(weights | {last: torch.zeros(3, 3)}, base / TEXT)
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load.load_pipeline(base)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_files_that_are_loaded_need_be_whole(base):
+    """A single file is looked at too."""
+    shutil.copy(base / UNET, base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    whole = memory.size_of_base(base_folder(TrainConfig(pretrained_model_name_or_path=base)), ("to_q",))
+    (base / UNET).write_text(POINTER)
+    folder = base_folder(TrainConfig(pretrained_model_name_or_path=base, variant="fp16"))
+    assert memory.size_of_base(folder, ("to_q",), "fp16") == whole
+    with pytest.raises(UserError, match="git-lfs pointer"):
+        base_folder(TrainConfig(pretrained_model_name_or_path=base / UNET))
+
+
+def test_another_vae_is_looked_at_before_a_run_and_before_a_dry_one(base):
+    names = {
+        base / "missing": "the VAE .*missing is neither a diffusers folder",
+        base / "vae" / "config.json": "the VAE .*json is neither a diffusers folder",
+        base: "config.json cannot be read",
+        base / "unet": r"another model: it has no encoder\.conv_in\.weight",
+        base / "vae": None,
+        "owner/vae": None,
+    }
+    for name, says in names.items():
+        given = {"pretrained_model_name_or_path": str(base), "pretrained_vae_model_name_or_path": str(name)}
+        with pytest.raises(UserError, match=says) if says else nullcontext():
+            checks.preflight(TrainConfig(**given))
+
+
+@pytest.mark.parametrize("name", ["a.fp16", "a.fp16-00001-of-00002", "a-00001-of-00002.fp16"])
+def test_the_variants_of_a_component_are_read_from_its_file_names(name, tmp_path):
+    for file in (f"{name}.safetensors", "a.safetensors", "a-00001-of-00002.safetensors", "b.ema.bin", "a.json"):
+        (tmp_path / file).touch()
+    assert variants_in(tmp_path) == ["fp16"]
+    assert [file.stem for file in weight_files(tmp_path, "fp16")] == [name]
+    assert variants_in(tmp_path / "none") == []
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_base, tmp_path_factory):
+    """model.safetensors, and beside it `model` with the configs and no weights."""
+    folder = tmp_path_factory.mktemp("single")
+    shutil.copytree(tiny_base, folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    return save_single_file(StableDiffusionXLPipeline.from_pretrained(tiny_base), folder / "model.safetensors")
+
+
+def test_it_is_the_same_model_as_the_folder(checkpoint, tiny_base):
+    """Its VAE is read alone too."""
+    ours, truth = load.load_pipeline(checkpoint), load.load_pipeline(tiny_base)
+    pairs = [(getattr(ours, part), getattr(truth, part)) for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    for one, other in (*pairs, (load_vae_alone(checkpoint), load_vae_alone(tiny_base))):
+        found, wanted = one.state_dict(), other.state_dict()
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.slow
+def test_training_on_it_ends_with_the_adapter_of_the_folder(checkpoint, tiny_base, tmp_path):
+    photos = paint_photos(tmp_path / "photos")
+    for name, model in (("file", checkpoint), ("folder", tiny_base)):
+        train(tiny_config(model, photos, tmp_path / name, max_train_steps=2))
+    ours, truth = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("file", "folder"))
+    # The weights are equal bit for bit; where they lie in memory decides the last bit of a product on some processors.
+    torch.testing.assert_close(ours, truth, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"target_modules": ("to_q", "conv9")}, "--target_modules conv9: the UNet has no such layer"),
+        ({"target_modules": ("to_q", "norm1")}, "--target_modules norm1: the UNet has no such layer"),
+        ({"target_modules": ("conv1",), "use_dora": True}, "--use_dora: .*conv1 is a convolution"),
+    ],
+)
+def test_wrong_layers_are_told_before_class_images_are_drawn(changes, says, checkpoint, tmp_path):
+    changes |= {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "prior": "class_images"}
+    with pytest.raises(UserError, match=says):
+        train(tiny_config(checkpoint, paint_photos(tmp_path / "photos"), tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "class_images").exists()
+
+
+def odd_copy(checkpoint, folder, tensors):
+    """Another file beside a copy of the checkpoint's configs: of tensors or of bytes."""
+    shutil.copytree(checkpoint.with_suffix(""), folder / "odd")
+    (folder / "odd.safetensors").write_bytes(tensors if isinstance(tensors, bytes) else save(tensors))
+    return folder / "odd.safetensors"
+
+
+def test_a_mark_says_that_velocity_is_predicted_and_without_configs_one_line_says_what_to_do(checkpoint, tmp_path):
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    scheduler = load.load_pipeline(odd_copy(checkpoint, tmp_path, load_file(checkpoint) | marks)).scheduler
+    assert noise_schedule(scheduler).prediction_type == "v_prediction"
+    assert scheduler.config.timestep_spacing == "trailing"
+    alone = shutil.copy(checkpoint, tmp_path / "alone.safetensors")
+    with pytest.raises(UserError, match="holds weights alone") as error:
+        load.load_pipeline(alone)
+    assert str(tmp_path / "alone") + "." in str(error.value) and "\n" not in str(error.value)
+
+
+ELSE = {
+    "no VAE": lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("first_stage_model")},
+    "a LoRA": lambda tensors: {"unet.down_blocks.1.attn.to_q.lora_A.weight": torch.zeros(4, 8)},
+    "other widths": lambda tensors: {n: t[..., :1].contiguous() if t.ndim else t for n, t in tensors.items()},
+    "empty": lambda tensors: b"",
+    "text": lambda tensors: b"not a checkpoint",
+    "JSON": lambda tensors: b"{}" * 10,
+}
+
+
+@pytest.mark.parametrize("kind", ELSE)
+def test_a_file_of_something_else_is_one_line(kind, checkpoint, tmp_path):
+    with pytest.raises(UserError, match="odd"):
+        load.load_pipeline(odd_copy(checkpoint, tmp_path, ELSE[kind](load_file(checkpoint))))

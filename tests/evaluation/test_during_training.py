@@ -19,8 +19,7 @@ from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings.prompts import Subject
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import prompts, table
 from dreambooth_moslora.training.explain import BestStep, best_of
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_unet
@@ -29,7 +28,7 @@ from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 
-def quick(config: TrainConfig, encoders) -> TrainingEvaluator:
+def quick(config: table.TrainConfig, encoders) -> TrainingEvaluator:
     evaluator = TrainingEvaluator(config, photo_report(config).photos, encoders)
     evaluator.plans = [plan.smaller(2, 1, 1, 1, inference_steps=2) for plan in evaluator.plans]
     return evaluator
@@ -52,7 +51,7 @@ def evaluations(run: RunDir) -> list[dict]:
 def scored(tiny_base, tmp_path):
     """A configuration that is evaluated after each step."""
 
-    def config(name: str = "dog", **options) -> TrainConfig:
+    def config(name: str = "dog", **options) -> table.TrainConfig:
         photos = tmp_path / "photos"
         paint_photos(photos) if not photos.exists() else None
         return tiny_config(tiny_base, photos, tmp_path / name, **{"evaluate_steps": 1} | options)
@@ -60,23 +59,22 @@ def scored(tiny_base, tmp_path):
     return config
 
 
-def test_a_missing_encoder_is_told_before_anything_is_trained(scored, monkeypatch):
+def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(scored, encoders, monkeypatch):
+    """Its prompts are those of the first, as both encode them in step with each other. A missing encoder is told before
+    anything is trained."""
+
     def nowhere(*_):
         raise UserError("the encoder cannot be loaded")
 
-    monkeypatch.setattr("dreambooth_moslora.evaluation.metrics.load_encoders", nowhere)
     config = scored()
-    with pytest.raises(UserError, match="cannot be loaded"):
-        TrainingEvaluator(config, photo_report(config).photos)
-
-
-def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(scored, encoders, monkeypatch):
-    """Its prompts are those of the first, as both encode them in step with each other."""
-    config = scored()
-    monkeypatch.setenv("RANK", "1")
     plan = make_plan(config)
-    other = make_evaluator(plan)
+    with monkeypatch.context() as second:
+        second.setenv("RANK", "1")
+        other = make_evaluator(plan)
     assert other.encoders is None and other.prompts == TrainingEvaluator(config, plan.photos, encoders).prompts
+    monkeypatch.setattr("dreambooth_moslora.evaluation.metrics.load_encoders", nowhere)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        TrainingEvaluator(config, plan.photos)
 
 
 def test_an_adapter_that_is_not_finite_gets_no_scores(scored, encoders, tmp_path):
@@ -87,7 +85,7 @@ def test_an_adapter_that_is_not_finite_gets_no_scores(scored, encoders, tmp_path
     assert not evaluations(RunDir(tmp_path / "dog"))
 
 
-def test_every_evaluation_is_logged_with_its_scores_and_cost(run, encoders):
+def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_learnt(run, encoders, tmp_path):
     """A resumed run remembers those before."""
     events = evaluations(run[1])
     assert [event["step"] for event in events] == [1, 2, 3, 4]
@@ -98,9 +96,11 @@ def test_every_evaluation_is_logged_with_its_scores_and_cost(run, encoders):
         assert event["cost"]["pictures"] == 2 * (2 + 1 + 1) + bare and event["cost"]["seconds"] > 0
     earlier = [(event["step"], event["score"]) for event in events[:2]]
     assert quick(run[0], encoders)._earlier(3) == earlier
+    train(replace(run[0], output_dir=str(tmp_path / "dog"), evaluate_steps=None, find_scale=False))
+    assert adapter_sha256(tmp_path / "dog") == adapter_sha256(run[1].path)
 
 
-def test_the_best_step_is_kept_loadable_and_named_in_the_card(run, tiny_base):
+def test_the_best_step_is_kept_and_the_card_and_the_files_name_it_and_the_scale_that_scores_best(run, tiny_base):
     """Of equal scores it is the first."""
     assert best_of([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
     events = evaluations(run[1])
@@ -112,9 +112,6 @@ def test_the_best_step_is_kept_loadable_and_named_in_the_card(run, tiny_base):
     with Image.open(run[1].path / "loss.png") as plot:
         assert plot.width > 3 * plot.height  # the fidelity plot is beside the loss plot
     assert SubjectPipeline.from_base(tiny_base).load_adapter(run[1].best_dir) == "best"
-
-
-def test_the_scale_that_scores_best_is_in_the_files_and_the_card_without_private_facts(run):
     (event,) = [event for event in run[1].read_metrics() if event["type"] == "scale"]
     assert set(event["by_scale"]) == {"0.4", "0.6", "0.8", "1", "1.2"}
     assert len(set(event["by_scale"].values())) > 1  # the pictures did change
@@ -123,11 +120,6 @@ def test_the_scale_that_scores_best_is_in_the_files_and_the_card_without_private
         assert facts.best_scale == event["best"] and facts.usable_scales == (event["low"], event["high"])
         assert str(run[1].path.parent) not in facts.to_json()
     assert f"Scale {event['best']:g} scored best" in run[1].card_path.read_text()
-
-
-def test_evaluating_does_not_change_what_is_learnt(run, tmp_path):
-    train(replace(run[0], output_dir=str(tmp_path / "dog"), evaluate_steps=None, find_scale=False))
-    assert adapter_sha256(tmp_path / "dog") == adapter_sha256(run[1].path)
 
 
 @pytest.mark.slow
@@ -187,46 +179,35 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
     assert adapter_sha256(run[1].path) == before and "best scale is" in html
 
 
-@pytest.mark.parametrize(
-    "spoil, flags, said",
-    [
-        (None, ["--output_dir", "{run}/train_config.json"], "is a file, not a folder"),
-        (None, ["--prompts", "{latin}"], "not a text file"),
-        (None, ["--scale", "nan"], "out of range"),
-        ("train_config.json", [], "not valid JSON"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate, spoil, flags, said):
+def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
     folder = shutil.copytree(run[1].path, tmp_path / "dog")
     (tmp_path / "latin.txt").write_bytes("à {}".encode("latin-1"))
-    if spoil:
-        (folder / spoil).write_text("{")
-    code, _, err = evaluate(folder, *(flag.format(run=folder, latin=tmp_path / "latin.txt") for flag in flags))
-    assert code == 2 and said in err and "drawing" not in err
-
-
-def test_the_evaluate_command_asks_for_what_the_file_does_not_say(evaluate, tmp_path):
+    for flags, told in (
+        (["--output_dir", str(folder / "train_config.json")], "is a file, not a folder"),
+        (["--prompts", str(tmp_path / "latin.txt")], "not a text file"),
+        (["--scale", "nan"], "out of range"),
+        ([], "not valid JSON"),
+    ):
+        if not flags:
+            (folder / "train_config.json").write_text("{")
+        code, _, err = evaluate(folder, *flags)
+        assert code == 2 and told in err and "drawing" not in err
     code, _, err = evaluate(save_diffusers_lora(tiny_unet(), tmp_path))
     assert code == 2 and "give --base" in err
-    plan = EvaluationPlan(Subject("sks", "dog"), ("a {} in {curly} beside a {}",), ())
+    plan = EvaluationPlan(prompts.Subject("sks", "dog"), ("a {} in {curly} beside a {}",), ())
     assert plan.texts == ["a dog in {curly} beside a dog"]
 
 
 @pytest.mark.slow
 def test_a_run_of_two_is_scored_along_the_way_and_by_the_command(tiny_base, encoders, evaluate, tmp_path):
-    settings = tiny_config(tiny_base, None, tmp_path / "run", max_train_steps=2, evaluate_steps=1).to_dict()
-    for name in ("instance_data_dir", "instance_prompt", "class_prompt"):
-        del settings[name]
-    settings["subjects"] = [
-        {"instance_data_dir": str(paint_photos(tmp_path / word)), "instance_prompt": f"a photo of sks {word}"}
-        for word in ("dog", "cat")
-    ]
-    config, events = TrainConfig.from_dict(settings), []
+    pets = [(str(paint_photos(tmp_path / word)), f"a photo of sks {word}") for word in ("dog", "cat")]
+    tables = [{"instance_data_dir": photos, "instance_prompt": prompt} for photos, prompt in pets]
+    sizes, events = {"max_train_steps": 2, "evaluate_steps": 1}, []
+    config = tiny_config(tiny_base, None, tmp_path / "run", subjects=tables, **sizes)
     train(config, events.append, evaluator=quick(config, encoders))
     scores = [event.scores for event in events if event.kind == "evaluation"][-1]
     assert {"confusion", "dino_subject_1", "dino_subject_2", "score"} <= scores.keys()
     assert scores["dino"] == pytest.approx((scores["dino_subject_1"] + scores["dino_subject_2"]) / 2, abs=1e-3)
-
     few = ["--num_prompts", "1", "--images_per_prompt", "1", "--class_images", "1", "--inference_steps", "2"]
     code, out, _ = evaluate(tmp_path / "run", *few)
     assert code == 0 and "confusion of “sks dog” with “sks cat”" in out

@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
+from torch.nn.functional import normalize
 
 from dreambooth_moslora.cli.evaluate import summary
 from dreambooth_moslora.core import UserError
@@ -22,9 +23,7 @@ from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.prompts import Subject
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.explain import figures_from, meanings
-from dreambooth_moslora.training.model_card import score_table
-from dreambooth_moslora.training.results import draw_fidelity
+from dreambooth_moslora.training import explain, model_card, results
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
 from toybox.readers.judge import QUESTIONS, Reading
@@ -60,12 +59,31 @@ def stub_pictures(requests: list[SampleRequest], on: bool = False) -> list[Image
     return [Image.fromarray(np.random.default_rng(s).integers(0, 256, (32, 32, 3), dtype=np.uint8)) for s in seeds]
 
 
-def test_the_plan_asks_the_base_without_the_token_at_the_same_seeds():
+def test_plans_by_kind_of_subject():
+    """The base is asked without the token, at the same seeds. Places that the captions name are not asked for."""
     subject, base = PLAN.subject_requests, PLAN.base_requests
     assert subject[0] == SampleRequest("a photo of a sks duck on the beach", 0)
     assert base[0] == SampleRequest("a photo of a duck on the beach", 0)
     assert [r.seed for r in subject] == [r.seed for r in base] == [0, 1] * 3
     assert set(PLAN.prompts) >= {"a photo of a duck", "a photo of a red car on water"}
+    duck = Subject("sks", "duck")
+    full = plan_for("toy", duck)
+    assert len(full.templates) == 16 and not any("duck" in prompt for prompt in full.unrelated)
+    kinds = ("corgi dog", "stuffed dog", "mug")
+    dog, stuffed, mug = (plan_for("some/base", Subject("sks", kind)).templates for kind in kinds)
+    assert len(dog) == len(mug) == 25 and dog != mug and "a {} wearing a santa hat" in dog
+    assert stuffed == mug, "a likeness of an animal is a thing"
+    small = full.smaller(templates=4, seeds=1, class_images=2, unrelated=2)  # spread over the templates
+    assert small.templates == full.templates[0:13:4]
+    assert (small.seeds, small.class_images, len(small.unrelated)) == ((0,), 2, 2)
+    with pytest.raises(UserError, match="choose one of"):
+        plan_for("toy", duck, "nonsense")
+    with pytest.raises(UserError, match=r"hold \{\}"):
+        EvaluationPlan(duck, ("a duck",), ())
+    templates = plan_for("toy", duck, captions=["a photo of a sks duck on grass", "A sks duck ON LAVA"]).templates
+    assert len(templates) == 14 and not any("on grass" in t or "on lava" in t for t in templates)
+    assert plan_for("toy", duck, captions=full.texts).templates == full.templates
+    assert "a red {}" in plan_for("some/base", Subject("sks", "mug"), captions=["red"]).templates  # no place
 
 
 def all_of(*pictures: Image.Image):
@@ -80,24 +98,6 @@ def all_of(*pictures: Image.Image):
 def with_subject(folder):
     (folder / "subject.json").write_text(json.dumps({"toy": TOY.to_dict(), "class_word": "duck", "token": "sks"}))
     return folder
-
-
-def test_plans_by_kind_of_subject():
-    duck = Subject("sks", "duck")
-    full = plan_for("toy", duck)
-    assert len(full.templates) == 16 and not any("duck" in prompt for prompt in full.unrelated)
-    dog, stuffed, mug = (
-        plan_for("some/base", Subject("sks", w)).templates for w in ("corgi dog", "stuffed dog", "mug")
-    )
-    assert len(dog) == len(mug) == 25 and dog != mug and "a {} wearing a santa hat" in dog
-    assert stuffed == mug, "a likeness of an animal is a thing"
-    small = full.smaller(templates=4, seeds=1, class_images=2, unrelated=2)  # spread over the templates
-    assert small.templates == full.templates[0:13:4]
-    assert (small.seeds, small.class_images, len(small.unrelated)) == ((0,), 2, 2)
-    with pytest.raises(UserError, match="choose one of"):
-        plan_for("toy", duck, "nonsense")
-    with pytest.raises(UserError, match=r"hold \{\}"):
-        EvaluationPlan(duck, ("a duck",), ())
 
 
 def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, photos, tmp_path):
@@ -144,10 +144,15 @@ def test_the_bare_prompt_is_scored_beside_the_others_which_stay_as_they_were(enc
     assert "dino_bare" not in swept.tables
 
 
-def test_a_class_that_has_become_one_picture_has_no_diversity(encoders, photos):
+def test_a_class_that_has_become_one_picture_has_no_diversity_and_drift_sees_a_change_of_place(encoders, photos):
+    """An encoder that looks at the thing alone finds no drift."""
     found = Evaluator(PLAN, encoders, photos)(all_of(photos[0]))
     assert found.mean("class_diversity") == pytest.approx(0, abs=1e-5) and found.mean("class_diversity_base") > 1e-3
     assert found.means()["class_diversity_of_base"] == pytest.approx(0, abs=1e-3)
+    blind = replace(encoders)
+    blind.clip_images, blind.clip_texts = small_pixels, encoders_of_length(192)
+    blind.dino_images = encoders_of_length(4)
+    assert Evaluator(PLAN, blind, photos)(all_of(photos[0])).mean("drift") > 0.01
 
 
 def test_copies_of_the_photos_set_off_the_alarm_and_lower_the_score(encoders, photos):
@@ -169,13 +174,20 @@ def test_diversity_is_by_lpips_where_it_is_at_hand_and_drift_stays_on_dino(encod
     assert np.array_equal(by_pixels.tables["drift_base_spread"], by_dino.tables["drift_base_spread"])
 
 
-@pytest.mark.parametrize(
-    "text, said", [("{", "not valid JSON"), ('{"toy": {"kind": "robot"}}', "KeyError"), ('{"toy": 3}', "TypeError")]
-)
-def test_a_damaged_subject_file_is_one_clear_line(encoders, tmp_path, text, said):
-    (tmp_path / "subject.json").write_text(text)
-    with pytest.raises(UserError, match=said):
-        find_truth(tmp_path, encoders)
+def test_the_truth_is_found_beside_toy_photos_only(encoders, tmp_path):
+    """And asked of the toy base alone, in places that it knows. A damaged file is one clear line."""
+    assert find_truth(tmp_path, encoders) is None
+    damaged = {"{": "not valid JSON", '{"toy": {"kind": "robot"}}': "KeyError", '{"toy": 3}': "TypeError"}
+    for text, said in damaged.items():
+        (tmp_path / "subject.json").write_text(text)
+        with pytest.raises(UserError, match=said):
+            find_truth(tmp_path, encoders)
+    assert find_truth(with_subject(tmp_path), encoders).toy == TOY
+    assert place_in("a photo of a {} on a checkered floor") == "on a checkered floor"
+    elsewhere = replace(PLAN, templates=("a {} wearing a santa hat",))
+    assert truth_of("toy", tmp_path, PLAN, encoders, 64).toy == TOY
+    for base, folder, plan in (("some/base", tmp_path, PLAN), ("toy", tmp_path, elsewhere), ("toy", None, PLAN)):
+        assert truth_of(base, folder, plan, encoders, 64) is None
 
 
 def test_masks_give_the_background_alone_and_a_leak(encoders, photos):
@@ -185,17 +197,6 @@ def test_masks_give_the_background_alone_and_a_leak(encoders, photos):
     assert (alone[15:25, 15:25] == 128).all() and (alone[40:, 40:] == np.array(photos[0])[40:, 40:]).all()
     leaked = Evaluator(PLAN, encoders, photos, [mask, None, None])(all_of(paint_over(photos[0], mask)))
     assert leaked.mean("background_leak") > 0
-
-
-def test_the_truth_is_found_beside_toy_photos_only(encoders, tmp_path):
-    """And asked of the toy base alone, in places that it knows."""
-    assert find_truth(tmp_path, encoders) is None
-    assert find_truth(with_subject(tmp_path), encoders).toy == TOY
-    assert place_in("a photo of a {} on a checkered floor") == "on a checkered floor"
-    elsewhere = replace(PLAN, templates=("a {} wearing a santa hat",))
-    assert truth_of("toy", tmp_path, PLAN, encoders, 64).toy == TOY
-    for base, folder, plan in (("some/base", tmp_path, PLAN), ("toy", tmp_path, elsewhere), ("toy", None, PLAN)):
-        assert truth_of(base, folder, plan, encoders, 64) is None
 
 
 def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, photos):
@@ -242,83 +243,51 @@ def test_the_report_shows_what_the_judge_reads_beside_true_renders():
 def small_pixels(pictures: list[Image.Image]) -> torch.Tensor:
     """Unit vectors of the pictures themselves at 8 x 8: an encoder that knows a copy from anything else."""
     small = [torch.from_numpy(np.array(p.resize((8, 8)), dtype=np.float32)).flatten() - 128 for p in pictures]
-    return torch.nn.functional.normalize(torch.stack(small), dim=-1)
+    return normalize(torch.stack(small), dim=-1)
 
 
 def encoders_of_length(width: int):
-    """A text encoder whose vectors fit `small_pixels`."""
-    return lambda texts: torch.nn.functional.normalize(torch.ones(len(texts), width), dim=-1)
+    """An encoder whose vectors are all equal, of this length."""
+    return lambda asked: normalize(torch.ones(len(asked), width), dim=-1)
 
 
 def mean_colours(pictures: list[Image.Image]) -> torch.Tensor:
     """Unit vectors of the middle's mean colour, shifted so that colours differ in direction."""
     middles = [torch.from_numpy(np.array(p)[16:48, 16:48].astype(np.float32)).mean((0, 1)) - 128 for p in pictures]
-    return torch.nn.functional.normalize(torch.stack(middles), dim=-1)
-
-
-def test_places_that_the_captions_name_are_not_asked_for():
-    duck = Subject("sks", "duck")
-    templates = plan_for("toy", duck, captions=["a photo of a sks duck on grass", "A sks duck ON LAVA"]).templates
-    assert len(templates) == 14 and not any("on grass" in t or "on lava" in t for t in templates)
-    everywhere = plan_for("toy", duck).texts
-    assert plan_for("toy", duck, captions=everywhere).templates == plan_for("toy", duck).templates
-    assert "a red {}" in plan_for("some/base", Subject("sks", "mug"), captions=["red"]).templates  # no place
-
-
-def test_drift_sees_a_change_of_place(encoders, photos):
-    """An encoder that looks at the thing alone finds none."""
-    blind = replace(encoders)
-    blind.dino_images = lambda pictures: torch.nn.functional.normalize(torch.ones(len(pictures), 4), dim=-1)
-    blind.clip_images, blind.clip_texts = small_pixels, encoders_of_length(192)
-    assert Evaluator(PLAN, blind, photos)(all_of(photos[0])).mean("drift") > 0.01
+    return normalize(torch.stack(middles), dim=-1)
 
 
 ABOUT = report.ReportContext("mine", "toy", ("clip", "dino"), 2, 7.0)
-SMILE = Measure(
-    "Smile",
-    base="smile_base",
-    help="does it smile?",
-    summary=True,
-    logged=True,
-    curve="smiles",
-    sentence="it smiles on {smile:.0%} of the pictures",
-)
+SAID = {"help": "does it smile?", "sentence": "it smiles on {smile:.0%} of the pictures"}
+SMILE = Measure("Smile", base="smile_base", summary=True, logged=True, curve="smiles", **SAID)
 
 
 def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkeypatch):
+    """Every measure that has a scale or a base names tables that exist."""
+    known = {*MEASURES, "clip_i_base", "diversity_base", "class_diversity_base", "sharpness"}
+    known |= {f"{name}_ceiling" for name in ("dino", "clip_t", "sharpness")}
+    assert {name for row in MEASURES.values() for name in (row.base, *(row.share or ())) if name} <= known
     like_base = Measure("Smile, share of the base's", "share", share=("smile", "smile_base"), logged=True)
     monkeypatch.setitem(MEASURES, "smile", SMILE)
     monkeypatch.setitem(MEASURES, "smile_of_base", like_base)
     found = Evaluator(PLAN, encoders, photos)(stub_pictures)
     found.tables |= {"smile": np.full((3, 2), 0.625), "smile_base": np.full((3, 2), 0.5)}
-
     html = report.report_html(found, ABOUT, photos)
     for text in ("Smile", "0.625 [0.625, 0.625]", "0.500 [0.500, 0.500]", "does it smile?", "1.250"):
         assert f">{text}<" in html
     assert "smile              0.625" in summary(found)
-
     scores = found.logged()
     assert (scores["smile"], scores["smile_of_base"]) == (0.625, 1.25)
     event = {"type": StepEvaluated.kind, "step": 3, "best": {"step": 3, "score": 0.1, "since": 0}, **scores}
     axes = Figure().subplots()
-    draw_fidelity(axes, [event_of(event)])
+    results.draw_fidelity(axes, [event_of(event)])
     assert "smiles" in axes.get_legend_handles_labels()[1]
-    assert "| smile | 0.625 |" in score_table(SimpleNamespace(scores=event_of(event).scores, best=None))
-    assert "it smiles on 62% of the pictures" in meanings(figures_from([event], TrainConfig()))
-
-
-def test_every_measure_that_has_a_scale_or_a_base_names_tables_that_exist():
-    known = {*MEASURES, "clip_i_base", "diversity_base", "class_diversity_base", "sharpness"}
-    known |= {f"{name}_ceiling" for name in ("dino", "clip_t", "sharpness")}
-    assert {name for row in MEASURES.values() for name in (row.base, *(row.share or ())) if name} <= known
+    assert "| smile | 0.625 |" in model_card.score_table(SimpleNamespace(scores=event_of(event).scores, best=None))
+    assert "it smiles on 62% of the pictures" in explain.meanings(explain.figures_from([event], TrainConfig()))
 
 
 ROCKET = Toy("rocket", "white", "red", "striped", "glossy", (0.3, 0.5, -0.2, 0.8), ("flag",))
 BOTH = report.ReportContext("both", "toy", ("clip", "dino"), 2, 7.0)
-
-
-def plan_of(word):
-    return replace(PLAN, subject=Subject("sks", word), unrelated=("a photo of a red car",))
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +299,8 @@ def both():
 @pytest.fixture(scope="module")
 def evaluators(both):
     encoders = load_encoders("toy")  # random ones see no difference
-    duck, rocket = (Evaluator(plan_of(word), encoders, both[word]) for word in ("duck", "rocket"))
+    plans = {word: replace(PLAN, subject=Subject("sks", word), unrelated=("a photo of a red car",)) for word in both}
+    duck, rocket = (Evaluator(plans[word], encoders, both[word]) for word in ("duck", "rocket"))
     duck.rivals, rocket.rivals = {"sks rocket": rocket.photos.dino}, {"sks duck": duck.photos.dino}
     return [duck, rocket]
 
@@ -356,7 +326,7 @@ def right(evaluators, both):
 
 def test_confusion_is_the_way_from_the_own_photos_margin_to_the_others():
     draws = torch.Generator().manual_seed(0)
-    own, other, drawn = (torch.nn.functional.normalize(torch.randn(n, 8, generator=draws), dim=1) for n in (3, 4, 5))
+    own, other, drawn = (normalize(torch.randn(n, 8, generator=draws), dim=1) for n in (3, 4, 5))
 
     def without(photos, number):
         return torch.cat([photos[:number], photos[number + 1 :]])
@@ -372,16 +342,13 @@ def test_confusion_is_the_way_from_the_own_photos_margin_to_the_others():
     assert torch.isfinite(metrics.confusion(own, own[:1], other[:1])).all()
 
 
-def test_pictures_of_the_other_subject_are_confused_and_those_of_the_own_are_not(evaluators, both, right):
+def test_pictures_of_the_other_subject_are_confused_and_all_together_are_their_prompts(evaluators, both, right):
     wrong = [evaluator(drawer(both, swapped=True)) for evaluator in evaluators]
     for good, bad in zip(right, wrong, strict=True):
         assert good.tables["confusion"].shape == (3, 2)
         assert good.mean("confusion") < 0.05 and bad.mean("confusion") > 0.95
         assert good.mean("dino") > bad.mean("dino")
     assert "“sks duck” with “sks rocket”" in report.confusion_lines(right)[0]
-
-
-def test_all_subjects_together_are_their_prompts_together(right):
     whole = report.pooled(right)
     assert whole.tables["dino"].shape == (6, 2) and whole.tables["pres"].shape == (4,)
     assert whole.mean("dino") == pytest.approx(np.mean([one.mean("dino") for one in right]))

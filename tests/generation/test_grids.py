@@ -26,17 +26,18 @@ def pipeline(tiny_base, tmp_path_factory):
 
 
 def test_cells_are_where_the_sheet_says(pipeline):
-    axes = (Axis("scale", (0.0, 1.0)), Axis("seed", (1, 2, 3)))
-    events = list(generate_grid(pipeline, PARAMS, axes))
+    """A stopped grid has no sheet."""
+    events = list(generate_grid(pipeline, PARAMS, (Axis("scale", (0.0, 1.0)), Axis("seed", (1, 2, 3)))))
+    images, steps = ([e for e in events if isinstance(e, kind)] for kind in (Image, Step))
     sheet = events[-1]
-    images = [e for e in events if isinstance(e, Image)]
     assert isinstance(sheet, Sheet) and [e.index for e in images] == list(range(6))
     assert [(e.params.adapters[0][1], e.params.seed) for e in images][3] == (1.0, 1)
-    steps = [e for e in events if isinstance(e, Step)]
     assert steps[0].num_images == 6 and steps[-1].eta_sec == 0
     (alone,) = pipeline.draw(replace(PARAMS, seed=2, adapters=(("dog", 0.0),)))
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(sheet.pixels), (64, 64, 3))[:, :, 0]
     assert (windows == np.asarray(alone.pixels)).all((2, 3, 4)).sum() == 1
+    stopped = generate_grid(pipeline, PARAMS, (Axis("seed", (1, 2)),), should_stop=lambda: True)
+    assert not any(isinstance(e, Sheet | Image) for e in stopped)
 
 
 def test_a_grid_may_have_more_adapters_than_the_model_holds_and_its_sheet_names_them(tiny_base, tmp_path, monkeypatch):
@@ -60,43 +61,28 @@ def test_a_grid_may_have_more_adapters_than_the_model_holds_and_its_sheet_names_
     assert recipe.provenance.base == subject.base_name and recipe.provenance.versions
 
 
-def test_a_stopped_grid_has_no_sheet(pipeline):
-    events = list(generate_grid(pipeline, PARAMS, (Axis("seed", (1, 2)),), should_stop=lambda: True))
-    assert not any(isinstance(e, Sheet | Image) for e in events)
-
-
-def test_axes_are_parsed_and_applied():
+def test_axes_are_parsed_and_applied_and_long_captions_stay_inside_their_column():
     assert [Axis("scale", (0.0, 0.5)).label(i) for i in range(2)] == ["scale 0", "scale 0.5"]
     assert parse_axis("scale=0, 0.5,1") == Axis("scale", (0.0, 0.5, 1.0))
     assert parse_axis("prompt=a mug, red|b") == Axis("prompt", ("a mug, red", "b"))
     cells = cells_of(PARAMS, (Axis("adapter", ("cat", "none")), Axis("guidance", (1.0, 7.0))))
     assert [c.adapters for c in cells[0]] == [(("cat", 1.0),)] * 2 and cells[1][1].adapters == ()
     assert cells[1][1].guidance_scale == 7.0
+    picture = PIL.Image.new("RGB", (64, 64), "red")
+    sheet = draw_sheet([[picture, picture]], ["row " * 50], ["x " * 200, "short"])
+    assert sheet.width < 4 * 64 + 60 and np.asarray(sheet)[:, -12:].min() == 255
 
 
-@pytest.mark.parametrize(
-    "text, word",
-    [
-        ("colour=1", "colour"),
-        ("scale", "scale"),
-        ("seed=", "no values"),
-        ("seed=a", "not a number"),
-        ("seed=1.5", "number"),
-        ((PARAMS, (Axis("seed", tuple(range(65))),)), "cells"),
-        ((PARAMS, (Axis("seed", (1,)), Axis("seed", (2,)))), "different"),
-        ((GenerationParams("a"), (Axis("scale", (1.0,)),)), "needs an adapter"),
-    ],
-)
+BAD = [("colour=1", "colour"), ("scale", "scale"), ("seed=", "no values"), ("seed=a", "not a number")]
+BAD += [("seed=1.5", "number"), ((PARAMS, (Axis("seed", tuple(range(65))),)), "cells")]
+BAD += [((PARAMS, (Axis("seed", (1,)), Axis("seed", (2,)))), "different")]
+BAD += [((GenerationParams("a"), (Axis("scale", (1.0,)),)), "needs an adapter")]
+
+
+@pytest.mark.parametrize("text, word", BAD)
 def test_a_bad_axis_and_an_impossible_grid_are_refused(text, word):
     with pytest.raises(UserError, match=word):
         parse_axis(text) if isinstance(text, str) else cells_of(*text)
-
-
-def test_long_captions_stay_inside_their_column():
-    picture = PIL.Image.new("RGB", (64, 64), "red")
-    sheet = draw_sheet([[picture, picture]], ["row " * 50], ["x " * 200, "short"])
-    assert sheet.width < 4 * 64 + 60
-    assert np.asarray(sheet)[:, -12:].min() == 255
 
 
 def command(tiny_base, folder, *words) -> int:
@@ -106,7 +92,7 @@ def command(tiny_base, folder, *words) -> int:
     return generate.run_generate(args)
 
 
-def test_the_command_writes_pictures_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):
+def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):
     adapter = save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "runs" / "dog", seed=1).parent
     words = ["--adapter", f"{adapter}:0.5", "--prompt", "a sks dog", "--seed", "5", "--num-images", "2"]
     assert command(tiny_base, tmp_path, *words) == 0
@@ -116,6 +102,12 @@ def test_the_command_writes_pictures_that_the_command_reads_again(tiny_base, pip
     assert command(tiny_base, tmp_path, "--adapter", f"{adapter}:0.5", "--from_png", str(second)) == 0
     again = PIL.Image.open(tmp_path / "image_6_2.png")
     assert np.array_equal(np.asarray(again), np.asarray(PIL.Image.open(second)))
+    words = ["--adapter", str(adapter), "--prompt", "dog", "--grid", "scale=0,1", "seed=1,2"]
+    assert command(tiny_base, tmp_path / "grid", *words) == 0
+    assert [p.name for p in (tmp_path / "grid").glob("*.png")] == ["grid.png"]
+    assert read_recipe(tmp_path / "grid" / "grid.png").params.prompt == "dog"
+    with pytest.raises(UserError, match="--prompt"):
+        command(tiny_base, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +125,13 @@ def is_drawn_again(tiny_base, drawn, folder, *words) -> bool:
     return np.array_equal(np.asarray(PIL.Image.open(folder / "image_0.png")), np.asarray(PIL.Image.open(first)))
 
 
+def test_a_pictures_adapter_is_found_by_its_content_under_another_name(tiny_base, drawn, tmp_path, monkeypatch):
+    shutil.copytree(drawn / "runs" / "dog", tmp_path / "runs" / "rex")
+    monkeypatch.chdir(tmp_path)
+    assert is_drawn_again(tiny_base, drawn, tmp_path)
+    assert is_drawn_again(tiny_base, drawn, tmp_path / "given", "--adapter", "runs/rex")
+
+
 @pytest.mark.parametrize("words", [("--adapter", "runs/dog"), ("--adapter", "dog"), ()])
 def test_a_picture_is_drawn_again_at_its_own_scale(words, tiny_base, drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(drawn)
@@ -140,17 +139,7 @@ def test_a_picture_is_drawn_again_at_its_own_scale(words, tiny_base, drawn, tmp_
     assert "note" not in capsys.readouterr().err
 
 
-def test_a_pictures_adapter_is_found_by_its_content_under_another_name(tiny_base, drawn, tmp_path, monkeypatch):
-    (tmp_path / "runs").mkdir()
-    shutil.copytree(drawn / "runs" / "dog", tmp_path / "runs" / "rex")
-    monkeypatch.chdir(tmp_path)
-    assert is_drawn_again(tiny_base, drawn, tmp_path)
-    assert is_drawn_again(tiny_base, drawn, tmp_path / "given", "--adapter", "runs/rex")
-
-
-def test_another_file_of_the_pictures_adapter_keeps_the_scale_and_is_said(
-    tiny_base, pipeline, drawn, tmp_path, monkeypatch, capsys
-):
+def test_another_file_of_the_adapter_is_said(tiny_base, pipeline, drawn, tmp_path, monkeypatch, capsys):
     """Without a name, one line says which file is missing."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"the picture's adapter 'dog' \(sha256 \w{12}\) is not in runs/.*--adapter"):
@@ -161,13 +150,3 @@ def test_another_file_of_the_pictures_adapter_keeps_the_scale_and_is_said(
     assert read_recipe(tmp_path / "image_0.png").params.adapters == (("dog", 0.6),)
     with pytest.raises(UserError, match=r"runs/dog/pytorch_lora_weights\.safetensors has its name"):
         command(tiny_base, tmp_path, "--from_png", str(drawn / "image_0.png"))
-
-
-def test_the_command_draws_a_grid(tiny_base, pipeline, tmp_path):
-    adapter = str(save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "dog", seed=1))
-    words = ["--adapter", adapter, "--prompt", "dog", "--grid", "scale=0,1", "seed=1,2"]
-    assert command(tiny_base, tmp_path, *words) == 0
-    assert [p.name for p in tmp_path.glob("*.png")] == ["grid.png"]
-    assert read_recipe(tmp_path / "grid.png").params.prompt == "dog"
-    with pytest.raises(UserError, match="--prompt"):
-        command(tiny_base, tmp_path)

@@ -13,17 +13,13 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Provenance, draw_seed, read_recipe, split_lora_tags
 from tests.helpers.odd_photos import png_of
 
+SIZES = {"seed": 4294967295, "steps": 7, "guidance_scale": 3.25, "height_px": 64, "width_px": 128, "num_images": 1}
 FULL = GenerationParams(
     prompt='a photo of a "sks" mug, <b>bold</b>\nNegative prompt: not really, Steps: 3',
     negative_prompt="blur, Seed: 12",
-    seed=4294967295,
-    steps=7,
-    guidance_scale=3.25,
-    height_px=64,
-    width_px=128,
-    num_images=1,
     adapters=(("mug", 0.8), ("style", -0.5)),
     scheduler="unipc",
+    **SIZES,
 )
 FACTS = Provenance("toy", (("mug", "ab" * 32),), (("dreambooth_moslora", "0.1.0"),))
 
@@ -44,14 +40,11 @@ def test_a_png_gives_back_exactly_what_was_written(tmp_path):
     assert "/" not in json.dumps(text).replace("</b>", "")
 
 
-def test_the_a1111_text_is_read_by_itself(tmp_path):
+def test_the_a1111_text_is_read_by_itself_and_so_is_that_of_another_program(tmp_path):
     params = GenerationParams("a red mug", "blur, dark", 12, 20, 6.5, 64, 128, adapters=(("mug", 0.8),))
     text = params.to_png_text(FACTS)["parameters"]
     recipe = read_recipe(write_png(tmp_path / "a.png", {"parameters": text}))
     assert recipe.params == params and not recipe.exact
-
-
-def test_text_of_another_program_is_understood(tmp_path):
     text = (
         "portrait of a dog <lora:rex:0.7>\nNegative prompt: cat\nSteps: 30, Sampler: DPM++ 2M, Schedule type: Karras, "
         'CFG scale: 7, Seed: 99, Size: 832x1216, Model hash: 31e35c80fc, Lora hashes: "rex: 1234", Version: v1.10.0'
@@ -68,28 +61,16 @@ def test_a_line_that_is_made_to_keep_the_reader_busy_is_read_at_once(tmp_path):
     assert time.process_time() - started < 1
 
 
-@pytest.mark.parametrize(
-    "values, word",
-    [
-        ({"prompt": "  "}, "empty"),
-        ({"prompt": 3}, "text"),
-        ({"prompt": "x" * 5001}, "5001"),
-        ({"steps": 0}, "steps"),
-        ({"steps": True}, "steps"),
-        ({"seed": -1}, "seed"),
-        ({"guidance_scale": float("nan")}, "guidance_scale"),
-        ({"height_px": 100}, "multiple of 8"),
-        ({"width_px": 8192}, "width_px"),
-        ({"scheduler": "magic"}, "magic"),
-        ({"adapters": "abc"}, "pairs"),
-        ({"adapters": [("a", 99)]}, "99"),
-        ({"adapters": [("a", float("nan"))]}, "nan"),
-        ({"adapters": [("a", 10**400)]}, "pairs of name and scale"),
-        ({"adapters": [("a", 1), ("a", 2)]}, "twice"),
-        ({"num_images": 65}, "num_images"),
-        ({"surprise": 1}, "surprise"),
-    ],
-)
+WRONG = [({"prompt": "  "}, "empty"), ({"prompt": 3}, "text"), ({"prompt": "x" * 5001}, "5001")]
+WRONG += [({"steps": 0}, "steps"), ({"steps": True}, "steps"), ({"seed": -1}, "seed")]
+WRONG += [({"guidance_scale": float("nan")}, "guidance_scale"), ({"num_images": 65}, "num_images")]
+WRONG += [({"height_px": 100}, "multiple of 8"), ({"width_px": 8192}, "width_px"), ({"scheduler": "magic"}, "magic")]
+WRONG += [({"adapters": [("a", scale)]}, word) for scale, word in ((99, "99"), (float("nan"), "nan"))]
+WRONG += [({"adapters": "abc"}, "pairs"), ({"adapters": [("a", 10**400)]}, "pairs of name and scale")]
+WRONG += [({"adapters": [("a", 1), ("a", 2)]}, "twice"), ({"surprise": 1}, "surprise")]
+
+
+@pytest.mark.parametrize("values, word", WRONG)
 def test_what_cannot_be_generated_is_refused_in_one_line(values, word):
     with pytest.raises(UserError) as error:
         GenerationParams.from_dict({"prompt": "a mug"} | values)
@@ -102,24 +83,13 @@ def jpeg() -> bytes:
 
 
 def text_bomb() -> bytes:
-    text = b"dreambooth_moslora\0\0" + zlib.compress(b" " * 200_000_000, 9)
-    return png_of(8, 8, b"", (b"zTXt", text))
+    return png_of(8, 8, b"", (b"zTXt", b"dreambooth_moslora\0\0" + zlib.compress(b" " * 200_000_000, 9)))
 
 
-ODD = {
-    "list": ("[]", ""),
-    "half": ("{", ""),
-    "params list": ('{"params": []}', ""),
-    "prompt dict": ('{"params": {"prompt": {}}}', ""),
-    "nested": ("[" * 100_000, ""),
-    "versions number": ('{"params": {"prompt": "a"}, "versions": 3}', ""),
-    "text": (b"hello", "PNG"),
-    "nothing": (None, "PNG"),
-    "photo": (jpeg, "PNG"),
-    "bare": ({}, "no generation"),
-    "pixel bomb": (png_of(100_000, 100_000, b""), ""),
-    "text bomb": (text_bomb, ""),
-}
+NO_RECIPE = ("[]", "{", '{"params": []}', '{"params": {"prompt": {}}}', '{"params": {"prompt": "a"}, "versions": 3}')
+ODD = {text: (text, "") for text in NO_RECIPE} | {"nested": ("[" * 100_000, ""), "bare": ({}, "no generation")}
+ODD |= {"text": (b"hello", "PNG"), "nothing": (None, "PNG"), "photo": (jpeg, "PNG")}
+ODD |= {"pixel bomb": (png_of(100_000, 100_000, b""), ""), "text bomb": (text_bomb, "")}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -134,7 +104,8 @@ def test_files_that_are_no_png_or_say_nothing_are_refused(name, tmp_path):
         read_recipe(file)
 
 
-def test_tags_become_adapters_and_leave_the_prompt():
+def test_tags_become_adapters_and_leave_the_prompt_and_each_image_has_its_own_seed():
+    """A negative seed is drawn."""
     found = split_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>")
     assert found == ("a dog in snow", (("rex", 0.8), ("style", 1.0)))
     assert split_lora_tags("a  dog") == ("a  dog", ())
@@ -142,10 +113,6 @@ def test_tags_become_adapters_and_leave_the_prompt():
     assert params.prompt == "dog" and params.adapters == (("rex", 0.5), ("b", 0.2))
     with pytest.raises(UserError, match="empty"):
         GenerationParams("<lora:rex>").apply_tags()
-
-
-def test_each_image_has_its_own_seed_and_counts_one():
-    """A negative one is drawn."""
     images = [GenerationParams("dog", seed=4294967295, num_images=3).for_image(i) for i in range(2)]
     assert [(p.seed, p.num_images) for p in images] == [(4294967295, 1), (0, 1)]
     assert draw_seed(7) == 7 and len({draw_seed(-1) for _ in range(8)}) > 1

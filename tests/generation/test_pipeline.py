@@ -3,6 +3,7 @@ until somebody looks at them, and never the picture; a GPU with little memory; a
 
 import json
 import pickle
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,17 +14,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 
-from dreambooth_moslora.adapters.published_file import publish
-from dreambooth_moslora.adapters.raw_file import save_raw
-from dreambooth_moslora.base import decode
-from dreambooth_moslora.base.load import guidance_rescale, load_pipeline
+from dreambooth_moslora.adapters import published_file, raw_file
+from dreambooth_moslora.base import decode, load
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME
+from dreambooth_moslora.generation import fixed_seeds, progress
 from dreambooth_moslora.generation import pipeline as gpu_room
-from dreambooth_moslora.generation import progress
-from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.helpers.live_adapters import facts_of, live
@@ -39,8 +37,7 @@ def files(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     unet = SubjectPipeline.from_base(tiny_base).pipeline.unet
     return {
-        "dog": save_diffusers_lora(unet, folder / "dog", seed=1),
-        "cat": save_diffusers_lora(unet, folder / "cat", seed=2),
+        **{name: save_diffusers_lora(unet, folder / name, seed) for name, seed in (("dog", 1), ("cat", 2))},
         "dog_kohya": save_kohya_lora(unet, folder / "dog_kohya.safetensors", seed=1),
     }
 
@@ -53,31 +50,26 @@ def pipeline(tiny_base, files):
     return subject
 
 
-def pictures(subject, params) -> list[np.ndarray]:
-    return [np.asarray(event.pixels) for event in subject.generate(params) if isinstance(event, Image)]
+def picture(subject, params=PARAMS, **changes) -> np.ndarray:
+    """The first one that is streamed."""
+    images = [event for event in subject.generate(replace(params, **changes)) if isinstance(event, Image)]
+    return np.asarray(images[0].pixels)
 
 
 def with_adapters(subject, **scales) -> np.ndarray:
     return picture(subject, adapters=tuple(scales.items()))
 
 
-def picture(subject, params=PARAMS, **changes) -> np.ndarray:
-    return pictures(subject, replace(params, **changes))[0]
-
-
 def differs(a, b) -> bool:
     return bool(np.abs(a.astype(int) - b.astype(int)).max() > 2)
 
 
-def test_an_image_does_not_depend_on_how_many_are_made(pipeline):
-    three = pictures(pipeline, replace(PARAMS, num_images=3))
-    alone = [picture(pipeline, seed=PARAMS.seed + i) for i in range(3)]
-    assert all(np.array_equal(a, b) for a, b in zip(three, alone))
-    assert differs(three[0], three[1])
-
-
-def test_every_step_is_reported_with_a_preview_and_the_image_comes_last(pipeline):
+def test_an_image_does_not_depend_on_how_many_are_made_and_every_step_is_reported_with_a_preview(pipeline):
+    """The image comes last."""
+    alone = [picture(pipeline, seed=PARAMS.seed + i) for i in range(2)]
     events = list(pipeline.generate(replace(PARAMS, num_images=2)))
+    both = [np.asarray(event.pixels) for event in events if isinstance(event, Image)]
+    assert all(np.array_equal(a, b) for a, b in zip(both, alone, strict=True)) and differs(*both)
     kinds = [type(event) for event in events]
     assert kinds == [Step, progress.Preview] * 3 + [Image] + [Step, progress.Preview] * 3 + [Image]
     assert [(e.index, e.step, e.steps, e.num_images) for e in events if isinstance(e, Step)][3] == (1, 1, 3, 2)
@@ -99,16 +91,14 @@ def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(pipeline, f
 
 def test_adapters_combine_and_switch_without_a_trace(pipeline, tiny_base):
     """Scale zero and no adapter are the untouched base bit for bit. A LoRA tag in the prompt acts."""
-    base, dog, cat = (
-        picture(SubjectPipeline.from_base(tiny_base)),
-        *(with_adapters(pipeline, **{n: 1.0}) for n in ("dog", "cat")),
-    )
+    base = picture(SubjectPipeline.from_base(tiny_base))
+    dog, cat, less = (with_adapters(pipeline, **{n: scale}) for n, scale in (("dog", 1.0), ("cat", 1.0), ("dog", 0.3)))
     both = with_adapters(pipeline, dog=1.0, cat=1.0)
     assert differs(dog, cat) and differs(both, dog) and differs(both, cat) and differs(base, dog)
     assert np.array_equal(with_adapters(pipeline, dog=1.0, cat=0.0), dog)
     assert np.array_equal(with_adapters(pipeline, dog=0.0), base) and np.array_equal(picture(pipeline), base)
     assert not differs(with_adapters(pipeline, dog_kohya=1.0), dog)
-    tagged, less = picture(pipeline, prompt=PARAMS.prompt + " <lora:dog:0.3>"), with_adapters(pipeline, dog=0.3)
+    tagged = picture(pipeline, prompt=PARAMS.prompt + " <lora:dog:0.3>")
     assert differs(less, dog) and np.array_equal(tagged, less)
 
 
@@ -181,18 +171,12 @@ def test_what_cannot_be_drawn_is_said(pipeline, monkeypatch):
         picture(pipeline)
 
 
-def test_an_adapter_of_another_base_is_refused_with_both_architectures(pipeline, files, tmp_path):
-    state = {key: value.repeat(1, 2) if "lora_A" in key else value for key, value in load_file(files["dog"]).items()}
-    save_file(state, tmp_path / "wide.safetensors")
-    with pytest.raises(UserError, match=r"cross-attention width 96.*cross-attention width 48") as error:
-        pipeline.load_adapter(tmp_path / "wide.safetensors")
-    assert "\n" not in str(error.value) and "wide" not in pipeline.adapters
-
-
-def test_what_is_no_adapter_is_refused_in_one_line(pipeline, files, tmp_path):
+def test_what_is_no_adapter_of_the_base_is_refused_in_one_line(pipeline, files, tmp_path):
+    """One of another base with both architectures."""
     state, before = load_file(files["dog"]), dict(pipeline.adapters)
     first = next(iter(state))
     contents = {
+        "wide": {key: value.repeat(1, 2) if "lora_A" in key else value for key, value in state.items()},
         "flux": {"transformer." + key: value for key, value in state.items()},
         "plain": {"weight": torch.zeros(2, 2)},
         "nan": state | {first: state[first] * torch.nan},
@@ -207,7 +191,8 @@ def test_what_is_no_adapter_is_refused_in_one_line(pipeline, files, tmp_path):
     torch.save(state, tmp_path / "old.bin")
     (tmp_path / "empty").mkdir()
     for name in (*(f"{name}.safetensors" for name in contents), "old.bin", "empty", "missing"):
-        with pytest.raises(UserError) as error:
+        both = r"cross-attention width 96.*cross-attention width 48" if name.startswith("wide") else None
+        with pytest.raises(UserError, match=both) as error:
             pipeline.load_adapter(tmp_path / name)
         assert "\n" not in str(error.value), name
     assert pipeline.adapters == before
@@ -232,66 +217,56 @@ def test_the_least_used_adapter_makes_room_and_reloading_is_by_content(tiny_base
     assert not subject.adapters and not subject.pipeline.get_list_adapters().get("unet")
 
 
-def test_two_threads_wait_for_each_other(pipeline):
-    expected = {name: with_adapters(pipeline, **{name: 1.0}) for name in ("dog", "cat")}
-    with ThreadPoolExecutor(2) as pool:
-        got = {n: [pool.submit(with_adapters, pipeline, **{n: 1.0}) for _ in range(3)] for n in expected}
-    assert all(np.array_equal(image.result(), expected[name]) for name in got for image in got[name])
-
-
 def test_a_checkpoint_of_ours_computes_what_its_published_file_computes(pipeline, tmp_path):
     """The raw A, M, B of a checkpoint, and the folded file: the same pictures, under names that tell them apart."""
     components = live(lora_alpha=8, mixer="kaiming")
     facts = facts_of(components)
-    publish(components, tmp_path / "rex", "rex", facts)
-    save_raw(components, tmp_path / "rex" / "checkpoint-20" / RAW_NAME, facts)
+    published_file.publish(components, tmp_path / "rex", "rex", facts)
+    raw_file.save_raw(components, tmp_path / "rex" / "checkpoint-20" / RAW_NAME, facts)
     names = [pipeline.load_adapter(path) for path in (tmp_path / "rex", tmp_path / "rex" / "checkpoint-20")]
     assert names == ["rex", "rex@20"]
     published, raw = (with_adapters(pipeline, **{name: 1.0}) for name in names)
     assert not differs(published, raw) and differs(published, picture(pipeline))
 
 
-def test_drawn_in_the_calling_thread_a_picture_is_the_same_file(subject, tmp_path):
-    params = GenerationParams("a photo of a dog", seed=3, steps=2, num_images=2)
-    streamed = [event for event in subject.generate(params) if hasattr(event, "save")]
-    drawn = subject.draw(params)
+def test_two_threads_wait_for_each_other_and_drawn_in_the_calling_one_a_picture_is_the_same_file(pipeline, tmp_path):
+    expected = {name: with_adapters(pipeline, **{name: 1.0}) for name in ("dog", "cat")}
+    with ThreadPoolExecutor(2) as pool:
+        got = {n: [pool.submit(with_adapters, pipeline, **{n: 1.0}) for _ in range(3)] for n in expected}
+    assert all(np.array_equal(image.result(), expected[name]) for name in got for image in got[name])
+    params = replace(PARAMS, steps=2, num_images=2)
+    streamed = [event for event in pipeline.generate(params) if hasattr(event, "save")]
+    drawn = pipeline.draw(params)
     assert [image.png() for image in drawn] == [image.png() for image in streamed]
     assert drawn[1].save(tmp_path / "one.png").read_bytes() == drawn[1].png()
-    assert subject.draw(params, lambda: True) == []
+    assert pipeline.draw(params, lambda: True) == []
 
 
-@pytest.fixture(scope="module")
-def colours(tiny_base):
-    return progress.LatentColours(load_pipeline(tiny_base).vae)
-
-
-def after_a_step(latents: torch.Tensor, colours: progress.LatentColours) -> progress.Preview:
-    """What the watcher emits beside the step."""
-    scheduler, params = EulerDiscreteScheduler(), GenerationParams("a dog", steps=3, height_px=1024, width_px=512)
-    scheduler.set_timesteps(3)
-    events: list = []
-    watcher = progress.Watcher(0, params, progress.Clock(params), colours, events.append, bool)
-    for step in range(2):
-        watcher(SimpleNamespace(scheduler=scheduler), step, None, {"latents": latents})
-    assert isinstance(events[-1], progress.Preview)
-    return events[-1]
-
-
-def test_a_preview_is_as_large_as_the_page_shows_it_and_no_larger_than_the_picture(colours):
+def test_a_preview_is_as_large_as_the_page_shows_it_and_no_larger_than_the_picture(tiny_base):
     """Numbers on the meta device cannot be read: whoever copies them before they are looked at fails."""
-    preview = after_a_step(torch.randn(1, 4, 128, 64), colours)
+    colours = progress.LatentColours(load.load_pipeline(tiny_base).vae)
+
+    def after_a_step(latents: torch.Tensor) -> progress.Preview:
+        """What the watcher emits beside the step."""
+        scheduler, params = EulerDiscreteScheduler(), GenerationParams("a dog", steps=3, height_px=1024, width_px=512)
+        scheduler.set_timesteps(3)
+        events: list = []
+        watcher = progress.Watcher(0, params, progress.Clock(params), colours, events.append, bool)
+        for step in range(2):
+            watcher(SimpleNamespace(scheduler=scheduler), step, None, {"latents": latents})
+        assert isinstance(events[-1], progress.Preview)
+        return events[-1]
+
+    preview = after_a_step(torch.randn(1, 4, 128, 64))
     assert preview.pixels.size == (192, 384) and preview.pixels is preview.pixels
     assert progress.Preview(0, torch.randn(1, 4, 8, 8), (64, 64), colours).pixels.size == (64, 64)
-    on_meta = after_a_step(torch.empty(1, 4, 128, 64, device="meta"), colours)
+    on_meta = after_a_step(torch.empty(1, 4, 128, 64, device="meta"))
     with pytest.raises(NotImplementedError, match="meta"):
         on_meta.pixels  # noqa: B018
 
 
-OVERFLOWING = 3e5
-"""On the VAE's first weights: its activations leave fp16's range, and its norms take the factor out again."""
-
-
 def pipeline_of(folder, dtype: torch.dtype, factor: float):
+    """With this factor on the VAE's first weights."""
     pipeline = tiny_sdxl(folder)
     with torch.no_grad():
         pipeline.vae.decoder.conv_in.weight.mul_(factor)
@@ -299,7 +274,6 @@ def pipeline_of(folder, dtype: torch.dtype, factor: float):
 
 
 def last_preview_and_picture(pipeline) -> tuple[np.ndarray, np.ndarray]:
-    """The last preview and the picture."""
     events = list(SubjectPipeline(pipeline, "tiny").generate(PARAMS))
     preview = [event for event in events if isinstance(event, progress.Preview)][-1]
     assert isinstance(events[-1], Image)
@@ -307,11 +281,11 @@ def last_preview_and_picture(pipeline) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_vae_that_overflows_in_fp16_draws_what_it_draws_in_fp32(tmp_path):
-    half = pipeline_of(tmp_path / "half", torch.float16, OVERFLOWING)
+    """Its activations leave fp16's range, and its norms take the factor out again."""
+    half, full = (pipeline_of(tmp_path / str(dtype), dtype, 3e5) for dtype in (torch.float16, torch.float32))
     found = last_preview_and_picture(half)
-    expected = last_preview_and_picture(pipeline_of(tmp_path / "full", torch.float32, OVERFLOWING))
     assert half.vae.dtype == torch.float16
-    for mine, wanted in zip(found, expected, strict=True):
+    for mine, wanted in zip(found, last_preview_and_picture(full), strict=True):
         assert wanted.std() > 1 and np.abs(mine - wanted).max() <= 8
 
 
@@ -337,31 +311,11 @@ OTHER_DEVICE = "cpu:0"
 """Not the device named `cpu`, but with its memory: here models can really be moved, and draw."""
 
 
-KIB = 2**-20
-"""In GiB. The tiny base has 0.6 MiB of weights."""
-
-
-@pytest.fixture
-def offloads(monkeypatch):
-    """The devices that the pipeline was asked to visit a model at a time."""
-    asked: list[str] = []
-    enable = StableDiffusionXLPipeline.enable_model_cpu_offload
-
-    def noted(self, gpu_id=None, device=None):
-        asked.append(str(device))
-        return enable(self, gpu_id, device)
-
-    monkeypatch.setattr(StableDiffusionXLPipeline, "enable_model_cpu_offload", noted)
-    return asked
-
-
-def free(monkeypatch, gib: float) -> None:
-    for module in (gpu_room, decode):
-        monkeypatch.setattr(module, "free_gib", lambda device: gib)
-
-
-def test_a_small_gpu_holds_one_model_at_a_time_and_draws_the_same(tiny_base, monkeypatch, offloads):
+def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_same(tiny_base, monkeypatch, subject):
     """A large one keeps all models, and a size that cannot fit is refused before the first step."""
+    offloads, enable = [], StableDiffusionXLPipeline.enable_model_cpu_offload
+    noted = lambda self, gpu_id=None, device=None: offloads.append(str(device)) or enable(self, gpu_id, device)  # noqa: E731
+    monkeypatch.setattr(StableDiffusionXLPipeline, "enable_model_cpu_offload", noted)
     expected = picture(SubjectPipeline.from_base(tiny_base))
     free(monkeypatch, 24.0)
     large = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
@@ -378,6 +332,17 @@ def test_a_small_gpu_holds_one_model_at_a_time_and_draws_the_same(tiny_base, mon
     assert set(offloads) == {OTHER_DEVICE}
     hooked = [part for part in small.pipeline.components.values() if hasattr(part, "_hf_hook")]
     assert not hooked and small.pipeline.device == torch.device("cpu")
+    tiles: list[torch.Size] = []
+    subject.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: tiles.append(inputs[0].shape[-2:]))
+    monkeypatch.setattr(decode, "TILE_PX", 32)
+    monkeypatch.setattr(decode, "free_gib", lambda device: 2**-20)  # the tiny base has 0.6 MiB of weights
+    picture(subject)
+    assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it
+
+
+def free(monkeypatch, gib: float) -> None:
+    for module in (gpu_room, decode):
+        monkeypatch.setattr(module, "free_gib", lambda device: gib)
 
 
 @pytest.mark.parametrize(
@@ -403,47 +368,27 @@ def test_what_sdxl_may_draw_on_a_card(free_gib, weights_gib, offloads, side_px, 
         home.check_size(3 * side_px, 3 * side_px)
 
 
-def test_the_pipeline_decodes_in_tiles_where_memory_is_short(tiny_base, monkeypatch):
-    subject = SubjectPipeline.from_base(tiny_base)
-    tiles: list[torch.Size] = []
-    subject.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: tiles.append(inputs[0].shape[-2:]))
-    monkeypatch.setattr(decode, "TILE_PX", 32)
-    monkeypatch.setattr(decode, "free_gib", lambda device: 1 * KIB)
-    picture(subject)
-    assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it
-
-
-@pytest.fixture(scope="module")
-def zero_snr_base(tmp_path_factory):
-    """As its authors publish it: marked, and with SDXL's own spacing of timesteps."""
-    folder = save_tiny_sdxl(tmp_path_factory.mktemp("base"), prediction_type="v_prediction")
-    file = folder / "scheduler" / "scheduler_config.json"
+def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescaled(tiny_base, tmp_path, monkeypatch):
+    """As its authors publish it: marked, and with SDXL's own spacing of timesteps. Other bases are drawn as before."""
+    velocity = save_tiny_sdxl(tmp_path / "v", prediction_type="v_prediction")
+    base = shutil.copytree(velocity, tmp_path / "zero")
+    file = base / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
-    return folder
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_starts_at_pure_noise(zero_snr_base, name):
-    scheduler = SubjectPipeline(load_pipeline(zero_snr_base), "tiny")._scheduler(name)
-    scheduler.set_timesteps(10)
-    assert int(scheduler.timesteps[0]) == 999
-
-
-def test_the_rescaling_of_guidance_reaches_every_picture(zero_snr_base, tiny_base, tmp_path, monkeypatch):
-    """Other bases are drawn as before."""
-    asked = []
-    call = StableDiffusionXLPipeline.__call__
+    asked, call = [], StableDiffusionXLPipeline.__call__
 
     def noted(self, *arguments, **options):
         asked.append(options.get("guidance_rescale"))
         return call(self, *arguments, num_inference_steps=options.pop("num_inference_steps", 2), **options)
 
     monkeypatch.setattr(StableDiffusionXLPipeline, "__call__", noted)
-    pipeline = load_pipeline(zero_snr_base)
+    pipeline = load.load_pipeline(base)
     pipeline.set_progress_bar_config(disable=True)
-    drawn = [picture(SubjectPipeline(pipeline, "tiny"), guidance_scale=9.0)]
-    drawn += generate_images(pipeline, "a dog", [1], (64, 64))
+    subject = SubjectPipeline(pipeline, "tiny")
+    for name in SCHEDULERS:
+        scheduler = subject._scheduler(name)
+        scheduler.set_timesteps(10)
+        assert int(scheduler.timesteps[0]) == 999, name
+    drawn = [picture(subject, guidance_scale=9.0), *fixed_seeds.generate_images(pipeline, "a dog", [1], (64, 64))]
     assert asked == [0.7, 0.7] and all(np.asarray(one).std() > 0 for one in drawn)
-    for folder in (tiny_base, save_tiny_sdxl(tmp_path / "v", prediction_type="v_prediction")):
-        other = load_pipeline(folder)
-        assert guidance_rescale(other) == 0.0 and other.scheduler.config.timestep_spacing == "leading"
+    for other in map(load.load_pipeline, (tiny_base, velocity)):
+        assert load.guidance_rescale(other) == 0.0 and other.scheduler.config.timestep_spacing == "leading"

@@ -1,4 +1,4 @@
-"""Started by `test_python_gpu` in a process of its own: trains on the device what each line of JSON asks for.
+"""Started by `test_selftest` in a process of its own: trains on the device what each line of JSON asks for.
 
 python -m tests.helpers.on_python_gpu
 

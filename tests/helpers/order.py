@@ -8,15 +8,13 @@ import pytest
 TESTS = Path(__file__).parents[1]
 LONGEST = (
     "ui/test_browser.py",
-    "training/test_python_gpu.py",
+    "training/test_selftest.py",
     "ui/test_subjects_in_browser.py",
     "training/test_resume.py",
     "training/test_processes.py",
-    "training/test_selftest.py",
-    "training/test_kill.py",
     "docs/test_notebook.py",
     "extras/cluster/test_on_ray.py",
-    "training/test_faulty_run.py",
+    "training/test_explain.py",
     "extras/cluster/test_fleet.py",
     "ui/test_train_form.py",
     "extras/serving/test_on_ray.py",

@@ -1,24 +1,33 @@
-"""A basis that several subjects share: learning it, runs that train mixers alone, and what they leave."""
+"""A frozen basis: its directions, what learns on it, learning it over several subjects, runs that train mixers alone,
+subjects that are swapped on it, and where it is looked for."""
 
 import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.basis import read_mixers
+from dreambooth_moslora.adapters import basis as frozen
+from dreambooth_moslora.adapters import fast_linear, lora_file, moslora, raw_file
+from dreambooth_moslora.adapters.basis import FileBasis, SvdBasis, SwappedMixers, leading_directions, read_mixers
+from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.raw_file import read_raw
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir, files_by_name, run_files
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RAW_NAME, RunDir, files_by_name, run_files
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.generation.pipeline import MixersOnBases, SubjectPipeline
 from dreambooth_moslora.plan.checks import check_settings
 from dreambooth_moslora.settings.sources import checked_recipe, recipe_of
 from dreambooth_moslora.training.loop import train
-from tests.helpers.tiny import save_tiny_sdxl
+from tests.adapters.test_fast_linear import unet_loss
+from tests.helpers.live_adapters import facts_of
+from tests.helpers.tiny import save_tiny_sdxl, tiny_unet
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 PARAMS = GenerationParams("a photo of sks dog", seed=3, steps=2, guidance_scale=1.0)
@@ -43,22 +52,17 @@ def runs(config, tmp_path_factory):
 
 
 def picture(subject, *adapters):
-    (image,) = subject.draw(PARAMS.__class__(**vars(PARAMS) | {"adapters": tuple(adapters)}))
+    (image,) = subject.draw(replace(PARAMS, adapters=adapters))
     return np.asarray(image.pixels).astype(int)
 
 
-@pytest.fixture
-def loaded(tiny_base, runs):
-    subject = SubjectPipeline.from_base(tiny_base)
-    for name in ("dog", "cat"):
-        subject.load_adapter(runs / name)
-        assert subject.load_adapter(RunDir(runs / name).mixers_path) == f"{name}@mixers"
-    return subject
-
-
 @pytest.mark.slow
-def test_mixers_draw_what_the_folded_files_draw_alone_and_together(loaded, tiny_base):
-    base = picture(SubjectPipeline.from_base(tiny_base))
+def test_mixers_draw_what_the_folded_files_draw_alone_and_together(runs, tiny_base):
+    loaded = SubjectPipeline.from_base(tiny_base)
+    base = picture(loaded)
+    for name in ("dog", "cat"):
+        loaded.load_adapter(runs / name)
+        assert loaded.load_adapter(RunDir(runs / name).mixers_path) == f"{name}@mixers"
     for scales in ((1.0, 0.0), (0.0, 1.0), (0.4, 0.0), (0.8, 0.7), (1.0, 0.0)):
         folded = picture(loaded, ("dog", scales[0]), ("cat", scales[1]))
         mixed = picture(loaded, ("dog@mixers", scales[0]), ("cat@mixers", scales[1]))
@@ -82,27 +86,29 @@ def test_the_files_name_the_basis_and_the_mixers_alone_have_moved(runs):
 
 
 @pytest.mark.slow
-def test_mixers_of_another_base_are_said_in_one_line(runs, tmp_path):
+def test_mixers_of_another_base_are_said_in_one_line_and_a_resumed_run_needs_the_same_basis(runs, config, tmp_path):
     other = save_tiny_sdxl(tmp_path)
     unet = other / "unet" / "diffusion_pytorch_model.safetensors"
     unet.write_bytes(unet.read_bytes()[:-1] + b"\1")
     with pytest.raises(UserError, match=r"^mixers\.safetensors was made for other weights: its basis is of a base"):
         SubjectPipeline.from_base(other).load_adapter(RunDir(runs / "dog").mixers_path)
+    resumed = {"resume_from_checkpoint": str(runs / "dog" / "last"), "seed": 1, "max_train_steps": 4}
+    for basis, asked in ((None, "None"), (str(runs / "dog" / "last" / RAW_NAME), "file")):
+        with pytest.raises(UserError, match=f"--basis: last has svd; you ask for {asked}"):
+            train(config(tmp_path / "run", **resumed, basis=basis))
 
 
 @pytest.mark.slow
 def test_a_basis_from_a_file_is_found_beside_above_or_by_name(runs, config, tiny_base, tmp_path):
-    file = runs / "dog" / "last" / RAW_NAME
     basis = tmp_path / "of" / "toys.safetensors"
     basis.parent.mkdir()
-    basis.write_bytes(file.read_bytes())
+    shutil.copy(runs / "dog" / "last" / RAW_NAME, basis)
     train(config(tmp_path / "of" / "run", basis=str(basis), learning_rate=0.3))
     mixers = RunDir(tmp_path / "of" / "run").mixers_path
-    assert read_mixers(mixers).metadata.basis["file"] == "toys.safetensors"
-    assert "basis" not in read_mixers(mixers).metadata.recipe
+    metadata = read_mixers(mixers).metadata
+    assert metadata.basis["file"] == "toys.safetensors" and "basis" not in metadata.recipe
     subject = SubjectPipeline.from_base(tiny_base)
-    names = subject.load_adapter(mixers.parent), subject.load_adapter(mixers)
-    folded, mixed = (picture(subject, (name, 1.0)) for name in names)
+    folded, mixed = (picture(subject, (subject.load_adapter(one), 1.0)) for one in (mixers.parent, mixers))
     assert np.abs(folded - mixed).max() <= 1
     moved = basis.rename(tmp_path / "moved.safetensors")
     fresh = SubjectPipeline.from_base(tiny_base)
@@ -112,17 +118,9 @@ def test_a_basis_from_a_file_is_found_beside_above_or_by_name(runs, config, tiny
     assert fresh.load_adapter(mixers) == "run@mixers"
 
 
-@pytest.mark.slow
-def test_a_resumed_run_needs_the_same_basis(runs, config, tmp_path):
-    resumed = {"resume_from_checkpoint": str(runs / "dog" / "last"), "seed": 1, "max_train_steps": 4}
-    for basis, asked in ((None, "None"), (str(runs / "dog" / "last" / RAW_NAME), "file")):
-        with pytest.raises(UserError, match=f"--basis: last has svd; you ask for {asked}"):
-            train(config(tmp_path / "run", **resumed, basis=basis))
-
-
-def test_a_basis_that_is_none_is_said_before_the_base_is_loaded(config, tmp_path, tiny_base):
+def test_a_basis_that_is_none_is_said_before_the_base_is_loaded_and_a_recipe_names_no_file(config, tmp_path, tiny_base):
     single, folded = tmp_path / "model.safetensors", tmp_path / "pytorch_lora_weights.safetensors"
-    single.write_bytes((tiny_base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    shutil.copy(tiny_base / "unet" / "diffusion_pytorch_model.safetensors", single)
     save_file({"up": torch.ones(1)}, folded, {"moslora": AdapterMetadata(rank=4, alpha=4, mixer="none").to_json()})
     for says, changes in (
         ("--basis svd: model.safetensors is a single file", {"pretrained_model_name_or_path": str(single)}),
@@ -132,11 +130,8 @@ def test_a_basis_that_is_none_is_said_before_the_base_is_loaded(config, tmp_path
     ):
         with pytest.raises(UserError, match=says):
             check_settings(config(tmp_path / "run", **changes))
-
-
-def test_a_recipe_tells_the_basis_svd_and_never_a_file(config, tmp_path):
-    assert recipe_of(config(tmp_path))["basis"] == "svd" and "basis" not in recipe_of(config(tmp_path, basis=None))
-    assert "basis" not in recipe_of(config(tmp_path, basis="secret.safetensors"))
+    assert recipe_of(config(tmp_path))["basis"] == "svd"
+    assert not any("basis" in recipe_of(config(tmp_path, basis=basis)) for basis in (None, "secret.safetensors"))
     assert checked_recipe({"basis": "svd"}) == ({"basis": "svd"}, [])
     assert checked_recipe({"basis": "secret.safetensors"}) == ({}, ["--basis names a file"])
 
@@ -161,7 +156,7 @@ def test_a_basis_is_learnt_over_two_subjects_and_carries_the_next(subjects, tiny
     assert main(["basis", *given, "--out", str(out), "--max_train_steps", "6"]) == 0
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == str(out) and "step 6 of 6, loss " in said.err and "0 s left" in said.err
-    (before, _), (after, facts) = read_raw(start), read_raw(out)
+    (before, _), (after, facts) = raw_file.read_raw(start), raw_file.read_raw(out)
     moved = {key for key in after if not before[key].equal(after[key])}
     assert moved == {key for key in after if not key.endswith(".mixer")}
     assert not any(after[key].any() for key in after if key.endswith(".mixer"))
@@ -172,28 +167,6 @@ def test_a_basis_is_learnt_over_two_subjects_and_carries_the_next(subjects, tiny
     raw = load_file(tmp_path / "run" / "last" / "moslora_weights.safetensors")
     assert all(raw[key].equal(after[key]) != key.endswith(".mixer") for key in after)
     assert RunDir(tmp_path / "run").mixers_path.is_file()
-
-
-def test_mistakes_are_one_line(subjects, tiny_base, tmp_path, capsys):
-    out = tmp_path / "a_basis.safetensors"
-    usual = ["--pretrained_model_name_or_path", str(tiny_base), "--out", str(out)]
-    mistakes = {
-        "its name must end in": [*subjects, "--out", "dog.safetensors"],
-        "two subjects or more": subjects[:1],
-        "--basis and --use_dora: ": [*subjects, "--use_dora"],
-        ": write subject.json into it": [str(tmp_path)],
-        "--dry_run: basis has no such flag": [*subjects, "--dry_run"],
-        "--basis_lr -1: must be at least 0": [str(tmp_path / "none"), "--basis_lr", "-1"],
-        "--basis_lr 200: must be at most 100": [str(tmp_path / "none"), "--basis_lr", "200"],
-        "--basis_lr nan: must be a finite number": [str(tmp_path / "none"), "--basis_lr", "nan"],
-        "it is there already": subjects,
-    }
-    for says, words in mistakes.items():
-        if says == "it is there already":
-            out.touch()
-        assert main(["basis", *usual, *words]) == 2
-        (said,) = capsys.readouterr().err.splitlines()
-        assert says in said
 
 
 @pytest.mark.parametrize(
@@ -217,13 +190,251 @@ def test_of_a_file_the_settings_that_a_basis_has_are_taken(subjects, tmp_path, m
     assert [(one.rank, one.mask_prompt, one.token) for one in taken] == [(7, None, None), (7, "toy", None)]
 
 
-@pytest.mark.parametrize("facts", [None, "{}", '{"token": "sks"}'])
-def test_a_folder_that_does_not_say_what_it_shows_is_told_what_to_write(facts, subjects, tmp_path, capsys):
-    file = tmp_path / "two" / "subject.json"
-    file.unlink() if facts is None else file.write_text(facts)
-    given = ["basis", *subjects, "--out", str(tmp_path / "a_basis.safetensors")]
-    assert main(given) == 2
-    wanted = 'two: write subject.json into it, such as {"token": "sks", "class_word": "dog"}.\n'
-    assert (said := capsys.readouterr().err).endswith(wanted) and "study" not in said
-    assert main(["basis", str(tmp_path / "none"), *given[1:]]) == 2
-    assert capsys.readouterr().err.endswith("none: there is no such folder.\n")
+def test_mistakes_are_one_line(subjects, tiny_base, tmp_path, capsys):
+    out, base = tmp_path / "a_basis.safetensors", ["--pretrained_model_name_or_path", str(tiny_base)]
+
+    def said(*words: str) -> str:
+        assert main(["basis", *base, "--out", str(out), *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    mistakes = {
+        "its name must end in": [*subjects, "--out", "dog.safetensors"],
+        "two subjects or more": subjects[:1],
+        "--basis and --use_dora: ": [*subjects, "--use_dora"],
+        ": write subject.json into it": [str(tmp_path)],
+        "--dry_run: basis has no such flag": [*subjects, "--dry_run"],
+        "--basis_lr -1: must be at least 0": [str(tmp_path / "none"), "--basis_lr", "-1"],
+        "--basis_lr 200: must be at most 100": [str(tmp_path / "none"), "--basis_lr", "200"],
+        "--basis_lr nan: must be a finite number": [str(tmp_path / "none"), "--basis_lr", "nan"],
+    }
+    for says, words in mistakes.items():
+        assert says in said(*words)
+    out.touch()
+    assert "it is there already" in said(*subjects)
+    out.unlink()
+    for facts in (None, "{}", '{"token": "sks"}'):
+        file = tmp_path / "two" / "subject.json"
+        file.unlink() if facts is None else file.write_text(facts)
+        line = said(*subjects)
+        assert line.endswith('two: write subject.json into it, such as {"token": "sks", "class_word": "dog"}.')
+        assert "study" not in line
+    assert said(str(tmp_path / "none"), *subjects).endswith("none: there is no such folder.")
+
+
+NOTE = {"kind": "svd", "sha256": "ab" * 32, "file": ""}
+LAYERS = ["to_q", "conv1"]
+
+
+class OwnBasis:
+    """The basis svd of a model in memory."""
+
+    def __init__(self, unet):
+        self.note = NOTE
+        self.weights = {name: p.detach().clone() for name, p in unet.named_parameters()}
+
+    def layer(self, path, rank):
+        return leading_directions(self.weights[f"{path}.weight"], rank)
+
+
+@pytest.fixture(scope="module")
+def basis():
+    return OwnBasis(tiny_unet())
+
+
+def on_basis(basis, rank=4, seed=None, **options):
+    """A UNet with the adapter on the basis; with a seed its mixers have moved."""
+    unet = tiny_unet()
+    inject(unet, MoSLoraConfig(**{"r": rank, "lora_alpha": rank, "target_modules": LAYERS, "mixer": "zero"} | options))
+    frozen.put_basis(basis, unet)
+    frozen.freeze_basis(unet)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _, mixer in adapter_parameters(unet):
+                mixer.normal_(std=0.1, generator=generator)
+    return unet
+
+
+def mixers_of(unet, folder, name="mixers.safetensors", **more):
+    facts = facts_of({"unet": unet}, **more)
+    path = folder / name
+    frozen.write_mixers(path, unet, AdapterMetadata(**vars(facts) | {"basis": NOTE}))
+    return path
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (6, 5, 3, 3)])
+def test_the_directions_are_the_weights_leading_singular_vectors(shape):
+    """Beyond a narrow weight they are zero."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    down, up = leading_directions(weight, 5)
+    left, sizes, right = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
+    wanted = left[:, :5] @ right[:5] * sizes[:5].mean()
+    assert down.shape == (5, *shape[1:]) and up.shape == (shape[0], 5)
+    assert torch.allclose((up.double() @ down.double().flatten(1)), wanted, atol=1e-6)
+    assert all(torch.equal(one, other) for one, other in zip((down, up), leading_directions(weight, 5)))
+    down, up = leading_directions(weight[:3], 5)
+    assert not down[3:].any() and not up[:, 3:].any() and up[:, :3].any(0).all()
+    assert not any(part.isnan().any() for part in leading_directions(torch.zeros(4, 6), 2))
+
+
+def test_the_mixers_alone_learn_and_the_fast_path_gives_pefts_gradients(basis):
+    slow, fast = on_basis(basis, seed=1), on_basis(basis, seed=1)
+    names = [name for name, _ in adapter_parameters(slow)]
+    assert names and all(name.endswith(".lora_B.mixer") for name in names)
+    assert fast_linear.enable_fast_path(fast)
+    for unet in (slow, fast):
+        with fast_linear.WorkingCopies(unet).for_one_step() as copies:
+            unet_loss(unet).backward()
+            copies.collect()
+    for (name, one), (_, other) in zip(adapter_parameters(slow), adapter_parameters(fast), strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-7), name
+    layers = adapter_layers(fast).values()
+    assert all(layer.lora_A["default"].weight.grad is None for layer in layers)
+    assert all(layer.lora_B["default"].up.grad is None for layer in layers)
+
+
+def test_a_subject_from_its_file_computes_what_its_adapter_does(basis, tmp_path):
+    """However small its mixers are; NaN is refused."""
+    unet = on_basis(basis, seed=2, lora_alpha=11, rank_pattern={"conv1": 3})
+    file = mixers_of(unet, tmp_path)
+    mixers, count = read_mixers(file), sum(r**2 for r in read_mixers(file).ranks.values())
+    assert frozen.is_mixer_file(file) and file.stat().st_size < 2 * count + 5000
+    assert {3, 4} == set(mixers.ranks.values())
+    twin = tiny_unet()
+    swapped = SwappedMixers(twin, basis, mixers.ranks, "basis")
+    assert not any(layer.delta.any() for layer in fold(twin, "basis").values())
+    swapped.show([(mixers.values, 1.0)])
+    wanted, found = fold(unet), fold(twin, "basis")
+    assert wanted.keys() == found.keys()
+    assert all(torch.dist(found[p].delta, wanted[p].delta) < 1e-3 * wanted[p].delta.norm() for p in wanted)
+    live = [mixer for _, mixer in adapter_parameters(unet)]
+    with torch.no_grad():
+        for mixer in live:
+            mixer.mul_(1e-9)
+        small = 1e-9 * mixers.values
+        assert torch.dist(read_mixers(mixers_of(unet, tmp_path)).values, small) < 1e-3 * small.norm()
+        live[0][0, 0] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        mixers_of(unet, tmp_path)
+
+
+def test_subjects_on_one_basis_are_summed_and_survive_a_move_of_the_unet(basis, tmp_path):
+    dog, cat = (read_mixers(mixers_of(on_basis(basis, seed=seed), tmp_path, f"{seed}.safetensors")) for seed in (1, 2))
+    assert dog.basis_key == cat.basis_key and dog.sha256 != cat.sha256
+    unet = tiny_unet()
+    swapped = SwappedMixers(unet, basis, dog.ranks, "basis")
+
+    def held():
+        parts = [
+            moslora.matrices_of(layer, "basis").mixer.flatten() for layer in adapter_layers(unet, "basis").values()
+        ]
+        return torch.cat(parts).double()
+
+    swapped.show([(dog.values, 0.5), (cat.values, 2.0)])
+    assert torch.allclose(held(), (0.5 * dog.values + 2 * cat.values).double())
+    unet.double()
+    swapped.show([(cat.values, 1.0)])
+    assert torch.equal(held(), cat.values.double())
+
+
+def test_a_wrong_header_is_said_in_one_line_and_other_readers_refuse_the_file(basis, tmp_path):
+    file = mixers_of(on_basis(basis, seed=1), tmp_path)
+    with pytest.raises(UserError, match="holds mixers alone, without their basis; give the LoRA file"):
+        lora_file.read_adapter(file, None)
+    said = describe(file)
+    assert said["kind"].startswith("mixers alone") and said["basis"] == "svd, sha256 abababababab"
+    assert said["trigger_words"] == "sks dog" and set(said["ranks"]) == {"4"}
+    header, tensors = read_mixers(file).header, load_file(file)
+    lost = {"exponent": "99999", "layers": "[1]", "moslora": "{}"}
+    broken = [{"layers": "[]"}, {"layers": '{"a": 1}'}, {"moslora": AdapterMetadata(4, 4.0).to_json()}]
+    for change in (*({name: text} for name, text in lost.items()), *broken):
+        save_file(tensors, file, {**header, **change})
+        with pytest.raises(UserError, match="is broken" if change in broken else "lost its header"):
+            read_mixers(file)
+    (tmp_path / "not.safetensors").write_bytes(b"no")
+    assert not frozen.is_mixer_file(tmp_path / "not.safetensors")
+
+
+def test_a_raw_file_is_a_basis_for_its_own_layers_and_ranks(basis, tmp_path):
+    unet, file = on_basis(basis, seed=1), tmp_path / "basis.safetensors"
+    raw_file.save_raw({"unet": unet}, file, facts_of({"unet": unet}))
+    found = FileBasis(file)
+    frozen.put_basis(found, twin := on_basis(basis, seed=2))
+    own, there = ({p: moslora.matrices_of(x, "default") for p, x in adapter_layers(u).items()} for u in (unet, twin))
+    assert all(torch.equal(own[p].down, there[p].down) and torch.equal(own[p].up, there[p].up) for p in own)
+    assert not any(matrices.mixer.any() for matrices in there.values())
+    narrow, twin, path = OwnBasis(tiny_unet()), tiny_unet(), next(iter(own))
+    narrow.weights = {name: weight[:, 1:] for name, weight in narrow.weights.items() if weight.ndim > 1}
+    for call, said in (
+        (lambda: found.layer(path, 2), r"basis\.safetensors has rank 4 in .*, not 2"),
+        (lambda: found.layer("nowhere", 4), r"basis\.safetensors has no layer nowhere"),
+        (lambda: frozen.put_basis(narrow, on_basis(basis, seed=2)), "made for another base"),
+        (lambda: SwappedMixers(twin, basis, {"nowhere": 4}, "basis"), "another base: it has no layer nowhere"),
+        (lambda: SwappedMixers(twin, narrow, {path: 4}, "basis"), "made for another base"),
+    ):
+        with pytest.raises(UserError, match=said):
+            call()
+    assert not getattr(twin, "peft_config", {})
+
+
+def test_the_basis_svd_is_of_the_files_on_the_disk_and_finite_where_rows_are_equal(tiny_base):
+    basis = SvdBasis(tiny_base)
+    weights = load_file(tiny_base / "unet" / "diffusion_pytorch_model.safetensors")
+    path = next(name for name in weights if name.endswith("attn1.to_q.weight")).removesuffix(".weight")
+    wanted = leading_directions(weights[f"{path}.weight"], 3)
+    assert all(torch.equal(one, other) for one, other in zip(basis.layer(path, 3), wanted))
+    assert len(basis.note["sha256"]) == 64 and json.dumps(basis.note)
+    with pytest.raises(UserError, match="needs a base in a diffusers folder"):
+        SvdBasis(None)
+    with pytest.raises(UserError, match=r"no nowhere\.weight"):
+        basis.layer("nowhere", 3)
+    weight = torch.randn(24, 40).repeat_interleave(2, 0)
+    for part in (*leading_directions(weight, 40), *leading_directions(weight.T, 40)):
+        assert part.half().isfinite().all() and part.abs().max() < 10 * weight.abs().max()
+
+
+QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def mixers_on(basis: frozen.Basis) -> frozen.Mixers:
+    metadata = AdapterMetadata(rank=2, alpha=2.0, basis=basis.note)
+    return frozen.Mixers(MIXERS_NAME, "", torch.ones(4), {QUERY: 2}, metadata, {})
+
+
+@pytest.fixture
+def bases(tiny_base, tmp_path):
+    """A pipeline's bases; its base is a copy of the tiny one."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    return MixersOnBases(SimpleNamespace(unet=tiny_unet(), config={"_name_or_path": str(base)}))
+
+
+def test_mixers_of_a_variant_find_its_files_beside_the_plain_ones(bases, tmp_path):
+    base, mixers_file = tmp_path / "base", tmp_path / MIXERS_NAME
+    plain = base / "unet" / "diffusion_pytorch_model.safetensors"
+    file = plain.with_suffix(".fp16.safetensors")
+    save_file({f"{QUERY}.weight": load_file(plain)[f"{QUERY}.weight"].half()}, file)
+    of_variant, of_plain = (SvdBasis(base, variant) for variant in ("fp16", None))
+    assert of_variant.note != of_plain.note
+    mixers = [mixers_on(basis) for basis in (of_variant, of_plain)]
+    for one in mixers:
+        bases.prepare(one, mixers_file)
+    assert bases.show((one, 1.0) for one in mixers) == {one.basis_key for one in mixers}
+    file.unlink()
+    bases.forget(mixers[0].basis_key)
+    with pytest.raises(UserError, match=f"made for other weights: .* and this one's is {of_plain.note['sha256'][:12]}"):
+        bases.prepare(mixers[0], mixers_file)
+
+
+def test_the_best_steps_mixers_find_the_basis_above_the_run(bases, tmp_path):
+    unet, run = tiny_unet(), RunDir(tmp_path / "run")
+    inject(unet, MoSLoraConfig(r=2, lora_alpha=2, target_modules=[QUERY]))
+    raw_file.save_raw({"unet": unet}, tmp_path / "toys_basis.safetensors", facts_of({"unet": unet}))
+    mixers = mixers_on(FileBasis(tmp_path / "toys_basis.safetensors"))
+    for folder in (run.path, run.best_dir):
+        bases.prepare(mixers, folder / MIXERS_NAME)
+        assert bases.show([(mixers, 1.0)]) == {mixers.basis_key}
+        bases.forget(mixers.basis_key)
+        bases.pipeline.unet.delete_adapters(mixers.basis_key)
+    with pytest.raises(UserError, match="into the folder above, or name it with --basis"):
+        bases.prepare(mixers, run.path / "deep" / MIXERS_NAME)

@@ -23,24 +23,18 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings.families import BY_PIPELINE, FAMILIES
-from dreambooth_moslora.settings.rows import ATTENTION
+from dreambooth_moslora.settings import families, rows
 from dreambooth_moslora.training import frozen_base
 from dreambooth_moslora.training.loop import advanced, train
 from dreambooth_moslora.training.loop import training as training_loop
 from dreambooth_moslora.training.objective import add_noise, flow_levels, flow_weights, loss_target
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.tiny_families import MAKERS, tiny_pipeline
-from tests.helpers.tiny_training import paint_photos, tiny_config
+from tests.helpers.tiny_training import tiny_config
 
 OF_FAMILY = {"flux2": {"text_encoder_out_layers": ("1", "2", "3")}}
 FAST = ("z_image",)
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS if name != "sdxl"]
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return paint_photos(tmp_path_factory.mktemp("photos") / "photos")
 
 
 def base_of(name, folder):
@@ -49,14 +43,14 @@ def base_of(name, folder):
 
 
 def settings_of(name, **changes):
-    usual = {"target_modules": ATTENTION, "max_train_steps": 3, **OF_FAMILY.get(name, {})}
+    usual = {"target_modules": rows.ATTENTION, "max_train_steps": 3, **OF_FAMILY.get(name, {})}
     return usual | changes
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_photos_become_files_and_a_resumed_run_ends_with_the_same_bytes(name, photos, tmp_path):
     """With the frozen base as the prior, samples, and a prompt of another length."""
-    base, facts = base_of(name, tmp_path), next(facts for facts in FAMILIES if facts.name == name)
+    base, facts = base_of(name, tmp_path), next(facts for facts in families.FAMILIES if facts.name == name)
     more = {"with_prior_preservation": True, "prior": "adapter_off", "num_validation_images": 1}
     config = tiny_config(base, photos, tmp_path / "run", **settings_of(name, **more))
     done = []
@@ -83,7 +77,7 @@ def test_the_encoders_are_gone_before_the_denoiser_comes_and_the_bytes_are_those
         pytest.skip("a UNet comes with its small encoder")
     more = {"with_prior_preservation": True, "prior": "adapter_off", "num_validation_images": 1}
     config = tiny_config(base_of(name, tmp_path), photos, tmp_path / "run", **settings_of(name, **more))
-    facts, encoders, orders = next(facts for facts in FAMILIES if facts.name == name), [], []
+    facts, encoders, orders = next(facts for facts in families.FAMILIES if facts.name == name), [], []
 
     def loaded(*arguments, **options):
         pipeline = load.load_pipeline(*arguments, **options)
@@ -138,7 +132,7 @@ def test_in_bf16_samples_are_drawn_too(name, photos, tmp_path):
 
 def test_the_plan_takes_layers_and_levels_of_the_family(photos, tmp_path):
     config = make_plan(tiny_config(base_of("sd3", tmp_path), photos, tmp_path / "run", **settings_of("sd3"))).config
-    assert config.target_modules == BY_PIPELINE["StableDiffusion3Pipeline"].targets
+    assert config.target_modules == families.BY_PIPELINE["StableDiffusion3Pipeline"].targets
     assert config.weighting_scheme == "logit_normal"
 
 
@@ -161,22 +155,9 @@ def test_a_setting_of_other_models_is_refused_by_the_familys_name(name, changes,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_distilled_base_is_refused_with_the_one_to_train(photos, tmp_path):
-    base = base_of("flux2", tmp_path)
-    index = base / "model_index.json"
-    index.write_text(index.read_text().replace('"is_distilled": false', '"is_distilled": true'))
-    with pytest.raises(UserError, match="it is distilled to a few steps: train the base model"):
-        make_plan(tiny_config(base, photos, tmp_path / "run", **settings_of("flux2")))
-    turbo = (tmp_path / "base").rename(tmp_path / "Z-Image-Turbo")
-    index = turbo / "model_index.json"
-    index.write_text(index.read_text().replace('"is_distilled": true', '"is_distilled": false'))
-    with pytest.raises(UserError, match="“turbo” says that it is distilled"):
-        make_plan(tiny_config(turbo, photos, tmp_path / "run", **settings_of("flux2")))
-
-
 def test_nothing_but_two_files_asks_for_a_family_by_its_name():
     package = Path(training.__file__).parents[1]
-    names = {facts.name for facts in FAMILIES} - {"sdxl"}  # the self-test and its recipes are SDXL's own
+    names = {facts.name for facts in families.FAMILIES} - {"sdxl"}  # the self-test and its recipes are SDXL's own
     asked = re.compile(rf"""["']({"|".join(names)})["']""")
     found = [path for path in package.rglob("*.py") if asked.search(path.read_text(encoding="utf-8"))]
     assert {str(path.relative_to(package)) for path in found} == {"settings/families.py", "base/families.py"}
@@ -199,10 +180,23 @@ def test_the_draws_and_weights_of_a_flow_are_those_of_diffusers():
         assert torch.equal(z.timesteps, FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps[index])
 
 
-def test_a_base_of_an_unknown_family_is_refused_in_one_line(photos, tmp_path, capsys):
+def changed(index: Path, old: str, new: str) -> None:
+    text = index.read_text()
+    assert old in text
+    index.write_text(text.replace(old, new))
+
+
+def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused_with_the_one_to_train(photos, tmp_path, capsys):
+    base = base_of("flux2", tmp_path)
+    changed(base / "model_index.json", '"is_distilled": false', '"is_distilled": true')
+    with pytest.raises(UserError, match="it is distilled to a few steps: train the base model"):
+        make_plan(tiny_config(base, photos, tmp_path / "run", **settings_of("flux2")))
+    turbo = base.rename(tmp_path / "Z-Image-Turbo")
+    changed(turbo / "model_index.json", '"is_distilled": true', '"is_distilled": false')
+    with pytest.raises(UserError, match="“turbo” says that it is distilled"):
+        make_plan(tiny_config(turbo, photos, tmp_path / "run", **settings_of("flux2")))
     base = base_of("sd1", tmp_path)
-    index = base / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "KandinskyPipeline"))
+    changed(base / "model_index.json", "StableDiffusionPipeline", "KandinskyPipeline")
     words = ["--pretrained_model_name_or_path", str(base), "--instance_data_dir", str(photos)]
     words += ["--instance_prompt", "a photo of sks dog", "--output_dir", str(tmp_path / "run")]
     assert train_main(words) == 2

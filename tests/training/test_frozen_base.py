@@ -1,27 +1,40 @@
-"""Encoded photos and words: each once, each with its own numbers and its own caption, whatever the order."""
+"""What is done before the first step: photos and words encoded, each once, with its own numbers and its own caption,
+whatever the order; `--init_adapter`; the first samples."""
 
+import io
 from random import Random
 from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
+from dreambooth_moslora.adapters import metadata, moslora
 from dreambooth_moslora.base import load
+from dreambooth_moslora.cli.terminal import TerminalProgress
 from dreambooth_moslora.core import StopRequestedError, UserError
+from dreambooth_moslora.disk.events import PhaseProgress, SamplesDrawn
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import CropPlan, CropRule, resized_size
+from dreambooth_moslora.plan.checks import preflight
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training import frozen_base, prepare, reporter
 from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache, fingerprint
+from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.photo_stream import PhotoEncoder, PhotoStream, collate
-from dreambooth_moslora.training.prepare import fill, prompt_cache, same_everywhere
-from dreambooth_moslora.training.reporter import RunContext
+from dreambooth_moslora.training.prepare import fill, prompt_cache, same_everywhere, too_slow_for_samples
+from tests.helpers.few_steps import few_steps
 from tests.helpers.texts import embeds_of, equal, pooled_of
 from tests.helpers.threads import as_processes
-from tests.helpers.tiny_training import paint_photos
+from tests.helpers.tiny import tiny_sdxl
+from tests.helpers.tiny_adapters import save_diffusers_lora
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.training.test_resume import stop_at
 
 RULE = CropRule(resolution_px=64)
 
@@ -32,7 +45,7 @@ def pipeline(tiny_base):
 
 
 @pytest.fixture
-def photos(tmp_path):
+def read(tmp_path):
     folder = paint_photos(tmp_path / "photos")
     (folder / "1.txt").write_text("a photo of sks dog asleep")
     return find_photos(folder, "a photo of sks dog", 64).photos
@@ -47,50 +60,61 @@ def encode_ahead(stream: PhotoStream, sample_count: int) -> int:
     return len([stream.encoder.encode(*view) for view in stream.views_ahead(sample_count)])
 
 
-def test_latents_are_those_of_the_crop(pipeline, photos):
-    view, _ = stream_of(photos[2:], pipeline.vae, TensorCache()).at(0)
-    pixels = torch.tensor(list(Image.open(photos[2].path).resize((64, 64), Image.Resampling.LANCZOS).tobytes()))
+def test_latents_are_those_of_the_crop(pipeline, read):
+    view, _ = stream_of(read[2:], pipeline.vae, TensorCache()).at(0)
+    pixels = torch.tensor(list(Image.open(read[2].path).resize((64, 64), Image.Resampling.LANCZOS).tobytes()))
     pixels = pixels.view(64, 64, 3).permute(2, 0, 1)[None] / 127.5 - 1
     assert torch.allclose(view.latents, load.encode_image(pipeline.vae, pixels)[0], atol=1e-4)
 
 
-def test_every_photo_keeps_its_own_size_and_caption_whatever_the_shuffle(pipeline, photos):
-    stream = stream_of(photos, pipeline.vae, TensorCache(), repeats=2)
+def test_every_photo_keeps_its_own_size_and_caption_whatever_the_shuffle(pipeline, read):
+    """The base as prior doubles the batch, with its own prompts."""
+    stream = stream_of(read, pipeline.vae, TensorCache(), repeats=2)
     facts = {(64, 96): "a photo of sks dog", (80, 64): "a photo of sks dog asleep", (72, 72): "a photo of sks dog"}
     batch = collate([stream.at(position) for position in range(12)], 12)
     for ids, prompt, latents in zip(batch.time_ids, batch.prompts, batch.latents):
         size = tuple(int(x) for x in ids[:2])
         assert facts[size] == prompt and ids[4:].tolist() == [64, 64]
-        photo = next(p for p in photos if p.size_px == size)
+        photo = next(p for p in read if p.size_px == size)
         plan = CropPlan(size, resized_size(size, (64, 64)), tuple(int(x) for x in ids[2:4]), (64, 64), False)
         alone = PhotoEncoder(pipeline.vae, None, RULE).encode(photo, plan)
         assert torch.equal(alone.latents, latents)
     assert sorted(map(tuple, batch.time_ids[:6, :2].tolist())) == sorted([(64, 96), (80, 64), (72, 72)] * 2)
+    both = collate([stream.at(0), stream.at(1)], 2).with_base_as_prior(["a dog", "a cat"])
+    assert both.instance_count == 2 and len(both.latents) == 4
+    assert both.prompts[2:] == ["a dog", "a cat"] and torch.equal(both.latents[:2], both.latents[2:])
 
 
-def test_a_view_is_encoded_once_and_several_crops_differ(pipeline, photos):
+def test_a_view_is_encoded_once_and_several_crops_differ(pipeline, read):
     cache = TensorCache()
-    stream = stream_of(photos, pipeline.vae, cache, CropRule(64, center_crop=True), repeats=3)
+    stream = stream_of(read, pipeline.vae, cache, CropRule(64, center_crop=True), repeats=3)
     assert encode_ahead(stream, 100) == 9 and cache.computed == 3
     assert len([stream.at(position) for position in range(30)]) == 30 and cache.computed == 3
     for crops, count, differing in ((3, 3, 3), (None, 12, 4)):
-        stream = stream_of(photos[:1], pipeline.vae, TensorCache(), CropRule(64, crops_per_photo=crops))
+        stream = stream_of(read[:1], pipeline.vae, TensorCache(), CropRule(64, crops_per_photo=crops))
         found = {tuple(stream.at(position)[0].time_ids[2:4].tolist()) for position in range(count)}
         assert len(found) >= differing
 
 
-def test_a_second_run_reuses_the_disk_and_a_changed_photo_does_not(pipeline, photos, tmp_path):
+def test_a_second_run_reuses_the_disk_and_a_changed_photo_does_not(pipeline, read, tmp_path):
+    """One that is exchanged while it is read is not kept under the old one's name."""
+
     def encode() -> int:
         cache = TensorCache(tmp_path / "cache")
-        encode_ahead(stream_of(photos, pipeline.vae, cache), 100)
+        encode_ahead(stream_of(read, pipeline.vae, cache), 100)
         return cache.computed
 
     assert [encode(), encode()] == [3, 0]
-    with Image.open(photos[0].path) as image:
-        changed = image.copy()
+    changed = Image.open(read[0].path).copy()
     changed.putpixel((0, 0), (1, 2, 3))
-    changed.save(photos[0].path)
+    changed.save(read[0].path)
     assert encode() == 1
+    stream = stream_of(read[:1], pipeline.vae, TensorCache(tmp_path / "other"))
+    stream.encoder._digest(read[0].path)
+    Image.new("RGB", read[0].size_px[::-1], "red").save(read[0].path)
+    with pytest.raises(UserError, match="was changed while it was read"):
+        stream.at(0)
+    assert not list((tmp_path / "other").rglob("*.safetensors"))
 
 
 def flipped(content: bytes, place: int) -> bytes:
@@ -109,11 +133,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_changed_entry_of_the_disk_cache_is_computed_anew_and_so_is_one_of_another_vae(
-    name, pipeline, photos, tmp_path
-):
+def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(name, pipeline, read, tmp_path):
     cache = TensorCache(tmp_path / "cache")
-    stream = stream_of(photos[:1], pipeline.vae, cache)
+    stream = stream_of(read[:1], pipeline.vae, cache)
     expected = stream.at(0)[0].latents
     (path,) = tmp_path.rglob("*.safetensors")
     if damage := DAMAGES[name]:
@@ -127,15 +149,6 @@ def test_a_changed_entry_of_the_disk_cache_is_computed_anew_and_so_is_one_of_ano
     assert stream.at(0) and cache.computed == 3
 
 
-def test_a_photo_that_is_exchanged_while_it_is_read_is_not_kept_under_the_old_ones_name(pipeline, photos, tmp_path):
-    stream = stream_of(photos[:1], pipeline.vae, TensorCache(tmp_path / "cache"))
-    stream.encoder._digest(photos[0].path)
-    Image.new("RGB", photos[0].size_px[::-1], "red").save(photos[0].path)
-    with pytest.raises(UserError, match="was changed while it was read"):
-        stream.at(0)
-    assert not list((tmp_path / "cache").rglob("*.safetensors"))
-
-
 def test_fingerprints_tell_weights_apart():
     first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     assert fingerprint(first) != fingerprint(second)
@@ -143,62 +156,52 @@ def test_fingerprints_tell_weights_apart():
     assert fingerprint(first) == fingerprint(second) != fingerprint(second.half())
 
 
-def test_a_mask_comes_along_at_the_latents_size(pipeline, tmp_path):
-    folder = paint_photos(tmp_path, count=3)
-    mask = Image.new("L", (72, 72), 0)
-    mask.paste(255, (0, 0, 36, 72))
-    mask.save(folder / "2.mask.png")
-    stream = stream_of(find_photos(folder, "a photo of sks dog", 64).photos, pipeline.vae, TensorCache())
-    batch = collate([stream.at(position) for position in range(3)], 3)
-    assert batch.mask.shape == (3, 1, 8, 8)
+def test_a_mask_comes_along_at_the_latents_size_around_it_weighs_as_told(pipeline, tmp_path):
+    """Around a transparent photo nothing."""
+    folder, cache = paint_photos(tmp_path / "photos", count=3), TensorCache(tmp_path / "cache")
+    first, second, third = sorted(folder.glob("*.png"))
+    for photo, label in ((first, 1), (third, 255)):  # labels of 0 and 1, and of 0 and 255
+        half = Image.new("L", Image.open(photo).size, 0)
+        half.paste(label, (0, 0, half.width // 2, half.height))
+        half.save(photo.with_suffix(".mask.png"))
+    photos = find_photos(folder, "a photo of sks dog", 64).photos
+    stream = stream_of(photos[1:], pipeline.vae, TensorCache())
+    batch = collate([stream.at(position) for position in range(2)], 2)
+    assert batch.mask.shape == (2, 1, 8, 8)
     is_masked = batch.time_ids[:, 0] == 72
     (half,), whole = batch.mask[is_masked], batch.mask[~is_masked]
     assert half[0, :, :4].min() > 0.99 and half[0, :, 4:].max() < 0.1 and whole.min() == 1
-
-
-def test_around_a_mask_weighs_as_told_and_around_a_transparent_photo_nothing(pipeline, tmp_path):
-    folder = paint_photos(tmp_path / "photos", count=2)
-    first, second = sorted(folder.glob("*.png"))
-    half = Image.new("L", Image.open(first).size, 0)
-    half.paste(1, (0, 0, half.width // 2, half.height))  # labels of 0 and 1
-    half.save(first.with_suffix(".mask.png"))
     clear = Image.open(second).convert("RGBA")
     clear.paste((0, 0, 0, 0), (0, 0, clear.width // 2, clear.height))
     clear.save(second)
-    photos = find_photos(folder, "a photo of sks dog", 64).photos
-    cache = TensorCache(tmp_path / "cache")
+    photos = find_photos(folder, "a photo of sks dog", 64).photos[:2]
     for weight in (0.2, 0.7):
-        encoder = PhotoEncoder(pipeline.vae, cache, CropRule(64, center_crop=True), unmasked_weight=weight)
-        views = {photo.path: encoder.encode(photo, encoder.rule.plan(photo.size_px, Random(0))) for photo in photos}
+        own = PhotoEncoder(pipeline.vae, cache, CropRule(64, center_crop=True), unmasked_weight=weight)
+        views = {photo.path: own.encode(photo, own.rule.plan(photo.size_px, Random(0))) for photo in photos}
         assert views[first].mask.min().item() == pytest.approx(weight) and views[first].mask.max() == 1
         assert (views[second].mask.min(), views[second].mask.max()) == (0, 1)
     assert cache.computed == 2
 
 
-def test_the_empty_prompt_of_another_pipeline_is_not_found_in_the_cache(pipeline, tmp_path):
-    config, found = TrainConfig(caching="disk", cache_dir=str(tmp_path)), []
-    for force_zeros in (False, True):
-        pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-        found.append(embeds_of(prompt_cache(config, pipeline, torch.device("cpu"))([""])).abs().sum().item())
-    assert found[0] > 0 == found[1]
-
-
 def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_by_the_base(tiny_base, tmp_path):
-    """An encoding by the trained adapters would be the prior's target, and stay in the cache for other runs."""
-    pipeline, prompt = load.load_pipeline(tiny_base), ["a photo of a dog"]
-    config = TrainConfig(caching="disk", cache_dir=str(tmp_path))
-    prompt_embeds = prompt_cache(config, pipeline, torch.device("cpu"))
+    """An encoding by the trained adapters would be the prior's target, and stay in the cache for other runs. The empty
+    prompt of another pipeline is not found in the cache."""
+    pipeline, prompt, found = load.load_pipeline(tiny_base), ["a photo of a dog"], []
+    config, cpu = TrainConfig(caching="disk", cache_dir=str(tmp_path)), torch.device("cpu")
+    prompt_embeds = prompt_cache(config, pipeline, cpu)
     before = prompt_embeds(prompt)
     [file] = tmp_path.rglob("*.safetensors")
     content = file.read_bytes()
-    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
-        inject(encoder, MoSLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-        for _, weights in adapter_parameters(encoder):
+    for force_zeros in (False, True):
+        pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
+        found.append(embeds_of(prompt_cache(config, pipeline, cpu)([""])).abs().sum().item())
+    assert found[0] > 0 == found[1]
+    for model in (pipeline.text_encoder, pipeline.text_encoder_2):
+        moslora.inject(model, moslora.MoSLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        for _, weights in moslora.adapter_parameters(model):
             torch.nn.init.normal_(weights)
     file.unlink()
-    again = prompt_embeds(prompt)
-    assert equal(before, again)
-    assert file.read_bytes() == content
+    assert equal(before, prompt_embeds(prompt)) and file.read_bytes() == content
     assert not torch.allclose(embeds_of(load.encode_text(pipeline, prompt)), embeds_of(before), atol=1e-3)
 
 
@@ -215,19 +218,12 @@ def test_words_are_asked_once_and_known_after_the_encoders_left(pipeline):
         prompt_embeds(["a bird"])
 
 
-def test_the_base_as_prior_doubles_the_batch_with_its_own_prompts(pipeline, photos):
-    stream = stream_of(photos, pipeline.vae, TensorCache())
-    batch = collate([stream.at(0), stream.at(1)], 2).with_base_as_prior(["a dog", "a cat"])
-    assert batch.instance_count == 2 and len(batch.latents) == 4
-    assert batch.prompts[2:] == ["a dog", "a cat"] and torch.equal(batch.latents[:2], batch.latents[2:])
-
-
-def test_what_the_disk_does_not_give_any_more_ends_the_run_in_one_line(pipeline, photos, tmp_path):
+def test_what_the_disk_does_not_give_any_more_ends_the_run_in_one_line(pipeline, read, tmp_path):
     encode = lambda prompts: [{"prompt_embeds": torch.ones(77, 8), "pooled_prompt_embeds": torch.ones(8)}]  # noqa: E731
     prompt_embeds = PromptCache(encode, TensorCache(tmp_path / "words"), "tiny")
     prompt_embeds(["a photo of a dog"])
     prompt_embeds.release_encoders()
-    stream = stream_of(photos[:1], pipeline.vae, TensorCache(tmp_path / "cache"))
+    stream = stream_of(read[:1], pipeline.vae, TensorCache(tmp_path / "cache"))
     encode_ahead(stream, 1)
     stream.encoder.vae = None
     assert pooled_of(prompt_embeds(["a photo of a dog"])).shape == (1, 8) and stream.at(0)[0].latents.shape == (4, 8, 8)
@@ -251,7 +247,7 @@ def filled(monkeypatch):
         def work(accelerator):
             process = accelerator.process_index
             asked = iter(KEYS[process :: len(caches)])
-            context = RunContext(None, accelerator, None, lambda: should_stop(process, next(asked)))
+            context = reporter.RunContext(None, accelerator, None, lambda: should_stop(process, next(asked)))
             entries = {key: lambda key=key: {"value": torch.tensor([float(key)])} for key in KEYS}
             assert list(fill(caches[process], context, entries)) == [1, 2, 3, 4, 5]
             return caches[process].computed
@@ -299,3 +295,141 @@ def test_processes_that_see_other_photos_end_in_one_line(monkeypatch):
 
     for error in as_processes(monkeypatch)(2, find):
         assert str(error).startswith("process 1 has 4 crops (") and "the main process 5 crops (" in str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "is_there"), [({}, False), ({"num_validation_images": 1}, True), ({"caching": "off"}, True)]
+)
+def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny_base, photos, tmp_path, monkeypatch):
+    load, loaded, seen = prepare.load_base, [], []
+
+    def load_base(*given):
+        pipeline = load(*given)
+        loaded.append(ref(pipeline.vae))
+        return pipeline
+
+    monkeypatch.setattr(prepare, "load_base", load_base)
+    note = lambda event: seen.append(loaded[0]() is not None) if event.kind == "step" else None  # noqa: E731
+    with few_steps():
+        train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=1, **changes), note)
+    assert seen == [is_there]
+
+
+@pytest.mark.slow
+def test_only_what_the_steps_will_show_is_encoded(tiny_base, photos, tmp_path):
+    events, size = [], {"max_train_steps": 1, "gradient_accumulation_steps": 2, "train_batch_size": 2}
+    prior = {"with_prior_preservation": True, "num_class_images": 5}
+    with few_steps():
+        train(tiny_config(tiny_base, photos, tmp_path / "run", crops_per_photo=9, **size, **prior), events.append)
+    assert {event.total for event in events if getattr(event, "phase", "") == "caching"} == {4 + 4}
+
+
+def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog, monkeypatch):
+    single, half = torch.float32, torch.bfloat16
+    cases = [("cuda", single, False, "--mixed_precision bf16"), ("cpu", half, False, "--mixed_precision no")]
+    cases += [("cuda", half, False, None), ("cpu", single, False, None), ("cpu", half, True, None)]
+    for device, dtype, has_bf16, advice in cases:
+        monkeypatch.setattr(frozen_base, "has_fast_bf16", lambda has_bf16=has_bf16: has_bf16)
+        pipeline, where = load.load_pipeline(tiny_base, dtype=dtype), torch.device(device)
+        caplog.clear()
+        frozen_base.warn_of_slow_precision(pipeline, where)
+        assert not caplog.records
+        pipeline.unet.register_to_config(sample_size=1024 // pipeline.vae_scale_factor)
+        frozen_base.warn_of_slow_precision(pipeline, where)
+        lines = [record.message for record in caplog.records if record.name == frozen_base.__name__]
+        assert [advice in line and "\n" not in line for line in lines] == [True] * (advice is not None)
+
+
+@pytest.fixture
+def file(tiny_base, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    return save_diffusers_lora(unet, tmp_path / "old", seed=1, rank=3, size=0.1)
+
+
+@pytest.fixture
+def config(tiny_base, photos, tmp_path, file):
+    start = {"target_modules": ("to_q", "to_k"), "init_adapter": str(file)}
+    return lambda **changes: tiny_config(tiny_base, photos, tmp_path / "run", **start | changes)
+
+
+def test_at_a_rate_of_zero_the_published_file_is_the_one_it_began_with(config, file, tmp_path, caplog):
+    train(config(learning_rate=0.0, max_train_steps=1, rank=5, lora_alpha=2))
+    found, given = deltas(RunDir(tmp_path / "run").adapter_path), deltas(file)
+    assert found and all(torch.dist(found[n], given[n]) < 1e-5 * given[n].norm() for n in found)
+    said = [line for line in caplog.messages if "--init_adapter" in line]
+    assert len(said) == 1 and f"{len(found)} layers go on from it, largest relative deviation" in said[0]
+    assert f"{len(given) - len(found)} layers (unet." in said[0]
+
+
+def deltas(path):
+    tensors = load_file(path)
+    ends = (".lora_A.weight", ".lora_B.weight")
+    modules = {key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])}
+    return {name: tensors[name + ends[1]].double() @ tensors[name + ends[0]].double() for name in modules}
+
+
+@pytest.mark.slow
+def test_it_learns_on_and_a_resumed_run_needs_the_file_no_more(config, file, tmp_path):
+    train(config(seed=1, max_train_steps=3))
+    unbroken, given = adapter_sha256(tmp_path / "run"), deltas(file)
+    found = deltas(RunDir(tmp_path / "run").adapter_path)
+    assert all(1e-4 < torch.dist(found[n], given[n]) / given[n].norm() < 0.9 for n in found)
+    train(config(seed=1, max_train_steps=3), *stop_at(2))
+    file.unlink()
+    train(config(seed=1, max_train_steps=3, resume_from_checkpoint="latest"))
+    assert adapter_sha256(tmp_path / "run") == unbroken
+
+
+def test_a_file_that_cannot_be_gone_on_from_is_said_before_the_base_is_loaded(config, file):
+    def said() -> str:
+        with pytest.raises(UserError, match=r"--init_adapter .*: ") as error:
+            preflight(config())
+        return str(error.value)
+
+    note = {"word": "sks", "count": 2, "file": "dog_emb.safetensors", "sha256": "0" * 64}
+    save_file(load_file(file), file, {"moslora": metadata.AdapterMetadata(4, 4.0, tokens=note).to_json()})
+    assert "it has learnt new tokens for 'sks'" in said()
+    file.write_bytes(b"no adapter")
+    assert "it is not a safetensors file" in said()
+    file.unlink()
+    assert "there is no such file or folder" in said()
+
+
+def test_on_a_cpu_with_a_large_base_there_are_no_samples_unless_they_are_asked_for(subject, tmp_path, photos, caplog):
+    """The tiny base, said to draw 512 px. Only the default is left out."""
+
+    def is_left_out(device="cpu", px=64, **asked):
+        subject.pipeline.unet.register_to_config(sample_size=px)
+        config = tiny_config(tmp_path, tmp_path, tmp_path, **{"num_validation_images": None} | asked)
+        assert config.sample_count == 4
+        return too_slow_for_samples(config, subject.pipeline, torch.device(device))
+
+    assert is_left_out() and not is_left_out(device="cuda") and not is_left_out(px=16)
+    for asked in ({"num_validation_images": 4}, {"validation_prompt": "a dog"}, {"validation_steps": 9}):
+        assert not is_left_out(**asked)
+    pipeline, events = tiny_sdxl(tmp_path), []
+    pipeline.unet.register_to_config(sample_size=64)
+    pipeline.save_pretrained(tmp_path / "model")
+    config = tiny_config(tmp_path / "model", photos, tmp_path / "run", max_train_steps=1)
+    train(type(config).from_dict(config.to_dict() | {"num_validation_images": None}), events.append)
+    assert not [event for event in events if isinstance(event, SamplesDrawn)]
+    (said,) = [line for line in caplog.messages if "No sample images are drawn" in line]
+    assert "--num_validation_images 4" in said
+
+
+@pytest.mark.slow
+def test_the_first_samples_show_their_steps_and_the_time_left(tiny_base, photos, tmp_path):
+    screen, events = io.StringIO(), []
+    progress = TerminalProgress(screen)
+
+    def hear(event):
+        events.append(event)
+        progress(event)
+
+    train(tiny_config(tiny_base, photos, tmp_path / "run", num_validation_images=2, max_train_steps=1), hear)
+    first = next(i for i, event in enumerate(events) if isinstance(event, SamplesDrawn))
+    counted = [isinstance(e, PhaseProgress) and e.phase == "sampling" and e.total > 1 for e in events]
+    counts = [event for event, is_counted in zip(events[:first], counted) if is_counted]
+    assert counts[0].done == 0 and counts[-1].done == counts[-1].total and not any(counted[first:])
+    assert all(word in screen.getvalue() for word in ("drawing samples: 100%", "50/50", "<00:"))

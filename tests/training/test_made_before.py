@@ -1,4 +1,4 @@
-"""`--masks auto` and `--captions auto`: made in the run folder before training, once; the photos stay."""
+"""Class images, `--masks auto` and `--captions auto`: made before training, once, topped up; the photos stay."""
 
 import argparse
 import json
@@ -12,20 +12,19 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.cli import evaluate
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
 from dreambooth_moslora.photos.masks import Segmenter
 from dreambooth_moslora.photos.photo import open_mask
-from dreambooth_moslora.settings.rules import remarks
-from dreambooth_moslora.settings.sources import recipe_of
-from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import made_before
-from dreambooth_moslora.training.dry_run import made_lines
+from dreambooth_moslora.settings import rules, sources, table
+from dreambooth_moslora.training import dry_run, made_before, reporter
+from dreambooth_moslora.training.class_images import ClassImages, shares
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.reporter import RunContext
+from dreambooth_moslora.training.made_before import planned, usable_class_photos
 from tests.helpers.threads import as_processes
+from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_clipseg import save_tiny_clipseg
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -48,16 +47,10 @@ def found_everywhere(monkeypatch):
     monkeypatch.setattr("dreambooth_moslora.photos.masks.LEAST_PEAK", 0.0)
 
 
-@pytest.fixture
-def asked(monkeypatch) -> list[str]:
-    """The words that a segmenter was asked for."""
-    words, ask = [], Segmenter.mask
-    monkeypatch.setattr(Segmenter, "mask", lambda self, image: words.append(self.word) or ask(self, image))
-    return words
-
-
 @pytest.mark.slow
-def test_masks_are_made_once_weigh_the_loss_and_leave_the_photos_alone(auto, photos, tmp_path, asked, found_everywhere):
+def test_masks_are_made_once_weigh_the_loss_and_spare_the_photos(auto, photos, tmp_path, found_everywhere, monkeypatch):
+    asked, ask = [], Segmenter.mask
+    monkeypatch.setattr(Segmenter, "mask", lambda self, image: asked.append(self.word) or ask(self, image))
     before = sorted(path.name for path in photos.iterdir())
     train(auto)
     assert sorted(path.name for path in photos.iterdir()) == before
@@ -71,16 +64,13 @@ def test_masks_are_made_once_weigh_the_loss_and_leave_the_photos_alone(auto, pho
     assert adapter_sha256(tmp_path / "plain") != first
 
 
-@pytest.mark.parametrize(
-    ("asked_for", "says"),
-    [
-        ("masks", "--mask_model CIDAS/clipseg-rd64-refined is not here"),
-        ("captions", "--caption_model Qwen/Qwen3-VL-2B-Instruct is not here"),
-    ],
-)
-def test_a_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(asked_for, says, tiny_base, photos, tmp_path):
+MISSING = {"masks": "mask_model CIDAS/clipseg-rd64-refined", "captions": "caption_model Qwen/Qwen3-VL-2B-Instruct"}
+
+
+@pytest.mark.parametrize("asked_for", MISSING)
+def test_a_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(asked_for, tiny_base, photos, tmp_path):
     events, config = [], tiny_config(tiny_base, photos, tmp_path / "run", **{asked_for: "auto"})
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=f"--{MISSING[asked_for]} is not here"):
         train(config, events.append)
     assert not [event for event in events if getattr(event, "phase", None) == "loading"]
 
@@ -93,17 +83,26 @@ def test_a_persons_mask_needs_no_model(tiny_base, photos, tmp_path):
     assert not (tmp_path / "run" / "masks").exists()
 
 
-def test_a_dry_run_says_which_masks_would_be_made_and_advice_what_has_no_effect(tiny_base, photos, tmp_path):
-    auto = tiny_config("toy", photos, tmp_path / "run", masks="auto", mask_prompt="dog")
-    *_, line = made_lines(auto, photo_report(auto))
-    assert line == "masks: 2 photos have none; toy-segmenter makes them before training"
-    assert any("--mask_prompt has no effect with the embedded base's own net" in s for s in remarks(auto))
-    real = tiny_config(tiny_base, photos, tmp_path / "run", masks="auto")
-    *_, line = made_lines(real, photo_report(real))
-    assert line.endswith("clipseg-rd64-refined makes them before training, looking for “dog”")
-    given = tiny_config(tiny_base, photos, tmp_path / "run", mask_prompt="dog")
-    assert not [line for line in made_lines(given, photo_report(given)) if line.startswith("masks")]
-    assert any("without --masks auto" in line for line in remarks(given))
+def test_a_dry_run_says_what_would_be_made_advice_what_has_no_effect(tiny_base, photos, tmp_path):
+    """The published file tells of captions that are made."""
+
+    def lines(base, **changes) -> tuple[list[str], str, table.TrainConfig]:
+        config = tiny_config(base, photos, tmp_path / "run", **changes)
+        return dry_run.made_lines(config, photo_report(config)), "\n".join(rules.remarks(config)), config
+
+    said, advice, _ = lines("toy", masks="auto", mask_prompt="dog")
+    assert said[-1] == "masks: 2 photos have none; toy-segmenter makes them before training"
+    assert "--mask_prompt has no effect with the embedded base's own net" in advice
+    said, _, _ = lines(tiny_base, masks="auto")
+    assert said[-1].endswith("clipseg-rd64-refined makes them before training, looking for “dog”")
+    said, advice, _ = lines(tiny_base, mask_prompt="dog")
+    assert not [line for line in said if line.startswith("masks")] and "without --masks auto" in advice
+    (photos / "0.txt").write_text("mine")
+    (share, line), _, auto = lines("toy", captions="auto")
+    assert line == "captions: 1 photos have none of their own; toy-sdxl makes them before training"
+    said, advice, given = lines("toy", caption_model="x/y")
+    assert said == [share] and "--caption_model has no effect" in advice
+    assert sources.recipe_of(auto)["captions"] == "auto" and "captions" not in sources.recipe_of(given)
 
 
 def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(auto, photos, tmp_path, found_everywhere):
@@ -122,26 +121,17 @@ def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(aut
     assert masked("--photos", str(other)) == [False, False]
 
 
-@pytest.fixture
-def captioned(monkeypatch) -> list[str]:
-    """The words that a real language model would be captioned for; it answers by the photo's number of pixels."""
-    words = []
-
-    def loaded(config, device="cpu"):
-        return Captioner("model", "dog", lambda image: words.append("dog") or f"beside {image.width} trees")
-
-    monkeypatch.setattr("dreambooth_moslora.training.made_before.load_captioner", loaded)
-    return words
-
-
 @pytest.mark.slow
-def test_captions_are_made_are_learnt_and_leave_the_photos_alone(tiny_base, tmp_path, captioned):
-    photos, run = paint_photos(tmp_path / "photos", count=3), tmp_path / "run"
+def test_captions_are_made_are_learnt_and_leave_the_photos_alone(tiny_base, tmp_path, monkeypatch):
+    """The captioner answers by the photo's number of pixels."""
+    photos, run, asked = paint_photos(tmp_path / "photos", count=3), tmp_path / "run", []
+    answer = lambda image: asked.append(image) or f"beside {image.width} trees"  # noqa: E731
+    monkeypatch.setattr(made_before, "load_captioner", lambda *_, **__: Captioner("model", "dog", answer))
     (photos / "1.txt").write_text("sks dog, mine")
     before = sorted(path.name for path in photos.iterdir())
     auto = tiny_config(tiny_base, photos, run, captions="auto", max_train_steps=2)
     train(auto)
-    assert len(captioned) == 2 and sorted(path.name for path in photos.iterdir()) == before
+    assert len(asked) == 2 and sorted(path.name for path in photos.iterdir()) == before
     kept = {name: facts["caption"] for name, facts in json.loads((run / "captions.json").read_text()).items()}
     assert kept["0.png"] == "a photo of sks dog beside 96 trees" and list(kept) == ["0.png", "2.png"]
     train(replace(auto, captions="given", output_dir=str(tmp_path / "plain")))
@@ -151,28 +141,14 @@ def test_captions_are_made_are_learnt_and_leave_the_photos_alone(tiny_base, tmp_
     assert adapter_sha256(tmp_path / "written") == adapter_sha256(run) != adapter_sha256(tmp_path / "plain")
 
 
-def test_dry_run_and_published_file_tell_of_captions_that_are_made(photos, tmp_path):
-    (photos / "0.txt").write_text("mine")
-    auto = tiny_config("toy", photos, tmp_path / "run", captions="auto")
-    share, line = made_lines(auto, photo_report(auto))
-    assert line == "captions: 1 photos have none of their own; toy-sdxl makes them before training"
-    given = tiny_config("toy", photos, tmp_path / "run", caption_model="x/y")
-    assert made_lines(given, photo_report(given)) == [share]
-    assert any("--caption_model has no effect" in text for text in remarks(given))
-    assert recipe_of(auto)["captions"] == "auto" and "captions" not in recipe_of(given)
-
-
 WORDS = ("sks dog", "zwx cat")
 
 
 @pytest.fixture
 def pets(tmp_path):
     """Three photos of a dog and two of a cat."""
-    return [
-        replace(photo, subject=number)
-        for number, (words, count) in enumerate(zip(WORDS, (3, 2), strict=True))
-        for photo in find_photos(paint_photos(tmp_path / words, count), words, 64).photos
-    ]
+    each = [find_photos(paint_photos(tmp_path / words, count), words, 64) for words, count in zip(WORDS, (3, 2))]
+    return [replace(photo, subject=number) for number, found in enumerate(each) for photo in found.photos]
 
 
 @pytest.fixture
@@ -184,7 +160,7 @@ def made(monkeypatch, tmp_path, pets):
 
     def make(count: int, is_full=lambda process, done: False) -> tuple[list, list[int], dict[str, bytes]]:
         folder, done = tmp_path / f"run_{count}", [0] * count
-        config = TrainConfig(subjects=tables, masks="auto", captions="auto", output_dir=str(folder))
+        config = table.TrainConfig(subjects=tables, masks="auto", captions="auto", output_dir=str(folder))
 
         def asking(kind, answer):
             """What loads a Segmenter or a Captioner that answers so, on a device that tells its process."""
@@ -205,7 +181,7 @@ def made(monkeypatch, tmp_path, pets):
             accelerator.device = torch.device("cpu", accelerator.process_index)
             accelerator.reduce = lambda votes, kind: votes  # nobody asks for a stop
             report = SimpleNamespace(counted=lambda phase, counts, total: counts, failure=None)
-            context = RunContext(RunDir(folder), accelerator, report, bool)
+            context = reporter.RunContext(RunDir(folder), accelerator, report, bool)
             made_before.make_masks(config, context, pets)
             made_before.make_captions(config, context, pets)
             return [(photo.captions, photo.mask_path.name) for photo in with_made(config, pets)]
@@ -232,3 +208,165 @@ def test_an_error_of_one_ends_all_and_the_next_start_goes_on(made):
     assert str(own) == "full" and str(heard) == "the main process ended: full"
     found, asked, files = made(2)
     assert sum(asked) == 3 and len(files) == 6 and found[0] == found[1]
+
+
+pytestmark = pytest.mark.usefixtures("few_steps")
+
+
+def dogs(folder, seed=7, size=(8, 8)):
+    return ClassImages(folder, "a dog", "toy", seed, size)
+
+
+def wanted(count):
+    return table.TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=count, resolution=8)
+
+
+def taken(folder, *sets):
+    """The names of the pictures that are taken of these sets, with so many of each."""
+    count = sum(number for _, number in sets)
+    return [photo.path.name for photo in usable_class_photos(folder, wanted(max(count, 3)), list(sets))]
+
+
+def pictures_in(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+def top_up(images, count, batch_size=4):
+    """Paint what is missing, as a run does, in colours that tell their seed; returns the seeds of each call."""
+    calls = []
+
+    def paint(prompt, seeds):
+        assert prompt == images.prompt
+        calls.append(tuple(seeds))
+        size = images.size_px[::-1]
+        return [Image.new("RGB", size, (seed % 256, seed // 256 % 256, 0)) for seed in seeds]
+
+    images.folder.mkdir(exist_ok=True)
+    for batch in images.lacking(count, batch_size):
+        batch.keep(batch.files(paint))
+    return calls
+
+
+def test_missing_images_are_generated_with_a_manifest(tmp_path):
+    images = dogs(tmp_path / "class_images")
+    assert [len(seeds) for seeds in top_up(images, 6)] == [4, 2]
+    manifest = json.loads((images.folder / "manifest.json").read_text())
+    assert manifest.keys() == pictures_in(images.folder).keys()
+    for name, facts in manifest.items():
+        made = {"prompt": "a dog", "model": "toy", "resolution": 8, "sha256": file_digest(images.folder / name)}
+        assert facts == made | {"seed": facts["seed"]}
+    assert len({facts["seed"] for facts in manifest.values()}) == 6
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"half a picture"])
+def test_only_what_is_missing_or_cannot_be_read_is_generated_and_batches_stay_whole(damage, tmp_path):
+    images = dogs(tmp_path)
+    top_up(images, 8)
+    before, path = pictures_in(tmp_path), tmp_path / images.name(5)
+    path.unlink() if damage is None else path.write_bytes(damage)
+    calls = top_up(dogs(tmp_path, seed=8) if damage == b"" else images, 8)  # each has its own seed noted
+    assert calls == [tuple(images.image_seed(i) for i in range(4, 8))]
+    assert pictures_in(tmp_path) == before
+    assert top_up(images, 8) == [] and len(top_up(images, 10)) == 1
+
+
+def test_images_of_another_prompt_or_size_are_known_as_stale_and_a_persons_own_are_not(tmp_path):
+    """Sets of several sizes stand beside each other, and their manifest says so."""
+    square, wide, cats = dogs(tmp_path), dogs(tmp_path, size=(8, 16)), ClassImages(tmp_path, "a cat", "toy", 7, (8, 8))
+    top_up(square, 1)
+    assert wide.stale(list(tmp_path.glob("*.png"))) == set(tmp_path.glob("*.png")) != set()
+    top_up(wide, 2)
+    facts = json.loads((tmp_path / "manifest.json").read_text())
+    assert facts[square.name(0)]["resolution"] == 8 and facts[wide.name(1)]["resolution"] == "16x8"
+    assert Image.open(tmp_path / wide.name(1)).size == (16, 8)
+    assert top_up(wide, 2) == top_up(square, 1) == []
+    assert taken(tmp_path, (square, 1), (wide, 2)) == [square.name(0), wide.name(0), wide.name(1)]
+    top_up(cats, 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    paths = list(tmp_path.glob("*.png"))
+    assert {path.name for path in cats.stale(paths)} == {square.name(0), wide.name(0), wide.name(1)}
+    assert {path.name for path in set(paths) - cats.generated(paths)} == {"mine.png"}
+
+
+def test_a_generated_image_that_opens_with_other_pixels_is_drawn_again_and_said_once(tmp_path, caplog):
+    images = dogs(tmp_path)
+    top_up(images, 4, batch_size=2)
+    assert caplog.text == ""
+    path = tmp_path / images.name(1)
+    whole = path.read_bytes()
+    Image.new("RGB", (8, 8), "grey").save(path)
+    changed = path.read_bytes()
+    assert len(top_up(images, 4, batch_size=2)) == 1 and path.read_bytes() == whole
+    (said,) = caplog.messages
+    assert images.name(1) in said and images.name(0) not in said and "\n" not in said
+    (kept,) = (tmp_path / "changed").iterdir()
+    assert kept.read_bytes() == changed, "a person may have painted in it"
+    assert taken(tmp_path, (images, 4)) == [images.name(index) for index in range(4)]
+    assert top_up(images, 4, batch_size=2) == []
+
+
+def test_a_manifest_with_one_bit_flipped_or_without_digests_ends_with_the_same_images(tmp_path):
+    """So do class images of another seed."""
+    images, file = dogs(tmp_path), tmp_path / "manifest.json"
+    top_up(images, 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    before, whole = pictures_in(tmp_path), file.read_bytes()
+    for place in range(0, 8 * len(whole), 101):
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        file.write_bytes(content)
+        top_up(images, 2)
+        assert images.stale([tmp_path / name for name in before]) == set(), bytes(content)
+    assert pictures_in(tmp_path) == before and not (tmp_path / "changed").exists()
+    bare = {name: {**facts, "sha256": None} for name, facts in json.loads(whole).items()}
+    file.write_text(json.dumps({name: {k: v for k, v in facts.items() if v} for name, facts in bare.items()}))
+    assert top_up(dogs(tmp_path, seed=8), 2) == []
+
+
+@pytest.mark.parametrize(
+    "text", ['{"class_', "[1, 2]", '{"a.png": 3}', "", "[" * 100_000, None], ids=lambda text: str(text)[:8]
+)
+def test_a_damaged_manifest_makes_the_generated_images_stale_and_nobodys_own(tmp_path, text):
+    images, manifest = dogs(tmp_path), tmp_path / "manifest.json"
+    top_up(images, 2)
+    if text is None:
+        manifest.unlink()
+        manifest.symlink_to(manifest.name)
+    else:
+        manifest.write_text(text)
+    paths = list(tmp_path.glob("*.png"))
+    assert images.generated(paths) == images.stale(paths) == set(paths)
+    assert len(top_up(images, 2)) == 1 and images.stale(paths) == set() and len(images.manifest()) == 2
+
+
+def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(photos, tmp_path):
+    pipeline = tiny_sdxl(tmp_path)
+    pipeline.unet.conv_out.weight.data.fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "model")
+    changes = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class")}
+    with pytest.raises(UserError, match=r"pictures that are not finite .* --prior_generation_precision fp32"):
+        train(tiny_config(tmp_path / "model", photos, tmp_path / "run", **changes))
+    assert not list((tmp_path / "class").iterdir())
+
+
+def test_a_persons_own_class_images_are_taken_first_and_too_few_are_a_mistake(tmp_path):
+    """What a killed run was writing is removed."""
+    images = dogs(tmp_path)
+    top_up(images, 2)
+    with pytest.raises(UserError, match="only 2 of 3 class images"):
+        taken(tmp_path, (images, 3))
+    for number in range(2):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"dog_{number}.png")
+    assert taken(tmp_path, (images, 1)) == ["dog_0.png", "dog_1.png", images.name(0)]
+    (stale := tmp_path / ".manifest.json.999999999-5e526a9a.new").touch()
+    planned(tmp_path, wanted(1), {(8, 8): 1})
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize(
+    ("counts", "total", "shared"),
+    [((5,), 7, (7,)), ((3, 1), 8, (6, 2)), ((98, 1, 1), 10, (8, 1, 1)), ((2, 2, 1), 1, (1, 0, 0)), ((1, 2), 0, (0, 0))],
+)
+def test_class_images_are_shared_by_the_photos_of_each_size_and_each_size_gets_one(counts, total, shared):
+    sizes = {(8, 8 * number): count for number, count in enumerate(counts, start=1)}
+    assert tuple(shares(sizes, total).values()) == shared

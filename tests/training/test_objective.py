@@ -8,10 +8,8 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 from dreambooth_moslora.disk.events import StepDone
-from dreambooth_moslora.training import objective
-from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training import loop, objective, prepare
 from dreambooth_moslora.training.objective import NoiseSchedule
-from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.tiny_training import tiny_config
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -29,13 +27,20 @@ def drawn():
     return torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
 
 
-def test_ddpm_noise_and_velocity_equal_diffusers(drawn):
+def test_ddpm_noise_and_velocity_equal_diffusers_and_zero_terminal_snr_stays_finite(drawn):
     latents, noise, _ = drawn
     noisy = objective.add_noise(schedule(), latents, noise, INDEX)
     assert torch.allclose(noisy.unet_input, SCHEDULER.add_noise(latents, noise, INDEX), atol=1e-5)
     assert torch.equal(objective.loss_target(schedule(), latents, noise, INDEX), noise)
     velocity = objective.loss_target(schedule("v_prediction"), latents, noise, INDEX)
     assert torch.allclose(velocity, SCHEDULER.get_velocity(latents, noise, INDEX), atol=1e-5)
+    latents, noise, _ = drawn
+    plan = NoiseSchedule.from_alphas(torch.tensor([0.9, 0.5, 0.0]), "v_prediction", "ddpm")
+    index = torch.tensor([0, 1, 2])
+    noisy = objective.add_noise(plan, latents, noise, index)
+    assert torch.equal(noisy.latents[2], noise[2])
+    assert torch.equal(objective.loss_target(plan, latents, noise, index)[2], -latents[2])
+    assert objective.snr_weights(plan, index, ALL, 5.0)[2] == 2
 
 
 def learnt(plan, drawn, index=INDEX):
@@ -45,15 +50,27 @@ def learnt(plan, drawn, index=INDEX):
     return objective.prediction_of(plan, output, noisy), objective.loss_target(plan, latents, noise, index)
 
 
-def test_edm_style_tells_the_unet_the_same_and_with_epsilon_is_the_same_loss(drawn):
+def test_edm_style_is_the_same_loss_and_counts_an_error_of_the_latents_by_one_over_sigma_squared(drawn):
+    """A perfect prediction costs nothing."""
     latents, noise, _ = drawn
-    ddpm, edm = (objective.add_noise(schedule(style=s), latents, noise, INDEX) for s in ("ddpm", "edm"))
+    plans = schedule(), schedule(style="edm")
+    ddpm, edm = (objective.add_noise(plan, latents, noise, INDEX) for plan in plans)
     assert torch.allclose(ddpm.unet_input, edm.unet_input, atol=1e-5) and torch.equal(ddpm.timesteps, edm.timesteps)
     ddpm, edm = (
         objective.image_errors(*learnt(plan, drawn), None) * objective.snr_weights(plan, INDEX, ALL, None)
-        for plan in (schedule(), schedule(style="edm"))
+        for plan in plans
     )
     assert torch.allclose(edm, ddpm, rtol=1e-3)
+    for kind in ("epsilon", "v_prediction"):
+        answer = objective.loss_target(schedule(kind), latents, noise, INDEX)
+        clean, _ = learnt(schedule(kind, "edm"), (latents, noise, answer))
+        assert torch.allclose(clean, latents, atol=2e-4)
+    latents, noise, output = drawn
+    truth, plan = EulerDiscreteScheduler.from_config(SCHEDULER.config), schedule(style="edm")
+    sigmas = truth.sigmas[:-1].flip(0)[EARLIER].view(-1, 1, 1, 1)
+    clean = latents + sigmas * noise - sigmas * output
+    got = objective.loss(*learnt(plan, drawn, EARLIER), objective.snr_weights(plan, EARLIER, ALL, None), ALL)
+    assert float(got.total) == pytest.approx(float(((clean - latents) ** 2 / sigmas**2).mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "extra"), [("epsilon", 0.0), ("v_prediction", 1.0)])
@@ -73,23 +90,6 @@ def test_min_snr_is_that_of_diffusers_script(kind, extra, drawn):
     assert weights[0] - extra < 0.05 and weights[1] - extra == 1
 
 
-def test_edm_style_counts_an_error_of_the_latents_by_one_over_sigma_squared(drawn):
-    latents, noise, output = drawn
-    truth, plan = EulerDiscreteScheduler.from_config(SCHEDULER.config), schedule(style="edm")
-    sigmas = truth.sigmas[:-1].flip(0)[EARLIER].view(-1, 1, 1, 1)
-    clean = latents + sigmas * noise - sigmas * output
-    got = objective.loss(*learnt(plan, drawn, EARLIER), objective.snr_weights(plan, EARLIER, ALL, None), ALL)
-    assert float(got.total) == pytest.approx(float(((clean - latents) ** 2 / sigmas**2).mean()), rel=1e-3)
-
-
-def test_a_perfect_prediction_costs_nothing(drawn):
-    latents, noise, _ = drawn
-    for kind in ("epsilon", "v_prediction"):
-        edm, answer = schedule(kind, "edm"), objective.loss_target(schedule(kind), latents, noise, INDEX)
-        clean = objective.prediction_of(edm, answer, objective.add_noise(edm, latents, noise, INDEX))
-        assert torch.allclose(clean, latents, atol=2e-4)
-
-
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_edm_bases_are_preconditioned_as_diffusers_does(kind, drawn):
     latents, noise, output = drawn
@@ -103,37 +103,29 @@ def test_edm_bases_are_preconditioned_as_diffusers_does(kind, drawn):
     assert torch.allclose(objective.prediction_of(plan, output, noisy), clean, atol=1e-5)
 
 
-def test_zero_terminal_snr_stays_finite(drawn):
-    latents, noise, _ = drawn
-    plan = NoiseSchedule.from_alphas(torch.tensor([0.9, 0.5, 0.0]), "v_prediction", "ddpm")
-    index = torch.tensor([0, 1, 2])
-    noisy = objective.add_noise(plan, latents, noise, index)
-    assert torch.equal(noisy.latents[2], noise[2])
-    assert torch.equal(objective.loss_target(plan, latents, noise, index)[2], -latents[2])
-    assert objective.snr_weights(plan, index, ALL, 5.0)[2] == 2
-
-
-def test_instance_and_prior_are_apart_and_weighted():
+def test_instance_and_prior_are_apart_and_weighted_and_a_mask_weighs_places(drawn):
+    """An image without the subject counts as its places do; an ordinary loss is the squared error bit for bit."""
     prediction, target = torch.zeros(4, 4, 2, 2), torch.ones(4, 4, 2, 2)
     target[2:] = 3
     got = objective.loss(prediction, target, torch.ones(4), instance_count=2, prior_loss_weight=0.5)
     assert (got.instance, got.prior, got.total) == (1, 9, 5.5)
     alone = objective.loss(prediction[:1], target[:1], torch.ones(1), 1)
     assert alone.prior is None and alone.total == alone.instance == 1
-
-
-def test_a_mask_weighs_places_and_an_image_without_the_subject_counts_as_its_places_do():
-    prediction, target = torch.zeros(4, 4, 2, 2), torch.ones(4, 4, 2, 2)
+    target = torch.ones(4, 4, 2, 2)
     target[..., 0, 0] = 2
     mask = torch.stack([torch.full((1, 2, 2), weight) for weight in (1.0, 0.2, 0.0, 0.0)])
     mask[3, 0, 0, 0] = 1
     got = objective.image_errors(prediction, target, mask).tolist()
     assert got == pytest.approx([7 / 4, 0.2 * 7 / 4, 0, 4])
+    target, _, output = drawn
+    plain = objective.image_errors(output, target, None)
+    assert torch.equal(plain, ((output - target) ** 2).flatten(1).mean(1))
+    assert objective.pointwise_error(schedule(), INDEX) is torch.square
 
 
 @pytest.mark.parametrize("strategy, noisy_share", [("none", 0.25), ("later", 4 / 7), ("earlier", 1 / 7)])
 def test_biased_draws_prefer_their_portion_of_the_noise_levels(strategy, noisy_share):
-    for schedule in map(noise_schedule, (SCHEDULER, EDMEulerScheduler())):
+    for schedule in map(prepare.noise_schedule, (SCHEDULER, EDMEulerScheduler())):
         draws = objective.sample_timesteps(schedule, 20_000, torch.Generator().manual_seed(0), strategy, 4.0, 0.25)
         noisiest = schedule.sigmas[draws] >= schedule.sigmas.sort(descending=True).values[len(schedule) // 4 - 1]
         assert noisiest.float().mean().item() == pytest.approx(noisy_share, abs=0.02)
@@ -175,19 +167,12 @@ def test_huber_losses_are_those_of_sd_scripts(kind, course, drawn):
         assert got[number].item() == pytest.approx(rounded.mean().item(), rel=1e-4)
 
 
-def test_an_ordinary_loss_is_the_squared_error_bit_for_bit(drawn):
-    target, _, output = drawn
-    plain = objective.image_errors(output, target, None)
-    assert torch.equal(plain, ((output - target) ** 2).flatten(1).mean(1))
-    assert objective.pointwise_error(schedule(), INDEX) is torch.square
-
-
 @pytest.mark.slow
 def test_each_loss_reaches_the_step(tiny_base, photos, tmp_path):
     huber = [{"loss_type": "huber"}, {"loss_type": "smooth_l1", "huber_schedule": "exponential"}]
     changes, found = [{}, {"noise_offset": 0.1}, *huber, {"debiased_estimation_loss": True}], []
     for number, change in enumerate(changes):
         events = []
-        train(tiny_config(tiny_base, photos, tmp_path / str(number), max_train_steps=1, **change), events.append)
+        loop.train(tiny_config(tiny_base, photos, tmp_path / str(number), max_train_steps=1, **change), events.append)
         found += [event.loss for event in events if isinstance(event, StepDone)]
     assert len(set(found)) == len(found) == len(changes)

@@ -20,19 +20,10 @@ from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS, OptimizerKind
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training import loop, results
+from dreambooth_moslora.training import optimizer as optimizers
 from dreambooth_moslora.training.checkpoint import restore_weights
-from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.optimizer import (
-    FlatProdigy,
-    MovingAverage,
-    ScheduleFreeAverage,
-    checked_states,
-    lent,
-    make_lr_schedule,
-    make_optimizer,
-    parameter_groups,
-)
-from dreambooth_moslora.training.results import ValidationSamples
+from dreambooth_moslora.training.optimizer import FlatProdigy, MovingAverage, make_optimizer, parameter_groups
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 
@@ -64,7 +55,7 @@ def test_each_group_has_its_own_rate_and_mixers_do_not_decay():
 def test_warmup_counts_optimizer_steps():
     config, rates = TrainConfig(lr_scheduler="linear", lr_warmup_steps=2, learning_rate=1.0), []
     optimizer = make_optimizer(config, parameter_groups(config, components()))
-    schedule = make_lr_schedule(config, optimizer, max_train_steps=4)
+    schedule = optimizers.make_lr_schedule(config, optimizer, max_train_steps=4)
     for _ in range(5):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -95,19 +86,14 @@ def test_adafactor_steps_by_the_given_rate_whatever_the_size_of_the_weights():
 def test_the_schedule_free_average_is_what_the_library_evaluates():
     groups = parameter_groups(TrainConfig(learning_rate=1e-2), components())
     weights, optimizer = stepped(TrainConfig(optimizer="schedulefree"), groups)
-    ours = [value.clone() for value in ScheduleFreeAverage(weights, optimizer).values()]
+    ours = [value.clone() for value in optimizers.ScheduleFreeAverage(weights, optimizer).values()]
     assert not any(map(torch.equal, ours, weights))
     optimizer.eval()
     assert all(map(torch.equal, ours, weights))
 
 
-def test_a_library_that_is_missing_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "schedulefree", None)
-    with pytest.raises(UserError, match="AdamWScheduleFree needs schedulefree: pip install schedulefree"):
-        make_optimizer(TrainConfig(optimizer="AdamWScheduleFree"), [])
-
-
 def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know_it(tmp_path, tiny_base, monkeypatch):
+    """A library that is missing is one line."""
     kind = OptimizerKind("torch.optim:RAdam", lambda config: {"betas": (0.8, config.adam_beta2)}, bytes_each=1000)
     monkeypatch.setitem(OPTIMIZERS, "RAdam", kind)
     words = ["--pretrained_model_name_or_path", "toy", "--instance_prompt", "a photo of sks cup", "--instance_data_dir"]
@@ -117,42 +103,38 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
     with pytest.raises(UserError, match="choose one of AdamW, Prodigy, AdamWScheduleFree, Adafactor, RAdam"):
         replace(flagged, optimizer="Lion")
     photos, sizes = paint_photos(tmp_path / "photos", count=2), {"max_train_steps": 4, "checkpointing_steps": 2}
-    whole, half = (
-        tiny_config(tiny_base, photos, tmp_path / name, optimizer="RAdam", **sizes) for name in ("whole", "half")
-    )
-    train(whole)
-    train(replace(half, max_train_steps=2))
-    train(replace(half, resume_from_checkpoint="latest"))
+    sizes["optimizer"] = "RAdam"
+    whole, half = (tiny_config(tiny_base, photos, tmp_path / name, **sizes) for name in ("whole", "half"))
+    for config in (whole, replace(half, max_train_steps=2), replace(half, resume_from_checkpoint="latest")):
+        loop.train(config)
     saved = torch.load(tmp_path / "half" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     assert all("exp_avg_sq" in state for state in saved["state"].values())
     assert adapter_sha256(tmp_path / "half") == adapter_sha256(tmp_path / "whole")
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(UserError, match="AdamWScheduleFree needs schedulefree: pip install schedulefree"):
+        make_optimizer(TrainConfig(optimizer="AdamWScheduleFree"), [])
 
 
 SHAPE = (48, 32)
 
 
-def after_one_step() -> torch.optim.AdamW:
-    generator = torch.Generator().manual_seed(0)
+def gone_on(moments: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The parameters after one step more than the first, from a file with these first moments."""
+    generator, file = torch.Generator().manual_seed(0), BytesIO()
     params = [torch.nn.Parameter(torch.randn(SHAPE, generator=generator)) for _ in range(2)]
     optimizer = torch.optim.AdamW(params, lr=0.1, fused=True)
     for param in params:
         param.grad = torch.randn(SHAPE, generator=generator)
     optimizer.step()
-    return optimizer
-
-
-def gone_on(moments: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The parameters after one more step, from a file with these first moments."""
-    optimizer, file = after_one_step(), BytesIO()
     states = optimizer.state_dict()
     for number, moment in enumerate(moments):
         states["state"][number]["exp_avg"] = moment
     torch.save(states, file)
     file.seek(0)
     read = torch.load(file, weights_only=True)
-    optimizer.load_state_dict(checked_states(read, optimizer, step=1, exact=True))
+    optimizer.load_state_dict(optimizers.checked_states(read, optimizer, step=1, exact=True))
     optimizer.step()
-    return [param.detach() for param in optimizer.param_groups[0]["params"]]
+    return [param.detach() for param in params]
 
 
 LAYOUTS = {
@@ -209,6 +191,7 @@ def stepped_on(optimizer, weights, start: int, stop: int) -> None:
 
 
 def test_the_steps_are_prodigys_and_read_two_numbers_a_group():
+    """A weight that is reached later than the others takes its first step then."""
     (plain, groups), (long, long_groups) = weights_and_groups(), weights_and_groups()
     one, other = Prodigy(groups, **PRODIGY), FlatProdigy(long_groups, **PRODIGY)
     stepped_on(one, plain, 0, 10)
@@ -220,6 +203,10 @@ def test_the_steps_are_prodigys_and_read_two_numbers_a_group():
     assert one.param_groups[0]["d"] == pytest.approx(other.param_groups[0]["d"], rel=1e-6)
     assert one.param_groups[0]["d"] > 2e-3
     assert [group["params"] for group in other.param_groups] == [long[:3], long[3:]]
+    for optimizer, weights in ((one, plain), (other, long)):
+        weights[4].grad = torch.ones(2)
+        stepped_on(optimizer, weights, 10, 13)
+    assert_near(long, plain)
 
 
 @pytest.mark.parametrize("kinds", [(Prodigy, FlatProdigy), (FlatProdigy, Prodigy), (FlatProdigy, FlatProdigy)])
@@ -240,20 +227,14 @@ def test_each_goes_on_from_the_others_checkpoint(kinds):
     assert first is not second or all(map(torch.equal, fresh, weights))
 
 
-def test_a_weight_that_is_reached_later_than_the_others_takes_its_first_step_then():
-    (plain, groups), (long, long_groups) = weights_and_groups(), weights_and_groups()
-    for optimizer, weights in ((Prodigy(groups, **PRODIGY), plain), (FlatProdigy(long_groups, **PRODIGY), long)):
-        stepped_on(optimizer, weights, 0, 3)
-        weights[4].grad = torch.ones(2)
-        stepped_on(optimizer, weights, 3, 6)
-    assert_near(long, plain)
+def bytes_of(tensors) -> set[bytes]:
+    return {tensor.numpy().tobytes() for tensor in tensors}
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_base, tmp_path_factory):
-    """The folder of one run twice, without and with an average, and what its samples were drawn with."""
-    folder, drawn = tmp_path_factory.mktemp("averages"), {}
-    photos, draw = paint_photos(folder / "photos"), ValidationSamples.draw
+@pytest.mark.slow
+def test_the_steps_are_those_without_an_average_and_the_checkpoint_holds_both(tiny_base, tmp_path, monkeypatch):
+    """Samples are drawn with the average."""
+    photos, draw, drawn = paint_photos(tmp_path / "photos"), results.ValidationSamples.draw, {}
 
     def note(samples, step, sampler, accelerator):
         named = sampler.pipeline.unet.named_parameters()
@@ -261,20 +242,26 @@ def runs(tiny_base, tmp_path_factory):
         return draw(samples, step, sampler, accelerator)
 
     sizes = {"max_train_steps": 3, "checkpointing_steps": 1}
-    train(tiny_config(tiny_base, photos, folder / "plain", **sizes))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ValidationSamples, "draw", note)
-        shown = {"num_validation_images": 1, "validation_steps": 3, "use_ema": True}
-        train(tiny_config(tiny_base, photos, folder / "averaged", **sizes, **shown))
-    return folder, drawn
-
-
-def adapter_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.endswith(("lora_A", "lora_B", "mixer"))}
-
-
-def bytes_of(tensors) -> set[bytes]:
-    return {tensor.numpy().tobytes() for tensor in tensors}
+    loop.train(tiny_config(tiny_base, photos, tmp_path / "plain", **sizes))
+    monkeypatch.setattr(results.ValidationSamples, "draw", note)
+    shown = {"num_validation_images": 1, "validation_steps": 3, "use_ema": True}
+    loop.train(tiny_config(tiny_base, photos, tmp_path / "averaged", **sizes, **shown))
+    plain = [load_file(tmp_path / "plain" / f"checkpoint-{step}" / RAW_NAME) for step in (1, 2, 3)]
+    checkpoint = tmp_path / "averaged" / "checkpoint-3"
+    weights = torch.load(checkpoint / "weights.pt", weights_only=True)["weights"]
+    averaged = load_file(checkpoint / RAW_NAME)
+    names = [name for name in averaged if name.endswith(("lora_A", "lora_B", "mixer"))]
+    assert bytes_of(weights) == bytes_of(plain[-1][name] for name in names)
+    for name in names:
+        mean = plain[0][name]  # the average of step 1 is its weights
+        for found, share in zip(plain[1:], (1 - 2 / 11, 1 - 3 / 12), strict=True):
+            mean = mean.lerp(found[name], share)
+        assert torch.allclose(averaged[name], mean, atol=1e-6)
+    downs = bytes_of(averaged[name] for name in names if name.endswith("lora_A"))
+    assert bytes_of(drawn[3]) == downs
+    assert downs < bytes_of(load_file(tmp_path / "averaged" / "pytorch_lora_weights.safetensors").values())
+    with pytest.raises(UserError, match=r"weights\.pt: weight 0 is"):
+        restore_weights(checkpoint, [torch.nn.Parameter(torch.zeros(1))])
 
 
 def test_the_average_is_that_of_diffusers():
@@ -287,27 +274,6 @@ def test_the_average_is_that_of_diffusers():
         theirs.step(weights)
         assert torch.allclose(ours.values()[0], theirs.shadow_params[0], atol=1e-6)
     own = weights[0].detach().clone()
-    with lent(ours, weights):
+    with optimizers.lent(ours, weights):
         assert torch.equal(weights[0], ours.values()[0]) and not torch.equal(weights[0], own)
     assert torch.equal(weights[0], own)
-
-
-@pytest.mark.slow
-def test_the_steps_are_those_without_and_the_checkpoint_holds_both(runs):
-    folder, drawn = runs
-    plain = [load_file(folder / "plain" / f"checkpoint-{step}" / RAW_NAME) for step in (1, 2, 3)]
-    checkpoint = folder / "averaged" / "checkpoint-3"
-    weights = torch.load(checkpoint / "weights.pt", weights_only=True)["weights"]
-    assert bytes_of(weights) == bytes_of(adapter_tensors(plain[-1]).values())
-    kept = [1 - 2 / 11, 1 - 3 / 12]  # of steps 2 and 3; the average of step 1 is its weights
-    averaged = adapter_tensors(load_file(checkpoint / RAW_NAME))
-    for name, last in averaged.items():
-        mean = plain[0][name]
-        for found, share in zip(plain[1:], kept, strict=True):
-            mean = mean.lerp(found[name], share)
-        assert torch.allclose(last, mean, atol=1e-6)
-    downs = bytes_of(tensor for name, tensor in averaged.items() if name.endswith("lora_A"))
-    assert bytes_of(drawn[3]) == downs
-    assert downs < bytes_of(load_file(folder / "averaged" / "pytorch_lora_weights.safetensors").values())
-    with pytest.raises(UserError, match=r"weights\.pt: weight 0 is"):
-        restore_weights(checkpoint, [torch.nn.Parameter(torch.zeros(1))])

@@ -21,9 +21,8 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.prompts import learnt_words, spelled, spellings_of
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.adapters import LearntTokens, fresh_tokens
+from dreambooth_moslora.training import adapters, model_card
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.model_card import public_files
 from dreambooth_moslora.training.optimizer import make_optimizer, parameter_groups
 from dreambooth_moslora.ui.generate_values import summary_of
 from dreambooth_moslora.ui.state import AdapterCatalog
@@ -37,26 +36,29 @@ BOTH = "a photo of a sks dog and a zwx cat"
 FILES = ["pets_emb.safetensors", "pets_2_emb.safetensors"]
 
 
-def config_in(base, photos, folder, **changes):
-    return tiny_config(base, photos, folder, **{"train_text_encoder_ti": True, **changes})
-
-
-def random_tokens(pipeline):
-    """Two rows for sks, attached to it."""
+def test_gradients_reach_the_new_rows_alone_and_other_prompts_are_encoded_as_before(base):
+    pipeline, prompts = load_pipeline(base), ["a photo of a dog", "two desks", ""]
+    plain = encode_text(pipeline, prompts)
+    before = {name: value.clone() for name, value in pipeline.text_encoder_2.state_dict().items()}
     rows = {p: torch.nn.Parameter(torch.randn(2, w)) for p, w in (("text_encoder", 16), ("text_encoder_2", 32))}
-    return AttachedTokens(pipeline, [NewTokens("sks", rows)]), rows
-
-
-def same(one, other):
-    """Of two encoded texts."""
-    return equal(one, other)
+    attached = AttachedTokens(pipeline, [NewTokens("sks", rows)])
+    assert equal(plain, encode_text(pipeline, prompts))
+    assert attached.spelled("sks, two desks and sks's") == "<s0><s1>, two desks and <s0><s1>'s"
+    cond = encode_text(pipeline, [PROMPT, "a photo of a dog"])
+    (embeds_of(cond).sum() + pooled_of(cond).square().sum()).backward()
+    assert all(bool(found.grad.ne(0).any(dim=1).all()) for found in rows.values())
+    others = [w for m in (pipeline.text_encoder, pipeline.text_encoder_2) for w in m.parameters()]
+    assert all(w.grad is None for w in others if not any(w is found for found in rows.values()))
+    attached.detach()
+    after = pipeline.text_encoder_2.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.fixture(scope="module")
 def run(base, photos, tmp_path_factory):
     """A run of five steps, whose tokens are learnt in the first two; checkpoints after each."""
     prior = {"with_prior_preservation": True, "prior": "adapter_off", "checkpointing_steps": 1}
-    config = config_in(base, photos, tmp_path_factory.mktemp("runs") / "dog", **prior)
+    config = tiny_config(base, photos, tmp_path_factory.mktemp("runs") / "dog", train_text_encoder_ti=True, **prior)
     train(config)
     return config
 
@@ -68,28 +70,8 @@ def rows_at(config, step):
 def test_tokens_are_learnt_up_to_the_pivot_and_rest_after_it(run):
     one, two, three, five = (rows_at(run, step) for step in (1, 2, 3, 5))
     for key, width in (("clip_l", 16), ("clip_g", 32)):
-        assert one[key].shape == (2, width)
-        assert not torch.equal(one[key], two[key])
+        assert one[key].shape == (2, width) and not torch.equal(one[key], two[key])
         assert torch.equal(two[key], three[key]) and torch.equal(two[key], five[key])
-
-
-def test_gradients_reach_the_new_rows_alone_and_other_prompts_are_encoded_as_before(base):
-    pipeline = load_pipeline(base)
-    before = {name: value.clone() for name, value in pipeline.text_encoder_2.state_dict().items()}
-    attached, rows = random_tokens(pipeline)
-    cond = encode_text(pipeline, [PROMPT, "a photo of a dog"])
-    (embeds_of(cond).sum() + pooled_of(cond).square().sum()).backward()
-    assert all(bool(found.grad.ne(0).any(dim=1).all()) for found in rows.values())
-    others = [w for m in (pipeline.text_encoder, pipeline.text_encoder_2) for w in m.parameters()]
-    assert all(w.grad is None for w in others if not any(w is found for found in rows.values()))
-    attached.detach()
-    after = pipeline.text_encoder_2.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    pipeline, prompts = load_pipeline(base), ["a photo of a dog", "two desks", ""]
-    before = encode_text(pipeline, prompts)
-    attached, _ = random_tokens(pipeline)
-    assert same(before, encode_text(pipeline, prompts))
-    assert attached.spelled("sks, two desks and sks's") == "<s0><s1>, two desks and <s0><s1>'s"
 
 
 def by_the_card(run, base):
@@ -113,33 +95,33 @@ def notes_of(folder):
 
 
 def test_the_file_is_proved_and_a_stock_diffusers_encodes_the_same_with_it(run, base):
+    """The proof leaves the encoders' tables as they are."""
     note, exported = notes_of(RunDir(run.output_dir))
     assert exported["files"][-1] == "dog_emb.safetensors" and exported["proof"]["file_proofs"][-1]["outputs"] == 0.0
     assert (note["word"], note["count"], note["file"]) == ("sks", 2, "dog_emb.safetensors")
     stock, card = by_the_card(run, base)
     found = encode_text(stock, ["a photo of <s0><s1> dog"])
-    pipeline = load_pipeline(base)
-    plain = encode_text(pipeline, [PROMPT])
-    AttachedTokens(pipeline, [read_tokens(RunDir(run.output_dir).tokens_paths[0])])
-    assert same(found, encode_text(pipeline, [PROMPT])) and not equal(found, plain)
-    assert 'load_file("path/to/this/folder/dog_emb.safetensors")' in card and "a photo of <s0><s1> dog" in card
-    assert "embedding:dog_emb" in card
-
-
-def test_the_proof_leaves_the_encoders_tables_as_they_are(run, base):
     pipeline, path = load_pipeline(base), RunDir(run.output_dir).tokens_paths[0]
-    parts = pipeline.text_encoder, pipeline.text_encoder_2
+    plain, parts = encode_text(pipeline, [PROMPT]), (pipeline.text_encoder, pipeline.text_encoder_2)
     before = [part.get_input_embeddings().weight.clone() for part in parts]
     attached = AttachedTokens(pipeline, [read_tokens(path)])
     assert prove_tokens([path], attached, [PROMPT])[0].largest == 0.0
     assert all(torch.equal(part.get_input_embeddings().weight, kept) for part, kept in zip(parts, before))
-    assert embeds_of(encode_text(pipeline, [PROMPT])).isfinite().all() and len(pipeline.tokenizer) == len(before[0]) + 2
+    assert len(pipeline.tokenizer) == len(before[0]) + 2
+    assert equal(found, encode_text(pipeline, [PROMPT])) and not equal(found, plain)
+    assert 'load_file("path/to/this/folder/dog_emb.safetensors")' in card and "a photo of <s0><s1> dog" in card
+    assert "embedding:dog_emb" in card
 
 
-def test_after_the_pivot_no_optimizer_moves_the_rows(base, photos, tmp_path):
+def test_tokens_begin_as_the_words_of_a_concept_and_after_the_pivot_no_optimizer_moves_the_rows(run, base):
     """Prodigy moves even groups whose learning rate is 0."""
-    config = config_in(base, photos, tmp_path, optimizer="Prodigy", learning_rate=1.0)
-    learnt = LearntTokens(config, load_pipeline(base), None, 4, None)
+    config, pipeline = replace(run, initializer_concept="th dog"), load_pipeline(base)
+    (started,) = adapters.fresh_tokens(config, pipeline)
+    ids = pipeline.tokenizer("th dog", add_special_tokens=False).input_ids
+    assert started.count == len(ids) != config.num_new_tokens_per_abstraction
+    assert torch.equal(started.rows["text_encoder"], pipeline.text_encoder.get_input_embeddings().weight[ids])
+    config = replace(run, optimizer="Prodigy", learning_rate=1.0)
+    learnt = adapters.LearntTokens(config, pipeline, None, 4, None)
     optimizer = make_optimizer(config, parameter_groups(config, {}, 1, learnt.parameters))
     rows, moved = learnt.parameters[0], []
     for step in range(4):
@@ -192,7 +174,7 @@ def test_generate_draws_with_the_tokens_and_finds_them_again_by_its_picture(run,
     assert first.read_bytes() == again.read_bytes() != other.read_bytes()
 
 
-def test_export_info_and_the_page_know_the_tokens_file(run, tmp_path, capsys):
+def test_export_info_verify_and_the_page_know_the_tokens_file_and_its_word(run, photos, tmp_path, capsys):
     folder, tokens = RunDir(run.output_dir), tmp_path / "dog_emb.safetensors"
     assert main(["export", str(folder.checkpoint_path(5)), "--out", str(tmp_path), "--name", "dog"]) == 0
     assert tokens.read_bytes() == folder.tokens_paths[0].read_bytes()
@@ -201,59 +183,14 @@ def test_export_info_and_the_page_know_the_tokens_file(run, tmp_path, capsys):
     assert "2 for the word sks, in dog_emb.safetensors" in said and "new tokens of SDXL's text encoders" in said
     assert tokens.name not in {path.name for path in AdapterCatalog(tmp_path, tmp_path / "runs").files().values()}
     kohya = tmp_path / "dog.kohya.safetensors"
-    assert summary_of(kohya).tokens == () and tokens.name in public_files(tmp_path)
+    assert summary_of(kohya).tokens == () and tokens.name in model_card.public_files(tmp_path)
     tokens.unlink()
     assert "dog_emb.safetensors belongs beside it" in summary_of(kohya).sentence()
-
-
-def test_verify_learns_the_word_that_the_header_names(run, photos, tmp_path):
-    parser = ArgumentParser()
-    verify.verify_arguments(parser)
-    base = ["--pretrained_model_name_or_path", run.pretrained_model_name_or_path]
-    args = parser.parse_args([run.output_dir, "--photos", str(photos), "--initializer_concept", "th", *base])
+    verify.verify_arguments(parser := ArgumentParser())
+    flags = ["--initializer_concept", "th", "--pretrained_model_name_or_path", run.pretrained_model_name_or_path]
+    args = parser.parse_args([run.output_dir, "--photos", str(photos), *flags])
     config = verify.config_of(args, verify.read_receipt(run.output_dir), tmp_path / "run")
     assert config.train_text_encoder_ti and learnt_words(config) == ("sks",) and config.initializer_concept == "th"
-
-
-@pytest.mark.parametrize(
-    ("small", "large", "says"),
-    [
-        (torch.ones(2, 16), None, "clip_l and clip_g"),
-        (torch.ones(2, 16), torch.ones(3, 32), "as many rows"),
-        (torch.ones(99, 16), torch.ones(99, 32), "room for 75"),
-        (torch.ones(1, 16), torch.ones(1, 32) / 0, "not finite|NaN|inf"),
-    ],
-)
-def test_other_files_hold_no_tokens(tmp_path, small, large, says):
-    tensors = {"clip_l": small} | ({} if large is None else {"clip_g": large})
-    save_file(tensors, tmp_path / "a_emb.safetensors", {"moslora_word": "sks"})
-    with pytest.raises(UserError, match=says):
-        read_tokens(tmp_path / "a_emb.safetensors")
-
-
-def test_a_header_names_no_file_elsewhere():
-    note = {"word": "sks", "count": 2, "file": "dog_emb.safetensors", "sha256": "0" * 64}
-    elsewhere = note | {"file": "../dog.safetensors"}
-    for notes, found in (((note,), (note,)), ((note, note), (note, note)), ((elsewhere,), ()), ((note, elsewhere), ())):
-        assert notes_in({"moslora": AdapterMetadata(4, 4.0, tokens=notes).to_json()}) == found
-
-
-@pytest.mark.slow
-def test_the_tokens_that_are_published_are_averaged_as_the_adapter_is(run, tmp_path):
-    """At rest after the second step, the rows stay as they are while their average goes on towards them."""
-    averaged = replace(run, output_dir=str(tmp_path / "dog"), use_ema=True)
-    train(averaged)
-    checkpoint = RunDir(averaged.output_dir).checkpoint_path(5)
-    weights = torch.load(checkpoint / "weights.pt", weights_only=True)["weights"]
-    own = [rows_at(run, step) for step in range(1, 6)]
-    for name, published in rows_at(averaged, 5).items():
-        mean = own[0][name]
-        for step in range(1, 5):
-            decay = (1 + step) / (10 + step)
-            mean = decay * mean + (1 - decay) * own[step][name]
-        torch.testing.assert_close(published, mean)
-        assert not torch.equal(published, own[4][name])
-        assert any(torch.equal(weight, own[4][name]) for weight in weights)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +205,42 @@ def test_another_setting_does_not_go_on_from_a_checkpoint(run, tmp_path, changes
     checkpoint = str(RunDir(run.output_dir).checkpoint_path(3))
     with pytest.raises(UserError, match=says):
         train(replace(run, output_dir=str(tmp_path / "dog"), resume_from_checkpoint=checkpoint, **changes))
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "says"),
+    [
+        (torch.ones(2, 16), None, "clip_l and clip_g"),
+        (torch.ones(2, 16), torch.ones(3, 32), "as many rows"),
+        (torch.ones(99, 16), torch.ones(99, 32), "room for 75"),
+        (torch.ones(1, 16), torch.ones(1, 32) / 0, "not finite|NaN|inf"),
+    ],
+)
+def test_other_files_hold_no_tokens_and_a_header_names_no_file_elsewhere(tmp_path, small, large, says):
+    tensors = {"clip_l": small} | ({} if large is None else {"clip_g": large})
+    save_file(tensors, tmp_path / "a_emb.safetensors", {"moslora_word": "sks"})
+    with pytest.raises(UserError, match=says):
+        read_tokens(tmp_path / "a_emb.safetensors")
+    note = {"word": "sks", "count": 2, "file": "dog_emb.safetensors", "sha256": "0" * 64}
+    elsewhere = note | {"file": "../dog.safetensors"}
+    for notes, found in (((note,), (note,)), ((note, note), (note, note)), ((elsewhere,), ()), ((note, elsewhere), ())):
+        assert notes_in({"moslora": AdapterMetadata(4, 4.0, tokens=notes).to_json()}) == found
+
+
+@pytest.mark.slow
+def test_the_tokens_that_are_published_are_averaged_as_the_adapter_is(run, tmp_path):
+    """At rest after the second step, the rows stay as they are while their average goes on towards them."""
+    averaged = replace(run, output_dir=str(tmp_path / "dog"), use_ema=True)
+    train(averaged)
+    weights = torch.load(RunDir(averaged.output_dir).checkpoint_path(5) / "weights.pt", weights_only=True)["weights"]
+    own = [rows_at(run, step) for step in range(1, 6)]
+    for name, published in rows_at(averaged, 5).items():
+        mean = own[0][name]
+        for step in range(1, 5):
+            mean = own[step][name].lerp(mean, (1 + step) / (10 + step))
+        torch.testing.assert_close(published, mean)
+        assert not torch.equal(published, own[4][name])
+        assert any(torch.equal(weight, own[4][name]) for weight in weights)
 
 
 LEARNT = {"train_text_encoder_ti": True, "instance_data_dir": "dog"}
@@ -295,20 +268,10 @@ def test_a_word_that_cannot_be_learnt_is_refused(changes, says):
 
 
 def test_the_word_is_diffusers_own_where_the_prompt_has_it_and_stays_inside_another():
-    prompts = {"a photo of sks dog": ("sks",), "a toy in the style of TOK": ("TOK",)}
-    for prompt, words in prompts.items():
-        assert learnt_words(TrainConfig(**LEARNT, class_prompt="a dog", instance_prompt=prompt)) == words
+    for prompt, word in (("a photo of sks dog", "sks"), ("a toy in the style of TOK", "TOK")):
+        assert learnt_words(TrainConfig(**LEARNT, class_prompt="a dog", instance_prompt=prompt)) == (word,)
     spelt = spellings_of({"sk": 1, "s0": 2})
     assert spelled("sk, s0, (sk) and s0's; desks", spelt) == "<s0>, <s1><s2>, (<s0>) and <s1><s2>'s; desks"
-
-
-def test_tokens_begin_as_the_words_of_a_concept(base, photos, tmp_path):
-    config = config_in(base, photos, tmp_path, initializer_concept="th dog")
-    pipeline = load_pipeline(base)
-    (started,) = fresh_tokens(config, pipeline)
-    ids = pipeline.tokenizer("th dog", add_special_tokens=False).input_ids
-    assert started.count == len(ids) != config.num_new_tokens_per_abstraction
-    assert torch.equal(started.rows["text_encoder"], pipeline.text_encoder.get_input_embeddings().weight[ids])
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +296,7 @@ def live(pets, base):
 
 @pytest.mark.slow
 def test_each_subject_has_tokens_of_its_own_which_are_learnt_together_up_to_the_pivot(pets, base):
-    started = fresh_tokens(pets, load_pipeline(base))
+    started = adapters.fresh_tokens(pets, load_pipeline(base))
     words = load_pipeline(base).tokenizer(CAT["initializer_concept"], add_special_tokens=False).input_ids
     assert [tokens.word for tokens in started] == ["sks", "zwx"]
     assert [tokens.count for tokens in started] == [2, len(words)] and len(words) != 2
@@ -351,7 +314,7 @@ def test_stock_diffusers_loads_the_proved_files_of_both_subjects(pets, base, liv
     pipe, card = by_the_card(pets, base)
     spelt = spellings_of({"sks": 2, "zwx": read_tokens(RunDir(pets.output_dir).tokens_paths[1]).count})
     for prompt in (DOG["instance_prompt"], CAT["instance_prompt"], BOTH):
-        assert same(encode_text(pipe, [spelled(prompt, spelt)]), encode_text(live, [prompt]))
+        assert equal(encode_text(pipe, [spelled(prompt, spelt)]), encode_text(live, [prompt]))
     assert spelt["zwx"].startswith("<s2><s3>") and "write `<s0><s1>` in its place" in card
     assert f"write `{spelt['zwx']}` in its place, in ComfyUI `embedding:pets_2_emb`" in card
     folder = RunDir(pets.output_dir)

@@ -24,10 +24,9 @@ from dreambooth_moslora.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.plan.checks import check_push
 from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig
 from dreambooth_moslora.training import model_card as hub
-from dreambooth_moslora.training import results
+from dreambooth_moslora.training import reporter, results
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.model_card import CardFacts, model_card, public_files, push
-from dreambooth_moslora.training.reporter import Reporter
 from dreambooth_moslora.training.results import ValidationSamples, draw_loss_plot, running_mean
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -47,8 +46,23 @@ def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_end
     assert "from_pretrained('owner/base', torch_dtype=torch.float16)" in card()
     assert "is the same adapter for ComfyUI" in card() and "DoRA" not in card()
     assert "the same adapter for" not in card(use_dora=True) and dora_table() in card(use_dora=True)
-    assert "3.0e-07" in card() and "stopped at step" not in card()
-    assert "stopped at step 120" in card(step=120)
+    assert "3.0e-07" in card() and "stopped at step" not in card() and "stopped at step 120" in card(step=120)
+
+
+def test_the_cards_front_matter_is_yaml_and_names_the_pictures_whoever_wrote_it_and_no_other_file():
+    odd = 'a "sks": dog # \u2028 \x1b 🦆 \x85 ---\n---\n'
+    front = ModelCard(card(images=(("image_0.png", odd),))).data
+    assert front.base_model == "owner/base" and front.instance_prompt == 'a photo of "sks": dog'
+    assert front.widget == [{"text": odd, "output": {"url": "image_0.png"}}]
+    text = card(images=(("image_0.png", "a dog"), ("image_1.png", "a cat")))
+    reformatted = text.replace("url: image_0.png", "{url: 'image_0.png'}").replace("output:\n    {", "output: {")
+    earlier = text.replace("output:\n    url: image_0.png", 'output: {url: "image_0.png"}')
+    assert reformatted != text != earlier
+    for form in (text, reformatted, earlier):
+        assert pictures_named(form) == {"image_0.png", "image_1.png"}
+    widgets = [f"widget: {one}" for one in ("5", "[{output: {url: ../photos/a.png}}]", "[{output: {}}]")]
+    for by_hand in ("a: [", "- a", *widgets):
+        assert pictures_named(f"---\n{by_hand}\n---\n{SIGNATURE}") == set()
 
 
 def test_only_the_adapter_its_card_and_its_pictures_are_pushed(tmp_path):
@@ -81,33 +95,28 @@ def test_names_that_read_as_patterns_are_pushed_and_no_others(name, tmp_path, mo
     assert list(found) == public_files(tmp_path)
 
 
-class TransportError(Exception):
-    """Like httpx's: no OSError."""
-
-
 class Unreachable:
-    """A hub behind a network that is down, as its client tells it."""
+    """A hub behind a network that is down, as its client tells it: its error is no OSError."""
 
     def __init__(self, token=None):
         pass
 
     def create_repo(self, *_, **__):
-        raise TransportError("[Errno -3] Temporary failure\nin name resolution")
+        raise LookupError("[Errno -3] Temporary failure\nin name resolution")
 
     whoami = create_repo
 
 
-def test_a_push_that_cannot_be_done_is_one_line_and_no_failure(tmp_path, monkeypatch, caplog):
+def test_a_push_that_cannot_be_done_is_one_line_and_name_and_token_are_checked_before(tmp_path, monkeypatch, caplog):
+    """The name is that of the run."""
+
+    def refuse(*_):
+        raise LocalTokenNotFoundError("Token is required")
+
     monkeypatch.setattr(hub, "HfApi", Unreachable)
     assert push(tmp_path, "owner/dog", "hf_token") is None
     (line,) = caplog.messages
     assert "could not be pushed to the hub ([Errno -3] Temporary failure in name" in line and "\n" not in line
-
-
-def test_name_and_token_are_checked_before_training_and_the_name_is_that_of_the_run(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise LocalTokenNotFoundError("Token is required")
-
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as down:
@@ -120,60 +129,29 @@ def test_name_and_token_are_checked_before_training_and_the_name_is_that_of_the_
         check_push(TrainConfig())
 
 
-def test_the_cards_front_matter_is_yaml_and_names_the_pictures_whoever_wrote_it():
-    odd = 'a "sks": dog # \u2028 \x1b 🦆 \x85 ---\n---\n'
-    front = ModelCard(card(images=(("image_0.png", odd),))).data
-    assert front.base_model == "owner/base" and front.instance_prompt == 'a photo of "sks": dog'
-    assert front.widget == [{"text": odd, "output": {"url": "image_0.png"}}]
-    text = card(images=(("image_0.png", "a dog"), ("image_1.png", "a cat")))
-    reformatted = text.replace("url: image_0.png", "{url: 'image_0.png'}").replace("output:\n    {", "output: {")
-    earlier = text.replace("output:\n    url: image_0.png", 'output: {url: "image_0.png"}')
-    assert reformatted != text != earlier
-    for form in (text, reformatted, earlier):
-        assert pictures_named(form) == {"image_0.png", "image_1.png"}
-
-
-@pytest.mark.parametrize(
-    "front", ["a: [", "- a", "widget: 5", "widget: [{output: {url: ../photos/a.png}}]", "widget: [{output: {}}]"]
-)
-def test_a_card_that_was_changed_by_hand_names_no_other_file(front):
-    assert pictures_named(f"---\n{front}\n---\n{SIGNATURE}") == set()
-
-
-def test_a_contact_sheet_has_every_row_that_has_pictures(tmp_path):
+def test_a_contact_sheet_has_every_row_and_a_loss_plot_is_drawn_with_and_without_prior(tmp_path, monkeypatch):
+    """A row of no picture is none. One that cannot be written leaves the one before."""
     tile = Image.new("RGB", (40, 30), (255, 0, 0))
     rows = [Row("photos", [tile] * 8), Row("none", []), Row("end", [tile], ("a very long prompt " * 10,))]
+    steps = [StepDone(n, loss_instance=1 / n) for n in range(1, 30)]
     draw_contact_sheet(rows, tmp_path / "sheet.png", tile_px=64)
     with Image.open(tmp_path / "sheet.png") as sheet:
-        reds = np.all(np.array(sheet) == (255, 0, 0), axis=-1).sum()
-    assert reds == 9 * 64 * 64
-
-
-def test_a_loss_plot_is_drawn_with_and_without_prior_from_the_first_running_mean(tmp_path):
+        assert np.all(np.array(sheet) == (255, 0, 0), axis=-1).sum() == 9 * 64 * 64
     assert running_mean(np.array([4.0, 2.0, 0.0, 2.0]), 2).tolist() == [4, 3, 1, 1]
-    steps = [StepDone(n, loss_instance=1 / n) for n in range(1, 30)]
     draw_loss_plot(steps, tmp_path / "loss.png")
     first = (tmp_path / "loss.png").read_bytes()
     draw_loss_plot([replace(step, loss_prior=0.5) for step in steps], tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size[0] > 500 and (tmp_path / "loss.png").read_bytes() != first
 
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda path: draw_contact_sheet([Row("photos", [Image.new("RGB", (8, 8))])], path),
-        lambda path: draw_loss_plot([StepDone(1, loss_instance=1.0)], path),
-    ],
-)
-def test_a_picture_that_cannot_be_written_leaves_the_one_before(draw, tmp_path, monkeypatch):
     def fail_full(_):
         raise OSError(28, "full")
 
-    (tmp_path / "a.png").write_bytes(b"before")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr("dreambooth_moslora.core.os.fsync", fail_full)
-    with pytest.raises(OSError, match="full"):
-        draw(tmp_path / "a.png")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+    for draw, content, name in ((draw_contact_sheet, rows[:1], "sheet.png"), (draw_loss_plot, steps[:1], "loss.png")):
+        with pytest.raises(OSError, match="full"):
+            draw(content, tmp_path / name)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.fixture
@@ -257,8 +235,8 @@ def test_a_step_that_was_not_scored_is_scored_when_the_run_goes_on(config, tmp_p
 @pytest.mark.parametrize("damage", [b"", b"x", None])
 def test_a_damaged_picture_of_step_0_is_left_out_of_the_contact_sheet(damage, tmp_path):
     samples = ValidationSamples(RunDir(tmp_path), [SampleRequest("a dog", seed) for seed in range(2)], [], 1)
-    samples.save(samples.path(0, 0), Image.new("RGB", (8, 8), "red"))
-    samples.save(samples.path(0, 1), Image.new("RGB", (8, 8), "blue"))
+    for number, colour in enumerate(("red", "blue")):
+        samples.save(samples.path(0, number), Image.new("RGB", (8, 8), colour))
     samples.path(0, 0).unlink() if damage is None else samples.path(0, 0).write_bytes(damage)
     assert [picture.getpixel((0, 0)) for picture in samples.first(range(2))] == [(0, 0, 255)]
 
@@ -267,7 +245,7 @@ def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():
     def told_of(**settings) -> dict:
         got = {}
         accelerator = SimpleNamespace(init_trackers=lambda _, config: got.update(config))
-        Reporter(None, accelerator, None).start_trackers(TrainConfig(**settings))
+        reporter.Reporter(None, accelerator, None).start_trackers(TrainConfig(**settings))
         return got
 
     told = told_of(optimizer="Prodigy", learning_rate=1.0, random_flip=True)
@@ -277,17 +255,17 @@ def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():
             assert "alice" not in told_of(**{name: "alice"}).values(), name
 
 
-def test_a_tracker_that_cannot_start_is_a_mistake_before_anything_is_loaded(config, tmp_path, caplog):
+def test_a_tracker_that_fails_is_said_once_and_one_that_cannot_start_is_a_mistake(
+    config, tmp_path, monkeypatch, caplog
+):
+    """That ends the run before anything is loaded."""
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    (tmp_path / "run" / "logs" / "dreambooth_moslora").write_text("no folder")
-    events = []
+    file, asked, log, events = tmp_path / "run" / "logs" / "dreambooth_moslora", [], TensorBoardTracker.log, []
+    file.write_text("no folder")
     with pytest.raises(UserError, match=r"--report_to tensorboard cannot start: FileExistsError .*; none trains"):
         train(config(report_to="tensorboard"), events.append)
     assert [event.kind for event in events] == ["start", "end"] and not caplog.text
-
-
-def test_a_tracker_that_fails_on_the_way_is_said_once_and_the_run_goes_on(config, monkeypatch, caplog):
-    asked, log = [], TensorBoardTracker.log
+    file.unlink()
 
     def fail_later(self, values, step, **options):
         asked.append(step)

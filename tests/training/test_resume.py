@@ -1,18 +1,29 @@
-"""Stop and resume: the published files are those of a run that was never interrupted, byte for byte.
+"""Stop and resume: the published files are those of a run that was never interrupted, byte for byte; what a checkpoint
+holds, from which one a run goes on, and what becomes of an earlier run in the folder. `KINDS` is the matrix: a feature
+whose state a checkpoint has to keep is a row of it."""
 
-`KINDS` is the matrix: a feature whose state a checkpoint has to keep is a row of it.
-"""
-
+import errno
+import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.training.checkpoint import archive_checkpoints_after, find_checkpoint
-from dreambooth_moslora.training.dry_run import describe_run
+from benchmarks.fault_runs import build_shim
+from benchmarks.faults import preloading
+from dreambooth_moslora.adapters import moslora, raw_file
+from dreambooth_moslora.cli.train import parse_train_config
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, RunDir
+from dreambooth_moslora.training import checkpoint as checkpoints
+from dreambooth_moslora.training import dry_run, loop
+from dreambooth_moslora.training.checkpoint import Position, check_resumed, check_whole, find_checkpoint
 from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
@@ -74,8 +85,9 @@ def stop_at(step: int):
 
 
 def left_by(folder: Path) -> dict[str, bytes]:
-    """The published files and the class images, whole."""
-    found = [*folder.glob("*.safetensors"), *RunDir(folder).class_images_dir.rglob("*.*")]
+    """The published files, the last checkpoint's adapter and the class images, whole."""
+    found = [*folder.glob("*.safetensors"), *folder.glob("last/*.safetensors")]
+    found += RunDir(folder).class_images_dir.rglob("*.*")
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
@@ -129,39 +141,31 @@ def test_the_share_of_the_bare_prompt_counts_and_is_said(tiny_base, photos, tmp_
 
 
 @pytest.mark.slow
-def test_the_metrics_of_a_resumed_run_have_each_step_once_and_a_new_learning_rate(tiny_base, photos, tmp_path):
-    train(tiny_config(tiny_base, photos, tmp_path), *stop_at(2))
-    train(tiny_config(tiny_base, photos, tmp_path, learning_rate=5e-3, resume_from_checkpoint="latest"))
-    events = RunDir(tmp_path).read_metrics()
+def test_a_resumed_run_has_each_step_once_the_new_learning_rate_and_the_seed_it_drew(tiny_base, photos, tmp_path):
+    rate = {"learning_rate": 5e-3, "resume_from_checkpoint": "latest"}
+    train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None), *stop_at(2))
+    drawn = RunDir(tmp_path / "run").read_metrics()[0]["config"]["seed"]
+    train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None, **rate))
+    events = RunDir(tmp_path / "run").read_metrics()
     steps = [(event["step"], event["lr"]) for event in events if event["type"] == "step"]
     assert steps == [(1, 1e-2), (2, 1e-2), (3, 5e-3), (4, 5e-3), (5, 5e-3)]
     assert [event["state"] for event in events if event["type"] == "end"] == ["done"]
-
-
-@pytest.mark.slow
-def test_a_run_without_a_seed_is_resumed_with_the_seed_it_drew(tiny_base, photos, tmp_path):
-    def go(*heard, **changes):
-        train(tiny_config(tiny_base, photos, tmp_path / "run", **changes), *heard)
-        return adapter_sha256(tmp_path / "run")
-
-    go(*stop_at(2), seed=None)
-    drawn = RunDir(tmp_path / "run").read_metrics()[0]["config"]["seed"]
-    resumed = go(seed=None, resume_from_checkpoint="latest")
-    shutil.rmtree(tmp_path / "run")
-    assert go(seed=drawn) == resumed
+    train(tiny_config(tiny_base, photos, tmp_path / "again", seed=drawn), *stop_at(2))
+    train(tiny_config(tiny_base, photos, tmp_path / "again", seed=drawn, **rate))
+    assert adapter_sha256(tmp_path / "again") == adapter_sha256(tmp_path / "run")
 
 
 def test_latest_without_a_checkpoint_begins_anew_and_says_so(tiny_base, photos, tmp_path, caplog):
+    """A dry run names what is not complete."""
     config = tiny_config(tiny_base, photos, tmp_path, resume_from_checkpoint="latest")
+    (tmp_path / "checkpoint-4").mkdir()
+    dry_run.describe_run(config)
+    assert "(checkpoint-4: not complete, or another program's); starting at step 0" in caplog.text
+    (tmp_path / "checkpoint-4").rmdir()
+    caplog.clear()
     assert train(config).step == 5
     assert f"latest: no complete checkpoint in {tmp_path}; starting at step 0" in caplog.text
     assert train(config).step == 5 and caplog.text.count("starting at step 0") == 1
-
-
-def test_a_dry_run_says_that_there_is_no_checkpoint_and_names_what_is_not_complete(tiny_base, photos, tmp_path, caplog):
-    (tmp_path / "checkpoint-4").mkdir()
-    describe_run(tiny_config(tiny_base, photos, tmp_path, resume_from_checkpoint="latest"))
-    assert "(checkpoint-4: not complete, or another program's); starting at step 0" in caplog.text
 
 
 @pytest.mark.slow
@@ -200,20 +204,312 @@ def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_calle
     assert (run.path / "earlier_run_2" / "last" / "position.json").is_file()
 
 
-def test_latest_passes_by_a_damaged_last(tiny_base, photos, tmp_path):
-    train(tiny_config(tiny_base, photos, tmp_path, max_train_steps=3, checkpointing_steps=2))
-    (tmp_path / "last" / "position.json").write_text("{}")
-    run = RunDir(tmp_path)
+def test_latest_passes_by_a_damaged_last_and_a_later_best_goes_aside(tiny_base, photos, tmp_path, monkeypatch):
+    """An earlier one stays. A run in a fresh folder can be watched while it is prepared."""
+    seen, prepare, run = [], loop.prepare, RunDir(tmp_path / "run")
+    monkeypatch.setattr(loop, "prepare", lambda *given: seen.extend(run.read_metrics()) or prepare(*given))
+    train(tiny_config(tiny_base, photos, run.path, max_train_steps=3, checkpointing_steps=2))
+    assert [event["type"] for event in seen] == ["start"]
+    (run.path / "last" / "position.json").write_text("{}")
     assert find_checkpoint(run, "latest") == run.checkpoint_path(2)
-    (tmp_path / "last" / "optimizer.pt").unlink()
+    (run.path / "last" / "optimizer.pt").unlink()
     assert run.checkpoints() == [run.checkpoint_path(2)]
-
-
-def test_a_best_step_that_will_be_done_again_goes_aside_and_an_earlier_one_stays(tmp_path):
-    run = RunDir(tmp_path)
     run.best_dir.mkdir()
     run.append_metrics({"type": "evaluation", "step": 4, "best": {"step": 3, "score": 1.0, "since": 1}})
-    archive_checkpoints_after(run, 3)
+    checkpoints.archive_checkpoints_after(run, 3)
     assert run.best_dir.is_dir()
-    archive_checkpoints_after(run, 2)
-    assert not run.best_dir.exists() and (tmp_path / "earlier_run_1" / "best").is_dir()
+    checkpoints.archive_checkpoints_after(run, 2)
+    assert not run.best_dir.exists() and (run.path / "earlier_run_1" / "best").is_dir()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base, photos, tmp_path_factory):
+    """(run folder, its configuration with changes)."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    config = lambda **changes: tiny_config(tiny_base, photos, folder, **{"max_train_steps": 2} | changes)  # noqa: E731
+    train(config(checkpointing_steps=1))
+    return folder, config
+
+
+@pytest.fixture
+def checkpoint(finished, tmp_path):
+    """A copy of its first checkpoint."""
+    return Path(shutil.copytree(RunDir(finished[0]).checkpoint_path(1), tmp_path / "checkpoint-1"))
+
+
+CHANGES = {
+    "rank": (16, "has 4; you ask for 16"),
+    "lora_alpha": (8.0, "has 4; you ask for 8"),
+    "mixer": ("identity", "has orthogonal; you ask for identity"),
+    "train_mixer": (False, "has True; you ask for False"),
+    "lora_dropout": (0.5, "has 0; you ask for 0.5"),
+    "target_modules": (("to_q", "to_out.0"), "has to_q; you ask for to_q to_out.0"),
+    "seed": (4, "has 3; you ask for 4"),
+}
+OFF = ("use_rslora", "use_dora", "use_ema", "train_text_encoder")
+CHANGES |= dict.fromkeys(OFF, (True, "has False; you ask for True"))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_that_the_checkpoint_has_otherwise_is_refused_with_both_values(name, finished, checkpoint):
+    value, says = CHANGES[name]
+    with pytest.raises(UserError, match=f"--{name}: checkpoint-1 {says}: resume without it"):
+        check_resumed(finished[1](**{name: value}), checkpoint, check_whole(checkpoint))
+
+
+def test_the_same_settings_an_unnamed_seed_and_an_early_position_file_go_on(finished, checkpoint):
+    """Another optimizer is refused by name."""
+    position = check_whole(checkpoint)
+    same = {"seed": None, "lora_alpha": 4.0, "learning_rate": 1.0, "target_modules": ("to_q", "attn1.to_q")}
+    for changes in ({}, *({name: value} for name, value in same.items())):
+        check_resumed(finished[1](**changes), checkpoint, position)
+    check_resumed(finished[1](), checkpoint, Position(position.step, position.seed))
+    for change, kind in (({"optimizer": "Prodigy"}, "Prodigy"), ({"use_8bit_adam": True}, "AdamW8bit")):
+        with pytest.raises(UserError, match=f"checkpoint-1 was written with AdamW; you ask for {kind}"):
+            check_resumed(finished[1](**change), checkpoint, position)
+
+
+def test_settings_of_an_earlier_version_go_on_and_a_removed_one_is_said(finished, checkpoint, tmp_path, caplog):
+    shutil.copytree(finished[0], tmp_path / "run")
+    file = RunDir(tmp_path / "run").config_path
+    old = {"new_backgrounds": 0, "background_scenes": [], "output_dir": str(tmp_path / "run")}
+    file.write_text(json.dumps(json.loads(file.read_text()) | old))
+    flags = ["--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
+    assert train(parse_train_config(["--config", str(file), *flags])).step == 3
+    assert not {"new_backgrounds", "background_scenes"} & json.loads(file.read_text()).keys()
+    position = check_whole(checkpoint)
+    tensors, header = raw_file.read_tensors(checkpoint / RAW_NAME)
+    facts = json.loads(header["moslora"])
+    facts["recipe"]["new_backgrounds"] = 3
+    raw_file.write_file(checkpoint / RAW_NAME, tensors, {**header, "moslora": json.dumps(facts)})
+    caplog.clear()
+    check_resumed(finished[1](), checkpoint, position)
+    (said,) = caplog.messages
+    assert said.startswith("checkpoint-1 was trained with --new_backgrounds, removed, as ")
+
+
+TEXTS = '{"step": "one", "seed": 3}', "[1]", '{"step": 1', '{"step": true, "seed": 3}', "{}", "[" * 100_000
+DAMAGE = {
+    "position.json": tuple(map(str.encode, TEXTS)),
+    "optimizer.pt": (b"PK", b"no archive", None),
+    "moslora_weights.safetensors": (b"short", None),
+}
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, i) for name, kinds in DAMAGE.items() for i in range(len(kinds))])
+def test_a_damaged_checkpoint_is_named_in_one_line(name, number, finished, checkpoint):
+    position, content = check_whole(checkpoint), DAMAGE[name][number]
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-200] if content is None else content)
+    with pytest.raises(UserError, match=f"checkpoint-1 is damaged .{name}") as found:
+        if name == "position.json":
+            check_whole(checkpoint)
+        check_resumed(finished[1](), checkpoint, position)
+        checkpoints.load_states(checkpoint, "optimizer.pt")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("missing", DAMAGE)
+def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_name(missing, checkpoint, tmp_path):
+    run = RunDir(tmp_path)
+    shutil.copytree(checkpoint, run.checkpoint_path(2))
+    (run.checkpoint_path(2) / missing).unlink()
+    assert find_checkpoint(run, "latest") == run.checkpoint_path(1)
+    with pytest.raises(UserError, match="checkpoint-2: no complete checkpoint"):
+        find_checkpoint(run, "checkpoint-2")
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    return bytes(content)
+
+
+def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_was(finished, tmp_path, caplog):
+    config = finished[1](output_dir=str(tmp_path / "run"), max_train_steps=4, checkpointing_steps=2)
+    train(config)
+    run = RunDir(tmp_path / "run")
+    older, newest, before = run.checkpoint_path(2), run.checkpoint_path(4), adapter_sha256(run.path)
+    whole = {path: path.read_bytes() for path in newest.iterdir()}
+    far = json.dumps({**json.loads((newest / "position.json").read_text()), "step": 10**9}).encode()
+    damages = [(name, flipped(newest / name)) for name in ("moslora_weights.safetensors", "optimizer.pt")]
+    damages += [(name, (older / name).read_bytes()) for name in ("optimizer.pt", "position.json")]
+    for name, damage in (*damages, ("position.json", far)):
+        for path, content in whole.items():
+            path.write_bytes(content)
+        (newest / name).write_bytes(damage)
+        assert find_checkpoint(run, "latest") == older
+        with pytest.raises(UserError, match="checkpoint-4 is damaged"):
+            check_whole(newest)
+    assert caplog.text.count("latest skips checkpoint-4") == 5
+    assert train(replace(config, resume_from_checkpoint="latest")).step == 4
+    assert adapter_sha256(run.path) == before
+
+
+def exp_avg(change):
+    """Change the first parameter's first moment."""
+    return lambda states: states["state"][0].update(exp_avg=change(states["state"][0]["exp_avg"]))
+
+
+STATES = {
+    "a moment of another shape": (exp_avg(lambda m: torch.ones(3)), "exp_avg is"),
+    "a moment of another type": (exp_avg(lambda m: m.half()), "exp_avg is no tensor"),
+    "a moment that is NaN": (exp_avg(lambda m: m * float("nan")), "exp_avg is not finite"),
+    "no moment": (lambda s: s["state"][0].pop("exp_avg"), "states are"),
+    "too many steps": (lambda s: s["state"][0].update(step=torch.tensor(1e9)), "it has taken"),
+    "steps as a vector": (lambda s: s["state"][0].update(step=torch.ones(4)), "it has taken"),
+    "another parameter": (lambda s: s["state"].update({999: s["state"][0]}), "no parameter 999"),
+    "a group less": (lambda s: s["param_groups"].pop(), "groups"),
+}
+
+
+def with_states(checkpoint, change):
+    """As an early version wrote it, without a digest; returns the changes of a run that goes on from it."""
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    change(states)
+    torch.save(states, checkpoint / "optimizer.pt")
+    (checkpoint / "position.json").write_text('{"step": 1, "seed": 3}')
+    return {"resume_from_checkpoint": str(checkpoint), "output_dir": str(checkpoint.with_name("goes_on"))}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states_that_are_not_the_optimizers_are_refused_before_they_are_used(name, finished, checkpoint):
+    change, says = STATES[name]
+    with pytest.raises(UserError, match=f"checkpoint-1 is damaged .optimizer.pt: .*{says}"):
+        train(finished[1](**with_states(checkpoint, change)))
+
+
+def test_settings_in_the_states_give_way_to_those_of_the_command_line(finished, checkpoint):
+    odd = {"maximize": True, "eps": "large", "betas": (0.0, 0.0)}
+    train(finished[1](**with_states(checkpoint, lambda states: states["param_groups"][0].update(odd))))
+    assert adapter_sha256(checkpoint.with_name("goes_on")) == adapter_sha256(finished[0])
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+MISTAKES = {"rank": {"rank": 7, "resume_from_checkpoint": "latest"}, "targets": {"target_modules": ("missing",)}}
+MISTAKES |= {name: {name: "missing"} for name in ("instance_data_dir", "pretrained_model_name_or_path")}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_touches_no_finished_run(name, finished):
+    folder, config = finished
+    before, events = contents(folder), []
+    with pytest.raises((UserError, ValueError)):
+        train(config(**MISTAKES[name]), events.append)
+    assert contents(folder) == before
+    assert [event.state for event in events[-1:]] == (["failed"] if name == "rank" else [])  # the others have no plan
+
+
+def test_a_run_that_is_stopped_before_it_begins_touches_nothing_and_a_resumed_one_only_says_so(finished):
+    folder, config = finished
+    before = contents(folder)
+    assert train(config(), should_stop=lambda: True).step == 0
+    assert contents(folder) == before
+    result = train(config(resume_from_checkpoint="checkpoint-1"), should_stop=lambda: True)
+    assert result.interrupted and result.step == 1
+    after = contents(folder)
+    added = {path for path in after if after[path] != before.get(path)}
+    assert {str(path) for path in added} == {"metrics.jsonl"} and after.keys() == before.keys()
+    end = RunDir(folder).read_metrics()[-1]
+    assert (end["type"], end["state"], end["step"]) == ("end", "interrupted", 1)
+
+
+def of_another_program(folder):
+    """What diffusers' script leaves; returns its files' contents by name."""
+    names = [f"checkpoint-2/{name}" for name in ("optimizer.bin", PUBLISHED_NAME)] + [PUBLISHED_NAME, MIXERS_NAME]
+    (folder / "checkpoint-2").mkdir(parents=True)
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+    return contents(folder)
+
+
+def test_what_another_program_left_under_our_names_is_set_aside(tiny_base, photos, tmp_path):
+    run = tmp_path / "run"
+    theirs = of_another_program(run)
+    (run / PUBLISHED_NAME).unlink()
+    del theirs[Path(PUBLISHED_NAME)]
+    train(tiny_config(tiny_base, photos, run, max_train_steps=2, checkpointing_steps=2))
+    assert contents(run / "earlier_run_1") == theirs
+    assert (run / "checkpoint-2" / "position.json").is_file()
+
+
+def test_a_run_that_goes_on_from_elsewhere_takes_nothing_of_the_folder_for_its_own(finished, tmp_path):
+    source, config = finished
+    theirs = of_another_program(tmp_path / "run")
+    train(config(output_dir=str(tmp_path / "run"), resume_from_checkpoint=str(source / "checkpoint-1")))
+    assert contents(tmp_path / "run" / "earlier_run_1") == theirs
+    assert (tmp_path / "run" / PUBLISHED_NAME).read_bytes() == (source / PUBLISHED_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_an_earlier_run_goes_aside_and_of_a_renamed_folder_only_the_new_names_files_stay(finished, tmp_path, resume):
+    folder, config = finished
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    (moved / "run_emb.safetensors").write_bytes(b"tokens")
+    train(config(output_dir=moved, max_train_steps=3, resume_from_checkpoint=resume))
+    assert [path.name for path in moved.glob("*.kohya.safetensors")] == ["moved.kohya.safetensors"]
+    home = max(moved.glob("earlier_run_*"))
+    assert {"run.kohya.safetensors", "run_emb.safetensors"} <= {path.name for path in home.iterdir()}
+    if not resume:
+        assert adapter_sha256(home) == adapter_sha256(folder)
+        assert [path.name for path in RunDir(moved).checkpoints()] == ["last"]
+
+
+def test_a_full_disk_is_told_as_one_and_costs_no_checkpoint(tmp_path):
+    """On a disk of 4 MiB, where this user may mount one."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=4096k", "none", str(tmp_path)]
+    if not sys.platform.startswith("linux") or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        unet, run = tiny_unet(), RunDir(tmp_path)
+        moslora.inject(unet, moslora.MoSLoraConfig(r=32, target_modules=["to_q"]))
+        optimizer = torch.optim.AdamW([p for _, p in moslora.adapter_parameters(unet)], lr=1e-3)
+        parts = ({"unet": unet}, raw_file.adapter_metadata({"unet": unet}), optimizer)
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        checkpoints.save_checkpoint(run.checkpoint_path(1), Position(1, 0), *parts)
+        sizes = {path.name: path.stat().st_size for path in run.checkpoint_path(1).iterdir()}
+        room = sizes["moslora_weights.safetensors"] + sizes["optimizer.pt"] // 2
+        (tmp_path / "ballast").write_bytes(bytes(shutil.disk_usage(tmp_path).free - room))
+        with pytest.raises(OSError) as error:
+            checkpoints.save_checkpoint(run.checkpoint_path(2), Position(2, 0), *parts)
+        assert error.value.errno == errno.ENOSPC
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["ballast", "checkpoint-1"]
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+ROOT = Path(__file__).parents[2]
+TWICE = """
+import sys
+from contextlib import nullcontext
+from benchmarks import faults
+
+words = sys.argv[1:]
+args = faults.parse(words)
+with faults.prepared(args) as workshop:
+    faults.prepared = lambda _: nullcontext(workshop)
+    for count in ("1", "2"):
+        sys.argv[1:] = [*words, "--faults", count]
+        print("ended", faults.main(), [record["number"] for record in faults.read_records(args.out)], flush=True)
+"""
+"""The command for one fault, then for two, in one process: its unbroken runs take longer than the faults."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and cc")
+def test_every_resume_after_a_kill_ends_equal_and_the_faults_go_on_where_they_were(tmp_path):
+    """Two kills of `benchmarks/faults.py`: `.ci/run` tries thirty faults of all kinds, and a person a thousand."""
+    words = ["--kinds", "kill", "--variants", "class images", "--seed", "2", "--out", str(tmp_path / "out")]
+    command, environment = [sys.executable, "-c", TWICE, *words], preloading(build_shim(tmp_path))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ends = [line for line in done.stdout.splitlines() if line.startswith("ended")]
+    assert ends == ["ended 0 [0]", "ended 0 [0, 1]"], done.stdout + done.stderr
+    records = [json.loads(line) for line in (tmp_path / "out" / "faults.jsonl").read_text().splitlines()]
+    assert all(record["codes"] in ([-9], [0]) for record in records)
+    assert "| **all** | 2 |" in done.stdout

@@ -1,35 +1,35 @@
-"""The self-test finds what it is told to find: on the CPU, on a GPU written in Python, and where a run fails."""
+"""What can be known of a GPU without one, by trainings on a GPU written in Python (`tests.helpers.python_gpu`); and the
+self-test, which finds there what it is told to find, on the CPU, and where a run fails."""
 
+import json
 import math
+import subprocess
 import sys
+from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from torch.utils import backend_registration
 
 from benchmarks.precision import bf16_accelerator
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.selftest import (
-    ON_CPU,
-    PROGRAM,
-    Finding,
-    SelfTest,
-    as_page,
-    largest_difference,
-    random_materials,
-)
+from dreambooth_moslora.training import loop, selftest
+from dreambooth_moslora.training.selftest import ON_CPU, PROGRAM, Finding, SelfTest
 from dreambooth_moslora.training.step import TrainStep
+from tests.helpers.tiny_training import paint_photos, tiny_config
 
 HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 
-def test_losses_are_compared_step_by_step():
+def test_losses_are_compared_step_by_step_and_what_does_not_hold_or_fails_is_told(tmp_path):
     far = [([1.0, 2.0], 0.0), ([1.0, 2.2], 0.1), ([1.0], math.inf), ([1.0, math.nan], math.inf)]
     for found, difference in far:
-        assert largest_difference(found, [1.0, 2.0]) == pytest.approx(difference)
-
-
-def test_a_command_that_fails_is_told_by_its_last_line(tmp_path):
+        assert selftest.largest_difference(found, [1.0, 2.0]) == pytest.approx(difference)
+    page = selftest.as_page({"torch": "2.13"}, [Finding("resumed", False, "other bytes than an unbroken run")])
+    assert "| resumed | **no** | other bytes than an unbroken run |" in page and "- torch: 2.13" in page
     program = (sys.executable, "-c", "import sys; print('loading'); sys.exit('error: the GPU has gone')")
     with pytest.raises(UserError, match="first: exit code 1: error: the GPU has gone"):
         SelfTest(tmp_path, program=program).call("first", [*program, "train"])
@@ -45,11 +45,6 @@ def test_the_tensors_are_compared_without_the_header(weights, tmp_path, monkeypa
     assert SelfTest(tmp_path).resumed().holds == (weights == b"weights")
 
 
-def test_the_page_shows_what_does_not_hold():
-    page = as_page({"torch": "2.13"}, [Finding("resumed", False, "other bytes than an unbroken run")])
-    assert "| resumed | **no** | other bytes than an unbroken run |" in page and "- torch: 2.13" in page
-
-
 def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
     found = SelfTest(tmp_path, env=ON_CPU).step(4.0)
     assert found.holds and found.said.startswith("left out: 4.0 GiB are free; --memory at 512 px needs full ")
@@ -59,7 +54,7 @@ def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
 def test_random_materials_have_all_that_a_step_reads():
     """They replace `TrainInputs`, which gets new fields now and then."""
     config = TrainConfig.from_dict({"resolution": 64, "rank": 2, "mixed_precision": "bf16"})
-    step = TrainStep(config, random_materials("small", 64), bf16_accelerator(), max_train_steps=1)
+    step = TrainStep(config, selftest.random_materials("small", 64), bf16_accelerator(), max_train_steps=1)
     assert 0 < step.accumulate_gradients().total < 10
     assert step.update_adapter() > 0
 
@@ -79,3 +74,111 @@ def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
     assert list(found) == ["losses, fp32", "published", "resumed", "generated"]
     assert all(finding.holds for finding in found.values()), found
     assert found["losses, fp32"].figures["relative_difference"] < 1e-4
+
+
+ROOT = Path(__file__).resolve().parents[2]
+ATTENTION, SAMPLES = ["to_q", "to_k", "to_v", "to_out.0"], {"num_validation_images": 1, "validation_steps": 2}
+PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
+TRAININGS = {
+    "plain": {"target_modules": ATTENTION},
+    "bf16": {"target_modules": ATTENTION, "mixed_precision": "bf16"},
+    "text encoders, recomputed": {"train_text_encoder": True, "gradient_checkpointing": True},
+    "new tokens, bf16": {"train_text_encoder_ti": True, "mixed_precision": "bf16"},
+    "min-SNR, accumulated": {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
+}
+TRAININGS |= {"prior of the base": PRIOR, "class images": {"with_prior_preservation": True}, "samples": SAMPLES}
+TRAININGS |= {"convolutions": {"target_modules": ["to_q", "conv1", "ff.net.0.proj"]}, "DoRA": {"use_dora": True}}
+TRAININGS |= {"EDM": {"do_edm_style_training": True}, "uncached": {"caching": "off", "dataloader_num_workers": 2}}
+TRAININGS |= {"Prodigy": {"optimizer": "Prodigy", "learning_rate": 1.0}}
+TRAININGS |= {"text cached, samples": {"cache_cross_attention": True, **SAMPLES}}
+
+COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
+"""Each wait leaves the GPU idle until the program has handed it the next kernels: the loss alone is read. And each
+micro-batch is sent at once."""
+
+
+INDEXED = """
+import os, torch
+from tests.helpers.python_gpu import DEVICE
+
+table, rows = torch.arange(4.0), torch.tensor([1, 3])
+assert table.to(DEVICE)[rows].tolist() == table.to(DEVICE)[rows.to(DEVICE)].tolist() == [1.0, 3.0]
+try:
+    table[rows.to(DEVICE)]
+except RuntimeError as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory):
+    """A process with such a GPU: starting one costs more than a training."""
+    if not HAS_PYTHON_DEVICES:
+        pytest.skip("this PyTorch has no devices written in Python")
+    log = tmp_path_factory.mktemp("device") / "stderr.txt"
+    command = [sys.executable, "-m", "tests.helpers.on_python_gpu"]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as process,
+    ):
+        yield process, log
+
+
+@pytest.fixture
+def run_on_device(device, tiny_base, tmp_path, few_steps):
+    """Train two steps there; the losses of the steps, and what the last micro-batch did."""
+    process, log = device
+
+    def run(**changes) -> dict:
+        words = {"base": str(tiny_base), "photos": str(paint_photos(tmp_path / "photos"))}
+        words |= {"output": str(tmp_path / "gpu"), "changes": {"max_train_steps": 2} | changes}
+        process.stdin.write(json.dumps(words) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, f"the process ended: {log.read_text()[-3000:]}"
+        found = json.loads(answer)
+        assert "error" not in found, found["error"]
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "training", ["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in TRAININGS if n != "plain")]
+)
+def test_a_training_mixes_no_devices_has_the_cpu_s_losses_and_waits_once_a_step(
+    run_on_device, tiny_base, tmp_path, training
+):
+    """The losses of two steps; bf16 rounds in another order there."""
+    settings = TRAININGS[training]
+    found = run_on_device(**settings)
+    loop.train(tiny_config(tiny_base, tmp_path / "photos", tmp_path / "cpu", max_train_steps=2, **settings))
+    expected = [event["loss"] for event in RunDir(tmp_path / "cpu").read_metrics() if event["type"] == "step"]
+    assert found["losses"] == pytest.approx(expected, rel=1e-2 if "mixed_precision" in settings else 1e-5)
+    if training in COUNTED:
+        assert sum(found["waits"].values()) == 1, found["waits"]
+        assert sum(found["copies"].values()) == settings.get("gradient_accumulation_steps", 1), found["copies"]
+
+
+@pytest.mark.slow
+def test_cached_text_needs_no_projection_on_the_device_and_one_more_copy_a_row(run_on_device, tiny_base):
+    """With the frozen base as the prior a photo has two rows."""
+    live = run_on_device(target_modules=ATTENTION, **PRIOR)
+    cached = run_on_device(target_modules=ATTENTION, **PRIOR, cache_cross_attention=True)
+    assert cached["losses"] == pytest.approx(live["losses"], rel=1e-5)
+    assert live["frozen"] - cached["frozen"] == size_of_base(tiny_base, ()).text_projections > 0
+    assert sum(cached["waits"].values()) == 1, cached["waits"]
+    assert sum(cached["copies"].values()) == 1 + 3, cached["copies"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"target_modules": ["to_q", "conv1"]}, {"allow_tf32": True}])
+def test_an_adapter_is_published_from_a_gpu_that_multiplies_in_tf32(run_on_device, changes):
+    run_on_device(has_tf32=True, **changes)
+
+
+@pytest.mark.skipif(not HAS_PYTHON_DEVICES, reason="this PyTorch has no devices written in Python")
+def test_a_table_of_the_cpu_takes_no_indices_from_the_device_as_with_cuda():
+    said = subprocess.check_output([sys.executable, "-c", INDEXED], text=True, cwd=ROOT)
+    assert said.strip() == "aten::index: indices on pygpu into a tensor of the CPU: (4,)"

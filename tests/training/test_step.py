@@ -14,12 +14,11 @@ from dreambooth_moslora.adapters.fast_linear import WorkingCopies
 from dreambooth_moslora.base.load import TextProducts, TextProjection
 from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk.events import StepDone
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.plan.memory import speed_of
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import loop
+from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training import step as train_step
-from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import Training, train
 from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny import tiny_unet
@@ -33,30 +32,21 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def first_gradients(tiny_base, photos, tmp_path, monkeypatch):
-    """The gradients that the optimizer sees in the first step of a run, or None for a parameter without one."""
-    found = []
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(tiny_base, photos, tmp_path, monkeypatch, changes):
+    """Those of the first step, or None for a parameter without one."""
+    found, nothing = [], SimpleNamespace(collect=lambda: None)
 
     def note(train_step: TrainStep) -> float:
         found.append([None if p.grad is None else p.grad.clone() for p in train_step.parameters])
         raise StopRequestedError
 
-    def of(name: str, **changes) -> list[torch.Tensor | None]:
-        monkeypatch.setattr(TrainStep, "update_adapter", note)
-        wide = {"target_modules": ("to_q", "to_k", "to_v", "to_out.0", "conv1")}
-        train(tiny_config(tiny_base, photos, tmp_path / name, **wide, **changes))
-        return found.pop()
-
-    return of
-
-
-@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
-def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(first_gradients, monkeypatch, changes):
-    with_copies = first_gradients("with", **changes)
-    nothing = SimpleNamespace(collect=lambda: None)
+    monkeypatch.setattr(TrainStep, "update_adapter", note)
+    changes = {"target_modules": ("to_q", "to_k", "to_v", "to_out.0", "conv1"), **changes}
+    train(tiny_config(tiny_base, photos, tmp_path / "with", **changes))
     monkeypatch.setattr(WorkingCopies, "for_one_step", lambda self: nullcontext(nothing))
-    without = first_gradients("without", **changes)
+    train(tiny_config(tiny_base, photos, tmp_path / "without", **changes))
+    with_copies, without = found
     assert [g is None for g in with_copies] == [g is None for g in without]
     tolerance = 0.05 if "mixed_precision" in changes else 1e-3
     for seen, wanted in zip(with_copies, without, strict=True):
@@ -106,29 +96,18 @@ def live_and_cached(losses_of, tmp_path):
 
     def both(**changes) -> tuple[list[float], list[float], float]:
         settings = {"target_modules": ("to_q", "to_k", "to_v", "to_out.0"), "max_train_steps": 3} | changes
-        live, cached = (losses_of("live", **settings), losses_of("cached", cache_cross_attention=True, **settings))
+        live, cached = losses_of("live", **settings), losses_of("cached", cache_cross_attention=True, **settings)
         return live, cached, largest_difference(tmp_path / "live", tmp_path / "cached")
 
     return both
 
 
-SLOW = [
-    {},
-    {"target_modules": ("to_q", "attn2.to_v")},
-    {"lora_dropout": 0.1},
-    {"caption_dropout": 0.5, "max_train_steps": 5},
-    {"num_validation_images": 1, "max_train_steps": 1},
-]
+SLOW = [{}, {"target_modules": ("to_q", "attn2.to_v")}, {"lora_dropout": 0.1}]
+SLOW += [{"caption_dropout": 0.5, "max_train_steps": 5}, {"num_validation_images": 1, "max_train_steps": 1}]
+FAST = {"mixed_precision": "bf16", "gradient_checkpointing": True}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"mixed_precision": "bf16", "gradient_checkpointing": True},
-        *(pytest.param(changes, marks=pytest.mark.slow) for changes in SLOW),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", [FAST, *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)], ids=str)
 def test_cached_text_gives_the_same_bytes_one_photo_at_a_time(live_and_cached, tmp_path, changes):
     """On a CPU: the same products of the same shapes."""
     live, cached, difference = live_and_cached(**changes)
@@ -151,49 +130,39 @@ def drawn_by(unet) -> torch.Tensor:
     return unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 48), added_cond_kwargs=added).sample
 
 
-def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products():
-    unet = tiny_unet()
-    expected, numbers = drawn_by(unet), sum(weight.numel() for weight in unet.parameters())
-    products = TextProducts(unet, torch.device("cpu"))
-    gone = sum(layer.host_weight.numel() for layer in products.layers)
-    assert len(products.layers) == sum(isinstance(module, TextProjection) for module in unet.modules()) > 0
-    assert sum(weight.numel() for weight in unet.parameters()) == numbers - gone
-    assert all(layer.weight.untyped_storage().nbytes() <= 4 for layer in products.layers)
-    assert torch.equal(drawn_by(unet), expected)
+CHOSEN = [({}, "cuda", 1000, True, True), ({}, "cuda", 999, False, False), ({}, "cpu", 10**6, False, False)]
+CHOSEN += [({"resolution": 512}, "cuda", 1000, False, False), ({"enable_bucket": True}, "cuda", 1000, True, False)]
+CHOSEN += [({"gradient_accumulation_steps": 2}, "cuda", 500, True, True)]
+CHOSEN += [({"with_prior_preservation": True, "class_prompt": "a dog"}, "cuda", 500, True, True)]
+CHOSEN += [({"base_quantization": "nf4"}, "cuda", 1000, False, True), ({"compile": "off"}, "cuda", 1000, False, True)]
+CHOSEN += [({"compile": "on"}, "cpu", 1, True, False)]
 
 
-@pytest.mark.parametrize(
-    ("changes", "device", "steps", "compiled", "searches"),
-    [
-        ({}, "cuda", 1000, True, True),
-        ({}, "cuda", 999, False, False),
-        ({}, "cpu", 10**6, False, False),
-        ({"resolution": 512}, "cuda", 1000, False, False),
-        ({"gradient_accumulation_steps": 2}, "cuda", 500, True, True),
-        ({"with_prior_preservation": True, "class_prompt": "a dog"}, "cuda", 500, True, True),
-        ({"enable_bucket": True}, "cuda", 1000, True, False),
-        ({"base_quantization": "nf4"}, "cuda", 1000, False, True),
-        ({"compile": "off"}, "cuda", 1000, False, True),
-        ({"compile": "on"}, "cpu", 1, True, False),
-    ],
-)
+@pytest.mark.parametrize(("changes", "device", "steps", "compiled", "searches"), CHOSEN)
 def test_only_a_long_run_on_a_gpu_is_compiled_by_itself(changes, device, steps, compiled, searches):
     speed = speed_of(TrainConfig(**{"resolution": 1024, "train_batch_size": 1, **changes}), device, steps)
     assert (speed.compiled, speed.searches, speed.channels_last) == (compiled, searches, device == "cuda")
 
 
 def test_a_dry_run_says_what_is_chosen(tiny_base, photos, tmp_path):
-    config = tiny_config(tiny_base, photos, tmp_path / "run", compile="on")
-    assert "  speed: transformer blocks compiled (the work of 0 images of 1024 px" in describe_run(config)
+    said = dry_run.describe_run(tiny_config(tiny_base, photos, tmp_path / "run", compile="on"))
+    assert "  speed: transformer blocks compiled (the work of 0 images of 1024 px" in said
 
 
-def test_channels_last_is_the_same_function():
+def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products():
+    """Channels last is the same function."""
     unet = tiny_unet()
-    plain = drawn_by(unet)
+    expected, numbers = drawn_by(unet), sum(weight.numel() for weight in unet.parameters())
     train_step.make_convolutions_fast(unet, speed_of(TrainConfig(), "cuda", 1))
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(plain, drawn_by(unet), atol=1e-5)
-    assert not torch.backends.cudnn.benchmark
+    assert torch.allclose(expected, drawn_by(unet), atol=1e-5) and not torch.backends.cudnn.benchmark
+    expected = drawn_by(unet)
+    products = TextProducts(unet, torch.device("cpu"))
+    gone = sum(layer.host_weight.numel() for layer in products.layers)
+    assert len(products.layers) == sum(isinstance(module, TextProjection) for module in unet.modules()) > 0
+    assert sum(weight.numel() for weight in unet.parameters()) == numbers - gone
+    assert all(layer.weight.untyped_storage().nbytes() <= 4 for layer in products.layers)
+    assert torch.equal(drawn_by(unet), expected)
 
 
 @pytest.mark.slow
@@ -212,11 +181,15 @@ def test_a_block_by_inductor_computes_the_same():
 def test_compiled_losses_are_those_without_and_so_is_what_is_saved(losses_of, tmp_path, monkeypatch):
     """Traced, differentiated ahead of time, and run operation by operation: inductor would take minutes here."""
     monkeypatch.setattr(train_step, "BACKEND", "aot_eager")
-    prior = {"with_prior_preservation": True, "prior": "adapter_off", "gradient_checkpointing": True}
-    settings = {**prior, "enable_bucket": True, "target_modules": ("to_q", "to_k", "to_v", "conv1")}
+    settings = {
+        "gradient_checkpointing": True,
+        "enable_bucket": True,
+        "target_modules": ("to_q", "to_k", "to_v", "conv1"),
+    }
+    settings |= PRIOR
     plain, compiled = losses_of("plain", **settings), losses_of("compiled", compile="on", **settings)
     assert compiled == pytest.approx(plain, rel=1e-5)
-    one, other = (load_file(tmp_path / run / "last" / "moslora_weights.safetensors") for run in ("plain", "compiled"))
+    one, other = (load_file(tmp_path / run / "last" / RAW_NAME) for run in ("plain", "compiled"))
     assert one.keys() == other.keys() and not any("_orig_mod" in name for name in other)
 
 
@@ -248,17 +221,8 @@ def scaled(monkeypatch):
     return use
 
 
-@pytest.fixture
-def config(tiny_base, photos, tmp_path):
-    settings = {"max_train_steps": 3, "lr_scheduler": "linear", "adam_epsilon": 1e-5}
-    return lambda name: tiny_config(tiny_base, photos, tmp_path / name, **settings)
-
-
-def steps_of(folder) -> list[dict]:
-    return [record for record in RunDir(folder).read_metrics() if record["type"] == "step"]
-
-
 def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_schedule(config, tmp_path, scaled):
+    """A run whose steps all overflow ends in one line."""
     scaled(init_scale=2.0**10, backoff=0.5)
     loop.train(config("plain"))
     scaled(init_scale=2.0**30, backoff=0.25)
@@ -268,18 +232,23 @@ def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_sc
     assert result.step == 3 and len(skipped) > 1
     assert all(step["step"] == 1 and step["grad_norm"] is None for step in skipped)
     assert [(step["step"], step["lr"]) for step in done] == [(n, plain[n - 1]["lr"]) for n in (1, 2, 3)]
-    name = "last/moslora_weights.safetensors"
-    expected, trained = (load_file(tmp_path / run / name) for run in ("plain", "scaled"))
+    expected, trained = (load_file(tmp_path / run / "last" / RAW_NAME) for run in ("plain", "scaled"))
     for name, weights in expected.items():
         torch.testing.assert_close(trained[name], weights, rtol=0.02, atol=1e-4)
-
-
-def test_a_run_whose_steps_all_overflow_ends_in_one_line(config, tmp_path, scaled):
     scaled(init_scale=2.0**30, backoff=0.999)
     with pytest.raises(UserError, match=r"the gradient is .* at step 1: lower --learning_rate"):
         loop.train(config("run"))
-    assert len(steps_of(tmp_path / "run")) == 20
-    assert not RunDir(tmp_path / "run").adapter_path.exists()
+    assert len(steps_of(tmp_path / "run")) == 20 and not RunDir(tmp_path / "run").adapter_path.exists()
+
+
+@pytest.fixture
+def config(tiny_base, photos, tmp_path):
+    settings = {"max_train_steps": 3, "lr_scheduler": "linear", "adam_epsilon": 1e-5}
+    return lambda name: tiny_config(tiny_base, photos, tmp_path / name, **settings)
+
+
+def steps_of(folder) -> list[dict]:
+    return [record for record in RunDir(folder).read_metrics() if record["type"] == "step"]
 
 
 @pytest.mark.parametrize(("precision", "major", "advised"), [("fp16", 7, False), ("fp16", 8, True), ("bf16", 8, False)])

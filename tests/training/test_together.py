@@ -12,19 +12,14 @@ from dreambooth_moslora.extras.cluster.fleet import needs_to_be_alone, shared_se
 from dreambooth_moslora.extras.cluster.together import Member, train_together
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.loop import TrainResult, train
-from dreambooth_moslora.training.step import TrainStep
+from dreambooth_moslora.training import loop, step
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
 from tests.training.test_resume import stop_at
 
 RATE, STEPS = 1e-3, (2, 4, 3)
 """The first ends early, and the third joins when it has."""
-HARD = {
-    "target_modules": ("to_q", "to_k", "conv1"),
-    "with_prior_preservation": True,
-    "prior": "adapter_off",
-    "gradient_accumulation_steps": 2,
-}
+HARD = {"target_modules": ("to_q", "to_k", "conv1"), "gradient_accumulation_steps": 2}
+HARD |= {"with_prior_preservation": True, "prior": "adapter_off"}
 
 
 def configs(base: Path, photos: Path, out: Path, **changes) -> list[TrainConfig]:
@@ -36,7 +31,7 @@ def configs(base: Path, photos: Path, out: Path, **changes) -> list[TrainConfig]
     return [tiny_config(base, *place, **{"learning_rate": RATE, **one, **changes}) for place, one in zip(places, own)]
 
 
-def together(runs: list[TrainConfig], most: int, *options: tuple) -> dict[str, TrainResult | Exception]:
+def together(runs: list[TrainConfig], most: int, *options: tuple) -> dict[str, loop.TrainResult | Exception]:
     """What each ended with, by its folder's name."""
     ended = {}
     members = [Member(make_plan(config), *own) for config, own in zip(runs, options or [()] * len(runs), strict=True)]
@@ -50,7 +45,7 @@ def test_each_adapter_is_that_of_its_run_alone_to_rounding(tiny_base, tmp_path):
     rounding, so is that step. So the bound is a part of the rate."""
     alone = configs(tiny_base, tmp_path / "photos", tmp_path / "alone", **HARD)
     for config in alone:
-        train(config)
+        loop.train(config)
     shared = configs(tiny_base, tmp_path / "photos", tmp_path / "shared", **HARD)
     ended = together(shared, most=2)
     assert list(ended) == ["0", "2", "1"] or list(ended) == ["0", "1", "2"]
@@ -73,7 +68,7 @@ def test_stopped_and_resumed_together_is_the_same_bytes_and_alone_to_rounding(ti
         assert [(result.interrupted, result.step) for result in ended.values()] == [(True, 2)] * 2
     together(pair("again", resume_from_checkpoint="latest"), most=2)
     for config in pair("apart", resume_from_checkpoint="latest"):
-        train(config)
+        loop.train(config)
     for name in ("0", "1"):
         assert adapter_sha256(tmp_path / "again" / name) == adapter_sha256(tmp_path / "unbroken" / name)
         assert largest_difference(tmp_path / "apart" / name, tmp_path / "unbroken" / name) < RATE / 20
@@ -83,7 +78,7 @@ def test_stopped_and_resumed_together_is_the_same_bytes_and_alone_to_rounding(ti
 def test_a_bad_run_ends_alone(tiny_base, tmp_path, monkeypatch):
     """One whose loss is not finite, and one whose micro-batch cannot be had: the third goes on."""
     runs = configs(tiny_base, tmp_path / "photos", tmp_path / "out", max_train_steps=3)
-    loss_of, micro_batch = TrainStep.loss_of, TrainStep.micro_batch
+    loss_of, micro_batch = step.TrainStep.loss_of, step.TrainStep.micro_batch
 
     def not_finite(self, *arguments):
         parts = loss_of(self, *arguments)
@@ -95,13 +90,13 @@ def test_a_bad_run_ends_alone(tiny_base, tmp_path, monkeypatch):
         return micro_batch(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "loss_of", not_finite)
-        patch.setattr(TrainStep, "micro_batch", gone)
+        patch.setattr(step.TrainStep, "loss_of", not_finite)
+        patch.setattr(step.TrainStep, "micro_batch", gone)
         ended = together(runs, most=3)
     assert ended["0"].step == 3 and ended["0"].proof is not None
     assert "the loss is nan at step 2" in str(ended["1"]) and "cannot be read any more" in str(ended["2"])
     assert [e["state"] for e in RunDir(runs[2].output_dir).read_metrics() if e["type"] == "end"] == ["failed"]
-    train(replace(runs[0], output_dir=str(tmp_path / "alone")))
+    loop.train(replace(runs[0], output_dir=str(tmp_path / "alone")))
     assert largest_difference(tmp_path / "alone", tmp_path / "out" / "0") < RATE / 20
 
 
@@ -111,7 +106,6 @@ def test_runs_share_their_steps_where_the_unet_computes_one_shape_and_what_canno
     flags = {"train_text_encoder": True, "use_dora": True, "lora_dropout": 0.1, "enable_bucket": True, "caching": "off"}
     for name, value in flags.items():
         assert f"--{name}" in needs_to_be_alone(replace(config, **{name: value}))
-    config = configs(tiny_base, tmp_path / "photos", tmp_path)[0]
     for name, value in {"rank": 8, "train_batch_size": 2, "resolution": 128, "mixer": "none"}.items():
         assert shared_settings(replace(config, **{name: value})) != shared_settings(config)
     own = {"seed": 5, "learning_rate": 1.0, "max_train_steps": 9, "optimizer": "Prodigy", "instance_prompt": "x"}
