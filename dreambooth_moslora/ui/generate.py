@@ -205,7 +205,8 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
             GenerationParams.from_png(own[0].path), ctx.base, ctx.catalog.public_paths(visitor)
         )
 
-    @buttons["stop"].click(inputs=None, outputs=None, queue=False, api_name="stop")
+    # The page drops a click while the last one is not answered, but for this mode: each Stop must count.
+    @buttons["stop"].click(inputs=None, outputs=None, queue=False, trigger_mode="multiple", api_name="stop")
     def stop(request: gr.Request) -> None:
         ctx.stop(request)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from tests.helpers.browser import IN_BROWSER, add_photos, fits, open_box, open_t
 from tests.helpers.ui_server import serve
 
 pytestmark = IN_BROWSER
+SLOW_ANSWER_SEC = 8
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,10 @@ def test_enter_generates_and_pictures_carry_their_recipe(page, tmp_path):
         assert image.format == "PNG" and "dreambooth_moslora" in image.info
 
 
-def test_stop_keeps_what_is_finished_and_escape_stops_too(page):
+def test_stop_keeps_what_is_finished_and_escape_stops_too(served, page, monkeypatch):
+    """The second time, the answer to the first is still on its way."""
+    real = served.ctx.stop
+    monkeypatch.setattr(served.ctx, "stop", lambda request: (real(request), time.sleep(SLOW_ANSWER_SEC)))
     for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
         generate(page, steps=60, pictures=8)
         page.wait_for_selector("#status .bar")
