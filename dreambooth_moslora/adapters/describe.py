@@ -24,6 +24,7 @@ from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, ini
 from dreambooth_moslora.adapters.new_tokens import KEYS, read_tokens
 from dreambooth_moslora.adapters.raw_file import RAW_KEY, by_module, check_finite, matrices_from, read_raw, read_tensors
 from dreambooth_moslora.core import UserError, one_line
+from dreambooth_moslora.settings.table import KRONECKER
 
 
 class Diagnosis(NamedTuple):
@@ -61,13 +62,13 @@ def effective_rank_of(layer: LowRank) -> float:
 
 
 @torch.no_grad()
-def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str, factor: int = 0) -> Diagnosis:
+def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str, factor: int = 1) -> Diagnosis:
     """Figures of the projection at `path`, whose mixer started as `kind` with `seed`: its start is computed again. The
     scale s has no influence."""
     drift, condition = None, None
     if matrices.mixer is not None:
         mixer = matrices.mixer.detach().cpu().double()
-        start = initial_mixer(kind, factor or len(mixer), seed, path).double()
+        start = initial_mixer(kind, factor if kind == KRONECKER else len(mixer), seed, path).double()
         start = torch.kron(start, torch.eye(len(mixer) // len(start)).double())
         sizes = torch.linalg.svdvals(mixer)
         largest, smallest = float(sizes[0]), float(sizes[-1])
@@ -187,7 +188,7 @@ def describe_raw(path: Path) -> dict[str, object]:
             modules[component] += 1
             matrices = matrices_from(parts, metadata, f"{component}.{module}")
             figures[f"{component}.{module}"] = diagnose(
-                matrices, metadata.mixer, metadata.mixer_seed, module, metadata.mixer_factor
+                matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor
             )
     ranks = Counter(f.rank for f in figures.values())
     return {

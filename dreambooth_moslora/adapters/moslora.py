@@ -169,7 +169,7 @@ def check_settings(config: LoraConfig) -> None:
             raise UserError(f"a rank is a whole number from 1 on, not {rank}")
         if config.mixer == "butterfly" and rank % 2:
             raise UserError(f"the butterfly mixer [[I, I], [I, I]] needs even ranks, not {rank}")
-        if config.mixer == KRONECKER and rank % config.mixer_factor:
+        if config.mixer == KRONECKER and (config.mixer_factor < 1 or rank % config.mixer_factor):
             raise UserError(f"the kronecker mixer needs ranks that {config.mixer_factor} divides, not {rank}")
     if not has_mixer(config):
         return

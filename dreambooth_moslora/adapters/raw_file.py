@@ -266,7 +266,8 @@ def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata
                 sizes["mixer"] = (metadata.factor if metadata.mixer == KRONECKER else rank,) * 2
             if metadata.use_dora:
                 sizes["magnitude"] = (outputs[0] * metadata.factor,)
-            if found != sizes:
+            is_odd = metadata.mixer == KRONECKER and (not metadata.mixer_factor or rank % metadata.factor)
+            if is_odd or found != sizes:
                 raise UserError(f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank")
 
 

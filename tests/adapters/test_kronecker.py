@@ -1,6 +1,7 @@
 """`--mixer kronecker`: LoKr as a MoSLoRA whose A and B are tied, from the layer to the published file."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from dreambooth_moslora.adapters.moslora import (
     inject,
     matrices_of,
 )
-from dreambooth_moslora.adapters.raw_file import load_raw, read_raw, save_raw
+from dreambooth_moslora.adapters.raw_file import RAW_KEY, load_raw, read_raw, save_raw, write_file
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config
@@ -159,6 +160,28 @@ def test_a_lokr_file_that_would_mean_something_else_is_refused(tmp_path, monkeyp
     save_raw(plain := live(), tmp_path / RAW_NAME, facts_of(plain))
     with pytest.raises(UserError, match="is no LoKr"):
         lycoris.write_lokr(tmp_path / RAW_NAME, tmp_path / "dog.lokr.safetensors")
+
+
+def with_facts(file, **facts) -> None:
+    tensors, metadata = read_raw(file)
+    write_file(file, {RAW_KEY: torch.tensor([1]), **tensors}, replace(metadata, **facts).header)
+
+
+def test_a_header_that_says_another_factor_is_no_crash(tmp_path):
+    file = tmp_path / RAW_NAME
+    save_raw(components := live(), file, facts_of(components))
+    plain = describe(file)
+    with_facts(file, mixer_factor=3)  # which is a LoKr's alone
+    assert describe(file) == plain
+    save_raw(components := live(mixer="kronecker", r=8, mixer_factor=4), file, facts_of(components))
+    content = file.read_bytes()
+    for factor in (0, 3, 16):
+        file.write_bytes(content)
+        with_facts(file, mixer_factor=factor)
+        with pytest.raises(UserError, match="is broken"):
+            describe(file)
+    with pytest.raises(UserError, match="needs ranks"):
+        config(mixer_factor=0)
 
 
 WRONG = [
