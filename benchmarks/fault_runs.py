@@ -290,11 +290,11 @@ def make_light(folder: Path) -> None:
     """Use fewer denoising steps and small encoders, in this process and its children."""
     from diffusers import StableDiffusionXLPipeline
 
-    from dreambooth_moslora.evaluation import during_training
+    from dreambooth_moslora.evaluation import metrics
     from tests.helpers.tiny_encoders import tiny_encoders
 
     encoders, drawn = tiny_encoders(folder / "encoders"), StableDiffusionXLPipeline.__call__
-    during_training.load_encoders = lambda *_: encoders
+    metrics.load_encoders = lambda *_: encoders
 
     def draw(self: StableDiffusionXLPipeline, *args: object, **options: object) -> object:
         return drawn(self, *args, **{**options, "num_inference_steps": 4})

@@ -24,12 +24,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
+from dreambooth_moslora.adapters import moslora, proof, raw_file
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata
-from dreambooth_moslora.adapters.moslora import adapter_layers, exact_config, inject, matrices_of, matrix_layers
-from dreambooth_moslora.adapters.proof import BOUNDS, relative_difference
-from dreambooth_moslora.adapters.raw_file import by_module, check_finite, fill, read_raw, read_tensors, write_file
 from dreambooth_moslora.base.files import variants_in, weight_files
 from dreambooth_moslora.core import UserError, content_key, file_digest
 from dreambooth_moslora.settings.table import SVD, ZERO
@@ -52,7 +49,7 @@ class SvdBasis:
         digest = digests[0] if len(digests) == 1 else content_key(files=digests)
         self.note = {"kind": SVD, "sha256": digest, "file": ""}
 
-    def layer(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
+    def layer(self, path: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A (rank, in, …) and B (out, rank) in fp32 on the CPU. Raises UserError for a layer that the basis lacks."""
         name = f"{path}.weight"
         for file in self.files:
@@ -68,10 +65,10 @@ class FileBasis:
     def __init__(self, file: Path):
         self.file = file
         self.note = {"kind": "file", "sha256": file_digest(file) if file.is_file() else "", "file": file.name}
-        tensors, self.metadata = read_raw(file)
-        self.modules = by_module(tensors).get(UNET, {})
+        tensors, self.metadata = raw_file.read_raw(file)
+        self.modules = raw_file.by_module(tensors).get(UNET, {})
 
-    def layer(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
+    def layer(self, path: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         parts = self.modules.get(path)
         if parts is None:
             raise UserError(f"the basis {self.file.name} has no layer {path:.100}")
@@ -101,7 +98,7 @@ def known_digest(file: Path, _mtime_ns: int, _size: int) -> str:
     return file_digest(file)
 
 
-def leading_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def leading_directions(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A (rank, in, …) and B (out, rank) of a weight (out, in, …), computed in fp64 on the CPU. They come from the
     eigenvectors of the smaller of W·Wᵀ and Wᵀ·W, a tenth of a full SVD's time. Of each pair the largest entry on that
     side is positive. Directions beyond the rank of W are zero."""
@@ -121,20 +118,20 @@ def leading_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return down.view(rank, *weight.shape[1:]).float(), up.float()
 
 
-def put_basis(basis: Basis, unet: nn.Module, adapter_name: str = "default") -> None:
+def put_basis(basis: Basis, unet: torch.nn.Module, adapter_name: str = "default") -> None:
     """Give the adapter the basis, with its mixers at zero. Raises UserError for a basis of another base."""
-    for path, layer in adapter_layers(unet, adapter_name).items():
-        own = matrices_of(layer, adapter_name)
+    for path, layer in moslora.adapter_layers(unet, adapter_name).items():
+        own = moslora.matrices_of(layer, adapter_name)
         down, up = basis.layer(path, len(own.down))
         if (down.shape, up.shape) != (own.down.shape, own.up.shape):
             name = basis.note["file"] or basis.note["kind"]
             raise UserError(f"the basis {name} was made for another base: {path:.100} has another size here")
-        fill(layer, adapter_name, {"lora_A": down, "lora_B": up, "mixer": torch.zeros_like(own.mixer)})
+        raw_file.fill(layer, adapter_name, {"lora_A": down, "lora_B": up, "mixer": torch.zeros_like(own.mixer)})
 
 
-def freeze_basis(unet: nn.Module, adapter_name: str = "default") -> None:
+def freeze_basis(unet: torch.nn.Module, adapter_name: str = "default") -> None:
     """Let only the mixers of the adapter learn."""
-    for layer in adapter_layers(unet, adapter_name).values():
+    for layer in moslora.adapter_layers(unet, adapter_name).values():
         layer.lora_A[adapter_name].weight.requires_grad_(False)
         layer.lora_B[adapter_name].up.requires_grad_(False)
 
@@ -150,7 +147,7 @@ class Mixers:
 
     file_name: str
     sha256: str
-    values: Tensor
+    values: torch.Tensor
     ranks: dict[str, int]
     metadata: AdapterMetadata
     header: dict[str, str]
@@ -162,13 +159,16 @@ class Mixers:
         return f"basis_{content_key(basis=basis, ranks=self.ranks)[:16]}"
 
 
-def write_mixers(path: Path, unet: nn.Module, metadata: AdapterMetadata, adapter_name: str = "default") -> None:
+def write_mixers(path: Path, unet: torch.nn.Module, metadata: AdapterMetadata, adapter_name: str = "default") -> None:
     """Write the mixers of a live adapter on a basis, and read them back. Raises UserError for NaN or infinity, and for
     a mixer that fp16 does not hold."""
-    live = {path: matrices_of(layer, adapter_name) for path, layer in adapter_layers(unet, adapter_name).items()}
+    live = {
+        path: moslora.matrices_of(layer, adapter_name)
+        for path, layer in moslora.adapter_layers(unet, adapter_name).items()
+    }
     mixers = [matrices.scale * matrices.mixer.detach().cpu().double() for matrices in live.values()]
     values = torch.cat([mixer.flatten() for mixer in mixers])
-    check_finite({MIXERS: values}, "the adapter")
+    raw_file.check_finite({MIXERS: values}, "the adapter")
     largest = float(values.abs().max())
     exponent = math.ceil(math.log2(largest / LARGEST)) if largest else 0
     ranks = {name: len(mixer) for name, mixer in zip(live, mixers, strict=True)}
@@ -176,10 +176,10 @@ def write_mixers(path: Path, unet: nn.Module, metadata: AdapterMetadata, adapter
     metadata = replace(metadata, alpha=metadata.rank, ranks=others, alphas=others, use_rslora=False)
     metadata = replace(metadata, structures={}, mixer=ZERO)
     header = metadata.header | {LAYERS: json.dumps([*live]), EXPONENT: str(exponent)}
-    write_file(path, {MIXERS: (values * 2.0**-exponent).half()}, header)
+    raw_file.write_file(path, {MIXERS: (values * 2.0**-exponent).half()}, header)
     found = read_mixers(path).values.double().split([rank**2 for rank in ranks.values()])
     for name, there, here in zip(live, found, mixers, strict=True):
-        if not (lost := relative_difference(there, here.flatten())) <= BOUNDS[torch.float16]:
+        if not (lost := proof.relative_difference(there, here.flatten())) <= proof.BOUNDS[torch.float16]:
             path.unlink()
             raise UserError(f"{path.name} was not published: fp16 loses {lost:.1e} of the mixer of {name}")
 
@@ -195,7 +195,7 @@ def is_mixer_file(file: Path) -> bool:
 
 def read_mixers(path: Path) -> Mixers:
     """The content of a mixer file. Raises UserError for any other, and for a broken one."""
-    tensors, header = read_tensors(path)
+    tensors, header = raw_file.read_tensors(path)
     values = tensors.get(MIXERS)
     if len(tensors) != 1 or values is None:
         raise UserError(f"{path.name} holds no mixers of this program")
@@ -211,7 +211,7 @@ def read_mixers(path: Path) -> Mixers:
     if not is_whole or not values.is_floating_point() or tuple(values.shape) != (count,):
         raise UserError(f"{path.name} is broken: its mixers are not those of the layers that its header names")
     values = values.float() * factor
-    check_finite({MIXERS: values}, path.name)
+    raw_file.check_finite({MIXERS: values}, path.name)
     return Mixers(path.name, file_digest(path), values, ranks, metadata, header)
 
 
@@ -219,18 +219,18 @@ class SwappedMixers:
     """The adapter `name` on the layers of `ranks` (path -> r), in the UNet's dtype. Its mixers are zero at first.
     Raises UserError for a basis that does not fit the UNet, which is then unchanged."""
 
-    def __init__(self, unet: nn.Module, basis: Basis, ranks: Mapping[str, int], name: str):
-        known = matrix_layers(unet)
+    def __init__(self, unet: torch.nn.Module, basis: Basis, ranks: Mapping[str, int], name: str):
+        known = moslora.matrix_layers(unet)
         if strange := next((path for path in ranks if path not in known), None):
             raise UserError(f"the mixers were made for another base: it has no layer {strange:.100}")
         rank = next(iter(ranks.values()))
-        inject(unet, exact_config(ranks, ranks, rank, rank, mixer=ZERO), name)
+        moslora.inject(unet, moslora.exact_config(ranks, ranks, rank, rank, mixer=ZERO), name)
         try:
             put_basis(basis, unet, name)
         except UserError:
             unet.delete_adapters(name)
             raise
-        layers = adapter_layers(unet, name)
+        layers = moslora.adapter_layers(unet, name)
         for layer in layers.values():
             layer.lora_A[name].to(unet.dtype).requires_grad_(False)
             layer.lora_B[name].to(unet.dtype).requires_grad_(False)
@@ -238,7 +238,7 @@ class SwappedMixers:
         self.buffer = self._bound()
 
     @torch.no_grad()
-    def show(self, subjects: Sequence[tuple[Tensor, float]]) -> None:
+    def show(self, subjects: Sequence[tuple[torch.Tensor, float]]) -> None:
         """Compute with the weighted sum of the subjects' mixers (n,) from now on."""
         first = self.parts[0].mixer
         if first.data_ptr() != self.buffer.data_ptr() or first.dtype != self.buffer.dtype:
@@ -250,10 +250,10 @@ class SwappedMixers:
         self.buffer.copy_(total)
 
     @torch.no_grad()
-    def _bound(self) -> Tensor:
+    def _bound(self) -> torch.Tensor:
         """One buffer (n,) with all mixers, which become views of it."""
         buffer = torch.cat([part.mixer.flatten() for part in self.parts])
         views = buffer.split([part.mixer.numel() for part in self.parts])
         for part, view in zip(self.parts, views, strict=True):
-            part.mixer = nn.Parameter(view.view_as(part.mixer), requires_grad=False)
+            part.mixer = torch.nn.Parameter(view.view_as(part.mixer), requires_grad=False)
         return buffer

@@ -15,14 +15,10 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from dreambooth_moslora.adapters.basis import MIXERS, read_mixers
-from dreambooth_moslora.adapters.kohya_file import DORA_SCALE, KOHYA_ALPHA, KOHYA_DOWN, KOHYA_UP, is_by_rows
+from dreambooth_moslora.adapters import basis, kohya_file, new_tokens, raw_file
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer
-from dreambooth_moslora.adapters.new_tokens import KEYS, read_tokens
-from dreambooth_moslora.adapters.raw_file import RAW_KEY, by_module, check_finite, matrices_from, read_raw, read_tensors
 from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.settings.table import KRONECKER
 
@@ -36,7 +32,7 @@ class Diagnosis(NamedTuple):
     condition_number: float | None
 
 
-def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def product_svd(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U (out, r), S (r,), Vh."""
     q_up, r_up = torch.linalg.qr(up.double())
     q_down, r_down = torch.linalg.qr(down.double().T)
@@ -44,7 +40,9 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q_up @ left[:, : len(sizes)], sizes, right[: len(sizes)] @ q_down.T
 
 
-def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def leading_part(
+    left: torch.Tensor, sizes: torch.Tensor, right: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in): the best approximation of that rank,
     with equal norms."""
     root = sizes[:rank].sqrt()
@@ -111,7 +109,7 @@ def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
 
 PAIRS = {  # suffix of the down matrix -> (suffix of the up matrix, name of this kind of key)
     ".lora_A.weight": (".lora_B.weight", "PEFT keys"),
-    KOHYA_DOWN: (KOHYA_UP, "kohya keys"),
+    kohya_file.KOHYA_DOWN: (kohya_file.KOHYA_UP, "kohya keys"),
     ".lora.down.weight": (".lora.up.weight", "diffusers keys"),
     "_lora.down.weight": ("_lora.up.weight", "old diffusers keys"),
     ".lora_linear_layer.down.weight": (".lora_linear_layer.up.weight", "diffusers text encoder keys"),
@@ -146,20 +144,20 @@ class Pair:
 def describe(path: str | Path) -> dict[str, object]:
     """What a LoRA file is and contains, JSON-able. Raises UserError for a broken file, and for one without a LoRA."""
     path = Path(path).expanduser()
-    tensors, header = read_tensors(path)
+    tensors, header = raw_file.read_tensors(path)
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
-    if set(tensors) == set(KEYS.values()):
-        tokens = read_tokens(path)
-        widths = {KEYS[part]: rows.shape[1] for part, rows in tokens.rows.items()}
+    if set(tensors) == set(new_tokens.KEYS.values()):
+        tokens = new_tokens.read_tokens(path)
+        widths = {new_tokens.KEYS[part]: rows.shape[1] for part, rows in tokens.rows.items()}
         kind = "new tokens of SDXL's text encoders"
         return facts | {"kind": kind, "word": tokens.word, "tokens": tokens.count, "widths": widths}
-    if set(tensors) == {MIXERS}:
+    if set(tensors) == {basis.MIXERS}:
         return facts | describe_mixers(path)
     facts["dtypes"] = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
-    if RAW_KEY in tensors:
+    if raw_file.RAW_KEY in tensors:
         return facts | describe_raw(path)
     try:
-        check_finite({k: t for k, t in tensors.items() if t.is_floating_point()}, path.name)
+        raw_file.check_finite({k: t for k, t in tensors.items() if t.is_floating_point()}, path.name)
         facts |= describe_pairs(path.name, tensors, header)
     except RuntimeError as error:  # torch lacks the operation for this dtype, or the values are too large
         raise UserError(f"{path.name} is broken: {one_line(error)}") from error
@@ -168,7 +166,7 @@ def describe(path: str | Path) -> dict[str, object]:
 
 def describe_mixers(path: Path) -> dict[str, object]:
     """The content of a file of mixers alone. Raises UserError."""
-    mixers = read_mixers(path)
+    mixers = basis.read_mixers(path)
     note, ranks = mixers.metadata.basis, Counter(mixers.ranks.values())
     return {
         "kind": "mixers alone, on a frozen basis (for generate and the page)",
@@ -181,12 +179,12 @@ def describe_mixers(path: Path) -> dict[str, object]:
 
 def describe_raw(path: Path) -> dict[str, object]:
     """The content of a raw file, with the figures of its mixers. Raises UserError."""
-    tensors, metadata = read_raw(path)
+    tensors, metadata = raw_file.read_raw(path)
     figures, modules = {}, Counter()
-    for component, found in sorted(by_module(tensors).items()):
+    for component, found in sorted(raw_file.by_module(tensors).items()):
         for module, parts in found.items():
             modules[component] += 1
-            matrices = matrices_from(parts, metadata, f"{component}.{module}")
+            matrices = raw_file.matrices_from(parts, metadata, f"{component}.{module}")
             figures[f"{component}.{module}"] = diagnose(
                 matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor
             )
@@ -204,16 +202,16 @@ def describe_raw(path: Path) -> dict[str, object]:
     }
 
 
-def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
+def describe_pairs(name: str, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> dict[str, object]:
     """The content of a plain LoRA file; for other kinds of adapters only the kind. Raises UserError."""
     pairs = find_pairs(name, tensors)
     others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
     if not pairs and not others:
         raise UserError(f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
-    sizes = [tensor for key, tensor in tensors.items() if key.endswith(DORA_SCALE)]
+    sizes = [tensor for key, tensor in tensors.items() if key.endswith(kohya_file.DORA_SCALE)]
     use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
     by_columns = "DoRA by columns, which is not read here"
-    others += ["DoRA" if all(map(is_by_rows, sizes)) else by_columns] * use_dora
+    others += ["DoRA" if all(map(kohya_file.is_by_rows, sizes)) else by_columns] * use_dora
     kinds = ", ".join(others + sorted({pair.keys for pair in pairs}))
     facts: dict[str, object] = {"kind": "published by dreambooth_moslora, " * (HEADER in header) + kinds}
     if pairs:
@@ -222,7 +220,7 @@ def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]
     return facts
 
 
-def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
+def find_pairs(name: str, tensors: dict[str, torch.Tensor]) -> list[Pair]:
     """The pairs of down (r, in, …) and up (out, r, …) matrices among a file's tensors. Raises UserError for a matrix
     without its partner."""
     for down_suffix, (up_suffix, _) in PAIRS.items():
@@ -241,7 +239,7 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
             raise UserError(f"{name} is broken: {module} has a down matrix without an up matrix of its rank")
         if not isfinite(float(down.double().norm() * up.double().norm())):
             raise UserError(f"{name} is broken: {module} has values too large to be multiplied")
-        alpha = tensors.get(module + KOHYA_ALPHA)
+        alpha = tensors.get(module + kohya_file.KOHYA_ALPHA)
         if alpha is not None and alpha.numel() != 1:
             raise UserError(f"{name} is broken: {module}.alpha is not one number")
         is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
@@ -343,7 +341,7 @@ class FileDifference:
 
 def difference_of(one: Path, other: Path) -> FileDifference:
     """Compare two safetensors files. Raises UserError when one cannot be read or holds NaN."""
-    (tensors, header), (others, other_header) = read_tensors(one), read_tensors(other)
+    (tensors, header), (others, other_header) = raw_file.read_tensors(one), raw_file.read_tensors(other)
     names = sorted(tensors.keys() | others.keys())
     found = [text for name in names if (text := tensor_difference(name, tensors.get(name), others.get(name)))]
     facts, other_facts = facts_in(header), facts_in(other_header)
@@ -364,7 +362,7 @@ def difference_of(one: Path, other: Path) -> FileDifference:
     return FileDifference(found[0] if found else "", len(found), len(names), differing, of_updates, is_cast)
 
 
-def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
+def tensor_difference(name: str, one: torch.Tensor | None, other: torch.Tensor | None) -> str:
     """How two tensors of any shapes differ, in words; "" for equal bits."""
     if one is None or other is None:
         return f"{name} is in one of the files alone"

@@ -12,15 +12,8 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionXLPipeline
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.describe import leading_part, product_svd
-from dreambooth_moslora.adapters.lora_file import AdapterWeights, check_fits, read_adapter
-from dreambooth_moslora.adapters.metadata import check_start_header
-from dreambooth_moslora.adapters.mixer import LowRank
-from dreambooth_moslora.adapters.moslora import matrices_of
-from dreambooth_moslora.adapters.proof import alone, delta, full_fp32, relative_difference
-from dreambooth_moslora.adapters.raw_file import all_layers, fill
+from dreambooth_moslora.adapters import describe, lora_file, metadata, mixer, moslora, proof, raw_file
 from dreambooth_moslora.core import UserError
 
 BOUND, BOUND_KAIMING = 1e-5, 1e-3  # fp32's rounding, and its amplification by a badly conditioned mixer
@@ -56,17 +49,19 @@ def shortened(names: tuple[str, ...]) -> str:
     return f"{len(names)} layers ({names[0]}{more}) are"
 
 
-def read_start(path: str | Path, pipeline: StableDiffusionXLPipeline, base_name: str, use_dora: bool) -> AdapterWeights:
+def read_start(
+    path: str | Path, pipeline: StableDiffusionXLPipeline, base_name: str, use_dora: bool
+) -> lora_file.AdapterWeights:
     """The file's content. Raises UserError when its layers are not the base's, and for content that an adapter of the
     run cannot hold."""
     try:
-        weights = read_adapter(path, pipeline)
-        check_fits(weights, pipeline, base_name)
+        weights = lora_file.read_adapter(path, pipeline)
+        lora_file.check_fits(weights, pipeline, base_name)
     except UserError as error:
         raise UserError(f"--init_adapter: {error}") from error
     name = f"--init_adapter {weights.file_name}"
     try:
-        check_start_header(weights.header)
+        metadata.check_start_header(weights.header)
     except UserError as error:
         raise UserError(f"{name}: {error}.") from error
     found = [projection for projections, _ in weights.parts.values() for projection in projections.values()]
@@ -80,11 +75,13 @@ def read_start(path: str | Path, pipeline: StableDiffusionXLPipeline, base_name:
 
 
 @torch.no_grad()
-@full_fp32()
-def begin_with(weights: AdapterWeights, components: dict[str, nn.Module], adapter_name: str = "default") -> Start:
+@proof.full_fp32()
+def begin_with(
+    weights: lora_file.AdapterWeights, components: dict[str, torch.nn.Module], adapter_name: str = "default"
+) -> Start:
     """Copy the file's update into a fresh adapter, verify it, and report the result. Raises UserError when file and
     adapter have no layer in common, and when a ΔW differs by more than rounding explains."""
-    live = all_layers(components, adapter_name)
+    live = raw_file.all_layers(components, adapter_name)
     update = {
         f"{component}.{path}": (projection, scales.of(path, projection.rank))
         for component, (found, scales) in weights.parts.items()
@@ -115,10 +112,12 @@ def begin_with(weights: AdapterWeights, components: dict[str, nn.Module], adapte
     return start
 
 
-def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> tuple[float, float, float]:
+def begin_layer(
+    layer: LoraLayer, adapter_name: str, projection: mixer.LowRank, scale: float
+) -> tuple[float, float, float]:
     """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, the part of it
     that is kept)."""
-    own = matrices_of(layer, adapter_name)
+    own = moslora.matrices_of(layer, adapter_name)
     wanted, before, kept = of_rank(projection, scale, own.down)
     up = wanted.up / own.scale
     if own.mixer is not None:
@@ -126,23 +125,23 @@ def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale:
     parts = {"lora_A": wanted.down.view(own.down.shape), "lora_B": up, "mixer": own.mixer}
     if projection.magnitude is not None:
         parts["magnitude"] = projection.magnitude.flatten()
-    fill(layer, adapter_name, parts)
-    with alone(layer, adapter_name):
-        found = delta(layer, adapter_name)
-    return relative_difference(found.flatten(1), wanted.delta), before, kept
+    raw_file.fill(layer, adapter_name, parts)
+    with proof.alone(layer, adapter_name):
+        found = proof.delta(layer, adapter_name)
+    return proof.relative_difference(found.flatten(1), wanted.delta), before, kept
 
 
-def of_rank(projection: LowRank, scale: float, own: Tensor) -> tuple[LowRank, float, float]:
+def of_rank(projection: mixer.LowRank, scale: float, own: torch.Tensor) -> tuple[mixer.LowRank, float, float]:
     """The update in the rank of the layer's `own` A (r, …), flattened, in fp64; ‖ΔW‖² before and after."""
     down, up = projection.down.double().flatten(1), scale * projection.up.double().flatten(1)
     used = (down != 0).any(1) | (up != 0).any(0)  # rows that are zero on both sides would never learn
     down, up, rank = down[used], up[:, used], len(own)
     if len(down) > rank:
-        left, sizes, right = product_svd(up, down)
+        left, sizes, right = describe.product_svd(up, down)
         before, kept = float(sizes.square().sum()), float(sizes[:rank].square().sum())
-        up, down = leading_part(left, sizes, right, rank)
+        up, down = describe.leading_part(left, sizes, right, rank)
     else:
         before = kept = float(((up.T @ up) * (down @ down.T)).sum())
     own = own.detach().cpu().double().flatten(1)
     missing = up.new_zeros(len(up), rank - len(down))
-    return LowRank(torch.cat([down, own[len(down) :]]), torch.cat([up, missing], dim=1)), before, kept
+    return mixer.LowRank(torch.cat([down, own[len(down) :]]), torch.cat([up, missing], dim=1)), before, kept

@@ -13,12 +13,8 @@ from collections.abc import Iterable
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
 
-from dreambooth_moslora.adapters.kohya_file import KOHYA_DOWN, KOHYA_UP, PREFIXES, published_path
-from dreambooth_moslora.adapters.lycoris import MAGNITUDE, lora_of
-from dreambooth_moslora.adapters.moslora import matrix_layers, weight_size
-from dreambooth_moslora.adapters.raw_file import COMPONENTS
+from dreambooth_moslora.adapters import kohya_file, lycoris, moslora, raw_file
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.families import DENOISERS
 
@@ -70,19 +66,21 @@ def is_read_here(keys: Iterable[str], pipeline: DiffusionPipeline) -> bool:
     version, so their names are looked up here first."""
     is_unet = getattr(pipeline, "unet", None) is not None
     for key in keys:
-        is_flat, is_dotted = key.startswith("lora_"), key.partition(".")[0] in COMPONENTS
+        is_flat, is_dotted = key.startswith("lora_"), key.partition(".")[0] in raw_file.COMPONENTS
         is_kohya_s = re.search(r"\.lora_(down|up)\.", key) is not None
         if is_of_lycoris(key) or not (is_flat or is_dotted) or (is_kohya_s and is_dotted) or (is_flat and not is_unet):
             return True
     return False
 
 
-def as_peft(tensors: dict[str, Tensor], pipeline: DiffusionPipeline, file_name: str) -> dict[str, Tensor] | None:
+def as_peft(
+    tensors: dict[str, torch.Tensor], pipeline: DiffusionPipeline, file_name: str
+) -> dict[str, torch.Tensor] | None:
     """The tensors under PEFT's names, with the scales in `lora_B`; None for names that diffusers may know. Raises
     UserError for LoHa and LoKr that do not fit, are broken, or would be too large as a LoRA."""
     if not is_read_here(tensors, pipeline):
         return None
-    modules: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, part = placed(key)
         modules.setdefault(name, {})[part] = tensor
@@ -101,23 +99,23 @@ def as_peft(tensors: dict[str, Tensor], pipeline: DiffusionPipeline, file_name: 
             )
         found[f"{label}.lora_A.weight"] = down.view(len(down), *size[1:])
         found[f"{label}.lora_B.weight"] = up.view(*up.shape, *(1,) * (len(size) - 2))
-        if MAGNITUDE in parts:
-            found[f"{label}.lora_magnitude_vector"] = as_magnitude(parts[MAGNITUDE])
+        if lycoris.MAGNITUDE in parts:
+            found[f"{label}.lora_magnitude_vector"] = as_magnitude(parts[lycoris.MAGNITUDE])
     return found
 
 
-def folded(parts: dict[str, Tensor], layers: list[Layer], wrong: str) -> tuple[str, tuple[int, ...], tuple]:
+def folded(parts: dict[str, torch.Tensor], layers: list[Layer], wrong: str) -> tuple[str, tuple[int, ...], tuple]:
     """`component.path`, size, and up and down of the first of these layers that the parts fit. Raises UserError."""
     for component, path, size in layers:
         try:
-            return f"{component}.{path}", size, lora_of(parts, size)
+            return f"{component}.{path}", size, lycoris.lora_of(parts, size)
         except ValueError:
             continue
     component, path, size = layers[0]
     raise UserError(f"{wrong}: {component}.{path:.100} is {'×'.join(map(str, size))} (out×in) here")
 
 
-def as_magnitude(dora_scale: Tensor) -> Tensor:
+def as_magnitude(dora_scale: torch.Tensor) -> torch.Tensor:
     """kohya's `dora_scale` as PEFT's magnitudes: (out, 1) -> (out,), and (out, 1, 1, 1) -> (1, out, 1, 1)."""
     return dora_scale[:, 0] if dora_scale.ndim == 2 else dora_scale.transpose(0, 1)
 
@@ -137,11 +135,11 @@ def layers_named(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str,
     """Module's name in some program -> the layers that it may mean: SDXL's two text encoders share theirs."""
     known: dict[str, list[Layer]] = {}
     by_label: dict[str, Layer] = {}
-    for component in COMPONENTS:
+    for component in raw_file.COMPONENTS:
         model = getattr(pipeline, component, None)
-        for own_path, module in ({} if model is None else matrix_layers(model)).items():
-            path = published_path(component, own_path)
-            layer = by_label[f"{component}.{path}"] = component, path, weight_size(module)
+        for own_path, module in ({} if model is None else moslora.matrix_layers(model)).items():
+            path = kohya_file.published_path(component, own_path)
+            layer = by_label[f"{component}.{path}"] = component, path, moslora.weight_size(module)
             for name in spellings(component, path):
                 known.setdefault(name, []).append(layer)
     others = [name for name in names if name not in known and name.startswith("lora_")]
@@ -154,7 +152,7 @@ def spellings(component: str, path: str) -> list[str]:
     flat, bare = path.replace(".", "_"), path.removeprefix("text_model.")
     found = [name for dotted in dict.fromkeys((path, bare)) for name in (dotted, PEFT_PREFIX + dotted)]
     found += [f"{component}.{dotted}" for dotted in dict.fromkeys((path, bare))]
-    found.append(f"{PREFIXES.get(component, f'lora_{component}')}_{flat}")
+    found.append(f"{kohya_file.PREFIXES.get(component, f'lora_{component}')}_{flat}")
     return [*found, f"lycoris_{flat}"] if component in DENOISERS else found
 
 
@@ -163,10 +161,14 @@ def renamed(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str, str]
     pairs of matrices, so each name gets a pair that holds its number."""
     numbered = dict(enumerate(names))
     pairs = {
-        f"{name}{side}": torch.full((1, 1), float(n)) for n, name in numbered.items() for side in (KOHYA_DOWN, KOHYA_UP)
+        f"{name}{side}": torch.full((1, 1), float(n))
+        for n, name in numbered.items()
+        for side in (kohya_file.KOHYA_DOWN, kohya_file.KOHYA_UP)
     }
     found = {}
     for key, number in (pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config)[0] if pairs else {}).items():
         component, _, rest = key.partition(".")
-        found[numbered[int(number)]] = f"{component}.{published_path(component, module_path(component, rest))}"
+        found[numbered[int(number)]] = (
+            f"{component}.{kohya_file.published_path(component, module_path(component, rest))}"
+        )
     return found

@@ -13,7 +13,6 @@ and `ss_*` of kohya's sd-scripts, without its folder names, captions and tag cou
 from collections.abc import Collection
 
 import torch
-from torch import Tensor
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.adapters.mixer import Folded
@@ -29,7 +28,7 @@ WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
 KOHYA_DOWN, KOHYA_UP, KOHYA_ALPHA, DORA_SCALE = ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale"
 
 
-def is_by_rows(dora_scale: Tensor) -> bool:
+def is_by_rows(dora_scale: torch.Tensor) -> bool:
     """Whether DoRA's magnitudes are those of W's rows: (out, 1), or (out, 1, 1, 1) of a convolution. Some programs
     write (1, in), for columns."""
     return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
@@ -47,7 +46,7 @@ def kohya_name(component: str, path: str, components: Collection[str] = tuple(PR
     return f"{prefixes[component]}_{path.replace('.', '_')}"
 
 
-def kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """All tensors of the file, with the shapes above; the scale is already in `up`."""
     alpha = common_rank(components)
     tensors = {}

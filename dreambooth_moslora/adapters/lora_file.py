@@ -20,35 +20,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from dreambooth_moslora.adapters.basis import is_mixer_file
-from dreambooth_moslora.adapters.key_names import (
-    PEFT_PREFIX,
-    as_magnitude,
-    as_peft,
-    is_read_here,
-    match_of,
-    module_path,
-    renamed,
-)
-from dreambooth_moslora.adapters.kohya_file import DORA_SCALE, is_by_rows, published_path
+from dreambooth_moslora.adapters import basis, key_names, kohya_file, mixer, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.metadata import most_common
-from dreambooth_moslora.adapters.mixer import Folded, LowRank, nominal_scale
-from dreambooth_moslora.adapters.moslora import matrix_layers, value_pattern, weight_size
-from dreambooth_moslora.adapters.proof import collected_warnings
-from dreambooth_moslora.adapters.published_file import PEFT_SETTINGS, published_tensors
-from dreambooth_moslora.adapters.raw_file import COMPONENTS, RAW_KEY, by_module, matrices_from, read_raw
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError, file_digest, is_number, one_line, parse_object
-from dreambooth_moslora.disk.run_folder import (
-    MIXERS_NAME,
-    PEFT_CONFIG,
-    PUBLISHED_NAME,
-    RAW_NAME,
-    find_weights,
-    header_of,
-)
+from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.settings.families import DENOISERS, facts_of
 
 FIELDS = {
@@ -69,35 +46,35 @@ BUNDLE = "bundle_emb."  # OneTrainer's new tokens
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
-def projections(tensors: dict[str, Tensor], file_name: str) -> Folded:
+def projections(tensors: dict[str, torch.Tensor], file_name: str) -> mixer.Folded:
     """Component -> module path as the file writes it -> its matrices down (r, in, …) and up (out, r, …). Raises
     UserError for a key that does not belong to a LoRA, an incomplete pair of matrices, DoRA's magnitudes for a part of
     a component's layers, and NaN or infinity."""
-    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for key, tensor in tensors.items():
         component, path, field = _place(key, tensor, file_name)
         if field:
             found.setdefault(component, {}).setdefault(path, {})[field] = tensor
     if not found:
         raise UserError(f"{file_name} holds no LoRA projection")
-    result: Folded = {}
+    result: mixer.Folded = {}
     for component, paths in found.items():
         for path, parts in paths.items():
             name, down, up = f"{component}.{path}", parts.get("down"), parts.get("up")
             if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < len(down) == up.shape[1]:
                 raise _broken(file_name, f"{name!r:.100} is half there")
-            result.setdefault(component, {})[path] = LowRank(**parts)
+            result.setdefault(component, {})[path] = mixer.LowRank(**parts)
     for component, of_one in result.items():
         if len({projection.magnitude is None for projection in of_one.values()}) > 1:
             raise UserError(f"{file_name} holds DoRA for some layers of its {component} alone, which PEFT cannot load")
     return result
 
 
-def _place(key: str, tensor: Tensor, file_name: str) -> tuple[str, str, str]:
+def _place(key: str, tensor: torch.Tensor, file_name: str) -> tuple[str, str, str]:
     """Component, module path and field of LowRank ("" for an ignored tensor). Raises UserError."""
     component, _, rest = key.partition(".")
-    match = match_of(rest)
-    if component not in COMPONENTS or match is None:
+    match = key_names.match_of(rest)
+    if component not in raw_file.COMPONENTS or match is None:
         raise UserError(f"{file_name} is not a LoRA for SDXL: {key!r:.100} does not belong to one")
     groups = match.groupdict()
     field = FIELDS[groups.get("part") or groups["side"]]
@@ -105,7 +82,7 @@ def _place(key: str, tensor: Tensor, file_name: str) -> tuple[str, str, str]:
         raise _broken(file_name, f"{key!r:.100} is in {tensor.dtype}, which is not a dtype of weights")
     if field and not tensor.float().isfinite().all():
         raise _broken(file_name, f"{key!r:.100} has values that are NaN, infinite or beyond single precision")
-    return component, module_path(component, rest), field
+    return component, key_names.module_path(component, rest), field
 
 
 LARGEST_ALPHA = 1e6
@@ -124,11 +101,16 @@ class Scales:
 
     def of(self, path: str, rank: int) -> float:
         """The s of a module."""
-        return nominal_scale(self.alphas[path], rank, self.use_rslora)
+        return mixer.nominal_scale(self.alphas[path], rank, self.use_rslora)
 
 
 def scales(
-    component: str, found: dict[str, LowRank], kohya_alphas: dict | None, of_peft: object, file_name: str, pipeline
+    component: str,
+    found: dict[str, mixer.LowRank],
+    kohya_alphas: dict | None,
+    of_peft: object,
+    file_name: str,
+    pipeline,
 ) -> Scales:
     """The alphas of one component, from kohya's alphas or PEFT's settings in the header. Raises UserError for settings
     that are not numbers, that contradict the tensors, or that change the base."""
@@ -142,7 +124,7 @@ def scales(
     if settings:
         result = _from_settings(component, found, settings, file_name)
     else:  # a layer without an alpha gets the most common one, as in diffusers; without any, alpha is the rank
-        paths = {key: module_path(component, key.removesuffix(".alpha")) for key in own}
+        paths = {key: key_names.module_path(component, key.removesuffix(".alpha")) for key in own}
         named = {_base_path(component, path, pipeline): own[key] for key, path in paths.items()}
         common = most_common(named.values()) if named else None
         result = Scales({path: named.get(path, common) if named else p.rank for path, p in found.items()})
@@ -154,7 +136,7 @@ def scales(
     return result
 
 
-def _from_settings(component: str, found: dict[str, LowRank], settings: dict, file_name: str) -> Scales:
+def _from_settings(component: str, found: dict[str, mixer.LowRank], settings: dict, file_name: str) -> Scales:
     start = settings.get("init_lora_weights", True)
     if not isinstance(start, bool | str | None) or start not in PLAIN_STARTS:
         raise UserError(f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); export a plain LoRA")
@@ -180,7 +162,7 @@ def _matches(component: str, paths: Iterable[str], pattern: object, file_name: s
         ends = set()
         # Versions of transformers differ in the prefix `text_model.` of a text encoder.
         bare = path if component in DENOISERS else path.removeprefix("text_model.")
-        for name in (bare, published_path(component, path)):
+        for name in (bare, kohya_file.published_path(component, path)):
             parts = name.split(".")
             ends |= {f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))}
         if known := ends & order.keys():
@@ -208,7 +190,7 @@ class AdapterWeights:
 
     file_name: str
     sha256: str
-    parts: dict[str, tuple[dict[str, LowRank], Scales]]
+    parts: dict[str, tuple[dict[str, mixer.LowRank], Scales]]
     header: dict[str, str]
 
     @property
@@ -220,27 +202,31 @@ class AdapterWeights:
 def adapter_name(path: str | Path) -> str:
     """`runs/dog` and the file in it are called "dog", its checkpoints "dog@500" and "dog@last", its mixers alone
     "dog@mixers", and `cat.safetensors` is "cat"."""
-    file = find_weights(path)
+    file = run_folder.find_weights(path)
     folder = file.parent.resolve()
-    if file.name == MIXERS_NAME:
+    if file.name == run_folder.MIXERS_NAME:
         return f"{folder.name}@mixers"
-    if file.name not in (PUBLISHED_NAME, RAW_NAME):
+    if file.name not in (run_folder.PUBLISHED_NAME, run_folder.RAW_NAME):
         return file.stem
-    is_checkpoint = folder.name.startswith("checkpoint-") or (folder.name == "last" and file.name == RAW_NAME)
+    is_checkpoint = folder.name.startswith("checkpoint-") or (
+        folder.name == "last" and file.name == run_folder.RAW_NAME
+    )
     return f"{folder.parent.name}@{folder.name.removeprefix('checkpoint-')}" if is_checkpoint else folder.name
 
 
 def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeights:
     """The file's content. Raises UserError when it is missing, is not a safetensors file, or holds no known LoRA."""
-    file = find_weights(path)
+    file = run_folder.find_weights(path)
     try:
         with safe_open(file, framework="pt") as opened:
             header, keys = dict(opened.metadata() or {}), set(opened.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from error
-    if is_mixer_file(file):
+    if basis.is_mixer_file(file):
         raise UserError(f"{file.name} holds mixers alone, without their basis; give the LoRA file beside it")
-    tensors, alphas, settings = (fold_raw(file), None, None) if RAW_KEY in keys else _read_published(file, pipeline)
+    tensors, alphas, settings = (
+        (fold_raw(file), None, None) if raw_file.RAW_KEY in keys else _read_published(file, pipeline)
+    )
     parts = {}
     for component, found in projections(tensors, file.name).items():
         found = {_base_path(component, path, pipeline): projection for path, projection in found.items()}
@@ -250,30 +236,30 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
 
 def _base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
     """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files have it or not."""
-    path = published_path(component, path)
+    path = kohya_file.published_path(component, path)
     has_prefix = component in DENOISERS or hasattr(getattr(pipeline, component, None), "text_model")
     return path if has_prefix else path.removeprefix("text_model.")
 
 
-def fold_raw(file: Path) -> dict[str, Tensor]:
+def fold_raw(file: Path) -> dict[str, torch.Tensor]:
     """A checkpoint, folded, as `published_tensors`. Raises UserError."""
-    tensors, metadata = read_raw(file)
-    folded: Folded = {}
-    for component, modules in by_module(tensors).items():
+    tensors, metadata = raw_file.read_raw(file)
+    folded: mixer.Folded = {}
+    for component, modules in raw_file.by_module(tensors).items():
         for path, parts in modules.items():
-            layer = matrices_from(parts, metadata, f"{component}.{path}").fold()
-            folded.setdefault(component, {})[published_path(component, path)] = layer
-    return published_tensors(folded)
+            layer = raw_file.matrices_from(parts, metadata, f"{component}.{path}").fold()
+            folded.setdefault(component, {})[kohya_file.published_path(component, path)] = layer
+    return published_file.published_tensors(folded)
 
 
-def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, Tensor], dict | None, object]:
+def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, torch.Tensor], dict | None, object]:
     """Tensors in diffusers' naming, kohya's alphas, and PEFT's settings in the header. Raises UserError."""
     try:
         sizes = _dora_scales(file)
         tensors = _read_otherwise(file, pipeline)
-        if tensors is not None and (others := as_peft(tensors, pipeline, file.name)):
+        if tensors is not None and (others := key_names.as_peft(tensors, pipeline, file.name)):
             return others, None, _settings_beside(file, tensors, others)
-        with collected_warnings() if sizes else nullcontext():  # diffusers drops dora_scale, and says so
+        with proof.collected_warnings() if sizes else nullcontext():  # diffusers drops dora_scale, and says so
             is_unet = facts_of(type(pipeline).__name__).denoiser == "unet"
             tensors, *alphas, settings = pipeline.lora_state_dict(
                 str(file.parent) if tensors is None else tensors,
@@ -284,7 +270,7 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
                 **({"unet_config": pipeline.unet.config} if is_unet else {}),
             )
             alphas = alphas[0] if alphas else None  # of a UNet; elsewhere they are in `tensors`
-        settings = settings or json.loads(header_of(file).get(PEFT_SETTINGS, "null"))
+        settings = settings or json.loads(run_folder.header_of(file).get(published_file.PEFT_SETTINGS, "null"))
         return tensors | _magnitudes(sizes, pipeline), alphas, settings
     except UserError:
         raise
@@ -292,13 +278,13 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
         raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}") from error
 
 
-def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> dict[str, Tensor] | None:
+def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> dict[str, torch.Tensor] | None:
     """The tensors of a file that diffusers cannot read as it is, with floats of eight bits as fp32 and without
     OneTrainer's new tokens; None for any other file."""
     with safe_open(file, framework="pt") as opened:
         keys = sorted(opened.keys())
         is_short = any(opened.get_slice(key).get_dtype().startswith("F8") for key in keys)
-        if not is_short and not is_read_here(keys, pipeline):
+        if not is_short and not key_names.is_read_here(keys, pipeline):
             return None
         tensors = {key: opened.get_tensor(key) for key in keys if not key.startswith(BUNDLE)}
     if words := {key.split(".")[1] for key in keys if key.startswith(BUNDLE)}:
@@ -308,26 +294,28 @@ def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> dict[str, Tensor
     return {key: tensor.float() if is_eight_bit(tensor) else tensor for key, tensor in tensors.items()}
 
 
-def is_eight_bit(tensor: Tensor) -> bool:
+def is_eight_bit(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() == 1
 
 
-def _settings_beside(file: Path, tensors: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, object] | None:
+def _settings_beside(
+    file: Path, tensors: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
+) -> dict[str, object] | None:
     """PEFT's settings, which it keeps in a file of its own; None for a file that has none."""
-    config = file.parent / PEFT_CONFIG
-    if not config.is_file() or not any(key.startswith(PEFT_PREFIX) for key in tensors):
+    config = file.parent / run_folder.PEFT_CONFIG
+    if not config.is_file() or not any(key.startswith(key_names.PEFT_PREFIX) for key in tensors):
         return None
     settings = parse_object(config.read_bytes()[:LONGEST_CONFIG])
     components = {key.partition(".")[0] for key in found}
     return {f"{component}.{name}": value for component in components for name, value in settings.items()}
 
 
-def _dora_scales(file: Path) -> dict[str, Tensor]:
+def _dora_scales(file: Path) -> dict[str, torch.Tensor]:
     """kohya's magnitudes by their keys, each (out, 1) or (out, 1, 1, 1). Raises UserError for those of columns."""
     with safe_open(file, framework="pt") as opened:
-        sizes = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if key.endswith(DORA_SCALE)}
+        sizes = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if key.endswith(kohya_file.DORA_SCALE)}
     for key, size in sizes.items():
-        if not is_by_rows(size):
+        if not kohya_file.is_by_rows(size):
             raise UserError(
                 f"{file.name} holds DoRA by the columns of W ({key:.100} {tuple(size.shape)}), and only DoRA by its "
                 "rows (out, 1) is read here: use it in the program that trained it, or train it by rows "
@@ -336,12 +324,12 @@ def _dora_scales(file: Path) -> dict[str, Tensor]:
     return sizes
 
 
-def _magnitudes(sizes: dict[str, Tensor], pipeline: DiffusionPipeline) -> dict[str, Tensor]:
+def _magnitudes(sizes: dict[str, torch.Tensor], pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     """kohya's `dora_scale` as PEFT's magnitudes."""
-    names = {key.removesuffix(DORA_SCALE): size for key, size in sizes.items()}
+    names = {key.removesuffix(kohya_file.DORA_SCALE): size for key, size in sizes.items()}
     found = {}
-    for name, label in renamed(names, pipeline).items():
-        found[f"{label}.lora_magnitude_vector"] = as_magnitude(names[name])
+    for name, label in key_names.renamed(names, pipeline).items():
+        found[f"{label}.lora_magnitude_vector"] = key_names.as_magnitude(names[name])
     return found
 
 
@@ -349,9 +337,9 @@ def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: 
     """Raises UserError, which describes both bases, unless each pair fits a layer of the base."""
     for component, (found, _) in weights.parts.items():
         model = getattr(pipeline, component, None)
-        layers = {} if model is None else matrix_layers(model)
+        layers = {} if model is None else moslora.matrix_layers(model)
         for path, projection in found.items():
-            size, name = weight_size(layers.get(path)), f"{component}.{path}"
+            size, name = moslora.weight_size(layers.get(path)), f"{component}.{path}"
             if (projection.up.shape[0], projection.down.shape[1]) != size[:2]:
                 wanted, here = _unets(weights, pipeline)
                 raise UserError(
@@ -362,7 +350,7 @@ def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: 
                 raise _broken(weights.file_name, f"{name} has {wrong}")
 
 
-def _misshapen(projection: LowRank, outputs: int, inputs: int, *kernel: int) -> str:
+def _misshapen(projection: mixer.LowRank, outputs: int, inputs: int, *kernel: int) -> str:
     """The first tensor whose shape does not fit a layer of this size, in words; "" when all do."""
     ones = (1,) * len(kernel)
     shapes = {
@@ -386,8 +374,8 @@ def _unets(weights: AdapterWeights, pipeline: DiffusionPipeline) -> list[str]:
     found = weights.parts["unet"][0] if "unet" in weights.parts else {}
     needed = max((p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")), default=0)
     outputs = {p.up.shape[0] for path, p in found.items() if ".attn1." in path or ".attn2." in path}
-    layers = matrix_layers(pipeline.unet)
-    own = {weight_size(module)[0] for name, module in layers.items() if name.endswith("attn1.to_q")}
+    layers = moslora.matrix_layers(pipeline.unet)
+    own = {moslora.weight_size(module)[0] for name, module in layers.items() if name.endswith("attn1.to_q")}
     texts = []
     for cross, widths in ((needed, outputs), (architecture(pipeline.unet)["cross_attention_dim"], own)):
         family = f"{FAMILIES[cross]}, " if cross in FAMILIES else ""
@@ -414,7 +402,7 @@ def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
         raise UserError(f"{weights.file_name} could not be put into the base: {one_line(error)}") from error
 
 
-def _load(component: str, found: dict[str, LowRank], scales: Scales, key: str, pipeline) -> None:
+def _load(component: str, found: dict[str, mixer.LowRank], scales: Scales, key: str, pipeline) -> None:
     """The tensors get names for diffusers' loader: PEFT's for a UNet, its own older ones for a text encoder."""
     is_denoiser = component in DENOISERS
     down, up = ("lora_A", "lora_B") if is_denoiser else ("lora_linear_layer.down", "lora_linear_layer.up")
@@ -443,15 +431,15 @@ def _load(component: str, found: dict[str, LowRank], scales: Scales, key: str, p
         pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, **options)
 
 
-def lora_config(found: dict[str, LowRank], scales: Scales) -> dict[str, Any]:
+def lora_config(found: dict[str, mixer.LowRank], scales: Scales) -> dict[str, Any]:
     """Arguments of PEFT's LoraConfig."""
     ranks, alphas = {path: p.rank for path, p in found.items()}, scales.alphas
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": value_pattern(ranks, rank),
-        "alpha_pattern": value_pattern(alphas, alpha),
+        "rank_pattern": moslora.value_pattern(ranks, rank),
+        "alpha_pattern": moslora.value_pattern(alphas, alpha),
         "target_modules": list(found),
         "use_rslora": scales.use_rslora,
         "use_dora": any(p.magnitude is not None for p in found.values()),

@@ -12,22 +12,19 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from dreambooth_moslora.adapters.kohya_file import PREFIXES, kohya_name, published_path
-from dreambooth_moslora.adapters.mixer import nominal_scale
-from dreambooth_moslora.adapters.raw_file import by_module, matrices_from, read_raw, read_tensors, write_file
+from dreambooth_moslora.adapters import kohya_file, mixer, raw_file
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import KRONECKER
 
-Factors = tuple[Tensor, Tensor]  # (out, r) and (r, n), for their product
+Factors = tuple[torch.Tensor, torch.Tensor]  # (out, r) and (r, n), for their product
 
 ALPHA, MAGNITUDE = "alpha", "dora_scale"
 PLAIN = {"up", "down"}
 LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
-def lora_of(parts: dict[str, Tensor], size: tuple[int, ...]) -> Factors:
+def lora_of(parts: dict[str, torch.Tensor], size: tuple[int, ...]) -> Factors:
     """up (out, r) with the scale, and down (r, n), in fp32, of a module with these parts on a layer of this size (out,
     in, …). Raises ValueError for parts that are no module of that size."""
     outputs, inputs = size[0], prod(size[1:])
@@ -48,7 +45,7 @@ def lora_of(parts: dict[str, Tensor], size: tuple[int, ...]) -> Factors:
     return (up * scale_of(parts, rank)).float(), down.float()
 
 
-def scale_of(parts: dict[str, Tensor], rank: int | None) -> float:
+def scale_of(parts: dict[str, torch.Tensor], rank: int | None) -> float:
     """alpha/r; 1 for a pair of matrices without an alpha, and for LoKr of whole matrices (rank None)."""
     if rank is None or (ALPHA not in parts and "up" in parts):
         return 1.0
@@ -57,7 +54,7 @@ def scale_of(parts: dict[str, Tensor], rank: int | None) -> float:
     return float(parts[ALPHA]) / rank
 
 
-def hadamard(parts: dict[str, Tensor], outputs: int, inputs: int) -> tuple[Tensor, Tensor, int]:
+def hadamard(parts: dict[str, torch.Tensor], outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """LoHa's factors and its own rank. Raises ValueError."""
     check_names(parts, LOHA | {"hada_t1", "hada_t2"})
     rank = len(parts["hada_w1_b"])
@@ -75,7 +72,9 @@ CORES = (("w1", "t1"), ("w2", "t2"))
 LOKR = {f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 
 
-def kronecker(parts: dict[str, Tensor], outputs: int, inputs: int) -> tuple[Tensor, Tensor, int | None]:
+def kronecker(
+    parts: dict[str, torch.Tensor], outputs: int, inputs: int
+) -> tuple[torch.Tensor, torch.Tensor, int | None]:
     """LoKr's factors and its own rank, None if it has two whole matrices. Raises ValueError."""
     check_names(parts, LOKR)
     pairs = [factors(parts, f"lokr_{name}", f"lokr_{core}", outputs * inputs) for name, core in CORES]
@@ -88,7 +87,7 @@ def kronecker(parts: dict[str, Tensor], outputs: int, inputs: int) -> tuple[Tens
     return torch.kron(up, other_up), torch.kron(down, other_down), rank
 
 
-def factors(parts: dict[str, Tensor], name: str, core: str, most: int) -> Factors:
+def factors(parts: dict[str, torch.Tensor], name: str, core: str, most: int) -> Factors:
     """The product that one matrix of LoHa or LoKr is; `most` numbers at most if it has a core."""
     if name in parts:
         return whole(parts[name].flatten(1))
@@ -107,14 +106,14 @@ def factors(parts: dict[str, Tensor], name: str, core: str, most: int) -> Factor
     return whole(torch.einsum("ijhw,jn,io->onhw", middle, down, up).flatten(1))
 
 
-def whole(change: Tensor) -> Factors:
+def whole(change: torch.Tensor) -> Factors:
     """A matrix (out, n) as a product of the rank of its shorter side."""
     outputs, inputs = change.shape
     unit = torch.eye(min(outputs, inputs), dtype=change.dtype)
     return (unit, change) if outputs <= inputs else (change, unit)
 
 
-def check_names(parts: dict[str, Tensor], known: set[str]) -> None:
+def check_names(parts: dict[str, torch.Tensor], known: set[str]) -> None:
     if not parts.keys() <= known or not all(tensor.numel() for tensor in parts.values()):
         raise ValueError("parts of something else")
 
@@ -126,29 +125,33 @@ BOUND = 1e-5
 def write_lokr(source: Path, file: Path) -> int:
     """Write the LoKr of a raw file in LyCORIS' names, which ComfyUI reads, and prove it: read back, each ΔW equals the
     trained one within BOUND. Returns the number of layers. Raises UserError for an adapter of another kind."""
-    tensors, facts = read_raw(source)
+    tensors, facts = raw_file.read_raw(source)
     if facts.mixer != KRONECKER:
         raise UserError(f"{source.name} is no LoKr: `--mixer kronecker` trains one; export it without --for lycoris")
-    components = by_module(tensors)
+    components = raw_file.by_module(tensors)
     names: dict[str, str] = {}
-    content: dict[str, Tensor] = {}
+    content: dict[str, torch.Tensor] = {}
     for component, modules in components.items():
         for path, parts in modules.items():
-            module, public = f"{component}.{path}", published_path(component, path)
-            name = kohya_name(component, public, components) if component in PREFIXES else f"{component}.{public}"
+            module, public = f"{component}.{path}", kohya_file.published_path(component, path)
+            name = (
+                kohya_file.kohya_name(component, public, components)
+                if component in kohya_file.PREFIXES
+                else f"{component}.{public}"
+            )
             rank, alpha = facts.ranks.get(module, facts.rank), facts.alphas.get(module, facts.alpha)
-            scale = nominal_scale(alpha, rank, facts.use_rslora)
+            scale = mixer.nominal_scale(alpha, rank, facts.use_rslora)
             own = {"lokr_w1": parts["mixer"], "lokr_w2_a": parts["lora_B"], "lokr_w2_b": parts["lora_A"]}
             own[ALPHA] = torch.tensor(scale * len(parts["lora_A"]))
             if "magnitude" in parts:
                 own[MAGNITUDE] = parts["magnitude"][:, None]
             content |= {f"{name}.{part}": tensor.contiguous() for part, tensor in own.items()}
             names[module] = name
-    write_file(file, content, facts.header)
-    written, _ = read_tensors(file)
+    raw_file.write_file(file, content, facts.header)
+    written, _ = raw_file.read_tensors(file)
     for module, name in names.items():
         component, path = module.split(".", 1)
-        wanted = matrices_from(components[component][path], facts, module).fold().delta
+        wanted = raw_file.matrices_from(components[component][path], facts, module).fold().delta
         own = {key.removeprefix(f"{name}."): value for key, value in written.items() if key.startswith(f"{name}.")}
         up, down = lora_of(own, tuple(wanted.shape))
         if not (up @ down - wanted).norm() <= BOUND * wanted.norm():

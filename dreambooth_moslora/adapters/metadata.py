@@ -25,17 +25,7 @@ from typing import Any
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core import UserError, assets_folder, is_finite_number
-from dreambooth_moslora.settings.sources import load_settings, recipe_of
-from dreambooth_moslora.settings.table import (
-    KRONECKER,
-    MIXERS,
-    SAID_BY_SUBJECTS,
-    SETTINGS,
-    ZERO,
-    TrainConfig,
-    checked_setting,
-    shapes_weights,
-)
+from dreambooth_moslora.settings import sources, table
 
 DORA_READERS = {  # programs -> what they compute
     "this program, LyCORIS": "what was trained",
@@ -132,7 +122,7 @@ class AdapterMetadata:
     use_rslora: bool = checked(is_bool, default=False)
     use_dora: bool = checked(is_bool, default=False)
     lora_dropout: float = checked(lambda value: is_finite_number(value) and 0 <= value < 1, default=0.0)
-    mixer: str = checked(lambda value: value in (*MIXERS, ZERO), default="none")
+    mixer: str = checked(lambda value: value in (*table.MIXERS, table.ZERO), default="none")
     train_mixer: bool = checked(is_bool, default=True)
     mixer_seed: int = checked(lambda value: type(value) is int, default=0)
     mixer_factor: int = checked(lambda value: value == 0 or is_rank(value), default=0)
@@ -165,7 +155,7 @@ class AdapterMetadata:
     @property
     def factor(self) -> int:
         """The rows and columns of a LoKr's W₁; 1 for other mixers."""
-        return (self.mixer_factor or 1) if self.mixer == KRONECKER else 1
+        return (self.mixer_factor or 1) if self.mixer == table.KRONECKER else 1
 
     @property
     def header(self) -> dict[str, str]:
@@ -244,23 +234,23 @@ KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")
 user must name others."""
 RESUMED = "resume_from_checkpoint"
 """Stands in `withheld` for a run that was resumed with other settings than it began with: no flag repeats that."""
-DEFAULTS = TrainConfig()
+DEFAULTS = table.TrainConfig()
 FIRST = ("instance_prompt", "subjects", "dataset_name", "leave_out", "caption_prefix", "caption_suffix", "init_adapter")
 FIRST += ("pretrained_vae_model_name_or_path",)
 """Settings that `withheld` lists first, whatever their order in the table, so that files keep their bytes."""
-UNTOLD = (*FIRST, *(name for name, item in SETTINGS.items() if item.metadata["shapes"] and name not in FIRST))
+UNTOLD = (*FIRST, *(name for name, item in table.SETTINGS.items() if item.metadata["shapes"] and name not in FIRST))
 """Settings that may shape the weights and that a recipe may lack. Base, class word and the words of new tokens are not
 among them: other entries of the header have them."""
 
 
-def with_told(config: TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
+def with_told(config: table.TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
     """The `facts` of a run, whose words and base are set, with the recipe and all else that they tell of `config`."""
     if len(config.subjects) == 1:  # a single table trains the very file that flags train
         (config,) = config.each_subject
-    facts = replace(facts, recipe=recipe_of(config))
+    facts = replace(facts, recipe=sources.recipe_of(config))
     known = concluded(facts)
-    by_subject = SAID_BY_SUBJECTS if config.subjects else ()
-    asked = [name for name in UNTOLD if shapes_weights(name, config) and name not in by_subject]
+    by_subject = table.SAID_BY_SUBJECTS if config.subjects else ()
+    asked = [name for name in UNTOLD if table.shapes_weights(name, config) and name not in by_subject]
     asked = [name for name in asked if name not in facts.recipe]
     open_ = [name for name in asked if getattr(config, name) != known.get(name, getattr(DEFAULTS, name))]
     public = {}
@@ -282,9 +272,9 @@ def concluded(facts: AdapterMetadata) -> dict[str, Any]:
         found["class_prompt"] = f"a photo of a {facts.class_word}"
     if len(facts.tokens) == 1:
         found["token_abstraction"] = facts.tokens[0]["word"]
-    alike = [one for one in shipped_recipes() if recipe_of(one) == facts.recipe]
+    alike = [one for one in shipped_recipes() if sources.recipe_of(one) == facts.recipe]
     found |= {name: getattr(one, name) for one in alike for name in PUBLIC}
-    return found | {name: checked_setting(name, value) for name, value in facts.public.items()}
+    return found | {name: table.checked_setting(name, value) for name, value in facts.public.items()}
 
 
 def told_by(facts: AdapterMetadata) -> bool:
@@ -294,7 +284,7 @@ def told_by(facts: AdapterMetadata) -> bool:
 
 
 @lru_cache(maxsize=1)
-def shipped_recipes() -> tuple[TrainConfig, ...]:
+def shipped_recipes() -> tuple[table.TrainConfig, ...]:
     """The recipes in `assets/configs`."""
     files = sorted((assets_folder() / "configs").glob("*.toml"))
-    return tuple(TrainConfig.from_dict(load_settings(file)) for file in files)
+    return tuple(table.TrainConfig.from_dict(sources.load_settings(file)) for file in files)

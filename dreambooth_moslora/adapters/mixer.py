@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import KRONECKER, ZERO
@@ -32,17 +31,17 @@ class LowRank:
     (out, r), or kernels (r, in, h, w) and (out, r, 1, 1) of a convolution. `bias` (out,) is added by `up`, and
     `magnitude` (out,) is DoRA's."""
 
-    down: Tensor
-    up: Tensor
-    bias: Tensor | None = None
-    magnitude: Tensor | None = None
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
     @property
-    def delta(self) -> Tensor:
+    def delta(self) -> torch.Tensor:
         """ΔW = up·down (out, in) or (out, in, h, w), computed in fp64 and returned in fp32."""
         change = self.up.double().flatten(1) @ self.down.double().flatten(1)
         return change.view(len(self.up), *self.down.shape[1:]).float()
@@ -57,18 +56,18 @@ def nominal_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-STARTS: dict[str, Callable[[Tensor, torch.Generator], object]] = {
-    "orthogonal": lambda mixer, generator: nn.init.orthogonal_(mixer, generator=generator),
-    "kaiming": lambda mixer, generator: nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator),
-    "identity": lambda mixer, _: nn.init.eye_(mixer),
+STARTS: dict[str, Callable[[torch.Tensor, torch.Generator], object]] = {
+    "orthogonal": lambda mixer, generator: torch.nn.init.orthogonal_(mixer, generator=generator),
+    "kaiming": lambda mixer, generator: torch.nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator),
+    "identity": lambda mixer, _: torch.nn.init.eye_(mixer),
     "butterfly": lambda mixer, _: mixer.copy_(torch.eye(len(mixer) // 2).repeat(2, 2)),  # [[I, I], [I, I]]
-    KRONECKER: lambda mixer, generator: nn.init.orthogonal_(mixer, generator=generator),  # of W₁ (f, f)
+    KRONECKER: lambda mixer, generator: torch.nn.init.orthogonal_(mixer, generator=generator),  # of W₁ (f, f)
     ZERO: lambda mixer, _: mixer.zero_(),  # on a basis, whose B is not zero
 }
 """Kind -> how M (r, r) starts, in place, from the generator alone. `settings.table.MIXERS` offers them."""
 
 
-def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
+def initial_mixer(kind: str, rank: int, seed: int, path: str) -> torch.Tensor:
     """M₀ (r, r) in fp32 on the CPU. It depends on the seed and the layer's path, not on earlier draws. Raises
     ValueError for an unknown kind."""
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
@@ -85,13 +84,13 @@ class MixedLowRank:
     """The adapter of one layer: A `down` (r, in) or (r, in, h, w), M `mixer` (r, r), B `up` (out, r), s. `mixer` None
     means M = I, a plain LoRA. `magnitude` (out,) is DoRA's."""
 
-    down: Tensor
-    mixer: Tensor | None
-    up: Tensor
+    down: torch.Tensor
+    mixer: torch.Tensor | None
+    up: torch.Tensor
     scale: float
-    magnitude: Tensor | None = None
+    magnitude: torch.Tensor | None = None
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """y = W0·x + s·B·M·A·x: x (…, in), W0 `weight` (out, in) -> y (…, out)."""
         inner = F.linear(x, self.down)
         mixed = inner if self.mixer is None else F.linear(inner, self.mixer)
@@ -110,42 +109,44 @@ class MixedLowRank:
         return LowRank(down, up.contiguous(), magnitude=magnitude)
 
 
-def untied(down: Tensor, mixer: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def untied(
+    down: torch.Tensor, mixer: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A₂ (r/f, in/f), W₁ (f, f), B₂ (out/f, r/f) -> A (r, in), M (r, r), B (out, r), so that B·M·A = W₁ ⊗ (B₂·A₂)."""
     eye = torch.eye(len(mixer), dtype=down.dtype, device=down.device)
     inner = torch.eye(len(down), dtype=down.dtype, device=down.device)
     return torch.kron(eye, down), torch.kron(mixer, inner), torch.kron(eye, up)
 
 
-class ReadOnlyWeight(Tensor):
+class ReadOnlyWeight(torch.Tensor):
     """A matrix that is computed at each reading; results of operations on it are ordinary tensors. Assigning to
     `data`, as some PEFT functions do, would change nothing and raises UserError."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @property
-    def data(self) -> Tensor:
-        return self.detach().as_subclass(Tensor)
+    def data(self) -> torch.Tensor:
+        return self.detach().as_subclass(torch.Tensor)
 
     @data.setter
-    def data(self, value: Tensor) -> None:
+    def data(self, value: torch.Tensor) -> None:
         raise UserError("the weight is computed here and cannot be set; fold the adapter into a plain LoRA first")
 
 
-class Computed(nn.Module):
+class Computed(torch.nn.Module):
     """A matrix of LoRA that is the `product` of its parameters. A state dict also holds a `weight` of one zero:
     loading it into a plain LoRA then fails on the shape, instead of silently ignoring the other keys."""
 
-    def product(self) -> Tensor:
+    def product(self) -> torch.Tensor:
         raise NotImplementedError
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> torch.Tensor:
         """The product, which PEFT merges as a plain LoRA's. A fake or distributed tensor keeps its class."""
         product = self.product()
-        return product.as_subclass(ReadOnlyWeight) if type(product) is Tensor else product
+        return product.as_subclass(ReadOnlyWeight) if type(product) is torch.Tensor else product
 
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = next(self.parameters()).detach().new_zeros(PLACEHOLDER_SHAPE)
 
@@ -160,19 +161,19 @@ class MixerLinear(Computed):
     """B·M instead of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter, or a buffer if frozen, as PEFT
     turns gradients on for every parameter of an active adapter."""
 
-    def __init__(self, up: Tensor, mixer: Tensor, train_mixer: bool = True):
+    def __init__(self, up: torch.Tensor, mixer: torch.Tensor, train_mixer: bool = True):
         super().__init__()
-        self.up = nn.Parameter(up)
+        self.up = torch.nn.Parameter(up)
         if train_mixer:
-            self.mixer = nn.Parameter(mixer)
+            self.mixer = torch.nn.Parameter(mixer)
         else:
             self.register_buffer("mixer", mixer)
 
-    def product(self) -> Tensor:
+    def product(self) -> torch.Tensor:
         """B·M, in the shape of a plain LoRA's B: (out, r)."""
         return self.up @ self.mixer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, r) -> (…, out)."""
         return F.linear(x, self.product())
 
@@ -180,11 +181,11 @@ class MixerLinear(Computed):
 class MixerConv2d(MixerLinear):
     """The same for a convolution, whose B is a 1×1 convolution. `up` and `mixer` stay matrices."""
 
-    def product(self) -> Tensor:
+    def product(self) -> torch.Tensor:
         """B·M, in the shape of a plain LoRA's B: (out, r, 1, 1)."""
         return super().product()[:, :, None, None]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, r, H, W) -> (N, out, H, W)."""
         return F.conv2d(x, self.product())
 
@@ -192,14 +193,14 @@ class MixerConv2d(MixerLinear):
 class KroneckerDown(Computed):
     """A = I ⊗ A₂ (r, in): `tied` A₂ (r/f, in/f) is the parameter."""
 
-    def __init__(self, tied: Tensor, factor: int):
+    def __init__(self, tied: torch.Tensor, factor: int):
         super().__init__()
-        self.tied, self.factor = nn.Parameter(tied), factor
+        self.tied, self.factor = torch.nn.Parameter(tied), factor
 
-    def product(self) -> Tensor:
+    def product(self) -> torch.Tensor:
         return torch.kron(torch.eye(self.factor, dtype=self.tied.dtype, device=self.tied.device), self.tied)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, in) -> (…, r)."""
         return F.linear(x.unflatten(-1, (self.factor, -1)), self.tied).flatten(-2)
 
@@ -207,9 +208,9 @@ class KroneckerDown(Computed):
 class KroneckerUp(MixerLinear):
     """B·M = W₁ ⊗ B₂ (out, r): `up` B₂ (out/f, r/f) and `mixer` W₁ (f, f)."""
 
-    def product(self) -> Tensor:
+    def product(self) -> torch.Tensor:
         return torch.kron(self.mixer, self.up)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, r) -> (…, out)."""
         return F.linear(self.mixer @ x.unflatten(-1, (len(self.mixer), -1)), self.up).flatten(-2)

@@ -24,17 +24,7 @@ from peft.utils import PeftType
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.mixer import (
-    KroneckerDown,
-    KroneckerUp,
-    LowRank,
-    MixedLowRank,
-    MixerConv2d,
-    MixerLinear,
-    initial_mixer,
-    nominal_scale,
-    untied,
-)
+from dreambooth_moslora.adapters import mixer
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import KRONECKER, MIXERS, ZERO, check_kronecker
 
@@ -129,9 +119,9 @@ def create_and_mix(self, lora_config, adapter_name, target, target_name, parent,
         tie(layer, adapter_name, lora_config, current_key)
         return
     plain = layer.lora_B[adapter_name].weight
-    mixer = initial_mixer(lora_config.mixer, plain.shape[1], lora_config.mixer_seed, current_key).to(plain.device)
-    mixer_class = MixerConv2d if plain.ndim == 4 else MixerLinear
-    mixed = mixer_class(plain.detach().flatten(1).float(), mixer, lora_config.train_mixer)
+    start = mixer.initial_mixer(lora_config.mixer, plain.shape[1], lora_config.mixer_seed, current_key).to(plain.device)
+    mixer_class = mixer.MixerConv2d if plain.ndim == 4 else mixer.MixerLinear
+    mixed = mixer_class(plain.detach().flatten(1).float(), start, lora_config.train_mixer)
     layer.lora_B[adapter_name] = mixed.requires_grad_(plain.requires_grad)
     layer.lora_A[adapter_name].float()
 
@@ -139,13 +129,13 @@ def create_and_mix(self, lora_config, adapter_name, target, target_name, parent,
 def tie(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str) -> None:
     """A and B of a LoKr in place of the layer's own, which give their values; B is zero."""
     factor, lora_a, lora_b = config.mixer_factor, layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    mixer = initial_mixer(KRONECKER, factor, config.mixer_seed, path).to(lora_a.weight.device)
+    start = mixer.initial_mixer(KRONECKER, factor, config.mixer_seed, path).to(lora_a.weight.device)
     down, up = (one.weight.detach().float() for one in (lora_a, lora_b))
     (rank, inputs), outputs = down.shape, len(up)
     down = down[: rank // factor, : inputs // factor].clone()
-    mixed = KroneckerUp(up[: outputs // factor, : rank // factor].clone(), mixer, config.train_mixer)
+    mixed = mixer.KroneckerUp(up[: outputs // factor, : rank // factor].clone(), start, config.train_mixer)
     learns = lora_b.weight.requires_grad
-    layer.lora_A[adapter_name] = KroneckerDown(down, factor).requires_grad_(learns)
+    layer.lora_A[adapter_name] = mixer.KroneckerDown(down, factor).requires_grad_(learns)
     layer.lora_B[adapter_name] = mixed.requires_grad_(learns)
 
 
@@ -367,17 +357,19 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
             layer._disable_adapters = was
 
 
-def matrices_of(layer: LoraLayer, adapter_name: str) -> MixedLowRank:
+def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
     """The live A, M, B and magnitude of one layer, not copied, and the s of training, not that of `set_scale`."""
     magnitudes = layer.lora_magnitude_vector
-    down, mixer, up = stored_matrices(layer, adapter_name)
-    if isinstance(layer.lora_B[adapter_name], KroneckerUp):
-        down, mixer, up = untied(down, mixer, up)
-    return MixedLowRank(
+    down, matrix, up = stored_matrices(layer, adapter_name)
+    if isinstance(layer.lora_B[adapter_name], mixer.KroneckerUp):
+        down, matrix, up = mixer.untied(down, matrix, up)
+    return mixer.MixedLowRank(
         down=down,
-        mixer=mixer,
+        mixer=matrix,
         up=up,
-        scale=nominal_scale(layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name]),
+        scale=mixer.nominal_scale(
+            layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name]
+        ),
         magnitude=magnitudes[adapter_name].weight if adapter_name in magnitudes else None,
     )
 
@@ -385,13 +377,13 @@ def matrices_of(layer: LoraLayer, adapter_name: str) -> MixedLowRank:
 def stored_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor]:
     """A, M (None without a mixer) and B of one layer as they are learnt; of a LoKr A₂, W₁ and B₂."""
     lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    down = lora_a.tied if isinstance(lora_a, KroneckerDown) else lora_a.weight
-    if isinstance(lora_b, MixerLinear):
+    down = lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight
+    if isinstance(lora_b, mixer.MixerLinear):
         return down, lora_b.mixer, lora_b.up
     return down, None, lora_b.weight.flatten(1)
 
 
-def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, LowRank]:
+def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, mixer.LowRank]:
     """Module path -> the plain LoRA that equals this adapter at scale 1; fp32, on the CPU. Raises UserError for an
     unknown adapter."""
     layers = adapter_layers(model, adapter_name)

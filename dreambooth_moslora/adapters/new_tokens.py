@@ -21,11 +21,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save
-from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.metadata import notes_in
-from dreambooth_moslora.adapters.proof import FileProof, collected_warnings, relative_difference
-from dreambooth_moslora.adapters.raw_file import check_finite, read_tensors, with_sorted_metadata
+from dreambooth_moslora.adapters import metadata, proof, raw_file
 from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.core import UserError, atomic_write
 from dreambooth_moslora.disk.run_folder import tokens_name
@@ -43,7 +40,7 @@ class NewTokens:
     """`rows`: component -> (n, D). In prompts `word` stands for all of them."""
 
     word: str
-    rows: Mapping[str, Tensor]
+    rows: Mapping[str, torch.Tensor]
 
     @property
     def count(self) -> int:
@@ -53,8 +50,8 @@ class NewTokens:
     def content(self) -> bytes:
         """The file's bytes, equal for equal tokens."""
         tensors = {KEYS[part]: rows.detach().float().cpu().contiguous() for part, rows in self.rows.items()}
-        check_finite(tensors, "the new tokens")
-        return with_sorted_metadata(save(tensors, {"format": "pt", WORD: self.word}))
+        raw_file.check_finite(tensors, "the new tokens")
+        return raw_file.with_sorted_metadata(save(tensors, {"format": "pt", WORD: self.word}))
 
     def note(self, file_name: str) -> dict[str, object]:
         """What the adapter's header says about them."""
@@ -62,21 +59,23 @@ class NewTokens:
         return {"word": self.word, "count": self.count, "file": file_name, "sha256": digest}
 
 
-class TableWithRows(nn.Module):
+class TableWithRows(torch.nn.Module):
     """A frozen embedding table with additional `rows`, (n, D) each, whose token ids start at `first`."""
 
-    def __init__(self, table: nn.Module, rows: Sequence[Tensor], first: int):
+    def __init__(self, table: torch.nn.Module, rows: Sequence[torch.Tensor], first: int):
         super().__init__()
         self.table, self.first = table, first
-        own = [one if isinstance(one, nn.Parameter) else nn.Parameter(one, requires_grad=False) for one in rows]
-        self.own = nn.ParameterList(own)  # after the table: a model's first weight tells its dtype
+        own = [
+            one if isinstance(one, torch.nn.Parameter) else torch.nn.Parameter(one, requires_grad=False) for one in rows
+        ]
+        self.own = torch.nn.ParameterList(own)  # after the table: a model's first weight tells its dtype
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> torch.Tensor:
         """The frozen table's weight, for readers of its dtype and device."""
         return self.table.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
         found = self.table(ids.clamp(max=self.first - 1))
         rows = self.own[0] if len(self.own) == 1 else torch.cat(tuple(self.own))
         own = F.embedding((ids - self.first).clamp(min=0), rows).to(found.dtype)
@@ -109,7 +108,7 @@ class AttachedTokens:
                 raise UserError(f"the base's own tokenizer has {names[0]} already: new tokens cannot be learnt on it")
             setattr(self.pipeline, TOKENIZERS[part], tokenizer)
             rows = [tokens.rows[part] for tokens in self.several]
-            rows = [one if isinstance(one, nn.Parameter) else one.to(table.weight.device) for one in rows]
+            rows = [one if isinstance(one, torch.nn.Parameter) else one.to(table.weight.device) for one in rows]
             getattr(self.pipeline, part).set_input_embeddings(TableWithRows(table, rows, first))
         self.pipeline.maybe_convert_prompt = self.spelled  # diffusers expands textual inversions there
 
@@ -142,8 +141,8 @@ def write_tokens(path: Path, tokens: NewTokens) -> None:
 
 def read_tokens(path: Path) -> NewTokens:
     """The tokens in a file. Raises UserError for any other file."""
-    tensors, header = read_tensors(path)
-    check_finite(tensors, path.name)
+    tensors, header = raw_file.read_tensors(path)
+    raw_file.check_finite(tensors, path.name)
     rows = {part: tensors.get(key) for part, key in KEYS.items()}
     shapes = [tuple(found.shape) for found in rows.values() if found is not None and found.is_floating_point()]
     if len(tensors) != 2 or len({shape[0] for shape in shapes if len(shape) == 2 and min(shape)}) != 1:
@@ -160,7 +159,7 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, 
     Raises UserError for one that is not the file in the header."""
     missing = "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it"
     found = []
-    for note in notes_in(header):
+    for note in metadata.notes_in(header):
         path = adapter.parent / note["file"]
         if not path.is_file():
             logger.warning(missing, adapter.name, note["word"], path.name)
@@ -173,7 +172,9 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, 
 
 
 @torch.no_grad()
-def prove_tokens(paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]) -> tuple[FileProof, ...]:
+def prove_tokens(
+    paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]
+) -> tuple[proof.FileProof, ...]:
     """Load the files, one for each of the attached tokens, by diffusers' own loader into the same encoders. Compare
     each file's rows, and its encoded prompt, with the attached ones."""
     live = encode_text(attached.pipeline, list(prompts))
@@ -182,29 +183,31 @@ def prove_tokens(paths: Sequence[Path], attached: AttachedTokens, prompts: Seque
     proofs = []
     for number, (path, tokens) in enumerate(zip(paths, attached.several, strict=True)):
         found = read_tokens(path)
-        rows = {KEYS[p]: relative_difference(found.rows[p], r.detach().float().cpu()) for p, r in tokens.rows.items()}
+        rows = {
+            KEYS[p]: proof.relative_difference(found.rows[p], r.detach().float().cpu()) for p, r in tokens.rows.items()
+        }
         pairs = [(stock[number][name], here) for name, here in live[number].items()]
-        outputs = max(relative_difference(there.float().cpu(), here.float().cpu()) for there, here in pairs)
+        outputs = max(proof.relative_difference(there.float().cpu(), here.float().cpu()) for there, here in pairs)
         worst = max(rows, key=rows.__getitem__)
-        proofs.append(FileProof(path.name, rows[worst], outputs, worst, "diffusers' load_textual_inversion"))
+        proofs.append(proof.FileProof(path.name, rows[worst], outputs, worst, "diffusers' load_textual_inversion"))
     return tuple(proofs)
 
 
 @contextmanager
 def stock_loaded(paths: Sequence[Path], attached: AttachedTokens) -> Iterator[StableDiffusionXLPipeline]:
     """The pipeline with the files as diffusers loads them; afterwards the tokens are attached again."""
-    pipeline, files = attached.pipeline, [read_tensors(path)[0] for path in paths]
+    pipeline, files = attached.pipeline, [raw_file.read_tensors(path)[0] for path in paths]
     sizes = {part: getattr(pipeline, part).config.vocab_size for part in KEYS}
     attached.detach()
     try:
-        with collected_warnings():
+        with proof.collected_warnings():
             # As the model card says, but into a copy of the tokenizer, and of the table, as it grows in place.
             for part, key in KEYS.items():
                 several = [tensors[key] for tensors in files]
                 encoder, tokenizer = getattr(pipeline, part), deepcopy(getattr(pipeline, TOKENIZERS[part]))
                 setattr(pipeline, TOKENIZERS[part], tokenizer)
                 table = encoder.get_input_embeddings().weight
-                encoder.set_input_embeddings(nn.Embedding.from_pretrained(table.detach().cpu().clone()))
+                encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(table.detach().cpu().clone()))
                 for rows, names in zip(several, token_names(map(len, several)), strict=True):
                     pipeline.load_textual_inversion(rows, token=names, text_encoder=encoder, tokenizer=tokenizer)
                 encoder.get_input_embeddings().to(table.device)

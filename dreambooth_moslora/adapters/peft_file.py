@@ -10,9 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.adapters.mixer import untied
-from dreambooth_moslora.adapters.moslora import SAVED_TYPE
-from dreambooth_moslora.adapters.raw_file import check_finite, read_tensors, write_file
 from dreambooth_moslora.core import UserError, atomic_write, parse_object
 from dreambooth_moslora.disk.run_folder import PEFT_CONFIG
 
@@ -28,18 +27,18 @@ def fold_peft(source: Path, out: Path) -> int:
     if not (source / PEFT_CONFIG).is_file():
         raise UserError(f"{source} holds no {PEFT_CONFIG}: give the folder that PEFT's save_pretrained wrote")
     settings = parse_object((source / PEFT_CONFIG).read_bytes())
-    if settings.get("peft_type") != SAVED_TYPE:
+    if settings.get("peft_type") != moslora.SAVED_TYPE:
         raise UserError(f"{source} is of the type {settings.get('peft_type')!r:.40}, which PEFT loads as it is")
     if out.resolve() == source.resolve():
         raise UserError(f"--out {out} is the adapter itself; give another folder")
-    tensors, header = read_tensors(source / WEIGHTS)
-    check_finite(tensors, WEIGHTS)
+    tensors, header = raw_file.read_tensors(source / WEIGHTS)
+    raw_file.check_finite(tensors, WEIGHTS)
     modules = [key.removesuffix(UP) for key in tensors if key.endswith(UP)]
     plain = {key: tensor for key, tensor in tensors.items() if not key.endswith((UP, MIXER, TIED))}
     for module in modules:
         plain[module + DOWN], plain[module + WEIGHT] = folded(module, tensors)
     settings = {name: value for name, value in settings.items() if name not in OWN_SETTINGS} | {"peft_type": "LORA"}
-    write_file(out / WEIGHTS, plain, header)
+    raw_file.write_file(out / WEIGHTS, plain, header)
     atomic_write(out / PEFT_CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode())
     return len(modules)
 

@@ -16,17 +16,8 @@ from pathlib import Path
 import diffusers
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.kohya_file import (
-    DORA_SCALE,
-    KOHYA_ALPHA,
-    KOHYA_DOWN,
-    KOHYA_UP,
-    kohya_name,
-    published_path,
-)
-from dreambooth_moslora.adapters.raw_file import all_layers, empty_model, model_config, read_tensors
+from dreambooth_moslora.adapters import kohya_file, raw_file
 from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
@@ -84,7 +75,7 @@ class Proof:
         )
 
 
-def relative_difference(found: Tensor, expected: Tensor) -> float:
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """‖found − expected‖ / ‖expected‖ of two tensors of one shape; 0 if both are zero, infinite if only
     `expected` is, or for NaN."""
     size, difference = float(expected.norm()), float((found - expected).norm())
@@ -121,13 +112,16 @@ def full_fp32() -> Iterator[None]:
 @torch.no_grad()
 @full_fp32()
 def prove_file(
-    path: Path, components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor] | None = None
+    path: Path,
+    components: dict[str, torch.nn.Module],
+    adapter_name: str,
+    expected: dict[str, torch.Tensor] | None = None,
 ) -> FileProof:
     """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW) after a
     reduction. Raises UserError."""
-    live = all_layers(components, adapter_name)
-    tensors, _ = read_tensors(path)
-    if any(key.endswith(DORA_SCALE) for key in tensors):
+    live = raw_file.all_layers(components, adapter_name)
+    tensors, _ = raw_file.read_tensors(path)
+    if any(key.endswith(kohya_file.DORA_SCALE) for key in tensors):
         return prove_kohya_dora(path, tensors, live, adapter_name, expected)
     stock = stock_layers(path, components)
     missing = sorted(set(live) ^ set(stock))
@@ -154,11 +148,11 @@ def prove_file(
 @torch.no_grad()
 @full_fp32()
 def check_reduction(
-    components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor], keep: float
+    components: dict[str, torch.nn.Module], adapter_name: str, expected: dict[str, torch.Tensor], keep: float
 ) -> None:
     """Raises UserError for a projection whose reduced ΔW lost more than (1 − keep) of the live ‖ΔW‖²."""
     bound = (1 - keep) ** 0.5 + BOUNDS[torch.float32]
-    for name, layer in all_layers(components, adapter_name).items():
+    for name, layer in raw_file.all_layers(components, adapter_name).items():
         with alone(layer, adapter_name):
             lost = relative_difference(expected[name], delta(layer, adapter_name))
         if not lost <= bound:
@@ -168,12 +162,12 @@ def check_reduction(
             )
 
 
-def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, LoraLayer]:
+def stock_layers(path: Path, components: dict[str, torch.nn.Module]) -> dict[str, LoraLayer]:
     """Layers of a stock diffusers pipeline that loaded the file. Raises UserError if it refuses or warns."""
     denoiser = next((components[name] for name in DENOISERS if name in components), None)
     if denoiser is None:
         raise UserError("a LoRA file is loaded through the denoiser; give `unet` or `transformer` among the components")
-    twins = {name: empty_model(model_config(model)) for name, model in components.items()}
+    twins = {name: raw_file.empty_model(raw_file.model_config(model)) for name, model in components.items()}
     kind = getattr(diffusers, facts_of_model(type(denoiser).__name__, denoiser.config).pipeline)
     names = inspect.signature(kind.__init__).parameters.items()
     parts = {name: None for name, parameter in names if parameter.default is parameter.empty and name != "self"}
@@ -188,7 +182,7 @@ def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, Lora
     warnings = [text for text in warnings if not text.startswith("No LoRA keys associated")]
     if warnings:
         raise UserError(f"{path.name}: the stock loader complains: {' '.join(warnings[0].split())[:200]}")
-    return all_layers({n: twin for n, twin in twins.items() if hasattr(twin, "peft_config")}, STOCK)
+    return raw_file.all_layers({n: twin for n, twin in twins.items() if hasattr(twin, "peft_config")}, STOCK)
 
 
 @contextmanager
@@ -210,7 +204,7 @@ def collected_warnings() -> Iterator[list[str]]:
 
 
 @contextmanager
-def alone(layer: LoraLayer, adapter_name: str, base: nn.Module | None = None) -> Iterator[None]:
+def alone(layer: LoraLayer, adapter_name: str, base: torch.nn.Module | None = None) -> Iterator[None]:
     """The layer in evaluation mode with this adapter only, at its trained scale, over `base` if given."""
     saved = layer.base_layer, layer._active_adapter, layer._disable_adapters, layer.scaling[adapter_name]
     modes = [(module, module.training) for module in layer.modules()]
@@ -226,7 +220,7 @@ def alone(layer: LoraLayer, adapter_name: str, base: nn.Module | None = None) ->
             module.training = mode
 
 
-def delta(layer: LoraLayer, adapter_name: str) -> Tensor:
+def delta(layer: LoraLayer, adapter_name: str) -> torch.Tensor:
     """ΔW, in the shape of W, by PEFT, in fp32 on the CPU."""
     return layer.get_delta_weight(adapter_name).float().cpu()
 
@@ -236,11 +230,11 @@ def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> f
     base is zero, so that the output is the adapter's own effect: early in training it would vanish in the rounding of
     W·x. DoRA needs a base, and its magnitudes are compared separately."""
     device = live.lora_A[adapter_name].weight.device
-    is_convolution = isinstance(live.get_base_layer(), nn.Conv2d)
+    is_convolution = isinstance(live.get_base_layer(), torch.nn.Conv2d)
     shape = (1, live.in_features, 4, TOKENS // 4) if is_convolution else (TOKENS, live.in_features)
     x, base = torch.randn(shape, generator=torch.Generator().manual_seed(1)), fixed_base(live)
     if adapter_name not in live.lora_magnitude_vector:
-        nn.init.zeros_(base.weight)
+        torch.nn.init.zeros_(base.weight)
     with alone(stock, STOCK, base):
         found = stock(x).float()
     with alone(live, adapter_name, base.to(device)):
@@ -248,28 +242,31 @@ def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> f
     return relative_difference(found, wanted)
 
 
-def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
+def fixed_base(layer: LoraLayer) -> torch.nn.Linear | torch.nn.Conv2d:
     """A layer of the base's kind with gaussian weights of seed 0, scaled to keep the input's norm."""
-    kind, options = nn.Linear, {}
+    kind, options = torch.nn.Linear, {}
     real = layer.get_base_layer()
-    if isinstance(real, nn.Conv2d):
-        kind, options = nn.Conv2d, {name: getattr(real, name) for name in ("kernel_size", "stride", "padding")}
+    if isinstance(real, torch.nn.Conv2d):
+        kind, options = torch.nn.Conv2d, {name: getattr(real, name) for name in ("kernel_size", "stride", "padding")}
     base = kind(layer.in_features, layer.out_features, bias=False, device="meta", **options).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
-    nn.init.normal_(base.weight, std=base.weight[0].numel() ** -0.5, generator=generator)
+    torch.nn.init.normal_(base.weight, std=base.weight[0].numel() ** -0.5, generator=generator)
     return base.requires_grad_(False)
 
 
 def prove_kohya_dora(
-    path: Path, tensors: dict[str, Tensor], live: dict[str, LoraLayer], adapter_name: str, expected: dict | None
+    path: Path, tensors: dict[str, torch.Tensor], live: dict[str, LoraLayer], adapter_name: str, expected: dict | None
 ) -> FileProof:
     """Compare merged weights (fp64, over the fixed base), as the file defines them and as PEFT merges them."""
     differences = {}
     for name, layer in live.items():
         component, module = name.split(".", 1)
-        key = kohya_name(component, published_path(component, module), {name.partition(".")[0] for name in live})
+        key = kohya_file.kohya_name(
+            component, kohya_file.published_path(component, module), {name.partition(".")[0] for name in live}
+        )
         up, down, alpha, found_size = (
-            tensors[key + part].double() for part in (KOHYA_UP, KOHYA_DOWN, KOHYA_ALPHA, DORA_SCALE)
+            tensors[key + part].double()
+            for part in (kohya_file.KOHYA_UP, kohya_file.KOHYA_DOWN, kohya_file.KOHYA_ALPHA, kohya_file.DORA_SCALE)
         )
         scale = float(alpha) / len(down)
         wanted = expected[name] if expected is not None else delta(layer, adapter_name)

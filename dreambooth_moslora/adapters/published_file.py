@@ -18,23 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.describe import reduce_layers
-from dreambooth_moslora.adapters.kohya_file import kohya_header, kohya_tensors, published_path
+from dreambooth_moslora.adapters import describe, kohya_file, mixer, moslora, new_tokens, raw_file
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, metadata_in, most_common
-from dreambooth_moslora.adapters.mixer import Folded, LowRank
-from dreambooth_moslora.adapters.moslora import adapter_layers, fold
-from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
-from dreambooth_moslora.adapters.raw_file import (
-    RAW_KEY,
-    all_layers,
-    check_finite,
-    check_storable,
-    read_tensors,
-    write_file,
-)
 from dreambooth_moslora.core import UserError, scratch_directory
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, check_name, tokens_name
 from dreambooth_moslora.settings.families import DENOISERS
@@ -43,11 +30,11 @@ from dreambooth_moslora.settings.families import DENOISERS
 def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
     """Write the scale; returns False, without writing, unless this program published the file. Raises UserError for a
     broken file, and OSError when it cannot be written."""
-    tensors, header = read_tensors(path)
+    tensors, header = raw_file.read_tensors(path)
     facts = metadata_in(header)
-    if facts is None or RAW_KEY in tensors:
+    if facts is None or raw_file.RAW_KEY in tensors:
         return False
-    write_file(path, tensors, header | replace(facts, best_scale=best, usable_scales=usable).header)
+    raw_file.write_file(path, tensors, header | replace(facts, best_scale=best, usable_scales=usable).header)
     return True
 
 
@@ -60,7 +47,7 @@ RANKS_NOTE = (
 
 
 def publish(
-    components: dict[str, nn.Module],
+    components: dict[str, torch.nn.Module],
     out_dir: str | Path,
     name: str,
     metadata: AdapterMetadata,
@@ -68,7 +55,7 @@ def publish(
     *,
     keep: float = 1.0,
     adapter_name: str = "default",
-    tokens: Sequence[NewTokens] = (),
+    tokens: Sequence[new_tokens.NewTokens] = (),
     prove: Callable[[Sequence[Path]], tuple[FileProof, ...]] | None = None,
 ) -> Proof:
     """Write both published files into `out_dir`, or neither: each is verified before it gets its name. New `tokens` are
@@ -77,22 +64,22 @@ def publish(
     the dtype's bound, when weights are NaN, or when the adapter is merged."""
     check_name(name)
     check_publishable(components, dtype, adapter_name)
-    folded: Folded = {}
+    folded: mixer.Folded = {}
     for component, model in components.items():
-        layers = fold(model, adapter_name)
-        folded[component] = {published_path(component, path): layer for path, layer in layers.items()}
+        layers = moslora.fold(model, adapter_name)
+        folded[component] = {kohya_file.published_path(component, path): layer for path, layer in layers.items()}
     kept, expected = None, None
     if keep != 1.0:
         folded, kept, expected = reduced(folded, components, adapter_name, keep)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    metadata = replace(metadata, tokens=notes_of(tokens, name))
+    metadata = replace(metadata, tokens=new_tokens.notes_of(tokens, name))
     with scratch_directory(out_dir) as scratch:
         written = write_published(folded, scratch, name, metadata, dtype, pad=keep == 1.0)
         proofs = tuple(prove_file(path, components, adapter_name, expected) for path in written)
         paths = [scratch / tokens_name(name, number) for number in range(len(tokens))]
         for path, of_one in zip(paths, tokens):
-            write_tokens(path, of_one)
+            new_tokens.write_tokens(path, of_one)
         proofs += prove(paths) if prove and paths else ()
         for proof in proofs:
             if not proof.largest <= BOUNDS[dtype]:
@@ -106,36 +93,38 @@ def publish(
     return report(proofs, dtype, folded, kept)
 
 
-def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adapter_name: str) -> None:
+def check_publishable(components: dict[str, torch.nn.Module], dtype: torch.dtype, adapter_name: str) -> None:
     """Raises UserError for a merged adapter, an unknown dtype, and an adapter that the files cannot hold."""
-    check_storable(components, adapter_name)
+    raw_file.check_storable(components, adapter_name)
     if dtype not in BOUNDS:
         raise UserError(f"a LoRA file is written in {', '.join(DTYPES)}, not {dtype}")
-    for path, layer in all_layers(components, adapter_name).items():
+    for path, layer in raw_file.all_layers(components, adapter_name).items():
         if layer.merged:
             raise UserError(f"{path} is merged into the base; unmerge the adapter before saving it")
 
 
 def reduced(
-    folded: Folded, components: dict[str, nn.Module], adapter_name: str, keep: float
-) -> tuple[Folded, float, dict[str, Tensor]]:
+    folded: mixer.Folded, components: dict[str, torch.nn.Module], adapter_name: str, keep: float
+) -> tuple[mixer.Folded, float, dict[str, torch.Tensor]]:
     """The layers in lower rank, the fraction of Σ‖ΔW‖² that is left, and `component.path` -> the ΔW (out, in) or
     (out, in, h, w) that the files must hold. Raises UserError when more is lost than `keep` allows."""
     for component, layers in folded.items():
         for path, layer in layers.items():
-            check_finite({f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}, "the adapter")
-    folded, kept = reduce_layers(folded, keep)
+            raw_file.check_finite(
+                {f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}, "the adapter"
+            )
+    folded, kept = describe.reduce_layers(folded, keep)
     expected = {
-        f"{component}.{path}": folded[component][published_path(component, path)].delta
+        f"{component}.{path}": folded[component][kohya_file.published_path(component, path)].delta
         for component, model in components.items()
-        for path in adapter_layers(model, adapter_name)
+        for path in moslora.adapter_layers(model, adapter_name)
     }
     check_reduction(components, adapter_name, expected, keep)
     return folded, kept, expected
 
 
 def write_published(
-    folded: Folded, folder: Path, name: str, metadata: AdapterMetadata, dtype: torch.dtype, *, pad: bool
+    folded: mixer.Folded, folder: Path, name: str, metadata: AdapterMetadata, dtype: torch.dtype, *, pad: bool
 ) -> list[Path]:
     """Write diffusers' file, and a UNet's in kohya's names, which ComfyUI needs there; it reads diffusers' own names of
     transformers. Alpha is the rank, without rsLoRA; with `pad`, diffusers' file has a single rank."""
@@ -150,11 +139,11 @@ def write_published(
     settings = {} if "unet" in folded else {PEFT_SETTINGS: json.dumps(peft_settings(filled), indent=2, sort_keys=True)}
     files = [(folder / PUBLISHED_NAME, published_tensors(filled, dtype), header | settings)]
     if "unet" in folded:
-        head = header | kohya_header(name, metadata, folded)
-        files.append((folder / f"{name}{KOHYA_SUFFIX}", kohya_tensors(folded, dtype), head))
+        head = header | kohya_file.kohya_header(name, metadata, folded)
+        files.append((folder / f"{name}{KOHYA_SUFFIX}", kohya_file.kohya_tensors(folded, dtype), head))
     for path, tensors, head in files:
-        check_finite(tensors, f"the adapter in {dtype}")
-        write_file(path, tensors, head)
+        raw_file.check_finite(tensors, f"the adapter in {dtype}")
+        raw_file.write_file(path, tensors, head)
     return [path for path, _, _ in files]
 
 
@@ -162,7 +151,7 @@ PEFT_SETTINGS = "lora_adapter_metadata"
 """Key of PEFT's settings in the header, as diffusers' scripts for transformers write them; those for UNets do not."""
 
 
-def peft_settings(folded: Folded) -> dict[str, object]:
+def peft_settings(folded: mixer.Folded) -> dict[str, object]:
     """`component.name` -> a setting of PEFT's LoraConfig. The scale is in `up`, so alpha is the rank, whatever
     --lora_alpha was: programs that read no settings compute the same. Names have no `text_model.`, which versions of
     transformers differ in: PEFT compares their ends."""
@@ -178,7 +167,7 @@ def peft_settings(folded: Folded) -> dict[str, object]:
     return settings
 
 
-def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def published_tensors(folded: mixer.Folded, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """The tensors under PEFT's keys after the component's name, which diffusers reads since 0.22. DoRA's magnitudes
     stay fp32: half precision would round away what training changed in them."""
     tensors = {}
@@ -193,29 +182,31 @@ def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dic
     return tensors
 
 
-def padded(folded: Folded) -> Folded:
+def padded(folded: mixer.Folded) -> mixer.Folded:
     """All projections at the file's largest rank, with zeros: old diffusers uses one alpha for all ranks."""
     rank = max(layer.rank for layers in folded.values() for layer in layers.values())
 
-    def pad(layer: LowRank) -> LowRank:
+    def pad(layer: mixer.LowRank) -> mixer.LowRank:
         missing = rank - layer.rank
         rows = layer.down.new_zeros(missing, *layer.down.shape[1:])
         columns = layer.up.new_zeros(len(layer.up), missing, *layer.up.shape[2:])
-        return LowRank(torch.cat([layer.down, rows]), torch.cat([layer.up, columns], dim=1), magnitude=layer.magnitude)
+        return mixer.LowRank(
+            torch.cat([layer.down, rows]), torch.cat([layer.up, columns], dim=1), magnitude=layer.magnitude
+        )
 
     return {c: {path: pad(layer) for path, layer in layers.items()} for c, layers in folded.items()}
 
 
-def balanced(layer: LowRank) -> LowRank:
+def balanced(layer: mixer.LowRank) -> mixer.LowRank:
     """Move a power of two between up and down, which is exact: fp16 would round the small `up` of early steps to 0."""
     sizes = layer.up.abs().max(), layer.down.abs().max()
     if min(sizes) == 0:
         return layer
     factor = torch.exp2(((sizes[1] / sizes[0]).log2() / 2).round())
-    return LowRank(layer.down / factor, layer.up * factor, magnitude=layer.magnitude)
+    return mixer.LowRank(layer.down / factor, layer.up * factor, magnitude=layer.magnitude)
 
 
-def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, kept: float | None) -> Proof:
+def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: mixer.Folded, kept: float | None) -> Proof:
     """The proof of all files, with notes for users of other programs or old versions. `kept` is the fraction of
     Σ‖ΔW‖² after a reduction; None without one."""
     layers = [layer for c in folded.values() for layer in c.values()]
@@ -232,9 +223,9 @@ def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, ke
     )
 
 
-def load_published(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata | None]:
+def load_published(path: str | Path) -> tuple[dict[str, torch.Tensor], AdapterMetadata | None]:
     """Tensors of a LoRA file, and its metadata if this program wrote it. Raises UserError for a broken file."""
     path = Path(path)
-    tensors, header = read_tensors(path / PUBLISHED_NAME if path.is_dir() else path)
-    check_finite(tensors, path.name)
+    tensors, header = raw_file.read_tensors(path / PUBLISHED_NAME if path.is_dir() else path)
+    raw_file.check_finite(tensors, path.name)
     return tensors, metadata_in(header)

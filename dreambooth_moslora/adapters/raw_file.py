@@ -24,24 +24,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
 
+from dreambooth_moslora.adapters import moslora
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, most_common, versions
 from dreambooth_moslora.adapters.mixer import KroneckerDown, MixedLowRank, MixerLinear, nominal_scale, untied
-from dreambooth_moslora.adapters.moslora import (
-    adapter_layers,
-    exact_config,
-    inject,
-    matrices_of,
-    stored_matrices,
-    weight_size,
-)
 from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name
-from dreambooth_moslora.settings.families import DENOISERS, FAMILIES
-from dreambooth_moslora.settings.table import KRONECKER
+from dreambooth_moslora.settings import families, table
 
 
-def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
+def check_finite(tensors: dict[str, torch.Tensor], owner: str) -> None:
     """Raises UserError for NaN and infinity. `owner` begins the message."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.element_size() == 1:
@@ -50,7 +41,7 @@ def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
             raise UserError(f"{owner} holds NaN or infinite values, first in {key}; use an earlier checkpoint")
 
 
-def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def write_file(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
     """Write a safetensors file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, with_sorted_metadata(save(tensors, metadata=header)))
@@ -67,7 +58,7 @@ def with_sorted_metadata(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and header strings of a safetensors file. Raises UserError for pickles and any other file."""
     path = Path(path).expanduser()
     if not path.is_file():
@@ -83,7 +74,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path.name} is truncated or not a safetensors file: {one_line(error)}") from None
 
 
-def model_config(model: nn.Module) -> dict[str, object]:
+def model_config(model: torch.nn.Module) -> dict[str, object]:
     """{"class", "config"}, JSON-able and without file names, for `empty_model`."""
     config = model.config
     values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
@@ -91,7 +82,7 @@ def model_config(model: nn.Module) -> dict[str, object]:
     return {"class": type(model).__name__, "config": json.loads(json.dumps(values, default=str))}
 
 
-CLASSES = {facts.model: "diffusers" for facts in FAMILIES} | {
+CLASSES = {facts.model: "diffusers" for facts in families.FAMILIES} | {
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
 }
@@ -104,7 +95,7 @@ DEPTHS += ("num_layers", "num_single_layers", "n_layers")
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 
 
-def empty_model(description: Mapping[str, object]) -> nn.Module:
+def empty_model(description: Mapping[str, object]) -> torch.nn.Module:
     """The model of a `model_config`, with zeros for weights, which take no memory. Raises UserError for a class that is
     not part of SDXL, and for a config that cannot be built."""
     name, config = description.get("class"), description.get("config")
@@ -126,7 +117,7 @@ def deepest(depths: object) -> int:
     return max(1, depths) if isinstance(depths, int) else 1
 
 
-def build(name: str, config: dict) -> nn.Module:
+def build(name: str, config: dict) -> torch.nn.Module:
     """Every parameter is a zero with strides of 0."""
     kind = getattr(import_module(CLASSES[name]), name)
     with torch.device("meta"):
@@ -139,21 +130,21 @@ def build(name: str, config: dict) -> nn.Module:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
-                module._parameters[key] = nn.Parameter(zero, requires_grad=False)
+                module._parameters[key] = torch.nn.Parameter(zero, requires_grad=False)
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     return model
 
 
-COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2")
+COMPONENTS = (*families.DENOISERS, "text_encoder", "text_encoder_2")
 SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed", "mixer_factor")
 """A file has one value of each for all its components."""
 RAW_KEY, RAW_FORMAT = "raw_format", 1
 
 
 def adapter_metadata(
-    components: dict[str, nn.Module], adapter_name: str = "default", *, base_id: str | Path = "", **said: Any
+    components: dict[str, torch.nn.Module], adapter_name: str = "default", *, base_id: str | Path = "", **said: Any
 ) -> AdapterMetadata:
     """The metadata of a live adapter: ranks, alphas and mixer from the models, else what is `said`. Raises UserError
     for an unknown component, and when components have different settings."""
@@ -165,7 +156,7 @@ def adapter_metadata(
         if len(values) > 1:
             raise UserError(f"the components of one adapter file need one {name}, but have {sorted(values)}")
         settings[name] = values.pop()
-    settings["mixer_factor"] *= settings["mixer"] == KRONECKER
+    settings["mixer_factor"] *= settings["mixer"] == table.KRONECKER
     layers = all_layers(components, adapter_name)
     ranks = {path: layer.r[adapter_name] for path, layer in layers.items()}
     alphas = {path: layer.lora_alpha[adapter_name] for path, layer in layers.items()}
@@ -183,33 +174,33 @@ def adapter_metadata(
     )
 
 
-def check_components(components: dict[str, nn.Module]) -> None:
+def check_components(components: dict[str, torch.nn.Module]) -> None:
     """Raises UserError for an unknown component, or none."""
     unknown = sorted(set(components) - set(COMPONENTS))
     if unknown or not components:
         raise UserError(f"components are {', '.join(COMPONENTS)}, not {unknown or 'an empty dict'}")
 
 
-def check_storable(components: dict[str, nn.Module], adapter_name: str) -> None:
+def check_storable(components: dict[str, torch.nn.Module], adapter_name: str) -> None:
     """Raises UserError for an unknown component, and for DoRA on a convolution: PEFT can make it, but the files cannot
     hold its magnitudes."""
     check_components(components)
     for path, layer in all_layers(components, adapter_name).items():
-        if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), nn.Conv2d):
+        if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), torch.nn.Conv2d):
             raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
 
 
-def all_layers(components: dict[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
+def all_layers(components: dict[str, torch.nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
     """`component.path` -> PEFT layer, over all components."""
     return {
         f"{component}.{path}": layer
         for component, model in components.items()
-        for path, layer in adapter_layers(model, adapter_name).items()
+        for path, layer in moslora.adapter_layers(model, adapter_name).items()
     }
 
 
 def save_raw(
-    components: dict[str, nn.Module], path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
+    components: dict[str, torch.nn.Module], path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
 ) -> None:
     """Write the live adapter, completely or not at all. Raises UserError for NaN or infinity. Ranks, alphas and
     settings in `metadata` are replaced by the models' own."""
@@ -219,8 +210,8 @@ def save_raw(
     metadata = replace(metadata, **{name: getattr(live, name) for name in taken})
     tensors = {RAW_KEY: torch.tensor([RAW_FORMAT])}
     for module_path, layer in all_layers(components, adapter_name).items():
-        down, mixer, up = stored_matrices(layer, adapter_name)
-        magnitude = matrices_of(layer, adapter_name).magnitude
+        down, mixer, up = moslora.stored_matrices(layer, adapter_name)
+        magnitude = moslora.matrices_of(layer, adapter_name).magnitude
         parts = {"lora_A": down, "mixer": mixer, "lora_B": up, "magnitude": magnitude}
         for part, tensor in parts.items():
             if tensor is not None:
@@ -229,7 +220,7 @@ def save_raw(
     write_file(Path(path), tensors, metadata.header)
 
 
-def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
+def read_raw(path: str | Path) -> tuple[dict[str, torch.Tensor], AdapterMetadata]:
     """Tensors and metadata of a raw file. Raises UserError for any other file, and for a broken one."""
     tensors, header = read_tensors(path)
     name = Path(path).name
@@ -247,7 +238,7 @@ def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
     return tensors, metadata
 
 
-def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata) -> None:
+def check_whole(name: str, tensors: dict[str, torch.Tensor], metadata: AdapterMetadata) -> None:
     """Raises UserError unless the modules have exactly the matrices that the metadata says, of its ranks."""
     if not tensors:
         raise UserError(f"{name} is broken: it holds no module")
@@ -263,15 +254,17 @@ def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata
             own = rank // metadata.factor
             sizes = {"lora_A": (own, *inputs), "lora_B": (*outputs, own)}
             if metadata.mixer != "none":
-                sizes["mixer"] = (metadata.factor if metadata.mixer == KRONECKER else rank,) * 2
+                sizes["mixer"] = (metadata.factor if metadata.mixer == table.KRONECKER else rank,) * 2
             if metadata.use_dora:
                 sizes["magnitude"] = (outputs[0] * metadata.factor,)
-            is_odd = metadata.mixer == KRONECKER and (not metadata.mixer_factor or rank % metadata.factor)
+            is_odd = metadata.mixer == table.KRONECKER and (not metadata.mixer_factor or rank % metadata.factor)
             if is_odd or found != sizes:
                 raise UserError(f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank")
 
 
-def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: str = "default") -> AdapterMetadata:
+def load_raw(
+    path: str | Path, components: dict[str, torch.nn.Module], adapter_name: str = "default"
+) -> AdapterMetadata:
     """Create the adapter of a raw file in the models, bit for bit as it was saved. Raises UserError when the file
     adapts a component that is not given, or was made for another base."""
     check_components(components)
@@ -285,16 +278,16 @@ def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: s
     for component, modules in by_component.items():
         ranks = {path: metadata.ranks.get(f"{component}.{path}", metadata.rank) for path in modules}
         alphas = {path: metadata.alphas.get(f"{component}.{path}", metadata.alpha) for path in modules}
-        config = exact_config(ranks, alphas, metadata.rank, metadata.alpha, **settings)
-        inject(components[component], config, adapter_name)
-        for path, layer in adapter_layers(components[component], adapter_name).items():
+        config = moslora.exact_config(ranks, alphas, metadata.rank, metadata.alpha, **settings)
+        moslora.inject(components[component], config, adapter_name)
+        for path, layer in moslora.adapter_layers(components[component], adapter_name).items():
             fill(layer, adapter_name, modules[path])
     return metadata
 
 
-def by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
+def by_module(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
     """Component -> module path -> part name -> tensor."""
-    modules: dict[str, dict[str, dict[str, Tensor]]] = {}
+    modules: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for key, tensor in tensors.items():
         component, rest = key.split(".", 1)
         path, part = rest.rsplit(".", 1)
@@ -302,11 +295,11 @@ def by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, dict[str, Tenso
     return modules
 
 
-def matrices_from(parts: dict[str, Tensor], metadata: AdapterMetadata, module: str) -> MixedLowRank:
+def matrices_from(parts: dict[str, torch.Tensor], metadata: AdapterMetadata, module: str) -> MixedLowRank:
     """A (r, in, …), M (r, r), B (out, r) and s of one module (`component.path`) of a raw file, a LoKr's untied."""
     rank, alpha = metadata.ranks.get(module, metadata.rank), metadata.alphas.get(module, metadata.alpha)
     down, mixer, up = parts["lora_A"], parts.get("mixer"), parts["lora_B"]
-    if metadata.mixer == KRONECKER:
+    if metadata.mixer == table.KRONECKER:
         down, mixer, up = untied(down, mixer, up)
     return MixedLowRank(
         down=down,
@@ -317,7 +310,7 @@ def matrices_from(parts: dict[str, Tensor], metadata: AdapterMetadata, module: s
     )
 
 
-def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.Module, modules: dict) -> None:
+def check_fits(name: str, metadata: AdapterMetadata, component: str, model: torch.nn.Module, modules: dict) -> None:
     """Raises UserError unless the model has every module of the file, in its size."""
     made_for = f" ({metadata.base_id})" if metadata.base_id else ""
     for module_path, parts in modules.items():
@@ -325,7 +318,7 @@ def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.M
             module = model.get_submodule(module_path)
         except AttributeError:
             module = None
-        own, here = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:]), weight_size(module)
+        own, here = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:]), moslora.weight_size(module)
         size = tuple(side * metadata.factor for side in own)
         if size != here:
             there = f"is {'×'.join(map(str, here))}" if here else "does not exist"
@@ -336,7 +329,7 @@ def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.M
 
 
 @torch.no_grad()
-def fill(layer: LoraLayer, adapter_name: str, parts: dict[str, Tensor]) -> None:
+def fill(layer: LoraLayer, adapter_name: str, parts: dict[str, torch.Tensor]) -> None:
     """Copy the saved tensors into the layer; `check_fits` has compared the shapes."""
     lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     (lora_a.tied if isinstance(lora_a, KroneckerDown) else lora_a.weight).copy_(parts["lora_A"])

@@ -17,20 +17,18 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
 
-from dreambooth_moslora.base.files import configs_beside
-from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, free_gib
+from dreambooth_moslora.base import files, machine
 
 logger = logging.getLogger(__name__)
 
 
-def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+def decode_image(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
     """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px; not finite is black, with a warning."""
     return pictures_of(finite_or_black(decode_pixels(vae, latents)))
 
 
-def finite_or_black(pixels: Tensor) -> Tensor:
+def finite_or_black(pixels: torch.Tensor) -> torch.Tensor:
     """The pixels as they are, which become black where they are not finite, with a warning."""
     if not pixels.isfinite().all():
         logger.warning("A picture has values that are not finite (NaN) and is black there: use --mixed_precision bf16.")
@@ -38,7 +36,7 @@ def finite_or_black(pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode_pixels(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w)."""
     found = []
     for one in latents.split(1):
@@ -47,7 +45,7 @@ def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], Tensor]) -> Tensor:
+def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], torch.Tensor]) -> torch.Tensor:
     """What `work` computes with the VAE. If that is not finite, it is done again in fp32, which the VAE then keeps."""
     found = work()
     if not found.isfinite().all() and vae.dtype != torch.float32:
@@ -57,7 +55,7 @@ def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], Tensor]) -> Tensor:
     return found
 
 
-def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     latents = latents.float() / vae.config.scaling_factor
     statistics = latent_statistics(vae, latents.device)
     if statistics:
@@ -67,7 +65,7 @@ def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
         return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
 
 
-def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Mean and standard deviation of each latent channel, (1, 4, 1, 1); None for most VAEs."""
     mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
     if mean is None or std is None:
@@ -84,14 +82,18 @@ def scale_of(vae: AutoencoderKL) -> int:
 def tiled_where_short(vae: AutoencoderKL, size_px: tuple[int, int], device: torch.device) -> Iterator[None]:
     """In this block the VAE decodes in tiles if `device` has too little memory for (height, width) px at once. A VAE
     without tiling decodes as usual. The VAE's own settings are restored afterwards."""
-    free = free_gib(device)
-    is_short = free is not None and size_px[0] * size_px[1] * DECODER_BYTES_A_PIXEL / GIB > free
+    free = machine.free_gib(device)
+    is_short = free is not None and size_px[0] * size_px[1] * machine.DECODER_BYTES_A_PIXEL / machine.GIB > free
     if not is_short or not hasattr(vae, "tile_latent_min_size"):
         yield
         return
     names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
     before = {name: getattr(vae, name) for name in names}
-    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, TILE_PX, TILE_PX // scale_of(vae)
+    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = (
+        True,
+        machine.TILE_PX,
+        machine.TILE_PX // scale_of(vae),
+    )
     try:
         yield
     finally:
@@ -99,7 +101,7 @@ def tiled_where_short(vae: AutoencoderKL, size_px: tuple[int, int], device: torc
             setattr(vae, name, value)
 
 
-def pictures_of(pixels: Tensor) -> list[Image.Image]:
+def pictures_of(pixels: torch.Tensor) -> list[Image.Image]:
     """Pixels (B, 3, H, W), about in [-1, 1] -> B pictures."""
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().nan_to_num().to(torch.uint8)
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels.cpu()]
@@ -118,7 +120,7 @@ def load_vae_alone(source: str | Path) -> AutoencoderKL:
     """The VAE of a base, in fp32, from a diffusers folder, a hub id, or a single file."""
     path = Path(source)
     if path.is_file():
-        configs = configs_beside(path)
+        configs = files.configs_beside(path)
         local = {} if configs is None else {"config": str(configs), "subfolder": "vae"}
         return AutoencoderKL.from_single_file(str(path), **local).eval()
     return AutoencoderKL.from_pretrained(source, subfolder="vae").eval()

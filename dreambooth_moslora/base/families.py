@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dreambooth_moslora.base.decode import latent_statistics
 from dreambooth_moslora.settings.families import Facts, facts_of
 
-Text = dict[str, Tensor]
+Text = dict[str, torch.Tensor]
 """One prompt, by the names of the pipeline's arguments: prompt_embeds (T, D), pooled_prompt_embeds (P), …"""
 
 
@@ -55,16 +54,18 @@ class Family:
             return words
         return words | {f"negative_{name}": value for name, value in empty.items()}
 
-    def latents(self, vae: nn.Module, pixels: Tensor) -> Tensor:
+    def latents(self, vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], encoded to the mean of the posterior, fp32."""
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
         return (z - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
-    def predict(self, denoiser: nn.Module, z: Tensor, t: Tensor, crops: Tensor | None, **words: Any) -> Tensor:
+    def predict(
+        self, denoiser: torch.nn.Module, z: torch.Tensor, t: torch.Tensor, crops: torch.Tensor | None, **words: Any
+    ) -> torch.Tensor:
         """`z` (B, C, h, w), `t` (B,) as in the scheduler, `crops` (B, 6): original size, corner and size in pixels."""
         raise NotImplementedError
 
-    def guidance(self, denoiser: nn.Module, count: int, device: torch.device) -> Tensor | None:
+    def guidance(self, denoiser: torch.nn.Module, count: int, device: torch.device) -> torch.Tensor | None:
         """What a model with embedded guidance is told, (count,)."""
         return torch.full((count,), self.told_guidance, device=device) if denoiser.config.guidance_embeds else None
 
@@ -235,19 +236,19 @@ class Sana(Lumina2):
         return denoiser(z, prompt_embeds, t * denoiser.config.timestep_scale, **options)[0]
 
 
-def packed(z: Tensor) -> Tensor:
+def packed(z: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) -> (B, h/2·w/2, 4C): each patch of 2 x 2 becomes a token."""
     b, c, h, w = z.shape
     return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
 
 
-def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
+def unpacked(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`packed` backwards, to the shape of `like`."""
     b, c, h, w = like.shape
     return tokens.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
-def grid(h: int, w: int, axes: int, device: torch.device) -> Tensor:
+def grid(h: int, w: int, axes: int, device: torch.device) -> torch.Tensor:
     """(h·w, axes): row and column of each token in axes 1 and 2."""
     places = torch.zeros(h, w, axes, device=device)
     places[..., 1], places[..., 2] = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
@@ -282,10 +283,10 @@ def in_dtype(text: Text, device: torch.device, dtype: torch.dtype) -> Text:
     }
 
 
-def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
+def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
     return getattr(pipe, facts_of(type(pipe).__name__).denoiser)
 
 
-def block_classes(denoiser: nn.Module) -> tuple[str, ...]:
+def block_classes(denoiser: torch.nn.Module) -> tuple[str, ...]:
     """Class names of the blocks that are repeated, as diffusers lists them: they hold nearly all weights."""
     return tuple(getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ())

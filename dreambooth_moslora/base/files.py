@@ -9,8 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.core import UserError, assets_folder
-from dreambooth_moslora.settings.families import DENOISERS, Facts, facts_of
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import families, table
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 SMALL_BASE_PX = 256
@@ -96,7 +95,7 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not is_path
 
 
-def base_folder(config: TrainConfig) -> Path | None:
+def base_folder(config: table.TrainConfig) -> Path | None:
     """The diffusers folder of the base: as named, embedded, or in the hub's cache. None for a single file or a base not
     fetched yet. Raises UserError for a base that training would refuse."""
     source = resolve_base(config.pretrained_model_name_or_path)
@@ -106,7 +105,9 @@ def base_folder(config: TrainConfig) -> Path | None:
         places = {"cache_dir": config.cache_dir, "revision": config.revision}
         found = try_to_load_from_cache(source, INDEX, **places)
         folder = Path(found).parent if isinstance(found, str) else None
-        return folder if folder and any((folder / name / "config.json").is_file() for name in DENOISERS) else None
+        return (
+            folder if folder and any((folder / name / "config.json").is_file() for name in families.DENOISERS) else None
+        )
     if source.is_file():
         return None
     check_diffusers_folder(source, config.variant, has_vae=config.pretrained_vae_model_name_or_path is None)
@@ -130,12 +131,16 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
         check_component(folder / part, variant, MARKS.get(part) if facts.denoiser == "unet" else None)
 
 
-def facts_of_base(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> Facts | None:
+def facts_of_base(
+    name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None
+) -> families.Facts | None:
     """The family of a base, by its index; None for a hub id whose index cannot be fetched. A single file is SDXL's.
     Raises UserError for a base that is not there, and for one that cannot be trained."""
     source = resolve_base(name)
     if isinstance(source, Path):
-        return facts_in(read_json(source / INDEX)) if source.is_dir() else facts_of("StableDiffusionXLPipeline")
+        return (
+            facts_in(read_json(source / INDEX)) if source.is_dir() else families.facts_of("StableDiffusionXLPipeline")
+        )
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -150,11 +155,11 @@ def facts_of_base(name: str | Path, revision: str | None = None, cache_dir: str 
     return facts_in(index) if isinstance(index, dict) else None
 
 
-def facts_in(index: dict) -> Facts:
+def facts_in(index: dict) -> families.Facts:
     """The family of a base by its `model_index.json`; SDXL's pipelines for other tasks hold the same parts. Raises
     UserError for one that cannot be trained."""
     name = str(index.get("_class_name", ""))
-    return facts_of("StableDiffusionXLPipeline" if name.startswith("StableDiffusionXL") or not name else name)
+    return families.facts_of("StableDiffusionXLPipeline" if name.startswith("StableDiffusionXL") or not name else name)
 
 
 def check_vae(name: str) -> None:

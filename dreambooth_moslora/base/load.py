@@ -28,11 +28,8 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
-from dreambooth_moslora.base.decode import finite_or_fp32
-from dreambooth_moslora.base.families import SDXL, Family, Text, block_classes, family_of
-from dreambooth_moslora.base.files import check_diffusers_folder, configs_beside, facts_of_base, resolve_base
+from dreambooth_moslora.base import decode, families, files
 from dreambooth_moslora.core import UserError, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.settings.families import facts_of
@@ -53,7 +50,7 @@ ZERO_SNR_RESCALE = 0.7
 
 
 def quantize(
-    denoiser: nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None
+    denoiser: torch.nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None
 ) -> int:
     """Replace the layers in place, each quantised on `device` (default: its own); returns how many. Only one dense
     layer at a time is on the device. In 4 bit, each layer then moves back, so that the device is free for the encoders.
@@ -64,7 +61,7 @@ def quantize(
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_worth_saying)
     count = 0
     for name, dense in layers_of_blocks(denoiser):
-        if type(dense) is nn.Linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
+        if type(dense) is torch.nn.Linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
             parent, _, child = name.rpartition(".")
             layer = quantized(dense, kind, compute_dtype, device or dense.weight.device)
             setattr(denoiser.get_submodule(parent), child, layer)
@@ -73,9 +70,9 @@ def quantize(
     return count
 
 
-def layers_of_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+def layers_of_blocks(denoiser: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """The modules of the repeated blocks, by their paths."""
-    kinds, modules = block_classes(denoiser), list(denoiser.named_modules())
+    kinds, modules = families.block_classes(denoiser), list(denoiser.named_modules())
     blocks = tuple(f"{name}." for name, module in modules if type(module).__name__ in kinds)
     return [(name, module) for name, module in modules if name.startswith(blocks or "transformer_blocks")]
 
@@ -84,7 +81,9 @@ def is_worth_saying(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(CAST_TO_FP16)
 
 
-def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def quantized(
+    dense: torch.nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str
+) -> torch.nn.Module:
     """One layer (out, in), on `device`. Raises UserError when bitsandbytes is not installed."""
     try:
         from bitsandbytes import nn as bnb
@@ -102,15 +101,15 @@ def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: t
     return layer.to(device).to(home)
 
 
-class TextProjection(nn.Linear):
+class TextProjection(torch.nn.Linear):
     """A frozen projection (out,in) of the text. `host_weight` has the numbers; `weight`, which is NaN, only has
     their shape, dtype and device. `of_attention` (B,T,…) is the product of this layer beside those of its `siblings`,
     the number of text projections of its attention."""
 
     siblings = 1
 
-    def __init__(self, dense: nn.Linear, products: "TextProducts"):
-        nn.Module.__init__(self)
+    def __init__(self, dense: torch.nn.Linear, products: "TextProducts"):
+        torch.nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = dense.in_features, dense.out_features, dense.bias
         self.host_weight = dense.weight.detach()
         if products.device.type != "meta":
@@ -118,11 +117,11 @@ class TextProjection(nn.Linear):
         nothing = torch.full((), torch.nan, dtype=dense.weight.dtype, device=products.device)
         self.register_buffer("weight", nothing.expand(dense.weight.shape), persistent=False)
         self.products = products
-        self.text: Tensor | None = None
-        self.product: Tensor | None = None
-        self.of_attention: Tensor | None = None
+        self.text: torch.Tensor | None = None
+        self.product: torch.Tensor | None = None
+        self.of_attention: torch.Tensor | None = None
 
-    def forward(self, text: Tensor) -> Tensor:
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
         """(B,T,in) -> (B,T,out), a view of columns. No gradient reaches the text."""
         if text is not self.text:
             self.products.take(text)
@@ -132,11 +131,13 @@ class TextProjection(nn.Linear):
 class TextProducts:
     """Moves the dense text projections of `unet` off the device, and provides their products with each text there."""
 
-    def __init__(self, unet: nn.Module, device: torch.device):
+    def __init__(self, unet: torch.nn.Module, device: torch.device):
         self.device = device
         self.attentions: dict[str, list[TextProjection]] = {}
-        self._kept: dict[str, Tensor] = {}
-        paths = [path for path, layer in unet.named_modules() if is_text_projection(path) and type(layer) is nn.Linear]
+        self._kept: dict[str, torch.Tensor] = {}
+        paths = [
+            path for path, layer in unet.named_modules() if is_text_projection(path) and type(layer) is torch.nn.Linear
+        ]
         for path in paths:
             parent, _, name = path.rpartition(".")
             layer = TextProjection(unet.get_submodule(path), self)
@@ -147,12 +148,12 @@ class TextProducts:
             for layer in layers:
                 layer.siblings = len(layers)
 
-    def keep(self, prompt: str, products: Tensor) -> None:
+    def keep(self, prompt: str, products: torch.Tensor) -> None:
         """Keep the concatenated `products` (T, all outputs) of the layers with the text of `prompt`."""
         self._kept[prompt] = products.pin_memory() if self.device.type == "cuda" else products
 
     @torch.no_grad()
-    def show(self, text: Tensor, prompts: Sequence[str]) -> None:
+    def show(self, text: torch.Tensor, prompts: Sequence[str]) -> None:
         """Prepare passes with exactly this tensor `text` (B,T,in), on the device, of B `prompts`."""
         for prompt, row in zip(prompts, text, strict=True):
             if prompt not in self._kept:
@@ -163,11 +164,11 @@ class TextProducts:
             shown[place].copy_(row, non_blocking=self.device.type == "cuda")
         self._lend(text, shown)
 
-    def take(self, text: Tensor) -> None:
+    def take(self, text: torch.Tensor) -> None:
         """Prepare passes with a `text` (B,T,in) of unknown prompts."""
         self._lend(text, self._computed(text))
 
-    def _lend(self, text: Tensor, products: Tensor) -> None:
+    def _lend(self, text: torch.Tensor, products: torch.Tensor) -> None:
         attentions = [(layers, [layer.out_features for layer in layers]) for layers in self.attentions.values()]
         parts = products.split([sum(widths) for _, widths in attentions], -1)
         for (layers, widths), part in zip(attentions, parts, strict=True):
@@ -175,7 +176,7 @@ class TextProducts:
                 layer.text, layer.product, layer.of_attention = text, own, part
 
     @torch.no_grad()
-    def _computed(self, text: Tensor) -> Tensor:
+    def _computed(self, text: torch.Tensor) -> torch.Tensor:
         """(…,T,in) -> (…,T, all outputs)."""
         found = []
         for layer in self.layers:
@@ -199,14 +200,14 @@ def load_pipeline(
     autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` is its dtype (default `dtype`). With
     `has_denoiser` False a folder or hub id is loaded without it, for `load_denoiser`. Raises UserError when the base is
     missing, is of no family that can be trained, or cannot be fetched."""
-    source = resolve_base(name_or_path)
+    source = files.resolve_base(name_or_path)
     if isinstance(source, Path) and source.is_dir():
-        check_diffusers_folder(source, variant, has_vae=vae is None)
+        files.check_diffusers_folder(source, variant, has_vae=vae is None)
     dtype = dtype or torch.float32
     vae_dtype = vae_dtype or dtype
     options = {"dtype": dtype, "revision": revision, "cache_dir": cache_dir}
     try:
-        facts = facts_of_base(source, revision, cache_dir) or facts_of("StableDiffusionXLPipeline")
+        facts = files.facts_of_base(source, revision, cache_dir) or facts_of("StableDiffusionXLPipeline")
         kind = getattr(diffusers, facts.pipeline)
         parts = {"vae": load_vae(vae, kind, vae_dtype, cache_dir)} if vae else {}
         parts |= {"add_watermarker": False} if "add_watermarker" in signature(kind.__init__).parameters else {}
@@ -227,7 +228,7 @@ def load_pipeline(
     if pipeline.vae.dtype != vae_dtype:
         pipeline.vae.to(vae_dtype)
     for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
+        if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     return pipeline
 
@@ -238,7 +239,7 @@ def load_denoiser(pipeline: DiffusionPipeline, name_or_path: str | Path, dtype: 
     name = facts_of(type(pipeline).__name__).denoiser
     others = dict.fromkeys(part for part in pipeline.components if part != name)
     try:
-        found = type(pipeline).from_pretrained(resolve_base(name_or_path), dtype=dtype, **options, **others)
+        found = type(pipeline).from_pretrained(files.resolve_base(name_or_path), dtype=dtype, **options, **others)
     except UNLOADABLE as error:
         raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error, 300)}") from error
     pipeline.register_modules(**{name: getattr(found, name).requires_grad_(False).eval()})
@@ -247,7 +248,7 @@ def load_denoiser(pipeline: DiffusionPipeline, name_or_path: str | Path, dtype: 
 
 def load_vae(
     name: str | Path, pipeline: type[DiffusionPipeline], dtype: torch.dtype, cache_dir: str | Path | None
-) -> nn.Module:
+) -> torch.nn.Module:
     """The autoencoder of a folder or hub id. Raises UserError when it cannot be loaded."""
     try:
         kind = pipeline._get_signature_types()["vae"][0]
@@ -259,7 +260,7 @@ def load_vae(
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
     """Load one checkpoint file; its marks say whether velocity is predicted. Its configs come from a diffusers folder
     of the same stem beside it, else from the hub. Raises UserError."""
-    configs = configs_beside(path)
+    configs = files.configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
     try:
         pipeline = kind.from_single_file(str(path), **options, **local)
@@ -298,7 +299,7 @@ def check_is_whole(
     if lacking:
         raise UserError(f"the base model {name} is not whole: it has no {lacking[0]}.")
     for part, model in pipeline.components.items():
-        weights = model.named_parameters() if isinstance(model, nn.Module) else ()
+        weights = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
         if missing := next((weight for weight, value in weights if value.is_meta), None):
             raise UserError(f"the base model {name} is not whole: the files of its {part} have no {missing}.")
 
@@ -322,20 +323,20 @@ def guidance_rescale(pipeline: DiffusionPipeline) -> float:
     return ZERO_SNR_RESCALE if has_zero_terminal_snr(pipeline) else 0.0
 
 
-SDXL_FAMILY = SDXL(facts_of("StableDiffusionXLPipeline"))
+SDXL_FAMILY = families.SDXL(facts_of("StableDiffusionXLPipeline"))
 
 
-def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[Text]:
+def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[families.Text]:
     """The text of each prompt. Gradients reach the encoders if enabled; use `torch.no_grad()` for frozen ones."""
-    return family_of(pipeline).texts(pipeline, prompts)
+    return families.family_of(pipeline).texts(pipeline, prompts)
 
 
 @torch.no_grad()
-def encode_image(vae: nn.Module, pixels: Tensor, family: Family = SDXL_FAMILY) -> Tensor:
+def encode_image(vae: torch.nn.Module, pixels: torch.Tensor, family: families.Family = SDXL_FAMILY) -> torch.Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) as the denoiser expects them, fp32: the mean of the VAE's
     posterior. An SDXL VAE in fp16 can overflow to NaN; it is then converted to fp32 for good and run again. Raises
     UserError when even fp32 gives NaN."""
-    latents = finite_or_fp32(vae, lambda: family.latents(vae, pixels))
+    latents = decode.finite_or_fp32(vae, lambda: family.latents(vae, pixels))
     if not latents.isfinite().all():
         raise UserError("the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE.")
     return latents
@@ -344,7 +345,7 @@ def encode_image(vae: nn.Module, pixels: Tensor, family: Family = SDXL_FAMILY) -
 SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "transformer_layers_per_block")
 
 
-def architecture(denoiser: nn.Module) -> dict[str, object]:
+def architecture(denoiser: torch.nn.Module) -> dict[str, object]:
     """The shape of a denoiser, JSON-able: bases of equal shape accept each other's adapters. Of a UNet it is SHAPE, of
     a transformer every whole number of its configuration."""
     config = dict(denoiser.config)

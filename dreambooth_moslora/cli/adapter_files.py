@@ -79,26 +79,24 @@ def run_export(args: argparse.Namespace) -> int:
         raise UserError(f"{source} is an adapter of PEFT: add --for peft")
     else:
         source = find_raw(source)
-    from dreambooth_moslora.adapters.lycoris import write_lokr
-    from dreambooth_moslora.adapters.new_tokens import tokens_beside
-    from dreambooth_moslora.adapters.peft_file import fold_peft
-    from dreambooth_moslora.adapters.published_file import DTYPES, publish
-    from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, read_raw
+    from dreambooth_moslora.adapters import lycoris, new_tokens, peft_file, published_file, raw_file
 
     if args.readers == "peft":
-        print(f"{out}: a plain LoRA for PEFT, {fold_peft(source, out)} layers folded (B·M).")
+        print(f"{out}: a plain LoRA for PEFT, {peft_file.fold_peft(source, out)} layers folded (B·M).")
         return 0
     name = args.name or out.resolve().name or "adapter"
     if args.readers == "lycoris":
-        layers = write_lokr(source, out / f"{name}{LOKR_SUFFIX}")
+        layers = lycoris.write_lokr(source, out / f"{name}{LOKR_SUFFIX}")
         print(f"{out / name}{LOKR_SUFFIX}: a LoKr, {layers} layers read back and compared.")
         return 0
-    _, facts = read_raw(source)
-    components = {name: empty_model(structure) for name, structure in facts.structures.items()}
-    load_raw(source, components)
+    _, facts = raw_file.read_raw(source)
+    components = {name: raw_file.empty_model(structure) for name, structure in facts.structures.items()}
+    raw_file.load_raw(source, components)
     before = sum(rank_sum(model) for model in components.values())
-    tokens = tokens_beside(source, {"moslora": facts.to_json()})
-    proof = publish(components, out, name, facts, DTYPES[args.dtype], keep=args.keep, tokens=tokens)
+    tokens = new_tokens.tokens_beside(source, {"moslora": facts.to_json()})
+    proof = published_file.publish(
+        components, out, name, facts, published_file.DTYPES[args.dtype], keep=args.keep, tokens=tokens
+    )
     for file in [*proof.files, *(tokens_name(name, number) for number in range(len(tokens)))]:
         size = (out / file).stat().st_size / 2**20
         print(f"{out / file}  {size:.2f} MiB")

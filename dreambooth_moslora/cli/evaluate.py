@@ -16,11 +16,8 @@ from dreambooth_moslora.core import UserError, atomic_write, find_asset
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.checks import require_folder, require_writable
-from dreambooth_moslora.settings.measures import MEASURES
-from dreambooth_moslora.settings.sources import read_json_table, reason_of
-from dreambooth_moslora.settings.table import TrainConfig, without_removed
-from dreambooth_moslora.training.explain import SCALES, ScaleChoice, choose_scale
-from dreambooth_moslora.training.model_card import with_strength
+from dreambooth_moslora.settings import measures, sources, table
+from dreambooth_moslora.training import explain, model_card
 
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.evaluate import Evaluation
@@ -77,11 +74,8 @@ def strength(text: str) -> float:
 def run_evaluate(args: argparse.Namespace) -> int:
     check_paths(args)
     config, folder = resolve(args), output_folder(args)
-    from dreambooth_moslora.base.families import denoiser_of
-    from dreambooth_moslora.base.load import default_guidance
-    from dreambooth_moslora.evaluation import report
-    from dreambooth_moslora.evaluation.evaluate import evaluate_adapter
-    from dreambooth_moslora.evaluation.metrics import load_encoders
+    from dreambooth_moslora.base import families, load
+    from dreambooth_moslora.evaluation import evaluate, metrics, report
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
     from dreambooth_moslora.photos.folder import log_strays, photo_report
 
@@ -94,20 +88,22 @@ def run_evaluate(args: argparse.Namespace) -> int:
     plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
     pipeline = SubjectPipeline.from_base(base)
     name = pipeline.load_adapter(find_asset(args.adapter))
-    device = denoiser_of(pipeline.pipeline).device
-    encoders = load_encoders(base, args.clip, args.dino, device)
+    device = families.denoiser_of(pipeline.pipeline).device
+    encoders = metrics.load_encoders(base, args.clip, args.dino, device)
     evaluators = report.evaluators_of(subjects, photos, plans, encoders, pipeline.resolution_px)
     pairs = report.pairs_of(evaluators)
     count = sum(picture_count(plan, args.sweep_scale) for plan in plans)
     count += sum(2 * pair.picture_count for pair in pairs)
-    followed = default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
+    followed = load.default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
     options, choice = {"batch_size": args.batch_size, "guidance_scale": followed}, None
     with bar_of_pictures(count) as bar:
-        judge = partial(evaluate_adapter, pipeline, name, on_picture=bar.update, **options)
+        judge = partial(evaluate.evaluate_adapter, pipeline, name, on_picture=bar.update, **options)
         found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
         if args.sweep_scale:
             smaller = [evaluator.of_subject() for evaluator in evaluators]
-            choice = choose_scale({s: report.pooled([judge(one, scale=s) for one in smaller]).score for s in SCALES})
+            choice = explain.choose_scale(
+                {s: report.pooled([judge(one, scale=s) for one in smaller]).score for s in explain.SCALES}
+            )
         of_pairs = [judge(pair, scale=args.scale) for pair in pairs]
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
     steps = plans[0].inference_steps
@@ -138,12 +134,12 @@ def bar_of_pictures(count: int) -> tqdm:
 
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
     """How many pictures are drawn: by the adapter and the base, and by the adapter at each scale of a sweep."""
-    swept = len(SCALES) * len(plan.subject_requests) if sweeps else 0
+    swept = len(explain.SCALES) * len(plan.subject_requests) if sweeps else 0
     by_both = len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests)
     return 2 * by_both + len(plan.bare_requests) + swept
 
 
-def note_strength(path: Path, choice: ScaleChoice | None) -> str:
+def note_strength(path: Path, choice: explain.ScaleChoice | None) -> str:
     """Write the sweep's result into the adapter's files and card; returns a line about it."""
     from dreambooth_moslora.adapters.published_file import note_scale
 
@@ -155,21 +151,21 @@ def note_strength(path: Path, choice: ScaleChoice | None) -> str:
     noted = [file.name for file in files if file.is_file() and note_scale(file, choice.best, usable)]
     card = run_dir.read_card() if path.is_dir() and noted else None
     if card is not None and is_card(card):
-        atomic_write(run_dir.card_path, with_strength(card, choice.best, usable))
+        atomic_write(run_dir.card_path, model_card.with_strength(card, choice.best, usable))
         noted.append(run_dir.card_path.name)
     return f"{choice.sentence()}; written into {', '.join(noted) or 'no file, as this program published none of them'}"
 
 
-def resolve(args: argparse.Namespace) -> TrainConfig:
+def resolve(args: argparse.Namespace) -> table.TrainConfig:
     """What to evaluate, from the arguments, the run folder's configuration and the file's header. Raises UserError."""
     known = known_of(Path(find_asset(args.adapter)))
     if known.get("subjects") and (args.photos or args.instance_prompt or args.class_word):
-        named = {one.instance_prompt: one for one in TrainConfig.from_dict(known).each_subject}
+        named = {one.instance_prompt: one for one in table.TrainConfig.from_dict(known).each_subject}
         if args.instance_prompt not in named:
             raise UserError(f"--instance_prompt: it has several subjects; name one of {', '.join(map(repr, named))}.")
         known = named[args.instance_prompt].to_dict()
     if known.get("subjects"):
-        return TrainConfig.from_dict(known | ({"pretrained_model_name_or_path": args.base} if args.base else {}))
+        return table.TrainConfig.from_dict(known | ({"pretrained_model_name_or_path": args.base} if args.base else {}))
     base = args.base or known.get("pretrained_model_name_or_path")
     prompt = args.instance_prompt or known.get("instance_prompt")
     photos = args.photos or known.get("instance_data_dir")
@@ -180,7 +176,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
     chosen = {"pretrained_model_name_or_path": base, "instance_prompt": prompt, "instance_data_dir": photos, **given}
     if args.photos:
         chosen |= {"masks": "given", "captions": "given"}  # the run's made ones belong to its own photos
-    return TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
+    return table.TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
 
 
 def known_of(path: Path) -> dict:
@@ -193,7 +189,9 @@ def known_of(path: Path) -> dict:
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
-            return without_removed(read_json_table(config)) | {"output_dir": str(folder)}  # it may have been moved
+            return table.without_removed(sources.read_json_table(config)) | {
+                "output_dir": str(folder)
+            }  # it may have been moved
     facts = load_published(find_weights(path))[1]
     if facts is None or not facts.trigger_words:
         return {}
@@ -204,7 +202,7 @@ def known_of(path: Path) -> dict:
     return known
 
 
-def plan_of(args: argparse.Namespace, subject: TrainConfig, photos: Sequence["Photo"]) -> "EvaluationPlan":
+def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequence["Photo"]) -> "EvaluationPlan":
     """The flags' plan for a subject, without places in its photos' captions. Raises UserError."""
     from dreambooth_moslora.evaluation.protocol import plan_of_subject, spread
 
@@ -221,7 +219,7 @@ def plan_of(args: argparse.Namespace, subject: TrainConfig, photos: Sequence["Ph
         try:
             lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {file}: {reason_of(error)}.") from error
+            raise UserError(f"--prompts {file}: {sources.reason_of(error)}.") from error
         plan = replace(plan, templates=tuple(filter(None, lines)))
     return replace(plan, templates=spread(plan.templates, args.num_prompts)) if args.num_prompts else plan
 
@@ -238,7 +236,7 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 def summary(found: "Evaluation") -> str:
     lines = []
-    for name, row in MEASURES.items():
+    for name, row in measures.MEASURES.items():
         if row.summary and name in found.tables:
             interval = found.interval(name)
             lines.append(f"{name:18} {interval.mean:.3f}  [{interval.low:.3f}, {interval.high:.3f}]")

@@ -11,19 +11,10 @@ from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.terminal import hush
 from dreambooth_moslora.core import UserError, find_asset, free_name
 from dreambooth_moslora.disk.run_folder import find_weights
-from dreambooth_moslora.generation.params import (
-    SCHEDULERS,
-    GenerationParams,
-    Image,
-    Recipe,
-    Step,
-    about_black,
-    draw_seed,
-    read_recipe,
-)
+from dreambooth_moslora.generation import params
 
 ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
-DEFAULTS = {field.name: field.default for field in fields(GenerationParams)}
+DEFAULTS = {field.name: field.default for field in fields(params.GenerationParams)}
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +34,13 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("height", type=int, help="px (default: the base's own size)")
     add("width", type=int, help="px (default: the base's own size)")
     add("num_images", type=int, help="how many, with consecutive seeds (default 1)")
-    add("scheduler", choices=list(SCHEDULERS), help=f"default {DEFAULTS['scheduler']}")
+    add("scheduler", choices=list(params.SCHEDULERS), help=f"default {DEFAULTS['scheduler']}")
     add("grid", nargs="+", metavar="AXIS", help='one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" …')
     add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    recipe = read_recipe(args.from_png) if args.from_png else None
+    recipe = params.read_recipe(args.from_png) if args.from_png else None
     values = _recipe_values(args, recipe)
     check_paths(args, recipe)
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
@@ -67,12 +58,12 @@ def run_generate(args: argparse.Namespace) -> int:
     pipeline = SubjectPipeline.from_base(args.base)
     pipeline.bases.files += [basis] if basis else []
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
-    params = GenerationParams.from_dict(values | {"adapters": chosen})
-    events = generate_grid(pipeline, params, axes) if axes else pipeline.generate(params)
+    wanted = params.GenerationParams.from_dict(values | {"adapters": chosen})
+    events = generate_grid(pipeline, wanted, axes) if axes else pipeline.generate(wanted)
     return _save_all(events, Path(args.output_dir), only_sheet=bool(axes))
 
 
-def check_paths(args: argparse.Namespace, recipe: Recipe | None) -> None:
+def check_paths(args: argparse.Namespace, recipe: params.Recipe | None) -> None:
     """Raises UserError for a file that is not there, before torch is imported."""
     in_picture = dict(recipe.params.adapters) if recipe else {}
     for path, _ in map(_split_scale, args.adapter):
@@ -92,7 +83,7 @@ def _split_scale(text: str) -> tuple[str, float | None]:
         return text, None
 
 
-def _recipe_values(args: argparse.Namespace, recipe: Recipe | None) -> dict:
+def _recipe_values(args: argparse.Namespace, recipe: params.Recipe | None) -> dict:
     """Parameters of the picture, overridden by the given ones. Raises UserError without a prompt."""
     values = recipe.params.to_dict() if recipe else {}
     names = {"height": "height_px", "width": "width_px"}
@@ -100,7 +91,7 @@ def _recipe_values(args: argparse.Namespace, recipe: Recipe | None) -> dict:
         if (value := getattr(args, name)) is not None:
             values[names.get(name, name)] = value
     if args.seed is not None:
-        values["seed"] = draw_seed(args.seed)
+        values["seed"] = params.draw_seed(args.seed)
     if "prompt" not in values:
         raise UserError("say what to draw with --prompt, or give a picture with --from_png")
     return values
@@ -113,17 +104,17 @@ def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     clear, black = "\r\033[K" if sys.stderr.isatty() else "", []
     for event in events:
-        if isinstance(event, Image) and about_black([event.pixels]):
+        if isinstance(event, params.Image) and params.about_black([event.pixels]):
             black.append(event.pixels)
-        if isinstance(event, Step) and clear:
+        if isinstance(event, params.Step) and clear:
             eta = "" if math.isnan(event.eta_sec) else f", {event.eta_sec:.0f} s left"
             done = f"image {event.index + 1}/{event.num_images}, step {event.step}/{event.steps}{eta}"
             print(f"{clear}{done}", end="", file=sys.stderr, flush=True)
-        elif isinstance(event, Sheet) or (isinstance(event, Image) and not only_sheet):
+        elif isinstance(event, Sheet) or (isinstance(event, params.Image) and not only_sheet):
             print(clear, end="", file=sys.stderr, flush=True)
             stem = "grid" if only_sheet else f"image_{event.params.seed}"
             name = free_name(stem, lambda taken: (folder / f"{taken}.png").exists())
             print(event.save(folder / f"{name}.png"))
-    if said := about_black(black):
+    if said := params.about_black(black):
         print(f"note: of the pictures, {said}.", file=sys.stderr)
     return 0

@@ -108,20 +108,19 @@ def memory_gib() -> float:
 def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) -> None:
     import torch
 
-    from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
-    from dreambooth_moslora.base.files import resolve_base
+    from dreambooth_moslora.base import decode, files
     from dreambooth_moslora.photos.folder import find_photos
     from dreambooth_moslora.photos.photo import open_rgb
 
     hush()
     try:
-        vae = load_vae_alone(resolve_base(base))
+        vae = decode.load_vae_alone(files.resolve_base(base))
     except (UserError, OSError, ValueError) as error:
         found.warnings.append(f"the VAE of {base} was not tried: {' '.join(str(error).split())[:200]}")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     photos = [open_rgb(photo) for photo in find_photos(Path(folder), "", 64).photos[:8]] if folder is not None else []
-    for probe in probe_vae(vae, [torch.bfloat16, torch.float16], photos, size_px, device):
+    for probe in decode.probe_vae(vae, [torch.bfloat16, torch.float16], photos, size_px, device):
         found.facts[f"VAE in {probe.dtype}"] = f"off by {probe.error:.2f} of 255 levels" if probe.finite else "NaN"
         if not probe.finite:
             found.warnings.append(
@@ -140,7 +139,8 @@ def run_selftest(args: argparse.Namespace) -> int:
     import psutil
     import torch
 
-    from dreambooth_moslora.plan.memory import GIB, free_gib_of_gpu
+    from dreambooth_moslora.base.machine import GIB
+    from dreambooth_moslora.plan.memory import free_gib_of_gpu
     from dreambooth_moslora.training.selftest import ON_CPU, SelfTest, as_json, as_page
 
     has_gpu = torch.cuda.is_available()

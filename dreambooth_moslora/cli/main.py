@@ -10,9 +10,8 @@ from importlib import import_module
 from pathlib import Path
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.cli.parser import Parser, underscored
-from dreambooth_moslora.cli.terminal import DONE, MISTAKE, exit_code
-from dreambooth_moslora.cli.train import train_or_queue
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.rows import nearest
 
@@ -48,7 +47,7 @@ INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"  # The 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m dreambooth_moslora COMMAND …` or `dreambooth-moslora COMMAND …`."""
-    return exit_code(lambda: run_command(list(sys.argv[1:] if argv is None else argv)))
+    return terminal.exit_code(lambda: run_command(list(sys.argv[1:] if argv is None else argv)))
 
 
 def run_command(argv: list[str]) -> int:
@@ -59,13 +58,13 @@ def run_command(argv: list[str]) -> int:
         print("  app       open the page in the browser; the same as app.py")
         for name, (_, about) in COMMANDS.items():
             print(f"  {name:9} {about}")
-        return DONE if argv else MISTAKE
+        return terminal.DONE if argv else terminal.MISTAKE
     name, rest = argv[0], argv[1:]
     if name == "--version":
         print(__version__)
-        return DONE
+        return terminal.DONE
     if name == "train":
-        return train_or_queue(rest, f"{program} train")
+        return train.train_or_queue(rest, f"{program} train")
     if name == "app":
         from dreambooth_moslora.ui import app
 

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.settings.rows import nearest
-from dreambooth_moslora.settings.table import FIELD_TYPES, REMOVED, SETTINGS
+from dreambooth_moslora.settings import rows, table
 
 REMOVED_FLAGS = {
-    **REMOVED,
+    **table.REMOVED,
     "leave_one_out": "removed, as it found one bad photo of two; to train without a photo, use --leave_out FILE",
 }
 """Flags of earlier versions, which every command answers."""
@@ -43,7 +42,7 @@ FOREIGN = {
     "cache_latents": "latents are always cached; --caching {memory,disk,off} says where",
     "offload": "encoders always leave memory after the photos are encoded; leave it out",
     "upcast_before_saving": "adapters are kept in fp32 all along; leave it out",
-    "optimizer_type": f"use --optimizer {{{','.join(SETTINGS['optimizer'].metadata['choices'])}}}",
+    "optimizer_type": f"use --optimizer {{{','.join(table.SETTINGS['optimizer'].metadata['choices'])}}}",
     "optimizer_args": "use --adam_beta1, --adam_weight_decay and their like, one flag each",
     "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
     "concepts_list concept_list": "use --subjects, which takes the same file",
@@ -85,7 +84,7 @@ FOREIGN = {
 """Flags of other trainers -> what to give instead."""
 FOREIGN_FLAGS = {
     **REMOVED_FLAGS,
-    **{flag: f"use --{name}" for name, item in SETTINGS.items() for flag in item.metadata["elsewhere"].split()},
+    **{flag: f"use --{name}" for name, item in table.SETTINGS.items() for flag in item.metadata["elsewhere"].split()},
     **{flag: instead for flags, instead in FOREIGN.items() for flag in flags.split()},
 }
 
@@ -101,7 +100,7 @@ def unknown_flag_message(word: str) -> str:
     flag, name = word.partition("=")[0], name_of(word)
     if name in FOREIGN_FLAGS:
         return f"{flag}: {FOREIGN_FLAGS[name]}."
-    close = nearest(name.removeprefix("no_"), FIELD_TYPES)
+    close = rows.nearest(name.removeprefix("no_"), table.FIELD_TYPES)
     return f"unknown flag {flag}" + (f": did you mean --{close}?" if close else "; see --help.")
 
 

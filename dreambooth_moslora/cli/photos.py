@@ -9,13 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.cli.terminal import say
-from dreambooth_moslora.cli.train import add_flag, choose_base, folder_and_word
+from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.core import UserError, find_asset, is_toy, spelled_out
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, choose_shapes, choose_words
 from dreambooth_moslora.plan.memory import STOCK_SDXL, least_free_gib
-from dreambooth_moslora.settings.sources import load_settings
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, named
+from dreambooth_moslora.settings import sources, table
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
 BASE = "pretrained_model_name_or_path"
 """Without it photos are assumed to be photographs, so that the base is SDXL."""
-OF_PHOTOS = (*named("check"), BASE)
+OF_PHOTOS = (*table.named("check"), BASE)
 FAULTS = ("blurred", "near-duplicate", "too small")
 """How reasons begin for which a photo is better left out."""
 MAX_PICTURED = 48  # Most photos in the picture of the crops.
@@ -41,8 +39,8 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--make_masks", action="store_true", help="write name.mask.png beside photos without a mask")
     parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
     group = parser.add_argument_group("as in training")
-    for name in named("check"):
-        add_flag(group, SETTINGS[name])
+    for name in table.named("check"):
+        train.add_flag(group, table.SETTINGS[name])
     about_base = 'the base to be trained: "toy" has its own mask model; for others CLIPSeg makes masks'
     group.add_argument(f"--{BASE}", metavar="TEXT", default=argparse.SUPPRESS, help=about_base)
 
@@ -53,13 +51,13 @@ def run_check(args: argparse.Namespace) -> int:
 
     folder = Path(find_asset(args.folder))
     given = {name: value for name, value in vars(args).items() if name in OF_PHOTOS}
-    recipe = load_settings(args.config) if args.config else {}
+    recipe = sources.load_settings(args.config) if args.config else {}
     if args.word:
         recipe = as_train_would(args, recipe | given)
     known = {BASE: STOCK_SDXL} | {name: value for name, value in recipe.items() if name in OF_PHOTOS} | given
     if "instance_prompt" not in known:
         known["class_word"] = ""  # do not look for the default prompt's `object`
-    config = TrainConfig(**known)
+    config = table.TrainConfig(**known)
     find = partial(find_photos, folder, config.instance_prompt, config.resolution, alpha=config.alpha)
     report = find()
     if args.make_masks:
@@ -69,7 +67,7 @@ def run_check(args: argparse.Namespace) -> int:
     if not args.config:
         choices = Choices(given)
         choose_shapes(choices, report.photos)
-        say(choices.lines)
+        terminal.say(choices.lines)
         given |= choices.settings
     config = replace(config, **given)
     crops = None if args.no_picture or not report.photos else draw(report.photos, config, args, folder)
@@ -84,17 +82,17 @@ def run_check(args: argparse.Namespace) -> int:
 
 def as_train_would(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
     """The `given` settings and what `train DIR WORD` chooses; says the base. Raises UserError."""
-    folder, word = folder_and_word([args.folder, args.word])
+    folder, word = train.folder_and_word([args.folder, args.word])
     choices = Choices(given)
-    choose_base(choices, folder)
-    say(choices.lines)
+    train.choose_base(choices, folder)
+    terminal.say(choices.lines)
     if not args.config:
         choose_recipe(choices, None if is_toy(choices.all[BASE]) else least_free_gib())
     choose_words(choices, word)
     return {name: value for name, value in choices.all.items() if name in OF_PHOTOS}
 
 
-def make_masks(photos: Sequence["Photo"], config: TrainConfig) -> None:
+def make_masks(photos: Sequence["Photo"], config: table.TrainConfig) -> None:
     """Write masks beside the photos, with a line about each on stderr. Raises UserError."""
     from dreambooth_moslora.photos.masks import best_device, load_segmenter, make_beside
 
@@ -107,7 +105,7 @@ def make_masks(photos: Sequence["Photo"], config: TrainConfig) -> None:
         raise UserError(f"--make_masks: a mask cannot be written: {error.strerror}") from error
 
 
-def draw(photos: Sequence["Photo"], config: TrainConfig, args: argparse.Namespace, folder: Path) -> str | None:
+def draw(photos: Sequence["Photo"], config: table.TrainConfig, args: argparse.Namespace, folder: Path) -> str | None:
     """Draw the picture of the crops and return a line about it; if it cannot be written, say so and return None."""
     from dreambooth_moslora.photos.examine import crop_rows
     from dreambooth_moslora.pictures import draw_contact_sheet
@@ -174,7 +172,7 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
     words.add_argument("--instance_prompt", metavar="TEXT", help="instead, the whole beginning of each caption")
     about_base = 'the base to be trained: "toy" reads places by its own CLIP; for others a language model writes'
     parser.add_argument(f"--{BASE}", metavar="TEXT", default=STOCK_SDXL, help=about_base)
-    parser.add_argument("--caption_model", metavar="TEXT", help=SETTINGS["caption_model"].metadata["help"])
+    parser.add_argument("--caption_model", metavar="TEXT", help=table.SETTINGS["caption_model"].metadata["help"])
     about_anew = "replace captions that were made before; those that you wrote or edited always stay"
     parser.add_argument("--overwrite_made", action="store_true", help=about_anew)
 
@@ -187,7 +185,7 @@ def run_caption(args: argparse.Namespace) -> int:
     words = args.instance_prompt if args.subject is None else args.subject
     if not words.strip():
         raise UserError(f"--{'instance_prompt' if args.subject is None else 'subject'}: it has no words.")
-    config = TrainConfig(
+    config = table.TrainConfig(
         pretrained_model_name_or_path=args.pretrained_model_name_or_path,
         instance_prompt=args.instance_prompt or f"a photo of a {args.subject.strip()}",
         caption_model=args.caption_model,

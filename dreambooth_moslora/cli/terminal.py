@@ -22,8 +22,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from dreambooth_moslora.core import UserError, is_main_process, is_out_of_memory, shortened, spelled_out
-from dreambooth_moslora.disk import events
-from dreambooth_moslora.disk.processes import avoid_fragmentation
+from dreambooth_moslora.disk import events, processes
 from dreambooth_moslora.settings.measures import curves
 
 STDERR = 2
@@ -253,7 +252,7 @@ OUT_OF_MEMORY = (
 
 def exit_code(run: Callable[[], int]) -> int:
     """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) does not end the run."""
-    avoid_fragmentation()
+    processes.avoid_fragmentation()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns without a GPU, even if unused
     with survive_broken_pipes():
         try:

@@ -18,34 +18,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dreambooth_moslora import __version__
+from dreambooth_moslora import __version__, core
 from dreambooth_moslora.cli.parser import Parser, underscored, unknown_flag_message
 from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, StopRequest, TerminalProgress, exit_code, say
-from dreambooth_moslora.core import (
-    MAX_WORD_CHARACTERS,
-    SUBJECT_FILE,
-    UserError,
-    find_asset,
-    free_name,
-    is_main_process,
-    is_toy,
-    public_name,
-    spelled_out,
-)
 from dreambooth_moslora.disk.processes import uncollected
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.plan.choices import (
-    USUAL_EXPOSURES,
-    Choices,
-    choose_recipe,
-    choose_scores,
-    choose_steps,
-    choose_words,
-)
-from dreambooth_moslora.plan.memory import STOCK_SDXL, in_lines, is_alone, least_free_gib, same_for_all
+from dreambooth_moslora.plan import choices, memory
+from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject
-from dreambooth_moslora.settings.sources import load_settings, settings_like
-from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig, check_each, checked_setting
 
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
@@ -79,24 +59,26 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
     if config.dry_run:
         from dreambooth_moslora.training.dry_run import describe_run
 
-        print(spelled_out(describe_run(config, report)))
+        print(core.spelled_out(describe_run(config, report)))
         return DONE
     if is_queued:
         from dreambooth_moslora.cli.queue import enqueue
 
-        print(spelled_out(enqueue(config, argv)))
+        print(core.spelled_out(enqueue(config, argv)))
         return DONE
     from dreambooth_moslora.plan.checks import check_folders
 
     with StopRequest() as stop:
         check_folders(config)  # before the log file creates or changes a folder
         file_only = start_log(config)
-        file_only.info("begins: version %s, base %s", __version__, public_name(config.pretrained_model_name_or_path))
+        file_only.info(
+            "begins: version %s, base %s", __version__, core.public_name(config.pretrained_model_name_or_path)
+        )
         try:
             code = run_trainer(config, stop, report)
             file_only.info("ended: %s", "stopped" if code == INTERRUPTED else "done")
             return code
-        except UserError as error:
+        except core.UserError as error:
             file_only.error("%s", error)
             raise
         except Exception:
@@ -124,14 +106,14 @@ def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
     about_like = "settings from a published adapter file, also kohya's; flags and --config override them"
     parser.add_argument("--like", metavar="FILE", help=about_like)
-    for title, rows in groupby(SETTINGS.values(), lambda item: item.metadata["group"]):
+    for title, rows in groupby(table.SETTINGS.values(), lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
         for item in rows:
             add_flag(group, item, is_hidden=item.name in hidden)
 
 
 def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
-    base, facts, default = FIELD_TYPES[item.name][0], item.metadata, item.default
+    base, facts, default = table.FIELD_TYPES[item.name][0], item.metadata, item.default
     note = ""
     if facts["required"]:
         note = " (required)"
@@ -148,24 +130,26 @@ def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
         group.add_argument(f"--{item.name}", nargs="+" if base in (tuple, Prompt) else None, metavar=metavar, **options)
 
 
-def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
+def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> table.TrainConfig:
     """The resolved settings of a command line. Raises UserError; SystemExit for --help and --version."""
     return parse_training(argv, prog)[0]
 
 
-def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig, bool, Any]:
+def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[table.TrainConfig, bool, Any]:
     """Like `parse_train_config`; also returns whether the run should wait in the queue, and the `PhotoReport` if the
     choices have read the photos. The launcher's LOCAL_RANK overrides --local_rank. Raises UserError."""
     said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
     for name, value in said.items():
         if not value.removeprefix("-").isdecimal():
-            raise UserError(f"{name}={value} in the environment: expected a whole number, as a launcher sets it.")
+            raise core.UserError(f"{name}={value} in the environment: expected a whole number, as a launcher sets it.")
     rank = int(said.get("LOCAL_RANK", "-1"))
-    given = same_for_all(lambda: given_by(argv, prog), lambda own: "\n".join([*own.words, in_lines(own.settings)]))
-    choices = choose(given) if given.words else Choices(given.settings)
-    require(choices.all)
-    config = TrainConfig.from_dict(choices.all | ({"local_rank": rank} if rank != -1 else {}))
-    return config, given.is_queued, choices.photo_report
+    given = memory.same_for_all(
+        lambda: given_by(argv, prog), lambda own: "\n".join([*own.words, memory.in_lines(own.settings)])
+    )
+    chosen = choose(given) if given.words else choices.Choices(given.settings)
+    require(chosen.all)
+    config = table.TrainConfig.from_dict(chosen.all | ({"local_rank": rank} if rank != -1 else {}))
+    return config, given.is_queued, chosen.photo_report
 
 
 class Given(NamedTuple):
@@ -181,15 +165,15 @@ class Given(NamedTuple):
 def given_by(argv: Sequence[str], prog: str) -> Given:
     """Raises UserError; SystemExit for --help and --version."""
     if not argv:
-        raise UserError(f"say which photos to train, and what they show, {AS_ONE_WORD}; --help shows the flags.")
+        raise core.UserError(f"say which photos to train, and what they show, {AS_ONE_WORD}; --help shows the flags.")
     argv = underscored(argv)
     first_flag = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
     words = argv[:first_flag]
     found, unknown = build_train_parser(prog).parse_known_args(argv[first_flag:])
-    if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():  # words after the flags
+    if not words and len(unknown) == 2 and Path(core.find_asset(unknown[0])).is_dir():  # words after the flags
         words, unknown = unknown, []
     if unknown:
-        raise UserError(unknown_flag_message(unknown[0]))
+        raise core.UserError(unknown_flag_message(unknown[0]))
     flags = vars(found)
     is_queued = flags.pop("queue")
     settings, has_recipe = settings_of(flags, without_words=bool(words))
@@ -201,15 +185,19 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     `without_words`: a folder and a word replace a --config file's own subject. Raises UserError."""
     flags = dict(flags)
     file, like = flags.pop("config"), flags.pop("like")
-    recipe = load_settings(file) if file else {}
+    recipe = sources.load_settings(file) if file else {}
     like_of_file = recipe.pop("like", None)
     like = like or like_of_file
     given = {*flags, WORDS} if without_words else {*flags}
-    gone = [name for name in recipe if name in SETTINGS and given.intersection(SETTINGS[name].metadata["yields_to"])]
+    gone = [
+        name
+        for name in recipe
+        if name in table.SETTINGS and given.intersection(table.SETTINGS[name].metadata["yields_to"])
+    ]
     settings = {name: value for name, value in recipe.items() if name not in gone} | flags
-    settings = check_each(settings)
+    settings = table.check_each(settings)
     if like:
-        taken, lines = settings_like(str(like), settings)
+        taken, lines = sources.settings_like(str(like), settings)
         settings = taken | settings
         say(lines)
     return settings, bool(file or like)
@@ -218,61 +206,65 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
 def require(settings: Mapping[str, Any]) -> None:
     """Raises UserError for missing settings."""
     missing = []
-    for item in SETTINGS.values():
+    for item in table.SETTINGS.values():
         is_said_by_subjects = item.metadata["per_subject"] and settings.get("subjects")
         if item.metadata["required"] and not is_said_by_subjects and not str(settings.get(item.name, "")).strip():
             missing.append(f"--{item.name}")
     if not any(settings.get(name) for name in ("subjects", "instance_data_dir", "dataset_name")):
         missing.append("--instance_data_dir (or --dataset_name)")
     if missing:
-        raise UserError(f"missing: {', '.join(missing)}; give it as a flag or in a --config file, or see --help.")
+        raise core.UserError(f"missing: {', '.join(missing)}; give it as a flag or in a --config file, or see --help.")
 
 
-def choose(given: Given) -> Choices:
+def choose(given: Given) -> choices.Choices:
     """All settings for the photos and the class in the given words; flags and files override the choices, each of which
     is printed. Raises UserError for a missing folder or word, and for a folder without photos."""
     from dreambooth_moslora.photos.folder import photo_report
 
     folder, word = folder_and_word(given.words)
-    settings = {name: checked_setting(name, value) for name, value in given.settings.items()}
+    settings = {name: table.checked_setting(name, value) for name, value in given.settings.items()}
     if settings.get("instance_data_dir"):
-        raise UserError(f"{given.words[0]} and --instance_data_dir: give the folder of photos once.")
-    choices = Choices(settings, {"instance_data_dir": str(folder)})
-    choose_base(choices, folder)
-    is_for_toys = is_toy(choices.all["pretrained_model_name_or_path"])
-    free_gib = None if is_for_toys else least_free_gib(is_later=given.is_queued)
-    exposures = USUAL_EXPOSURES if given.has_recipe else choose_recipe(choices, free_gib)
-    choose_words(choices, word)
+        raise core.UserError(f"{given.words[0]} and --instance_data_dir: give the folder of photos once.")
+    chosen = choices.Choices(settings, {"instance_data_dir": str(folder)})
+    choose_base(chosen, folder)
+    is_for_toys = core.is_toy(chosen.all["pretrained_model_name_or_path"])
+    free_gib = None if is_for_toys else memory.least_free_gib(is_later=given.is_queued)
+    exposures = choices.USUAL_EXPOSURES if given.has_recipe else choices.choose_recipe(chosen, free_gib)
+    choices.choose_words(chosen, word)
     output = run_folder(word, resumes=bool(settings.get("resume_from_checkpoint")))
-    choices.add(f"output: {output}", "output_dir", output_dir=str(output))
-    choices.photo_report = photo_report(TrainConfig.from_dict(choices.all | {"early_stopping": None}))
-    choose_steps(choices, exposures, choices.photo_report.photos)
-    choose_scores(choices, choices.photo_report.photos)
-    say(choices.lines)
-    return choices
+    chosen.add(f"output: {output}", "output_dir", output_dir=str(output))
+    chosen.photo_report = photo_report(table.TrainConfig.from_dict(chosen.all | {"early_stopping": None}))
+    choices.choose_steps(chosen, exposures, chosen.photo_report.photos)
+    choices.choose_scores(chosen, chosen.photo_report.photos)
+    say(chosen.lines)
+    return chosen
 
 
-def choose_base(choices: Choices, folder: Path) -> None:
-    base, said = STOCK_SDXL, STOCK_SDXL
-    if (folder / SUBJECT_FILE).is_file():
+def choose_base(chosen: choices.Choices, folder: Path) -> None:
+    base, said = memory.STOCK_SDXL, memory.STOCK_SDXL
+    if (folder / core.SUBJECT_FILE).is_file():
         base, said = "toy", "the embedded one, as the photos are of its world"
-    elif least_free_gib() is None:
+    elif memory.least_free_gib() is None:
         base, said = "toy", "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
-    choices.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
+    chosen.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
 
 
 def folder_and_word(words: list[str]) -> tuple[Path, str]:
     """The folder of photos and the class. Raises UserError."""
-    folder, word = Path(find_asset(words[0])), " ".join(words[1:2]).strip()
+    folder, word = Path(core.find_asset(words[0])), " ".join(words[1:2]).strip()
     if not folder.is_dir():
         kind = "it is a file" if folder.exists() else "there is no such folder"
-        raise UserError(f"{words[0]}: {kind}; give the folder of photos first, then the word, {AS_ONE_WORD}.")
+        raise core.UserError(f"{words[0]}: {kind}; give the folder of photos first, then the word, {AS_ONE_WORD}.")
     if not word or "/" in word:
-        raise UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
-    if len(word) > MAX_WORD_CHARACTERS:
-        raise UserError(f"the word has {len(word)} letters; at most {MAX_WORD_CHARACTERS} are allowed, {AS_ONE_WORD}.")
+        raise core.UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
+    if len(word) > core.MAX_WORD_CHARACTERS:
+        raise core.UserError(
+            f"the word has {len(word)} letters; at most {core.MAX_WORD_CHARACTERS} are allowed, {AS_ONE_WORD}."
+        )
     if len(words) > 2:
-        raise UserError(f"`{words[2]}` belongs to no flag: a class of several words goes in quotes, {AS_ONE_WORD}.")
+        raise core.UserError(
+            f"`{words[2]}` belongs to no flag: a class of several words goes in quotes, {AS_ONE_WORD}."
+        )
     return folder, word
 
 
@@ -280,15 +272,15 @@ def run_folder(word: str, resumes: bool) -> Path:
     """`runs/dog`, or a free name like it; for a resumed run, the latest of these names. Several processes cannot each
     find a free name: they use the first one, and an earlier run there is moved away."""
     name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
-    if not is_alone():
+    if not memory.is_alone():
         return RUNS / name
     if not resumes:
-        return RUNS / free_name(name, lambda taken: (RUNS / taken).exists())
+        return RUNS / core.free_name(name, lambda taken: (RUNS / taken).exists())
     there = [path for path in RUNS.glob("*") if re.fullmatch(rf"{re.escape(name)}(_\d+)?", path.name)]
     return max(there, key=lambda path: (len(path.name), path.name), default=RUNS / name)
 
 
-def run_trainer(config: TrainConfig, stop: StopRequest, report: "PhotoReport | None" = None) -> int:
+def run_trainer(config: table.TrainConfig, stop: StopRequest, report: "PhotoReport | None" = None) -> int:
     """`report` is given where the photos were read before."""
     from dreambooth_moslora.plan.plan import make_plan
 
@@ -303,7 +295,7 @@ def run_trainer(config: TrainConfig, stop: StopRequest, report: "PhotoReport | N
         result = train(plan, progress, stop, evaluator)
     finally:
         progress.close()
-    if is_main_process():
+    if core.is_main_process():
         print_ending(plan, result)
     return INTERRUPTED if result.interrupted else DONE
 
@@ -324,13 +316,13 @@ def print_ending(plan: "Plan", result: "TrainResult") -> None:
         from dreambooth_moslora.training.explain import closing_advice, figures_of
 
         for line in closing_advice(figures_of(RunDir(plan.config.output_dir), plan.photos)):
-            print(f"try next: {spelled_out(line)}", file=sys.stderr)
+            print(f"try next: {core.spelled_out(line)}", file=sys.stderr)
 
 
 def warn_about(plan: "Plan") -> None:
     from dreambooth_moslora.training.dry_run import advice
 
-    if is_main_process():
+    if core.is_main_process():
         for line in advice(plan):
             logging.getLogger(__name__).warning("note: %s", line)
 
@@ -338,10 +330,10 @@ def warn_about(plan: "Plan") -> None:
 def make_evaluator(plan: "Plan") -> "TrainingEvaluator":
     from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 
-    return TrainingEvaluator(plan.config, plan.photos, scores=is_main_process())
+    return TrainingEvaluator(plan.config, plan.photos, scores=core.is_main_process())
 
 
-def start_log(config: TrainConfig) -> logging.Logger:
+def start_log(config: table.TrainConfig) -> logging.Logger:
     """Send all log records to the run folder, and the main process's warnings also to the terminal. Returns a logger
     that writes only to the run folder: `exit_code` prints the last error on the terminal."""
     logging.captureWarnings(True)
@@ -349,9 +341,9 @@ def start_log(config: TrainConfig) -> logging.Logger:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     terminal = logging.StreamHandler()
-    terminal.setLevel(logging.WARNING if is_main_process() else logging.ERROR)
+    terminal.setLevel(logging.WARNING if core.is_main_process() else logging.ERROR)
     terminal.setFormatter(SpelledOut("%(message)s"))
-    file = log_file(RunDir(config.output_dir)) if is_main_process() else logging.NullHandler()
+    file = log_file(RunDir(config.output_dir)) if core.is_main_process() else logging.NullHandler()
     file_only = logging.Logger(__name__)
     file_only.addHandler(file)
     root.addHandler(terminal)
@@ -363,7 +355,7 @@ class SpelledOut(logging.Formatter):
     """Escapes control characters, which a file name in a record may contain."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return spelled_out(super().format(record))
+        return core.spelled_out(super().format(record))
 
 
 class LogFile(logging.FileHandler):
@@ -383,6 +375,6 @@ def log_file(run_dir: RunDir) -> logging.Handler:
         run_dir.path.mkdir(parents=True, exist_ok=True)
         handler = LogFile(run_dir.log_path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise UserError(f"--output_dir {run_dir.path}: cannot be written: {error.strerror}.") from error
+        raise core.UserError(f"--output_dir {run_dir.path}: cannot be written: {error.strerror}.") from error
     handler.setFormatter(SpelledOut("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler

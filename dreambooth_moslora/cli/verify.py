@@ -19,8 +19,7 @@ from dreambooth_moslora.adapters.metadata import RESUMED, UNTOLD, concluded, tol
 from dreambooth_moslora.cli.terminal import StopRequest, TerminalProgress
 from dreambooth_moslora.cli.train import add_flag
 from dreambooth_moslora.core import UserError, file_digest, one_line, spelled_out
-from dreambooth_moslora.disk.events import StepDone
-from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
+from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.settings.sources import checked_recipe, load_settings
 from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, SETTINGS, TrainConfig, checked_setting, shapes_weights
 
@@ -78,14 +77,16 @@ def run_verify(args: argparse.Namespace) -> int:
         if not retrain(config, args.step or receipt.facts.step):
             print("stopped before the comparison", file=sys.stderr)
             return STOPPED
-        made = Path(config.output_dir) / (f"{receipt.title}{KOHYA_SUFFIX}" if receipt.is_kohya else PUBLISHED_NAME)
+        made = Path(config.output_dir) / (
+            f"{receipt.title}{run_folder.KOHYA_SUFFIX}" if receipt.is_kohya else run_folder.PUBLISHED_NAME
+        )
         return answer(receipt, made, config, unknown_settings(args, receipt, config))
 
 
 def read_receipt(path: str) -> Receipt:
     """Raises UserError for a file that this program did not publish, and for a recipe that it does not know."""
     file = Path(path).expanduser()
-    file = file / PUBLISHED_NAME if file.is_dir() else file
+    file = file / run_folder.PUBLISHED_NAME if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"{path}: there is no such file.")
     from dreambooth_moslora.adapters.metadata import AdapterMetadata
@@ -197,7 +198,7 @@ def retrain(config: TrainConfig, step: int | None) -> bool:
     progress, done = TerminalProgress(), [0]
 
     def on_event(event: Any) -> None:
-        done[0] = event.step if isinstance(event, StepDone) else done[0]
+        done[0] = event.step if isinstance(event, events.StepDone) else done[0]
         progress(event)
 
     with StopRequest() as stop:

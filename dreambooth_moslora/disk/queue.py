@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dreambooth_moslora.core import UserError, atomic_write, clean_stale
-from dreambooth_moslora.disk.events import append_event, read_events
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk import events, run_folder
 
 try:
     import fcntl
@@ -176,7 +175,7 @@ class RunQueue:
             if run is None:
                 raise UserError(not_waiting(name))
             self._path("waiting", name).unlink()
-        run_dir = RunDir(self.runs_dir / name)
+        run_dir = run_folder.RunDir(self.runs_dir / name)
         if run.is_new and not run_dir.metrics_path.exists():
             if run.owner == COMMAND_LINE:
                 with suppress(OSError):  # files of the person's own are in it
@@ -216,11 +215,11 @@ class RunQueue:
     def end(self, run: QueuedRun, state: str, message: str) -> None:
         """Record the end of a run; `state` is done, interrupted or failed."""
         facts = {"type": "ended", "time": time.time(), "name": run.name, "owner": run.owner, "state": state}
-        append_event(self.ended_path, facts | {"message": message})
+        events.append_event(self.ended_path, facts | {"message": message})
         self._path("started", run.name).unlink(missing_ok=True)
 
     def ended(self) -> list[dict[str, Any]]:
-        return read_events(self.ended_path) if self.ended_path.is_file() else []
+        return events.read_events(self.ended_path) if self.ended_path.is_file() else []
 
     def _all(self, kind: str) -> list[QueuedRun]:
         """Of a pipe there, which nobody writes to, reading would have no end."""

@@ -10,14 +10,10 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
-from torch import nn
 
 from dreambooth_moslora.adapters.moslora import set_scale
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.evaluation.evaluate import Draw, Evaluator, sampler_draw
-from dreambooth_moslora.evaluation.metrics import Encoders, load_encoders, photo_nearness
-from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_of_subject
-from dreambooth_moslora.evaluation.report import evaluators_of, photos_by_subject, pooled
+from dreambooth_moslora.evaluation import evaluate, metrics, protocol, report
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import with_made
 from dreambooth_moslora.photos.photo import Photo
@@ -33,14 +29,18 @@ class TrainingEvaluator:
     loaded. With `scores` False it has the same prompts and no encoders: for a process that never calls it."""
 
     def __init__(
-        self, config: TrainConfig, photos: Sequence[Photo], encoders: Encoders | None = None, scores: bool = True
+        self,
+        config: TrainConfig,
+        photos: Sequence[Photo],
+        encoders: metrics.Encoders | None = None,
+        scores: bool = True,
     ):
         self.config, self.photos = config, photos
         self.subjects = config.each_subject
-        of_each = photos_by_subject(photos, len(self.subjects))
+        of_each = report.photos_by_subject(photos, len(self.subjects))
         self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, of_each)]
         if encoders is None and scores:
-            encoders = load_encoders(config.pretrained_model_name_or_path)  # fail now, not late in the run
+            encoders = metrics.load_encoders(config.pretrained_model_name_or_path)  # fail now, not late in the run
         self.encoders = encoders
 
     @property
@@ -53,16 +53,16 @@ class TrainingEvaluator:
         return with_made(self.config, self.photos)
 
     @cached_property
-    def evaluators(self) -> list[Evaluator]:
+    def evaluators(self) -> list[evaluate.Evaluator]:
         """One for each subject. Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
         photos = self.photos_as_trained
-        return evaluators_of(self.subjects, photos, self.plans, self.encoders, self.config.resolution)
+        return report.evaluators_of(self.subjects, photos, self.plans, self.encoders, self.config.resolution)
 
     def __call__(self, sampler: Sampler, step: int) -> dict:
         """The fields of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of this evaluation."""
         draw = self._draw(sampler)
         of_each = [evaluator(draw) for evaluator in self.evaluators]
-        found = pooled(of_each)
+        found = report.pooled(of_each)
         # Numbered, as trackers must not get the user's words.
         numbered = {f"dino_subject_{n}": round(one.mean("dino"), 4) for n, one in enumerate(of_each, start=1)}
         photos = torch.cat([evaluator.photos.joint for evaluator in self.evaluators])
@@ -73,24 +73,24 @@ class TrainingEvaluator:
             "copy_alarm": found.alarm.raised,
             "photos": {
                 "count": len(photos),
-                **({"nearness": round(photo_nearness(photos), 4)} if len(photos) > 1 else {}),
+                **({"nearness": round(metrics.photo_nearness(photos), 4)} if len(photos) > 1 else {}),
                 "without_bare_prompt": sum(photo.bare_prompt is not None for photo in self.photos_as_trained),
             },
             "best": {"step": best.step, "score": best.score, "since": best.since},
             "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
         }
 
-    def _draw(self, sampler: Sampler) -> Draw:
-        return sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
+    def _draw(self, sampler: Sampler) -> evaluate.Draw:
+        return evaluate.sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
 
-    def find_scale(self, sampler: Sampler, components: dict[str, nn.Module]) -> ScaleChoice | None:
+    def find_scale(self, sampler: Sampler, components: dict[str, torch.nn.Module]) -> ScaleChoice | None:
         """Score the live adapter at several scales; afterwards it has the trained scale again."""
         draw, of_subject = self._draw(sampler), [evaluator.of_subject() for evaluator in self.evaluators]
 
         def score(scale: float) -> float:
             for model in components.values():
                 set_scale(model, scale)
-            return pooled([one(draw) for one in of_subject]).score
+            return report.pooled([one(draw) for one in of_subject]).score
 
         try:
             return choose_scale({scale: score(scale) for scale in SCALES})
@@ -104,6 +104,6 @@ class TrainingEvaluator:
         return sorted((at, score) for at, score in scores.items() if at < step)
 
 
-def plan_of(subject: TrainConfig, photos: list[Photo]) -> EvaluationPlan:
-    full = plan_of_subject(subject, photos, seeds=SEEDS)
+def plan_of(subject: TrainConfig, photos: list[Photo]) -> protocol.EvaluationPlan:
+    full = protocol.plan_of_subject(subject, photos, seeds=SEEDS)
     return full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)

@@ -19,15 +19,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dreambooth_moslora.adapters.moslora import disabled
-from dreambooth_moslora.base.families import denoiser_of
-from dreambooth_moslora.base.load import encode_text
+from dreambooth_moslora.base import families, load
 from dreambooth_moslora.core import is_toy
-from dreambooth_moslora.evaluation import metrics
-from dreambooth_moslora.evaluation.metrics import Encoders, Interval, bootstrap_mean
-from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+from dreambooth_moslora.evaluation import metrics, protocol
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.families import DENOISERS
@@ -41,7 +37,7 @@ class Evaluation:
     """Tables of scores by name, each (prompts, seeds), (prompts, 1) or (pictures,), and the pictures behind them.
     `photo_fidelity` is of the photos among themselves."""
 
-    plan: EvaluationPlan
+    plan: protocol.EvaluationPlan
     tables: Tables
     alarm: metrics.CopyAlarm
     score: float
@@ -56,8 +52,8 @@ class Evaluation:
     def mean(self, name: str) -> float:
         return float(self.tables[name].mean())
 
-    def interval(self, name: str) -> Interval:
-        return bootstrap_mean(self.tables[name])
+    def interval(self, name: str) -> metrics.Interval:
+        return metrics.bootstrap_mean(self.tables[name])
 
     def means(self) -> dict[str, float]:
         found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
@@ -94,17 +90,19 @@ GROUPS = ("subject", "bare", "class", "unrelated")
 class Truth(Protocol):
     """A world that knows the subject's true appearance (`toybox.truth.ToyTruth`)."""
 
-    def tables(self, plan: EvaluationPlan, pictures: list[Image.Image], vectors: Tensor, photos: Tensor) -> Tables: ...
+    def tables(
+        self, plan: protocol.EvaluationPlan, pictures: list[Image.Image], vectors: torch.Tensor, photos: torch.Tensor
+    ) -> Tables: ...
 
 
 @dataclass(frozen=True)
 class Views:
     pictures: list[Image.Image]
-    clip: Tensor
-    dino: Tensor
+    clip: torch.Tensor
+    dino: torch.Tensor
 
     @property
-    def joint(self) -> Tensor:
+    def joint(self) -> torch.Tensor:
         return metrics.joint_vectors(self.clip, self.dino)
 
 
@@ -114,8 +112,8 @@ class Evaluator:
 
     def __init__(
         self,
-        plan: EvaluationPlan,
-        encoders: Encoders,
+        plan: protocol.EvaluationPlan,
+        encoders: metrics.Encoders,
         photos: Sequence[Image.Image],
         masks: Sequence[Image.Image | None] = (),
         truth: Truth | None = None,
@@ -123,7 +121,7 @@ class Evaluator:
         self.plan, self.encoders, self.truth = plan, encoders, truth
         self.photos = self._views(list(photos))
         masked = [(p, m) for p, m in zip(photos, masks) if m is not None]
-        self.rivals: dict[str, Tensor] = {}
+        self.rivals: dict[str, torch.Tensor] = {}
         self.backgrounds = encoders.clip_images([paint_over(p, m) for p, m in masked]) if masked else None
         self._base: dict[str, Views] | None = None
 
@@ -150,7 +148,7 @@ class Evaluator:
         return smaller
 
     @cached_property
-    def texts(self) -> Tensor:
+    def texts(self) -> torch.Tensor:
         """CLIP vectors of the prompts without the token, repeated for each seed: (prompts × seeds, P)."""
         return self.encoders.clip_texts(self.plan.texts).repeat_interleave(len(self.plan.seeds), 0)
 
@@ -226,7 +224,7 @@ def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def truth_of(
-    base: str, photos_dir: str | Path | None, plan: EvaluationPlan, encoders: Encoders, size_px: int
+    base: str, photos_dir: str | Path | None, plan: protocol.EvaluationPlan, encoders: metrics.Encoders, size_px: int
 ) -> Truth | None:
     """The truth about a toy that the toy base draws in the toy world's places; None for anything else, and in an
     installed program, which has no toy world to render it."""
@@ -266,7 +264,11 @@ def evaluate_adapter(
     """Score a loaded adapter at `scale`. Text is encoded for each side, as adapters may be on the text encoders.
     `on_picture` is called after each picture."""
     inner, steps = pipeline.pipeline, evaluator.plan.inference_steps
-    embed, size_px, device = partial(encode_text, inner), pipeline.resolution_px, denoiser_of(inner).device
+    embed, size_px, device = (
+        partial(load.encode_text, inner),
+        pipeline.resolution_px,
+        families.denoiser_of(inner).device,
+    )
     pipeline.activate(((adapter, scale),))
     sampler = Sampler(inner, embed, size_px, device, steps, guidance_scale=guidance_scale)
     with torch.no_grad():

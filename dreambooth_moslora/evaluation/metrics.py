@@ -37,7 +37,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import (
     AutoImageProcessor,
@@ -63,8 +62,8 @@ PictureDistance = Callable[[Image.Image, Image.Image], float]
 class Clip:
     """Both halves of a CLIP model as functions to vectors (N, P), with their preprocessing."""
 
-    embed_images: Callable[[Tensor], Tensor]
-    embed_texts: Callable[[Any], Tensor]
+    embed_images: Callable[[torch.Tensor], torch.Tensor]
+    embed_texts: Callable[[Any], torch.Tensor]
     tokenizer: Any
     processor: Any
 
@@ -75,33 +74,35 @@ class Encoders:
     for diversity, if its weights are available."""
 
     clip: Clip
-    dino: nn.Module
+    dino: torch.nn.Module
     dino_processor: Any
     names: tuple[str, str] = ("clip", "dino")
     batch_size: int = BATCH
     lpips: PictureDistance | None = None
 
-    def clip_images(self, images: Sequence[Image.Image]) -> Tensor:
+    def clip_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """N pictures of any size -> unit vectors (N, P), on the CPU."""
         return self._images(images, self.clip.processor, self.clip.embed_images)
 
-    def dino_images(self, images: Sequence[Image.Image]) -> Tensor:
+    def dino_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """N pictures of any size -> unit vectors (N, D) of the class token after the last layer norm, on the CPU."""
         return self._images(images, self.dino_processor, lambda x: self.dino(pixel_values=x).last_hidden_state[:, 0])
 
-    def clip_texts(self, texts: Sequence[str]) -> Tensor:
+    def clip_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """N texts -> unit vectors (N, P), on the CPU. Texts are cut at the model's 77 tokens."""
         read = partial(self.clip.tokenizer, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
         return self._vectors(texts, read, self.clip.embed_texts)
 
-    def _images(self, images: Sequence[Image.Image], processor: Any, embed: Callable) -> Tensor:
-        def read(some: list[Image.Image]) -> Tensor:
+    def _images(self, images: Sequence[Image.Image], processor: Any, embed: Callable) -> torch.Tensor:
+        def read(some: list[Image.Image]) -> torch.Tensor:
             return processor([image.convert("RGB") for image in some], return_tensors="pt").pixel_values
 
         return self._vectors(images, read, embed)
 
     @torch.no_grad()
-    def _vectors(self, items: Sequence, read: Callable[[list], Any], embed: Callable[[Any], Tensor]) -> Tensor:
+    def _vectors(
+        self, items: Sequence, read: Callable[[list], Any], embed: Callable[[Any], torch.Tensor]
+    ) -> torch.Tensor:
         found = []
         for start in range(0, len(items), self.batch_size):
             values = read(list(items[start : start + self.batch_size])).to(self.dino.device)
@@ -133,10 +134,10 @@ def load_encoders(
     return Encoders(towers, model, loaded(AutoImageProcessor, dino), names, lpips=lpips)
 
 
-def picture_distance(model: nn.Module, device: str | torch.device) -> PictureDistance:
+def picture_distance(model: torch.nn.Module, device: str | torch.device) -> PictureDistance:
     """A model of two pictures in [-1, 1] as a function of two pictures of one size."""
 
-    def pixels(image: Image.Image) -> Tensor:
+    def pixels(image: Image.Image) -> torch.Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].to(device) / 127.5 - 1
 
     return lambda a, b: float(model(pixels(a), pixels(b)))
@@ -170,7 +171,7 @@ def load_clip(name: str | Path, device: str | torch.device, *, is_pipeline: bool
     )
 
 
-def frozen(kind: Any, name: str | Path, device: str | torch.device) -> nn.Module:
+def frozen(kind: Any, name: str | Path, device: str | torch.device) -> torch.nn.Module:
     """A complete model. Raises UserError for missing weights, which transformers would initialise at random."""
     model, found = loaded(kind, name, dtype=torch.float32, output_loading_info=True)
     if lacking := sorted(found["missing_keys"]):
@@ -258,19 +259,19 @@ LONE_PHOTO_NEARNESS = 0.8
 """Nearness assumed for a single photo, which has nothing to be compared with."""
 
 
-def subject_fidelity(generated: Tensor, photos: Tensor) -> Tensor:
+def subject_fidelity(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
     """CLIP-I or DINO: generated (N, D), photos (P, D) -> (N,), mean cosine of each picture to all photos. PRES is the
     same of pictures of the bare class, with DINO's vectors."""
     return (generated @ photos.T).mean(1)
 
 
-def photo_fidelity(photos: Tensor) -> float:
+def photo_fidelity(photos: torch.Tensor) -> float:
     """Mean cosine between different photos (P, D): the paper's row "Real Images". NaN for a single photo."""
     similarities = photos @ photos.T
     return float(similarities[~torch.eye(len(photos), dtype=torch.bool)].mean())
 
 
-def prompt_fidelity(generated: Tensor, texts: Tensor) -> Tensor:
+def prompt_fidelity(generated: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     """CLIP-T: generated (N, D) and the text of each without the token, (N, D) -> (N,)."""
     return (generated * texts).sum(1)
 
@@ -290,19 +291,19 @@ def diversity(
     return {g: sum(distance(a, b) for a, b in some) / len(some) for g, some in pairs.items() if some}
 
 
-def drift(adapted: Tensor, base: Tensor) -> Tensor:
+def drift(adapted: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """1 - cosine between adapter and base at equal prompt and seed: (N, D), (N, D) -> (N,). Zero means unchanged. The
     vectors are `joint_vectors`. Compare it with the base's `diversity`, the distance between its own seeds."""
     return 1 - (adapted * base).sum(1)
 
 
-def joint_vectors(clip: Tensor, dino: Tensor) -> Tensor:
+def joint_vectors(clip: torch.Tensor, dino: torch.Tensor) -> torch.Tensor:
     """CLIP (N, C) and DINO (N, D) concatenated to unit vectors (N, C + D): their cosine is the mean of both cosines.
     DINO sees the subject in any place, CLIP sees place and light: only a copy is near a photo in both."""
     return torch.cat([clip, dino], dim=1) / 2**0.5
 
 
-def photo_nearness(photos: Tensor) -> float:
+def photo_nearness(photos: torch.Tensor) -> float:
     """The mean over photos (P, D) of their largest cosine to another photo. A picture of the subject may be this near
     to a photo without being a copy."""
     if len(photos) < 2:
@@ -311,7 +312,7 @@ def photo_nearness(photos: Tensor) -> float:
     return float(similarities.amax(1).mean())
 
 
-def copy_index(generated: Tensor, photos: Tensor) -> Tensor:
+def copy_index(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
     """(m - r)/(1 - r) of each picture (N, D) -> (N,); m is its largest cosine to a photo (P, D), r `photo_nearness`. 0:
     no nearer to a photo than the photos are to each other; 1: it is the photo; negative: farther."""
     nearness = min(photo_nearness(photos), 0.99)  # equal frames would divide by zero
@@ -329,7 +330,7 @@ class CopyAlarm:
     raised: bool
 
 
-def copy_alarm(generated: Tensor, photos: Tensor) -> CopyAlarm:
+def copy_alarm(generated: torch.Tensor, photos: torch.Tensor) -> CopyAlarm:
     """Judge joint vectors of the generated pictures (N, D) against those of the photos (P, D)."""
     index = copy_index(generated, photos)
     worst = int(index.argmax())
@@ -338,13 +339,13 @@ def copy_alarm(generated: Tensor, photos: Tensor) -> CopyAlarm:
     return CopyAlarm(share, float(index[worst]), worst, nearest, share > ALARM_SHARE)
 
 
-def background_leak(generated: Tensor, base: Tensor, backgrounds: Tensor) -> Tensor:
+def background_leak(generated: torch.Tensor, base: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
     """How much nearer to the photos' backgrounds each picture is than the base's at equal prompt and seed, (N,). CLIP
     vectors: generated (N, D), base (N, D), the photos with the subject painted over (P, D). Zero is no leak."""
     return subject_fidelity(generated, backgrounds) - subject_fidelity(base, backgrounds)
 
 
-def confusion(generated: Tensor, own: Tensor, other: Tensor) -> Tensor:
+def confusion(generated: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """How far pictures of a subject went from its own photos to another subject's: (N, D), (P, D), (Q, D) -> (N,).
 
         confusion(g) = (m_own - m(g)) / (m_own - m_other)        m(g) = mean cos(g, own) - mean cos(g, other)

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError, is_toy
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.settings import prompts
+from dreambooth_moslora.settings import prompts, table
 from dreambooth_moslora.settings.prompts import Subject
-from dreambooth_moslora.settings.table import TrainConfig
 
 TEMPLATE_SETS = {
     "object": prompts.DREAMBOOTH_OBJECT_TEMPLATES,
@@ -142,7 +141,7 @@ def plan_for(
 
 
 def plan_of_subject(
-    subject: TrainConfig, photos: Iterable[Photo], templates: str = "auto", **changes
+    subject: table.TrainConfig, photos: Iterable[Photo], templates: str = "auto", **changes
 ) -> EvaluationPlan:
     """`plan_for` a subject's settings and photos, with its instance prompt as the bare one. Raises UserError."""
     captions = [caption for photo in photos for caption in photo.captions]

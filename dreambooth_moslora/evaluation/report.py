@@ -21,10 +21,7 @@ from PIL import Image
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core import atomic_write
-from dreambooth_moslora.evaluation import metrics
-from dreambooth_moslora.evaluation.evaluate import Draw, Evaluation, Evaluator, Tables, truth_of
-from dreambooth_moslora.evaluation.metrics import Encoders, Interval, bootstrap_mean
-from dreambooth_moslora.evaluation.protocol import EvaluationPlan, spread
+from dreambooth_moslora.evaluation import evaluate, metrics, protocol
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_mask, open_rgb
 from dreambooth_moslora.pictures import render
@@ -48,7 +45,7 @@ class ReportContext:
     scale: ScaleChoice | None = None
 
 
-def scores_json(found: Evaluation, about: ReportContext) -> dict:
+def scores_json(found: evaluate.Evaluation, about: ReportContext) -> dict:
     """All measurements, JSON-ready: means with 95 % intervals, and each prompt's means."""
     plan = found.plan
     return {
@@ -78,7 +75,7 @@ def scores_json(found: Evaluation, about: ReportContext) -> dict:
     }
 
 
-def per_prompt(found: Evaluation) -> list[dict]:
+def per_prompt(found: evaluate.Evaluation) -> list[dict]:
     """Means over the seeds for each prompt of the subject, from every table with such rows."""
     rows = [{"prompt": prompt} for prompt in found.plan.texts]
     for name, values in found.tables.items():
@@ -89,7 +86,7 @@ def per_prompt(found: Evaluation) -> list[dict]:
     return rows
 
 
-def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Image]) -> str:
+def report_html(found: evaluate.Evaluation, about: ReportContext, photos: list[Image.Image]) -> str:
     """The page: verdict, scores, photos, every prompt by adapter and base, the picture nearest to a copy."""
     relative, means = {**found.relative(), "copied": found.alarm.share}, per_prompt(found)
     names = ["prompt", *(name for name, row in MEASURES.items() if (row.title or row.truth) and name in means[0])]
@@ -109,7 +106,7 @@ def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Imag
     )
 
 
-def score_rows(found: Evaluation) -> list[tuple]:
+def score_rows(found: evaluate.Evaluation) -> list[tuple]:
     """Title, the adapter's mean, the base's, that of the photos themselves, and the meaning of each measure."""
     rows = []
     for name, row in MEASURES.items():
@@ -120,7 +117,7 @@ def score_rows(found: Evaluation) -> list[tuple]:
     return rows
 
 
-def rows_beside(found: Evaluation, names: Sequence[str], ends: Sequence[str]) -> list[tuple]:
+def rows_beside(found: evaluate.Evaluation, names: Sequence[str], ends: Sequence[str]) -> list[tuple]:
     """Title, mean and the means beside it (NAME_ceiling, NAME_floor) of each measure that was compared with them."""
     rows = []
     for name in names:
@@ -141,23 +138,23 @@ def photos_by_subject(photos: Sequence[Photo], count: int) -> list[list[Photo]]:
 def evaluators_of(
     subjects: Sequence[TrainConfig],
     photos: Sequence[Photo],
-    plans: Sequence[EvaluationPlan],
-    encoders: Encoders,
+    plans: Sequence[protocol.EvaluationPlan],
+    encoders: metrics.Encoders,
     size_px: int,
-) -> list[Evaluator]:
+) -> list[evaluate.Evaluator]:
     """One for each subject; photos are numbered by subject."""
     found = []
     for subject, own, plan in zip(subjects, photos_by_subject(photos, len(subjects)), plans, strict=True):
         base, folder = subject.pretrained_model_name_or_path, subject.instance_data_dir
-        truth = truth_of(base, folder, plan, encoders, size_px)
-        found.append(Evaluator(plan, encoders, [open_rgb(p) for p in own], [open_mask(p) for p in own], truth))
+        truth = evaluate.truth_of(base, folder, plan, encoders, size_px)
+        found.append(evaluate.Evaluator(plan, encoders, [open_rgb(p) for p in own], [open_mask(p) for p in own], truth))
     for one in found:
         others = (other for other in found if other is not one)
         one.rivals = {other.plan.subject.words: other.photos.dino for other in others}
     return found
 
 
-def pooled(found: Sequence[Evaluation]) -> Evaluation:
+def pooled(found: Sequence[evaluate.Evaluation]) -> evaluate.Evaluation:
     """One evaluation of all: the tables of all subjects over all their prompts, the mean score, the worst copy."""
     if len(found) == 1:
         return found[0]
@@ -167,10 +164,10 @@ def pooled(found: Sequence[Evaluation]) -> Evaluation:
     alarm = replace(worst, share=share, raised=any(alarm.raised for alarm in alarms))
     score = float(np.mean([one.score for one in found]))
     pictures = {name: [p for one in found for p in one.pictures.get(name, [])] for name in found[0].pictures}
-    return Evaluation(found[0].plan, tables, alarm, score, sum(one.seconds for one in found), pictures)
+    return evaluate.Evaluation(found[0].plan, tables, alarm, score, sum(one.seconds for one in found), pictures)
 
 
-def in_all(found: Sequence[Evaluation], names: Iterable[str]) -> list[str]:
+def in_all(found: Sequence[evaluate.Evaluation], names: Iterable[str]) -> list[str]:
     return [name for name in names if all(name in one.tables for one in found)]
 
 
@@ -180,14 +177,14 @@ class Together:
     the `second`, and the base's without the tokens."""
 
     words: tuple[str, str]
-    tables: Tables
+    tables: evaluate.Tables
     pictures: list[Image.Image] = field(repr=False)
     base_pictures: list[Image.Image] = field(repr=False)
 
     @property
-    def rows(self) -> list[tuple[str, Interval, float]]:
+    def rows(self) -> list[tuple[str, metrics.Interval, float]]:
         return [
-            (f"DINO to “{words}”", bootstrap_mean(self.tables[name]), float(self.tables[f"{name}_base"].mean()))
+            (f"DINO to “{words}”", metrics.bootstrap_mean(self.tables[name]), float(self.tables[f"{name}_base"].mean()))
             for name, words in zip(("first", "second"), self.words)
         ]
 
@@ -195,15 +192,15 @@ class Together:
 class TogetherEvaluator:
     """Judges two subjects in one prompt, in some of the first one's templates and with its seeds."""
 
-    def __init__(self, first: Evaluator, second: Evaluator):
+    def __init__(self, first: evaluate.Evaluator, second: evaluate.Evaluator):
         self.pair = (first, second)
-        self.plan = replace(first.plan, templates=spread(first.plan.templates, TOGETHER_TEMPLATES))
+        self.plan = replace(first.plan, templates=protocol.spread(first.plan.templates, TOGETHER_TEMPLATES))
 
     @property
     def picture_count(self) -> int:
         return len(self.plan.templates) * len(self.plan.seeds)
 
-    def __call__(self, draw: Draw) -> Together:
+    def __call__(self, draw: evaluate.Draw) -> Together:
         words = tuple(one.plan.subject.words for one in self.pair)
         pictures = draw(self.requests(words), True)
         base = draw(self.requests([one.plan.class_word for one in self.pair]), False)
@@ -220,7 +217,7 @@ class TogetherEvaluator:
         return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.plan.seeds]
 
 
-def pairs_of(evaluators: Sequence[Evaluator]) -> list[TogetherEvaluator]:
+def pairs_of(evaluators: Sequence[evaluate.Evaluator]) -> list[TogetherEvaluator]:
     return [TogetherEvaluator(*pair) for pair in list(combinations(evaluators, 2))[:MOST_PAIRS]]
 
 
@@ -230,8 +227,8 @@ SHOWN = 8
 
 def write_reports(
     folder: Path,
-    evaluators: Sequence[Evaluator],
-    found: Sequence[Evaluation],
+    evaluators: Sequence[evaluate.Evaluator],
+    found: Sequence[evaluate.Evaluation],
     together: Sequence[Together],
     about: ReportContext,
 ) -> None:
@@ -249,7 +246,7 @@ def write_reports(
         write(folder, subjects_json(found, together, about), subjects_html(evaluators, found, together, about))
 
 
-def subjects_json(found: Sequence[Evaluation], together: Sequence[Together], about: ReportContext) -> dict:
+def subjects_json(found: Sequence[evaluate.Evaluation], together: Sequence[Together], about: ReportContext) -> dict:
     """`scores_json` over all subjects, with that of each in `subjects`, and `confusion` and `together`."""
     whole, cells = scores_json(pooled(found), about), []
     for one, other in permutations(found, 2):  # a cell of both matrices: pictures `of` one, photos of the other
@@ -262,13 +259,13 @@ def subjects_json(found: Sequence[Evaluation], together: Sequence[Together], abo
         "subjects": [scores_json(one, about) for one in found],
         "confusion": cells,
         "together": [
-            {"words": list(pair.words), **{n: bootstrap_mean(t).to_dict() for n, t in pair.tables.items()}}
+            {"words": list(pair.words), **{n: metrics.bootstrap_mean(t).to_dict() for n, t in pair.tables.items()}}
             for pair in together
         ],
     }
 
 
-def confusion_lines(found: Sequence[Evaluation]) -> list[str]:
+def confusion_lines(found: Sequence[evaluate.Evaluation]) -> list[str]:
     lines = []
     for one, rival in permutations(found, 2):
         own, other = one.mean("dino"), one.mean(f"dino_to {rival.words}")
@@ -279,7 +276,10 @@ def confusion_lines(found: Sequence[Evaluation]) -> list[str]:
 
 
 def subjects_html(
-    evaluators: Sequence[Evaluator], found: Sequence[Evaluation], together: Sequence[Together], about: ReportContext
+    evaluators: Sequence[evaluate.Evaluator],
+    found: Sequence[evaluate.Evaluation],
+    together: Sequence[Together],
+    about: ReportContext,
 ) -> str:
     known = in_all(found, [name for name, row in MEASURES.items() if row.summary and row.title])
     confusion, likeness, scores = [], [], []

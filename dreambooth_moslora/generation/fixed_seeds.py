@@ -11,11 +11,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
 
-from dreambooth_moslora.base.decode import decode_pixels, finite_or_black, pictures_of
-from dreambooth_moslora.base.families import Text, denoiser_of, family_of, in_dtype
-from dreambooth_moslora.base.load import default_guidance, guidance_rescale
+from dreambooth_moslora.base import decode, families, load
 from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.settings.families import facts_of
 
@@ -37,7 +34,7 @@ class Sampler:
     the next denoising step after `should_stop` returns true."""
 
     pipeline: DiffusionPipeline
-    embed: Callable[[list[str]], list[Text]]
+    embed: Callable[[list[str]], list[families.Text]]
     resolution_px: int
     device: torch.device
     inference_steps: int = DEFAULT_INFERENCE_STEPS
@@ -67,10 +64,10 @@ class Sampler:
 
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
-        family = family_of(self.pipeline)
-        to = {"device": self.device, "dtype": denoiser_of(self.pipeline).dtype}
+        family = families.family_of(self.pipeline)
+        to = {"device": self.device, "dtype": families.denoiser_of(self.pipeline).dtype}
         words, empty = (
-            family.arguments([in_dtype(text, **to) for text in self.embed(prompts)])
+            family.arguments([families.in_dtype(text, **to) for text in self.embed(prompts)])
             for prompts in ([r.prompt for r in requests], [""] * len(requests))
         )
         seeds, size = [r.seed for r in requests], (self.resolution_px, self.resolution_px)
@@ -83,7 +80,7 @@ class Sampler:
             num_inference_steps=self.inference_steps,
             callback_on_step_end=stopper(self.should_stop, self.on_step),
         )
-        return pictures_of(finite_or_black(pixels))
+        return decode.pictures_of(decode.finite_or_black(pixels))
 
 
 def drawn(
@@ -93,7 +90,7 @@ def drawn(
     size_px: tuple[int, int],
     guidance: float | None = None,
     **options: Any,
-) -> Tensor:
+) -> torch.Tensor:
     """Pixels (B, 3, h, w), about in [-1, 1], by the pipeline's own call with `words`, its arguments for the text.
     `guidance` None is the base's own. A UNet's latents are decoded one by one, by `decode`."""
     facts = facts_of(type(pipeline).__name__)
@@ -102,11 +99,11 @@ def drawn(
         "width": size_px[1],
         "generator": [torch.Generator().manual_seed(s) for s in seeds],
     }
-    options[facts.guidance_name] = default_guidance(pipeline) if guidance is None else guidance
+    options[facts.guidance_name] = load.default_guidance(pipeline) if guidance is None else guidance
     if facts.style == "flow":
         return pipeline(**words, **options, output_type="pt").images.float() * 2 - 1
-    options["guidance_rescale"] = guidance_rescale(pipeline)
-    return decode_pixels(pipeline.vae, pipeline(**words, **options, output_type="latent").images)
+    options["guidance_rescale"] = load.guidance_rescale(pipeline)
+    return decode.decode_pixels(pipeline.vae, pipeline(**words, **options, output_type="latent").images)
 
 
 def stopper(should_stop: Callable[[], bool], on_step: Callable[[], object] = bool) -> Callable[..., dict]:
@@ -135,4 +132,4 @@ def generate_images(
     if not pixels.isfinite().all():
         remedy = "give --prior_generation_precision fp32, or another base if it says so in fp32 too."
         raise UserError(f"the base draws pictures that are not finite (NaN): {remedy}")
-    return pictures_of(pixels)
+    return decode.pictures_of(pixels)

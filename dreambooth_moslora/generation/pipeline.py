@@ -17,40 +17,11 @@ from typing import TypeVar
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
-from dreambooth_moslora import __version__
-from dreambooth_moslora.adapters.basis import (
-    Basis,
-    FileBasis,
-    Mixers,
-    SwappedMixers,
-    is_mixer_file,
-    read_mixers,
-    svd_bases,
-)
-from dreambooth_moslora.adapters.lora_file import adapter_name, check_fits, install, read_adapter
-from dreambooth_moslora.adapters.metadata import notes_in
-from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, tokens_beside
-from dreambooth_moslora.base.decode import tiled_where_short
-from dreambooth_moslora.base.families import family_of
+from dreambooth_moslora import __version__, core
+from dreambooth_moslora.adapters import basis, lora_file, metadata, new_tokens
+from dreambooth_moslora.base import decode, families, load, machine
 from dreambooth_moslora.base.files import base_folder, facts_of_base
-from dreambooth_moslora.base.load import (
-    default_guidance,
-    default_resolution,
-    guidance_rescale,
-    load_pipeline,
-)
-from dreambooth_moslora.base.machine import GIB, free_gib
-from dreambooth_moslora.core import (
-    StopRequestedError,
-    UserError,
-    assets_folder,
-    file_digest,
-    find_asset,
-    is_out_of_memory,
-    public_name,
-)
 from dreambooth_moslora.disk.run_folder import BEST_NAME, find_weights
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Provenance, Recipe, Step
 from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Watcher
@@ -103,9 +74,9 @@ class Adapter:
     key: str
     sha256: str
     header: dict[str, str]
-    tokens: tuple[NewTokens, ...]
+    tokens: tuple[new_tokens.NewTokens, ...]
     stamp: Stamp
-    mixers: Mixers | None = None
+    mixers: basis.Mixers | None = None
 
 
 @dataclass(frozen=True)
@@ -127,10 +98,10 @@ def adapters_of_picture(recipe: Recipe) -> list[AdapterFile]:
 def given_adapter(path: str, scale: float | None, recipe: Recipe | None) -> AdapterFile:
     """An adapter as the user gave it. A scale of None is the picture's, or 1. Raises UserError."""
     scales, hashes = (dict(recipe.params.adapters), dict(recipe.provenance.adapter_sha256)) if recipe else ({}, {})
-    place = Path(find_asset(path))
+    place = Path(core.find_asset(path))
     is_name = path in scales and not place.exists()
     file = _find(path, hashes.get(path)) if is_name else find_weights(place)
-    name, digest = path if is_name else adapter_name(file), file_digest(file) if hashes else ""
+    name, digest = path if is_name else lora_file.adapter_name(file), core.file_digest(file) if hashes else ""
     in_picture = next((known for known in scales if hashes.get(known) == digest), name)
     differs = hashes.get(in_picture, digest) != digest
     note = f"the adapter {name} is another file than the one that made the picture" if differs else ""
@@ -140,26 +111,26 @@ def given_adapter(path: str, scale: float | None, recipe: Recipe | None) -> Adap
 def _find(name: str, sha256: str | None) -> Path:
     """The file with this content under any name; without a sha256, the file with this name. Raises UserError."""
     runs = Path("runs")
-    own = sorted((assets_folder() / "adapters").glob("*.safetensors"))
+    own = sorted((core.assets_folder() / "adapters").glob("*.safetensors"))
     places = [*own, *sorted([*runs.glob("*/*.safetensors"), *runs.glob("*/*/*.safetensors")])]
     files = [file for file in places if file.is_file()]
-    named = [file for file in files if adapter_name(file) == name]
+    named = [file for file in files if lora_file.adapter_name(file) == name]
     for file in [*named, *files] if sha256 else named:
-        if sha256 in (None, file_digest(file)):
+        if sha256 in (None, core.file_digest(file)):
             return file
     known = f" (sha256 {sha256[:12]})" if sha256 else ""
     other = f"; {named[0]} has its name and is another file" if named else ""
-    raise UserError(
+    raise core.UserError(
         f"the picture's adapter {name!r:.60}{known} is not in runs/ nor in assets/adapters/{other}; "
         "give its file with --adapter"
     )
 
 
-def weights_gib(model: DiffusionPipeline | nn.Module) -> float:
+def weights_gib(model: DiffusionPipeline | torch.nn.Module) -> float:
     """GiB of all weights, in their current dtype."""
-    parts = [model] if isinstance(model, nn.Module) else model.components.values()
-    weights = [weight for part in parts if isinstance(part, nn.Module) for weight in part.parameters()]
-    return sum(weight.numel() * weight.element_size() for weight in weights) / GIB
+    parts = [model] if isinstance(model, torch.nn.Module) else model.components.values()
+    weights = [weight for part in parts if isinstance(part, torch.nn.Module) for weight in part.parameters()]
+    return sum(weight.numel() * weight.element_size() for weight in weights) / machine.GIB
 
 
 class Home:
@@ -173,7 +144,7 @@ class Home:
     @property
     def is_short(self) -> bool:
         """Whether the device has too little free memory for a resting pipeline's models."""
-        if not self.is_resting or (free := free_gib(self.device)) is None:
+        if not self.is_resting or (free := machine.free_gib(self.device)) is None:
             return False
         return free < ROOM_BESIDE_WEIGHTS * weights_gib(self.pipeline)
 
@@ -194,16 +165,16 @@ class Home:
     def check_size(self, height_px: int, width_px: int) -> None:
         """Raises UserError for a picture that cannot fit, before its first step. Call it after `enter`. Only the UNet
         sets a limit, by the memory beside its weights: the decoder can work in tiles."""
-        free = free_gib(self.device)
+        free = machine.free_gib(self.device)
         if free is None:
             return
         denoiser = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
         room = free - weights_gib(denoiser) if self.is_resting else free
-        most = int(max(0.0, room) * GIB / UNET_BYTES_A_PIXEL)
+        most = int(max(0.0, room) * machine.GIB / UNET_BYTES_A_PIXEL)
         if height_px * width_px > most:
             side = int(most**0.5) // 32 * 32
             asked = f"{height_px} x {width_px} px"
-            raise UserError(f"there is too little memory for {asked}: at most {side} x {side} px fit now")
+            raise core.UserError(f"there is too little memory for {asked}: at most {side} x {side} px fit now")
 
 
 class MixersOnBases:
@@ -212,14 +183,14 @@ class MixersOnBases:
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
         self.files: list[Path] = []
-        self._loaded: dict[str, SwappedMixers] = {}
+        self._loaded: dict[str, basis.SwappedMixers] = {}
 
-    def prepare(self, mixers: Mixers, file: Path) -> None:
+    def prepare(self, mixers: basis.Mixers, file: Path) -> None:
         """Put the basis of the mixers, read from `file`, into the UNet. Raises UserError."""
-        basis, key = self._find(mixers, file), mixers.basis_key
-        self._loaded[key] = SwappedMixers(self.pipeline.unet, basis, mixers.ranks, key)
+        key = mixers.basis_key
+        self._loaded[key] = basis.SwappedMixers(self.pipeline.unet, self._find(mixers, file), mixers.ranks, key)
 
-    def show(self, chosen: Iterable[tuple[Mixers, float]]) -> set[str]:
+    def show(self, chosen: Iterable[tuple[basis.Mixers, float]]) -> set[str]:
         """Let each basis compute with the weighted sum of its chosen mixers. Returns the names of these adapters."""
         by_basis: dict[str, list] = {}
         for mixers, scale in chosen:
@@ -232,7 +203,7 @@ class MixersOnBases:
         """The adapter was deleted from the UNet."""
         self._loaded.pop(key, None)
 
-    def _find(self, mixers: Mixers, file: Path) -> Basis:
+    def _find(self, mixers: basis.Mixers, file: Path) -> basis.Basis:
         """The basis that the mixers were trained on. Raises UserError for any other."""
         note = mixers.metadata.basis
         if note["kind"] == SVD:
@@ -241,21 +212,21 @@ class MixersOnBases:
         near = parents[: 3 if parents[0].name == BEST_NAME else 2]
         beside = [folder / note["file"] for folder in near] if note["file"] else []
         for place in (*self.files, *beside):
-            if place.is_file() and file_digest(place) == note["sha256"]:
-                return FileBasis(place)
-        raise UserError(
+            if place.is_file() and core.file_digest(place) == note["sha256"]:
+                return basis.FileBasis(place)
+        raise core.UserError(
             f"{mixers.file_name} needs its basis, {note['file']!r:.60} with sha256 {note['sha256'][:12]:.12}: put it "
             "beside the file or into the folder above, or name it with --basis"
         )
 
-    def _svd_basis(self, mixers: Mixers) -> Basis:
+    def _svd_basis(self, mixers: basis.Mixers) -> basis.Basis:
         """Of the base's files that the mixers were trained on: a run may have loaded another variant of them."""
         wanted, found, name = mixers.metadata.basis, [], str(self.pipeline.config.get("_name_or_path") or "")
-        for basis in svd_bases(base_folder(TrainConfig(pretrained_model_name_or_path=name)) if name else None):
-            if basis.note == wanted:
-                return basis
-            found.append(basis.note["sha256"][:12])
-        raise UserError(
+        for one in basis.svd_bases(base_folder(TrainConfig(pretrained_model_name_or_path=name)) if name else None):
+            if one.note == wanted:
+                return one
+            found.append(one.note["sha256"][:12])
+        raise core.UserError(
             f"{mixers.file_name} was made for other weights: its basis is of a base with sha256 "
             f"{wanted['sha256'][:12]:.12}, and this one's is {found[0]}"
         )
@@ -272,11 +243,11 @@ class SubjectPipeline:
         self.base_name = base_name
         self.home = Home(pipeline, torch.device(home or pipeline.device))
         self.adapters: dict[str, Adapter] = {}
-        self.family = family_of(pipeline)
+        self.family = families.family_of(pipeline)
         self.bases = MixersOnBases(pipeline)
         self._active: dict[str, float] | None = None
         self._scheduler_config = pipeline.scheduler.config
-        self._tokens: AttachedTokens | None = None
+        self._tokens: new_tokens.AttachedTokens | None = None
         self._lock = threading.RLock()
         pipeline.set_progress_bar_config(disable=True)
 
@@ -294,7 +265,7 @@ class SubjectPipeline:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         half = torch.bfloat16 if getattr(facts_of_base(name), "style", None) == "flow" else torch.float16
         dtype = dtype or (half if device.type == "cuda" else torch.float32)
-        subject = cls(load_pipeline(name, dtype=dtype), public_name(name), device)
+        subject = cls(load.load_pipeline(name, dtype=dtype), core.public_name(name), device)
         if not (resting or subject.home.is_short):
             subject.home.enter()
         return subject
@@ -312,7 +283,7 @@ class SubjectPipeline:
 
     @property
     def resolution_px(self) -> int:
-        return default_resolution(self.pipeline)
+        return load.default_resolution(self.pipeline)
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the model; returns its name.
@@ -321,12 +292,12 @@ class SubjectPipeline:
         there. New tokens come from the files that its header names, beside it. Raises UserError when it is no adapter
         for this base, or its tokens belong to another.
         """
-        name, file = name or adapter_name(path), find_weights(path)
+        name, file = name or lora_file.adapter_name(path), find_weights(path)
         facts = file.stat()
         stamp = (file.resolve(), facts.st_mtime_ns, facts.st_size)
         with self._lock:
             known = self.adapters.get(name)
-            if known and known.stamp == stamp and len(known.tokens) >= len(notes_in(known.header)):
+            if known and known.stamp == stamp and len(known.tokens) >= len(metadata.notes_in(known.header)):
                 self._touch(name)
                 return name
             adapter = self._install(name, file, stamp)
@@ -336,18 +307,18 @@ class SubjectPipeline:
         return name
 
     def _install(self, name: str, file: Path, stamp: Stamp) -> Adapter:
-        if is_mixer_file(file):
-            mixers = read_mixers(file)
+        if basis.is_mixer_file(file):
+            mixers = basis.read_mixers(file)
             if mixers.basis_key not in self._keys():
                 self._active = None
                 self.bases.prepare(mixers, file)
             return Adapter(name, mixers.basis_key, mixers.sha256, mixers.header, (), stamp, mixers)
-        weights = read_adapter(file, self.pipeline)
-        check_fits(weights, self.pipeline, self.base_name)
-        tokens = tokens_beside(file, weights.header)
+        weights = lora_file.read_adapter(file, self.pipeline)
+        lora_file.check_fits(weights, self.pipeline, self.base_name)
+        tokens = new_tokens.tokens_beside(file, weights.header)
         if weights.key not in self._keys():
             self._active = None
-            install(weights, self.pipeline)
+            lora_file.install(weights, self.pipeline)
         return Adapter(name, weights.key, weights.sha256, weights.header, tokens, stamp)
 
     def unload_adapter(self, name: str) -> None:
@@ -387,9 +358,9 @@ class SubjectPipeline:
         for name, _ in params.adapters:
             if name not in self.adapters:
                 known = ", ".join(self.adapters) or "none"
-                raise UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
+                raise core.UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
         side = self.resolution_px
-        guidance = default_guidance(self.pipeline) if params.guidance_scale is None else params.guidance_scale
+        guidance = load.default_guidance(self.pipeline) if params.guidance_scale is None else params.guidance_scale
         return replace(
             params, guidance_scale=guidance, height_px=params.height_px or side, width_px=params.width_px or side
         )
@@ -411,7 +382,7 @@ class SubjectPipeline:
             self._tokens.detach()
             self._tokens = None
         if tokens := [tokens for adapter, _ in chosen for tokens in adapter.tokens]:
-            self._tokens = AttachedTokens(self.pipeline, tokens)
+            self._tokens = new_tokens.AttachedTokens(self.pipeline, tokens)
 
     def provenance(self, params: GenerationParams) -> Provenance:
         hashes = tuple((name, self.adapters[name].sha256) for name, _ in params.adapters)
@@ -429,28 +400,28 @@ class SubjectPipeline:
             clock = Clock(params)
             for index in range(params.num_images):
                 self._generate_one(index, params, words, clock, emit, stop)
-        except StopRequestedError:
+        except core.StopRequestedError:
             return
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not core.is_out_of_memory(error):
                 raise
             torch.cuda.empty_cache()
             size = f"{params.height_px} x {params.width_px} px"
-            raise UserError(f"there is too little memory for {size}; choose a smaller size") from error
+            raise core.UserError(f"there is too little memory for {size}; choose a smaller size") from error
         finally:
             if self.home.is_resting:  # the models took turns
                 self.home.leave()
 
     def _generate_one(self, index, params, words, clock, emit, stop) -> None:
         if stop():
-            raise StopRequestedError
+            raise core.StopRequestedError
         own, is_flow = params.for_image(index), self.family.facts.style == "flow"
         if not is_flow:
             self.pipeline.scheduler = self._scheduler(own.scheduler)
-            words = words | {"guidance_rescale": guidance_rescale(self.pipeline)}
+            words = words | {"guidance_rescale": load.guidance_rescale(self.pipeline)}
         watcher = Watcher(index, own, clock, None if is_flow else self.colours, emit, stop)
         size, device = (own.height_px, own.width_px), self.home.device
-        with nullcontext() if is_flow else tiled_where_short(self.pipeline.vae, size, device):
+        with nullcontext() if is_flow else decode.tiled_where_short(self.pipeline.vae, size, device):
             pixels = self.pipeline(
                 **words | {self.family.facts.guidance_name: own.guidance_scale},
                 height=own.height_px,

@@ -14,7 +14,6 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
-from torch import Tensor
 
 from dreambooth_moslora.core import StopRequestedError, one_line
 from dreambooth_moslora.generation.params import GenerationParams, Step
@@ -50,7 +49,7 @@ class LatentColours:
         else:
             logger.warning("previews are grey: the VAE gives values that are not finite (NaN)")
 
-    def __call__(self, latents: Tensor, size_px: tuple[int, int]) -> Image.Image:
+    def __call__(self, latents: torch.Tensor, size_px: tuple[int, int]) -> Image.Image:
         """The first of `latents` (B, 4, h, w) as a picture of `size_px` (height, width)."""
         height, width = latents.shape[-2:]
         rows = _with_ones(latents[:1].float().cpu()) @ self.weight
@@ -65,9 +64,9 @@ class PreviewTracker:
     def __init__(self, scheduler: SchedulerMixin) -> None:
         self.sigmas = scheduler.sigmas.float().cpu()
         self.is_unit_variance = float(scheduler.init_noise_sigma) == 1.0
-        self.previous: Tensor | None = None
+        self.previous: torch.Tensor | None = None
 
-    def clean_latents(self, step: int, latents: Tensor) -> Tensor:
+    def clean_latents(self, step: int, latents: torch.Tensor) -> torch.Tensor:
         """`latents` after step `step` (0-based) -> estimate of x0, same shape."""
         sigma, sigma_next = self.sigmas[step], self.sigmas[step + 1]
         x = latents.float()
@@ -79,13 +78,13 @@ class PreviewTracker:
         return x - sigma_next * (x - before) / (sigma_next - sigma)
 
 
-def smooth_latents(channels: int, seed: int = 0) -> Tensor:
+def smooth_latents(channels: int, seed: int = 0) -> torch.Tensor:
     """(1, channels, 32, 32) of unit variance whose neighbours are similar, as in a real picture's latents."""
     coarse = torch.randn(1, channels, FIT_SIDE // 4, FIT_SIDE // 4, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(coarse, scale_factor=4.0, mode="nearest")
 
 
-def _with_ones(latents: Tensor) -> Tensor:
+def _with_ones(latents: torch.Tensor) -> torch.Tensor:
     """(1, C, h, w) -> (h·w, C + 1)."""
     rows = latents[0].flatten(1).T
     return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
@@ -96,7 +95,7 @@ class Preview:
     """A rough view of image `index` of `size_px` (height, width); `latents` (1, 4, h, w) stay on the device."""
 
     index: int
-    latents: Tensor
+    latents: torch.Tensor
     size_px: tuple[int, int]
     colours: LatentColours | None
     """None: no previews, as the latents are packed."""

@@ -28,11 +28,9 @@ from typing import Any
 from PIL import Image
 
 from dreambooth_moslora.core import UserError, assets_folder, atomic_write, half_precision, is_toy, public_name
-from dreambooth_moslora.photos.folder import CAPTION_SUFFIX, MADE_CAPTIONS, kept_captions
-from dreambooth_moslora.photos.masks import loaded
+from dreambooth_moslora.photos import folder, masks
 from dreambooth_moslora.photos.photo import Photo, open_rgb, why_not_beside
-from dreambooth_moslora.settings.prompts import class_word_of, joined
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import prompts, table
 
 QWEN, TOY_CLIP = "Qwen/Qwen3-VL-2B-Instruct", "toy-sdxl"
 QUESTION = (
@@ -55,13 +53,13 @@ class Captioner:
     surroundings: Callable[[Image.Image], str]
 
 
-def load_captioner(config: TrainConfig, device: Any = "cpu") -> Captioner:
+def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
     """The captioner of `--caption_model`, by default the embedded base's own CLIP, or Qwen3-VL for other bases. The
     model is loaded onto the torch device when the first caption is made. Raises UserError without a class word; making
     a caption raises it when the model is missing or of another kind."""
     default = TOY_CLIP if is_toy(config.pretrained_model_name_or_path) else QWEN
     name = os.path.expanduser(config.caption_model or default)
-    word = class_word_of(config) or ("toy" if name == TOY_CLIP else "")
+    word = prompts.class_word_of(config) or ("toy" if name == TOY_CLIP else "")
     if not word:
         raise UserError('captions: no word says what the photos show; name it behind the rare word, as in "sks dog".')
 
@@ -87,10 +85,10 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
     kind = torch.device(device).type
     half = half_precision() if kind == "cuda" else "bf16"  # before Ampere cuDNN has no convolution in bf16
     dtype = torch.float32 if kind == "cpu" else {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
-    processor = loaded(AutoProcessor, name, **about)
+    processor = masks.loaded(AutoProcessor, name, **about)
     if not getattr(processor, "chat_template", None):
         raise UserError(f"--caption_model {name} has no chat template: name a model that follows instructions")
-    model, found = loaded(
+    model, found = masks.loaded(
         AutoModelForImageTextToText, name, **about, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     if lacking := sorted(found["missing_keys"]):
@@ -141,7 +139,7 @@ def make_beside(
     earlier made captions that were not edited are made again."""
     photos = list(photos)
     for photo in photos:
-        target = photo.path.with_suffix(CAPTION_SUFFIX)
+        target = photo.path.with_suffix(folder.CAPTION_SUFFIX)
         is_old = was_made(photo, target)
         if is_old and not anew:
             reason = "it has a made caption, which is kept (--overwrite_made replaces it)"
@@ -151,7 +149,7 @@ def make_beside(
             reason = why_not_beside(photo, target, photos, replaces=is_old)
         made = MadeCaption(photo, None, reason) if reason else make(photo, captioner, prompt)
         if made.caption is not None:
-            keep(target.with_name(MADE_CAPTIONS), made, prompt)
+            keep(target.with_name(folder.MADE_CAPTIONS), made, prompt)
             try:
                 atomic_write(target, f"{made.caption}\n")
             except OSError as error:
@@ -163,7 +161,7 @@ def make_beside(
 
 def was_made(photo: Photo, target: Path) -> bool:
     """Whether the file still holds the caption that was made."""
-    made = kept_captions(target.with_name(MADE_CAPTIONS)).get(photo.path.name)
+    made = folder.kept_captions(target.with_name(folder.MADE_CAPTIONS)).get(photo.path.name)
     try:
         return made is not None and target.read_text(encoding="utf-8").strip() == made["caption"]
     except (OSError, UnicodeDecodeError):
@@ -172,7 +170,7 @@ def was_made(photo: Photo, target: Path) -> bool:
 
 def make_for_run(photo: Photo, captioner: Captioner, prompt: str, path: Path) -> MadeCaption:
     """A caption that `keep` writes into the file `path`. One there of the same photo, model and words is taken."""
-    old = kept_captions(path).get(photo.kept_name)
+    old = folder.kept_captions(path).get(photo.kept_name)
     if old and old["made_from"] == photo.key(model=captioner.name, word=captioner.word, prompt=prompt):
         return MadeCaption(photo, old["caption"])
     return make(photo, captioner, prompt)
@@ -182,7 +180,7 @@ def keep(path: Path, made: MadeCaption, prompt: str) -> None:
     """Add a new caption to those in the file; the `prompt` where there is none."""
     if made.key:
         entry = {"caption": made.caption or prompt, "made_from": made.key}
-        known = kept_captions(path) | {made.photo.kept_name: entry}
+        known = folder.kept_captions(path) | {made.photo.kept_name: entry}
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False))
 
@@ -192,4 +190,4 @@ def make(photo: Photo, captioner: Captioner, prompt: str) -> MadeCaption:
     key = photo.key(model=captioner.name, word=captioner.word, prompt=prompt)
     if not found:
         return MadeCaption(photo, None, "the model says nothing, so no caption is written", key)
-    return MadeCaption(photo, joined(prompt, found), key=key)
+    return MadeCaption(photo, prompts.joined(prompt, found), key=key)

@@ -18,8 +18,7 @@ from dreambooth_moslora.core import rng
 from dreambooth_moslora.photos.folder import PhotoReport
 from dreambooth_moslora.photos.photo import CropPlan, Photo, apply_crop, crop_rule, open_mask, open_rgb
 from dreambooth_moslora.pictures import Row
-from dreambooth_moslora.settings.subjects import stream_of
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import subjects, table
 
 FRAME_COLOUR = (232, 64, 44)
 SHOWN_PX = 384
@@ -32,15 +31,15 @@ THUMBNAIL_PX = 16
 EDGE_PERCENTILE, SHARPEST_PERCENTILE = 80, 90
 
 
-def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPlan]:
+def plans_of(photo: Photo, number: int, config: table.TrainConfig) -> Iterator[CropPlan]:
     """The crops of photo `number` of its subject, with the random draws of training; without a seed those of seed 0."""
-    rule, stream = crop_rule(config), stream_of("instance", photo.subject)
+    rule, stream = crop_rule(config), subjects.stream_of("instance", photo.subject)
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
         for crop in range(config.crops_per_photo):
             yield rule.plan(photo.size_px, rng(config.seed or 0, stream, "crop", slot, crop))
 
 
-def crop_rows(photos: list[Photo], config: TrainConfig) -> list[Row]:
+def crop_rows(photos: list[Photo], config: table.TrainConfig) -> list[Row]:
     """One row per photo: the photo with frames, then up to five crops; parts outside the mask are dark."""
     rows = []
     for number, photo in enumerate(photos):

@@ -30,15 +30,7 @@ from typing import Any
 
 from PIL import Image
 
-from dreambooth_moslora.core import (
-    SUBJECT_FILE,
-    UserError,
-    atomic_directory,
-    default_cache_dir,
-    one_line,
-    rng,
-    spelled_out,
-)
+from dreambooth_moslora import core
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.photo import (
     IMAGE_SUFFIXES,
@@ -91,7 +83,7 @@ def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[s
         found.append(caption)
         for number in range(1, ORDERS):
             others = tags[config.keep_tokens :]
-            rng(config.seed, "tags", caption, number).shuffle(others)
+            core.rng(config.seed, "tags", caption, number).shuffle(others)
             found.append(joined(head, ", ".join([*tags[: config.keep_tokens], *others]), tail))
     return tuple(found)
 
@@ -203,9 +195,9 @@ def dataset_folder(config: TrainConfig) -> Path:
         if content:
             rows.append((content, "" if caption is None else str(caption)))
             digest.update(sha256(content).digest() + rows[-1][1].encode())
-    folder = Path(config.cache_dir or default_cache_dir()) / "photos" / digest.hexdigest()[:16]
+    folder = Path(config.cache_dir or core.default_cache_dir()) / "photos" / digest.hexdigest()[:16]
     if not folder.is_dir():
-        with atomic_directory(folder) as new:
+        with core.atomic_directory(folder) as new:
             write_rows(new, rows)
     return folder
 
@@ -218,14 +210,18 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
     try:
         table = datasets.load_dataset(name, config.dataset_config_name, cache_dir=config.cache_dir, split="train")
     except Exception as error:  # raised by the library, the hub or the file formats
-        raise UserError(f"--dataset_name {name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise core.UserError(
+            f"--dataset_name {name}: cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
     for flag, wanted in (("image_column", column), ("caption_column", config.caption_column)):
         if wanted is not None and wanted not in table.column_names:
             close = nearest(wanted, table.column_names)
             hint = f" Did you mean {close}?" if close else ""
-            raise UserError(f"--{flag} {wanted}: the data set has the columns {', '.join(table.column_names)}.{hint}")
+            raise core.UserError(
+                f"--{flag} {wanted}: the data set has the columns {', '.join(table.column_names)}.{hint}"
+            )
     if not isinstance(table.features[column], datasets.Image):
-        raise UserError(f"--image_column {column}: that column of {name} holds no images.")
+        raise core.UserError(f"--image_column {column}: that column of {name} holds no images.")
     return table.cast_column(column, datasets.Image(decode=False))
 
 
@@ -238,7 +234,9 @@ def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
         return cell["bytes"]
     path = Path(cell["path"]).resolve()
     if not any(path.is_relative_to(folder) for folder in own):
-        raise UserError(f"--dataset_name: it names {one_line(cell['path'])}, which is not a file of the data set.")
+        raise core.UserError(
+            f"--dataset_name: it names {core.one_line(cell['path'])}, which is not a file of the data set."
+        )
     return path.read_bytes()
 
 
@@ -282,14 +280,14 @@ def log_strays(report: PhotoReport) -> None:
     strays = [item for item in report.skipped if not item.is_photo and not item.path.name.startswith(".")]
     if strays:
         line = f"files not used ({len(strays)}): {summary_of_skipped(PhotoReport(skipped=strays))}"
-        logger.warning("%s", spelled_out(line))
+        logger.warning("%s", core.spelled_out(line))
 
 
 def usable_photos(report: PhotoReport) -> list[Photo]:
     """The report's photos; each photo that was left out is logged with its reason."""
     for skipped in report.skipped:
         if skipped.is_photo:
-            logger.warning("%s", spelled_out(f"{skipped.path.name} is left out: {skipped.reason}"))
+            logger.warning("%s", core.spelled_out(f"{skipped.path.name} is left out: {skipped.reason}"))
     return report.photos
 
 
@@ -305,12 +303,12 @@ def photo_report(config: TrainConfig) -> PhotoReport:
             else:
                 found.photos.append(photo)
         if len(found.photos) == used:
-            raise UserError("--leave_out leaves no photo; name fewer.")
+            raise core.UserError("--leave_out leaves no photo; name fewer.")
         found.sidecars.extend(report.sidecars)
     found.photos[:] = with_made(config, found.photos)
     named = {item.path.name for item in found.skipped}
     if unknown := [name for name in config.leave_out if name not in named]:
-        raise UserError(f"--leave_out {unknown[0]}: there is no such photo.")
+        raise core.UserError(f"--leave_out {unknown[0]}: there is no such photo.")
     return found
 
 
@@ -321,11 +319,11 @@ def report_of(config: TrainConfig, number: int) -> PhotoReport:
     elif config.instance_data_dir:
         folder = Path(config.instance_data_dir)
     else:
-        raise UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
+        raise core.UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
     photos = [replace(with_own_captions(config, photo), subject=number) for photo in report.photos]
     if not photos:
-        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+        raise core.UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     return replace(report, photos=photos)
 
 
@@ -370,7 +368,7 @@ def require_folder_of_photos(folder: Path) -> None:
     """Raises UserError when there is no such folder."""
     if not folder.is_dir():
         reason = "not a folder" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: {reason}; give a folder of photos.")
+        raise core.UserError(f"{folder}: {reason}; give a folder of photos.")
 
 
 def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha: str = "mask") -> PhotoReport:
@@ -380,7 +378,7 @@ def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha
     try:
         paths = sorted(folder.iterdir())
     except PermissionError:
-        raise UserError(f"{folder}: cannot be read (permission denied).") from None
+        raise core.UserError(f"{folder}: cannot be read (permission denied).") from None
     return FolderReader(folder, paths, instance_prompt, resolution_px, alpha).read()
 
 
@@ -395,7 +393,7 @@ class FolderReader:
     def read(self) -> PhotoReport:
         report = PhotoReport()
         for path in self.paths:
-            if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, SUBJECT_FILE):
+            if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, core.SUBJECT_FILE):
                 item = self._read_one(path)
                 (report.photos if isinstance(item, Photo) else report.skipped).append(item)
         stems = {photo.path.stem for photo in report.photos}

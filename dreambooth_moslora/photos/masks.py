@@ -33,8 +33,7 @@ from dreambooth_moslora.photos.photo import (
     open_rgb,
     why_not_beside,
 )
-from dreambooth_moslora.settings.prompts import class_word_of
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import prompts, table
 
 KEY = "made-from"
 CLIPSEG, TOY_SEGMENTER = "CIDAS/clipseg-rd64-refined", "toy-segmenter"
@@ -48,19 +47,19 @@ SPECK = 0.02
 """Pieces below this fraction of the mask are not counted."""
 
 
-def segmenter_name(config: TrainConfig) -> str:
+def segmenter_name(config: table.TrainConfig) -> str:
     """The model of `--mask_model`; by default the embedded base's own net, or CLIPSeg for other bases."""
     if config.mask_model:
         return os.path.expanduser(config.mask_model)
     return TOY_SEGMENTER if is_toy(config.pretrained_model_name_or_path) else CLIPSEG
 
 
-def sought_word(config: TrainConfig) -> str:
+def sought_word(config: table.TrainConfig) -> str:
     """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net, which needs none.
     Raises UserError when there is no such word."""
     if segmenter_name(config) == TOY_SEGMENTER:
         return ""
-    word = config.mask_prompt or class_word_of(config)
+    word = config.mask_prompt or prompts.class_word_of(config)
     if not word:
         raise UserError('masks: no word says what the subject is; give --mask_prompt, such as "dog".')
     return word
@@ -90,7 +89,7 @@ def best_device() -> Any:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def load_segmenter(config: TrainConfig, device: Any = "cpu") -> Segmenter:
+def load_segmenter(config: table.TrainConfig, device: Any = "cpu") -> Segmenter:
     """The segmenter of `--mask_model`, which goes to the torch device when the first mask is made. Raises UserError
     without a word; making a mask raises it when the model is missing or of another kind."""
     name, word = segmenter_name(config), sought_word(config)

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize, pixel_shuffle, pixel_unshuffle
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -28,15 +27,15 @@ WIDTHS = (24, 32, 40, 48)
 STRIDE = PATCH * 2 ** (len(WIDTHS) - 1)
 
 
-def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1),
-        nn.GroupNorm(8, outputs),
-        nn.SiLU(),
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> torch.nn.Sequential:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1),
+        torch.nn.GroupNorm(8, outputs),
+        torch.nn.SiLU(),
     )
 
 
-class ToySegmenter(nn.Module):
+class ToySegmenter(torch.nn.Module):
     """Pixels (N,3,H,W) in [-1, 1], sides multiples of 16 -> logits (N,H,W).
 
     Each halving of the sides is followed by a bilinear doubling, to which the features of that size are added.
@@ -46,12 +45,14 @@ class ToySegmenter(nn.Module):
         super().__init__()
         pairs = list(pairwise(WIDTHS))
         self.stem = _convolution(3 * PATCH**2, WIDTHS[0])
-        self.down = nn.ModuleList(nn.Sequential(_convolution(a, b, 2), _convolution(b, b)) for a, b in pairs)
-        self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
-        self.up = nn.ModuleList(_convolution(a, a) for a, _ in reversed(pairs))
-        self.head = nn.Conv2d(WIDTHS[0], PATCH**2, 1)
+        self.down = torch.nn.ModuleList(
+            torch.nn.Sequential(_convolution(a, b, 2), _convolution(b, b)) for a, b in pairs
+        )
+        self.narrow = torch.nn.ModuleList(torch.nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
+        self.up = torch.nn.ModuleList(_convolution(a, a) for a, _ in reversed(pairs))
+        self.head = torch.nn.Conv2d(WIDTHS[0], PATCH**2, 1)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         levels = [self.stem(pixel_unshuffle(pixels, PATCH))]
         for down in self.down:
             levels.append(down(levels[-1]))
@@ -62,7 +63,7 @@ class ToySegmenter(nn.Module):
         return pixel_shuffle(self.head(x), PATCH)[:, 0]
 
     @torch.no_grad()
-    def logits(self, pixels: Tensor) -> Tensor:
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N,3,H,W) of any size -> (N,H,W); computed with the shorter side scaled to about 128 px."""
         sides = pixels.shape[-2:]
         scale = SIZE_PX / min(sides)
@@ -131,7 +132,7 @@ class SurroundingsReader:
             tower.requires_grad_(False).eval().to(device)
         self.vectors = cache(self._vectors)
 
-    def _vectors(self, kind: str) -> Tensor:
+    def _vectors(self, kind: str) -> torch.Tensor:
         """Unit vectors (S, P) of a caption for each of the S surroundings."""
         captions = [f"a photo of a {kind} {phrase(*found)}" for found in SURROUNDINGS]
         words = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")

@@ -14,42 +14,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_header
-from dreambooth_moslora.base.files import (
-    INDEX,
-    base_folder,
-    check_vae,
-    facts_of_base,
-    read_json,
-    resolve_base,
-    tensor_shapes,
-)
-from dreambooth_moslora.base.machine import check_bf16
+from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.core import UserError, default_cache_dir, one_line
-from dreambooth_moslora.disk.run_folder import (
-    RunDir,
-    check_name,
-    checkpoint_step,
-    find_weights,
-    header_of,
-    is_card,
-    pictures_named,
-)
+from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.memory import BaseSize, check_memory, size_of_base
-from dreambooth_moslora.settings.families import DENOISERS, OF_UNETS, Facts, distilled
-from dreambooth_moslora.settings.prompts import learnt_words
-from dreambooth_moslora.settings.rows import (
-    ATTENTION,
-    full_name,
-    is_adapted,
-    is_meant,
-    is_target,
-    nearest,
-    parse_pattern,
-)
-from dreambooth_moslora.settings.rules import given_flag
-from dreambooth_moslora.settings.table import KRONECKER, SVD, TrainConfig, check_kronecker
-from dreambooth_moslora.settings.versions import require_packages
+from dreambooth_moslora.settings import families, prompts, rows, rules, table, versions
 
 PACKAGE = Path(__file__).resolve().parents[1]
 UNREADABLE = "add_embedding."
@@ -62,7 +32,7 @@ def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bo
     targets = list(targets)
     check_targets(targets, layers)
     for name in targets:
-        for layer in (layer for layer in layers if is_target(layer, name)):
+        for layer in (layer for layer in layers if rows.is_target(layer, name)):
             if layer.startswith(UNREADABLE):
                 instead = "name the blocks: down_blocks.* mid_block.* up_blocks.*" if "*" in name else "leave it out"
                 raise UserError(f"--target_modules {name}: {layer} has no name in kohya's files; {instead}.")
@@ -75,7 +45,7 @@ def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
     that matches none of them, and suggests the name that was probably meant."""
     layers = list(layers)
     for name in targets:
-        if not any(is_target(layer, name) for layer in layers):
+        if not any(rows.is_target(layer, name) for layer in layers):
             hint = hint_for(name, layers) or "to_q, to_k, to_v and to_out.0 are those of attention."
             raise UserError(f"--target_modules {name}: the UNet has no such layer; {hint}")
 
@@ -86,17 +56,17 @@ def hint_for(name: str, layers: Iterable[str]) -> str:
     if "." in name:
         for layer in layers:
             known |= {".".join(layer.split(".")[:depth]) for depth in range(1, layer.count(".") + 1)}
-    close = nearest(full_name(name), sorted(known))
+    close = rows.nearest(rows.full_name(name), sorted(known))
     return f"did you mean {close}?" if close else ""
 
 
-def check_patterns(config: TrainConfig, layers: Iterable[str]) -> None:
+def check_patterns(config: table.TrainConfig, layers: Iterable[str]) -> None:
     """`layers` are all of the UNet's. Raises UserError for a pattern that matches no layer with an adapter."""
-    adapted = [layer for layer in layers if is_adapted(layer, config.target_modules)]
+    adapted = [layer for layer in layers if rows.is_adapted(layer, config.target_modules)]
     for flag in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, flag):
-            name = parse_pattern(flag, text)[0]
-            if not any(is_meant(layer, name) for layer in adapted):
+            name = rows.parse_pattern(flag, text)[0]
+            if not any(rows.is_meant(layer, name) for layer in adapted):
                 hint = hint_for(name, adapted) or "--target_modules says which have one."
                 raise UserError(f"--{flag} {text}: no layer with an adapter has that name; {hint}")
 
@@ -107,7 +77,7 @@ def last_name(path: str) -> str:
     return f"{parent}.{name}" if name.isdigit() else name
 
 
-def check_folders(config: TrainConfig) -> None:
+def check_folders(config: table.TrainConfig) -> None:
     """Raises UserError when the run folder is unsuitable or gives the adapter no name. Creates nothing."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
@@ -119,15 +89,15 @@ def check_folders(config: TrainConfig) -> None:
     if ".git" in place.parts or place.is_relative_to(PACKAGE):
         owner = "git's" if ".git" in place.parts else "this program's own"
         raise UserError(f"--output_dir {config.output_dir} is among {owner} files: name a folder such as runs/dog.")
-    run_dir = RunDir(config.output_dir)
-    check_name(run_dir.name)
+    run_dir = run_folder.RunDir(config.output_dir)
+    run_folder.check_name(run_dir.name)
     for subject in config.each_subject:
         check_photo_folders(subject, run_dir)
         check_places(subject, run_dir)
     check_strangers(run_dir)
 
 
-def refuse_circles(config: TrainConfig) -> None:
+def refuse_circles(config: table.TrainConfig) -> None:
     """Raises UserError for a link that leads back to itself."""
     for name in ("output_dir", "instance_data_dir", "class_data_dir", "dataset_name", "cache_dir"):
         value = getattr(config, name)
@@ -138,7 +108,7 @@ def refuse_circles(config: TrainConfig) -> None:
                 raise UserError(f"--{name} {value}: it is a link that leads back to itself.") from error
 
 
-def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
+def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
     """Raises UserError for photos at the top of the run folder, or where a run replaces and moves its own files."""
     photos, images = config.instance_data_dir, config.class_data_dir
     if photos and images and Path(photos).resolve() == Path(images).resolve():
@@ -154,11 +124,11 @@ def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
         first = folder.relative_to(home).parts[0]
         own = {run_dir.samples_dir, run_dir.best_dir, run_dir.last_dir, run_dir.masks_dir}
         own |= {run_dir.class_images_dir} if name != "class_data_dir" else set()
-        if first in {path.name for path in own} or checkpoint_step(Path(first)) is not None:
+        if first in {path.name for path in own} or run_folder.checkpoint_step(Path(first)) is not None:
             raise UserError(f"--{name} {value}: the run writes to {first} in its folder; keep the photos elsewhere.")
 
 
-def check_places(config: TrainConfig, run_dir: RunDir) -> None:
+def check_places(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
     """Raises UserError when a place that the run writes to is a file or cannot be written."""
     is_kept = config.caching == "disk" or config.dataset_name is not None
     cache = config.cache_dir or (str(default_cache_dir()) if is_kept else None)
@@ -193,20 +163,20 @@ def nearest_existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def check_strangers(run_dir: RunDir) -> None:
+def check_strangers(run_dir: run_folder.RunDir) -> None:
     """Raises UserError for a model card or pictures that have a run's file names but come from no run."""
     if not run_dir.path.is_dir():
         return
     card = run_dir.read_card()
-    if card is not None and not is_card(card):
+    if card is not None and not run_folder.is_card(card):
         raise UserError(f"{run_dir.card_path} is not a run's and would be overwritten: name another --output_dir.")
-    known = pictures_named(card or "")
+    known = run_folder.pictures_named(card or "")
     for path in sorted(run_dir.path.glob("image_*.png")):
         if path.name not in known:
             raise UserError(f"{path} is not a run's and would be taken for its picture: name another --output_dir.")
 
 
-def preflight(config: TrainConfig, *, is_later: bool = False) -> tuple[Path | None, BaseSize]:
+def preflight(config: table.TrainConfig, *, is_later: bool = False) -> tuple[Path | None, BaseSize]:
     """Check settings and memory. Returns the base's diffusers folder, None if not on this machine, and its size.
     `is_later`: the run begins later, so the memory that is free now does not matter. Raises UserError."""
     folder = check_settings(config)
@@ -217,19 +187,19 @@ def preflight(config: TrainConfig, *, is_later: bool = False) -> tuple[Path | No
 
 
 def denoiser_in(folder: Path) -> str:
-    return next(name for name in DENOISERS if (folder / name).is_dir())
+    return next(name for name in families.DENOISERS if (folder / name).is_dir())
 
 
-def check_settings(config: TrainConfig) -> Path | None:
+def check_settings(config: table.TrainConfig) -> Path | None:
     """The checks of `preflight` that concern no memory. Returns the base's folder as it does. Raises UserError."""
     if config.instance_data_dir:
         require_folder_of_photos(Path(config.instance_data_dir))
-    check_bf16(config)
-    learnt_words(config)
-    ranks = [config.rank, *(int(parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern)]
+    machine.check_bf16(config)
+    prompts.learnt_words(config)
+    ranks = [config.rank, *(int(rows.parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern)]
     if config.mixer == "butterfly" and (odd := [rank for rank in ranks if rank % 2]):
         raise UserError(f"--mixer butterfly needs an even --rank, not {odd[0]}.")
-    if config.mixer == KRONECKER and (other := [rank for rank in ranks if rank % config.mixer_factor]):
+    if config.mixer == table.KRONECKER and (other := [rank for rank in ranks if rank % config.mixer_factor]):
         factor = f"--mixer_factor {config.mixer_factor}"
         raise UserError(f"--mixer kronecker needs a --rank that {factor} divides, not {other[0]}.")
     if config.push_to_hub:
@@ -239,41 +209,43 @@ def check_settings(config: TrainConfig) -> Path | None:
     if config.basis:
         check_basis(config)
     if config.pretrained_vae_model_name_or_path:
-        check_vae(config.pretrained_vae_model_name_or_path)
-    folder = base_folder(config)
-    shapes = tensor_shapes(folder / denoiser_in(folder), config.variant) if folder else {}
+        files.check_vae(config.pretrained_vae_model_name_or_path)
+    folder = files.base_folder(config)
+    shapes = files.tensor_shapes(folder / denoiser_in(folder), config.variant) if folder else {}
     layers = {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
     if layers:
         check_layers(config.target_modules, layers, config.use_dora)
         check_patterns(config, layers)
-    for name in layers if config.mixer == KRONECKER else ():
-        if is_adapted(name, config.target_modules):
-            check_kronecker(name, shapes[f"{name}.weight"], config.mixer_factor)
-    require_packages(config)
+    for name in layers if config.mixer == table.KRONECKER else ():
+        if rows.is_adapted(name, config.target_modules):
+            table.check_kronecker(name, shapes[f"{name}.weight"], config.mixer_factor)
+    versions.require_packages(config)
     return folder
 
 
-def family_settings(config: TrainConfig) -> dict[str, Any]:
+def family_settings(config: table.TrainConfig) -> dict[str, Any]:
     """What the family of the base says of layers and noise levels where nothing was chosen. Raises UserError for
     settings that the family cannot obey."""
-    facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+    facts = files.facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
     if facts is None:
         return {}
     check_family(config, facts)
-    folder = base_folder(config)
-    index = read_json(folder / INDEX) if folder else {}
-    if facts.style == "flow" and (reason := distilled(index, config.pretrained_model_name_or_path)):
+    folder = files.base_folder(config)
+    index = files.read_json(folder / files.INDEX) if folder else {}
+    if facts.style == "flow" and (reason := families.distilled(index, config.pretrained_model_name_or_path)):
         raise UserError(f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}: {reason}.")
     if facts.style == "ddpm":
         return {}
-    layers = facts.targets if config.target_modules == ATTENTION else config.target_modules
+    layers = facts.targets if config.target_modules == rows.ATTENTION else config.target_modules
     return {"target_modules": layers, "weighting_scheme": config.weighting_scheme or facts.weighting_scheme}
 
 
-def check_family(config: TrainConfig, facts: Facts) -> None:
+def check_family(config: table.TrainConfig, facts: families.Facts) -> None:
     """Raises UserError for a setting of other models, named with the family."""
     others = (
-        (*OF_UNETS, "mixed_precision fp16") if facts.style == "flow" else ("weighting_scheme", "max_sequence_length")
+        (*families.OF_UNETS, "mixed_precision fp16")
+        if facts.style == "flow"
+        else ("weighting_scheme", "max_sequence_length")
     )
     if not facts.has_new_tokens:
         others += ("train_text_encoder_ti",)
@@ -283,7 +255,7 @@ def check_family(config: TrainConfig, facts: Facts) -> None:
         if name == "mixed_precision fp16":
             if config.mixed_precision == "fp16":
                 raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give bf16.")
-        elif flag := given_flag(config, name):
+        elif flag := rules.given_flag(config, name):
             raise UserError(f"{flag} is not for {facts.title}; leave it out.")
 
 
@@ -292,16 +264,16 @@ def check_start(adapter: str) -> None:
     try:
         if not Path(adapter).exists():
             raise UserError("there is no such file or folder")
-        check_start_header(header_of(find_weights(adapter)))
+        check_start_header(run_folder.header_of(run_folder.find_weights(adapter)))
     except UserError as error:
         raise UserError(f"--init_adapter {adapter}: {error}.") from error
 
 
-def check_basis(config: TrainConfig) -> None:
+def check_basis(config: table.TrainConfig) -> None:
     """Raises UserError for a base without a basis svd, and for a file that is no basis of the run's rank."""
     given = f"--basis {config.basis}"
-    if config.basis == SVD:
-        source = resolve_base(config.pretrained_model_name_or_path)
+    if config.basis == table.SVD:
+        source = files.resolve_base(config.pretrained_model_name_or_path)
         if isinstance(source, Path) and source.is_file():
             reason = f"{source.name} is a single file; the base must be a diffusers folder or a hub id."
             raise UserError(f"{given}: {reason}")
@@ -309,7 +281,7 @@ def check_basis(config: TrainConfig) -> None:
     if not Path(config.basis).is_file():
         raise UserError(f"{given}: there is no such file; give a raw adapter file, or the word svd.")
     try:
-        facts = AdapterMetadata.from_json(header_of(Path(config.basis))["moslora"])
+        facts = AdapterMetadata.from_json(run_folder.header_of(Path(config.basis))["moslora"])
         with safe_open(config.basis, framework="pt") as file:
             file.get_slice("raw_format")
     except (UserError, KeyError, TypeError, ValueError, SafetensorError) as error:
@@ -318,7 +290,7 @@ def check_basis(config: TrainConfig) -> None:
         raise UserError(f"{given}: it has rank {facts.rank}; give --rank {facts.rank}.")
 
 
-def check_push(config: TrainConfig) -> None:
+def check_push(config: table.TrainConfig) -> None:
     """Raises UserError for a name or token that the hub rejects; an unreachable hub is no error."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import is_offline_mode
@@ -326,7 +298,7 @@ def check_push(config: TrainConfig) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(config.hub_model_id or RunDir(config.output_dir).name)
+        validate_repo_id(config.hub_model_id or run_folder.RunDir(config.output_dir).name)
     except HFValidationError as error:
         raise UserError(f"--hub_model_id: {one_line(error)}") from error
     try:

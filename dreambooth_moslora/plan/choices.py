@@ -9,12 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.base import machine
-from dreambooth_moslora.base.files import facts_of_base
+from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.core import CLIP, DINO, assets_folder, half_precision, is_toy, process_count
 from dreambooth_moslora.plan.memory import SDXL, STOCK_SDXL
-from dreambooth_moslora.settings.families import OF_UNETS
-from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings import families, sources
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting
 
 if TYPE_CHECKING:
@@ -84,9 +82,9 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     recipe = {key: value for key, value in recipe.items() if key not in left_out}
     if choices.given.get("do_edm_style_training"):
         recipe.pop("snr_gamma", None)
-    facts = facts_of_base(base)
+    facts = files.facts_of_base(base)
     if facts and not is_toy(base):
-        recipe = {key: value for key, value in recipe.items() if facts.style == "ddpm" or key not in OF_UNETS}
+        recipe = {key: value for key, value in recipe.items() if facts.style == "ddpm" or key not in families.OF_UNETS}
         if facts.style == "ddpm" or not facts.recipes:
             recipe["resolution"] = facts.resolution_px
     if choices.given.get("with_prior_preservation") is False:
@@ -104,15 +102,15 @@ def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, A
     fast. Its GB are those of the largest recipe that needs at most nine tenths of the card; 12 without a GPU."""
     folder = assets_folder() / "configs"
     if is_toy(base):
-        return "toy.toml", load_settings(folder / "toy.toml")
+        return "toy.toml", sources.load_settings(folder / "toy.toml")
     import torch
 
-    found = None if base == STOCK_SDXL else facts_of_base(base)
+    found = None if base == STOCK_SDXL else files.facts_of_base(base)
     facts = found if found and found.recipes else SDXL
     most = 12 if free_gib is None else free_gib / 0.9
     fitting = [gb for gb in facts.recipes if gb <= most]
     name = f"{facts.name}_{max(fitting, default=min(facts.recipes))}gb.toml"
-    recipe = load_settings(folder / name)
+    recipe = sources.load_settings(folder / name)
     if base != STOCK_SDXL:
         recipe["variant"] = None
     if name == "sdxl_16gb.toml":

@@ -35,22 +35,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_moslora.base.files import INDEX, base_folder, facts_in, read_json, tensor_shapes
-from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, asks_accelerate
+from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.core import UserError, half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.families import Facts, facts_of
-from dreambooth_moslora.settings.optimizer_kinds import BYTES_IN_8_BIT, optimizer_of
-from dreambooth_moslora.settings.rows import is_adapted, is_text_projection
-from dreambooth_moslora.settings.rules import excluded_by
-from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.table import (
-    SETTINGS,
-    TrainConfig,
-    checked_setting,
-    layer_parameters,
-    rank_and_alpha,
-)
+from dreambooth_moslora.settings import families, optimizer_kinds, rows, rules, sources, table
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
@@ -74,7 +62,7 @@ PNG_BYTES_A_PIXEL = 1.6
 SMALL_GIB = 2.0
 """Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded."""
 STOCK_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-SDXL = facts_of("StableDiffusionXLPipeline")
+SDXL = families.facts_of("StableDiffusionXLPipeline")
 RECIPES = SDXL.recipes
 BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
 """Paths of a transformer's repeated blocks, whose linear layers are quantised."""
@@ -111,7 +99,7 @@ class BaseSize:
     is_measured: bool = False
     widths: tuple[tuple[str, int], ...] = ()
     """Path and in + out of each layer that gets an adapter, where known."""
-    family: Facts = SDXL
+    family: families.Facts = SDXL
 
 
 @dataclass(frozen=True)
@@ -135,20 +123,20 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: 
     """The size of the base in this folder, SDXL's if that is incomplete. Raises UserError for damaged files."""
     if folder is None:
         return BaseSize()
-    facts = facts_in(read_json(folder / INDEX))
+    facts = files.facts_in(files.read_json(folder / files.INDEX))
     parts = (facts.denoiser, *facts.encoders, "vae")
-    shapes = {part: tensor_shapes(folder / part, variant) for part in parts}
+    shapes = {part: files.tensor_shapes(folder / part, variant) for part in parts}
     return size_of_shapes(facts, shapes, target_modules) if all(shapes.values()) else BaseSize()
 
 
 def size_of_shapes(
-    facts: Facts, shapes: Mapping[str, dict[str, list[int]]], target_modules: tuple[str, ...]
+    facts: families.Facts, shapes: Mapping[str, dict[str, list[int]]], target_modules: tuple[str, ...]
 ) -> BaseSize:
     """The same by the shapes of each part's weights; a part may be missing."""
     denoiser = facts.denoiser
     weights = {name: shape for name, shape in shapes[denoiser].items() if name.endswith(".weight") and len(shape) > 1}
     layers = {name.removesuffix(".weight"): shape for name, shape in weights.items()}
-    adapted = {path: shape for path, shape in layers.items() if is_adapted(path, target_modules)}
+    adapted = {path: shape for path, shape in layers.items() if rows.is_adapted(path, target_modules)}
     count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
     texts = sum(number for part, number in count.items() if part.startswith("text_encoder"))
     widths = tuple((path, shape[0] + math.prod(shape[1:])) for path, shape in adapted.items())
@@ -156,35 +144,37 @@ def size_of_shapes(
     blocks = BLOCKS.match if facts.style == "flow" else re.compile("transformer_blocks").search
     quantized = (shape for name, shape in weights.items() if blocks(name) and len(shape) == 2)
     projections = sum(math.prod(shape) for shape in quantized if shape[0] % 32 == 0)  # as `base.load` chooses them
-    of_text = [shape for path, shape in layers.items() if is_text_projection(path)]
+    of_text = [shape for path, shape in layers.items() if rows.is_text_projection(path)]
     hosted = sum(map(math.prod, of_text)), sum(shape[0] for shape in of_text)
     return BaseSize(
         count[denoiser], projections, *hosted, texts, count.get("vae", 0), total, len(widths), True, widths, facts
     )
 
 
-def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
+def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     """The device memory of each phase, and the disk space, GiB."""
     number = BYTES[precision_of(config)]
     adapter = adapter_parameters(config, size)
     quantized = QUANTIZED_BYTES.get(config.base_quantization, number)
-    unet = ((size.unet - size.projections) * number + size.projections * quantized) / GIB
-    texts, vae = size.text_encoders * number / GIB, size.vae * 4 / GIB
-    bytes_each = BYTES_IN_8_BIT if config.use_8bit_adam else optimizer_of(config).bytes_each
-    optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / GIB
-    on_host = size.text_projections * number / GIB if config.cache_cross_attention else 0.0
+    unet = ((size.unet - size.projections) * number + size.projections * quantized) / machine.GIB
+    texts, vae = size.text_encoders * number / machine.GIB, size.vae * 4 / machine.GIB
+    bytes_each = (
+        optimizer_kinds.BYTES_IN_8_BIT if config.use_8bit_adam else optimizer_kinds.optimizer_of(config).bytes_each
+    )
+    optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / machine.GIB
+    on_host = size.text_projections * number / machine.GIB if config.cache_cross_attention else 0.0
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)
-    decoder = min(config.resolution, TILE_PX) ** 2 * DECODER_BYTES_A_PIXEL / GIB
+    decoder = min(config.resolution, machine.TILE_PX) ** 2 * machine.DECODER_BYTES_A_PIXEL / machine.GIB
     drawing = vae + max(decoder, drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
     at_once = config.sample_batch_size if config.draws_class_images else 0
-    encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
+    encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / machine.GIB
     preparing = max(encoder, drawing_gib(config, size, images=2 * at_once))
     is_late = size.family.style == "flow" and not at_once and not config.keeps_text_encoders
     if is_late:  # encoders that do not fit encode on the CPU, and the denoiser is loaded when they are gone
         texts = 0.0
     elif at_once or config.base_quantization == "int8":  # the UNet draws, or is quantised, before training
         preparing += unet
-    checkpoint = adapter * (12 + AVERAGE_BYTES * config.use_ema) / GIB
+    checkpoint = adapter * (12 + AVERAGE_BYTES * config.use_ema) / machine.GIB
     return Estimate(
         adapter_parameters=adapter,
         encoding_gib=CONTEXT_GIB + texts + vae + preparing,
@@ -196,32 +186,32 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     )
 
 
-def adapter_parameters(config: TrainConfig, size: BaseSize) -> int:
+def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:
     """Of A, B and the mixers, on a basis of these alone. Patterns count only where the layers' paths are known."""
-    layers = [(rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
+    layers = [(table.rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
     if not layers:
         layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers
-    return round(sum(layer_parameters(config, rank, width) for rank, width in layers))
+    return round(sum(table.layer_parameters(config, rank, width) for rank, width in layers))
 
 
-def precision_of(config: TrainConfig) -> str:
+def precision_of(config: table.TrainConfig) -> str:
     """The precision that accelerate uses: that of the flag, or of `accelerate launch` in the environment."""
     return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
-def products_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
+def products_gib(config: table.TrainConfig, size: BaseSize, images: int) -> float:
     """The products of cross-attention's to_k and to_v with the images' text, while the host holds these weights."""
     products = images * TOKENS * size.text_outputs if config.cache_cross_attention else 0
-    return products * BYTES[precision_of(config)] / GIB
+    return products * BYTES[precision_of(config)] / machine.GIB
 
 
-def drawing_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
+def drawing_gib(config: table.TrainConfig, size: BaseSize, images: int) -> float:
     """Memory of the UNet for images denoised together. A picture counts as two images, with and without its prompt."""
     memory = size.family.memory
     return (memory.drawing_gib if memory else DRAWING_GIB) * images * scale_of(config, size)
 
 
-def scale_of(config: TrainConfig, size: BaseSize) -> float:
+def scale_of(config: table.TrainConfig, size: BaseSize) -> float:
     """Cost relative to an image of 1024 px in half precision of SDXL, or of the model that the family was counted on;
     a narrower model needs less, about as its width. A transformer's grows with all tokens, those of the text too."""
     if memory := size.family.memory:
@@ -232,7 +222,7 @@ def scale_of(config: TrainConfig, size: BaseSize) -> float:
     return (config.resolution / 1024) ** 2 * width * BYTES[precision_of(config)] / 2
 
 
-def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
+def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
     """Memory of one forward and backward pass, without weights and gradients."""
     images = config.train_batch_size * (2 if config.with_prior_preservation else 1)
     is_pefts = config.base_quantization == "int8" or config.use_dora or config.lora_dropout > 0
@@ -245,11 +235,11 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
         return memory.full_gib * scale * (PEFT_STEP if is_pefts else 1)
     rank = adapter * config.rank / max(1, adapter_parameters(replace(config, rank_pattern=()), size))  # on average
     image = (STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560) * (PEFT_STEP if is_pefts else 1)
-    casts = adapter * 2 / GIB
+    casts = adapter * 2 / machine.GIB
     return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts + products
 
 
-def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
+def disk_gib(config: table.TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
     checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
     checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
     subjects = config.each_subject
@@ -257,10 +247,12 @@ def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_ste
     samples = len(subjects) * config.sample_count * times
     classes = {one.class_prompt for one in subjects if one.draws_class_images and not one.class_data_dir}
     pictures = samples + len(classes) * config.num_class_images
-    return checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / GIB
+    return (
+        checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / machine.GIB
+    )
 
 
-def check_memory(config: TrainConfig, size: BaseSize) -> None:
+def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
     """Raises UserError, with settings that fit, for a base of known size that needs more memory than is free."""
     need = estimate(config, size, 1).peak_gib
     is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
@@ -277,7 +269,7 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
     """GiB for this process on its GPU; None without a GPU, or when accelerate is told to use the CPU. It includes the
     CUDA context, which asking the driver creates. `is_later`: the whole GPU's memory, for a run that waits until the
     others have ended."""
-    if asks_accelerate("ACCELERATE_USE_CPU"):
+    if machine.asks_accelerate("ACCELERATE_USE_CPU"):
         return None
     import torch  # not before it is needed: a dry run answers at once
 
@@ -285,10 +277,10 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
         return None
     device = int(os.environ.get("LOCAL_RANK", "0"))
     free, whole = torch.cuda.mem_get_info(device)
-    return whole / GIB if is_later else free / GIB + CONTEXT_GIB
+    return whole / machine.GIB if is_later else free / machine.GIB + CONTEXT_GIB
 
 
-def way_out(config: TrainConfig, size: BaseSize, free_gib: float) -> str:
+def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
     """The fewest changes to these settings that fit, the cheapest in time first, and the recipe for such a card."""
     half, precision = half_precision(), precision_of(config)
     wanted = {
@@ -330,7 +322,7 @@ class Speed:
         return ", ".join(parts)
 
 
-def speed_of(config: TrainConfig, device_type: str, steps: int) -> Speed:
+def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
     """The choice for `steps` optimizer steps on such a device. `auto` never compiles a base in 4 or 8 bit."""
     images = images_of(config, steps)
     is_cuda = device_type == "cuda"
@@ -339,19 +331,19 @@ def speed_of(config: TrainConfig, device_type: str, steps: int) -> Speed:
     return Speed(config.compile == "on" or by_itself, is_cuda, pays and not config.enable_bucket, images)
 
 
-def speed_here(config: TrainConfig, steps: int) -> Speed:
+def speed_here(config: table.TrainConfig, steps: int) -> Speed:
     """The choice on this machine, for a dry run. It looks for a GPU only where that matters."""
     is_long = images_of(config, steps) >= WORTH_IMAGES
     return speed_of(config, "cuda" if is_long and free_gib_of_gpu() is not None else "cpu", steps)
 
 
-def images_of(config: TrainConfig, steps: int) -> float:
+def images_of(config: table.TrainConfig, steps: int) -> float:
     copies = 2 if config.with_prior_preservation else 1
     images = steps * config.gradient_accumulation_steps * config.train_batch_size * copies
     return images * (config.resolution / 1024) ** 2
 
 
-def memory_settings(config: TrainConfig, free_gib: float | None = None) -> dict[str, Any]:
+def memory_settings(config: table.TrainConfig, free_gib: float | None = None) -> dict[str, Any]:
     """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's, if another process
     will train; else all processes of the run must call it. A resumed run keeps its first plan, since another would
     change the result's bytes. Raises UserError for a missing base."""
@@ -360,24 +352,26 @@ def memory_settings(config: TrainConfig, free_gib: float | None = None) -> dict[
     free = least_free_gib() if free_gib is None else free_gib
     if config.resume_from_checkpoint:
         with suppress(UserError):  # the folder has no settings yet
-            saved = read_json_table(RunDir(config.output_dir).config_path)
-            if before := {name: saved[name] for name in SETTINGS["memory"].metadata["replaces"] if name in saved}:
+            saved = sources.read_json_table(RunDir(config.output_dir).config_path)
+            if before := {name: saved[name] for name in table.SETTINGS["memory"].metadata["replaces"] if name in saved}:
                 return before
     is_open = free is not None and precision_of(config) == "no"
     precision = {"mixed_precision": half_precision()} if is_open else {}
     config = replace(config, **precision)
-    size = size_of_base(base_folder(config), config.target_modules, config.variant)
+    size = size_of_base(files.base_folder(config), config.target_modules, config.variant)
     name = config.memory if config.memory != "auto" else fitting(config, size, free)
     return precision | plan_settings(config, name)
 
 
-def plan_settings(config: TrainConfig, name: str) -> dict[str, Any]:
+def plan_settings(config: table.TrainConfig, name: str) -> dict[str, Any]:
     """What the plan adds to the given settings; int8 stays."""
     is_quantized = config.base_quantization != "none"
     return {key: value for key, value in PLANS[name].items() if not (is_quantized and key == "base_quantization")}
 
 
-def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: Collection[str] = tuple(PLANS)) -> str:
+def fitting(
+    config: table.TrainConfig, size: BaseSize, free_gib: float | None, names: Collection[str] = tuple(PLANS)
+) -> str:
     """The first of `names` that fits, or else the leanest possible plan; a later check refuses that."""
     if free_gib is None:
         return "full"
@@ -385,7 +379,7 @@ def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: 
     return next((name for name, cost in needs.items() if cost <= USABLE * free_gib), list(needs)[-1])
 
 
-def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PLANS)) -> dict[str, float]:
+def costs(config: table.TrainConfig, size: BaseSize, names: Collection[str] = tuple(PLANS)) -> dict[str, float]:
     """Plan -> peak memory in GiB, for the plans that are possible with these settings and packages."""
     found = {}
     for name in names:
@@ -393,12 +387,12 @@ def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PL
             continue
         if "cache_cross_attention" in PLANS[name] and size.family.style == "flow":
             continue
-        if "cache_cross_attention" not in PLANS[name] or not excluded_by("cache_cross_attention", config):
+        if "cache_cross_attention" not in PLANS[name] or not rules.excluded_by("cache_cross_attention", config):
             found[name] = estimate(replace(config, **plan_settings(config, name)), size, 1).peak_gib
     return found
 
 
-def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
+def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:
     """For `--dry_run`: what each plan would need, and what the GPU has free."""
     if config.memory is None:
         return []
@@ -424,7 +418,7 @@ def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> 
     return agreed(joined(), find, words, "give all processes the same flags and files.")
 
 
-def check_same(config: TrainConfig) -> None:
+def check_same(config: table.TrainConfig) -> None:
     """Raises UserError on all processes where one has other settings."""
     same_for_all(lambda: config, lambda own: in_lines(own.to_dict()))
 
@@ -440,8 +434,10 @@ def by_all(check: Callable[[], Result]) -> Result:
 
 def in_lines(settings: Mapping[str, Any]) -> str:
     """A line for each setting that the processes must share; one that is not given has its default."""
-    shared = [item for item in SETTINGS.values() if not item.metadata["secret"] and not item.metadata["per_process"]]
-    values = {item.name: checked_setting(item.name, settings.get(item.name, item.default)) for item in shared}
+    shared = [
+        item for item in table.SETTINGS.values() if not item.metadata["secret"] and not item.metadata["per_process"]
+    ]
+    values = {item.name: table.checked_setting(item.name, settings.get(item.name, item.default)) for item in shared}
     return "\n".join(f"--{name} {value!r}" for name, value in values.items())
 
 

@@ -16,10 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dreambooth_moslora.core import is_main_process, process_count
-from dreambooth_moslora.photos.folder import PhotoReport, photo_report, with_made
-from dreambooth_moslora.photos.photo import Photo, counts_of
-from dreambooth_moslora.plan.checks import family_settings, preflight
-from dreambooth_moslora.plan.memory import Estimate, by_all, check_same, estimate, memory_settings
+from dreambooth_moslora.photos import folder, photo
+from dreambooth_moslora.plan import checks, memory
 from dreambooth_moslora.settings.table import TrainConfig
 
 FEW_EXPOSURES = 20
@@ -82,30 +80,34 @@ class Plan:
 
     config: TrainConfig
     base: Path | None
-    photo_report: PhotoReport
+    photo_report: folder.PhotoReport
     steps: StepPlan
-    cost: Estimate
+    cost: memory.Estimate
 
     @property
-    def photos(self) -> list[Photo]:
+    def photos(self) -> list[photo.Photo]:
         return self.photo_report.photos
 
 
 def make_plan(
-    config: TrainConfig, report: PhotoReport | None = None, *, free_gib: float | None = None, is_later: bool = False
+    config: TrainConfig,
+    report: folder.PhotoReport | None = None,
+    *,
+    free_gib: float | None = None,
+    is_later: bool = False,
 ) -> Plan:
     """The plan of a run whose folders `check_folders` allows. All processes of the run must call it. `report` is given
     where the photos were read before. `is_later`: another process will train, on a GPU with `free_gib`; the memory that
     is free now does not matter then. Raises UserError for whatever training would refuse before it loads the base."""
-    check_same(config)
-    config = replace(config, **family_settings(config))
-    config = replace(config, **memory_settings(config, free_gib))
-    check_same(config)
-    base, size = by_all(lambda: preflight(config, is_later=is_later))
+    memory.check_same(config)
+    config = replace(config, **checks.family_settings(config))
+    config = replace(config, **memory.memory_settings(config, free_gib))
+    memory.check_same(config)
+    base, size = memory.by_all(lambda: checks.preflight(config, is_later=is_later))
     if report is None:  # the main process reads first, as it then writes the images of a data set
-        first = by_all(lambda: photo_report(config) if is_main_process() else None)
-        report = by_all(lambda: first or photo_report(config))
+        first = memory.by_all(lambda: folder.photo_report(config) if is_main_process() else None)
+        report = memory.by_all(lambda: first or folder.photo_report(config))
     else:  # masks may have been chosen after the photos were read
-        report = replace(report, photos=with_made(config, report.photos))
-    steps = plan_steps(config, counts_of(report.photos), process_count())
-    return Plan(config, base, report, steps, estimate(config, size, steps.total_steps))
+        report = replace(report, photos=folder.with_made(config, report.photos))
+    steps = plan_steps(config, photo.counts_of(report.photos), process_count())
+    return Plan(config, base, report, steps, memory.estimate(config, size, steps.total_steps))

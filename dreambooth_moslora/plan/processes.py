@@ -23,13 +23,11 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from dreambooth_moslora.base.machine import asks_accelerate, check_bf16
 from dreambooth_moslora.core import StopRequestedError, UserError, clean_stale, is_out_of_memory, one_line
-from dreambooth_moslora.disk.processes import keep_freed_memory
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -58,7 +56,7 @@ def any_process(accelerator: Accelerator, said: bool) -> bool:
         return bool(accelerator.reduce(votes, "sum") > 0)
 
 
-def mean_over(accelerator: Accelerator, values: Tensor) -> Tensor:
+def mean_over(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """The mean of the processes' `values`, of one shape. All must call it. Raises UserError when a process has gone."""
     if accelerator.num_processes == 1:
         return values
@@ -178,7 +176,7 @@ def others_present() -> Iterator[None]:
         ) from error
 
 
-def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
+def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Accelerator:
     """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32. Raises
     UserError for settings of accelerate that cannot work."""
     check_bf16(config)
@@ -209,7 +207,7 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     if is_alone and asks_accelerate("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:  # several were asked for
         logger.warning(ONE_PROCESS)
     if accelerator.device.type == "cpu":  # a GPU run should return this memory, which it no longer needs
-        keep_freed_memory()
+        processes.keep_freed_memory()
     return accelerator
 
 

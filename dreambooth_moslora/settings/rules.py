@@ -8,16 +8,14 @@ from dataclasses import fields
 from typing import Any
 
 from dreambooth_moslora.core import UserError, is_toy
-from dreambooth_moslora.settings.optimizer_kinds import SCHEDULE_FREE, optimizer_of
-from dreambooth_moslora.settings.rows import parse_pattern
-from dreambooth_moslora.settings.subjects import check_subjects
+from dreambooth_moslora.settings import optimizer_kinds, rows, subjects
 
 Config = Any
 """Stands for `settings.table.TrainConfig`, which imports this file."""
 
 REMARKS: dict[str, Callable[[Config], object]] = {
-    f"--optimizer {SCHEDULE_FREE} works best with --lr_scheduler constant or constant_with_warmup": (
-        lambda run: run.optimizer == SCHEDULE_FREE and not run.lr_scheduler.startswith("constant")
+    f"--optimizer {optimizer_kinds.SCHEDULE_FREE} works best with --lr_scheduler constant or constant_with_warmup": (
+        lambda run: run.optimizer == optimizer_kinds.SCHEDULE_FREE and not run.lr_scheduler.startswith("constant")
     ),
     "Prodigy needs --learning_rate near 1.0": lambda run: run.optimizer == "Prodigy" and run.learning_rate <= 0.1,
     "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little memory and is used": (
@@ -101,7 +99,7 @@ def check_together(config: Config) -> None:
     if config.instance_data_dir and config.dataset_name:
         raise UserError("--instance_data_dir and --dataset_name: give one of them, not both.")
     if config.subjects:
-        check_subjects(config)
+        subjects.check_subjects(config)
     elif config.with_prior_preservation and not config.class_prompt:
         raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
     for name in EXCLUDED:
@@ -109,7 +107,7 @@ def check_together(config: Config) -> None:
             raise UserError(f"{flag} and {other}: {why}; give one of them.")
     if config.early_stopping and not config.evaluate_steps:
         raise UserError("--early_stopping needs --evaluate_steps: it stops by the scores.")
-    kind = optimizer_of(config)
+    kind = optimizer_kinds.optimizer_of(config)
     if kind.one_rate and config.mixer != "none" and config.train_mixer and config.mixer_lr_scale != 1.0:
         raise UserError(f"--optimizer {config.optimizer} takes one learning rate for all: leave --mixer_lr_scale at 1.")
     if kind.averages and (config.use_ema or not config.adam_beta1):
@@ -125,6 +123,6 @@ def check_together(config: Config) -> None:
         raise UserError("--init_adapter: LoKr's A and B are tied, a file's are not; give another --mixer.")
     for name in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, name):
-            parse_pattern(name, text)
+            rows.parse_pattern(name, text)
     if not config.target_modules:
         raise UserError("--target_modules is empty: name at least one projection, such as to_q.")

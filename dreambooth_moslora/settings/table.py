@@ -16,22 +16,7 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from dreambooth_moslora.core import UserError, find_asset, is_number, is_toy
-from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS, SCHEDULE_FREE
-from dreambooth_moslora.settings.rows import (
-    ATTENTION,
-    WORDS,
-    Prompt,
-    Subject,
-    grouped,
-    nearest,
-    one_side,
-    optimizer_name,
-    pattern_value,
-    unless,
-    where,
-)
-from dreambooth_moslora.settings.rules import check_together
-from dreambooth_moslora.settings.subjects import to_tables
+from dreambooth_moslora.settings import optimizer_kinds, rows, rules, subjects
 
 KRONECKER = "kronecker"
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", KRONECKER, "none"]
@@ -40,16 +25,16 @@ SVD = "svd"  # The word for the basis of the base's own weights; any other is a 
 NO_GAIN = "no gain was shown on three sample subjects"  # `docs/training.md` has the figures.
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 
-of_base = grouped("base model")
-of_photos = grouped("photos")
-of_prior = grouped("prior preservation")
-of_adapter = grouped("adapter")
-of_training = grouped("training")
-of_optimizer = grouped("optimizer")
-of_memory = grouped("memory and speed")
-of_samples = grouped("samples and evaluation")
-of_run = grouped("run folder")
-of_hub = grouped("hub")
+of_base = rows.grouped("base model")
+of_photos = rows.grouped("photos")
+of_prior = rows.grouped("prior preservation")
+of_adapter = rows.grouped("adapter")
+of_training = rows.grouped("training")
+of_optimizer = rows.grouped("optimizer")
+of_memory = rows.grouped("memory and speed")
+of_samples = rows.grouped("samples and evaluation")
+of_run = rows.grouped("run folder")
+of_hub = rows.grouped("hub")
 
 
 def is_of_files(run: "TrainConfig") -> bool:
@@ -75,37 +60,38 @@ class TrainConfig:
     instance_data_dir: str | None = of_photos(None, "folder with the photos of the subject",
         path=find_asset, per_subject=True)
     dataset_name: str | None = of_photos(None, "instead of a folder: a data set, on the hub or local",
-        yields_to=("subjects", WORDS), shapes=True)
+        yields_to=("subjects", rows.WORDS), shapes=True)
     dataset_config_name: str | None = of_photos(None, "configuration of --dataset_name",
         shapes=lambda run: bool(run.dataset_name))
     image_column: str = of_photos("image", "column of --dataset_name that holds the images",
         shapes=lambda run: bool(run.dataset_name))
     caption_column: str | None = of_photos(None, "column of --dataset_name that holds the captions",
         shapes=lambda run: bool(run.dataset_name))
-    leave_out: tuple[Prompt, ...] = of_photos((), "file names of photos to leave out", yields_to=(WORDS,), shapes=True)
+    leave_out: tuple[rows.Prompt, ...] = of_photos((), "file names of photos to leave out",
+        yields_to=(rows.WORDS,), shapes=True)
     instance_prompt: str = of_photos("a photo of sks object",
         'the subject in words, with its rare token: "a photo of sks dog"',
         required=True, per_subject=True, shapes=True, check=True)
-    subjects: tuple[Subject, ...] = of_photos((),
+    subjects: tuple[rows.Subject, ...] = of_photos((),
         "several subjects in one run: a folder with a folder of each (`sks dog`), a .json list, or in TOML tables",
-        yields_to=("instance_data_dir", "dataset_name", WORDS), shapes=True)
+        yields_to=("instance_data_dir", "dataset_name", rows.WORDS), shapes=True)
     token: str | None = of_photos(None, "the rare word in the instance prompt (default: found in it)", per_subject=True)
     class_word: str | None = of_photos(None, "the kind of thing it is (default: found in the prompts)",
         per_subject=True)
     caption_prefix: str | None = of_photos(None, "words before each photo's own captions; the instance prompt stays",
-        per_subject=True, yields_to=(WORDS,), shapes=True)
+        per_subject=True, yields_to=(rows.WORDS,), shapes=True)
     caption_suffix: str | None = of_photos(None, "words after each photo's own captions",
-        per_subject=True, yields_to=(WORDS,), shapes=True)
+        per_subject=True, yields_to=(rows.WORDS,), shapes=True)
     captions: str = of_photos("given",
         "given: those beside the photos; auto: photos without one get one made before training, in the run folder "
         "(no gain was shown on three sample subjects)", choices=("given", "auto"), publish="if_changed")
     caption_model: str | None = of_photos(None,
         "vision-language model that makes captions: hub id or folder (default: Qwen/Qwen3-VL-2B-Instruct; the toy's "
-        "own CLIP)", shapes=True, idle=unless(captions="auto"))
+        "own CLIP)", shapes=True, idle=rows.unless(captions="auto"))
     shuffle_caption: bool = of_photos(False, "show the tags of a caption, between commas, in changing orders",
         publish="always", kohya="ss_shuffle_caption", elsewhere="shuffle_tags")
     keep_tokens: int = of_photos(0, "tags at a caption's start that --shuffle_caption leaves in place",
-        low=0, publish="always", idle=unless(shuffle_caption=True), kohya="ss_keep_tokens",
+        low=0, publish="always", idle=rows.unless(shuffle_caption=True), kohya="ss_keep_tokens",
         elsewhere="keep_tokens_separator")
     caption_dropout: float = of_photos(0.0,
         "share of exposures with an empty caption, of photos and not of class images",
@@ -116,13 +102,13 @@ class TrainConfig:
         "--caption_column, whose captions are used as they are)", low=0, high=1, publish="if_changed")
     repeats: int = of_photos(1, "how often an epoch shows each photo", low=1, high=10**6, publish="always", check=True)
     resolution: int = of_photos(1024, "side of the square crops, px, a multiple of 8",
-        low=8, publish="always", kohya="ss_resolution", of_kohya=one_side, check=True)
+        low=8, publish="always", kohya="ss_resolution", of_kohya=rows.one_side, check=True)
     enable_bucket: bool = of_photos(False,
         "crop each photo to a rectangle of its own shape and of the square's area, instead of to the square",
         publish="always", kohya="ss_enable_bucket", check=True)
     bucket_reso_steps: int | None = of_photos(None,
         "sides of such rectangles are multiples of this, px (default: 64; 8 up to a resolution of 256)",
-        low=8, publish="always", idle=unless(enable_bucket=True), kohya="ss_bucket_reso_steps", check=True)
+        low=8, publish="always", idle=rows.unless(enable_bucket=True), kohya="ss_bucket_reso_steps", check=True)
     center_crop: bool = of_photos(False, "crop the middle of each photo instead of a random place",
         publish="always", check=True)
     random_flip: bool = of_photos(False, "mirror photos at random", publish="always", kohya="ss_flip_aug", check=True)
@@ -144,23 +130,23 @@ class TrainConfig:
         choices=("given", "auto"), publish="always")
     mask_model: str | None = of_photos(None,
         "CLIPSeg that makes masks: hub id or folder (default: CIDAS/clipseg-rd64-refined; the toy's own net)",
-        shapes=True, idle=unless(masks="auto"), check=True)
+        shapes=True, idle=rows.unless(masks="auto"), check=True)
     mask_prompt: str | None = of_photos(None, "what CLIPSeg looks for in the photos (default: the class word)",
-        per_subject=True, shapes=True, idle=unless(masks="auto"), check=True)
+        per_subject=True, shapes=True, idle=rows.unless(masks="auto"), check=True)
 
     with_prior_preservation: bool = of_prior(False, "preserve what the base knows of the class", publish="always")
     prior: str = of_prior("class_images",
         "class_images: train on pictures of the class; adapter_off: on the frozen base's own answer, no pictures",
-        choices=("class_images", "adapter_off"), publish="always", idle=unless(with_prior_preservation=True))
+        choices=("class_images", "adapter_off"), publish="always", idle=rows.unless(with_prior_preservation=True))
     class_prompt: str | None = of_prior(None, 'the class in words: "a photo of a dog"',
-        per_subject=True, shapes=True, idle=unless(with_prior_preservation=True))
-    prior_prompts: tuple[Prompt, ...] = of_prior((),
+        per_subject=True, shapes=True, idle=rows.unless(with_prior_preservation=True))
+    prior_prompts: tuple[rows.Prompt, ...] = of_prior((),
         "other prompts that adapter_off preserves too: every second image draws one of them",
-        shapes=True, idle=unless(with_prior_preservation=True, prior="adapter_off"))
+        shapes=True, idle=rows.unless(with_prior_preservation=True, prior="adapter_off"))
     class_data_dir: str | None = of_prior(None, "folder with class images (default: in the run folder)",
         path=expanduser, per_subject=True, shapes=True,
-        idle=unless(with_prior_preservation=True)
-        + where("with --prior adapter_off, which needs no images",
+        idle=rows.unless(with_prior_preservation=True)
+        + rows.where("with --prior adapter_off, which needs no images",
             lambda run: run.with_prior_preservation and run.prior == "adapter_off"))
     num_class_images: int = of_prior(100, "class images wanted; missing ones are generated", low=1, publish="always")
     prior_loss_weight: float = of_prior(1.0, "weight of the prior loss",
@@ -189,14 +175,14 @@ class TrainConfig:
         choices=MIXERS, publish="always", resume="same")
     mixer_factor: int = of_adapter(8,
         "LoKr's W1 is so many rows by columns; it divides the rank, which is that of the published LoRA",
-        low=2, high=64, publish="if_changed", resume="same", idle=unless(mixer=KRONECKER))
+        low=2, high=64, publish="if_changed", resume="same", idle=rows.unless(mixer=KRONECKER))
     train_mixer: bool = of_adapter(True, "learn the mixer", publish="always", resume="same")
     mixer_lr_scale: float = of_adapter(1.0, "the mixer's learning rate, as a multiple of the others'",
-        low=0, publish="always", idle=where("with --mixer none", lambda run: run.mixer == "none"))
+        low=0, publish="always", idle=rows.where("with --mixer none", lambda run: run.mixer == "none"))
     basis: str | None = of_adapter(None,
         "train the mixer alone, from zero: A and B are frozen, from the SVD of the base's weights (svd) or those of "
         "a raw adapter file", path=expanduser, publish="if_changed", shapes=lambda run: run.basis is not None)
-    target_modules: tuple[str, ...] = of_adapter(ATTENTION,
+    target_modules: tuple[str, ...] = of_adapter(rows.ATTENTION,
         "layers of the UNet that get an adapter, by the end of their path (to_q, conv1), with * (down_blocks.2.*), "
         "or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, blora_style)",
         publish="always", elsewhere="lora_layers")
@@ -206,17 +192,17 @@ class TrainConfig:
         "embedded base likeness did not rise", publish="if_changed")
     train_text_encoder_ti_frac: float = of_adapter(0.5,
         "fraction of the steps in which the tokens are learnt; afterwards they are fixed",
-        above=0, high=1, publish="if_changed", idle=unless(train_text_encoder_ti=True))
+        above=0, high=1, publish="if_changed", idle=rows.unless(train_text_encoder_ti=True))
     token_abstraction: str | None = of_adapter(None,
         "the word of the prompts that the tokens stand for (default: TOK, or the instance prompt's rare word)",
-        per_subject=True, idle=unless(train_text_encoder_ti=True))
+        per_subject=True, idle=rows.unless(train_text_encoder_ti=True))
     num_new_tokens_per_abstraction: int = of_adapter(2, "how many tokens the word stands for",
         low=1, high=32, publish="if_changed",
-        idle=unless(train_text_encoder_ti=True)
-        + where("with --initializer_concept, whose words say how many", lambda run: run.initializer_concept))
+        idle=rows.unless(train_text_encoder_ti=True)
+        + rows.where("with --initializer_concept, whose words say how many", lambda run: run.initializer_concept))
     initializer_concept: str | None = of_adapter(None,
         "words whose tokens the new ones start from; they set their number (default: random start)",
-        per_subject=True, shapes=True, idle=unless(train_text_encoder_ti=True))
+        per_subject=True, shapes=True, idle=rows.unless(train_text_encoder_ti=True))
     init_adapter: str | None = of_adapter(None,
         "begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
         path=expanduser, shapes=True, elsewhere="network_weights init_lora")
@@ -229,7 +215,7 @@ class TrainConfig:
         low=1, publish="always", kohya="ss_gradient_accumulation_steps")
     num_train_epochs: int = of_training(1, "times through all photos, when --max_train_steps is not given",
         low=1, replaces=("max_train_steps", "exposures_per_photo"), publish="always",
-        idle=where("with --max_train_steps or --exposures_per_photo",
+        idle=rows.where("with --max_train_steps or --exposures_per_photo",
             lambda run: run.max_train_steps or run.exposures_per_photo), kohya="ss_num_epochs",
         elsewhere="max_train_epochs")
     max_train_steps: int | None = of_training(None, "optimizer steps; overrides --num_train_epochs",
@@ -242,7 +228,8 @@ class TrainConfig:
         low=0, high=100, publish="always", kohya="ss_learning_rate ss_unet_lr", elsewhere="unet_lr")
     text_encoder_lr: float = of_training(5e-6, "learning rate of the text encoders; 0: the same as --learning_rate",
         low=0, high=100, publish="always",
-        idle=where("without --train_text_encoder or --train_text_encoder_ti", lambda run: not run.keeps_text_encoders),
+        idle=rows.where("without --train_text_encoder or --train_text_encoder_ti",
+            lambda run: not run.keeps_text_encoders),
         kohya="ss_text_encoder_lr", of_kohya=lambda text: text.strip("[]").partition(",")[0])
     scale_lr: bool = of_training(False, "multiply --learning_rate by processes x accumulation x batch size",
         publish="always")
@@ -251,7 +238,8 @@ class TrainConfig:
         publish="always", kohya="ss_lr_scheduler")
     lr_warmup_steps: int = of_training(500, "steps of warm-up, where the schedule has one",
         low=0, publish="always",
-        idle=where("with --lr_scheduler constant", lambda run: run.lr_scheduler == "constant" and run.lr_warmup_steps),
+        idle=rows.where("with --lr_scheduler constant",
+            lambda run: run.lr_scheduler == "constant" and run.lr_warmup_steps),
         kohya="ss_lr_warmup_steps")
     lr_num_cycles: int = of_training(1, "restarts of cosine_with_restarts", low=1, publish="always")
     lr_power: float = of_training(1.0, "power of the polynomial schedule", above=0, publish="always")
@@ -269,17 +257,18 @@ class TrainConfig:
         choices=("l2", "huber", "smooth_l1"), publish="if_changed", kohya="ss_loss_type")
     huber_c: float = of_training(0.1, "width beyond which a difference is large, for huber and smooth_l1",
         above=0, high=1, publish="if_changed",
-        idle=where("without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"), kohya="ss_huber_c")
+        idle=rows.where("without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"),
+        kohya="ss_huber_c")
     huber_schedule: str = of_training("snr",
         "that width by noise level: the same for all, or wider where there is less noise",
         choices=("constant", "exponential", "snr"), publish="if_changed",
-        idle=where("without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"),
+        idle=rows.where("without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"),
         kohya="ss_huber_schedule")
     timestep_bias_strategy: str = of_training("none", "which noise levels are drawn more often: later is the noisiest",
         choices=("none", "earlier", "later"), publish="always")
     timestep_bias_multiplier: float = of_training(1.0, "how many times as often they are drawn",
         above=0, high=1e6, publish="always",
-        idle=where("without --timestep_bias_strategy", lambda run: run.timestep_bias_strategy == "none"))
+        idle=rows.where("without --timestep_bias_strategy", lambda run: run.timestep_bias_strategy == "none"))
     timestep_bias_portion: float = of_training(0.25, "fraction of the levels that is drawn more often",
         above=0, high=1, publish="always")
     do_edm_style_training: bool = of_training(False, "EDM preconditioning of the loss (arXiv 2206.00364)",
@@ -288,11 +277,11 @@ class TrainConfig:
         "flow models: which noise levels are drawn, or how they are weighed (default: as in diffusers' script)",
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"), publish="if_changed")
     logit_mean: float = of_training(0.0, "mean of logit_normal", low=-10, high=10, publish="if_changed",
-        idle=unless(weighting_scheme="logit_normal"))
+        idle=rows.unless(weighting_scheme="logit_normal"))
     logit_std: float = of_training(1.0, "standard deviation of logit_normal", above=0, high=10, publish="if_changed",
-        idle=unless(weighting_scheme="logit_normal"))
+        idle=rows.unless(weighting_scheme="logit_normal"))
     mode_scale: float = of_training(1.29, "scale of mode", low=-1, high=1.75, publish="if_changed",
-        idle=unless(weighting_scheme="mode"))
+        idle=rows.unless(weighting_scheme="mode"))
     guidance_scale: float = of_training(3.5, "what a base with embedded guidance (FLUX.1 dev) is told in training",
         low=0, high=100, publish="if_changed")
     max_sequence_length: int | None = of_training(None, "most tokens of a prompt, for bases with a long text encoder",
@@ -304,18 +293,20 @@ class TrainConfig:
     use_ema: bool = of_training(False,
         f"publish, score and sample the adapter's average over the steps (EMA); {NO_GAIN}", publish="if_changed")
     ema_decay: float = of_training(0.9999, "largest decay of the average per step; it is smaller early on",
-        low=0, below=1, publish="if_changed", idle=unless(use_ema=True), elsewhere="ema_max_decay")
+        low=0, below=1, publish="if_changed", idle=rows.unless(use_ema=True), elsewhere="ema_max_decay")
 
     optimizer: str = of_optimizer("AdamW",
         "Prodigy finds its rate, AdamWScheduleFree needs no schedule, Adafactor is without momentum",
-        choices=OPTIMIZERS, publish="always",
-        packages={name: kind.package for name, kind in OPTIMIZERS.items() if kind.package},
-        spellings={name.lower(): name for name in OPTIMIZERS} | {"schedulefree": SCHEDULE_FREE}, kohya="ss_optimizer",
-        of_kohya=optimizer_name)
+        choices=optimizer_kinds.OPTIMIZERS, publish="always",
+        packages={name: kind.package for name, kind in optimizer_kinds.OPTIMIZERS.items() if kind.package},
+        spellings={name.lower(): name for name in optimizer_kinds.OPTIMIZERS}
+            | {"schedulefree": optimizer_kinds.SCHEDULE_FREE},
+        kohya="ss_optimizer", of_kohya=rows.optimizer_name)
     use_8bit_adam: bool = of_optimizer(False, "AdamW with 8-bit states (bitsandbytes)",
         publish="always", packages={True: "bitsandbytes"}, kohya="ss_optimizer",
         of_kohya=lambda text: bool(re.search(r"(?i)\badamw8bit(\(|$)", text)) or None,
-        idle=where("with --optimizer {optimizer}", lambda run: not OPTIMIZERS[run.optimizer].in_8_bit))
+        idle=rows.where("with --optimizer {optimizer}",
+            lambda run: not optimizer_kinds.OPTIMIZERS[run.optimizer].in_8_bit))
     adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1, publish="always")
     adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1, publish="always")
     adam_epsilon: float = of_optimizer(1e-8, "epsilon of Adam and Prodigy", above=0, publish="always")
@@ -347,7 +338,7 @@ class TrainConfig:
     caching: str = of_memory("memory", "keep encoded photos in memory, on disk for later runs, or encode each step",
         choices=("memory", "disk", "off"), publish="if_changed")
     dataloader_num_workers: int = of_memory(0, "processes that read photos when nothing is cached",
-        low=0, high=1024, idle=where("while photos are cached", lambda run: run.caching != "off"),
+        low=0, high=1024, idle=rows.where("while photos are cached", lambda run: run.caching != "off"),
         elsewhere="max_data_loader_n_workers")
     allow_tf32: bool = of_memory(False, "faster, less exact fp32 products on Nvidia GPUs", publish="if_changed")
     compile: str = of_memory("auto",
@@ -369,7 +360,7 @@ class TrainConfig:
     early_stopping: int | None = of_samples(None,
         "stop when the score has not risen for this many evaluations (default: only warn)", low=1)
 
-    output_dir: str = of_run("lora-dreambooth-model", "the run folder", path=expanduser, yields_to=(WORDS,))
+    output_dir: str = of_run("lora-dreambooth-model", "the run folder", path=expanduser, yields_to=(rows.WORDS,))
     output_kohya_format: bool = of_run(False, "accepted: the file for ComfyUI and A1111 is always written")
     checkpointing_steps: int = of_run(500, "steps between checkpoints",
         low=1, elsewhere="save_every_n_epochs save_every_n_steps")
@@ -383,13 +374,13 @@ class TrainConfig:
     push_to_hub: bool = of_hub(False, "upload the adapter and its card when done; never the photos")
     hub_token: str | None = of_hub(None, "token for the upload (default: that of `hf auth login`)", secret=True)
     hub_model_id: str | None = of_hub(None, "repository to upload to (default: the run folder's name)",
-        yields_to=(WORDS,))
+        yields_to=(rows.WORDS,))
     # fmt: on
 
     def __post_init__(self) -> None:
         for name in SETTINGS:
             object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
-        check_together(self)
+        rules.check_together(self)
 
     @cached_property
     def each_subject(self) -> tuple["TrainConfig", ...]:
@@ -444,7 +435,7 @@ def field_types(owner: type) -> dict[str, FieldType]:
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         kind = next(k for k in kinds if k is not type(None))
         if kind not in (bool, int, float, str):
-            kind = next((item for item in (Prompt, Subject) if item in get_args(kind)), tuple)
+            kind = next((item for item in (rows.Prompt, rows.Subject) if item in get_args(kind)), tuple)
         types[name] = kind, type(None) in kinds
     return types
 
@@ -512,7 +503,7 @@ def checked_setting(name: str, value: Any) -> Any:
             raise UserError(f"--{name} {found}: choose one of {', '.join(facts['choices'])}.")
         if is_number(found):
             check_number(name, found, **{bound: facts[bound] for bound in ("low", "above", "high", "below")})
-    if base is Subject:
+    if base is rows.Subject:
         return tuple(map(subject_table, found))
     return facts["path"](found) if found and facts["path"] else found
 
@@ -526,15 +517,15 @@ EXPECTED = {
     float: "a number",
     str: "text",
     tuple: "a list of names, separated by commas",
-    Prompt: "a list of prompts",
-    Subject: "a folder of folders, a JSON file, or [[subjects]] tables",
+    rows.Prompt: "a list of prompts",
+    rows.Subject: "a folder of folders, a JSON file, or [[subjects]] tables",
 }
 
 
 def as_type(base: Any, value: Any) -> Any:
     """The value as one of the type; None if it is none. Raises UserError for tables of subjects that cannot be read."""
-    if base is Subject:
-        return to_tables(value)
+    if base is rows.Subject:
+        return subjects.to_tables(value)
     if base is bool:
         return value if isinstance(value, bool) else BOOLEANS.get(value.lower()) if isinstance(value, str) else None
     if base is str:
@@ -592,7 +583,7 @@ def check_each(values: Mapping[str, Any]) -> dict[str, Any]:
         elif name in REMOVED and value:
             raise UserError(f"`{name}`: {REMOVED[name]}.")
         elif name not in REMOVED:
-            close = nearest(name.replace("-", "_"), SETTINGS)
+            close = rows.nearest(name.replace("-", "_"), SETTINGS)
             raise UserError(f"unknown setting `{name}`" + (f": did you mean `{close}`?" if close else "; see --help."))
     return without_removed(values)
 
@@ -605,8 +596,8 @@ def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
 def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:
     """Rank and alpha of one layer. Patterns apply to the UNet only; without an alpha, it equals the layer's rank."""
     is_unet = component == "unet"
-    rank = pattern_value(config.rank_pattern if is_unet else (), "rank_pattern", path) or config.rank
-    alpha = pattern_value(config.alpha_pattern if is_unet else (), "alpha_pattern", path) or config.lora_alpha
+    rank = rows.pattern_value(config.rank_pattern if is_unet else (), "rank_pattern", path) or config.rank
+    alpha = rows.pattern_value(config.alpha_pattern if is_unet else (), "alpha_pattern", path) or config.lora_alpha
     return int(rank), float(alpha or rank)
 
 

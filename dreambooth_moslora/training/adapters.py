@@ -13,24 +13,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
+from dreambooth_moslora.adapters import fast_linear, init_adapter, lora_file, moslora, new_tokens, raw_file
 from dreambooth_moslora.adapters.basis import Basis, freeze_basis, put_basis
-from dreambooth_moslora.adapters.fast_linear import enable_fast_path
-from dreambooth_moslora.adapters.init_adapter import begin_with
-from dreambooth_moslora.adapters.lora_file import AdapterWeights
-from dreambooth_moslora.adapters.moslora import (
-    MoSLoraConfig,
-    adapter_layers,
-    inject,
-    matrix_layers,
-    narrowest_sides,
-    value_pattern,
-)
-from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, AttachedTokens, NewTokens, read_tokens
-from dreambooth_moslora.adapters.raw_file import load_raw
-from dreambooth_moslora.base.families import Text
-from dreambooth_moslora.base.load import encode_text
+from dreambooth_moslora.base import families, load
 from dreambooth_moslora.core import UserError, generator, seed_of
 from dreambooth_moslora.disk.run_folder import RAW_NAME, tokens_files
 from dreambooth_moslora.settings.families import DENOISERS, Facts
@@ -45,7 +31,7 @@ logger = logging.getLogger(__name__)
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def trained_modules(config: TrainConfig, facts: Facts, pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+def trained_modules(config: TrainConfig, facts: Facts, pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """The modules that get adapters, by diffusers' names."""
     names = (facts.denoiser, *(facts.adapted_encoders if config.train_text_encoder else ()))
     return {name: getattr(pipeline, name) for name in names}
@@ -53,10 +39,10 @@ def trained_modules(config: TrainConfig, facts: Facts, pipeline: DiffusionPipeli
 
 def add_adapters(
     config: TrainConfig,
-    components: dict[str, nn.Module],
+    components: dict[str, torch.nn.Module],
     checkpoint: Path | None = None,
     *,
-    start: AdapterWeights | None = None,
+    start: lora_file.AdapterWeights | None = None,
     basis: Basis | None = None,
 ) -> None:
     """Add an adapter to each of the modules (see `trained_modules`). Adapters are loaded from `checkpoint`, or else
@@ -65,9 +51,9 @@ def add_adapters(
     if checkpoint is None:
         fresh_adapters(config, components, start, basis)
     else:
-        facts = load_raw(checkpoint / RAW_NAME, components)
+        facts = raw_file.load_raw(checkpoint / RAW_NAME, components)
         for name, module in components.items():
-            differing = set(adapter_layers(module)) ^ set(target_paths(config, name, module))
+            differing = set(moslora.adapter_layers(module)) ^ set(target_paths(config, name, module))
             if differing:
                 raise UserError(
                     f"--target_modules: {checkpoint.name} was trained on other layers, first {min(differing)}: "
@@ -81,25 +67,28 @@ def add_adapters(
         if config.gradient_checkpointing:  # diffusers and transformers name the method differently
             turn_on = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
             turn_on()
-        enable_fast_path(module)
+        fast_linear.enable_fast_path(module)
 
 
 def fresh_adapters(
-    config: TrainConfig, components: dict[str, nn.Module], start: AdapterWeights | None, basis: Basis | None
+    config: TrainConfig,
+    components: dict[str, torch.nn.Module],
+    start: lora_file.AdapterWeights | None,
+    basis: Basis | None,
 ) -> None:
     """Add an adapter to exactly the layers of `target_paths`, each with its own rank and alpha."""
     usual_alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     for name, module in components.items():
-        paths, layers = target_paths(config, name, module), matrix_layers(module)
-        if line := ranks_in_vain(config, name, narrowest_sides({path: layers[path] for path in paths})):
+        paths, layers = target_paths(config, name, module), moslora.matrix_layers(module)
+        if line := ranks_in_vain(config, name, moslora.narrowest_sides({path: layers[path] for path in paths})):
             logger.warning("%s", line)
         torch.manual_seed(seed_of(config.seed, "adapter", name))
         sizes = {path: rank_and_alpha(config, name, path) for path in paths}
-        settings = MoSLoraConfig(
+        settings = moslora.MoSLoraConfig(
             r=config.rank,
             lora_alpha=usual_alpha,
-            rank_pattern=value_pattern({path: rank for path, (rank, _) in sizes.items()}, config.rank),
-            alpha_pattern=value_pattern({path: alpha for path, (_, alpha) in sizes.items()}, usual_alpha),
+            rank_pattern=moslora.value_pattern({path: rank for path, (rank, _) in sizes.items()}, config.rank),
+            alpha_pattern=moslora.value_pattern({path: alpha for path, (_, alpha) in sizes.items()}, usual_alpha),
             lora_dropout=config.lora_dropout,
             use_dora=config.use_dora,
             use_rslora=config.use_rslora,
@@ -109,9 +98,9 @@ def fresh_adapters(
             mixer_seed=config.seed,
             mixer_factor=config.mixer_factor,
         )
-        inject(module, settings)
+        moslora.inject(module, settings)
     if start is not None:
-        logger.warning("%s", begin_with(start, components).sentence())
+        logger.warning("%s", init_adapter.begin_with(start, components).sentence())
     if basis is not None:
         with named_basis():
             put_basis(basis, components["unet"])
@@ -126,10 +115,10 @@ def named_basis() -> Iterator[None]:
         raise UserError(f"--basis: {error}.") from error
 
 
-def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list[str]:
+def target_paths(config: TrainConfig, component: str, module: torch.nn.Module) -> list[str]:
     """Paths of the component's layers that get an adapter."""
     targets = config.target_modules if component in DENOISERS else TEXT_PROJECTIONS
-    return [path for path in matrix_layers(module) if is_adapted(path, targets)]
+    return [path for path in moslora.matrix_layers(module) if is_adapted(path, targets)]
 
 
 class LearntTokens:
@@ -145,19 +134,21 @@ class LearntTokens:
     ):
         self.pipeline, self.cached = pipeline, cached
         self.pivot = max(1, round(config.train_text_encoder_ti_frac * total_steps))
-        kept = [read_tokens(path) for path in tokens_files(checkpoint)] if checkpoint else []
+        kept = [new_tokens.read_tokens(path) for path in tokens_files(checkpoint)] if checkpoint else []
         started = kept or fresh_tokens(config, pipeline)
         device = pipeline.text_encoder.device
         self.tokens = tuple(
-            NewTokens(one.word, {part: nn.Parameter(rows.float().to(device)) for part, rows in one.rows.items()})
+            new_tokens.NewTokens(
+                one.word, {part: torch.nn.Parameter(rows.float().to(device)) for part, rows in one.rows.items()}
+            )
             for one in started
         )
-        self.attached = AttachedTokens(pipeline, self.tokens)
+        self.attached = new_tokens.AttachedTokens(pipeline, self.tokens)
         self.is_averaged = False
-        self._encoded = PromptCache(lambda prompts: encode_text(pipeline, prompts), TensorCache(), "")
+        self._encoded = PromptCache(lambda prompts: load.encode_text(pipeline, prompts), TensorCache(), "")
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[torch.nn.Parameter]:
         return [rows for tokens in self.tokens for rows in tokens.rows.values()]
 
     @contextmanager
@@ -182,12 +173,12 @@ class LearntTokens:
         finally:
             self.is_averaged = False
 
-    def texts(self, prompts: list[str], step: int) -> list[Text]:
+    def texts(self, prompts: list[str], step: int) -> list[families.Text]:
         """The texts of SDXL at `step`, embeddings (77, 2048) and pooled (1280); with gradients before the pivot."""
         mine = [prompt for prompt in dict.fromkeys(prompts) if self.attached.is_in(prompt)]
         others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in mine]
         is_at_rest = step >= self.pivot and not self.is_averaged
-        encode = self._encoded if is_at_rest else lambda texts: encode_text(self.pipeline, texts)
+        encode = self._encoded if is_at_rest else lambda texts: load.encode_text(self.pipeline, texts)
         found = {}
         for group, ask in ((mine, encode), (others, self.cached)):
             found |= dict(zip(group, ask(group) if group else [], strict=True))
@@ -195,16 +186,16 @@ class LearntTokens:
         return [{name: tensor.to(device) for name, tensor in found[prompt].items()} for prompt in prompts]
 
 
-def fresh_tokens(config: TrainConfig, pipeline: DiffusionPipeline) -> list[NewTokens]:
+def fresh_tokens(config: TrainConfig, pipeline: DiffusionPipeline) -> list[new_tokens.NewTokens]:
     """New tokens of each subject: rows (n, D) of the concept's words, or random rows of the table's standard
     deviation. Raises UserError when the tokenizers make different numbers of tokens of a concept, or none."""
     found = []
     for number, (word, subject) in enumerate(zip(learnt_words(config), config.each_subject, strict=True)):
         concept, rows = subject.initializer_concept, {}
-        for part in KEYS:
+        for part in new_tokens.KEYS:
             table = getattr(pipeline, part).get_input_embeddings().weight.detach().float().cpu()
             if concept:
-                ids = getattr(pipeline, TOKENIZERS[part])(concept, add_special_tokens=False).input_ids
+                ids = getattr(pipeline, new_tokens.TOKENIZERS[part])(concept, add_special_tokens=False).input_ids
                 rows[part] = table[ids].clone()
             else:
                 draws = generator(subject.seed, stream_of("new tokens", number), part)
@@ -212,5 +203,5 @@ def fresh_tokens(config: TrainConfig, pipeline: DiffusionPipeline) -> list[NewTo
                 rows[part] = torch.randn(shape, generator=draws) * table.std()
         if len({len(each) for each in rows.values()}) != 1 or not len(rows["text_encoder"]):
             raise UserError(f"--initializer_concept {concept}: the tokenizers make no such words of it.")
-        found.append(NewTokens(word, rows))
+        found.append(new_tokens.NewTokens(word, rows))
     return found

@@ -16,40 +16,14 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
-from dreambooth_moslora.adapters.raw_file import save_raw
-from dreambooth_moslora.core import (
-    UserError,
-    atomic_directory,
-    atomic_write,
-    content_key,
-    file_digest,
-    free_name,
-    one_line,
-)
-from dreambooth_moslora.disk.events import RunStarted, StepEvaluated, events_of
-from dreambooth_moslora.disk.run_folder import (
-    KOHYA_SUFFIX,
-    RAW_NAME,
-    TOKENS_SUFFIX,
-    RunDir,
-    checkpoint_step,
-    is_checkpoint,
-    pictures_named,
-    step_of,
-    tokens_files,
-    tokens_name,
-)
+from dreambooth_moslora import core
+from dreambooth_moslora.adapters import metadata, new_tokens, raw_file
+from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.plan.checks import last_name
-from dreambooth_moslora.settings.optimizer_kinds import optimizer_of
-from dreambooth_moslora.settings.prompts import learnt_words
-from dreambooth_moslora.settings.rows import is_adapted, is_target
-from dreambooth_moslora.settings.table import KRONECKER, REMOVED, SVD, TrainConfig, named, rank_and_alpha
+from dreambooth_moslora.settings import optimizer_kinds, prompts, rows, table
 from dreambooth_moslora.training.optimizer import check_tensor, checked_states, optimizer_kind, put
 from dreambooth_moslora.training.reporter import RunContext
 
@@ -72,34 +46,34 @@ class Position:
 def save_checkpoint(
     path: Path,
     position: Position,
-    components: dict[str, nn.Module],
-    facts: AdapterMetadata,
+    components: dict[str, torch.nn.Module],
+    facts: metadata.AdapterMetadata,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler | None = None,
-    weights: list[Tensor] | None = None,
-    tokens: Sequence[NewTokens] = (),
+    weights: list[torch.Tensor] | None = None,
+    tokens: Sequence[new_tokens.NewTokens] = (),
 ) -> None:
     """Write the folder `path` completely, or leave its old content. `weights` are those of WEIGHTS, if any."""
-    with atomic_directory(path) as folder:
+    with core.atomic_directory(path) as folder:
         for number, of_one in enumerate(tokens):
-            write_tokens(folder / tokens_name(number=number), of_one)
-        facts = replace(facts, tokens=notes_of(tokens))
-        save_raw(components, folder / RAW_NAME, facts)
+            new_tokens.write_tokens(folder / run_folder.tokens_name(number=number), of_one)
+        facts = replace(facts, tokens=new_tokens.notes_of(tokens))
+        raw_file.save_raw(components, folder / run_folder.RAW_NAME, facts)
         save_states(optimizer.state_dict(), folder / OPTIMIZER)
         if scaler is not None:
             save_states(scaler.state_dict(), folder / SCALER)
         if weights is not None:
             save_states({"weights": [weight.cpu() for weight in weights]}, folder / WEIGHTS)
         position = replace(position, digest=digest_of(folder, position))
-        atomic_write(folder / POSITION, json.dumps(asdict(position)))
+        core.atomic_write(folder / POSITION, json.dumps(asdict(position)))
 
 
 def digest_of(checkpoint: Path, position: Position) -> str:
     """SHA-256 of the position and of the bytes of all parts."""
-    names = (RAW_NAME, OPTIMIZER, SCALER, WEIGHTS)
+    names = (run_folder.RAW_NAME, OPTIMIZER, SCALER, WEIGHTS)
     parts = [path for name in names if (path := checkpoint / name).is_file()]
-    files = {path.name: file_digest(path) for path in [*parts, *tokens_files(checkpoint)]}
-    return content_key(step=position.step, seed=position.seed, optimizer=position.optimizer, files=files)
+    files = {path.name: core.file_digest(path) for path in [*parts, *run_folder.tokens_files(checkpoint)]}
+    return core.content_key(step=position.step, seed=position.seed, optimizer=position.optimizer, files=files)
 
 
 def check_whole(checkpoint: Path) -> Position:
@@ -112,7 +86,7 @@ def check_whole(checkpoint: Path) -> Position:
         raise damaged(checkpoint, POSITION, "step and seed are whole numbers")
     if not all(isinstance(value, (str, type(None))) for value in (position.optimizer, position.digest)):
         raise damaged(checkpoint, POSITION, "optimizer and digest are words")
-    if checkpoint_step(checkpoint) not in (None, position.step):
+    if run_folder.checkpoint_step(checkpoint) not in (None, position.step):
         raise damaged(checkpoint, POSITION, f"it is of step {position.step}")
     if position.digest is not None and position.digest != digest_of(checkpoint, position):
         raise damaged(checkpoint, POSITION, "the files beside it were changed, or are of another checkpoint")
@@ -123,11 +97,11 @@ def save_states(states: dict, path: Path) -> None:
     """Write through memory: on a full disk `torch.save` raises a RuntimeError that does not say so."""
     buffer = BytesIO()
     torch.save(states, buffer)
-    atomic_write(path, buffer.getvalue())
+    core.atomic_write(path, buffer.getvalue())
 
 
-def damaged(checkpoint: Path, name: str, reason: object) -> UserError:
-    return UserError(f"{checkpoint} is damaged ({name}: {one_line(reason)}); resume from another checkpoint.")
+def damaged(checkpoint: Path, name: str, reason: object) -> core.UserError:
+    return core.UserError(f"{checkpoint} is damaged ({name}: {core.one_line(reason)}); resume from another checkpoint.")
 
 
 def load_states(checkpoint: Path, name: str) -> dict:
@@ -159,7 +133,7 @@ def restore_optimizer(
         scaler.load_state_dict(load_states(checkpoint, SCALER))
 
 
-def restore_weights(checkpoint: Path, parameters: list[nn.Parameter]) -> None:
+def restore_weights(checkpoint: Path, parameters: list[torch.nn.Parameter]) -> None:
     """Restore the weights behind an average. Raises UserError when they are not finite or belong to another adapter."""
     try:
         weights = load_states(checkpoint, WEIGHTS)["weights"]
@@ -173,20 +147,20 @@ def restore_weights(checkpoint: Path, parameters: list[nn.Parameter]) -> None:
 logger = logging.getLogger(__name__)
 
 
-def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
+def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | None:
     """The checkpoint to resume from: `latest`, the run's newest that is not damaged (None and a warning if there is
     none), a path, or a name in the run. Raises UserError when a named checkpoint is missing or incomplete."""
     if not wanted:
         return None
     if wanted != "latest":
         for path in (Path(wanted), run_dir.path / wanted):
-            if is_checkpoint(path):
+            if run_folder.is_checkpoint(path):
                 return path
-        raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
+        raise core.UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
     for checkpoint in reversed(run_dir.checkpoints()):
         try:
             check_whole(checkpoint)
-        except UserError as error:
+        except core.UserError as error:
             logger.warning("--resume_from_checkpoint latest skips %s: %s", checkpoint.name, error)
         else:
             return checkpoint
@@ -197,7 +171,7 @@ def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
     return None
 
 
-def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] | None:
+def resume_point(config: table.TrainConfig, run_dir: run_folder.RunDir) -> tuple[Path, Position] | None:
     """The checkpoint to resume from and its position; None for a fresh run. Raises UserError."""
     checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
     if checkpoint is None:
@@ -207,26 +181,28 @@ def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] 
     return checkpoint, position
 
 
-def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> None:
+def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Position) -> None:
     """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged adapter file."""
     facts, modules = trained_modules(checkpoint)
-    for name in REMOVED.keys() & facts.recipe.keys():
-        logger.warning("%s was trained with --%s, %s; the run goes on without.", checkpoint.name, name, REMOVED[name])
+    for name in table.REMOVED.keys() & facts.recipe.keys():
+        logger.warning(
+            "%s was trained with --%s, %s; the run goes on without.", checkpoint.name, name, table.REMOVED[name]
+        )
     if position.optimizer not in (None, optimizer_kind(config)):
-        raise UserError(
+        raise core.UserError(
             f"{checkpoint.name} was written with {position.optimizer}; you ask for {optimizer_kind(config)}: "
             "resume with the same optimizer, or start a new run."
         )
     for name, there, asked in settings_of_both(config, checkpoint, position.seed, facts, modules):
         if there != asked:
-            raise UserError(
+            raise core.UserError(
                 f"--{name}: {checkpoint.name} has {shown(there)}; you ask for {shown(asked)}: "
                 "resume without it, or start a new run."
             )
 
 
 def settings_of_both(
-    config: TrainConfig, checkpoint: Path, seed: int, facts: AdapterMetadata, modules: set[str]
+    config: table.TrainConfig, checkpoint: Path, seed: int, facts: metadata.AdapterMetadata, modules: set[str]
 ) -> Iterator[tuple[str, object, object]]:
     """(name, the checkpoint's, the command line's) of what a run must share. Raises UserError for a missing file."""
     if config.seed is not None:
@@ -234,26 +210,30 @@ def settings_of_both(
     yield "train_text_encoder", any(m.startswith("text_encoder") for m in modules), config.train_text_encoder
     yield "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti
     if facts.tokens:
-        yield "token_abstraction", " ".join(note["word"] for note in facts.tokens), " ".join(learnt_words(config))
+        yield (
+            "token_abstraction",
+            " ".join(note["word"] for note in facts.tokens),
+            " ".join(prompts.learnt_words(config)),
+        )
     for number, (note, subject) in enumerate(zip(facts.tokens, config.each_subject)):
         if not subject.initializer_concept:
             yield "num_new_tokens_per_abstraction", note["count"], config.num_new_tokens_per_abstraction
-        if not (checkpoint / tokens_name(number=number)).is_file():
-            raise damaged(checkpoint, tokens_name(number=number), "it is missing")
+        if not (checkpoint / run_folder.tokens_name(number=number)).is_file():
+            raise damaged(checkpoint, run_folder.tokens_name(number=number), "it is missing")
     for module in sorted(modules):
-        rank, alpha = rank_and_alpha(config, *module.split(".", 1))
+        rank, alpha = table.rank_and_alpha(config, *module.split(".", 1))
         yield "rank_pattern" if config.rank_pattern else "rank", facts.ranks.get(module, facts.rank), rank
         yield "alpha_pattern" if config.alpha_pattern else "lora_alpha", facts.alphas.get(module, facts.alpha), alpha
-    if not optimizer_of(config).averages:
+    if not optimizer_kinds.optimizer_of(config).averages:
         yield "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema
-    yield "basis", facts.basis.get("kind"), config.basis and (SVD if config.basis == SVD else "file")
+    yield "basis", facts.basis.get("kind"), config.basis and (table.SVD if config.basis == table.SVD else "file")
     unlike = {"mixer"} if config.basis else {"train_mixer"} if config.mixer == "none" else set()
-    unlike |= {"mixer_factor"} if config.mixer != KRONECKER else set()
-    for name in (name for name in named("resume", "same") if name not in unlike):
+    unlike |= {"mixer_factor"} if config.mixer != table.KRONECKER else set()
+    for name in (name for name in table.named("resume", "same") if name not in unlike):
         yield name, getattr(facts, name), getattr(config, name)
     asked, adapted = config.target_modules, [m.partition(".")[2] for m in modules if not m.startswith("text_encoder")]
-    is_met = all(any(is_target(module, target) for module in adapted) for target in asked)
-    if not is_met or not all(is_adapted(module, asked) for module in adapted):
+    is_met = all(any(rows.is_target(module, target) for module in adapted) for target in asked)
+    if not is_met or not all(rows.is_adapted(module, asked) for module in adapted):
         yield "target_modules", " ".join(sorted({last_name(module) for module in adapted})), " ".join(asked)
 
 
@@ -261,30 +241,34 @@ def shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def trained_modules(checkpoint: Path) -> tuple[AdapterMetadata, set[str]]:
+def trained_modules(checkpoint: Path) -> tuple[metadata.AdapterMetadata, set[str]]:
     """The metadata in the adapter file's header, and the modules (`component.path`) adapted. Raises UserError."""
     try:
-        with safe_open(checkpoint / RAW_NAME, framework="pt") as file:
-            facts = AdapterMetadata.from_json((file.metadata() or {})["moslora"])
+        with safe_open(checkpoint / run_folder.RAW_NAME, framework="pt") as file:
+            facts = metadata.AdapterMetadata.from_json((file.metadata() or {})["moslora"])
             return facts, {key.rpartition(".")[0] for key in file.keys() if "." in key}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own kind, the disk another, and a header may hold anything
-        raise damaged(checkpoint, RAW_NAME, error) from None
+        raise damaged(checkpoint, run_folder.RAW_NAME, error) from None
 
 
-def has_previous_run(run_dir: RunDir) -> bool:
+def has_previous_run(run_dir: run_folder.RunDir) -> bool:
     """Whether a checkpoint or an adapter exists; metrics alone come from a run without a result."""
     return bool(run_dir.named_checkpoints() or present(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir))
 
 
-def published_as(run_dir: RunDir) -> list[Path]:
+def published_as(run_dir: run_folder.RunDir) -> list[Path]:
     """Files that have the folder's name in theirs; it may have been another when they were written."""
-    return sorted(path for pattern in (f"*{KOHYA_SUFFIX}", f"*{TOKENS_SUFFIX}") for path in run_dir.path.glob(pattern))
+    return sorted(
+        path
+        for pattern in (f"*{run_folder.KOHYA_SUFFIX}", f"*{run_folder.TOKENS_SUFFIX}")
+        for path in run_dir.path.glob(pattern)
+    )
 
 
-def archive_checkpoints_after(run_dir: RunDir, step: int) -> None:
+def archive_checkpoints_after(run_dir: run_folder.RunDir, step: int) -> None:
     """Move checkpoints after `step` away: otherwise `latest` would later resume the abandoned run."""
-    later = [path for path in reversed(run_dir.named_checkpoints()) if step_of(path) > step]
-    scored = events_of(StepEvaluated, run_dir.read_metrics())
+    later = [path for path in reversed(run_dir.named_checkpoints()) if run_folder.step_of(path) > step]
+    scored = events.events_of(events.StepEvaluated, run_dir.read_metrics())
     if scored and scored[-1].best["step"] > step:
         later += present(run_dir.best_dir)
     move(later, run_dir, f"held checkpoints after step {step}, from which this run goes on")
@@ -294,25 +278,25 @@ def present(*paths: Path) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
+def move(paths: list[Path], run_dir: run_folder.RunDir, what: str) -> None:
     """Into the next `earlier_run_1`, if there are any paths, and say so."""
     if not paths:
         return
-    home = run_dir.path / free_name("earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True)
+    home = run_dir.path / core.free_name("earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True)
     home.mkdir()
     for path in paths:
         path.rename(home / path.name)
     logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
 
 
-def report_start(config: TrainConfig, context: RunContext, step: int, max_train_steps: int) -> None:
+def report_start(config: table.TrainConfig, context: RunContext, step: int, max_train_steps: int) -> None:
     """Report the start. A folder without an earlier run is claimed at once, so that the run can be watched."""
-    context.report(RunStarted(max_train_steps, config.to_dict()))
+    context.report(events.RunStarted(max_train_steps, config.to_dict()))
     if step == 0 and not has_previous_run(context.run_dir):
         claim_run_folder(config, context, step)
 
 
-def claim_run_folder(config: TrainConfig, context: RunContext, step: int, checkpoint: Path | None = None) -> None:
+def claim_run_folder(config: table.TrainConfig, context: RunContext, step: int, checkpoint: Path | None = None) -> None:
     """Claim the run folder, when all is prepared: only then is an earlier run moved away. A run resumed from a
     `checkpoint` in this folder continues its metrics; else the folder's files belong to another run."""
     run_dir, report = context.run_dir, context.report
@@ -325,11 +309,11 @@ def claim_run_folder(config: TrainConfig, context: RunContext, step: int, checkp
         move(renamed, run_dir, "held files with an earlier name of the folder")
     elif has_previous_run(run_dir):
         # class images stay, since the new run can use them, and the log, which continues
-        pictures = [run_dir.path / name for name in sorted(pictures_named(run_dir.read_card() or ""))]
+        pictures = [run_dir.path / name for name in sorted(run_folder.pictures_named(run_dir.read_card() or ""))]
         adapter = [run_dir.adapter_path, run_dir.mixers_path, *published_as(run_dir)]
         weights = [*run_dir.named_checkpoints(), run_dir.best_dir, *adapter]
         facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
         sheets = [*pictures, run_dir.samples_dir, run_dir.contact_sheet_path]
         move(present(*weights, *facts, *sheets), run_dir, "held an earlier run")
-    atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
+    core.atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
     report.begin_at(step)

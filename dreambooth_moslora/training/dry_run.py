@@ -8,25 +8,23 @@ from collections import Counter
 from pathlib import Path
 
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
+from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.core import public_name
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.photos.captions import load_captioner
+from dreambooth_moslora.photos import captions, folder, masks
 from dreambooth_moslora.photos.examine import examine
-from dreambooth_moslora.photos.folder import PhotoReport, bare_prompt_line
-from dreambooth_moslora.photos.masks import segmenter_name, sought_word
 from dreambooth_moslora.photos.photo import crop_rule, quoted
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
-from dreambooth_moslora.plan.memory import BYTES, GIB, plan_lines, precision_of, speed_here
+from dreambooth_moslora.plan.memory import BYTES, plan_lines, precision_of, speed_here
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan
+from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.prompts import subject_of
-from dreambooth_moslora.settings.rules import remarks
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 from dreambooth_moslora.training.class_images import shares
 
 
 def advice(plan: Plan) -> list[str]:
     """Lines of advice; none of them forbids the run."""
-    lines, seen, needed = remarks(plan.config), plan.steps.exposures_a_photo, plan.cost.disk_gib
+    lines, seen, needed = rules.remarks(plan.config), plan.steps.exposures_a_photo, plan.cost.disk_gib
     if seen < FEW_EXPOSURES:
         many = "a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"
         lines.append(f"each photo is seen about {seen:.0f} times, and {many}")
@@ -35,12 +33,12 @@ def advice(plan: Plan) -> list[str]:
     return lines + [DORA_NOTE] * plan.config.use_dora
 
 
-def free_disk_gib(config: TrainConfig) -> float:
+def free_disk_gib(config: table.TrainConfig) -> float:
     """GiB free on the disk of the run folder, which need not exist yet."""
     return shutil.disk_usage(nearest_existing(Path(config.output_dir))).free / GIB
 
 
-def describe_run(config: TrainConfig, report: PhotoReport | None = None) -> str:
+def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = None) -> str:
     """The report of `--dry_run`, with the settings as TOML; `report` is given where the photos were read before.
     Raises UserError for whatever training would refuse before it loads the base."""
     check_folders(config)
@@ -52,7 +50,7 @@ def describe_run(config: TrainConfig, report: PhotoReport | None = None) -> str:
     config, report = plan.config, examine(plan.photo_report, config.resolution)
     settings = []
     for name, value in config.to_dict().items():
-        is_set = getattr(config, name) != SETTINGS[name].default
+        is_set = getattr(config, name) != table.SETTINGS[name].default
         if value is not None:
             settings.append(f"{name} = {as_toml(value)}" + "  # set" * is_set)
     made = made_lines(config, report)
@@ -77,7 +75,7 @@ def as_toml(value: object) -> str:
     return "[" + ", ".join(map(as_toml, value)) + "]" if isinstance(value, list) else repr(value)
 
 
-def photo_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
+def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[str]:
     """A line for each photo; with `--enable_bucket` the sizes of the crops, and of class images."""
     lines = []
     for photo in report.photos:
@@ -99,19 +97,19 @@ def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
     return ", ".join(f"{width} x {height} px ({count})" for (height, width), count in counts.most_common())
 
 
-def made_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
+def made_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[str]:
     """The instance prompt's share, and what would be made. Raises UserError when no word says what to look for."""
     subjects, made = config.each_subject, "makes them before training"
-    lines = list(filter(None, [bare_prompt_line(config, report.photos)]))
+    lines = list(filter(None, [folder.bare_prompt_line(config, report.photos)]))
     bare = sum(not photo.is_captioned for photo in report.photos)
     if config.captions == "auto" and bare:
-        captioner = load_captioner(subjects[0])
+        captioner = captions.load_captioner(subjects[0])
         lines.append(f"captions: {bare} photos have none of their own; {captioner.name} {made}")
     bare = [photo for photo in report.photos if photo.mask_path is None]
     if config.masks == "auto" and bare:
-        words = dict.fromkeys(sought_word(subjects[photo.subject]) for photo in bare)
+        words = dict.fromkeys(masks.sought_word(subjects[photo.subject]) for photo in bare)
         sought = f", looking for {', '.join(f'“{word}”' for word in words)}" if any(words) else ""
-        name = public_name(segmenter_name(config))
+        name = public_name(masks.segmenter_name(config))
         lines.append(f"masks: {len(bare)} photos have none; {name} {made}{sought}")
     return lines
 

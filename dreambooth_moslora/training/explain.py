@@ -19,10 +19,8 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES
-from dreambooth_moslora.settings.measures import MEASURES
+from dreambooth_moslora.settings import measures, sources, table
 from dreambooth_moslora.settings.prompts import class_word_of
-from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.table import FIELD_TYPES, TrainConfig
 
 STALLED_AFTER = 3
 """Evaluations without a better score, after which early stopping is suggested."""
@@ -102,7 +100,7 @@ class Figures:
     """The figures of a run. `scores` are the latest ones; `likeness` and `score` are (step, value) of each
     evaluation. The captions of `without_bare_prompt` photos lack the instance prompt."""
 
-    config: TrainConfig
+    config: table.TrainConfig
     state: str = ""
     message: str = ""
     step: int = 0
@@ -132,7 +130,9 @@ class Figures:
         return (here - start) / (end - start)
 
 
-def figures_from(records: Sequence[Mapping[str, Any]], config: TrainConfig, photos: Mapping[str, int] = {}) -> Figures:
+def figures_from(
+    records: Sequence[Mapping[str, Any]], config: table.TrainConfig, photos: Mapping[str, int] = {}
+) -> Figures:
     """Figures from the lines of `metrics.jsonl`, which may have been edited. `photos` are facts about them (their
     `count`, and those `without_bare_prompt`) for those that no line has."""
     steps = [event for event in records if event.get("type") == "step"]
@@ -177,7 +177,7 @@ def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figure
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
-    config = known_config(read_json_table(run_dir.config_path))
+    config = known_config(sources.read_json_table(run_dir.config_path))
     if photos is None and not config.dataset_name:
         with suppress(UserError):
             photos = photo_report(config).photos
@@ -188,9 +188,9 @@ def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figure
     return with_report(figures_from(run_dir.read_metrics(), config, facts), run_dir)
 
 
-def known_config(values: Mapping[str, Any]) -> TrainConfig:
+def known_config(values: Mapping[str, Any]) -> table.TrainConfig:
     """A run's configuration, without settings that are unknown here. Raises UserError for impossible values."""
-    return TrainConfig.from_dict({name: value for name, value in values.items() if name in FIELD_TYPES})
+    return table.TrainConfig.from_dict({name: value for name, value in values.items() if name in table.FIELD_TYPES})
 
 
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
@@ -198,7 +198,7 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
     path = run_dir.path / "evaluation" / "scores.json"
     if not path.is_file() or path.stat().st_mtime < run_dir.metrics_path.stat().st_mtime:
         return found
-    report = read_json_table(path)
+    report = sources.read_json_table(path)
     tables, relative, alarm = (as_table(report.get(name)) for name in ("scores", "relative", "copy_alarm"))
     values = {name: as_table(interval).get("mean") for name, interval in tables.items()}
     values |= {**relative, "copied": alarm.get("share"), "score": report.get("score")}
@@ -364,5 +364,5 @@ def meanings(run: Figures) -> list[str]:
     known = {"dino_base": math.nan, **run.scores, "class_word": class_word_of(run.config) or "thing"}
     if (moved := run.moved("pres")) is not None:
         known["class_moved"] = max(moved, 0)
-    rows = [row for name, row in MEASURES.items() if row.sentence and name in known]
+    rows = [row for name, row in measures.MEASURES.items() if row.sentence and name in known]
     return [row.sentence.format_map(known) for row in rows]

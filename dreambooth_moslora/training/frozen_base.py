@@ -16,12 +16,8 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
-from torch import Tensor, nn
 
-from dreambooth_moslora.base.families import Text, denoiser_of
-from dreambooth_moslora.base.files import SMALL_BASE_PX, facts_of_base
-from dreambooth_moslora.base.load import default_resolution, load_denoiser, load_pipeline, quantize
-from dreambooth_moslora.base.machine import has_fast_bf16
+from dreambooth_moslora.base import families, files, load, machine
 from dreambooth_moslora.core import UserError, atomic_write, content_key
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -46,9 +42,9 @@ def load_base(
     """Load the base, without its denoiser if so told. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that
     the user names is in `dtype`, and so is a flow model's, whose pipeline gives it latents in that. Raises UserError
     when it cannot be loaded."""
-    facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+    facts = files.facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
     is_flow = facts is not None and facts.style == "flow"
-    pipeline = load_pipeline(
+    pipeline = load.load_pipeline(
         config.pretrained_model_name_or_path,
         dtype=dtype,
         variant=config.variant,
@@ -59,7 +55,7 @@ def load_base(
         has_denoiser=has_denoiser,
     )
     if has_denoiser:
-        quantize(denoiser_of(pipeline), config.base_quantization, dtype, device)
+        load.quantize(families.denoiser_of(pipeline), config.base_quantization, dtype, device)
     if hasattr(pipeline, "image_encoder"):
         pipeline.register_modules(image_encoder=None, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -71,29 +67,29 @@ def load_denoiser_of(
 ) -> None:
     """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. Raises UserError."""
     places = {"variant": config.variant, "revision": config.revision, "cache_dir": config.cache_dir}
-    load_denoiser(pipeline, config.pretrained_model_name_or_path, dtype, **places)
-    quantize(denoiser_of(pipeline), config.base_quantization, dtype, device)
+    load.load_denoiser(pipeline, config.pretrained_model_name_or_path, dtype, **places)
+    load.quantize(families.denoiser_of(pipeline), config.base_quantization, dtype, device)
 
 
 def waits_for_encoders(config: TrainConfig) -> bool:
     """Whether the denoiser is loaded once the encoders are gone: big encoders of a flow model would not fit beside it.
     Trained encoders stay, and class images are drawn by the whole pipeline."""
-    facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+    facts = files.facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
     is_flow = facts is not None and facts.style == "flow"
     return is_flow and not config.keeps_text_encoders and not config.draws_class_images
 
 
 def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:
     """Warn when a base as large as SDXL would train in fp32 on a GPU, or in bf16 on a CPU without it."""
-    if default_resolution(pipeline) <= SMALL_BASE_PX:
+    if load.default_resolution(pipeline) <= files.SMALL_BASE_PX:
         return
-    if device.type == "cuda" and denoiser_of(pipeline).dtype == torch.float32:
+    if device.type == "cuda" and families.denoiser_of(pipeline).dtype == torch.float32:
         logger.warning(FP32_ON_A_GPU)
-    if device.type == "cpu" and denoiser_of(pipeline).dtype == torch.bfloat16 and not has_fast_bf16():
+    if device.type == "cpu" and families.denoiser_of(pipeline).dtype == torch.bfloat16 and not machine.has_fast_bf16():
         logger.warning(BF16_ON_A_CPU)
 
 
-Tensors = dict[str, Tensor]
+Tensors = dict[str, torch.Tensor]
 DIGEST = "sha256"
 
 
@@ -151,7 +147,7 @@ def digest_of(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(module: torch.nn.Module) -> str:
     """Digest of a model: names, shapes, dtype and the first 16 numbers of each weight (any training changes them)."""
     digest = hashlib.sha256()
     for name, weight in module.state_dict().items():
@@ -163,10 +159,10 @@ def fingerprint(module: nn.Module) -> str:
 class PromptCache:
     """Prompts -> texts. Frozen encoders encode each prompt once; `release_encoders` then frees their memory."""
 
-    def __init__(self, encode: Callable[[list[str]], list[Text]], cache: TensorCache, identity: str):
+    def __init__(self, encode: Callable[[list[str]], list[families.Text]], cache: TensorCache, identity: str):
         self.encode, self.cache, self.identity = encode, cache, identity
 
-    def __call__(self, prompts: Sequence[str]) -> list[Text]:
+    def __call__(self, prompts: Sequence[str]) -> list[families.Text]:
         return [self.cache.get(*self.entry(prompt)) for prompt in prompts]
 
     def entry(self, prompt: str) -> tuple[str, Callable[[], Tensors]]:
@@ -181,7 +177,7 @@ class PromptCache:
     def release_encoders(self) -> None:
         """Drop the encoders. A new prompt then raises RuntimeError, an unreadable file of the cache UserError."""
 
-        def gone(prompts: list[str]) -> list[Text]:
+        def gone(prompts: list[str]) -> list[families.Text]:
             if self.cache.folder is not None:
                 raise UserError(
                     f"{self.cache.folder}: the encoding of {prompts[0]!r:.60} cannot be read any more, and the text "

@@ -17,42 +17,17 @@ from statistics import median
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.core import StopRequestedError, UserError, half_precision, remove_directory
-from dreambooth_moslora.disk import events
-from dreambooth_moslora.disk.queue import locked
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk import events, queue, run_folder
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.photos.folder import bare_prompt_line, log_strays, usable_photos, with_made
-from dreambooth_moslora.photos.photo import counts_of
-from dreambooth_moslora.plan.checks import check_folders
+from dreambooth_moslora.photos import folder, photo
+from dreambooth_moslora.plan import checks, processes
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
-from dreambooth_moslora.plan.processes import (
-    agreed,
-    any_process,
-    chosen_seed,
-    make_accelerator,
-    on_each,
-    on_main,
-    share_of,
-)
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.checkpoint import (
-    Position,
-    claim_run_folder,
-    report_start,
-    resume_point,
-    save_checkpoint,
-)
-from dreambooth_moslora.training.explain import BestStep, ScaleChoice
-from dreambooth_moslora.training.frozen_base import LoadBase
-from dreambooth_moslora.training.made_before import make_captions, make_masks
-from dreambooth_moslora.training.optimizer import copies, optimizer_kind
+from dreambooth_moslora.training import checkpoint, explain, frozen_base, made_before, optimizer, reporter, results
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples
-from dreambooth_moslora.training.reporter import Reporter, RunContext, free_unused_memory, memory_gib
-from dreambooth_moslora.training.results import Publisher, ValidationSamples
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -72,7 +47,7 @@ class StepScorer(Protocol):
 
     def __call__(self, sampler: Sampler, step: int) -> dict: ...
 
-    def find_scale(self, sampler: Sampler, components: dict[str, nn.Module]) -> ScaleChoice | None: ...
+    def find_scale(self, sampler: Sampler, components: dict[str, torch.nn.Module]) -> explain.ScaleChoice | None: ...
 
 
 @dataclass(frozen=True)
@@ -91,15 +66,15 @@ class Training:
     step began at `started`, so that `seconds` of the last steps count neither samples nor saving."""
 
     config: TrainConfig
-    context: RunContext
+    context: reporter.RunContext
     max_train_steps: int
     train_step: TrainStep
-    samples: ValidationSamples
+    samples: results.ValidationSamples
     sampler: Sampler
-    publisher: Publisher
+    publisher: results.Publisher
     evaluator: StepScorer | None
     checkpoint: Path | None
-    best: BestStep | None = None
+    best: explain.BestStep | None = None
     skipped_in_a_row: int = 0
     started: float = 0.0
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
@@ -145,7 +120,7 @@ class Training:
             grad_norm=None if skipped else grad_norm,
             step_sec=self.seconds[-1],
             eta_sec=median(self.seconds) * (self.max_train_steps - self.step),
-            memory_gib=memory_gib(self.accelerator.device),
+            memory_gib=reporter.memory_gib(self.accelerator.device),
             skipped=skipped,
         )
         self.report(done)
@@ -161,12 +136,12 @@ class Training:
         self.report.phase("sampling", 0, 1)
         sampler = self.sampler
         if self.step == 0:
-            total = len(share_of(self.accelerator, self.samples.requests)) * sampler.inference_steps
+            total = len(processes.share_of(self.accelerator, self.samples.requests)) * sampler.inference_steps
             counts = self.report.counted("sampling", range(1, total + 1), total)
             sampler = replace(sampler, on_step=lambda: next(counts, None))
         with suppress(StopRequestedError), self.train_step.averaged():  # the loop checks for a stop next
             self.report(self.samples.draw(self.step, sampler, self.accelerator))
-        free_unused_memory(self.accelerator.device)
+        reporter.free_unused_memory(self.accelerator.device)
 
     @property
     def is_scored_now(self) -> bool:
@@ -182,10 +157,10 @@ class Training:
         except StopRequestedError:  # the loop checks for a stop next
             return
         finally:
-            free_unused_memory(self.accelerator.device)
+            reporter.free_unused_memory(self.accelerator.device)
         found = events.event_of({"type": events.StepEvaluated.kind, "step": self.step, **scores})
         self.report(found)
-        self.best = BestStep(**found.best)
+        self.best = explain.BestStep(**found.best)
         self.publisher.scores, self.publisher.best = found.scores, self.best
         if self.best.step == self.step:
             with self.train_step.averaged():
@@ -197,7 +172,7 @@ class Training:
         """Give a resumed run its earlier scores; score the step at which it was stopped if that is missing."""
         scored = events.events_of(events.StepEvaluated, self.run_dir.read_metrics())
         if scored:
-            self.publisher.scores, self.publisher.best = scored[-1].scores, BestStep(**scored[-1].best)
+            self.publisher.scores, self.publisher.best = scored[-1].scores, explain.BestStep(**scored[-1].best)
         if self.is_scored_now and self.step not in (event.step for event in scored):
             self.evaluate()
 
@@ -206,7 +181,7 @@ class Training:
         patience = self.config.early_stopping
         if patience is None:
             return False
-        return any_process(self.accelerator, self.best is not None and self.best.since >= patience)
+        return processes.any_process(self.accelerator, self.best is not None and self.best.since >= patience)
 
     @property
     def is_checkpoint_due(self) -> bool:
@@ -217,18 +192,18 @@ class Training:
 
         def write() -> None:
             step, scaler = self.train_step, self.accelerator.scaler
-            position = Position(self.step, self.config.seed, optimizer_kind(self.config))
+            position = checkpoint.Position(self.step, self.config.seed, optimizer.optimizer_kind(self.config))
             parts = position, step.components, self.publisher.facts, step.optimizer.optimizer, scaler
-            own = copies(step.trained) if step.average is not None else None
+            own = optimizer.copies(step.trained) if step.average is not None else None
             with step.averaged():
-                save_checkpoint(path, *parts, own, step.learnt.tokens if step.learnt else ())
+                checkpoint.save_checkpoint(path, *parts, own, step.learnt.tokens if step.learnt else ())
             if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
                 remove_directory(self.run_dir.last_dir)
             self.run_dir.rotate(self.config.checkpoints_total_limit)
             self.report(events.CheckpointSaved(self.step, path.name))
 
         self.require_finite_adapter()
-        on_main(self.accelerator, write)
+        processes.on_main(self.accelerator, write)
         self.checkpoint, self.checkpoint_step = path, self.step
 
     def require_finite_adapter(self) -> None:
@@ -251,7 +226,7 @@ class Training:
                 self.publisher.facts = replace(self.publisher.facts, best_scale=found.best, usable_scales=usable)
             if found is not None and self.best is not None and self.best.step == self.step:
                 self.publisher.keep_best()
-        free_unused_memory(self.accelerator.device)
+        reporter.free_unused_memory(self.accelerator.device)
 
     def finish(self, interrupted: bool) -> TrainResult:
         """Write the loadable adapter with its card, and a checkpoint to resume from. As in diffusers' script only
@@ -262,12 +237,12 @@ class Training:
             self.save_checkpoint(here)
         with self.train_step.averaged():
             if self.config.find_scale and not interrupted:
-                on_main(self.accelerator, self.find_scale)
+                processes.on_main(self.accelerator, self.find_scale)
             self.report.phase("exporting")
             proof = self.publisher.publish(finished=not interrupted)
         self.report(events.AdapterExported(list(proof.files), proof.to_dict()))
         self.report(events.RunEnded("interrupted" if interrupted else "done", self.step))
-        on_each(self.accelerator, self.report.raise_failure)
+        processes.on_each(self.accelerator, self.report.raise_failure)
         return TrainResult(self.run_dir.path, self.step, interrupted, proof)
 
 
@@ -309,19 +284,19 @@ def training(
     on_event: Callable[[events.Event], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     evaluator: StepScorer | None = None,
-    load: LoadBase | None = None,
+    load: frozen_base.LoadBase | None = None,
 ) -> Steps:
     """`train` as a generator: the caller computes the gradients. `load` loads the base."""
     if isinstance(config, TrainConfig):
-        check_folders(config)
+        checks.check_folders(config)
     plan = config if isinstance(config, Plan) else make_plan(config)
-    run_dir = RunDir(plan.config.output_dir)
-    accelerator = make_accelerator(plan.config, run_dir)
-    report = Reporter(run_dir, accelerator, on_event)
-    context = RunContext(run_dir, accelerator, report, should_stop or (lambda: False))
+    run_dir = run_folder.RunDir(plan.config.output_dir)
+    accelerator = processes.make_accelerator(plan.config, run_dir)
+    report = reporter.Reporter(run_dir, accelerator, on_event)
+    context = reporter.RunContext(run_dir, accelerator, report, should_stop or (lambda: False))
     with ExitStack() as stack:
         stack.callback(report.end_trackers)
-        on_main(accelerator, lambda: stack.enter_context(locked(run_dir.path)))
+        processes.on_main(accelerator, lambda: stack.enter_context(queue.locked(run_dir.path)))
         try:
             return (yield from fit(set_up(context, plan, evaluator, load)))
         except StopRequestedError:
@@ -335,47 +310,53 @@ def training(
             raise
 
 
-def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: LoadBase | None = None) -> Training:
+def set_up(
+    context: reporter.RunContext, plan: Plan, evaluator: StepScorer | None, load: frozen_base.LoadBase | None = None
+) -> Training:
     """Everything before the first step; drawing class images may take hours. `load` loads the base. Raises UserError,
     and StopRequestedError when a stop is requested."""
-    fresh = None, Position(0, chosen_seed(plan.config.seed, context.accelerator))
-    checkpoint, position = agreed(
+    fresh = None, checkpoint.Position(0, processes.chosen_seed(plan.config.seed, context.accelerator))
+    resumed_from, position = processes.agreed(
         context.accelerator,
-        lambda: resume_point(plan.config, context.run_dir) or fresh,
+        lambda: checkpoint.resume_point(plan.config, context.run_dir) or fresh,
         lambda found: f"step {found[1].step} to go on from",
     )
     config, report, step = replace(plan.config, seed=position.seed), context.report, position.step
-    log_strays(plan.photo_report)
-    photos = usable_photos(plan.photo_report)
-    steps = plan_steps(config, counts_of(photos), context.accelerator.num_processes)  # MPI sets no WORLD_SIZE
+    folder.log_strays(plan.photo_report)
+    photos = folder.usable_photos(plan.photo_report)
+    steps = plan_steps(config, photo.counts_of(photos), context.accelerator.num_processes)  # MPI sets no WORLD_SIZE
     report.step = step
-    on_main(context.accelerator, lambda: report_start(config, context, step, steps.total_steps))
-    make_captions(config, context, photos)
-    make_masks(config, context, photos)
-    photos = with_made(config, photos)
-    if line := bare_prompt_line(config, photos):
+    processes.on_main(context.accelerator, lambda: checkpoint.report_start(config, context, step, steps.total_steps))
+    made_before.make_captions(config, context, photos)
+    made_before.make_masks(config, context, photos)
+    photos = folder.with_made(config, photos)
+    if line := folder.bare_prompt_line(config, photos):
         logger.info("%s", line)
     if context.accelerator.log_with:
-        on_main(context.accelerator, lambda: report.start_trackers(config))
-    samples = ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
+        processes.on_main(context.accelerator, lambda: report.start_trackers(config))
+    samples = results.ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.is_scored else ())]
     sample_count = steps.total_steps * steps.photos_a_step
-    inputs = prepare(config, context, photos, sample_count, prompts, checkpoint is None, load)
+    inputs = prepare(config, context, photos, sample_count, prompts, resumed_from is None, load)
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
         samples.requests, samples.contexts = [], []
         logger.warning(NO_SAMPLES)
-    train_step = TrainStep(config, inputs, context.accelerator, steps.total_steps, checkpoint, step)
+    train_step = TrainStep(config, inputs, context.accelerator, steps.total_steps, resumed_from, step)
     settings = config.resolution, context.accelerator.device
     sampler = Sampler(inputs.pipeline, train_step.texts, *settings, should_stop=context.should_stop)
-    publisher = Publisher(config, context.run_dir, inputs, train_step, samples, sampler, steps.total_steps, checkpoint)
-    on_main(context.accelerator, lambda: claim_run_folder(config, context, step, checkpoint))
-    return Training(config, context, steps.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)
+    publisher = results.Publisher(
+        config, context.run_dir, inputs, train_step, samples, sampler, steps.total_steps, resumed_from
+    )
+    processes.on_main(context.accelerator, lambda: checkpoint.claim_run_folder(config, context, step, resumed_from))
+    return Training(
+        config, context, steps.total_steps, train_step, samples, sampler, publisher, evaluator, resumed_from
+    )
 
 
 def fit(run: Training) -> Steps:
     """The loop, as a checklist."""
     if run.step:
-        on_main(run.accelerator, run.recall_scores)
+        processes.on_main(run.accelerator, run.recall_scores)
     run.sample_if_due()
     while run.step < run.max_train_steps:
         if run.context.stop_requested():
@@ -388,7 +369,7 @@ def fit(run: Training) -> Steps:
             continue
         if run.is_scored_now:
             run.require_finite_adapter()
-            on_main(run.accelerator, run.evaluate)
+            processes.on_main(run.accelerator, run.evaluate)
         run.sample_if_due()
         if run.is_checkpoint_due:
             run.save_checkpoint(run.run_dir.checkpoint_path(run.step))

@@ -24,9 +24,7 @@ from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept
 from dreambooth_moslora.photos.photo import Photo, crop_rule, without_kept_mask
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.class_images import ClassBatch, ClassImages, shares
-from dreambooth_moslora.training.frozen_base import load_base
-from dreambooth_moslora.training.reporter import RunContext, free_unused_memory
+from dreambooth_moslora.training import class_images, frozen_base, reporter
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ Model = TypeVar("Model")
 
 
 def make_missing(
-    context: RunContext,
+    context: reporter.RunContext,
     phase: str,
     items: Sequence[Item],
     make: Callable[[Item], Made],
@@ -71,7 +69,7 @@ def make_missing(
 
 def make_for_photos(
     config: TrainConfig,
-    context: RunContext,
+    context: reporter.RunContext,
     kind: str,
     photos: list[Photo],
     load: Callable[[TrainConfig, torch.device], Model],
@@ -85,10 +83,10 @@ def make_for_photos(
     model_of = lru_cache(maxsize=1)(lambda subject: load(subjects[subject], device))
     make_missing(context, f"{kind}s", same, lambda photo: make(photo, model_of(photo.subject)), keep)
     model_of.cache_clear()
-    free_unused_memory(device)
+    reporter.free_unused_memory(device)
 
 
-def make_captions(config: TrainConfig, context: RunContext, photos: list[Photo]) -> None:
+def make_captions(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:
     """Make what the run folder lacks of captions for the photos without one. Raises UserError when the model is not
     there, and StopRequestedError."""
     bare = [photo for photo in photos if not photo.is_captioned]
@@ -106,7 +104,7 @@ def make_captions(config: TrainConfig, context: RunContext, photos: list[Photo])
     make_for_photos(config, context, "caption", bare, load_captioner, make, tell)
 
 
-def make_masks(config: TrainConfig, context: RunContext, photos: list[Photo]) -> None:
+def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:
     """Make what the run folder lacks of masks for the photos without one. Raises UserError, StopRequestedError."""
     if config.masks != "auto":
         return
@@ -121,12 +119,12 @@ def make_masks(config: TrainConfig, context: RunContext, photos: list[Photo]) ->
         make_for_photos(config, context, "mask", bare, load_segmenter, partial(make_kept, folder=folder), tell)
 
 
-Sets = list[tuple[ClassImages, int]]
+Sets = list[tuple[class_images.ClassImages, int]]
 """Sets of generated images, one per size, each with the wanted number."""
 
 
 def class_photos_of_each(
-    config: TrainConfig, context: RunContext, pipeline: DiffusionPipeline, photos: list[Photo]
+    config: TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline, photos: list[Photo]
 ) -> list[list[Photo]]:
     """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs."""
     found: dict[tuple[str, str | None], list[Photo]] = {}
@@ -140,7 +138,7 @@ def class_photos_of_each(
 
 
 def make_class_images(
-    config: TrainConfig, context: RunContext, pipeline: DiffusionPipeline, sizes: Mapping[tuple[int, int], int]
+    config: TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline, sizes: Mapping[tuple[int, int], int]
 ) -> list[Photo]:
     """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`."""
     accelerator = context.accelerator
@@ -153,29 +151,31 @@ def make_class_images(
         @cache
         def drawing() -> DiffusionPipeline:
             is_same = wanted_precision == precision
-            return (pipeline if is_same else load_base(config, wanted_precision, device)).to(device)
+            return (pipeline if is_same else frozen_base.load_base(config, wanted_precision, device)).to(device)
 
-        def draw(batch: ClassBatch) -> list[bytes]:
+        def draw(batch: class_images.ClassBatch) -> list[bytes]:
             size_px, should_stop = batch.images.size_px, context.should_stop
             return batch.files(partial(generate_images, drawing(), size_px=size_px, should_stop=should_stop))
 
         done = wanted - sum(map(len, lacking))
-        make_missing(context, "class_images", lacking, draw, ClassBatch.keep, size=len, done=done)
+        make_missing(context, "class_images", lacking, draw, class_images.ClassBatch.keep, size=len, done=done)
     return agreed(
         accelerator, lambda: usable_class_photos(folder, config, sets), lambda found: f"{len(found)} class images"
     )
 
 
-def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> tuple[Sets, list[ClassBatch]]:
+def planned(
+    folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]
+) -> tuple[Sets, list[class_images.ClassBatch]]:
     """The sets of the run beside the user's own images, and the batches to draw for them. The folder is made."""
     base_id = public_name(config.pretrained_model_name_or_path)
-    sets = [ClassImages(folder, config.class_prompt, base_id, config.seed, size) for size in sizes]
+    sets = [class_images.ClassImages(folder, config.class_prompt, base_id, config.seed, size) for size in sizes]
     paths = []
     if folder.is_dir():
         found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
         paths = [photo.path for photo in found]
     wanted = max(0, config.num_class_images - len(paths) + len(sets[0].generated(paths)))
-    counts = shares(sizes, wanted)
+    counts = class_images.shares(sizes, wanted)
     folder.mkdir(parents=True, exist_ok=True)
     clean_stale(folder)
     counted = [(images, counts[images.size_px]) for images in sets]

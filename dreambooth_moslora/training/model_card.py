@@ -20,17 +20,9 @@ from huggingface_hub import HfApi, ModelCardData
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
 from dreambooth_moslora.core import one_line, public_name
-from dreambooth_moslora.disk.run_folder import (
-    KOHYA_SUFFIX,
-    MIXERS_NAME,
-    PUBLISHED_NAME,
-    SIGNATURE,
-    TOKENS_SUFFIX,
-    RunDir,
-)
-from dreambooth_moslora.settings.families import DENOISERS, FAMILIES, Facts, facts_of_model
+from dreambooth_moslora.disk import run_folder
+from dreambooth_moslora.settings import families, table
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
-from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import BestStep
 
 if TYPE_CHECKING:
@@ -53,7 +45,7 @@ class CardFacts:
     best: BestStep | None = None
 
 
-def model_card(config: TrainConfig, facts: CardFacts) -> str:
+def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
     """The text of README.md: YAML front matter for the hub, then sections."""
     method = (
         "a MoSLoRA adapter (arXiv 2406.11909), folded into plain LoRA" if config.mixer != "none" else "a plain LoRA"
@@ -73,12 +65,12 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
         training_table(config, facts),
         f"## Proof\n\n{facts.proof.sentence()}.",
         score_table(facts),
-        f"{SIGNATURE} {__version__}.",
+        f"{run_folder.SIGNATURE} {__version__}.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def front_matter(config: TrainConfig, facts: CardFacts) -> str:
+def front_matter(config: table.TrainConfig, facts: CardFacts) -> str:
     """The card's YAML block for the hub."""
     known = {"base_model": facts.adapter.base_id} if "/" in facts.adapter.base_id else {}
     if facts.images:
@@ -94,31 +86,33 @@ def front_matter(config: TrainConfig, facts: CardFacts) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def prompts_of(config: TrainConfig) -> list[str]:
+def prompts_of(config: table.TrainConfig) -> list[str]:
     """The instance prompt of each subject."""
     return [subject.instance_prompt for subject in config.each_subject]
 
 
-def family_in(facts: CardFacts) -> Facts:
+def family_in(facts: CardFacts) -> families.Facts:
     """The family of the adapted denoiser."""
-    for model in (facts.adapter.structures.get(name) for name in DENOISERS):
+    for model in (facts.adapter.structures.get(name) for name in families.DENOISERS):
         if model:
-            return facts_of_model(model["class"], model["config"])
-    return FAMILIES[0]
+            return families.facts_of_model(model["class"], model["config"])
+    return families.FAMILIES[0]
 
 
-def usage(config: TrainConfig, facts: CardFacts) -> str:
+def usage(config: table.TrainConfig, facts: CardFacts) -> str:
     """How to load it; of DoRA, which programs read the kohya file as what."""
     base_id = facts.adapter.base_id if "/" in facts.adapter.base_id else "path/to/the/base"
     notes = facts.adapter.tokens
     prompt = spelled(prompts_of(config)[0], spellings_of({note["word"]: note["count"] for note in notes}))
     family = family_in(facts)
-    readers = f"`{facts.name}{KOHYA_SUFFIX}` is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
+    readers = (
+        f"`{facts.name}{run_folder.KOHYA_SUFFIX}` is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
+    )
     if family.denoiser != "unet":
         readers = "ComfyUI reads the same file."
     elif config.use_dora:
         many = "is for other programs, and with DoRA not the same adapter in all of them:"
-        readers = f"`{facts.name}{KOHYA_SUFFIX}` {many}\n\n{dora_table()}"
+        readers = f"`{facts.name}{run_folder.KOHYA_SUFFIX}` {many}\n\n{dora_table()}"
     dtype = "bfloat16" if family.style == "flow" else "float16"
     return f"""## Use
 
@@ -175,7 +169,7 @@ def with_strength(text: str, best: float, usable: tuple[float, float]) -> str:
     return kept.replace("## Training\n", f"{strength(best, usable)}\n\n## Training\n", 1)
 
 
-def training_table(config: TrainConfig, facts: CardFacts) -> str:
+def training_table(config: table.TrainConfig, facts: CardFacts) -> str:
     trained = "UNet and both text encoders" if config.train_text_encoder else "UNet"
     prior = f"{config.prior}, weight {config.prior_loss_weight}" if config.with_prior_preservation else "none"
     start = {"Began with": public_name(config.init_adapter)} if config.init_adapter else {}
@@ -211,7 +205,14 @@ def score_table(facts: CardFacts) -> str:
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_FILES = [PUBLISHED_NAME, MIXERS_NAME, f"*{KOHYA_SUFFIX}", f"*{TOKENS_SUFFIX}", "README.md", "image_*.png"]
+PUBLIC_FILES = [
+    run_folder.PUBLISHED_NAME,
+    run_folder.MIXERS_NAME,
+    f"*{run_folder.KOHYA_SUFFIX}",
+    f"*{run_folder.TOKENS_SUFFIX}",
+    "README.md",
+    "image_*.png",
+]
 
 
 def public_files(run_dir: Path) -> list[str]:
@@ -224,7 +225,7 @@ def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
     the hub cannot be reached or refuses, it logs a warning and returns None: the run is complete without it."""
     api = HfApi(token=token)
     try:
-        url = api.create_repo(repo_id or RunDir(run_dir).name, exist_ok=True)
+        url = api.create_repo(repo_id or run_folder.RunDir(run_dir).name, exist_ok=True)
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=run_dir,

@@ -20,9 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-Pointwise = Callable[[Tensor], Tensor]
+Pointwise = Callable[[torch.Tensor], torch.Tensor]
 """Differences (B, 4, h, w) -> the error at each position, same shape."""
 
 
@@ -32,14 +31,14 @@ class NoiseSchedule:
     `ddpm`, `edm` or `flow`; `prediction_type` is `epsilon`, `v_prediction` or `flow`; `sigma_data` is set for bases
     trained with EDM's own preconditioning (Playground v2.5), else None."""
 
-    sigmas: Tensor
-    timesteps: Tensor
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
     prediction_type: str = "epsilon"
     style: str = "ddpm"
     sigma_data: float | None = None
 
     @classmethod
-    def from_alphas(cls, alphas_cumprod: Tensor, prediction_type: str, style: str) -> "NoiseSchedule":
+    def from_alphas(cls, alphas_cumprod: torch.Tensor, prediction_type: str, style: str) -> "NoiseSchedule":
         """From cumulative products (T,) in (0, 1]; a zero (zero-terminal-SNR bases) gives an infinite sigma."""
         sigmas = (1 / alphas_cumprod.double() - 1).sqrt().float()
         return cls(sigmas, torch.arange(len(sigmas)), prediction_type, style)
@@ -51,7 +50,7 @@ class NoiseSchedule:
         """A copy whose tables are on `device`; indices into them must be there too."""
         return replace(self, sigmas=self.sigmas.to(device), timesteps=self.timesteps.to(device))
 
-    def signal_and_noise(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def signal_and_noise(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of x and n at `index` (B,), each (B, 1, 1, 1): sqrt(alpha) and sqrt(1 - alpha), or of a flow 1 - s
         and s; 0 and 1 where sigma is infinite."""
         sigma = self.sigmas[index].view(-1, 1, 1, 1)
@@ -61,7 +60,7 @@ class NoiseSchedule:
         signal = (1 + sigma**2).rsqrt()
         return signal, torch.where(sigma.isinf(), torch.ones_like(sigma), sigma * signal)
 
-    def snr(self, index: Tensor) -> Tensor:
+    def snr(self, index: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio (B,): alpha / (1 - alpha) = 1 / sigma²."""
         return self.sigmas[index] ** -2
 
@@ -70,13 +69,13 @@ class NoiseSchedule:
 class NoisySample:
     """Noisy latents: `unet_input` and `latents` (B, 4, h, w), `timesteps` (B,) for the UNet, `index` (B,)."""
 
-    unet_input: Tensor
-    latents: Tensor
-    timesteps: Tensor
-    index: Tensor
+    unet_input: torch.Tensor
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    index: torch.Tensor
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.unet_input, self.latents, self.timesteps, self.index
 
 
@@ -84,9 +83,9 @@ class NoisySample:
 class LossParts:
     """Scalars of one batch. `prior` is None when the batch has no prior images."""
 
-    total: Tensor
-    instance: Tensor
-    prior: Tensor | None
+    total: torch.Tensor
+    instance: torch.Tensor
+    prior: torch.Tensor | None
 
 
 def sample_timesteps(
@@ -96,7 +95,7 @@ def sample_timesteps(
     strategy: str = "none",
     multiplier: float = 1.0,
     portion: float = 0.25,
-) -> Tensor:
+) -> torch.Tensor:
     """Indices (count,) of noise levels, drawn with equal chances. Under a strategy, the noisiest (`later`) or
     the least noisy (`earlier`) `portion` of the levels is `multiplier` times as likely as the others, as in
     diffusers' `train_text_to_image_sdxl.py`."""
@@ -110,7 +109,7 @@ def sample_timesteps(
 
 def flow_levels(
     schedule: NoiseSchedule, count: int, generator: torch.Generator, scheme: str, mean: float, std: float, mode: float
-) -> Tensor:
+) -> torch.Tensor:
     """Indices (count,) of a flow's noise levels, drawn as diffusers' scripts do (Esser et al. 2024, section 3.1)."""
     if scheme == "logit_normal":
         drawn = torch.normal(mean, std, (count,), generator=generator).sigmoid()
@@ -121,7 +120,7 @@ def flow_levels(
     return (drawn * len(schedule)).long().clamp(max=len(schedule) - 1)
 
 
-def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+def offset_noise(noise: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
     """Noise (B, C, h, w) plus one draw per channel of each image, of standard deviation `strength`. The overall
     brightness and colour are then noised too, and so learnt (Guttenberg 2023, "Diffusion with Offset Noise"; kohya's
     and diffusers' `--noise_offset`). A strength of 0 draws nothing."""
@@ -130,7 +129,7 @@ def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> 
     return noise + strength * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
 
 
-def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> NoisySample:
+def add_noise(schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, index: torch.Tensor) -> NoisySample:
     """Mix latents and noise (B, 4, h, w) at noise levels `index` (B,), and scale the mix to unit variance."""
     timesteps = schedule.timesteps[index]
     signal, spread = schedule.signal_and_noise(index)
@@ -143,7 +142,9 @@ def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Te
     return NoisySample(noisy * scale, noisy, timesteps, index)
 
 
-def loss_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+def loss_target(
+    schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
     """What `prediction_of` should return, (B, 4, h, w): the noise, the velocity, or in EDM style the latents."""
     if schedule.style == "edm":
         return latents
@@ -155,7 +156,7 @@ def loss_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: 
     return signal * noise - spread * latents
 
 
-def prediction_of(schedule: NoiseSchedule, output: Tensor, noisy: NoisySample) -> Tensor:
+def prediction_of(schedule: NoiseSchedule, output: torch.Tensor, noisy: NoisySample) -> torch.Tensor:
     """The UNet's output (B, 4, h, w) unchanged; in EDM style, the clean latents which it implies."""
     if schedule.style != "edm":
         return output
@@ -170,7 +171,9 @@ def prediction_of(schedule: NoiseSchedule, output: Tensor, noisy: NoisySample) -
     return noisy.latents / (1 + sigma**2) - sigma * (1 + sigma**2).rsqrt() * output
 
 
-def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr_gamma: float | None) -> Tensor:
+def snr_weights(
+    schedule: NoiseSchedule, index: torch.Tensor, instance_count: int, snr_gamma: float | None
+) -> torch.Tensor:
     """Weights (B,) of the images' squared errors, as in diffusers' script: `index` (B,), instance images first. In
     EDM style the error of x is weighted by 1/sigma², or by 1 for EDM's own bases. Else weights are 1 without
     `snr_gamma`. With it (Hang et al. 2023) an instance image's noise is weighted by min(SNR, gamma)/SNR, its velocity
@@ -185,7 +188,7 @@ def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr
     return torch.cat([weights[:instance_count], torch.ones_like(weights[instance_count:])])
 
 
-def flow_weights(schedule: NoiseSchedule, index: Tensor, scheme: str) -> Tensor:
+def flow_weights(schedule: NoiseSchedule, index: torch.Tensor, scheme: str) -> torch.Tensor:
     """Weights (B,) of a flow's squared errors: 1, or those of `sigma_sqrt` and `cosmap` (Esser et al. 2024)."""
     share = schedule.signal_and_noise(index)[1].flatten()
     if scheme == "sigma_sqrt":
@@ -195,7 +198,7 @@ def flow_weights(schedule: NoiseSchedule, index: Tensor, scheme: str) -> Tensor:
     return torch.ones_like(share)
 
 
-def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
+def debiased_weights(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
     """Weights (B,) of the images' errors: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, with the SNR capped at
     1000. The error of the noise becomes the error of the latents that it implies, up to a power (Yu et al. 2023,
     "Debias the Training of Diffusion Models", arXiv 2310.08442). Like kohya's `--debiased_estimation_loss` it applies
@@ -205,7 +208,11 @@ def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
 
 
 def pointwise_error(
-    schedule: NoiseSchedule, index: Tensor, loss_type: str = "l2", huber_c: float = 0.1, huber_schedule: str = "snr"
+    schedule: NoiseSchedule,
+    index: torch.Tensor,
+    loss_type: str = "l2",
+    huber_c: float = 0.1,
+    huber_schedule: str = "snr",
 ) -> Pointwise:
     """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on each image's `index`
     (B,). With C = `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T), 1 where there is no noise;
@@ -225,12 +232,12 @@ def pointwise_error(
 
 
 def loss(
-    prediction: Tensor,
-    target: Tensor,
-    weights: Tensor,
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    weights: torch.Tensor,
     instance_count: int,
     prior_loss_weight: float = 1.0,
-    mask: Tensor | None = None,
+    mask: torch.Tensor | None = None,
     pointwise: Pointwise = torch.square,
 ) -> LossParts:
     """Mean error of the instance images and of the prior images, and their weighted sum, in fp32. prediction, target
@@ -245,8 +252,8 @@ def loss(
 
 
 def image_errors(
-    prediction: Tensor, target: Tensor, mask: Tensor | None, pointwise: Pointwise = torch.square
-) -> Tensor:
+    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, pointwise: Pointwise = torch.square
+) -> torch.Tensor:
     """Mean error (B,) of each image. Under a mask it is the weighted mean, so that a small subject counts in full.
     The mean is multiplied by the mask's largest weight: an image without the subject then counts no more than its
     positions do."""

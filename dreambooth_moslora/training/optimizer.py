@@ -25,17 +25,14 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 from prodigyopt import Prodigy
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dreambooth_moslora.adapters.moslora import adapter_parameters, mixer_parameters
 from dreambooth_moslora.core import UserError, is_number
-from dreambooth_moslora.settings.families import DENOISERS
-from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS, optimizer_of
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import families, optimizer_kinds, table
 
-Weights = tuple[nn.Parameter, ...]
+Weights = tuple[torch.nn.Parameter, ...]
 States = dict[str, Any]
 
 
@@ -80,7 +77,7 @@ class FlatProdigy(Prodigy):
                 torch._foreach_copy_([weight.detach() for weight in weights], parts_of(long.detach(), weights))
                 self._long[weights] = self.state.pop(long)
 
-    def _take(self, parameters: Sequence[list[nn.Parameter]]) -> None:
+    def _take(self, parameters: Sequence[list[torch.nn.Parameter]]) -> None:
         for group, own in zip(self.param_groups, parameters, strict=True):
             group["params"] = own
 
@@ -88,28 +85,28 @@ class FlatProdigy(Prodigy):
         """Give each parameter its states, as views of the long ones."""
         for weights, states in self._long.items():
             for name, value in states.items():
-                is_long = isinstance(value, Tensor) and value.dim() > 0
+                is_long = isinstance(value, torch.Tensor) and value.dim() > 0
                 each = parts_of(value, weights) if is_long else [value] * len(weights)
                 for weight, part in zip(weights, each, strict=True):
                     self.state[weight][name] = part.flatten() if is_long and name in ("s", "p0") else part
         self._long.clear()
 
 
-def long_parameter(weights: Weights) -> nn.Parameter:
+def long_parameter(weights: Weights) -> torch.nn.Parameter:
     """The weights concatenated into one parameter (n,), with their gradients."""
-    long = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
+    long = torch.nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
     long.grad = torch.cat([weight.grad.flatten() for weight in weights])
     return long
 
 
-def joined(weights: Weights, each: dict[nn.Parameter, States]) -> States:
+def joined(weights: Weights, each: dict[torch.nn.Parameter, States]) -> States:
     """The concatenated states of all weights, removed from `each`; {} before the first step. A weight that
     started at zero keeps one zero as its start, which is expanded here."""
     found = [each.pop(weight, {}) for weight in weights]
     long: States = {}
     for name, first in found[0].items():
         values = [states[name] for states in found]
-        if isinstance(first, Tensor):
+        if isinstance(first, torch.Tensor):
             sizes = [weight.numel() for weight in weights]
             pairs = zip(values, sizes, strict=True)
             long[name] = torch.cat([v.flatten() if v.dim() else v.expand(size) for v, size in pairs])
@@ -118,14 +115,17 @@ def joined(weights: Weights, each: dict[nn.Parameter, States]) -> States:
     return long
 
 
-def parts_of(long: Tensor, weights: Weights) -> list[Tensor]:
+def parts_of(long: torch.Tensor, weights: Weights) -> list[torch.Tensor]:
     """Views of `long` (n,) in the shapes of `weights`."""
     parts = long.split([weight.numel() for weight in weights])
     return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
 
 
 def parameter_groups(
-    config: TrainConfig, components: dict[str, nn.Module], world_size: int = 1, tokens: Sequence[nn.Parameter] = ()
+    config: table.TrainConfig,
+    components: dict[str, torch.nn.Module],
+    world_size: int = 1,
+    tokens: Sequence[torch.nn.Parameter] = (),
 ) -> list[dict]:
     """Groups of A and B, and of mixers, for the UNet and each text encoder, then of new tokens. Empty groups are left
     out. Weight decay would pull a mixer towards zero instead of its start, so mixers have none. In terms of LoRA+ a
@@ -134,9 +134,9 @@ def parameter_groups(
     lr_scale = config.gradient_accumulation_steps * config.train_batch_size * world_size if config.scale_lr else 1
     groups = []
     unet_lr = lr_scale * config.learning_rate
-    text_lr = unet_lr if optimizer_of(config).one_rate else config.text_encoder_lr or unet_lr
+    text_lr = unet_lr if optimizer_kinds.optimizer_of(config).one_rate else config.text_encoder_lr or unet_lr
     for name, module in components.items():
-        is_text = name not in DENOISERS
+        is_text = name not in families.DENOISERS
         lr = text_lr if is_text else unet_lr
         decay = config.adam_weight_decay_text_encoder if is_text else config.adam_weight_decay
         mixers = [p for _, p in mixer_parameters(module)]
@@ -150,15 +150,15 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def optimizer_kind(config: TrainConfig) -> str:
+def optimizer_kind(config: table.TrainConfig) -> str:
     """The optimizer's name. Optimizers of the same name read each other's states."""
-    is_8_bit = config.use_8bit_adam and optimizer_of(config).in_8_bit
+    is_8_bit = config.use_8bit_adam and optimizer_kinds.optimizer_of(config).in_8_bit
     return f"{config.optimizer}8bit" if is_8_bit else config.optimizer
 
 
-def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:
+def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
     """The optimizer of `config.optimizer`, by its row of the table. Raises UserError when its package is missing."""
-    kind = optimizer_of(config)
+    kind = optimizer_kinds.optimizer_of(config)
     is_8_bit = config.use_8bit_adam and kind.in_8_bit
     is_on_gpu = any(weight.device.type != "cpu" for group in groups for weight in group["params"])
     home = kind.in_8_bit if is_8_bit else kind.on_gpu if is_on_gpu and kind.on_gpu else kind.home
@@ -175,7 +175,7 @@ def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:
     return optimizer
 
 
-def make_lr_schedule(config: TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
+def make_lr_schedule(config: table.TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
     """A learning-rate schedule of diffusers by its name. It counts optimizer steps, whatever the number of processes.
     Raises UserError for an unknown name."""
     try:
@@ -207,11 +207,11 @@ def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, e
         if number not in pattern:
             raise ValueError(f"there is no parameter {number}")
         check_state(dict(leaves_of(state)), dict(leaves_of(pattern[number])), step, exact)
-    learns = {name for kind in OPTIMIZERS.values() for name in kind.learns}
+    learns = {name for kind in optimizer_kinds.OPTIMIZERS.values() for name in kind.learns}
     for fresh, kept in zip(groups, loaded, strict=True):
         for name in learns & kept.keys():
             value = kept[name]
-            fresh[name] = value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+            fresh[name] = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
             if not is_number(fresh[name]):
                 raise ValueError(f"{name} is not a number")
     return {"state": dense(states["state"]), "param_groups": groups}
@@ -243,7 +243,7 @@ def dense(value: Any) -> Any:
     """The same nested dicts and numbers; a file's tensor may have strides of 0, or share its memory with another."""
     if isinstance(value, Mapping):
         return {name: dense(part) for name, part in value.items()}
-    return value.detach().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+    return value.detach().clone(memory_format=torch.contiguous_format) if isinstance(value, torch.Tensor) else value
 
 
 def check_state(found: dict[str, Any], pattern: dict[str, Any], step: int, exact: bool) -> None:
@@ -252,17 +252,19 @@ def check_state(found: dict[str, Any], pattern: dict[str, Any], step: int, exact
     for name, expected in pattern.items():
         value = found[name]
         if name == "step":
-            taken = value.item() if isinstance(value, Tensor) and value.numel() == 1 and value.dim() == 0 else value
+            taken = (
+                value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 and value.dim() == 0 else value
+            )
             if not isinstance(taken, (int, float)) or not (taken == step if exact else 0 <= taken <= step):
                 raise ValueError(f"it has taken {taken} steps, not {step}")
-        elif isinstance(expected, Tensor):
+        elif isinstance(expected, torch.Tensor):
             check_tensor(name, value, expected)
         elif type(value) is not type(expected):
             raise ValueError(f"{name} is a {type(value).__name__}")
 
 
-def check_tensor(name: str, value: object, expected: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.dtype != expected.dtype or value.layout != expected.layout:
+def check_tensor(name: str, value: object, expected: torch.Tensor) -> None:
+    if not isinstance(value, torch.Tensor) or value.dtype != expected.dtype or value.layout != expected.layout:
         raise ValueError(f"{name} is no tensor of {expected.dtype}")
     is_start = name == NOT_SET and value.dim() == 0
     if value.shape != expected.shape and not is_start and not (name == NOT_SET and expected.dim() == 0):
@@ -275,7 +277,7 @@ class MovingAverage:
     """The exponential average of `parameters`, as diffusers' `EMAModel`: at step n it reaches about n/9 steps back, so
     that a run of a few hundred steps does not average in its start."""
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float):
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
         self.parameters, self.decay = parameters, decay
         self._mean = copies(parameters)
 
@@ -285,21 +287,21 @@ class MovingAverage:
         decay = min(self.decay, (1 + before) / (10 + before)) if before else 0.0
         torch._foreach_lerp_(self._mean, list(self.parameters), 1 - decay)
 
-    def values(self) -> list[Tensor]:
+    def values(self) -> list[torch.Tensor]:
         return self._mean
 
 
 class ScheduleFreeAverage:
     """x of the schedule-free optimizer. In training its parameters are y = (1 - beta1)·z + beta1·x."""
 
-    def __init__(self, parameters: list[nn.Parameter], optimizer: Optimizer):
+    def __init__(self, parameters: list[torch.nn.Parameter], optimizer: Optimizer):
         self.parameters, self.optimizer = parameters, optimizer
 
     def update(self, step: int) -> None:
         """Does nothing: the optimizer updates x."""
 
     @torch.no_grad()
-    def values(self) -> list[Tensor]:
+    def values(self) -> list[torch.Tensor]:
         """x of each parameter, in its shape. One that took no step has no z and is its own average."""
         beta1 = self.optimizer.param_groups[0]["betas"][0]
         ahead = [self.optimizer.state[p].get("z", p) for p in self.parameters]
@@ -307,15 +309,15 @@ class ScheduleFreeAverage:
 
 
 def average_of(
-    config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer
+    config: table.TrainConfig, parameters: list[torch.nn.Parameter], optimizer: Optimizer
 ) -> MovingAverage | ScheduleFreeAverage | None:
-    if optimizer_of(config).averages:
+    if optimizer_kinds.optimizer_of(config).averages:
         return ScheduleFreeAverage(parameters, optimizer)
     return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
 
 
 @contextmanager
-def lent(average: MovingAverage | ScheduleFreeAverage | None, parameters: list[nn.Parameter]) -> Iterator[None]:
+def lent(average: MovingAverage | ScheduleFreeAverage | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
     """For the length of the block the parameters hold the average; afterwards their own bits return. Do not nest."""
     if average is None:
         yield
@@ -328,11 +330,11 @@ def lent(average: MovingAverage | ScheduleFreeAverage | None, parameters: list[n
         put(own, parameters)
 
 
-def copies(parameters: list[nn.Parameter]) -> list[Tensor]:
+def copies(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     return [p.detach().clone() for p in parameters]
 
 
 @torch.no_grad()
-def put(values: list[Tensor], parameters: list[nn.Parameter]) -> None:
+def put(values: list[torch.Tensor], parameters: list[torch.nn.Parameter]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -23,15 +23,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
 
-from dreambooth_moslora.base import load
-from dreambooth_moslora.base.families import Family
+from dreambooth_moslora.base import families, load
 from dreambooth_moslora.core import UserError, content_key, file_digest, place_of, rng
 from dreambooth_moslora.photos.folder import shuffled_captions
 from dreambooth_moslora.photos.photo import CropPlan, CropRule, Photo, apply_crop, nearest_shape, open_mask, open_rgb
-from dreambooth_moslora.settings.subjects import stream_of
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import subjects, table
 from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
 
 Size = tuple[int, int]
@@ -44,9 +41,9 @@ View = tuple[int, int, Size]
 class EncodedView:
     """One crop of one photo: `latents` (4, h, w), `time_ids` (6,), and `mask` (1, h, w), the loss weights, or None."""
 
-    latents: Tensor
-    time_ids: Tensor
-    mask: Tensor | None
+    latents: torch.Tensor
+    time_ids: torch.Tensor
+    mask: torch.Tensor | None
 
 
 class PhotoEncoder:
@@ -54,12 +51,12 @@ class PhotoEncoder:
 
     def __init__(
         self,
-        vae: nn.Module,
+        vae: torch.nn.Module,
         cache: TensorCache | None,
         rule: CropRule,
         readers: int = 0,
         unmasked_weight: float = 0.0,
-        family: Family = load.SDXL_FAMILY,
+        family: families.Family = load.SDXL_FAMILY,
     ):
         """Without a cache, `readers` threads open and crop photos ahead of time."""
         self.vae, self.cache, self.rule, self.unmasked_weight = vae, cache, rule, unmasked_weight
@@ -127,7 +124,7 @@ def load_crop(photo: Photo, plan: CropPlan, interpolation: str) -> tuple[Image.I
     return image, None if mask is None else apply_crop(mask, plan, "bilinear")
 
 
-def pixels_of(image: Image.Image) -> Tensor:
+def pixels_of(image: Image.Image) -> torch.Tensor:
     """RGB picture -> (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
@@ -285,7 +282,7 @@ class SubjectStreams:
         return [view for stream in self.streams for view in stream.views_ahead(share)]
 
 
-def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEncoder) -> SubjectStreams:
+def instance_streams(config: table.TrainConfig, photos: list[Photo], encoder: PhotoEncoder) -> SubjectStreams:
     """The streams of the subjects' photos. With buckets, a batch shows one subject, as it needs one size. When photos
     of one subject are left out by name, the other photos take their turns, each equally often. Runs without different
     photos then differ only in those turns: order, crops and noise of all other turns are the same."""
@@ -297,19 +294,19 @@ def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEnc
         own = [photo for photo in photos if photo.subject == number]
         shuffled = [replace(photo, captions=shuffled_captions(subject, photo.captions)) for photo in own]
         varied = (config.repeats, config.caption_dropout, config.train_batch_size)
-        name, share = stream_of("instance", number), subject.bare_share
+        name, share = subjects.stream_of("instance", number), subject.bare_share
         streams.append(PhotoStream(shuffled, encoder, config.seed, name, *varied, bare_share=share))
     return SubjectStreams(streams, config.seed, config.train_batch_size if config.enable_bucket else 1)
 
 
 def prior_streams(
-    config: TrainConfig, class_photos: list[list[Photo]], encoder: PhotoEncoder, instance: SubjectStreams
+    config: table.TrainConfig, class_photos: list[list[Photo]], encoder: PhotoEncoder, instance: SubjectStreams
 ) -> SubjectStreams:
     """The streams of class images: beside each sample one of its class; with buckets, of the same size."""
     streams = []
     for number, (photos, own) in enumerate(zip(class_photos, instance.streams, strict=True)):
         beside = own if config.enable_bucket else None
-        streams.append(PhotoStream(photos, encoder, config.seed, stream_of("prior", number), beside=beside))
+        streams.append(PhotoStream(photos, encoder, config.seed, subjects.stream_of("prior", number), beside=beside))
     return SubjectStreams(streams, config.seed, instance.run)
 
 
@@ -318,10 +315,10 @@ class TrainBatch:
     """`latents` (B, 4, h, w), `time_ids` (B, 6), `mask` (B, 1, h, w) or None, `prompts` (B), all on the CPU. The
     first `instance_count` images are the subject's, the others are prior images."""
 
-    latents: Tensor
-    time_ids: Tensor
+    latents: torch.Tensor
+    time_ids: torch.Tensor
     instance_count: int
-    mask: Tensor | None
+    mask: torch.Tensor | None
     prompts: list[str]
 
     def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
@@ -351,7 +348,7 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
     )
 
 
-def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:
+def move_together(tensors: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor | None]:
     """The CPU tensors, of any shapes, on `device`, by one transfer; None stays None. Only a transfer to CUDA is
     asynchronous, from pinned memory. Apple's GPUs would read a buffer that is freed. They travel as fp32, which holds
     integers up to 2**24 and all half-precision numbers exactly."""

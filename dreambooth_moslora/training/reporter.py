@@ -17,9 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from dreambooth_moslora.core import StopRequestedError, UserError, atomic_write, one_line
-from dreambooth_moslora.disk import events
-from dreambooth_moslora.disk.processes import peak_memory_gib
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.plan.processes import any_process, on_each
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 
@@ -38,7 +36,9 @@ class Reporter:
     fails. Of several, the main one keeps it until all meet, and `raise_failure` then raises it: alone it would leave
     the others waiting."""
 
-    def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[events.Event], None] | None):
+    def __init__(
+        self, run_dir: run_folder.RunDir, accelerator: Accelerator, on_event: Callable[[events.Event], None] | None
+    ):
         self.run_dir, self.accelerator, self.on_event = run_dir, accelerator, on_event
         self.step = 0
         self.failure: Exception | None = None
@@ -148,14 +148,14 @@ def memory_gib(device: torch.device) -> float | None:
     """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    return peak_memory_gib()
+    return processes.peak_memory_gib()
 
 
 @dataclass(frozen=True)
 class RunContext:
     """`should_stop` says whether this process was asked to stop."""
 
-    run_dir: RunDir
+    run_dir: run_folder.RunDir
     accelerator: Accelerator
     report: Reporter
     should_stop: Callable[[], bool]

@@ -20,34 +20,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dreambooth_moslora.adapters import metadata, new_tokens, published_file, raw_file
 from dreambooth_moslora.adapters.basis import write_mixers
-from dreambooth_moslora.adapters.metadata import RESUMED, AdapterMetadata, with_told
-from dreambooth_moslora.adapters.new_tokens import notes_of, prove_tokens
 from dreambooth_moslora.adapters.proof import Proof
-from dreambooth_moslora.adapters.published_file import publish
-from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import StopRequestedError, UserError, atomic_directory, atomic_write, public_name, seed_of
-from dreambooth_moslora.disk.events import SamplesDrawn, StepDone, StepEvaluated, events_of
-from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RunDir, pictures_named
+from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, UnreadableImageError, open_image, open_rgb, to_rgb
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.plan.processes import on_main, share_out
-from dreambooth_moslora.settings.measures import curves
-from dreambooth_moslora.settings.prompts import (
-    class_word_of,
-    context_prompts,
-    together_prompts,
-    trigger_words,
-    validation_prompts,
-)
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import measures, prompts, table
+from dreambooth_moslora.training import class_images, explain, prepare
 from dreambooth_moslora.training.checkpoint import trained_modules
-from dreambooth_moslora.training.class_images import are_draws
-from dreambooth_moslora.training.explain import BestStep
 from dreambooth_moslora.training.model_card import CardFacts, model_card, push
-from dreambooth_moslora.training.prepare import TrainInputs
 from dreambooth_moslora.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -63,7 +49,7 @@ Shown = tuple[SampleRequest, Image.Image]
 class ValidationSamples:
     """`requests` are drawn at each sampling step, `contexts` once at the end. Both are empty without a prompt."""
 
-    run_dir: RunDir
+    run_dir: run_folder.RunDir
     requests: list[SampleRequest]
     contexts: list[SampleRequest]
     every_steps: int
@@ -71,11 +57,11 @@ class ValidationSamples:
     latest_step: int = 0
 
     @classmethod
-    def of(cls, config: TrainConfig, run_dir: RunDir, steps_per_epoch: int) -> "ValidationSamples":
-        prompts = validation_prompts(config)
+    def of(cls, config: table.TrainConfig, run_dir: run_folder.RunDir, steps_per_epoch: int) -> "ValidationSamples":
+        wanted = prompts.validation_prompts(config)
         seeds = [seed_of(config.seed, "sample", number) % 2**32 for number in range(config.sample_count)]
-        requests = [SampleRequest(prompt, seed) for prompt in prompts for seed in seeds]
-        contexts = [SampleRequest(p, seeds[0]) for p in context_prompts(config)] if requests else []
+        requests = [SampleRequest(prompt, seed) for prompt in wanted for seed in seeds]
+        contexts = [SampleRequest(p, seeds[0]) for p in prompts.context_prompts(config)] if requests else []
         every = config.validation_steps or config.validation_epochs * steps_per_epoch
         return cls(run_dir, requests, contexts, every)
 
@@ -87,7 +73,7 @@ class ValidationSamples:
     def is_due(self, step: int, last_step: int) -> bool:
         return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
 
-    def draw(self, step: int, sampler: Sampler, accelerator: Accelerator) -> SamplesDrawn:
+    def draw(self, step: int, sampler: Sampler, accelerator: Accelerator) -> events.SamplesDrawn:
         """Draw `samples/step_000100_0.png` …, shared out to the processes; the main process saves them. Returns their
         event. Raises StopRequestedError from the sampler; pictures drawn before are kept."""
         self.latest, self.latest_step = [], step
@@ -95,8 +81,8 @@ class ValidationSamples:
             self.latest.append(picture)
             on_main(accelerator, partial(self.save, self.path(step, number), picture))
         files = [str(self.path(step, n).relative_to(self.run_dir.path)) for n in range(len(self.requests))]
-        prompts = [request.prompt for request in self.requests]
-        return SamplesDrawn(step, files, prompts, [request.seed for request in self.requests])
+        drawn = [request.prompt for request in self.requests]
+        return events.SamplesDrawn(step, files, drawn, [request.seed for request in self.requests])
 
     def path(self, step: int, number: int) -> Path:
         return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
@@ -122,7 +108,9 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def draw_loss_plot(steps: Sequence[StepDone], path: Path, evaluations: Sequence[StepEvaluated] = ()) -> None:
+def draw_loss_plot(
+    steps: Sequence[events.StepDone], path: Path, evaluations: Sequence[events.StepEvaluated] = ()
+) -> None:
     """Write a PNG with the loss, and with the scores if there are evaluations. The loss of single steps is noisy, as
     each draws its own noise levels, so a running mean is drawn over it."""
     panels = 2 if evaluations else 1
@@ -145,10 +133,10 @@ def draw_loss_plot(steps: Sequence[StepDone], path: Path, evaluations: Sequence[
     atomic_write(path, buffer.getvalue())
 
 
-def draw_fidelity(axes: Axes, evaluations: Sequence[StepEvaluated]) -> None:
+def draw_fidelity(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> None:
     """Draw likeness, prompt, copies and score; a line marks the best step."""
     at = [event.step for event in evaluations]
-    for key, label in curves().items():
+    for key, label in measures.curves().items():
         values = [event.scores.get(key, np.nan) for event in evaluations]
         if np.isfinite(values).any():
             axes.plot(at, values, "o-", markersize=3, linewidth=2 if key == "score" else 1, label=label)
@@ -164,9 +152,9 @@ class Publisher:
 
     def __init__(
         self,
-        config: TrainConfig,
-        run_dir: RunDir,
-        inputs: TrainInputs,
+        config: table.TrainConfig,
+        run_dir: run_folder.RunDir,
+        inputs: prepare.TrainInputs,
         train_step: TrainStep,
         samples: ValidationSamples,
         sampler: Sampler,
@@ -180,7 +168,7 @@ class Publisher:
         self.tokens = self.learnt.tokens if self.learnt else ()
         self.facts = facts_of(config, inputs, train_step, checkpoint)
         self.scores: dict[str, float] = {}
-        self.best: BestStep | None = None
+        self.best: explain.BestStep | None = None
 
     def keep_best(self) -> None:
         """Write the current adapter to `best/`, loadable like the final one, completely or not at all."""
@@ -204,7 +192,7 @@ class Publisher:
         """Write what shows the adapter, and push it."""
         config, run_dir = self.config, self.run_dir
         best = self.best if run_dir.best_dir.is_dir() else None
-        adapter, step = replace(self.facts, tokens=notes_of(self.tokens, run_dir.name)), self.train_step.step
+        adapter, step = replace(self.facts, tokens=new_tokens.notes_of(self.tokens, run_dir.name)), self.train_step.step
         facts = CardFacts(run_dir.name, step, self.max_train_steps, adapter, proof, scores=self.scores, best=best)
         drawn = list(zip(self.samples.requests, self.samples.latest))
         write_card(config, run_dir, facts, drawn, contexts)
@@ -213,7 +201,7 @@ class Publisher:
                 push(run_dir.path, config.hub_model_id, config.hub_token)
         finally:
             records = run_dir.read_metrics()
-            steps, scored = events_of(StepDone, records), events_of(StepEvaluated, records)
+            steps, scored = events.events_of(events.StepDone, records), events.events_of(events.StepEvaluated, records)
             if steps:
                 draw_loss_plot(steps, run_dir.loss_plot_path, scored)
             if drawn:
@@ -223,58 +211,60 @@ class Publisher:
         components, name, step = self.train_step.components, self.run_dir.name, self.train_step.step
         facts = replace(self.facts, step=None if step == self.max_train_steps else step)
         if self.learnt is None:
-            proof = publish(components, folder, name, facts)
+            proof = published_file.publish(components, folder, name, facts)
             if self.config.basis:
-                write_mixers(folder / MIXERS_NAME, components["unet"], facts)
+                write_mixers(folder / run_folder.MIXERS_NAME, components["unet"], facts)
             return proof
-        attached, prompts = self.learnt.attached, [one.instance_prompt for one in self.config.each_subject]
-        prove = lambda paths: prove_tokens(paths, attached, prompts)  # noqa: E731
-        return publish(components, folder, name, facts, tokens=self.tokens, prove=prove)
+        attached, bare = self.learnt.attached, [one.instance_prompt for one in self.config.each_subject]
+        prove = lambda paths: new_tokens.prove_tokens(paths, attached, bare)  # noqa: E731
+        return published_file.publish(components, folder, name, facts, tokens=self.tokens, prove=prove)
 
 
 def facts_of(
-    config: TrainConfig, inputs: TrainInputs, train_step: TrainStep, checkpoint: Path | None
-) -> AdapterMetadata:
+    config: table.TrainConfig, inputs: prepare.TrainInputs, train_step: TrainStep, checkpoint: Path | None
+) -> metadata.AdapterMetadata:
     """The metadata that the adapter files contain."""
-    facts = adapter_metadata(
+    facts = raw_file.adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
         base_architecture=architecture(inputs.denoiser),
-        trigger_words=trigger_words(config),
-        class_word=class_word_of(config),
+        trigger_words=prompts.trigger_words(config),
+        class_word=prompts.class_word_of(config),
         resolution_px=config.resolution,
     )
-    prompts = tuple(one.instance_prompt for one in config.each_subject) if len(config.subjects) > 1 else ()
+    bare = tuple(one.instance_prompt for one in config.each_subject) if len(config.subjects) > 1 else ()
     basis = inputs.basis.note if inputs.basis else {}
     accelerator = train_step.accelerator
     processes = accelerator.num_processes if accelerator.num_processes > 1 else None
     if accelerator.mixed_precision != "no":  # perhaps from `accelerate config`
         config = replace(config, mixed_precision=accelerator.mixed_precision)
-    facts = with_told(config, replace(facts, subject_prompts=prompts, basis=basis, processes=processes))
-    if inputs.prior and not are_draws(inputs.prior.photos, config.seed):  # another run's, or the user's own
+    facts = metadata.with_told(config, replace(facts, subject_prompts=bare, basis=basis, processes=processes))
+    if inputs.prior and not class_images.are_draws(
+        inputs.prior.photos, config.seed
+    ):  # another run's, or the user's own
         facts = replace(facts, withheld=tuple(dict.fromkeys((*facts.withheld, "class_data_dir"))))
     if checkpoint is not None and settings_in(trained_modules(checkpoint)[0]) != settings_in(facts):
-        facts = replace(facts, withheld=(*facts.withheld, RESUMED))
+        facts = replace(facts, withheld=(*facts.withheld, metadata.RESUMED))
     return facts
 
 
-def settings_in(facts: AdapterMetadata) -> list[object]:
+def settings_in(facts: metadata.AdapterMetadata) -> list[object]:
     """What a resumed run must share with its checkpoint, so that a run from the start gives the same weights."""
     stored = json.loads(facts.to_json())
     return [stored.get(name) for name in ("recipe", "public", "withheld", "processes")]
 
 
 def write_card(
-    config: TrainConfig, run_dir: RunDir, facts: CardFacts, drawn: list[Shown], contexts: list[Shown]
+    config: table.TrainConfig, run_dir: run_folder.RunDir, facts: CardFacts, drawn: list[Shown], contexts: list[Shown]
 ) -> None:
     """Write README.md and its pictures, image_0.png and on: with one subject a few, with several one of each and of
     pairs. Old pictures go first and new ones come last: a card names every picture at all times."""
     pictures = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *contexts]
     if len(config.subjects) > 1:
         first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
-        pairs = together_prompts(config)
+        pairs = prompts.together_prompts(config)
         pictures = [*reversed(first_of_each.values()), *(shown for shown in contexts if shown[0].prompt in pairs)]
-    for stale in pictures_named(run_dir.read_card() or ""):
+    for stale in run_folder.pictures_named(run_dir.read_card() or ""):
         (run_dir.path / stale).unlink(missing_ok=True)
     names = [(f"image_{number}.png", request.prompt) for number, (request, _) in enumerate(pictures)]
     atomic_write(run_dir.card_path, model_card(config, replace(facts, images=tuple(names))))
@@ -283,7 +273,7 @@ def write_card(
 
 
 def sheet_rows(
-    config: TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Shown]
+    config: table.TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Shown]
 ) -> list[Row]:
     """The contact sheet: each subject's photos, its pictures of step 0 and of the end with the same seeds, and new
     contexts; then prompts with two subjects. It is never uploaded, as it shows the photos."""
@@ -292,7 +282,9 @@ def sheet_rows(
     for number, subject in enumerate(config.each_subject):
         own = [photo for photo in photos if photo.subject == number]
         name = f" of “{subject.instance_prompt}”" if config.subjects else ""
-        asked = [n for n, request in enumerate(samples.requests) if request.prompt in validation_prompts(subject)]
+        asked = [
+            n for n, request in enumerate(samples.requests) if request.prompt in prompts.validation_prompts(subject)
+        ]
         captions = tuple(samples.requests[n].prompt for n in asked)
         rows += [
             Row(f"The photos{name}", readable(own[:6])),
@@ -302,9 +294,11 @@ def sheet_rows(
                 [samples.latest[n] for n in asked if n < len(samples.latest)],
                 captions,
             ),
-            row_of("New contexts", [shown for shown in contexts if shown[0].prompt in context_prompts(subject)]),
+            row_of(
+                "New contexts", [shown for shown in contexts if shown[0].prompt in prompts.context_prompts(subject)]
+            ),
         ]
-    pairs = together_prompts(config)
+    pairs = prompts.together_prompts(config)
     return [*rows, row_of("Two subjects in one prompt", [shown for shown in contexts if shown[0].prompt in pairs])]
 
 

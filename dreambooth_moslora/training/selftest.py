@@ -35,17 +35,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageStat
-from torch import nn
 
-from dreambooth_moslora.base.families import Family, Text, in_dtype
-from dreambooth_moslora.base.load import SDXL_FAMILY
+from dreambooth_moslora.base import families, load
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.processes import keep_freed_memory, peak_memory_gib
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.photo_stream import EncodedView, TrainBatch, collate
-from dreambooth_moslora.training.prepare import noise_schedule
+from dreambooth_moslora.training import photo_stream, prepare
 from dreambooth_moslora.training.step import TrainStep
 
 SIZES = ("sdxl", "small")
@@ -76,10 +72,10 @@ def random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditi
     return made(lambda: UNet2DConditionModel(**options), dtype)
 
 
-def made(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+def made(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
     """Build on the meta device, then fill: the modules' own initialisation of billions of numbers takes minutes."""
     with torch.device("meta"):
-        module = nn.Module.to(build(), dtype)
+        module = torch.nn.Module.to(build(), dtype)
     module.to_empty(device="cpu")
     noise = torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0)).to(dtype)  # odd: no two rows are equal
     for part in module.modules():
@@ -88,7 +84,7 @@ def made(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
 
 
 @torch.no_grad()
-def fill(module: nn.Module, noise: torch.Tensor) -> None:
+def fill(module: torch.nn.Module, noise: torch.Tensor) -> None:
     """Norms become 1 and 0, biases 0, matrices random, and buffers what their module computes."""
     for name, parameter in module.named_parameters(recurse=False):
         if name == "bias":
@@ -111,22 +107,22 @@ class RandomMaterials:
 
     pipeline: SimpleNamespace
     schedule: object
-    view: EncodedView
-    text: Text
-    family: Family = SDXL_FAMILY
+    view: photo_stream.EncodedView
+    text: families.Text
+    family: families.Family = load.SDXL_FAMILY
     dtype: torch.dtype = torch.bfloat16
     start: None = None
     text_products: None = None
     basis: None = None
 
-    def batch_at(self, micro_batch: int, size: int, next_micro_batch: int = 0) -> TrainBatch:
-        return collate([(self.view, "a photo of sks dog")] * size, size)
+    def batch_at(self, micro_batch: int, size: int, next_micro_batch: int = 0) -> photo_stream.TrainBatch:
+        return photo_stream.collate([(self.view, "a photo of sks dog")] * size, size)
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
         return self.pipeline.unet
 
-    def prompt_embeds(self, prompts: list[str]) -> list[Text]:
+    def prompt_embeds(self, prompts: list[str]) -> list[families.Text]:
         """The same random text for every prompt."""
         return [self.text] * len(prompts)
 
@@ -139,8 +135,8 @@ def random_materials(size: str, resolution_px: int) -> RandomMaterials:
     embeds, pooled = torch.randn(77, sum(widths)).bfloat16(), torch.randn(widths[1]).bfloat16()
     return RandomMaterials(
         SimpleNamespace(unet=random_unet(size)),
-        noise_schedule(scheduler),
-        EncodedView(torch.randn(4, side, side), ids, None),
+        prepare.noise_schedule(scheduler),
+        photo_stream.EncodedView(torch.randn(4, side, side), ids, None),
         {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled},
     )
 
@@ -164,13 +160,13 @@ def measure(size: str, config: TrainConfig) -> dict[str, float]:
 
     found["step_sec"] = second_of(step, accelerator.device)
     is_gpu = accelerator.device.type == "cuda"
-    return found | {"peak_gib": torch.cuda.max_memory_allocated() / GIB if is_gpu else peak_memory_gib()}
+    return found | {"peak_gib": torch.cuda.max_memory_allocated() / GIB if is_gpu else processes.peak_memory_gib()}
 
 
 def floor_step(materials: RandomMaterials, config: TrainConfig, device: torch.device) -> Callable[[], None]:
     """One forward pass of the frozen UNet in training mode and its input's gradient: the lower bound of a step."""
     unet, batch = materials.pipeline.unet.train(), materials.batch_at(0, config.train_batch_size)
-    texts = [in_dtype(text, device, materials.dtype) for text in materials.prompt_embeds(batch.prompts)]
+    texts = [families.in_dtype(text, device, materials.dtype) for text in materials.prompt_embeds(batch.prompts)]
     words, sizes, times = (
         materials.family.arguments(texts),
         batch.time_ids.to(device),
@@ -203,7 +199,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     args = parser.parse_args()
-    keep_freed_memory()
+    processes.keep_freed_memory()
     config = TrainConfig(
         instance_data_dir=".",
         instance_prompt="a photo of sks dog",
@@ -320,10 +316,10 @@ class SelfTest:
         said = "{step_sec:.2f} s at {} px, the floor {floor_sec:.2f} s, peak {peak_gib:.1f} GiB ({}); {}"
         return Finding("step", True, said.format(px, plan, told, **found), {**found, **needs})
 
-    def run(self, name: str) -> RunDir:
-        return RunDir(self.folder / name)
+    def run(self, name: str) -> run_folder.RunDir:
+        return run_folder.RunDir(self.folder / name)
 
-    def train(self, name: str, **changes) -> RunDir:
+    def train(self, name: str, **changes) -> run_folder.RunDir:
         settings = {
             "pretrained_model_name_or_path": "toy",
             "instance_data_dir": self.photos,
@@ -353,7 +349,7 @@ class SelfTest:
         return done.stdout
 
 
-def losses(run: RunDir) -> list[float]:
+def losses(run: run_folder.RunDir) -> list[float]:
     return [event["loss"] for event in run.read_metrics() if event["type"] == "step"]
 
 

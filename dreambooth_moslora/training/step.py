@@ -20,24 +20,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dreambooth_moslora.adapters.fast_linear import WorkingCopies
-from dreambooth_moslora.adapters.moslora import adapter_parameters, lora_layers, switched_off
-from dreambooth_moslora.base.families import Text, block_classes, in_dtype
-from dreambooth_moslora.base.load import encode_text
+from dreambooth_moslora.adapters import fast_linear, moslora
+from dreambooth_moslora.base import families, load
 from dreambooth_moslora.core import StopRequestedError, UserError, generator, is_out_of_memory, one_line, rng, seed_of
-from dreambooth_moslora.plan.memory import Speed, speed_of
-from dreambooth_moslora.plan.processes import mean_over
+from dreambooth_moslora.plan import memory, processes
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import objective
-from dreambooth_moslora.training.adapters import LearntTokens, add_adapters, trained_modules
+from dreambooth_moslora.training import adapters, objective, photo_stream, prepare
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
-from dreambooth_moslora.training.objective import LossParts, NoisySample
 from dreambooth_moslora.training.optimizer import average_of, lent, make_lr_schedule, make_optimizer, parameter_groups
-from dreambooth_moslora.training.photo_stream import TrainBatch, move_together
-from dreambooth_moslora.training.prepare import TrainInputs
 
 
 def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:
@@ -51,21 +43,21 @@ class Rows:
     """B images for the denoiser: noisy latents, their `texts` and `prompts` (B), `time_ids` (B, 6) with sizes and
     crops."""
 
-    noisy: NoisySample
-    texts: tuple[Text, ...]
-    time_ids: Tensor
+    noisy: objective.NoisySample
+    texts: tuple[families.Text, ...]
+    time_ids: torch.Tensor
     prompts: tuple[str, ...]
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
         """Concatenate the rows of several parts, in their order."""
-        noisy = NoisySample(*map(torch.cat, zip(*(part.noisy.tensors for part in parts), strict=True)))
+        noisy = objective.NoisySample(*map(torch.cat, zip(*(part.noisy.tensors for part in parts), strict=True)))
         texts, prompts = (tuple(one for part in parts for one in getattr(part, name)) for name in ("texts", "prompts"))
         return cls(noisy, texts, torch.cat([part.time_ids for part in parts]), prompts)
 
     def after(self, count: int) -> "Rows":
         """Without the first `count`."""
-        noisy = NoisySample(*(tensor[count:] for tensor in self.noisy.tensors))
+        noisy = objective.NoisySample(*(tensor[count:] for tensor in self.noisy.tensors))
         return Rows(noisy, self.texts[count:], self.time_ids[count:], self.prompts[count:])
 
 
@@ -73,10 +65,10 @@ class Rows:
 class MicroBatch:
     """`target` (B, 4, h, w) and `mask` (B, 1, h, w), or None. With the base as prior its answer is half the target."""
 
-    batch: TrainBatch
+    batch: photo_stream.TrainBatch
     rows: Rows
-    target: Tensor
-    mask: Tensor | None
+    target: torch.Tensor
+    mask: torch.Tensor | None
 
 
 logger = logging.getLogger(__name__)
@@ -102,34 +94,38 @@ class TrainStep:
     def __init__(
         self,
         config: TrainConfig,
-        inputs: TrainInputs,
+        inputs: prepare.TrainInputs,
         accelerator: Accelerator,
         max_train_steps: int,
         checkpoint: Path | None = None,
         step: int = 0,
     ):
         self.config, self.inputs, self.accelerator, self.step = config, inputs, accelerator, step
-        speed = speed_of(config, accelerator.device.type, max_train_steps - step)
+        speed = memory.speed_of(config, accelerator.device.type, max_train_steps - step)
         make_convolutions_fast(inputs.denoiser, speed)
         self.class_prompts = [subject.class_prompt for subject in config.each_subject]
-        self.components = trained_modules(config, inputs.family.facts, inputs.pipeline)
-        add_adapters(config, self.components, checkpoint, start=inputs.start, basis=inputs.basis)
+        self.components = adapters.trained_modules(config, inputs.family.facts, inputs.pipeline)
+        adapters.add_adapters(config, self.components, checkpoint, start=inputs.start, basis=inputs.basis)
         inputs.start = None  # free its tensors
         self.compiled = []  # the transformer blocks that are compiled at their first call
         if speed.compiled:
             denoiser = inputs.denoiser
-            self.compiled = [block for block in denoiser.modules() if type(block).__name__ in block_classes(denoiser)]
+            self.compiled = [
+                block for block in denoiser.modules() if type(block).__name__ in families.block_classes(denoiser)
+            ]
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for block in self.compiled:
                 block.compile(backend=BACKEND)
         if accelerator.is_main_process and (speed.compiled or speed.channels_last):
             logger.warning("%s", speed.sentence())
-        self.parameters = [p for module in self.components.values() for _, p in adapter_parameters(module)]
-        self.copies = WorkingCopies(*self.components.values())
-        self.lora_layers = [layer for module in self.components.values() for layer in lora_layers(module)]
-        self.learnt: LearntTokens | None = None
+        self.parameters = [p for module in self.components.values() for _, p in moslora.adapter_parameters(module)]
+        self.copies = fast_linear.WorkingCopies(*self.components.values())
+        self.lora_layers = [layer for module in self.components.values() for layer in moslora.lora_layers(module)]
+        self.learnt: adapters.LearntTokens | None = None
         if config.train_text_encoder_ti:
-            self.learnt = LearntTokens(config, inputs.pipeline, inputs.prompt_embeds, max_train_steps, checkpoint)
+            self.learnt = adapters.LearntTokens(
+                config, inputs.pipeline, inputs.prompt_embeds, max_train_steps, checkpoint
+            )
         tokens = self.learnt.parameters if self.learnt else []
         self.trained = [*self.parameters, *tokens]
         groups = parameter_groups(config, self.components, accelerator.num_processes, tokens)
@@ -203,7 +199,7 @@ class TrainStep:
         with pause, apart, lent(self.average, self.trained):
             yield
 
-    def micro_batch_loss(self, micro_batch: int) -> LossParts:
+    def micro_batch_loss(self, micro_batch: int) -> objective.LossParts:
         """The loss of micro-batch number `micro_batch` of the run."""
         micro = self.micro_batch(micro_batch)
         answer = self.base_prediction(self.prior_rows(micro)) if self.base_is_prior else None
@@ -232,7 +228,9 @@ class TrainStep:
         }
         texts = [] if config.keeps_text_encoders else self.inputs.prompt_embeds(batch.prompts)
         named = [{(number, name): tensor for name, tensor in text.items()} for number, text in enumerate(texts)]
-        moved = move_together(drawn | {key: tensor for text in named for key, tensor in text.items()}, self.device)
+        moved = photo_stream.move_together(
+            drawn | {key: tensor for text in named for key, tensor in text.items()}, self.device
+        )
         if config.keeps_text_encoders:
             texts = self.texts(batch.prompts)
         else:
@@ -242,7 +240,7 @@ class TrainStep:
         rows = Rows(noisy, tuple(texts), moved["time_ids"], tuple(batch.prompts))
         return MicroBatch(batch, rows, target, moved["mask"])
 
-    def loss_of(self, micro: MicroBatch, prediction: Tensor, answer: Tensor | None) -> LossParts:
+    def loss_of(self, micro: MicroBatch, prediction: torch.Tensor, answer: torch.Tensor | None) -> objective.LossParts:
         """The loss of the UNet's `prediction` (B, 4, h, w). `answer` (B/2, 4, h, w) is the frozen base's
         prediction of the prior half when that is its target, else None."""
         config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.batch.instance_count
@@ -255,7 +253,7 @@ class TrainStep:
         error = objective.pointwise_error(schedule, index, config.loss_type, config.huber_c, config.huber_schedule)
         return objective.loss(prediction, target, weights, count, config.prior_loss_weight, micro.mask, error)
 
-    def batch_at(self, micro_batch: int) -> TrainBatch:
+    def batch_at(self, micro_batch: int) -> photo_stream.TrainBatch:
         """Micro-batch number `micro_batch` of the run. If the frozen base is the prior, it includes the prior half."""
         following = micro_batch + self.accelerator.num_processes
         batch = self.inputs.batch_at(micro_batch, self.config.train_batch_size, following)
@@ -266,11 +264,11 @@ class TrainStep:
         classes = [self.class_prompts[number] for number in shown]
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
 
-    def predict(self, rows: Rows) -> Tensor:
+    def predict(self, rows: Rows) -> torch.Tensor:
         """The denoiser's prediction (B, C, h, w) in fp32. `time_ids` (B, 6) stay in fp32: bf16 would round a size of
         1365 to 1368."""
         inputs, family, to = self.inputs, self.inputs.family, {"device": self.device, "dtype": self.inputs.dtype}
-        words = family.arguments([in_dtype(text, **to) for text in rows.texts])
+        words = family.arguments([families.in_dtype(text, **to) for text in rows.texts])
         if inputs.text_products is not None:
             inputs.text_products.show(words["prompt_embeds"], rows.prompts)
         z, t = rows.noisy.unet_input.to(**to), rows.noisy.timesteps
@@ -286,17 +284,17 @@ class TrainStep:
         return rows
 
     @torch.no_grad()
-    def base_prediction(self, rows: Rows) -> Tensor:
+    def base_prediction(self, rows: Rows) -> torch.Tensor:
         """The frozen base's prediction (B/2, 4, h, w) for the prior half; it is that half's target."""
-        with switched_off(self.lora_layers):
+        with moslora.switched_off(self.lora_layers):
             return self.predict(rows)
 
-    def texts(self, prompts: list[str]) -> list[Text]:
+    def texts(self, prompts: list[str]) -> list[families.Text]:
         """Cached texts; live ones with gradients when the text encoders or new tokens are trained."""
         if self.learnt:
             return self.learnt.texts(prompts, self.step)
         if self.config.train_text_encoder:
-            return encode_text(self.inputs.pipeline, prompts)
+            return load.encode_text(self.inputs.pipeline, prompts)
         return self.inputs.prompt_embeds(prompts)
 
     @property
@@ -319,24 +317,24 @@ class TrainStep:
         if self.accelerator.num_processes == 1:
             return
         grads = [p.grad for p in self.trained if p.grad is not None]
-        vector_to_parameters(mean_over(self.accelerator, parameters_to_vector(grads)), grads)
+        vector_to_parameters(processes.mean_over(self.accelerator, parameters_to_vector(grads)), grads)
 
-    def mean_of(self, found: list[Tensor]) -> StepLosses:
+    def mean_of(self, found: list[torch.Tensor]) -> StepLosses:
         """Means over the step's micro-batches (`numbers_of` (3,) each), and over all processes."""
-        total, instance, prior = mean_over(self.accelerator, torch.stack(found).mean(0)).tolist()
+        total, instance, prior = processes.mean_over(self.accelerator, torch.stack(found).mean(0)).tolist()
         return StepLosses(total, instance, prior if self.config.with_prior_preservation else None)
 
 
-def make_convolutions_fast(unet: nn.Module, speed: Speed) -> None:
+def make_convolutions_fast(unet: torch.nn.Module, speed: memory.Speed) -> None:
     """Call it before adapters are added: their tensors are saved in their memory layout."""
     if speed.searches:
         torch.backends.cudnn.benchmark = True
     for module in unet.modules() if speed.channels_last else ():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, torch.nn.Conv2d):
             module.to(memory_format=torch.channels_last)
 
 
-def numbers_of(parts: LossParts) -> Tensor:
+def numbers_of(parts: objective.LossParts) -> torch.Tensor:
     """Total, instance and prior loss (3,); the last is NaN without prior images."""
     prior = torch.full_like(parts.instance, math.nan) if parts.prior is None else parts.prior
     return torch.stack([parts.total.detach(), parts.instance, prior])

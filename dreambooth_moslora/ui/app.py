@@ -55,20 +55,19 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
 
 def serve(args: argparse.Namespace) -> int:
     resolve_base(args.base)
-    from dreambooth_moslora.ui.guard import LOOPBACK, origins_of
+    from dreambooth_moslora.ui import guard, page
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
         raise UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
-    allowed = set().union(*map(origins_of, args.allowed_host))
+    allowed = set().union(*map(guard.origins_of, args.allowed_host))
     logins = [parse_login(text) for text in args.auth or ()]
-    is_public = args.share or args.server_name not in LOOPBACK
+    is_public = args.share or args.server_name not in guard.LOOPBACK
     if is_public and not logins:
         print("warning: everybody who finds this address can use it; training is off without --auth", file=sys.stderr)
     context = context_of(args, training=bool(logins) or not is_public, public=is_public or bool(allowed))
     os.environ["GRADIO_TEMP_DIR"] = str(context.visitors.root / "gradio")  # so uploads are deleted with the visitors'
-    from dreambooth_moslora.ui.page import build_app, launch_options
 
-    options = launch_options(allowed, public=is_public) | {
+    options = page.launch_options(allowed, public=is_public) | {
         "server_name": args.server_name,
         "server_port": args.server_port,
         "share": args.share,
@@ -77,7 +76,7 @@ def serve(args: argparse.Namespace) -> int:
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # deletes the visitors' files
     try:
-        build_app(context, templates_for(args.base)).launch(**options)
+        page.build_app(context, templates_for(args.base)).launch(**options)
     except OSError as error:
         raise UserError(f"the page cannot be served: {' '.join(str(error).split())}") from error
     finally:

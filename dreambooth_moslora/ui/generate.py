@@ -12,11 +12,8 @@ import gradio as gr
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
-from dreambooth_moslora.ui import generate_values
-from dreambooth_moslora.ui.generate_values import RANGES, GenerateForm, make_pictures, recipe_of, summary_of
+from dreambooth_moslora.ui import generate_values, state, visitors
 from dreambooth_moslora.ui.html import SHOWN, explain_bad_values, faint, progress_card
-from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error, sentence
-from dreambooth_moslora.ui.visitors import Picture, Visitor
 
 IDLE = progress_card("Ready", "Enter starts, Esc stops")
 AXIS_VALUES = {"scale": "0, 0.5, 1", "seed": "1, 2, 3", "guidance": "2, 5, 8", "steps": "5, 15, 25"}
@@ -24,11 +21,13 @@ AXIS_LABELS = [("Adapter scale", "scale"), ("Seed", "seed"), ("Prompt", "prompt"
 AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
 
 
-def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
+def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     """The most used widgets: prompt, adapter, scale, number of pictures, buttons."""
     names = [NONE, *ctx.catalog.files()]
     first = names[1] if len(names) > 1 else NONE
-    summary = summary_of(ctx.catalog.files()[first]) if first != NONE else generate_values.AdapterSummary()
+    summary = (
+        generate_values.summary_of(ctx.catalog.files()[first]) if first != NONE else generate_values.AdapterSummary()
+    )
     prompt = gr.Textbox(
         label="Prompt",
         value=generate_values.prompt_for(summary),
@@ -46,7 +45,9 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     words = summary.sentence()
     about = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
-    scale = gr.Slider(*RANGES["scale"], summary.scale, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
+    scale = gr.Slider(
+        *generate_values.RANGES["scale"], summary.scale, step=0.05, label="Adapter scale", buttons=[], elem_id="scale"
+    )
     num_images = gr.Slider(1, generate_values.MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
     with gr.Row(elem_classes="tight"):
         run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
@@ -55,14 +56,16 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     return widgets, {"run": run, "stop": stop, "refresh": refresh, "upload": upload, "about": about}
 
 
-def settings_widgets(ctx: AppContext) -> dict[str, Any]:
+def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
     sizes = generate_values.size_choices(ctx.resolution_px)
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
         negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, elem_id="negative")
         with gr.Row():
-            steps = gr.Slider(*RANGES["steps"], 25, step=1, label="Steps", buttons=[], min_width=160, elem_id="steps")
+            steps = gr.Slider(
+                *generate_values.RANGES["steps"], 25, step=1, label="Steps", buttons=[], min_width=160, elem_id="steps"
+            )
             look = {"step": 0.1, "label": "Guidance", "buttons": [], "min_width": 160, "elem_id": "guidance"}
-            guidance = gr.Slider(*RANGES["guidance_scale"], ctx.guidance_scale, **look)
+            guidance = gr.Slider(*generate_values.RANGES["guidance_scale"], ctx.guidance_scale, **look)
         with gr.Row():
             seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=160, elem_id="seed")
             schedulers = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
@@ -80,13 +83,13 @@ def settings_widgets(ctx: AppContext) -> dict[str, Any]:
                     min_width=130,
                 )
                 widgets[f"scale_{number}"] = gr.Slider(
-                    *RANGES["scale"], 1.0, step=0.05, label=f"Scale {number}", buttons=[], min_width=130
+                    *generate_values.RANGES["scale"], 1.0, step=0.05, label=f"Scale {number}", buttons=[], min_width=130
                 )
         gr.Markdown("Or write `<lora:name:0.8>` in the prompt.", elem_classes="faint")
     return widgets | {"scheduler": scheduler}
 
 
-def result_widgets(ctx: AppContext) -> dict[str, Any]:
+def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
     parts: dict[str, Any] = {"status": gr.HTML(IDLE, elem_id="status", label="Status")}
     with gr.Tabs(elem_id="result_tabs", selected="pictures") as tabs:
         with gr.Tab("Pictures", id="pictures"):
@@ -144,7 +147,7 @@ class GenerateTab:
     results: gr.Tabs
 
 
-def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -> GenerateTab:
+def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[str]) -> GenerateTab:
     with gr.Row(elem_id="generate", equal_height=False):
         with gr.Column(elem_id="ask", min_width=280):
             widgets, buttons = ask_widgets(ctx)
@@ -156,7 +159,7 @@ def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -
                 template = gr.Dropdown(templates, value=None, label="Template", elem_id="template")
             with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
                 dropped = gr.File(file_types=[".png"], label="Drop a PNG", height=110, elem_id="drop_png")
-    ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
+    ordered = {field.name: widgets[field.name] for field in fields(generate_values.GenerateForm)}
     for widget in ordered.values():
         explain_bad_values(widget)
     tab = GenerateTab(ordered, [widgets[f"adapter{n}"] for n in ("", "_2", "_3")], widgets["prompt"], results["tabs"])
@@ -167,25 +170,25 @@ def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -
     return tab
 
 
-def _items(pictures: Iterable[Picture]) -> list[tuple[str, str]]:
+def _items(pictures: Iterable[visitors.Picture]) -> list[tuple[str, str]]:
     return [(str(picture.path), picture.caption) for picture in pictures]
 
 
-def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dict) -> None:
+def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, results: dict) -> None:
     starts = [buttons["run"].click, tab.prompt.submit]
     outputs = [results["gallery"], results["used_seed"], results["status"], results["shown"]]
 
     # The page runs a trigger's events in order: the immediate ones must come before the long one.
-    @gr.on(starts, inputs=None, outputs=results["tabs"], **AT_ONCE)
+    @gr.on(starts, inputs=None, outputs=results["tabs"], **state.AT_ONCE)
     def announce(request: gr.Request) -> gr.Tabs:
         ctx.announce(request)
         return gr.Tabs(selected="pictures")
 
-    gr.on([results["compare"].click, results["draw"].click], ctx.announce, None, None, **AT_ONCE)
+    gr.on([results["compare"].click, results["draw"].click], ctx.announce, None, None, **state.AT_ONCE)
 
-    @as_gradio_error
+    @state.as_gradio_error
     def generate(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in make_pictures(ctx, GenerateForm.of(values), request):
+        for frame in generate_values.make_pictures(ctx, generate_values.GenerateForm.of(values), request):
             seed = frame.params.seed if frame.params else gr.skip()
             if frame.pictures is None:
                 yield gr.skip(), seed, frame.status, gr.skip()
@@ -194,10 +197,10 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
 
     options = _drawing(results) | {"inputs_kwargs": tab.fields, "outputs": outputs}
     made = gr.on(starts, generate, api_name="generate", **options)
-    made.then(lambda: 0, None, results["selected"], **AT_ONCE)
+    made.then(lambda: 0, None, results["selected"], **state.AT_ONCE)
 
-    @made.then(inputs=results["shown"], outputs=results["code"], **AT_ONCE)
-    def snippet(pictures: list[Picture], request: gr.Request) -> str:
+    @made.then(inputs=results["shown"], outputs=results["code"], **state.AT_ONCE)
+    def snippet(pictures: list[visitors.Picture], request: gr.Request) -> str:
         visitor = ctx.visitors.of(request)
         if not (own := _own(pictures, visitor)):
             return ""
@@ -213,34 +216,34 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
 
 def _drawing(results: dict) -> dict[str, Any]:
     """Options of the events that draw."""
-    return {**GPU, "show_progress": "minimal", "show_progress_on": results["status"]}
+    return {**state.GPU, "show_progress": "minimal", "show_progress_on": results["status"]}
 
 
-def _connect_compare_and_grid(ctx: AppContext, tab: GenerateTab, results: dict) -> None:
+def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: dict) -> None:
     options, status = _drawing(results), results["status"]
     compared = {"inputs_kwargs": tab.fields, "outputs": [results["slider"], status]}
     axis = {"rows": "down", "row_values": "down_values", "columns": "across", "column_values": "across_values"}
     of_grid = {"inputs_kwargs": {name: results[widget] for name, widget in axis.items()} | tab.fields}
 
     @results["compare"].click(api_name="compare", **compared, **options)
-    @as_gradio_error
+    @state.as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in generate_values.compare(ctx, GenerateForm.of(values), request):
+        for frame in generate_values.compare(ctx, generate_values.GenerateForm.of(values), request):
             pair = frame.pictures and len(frame.pictures) == 2
             yield tuple(str(p.path) for p in frame.pictures) if pair else gr.skip(), frame.status
 
     @results["draw"].click(outputs=[results["sheet"], status], api_name="grid", **of_grid, **options)
-    @as_gradio_error
+    @state.as_gradio_error
     def grid(
         rows: str, row_values: str, columns: str, column_values: str, request: gr.Request, **values
     ) -> Iterator[tuple]:
         axes = [f"{rows}={row_values}"] + ([f"{columns}={column_values}"] if columns != NONE else [])
-        for frame in make_pictures(ctx, GenerateForm.of(values), request, axes):
+        for frame in generate_values.make_pictures(ctx, generate_values.GenerateForm.of(values), request, axes):
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
 
     def axis_of(place: str) -> dict[str, Any]:
         inputs = [results[place], tab.adapters[0], tab.prompt]
-        return {"inputs": inputs, "outputs": results[f"{place}_values"], **AT_ONCE}
+        return {"inputs": inputs, "outputs": results[f"{place}_values"], **state.AT_ONCE}
 
     @results["across"].input(**axis_of("across"))
     @results["down"].input(**axis_of("down"))
@@ -255,7 +258,7 @@ def _connect_compare_and_grid(ctx: AppContext, tab: GenerateTab, results: dict) 
         return ", ".join(["none", *(run if len(run) > 1 else names[:3])])
 
 
-def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict) -> None:
+def _connect_adapters(ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict) -> None:
     first, prompt, about = tab.adapters[0], tab.prompt, buttons["about"]
 
     def files_for(request: gr.Request) -> dict[str, Path]:
@@ -264,34 +267,34 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
     @gr.api(api_name="adapters", queue=False)
     def listed(request: gr.Request) -> list[dict]:
         """Name and summary of every adapter that the user may use."""
-        return [{"name": name, **asdict(summary_of(file))} for name, file in files_for(request).items()]
+        return [{"name": name, **asdict(generate_values.summary_of(file))} for name, file in files_for(request).items()]
 
     def adapters(request: gr.Request) -> list:
         return [gr.Dropdown(choices=[NONE, *files_for(request)])] * len(tab.adapters)
 
-    buttons["refresh"].click(adapters, None, tab.adapters, **AT_ONCE)
-    page.load(adapters, None, tab.adapters, **AT_ONCE)
+    buttons["refresh"].click(adapters, None, tab.adapters, **state.AT_ONCE)
+    page.load(adapters, None, tab.adapters, **state.AT_ONCE)
 
-    @first.change(inputs=[first, prompt], outputs=[about, prompt], **AT_ONCE)
+    @first.change(inputs=[first, prompt], outputs=[about, prompt], **state.AT_ONCE)
     def describe(name: str, old_prompt: str, request: gr.Request) -> tuple:
         files = files_for(request)
         if name not in files:
             return gr.HTML(faint(""), visible=False), gr.skip()
-        summary = summary_of(files[name])
+        summary = generate_values.summary_of(files[name])
         words = summary.sentence()
         # the adapter's own words, unless the user has edited the prompt that another one had filled in
-        untouched = {"", *(generate_values.prompt_for(summary_of(file)) for file in files.values())}
+        untouched = {"", *(generate_values.prompt_for(generate_values.summary_of(file)) for file in files.values())}
         renewed = generate_values.prompt_for(summary) if (old_prompt or "").strip() in untouched else ""
         return gr.HTML(faint(words), visible=bool(words)), renewed or old_prompt
 
     def preset(name: str, request: gr.Request) -> float:
         """The chosen file's recommended scale. A picture's settings do not call this: they have their own scale."""
         files = files_for(request)
-        return summary_of(files[name]).scale if name in files else 1.0
+        return generate_values.summary_of(files[name]).scale if name in files else 1.0
 
-    first.input(preset, first, tab.fields["scale"], **AT_ONCE)
+    first.input(preset, first, tab.fields["scale"], **state.AT_ONCE)
 
-    @as_gradio_error
+    @state.as_gradio_error
     def upload(file: str, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         name = ctx.catalog.add_upload(file, visitor)
@@ -303,66 +306,70 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
         names = [NONE, *ctx.catalog.files(visitor)]
         return gr.Dropdown(choices=names, value=name), gr.Dropdown(choices=names), gr.Dropdown(choices=names)
 
-    uploaded = buttons["upload"].upload(upload, buttons["upload"], tab.adapters, api_visibility="private", **GPU)
-    uploaded.then(preset, first, tab.fields["scale"], **AT_ONCE)
+    uploaded = buttons["upload"].upload(upload, buttons["upload"], tab.adapters, api_visibility="private", **state.GPU)
+    uploaded.then(preset, first, tab.fields["scale"], **state.AT_ONCE)
 
 
-def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, template: gr.Dropdown, dropped: gr.File) -> None:
+def _connect_reuse(
+    ctx: state.AppContext, tab: GenerateTab, results: dict, template: gr.Dropdown, dropped: gr.File
+) -> None:
     outputs = list(tab.fields.values())
 
     def select(event: gr.SelectData) -> int:
         return event.index if isinstance(event.index, int) else 0
 
-    results["gallery"].select(select, None, results["selected"], **AT_ONCE)
-    results["history"].select(select, None, results["selected_history"], **AT_ONCE)
+    results["gallery"].select(select, None, results["selected"], **state.AT_ONCE)
+    results["history"].select(select, None, results["selected_history"], **state.AT_ONCE)
 
-    @results["history_tab"].select(inputs=None, outputs=results["history"], **AT_ONCE)
+    @results["history_tab"].select(inputs=None, outputs=results["history"], **state.AT_ONCE)
     def history(request: gr.Request) -> list:
         return _items(ctx.visitors.of(request).history)
 
-    @results["reuse"].click(inputs=[results["shown"], results["selected"]], outputs=outputs, **TELLING)
-    @as_gradio_error
-    def reuse_shown(pictures: list[Picture], index: int, request: gr.Request) -> list:
+    @results["reuse"].click(inputs=[results["shown"], results["selected"]], outputs=outputs, **state.TELLING)
+    @state.as_gradio_error
+    def reuse_shown(pictures: list[visitors.Picture], index: int, request: gr.Request) -> list:
         own = _own(pictures, ctx.visitors.of(request))
-        return to_widgets(ctx, recipe_of(_picked(own, index)), request)
+        return to_widgets(ctx, generate_values.recipe_of(_picked(own, index)), request)
 
-    @results["reuse_history"].click(inputs=results["selected_history"], outputs=outputs, **TELLING)
-    @as_gradio_error
+    @results["reuse_history"].click(inputs=results["selected_history"], outputs=outputs, **state.TELLING)
+    @state.as_gradio_error
     def reuse_history(index: int, request: gr.Request) -> list:
-        return to_widgets(ctx, recipe_of(_picked(list(ctx.visitors.of(request).history), index)), request)
+        return to_widgets(
+            ctx, generate_values.recipe_of(_picked(list(ctx.visitors.of(request).history), index)), request
+        )
 
     results["last_seed"].click(
-        lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **AT_ONCE
+        lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **state.AT_ONCE
     )
 
-    @dropped.upload(inputs=dropped, outputs=outputs, **TELLING)
-    @as_gradio_error
+    @dropped.upload(inputs=dropped, outputs=outputs, **state.TELLING)
+    @state.as_gradio_error
     def reuse_dropped(file: str | None, request: gr.Request) -> list:
-        return to_widgets(ctx, recipe_of(file), request) if file else [gr.skip()] * len(outputs)
+        return to_widgets(ctx, generate_values.recipe_of(file), request) if file else [gr.skip()] * len(outputs)
 
-    @template.input(inputs=[template, tab.adapters[0]], outputs=tab.prompt, **TELLING)
+    @template.input(inputs=[template, tab.adapters[0]], outputs=tab.prompt, **state.TELLING)
     def from_template(template: str | None, adapter: str, request: gr.Request) -> Any:
         files = ctx.catalog.files(ctx.visitors.of(request))
-        subject = summary_of(files[adapter]).subject if adapter in files else ""
+        subject = generate_values.summary_of(files[adapter]).subject if adapter in files else ""
         return template.replace("{}", subject or "…") if template else gr.skip()
 
 
-def _own(pictures: list[Picture], visitor: Visitor) -> list[Picture]:
+def _own(pictures: list[visitors.Picture], visitor: visitors.Visitor) -> list[visitors.Picture]:
     """Only pictures in the visitor's folder: the page's state belongs to a session, whose name anyone may send."""
     return [picture for picture in pictures if picture.path.is_relative_to(visitor.folder)]
 
 
-def _picked(pictures: list[Picture], index: int) -> Path:
+def _picked(pictures: list[visitors.Picture], index: int) -> Path:
     if not pictures:
         raise UserError("there is no picture yet")
     return pictures[min(max(int(index), 0), len(pictures) - 1)].path
 
 
-def to_widgets(ctx: AppContext, recipe: Recipe, request: gr.Request) -> list:
+def to_widgets(ctx: state.AppContext, recipe: Recipe, request: gr.Request) -> list:
     """The values of all fields, in order, that give the recipe again; differences are shown as remarks."""
     settled, remarks = generate_values.match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
     params, changes = generate_values.clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
     for remark in (*remarks, *changes):
-        gr.Warning(html.escape(sentence(remark), quote=False))
-    form = GenerateForm.from_params(params)
-    return [getattr(form, field.name) for field in fields(GenerateForm)]
+        gr.Warning(html.escape(state.sentence(remark), quote=False))
+    form = generate_values.GenerateForm.from_params(params)
+    return [getattr(form, field.name) for field in fields(generate_values.GenerateForm)]

@@ -16,8 +16,7 @@ import gradio as gr
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.core import UserError, file_digest, is_number
-from dreambooth_moslora.disk.processes import give_freed_memory_back
-from dreambooth_moslora.disk.run_folder import NONE
+from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.generation.params import (
     MAX_STEPS,
     GenerationParams,
@@ -27,9 +26,7 @@ from dreambooth_moslora.generation.params import (
     draw_seed,
     read_recipe,
 )
-from dreambooth_moslora.ui.html import notice, progress_card, thumbnail
-from dreambooth_moslora.ui.state import AppContext, as_user_error, check_header, import_libraries, sentence
-from dreambooth_moslora.ui.visitors import Picture, Visitor
+from dreambooth_moslora.ui import html, state, visitors
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.params import Image, Step
@@ -46,11 +43,11 @@ class GenerateForm:
 
     prompt: str = ""
     negative_prompt: str = ""
-    adapter: str = NONE
+    adapter: str = run_folder.NONE
     scale: float = 1.0
-    adapter_2: str = NONE
+    adapter_2: str = run_folder.NONE
     scale_2: float = 1.0
-    adapter_3: str = NONE
+    adapter_3: str = run_folder.NONE
     scale_3: float = 1.0
     seed: int = -1
     steps: int = 25
@@ -81,7 +78,7 @@ class GenerateForm:
             height_px=height,
             width_px=width,
             num_images=_whole(self.num_images, "images"),
-            adapters=tuple((name, scale) for name, scale in slots if name and name != NONE),
+            adapters=tuple((name, scale) for name, scale in slots if name and name != run_folder.NONE),
             scheduler=str(self.scheduler or ""),
         )
 
@@ -211,7 +208,7 @@ def summary_of(file: Path) -> AdapterSummary:
 @lru_cache(maxsize=1024)
 def _read(file: Path, mtime_ns: int, size: int) -> AdapterSummary:
     try:
-        check_header(file)
+        state.check_header(file)
         with safe_open(file, framework="numpy") as opened:
             header = opened.metadata() or {}
         facts = json.loads(header.get("moslora", "{}"))
@@ -345,30 +342,30 @@ class Frame:
     """One state of the result area. `pictures` is None when they have not changed."""
 
     status: str
-    pictures: tuple[Picture, ...] | None = None
+    pictures: tuple[visitors.Picture, ...] | None = None
     params: GenerationParams | None = None
     sheet: Path | None = None
 
 
 def make_pictures(
-    ctx: AppContext, form: GenerateForm, request: gr.Request, axes: Iterable[str] = ()
+    ctx: state.AppContext, form: GenerateForm, request: gr.Request, axes: Iterable[str] = ()
 ) -> Iterator[Frame]:
     """Draw 1 to 8 pictures with consecutive seeds; with `axes`, one for each cell, and the captioned sheet."""
     parsed = ()
     if axes:
-        import_libraries()
+        state.import_libraries()
         from dreambooth_moslora.generation.grids import parse_axis
 
         parsed = tuple(map(parse_axis, axes))
     yield from _run(ctx, form.params(), request, parsed)
 
 
-def compare(ctx: AppContext, form: GenerateForm, request: gr.Request) -> Iterator[Frame]:
+def compare(ctx: state.AppContext, form: GenerateForm, request: gr.Request) -> Iterator[Frame]:
     """Draw the same seed without and with the adapters: two pictures, in this order. Raises UserError."""
     with_adapters = replace(form.params(), num_images=1).apply_tags()
     if not with_adapters.adapters:
         raise UserError("choose an adapter to compare the base with")
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[visitors.Picture, ...] = ()
     halves = (replace(with_adapters, adapters=()), with_adapters)
     for number, (params, word) in enumerate(zip(halves, ("Without the adapter", "With the adapter"))):
         for frame in _run(ctx, params, request, axes=(), word=f"{word}, "):
@@ -376,28 +373,30 @@ def compare(ctx: AppContext, form: GenerateForm, request: gr.Request) -> Iterato
             yield replace(frame, pictures=pictures if frame.pictures else None)
         if len(pictures) <= number:
             return
-    yield Frame(progress_card("Without and with the adapter, at the same seed", pictures[1].caption), pictures)
+    yield Frame(html.progress_card("Without and with the adapter, at the same seed", pictures[1].caption), pictures)
 
 
 def _run(
-    ctx: AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str = ""
+    ctx: state.AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str = ""
 ) -> Iterator[Frame]:
     """What `_drawn` yields. An error is told on the card; what a picture leaves of memory goes back to the system."""
     try:
         yield from _drawn(ctx, params, request, axes, word)
     except Exception as error:
-        told = as_user_error(error)
-        yield Frame(notice(sentence(told), "bad"))
+        told = state.as_user_error(error)
+        yield Frame(html.notice(state.sentence(told), "bad"))
         raise told from error
     finally:
-        give_freed_memory_back()
+        processes.give_freed_memory_back()
 
 
-def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str) -> Iterator[Frame]:
+def _drawn(
+    ctx: state.AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str
+) -> Iterator[Frame]:
     visitor = ctx.visitors.of(request)
     check_size(params, ctx.resolution_px)
     if ctx.loaded() is None:
-        yield Frame(progress_card("Loading the base …", "the next pictures need not wait for it"))
+        yield Frame(html.progress_card("Loading the base …", "the next pictures need not wait for it"))
     with ctx.turns.drawing(), ctx.stoppable(request) as should_stop:
         pipeline = ctx.pipeline()
         if axes:
@@ -407,14 +406,13 @@ def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes:
         else:
             params = ctx.load_adapters(params, visitor)
             events = pipeline.generate(params, should_stop)
-        yield Frame(progress_card("Starting …", fraction=0.0), (), params)
+        yield Frame(html.progress_card("Starting …", fraction=0.0), (), params)
         yield from _frames(events, visitor, params, word)
 
 
-def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: str) -> Iterator[Frame]:
-    from dreambooth_moslora.generation.grids import Sheet
+def _frames(events: Iterator, visitor: visitors.Visitor, params: GenerationParams, word: str) -> Iterator[Frame]:
+    from dreambooth_moslora.generation import grids, progress
     from dreambooth_moslora.generation.params import Image, Step
-    from dreambooth_moslora.generation.progress import Preview
 
     started = shown_at = time.perf_counter()
     step, pictures, total, sheet, black = None, [], params.num_images, None, []
@@ -425,25 +423,25 @@ def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: 
             pictures.append(_keep(event, visitor))
             black += [event.pixels] * bool(about_black([event.pixels]))
             yield Frame(_status(step, word), tuple(pictures))
-        elif isinstance(event, Sheet):
+        elif isinstance(event, grids.Sheet):
             for old in visitor.folder.glob("grid_*.png"):
                 old.unlink(missing_ok=True)
             sheet = event.save(visitor.folder / f"grid_{time.time_ns():x}.png")
-        elif isinstance(event, Preview) and time.perf_counter() - shown_at > FRAME_SEC:
+        elif isinstance(event, progress.Preview) and time.perf_counter() - shown_at > FRAME_SEC:
             shown_at = time.perf_counter()
-            yield Frame(_status(step, word, thumbnail(event.pixels)))
+            yield Frame(_status(step, word, html.thumbnail(event.pixels)))
     status = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)
     if said := about_black(black):
-        status = notice(f"The pictures are done, but {said}.", "bad")
+        status = html.notice(f"The pictures are done, but {said}.", "bad")
     yield Frame(status, tuple(pictures), params, sheet)
 
 
-def _keep(image: "Image", visitor: Visitor) -> Picture:
+def _keep(image: "Image", visitor: visitors.Visitor) -> visitors.Picture:
     """Write the PNG to the visitor's folder and add it to the history."""
     seed = image.params.seed
     path = image.save(visitor.folder / f"{time.time_ns():x}_seed_{seed}.png")
     scales = ", ".join(f"{name} {scale:g}" for name, scale in image.params.adapters)
-    picture = Picture(path, f"seed {seed}" + (f" · {scales}" if scales else ""))
+    picture = visitors.Picture(path, f"seed {seed}" + (f" · {scales}" if scales else ""))
     visitor.remember(picture)
     return picture
 
@@ -453,15 +451,15 @@ def _status(step: "Step", word: str, picture: str = "") -> str:
     which = f"picture {step.index + 1} of {step.num_images}, " if step.num_images > 1 else ""
     line = f"{word}{which}step {step.step} of {step.steps}"
     left = "" if step.eta_sec != step.eta_sec else f"about {format_seconds(step.eta_sec)} left"
-    return progress_card(line[:1].upper() + line[1:], left, done / step.num_images, picture)
+    return html.progress_card(line[:1].upper() + line[1:], left, done / step.num_images, picture)
 
 
-def _summary(pictures: list[Picture], total: int, seconds: float, is_grid: bool) -> str:
+def _summary(pictures: list[visitors.Picture], total: int, seconds: float, is_grid: bool) -> str:
     if len(pictures) < total:
-        return progress_card("Stopped.", f"{len(pictures)} of {total} pictures were finished and are kept")
+        return html.progress_card("Stopped.", f"{len(pictures)} of {total} pictures were finished and are kept")
     plural = "s" if total != 1 else ""
     detail = pictures[0].caption if not is_grid else "they are in the history, too"
-    return progress_card(f"{total} picture{plural} in {format_seconds(seconds)}", detail)
+    return html.progress_card(f"{total} picture{plural} in {format_seconds(seconds)}", detail)
 
 
 def format_seconds(seconds: float) -> str:

@@ -23,10 +23,8 @@ from typing import Any
 import psutil
 
 from dreambooth_moslora.core import UserError, is_finite_number, one_line
-from dreambooth_moslora.disk import processes
+from dreambooth_moslora.disk import processes, queue, run_folder
 from dreambooth_moslora.disk.events import Metrics
-from dreambooth_moslora.disk.queue import QueuedRun, RunQueue, locked
-from dreambooth_moslora.disk.run_folder import RunDir
 
 KINDS = {
     **dict.fromkeys(("step", "max_train_steps", "done", "total"), int),
@@ -243,7 +241,7 @@ class Jobs:
 
     def metrics(self, job: Job) -> RunEvents:
         with self._lock:
-            path = RunDir(job.run_dir).metrics_path
+            path = run_folder.RunDir(job.run_dir).metrics_path
             return self._metrics.setdefault(path, RunEvents(path)).refresh()
 
     def state(self, job: Job) -> JobState:
@@ -330,7 +328,7 @@ class QueueTurns:
     """`take` does the next thing: record the end of a run, resume an interrupted one, or start the next."""
 
     def __init__(self, jobs: Jobs) -> None:
-        self.jobs, self.queue = jobs, RunQueue(jobs.runs_dir)
+        self.jobs, self.queue = jobs, queue.RunQueue(jobs.runs_dir)
 
     def take(self) -> None:
         """Does nothing while any run is in progress, or while another process holds the turn."""
@@ -354,7 +352,7 @@ class QueueTurns:
             else:
                 self._start(replace(run, killed=killed))
 
-    def current(self) -> QueuedRun | None:
+    def current(self) -> queue.QueuedRun | None:
         """The run whose turn it is."""
         return next(iter(self.queue.started()), None)
 
@@ -371,12 +369,12 @@ class QueueTurns:
                 logger.exception("The queue's turn failed")
             time.sleep(TURN_SEC)
 
-    def _start(self, run: QueuedRun) -> None:
+    def _start(self, run: queue.QueuedRun) -> None:
         """Start it, from the newest checkpoint if it has been started before."""
         run_dir = self.jobs.runs_dir / run.name
         if run_dir.is_dir():
             try:
-                with locked(run_dir):
+                with queue.locked(run_dir):
                     pass
             except UserError:  # an unrecorded process trains there
                 return
@@ -389,6 +387,6 @@ class QueueTurns:
             if not self.jobs.current():  # else another run was faster, and this one starts later
                 self.queue.end(run, "failed", one_line(error))
 
-    def _has_checkpoint_since(self, when: float, run: QueuedRun) -> bool:
-        newest = RunDir(self.jobs.runs_dir / run.name).latest_checkpoint()
+    def _has_checkpoint_since(self, when: float, run: queue.QueuedRun) -> bool:
+        newest = run_folder.RunDir(self.jobs.runs_dir / run.name).latest_checkpoint()
         return newest is not None and newest.stat().st_mtime >= when

@@ -12,22 +12,17 @@ from starlette.middleware import Middleware
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
+from dreambooth_moslora.ui import generate_values, guard, html, state, train, visitors
 from dreambooth_moslora.ui.generate import GenerateTab, build_generate_tab, to_widgets
-from dreambooth_moslora.ui.generate_values import recipe_of
-from dreambooth_moslora.ui.guard import LOOPBACK, MAX_UPLOAD_BYTES, BodySizeLimit, Origin, UploadQuota, trusted_hosts
-from dreambooth_moslora.ui.html import CSS, HEAD, THEME, facts_table, notice
-from dreambooth_moslora.ui.state import TELLING, AppContext, as_gradio_error, check_upload, import_libraries, sentence
-from dreambooth_moslora.ui.train import build_train_tab
-from dreambooth_moslora.ui.visitors import VisitorCookie
 
 MAX_SESSIONS = 256
 """Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 SPELLINGS = {"size mib": "Size (MiB)", "dora": "DoRA", "rslora": "rsLoRA", "resolution px": "Resolution (px)"}
-HINT = notice("Drop a PNG made here or elsewhere, or a .safetensors adapter.")
+HINT = html.notice("Drop a PNG made here or elsewhere, or a .safetensors adapter.")
 
 
-def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
+def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
     """The page with its queue. If `ctx.training` allows it, it has the training tab and trains the queued runs."""
     with gr.Blocks(
         title="dreambooth_moslora", analytics_enabled=False, delete_cache=(CACHE_CHECK_SEC, CACHE_AGE_SEC)
@@ -40,7 +35,7 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
                 generate = build_generate_tab(ctx, page, templates)
             if ctx.training:
                 with gr.Tab("Train", id="train"):
-                    build_train_tab(ctx, page, tabs, generate)
+                    train.build_train_tab(ctx, page, tabs, generate)
             with gr.Tab("Inspect", id="inspect"):
                 build_inspect_tab(ctx, tabs, generate)
     page.queue(api_open=False)
@@ -53,31 +48,34 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
     return page
 
 
-def launch_options(allowed: Collection[Origin] = (), *, public: bool = False) -> dict[str, Any]:
+def launch_options(allowed: Collection[guard.Origin] = (), *, public: bool = False) -> dict[str, Any]:
     """The common options for `launch()`. The page answers to the loopback's names and those of the `allowed` origins,
     a `public` page to every name; both have the layers of `public`, as strangers can reach them."""
-    layers = [BodySizeLimit, UploadQuota, VisitorCookie]
+    layers = [guard.BodySizeLimit, guard.UploadQuota, visitors.VisitorCookie]
     if public or allowed:
         from dreambooth_moslora.ui.public import LAYERS
 
         layers[2:2] = LAYERS
-    hosts = None if public else LOOPBACK | {name for _, name, _ in allowed}
+    hosts = None if public else guard.LOOPBACK | {name for _, name, _ in allowed}
     return {
-        "theme": THEME,
-        "css": CSS,
-        "head": HEAD,
+        "theme": html.THEME,
+        "css": html.CSS,
+        "head": html.HEAD,
         "footer_links": ["api"],
         "run_history": False,
-        "max_file_size": MAX_UPLOAD_BYTES,
+        "max_file_size": guard.MAX_UPLOAD_BYTES,
         "state_session_capacity": MAX_SESSIONS,
-        "app_kwargs": {"middleware": list(map(Middleware, layers)), "lifespan": partial(trusted_hosts, hosts, allowed)},
+        "app_kwargs": {
+            "middleware": list(map(Middleware, layers)),
+            "lifespan": partial(guard.trusted_hosts, hosts, allowed),
+        },
         "enable_monitoring": False,
         "share": False,
         "ssr_mode": False,
     }
 
 
-def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> None:
+def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTab) -> None:
     with gr.Row(elem_id="inspect", equal_height=False):
         with gr.Column(min_width=280, scale=2):
             file = gr.File(
@@ -89,20 +87,20 @@ def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> 
     fields = list(generate.fields.values())
 
     @gr.on([file.upload, file.clear], inputs=file, outputs=[facts, use], api_name="inspect", concurrency_limit=2)
-    @as_gradio_error
+    @state.as_gradio_error
     def inspect(file: str | None) -> tuple:
         if not file:
             return HINT, gr.Button(visible=False)
         is_picture = Path(file).suffix.lower() != ".safetensors"
-        found = recipe_facts(recipe_of(file)) if is_picture else adapter_facts(file)
-        return facts_table(found), gr.Button(visible=is_picture)
+        found = recipe_facts(generate_values.recipe_of(file)) if is_picture else adapter_facts(file)
+        return html.facts_table(found), gr.Button(visible=is_picture)
 
-    @use.click(inputs=file, outputs=[tabs, *fields], show_progress_on=fields, **TELLING)
-    @as_gradio_error
+    @use.click(inputs=file, outputs=[tabs, *fields], show_progress_on=fields, **state.TELLING)
+    @state.as_gradio_error
     def use_recipe(file: str | None, request: gr.Request) -> list:
         if not file:
             raise UserError("drop a PNG first")
-        return [gr.Tabs(selected="generate"), *to_widgets(ctx, recipe_of(file), request)]
+        return [gr.Tabs(selected="generate"), *to_widgets(ctx, generate_values.recipe_of(file), request)]
 
 
 def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
@@ -124,15 +122,15 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
         ("Scheduler", SCHEDULERS[params.scheduler].title),
         ("Base", origin.base),
         ("Made with", ", ".join(f"{name} {version}" for name, version in origin.versions)),
-        ("Remarks", "\n".join(map(sentence, recipe.remarks))),
+        ("Remarks", "\n".join(map(state.sentence, recipe.remarks))),
         ("Recipe", "exact" if recipe.exact else "read from another program's text"),
     ]
 
 
 def adapter_facts(file: str) -> list[tuple[str, str]]:
     """The lines of `info` for any LoRA file."""
-    check_upload(Path(file))
-    import_libraries()
+    state.check_upload(Path(file))
+    state.import_libraries()
     from dreambooth_moslora.adapters.describe import describe
 
     facts = []

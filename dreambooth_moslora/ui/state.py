@@ -28,13 +28,9 @@ import gradio as gr
 from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.base.machine import has_gpu
 from dreambooth_moslora.core import UserError, assets_folder, free_name, one_line, preferred_guidance
-from dreambooth_moslora.disk.processes import give_freed_memory_back
-from dreambooth_moslora.disk.queue import COMMAND_LINE
-from dreambooth_moslora.disk.run_folder import NONE, clean_name, files_by_name, run_files
+from dreambooth_moslora.disk import processes, queue, run_folder
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.ui.guard import MAX_UPLOAD_BYTES
-from dreambooth_moslora.ui.jobs import JOB_NAME, Job, Jobs, QueueTurns
-from dreambooth_moslora.ui.visitors import Visitor, Visitors, visitor_id
+from dreambooth_moslora.ui import guard, jobs, visitors
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -64,8 +60,10 @@ def check_upload(source: Path) -> None:
     """Raises UserError for anything but a safetensors file of reasonable size and header."""
     if source.suffix != ".safetensors":
         raise UserError(f"{source.name} is not a .safetensors file; other formats can carry code and are not opened")
-    if (size := source.stat().st_size) > MAX_UPLOAD_BYTES:
-        raise UserError(f"{source.name} has {size / 2**20:.0f} MiB; at most {MAX_UPLOAD_BYTES // 2**20} are taken")
+    if (size := source.stat().st_size) > guard.MAX_UPLOAD_BYTES:
+        raise UserError(
+            f"{source.name} has {size / 2**20:.0f} MiB; at most {guard.MAX_UPLOAD_BYTES // 2**20} are taken"
+        )
     if _work(check_header(source)) > MAX_WORK:
         raise UserError(f"{source.name}: its ranks are too high; measuring them would hold up everybody else")
 
@@ -106,21 +104,21 @@ class AdapterCatalog:
     adapters_dir: Path
     runs_dir: Path
 
-    def files(self, visitor: Visitor | None = None) -> dict[str, Path]:
+    def files(self, visitor: visitors.Visitor | None = None) -> dict[str, Path]:
         """Name -> file: the visitor's uploads and runs, and those of the command line; a checkpoint is `run@step`."""
         uploads = dict(visitor.uploads) if visitor else {}
         runs = [folder for folder in self.runs_dir.glob("*/") if _may_see(folder, visitor)]
-        files = [*sorted(self.adapters_dir.glob("*.safetensors")), *run_files(runs)]
-        return uploads | files_by_name(files, (self.adapters_dir, self.runs_dir), taken=uploads)
+        files = [*sorted(self.adapters_dir.glob("*.safetensors")), *run_folder.run_files(runs)]
+        return uploads | run_folder.files_by_name(files, (self.adapters_dir, self.runs_dir), taken=uploads)
 
-    def path(self, name: str, visitor: Visitor | None = None) -> Path:
+    def path(self, name: str, visitor: visitors.Visitor | None = None) -> Path:
         """Raises UserError for an unlisted name: names are looked up, never joined to a folder."""
         files = self.files(visitor)
         if name not in files:
             raise UserError(f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}")
         return files[name]
 
-    def public_paths(self, visitor: Visitor | None = None) -> dict[str, str]:
+    def public_paths(self, visitor: visitors.Visitor | None = None) -> dict[str, str]:
         """Name -> the path for a program, such as `runs/dog/checkpoint-500`: no folder of this machine is shown."""
         paths = {}
         for name, file in self.files(visitor).items():
@@ -132,36 +130,36 @@ class AdapterCatalog:
                 paths[name] = f"runs/{wanted.relative_to(self.runs_dir).as_posix()}" if is_run else file.name
         return paths
 
-    def name_of(self, file: Path, visitor: Visitor | None = None) -> str:
+    def name_of(self, file: Path, visitor: visitors.Visitor | None = None) -> str:
         """The name under which `file` is listed. Raises UserError when it is not."""
         for name, path in self.files(visitor).items():
             if path == file:
                 return name
         raise UserError("there is no adapter yet")
 
-    def add_upload(self, uploaded: str | Path, visitor: Visitor) -> str:
+    def add_upload(self, uploaded: str | Path, visitor: visitors.Visitor) -> str:
         """Keep an uploaded file for its visitor alone; returns its name. Raises UserError."""
         source = Path(uploaded)
         check_upload(source)
         if len(visitor.uploads) >= MAX_UPLOADS:
             raise UserError(f"{MAX_UPLOADS} adapters are uploaded already; reload the page later or use the folder")
-        name = free_name(clean_name(source.stem), {NONE, *self.files(visitor)}.__contains__, " ")
+        name = free_name(run_folder.clean_name(source.stem), {run_folder.NONE, *self.files(visitor)}.__contains__, " ")
         target = Path(tempfile.mkdtemp(prefix="adapter-", dir=visitor.folder)) / f"{name}.safetensors"
         shutil.copyfile(source, target)
         visitor.uploads[name] = target
         return name
 
 
-def _may_see(run_dir: Path, visitor: Visitor | None) -> bool:
+def _may_see(run_dir: Path, visitor: visitors.Visitor | None) -> bool:
     """Whether it is the visitor's own, or of the command line: without `job.json`, or without an owner in it."""
     try:
-        (run_dir / JOB_NAME).lstat()
+        (run_dir / jobs.JOB_NAME).lstat()
     except FileNotFoundError:
         return True
     except OSError:
         return False
-    job = Job.load(run_dir)
-    return job is not None and (job.owner == COMMAND_LINE or (visitor is not None and job.owner == visitor.id))
+    job = jobs.Job.load(run_dir)
+    return job is not None and (job.owner == queue.COMMAND_LINE or (visitor is not None and job.owner == visitor.id))
 
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -202,14 +200,14 @@ class AppContext:
         self.base, self.base_name, self.resolution_px = base, base_name, resolution_px
         self.runs_dir, self.guidance_scale = runs_dir, preferred_guidance(base_name)
         self.training, self.public = training, public
-        self.visitors = Visitors()
+        self.visitors = visitors.Visitors()
         self.catalog = AdapterCatalog(adapters_dir, runs_dir)
         self._stops: dict[Page, threading.Event] = {}
         self._waiting: OrderedDict[Page, threading.Event] = OrderedDict()
         is_small = resolution_px <= SMALL_BASE_PX
         self.turns = GpuTurns(self, is_small=is_small)
-        self.jobs = Jobs(runs_dir, make_room=self.turns.training)
-        self.queue = QueueTurns(self.jobs)
+        self.jobs = jobs.Jobs(runs_dir, make_room=self.turns.training)
+        self.queue = jobs.QueueTurns(self.jobs)
         self.jobs.public_names |= {f"{adapters_dir}/": ""} | ({base_name: base} if os.sep in base_name else {})
         self._load, self._load_lock = load, threading.Lock()
         self._pipeline: Future[SubjectPipeline] | None = self._loading()
@@ -226,7 +224,7 @@ class AppContext:
                 wait([self._pipeline])
             self._pipeline = None
         gc.collect()
-        give_freed_memory_back()
+        processes.give_freed_memory_back()
 
     def pipeline(self) -> "SubjectPipeline":
         """The pipeline, after waiting for it; a failed load is tried again. Raises UserError when that fails."""
@@ -254,7 +252,7 @@ class AppContext:
         threading.Thread(target=fulfil, name="load-base", daemon=True).start()
         return future
 
-    def load_adapters(self, params: GenerationParams, visitor: Visitor) -> GenerationParams:
+    def load_adapters(self, params: GenerationParams, visitor: visitors.Visitor) -> GenerationParams:
         """Apply tags and load every adapter into the model. Raises UserError for an unknown or unsuitable one."""
         params = params.apply_tags()
         for name, _ in params.adapters:
@@ -328,7 +326,7 @@ class GpuTurns:
 
 def _page_of(request: gr.Request) -> Page:
     """The visitor and the page: the session's name is chosen by the client, so it alone grants nothing."""
-    return visitor_id(request), str(request.session_hash)
+    return visitors.visitor_id(request), str(request.session_hash)
 
 
 @contextmanager

@@ -8,21 +8,26 @@ import gradio as gr
 from dreambooth_moslora.core import is_toy
 from dreambooth_moslora.disk.run_folder import NONE, RunDir
 from dreambooth_moslora.settings.sources import FoundRecipe
-from dreambooth_moslora.ui import train_masks, train_start
+from dreambooth_moslora.ui import (
+    generate_values,
+    html,
+    jobs,
+    state,
+    train_form,
+    train_masks,
+    train_start,
+    train_watch,
+    visitors,
+)
 from dreambooth_moslora.ui.generate import GenerateTab
-from dreambooth_moslora.ui.generate_values import prompt_for, summary_of
-from dreambooth_moslora.ui.html import explain_bad_values, notice
-from dreambooth_moslora.ui.jobs import settings_of
-from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
-from dreambooth_moslora.ui.train_form import TrainForm, form_of, left_out, rows, values_like, values_of
-from dreambooth_moslora.ui.train_watch import connect_queue, connect_watch, run_names, watch_widgets
-from dreambooth_moslora.ui.visitors import Visitor
 
 FROM_HUB = "; {} from the hub once"
 NARROW = {"min_width": 110}
 
 
-def train_widgets(base: str, form: type[TrainForm] = TrainForm) -> tuple[dict[str, Any], dict[str, Any]]:
+def train_widgets(
+    base: str, form: type[train_form.TrainForm] = train_form.TrainForm
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields under the names of the API, and the other widgets."""
     gr.Markdown("### 1 · Photos", elem_classes="step")
     others = train_masks.photo_widgets()
@@ -38,16 +43,18 @@ def train_widgets(base: str, form: type[TrainForm] = TrainForm) -> tuple[dict[st
     cost = gr.HTML("", label="Cost", elem_id="cost")
     others |= {"prompts": prompts, "start": start, "queue": queue, "estimate": estimate, "cost": cost}
     with gr.Accordion("More settings", open=False, elem_id="more_training"):
-        for line in sorted({row.line for row in rows(form).values()} - {0}):
-            names = [name for name, row in rows(form).items() if row.line == line]
+        for line in sorted({row.line for row in train_form.rows(form).values()} - {0}):
+            names = [name for name, row in train_form.rows(form).items() if row.line == line]
             others |= line_widgets(names, fields, form, base)
             others |= train_masks.mask_widgets() if "unmasked_weight" in names else {}
-    return {name: fields[name] for name in rows(form)} | further, others | boxes
+    return {name: fields[name] for name in train_form.rows(form)} | further, others | boxes
 
 
-def line_widgets(names: list[str], fields: dict[str, Any], form: type[TrainForm], base: str) -> dict[str, Any]:
+def line_widgets(
+    names: list[str], fields: dict[str, Any], form: type[train_form.TrainForm], base: str
+) -> dict[str, Any]:
     """Widgets of one line, into `fields`; returns others. A box is shown while the tick above that it needs is set."""
-    row = rows(form)[names[0]]
+    row = train_form.rows(form)[names[0]]
     if names == ["like"]:  # a file whose settings fill the form, and the line about it
         with gr.Row(elem_classes="tight"):
             fields["like"] = field_widget("like", form, base)
@@ -62,13 +69,13 @@ def line_widgets(names: list[str], fields: dict[str, Any], form: type[TrainForm]
         fields |= {name: field_widget(name, form, base, **NARROW) for name in names}
     if row.box:
         tick = fields[row.needs]
-        tick.change(lambda is_set: gr.Row(visible=is_set), tick, box, **AT_ONCE)
+        tick.change(lambda is_set: gr.Row(visible=is_set), tick, box, **state.AT_ONCE)
     return {}
 
 
-def field_widget(name: str, form: type[TrainForm], base: str, **room: Any) -> gr.components.Component:
+def field_widget(name: str, form: type[train_form.TrainForm], base: str, **room: Any) -> gr.components.Component:
     """The widget of a field, by its values and the kind that the table names."""
-    row = rows(form)[name]
+    row = train_form.rows(form)[name]
     first = row.first(base)
     told = {"label": row.label, "info": row.info or row.row.get("help"), "elem_id": row.elem_id or name}
     look = told | dict(row.look) | room
@@ -97,37 +104,39 @@ SHOW_STATUS = """() => {
 Files = list[str] | None  # Uploads of a subject; those of a further subject may be missing
 
 
-def build_train_tab(ctx: AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:
+def build_train_tab(ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:
     with gr.Row(elem_id="train", equal_height=False):
         with gr.Column(elem_id="train_form", min_width=280):
             fields, parts = train_widgets(ctx.base_name)
         with gr.Column(elem_id="train_watch", min_width=280):
-            parts |= watch_widgets()
+            parts |= train_watch.watch_widgets()
     train_masks.connect_subjects(ctx, page, fields, parts)
     _connect_start(ctx, fields, parts)
 
-    @gr.on([page.load, fields["begin_with"].focus], inputs=None, outputs=fields["begin_with"], **AT_ONCE)
+    @gr.on([page.load, fields["begin_with"].focus], inputs=None, outputs=fields["begin_with"], **state.AT_ONCE)
     def starts(request: gr.Request) -> gr.Dropdown:
         """Adapters with new tokens are left out, as no run begins with them."""
         files = ctx.catalog.files(ctx.visitors.of(request))
-        return gr.Dropdown(choices=[NONE, *(name for name, file in files.items() if not summary_of(file).new_tokens)])
+        return gr.Dropdown(
+            choices=[NONE, *(name for name, file in files.items() if not generate_values.summary_of(file).new_tokens)]
+        )
 
-    @gr.on([page.load, fields["like"].focus], inputs=None, outputs=fields["like"], **AT_ONCE)
+    @gr.on([page.load, fields["like"].focus], inputs=None, outputs=fields["like"], **state.AT_ONCE)
     def recipes(request: gr.Request) -> gr.Dropdown:
         return gr.Dropdown(choices=train_start.recipe_names(ctx, ctx.visitors.of(request)))
 
     _connect_like(ctx, fields, parts)
     train_masks.connect_masks(ctx, fields, parts)
-    connect_watch(ctx, page, parts)
-    connect_queue(ctx, page, parts)
+    train_watch.connect_watch(ctx, page, parts)
+    train_watch.connect_queue(ctx, page, parts)
     _connect_ended(ctx, fields, parts, tabs, generate)
 
 
-def _connect_start(ctx: AppContext, fields: dict, parts: dict) -> None:
-    def with_photos(act: Callable[[TrainForm, Visitor], Any]) -> Callable:
+def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
+    def with_photos(act: Callable[[train_form.TrainForm, visitors.Visitor], Any]) -> Callable:
         """A handler of the form's values, after the photos were taken."""
 
-        @as_gradio_error
+        @state.as_gradio_error
         def handler(
             photos: Files,
             request: gr.Request,
@@ -138,53 +147,53 @@ def _connect_start(ctx: AppContext, fields: dict, parts: dict) -> None:
         ) -> Any:
             visitor = ctx.visitors.of(request)
             train_masks.take_given((photos, photos_2, photos_3, photos_4), visitor)
-            return act(form_of(values), visitor)
+            return act(train_form.form_of(values), visitor)
 
         return handler
 
     for widget in fields.values():
         if not isinstance(widget, gr.File):
-            explain_bad_values(widget)
+            html.explain_bad_values(widget)
     how = {"inputs_kwargs": {"photos": parts["photos"], **fields}, **train_masks.TAKING_PHOTOS}
     chosen = gr.State("")  # hidden from programs: `/train` returns two values
-    chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE)
+    chosen.change(lambda card: card, chosen, parts["cost"], **state.AT_ONCE)
 
     @with_photos
-    def train(form: TrainForm, visitor: Visitor) -> tuple:
+    def train(form: train_form.TrainForm, visitor: visitors.Visitor) -> tuple:
         job, chosen = train_start.start_run(ctx, form, visitor)
-        names = gr.Dropdown(choices=run_names(ctx.jobs, visitor.id), value=job.name)
-        return names, notice(f"The run {job.name} is starting."), chosen
+        names = gr.Dropdown(choices=train_watch.run_names(ctx.jobs, visitor.id), value=job.name)
+        return names, html.notice(f"The run {job.name} is starting."), chosen
 
     started = parts["start"].click(train, api_name="train", outputs=[parts["run"], parts["status"], chosen], **how)
-    started.success(None, js=SHOW_STATUS, **AT_ONCE)
+    started.success(None, js=SHOW_STATUS, **state.AT_ONCE)
 
     @parts["queue"].click(api_name="add_to_queue", outputs=parts["cost"], **how)
     @with_photos
-    def queue(form: TrainForm, visitor: Visitor) -> str:
+    def queue(form: train_form.TrainForm, visitor: visitors.Visitor) -> str:
         return train_start.add_to_queue(ctx, form, visitor)[1]
 
     @parts["estimate"].click(api_name="estimate", outputs=parts["cost"], **how)
     @with_photos
-    def estimate(form: TrainForm, visitor: Visitor) -> str:
+    def estimate(form: train_form.TrainForm, visitor: visitors.Visitor) -> str:
         return train_start.estimate_cost(ctx, form, visitor)
 
 
-def _connect_like(ctx: AppContext, fields: dict, parts: dict) -> None:
+def _connect_like(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     """An adapter's recipe into the form, and the crops as it makes them. A file without one is told below the list."""
-    names = list(values_like(None, ctx.base_name))
+    names = list(train_form.values_like(None, ctx.base_name))
     filled = [*(fields[name] for name in names), *train_masks.review_widgets(parts)]
     outputs = [fields["like"], parts["like_said"], *filled]
-    options = {"outputs": outputs, "show_progress_on": parts["like_said"], **TELLING}
+    options = {"outputs": outputs, "show_progress_on": parts["like_said"], **state.TELLING}
 
-    def like(name: str, count: int, visitor: Visitor) -> tuple:
+    def like(name: str, count: int, visitor: visitors.Visitor) -> tuple:
         recipe = train_start.recipe_of(ctx, name, visitor)
-        values = values_like(recipe, ctx.base_name)
+        values = train_form.values_like(recipe, ctx.base_name)
         listed = gr.Dropdown(choices=train_start.recipe_names(ctx, visitor), value=name)
         pictures = train_masks.reviews(ctx, visitor, values["seed"], count, name)
         return listed, said_of(name, recipe), *(values[field] for field in names), *pictures
 
     def mistake(error: Exception) -> gr.HTML:
-        return gr.HTML(notice(ctx.jobs.told(sentence(as_user_error(error))), "bad"), visible=True)
+        return gr.HTML(html.notice(ctx.jobs.told(state.sentence(state.as_user_error(error))), "bad"), visible=True)
 
     @fields["like"].input(inputs=[fields["like"], fields["subjects"]], **options)
     def choose(name: str | None, count: int, request: gr.Request) -> tuple:
@@ -209,44 +218,44 @@ def said_of(name: str, recipe: FoundRecipe | None) -> gr.HTML:
     """What was taken, and what could not be; hidden for no recipe."""
     if recipe is None:
         return gr.HTML("", visible=False)
-    own = left_out(recipe)
+    own = train_form.left_out(recipe)
     parts = [f"Like {name}: {len(recipe.settings) - len(own)} settings, those of this form filled in"]
     parts += [f"left to this page: {', '.join(own)}"] if own else []
-    return gr.HTML(notice(f"{'; '.join([*parts, *recipe.remarks])}."), visible=True)
+    return gr.HTML(html.notice(f"{'; '.join([*parts, *recipe.remarks])}."), visible=True)
 
 
-def _connect_ended(ctx: AppContext, fields: dict, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
+def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
     """A run's adapter into the other tab; its settings, words and photos into the form."""
     shown = [tabs, generate.adapters[0], generate.prompt, generate.fields["scale"]]
 
-    @parts["use"].click(inputs=parts["run"], outputs=shown, show_progress_on=generate.prompt, **TELLING)
-    @as_gradio_error
+    @parts["use"].click(inputs=parts["run"], outputs=shown, show_progress_on=generate.prompt, **state.TELLING)
+    @state.as_gradio_error
     def use(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         job = ctx.jobs.owned(run or "", visitor.id)
         name = ctx.catalog.name_of(RunDir(job.run_dir).adapter_path, visitor)
         files = ctx.catalog.files(visitor)
-        summary = summary_of(files[name])
+        summary = generate_values.summary_of(files[name])
         chosen = gr.Dropdown(choices=[NONE, *files], value=name)
-        return gr.Tabs(selected="generate"), chosen, prompt_for(summary), summary.scale
+        return gr.Tabs(selected="generate"), chosen, generate_values.prompt_for(summary), summary.scale
 
     names = [name for name, field in fields.items() if not isinstance(field, gr.File)]
     files = [field for field in fields.values() if isinstance(field, gr.File)]
     outputs = [*(fields[name] for name in names), parts["photos"], *files, *train_masks.review_widgets(parts)]
     outputs += [parts["like_said"], parts["cost"], *train_masks.box_widgets(fields | parts)[1:]]
 
-    @parts["reopen"].click(inputs=parts["run"], outputs=outputs, show_progress_on=parts["cost"], **TELLING)
-    @as_gradio_error
+    @parts["reopen"].click(inputs=parts["run"], outputs=outputs, show_progress_on=parts["cost"], **state.TELLING)
+    @state.as_gradio_error
     def reopen(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         job = ctx.jobs.owned(run or "", visitor.id)
-        form = train_start.form_of_run(settings_of(job), job.run_dir / "photos")
+        form = train_start.form_of_run(jobs.settings_of(job), job.run_dir / "photos")
         count = len(form.subjects)
         train_start.take_photos_of_run(job.run_dir, visitor, count)
         name, recipe = train_start.like_of_run(job.run_dir)
         train_start.keep_recipe(ctx, name, recipe, visitor)
-        values = values_of(form)
+        values = train_form.values_of(form)
         emptied = [None] * (1 + len(files))
-        told = notice(f"The settings, words and photos of {job.name} are in the form. Change them, and start.")
+        told = html.notice(f"The settings, words and photos of {job.name} are in the form. Change them, and start.")
         shown = (*train_masks.reviews(ctx, visitor, form.seed, count, form.like), said_of(name, recipe), told)
         return (*(values[name] for name in names), *emptied, *shown, *train_masks.boxes_for(count)[1:])

@@ -10,16 +10,15 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, is_number, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan import choices as plan
-from dreambooth_moslora.plan.memory import GIB
-from dreambooth_moslora.settings.sources import FoundRecipe, unless_given
+from dreambooth_moslora.settings import sources, versions
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
-from dreambooth_moslora.settings.versions import version_of
 from dreambooth_moslora.ui.visitors import kept_photos
 
 LENGTHS = ("max_train_steps", "exposures_per_photo", "num_train_epochs")
@@ -224,7 +223,7 @@ class TrainForm:
         run_dir: Path,
         *,
         is_queued: bool = False,
-        recipe: FoundRecipe | None = None,
+        recipe: sources.FoundRecipe | None = None,
     ) -> plan.Choices:
         """What the command would choose for these photos, in `folder_of` each subject, and words. Raises UserError."""
         given = self.given(base, resolution_px, photos_dir, run_dir, is_like=recipe is not None)
@@ -246,7 +245,7 @@ class TrainForm:
         return choices
 
     def config(
-        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, recipe: FoundRecipe | None = None
+        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, recipe: sources.FoundRecipe | None = None
     ) -> dict[str, Any]:
         """All settings, for TrainConfig."""
         return self.choices(base, resolution_px, photos_dir, run_dir, recipe=recipe).all
@@ -351,7 +350,7 @@ def values_from(said: Mapping[str, Any], base: str, form: type[TrainForm] = Trai
     return values
 
 
-def values_like(recipe: FoundRecipe | None, base: str, form: type[TrainForm] = TrainForm) -> dict[str, Any]:
+def values_like(recipe: sources.FoundRecipe | None, base: str, form: type[TrainForm] = TrainForm) -> dict[str, Any]:
     """Of the widgets that a recipe speaks of, by name; those of None are all as at first."""
     values = values_from(recipe.settings if recipe else {}, base, form) | {"preset": TrainForm.preset}
     return {name: value for name, value in values.items() if not rows(form)[name].of_files}
@@ -387,15 +386,15 @@ def in_the_forms_words(advice: str, form: type[TrainForm] = TrainForm) -> str:
     return advice
 
 
-def left_out(recipe: FoundRecipe) -> dict[str, Any]:
+def left_out(recipe: sources.FoundRecipe) -> dict[str, Any]:
     """The recipe's settings that are not taken: the base has its own resolution, and the machine its own memory."""
-    without = () if version_of("bitsandbytes") else ("use_8bit_adam",)
+    without = () if versions.version_of("bitsandbytes") else ("use_8bit_adam",)
     return {name: recipe.settings[name] for name in ("resolution", *OF_MACHINE, *without) if name in recipe.settings}
 
 
-def taken_from(recipe: FoundRecipe, given: Mapping[str, Any], share: float = 1.0) -> dict[str, Any]:
+def taken_from(recipe: sources.FoundRecipe, given: Mapping[str, Any], share: float = 1.0) -> dict[str, Any]:
     """The recipe's settings that are neither given nor left out; its length is multiplied by `share`."""
-    taken = unless_given(recipe.settings, {**left_out(recipe), **given})
+    taken = sources.unless_given(recipe.settings, {**left_out(recipe), **given})
     return taken | lengths_in(taken, share)
 
 
@@ -440,7 +439,7 @@ def crop_config(
     photos_dir: Path,
     photos: Sequence[Photo],
     seed: Any = 0,
-    like: FoundRecipe | None = None,
+    like: sources.FoundRecipe | None = None,
 ) -> TrainConfig:
     """The settings that decide the crops, like those of `TrainForm.choices`; the words are not needed."""
     recipe = (

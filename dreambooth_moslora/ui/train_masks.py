@@ -17,18 +17,12 @@ import PIL.Image
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui import train_photos
-from dreambooth_moslora.ui.html import faint, notice, remarks_card
-from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error
-from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, TOKENS, SubjectWords, folder_of, form_of, named, prompts_of
-from dreambooth_moslora.ui.train_start import recipe_of
-from dreambooth_moslora.ui.train_watch import picture_rows
-from dreambooth_moslora.ui.visitors import PHOTO_TYPES, Visitor, kept_photos, secret_in
+from dreambooth_moslora.ui import html, state, train_form, train_photos, train_start, train_watch, visitors
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
 """Options of events that process photos: visitors take turns photo by photo (`visitors.ONE_AT_A_TIME`)."""
 ABOUT_MASKS = "A mask goes along as name.mask.png beside name.jpg: only what is white in it is learned."
-FURTHER = range(2, MOST_SUBJECTS + 1)
+FURTHER = range(2, train_form.MOST_SUBJECTS + 1)
 NARROW = {"min_width": 110}
 
 
@@ -36,17 +30,21 @@ def photo_widgets(number: int = 1) -> dict[str, Any]:
     """The widgets in which a subject's photos are dropped and shown."""
     photos = gr.File(
         file_count="multiple",
-        file_types=PHOTO_TYPES,
+        file_types=visitors.PHOTO_TYPES,
         label="4 to 10 photos of one subject" if number == 1 else f"4 to 10 photos of subject {number}",
         height=130,
-        elem_id=named("photos", number),
+        elem_id=train_form.named("photos", number),
     )
     if number == 1:
-        gr.HTML(faint(ABOUT_MASKS))
-    remarks = gr.HTML(visible=False, elem_id=named("remarks", number))
+        gr.HTML(html.faint(ABOUT_MASKS))
+    remarks = gr.HTML(visible=False, elem_id=train_form.named("remarks", number))
     look = {"object_fit": "contain", "buttons": ["fullscreen"], "elem_classes": "crops"}
-    crops = picture_rows("Crops", named("crops", number), **look)
-    return {named("photos", number): photos, named("remarks", number): remarks, named("crops", number): crops}
+    crops = train_watch.picture_rows("Crops", train_form.named("crops", number), **look)
+    return {
+        train_form.named("photos", number): photos,
+        train_form.named("remarks", number): remarks,
+        train_form.named("crops", number): crops,
+    }
 
 
 def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -58,9 +56,9 @@ def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
             gr.Markdown(f"### Subject {number}", elem_classes="step")
             shown = photo_widgets(number)
             own = further_fields(number)
-            prompts = gr.HTML(visible=False, elem_id=named("prompts", number))
-        fields |= {named("photos", number): shown.pop(named("photos", number)), **own}
-        parts |= shown | {f"subject_{number}": box, named("prompts", number): prompts}
+            prompts = gr.HTML(visible=False, elem_id=train_form.named("prompts", number))
+        fields |= {train_form.named("photos", number): shown.pop(train_form.named("photos", number)), **own}
+        parts |= shown | {f"subject_{number}": box, train_form.named("prompts", number): prompts}
     with gr.Row():
         add = gr.Button("Add another subject", size="sm", min_width=132, elem_id="add_subject")
         remove = gr.Button("Remove subject 2", size="sm", min_width=132, visible=False, elem_id="remove_subject")
@@ -69,48 +67,53 @@ def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def further_fields(number: int) -> dict[str, Any]:
     def text(name: str, label: str, placeholder: str, value: str = "", **look: Any) -> gr.Textbox:
-        return gr.Textbox(value, label=label, placeholder=placeholder, elem_id=named(name, number), **look)
+        return gr.Textbox(value, label=label, placeholder=placeholder, elem_id=train_form.named(name, number), **look)
 
     with gr.Row():
         class_word = text("class_word", "What these show", "cat", **NARROW)
-        token = text("token", "Token", "a rare word", TOKENS[number - 1], **NARROW)
+        token = text("token", "Token", "a rare word", train_form.TOKENS[number - 1], **NARROW)
     captions = text("captions", "Captions", "one line for each photo, in order; may be left out", lines=1)
     begin_as = text("tokens_begin_as", "Its new tokens begin as", "words like it; or empty", visible=False)
     words = (class_word, token, captions, begin_as)
-    return {named(name, number): widget for name, widget in zip(SubjectWords.__dataclass_fields__, words, strict=True)}
+    return {
+        train_form.named(name, number): widget
+        for name, widget in zip(train_form.SubjectWords.__dataclass_fields__, words, strict=True)
+    }
 
 
-def take_given(files: Sequence[list[str] | None], visitor: Visitor) -> None:
+def take_given(files: Sequence[list[str] | None], visitor: visitors.Visitor) -> None:
     """Make clean copies of the added photos of each subject; other photos do not change."""
     for number, of_one in enumerate(files, 1):
         if of_one:
             train_photos.take_with_masks(of_one, visitor, number)
 
 
-def connect_subjects(ctx: AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
+def connect_subjects(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
     everything = fields | parts
 
     def words(token: str, class_word: str) -> gr.HTML:
         try:
-            instance, class_prompt = prompts_of(token, class_word)
+            instance, class_prompt = train_form.prompts_of(token, class_word)
         except UserError:
             return gr.HTML(visible=False)
-        return gr.HTML(notice(f"Learns “{instance}” and tells it from “{class_prompt}”."), visible=True)
+        return gr.HTML(html.notice(f"Learns “{instance}” and tells it from “{class_prompt}”."), visible=True)
 
-    for number in range(1, MOST_SUBJECTS + 1):
-        token, class_word, prompts = (everything[named(name, number)] for name in ("token", "class_word", "prompts"))
-        gr.on([token.change, class_word.change], words, [token, class_word], prompts, **AT_ONCE)
+    for number in range(1, train_form.MOST_SUBJECTS + 1):
+        token, class_word, prompts = (
+            everything[train_form.named(name, number)] for name in ("token", "class_word", "prompts")
+        )
+        gr.on([token.change, class_word.change], words, [token, class_word], prompts, **state.AT_ONCE)
         connect_photos(ctx, number, everything)
-    concepts = [fields[named("tokens_begin_as", number)] for number in FURTHER]
+    concepts = [fields[train_form.named("tokens_begin_as", number)] for number in FURTHER]
     fields["new_tokens"].change(
-        lambda is_set: [gr.Textbox(visible=is_set) for _ in FURTHER], fields["new_tokens"], concepts, **AT_ONCE
+        lambda is_set: [gr.Textbox(visible=is_set) for _ in FURTHER], fields["new_tokens"], concepts, **state.AT_ONCE
     )
     connect_boxes(ctx, page, everything)
 
 
-def connect_photos(ctx: AppContext, number: int, widgets: dict) -> None:
+def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
     """The crops depend on the seed and on the recipe, too."""
-    photos, *outputs = (widgets[named(name, number)] for name in ("photos", "remarks", "crops"))
+    photos, *outputs = (widgets[train_form.named(name, number)] for name in ("photos", "remarks", "crops"))
 
     @gr.on(
         [photos.upload, photos.delete, photos.clear],
@@ -120,7 +123,7 @@ def connect_photos(ctx: AppContext, number: int, widgets: dict) -> None:
         show_progress="minimal",
         **TAKING_PHOTOS,
     )
-    @as_gradio_error
+    @state.as_gradio_error
     def review(photos: list[str] | None, seed: int, like: str, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         if not photos:
@@ -133,48 +136,56 @@ def connect_photos(ctx: AppContext, number: int, widgets: dict) -> None:
         )
 
 
-def connect_boxes(ctx: AppContext, page: gr.Blocks, widgets: dict) -> None:
+def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None:
     """The photos that a run would use, after a reload or a change of the seed; further subjects."""
     boxes, pictures = box_widgets(widgets), review_widgets(widgets)
-    gone = ("photos", "remarks", "crops", *SubjectWords.__dataclass_fields__)
-    emptied = [widgets[named(name, number)] for number in FURTHER for name in gone]
+    gone = ("photos", "remarks", "crops", *train_form.SubjectWords.__dataclass_fields__)
+    emptied = [widgets[train_form.named(name, number)] for number in FURTHER for name in gone]
 
-    @page.load(inputs=widgets["seed"], outputs=[*pictures, *boxes], **AT_ONCE)
-    @as_gradio_error
+    @page.load(inputs=widgets["seed"], outputs=[*pictures, *boxes], **state.AT_ONCE)
+    @state.as_gradio_error
     def restore(seed: int, request: gr.Request) -> tuple:
         visitor, count = ctx.visitors.of(request), 0
-        while count < MOST_SUBJECTS and kept_photos(folder_of(visitor.photos_dir, count + 1)):
+        while count < train_form.MOST_SUBJECTS and visitors.kept_photos(
+            train_form.folder_of(visitor.photos_dir, count + 1)
+        ):
             count += 1
         return (*reviews(ctx, visitor, seed, max(1, count)), *boxes_for(max(1, count)))
 
-    @widgets["seed"].blur(inputs=[widgets[name] for name in ("seed", "subjects", "like")], outputs=pictures, **TELLING)
-    @as_gradio_error
+    @widgets["seed"].blur(
+        inputs=[widgets[name] for name in ("seed", "subjects", "like")], outputs=pictures, **state.TELLING
+    )
+    @state.as_gradio_error
     def again(seed: int, count: int, like: str, request: gr.Request) -> tuple:
         return reviews(ctx, ctx.visitors.of(request), seed, count, like)
 
-    @widgets["add_subject"].click(inputs=widgets["subjects"], outputs=boxes, **AT_ONCE)
+    @widgets["add_subject"].click(inputs=widgets["subjects"], outputs=boxes, **state.AT_ONCE)
     def add(count: int) -> tuple:
-        return boxes_for(min(MOST_SUBJECTS, int(count) + 1))
+        return boxes_for(min(train_form.MOST_SUBJECTS, int(count) + 1))
 
-    @widgets["remove_subject"].click(inputs=widgets["subjects"], outputs=[*boxes, *emptied], **AT_ONCE)
+    @widgets["remove_subject"].click(inputs=widgets["subjects"], outputs=[*boxes, *emptied], **state.AT_ONCE)
     def remove(count: int, request: gr.Request) -> tuple:
         """Remove the last subject with its photos and words."""
         last = max(2, int(count))
         forget(ctx.visitors.of(request), last)
-        values = (None, gr.HTML(visible=False), gr.Gallery(visible=False), "", TOKENS[last - 1], "", "")
+        values = (None, gr.HTML(visible=False), gr.Gallery(visible=False), "", train_form.TOKENS[last - 1], "", "")
         cleared = [value if number == last else gr.skip() for number in FURTHER for value in values]
         return (*boxes_for(last - 1), *cleared)
 
 
 def review_widgets(widgets: dict) -> list[Any]:
-    return [widgets[named(name, number)] for number in range(1, MOST_SUBJECTS + 1) for name in ("remarks", "crops")]
+    return [
+        widgets[train_form.named(name, number)]
+        for number in range(1, train_form.MOST_SUBJECTS + 1)
+        for name in ("remarks", "crops")
+    ]
 
 
-def reviews(ctx: AppContext, visitor: Visitor, seed: int, count: int, like: str = NONE) -> tuple:
+def reviews(ctx: state.AppContext, visitor: visitors.Visitor, seed: int, count: int, like: str = NONE) -> tuple:
     """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not change."""
     found = []
-    for number in range(1, MOST_SUBJECTS + 1):
-        is_there = number <= count and kept_photos(folder_of(visitor.photos_dir, number))
+    for number in range(1, train_form.MOST_SUBJECTS + 1):
+        is_there = number <= count and visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number))
         found += (
             shown(train_photos.review_kept(ctx, visitor, (), seed, number, like))
             if is_there
@@ -191,14 +202,14 @@ def boxes_for(count: int) -> tuple:
     """Values of `box_widgets` for so many subjects."""
     return (
         count,
-        gr.Button(visible=count < MOST_SUBJECTS),
+        gr.Button(visible=count < train_form.MOST_SUBJECTS),
         gr.Button(f"Remove subject {max(2, count)}", visible=count > 1),
         *(gr.Column(visible=number <= count) for number in FURTHER),
     )
 
 
-def forget(visitor: Visitor, number: int) -> None:
-    shutil.rmtree(folder_of(visitor.photos_dir, number), ignore_errors=True)
+def forget(visitor: visitors.Visitor, number: int) -> None:
+    shutil.rmtree(train_form.folder_of(visitor.photos_dir, number), ignore_errors=True)
 
 
 def shown(found: train_photos.PhotoReview) -> tuple:
@@ -233,7 +244,7 @@ class Drawings(OrderedDict):
 
 def owner_of(request: gr.Request) -> str:
     """Whose drawings these are: the visitor's cookie, which the upload of a drawing has with a login too."""
-    return secret_in(getattr(request, "cookies", None) or {})
+    return visitors.secret_in(getattr(request, "cookies", None) or {})
 
 
 def mask_editor() -> gr.ImageEditor:
@@ -300,7 +311,7 @@ HOW = "Choose a picture to correct its mask."
 def mask_widgets() -> dict[str, Any]:
     show = gr.Button("Show the masks", elem_id="show_masks")
     told = gr.HTML("", visible=False, elem_id="mask_remarks")
-    pictures = picture_rows("Masks", "masks", object_fit="contain", buttons=["fullscreen"])
+    pictures = train_watch.picture_rows("Masks", "masks", object_fit="contain", buttons=["fullscreen"])
     with gr.Column(visible=False, elem_id="mask_box") as box:
         about = gr.HTML("", elem_id="mask_about")
         editor = mask_editor()
@@ -312,45 +323,54 @@ def mask_widgets() -> dict[str, Any]:
     return shown | edited | {"mask_names": gr.State([]), "mask_chosen": gr.State("")}
 
 
-def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
+def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     """Progress is shown only on the remarks: gradio would ask a component that shows progress, and all inside it, for
     their values at every event of the page, and the editor would answer with an upload."""
     inputs = {"photos": parts["photos"], **fields}
-    files = [inputs[named("photos", number)] for number in range(1, MOST_SUBJECTS + 1)]
+    files = [inputs[train_form.named("photos", number)] for number in range(1, train_form.MOST_SUBJECTS + 1)]
     of_chosen = {"name": parts["mask_chosen"], **inputs}
     shown = [parts[name] for name in ("mask_remarks", "masks", "mask_names", "mask_box")]
     edited = [parts[name] for name in ("mask_box", "mask_about", "mask_editor", "mask_chosen")]
     corrected = [*shown, *review_widgets(parts)]
-    making = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": parts["mask_remarks"], **GPU}
+    making = {
+        "api_visibility": "private",
+        "show_progress": "minimal",
+        "show_progress_on": parts["mask_remarks"],
+        **state.GPU,
+    }
 
-    def settings(visitor: Visitor, values: dict) -> TrainConfig:
-        photos, form = visitor.given_photos, form_of(values)
-        recipe, run_dir = recipe_of(ctx, form.like, visitor), ctx.runs_dir / "new"
+    def settings(visitor: visitors.Visitor, values: dict) -> TrainConfig:
+        photos, form = visitor.given_photos, train_form.form_of(values)
+        recipe, run_dir = train_start.recipe_of(ctx, form.like, visitor), ctx.runs_dir / "new"
         config = form.config(ctx.base_name, ctx.resolution_px, photos, run_dir, recipe)
         return TrainConfig.from_dict(config)
 
-    def pictures(visitor: Visitor, values: dict) -> tuple:
+    def pictures(visitor: visitors.Visitor, values: dict) -> tuple:
         """Values for remarks, pictures, names and the editor's box, which closes."""
         masks = list(train_photos.shown_masks(settings(visitor, values), visitor))
         return (
-            gr.HTML(remarks_card([f"{mask.label}: {mask.remark}" for mask in masks if mask.remark], HOW), visible=True),
+            gr.HTML(
+                html.remarks_card([f"{mask.label}: {mask.remark}" for mask in masks if mask.remark], HOW), visible=True
+            ),
             gr.Gallery([(mask.picture, mask.remark or "good") for mask in masks], visible=True, selected_index=None),
             [(mask.photo, mask.label) for mask in masks],
             gr.Column(visible=False),
         )
 
-    def after(visitor: Visitor, values: dict) -> tuple:
+    def after(visitor: visitors.Visitor, values: dict) -> tuple:
         return (*pictures(visitor, values), *reviews(ctx, visitor, values["seed"], values["subjects"], values["like"]))
 
     @parts["show_masks"].click(inputs_kwargs=inputs, outputs=shown, **making)
-    @as_gradio_error
+    @state.as_gradio_error
     def show(request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
-        take_given([values[named("photos", number)] for number in range(1, MOST_SUBJECTS + 1)], visitor)
+        take_given(
+            [values[train_form.named("photos", number)] for number in range(1, train_form.MOST_SUBJECTS + 1)], visitor
+        )
         return pictures(visitor, values)
 
     @parts["masks"].select(inputs_kwargs={"names": parts["mask_names"], **inputs}, outputs=edited, **making)
-    @as_gradio_error
+    @state.as_gradio_error
     def edit(names: list[tuple[str, str]], event: gr.SelectData, request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
         if not isinstance(event.index, int) or not 0 <= event.index < len(names):
@@ -358,10 +378,10 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
         name, label = names[event.index]
         picture = train_photos.editor_picture(visitor, name, settings(visitor, values))
         value = {"background": picture, "layers": [], "composite": None}
-        return gr.Column(visible=True), notice(f"{label.capitalize()}: {PAINT}"), value, name
+        return gr.Column(visible=True), html.notice(f"{label.capitalize()}: {PAINT}"), value, name
 
     @parts["keep_mask"].click(inputs_kwargs={"painted": parts["mask_editor"], **of_chosen}, outputs=corrected, **making)
-    @as_gradio_error
+    @state.as_gradio_error
     def keep(name: str, painted: Any, request: gr.Request, **values) -> tuple:
         painted = painted_of(parts["mask_editor"], painted, owner_of(request))
         if painted is None:
@@ -371,7 +391,7 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
         return after(visitor, values)
 
     @parts["put_mask_back"].click(inputs_kwargs=of_chosen, outputs=corrected, **making)
-    @as_gradio_error
+    @state.as_gradio_error
     def back(name: str, request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
         train_photos.put_back(visitor, name)
@@ -380,6 +400,6 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
     gone = [event for file in files for event in (file.upload, file.delete, file.clear)]
     gone += [parts["remove_subject"].click, parts["reopen"].click]
 
-    @gr.on(gone, inputs=None, outputs=shown, show_progress_on=parts["mask_remarks"], **AT_ONCE)
+    @gr.on(gone, inputs=None, outputs=shown, show_progress_on=parts["mask_remarks"], **state.AT_ONCE)
     def closed() -> tuple:
         return gr.HTML(visible=False), gr.Gallery(visible=False), [], gr.Column(visible=False)

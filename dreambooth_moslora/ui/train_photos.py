@@ -19,11 +19,7 @@ from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_warning
 from dreambooth_moslora.photos.photo import Photo, apply_crop, open_mask, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui.html import remarks_card
-from dreambooth_moslora.ui.state import AppContext
-from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, crop_config, folder_of
-from dreambooth_moslora.ui.train_start import recipe_of
-from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Visitor, kept_photos, take_photos
+from dreambooth_moslora.ui import html, state, train_form, train_start, visitors
 
 EDIT_PX = 768  # Side of the square to paint on: the photo, scaled to it, and a margin
 MARGIN = (226, 228, 232)
@@ -47,17 +43,17 @@ class ShownMask:
     remark: str
 
 
-def take_with_masks(files: list[str], visitor: Visitor, number: int = 1) -> list[str]:
+def take_with_masks(files: list[str], visitor: visitors.Visitor, number: int = 1) -> list[str]:
     """`take_photos` for subject `number`, with earlier corrections for the same photos."""
-    folder = folder_of(visitor.photos_dir, number)
-    remarks = take_photos(files, folder)
-    for photo in kept_photos(folder):
+    folder = train_form.folder_of(visitor.photos_dir, number)
+    remarks = visitors.take_photos(files, folder)
+    for photo in visitors.kept_photos(folder):
         if (corrected := corrections_of(visitor, photo)[0]).is_file():
             shutil.copyfile(corrected, beside(photo))
     return remarks
 
 
-def shown_masks(config: TrainConfig, visitor: Visitor) -> Iterator[ShownMask]:
+def shown_masks(config: TrainConfig, visitor: visitors.Visitor) -> Iterator[ShownMask]:
     """The masks as a run with these settings uses them; missing ones are made, and kept. Raises UserError."""
     photos, counts = list(with_made_masks(config, visitor)), Counter()
     is_several = len({photo.subject for photo, _ in photos}) > 1
@@ -72,7 +68,7 @@ def shown_masks(config: TrainConfig, visitor: Visitor) -> Iterator[ShownMask]:
         yield ShownMask(name_of(photo.path, visitor), label, masked(image, mask), reason or words)
 
 
-def with_made_masks(config: TrainConfig, visitor: Visitor) -> Iterator[tuple[Photo, str]]:
+def with_made_masks(config: TrainConfig, visitor: visitors.Visitor) -> Iterator[tuple[Photo, str]]:
     """Each photo with its mask, if it has one, and a remark on a made one."""
     segmenters = [load_segmenter(one) for one in config.each_subject] if config.masks == "auto" else []
     for photo in photo_report(config).photos:
@@ -83,7 +79,7 @@ def with_made_masks(config: TrainConfig, visitor: Visitor) -> Iterator[tuple[Pho
         yield replace(photo, mask_path=made.path), made.remark
 
 
-def editor_picture(visitor: Visitor, name: str, config: TrainConfig) -> PIL.Image.Image:
+def editor_picture(visitor: visitors.Visitor, name: str, config: TrainConfig) -> PIL.Image.Image:
     """The photo of that name on its square, tinted where its mask is white."""
     found = photo_now(visitor, name, config)
     photo = open_rgb(found)
@@ -103,7 +99,7 @@ def mask_on_square(photo: Photo) -> PIL.Image.Image:
     return square
 
 
-def photo_now(visitor: Visitor, name: str, config: TrainConfig) -> Photo:
+def photo_now(visitor: visitors.Visitor, name: str, config: TrainConfig) -> Photo:
     """The photo of that name with its current mask. Raises UserError when it is gone."""
     found = (photo for photo, _ in with_made_masks(config, visitor) if name_of(photo.path, visitor) == name)
     if (photo := next(found, None)) is None:
@@ -123,7 +119,7 @@ def place_of(size: tuple[int, int]) -> tuple[int, int, int, int]:
     return left, top, left + width, top + height
 
 
-def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: TrainConfig) -> None:
+def keep_mask(visitor: visitors.Visitor, name: str, painted: PIL.Image.Image, config: TrainConfig) -> None:
     """Save the mask with what was painted (RGBA) on the square, green as white. Raises UserError for no white."""
     photo = photo_called(visitor, name)
     with PIL.Image.open(photo) as opened:
@@ -135,7 +131,7 @@ def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: Tra
     white = square.crop(place_of(size))
     if white.getextrema()[1] == 0:
         raise UserError(EMPTY)
-    with ONE_AT_A_TIME:
+    with visitors.ONE_AT_A_TIME:
         mask = white.resize(size, PIL.Image.Resampling.BILINEAR).point(as_black_or_white)
         corrected, given = corrections_of(visitor, photo)
         corrected.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +143,7 @@ def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: Tra
         path.unlink(missing_ok=True)
 
 
-def put_back(visitor: Visitor, name: str) -> None:
+def put_back(visitor: visitors.Visitor, name: str) -> None:
     """Restore the mask that came with the photo, or none; the run may then make one."""
     photo = photo_called(visitor, name)
     corrected, given = corrections_of(visitor, photo)
@@ -160,16 +156,16 @@ def put_back(visitor: Visitor, name: str) -> None:
         beside(photo).unlink(missing_ok=True)
 
 
-def photo_called(visitor: Visitor, name: str) -> Path:
+def photo_called(visitor: visitors.Visitor, name: str) -> Path:
     """The photo's path. Raises UserError when the visitor has no photo of that name."""
-    for number in range(1, MOST_SUBJECTS + 1):
-        for photo in kept_photos(folder_of(visitor.photos_dir, number)):
+    for number in range(1, train_form.MOST_SUBJECTS + 1):
+        for photo in visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number)):
             if name_of(photo, visitor) == name:
                 return photo
     raise UserError(GONE)
 
 
-def name_of(photo: Path, visitor: Visitor) -> str:
+def name_of(photo: Path, visitor: visitors.Visitor) -> str:
     """`photo_01.png`; for a further subject with its folder, `photos_2/photo_01.png`."""
     return photo.name if photo.parent == visitor.photos_dir else f"{photo.parent.name}/{photo.name}"
 
@@ -178,7 +174,7 @@ def beside(photo: Path) -> Path:
     return photo.with_suffix(".mask.png")
 
 
-def corrections_of(visitor: Visitor, photo: Path) -> tuple[Path, Path]:
+def corrections_of(visitor: visitors.Visitor, photo: Path) -> tuple[Path, Path]:
     """Files of the corrected mask, and of the one that came with the photo."""
     folder, digest = visitor.root / "corrected_masks", file_digest(photo)
     return folder / f"{digest}.png", folder / f"{digest}.given.png"
@@ -193,13 +189,18 @@ class PhotoReview:
 
 
 def review_kept(
-    ctx: AppContext, visitor: Visitor, remarks: Sequence[str] = (), seed: int = 0, number: int = 1, like: str = NONE
+    ctx: state.AppContext,
+    visitor: visitors.Visitor,
+    remarks: Sequence[str] = (),
+    seed: int = 0,
+    number: int = 1,
+    like: str = NONE,
 ) -> PhotoReview:
     """Judge the clean copies of subject `number`, each by its first crop in a run with this seed and recipe."""
-    folder = folder_of(visitor.photos_dir, number)
+    folder = train_form.folder_of(visitor.photos_dir, number)
     report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
-    recipe = recipe_of(ctx, like, visitor)
-    config = crop_config(ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe)
+    recipe = train_start.recipe_of(ctx, like, visitor)
+    config = train_form.crop_config(ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe)
     crops, lines = [], [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
     for place, photo in enumerate(report.photos):
         plan = next(plans_of(replace(photo, subject=number - 1), place, config))
@@ -208,4 +209,4 @@ def review_kept(
         lines += [f"photo {place + 1}: {', '.join(photo.reasons)}"] if photo.reasons else []
     each = config.crops_per_photo
     how = "shown as they will be cropped" if each == 1 else f"each shown by the first of its {each} crops"
-    return PhotoReview(crops, remarks_card(lines, f"{len(crops)} photo{'s' * (len(crops) != 1)}, {how}."))
+    return PhotoReview(crops, html.remarks_card(lines, f"{len(crops)} photo{'s' * (len(crops) != 1)}, {how}."))

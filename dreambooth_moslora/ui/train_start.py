@@ -17,52 +17,45 @@ from typing import Any
 
 from dreambooth_moslora.adapters.metadata import check_start_header
 from dreambooth_moslora.core import UserError, free_name
-from dreambooth_moslora.disk.queue import QueuedRun
-from dreambooth_moslora.disk.run_folder import NONE, clean_name, header_of
+from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_recipe
 from dreambooth_moslora.plan.memory import Estimate
 from dreambooth_moslora.plan.plan import plan_steps
-from dreambooth_moslora.settings.prompts import subject_of
-from dreambooth_moslora.settings.rows import parse_pattern
-from dreambooth_moslora.settings.sources import FoundRecipe, checked_recipe, recipe_in_file
-from dreambooth_moslora.settings.table import TrainConfig, without_removed
-from dreambooth_moslora.ui import train_form
-from dreambooth_moslora.ui.generate_values import format_seconds
-from dreambooth_moslora.ui.html import remarks_card
+from dreambooth_moslora.settings import prompts, rows, sources, table
+from dreambooth_moslora.ui import generate_values, html, state, train_form, visitors
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
-from dreambooth_moslora.ui.state import AppContext, check_header
-from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, SubjectWords, TrainForm, folder_of, lengths_in
-from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Visitor, kept_photos
 
 LIKE = "like"  # Folder in a run: the recipe that it was given, NAME.json
 MOST_RECIPES = 16
 
 
-def recipe_names(ctx: AppContext, visitor: Visitor) -> list[str]:
+def recipe_names(ctx: state.AppContext, visitor: visitors.Visitor) -> list[str]:
     """What can be chosen: the visitor's own files, then the adapters."""
-    return [NONE, *visitor.recipes, *ctx.catalog.files(visitor)]
+    return [run_folder.NONE, *visitor.recipes, *ctx.catalog.files(visitor)]
 
 
-def recipe_of(ctx: AppContext, name: str | None, visitor: Visitor) -> FoundRecipe | None:
+def recipe_of(ctx: state.AppContext, name: str | None, visitor: visitors.Visitor) -> sources.FoundRecipe | None:
     """The recipe of that name; None of none. Raises UserError for an unlisted name, and for an adapter without one."""
-    name = str(name or NONE)
-    if name == NONE:
+    name = str(name or run_folder.NONE)
+    if name == run_folder.NONE:
         return None
     return visitor.recipes.get(name) or read(ctx.catalog.path(name, visitor), name)
 
 
-def add_recipe(ctx: AppContext, uploaded: str | Path, visitor: Visitor) -> str:
+def add_recipe(ctx: state.AppContext, uploaded: str | Path, visitor: visitors.Visitor) -> str:
     """Keep the recipe of an uploaded file for its visitor alone; returns its name. Raises UserError."""
     file = Path(uploaded)
     if file.suffix != ".safetensors":
         raise UserError(f"{file.name} is not a .safetensors file; other formats can carry code and are not opened")
     found = read(file, file.name)
-    name = free_name(clean_name(file.name), recipe_names(ctx, visitor).__contains__, " ")
+    name = free_name(run_folder.clean_name(file.name), recipe_names(ctx, visitor).__contains__, " ")
     keep_recipe(ctx, name, found, visitor)
     return name
 
 
-def keep_recipe(ctx: AppContext, name: str, recipe: FoundRecipe | None, visitor: Visitor) -> None:
+def keep_recipe(
+    ctx: state.AppContext, name: str, recipe: sources.FoundRecipe | None, visitor: visitors.Visitor
+) -> None:
     """Keep a recipe that a run of the visitor was given, unless its name is listed."""
     if recipe is None or name in recipe_names(ctx, visitor):
         return
@@ -71,20 +64,20 @@ def keep_recipe(ctx: AppContext, name: str, recipe: FoundRecipe | None, visitor:
         visitor.recipes.pop(next(iter(visitor.recipes)))
 
 
-def read(file: Path, name: str) -> FoundRecipe:
+def read(file: Path, name: str) -> sources.FoundRecipe:
     try:
-        check_header(file)
-        return bounded(recipe_in_file(file))
+        state.check_header(file)
+        return bounded(sources.recipe_in_file(file))
     except UserError as error:
         raise UserError(f"nothing is taken from {name}: {error}") from error
 
 
-def bounded(found: FoundRecipe) -> FoundRecipe:
+def bounded(found: sources.FoundRecipe) -> sources.FoundRecipe:
     """The recipe without settings beyond MOST, each of which gets a line. Raises UserError where nothing is left."""
     kept, great = {}, []
     for name, value in found.settings.items():
         if name == "rank_pattern":
-            is_great = any(parse_pattern(name, text)[1] > train_form.MOST["rank"] for text in value)
+            is_great = any(rows.parse_pattern(name, text)[1] > train_form.MOST["rank"] for text in value)
         else:
             is_great = name in train_form.MOST and value is not None and value > train_form.MOST[name]
         if is_great:
@@ -94,44 +87,50 @@ def bounded(found: FoundRecipe) -> FoundRecipe:
     if not kept:
         raise UserError(f"none of its settings can be taken: {', '.join(great)} are too great for this page")
     lines = [f"{name} is too great for this page" for name in great]
-    return FoundRecipe(kept, found.without_equivalent, (*found.invalid, *lines))
+    return sources.FoundRecipe(kept, found.without_equivalent, (*found.invalid, *lines))
 
 
-def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainForm] = TrainForm) -> TrainForm:
+def form_of_run(
+    settings: Mapping[str, Any], photos_dir: Path, form: type[train_form.TrainForm] = train_form.TrainForm
+) -> train_form.TrainForm:
     """The form that makes a run of these settings. Raises UserError for settings that no form has."""
-    config = TrainConfig.from_dict(without_removed(settings) | {"resume_from_checkpoint": None})
+    config = table.TrainConfig.from_dict(table.without_removed(settings) | {"resume_from_checkpoint": None})
     subjects = config.each_subject
-    if (count := len(subjects)) > MOST_SUBJECTS:
-        raise UserError(f"the run has {count} subjects, and the form {MOST_SUBJECTS} at most")
+    if (count := len(subjects)) > train_form.MOST_SUBJECTS:
+        raise UserError(f"the run has {count} subjects, and the form {train_form.MOST_SUBJECTS} at most")
     like, recipe = like_of_run(photos_dir.parent)
-    first, *others = (words_of(one, folder_of(photos_dir, n)) for n, one in enumerate(subjects, 1))
+    first, *others = (words_of(one, train_form.folder_of(photos_dir, n)) for n, one in enumerate(subjects, 1))
     values = train_form.values_from(vars(config), config.pretrained_model_name_or_path, form) | {"steps": 0}
     values |= vars(first) | length_of(config, photos_dir, count, recipe)
     begun = {"begin_with": Path(config.init_adapter).stem} if config.init_adapter else {}
     return form(**values, **begun, scores=bool(config.evaluate_steps), like=like, others=tuple(others))
 
 
-def words_of(config: TrainConfig, photos_dir: Path) -> SubjectWords:
-    subject, captions = subject_of(config), ""
-    for photo in kept_photos(photos_dir):
+def words_of(config: table.TrainConfig, photos_dir: Path) -> train_form.SubjectWords:
+    subject, captions = prompts.subject_of(config), ""
+    for photo in visitors.kept_photos(photos_dir):
         with suppress(OSError):
             captions += " ".join(photo.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").split())
         captions += "\n"
-    return SubjectWords(subject.class_word, subject.token, captions.rstrip(), config.initializer_concept or "")
+    return train_form.SubjectWords(
+        subject.class_word, subject.token, captions.rstrip(), config.initializer_concept or ""
+    )
 
 
-def like_of_run(run_dir: Path) -> tuple[str, FoundRecipe | None]:
+def like_of_run(run_dir: Path) -> tuple[str, sources.FoundRecipe | None]:
     """The name and content of the recipe that the run was given; anyone may have changed the file."""
     for file in (run_dir / LIKE).glob("*.json"):
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
-            return file.stem, bounded(FoundRecipe(checked_recipe(settings)[0]))
+            return file.stem, bounded(sources.FoundRecipe(sources.checked_recipe(settings)[0]))
         except (OSError, ValueError, AttributeError, RecursionError):
             break
-    return TrainForm.like, None
+    return train_form.TrainForm.like, None
 
 
-def length_of(config: TrainConfig, photos_dir: Path, subjects: int, recipe: FoundRecipe | None) -> dict[str, Any]:
+def length_of(
+    config: table.TrainConfig, photos_dir: Path, subjects: int, recipe: sources.FoundRecipe | None
+) -> dict[str, Any]:
     """The preset that shows each photo as often as the recipe, or as the base's own, else the number of steps."""
     if recipe is not None:
         lengths = {name: value for name, value in recipe.settings.items() if name in train_form.LENGTHS}
@@ -141,19 +140,25 @@ def length_of(config: TrainConfig, photos_dir: Path, subjects: int, recipe: Foun
         chosen = choose_recipe(Choices({"pretrained_model_name_or_path": base}), train_form.free_for(base))
         lengths = {"exposures_per_photo": chosen}
     for name, share in train_form.PRESETS.items():
-        if all(getattr(config, length) == value for length, value in lengths_in(lengths, share).items()):
+        if all(getattr(config, length) == value for length, value in train_form.lengths_in(lengths, share).items()):
             return {"preset": name}
-    counts = [max(1, len(kept_photos(folder_of(photos_dir, number)))) for number in range(1, subjects + 1)]
+    counts = [
+        max(1, len(visitors.kept_photos(train_form.folder_of(photos_dir, number)))) for number in range(1, subjects + 1)
+    ]
     return {"steps": plan_steps(config, counts).total_steps}
 
 
-def take_photos_of_run(run_dir: Path, visitor: Visitor, subjects: int) -> None:
+def take_photos_of_run(run_dir: Path, visitor: visitors.Visitor, subjects: int) -> None:
     """The run's photos and masks become the visitor's. Raises UserError where those of a subject are gone."""
-    with ONE_AT_A_TIME:
-        if not all(kept_photos(folder_of(run_dir / "photos", number)) for number in range(1, subjects + 1)):
+    with visitors.ONE_AT_A_TIME:
+        if not all(
+            visitors.kept_photos(train_form.folder_of(run_dir / "photos", number)) for number in range(1, subjects + 1)
+        ):
             raise UserError("the photos of this run are not there any more")
-        for number in range(1, MOST_SUBJECTS + 1):
-            source, target = (folder_of(folder, number) for folder in (run_dir / "photos", visitor.photos_dir))
+        for number in range(1, train_form.MOST_SUBJECTS + 1):
+            source, target = (
+                train_form.folder_of(folder, number) for folder in (run_dir / "photos", visitor.photos_dir)
+            )
             shutil.rmtree(target, ignore_errors=True)
             if number <= subjects:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.txt"))
@@ -173,16 +178,16 @@ class Prepared:
     said: list[str]
 
 
-def start_run(ctx: AppContext, form: TrainForm, visitor: Visitor) -> tuple[Job, str]:
+def start_run(ctx: state.AppContext, form: train_form.TrainForm, visitor: visitors.Visitor) -> tuple[Job, str]:
     """The started run, and what was chosen for it as HTML. Raises UserError."""
     if ctx.jobs.current() or not ctx.queue.is_empty:
         raise UserError(BUSY)
     with ctx.jobs.telling(), prepared(ctx, form, visitor) as run:
         job = ctx.jobs.start(run.run_dir.name, run.settings, visitor.id)
-    return job, remarks_card(run.said, f"{job.name} has started. {CHOSEN}")
+    return job, html.remarks_card(run.said, f"{job.name} has started. {CHOSEN}")
 
 
-def add_to_queue(ctx: AppContext, form: TrainForm, visitor: Visitor) -> tuple[str, str]:
+def add_to_queue(ctx: state.AppContext, form: train_form.TrainForm, visitor: visitors.Visitor) -> tuple[str, str]:
     """The name of the run, which waits until those before it have ended, and HTML. Raises UserError."""
     if ctx.public:
         from dreambooth_moslora.ui.public import check_room
@@ -190,12 +195,14 @@ def add_to_queue(ctx: AppContext, form: TrainForm, visitor: Visitor) -> tuple[st
         check_room(ctx.queue.queue.waiting(), visitor)
     with ctx.jobs.telling(), prepared(ctx, form, visitor, is_queued=True) as run:
         name, asked = run.run_dir.name, {"settings": run.settings, "is_new": True, "queued": time.time()}
-        place = ctx.queue.queue.add(QueuedRun(name, visitor.id, visitor.address, **asked))
-    return name, remarks_card(run.said, f"{name} waits, number {place} in the queue. {CHOSEN}")
+        place = ctx.queue.queue.add(queue.QueuedRun(name, visitor.id, visitor.address, **asked))
+    return name, html.remarks_card(run.said, f"{name} waits, number {place} in the queue. {CHOSEN}")
 
 
 @contextmanager
-def prepared(ctx: AppContext, form: TrainForm, visitor: Visitor, *, is_queued: bool = False) -> Iterator[Prepared]:
+def prepared(
+    ctx: state.AppContext, form: train_form.TrainForm, visitor: visitors.Visitor, *, is_queued: bool = False
+) -> Iterator[Prepared]:
     """Prepare the run folder. It is deleted when the block fails, which frees its name. Raises UserError."""
     from dreambooth_moslora.plan.checks import check_settings
 
@@ -208,15 +215,15 @@ def prepared(ctx: AppContext, form: TrainForm, visitor: Visitor, *, is_queued: b
     places = form.photos_given(run_dir / "photos")
     if begun_with is not None:  # the run's own copy: a queued run may begin when the visitor's upload is gone
         places |= {"init_adapter": str(run_dir / BEGUN_WITH / f"{form.begin_with}.safetensors")}
-    config = TrainConfig.from_dict(choices.all | places)
+    config = table.TrainConfig.from_dict(choices.all | places)
     try:
         run_dir.mkdir(parents=True)
     except FileExistsError as error:
         raise UserError("another run of that name is just being started; try again") from error
     try:
-        with ONE_AT_A_TIME:
+        with visitors.ONE_AT_A_TIME:
             for number in range(1, len(form.subjects) + 1):
-                shutil.copytree(folder_of(photos, number), folder_of(run_dir / "photos", number))
+                shutil.copytree(train_form.folder_of(photos, number), train_form.folder_of(run_dir / "photos", number))
         form.write_captions(run_dir / "photos")
         if begun_with is not None:
             (run_dir / BEGUN_WITH).mkdir()
@@ -231,25 +238,25 @@ def prepared(ctx: AppContext, form: TrainForm, visitor: Visitor, *, is_queued: b
         raise
 
 
-def adapter_of(ctx: AppContext, form: TrainForm, visitor: Visitor) -> Path | None:
+def adapter_of(ctx: state.AppContext, form: train_form.TrainForm, visitor: visitors.Visitor) -> Path | None:
     """The file that the run goes on from. Raises UserError for one that no run begins with, or that is not listed."""
-    name = str(form.begin_with or NONE)
-    if name == NONE:
+    name = str(form.begin_with or run_folder.NONE)
+    if name == run_folder.NONE:
         return None
     file = ctx.catalog.path(name, visitor)
     try:
-        check_start_header(header_of(file))
+        check_start_header(run_folder.header_of(file))
     except UserError as error:
         raise UserError(f"“Begin with” {name}: {error}") from error
     return file
 
 
-def start_lines(form: TrainForm) -> list[str]:
-    name = str(form.begin_with or NONE)
-    return [] if name == NONE else [f"begins with what the adapter {name} has learnt"]
+def start_lines(form: train_form.TrainForm) -> list[str]:
+    name = str(form.begin_with or run_folder.NONE)
+    return [] if name == run_folder.NONE else [f"begins with what the adapter {name} has learnt"]
 
 
-def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
+def free_run_dir(jobs: Jobs, form: train_form.TrainForm) -> Path:
     """The wanted name, or one from the class words; a number is added when it is taken."""
     wanted = str(form.run_name or "-".join(str(words.class_word) for words in form.subjects))
     wanted = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", "-", wanted))  # what a RUN_NAME may have, dashes for the rest
@@ -257,7 +264,7 @@ def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
     return jobs.run_dir(free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))
 
 
-def estimate_cost(ctx: AppContext, form: TrainForm, visitor: Visitor) -> str:
+def estimate_cost(ctx: state.AppContext, form: train_form.TrainForm, visitor: visitors.Visitor) -> str:
     """Each choice, then steps, time, memory and disk as HTML. Raises UserError for whatever training would refuse."""
     from dreambooth_moslora.plan.plan import make_plan
     from dreambooth_moslora.training.dry_run import advice, cost_lines, step_lines
@@ -266,15 +273,15 @@ def estimate_cost(ctx: AppContext, form: TrainForm, visitor: Visitor) -> str:
     with jobs.telling():
         photos, recipe = visitor.given_photos, recipe_of(ctx, form.like, visitor)
         choices = form.choices(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe=recipe)
-        plan = make_plan(TrainConfig.from_dict(choices.all), free_gib=train_form.free_gib(), is_later=True)
+        plan = make_plan(table.TrainConfig.from_dict(choices.all), free_gib=train_form.free_gib(), is_later=True)
         adapter_of(ctx, form, visitor)
         lines = [*start_lines(form), *(words for words, _ in choices.said), *step_lines(plan)]
         lines += time_line(jobs, plan.config, plan.steps.total_steps)
         lines += [*cost_lines(plan), *card_lines(plan.config, plan.cost), *advice(plan)]
-    return remarks_card([jobs.told(line) for line in lines])
+    return html.remarks_card([jobs.told(line) for line in lines])
 
 
-def card_lines(config: TrainConfig, cost: Estimate) -> list[str]:
+def card_lines(config: table.TrainConfig, cost: Estimate) -> list[str]:
     """Device and plan of the run, for the cost estimate; `config` has its memory plan."""
     import torch
 
@@ -290,7 +297,7 @@ def card_lines(config: TrainConfig, cost: Estimate) -> list[str]:
     return [line, *(["the GPU may have too little memory even so"] if cost.peak_gib > free else [])]
 
 
-def time_line(jobs: Jobs, config: TrainConfig, total_steps: int) -> list[str]:
+def time_line(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> list[str]:
     """The time at the pace of this machine's newest run with the same base and size."""
     alike = (
         *("pretrained_model_name_or_path", "resolution", "train_batch_size", "gradient_accumulation_steps"),
@@ -301,5 +308,6 @@ def time_line(jobs: Jobs, config: TrainConfig, total_steps: int) -> list[str]:
         earlier = metrics.last("start").get("config", {})
         paces = [event["step_sec"] for event in metrics.of("step")[-50:] if event.get("step_sec")]
         if paces and all(earlier.get(name) == getattr(config, name) for name in alike):
-            return [f"time: about {format_seconds(median(paces) * total_steps)}, at the pace of the last such run here"]
+            time = generate_values.format_seconds(median(paces) * total_steps)
+            return [f"time: about {time}, at the pace of the last such run here"]
     return ["time: not known before the first run here; the page shows it after a few steps"]

@@ -14,21 +14,17 @@ import gradio as gr
 import pandas as pd
 
 from dreambooth_moslora.core import UserError, atomic_write, is_finite_number
-from dreambooth_moslora.disk.events import Metrics
+from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.settings.prompts import noun_of
 from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
-from dreambooth_moslora.ui.generate_values import format_seconds
-from dreambooth_moslora.ui.html import SHOWN, faint, notice, progress_card
+from dreambooth_moslora.ui import generate_values, html, train_form, visitors
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
 from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
-from dreambooth_moslora.ui.train_form import in_the_forms_words
-from dreambooth_moslora.ui.visitors import Visitor
 
 POLL_SEC = 2.0
-NO_RUN = notice("No run yet. Add photos, say what they show, start.")
+NO_RUN = html.notice("No run yet. Add photos, say what they show, start.")
 HEADROOM = 1.1
 GONE = "This run is not there any more."
 DOWNLOADS = ("download", "download_kohya", "download_tokens", "download_mixers")
@@ -71,7 +67,7 @@ def watch_widgets() -> dict[str, Any]:
     loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
     fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
     samples = picture_rows("Samples", "samples", object_fit="contain", buttons=["download", "fullscreen"])
-    sheet = gr.Image(label="Contact sheet", type="filepath", visible=False, elem_id="sheet_of_run", **SHOWN)
+    sheet = gr.Image(label="Contact sheet", type="filepath", visible=False, elem_id="sheet_of_run", **html.SHOWN)
     with gr.Accordion("Log", open=False, elem_id="log_box"):
         log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
     downloads = (download, kohya, tokens, mixers)
@@ -119,19 +115,19 @@ def _connect_control(
 
     def control(run: str | None, request: gr.Request) -> str:
         job = action(run or "", ctx.visitors.of(request).id)
-        return notice(f"{'Stopping' if job.stop_asked else 'Going on with'} {job.name} …")
+        return html.notice(f"{'Stopping' if job.stop_asked else 'Going on with'} {job.name} …")
 
     def told(run: str | None, request: gr.Request) -> str:
         try:
             return control(run, request)
         except Exception as error:
-            return notice(sentence(as_user_error(error)), "bad")
+            return html.notice(sentence(as_user_error(error)), "bad")
 
     button.click(told, parts["run"], parts["status"], queue=False, api_visibility="private")
     gr.api(as_gradio_error(control), api_name=api_name, queue=False)
 
 
-def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -> dict[str, Any]:
+def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: visitors.Visitor) -> dict[str, Any]:
     """New values for the widgets in WATCHED, by name; empty while the run is as it was `seen`. A deleted run looks the
     same as another visitor's."""
     if not run:
@@ -142,14 +138,14 @@ def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -
         shown = {name: gr.update(visible=False) for name in ("use", "reopen", *DOWNLOADS, *PICTURES)}
         shown |= {name: gr.Button(interactive=False) for name in ("stop", "resume")}
         names = gr.Dropdown(choices=run_names(jobs, visitor.id), value=None)
-        return shown | {"run": names, "seen": None, "status": notice(GONE, "bad"), "log": ""}
+        return shown | {"run": names, "seen": None, "status": html.notice(GONE, "bad"), "log": ""}
     state, metrics = jobs.state(job), jobs.metrics(job)
     now = (job.name, job.created, state, len(metrics.events))
     return {} if now == seen else {"seen": now} | _shown(jobs, job, state, visitor)
 
 
-def _shown(jobs: Jobs, job: Job, state: JobState, visitor: Visitor) -> dict[str, Any]:
-    run_dir, metrics = RunDir(job.run_dir), jobs.metrics(job)
+def _shown(jobs: Jobs, job: Job, state: JobState, visitor: visitors.Visitor) -> dict[str, Any]:
+    run_dir, metrics = run_folder.RunDir(job.run_dir), jobs.metrics(job)
     ready = run_dir.adapter_path.is_file() and not state.is_active
     has_sheet = ready and run_dir.contact_sheet_path.is_file()  # the photos, and pictures before and after the training
     sheet = str(link_into_user_folder(run_dir.contact_sheet_path, visitor, job.name)) if has_sheet else None
@@ -173,7 +169,7 @@ def _shown(jobs: Jobs, job: Job, state: JobState, visitor: Visitor) -> dict[str,
     }
 
 
-def _download(files: list[Path], ready: bool, job: Job, visitor: Visitor) -> gr.DownloadButton:
+def _download(files: list[Path], ready: bool, job: Job, visitor: visitors.Visitor) -> gr.DownloadButton:
     """The file that is there, or of several all in one; hidden for none."""
     files = [file for file in files if ready and file.is_file()]
     if len(files) < 2:
@@ -267,14 +263,14 @@ def _connect_programs(ctx: AppContext) -> None:
         return queued_runs(ctx, visitor)
 
 
-def queued_runs(ctx: AppContext, visitor: Visitor) -> list[dict[str, Any]]:
+def queued_runs(ctx: AppContext, visitor: visitors.Visitor) -> list[dict[str, Any]]:
     """The visitor's own waiting runs, for a program: `run`, and its `place` from 1 among all."""
     waiting = enumerate(ctx.queue.queue.waiting(), 1)
     return [{"run": run.name, "place": place} for place, run in waiting if run.owner == visitor.id]
 
 
 def queue_changes(
-    ctx: AppContext, visitor: Visitor, run: str | None, seen: tuple | None, chosen: str | None = None
+    ctx: AppContext, visitor: visitors.Visitor, run: str | None, seen: tuple | None, chosen: str | None = None
 ) -> dict[str, Any]:
     """New values for the widgets in OF_QUEUE, by name; empty while the queue is as it was `seen`. The visitor's own
     run whose turn has come is watched next. A `chosen` run stays chosen after it was moved."""
@@ -301,68 +297,72 @@ def words_of(run: QueuedRun) -> str:
     return f"{run.name} · {length}" if length else run.name
 
 
-def rest_of(waiting: list[QueuedRun], visitor: Visitor) -> str:
+def rest_of(waiting: list[QueuedRun], visitor: visitors.Visitor) -> str:
     """The command line's waiting runs by name, and the number of other visitors' runs; "" when there are none."""
     named = [f"{place} · {run.name}" for place, run in enumerate(waiting, 1) if run.owner == COMMAND_LINE]
     others = sum(run.owner not in (COMMAND_LINE, visitor.id) for run in waiting)
     parts = [f"added by command: {', '.join(named)}"] * bool(named)
     parts += [f"{others} of other visitors"] * bool(others)
-    return faint("; ".join(parts)) if parts else ""
+    return html.faint("; ".join(parts)) if parts else ""
 
 
-def best_of(job: Job, metrics: Metrics) -> str:
+def best_of(job: Job, metrics: events.Metrics) -> str:
     """The best step and the name of its adapter on the page; "" without scores."""
     best = metrics.last("evaluation").get("best")
-    is_kept = (RunDir(job.run_dir).best_dir / PUBLISHED_NAME).is_file()
+    is_kept = (run_folder.RunDir(job.run_dir).best_dir / run_folder.PUBLISHED_NAME).is_file()
     return f" The best was step {best.get('step')}: {job.name}@best." if isinstance(best, dict) and is_kept else ""
 
 
-def subjects_line(metrics: Metrics) -> str:
+def subjects_line(metrics: events.Metrics) -> str:
     """How well the last scores tell several subjects apart, and the likeness of each; "" of one subject."""
     last = metrics.last("evaluation")
     if not is_finite_number(last.get("confusion")):
         return ""
     likeness = [f"{last[name]:.2f} of subject {name.rpartition('_')[2]}" for name in subject_scores(metrics)]
     scale = "0: told apart as their photos are, 1: taken for each other"
-    return faint(f"Confusion of the subjects: {last['confusion']:.2f} ({scale}). Likeness: {', '.join(likeness)}.")
+    return html.faint(f"Confusion of the subjects: {last['confusion']:.2f} ({scale}). Likeness: {', '.join(likeness)}.")
 
 
-def subject_scores(metrics: Metrics) -> list[str]:
+def subject_scores(metrics: events.Metrics) -> list[str]:
     """The names of each subject's likeness in the last scores; none of one subject."""
     found = [name for name, value in metrics.last("evaluation").items() if SUBJECT_SCORE.fullmatch(name)]
     return [name for name in found if is_finite_number(metrics.last("evaluation")[name])]
 
 
-def advice_card(metrics: Metrics) -> str:
+def advice_card(metrics: events.Metrics) -> str:
     """What to try after a scored run, the most important first; "" for other runs, and for damaged events."""
     try:
         config = known_config(metrics.last("start").get("config") or {})
     except UserError:
         return ""
     found = closing_advice(figures_from(metrics.events, config))
-    return "".join(faint(f"Try next: {in_the_forms_words(line)}.") for line in found)
+    return "".join(html.faint(f"Try next: {train_form.in_the_forms_words(line)}.") for line in found)
 
 
-def status_card(state: JobState, metrics: Metrics, best: str = "") -> str:
+def status_card(state: JobState, metrics: events.Metrics, best: str = "") -> str:
     """One line of state and one of numbers."""
     if state.state in ENDINGS:
         detail = state.message or f"Step {state.step} of {state.max_train_steps}."
         if state.state == "interrupted" and state.message:  # without a checkpoint: stopped before the first step
-            return notice(f"{sentence(state.message)}.", "good")
+            return html.notice(f"{sentence(state.message)}.", "good")
         kind = "bad" if state.state == "failed" else "good"
-        return notice(f"{ENDINGS[state.state]} {detail}{best}", kind)
+        return html.notice(f"{ENDINGS[state.state]} {detail}{best}", kind)
     if state.state == "starting":
-        return progress_card("Starting …", "loading the libraries", 0.0)
+        return html.progress_card("Starting …", "loading the libraries", 0.0)
     last, phase = metrics.last("step"), metrics.last("phase")
     fraction = state.step / state.max_train_steps if state.max_train_steps else 0.0
     if state.state == "stopping":
-        return progress_card("Stopping …", "the step is finished and a checkpoint written", fraction)
+        return html.progress_card("Stopping …", "the step is finished and a checkpoint written", fraction)
     if state.phase in ("", "training") and last:
-        return progress_card(f"Step {state.step} of {state.max_train_steps}", numbers_of(last), fraction)
+        return html.progress_card(f"Step {state.step} of {state.max_train_steps}", numbers_of(last), fraction)
     if state.phase == "training":
-        return progress_card(f"Step {state.step + 1} of {state.max_train_steps} …", "the first takes longest", fraction)
+        return html.progress_card(
+            f"Step {state.step + 1} of {state.max_train_steps} …", "the first takes longest", fraction
+        )
     count = f" {phase.get('done')} of {phase['total']}" if int(phase.get("total") or 1) > 1 else ""
-    return progress_card(f"{PHASES.get(state.phase, state.phase or 'Preparing')}{count} …", numbers_of(last), fraction)
+    return html.progress_card(
+        f"{PHASES.get(state.phase, state.phase or 'Preparing')}{count} …", numbers_of(last), fraction
+    )
 
 
 def numbers_of(step: dict[str, Any]) -> str:
@@ -371,7 +371,7 @@ def numbers_of(step: dict[str, Any]) -> str:
     seconds = step.get("step_sec") or 0
     pace = "" if not seconds else f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s a step"
     parts = [
-        f"about {format_seconds(step['eta_sec'])} left" if step.get("eta_sec") is not None else "",
+        f"about {generate_values.format_seconds(step['eta_sec'])} left" if step.get("eta_sec") is not None else "",
         pace,
         f"{step['memory_gib']:.1f} GiB" if step.get("memory_gib") else "",
         f"loss {step['loss']:.3f}" if step.get("loss") is not None else "",
@@ -379,7 +379,7 @@ def numbers_of(step: dict[str, Any]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def loss_table(metrics: Metrics) -> pd.DataFrame:
+def loss_table(metrics: events.Metrics) -> pd.DataFrame:
     """Columns step, loss, part: the subject's and, with prior preservation, the class's loss, each smoothed."""
     steps = {event["step"]: event for event in metrics.of("step")}  # a resumed run repeats some steps
     tables = []
@@ -392,7 +392,7 @@ def loss_table(metrics: Metrics) -> pd.DataFrame:
     return pd.concat(tables) if tables else pd.DataFrame({"step": [], "loss": [], "part": []})
 
 
-def fidelity_table(metrics: Metrics) -> pd.DataFrame:
+def fidelity_table(metrics: events.Metrics) -> pd.DataFrame:
     """Columns step, score, measure: the curves of the run's plot; of several subjects, each one's likeness."""
     shown = curves()
     each = {name: name.rpartition("_")[2] for name in subject_scores(metrics)}
@@ -406,7 +406,7 @@ def fidelity_table(metrics: Metrics) -> pd.DataFrame:
     return pd.DataFrame(rows) if rows else pd.DataFrame({"step": [], "score": [], "measure": []})
 
 
-def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, str]]:
+def samples_of(job: Job, metrics: events.Metrics, visitor: visitors.Visitor) -> list[tuple[str, str]]:
     """The sample pictures by step, as links in this visitor's folder; those of several prompts with their noun. If
     there are too many, step 0 and the newest are kept: the base's pictures are the reference for the others."""
     found: dict[str, str] = {}
@@ -423,7 +423,7 @@ def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, 
     return [(str(link_into_user_folder(file, visitor, job.name)), caption) for file, caption in first + newest]
 
 
-def link_into_user_folder(file: Path, visitor: Visitor, run: str) -> Path:
+def link_into_user_folder(file: Path, visitor: visitors.Visitor, run: str) -> Path:
     """The file inside the visitor's own folder (a hard link if possible), from where gradio may serve it."""
     target = visitor.folder / "runs" / run / file.name
     if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:

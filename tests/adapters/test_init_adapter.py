@@ -161,7 +161,7 @@ def test_a_start_that_would_differ_from_the_file_is_refused(pipeline, tmp_path, 
     """As a mixer close to singular would make it."""
     file = save_diffusers_lora(pipeline.unet, tmp_path)
     monkeypatch.setattr(
-        "dreambooth_moslora.adapters.moslora.initial_mixer",
+        "dreambooth_moslora.adapters.mixer.initial_mixer",
         lambda kind, rank, seed, path: torch.ones(rank, rank) + 1e-7 * torch.eye(rank).roll(1, 0),
     )
     with pytest.raises(UserError, match="away from the file, and rounding explains 1e-05: give --mixer orthogonal"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save, save_file
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure, small_unet
 from benchmarks.sdxl_structure import count
-from dreambooth_moslora.adapters import lora_file, metadata, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters import kohya_file, lora_file, metadata, mixer, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe, reduce_layers
 from dreambooth_moslora.adapters.kohya_file import kohya_name
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank
@@ -181,7 +181,7 @@ def test_the_scale_of_the_moment_is_not_published(tmp_path):
 
 DIFFERS = r"differs from the live adapter by \d"
 NO_MIXER = (MixedLowRank, "fold", lambda real, m: LowRank(m.down.detach().clone(), (m.scale * m.up).detach()))
-NO_ALPHA = (moslora, "nominal_scale", lambda real, *_: 1.0)
+NO_ALPHA = (mixer, "nominal_scale", lambda real, *_: 1.0)
 
 
 def swapped(real, *arguments):
@@ -195,8 +195,8 @@ def doubled(real, *arguments):
     return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
 
 
-KOHYA_ALPHA, SWAPPED = (published_file, "kohya_tensors", doubled), (published_file, "published_tensors", swapped)
-SKIPPED = (published_file, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
+KOHYA_ALPHA, SWAPPED = (kohya_file, "kohya_tensors", doubled), (published_file, "published_tensors", swapped)
+SKIPPED = (moslora, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
 
 MISTAKES = [(mistake, {}, 1.0, DIFFERS) for mistake in (NO_MIXER, NO_ALPHA, KOHYA_ALPHA, SWAPPED)]
@@ -299,7 +299,7 @@ def test_every_comparison_is_in_full_fp32_and_the_settings_come_back(keep, coars
     published(components, tmp_path, keep=keep)
     assert found and all(each == ["ieee"] * 4 for each in found)
     assert precisions() == list(COARSEST.values())
-    reduced = {name: torch.zeros(1) for name in proof.all_layers(components, "default")}
+    reduced = {name: torch.zeros(1) for name in raw_file.all_layers(components, "default")}
     with pytest.raises(UserError, match="reduced in rank"):
         proof.check_reduction(components, "default", reduced, keep=0.9)
     assert precisions() == list(COARSEST.values())

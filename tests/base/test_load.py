@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from dreambooth_moslora.adapters.moslora import inject
-from dreambooth_moslora.base import decode, load, machine
+from dreambooth_moslora.base import decode, files, load, machine
 from dreambooth_moslora.base.decode import load_vae_alone
 from dreambooth_moslora.base.files import base_folder, variants_in, weight_files
 from dreambooth_moslora.core import UserError
@@ -52,7 +52,7 @@ def test_what_is_no_base_is_one_line(name, tmp_path):
 def test_names(pipeline):
     """A hub id with a dot is not taken for a path."""
     sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
-    assert load.resolve_base(sdxl) == sdxl
+    assert files.resolve_base(sdxl) == sdxl
     facts = load.architecture(pipeline.unet)
     assert facts["block_out_channels"] == [8, 16, 32] and facts["cross_attention_dim"] == 48
     assert load.default_resolution(pipeline) == 64
@@ -193,10 +193,11 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_
     pixels = decode.decode_pixels(vae, latents)
     assert vae.shapes == [(1, 8, 8)] * 4
     assert torch.equal(pixels, torch.cat([decode.decode_pixels(vae, one[None]) for one in latents]))
-    monkeypatch.setattr(decode, "free_gib", lambda device: 1.0)
     vae.enable_tiling()
-    with decode.tiled_where_short(vae, (1024, 1024), vae.device):
-        assert vae.tile_latent_min_size == 64
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "free_gib", lambda device: 1.0)
+        with decode.tiled_where_short(vae, (1024, 1024), vae.device):
+            assert vae.tile_latent_min_size == 64
     assert vae.use_tiling and vae.tile_latent_min_size == 8
     gib, seen = 2**30, {"mem_get_info": (3, 8), "memory_reserved": 4, "memory_allocated": 2}
     for name, found in seen.items():
@@ -208,7 +209,7 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_
 
 @pytest.mark.parametrize(("gib", "side", "is_tiled"), [(None, 128, 0), (20.0, 128, 0), (3.0, 128, 1), (2.0, 64, 0)])
 def test_tiles_of_512_px_where_a_whole_picture_does_not_fit(vae, monkeypatch, gib, side, is_tiled):
-    monkeypatch.setattr(decode, "free_gib", lambda device: gib)
+    monkeypatch.setattr(machine, "free_gib", lambda device: gib)
     pixels = decode.decode_pixels(vae, torch.randn(1, 4, side, side))
     assert pixels.shape == (1, 3, 8 * side, 8 * side)
     assert max(side for _, *sides in vae.shapes for side in sides) == (64 if is_tiled else side)

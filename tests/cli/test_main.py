@@ -20,7 +20,7 @@ from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalPr
 from dreambooth_moslora.cli.train import log_file, run_trainer, train_main
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
 from dreambooth_moslora.disk.run_folder import RunDir, step_of
-from dreambooth_moslora.training import loop
+from dreambooth_moslora.plan import processes
 from dreambooth_moslora.training.loop import train
 from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -273,7 +273,7 @@ def test_help_without_a_reader_is_no_failure(ending):
 
 
 def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen")))
+    monkeypatch.setattr(processes, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen")))
     assert train_main(needed("toy", photos, tmp_path / "run")) == 1
     assert (tmp_path / "run" / "train.log").read_text().count("ZeroDivisionError: unforeseen") == 1
     assert capsys.readouterr().err.count("ZeroDivisionError: unforeseen") == 1

@@ -11,6 +11,7 @@ from dreambooth_moslora.cli import train as one_word
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import build_train_parser, parse_train_config, train_main
 from dreambooth_moslora.core import CLIP, DINO
+from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.choices import recipe_settings
 from dreambooth_moslora.plan.memory import RECIPES, STOCK_SDXL, BaseSize, estimate
 from dreambooth_moslora.plan.plan import plan_steps
@@ -131,14 +132,14 @@ def test_nothing_that_a_config_file_says_of_its_own_subject_reaches_another(phot
 
 
 def test_photos_without_a_gpu_get_the_embedded_base_and_are_told_so(photos, monkeypatch, capsys):
-    monkeypatch.setattr(one_word, "least_free_gib", lambda **later: None)
+    monkeypatch.setattr(memory, "least_free_gib", lambda **later: None)
     assert parse_train_config(photos).pretrained_model_name_or_path == "toy"
     assert "the embedded base knows toys alone (--pretrained_model_name_or_path)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gb", RECIPES)
 def test_on_a_gpu_the_recipe_for_its_memory_is_taken_and_fits(photos, monkeypatch, gb):
-    monkeypatch.setattr(one_word, "least_free_gib", lambda **later: 0.95 * gb)
+    monkeypatch.setattr(memory, "least_free_gib", lambda **later: 0.95 * gb)
     config = parse_train_config(photos)
     recipe = load_settings(CONFIGS / f"sdxl_{gb}gb.toml")
     assert config.pretrained_model_name_or_path == STOCK_SDXL and config.rank == recipe["rank"]
@@ -148,7 +149,7 @@ def test_on_a_gpu_the_recipe_for_its_memory_is_taken_and_fits(photos, monkeypatc
 
 
 def test_a_word_of_memory_takes_the_place_of_the_recipes_own_plan(photos, monkeypatch):
-    monkeypatch.setattr(one_word, "least_free_gib", lambda **later: 7.0)
+    monkeypatch.setattr(memory, "least_free_gib", lambda **later: 7.0)
     nf4, full = parse_train_config(photos), parse_train_config([*photos, "--memory", "full"])
     assert (nf4.base_quantization, nf4.gradient_checkpointing) == ("nf4", True)
     assert (full.base_quantization, full.gradient_checkpointing, full.mixed_precision) == ("none", False, "bf16")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli import queue
-from dreambooth_moslora.cli import train as one_word
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.disk.queue import RunQueue
+from dreambooth_moslora.plan import memory
 from dreambooth_moslora.ui import jobs as page_jobs
 from tests.helpers.tiny_training import paint_photos
 
@@ -37,7 +37,7 @@ def test_a_run_is_added_with_its_whole_config_and_words_and_nothing_is_trained(p
 
 
 def test_one_word_finds_another_name_for_the_second_run(photos, capsys, monkeypatch):
-    monkeypatch.setattr(one_word, "least_free_gib", lambda **later: None)
+    monkeypatch.setattr(memory, "least_free_gib", lambda **later: None)
     words = ["train", "hen", "hen", "--pretrained_model_name_or_path", "toy", "--queue"]
     assert main(words) == main(words) == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("hen_2 waits, number 2")

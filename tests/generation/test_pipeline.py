@@ -17,7 +17,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save
 
 from dreambooth_moslora.adapters import published_file, raw_file
-from dreambooth_moslora.base import decode, load
+from dreambooth_moslora.base import load, machine
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.generation import fixed_seeds, progress
@@ -334,15 +334,14 @@ def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_sa
     assert not hooked and small.pipeline.device == torch.device("cpu")
     tiles: list[torch.Size] = []
     subject.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: tiles.append(inputs[0].shape[-2:]))
-    monkeypatch.setattr(decode, "TILE_PX", 32)
-    monkeypatch.setattr(decode, "free_gib", lambda device: 2**-20)  # the tiny base has 0.6 MiB of weights
+    monkeypatch.setattr(machine, "TILE_PX", 32)
+    monkeypatch.setattr(machine, "free_gib", lambda device: 2**-20)  # the tiny base has 0.6 MiB of weights
     picture(subject)
     assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it
 
 
 def free(monkeypatch, gib: float) -> None:
-    for module in (gpu_room, decode):
-        monkeypatch.setattr(module, "free_gib", lambda device: gib)
+    monkeypatch.setattr(machine, "free_gib", lambda device: gib)
 
 
 @pytest.mark.parametrize(

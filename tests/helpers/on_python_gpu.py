@@ -15,13 +15,14 @@ from pathlib import Path
 from accelerate.state import AcceleratorState, PartialState
 
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan import processes
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training import step as train_step
 from tests.helpers.few_steps import few_steps
 from tests.helpers.python_gpu import DEVICE, Watch
 from tests.helpers.tiny_training import tiny_config
 
-make_accelerator = loop.make_accelerator
+make_accelerator = processes.make_accelerator
 watches: list[Watch] = []
 numbers: list[int] = []
 
@@ -59,7 +60,7 @@ def trained(base: str, photos: str, output: str, changes: dict) -> dict:
 
 
 def main() -> None:
-    loop.make_accelerator, loop.TrainStep = accelerator_on_device, WatchedTrainStep
+    processes.make_accelerator, loop.TrainStep = accelerator_on_device, WatchedTrainStep
     for line in sys.stdin:
         try:
             with contextlib.redirect_stdout(sys.stderr), few_steps():

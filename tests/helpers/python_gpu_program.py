@@ -6,10 +6,10 @@ import sys
 from accelerate.state import AcceleratorState, PartialState
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.training import loop
+from dreambooth_moslora.plan import processes
 from tests.helpers.python_gpu import DEVICE
 
-make_accelerator = loop.make_accelerator
+make_accelerator = processes.make_accelerator
 
 
 def accelerator_on_device(config, run_dir):
@@ -20,7 +20,7 @@ def accelerator_on_device(config, run_dir):
     return accelerator
 
 
-loop.make_accelerator = accelerator_on_device
+processes.make_accelerator = accelerator_on_device
 code = main(sys.argv[1:])
 sys.stdout.flush()
 sys.stderr.flush()

@@ -16,11 +16,11 @@ from pathlib import Path
 from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 
+from dreambooth_moslora import core
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.training import checkpoint as earlier_runs
-from dreambooth_moslora.training import loop as run
+from dreambooth_moslora.training import checkpoint
 from dreambooth_moslora.training import made_before as run_class_images
 from dreambooth_moslora.training.frozen_base import TensorCache
 from dreambooth_moslora.training.step import TrainStep
@@ -28,8 +28,8 @@ from dreambooth_moslora.training.step import TrainStep
 RANK = int(os.environ.get("RANK", "0"))
 whole_call = StableDiffusionXLPipeline.__call__
 generate, sample, keep = run_class_images.generate_images, Sampler._draw, TensorCache._keep
-save_checkpoint, average, append = run.save_checkpoint, TrainStep._average_gradients, RunDir.append_metrics
-claim = earlier_runs.atomic_write
+save_checkpoint, average, append = checkpoint.save_checkpoint, TrainStep._average_gradients, RunDir.append_metrics
+claim = core.atomic_write
 PLACES = ("started", "drawn", "encoded", "sampled", "averaged", "reported", "saved")
 
 
@@ -47,8 +47,8 @@ class Scene:
 
     def play(self) -> dict:
         run_class_images.generate_images, Sampler._draw, TensorCache._keep = self.generate, self.sample, self.keep
-        run.save_checkpoint = lambda path, *parts: self.at("saved", path.name) or save_checkpoint(path, *parts)
-        earlier_runs.atomic_write = lambda path, text: self.at("started", path.name) or claim(path, text)
+        checkpoint.save_checkpoint = lambda path, *parts: self.at("saved", path.name) or save_checkpoint(path, *parts)
+        core.atomic_write = lambda path, text: self.at("started", path.name) or claim(path, text)
         TrainStep._average_gradients = lambda step: self.at("averaged", step.step) or average(step)
         RunDir.append_metrics = self.append
         return {"code": train_main(["--config", self.config]), **self.done}

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.photos import folder, photo
-from dreambooth_moslora.plan import plan
+from dreambooth_moslora.plan import memory, plan
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.settings.table import TrainConfig
@@ -19,14 +20,15 @@ from tests.helpers.tiny_training import paint_photos
 
 def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_base, encoders, tmp_path, monkeypatch):
     """Encoding and scoring open them for their pixels, by `photo.open_rgb`."""
-    opened, plans, estimate = Counter(), [], plan.estimate
+    opened, plans = Counter(), []
     open_image, mask_problem = folder.open_image, photo.mask_problem
     counting = lambda path, *sizes: opened.update([path.name]) or open_image(path, *sizes)  # noqa: E731
     monkeypatch.setattr(folder, "open_image", counting)
     counted = lambda path, size: opened.update([path.name]) or mask_problem(path, size)  # noqa: E731
     monkeypatch.setattr(photo, "mask_problem", counted)
-    monkeypatch.setattr(plan, "estimate", lambda *settings: plans.append(settings) or estimate(*settings))
-    monkeypatch.setattr("dreambooth_moslora.evaluation.during_training.load_encoders", lambda name: encoders)
+    counted = lambda *settings: plans.append(settings) or memory.estimate(*settings)  # noqa: E731
+    monkeypatch.setattr(plan, "memory", SimpleNamespace(**vars(memory) | {"estimate": counted}))
+    monkeypatch.setattr("dreambooth_moslora.evaluation.metrics.load_encoders", lambda name: encoders)
     photos = paint_photos(tmp_path / "photos")
     flags = ["--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64", "--report_to", "none"]
     flags += ["--max_train_steps", "1", "--evaluate_steps", "1", "--num_validation_images", "0", "--no_find_scale"]

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from dreambooth_moslora.core import StopRequestedError, UserError
+from dreambooth_moslora.disk import processes as disk_processes
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.memory import in_lines
@@ -162,7 +163,7 @@ def test_the_flag_is_named_where_it_is_to_blame():
 @pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("cuda", 0)])
 def test_freed_memory_is_kept_on_a_cpu_only(device, kept, begin, monkeypatch):
     asked = []
-    monkeypatch.setattr(processes, "keep_freed_memory", lambda: asked.append(1))
+    monkeypatch.setattr(disk_processes, "keep_freed_memory", lambda: asked.append(1))
     monkeypatch.setattr(Accelerator, "device", torch.device(device))
     begin()
     assert len(asked) == kept

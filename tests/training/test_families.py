@@ -78,9 +78,10 @@ def test_the_encoders_are_gone_before_the_denoiser_comes_and_the_bytes_are_those
     more = {"with_prior_preservation": True, "prior": "adapter_off", "num_validation_images": 1}
     config = tiny_config(base_of(name, tmp_path), photos, tmp_path / "run", **settings_of(name, **more))
     facts, encoders, orders = next(facts for facts in families.FAMILIES if facts.name == name), [], []
+    load_pipeline, load_denoiser = load.load_pipeline, load.load_denoiser
 
     def loaded(*arguments, **options):
-        pipeline = load.load_pipeline(*arguments, **options)
+        pipeline = load_pipeline(*arguments, **options)
         assert getattr(pipeline, facts.denoiser) is None
         encoders.extend(weakref.ref(getattr(pipeline, part)) for part in facts.encoders)
         return pipeline
@@ -88,11 +89,11 @@ def test_the_encoders_are_gone_before_the_denoiser_comes_and_the_bytes_are_those
     def denoiser(*arguments, **options):
         gc.collect()
         orders.append([reference() for reference in encoders])
-        load.load_denoiser(*arguments, **options)
+        load_denoiser(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(frozen_base, "load_pipeline", loaded)
-        patch.setattr(frozen_base, "load_denoiser", denoiser)
+        patch.setattr(load, "load_pipeline", loaded)
+        patch.setattr(load, "load_denoiser", denoiser)
         train(config)
     assert orders == [[None] * len(facts.encoders)]
     whole = training_loop(replace(config, output_dir=str(tmp_path / "whole" / "run")), load=frozen_base.load_base)

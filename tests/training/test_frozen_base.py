@@ -14,7 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save, save_file
 
 from dreambooth_moslora.adapters import metadata, moslora
-from dreambooth_moslora.base import load
+from dreambooth_moslora.base import load, machine
 from dreambooth_moslora.cli.terminal import TerminalProgress
 from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk.events import PhaseProgress, SamplesDrawn
@@ -23,7 +23,7 @@ from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import CropPlan, CropRule, resized_size
 from dreambooth_moslora.plan.checks import preflight
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import frozen_base, prepare, reporter
+from dreambooth_moslora.training import frozen_base, reporter
 from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache, fingerprint
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.photo_stream import PhotoEncoder, PhotoStream, collate
@@ -302,14 +302,14 @@ def test_processes_that_see_other_photos_end_in_one_line(monkeypatch):
     ("changes", "is_there"), [({}, False), ({"num_validation_images": 1}, True), ({"caching": "off"}, True)]
 )
 def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny_base, photos, tmp_path, monkeypatch):
-    load, loaded, seen = prepare.load_base, [], []
+    load, loaded, seen = frozen_base.load_base, [], []
 
     def load_base(*given):
         pipeline = load(*given)
         loaded.append(ref(pipeline.vae))
         return pipeline
 
-    monkeypatch.setattr(prepare, "load_base", load_base)
+    monkeypatch.setattr(frozen_base, "load_base", load_base)
     note = lambda event: seen.append(loaded[0]() is not None) if event.kind == "step" else None  # noqa: E731
     with few_steps():
         train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=1, **changes), note)
@@ -330,7 +330,7 @@ def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_b
     cases = [("cuda", single, False, "--mixed_precision bf16"), ("cpu", half, False, "--mixed_precision no")]
     cases += [("cuda", half, False, None), ("cpu", single, False, None), ("cpu", half, True, None)]
     for device, dtype, has_bf16, advice in cases:
-        monkeypatch.setattr(frozen_base, "has_fast_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(machine, "has_fast_bf16", lambda has_bf16=has_bf16: has_bf16)
         pipeline, where = load.load_pipeline(tiny_base, dtype=dtype), torch.device(device)
         caplog.clear()
         frozen_base.warn_of_slow_precision(pipeline, where)

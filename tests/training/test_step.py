@@ -15,6 +15,7 @@ from dreambooth_moslora.base.load import TextProducts, TextProjection
 from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
+from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.memory import speed_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import dry_run, loop
@@ -206,7 +207,7 @@ def test_a_compiler_that_is_missing_costs_nothing(losses_of, tmp_path, caplog):
 @pytest.fixture
 def scaled(monkeypatch):
     """Make the run what `--mixed_precision fp16` makes it on a GPU: accelerate refuses that on a CPU."""
-    make_accelerator = loop.make_accelerator
+    make_accelerator = processes.make_accelerator
 
     def use(init_scale: float, backoff: float) -> None:
         def make(config, run_dir):
@@ -216,7 +217,7 @@ def scaled(monkeypatch):
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, backoff_factor=backoff)
             return accelerator
 
-        monkeypatch.setattr(loop, "make_accelerator", make)
+        monkeypatch.setattr(processes, "make_accelerator", make)
 
     return use
 

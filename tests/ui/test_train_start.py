@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.cli import train as one_word
 from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import RECIPES, BaseSize, estimate, memory_settings
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.sources import load_settings
@@ -405,7 +405,7 @@ def test_the_form_is_the_recipe_for_the_card_and_what_the_command_chooses(card, 
         recipe["gradient_checkpointing"] = True
     assert {n: v for n, v in recipe.items() if n not in own} == {n: config.to_dict()[n] for n in recipe.keys() - own}
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
-    monkeypatch.setattr(one_word, "least_free_gib", lambda **later: 0.95 * gb)
+    monkeypatch.setattr(memory, "least_free_gib", lambda **later: 0.95 * gb)
     command = parse_train_config([str(photos), "dog", "--pretrained_model_name_or_path", "owner/sdxl"])
     left_out = {"output_dir", *OF_THE_PAGE}
     mine, its = ({n: v for n, v in c.to_dict().items() if n not in left_out} for c in (config, command))

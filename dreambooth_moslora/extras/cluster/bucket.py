@@ -23,9 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from dreambooth_moslora.core import UserError, file_digest, one_line
-from dreambooth_moslora.disk.processes import CONFIG_NAME, LOG_NAME
-from dreambooth_moslora.disk.queue import LOCK_NAME
-from dreambooth_moslora.disk.run_folder import RunDir, checkpoint_step
+from dreambooth_moslora.disk import processes, queue, run_folder
 from dreambooth_moslora.extras.cluster.records import FLEET_NAME
 
 T = TypeVar("T")
@@ -131,7 +129,7 @@ def at_once(function: Callable[..., T], items: Iterable) -> list[T]:
 MANIFEST = "manifest.json"
 KEY_BYTES, NAME_BYTES = 1024, 255
 """Most bytes of a key in S3, and of a file name."""
-GROWING = {FLEET_NAME, CONFIG_NAME, LOG_NAME, "metrics.jsonl", "train.log"}
+GROWING = {FLEET_NAME, processes.CONFIG_NAME, processes.LOG_NAME, "metrics.jsonl", "train.log"}
 """Files that change all the time: they are taken even when they are newer than the manifest."""
 
 
@@ -206,7 +204,7 @@ class Mirror:
         self.good = {name: digest for name, digest in files.items() if found[name]}
         for name in files.keys() - self.good.keys():
             top = self.folder / PurePosixPath(name).parts[0]
-            if checkpoint_step(top) is not None or top == RunDir(self.folder).last_dir:
+            if run_folder.checkpoint_step(top) is not None or top == run_folder.RunDir(self.folder).last_dir:
                 shutil.rmtree(top, ignore_errors=True)
             elif name not in GROWING:
                 (self.folder / name).unlink(missing_ok=True)
@@ -224,7 +222,7 @@ class Mirror:
         digests = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
-            is_kept = name.parts[-1] != LOCK_NAME and not any(part.startswith(".") for part in name.parts)
+            is_kept = name.parts[-1] != queue.LOCK_NAME and not any(part.startswith(".") for part in name.parts)
             if is_kept and (digest := self.digest(name.as_posix())) is not None:  # no lock, no temporary file
                 digests[name.as_posix()] = digest
         changed = [name for name, digest in digests.items() if digest != manifest.files.get(name)]

@@ -10,8 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
-from dreambooth_moslora.cli.train import add_training_flags, settings_of
+from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.core import UserError, spelled_out
 from dreambooth_moslora.extras.cluster.subjects import REFUSED, read_subjects
 
@@ -39,7 +38,7 @@ def fleet_arguments(parser: argparse.ArgumentParser) -> None:
     )
     per_gpu = "subjects that one process trains at once on one base (default: a process each, as many as fit a GPU)"
     add_cluster_flags(parser, per_gpu=per_gpu)
-    add_training_flags(parser, hidden=REFUSED)
+    train.add_training_flags(parser, hidden=REFUSED)
 
 
 def add_cluster_flags(
@@ -69,7 +68,7 @@ def run_fleet(args: argparse.Namespace) -> int:
     check_shares(args)
     flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
     is_dry = flags.pop("dry_run", False)  # an option of the fleet, not of each run
-    shared, _ = settings_of(flags, without_words=True)
+    shared, _ = train.settings_of(flags, without_words=True)
     if not shared.get("pretrained_model_name_or_path"):
         raise UserError("missing: --pretrained_model_name_or_path; give it as a flag or in a --config file.")
     from dreambooth_moslora.extras.cluster.fleet import missing
@@ -128,7 +127,7 @@ def train_all(subjects: list, todo: list, out: Path, args: argparse.Namespace, r
     progress = FleetProgress(len(subjects), len(todo))
     with begun(out, subjects), remote.begun() if remote else nullcontext():
         if todo:
-            with connected(args.ray_address), StopRequest() as stop:
+            with connected(args.ray_address), terminal.StopRequest() as stop:
                 run = remote.run if remote else run_fleet
                 run(todo, out, Machines.of_cluster(args.per_gpu, args.cpus), progress, stop)
         return close(out, progress, remote)
@@ -148,7 +147,7 @@ def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") ->
         print(f"{progress.failed} subjects failed; run again to try them again", file=sys.stderr)
     if progress.left > progress.failed:
         print("stopped; the same command continues", file=sys.stderr)
-        return INTERRUPTED
+        return terminal.INTERRUPTED
     return 1 if progress.failed or not is_sent else 0
 
 

@@ -14,18 +14,13 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
-from dreambooth_moslora.base.files import base_folder
+from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.queue import locked
-from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task, has_gpus, room_for, run_tasks
-from dreambooth_moslora.extras.cluster.records import Record, ended, is_finished, read_record, stop_path, write_names
+from dreambooth_moslora.disk import queue, run_folder
+from dreambooth_moslora.extras.cluster import on_ray, records, worker
 from dreambooth_moslora.extras.cluster.subjects import Subject, mark_of
-from dreambooth_moslora.extras.cluster.worker import Group, Job, train_work
 from dreambooth_moslora.plan import memory
-from dreambooth_moslora.plan.memory import GIB, USABLE, estimate
-from dreambooth_moslora.settings.optimizer_kinds import optimizer_of
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import optimizer_kinds, table
 
 ALIKE_GROUPS = ("base model", "adapter", "memory and speed")
 ALIKE = (
@@ -36,7 +31,7 @@ OWN = ("init_adapter", "mixer_lr_scale", "dataloader_num_workers")
 """Settings in ALIKE_GROUPS that may nevertheless differ between runs."""
 
 
-def needs_to_be_alone(config: TrainConfig) -> str | None:
+def needs_to_be_alone(config: table.TrainConfig) -> str | None:
     """The flag that keeps a run from sharing steps with any other; None when there is none."""
     reasons = {
         "--train_text_encoder": config.train_text_encoder,
@@ -52,7 +47,7 @@ def needs_to_be_alone(config: TrainConfig) -> str | None:
     return next((flag for flag, is_given in reasons.items() if is_given), None)
 
 
-def shared_settings(config: TrainConfig) -> tuple[object, ...]:
+def shared_settings(config: table.TrainConfig) -> tuple[object, ...]:
     """The values of the settings in which runs must agree to share their steps."""
     found = [f.name for f in fields(config) if f.metadata["group"] in ALIKE_GROUPS and f.name not in OWN]
     return tuple(getattr(config, name) for name in (*found, *ALIKE))
@@ -85,48 +80,51 @@ class Machines:
 
             return torch.cuda.get_device_properties(0).total_memory
 
-        gpu_gib = ray.get(own_gpu_bytes.remote()) / GIB if has_gpus() else None
+        gpu_gib = ray.get(own_gpu_bytes.remote()) / machine.GIB if on_ray.has_gpus() else None
         rooms = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
-        return cls(gpu_gib, max(rooms, default=0) / GIB, per_gpu, cpus)
+        return cls(gpu_gib, max(rooms, default=0) / machine.GIB, per_gpu, cpus)
 
-    def resources_for(self, config: TrainConfig) -> Resources:
+    def resources_for(self, config: table.TrainConfig) -> on_ray.Resources:
         """What one training asks for, at most the largest machine: there, a run that does not fit says so itself.
         Raises UserError for a damaged base."""
         planned = replace(config, **memory.plan_settings(config, plan_name(config, self.gpu_gib) or "full"))
-        need = estimate(planned, base_size(config), 1).peak_gib
+        need = memory.estimate(planned, base_size(config), 1).peak_gib
         if self.gpu_gib is None:
-            return Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
-        count = self.per_gpu or max(1, int(USABLE * self.gpu_gib / need))
-        return Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
+            return on_ray.Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
+        count = self.per_gpu or max(1, int(memory.USABLE * self.gpu_gib / need))
+        return on_ray.Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
 
-    def at_once(self, config: TrainConfig) -> int:
+    def at_once(self, config: table.TrainConfig) -> int:
         """How many such trainings share a process: `per_gpu`, or fewer if the GPU is too small. Raises UserError."""
         count = self.per_gpu or 1
-        while self.gpu_gib is not None and count > 1 and group_gib(config, count) > USABLE * self.gpu_gib:
+        while self.gpu_gib is not None and count > 1 and group_gib(config, count) > memory.USABLE * self.gpu_gib:
             count -= 1
         return count
 
-    def resources_for_group(self, config: TrainConfig, at_once: int) -> Resources:
+    def resources_for_group(self, config: table.TrainConfig, at_once: int) -> on_ray.Resources:
         """What `at_once` such trainings in one process ask for: a whole GPU, or cores and memory. Raises UserError."""
         if self.gpu_gib is not None:
-            return Resources(self.cpus, gpus=1.0)
-        return Resources(self.cpus, memory_gib=min(group_gib(config, at_once) + PROCESS_GIB, self.node_gib))
+            return on_ray.Resources(self.cpus, gpus=1.0)
+        return on_ray.Resources(self.cpus, memory_gib=min(group_gib(config, at_once) + PROCESS_GIB, self.node_gib))
 
 
-def group_gib(config: TrainConfig, count: int) -> float:
+def group_gib(config: table.TrainConfig, count: int) -> float:
     """Peak memory of one base with `count` adapters, for a step on the rows of all, GiB."""
-    of_all = estimate(replace(config, train_batch_size=config.train_batch_size * count), base_size(config), 1)
-    return of_all.peak_gib + (count - 1) * of_all.adapter_parameters * optimizer_of(config).bytes_each / GIB
+    of_all = memory.estimate(replace(config, train_batch_size=config.train_batch_size * count), base_size(config), 1)
+    return (
+        of_all.peak_gib
+        + (count - 1) * of_all.adapter_parameters * optimizer_kinds.optimizer_of(config).bytes_each / machine.GIB
+    )
 
 
-def plan_name(config: TrainConfig, gpu_gib: float | None) -> str | None:
+def plan_name(config: table.TrainConfig, gpu_gib: float | None) -> str | None:
     """The memory plan that `--memory` means on these machines; None when the option was not given."""
     if config.memory != "auto":
         return config.memory
     return memory.fitting(config, base_size(config), gpu_gib, SHARED_PLANS)
 
 
-def base_size(config: TrainConfig) -> memory.BaseSize:
+def base_size(config: table.TrainConfig) -> memory.BaseSize:
     named = ("pretrained_model_name_or_path", "revision", "variant", "cache_dir", "target_modules")
     return size_of(tuple((name, getattr(config, name)) for name in named))
 
@@ -134,15 +132,17 @@ def base_size(config: TrainConfig) -> memory.BaseSize:
 @lru_cache(maxsize=32)
 def size_of(named: tuple[tuple[str, object], ...]) -> memory.BaseSize:
     """The size of the base that these settings name. Its files are opened once."""
-    config = replace(TrainConfig(), **dict(named))
-    return memory.size_of_base(base_folder(config), config.target_modules, config.variant)
+    config = replace(table.TrainConfig(), **dict(named))
+    return memory.size_of_base(files.base_folder(config), config.target_modules, config.variant)
 
 
 MOST_ROUNDS = 8
 LOOK_SEC = 2.0
 
 
-def grouped(tasks: Iterable[Task], machines: Machines, total: int, room: Callable[[Resources], int]) -> Iterator[Task]:
+def grouped(
+    tasks: Iterable[on_ray.Task], machines: Machines, total: int, room: Callable[[on_ray.Resources], int]
+) -> Iterator[on_ray.Task]:
     """With `--per_gpu N`, join subjects that can share their steps into tasks; a process trains N of a task at once. A
     task gets one machine's share of the `total` subjects, at most MOST_ROUNDS times N: a lost one costs little."""
     if (machines.per_gpu or 1) < 2:
@@ -150,7 +150,7 @@ def grouped(tasks: Iterable[Task], machines: Machines, total: int, room: Callabl
         return
     waiting, sizes = defaultdict(list), {}
     for task in tasks:
-        config = TrainConfig.from_dict(task.arguments[0].settings)
+        config = table.TrainConfig.from_dict(task.arguments[0].settings)
         at_once = 1 if needs_to_be_alone(config) else machines.at_once(config)
         if at_once == 1:
             yield task
@@ -165,29 +165,29 @@ def grouped(tasks: Iterable[Task], machines: Machines, total: int, room: Callabl
     yield from (as_group(found, machines) for found in waiting.values())
 
 
-def as_group(tasks: Sequence[Task], machines: Machines) -> Task:
+def as_group(tasks: Sequence[on_ray.Task], machines: Machines) -> on_ray.Task:
     if len(tasks) == 1:
         return tasks[0]
-    config = TrainConfig.from_dict(tasks[0].arguments[0].settings)
+    config = table.TrainConfig.from_dict(tasks[0].arguments[0].settings)
     at_once = min(machines.at_once(config), len(tasks))
     needs = machines.resources_for_group(config, at_once)
     jobs = tuple(replace(task.arguments[0], gpus=needs.gpus) for task in tasks)
-    return Task(tuple(task.key for task in tasks), (Group(jobs, at_once),), needs)
+    return on_ray.Task(tuple(task.key for task in tasks), (worker.Group(jobs, at_once),), needs)
 
 
 class GroupsUnderWay:
     """Reports each subject of a group as soon as it ends, since the group's task returns only after the last one."""
 
-    def __init__(self, tell: Callable[[str, Record], None]):
+    def __init__(self, tell: Callable[[str, records.Record], None]):
         self.tell, self._looked = tell, time.monotonic()
-        self._before: dict[str, tuple[Job, Record | None]] = {}
+        self._before: dict[str, tuple[worker.Job, records.Record | None]] = {}
 
-    def noted(self, tasks: Iterable[Task]) -> Iterator[Task]:
+    def noted(self, tasks: Iterable[on_ray.Task]) -> Iterator[on_ray.Task]:
         """Pass the tasks on, after noting their groups' records as they are before the start."""
         for task in tasks:
             (work,) = task.arguments
-            for name, job in zip(task.key, work.jobs, strict=True) if isinstance(work, Group) else ():
-                self._before[name] = job, read_record(Path(job.run_dir))
+            for name, job in zip(task.key, work.jobs, strict=True) if isinstance(work, worker.Group) else ():
+                self._before[name] = job, records.read_record(Path(job.run_dir))
             yield task
 
     def look(self) -> None:
@@ -196,23 +196,25 @@ class GroupsUnderWay:
             return
         self._looked = time.monotonic()
         for name, (job, before) in list(self._before.items()):
-            record = read_record(Path(job.run_dir))
+            record = records.read_record(Path(job.run_dir))
             is_own = record is not None and record != before and record.mark == job.mark
             if is_own and record.state in ("done", "failed"):
                 del self._before[name]
                 self.tell(name, record)
 
-    def untold(self, task: Task, result: Record | list[Record] | Lost) -> list[tuple[str, Record | Lost]]:
+    def untold(
+        self, task: on_ray.Task, result: records.Record | list[records.Record] | on_ray.Lost
+    ) -> list[tuple[str, records.Record | on_ray.Lost]]:
         """The results of the task's subjects that have not been reported yet. One of a lost group may have finished
         before, and then keeps its record."""
         work, found = task.arguments[0], []
-        if not isinstance(work, Group):
+        if not isinstance(work, worker.Group):
             return [(task.key, result)]
         for number, (name, job) in enumerate(zip(task.key, work.jobs, strict=True)):
             if self._before.pop(name, None) is not None:
                 folder, record = Path(job.run_dir), result[number] if isinstance(result, list) else result
-                was_done = isinstance(record, Lost) and is_finished(folder, job.mark)
-                found.append((name, read_record(folder) if was_done else record))
+                was_done = isinstance(record, on_ray.Lost) and records.is_finished(folder, job.mark)
+                found.append((name, records.read_record(folder) if was_done else record))
         return found
 
 
@@ -224,7 +226,7 @@ class Ending:
     """A subject has ended as `record` says. If `is_again`, its machine was lost and it starts again elsewhere."""
 
     name: str
-    record: Record
+    record: records.Record
     is_again: bool = False
 
 
@@ -233,13 +235,13 @@ def begun(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
     """Hold a fleet's folder for the length of the block, and write its list of subjects. Raises UserError while another
     fleet holds it."""
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, "--out"):
-        write_names(out, [subject.name for subject in subjects])
-        stop_path(out).unlink(missing_ok=True)
+    with queue.locked(out, "--out"):
+        records.write_names(out, [subject.name for subject in subjects])
+        records.stop_path(out).unlink(missing_ok=True)
         try:
             yield
         finally:
-            stop_path(out).unlink(missing_ok=True)
+            records.stop_path(out).unlink(missing_ok=True)
 
 
 def missing(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
@@ -250,7 +252,7 @@ def missing(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]
             mark = "" if subject.error else mark_of(subject.settings)
         except (OSError, UserError) as error:
             subject, mark = replace(subject, error=str(error)), ""
-        if not mark or not is_finished(out / subject.name, mark):
+        if not mark or not records.is_finished(out / subject.name, mark):
             found.append((subject, mark))
     return found
 
@@ -261,15 +263,15 @@ def run_fleet(
     machines: Machines,
     on_end: Callable[[Ending], None],
     should_stop: Callable[[], bool] = bool,
-    train: Callable[[Job | Group], Record | list[Record]] = train_work,
-    check: Callable[[Path, Record | Lost], Record] | None = None,
+    train: Callable[[worker.Job | worker.Group], records.Record | list[records.Record]] = worker.train_work,
+    check: Callable[[Path, records.Record | on_ray.Lost], records.Record] | None = None,
     url: str = "",
 ) -> None:
     """Train all of `todo` (from `missing`) on the connected cluster; each subject ends with an `Ending`. Call it within
     `begun`. A worker calls `train`; `check` compares its answer with the files here (`checked`). If the run folders are
     behind a URL, `out` is a local view of `url` (`remote_output`)."""
 
-    def tell(name: str, result: Record | Lost) -> None:
+    def tell(name: str, result: records.Record | on_ray.Lost) -> None:
         on_end(Ending(name, (check or checked)(out / name, result)))
 
     groups = GroupsUnderWay(tell)
@@ -277,43 +279,43 @@ def run_fleet(
     def stop() -> bool:
         groups.look()
         if should_stop():
-            stop_path(out).touch()
-        return stop_path(out).exists()
+            records.stop_path(out).touch()
+        return records.stop_path(out).exists()
 
-    def again(task: Task, reason: str) -> None:
+    def again(task: on_ray.Task, reason: str) -> None:
         for name in (task.key,) if isinstance(task.key, str) else task.key:
-            on_end(Ending(name, Record("running", message=reason), is_again=True))
+            on_end(Ending(name, records.Record("running", message=reason), is_again=True))
 
-    tasks = grouped(tasks_of(todo, out, machines, on_end, url), machines, len(todo), room_for)
-    for task, result in run_tasks(train, groups.noted(tasks), should_stop=stop, on_retry=again):
+    tasks = grouped(tasks_of(todo, out, machines, on_end, url), machines, len(todo), on_ray.room_for)
+    for task, result in on_ray.run_tasks(train, groups.noted(tasks), should_stop=stop, on_retry=again):
         for name, found in groups.untold(task, result):
             tell(name, found)
 
 
 def tasks_of(
     todo: Sequence[tuple[Subject, str]], out: Path, machines: Machines, on_end: Callable[[Ending], None], url: str = ""
-) -> Iterator[Task]:
+) -> Iterator[on_ray.Task]:
     """Make the tasks lazily, as there is room for them. A subject that cannot be trained ends here."""
     for subject, mark in todo:
         try:
             if subject.error:
                 raise UserError(subject.error)
-            config = TrainConfig.from_dict(subject.settings)
+            config = table.TrainConfig.from_dict(subject.settings)
             needs = machines.resources_for(config)
         except UserError as error:
-            on_end(Ending(subject.name, ended(out / subject.name, "failed", str(error))))
+            on_end(Ending(subject.name, records.ended(out / subject.name, "failed", str(error))))
             continue
         plan = plan_name(config, machines.gpu_gib)
         settings = {**subject.settings, **({"memory": plan} if plan else {})}
         there = f"{url}/{subject.name}" if url else ""
-        job = Job(str(out / subject.name), settings, mark, machines.cpus, needs.gpus, os.getcwd(), there)
-        yield Task(subject.name, (job,), needs)
+        job = worker.Job(str(out / subject.name), settings, mark, machines.cpus, needs.gpus, os.getcwd(), there)
+        yield on_ray.Task(subject.name, (job,), needs)
 
 
-def checked(run_dir: Path, result: Record | Lost, reason: str = NOT_SHARED) -> Record:
+def checked(run_dir: Path, result: records.Record | on_ray.Lost, reason: str = NOT_SHARED) -> records.Record:
     """The worker's answer, or a failure when its machine was lost or, for this `reason`, its adapter is not here."""
-    if isinstance(result, Lost):
-        return ended(run_dir, "failed", result.reason)
-    if result.state == "done" and not RunDir(run_dir).adapter_path.is_file():
-        return ended(run_dir, "failed", reason.format(name=run_dir.name))
+    if isinstance(result, on_ray.Lost):
+        return records.ended(run_dir, "failed", result.reason)
+    if result.state == "done" and not run_folder.RunDir(run_dir).adapter_path.is_file():
+        return records.ended(run_dir, "failed", reason.format(name=run_dir.name))
     return result

@@ -19,9 +19,8 @@ from urllib.parse import quote
 from PIL import Image
 
 from dreambooth_moslora.core import UserError, atomic_write, spelled_out
+from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.disk.events import fits
-from dreambooth_moslora.disk.processes import CONFIG_NAME
-from dreambooth_moslora.disk.run_folder import RunDir, check_name
 from dreambooth_moslora.pictures import jpeg_url, render
 from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.training.explain import NOT_SCORED, advice_after, figures_from, known_config, with_report
@@ -70,7 +69,7 @@ def is_finished(run_dir: Path, mark: str) -> bool:
     """Whether a run with this mark is done and its adapter exists."""
     record = read_record(run_dir)
     is_done = record is not None and record.state == "done" and record.mark == mark
-    return is_done and RunDir(run_dir).adapter_path.is_file()
+    return is_done and run_folder.RunDir(run_dir).adapter_path.is_file()
 
 
 def stop_path(out: Path) -> Path:
@@ -89,7 +88,7 @@ def read_names(out: Path) -> list[str]:
     names = read_json_table(path).get("subjects")
     try:
         for name in names:
-            check_name(name)
+            run_folder.check_name(name)
     except (UserError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: it names no subjects.") from error
     return names
@@ -125,9 +124,12 @@ def row_of(run_dir: Path) -> Row:
     if record is None or record.state not in STATES:
         record = Record("waiting")
     try:
-        config, events = known_config(read_json_table(run_dir / CONFIG_NAME)), RunDir(run_dir).read_metrics()
+        config, events = (
+            known_config(read_json_table(run_dir / processes.CONFIG_NAME)),
+            run_folder.RunDir(run_dir).read_metrics(),
+        )
         found = figures_from(events, config)
-        found = with_report(found, RunDir(run_dir)) if events else found
+        found = with_report(found, run_folder.RunDir(run_dir)) if events else found
         totals = [None, *(event.get("max_train_steps") for event in events if event.get("type") == "start")]
         advice = advice_after(found) if record.state == "done" else []
         alarms = [line for line in advice if not line.startswith(NOT_SCORED)]
@@ -166,7 +168,7 @@ def write_index(out: Path, rows: Sequence[Row]) -> Path:
     """Write the page of `rows`, in their order (that of `rows_of`). Returns the file."""
     shown = []
     for number, row in enumerate(rows):
-        sheet, looks = RunDir(out / row.name).contact_sheet_path, [row.record.message, *row.alarms]
+        sheet, looks = run_folder.RunDir(out / row.name).contact_sheet_path, [row.record.message, *row.alarms]
         shown.append(
             {
                 "row": row,

@@ -16,17 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dreambooth_moslora.core import UserError, atomic_write, content_key
-from dreambooth_moslora.disk.processes import CONFIG_NAME
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
-from dreambooth_moslora.extras.cluster import records
+from dreambooth_moslora.disk import processes, run_folder
+from dreambooth_moslora.extras.cluster import on_ray, records, subjects, worker
 from dreambooth_moslora.extras.cluster.bucket import Bucket, Mirror, SupersededError, at_once, read_manifest
 from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, checked, run_fleet
-from dreambooth_moslora.extras.cluster.on_ray import Lost
-from dreambooth_moslora.extras.cluster.records import FLEET_NAME, STOP_NAME, Record, read_record
-from dreambooth_moslora.extras.cluster.subjects import Subject
-from dreambooth_moslora.extras.cluster.worker import HOLD_NAME, Job, held, train_subject
 
-VIEWED = (FLEET_NAME, CONFIG_NAME, "metrics.jsonl", "contact_sheet.png")
+VIEWED = (records.FLEET_NAME, processes.CONFIG_NAME, "metrics.jsonl", "contact_sheet.png")
 POLL_SEC, LOOK_SEC, LEAST_OFTEN_SEC = 0.5, 5.0, 60.0
 """Seconds between looks for a new checkpoint, checks for a stop, and pushes at the least."""
 NOT_THERE = "the files of {name} are not in the bucket any more"
@@ -35,10 +30,12 @@ UNSENT = ".unsent"
 all that it may be."""
 
 
-def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) -> Record:
+def train_in_bucket(
+    job: worker.Job, train: Callable[[worker.Job], records.Record] = worker.train_subject
+) -> records.Record:
     """Train the subject of `job.url` in a local folder; its files are in the bucket at the end. A run whose last files
     the bucket does not take has failed, unless it was interrupted; it keeps its record."""
-    record = Record("failed", job.mark)
+    record = records.Record("failed", job.mark)
     try:
         with mirrored(job) as here:
             record = train(here)
@@ -50,15 +47,15 @@ def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) ->
 
 
 @contextmanager
-def mirrored(job: Job) -> Iterator[Job]:
+def mirrored(job: worker.Job) -> Iterator[worker.Job]:
     """The same job in a local folder, which starts as a copy of the bucket and is copied back. Raises UserError when
     the bucket cannot be read or does not take the last files; the folder then stays for a retry."""
     home = scratch_home(job.url)
     folder = home / Path(job.run_dir).name
     folder.mkdir(parents=True, exist_ok=True)
-    (home / STOP_NAME).unlink(missing_ok=True)
+    (home / records.STOP_NAME).unlink(missing_ok=True)
     mirror = Mirror(Bucket(job.url), folder)
-    with held(folder):  # wait until the training of a lost worker has ended
+    with worker.held(folder):  # wait until the training of a lost worker has ended
         begin(mirror, job.mark)
     done = threading.Event()
     keeper = threading.Thread(target=keep, args=(mirror, Bucket(job.url.rpartition("/")[0]), done), daemon=True)
@@ -93,13 +90,13 @@ def begin(mirror: Mirror, mark: str) -> None:
     """Fetch the bucket's files. Keep local files of a worker that was killed or whose last files it did not take,
     unless another machine has written since."""
     unsent = mirror.folder / UNSENT
-    record = read_record(mirror.folder)
+    record = records.read_record(mirror.folder)
     is_ours = record is not None and record.mark == mark and unsent.is_file()
     if not is_ours or read_manifest(mirror.bucket).writer not in ("", *unsent.read_text().split()):
         for path in mirror.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != HOLD_NAME:
+            elif path.name != worker.HOLD_NAME:
                 path.unlink()
         mirror.pull()
     before = unsent.read_text() if unsent.is_file() else ""
@@ -115,7 +112,9 @@ def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
     while not done.wait(POLL_SEC):
         now = time.monotonic()
         try:
-            checkpoints = tuple((path.name, path.stat().st_mtime_ns) for path in RunDir(mirror.folder).checkpoints())
+            checkpoints = tuple(
+                (path.name, path.stat().st_mtime_ns) for path in run_folder.RunDir(mirror.folder).checkpoints()
+            )
             if checkpoints != sent or now - sent_at > LEAST_OFTEN_SEC:
                 try:
                     mirror.push()
@@ -124,7 +123,7 @@ def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
                 sent, sent_at = checkpoints, now
             if now - looked_at > LOOK_SEC:
                 looked_at = now
-                if fleet.exists(STOP_NAME):
+                if fleet.exists(records.STOP_NAME):
                     stop_here(mirror)
         except (UserError, OSError):
             done.wait(LOOK_SEC)
@@ -132,7 +131,7 @@ def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
 
 def stop_here(mirror: Mirror) -> None:
     """Ask the training to end with a checkpoint. The parent folder holds only this run."""
-    (mirror.folder.parent / STOP_NAME).touch()
+    (mirror.folder.parent / records.STOP_NAME).touch()
 
 
 @dataclass(frozen=True)
@@ -148,15 +147,15 @@ class RemoteFleet:
         folder.mkdir(parents=True, exist_ok=True)
         files = read_manifest(bucket).files
         for viewed in VIEWED:
-            if viewed == FLEET_NAME or viewed in files:
+            if viewed == records.FLEET_NAME or viewed in files:
                 bucket.download(viewed, folder / viewed)
-        if PUBLISHED_NAME in files:
-            (folder / PUBLISHED_NAME).touch()
+        if run_folder.PUBLISHED_NAME in files:
+            (folder / run_folder.PUBLISHED_NAME).touch()
 
     def fetch_all(self, names: Sequence[str] | None = None) -> None:
         """`fetch` these subjects, or those of the fleet's list. Raises UserError when there is none."""
         if names is None:
-            self.bucket.download(FLEET_NAME, self.view / FLEET_NAME)
+            self.bucket.download(records.FLEET_NAME, self.view / records.FLEET_NAME)
             try:
                 names = records.read_names(self.view)
             except UserError as error:
@@ -166,32 +165,32 @@ class RemoteFleet:
     @contextmanager
     def begun(self) -> Iterator[None]:
         """Copy to the bucket what `fleet.begun` has written, and clear a stop before and after the block."""
-        self.send(FLEET_NAME)
-        self.bucket.remove(STOP_NAME)
+        self.send(records.FLEET_NAME)
+        self.bucket.remove(records.STOP_NAME)
         try:
             yield
         finally:
             with suppress(UserError):  # the block's ending is to be told, and the next fleet clears the stop too
-                self.bucket.remove(STOP_NAME)
+                self.bucket.remove(records.STOP_NAME)
 
     def send(self, name: str) -> None:
         self.bucket.write(name, (self.view / name).read_bytes())
 
-    def check(self, run_dir: Path, result: Record | Lost) -> Record:
+    def check(self, run_dir: Path, result: records.Record | on_ray.Lost) -> records.Record:
         """Like `fleet.checked`, for the files in the bucket. When they cannot be read, the worker's result is
         believed."""
         try:
             self.fetch(run_dir.name)
             record = checked(run_dir, result, NOT_THERE)
         except UserError:
-            record = checked(run_dir, result) if isinstance(result, Lost) else result
-        if record != read_record(run_dir):
+            record = checked(run_dir, result) if isinstance(result, on_ray.Lost) else result
+        if record != records.read_record(run_dir):
             records.write_record(run_dir, record)
         return record
 
     def run(
         self,
-        todo: Sequence[tuple[Subject, str]],
+        todo: Sequence[tuple[subjects.Subject, str]],
         view: Path,
         machines: Machines,
         on_end: Callable[[Ending], None],
@@ -207,30 +206,30 @@ class RemoteFleet:
             on_end(ending)
 
         def stop() -> bool:
-            stopped = view / STOP_NAME
+            stopped = view / records.STOP_NAME
             if should_stop() and not stopped.exists():
                 stopped.touch()
                 for subject, _ in todo:  # on this machine they need not hear of it from the bucket
                     with suppress(UserError, OSError):
-                        (scratch_home(f"{self.bucket.url}/{subject.name}") / STOP_NAME).touch()
+                        (scratch_home(f"{self.bucket.url}/{subject.name}") / records.STOP_NAME).touch()
             if stopped.exists() and not is_told:
                 with suppress(UserError):  # tried again at the next call
-                    self.bucket.write(STOP_NAME, b"\n")
+                    self.bucket.write(records.STOP_NAME, b"\n")
                     is_told.append(True)
             return stopped.exists()
 
         is_told: list[bool] = []
         run_fleet(todo, view, machines, note, stop, train_in_bucket, self.check, self.bucket.url)
 
-    def note_failure(self, name: str, record: Record) -> None:
+    def note_failure(self, name: str, record: records.Record) -> None:
         """Write the record into the bucket. One that knows of no training replaces none there: with it, the next
         try would not continue from the checkpoints."""
         bucket = self.bucket / name
-        if record.starts or bucket.read(FLEET_NAME) is None:
-            bucket.write(FLEET_NAME, (self.view / name / FLEET_NAME).read_bytes())
+        if record.starts or bucket.read(records.FLEET_NAME) is None:
+            bucket.write(records.FLEET_NAME, (self.view / name / records.FLEET_NAME).read_bytes())
 
     def publish(self) -> str:
         """Upload the index, and the list again, as the bucket may have lost it. Returns the index's URL."""
-        self.send(FLEET_NAME)
+        self.send(records.FLEET_NAME)
         self.send(records.INDEX_NAME)
         return f"{self.bucket.url}/{records.INDEX_NAME}"

@@ -15,14 +15,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dreambooth_moslora.adapters.fast_linear import StepCopies, compute_dtype, dense_weight, linear_4bit, slow_reason
-from dreambooth_moslora.adapters.moslora import adapter_layers
+from dreambooth_moslora.adapters import fast_linear, moslora
 
 
-def twin(model: nn.Module) -> nn.Module:
+def twin(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of the modules that shares all tensors, so that it takes almost no memory."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     packed = [tensor.quant_state for tensor in model.parameters() if getattr(tensor, "quant_state", None) is not None]
@@ -34,10 +32,18 @@ class _StackedLinear(torch.autograd.Function):
     dtype. `packed` is bitsandbytes' description of a W0 in 4 bit, None for a dense one."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        packed,
+        down: torch.Tensor,
+        up: torch.Tensor,
+    ) -> torch.Tensor:
         rows = x.reshape(len(down), -1, x.shape[-1])
         inner = rows.bmm(down.mT)
-        result = F.linear(rows, weight, bias) if packed is None else linear_4bit(rows, weight, bias, packed)
+        result = F.linear(rows, weight, bias) if packed is None else fast_linear.linear_4bit(rows, weight, bias, packed)
         result.baddbmm_(inner, up)
         ctx.packed = packed
         ctx.save_for_backward(x, inner, weight, down, up)
@@ -45,7 +51,7 @@ class _StackedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inner, weight, down, up = ctx.saved_tensors
         grad = grad.reshape(*inner.shape[:2], -1)
         # What reads `grad` comes before W0 drives it out of the cache.
@@ -55,7 +61,7 @@ class _StackedLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             if ctx.packed is not None:
-                weight = dense_weight(weight, ctx.packed).to(grad.dtype)
+                weight = fast_linear.dense_weight(weight, ctx.packed).to(grad.dtype)
             grad_x = grad.flatten(0, 1).mm(weight).view(*inner.shape[:2], -1).baddbmm_(grad_inner, down).view(x.shape)
         return grad_x, None, None, None, grad_down, grad_up
 
@@ -67,13 +73,13 @@ class StackedLayer:
     def __init__(self, layers: tuple[LoraLayer, ...], adapter_name: str):
         self.layers, self.adapter_name = layers, adapter_name
         self.base = layers[0].base_layer
-        self._copies: tuple[Tensor, Tensor] | None = None
+        self._copies: tuple[torch.Tensor, torch.Tensor] | None = None
         if any(layer.base_layer.weight.data_ptr() != self.base.weight.data_ptr() for layer in layers):
             raise ValueError("stacked adapters need models that share their frozen weights")
         if not all(is_plain(layer, adapter_name) for layer in layers):
             raise ValueError("stacked adapters have no dropout, no DoRA and no bias")
 
-    def lend(self, _adapter_name: str, down: Tensor, up: Tensor) -> None:
+    def lend(self, _adapter_name: str, down: torch.Tensor, up: torch.Tensor) -> None:
         """Compute with these copies, A (N,r,in) and Uᵀ (N,r,out)."""
         self._copies = down, up
         self.lend_general()
@@ -86,14 +92,14 @@ class StackedLayer:
         self._copies = None
         self.layers[0].__dict__.pop("forward", None)
 
-    def output(self, x: Tensor) -> Tensor:
+    def output(self, x: torch.Tensor) -> torch.Tensor:
         """y (N·m,…,out) for x (N·m,…,in), whose rows are in the order of the adapters; the base's output when
         adapters are switched off."""
         if self.layers[0].disable_adapters:
             return self.base(x)
         if self._copies is not None:
             packed = getattr(self.base.weight, "quant_state", None)
-            x = x.to(compute_dtype(self.base))
+            x = x.to(fast_linear.compute_dtype(self.base))
             return _StackedLinear.apply(x, self.base.weight, self.base.bias, packed, *self._copies)
         name, result, branches = self.adapter_name, self.base(x), []
         for layer, rows in zip(self.layers, x.chunk(len(self.layers)), strict=True):
@@ -104,7 +110,7 @@ class StackedLayer:
 
 def is_plain(layer: LoraLayer, adapter_name: str) -> bool:
     """Whether the adapter only adds s·B·M·A·x to the base's output."""
-    has_dropout = type(layer.lora_dropout[adapter_name]) is not nn.Identity
+    has_dropout = type(layer.lora_dropout[adapter_name]) is not torch.nn.Identity
     return adapter_name not in layer.lora_variant and not has_dropout and not layer.lora_bias[adapter_name]
 
 
@@ -112,19 +118,19 @@ class StackedAdapters:
     """The adapters of N >= 2 models with the same base and the same adapted layers, of equal shapes. Raises ValueError
     for models that do not fit together."""
 
-    def __init__(self, models: Sequence[nn.Module], adapter_name: str = "default"):
+    def __init__(self, models: Sequence[torch.nn.Module], adapter_name: str = "default"):
         if len(models) < 2:
             raise ValueError("one adapter is no stack")
         self.adapter_name = adapter_name
-        layers = [adapter_layers(model, adapter_name) for model in models]
+        layers = [moslora.adapter_layers(model, adapter_name) for model in models]
         if any(found.keys() != layers[0].keys() for found in layers):
             raise ValueError("stacked adapters are on the same layers")
         stacked = [StackedLayer(tuple(found[path] for found in layers), adapter_name) for path in layers[0]]
-        self.fast = [unit for unit in stacked if slow_reason(unit.layers[0], adapter_name) is None]
-        self.general = [unit for unit in stacked if slow_reason(unit.layers[0], adapter_name) is not None]
+        self.fast = [unit for unit in stacked if fast_linear.slow_reason(unit.layers[0], adapter_name) is None]
+        self.general = [unit for unit in stacked if fast_linear.slow_reason(unit.layers[0], adapter_name) is not None]
 
     @contextmanager
-    def for_one_step(self) -> Iterator[StepCopies]:
+    def for_one_step(self) -> Iterator[fast_linear.StepCopies]:
         """Let the first model compute for all for the length of the block, in which the adapters must not change. A
         batch has N equal shares of rows, in the order of the models. Call `collect` after each backward pass. After a
         block without errors the gradients are where the optimizers expect them."""
@@ -132,4 +138,4 @@ class StackedAdapters:
             for unit in self.general:
                 stack.callback(unit.take_back)
                 unit.lend_general()
-            yield stack.enter_context(StepCopies(self.fast, self.adapter_name).lent())
+            yield stack.enter_context(fast_linear.StepCopies(self.fast, self.adapter_name).lent())

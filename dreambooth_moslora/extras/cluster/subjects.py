@@ -20,8 +20,7 @@ from typing import Any
 
 from dreambooth_moslora.core import SUBJECT_FILE, UserError, content_key, find_asset, one_line
 from dreambooth_moslora.disk.run_folder import check_name
-from dreambooth_moslora.settings.sources import read_json_table, reason_of
-from dreambooth_moslora.settings.table import TrainConfig, check_each
+from dreambooth_moslora.settings import sources, table
 
 TOKEN = "sks"
 OWN = ("folder", "token", "class", "class_word", "name")
@@ -82,7 +81,7 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
             raise ValueError("it is not a text file")
         return list(rows_in(text, kind))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: {reason_of(error)}.") from error
+        raise UserError(f"{source}: {sources.reason_of(error)}.") from error
     except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{source} is not a list of subjects: {error}.") from error
 
@@ -135,17 +134,17 @@ def settings_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any],
     """The settings of one run. Raises UserError for settings that no run can have."""
     own = {name: value for name, value in row.items() if name not in OWN}
     refuse(own)
-    check_each(own)
+    table.check_each(own)
     if not photos.is_dir():
         raise UserError(f"{photos}: {'not a folder' if photos.exists() else 'no such folder'}.")
-    facts = read_json_table(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
+    facts = sources.read_json_table(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
     word = row.get("class") or row.get("class_word") or facts.get("class_word")
     token = row.get("token") or facts.get("token") or shared.get("token") or TOKEN
     settings = {**shared, **(prompts_of(token, word) if word else {}), **own}
     if not settings.get("instance_prompt"):
         raise UserError(f"{photos} does not say what it shows: give its class, a subject.json, or --instance_prompt.")
     settings |= {"instance_data_dir": str(photos.resolve()), "output_dir": str(run_dir)}
-    TrainConfig.from_dict(settings)
+    table.TrainConfig.from_dict(settings)
     return settings
 
 
@@ -158,5 +157,5 @@ def mark_of(settings: Mapping[str, Any]) -> str:
     It does not depend on where photos and run folder are."""
     files = sorted(Path(settings["instance_data_dir"]).iterdir())
     sizes = [(path.name, path.stat().st_size) for path in files if path.is_file()]
-    values = TrainConfig.from_dict(settings).to_dict()
+    values = table.TrainConfig.from_dict(settings).to_dict()
     return content_key(settings={name: values[name] for name in values if name not in PLACES}, files=sizes)

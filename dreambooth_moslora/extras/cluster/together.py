@@ -26,25 +26,17 @@ from typing import TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.fast_linear import lay_together
 from dreambooth_moslora.base.families import denoiser_of
-from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, message_for_known_error
-from dreambooth_moslora.cli.train import make_evaluator, start_log, warn_about
+from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.core import UserError, shortened, spelled_out
-from dreambooth_moslora.disk.events import Event
-from dreambooth_moslora.disk.processes import CONFIG_NAME
-from dreambooth_moslora.extras.cluster.records import Record, ended, read_record, write_record
-from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
+from dreambooth_moslora.disk import events, processes
+from dreambooth_moslora.extras.cluster import records, stacked_adapters
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan
-from dreambooth_moslora.settings.families import facts_of
-from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.adapters import target_paths
-from dreambooth_moslora.training.frozen_base import LoadBase, load_base
-from dreambooth_moslora.training.loop import Steps, StepScorer, Training, TrainResult, advanced, training
+from dreambooth_moslora.settings import families, sources, table
+from dreambooth_moslora.training import adapters, frozen_base, loop
 from dreambooth_moslora.training.step import MicroBatch, Rows, StepLosses, TrainStep, numbers_of
 
 T = TypeVar("T")
@@ -60,41 +52,41 @@ def run_together(args: argparse.Namespace) -> int:
     """Returns 130 when a run was stopped. Each run's record says how it ended."""
     folders, costs = [Path(folder) for folder in args.run_dirs], Costs(args.share)
 
-    def note(member: "Member", result: TrainResult | Exception) -> None:
+    def note(member: "Member", result: loop.TrainResult | Exception) -> None:
         costs.ended(Path(member.plan.config.output_dir), result)
 
-    with StopRequest() as stop:
+    with terminal.StopRequest() as stop:
         train_together(members(folders, stop, costs), args.at_once, note)
-    states = [record.state for folder in folders if (record := read_record(folder)) is not None]
-    return INTERRUPTED if "interrupted" in states else 0
+    states = [record.state for folder in folders if (record := records.read_record(folder)) is not None]
+    return terminal.INTERRUPTED if "interrupted" in states else 0
 
 
-def members(folders: Sequence[Path], stop: StopRequest, costs: "Costs") -> Iterator["Member"]:
+def members(folders: Sequence[Path], stop: terminal.StopRequest, costs: "Costs") -> Iterator["Member"]:
     """The runs one by one, as there is room. A faulty run is recorded as failed."""
     for folder in folders:
         if stop():
-            ended(folder, "interrupted", "stopped before it began")
+            records.ended(folder, "interrupted", "stopped before it began")
             continue
         costs.began(folder)
         try:
-            config = TrainConfig.from_dict(read_json_table(folder / CONFIG_NAME))
+            config = table.TrainConfig.from_dict(sources.read_json_table(folder / processes.CONFIG_NAME))
             check_folders(config)
             with logged_to(config):
                 plan = make_plan(config)
-                warn_about(plan)
+                train.warn_about(plan)
         except Exception as error:
             costs.ended(folder, error)
         else:
-            evaluator = make_evaluator if config.is_scored else lambda plan: None
+            evaluator = train.make_evaluator if config.is_scored else lambda plan: None
             yield Member(plan, None, stop, evaluator, partial(logged_to, config))
 
 
 @contextmanager
-def logged_to(config: TrainConfig) -> Iterator[None]:
+def logged_to(config: table.TrainConfig) -> Iterator[None]:
     """Log only to the run folder for the length of the block, since its events concern this run."""
     root = logging.getLogger()
     before = list(root.handlers)
-    file_only = start_log(config)
+    file_only = train.start_log(config)
     try:
         yield
     except UserError as error:
@@ -110,7 +102,7 @@ def line_for(error: Exception) -> str:
     """The line for the user; for a bug, the log has the traceback."""
     if isinstance(error, UserError):
         return shortened(spelled_out(" ".join(str(error).split())))
-    if (line := message_for_known_error(error)) is not None:
+    if (line := terminal.message_for_known_error(error)) is not None:
         return line
     traceback.print_exception(error)
     return f"{type(error).__name__}: {error}"
@@ -126,19 +118,21 @@ class Costs:
     def began(self, folder: Path) -> None:
         self._divide()
         self._seconds[folder] = 0.0
-        record = read_record(folder) or Record("running")
+        record = records.read_record(folder) or records.Record("running")
         begun = replace(record, state="running", message="", starts=record.starts + 1, machine=socket.gethostname())
-        write_record(folder, begun)
+        records.write_record(folder, begun)
 
-    def ended(self, folder: Path, result: TrainResult | Exception) -> None:
+    def ended(self, folder: Path, result: loop.TrainResult | Exception) -> None:
         self._divide()
         if isinstance(result, Exception):
             state, message = "failed", line_for(result)
         else:
             state, message = "interrupted" if result.interrupted else "done", ""
-        spent, record = self._seconds.pop(folder), read_record(folder) or Record(state)
+        spent, record = self._seconds.pop(folder), records.read_record(folder) or records.Record(state)
         hours = record.hours + spent / 3600 * self.share
-        write_record(folder, replace(record, state=state, message=message, seconds=record.seconds + spent, hours=hours))
+        records.write_record(
+            folder, replace(record, state=state, message=message, seconds=record.seconds + spent, hours=hours)
+        )
 
     def _divide(self) -> None:
         now = time.monotonic()
@@ -151,28 +145,28 @@ class SharedBase:
     """Replaces `encoder.load_base` for runs with the same base, precision and layers. The UNet stays on the device.
     Text encoders and VAE are lent to one run after the other."""
 
-    def __init__(self, load: LoadBase = load_base):
+    def __init__(self, load: frozen_base.LoadBase = frozen_base.load_base):
         self._load = load
         self._pipeline: DiffusionPipeline | None = None
 
-    def __call__(self, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    def __call__(self, config: table.TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
         """The pipeline of one run. Its adapter and the components it removes do not affect other runs."""
         if self._pipeline is None:
             pipeline = self._load(config, dtype, device)
             denoiser = denoiser_of(pipeline).to(device)
-            facts = facts_of(type(pipeline).__name__)
+            facts = families.facts_of(type(pipeline).__name__)
             if device.type != "cpu":
-                lay_together(denoiser, target_paths(config, facts.denoiser, denoiser))
+                lay_together(denoiser, adapters.target_paths(config, facts.denoiser, denoiser))
             self._pipeline = pipeline
         own = copy.copy(self._pipeline)
-        name, scheduler = facts_of(type(own).__name__).denoiser, copy.deepcopy(self._pipeline.scheduler)
-        own.register_modules(**{name: twin(denoiser_of(self._pipeline))}, scheduler=scheduler)
+        name, scheduler = families.facts_of(type(own).__name__).denoiser, copy.deepcopy(self._pipeline.scheduler)
+        own.register_modules(**{name: stacked_adapters.twin(denoiser_of(self._pipeline))}, scheduler=scheduler)
         return own
 
     def rest(self) -> None:
         """Move the text encoders and the VAE off the device, until a run moves them back."""
         if self._pipeline is not None:
-            for name in ("vae", *facts_of(type(self._pipeline).__name__).encoders):
+            for name in ("vae", *families.facts_of(type(self._pipeline).__name__).encoders):
                 getattr(self._pipeline, name).to("cpu")
 
 
@@ -182,9 +176,9 @@ class Member:
     does alone happens inside the context manager `within`, which may redirect its log."""
 
     plan: Plan
-    on_event: Callable[[Event], None] | None = None
+    on_event: Callable[[events.Event], None] | None = None
     should_stop: Callable[[], bool] | None = None
-    make_evaluator: Callable[[Plan], StepScorer | None] = lambda plan: None
+    make_evaluator: Callable[[Plan], loop.StepScorer | None] = lambda plan: None
     within: Callable[[], AbstractContextManager] = nullcontext
 
 
@@ -193,12 +187,12 @@ class Course:
     """A member in training: `steps` advances `run` to its next step."""
 
     member: Member
-    steps: Steps
-    run: Training
+    steps: loop.Steps
+    run: loop.Training
 
 
 def train_together(
-    members: Iterable[Member], most: int, on_end: Callable[[Member, TrainResult | Exception], None]
+    members: Iterable[Member], most: int, on_end: Callable[[Member, loop.TrainResult | Exception], None]
 ) -> None:
     """Train all `members`, at most `most` at once. When one ends or fails, the next begins. They must have the same
     `shared_settings`, and none may need to be alone (`extras.cluster.fleet`). `on_end` is called with each member and
@@ -225,7 +219,7 @@ def train_together(
                 return
             outcomes = losses_of([course.run for course in under_way])
             for course, outcome in zip(under_way, outcomes, strict=True):
-                course.run = going(course.member, advanced, course.steps, outcome)
+                course.run = going(course.member, loop.advanced, course.steps, outcome)
             under_way = [course for course in under_way if course.run is not None]
     finally:
         stacked.cache_clear()
@@ -237,11 +231,11 @@ def begun(member: Member, base: SharedBase) -> Course:
     """Everything before a member's first step, alone."""
     config = replace(member.plan.config, compile="off")  # a compiled graph would depend on the number of runs
     plan = replace(member.plan, config=config)
-    steps = training(plan, member.on_event, member.should_stop, member.make_evaluator(plan), base)
+    steps = loop.training(plan, member.on_event, member.should_stop, member.make_evaluator(plan), base)
     return Course(member, steps, next(steps))
 
 
-def losses_of(runs: Sequence[Training]) -> list[Callable[[], StepLosses]]:
+def losses_of(runs: Sequence[loop.Training]) -> list[Callable[[], StepLosses]]:
     """For each run, a function that returns its losses or raises. An error while drawing a run's micro-batch
     ends that run only; an error in the common pass ends all runs."""
     found: dict[int, StepLosses | Exception] = {}
@@ -262,7 +256,7 @@ def losses_of(runs: Sequence[Training]) -> list[Callable[[], StepLosses]]:
     return [partial(told, found[id(run)]) if id(run) in found else run.accumulate_gradients for run in runs]
 
 
-def draw(run: Training) -> list[MicroBatch]:
+def draw(run: loop.Training) -> list[MicroBatch]:
     run.started = time.monotonic()
     step = run.train_step
     step.begin()
@@ -276,9 +270,9 @@ def told(found: StepLosses | Exception) -> StepLosses:
 
 
 @lru_cache(maxsize=1)
-def stacked(*unets: nn.Module) -> StackedAdapters:
+def stacked(*unets: torch.nn.Module) -> stacked_adapters.StackedAdapters:
     """Collected again when the runs in training change."""
-    return StackedAdapters(unets)
+    return stacked_adapters.StackedAdapters(unets)
 
 
 def accumulate_together(steps: Sequence[TrainStep], drawn: Sequence[Sequence[MicroBatch]]) -> list[StepLosses]:
@@ -298,10 +292,10 @@ def accumulate_together(steps: Sequence[TrainStep], drawn: Sequence[Sequence[Mic
     return [step.mean_of(list(numbers)) for step, numbers in zip(steps, zip(*found, strict=True), strict=True)]
 
 
-def predictions(predict: Callable[[Rows], Tensor], parts: Sequence[Rows]) -> list[Tensor]:
+def predictions(predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]) -> list[torch.Tensor]:
     return list(predict(Rows.joined(parts)).split([len(part.time_ids) for part in parts]))
 
 
-def scaled(step: TrainStep, loss: Tensor) -> Tensor:
+def scaled(step: TrainStep, loss: torch.Tensor) -> torch.Tensor:
     scaler: torch.amp.GradScaler | None = step.accelerator.scaler
     return loss if scaler is None else scaler.scale(loss)

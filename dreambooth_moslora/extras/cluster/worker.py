@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk import processes
-from dreambooth_moslora.disk.queue import locked, take
+from dreambooth_moslora.disk import processes, queue
 from dreambooth_moslora.extras.cluster.records import Record, ended, is_finished, read_record, stop_path, write_record
 
 DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
@@ -98,9 +97,9 @@ def held(run_dir: Path) -> BinaryIO:
     end = time.monotonic() + HELD_SEC
     while True:
         try:
-            hold = take(run_dir / HOLD_NAME, "--out")
+            hold = queue.take(run_dir / HOLD_NAME, "--out")
             try:
-                with locked(run_dir):  # refuse while a training that no fleet started runs there
+                with queue.locked(run_dir):  # refuse while a training that no fleet started runs there
                     return hold
             except UserError:
                 hold.close()

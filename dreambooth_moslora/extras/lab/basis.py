@@ -13,11 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from dreambooth_moslora.adapters.moslora import adapter_layers, mixer_parameters
-from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
+from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
@@ -63,13 +61,13 @@ class Learner:
 
     def __init__(self, step: TrainStep, count: int, mixer_lr: float, basis_lr: float):
         self.step, self.unet = step, step.components["unet"]
-        self.live, self.shared = [mixer for _, mixer in mixer_parameters(self.unet)], []
-        for layer in adapter_layers(self.unet).values():
+        self.live, self.shared = [mixer for _, mixer in moslora.mixer_parameters(self.unet)], []
+        for layer in moslora.adapter_layers(self.unet).values():
             self.shared += [layer.lora_A["default"].weight, layer.lora_B["default"].up]
         for matrix in self.shared:
             matrix.requires_grad_(True)
         size = sum(mixer.numel() for mixer in self.live)
-        self.subjects = [nn.Parameter(self.live[0].new_zeros(size)) for _ in range(count)]
+        self.subjects = [torch.nn.Parameter(self.live[0].new_zeros(size)) for _ in range(count)]
         groups = [{"params": self.shared, "lr": basis_lr}, {"params": self.subjects, "lr": mixer_lr}]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.rates = [basis_lr, mixer_lr]
@@ -114,16 +112,16 @@ class Learner:
 
     def save(self, out: Path, config: TrainConfig) -> None:
         put(torch.zeros_like(self.subjects[0]), self.live)
-        facts = adapter_metadata(
+        facts = raw_file.adapter_metadata(
             {"unet": self.unet},
             base_id=config.pretrained_model_name_or_path,
             base_architecture=architecture(self.step.inputs.denoiser),
             resolution_px=config.resolution,
         )
-        save_raw({"unet": self.unet}, out, facts)
+        raw_file.save_raw({"unet": self.unet}, out, facts)
 
 
 @torch.no_grad()
-def put(values: Tensor, mixers: list[nn.Parameter]) -> None:
+def put(values: torch.Tensor, mixers: list[torch.nn.Parameter]) -> None:
     for mixer, part in zip(mixers, values.split([m.numel() for m in mixers]), strict=True):
         mixer.copy_(part.view_as(mixer))

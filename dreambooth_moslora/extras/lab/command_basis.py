@@ -7,8 +7,7 @@ from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
-from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
-from dreambooth_moslora.cli.train import add_training_flags, settings_of
+from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset
 from dreambooth_moslora.disk.run_folder import BASIS_SUFFIX
 from dreambooth_moslora.extras.cluster.subjects import prompts_of
@@ -34,7 +33,7 @@ def basis_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of photos, each with its subject.json")
     parser.add_argument("--out", metavar="FILE", required=True, help=f"its file: a name ending in {BASIS_SUFFIX}")
     parser.add_argument("--basis_lr", type=float, default=1e-3, help="learning rate of A and B (default: 0.001)")
-    add_training_flags(parser, hidden=OF_RUNS)
+    train.add_training_flags(parser, hidden=OF_RUNS)
 
 
 def run_basis(args: argparse.Namespace) -> int:
@@ -59,11 +58,11 @@ def run_basis(args: argparse.Namespace) -> int:
             last[0] = time.monotonic()
             print(f"step {done} of {total}, loss {loss:.3f}, {eta_sec:.0f} s left", file=sys.stderr, flush=True)
 
-    with StopRequest() as stop:
+    with terminal.StopRequest() as stop:
         done = learn_basis(config, out, args.basis_lr, progress, stop)
     if done:
         print(out)
-    return INTERRUPTED if stop() else 0
+    return terminal.INTERRUPTED if stop() else 0
 
 
 def taken(flags: dict) -> dict:
@@ -74,7 +73,7 @@ def taken(flags: dict) -> dict:
                 f"--{name}: basis has no such flag. It takes the subjects from their folders, crops photos in their "
                 "own shapes, and learns by AdamW with falling rates, in one go."
             )
-    return {name: value for name, value in settings_of(flags)[0].items() if name in flags or name not in OF_FILES}
+    return {name: value for name, value in train.settings_of(flags)[0].items() if name in flags or name not in OF_FILES}
 
 
 def config_of(folders: list[str], settings: dict) -> TrainConfig:

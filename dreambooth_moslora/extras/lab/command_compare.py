@@ -27,25 +27,23 @@ def run_compare(args: argparse.Namespace) -> int:
     study, out = load_study(Path(args.config)), Path(args.output_dir)
     tuning, tests = len(study.tuning_cells()), len(study.test_cells(study.first_rates()))
     print(f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare", file=sys.stderr)
-    from dreambooth_moslora.extras.lab.run import cells_on_cluster, run_study, unfinished
+    from dreambooth_moslora.extras.lab import report, run
 
     if args.dry_run:
-        todo = unfinished(study, out)
+        todo = run.unfinished(study, out)
         print("\n".join(cell.name for cell in todo))
         print(f"{len(todo)} of them are still to be done", file=sys.stderr)
         return 0
-    from dreambooth_moslora.extras.cluster.fleet import Machines
-    from dreambooth_moslora.extras.cluster.on_ray import connected
-    from dreambooth_moslora.extras.lab.report import write_comparison
+    from dreambooth_moslora.extras.cluster import fleet, on_ray
 
     progress, jobs = CellProgress(), 0 if args.report_only else max(1, args.jobs or 1)
     if args.ray_address and jobs:
-        with connected(args.ray_address):
-            runner = partial(cells_on_cluster, Machines.of_cluster(args.per_gpu, args.cpus), args.jobs)
-            results = run_study(study, out.resolve(), jobs, progress, runner)
+        with on_ray.connected(args.ray_address):
+            runner = partial(run.cells_on_cluster, fleet.Machines.of_cluster(args.per_gpu, args.cpus), args.jobs)
+            results = run.run_study(study, out.resolve(), jobs, progress, runner)
     else:
-        results = run_study(study, out, jobs, progress)
-    print(write_comparison(study, results, out))
+        results = run.run_study(study, out, jobs, progress)
+    print(report.write_comparison(study, results, out))
     print(out / "report.html")
     if progress.failed:
         print(f"{progress.failed} trainings failed; run again to try them again", file=sys.stderr)

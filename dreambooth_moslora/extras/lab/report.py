@@ -13,7 +13,6 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.core import atomic_write, public_name
 from dreambooth_moslora.evaluation.metrics import Interval
 from dreambooth_moslora.extras.lab import run
-from dreambooth_moslora.extras.lab.run import STRIP_PX, ArmSummary, Outcome, Result, judged, result_path, seeds_of
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import open_rgb
@@ -23,11 +22,11 @@ from dreambooth_moslora.settings.measures import MEASURES, Measure
 WIN, TIE, LOSS = "#2a6fdb", "#c9c9cf", "#d9822b"
 
 
-def label(item: ArmSummary | Outcome) -> str:
+def label(item: run.ArmSummary | run.Outcome) -> str:
     return f"{item.arm}, r{item.rank}"
 
 
-def difference_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
+def difference_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
     """Paired differences to the reference with 95 % intervals, one panel per measure that all outcomes have."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
     drawn = [name for name, row in MEASURES.items() if row.panel]
@@ -46,7 +45,7 @@ def difference_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
     return figure
 
 
-def win_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
+def win_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
     """Fractions of pictures that win, tie and lose against the reference's, separately for subject and prompt."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
     axes = figure.subplots(1, len(outcomes[0].wins), sharey=True, squeeze=False)[0]
@@ -63,7 +62,7 @@ def win_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
     return figure
 
 
-def trade_off_plot(arms: Sequence[ArmSummary]) -> Figure:
+def trade_off_plot(arms: Sequence[run.ArmSummary]) -> Figure:
     """Subject fidelity against prompt fidelity; up and to the right is better."""
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -92,7 +91,7 @@ def rate_plot(curves: dict[tuple[str, int], dict[float, float]]) -> Figure:
     return figure
 
 
-def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
+def write_comparison(study: Study, results: Sequence[run.Result], out: Path) -> str:
     """Write all files for the finished cells; returns the findings, one sentence per arm."""
     results = run.of_whole_seeds(results)
     arms, against = run.summaries(results), run.outcomes(study, results)
@@ -114,12 +113,12 @@ def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
     for name, plot in plots.items():
         plot.savefig(out / f"{name}.png", dpi=110)
     if rows := picture_rows(study, results, out):
-        draw_contact_sheet(rows, out / "pictures.png", tile_px=STRIP_PX)
+        draw_contact_sheet(rows, out / "pictures.png", tile_px=run.STRIP_PX)
     atomic_write(out / "report.html", report_html(study, results, out, tables, plots, against))
     return finding(study, against)
 
 
-def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Sequence[Outcome]) -> dict:
+def results_json(study: Study, results, arms: Sequence[run.ArmSummary], against: Sequence[run.Outcome]) -> dict:
     """Settings without paths, every cell, every arm, every difference."""
     protocol, hidden = study.protocol, {"pretrained_model_name_or_path", "cache_dir", "output_dir", "class_data_dir"}
     beside = {subject.name: [one.name for one in subject.beside] for subject in study.subjects if subject.beside}
@@ -131,7 +130,7 @@ def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Seq
             "subjects": [s.name for s in study.subjects],
             "tuning_subjects": [s.name for s in study.tuning_subjects],
             **({"beside": beside} if beside else {}),
-            "seeds": seeds_of(results),
+            "seeds": run.seeds_of(results),
             **{name: getattr(study, name) for name in ("ranks", "learning_rates", "budget", "reference", "tie")},
             "evaluation": asdict(protocol) | {name: public_name(getattr(protocol, name)) for name in ("clip", "dino")},
             "train": {name: value for name, value in study.train.items() if name not in hidden},
@@ -143,7 +142,7 @@ def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Seq
     }
 
 
-def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
+def arm_rows(arms: Sequence[run.ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: scores with intervals over subjects and seeds, and the cost of each arm."""
     jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
     pace = "ms a step" if jobs == 1 else f"ms a step, {jobs} trainings at once"
@@ -165,21 +164,21 @@ def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def relative_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
+def relative_rows(arms: Sequence[run.ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the scores relative to their scales, where measured."""
     names = measured([arm.scores for arm in arms], lambda row: row.kind == "share")
     rows = [[arm.arm, str(arm.rank), *spans(arm.scores, names)] for arm in sorted(arms, key=lambda a: a.rank)]
     return ["Arm", "Rank", *(column(name) for name in names)], rows
 
 
-def outcome_rows(against: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+def outcome_rows(against: Sequence[run.Outcome]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: paired differences, and win/tie/loss in % by subject and by prompt."""
     names = measured([outcome.differences for outcome in against], lambda row: row.study == "differences")
-    judges = [f"{MEASURES[name].curve.capitalize()} W/T/L %" for name in judged()]
+    judges = [f"{MEASURES[name].curve.capitalize()} W/T/L %" for name in run.judged()]
     header = ["Arm", "Rank", *(f"Δ {column(name)}" for name in names), *judges]
     rows = []
     for found in sorted(against, key=lambda outcome: outcome.rank):
-        wins = [" / ".join(f"{100 * share:.0f}" for share in found.wins[name]) for name in judged()]
+        wins = [" / ".join(f"{100 * share:.0f}" for share in found.wins[name]) for name in run.judged()]
         rows.append([found.arm, str(found.rank), *spans(found.differences, names, "+"), *wins])
     return header, rows
 
@@ -198,7 +197,7 @@ def spans(intervals: Mapping[str, Interval], names: Iterable[str], sign: str = "
     return [format(intervals[name], sign) if name in intervals else "" for name in names]
 
 
-def finding(study: Study, against: Sequence[Outcome]) -> str:
+def finding(study: Study, against: Sequence[run.Outcome]) -> str:
     """The differences in score, without adjectives: an interval excludes zero, or it does not."""
     if not against:
         return f"nothing to compare yet: {study.reference} and one other arm must be complete."
@@ -212,11 +211,11 @@ def finding(study: Study, against: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def report_html(study: Study, results, out: Path, tables, plots: dict, against: Sequence[Outcome]) -> str:
+def report_html(study: Study, results, out: Path, tables, plots: dict, against: Sequence[run.Outcome]) -> str:
     arms, shares, differences = tables
     protocol = study.protocol
     about = (
-        f"{len(results)} trainings: {len(study.subjects)} subjects × {len(seeds_of(results))} seeds × ranks "
+        f"{len(results)} trainings: {len(study.subjects)} subjects × {len(run.seeds_of(results))} seeds × ranks "
         f"{', '.join(map(str, study.ranks))}; learning rate chosen for each arm and rank out of "
         f"{', '.join(f'{rate:g}' for rate in study.learning_rates)} on {len(study.tuning_subjects)} other subjects; "
         f"equal {study.budget}, steps of a subject, data order and noise; {protocol.num_prompts} prompts × "
@@ -236,31 +235,34 @@ def report_html(study: Study, results, out: Path, tables, plots: dict, against: 
     )
 
 
-def strips(study: Study, results: Sequence[Result], out: Path) -> Iterator[tuple[str, Image.Image]]:
+def strips(study: Study, results: Sequence[run.Result], out: Path) -> Iterator[tuple[str, Image.Image]]:
     for subject in study.subjects:
         for cell in first_cells(study, results, subject.name):
-            path = result_path(study, cell, out).with_suffix(".jpg")
+            path = run.result_path(study, cell, out).with_suffix(".jpg")
             if path.is_file():
                 yield f"{cell.subject}: {cell.arm}, rank {cell.rank}", Image.open(path)
 
 
-def first_cells(study: Study, results: Sequence[Result], subject: str) -> list[Cell]:
+def first_cells(study: Study, results: Sequence[run.Result], subject: str) -> list[Cell]:
     """Of one subject in the comparison, at the first seed; the lowest rank first."""
     found = [r.cell for r in results if (r.cell.stage, r.cell.seed) == ("test", study.seeds[0])]
     return sorted((cell for cell in found if cell.subject == subject), key=lambda cell: cell.rank)
 
 
-def picture_rows(study: Study, results: Sequence[Result], out: Path) -> list[Row]:
+def picture_rows(study: Study, results: Sequence[run.Result], out: Path) -> list[Row]:
     """A row per subject: its first photo, then the reference arm's pictures at the lowest rank and the first seed."""
     rows = []
     for subject in study.subjects:
         cells = (cell for cell in first_cells(study, results, subject.name) if cell.arm == study.reference)
         cell = next(cells, None)
-        path = cell and result_path(study, cell, out).with_suffix(".jpg")
+        path = cell and run.result_path(study, cell, out).with_suffix(".jpg")
         if path and path.is_file():
-            photo = find_photos(Path(subject.photos), subject.instance_prompt, STRIP_PX).photos[0]
+            photo = find_photos(Path(subject.photos), subject.instance_prompt, run.STRIP_PX).photos[0]
             title = f"{subject.name}: a photo, then {cell.arm} at rank {cell.rank}"
-            strip, step = Image.open(path), study.protocol.images_per_prompt * STRIP_PX  # one picture of each prompt
-            tiles = [strip.crop((x, 0, x + STRIP_PX, STRIP_PX)) for x in range(0, strip.width, step)]
+            strip, step = (
+                Image.open(path),
+                study.protocol.images_per_prompt * run.STRIP_PX,
+            )  # one picture of each prompt
+            tiles = [strip.crop((x, 0, x + run.STRIP_PX, run.STRIP_PX)) for x in range(0, strip.width, step)]
             rows.append(Row(title, [open_rgb(photo), *tiles]))
     return rows

@@ -34,34 +34,28 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from dreambooth_moslora.adapters.moslora import matrix_layers
-from dreambooth_moslora.adapters.raw_file import empty_model
+from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core import atomic_write, content_key
-from dreambooth_moslora.disk.events import StepDone, events_of
-from dreambooth_moslora.disk.processes import reset_peak_memory, when_orphaned
-from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of
-from dreambooth_moslora.evaluation.metrics import TOY_DINO, Interval, bootstrap_mean, load_encoders, own_encoders
+from dreambooth_moslora.disk import events, processes, run_folder
+from dreambooth_moslora.evaluation import evaluate, metrics
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
-from dreambooth_moslora.extras.cluster.fleet import Machines
-from dreambooth_moslora.extras.cluster.on_ray import Lost, Task, room_for, run_tasks
+from dreambooth_moslora.extras.cluster import fleet, on_ray
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import open_mask, open_rgb
-from dreambooth_moslora.settings.measures import MEASURES
-from dreambooth_moslora.settings.rows import is_adapted
+from dreambooth_moslora.settings import measures, rows
 from dreambooth_moslora.settings.table import KRONECKER, TrainConfig, layer_parameters, rank_and_alpha
 from dreambooth_moslora.training.loop import train
 
 
 def studied() -> list[str]:
-    return [name for name, row in MEASURES.items() if row.study]
+    return [name for name, row in measures.MEASURES.items() if row.study]
 
 
 def judged() -> list[str]:
-    return [name for name, row in MEASURES.items() if row.pictures]
+    return [name for name, row in measures.MEASURES.items() if row.pictures]
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ class ArmSummary:
     arm: str
     rank: int
     learning_rate: float
-    scores: dict[str, Interval]
+    scores: dict[str, metrics.Interval]
     cost: dict[str, float]
 
 
@@ -91,7 +85,7 @@ class Outcome:
 
     arm: str
     rank: int
-    differences: dict[str, Interval]
+    differences: dict[str, metrics.Interval]
     wins: dict[str, tuple[float, float, float]]
 
 
@@ -144,7 +138,7 @@ def summaries(results: Sequence[Result]) -> list[ArmSummary]:
     found = []
     for arm, rank in by_measure["score"]:
         own = results_of(results, arm, rank)
-        scores = {m: bootstrap_mean(t[arm, rank]) for m, t in by_measure.items() if (arm, rank) in t}
+        scores = {m: metrics.bootstrap_mean(t[arm, rank]) for m, t in by_measure.items() if (arm, rank) in t}
         cost = {name: float(np.median([r.cost[name] for r in own])) for name in own[0].cost}
         found.append(ArmSummary(arm, rank, own[0].cell.learning_rate, scores, cost))
     return found
@@ -159,7 +153,7 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
         if arm == study.reference or reference not in by_measure["score"]:
             continue
         differences = {
-            measure: bootstrap_mean(t[arm, rank] - t[reference])
+            measure: metrics.bootstrap_mean(t[arm, rank] - t[reference])
             for measure, t in by_measure.items()
             if (arm, rank) in t and reference in t
         }
@@ -195,7 +189,7 @@ def result_path(study: Study, cell: Cell, out: Path) -> Path:
 def materials(study: Study, subject: str) -> list[Path]:
     """The local files that a result depends on: photos, base and encoders. Hub models are identified by name."""
     base, protocol = resolve_base(study.base), study.protocol
-    beside = [base.parent / TOY_DINO] if own_encoders(study.base) else []
+    beside = [base.parent / metrics.TOY_DINO] if metrics.own_encoders(study.base) else []
     mine = study.subject(subject)
     found = [base, mine.photos, *(one.photos for one in mine.beside), protocol.clip, protocol.dino, *beside]
     return [Path(path) for path in found if path and Path(path).exists()]
@@ -223,22 +217,22 @@ def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]
     return [Result(Cell(**s["cell"]), s["scores"], s["pictures"], s["cost"]) for s in stored]
 
 
-def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> Evaluation:
+def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> evaluate.Evaluation:
     pipeline = pipeline_of(study.base)
     pipeline.load_adapter(run_dir, "cell")
     try:
-        return evaluate_adapter(pipeline, "cell", evaluator_of(study, cell.subject), batch_size=8)
+        return evaluate.evaluate_adapter(pipeline, "cell", evaluator_of(study, cell.subject), batch_size=8)
     finally:
         pipeline.unload_adapter("cell")
 
 
 pipeline_of = lru_cache(maxsize=1)(SubjectPipeline.from_base)
-encoders_of = lru_cache(maxsize=1)(load_encoders)
-EVALUATORS: dict[str, Evaluator] = {}
+encoders_of = lru_cache(maxsize=1)(metrics.load_encoders)
+EVALUATORS: dict[str, evaluate.Evaluator] = {}
 """This process's evaluators by subject; each holds the base's pictures of its prompts."""
 
 
-def evaluator_of(study: Study, name: str) -> Evaluator:
+def evaluator_of(study: Study, name: str) -> evaluate.Evaluator:
     """Of the subject alone, whatever an arm trains beside it; it knows the photos of its companions."""
     subject, protocol = study.subject(name), study.protocol
     key = f"{study.base} {subject} {protocol}"
@@ -249,8 +243,10 @@ def evaluator_of(study: Study, name: str) -> Evaluator:
     photos, pictures = photo_report(config).photos, protocol.images_per_prompt
     counts = (protocol.num_prompts, pictures, protocol.class_images, protocol.unrelated, protocol.inference_steps)
     plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
-    truth = truth_of(study.base, config.instance_data_dir, plan, encoders, pipeline_of(study.base).resolution_px)
-    made = Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
+    truth = evaluate.truth_of(
+        study.base, config.instance_data_dir, plan, encoders, pipeline_of(study.base).resolution_px
+    )
+    made = evaluate.Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
     for one in subject.beside:
         theirs = photo_report(replace(config, **one.settings)).photos
         made.rivals[one.subject.words] = encoders.dino_images([open_rgb(photo) for photo in theirs])
@@ -322,20 +318,20 @@ def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> I
 
 
 def cells_on_cluster(
-    machines: Machines, most: int | None, study: Study, cells: list[Cell], ranks, out: Path, _jobs: int
+    machines: fleet.Machines, most: int | None, study: Study, cells: list[Cell], ranks, out: Path, _jobs: int
 ) -> Iterator[tuple[Cell, float, str]]:
     """Like `run_cells`, as tasks of the connected cluster: as many at once as the `machines` hold, or `most`."""
 
-    def tasks() -> Iterator[Task]:
+    def tasks() -> Iterator[on_ray.Task]:
         for cell in cells:
             rank = ranks[cell.arm, cell.rank]
             needs = machines.resources_for(study.config_of(cell, rank, out))
-            jobs = most or min(len(cells), room_for(needs))
-            yield Task(cell, (study, cell, rank, out, jobs, os.getcwd()), needs)
+            jobs = most or min(len(cells), on_ray.room_for(needs))
+            yield on_ray.Task(cell, (study, cell, rank, out, jobs, os.getcwd()), needs)
 
     started = time.monotonic()
-    for task, result in run_tasks(run_cell, tasks(), window=most):
-        yield (task.key, time.monotonic() - started, result.reason) if isinstance(result, Lost) else result
+    for task, result in on_ray.run_tasks(run_cell, tasks(), window=most):
+        yield (task.key, time.monotonic() - started, result.reason) if isinstance(result, on_ray.Lost) else result
 
 
 def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:
@@ -347,7 +343,7 @@ def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:
     gpu = gpu_of(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when the process first uses a GPU
-    when_orphaned(parent, partial(os._exit, 1))
+    processes.when_orphaned(parent, partial(os._exit, 1))
 
 
 def gpu_of(number: int, count: int, visible: str | None) -> str | None:
@@ -383,13 +379,13 @@ def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int, folder: 
 
 def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
     """Train; returns seconds in total and per step (median), peak memory and the number of trained parameters."""
-    reset_peak_memory()
+    processes.reset_peak_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
     shared = {"caching": "disk", "cache_dir": str(out / "cache"), **class_folders(config, out)}
     result = train(TrainConfig.from_dict({**config.to_dict(), **shared}))
-    steps = events_of(StepDone, RunDir(result.run_dir).read_metrics())
+    steps = events.events_of(events.StepDone, run_folder.RunDir(result.run_dir).read_metrics())
     return {
         "seconds": time.monotonic() - started,
         "step_sec": median(event.step_sec for event in steps),
@@ -453,6 +449,8 @@ def projections(base: str, targets: tuple[str, ...]) -> dict[str, tuple[int, int
         unet = pipeline_of(base).pipeline.unet
     else:
         of_unet = UNet2DConditionModel.load_config(source, subfolder="unet")
-        unet = empty_model({"class": "UNet2DConditionModel", "config": of_unet})
-    weights = {path: layer.weight for path, layer in matrix_layers(unet).items() if is_adapted(path, targets)}
+        unet = raw_file.empty_model({"class": "UNet2DConditionModel", "config": of_unet})
+    weights = {
+        path: layer.weight for path, layer in moslora.matrix_layers(unet).items() if rows.is_adapted(path, targets)
+    }
     return {path: (weight[0].numel(), weight.shape[0]) for path, weight in weights.items()}

@@ -30,8 +30,7 @@ from typing import Any
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset
 from dreambooth_moslora.extras.cluster.subjects import prompts_of
-from dreambooth_moslora.settings.prompts import Subject, subject_of
-from dreambooth_moslora.settings.sources import load_settings, read_json_table, read_tables
+from dreambooth_moslora.settings import prompts, sources
 from dreambooth_moslora.settings.table import TrainConfig, check_each
 
 
@@ -64,8 +63,8 @@ class StudySubject:
         return Path(self.photos).resolve().name
 
     @property
-    def subject(self) -> Subject:
-        return subject_of(TrainConfig(instance_prompt=self.instance_prompt, class_prompt=self.class_prompt))
+    def subject(self) -> prompts.Subject:
+        return prompts.subject_of(TrainConfig(instance_prompt=self.instance_prompt, class_prompt=self.class_prompt))
 
     @property
     def settings(self) -> dict[str, str]:
@@ -98,7 +97,7 @@ class StudySubject:
         facts_path = folder / SUBJECT_FILE
         if not facts_path.is_file():
             raise UserError(f"the study's subject {folder} has no subject.json: give it an instance_prompt.")
-        facts = read_json_table(facts_path)
+        facts = sources.read_json_table(facts_path)
         token, word = facts.get("token"), facts.get("class_word")
         if not token or not word:
             raise UserError(f"{facts_path} must name the token and the class_word, or the study an instance_prompt.")
@@ -244,7 +243,7 @@ class Study:
 
 def load_study(path: Path) -> Study:
     """Read the file. Raises UserError for anything unknown, missing or contradictory."""
-    values = read_tables(path)
+    values = sources.read_tables(path)
     refuse_unknown(path, "", values, SECTIONS)
     study, protocol, shared, arms = (table(path, name, values.get(name, {})) for name in SECTIONS)
     refuse_unknown(path, "study.", study, [f.name for f in fields(Study)])
@@ -285,7 +284,7 @@ def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(own.get(TOGETHER, False), bool):
         raise UserError(f"the study's arms: {TOGETHER} is true or false, not {own[TOGETHER]!r}.")
     recipe = own.pop("config", None)
-    return {**(load_settings(recipe) if recipe else {}), **own}
+    return {**(sources.load_settings(recipe) if recipe else {}), **own}
 
 
 def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], known) -> None:
