@@ -204,8 +204,8 @@ def test_a_setting_that_goes_badly_with_the_others_is_named_once(words):
 ROOT = Path(__file__).parents[2]
 BEFORE = "    repeats: int = of_photos("
 ROW = """    haze: float = of_photos(0.5, "how much haze", low=0, high=2,
-        publish="if_changed", idle=unless(random_flip=True), kohya="ss_fog", elsewhere="fog", replaces=("crop_zoom",),
-        per_subject=True, path=False, packages={1.5: "no_such_package"})
+        publish="if_changed", idle=rows.unless(random_flip=True), kohya="ss_fog", elsewhere="fog",
+        replaces=("crop_zoom",), per_subject=True, path=False, packages={1.5: "no_such_package"})
 """
 PROGRAM = """
 import json, sys
