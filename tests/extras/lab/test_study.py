@@ -1,5 +1,6 @@
 """A study's file, its cells and what its results say, on made-up results whose answers are known."""
 
+import argparse
 import pickle
 import shutil
 from dataclasses import replace
@@ -8,7 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.extras.lab.command_compare import compare_arguments
+from dreambooth_moslora.extras.lab.command_compare import study_of as study_of_words
 from dreambooth_moslora.extras.lab.report import arm_rows, difference_plot, outcome_rows
 from dreambooth_moslora.extras.lab.run import Result, best_rates, materials, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
@@ -277,3 +282,34 @@ def test_each_arm_gets_the_rate_that_was_best_for_it():
     own = replace(study, arms={**study.arms, "own": {"learning_rate": 5e-4}})
     assert best_rates(own, results)["own", 4] == 5e-4 and all(cell.arm != "own" for cell in own.tuning_cells())
     assert best_rates(study, results) == {("lora", 4): 1e-3, ("mix", 4): 1e-4}  # the lower one at a tie
+
+
+def test_a_folder_and_a_word_are_a_study_of_its_mixers(capsys):
+    """It trains as `train PHOTOS WORD` does, but for the mixer."""
+    photos = str(MIXERS.parents[1] / "subjects" / "rocket")
+    assert main(["compare", photos, "rocket", "--mixers", "none", "identity", "--dry_run"]) == 0
+    cells = capsys.readouterr().out.split()
+    assert cells == [f"test-{mixer}-r16-rocket-s{seed}-lr0.002" for seed in (0, 1) for mixer in ("none", "identity")]
+    parser = argparse.ArgumentParser()
+    compare_arguments(parser)
+    study = study_of_words(parser.parse_args([photos, "rocket"]))
+    (cell, _, *_) = study.test_cells(study.first_rates())
+    alone, like_train = study.config_of(cell, cell.rank, Path("run")), parse_train_config([photos, "rocket"])
+    own = {"output_dir", "mixer", "num_validation_images", "checkpointing_steps", "instance_data_dir"}
+    own |= {"evaluate_steps", "validation_steps", "find_scale", "class_word"}  # the study scores at the end
+    differs = {n for n, value in like_train.to_dict().items() if value != alone.to_dict()[n]}
+    assert (alone.mixer, study.reference) == ("none", "none") and differs <= own
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give a folder and a word"),
+        (["a", "dog", "--config", "x.toml"], "give a folder and a word"),
+        (["--config", "x.toml", "--mixers", "none"], "leave out --mixers"),
+        (["a", "dog", "--mixers", "nothing"], "--mixers nothing: choose from orthogonal"),
+    ],
+)
+def test_a_study_comes_from_a_file_or_a_folder(words, said, capsys):
+    assert main(["compare", *words]) == 2
+    assert said in capsys.readouterr().err
