@@ -53,6 +53,12 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         file.close()
 
 
+def check_free(folder: Path) -> None:
+    """Raises UserError when a run holds the folder, which need not exist."""
+    if (path := folder / LOCK_NAME).is_file():
+        take(path, "--output_dir").close()
+
+
 def take(path: Path, flag: str) -> BinaryIO:
     """Open and lock the file of that name. If its owner removes it meanwhile, it is created again. Raises UserError
     when another process holds it."""

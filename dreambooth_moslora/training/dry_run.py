@@ -10,6 +10,7 @@ from pathlib import Path
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
 from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.core import public_name
+from dreambooth_moslora.disk.queue import check_free
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos import captions, folder, masks
 from dreambooth_moslora.photos.examine import examine
@@ -42,6 +43,7 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
     """The report of `--dry_run`, with the settings as TOML; `report` is given where the photos were read before.
     Raises UserError for whatever training would refuse before it loads the base."""
     check_folders(config)
+    check_free(Path(config.output_dir))
     if config.resume_from_checkpoint:
         from dreambooth_moslora.training.checkpoint import resume_point
 
