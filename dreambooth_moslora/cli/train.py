@@ -45,6 +45,13 @@ EXAMPLE = """examples:
 Flags are those of diffusers' train_dreambooth_lora_sdxl.py, and more. Switches are undone by --no_SWITCH.
 Ctrl-C finishes the step and saves; --resume_from_checkpoint latest goes on."""
 RUNS = Path("runs")
+DAILY = {
+    "what is taught": ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "class_prompt"),
+    "how long and how strong": ("max_train_steps", "learning_rate", "rank", "mixer", "resolution"),
+    "what is kept": ("output_dir", "resume_from_checkpoint", "seed"),
+    "before it begins": ("memory", "dry_run"),
+}
+"""Title -> the settings that `--help` shows."""
 AS_ONE_WORD = "as in `train photos/dog dog`"
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
 
@@ -89,7 +96,10 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
 def build_train_parser(prog: str = SCRIPT) -> Parser:
     """`prog` is the command that was started, for the usage and the examples."""
     command = f"python {SCRIPT}" if prog == SCRIPT else prog
-    parser = Parser(prog=prog, description=DESCRIPTION, epilog=EXAMPLE.format(command=command))
+    texts = {"description": DESCRIPTION, "epilog": EXAMPLE.format(command=command)}
+    parser = Parser(prog=prog, add_help=False, **texts)
+    parser.add_argument("-h", "--help", action=ShortHelp, short=short_help(prog, texts), help="the flags in daily use")
+    parser.add_argument("--help_all", action="help", help="all flags")
     parser.add_argument("--version", action="version", version=__version__)
     about = (
         "put the run at the end of the queue beside its --output_dir and return; `queue start` or the page trains it"
@@ -101,6 +111,32 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
 
 def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
     """Add `--config`, `--like`, and a flag for each setting; flags that are not given are not in the result. `hidden`
+class ShortHelp(argparse.Action):
+    """Prints `short` and ends."""
+
+    def __init__(self, short: str, **options: Any):
+        super().__init__(nargs=0, default=argparse.SUPPRESS, **options)
+        self.short = short
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(self.short, end="")
+        parser.exit()
+
+
+def short_help(prog: str, texts: Mapping[str, str]) -> str:
+    """The help with the flags in daily use."""
+    usage = f"{prog} PHOTOS WORD [--FLAG VALUE …]"
+    parser = Parser(prog=prog, usage=usage, add_help=False, **texts)
+    for title, names in DAILY.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            add_flag(group, table.SETTINGS[name])
+    group = parser.add_argument_group("the other flags")
+    group.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
+    group.add_argument("--help_all", action="help", help=f"all {len(table.SETTINGS)} settings, by topic")
+    return parser.format_help()
+
+
     flags are not in the help; the command that uses this explains them."""
     parser.is_of_training = True
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
