@@ -4,6 +4,7 @@
 """
 
 import json
+from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,11 @@ TOY = assets_folder() / "toy-sdxl"
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 INDEX = "model_index.json"
 TEXT_MARKS = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}
+HUB_ANSWERS = {
+    401: "asks for a login: accept its terms on its page, then `hf auth login`",
+    403: "asks for a login: accept its terms on its page, then `hf auth login`",
+    404: "has no such model",
+}
 MARKS = {
     "unet": {"conv_in.weight"},
     "vae": {"encoder.conv_in.weight"},
@@ -141,18 +147,50 @@ def facts_of_base(
         return (
             facts_in(read_json(source / INDEX)) if source.is_dir() else families.facts_of("StableDiffusionXLPipeline")
         )
+    index = hub_index(source, revision, cache_dir)
+    return facts_in(index) if isinstance(index, dict) else None
+
+
+@cache
+def hub_index(source: str, revision: str | None = None, cache_dir: str | Path | None = None) -> dict | str:
+    """The `model_index.json` of a hub id, from the cache or the hub; a reason where neither gives one. The hub is asked
+    once, for five seconds: loading a base asks it again for minutes."""
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import build_hf_headers, get_session
+    from huggingface_hub.utils import OfflineModeIsEnabled, build_hf_headers, get_session
 
     found = try_to_load_from_cache(source, INDEX, revision=revision, cache_dir=cache_dir)
     if isinstance(found, str):
-        return facts_in(read_json(Path(found)))
-    try:  # once, as loading the base tries again for long
+        return read_json(Path(found))
+    try:
         answer = get_session().get(hf_hub_url(source, INDEX, revision=revision), headers=build_hf_headers(), timeout=5)
-        index = answer.json() if answer.status_code == 200 else None
+        index = answer.json() if answer.status_code == 200 else HUB_ANSWERS.get(answer.status_code, "has none")
+    except OfflineModeIsEnabled:
+        return "is not asked, as HF_HUB_OFFLINE is set"
     except Exception:  # the client passes on the HTTP library's errors
-        return None
-    return facts_in(index) if isinstance(index, dict) else None
+        return "does not answer"
+    return index if isinstance(index, (dict, str)) else "has none"
+
+
+def require_reachable(config: table.TrainConfig) -> None:
+    """Raises UserError for a base of the hub that is not in the cache, where the hub does not give it either."""
+    source = resolve_base(config.pretrained_model_name_or_path)
+    if isinstance(source, str):
+        index = hub_index(source, config.revision, config.cache_dir)
+        if isinstance(index, str):
+            raise UserError(
+                f"the base {source} is not on this machine, and the hub {index}: give the folder of a base, or fetch "
+                f"it with `hf download {source}` where there is a connection."
+            )
+
+
+def own_resolution(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> int | None:
+    """The side in px that the base was trained at; None for a base that is not known yet. Raises UserError."""
+    facts, source = facts_of_base(name, revision, cache_dir), resolve_base(name)
+    if isinstance(source, Path) and source.is_dir() and (source / "unet" / "config.json").is_file():
+        latent = read_json(source / "unet" / "config.json").get("sample_size")
+        if isinstance(latent, int) and (side := latent * 8) <= SMALL_BASE_PX:  # larger ones keep their family's
+            return side
+    return facts.resolution_px if facts else None
 
 
 def facts_in(index: dict) -> families.Facts:

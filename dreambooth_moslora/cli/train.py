@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_moslora import __version__, core
+from dreambooth_moslora.base import files
 from dreambooth_moslora.cli.parser import Parser, underscored, unknown_flag_message
 from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, StopRequest, TerminalProgress, exit_code, say
 from dreambooth_moslora.disk.processes import uncollected
@@ -44,7 +45,6 @@ EXAMPLE = """examples:
 
 Flags are those of diffusers' train_dreambooth_lora_sdxl.py, and more. Switches are undone by --no_SWITCH.
 Ctrl-C finishes the step and saves; --resume_from_checkpoint latest goes on."""
-RUNS = Path("runs")
 DAILY = {
     "what is taught": ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "class_prompt"),
     "how long and how strong": ("max_train_steps", "learning_rate", "rank", "mixer", "resolution"),
@@ -52,6 +52,7 @@ DAILY = {
     "before it begins": ("memory", "dry_run"),
 }
 """Title -> the settings that `--help` shows."""
+RUNS = Path("runs")
 AS_ONE_WORD = "as in `train photos/dog dog`"
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
 
@@ -77,6 +78,7 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
 
     with StopRequest() as stop:
         check_folders(config)  # before the log file creates or changes a folder
+        files.require_reachable(config)
         file_only = start_log(config)
         file_only.info(
             "begins: version %s, base %s", __version__, core.public_name(config.pretrained_model_name_or_path)
@@ -109,8 +111,6 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
     return parser
 
 
-def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
-    """Add `--config`, `--like`, and a flag for each setting; flags that are not given are not in the result. `hidden`
 class ShortHelp(argparse.Action):
     """Prints `short` and ends."""
 
@@ -137,6 +137,8 @@ def short_help(prog: str, texts: Mapping[str, str]) -> str:
     return parser.format_help()
 
 
+def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
+    """Add `--config`, `--like`, and a flag for each setting; flags that are not given are not in the result. `hidden`
     flags are not in the help; the command that uses this explains them."""
     parser.is_of_training = True
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
@@ -184,6 +186,7 @@ def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[table.Train
     )
     chosen = choose(given) if given.words else choices.Choices(given.settings)
     require(chosen.all)
+    choices.choose_resolution(chosen)
     config = table.TrainConfig.from_dict(chosen.all | ({"local_rank": rank} if rank != -1 else {}))
     return config, given.is_queued, chosen.photo_report
 

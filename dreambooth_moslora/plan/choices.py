@@ -6,11 +6,12 @@ The base decides the recipe from `assets/configs`; on a GPU its free memory deci
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base import files, machine
-from dreambooth_moslora.core import CLIP, DINO, assets_folder, half_precision, is_toy, process_count
+from dreambooth_moslora.core import CLIP, DINO, UserError, assets_folder, half_precision, is_toy, process_count
 from dreambooth_moslora.plan.memory import SDXL, STOCK_SDXL
 from dreambooth_moslora.settings import families, sources
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting
@@ -94,6 +95,17 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     if choices.settings.get("mixed_precision") == "no":
         choices.say("precision: fp32, as this CPU has no bf16", "mixed_precision")
     return exposures
+
+
+def choose_resolution(choices: Choices) -> None:
+    """The base's own, unless given; the default is SDXL's. A base that cannot be used is refused later."""
+    if "resolution" in choices.all:
+        return
+    with suppress(UserError):
+        places = (choices.all.get(name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir"))
+        own = files.own_resolution(*places)
+        if own and own != SETTINGS["resolution"].default:
+            choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
 
 
 def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, Any]]:

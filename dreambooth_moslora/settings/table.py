@@ -101,7 +101,8 @@ class TrainConfig:
         "share of exposures with the instance prompt, of photos whose captions lack it (default: 1/3; 0 with "
         "--caption_column, whose captions are used as they are)", low=0, high=1, publish="if_changed")
     repeats: int = of_photos(1, "how often an epoch shows each photo", low=1, high=10**6, publish="always", check=True)
-    resolution: int = of_photos(1024, "side of the square crops, px, a multiple of 8",
+    resolution: int = of_photos(1024,
+        "side of the square crops, px, a multiple of 8; without it a smaller base takes its own",
         low=8, publish="always", kohya="ss_resolution", of_kohya=rows.one_side, check=True)
     enable_bucket: bool = of_photos(False,
         "crop each photo to a rectangle of its own shape and of the square's area, instead of to the square",

@@ -38,8 +38,12 @@ def recipe(tmp_path):
 def test_tables_of_a_file_are_the_runs_settings_with_each_ones_own(recipe):
     config = parse_train_config([*BASE, *recipe])
     duck, dog = config.each_subject
-    assert duck == TrainConfig(pretrained_model_name_or_path="toy", rank=3, caption_prefix="see,", **DUCK)
-    assert dog == TrainConfig(pretrained_model_name_or_path="toy", rank=3, caption_prefix="look,", **DOG)
+    assert duck == TrainConfig(
+        pretrained_model_name_or_path="toy", resolution=128, rank=3, caption_prefix="see,", **DUCK
+    )
+    assert dog == TrainConfig(
+        pretrained_model_name_or_path="toy", resolution=128, rank=3, caption_prefix="look,", **DOG
+    )
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert trigger_words(config) == ("sks duck", "zwx dog")
     assert validation_prompts(config) == (duck.instance_prompt, dog.instance_prompt)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.core import UserError, spelled_out
 from dreambooth_moslora.extras.cluster.subjects import REFUSED, read_subjects
+from dreambooth_moslora.plan import choices
 
 if TYPE_CHECKING:
     from dreambooth_moslora.extras.cluster.fleet import Ending
@@ -71,6 +72,9 @@ def run_fleet(args: argparse.Namespace) -> int:
     shared, _ = train.settings_of(flags, without_words=True)
     if not shared.get("pretrained_model_name_or_path"):
         raise UserError("missing: --pretrained_model_name_or_path; give it as a flag or in a --config file.")
+    chosen = choices.Choices(shared)
+    choices.choose_resolution(chosen)
+    shared = chosen.all
     from dreambooth_moslora.extras.cluster.fleet import missing
 
     with opened(args.out) as (out, url):
