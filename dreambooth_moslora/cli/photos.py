@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BASE = "pretrained_model_name_or_path"
 """Without it photos are assumed to be photographs, so that the base is SDXL."""
 OF_PHOTOS = (*table.named("check"), BASE)
-FAULTS = ("blurred", "near-duplicate", "too small")
+FAULTS = ("blurred", "near-duplicate", "too small", "too dark", "overexposed")
 """How reasons begin for which a photo is better left out."""
 MAX_PICTURED = 48  # Most photos in the picture of the crops.
 

@@ -1,4 +1,4 @@
-"""A folder's pixels, examined: blurred photos, nearly equal pairs, and a picture of the crops that training takes.
+"""A folder's pixels, examined: blurred and badly lit photos, nearly equal pairs, and a picture of training's crops.
 
 Sharpness compares second differences with first ones at edges: √mean L² / √mean |∇|², over tiles. It measures how steep
 edges are, not how many there are, so a plain background is fine. The sharpest tenth of the edges decides, so a blurred
@@ -69,15 +69,23 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
 
 
 BLURRED = "blurred"
+DARK, OVEREXPOSED = "too dark", "overexposed"
+LESSER = (BLURRED, DARK, OVEREXPOSED)
+"""Of a photo and such a copy, the copy is the duplicate."""
+BRIGHTEST = 64
+"""Of 255: a photo whose 95th percentile is below shows little but noise once it is brightened."""
+WHITE, MOST_WHITE = 250, 0.75
+"""Where more of a photo is pure white, the light has burnt it out, or the subject is small."""
 
 
 def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
-    """The report with "blurred" and "near-duplicate" in the reasons, as seen at the size of training. Of a sharp photo
-    and a blurred copy, the copy is the duplicate, whatever their order."""
+    """The report with what is wrong with a photo in its reasons, as seen at the size of training. Of a good photo and a
+    blurred or badly lit copy, the copy is the duplicate, whatever their order."""
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
     photos, thumbnails = [], []
     for photo in report.photos:
-        image, reasons = open_rgb(photo), []
+        image = open_rgb(photo)
+        reasons = exposure(image)
         if (sharp := sharpness(image, look_px)) < MIN_SHARPNESS:
             reasons.append(f"{BLURRED}: sharpness {sharp:.2f}, sharp photos have {MIN_SHARPNESS} and more")
         small = thumbnail(image)
@@ -85,13 +93,23 @@ def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
         if likenesses and max(likenesses) > MAX_LIKENESS:
             place = likenesses.index(max(likenesses))
             twin = photos[place]
-            if not reasons and any(reason.startswith(BLURRED) for reason in twin.reasons):  # the sharp one stays
+            if not reasons and any(reason.startswith(LESSER) for reason in twin.reasons):  # the sharp one stays
                 photos[place] = replace(twin, reasons=(*twin.reasons, f"near-duplicate of {photo.path.name}"))
             else:
                 reasons.append(f"near-duplicate of {twin.path.name}")
         thumbnails.append(small)
         photos.append(replace(photo, reasons=(*photo.reasons, *reasons)))
     return replace(report, photos=photos)
+
+
+def exposure(image: Image.Image) -> list[str]:
+    """What is wrong with the light of an RGB picture."""
+    pixels = np.asarray(image.resize((THUMBNAIL_PX * 16, THUMBNAIL_PX * 16), Image.Resampling.BOX, reducing_gap=3.0))
+    if (brightest := np.percentile(pixels.max(-1), 95)) < BRIGHTEST:
+        return [f"{DARK}: nothing in it is brighter than {brightest / 255:.0%}"]
+    if (white := (pixels.min(-1) >= WHITE).mean()) > MOST_WHITE:
+        return [f"{OVEREXPOSED}: {white:.0%} of it is pure white"]
+    return []
 
 
 def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:

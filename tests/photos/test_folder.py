@@ -179,6 +179,15 @@ def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
     assert verdicts["d.png"].startswith("blurred")
 
 
+def test_photos_that_are_too_dark_or_burnt_out_are_named(tmp_path):
+    scene = np.random.default_rng(1).integers(40, 255, (64, 64, 3)).repeat(8, 0).repeat(8, 1)
+    for name, light in (("good", 1.0), ("dark", 0.08), ("bright", 6.0)):
+        Image.fromarray((scene * light).clip(0, 255).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    found = {p.path.stem: p.reasons[0] if p.reasons else "" for p in examine(find_photos(tmp_path, PROMPT, 64)).photos}
+    assert found["dark"].startswith("too dark: nothing in it is brighter than 8%")
+    assert found["bright"].startswith("overexposed: ") and found["good"] == ""
+
+
 def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"")
     (tmp_path / "notes.md").write_text("x")
