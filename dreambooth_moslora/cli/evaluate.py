@@ -241,4 +241,4 @@ def summary(found: "Evaluation") -> str:
             interval = found.interval(name)
             lines.append(f"{name:18} {interval.mean:.3f}  [{interval.low:.3f}, {interval.high:.3f}]")
     alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies" if found.alarm.raised else "no copy alarm"
-    return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})"])
+    return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})", *found.remarks()])

@@ -78,9 +78,19 @@ class Evaluation:
             found["pres_gain"] = (self.mean("pres") - self.mean("pres_base")) / deviation
         return {name: round(value, 4) for name, value in found.items()}
 
+    def remarks(self) -> list[str]:
+        """What a reader of the scores might overlook."""
+        if not {"diversity", "diversity_base"} <= self.tables.keys():
+            return []
+        own, base = self.mean("diversity"), self.mean("diversity_base")
+        alike = f"pictures of one prompt look alike: diversity {own:.2f}, the base's {base:.2f}; fewer steps keep more"
+        return [alike] if own < LEAST_DIVERSITY * base else []
+
 
 Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
 """(requests, True for the adapter or False for the base alone) -> pictures in order."""
+LEAST_DIVERSITY = 0.5
+"""Of the base's; below it a remark is made."""
 BATCH = 4
 GREY = (128, 128, 128)
 GROUPS = ("subject", "bare", "class", "unrelated")

@@ -240,6 +240,15 @@ def test_the_report_shows_what_the_judge_reads_beside_true_renders():
     assert title.startswith("ornaments") and str(drawn) == "0.000 [0.000, 0.000]" and ceiling.mean == 1
 
 
+@pytest.mark.parametrize(("own", "is_said"), [(0.17, True), (0.4, False)])
+def test_pictures_that_look_alike_are_remarked(own, is_said):
+    tables = {"diversity": np.full((3, 2), own), "diversity_base": np.full((3, 2), 0.7)}
+    found = Evaluation(PLAN, tables, alarm=None, score=0.0, seconds=0.0).remarks()
+    assert [line.startswith(f"pictures of one prompt look alike: diversity {own}") for line in found] == [
+        True
+    ] * is_said
+
+
 def small_pixels(pictures: list[Image.Image]) -> torch.Tensor:
     """Unit vectors of the pictures themselves at 8 x 8: an encoder that knows a copy from anything else."""
     small = [torch.from_numpy(np.array(p.resize((8, 8)), dtype=np.float32)).flatten() - 128 for p in pictures]
