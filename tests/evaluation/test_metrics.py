@@ -25,6 +25,7 @@ from toybox.world import Scene, Toy, sample_scene
 
 E = torch.eye(4)
 HALF, ASIDE = normalize(E[0] + E[1], dim=0), normalize(E[0] + E[2], dim=0)  # 45 degrees between two axes
+TEXTS = ["a dog", "a photo of a very small dog on a wide beach, at night", "cat " * 60]
 
 
 def random_units(n: int, seed: int = 0, dim: int = 32) -> torch.Tensor:
@@ -187,9 +188,6 @@ def test_the_copy_alarm_knows_a_worn_photo_from_a_new_picture_of_the_subject(toy
     photos, fresh = photos_of(name), in_places([load(name).toy] * 6, 3)
     assert not metrics.copy_alarm(joint(fresh), joint(photos)).raised
     assert metrics.copy_alarm(joint([worn(photo) for photo in photos]), joint(photos)).share > 0.5
-
-
-TEXTS = ["a dog", "a photo of a very small dog on a wide beach, at night", "cat " * 60]
 
 
 def pictures(sizes=((64, 48), (40, 90), (32, 32), (51, 51))) -> list[Image.Image]:
