@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from dreambooth_moslora.evaluation.metrics import Encoders, load_encoders
-from tests.helpers.tiny import byte_alphabet, tiny_text_config, tiny_tokenizer
+from tests.helpers.tiny import tiny_text_config, tiny_tokenizer
+from tests.helpers.tiny_families import qwen_tokenizer
 
 SIDE_PX = 32
 VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE_PX, "patch_size": 8}
@@ -60,22 +60,11 @@ def save_tiny_clipseg(folder: Path, seed: int = 0) -> Path:
     return folder / "clipseg"
 
 
-def tiny_chat_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Single bytes and the marks of a conversation."""
-    letters = {letter: number for number, letter in enumerate(byte_alphabet())}
-    bytewise = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    ends = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, **ends)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
-    return tokenizer
-
-
 def save_tiny_chat_model(folder: Path, seed: int = 0) -> Path:
     """Write a Qwen3-VL of two layers; returns the folder."""
     torch.manual_seed(seed)
-    tokenizer = tiny_chat_tokenizer()
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
     ids = {mark.strip("<|>"): tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}
     both = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 1.0}
     text = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}

@@ -4,8 +4,7 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +16,12 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import find_asset
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.evaluation import during_training
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import explain, loop
 from dreambooth_moslora.training.explain import Figures, advice_after, figures_from, figures_of
+from tests.helpers.few_pictures import few_pictures
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
 CONFIG = TrainConfig(instance_prompt="a photo of sks dog", train_batch_size=4, mixed_precision="fp16")
@@ -142,17 +141,6 @@ def test_the_command_reads_a_real_run_and_says_how_to_score_it(tiny_base, photos
     out = capsys.readouterr().out
     assert "it ended after 2 steps; each of 3 photos was shown 1 times" in out
     assert "--exposures_per_photo" in out and "nothing was scored" in out
-
-
-@contextmanager
-def few_pictures(
-    templates: int = 1, seeds: int = 1, class_images: int = 1, unrelated: int = 1, inference_steps: int = 6
-) -> Iterator[None]:
-    """So many of each, while it is open. The product's own plan has three templates from two seeds, in 20 steps."""
-    plan_of, size = during_training.plan_of, (templates, seeds, class_images, unrelated, inference_steps)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(during_training, "plan_of", lambda *given: plan_of(*given).smaller(*size))
-        yield
 
 
 @pytest.mark.slow
