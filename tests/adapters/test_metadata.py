@@ -125,12 +125,9 @@ def pair(dtype=torch.float32, value: float = 1.0) -> dict[str, torch.Tensor]:
 ODD = {
     "overflow": pair(torch.float64, 1e200),
     "complex alpha": pair() | {f"{NAME}.alpha": torch.tensor(1 + 1j)},
+    "float4": {key: torch.zeros(4, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for key in pair()},
     "up alone": {key: value for key, value in pair().items() if "up" in key} | {f"{NAME}_b.lora_mid": torch.ones(1)},
 }
-
-
-if hasattr(torch, "float4_e2m1fn_x2"):
-    ODD["float4"] = {key: torch.zeros(4, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for key in pair()}
 
 
 @pytest.mark.parametrize("kind", ODD)
