@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import socket
+from collections import Counter
 from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,13 +17,33 @@ from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).parent
+LONGEST = (
+    "ui/test_browser.py",
+    "training/test_selftest.py",
+    "ui/test_subjects_in_browser.py",
+    "training/test_resume.py",
+    "training/test_processes.py",
+    "docs/test_notebook.py",
+    "extras/cluster/test_on_ray.py",
+    "training/test_explain.py",
+    "extras/cluster/test_fleet.py",
+    "ui/test_train_form.py",
+    "extras/serving/test_on_ray.py",
+    "test_wheel.py",
+    "extras/cluster/test_s3.py",
+    "test_quick_start.py",
+)
+"""Files whose slow tests take half a minute or more, by `python -m pytest -m slow --durations=0`."""
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """After `-m` has left tests out."""
-    from tests.helpers.order import longest_first
-
-    longest_first(items)
+    """After `-m` has left tests out: the files of `LONGEST`, so that no worker is left alone with one at the end, then
+    those of most tests, as pytest-xdist does. A file's own order stays."""
+    rank = {TESTS / name: number for number, name in enumerate(LONGEST)}
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (rank.get(item.path, len(rank)), -counts[item.path]))
 
 
 def pytest_runtest_setup(item):
@@ -60,8 +81,8 @@ def tiny_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def few_steps():
-    """Pictures in two denoising steps (see `tests/helpers/few_steps.py`)."""
-    from tests.helpers.few_steps import few_steps
+    """Pictures in two denoising steps."""
+    from tests.helpers.tiny import few_steps
 
     with few_steps():
         yield

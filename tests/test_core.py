@@ -11,6 +11,8 @@ from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import find_asset, free_name, is_finite_number, is_number, place_of, public_name, seed_of
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.mark.parametrize(
     ("name", "public"),
@@ -86,15 +88,10 @@ def test_each_epoch_shows_every_slot_once_in_a_new_order():
     assert [place_of(position, 5, 0, "instance") for position in reversed(range(15))] == places[::-1]
 
 
-ROOT = Path(__file__).parents[1]
-
-
-def test_assets_lie_beside_the_package_in_a_clone():
+def test_a_recipe_and_its_photos_are_found_from_any_folder_and_what_is_here_goes_first(tmp_path, monkeypatch):
+    """In a clone, assets lie beside the package."""
     assert core.assets_folder() == ROOT / "assets"
     assert resolve_base("toy") == ROOT / "assets" / "toy-sdxl"
-
-
-def test_a_recipe_and_its_photos_are_found_from_any_folder_and_what_is_here_goes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse_train_config(["--config", "assets/configs/quickstart.toml"])
     assert Path(config.instance_data_dir) == ROOT / "assets" / "subjects" / "rocket"
@@ -102,10 +99,6 @@ def test_a_recipe_and_its_photos_are_found_from_any_folder_and_what_is_here_goes
     (tmp_path / "assets" / "subjects" / "rocket").mkdir(parents=True)
     assert find_asset("assets/subjects/rocket") == "assets/subjects/rocket"
     assert find_asset("assets/subjects/bear") == str(ROOT / "assets" / "subjects" / "bear")
-
-
-def test_other_paths_stay_as_they_are(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/ann")
     for path in ("assets/none", "./photos/dog/", "/assets/subjects/rocket", "x" * 5000):
         assert find_asset(path) == path

@@ -1,4 +1,5 @@
-"""What pyproject.toml declares is what the code imports and what requirements.txt installs; what needs more says so."""
+"""What pyproject.toml declares is what the code imports and what requirements.txt installs; what needs more says so.
+In which order tests run."""
 
 import ast
 import re
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.conftest import pytest_runtest_setup
+from tests.conftest import LONGEST, TESTS, pytest_runtest_setup
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+NEEDED = PROJECT["project"]["dependencies"]
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
 NOT_DECLARED = {"lpips", "tokenizers"}
 """The first is used where it is there; the second comes with transformers and made the base's tokenizer."""
 EXTRAS = {"cluster": ("fleet", {"ray"}), "serving": ("serve", {"ray", "prometheus_client", "grpc"})}
@@ -25,31 +28,19 @@ def ranges(lines: list[str]) -> dict[str, str]:
     return {item.name.lower().replace("_", "-"): str(item.specifier) for item in found}
 
 
-def needed() -> list[str]:
-    return PROJECT["project"]["dependencies"]
-
-
-def test_requirements_txt_holds_all_that_running_and_testing_need():
+def test_requirements_txt_holds_all_that_running_and_testing_need_and_running_needs_no_test_tool():
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert ranges(lines) == ranges(needed() + PROJECT["project"]["optional-dependencies"]["test"])
+    assert ranges(lines) == ranges(NEEDED + PROJECT["project"]["optional-dependencies"]["test"])
+    assert not ranges(NEEDED).keys() & {"pytest", "pytest-xdist", "playwright", "ruff", "setuptools"}
 
 
-def test_running_needs_no_test_tool():
-    assert not ranges(needed()).keys() & {"pytest", "pytest-xdist", "playwright", "ruff", "setuptools"}
-
-
-def test_every_package_is_in_the_wheel():
-    names = {".".join(f.parent.relative_to(ROOT).parts) for f in (ROOT / "dreambooth_moslora").rglob("__init__.py")}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == names | {"dreambooth_moslora.assets"}
-
-
-def test_every_template_and_the_mark_of_types_are_in_the_wheel():
+def test_every_package_template_and_the_mark_of_types_are_in_the_wheel():
     """Type checkers read the annotations of an installed package only if it has `py.typed`."""
     folder = ROOT / "dreambooth_moslora"
-    packed = {
-        file for pattern in PROJECT["tool"]["setuptools"]["package-data"][folder.name] for file in folder.glob(pattern)
-    }
+    names = {".".join(file.parent.relative_to(ROOT).parts) for file in folder.rglob("__init__.py")}
+    assert set(SETUPTOOLS["packages"]) == names | {"dreambooth_moslora.assets"}
+    packed = {file for pattern in SETUPTOOLS["package-data"][folder.name] for file in folder.glob(pattern)}
     assert packed == {file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
     assert folder / "py.typed" in packed and len(packed) > 5
 
@@ -66,7 +57,7 @@ def test_every_package_that_is_imported_is_declared(folder):
                 imported |= {alias.name.partition(".")[0] for alias in node.names} - extra
     foreign = imported - sys.stdlib_module_names - {"dreambooth_moslora", "toybox"} - NOT_DECLARED
     owners = packages_distributions()
-    declared = ranges(needed() + PROJECT["project"]["optional-dependencies"]["optimizers"])
+    declared = ranges(NEEDED + PROJECT["project"]["optional-dependencies"]["optimizers"])
     for name in sorted(foreign):
         brought_by = {dist.lower().replace("_", "-") for dist in owners.get(name, [name])}
         assert brought_by & declared.keys(), f"{name} is imported and not declared"
@@ -79,9 +70,6 @@ def test_each_extra_brings_what_its_package_imports():
         assert {names.get(library, library.replace("_", "-")) for library in libraries} <= brought.keys()
 
 
-CI = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8")
-
-
 def test_a_test_is_skipped_where_its_extra_is_missing(request):
     request.node.add_marker(pytest.mark.extra("json", "no_such_module"))
     with pytest.raises(pytest.skip.Exception, match=r"^not installed: no_such_module$"):
@@ -89,6 +77,23 @@ def test_a_test_is_skipped_where_its_extra_is_missing(request):
 
 
 def test_the_fast_tier_runs_before_any_extra_is_installed_and_what_it_skipped_after_it():
-    steps = re.findall(r"^(?:pip install|python -m pytest).*", CI, re.MULTILINE)
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    steps = re.findall(r"^(?:pip install|python -m pytest).*", text, re.MULTILINE)
     assert steps[:2] == ["pip install -q --no-compile -r requirements.txt", "python -m pytest"]
     assert steps[2].startswith("pip install") and steps[3].startswith('python -m pytest -m "slow or extra"')
+
+
+def test_the_longest_files_begin_first(request):
+    found = list(dict.fromkeys(item.path for item in request.session.items))
+    long = [TESTS / name for name in LONGEST]
+    assert all(path.is_file() for path in long)
+    expected = [path for path in long if path in found]
+    assert found[: len(expected)] == expected
+
+
+def test_each_file_stays_together_and_those_of_most_tests_come_before_others(request):
+    paths = [item.path for item in request.session.items]
+    changes = [path for path, before in zip(paths, [None, *paths]) if path != before]
+    assert len(changes) == len(set(paths))
+    counts = [paths.count(path) for path in changes if str(path.relative_to(TESTS)) not in LONGEST]
+    assert counts == sorted(counts, reverse=True)

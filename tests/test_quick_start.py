@@ -17,20 +17,6 @@ ASSETS = Path(__file__).parents[1] / "assets"
 STEPS = 40
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    config = parse_train_config(["--config", str(ASSETS / "configs" / "quickstart.toml")])
-    return train(
-        replace(
-            config,
-            instance_data_dir=str(ASSETS / "subjects" / "rocket"),
-            output_dir=str(tmp_path_factory.mktemp("runs") / "rocket"),
-            max_train_steps=STEPS,
-            num_validation_images=0,
-        )
-    ).run_dir
-
-
 def drawn(pipeline: StableDiffusionXLPipeline, prompt: str, count: int) -> torch.Tensor:
     """DINO vectors of so many pictures from fixed seeds."""
     seeds = [torch.Generator().manual_seed(seed) for seed in range(count)]
@@ -39,14 +25,17 @@ def drawn(pipeline: StableDiffusionXLPipeline, prompt: str, count: int) -> torch
 
 
 @pytest.mark.slow
-def test_the_subject_is_learnt_and_its_class_stays_varied(run_dir):
+def test_the_subject_is_learnt_and_its_class_stays_varied(tmp_path):
+    config = parse_train_config(["--config", str(ASSETS / "configs" / "quickstart.toml")])
+    places = {"instance_data_dir": str(ASSETS / "subjects" / "rocket"), "output_dir": str(tmp_path / "rocket")}
+    run = train(replace(config, max_train_steps=STEPS, num_validation_images=0, **places))
     photos = [Image.open(path).convert("RGB") for path in sorted((ASSETS / "subjects" / "rocket").glob("*.jpg"))]
     wanted = load_encoders("toy").dino_images(photos)
     pipeline = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
     pipeline.set_progress_bar_config(disable=True)
     words = {"subject": "a photo of a sks rocket in a forest", "class": "a photo of a rocket"}
     before = {name: drawn(pipeline, prompt, 5) for name, prompt in words.items()}
-    pipeline.load_lora_weights(run_dir)
+    pipeline.load_lora_weights(run.run_dir)
     after = {name: drawn(pipeline, prompt, 5) for name, prompt in words.items()}
     likeness = [float(metrics.subject_fidelity(some["subject"], wanted).mean()) for some in (before, after)]
     variety = [metrics.diversity(some["class"], [0] * 5)[0] for some in (before, after)]

@@ -30,6 +30,8 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 OTHER_PROGRAMS = ("accelerate", "ACCELERATE", "python", "mkdocs", "pre-commit", "docker")
 MAX_WORDS = 800
+PLACE = re.compile(r"^\| [^|]+ \| `([\w/]+)` \| (.*) \|$", re.MULTILINE)
+"""A row of the table "where to put what": its package and its files."""
 
 
 def read(path: Path) -> str:
@@ -156,10 +158,6 @@ def test_every_flag_in_the_text_is_one_of_ours():
     ours = [span for path in DOCUMENTS for span in spans(path) if not span.startswith(OTHER_PROGRAMS)]
     named = {word for span in ours for word in span.split() if word.startswith("--")}
     assert len(named) > 30 and named - known == set()
-
-
-PLACE = re.compile(r"^\| [^|]+ \| `([\w/]+)` \| (.*) \|$", re.MULTILINE)
-"""A row of the table "where to put what": its package and its files."""
 
 
 def missing_places(text: str) -> list[str]:

@@ -18,11 +18,13 @@ from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, d
 from dreambooth_moslora.base.load import TextProducts, quantize
 from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
 from dreambooth_moslora.settings.table import MIXERS
-from tests.helpers.layer_figures import slow_projections
 from tests.helpers.tiny import tiny_unet
 
 RANK = 3
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ROWS = 2
+WORDS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
+COUNT = 3
 
 
 class Block(nn.Module):
@@ -71,9 +73,6 @@ def assert_same(fast: dict[str, torch.Tensor], general: dict[str, torch.Tensor],
     for name, expected in general.items():
         assert fast[name].dtype == expected.dtype
         assert (fast[name] - expected).norm() <= tolerance * expected.norm(), name
-
-
-ROWS = 2
 
 
 def unet_loss(unet: nn.Module) -> Tensor:
@@ -186,6 +185,12 @@ SLOW = {
     "Conv2d": lambda: adapted(nn.ModuleDict(CONVOLUTIONS)),
     "Linear8bitLt": lambda: quantised("int8", torch.float32),
 }
+
+
+def slow_projections(model: nn.Module) -> dict[str, str]:
+    """The reason of each layer that cannot be fused."""
+    reasons = {path: fast_linear.slow_reason(layer) for path, layer in adapter_layers(model).items()}
+    return {path: reason for path, reason in reasons.items() if reason}
 
 
 @pytest.mark.parametrize("reason", SLOW)
@@ -319,9 +324,6 @@ def test_the_product_is_made_once_for_all_micro_batches_and_recomputations(monke
     assert enable_fast_path(model)
     step_on_copies(model, [unet_loss] * 2)
     assert not products
-
-
-WORDS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
 
 
 class Pair(nn.Module):
@@ -474,9 +476,6 @@ def test_a_compiled_block_is_one_graph():
     alone = plain_step(copy.deepcopy(model), [pair_loss])
     model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     assert_same(joint_step(model, [pair_loss]), alone, 2e-6)
-
-
-COUNT = 3
 
 
 def adapted_twins(base: nn.Module, **options) -> list[nn.Module]:

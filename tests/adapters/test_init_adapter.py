@@ -7,12 +7,12 @@ from safetensors.torch import load_file, save_file
 from dreambooth_moslora.adapters.init_adapter import begin_with, read_start
 from dreambooth_moslora.adapters.lora_file import read_adapter
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, fold, inject
-from dreambooth_moslora.adapters.proof import relative_difference
 from dreambooth_moslora.adapters.published_file import publish
 from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.settings.table import MIXERS
+from tests.adapters.test_lora_file import worst
 from tests.helpers.live_adapters import facts_of, shake
 from tests.helpers.tiny import tiny_sdxl, tiny_unet
 from tests.helpers.tiny_adapters import TARGETS, save_diffusers_lora, save_kohya_lora
@@ -54,12 +54,6 @@ def ours(folder, name, **options):
     return folder / name, deltas(fold(unet))
 
 
-def apart(found, wanted) -> float:
-    """The largest relative difference of two updates of the same layers."""
-    assert found.keys() == wanted.keys() and found
-    return max(relative_difference(found[path], wanted[path]) for path in found)
-
-
 @pytest.mark.slow
 def test_the_update_of_each_kind_of_file_is_there_before_the_first_step(pipeline, tmp_path):
     kohya, halved = tmp_path / "kohya.safetensors", tmp_path / "halved.safetensors"
@@ -71,7 +65,7 @@ def test_the_update_of_each_kind_of_file_is_there_before_the_first_step(pipeline
     assert all(torch.allclose(files[2][1][path], update / 2) for path, update in files[1][1].items())
     for file, update in files:
         unet, start = begin(file, pipeline)
-        assert apart(deltas(fold(unet)), update) < 2e-6 and start.layers == len(update), file
+        assert worst(deltas(fold(unet)), update) < 2e-6 and start.layers == len(update), file
         assert start.deviation < 1e-6 and start.kept == 1 and not (start.anew or start.left_out), file
 
 
@@ -81,7 +75,7 @@ def test_the_update_of_each_kind_of_file_is_there_before_the_first_step(pipeline
 def test_every_mixer_begins_as_the_run_starts_it(mixer, options, pipeline, tmp_path):
     file = save_diffusers_lora(pipeline.unet, tmp_path, seed=3)
     unet, _ = begin(file, pipeline, mixer=mixer, **options)
-    assert apart(deltas(fold(unet)), update_of(file, pipeline)) < (1e-3 if mixer == "kaiming" else 2e-6)
+    assert worst(deltas(fold(unet)), update_of(file, pipeline)) < (1e-3 if mixer == "kaiming" else 2e-6)
     fresh = tiny_unet()
     settings = {"r": options.get("rank", 4), "mixer": mixer, "mixer_seed": 5, "target_modules": TARGETS}
     inject(fresh, MoSLoraConfig(**settings))
@@ -94,13 +88,13 @@ def test_every_mixer_begins_as_the_run_starts_it(mixer, options, pipeline, tmp_p
 def test_convolutions_and_text_encoders_begin_too(dog, pipeline, tmp_path):
     file, update = ours(tmp_path, PUBLISHED_NAME, target_modules=[*TARGETS, "conv1", "conv_shortcut"])
     unet, start = begin(file, pipeline, rank=5, targets=[*TARGETS, "conv1", "conv_shortcut"])
-    assert apart(deltas(fold(unet)), update) < 2e-6
+    assert worst(deltas(fold(unet)), update) < 2e-6
     assert start.layers > len(update_of(save_diffusers_lora(pipeline.unet, tmp_path / "b"), pipeline))
     folder, components, _ = dog
     inject(pipeline.text_encoder, MoSLoraConfig(r=4, target_modules=["q_proj"]))
     start = begin_with(read_start(folder, pipeline, "tiny", False), {"text_encoder": pipeline.text_encoder})
     theirs, found = deltas(fold(components["text_encoder"])), deltas(fold(pipeline.text_encoder))
-    assert apart(found, {path: theirs[path] for path in found}) < 2e-6
+    assert worst(found, {path: theirs[path] for path in found}) < 2e-6
     assert {path.split(".")[0] for path in start.left_out} == {"unet", "text_encoder", "text_encoder_2"}
 
 

@@ -24,6 +24,8 @@ from tests.helpers.tiny_adapters import save_diffusers_lora
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
 PROMPTS = tuple(load_settings(CONFIGS / "toy.toml")["prior_prompts"])
+NAME = "lora_unet_mid_block_attentions_0_proj_in"
+TENSORS = {"a": torch.arange(4.0), "b": torch.zeros(2, 3), "s": torch.tensor(1.0)}
 
 
 def told(config: TrainConfig) -> AdapterMetadata:
@@ -115,9 +117,6 @@ def test_a_published_file_keeps_its_tensors_and_the_page_and_the_card_name_its_s
     assert again.count("## Strength") == 1 and "Scale 1.2 scored best. In diffusers" in again
 
 
-NAME = "lora_unet_mid_block_attentions_0_proj_in"
-
-
 def pair(dtype=torch.float32, value: float = 1.0) -> dict[str, torch.Tensor]:
     down, up = torch.full((2, 4), value, dtype=dtype), torch.full((4, 2), value, dtype=dtype)
     return {f"{NAME}.lora_down.weight": down, f"{NAME}.lora_up.weight": up}
@@ -126,12 +125,9 @@ def pair(dtype=torch.float32, value: float = 1.0) -> dict[str, torch.Tensor]:
 ODD = {
     "overflow": pair(torch.float64, 1e200),
     "complex alpha": pair() | {f"{NAME}.alpha": torch.tensor(1 + 1j)},
+    "float4": {key: torch.zeros(4, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for key in pair()},
     "up alone": {key: value for key, value in pair().items() if "up" in key} | {f"{NAME}_b.lora_mid": torch.ones(1)},
 }
-
-
-if hasattr(torch, "float4_e2m1fn_x2"):
-    ODD["float4"] = {key: torch.zeros(4, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for key in pair()}
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -152,9 +148,6 @@ def test_a_foreign_file_is_described_whatever_its_kernels_are(tmp_path):
     assert found["plain"]["effective_rank_median"] == 4 and found["plain"]["kind"] == "kohya keys"
     assert "effective_rank_median" not in found["with a middle"] and "LoCon" in found["with a middle"]["kind"]
     assert found["empty"]["ranks"] == {"4": 1}
-
-
-TENSORS = {"a": torch.arange(4.0), "b": torch.zeros(2, 3), "s": torch.tensor(1.0)}
 
 
 @pytest.fixture

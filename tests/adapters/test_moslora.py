@@ -21,6 +21,7 @@ from torch import nn
 
 from benchmarks.fold_table import loaded_by_diffusers
 from dreambooth_moslora.adapters import moslora
+from dreambooth_moslora.adapters.describe import Diagnosis, diagnose
 from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS as ATTENTION
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
@@ -28,11 +29,13 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.rows import is_target
 from dreambooth_moslora.settings.table import KRONECKER, MIXERS
-from tests.helpers.layer_figures import diagnostics
 from tests.helpers.live_adapters import PROJECTIONS, live, shake, text_encoders
 from tests.helpers.tiny import tiny_unet
 
 MIXED = [kind for kind in MIXERS if kind not in (KRONECKER, "none")]
+X = torch.randn(7, 12, generator=torch.Generator().manual_seed(9))
+PIXELS = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(2))
+PLAIN = LoraConfig(r=4, target_modules=["to_q", "to_k"])
 
 
 class Net(nn.Module):
@@ -57,9 +60,6 @@ def adapted(seed: int = 0, dtype: torch.dtype = torch.float32, adapter_name: str
     net = inject(Net(dtype), config(**options), adapter_name)
     shake(net, adapter_name)
     return net.eval()
-
-
-X = torch.randn(7, 12, generator=torch.Generator().manual_seed(9))
 
 
 @pytest.mark.parametrize("kind", MIXED)
@@ -253,11 +253,17 @@ def test_rank_and_alpha_patterns_and_regex_targets():
     assert {path: layer.r["default"] for path, layer in adapter_layers(net).items()} == ranks
 
 
+def diagnostics(model: nn.Module) -> dict[str, Diagnosis]:
+    config = model.peft_config["default"]
+    start = getattr(config, "mixer", "none"), getattr(config, "mixer_seed", 0)
+    layers = adapter_layers(model).items()
+    return {path: diagnose(moslora.matrices_of(layer, "default"), *start, path) for path, layer in layers}
+
+
 FOLD = """
 import copy, os, sys, torch
 from dreambooth_moslora.adapters.moslora import fold
-from tests.adapters.test_moslora import adapted
-from tests.helpers.layer_figures import diagnostics
+from tests.adapters.test_moslora import adapted, diagnostics
 from tests.helpers.python_gpu import DEVICE, Watch
 
 net = adapted(lora_alpha=7, use_dora=sys.argv[1] == "dora", mixer=sys.argv[2])
@@ -283,9 +289,6 @@ os._exit(0)
 def test_an_adapter_on_a_device_without_fp64_folds_as_on_the_cpu(variant, mixer):
     run = [sys.executable, "-c", FOLD, variant, mixer]
     assert subprocess.check_output(run, text=True).strip().splitlines()[-1] == "equal"
-
-
-PIXELS = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(2))
 
 
 class Convolutions(nn.Module):
@@ -492,9 +495,6 @@ def test_peft_files_come_back_whole_and_are_swapped_in_place_only_for_their_like
     monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "MOSLORA")  # as it is before this package is imported
     with pytest.raises(KeyError, match="MOSLORA"):
         PeftModel.from_pretrained(Net(), tmp_path / "second")
-
-
-PLAIN = LoraConfig(r=4, target_modules=["to_q", "to_k"])
 
 
 def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):

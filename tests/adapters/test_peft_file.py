@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -13,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig
 from dreambooth_moslora.cli.main import main
-from tests.adapters.test_key_names import shaken
+from tests.adapters.test_lora_file import shaken
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 32}
 WORDS = torch.arange(8)[None]
@@ -21,42 +20,46 @@ PROGRAM = """
 import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
-torch.save(model(torch.arange(8)[None]).logits, sys.argv[3])
+for folder in sys.argv[1:]:
+    base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    model = PeftModel.from_pretrained(base, f"{folder}/plain").eval()
+    torch.save(model(torch.arange(8)[None]).logits, f"{folder}/logits.pt")
 assert "dreambooth_moslora" not in sys.modules
 """
 
 
-@pytest.fixture(params=["orthogonal", "kronecker"])
-def adapter(request, tmp_path) -> tuple[Path, torch.Tensor]:
-    """The folder of an adapter that PEFT saved, and the logits of its model, whose base is beside it."""
+def save_adapter(folder: Path, mixer: str) -> torch.Tensor:
+    """Write `own`, an adapter that PEFT saves, and its `base`; returns the logits."""
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES))
-    model.save_pretrained(tmp_path / "base")
-    kind = {"mixer": request.param, "mixer_factor": 2, "rank_pattern": {"q_proj": 2}, "task_type": "CAUSAL_LM"}
+    model.save_pretrained(folder / "base")
+    kind = {"mixer": mixer, "mixer_factor": 2, "rank_pattern": {"q_proj": 2}, "task_type": "CAUSAL_LM"}
     config = MoSLoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"], **kind)
     adapted = shaken(model, config).eval()
-    adapted.save_pretrained(tmp_path / "own")
+    adapted.save_pretrained(folder / "own")
     with torch.no_grad():
-        return tmp_path / "own", adapted(WORDS).logits
+        return adapted(WORDS).logits
 
 
 def exported(source, *words) -> int:
     return main(["export", str(source), "--out", str(source.parent / "plain"), *words])
 
 
-def test_plain_peft_computes_the_same_logits(adapter, capsys):
+def test_plain_peft_computes_the_same_logits(tmp_path, capsys):
     """In a program that does not import this package."""
-    folder, wanted = adapter
-    assert exported(folder, "--for", "peft") == 0
-    assert "4 layers folded" in capsys.readouterr().out
-    paths = [folder.parent / name for name in ("base", "plain", "logits.pt")]
-    subprocess.run([sys.executable, "-c", PROGRAM, *paths], check=True, cwd=folder.parent)
-    assert torch.allclose(torch.load(paths[2]), wanted, atol=1e-5)
-    assert json.loads((paths[1] / "adapter_config.json").read_text()).keys() <= LoraConfig().to_dict().keys()
+    wanted = {tmp_path / mixer: save_adapter(tmp_path / mixer, mixer) for mixer in ("orthogonal", "kronecker")}
+    for folder in wanted:
+        assert exported(folder / "own", "--for", "peft") == 0
+        assert "4 layers folded" in capsys.readouterr().out
+        settings = json.loads((folder / "plain" / "adapter_config.json").read_text())
+        assert settings.keys() <= LoraConfig().to_dict().keys()
+    subprocess.run([sys.executable, "-c", PROGRAM, *wanted], check=True, cwd=tmp_path)
+    assert all(torch.allclose(torch.load(folder / "logits.pt"), logits, atol=1e-5) for folder, logits in wanted.items())
 
 
-def test_what_peft_does_not_need_folded_is_refused_in_one_line(adapter, tmp_path, capsys):
-    folder, _ = adapter
+def test_what_peft_does_not_need_folded_is_refused_in_one_line(tmp_path, capsys):
+    save_adapter(tmp_path, "orthogonal")
+    capsys.readouterr()  # transformers shows how it writes
+    folder = tmp_path / "own"
 
     def refused(source, said, *words):
         assert exported(source, *words) == 2

@@ -24,15 +24,13 @@ NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) fo
 PX = 64
 PROMPTS = ["a photo of sks dog", "a much longer photo of a cat on the moon"]
 CROPS = torch.tensor([[PX, PX, 0, 0, PX, PX]] * 2, dtype=torch.float32)
+each = pytest.mark.parametrize("made", NAMES, indirect=True)
 
 
 @pytest.fixture
 def made(request, tmp_path):
     pipe = tiny_pipeline(request.param, tmp_path)
     return pipe, family_of(pipe, told_guidance=3.5, options=OPTIONS.get(request.param))
-
-
-each = pytest.mark.parametrize("made", NAMES, indirect=True)
 
 
 def pixels() -> Tensor:

@@ -54,41 +54,31 @@ from dreambooth_moslora.disk.processes import avoid_fragmentation
 avoid_fragmentation()
 print(os.environ.get("PYTORCH_ALLOC_CONF"))
 """
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere PyTorch has no such blocks")
-@pytest.mark.parametrize(
-    ("own", "used"),
-    [
-        ({}, "expandable_segments:True"),
-        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "None"),
-    ],
-)
-def test_gpu_memory_grows_without_holes_unless_a_person_chose_otherwise(own, used):
-    plain = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
-    assert subprocess.check_output([sys.executable, "-c", ALLOCATOR], text=True, env=plain | own).strip() == used
-
-
 POLICY = """
 import os, sys
 import {}
 print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
 """
-NO_POLICY = {n: v for n, v in os.environ.items() if n not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+PLAIN = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere PyTorch has no such blocks")
+SPLIT = "max_split_size_mb:64"
 
 
 @pytest.mark.parametrize(
-    ("own", "used"),
+    ("code", "own", "used"),
     [
-        ({}, "PASSIVE 2000 False"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None False"),
-        ({"GOMP_SPINCOUNT": "77"}, "None 77 False"),
+        pytest.param(ALLOCATOR, {}, "expandable_segments:True", marks=LINUX),
+        pytest.param(ALLOCATOR, {"PYTORCH_ALLOC_CONF": SPLIT}, SPLIT, marks=LINUX),
+        pytest.param(ALLOCATOR, {"PYTORCH_CUDA_ALLOC_CONF": SPLIT}, "None", marks=LINUX),
+        (POLICY, {}, "PASSIVE 2000 False"),
+        (POLICY, {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None False"),
+        (POLICY, {"GOMP_SPINCOUNT": "77"}, "None 77 False"),
     ],
 )
-def test_the_package_lets_idle_threads_sleep_soon_unless_a_person_chose_otherwise(own, used):
-    code = POLICY.format("dreambooth_moslora")
-    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=NO_POLICY | own).strip() == used
+def test_gpu_memory_has_no_holes_and_idle_threads_sleep_soon_unless_a_person_chose_otherwise(code, own, used):
+    command = [sys.executable, "-c", code.format("dreambooth_moslora")]
+    assert subprocess.check_output(command, text=True, env=PLAIN | own).strip() == used
 
 
 @pytest.mark.parametrize(
@@ -96,7 +86,7 @@ def test_the_package_lets_idle_threads_sleep_soon_unless_a_person_chose_otherwis
 )
 def test_torch_s_threads_obey_it_where_the_package_is_imported_first(order, spins):
     """libgomp prints what it has read as it is loaded."""
-    told = NO_POLICY | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    told = PLAIN | {"OMP_DISPLAY_ENV": "VERBOSE"}
     said = subprocess.run(
         [sys.executable, "-c", POLICY.format(order)], capture_output=True, text=True, env=told, check=True
     ).stderr

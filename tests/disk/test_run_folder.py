@@ -16,6 +16,7 @@ from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.events import RunEnded, StepDone, StepEvaluated, event_of, events_of, record_of
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name
 
+RUNNING = f".checkpoint-7.{os.getppid()}-0123abcd.new"
 WRITER = """
 import sys
 from pathlib import Path
@@ -30,19 +31,13 @@ while True:
             (folder / name).write_text(str(number) * 20000)
     atomic_write(root / "one.txt", str(number) * 20000)
 """
+BEST = {"step": 2, "score": 0.5, "since": 0}
 
 
 def make_checkpoint(folder: Path, text: str = "x") -> None:
     folder.mkdir()
     for name in CHECKPOINT_FILES:
         (folder / name).write_text(text)
-
-
-def test_names_are_those_of_the_design(tmp_path):
-    run = RunDir(tmp_path / "dog")
-    paths = (run.adapter_path, run.kohya_path, run.config_path, run.metrics_path, run.log_path, run.checkpoint_path(5))
-    names = "pytorch_lora_weights.safetensors dog.kohya.safetensors train_config.json metrics.jsonl train.log"
-    assert [path.name for path in paths] == [*names.split(), "checkpoint-5"]
 
 
 @pytest.mark.parametrize("round_", range(6))
@@ -79,17 +74,10 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing_and_is_in
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
-def test_what_a_running_process_writes_is_left_alone(tmp_path):
-    other = tmp_path / f".checkpoint-7.{os.getppid()}-0123abcd.new"
-    other.mkdir()
-    clean_stale(tmp_path)
-    assert other.is_dir()
-
-
 @pytest.mark.parametrize(
-    "name", [".diary.2024.new", ".book.1999-ab.old", ".my notes.4194300.old", f".a.{'9' * 40}-0123abcd.new"]
+    "name", [".diary.2024.new", ".book.1999-ab.old", ".my notes.4194300.old", f".a.{'9' * 40}-0123abcd.new", RUNNING]
 )
-def test_a_hidden_file_of_the_users_own_is_neither_removed_nor_renamed(tmp_path, name):
+def test_a_hidden_file_of_the_users_own_and_what_a_running_process_writes_are_left_alone(tmp_path, name):
     (tmp_path / name).mkdir()
     clean_stale(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -166,16 +154,10 @@ EVENTS = [
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.kind)
-def test_an_event_is_the_same_when_its_line_is_read_again(event):
-    assert event_of(record_of(event)) == event
-
-
-def test_the_scores_of_an_evaluation_are_keys_of_its_line():
-    record = record_of(EVENTS[4])
-    assert record["type"] == "evaluation" and record["dino"] == 0.5 and "scores" not in record
-
-
-BEST = {"step": 2, "score": 0.5, "since": 0}
+def test_an_event_is_the_same_when_its_line_is_read_again_and_scores_are_keys_of_it(event):
+    record = record_of(event)
+    assert event_of(record) == event and record["type"] == event.kind and "scores" not in record
+    assert record.get("dino") == (0.5 if isinstance(event, StepEvaluated) else None)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +174,9 @@ BEST = {"step": 2, "score": 0.5, "since": 0}
         {"type": "evaluation", "step": 2, "best": BEST | {"score": None}},
         {"type": "evaluation", "step": 2, "best": BEST | {"more": 1}},
         {"type": "step", "step": 2, "time": "yesterday"},
+        {"type": "step"},
+        {"type": "epoch", "step": 1},  # of another program
+        {"type": ["step"]},
     ],
 )
 def test_a_line_whose_letters_were_changed_is_no_event(line):
@@ -201,10 +186,7 @@ def test_a_line_whose_letters_were_changed_is_no_event(line):
 def test_a_whole_number_is_a_fraction_too_and_what_is_not_finite_is_null():
     assert event_of({"type": "step", "step": 2, "loss": 1, "lr": None}) == StepDone(2, loss=1, lr=None, time=ANY)
     assert event_of({"type": "evaluation", "step": 2, "best": BEST}).best == BEST
-
-
-def test_lines_of_another_program_are_no_events():
-    lines = [{"type": "step"}, {"type": "epoch", "step": 1}, {"type": ["step"]}, {"type": "step", "step": 2, "new": 1}]
+    lines = [{"type": "step"}, {"type": "step", "step": 2, "new": 1}]
     assert [event.step for event in events_of(StepDone, lines)] == [2]
 
 

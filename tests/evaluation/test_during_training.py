@@ -25,7 +25,7 @@ from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import save_tiny_encoders
-from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.helpers.tiny_training import adapter_sha256, logged, paint_photos, tiny_config
 
 
 def quick(config: table.TrainConfig, encoders) -> TrainingEvaluator:
@@ -41,10 +41,6 @@ def run(tiny_base, encoders, tmp_path_factory):
     config = tiny_config(tiny_base, paint_photos(home / "photos"), home / "dog", **scored)
     train(config, evaluator=quick(config, encoders))
     return config, RunDir(home / "dog")
-
-
-def evaluations(run: RunDir) -> list[dict]:
-    return [event for event in run.read_metrics() if event["type"] == "evaluation"]
 
 
 @pytest.fixture
@@ -82,12 +78,12 @@ def test_an_adapter_that_is_not_finite_gets_no_scores(scored, encoders, tmp_path
     config = scored(max_train_steps=1, adam_weight_decay=1e38, learning_rate=1e2)
     with pytest.raises(UserError, match="the adapter is not finite after step 1"):
         train(config, evaluator=quick(config, encoders))
-    assert not evaluations(RunDir(tmp_path / "dog"))
+    assert not logged(tmp_path / "dog", "evaluation")
 
 
 def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_learnt(run, encoders, tmp_path):
     """A resumed run remembers those before."""
-    events = evaluations(run[1])
+    events = logged(run[1].path, "evaluation")
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     for event in events:
         assert {"dino", "dino_bare", "clip_i", "clip_t", "pres", "drift", "copied", "score"} <= event.keys()
@@ -103,7 +99,7 @@ def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_le
 def test_the_best_step_is_kept_and_the_card_and_the_files_name_it_and_the_scale_that_scores_best(run, tiny_base):
     """Of equal scores it is the first."""
     assert best_of([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
-    events = evaluations(run[1])
+    events = logged(run[1].path, "evaluation")
     best = max(events, key=lambda event: (event["score"], -event["step"]))
     assert events[-1]["best"]["step"] == best["step"]
     card = run[1].card_path.read_text()
@@ -112,7 +108,7 @@ def test_the_best_step_is_kept_and_the_card_and_the_files_name_it_and_the_scale_
     with Image.open(run[1].path / "loss.png") as plot:
         assert plot.width > 3 * plot.height  # the fidelity plot is beside the loss plot
     assert SubjectPipeline.from_base(tiny_base).load_adapter(run[1].best_dir) == "best"
-    (event,) = [event for event in run[1].read_metrics() if event["type"] == "scale"]
+    (event,) = logged(run[1].path, "scale")
     assert set(event["by_scale"]) == {"0.4", "0.6", "0.8", "1", "1.2"}
     assert len(set(event["by_scale"].values())) > 1  # the pictures did change
     for file in (run[1].adapter_path, run[1].kohya_path):

@@ -40,6 +40,8 @@ PLAN = EvaluationPlan(
     inference_steps=2,
 )
 TOY = Toy("duck", "pink", "blue", "checkered", "matte", (-0.3, 0.4, 0.6, 0.5), ("top hat",))
+ROCKET = Toy("rocket", "white", "red", "striped", "glossy", (0.3, 0.5, -0.2, 0.8), ("flag",))
+BOTH = report.ReportContext("both", "toy", ("clip", "dino"), 2, 7.0)
 
 
 def toy_pictures(toy: Toy, places: list[str], seed: int = 0) -> list[Image.Image]:
@@ -293,10 +295,6 @@ def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkey
     assert "smiles" in axes.get_legend_handles_labels()[1]
     assert "| smile | 0.625 |" in model_card.score_table(SimpleNamespace(scores=event_of(event).scores, best=None))
     assert "it smiles on 62% of the pictures" in explain.meanings(explain.figures_from([event], TrainConfig()))
-
-
-ROCKET = Toy("rocket", "white", "red", "striped", "glossy", (0.3, 0.5, -0.2, 0.8), ("flag",))
-BOTH = report.ReportContext("both", "toy", ("clip", "dino"), 2, 7.0)
 
 
 @pytest.fixture(scope="module")

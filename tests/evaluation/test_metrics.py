@@ -13,7 +13,6 @@ import transformers
 from PIL import Image, ImageFilter
 from torch.nn.functional import normalize
 
-from dreambooth_moslora.base.files import TOY
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.evaluation import metrics
 from tests.helpers.tiny_encoders import save_tiny_encoders
@@ -25,6 +24,7 @@ from toybox.world import Scene, Toy, sample_scene
 
 E = torch.eye(4)
 HALF, ASIDE = normalize(E[0] + E[1], dim=0), normalize(E[0] + E[2], dim=0)  # 45 degrees between two axes
+TEXTS = ["a dog", "a photo of a very small dog on a wide beach, at night", "cat " * 60]
 
 
 def random_units(n: int, seed: int = 0, dim: int = 32) -> torch.Tensor:
@@ -125,11 +125,7 @@ def test_bootstrap_over_prompts_is_wider_than_if_all_pictures_were_independent()
             metrics.bootstrap_mean(bad)
 
 
-needs_toy = pytest.mark.skipif(
-    not (TOY / "image_encoder").is_dir() or not (TOY.parent / "toy-dino").is_dir(),
-    reason="the embedded base is not in this checkout",
-)
-NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir()) if FOLDER.is_dir() else []
+NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
 NEW_PLACES = ("on lava", "in the snow", "on the moon", "on a purple rug", "in the desert", "on water")
 
 
@@ -151,7 +147,6 @@ def in_places(toys: list[Toy], seed: int) -> list[Image.Image]:
     return drawn([sample_scene(rng, toy, place, held_out=None) for toy, place in zip(toys, NEW_PLACES)])
 
 
-@needs_toy
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_individual_in_other_places_is_nearer_to_the_photos_than_others_of_its_kind(toy_encoders, name):
     toy, photos, rng = load(name).toy, toy_encoders.dino_images(photos_of(name)), random.Random(2)
@@ -162,7 +157,6 @@ def test_the_same_individual_in_other_places_is_nearer_to_the_photos_than_others
     assert same > others + 0.2
 
 
-@needs_toy
 @pytest.mark.slow
 def test_shuffled_prompts_lower_clip_t(toy_encoders):
     rng = random.Random(0)
@@ -173,7 +167,6 @@ def test_shuffled_prompts_lower_clip_t(toy_encoders):
     assert (paired > shuffled).float().mean() > 0.9 and paired.mean() > shuffled.mean() + 0.2
 
 
-@needs_toy
 @pytest.mark.parametrize("name", NAMES)
 def test_the_copy_alarm_knows_a_worn_photo_from_a_new_picture_of_the_subject(toy_encoders, name):
     def joint(pictures: list[Image.Image]) -> torch.Tensor:
@@ -187,9 +180,6 @@ def test_the_copy_alarm_knows_a_worn_photo_from_a_new_picture_of_the_subject(toy
     photos, fresh = photos_of(name), in_places([load(name).toy] * 6, 3)
     assert not metrics.copy_alarm(joint(fresh), joint(photos)).raised
     assert metrics.copy_alarm(joint([worn(photo) for photo in photos]), joint(photos)).share > 0.5
-
-
-TEXTS = ["a dog", "a photo of a very small dog on a wide beach, at night", "cat " * 60]
 
 
 def pictures(sizes=((64, 48), (40, 90), (32, 32), (51, 51))) -> list[Image.Image]:

@@ -125,16 +125,23 @@ def is_drawn_again(tiny_base, drawn, folder, *words) -> bool:
     return np.array_equal(np.asarray(PIL.Image.open(folder / "image_0.png")), np.asarray(PIL.Image.open(first)))
 
 
-def test_a_pictures_adapter_is_found_by_its_content_under_another_name(tiny_base, drawn, tmp_path, monkeypatch):
-    shutil.copytree(drawn / "runs" / "dog", tmp_path / "runs" / "rex")
+GIVEN = [
+    ("dog", "--adapter", "runs/dog"),
+    ("dog", "--adapter", "dog"),
+    ("dog",),
+    ("rex",),
+    ("rex", "--adapter", "runs/rex"),
+]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=" ".join)
+def test_a_picture_is_drawn_again_at_its_own_scale_under_whatever_name(
+    given, tiny_base, drawn, tmp_path, monkeypatch, capsys
+):
+    """Its adapter is found by its content."""
+    name, *words = given
+    shutil.copytree(drawn / "runs" / "dog", tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
-    assert is_drawn_again(tiny_base, drawn, tmp_path)
-    assert is_drawn_again(tiny_base, drawn, tmp_path / "given", "--adapter", "runs/rex")
-
-
-@pytest.mark.parametrize("words", [("--adapter", "runs/dog"), ("--adapter", "dog"), ()])
-def test_a_picture_is_drawn_again_at_its_own_scale(words, tiny_base, drawn, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(drawn)
     assert is_drawn_again(tiny_base, drawn, tmp_path, *words)
     assert "note" not in capsys.readouterr().err
 

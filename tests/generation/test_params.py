@@ -1,6 +1,5 @@
 """GenerationParams: limits, tags, and the way through a PNG and back."""
 
-import io
 import json
 import time
 import zlib
@@ -11,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Provenance, draw_seed, read_recipe, split_lora_tags
-from tests.helpers.odd_photos import png_of
+from tests.helpers.odd_photos import jpeg, png_of
 
 SIZES = {"seed": 4294967295, "steps": 7, "guidance_scale": 3.25, "height_px": 64, "width_px": 128, "num_images": 1}
 FULL = GenerationParams(
@@ -75,11 +74,6 @@ def test_what_cannot_be_generated_is_refused_in_one_line(values, word):
     with pytest.raises(UserError) as error:
         GenerationParams.from_dict({"prompt": "a mug"} | values)
     assert word in str(error.value) and "\n" not in str(error.value)
-
-
-def jpeg() -> bytes:
-    Image.new("RGB", (8, 8)).save(file := io.BytesIO(), "JPEG")
-    return file.getvalue()
 
 
 def text_bomb() -> bytes:

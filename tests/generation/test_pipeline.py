@@ -29,6 +29,8 @@ from tests.helpers.tiny import save_tiny_sdxl, tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora, save_kohya_lora
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=3, guidance_scale=4.0)
+OTHER_DEVICE = "cpu:0"
+"""Not the device named `cpu`, but with its memory: here models can really be moved, and draw."""
 
 
 @pytest.fixture(scope="module")
@@ -305,10 +307,6 @@ def test_without_finite_colours_the_preview_is_grey_and_the_picture_comes(factor
     monkeypatch.setattr(half.vae, "decode", fails_once)
     preview, drawn = last_preview_and_picture(half)
     assert (preview == 127).all() and drawn.std() > 0 and half.vae.dtype == torch.float16
-
-
-OTHER_DEVICE = "cpu:0"
-"""Not the device named `cpu`, but with its memory: here models can really be moved, and draw."""
 
 
 def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_same(tiny_base, monkeypatch, subject):

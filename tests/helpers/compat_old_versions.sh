@@ -17,5 +17,5 @@ if [ ! -x "$old" ]; then
     "$old" -m pip install -q "diffusers==0.29.2" "peft==0.11.1" "transformers==4.41.2" "accelerate==0.31.0" \
         "huggingface_hub==0.23.4" "safetensors==0.4.3" "numpy<2" "${OLD_TORCH:-torch}"
 fi
-"$python" -m tests.helpers.compat_write "$folder/files"
-HF_HOME=$folder/hf HF_HUB_OFFLINE=1 "$old" tests/helpers/compat_read.py "$folder/files"
+"$python" -m tests.helpers.compat_old_versions write "$folder/files"
+HF_HOME=$folder/hf HF_HUB_OFFLINE=1 "$old" tests/helpers/compat_old_versions.py read "$folder/files"

@@ -47,16 +47,8 @@ def jpeg(**options) -> bytes:
 
 def turned(orientation: int) -> Callable[[Path], object]:
     """A JPEG whose pixels lie as the EXIF orientation says, so that it stands like `picture()`."""
-    inverse = {
-        1: None,
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }[orientation]
+    turns = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270"]
+    inverse = None if orientation == 1 else Image.Transpose[turns[orientation - 2]]
 
     def write(path: Path) -> None:
         image = picture() if inverse is None else picture().transpose(inverse)
@@ -126,11 +118,6 @@ def deep_rgb_png(path: Path) -> None:
     path.write_bytes(png_of(SIZE_PX[1], SIZE_PX[0], rows, bits=16))
 
 
-def huge_png(path: Path) -> None:
-    """It says that it is 40000 × 40000: a bomb for whoever allocates that."""
-    path.write_bytes(png_of(40000, 40000, b"\0" * 1000))
-
-
 def transparent(path: Path) -> None:
     image = picture("RGBA")
     image.putalpha(Image.new("L", image.size, 255))
@@ -149,10 +136,6 @@ def animated(path: Path) -> None:
     )
 
 
-def with_profile(path: Path) -> None:
-    picture().save(path, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-
-
 def flipped_bytes(path: Path) -> None:
     content = bytearray(jpeg())
     chance = random.Random(0)
@@ -161,19 +144,12 @@ def flipped_bytes(path: Path) -> None:
     path.write_bytes(content)
 
 
-def blank_alpha(path: Path) -> None:
-    Image.new("RGBA", (128, 96), (0, 0, 0, 0)).save(path)
-
-
-def fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
 def raw(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
 
 
 STRAY, BROKEN = "stray", "broken"
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 CASES = [
     Case("plain.jpg", saved(quality=95)),
     Case("UPPER.JPEG", saved(format="JPEG", quality=95)),
@@ -195,7 +171,12 @@ CASES = [
     Case("palette_hole.png", palette_with_hole, says="transparent", colours=False),
     Case("rgba.png", transparent, says="transparent"),
     Case("opaque_rgba.png", saved("RGBA")),
-    Case("nothing_but_alpha.png", blank_alpha, says="entirely transparent", colours=False),
+    Case(
+        "nothing_but_alpha.png",
+        lambda p: Image.new("RGBA", (128, 96)).save(p),
+        says="entirely transparent",
+        colours=False,
+    ),
     Case("cmyk.jpg", saved("CMYK", quality=95)),
     Case("cmyk.tif", saved("CMYK")),
     Case("lab.tif", lab),
@@ -204,7 +185,7 @@ CASES = [
     Case("deep_int.tif", deep(np.int32, 65535), colours=False),
     Case("float.tif", deep(np.float32, 1.0), colours=False),
     Case("deep_rgb.png", deep_rgb_png),
-    Case("profile.png", with_profile),
+    Case("profile.png", saved(icc_profile=SRGB)),
     Case("bad_profile.png", saved(icc_profile=b"no profile at all")),
     Case("bad_exif.jpg", raw(jpeg(exif=b"Exif\0\0MM\0*" + b"\xff" * 40))),
     Case("turned_damaged.jpg", turned_with_damage, says="rotated"),
@@ -219,7 +200,7 @@ CASES = [
     Case("tiny.jpg", lambda p: picture(size_px=(4, 4)).save(p), False, "tiny", (4, 4)),
     Case("one_pixel.png", lambda p: Image.new("RGB", (1, 1)).save(p), False, "tiny", (1, 1)),
     Case("sliver.png", lambda p: Image.new("RGB", (900, 3)).save(p), False, "tiny", (3, 900)),
-    Case("enormous.png", huge_png, False, "enormous", None),
+    Case("enormous.png", raw(png_of(40000, 40000, b"\0" * 1000)), False, "enormous", None),
     Case("empty.jpg", raw(b""), False, BROKEN, None),
     Case("text.jpg", raw(b"this is no picture"), False, BROKEN, None),
     Case("header_only.jpg", raw(jpeg()[:20]), False, BROKEN, None),
@@ -242,7 +223,7 @@ CASES = [
     Case("folder", lambda p: p.mkdir(), False, STRAY, None),
     Case("folder.jpg", lambda p: p.mkdir(), False, STRAY, None),
     Case("dangling.jpg", lambda p: p.symlink_to("nowhere.jpg"), False, STRAY, None),
-    Case("pipe.jpg", fifo, False, STRAY, None),
+    Case("pipe.jpg", os.mkfifo, False, STRAY, None),
 ]
 
 

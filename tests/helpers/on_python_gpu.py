@@ -1,9 +1,6 @@
-"""Started by `test_selftest` in a process of its own: trains on the device what each line of JSON asks for.
-
-python -m tests.helpers.on_python_gpu
-
-One line in, {"base", "photos", "output", "changes"}; one line out, what was seen, or {"error"}.
-"""
+"""A process whose trainings are on the GPU in Python. `python -m tests.helpers.on_python_gpu COMMAND …` is the
+program. Without a command it trains what each line of JSON asks for: one line in, {"base", "photos", "output",
+"changes"}; one line out, what was seen, or {"error"}."""
 
 import contextlib
 import json
@@ -14,13 +11,13 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
 
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.plan import processes
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training import step as train_step
-from tests.helpers.few_steps import few_steps
 from tests.helpers.python_gpu import DEVICE, Watch
-from tests.helpers.tiny_training import tiny_config
+from tests.helpers.tiny import few_steps
+from tests.helpers.tiny_training import logged, tiny_config
 
 make_accelerator = processes.make_accelerator
 watches: list[Watch] = []
@@ -50,17 +47,15 @@ def accelerator_on_device(config, run_dir):
 
 def trained(base: str, photos: str, output: str, changes: dict) -> dict:
     """The losses of the steps, and what the last step did and had on the device."""
-    Watch.has_tf32 = changes.pop("has_tf32", False)
     watches.clear()
     loop.train(tiny_config(Path(base), Path(photos), Path(output), **changes))
-    losses = [event["loss"] for event in RunDir(Path(output)).read_metrics() if event["type"] == "step"]
-    last = watches[-1]
-    did = {"waits": last.waits, "copies": last.copies, "kernels": last.kernels}
+    losses = [event["loss"] for event in logged(Path(output))]
+    did = {"waits": watches[-1].waits, "copies": watches[-1].copies}
     return did | {"losses": losses, "frozen": numbers[-1]}
 
 
-def main() -> None:
-    processes.make_accelerator, loop.TrainStep = accelerator_on_device, WatchedTrainStep
+def train_what_is_asked() -> None:
+    loop.TrainStep = WatchedTrainStep
     for line in sys.stdin:
         try:
             with contextlib.redirect_stdout(sys.stderr), few_steps():
@@ -70,5 +65,8 @@ def main() -> None:
         print(json.dumps(answer), flush=True)
 
 
-main()
-os._exit(0)  # PyTorch's thread for the device would abort the process
+processes.make_accelerator = accelerator_on_device
+code = main(sys.argv[1:]) if sys.argv[1:] else train_what_is_asked()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code or 0)  # PyTorch's thread for the device would abort the process

@@ -6,7 +6,6 @@
 - What makes a program wait for a GPU is counted by the line that asked for it: reading a value, counting the
   true elements of a mask, copying to the host.
 - `Watch.has_fp64 = False` refuses fp64 on the device, as Apple's GPUs do.
-- `Watch.has_tf32` makes fp32 products as coarse as on a GPU since Ampere, where PyTorch's settings allow it.
 
 A process has at most one such device, and importing this module makes it. PyTorch's own thread for the device
 aborts the process when the interpreter ends: leave by `os._exit`.
@@ -15,6 +14,7 @@ aborts the process when the interpreter ends: leave by `os._exit`.
 import os
 import traceback
 from collections import Counter
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -26,17 +26,6 @@ WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::m
 COPYING = {"aten::_to_copy", "aten::copy_"}
 INDEXING = {"aten::index", "aten::index_put_", "aten::_index_put_impl_"}
 """A tensor of the device takes indices from the CPU, as CUDA's do."""
-FACTORS = {
-    "aten::mm": (0, 1),
-    "aten::bmm": (0, 1),
-    "aten::addmm": (1, 2),
-    "aten::addmm_": (1, 2),
-    "aten::baddbmm": (1, 2),
-    "aten::baddbmm_": (1, 2),
-    "aten::convolution": (0, 1),
-    "aten::convolution_backward": (0, 1, 2),
-}
-"""Products of tensor cores -> the positions of their factors; other arguments are only added."""
 
 
 class DeviceModule:
@@ -51,15 +40,7 @@ class DeviceModule:
     set_rng_state = staticmethod(lambda state, device=None: None)
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
 
-    class device:  # noqa: N801 (PyTorch's name)
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return False
+    device = staticmethod(lambda *_: nullcontext())
 
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=DeviceModule())
@@ -68,14 +49,13 @@ DEVICE = torch.device(NAME, 0)
 
 
 class Watch:
-    """`with Watch() as seen:` counts kernels, and by line the copies to the device and the waits for it."""
+    """`with Watch() as seen:` counts by line the copies to the device and the waits for it."""
 
     current: "Watch | None" = None
-    has_tf32 = False
     has_fp64 = True
 
     def __init__(self):
-        self.kernels, self.copies, self.waits = 0, Counter(), Counter()
+        self.copies, self.waits = Counter(), Counter()
 
     def __enter__(self):
         Watch.current = self
@@ -146,9 +126,6 @@ def run(function, args: tuple, kwargs: dict):
     target = kwargs.get("device")
     leaves = target is not None and torch.device(target).type != NAME
     count(name, args, tensors, leaves)
-    if Watch.has_tf32 and in_tf32(name):
-        factors = FACTORS[name]
-        args = tuple(in_ten_bits(value) if place in factors else value for place, value in enumerate(args))
     if target is not None:
         kwargs = kwargs | {"device": "cpu"}
     found = function(*tree_map(raw_of, args), **tree_map(raw_of, kwargs))
@@ -184,10 +161,9 @@ def refuse_fp64(name: str, found) -> None:
 
 
 def count(name: str, args: tuple, tensors: list[Tensor], leaves: bool) -> None:
-    """One kernel; and the wait or the copy that it means on a GPU."""
+    """The wait or the copy that it means on a GPU."""
     if Watch.current is None:
         return
-    Watch.current.kernels += 1
     has_mask = "index" in name and any(tensor.dtype == torch.bool for tensor in tensors[1:])
     is_copy = name == "aten::copy_"
     leaves = leaves if name == "aten::_to_copy" else is_copy and not isinstance(args[0], GpuTensor)
@@ -195,22 +171,6 @@ def count(name: str, args: tuple, tensors: list[Tensor], leaves: bool) -> None:
         note("waits")
     elif is_copy and not isinstance(args[1], GpuTensor):
         note("copies")
-
-
-def in_tf32(name: str) -> bool:
-    """Whether PyTorch's settings allow it. For convolutions they do unless they are changed."""
-    if name not in FACTORS:
-        return False
-    setting = torch.backends.cudnn.conv if "convolution" in name else torch.backends.cuda.matmul
-    return setting.fp32_precision == "tf32"
-
-
-def in_ten_bits(value):
-    """An fp32 tensor as tensor cores read it: 10 bits of mantissa, rounded."""
-    if not isinstance(value, GpuTensor) or value.dtype != torch.float32:
-        return value
-    bits = value.raw.contiguous().view(torch.int32)
-    return GpuTensor(((bits + 0x1000) & ~0x1FFF).view(torch.float32))
 
 
 def raw_of(value):

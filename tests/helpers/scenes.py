@@ -1,16 +1,20 @@
 """One of several processes that train several times; in most scenes one process fails, stops or is killed.
 
-Its argument is a file with the scenes: [{"config": FILE, "place": PLACE, "rank": R, "after": N, "end": END}, …]. In the
-scene, process R meets END ("full": its disk is full; "stop": SIGTERM; "kill": SIGKILL) the N-th time it comes to PLACE
-(started, drawn, encoded, sampled, averaged, reported, saved). The environment is a launcher's. Each process writes
-`scenes_R.json`: exit codes, and what it did at each place.
+Its argument is a file with the scenes: [{"flags": [[FLAG, …], …], "free": [GIB, …], "place": PLACE, "rank": R,
+"after": N, "end": END}, …]. The flags are each process's command line, `free` what each is told of its GPU's free
+memory. In the scene, process R meets END ("full": its disk is full; "stop": SIGTERM; "kill": SIGKILL) the N-th time it
+comes to PLACE (started, drawn, encoded, sampled, averaged, reported, saved). The environment is a launcher's. Each
+process writes `scenes_R.json` beside the file: of each scene the exit code, the adapter that it trained as a digest,
+the micro-batches that it was shown, and what it did at each place.
 """
 
 import errno
 import json
+import logging
 import os
 import signal
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 from accelerate import PartialState
@@ -20,7 +24,8 @@ from dreambooth_moslora import core
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.training import checkpoint
+from dreambooth_moslora.plan import memory
+from dreambooth_moslora.training import checkpoint, loop
 from dreambooth_moslora.training import made_before as run_class_images
 from dreambooth_moslora.training.frozen_base import TensorCache
 from dreambooth_moslora.training.step import TrainStep
@@ -29,7 +34,7 @@ RANK = int(os.environ.get("RANK", "0"))
 whole_call = StableDiffusionXLPipeline.__call__
 generate, sample, keep = run_class_images.generate_images, Sampler._draw, TensorCache._keep
 save_checkpoint, average, append = checkpoint.save_checkpoint, TrainStep._average_gradients, RunDir.append_metrics
-claim = core.atomic_write
+claim, free_gib, half = core.atomic_write, memory.free_gib_of_gpu, memory.half_precision
 PLACES = ("started", "drawn", "encoded", "sampled", "averaged", "reported", "saved")
 
 
@@ -38,11 +43,35 @@ def quick_call(self, *arguments, **options):
     return whole_call(self, *arguments, **{**options, "num_inference_steps": 3})
 
 
+class Watched(TrainStep):
+    """A TrainStep that can be found again when the run is over, and notes what it was shown: of each micro-batch its
+    number, its prompts, and its latents and size conditioning as a digest."""
+
+    found: list[TrainStep] = []  # noqa: RUF012
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.shown: list[tuple[int, list[str], str]] = []
+        self.found.append(self)
+
+    def batch_at(self, micro_batch: int):
+        batch = super().batch_at(micro_batch)
+        self.shown.append((micro_batch, batch.prompts, digest_of([batch.latents, batch.time_ids])))
+        return batch
+
+
+def digest_of(tensors) -> str:
+    return sha256(b"".join(tensor.detach().float().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
 class Scene:
     """What this process does in a scene, and where it meets its end."""
 
-    def __init__(self, config: str, place: str = "", rank: int = -1, after: int = 0, end: str = ""):
-        self.config, self.place, self.rank, self.after, self.end = config, place, rank, after, end
+    def __init__(
+        self, flags: list[list[str]], free=None, place: str = "", rank: int = -1, after: int = 0, end: str = ""
+    ):
+        self.flags, self.free = flags[RANK], free
+        self.place, self.rank, self.after, self.end = place, rank, after, end
         self.done: dict[str, list] = {name: [] for name in PLACES}
 
     def play(self) -> dict:
@@ -51,9 +80,16 @@ class Scene:
         core.atomic_write = lambda path, text: self.at("started", path.name) or claim(path, text)
         TrainStep._average_gradients = lambda step: self.at("averaged", step.step) or average(step)
         RunDir.append_metrics = self.append
-        return {"code": train_main(["--config", self.config]), **self.done}
+        memory.free_gib_of_gpu = (lambda **_: self.free[RANK]) if self.free else free_gib
+        memory.half_precision = (lambda: "bf16") if self.free else half
+        Watched.found.clear()
+        code = train_main(self.flags)
+        step = Watched.found[-1] if Watched.found else None
+        learnt = {"adapter": digest_of(step.trained), "shown": step.shown} if step else {"adapter": None}
+        return {"code": code, **learnt, **self.done}
 
     def at(self, place: str, what: object) -> None:
+        logging.getLogger("a library").warning("every process says: %s", place)
         if (place, RANK, len(self.done[place])) == (self.place, self.rank, self.after):
             if self.end == "full":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
@@ -85,6 +121,7 @@ class Scene:
 if __name__ == "__main__":
     StableDiffusionXLPipeline.__call__ = quick_call
     PartialState.destroy_process_group = lambda *_: None  # a run's end would leave the next scene without one
+    loop.TrainStep = Watched
     file = Path(sys.argv[1])
     played = []
     for scene in json.loads(file.read_text()):

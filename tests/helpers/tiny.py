@@ -1,11 +1,17 @@
 """A random StableDiffusionXLPipeline of the true SDXL topology, small enough to build and run in seconds."""
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from dreambooth_moslora.base.families import Text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WIDTH, WIDTH_2 = 16, 32
@@ -34,36 +40,24 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
 def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
     """SDXL's topology at widths (8, 16, 32): text_time conditioning, linear projections, three blocks."""
     torch.manual_seed(seed)
+    sizes = {"sample_size": RESOLUTION_PX // 8, "block_out_channels": (8, 16, 32), "layers_per_block": 1}
+    sizes |= {"transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (1, 2, 4), "norm_num_groups": 4}
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     return UNet2DConditionModel(
-        sample_size=RESOLUTION_PX // 8,
-        block_out_channels=(8, 16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(1, 2, 4),
         use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + WIDTH_2,
         cross_attention_dim=WIDTH + WIDTH_2,
+        projection_class_embeddings_input_dim=6 * 8 + WIDTH_2,
+        **sizes,
+        **added,
     )
 
 
 def tiny_text_config(width: int, eos_token_id: int, **extra) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=eos_token_id + 1,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        bos_token_id=eos_token_id - 1,
-        eos_token_id=eos_token_id,
-        pad_token_id=eos_token_id,
-        **extra,
-    )
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3, "num_attention_heads": 2}
+    marks = {"bos_token_id": eos_token_id - 1, "eos_token_id": eos_token_id, "pad_token_id": eos_token_id}
+    return CLIPTextConfig(vocab_size=eos_token_id + 1, max_position_embeddings=77, **sizes, **marks, **extra)
 
 
 def tiny_sdxl(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionXLPipeline:
@@ -71,17 +65,16 @@ def tiny_sdxl(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> 
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(folder / "tokenizer_files")
     eos = tokenizer.convert_tokens_to_ids(EOS)
+    sizes = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
     vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
         sample_size=RESOLUTION_PX,
         scaling_factor=0.5,
         mid_block_add_attention=False,
+        **sizes,
     )
+    noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(tiny_text_config(WIDTH, eos, hidden_act="quick_gelu")),
@@ -89,14 +82,7 @@ def tiny_sdxl(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> 
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=tiny_unet(seed),
-        scheduler=EulerDiscreteScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-            timestep_spacing="leading",
-            steps_offset=1,
-            prediction_type=prediction_type,
-        ),
+        scheduler=EulerDiscreteScheduler(timestep_spacing="leading", prediction_type=prediction_type, **noise),
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -107,3 +93,30 @@ def save_tiny_sdxl(folder: Path, **options) -> Path:
     """Write the pipeline as a diffusers folder and return it."""
     tiny_sdxl(folder, **options).save_pretrained(folder / "model")
     return folder / "model"
+
+
+def embeds_of(texts: Sequence[Text]) -> Tensor:
+    return torch.stack([text["prompt_embeds"] for text in texts])
+
+
+def pooled_of(texts: Sequence[Text]) -> Tensor:
+    return torch.stack([text["pooled_prompt_embeds"] for text in texts])
+
+
+def equal(texts: Sequence[Text], others: Sequence[Text]) -> bool:
+    return all(
+        one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        for one, other in zip(texts, others, strict=True)
+    )
+
+
+@contextmanager
+def few_steps(count: int = 2) -> Iterator[None]:
+    """SDXL's pictures in so many steps while it is open: the program asks for 25, and for 50 for class images."""
+    drawn = StableDiffusionXLPipeline.__call__
+
+    def draw(self: StableDiffusionXLPipeline, *args: object, **options: object) -> object:
+        return drawn(self, *args, **{**options, "num_inference_steps": count})
+
+    with patch.object(StableDiffusionXLPipeline, "__call__", draw):
+        yield

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.settings.table import TrainConfig
 
 OF_A_SUBJECT = ("instance_data_dir", "instance_prompt", "class_prompt")
@@ -45,6 +45,11 @@ def tiny_config(base: Path, photos: Path, output: Path, **changes) -> TrainConfi
     if changes.get("subjects"):
         settings = {name: value for name, value in settings.items() if name not in OF_A_SUBJECT}
     return TrainConfig(**{**settings, **changes})
+
+
+def logged(run_dir: Path, kind: str = "step") -> list[dict]:
+    """The events of a kind that a run noted."""
+    return [event for event in RunDir(run_dir).read_metrics() if event["type"] == kind]
 
 
 def adapter_sha256(run_dir: Path) -> str:

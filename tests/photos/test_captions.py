@@ -14,7 +14,8 @@ from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.photo import open_image
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import picture
-from tests.helpers.tiny_chat_model import save_tiny_chat_model
+from tests.helpers.tiny_encoders import save_tiny_chat_model
+from tests.photos.test_masks import config_of
 from toybox.make_subjects import PHOTO_PLACES
 
 PROMPT = "a photo of a sks dog"
@@ -106,16 +107,9 @@ def test_a_run_sees_kept_captions_in_place_of_the_prompt_with_prefix_and_suffix(
     assert photo_report(TrainConfig(**settings)).photos[0].captions == (PROMPT,)
 
 
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-
-
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory) -> Path:
     return save_tiny_chat_model(tmp_path_factory.mktemp("chat"))
-
-
-def config_of(**settings) -> TrainConfig:
-    return TrainConfig(**{"pretrained_model_name_or_path": SDXL, "instance_prompt": "a photo of sks dog", **settings})
 
 
 def test_a_language_model_answers_the_same_to_the_same_photo_and_sees_photo_and_word(chat_model):

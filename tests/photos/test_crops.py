@@ -1,4 +1,4 @@
-"""Crop plans: inside the photo, drawn evenly, equal to resizing first; and those that `check` shows are trained on."""
+"""Crop plans: inside the photo, drawn evenly, equal to resizing first."""
 
 import random
 
@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.photos.examine import plans_of
-from dreambooth_moslora.photos.photo import FILTERS, CropPlan, CropRule, Photo, apply_crop, resized_size
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.photos.photo import FILTERS, CropPlan, CropRule, apply_crop, resized_size
 
 
 def smooth(size_px, seed=0):
@@ -76,18 +74,3 @@ def test_a_mask_of_another_scale_is_cut_at_the_same_place():
     photo, plan = smooth((300, 200)), CropRule(40).plan((300, 200), random.Random(1))
     cuts = [np.asarray(apply_crop(image, plan), dtype=int) for image in (photo, photo.resize((100, 150)))]
     assert np.abs(cuts[0] - cuts[1]).mean() < 4
-
-
-def test_check_shows_the_crops_that_training_takes(tmp_path):
-    from dreambooth_moslora.training.photo_stream import PhotoStream
-
-    photos = [Photo(tmp_path / f"{n}.jpg", (70 + 9 * n, 120), ("x",)) for n in range(3)]
-    config = TrainConfig(resolution=32, seed=5, repeats=2, crops_per_photo=3, random_flip=True, crop_zoom=1.5)
-
-    class Recorder:
-        rule = CropRule(32, False, True, "lanczos", 3, 1.5)
-
-    views = PhotoStream(photos, Recorder(), 5, "instance", 2).views_ahead(100)
-    trained = [(photo.path.name, plan) for photo, plan in views]
-    shown = [(photo.path.name, plan) for n, photo in enumerate(photos) for plan in plans_of(photo, n, config)]
-    assert sorted(shown, key=str) == sorted(trained, key=str) and len(shown) == 18

@@ -13,10 +13,11 @@ from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import grey_mask, kept_path, open_image, open_mask, open_rgb, with_kept_masks
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import picture, transparent
-from tests.helpers.tiny_clipseg import save_tiny_clipseg
+from tests.helpers.tiny_encoders import save_tiny_clipseg
 from toybox.learning.train_segmenter import iou
 
 PROMPT = "a photo of sks toy"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def test_what_is_transparent_becomes_white_and_is_not_learnt(tmp_path):
@@ -158,9 +159,6 @@ def mask_of(*boxes: tuple[int, int, int, int]) -> Image.Image:
 def test_what_looks_wrong_is_said(mask, says):
     warning = masks.quality_warning(mask)
     assert warning.startswith(says) and bool(warning) == bool(says)
-
-
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,11 @@ from toybox.learning.train_vae import crops
 from toybox.learning.train_vit import Views
 from toybox.learning.training import MasterWeights, Run, compute_dtype, saved_step
 
+SHIPPED = Path(__file__).parents[2] / "assets" / "toy-sdxl" / "tokenizer"
+TEXTS = ["a photo of a sks red robot on the beach", "two toys: an orange duck, naïve 熊 42's", "word " * 100]
+OLD_X86, NEW_X86, ARM = {"avx2": True, "avx512_bf16": False}, {"avx512_bf16": True}, {"neon": True, "bf16": True}
+BF16 = torch.bfloat16
+
 
 @pytest.mark.slow
 def test_weighted_timesteps_expect_what_uniform_ones_with_min_snr_weights_would():
@@ -254,10 +259,6 @@ def test_the_vae_trains_on_the_crop_with_the_most_detail():
     assert sum(share) / 4 > 0.4  # 0.24 by chance, 0.56 as the best of three
 
 
-SHIPPED = Path(__file__).parents[2] / "assets" / "toy-sdxl" / "tokenizer"
-TEXTS = ["a photo of a sks red robot on the beach", "two toys: an orange duck, naïve 熊 42's", "word " * 100]
-
-
 def test_the_shipped_tokenizer_is_read_as_the_one_of_the_training(tmp_path):
     model = json.loads((SHIPPED / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
@@ -266,10 +267,6 @@ def test_the_shipped_tokenizer_is_read_as_the_one_of_the_training(tmp_path):
     trained, shipped = (load(f)(TEXTS, padding="max_length", truncation=True) for f in (tmp_path, SHIPPED))
     assert trained.input_ids == shipped.input_ids and trained.attention_mask == shipped.attention_mask
     assert {len(ids) for ids in shipped.input_ids} == {MAX_TOKENS}
-
-
-OLD_X86, NEW_X86, ARM = {"avx2": True, "avx512_bf16": False}, {"avx512_bf16": True}, {"neon": True, "bf16": True}
-BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -298,11 +295,8 @@ def pictures() -> torch.Tensor:
     return (noise + avg_pool2d(noise, 4).repeat_interleave(4, -1).repeat_interleave(4, -2)) / 2
 
 
-def test_gains_of_one_change_nothing(pictures):
-    torch.testing.assert_close(with_contrast(pictures, [1.0] * 4), pictures)
-
-
 def test_pictures_get_the_contrast_of_others_and_keep_their_mean_colour(pictures):
+    torch.testing.assert_close(with_contrast(pictures, [1.0] * 4), pictures)
     softer = 0.8 * pictures + 0.2 * avg_pool2d(pictures, 3, stride=1, padding=1)
     changed = with_contrast(pictures, contrast_gains(pictures, softer))
     assert contrast(pictures) != pytest.approx(contrast(softer), rel=0.1)

@@ -24,6 +24,9 @@ from toybox.world import Scene, Toy, sample_scene
 PLAIN = Scene((Toy("duck", "red", "white"),), "on grass")
 DRESSED = Scene((Toy("duck", "red", "white", accessories=("scarf",)),), "on grass")
 STRIPED = Scene((Toy("duck", "red", "white", "striped"),), "on grass")
+SCENES = [sample_scene(random.Random(seed)) for seed in range(3)]
+SHARES = {name: 0.9 for name in ASKED if name != "ornaments_worn"}
+INTERVALS = {name: [0.81, 0.95, 70] for name in SHARES}
 
 
 def test_a_question_is_asked_where_the_prompt_tells_the_answer():
@@ -68,9 +71,6 @@ def test_pictures_are_drawn_once(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_base, "generate", generate)
     first, second = (kept_pictures(tmp_path / "a_at_2.5.npy", None, ["x", "y"], seed=1) for _ in range(2))
     assert torch.equal(first, second) and first.shape == (2, 2, 2, 3) and calls == [(["x", "y"], {"seed": 1})]
-
-
-SCENES = [sample_scene(random.Random(seed)) for seed in range(3)]
 
 
 def test_a_blurred_toy_has_less_and_a_sharpened_one_more():
@@ -128,10 +128,6 @@ def test_noise_is_far_from_renders_and_blur_shows_at_the_finest_level_alone(rend
     assert far["mean"] > 2 * near["mean"] and far["64_px"] > 3 * near["64_px"]
     same, smeared = distances(references, references), distances(blurred(references), references)
     assert smeared["64_px"] > 3 * same["64_px"] and smeared["16_px"] < 1.5 * same["16_px"] + 5
-
-
-SHARES = {name: 0.9 for name in ASKED if name != "ornaments_worn"}
-INTERVALS = {name: [0.81, 0.95, 70] for name in SHARES}
 
 
 def scores() -> dict:

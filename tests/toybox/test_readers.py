@@ -22,6 +22,7 @@ from toybox.world import COLOURS, KINDS, PLACES, Scene, Toy, sample_scene, sampl
 DUCK = Toy("duck", "red", "white", accessories=("scarf",))
 SCENE = Scene((DUCK,), "on grass")
 READING = Reading("duck", "red", "white", "on grass", frozenset({"scarf"}), (1.0,) * 5)
+NET = Path(__file__).resolve().parents[2] / "assets" / "toy-segmenter"
 
 
 def test_there_is_an_answer_to_each_question():
@@ -86,9 +87,6 @@ def test_the_shipped_judge_reads_what_fresh_toys_wear():
     right = [reading.right(scene) for reading, scene in zip(judge.load().read(render(scenes)), scenes)]
     share = {name: sum(hits[name] for hits in right) / len(right) for name in QUESTIONS}
     assert share["ornaments"] > 0.7 and share["colour2"] > 0.7 and share["kind"] > 0.9, share
-
-
-NET = Path(__file__).resolve().parents[2] / "assets" / "toy-segmenter"
 
 
 @pytest.mark.slow

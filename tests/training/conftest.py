@@ -1,14 +1,19 @@
 """What several tests of training begin with."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.ranks import ended_ranks
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import paint_photos
+
+ROOT = Path(__file__).parents[2]
+MODULE = "tests.helpers.scenes"
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +29,35 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def play(tmp_path, free_port) -> Callable[..., tuple]:
-    """Play scenes, with configurations in them, in two real processes of a module of helpers; returns each process's
-    exit code and words, and what became of each scene in each process that was not killed while it played the first."""
+    """Play scenes, with flags or a configuration for all, in real processes. `launch` starts them, or they are started
+    as by a launcher that would not end the others with the first. Returns each one's exit code and words, and what
+    became of each scene in each that was not killed while it played the first."""
 
-    def play(scenes: list[dict], module: str = "scenes", left: str = "scenes") -> tuple:
+    def play(scenes: list[dict], count: int = 2, launch: tuple[str, ...] = ()) -> tuple[list, list[list[dict]]]:
         for number, scene in enumerate(scenes):
             if "config" in scene:
-                (tmp_path / f"{number}.json").write_text(json.dumps(scene["config"].to_dict()))
-                scene["config"] = str(tmp_path / f"{number}.json")
-        (tmp_path / "scenes.json").write_text(json.dumps(scenes))
-        ended = ended_ranks(f"tests.helpers.{module}", free_port, str(tmp_path / "scenes.json"))
-        files = [tmp_path / f"{left}_{rank}.json" for rank in (0, 1)]
-        return ended, [json.loads(file.read_text()) if file.exists() else [] for file in files]
+                config = tmp_path / f"{number}.json"
+                config.write_text(json.dumps(scene.pop("config").to_dict()))
+                scene["flags"] = [["--config", str(config)]] * count
+        file = tmp_path / "scenes.json"
+        file.write_text(json.dumps(scenes))
+        words = [sys.executable, "-m", *(launch or [MODULE]), str(file)]
+        started = [start(words, rank, count, free_port) for rank in range(1 if launch else count)]
+        try:
+            said = [process.communicate(timeout=600)[1] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        left = [file.with_name(f"scenes_{rank}.json") for rank in range(count)]
+        ended = [(process.returncode, words) for process, words in zip(started, said, strict=True)]
+        return ended, [json.loads(file.read_text()) if file.exists() else [] for file in left]
 
     return play
+
+
+def start(words: list[str], rank: int, count: int, port: int) -> subprocess.Popen[str]:
+    """On the CPU, as one of several; a launcher gives its own processes their own numbers."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    own = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **own, **{name: str(value) for name, value in ranks.items()}}
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

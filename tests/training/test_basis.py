@@ -31,6 +31,10 @@ from tests.helpers.tiny import save_tiny_sdxl, tiny_unet
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 PARAMS = GenerationParams("a photo of sks dog", seed=3, steps=2, guidance_scale=1.0)
+COMMAND = ("--rank", "3", "--resolution", "64", "--train_batch_size", "1", "--target_modules", "to_q", "conv1")
+NOTE = {"kind": "svd", "sha256": "ab" * 32, "file": ""}
+LAYERS = ["to_q", "conv1"]
+QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +140,6 @@ def test_a_basis_that_is_none_is_said_before_the_base_is_loaded_and_a_recipe_nam
     assert checked_recipe({"basis": "secret.safetensors"}) == ({}, ["--basis names a file"])
 
 
-COMMAND = ("--rank", "3", "--resolution", "64", "--train_batch_size", "1", "--target_modules", "to_q", "conv1")
-
-
 @pytest.fixture
 def subjects(tmp_path):
     for name in ("one", "two"):
@@ -222,24 +223,9 @@ def test_mistakes_are_one_line(subjects, tiny_base, tmp_path, capsys):
     assert said(str(tmp_path / "none"), *subjects).endswith("none: there is no such folder.")
 
 
-NOTE = {"kind": "svd", "sha256": "ab" * 32, "file": ""}
-LAYERS = ["to_q", "conv1"]
-
-
-class OwnBasis:
-    """The basis svd of a model in memory."""
-
-    def __init__(self, unet):
-        self.note = NOTE
-        self.weights = {name: p.detach().clone() for name, p in unet.named_parameters()}
-
-    def layer(self, path, rank):
-        return leading_directions(self.weights[f"{path}.weight"], rank)
-
-
 @pytest.fixture(scope="module")
-def basis():
-    return OwnBasis(tiny_unet())
+def basis(tiny_base):
+    return SvdBasis(tiny_base)
 
 
 def on_basis(basis, rank=4, seed=None, **options):
@@ -364,8 +350,8 @@ def test_a_raw_file_is_a_basis_for_its_own_layers_and_ranks(basis, tmp_path):
     own, there = ({p: moslora.matrices_of(x, "default") for p, x in adapter_layers(u).items()} for u in (unet, twin))
     assert all(torch.equal(own[p].down, there[p].down) and torch.equal(own[p].up, there[p].up) for p in own)
     assert not any(matrices.mixer.any() for matrices in there.values())
-    narrow, twin, path = OwnBasis(tiny_unet()), tiny_unet(), next(iter(own))
-    narrow.weights = {name: weight[:, 1:] for name, weight in narrow.weights.items() if weight.ndim > 1}
+    twin, path = tiny_unet(), next(iter(own))
+    narrow = SimpleNamespace(note=NOTE, layer=lambda path, rank: [one[:, 1:] for one in basis.layer(path, rank)])
     for call, said in (
         (lambda: found.layer(path, 2), r"basis\.safetensors has rank 4 in .*, not 2"),
         (lambda: found.layer("nowhere", 4), r"basis\.safetensors has no layer nowhere"),
@@ -392,9 +378,6 @@ def test_the_basis_svd_is_of_the_files_on_the_disk_and_finite_where_rows_are_equ
     weight = torch.randn(24, 40).repeat_interleave(2, 0)
     for part in (*leading_directions(weight, 40), *leading_directions(weight.T, 40)):
         assert part.half().isfinite().all() and part.abs().max() < 10 * weight.abs().max()
-
-
-QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def mixers_on(basis: frozen.Basis) -> frozen.Mixers:

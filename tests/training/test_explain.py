@@ -22,7 +22,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import explain, loop
 from dreambooth_moslora.training.explain import Figures, advice_after, figures_from, figures_of
 from tests.helpers.few_pictures import few_pictures
-from tests.helpers.tiny_training import paint_photos, tiny_config
+from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
 CONFIG = TrainConfig(instance_prompt="a photo of sks dog", train_batch_size=4, mixed_precision="fp16")
 SCORES = dict(
@@ -31,6 +31,8 @@ SCORES = dict(
 )  # fmt: skip
 RISEN = {"likeness": ((80, 0.66), (160, 0.69), (240, 0.7)), "score": ((80, 0.62), (160, 0.67), (240, 0.66))}
 GOOD = Figures(config=CONFIG, state="done", step=240, photos=5, nearness=0.7, scores=SCORES, **RISEN)
+FAULTY = ("--no_with_prior_preservation", "--max_train_steps=12", "--evaluate_steps=4", "--lr_scheduler=constant")
+SHORT = ("--max_train_steps=80", "--evaluate_steps=40", "--no_find_scale", "--num_validation_images=0")
 
 
 def with_scores(**changes) -> Figures:
@@ -73,6 +75,7 @@ def test_good_figures_get_no_advice_and_bad_ones_three_lines_at_most():
     bad = replace(with_scores(pres=0.5, copied=0.3, clip_t_of_base=0.6), copy_alarm=True, nearness=0.97)
     assert explain.closing_advice(bad) == advice_after(bad)[:3] and len(advice_after(bad)) == 4
     assert explain.closing_advice(replace(GOOD, scores={})) == []
+    assert "likeness at the bare instance prompt (DINO) 0.66" in explain.meanings(GOOD)
     assert len(FAULTS) == sum(inspect.getsource(rule).count("yield ") for rule in explain.RULES)
 
 
@@ -96,28 +99,6 @@ def test_a_run_that_has_the_remedy_gets_the_next_one():
         assert sentence.endswith(end), sentence
     (masks,) = advice_after(replace(GOOD, scores=unmasked | {"clip_t_of_base": 0.6}))
     assert "add masks" in masks and "leak" not in masks
-
-
-RECORDED = dict(
-    dino=0.758, clip_i=0.3458, clip_t=0.5252, pres=0.0048, diversity=0.1214, drift=0.0263,
-    background_leak=0.2947, copied=0.0, score=0.7276, clip_t_of_base=0.9599, drift_of_spread=0.0698,
-    pres_gain=-0.3938, dino_base=0.0978, pres_base=0.0806, dino_bare=0.1831,
-)  # fmt: skip
-"""The cactus with made captions and --instance_prompt_share 0, after 240 steps of `train cactus cactus`."""
-WITH_A_THIRD = dict(
-    dino=0.7332, clip_i=0.3443, clip_t=0.5456, pres=0.0126, diversity=0.137, drift=0.054,
-    background_leak=0.2771, copied=0.0, score=0.7311, clip_t_of_base=0.9971, drift_of_spread=0.1435,
-    pres_gain=-0.353, dino_base=0.0978, pres_base=0.0806, dino_bare=0.8074,
-)  # fmt: skip
-"""The same with the default share."""
-
-
-def test_the_bare_prompt_is_named_where_it_was_never_trained_and_not_where_it_was():
-    event = {"type": "evaluation", "step": 240, "photos": {"count": 5, "nearness": 0.6808, "without_bare_prompt": 5}}
-    never, third = (figures_from([event | scores], PRIOR) for scores in (RECORDED, WITH_A_THIRD))
-    assert [line for line in advice_after(never) if "alone shows 15% of the likeness" in line]
-    assert not [line for line in advice_after(third) if "alone shows" in line]
-    assert "likeness at the bare instance prompt (DINO) 0.18" in explain.meanings(never)
 
 
 def test_what_the_captions_lack_is_read_from_the_photos_of_a_run_that_did_not_note_it(tmp_path):
@@ -185,9 +166,6 @@ def test_frames_of_one_film_are_said_to_be_alike(tiny_base, encoders, tmp_path):
     assert any("nearly one picture" in line for line in said), said
 
 
-FAULTY = ("--no_with_prior_preservation", "--max_train_steps=12", "--evaluate_steps=4", "--lr_scheduler=constant")
-
-
 @pytest.mark.slow
 def test_one_word_trains_scores_and_explains_both_faults_and_the_adapter_wants_more_than_a_weak_scale(tmp_path, capsys):
     shutil.copytree(find_asset("assets/subjects/rocket"), tmp_path / "rocket")
@@ -202,15 +180,12 @@ def test_one_word_trains_scores_and_explains_both_faults_and_the_adapter_wants_m
     assert "a bare rocket went " in capsys.readouterr().out
     said = advice_after(figures_of(run))
     assert any("likeness still rose" in line and "--exposures_per_photo" in line for line in said), said
-    (event,) = [event for event in run.read_metrics() if event["type"] == "scale"]
+    (event,) = logged(run.path, "scale")
     scores = {float(scale): score for scale, score in event["by_scale"].items()}
     assert event["low"] <= event["best"] <= event["high"] and event["best"] > 0.4
     assert scores[event["best"]] >= 0.99 * max(scores.values()) > 1.3 * scores[0.4]
     with safe_open(run.adapter_path, framework="pt") as file:
         assert AdapterMetadata.from_json(file.metadata()["moslora"]).best_scale == event["best"]
-
-
-SHORT = ("--max_train_steps=80", "--evaluate_steps=40", "--no_find_scale", "--num_validation_images=0")
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.base import load
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan.plan import make_plan
@@ -47,72 +48,78 @@ def settings_of(name, **changes):
     return usual | changes
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_photos_become_files_and_a_resumed_run_ends_with_the_same_bytes(name, photos, tmp_path):
-    """With the frozen base as the prior, samples, and a prompt of another length."""
-    base, facts = base_of(name, tmp_path), next(facts for facts in families.FAMILIES if facts.name == name)
-    more = {"with_prior_preservation": True, "prior": "adapter_off", "num_validation_images": 1}
-    config = tiny_config(base, photos, tmp_path / "run", **settings_of(name, **more))
-    done = []
-    train(config, lambda event: done.append(event.kind), lambda: "step" in done)
-    assert train(replace(config, resume_from_checkpoint="latest")).step == 3
-    whole = replace(config, output_dir=str(tmp_path / "whole" / "run"))
-    train(whole)
-    files = [tmp_path / folder / "pytorch_lora_weights.safetensors" for folder in ("run", "whole/run")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    with safe_open(files[0], "pt") as opened:
-        keys, header = set(opened.keys()), json.loads(opened.metadata()["moslora"])
-    assert {key.partition(".")[0] for key in keys} == {facts.denoiser} and header["mixer"] == "orthogonal"
-    assert (tmp_path / "run" / "run.kohya.safetensors").exists() == (facts.denoiser == "unet")
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert f"{facts.pipeline}.from_pretrained" in card and facts.title in card
-    assert describe(files[0])["modules"] == {facts.denoiser: len(keys) // 2}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_encoders_are_gone_before_the_denoiser_comes_and_the_bytes_are_those_of_a_whole_base(
-    name, photos, tmp_path, monkeypatch
-):
-    if name == "sd1":
-        pytest.skip("a UNet comes with its small encoder")
-    more = {"with_prior_preservation": True, "prior": "adapter_off", "num_validation_images": 1}
-    config = tiny_config(base_of(name, tmp_path), photos, tmp_path / "run", **settings_of(name, **more))
-    facts, encoders, orders = next(facts for facts in families.FAMILIES if facts.name == name), [], []
-    load_pipeline, load_denoiser = load.load_pipeline, load.load_denoiser
+@pytest.fixture(scope="module", params=NAMES)
+def trained(request, photos, tmp_path_factory):
+    """A run with the frozen base as the prior, samples, and a prompt of another length: the family's facts, the run's
+    configuration, and what was still there of the encoders when each denoiser came, None for what had gone."""
+    folder, facts = (
+        tmp_path_factory.mktemp(request.param),
+        next(f for f in families.FAMILIES if f.name == request.param),
+    )
+    more = {"with_prior_preservation": True, "prior": "adapter_off", "num_validation_images": 1, "learning_rate": 0.3}
+    config = tiny_config(base_of(facts.name, folder), photos, folder / "run", **settings_of(facts.name, **more))
+    encoders, found, load_pipeline, load_denoiser = [], [], load.load_pipeline, load.load_denoiser
 
     def loaded(*arguments, **options):
         pipeline = load_pipeline(*arguments, **options)
-        assert getattr(pipeline, facts.denoiser) is None
         encoders.extend(weakref.ref(getattr(pipeline, part)) for part in facts.encoders)
         return pipeline
 
-    def denoiser(*arguments, **options):
+    def denoiser(pipeline, *arguments, **options):
         gc.collect()
-        orders.append([reference() for reference in encoders])
-        load_denoiser(*arguments, **options)
+        found.append([getattr(pipeline, facts.denoiser), *(reference() for reference in encoders)])
+        load_denoiser(pipeline, *arguments, **options)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load, "load_pipeline", loaded)
         patch.setattr(load, "load_denoiser", denoiser)
         train(config)
-    assert orders == [[None] * len(facts.encoders)]
-    whole = training_loop(replace(config, output_dir=str(tmp_path / "whole" / "run")), load=frozen_base.load_base)
-    run = next(whole)
+    return facts, config, found
+
+
+def same_files(config, other, names=("pytorch_lora_weights.safetensors", "image_0.png")) -> bool:
+    return all((Path(config.output_dir) / n).read_bytes() == (Path(other.output_dir) / n).read_bytes() for n in names)
+
+
+def test_photos_become_files_that_say_what_they_are(trained):
+    facts, config, _ = trained
+    run = RunDir(config.output_dir)
+    with safe_open(run.adapter_path, "pt") as opened:
+        keys, header = set(opened.keys()), json.loads(opened.metadata()["moslora"])
+    assert {key.partition(".")[0] for key in keys} == {facts.denoiser} and header["mixer"] == "orthogonal"
+    assert run.kohya_path.exists() == (facts.denoiser == "unet")
+    assert f"{facts.pipeline}.from_pretrained" in run.read_card() and facts.title in run.read_card()
+    assert describe(run.adapter_path)["modules"] == {facts.denoiser: len(keys) // 2}
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(trained, tmp_path):
+    _, whole, _ = trained
+    config, done = replace(whole, output_dir=str(tmp_path / "run")), []
+    train(config, lambda event: done.append(event.kind), lambda: "step" in done)
+    assert train(replace(config, resume_from_checkpoint="latest")).step == 3
+    assert same_files(config, whole)
+
+
+def test_the_encoders_are_gone_before_the_denoiser_comes_and_the_bytes_are_those_of_a_whole_base(trained, tmp_path):
+    facts, config, found = trained
+    if facts.name == "sd1":
+        pytest.skip("a UNet comes with its small encoder")
+    assert found == [[None] * (1 + len(facts.encoders))]
+    whole = replace(config, output_dir=str(tmp_path / "run"))
+    steps = training_loop(whole, load=frozen_base.load_base)
+    run = next(steps)
     with suppress(StopIteration):
         while True:
-            run = advanced(whole, run.accumulate_gradients)
-    for file in ("pytorch_lora_weights.safetensors", "image_0.png"):
-        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / "run" / file).read_bytes()
+            run = advanced(steps, run.accumulate_gradients)
+    assert same_files(config, whole)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(name, photos, tmp_path):
-    if name == "flux2":
+def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(trained):
+    facts, config, _ = trained
+    if facts.name == "flux2":
         pytest.skip("the pipeline's own call reads layers 9, 18 and 27, which the tiny encoder lacks")
-    base = base_of(name, tmp_path)
-    train(tiny_config(base, photos, tmp_path / "run", **settings_of(name, learning_rate=0.3)))
-    plain, subject = SubjectPipeline.from_base(base), SubjectPipeline.from_base(base)
-    adapter = subject.load_adapter(tmp_path / "run")
+    plain, subject = (SubjectPipeline.from_base(config.pretrained_model_name_or_path) for _ in range(2))
+    adapter = subject.load_adapter(config.output_dir)
 
     def drawn(pipeline, *adapters):
         params = GenerationParams("a photo of sks dog", steps=2, height_px=64, width_px=64, adapters=adapters)

@@ -28,15 +28,14 @@ from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache, fi
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.photo_stream import PhotoEncoder, PhotoStream, collate
 from dreambooth_moslora.training.prepare import fill, prompt_cache, same_everywhere, too_slow_for_samples
-from tests.helpers.few_steps import few_steps
-from tests.helpers.texts import embeds_of, equal, pooled_of
 from tests.helpers.threads import as_processes
-from tests.helpers.tiny import tiny_sdxl
+from tests.helpers.tiny import embeds_of, equal, few_steps, pooled_of, tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 from tests.training.test_resume import stop_at
 
 RULE = CropRule(resolution_px=64)
+KEYS = [f"{number:02d}" for number in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +234,6 @@ def test_what_the_disk_does_not_give_any_more_ends_the_run_in_one_line(pipeline,
         stream.at(0)
 
 
-KEYS = [f"{number:02d}" for number in range(5)]
-
-
 @pytest.fixture
 def filled(monkeypatch):
     """Fill one cache in each process; returns how many values each computed, or its error."""
@@ -329,9 +325,11 @@ def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_b
     single, half = torch.float32, torch.bfloat16
     cases = [("cuda", single, False, "--mixed_precision bf16"), ("cpu", half, False, "--mixed_precision no")]
     cases += [("cuda", half, False, None), ("cpu", single, False, None), ("cpu", half, True, None)]
+    pipelines = {dtype: load.load_pipeline(tiny_base, dtype=dtype) for dtype in (single, half)}
     for device, dtype, has_bf16, advice in cases:
         monkeypatch.setattr(machine, "has_fast_bf16", lambda has_bf16=has_bf16: has_bf16)
-        pipeline, where = load.load_pipeline(tiny_base, dtype=dtype), torch.device(device)
+        pipeline, where = pipelines[dtype], torch.device(device)
+        pipeline.unet.register_to_config(sample_size=64 // pipeline.vae_scale_factor)
         caplog.clear()
         frozen_base.warn_of_slow_precision(pipeline, where)
         assert not caplog.records

@@ -25,8 +25,12 @@ from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.made_before import planned, usable_class_photos
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny import tiny_sdxl
-from tests.helpers.tiny_clipseg import save_tiny_clipseg
+from tests.helpers.tiny_encoders import save_tiny_clipseg
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+
+MISSING = {"masks": "mask_model CIDAS/clipseg-rd64-refined", "captions": "caption_model Qwen/Qwen3-VL-2B-Instruct"}
+WORDS = ("sks dog", "zwx cat")
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 @pytest.fixture
@@ -62,9 +66,6 @@ def test_masks_are_made_once_weigh_the_loss_and_spare_the_photos(auto, photos, t
     assert asked == ["dog", "dog"] and adapter_sha256(tmp_path / "run") == first
     train(replace(auto, masks="given", output_dir=str(tmp_path / "plain")))
     assert adapter_sha256(tmp_path / "plain") != first
-
-
-MISSING = {"masks": "mask_model CIDAS/clipseg-rd64-refined", "captions": "caption_model Qwen/Qwen3-VL-2B-Instruct"}
 
 
 @pytest.mark.parametrize("asked_for", MISSING)
@@ -141,20 +142,12 @@ def test_captions_are_made_are_learnt_and_leave_the_photos_alone(tiny_base, tmp_
     assert adapter_sha256(tmp_path / "written") == adapter_sha256(run) != adapter_sha256(tmp_path / "plain")
 
 
-WORDS = ("sks dog", "zwx cat")
-
-
 @pytest.fixture
-def pets(tmp_path):
-    """Three photos of a dog and two of a cat."""
+def made(monkeypatch, tmp_path):
+    """Make masks and captions of three dogs and two cats by so many processes; returns what each found or its error,
+    how many answers each asked for, and the files. `is_full(process, answers so far)` ends one."""
     each = [find_photos(paint_photos(tmp_path / words, count), words, 64) for words, count in zip(WORDS, (3, 2))]
-    return [replace(photo, subject=number) for number, found in enumerate(each) for photo in found.photos]
-
-
-@pytest.fixture
-def made(monkeypatch, tmp_path, pets):
-    """Make masks and captions by so many processes; returns what each found or its error, how many answers each asked
-    for, and the files. `is_full(process, answers so far)` ends one."""
+    pets = [replace(photo, subject=number) for number, found in enumerate(each) for photo in found.photos]
     run = as_processes(monkeypatch)
     tables = [{"instance_data_dir": words, "instance_prompt": words} for words in WORDS]
 
@@ -208,9 +201,6 @@ def test_an_error_of_one_ends_all_and_the_next_start_goes_on(made):
     assert str(own) == "full" and str(heard) == "the main process ended: full"
     found, asked, files = made(2)
     assert sum(asked) == 3 and len(files) == 6 and found[0] == found[1]
-
-
-pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 def dogs(folder, seed=7, size=(8, 8)):

@@ -26,6 +26,9 @@ from dreambooth_moslora.training.checkpoint import restore_weights
 from dreambooth_moslora.training.optimizer import FlatProdigy, MovingAverage, make_optimizer, parameter_groups
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
+SHAPE = (48, 32)
+PRODIGY = {"lr": 1.0, "d0": 1e-3, "safeguard_warmup": True}
+
 
 def components(**extra):
     models = {name: torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 8)}) for name in ("unet", "text_encoder")}
@@ -115,9 +118,6 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
         make_optimizer(TrainConfig(optimizer="AdamWScheduleFree"), [])
 
 
-SHAPE = (48, 32)
-
-
 def gone_on(moments: list[torch.Tensor]) -> list[torch.Tensor]:
     """The parameters after one step more than the first, from a file with these first moments."""
     generator, file = torch.Generator().manual_seed(0), BytesIO()
@@ -154,9 +154,6 @@ def test_a_layout_in_the_file_changes_no_number(name):
     dense = [torch.tensor(moment.tolist()) for moment in moments]
     for found, expected in zip(gone_on(moments), gone_on(dense), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-PRODIGY = {"lr": 1.0, "d0": 1e-3, "safeguard_warmup": True}
 
 
 class Reads(TorchDispatchMode):

@@ -28,6 +28,10 @@ from tests.helpers.tiny_training import paint_photos, tiny_config
 pytestmark = pytest.mark.usefixtures("few_steps")
 SIZES = [(96, 64), (64, 80), (72, 72), (90, 60), (70, 71), (300, 200), (64, 64)]
 SQUARES, BUCKETS = CropRule(64), CropRule(64, crops_per_photo=2, bucket_step_px=8)
+TAGS = "sks dog, red collar, on grass, side view"
+PLACED, BARE = ("a photo of sks dog on grass", "a photo of sks dog in snow"), "a photo of sks dog"
+DOG = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
+CAT = {"instance_prompt": "a photo of zwx cat", "class_prompt": "a photo of a cat"}
 
 
 class Numbers:
@@ -129,9 +133,9 @@ def test_the_crop_picture_shows_the_crops_of_the_run_of_each_subject(several):
     config = table.TrainConfig(resolution=64, seed=3, enable_bucket=True, crops_per_photo=2)
     shown = {plan for number, photo in enumerate(photos_of(SIZES)) for plan in plans_of(photo, number, config)}
     assert crop_rule(config) == BUCKETS and shown == {plan for _, plan in views(stream(2), 100)}
-    config = several(seed=5, crops_per_photo=2, crop_zoom=1.5)
+    config = several(seed=5, crops_per_photo=2, crop_zoom=1.5, random_flip=True, repeats=2)
     photos = photo_report(config).photos
-    trained = set(views(instance_streams(config, photos, Numbers(crop_rule(config))), 60))
+    trained = set(views(instance_streams(config, photos, Numbers(crop_rule(config))), 120))
     numbered = ((0, photos[0]), (1, photos[1]), (2, photos[2]), (0, photos[3]))
     assert trained == {(photo.path, plan) for number, photo in numbered for plan in plans_of(photo, number, config)}
 
@@ -185,10 +189,6 @@ def test_a_training_sees_every_size_with_its_own_numbers(prior, tiny_base, photo
         assert torch.equal(batch.time_ids[:, 4:], torch.tensor([[height, width]] * 4, dtype=torch.float32))
     made = [Image.open(path).size for path in (tmp_path / "run" / "class_images").glob("*.png")]
     assert sorted(made) == ([(56, 72), (64, 64), (80, 48)] if prior == "class_images" else [])
-
-
-TAGS = "sks dog, red collar, on grass, side view"
-PLACED, BARE = ("a photo of sks dog on grass", "a photo of sks dog in snow"), "a photo of sks dog"
 
 
 def config(**changes):
@@ -279,10 +279,6 @@ def test_the_bare_prompt_is_of_photos_whose_captions_lack_it_as_one_line_says(tm
     never = bare_prompt_line(config(instance_prompt_share=0), photos)
     assert never == f"{line}they are never shown with it (--instance_prompt_share)"
     assert bare_prompt_line(config(), photos[1:]) is None
-
-
-DOG = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
-CAT = {"instance_prompt": "a photo of zwx cat", "class_prompt": "a photo of a cat"}
 
 
 @pytest.fixture

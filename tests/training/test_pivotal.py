@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, notes_in
 from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, prove_tokens, read_tokens
+from dreambooth_moslora.adapters.raw_file import read_tensors
 from dreambooth_moslora.base.load import encode_text, load_pipeline
 from dreambooth_moslora.cli import verify
 from dreambooth_moslora.cli.main import main
@@ -26,14 +26,15 @@ from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.optimizer import make_optimizer, parameter_groups
 from dreambooth_moslora.ui.generate_values import summary_of
 from dreambooth_moslora.ui.state import AdapterCatalog
-from tests.helpers.texts import embeds_of, equal, pooled_of
-from tests.helpers.tiny_training import paint_photos, tiny_config
+from tests.helpers.tiny import embeds_of, equal, pooled_of
+from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
 PROMPT = "a photo of sks dog"
 DOG = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
 CAT = {"instance_prompt": "a photo of zwx cat", "class_prompt": "a photo of a cat", "initializer_concept": "th cat on"}
 BOTH = "a photo of a sks dog and a zwx cat"
 FILES = ["pets_emb.safetensors", "pets_2_emb.safetensors"]
+LEARNT = {"train_text_encoder_ti": True, "instance_data_dir": "dog"}
 
 
 def test_gradients_reach_the_new_rows_alone_and_other_prompts_are_encoded_as_before(base):
@@ -63,15 +64,39 @@ def run(base, photos, tmp_path_factory):
     return config
 
 
+@pytest.fixture(scope="module")
+def pets(base, tmp_path_factory):
+    """A run of six steps, whose tokens are learnt in the first three; checkpoints after each."""
+    folder = tmp_path_factory.mktemp("runs")
+    tables = [{"instance_data_dir": str(paint_photos(folder / one["instance_prompt"])), **one} for one in (DOG, CAT)]
+    steps = {"subjects": tables, "max_train_steps": 6, "checkpointing_steps": 1, "train_text_encoder_ti": True}
+    config = tiny_config(base, None, folder / "pets", **steps)
+    train(config)
+    return config
+
+
+@pytest.fixture(params=["run", pytest.param("pets", marks=pytest.mark.slow)])
+def either(request):
+    """The run of one subject or that of two."""
+    return request.getfixturevalue(request.param)
+
+
 def rows_at(config, step):
     return load_file(RunDir(config.output_dir).checkpoint_path(step) / "moslora_emb.safetensors")
 
 
-def test_tokens_are_learnt_up_to_the_pivot_and_rest_after_it(run):
-    one, two, three, five = (rows_at(run, step) for step in (1, 2, 3, 5))
-    for key, width in (("clip_l", 16), ("clip_g", 32)):
-        assert one[key].shape == (2, width) and not torch.equal(one[key], two[key])
-        assert torch.equal(two[key], three[key]) and torch.equal(two[key], five[key])
+def test_each_subject_has_tokens_of_its_own_which_are_learnt_up_to_the_pivot_and_rest_after_it(either, base):
+    folder, started = RunDir(either.output_dir), adapters.fresh_tokens(either, load_pipeline(base))
+    words = load_pipeline(base).tokenizer(CAT["initializer_concept"], add_special_tokens=False).input_ids
+    assert [(one.word, one.count) for one in started] == [("sks", 2), ("zwx", len(words))][: len(started)]
+    pivot, last = either.max_train_steps // 2, either.max_train_steps
+    for name, tokens in zip(("moslora_emb", "moslora_2_emb"), started):
+        steps = (pivot - 1, pivot, pivot + 1, last)
+        files = [load_file(folder.checkpoint_path(step) / f"{name}.safetensors") for step in steps]
+        for key, rows in zip(("clip_l", "clip_g"), tokens.rows.values(), strict=True):
+            before, learnt, after, end = (file[key] for file in files)
+            assert rows.shape == before.shape and not (torch.equal(rows, before) or torch.equal(before, learnt))
+            assert torch.equal(learnt, after) and torch.equal(learnt, end)
 
 
 def by_the_card(run, base):
@@ -84,33 +109,37 @@ def by_the_card(run, base):
     return pipe, card
 
 
-def notes_of(folder):
-    """The notes of new tokens in both published files' headers, which are the same, and what was exported."""
-    found = []
-    for path in (folder.adapter_path, folder.kohya_path):
-        with safe_open(path, "pt") as file:
-            found.append(json.loads(file.metadata()["moslora"])["tokens"])
-    assert found[0] == found[1]
-    return found[0], next(e for e in folder.read_metrics() if e["type"] == "export")
-
-
-def test_the_file_is_proved_and_a_stock_diffusers_encodes_the_same_with_it(run, base):
+def test_the_files_are_proved_and_a_stock_diffusers_encodes_the_same_with_them(either, base, tmp_path, capsys):
     """The proof leaves the encoders' tables as they are."""
-    note, exported = notes_of(RunDir(run.output_dir))
-    assert exported["files"][-1] == "dog_emb.safetensors" and exported["proof"]["file_proofs"][-1]["outputs"] == 0.0
-    assert (note["word"], note["count"], note["file"]) == ("sks", 2, "dog_emb.safetensors")
-    stock, card = by_the_card(run, base)
-    found = encode_text(stock, ["a photo of <s0><s1> dog"])
-    pipeline, path = load_pipeline(base), RunDir(run.output_dir).tokens_paths[0]
+    folder, pipeline = RunDir(either.output_dir), load_pipeline(base)
+    paths, (stock, card), (exported,) = folder.tokens_paths, by_the_card(either, base), logged(folder.path, "export")
+    headers = [read_tensors(file)[1]["moslora"] for file in (folder.adapter_path, folder.kohya_path)]
+    notes = [json.loads(header)["tokens"] for header in headers]
+    tokens, names = [read_tokens(path) for path in paths], [path.name for path in paths]
+    assert names == [f"{folder.path.name}_emb.safetensors", "pets_2_emb.safetensors"][: len(paths)]
+    assert exported["files"][-len(paths) :] == names
+    assert all(proof["outputs"] == 0.0 for proof in exported["proof"]["file_proofs"][-len(paths) :])
+    told = [(note["word"], note["count"], note["file"]) for note in (notes[0] if len(paths) > 1 else notes[:1])]
+    assert told == [(one.word, one.count, name) for one, name in zip(tokens, names, strict=True)]
+    assert notes[0] == notes[1]
     plain, parts = encode_text(pipeline, [PROMPT]), (pipeline.text_encoder, pipeline.text_encoder_2)
     before = [part.get_input_embeddings().weight.clone() for part in parts]
-    attached = AttachedTokens(pipeline, [read_tokens(path)])
-    assert prove_tokens([path], attached, [PROMPT])[0].largest == 0.0
+    attached, prompts = AttachedTokens(pipeline, tokens), [PROMPT, CAT["instance_prompt"], BOTH][: 2 * len(paths) - 1]
+    assert all(proof.largest == 0.0 for proof in prove_tokens(paths, attached, prompts))
     assert all(torch.equal(part.get_input_embeddings().weight, kept) for part, kept in zip(parts, before))
-    assert len(pipeline.tokenizer) == len(before[0]) + 2
-    assert equal(found, encode_text(pipeline, [PROMPT])) and not equal(found, plain)
-    assert 'load_file("path/to/this/folder/dog_emb.safetensors")' in card and "a photo of <s0><s1> dog" in card
-    assert "embedding:dog_emb" in card
+    assert len(pipeline.tokenizer) == len(before[0]) + sum(one.count for one in tokens)
+    spelt = spellings_of({one.word: one.count for one in tokens})
+    assert spelled(PROMPT, spelt) == "a photo of <s0><s1> dog" and not equal(encode_text(pipeline, [PROMPT]), plain)
+    for prompt in prompts:
+        assert equal(encode_text(stock, [spelled(prompt, spelt)]), encode_text(pipeline, [prompt]))
+    for one, name in zip(tokens, names, strict=True):
+        assert f'load_file("path/to/this/folder/{name}")' in card and spelt[one.word] in card
+        assert f"embedding:{name.removesuffix('.safetensors')}" in card
+    last = folder.checkpoint_path(either.max_train_steps)
+    assert main(["export", str(last), "--out", str(tmp_path), "--name", folder.path.name]) == 0
+    assert all((tmp_path / name).read_bytes() == (folder.path / name).read_bytes() for name in names)
+    assert main(["info", str(folder.adapter_path)]) == 0
+    assert f"2 for the word sks, in {names[0]}" in capsys.readouterr().out
 
 
 def test_tokens_begin_as_the_words_of_a_concept_and_after_the_pivot_no_optimizer_moves_the_rows(run, base):
@@ -177,7 +206,6 @@ def test_generate_draws_with_the_tokens_and_finds_them_again_by_its_picture(run,
 def test_export_info_verify_and_the_page_know_the_tokens_file_and_its_word(run, photos, tmp_path, capsys):
     folder, tokens = RunDir(run.output_dir), tmp_path / "dog_emb.safetensors"
     assert main(["export", str(folder.checkpoint_path(5)), "--out", str(tmp_path), "--name", "dog"]) == 0
-    assert tokens.read_bytes() == folder.tokens_paths[0].read_bytes()
     assert main(["info", str(tmp_path), str(folder.tokens_paths[0])]) == 0
     said = capsys.readouterr().out
     assert "2 for the word sks, in dog_emb.safetensors" in said and "new tokens of SDXL's text encoders" in said
@@ -243,9 +271,6 @@ def test_the_tokens_that_are_published_are_averaged_as_the_adapter_is(run, tmp_p
         assert any(torch.equal(weight, own[4][name]) for weight in weights)
 
 
-LEARNT = {"train_text_encoder_ti": True, "instance_data_dir": "dog"}
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -274,62 +299,10 @@ def test_the_word_is_diffusers_own_where_the_prompt_has_it_and_stays_inside_anot
     assert spelled("sk, s0, (sk) and s0's; desks", spelt) == "<s0>, <s1><s2>, (<s0>) and <s1><s2>'s; desks"
 
 
-@pytest.fixture(scope="module")
-def pets(base, tmp_path_factory):
-    """A run of six steps, whose tokens are learnt in the first three; checkpoints after each."""
-    folder = tmp_path_factory.mktemp("runs")
-    tables = [{"instance_data_dir": str(paint_photos(folder / one["instance_prompt"])), **one} for one in (DOG, CAT)]
-    steps = {"subjects": tables, "max_train_steps": 6, "checkpointing_steps": 1, "train_text_encoder_ti": True}
-    config = tiny_config(base, None, folder / "pets", **steps)
-    train(config)
-    return config
-
-
-@pytest.fixture(scope="module")
-def live(pets, base):
-    """A pipeline that knows both subjects' tokens."""
-    pipeline = load_pipeline(base)
-    pipeline.set_progress_bar_config(disable=True)
-    AttachedTokens(pipeline, [read_tokens(path) for path in RunDir(pets.output_dir).tokens_paths])
-    return pipeline
-
-
 @pytest.mark.slow
-def test_each_subject_has_tokens_of_its_own_which_are_learnt_together_up_to_the_pivot(pets, base):
-    started = adapters.fresh_tokens(pets, load_pipeline(base))
-    words = load_pipeline(base).tokenizer(CAT["initializer_concept"], add_special_tokens=False).input_ids
-    assert [tokens.word for tokens in started] == ["sks", "zwx"]
-    assert [tokens.count for tokens in started] == [2, len(words)] and len(words) != 2
-    folder = RunDir(pets.output_dir)
-    for name, tokens in zip(("moslora_emb", "moslora_2_emb"), started, strict=True):
-        files = [load_file(folder.checkpoint_path(step) / f"{name}.safetensors") for step in (2, 3, 4, 6)]
-        for key, rows in zip(("clip_l", "clip_g"), tokens.rows.values(), strict=True):
-            second, third, fourth, last = (file[key] for file in files)
-            assert not (torch.equal(rows, second) or torch.equal(second, third))
-            assert torch.equal(third, fourth) and torch.equal(third, last)
-
-
-@pytest.mark.slow
-def test_stock_diffusers_loads_the_proved_files_of_both_subjects(pets, base, live, tmp_path, capsys):
-    pipe, card = by_the_card(pets, base)
-    spelt = spellings_of({"sks": 2, "zwx": read_tokens(RunDir(pets.output_dir).tokens_paths[1]).count})
-    for prompt in (DOG["instance_prompt"], CAT["instance_prompt"], BOTH):
-        assert equal(encode_text(pipe, [spelled(prompt, spelt)]), encode_text(live, [prompt]))
-    assert spelt["zwx"].startswith("<s2><s3>") and "write `<s0><s1>` in its place" in card
-    assert f"write `{spelt['zwx']}` in its place, in ComfyUI `embedding:pets_2_emb`" in card
-    folder = RunDir(pets.output_dir)
-    notes, exported = notes_of(folder)
-    assert exported["files"][-2:] == FILES
-    assert [proof["outputs"] for proof in exported["proof"]["file_proofs"][-2:]] == [0.0, 0.0]
-    assert [(note["word"], note["file"]) for note in notes] == list(zip(("sks", "zwx"), FILES, strict=True))
-    assert main(["export", str(folder.checkpoint_path(6)), "--out", str(tmp_path), "--name", "pets"]) == 0
-    assert all((tmp_path / file).read_bytes() == (folder.path / file).read_bytes() for file in FILES)
-    assert main(["info", str(folder.adapter_path)]) == 0
-    assert f"2 for the word sks, in {FILES[0]}; " in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_subject_pipeline_takes_the_tokens_of_both_and_says_which_are_missing(pets, base, live, tmp_path, caplog):
+def test_the_subject_pipeline_takes_the_tokens_of_both_and_says_which_are_missing(pets, base, tmp_path, caplog):
+    live = load_pipeline(base)
+    AttachedTokens(live, [read_tokens(path) for path in RunDir(pets.output_dir).tokens_paths])
     pipeline = SubjectPipeline.from_base(base)
     pipeline.activate(((pipeline.load_adapter(pets.output_dir), 1.0),))
     whole = embeds_of(encode_text(pipeline.pipeline, [BOTH]))

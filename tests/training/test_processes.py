@@ -15,54 +15,33 @@ from diffusers import StableDiffusionXLPipeline
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.training.loop import train
-from tests.helpers.ranks import ended_ranks
 from tests.helpers.scenes import quick_call
-from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
+from tests.helpers.tiny_training import adapter_sha256, largest_difference, logged, paint_photos, tiny_config
+from tests.training.conftest import MODULE, ROOT
 
 pytestmark = pytest.mark.slow
 
-
-ROOT = Path(__file__).resolve().parents[2]
 GONE = "another process of this run has gone"
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-SCRIPT = ROOT / "tests" / "helpers" / "two_processes.py"
 
 
 def losses(folder: Path) -> list[float]:
-    return [event["loss"] for event in RunDir(folder).read_metrics() if event["type"] == "step"]
+    return [event["loss"] for event in logged(folder)]
 
 
-def launched(config, *flags: str, script: Path, **environment: str) -> str:
-    """Launch it; returns what it said."""
-    file = Path(config.output_dir).with_suffix(".json")
-    file.write_text(json.dumps(config.to_dict()))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    words = [*LAUNCH, *flags, str(script), "--config", str(file)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stderr
-
-
-def test_two_processes_train_one_adapter_and_are_one_process_with_accumulation_two(tiny_base, photos, tmp_path):
+def test_two_processes_train_one_adapter_and_are_one_process_with_accumulation_two(tiny_base, photos, tmp_path, play):
     changes = {"max_train_steps": 4, "with_prior_preservation": True, "prior": "adapter_off"}
     changes |= {"lr_scheduler": "linear", "lr_warmup_steps": 2}
     changes |= {"train_text_encoder_ti": True, "caption_dropout": 0.5}  # a process may have no prompt with the word
     both = tiny_config(tiny_base, photos, tmp_path / "both", **changes)
-    launched(both, "--multi_gpu", script=SCRIPT, ACCELERATE_USE_CPU="true")
-    ranks = [json.loads((tmp_path / "both" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-    assert ranks[0] == ranks[1] and ranks[0]["processes"] == 2
+    ended, ((main,), (other,)) = play([{"config": both}], launch=(*LAUNCH, "--multi_gpu", "--module", MODULE))
+    assert main["adapter"] == other["adapter"] and ended[0][0] == main["code"] == 0, ended
     train(tiny_config(tiny_base, photos, tmp_path / "one", gradient_accumulation_steps=2, **changes))
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-def shown(folder: Path, ranks: int) -> list:
-    """The micro-batches of all processes in the order of their numbers: (number, prompts, hash of the latents)."""
-    found = [note for rank in range(ranks) for note in json.loads((folder / f"shown_{rank}.json").read_text())]
-    return sorted(found, key=lambda micro_batch: micro_batch[0])
-
-
-def test_several_subjects_are_shown_and_learnt_alike_by_two_processes_and_by_one(tiny_base, tmp_path):
+def test_several_subjects_are_shown_and_learnt_alike_by_two_processes_and_by_one(tiny_base, tmp_path, play):
     tables = [
         {
             "instance_data_dir": str(paint_photos(tmp_path / kind, count)),
@@ -73,33 +52,39 @@ def test_several_subjects_are_shown_and_learnt_alike_by_two_processes_and_by_one
     ]
     changes = {"subjects": tables, "with_prior_preservation": True, "prior": "adapter_off", "max_train_steps": 4}
     changes |= {"train_batch_size": 2, "train_text_encoder_ti": True}  # a process may have no prompt with its word
-    both = tiny_config(tiny_base, None, tmp_path / "both", **changes)
-    launched(both, "--multi_gpu", script=SCRIPT, ACCELERATE_USE_CPU="true")
-    one = tiny_config(tiny_base, None, tmp_path / "one", gradient_accumulation_steps=2, **changes)
-    (tmp_path / "one.json").write_text(json.dumps(one.to_dict()))
-    subprocess.run([sys.executable, str(SCRIPT), "--config", str(tmp_path / "one.json")], check=True)
-    assert shown(tmp_path / "both", 2) == shown(tmp_path / "one", 1)
-    prompts = [prompt for _, found, _ in shown(tmp_path / "both", 2) for prompt in found[:2]]
+    shown = []
+    for count in (2, 1):
+        config = tiny_config(tiny_base, None, tmp_path / str(count), gradient_accumulation_steps=3 - count, **changes)
+        ended, played = play([{"config": config}], count)
+        shown.append(sorted((note for (scene,) in played for note in scene["shown"]), key=lambda note: note[0]))
+        assert {code for code, _ in ended} == {0}, ended
+    assert shown[0] == shown[1]
+    prompts = [prompt for _, found, _ in shown[0] for prompt in found[:2]]
     assert len(prompts) == 16 and all(len(set(prompts[at : at + 3])) == 3 for at in range(0, 15, 3))
-    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    assert largest_difference(tmp_path / "both", tmp_path / "one") < 1e-5
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+    assert largest_difference(tmp_path / "2", tmp_path / "1") < 1e-5
 
 
 def test_launched_on_cpus_without_mpi_it_is_one_process_and_says_so(tiny_base, photos, tmp_path):
-    config = tiny_config(tiny_base, photos, tmp_path / "launched", max_train_steps=1)
-    said = launched(config, "--cpu", script=ROOT / "train_dreambooth.py")
-    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes" in said
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(tiny_config(tiny_base, photos, tmp_path / "launched", max_train_steps=1).to_dict()))
+    words = [sys.executable, "-m", *LAUNCH, "--cpu", str(ROOT / "train_dreambooth.py"), "--config", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes" in done.stderr
     train(tiny_config(tiny_base, photos, tmp_path / "plain", max_train_steps=1))
     assert adapter_sha256(tmp_path / "launched") == adapter_sha256(tmp_path / "plain")
 
 
-def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_base, photos, tmp_path, free_port):
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config(tiny_base, photos, tmp_path / "run").to_dict()))
-    ended = ended_ranks("tests.helpers.stopped_process", free_port, "--config", str(tmp_path / "config.json"))
+def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_base, photos, tmp_path, play):
+    """What a library warns of is shown by the main process alone."""
+    config = tiny_config(tiny_base, photos, tmp_path / "run")
+    ended, both = play([{"config": config, "place": "encoded", "rank": 1, "after": 0, "end": "stop"}])
     said = [words for _, words in ended]
-    assert [code for code, _ in ended] == [130, 130], said
-    assert "stopped before the first step" in said[0]
-    assert ["said by every process" in words for words in said] == [True, False]
+    assert [scene["code"] for (scene,) in both] == [130, 130], said
+    assert "stopped before the first step" in said[0] and "encoded" in both[1][0]
+    assert ["every process says: encoded" in words for words in said] == [True, False]
     assert not RunDir(tmp_path / "run").checkpoints()
 
 
@@ -206,38 +191,23 @@ def test_the_others_end_in_a_line_when_the_main_process_is_killed(play, short, t
     assert checkpoints(tmp_path / "0") == ["checkpoint-1"]
 
 
-@pytest.fixture
-def on_cards(play):
-    """Play scenes on two cards; returns what became of each in both processes, and what each process said."""
-
-    def on_cards(*scenes: dict) -> tuple[list[tuple[dict, dict]], list[str]]:
-        ended, both = play(list(scenes), "two_cards", "cards")
-        said = [words for _, words in ended]
-        assert [len(played) for played in both] == [len(scenes)] * 2, said
-        return list(zip(*both, strict=True)), said
-
-    return on_cards
-
-
-def test_cards_with_different_memory_free_train_one_adapter_by_the_smaller(on_cards, tiny_base, photos, tmp_path):
+def test_cards_with_different_memory_free_train_one_adapter_by_the_smaller(play, tiny_base, photos, tmp_path):
     file = tmp_path / "config.json"
     one_word = [str(photos), "dog", "--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64"]
     one_word += ["--max_train_steps", "2", "--num_validation_images", "0", "--report_to", "none"]
     one_word += ["--output_dir", str(tmp_path / "word")]
     planned = tiny_config(tiny_base, photos, tmp_path / "plan", max_train_steps=2, memory="auto")
     file.write_text(json.dumps(planned.to_dict()))
-    played, said = on_cards(
-        {"free": [23.2, 20.8], "flags": [one_word, one_word]},
-        {"free": [23.2, 0.01], "flags": [["--config", str(file), "--cache_cross_attention"]] * 2},
-    )
-    for main, other in played:
-        assert main == other and main["code"] == 0 and main["adapter"], said
+    free_and_flags = [([23.2, 20.8], one_word), ([23.2, 0.01], ["--config", str(file), "--cache_cross_attention"])]
+    ended, both = play([{"free": free, "flags": [flags] * 2} for free, flags in free_and_flags])
+    for main, other in zip(*both, strict=True):
+        assert main["adapter"] == other["adapter"] and main["code"] == other["code"] == 0 and main["adapter"], ended
     word, plan = (json.loads((tmp_path / name / "train_config.json").read_text()) for name in ("word", "plan"))
     assert word["rank"] == 16 and plan["gradient_checkpointing"] is True
-    assert "sdxl_16gb.toml for 21 GiB of free GPU memory" in said[0]
+    assert "sdxl_16gb.toml for 21 GiB of free GPU memory" in ended[0][1]
 
 
-def test_different_flags_and_a_card_that_is_too_small_end_both_in_one_line(on_cards, tiny_base, photos, tmp_path):
+def test_different_flags_and_a_card_that_is_too_small_end_both_in_one_line(play, tiny_base, photos, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(tiny_config(tiny_base, photos, tmp_path / "run").to_dict()))
     own = ["--config", str(file)]
@@ -249,8 +219,9 @@ def test_different_flags_and_a_card_that_is_too_small_end_both_in_one_line(on_ca
         [[str(photos), "dog"], [str(photos), "cat"]],
         [sdxl, sdxl],
     ]
-    played, said = on_cards(*({"free": [23.2, 3.0], "flags": pair} for pair in pairs))
-    assert all(end == {"code": 2, "adapter": None} for both in played for end in both), said
+    ended, both = play([{"free": [23.2, 3.0], "flags": pair} for pair in pairs])
+    said = [words for _, words in ended]
+    assert all((end["code"], end["adapter"]) == (2, None) for played in both for end in played), said
     main, other = ([line for line in words.splitlines() if line.startswith("error: ")] for words in said)
     assert len(main) == len(other) == len(pairs), said
     same = "give all processes the same flags and files."

@@ -28,9 +28,10 @@ from dreambooth_moslora.training import reporter, results
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.model_card import CardFacts, model_card, public_files, push
 from dreambooth_moslora.training.results import ValidationSamples, draw_loss_plot, running_mean
-from tests.helpers.tiny_training import paint_photos, tiny_config
+from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
+DRAWN = {"num_validation_images": 3, "validation_steps": 2}
 
 
 def card(use_dora: bool = False, **changes) -> str:
@@ -161,9 +162,6 @@ def config(tiny_base, tmp_path):
     return lambda **changes: tiny_config(tiny_base, photos, tmp_path / "run", **{"max_train_steps": 3, **changes})
 
 
-DRAWN = {"num_validation_images": 3, "validation_steps": 2}
-
-
 @pytest.mark.slow
 def test_photos_that_were_moved_in_training_cost_their_place_on_the_sheet_only(config, tmp_path, caplog):
     events = []
@@ -211,7 +209,7 @@ def test_a_stop_in_later_pictures_saves_the_step_and_they_are_drawn_when_the_run
     assert result.interrupted and result.step == 2 and run.adapter_path.is_file()
     assert not (run.samples_dir / "step_000002_1.png").exists()
     train(config(resume_from_checkpoint="latest", **DRAWN))
-    assert [event["step"] for event in run.read_metrics() if event["type"] == "sample"] == [0, 2, 3]
+    assert [event["step"] for event in logged(run.path, "sample")] == [0, 2, 3]
 
 
 @pytest.mark.slow
@@ -229,7 +227,7 @@ def test_a_step_that_was_not_scored_is_scored_when_the_run_goes_on(config, tmp_p
     train(config(**plain), evaluator=evaluator, should_stop=lambda: bool(asked))
     assert train(config(resume_from_checkpoint="latest", **plain), evaluator=evaluator).step == 3
     assert asked == [2, 2]
-    assert [e["step"] for e in RunDir(tmp_path / "run").read_metrics() if e["type"] == "evaluation"] == [2]
+    assert [event["step"] for event in logged(tmp_path / "run", "evaluation")] == [2]
 
 
 @pytest.mark.parametrize("damage", [b"", b"x", None])

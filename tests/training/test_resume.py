@@ -24,7 +24,7 @@ from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training.checkpoint import Position, check_resumed, check_whole, find_checkpoint
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_unet
-from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.helpers.tiny_training import adapter_sha256, logged, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 
@@ -48,6 +48,7 @@ KINDS = {
     "text_encoder_dropout_and_dora": BASE_PRIOR | WARM | TEXT,
     "buckets_and_adafactor": BUCKETS | CONVOLUTIONS | {"optimizer": "Adafactor"},
     "prodigy_uncached": TWO_CROPS | {"optimizer": "Prodigy", "learning_rate": 1.0, "caching": "off"},
+    "kronecker": {"mixer": "kronecker", "rank": 8, "mixer_factor": 4},
     "schedule_free": WARM | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
     "adam_8bit_in_bf16": BITS_8 | {"mixed_precision": "bf16", "gradient_checkpointing": True},
     "average": {"use_ema": True},
@@ -146,10 +147,14 @@ def test_a_resumed_run_has_each_step_once_the_new_learning_rate_and_the_seed_it_
     train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None), *stop_at(2))
     drawn = RunDir(tmp_path / "run").read_metrics()[0]["config"]["seed"]
     train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None, **rate))
-    events = RunDir(tmp_path / "run").read_metrics()
-    steps = [(event["step"], event["lr"]) for event in events if event["type"] == "step"]
-    assert steps == [(1, 1e-2), (2, 1e-2), (3, 5e-3), (4, 5e-3), (5, 5e-3)]
-    assert [event["state"] for event in events if event["type"] == "end"] == ["done"]
+    assert [(event["step"], event["lr"]) for event in logged(tmp_path / "run")] == [
+        (1, 1e-2),
+        (2, 1e-2),
+        (3, 5e-3),
+        (4, 5e-3),
+        (5, 5e-3),
+    ]
+    assert [event["state"] for event in logged(tmp_path / "run", "end")] == ["done"]
     train(tiny_config(tiny_base, photos, tmp_path / "again", seed=drawn), *stop_at(2))
     train(tiny_config(tiny_base, photos, tmp_path / "again", seed=drawn, **rate))
     assert adapter_sha256(tmp_path / "again") == adapter_sha256(tmp_path / "run")
@@ -169,21 +174,6 @@ def test_latest_without_a_checkpoint_begins_anew_and_says_so(tiny_base, photos, 
 
 
 @pytest.mark.slow
-def test_an_older_checkpoint_sets_the_later_ones_aside(tiny_base, photos, tmp_path):
-    def config(folder, **changes):
-        return tiny_config(tiny_base, photos, tmp_path / folder, checkpointing_steps=1, **changes)
-
-    train(config("run"))
-    limit = {"checkpoints_total_limit": 2, "learning_rate": 2e-2, "max_train_steps": 4}
-    train(config("run", resume_from_checkpoint="checkpoint-2", **limit))
-    assert [path.name for path in RunDir(tmp_path / "run").checkpoints()] == ["checkpoint-3", "checkpoint-4"]
-    aside = tmp_path / "run" / "earlier_run_1"
-    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
-    names = ("checkpoint-4/moslora_weights.safetensors", "checkpoint-4/optimizer.pt")
-    assert all((aside / name).read_bytes() != (tmp_path / "run" / name).read_bytes() for name in names)
-
-
-@pytest.mark.slow
 def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_called_last(tiny_base, photos, tmp_path):
     """Multiples of `--checkpointing_steps`, the newest `--checkpoints_total_limit` of them."""
     run = RunDir(tmp_path / "run")
@@ -197,8 +187,9 @@ def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_calle
     assert go(7, resume_from_checkpoint="latest") == ["checkpoint-4", "checkpoint-6", "last"]
     seven = adapter_sha256(run.path)
     assert go(8, resume_from_checkpoint="latest") == ["checkpoint-6", "checkpoint-8"]
-    assert [e["step"] for e in run.read_metrics() if e["type"] == "step"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [event["step"] for event in logged(run.path)] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert go(7, resume_from_checkpoint="checkpoint-6") == ["checkpoint-6", "last"]
+    assert [path.name for path in (run.path / "earlier_run_1").glob("checkpoint-*")] == ["checkpoint-8"]
     assert adapter_sha256(run.path) == seven
     go(7, resume_from_checkpoint="checkpoint-6")
     assert (run.path / "earlier_run_2" / "last" / "position.json").is_file()
@@ -416,31 +407,20 @@ def test_a_run_that_is_stopped_before_it_begins_touches_nothing_and_a_resumed_on
     assert (end["type"], end["state"], end["step"]) == ("end", "interrupted", 1)
 
 
-def of_another_program(folder):
-    """What diffusers' script leaves; returns its files' contents by name."""
-    names = [f"checkpoint-2/{name}" for name in ("optimizer.bin", PUBLISHED_NAME)] + [PUBLISHED_NAME, MIXERS_NAME]
-    (folder / "checkpoint-2").mkdir(parents=True)
-    for name in names:
-        (folder / name).write_bytes(name.encode())
-    return contents(folder)
-
-
-def test_what_another_program_left_under_our_names_is_set_aside(tiny_base, photos, tmp_path):
-    run = tmp_path / "run"
-    theirs = of_another_program(run)
-    (run / PUBLISHED_NAME).unlink()
-    del theirs[Path(PUBLISHED_NAME)]
-    train(tiny_config(tiny_base, photos, run, max_train_steps=2, checkpointing_steps=2))
+@pytest.mark.parametrize("source", [None, "checkpoint-1"])
+def test_what_another_program_left_under_our_names_is_set_aside(source, finished, tmp_path):
+    """What diffusers' script leaves, where a run begins, and where it goes on from elsewhere."""
+    run, (folder, config) = tmp_path / "run", finished
+    (run / "checkpoint-2").mkdir(parents=True)
+    for name in ("checkpoint-2/optimizer.bin", f"checkpoint-2/{PUBLISHED_NAME}", PUBLISHED_NAME, MIXERS_NAME):
+        (run / name).write_bytes(name.encode())
+    if source is None:
+        (run / PUBLISHED_NAME).unlink()
+    theirs = contents(run)
+    train(config(output_dir=str(run), checkpointing_steps=2, resume_from_checkpoint=source and str(folder / source)))
     assert contents(run / "earlier_run_1") == theirs
+    assert (run / PUBLISHED_NAME).read_bytes() == (folder / PUBLISHED_NAME).read_bytes()
     assert (run / "checkpoint-2" / "position.json").is_file()
-
-
-def test_a_run_that_goes_on_from_elsewhere_takes_nothing_of_the_folder_for_its_own(finished, tmp_path):
-    source, config = finished
-    theirs = of_another_program(tmp_path / "run")
-    train(config(output_dir=str(tmp_path / "run"), resume_from_checkpoint=str(source / "checkpoint-1")))
-    assert contents(tmp_path / "run" / "earlier_run_1") == theirs
-    assert (tmp_path / "run" / PUBLISHED_NAME).read_bytes() == (source / PUBLISHED_NAME).read_bytes()
 
 
 @pytest.mark.parametrize("resume", [None, "latest"])

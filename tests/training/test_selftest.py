@@ -13,13 +13,12 @@ from torch.utils import backend_registration
 
 from benchmarks.precision import bf16_accelerator
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, selftest
 from dreambooth_moslora.training.selftest import ON_CPU, PROGRAM, Finding, SelfTest
 from dreambooth_moslora.training.step import TrainStep
-from tests.helpers.tiny_training import paint_photos, tiny_config
+from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
 HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
@@ -69,7 +68,7 @@ def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own(tmp_path):
 @pytest.mark.slow
 def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
     """Beside one training on the CPU. The picture is drawn on the CPU in both cases."""
-    program = (sys.executable, "-m", "tests.helpers.python_gpu_program") if HAS_PYTHON_DEVICES else PROGRAM
+    program = (sys.executable, "-m", "tests.helpers.on_python_gpu") if HAS_PYTHON_DEVICES else PROGRAM
     found = {finding.name: finding for finding in SelfTest(tmp_path, program=program).findings()}
     assert list(found) == ["losses, fp32", "published", "resumed", "generated"]
     assert all(finding.holds for finding in found.values()), found
@@ -95,20 +94,6 @@ TRAININGS |= {"text cached, samples": {"cache_cross_attention": True, **SAMPLES}
 COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
 """Each wait leaves the GPU idle until the program has handed it the next kernels: the loss alone is read. And each
 micro-batch is sent at once."""
-
-
-INDEXED = """
-import os, torch
-from tests.helpers.python_gpu import DEVICE
-
-table, rows = torch.arange(4.0), torch.tensor([1, 3])
-assert table.to(DEVICE)[rows].tolist() == table.to(DEVICE)[rows.to(DEVICE)].tolist() == [1.0, 3.0]
-try:
-    table[rows.to(DEVICE)]
-except RuntimeError as error:
-    print(error, flush=True)
-os._exit(0)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +129,8 @@ def run_on_device(device, tiny_base, tmp_path, few_steps):
     return run
 
 
-@pytest.mark.parametrize(
-    "training", ["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in TRAININGS if n != "plain")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("training", TRAININGS)
 def test_a_training_mixes_no_devices_has_the_cpu_s_losses_and_waits_once_a_step(
     run_on_device, tiny_base, tmp_path, training
 ):
@@ -154,7 +138,7 @@ def test_a_training_mixes_no_devices_has_the_cpu_s_losses_and_waits_once_a_step(
     settings = TRAININGS[training]
     found = run_on_device(**settings)
     loop.train(tiny_config(tiny_base, tmp_path / "photos", tmp_path / "cpu", max_train_steps=2, **settings))
-    expected = [event["loss"] for event in RunDir(tmp_path / "cpu").read_metrics() if event["type"] == "step"]
+    expected = [event["loss"] for event in logged(tmp_path / "cpu")]
     assert found["losses"] == pytest.approx(expected, rel=1e-2 if "mixed_precision" in settings else 1e-5)
     if training in COUNTED:
         assert sum(found["waits"].values()) == 1, found["waits"]
@@ -170,15 +154,3 @@ def test_cached_text_needs_no_projection_on_the_device_and_one_more_copy_a_row(r
     assert live["frozen"] - cached["frozen"] == size_of_base(tiny_base, ()).text_projections > 0
     assert sum(cached["waits"].values()) == 1, cached["waits"]
     assert sum(cached["copies"].values()) == 1 + 3, cached["copies"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"target_modules": ["to_q", "conv1"]}, {"allow_tf32": True}])
-def test_an_adapter_is_published_from_a_gpu_that_multiplies_in_tf32(run_on_device, changes):
-    run_on_device(has_tf32=True, **changes)
-
-
-@pytest.mark.skipif(not HAS_PYTHON_DEVICES, reason="this PyTorch has no devices written in Python")
-def test_a_table_of_the_cpu_takes_no_indices_from_the_device_as_with_cuda():
-    said = subprocess.check_output([sys.executable, "-c", INDEXED], text=True, cwd=ROOT)
-    assert said.strip() == "aten::index: indices on pygpu into a tensor of the CPU: (4,)"

@@ -13,7 +13,7 @@ from dreambooth_moslora.extras.cluster.together import Member, train_together
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, step
-from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
+from tests.helpers.tiny_training import adapter_sha256, largest_difference, logged, paint_photos, tiny_config
 from tests.training.test_resume import stop_at
 
 RATE, STEPS = 1e-3, (2, 4, 3)
@@ -40,6 +40,7 @@ def together(runs: list[TrainConfig], most: int, *options: tuple) -> dict[str, l
     return ended
 
 
+@pytest.mark.slow
 def test_each_adapter_is_that_of_its_run_alone_to_rounding(tiny_base, tmp_path):
     """Adam moves a number by up to the learning rate a step whatever its gradient's size: where the gradient is mostly
     rounding, so is that step. So the bound is a part of the rate."""
@@ -53,7 +54,7 @@ def test_each_adapter_is_that_of_its_run_alone_to_rounding(tiny_base, tmp_path):
         one, two = RunDir(config.output_dir), RunDir(other.output_dir)
         assert ended[two.path.name].step == config.max_train_steps
         assert largest_difference(one.path, two.path) < RATE / 20
-        losses = [[e["loss"] for e in run.read_metrics() if e["type"] == "step"] for run in (one, two)]
+        losses = [[event["loss"] for event in logged(run.path)] for run in (one, two)]
         assert len(losses[0]) == config.max_train_steps and losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -95,7 +96,7 @@ def test_a_bad_run_ends_alone(tiny_base, tmp_path, monkeypatch):
         ended = together(runs, most=3)
     assert ended["0"].step == 3 and ended["0"].proof is not None
     assert "the loss is nan at step 2" in str(ended["1"]) and "cannot be read any more" in str(ended["2"])
-    assert [e["state"] for e in RunDir(runs[2].output_dir).read_metrics() if e["type"] == "end"] == ["failed"]
+    assert [event["state"] for event in logged(runs[2].output_dir, "end")] == ["failed"]
     loop.train(replace(runs[0], output_dir=str(tmp_path / "alone")))
     assert largest_difference(tmp_path / "alone", tmp_path / "out" / "0") < RATE / 20
 
