@@ -55,11 +55,14 @@ def draw_contact_sheet(rows: list[Row], path: Path, tile_px: int = 192) -> None:
     draw, font, line_px = ImageDraw.Draw(sheet), font_of(tile_px), line_height(tile_px)
     top = MARGIN_PX
     for row in rows:
-        draw.text((MARGIN_PX, top), row.title, fill=INK, font=font)
+        titles = two_lines(row.title, font, width - 2 * MARGIN_PX)
+        for line, text in enumerate(titles):
+            draw.text((MARGIN_PX, top + line * line_px), text, fill=INK, font=font)
+        first = top + max(1, len(titles)) * line_px
         step = tile_px + GAP_PX + (2 * line_px if row.captions else 0)
         for number, image in enumerate(row.images):
             line, column = divmod(number, columns)
-            left, y = MARGIN_PX + column * (tile_px + GAP_PX), top + line_px + line * step
+            left, y = MARGIN_PX + column * (tile_px + GAP_PX), first + line * step
             sheet.paste(ImageOps.fit(image.convert("RGB"), (tile_px, tile_px)), (left, y))
             for part, text in enumerate(two_lines(row.captions[number], font, tile_px) if row.captions else ()):
                 draw.text((left, y + tile_px + 2 + part * line_px), text, fill=FAINT, font=font)
@@ -78,7 +81,8 @@ def line_height(tile_px: int) -> int:
 def row_height(row: Row, columns: int, tile_px: int) -> int:
     lines = -(-len(row.images) // columns)
     caption = 2 * line_height(tile_px) if row.captions else 0
-    return line_height(tile_px) + lines * (tile_px + GAP_PX + caption) + GAP_PX
+    titles = two_lines(row.title, font_of(tile_px), columns * (tile_px + GAP_PX) - GAP_PX)
+    return max(1, len(titles)) * line_height(tile_px) + lines * (tile_px + GAP_PX + caption) + GAP_PX
 
 
 def two_lines(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:

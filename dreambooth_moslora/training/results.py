@@ -291,7 +291,7 @@ def sheet_rows(
             Row(f"Step 0: the {start}, before training", samples.first(asked), captions),
             Row(
                 f"Step {samples.latest_step}: the same prompts, from the same noise",
-                [samples.latest[n] for n in asked if n < len(samples.latest)],
+                [samples.latest[n] for n in asked if n < len(samples.latest) and samples.latest_step],
                 captions,
             ),
             row_of(

@@ -230,6 +230,22 @@ def test_a_step_that_was_not_scored_is_scored_when_the_run_goes_on(config, tmp_p
     assert [event["step"] for event in logged(tmp_path / "run", "evaluation")] == [2]
 
 
+def test_a_long_title_of_a_sheet_takes_a_second_line_and_the_start_is_shown_once(tmp_path):
+    """A run that was stopped before new samples has those of step 0 alone."""
+    tile, sheets = Image.new("RGB", (64, 64), "red"), []
+    for title in ("IMG.png", "IMG.png; near-duplicate of 0.png"):
+        draw_contact_sheet([Row(title, [tile] * 2)], tmp_path / "sheet.png", tile_px=64)
+        sheets.append(np.asarray(Image.open(tmp_path / "sheet.png").convert("L")))
+    assert len(sheets[1]) > len(sheets[0]) and sheets[1][:, -4:].min() == sheets[1].max()
+    config = TrainConfig(num_validation_images=1, validation_prompt="a dog")
+    samples = ValidationSamples.of(config, RunDir(tmp_path), 1)
+    samples.latest = [tile]
+    samples.save(samples.path(0, 0), tile)
+    for step, shown in ((0, 1), (4, 2)):
+        samples.latest_step = step
+        assert sum(bool(row.images) for row in results.sheet_rows(config, [], samples, [])) == shown
+
+
 @pytest.mark.parametrize("damage", [b"", b"x", None])
 def test_a_damaged_picture_of_step_0_is_left_out_of_the_contact_sheet(damage, tmp_path):
     samples = ValidationSamples(RunDir(tmp_path), [SampleRequest("a dog", seed) for seed in range(2)], [], 1)
