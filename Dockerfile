@@ -24,6 +24,11 @@ ARG EXTRAS=""
 RUN pip install --no-cache-dir -r requirements.txt ${EXTRAS:+"${EXTRAS}"}
 COPY . .
 
+# The user of most machines' first account, so that mounted folders can be written; another: docker run --user.
+RUN mkdir -p runs /hub && chown 1000:1000 runs /hub
+USER 1000
 VOLUME ["/app/runs", "/hub"]
 EXPOSE 7860
+HEALTHCHECK --start-period=5m CMD ["python3", "-c", \
+    "import urllib.request as u; u.urlopen('http://127.0.0.1:7860/', timeout=5)"]
 ENTRYPOINT ["python3", "app.py", "--server_name", "0.0.0.0", "--server_port", "7860"]
