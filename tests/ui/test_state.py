@@ -65,10 +65,11 @@ def test_files_are_named_as_they_lie_in_the_project_or_by_the_bare_name(tmp_path
     assert shelf.public_paths()["dog@20"] == f"{tmp_path.name}/runs/dog/checkpoint-20"
 
 
-def test_links_in_circles_and_pipes_are_no_adapters(tmp_path, shelf, ann):
+def test_links_out_of_the_folder_or_in_circles_and_pipes_are_no_adapters(tmp_path, shelf, ann):
     folder, runs = tmp_path / "adapters", tmp_path / "runs"
-    write_adapter(folder / "dog.safetensors")
-    for link, place in (("loop", "loop"), ("gone", "nowhere")):
+    for adapter in (folder / "dog.safetensors", tmp_path / "secret.safetensors"):
+        write_adapter(adapter)
+    for link, place in (("loop", "loop"), ("gone", "nowhere"), ("out", "../secret")):
         (folder / f"{link}.safetensors").symlink_to(folder / f"{place}.safetensors")
     (folder / "folder.safetensors").mkdir()
     (runs / "cat" / "checkpoint-5").mkdir(parents=True)
