@@ -203,32 +203,27 @@ from gradio.state_holder import SessionState
 from dreambooth_moslora.ui.page import build_app, launch_options
 from dreambooth_moslora.ui.state import AppContext
 
-folder, public = Path(sys.argv[1]), sys.argv[2] == "public"
-folders = {"adapters_dir": folder / "adapters", "runs_dir": folder / "runs"}
+facts = {"base": "toy", "base_name": "toy", "resolution_px": 128, "training": True}
+facts |= {name: Path(sys.argv[1]) / name for name in ("adapters_dir", "runs_dir")}
 own = SessionState.__setitem__
-ctx = AppContext(lambda: None, base="toy", base_name="toy", resolution_px=128, training=True, public=public, **folders)
-page = build_app(ctx, ["a photo of {}"])
-layers = launch_options({("https", "pictures.example.org", 443)} if public else ())["app_kwargs"]["middleware"]
-ctx.visitors.close()
-changed = sorted(name for name in vars(page._queue) if hasattr(Queue, name))
-changed += ["__setitem__"] * (SessionState.__setitem__ is not own)
-is_loaded = "dreambooth_moslora.ui.public" in sys.modules
-print(json.dumps([is_loaded, changed, [layer.cls.__name__ for layer in layers]]))
+for is_public, origins in ((False, ()), (True, {("https", "pictures.example.org", 443)})):
+    ctx = AppContext(lambda: None, public=is_public, **facts)
+    page = build_app(ctx, ["a photo of {}"])
+    layers = launch_options(origins)["app_kwargs"]["middleware"]
+    ctx.visitors.close()
+    changed = sorted(name for name in vars(page._queue) if hasattr(Queue, name))
+    changed += ["__setitem__"] * (SessionState.__setitem__ is not own)
+    is_loaded = "dreambooth_moslora.ui.public" in sys.modules
+    print(json.dumps([is_loaded, changed, [layer.cls.__name__ for layer in layers]]))
 """
 
-GUARDS = ["BodySizeLimit", "UploadQuota", "LoginLimit", "SessionGuard", "UnknownNames", "VisitorCookie"]
 
-
-@pytest.mark.parametrize(
-    ("kind", "found"),
-    [
-        ("local", [False, [], ["BodySizeLimit", "UploadQuota", "VisitorCookie"]]),
-        ("public", [True, ["get_events", "push", "send_message", "__setitem__"], GUARDS]),
-    ],
-)
-def test_what_guards_against_strangers_is_loaded_for_a_public_page_alone(tmp_path, kind, found):
+def test_what_guards_against_strangers_is_loaded_for_a_public_page_alone(tmp_path):
     """And Gradio's own parts stay as they are on a local one."""
-    command = [sys.executable, "-c", BUILT, tmp_path, kind]
+    command = [sys.executable, "-c", BUILT, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == found
+    local, public = map(json.loads, done.stdout.splitlines()[-2:])
+    assert local == [False, [], ["BodySizeLimit", "UploadQuota", "VisitorCookie"]]
+    guards = ["BodySizeLimit", "UploadQuota", "LoginLimit", "SessionGuard", "UnknownNames", "VisitorCookie"]
+    assert public == [True, ["get_events", "push", "send_message", "__setitem__"], guards]
