@@ -41,24 +41,24 @@ def trained(tiny_base, tmp_path_factory):
     return config, untold
 
 
-def train_two_steps(config: TrainConfig) -> None:
-    done = []
-    train(config, lambda event: done.extend([event] * isinstance(event, StepDone)), lambda: len(done) == 2)
-
-
 @pytest.mark.slow
-def test_a_run_and_a_stopped_one_come_out_again(trained, tmp_path, capsys):
+def test_a_run_and_a_stopped_one_which_tells_its_step_come_out_again(trained, tmp_path, capsys):
     config, untold = trained
-    photos = config.instance_data_dir
     assert verified(config, *untold) == 0
     assert capsys.readouterr().out.startswith("equal: the same file, sha256 ")
-    train_two_steps(replace(config, output_dir=str(tmp_path / "dog")))
-    shutil.move(tmp_path / "dog" / KOHYA, tmp_path / "renamed.safetensors")
+    stopped, done = replace(config, output_dir=str(tmp_path / "dog")), []
+    train(stopped, lambda event: done.extend([event] * isinstance(event, StepDone)), lambda: len(done) == 2)
+    assert facts_of(stopped.output_dir).step == 2 and verified(stopped, *untold) == 0
+    shutil.copy(tmp_path / "dog" / KOHYA, tmp_path / "renamed.safetensors")
     note_scale(tmp_path / "renamed.safetensors", 0.8, (0.6, 1.0))
-    command = ["verify", str(tmp_path / "renamed.safetensors"), "--photos", str(photos), *untold]
+    capsys.readouterr()
+    command = ["verify", str(tmp_path / "renamed.safetensors"), "--photos", config.instance_data_dir, *untold]
     assert main([*command, "--step", "2"]) == 0
     said = capsys.readouterr().out
     assert said == "equal: the weights are the same, bit for bit; the header differs in best_scale, usable_scales\n"
+    train(replace(stopped, resume_from_checkpoint="latest"))
+    facts = facts_of(stopped.output_dir)
+    assert facts.step is None and "resume_from_checkpoint" not in facts.withheld
 
 
 @pytest.mark.slow
@@ -334,17 +334,6 @@ def test_a_run_resumed_with_other_settings_and_class_images_of_another_run_canno
     assert "resume_from_checkpoint" in facts_of(config.output_dir).withheld
     train(replace(config, seed=4))
     assert facts_of(config.output_dir).withheld == ("instance_prompt", "class_data_dir")
-
-
-@pytest.mark.slow
-def test_a_stopped_run_tells_its_step_and_comes_out_again(tiny_base, tmp_path, capsys):
-    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos", 2), tmp_path / "dog")
-    train_two_steps(config)
-    assert facts_of(config.output_dir).step == 2
-    assert verified(config, *as_flags(config, ["pretrained_model_name_or_path", "instance_prompt"])) == 0
-    train(replace(config, resume_from_checkpoint="latest"))
-    facts = facts_of(config.output_dir)
-    assert facts.step is None and "resume_from_checkpoint" not in facts.withheld
 
 
 @pytest.mark.slow
