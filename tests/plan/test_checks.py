@@ -169,26 +169,9 @@ def test_dora_on_a_convolution_and_a_layer_that_other_programs_could_not_read_ag
             check_layers((target,), layers, use_dora=False)
 
 
-def pretend(monkeypatch, name: str, major: int, minor: int) -> None:
-    """What torch.cuda says of its only GPU; bf16 itself it says by its own rules."""
-    facts = SimpleNamespace(name=name, major=major, minor=minor, total_memory=16 * 2**30)
-    answers = {
-        "is_available": lambda: True,
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
-        "get_device_name": lambda device=None: name,
-        "get_device_capability": lambda device=None: (major, minor),
-        "get_device_properties": lambda device=None: facts,
-        "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
-        "_check_bf16_tensor_supported": lambda device: True,  # by emulation
-    }
-    for function, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, function, answer)
-
-
 @pytest.fixture
-def t4(monkeypatch):
-    pretend(monkeypatch, "Tesla T4", 7, 5)
+def t4(gpu):
+    gpu(7, name="Tesla T4", minor=5)
 
 
 def asked(**changes):
@@ -213,24 +196,24 @@ def test_a_training_as_a_function_and_the_precision_of_accelerate_launch_are_ref
     asked(mixed_precision="fp16")
 
 
-def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says_so(t4, monkeypatch, capsys):
+def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says_so(t4, gpu, monkeypatch, capsys):
     for precision in ("fp16", "no", None):
         asked(mixed_precision=precision)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     asked(mixed_precision="bf16")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
-    pretend(monkeypatch, "NVIDIA A100", 8, 0)
+    gpu(8)
     asked(mixed_precision="bf16")
     for major, says in ((7, "no: use --mixed_precision fp16"), (8, "yes")):
-        pretend(monkeypatch, "a GPU", major, 0)
+        gpu(major)
         main(["doctor", "--base", "none"])
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["bf16"]]
         assert line.split(maxsplit=1)[1] == says
 
 
-def test_amd_gpus_get_bf16_by_their_architecture(monkeypatch):
+def test_amd_gpus_get_bf16_by_their_architecture(gpu, monkeypatch):
     """ROCm gives the architecture's number as a compute capability: 10.3 for gfx1030."""
-    pretend(monkeypatch, "an AMD GPU", 10, 3)
+    gpu(10, minor=3)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     older = ("gfx1030", "gfx906:sramecc+:xnack-")
     for name in (*older, "gfx90a:sramecc+:xnack-", "gfx942", "gfx1100", "gfx1201"):
