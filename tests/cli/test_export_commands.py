@@ -1,4 +1,4 @@
-"""`export` and `info` as a person calls them, on our files and on other people's."""
+"""`export`, `info` and `generate` as a person calls them, on our files and on other people's."""
 
 import json
 
@@ -114,3 +114,13 @@ def test_info_of_a_hostile_file_is_calm(tensors, header, said, tmp_path, capsys)
     assert call("info", tmp_path / "x.safetensors") == (2 if said else 0)
     shown = capsys.readouterr()
     assert said in shown.err and shown.err.count("\n") <= 1 and "\x1b" not in shown.out + shown.err
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_black_picture_is_explained_as_on_the_page(tiny_base, state, tmp_path, capsys):
+    save_file({key: value * 1e30 for key, value in state.items()}, tmp_path / "huge.safetensors")
+    words = ["generate", "--base", tiny_base, "--prompt", "a dog", "--steps", "1", "--output_dir", tmp_path / "out"]
+    for given, said in ((["--adapter", tmp_path / "huge.safetensors"], True), ([], False)):
+        assert call(*words, *given) == 0
+        black = "note: of the pictures, 1 of them is black: an adapter's values or its scale are too large"
+        assert (black in capsys.readouterr().err) == said
