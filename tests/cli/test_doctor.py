@@ -16,8 +16,6 @@ from dreambooth_moslora.settings import versions
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.settings.versions import OPTIONAL, bad_pairs, installed_versions, needed_ranges, out_of_range
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys):
     assert main(["doctor", "--base", str(tiny_base), "--size", "32", "--json"]) == 0
@@ -41,10 +39,10 @@ def test_doctor_names_bad_pairs_and_missing_libraries_and_takes_builds_and_candi
 
 
 def test_the_ranges_are_those_that_the_installation_asks_for():
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     found = needed_ranges()
     assert {"torch", "peft", "gradio"} <= found.keys() and not found.keys() & set(OPTIONAL)
-    for item in map(Requirement, wanted):
+    for item in map(Requirement, project["dependencies"]):
         assert item.name in OPTIONAL or found[item.name] == item.specifier
 
 

@@ -88,11 +88,13 @@ def test_the_overview_names_every_command(capsys):
     assert all(f"  {name:9} {about}\n" in out for name, (_, about) in COMMANDS.items())
 
 
-MISSING = "missing: --pretrained_model_name_or_path, --instance_prompt, --instance_data_dir"
-
-
 @pytest.mark.parametrize(
-    "words, says", [("--rank 4", MISSING), ("--trian", "unknown flag --trian"), ("--rank 0", "--rank")]
+    "words, says",
+    [
+        ("--rank 4", "missing: --pretrained_model_name_or_path, --instance_prompt, --instance_data_dir"),
+        ("--trian", "unknown flag --trian"),
+        ("--rank 0", "--rank"),
+    ],
 )
 def test_a_mistake_is_one_line_and_exit_2(words, says, capsys):
     assert train_main(words.split()) == 2
