@@ -209,9 +209,6 @@ def api(served, capfd):
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-ASKED = {"data": [], "session_hash": "nobody"}
-
-
 @pytest.mark.parametrize(
     "path, asked",
     [
@@ -223,7 +220,8 @@ ASKED = {"data": [], "session_hash": "nobody"}
     ],
 )
 def test_a_function_a_component_or_a_stream_that_is_not_there(api, path, asked):
-    answer = httpx.get(f"{api}/{path}") if asked is None else httpx.post(f"{api}/{path}", json=ASKED | asked)
+    json = {"data": [], "session_hash": "nobody"} | (asked or {})
+    answer = httpx.get(f"{api}/{path}") if asked is None else httpx.post(f"{api}/{path}", json=json)
     assert answer.status_code == 404 and (asked != {} or answer.text == "there is no such function")
 
 
@@ -331,11 +329,10 @@ def begun(served, size: int) -> http.client.HTTPConnection:
     return connection
 
 
-def test_an_upload_that_promises_too_much_is_refused_before_it_is_read(served):
+def test_an_upload_that_promises_too_much_is_refused_before_it_is_read_and_one_whose_sender_leaves_not_kept(
+    served, stored, kept
+):
     assert begun(served, guard.MAX_UPLOAD_BYTES + MAX_BODY_BYTES + 1).getresponse().status == 413
-
-
-def test_an_upload_whose_sender_leaves_is_not_kept(served, stored, kept):
     connection = begun(served, 8 * MIB)
     connection.send(b"".join(part(FILE, 4)))
     wait_for(lambda: files_in(stored) != kept, 20)
@@ -355,12 +352,17 @@ def mebibyte(served, visitor: str, content: bytes = b"") -> Path:
     return Path(answer.raise_for_status().json()[0])
 
 
-def test_a_visitors_oldest_uploads_make_room_for_the_new_ones(served, monkeypatch):
+def test_the_oldest_uploads_make_room_for_the_newest_which_stays_unless_it_would_fill_the_disk(served, monkeypatch):
     monkeypatch.setattr(guard, "MAX_BYTES_EACH", 3 * MIB)
     others = mebibyte(served, "bob")
     mine = [mebibyte(served, "eve") for _ in range(5)]
     wait_for(lambda: not mine[1].exists(), 20)  # it is noted after the answer
     assert [path.is_file() for path in (*mine, others)] == [False, False, True, True, True, True]
+    monkeypatch.setattr(guard, "MAX_BYTES_EACH", MIB // 2)
+    assert mebibyte(served, "dan").is_file()
+    monkeypatch.setattr(guard, "DISK_RESERVE_BYTES", 2**60)
+    answer = upload(served, b"x" * MIB)
+    assert answer.status_code == 507 and "disk" in answer.text
 
 
 def test_a_file_that_two_visitors_sent_stays_for_the_other(served, monkeypatch):
@@ -371,11 +373,3 @@ def test_a_file_that_two_visitors_sent_stays_for_the_other(served, monkeypatch):
     own, again = mebibyte(served, "cleo"), mebibyte(served, "cleo")
     wait_for(lambda: not own.exists(), 20)
     assert shared.is_file() and again.is_file()
-
-
-def test_the_newest_upload_always_stays_unless_it_would_fill_the_disk(served, monkeypatch):
-    monkeypatch.setattr(guard, "MAX_BYTES_EACH", MIB // 2)
-    assert mebibyte(served, "dan").is_file()
-    monkeypatch.setattr(guard, "DISK_RESERVE_BYTES", 2**60)
-    answer = upload(served, b"x" * MIB)
-    assert answer.status_code == 507 and "disk" in answer.text

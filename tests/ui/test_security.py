@@ -203,16 +203,12 @@ def test_a_forged_session_shows_nobodys_pictures(served):
     assert "TOPSECRET" in answers["ann"] and "TOPSECRET" not in answers["eve"]
 
 
-def test_another_visitors_run_cannot_be_seen_stopped_resumed_or_used(client, served):
-    foreign_run(served)
+def test_another_visitors_run_is_neither_seen_stopped_nor_used_by_names_or_by_private_events(client, served):
+    run = foreign_run(served)
     assert "theirs" not in [row["name"] for row in client.predict(api_name="/adapters")]
     for endpoint in ("/train_status", "/stop_training", "/resume_training"):
         assert "you have no run" in refusal(client, "theirs", api_name=endpoint).lower()
     assert "no adapter" in refusal(client, "a dog", adapter="theirs", **DRAW)
-
-
-def test_private_events_give_nothing_of_others_and_the_owner_what_is_asked(served):
-    run = foreign_run(served)
     config = httpx.get(f"{served.url}config").json()
     private = [d for d in config["dependencies"] if d["api_visibility"] == "private"]
     assert len(private) > 10
