@@ -177,16 +177,13 @@ def test_a_recipes_adapter_is_found_by_content_and_a_changed_one_is_told(tmp_pat
     assert all(word in remark for word, remark in zip(words, remarks, strict=True))
 
 
-TWO_SUBJECTS = {"trigger_words": ["sks duck", "zwx rocket", 3], "class_word": "duck"}
-
-
 @pytest.mark.parametrize(
     "facts, said, subject",
     [
         ({"rank": 8}, "rank 8", ""),
         ({"rank": 4, "ranks": {"a": 1, "b": 23}}, "ranks 1 to 23", ""),
         ({"rank": "8", "ranks": [1]}, "", ""),
-        (TWO_SUBJECTS, "say “sks duck” or “zwx rocket”", "sks duck"),
+        ({"trigger_words": ["sks duck", "zwx rocket", 3]}, "say “sks duck” or “zwx rocket”", "sks duck"),
     ],
 )
 def test_an_adapter_says_its_ranks_and_the_words_of_each_subject(tmp_path, facts, said, subject):

@@ -19,8 +19,6 @@ from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
 from tests.helpers.ui_server import cookie_of, secret_of, serve
 from tests.ui.conftest import event_of, foreign_run, refusal, wait_for
 
-LONG = {"prompt": "a dog", "steps": 100, "num_images": 8}
-
 
 @pytest.fixture
 def busy(served, monkeypatch):
@@ -154,7 +152,7 @@ def test_made_up_cookies_leave_places_at_their_address_to_those_who_had_a_turn(s
 
 def test_a_picture_that_nobody_waits_for_is_not_drawn_to_its_end(served, client, monkeypatch):
     monkeypatch.setattr(public, "UNHEARD_SEC", 1.0)
-    left = [join(served, **LONG, seed=seed).json()["event_id"] for seed in (4, 5)]
+    left = [join(served, steps=100, num_images=8, seed=seed).json()["event_id"] for seed in (4, 5)]
     pictures, *_ = client.predict(prompt="a cat", steps=40, num_images=3, api_name="/generate")  # longer, but heard
     assert len(pictures) == 3 and waiting(served) == 0
     for event in left:
