@@ -62,16 +62,13 @@ def test_the_same_name_is_a_setting_and_a_dash_is_none(page):
     assert wrong(["network_dim"], SAME) and wrong(["rank"], NONE) and wrong(["network_dim"], "`rank`")
 
 
-def test_a_row_names_what_the_program_answers_to_that_flag():
+def test_each_flag_that_the_program_answers_has_a_row_which_names_the_answer():
     said: dict[str, set[str]] = {}
     for _, names, ours, remark in OF_FLAGS:
         for name in FOREIGN_FLAGS.keys() & set(names):
             said.setdefault(name, set()).update(flags_in(ours + remark))
     assert len(said) > 60
     assert {name for name, flags in said.items() if flags_in(FOREIGN_FLAGS[name]) - flags} == set()
-
-
-def test_each_flag_that_the_program_answers_has_a_row():
     named = {name for _, names, _, _ in OF_FLAGS for name in names}
     assert set(FOREIGN_FLAGS) - set(REMOVED_FLAGS) - named == set()
 
