@@ -151,7 +151,7 @@ def test_what_is_wrong_in_a_header_is_named_and_left_out(file_of, capsys):
 
 
 @pytest.mark.parametrize(
-    ("header", "said"),
+    "content, said",
     [
         ({}, "holds no recipe"),
         ({"ss_v2": "False", "ss_sd_model_name": "x", "ss_clip_skip": "2"}, "holds no recipe"),
@@ -161,23 +161,23 @@ def test_what_is_wrong_in_a_header_is_named_and_left_out(file_of, capsys):
         ({"moslora": '{"recipe": {"output_dir": "/etc"}}'}, "none of its settings is valid"),
         ({"ss_network_dim": "x" * 100_000}, "none of its settings is valid"),
         ({"ss_resolution": "(512, 768)"}, "none of its settings is valid"),
+        *(
+            (content, "not a safetensors file")
+            for content in (b"", b"\x80\x02}q", b"\xff" * 64, b"\x08" + b"\0" * 7 + b'{"a": 1}', "x" * 5000)
+        ),
+        *((name, "no such file") for name in ("missing", "dog", "a\0b")),
     ],
 )
-def test_a_header_without_a_usable_recipe_is_one_line(file_of, capsys, header, said):
-    file_of(header)
+def test_a_file_without_a_usable_recipe_is_one_line(file_of, capsys, content, said):
+    file = content if isinstance(content, str) else "a.safetensors"
+    if isinstance(content, dict):
+        file_of(content)
+    elif isinstance(content, bytes):
+        Path(file).write_bytes(content)
     for run in BOTH:
-        assert run([*NEEDED, "--like", "a.safetensors"]) == 2
+        assert run([*NEEDED, "--like", file]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line and "--like" in line
-
-
-@pytest.mark.parametrize("content", [b"", b"\x80\x02}q", b"\xff" * 64, b'\x08\0\0\0\0\0\0\0{"a": 1}'])
-def test_another_file_is_one_line(file_of, tmp_path, capsys, content):
-    (tmp_path / "b.safetensors").write_bytes(content)
-    for name in ("b.safetensors", "missing", "dog", "x" * 5000, "a\0b"):
-        assert train_main([*NEEDED, "--like", name]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert "--like" in line and ("not a safetensors file" in line or "no such file" in line)
 
 
 OFF = {"new_backgrounds": 0, "background_scenes": []}
