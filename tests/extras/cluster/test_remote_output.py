@@ -90,7 +90,7 @@ def pushed(folder: Path, *steps: int) -> Mirror:
     return mirror
 
 
-def test_a_folder_comes_back_as_it_was_and_locks_and_temporaries_stay(tmp_path):
+def test_a_folder_comes_back_as_it_was_without_locks_and_only_what_has_changed_is_sent(tmp_path, store):
     mirror = pushed(tmp_path / "a", 1, 2)
     for name in ("run.lock", ".worker.lock", ".checkpoint-3.17-ab.new"):
         (mirror.folder / name).write_text("x")
@@ -99,10 +99,6 @@ def test_a_folder_comes_back_as_it_was_and_locks_and_temporaries_stay(tmp_path):
     names = sorted(str(path.relative_to(other.folder)) for path in other.folder.rglob("*") if path.is_file())
     assert len(names) == 7 and names[-1] == "metrics.jsonl" and steps_in(other.folder) == TWO
     assert all((other.folder / name).read_bytes() == (mirror.folder / name).read_bytes() for name in names)
-
-
-def test_what_is_equal_is_not_sent_again_and_what_is_gone_here_goes_there(tmp_path, store):
-    mirror = pushed(tmp_path / "a", 1, 2)
     RunDir(mirror.folder).rotate(1)
     store.sent.clear()
     mirror.push()
@@ -143,17 +139,27 @@ def test_a_checkpoint_with_a_flipped_byte_is_left_out_whole_and_mended(tmp_path,
     assert steps_in(third.folder) == TWO
 
 
-def test_what_fails_for_a_moment_is_tried_again(tmp_path, store):
+def test_what_fails_for_a_moment_is_tried_again_and_what_fails_for_ever_is_not(tmp_path, store):
     tries: list[str] = []
+    forever = type("NoCredentialsError", (Exception,), {})  # as botocore's own
 
     def fail_twice(path: str) -> None:
         tries.append(path)
         if tries.count(path) < 3:
             raise TimeoutError("slow down")
 
+    def fail(path: str) -> None:
+        tries.append(path)
+        raise forever("Unable to locate credentials")
+
     store.fault = staticmethod(fail_twice)
     mirror = pushed(tmp_path / "a", 1)
     assert "checkpoint-1/optimizer.pt" in read_manifest(mirror.bucket).files
+    store.fault = staticmethod(fail)
+    tries.clear()
+    with pytest.raises(UserError, match=r"fleet/a: Unable to locate credentials\.$"):
+        Bucket(FLEET).read("a")
+    assert len(tries) == 1
 
 
 def test_one_who_was_taken_for_lost_writes_no_more(tmp_path, store):
@@ -466,16 +472,3 @@ def test_a_url_without_a_bucket_that_others_see_is_refused(url, tmp_path, capsys
     command = ["fleet", str(tmp_path / "photos"), "--out", url, "--pretrained_model_name_or_path", "toy"]
     assert main([*command, "--instance_prompt", "a dog", "--dry_run"]) == 2
     assert capsys.readouterr().err == f"error: {url}: names no bucket that several machines see; {HOW}\n"
-
-
-def test_what_fails_for_ever_is_not_tried_again(store):
-    asked, error = [], type("NoCredentialsError", (Exception,), {})  # as botocore's own
-
-    def fault(path: str) -> None:
-        asked.append(path)
-        raise error("Unable to locate credentials")
-
-    store.fault = staticmethod(fault)
-    with pytest.raises(UserError, match=r"fleet/a: Unable to locate credentials\.$"):
-        Bucket(FLEET).read("a")
-    assert len(asked) == 1
