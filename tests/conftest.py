@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +70,23 @@ def only_its_own_log():
     root.setLevel(level)
     for handler in set(root.handlers) - before:
         root.removeHandler(handler)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretend that torch.cuda has one GPU with so much free, and so much in this process's hands."""
+    import torch
+
+    def put(major: int, free_gib: float = 80, own_gib: float = 0, name: str = "Some Card <3", minor: int = 0) -> None:
+        facts = SimpleNamespace(name=name, major=major, minor=minor, total_memory=80 * 2**30)
+        answers = {"is_available": True, "current_device": 0, "device_count": 1, "get_device_name": name}
+        answers |= {"get_device_capability": (major, minor), "get_device_properties": facts}
+        answers |= {"mem_get_info": (int(free_gib * 2**30), 80 * 2**30), "memory_reserved": int(own_gib * 2**30)}
+        answers["_check_bf16_tensor_supported"] = True  # by emulation
+        for function, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, function, lambda *_, answer=answer, **__: answer)
+
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -38,9 +38,6 @@ def test_every_shifted_task_contradicts_the_known_one_of_its_token():
         shifted, known = (draw(t, 200, torch.Generator().manual_seed(0)) for t in (task, KNOWN[task.token]))
         assert shifted[0][:, :8].equal(known[0][:, :8]), name
         assert (shifted[1] == known[1]).all(dim=1).float().mean() < 0.15, name
-
-
-def test_a_place_without_a_symbol_is_no_label():
     inputs, labels = draw(KNOWN["add"], 5, torch.Generator().manual_seed(0))
     assert inputs.shape == (5, 13) and (labels[:, 3:] == NO_LABEL).all() and (labels[:, :3] >= 0).all()
 

@@ -1,4 +1,4 @@
-"""`export` and `info` as a person calls them, on our files and on other people's."""
+"""`export`, `info` and `generate` as a person calls them, on our files and on other people's."""
 
 import json
 
@@ -30,15 +30,14 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_export_needs_no_base_and_equals_the_file_of_the_live_adapter(checkpoint, tmp_path, capsys):
+def test_export_needs_no_base_equals_the_file_of_the_live_adapter_and_says_what_the_rank_became(
+    checkpoint, tmp_path, capsys
+):
     assert call("export", checkpoint, "--out", tmp_path / "dog") == 0
     shown = capsys.readouterr().out
     assert "largest relative difference" in shown and "dog.kohya.safetensors" in shown
     files = load_file(checkpoint / PUBLISHED_NAME), load_file(tmp_path / "dog" / PUBLISHED_NAME)
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
-
-
-def test_export_says_what_the_rank_became(checkpoint, tmp_path, capsys):
     assert call("export", checkpoint / RAW_NAME, "--out", tmp_path, "--dtype", "fp16", "--keep", "0.7") == 0
     assert "Rank reduced: 352 to " in capsys.readouterr().out
 
@@ -89,6 +88,9 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
     assert facts["modules"] == {"text_encoder": 1} and facts["trigger_words"] == "sks, grass"
     assert describe(tmp_path / "old.safetensors")["modules"] == {"unet": 1}
     assert describe(tmp_path / "lokr.safetensors")["kind"] == "LyCORIS LoKr"
+    unfolded = {"lora_A.weight": torch.ones(2, 3), "lora_B.up": torch.ones(3, 2), "lora_B.mixer": torch.ones(2, 2)}
+    save_file({f"base_model.model.x.{k}": t for k, t in unfolded.items()}, tmp_path / "peft.safetensors")
+    assert describe(tmp_path / "peft.safetensors")["kind"] == "MoSLoRA in PEFT's form, unfolded"
     save_file({"weight": up}, tmp_path / "model.safetensors")
     assert call("info", tmp_path / "model.safetensors", tmp_path / "old.safetensors") == 2
     shown = capsys.readouterr()
@@ -114,7 +116,11 @@ def test_info_of_a_hostile_file_is_calm(tensors, header, said, tmp_path, capsys)
     assert said in shown.err and shown.err.count("\n") <= 1 and "\x1b" not in shown.out + shown.err
 
 
-def test_info_knows_an_unfolded_file_of_peft(tmp_path):
-    unfolded = {"lora_A.weight": torch.ones(2, 3), "lora_B.up": torch.ones(3, 2), "lora_B.mixer": torch.ones(2, 2)}
-    save_file({f"base_model.model.x.{k}": t for k, t in unfolded.items()}, tmp_path / "x.safetensors")
-    assert describe(tmp_path / "x.safetensors")["kind"] == "MoSLoRA in PEFT's form, unfolded"
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_black_picture_is_explained_as_on_the_page(tiny_base, state, tmp_path, capsys):
+    save_file({key: value * 1e30 for key, value in state.items()}, tmp_path / "huge.safetensors")
+    words = ["generate", "--base", tiny_base, "--prompt", "a dog", "--steps", "1", "--output_dir", tmp_path / "out"]
+    for given, said in ((["--adapter", tmp_path / "huge.safetensors"], True), ([], False)):
+        assert call(*words, *given) == 0
+        black = "note: of the pictures, 1 of them is black: an adapter's values or its scale are too large"
+        assert (black in capsys.readouterr().err) == said

@@ -131,12 +131,6 @@ def test_nothing_that_a_config_file_says_of_its_own_subject_reaches_another(phot
     assert parse_train_config([*photos, "--config", "rocket.toml", "--mask_prompt", "dog"]).mask_prompt == "dog"
 
 
-def test_photos_without_a_gpu_get_the_embedded_base_and_are_told_so(photos, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "least_free_gib", lambda **later: None)
-    assert parse_train_config(photos).pretrained_model_name_or_path == "toy"
-    assert "the embedded base knows toys alone (--pretrained_model_name_or_path)" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("gb", RECIPES)
 def test_on_a_gpu_the_recipe_for_its_memory_is_taken_and_fits(photos, monkeypatch, gb):
     monkeypatch.setattr(memory, "least_free_gib", lambda **later: 0.95 * gb)
@@ -146,6 +140,18 @@ def test_on_a_gpu_the_recipe_for_its_memory_is_taken_and_fits(photos, monkeypatc
     assert config.with_prior_preservation and config.prior == "adapter_off" and config.evaluate_steps is None
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
     assert estimate(config, BaseSize(), 400).peak_gib <= 0.95 * gb
+
+
+def test_without_a_gpu_or_with_another_one_the_embedded_base_or_the_nearest_recipe_is_taken(
+    photos, monkeypatch, capsys
+):
+    names = [recipe_settings(STOCK_SDXL, free)[0] for free in (None, 2.0, 7.3, 11.0, 80.0)]
+    assert names == [f"sdxl_{gb}gb.toml" for gb in (12, 6, 8, 12, 24)]
+    another = parse_train_config([*photos, "--pretrained_model_name_or_path", "someone/another-xl"])
+    assert another.variant is None and another.mixed_precision == "bf16"  # stock SDXL alone has files in fp16
+    monkeypatch.setattr(memory, "least_free_gib", lambda **later: None)
+    assert parse_train_config(photos).pretrained_model_name_or_path == "toy"
+    assert "the embedded base knows toys alone (--pretrained_model_name_or_path)" in capsys.readouterr().err
 
 
 def test_a_word_of_memory_takes_the_place_of_the_recipes_own_plan(photos, monkeypatch):
@@ -168,11 +174,6 @@ def test_sdxl_is_scored_where_both_encoders_are_here(photos, tmp_path, monkeypat
         assert ("scores: none" in capsys.readouterr().err) == (steps is None)
 
 
-def test_recipes_by_memory():
-    names = [recipe_settings(STOCK_SDXL, free)[0] for free in (None, 2.0, 7.3, 11.0, 80.0)]
-    assert names == [f"sdxl_{gb}gb.toml" for gb in (12, 6, 8, 12, 24)]
-
-
 def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):
     monkeypatch.setattr(precision, "has_fast_bf16", lambda: False)
     words = [*photos, "--pretrained_model_name_or_path", STOCK_SDXL]
@@ -181,11 +182,6 @@ def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):
     assert "precision: fp32, as this CPU has no bf16 (--mixed_precision)" in capsys.readouterr().err
     assert chosen.num_validation_images is chosen.validation_steps is None  # the trainer draws none there
     assert parse_train_config([*words, "--mixed_precision", "bf16"]).mixed_precision == "bf16"
-
-
-def test_another_base_than_stock_sdxl_is_not_asked_for_fp16_files(photos):
-    config = parse_train_config([*photos, "--pretrained_model_name_or_path", "someone/another-xl"])
-    assert config.variant is None and config.mixed_precision == "bf16"
 
 
 def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(photos, monkeypatch):

@@ -41,24 +41,24 @@ def trained(tiny_base, tmp_path_factory):
     return config, untold
 
 
-def train_two_steps(config: TrainConfig) -> None:
-    done = []
-    train(config, lambda event: done.extend([event] * isinstance(event, StepDone)), lambda: len(done) == 2)
-
-
 @pytest.mark.slow
-def test_a_run_and_a_stopped_one_come_out_again(trained, tmp_path, capsys):
+def test_a_run_and_a_stopped_one_which_tells_its_step_come_out_again(trained, tmp_path, capsys):
     config, untold = trained
-    photos = config.instance_data_dir
     assert verified(config, *untold) == 0
     assert capsys.readouterr().out.startswith("equal: the same file, sha256 ")
-    train_two_steps(replace(config, output_dir=str(tmp_path / "dog")))
-    shutil.move(tmp_path / "dog" / KOHYA, tmp_path / "renamed.safetensors")
+    stopped, done = replace(config, output_dir=str(tmp_path / "dog")), []
+    train(stopped, lambda event: done.extend([event] * isinstance(event, StepDone)), lambda: len(done) == 2)
+    assert facts_of(stopped.output_dir).step == 2 and verified(stopped, *untold) == 0
+    shutil.copy(tmp_path / "dog" / KOHYA, tmp_path / "renamed.safetensors")
     note_scale(tmp_path / "renamed.safetensors", 0.8, (0.6, 1.0))
-    command = ["verify", str(tmp_path / "renamed.safetensors"), "--photos", str(photos), *untold]
+    capsys.readouterr()
+    command = ["verify", str(tmp_path / "renamed.safetensors"), "--photos", config.instance_data_dir, *untold]
     assert main([*command, "--step", "2"]) == 0
     said = capsys.readouterr().out
     assert said == "equal: the weights are the same, bit for bit; the header differs in best_scale, usable_scales\n"
+    train(replace(stopped, resume_from_checkpoint="latest"))
+    facts = facts_of(stopped.output_dir)
+    assert facts.step is None and "resume_from_checkpoint" not in facts.withheld
 
 
 @pytest.mark.slow
@@ -117,13 +117,15 @@ def answer(capsys):
 PLAIN = AdapterMetadata(4, 4, class_word="dog", **NAMED)
 
 
-def test_what_is_not_known_is_named_and_nothing_is_called_different_before_it_is_given(answer):
+def test_nothing_is_called_different_that_rounding_may_explain_or_before_what_is_not_known_is_given(answer):
     code, said = answer(replace(PLAIN, withheld=("leave_out", "init_adapter")), "--leave_out", "1.png")
     assert code == 2 and said.startswith("cannot tell: ")
     assert "with --init_adapter, whose value is not in the file; give it" in said and "with --leave_out" not in said
     assert answer(replace(PLAIN, withheld=("leave_out",)), "--leave_out", "1.png")[0] == 1
     code, said = answer(replace(PLAIN, withheld=("resume_from_checkpoint",)), "--nothing_else")
     assert code == 2 and "resumed with other settings" in said
+    code, said = answer(PLAIN, "--nothing_else", change=1e-3)
+    assert code == 2 and "differ by 1.0e-03 of the adapter, as they can by rounding" in said
 
 
 def test_a_file_that_lists_nothing_may_be_of_an_earlier_version(answer):
@@ -134,11 +136,6 @@ def test_a_file_that_lists_nothing_may_be_of_an_earlier_version(answer):
     assert code == 2 and "--prior_prompts" not in said and "--nothing_else" in said
     assert answer(prior, "--nothing_else")[0] == 1 and answer(prior, change=0.0)[0] == 0
     assert answer(replace(prior, public={"prior_prompts": ["a cup"]}))[0] == 1
-
-
-def test_a_difference_that_rounding_may_explain_is_not_called_different(answer):
-    code, said = answer(PLAIN, "--nothing_else", change=1e-3)
-    assert code == 2 and "differ by 1.0e-03 of the adapter, as they can by rounding" in said
 
 
 def test_the_step_is_the_files_unless_it_is_said(monkeypatch):
@@ -176,9 +173,6 @@ def facts(**entries) -> AdapterMetadata:
     return AdapterMetadata(4, 4, **{"recipe": {"seed": 1}} | entries)
 
 
-BASIS = {"kind": "file", "sha256": "0", "file": "b.safetensors"}
-
-
 @pytest.mark.parametrize(
     ("header", "says"),
     [
@@ -188,7 +182,7 @@ BASIS = {"kind": "file", "sha256": "0", "file": "b.safetensors"}
         (AdapterMetadata(4, 4), "it holds no recipe"),
         (facts(subject_prompts=("a", "b")), "2 subjects; give --subjects"),
         (facts(processes=2), "2 processes"),
-        (facts(basis=BASIS), "give that file with --basis"),
+        (facts(basis={"kind": "file", "sha256": "0", "file": "b.safetensors"}), "give that file with --basis"),
         (facts(recipe={"seed": 1, "x": 2}), "not known here"),
         (facts(), "give --pretrained_model"),
         (facts(base_id="toy"), "give --instance_prompt"),
@@ -334,17 +328,6 @@ def test_a_run_resumed_with_other_settings_and_class_images_of_another_run_canno
     assert "resume_from_checkpoint" in facts_of(config.output_dir).withheld
     train(replace(config, seed=4))
     assert facts_of(config.output_dir).withheld == ("instance_prompt", "class_data_dir")
-
-
-@pytest.mark.slow
-def test_a_stopped_run_tells_its_step_and_comes_out_again(tiny_base, tmp_path, capsys):
-    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos", 2), tmp_path / "dog")
-    train_two_steps(config)
-    assert facts_of(config.output_dir).step == 2
-    assert verified(config, *as_flags(config, ["pretrained_model_name_or_path", "instance_prompt"])) == 0
-    train(replace(config, resume_from_checkpoint="latest"))
-    facts = facts_of(config.output_dir)
-    assert facts.step is None and "resume_from_checkpoint" not in facts.withheld
 
 
 @pytest.mark.slow

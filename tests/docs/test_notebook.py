@@ -18,14 +18,7 @@ SHORTER = {
     "num_images=2, seed=7": "num_images=2, steps=3, seed=7",
     "num_inference_steps=25": "num_inference_steps=3",
 }
-"""What each cell says, and what it says in the test: fewer steps and pictures."""
-
-
-def shortened(cell: str, runs: Path) -> str:
-    """The same cell with fewer steps and a run folder of the test."""
-    for words, fewer in SHORTER.items():
-        cell = cell.replace(words, fewer)
-    return cell.replace('RUNS = Path("runs")', f"RUNS = Path({str(runs)!r})")
+"""What a cell says, and what it says in the test: fewer steps and pictures."""
 
 
 def test_it_holds_programs_and_no_outputs():
@@ -42,7 +35,9 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     names: dict = {}
     assert all(any(words in cell for cell in CODE) for words in SHORTER)
     for cell in CODE:
-        exec(compile(shortened(cell, tmp_path), "three_ways.ipynb", "exec"), names)
+        for words, fewer in (SHORTER | {'RUNS = Path("runs")': f"RUNS = Path({str(tmp_path)!r})"}).items():
+            cell = cell.replace(words, fewer)
+        exec(compile(cell, "three_ways.ipynb", "exec"), names)
     assert names["STEPS"] == 4 and (tmp_path / "notebook" / "pytorch_lora_weights.safetensors").is_file()
     assert names["checked"].returncode == 0 and len(names["pictures"]) == 2
     assert isinstance(names["image"], Image.Image)

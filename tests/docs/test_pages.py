@@ -10,7 +10,7 @@ from PIL import Image
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, REMOVED_FLAGS, unknown_flag_message
+from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, REMOVED_FLAGS
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.settings.table import SETTINGS
 from tests.helpers.tiny_training import paint_photos
@@ -50,8 +50,10 @@ def wrong(names: list[str], ours: str) -> list[str]:
     return [] if "`--" in ours else names
 
 
-def test_the_tables_were_found():
+def test_the_tables_and_the_lines_were_found():
     assert {page: len(rows(page)) > 40 for page in PAGES} == dict.fromkeys(PAGES, True)
+    assert len(TRAININGS) >= 7 and len(WALK) >= 8
+    assert {line.split()[3] for line in WALK} == {"check", "caption", "train", "generate", "explain"}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -60,23 +62,15 @@ def test_the_same_name_is_a_setting_and_a_dash_is_none(page):
     assert wrong(["network_dim"], SAME) and wrong(["rank"], NONE) and wrong(["network_dim"], "`rank`")
 
 
-def test_a_row_names_what_the_program_answers_to_that_flag():
+def test_each_flag_that_the_program_answers_has_a_row_which_names_the_answer():
     said: dict[str, set[str]] = {}
     for _, names, ours, remark in OF_FLAGS:
         for name in FOREIGN_FLAGS.keys() & set(names):
             said.setdefault(name, set()).update(flags_in(ours + remark))
     assert len(said) > 60
     assert {name for name, flags in said.items() if flags_in(FOREIGN_FLAGS[name]) - flags} == set()
-
-
-def test_each_flag_that_the_program_answers_has_a_row():
     named = {name for _, names, _, _ in OF_FLAGS for name in names}
     assert set(FOREIGN_FLAGS) - set(REMOVED_FLAGS) - named == set()
-
-
-def test_a_flag_of_another_program_ends_with_one_line_that_names_ours(capsys):
-    assert train_main(["--network_dim", "16"]) == 2
-    assert capsys.readouterr().err.strip() == f"error: {unknown_flag_message('--network_dim')}"
 
 
 def test_a_preset_of_onetrainer_is_refused_by_its_first_name(tmp_path, capsys):
@@ -126,11 +120,6 @@ def run(line: str, *more: str) -> int:
     raise LookupError(line)
 
 
-def test_the_lines_were_found():
-    assert len(TRAININGS) >= 7 and len(WALK) >= 8
-    assert {line.split()[3] for line in WALK} == {"check", "caption", "train", "generate", "explain"}
-
-
 @pytest.mark.parametrize("line", PLANNED)
 def test_each_training_of_the_pages_is_planned(line, capsys):
     assert run(line, "--dry_run") == 0
@@ -146,11 +135,6 @@ def test_what_the_walk_says_is_printed_is_what_is_printed(capsys):
     assert all(choice in page for choice in said.err.splitlines() if ": " in choice)
     cost = [row for row in said.out.splitlines() if row.startswith(("  memory: ", "  speed: "))]
     assert len(cost) == 2 and all(row in page for row in cost)
-
-
-def test_the_photos_are_checked(photos, capsys):
-    assert run("python -m dreambooth_moslora check photos/dog") == 0
-    assert "5 usable" in capsys.readouterr().out and Path("dog_crops.png").is_file()
 
 
 @pytest.mark.slow

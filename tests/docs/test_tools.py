@@ -55,15 +55,12 @@ def photo_and_mask(box) -> tuple[Image.Image, Image.Image]:
     return Image.merge("RGB", [mask] * 3), mask
 
 
-def test_a_photo_is_cut_around_its_subject():
+def test_a_photo_is_cut_around_its_subject_and_one_in_the_middle_stays_there():
     photo, mask = photo_and_mask((4, 60, 20, 75))  # at the left, low
     wide, tall = bare_photos.cut(photo, mask, wide=True), bare_photos.cut(photo, mask, wide=False)
     assert wide.size == (80, 60) and tall.size == (60, 80)
     white = mask.histogram()[255]
     assert [one.convert("L").histogram()[255] for one in (wide, tall)] == [white, white]
-
-
-def test_a_subject_in_the_middle_stays_there():
     photo, mask = photo_and_mask((30, 35, 49, 44))
     assert bare_photos.cut(photo, mask, wide=True).getbbox() == (30, 25, 50, 35)
     assert bare_photos.cut(photo, mask, wide=False).getbbox() == (20, 35, 40, 45)

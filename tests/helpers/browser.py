@@ -73,8 +73,8 @@ def visit(browser: Browser, url: str, *, size: tuple[int, int] = (1280, 900), da
     )
     context.set_default_timeout(PATIENCE_MS)
     visited = Visit(context.new_page(), context)
-    visited.page.on("console", lambda message: _note_error(visited, message))
-    visited.page.on("pageerror", lambda error: _note_page_error(visited, str(error)))
+    visited.page.on("console", lambda message: message.type == "error" and visited.errors.append(message.text))
+    visited.page.on("pageerror", lambda error: str(error) != GONE_PLOT and visited.errors.append(str(error)))
     visited.page.on("request", lambda request: visited.hosts.add(request.url.split("/")[2].split(":")[0]))
     visited.page.goto(url)
     visited.page.wait_for_selector("#run")
@@ -82,16 +82,6 @@ def visit(browser: Browser, url: str, *, size: tuple[int, int] = (1280, 900), da
         yield visited
     finally:
         context.close()
-
-
-def _note_page_error(visited: Visit, text: str) -> None:
-    if text != GONE_PLOT:
-        visited.errors.append(text)
-
-
-def _note_error(visited: Visit, message) -> None:
-    if message.type == "error":
-        visited.errors.append(message.text)
 
 
 def says(page: Page, elem_id: str, words: str) -> None:

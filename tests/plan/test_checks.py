@@ -34,32 +34,34 @@ def check(output, photos="photos", **changes):
     check_folders(TrainConfig(output_dir=str(output), instance_data_dir=str(photos), **changes))
 
 
-ITSELF = r"--output_dir .* itself: name a folder of the run's own"
+PACKAGE = Path(checks.__file__).parents[1]
+NO_RUN_FOLDERS = {
+    "--output_dir": ("", " ", ".", "../photos", "{home}/photos"),
+    "--output_dir .* itself: name a folder of the run's own": ("/", "//", "~", "{home}/.", "{home}/photos/.."),
+    "among git's files: name a folder such as runs/dog": (".git", ".git/runs/dog", "sub/.git/hooks"),
+    "among .* files: name a folder such as runs/dog": (f"{PACKAGE}", f"{PACKAGE}/adapters/dog"),
+    "name": ("a\nb", "d" * 245, "ü" * 101),  # no adapter can be called so
+}
 
 
 @pytest.mark.parametrize(
-    ("output", "says"),
-    [
-        *((output, "--output_dir") for output in ("", " ", ".", "../photos", "{home}/photos")),
-        *((output, ITSELF) for output in ("/", "//", "~", "{home}/.", "{home}/photos/..")),
-    ],
+    "says, output", [(says, output) for says, outputs in NO_RUN_FOLDERS.items() for output in outputs]
 )
-def test_neither_an_empty_name_nor_photos_nor_root_nor_home_is_a_run_folder(output, says, tmp_path, monkeypatch):
+def test_what_is_no_run_folder_is_refused_before_anything_is_made(says, output, tmp_path, monkeypatch):
     photos = paint_photos(tmp_path / "photos")
     monkeypatch.chdir(photos)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match=says):
         check(output.format(home=tmp_path), photos)
-    check(tmp_path / "run", photos)
+    assert list(tmp_path.iterdir()) == [photos] and len(list(photos.iterdir())) == 3
+    check("../dreambooth_moslora/.gitted", photos)
 
 
-@pytest.mark.parametrize("place", [".git", ".git/runs/dog", "sub/.git/hooks", "{package}", "{package}/adapters/dog"])
-def test_a_run_writes_neither_among_git_s_files_nor_into_the_program(place, tmp_path, monkeypatch):
-    photos = paint_photos(tmp_path / "photos")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"--output_dir .* is among .* files: name a folder such as runs/dog"):
-        check(place.format(package=Path(checks.__file__).parents[1]), photos)
-    check("dreambooth_moslora/.gitted", photos)
+def test_the_longest_name_leaves_room_for_those_of_its_files(tmp_path):
+    run = RunDir(tmp_path / ("d" * 200))
+    check(run.path)
+    run.path.mkdir()
+    atomic_write(run.kohya_path, b"x")
 
 
 @pytest.mark.parametrize("name", ["output_dir", "instance_data_dir", "class_data_dir", "dataset_name"])
@@ -75,26 +77,20 @@ def test_a_link_to_itself_is_one_line(name, inner, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="only Linux has a folder that nobody can write to")
-@pytest.mark.parametrize("cache", ["/proc/nope", "/proc", "{file}"])
-def test_a_default_cache_that_cannot_be_used_is_said_before_training(cache, tmp_path, monkeypatch):
+def test_where_the_file_system_refuses_a_folder_or_the_default_cache_is_said_before_training(tmp_path, monkeypatch):
+    photos, run = paint_photos(tmp_path / "photos"), tmp_path / "run"
+    for name in ("output_dir", "class_data_dir", "cache_dir"):
+        places = {"output": run, name.replace("output_dir", "output"): "/proc/no/such"}
+        with pytest.raises(UserError, match=rf"--{name} /proc/no/such: cannot be written"):
+            check(**places, photos=photos)
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", cache.format(file=tmp_path / "file"))
-    check(tmp_path / "run", paint_photos(tmp_path / "photos"))
-    with pytest.raises(UserError, match=r"--cache_dir .* (cannot be written|is a file, not a folder)"):
-        check(tmp_path / "run", tmp_path / "photos", caching="disk")
-    with pytest.raises(UserError, match="--cache_dir /proc: cannot be written"):
-        check(tmp_path / "run", tmp_path / "photos", caching="disk", cache_dir="/proc")
-
-
-def test_a_folder_of_which_no_adapter_can_be_called_is_refused_and_the_longest_leaves_room(tmp_path):
-    for name in ("a\nb", "d" * 245, "ü" * 101):
-        with pytest.raises(UserError, match="name"):
-            check(tmp_path / name)
-    assert not list(tmp_path.iterdir())
-    run = RunDir(tmp_path / ("d" * 200))
-    check(run.path)
-    run.path.mkdir()
-    atomic_write(run.kohya_path, b"x")
+    for cache in ("/proc/nope", "/proc", str(tmp_path / "file")):
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        check(run, photos)
+        with pytest.raises(UserError, match=r"--cache_dir .* (cannot be written|is a file, not a folder)"):
+            check(run, photos, caching="disk")
+        with pytest.raises(UserError, match="--cache_dir /proc: cannot be written"):
+            check(run, photos, caching="disk", cache_dir="/proc")
 
 
 def test_the_present_folder_lends_the_best_adapter_its_name_too(tiny_base, tmp_path, monkeypatch):
@@ -137,14 +133,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
         check(tmp_path / "a" / "b")
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no file system here that refuses even the administrator")
-@pytest.mark.parametrize("name", ["output_dir", "class_data_dir", "cache_dir"])
-def test_where_the_file_system_refuses_a_folder_is_said_before_training(name, tmp_path):
-    places = {"output_dir": tmp_path / "run", name: "/proc/no/such"}
-    with pytest.raises(UserError, match=rf"--{name} /proc/no/such: cannot be written"):
-        check(places.pop("output_dir"), **places)
-
-
 @pytest.mark.slow
 def test_a_run_replaces_the_pictures_of_its_own_card_only(tiny_base, tmp_path):
     photos, run = paint_photos(tmp_path / "photos"), tmp_path / "run"
@@ -181,26 +169,9 @@ def test_dora_on_a_convolution_and_a_layer_that_other_programs_could_not_read_ag
             check_layers((target,), layers, use_dora=False)
 
 
-def pretend(monkeypatch, name: str, major: int, minor: int) -> None:
-    """What torch.cuda says of its only GPU; bf16 itself it says by its own rules."""
-    facts = SimpleNamespace(name=name, major=major, minor=minor, total_memory=16 * 2**30)
-    answers = {
-        "is_available": lambda: True,
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
-        "get_device_name": lambda device=None: name,
-        "get_device_capability": lambda device=None: (major, minor),
-        "get_device_properties": lambda device=None: facts,
-        "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
-        "_check_bf16_tensor_supported": lambda device: True,  # by emulation
-    }
-    for function, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, function, answer)
-
-
 @pytest.fixture
-def t4(monkeypatch):
-    pretend(monkeypatch, "Tesla T4", 7, 5)
+def t4(gpu):
+    gpu(7, name="Tesla T4", minor=5)
 
 
 def asked(**changes):
@@ -225,24 +196,24 @@ def test_a_training_as_a_function_and_the_precision_of_accelerate_launch_are_ref
     asked(mixed_precision="fp16")
 
 
-def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says_so(t4, monkeypatch, capsys):
+def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says_so(t4, gpu, monkeypatch, capsys):
     for precision in ("fp16", "no", None):
         asked(mixed_precision=precision)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     asked(mixed_precision="bf16")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
-    pretend(monkeypatch, "NVIDIA A100", 8, 0)
+    gpu(8)
     asked(mixed_precision="bf16")
     for major, says in ((7, "no: use --mixed_precision fp16"), (8, "yes")):
-        pretend(monkeypatch, "a GPU", major, 0)
+        gpu(major)
         main(["doctor", "--base", "none"])
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["bf16"]]
         assert line.split(maxsplit=1)[1] == says
 
 
-def test_amd_gpus_get_bf16_by_their_architecture(monkeypatch):
+def test_amd_gpus_get_bf16_by_their_architecture(gpu, monkeypatch):
     """ROCm gives the architecture's number as a compute capability: 10.3 for gfx1030."""
-    pretend(monkeypatch, "an AMD GPU", 10, 3)
+    gpu(10, minor=3)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     older = ("gfx1030", "gfx906:sramecc+:xnack-")
     for name in (*older, "gfx90a:sramecc+:xnack-", "gfx942", "gfx1100", "gfx1201"):

@@ -38,18 +38,10 @@ SDXL = TrainConfig(
 
 
 @pytest.fixture
-def card(monkeypatch):
-    """Pretend that there is a GPU with so much free beside CUDA's context; bitsandbytes is there."""
-
-    def put(free_gib: float, capability: int = 8) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (capability, 0))
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= 8)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "a GPU")
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (int(free_gib * GIB), 80 * GIB))
-
+def card(gpu, monkeypatch):
+    """A GPU with so much free beside CUDA's context; bitsandbytes is there."""
     monkeypatch.setattr(memory_plan, "find_spec", lambda name: True)
-    return put
+    return lambda free_gib, capability=8: gpu(capability, free_gib)
 
 
 def planned(config: TrainConfig) -> TrainConfig:
@@ -115,21 +107,8 @@ def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
     assert chosen(resumed) == ("bf16", True, "none") and resumed.cache_cross_attention == begun.cache_cross_attention
 
 
-def test_a_dry_run_says_what_each_plan_needs(capsys):
-    assert train_main(["--config", "assets/configs/quickstart.toml", "--dry_run", "--memory", "recompute"]) == 0
-    said = capsys.readouterr().out
-    assert "gradient_checkpointing = true" in said and "memory plans: full 0." in said
-    assert "(--memory recompute)" in said
-
-
-GIB = 2**30
-SETTINGS = {
-    "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
-    "instance_data_dir": ".",
-    "instance_prompt": "a photo of sks dog",
-    "resolution": 1024,
-    "train_batch_size": 1,
-}
+SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}
+SETTINGS = SUBJECT | {"pretrained_model_name_or_path": STOCK_SDXL, "resolution": 1024, "train_batch_size": 1}
 
 
 def cost(**changes):
@@ -181,7 +160,7 @@ def test_the_texts_projections_and_those_of_blocks_are_counted_in_the_files(tiny
 
 
 @pytest.mark.parametrize(
-    ("free_gib", "says"),
+    "free_gib, says",
     [
         (15.0, r"needs about 2\d\.\d GiB .* 15\.5 GiB are free: give --mixed_precision bf16 \(then 10"),
         (7.4, r"give --mixed_precision bf16 --gradient_checkpointing .* start from assets/configs/sdxl_8gb.toml"),
@@ -196,20 +175,27 @@ def test_a_run_beyond_the_card_is_refused_with_the_nearest_one_that_fits(card, f
 
 
 def test_the_settings_that_are_named_fit_and_so_does_a_small_base(card):
+    def check(**changes) -> None:
+        preflight(TrainConfig.from_dict(SETTINGS | changes))
+
     card(14.6, capability=7)
-    two = SETTINGS | {"train_batch_size": 2}
-    says = r"give --mixed_precision fp16 --gradient_checkpointing .*16gb.toml with --mixed_precision fp16"
-    with pytest.raises(UserError, match=says):
-        preflight(TrainConfig.from_dict(two))
-    preflight(TrainConfig.from_dict(two | {"mixed_precision": "fp16", "gradient_checkpointing": True}))
+    with pytest.raises(UserError, match=r"fp16 --gradient_checkpointing .*16gb.toml with --mixed_precision fp16"):
+        check(train_batch_size=2)
+    check(train_batch_size=2, mixed_precision="fp16", gradient_checkpointing=True)
     card(24.0)
-    preflight(TrainConfig.from_dict(SETTINGS | {"mixed_precision": "bf16"}))
+    check(mixed_precision="bf16")
     card(0.1)
-    preflight(TrainConfig.from_dict(SETTINGS | {"pretrained_model_name_or_path": "toy", "resolution": 128}))
+    check(pretrained_model_name_or_path="toy", resolution=128)
+
+
+def test_a_dry_run_says_what_each_plan_needs(capsys):
+    assert train_main(["--config", "assets/configs/quickstart.toml", "--dry_run", "--memory", "recompute"]) == 0
+    said = capsys.readouterr().out
+    assert "gradient_checkpointing = true" in said and "memory plans: full 0." in said
+    assert "(--memory recompute)" in said
 
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
-SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}
 CLASS = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
 
 

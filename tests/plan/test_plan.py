@@ -14,6 +14,7 @@ from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.dry_run import advice
+from tests.helpers.few_pictures import few_pictures
 from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_training import paint_photos
 
@@ -32,7 +33,8 @@ def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_
     photos = paint_photos(tmp_path / "photos")
     flags = ["--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64", "--report_to", "none"]
     flags += ["--max_train_steps", "1", "--evaluate_steps", "1", "--num_validation_images", "0", "--no_find_scale"]
-    assert train_main([str(photos), "dog", *flags, "--output_dir", str(tmp_path / "dog")]) == 0
+    with few_pictures():
+        assert train_main([str(photos), "dog", *flags, "--output_dir", str(tmp_path / "dog")]) == 0
     assert opened == {path.name: 1 for path in photos.iterdir()} and len(plans) == 1
     assert "evaluation" in (tmp_path / "dog" / "metrics.jsonl").read_text()
 

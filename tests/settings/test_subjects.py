@@ -1,6 +1,7 @@
 """What a run learns: one subject or several; its token, its class word and the templates."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -111,20 +112,18 @@ def test_a_mistake_in_a_table_is_one_line_that_names_it(changes, says):
         TrainConfig(**changes)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "{}", '["a"]'])
-def test_a_file_that_is_no_list_of_tables_is_refused(tmp_path, text):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError, match=r"expected a list of subjects|is not valid JSON"):
-        TrainConfig(subjects=str(tmp_path / "x.json"))
+def test_a_file_that_is_no_list_and_a_folder_without_folders_or_with_an_empty_prompt_are_refused(tmp_path):
+    def refused(source: Path, says: str) -> None:
+        with pytest.raises(UserError, match=says):
+            TrainConfig(subjects=str(source))
 
-
-def test_a_folder_without_folders_and_an_empty_prompt_file_are_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no folder in it"):
-        TrainConfig(subjects=str(tmp_path))
+    refused(tmp_path, "there is no folder in it")
+    for text in ("[1]", "{", "{}", '["a"]'):
+        (tmp_path / "x.json").write_text(text)
+        refused(tmp_path / "x.json", "expected a list of subjects|is not valid JSON")
     (tmp_path / "a").mkdir()
     (tmp_path / "a.txt").write_text("\n")
-    with pytest.raises(UserError, match=r"a\.txt needs one line, the prompt of the subject"):
-        TrainConfig(subjects=str(tmp_path))
+    refused(tmp_path, r"a\.txt needs one line, the prompt of the subject")
 
 
 SKS_DOG = {"instance_prompt": "a photo of sks dog"}
@@ -152,13 +151,10 @@ def test_token_and_class_word_are_found(settings, token, word):
     assert trigger_words(TrainConfig(**settings)) == (f"{token} {word}".strip(),)
 
 
-def test_the_templates_are_25_each_and_take_the_subject_once():
+def test_the_templates_are_25_each_and_take_the_subject_once_and_the_toys_name_its_places():
     objects, live = prompts.DREAMBOOTH_OBJECT_TEMPLATES, prompts.DREAMBOOTH_LIVE_TEMPLATES
     assert len(set(objects)) == len(set(live)) == 25
     assert all(template.count("{}") == 1 for template in (*objects, *live))
-
-
-def test_toy_templates_name_the_places_that_the_embedded_base_knows():
     assert tuple(f"a photo of a {{}} {place}" for place in PLACES) == TOY_TEMPLATES
 
 

@@ -19,8 +19,6 @@ from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.ui_server import serve
 from tests.ui.conftest import PAGE
 
-UI = Path(__file__).parents[2] / "dreambooth_moslora" / "ui"
-
 
 @pytest.mark.parametrize(
     "options, training, public",
@@ -108,7 +106,7 @@ def test_an_adapter_inspected_while_the_base_loads_shares_no_import_with_it(tiny
     adapter = save_diffusers_lora(subject.pipeline.unet, tmp_path / "made", seed=1)
     adapter = adapter.rename(tmp_path / "dog.safetensors")
     command = [sys.executable, "-c", INSPECTED_WHILE_LOADING, tiny_base, tmp_path / "runs", adapter]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=UI.parents[1], check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["facts"] and found["all"] and found["mine"] == 0

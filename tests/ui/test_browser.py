@@ -1,7 +1,6 @@
 """The page as a person uses it, in a real Chromium, on the tiny base, with the real training program."""
 
 import io
-import json
 import os
 import time
 from pathlib import Path
@@ -13,10 +12,11 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.visitors import visitor_id
 from tests.helpers.browser import IN_BROWSER, add_photos, fits, open_box, open_tab, put, says, set_number, visit
 from tests.helpers.ui_server import serve
+from tests.ui.conftest import recorded
 
 pytestmark = IN_BROWSER
 SLOW_ANSWER_SEC = 8
@@ -44,10 +44,14 @@ def page(visited):
     return visited.page
 
 
-def generate(page, prompt: str = "a photo of a sks dog", steps: int = 3, pictures: int = 1) -> None:
+def fill(page, prompt: str = "a photo of a sks dog", steps: int = 3, pictures: int = 1) -> None:
     page.fill("#prompt textarea", prompt)
     set_number(page, "steps", steps)
     set_number(page, "num_images", pictures)
+
+
+def generate(page, *words, **numbers) -> None:
+    fill(page, *words, **numbers)
     page.click("#run")
 
 
@@ -64,10 +68,12 @@ def saved(page, folder: Path) -> Path:
     return file
 
 
-def test_enter_generates_and_pictures_carry_their_recipe(page, tmp_path):
-    page.fill("#prompt textarea", "a photo of a sks dog")
-    set_number(page, "steps", 3)
-    set_number(page, "num_images", 2)
+def test_slash_leads_to_the_prompt_enter_generates_and_pictures_carry_their_recipe(page, tmp_path):
+    page.locator("h1").click()
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.closest('#prompt') !== null")
+    assert "/" not in page.input_value("#prompt textarea")
+    fill(page, pictures=2)
     page.press("#prompt textarea", "Enter")
     says(page, "status", "2 pictures in")
     assert page.locator("#gallery img").count() == 2
@@ -98,26 +104,13 @@ def test_a_picture_in_the_queue_is_stopped_before_its_turn(served, browser, page
         says(second.page, "status", "0 of 8 pictures")
 
 
-def test_slash_brings_the_cursor_to_the_prompt(page):
-    page.locator("h1").click()
-    page.keyboard.press("/")
-    assert page.evaluate("document.activeElement.closest('#prompt') !== null")
-    assert "/" not in page.input_value("#prompt textarea")
-
-
-def test_compare_shows_both_halves(page):
-    page.fill("#prompt textarea", "a photo of a sks dog")
-    set_number(page, "steps", 3)
+def test_compare_shows_both_halves_and_a_grid_is_drawn(page):
+    fill(page, steps=2)
     open_tab(page, "Compare")
     page.click("#compare")
     page.wait_for_function("document.querySelectorAll('#slider img').length >= 2")
     halves = [page.request.get(img.get_attribute("src")).body() for img in page.locator("#slider img").all()]
     assert len(set(halves)) == 2
-
-
-def test_a_grid_is_drawn(page):
-    page.fill("#prompt textarea", "a photo of a sks dog")
-    set_number(page, "steps", 2)
     open_tab(page, "Grid")
     put(page, "grid_row_values", "0, 1")
     page.click("#draw_grid")
@@ -125,7 +118,7 @@ def test_a_grid_is_drawn(page):
     assert pixels_of(page, "#sheet img").shape[1] > 3 * 64
 
 
-def test_a_dropped_png_gives_the_same_picture_again(visited, page, tmp_path):
+def test_a_dropped_or_inspected_png_fills_the_form_and_gives_the_same_picture_again(visited, page, tmp_path):
     generate(page, "a sks dog in the snow", steps=4)
     says(page, "status", "1 picture in")
     file = saved(page, tmp_path)
@@ -139,28 +132,19 @@ def test_a_dropped_png_gives_the_same_picture_again(visited, page, tmp_path):
     assert np.array_equal(pixels_of(page, "#gallery img"), before)
     open_tab(page, "History")
     page.wait_for_function("document.querySelectorAll('#history img').length >= 2")
-
-
-def test_inspect_reads_a_png_and_hands_it_on(page, tmp_path):
-    generate(page, "a sks dog in space", steps=4)
-    says(page, "status", "1 picture in")
-    file = saved(page, tmp_path)
     page.fill("#prompt textarea", "something else")
     open_tab(page, "Inspect")
     page.set_input_files("#inspect_file input[type=file]", file)
-    says(page, "inspect_facts", "a sks dog in space")
+    says(page, "inspect_facts", "a sks dog in the snow")
     page.click("#inspect_use")
-    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in space'")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in the snow'")
     page.wait_for_selector("#run", state="visible")
 
 
 def photos_of(folder) -> list:
-    rng = np.random.default_rng(0)
-    files = []
-    for number in range(3):
-        pixels = rng.integers(0, 255, (90, 120 + 10 * number, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(folder / f"photo{number}.jpg")
-        files.append(folder / f"photo{number}.jpg")
+    rng, files = np.random.default_rng(0), [folder / f"photo{number}.jpg" for number in range(3)]
+    for number, file in enumerate(files):
+        PIL.Image.fromarray(rng.integers(0, 255, (90, 120 + 10 * number, 3), dtype=np.uint8)).save(file)
     return files
 
 
@@ -293,23 +277,18 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browse
     assert {name: after[name] for name in wanted} == wanted
 
 
-def test_a_mistake_is_told_on_the_page(visited):
-    page = visited.page
+def test_a_mistake_a_picture_without_a_recipe_and_a_missing_adapter_are_told_on_the_page(page, tmp_path):
     generate(page, "a dog <lora:<b>rex</b>:1> <lora:rex:1>")
     page.get_by_text("There is no adapter rex").first.wait_for()
-
-
-def test_a_picture_without_a_recipe_is_told_on_the_page_and_a_missing_adapter_remarked(page, tmp_path):
-    bare, other = tmp_path / "bare.png", tmp_path / "other.png"
-    PIL.Image.new("RGB", (8, 8)).save(bare)
     text = PngInfo()
     text.add_text("parameters", "a hen <lora:hen:1>\nSteps: 4, Sampler: Euler, CFG scale: 5, Seed: 1")
-    PIL.Image.new("RGB", (8, 8)).save(other, pnginfo=text)
+    for name, info in (("bare", None), ("other", text)):
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png", pnginfo=info)
     open_box(page, "drop_box")
-    page.set_input_files("#drop_png input[type=file]", bare)
+    page.set_input_files("#drop_png input[type=file]", tmp_path / "bare.png")
     page.get_by_text("carries no generation parameters").wait_for()
     open_tab(page, "Inspect")
-    page.set_input_files("#inspect_file input[type=file]", other)
+    page.set_input_files("#inspect_file input[type=file]", tmp_path / "other.png")
     page.click("#inspect_use")
     page.get_by_text("The adapter hen is not here").wait_for()
 
@@ -331,22 +310,22 @@ def test_a_phone_shows_the_whole_page_with_the_results_under_the_button(served, 
         assert not visited.errors
 
 
-def scored_run(served, owner: str) -> None:
-    """A run with two evaluations, whose prompt fidelity is just below a round number."""
-    (run := served.ctx.runs_dir / "scored").mkdir()
-    Job(run, owner, 1, 0.0).save()
+def test_on_a_phone_a_plot_shows_all_its_lines_and_names_and_a_button_has_a_margin(served, browser):
+    """Of two evaluations, whose prompt fidelity is just below a round number."""
     scores = {"dino": 0.3, "clip_t": 0.497, "pres": 0.1, "diversity": 0.2, "drift": 0.1, "copied": 0.0, "score": 0.2}
-    events = [
+    events = (
         {"type": "evaluation", "time": 1.0, "step": step} | {name: step / 120 * score for name, score in scores.items()}
         for step in (60, 120)
-    ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-
-
-def test_on_a_phone_a_plot_shows_all_its_lines_and_names_and_a_button_has_a_margin(served, browser):
+    )
     with visit(browser, served.url, size=(390, 844)) as visited:
         page, cookies = visited.page, {cookie["name"]: cookie["value"] for cookie in visited.context.cookies()}
-        scored_run(served, visitor_id(SimpleNamespace(cookies=cookies)))
+        recorded(
+            served.ctx.runs_dir / "scored",
+            *events,
+            owner=visitor_id(SimpleNamespace(cookies=cookies)),
+            pid=1,
+            created=0.0,
+        )
         visited.reload()
         open_tab(page, "Train")
         plot = page.locator("#fidelity svg")

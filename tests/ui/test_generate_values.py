@@ -40,11 +40,8 @@ def test_the_form_and_the_parameters_are_each_others_inverse():
     params = form.params()
     assert (params.width_px, params.height_px, params.adapters) == (96, 64, (("dog", 0.5), ("cat", 0.2)))
     assert GenerateForm.from_params(params) == form
-
-
-def test_a_fourth_adapter_becomes_a_tag():
-    params = GenerationParams("a dog", adapters=(("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 0.3)))
-    assert GenerateForm.from_params(params).params().apply_tags().adapters == params.adapters
+    four = replace(params, adapters=(("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 0.3)))
+    assert GenerateForm.from_params(four).params().apply_tags().adapters == four.adapters  # the fourth is a tag
 
 
 @pytest.mark.parametrize("resolution", [64, 128, 512, 1024])
@@ -159,9 +156,8 @@ ODD_RECIPES = {
 
 @pytest.mark.parametrize("kind", ODD_RECIPES)
 def test_a_recipe_with_endless_or_odd_values_is_refused_in_a_short_line(tmp_path, kind):
-    recipe = {"params": {"prompt": "a dog"} | ODD_RECIPES[kind]} | (
-        {} if ODD_RECIPES[kind] else {"adapter_sha256": {HALF: "x"}}
-    )
+    recipe = {"params": {"prompt": "a dog"} | ODD_RECIPES[kind]}
+    recipe |= {"adapter_sha256": {HALF: "x"}} if kind == "half a hash" else {}
     file = picture(tmp_path / "a.png", "dreambooth_moslora", json.dumps(recipe), zip=True)
     with pytest.raises(gr.Error) as told:
         as_gradio_error(recipe_of)(file)
@@ -181,16 +177,13 @@ def test_a_recipes_adapter_is_found_by_content_and_a_changed_one_is_told(tmp_pat
     assert all(word in remark for word, remark in zip(words, remarks, strict=True))
 
 
-TWO_SUBJECTS = {"trigger_words": ["sks duck", "zwx rocket", 3], "class_word": "duck"}
-
-
 @pytest.mark.parametrize(
     "facts, said, subject",
     [
         ({"rank": 8}, "rank 8", ""),
         ({"rank": 4, "ranks": {"a": 1, "b": 23}}, "ranks 1 to 23", ""),
         ({"rank": "8", "ranks": [1]}, "", ""),
-        (TWO_SUBJECTS, "say “sks duck” or “zwx rocket”", "sks duck"),
+        ({"trigger_words": ["sks duck", "zwx rocket", 3]}, "say “sks duck” or “zwx rocket”", "sks duck"),
     ],
 )
 def test_an_adapter_says_its_ranks_and_the_words_of_each_subject(tmp_path, facts, said, subject):
@@ -247,25 +240,21 @@ def test_what_the_page_quotes_can_be_sent(tmp_path):
     assert summary_of(write_adapter(tmp_path / "a.safetensors", HALF)).subject.encode()
 
 
-def last_card(frames) -> str:
-    status = ""
-    try:
-        for frame in frames:
-            status = frame.status
-    except Exception:
-        return status
-    raise AssertionError("it did not fail")
-
-
-def breaking(params, should_stop):
-    raise RuntimeError("/secret/path")
-    yield
-
-
 @pytest.mark.parametrize("run", [make_pictures, compare])
 def test_the_card_says_what_failed_in_loading_and_drawing(context, run):
     def no_base():
         raise UserError("there is no base <x>")
+
+    def breaking(params, should_stop):
+        raise RuntimeError("/secret/path")
+        yield
+
+    def last_card(frames) -> str:
+        cards = []
+        with pytest.raises((UserError, RuntimeError)):
+            for frame in frames:
+                cards.append(frame.status)
+        return cards[-1]
 
     form = GenerateForm("a dog", adapter="rex" if run is compare else "none")
     assert "There is no base &lt;x&gt;" in last_card(run(context(no_base), form, PAGE))

@@ -20,17 +20,22 @@ OTHER_DEVICE = "cpu:0"
 """Not the device named `cpu`, but with its memory: here the pipeline can really be moved, and draw."""
 
 
-def resting_toy() -> tuple[SubjectPipeline, list[str]]:
-    """The embedded base as the page loads it, and the devices that it is moved to from now on."""
-    subject, moves = SubjectPipeline.from_base("toy", device=OTHER_DEVICE, resting=True), []
-    move = subject.pipeline.to
+@pytest.fixture
+def resting(tiny_base):
+    """Loads a base as the page does; returns it, and the devices that it is moved to from then on."""
 
-    def noted(device, **options):
-        moves.append(str(device))
-        return move(device, **options)
+    def load() -> tuple[SubjectPipeline, list[str]]:
+        subject, moves = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE, resting=True), []
+        move = subject.pipeline.to
+        subject.pipeline.to = lambda device, **options: (moves.append(str(device)), move(device, **options))[1]
+        return subject, moves
 
-    subject.pipeline.to = noted
-    return subject, moves
+    return load
+
+
+def stop(ctx: AppContext) -> None:
+    ctx.jobs.stop(ctx.jobs.current().name, OWNER)
+    wait_for(lambda: not ctx.jobs.current())
 
 
 @pytest.fixture
@@ -50,17 +55,12 @@ def large(context, tmp_path):
 
 
 @pytest.fixture
-def at_rest(large):
-    """Such a page with the toy at rest, and its moves."""
-    subject, moves = resting_toy()
+def at_rest(large, resting):
+    """Such a page with its base at rest, and its moves."""
+    subject, moves = resting()
     ctx = large(lambda: subject)
     ctx.pipeline()
     return ctx, moves
-
-
-def stop(ctx: AppContext) -> None:
-    ctx.jobs.stop(ctx.jobs.current().name, OWNER)
-    wait_for(lambda: not ctx.jobs.current())
 
 
 def picture(ctx: AppContext) -> bytes:
@@ -86,17 +86,21 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_and_draws_the_same_aft
     assert picture(ctx) == before and moves == [OTHER_DEVICE, "cpu", OTHER_DEVICE]
 
 
-def test_a_resumed_run_and_a_server_that_is_started_again_keep_the_turns(at_rest, large):
+def test_a_resumed_run_and_a_server_that_is_started_again_keep_the_turns_and_a_small_base_stays(
+    at_rest, large, resting
+):
     ctx, moves = at_rest
     ctx.jobs.start("dog", {}, OWNER)
     stop(ctx)
     picture(ctx)
     ctx.jobs.resume("dog", OWNER)
     assert moves == ["cpu", OTHER_DEVICE, "cpu"]
-    fresh, its_moves = resting_toy()
+    fresh, its_moves = resting()
     with pytest.raises(UserError, match="this machine is training a run"):
         picture(large(lambda: fresh))
     assert its_moves == []
+    picture(large(lambda: fresh, resolution_px=128))
+    assert ctx.jobs.current() and its_moves == [OTHER_DEVICE]
 
 
 def test_a_run_begins_when_the_picture_being_drawn_is_done(at_rest):
@@ -114,20 +118,11 @@ def test_a_run_begins_when_the_picture_being_drawn_is_done(at_rest):
     assert moves == [OTHER_DEVICE, "cpu"]
 
 
-def test_a_small_base_stays_and_draws_beside_a_run(large):
-    subject, moves = resting_toy()
-    ctx = large(lambda: subject, resolution_px=128)
-    ctx.pipeline()
-    ctx.jobs.start("dog", {}, OWNER)
-    picture(ctx)
-    assert ctx.jobs.current() and moves == [OTHER_DEVICE]
-
-
-def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_loaded_again(large):
+def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_loaded_again(large, tiny_base):
     made = []
 
     def load() -> SubjectPipeline:
-        subject = SubjectPipeline.from_base("toy", device="cpu")
+        subject = SubjectPipeline.from_base(tiny_base, device="cpu")
         made.append(weakref.ref(subject.pipeline.unet))
         return subject
 

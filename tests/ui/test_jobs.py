@@ -76,7 +76,8 @@ def test_a_process_that_will_not_stop_is_killed_at_the_second_asking(jobs, monke
     """A full disk stops nobody from stopping a run: this process remembers that it was asked."""
     job = start(jobs, "stubborn")
     wait_for(lambda: jobs.state(job).step)
-    fill_the_disk(job, is_full)
+    if is_full:
+        (job.run_dir / ".job.json.tmp").symlink_to("/dev/full")
     assert jobs.stop("dog", OWNER).stop_asked
     stopping = jobs.owned("dog", OWNER)
     assert jobs.state(stopping).state == "stopping" and stopping.is_alive
@@ -84,12 +85,6 @@ def test_a_process_that_will_not_stop_is_killed_at_the_second_asking(jobs, monke
     jobs.stop("dog", OWNER)
     wait_for(lambda: not job.is_alive)
     assert jobs.state(jobs.owned("dog", OWNER)).state == "failed"
-
-
-def fill_the_disk(job: Job, is_full: bool) -> None:
-    """No record of the run can be written any more."""
-    if is_full:
-        (job.run_dir / ".job.json.tmp").symlink_to("/dev/full")
 
 
 def loading(jobs: Jobs) -> Job:
@@ -107,7 +102,9 @@ def ended(jobs: Jobs, job: Job) -> str:
 
 @pytest.mark.parametrize("is_full", [False, pytest.param(True, marks=on_linux)])
 def test_a_run_that_is_stopped_while_it_starts_has_not_failed(jobs, tmp_path, is_full):
-    fill_the_disk(loading(jobs), is_full)
+    job = loading(jobs)
+    if is_full:
+        (job.run_dir / ".job.json.tmp").symlink_to("/dev/full")
     assert "stopped before training had begun" in ended(jobs, jobs.stop("dog", OWNER))
     state = jobs.state(jobs.owned("dog", OWNER))
     assert state.state == "interrupted" and not state.is_active
@@ -116,13 +113,12 @@ def test_a_run_that_is_stopped_while_it_starts_has_not_failed(jobs, tmp_path, is
         jobs.stop("dog", OWNER)
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_one(jobs, known):
+def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_one(jobs):
     job = loading(jobs)
     os.kill(job.pid, 9)
-    told = ended(jobs, job)
-    told = told if known else ended(Jobs(jobs.runs_dir), job)
-    assert "was killed" in told and "want of memory" in told and ("loading" in told) == (not known)
+    for server, knows_the_log in ((jobs, False), (Jobs(jobs.runs_dir), True)):
+        told = ended(server, job)
+        assert "was killed" in told and "want of memory" in told and ("loading" in told) == knows_the_log
     with pytest.raises(UserError, match="dog has already ended"):
         jobs.stop("dog", OWNER)
 
@@ -278,17 +274,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_is_read_anew_even_at_the_sa
     assert [e["step"] for e in metrics.refresh().of("step")] == list(range(1, 500))
 
 
-def test_a_folder_that_was_deleted_and_is_used_again_starts_from_nothing(metrics):
-    metrics.path.write_text(line("step", 50, 1.0))
-    assert metrics.refresh().events
-    shutil.rmtree(metrics.path.parent)
-    assert metrics.refresh().events == []
-    metrics.path.parent.mkdir()
-    metrics.path.write_text("".join(line("step", step, time.time()) for step in range(1, 9)))
-    assert len(metrics.refresh().events) == 8
-
-
-def test_metrics_wait_for_the_rest_of_a_half_written_line(metrics):
+def test_metrics_wait_for_the_rest_of_a_half_written_line_and_begin_anew_in_a_folder_that_was_deleted(metrics):
     assert metrics.refresh().events == []
     with metrics.path.open("a") as file:
         file.write('{"type": "start"}\nnonsense\n[1]\n{"type": "st')
@@ -296,6 +282,11 @@ def test_metrics_wait_for_the_rest_of_a_half_written_line(metrics):
         assert [e["type"] for e in metrics.refresh().events] == ["start"]
         file.write('ep", "step": 1}\n')
     assert metrics.refresh().last("step") == {"type": "step", "step": 1}
+    shutil.rmtree(metrics.path.parent)
+    assert metrics.refresh().events == []
+    metrics.path.parent.mkdir()
+    metrics.path.write_text("".join(line("step", step, time.time()) for step in range(1, 9)))
+    assert len(metrics.refresh().events) == 8
 
 
 def test_the_log_shows_a_progress_bars_last_state_and_no_empty_lines(tmp_path):

@@ -19,8 +19,6 @@ from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
 from tests.helpers.ui_server import cookie_of, secret_of, serve
 from tests.ui.conftest import event_of, foreign_run, refusal, wait_for
 
-LONG = {"prompt": "a dog", "steps": 100, "num_images": 8}
-
 
 @pytest.fixture
 def busy(served, monkeypatch):
@@ -154,7 +152,7 @@ def test_made_up_cookies_leave_places_at_their_address_to_those_who_had_a_turn(s
 
 def test_a_picture_that_nobody_waits_for_is_not_drawn_to_its_end(served, client, monkeypatch):
     monkeypatch.setattr(public, "UNHEARD_SEC", 1.0)
-    left = [join(served, **LONG, seed=seed).json()["event_id"] for seed in (4, 5)]
+    left = [join(served, steps=100, num_images=8, seed=seed).json()["event_id"] for seed in (4, 5)]
     pictures, *_ = client.predict(prompt="a cat", steps=40, num_images=3, api_name="/generate")  # longer, but heard
     assert len(pictures) == 3 and waiting(served) == 0
     for event in left:
@@ -203,32 +201,27 @@ from gradio.state_holder import SessionState
 from dreambooth_moslora.ui.page import build_app, launch_options
 from dreambooth_moslora.ui.state import AppContext
 
-folder, public = Path(sys.argv[1]), sys.argv[2] == "public"
-folders = {"adapters_dir": folder / "adapters", "runs_dir": folder / "runs"}
+facts = {"base": "toy", "base_name": "toy", "resolution_px": 128, "training": True}
+facts |= {name: Path(sys.argv[1]) / name for name in ("adapters_dir", "runs_dir")}
 own = SessionState.__setitem__
-ctx = AppContext(lambda: None, base="toy", base_name="toy", resolution_px=128, training=True, public=public, **folders)
-page = build_app(ctx, ["a photo of {}"])
-layers = launch_options({("https", "pictures.example.org", 443)} if public else ())["app_kwargs"]["middleware"]
-ctx.visitors.close()
-changed = sorted(name for name in vars(page._queue) if hasattr(Queue, name))
-changed += ["__setitem__"] * (SessionState.__setitem__ is not own)
-is_loaded = "dreambooth_moslora.ui.public" in sys.modules
-print(json.dumps([is_loaded, changed, [layer.cls.__name__ for layer in layers]]))
+for is_public, origins in ((False, ()), (True, {("https", "pictures.example.org", 443)})):
+    ctx = AppContext(lambda: None, public=is_public, **facts)
+    page = build_app(ctx, ["a photo of {}"])
+    layers = launch_options(origins)["app_kwargs"]["middleware"]
+    ctx.visitors.close()
+    changed = sorted(name for name in vars(page._queue) if hasattr(Queue, name))
+    changed += ["__setitem__"] * (SessionState.__setitem__ is not own)
+    is_loaded = "dreambooth_moslora.ui.public" in sys.modules
+    print(json.dumps([is_loaded, changed, [layer.cls.__name__ for layer in layers]]))
 """
 
-GUARDS = ["BodySizeLimit", "UploadQuota", "LoginLimit", "SessionGuard", "UnknownNames", "VisitorCookie"]
 
-
-@pytest.mark.parametrize(
-    ("kind", "found"),
-    [
-        ("local", [False, [], ["BodySizeLimit", "UploadQuota", "VisitorCookie"]]),
-        ("public", [True, ["get_events", "push", "send_message", "__setitem__"], GUARDS]),
-    ],
-)
-def test_what_guards_against_strangers_is_loaded_for_a_public_page_alone(tmp_path, kind, found):
+def test_what_guards_against_strangers_is_loaded_for_a_public_page_alone(tmp_path):
     """And Gradio's own parts stay as they are on a local one."""
-    command = [sys.executable, "-c", BUILT, tmp_path, kind]
+    command = [sys.executable, "-c", BUILT, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == found
+    local, public = map(json.loads, done.stdout.splitlines()[-2:])
+    assert local == [False, [], ["BodySizeLimit", "UploadQuota", "VisitorCookie"]]
+    guards = ["BodySizeLimit", "UploadQuota", "LoginLimit", "SessionGuard", "UnknownNames", "VisitorCookie"]
+    assert public == [True, ["get_events", "push", "send_message", "__setitem__"], guards]

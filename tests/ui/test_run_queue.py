@@ -114,10 +114,9 @@ def test_owners_take_turns_however_many_runs_each_has_waiting(queue):
 
 
 def test_invented_cookies_of_one_address_are_together_no_more_than_a_few_owners(queue):
-    for number in range(12):
-        added(queue, f"e{number}", f"cookie {number}", "203.0.113.1")
-    added(queue, "a", "ann", "203.0.113.2")
-    added(queue, "l", "a login")
+    asked = [(f"e{number}", f"cookie {number}", "203.0.113.1") for number in range(12)]
+    for name, owner, address in (*asked, ("a", "ann", "203.0.113.2"), ("l", "a login", "")):
+        added(queue, name, owner, address)
     assert names(queue)[:6] == ["e0", "e1", "e2", "e3", "a", "l"]
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,12 +42,6 @@ def test_the_shelf_shows_a_run_to_its_owner_and_command_line_runs_to_all(tmp_pat
     assert list(shelf.files(visitor(tmp_path, OTHER))) == ["free", "free@100", "free@20"]
 
 
-def test_a_run_called_like_an_adapter_is_found_under_a_name_of_its_own(tmp_path, shelf):
-    put(tmp_path, "adapters/dog.safetensors", f"runs/dog/{PUBLISHED}")
-    assert list(shelf.files()) == ["dog", "dog 2"]
-    assert shelf.name_of(tmp_path / "runs" / "dog" / PUBLISHED) == "dog 2"
-
-
 def test_an_upload_is_its_visitors_alone_and_keeps_a_free_name(tmp_path, shelf, ann):
     put(tmp_path, "my <b>dog.safetensors")
     names, bob = [shelf.add_upload(tmp_path / "my <b>dog.safetensors", ann) for _ in range(2)], visitor(tmp_path, OTHER)
@@ -55,7 +50,7 @@ def test_an_upload_is_its_visitors_alone_and_keeps_a_free_name(tmp_path, shelf, 
         shelf.path(names[0], bob)
 
 
-def test_files_are_named_as_they_lie_in_the_project_or_by_the_bare_name(tmp_path, shelf, monkeypatch):
+def test_files_are_named_as_they_lie_in_the_project_or_by_a_bare_name_of_their_own(tmp_path, shelf, monkeypatch):
     put(tmp_path, "adapters/cat.safetensors", f"runs/dog/{PUBLISHED}", f"runs/dog/checkpoint-20/{RAW}")
     runs = {"dog": "runs/dog", "dog@20": "runs/dog/checkpoint-20"}
     assert shelf.public_paths() == {"cat": "cat.safetensors"} | runs
@@ -63,12 +58,16 @@ def test_files_are_named_as_they_lie_in_the_project_or_by_the_bare_name(tmp_path
     assert shelf.public_paths() == {"cat": "adapters/cat.safetensors"} | runs
     monkeypatch.setattr("dreambooth_moslora.ui.state.PROJECT", tmp_path.parent)
     assert shelf.public_paths()["dog@20"] == f"{tmp_path.name}/runs/dog/checkpoint-20"
+    put(tmp_path, "adapters/dog.safetensors")
+    assert list(shelf.files()) == ["cat", "dog", "dog 2", "dog@20"]
+    assert shelf.name_of(tmp_path / "runs" / "dog" / PUBLISHED) == "dog 2"
 
 
-def test_links_in_circles_and_pipes_are_no_adapters(tmp_path, shelf, ann):
+def test_links_out_of_the_folder_or_in_circles_and_pipes_are_no_adapters(tmp_path, shelf, ann):
     folder, runs = tmp_path / "adapters", tmp_path / "runs"
-    write_adapter(folder / "dog.safetensors")
-    for link, place in (("loop", "loop"), ("gone", "nowhere")):
+    for adapter in (folder / "dog.safetensors", tmp_path / "secret.safetensors"):
+        write_adapter(adapter)
+    for link, place in (("loop", "loop"), ("gone", "nowhere"), ("out", "../secret")):
         (folder / f"{link}.safetensors").symlink_to(folder / f"{place}.safetensors")
     (folder / "folder.safetensors").mkdir()
     (runs / "cat" / "checkpoint-5").mkdir(parents=True)
@@ -140,9 +139,6 @@ def hidden(context, tmp_path) -> AppContext:
     return context(load, base="my_base", base_name=str(secret), adapters_dir=secret.parent / "adapters")
 
 
-ACTS = (estimate_cost, start_run, add_to_queue)
-
-
 def test_no_visitor_reads_where_things_lie_on_this_machine(hidden, tmp_path, ann):
     me = hidden.visitors.of(PAGE)
     run = recorded(tmp_path / "runs" / "dog", owner=me.id).run_dir
@@ -151,10 +147,8 @@ def test_no_visitor_reads_where_things_lie_on_this_machine(hidden, tmp_path, ann
     ann.photos_dir.mkdir()
     PIL.Image.new("RGB", (64, 64)).save(ann.photos_dir / "photo_01.png")
     texts = {text: "my_base/unet" for text in (now["status"], now["log"], str(handler(hidden, "status")("dog", PAGE)))}
-    for asked, words in (
-        (hidden.pipeline, "my_base has no unet; x is there"),
-        *((lambda act=act: act(hidden, TrainForm("sks", "dog"), ann), "my_base") for act in ACTS),
-    ):
+    acts = [partial(act, hidden, TrainForm("sks", "dog"), ann) for act in (estimate_cost, start_run, add_to_queue)]
+    for asked, words in ((hidden.pipeline, "my_base has no unet; x is there"), *((act, "my_base") for act in acts)):
         with pytest.raises(UserError) as told:
             asked()
         texts[str(told.value)] = words

@@ -25,12 +25,6 @@ SIZES = [(1280, 900), (390, 844)]
 
 
 @pytest.fixture(scope="module")
-def served(tiny_base, tmp_path_factory):
-    with serve(tiny_base, tmp_path_factory.mktemp("app")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def of_toys(tmp_path_factory):
     """The page on the embedded base."""
     with serve("toy", tmp_path_factory.mktemp("toys")) as server:
@@ -43,10 +37,9 @@ def of_toys(tmp_path_factory):
 @pytest.fixture
 def photos(tmp_path):
     """Three photos of one subject, two of another."""
-    found = []
-    for number in range(5):
-        PIL.Image.effect_noise((120, 90 + number), 80).convert("RGB").save(tmp_path / f"{number}.png")
-        found.append(tmp_path / f"{number}.png")
+    found = [tmp_path / f"{number}.png" for number in range(5)]
+    for number, file in enumerate(found):
+        PIL.Image.effect_noise((120, 90 + number), 80).convert("RGB").save(file)
     return found[:3], found[3:]
 
 
@@ -158,14 +151,14 @@ def test_an_adapters_settings_fill_the_form(served, browser, photos, started, tm
     assert [config[name] for name in ("rank", "lora_alpha", "seed", "mixer")] == [3, 6.0, 7, "orthogonal"]
 
 
-def toys(name: str, count: int) -> list[Path]:
-    return [assets_folder() / "subjects" / name / f"0{number}.jpg" for number in range(count)]
-
-
 def test_two_subjects_are_trained_on_the_embedded_base_and_put_back_into_the_form(of_toys, browser):
     with visit(browser, of_toys.url) as visited:
         page = visited.page
-        fill_two(page, toys("duck", 3), toys("rocket", 2), ("duck", "rocket"))
+        toys = assets_folder() / "subjects"
+        duck, rocket = (
+            [toys / name / f"0{n}.jpg" for n in range(count)] for name, count in (("duck", 3), ("rocket", 2))
+        )
+        fill_two(page, duck, rocket, ("duck", "rocket"))
         open_box(page, "more_training")
         set_number(page, "train_steps", 2)
         page.locator("#scores input").uncheck()

@@ -34,7 +34,7 @@ from dreambooth_moslora.ui.train_photos import (
     shown_masks,
     take_with_masks,
 )
-from dreambooth_moslora.ui.visitors import COOKIE, take_photos
+from dreambooth_moslora.ui.visitors import COOKIE
 from tests.ui.conftest import TWO
 
 TOYS = assets_folder() / "subjects" / "rocket"
@@ -51,14 +51,7 @@ def pixels(picture: PIL.Image.Image) -> np.ndarray:
     return np.asarray(picture)
 
 
-def test_captions_lie_beside_their_photos(tmp_path):
-    PIL.Image.new("RGB", (40, 40)).save(tmp_path / "in.png")
-    take_photos([str(tmp_path / "in.png")] * 3, folder := tmp_path / "photos")
-    TrainForm("sks", "dog", captions="first\n\nthird").write_captions(folder)
-    assert {p.name: p.read_text() for p in folder.glob("*.txt")} == {"photo_01.txt": "first", "photo_03.txt": "third"}
-
-
-def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path, ann):
+def test_photos_are_numbered_as_they_are_taken_with_their_captions_and_each_fault_is_told(tmp_path, ann):
     def noise(seed: int, side: int = 160) -> PIL.Image.Image:
         pixels = np.random.default_rng(seed).integers(0, 255, (side, side + 8, 3), dtype=np.uint8)
         return PIL.Image.fromarray(pixels)
@@ -79,6 +72,9 @@ def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path, 
     for words in (*faults, "photo 5: too small"):
         assert words in found.remarks, (words, found.remarks)
     assert [caption == "good" for _, caption in found.crops] == [True, True, False, False, False]
+    TrainForm("sks", "dog", captions="first\n\nthird").write_captions(ann.photos_dir)
+    captions = {path.name: path.read_text() for path in ann.photos_dir.glob("*.txt")}
+    assert captions == {"photo_01.txt": "first", "photo_03.txt": "third"}
 
 
 @pytest.mark.parametrize("base, seed", [("toy", 0), ("toy", 7), ("some/base", 7)])
@@ -180,22 +176,17 @@ def test_a_corrected_mask_is_the_photos_in_the_run_in_the_crops_and_after_anothe
         assert np.array_equal(mask_of(masked, number), corrected)
 
 
-def test_the_brush_adds_to_the_mask_and_takes_away_from_it(masked):
+def test_the_brush_adds_to_the_mask_and_takes_away_from_it_and_the_old_one_comes_back(masked):
     before, layer = mask_of(masked), PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (0, 0, 0, 0))
     layer.paste((*LEFT_OUT, 150), (0, 0, EDIT_PX, EDIT_PX // 2))
     layer.paste((*LEARNED, 150), (EDIT_PX // 2, EDIT_PX // 2, EDIT_PX, EDIT_PX))
     keep(masked, "photo_01.png", layer)
     middle, after = len(before) // 2, mask_of(masked)
     assert not after[: middle - 1].any() and after[middle + 1 :].all() and before[:middle].any()
-
-
-def test_the_old_mask_comes_back(masked):
-    given = mask_of(masked)
-    for box in (PART, (20, 20, 40, 40)):
-        keep(masked, "photo_01.png", painted(masked, box))
-    put_back(masked, "photo_01.png")
-    put_back(masked, "photo_01.png")
-    assert np.array_equal(mask_of(masked), given)
+    keep(masked, "photo_01.png", painted(masked, PART))
+    for _ in range(2):
+        put_back(masked, "photo_01.png")
+        assert np.array_equal(mask_of(masked), before)
     keep(masked, "photo_02.png", painted(masked, PART))
     put_back(masked, "photo_02.png")
     assert not (masked.photos_dir / "photo_02.mask.png").exists()

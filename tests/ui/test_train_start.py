@@ -7,7 +7,6 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-import torch
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.train import parse_train_config
@@ -51,20 +50,11 @@ def without(settings: dict, *names: str) -> dict:
     return {name: value for name, value in settings.items() if name not in names}
 
 
-@pytest.mark.parametrize(
-    "words, name",
-    [
-        ("guinea pig", "guinea-pig"),
-        ("-dog", "dog"),
-        ("d..g", "d.g"),
-        ("dog.", "dog"),
-        ("_ +", "run"),
-        ("Bär v2.1", "Bär-v2.1"),
-        ("a" * 59 + ".b", "a" * 59),
-        ("d@/<g", "d-g"),
-        ("../../x", "x"),
-    ],
-)
+NAMES = {"guinea pig": "guinea-pig", "-dog": "dog", "d..g": "d.g", "dog.": "dog", "_ +": "run", "../../x": "x"}
+NAMES |= {"Bär v2.1": "Bär-v2.1", "a" * 59 + ".b": "a" * 59, "d@/<g": "d-g"}
+
+
+@pytest.mark.parametrize("words, name", NAMES.items())
 def test_any_word_names_a_run_whose_folder_is_free(jobs, words, name):
     assert free_run_dir(jobs, TrainForm("sks", words)) == jobs.runs_dir / name
     (jobs.runs_dir / name).mkdir()
@@ -131,7 +121,7 @@ def test_what_a_run_was_started_with_comes_back_and_makes_the_same_run(ann, tab,
 OF_ONE_RUN = ("output_dir", "instance_data_dir", "token")
 
 
-def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added(ann, tab):
+def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added_unless_they_are_gone(ann, tab):
     folders = [folder_of(ann.photos_dir, number) for number in (1, 2)]
     shutil.copy(folders[0] / "photo_02.png", folders[0] / "photo_01.mask.png")
     with prepared(tab, TWO, ann) as run:
@@ -139,41 +129,33 @@ def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added(an
         (folders[0] / "photo_05.png").unlink()
         take_photos_of_run(run.run_dir, ann, 2)
         assert [len(list(folder.iterdir())) for folder in folders] == [6, 2]
-        take_photos_of_run(run.run_dir, ann, 1)
-        assert not folders[1].exists()
-
-
-def test_where_photos_of_a_subject_are_gone_from_the_run_the_visitor_keeps_all_of_theirs(ann, tab):
-    with prepared(tab, TWO, ann) as run:
         shutil.rmtree(folder_of(run.run_dir / "photos", 2))
-        (ann.photos_dir / "photo_05.png").unlink()
+        (folders[0] / "photo_05.png").unlink()
         for subjects in (2, 3):
             with pytest.raises(UserError, match="the photos of this run are not there any more"):
                 take_photos_of_run(run.run_dir, ann, subjects)
-        assert [len(list(folder_of(ann.photos_dir, n).iterdir())) for n in (1, 2)] == [4, 2]
+        assert [len(list(folder.iterdir())) for folder in folders] == [5, 2]
+        take_photos_of_run(run.run_dir, ann, 1)
+        assert len(list(folders[0].iterdir())) == 6 and not folders[1].exists()
 
 
-def test_the_fields_of_subjects_that_the_run_has_not_are_empty_again():
-    values = values_of(TWO)
-    assert (values["subjects"], values["class_word_2"], values["token_2"]) == (2, "rocket", "zwx")
-    assert (values["class_word_3"], values["token_3"], values["captions_3"]) == ("", "ohwx", "")
-
-
-def test_a_run_that_used_a_removed_setting_comes_back_without_it(ann, tab):
-    with prepared(tab, DUCK, ann) as run:
-        photos, old = run.run_dir / "photos", {"new_backgrounds": 2, "background_scenes": ["in a barn"]}
-        assert form_of_run({**run.settings, **old}, photos) == form_of_run(run.settings, photos)
-
-
-def test_settings_that_are_none_are_told_in_words(tmp_path):
+def test_settings_that_are_none_are_told_in_words_removed_ones_left_out_and_other_fields_as_at_first(tmp_path):
     tables = [
         {"instance_data_dir": f"/p{n}", "instance_prompt": f"a photo of a t{n} dog", "class_prompt": "a dog"}
         for n in range(5)
     ]
-    five = TrainConfig(subjects=tables).to_dict()
+    five, one = TrainConfig(subjects=tables).to_dict(), TrainConfig(**tables[0]).to_dict()
     for settings, words in (({"rnak": 3}, "rnak"), (five, "5 subjects, and the form 4 at most")):
         with pytest.raises(UserError, match=words):
             form_of_run(settings, tmp_path)
+    old = {"new_backgrounds": 2, "background_scenes": ["in a barn"]}
+    assert form_of_run(one | old, tmp_path) == form_of_run(one, tmp_path)
+    values = values_of(TWO)
+    assert (values["subjects"], values["class_word_2"], values["token_2"]) == (2, "rocket", "zwx")
+    assert (values["class_word_3"], values["token_3"], values["captions_3"]) == ("", "ohwx", "")
+    values = values_like(None, "toy")  # of no recipe
+    assert values.keys() < set(rows(TrainForm)) and values.pop("make_masks") is True
+    assert values == {name: getattr(TrainForm, name) for name in values}
 
 
 OURS = {"rank": 3, "lora_alpha": 6.0, "learning_rate": 5e-4, "mixer": "kaiming", "seed": 4, "optimizer": "Adafactor"}
@@ -269,9 +251,10 @@ def test_the_filled_form_makes_the_config_of_the_flag(shelf, ann, name, monkeypa
     assert without(TrainConfig.from_dict(config).to_dict(), *OTHER) == without(command, *OTHER)
 
 
-def test_a_field_of_the_form_wins_over_the_file(shelf, ann, tmp_path):
+def test_a_field_of_the_form_wins_over_the_file_whose_crops_are_shown(shelf, ann, tmp_path):
+    form, recipe = filled(shelf, "ours", ann), recipe_of(shelf, "ours", ann)
+
     def config_with(**own) -> dict:
-        form, recipe = filled(shelf, "ours", ann), recipe_of(shelf, "ours", ann)
         return replace(form, **own).config("toy", 128, ann.photos_dir, tmp_path / "run", recipe)
 
     config = config_with(rank=5, mixer="none", prior_preservation=False, make_masks=True, preset="thorough")
@@ -279,12 +262,9 @@ def test_a_field_of_the_form_wins_over_the_file(shelf, ann, tmp_path):
     assert (config["masks"], config["exposures_per_photo"], config["optimizer"]) == ("auto", 80, "Adafactor")
     steps = config_with(steps=7)
     assert steps["max_train_steps"] == 7 and "exposures_per_photo" not in steps
-
-
-def test_fields_that_a_file_does_not_speak_of_are_as_at_first():
-    values = values_like(None, "toy")
-    assert values.keys() < set(rows(TrainForm)) and values.pop("make_masks") is True
-    assert values == {name: getattr(TrainForm, name) for name in values}
+    crops = crop_config("toy", 128, ann.photos_dir, [], 0, recipe)
+    assert (crops.crops_per_photo, crops.crop_zoom, crops.resolution) == (3, 1.5, 128)
+    assert "each shown by the first of its 3 crops" in review_kept(shelf, ann, like="ours").remarks
 
 
 def test_the_line_says_what_was_taken_and_what_not(shelf, ann, tmp_path):
@@ -306,12 +286,6 @@ def test_a_run_keeps_the_recipe_and_comes_back_into_the_form_with_it(shelf, ann,
     assert (back.like, back.preset) == (name, "standard" if name == "pivotal" else "quick")
     with prepared(shelf, back, ann) as again:
         assert without(again.settings, *OF_ONE_RUN) == without(run.settings, *OF_ONE_RUN)
-
-
-def test_the_crops_are_shown_as_the_recipe_makes_them(shelf, ann):
-    config = crop_config("toy", 128, ann.photos_dir, [], 0, recipe_of(shelf, "ours", ann))
-    assert (config.crops_per_photo, config.crop_zoom, config.resolution) == (3, 1.5, 128)
-    assert "each shown by the first of its 3 crops" in review_kept(shelf, ann, like="ours").remarks
 
 
 def test_a_file_of_ones_own_is_offered_to_oneself_alone(shelf, ann, tmp_path):
@@ -358,28 +332,12 @@ def test_a_changed_recipe_of_a_run_is_checked_again(tmp_path):
         assert (name, recipe and recipe.settings) == (("a", left) if left else ("none", None))
 
 
-GIB = 2**30
 WORDS_AND_PATHS = {
     *("pretrained_model_name_or_path", "variant", "instance_data_dir", "output_dir"),
     *("instance_prompt", "class_prompt"),
 }
 OF_THE_PAGE = {"seed", "memory"}
 """Named by the form alone: the crops it shows are drawn from the seed, and a plan may add to the recipe's."""
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """Pretend that there is a GPU of some capability, with so much free and so much in this process's hands."""
-
-    def put(capability: int, free_gib: float, own_gib: float = 0.0) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Some Card <3")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (capability, 0))
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: capability >= 8)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (int(free_gib * GIB), 80 * GIB))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *device: int(own_gib * GIB))
-
-    return put
 
 
 @pytest.fixture
@@ -396,8 +354,8 @@ def config_of(form: TrainForm, photos, base: str = "owner/sdxl", resolution_px: 
 
 
 @pytest.mark.parametrize("gb", RECIPES)
-def test_the_form_is_the_recipe_for_the_card_and_what_the_command_chooses(card, photos, monkeypatch, gb):
-    card(8, 0.95 * gb)
+def test_the_form_is_the_recipe_for_the_card_and_what_the_command_chooses(gpu, photos, monkeypatch, gb):
+    gpu(8, 0.95 * gb)
     config = config_of(TrainForm("sks", "dog"), photos)
     recipe = load_settings(f"assets/configs/sdxl_{gb}gb.toml")
     own = WORDS_AND_PATHS | {"max_train_steps", "prior"}
@@ -428,17 +386,17 @@ def test_the_form_is_the_recipe_for_the_card_and_what_the_command_chooses(card, 
     ],
 )
 def test_a_run_on_sdxl_has_the_plan_of_its_card_and_its_word(
-    card, photos, capability, free_gib, own_gib, form, expected
+    gpu, photos, capability, free_gib, own_gib, form, expected
 ):
-    card(capability, free_gib, own_gib)
+    gpu(capability, free_gib, own_gib)
     config = config_of(TrainForm("sks", "dog", **form), photos)
     config = replace(config, **memory_settings(config, free_gib + own_gib))
     assert (config.mixed_precision, config.gradient_checkpointing, config.base_quantization) == expected
 
 
-def test_the_embedded_base_is_trained_as_the_command_does_on_any_card(card, photos):
+def test_the_embedded_base_is_trained_as_the_command_does_on_any_card(gpu, photos):
     command = parse_train_config([str(photos), "dog", "--pretrained_model_name_or_path", "toy"])
-    card(8, 4.0)
+    gpu(8, 4.0)
     config = config_of(TrainForm("sks", "dog"), photos, "toy", 128)
     mine, its = ({n: v for n, v in c.to_dict().items() if n != "output_dir"} for c in (config, command))
     assert mine == its and config.mixed_precision is None and config.memory is None and config.evaluate_steps
@@ -447,8 +405,8 @@ def test_the_embedded_base_is_trained_as_the_command_does_on_any_card(card, phot
 @pytest.mark.parametrize(
     ("free_gib", "words", "is_tight"), [(40.0, "without", False), (11.0, "with", False), (4.0, "with", True)]
 )
-def test_the_cost_says_each_choice_and_names_the_card(card, ann, context, free_gib, words, is_tight):
-    card(8, free_gib)
+def test_the_cost_says_each_choice_and_names_the_card(gpu, ann, context, free_gib, words, is_tight):
+    gpu(8, free_gib)
     ctx = context(base="sdxl", base_name="owner/sdxl", resolution_px=1024)
     cost = estimate_cost(ctx, TrainForm("sks", "dog"), ann)
     card_line = f"GPU: Some Card &lt;3, {free_gib} GiB free for this run, so it trains in bf16, {words} gradient"

@@ -70,9 +70,6 @@ def test_the_card_names_the_best_step_and_all_files_that_the_run_made_are_offere
         with ZipFile(str(look()["download_tokens"].value["path"])) as archive:
             assert archive.namelist() == ["dog_emb.safetensors", "dog_2_emb.safetensors"]
             assert archive.read("dog_2_emb.safetensors") == b"of the second"
-
-
-def test_a_run_without_scores_or_a_kohya_file_offers_neither(run, look):
     (run / "dog.kohya.safetensors").unlink()
     recorded(run, {"type": "end", "state": "done"})
     now = look()
@@ -152,13 +149,7 @@ def test_events_of_the_wrong_kind_are_passed_over(tmp_path, look, kind):
     assert look()["status"]
 
 
-def test_a_run_stopped_before_its_first_step_boasts_of_no_checkpoint(tmp_path):
-    state = JobState("interrupted", 0, 100, "", "stopped before the first step")
-    assert "Stopped before the first step." in status_card(state, Metrics(tmp_path))
-    assert "checkpoint is written" in status_card(replace(state, message=""), Metrics(tmp_path))
-
-
-def test_after_the_last_photo_the_first_step_is_spoken_of_and_after_a_step_the_next(tmp_path):
+def test_the_card_speaks_of_the_first_step_after_the_last_photo_and_of_a_checkpoint_only_after_a_step(tmp_path):
     """On a CPU it takes minutes with SDXL, and nothing more is written before its end."""
     encoding, step = {"type": "phase", "phase": "caching", "done": 3, "total": 4}, {"type": "step", "step": 7}
     assert phase_of([encoding]) == "caching"
@@ -168,6 +159,9 @@ def test_after_the_last_photo_the_first_step_is_spoken_of_and_after_a_step_the_n
     assert phase_of(drawing) == "sampling"
     trains = JobState("running", 7, 400, phase_of([*drawing, step]))
     assert "Step 7 of 400" in status_card(trains, written(tmp_path, *drawing, step))
+    early = JobState("interrupted", 0, 100, "", "stopped before the first step")
+    assert "Stopped before the first step." in status_card(early, Metrics(tmp_path))
+    assert "checkpoint is written" in status_card(replace(early, message=""), Metrics(tmp_path))
 
 
 def written(tmp_path, *events) -> Metrics:
@@ -176,7 +170,7 @@ def written(tmp_path, *events) -> Metrics:
 
 def drawn(tmp_path, steps, *more: str) -> list[dict]:
     """The events of a picture at each step, with its file."""
-    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples").mkdir(exist_ok=True)
     for step in steps:
         (tmp_path / "samples" / f"{step}.png").write_bytes(b"x")
     return [{"type": "sample", "step": step, "files": [f"samples/{step}.png", *more]} for step in steps]
@@ -189,16 +183,13 @@ def test_the_loss_plot_keeps_instance_and_prior_apart_and_a_resumed_step_once(tm
     assert list(table[table.part == "subject"].step) == [1, 2, 3]
 
 
-def test_of_many_samples_the_bases_own_and_the_newest_are_shown(tmp_path, ann):
-    metrics = written(tmp_path, *drawn(tmp_path, range(40)))
-    shown = [caption for _, caption in samples_of(Job(tmp_path, OWNER, 1, 0.0), metrics, ann)]
-    assert shown == ["step 0", *(f"step {s}" for s in range(40 - len(shown) + 1, 40))] and len(shown) < 40
-
-
-def test_scores_and_samples_of_a_run_are_shown_step_0_first(tmp_path, ann):
+def test_scores_and_samples_are_shown_step_0_first_and_of_many_the_newest(tmp_path, ann):
     scores = {"type": "evaluation", "step": 10, "clip_t": 0.7, "pres": 1, "note": "x", "time": 5}
     metrics = written(tmp_path, *drawn(tmp_path, (0, 10), "../../etc/passwd"), scores)
+    assert fidelity_table(metrics).to_dict("records") == [{"step": 10, "score": 0.7, "measure": "prompt"}]
     shown = samples_of(Job(tmp_path, OWNER, 1, 0.0), metrics, ann)
     assert [caption for _, caption in shown] == ["step 0", "step 10"]
     assert all(Path(path).is_relative_to(ann.folder) for path, _ in shown)
-    assert fidelity_table(metrics).to_dict("records") == [{"step": 10, "score": 0.7, "measure": "prompt"}]
+    metrics = written(tmp_path, *drawn(tmp_path, range(40)))
+    shown = [caption for _, caption in samples_of(Job(tmp_path, OWNER, 1, 0.0), metrics, ann)]
+    assert shown == ["step 0", *(f"step {s}" for s in range(40 - len(shown) + 1, 40))] and len(shown) < 40

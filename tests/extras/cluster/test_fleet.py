@@ -29,7 +29,7 @@ from dreambooth_moslora.extras.cluster.fleet import (
 )
 from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task
 from dreambooth_moslora.extras.cluster.records import Record, read_names, read_record, stop_path, write_record
-from dreambooth_moslora.extras.cluster.subjects import PLACES, Subject
+from dreambooth_moslora.extras.cluster.subjects import Subject
 from dreambooth_moslora.extras.cluster.worker import Group, Job, judged, train_subject, train_work
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.settings.table import TrainConfig
@@ -39,18 +39,23 @@ CONFIG = TrainConfig(pretrained_model_name_or_path="someone/sdxl", resolution=10
 NEED = estimate(CONFIG, BaseSize(), 1).peak_gib
 
 
-def test_a_training_takes_the_part_of_a_gpu_that_it_needs():
+def test_a_training_takes_the_part_of_a_gpu_that_it_needs_and_no_more_share_one_than_the_estimate_lets():
     assert Machines(80.0, 500.0).resources_for(CONFIG).gpus == int(10_000 / int(0.9 * 80 / NEED)) / 10_000
     assert Machines(8.0, 500.0).resources_for(CONFIG).gpus == 1.0
     assert Machines(80.0, 500.0, per_gpu=2).resources_for(CONFIG).gpus == 0.5
     three = Machines(80.0, 500.0, per_gpu=3).resources_for(CONFIG).gpus
     assert 3 * three <= 1 < 4 * three
+    config = replace(CONFIG, rank=16, train_batch_size=1)
+    assert [Machines(gib, 99.0, per_gpu=8).at_once(config) for gib in (8.0, 24.0, 80.0, None)] == [1, 2, 8, 8]
 
 
-def test_without_a_gpu_it_takes_cores_and_memory_and_never_more_than_there_is():
+def test_without_a_gpu_it_takes_cores_and_memory_and_never_more_than_there_is_and_a_group_less_than_each_alone():
     roomy, narrow = (Machines(None, gib, cpus=2).resources_for(CONFIG) for gib in (500.0, 3.0))
     assert (roomy.cpus, roomy.gpus) == (2, 0.0) and roomy.memory_gib == pytest.approx(NEED + PROCESS_GIB)
     assert narrow.memory_gib == 3.0
+    config, machines = tiny_config(Path("toy"), Path("."), Path("x")), Machines(None, 999.0)
+    one, four = machines.resources_for(config).memory_gib, machines.resources_for_group(config, 4).memory_gib
+    assert one < four < 4 * one
 
 
 def test_one_word_for_the_memory_means_the_same_on_all_machines(tmp_path):
@@ -107,33 +112,18 @@ def tasks(folder: Path, changes: list[dict], machines: Machines, room: int) -> l
     return list(grouped(tasks_of(todo, folder, machines, print), machines, len(todo), lambda needs: room))
 
 
-def test_subjects_of_one_shape_are_put_together_and_others_train_alone(tmp_path):
+def test_subjects_of_one_shape_are_put_together_and_spread_over_the_machines_and_others_train_alone(tmp_path):
     changes = [{}, {"rank": 8}, {"use_dora": True}, {"seed": 5}, {"rank": 8}, {}, {"enable_bucket": True}]
     found = tasks(tmp_path, changes, Machines(80.0, 99.0, per_gpu=2), room=1)
     assert [task.key for task in found] == ["s2", "s6", ("s0", "s3", "s5"), ("s1", "s4")]
     group = found[2].arguments[0]
     assert group.at_once == 2 and [job.mark for job in group.jobs] == ["m0", "m3", "m5"]
     assert found[2].resources == Resources(1, gpus=1.0) and {job.gpus for job in group.jobs} == {1.0}
-
-
-def test_groups_are_spread_over_the_machines(tmp_path):
     sizes = [len(t.key) for t in tasks(tmp_path, [{}] * 12, Machines(None, 99.0, per_gpu=2), room=3)]
     assert sizes == [4, 4, 4]
     assert len(tasks(tmp_path, [{}] * 40, Machines(None, 99.0, per_gpu=2), room=1)[0].key) == 16
     alone = tasks(tmp_path, [{}] * 3, Machines(None, 99.0), room=1)
     assert [task.key for task in alone] == ["s0", "s1", "s2"]
-
-
-def test_a_group_takes_more_memory_than_one_and_less_than_each_alone():
-    config, machines = tiny_config(Path("toy"), Path("."), Path("x")), Machines(None, 999.0)
-    one, four = machines.resources_for(config).memory_gib, machines.resources_for_group(config, 4).memory_gib
-    assert one < four < 4 * one
-
-
-def test_no_more_share_a_gpu_than_the_estimate_lets():
-    config = TrainConfig("someone/sdxl", resolution=1024, rank=16, train_batch_size=1, mixed_precision="bf16")
-    assert [Machines(gib, 99.0, per_gpu=8).at_once(config) for gib in (8.0, 24.0, 80.0)] == [1, 2, 8]
-    assert Machines(None, 99.0, per_gpu=8).at_once(config) == 8
 
 
 def test_of_a_lost_group_those_that_were_done_are_done(tmp_path):
@@ -166,16 +156,6 @@ def test_each_subject_of_a_group_is_told_once_as_it_ends(tmp_path, monkeypatch):
     assert [name for name, _ in groups.untold(task, [failed, done, failed])] == ["a", "c"]
 
 
-def jobs_of(base: Path, photos: Path, out: Path, *changes: dict) -> tuple[Job, ...]:
-    found = []
-    for number, own in enumerate(changes):
-        config = tiny_config(base, paint_photos(photos / str(number), number + 2), out, **own)
-        settings = {name: value for name, value in config.to_dict().items() if name not in PLACES}
-        settings |= {"instance_data_dir": str(photos / str(number)), "output_dir": str(out / str(number))}
-        found.append(Job(str(out / str(number)), settings, f"mark {number}"))
-    return tuple(found)
-
-
 def kill_at_a_checkpoint(out: Path) -> None:
     """The process of the group, as the system would for want of memory."""
     while not list(out.glob("*/checkpoint-2")):
@@ -196,33 +176,37 @@ def test_a_group_that_ends_by_an_error_of_its_own_is_not_started_again(tmp_path,
 def test_a_group_that_is_killed_goes_on_and_a_bad_subject_fails_alone(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     good = {"max_train_steps": 12, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
-    jobs = jobs_of(tiny_base, tmp_path / "photos", tmp_path / "out", good, {"rank": 4}, good | {"seed": 4})
+    jobs, out = [], tmp_path / "out"
+    for number, own in enumerate((good, {"rank": 4}, good | {"seed": 4})):
+        photos = paint_photos(tmp_path / "photos" / str(number), number + 2)
+        settings = tiny_config(tiny_base, photos, out / str(number), **own).to_dict()
+        jobs.append(Job(str(out / str(number)), settings, f"mark {number}"))
     for photo in (tmp_path / "photos" / "1").iterdir():
         photo.unlink()
-    killer = threading.Thread(target=kill_at_a_checkpoint, args=(tmp_path / "out",), daemon=True)
+    killer = threading.Thread(target=kill_at_a_checkpoint, args=(out,), daemon=True)
     killer.start()
-    records = train_work(Group(jobs, at_once=3))
+    records = train_work(Group(tuple(jobs), at_once=3))
     killer.join()
     assert [record.state for record in records] == ["done", "failed", "done"]
     assert "no usable photo" in records[1].message and records[0].starts == records[2].starts == 2
     assert records[0].seconds > 0 and records[0].unit == "CPU"
     for name in ("0", "2"):
-        events = RunDir(tmp_path / "out" / name).read_metrics()
+        events = RunDir(out / name).read_metrics()
         assert [event["step"] for event in events if event["type"] == "step"] == list(range(1, 13))
-        log = RunDir(tmp_path / "out" / name).log_path.read_text(encoding="utf-8")
+        log = RunDir(out / name).log_path.read_text(encoding="utf-8")
         assert "no usable photo" not in log and len(log.splitlines()) == len(set(log.splitlines()))
-    before = adapter_sha256(tmp_path / "out" / "0")
-    (tmp_path / "out" / "0" / CONFIG_NAME).unlink()
-    assert train_work(Group(jobs[:1], at_once=2))[0].state == "done"
-    assert adapter_sha256(tmp_path / "out" / "0") == before and not (tmp_path / "out" / "0" / CONFIG_NAME).exists()
+    before = adapter_sha256(out / "0")
+    (out / "0" / CONFIG_NAME).unlink()
+    assert train_work(Group((jobs[0],), at_once=2))[0].state == "done"
+    assert adapter_sha256(out / "0") == before and not (out / "0" / CONFIG_NAME).exists()
 
 
-def job_in(folder: Path, **settings) -> Job:
+def rex(folder: Path, **settings) -> Job:
     return Job(str(folder / "rex"), settings, "mark")
 
 
 def test_a_fleet_that_stops_begins_none_and_what_is_done_is_not_trained_again(tmp_path):
-    job = job_in(tmp_path)
+    job = rex(tmp_path)
     stop_path(tmp_path).touch()
     assert train_subject(job).state == "interrupted" and not (tmp_path / "rex" / "job.log").exists()
     stop_path(tmp_path).unlink()
@@ -235,12 +219,12 @@ def test_a_folder_that_another_training_holds_is_waited_for_and_then_a_failure(t
     monkeypatch.setattr(worker, "HELD_SEC", 0.3)
     (tmp_path / "rex").mkdir()
     with locked(tmp_path / "rex"):
-        record = train_subject(job_in(tmp_path))
+        record = train_subject(rex(tmp_path))
     assert record.state == "failed" and "is training there" in record.message
 
 
 def test_a_training_holds_its_folder_from_before_its_start_and_without_its_worker(tmp_path):
-    job, run = job_in(tmp_path, rank=0), tmp_path / "rex"
+    job, run = rex(tmp_path, rank=0), tmp_path / "rex"
     run.mkdir()
     write_settings(run, job.settings)
     with worker.held(run) as hold:
@@ -269,5 +253,5 @@ def test_each_ending_has_its_line(code, log, state, message, tmp_path):
 
 
 def test_a_mistake_is_the_subjects_own_line(tmp_path):
-    record = train_subject(job_in(tmp_path, pretrained_model_name_or_path="toy", instance_prompt="x", rank=0))
+    record = train_subject(rex(tmp_path, pretrained_model_name_or_path="toy", instance_prompt="x", rank=0))
     assert record.state == "failed" and record.message.startswith("--rank 0") and record.starts == 1

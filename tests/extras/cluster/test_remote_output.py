@@ -90,7 +90,7 @@ def pushed(folder: Path, *steps: int) -> Mirror:
     return mirror
 
 
-def test_a_folder_comes_back_as_it_was_and_locks_and_temporaries_stay(tmp_path):
+def test_a_folder_comes_back_as_it_was_without_locks_and_only_what_has_changed_is_sent(tmp_path, store):
     mirror = pushed(tmp_path / "a", 1, 2)
     for name in ("run.lock", ".worker.lock", ".checkpoint-3.17-ab.new"):
         (mirror.folder / name).write_text("x")
@@ -99,10 +99,6 @@ def test_a_folder_comes_back_as_it_was_and_locks_and_temporaries_stay(tmp_path):
     names = sorted(str(path.relative_to(other.folder)) for path in other.folder.rglob("*") if path.is_file())
     assert len(names) == 7 and names[-1] == "metrics.jsonl" and steps_in(other.folder) == TWO
     assert all((other.folder / name).read_bytes() == (mirror.folder / name).read_bytes() for name in names)
-
-
-def test_what_is_equal_is_not_sent_again_and_what_is_gone_here_goes_there(tmp_path, store):
-    mirror = pushed(tmp_path / "a", 1, 2)
     RunDir(mirror.folder).rotate(1)
     store.sent.clear()
     mirror.push()
@@ -143,17 +139,27 @@ def test_a_checkpoint_with_a_flipped_byte_is_left_out_whole_and_mended(tmp_path,
     assert steps_in(third.folder) == TWO
 
 
-def test_what_fails_for_a_moment_is_tried_again(tmp_path, store):
+def test_what_fails_for_a_moment_is_tried_again_and_what_fails_for_ever_is_not(tmp_path, store):
     tries: list[str] = []
+    forever = type("NoCredentialsError", (Exception,), {})  # as botocore's own
 
     def fail_twice(path: str) -> None:
         tries.append(path)
         if tries.count(path) < 3:
             raise TimeoutError("slow down")
 
+    def fail(path: str) -> None:
+        tries.append(path)
+        raise forever("Unable to locate credentials")
+
     store.fault = staticmethod(fail_twice)
     mirror = pushed(tmp_path / "a", 1)
     assert "checkpoint-1/optimizer.pt" in read_manifest(mirror.bucket).files
+    store.fault = staticmethod(fail)
+    tries.clear()
+    with pytest.raises(UserError, match=r"fleet/a: Unable to locate credentials\.$"):
+        Bucket(FLEET).read("a")
+    assert len(tries) == 1
 
 
 def test_one_who_was_taken_for_lost_writes_no_more(tmp_path, store):
@@ -257,12 +263,13 @@ def test_a_run_that_is_stopped_goes_on_elsewhere_and_leaves_nothing_on_the_machi
     assert is_finished(tmp_path / "view" / "rex", "mark") and not is_finished(tmp_path / "view" / "rex", "other")
 
 
-def test_what_the_bucket_did_not_take_at_the_end_is_sent_by_the_next_try(tmp_path, store):
+def test_what_the_bucket_did_not_take_at_the_end_is_kept_while_it_is_away_and_sent_by_the_next_try(store):
     store.fault = staticmethod(refuse_the_adapter)
     record = train_in_bucket(JOB, training(range(1, 2)))
     assert record.state == "failed" and "no route to host" in record.message and "are in" in record.message
+    store.fault = staticmethod(away)
+    assert "manifest.json: no route to host" in train_in_bucket(JOB, find).message
     store.fault = staticmethod(well)
-
     assert train_in_bucket(JOB, find).state == "done"
     assert "pytorch_lora_weights.safetensors" in read_manifest(Bucket(JOB.url)).files
 
@@ -283,13 +290,6 @@ def test_what_a_killed_worker_could_not_send_is_found_by_the_next_try(tmp_path, 
     seen = []
     go_on = lambda job: seen.extend(steps_in(Path(job.run_dir))) or training(range(3, 4))(job)  # noqa: E731
     assert train_in_bucket(JOB, go_on).state == "done" and seen == TWO
-
-
-def test_a_try_while_the_bucket_is_still_away_keeps_what_was_not_sent(tmp_path, store):
-    assert "manifest.json: no route to host" in train_in_bucket(JOB, finish_alone).message
-    assert "manifest.json: no route to host" in train_in_bucket(JOB, find).message
-    store.fault = staticmethod(well)
-    assert train_in_bucket(JOB, find).state == "done"
 
 
 def test_a_bucket_that_comes_back_empty_gets_all_files_again(tmp_path, store):
@@ -328,7 +328,6 @@ def test_what_another_machine_did_since_then_is_not_undone_by_an_unsent_end(tmp_
     machine(tmp_path / "two", monkeypatch)
     assert train_in_bucket(JOB, training(range(2, 4))).state == "done"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "one"))
-
     seen = []
     assert train_in_bucket(JOB, lambda job: seen.extend(steps_in(Path(job.run_dir))) or find(job)).state == "done"
     assert seen == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
@@ -348,7 +347,9 @@ def test_a_checkpoint_that_is_removed_while_it_is_sent_is_passed_over(tmp_path, 
     assert {name.split("/")[0] for name in read_manifest(mirror.bucket).files} == {"checkpoint-2"}
 
 
-def test_status_reads_the_bucket_and_leaves_the_index_there(tmp_path, capsys, store):
+def test_status_reads_a_bucket_or_a_folder_by_its_url_leaves_the_index_there_and_refuses_what_is_no_list(
+    tmp_path, capsys
+):
     out = tmp_path / "out"
     out.mkdir()
     run = subject(out, "rex", Record("failed", "m", message="no usable photo"), START, STEP)
@@ -361,6 +362,12 @@ def test_status_reads_the_bucket_and_leaves_the_index_there(tmp_path, capsys, st
     shown = capsys.readouterr().out
     assert "2 subjects: 1 failed, 1 waiting" in shown and "rex: failed, step 4 of 9: no usable photo" in shown
     assert shown.endswith(f"{FLEET}/index.html\n") and b"no usable photo" in Bucket(FLEET).read("index.html")
+    assert main(["fleet", "status", f"file://{out}"]) == 0 and (out / "index.html").is_file()
+    capsys.readouterr()
+    for name in ("a\0b", "n" * 300, "..", "a/b", 7, None):
+        Bucket(FLEET).write("fleet.json", json.dumps({"subjects": ["rex", name]}).encode())
+        assert main(["fleet", "status", FLEET]) == 2
+        assert "is damaged: it names no subjects" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -459,39 +466,9 @@ def test_a_mistake_is_one_line(place, fault, says, store, capsys, monkeypatch):
     assert says in error and error.count("\n") == 1
 
 
-def test_a_file_url_is_a_folder(tmp_path, capsys):
-    write_names(tmp_path, ["rex"])
-    assert main(["fleet", "status", f"file://{tmp_path}"]) == 0
-    assert (tmp_path / "index.html").is_file()
-
-
 @pytest.mark.parametrize("url", ["://", "://x", "s3://", "s3:///", "memory://", "memory://fleet"])
 def test_a_url_without_a_bucket_that_others_see_is_refused(url, tmp_path, capsys):
     (tmp_path / "photos" / "rex").mkdir(parents=True)
     command = ["fleet", str(tmp_path / "photos"), "--out", url, "--pretrained_model_name_or_path", "toy"]
     assert main([*command, "--instance_prompt", "a dog", "--dry_run"]) == 2
     assert capsys.readouterr().err == f"error: {url}: names no bucket that several machines see; {HOW}\n"
-
-
-class NoCredentialsError(Exception):
-    """As botocore's own."""
-
-
-def test_what_fails_for_ever_is_not_tried_again(store):
-    asked = []
-
-    def fault(path: str) -> None:
-        asked.append(path)
-        raise NoCredentialsError("Unable to locate credentials")
-
-    store.fault = staticmethod(fault)
-    with pytest.raises(UserError, match=r"fleet/a: Unable to locate credentials\.$"):
-        Bucket(FLEET).read("a")
-    assert len(asked) == 1
-
-
-@pytest.mark.parametrize("name", ["a\0b", "n" * 300, "..", "a/b", 7, None])
-def test_a_list_with_what_is_no_name_is_damaged(name, capsys):
-    Bucket(FLEET).write("fleet.json", json.dumps({"subjects": ["rex", name]}).encode())
-    assert main(["fleet", "status", FLEET]) == 2
-    assert "is damaged: it names no subjects" in capsys.readouterr().err

@@ -16,8 +16,6 @@ from dreambooth_moslora.extras.cluster.fleet import missing
 from dreambooth_moslora.extras.cluster.records import Record, read_record, rows_of, write_names, write_record
 from dreambooth_moslora.extras.cluster.subjects import mark_of, read_subjects
 
-SHARED = {"resolution": 64, "max_train_steps": 3}
-
 
 @pytest.fixture
 def pets(tmp_path, monkeypatch) -> Path:
@@ -31,7 +29,7 @@ def pets(tmp_path, monkeypatch) -> Path:
 
 
 def read(source, out="out", **shared):
-    return read_subjects(Path(source), {**SHARED, **shared}, Path(out))
+    return read_subjects(Path(source), {"resolution": 64, "max_train_steps": 3, **shared}, Path(out))
 
 
 def test_a_folder_of_folders_is_a_fleet(pets):
@@ -120,17 +118,13 @@ def finish(subject) -> None:
     write_record(run_dir, Record("done", mark_of(subject.settings)))
 
 
-def test_only_what_is_missing_is_trained(pets):
+def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_not_in_another_place(pets):
     rex, tom = read(pets)
     finish(rex)
     assert [subject.name for subject, _ in missing(Path("out"), [rex, tom])] == ["tom"]
-    (Path("out") / "rex" / PUBLISHED_NAME).unlink()
+    (adapter := Path("out") / "rex" / PUBLISHED_NAME).unlink()
     assert len(missing(Path("out"), [rex, tom])) == 2
-
-
-def test_another_setting_or_photo_is_another_run_and_another_place_is_not(pets):
-    rex, _ = read(pets)
-    finish(rex)
+    adapter.write_bytes(b"adapter")
 
     def is_missing(**shared) -> bool:
         return bool(missing(Path("out"), read(pets, **shared)[:1]))
@@ -176,7 +170,7 @@ def fleet(tmp_path) -> Path:
     return out
 
 
-def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_need_an_eye(fleet):
+def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_need_an_eye(fleet, capsys):
     assert [row.name for row in rows_of(fleet)] == ["<b>bad", "halfway", "waiting", "copied", "unlike", "fine"]
     first, cost, *others = records.status_lines(rows_of(fleet))
     assert first == "6 subjects: 1 failed, 1 running, 1 waiting, 3 done"
@@ -184,6 +178,10 @@ def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_ne
     assert any(line == "halfway: running, step 4 of 9" for line in others)
     assert any(line.startswith("copied: done, step 4 of 9: 50% of the pictures repeat a photo") for line in others)
     assert not any(line.startswith(("fine", "waiting")) for line in others)
+    assert main(["fleet", "status", str(fleet)]) == 0
+    assert first in capsys.readouterr().out and (fleet / "index.html").is_file()
+    assert main(["fleet", "status", str(fleet / "fine")]) == 2
+    assert "names no subjects" in capsys.readouterr().err
 
 
 def test_the_page_shows_no_path_and_no_markup_of_others(fleet):
@@ -205,13 +203,6 @@ def test_the_page_shows_no_path_and_no_markup_of_others(fleet):
 )
 def test_paths_lose_all_but_their_last_part(text, shown, tmp_path):
     assert records.without_paths(text, tmp_path) == shown
-
-
-def test_status_is_a_command_and_a_folder_without_a_fleet_is_a_mistake(fleet, capsys):
-    assert main(["fleet", "status", str(fleet)]) == 0
-    assert "6 subjects" in capsys.readouterr().out and (fleet / "index.html").is_file()
-    assert main(["fleet", "status", str(fleet / "fine")]) == 2
-    assert "names no subjects" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,9 @@ def test_the_cells_are_all_combinations_and_tuning_never_touches_the_test_subjec
     assert len(tuning) == 2 * 2 and {cell.subject for cell in tuning} == {"t"}
     assert len(tests) == len(set(tests)) == 2 * 2 * 2 and {cell.subject for cell in tests} == {"a", "b"}
     assert {(cell.arm, cell.learning_rate) for cell in tests} == {("lora", 1e-4), ("mix", 1e-3)}
-
-
-def test_arms_differ_only_in_what_they_say():
-    study = study_of(study_text())
     cells = [Cell("test", arm, 4, "a", 7, 1e-3) for arm in ("lora", "mix")]
     lora, mix = (study.config_of(cell, 4, Path("run")).to_dict() for cell in cells)
-    assert {name for name in lora if lora[name] != mix[name]} == {"mixer"}
+    assert {name for name in lora if lora[name] != mix[name]} == {"mixer"}, "arms differ only in what they say"
     assert lora["seed"] == 7 and lora["instance_prompt"] == "a photo of a sks duck"
 
 
@@ -161,19 +157,23 @@ def test_a_result_depends_on_the_companions_in_every_arm():
     assert StudySubject("a", "a photo of sks duck").facts.keys() == {"photos", "instance_prompt", "class_prompt"}
 
 
-@pytest.mark.parametrize("text, complaint", [("{", "not valid JSON"), ("[]", "names and values"), ("{}", "must name")])
-def test_a_damaged_subject_is_one_clear_line(text, complaint):
-    Path("a/subject.json").write_text(text)
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("{", "not valid JSON"),
+        ("[]", "names and values"),
+        ("{}", "must name"),
+        (None, "give it an instance_prompt"),
+    ],
+)
+def test_a_damaged_subject_is_one_clear_line_and_one_without_facts_needs_its_prompt(text, complaint):
+    Path("a/subject.json").unlink()
+    if text is not None:
+        Path("a/subject.json").write_text(text)
     with pytest.raises(UserError, match=complaint):
         study_of(study_text())
-
-
-def test_a_subject_without_facts_needs_its_prompt():
-    Path("a/subject.json").unlink()
-    with pytest.raises(UserError, match="give it an instance_prompt"):
-        StudySubject.of("a")
     assert StudySubject.of("b").class_prompt == "a photo of a duck"
-    assert StudySubject.of({"photos": "a", "instance_prompt": "a photo of zwx cat"}).name == "a"
+    assert text or StudySubject.of({"photos": "a", "instance_prompt": "a photo of zwx cat"}).name == "a"
 
 
 def test_the_shipped_study_is_the_one_that_was_promised(monkeypatch):
@@ -258,16 +258,12 @@ def test_a_measure_that_is_added_to_the_table_has_its_columns_and_its_panel(monk
     assert titles(study, results)[-1] == "smile (mouth)"
 
 
-def test_wins_ties_and_losses_are_shares_of_pictures_that_sum_to_one():
+def test_wins_ties_and_losses_are_shares_of_pictures_and_an_arm_with_a_missing_cell_is_left_out():
     study, results = made_up(np.random.default_rng(1), {"better": 0.5, "equal": 0.0, "worse": -0.5})
     found = {o.arm: o.wins["dino"] for o in outcomes(study, results)}
     assert found == {"better": (1.0, 0.0, 0.0), "equal": (0.0, 1.0, 0.0), "worse": (0.0, 0.0, 1.0)}
-
-
-def test_an_arm_with_a_missing_cell_is_left_out_not_compared_on_fewer_subjects():
-    study, results = made_up(np.random.default_rng(2), {"better": 0.1})
-    assert not outcomes(study, results[:-1])
-    assert [s.arm for s in summaries(results[:-1])] == ["lora"]
+    assert [o.arm for o in outcomes(study, results[:-1])] == ["better", "equal"]
+    assert "worse" not in [s.arm for s in summaries(results[:-1])]
 
 
 def test_each_arm_gets_the_rate_that_was_best_for_it():

@@ -20,17 +20,15 @@ from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.remote import RemotePipeline, Service
 from dreambooth_moslora.ui.app import context_of
 from dreambooth_moslora.ui.generate_values import GenerateForm, compare, make_pictures
+from tests.extras.serving.conftest import TOKEN
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
-TOKEN = "correct-horse-battery"
 needs_counts = pytest.mark.extra("prometheus_client")
 
 
 @pytest.fixture(scope="module")
-def place(base, tmp_path_factory):
+def place(base, shelf):
     """The service without Ray on a port of the loopback: its address and the folder of its adapters."""
-    shelf = tmp_path_factory.mktemp("shelf")
-    save_diffusers_lora(base.pipeline.unet, shelf / "made", seed=1).rename(shelf / "dog.safetensors")
     catalogue = open_catalogue([str(shelf)])
     drawer = Drawer(base, catalogue)
 
@@ -83,23 +81,19 @@ def test_a_picture_of_another_size_than_asked_for_is_refused_before_it_is_decode
 
 
 @needs_counts
-def test_another_file_of_the_same_name_is_refused_and_an_unknown_name_too(remote, base, tmp_path):
+def test_a_wrong_token_another_base_program_or_file_and_an_unknown_name_are_told(place, remote, base, tmp_path):
     other = save_diffusers_lora(base.pipeline.unet, tmp_path, seed=5)
-    with pytest.raises(UserError, match="has no adapter 'cat'"):
-        remote.load_adapter(other, "cat")
     remote.load_adapter(other, "dog")
-    with pytest.raises(UserError, match="another file"):
-        list(remote.generate(params()))
-
-
-@needs_counts
-def test_a_wrong_token_another_base_and_another_program_are_told(place, base):
-    with pytest.raises(UserError, match="token"):
-        RemotePipeline(Service(place.url), base.base_name).load_adapter(place.shelf / "dog.safetensors")
-    with pytest.raises(UserError, match="base"):
-        RemotePipeline(Service(place.url, TOKEN), "another")
-    with pytest.raises(UserError, match="not answered"):
-        RemotePipeline(Service(f"{place.url}/below", TOKEN), base.base_name)
+    mine = Service(place.url, TOKEN)
+    for ask, says in (
+        (lambda: RemotePipeline(Service(place.url), base.base_name).load_adapter(other, "dog"), "token"),
+        (lambda: RemotePipeline(mine, "another"), "base"),
+        (lambda: RemotePipeline(Service(f"{place.url}/below", TOKEN), base.base_name), "not answered"),
+        (lambda: remote.load_adapter(other, "cow"), "has no adapter 'cow'"),
+        (lambda: list(remote.generate(params())), "another file"),
+    ):
+        with pytest.raises(UserError, match=says):
+            ask()
 
 
 URLS = ("ftp://x", "http://", "http://x:port", "//", "http://[::1", "http://a..b", "http://a/\u00fc")

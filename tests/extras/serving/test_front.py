@@ -157,7 +157,7 @@ def test_what_is_no_order_is_refused(shop):
     assert [shop.get(path).status_code for path in ("/generate", "/../etc/passwd")] == [405, 404]
 
 
-def test_slow_bodies_hold_no_place(open_shop):
+def test_a_body_that_trickles_holds_no_place_and_is_given_up(open_shop, monkeypatch):
     """They once kept all others out for ten seconds."""
     shop, drawn = open_shop(max_inside=1), asyncio.Event()
 
@@ -174,18 +174,14 @@ def test_slow_bodies_hold_no_place(open_shop):
         await asyncio.gather(*trickling)
         return answer.status_code
 
-    assert shop.run(work) == 200
-
-
-def test_a_body_that_trickles_gives_its_place_up(shop, monkeypatch):
-    monkeypatch.setattr(front_module, "BODY_SEC", 0.05)
-
-    async def trickling():
+    async def endless():
         for _ in range(20):
             yield b" "
             await asyncio.sleep(0.05)
 
-    assert shop.post(trickling()) == 408 and shop.front.inside == 0
+    assert shop.run(work) == 200
+    monkeypatch.setattr(front_module, "BODY_SEC", 0.05)
+    assert shop.post(endless()) == 408 and shop.front.inside == 0
 
 
 def test_more_than_may_wait_are_told_when_to_come_back(open_shop):
