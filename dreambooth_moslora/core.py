@@ -199,8 +199,7 @@ def preferred_guidance(base: str, usual: float = 5.0) -> float:
     return 2.5 if is_toy(base) else usual
 
 
-CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
-"""Hub ids of the encoders that score pictures of SDXL."""
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"  # Score pictures of SDXL
 SUBJECT_FILE = "subject.json"
 """Beside photos: their token and class word, for commands that take folders of subjects; of a toy, what it is."""
 MAX_WORD_CHARACTERS = 60  # Of a token, and of the word for what photos show.

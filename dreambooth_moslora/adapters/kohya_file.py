@@ -21,8 +21,7 @@ from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
-ALONE = {"text_encoder": "lora_te"}
-"""Of the one text encoder of Stable Diffusion 1.5."""
+ALONE = {"text_encoder": "lora_te"}  # Of the one text encoder of Stable Diffusion 1.5.
 
 WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
 

@@ -119,8 +119,7 @@ def check_names(parts: dict[str, Tensor], known: set[str]) -> None:
         raise ValueError("parts of something else")
 
 
-BOUND = 1e-5
-"""Largest relative difference of a layer's ΔW in the file from the trained one, by rounding to fp32."""
+BOUND = 1e-5  # Largest relative difference of a layer's ΔW in the file from the trained one: fp32's rounding
 
 
 def write_lokr(source: Path, file: Path) -> int:

@@ -13,8 +13,7 @@ from dreambooth_moslora.settings.families import DENOISERS, Facts, facts_of
 from dreambooth_moslora.settings.table import TrainConfig
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
-SMALL_BASE_PX = 256
-"""A base of at most this resolution, such as the embedded one, needs no care with GPU memory."""
+SMALL_BASE_PX = 256  # A base of at most this resolution needs no care with GPU memory
 TOY = assets_folder() / "toy-sdxl"
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 INDEX = "model_index.json"

@@ -38,8 +38,7 @@ from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.rows import is_text_projection
 
-OUTPUTS_A_BLOCK = 32
-"""Outputs that the 4-bit kernels for CPUs compute at a time. Every width of SDXL is a multiple."""
+OUTPUTS_A_BLOCK = 32  # Outputs that the 4-bit kernels for CPUs compute at a time; divides every width of SDXL
 CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"
 """A warning of bitsandbytes at every call in bf16, thousands of times per run."""
 MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
@@ -48,8 +47,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFi
 """Errors of diffusers' converter for a damaged file, and for one of another model."""
 UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
 """Errors of the loaders for damaged or missing parts of a folder."""
-ZERO_SNR_RESCALE = 0.7
-"""Lin et al. 2024 (arXiv 2305.08891), section 3.4: how much of the contrast added by guidance is removed."""
+ZERO_SNR_RESCALE = 0.7  # How much of guidance's added contrast is removed (Lin et al. 2024, arXiv 2305.08891)
 
 
 def quantize(

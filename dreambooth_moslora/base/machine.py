@@ -13,10 +13,8 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 
 GIB = 2**30
-DECODER_BYTES_A_PIXEL = 4300
-"""Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture."""
-TILE_PX = 512
-"""Side of the tiles that are decoded if the whole picture does not fit."""
+DECODER_BYTES_A_PIXEL = 4300  # Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture
+TILE_PX = 512  # Side of the tiles that are decoded if the whole picture does not fit
 
 
 def free_gib(device: Any) -> float | None:

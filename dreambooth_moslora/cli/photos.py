@@ -21,11 +21,9 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.photos.photo import Photo
 
-BASE = "pretrained_model_name_or_path"
-"""Without it photos are assumed to be photographs, so that the base is SDXL."""
+BASE = "pretrained_model_name_or_path"  # Without it photos are taken for photographs, and the base for SDXL
 OF_PHOTOS = (*named("check"), BASE)
-FAULTS = ("blurred", "near-duplicate", "too small")
-"""How reasons begin for which a photo is better left out."""
+FAULTS = ("blurred", "near-duplicate", "too small")  # How reasons begin for which a photo is better left out
 MAX_PICTURED = 48  # Most photos in the picture of the crops.
 
 

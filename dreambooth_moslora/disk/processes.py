@@ -159,8 +159,7 @@ def _last_words(log_tail: str) -> str:
     return lines[-1][:300] if lines else ""
 
 
-CONFIG_NAME, LOG_NAME = "job_config.json", "job.log"
-"""Files of a run folder: its settings, and the terminal output."""
+CONFIG_NAME, LOG_NAME = "job_config.json", "job.log"  # Of a run: its settings, and the terminal's output
 TRAIN = ("-P", "-m", "dreambooth_moslora", "train")
 """Arguments of Python. -P: a `torch.py` in the current folder is not imported."""
 LOG_TAIL_LINES, TAIL_BYTES = 40, 64 * 1024

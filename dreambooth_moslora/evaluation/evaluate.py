@@ -87,8 +87,7 @@ Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
 """(requests, True for the adapter or False for the base alone) -> pictures in order."""
 BATCH = 4
 GREY = (128, 128, 128)
-GROUPS = ("subject", "bare", "class", "unrelated")
-"""What the adapter draws, in this order."""
+GROUPS = ("subject", "bare", "class", "unrelated")  # What the adapter draws, in this order
 
 
 class Truth(Protocol):

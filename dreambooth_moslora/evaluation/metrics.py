@@ -250,12 +250,9 @@ def student(degrees: float) -> float:
     return float(np.interp(-1 / degrees, -1 / DEGREES, STUDENT))
 
 
-COPIED = 0.5
-"""A picture counts as a copy if it is more than this fraction of the way from another photo to one photo itself."""
-ALARM_SHARE = 0.1
-"""The alarm is raised when more than this fraction of the pictures are copies."""
-LONE_PHOTO_NEARNESS = 0.8
-"""Nearness assumed for a single photo, which has nothing to be compared with."""
+COPIED = 0.5  # A copy is more than this fraction of the way from another photo to one photo itself
+ALARM_SHARE = 0.1  # The alarm is raised when more than this fraction of the pictures are copies
+LONE_PHOTO_NEARNESS = 0.8  # Nearness assumed for a single photo, which has nothing to be compared with
 
 
 def subject_fidelity(generated: Tensor, photos: Tensor) -> Tensor:

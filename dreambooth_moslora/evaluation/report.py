@@ -130,8 +130,7 @@ def rows_beside(found: Evaluation, names: Sequence[str], ends: Sequence[str]) ->
     return rows
 
 
-TOGETHER_TEMPLATES = 4
-"""Places in which two subjects are drawn together."""
+TOGETHER_TEMPLATES = 4  # Places in which two subjects are drawn together
 
 
 def photos_by_subject(photos: Sequence[Photo], count: int) -> list[list[Photo]]:
@@ -224,8 +223,7 @@ def pairs_of(evaluators: Sequence[Evaluator]) -> list[TogetherEvaluator]:
     return [TogetherEvaluator(*pair) for pair in list(combinations(evaluators, 2))[:MOST_PAIRS]]
 
 
-SHOWN = 8
-"""Pictures of each subject in the common report; its own report has them all."""
+SHOWN = 8  # Pictures of each subject in the common report; its own report has them all
 
 
 def write_reports(

@@ -35,12 +35,9 @@ MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
 LORA_TAG = re.compile(r"<lora:([^:<>]{1,100})(?::(-?\d+(?:\.\d+)?))?>")
 SETTING = re.compile(r'([\w+/-][\w +/-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
-MAX_SETTINGS_CHARACTERS = 10_000
-"""Limit of another program's line of settings, which bounds regex backtracking on hostile text."""
-MAX_STEPS = 100
-"""Most steps on a machine that draws for many users: more would block the queue."""
-MAX_AREA = 4
-"""Largest area relative to the base's own: larger pictures take much longer and repeat themselves."""
+MAX_SETTINGS_CHARACTERS = 10_000  # Of another program's settings: bounds the regex on hostile text
+MAX_STEPS = 100  # Most steps on a machine that draws for many users: more would block the queue
+MAX_AREA = 4  # Largest area relative to the base's own: larger pictures take much longer and repeat themselves
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,8 @@ from dreambooth_moslora.generation.params import GenerationParams, Step
 
 logger = logging.getLogger(__name__)
 
-PREVIEW_PX = 384
-"""The longer side of a preview on the page."""
-FIT_SIDE = 32
-"""Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers."""
+PREVIEW_PX = 384  # The longer side of a preview on the page
+FIT_SIDE = 32  # Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers
 
 
 class LatentColours:
@@ -98,8 +96,7 @@ class Preview:
     index: int
     latents: Tensor
     size_px: tuple[int, int]
-    colours: LatentColours | None
-    """None: no previews, as the latents are packed."""
+    colours: LatentColours | None  # None: no previews, as the latents are packed
 
     @cached_property
     def pixels(self) -> Image.Image:
@@ -134,8 +131,7 @@ class Watcher:
     index: int
     params: GenerationParams
     clock: Clock
-    colours: LatentColours | None
-    """None: no previews, as the latents are packed."""
+    colours: LatentColours | None  # None: no previews, as the latents are packed
     emit: Callable[[Step | Preview], None]
     stop: Callable[[], bool]
     tracker: PreviewTracker | None = None

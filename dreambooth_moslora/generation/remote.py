@@ -22,8 +22,7 @@ from dreambooth_moslora.core import UserError, file_digest, one_line, parse_obje
 from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.generation.params import GenerationParams, Image, Recipe, Step, recipe_in
 
-TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
-"""Environment variable for a token; the command line would show it in process lists."""
+TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"  # A flag would show the token in process lists
 MAX_ANSWER_BYTES = 256 * 2**20
 POLL_SEC = 0.1
 

@@ -56,12 +56,10 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-ORDERS = 16
-"""Orders of each caption, including the written one."""
+ORDERS = 16  # Orders of each caption, including the written one
 METADATA, MADE_CAPTIONS = "metadata.jsonl", ".made_captions.json"
 CAPTION_SUFFIX, MASK_SUFFIX = ".txt", ".mask"
-MOST_BYTES = 32 * 1024
-"""Of one photo's captions."""
+MOST_BYTES = 32 * 1024  # Of one photo's captions
 TOO_LONG = f"longer than captions may be, {MOST_BYTES // 1024} KiB"
 CAPTION_KEYS = ("text", "caption", "prompt")
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}

@@ -38,14 +38,11 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 KEY = "made-from"
 CLIPSEG, TOY_SEGMENTER = "CIDAS/clipseg-rd64-refined", "toy-segmenter"
-LEAST_PEAK = 0.2
-"""If no pixel's probability is above this, the subject was not found."""
-SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9
-"""Fractions of the photo; a mask outside this range is probably wrong."""
+LEAST_PEAK = 0.2  # If no pixel's probability is above this, the subject was not found
+SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9  # Of the photo; a mask outside is probably wrong
 MOST_PIECES = 3
 LOOK_PX = 64
-SPECK = 0.02
-"""Pieces below this fraction of the mask are not counted."""
+SPECK = 0.02  # Pieces below this fraction of the mask are not counted
 
 
 def segmenter_name(config: TrainConfig) -> str:

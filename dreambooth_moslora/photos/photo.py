@@ -47,8 +47,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> the transposition that makes the picture upright."""
-TILE_PX = 1024
-"""Tile side for converting 16- and 32-bit images: all 100 megapixels at once would take 2 GB."""
+TILE_PX = 1024  # Tile side for converting 16- and 32-bit images: all 100 megapixels at once would take 2 GB
 
 
 OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)

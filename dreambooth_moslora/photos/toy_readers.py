@@ -20,10 +20,8 @@ from torch.nn.functional import interpolate, normalize, pixel_shuffle, pixel_uns
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 FILE = "model.safetensors"
-SIZE_PX = 128
-"""Shorter side of its training pictures."""
-PATCH = 2
-"""The pixels of 2 x 2 patches become channels of one position: a quarter of the work for the same outline."""
+SIZE_PX = 128  # Shorter side of its training pictures
+PATCH = 2  # The pixels of 2 x 2 patches become channels: a quarter of the work for the same outline
 WIDTHS = (24, 32, 40, 48)
 STRIDE = PATCH * 2 ** (len(WIDTHS) - 1)
 

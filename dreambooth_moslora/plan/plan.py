@@ -22,8 +22,7 @@ from dreambooth_moslora.plan.checks import family_settings, preflight
 from dreambooth_moslora.plan.memory import Estimate, by_all, check_same, estimate, memory_settings
 from dreambooth_moslora.settings.table import TrainConfig
 
-FEW_EXPOSURES = 20
-"""Exposures of a photo below which hardly anything of a subject is learnt."""
+FEW_EXPOSURES = 20  # Exposures of a photo below which hardly anything of a subject is learnt
 
 
 @dataclass(frozen=True)

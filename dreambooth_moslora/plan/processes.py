@@ -45,8 +45,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "f
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Processes = Accelerator | PartialState
-"""Of a run, or of one that has no precision yet."""
+Processes = Accelerator | PartialState  # Of a run, or of one that has no precision yet
 
 
 def any_process(accelerator: Accelerator, said: bool) -> bool:

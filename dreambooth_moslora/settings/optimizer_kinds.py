@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Config = Any
-"""Stands for `settings.table.TrainConfig`, which imports this file."""
+Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
 SCHEDULE_FREE = "AdamWScheduleFree"
 
 

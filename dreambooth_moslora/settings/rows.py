@@ -78,12 +78,9 @@ def is_text_projection(path: str) -> bool:
     return path.endswith((".attn2.to_k", ".attn2.to_v"))
 
 
-Prompt = NewType("Prompt", str)
-"""Text that may hold commas. A list of prompts is not split at commas; a list of names is."""
-Subject = NewType("Subject", Any)
-"""A `table.SubjectTable`; before conversion, a mapping of a subject's settings."""
-WORDS = "words"
-"""Stands in `Row.yields_to` for a folder and a word on the command line: `train photos/dog dog`."""
+Prompt = NewType("Prompt", str)  # Text that may hold commas: a list of prompts is not split at them
+Subject = NewType("Subject", Any)  # A `table.SubjectTable`; before conversion, a mapping of its settings
+WORDS = "words"  # In `Row.yields_to`: a folder and a word on the command line, `train photos/dog dog`
 Idle = tuple[tuple[str, Callable[[Any], object]], ...]
 """(how "--flag has no effect …" goes on, whether that is so in a run of these settings), any number of times."""
 

@@ -12,8 +12,7 @@ from dreambooth_moslora.settings.optimizer_kinds import SCHEDULE_FREE, optimizer
 from dreambooth_moslora.settings.rows import parse_pattern
 from dreambooth_moslora.settings.subjects import check_subjects
 
-Config = Any
-"""Stands for `settings.table.TrainConfig`, which imports this file."""
+Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
 
 REMARKS: dict[str, Callable[[Config], object]] = {
     f"--optimizer {SCHEDULE_FREE} works best with --lr_scheduler constant or constant_with_warmup": (

@@ -54,8 +54,7 @@ from dreambooth_moslora.training.optimizer import check_tensor, checked_states, 
 from dreambooth_moslora.training.reporter import RunContext
 
 OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
-WEIGHTS = "weights.pt"
-"""The weights that training continues from, when the checkpoint's adapter is their average."""
+WEIGHTS = "weights.pt"  # The weights that training continues from, if the checkpoint's adapter is their average
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.table import FIELD_TYPES, TrainConfig
 
-STALLED_AFTER = 3
-"""Evaluations without a better score, after which early stopping is suggested."""
+STALLED_AFTER = 3  # Evaluations without a better score, after which early stopping is suggested
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,8 @@ def best_of(evaluations: Sequence[tuple[int, float]]) -> BestStep:
 
 SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)
 """Smaller scales hardly show the subject; larger ones burn the pictures. 1 is the scale of training."""
-EQUAL = 0.99
-"""Scores of at least this fraction of the best count as equal; the scale nearest to 1 wins."""
-USABLE = 0.95
-"""Scales of at least this fraction of the best score are usable, to keep more of the prompt or of the subject."""
+EQUAL = 0.99  # Scores of at least this fraction of the best count as equal; the scale nearest to 1 wins
+USABLE = 0.95  # Scales of at least this fraction of the best score are usable
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,7 @@ def choose_scale(scores: Mapping[float, float]) -> ScaleChoice | None:
 
 LEAST_LIKENESS = 0.1
 """If the likeness rises by less over the base, the distance from class to subject is too small to measure against."""
-NO_SCORES = ("step", "time", "photos")
-"""Fields of an evaluation that are not scores."""
+NO_SCORES = ("step", "time", "photos")  # Fields of an evaluation that are not scores
 
 
 @dataclass(frozen=True)
@@ -211,10 +207,8 @@ def as_table(value: Any) -> Mapping[str, Any]:
 
 MOST_LINES = 3
 NOTHING, NOT_SCORED = "nothing: no figure stands out", "nothing was scored"
-USUAL_EXPOSURES = 200
-"""Exposures of a photo: the recipes show each of five photos 192 to 400 times."""
-SKIPPED_SHARE = 0.05
-"""fp16 skips a few steps while it finds its scale; a larger fraction is lost training time."""
+USUAL_EXPOSURES = 200  # Exposures of a photo: the recipes show each of five photos 192 to 400 times
+SKIPPED_SHARE = 0.05  # fp16 skips a few steps while it finds its scale; more is lost training time
 RISE_LEFT = 0.1
 """If the last third of a run brings more than this fraction of all likeness gained, more steps would help. The
 quick start brings 0.05 there."""
@@ -232,16 +226,13 @@ show another. `background_leak` alone cannot tell: it is -0.13 to 0.41 in runs w
 BARE_SHOWN = 1 / 2
 """Fraction of the likeness that prompts with places gain over the base's class. The cactus with made captions, after
 240 steps of the one-word command: 0.15 if the bare prompt was never shown, 1.11 with a third of the exposures."""
-BARE_SHARES = (0.33, 0.5)
-"""Shares of the instance prompt to try, one after the other."""
-LEAK = 0.05
-"""A leak above this is mentioned with a lost prompt."""
+BARE_SHARES = (0.33, 0.5)  # Shares of the instance prompt to try, one after the other
+LEAK = 0.05  # A leak above this is mentioned with a lost prompt
 CONFUSED = 0.25
 """Fraction of the way from one subject to the other: 0.03 to 0.07 in a good run of two subjects, about 1/2 for
 the base."""
 FEW_PHOTOS = 3
-ALIKE = 0.9
-"""Mean cosine of each photo to the nearest other photo: 0.65 to 0.75 for the samples' photos, 1 for equal frames."""
+ALIKE = 0.9  # Mean cosine of photos to the nearest other: 0.65 to 0.75 for the samples', 1 for equal frames
 BROKEN = re.compile(r"the (?:loss|gradient) is \S+ at step \d+|the adapter is not finite after step \d+")
 
 

@@ -57,8 +57,7 @@ from dreambooth_moslora.training.step import StepLosses, TrainStep
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED = 20
-"""Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million."""
+MOST_SKIPPED = 20  # Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million
 NO_SAMPLES = (
     "No sample images are drawn: on a CPU each takes minutes with a base of this size. "
     "--num_validation_images 4 draws them all the same."

@@ -121,8 +121,7 @@ def make_masks(config: TrainConfig, context: RunContext, photos: list[Photo]) ->
         make_for_photos(config, context, "mask", bare, load_segmenter, partial(make_kept, folder=folder), tell)
 
 
-Sets = list[tuple[ClassImages, int]]
-"""Sets of generated images, one per size, each with the wanted number."""
+Sets = list[tuple[ClassImages, int]]  # Sets of generated images, one per size, each with the wanted number
 
 
 def class_photos_of_each(

@@ -22,8 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Pointwise = Callable[[Tensor], Tensor]
-"""Differences (B, 4, h, w) -> the error at each position, same shape."""
+Pointwise = Callable[[Tensor], Tensor]  # Differences (B, 4, h, w) -> the error at each position, same shape
 
 
 @dataclass(frozen=True)

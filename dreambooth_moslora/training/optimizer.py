@@ -191,8 +191,7 @@ def make_lr_schedule(config: TrainConfig, optimizer: Optimizer, max_train_steps:
         raise UserError(f"--lr_scheduler {config.lr_scheduler} is unknown to diffusers: {error}") from error
 
 
-NOT_SET = "p0"
-"""Prodigy's start of a weight. For a weight that started at zero it keeps a single number."""
+NOT_SET = "p0"  # Prodigy's start of a weight. For a weight that started at zero it keeps a single number.
 
 
 def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, exact: bool) -> dict[str, Any]:

@@ -34,10 +34,8 @@ from dreambooth_moslora.settings.subjects import stream_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
 
-Size = tuple[int, int]
-"""(h, w) in px."""
-View = tuple[int, int, Size]
-"""(slot, crop number, crop size); the slot numbers photos times repeats."""
+Size = tuple[int, int]  # (h, w) in px
+View = tuple[int, int, Size]  # (slot, crop number, crop size); the slot numbers photos times repeats
 
 
 @dataclass(frozen=True)

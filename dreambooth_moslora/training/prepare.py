@@ -59,8 +59,7 @@ from dreambooth_moslora.training.photo_stream import (
 )
 from dreambooth_moslora.training.reporter import RunContext, free_unused_memory
 
-Entries = dict[str, Callable[[], Tensors]]
-"""Keys in a cache, each with the function that computes its value."""
+Entries = dict[str, Callable[[], Tensors]]  # Keys in a cache, each with the function that computes its value
 
 
 @dataclass

@@ -25,8 +25,7 @@ from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-TRACKED = (events.StepDone, events.StepEvaluated, events.SamplesDrawn)
-"""Events that trackers get."""
+TRACKED = (events.StepDone, events.StepEvaluated, events.SamplesDrawn)  # Events that trackers get
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 """Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB)."""
 ENDINGS = (events.RunEnded.kind, events.AdapterExported.kind, events.ScaleFound.kind)

@@ -48,8 +48,7 @@ from dreambooth_moslora.training.photo_stream import EncodedView, TrainBatch, co
 from dreambooth_moslora.training.prepare import noise_schedule
 from dreambooth_moslora.training.step import TrainStep
 
-SIZES = ("sdxl", "small")
-"""2.57 billion parameters, or the same topology with a fortieth of the width."""
+SIZES = ("sdxl", "small")  # 2.57 billion parameters, or the same topology with a fortieth of the width.
 
 
 def text_widths(size: str) -> tuple[int, int]:
@@ -221,8 +220,7 @@ PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
 STEPS, STOPPED_AT = 6, 3
 TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}
 """Largest relative difference of a loss to the CPU's in fp32. TF32 convolutions, PyTorch's default, keep 10 bits."""
-FLAT_LEVELS = 2.0
-"""Standard deviation, of 255 levels, below which a picture shows nothing."""
+FLAT_LEVELS = 2.0  # Standard deviation, of 255 levels, below which a picture shows nothing
 FULL_PX, CPU_PX = 1024, 512
 STEP_PLANS = ("full", "recompute")
 STEP_SEC = 600

@@ -29,20 +29,17 @@ from dreambooth_moslora.disk.run_folder import RunDir, checkpoint_step
 from dreambooth_moslora.extras.cluster.records import FLEET_NAME
 
 T = TypeVar("T")
-TRIES, FIRST_WAIT_SEC = 6, 0.5
-"""The waits double, so an outage of about 15 seconds is survived."""
+TRIES, FIRST_WAIT_SEC = 6, 0.5  # The waits double, so an outage of about 15 seconds is survived
 ONE_TRY = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}}
 """Options by which a store's library tries once: with its own 25 tries for each of ours, giving up takes minutes."""
 AT_ONCE = 8
-EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
-"""The package's extra for each URL scheme, and the library that it installs."""
+EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}  # URL scheme -> the package's extra, and the library that it installs
 HOPELESS = (
     *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "DefaultCredentialsError"),
     *("ProfileNotFound", "ParamValidationError"),
 )
 """Errors of the stores' libraries that a retry does not change."""
-ONE_PROCESS = "memory"
-"""The scheme of a store that no other process sees."""
+ONE_PROCESS = "memory"  # The scheme of a store that no other process sees
 DENIED = "access denied ({}); look at the credentials, and at what they may do there"
 
 
@@ -129,8 +126,7 @@ def at_once(function: Callable[..., T], items: Iterable) -> list[T]:
 
 
 MANIFEST = "manifest.json"
-KEY_BYTES, NAME_BYTES = 1024, 255
-"""Most bytes of a key in S3, and of a file name."""
+KEY_BYTES, NAME_BYTES = 1024, 255  # Most bytes of a key in S3, and of a file name
 GROWING = {FLEET_NAME, CONFIG_NAME, LOG_NAME, "metrics.jsonl", "train.log"}
 """Files that change all the time: they are taken even when they are newer than the manifest."""
 

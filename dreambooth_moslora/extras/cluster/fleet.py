@@ -58,8 +58,7 @@ def shared_settings(config: TrainConfig) -> tuple[object, ...]:
     return tuple(getattr(config, name) for name in (*found, *ALIKE))
 
 
-PROCESS_GIB = 0.5
-"""Memory of the libraries, beside the estimate's tensors."""
+PROCESS_GIB = 0.5  # Memory of the libraries, beside the estimate's tensors
 SHARED_PLANS = tuple(name for name, plan in memory.PLANS.items() if "cache_cross_attention" not in plan)
 """The plans of `--memory auto` with which runs can share a base."""
 

@@ -16,8 +16,7 @@ from dreambooth_moslora.settings.versions import installed_versions
 
 GIB = 2**30
 INSTALL = 'pip install "ray[default]>=2.50,<3"'
-OBJECT_STORE_BYTES = 100 * 2**20
-"""Ray's minimum, which suffices: tasks exchange only names and numbers."""
+OBJECT_STORE_BYTES = 100 * 2**20  # Ray's minimum, which suffices: tasks exchange only names and numbers
 EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: one machine alone, listening on the loopback
@@ -26,8 +25,7 @@ EMBEDDED = {
     "RAY_AUTH_MODE": "token",  # Ray Serve's replicas unpickle from any address: accept only senders with Ray's token
     "RAY_worker_niceness": "0",  # tasks keep the priority of this process: the machine is here for them
 }
-WINDOW = 64
-"""Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to make it grow."""
+WINDOW = 64  # Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to make it grow
 WAIT_SEC = 0.5
 LOST_BY = {
     "WorkerCrashedError": "its worker was killed",

@@ -31,8 +31,7 @@ REFUSED = {
     "hub_token": "it would be written to every run's folder; log in on the machines (`hf auth login`)",
 }
 """Settings that a subject must not have, and why."""
-PLACES = ("instance_data_dir", "output_dir")
-"""Settings that say where a run is, not what it is."""
+PLACES = ("instance_data_dir", "output_dir")  # Settings that say where a run is, not what it is
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,8 @@ POLL_SEC = 0.2
 HOLD_NAME = ".worker.lock"
 """A lock that the worker takes and its training inherits. It is held until the training ends, even if the
 worker dies first."""
-HELD_SEC = 120.0
-"""How long a training whose worker is gone may take for its last step and checkpoint."""
-KILLED_MOST = 3
-"""How many times one machine starts a training that was killed."""
+HELD_SEC = 120.0  # How long a training whose worker is gone may take for its last step and checkpoint
+KILLED_MOST = 3  # How many times one machine starts a training that was killed
 ENDED = ("done", "failed", "interrupted")
 GUARDED = ("-P", "-m", "dreambooth_moslora.extras.cluster.worker")
 

@@ -106,8 +106,7 @@ FOLDER_SEC, BUCKET_SEC = 0.5, 10.0
 """Age in seconds at which a listing is renewed."""
 SHARE = 9
 """A listing is kept this many times as long as it took: of many files, renewing it takes a tenth of the time."""
-MOST_FETCHED = 64
-"""Files of a bucket that a replica keeps on its disk."""
+MOST_FETCHED = 64  # Files of a bucket that a replica keeps on its disk
 
 
 class Catalogue:

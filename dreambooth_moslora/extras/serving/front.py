@@ -32,8 +32,7 @@ from dreambooth_moslora.extras.serving.catalogue import TOO_LATE, Catalogue, Dra
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-OPEN = frozenset({"/healthz"})
-"""Paths without a token, for load balancers."""
+OPEN = frozenset({"/healthz"})  # Paths without a token, for load balancers
 MIN_TOKEN_CHARACTERS = 16
 
 
@@ -156,8 +155,7 @@ class Telemetry:
         return generate_latest(self.registry)
 
 
-HEALTH_SEC, BODY_SEC = 10.0, 10.0
-"""Seconds for a replica to report its health, and for a body to arrive."""
+HEALTH_SEC, BODY_SEC = 10.0, 10.0  # For a replica to report its health, and for a body to arrive
 MOST_RETRY_SEC, MAX_BODY_BYTES = 60, 64 * 1024
 """A body fits two prompts of the longest kind with every letter escaped."""
 logger = logging.getLogger(__name__)

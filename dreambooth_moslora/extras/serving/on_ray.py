@@ -22,8 +22,7 @@ APP_NAME = "dreambooth_moslora"
 LOST = (BackPressureError, DeploymentUnavailableError, RayActorError)
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 """No access log: it would record prompts and addresses of clients."""
-STOP_SEC = 5.0
-"""Seconds for pictures in progress when the service ends."""
+STOP_SEC = 5.0  # Seconds for pictures in progress when the service ends
 
 
 def keep_on_loopback() -> None:
