@@ -29,8 +29,7 @@ NO_MEMORY = re.compile(
     r"can't allocate memory|out of memory|ALLOC_FAILED|AllocFailed|(CUBLAS|HIPBLAS|CUDNN)_STATUS_NOT_INITIALIZED"
     r"|could not create a (primitive|memory object)$"
 )
-"""Messages of the CPU's allocator, of the drivers of Nvidia's, AMD's and Apple's GPUs, of libraries without memory for
-their workspace, and of oneDNN."""
+"""Messages of the CPU's allocator, of Nvidia's, AMD's and Apple's drivers, of libraries, and of oneDNN."""
 MOST_LETTERS = 1000  # Most characters of a message: a value of a hundred thousand is not shown whole.
 
 
@@ -167,8 +166,7 @@ def import_environment() -> dict[str, str]:
 
 
 def find_asset(path: str) -> str:
-    """A path given by the user, with `~` resolved. If `assets/…` does not exist there, it is taken from the program's
-    own files: the README's examples work from any folder."""
+    """A path of the user's, `~` resolved; `assets/…` that is not there is the program's own (the README's examples)."""
     path = os.path.expanduser(path)
     parts = Path(path).parts
     if parts[:1] != ("assets",) or os.path.exists(path):

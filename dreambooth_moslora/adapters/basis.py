@@ -39,9 +39,8 @@ NEGLIGIBLE = 1e-6  # singular values below this share of the largest are roundin
 
 
 class SvdBasis:
-    """The leading singular directions of the weights in a diffusers folder. The SHA-256 is of the UNet's files. `note`
-    names a basis: its kind, a SHA-256, and the name of its file or "". Raises UserError for `folder` None, which a
-    single-file base has, and for weights in another format."""
+    """The leading singular directions of the weights in a diffusers folder. `note` names a basis: its kind, the SHA-256
+    of the UNet's files, its file's name or "". Raises UserError for `folder` None (a single-file base)."""
 
     def __init__(self, folder: Path | None, variant: str | None = None):
         self.files = [] if folder is None else weight_files(folder / UNET, variant)
@@ -97,14 +96,12 @@ def svd_bases(folder: Path | None) -> Iterator[SvdBasis]:
 
 @lru_cache(maxsize=64)
 def known_digest(file: Path, _mtime_ns: int, _size: int) -> str:
-    """The SHA-256 of an unchanged file, computed once."""
     return file_digest(file)
 
 
 def leading_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in, …) and B (out, rank) of a weight (out, in, …), computed in fp64 on the CPU. They come from the
-    eigenvectors of the smaller of W·Wᵀ and Wᵀ·W, a tenth of a full SVD's time. Of each pair the largest entry on that
-    side is positive. Directions beyond the rank of W are zero."""
+    """A (rank, in, …) and B (out, rank) of a weight (out, in, …), in fp64 on the CPU, by the eigenvectors of the
+    smaller of W·Wᵀ and Wᵀ·W. The largest entry on that side is positive. Directions beyond the rank of W are zero."""
     flat = weight.cpu().double().flatten(1)
     is_tall = len(flat) > flat.shape[1]
     wide = flat.T if is_tall else flat
@@ -133,7 +130,6 @@ def put_basis(basis: Basis, unet: nn.Module, adapter_name: str = "default") -> N
 
 
 def freeze_basis(unet: nn.Module, adapter_name: str = "default") -> None:
-    """Let only the mixers of the adapter learn."""
     for layer in adapter_layers(unet, adapter_name).values():
         layer.lora_A[adapter_name].weight.requires_grad_(False)
         layer.lora_B[adapter_name].up.requires_grad_(False)
@@ -163,8 +159,7 @@ class Mixers:
 
 
 def write_mixers(path: Path, unet: nn.Module, metadata: AdapterMetadata, adapter_name: str = "default") -> None:
-    """Write the mixers of a live adapter on a basis, and read them back. Raises UserError for NaN or infinity, and for
-    a mixer that fp16 does not hold."""
+    """Write the mixers of a live adapter on a basis. Raises UserError for values that fp16 does not hold."""
     live = {path: matrices_of(layer, adapter_name) for path, layer in adapter_layers(unet, adapter_name).items()}
     mixers = [matrices.scale * matrices.mixer.detach().cpu().double() for matrices in live.values()]
     values = torch.cat([mixer.flatten() for mixer in mixers])

@@ -45,8 +45,7 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in): the best approximation of that rank,
-    with equal norms."""
+    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in) of equal norms: the best approximation."""
     root = sizes[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
@@ -63,8 +62,7 @@ def effective_rank_of(layer: LowRank) -> float:
 
 @torch.no_grad()
 def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str, factor: int = 1) -> Diagnosis:
-    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`: its start is computed again. The
-    scale s has no influence."""
+    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`; s has no influence."""
     drift, condition = None, None
     if matrices.mixer is not None:
         mixer = matrices.mixer.detach().cpu().double()
@@ -223,8 +221,7 @@ def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]
 
 
 def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
-    """The pairs of down (r, in, …) and up (out, r, …) matrices among a file's tensors. Raises UserError for a matrix
-    without its partner."""
+    """The pairs of down (r, in, …) and up (out, r, …) matrices. Raises UserError for one without its partner."""
     for down_suffix, (up_suffix, _) in PAIRS.items():
         for key in tensors:
             if key.endswith(up_suffix) and key.removesuffix(up_suffix) + down_suffix not in tensors:
@@ -310,7 +307,6 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
 
 
 def lines(facts: dict[str, object]) -> list[str]:
-    """One line for each entry of `describe`, for the terminal."""
     return [f"{key.replace('_', ' ') + ':':<24} {printable(as_text(key, value))}" for key, value in facts.items()]
 
 

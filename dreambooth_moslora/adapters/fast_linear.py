@@ -111,8 +111,7 @@ class ShortWay:
     """PEFT's LoRA layer whose forward uses this node whenever it computes the same function."""
 
     working: Mapping[str, "tuple[Tensor, Tensor] | tuple[Joint, int]"] = MappingProxyType({})
-    """Adapter name -> its working copies A (r,in) and Uᵀ (r,out), while a training step lends them. Projections of
-    one input share theirs, each with its index."""
+    """Adapter name -> its copies A (r,in) and Uᵀ (r,out), while a step lends them; or a Joint and a place in it."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         name, base = self._only_adapter(), self.base_layer
@@ -201,15 +200,13 @@ def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
 
 
 def disable_fast_path(model: nn.Module) -> None:
-    """Give every layer back to PEFT's own forward."""
     for layer in model.modules():
         if isinstance(layer, ShortWay):
             layer.__class__ = type(layer).__bases__[1]
 
 
 class _JointLinear(torch.autograd.Function):
-    """x (…,in), frozen W (k·out,in) and bias (k·out,) or None, A (k,r,in), Uᵀ (k,r,out), all of one dtype -> k tensors
-    (…,out)."""
+    """x (…,in), frozen W (k·out,in), b (k·out,) or None, A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
@@ -232,8 +229,7 @@ class _JointLinear(torch.autograd.Function):
 
 
 class _JointBeside(torch.autograd.Function):
-    """A text x (…,in), W·x (…,k·out), A (k,r,in), Uᵀ (k,r,out), all of one dtype -> k tensors (…,out). x has no
-    gradient."""
+    """A text x (…,in), W·x (…,k·out), A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out). x has no gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, products: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
@@ -258,8 +254,7 @@ def parts(wide: Tensor, count: int) -> Tensor:
 
 
 def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
-    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the block diagonal of `blocks`
-    (k,v,w)."""
+    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the diagonal of `blocks` (k,v,w)."""
     count = len(blocks)
     if torch.compiler.is_compiling():  # the compiler fuses it, and cannot trace in-place changes of such a view
         product = parts(x, count).bmm(blocks).transpose(0, 1).flatten(1)
@@ -312,7 +307,6 @@ class Joint(Alone):
         return result
 
     def are_shared(self) -> bool:
-        """Whether the layers can still compute together."""
         return True
 
 
@@ -326,8 +320,7 @@ class JointProducts(Joint):
 
 
 class JointWeights(Joint):
-    """The frozen weights of the layers below one another in one buffer of their own size. W (k·out,in), k = the number
-    of `layers`."""
+    """The frozen weights of k `layers` below one another, W (k·out,in), in one buffer of their own size."""
 
     def __init__(self, *layers: ShortWay):
         super().__init__(*layers)
@@ -392,9 +385,8 @@ def projections_of_one_input(attention: nn.Module) -> list[list[nn.Module]]:
 
 
 class WorkingCopies:
-    """The copies of every `ShortWay` in `models`; other layers are not touched. `joint`: whether projections of one
-    input are computed together. None means everywhere but on a CPU, where fewer kernels gain nothing and stacking would
-    copy weights that are mapped from a file."""
+    """The copies of every `ShortWay` in `models`. `joint`: whether projections of one input are computed together;
+    None: not on a CPU, where it gains nothing, and stacking would copy weights that are mapped from a file."""
 
     def __init__(self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None):
         self.adapter_name = adapter_name
@@ -451,7 +443,6 @@ class StepCopies:
             batch.hand_over()
 
     def collect(self) -> None:
-        """Add the gradients of the last backward pass to the sums, and clear them."""
         for batch in self.batches:
             batch.collect()
 
@@ -515,7 +506,6 @@ class Batch:
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Set the gradients of A, B and M."""
         if self.up_sum is None:
             return
         grad = self.up_sum.mT  # dU (n,out,r)

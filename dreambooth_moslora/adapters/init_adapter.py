@@ -40,7 +40,6 @@ class Start:
     left_out: tuple[str, ...]
 
     def sentence(self) -> str:
-        """The result in one line."""
         parts = [f"{self.layers} layers go on from it, largest relative deviation {self.deviation:.1e}"]
         if self.kept < 1:
             parts.append(f"the lower rank keeps {self.kept:.2%} of its squared norm")
@@ -57,8 +56,7 @@ def shortened(names: tuple[str, ...]) -> str:
 
 
 def read_start(path: str | Path, pipeline: StableDiffusionXLPipeline, base_name: str, use_dora: bool) -> AdapterWeights:
-    """The file's content. Raises UserError when its layers are not the base's, and for content that an adapter of the
-    run cannot hold."""
+    """The file's content. Raises UserError for another base's, and for what no adapter of the run can hold."""
     try:
         weights = read_adapter(path, pipeline)
         check_fits(weights, pipeline, base_name)
@@ -116,8 +114,7 @@ def begin_with(weights: AdapterWeights, components: dict[str, nn.Module], adapte
 
 
 def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> tuple[float, float, float]:
-    """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, the part of it
-    that is kept)."""
+    """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, and what is kept)."""
     own = matrices_of(layer, adapter_name)
     wanted, before, kept = of_rank(projection, scale, own.down)
     up = wanted.up / own.scale

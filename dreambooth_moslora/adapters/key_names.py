@@ -46,8 +46,7 @@ Layer = tuple[str, str, tuple[int, ...]]  # component, module path, (out, in) or
 
 
 def module_path(component: str, key: str) -> str:
-    """The module path in a file's key, without its component: `…attn1.processor.to_q_lora.down.weight` ->
-    `…attn1.to_q`. A key without a known part is a module path."""
+    """The module path in a file's key: `…attn1.processor.to_q_lora.down.weight` -> `…attn1.to_q`."""
     match = match_of(key)
     if match is None:
         return key.replace(".processor.", ".")
@@ -66,8 +65,7 @@ def is_of_lycoris(key: str) -> bool:
 
 
 def is_read_here(keys: Iterable[str], pipeline: DiffusionPipeline) -> bool:
-    """Whether a key of the file is none that diffusers reads for a UNet. Of other models it knows more or less, by
-    version, so their names are looked up here first."""
+    """Whether diffusers does not read a key of the file for a UNet. Of other models it depends on its version."""
     is_unet = getattr(pipeline, "unet", None) is not None
     for key in keys:
         is_flat, is_dotted = key.startswith("lora_"), key.partition(".")[0] in COMPONENTS

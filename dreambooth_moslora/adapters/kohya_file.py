@@ -29,8 +29,7 @@ KOHYA_DOWN, KOHYA_UP, KOHYA_ALPHA, DORA_SCALE = ".lora_down.weight", ".lora_up.w
 
 
 def is_by_rows(dora_scale: Tensor) -> bool:
-    """Whether DoRA's magnitudes are those of W's rows: (out, 1), or (out, 1, 1, 1) of a convolution. Some programs
-    write (1, in), for columns."""
+    """Whether DoRA's magnitudes are of W's rows: (out, 1) or (out, 1, 1, 1). Some programs write (1, in)."""
     return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
 
 

@@ -71,8 +71,7 @@ DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 def projections(tensors: dict[str, Tensor], file_name: str) -> Folded:
     """Component -> module path as the file writes it -> its matrices down (r, in, …) and up (out, r, …). Raises
-    UserError for a key that does not belong to a LoRA, an incomplete pair of matrices, DoRA's magnitudes for a part of
-    a component's layers, and NaN or infinity."""
+    UserError for another key, half a pair, DoRA in a part of a component's layers, and NaN or infinity."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         component, path, field = _place(key, tensor, file_name)
@@ -123,7 +122,6 @@ class Scales:
     use_rslora: bool = False
 
     def of(self, path: str, rank: int) -> float:
-        """The s of a module."""
         return nominal_scale(self.alphas[path], rank, self.use_rslora)
 
 
@@ -167,8 +165,7 @@ def _from_settings(component: str, found: dict[str, LowRank], settings: dict, fi
 
 
 def _matches(component: str, paths: Iterable[str], pattern: object, file_name: str) -> dict[str, float]:
-    """Module path -> value of the first entry that equals one of its names or the end of one, as PEFT chooses. An entry
-    that starts with `^` matches only a whole name."""
+    """Module path -> value of the first entry that is one of its names or the end of one (`^`: a whole name only)."""
     if not isinstance(pattern, dict):
         raise _broken(file_name, "its alpha_pattern is no object")
     plain = {str(name).replace(r"\.", "."): value for name, value in pattern.items()}
@@ -218,8 +215,7 @@ class AdapterWeights:
 
 
 def adapter_name(path: str | Path) -> str:
-    """`runs/dog` and the file in it are called "dog", its checkpoints "dog@500" and "dog@last", its mixers alone
-    "dog@mixers", and `cat.safetensors` is "cat"."""
+    """ "dog" for `runs/dog` and the file in it, "dog@500", "dog@last" and "dog@mixers"; else the file's stem."""
     file = find_weights(path)
     folder = file.parent.resolve()
     if file.name == MIXERS_NAME:
@@ -293,8 +289,7 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
 
 
 def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> dict[str, Tensor] | None:
-    """The tensors of a file that diffusers cannot read as it is, with floats of eight bits as fp32 and without
-    OneTrainer's new tokens; None for any other file."""
+    """The tensors of a file that diffusers cannot read: fp8 as fp32, no new tokens; None for any other file."""
     with safe_open(file, framework="pt") as opened:
         keys = sorted(opened.keys())
         is_short = any(opened.get_slice(key).get_dtype().startswith("F8") for key in keys)
@@ -398,7 +393,6 @@ def _unets(weights: AdapterWeights, pipeline: DiffusionPipeline) -> list[str]:
 
 
 def describe_kind(weights: AdapterWeights) -> str:
-    """The denoiser that the file adapts, in words."""
     found = weights.parts.get("transformer") or weights.parts.get("unet") or ({}, None)
     widths = sorted({projection.down.shape[1] for projection in found[0].values()})
     return f"a {'transformer' if 'transformer' in weights.parts else 'UNet'} with layers of widths {widths[:6]}"
@@ -444,7 +438,6 @@ def _load(component: str, found: dict[str, LowRank], scales: Scales, key: str, p
 
 
 def lora_config(found: dict[str, LowRank], scales: Scales) -> dict[str, Any]:
-    """Arguments of PEFT's LoraConfig."""
     ranks, alphas = {path: p.rank for path, p in found.items()}, scales.alphas
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     return {

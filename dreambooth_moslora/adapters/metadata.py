@@ -90,8 +90,7 @@ def is_dict(value: object) -> bool:
 
 
 def is_note(value: object, names: set[str]) -> bool:
-    """Whether it has these names, each with a text. Its file must be a plain name, as anyone may write a header and
-    the named file is opened."""
+    """Whether it has these names, each with a text, and a plain file name: anyone may write a header."""
     is_known = isinstance(value, dict) and value.keys() == names and named(is_text)(value)
     return is_known and PurePath(value["file"]).name == value["file"]
 
@@ -169,12 +168,10 @@ class AdapterMetadata:
 
     @property
     def header(self) -> dict[str, str]:
-        """The entry of a file's header."""
         return {HEADER: self.to_json()}
 
     def to_json(self) -> str:
-        """Leaves out later entries when empty, and writes one subject's tokens without a list: such files keep their
-        bytes."""
+        """Leaves out later entries when empty, and a list around one subject's tokens: files keep their bytes."""
         facts = asdict(self)
         if len(self.tokens) == 1:
             facts["tokens"] = self.tokens[0]
@@ -240,8 +237,7 @@ def versions() -> dict[str, str]:
 
 
 KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")
-"""Bases that are loaded when a file names them. A file from a stranger may name any folder or hub id, so the
-user must name others."""
+"""Bases that are loaded when a file names them; a file from a stranger may name any folder or hub id."""
 RESUMED = "resume_from_checkpoint"
 """Stands in `withheld` for a run that was resumed with other settings than it began with: no flag repeats that."""
 DEFAULTS = TrainConfig()
@@ -249,8 +245,7 @@ FIRST = ("instance_prompt", "subjects", "dataset_name", "leave_out", "caption_pr
 FIRST += ("pretrained_vae_model_name_or_path",)
 """Settings that `withheld` lists first, whatever their order in the table, so that files keep their bytes."""
 UNTOLD = (*FIRST, *(name for name, item in SETTINGS.items() if item.metadata["shapes"] and name not in FIRST))
-"""Settings that may shape the weights and that a recipe may lack. Base, class word and the words of new tokens are not
-among them: other entries of the header have them."""
+"""Settings that may shape the weights and that a recipe may lack, but for those that other entries have."""
 
 
 def with_told(config: TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
@@ -288,13 +283,11 @@ def concluded(facts: AdapterMetadata) -> dict[str, Any]:
 
 
 def told_by(facts: AdapterMetadata) -> bool:
-    """Whether the file surely lists its private settings. Files of earlier versions, and those of runs that have
-    nothing to list, do not."""
+    """Whether the file surely lists its private settings; files of earlier versions do not."""
     return bool(facts.public or facts.withheld or facts.step or facts.processes)
 
 
 @lru_cache(maxsize=1)
 def shipped_recipes() -> tuple[TrainConfig, ...]:
-    """The recipes in `assets/configs`."""
     files = sorted((assets_folder() / "configs").glob("*.toml"))
     return tuple(TrainConfig.from_dict(load_settings(file)) for file in files)

@@ -28,9 +28,8 @@ from dreambooth_moslora.settings.table import KRONECKER, ZERO
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The two matrices of a plain LoRA on one layer; its scale or alpha is kept elsewhere. `down` (r, in) and `up`
-    (out, r), or kernels (r, in, h, w) and (out, r, 1, 1) of a convolution. `bias` (out,) is added by `up`, and
-    `magnitude` (out,) is DoRA's."""
+    """The matrices of a plain LoRA on one layer, without its scale: `down` (r, in) and `up` (out, r), or kernels (r,
+    in, h, w) and (out, r, 1, 1). `bias` (out,) is added by `up`; `magnitude` (out,) is DoRA's."""
 
     down: Tensor
     up: Tensor
@@ -69,8 +68,7 @@ STARTS: dict[str, Callable[[Tensor, torch.Generator], object]] = {
 
 
 def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
-    """M₀ (r, r) in fp32 on the CPU. It depends on the seed and the layer's path, not on earlier draws. Raises
-    ValueError for an unknown kind."""
+    """M₀ (r, r) in fp32 on the CPU, by seed and path alone. Raises ValueError for an unknown kind."""
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
     if kind not in STARTS:
@@ -99,8 +97,7 @@ class MixedLowRank:
 
     @torch.no_grad()
     def fold(self) -> LowRank:
-        """The equal plain LoRA with alpha = rank: down = A, up = s·B·M. In fp32 on the CPU. The product is computed in
-        fp64 on the CPU, because Apple GPUs have no fp64."""
+        """The equal plain LoRA, down = A, up = s·B·M; fp32, computed in fp64 on the CPU, as Apple GPUs lack that."""
         up = self.up.cpu().double()
         if self.mixer is not None:
             up = up @ self.mixer.cpu().double()
@@ -157,8 +154,7 @@ class Computed(nn.Module):
 
 
 class MixerLinear(Computed):
-    """B·M instead of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter, or a buffer if frozen, as PEFT
-    turns gradients on for every parameter of an active adapter."""
+    """B·M as LoRA's B: parameters `up` (out, r) and `mixer` (r, r), a buffer if frozen, as PEFT trains parameters."""
 
     def __init__(self, up: Tensor, mixer: Tensor, train_mixer: bool = True):
         super().__init__()

@@ -45,8 +45,7 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path -> module, in the model's order, as without PEFT's wrappers. A shared module is listed under its
-    first path only; the model itself is left out."""
+    """Module path -> module, as without PEFT's wrappers; a shared one under its first path, without the model."""
     modules, seen = {}, set()
     for path, module in _walk(without_wrapper(model), ""):
         if module not in seen:
@@ -186,8 +185,7 @@ def check_settings(config: LoraConfig) -> None:
 
 
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Raises UserError when `config.target_modules` matches nothing in the model, and for the first unsuitable module.
-    The rule is PEFT's own."""
+    """Raises UserError when `config.target_modules` matches nothing, by PEFT's rule, or an unsuitable module."""
     modules = base_modules(model)
     targets = {p: module for p, module in modules.items() if LoraModel._check_target_module_exists(config, p)}
     if not targets:
@@ -287,9 +285,8 @@ def exact_config(
 
 
 def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
-    """Add an adapter to a model in place, freeze the base, activate the adapter. Returns the model. Adapter weights are
-    fp32 whatever the base's dtype. Raises UserError when no module matches, when the name is taken, or when a target
-    cannot carry a mixer; the model is unchanged then."""
+    """Add an adapter, in fp32, to a model in place, freeze the base, and return the model. Raises UserError when no
+    module matches, the name is taken, or a target cannot carry a mixer; the model is unchanged then."""
     if adapter_name in getattr(model, "peft_config", {}):
         raise UserError(f"The model already has an adapter named {adapter_name!r}; delete it or choose another name")
     if config.target_modules not in (None, "all-linear"):  # PEFT finds their layers itself
@@ -320,8 +317,7 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every A, B, learnt M and DoRA magnitude, in the model's order. Frozen mixers, and A and B of
-    a frozen basis, are left out."""
+    """(name, parameter) of every learnt A, B, M and DoRA magnitude, in the model's order."""
     found, is_basis = [], getattr(model.peft_config.get(adapter_name), "mixer", None) == ZERO
     for path, layer in adapter_layers(model, adapter_name).items():
         for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
@@ -344,13 +340,11 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> 
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """Every layer with adapters of any name."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
-    """Switch all adapters off for the length of the block. Gradient flags do not change, unlike with PEFT's own
-    switch."""
+    """Switch all adapters off for the block, without changing gradient flags as PEFT's own switch does."""
     return switched_off(lora_layers(model))
 
 
@@ -392,7 +386,6 @@ def stored_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor
 
 
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, LowRank]:
-    """Module path -> the plain LoRA that equals this adapter at scale 1; fp32, on the CPU. Raises UserError for an
-    unknown adapter."""
+    """Module path -> the plain LoRA (fp32, CPU) that equals this adapter at scale 1. Raises UserError."""
     layers = adapter_layers(model, adapter_name)
     return {path: matrices_of(layer, adapter_name).fold() for path, layer in layers.items()}

@@ -57,7 +57,6 @@ class NewTokens:
         return with_sorted_metadata(save(tensors, {"format": "pt", WORD: self.word}))
 
     def note(self, file_name: str) -> dict[str, object]:
-        """What the adapter's header says about them."""
         digest = hashlib.sha256(self.content).hexdigest()
         return {"word": self.word, "count": self.count, "file": file_name, "sha256": digest}
 
@@ -114,7 +113,6 @@ class AttachedTokens:
         self.pipeline.maybe_convert_prompt = self.spelled  # diffusers expands textual inversions there
 
     def detach(self) -> None:
-        """Restore the pipeline."""
         vars(self.pipeline).pop("maybe_convert_prompt", None)
         for part, name in TOKENIZERS.items():
             setattr(self.pipeline, name, self._tokenizers[part])
@@ -125,7 +123,6 @@ class AttachedTokens:
         return spelled(prompt, self.spellings) != prompt or any(spelt in prompt for spelt in self.spellings.values())
 
     def spelled(self, prompt: str | list[str], tokenizer: object = None) -> str | list[str]:
-        """The prompts with each word replaced by its tokens."""
         if isinstance(prompt, list):
             return [self.spelled(text) for text in prompt]
         return spelled(prompt, self.spellings)
@@ -156,8 +153,7 @@ def read_tokens(path: Path) -> NewTokens:
 
 
 def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, ...]:
-    """The tokens that the adapter file's header names, from the files beside it. Of a missing file, it logs a warning.
-    Raises UserError for one that is not the file in the header."""
+    """The tokens that an adapter's header names, from files beside it; a missing one is logged. Raises UserError."""
     missing = "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it"
     found = []
     for note in notes_in(header):

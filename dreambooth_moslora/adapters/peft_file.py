@@ -45,8 +45,7 @@ def fold_peft(source: Path, out: Path) -> int:
 
 
 def folded(module: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B·M (out, r), computed in fp64, or (r, in, h, w) and (out, r, 1, 1) of a convolution. Raises
-    UserError."""
+    """A (r, in) and B·M (out, r), or (r, in, h, w) and (out, r, 1, 1). Raises UserError for a broken module."""
     if (tied := tensors.get(module + TIED)) is not None:
         parts = (tied, tensors.get(module + MIXER), tensors[module + UP])
         if any(part is None or part.ndim != 2 for part in parts) or len(tied) != parts[2].shape[1]:

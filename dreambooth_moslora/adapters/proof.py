@@ -73,11 +73,9 @@ class Proof:
         return max(p.largest for p in self.file_proofs)
 
     def to_dict(self) -> dict[str, object]:
-        """The values for metrics.jsonl and the model card."""
         return {**asdict(self), "files": self.files, "max_relative_difference": self.max_relative_difference}
 
     def sentence(self) -> str:
-        """The result in one line."""
         return (
             f"{self.projections} projections reloaded by the stock loader: largest relative difference "
             f"{self.max_relative_difference:.1e} (bound {self.bound:.0e} for {self.dtype})"
@@ -85,8 +83,7 @@ class Proof:
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖ of two tensors of one shape; 0 if both are zero, infinite if only
-    `expected` is, or for NaN."""
+    """‖found − expected‖ / ‖expected‖; 0 if both are zero, infinite if only `expected` is, or for NaN."""
     size, difference = float(expected.norm()), float((found - expected).norm())
     if difference == 0:
         return 0.0
@@ -123,8 +120,7 @@ def full_fp32() -> Iterator[None]:
 def prove_file(
     path: Path, components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor] | None = None
 ) -> FileProof:
-    """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW) after a
-    reduction. Raises UserError."""
+    """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW). Raises UserError."""
     live = all_layers(components, adapter_name)
     tensors, _ = read_tensors(path)
     if any(key.endswith(DORA_SCALE) for key in tensors):

@@ -41,8 +41,7 @@ from dreambooth_moslora.settings.families import DENOISERS
 
 
 def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
-    """Write the scale; returns False, without writing, unless this program published the file. Raises UserError for a
-    broken file, and OSError when it cannot be written."""
+    """Write the scale; False for a file of another program. Raises UserError for a broken file, and OSError."""
     tensors, header = read_tensors(path)
     facts = metadata_in(header)
     if facts is None or RAW_KEY in tensors:
@@ -163,9 +162,8 @@ PEFT_SETTINGS = "lora_adapter_metadata"
 
 
 def peft_settings(folded: Folded) -> dict[str, object]:
-    """`component.name` -> a setting of PEFT's LoraConfig. The scale is in `up`, so alpha is the rank, whatever
-    --lora_alpha was: programs that read no settings compute the same. Names have no `text_model.`, which versions of
-    transformers differ in: PEFT compares their ends."""
+    """`component.name` -> a setting of PEFT's LoraConfig. The scale is in `up`, so alpha is the rank. Names have no
+    `text_model.`, which versions of transformers differ in: PEFT compares their ends."""
     settings: dict[str, object] = {}
     for component, layers in folded.items():
         ranks = {path.removeprefix("text_model."): layer.rank for path, layer in layers.items()}
@@ -216,8 +214,7 @@ def balanced(layer: LowRank) -> LowRank:
 
 
 def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, kept: float | None) -> Proof:
-    """The proof of all files, with notes for users of other programs or old versions. `kept` is the fraction of
-    Σ‖ΔW‖² after a reduction; None without one."""
+    """The proof of all files, with notes for other programs. `kept`: of Σ‖ΔW‖² after a reduction, else None."""
     layers = [layer for c in folded.values() for layer in c.values()]
     has_several_ranks = kept is not None and len({layer.rank for layer in layers}) > 1
     has_dora = any(layer.magnitude is not None for layer in layers)

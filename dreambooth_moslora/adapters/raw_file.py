@@ -57,8 +57,7 @@ def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -
 
 
 def with_sorted_metadata(content: bytes) -> bytes:
-    """The safetensors file with sorted metadata: the library's random order would give files of equal adapters
-    different hashes."""
+    """The safetensors file with sorted metadata: equal adapters then have equal hashes."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -105,8 +104,7 @@ PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype
 
 
 def empty_model(description: Mapping[str, object]) -> nn.Module:
-    """The model of a `model_config`, with zeros for weights, which take no memory. Raises UserError for a class that is
-    not part of SDXL, and for a config that cannot be built."""
+    """The model of a `model_config`, with zeros that take no memory. Raises UserError for any other class."""
     name, config = description.get("class"), description.get("config")
     if name not in CLASSES or not isinstance(config, dict):
         raise UserError(f"{name!r:.60} is not a part of SDXL that can be built; it has {', '.join(CLASSES)}")
@@ -191,8 +189,7 @@ def check_components(components: dict[str, nn.Module]) -> None:
 
 
 def check_storable(components: dict[str, nn.Module], adapter_name: str) -> None:
-    """Raises UserError for an unknown component, and for DoRA on a convolution: PEFT can make it, but the files cannot
-    hold its magnitudes."""
+    """Raises UserError for an unknown component, and for DoRA on a convolution, which the files cannot hold."""
     check_components(components)
     for path, layer in all_layers(components, adapter_name).items():
         if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), nn.Conv2d):
@@ -211,8 +208,7 @@ def all_layers(components: dict[str, nn.Module], adapter_name: str) -> dict[str,
 def save_raw(
     components: dict[str, nn.Module], path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
 ) -> None:
-    """Write the live adapter, completely or not at all. Raises UserError for NaN or infinity. Ranks, alphas and
-    settings in `metadata` are replaced by the models' own."""
+    """Write the live adapter, with its own ranks, alphas and settings. Raises UserError for NaN or infinity."""
     check_storable(components, adapter_name)
     live = adapter_metadata(components, adapter_name)
     taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *SHARED_SETTINGS)

@@ -53,8 +53,7 @@ def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[in
 
 
 def shapes_in(path: Path) -> dict[str, list[int]]:
-    """{tensor's name: its shape} of a safetensors file, by its header; {} for another format. Raises UserError for a
-    git-lfs pointer, and for a damaged or truncated file."""
+    """{tensor's name: its shape} of a safetensors file; {} for another format. Raises UserError for a damaged one."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(f"{path} is a git-lfs pointer, the weights are not here: fetch them with `git lfs pull`.")
@@ -68,8 +67,7 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
 
 
 def resolve_base(name: str | Path) -> str | Path:
-    """`toy`, a folder, a single checkpoint file, or a hub id (returned unchanged). Raises UserError for a path that is
-    missing or damaged, or no diffusers model."""
+    """`toy`, a folder, a single file, or a hub id (unchanged). Raises UserError for one that is missing or damaged."""
     if str(name) == "toy":
         if not (TOY / INDEX).is_file():
             raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone or install it again.")
@@ -150,8 +148,7 @@ def facts_of_base(name: str | Path, revision: str | None = None, cache_dir: str 
 
 
 def facts_in(index: dict) -> Facts:
-    """The family of a base by its `model_index.json`; SDXL's pipelines for other tasks hold the same parts. Raises
-    UserError for one that cannot be trained."""
+    """The family of a base by its `model_index.json`. Raises UserError for one that cannot be trained."""
     name = str(index.get("_class_name", ""))
     return facts_of("StableDiffusionXLPipeline" if name.startswith("StableDiffusionXL") or not name else name)
 

@@ -72,7 +72,6 @@ def quantize(
 
 
 def layers_of_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules of the repeated blocks, by their paths."""
     kinds, modules = block_classes(denoiser), list(denoiser.named_modules())
     blocks = tuple(f"{name}." for name, module in modules if type(module).__name__ in kinds)
     return [(name, module) for name, module in modules if name.startswith(blocks or "transformer_blocks")]
@@ -101,9 +100,8 @@ def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: t
 
 
 class TextProjection(nn.Linear):
-    """A frozen projection (out,in) of the text. `host_weight` has the numbers; `weight`, which is NaN, only has
-    their shape, dtype and device. `of_attention` (B,T,…) is the product of this layer beside those of its `siblings`,
-    the number of text projections of its attention."""
+    """A frozen projection (out,in) of the text: `host_weight` has the numbers, `weight` (NaN) shape, dtype and device.
+    `of_attention` (B,T,…): this layer's product beside those of its `siblings`, the attention's text projections."""
 
     siblings = 1
 
@@ -231,8 +229,7 @@ def load_pipeline(
 
 
 def load_denoiser(pipeline: DiffusionPipeline, name_or_path: str | Path, dtype: torch.dtype, **options: Any) -> None:
-    """Give a pipeline that was loaded without one its denoiser, frozen. `options` are `variant`, `revision` and
-    `cache_dir`. Raises UserError when it cannot be loaded."""
+    """Load a pipeline's denoiser, frozen. `options`: `variant`, `revision`, `cache_dir`. Raises UserError."""
     name = facts_of(type(pipeline).__name__).denoiser
     others = dict.fromkeys(part for part in pipeline.components if part != name)
     try:
@@ -330,9 +327,8 @@ def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[Text]:
 
 @torch.no_grad()
 def encode_image(vae: nn.Module, pixels: Tensor, family: Family = SDXL_FAMILY) -> Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) as the denoiser expects them, fp32: the mean of the VAE's
-    posterior. An SDXL VAE in fp16 can overflow to NaN; it is then converted to fp32 for good and run again. Raises
-    UserError when even fp32 gives NaN."""
+    """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) for the denoiser, fp32: the mean of the VAE's posterior. A
+    VAE that gives NaN is converted to fp32 for good. Raises UserError when even fp32 gives NaN."""
     latents = finite_or_fp32(vae, lambda: family.latents(vae, pixels))
     if not latents.isfinite().all():
         raise UserError("the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE.")
@@ -343,8 +339,7 @@ SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "transforme
 
 
 def architecture(denoiser: nn.Module) -> dict[str, object]:
-    """The shape of a denoiser, JSON-able: bases of equal shape accept each other's adapters. Of a UNet it is SHAPE, of
-    a transformer every whole number of its configuration."""
+    """The shape of a denoiser, JSON-able: SHAPE of a UNet, every whole number of a transformer's configuration."""
     config = dict(denoiser.config)
     keys = SHAPE if "block_out_channels" in config else [key for key, value in config.items() if type(value) is int]
     return {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in keys}

@@ -184,8 +184,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
 
 
 def known_of(path: Path) -> dict:
-    """The settings of a run folder, or of the run that contains the file or `best/`; else those in the header of a file
-    that this program published."""
+    """The settings of the run with the file or folder; else those in the header of a file that we published."""
     hush()
     from dreambooth_moslora.adapters.published_file import load_published
     from dreambooth_moslora.disk.run_folder import find_weights

@@ -47,7 +47,6 @@ INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"  # The 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m dreambooth_moslora COMMAND …` or `dreambooth-moslora COMMAND …`."""
     return exit_code(lambda: run_command(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -82,6 +81,5 @@ def run_command(argv: list[str]) -> int:
 
 
 def command(name: str) -> tuple[Callable, Callable]:
-    """What adds a command's arguments to a parser, and what runs it."""
     module = import_module(f"dreambooth_moslora.{(COMMANDS | UNLISTED)[name][0]}")
     return getattr(module, f"{name}_arguments"), getattr(module, f"run_{name}")

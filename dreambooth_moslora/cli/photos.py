@@ -156,7 +156,6 @@ FEWEST = 3  # good photos
 
 
 def verdict(report: "PhotoReport") -> str:
-    """What to do about the photos, in one sentence."""
     faulty = [photo.path.name for photo in report.photos if any(r.startswith(FAULTS) for r in photo.reasons)]
     good = len(report.photos) - len(faulty)
     advice = f"leave out {', '.join(faulty)} (--leave_out {' '.join(faulty)}); " if faulty else ""

@@ -37,8 +37,7 @@ def say(lines: list[str]) -> None:
 
 
 def hush() -> None:
-    """No bars while the parts of a base are loaded, and none of the libraries' notes that ask for nothing. A download's
-    bar stays."""
+    """No bars while a base is loaded (but of downloads), and none of the libraries' notes that ask for nothing."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 

@@ -105,7 +105,6 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
 
 
 def build_train_parser(prog: str = SCRIPT) -> Parser:
-    """`prog` is the command that was started, for the usage and the examples."""
     command = f"python {SCRIPT}" if prog == SCRIPT else prog
     parser = Parser(prog=prog, description=DESCRIPTION, epilog=EXAMPLE.format(command=command))
     parser.add_argument("--version", action="version", version=__version__)
@@ -169,8 +168,7 @@ def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig
 
 
 class Given(NamedTuple):
-    """What a command line and its files say, before the words choose the other settings. `has_recipe`: a file replaces
-    the recipe. `is_queued`: the run will have the whole GPU."""
+    """A command line and its files, before the words choose the rest. `has_recipe`: a file replaces the recipe."""
 
     words: list[str]
     settings: dict[str, Any]

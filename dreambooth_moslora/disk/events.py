@@ -237,5 +237,4 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def events_of(kind: type[E], records: Iterable[Mapping[str, Any]]) -> list[E]:
-    """The events of one type among the lines, in their order."""
     return [event for record in records if isinstance(event := event_of(record), kind)]

@@ -34,8 +34,7 @@ KEEP_MEMORY = "DREAMBOOTH_KEEP_MEMORY"  # Environment variable; 0 turns `keep_fr
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in this process, for allocations from now on. Returns False without glibc, or if KEEP_MEMORY is
-    0; neither is an error."""
+    """Keep freed memory in this process from now on; False without glibc, or if KEEP_MEMORY is 0."""
     if not sys.platform.startswith("linux") or os.environ.get(KEEP_MEMORY) == "0":
         return False
     try:
@@ -57,8 +56,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_freed_memory_back() -> None:
-    """Return memory freed so far to the system, even after `keep_freed_memory`: the next phase of a run needs
-    less. malloc_trim(3); without glibc nothing happens."""
+    """Return freed memory to the system for a smaller phase, by malloc_trim(3); nothing without glibc."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):

@@ -55,8 +55,7 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
 
 
 def take(path: Path, flag: str) -> BinaryIO:
-    """Open and lock the file of that name. If its owner removes it meanwhile, it is created again. Raises UserError
-    when another process holds it."""
+    """Open and lock the file, created again if its owner removes it. Raises UserError when another process holds it."""
     while True:
         file = path.open("a+b")
         try:
@@ -95,10 +94,9 @@ HELD_SEC, POLL_SEC = 30.0, 0.02
 
 @dataclass(frozen=True)
 class QueuedRun:
-    """A run in the queue, with complete and checked `settings`; they are empty if its file could not be read. `address`
-    is that of an owner without a login. Paths in the settings are relative to `folder`. `argv` are the words of the
-    command. `is_new`: its run folder was made for it. `queued` and `started` are times (s); `killed` counts kills since
-    its last checkpoint."""
+    """A run in the queue, with checked `settings` ({} if its file could not be read). `address` is of an owner without
+    a login, paths are relative to `folder`, `argv` are the command's words. `is_new`: its folder was made for it.
+    `queued` and `started` are times (s); `killed` counts kills since its last checkpoint."""
 
     name: str
     owner: str = COMMAND_LINE
@@ -258,9 +256,8 @@ class RunQueue:
 
 
 def place_of(run: QueuedRun, started: Sequence[QueuedRun], waiting: Sequence[QueuedRun]) -> int:
-    """Where a new run goes, from 0: behind the last one of its own round or an earlier one. A round has one run of each
-    owner, and at most RUNS_TOGETHER of an address. So owners take turns, and a run that was moved to the front stays
-    there."""
+    """Where a new run goes, from 0: behind its own round, which has one run of each owner, and at most RUNS_TOGETHER of
+    an address. So owners take turns, and a run that was moved to the front stays there."""
     owners, addresses, rounds = Counter(), Counter(), []
     for one in [*started, *waiting, run]:
         together = addresses[one.address] // RUNS_TOGETHER if one.address else 0

@@ -143,7 +143,6 @@ PICTURE = re.compile(r"image_\d+\.png")
 
 
 def is_card(text: str) -> bool:
-    """Whether `model_card` wrote the text."""
     return SIGNATURE in text
 
 
@@ -189,8 +188,7 @@ def header_of(file: Path) -> dict[str, str]:
 
 
 def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:
-    """Name -> file, in order; a name that is `taken` gets a number. Files of new tokens and bases are left out, as they
-    belong to an adapter; so are links that lead out of `folders`."""
+    """Name -> file, in order, with a number if `taken`; without tokens, bases, and links out of `folders`."""
     found: dict[str, Path] = {}
     known = {NONE, *taken}
     for file in files:

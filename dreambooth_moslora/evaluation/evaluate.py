@@ -38,8 +38,7 @@ Tables = dict[str, np.ndarray]
 
 @dataclass
 class Evaluation:
-    """Tables of scores by name, each (prompts, seeds), (prompts, 1) or (pictures,), and the pictures behind them.
-    `photo_fidelity` is of the photos among themselves."""
+    """Tables of scores by name, (prompts, seeds), (prompts, 1) or (pictures,), and their pictures."""
 
     plan: EvaluationPlan
     tables: Tables
@@ -227,8 +226,7 @@ def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
 def truth_of(
     base: str, photos_dir: str | Path | None, plan: EvaluationPlan, encoders: Encoders, size_px: int
 ) -> Truth | None:
-    """The truth about a toy that the toy base draws in the toy world's places; None for anything else, and in an
-    installed program, which has no toy world to render it."""
+    """The truth about a toy in the toy world's places; None for anything else, and without the toy world (a wheel)."""
     if not (is_toy(base) and photos_dir and find_spec("toybox")):
         return None
     from toybox.truth import find_truth, is_known_place
@@ -262,8 +260,7 @@ def evaluate_adapter(
     guidance_scale: float | None = None,
     on_picture: Callable[[], object] = bool,
 ) -> Evaluation:
-    """Score a loaded adapter at `scale`. Text is encoded for each side, as adapters may be on the text encoders.
-    `on_picture` is called after each picture."""
+    """Score a loaded adapter at `scale`; text is encoded for each side. `on_picture` is called after each."""
     inner, steps = pipeline.pipeline, evaluator.plan.inference_steps
     embed, size_px, device = partial(encode_text, inner), pipeline.resolution_px, denoiser_of(inner).device
     pipeline.activate(((adapter, scale),))

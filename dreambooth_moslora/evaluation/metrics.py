@@ -71,8 +71,7 @@ class Clip:
 
 @dataclass
 class Encoders:
-    """The models and their preprocessing. `names` are their public names, never paths. `lpips` is the paper's distance
-    for diversity, if its weights are available."""
+    """The models and their preprocessing, with public `names`. `lpips` is the paper's distance, if there."""
 
     clip: Clip
     dino: nn.Module
@@ -112,9 +111,8 @@ class Encoders:
 def load_encoders(
     base: str | Path = "", clip: str | Path = "", dino: str | Path = "", device: str | torch.device = "cpu"
 ) -> Encoders:
-    """The toy world's own encoders for the embedded `base`, CLIP and DINOv2 for others, or those named by hub id or
-    folder: the toy world's know only toys, and the others know none. Raises UserError when one is not available: give a
-    folder, or fetch it once with a network."""
+    """The toy world's encoders for the embedded `base`, else CLIP and DINOv2, or those named by hub id or folder.
+    Raises UserError when one is not available: give a folder, or fetch it once with a network."""
     folder = own_encoders(base)
     clip_name = f"{folder.name} CLIP" if folder and not clip else public_name(clip or CLIP)
     towers = load_clip(clip or folder or CLIP, device, is_pipeline=bool(folder and not clip))
@@ -256,8 +254,7 @@ LONE_PHOTO_NEARNESS = 0.8  # Nearness assumed for a single photo, which has noth
 
 
 def subject_fidelity(generated: Tensor, photos: Tensor) -> Tensor:
-    """CLIP-I or DINO: generated (N, D), photos (P, D) -> (N,), mean cosine of each picture to all photos. PRES is the
-    same of pictures of the bare class, with DINO's vectors."""
+    """CLIP-I, DINO or (of the bare class) PRES: (N, D), photos (P, D) -> (N,), mean cosine to all photos."""
     return (generated @ photos.T).mean(1)
 
 
@@ -277,9 +274,8 @@ def diversity(
     groups: Sequence[Hashable],
     distance: Callable[[Any, Any], float] = lambda a, b: float(1 - a @ b),
 ) -> dict[Hashable, float]:
-    """DIV of each group (such as one prompt): the mean `distance` over all pairs in it. Higher is more diverse.
-    `pictures` are unit vectors for the default, the cosine distance, and the pictures themselves for LPIPS. Groups of
-    one have no pair and are left out."""
+    """DIV of each group of two or more: the mean `distance` over all pairs, higher is more diverse. `pictures` are unit
+    vectors for the cosine distance, and the pictures themselves for LPIPS."""
     members: dict[Hashable, list] = {}
     for picture, group in zip(pictures, groups, strict=True):
         members.setdefault(group, []).append(picture)
@@ -300,8 +296,7 @@ def joint_vectors(clip: Tensor, dino: Tensor) -> Tensor:
 
 
 def photo_nearness(photos: Tensor) -> float:
-    """The mean over photos (P, D) of their largest cosine to another photo. A picture of the subject may be this near
-    to a photo without being a copy."""
+    """The mean over photos (P, D) of their largest cosine to another; a picture this near is no copy yet."""
     if len(photos) < 2:
         return LONE_PHOTO_NEARNESS
     similarities = (photos @ photos.T).fill_diagonal_(-1)
@@ -358,8 +353,7 @@ def confusion(generated: Tensor, own: Tensor, other: Tensor) -> Tensor:
 
 
 def checkpoint_score(fidelity: float, prompt: float, base_prompt: float, copied: float) -> float:
-    """fidelity × prompt × no copy, in [0, 1]; it defines the best checkpoint. `fidelity` is DINO (negative values count
-    as 0). `prompt` is CLIP-T relative to the base's on the same prompts, at most 1. `copied` is the fraction of
-    copies."""
+    """fidelity × prompt × no copy, in [0, 1]; it defines the best checkpoint. `fidelity` is DINO (at least 0), `prompt`
+    is CLIP-T relative to the base's (at most 1), `copied` is the fraction of copies."""
     kept = min(prompt / base_prompt, 1.0) if base_prompt > 0 else 1.0
     return max(fidelity, 0.0) * max(kept, 0.0) * (1 - copied)

@@ -44,8 +44,7 @@ UNRELATED_TOYS = (
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Every prompt is drawn once from each seed. `templates` hold `{}` for the subject's words. Without a `bare_prompt`
-    none is drawn. Raises UserError."""
+    """Every prompt is drawn once from each seed. `templates` hold `{}` for the subject's words. Raises UserError."""
 
     subject: Subject
     templates: tuple[str, ...]

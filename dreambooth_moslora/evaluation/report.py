@@ -36,8 +36,7 @@ from dreambooth_moslora.training.explain import ScaleChoice
 
 @dataclass(frozen=True)
 class ReportContext:
-    """What was judged, as the report names it, without paths. `encoders` are the names of CLIP and DINO; `scale` is the
-    result of --sweep_scale."""
+    """What was judged, without paths: `encoders` are the names of CLIP and DINO, `scale` is of --sweep_scale."""
 
     adapter: str
     base: str
@@ -175,8 +174,7 @@ def in_all(found: Sequence[Evaluation], names: Iterable[str]) -> list[str]:
 
 @dataclass
 class Together:
-    """Pictures of two subjects `words` in one prompt. `tables` (prompts, seeds): DINO to the photos of the `first` and
-    the `second`, and the base's without the tokens."""
+    """Pictures of two subjects `words` in one prompt. `tables` (prompts, seeds): DINO to each one's photos."""
 
     words: tuple[str, str]
     tables: Tables

@@ -24,17 +24,14 @@ DEFAULT_INFERENCE_STEPS = 25
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One picture: its prompt, and the seed of its noise."""
-
     prompt: str
     seed: int
 
 
 @dataclass
 class Sampler:
-    """Draws requests with the pipeline's current denoiser. `embed` returns the texts of prompts, cached or computed.
-    `guidance_scale` None is the base's own. `on_step` is called after each denoising step. Raises StopRequestedError at
-    the next denoising step after `should_stop` returns true."""
+    """Draws requests with the pipeline's denoiser. `embed` returns the texts of prompts, `guidance_scale` None is the
+    base's own, `on_step` is called after each denoising step. Raises StopRequestedError once `should_stop` is true."""
 
     pipeline: DiffusionPipeline
     embed: Callable[[list[str]], list[Text]]

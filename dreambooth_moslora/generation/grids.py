@@ -52,8 +52,7 @@ class Sheet:
 
 
 def _varied(params: GenerationParams, name: str, value: str | int | float) -> GenerationParams:
-    """The parameters with another value on the axis `name`. An adapter may be replaced by a checkpoint of the same
-    run, for example; "none" is the base alone."""
+    """The parameters with another value on the axis `name`; the adapter "none" is the base alone."""
     first, rest = params.adapters[:1], params.adapters[1:]
     if name == "scale":
         if not first:

@@ -68,9 +68,8 @@ class Provenance:
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """Everything that decides the pixels, given the base and the adapters' files. Sizes are px; None in a size or the
-    guidance means the base's own. Image i of `num_images` is the picture of seed `seed + i`, whatever `num_images` is.
-    Raises UserError on a value that cannot be generated."""
+    """Everything that decides the pixels, given base and adapters. Sizes are px; None means the base's own. Image i has
+    the seed `seed + i`, whatever `num_images` is. Raises UserError on a value that cannot be generated."""
 
     prompt: str
     negative_prompt: str = ""
@@ -143,8 +142,7 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe in a PNG. `exact` is False when it was read from another program's text. `remarks` list what that text
-    asks for and this program cannot do."""
+    """The recipe in a PNG, `exact` if it is ours; `remarks` list what another program's asks for in vain."""
 
     params: GenerationParams
     provenance: Provenance
@@ -323,27 +321,23 @@ class Image:
     provenance: Provenance
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG with the recipe."""
         Path(path).write_bytes(self.png())
         return Path(path)
 
     def png(self) -> bytes:
-        """The bytes of that file."""
         file = BytesIO()
         self.pixels.save(file, format="PNG", pnginfo=recipe_text(self.params, self.provenance))
         return file.getvalue()
 
 
 def about_black(pictures: Iterable[PIL.Image.Image]) -> str:
-    """How many are black and why; "" for none. Values that are too large for the model become black without an
-    error."""
+    """How many are black and why, "" for none: too large values give black pictures, not errors."""
     black = sum(picture.getbbox() is None for picture in pictures)
     which = "1 of them is" if black == 1 else f"{black} of them are"
     return f"{which} black: an adapter's values or its scale are too large for this base" if black else ""
 
 
 def recipe_text(params: GenerationParams, provenance: Provenance) -> PngInfo:
-    """The recipe as text chunks of a PNG, one for each of its parts."""
     text = PngInfo()
     for key, value in params.to_png_text(provenance).items():
         text.add_itxt(key, value)

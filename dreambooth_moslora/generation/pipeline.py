@@ -67,9 +67,8 @@ Event = Step | Preview | Image
 
 
 def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) -> Iterator[Item]:
-    """Run `work(emit, abandoned)` in a thread of its own and yield what it emits. `abandoned()` becomes true when the
-    consumer closes the iterator; `work` should return soon after. An exception in `work` is raised in the consumer. The
-    thread ends with the iterator."""
+    """Run `work(emit, abandoned)` in a thread, yield what it emits and raise its exception. `abandoned()` is true once
+    the consumer has closed the iterator, with which the thread ends."""
     events: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()
 
@@ -227,7 +226,6 @@ class MixersOnBases:
         return set(by_basis)
 
     def forget(self, key: str) -> None:
-        """The adapter was deleted from the UNet."""
         self._loaded.pop(key, None)
 
     def _find(self, mixers: Mixers, file: Path) -> Basis:
@@ -260,9 +258,8 @@ class MixersOnBases:
 
 
 class SubjectPipeline:
-    """Base and adapters. It generates for one caller at a time: calls from other threads wait. `home` is the device
-    that draws. A resting pipeline is in the CPU's memory; `generate` ends the rest. If `home` has too little memory for
-    all models, they take turns on it, and rest between calls."""
+    """Base and adapters, for one caller at a time; other threads wait. `home` is the device that draws. A resting
+    pipeline is in the CPU's memory until `generate`; if `home` is short of memory, its models take turns."""
 
     def __init__(self, pipeline: DiffusionPipeline, base_name: str, home: str | torch.device | None = None) -> None:
         self.resident_adapters = RESIDENT_ADAPTERS
@@ -299,7 +296,6 @@ class SubjectPipeline:
 
     @property
     def has_gpu(self) -> bool:
-        """Whether it draws on another device than the CPU."""
         return self.home.device != CPU
 
     def rest(self) -> None:
@@ -355,9 +351,8 @@ class SubjectPipeline:
     def generate(
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[Step | Preview | Image]:
-        """Yield Step and Preview for each denoising step and Image for each finished picture. Ends early when
-        `should_stop()` is true or the iterator is closed; images already yielded stay valid. Raises UserError for an
-        adapter that is not loaded, and when memory does not suffice."""
+        """Yield Step and Preview for each denoising step, Image for each picture, until `should_stop()` or the iterator
+        is closed. Raises UserError for an adapter that is not loaded, and for want of memory."""
         params = self.complete(params)
 
         def work(emit: Callable[[Event], None], abandoned: Callable[[], bool]) -> None:

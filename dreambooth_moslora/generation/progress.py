@@ -26,9 +26,8 @@ FIT_SIDE = 32  # Side of the latents that the map is fitted on; 1024 pixels dete
 
 
 class LatentColours:
-    """RGB = W·latent + b, fitted by least squares to the VAE's output for smooth random latents. Latents are as the
-    UNet sees them: (B, 4, h, w), scaled by the VAE's factor. Pixels lie in [0, 1]. If the VAE fails, previews are grey,
-    and the picture is still drawn."""
+    """RGB in [0, 1] = W·latent + b, fitted by least squares to the VAE's output for smooth random latents (B, 4, h, w),
+    as the UNet sees them. If the VAE fails, previews are grey."""
 
     @torch.no_grad()
     def __init__(self, vae: AutoencoderKL, device: torch.device | str = "cpu") -> None:
@@ -57,8 +56,7 @@ class LatentColours:
 
 
 class PreviewTracker:
-    """Follows one denoising run and estimates the clean latents after each step. Euler keeps x0 + σ·ε; the others keep
-    the variance near one, α·x0 + σ·α·ε with α = 1/sqrt(1 + σ²)."""
+    """Estimates the clean latents after each step. Euler keeps x0 + σ·ε, others α·x0 + σ·α·ε, α = 1/sqrt(1 + σ²)."""
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
         self.sigmas = scheduler.sigmas.float().cpu()

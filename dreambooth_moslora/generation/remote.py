@@ -120,8 +120,7 @@ class RemotePipeline:
     def generate(
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[Step | Image]:
-        """Request the pictures one by one; yield a Step and the Image for each. `should_stop` ends it as in
-        SubjectPipeline. Raises UserError with the service's message."""
+        """Request the pictures one by one; yield a Step and the Image for each. Raises UserError."""
         params, stopped, started = params.apply_tags(), should_stop or bool, time.monotonic()
         for index in range(params.num_images):
             png = self._drawn(params.for_image(index), stopped)

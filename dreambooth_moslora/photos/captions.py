@@ -40,9 +40,7 @@ QUESTION = (
     "side from which it is seen. Say nothing about how the {word} itself looks."
 )
 START = "A photo of a {word}"
-SEEN_PX, MOST_TOKENS, MOST_WORDS = 768, 60, 30
-"""Longer side of the photo that the model sees; most tokens of its answer; most words that are used of it. SDXL
-reads 77 tokens, including the instance prompt."""
+SEEN_PX, MOST_TOKENS, MOST_WORDS = 768, 60, 30  # Photo's longer side; of an answer (SDXL reads 77 tokens)
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,7 @@ def load_captioner(config: TrainConfig, device: Any = "cpu") -> Captioner:
 
 
 def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], str]:
-    """A captioner by a chat model. Decoding is greedy, so that a photo always gets the same words. Raises UserError for
-    a model without a chat template or with missing weights."""
+    """A captioner by a chat model, decoded greedily: a photo always gets the same words. Raises UserError."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -108,7 +105,6 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
 
 
 def conversation(image: Image.Image, word: str) -> list[dict[str, Any]]:
-    """The question about a picture, and the beginning of its answer."""
     small = image.copy()
     small.thumbnail((SEEN_PX, SEEN_PX))
     asked = [{"type": "image", "image": small}, {"type": "text", "text": QUESTION.format(word=word)}]
@@ -137,8 +133,7 @@ class MadeCaption:
 def make_beside(
     photos: Iterable[Photo], captioner: Captioner, prompt: str, *, anew: bool = False
 ) -> Iterator[MadeCaption]:
-    """Write `name.txt` beside each photo without a caption: `prompt` and the surroundings. Raises OSError. With `anew`,
-    earlier made captions that were not edited are made again."""
+    """Write `name.txt` beside each photo without a caption; `anew`: also over made, unedited ones. Raises OSError."""
     photos = list(photos)
     for photo in photos:
         target = photo.path.with_suffix(CAPTION_SUFFIX)

@@ -228,8 +228,7 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
 
 
 def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
-    """The image's file; empty for an empty cell. Raises UserError for a path outside the folders `own`. A table from
-    the internet might otherwise name any file of this machine."""
+    """The image's file, empty for an empty cell. Raises UserError for a path outside `own`: anyone wrote the table."""
     if not cell:
         return b""
     if cell.get("bytes"):
@@ -328,8 +327,7 @@ def report_of(config: TrainConfig, number: int) -> PhotoReport:
 
 
 def with_made(config: TrainConfig, photos: Iterable[Photo]) -> list[Photo]:
-    """The photos of all subjects; with `--captions auto` and `--masks auto` those without a caption or a mask get the
-    one in the run folder, if training has made it by now."""
+    """The photos; with `--captions auto` and `--masks auto` with what training has made in the run folder by now."""
     photos, run_dir = list(photos), RunDir(config.output_dir)
     if config.captions == "auto":
         subjects, kept = config.each_subject, kept_captions(run_dir.captions_path)
@@ -356,7 +354,6 @@ def as_heard(prompt: str) -> str:
 
 
 def summary_of_skipped(report: PhotoReport) -> str:
-    """The first few reasons, in one line."""
     if not report.skipped:
         return "it is empty."
     shown = [f"{item.path.name} ({item.reason})" for item in sorted(report.skipped, key=lambda s: not s.is_photo)[:3]]

@@ -53,8 +53,7 @@ def segmenter_name(config: TrainConfig) -> str:
 
 
 def sought_word(config: TrainConfig) -> str:
-    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net, which needs none.
-    Raises UserError when there is no such word."""
+    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net. Raises UserError."""
     if segmenter_name(config) == TOY_SEGMENTER:
         return ""
     word = config.mask_prompt or class_word_of(config)

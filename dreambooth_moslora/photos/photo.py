@@ -109,7 +109,6 @@ def shrunk(image: Image.Image, longest_px: int) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF: the picture itself is fine
@@ -237,12 +236,10 @@ class Photo:
 
 
 def counts_of(photos: Iterable[Photo]) -> list[int]:
-    """The number of photos of each subject."""
     return [count for _, count in sorted(Counter(photo.subject for photo in photos).items())]
 
 
 def quoted(photo: Photo) -> str:
-    """Its captions in quotes."""
     return " ".join(f"“{caption}”" for caption in photo.captions)
 
 
@@ -272,8 +269,7 @@ def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo], *, repla
 def find_mask(
     path: Path, photo: Image.Image, beside: Path | None, *, alpha_is_mask: bool
 ) -> tuple[Path | None, list[str]]:
-    """(mask file of the photo at `path`, remarks for the user). The mask is the file `beside`, or the photo itself if
-    `alpha_is_mask` and part of it is transparent."""
+    """(mask file of the photo at `path`, remarks): the file `beside`, or the photo if `alpha_is_mask` and has alpha."""
     reasons = []
     if beside and beside.is_file():
         problem = mask_problem(beside, upright_size(photo))
@@ -302,8 +298,7 @@ def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
 
 
 def grey_mask(image: Image.Image) -> Image.Image:
-    """The mask as L, the subject white: the brightness, or the opacity where all of that is black. Its maximum becomes
-    255, so that a file of zeros and ones works too."""
+    """The mask as L, white on the subject: the brightness, or else the opacity, with a maximum of 255."""
     alpha = alpha_of(image)
     if alpha is None:
         grey = to_rgb(image).convert("L")
@@ -401,9 +396,8 @@ def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -
 
 @dataclass(frozen=True)
 class CropRule:
-    """How photos are cut: to a square of `resolution_px`, or with `bucket_step_px` to the rectangle of `bucket_of`, in
-    `crops_per_photo` different crops (None: always new ones). Each photo is enlarged by a random factor, of at most
-    `zoom` and not beyond its own pixels."""
+    """How photos are cut: to a square of `resolution_px`, or to `bucket_of` by `bucket_step_px`, in `crops_per_photo`
+    different crops (None: always new ones), enlarged at random by at most `zoom`, within their own pixels."""
 
     resolution_px: int
     center_crop: bool = False

@@ -70,7 +70,6 @@ class ToySegmenter(nn.Module):
 
 
 def load_net(folder: Path) -> ToySegmenter:
-    """The net of `folder`, in fp32."""
     net = ToySegmenter().eval().requires_grad_(False)
     net.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / FILE).items()})
     return net

@@ -254,8 +254,7 @@ def check_settings(config: TrainConfig) -> Path | None:
 
 
 def family_settings(config: TrainConfig) -> dict[str, Any]:
-    """What the family of the base says of layers and noise levels where nothing was chosen. Raises UserError for
-    settings that the family cannot obey."""
+    """What the base's family says where nothing was chosen. Raises UserError for what it cannot obey."""
     facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
     if facts is None:
         return {}

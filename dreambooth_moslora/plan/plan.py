@@ -45,7 +45,6 @@ class StepPlan:
         return self.exposures_a_subject / max(self.photo_counts)
 
     def sentence(self) -> str:
-        """The plan in one line."""
         counts = " + ".join(map(str, self.photo_counts)) + " photos"
         seen = f"each photo is seen about {self.exposures_a_photo:.0f} times"
         if len(self.photo_counts) > 1:
@@ -58,8 +57,7 @@ class StepPlan:
 
 
 def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: int = 1) -> StepPlan:
-    """`photos` is their number, or a list with the number for each subject. Raises ZeroDivisionError for no photos;
-    `photo_report` refuses that before."""
+    """`photos` is their number, or one for each subject. Raises ZeroDivisionError for none (see `photo_report`)."""
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
     samples = photo_count * config.repeats

@@ -141,7 +141,6 @@ class Ending(NamedTuple):
 
 
 def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """The result, or the error."""
     try:
         return work(), None
     except Exception as error:
@@ -149,8 +148,7 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None
 
 
 def exchange(accelerator: Processes, own: list[Result], error: Exception | None) -> list[Result]:
-    """The results of all processes, in their order. If one has an `error`, it is raised on all; an error is more than
-    a stop, and each process raises its own."""
+    """The results of all processes, in their order. One's `error` is raised on all; an error is more than a stop."""
     ending = Ending.of(error)
     told = [(own, ending)]
     if accelerator.num_processes > 1:
@@ -178,8 +176,7 @@ def others_present() -> Iterator[None]:
 
 
 def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
-    """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32. Raises
-    UserError for settings of accelerate that cannot work."""
+    """Device, processes and precision: by `--mixed_precision`, else `accelerate launch`. Raises UserError."""
     check_bf16(config)
     refuse_sharding()
     diffusers_logging.disable_progress_bar()
@@ -213,8 +210,7 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
 
 
 def joined() -> PartialState:
-    """The processes that a launcher started, before their precision is known; `make_accelerator` goes on with them.
-    Raises UserError where accelerate does not join them."""
+    """The processes that a launcher started, before their precision is known. Raises UserError if they are apart."""
     refuse_sharding()
     try:
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)

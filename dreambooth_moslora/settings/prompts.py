@@ -54,8 +54,7 @@ class Subject:
 
 
 def subject_of(config: TrainConfig) -> Subject:
-    """The token and class word of a run's one subject: as given, else the words of the instance prompt that the
-    class prompt lacks."""
+    """A run's one subject: as given, else the words of the instance prompt that the class prompt lacks."""
     words = noun_of(config.instance_prompt).split()
     kind = noun_of(config.class_prompt).split() if config.class_prompt else []
     if token := (config.token or "").strip():

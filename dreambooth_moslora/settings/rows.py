@@ -105,8 +105,7 @@ class Row:
     per_subject: bool = False  # each of several subjects may have its own
     check: bool = False  # the command `check` takes it too
     yields_to: tuple[str, ...] = ()
-    """a --config file's value is dropped if the command line gives one of these (default if `per_subject`: subjects,
-    and WORDS)"""
+    """a --config file's value is dropped if one of these is given (if `per_subject`: subjects and WORDS)"""
     replaces: tuple[str, ...] = ()  # if it is given, these are not taken from the file of --like
     publish: str | None = None
     """whether a published file tells it and --like takes it: "always", or "if_changed" (only if it differs from the

@@ -78,7 +78,6 @@ def given_flag(config: Config, name: str) -> str:
 
 
 def excluded_by(name: str, config: Config) -> list[tuple[str, str]]:
-    """The given flags that the setting excludes, and the reasons."""
     return [(flag, why) for other, why in EXCLUDED[name].items() if (flag := given_flag(config, other))]
 
 

@@ -33,8 +33,7 @@ PAIRS = (
 
 
 def needed_ranges() -> dict[str, SpecifierSet]:
-    """{library: tested versions} of the libraries that every run needs. They are read from pyproject.toml in a clone,
-    and from the installed package's metadata otherwise."""
+    """{library: tested versions} that every run needs, from pyproject.toml or the installed package's metadata."""
     clone = clone_folder()
     if clone is not None and (file := clone / "pyproject.toml").is_file():
         lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]

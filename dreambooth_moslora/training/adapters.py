@@ -127,7 +127,6 @@ def named_basis() -> Iterator[None]:
 
 
 def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list[str]:
-    """Paths of the component's layers that get an adapter."""
     targets = config.target_modules if component in DENOISERS else TEXT_PROJECTIONS
     return [path for path in matrix_layers(module) if is_adapted(path, targets)]
 
@@ -162,9 +161,8 @@ class LearntTokens:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """For the length of the update of a step. Missing gradients become zero, when no prompt had the word: all
-        processes must average the same parameters. From the pivot on, what the optimizer does to the rows is undone:
-        Prodigy moves even a group whose learning rate is 0."""
+        """For the update of a step. Missing gradients become zero, as all processes average the same parameters. From
+        the pivot on the rows' update is undone: Prodigy moves even a group of rate 0."""
         for rows in self.parameters:
             if rows.grad is None:
                 rows.grad = torch.zeros_like(rows)

@@ -152,8 +152,7 @@ class ClassBatch:
 
 
 def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
-    """Split `total` class images in the proportion of the photos of each size (h, w). Each size gets at least
-    one if `total` suffices; the others go where most are lacking."""
+    """Split `total` in proportion to the photos of each size (h, w), each at least one if possible."""
     exact = {size: total * count / sum(sizes.values()) for size, count in sorted(sizes.items())}
     found = dict.fromkeys(exact, int(total >= len(exact)))
     for _ in range(total - sum(found.values())):

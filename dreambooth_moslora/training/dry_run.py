@@ -25,7 +25,6 @@ from dreambooth_moslora.training.class_images import shares
 
 
 def advice(plan: Plan) -> list[str]:
-    """Lines of advice; none of them forbids the run."""
     lines, seen, needed = remarks(plan.config), plan.steps.exposures_a_photo, plan.cost.disk_gib
     if seen < FEW_EXPOSURES:
         many = "a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"

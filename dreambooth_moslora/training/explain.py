@@ -210,16 +210,13 @@ NOTHING, NOT_SCORED = "nothing: no figure stands out", "nothing was scored"
 USUAL_EXPOSURES = 200  # Exposures of a photo: the recipes show each of five photos 192 to 400 times
 SKIPPED_SHARE = 0.05  # fp16 skips a few steps while it finds its scale; more is lost training time
 RISE_LEFT = 0.1
-"""If the last third of a run brings more than this fraction of all likeness gained, more steps would help. The
-quick start brings 0.05 there."""
+"""If the last third of a run brings more than this share of the likeness gained, more steps would help."""
 SCORE_LOST = 0.03
 """Fall of the score since the best step. A score from six pictures varies by about as much between evaluations."""
 CLASS_MOVED = 1 / 3
-"""Fraction of the way from the base's class pictures to the subject: below 0 in good runs, 0.96 to 1.2 without
-prior preservation."""
+"""Of the way from the base's class to the subject: below 0 in good runs, about 1 without prior preservation."""
 DRIFTED = 1.5
-"""Change relative to the base's own spread between seeds: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior
-preservation."""
+"""Relative to the base's own spread: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior preservation."""
 PROMPT_KEPT = 0.75
 """CLIP-T relative to the base's: 0.79 to 1.06 in runs that show the requested place, below 0.3 in runs that
 show another. `background_leak` alone cannot tell: it is -0.13 to 0.41 in runs with the right places."""
@@ -229,8 +226,7 @@ BARE_SHOWN = 1 / 2
 BARE_SHARES = (0.33, 0.5)  # Shares of the instance prompt to try, one after the other
 LEAK = 0.05  # A leak above this is mentioned with a lost prompt
 CONFUSED = 0.25
-"""Fraction of the way from one subject to the other: 0.03 to 0.07 in a good run of two subjects, about 1/2 for
-the base."""
+"""Of the way from one subject to the other: 0.03 to 0.07 in a good run of two, about 1/2 for the base."""
 FEW_PHOTOS = 3
 ALIKE = 0.9  # Mean cosine of photos to the nearest other: 0.65 to 0.75 for the samples', 1 for equal frames
 BROKEN = re.compile(r"the (?:loss|gradient) is \S+ at step \d+|the adapter is not finite after step \d+")

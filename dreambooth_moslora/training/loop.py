@@ -109,7 +109,6 @@ class Training:
 
     @property
     def step(self) -> int:
-        """Number of optimizer steps done."""
         return self.train_step.step
 
     def accumulate_gradients(self) -> StepLosses:
@@ -128,8 +127,7 @@ class Training:
         return UserError(f"{what}: lower --learning_rate{other}; checkpoints up to here are in {self.run_dir.path}")
 
     def update_adapter(self, losses: StepLosses) -> bool:
-        """Take an optimizer step. Returns False when fp16 overflowed: nothing changed, and the step is repeated.
-        Raises UserError when the gradient stays not finite."""
+        """Take an optimizer step; False when fp16 overflowed: it is repeated. Raises UserError if that stays."""
         attempted = self.step + 1
         grad_norm = self.train_step.update_adapter()
         skipped = not math.isfinite(grad_norm)
@@ -201,7 +199,6 @@ class Training:
             self.evaluate()
 
     def has_stalled(self) -> bool:
-        """Whether early stopping is on and due."""
         patience = self.config.early_stopping
         if patience is None:
             return False
@@ -231,8 +228,7 @@ class Training:
         self.checkpoint, self.checkpoint_step = path, self.step
 
     def require_finite_adapter(self) -> None:
-        """Raises UserError on all processes when a weight is NaN or infinite: black pictures can score well, and
-        `best/` would be lost."""
+        """Raises UserError on all processes for NaN or infinity: black pictures can score well."""
         if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.trained):
             raise self.diverged(f"the adapter is not finite after step {self.step}")
 
@@ -276,10 +272,9 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     evaluator: StepScorer | None = None,
 ) -> TrainResult:
-    """Run `config`, or a plan that was made of it, to its end, or until `should_stop` says so between two steps.
-    Every event is written to the run folder's `metrics.jsonl` and passed to `on_event`. `evaluator(sampler, step)`
-    returns scores. Raises UserError for a mistake in the settings or files, and for a loss that is no longer
-    finite."""
+    """Run `config`, or a plan made of it, to its end, or until `should_stop` says so. Every event is written to
+    `metrics.jsonl` and passed to `on_event`; `evaluator(sampler, step)` returns scores. Raises UserError for a mistake
+    in the settings or files, and for a loss that is no longer finite."""
     steps = training(config, on_event, should_stop, evaluator)
     try:
         run = next(steps)
@@ -335,8 +330,7 @@ def training(
 
 
 def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: LoadBase | None = None) -> Training:
-    """Everything before the first step; drawing class images may take hours. `load` loads the base. Raises UserError,
-    and StopRequestedError when a stop is requested."""
+    """Everything before the first step, such as class images. Raises UserError and StopRequestedError."""
     fresh = None, Position(0, chosen_seed(plan.config.seed, context.accelerator))
     checkpoint, position = agreed(
         context.accelerator,

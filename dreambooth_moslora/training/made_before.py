@@ -89,8 +89,7 @@ def make_for_photos(
 
 
 def make_captions(config: TrainConfig, context: RunContext, photos: list[Photo]) -> None:
-    """Make what the run folder lacks of captions for the photos without one. Raises UserError when the model is not
-    there, and StopRequestedError."""
+    """Make the captions that the photos and the run folder lack. Raises UserError and StopRequestedError."""
     bare = [photo for photo in photos if not photo.is_captioned]
     if config.captions != "auto" or not bare:
         return
@@ -182,8 +181,7 @@ def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], i
 
 
 def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[Photo]:
-    """Exactly `num_class_images` images, the user's own before generated ones. Raises UserError when there are fewer:
-    the prior would be weaker than the settings say, or off."""
+    """`num_class_images` images, the user's own first. Raises UserError for fewer: the prior would be weaker."""
     found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
     paths = [photo.path for photo in found]
     stale = set.intersection(*(images.stale(paths) for images, _ in sets))

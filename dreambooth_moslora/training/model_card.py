@@ -79,7 +79,6 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
 
 
 def front_matter(config: TrainConfig, facts: CardFacts) -> str:
-    """The card's YAML block for the hub."""
     known = {"base_model": facts.adapter.base_id} if "/" in facts.adapter.base_id else {}
     if facts.images:
         known["widget"] = [{"text": prompt, "output": {"url": file}} for file, prompt in facts.images]
@@ -95,12 +94,10 @@ def front_matter(config: TrainConfig, facts: CardFacts) -> str:
 
 
 def prompts_of(config: TrainConfig) -> list[str]:
-    """The instance prompt of each subject."""
     return [subject.instance_prompt for subject in config.each_subject]
 
 
 def family_in(facts: CardFacts) -> Facts:
-    """The family of the adapted denoiser."""
     for model in (facts.adapter.structures.get(name) for name in DENOISERS):
         if model:
             return facts_of_model(model["class"], model["config"])
@@ -136,7 +133,6 @@ pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.
 
 
 def token_lines(notes: Sequence[dict]) -> str:
-    """Lines of the snippet that load new tokens."""
     if not notes:
         return ""
     lines = ["", "from safetensors.torch import load_file"]

@@ -51,8 +51,7 @@ class NoiseSchedule:
         return replace(self, sigmas=self.sigmas.to(device), timesteps=self.timesteps.to(device))
 
     def signal_and_noise(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of x and n at `index` (B,), each (B, 1, 1, 1): sqrt(alpha) and sqrt(1 - alpha), or of a flow 1 - s
-        and s; 0 and 1 where sigma is infinite."""
+        """Factors of x and n at `index` (B,), (B, 1, 1, 1) each: √α and √(1 - α), of a flow 1 - s and s."""
         sigma = self.sigmas[index].view(-1, 1, 1, 1)
         if self.style == "flow":
             share = 1 / (1 + 1 / sigma)
@@ -96,9 +95,8 @@ def sample_timesteps(
     multiplier: float = 1.0,
     portion: float = 0.25,
 ) -> Tensor:
-    """Indices (count,) of noise levels, drawn with equal chances. Under a strategy, the noisiest (`later`) or
-    the least noisy (`earlier`) `portion` of the levels is `multiplier` times as likely as the others, as in
-    diffusers' `train_text_to_image_sdxl.py`."""
+    """Indices (count,) of noise levels, with equal chances, or `multiplier` times as likely in the noisiest (`later`)
+    or least noisy (`earlier`) `portion`, as in diffusers' `train_text_to_image_sdxl.py`."""
     if strategy == "none":
         return torch.randint(len(schedule), (count,), generator=generator)
     chances = torch.ones(len(schedule))
@@ -170,10 +168,9 @@ def prediction_of(schedule: NoiseSchedule, output: Tensor, noisy: NoisySample) -
 
 
 def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr_gamma: float | None) -> Tensor:
-    """Weights (B,) of the images' squared errors, as in diffusers' script: `index` (B,), instance images first. In
-    EDM style the error of x is weighted by 1/sigma², or by 1 for EDM's own bases. Else weights are 1 without
-    `snr_gamma`. With it (Hang et al. 2023) an instance image's noise is weighted by min(SNR, gamma)/SNR, its velocity
-    by one more."""
+    """Weights (B,) of the images' squared errors, as in diffusers' script, by `index` (B,), instance images first. In
+    EDM style the error of x is weighted by 1/sigma², or by 1 for EDM's own bases. With `snr_gamma` (Hang et al. 2023)
+    an instance image's noise is weighted by min(SNR, gamma)/SNR, its velocity by one more."""
     snr = schedule.snr(index)
     if schedule.style == "edm":
         return snr if schedule.sigma_data is None else torch.ones_like(snr)
@@ -195,10 +192,9 @@ def flow_weights(schedule: NoiseSchedule, index: Tensor, scheme: str) -> Tensor:
 
 
 def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
-    """Weights (B,) of the images' errors: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, with the SNR capped at
-    1000. The error of the noise becomes the error of the latents that it implies, up to a power (Yu et al. 2023,
-    "Debias the Training of Diffusion Models", arXiv 2310.08442). Like kohya's `--debiased_estimation_loss` it applies
-    to all images."""
+    """Weights (B,) of all images' errors, as kohya's: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, SNR at most
+    1000. The noise's error becomes that of the latents, up to a power (Yu et al. 2023, "Debias the Training of
+    Diffusion Models", arXiv 2310.08442)."""
     snr = schedule.snr(index).clamp(max=1000)
     return snr.rsqrt() if schedule.prediction_type == "epsilon" else 1 / (snr + 1)
 
@@ -206,10 +202,9 @@ def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
 def pointwise_error(
     schedule: NoiseSchedule, index: Tensor, loss_type: str = "l2", huber_c: float = 0.1, huber_schedule: str = "snr"
 ) -> Pointwise:
-    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on each image's `index`
-    (B,). With C = `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T), 1 where there is no noise;
-    `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha 2024, "scheduled Huber loss" in diffusers and kohya's sd-scripts,
-    after arXiv 2403.16728)."""
+    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on `index` (B,). With C =
+    `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T); `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha
+    2024, "scheduled Huber loss" in diffusers and kohya's sd-scripts, after arXiv 2403.16728)."""
     if loss_type == "l2":
         return torch.square
     if huber_schedule == "constant":
@@ -246,9 +241,8 @@ def loss(
 def image_errors(
     prediction: Tensor, target: Tensor, mask: Tensor | None, pointwise: Pointwise = torch.square
 ) -> Tensor:
-    """Mean error (B,) of each image. Under a mask it is the weighted mean, so that a small subject counts in full.
-    The mean is multiplied by the mask's largest weight: an image without the subject then counts no more than its
-    positions do."""
+    """Mean error (B,) of each image; under a mask weighted, so that a small subject counts in full, and times the
+    mask's largest weight, so that an image without the subject counts no more than its positions do."""
     errors = pointwise(prediction - target)
     if mask is None:
         return errors.flatten(1).mean(1)

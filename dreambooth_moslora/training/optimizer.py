@@ -127,10 +127,9 @@ def parts_of(long: Tensor, weights: Weights) -> list[Tensor]:
 def parameter_groups(
     config: TrainConfig, components: dict[str, nn.Module], world_size: int = 1, tokens: Sequence[nn.Parameter] = ()
 ) -> list[dict]:
-    """Groups of A and B, and of mixers, for the UNet and each text encoder, then of new tokens. Empty groups are left
-    out. Weight decay would pull a mixer towards zero instead of its start, so mixers have none. In terms of LoRA+ a
-    mixer belongs to B's group. As in diffusers' script, `scale_lr` scales only the UNet's rate; text encoders without
-    a rate use the UNet's."""
+    """Groups of A and B, and of mixers, for the UNet and each text encoder, then of new tokens, without empty ones.
+    Mixers do not decay: that would pull them to zero, not to their start; in LoRA+ they belong to B's group. As in
+    diffusers' script, `scale_lr` scales only the UNet's rate, which text encoders without one use too."""
     lr_scale = config.gradient_accumulation_steps * config.train_batch_size * world_size if config.scale_lr else 1
     groups = []
     unet_lr = lr_scale * config.learning_rate
@@ -176,8 +175,7 @@ def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:
 
 
 def make_lr_schedule(config: TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
-    """A learning-rate schedule of diffusers by its name. It counts optimizer steps, whatever the number of processes.
-    Raises UserError for an unknown name."""
+    """A learning-rate schedule of diffusers, in optimizer steps of any number of processes. Raises UserError."""
     try:
         return get_scheduler(
             config.lr_scheduler,

@@ -68,8 +68,7 @@ class PhotoEncoder:
         self._reading: dict[tuple[Photo, CropPlan], Future[tuple[Image.Image, Image.Image | None]]] = {}
 
     def encode(self, photo: Photo, plan: CropPlan) -> EncodedView:
-        """Its loss weights are 1 on the subject and `unmasked_weight` around it. Around a photo with transparency the
-        weight is 0: its white background was not photographed."""
+        """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is transparent."""
         tensors = self._compute(photo, plan) if self.cache is None else self.cache.get(*self.entry(photo, plan))
         around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
         weights = around + (1 - around) * tensors["subject"] if "subject" in tensors else None
@@ -120,7 +119,6 @@ class PhotoEncoder:
 
 
 def load_crop(photo: Photo, plan: CropPlan, interpolation: str) -> tuple[Image.Image, Image.Image | None]:
-    """The photo's crop and its mask's, of the target size."""
     image, mask = apply_crop(open_rgb(photo), plan, interpolation), open_mask(photo)
     return image, None if mask is None else apply_crop(mask, plan, "bilinear")
 
@@ -250,7 +248,6 @@ class SubjectStreams:
 
     @property
     def captions(self) -> set[str]:
-        """Like `PhotoStream.captions`, of all subjects."""
         return set().union(*(stream.captions for stream in self.streams))
 
     @property
@@ -259,11 +256,9 @@ class SubjectStreams:
         return self.streams[0].encoder
 
     def subject_at(self, position: int) -> int:
-        """The number of the subject shown at `position`."""
         return self._place(position)[0]
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """Like `PhotoStream.at`."""
         number, place = self._place(position)
         return self.streams[number].at(place)
 
@@ -350,9 +345,8 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
 
 
 def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:
-    """The CPU tensors, of any shapes, on `device`, by one transfer; None stays None. Only a transfer to CUDA is
-    asynchronous, from pinned memory. Apple's GPUs would read a buffer that is freed. They travel as fp32, which holds
-    integers up to 2**24 and all half-precision numbers exactly."""
+    """The CPU tensors, or None, on `device`, by one transfer as fp32, which holds integers up to 2**24. Only CUDA's is
+    asynchronous, from pinned memory: Apple's GPUs would read a buffer that is freed."""
     if device.type == "cpu":
         return tensors
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -65,8 +65,7 @@ Entries = dict[str, Callable[[], Tensors]]  # Keys in a cache, each with the fun
 @dataclass
 class TrainInputs:
     """Inputs of the loop. `prior` is None without class images; `prompt_embeds` serves frozen text encoders,
-    `text_products` a UNet that caches cross-attention. `start` holds the weights that a fresh adapter begins with, or
-    None; `basis` is that of `--basis`."""
+    `text_products` a UNet that caches cross-attention; a fresh adapter begins with `start`, on the `basis`."""
 
     pipeline: DiffusionPipeline
     family: Family

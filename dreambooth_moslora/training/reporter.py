@@ -32,10 +32,9 @@ ENDINGS = (events.RunEnded.kind, events.AdapterExported.kind, events.ScaleFound.
 
 
 class Reporter:
-    """Call it with each event. `on_event` gets the same events as the file. The file may belong to an earlier run:
-    events wait until `begin_at`. `step` is the run's latest step. One process raises the error of a report that
-    fails. Of several, the main one keeps it until all meet, and `raise_failure` then raises it: alone it would leave
-    the others waiting."""
+    """Call it with each event. `on_event` gets those of the file too, which may be an earlier run's: events wait until
+    `begin_at`. `step` is the latest. Of several processes the main one keeps an error of reporting until all meet, and
+    `raise_failure` then raises it: alone it would leave the others waiting."""
 
     def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[events.Event], None] | None):
         self.run_dir, self.accelerator, self.on_event = run_dir, accelerator, on_event
@@ -60,8 +59,7 @@ class Reporter:
             self.failure = self.failure or error
 
     def start_trackers(self, config: TrainConfig) -> None:
-        """Open them. They get the settings that are numbers, switches or choices: these cannot hold text of the user's.
-        Raises UserError when one does not open."""
+        """Open them, with settings that cannot hold text of the user's. Raises UserError if one does not open."""
         public = {}
         for name, value in config.to_dict().items():
             is_choice = isinstance(value, str) and SETTINGS[name].metadata["choices"]

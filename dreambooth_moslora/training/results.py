@@ -81,7 +81,6 @@ class ValidationSamples:
 
     @property
     def prompts(self) -> list[str]:
-        """All prompts that will be drawn."""
         return sorted({request.prompt for request in [*self.requests, *self.contexts]})
 
     def is_due(self, step: int, last_step: int) -> bool:
@@ -201,7 +200,6 @@ class Publisher:
         return proof
 
     def _present(self, finished: bool, proof: Proof, contexts: list[Shown]) -> None:
-        """Write what shows the adapter, and push it."""
         config, run_dir = self.config, self.run_dir
         best = self.best if run_dir.best_dir.is_dir() else None
         adapter, step = replace(self.facts, tokens=notes_of(self.tokens, run_dir.name)), self.train_step.step
@@ -235,7 +233,6 @@ class Publisher:
 def facts_of(
     config: TrainConfig, inputs: TrainInputs, train_step: TrainStep, checkpoint: Path | None
 ) -> AdapterMetadata:
-    """The metadata that the adapter files contain."""
     facts = adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
@@ -313,7 +310,6 @@ def row_of(title: str, shown: list[Shown]) -> Row:
 
 
 def readable(photos: list[Photo]) -> list[Image.Image]:
-    """The photos that can still be read."""
     found = []
     for photo in photos:
         try:

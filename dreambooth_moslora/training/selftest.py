@@ -126,7 +126,6 @@ class RandomMaterials:
         return self.pipeline.unet
 
     def prompt_embeds(self, prompts: list[str]) -> list[Text]:
-        """The same random text for every prompt."""
         return [self.text] * len(prompts)
 
 

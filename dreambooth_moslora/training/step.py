@@ -48,8 +48,7 @@ def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> 
 
 @dataclass(frozen=True)
 class Rows:
-    """B images for the denoiser: noisy latents, their `texts` and `prompts` (B), `time_ids` (B, 6) with sizes and
-    crops."""
+    """B images for the denoiser: noisy latents, `texts` and `prompts` (B), `time_ids` (B, 6) with sizes and crops."""
 
     noisy: NoisySample
     texts: tuple[Text, ...]
@@ -58,13 +57,11 @@ class Rows:
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
-        """Concatenate the rows of several parts, in their order."""
         noisy = NoisySample(*map(torch.cat, zip(*(part.noisy.tensors for part in parts), strict=True)))
         texts, prompts = (tuple(one for part in parts for one in getattr(part, name)) for name in ("texts", "prompts"))
         return cls(noisy, texts, torch.cat([part.time_ids for part in parts]), prompts)
 
     def after(self, count: int) -> "Rows":
-        """Without the first `count`."""
         noisy = NoisySample(*(tensor[count:] for tensor in self.noisy.tensors))
         return Rows(noisy, self.texts[count:], self.time_ids[count:], self.prompts[count:])
 
@@ -83,8 +80,7 @@ logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
 GRAPHS = 32
-"""Most graphs of one kind of block; PyTorch does not compile further sizes. With buckets, the second size makes
-one graph for all sizes."""
+"""Most graphs of one kind of block. With buckets, the second size makes one graph for all sizes."""
 
 
 @dataclass(frozen=True)
@@ -204,14 +200,12 @@ class TrainStep:
             yield
 
     def micro_batch_loss(self, micro_batch: int) -> LossParts:
-        """The loss of micro-batch number `micro_batch` of the run."""
         micro = self.micro_batch(micro_batch)
         answer = self.base_prediction(self.prior_rows(micro)) if self.base_is_prior else None
         return self.loss_of(micro, self.predict(micro.rows), answer)
 
     def micro_batch(self, micro_batch: int) -> MicroBatch:
-        """Micro-batch number `micro_batch` of the run: drawn on the CPU, with noise and noise levels `index` (B,), then
-        moved to the device."""
+        """The run's micro-batch of this number: drawn on the CPU with noise and noise levels, then moved."""
         config, batch = self.config, self.batch_at(micro_batch)
         names = (config.seed, "micro", micro_batch)
         torch.manual_seed(seed_of(*names, "dropout"))
@@ -267,8 +261,7 @@ class TrainStep:
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
 
     def predict(self, rows: Rows) -> Tensor:
-        """The denoiser's prediction (B, C, h, w) in fp32. `time_ids` (B, 6) stay in fp32: bf16 would round a size of
-        1365 to 1368."""
+        """The denoiser's prediction (B, C, h, w) in fp32. `time_ids` stay fp32: bf16 makes 1365 px 1368."""
         inputs, family, to = self.inputs, self.inputs.family, {"device": self.device, "dtype": self.inputs.dtype}
         words = family.arguments([in_dtype(text, **to) for text in rows.texts])
         if inputs.text_products is not None:
