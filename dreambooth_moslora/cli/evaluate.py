@@ -1,4 +1,5 @@
-"""`python -m dreambooth_moslora evaluate RUN_OR_FILE --photos DIR`: report.html and scores.json of one adapter."""
+"""`evaluate RUN_OR_FILE --photos DIR`: report.html and scores.json of one adapter. `explain RUN`: what a run's figures
+mean, and which flag to try next."""
 
 import argparse
 import sys
@@ -12,13 +13,14 @@ from tqdm import tqdm
 
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
-from dreambooth_moslora.core import UserError, atomic_write, find_asset
+from dreambooth_moslora.core import UserError, atomic_write, find_asset, spelled_out
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.checks import require_folder, require_writable
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.sources import read_json_table, reason_of
 from dreambooth_moslora.settings.table import TrainConfig, without_removed
+from dreambooth_moslora.training import explain
 from dreambooth_moslora.training.explain import SCALES, ScaleChoice, choose_scale
 from dreambooth_moslora.training.model_card import with_strength
 
@@ -243,3 +245,21 @@ def summary(found: "Evaluation") -> str:
             lines.append(f"{name:18} {interval.mean:.3f}  [{interval.low:.3f}, {interval.high:.3f}]")
     alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies" if found.alarm.raised else "no copy alarm"
     return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})"])
+
+
+STATES = {"done": "it ended", "interrupted": "it was stopped", "failed": "it failed"}
+
+
+def explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder; its scores, if any, are those of its evaluations")
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    found = explain.figures_of(RunDir(args.run))
+    shown = "" if found.exposures is None else f"; each of {found.photos} photos was shown {found.exposures:.0f} times"
+    print(spelled_out(f"{STATES.get(found.state, 'it has not ended')} after {found.step} steps{shown}"))
+    advice = explain.advice_after(found) or [explain.NOTHING]
+    for title, lines in {"what the figures mean": explain.meanings(found), "what to try next": advice}.items():
+        if lines:
+            print("\n".join([title, *(spelled_out(f"  {line}") for line in lines)]))
+    return 0

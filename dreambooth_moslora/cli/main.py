@@ -23,7 +23,7 @@ COMMANDS = {
     "export": ("cli.adapter_files",
         "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI"),
     "evaluate": ("cli.evaluate", "measure how good an adapter is: report.html and scores.json"),
-    "explain": ("cli.explain", "say what a run's figures mean, and which flag to try next"),
+    "explain": ("cli.evaluate", "say what a run's figures mean, and which flag to try next"),
     "compare": ("extras.lab.command_compare",
         "train and score several kinds of adapter at an equal budget: tables, intervals, plots"),
     "queue": ("cli.queue", "list, order and train the runs that wait; `train … --queue` adds one"),
