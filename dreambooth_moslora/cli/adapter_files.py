@@ -81,8 +81,7 @@ def run_export(args: argparse.Namespace) -> int:
         source = find_raw(source)
     from dreambooth_moslora.adapters.lycoris import write_lokr
     from dreambooth_moslora.adapters.new_tokens import tokens_beside
-    from dreambooth_moslora.adapters.peft_file import fold_peft
-    from dreambooth_moslora.adapters.published_file import DTYPES, publish
+    from dreambooth_moslora.adapters.published_file import DTYPES, fold_peft, publish
     from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, read_raw
 
     if args.readers == "peft":
