@@ -19,12 +19,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core import UserError, assets_folder, is_finite_number
+from dreambooth_moslora.settings.rules import version_of
 from dreambooth_moslora.settings.sources import load_settings, recipe_of
 from dreambooth_moslora.settings.table import (
     KRONECKER,
@@ -227,13 +227,8 @@ def most_common(values: Iterable[float]) -> float:
 
 def versions() -> dict[str, str]:
     """Name -> version of this package and the libraries that an adapter depends on."""
-    found = {"dreambooth_moslora": __version__}
-    for name in ("torch", "diffusers", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    others = {name: version_of(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    return {"dreambooth_moslora": __version__} | {name: found for name, found in others.items() if found}
 
 
 KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")

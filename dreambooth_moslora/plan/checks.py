@@ -47,9 +47,8 @@ from dreambooth_moslora.settings.rows import (
     nearest,
     parse_pattern,
 )
-from dreambooth_moslora.settings.rules import given_flag
+from dreambooth_moslora.settings.rules import given_flag, require_packages
 from dreambooth_moslora.settings.table import KRONECKER, SVD, TrainConfig, check_kronecker
-from dreambooth_moslora.settings.versions import require_packages
 
 PACKAGE = Path(__file__).resolve().parents[1]
 UNREADABLE = "add_embedding."

@@ -1,10 +1,12 @@
-"""Rules between settings, each a sentence that names the flags: what is refused, and what is remarked before a run.
+"""Rules between settings, each a sentence that names the flags: what is refused, and what is remarked before a run;
+and whether the packages that they need are installed.
 
 What one row of the table says of its own setting, such as when it has no effect, is not repeated here.
 """
 
 from collections.abc import Callable
 from dataclasses import fields
+from importlib import metadata
 from typing import Any
 
 from dreambooth_moslora.core import UserError, is_toy
@@ -126,3 +128,21 @@ def check_together(config: Config) -> None:
             parse_pattern(name, text)
     if not config.target_modules:
         raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def require_packages(config: Config) -> None:
+    """Raises UserError for the first flag whose package is missing. Without a tracker's package accelerate would log
+    nothing and not say so; without the others a run would fail after its photos are encoded."""
+    for item in fields(config):
+        value, facts = getattr(config, item.name), item.metadata
+        package = facts["packages"].get(value) if facts["packages"] else None
+        if package and version_of(package) is None and not any(applies(config) for _, applies in facts["idle"]):
+            flag = f"--{item.name}" if value is True else f"--{item.name} {value}"
+            raise UserError(f"{flag} needs {package}: pip install {package}.")

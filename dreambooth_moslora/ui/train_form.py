@@ -17,9 +17,9 @@ from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.plan.memory import GIB
+from dreambooth_moslora.settings.rules import version_of
 from dreambooth_moslora.settings.sources import FoundRecipe, unless_given
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
-from dreambooth_moslora.settings.versions import version_of
 from dreambooth_moslora.ui.visitors import kept_photos
 
 LENGTHS = ("max_train_steps", "exposures_per_photo", "num_train_epochs")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreambooth_moslora.core import UserError, import_environment, one_line
-from dreambooth_moslora.settings.versions import installed_versions
+from dreambooth_moslora.settings.rules import version_of
 
 GIB = 2**30
 INSTALL = 'pip install "ray[default]>=2.50,<3"'
@@ -63,7 +63,7 @@ def connected(address: str | None) -> Iterator[None]:
     """Connect to Ray for the length of the block. Without an address, start it on this machine alone. Raises UserError
     when Ray is not installed, does not start here, or no cluster answers."""
     os.environ.update({name: value for name, value in EMBEDDED.items() if address is None or "USAGE" in name})
-    if installed_versions(("ray",))["ray"] is None:
+    if version_of("ray") is None:
         raise UserError(f"fleets need Ray: {INSTALL}.")
     import ray
 
