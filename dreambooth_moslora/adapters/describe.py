@@ -184,10 +184,11 @@ def describe_raw(path: Path) -> dict[str, object]:
     for component, found in sorted(by_module(tensors).items()):
         for module, parts in found.items():
             modules[component] += 1
-            matrices = matrices_from(parts, metadata, f"{component}.{module}")
-            figures[f"{component}.{module}"] = diagnose(
-                matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor
+            matrices, start = (
+                matrices_from(parts, metadata, f"{component}.{module}"),
+                (metadata.mixer, metadata.mixer_seed),
             )
+            figures[f"{component}.{module}"] = diagnose(matrices, *start, module, metadata.factor)
     ranks = Counter(f.rank for f in figures.values())
     return {
         "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} (for resuming; export it to use it elsewhere)",

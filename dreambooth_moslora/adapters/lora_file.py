@@ -25,6 +25,7 @@ from torch import Tensor
 from dreambooth_moslora.adapters.basis import is_mixer_file
 from dreambooth_moslora.adapters.key_names import (
     PEFT_PREFIX,
+    SIDES,
     as_magnitude,
     as_peft,
     is_read_here,
@@ -51,15 +52,11 @@ from dreambooth_moslora.disk.run_folder import (
 )
 from dreambooth_moslora.settings.families import DENOISERS, facts_of
 
-FIELDS = {
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
+FIELDS = SIDES | {
     "lora_B.bias": "bias",
+    "up.bias": "bias",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "down.weight": "down",
-    "up.weight": "up",
-    "up.bias": "bias",
     "alpha": "",  # ignored: diffusers and PEFT do not read an alpha under such a name
 }
 logger = logging.getLogger(__name__)
@@ -281,7 +278,9 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
             )
             alphas = alphas[0] if alphas else None  # of a UNet; elsewhere they are in `tensors`
         settings = settings or json.loads(header_of(file).get(PEFT_SETTINGS, "null"))
-        return tensors | _magnitudes(sizes, pipeline), alphas, settings
+        by_name = {key.removesuffix(DORA_SCALE): as_magnitude(size) for key, size in sizes.items()}
+        labels = renamed(by_name, pipeline).items()
+        return tensors | {f"{label}.lora_magnitude_vector": by_name[name] for name, label in labels}, alphas, settings
     except UserError:
         raise
     except Exception as error:  # diffusers' conversion raises any error on unknown names
@@ -296,15 +295,9 @@ def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> dict[str, Tensor
         if not is_short and not is_read_here(keys, pipeline):
             return None
         tensors = {key: opened.get_tensor(key) for key in keys if not key.startswith(BUNDLE)}
-    if words := {key.split(".")[1] for key in keys if key.startswith(BUNDLE)}:
-        logger.warning(
-            "%s also holds new tokens (%s), which are not read from there", file.name, ", ".join(sorted(words))
-        )
-    return {key: tensor.float() if is_eight_bit(tensor) else tensor for key, tensor in tensors.items()}
-
-
-def is_eight_bit(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.element_size() == 1
+    if words := ", ".join(sorted({key.split(".")[1] for key in keys if key.startswith(BUNDLE)})):
+        logger.warning("%s also holds new tokens (%s), which are not read from there", file.name, words)
+    return {k: t.float() if t.is_floating_point() and t.element_size() == 1 else t for k, t in tensors.items()}
 
 
 def _settings_beside(file: Path, tensors: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, object] | None:
@@ -329,15 +322,6 @@ def _dora_scales(file: Path) -> dict[str, Tensor]:
                 "(LyCORIS: wd_on_output=True)"
             )
     return sizes
-
-
-def _magnitudes(sizes: dict[str, Tensor], pipeline: DiffusionPipeline) -> dict[str, Tensor]:
-    """kohya's `dora_scale` as PEFT's magnitudes."""
-    names = {key.removesuffix(DORA_SCALE): size for key, size in sizes.items()}
-    found = {}
-    for name, label in renamed(names, pipeline).items():
-        found[f"{label}.lora_magnitude_vector"] = as_magnitude(names[name])
-    return found
 
 
 def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: str) -> None:
@@ -377,7 +361,10 @@ def _unets(weights: AdapterWeights, pipeline: DiffusionPipeline) -> list[str]:
     """The UNet that the file is for, and the pipeline's, in words."""
     facts = facts_of(type(pipeline).__name__)
     if facts.denoiser != "unet" or "transformer" in weights.parts:
-        return [describe_kind(weights), f"{facts.title}, {facts.model}"]
+        adapted = weights.parts.get("transformer") or weights.parts.get("unet") or ({}, None)
+        widths = sorted({projection.down.shape[1] for projection in adapted[0].values()})
+        kind = "transformer" if "transformer" in weights.parts else "UNet"
+        return [f"a {kind} with layers of widths {widths[:6]}", f"{facts.title}, {facts.model}"]
     found = weights.parts["unet"][0] if "unet" in weights.parts else {}
     needed = max((p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")), default=0)
     outputs = {p.up.shape[0] for path, p in found.items() if ".attn1." in path or ".attn2." in path}
@@ -390,12 +377,6 @@ def _unets(weights: AdapterWeights, pipeline: DiffusionPipeline) -> list[str]:
         listed = ", ".join(map(str, sorted(widths))) or "unknown"
         texts.append(f"a UNet with {family}{seen}, attention widths {listed}")
     return texts
-
-
-def describe_kind(weights: AdapterWeights) -> str:
-    found = weights.parts.get("transformer") or weights.parts.get("unet") or ({}, None)
-    widths = sorted({projection.down.shape[1] for projection in found[0].values()})
-    return f"a {'transformer' if 'transformer' in weights.parts else 'UNet'} with layers of widths {widths[:6]}"
 
 
 def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
@@ -426,12 +407,9 @@ def _load(component: str, found: dict[str, LowRank], scales: Scales, key: str, p
     if component == "unet":
         pipeline.load_lora_into_unet(tensors, unet=model, network_alphas=None, **options)
     elif is_denoiser:
-        alphas = (
-            {}
-            if "network_alphas" not in signature(pipeline.load_lora_into_transformer).parameters
-            else {"network_alphas": None}
-        )
-        pipeline.load_lora_into_transformer(tensors, transformer=model, **alphas, **options)
+        if "network_alphas" in signature(pipeline.load_lora_into_transformer).parameters:
+            options["network_alphas"] = None
+        pipeline.load_lora_into_transformer(tensors, transformer=model, **options)
     else:
         options |= {"network_alphas": None, "prefix": component}
         pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, **options)

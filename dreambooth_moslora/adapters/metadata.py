@@ -69,12 +69,11 @@ def is_rank_or_none(value: object) -> bool:
     return value is None or is_rank(value)
 
 
-def is_bool(value: object) -> bool:
-    return type(value) is bool
+def of_kind(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind)
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
+is_bool, is_text, is_dict = map(of_kind, (bool, str, dict))
 
 
 def named(check: Callable[[object], bool]) -> Callable[[object], bool]:
@@ -83,10 +82,6 @@ def named(check: Callable[[object], bool]) -> Callable[[object], bool]:
 
 def listed(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-def is_dict(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def is_note(value: object, names: set[str]) -> bool:

@@ -367,13 +367,8 @@ def matrices_of(layer: LoraLayer, adapter_name: str) -> MixedLowRank:
     down, mixer, up = stored_matrices(layer, adapter_name)
     if isinstance(layer.lora_B[adapter_name], KroneckerUp):
         down, mixer, up = untied(down, mixer, up)
-    return MixedLowRank(
-        down=down,
-        mixer=mixer,
-        up=up,
-        scale=nominal_scale(layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name]),
-        magnitude=magnitudes[adapter_name].weight if adapter_name in magnitudes else None,
-    )
+    scale = nominal_scale(layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name])
+    return MixedLowRank(down, mixer, up, scale, magnitudes[adapter_name].weight if adapter_name in magnitudes else None)
 
 
 def stored_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -95,9 +95,7 @@ CLASSES = {facts.model: "diffusers" for facts in FAMILIES} | {
     "CLIPTextModelWithProjection": "transformers",
 }
 """Class of an adapted model -> its library. A file names the class, so no other class is ever built."""
-MOST_LAYERS = (
-    2000  # of all blocks, if each were as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32
-)
+MOST_LAYERS = 2000  # of all blocks, each as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32
 DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
 DEPTHS += ("num_layers", "num_single_layers", "n_layers")
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
@@ -304,13 +302,7 @@ def matrices_from(parts: dict[str, Tensor], metadata: AdapterMetadata, module: s
     down, mixer, up = parts["lora_A"], parts.get("mixer"), parts["lora_B"]
     if metadata.mixer == KRONECKER:
         down, mixer, up = untied(down, mixer, up)
-    return MixedLowRank(
-        down=down,
-        mixer=mixer,
-        up=up,
-        scale=nominal_scale(alpha, rank, metadata.use_rslora),
-        magnitude=parts.get("magnitude"),
-    )
+    return MixedLowRank(down, mixer, up, nominal_scale(alpha, rank, metadata.use_rslora), parts.get("magnitude"))
 
 
 def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.Module, modules: dict) -> None:

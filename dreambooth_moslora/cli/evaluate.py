@@ -104,7 +104,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     count += sum(2 * pair.picture_count for pair in pairs)
     followed = default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
     options, choice = {"batch_size": args.batch_size, "guidance_scale": followed}, None
-    with bar_of_pictures(count) as bar:
+    interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
+    with tqdm(total=count, desc="drawing pictures", unit="picture", mininterval=interval, maxinterval=60.0) as bar:
         judge = partial(evaluate_adapter, pipeline, name, on_picture=bar.update, **options)
         found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
         if args.sweep_scale:
@@ -131,11 +132,6 @@ def check_paths(args: argparse.Namespace) -> None:
         require_folder_of_photos(Path(find_asset(args.photos)))
     if args.base:
         resolve_base(args.base)
-
-
-def bar_of_pictures(count: int) -> tqdm:
-    interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
-    return tqdm(total=count, desc="drawing pictures", unit="picture", mininterval=interval, maxinterval=60.0)
 
 
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:

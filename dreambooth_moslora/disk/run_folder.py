@@ -206,19 +206,14 @@ def run_files(runs: Collection[Path]) -> list[Path]:
     finished = [file for file in places if file.is_file()]
     finished.sort(key=lambda file: -max(newest.get(run, 0.0) for run in (file.parent, file.parent.parent)))
     checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
-    checkpoints.sort(key=lambda file: (file.parent.parent.name, -step_of_adapter(file.parent)))
+    checkpoints.sort(key=lambda file: (file.parent.parent.name, -(checkpoint_step(file.parent) or 0)))
     return [*finished, *checkpoints]
-
-
-def step_of_adapter(checkpoint: Path) -> int:
-    digits = checkpoint.name.removeprefix("checkpoint-")
-    return int(digits) if digits.isdigit() else 0
 
 
 def name_of(file: Path, folders: Collection[Path]) -> str:
     """`dog`, `dog@500` for a checkpoint, `dog@best` for the best step of a run, `dog@mixers` for mixers alone."""
     if file.name == RAW_NAME:
-        return f"{clean_name(file.parent.parent.name)}@{step_of_adapter(file.parent)}"
+        return f"{clean_name(file.parent.parent.name)}@{checkpoint_step(file.parent) or 0}"
     if file.name == MIXERS_NAME and file.parent not in folders:
         return f"{clean_name(file.parent.name)}@mixers"
     if file.name != PUBLISHED_NAME:

@@ -187,17 +187,14 @@ def _own_recipe(text: str) -> Recipe:
     try:
         recipe = json.loads(text)
         json.dumps(recipe, ensure_ascii=False).encode("utf-8")  # a name may hold half a surrogate pair
-        adapters, versions = (_string_pairs(recipe.get(key)) for key in ("adapter_sha256", "versions"))
-        provenance = Provenance(str(recipe.get("base", "")), adapters, versions)
+        parts = [(recipe.get(key) or {}).items() for key in ("adapter_sha256", "versions")]
+        pairs = [tuple((str(name), str(value)) for name, value in part) for part in parts]
+        provenance = Provenance(str(recipe.get("base", "")), *pairs)
         return Recipe(GenerationParams.from_dict(recipe["params"]), provenance, exact=True)
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError("the recipe inside the PNG is damaged") from error
-
-
-def _string_pairs(values: Any) -> tuple[tuple[str, str], ...]:
-    return tuple((str(key), str(value)) for key, value in (values or {}).items())
 
 
 def check_characters(text: str, name: str) -> None:
@@ -262,8 +259,7 @@ def _parse_a1111(text: str) -> Recipe:
     prompt, tags = split_lora_tags(prompt.strip())
     sampler = _sampler_of(settings)
     name = next((name for name, scheduler in SCHEDULERS.items() if scheduler.title == sampler), "euler")
-    values: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags}
-    values["scheduler"] = name
+    values = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags, "scheduler": name}
     names = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance_scale", float)}
     try:
         for key, (own, kind) in names.items():

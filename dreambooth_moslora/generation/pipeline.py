@@ -365,13 +365,8 @@ class SubjectPipeline:
     def draw(self, params: GenerationParams, should_stop: Callable[[], bool] = bool) -> list[Image]:
         """The finished pictures of `generate`, drawn in the calling thread; fewer than requested after a stop."""
         params, images = self.complete(params), []
-
-        def keep(event: Event) -> None:
-            if isinstance(event, Image):
-                images.append(event)
-
         with self._lock, torch.no_grad():
-            self._generate_all(params, keep, should_stop)
+            self._generate_all(params, lambda e: images.append(e) if isinstance(e, Image) else None, should_stop)
         return images
 
     def complete(self, params: GenerationParams) -> GenerationParams:
@@ -383,9 +378,8 @@ class SubjectPipeline:
                 raise UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
         side = self.resolution_px
         guidance = default_guidance(self.pipeline) if params.guidance_scale is None else params.guidance_scale
-        return replace(
-            params, guidance_scale=guidance, height_px=params.height_px or side, width_px=params.width_px or side
-        )
+        size_px = {"height_px": params.height_px or side, "width_px": params.width_px or side}
+        return replace(params, guidance_scale=guidance, **size_px)
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
         """Make exactly these adapters active. Scale 0 means absent: the result is the base's, bit for bit."""
@@ -458,10 +452,7 @@ class SubjectPipeline:
         """Text conditioning for all images of a call; the negative half only if guidance uses it."""
         family = self.family
         if not family.facts.needs_sizes:
-            texts = (
-                family.texts(self.pipeline, [params.prompt]),
-                family.texts(self.pipeline, [params.negative_prompt or ""]),
-            )
+            texts = [family.texts(self.pipeline, [text]) for text in (params.prompt, params.negative_prompt or "")]
             return family.with_negative(*map(family.arguments, texts))
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         embeds = self.pipeline.encode_prompt(

@@ -128,9 +128,8 @@ class RemotePipeline:
                 return
             left = (time.monotonic() - started) / (index + 1) * (params.num_images - index - 1)
             yield Step(index, params.num_images, params.steps, params.steps, left)
-            pixels, recipe = opened(
-                png, (params.width_px or self.resolution_px, params.height_px or self.resolution_px)
-            )
+            size_px = params.width_px or self.resolution_px, params.height_px or self.resolution_px
+            pixels, recipe = opened(png, size_px)
             yield Image(index, pixels, recipe.params, recipe.provenance)
 
     def _drawn(self, params: GenerationParams, stopped: Callable[[], bool]) -> bytes | None:

@@ -215,10 +215,6 @@ def preflight(config: TrainConfig, *, is_later: bool = False) -> tuple[Path | No
     return folder, size
 
 
-def denoiser_in(folder: Path) -> str:
-    return next(name for name in DENOISERS if (folder / name).is_dir())
-
-
 def check_settings(config: TrainConfig) -> Path | None:
     """The checks of `preflight` that concern no memory. Returns the base's folder as it does. Raises UserError."""
     if config.instance_data_dir:
@@ -240,7 +236,8 @@ def check_settings(config: TrainConfig) -> Path | None:
     if config.pretrained_vae_model_name_or_path:
         check_vae(config.pretrained_vae_model_name_or_path)
     folder = base_folder(config)
-    shapes = tensor_shapes(folder / denoiser_in(folder), config.variant) if folder else {}
+    denoisers = [folder / name for name in DENOISERS if (folder / name).is_dir()] if folder else []
+    shapes = tensor_shapes(denoisers[0], config.variant) if folder else {}
     layers = {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
     if layers:
         check_layers(config.target_modules, layers, config.use_dora)
@@ -270,19 +267,15 @@ def family_settings(config: TrainConfig) -> dict[str, Any]:
 
 def check_family(config: TrainConfig, facts: Facts) -> None:
     """Raises UserError for a setting of other models, named with the family."""
-    others = (
-        (*OF_UNETS, "mixed_precision fp16") if facts.style == "flow" else ("weighting_scheme", "max_sequence_length")
-    )
-    if not facts.has_new_tokens:
-        others += ("train_text_encoder_ti",)
-    if config.train_text_encoder and not facts.adapted_encoders:
-        others += ("train_text_encoder",)
+    is_flow = facts.style == "flow"
+    others = OF_UNETS if is_flow else ("weighting_scheme", "max_sequence_length")
+    others += () if facts.has_new_tokens else ("train_text_encoder_ti",)
+    others += () if facts.adapted_encoders else ("train_text_encoder",)
     for name in others:
-        if name == "mixed_precision fp16":
-            if config.mixed_precision == "fp16":
-                raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give bf16.")
-        elif flag := given_flag(config, name):
+        if flag := given_flag(config, name):
             raise UserError(f"{flag} is not for {facts.title}; leave it out.")
+    if is_flow and config.mixed_precision == "fp16":
+        raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give bf16.")
 
 
 def check_start(adapter: str) -> None:
@@ -301,8 +294,9 @@ def check_basis(config: TrainConfig) -> None:
     if config.basis == SVD:
         source = resolve_base(config.pretrained_model_name_or_path)
         if isinstance(source, Path) and source.is_file():
-            reason = f"{source.name} is a single file; the base must be a diffusers folder or a hub id."
-            raise UserError(f"{given}: {reason}")
+            raise UserError(
+                f"{given}: {source.name} is a single file; the base must be a diffusers folder or a hub id."
+            )
         return
     if not Path(config.basis).is_file():
         raise UserError(f"{given}: there is no such file; give a raw adapter file, or the word svd.")

@@ -67,8 +67,8 @@ class ClassImages:
 
     def stale(self, paths: list[Path]) -> set[Path]:
         """The generated images of another or unknown prompt, model or size."""
-        known, wanted = self.manifest(), identity(self.facts())
-        return {path for path in self.generated(paths) if identity(known.get(path.name, {})) != wanted}
+        known, wanted = self.manifest(), self.facts().items()
+        return {path for path in self.generated(paths) if not wanted <= known.get(path.name, {}).items()}
 
     def generated(self, paths: list[Path]) -> set[Path]:
         """The images that were generated. Their names tell, even without the manifest."""
@@ -92,10 +92,8 @@ class ClassImages:
             found.append(ClassBatch(self, tuple(indices), tuple(seeds), missing))
         paths = [self.folder / self.name(index) for batch in found for index in batch.missing]
         if damaged := [path for path in paths if os.path.lexists(path)]:
-            said = (
-                f"{damaged[0]} has changed since it was made: it is drawn again, like every other changed class image."
-            )
-            logger.warning("%s", spelled_out(said))
+            said = "has changed since it was made: it is drawn again, like every other changed class image."
+            logger.warning("%s", spelled_out(f"{damaged[0]} {said}"))
         return found
 
     def facts(self) -> dict[str, object]:
@@ -109,7 +107,7 @@ class ClassImages:
             fits = open_image(path).size == self.size_px[::-1]
         except UnreadableImageError:
             return False
-        return fits and identity(made) == identity(self.facts()) and made.get(DIGEST) in (None, file_digest(path))
+        return fits and self.facts().items() <= made.items() and made.get(DIGEST) in (None, file_digest(path))
 
     def write(self, index: int, seed: int, content: bytes) -> None:
         """Write an image and its entry in the manifest, which comes first: an image that it does not list would be
@@ -171,8 +169,3 @@ def are_draws(photos: Sequence[Photo], seed: int) -> bool:
         if drawn != sets[path.parent].image_seed(int(path.stem.rpartition("_")[2])):
             return False
     return True
-
-
-def identity(facts: dict[str, object]) -> tuple[object, ...]:
-    """What two images of one set have in common."""
-    return tuple(facts.get(name) for name in ("prompt", "model", "resolution"))
