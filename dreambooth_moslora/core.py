@@ -67,8 +67,7 @@ class StopRequestedError(Exception):
 
 
 class UserError(ValueError):
-    """A mistake of the user: one line that says what was wrong and what to do. Command-line programs print it without a
-    traceback and exit with code 2. Undecodable bytes are spelled out, and a very long text loses its middle."""
+    """A mistake of the user: one line that says what was wrong and what to do (exit code 2, no traceback)."""
 
     def __init__(self, text: str):
         super().__init__(shortened(spelled_out(text)))

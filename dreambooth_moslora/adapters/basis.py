@@ -211,8 +211,7 @@ def read_mixers(path: Path) -> Mixers:
 
 
 class SwappedMixers:
-    """The adapter `name` on the layers of `ranks` (path -> r), in the UNet's dtype. Its mixers are zero at first.
-    Raises UserError for a basis that does not fit the UNet, which is then unchanged."""
+    """The adapter `name` on the layers of `ranks` (path -> r), at first zero. Raises UserError if it does not fit."""
 
     def __init__(self, unet: nn.Module, basis: Basis, ranks: Mapping[str, int], name: str):
         known = matrix_layers(unet)

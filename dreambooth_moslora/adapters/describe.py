@@ -90,8 +90,7 @@ def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
 
 @torch.no_grad()
 def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
-    """Each projection in the lowest rank that keeps at least `keep` of its ‖ΔW‖²; also returns the fraction of Σ‖ΔW‖²
-    that is left. DoRA's magnitudes do not change. Raises UserError unless 0 < keep <= 1."""
+    """Each projection in the lowest rank that keeps `keep` of its ‖ΔW‖², and the fraction kept. Raises UserError."""
     if not 0 < keep <= 1:
         raise UserError(f"keep={keep} is not a share; choose a number above 0 and up to 1, such as 0.99")
     reduced, before, after = {component: {} for component in components}, 0.0, 0.0
@@ -184,11 +183,9 @@ def describe_raw(path: Path) -> dict[str, object]:
     for component, found in sorted(by_module(tensors).items()):
         for module, parts in found.items():
             modules[component] += 1
-            matrices, start = (
-                matrices_from(parts, metadata, f"{component}.{module}"),
-                (metadata.mixer, metadata.mixer_seed),
-            )
-            figures[f"{component}.{module}"] = diagnose(matrices, *start, module, metadata.factor)
+            name = f"{component}.{module}"
+            matrices = matrices_from(parts, metadata, name)
+            figures[name] = diagnose(matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor)
     ranks = Counter(f.rank for f in figures.values())
     return {
         "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} (for resuming; export it to use it elsewhere)",
@@ -326,9 +323,8 @@ def as_text(key: str, value: object) -> str:
 
 @dataclass(frozen=True)
 class FileDifference:
-    """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors differ.
-    `of_updates`: ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, infinite if the files hold other layers or alphas, or none.
-    `is_cast`: some tensor has another shape or dtype. `header` names differing entries, also those inside `moslora`."""
+    """`first` says how the first differing tensor differs, or ""; `count` of `total` differ. `of_updates`: ‖ΔW − ΔW'‖ /
+    ‖ΔW‖, infinite for other layers or alphas. `is_cast`: other shapes or dtypes. `header`: differing entries."""
 
     first: str
     count: int

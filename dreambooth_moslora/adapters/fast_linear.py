@@ -48,8 +48,7 @@ from dreambooth_moslora.base.load import TextProjection
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x (…,in), frozen W0 (out,in) and b (out) or None, A (r,in), Uᵀ (r,out), all of one dtype -> y (…,out). `packed`
-    is bitsandbytes' description of a W0 in 4 bit, None for a dense one."""
+    """x (…,in), W0 (out,in), b (out) or None, `packed` of 4 bit, A (r,in), Uᵀ (r,out), of one dtype -> y (…,out)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
@@ -191,8 +190,7 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
 
 
 def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
-    """Fuse every projection of `adapter_name` whose result stays the same; returns how many were fused. Call it after
-    `inject`. `slow_reason` says why another keeps its own forward."""
+    """Fuse every injected projection whose result stays the same (`slow_reason`); returns how many were."""
     switched = [m for m in adapter_layers(model, adapter_name).values() if slow_reason(m, adapter_name) is None]
     for layer in switched:
         layer.__class__ = fast_class(type(layer))
@@ -339,8 +337,7 @@ class JointWeights(Joint):
 
 
 def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
-    """One buffer (k·out,in) with the stacked frozen weights (out,in); each weight becomes a view of it. Nothing is
-    copied if they are stacked already, as in models that share their weights."""
+    """One buffer (k·out,in) of frozen weights (out,in), which become views of it, unless they are already."""
     weights = [linear.weight.detach() for linear in linears]
     first, step = weights[0], weights[0].nbytes
     has_storage = first.device.type != "meta" and all(weight.is_contiguous() for weight in weights)
@@ -372,8 +369,7 @@ def lay_together(model: nn.Module, adapted: Container[str]) -> None:
 
 
 def projections_of_one_input(attention: nn.Module) -> list[list[nn.Module]]:
-    """Groups of projections of one tensor in diffusers' attentions: to_q, to_k, to_v, or the last two in
-    cross-attention, and those of the text where pictures and texts attend together. Empty for any other module."""
+    """Groups of to_q, to_k, to_v (k and v in cross-attention) and of a joint attention's text; [] elsewhere."""
     if not all(isinstance(getattr(attention, name, None), nn.Module) for name in ("to_q", "to_k", "to_v")):
         return []
     own = ("to_k", "to_v") if getattr(attention, "is_cross_attention", False) else ("to_q", "to_k", "to_v")
@@ -412,8 +408,7 @@ class WorkingCopies:
 
     @contextmanager
     def for_one_step(self) -> Iterator["StepCopies"]:
-        """Lend the copies for the length of the block, in which the adapter must not change. Call `collect` after each
-        backward pass. After a block without errors the gradients are where the optimizer expects them."""
+        """Lend the copies for the block, in which the adapter is constant; `collect` after each backward pass."""
         self.joints = [joint for joint in self.joints if joint.are_shared()]
         together = [joint for joint in self.joints if all(map(self._is_fast, joint.layers))]
         joined = {layer for joint in together for layer in joint.layers}

@@ -28,9 +28,8 @@ BOUND, BOUND_KAIMING = 1e-5, 1e-3  # fp32's rounding, and its amplification by a
 
 @dataclass(frozen=True)
 class Start:
-    """What a run started from. `deviation` is the largest relative difference of ΔW from the file's update. `kept` is
-    the fraction of the file's Σ‖ΔW‖² that the run's ranks hold. `anew` are layers (`component.path`) that the file
-    lacks, `left_out` layers of the file that the run does not train."""
+    """What a run started from. `deviation`: largest relative difference of ΔW; `kept`: the fraction of the file's
+    Σ‖ΔW‖² that the ranks hold; `anew`: layers (`component.path`) that the file lacks; `left_out`: those not trained."""
 
     file_name: str
     layers: int
@@ -80,8 +79,7 @@ def read_start(path: str | Path, pipeline: StableDiffusionXLPipeline, base_name:
 @torch.no_grad()
 @full_fp32()
 def begin_with(weights: AdapterWeights, components: dict[str, nn.Module], adapter_name: str = "default") -> Start:
-    """Copy the file's update into a fresh adapter, verify it, and report the result. Raises UserError when file and
-    adapter have no layer in common, and when a ΔW differs by more than rounding explains."""
+    """Copy the file's update into a fresh adapter and verify it. Raises UserError without a common layer."""
     live = all_layers(components, adapter_name)
     update = {
         f"{component}.{path}": (projection, scales.of(path, projection.rank))

@@ -76,8 +76,7 @@ def is_read_here(keys: Iterable[str], pipeline: DiffusionPipeline) -> bool:
 
 
 def as_peft(tensors: dict[str, Tensor], pipeline: DiffusionPipeline, file_name: str) -> dict[str, Tensor] | None:
-    """The tensors under PEFT's names, with the scales in `lora_B`; None for names that diffusers may know. Raises
-    UserError for LoHa and LoKr that do not fit, are broken, or would be too large as a LoRA."""
+    """The tensors under PEFT's names, scales in `lora_B`; None for names that diffusers may know. Raises UserError."""
     if not is_read_here(tensors, pipeline):
         return None
     modules: dict[str, dict[str, Tensor]] = {}
@@ -157,8 +156,7 @@ def spellings(component: str, path: str) -> list[str]:
 
 
 def renamed(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str, str]:
-    """kohya's names, also those of SDXL's original blocks -> `component.path`, as diffusers renames them. It renames
-    pairs of matrices, so each name gets a pair that holds its number."""
+    """kohya's names, also of original blocks -> `component.path`, as diffusers renames pairs with a number each."""
     numbered = dict(enumerate(names))
     pairs = {
         f"{name}{side}": torch.full((1, 1), float(n)) for n, name in numbered.items() for side in (KOHYA_DOWN, KOHYA_UP)

@@ -125,8 +125,7 @@ class Scales:
 def scales(
     component: str, found: dict[str, LowRank], kohya_alphas: dict | None, of_peft: object, file_name: str, pipeline
 ) -> Scales:
-    """The alphas of one component, from kohya's alphas or PEFT's settings in the header. Raises UserError for settings
-    that are not numbers, that contradict the tensors, or that change the base."""
+    """The alphas of one component, kohya's or PEFT's. Raises UserError for invalid and contradicting settings."""
     if of_peft is not None and not isinstance(of_peft, dict):
         raise _broken(file_name, "its LoRA settings are no object")
     if of_peft and kohya_alphas:

@@ -115,8 +115,7 @@ def untied(down: Tensor, mixer: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 class ReadOnlyWeight(Tensor):
-    """A matrix that is computed at each reading; results of operations on it are ordinary tensors. Assigning to
-    `data`, as some PEFT functions do, would change nothing and raises UserError."""
+    """A matrix computed at each reading. Assigning to `data`, as PEFT may, would change nothing: UserError."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

@@ -73,8 +73,7 @@ def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
-    """PEFT's `rank_pattern` or `alpha_pattern`: module path -> value, for the values other than `common`. It has one
-    regular expression per value, because PEFT tries all of them on every module."""
+    """PEFT's `rank_pattern` or `alpha_pattern`, one regular expression a value: PEFT tries all on every module."""
     paths: dict[float, list[str]] = {}
     for path, value in values.items():
         paths.setdefault(value, []).append(re.escape(path))
@@ -100,9 +99,8 @@ create, combine = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
 
 @cache
 def patch_peft() -> None:
-    """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it combines them. PEFT's
-    registration of custom layer classes does not suffice: it is ignored when a second adapter joins a wrapped layer,
-    and `add_weighted_adapter` writes to `lora_B.weight`, which a mixer computes. Both errors would be silent."""
+    """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it combines them. Its
+    registration of layer classes is ignored for a second adapter, and it would write to a computed `lora_B.weight`."""
     LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
 
 
@@ -230,8 +228,7 @@ SAVED_TYPE = "MOSLORA"
 
 @dataclass
 class MoSLoraConfig(LoraConfig):
-    """PEFT's LoraConfig with a mixer. All other fields, `lora_alpha` too, keep PEFT's names and defaults. Raises
-    UserError for an unknown mixer, a rank below 1, and settings that cannot be combined with a mixer."""
+    """PEFT's LoraConfig with a mixer, other fields as PEFT's. Raises UserError for what a mixer excludes."""
 
     init_lora_weights: bool | str = field(
         default="gaussian", metadata=LoraConfig.__dataclass_fields__["init_lora_weights"].metadata
@@ -254,8 +251,7 @@ class MoSLoraConfig(LoraConfig):
             patch_peft()
 
     def to_dict(self) -> dict[str, object]:
-        """The content of PEFT's `save_pretrained`; without a mixer it is a plain LoraConfig's. PEFT without this
-        package refuses the type MOSLORA. As LORA it would load and compute a wrong ΔW."""
+        """PEFT's `save_pretrained`. Without us it refuses the type MOSLORA; as LORA it would compute wrongly."""
         if self.mixer == "none":
             return self.without_mixer().to_dict()
         return super().to_dict() | {"peft_type": SAVED_TYPE}

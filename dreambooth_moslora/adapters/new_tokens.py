@@ -170,8 +170,7 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, 
 
 @torch.no_grad()
 def prove_tokens(paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]) -> tuple[FileProof, ...]:
-    """Load the files, one for each of the attached tokens, by diffusers' own loader into the same encoders. Compare
-    each file's rows, and its encoded prompt, with the attached ones."""
+    """Load each file by diffusers' own loader, and compare its rows and its encoded prompt with the attached ones."""
     live = encode_text(attached.pipeline, list(prompts))
     with stock_loaded(paths, attached) as pipeline:
         stock = encode_text(pipeline, attached.spelled(list(prompts)))

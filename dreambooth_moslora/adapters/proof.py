@@ -92,9 +92,8 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Compute fp32 products in full precision, and restore PyTorch's settings afterwards. By default GPUs since Ampere
-    use only 10 bits of each mantissa in convolutions (TF32). PyTorch has older switches beside its settings; where the
-    two contradict each other, reading a switch raises RuntimeError in any library."""
+    """Compute fp32 products in full precision, without TF32, and restore PyTorch's settings afterwards. Where its older
+    switches and its settings contradict each other, reading a switch raises RuntimeError in any library."""
     backends = torch.backends
     newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv
     settings = [(switch, "allow_tf32", False) for switch in (backends.cuda.matmul, backends.cudnn)]
@@ -228,9 +227,8 @@ def delta(layer: LoraLayer, adapter_name: str) -> Tensor:
 
 
 def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
-    """The relative difference of the layers' outputs for a fixed x (16, in), or (1, in, 4, 4) for a convolution. The
-    base is zero, so that the output is the adapter's own effect: early in training it would vanish in the rounding of
-    W·x. DoRA needs a base, and its magnitudes are compared separately."""
+    """The relative difference of the layers' outputs for a fixed x (16, in), or (1, in, 4, 4). The base is zero, as the
+    effect of an early adapter would vanish in the rounding of W·x; DoRA needs a base."""
     device = live.lora_A[adapter_name].weight.device
     is_convolution = isinstance(live.get_base_layer(), nn.Conv2d)
     shape = (1, live.in_features, 4, TOKENS // 4) if is_convolution else (TOKENS, live.in_features)

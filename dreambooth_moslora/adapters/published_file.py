@@ -74,10 +74,9 @@ def publish(
     tokens: Sequence[NewTokens] = (),
     prove: Callable[[Sequence[Path]], tuple[FileProof, ...]] | None = None,
 ) -> Proof:
-    """Write both published files into `out_dir`, or neither: each is verified before it gets its name. New `tokens` are
-    written beside them, in files that both headers name; `prove` verifies these. `keep` below 1 reduces the rank of
-    each projection to keep that fraction of ‖ΔW‖². Raises UserError when a file differs from the adapter by more than
-    the dtype's bound, when weights are NaN, or when the adapter is merged."""
+    """Write both published files into `out_dir`, or neither: each is verified first. New `tokens` are written beside
+    them; `prove` verifies these. `keep` below 1 reduces each projection's rank to keep that fraction of ‖ΔW‖². Raises
+    UserError for a difference beyond the dtype's bound, NaN, and a merged adapter."""
     check_name(name)
     check_publishable(components, dtype, adapter_name)
     folded: Folded = {}
@@ -140,8 +139,7 @@ def reduced(
 def write_published(
     folded: Folded, folder: Path, name: str, metadata: AdapterMetadata, dtype: torch.dtype, *, pad: bool
 ) -> list[Path]:
-    """Write diffusers' file, and a UNet's in kohya's names, which ComfyUI needs there; it reads diffusers' own names of
-    transformers. Alpha is the rank, without rsLoRA; with `pad`, diffusers' file has a single rank."""
+    """Write diffusers' file, and a UNet's in kohya's names, which ComfyUI needs. `pad`: diffusers' has one rank."""
     ranks = {f"{c}.{path}": layer.rank for c, layers in folded.items() for path, layer in layers.items()}
     rank = most_common(ranks.values())
     others = {path: r for path, r in ranks.items() if r != rank}
@@ -181,8 +179,7 @@ def peft_settings(folded: Folded) -> dict[str, object]:
 
 
 def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The tensors under PEFT's keys after the component's name, which diffusers reads since 0.22. DoRA's magnitudes
-    stay fp32: half precision would round away what training changed in them."""
+    """The tensors under PEFT's keys, which diffusers reads since 0.22. DoRA's magnitudes stay fp32."""
     tensors = {}
     for component, layers in folded.items():
         for path, layer in layers.items():
@@ -248,8 +245,7 @@ TIED = ".lora_A.tied"  # of a LoKr
 
 
 def fold_peft(source: Path, out: Path) -> int:
-    """Write the folder's adapter folded into `out`; returns how many layers were. Raises UserError for a folder that is
-    not a MoSLoRA adapter of PEFT, a broken file, and an `out` that is the source."""
+    """Write the folder's adapter folded into `out`; returns how many layers were. Raises UserError."""
     if not (source / PEFT_CONFIG).is_file():
         raise UserError(f"{source} holds no {PEFT_CONFIG}: give the folder that PEFT's save_pretrained wrote")
     settings = parse_object((source / PEFT_CONFIG).read_bytes())

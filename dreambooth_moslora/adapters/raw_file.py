@@ -151,8 +151,7 @@ RAW_KEY, RAW_FORMAT = "raw_format", 1
 def adapter_metadata(
     components: dict[str, nn.Module], adapter_name: str = "default", *, base_id: str | Path = "", **said: Any
 ) -> AdapterMetadata:
-    """The metadata of a live adapter: ranks, alphas and mixer from the models, else what is `said`. Raises UserError
-    for an unknown component, and when components have different settings."""
+    """A live adapter's metadata. Raises UserError for an unknown component, and for several settings."""
     check_components(components)
     settings = {}
     for name in SHARED_SETTINGS:  # PEFT's own config has no mixer
@@ -266,8 +265,7 @@ def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata
 
 
 def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: str = "default") -> AdapterMetadata:
-    """Create the adapter of a raw file in the models, bit for bit as it was saved. Raises UserError when the file
-    adapts a component that is not given, or was made for another base."""
+    """Create a raw file's adapter in the models, bit for bit. Raises UserError for another base or component."""
     check_components(components)
     tensors, metadata = read_raw(path)
     by_component = by_module(tensors)

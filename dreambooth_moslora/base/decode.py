@@ -82,8 +82,7 @@ def scale_of(vae: AutoencoderKL) -> int:
 
 @contextmanager
 def tiled_where_short(vae: AutoencoderKL, size_px: tuple[int, int], device: torch.device) -> Iterator[None]:
-    """In this block the VAE decodes in tiles if `device` has too little memory for (height, width) px at once. A VAE
-    without tiling decodes as usual. The VAE's own settings are restored afterwards."""
+    """In this block the VAE decodes in tiles, if it can, where memory is short for (height, width) px."""
     free = free_gib(device)
     is_short = free is not None and size_px[0] * size_px[1] * DECODER_BYTES_A_PIXEL / GIB > free
     if not is_short or not hasattr(vae, "tile_latent_min_size"):

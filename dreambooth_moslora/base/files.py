@@ -94,8 +94,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def base_folder(config: TrainConfig) -> Path | None:
-    """The diffusers folder of the base: as named, embedded, or in the hub's cache. None for a single file or a base not
-    fetched yet. Raises UserError for a base that training would refuse."""
+    """The diffusers folder of the base; None for a single file or one not fetched yet. Raises UserError."""
     source = resolve_base(config.pretrained_model_name_or_path)
     if isinstance(source, str):
         from huggingface_hub import try_to_load_from_cache
@@ -128,8 +127,7 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
 
 
 def facts_of_base(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> Facts | None:
-    """The family of a base, by its index; None for a hub id whose index cannot be fetched. A single file is SDXL's.
-    Raises UserError for a base that is not there, and for one that cannot be trained."""
+    """The family of a base (a single file is SDXL's); None for an index that cannot be fetched. Raises UserError."""
     source = resolve_base(name)
     if isinstance(source, Path):
         return facts_in(read_json(source / INDEX)) if source.is_dir() else facts_of("StableDiffusionXLPipeline")

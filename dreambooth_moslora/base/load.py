@@ -53,9 +53,8 @@ ZERO_SNR_RESCALE = 0.7  # How much of guidance's added contrast is removed (Lin 
 def quantize(
     denoiser: nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None
 ) -> int:
-    """Replace the layers in place, each quantised on `device` (default: its own); returns how many. Only one dense
-    layer at a time is on the device. In 4 bit, each layer then moves back, so that the device is free for the encoders.
-    `kind` none does nothing. Raises UserError when bitsandbytes is not installed."""
+    """Replace the layers in place, quantised one by one on `device` (default: its own); returns how many. In 4 bit each
+    then moves back, which frees the device for the encoders. Raises UserError without bitsandbytes."""
     if kind == "none":
         return 0
     if kind == "int8":
@@ -191,10 +190,9 @@ def load_pipeline(
     vae_dtype: torch.dtype | None = None,
     has_denoiser: bool = True,
 ) -> DiffusionPipeline:
-    """Load a base in `dtype` (default fp32), every module frozen and in evaluation mode. `vae` names another
-    autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` is its dtype (default `dtype`). With
-    `has_denoiser` False a folder or hub id is loaded without it, for `load_denoiser`. Raises UserError when the base is
-    missing, is of no family that can be trained, or cannot be fetched."""
+    """Load a base in `dtype` (default fp32), frozen, in evaluation mode. `vae` names another autoencoder (folder or hub
+    id), in `vae_dtype`. With `has_denoiser` False a folder or hub id is loaded without it, for `load_denoiser`. Raises
+    UserError when the base is missing, of no known family, or cannot be fetched."""
     source = resolve_base(name_or_path)
     if isinstance(source, Path) and source.is_dir():
         check_diffusers_folder(source, variant, has_vae=vae is None)
@@ -252,8 +250,7 @@ def load_vae(
 
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
-    """Load one checkpoint file; its marks say whether velocity is predicted. Its configs come from a diffusers folder
-    of the same stem beside it, else from the hub. Raises UserError."""
+    """Load one checkpoint file, with the configs of the folder beside it, else the hub's. Raises UserError."""
     configs = configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
     try:

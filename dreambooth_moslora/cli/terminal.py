@@ -77,8 +77,7 @@ class BreakableStream:
 
 @contextmanager
 def survive_broken_pipes() -> Iterator[None]:
-    """In this block `sys.stdout` and `sys.stderr` survive the end of their reader, and write what the terminal cannot
-    encode as escapes. None, Python's value for a stream closed from the start (`2>&-`), becomes the null device."""
+    """In this block `sys.stdout` and `sys.stderr` survive their reader, and escape what cannot be encoded."""
     before = sys.stdout, sys.stderr
     streams = [stream or open(os.devnull, "w") for stream in before]  # noqa: SIM115
     for stream in streams:
@@ -101,8 +100,7 @@ INTERRUPTED = 130
 
 
 class StopRequest:
-    """Context manager. Calling it returns whether the user or the system asked to stop. A second Ctrl-C prints a
-    message; a third ends the process at once. That loses the steps since the last checkpoint, but no file."""
+    """Context manager; calling it returns whether someone asked to stop. A third Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -117,8 +117,7 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
 
 
 def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
-    """Add `--config`, `--like`, and a flag for each setting; flags that are not given are not in the result. `hidden`
-    flags are not in the help; the command that uses this explains them."""
+    """Add `--config`, `--like` and a flag for each setting, of which the result has the given ones alone."""
     parser.is_of_training = True
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
     about_like = "settings from a published adapter file, also kohya's; flags and --config override them"
@@ -153,8 +152,7 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
 
 
 def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig, bool, Any]:
-    """Like `parse_train_config`; also returns whether the run should wait in the queue, and the `PhotoReport` if the
-    choices have read the photos. The launcher's LOCAL_RANK overrides --local_rank. Raises UserError."""
+    """Settings, whether the run waits in the queue, and the `PhotoReport` if it was read. Raises UserError."""
     said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
     for name, value in said.items():
         if not value.removeprefix("-").isdecimal():
@@ -195,8 +193,7 @@ def given_by(argv: Sequence[str], prog: str) -> Given:
 
 
 def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[dict[str, Any], bool]:
-    """The settings of parsed flags and of the files of --config and --like, and whether there is such a file.
-    `without_words`: a folder and a word replace a --config file's own subject. Raises UserError."""
+    """The settings of flags, --config and --like, and whether there is such a file. Raises UserError."""
     flags = dict(flags)
     file, like = flags.pop("config"), flags.pop("like")
     recipe = load_settings(file) if file else {}
@@ -227,8 +224,7 @@ def require(settings: Mapping[str, Any]) -> None:
 
 
 def choose(given: Given) -> Choices:
-    """All settings for the photos and the class in the given words; flags and files override the choices, each of which
-    is printed. Raises UserError for a missing folder or word, and for a folder without photos."""
+    """All settings for the photos and the class in the given words, each choice printed. Raises UserError."""
     from dreambooth_moslora.photos.folder import photo_report
 
     folder, word = folder_and_word(given.words)
@@ -275,8 +271,7 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
 
 
 def run_folder(word: str, resumes: bool) -> Path:
-    """`runs/dog`, or a free name like it; for a resumed run, the latest of these names. Several processes cannot each
-    find a free name: they use the first one, and an earlier run there is moved away."""
+    """`runs/dog`, or a free name like it; for a resumed run the latest one, for several processes the first."""
     name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
     if not is_alone():
         return RUNS / name
@@ -340,8 +335,7 @@ def make_evaluator(plan: "Plan") -> "TrainingEvaluator":
 
 
 def start_log(config: TrainConfig) -> logging.Logger:
-    """Send all log records to the run folder, and the main process's warnings also to the terminal. Returns a logger
-    that writes only to the run folder: `exit_code` prints the last error on the terminal."""
+    """Send all records to the run folder, warnings also to the terminal; returns a logger for the folder alone."""
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
     root = logging.getLogger()

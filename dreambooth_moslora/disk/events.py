@@ -53,9 +53,8 @@ def parse_event(line: str | bytes) -> dict[str, Any] | None:
 
 @dataclass
 class Metrics:
-    """The events, read from where the last reading stopped; an unfinished line is read later. A resumed run replaces
-    the file by a shorter one, and a deleted folder's name may be used again. So the last line that was read, which
-    holds its time, must still be at its place; if not, everything is read again."""
+    """The events, read from where the last reading stopped. A resumed run replaces the file, and a folder's name may be
+    used again: the last line read, which holds its time, must still be there, else everything is read again."""
 
     path: Path
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -122,8 +121,7 @@ class PhaseProgress(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step. Values are None when they do not exist (no prior) or are not finite. `skipped`: fp16
-    overflowed, nothing changed, and the step is repeated with a smaller scale."""
+    """One optimizer step; values that do not exist or are not finite are None. `skipped`: fp16 overflowed."""
 
     kind: ClassVar[str] = "step"
     step: int

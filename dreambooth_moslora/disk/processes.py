@@ -64,8 +64,7 @@ def give_freed_memory_back() -> None:
 
 
 def page_out(tensor: "Tensor") -> None:
-    """Let a host tensor's pages leave memory until they are read again: those of a mapped file are then read
-    from it, others need swap. madvise(2), Linux since 5.4; nothing happens elsewhere."""
+    """Let a host tensor's pages leave memory until they are read again, by madvise(2); only Linux since 5.4."""
     if not sys.platform.startswith("linux") or tensor.device.type != "cpu":
         return
     page, start = os.sysconf("SC_PAGE_SIZE"), tensor.data_ptr()
@@ -75,9 +74,8 @@ def page_out(tensor: "Tensor") -> None:
 
 
 def share_heaps() -> bool:
-    """Let all threads of this process allocate from one of glibc's arenas. For a server; call it before there are
-    threads. By default each new thread may begin an arena of its own, 8 per processor, and what its pictures leave
-    there (tens of MiB) serves no thread of another arena. mallopt(3); False where there is no glibc to ask."""
+    """Let all threads share one of glibc's arenas: for a server, before there are threads. Each thread may else begin
+    its own, and what it leaves there (tens of MiB) serves no other. mallopt(3); False without glibc."""
     try:
         return sys.platform.startswith("linux") and bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1))
     except (AttributeError, OSError):
@@ -101,16 +99,14 @@ def reset_peak_memory() -> None:
 
 
 def avoid_fragmentation() -> None:
-    """Let PyTorch grow its blocks of GPU memory, so that pictures between two steps leave no holes. Call it before
-    importing torch. The user's own settings, under the new or the old name, are kept."""
+    """Let PyTorch grow its blocks of GPU memory; before it is imported, and unless the user chose."""
     if sys.platform.startswith("linux") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """For large imports: the garbage collector pauses and never examines the new objects. Among half a million objects
-    of PyTorch and diffusers it finds nothing, and takes a sixth of their import time."""
+    """For large imports: the garbage collector, a sixth of their time, pauses and never examines the objects."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -174,9 +170,8 @@ def start_logged(
     folder: str | None = None,
     inherits: Sequence[int] = (),
 ) -> subprocess.Popen:
-    """Start Python with the arguments in `folder` (None: the current one); its terminal output goes to the log in
-    `run_dir`. `environment` is added to this process's own; open files in `inherits` are passed on. The process has its
-    own session, so that a Ctrl-C in this terminal does not reach it."""
+    """Start Python with the arguments in `folder` (None: the current one), its output to the log in `run_dir`, in a
+    session of its own (no Ctrl-C). `environment` is added; open files in `inherits` are passed on."""
     own = {"PYTHONUNBUFFERED": "1", **import_environment(), **(environment or {})}
     with (run_dir / LOG_NAME).open("ab") as log:
         return subprocess.Popen(

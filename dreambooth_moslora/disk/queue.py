@@ -155,8 +155,7 @@ class RunQueue:
         return sorted(self._all("started"), key=lambda run: run.started)
 
     def move(self, name: str, place: str, owner: str | None = None) -> None:
-        """Move a run to `place`, one of PLACES or a number from 1. With an `owner`, only that owner's runs change
-        places. Raises UserError for a run that does not wait and for an invalid place."""
+        """Move a run to `place`, one of PLACES or a number from 1, among the `owner`'s. Raises UserError."""
         with self._held():
             waiting = self.waiting()
             order = [run.name for run in waiting]
@@ -167,8 +166,7 @@ class RunQueue:
             self._set_order(order)
 
     def remove(self, name: str, owner: str | None = None) -> QueuedRun:
-        """Remove a waiting run, and its run folder if nothing was trained there: the page's with the photos that
-        it copied, the command line's if it is empty. Raises UserError if the run does not wait."""
+        """Remove a waiting run, and its new folder if nothing was trained there. Raises UserError."""
         with self._held():
             run = next((run for run in self.waiting() if run.name == name and owner in (None, run.owner)), None)
             if run is None:

@@ -104,8 +104,7 @@ def check_name(name: str) -> None:
 
 
 def tokens_name(name: str = "moslora", number: int = 0) -> str:
-    """The file of new tokens of subject `number`, from 0: `dog_emb.safetensors`, `dog_2_emb.safetensors` and so on.
-    A published one begins with the run's name; one in a checkpoint does not."""
+    """New tokens of subject `number`, from 0: `dog_emb.safetensors`, `dog_2_emb.safetensors` of the run `dog`."""
     return f"{name}_{number + 1}{TOKENS_SUFFIX}" if number else f"{name}{TOKENS_SUFFIX}"
 
 
@@ -166,8 +165,7 @@ UNSAFE = re.compile(r"[^\w .+-]+")
 
 
 def find_weights(path: str | Path) -> Path:
-    """The safetensors file of an adapter: the path itself, the published file of a run, or the raw one of a checkpoint.
-    Raises UserError when there is none, and for any format that can carry code (pickles)."""
+    """An adapter's file: the path, a run's published or a checkpoint's raw one. Raises UserError, also for pickles."""
     path = Path(path).expanduser()
     if path.is_dir():
         path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)

@@ -29,8 +29,7 @@ SEEDS = (100, 101)  # other seeds than `evaluate`: these choose the best step
 
 class TrainingEvaluator:
     """The trainer calls it with its sampler and step. `prompts` must be encoded before the text encoders are freed.
-    `photos` are those of all subjects. Raises UserError on construction, before the training, when an encoder cannot be
-    loaded. With `scores` False it has the same prompts and no encoders: for a process that never calls it."""
+    Raises UserError for an encoder that cannot be loaded; without `scores` there are only prompts."""
 
     def __init__(
         self, config: TrainConfig, photos: Sequence[Photo], encoders: Encoders | None = None, scores: bool = True

@@ -69,8 +69,7 @@ class Evaluation:
         return {name: float(means[name]) for name, row in MEASURES.items() if row.logged and name in means}
 
     def relative(self) -> dict[str, float]:
-        """Scores relative to their scales: the base's score, the ceiling (toy world), or the base's own spread.
-        pres_gain is PRES above the base's, in standard deviations of the base's pictures."""
+        """Scores relative to the base's, the toy's ceiling, or the base's spread (pres_gain: in deviations)."""
         found = {}
         for name, row in MEASURES.items():
             measure, whole = row.share or ("", "")
@@ -185,9 +184,8 @@ class Evaluator:
         return tables
 
     def _other_tables(self, drawn: dict[str, Views]) -> Tables:
-        """Of the bare prompt; PRES and DIV of the class, which stays as varied as the base draws it while its prior is
-        preserved; drift, with the base's own spread between seeds as its scale. Drift is in CLIP and DINO together, as
-        DINO sees only the object: a duck on the beach that becomes a duck in a kitchen would not count."""
+        """Of the bare prompt; PRES and DIV of the class; drift, with the base's own spread between seeds as its scale,
+        in CLIP and DINO together: DINO does not see a duck on the beach become one in a kitchen."""
         tables = {}
         if "bare" in drawn:
             tables["dino_bare"] = metrics.subject_fidelity(drawn["bare"].dino, self.photos.dino).numpy()[None]

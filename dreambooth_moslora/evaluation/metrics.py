@@ -215,8 +215,7 @@ class Interval:
 
 
 def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The mean of a table of any number of axes, and its interval when every axis is resampled. An axis of length 1
-    adds nothing to the interval. Raises ValueError when empty or not finite."""
+    """The mean of a table of any number of axes and its interval. Raises ValueError when empty or not finite."""
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"a mean needs finite values, not a table of shape {values.shape} with gaps")
@@ -284,14 +283,12 @@ def diversity(
 
 
 def drift(adapted: Tensor, base: Tensor) -> Tensor:
-    """1 - cosine between adapter and base at equal prompt and seed: (N, D), (N, D) -> (N,). Zero means unchanged. The
-    vectors are `joint_vectors`. Compare it with the base's `diversity`, the distance between its own seeds."""
+    """1 - cosine of the adapter's and base's `joint_vectors` (N, D) -> (N,); the base's `diversity` is its scale."""
     return 1 - (adapted * base).sum(1)
 
 
 def joint_vectors(clip: Tensor, dino: Tensor) -> Tensor:
-    """CLIP (N, C) and DINO (N, D) concatenated to unit vectors (N, C + D): their cosine is the mean of both cosines.
-    DINO sees the subject in any place, CLIP sees place and light: only a copy is near a photo in both."""
+    """CLIP (N, C) and DINO (N, D) as unit vectors (N, C + D): a copy is near in both, subject and place."""
     return torch.cat([clip, dino], dim=1) / 2**0.5
 
 
@@ -331,8 +328,7 @@ def copy_alarm(generated: Tensor, photos: Tensor) -> CopyAlarm:
 
 
 def background_leak(generated: Tensor, base: Tensor, backgrounds: Tensor) -> Tensor:
-    """How much nearer to the photos' backgrounds each picture is than the base's at equal prompt and seed, (N,). CLIP
-    vectors: generated (N, D), base (N, D), the photos with the subject painted over (P, D). Zero is no leak."""
+    """How much nearer to the photos' backgrounds (P, D) in CLIP pictures (N, D) are than the base's (N, D): (N,)."""
     return subject_fidelity(generated, backgrounds) - subject_fidelity(base, backgrounds)
 
 

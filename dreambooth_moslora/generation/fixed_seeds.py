@@ -91,8 +91,7 @@ def drawn(
     guidance: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """Pixels (B, 3, h, w), about in [-1, 1], by the pipeline's own call with `words`, its arguments for the text.
-    `guidance` None is the base's own. A UNet's latents are decoded one by one, by `decode`."""
+    """Pixels (B, 3, h, w), about in [-1, 1], by the pipeline's call with `words`. `guidance` None is the base's own."""
     facts = facts_of(type(pipeline).__name__)
     options |= {
         "height": size_px[0],
@@ -125,8 +124,7 @@ def generate_images(
     size_px: tuple[int, int],
     should_stop: Callable[[], bool] = bool,
 ) -> list[Image.Image]:
-    """Images (h, w) = `size_px` of one prompt by the base alone, at its own guidance and the pipeline's defaults: class
-    images and scenes. Raises UserError for pictures that are not finite: they would be trained on as black images."""
+    """Class images (h, w) = `size_px` by the base alone. Raises UserError for NaN, which would be trained on."""
     words = {"prompt": [prompt] * len(seeds)}
     pixels = drawn(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))
     if not pixels.isfinite().all():

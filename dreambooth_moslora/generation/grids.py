@@ -102,9 +102,8 @@ def generate_grid(
     should_stop: Callable[[], bool] | None = None,
     load: Callable[[GenerationParams], GenerationParams] | None = None,
 ) -> Iterator[Step | Preview | Image | Sheet]:
-    """The events of every cell, numbered row by row, and finally the Sheet (not if stopped). `load` brings a cell's
-    adapters into the model. It is called for all cells before the first is drawn, so that a mistake in the last one is
-    found early, and again before each: the model may not hold all adapters at once. Raises UserError."""
+    """The events of every cell, row by row, and finally the Sheet (not if stopped). `load` brings a cell's adapters
+    into the model: for all cells first, to find a mistake early, and again before each. Raises UserError."""
     load = load or pipeline.complete
     cells = [load(cell) for row in cells_of(params, axes) for cell in row]
     images: list[Image] = []

@@ -160,8 +160,7 @@ def weights_gib(model: DiffusionPipeline | nn.Module) -> float:
 
 
 class Home:
-    """The device that a pipeline draws on. A resting pipeline is in the CPU's memory. If the device is short of memory,
-    the models take turns on it, and the pipeline rests between calls."""
+    """The device that a pipeline draws on, from the CPU's memory. If it is short of memory, models take turns on it."""
 
     def __init__(self, pipeline: DiffusionPipeline, device: torch.device) -> None:
         self.pipeline, self.device = pipeline, device
@@ -189,8 +188,7 @@ class Home:
         torch.cuda.empty_cache()
 
     def check_size(self, height_px: int, width_px: int) -> None:
-        """Raises UserError for a picture that cannot fit, before its first step. Call it after `enter`. Only the UNet
-        sets a limit, by the memory beside its weights: the decoder can work in tiles."""
+        """Raises UserError for a picture that the UNet has no memory for. Call it after `enter`."""
         free = free_gib(self.device)
         if free is None:
             return
@@ -284,8 +282,7 @@ class SubjectPipeline:
         *,
         resting: bool = False,
     ) -> "SubjectPipeline":
-        """Load "toy", a folder, a hub id or a single file. Default `device`: the GPU, if there is one. `resting`:
-        nothing moves to the GPU before the first `generate`. Raises UserError."""
+        """Load "toy", a folder, hub id or file, on a GPU by default, or `resting` until used. Raises UserError."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         half = torch.bfloat16 if getattr(facts_of_base(name), "style", None) == "flow" else torch.float16
         dtype = dtype or (half if device.type == "cuda" else torch.float32)

@@ -81,8 +81,7 @@ class Service:
 
 
 class RemotePipeline:
-    """The part of SubjectPipeline that the page uses. Adapters are not sent: the service must have the same
-    files under the same names, and refuses to draw with another file."""
+    """What the page uses of SubjectPipeline. The service must have the same adapter files under the same names."""
 
     has_gpu = False
 
@@ -152,8 +151,7 @@ class RemotePipeline:
 
 
 def opened(png: bytes, size_px: tuple[int, int]) -> tuple[PIL.Image.Image, Recipe]:
-    """The picture and its recipe. Raises UserError when the bytes are not a picture with a recipe, and for a picture of
-    another size than `size_px` (width, height), before it is decoded."""
+    """The picture and its recipe. Raises UserError for other bytes, and another size than `size_px` (width, height)."""
     try:
         with PIL.Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             if image.size != size_px:

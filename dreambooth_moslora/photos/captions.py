@@ -45,8 +45,7 @@ SEEN_PX, MOST_TOKENS, MOST_WORDS = 768, 60, 30  # Photo's longer side; of an ans
 
 @dataclass(frozen=True)
 class Captioner:
-    """`name` is the model's public name, `word` what the photos show. `surroundings` takes an RGB picture and returns
-    words such as "on the beach at sunset", or "" when it finds none."""
+    """Public `name`, the photos' `word`, and `surroundings` of an RGB picture: "on the beach at sunset", or ""."""
 
     name: str
     word: str
@@ -54,9 +53,8 @@ class Captioner:
 
 
 def load_captioner(config: TrainConfig, device: Any = "cpu") -> Captioner:
-    """The captioner of `--caption_model`, by default the embedded base's own CLIP, or Qwen3-VL for other bases. The
-    model is loaded onto the torch device when the first caption is made. Raises UserError without a class word; making
-    a caption raises it when the model is missing or of another kind."""
+    """The captioner of `--caption_model`, by default the embedded base's own CLIP or Qwen3-VL, loaded onto the torch
+    device at the first caption. Raises UserError without a class word, and later for a missing model."""
     default = TOY_CLIP if is_toy(config.pretrained_model_name_or_path) else QWEN
     name = os.path.expanduser(config.caption_model or default)
     word = class_word_of(config) or ("toy" if name == TOY_CLIP else "")

@@ -73,8 +73,7 @@ BLURRED = "blurred"
 
 
 def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
-    """The report with "blurred" and "near-duplicate" in the reasons, as seen at the size of training. Of a sharp photo
-    and a blurred copy, the copy is the duplicate, whatever their order."""
+    """The report with "blurred" and "near-duplicate" as reasons; of a sharp photo and a blurred copy the latter."""
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
     photos, thumbnails = [], []
     for photo in report.photos:

@@ -76,8 +76,7 @@ def bare_prompt_line(config: TrainConfig, photos: Sequence[Photo]) -> str | None
 
 
 def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions, or with `--shuffle_caption` ORDERS orders of each, the written one first, so that each caption is
-    drawn as often as before. The prefix, suffix and first `keep_tokens` tags stay in place."""
+    """The captions; with `--shuffle_caption` ORDERS orders of each, without prefix, suffix and kept tags."""
     if not config.shuffle_caption:
         return captions
     found = []

@@ -64,8 +64,7 @@ def sought_word(config: TrainConfig) -> str:
 
 @dataclass(frozen=True)
 class Segmenter:
-    """`name` is its public name, `word` what it looks for ("" for toys). `probabilities` takes an RGB picture (width,
-    height) and returns a tensor or array, fp32 (height, width) in [0, 1], on the CPU."""
+    """Public `name`, `word` ("" for toys), and `probabilities` of an RGB picture: fp32 (height, width) in [0, 1]."""
 
     name: str
     word: str
@@ -87,8 +86,7 @@ def best_device() -> Any:
 
 
 def load_segmenter(config: TrainConfig, device: Any = "cpu") -> Segmenter:
-    """The segmenter of `--mask_model`, which goes to the torch device when the first mask is made. Raises UserError
-    without a word; making a mask raises it when the model is missing or of another kind."""
+    """The segmenter of `--mask_model`, loaded at the first mask. Raises UserError without a word."""
     name, word = segmenter_name(config), sought_word(config)
 
     @cache

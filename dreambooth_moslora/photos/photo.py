@@ -66,8 +66,7 @@ def register_heif() -> None:
 
 
 def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
-    """The first frame, decoded; its orientation is not yet applied. A side longer than `longest_px` is reduced to it
-    before any conversion, to save memory. Raises UnreadableImageError, and OSError when the machine fails."""
+    """The first frame as stored, at most `longest_px` long. Raises UnreadableImageError; OSError by the machine."""
     register_heif()
     try:
         with warnings.catch_warnings():
@@ -257,8 +256,7 @@ def open_rgb(photo: Photo) -> Image.Image:
 
 
 def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo], *, replaces: bool = False) -> str:
-    """Why no file `target` is made beside one of the photos: something has its name, or two photos would share it. ""
-    when it can be made. With `replaces`, what is there was made before."""
+    """Why `target` is not made beside a photo, or "": something has its name, or two photos would share it."""
     if target.exists() and not replaces:
         return f"{target.name} exists but cannot be used; it is kept"
     if sum(other.path.stem == photo.path.stem for other in photos) > 1:
@@ -437,8 +435,7 @@ def crop_rule(config: TrainConfig) -> CropRule:
 
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
-    """The crop of `image`, of `target_size`. `image` is the photo or its mask, at any scale. Only the crop is
-    resampled, which differs from resizing the whole image first by a filter's width at the border."""
+    """The crop, of `target_size`, of the photo or its mask at any scale. Only the crop is resampled."""
     left, top, right, bottom = plan.box(image.width, image.height)
     box = (left, top, min(right, image.width), min(bottom, image.height))
     crop = image.resize(plan.target_size[::-1], FILTERS[interpolation], box=box)

@@ -56,8 +56,7 @@ UNREADABLE = "add_embedding."
 
 
 def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool) -> None:
-    """`layers` maps paths as in `check_targets` to the weight's dimensions: 2 for a matrix, 4 for a convolution. Raises
-    UserError for a name that matches no layer, and for layers that cannot have such an adapter."""
+    """Raises UserError for a name that matches none of `layers` (path -> dimensions of the weight), or unfit ones."""
     targets = list(targets)
     check_targets(targets, layers)
     for name in targets:
@@ -70,8 +69,7 @@ def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bo
 
 
 def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
-    """`layers` are paths of layers with weights, such as `mid_block.attentions.0.proj_in`. Raises UserError for a name
-    that matches none of them, and suggests the name that was probably meant."""
+    """Raises UserError for a name that matches none of the paths `layers`, and suggests the one that was meant."""
     layers = list(layers)
     for name in targets:
         if not any(is_target(layer, name) for layer in layers):
@@ -206,8 +204,7 @@ def check_strangers(run_dir: RunDir) -> None:
 
 
 def preflight(config: TrainConfig, *, is_later: bool = False) -> tuple[Path | None, BaseSize]:
-    """Check settings and memory. Returns the base's diffusers folder, None if not on this machine, and its size.
-    `is_later`: the run begins later, so the memory that is free now does not matter. Raises UserError."""
+    """Check settings and memory (not `is_later`). Returns the base's folder, if here, and size. Raises UserError."""
     folder = check_settings(config)
     size = size_of_base(folder, config.target_modules, config.variant)
     if not is_later:

@@ -74,8 +74,7 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: 
 
 @dataclass(frozen=True)
 class Plan:
-    """`config` has the settings of its `--memory`. `base` is the base's diffusers folder, None if not on this machine.
-    `photo_report` is what was found when each photo was opened; `steps` counts them for all processes of the run."""
+    """`config` after its `--memory`; `base`: the diffusers folder, None if not here; `steps` are of all processes."""
 
     config: TrainConfig
     base: Path | None
@@ -91,9 +90,8 @@ class Plan:
 def make_plan(
     config: TrainConfig, report: PhotoReport | None = None, *, free_gib: float | None = None, is_later: bool = False
 ) -> Plan:
-    """The plan of a run whose folders `check_folders` allows. All processes of the run must call it. `report` is given
-    where the photos were read before. `is_later`: another process will train, on a GPU with `free_gib`; the memory that
-    is free now does not matter then. Raises UserError for whatever training would refuse before it loads the base."""
+    """The plan of a run whose folders `check_folders` allows, in all its processes. `report`: photos read before.
+    `is_later`: another process trains, on a GPU with `free_gib`. Raises UserError for what training would refuse."""
     check_same(config)
     config = replace(config, **family_settings(config))
     config = replace(config, **memory_settings(config, free_gib))

@@ -83,9 +83,8 @@ def on_each(accelerator: Processes, work: Callable[[], Result]) -> Result:
 def share_out(
     accelerator: Accelerator, items: Sequence[Item], work: Callable[[Sequence[Item]], Generator[Result, None, None]]
 ) -> Iterator[Result]:
-    """The results of `items`, in their order, on all processes. Of n processes, each works on every n-th item. `work`
-    yields one picklable result for each item that it is given. The processes exchange results after each item: an error
-    or stop of one is then raised on all. All processes must have equal `items`."""
+    """The results of `items`, equal in all processes, in their order; of n processes each works on every n-th. `work`
+    yields one picklable result for each of its items. An error or stop of one is raised on all after an item."""
     with closing(work(share_of(accelerator, items))) as own:
         for first in range(0, len(items), accelerator.num_processes):
             has_one = first + accelerator.process_index < len(items)
@@ -104,9 +103,8 @@ def agreed(
     words: Callable[[Result], str],
     remedy: str = "the photos, --class_data_dir and --output_dir must be on a disk that all machines share.",
 ) -> Result:
-    """What each process finds by itself, in `words` the same as on the main process. Raises UserError on all processes
-    where one finds something else, as they would train different adapters or wait for one that is gone: it names the
-    lines of `words` that differ, and the `remedy`. An error of `find` in one process is raised on all."""
+    """What each process finds, in `words` as the main process does. Raises UserError on all where one finds something
+    else, naming the lines that differ and the `remedy`; an error of `find` is raised on all too."""
     if accelerator.num_processes == 1:
         return find()
     found, error = attempt(find)

@@ -138,8 +138,7 @@ def version_of(name: str) -> str | None:
 
 
 def require_packages(config: Config) -> None:
-    """Raises UserError for the first flag whose package is missing. Without a tracker's package accelerate would log
-    nothing and not say so; without the others a run would fail after its photos are encoded."""
+    """Raises UserError for the first flag whose package is missing, as a run would fail late, or not log."""
     for item in fields(config):
         value, facts = getattr(config, item.name), item.metadata
         package = facts["packages"].get(value) if facts["packages"] else None

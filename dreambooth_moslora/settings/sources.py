@@ -155,8 +155,7 @@ class FoundRecipe:
 
 
 def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of the file's recipe that are not `given`, and lines about them. `path` may be a run folder. Raises
-    UserError for a file without a recipe, or that is not a safetensors file."""
+    """The recipe's settings that are not `given`, and lines about them; `path`: file or run. Raises UserError."""
     file = Path(os.path.expanduser(path))
     try:
         file = file / PUBLISHED_NAME if file.is_dir() else file

@@ -59,9 +59,8 @@ def add_adapters(
     start: AdapterWeights | None = None,
     basis: Basis | None = None,
 ) -> None:
-    """Add an adapter to each of the modules (see `trained_modules`). Adapters are loaded from `checkpoint`, or else
-    fresh; fresh ones take the weights of the file `start`, if given. With `basis`, the UNet's A and B are the basis's
-    and frozen. Raises UserError for a checkpoint with an adapter on other layers or another basis."""
+    """Add an adapter to each of the modules: from `checkpoint`, else fresh, from the file `start` if given. With
+    `basis`, the UNet's A and B are its own, frozen. Raises UserError for a checkpoint of other layers or basis."""
     if checkpoint is None:
         fresh_adapters(config, components, start, basis)
     else:
@@ -194,8 +193,7 @@ class LearntTokens:
 
 
 def fresh_tokens(config: TrainConfig, pipeline: DiffusionPipeline) -> list[NewTokens]:
-    """New tokens of each subject: rows (n, D) of the concept's words, or random rows of the table's standard
-    deviation. Raises UserError when the tokenizers make different numbers of tokens of a concept, or none."""
+    """Rows (n, D) of the concept's words, or random as the table, for each subject. Raises UserError for no words."""
     found = []
     for number, (word, subject) in enumerate(zip(learnt_words(config), config.each_subject, strict=True)):
         concept, rows = subject.initializer_concept, {}

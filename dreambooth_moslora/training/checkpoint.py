@@ -143,8 +143,7 @@ def load_states(checkpoint: Path, name: str) -> dict:
 def restore_optimizer(
     checkpoint: Path, step: int, optimizer: Optimizer, schedule: LambdaLR, scaler: torch.amp.GradScaler | None = None
 ) -> None:
-    """Restore the optimizer's moments, with the settings of the command line, at `step` of the schedule. Raises
-    UserError for states that do not fit this optimizer at that step."""
+    """Restore the optimizer's moments at `step`, with the current settings. Raises UserError for others'."""
     exact = isinstance(optimizer, torch.optim.AdamW) and scaler is None  # early versions counted what fp16 skipped
     states = load_states(checkpoint, OPTIMIZER)
     try:
@@ -173,8 +172,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from: `latest`, the run's newest that is not damaged (None and a warning if there is
-    none), a path, or a name in the run. Raises UserError when a named checkpoint is missing or incomplete."""
+    """`latest` (undamaged; None and a warning without), a path, or a name in the run. Raises UserError."""
     if not wanted:
         return None
     if wanted != "latest":
@@ -312,8 +310,7 @@ def report_start(config: TrainConfig, context: RunContext, step: int, max_train_
 
 
 def claim_run_folder(config: TrainConfig, context: RunContext, step: int, checkpoint: Path | None = None) -> None:
-    """Claim the run folder, when all is prepared: only then is an earlier run moved away. A run resumed from a
-    `checkpoint` in this folder continues its metrics; else the folder's files belong to another run."""
+    """Claim the folder when all is prepared: only then an earlier run that is not resumed is moved away."""
     run_dir, report = context.run_dir, context.report
     if report.waiting is None or not context.accelerator.is_main_process:
         return

@@ -76,8 +76,7 @@ class ClassImages:
         return {path for path in paths if path.name in known or GENERATED.fullmatch(path.name)}
 
     def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
-        """The batches of the first `count` images in which one is missing or damaged. They are drawn whole, as an
-        image's last bits can depend on its neighbours, and an interrupted run must end like an unbroken one."""
+        """The batches of the first `count` images in which one is missing, whole: last bits depend on neighbours."""
         known, found = self.manifest(), []
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
@@ -110,8 +109,7 @@ class ClassImages:
         return fits and self.facts().items() <= made.items() and made.get(DIGEST) in (None, file_digest(path))
 
     def write(self, index: int, seed: int, content: bytes) -> None:
-        """Write an image and its entry in the manifest, which comes first: an image that it does not list would be
-        ignored. A picture in its place that opens but has another digest goes to the folder `changed`."""
+        """Write the manifest's entry, then the image. An edited picture in its place goes to the folder `changed`."""
         path = self.folder / self.name(index)
         facts = {**self.facts(), "seed": seed, DIGEST: hashlib.sha256(content).hexdigest()}
         entries = {**self.manifest(), path.name: facts}

@@ -40,8 +40,7 @@ def free_disk_gib(config: TrainConfig) -> float:
 
 
 def describe_run(config: TrainConfig, report: PhotoReport | None = None) -> str:
-    """The report of `--dry_run`, with the settings as TOML; `report` is given where the photos were read before.
-    Raises UserError for whatever training would refuse before it loads the base."""
+    """The report of `--dry_run`, with the settings as TOML. Raises UserError for what training would refuse."""
     check_folders(config)
     if config.resume_from_checkpoint:
         from dreambooth_moslora.training.checkpoint import resume_point

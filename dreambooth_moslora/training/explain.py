@@ -129,8 +129,7 @@ class Figures:
 
 
 def figures_from(records: Sequence[Mapping[str, Any]], config: TrainConfig, photos: Mapping[str, int] = {}) -> Figures:
-    """Figures from the lines of `metrics.jsonl`, which may have been edited. `photos` are facts about them (their
-    `count`, and those `without_bare_prompt`) for those that no line has."""
+    """Figures from the lines of `metrics.jsonl`; `photos`: their `count` and `without_bare_prompt`, if in none."""
     steps = [event for event in records if event.get("type") == "step"]
     scored = [event for event in records if event.get("type") == "evaluation"]
     ends = [event for event in records if event.get("type") == "end"]
@@ -168,8 +167,7 @@ def number(value: Any) -> float | None:
 
 
 def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figures:
-    """The figures of a run folder: its events, its configuration, and a newer report of `evaluate`. The photos are
-    read in their folder unless they are given. Raises UserError when the folder holds no run."""
+    """A run's figures: events, configuration, and a newer report of `evaluate`. Raises UserError for no run."""
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")

@@ -75,8 +75,7 @@ def load_denoiser_of(
 
 
 def waits_for_encoders(config: TrainConfig) -> bool:
-    """Whether the denoiser is loaded once the encoders are gone: big encoders of a flow model would not fit beside it.
-    Trained encoders stay, and class images are drawn by the whole pipeline."""
+    """Whether the denoiser is loaded after the encoders are gone: a flow model's would not fit beside it."""
     facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
     is_flow = facts is not None and facts.style == "flow"
     return is_flow and not config.keeps_text_encoders and not config.draws_class_images

@@ -151,8 +151,7 @@ class Training:
         return not skipped
 
     def sample_if_due(self) -> None:
-        """Draw samples at step 0, every `validation_steps`, and at the end, with the same prompts and seeds each
-        time. At step 0 each denoising step is reported, as the user may be waiting for them."""
+        """Draw samples at step 0 (telling each denoising step), every `validation_steps`, and at the end."""
         if not self.samples.is_due(self.step, self.max_train_steps):
             return
         self.report.phase("sampling", 0, 1)
@@ -249,8 +248,7 @@ class Training:
         free_unused_memory(self.accelerator.device)
 
     def finish(self, interrupted: bool) -> TrainResult:
-        """Write the loadable adapter with its card, and a checkpoint to resume from. As in diffusers' script only
-        multiples of `--checkpointing_steps` have numbers; another is called `last`."""
+        """Write the adapter with its card, and a checkpoint: numbered as in diffusers' script, or `last`."""
         here = self.run_dir.checkpoint_path(self.step) if self.is_checkpoint_due else self.run_dir.last_dir
         is_there = self.checkpoint is not None and self.checkpoint.resolve() == here.resolve()
         if not is_there or self.checkpoint_step != self.step:
@@ -289,8 +287,7 @@ Steps = Generator[Training, StepLosses, TrainResult]
 
 
 def advanced(steps: Steps, accumulate: Callable[[], StepLosses]) -> Training:
-    """Compute the gradients by `accumulate`, send them to the run, and return it before its next step. An error
-    is raised inside the run. Raises StopIteration with the result at the run's end."""
+    """Send the gradients' losses to the run, and return it before its next step. Raises StopIteration at its end."""
     try:
         losses = accumulate()
     except BaseException as error:

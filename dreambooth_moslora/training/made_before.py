@@ -45,9 +45,8 @@ def make_missing(
     size: Callable[[Item], int] = lambda item: 1,
     done: int = 0,
 ) -> None:
-    """`make` each of the `items`, which are shared out to the processes and must be equal in all. The main process
-    does `keep`. The report counts the `size` of each item on top of what is `done` already. A stop ends it between
-    two items. Raises StopRequestedError, and an error of one process in all."""
+    """`make` each of the `items`, equal in all processes and shared out; the main process does `keep`. Reported is each
+    item's `size` on top of `done`. Raises StopRequestedError between items, and one's error in all."""
     accelerator = context.accelerator
 
     def own(share: Sequence[Item]) -> Generator[Made, None, None]:
@@ -78,8 +77,7 @@ def make_for_photos(
     make: Callable[[Photo, Model], Made],
     keep: Callable[[Photo, Made], object],
 ) -> None:
-    """Make what the photos, which are in the order of their subjects, lack, by the model that `load` finds for each
-    subject. One model is in memory at a time, and none at the end."""
+    """Make what the photos, in the order of their subjects, lack, by each subject's model; one is in memory."""
     subjects, device = config.each_subject, context.accelerator.device
     same = agreed(context.accelerator, lambda: photos, lambda found: f"{len(found)} photos without a {kind}")
     model_of = lru_cache(maxsize=1)(lambda subject: load(subjects[subject], device))

@@ -216,8 +216,7 @@ def public_files(run_dir: Path) -> list[str]:
 
 
 def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
-    """Create the model repository if it is missing, and upload `public_files`. Returns the repository's address. When
-    the hub cannot be reached or refuses, it logs a warning and returns None: the run is complete without it."""
+    """Upload `public_files`; returns the address, or None and a warning when the hub cannot be reached or refuses."""
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo_id or RunDir(run_dir).name, exist_ok=True)

@@ -27,9 +27,8 @@ Pointwise = Callable[[Tensor], Tensor]  # Differences (B, 4, h, w) -> the error 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A base's noise levels: `sigmas` (T,) noise-to-signal ratios, `timesteps` (T,) as the UNet gets them. `style` is
-    `ddpm`, `edm` or `flow`; `prediction_type` is `epsilon`, `v_prediction` or `flow`; `sigma_data` is set for bases
-    trained with EDM's own preconditioning (Playground v2.5), else None."""
+    """Noise levels: `sigmas` (T,) noise-to-signal ratios, `timesteps` (T,) for the UNet. `style`: `ddpm`, `edm`,
+    `flow`; `prediction_type`: `epsilon`, `v_prediction`, `flow`; `sigma_data` of EDM's own bases (Playground v2.5)."""
 
     sigmas: Tensor
     timesteps: Tensor
@@ -119,9 +118,8 @@ def flow_levels(
 
 
 def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Noise (B, C, h, w) plus one draw per channel of each image, of standard deviation `strength`. The overall
-    brightness and colour are then noised too, and so learnt (Guttenberg 2023, "Diffusion with Offset Noise"; kohya's
-    and diffusers' `--noise_offset`). A strength of 0 draws nothing."""
+    """Noise (B, C, h, w) plus a draw per channel of deviation `strength`, so that brightness is learnt (Guttenberg
+    2023, "Diffusion with Offset Noise"; kohya's and diffusers' `--noise_offset`). A strength of 0 draws nothing."""
     if strength == 0:
         return noise
     return noise + strength * torch.randn(*noise.shape[:2], 1, 1, generator=generator)

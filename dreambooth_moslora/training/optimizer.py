@@ -103,8 +103,7 @@ def long_parameter(weights: Weights) -> nn.Parameter:
 
 
 def joined(weights: Weights, each: dict[nn.Parameter, States]) -> States:
-    """The concatenated states of all weights, removed from `each`; {} before the first step. A weight that
-    started at zero keeps one zero as its start, which is expanded here."""
+    """The concatenated states, removed from `each`; {} before the first step. A start of one zero is expanded."""
     found = [each.pop(weight, {}) for weight in weights]
     long: States = {}
     for name, first in found[0].items():
@@ -269,8 +268,7 @@ def check_tensor(name: str, value: object, expected: Tensor) -> None:
 
 
 class MovingAverage:
-    """The exponential average of `parameters`, as diffusers' `EMAModel`: at step n it reaches about n/9 steps back, so
-    that a run of a few hundred steps does not average in its start."""
+    """The exponential average of `parameters`, as diffusers' `EMAModel`: about n/9 steps back at step n."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float):
         self.parameters, self.decay = parameters, decay

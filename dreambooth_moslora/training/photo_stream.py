@@ -75,8 +75,7 @@ class PhotoEncoder:
         return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
 
     def entry(self, photo: Photo, plan: CropPlan) -> tuple[str, Callable[[], Tensors]]:
-        """The crop's key in the cache, and the function that encodes it. That raises UserError if the photo has
-        changed since, or if the VAE has left memory and the disk cache cannot be read."""
+        """The crop's key in the cache, and the function that encodes it (UserError if photo or cache changed)."""
         key = content_key(
             photo=self._digest(photo.path),
             subject=photo.mask_path and self._digest(photo.mask_path),
@@ -158,8 +157,7 @@ class PhotoStream:
         return len(self.photos) * self.repeats
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """The encoded view at `position` >= 0, and a random caption of its photo. A fraction `caption_dropout` has an
-        empty caption; of the others, `bare_share` has the photo's bare prompt, if any."""
+        """The view at `position` >= 0, and a caption: empty by `caption_dropout`, bare by `bare_share`, or random."""
         photo, plan = self._sample(position)
         view = self.encoder.encode(photo, plan)
         if self._is_in(self.caption_dropout, "caption dropout", position):
@@ -192,8 +190,7 @@ class PhotoStream:
         return len(self.groups) == 1 or self.batch_size == 1
 
     def _view(self, position: int) -> View:
-        """Where batches need one size, a round has as many batches as slots, and each group has as many batches as it
-        has slots. So each slot is shown `batch_size` times a round, whatever the size of its group."""
+        """Where batches need one size, each group has as many of a round's batches as slots: all are shown alike."""
         target = None
         if self.beside is not None:
             target = self.beside._view(position)[2]
@@ -279,9 +276,8 @@ class SubjectStreams:
 
 
 def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEncoder) -> SubjectStreams:
-    """The streams of the subjects' photos. With buckets, a batch shows one subject, as it needs one size. When photos
-    of one subject are left out by name, the other photos take their turns, each equally often. Runs without different
-    photos then differ only in those turns: order, crops and noise of all other turns are the same."""
+    """The streams of the subjects' photos; with buckets a batch shows one subject. Turns of photos that are left out by
+    name go to the others, so that order, crops and noise of all other turns stay the same."""
     if config.leave_out and not config.subjects:  # of several, a name does not tell whose photo it is
         named = {photo.path.name: [photo] * len(photos) for photo in photos} | dict.fromkeys(config.leave_out, photos)
         photos = [photo for name in sorted(named) for photo in named[name]]

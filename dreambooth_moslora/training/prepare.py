@@ -84,8 +84,7 @@ class TrainInputs:
         return denoiser_of(self.pipeline)
 
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> TrainBatch:
-        """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
-        `next_micro_batch` is the one that this process will ask for next; its photos are read ahead."""
+        """Micro-batch `micro_batch`: `size` instance images and as many class images; the next is read ahead."""
         streams = [self.instance] if self.prior is None else [self.instance, self.prior]
         samples = [s.at(position) for s in streams for position in range(micro_batch * size, (micro_batch + 1) * size)]
         for stream in streams:
@@ -103,9 +102,8 @@ def prepare(
     is_fresh: bool = True,
     load: LoadBase | None = None,
 ) -> TrainInputs:
-    """Load the base, generate class images, and encode what the run's first `sample_count` samples show. `prompts`
-    will be drawn later; they are encoded while the text encoders are in memory. `is_fresh`: the run does not resume
-    an adapter. `load` loads the base, by default `load_base`. Raises UserError and StopRequestedError."""
+    """Load the base, generate class images, and encode what the first `sample_count` samples and later `prompts` need.
+    `is_fresh`: no adapter is resumed. `load` loads the base. Raises UserError and StopRequestedError."""
     device = context.accelerator.device
     context.report.phase("loading")
     dtype = DTYPES[context.accelerator.mixed_precision]
@@ -173,8 +171,7 @@ def family_of_run(config: TrainConfig, pipeline: DiffusionPipeline) -> Family:
 
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseSchedule:
-    """The noise levels that a base was trained with, from its scheduler's configuration. EDM bases force EDM style.
-    Raises UserError for a base that predicts neither noise nor velocity."""
+    """A base's noise levels by its scheduler's configuration. Raises UserError for an unknown prediction."""
     if "FlowMatch" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
         share = fresh.sigmas[: len(fresh.timesteps)].double()  # of the noise
@@ -236,8 +233,7 @@ def device_with_room(models: Sequence[nn.Module], device: torch.device) -> torch
 
 
 def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_count: int) -> None:
-    """Fill the cache with every crop that the run's first `sample_count` samples show. Raises UserError when photos
-    cannot be read or differ between processes, and StopRequestedError."""
+    """Fill the cache with every crop of the first `sample_count` samples. Raises UserError, StopRequestedError."""
     encoder = streams[0].encoder
     if encoder.cache is None:
         return

@@ -158,8 +158,7 @@ class RunContext:
     should_stop: Callable[[], bool]
 
     def stop_requested(self) -> bool:
-        """Whether any process was asked to stop. All processes must call it at the same places; all get the
-        same answer. Raises on all what the main process could not report."""
+        """Whether any process was asked to stop, or failed to report (raised). All must call it together."""
         ends = any_process(self.accelerator, self.report.failure is not None or self.should_stop())
         if ends:
             on_each(self.accelerator, self.report.raise_failure)

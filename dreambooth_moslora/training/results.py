@@ -87,8 +87,7 @@ class ValidationSamples:
         return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
 
     def draw(self, step: int, sampler: Sampler, accelerator: Accelerator) -> SamplesDrawn:
-        """Draw `samples/step_000100_0.png` …, shared out to the processes; the main process saves them. Returns their
-        event. Raises StopRequestedError from the sampler; pictures drawn before are kept."""
+        """Draw `samples/step_000100_0.png` …, shared out; the main process saves. Raises StopRequestedError."""
         self.latest, self.latest_step = [], step
         for number, picture in enumerate(share_out(accelerator, self.requests, sampler)):
             self.latest.append(picture)
@@ -122,8 +121,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_loss_plot(steps: Sequence[StepDone], path: Path, evaluations: Sequence[StepEvaluated] = ()) -> None:
-    """Write a PNG with the loss, and with the scores if there are evaluations. The loss of single steps is noisy, as
-    each draws its own noise levels, so a running mean is drawn over it."""
+    """Write a PNG with the loss and its running mean, and with the scores if there are evaluations."""
     panels = 2 if evaluations else 1
     figure = Figure(figsize=(7 * panels, 3.5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -282,8 +280,7 @@ def write_card(
 def sheet_rows(
     config: TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Shown]
 ) -> list[Row]:
-    """The contact sheet: each subject's photos, its pictures of step 0 and of the end with the same seeds, and new
-    contexts; then prompts with two subjects. It is never uploaded, as it shows the photos."""
+    """Each subject's photos, its pictures of step 0 and the end, new contexts; then pairs. It is never uploaded."""
     start = f"adapter {public_name(config.init_adapter)}" if config.init_adapter else "base"
     rows = []
     for number, subject in enumerate(config.each_subject):

@@ -237,8 +237,7 @@ class Finding:
 
 
 class SelfTest:
-    """Trains and generates with `program`, with `env` added to the environment, in each of `precisions`, of which "no"
-    is fp32. With `free_gib` of device memory it also measures a step of full-size SDXL."""
+    """Trains and draws with `program` and `env` in each of `precisions` ("no": fp32); measures SDXL if `free_gib`."""
 
     def __init__(
         self,

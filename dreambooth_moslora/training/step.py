@@ -237,8 +237,7 @@ class TrainStep:
         return MicroBatch(batch, rows, target, moved["mask"])
 
     def loss_of(self, micro: MicroBatch, prediction: Tensor, answer: Tensor | None) -> LossParts:
-        """The loss of the UNet's `prediction` (B, 4, h, w). `answer` (B/2, 4, h, w) is the frozen base's
-        prediction of the prior half when that is its target, else None."""
+        """The loss of `prediction` (B, 4, h, w); `answer` (B/2, 4, h, w): the base's, the prior half's target."""
         config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.batch.instance_count
         target = micro.target if answer is None else torch.cat([micro.target[:count], answer])
         weights = objective.snr_weights(schedule, index, count, config.snr_gamma)
