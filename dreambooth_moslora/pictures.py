@@ -1,9 +1,7 @@
 """Pictures as files: PNGs, contact sheets, and HTML pages of the templates in `dreambooth_moslora/templates`.
 
-The contact sheet of a run shows the photos, step 0 beside the end at the same seeds, and new contexts. As it holds
-the user's photos, it stays in the run folder and is never uploaded.
-
-A page is one file: styles and pictures are embedded, and opening it fetches nothing.
+The contact sheet of a run holds the user's photos, so it stays in the run folder. A page is one file: styles and
+pictures are embedded, and opening it fetches nothing.
 """
 
 import base64

@@ -3,13 +3,12 @@
     W0 ≈ U·S·Vᵀ        A = √c·V_rᵀ (r, in)        B = √c·U_r (out, r)        c = the mean of the r largest S
     y  = W0·x + s·B·M·A·x        M (r, r) starts at zero
 
-`SvdBasis` is of the base's own weights, as its files hold them: the same in whatever precision the base is loaded.
-`FileBasis` takes A and B from a raw adapter file. A subject's file holds r² numbers a layer, a few hundred kB for all:
+`SvdBasis` is of the base's own weights as its files hold them, `FileBasis` takes A and B from a raw adapter file. A
+subject's file holds r² numbers a layer, a few hundred kB for all:
 
     mixers (n,) fp16    M of all layers, in order, with the scale s included, divided by 2^exponent
 
-The header holds the metadata as other files do (`moslora`: ranks, and the basis by kind and SHA-256), the layers'
-paths and the exponent. Stock LoRA loaders refuse such a file: they know none of its names.
+Its header holds the metadata as other files do, the layers' paths and the exponent. Stock LoRA loaders refuse it.
 
 `SwappedMixers` is a basis in a UNet as one PEFT adapter, whose mixers are views of one buffer: another subject is one
 copy. Several subjects at once are the sum of their mixers, as B·(M₁ + M₂)·A = B·M₁·A + B·M₂·A.

@@ -4,30 +4,26 @@
     dx = W0ᵀ·g + Aᵀ·(Uᵀ·g)          dA = (Uᵀ·g)·xᵀ          dU = g·(A·x)ᵀ
 
 PEFT computes the branch in full-width tensors of its own, in fp32 when the adapter is fp32, and autograd keeps a cast
-copy of x for each projection. Here the branch is added to the base's output in place. Autograd keeps x once, uncast,
-and A·x (n,r). Adapters stay fp32 masters; the arithmetic is in the base weight's dtype, on A and Uᵀ in that dtype. The
-scale is folded into U: `addmm` with a factor other than 1 is outside the fast CPU kernels.
+copy of x for each projection. Here the branch is added to the base's output in place, and autograd keeps x once and
+A·x (n,r). Adapters stay fp32 masters; the arithmetic is in the base weight's dtype. The scale is folded into U: `addmm`
+with a factor other than 1 is outside the fast CPU kernels.
 
-It is used for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias. In 4 bit, W0 is
-made dense only for dx; a `TextProjection` gives W0·x, and needs no dx. Calls that need more (disabled, merged, several
-active adapters, mixed batches, autocast) go to PEFT's own forward.
+It is for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias (`slow_reason`). A
+`TextProjection` gives W0·x, and needs no dx. Calls that need more go to PEFT's own forward.
 
 Projections of one input (q, k and v of self-attention, k and v of cross-attention) are one node together:
 
     [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)        W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
 
-This takes three kernels for k projections instead of three each. The block diagonal is never built: it is a batch of k
-products, on columns of the wide tensors. W is one buffer, and the layers' own weights become views of it, so the base
-takes no more memory and each layer can still be called alone. Of `TextProjection`s, W·x is known already.
+The block diagonal is never built: it is a batch of k products, on columns of the wide tensors. W is one buffer, and the
+layers' own weights become views of it, so that the base takes no more memory and each layer can be called alone.
 
-`WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, not at each call:
+`WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as leaves of autograd:
 
     dB = s·dU·Mᵀ          dM = s·Bᵀ·dU
 
-The copies are leaves of autograd, which micro-batches and recomputation share. Their gradients are summed in fp32 over
-the micro-batches. At the end of the step they become the gradients of A, B and M, so that the optimizer and the average
-over processes see nothing unusual. Layers whose matrices have equal shapes form one batch, so all of this takes a few
-dozen kernels for a UNet. U is held as Uᵀ (r,out), the form in which its gradient is computed.
+Their gradients are summed in fp32 over the micro-batches, and at the end of the step become those of A, B and M. Layers
+of equal shapes form one batch. U is held as Uᵀ (r,out), the form in which its gradient is computed.
 """
 
 from collections import defaultdict

@@ -4,13 +4,10 @@ recipe     numbers, switches and choices
 public     prompts and a variant that a recipe in `assets/configs` has too
 withheld   names, without values, of the other settings that shaped the weights: prompts, file names, folders
 
-A file whose reader can conclude all of it from the recipe and the trigger words has neither `public` nor `withheld`.
-
-Also here: what other programs compute from DoRA in kohya's form. The file names no norm, and they take different ones.
+Also here: what other programs compute from DoRA in kohya's form. The file names no norm, and they take different ones;
+as the shapes (out, 1) and (1, in) both broadcast, none of them raises an error.
 
     trained:   W' = dora_scale · (W + ΔW) / ‖W + ΔW‖       dora_scale (out, 1), the norm of each row of W + ΔW
-
-The shapes (out, 1) and (1, in) both broadcast, so that a program that takes another norm raises no error.
 """
 
 import json

@@ -2,13 +2,11 @@
 
     <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
 
-A LoKr has A₂ (r/f, in/f), W₁ (f, f) and B₂ (out/f, r/f) under these names. The component is `unet`, `text_encoder` or
-`text_encoder_2`; lora_A is (r, in, h, w) for a convolution. `moslora` in the header holds the metadata as JSON. Because
-of the tensor `raw_format` every stock LoRA loader refuses the file: B·A without the mixer would be wrong.
+A LoKr has A₂ (r/f, in/f), W₁ (f, f) and B₂ (out/f, r/f) under these names; lora_A is (r, in, h, w) for a convolution.
+The tensor `raw_format` makes every stock LoRA loader refuse the file: B·A without the mixer would be wrong.
 
-Before it, safetensors files in general: written atomically and in a fixed order, read without running code, refused if
-a value is not finite. And models without weights: every parameter is a single zero, expanded to full size by strides
-of 0. Loaders treat such a model as an ordinary fp32 model on the CPU, but it takes only a few MB for an SDXL UNet.
+Before it, safetensors files in general: written atomically and in a fixed order, read without running code, finite. And
+models without weights, a few MB for an SDXL UNet: every parameter is a single zero, expanded by strides of 0.
 """
 
 import inspect

@@ -7,12 +7,9 @@ prompts (N) --encode_text--> N texts, each by the names of the pipeline's own ar
 Quantised to 4-bit NormalFloat (QLoRA, Dettmers et al. 2023) or to 8-bit weights of bitsandbytes are only the linear
 layers of the repeated blocks: they hold nine tenths of SDXL's UNet.
 
-`TextProducts` computes cross-attention's frozen to_k and to_v, W0·c of a text c, without their weights on the device.
-While the text encoders are frozen, c depends only on the prompt, so W0·c is computed once per prompt and kept on the
-host, as are the weights. A pass of the UNet copies the products of its prompts to the device. In SDXL's UNet in half
-precision the weights take 0.63 GiB, and W0·c of a prompt 0.024. For a text that is not a known prompt's (a picture
-needs its prompt and the empty one together) the weights are copied to the device, one after the other, at its first
-denoising step.
+`TextProducts` computes cross-attention's frozen to_k and to_v, W0·c of a text c, once per prompt, and keeps weights
+and products on the host. In SDXL's UNet in half precision the weights take 0.63 GiB, and W0·c of a prompt 0.024. For an
+unknown text (a picture needs its prompt and the empty one together) the weights are copied to the device in turn.
 """
 
 import logging

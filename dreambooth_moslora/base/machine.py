@@ -1,9 +1,7 @@
 """What this machine's GPU can do: its free memory, and whether it computes bf16. PyTorch is imported only when asked.
 
 Nvidia's GPUs compute bf16 since Ampere (compute capability 8.0), and CPUs with AVX-512, AMX or Arm's bf16. On older
-GPUs PyTorch emulates bf16 and reports it as supported. cuDNN has no bf16 convolutions there, so training would fail at
-its first step or be very slow. On other CPUs oneDNN has no bf16 kernels, and PyTorch's own are many times slower than
-fp32.
+GPUs PyTorch emulates bf16, and cuDNN has no convolutions in it; on other CPUs it is many times slower than fp32.
 """
 
 import os

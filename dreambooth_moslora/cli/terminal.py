@@ -1,8 +1,7 @@
 """The terminal: streams that never end a run, Ctrl-C as a request to stop, events as lines and bars, exit codes.
 
-In `train … | tee log` Ctrl-C ends `tee` first, and a terminal may be closed; the run must still save its folder and
-return its own exit code. Ctrl-C, SIGTERM and a closed terminal (SIGHUP) only set a flag, which the loop checks between
-two steps, so that no file is cut off while it is saved.
+In `train … | tee log` Ctrl-C ends `tee` first; the run must still save and return its own exit code. So Ctrl-C, SIGTERM
+and a closed terminal (SIGHUP) only set a flag, which the loop checks between two steps.
 """
 
 import errno

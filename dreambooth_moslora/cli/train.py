@@ -1,9 +1,7 @@
 """The command `train`: from flags and files to settings, a plan and a run; defaults < --like < --config < flags.
 
 A switch may be written `--flag`, `--flag false` or `--no_flag`. `train photos/dog dog` chooses every other setting for
-a folder and a word, with one line about each choice. A --config file replaces the recipe.
-
-Nothing here imports torch before the arguments are checked, so that `--help` and mistakes are answered at once.
+a folder and a word; a --config file replaces the recipe. Nothing imports torch before the arguments are checked.
 """
 
 import argparse

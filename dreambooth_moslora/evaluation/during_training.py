@@ -1,8 +1,6 @@
 """Scores during training: every `--evaluate_steps` for the same few prompts and seeds, and the best step.
 
-Several subjects are drawn and scored separately; the scores are the means over them.
-
-The best step has the highest `metrics.checkpoint_score`. It is read from the run's events, which a resumed run has too.
+Scores are the means over several subjects. The best step has the highest `metrics.checkpoint_score`.
 """
 
 from collections.abc import Sequence

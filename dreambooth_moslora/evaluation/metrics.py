@@ -1,11 +1,9 @@
 """What a DreamBooth user cares about, as functions of unit vectors, with 95 % intervals of their means.
 
-CLIP and DINOv2 give the vectors. By default these are openai/clip-vit-large-patch14 and facebook/dinov2-base. The
-embedded base has the toy world's own: the CLIP whose text tower it uses, and a small ViT in DINOv2's format. They
-always compute in fp32, so that a picture gets the same vector in any batch.
+CLIP and DINOv2 give the vectors, in fp32, so that a picture gets the same vector in any batch: by default
+openai/clip-vit-large-patch14 and facebook/dinov2-base, for the embedded base the toy world's own.
 
-DreamBooth (Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
-CVPR 2023, arXiv 2208.12242, section 4.1 and 4.3) names five measures. With u·v the cosine of two unit vectors:
+DreamBooth (Ruiz et al., CVPR 2023, arXiv 2208.12242, sections 4.1 and 4.3) names five measures. With u·v the cosine:
 
     CLIP-I  mean over generated g and photos p of  clip(g)·clip(p)
     DINO    the same with DINO's vectors, which tell two subjects of one class apart
@@ -14,15 +12,12 @@ CVPR 2023, arXiv 2208.12242, section 4.1 and 4.3) names five measures. With u·v
             high value means that every member of the class has become the subject
     DIV     mean distance between pictures of one prompt: by LPIPS as in the paper, or by 1 - dino·dino
 
-Most functions return one value for each picture, so that intervals can be computed over prompts and seeds.
-
 Intervals are by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13). A score is
 a table with one axis per random factor: prompts × seeds, or subjects × seeds. All axes are resampled at once, each
-as a whole (the crossed bootstrap of Owen, "The pigeonhole bootstrap", 2007): ten pictures of one bad prompt do not
-count as ten independent ones. Resampling a handful of items underestimates their spread: with six subjects nine
-intervals of ten hold the truth, not nineteen of twenty. The interval is therefore widened to Student's t (the
-"expanded percentile interval" of Hesterberg, "What teachers should know about the bootstrap", 2015), with
-Satterthwaite's degrees of freedom (1946).
+as a whole (the crossed bootstrap of Owen, "The pigeonhole bootstrap", 2007). Resampling a handful of items
+underestimates their spread: with six subjects nine intervals of ten hold the truth, not nineteen of twenty. The
+interval is therefore widened to Student's t (the "expanded percentile interval" of Hesterberg, "What teachers should
+know about the bootstrap", 2015), with Satterthwaite's degrees of freedom (1946).
 """
 
 from collections.abc import Callable, Hashable, Sequence

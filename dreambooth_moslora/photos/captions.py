@@ -1,16 +1,12 @@
 """Captions made for photos that have none: the models that describe, and the files they leave.
 
-A model describes the surroundings of the subject, but not the subject. For photographs it is Qwen3-VL 2B (Apache 2.0,
-without code of its own), or any other with a chat template that `AutoModelForImageTextToText` loads. It continues the
-text "A photo of a dog", so its answer is what follows these words in a caption. The embedded base reads place and light
-by its own CLIP. This module imports torch only to load a model.
-
-What the user wrote is never changed. The made captions lie
+A model describes the surroundings of the subject, but not the subject: for photographs Qwen3-VL 2B (Apache 2.0), or
+another with a chat template, which continues the text "A photo of a dog"; the embedded base reads place and light by
+its own CLIP. torch is imported only to load a model. What the user wrote is never changed. The made captions lie
 
 beside the photos    `dog.txt`, as a user would write it (the command `caption`). `.made_captions.json` lists
                      the made ones; a caption that was edited since counts as the user's
-in a run folder      `captions.json` (`--captions auto`). It records the photo, model and words of each
-                     caption, so that a resumed run does not make it again
+in a run folder      `captions.json` (`--captions auto`), so that a resumed run does not make it again
 
 Both files: {"dog.jpg": {"caption": "a photo of a sks dog on the beach", "made_from": key}}.
 """

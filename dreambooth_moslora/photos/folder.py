@@ -2,20 +2,16 @@
 
 A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name", "text"}, the
 format of the datasets library), else a caption kept in the run folder by `captions`, else the instance prompt. Training
-draws one of them for each exposure. `masks` finds its mask, `name.mask.png` or another image format. Suffixes may be
-upper or lower case. No file in the folder can stop the program: unusable files are listed with a reason.
+draws one of them for each exposure. `masks` finds its mask, `name.mask.png` or another image format. No file in the
+folder can stop the program: unusable files are listed with a reason.
 
 `--dataset_name`: the images of a data set, on the hub or local, become such a folder, written unchanged.
 
-Tags of image boards have no order, so they are shuffled:
+Tags of image boards have no order, so they are shuffled, in a fixed number of orders a caption, by the run's seed:
 
     prefix  sks dog, red collar, on grass, side view  suffix        --keep_tokens 1 leaves `sks dog` where it is
 
-Each caption has a fixed number of orders, derived from the run's seed. So frozen text encoders encode each
-order once, and resumed or distributed runs use the same orders as an unbroken run of one process.
-
-A photo whose captions all name a place, say, would never be shown with the bare instance prompt, and prior
-preservation holds the class prompt, its neighbour, where it was: the bare prompt would not draw the subject.
+A photo whose captions all name a place is never shown with the bare instance prompt, which would then not draw it.
 """
 
 import json

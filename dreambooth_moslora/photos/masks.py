@@ -1,15 +1,13 @@
 """Masks made for photos that have none: the models that find the subject, and the files they leave.
 
-CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; its weights are downloaded once from the hub. The
-embedded base has the toy world's own net. Both give a probability for each pixel. A pixel belongs to the mask if its
-probability is at least half of the largest one: CLIPSeg's certainty depends more on the word than on the subject's
-outline. Always fp32. torch is imported only to load a model.
+CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; the embedded base has the toy world's own net. Both
+give a probability for each pixel, in fp32. The mask has the pixels of at least half of the largest one: CLIPSeg's
+certainty depends more on the word than on the outline. torch is imported only to load a model.
 
 The user's own masks are never changed. The made ones lie
 
 beside the photos    `name.mask.png`, as a user would write it (`check --make_masks`)
-in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records photo, model and word,
-                     so that a resumed run does not make it again
+in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records photo, model and word
 """
 
 import os

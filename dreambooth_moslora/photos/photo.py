@@ -1,10 +1,7 @@
 """One photo: its file from any phone or program as upright sRGB pixels, its captions, its mask and its crops.
 
 Only this module handles orientation (EXIF), colour profiles, transparency (on white), CMYK, Lab, palettes, greys and 16
-bits. Sizes are (height, width) px of the upright picture.
-
-A photo's mask, white on the subject, is `name.mask.png` beside it, else its own transparency, else one that was made in
-the run folder (`masks`). What training cuts out of a photo is planned as numbers and then cut as pixels:
+bits. Sizes are (height, width) px of the upright picture. What training cuts out is planned as numbers, then cut:
 
     photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
 

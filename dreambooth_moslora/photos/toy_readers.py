@@ -4,8 +4,7 @@
     SurroundingsReader(folder).read(image, "duck")      # ("on the beach", "sunset")
 
 The segmenter is a small U-Net (Ronneberger et al., 2015), trained on renders by `toybox.learning.train_segmenter`. The
-surroundings are read by the base's own CLIP, zero shot: the place and light whose caption's vector has the largest
-cosine to the picture's. `python -m toybox.measures.surroundings` measures how often they are right.
+base's own CLIP reads the surroundings, zero shot (`python -m toybox.measures.surroundings` measures how well).
 """
 
 from functools import cache

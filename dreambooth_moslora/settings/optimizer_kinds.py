@@ -1,8 +1,6 @@
 """The optimizers, one row each. Settings, estimate, checkpoint and training read the same table.
 
-Beside AdamW (also in 8 bit) and Prodigy there are schedule-free AdamW, which needs no learning-rate schedule, and
-Adafactor, which many recipes of other trainers use. Optimizers that only save memory are left out: Adam's states take
-a third of a GiB for SDXL at rank 16.
+Optimizers that only save memory are left out: Adam's states take a third of a GiB for SDXL at rank 16.
 """
 
 from collections.abc import Callable

@@ -5,8 +5,7 @@
 
 The recipe of a run is what a published adapter file tells of its settings: numbers, switches, choices and names of
 layers, never paths, prompts or words. Anyone may have written a header, kohya's (`ss_*`) or one like ours: only
-settings that a recipe may hold are taken, and each is checked. Flags and a --config file override them, and on the page
-what its form says.
+settings that a recipe may hold are taken, and each is checked. What the user says overrides them.
 """
 
 import json

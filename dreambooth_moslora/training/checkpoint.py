@@ -1,8 +1,7 @@
 """Checkpoints, from which one a run goes on, and the files of earlier runs in its folder.
 
-A checkpoint holds the raw adapter (A, M, B), the optimizer and the position, complete or absent. It needs neither
-generator states nor the data order: every draw is named by (seed, step) (see `core`), so the step number suffices to
-continue as if the run had never stopped.
+A checkpoint holds the raw adapter (A, M, B), the optimizer and the position, complete or absent. Every draw is named by
+(seed, step) (see `core`), so the step number suffices to continue as if the run had never stopped.
 
 Files in the run folder that a new run does not continue, or would overwrite, are moved to `earlier_run_1`.
 """

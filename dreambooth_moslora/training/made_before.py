@@ -1,8 +1,7 @@
 """What is made before the first step: captions, masks and class images.
 
-`--captions auto` and `--masks auto`: photos without a caption or a mask get one before the base is loaded, and the
-model that makes them then leaves memory. The class images are the user's own, and those that the frozen base draws.
-`make_missing` makes all three: shared out to the processes, counted, and stopped where it is asked to.
+`--captions auto` and `--masks auto`: photos without a caption or a mask get one before the base is loaded. The class
+images are the user's own, and those that the frozen base draws. `make_missing` makes all three.
 """
 
 import logging

@@ -1,10 +1,8 @@
 """The model card, and the push of a finished adapter to the hub.
 
-The card says what the adapter shows, how to load it, how it was made, and how exactly its files reload. It is meant
-to be shared: it contains no path, no photo and nothing about a photo.
-
-The push, when asked for, sends the adapter's files, the card and its pictures. Photos, the contact sheet (which
-shows them), checkpoints, class images and the configuration (which holds paths) stay on this machine.
+The card says what the adapter shows, how to load it, how it was made, and how exactly its files reload; it contains no
+path, no photo and nothing about a photo. The push sends the adapter's files, the card and its pictures. Photos, the
+contact sheet (which shows them), checkpoints, class images and the configuration (paths) stay on this machine.
 """
 
 import logging

@@ -1,20 +1,17 @@
 """Parameter groups, optimizers, their states in a checkpoint, and averages over the steps.
 
-**Prodigy on a GPU** takes each group as one long tensor. It reads two numbers of every parameter in every step to sum
-them, and each read waits for the GPU: 3,360 waits for SDXL's 1,680 small matrices. The other operations are
-elementwise, so one long tensor gives the same step, except for the order of two sums. States are saved per parameter.
+**Prodigy on a GPU** takes each group as one long tensor. It reads two numbers of every parameter in every step, and
+each read waits for the GPU: 3,360 waits for SDXL's 1,680 small matrices. The other operations are elementwise, so that
+the step is the same, except for the order of two sums. States are saved per parameter.
 
-**States** in a checkpoint are checked before PyTorch's kernels read them. A kernel trusts the shape, type and layout of
-a moment: it would read and write beyond the end of a smaller one. The expected shapes and types come from a copy of the
-optimizer that takes one step. Each tensor becomes a dense copy with memory of its own.
+**States** in a checkpoint are checked before PyTorch's kernels read them: a kernel would read and write beyond the end
+of a smaller moment. What is expected comes from a copy of the optimizer that takes one step.
 
-**Average** of the adapter over its steps. If there is one, it is published, scored and sampled instead of the weights.
+**Average** of the adapter over its steps. If there is one, it is published, scored and sampled instead of the weights,
+from which training continues; a checkpoint holds both.
 
 exponential (`--use_ema`)   m = d·m + (1 - d)·w after each step, d = min(decay, (1 + n)/(10 + n)) of diffusers
 schedule-free               x of Defazio et al. 2024 (arXiv 2405.15682), which that optimizer keeps by itself
-
-Training continues from the weights w. A checkpoint holds both: the average as its adapter, for all other
-readers, and the weights in another file.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

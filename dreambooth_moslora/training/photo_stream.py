@@ -2,15 +2,12 @@
 
     sample at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
 
-Each epoch shuffles photos × repeats. The crop number is epoch mod `crops_per_photo`; without a cache every
-epoch has fresh crops. Every image, class images too, carries its own size and crop conditioning.
-
-Each of several subjects is shown equally often, whatever its number of photos.
+Each epoch shuffles photos × repeats. The crop number is epoch mod `crops_per_photo`; without a cache every epoch has
+fresh crops. Each of several subjects is shown equally often, whatever its number of photos:
 
     position p  ->  round p div k, subject (order drawn anew each round)  ->  that subject's stream at the round
 
-The position alone determines the sample: resumed or distributed runs show what an unbroken run of one process
-shows.
+The position alone determines the sample: resumed or distributed runs show what an unbroken run of one process shows.
 """
 
 import math

@@ -3,8 +3,7 @@
     photos -> base -> class images -> latents and text embeddings -> encoders leave memory
     photos -> encoders -> latents and text embeddings -> encoders leave memory -> denoiser      (flow models)
 
-The processes share the encoding. Afterwards each finds every encoding in its memory or on its machine's disk. Files are
-written by the process that encodes; on a machine that does not see them, one process writes them again.
+The processes share the encoding, after which each finds every encoding in its memory or on its machine's disk.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence

@@ -7,15 +7,13 @@ generated   a picture drawn with the adapter on the device is not a single colou
 step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
 lower bound
 
-Each training is the training command in a process of its own, with the embedded base and painted photos. Nothing is
-downloaded, and no file is written outside the folder. The random UNet is one random megabyte repeated, scaled by
-1/sqrt(fan-in), so that activations neither grow nor vanish.
+Each training is the training command, with the embedded base and painted photos. The random UNet is one random megabyte
+repeated, scaled by 1/sqrt(fan-in), so that activations neither grow nor vanish.
 
     python -m dreambooth_moslora.training.selftest
 
 measures that step alone, and prints one line of JSON: `floor_sec` (the frozen UNet's forward pass and the gradient of
-its input), `step_sec` (the trainer's step, with the adapter's update), and `peak_gib` of the process, or of its tensors
-on a GPU. Both times are of a second call, after one to warm up.
+its input), `step_sec` (the trainer's step, with the update), and `peak_gib` of the process, or of a GPU's tensors.
 """
 
 import argparse

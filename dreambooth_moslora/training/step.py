@@ -1,14 +1,12 @@
 """One optimizer step: gradients from micro-batches, then an update of the adapter.
 
-Every random draw has the name (seed, what, micro-batch number), so that it does not depend on other draws.
-Micro-batches are counted over steps, accumulation and processes, so one process with accumulation 2 draws what two
-processes draw. The adapters' gradients are small: one all-reduce per step averages them over processes. No module is
-wrapped, so any part of the base can be trained. Adapters are fp32. The frozen base computes in its own dtype, with
-copies of the adapter made once per step.
+Every random draw has the name (seed, what, micro-batch number). Micro-batches are counted over steps, accumulation and
+processes, so one process with accumulation 2 draws what two processes draw. One all-reduce per step averages the
+adapters' gradients over processes. No module is wrapped, so any part of the base can be trained. Adapters are fp32; the
+frozen base computes in its own dtype, with copies of the adapter made once per step.
 
-`--compile` compiles each of the UNet's transformer blocks in place, so that no module and no checkpoint key changes its
-name. Blocks of one width share a graph: SDXL has two widths. Graphs stay valid with recomputation, and with the adapter
-switched off for the prior.
+`--compile` compiles each of the UNet's transformer blocks in place, so that no checkpoint key changes its name. Blocks
+of one width share a graph, which stays valid with recomputation and without the adapter.
 """
 
 import logging
