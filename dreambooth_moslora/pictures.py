@@ -95,7 +95,7 @@ NUMERIC = re.compile(r"[-+\d., /%()\[\]e]+")
 
 
 def render(template: str, **values: object) -> str:
-    """The page that a template makes of the values. Text in them is escaped."""
+    """The page that a template makes of the values. Text in them is escaped, but not for Markdown."""
     return environment().get_template(template).render(values)
 
 
@@ -104,7 +104,7 @@ def environment() -> Environment:
     """The templates, with `image | jpeg(side_px)` and `figure | png` for pictures, and `text is numeric`."""
     found = Environment(
         loader=PackageLoader("dreambooth_moslora", "templates"),
-        autoescape=True,
+        autoescape=lambda name: not name.endswith(".md"),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
