@@ -36,11 +36,9 @@ MAX_COLUMNS = 6
 
 @dataclass(frozen=True)
 class Row:
-    """A titled row; `captions`, if any, are drawn under the pictures, one each."""
-
     title: str
     images: list[Image.Image]
-    captions: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()  # drawn under the pictures, one each, if any
 
 
 def draw_contact_sheet(rows: list[Row], path: Path, tile_px: int = 192) -> None:

@@ -28,12 +28,10 @@ from dreambooth_moslora.settings.table import KRONECKER
 
 
 class Diagnosis(NamedTuple):
-    """Figures of one projection; the mixer's are None without a mixer."""
-
     rank: int
     effective_rank: float
-    drift: float | None
-    condition_number: float | None
+    drift: float | None  # None without a mixer
+    condition_number: float | None  # None without a mixer
 
 
 def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,9 +129,7 @@ COMPONENT_KEYS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One projection in a published file, or in a file of another program."""
-
-    module: str
+    module: str  # of a published file, or of another program's
     keys: str
     matrices: LowRank
     alpha: float | None

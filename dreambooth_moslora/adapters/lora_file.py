@@ -113,10 +113,8 @@ MODULE_NAME = re.compile(r"\^?\w[\w.]*")
 
 @dataclass(frozen=True)
 class Scales:
-    """Scales of one component: module path -> alpha, and whether s is alpha/√r (rsLoRA) or alpha/r."""
-
-    alphas: dict[str, float]
-    use_rslora: bool = False
+    alphas: dict[str, float]  # module path -> alpha
+    use_rslora: bool = False  # s is alpha/√r, not alpha/r
 
     def of(self, path: str, rank: int) -> float:
         return nominal_scale(self.alphas[path], rank, self.use_rslora)

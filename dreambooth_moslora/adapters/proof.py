@@ -39,11 +39,9 @@ STOCK = "proof"
 
 @dataclass(frozen=True)
 class FileProof:
-    """One file compared with the adapter: the largest relative differences, and where ΔW's is."""
-
     file: str
-    weights: float
-    outputs: float
+    weights: float  # largest relative difference of ΔW, at `worst`
+    outputs: float  # of outputs
     worst: str
     loader: str
 
@@ -54,14 +52,12 @@ class FileProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """The files that `publish` wrote and their errors. `kept` is the fraction of ‖ΔW‖² after rank reduction."""
-
     dtype: str
     bound: float
     projections: int
-    file_proofs: tuple[FileProof, ...]
+    file_proofs: tuple[FileProof, ...]  # of the files that `publish` wrote
     rank_sum: int = 0
-    kept: float = 1.0
+    kept: float = 1.0  # of ‖ΔW‖² after rank reduction
     notes: tuple[str, ...] = ()
 
     @property

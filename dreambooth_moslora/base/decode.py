@@ -106,11 +106,9 @@ def pictures_of(pixels: Tensor) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class Probe:
-    """`finite`: no NaN and no infinity. `error`: mean |difference| from the fp32 picture, of 255 levels."""
-
     dtype: str
-    finite: bool
-    error: float
+    finite: bool  # no NaN and no infinity
+    error: float  # mean |difference| from the fp32 picture, of 255 levels
 
 
 def load_vae_alone(source: str | Path) -> AutoencoderKL:

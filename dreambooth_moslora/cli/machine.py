@@ -46,11 +46,9 @@ PAIRS = (
 
 @dataclass
 class Findings:
-    """`facts` by name, `problems` (training will fail) and `warnings`; each is one line with a remedy."""
-
     facts: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # training will fail; each is a line with a remedy
+    warnings: list[str] = field(default_factory=list)  # likewise
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:

@@ -164,12 +164,10 @@ def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig
 
 
 class Given(NamedTuple):
-    """A command line and its files, before the words choose the rest. `has_recipe`: a file replaces the recipe."""
-
     words: list[str]
     settings: dict[str, Any]
-    has_recipe: bool
-    is_queued: bool
+    has_recipe: bool  # a file replaces the recipe
+    is_queued: bool  # the run will have the whole GPU
 
 
 def given_by(argv: Sequence[str], prog: str) -> Given:

@@ -42,13 +42,11 @@ TITLE = re.compile(r"\w[\w.-]{0,99}")
 
 @dataclass(frozen=True)
 class Receipt:
-    """A published file: its metadata, the run's name, and which of a run's two files it is."""
-
     path: Path
     facts: "AdapterMetadata"
     recipe: dict[str, Any]
-    title: str
-    is_kohya: bool
+    title: str  # the run's name
+    is_kohya: bool  # which of a run's two files it is
 
 
 def verify_arguments(parser: argparse.ArgumentParser) -> None:

@@ -96,10 +96,8 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """`kind` is its `type` on disk; `time` is in seconds since 1970."""
-
-    kind: ClassVar[str]
-    time: float = field(default_factory=time.time)
+    kind: ClassVar[str]  # its `type` on disk
+    time: float = field(default_factory=time.time)  # seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -111,10 +109,8 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseProgress(Event):
-    """`done` of `total` items of a phase, such as `loading`, `caching` or `exporting`."""
-
     kind: ClassVar[str] = "phase"
-    phase: str
+    phase: str  # such as `loading`, `caching` or `exporting`
     done: int = 0
     total: int = 1
 
@@ -138,11 +134,9 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class SamplesDrawn(Event):
-    """Pictures `files`, relative to the run folder, each with its prompt and seed."""
-
     kind: ClassVar[str] = "sample"
     step: int
-    files: list[str]
+    files: list[str]  # pictures relative to the run folder; each has its prompt and seed
     prompts: list[str]
     seeds: list[int]
 
@@ -163,12 +157,10 @@ class StepEvaluated(Event):
 
 @dataclass(frozen=True)
 class ScaleFound(Event):
-    """The adapter's `best` scale, the usable ones from `low` to `high`, and the scores `by_scale`."""
-
     kind: ClassVar[str] = "scale"
     best: float
-    low: float
-    high: float
+    low: float  # the usable scales go from here
+    high: float  # to here
     by_scale: dict[str, float] = field(default_factory=dict)
 
 
@@ -188,10 +180,8 @@ class AdapterExported(Event):
 
 @dataclass(frozen=True)
 class RunEnded(Event):
-    """`state` is `done`, `interrupted` or `failed`."""
-
     kind: ClassVar[str] = "end"
-    state: str
+    state: str  # `done`, `interrupted` or `failed`
     step: int
     message: str = ""
 

@@ -36,15 +36,13 @@ from dreambooth_moslora.training.explain import ScaleChoice
 
 @dataclass(frozen=True)
 class ReportContext:
-    """What was judged, without paths: `encoders` are the names of CLIP and DINO, `scale` is of --sweep_scale."""
-
     adapter: str
     base: str
-    encoders: tuple[str, str]
+    encoders: tuple[str, str]  # names of CLIP and DINO
     inference_steps: int
     guidance_scale: float
     diversity: str = "DINO distance"
-    scale: ScaleChoice | None = None
+    scale: ScaleChoice | None = None  # the result of --sweep_scale
 
 
 def scores_json(found: Evaluation, about: ReportContext) -> dict:
@@ -174,10 +172,8 @@ def in_all(found: Sequence[Evaluation], names: Iterable[str]) -> list[str]:
 
 @dataclass
 class Together:
-    """Pictures of two subjects `words` in one prompt. `tables` (prompts, seeds): DINO to each one's photos."""
-
-    words: tuple[str, str]
-    tables: Tables
+    words: tuple[str, str]  # of the two subjects
+    tables: Tables  # (prompts, seeds): DINO to each one's photos, with the base's
     pictures: list[Image.Image] = field(repr=False)
     base_pictures: list[Image.Image] = field(repr=False)
 

@@ -22,9 +22,7 @@ AXES = {"scale": float, "seed": int, "prompt": str, "adapter": str, "steps": int
 
 @dataclass(frozen=True)
 class Axis:
-    """`name` is one of AXES; `values` are the parameter's values, in order."""
-
-    name: str
+    name: str  # one of AXES
     values: tuple[str | int | float, ...]
 
     def label(self, index: int) -> str:
@@ -36,12 +34,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Sheet:
-    """All cells in one picture. `params` are the first cell's; the axes say what varied; the provenance covers all."""
-
     pixels: PIL.Image.Image
-    params: GenerationParams
-    axes: tuple[Axis, ...]
-    provenance: Provenance
+    params: GenerationParams  # of the first cell
+    axes: tuple[Axis, ...]  # what varied
+    provenance: Provenance  # of all cells
 
     def save(self, path: str | Path) -> Path:
         """Write a PNG with the first cell's recipe, the hashes of all adapters in use, and the axes."""

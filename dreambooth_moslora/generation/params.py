@@ -42,10 +42,8 @@ MAX_AREA = 4  # Largest area relative to the base's own: larger pictures take mu
 
 @dataclass(frozen=True)
 class Scheduler:
-    """`title` is its name in other programs ("Sampler" in A1111), `class_name` diffusers' class."""
-
-    title: str
-    class_name: str
+    title: str  # in other programs ("Sampler" in A1111)
+    class_name: str  # of diffusers
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -142,12 +140,10 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe in a PNG, `exact` if it is ours; `remarks` list what another program's asks for in vain."""
-
     params: GenerationParams
     provenance: Provenance
-    exact: bool
-    remarks: tuple[str, ...] = ()
+    exact: bool  # it is ours
+    remarks: tuple[str, ...] = ()  # what another program's asks for and is not here
 
 
 def draw_seed(seed: int) -> int:
@@ -298,22 +294,18 @@ def check_steps(params: GenerationParams) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """After denoising step `step` of `steps` (1-based) of image `index`. `eta_sec` covers all remaining images."""
-
     index: int
     num_images: int
-    step: int
+    step: int  # of `steps`, from 1
     steps: int
-    eta_sec: float
+    eta_sec: float  # for all remaining images
 
 
 @dataclass(frozen=True)
 class Image:
-    """Image `index`, with the parameters of this one image and its provenance."""
-
     index: int
     pixels: PIL.Image.Image
-    params: GenerationParams
+    params: GenerationParams  # of this one image
     provenance: Provenance
 
     def save(self, path: str | Path) -> Path:

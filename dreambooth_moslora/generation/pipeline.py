@@ -93,26 +93,21 @@ def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in the model. `key` is its name inside PEFT, `header` its file's metadata, and `tokens` are those of
-    the new tokens that the header names whose files are there. If it is `mixers` alone, `key` is their basis's name."""
-
     name: str
-    key: str
+    key: str  # the name inside PEFT; of mixers alone their basis's
     sha256: str
-    header: dict[str, str]
-    tokens: tuple[NewTokens, ...]
+    header: dict[str, str]  # the file's metadata
+    tokens: tuple[NewTokens, ...]  # those that the header names and whose files are there
     stamp: Stamp
     mixers: Mixers | None = None
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A file to use as `name` at `scale`. `note` is for the user, or empty."""
-
     file: Path
     name: str
     scale: float
-    note: str = ""
+    note: str = ""  # for the user, or ""
 
 
 def adapters_of_picture(recipe: Recipe) -> list[AdapterFile]:

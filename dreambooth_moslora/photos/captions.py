@@ -41,11 +41,9 @@ SEEN_PX, MOST_TOKENS, MOST_WORDS = 768, 60, 30  # Photo's longer side; of an ans
 
 @dataclass(frozen=True)
 class Captioner:
-    """Public `name`, the photos' `word`, and `surroundings` of an RGB picture: "on the beach at sunset", or ""."""
-
-    name: str
-    word: str
-    surroundings: Callable[[Image.Image], str]
+    name: str  # the model's public name
+    word: str  # what the photos show
+    surroundings: Callable[[Image.Image], str]  # of an RGB picture: "on the beach at sunset", or ""
 
 
 def load_captioner(config: TrainConfig, device: Any = "cpu") -> Captioner:
@@ -116,12 +114,10 @@ def surroundings_in(answer: str) -> str:
 
 @dataclass(frozen=True)
 class MadeCaption:
-    """Of one photo: its new `caption`, or None and why as a `remark`. With a `key` it is not kept yet."""
-
     photo: Photo
-    caption: str | None
+    caption: str | None  # None: why is the `remark`
     remark: str = ""
-    key: str = ""
+    key: str = ""  # it is not kept yet
 
 
 def make_beside(

@@ -252,21 +252,17 @@ def write_rows(folder: Path, rows: list[tuple[bytes, str]]) -> None:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that is not used. `is_photo`: it was meant to be a photo. `size_px` is None when unreadable."""
-
     path: Path
     reason: str
-    is_photo: bool = False
-    size_px: tuple[int, int] | None = None
+    is_photo: bool = False  # it was meant to be one
+    size_px: tuple[int, int] | None = None  # None when unreadable
 
 
 @dataclass(frozen=True)
 class PhotoReport:
-    """`sidecars` are the captions and masks in use."""
-
     photos: list[Photo] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    sidecars: list[Path] = field(default_factory=list)
+    sidecars: list[Path] = field(default_factory=list)  # captions and masks in use
 
 
 def log_strays(report: PhotoReport) -> None:

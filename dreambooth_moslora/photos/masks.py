@@ -62,11 +62,9 @@ def sought_word(config: TrainConfig) -> str:
 
 @dataclass(frozen=True)
 class Segmenter:
-    """Public `name`, `word` ("" for toys), and `probabilities` of an RGB picture: fp32 (height, width) in [0, 1]."""
-
-    name: str
-    word: str
-    probabilities: Callable[[Image.Image], Any]
+    name: str  # its public name
+    word: str  # what it looks for ("" for toys)
+    probabilities: Callable[[Image.Image], Any]  # of an RGB picture: fp32 (height, width) in [0, 1]
 
     def mask(self, image: Image.Image) -> Image.Image:
         """L of the picture's size: 255 on the subject, 0 elsewhere; all 0 when it was not found."""
@@ -147,11 +145,9 @@ def loaded(kind: Any, name: str, *, flag: str, what: str, **options: Any) -> Any
 
 @dataclass(frozen=True)
 class MadeMask:
-    """The result for one photo: the `path` of its mask if one was made, and a `remark` for the user."""
-
     photo: Photo
-    path: Path | None
-    remark: str = ""
+    path: Path | None  # of its mask, if one was made
+    remark: str = ""  # for the user
 
 
 def make_beside(photos: Iterable[Photo], segmenter: Segmenter) -> Iterator[MadeMask]:

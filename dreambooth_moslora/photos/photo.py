@@ -339,13 +339,10 @@ FILTERS["nearest_exact"] = Image.Resampling.NEAREST
 
 @dataclass(frozen=True)
 class CropPlan:
-    """`original_size` (h, w) of the upright photo, `resized` (h, w) after scaling, `crop_top_left` (y, x) in
-    the resized and mirrored photo, `target_size` (h, w) of the crop; all in px."""
-
-    original_size: tuple[int, int]
-    resized: tuple[int, int]
-    crop_top_left: tuple[int, int]
-    target_size: tuple[int, int]
+    original_size: tuple[int, int]  # (h, w) px of the upright photo
+    resized: tuple[int, int]  # after scaling
+    crop_top_left: tuple[int, int]  # (y, x) in the resized and mirrored photo
+    target_size: tuple[int, int]  # (h, w) of the crop
     flip: bool
 
     @property

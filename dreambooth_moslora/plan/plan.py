@@ -27,9 +27,7 @@ FEW_EXPOSURES = 20  # Exposures of a photo below which hardly anything of a subj
 
 @dataclass(frozen=True)
 class StepPlan:
-    """`photo_counts` holds the number of photos of each subject."""
-
-    photo_counts: tuple[int, ...]
+    photo_counts: tuple[int, ...]  # of each subject
     repeats: int
     photos_a_step: int
     steps_an_epoch: int
@@ -74,12 +72,10 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: 
 
 @dataclass(frozen=True)
 class Plan:
-    """`config` after its `--memory`; `base`: the diffusers folder, None if not here; `steps` are of all processes."""
-
-    config: TrainConfig
-    base: Path | None
+    config: TrainConfig  # after its `--memory`
+    base: Path | None  # the diffusers folder; None if it is not here
     photo_report: PhotoReport
-    steps: StepPlan
+    steps: StepPlan  # of all processes
     cost: Estimate
 
     @property

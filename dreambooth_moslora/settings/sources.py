@@ -137,11 +137,9 @@ KOHYA = {
 
 @dataclass(frozen=True)
 class FoundRecipe:
-    """A header's recipe: valid `settings`, kohya's keys `without_equivalent` here, a line for each `invalid` value."""
-
-    settings: dict[str, Any]
-    without_equivalent: tuple[str, ...] = ()
-    invalid: tuple[str, ...] = ()
+    settings: dict[str, Any]  # valid ones
+    without_equivalent: tuple[str, ...] = ()  # kohya's keys
+    invalid: tuple[str, ...] = ()  # a line for each wrong value
 
     @property
     def remarks(self) -> list[str]:

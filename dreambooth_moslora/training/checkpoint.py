@@ -58,13 +58,10 @@ WEIGHTS = "weights.pt"  # The weights that training continues from, if the check
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: the optimizer steps done, and the seed that names every draw. `digest` covers the position and
-    the files beside it (`digest_of`); it and `optimizer` (`optimizer_kind`) may be None."""
-
-    step: int
-    seed: int
-    optimizer: str | None = None
-    digest: str | None = None
+    step: int  # optimizer steps done
+    seed: int  # names every draw
+    optimizer: str | None = None  # `optimizer_kind`
+    digest: str | None = None  # of the position and the files beside it (`digest_of`)
 
 
 def save_checkpoint(

@@ -125,12 +125,10 @@ class ClassImages:
 
 @dataclass(frozen=True)
 class ClassBatch:
-    """The images `indices` of a set, which are generated together from `seeds`; those that are `missing` are kept."""
-
     images: ClassImages
-    indices: tuple[int, ...]
-    seeds: tuple[int, ...]
-    missing: tuple[int, ...]
+    indices: tuple[int, ...]  # generated together
+    seeds: tuple[int, ...]  # of each
+    missing: tuple[int, ...]  # which are kept
 
     def __len__(self) -> int:
         return len(self.indices)

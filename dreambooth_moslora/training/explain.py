@@ -29,11 +29,9 @@ STALLED_AFTER = 3  # Evaluations without a better score, after which early stopp
 
 @dataclass(frozen=True)
 class BestStep:
-    """The best evaluation so far; `since` counts the evaluations after it."""
-
     step: int
     score: float
-    since: int
+    since: int  # evaluations after it
 
     def advice(self, early_stopping: int | None) -> str | None:
         """One line when the score has not risen for a while; None otherwise."""
@@ -59,12 +57,10 @@ USABLE = 0.95  # Scales of at least this fraction of the best score are usable
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """The `best` scale, the usable range around it, and the `scores` (scale -> score) that decided."""
-
     best: float
-    low: float
-    high: float
-    scores: dict[float, float]
+    low: float  # usable from here
+    high: float  # to here
+    scores: dict[float, float]  # scale -> score, which decided
 
     def sentence(self) -> str:
         around = f"usable from {self.low:g} to {self.high:g}" if self.low < self.high else "no other comes near it"
@@ -95,9 +91,6 @@ NO_SCORES = ("step", "time", "photos")  # Fields of an evaluation that are not s
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of a run. `scores` are the latest ones; `likeness` and `score` are (step, value) of each
-    evaluation. The captions of `without_bare_prompt` photos lack the instance prompt."""
-
     config: TrainConfig
     state: str = ""
     message: str = ""
@@ -105,11 +98,11 @@ class Figures:
     skipped: int = 0
     photos: int | None = None
     nearness: float | None = None
-    without_bare_prompt: int = 0
-    scores: Mapping[str, float] = field(default_factory=dict)
+    without_bare_prompt: int = 0  # photos whose captions lack the instance prompt
+    scores: Mapping[str, float] = field(default_factory=dict)  # the latest
     copy_alarm: bool = False
-    likeness: Sequence[tuple[int, float]] = ()
-    score: Sequence[tuple[int, float]] = ()
+    likeness: Sequence[tuple[int, float]] = ()  # (step, value) of each evaluation
+    score: Sequence[tuple[int, float]] = ()  # likewise
 
     @property
     def exposures(self) -> float | None:

@@ -76,12 +76,10 @@ class StepScorer(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The adapter in `run_dir` has `step` optimizer steps; `proof` says how exactly its files load elsewhere."""
-
     run_dir: Path
-    step: int
+    step: int  # optimizer steps of the adapter there
     interrupted: bool
-    proof: Proof | None
+    proof: Proof | None  # how exactly its files load elsewhere
 
 
 @dataclass

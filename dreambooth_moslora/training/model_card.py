@@ -38,14 +38,12 @@ STRENGTH = "## Strength"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card says beyond the configuration. `images` are (file name, prompt) of the pictures beside it."""
-
     name: str
     step: int
     max_train_steps: int
     adapter: AdapterMetadata
     proof: "Proof"
-    images: tuple[tuple[str, str], ...] = ()
+    images: tuple[tuple[str, str], ...] = ()  # (file name, prompt) of the pictures beside the card
     scores: dict[str, float] | None = None
     best: BestStep | None = None
 

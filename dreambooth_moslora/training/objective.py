@@ -79,11 +79,9 @@ class NoisySample:
 
 @dataclass(frozen=True)
 class LossParts:
-    """Scalars of one batch. `prior` is None when the batch has no prior images."""
-
     total: Tensor
     instance: Tensor
-    prior: Tensor | None
+    prior: Tensor | None  # None without prior images
 
 
 def sample_timesteps(

@@ -37,11 +37,9 @@ View = tuple[int, int, Size]  # (slot, crop number, crop size); the slot numbers
 
 @dataclass(frozen=True)
 class EncodedView:
-    """One crop of one photo: `latents` (4, h, w), `time_ids` (6,), and `mask` (1, h, w), the loss weights, or None."""
-
-    latents: Tensor
-    time_ids: Tensor
-    mask: Tensor | None
+    latents: Tensor  # (4, h, w)
+    time_ids: Tensor  # (6,)
+    mask: Tensor | None  # (1, h, w), the loss weights
 
 
 class PhotoEncoder:

@@ -150,12 +150,10 @@ def memory_gib(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class RunContext:
-    """`should_stop` says whether this process was asked to stop."""
-
     run_dir: RunDir
     accelerator: Accelerator
     report: Reporter
-    should_stop: Callable[[], bool]
+    should_stop: Callable[[], bool]  # whether this process was asked to stop
 
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop, or failed to report (raised). All must call it together."""

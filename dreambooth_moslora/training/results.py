@@ -61,11 +61,9 @@ Shown = tuple[SampleRequest, Image.Image]
 
 @dataclass
 class ValidationSamples:
-    """`requests` are drawn at each sampling step, `contexts` once at the end. Both are empty without a prompt."""
-
     run_dir: RunDir
-    requests: list[SampleRequest]
-    contexts: list[SampleRequest]
+    requests: list[SampleRequest]  # drawn at each sampling step
+    contexts: list[SampleRequest]  # drawn once at the end
     every_steps: int
     latest: list[Image.Image] = field(default_factory=list)
     latest_step: int = 0

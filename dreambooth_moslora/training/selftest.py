@@ -226,11 +226,9 @@ ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 @dataclass(frozen=True)
 class Finding:
-    """One result: whether the test holds, a line about it, and its figures by name."""
-
     name: str
-    holds: bool
-    said: str
+    holds: bool  # whether the test does
+    said: str  # a line about it
     figures: dict[str, float | str] = field(default_factory=dict)
 
 

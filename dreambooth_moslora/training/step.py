@@ -66,12 +66,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`target` (B, 4, h, w) and `mask` (B, 1, h, w), or None. With the base as prior its answer is half the target."""
-
     batch: TrainBatch
     rows: Rows
-    target: Tensor
-    mask: Tensor | None
+    target: Tensor  # (B, 4, h, w); with the base as prior its answer is half of it
+    mask: Tensor | None  # (B, 1, h, w)
 
 
 logger = logging.getLogger(__name__)
@@ -83,11 +81,9 @@ GRAPHS = 32
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Means over the micro-batches of one step, on all processes; `prior` is None without prior preservation."""
-
     total: float
     instance: float
-    prior: float | None
+    prior: float | None  # None without prior preservation
 
 
 class TrainStep:
