@@ -179,8 +179,7 @@ TOY_PLACES = (
     *("on a checkered floor", "in a pink room", "on water", "in a forest", "on a city street", "on the moon"),
     *("in a kitchen", "on a stage with red curtains", "on autumn leaves", "on lava"),
 )
-TOY_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in TOY_PLACES)
-"""One for each place that the embedded base knows."""
+TOY_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in TOY_PLACES)  # The embedded base's
 TOY_CONTEXT_TEMPLATES = tuple(
     f"a photo of a {{}} {p}" for p in ("on the beach", "in the snow", "on lava", "on the moon")
 )
@@ -197,8 +196,7 @@ def preferred_guidance(base: str, usual: float = 5.0) -> float:
 
 
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"  # Score pictures of SDXL
-SUBJECT_FILE = "subject.json"
-"""Beside photos: their token and class word, for commands that take folders of subjects; of a toy, what it is."""
+SUBJECT_FILE = "subject.json"  # Beside photos: their token and class word; of a toy, what it is
 MAX_WORD_CHARACTERS = 60  # Of a token, and of the word for what photos show.
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

@@ -223,10 +223,8 @@ def versions() -> dict[str, str]:
     return {"dreambooth_moslora": __version__} | {name: found for name, found in others.items() if found}
 
 
-KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")
-"""Bases that are loaded when a file names them; a file from a stranger may name any folder or hub id."""
-RESUMED = "resume_from_checkpoint"
-"""Stands in `withheld` for a run that was resumed with other settings than it began with: no flag repeats that."""
+KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")  # Loaded when a stranger's file names them
+RESUMED = "resume_from_checkpoint"  # In `withheld`: resumed with other settings than it began with
 DEFAULTS = TrainConfig()
 FIRST = ("instance_prompt", "subjects", "dataset_name", "leave_out", "caption_prefix", "caption_suffix", "init_adapter")
 FIRST += ("pretrained_vae_model_name_or_path",)

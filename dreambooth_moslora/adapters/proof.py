@@ -30,8 +30,7 @@ from dreambooth_moslora.adapters.raw_file import all_layers, empty_model, model_
 from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
-BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""The largest relative difference of ΔW that rounding `up` and `down` to this dtype explains."""
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # Of ΔW, by rounding up and down
 SAMPLED_LAYERS = 8
 TOKENS = 16
 STOCK = "proof"

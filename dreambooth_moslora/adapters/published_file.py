@@ -159,8 +159,7 @@ def write_published(
     return [path for path, _, _ in files]
 
 
-PEFT_SETTINGS = "lora_adapter_metadata"
-"""Key of PEFT's settings in the header, as diffusers' scripts for transformers write them; those for UNets do not."""
+PEFT_SETTINGS = "lora_adapter_metadata"  # In the header, as diffusers' scripts for transformers write it
 
 
 def peft_settings(folded: Folded) -> dict[str, object]:

@@ -36,14 +36,11 @@ from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.rows import is_text_projection
 
 OUTPUTS_A_BLOCK = 32  # Outputs that the 4-bit kernels for CPUs compute at a time; divides every width of SDXL
-CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"
-"""A warning of bitsandbytes at every call in bf16, thousands of times per run."""
-MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
-"""PEFT uses these attributes to choose its own layers for bitsandbytes."""
+CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"  # bitsandbytes warns at every call in bf16
+MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}  # PEFT chooses its layers by them
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
 """Errors of diffusers' converter for a damaged file, and for one of another model."""
-UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
-"""Errors of the loaders for damaged or missing parts of a folder."""
+UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)  # Damaged or missing parts
 ZERO_SNR_RESCALE = 0.7  # How much of guidance's added contrast is removed (Lin et al. 2024, arXiv 2305.08891)
 
 

@@ -30,12 +30,10 @@ if TYPE_CHECKING:
 SAME, DIFFERENT, UNKNOWN, STOPPED = 0, 1, 2, 130
 FLAGS = ("pretrained_model_name_or_path", "token", "class_word", "token_abstraction", *UNTOLD)
 """Settings that affect the training and that the recipe in the file may lack."""
-WORDS = ("instance_prompt", "class_prompt", "token", "class_word")
-"""Settings of a --config file that are ignored if they describe another subject."""
+WORDS = ("instance_prompt", "class_prompt", "token", "class_word")  # Ignored in --config for another subject
 OF_SOURCE = ("subjects", "dataset_name", "dataset_config_name", "image_column", "caption_column")
 """Settings of a --config file that --photos replaces."""
-QUIET = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}
-"""Settings of the run that do not affect its steps."""
+QUIET = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}  # They affect no step
 ROUNDING = 1.0  # ‖ΔW − ΔW'‖ / ‖ΔW‖ that other rounding may explain: it grows with the steps.
 TITLE = re.compile(r"\w[\w.-]{0,99}")
 

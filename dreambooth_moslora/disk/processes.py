@@ -152,8 +152,7 @@ def _last_words(log_tail: str) -> str:
 
 
 CONFIG_NAME, LOG_NAME = "job_config.json", "job.log"  # Of a run: its settings, and the terminal's output
-TRAIN = ("-P", "-m", "dreambooth_moslora", "train")
-"""Arguments of Python. -P: a `torch.py` in the current folder is not imported."""
+TRAIN = ("-P", "-m", "dreambooth_moslora", "train")  # -P: no `torch.py` of the current folder is imported
 LOG_TAIL_LINES, TAIL_BYTES = 40, 64 * 1024
 
 

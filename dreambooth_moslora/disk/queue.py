@@ -87,8 +87,7 @@ def lock(file: BinaryIO) -> None:
 QUEUE_NAME = ".queue"
 COMMAND_LINE = ""  # Owner of a run that was added by the command; other runs belong to a user of the page.
 PLACES = ("up", "down", "first", "last")
-RUNS_TOGETHER = 4
-"""For all visitors at one address without a login, runs in a round of the owners: one visitor may have many cookies."""
+RUNS_TOGETHER = 4  # Of an address without login, in a round of the owners: one visitor may have many cookies
 HELD_SEC, POLL_SEC = 30.0, 0.02
 
 

@@ -137,8 +137,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 SIGNATURE = "Made with dreambooth_moslora"
-PICTURE = re.compile(r"image_\d+\.png")
-"""Names that the trainer gives to pictures. Other files that a card names are not treated as the run's."""
+PICTURE = re.compile(r"image_\d+\.png")  # The trainer's; other files that a card names are not the run's
 
 
 def is_card(text: str) -> bool:

@@ -81,8 +81,7 @@ class Evaluation:
         return {name: round(value, 4) for name, value in found.items()}
 
 
-Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
-"""(requests, True for the adapter or False for the base alone) -> pictures in order."""
+Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]  # (requests, with the adapter?) -> pictures
 BATCH = 4
 GREY = (128, 128, 128)
 GROUPS = ("subject", "bare", "class", "unrelated")  # What the adapter draws, in this order

@@ -59,8 +59,7 @@ from dreambooth_moslora.settings.table import SVD, TrainConfig
 Item = TypeVar("Item")
 Stamp = tuple[Path, int, int]
 CPU = torch.device("cpu")
-ROOM_BESIDE_WEIGHTS = 1.5
-"""If free memory over weights is less, models take turns: SDXL in half precision needs 9.7 GiB to avoid that."""
+ROOM_BESIDE_WEIGHTS = 1.5  # Free memory over weights below which models take turns: 9.7 GiB for SDXL in fp16
 UNET_BYTES_A_PIXEL = 400  # In half precision per pixel of the picture, with and without the prompt together
 RESIDENT_ADAPTERS = 8  # Adapters kept in the model; the least recently used one is dropped first
 Event = Step | Preview | Image

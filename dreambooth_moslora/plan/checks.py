@@ -51,8 +51,7 @@ from dreambooth_moslora.settings.rules import given_flag, require_packages
 from dreambooth_moslora.settings.table import KRONECKER, SVD, TrainConfig, check_kronecker
 
 PACKAGE = Path(__file__).resolve().parents[1]
-UNREADABLE = "add_embedding."
-"""diffusers does not read these layers back from a kohya file, so an adapter on them cannot be verified."""
+UNREADABLE = "add_embedding."  # diffusers reads no such layers from a kohya file: they cannot be verified
 
 
 def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool) -> None:

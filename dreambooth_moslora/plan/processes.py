@@ -34,8 +34,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = timedelta(days=7)
-"""How long a process waits for the others: class images and pictures of a large base can take hours."""
+PATIENCE = timedelta(days=7)  # For other processes: class images and pictures can take hours
 SHARDING = ("FSDP", "DeepSpeed", "Megatron-LM")
 ONE_PROCESS = (
     "this is the only process: on CPUs without MPI, accelerate starts several by "

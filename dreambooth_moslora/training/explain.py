@@ -49,8 +49,7 @@ def best_of(evaluations: Sequence[tuple[int, float]]) -> BestStep:
     return BestStep(step, score, sum(later > step for later, _ in evaluations))
 
 
-SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)
-"""Smaller scales hardly show the subject; larger ones burn the pictures. 1 is the scale of training."""
+SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)  # 1 is that of training; smaller hardly show the subject, larger burn
 EQUAL = 0.99  # Scores of at least this fraction of the best count as equal; the scale nearest to 1 wins
 USABLE = 0.95  # Scales of at least this fraction of the best score are usable
 
@@ -84,8 +83,7 @@ def choose_scale(scores: Mapping[float, float]) -> ScaleChoice | None:
     return ScaleChoice(best, min(usable), max(usable), dict(sorted(scores.items())))
 
 
-LEAST_LIKENESS = 0.1
-"""If the likeness rises by less over the base, the distance from class to subject is too small to measure against."""
+LEAST_LIKENESS = 0.1  # A rise over the base below which distances from class to subject are not measured
 NO_SCORES = ("step", "time", "photos")  # Fields of an evaluation that are not scores
 
 
@@ -200,24 +198,17 @@ MOST_LINES = 3
 NOTHING, NOT_SCORED = "nothing: no figure stands out", "nothing was scored"
 USUAL_EXPOSURES = 200  # Exposures of a photo: the recipes show each of five photos 192 to 400 times
 SKIPPED_SHARE = 0.05  # fp16 skips a few steps while it finds its scale; more is lost training time
-RISE_LEFT = 0.1
-"""If the last third of a run brings more than this share of the likeness gained, more steps would help."""
-SCORE_LOST = 0.03
-"""Fall of the score since the best step. A score from six pictures varies by about as much between evaluations."""
+RISE_LEFT = 0.1  # Of the likeness gained, in a run's last third: then more steps would help
+SCORE_LOST = 0.03  # Since the best step. A score from six pictures varies by about as much
 CLASS_MOVED = 1 / 3
 """Of the way from the base's class to the subject: below 0 in good runs, about 1 without prior preservation."""
-DRIFTED = 1.5
-"""Relative to the base's own spread: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior preservation."""
+DRIFTED = 1.5  # Of the base's own spread: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior preservation
 PROMPT_KEPT = 0.75
-"""CLIP-T relative to the base's: 0.79 to 1.06 in runs that show the requested place, below 0.3 in runs that
-show another. `background_leak` alone cannot tell: it is -0.13 to 0.41 in runs with the right places."""
-BARE_SHOWN = 1 / 2
-"""Fraction of the likeness that prompts with places gain over the base's class. The cactus with made captions, after
-240 steps of the one-word command: 0.15 if the bare prompt was never shown, 1.11 with a third of the exposures."""
+"""CLIP-T relative to the base's: 0.79 to 1.06 in runs that show the requested place, below 0.3 in others."""
+BARE_SHOWN = 1 / 2  # Of the likeness gained: 0.15 without the bare prompt, 1.11 with a third of the exposures
 BARE_SHARES = (0.33, 0.5)  # Shares of the instance prompt to try, one after the other
 LEAK = 0.05  # A leak above this is mentioned with a lost prompt
-CONFUSED = 0.25
-"""Of the way from one subject to the other: 0.03 to 0.07 in a good run of two, about 1/2 for the base."""
+CONFUSED = 0.25  # Of the way from one subject to the other: 0.03 to 0.07 in a good run, 1/2 for the base
 FEW_PHOTOS = 3
 ALIKE = 0.9  # Mean cosine of photos to the nearest other: 0.65 to 0.75 for the samples', 1 for equal frames
 BROKEN = re.compile(r"the (?:loss|gradient) is \S+ at step \d+|the adapter is not finite after step \d+")

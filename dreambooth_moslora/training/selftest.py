@@ -215,8 +215,7 @@ def main() -> None:
 
 PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
 STEPS, STOPPED_AT = 6, 3
-TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}
-"""Largest relative difference of a loss to the CPU's in fp32. TF32 convolutions, PyTorch's default, keep 10 bits."""
+TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}  # Of a loss to the CPU's in fp32; TF32 keeps 10 bits
 FLAT_LEVELS = 2.0  # Standard deviation, of 255 levels, below which a picture shows nothing
 FULL_PX, CPU_PX = 1024, 512
 STEP_PLANS = ("full", "recompute")

@@ -75,8 +75,7 @@ class MicroBatch:
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
-GRAPHS = 32
-"""Most graphs of one kind of block. With buckets, the second size makes one graph for all sizes."""
+GRAPHS = 32  # Of one kind of block; with buckets, the second size makes one graph for all sizes
 
 
 @dataclass(frozen=True)
