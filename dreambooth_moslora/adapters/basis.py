@@ -141,12 +141,10 @@ LARGEST = 2.0**14  # of the numbers in the file: fp16 holds up to 65504, and los
 
 @dataclass(frozen=True, eq=False)
 class Mixers:
-    """The mixers of one subject. `values` (n,) fp32: s·M of each layer after the other; `ranks`: path -> r."""
-
     file_name: str
     sha256: str
-    values: Tensor
-    ranks: dict[str, int]
+    values: Tensor  # (n,) fp32: s·M of each layer after the other
+    ranks: dict[str, int]  # path -> r
     metadata: AdapterMetadata
     header: dict[str, str]
 

@@ -319,15 +319,12 @@ def as_text(key: str, value: object) -> str:
 
 @dataclass(frozen=True)
 class FileDifference:
-    """`first` says how the first differing tensor differs, or ""; `count` of `total` differ. `of_updates`: ‖ΔW − ΔW'‖ /
-    ‖ΔW‖, infinite for other layers or alphas. `is_cast`: other shapes or dtypes. `header`: differing entries."""
-
-    first: str
-    count: int
+    first: str  # how the first differing tensor differs, or ""
+    count: int  # differing tensors
     total: int
-    header: tuple[str, ...]
-    of_updates: float = inf
-    is_cast: bool = False
+    header: tuple[str, ...]  # differing entries, also those inside `moslora`
+    of_updates: float = inf  # ‖ΔW − ΔW'‖ / ‖ΔW‖; infinite for other layers or alphas
+    is_cast: bool = False  # some tensor has another shape or dtype
 
 
 def difference_of(one: Path, other: Path) -> FileDifference:

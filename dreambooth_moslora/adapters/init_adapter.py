@@ -28,15 +28,12 @@ BOUND, BOUND_KAIMING = 1e-5, 1e-3  # fp32's rounding, and its amplification by a
 
 @dataclass(frozen=True)
 class Start:
-    """What a run started from. `deviation`: largest relative difference of ΔW; `kept`: the fraction of the file's
-    Σ‖ΔW‖² that the ranks hold; `anew`: layers (`component.path`) that the file lacks; `left_out`: those not trained."""
-
     file_name: str
     layers: int
-    deviation: float
-    kept: float
-    anew: tuple[str, ...]
-    left_out: tuple[str, ...]
+    deviation: float  # largest relative difference of ΔW from the file's
+    kept: float  # of the file's Σ‖ΔW‖², by the run's ranks
+    anew: tuple[str, ...]  # layers (`component.path`) that the file lacks
+    left_out: tuple[str, ...]  # layers of the file that are not trained
 
     def sentence(self) -> str:
         parts = [f"{self.layers} layers go on from it, largest relative deviation {self.deviation:.1e}"]

@@ -40,10 +40,8 @@ WORD, MOST = "moslora_word", 75
 
 @dataclass(frozen=True)
 class NewTokens:
-    """`rows`: component -> (n, D). In prompts `word` stands for all of them."""
-
-    word: str
-    rows: Mapping[str, Tensor]
+    word: str  # stands for all of them in prompts
+    rows: Mapping[str, Tensor]  # component -> (n, D)
 
     @property
     def count(self) -> int:

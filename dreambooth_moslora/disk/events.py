@@ -117,11 +117,9 @@ class PhaseProgress(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step; values that do not exist or are not finite are None. `skipped`: fp16 overflowed."""
-
     kind: ClassVar[str] = "step"
     step: int
-    loss: float | None = None
+    loss: float | None = None  # None, as below, where there is none or it is not finite
     loss_instance: float | None = None
     loss_prior: float | None = None
     lr: float | None = None
@@ -129,7 +127,7 @@ class StepDone(Event):
     step_sec: float | None = None
     eta_sec: float | None = None
     memory_gib: float | None = None
-    skipped: bool = False
+    skipped: bool = False  # fp16 overflowed; the step is repeated with a smaller scale
 
 
 @dataclass(frozen=True)
@@ -143,16 +141,13 @@ class SamplesDrawn(Event):
 
 @dataclass(frozen=True)
 class StepEvaluated(Event):
-    """`scores` by name (each a key of its own on disk), the `best` step so far, the evaluation's `cost`. `photos` holds
-    their `count`, their `nearness` to each other, and how many have no caption that is the bare prompt."""
-
     kind: ClassVar[str] = "evaluation"
     step: int
-    scores: dict[str, float] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)  # each a key of its own on disk
+    best: dict[str, Any] = field(default_factory=dict)  # step so far
     copy_alarm: bool = False
-    cost: dict[str, float] = field(default_factory=dict)
-    photos: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)  # of this evaluation
+    photos: dict[str, float] = field(default_factory=dict)  # `count`, `nearness`, `without_bare_prompt`
 
 
 @dataclass(frozen=True)

@@ -93,20 +93,16 @@ HELD_SEC, POLL_SEC = 30.0, 0.02
 
 @dataclass(frozen=True)
 class QueuedRun:
-    """A run in the queue, with checked `settings` ({} if its file could not be read). `address` is of an owner without
-    a login, paths are relative to `folder`, `argv` are the command's words. `is_new`: its folder was made for it.
-    `queued` and `started` are times (s); `killed` counts kills since its last checkpoint."""
-
     name: str
     owner: str = COMMAND_LINE
-    address: str = ""
-    folder: str = ""
-    argv: tuple[str, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
-    is_new: bool = False
-    queued: float = 0.0
-    started: float = 0.0
-    killed: int = 0
+    address: str = ""  # of an owner without a login
+    folder: str = ""  # that paths in the settings are relative to
+    argv: tuple[str, ...] = ()  # the command's words
+    settings: dict[str, Any] = field(default_factory=dict)  # checked; {} if its file could not be read
+    is_new: bool = False  # its run folder was made for it
+    queued: float = 0.0  # time, s
+    started: float = 0.0  # time, s
+    killed: int = 0  # how often since its last checkpoint
 
     @classmethod
     def load(cls, path: Path) -> "QueuedRun":

@@ -38,15 +38,13 @@ Tables = dict[str, np.ndarray]
 
 @dataclass
 class Evaluation:
-    """Tables of scores by name, (prompts, seeds), (prompts, 1) or (pictures,), and their pictures."""
-
     plan: EvaluationPlan
-    tables: Tables
+    tables: Tables  # of scores, (prompts, seeds), (prompts, 1) or (pictures,)
     alarm: metrics.CopyAlarm
     score: float
     seconds: float
     pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
-    photo_fidelity: float = float("nan")
+    photo_fidelity: float = float("nan")  # of the photos among themselves
 
     @property
     def words(self) -> str:

@@ -66,14 +66,12 @@ class Clip:
 
 @dataclass
 class Encoders:
-    """The models and their preprocessing, with public `names`. `lpips` is the paper's distance, if there."""
-
     clip: Clip
     dino: nn.Module
     dino_processor: Any
-    names: tuple[str, str] = ("clip", "dino")
+    names: tuple[str, str] = ("clip", "dino")  # public ones, never paths
     batch_size: int = BATCH
-    lpips: PictureDistance | None = None
+    lpips: PictureDistance | None = None  # the paper's distance for diversity, if it is here
 
     def clip_images(self, images: Sequence[Image.Image]) -> Tensor:
         """N pictures of any size -> unit vectors (N, P), on the CPU."""

@@ -44,12 +44,10 @@ UNRELATED_TOYS = (
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Every prompt is drawn once from each seed. `templates` hold `{}` for the subject's words. Raises UserError."""
-
     subject: Subject
-    templates: tuple[str, ...]
+    templates: tuple[str, ...]  # with `{}` for the subject's words
     unrelated: tuple[str, ...]
-    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)  # of each prompt
     class_images: int = 16
     inference_steps: int = 25
     bare_prompt: str = ""

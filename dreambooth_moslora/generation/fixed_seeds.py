@@ -30,17 +30,14 @@ class SampleRequest:
 
 @dataclass
 class Sampler:
-    """Draws requests with the pipeline's denoiser. `embed` returns the texts of prompts, `guidance_scale` None is the
-    base's own, `on_step` is called after each denoising step. Raises StopRequestedError once `should_stop` is true."""
-
     pipeline: DiffusionPipeline
-    embed: Callable[[list[str]], list[Text]]
+    embed: Callable[[list[str]], list[Text]]  # the texts of prompts, cached or computed
     resolution_px: int
     device: torch.device
     inference_steps: int = DEFAULT_INFERENCE_STEPS
-    should_stop: Callable[[], bool] = bool
-    guidance_scale: float | None = None
-    on_step: Callable[[], object] = bool
+    should_stop: Callable[[], bool] = bool  # raises StopRequestedError at the next denoising step
+    guidance_scale: float | None = None  # None is the base's own
+    on_step: Callable[[], object] = bool  # after each denoising step
 
     def __call__(self, requests: Sequence[SampleRequest], batch_size: int = 1) -> Generator[Image.Image, None, None]:
         """The pictures, in order. Each has its own noise in any batch. Without requests, no VAE is needed."""

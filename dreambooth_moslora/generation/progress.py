@@ -89,11 +89,9 @@ def _with_ones(latents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Preview:
-    """A rough view of image `index` of `size_px` (height, width); `latents` (1, 4, h, w) stay on the device."""
-
     index: int
-    latents: Tensor
-    size_px: tuple[int, int]
+    latents: Tensor  # (1, 4, h, w), on the device
+    size_px: tuple[int, int]  # (height, width)
     colours: LatentColours | None  # None: no previews, as the latents are packed
 
     @cached_property

@@ -205,21 +205,14 @@ def tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
 
 @dataclass(frozen=True)
 class Photo:
-    """A usable photo. `size_px` is (h, w) upright. `mask_path` equals `path` if the transparency is the mask.
-
-    Each exposure uses one of the `captions`; `is_captioned` if they are the photo's own. `bare_prompt` is the instance
-    prompt if none of them is it, as some exposures then use it (`--instance_prompt_share`). `reasons` are remarks
-    for the user (too small, …), none of which forbids its use. `subject` is the number of the run's subject, from 0.
-    """
-
     path: Path
-    size_px: tuple[int, int]
-    captions: tuple[str, ...]
-    mask_path: Path | None = None
-    reasons: tuple[str, ...] = ()
-    is_captioned: bool = False
-    bare_prompt: str | None = None
-    subject: int = 0
+    size_px: tuple[int, int]  # (h, w) upright
+    captions: tuple[str, ...]  # each exposure uses one
+    mask_path: Path | None = None  # `path` if the transparency is the mask
+    reasons: tuple[str, ...] = ()  # remarks for the user; none forbids its use
+    is_captioned: bool = False  # the captions are its own
+    bare_prompt: str | None = None  # the instance prompt, if no caption is it (`--instance_prompt_share`)
+    subject: int = 0  # its number in the run, from 0
 
     @property
     def kept_name(self) -> str:
@@ -388,16 +381,13 @@ def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -
 
 @dataclass(frozen=True)
 class CropRule:
-    """How photos are cut: to a square of `resolution_px`, or to `bucket_of` by `bucket_step_px`, in `crops_per_photo`
-    different crops (None: always new ones), enlarged at random by at most `zoom`, within their own pixels."""
-
-    resolution_px: int
+    resolution_px: int  # side of the square
     center_crop: bool = False
     random_flip: bool = False
     interpolation: str = "lanczos"
-    crops_per_photo: int | None = 1
-    zoom: float = 1.0
-    bucket_step_px: int | None = None
+    crops_per_photo: int | None = 1  # different ones; None: always new ones
+    zoom: float = 1.0  # most, at random, within a photo's own pixels
+    bucket_step_px: int | None = None  # to the rectangle of `bucket_of` instead
 
     def target(self, size_px: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the crops of a photo of `size_px` (h, w)."""

@@ -13,9 +13,7 @@ SCHEDULE_FREE = "AdamWScheduleFree"
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """One optimizer. Classes are named as `module:name`, and imported when a run begins."""
-
-    home: str
+    home: str  # `module:name`, imported when a run begins
     options: Callable[[Config], dict[str, Any]]  # its arguments besides the groups and the rate
     package: str | None = None  # what pip installs for it
     on_gpu: str | None = None  # the class that takes its place there

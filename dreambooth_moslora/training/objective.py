@@ -27,14 +27,11 @@ Pointwise = Callable[[Tensor], Tensor]  # Differences (B, 4, h, w) -> the error 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Noise levels: `sigmas` (T,) noise-to-signal ratios, `timesteps` (T,) for the UNet. `style`: `ddpm`, `edm`,
-    `flow`; `prediction_type`: `epsilon`, `v_prediction`, `flow`; `sigma_data` of EDM's own bases (Playground v2.5)."""
-
-    sigmas: Tensor
-    timesteps: Tensor
-    prediction_type: str = "epsilon"
-    style: str = "ddpm"
-    sigma_data: float | None = None
+    sigmas: Tensor  # (T,) noise-to-signal ratios
+    timesteps: Tensor  # (T,) as the UNet gets them
+    prediction_type: str = "epsilon"  # `epsilon`, `v_prediction` or `flow`
+    style: str = "ddpm"  # `ddpm`, `edm` or `flow`
+    sigma_data: float | None = None  # of bases trained with EDM's own preconditioning (Playground v2.5)
 
     @classmethod
     def from_alphas(cls, alphas_cumprod: Tensor, prediction_type: str, style: str) -> "NoiseSchedule":
@@ -65,12 +62,10 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class NoisySample:
-    """Noisy latents: `unet_input` and `latents` (B, 4, h, w), `timesteps` (B,) for the UNet, `index` (B,)."""
-
-    unet_input: Tensor
-    latents: Tensor
-    timesteps: Tensor
-    index: Tensor
+    unet_input: Tensor  # (B, 4, h, w)
+    latents: Tensor  # (B, 4, h, w)
+    timesteps: Tensor  # (B,) for the UNet
+    index: Tensor  # (B,)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -299,14 +299,11 @@ def prior_streams(
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """`latents` (B, 4, h, w), `time_ids` (B, 6), `mask` (B, 1, h, w) or None, `prompts` (B), all on the CPU. The
-    first `instance_count` images are the subject's, the others are prior images."""
-
-    latents: Tensor
-    time_ids: Tensor
-    instance_count: int
-    mask: Tensor | None
-    prompts: list[str]
+    latents: Tensor  # (B, 4, h, w), on the CPU, as all
+    time_ids: Tensor  # (B, 6)
+    instance_count: int  # of the subject, which come first; the others are prior images
+    mask: Tensor | None  # (B, 1, h, w)
+    prompts: list[str]  # (B)
 
     def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
         """The batch twice (2B): the second half has these prompts (B), and the base's prediction as its target."""

@@ -63,19 +63,16 @@ Entries = dict[str, Callable[[], Tensors]]  # Keys in a cache, each with the fun
 
 @dataclass
 class TrainInputs:
-    """Inputs of the loop. `prior` is None without class images; `prompt_embeds` serves frozen text encoders,
-    `text_products` a UNet that caches cross-attention; a fresh adapter begins with `start`, on the `basis`."""
-
     pipeline: DiffusionPipeline
     family: Family
     schedule: NoiseSchedule
     photos: list[Photo]
     instance: SubjectStreams
-    prior: SubjectStreams | None
-    prompt_embeds: PromptCache
+    prior: SubjectStreams | None  # None without class images
+    prompt_embeds: PromptCache  # for frozen text encoders
     dtype: torch.dtype
-    start: AdapterWeights | None = None
-    text_products: TextProducts | None = None
+    start: AdapterWeights | None = None  # of a fresh adapter
+    text_products: TextProducts | None = None  # of a UNet that caches cross-attention
     basis: Basis | None = None
 
     @property

@@ -46,12 +46,10 @@ def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> 
 
 @dataclass(frozen=True)
 class Rows:
-    """B images for the denoiser: noisy latents, `texts` and `prompts` (B), `time_ids` (B, 6) with sizes and crops."""
-
     noisy: NoisySample
-    texts: tuple[Text, ...]
-    time_ids: Tensor
-    prompts: tuple[str, ...]
+    texts: tuple[Text, ...]  # (B)
+    time_ids: Tensor  # (B, 6) with sizes and crops
+    prompts: tuple[str, ...]  # (B)
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
