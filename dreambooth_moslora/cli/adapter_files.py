@@ -13,9 +13,8 @@ LOKR_SUFFIX = ".lokr.safetensors"
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="safetensors files, or folders with a published adapter"
-    )
+    about = "safetensors files, or folders with a published adapter"
+    parser.add_argument("files", nargs="+", metavar="FILE", help=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object a file instead of lines")
 
 
@@ -47,9 +46,8 @@ def facts_of(file: Path) -> dict[str, object]:
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", metavar="RAW_OR_CHECKPOINT", help="moslora_weights.safetensors, a checkpoint folder or a run folder"
-    )
+    about = "moslora_weights.safetensors, a checkpoint folder or a run folder"
+    parser.add_argument("source", metavar="RAW_OR_CHECKPOINT", help=about)
     parser.add_argument(
         "--for",
         dest="readers",

@@ -43,9 +43,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--images_per_prompt", type=positive, default=4, help="seeds 0, 1, … of each (default: 4)")
     group.add_argument("--class_images", type=positive, default=16, help="pictures of the bare class (default: 16)")
     group.add_argument("--inference_steps", type=positive, default=25, help="denoising steps (default: 25)")
-    group.add_argument(
-        "--guidance_scale", type=guidance, help="how closely to follow prompts (default: the base's own)"
-    )
+    about_guidance = "how closely to follow prompts (default: the base's own)"
+    group.add_argument("--guidance_scale", type=guidance, help=about_guidance)
     group.add_argument("--scale", type=strength, default=1.0, help="the adapter's strength (default: 1)")
     group.add_argument(
         "--sweep_scale",

@@ -54,9 +54,8 @@ class Findings:
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", default="toy", help='test the VAE of this base (default: toy); "none" skips it')
     parser.add_argument("--photos", metavar="DIR", help="test the VAE on these photos")
-    parser.add_argument(
-        "--size", type=int, default=256, metavar="N", help="side of the test pictures, px (default: 256)"
-    )
+    about = "side of the test pictures, px (default: 256)"
+    parser.add_argument("--size", type=int, default=256, metavar="N", help=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -160,9 +159,8 @@ def examine_machine(found: Findings) -> None:
         found.facts["device"] = "CPU"
         found.facts["bf16"] = "yes" if has_fast_bf16() else "no: use --mixed_precision no"
         if shutil.which("nvidia-smi"):
-            found.warnings.append(
-                "there is an Nvidia driver, but this torch is built for CPU; see pytorch.org for yours"
-            )
+            reason = "but this torch is built for CPU; see pytorch.org for yours"
+            found.warnings.append(f"there is an Nvidia driver, {reason}")
         found.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
 
 

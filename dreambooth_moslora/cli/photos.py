@@ -32,9 +32,8 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
     about_word = "what they show: judge them for the base and the size that `train DIR WORD` would choose"
     parser.add_argument("word", metavar="WORD", nargs="?", help=about_word)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument(
-        "--picture", metavar="FILE", help="where the picture of the crops goes (default: NAME_crops.png)"
-    )
+    about_picture = "where the picture of the crops goes (default: NAME_crops.png)"
+    parser.add_argument("--picture", metavar="FILE", help=about_picture)
     parser.add_argument("--no_picture", action="store_true", help="draw none")
     parser.add_argument("--make_masks", action="store_true", help="write name.mask.png beside photos without a mask")
     parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
@@ -146,9 +145,8 @@ def as_text(report: "PhotoReport", crops: str | None) -> str:
         lines.append(f"  ok    {photo.path.name}  {width} x {height}  {'; '.join(extras)}".rstrip())
         lines.append(f"        {quoted(photo)}")
     lines += [f"  left  {item.path.name}  {item.reason}" for item in report.skipped]
-    lines.append(
-        f"{len(report.photos)} usable, {len(report.skipped)} left out, {len(report.sidecars)} captions and masks"
-    )
+    usable, left_out, beside = map(len, (report.photos, report.skipped, report.sidecars))
+    lines.append(f"{usable} usable, {left_out} left out, {beside} captions and masks")
     return "\n".join([*lines, *([crops] if crops else []), *([verdict(report)] if report.photos else [])])
 
 

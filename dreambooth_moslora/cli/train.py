@@ -106,10 +106,8 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
     command = f"python {SCRIPT}" if prog == SCRIPT else prog
     parser = Parser(prog=prog, description=DESCRIPTION, epilog=EXAMPLE.format(command=command))
     parser.add_argument("--version", action="version", version=__version__)
-    about = (
-        "put the run at the end of the queue beside its --output_dir and return; `queue start` or the page trains it"
-    )
-    parser.add_argument("--queue", action="store_true", help=about)
+    about = "put the run at the end of the queue beside its --output_dir and return"
+    parser.add_argument("--queue", action="store_true", help=f"{about}; `queue start` or the page trains it")
     add_training_flags(parser)
     return parser
 
@@ -301,9 +299,8 @@ def print_ending(plan: "Plan", result: "TrainResult") -> None:
     """Say where the adapter is, and of a run that was not stopped the most important advice of `explain`."""
     folder, step = result.run_dir, result.step
     if not result.interrupted:
-        text = (
-            f'done: {step} steps. pipe.load_lora_weights("{folder}") loads the adapter; {folder}/README.md says more.'
-        )
+        load = f'pipe.load_lora_weights("{folder}") loads the adapter'
+        text = f"done: {step} steps. {load}; {folder}/README.md says more."
     elif step:
         text = f"stopped at step {step}: the adapter so far is in {folder}; --resume_from_checkpoint latest goes on."
     else:

@@ -4,7 +4,7 @@ Scores are the means over several subjects. The best step has the highest `metri
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 
 import torch
@@ -64,16 +64,14 @@ class TrainingEvaluator:
         numbered = {f"dino_subject_{n}": round(one.mean("dino"), 4) for n, one in enumerate(of_each, start=1)}
         photos = torch.cat([evaluator.photos.joint for evaluator in self.evaluators])
         best = best_of([*self._earlier(step), (step, round(found.score, 4))])
+        near = {"nearness": round(photo_nearness(photos), 4)} if len(photos) > 1 else {}
+        bare = sum(photo.bare_prompt is not None for photo in self.photos_as_trained)
         return {
             **found.logged(),
             **(numbered if len(of_each) > 1 else {}),
             "copy_alarm": found.alarm.raised,
-            "photos": {
-                "count": len(photos),
-                **({"nearness": round(photo_nearness(photos), 4)} if len(photos) > 1 else {}),
-                "without_bare_prompt": sum(photo.bare_prompt is not None for photo in self.photos_as_trained),
-            },
-            "best": {"step": best.step, "score": best.score, "since": best.since},
+            "photos": {"count": len(photos), **near, "without_bare_prompt": bare},
+            "best": asdict(best),
             "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
         }
 

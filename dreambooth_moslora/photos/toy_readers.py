@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize, pixel_shuffle, pixel_unshuffle
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from dreambooth_moslora.core import TOY_PLACES
+
 FILE = "model.safetensors"
 SIZE_PX = 128  # Shorter side of its training pictures
 PATCH = 2  # The pixels of 2 x 2 patches become channels: a quarter of the work for the same outline
@@ -26,11 +28,8 @@ STRIDE = PATCH * 2 ** (len(WIDTHS) - 1)
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1),
-        nn.GroupNorm(8, outputs),
-        nn.SiLU(),
-    )
+    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
+    return nn.Sequential(convolution, nn.GroupNorm(8, outputs), nn.SiLU())
 
 
 class ToySegmenter(nn.Module):
@@ -83,27 +82,12 @@ LIGHT_PHRASES = {
     "rain": "in the rain",
     "snowfall": "in falling snow",
 }
-_OUTDOORS = tuple(LIGHT_PHRASES)
-_WARM = _OUTDOORS[:-1]
-_INDOORS = ("day", "night")
-LIGHTS_AT = {
-    "on grass": _OUTDOORS,
-    "in the snow": ("day", "sunset", "night", "overcast", "fog", "snowfall"),
-    "on the beach": _WARM,
-    "on a wooden floor": _INDOORS,
-    "on a purple rug": _INDOORS,
-    "in the desert": ("day", "sunset", "night", "overcast"),
-    "on a checkered floor": _INDOORS,
-    "in a pink room": _INDOORS,
-    "on water": _WARM,
-    "in a forest": _OUTDOORS,
-    "on a city street": _OUTDOORS,
-    "on the moon": ("day",),
-    "in a kitchen": _INDOORS,
-    "on a stage with red curtains": ("day",),
-    "on autumn leaves": _WARM,
-    "on lava": ("day",),
-}
+INDOORS = ("on a wooden floor", "on a purple rug", "on a checkered floor", "in a pink room", "in a kitchen")
+LIGHTS_AT = dict.fromkeys(TOY_PLACES, tuple(LIGHT_PHRASES)) | dict.fromkeys(INDOORS, ("day", "night"))
+LIGHTS_AT |= dict.fromkeys(("on the beach", "on water", "on autumn leaves"), tuple(LIGHT_PHRASES)[:-1])
+LIGHTS_AT |= dict.fromkeys(("on the moon", "on a stage with red curtains", "on lava"), ("day",))
+LIGHTS_AT["in the snow"] = ("day", "sunset", "night", "overcast", "fog", "snowfall")
+LIGHTS_AT["in the desert"] = ("day", "sunset", "night", "overcast")
 """The places of the toy world, and the lights under which each may be shown."""
 SURROUNDINGS = tuple((place, light) for place, lights in LIGHTS_AT.items() for light in lights)
 

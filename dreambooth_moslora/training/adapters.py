@@ -146,10 +146,8 @@ class LearntTokens:
         kept = [read_tokens(path) for path in tokens_files(checkpoint)] if checkpoint else []
         started = kept or fresh_tokens(config, pipeline)
         device = pipeline.text_encoder.device
-        self.tokens = tuple(
-            NewTokens(one.word, {part: nn.Parameter(rows.float().to(device)) for part, rows in one.rows.items()})
-            for one in started
-        )
+        learnt = [{part: nn.Parameter(rows.float().to(device)) for part, rows in one.rows.items()} for one in started]
+        self.tokens = tuple(NewTokens(one.word, rows) for one, rows in zip(started, learnt))
         self.attached = AttachedTokens(pipeline, self.tokens)
         self.is_averaged = False
         self._encoded = PromptCache(lambda prompts: encode_text(pipeline, prompts), TensorCache(), "")

@@ -156,9 +156,8 @@ def make_class_images(
 
         done = wanted - sum(map(len, lacking))
         make_missing(context, "class_images", lacking, draw, ClassBatch.keep, size=len, done=done)
-    return agreed(
-        accelerator, lambda: usable_class_photos(folder, config, sets), lambda found: f"{len(found)} class images"
-    )
+    usable = partial(usable_class_photos, folder, config, sets)
+    return agreed(accelerator, usable, lambda found: f"{len(found)} class images")
 
 
 def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> tuple[Sets, list[ClassBatch]]:

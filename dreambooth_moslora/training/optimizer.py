@@ -53,9 +53,8 @@ class FlatProdigy(Prodigy):
 
     def step(self, closure: None = None) -> None:
         """One step of the parameters that have a gradient."""
-        reached = [
-            tuple(weight for weight in group["params"] if weight.grad is not None) for group in self.param_groups
-        ]
+        groups = [group["params"] for group in self.param_groups]
+        reached = [tuple(weight for weight in weights if weight.grad is not None) for weights in groups]
         if any(weights and weights not in self._long for weights in reached):
             self._spread()
         known = [[bool(self.state.get(weight)) for weight in weights] for weights in reached]
@@ -66,12 +65,11 @@ class FlatProdigy(Prodigy):
         for weights, long in zip(reached, longs, strict=True):
             if long is not None and (states := self._long.pop(weights, None) or joined(weights, self.state)):
                 self.state[long] = states
-        own = [group["params"] for group in self.param_groups]
         try:
             self._take([[] if long is None else [long] for long in longs])
             super().step()
         finally:
-            self._take(own)
+            self._take(groups)
         for weights, long in zip(reached, longs, strict=True):
             if long is not None:
                 torch._foreach_copy_([weight.detach() for weight in weights], parts_of(long.detach(), weights))
@@ -137,10 +135,9 @@ def parameter_groups(
         mixers = [p for _, p in mixer_parameters(module)]
         mixer_ids = {id(p) for p in mixers}
         others = [p for _, p in adapter_parameters(module) if id(p) not in mixer_ids]
+        mixer_lr = lr * config.mixer_lr_scale
         groups.append({"name": name, "params": others, "lr": lr, "weight_decay": decay})
-        groups.append(
-            {"name": f"{name}.mixer", "params": mixers, "lr": lr * config.mixer_lr_scale, "weight_decay": 0.0}
-        )
+        groups.append({"name": f"{name}.mixer", "params": mixers, "lr": mixer_lr, "weight_decay": 0.0})
     groups.append({"name": "tokens", "params": list(tokens), "lr": text_lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 

@@ -71,13 +71,9 @@ class PhotoEncoder:
 
     def entry(self, photo: Photo, plan: CropPlan) -> tuple[str, Callable[[], Tensors]]:
         """The crop's key in the cache, and the function that encodes it (UserError if photo or cache changed)."""
-        key = content_key(
-            photo=self._digest(photo.path),
-            subject=photo.mask_path and self._digest(photo.mask_path),
-            plan=plan,
-            interpolation=self.rule.interpolation,
-            vae=self.vae_identity,
-        )
+        how = {"plan": plan, "interpolation": self.rule.interpolation, "vae": self.vae_identity}
+        subject = photo.mask_path and self._digest(photo.mask_path)
+        key = content_key(photo=self._digest(photo.path), subject=subject, **how)
 
         def compute() -> Tensors:
             if self.vae is None:
@@ -307,14 +303,9 @@ class TrainBatch:
 
     def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
         """The batch twice (2B): the second half has these prompts (B), and the base's prediction as its target."""
-        size = len(self.prompts)
-        return TrainBatch(
-            self.latents.repeat(2, 1, 1, 1),
-            self.time_ids.repeat(2, 1),
-            size,
-            None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)]),
-            [*self.prompts, *prompts],
-        )
+        mask = None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)])
+        latents, time_ids = self.latents.repeat(2, 1, 1, 1), self.time_ids.repeat(2, 1)
+        return TrainBatch(latents, time_ids, len(self.prompts), mask, [*self.prompts, *prompts])
 
 
 def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> TrainBatch:
@@ -323,13 +314,8 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
     masks = None
     if any(view.mask is not None for view in views):
         masks = torch.stack([torch.ones_like(v.latents[:1]) if v.mask is None else v.mask for v in views])
-    return TrainBatch(
-        torch.stack([view.latents for view in views]),
-        torch.stack([view.time_ids for view in views]),
-        instance_count,
-        masks,
-        [caption for _, caption in samples],
-    )
+    latents, time_ids = (torch.stack([getattr(view, name) for view in views]) for name in ("latents", "time_ids"))
+    return TrainBatch(latents, time_ids, instance_count, masks, [caption for _, caption in samples])
 
 
 def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:

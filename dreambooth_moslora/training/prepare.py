@@ -104,9 +104,8 @@ def prepare(
     context.report.phase("loading")
     dtype = DTYPES[context.accelerator.mixed_precision]
     is_late = load is None and waits_for_encoders(config)
-    pipeline = (
-        load_base(config, dtype, device, has_denoiser=False) if is_late else (load or load_base)(config, dtype, device)
-    )
+    load = partial(load_base, has_denoiser=False) if is_late else load or load_base
+    pipeline = load(config, dtype, device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     for flag in weighting_flags(config) if schedule.style == "edm" else ():  # the base may be one without the flag
         raise UserError(f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out.")
@@ -133,9 +132,8 @@ def prepare(
     denoiser = denoiser_of(pipeline)
     products = TextProducts(denoiser, device) if config.cache_cross_attention else None
     denoiser.to(device)
-    return TrainInputs(
-        pipeline, family, schedule, photos, instance, prior, prompt_embeds, dtype, start, products, basis
-    )
+    shown = photos, instance, prior, prompt_embeds
+    return TrainInputs(pipeline, family, schedule, *shown, dtype, start, products, basis)
 
 
 def check_denoiser(

@@ -286,14 +286,11 @@ def sheet_rows(
         name = f" of “{subject.instance_prompt}”" if config.subjects else ""
         asked = [n for n, request in enumerate(samples.requests) if request.prompt in validation_prompts(subject)]
         captions = tuple(samples.requests[n].prompt for n in asked)
+        latest = [samples.latest[n] for n in asked if n < len(samples.latest)]
         rows += [
             Row(f"The photos{name}", readable(own[:6])),
             Row(f"Step 0: the {start}, before training", samples.first(asked), captions),
-            Row(
-                f"Step {samples.latest_step}: the same prompts, from the same noise",
-                [samples.latest[n] for n in asked if n < len(samples.latest)],
-                captions,
-            ),
+            Row(f"Step {samples.latest_step}: the same prompts, from the same noise", latest, captions),
             row_of("New contexts", [shown for shown in contexts if shown[0].prompt in context_prompts(subject)]),
         ]
     pairs = together_prompts(config)

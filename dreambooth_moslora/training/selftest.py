@@ -167,11 +167,8 @@ def floor_step(materials: RandomMaterials, config: TrainConfig, device: torch.de
     """One forward pass of the frozen UNet in training mode and its input's gradient: the lower bound of a step."""
     unet, batch = materials.pipeline.unet.train(), materials.batch_at(0, config.train_batch_size)
     texts = [in_dtype(text, device, materials.dtype) for text in materials.prompt_embeds(batch.prompts)]
-    words, sizes, times = (
-        materials.family.arguments(texts),
-        batch.time_ids.to(device),
-        torch.tensor([500], device=device),
-    )
+    words, sizes = materials.family.arguments(texts), batch.time_ids.to(device)
+    times = torch.tensor([500], device=device)
 
     def step() -> None:
         noisy = torch.randn_like(batch.latents, device=device, dtype=materials.dtype).requires_grad_()
