@@ -90,14 +90,8 @@ def begin_with(weights: AdapterWeights, components: dict[str, nn.Module], adapte
     figures = {path: begin_layer(live[path], adapter_name, *update[path]) for path in common}
     before, kept = (sum(figure[place] for figure in figures.values()) for place in (1, 2))
     worst = max(common, key=lambda path: figures[path][0])
-    start = Start(
-        weights.file_name,
-        len(common),
-        figures[worst][0],
-        kept / before if before else 1.0,
-        tuple(path for path in live if path not in update),
-        tuple(path for path in update if path not in live),
-    )
+    anew, left_out = (tuple(p for p in one if p not in other) for one, other in ((live, update), (update, live)))
+    start = Start(weights.file_name, len(common), figures[worst][0], kept / before if before else 1.0, anew, left_out)
     kinds = {getattr(model.peft_config[adapter_name], "mixer", "none") for model in components.values()}
     bound = BOUND_KAIMING if "kaiming" in kinds else BOUND
     if not start.deviation <= bound:

@@ -28,7 +28,7 @@ from dreambooth_moslora.adapters.describe import reduce_layers
 from dreambooth_moslora.adapters.kohya_file import kohya_header, kohya_tensors, published_path
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, untied
-from dreambooth_moslora.adapters.moslora import SAVED_TYPE, adapter_layers, fold
+from dreambooth_moslora.adapters.moslora import SAVED_TYPE, fold
 from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
 from dreambooth_moslora.adapters.raw_file import (
@@ -127,11 +127,8 @@ def reduced(
         for path, layer in layers.items():
             check_finite({f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}, "the adapter")
     folded, kept = reduce_layers(folded, keep)
-    expected = {
-        f"{component}.{path}": folded[component][published_path(component, path)].delta
-        for component, model in components.items()
-        for path in adapter_layers(model, adapter_name)
-    }
+    names = [name.partition(".") for name in all_layers(components, adapter_name)]
+    expected = {f"{part}.{path}": folded[part][published_path(part, path)].delta for part, _, path in names}
     check_reduction(components, adapter_name, expected, keep)
     return folded, kept, expected
 

@@ -205,14 +205,9 @@ def plan_of(args: argparse.Namespace, subject: TrainConfig, photos: Sequence["Ph
     from dreambooth_moslora.evaluation.protocol import plan_of_subject, spread
 
     file = Path(args.prompts)
-    plan = plan_of_subject(
-        subject,
-        photos,
-        "auto" if file.is_file() else args.prompts,
-        seeds=tuple(range(args.images_per_prompt)),
-        class_images=args.class_images,
-        inference_steps=args.inference_steps,
-    )
+    templates, seeds = "auto" if file.is_file() else args.prompts, tuple(range(args.images_per_prompt))
+    counts = {"class_images": args.class_images, "inference_steps": args.inference_steps}
+    plan = plan_of_subject(subject, photos, templates, seeds=seeds, **counts)
     if file.is_file():
         try:
             lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())

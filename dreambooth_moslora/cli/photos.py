@@ -182,11 +182,9 @@ def run_caption(args: argparse.Namespace) -> int:
     words = args.instance_prompt if args.subject is None else args.subject
     if not words.strip():
         raise UserError(f"--{'instance_prompt' if args.subject is None else 'subject'}: it has no words.")
-    config = TrainConfig(
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
-        instance_prompt=args.instance_prompt or f"a photo of a {args.subject.strip()}",
-        caption_model=args.caption_model,
-    )
+    prompt = args.instance_prompt or f"a photo of a {args.subject.strip()}"
+    base = {BASE: args.pretrained_model_name_or_path}
+    config = TrainConfig(**base, instance_prompt=prompt, caption_model=args.caption_model)
     folder = Path(find_asset(args.folder))
     report = find_photos(folder, config.instance_prompt, config.resolution)
     if not report.photos:

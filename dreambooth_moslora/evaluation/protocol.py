@@ -98,14 +98,9 @@ class EvaluationPlan:
         self, templates: int, seeds: int, class_images: int, unrelated: int, inference_steps: int | None = None
     ) -> "EvaluationPlan":
         """A plan with fewer pictures, spread evenly over the templates, for scores during training."""
-        return replace(
-            self,
-            templates=spread(self.templates, templates),
-            seeds=self.seeds[:seeds],
-            class_images=min(class_images, self.class_images),
-            unrelated=spread(self.unrelated, unrelated),
-            inference_steps=inference_steps or self.inference_steps,
-        )
+        fewer = {"templates": spread(self.templates, templates), "unrelated": spread(self.unrelated, unrelated)}
+        fewer |= {"seeds": self.seeds[:seeds], "class_images": min(class_images, self.class_images)}
+        return replace(self, **fewer, inference_steps=inference_steps or self.inference_steps)
 
 
 def spread(items: Sequence[str], count: int) -> tuple[str, ...]:

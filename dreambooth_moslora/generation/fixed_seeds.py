@@ -68,16 +68,10 @@ class Sampler:
             for prompts in ([r.prompt for r in requests], [""] * len(requests))
         )
         seeds, size = [r.seed for r in requests], (self.resolution_px, self.resolution_px)
-        pixels = drawn(
-            self.pipeline,
-            family.with_negative(words, empty),
-            seeds,
-            size,
-            guidance=self.guidance_scale,
-            num_inference_steps=self.inference_steps,
-            callback_on_step_end=stopper(self.should_stop, self.on_step),
-        )
-        return pictures_of(finite_or_black(pixels))
+        stop = stopper(self.should_stop, self.on_step)
+        options = {"num_inference_steps": self.inference_steps, "callback_on_step_end": stop}
+        words = family.with_negative(words, empty)
+        return pictures_of(finite_or_black(drawn(self.pipeline, words, seeds, size, self.guidance_scale, **options)))
 
 
 def drawn(
@@ -90,11 +84,8 @@ def drawn(
 ) -> Tensor:
     """Pixels (B, 3, h, w), about in [-1, 1], by the pipeline's call with `words`. `guidance` None is the base's own."""
     facts = facts_of(type(pipeline).__name__)
-    options |= {
-        "height": size_px[0],
-        "width": size_px[1],
-        "generator": [torch.Generator().manual_seed(s) for s in seeds],
-    }
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options |= {"height": size_px[0], "width": size_px[1], "generator": generators}
     options[facts.guidance_name] = default_guidance(pipeline) if guidance is None else guidance
     if facts.style == "flow":
         return pipeline(**words, **options, output_type="pt").images.float() * 2 - 1

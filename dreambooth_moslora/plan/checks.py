@@ -290,9 +290,8 @@ def check_basis(config: TrainConfig) -> None:
     if config.basis == SVD:
         source = resolve_base(config.pretrained_model_name_or_path)
         if isinstance(source, Path) and source.is_file():
-            raise UserError(
-                f"{given}: {source.name} is a single file; the base must be a diffusers folder or a hub id."
-            )
+            reason = "is a single file; the base must be a diffusers folder or a hub id."
+            raise UserError(f"{given}: {source.name} {reason}")
         return
     if not Path(config.basis).is_file():
         raise UserError(f"{given}: there is no such file; give a raw adapter file, or the word svd.")

@@ -164,10 +164,8 @@ def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     except (OSError, ValueError) as error:
         raise UserError(f"--like {path}: it is not a safetensors file: {one_line(error)}.") from None
     settings = unless_given(found.settings, given)
-    return settings, [
-        f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)",
-        *found.remarks,
-    ]
+    said = f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)"
+    return settings, [said, *found.remarks]
 
 
 def recipe_in_file(file: Path) -> FoundRecipe:
