@@ -133,10 +133,8 @@ def random_materials(size: str, resolution_px: int) -> RandomMaterials:
     ids = torch.tensor([resolution_px, resolution_px, 0, 0, resolution_px, resolution_px], dtype=torch.float32)
     widths = text_widths(size)
     embeds, pooled = torch.randn(77, sum(widths)).bfloat16(), torch.randn(widths[1]).bfloat16()
-    view, text = (
-        EncodedView(torch.randn(4, side, side), ids, None),
-        dict(prompt_embeds=embeds, pooled_prompt_embeds=pooled),
-    )
+    text = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    view = EncodedView(torch.randn(4, side, side), ids, None)
     return RandomMaterials(SimpleNamespace(unet=random_unet(size)), noise_schedule(scheduler), view, text)
 
 
