@@ -24,7 +24,7 @@ COMMANDS = {
         "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI"),
     "evaluate": ("cli.evaluate", "measure how good an adapter is: report.html and scores.json"),
     "explain": ("cli.evaluate", "say what a run's figures mean, and which flag to try next"),
-    "compare": ("extras.lab.command_compare",
+    "compare": ("extras.lab.commands",
         "train and score several kinds of adapter at an equal budget: tables, intervals, plots"),
     "queue": ("cli.queue", "list, order and train the runs that wait; `train … --queue` adds one"),
     "fleet": ("extras.cluster.command_fleet",
@@ -37,7 +37,7 @@ COMMANDS = {
         "train, resume and draw on this machine's device, and compare the results with its CPU"),
     "info": ("cli.adapter_files",
         "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, the mixer's figures"),
-    "basis": ("extras.lab.command_basis", "learn A and B that many subjects share, for `train --basis FILE`"),
+    "basis": ("extras.lab.commands", "learn A and B that many subjects share, for `train --basis FILE`"),
 }
 """Each command: its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line of the help."""
 # fmt: on

@@ -44,9 +44,8 @@ DENIED = "access denied ({}); look at the credentials, and at what they may do t
 
 
 class Bucket:
-    """A folder behind `url`. All names are relative to it, with slashes. Raises UserError for a URL without a bucket,
-    and when a library is missing. Each method retries failed calls, and raises UserError for an error that outlasts
-    that."""
+    """A folder behind `url`; names are relative to it, with slashes. Each method retries failed calls. Raises UserError
+    for a URL without a bucket, a missing library, and errors that last."""
 
     def __init__(self, url: str):
         from fsspec.core import url_to_fs
@@ -95,8 +94,7 @@ class Bucket:
         self.tried(name, self.files.rm_file, absent=None)
 
     def tried(self, name: str, action: Callable[[str], T], source: Path | None = None, **absent: T) -> T:
-        """Call `action` with the full path. Returns `absent` when the file does not exist. Raises FileNotFoundError
-        when `source` is gone."""
+        """Call `action` with the full path; `absent` for no file. Raises FileNotFoundError without `source`."""
         for wait in range(TRIES):
             try:
                 self.files.invalidate_cache()
@@ -119,8 +117,7 @@ class Bucket:
 
 
 def at_once(function: Callable[..., T], items: Iterable) -> list[T]:
-    """Call `function` on all items in threads; results keep the items' order. After an error no further call
-    begins, and it is raised when those under way have ended."""
+    """Call `function` on all items in threads, results in order. After an error no further call begins."""
     with ThreadPoolExecutor(AT_ONCE) as threads:
         return list(threads.map(function, items))
 
@@ -158,8 +155,7 @@ def read_manifest(bucket: Bucket) -> Manifest:
 
 
 def is_plain(name: str, digest: object) -> bool:
-    """Whether it names a file within the folder, by a name that a file can have and a key that a bucket can have.
-    Raises ValueError for characters that no name has."""
+    """Whether it names a file within the folder, as files and bucket keys can. Raises ValueError."""
     path, sizes = PurePosixPath(name), [len(os.fsencode(part)) for part in (name, *name.split("/"))]
     is_within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
     is_one_spelling = str(path) == name and path.parts == Path(name).parts  # Windows divides names at more characters

@@ -92,9 +92,8 @@ def run_tasks(
     should_stop: Callable[[], bool] = bool,
     on_retry: Callable[[Task, str], None] = lambda task, reason: None,
 ) -> Iterator[tuple[Task, Any]]:
-    """Yield (task, the function's result or `Lost`) as tasks end. At most `window` tasks are submitted at once, which
-    bounds memory for long lists. A task whose worker or machine is lost is submitted again up to `retries` times. After
-    `should_stop` no task is started; running ones are waited for."""
+    """Yield (task, result or `Lost`) as tasks end. At most `window` are submitted at once; one whose machine is lost
+    again up to `retries` times. After `should_stop` none is started; running ones are waited for."""
     import ray
 
     remote = ray.remote(max_retries=0, max_calls=0)(function)

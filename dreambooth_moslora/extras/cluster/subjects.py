@@ -153,8 +153,7 @@ def prompts_of(token: str, word: str) -> dict[str, str]:
 
 
 def mark_of(settings: Mapping[str, Any]) -> str:
-    """A digest of the settings and of the photos' file names and sizes: if it changes, the run must be trained again.
-    It does not depend on where photos and run folder are."""
+    """A digest of the settings and of the photos' names and sizes, wherever they lie: another means another run."""
     files = sorted(Path(settings["instance_data_dir"]).iterdir())
     sizes = [(path.name, path.stat().st_size) for path in files if path.is_file()]
     values = TrainConfig.from_dict(settings).to_dict()

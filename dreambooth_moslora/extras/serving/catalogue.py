@@ -110,8 +110,7 @@ MOST_FETCHED = 64  # Files of a bucket that a replica keeps on its disk
 
 
 class Catalogue:
-    """Adapters by name. `find` raises RefusedError (404) when there is none; `local` is the file's path here, after
-    fetching it if needed."""
+    """Adapters by name. `find` raises RefusedError (404); `local` is the file's path here, fetched if needed."""
 
     def __init__(self, old_sec: float) -> None:
         self._old_sec, self._lock = old_sec, Lock()

@@ -64,8 +64,7 @@ def digest(token: str) -> bytes:
 
 
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
-"""Environment of Ray Serve, set before its start: on a busy machine its default of 5 seconds restarts the proxy
-again and again."""
+"""Environment of Ray Serve: its default of 5 seconds restarts the proxy again and again on a busy machine."""
 RANGES = {
     "port": (1, 65535),
     "replicas": (1, 1024),
@@ -113,8 +112,7 @@ class ServeSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ServeSettings":
-        """Settings of a Serve config file, whose proxies listen on all addresses. Raises UserError for an unknown
-        name."""
+        """Of a Serve config file, whose proxies listen everywhere. Raises UserError for an unknown name."""
         if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
             raise UserError(f"unknown setting {unknown[0]!r}.")
         places = values.get("adapters", ())
@@ -163,8 +161,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Front:
-    """`draw` sends an order to a replica; `facts` asks a replica about the base. At most `max_inside` requests
-    wait or are drawn at once; each has `request_timeout_sec`."""
+    """`draw` sends an order to a replica, `facts` asks about the base. At most `max_inside` requests are in it."""
 
     draw: Callable[[Order], Awaitable[Drawn]]
     facts: Callable[[], Awaitable[dict]]

@@ -26,8 +26,7 @@ STOP_SEC = 5.0  # Seconds for pictures in progress when the service ends
 
 
 def keep_on_loopback() -> None:
-    """Make this process open its ports on the loopback only: Ray Serve opens each replica's port on all addresses and
-    without a token. Call it when a replica starts."""
+    """Open this replica's ports on the loopback only: Ray Serve opens them without a token."""
     from grpc.aio._server import Server
 
     add_port = Server.add_insecure_port
