@@ -190,8 +190,7 @@ def is_toy(base: str) -> bool:
 
 
 def preferred_guidance(base: str, usual: float = 5.0) -> float:
-    """The default guidance of a base: its family's `usual` one, 5 for SDXL. With 5, the embedded base's colours
-    saturate, and adapted pictures drift further from its own (`evaluate --guidance_scale 5`)."""
+    """A base's default guidance: the family's `usual`; with 5, the embedded base's colours saturate."""
     return 2.5 if is_toy(base) else usual
 
 

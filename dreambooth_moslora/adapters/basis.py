@@ -38,8 +38,7 @@ NEGLIGIBLE = 1e-6  # singular values below this share of the largest are roundin
 
 
 class SvdBasis:
-    """The leading singular directions of the weights in a diffusers folder. `note` names a basis: its kind, the SHA-256
-    of the UNet's files, its file's name or "". Raises UserError for `folder` None (a single-file base)."""
+    """The leading singular directions of a folder's UNet, noted by its files' SHA-256. Raises UserError for None."""
 
     def __init__(self, folder: Path | None, variant: str | None = None):
         self.files = [] if folder is None else weight_files(folder / UNET, variant)

@@ -276,8 +276,7 @@ class Alone:
 
 
 class Joint(Alone):
-    """Layers with one input, which compute together: the first that is called computes all of them, and the others'
-    results wait until they are called with the same input. `outputs(x)` gives y (…,out) of each layer for x (…,in)."""
+    """Layers with one input: the first called computes all (`outputs(x)`: y (…,out) of each), whose results wait."""
 
     def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
         self.down, self.up, self._input, self._waiting = down, up, None, []

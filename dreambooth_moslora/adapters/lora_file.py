@@ -67,8 +67,7 @@ DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def projections(tensors: dict[str, Tensor], file_name: str) -> Folded:
-    """Component -> module path as the file writes it -> its matrices down (r, in, …) and up (out, r, …). Raises
-    UserError for another key, half a pair, DoRA in a part of a component's layers, and NaN or infinity."""
+    """Component -> module path -> matrices down (r, in, …) and up (out, r, …). Raises UserError for others."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         component, path, field = _place(key, tensor, file_name)

@@ -80,8 +80,7 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class MixedLowRank:
-    """The adapter of one layer: A `down` (r, in) or (r, in, h, w), M `mixer` (r, r), B `up` (out, r), s. `mixer` None
-    means M = I, a plain LoRA. `magnitude` (out,) is DoRA's."""
+    """One layer: A `down` (r, in, …), M `mixer` (r, r) (None: I), B `up` (out, r), s, DoRA's `magnitude` (out,)."""
 
     down: Tensor
     mixer: Tensor | None
@@ -129,8 +128,7 @@ class ReadOnlyWeight(Tensor):
 
 
 class Computed(nn.Module):
-    """A matrix of LoRA that is the `product` of its parameters. A state dict also holds a `weight` of one zero:
-    loading it into a plain LoRA then fails on the shape, instead of silently ignoring the other keys."""
+    """A matrix, the `product` of parameters; its state dict's `weight` of one zero fits no plain LoRA."""
 
     def product(self) -> Tensor:
         raise NotImplementedError

@@ -110,8 +110,7 @@ def has_mixer(config: LoraConfig) -> bool:
 
 @wraps(create)
 def create_and_mix(self, lora_config, adapter_name, target, target_name, parent, current_key, **options):
-    """Also put a mixer between the A and the B that PEFT has just made; all become fp32, even if PEFT is to use the
-    base's dtype. Raises UserError unless PEFT only multiplies by lora_B, a plain matrix."""
+    """Also put an fp32 mixer between PEFT's A and B. Raises UserError unless PEFT only multiplies by lora_B."""
     create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
     if not has_mixer(lora_config):
         return

@@ -160,8 +160,7 @@ PEFT_SETTINGS = "lora_adapter_metadata"  # In the header, as diffusers' scripts 
 
 
 def peft_settings(folded: Folded) -> dict[str, object]:
-    """`component.name` -> a setting of PEFT's LoraConfig. The scale is in `up`, so alpha is the rank. Names have no
-    `text_model.`, which versions of transformers differ in: PEFT compares their ends."""
+    """`component.name` -> a setting of LoraConfig: alpha is the rank, as the scale is in `up`; no `text_model.`."""
     settings: dict[str, object] = {}
     for component, layers in folded.items():
         ranks = {path.removeprefix("text_model."): layer.rank for path, layer in layers.items()}

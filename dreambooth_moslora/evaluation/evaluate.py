@@ -103,8 +103,7 @@ class Views:
 
 
 class Evaluator:
-    """Judges adapters of one subject by `plan`. `masks` (white = subject) are optional; each photo has one or None.
-    `rivals`: words of the adapter's other subjects -> DINO vectors of their photos (`report.evaluators_of`)."""
+    """Judges adapters of one subject by `plan`. `masks`: white = subject, or None. `rivals`: others' vectors."""
 
     def __init__(
         self,

@@ -104,8 +104,7 @@ class Encoders:
 def load_encoders(
     base: str | Path = "", clip: str | Path = "", dino: str | Path = "", device: str | torch.device = "cpu"
 ) -> Encoders:
-    """The toy world's encoders for the embedded `base`, else CLIP and DINOv2, or those named by hub id or folder.
-    Raises UserError when one is not available: give a folder, or fetch it once with a network."""
+    """The toy world's encoders for the embedded `base`, else CLIP and DINOv2, or those named. Raises UserError."""
     folder = own_encoders(base)
     clip_name = f"{folder.name} CLIP" if folder and not clip else public_name(clip or CLIP)
     towers = load_clip(clip or folder or CLIP, device, is_pipeline=bool(folder and not clip))
@@ -266,8 +265,7 @@ def diversity(
     groups: Sequence[Hashable],
     distance: Callable[[Any, Any], float] = lambda a, b: float(1 - a @ b),
 ) -> dict[Hashable, float]:
-    """DIV of each group of two or more: the mean `distance` over all pairs, higher is more diverse. `pictures` are unit
-    vectors for the cosine distance, and the pictures themselves for LPIPS."""
+    """DIV of groups of two or more: the mean `distance` of pairs of vectors, or of pictures for LPIPS."""
     members: dict[Hashable, list] = {}
     for picture, group in zip(pictures, groups, strict=True):
         members.setdefault(group, []).append(picture)
@@ -294,8 +292,7 @@ def photo_nearness(photos: Tensor) -> float:
 
 
 def copy_index(generated: Tensor, photos: Tensor) -> Tensor:
-    """(m - r)/(1 - r) of each picture (N, D) -> (N,); m is its largest cosine to a photo (P, D), r `photo_nearness`. 0:
-    no nearer to a photo than the photos are to each other; 1: it is the photo; negative: farther."""
+    """(m - r)/(1 - r) of each picture (N, D) -> (N,): m its largest cosine to a photo (P, D), r `photo_nearness`."""
     nearness = min(photo_nearness(photos), 0.99)  # equal frames would divide by zero
     return ((generated @ photos.T).amax(1) - nearness) / (1 - nearness)
 
@@ -342,7 +339,6 @@ def confusion(generated: Tensor, own: Tensor, other: Tensor) -> Tensor:
 
 
 def checkpoint_score(fidelity: float, prompt: float, base_prompt: float, copied: float) -> float:
-    """fidelity × prompt × no copy, in [0, 1]; it defines the best checkpoint. `fidelity` is DINO (at least 0), `prompt`
-    is CLIP-T relative to the base's (at most 1), `copied` is the fraction of copies."""
+    """fidelity (DINO) × prompt (CLIP-T to the base's, at most 1) × (1 - fraction `copied`), in [0, 1]."""
     kept = min(prompt / base_prompt, 1.0) if base_prompt > 0 else 1.0
     return max(fidelity, 0.0) * max(kept, 0.0) * (1 - copied)

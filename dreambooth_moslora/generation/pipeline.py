@@ -66,8 +66,7 @@ Event = Step | Preview | Image
 
 
 def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) -> Iterator[Item]:
-    """Run `work(emit, abandoned)` in a thread, yield what it emits and raise its exception. `abandoned()` is true once
-    the consumer has closed the iterator, with which the thread ends."""
+    """Run `work(emit, abandoned)` in a thread; yield what it emits until either ends, and raise its exception."""
     events: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()
 

@@ -361,8 +361,7 @@ def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int
 
 
 def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
-    """(h, w), multiples of `step_px`, with at most the square's area, and the shape nearest to that of `size_px`. The
-    sides are between half and twice `resolution_px`. Of two equally near shapes the larger one is taken."""
+    """(h, w), multiples of `step_px`, of at most the square's area, with the shape nearest to `size_px`'s."""
     sides = range(step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px)
     shapes: set[tuple[int, int]] = set()
     for side in sides:

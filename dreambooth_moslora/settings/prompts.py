@@ -88,8 +88,7 @@ def word_pattern(word: str) -> re.Pattern:
 
 
 def learnt_words(config: TrainConfig) -> tuple[str, ...]:
-    """The word of each subject that its new tokens stand for in prompts; none for a run without new tokens. Raises
-    UserError unless each instance prompt has its word, no class prompt has one, and no word is part of another."""
+    """The word of each subject that its new tokens stand for. Raises UserError unless prompts and words are apart."""
     if not config.train_text_encoder_ti:
         return ()
     subjects = config.each_subject

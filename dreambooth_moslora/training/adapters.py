@@ -158,8 +158,7 @@ class LearntTokens:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """For the update of a step. Missing gradients become zero, as all processes average the same parameters. From
-        the pivot on the rows' update is undone: Prodigy moves even a group of rate 0."""
+        """For a step's update. Missing gradients become zero; from the pivot on the rows stay as they are."""
         for rows in self.parameters:
             if rows.grad is None:
                 rows.grad = torch.zeros_like(rows)

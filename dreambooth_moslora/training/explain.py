@@ -111,8 +111,7 @@ class Figures:
         return self.step * photos_a_step / self.photos
 
     def moved(self, name: str) -> float | None:
-        """How far `pres`, the class, or `dino_bare`, the bare instance prompt, moved: 0 as the base draws the class,
-        1 at the subject as prompts with places show it. None without the scores."""
+        """How far `pres` (the class) or `dino_bare` moved: 0 as the base draws the class, 1 at the subject."""
         here, start, end = (self.scores.get(each) for each in (name, "pres_base", "dino"))
         if here is None or start is None or end is None or end - start < LEAST_LIKENESS:
             return None
@@ -203,8 +202,7 @@ SCORE_LOST = 0.03  # Since the best step. A score from six pictures varies by ab
 CLASS_MOVED = 1 / 3
 """Of the way from the base's class to the subject: below 0 in good runs, about 1 without prior preservation."""
 DRIFTED = 1.5  # Of the base's own spread: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior preservation
-PROMPT_KEPT = 0.75
-"""CLIP-T relative to the base's: 0.79 to 1.06 in runs that show the requested place, below 0.3 in others."""
+PROMPT_KEPT = 0.75  # CLIP-T over the base's: 0.79 to 1.06 in runs that show the place, below 0.3 in others
 BARE_SHOWN = 1 / 2  # Of the likeness gained: 0.15 without the bare prompt, 1.11 with a third of the exposures
 BARE_SHARES = (0.33, 0.5)  # Shares of the instance prompt to try, one after the other
 LEAK = 0.05  # A leak above this is mentioned with a lost prompt

@@ -42,8 +42,7 @@ BF16_ON_A_CPU = (
 def load_base(
     config: TrainConfig, dtype: torch.dtype, device: torch.device, *, has_denoiser: bool = True
 ) -> DiffusionPipeline:
-    """Load the base, without its denoiser if so told. Its VAE is in fp32, as SDXL's own overflows in fp16; a named one,
-    and a flow model's, is in `dtype`. Raises UserError when it cannot be loaded."""
+    """Load the base, its VAE in fp32 unless that is named or a flow model's. Raises UserError if it cannot be."""
     facts = facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
     is_flow = facts is not None and facts.style == "flow"
     pipeline = load_pipeline(

@@ -87,8 +87,7 @@ def sample_timesteps(
     multiplier: float = 1.0,
     portion: float = 0.25,
 ) -> Tensor:
-    """Indices (count,) of noise levels, with equal chances, or `multiplier` times as likely in the noisiest (`later`)
-    or least noisy (`earlier`) `portion`, as in diffusers' `train_text_to_image_sdxl.py`."""
+    """Indices (count,) of noise levels; `portion` is `multiplier` times as likely, as in diffusers' scripts."""
     if strategy == "none":
         return torch.randint(len(schedule), (count,), generator=generator)
     chances = torch.ones(len(schedule))

@@ -186,8 +186,7 @@ NOT_SET = "p0"  # Prodigy's start of a weight. For a weight that started at zero
 
 
 def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, exact: bool) -> dict[str, Any]:
-    """The checkpoint's states at `step`, with the settings that the optimizer's groups have now. `exact`: each
-    parameter has taken all steps; otherwise at most as many. Raises ValueError for states that do not fit."""
+    """The checkpoint's states at `step` with the groups' settings; `exact`: no fewer steps. Raises ValueError."""
     pattern = pattern_of(optimizer)
     groups = optimizer.state_dict()["param_groups"]
     loaded = states["param_groups"]

@@ -319,8 +319,7 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
 
 
 def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:
-    """The CPU tensors, or None, on `device`, by one transfer as fp32, which holds integers up to 2**24. Only CUDA's is
-    asynchronous, from pinned memory: Apple's GPUs would read a buffer that is freed."""
+    """The CPU tensors, or None, on `device`, by one transfer as fp32, asynchronous on CUDA (pinned memory)."""
     if device.type == "cpu":
         return tensors
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}

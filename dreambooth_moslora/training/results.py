@@ -183,8 +183,7 @@ class Publisher:
             self._publish_to(folder)
 
     def publish(self, finished: bool) -> Proof:
-        """Write the adapter, then its card, then push it to the hub; plot and contact sheet come last. Only a finished
-        run draws new contexts, fewer after a stop, and is pushed. The main process writes; all draw."""
+        """Write adapter, card, plot and sheet. Only a finished run draws contexts and is pushed; all processes draw."""
         accelerator = self.train_step.accelerator
         proof = on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
         contexts: list[Shown] = []
@@ -260,8 +259,7 @@ def settings_in(facts: AdapterMetadata) -> list[object]:
 def write_card(
     config: TrainConfig, run_dir: RunDir, facts: CardFacts, drawn: list[Shown], contexts: list[Shown]
 ) -> None:
-    """Write README.md and its pictures, image_0.png and on: with one subject a few, with several one of each and of
-    pairs. Old pictures go first and new ones come last: a card names every picture at all times."""
+    """Write README.md and its pictures, old ones first away: at all times a card names every picture."""
     pictures = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *contexts]
     if len(config.subjects) > 1:
         first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}

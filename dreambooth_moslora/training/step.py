@@ -167,8 +167,7 @@ class TrainStep:
         return (self.step * count + turn) * world + self.accelerator.process_index
 
     def update_adapter(self) -> float:
-        """Average gradients over processes, clip them, and take a step. Returns the gradient's norm before clipping.
-        If the norm is not finite, no step is counted: fp16's gradient scaler has skipped it and lowers its scale."""
+        """Average and clip gradients, and take a step. Returns the norm; if not finite, fp16 has skipped it."""
         with self.learnt.step(self.step) if self.learnt else nullcontext():
             self._average_gradients()
             norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf)
