@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from random import SystemRandom
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -120,23 +120,6 @@ def lines_without(others: str, own: str) -> str:
     return ", ".join(line for line in own.splitlines() if line not in others.splitlines())
 
 
-class Ending(NamedTuple):
-    """How the work of a process ended before its time: with an error of this `text`, or by a stop."""
-
-    is_stop: bool
-    text: str
-
-    @classmethod
-    def of(cls, error: Exception | None) -> "Ending | None":
-        return None if error is None else cls(isinstance(error, StopRequestedError), str(error) or type(error).__name__)
-
-    def heard_from(self, process: int) -> Exception:
-        """The error to raise on the other processes."""
-        if self.is_stop:
-            return StopRequestedError()
-        return UserError(f"{f'process {process}' if process else 'the main process'} ended: {self.text}")
-
-
 def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
     try:
         return work(), None
@@ -146,16 +129,19 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None
 
 def exchange(accelerator: Processes, own: list[Result], error: Exception | None) -> list[Result]:
     """The results of all processes, in their order. One's `error` is raised on all; an error is more than a stop."""
-    ending = Ending.of(error)
-    told = [(own, ending)]
+    is_stop = isinstance(error, StopRequestedError)
+    told = [(own, None if error is None else (is_stop, str(error) or type(error).__name__))]
     if accelerator.num_processes > 1:
         with others_present():
             told = gather_object(told)
     endings = [(process, ended) for process, (_, ended) in enumerate(told) if ended is not None]
     if not endings:
         return [result for results, _ in told for result in results]
-    process, worst = min(endings, key=lambda found: found[1].is_stop)
-    raise error if ending is not None and ending.is_stop == worst.is_stop else worst.heard_from(process)
+    process, (all_stop, text) = min(endings, key=lambda found: found[1][0])
+    if error is not None and is_stop == all_stop:
+        raise error
+    other = f"process {process}" if process else "the main process"
+    raise StopRequestedError() if all_stop else UserError(f"{other} ended: {text}")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ step before the pivot, and once after it.
 """
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +19,11 @@ from dreambooth_moslora.adapters.fast_linear import enable_fast_path
 from dreambooth_moslora.adapters.init_adapter import begin_with
 from dreambooth_moslora.adapters.lora_file import AdapterWeights
 from dreambooth_moslora.adapters.moslora import (
-    MoSLoraConfig,
     adapter_layers,
+    exact_config,
     inject,
     matrix_layers,
     narrowest_sides,
-    value_pattern,
 )
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, AttachedTokens, NewTokens, read_tokens
 from dreambooth_moslora.adapters.raw_file import load_raw
@@ -94,21 +92,11 @@ def fresh_adapters(
             logger.warning("%s", line)
         torch.manual_seed(seed_of(config.seed, "adapter", name))
         sizes = {path: rank_and_alpha(config, name, path) for path in paths}
-        settings = MoSLoraConfig(
-            r=config.rank,
-            lora_alpha=usual_alpha,
-            rank_pattern=value_pattern({path: rank for path, (rank, _) in sizes.items()}, config.rank),
-            alpha_pattern=value_pattern({path: alpha for path, (_, alpha) in sizes.items()}, usual_alpha),
-            lora_dropout=config.lora_dropout,
-            use_dora=config.use_dora,
-            use_rslora=config.use_rslora,
-            target_modules="|".join(map(re.escape, paths)),
-            mixer=ZERO if config.basis else config.mixer,
-            train_mixer=config.train_mixer,
-            mixer_seed=config.seed,
-            mixer_factor=config.mixer_factor,
-        )
-        inject(module, settings)
+        ranks, alphas = ({path: both[place] for path, both in sizes.items()} for place in (0, 1))
+        same = ("lora_dropout", "use_dora", "use_rslora", "train_mixer", "mixer_factor")
+        settings = {name: getattr(config, name) for name in same} | {"mixer_seed": config.seed}
+        settings["mixer"] = ZERO if config.basis else config.mixer
+        inject(module, exact_config(ranks, alphas, config.rank, usual_alpha, **settings))
     if start is not None:
         logger.warning("%s", begin_with(start, components).sentence())
     if basis is not None:

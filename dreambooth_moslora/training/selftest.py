@@ -194,17 +194,9 @@ def main() -> None:
     parser.add_argument("--gradient_checkpointing", action="store_true")
     args = parser.parse_args()
     keep_freed_memory()
-    config = TrainConfig(
-        instance_data_dir=".",
-        instance_prompt="a photo of sks dog",
-        resolution=args.resolution,
-        rank=16,
-        train_batch_size=1,
-        gradient_checkpointing=args.gradient_checkpointing,
-        mixed_precision="bf16",
-        seed=0,
-    )
-    print(json.dumps(measure(args.size, config)))
+    fixed = {"rank": 16, "train_batch_size": 1, "mixed_precision": "bf16", "seed": 0, "instance_data_dir": "."}
+    asked = {"resolution": args.resolution, "gradient_checkpointing": args.gradient_checkpointing}
+    print(json.dumps(measure(args.size, TrainConfig(**fixed, **asked, instance_prompt="a photo of sks dog"))))
 
 
 PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
