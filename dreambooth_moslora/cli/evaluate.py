@@ -15,7 +15,8 @@ from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
 from dreambooth_moslora.core import UserError, atomic_write, find_asset, spelled_out
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card
-from dreambooth_moslora.photos.folder import require_folder_of_photos
+from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
+from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan.checks import require_folder, require_writable
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.sources import read_json_table, reason_of
@@ -27,7 +28,6 @@ from dreambooth_moslora.training.model_card import with_strength
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.evaluate import Evaluation
     from dreambooth_moslora.evaluation.protocol import EvaluationPlan
-    from dreambooth_moslora.photos.photo import Photo
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from dreambooth_moslora.evaluation.evaluate import evaluate_adapter
     from dreambooth_moslora.evaluation.metrics import load_encoders
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
-    from dreambooth_moslora.photos.folder import log_strays, photo_report
 
     hush()
     base, subjects = config.pretrained_model_name_or_path, config.each_subject
@@ -184,7 +183,6 @@ def known_of(path: Path) -> dict:
     """The settings of the run with the file or folder; else those in the header of a file that we published."""
     hush()
     from dreambooth_moslora.adapters.published_file import load_published
-    from dreambooth_moslora.disk.run_folder import find_weights
 
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
@@ -200,7 +198,7 @@ def known_of(path: Path) -> dict:
     return known
 
 
-def plan_of(args: argparse.Namespace, subject: TrainConfig, photos: Sequence["Photo"]) -> "EvaluationPlan":
+def plan_of(args: argparse.Namespace, subject: TrainConfig, photos: Sequence[Photo]) -> "EvaluationPlan":
     """The flags' plan for a subject, without places in its photos' captions. Raises UserError."""
     from dreambooth_moslora.evaluation.protocol import plan_of_subject, spread
 

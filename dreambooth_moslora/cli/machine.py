@@ -19,7 +19,8 @@ from packaging.version import InvalidVersion, Version
 
 from dreambooth_moslora.cli.terminal import hush
 from dreambooth_moslora.core import UserError, atomic_write, clone_folder
-from dreambooth_moslora.photos.folder import require_folder_of_photos
+from dreambooth_moslora.photos.folder import find_photos, require_folder_of_photos
+from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.settings.rules import version_of
 
 MIN_PYTHON = (3, 11)
@@ -176,8 +177,6 @@ def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) ->
 
     from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
     from dreambooth_moslora.base.files import resolve_base
-    from dreambooth_moslora.photos.folder import find_photos
-    from dreambooth_moslora.photos.photo import open_rgb
 
     hush()
     try:
