@@ -94,6 +94,14 @@ def is_token_note(value: object) -> bool:
     return is_note(texts, {"word", "file", "sha256"}) and texts["word"].strip() != "" and texts["file"] != ""
 
 
+def are_token_notes(value: object) -> bool:
+    return value == {} or is_token_note(value) or listed(is_token_note)(value)
+
+
+def is_basis_note(value: object) -> bool:
+    return value == {} or is_note(value, {"kind", "sha256", "file"})
+
+
 def are_public(value: object) -> bool:
     """Whether they are settings of PUBLIC. A variant becomes a part of a file's name, so it must be a word."""
     if not isinstance(value, dict) or not value.keys() <= set(PUBLIC):
@@ -109,14 +117,9 @@ def checked(is_valid: Callable[[object], bool], **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What a file says about its adapter; nothing in it is a path or describes photos or the machine.
-
-    `recipe`: the run's settings in `settings.sources`, for `--like`. `subject_prompts`: the words that call each of
-    several subjects. `ranks` and `alphas` list the modules (`component.path`) that differ from `rank` and `alpha`.
-    `best_scale` and `usable_scales` (lowest, highest) are set if they were measured. `tokens` has the `NewTokens.note`
-    of each file of new tokens, `basis` is the note of the frozen A and B. `public` and `withheld` are explained above.
-    `step` is set if the run did not end there, `processes` if there were several.
-    """
+    """What a file says about its adapter; nothing in it is a path or describes photos or the machine. `ranks` and
+    `alphas` list the modules (`component.path`) that differ from `rank` and `alpha`; `best_scale` and `usable_scales`
+    (lowest, highest) were measured. `public` and `withheld` are explained above."""
 
     rank: int = checked(is_rank)
     alpha: float = checked(is_finite_number)
@@ -137,21 +140,15 @@ class AdapterMetadata:
     resolution_px: int | None = checked(is_rank_or_none, default=None)
     versions: Mapping[str, str] = checked(named(is_text), default_factory=dict)
     best_scale: float | None = checked(lambda value: value is None or is_finite_number(value), default=None)
-    usable_scales: tuple[float, ...] = checked(
-        lambda value: listed(is_finite_number)(value) and len(value) in (0, 2), default=()
-    )
-    recipe: Mapping[str, object] = checked(is_dict, default_factory=dict)
-    tokens: tuple[dict[str, object], ...] = checked(
-        lambda value: value == {} or is_token_note(value) or listed(is_token_note)(value), default=()
-    )
-    subject_prompts: tuple[str, ...] = checked(listed(is_text), default=())
-    basis: Mapping[str, str] = checked(
-        lambda value: value == {} or is_note(value, {"kind", "sha256", "file"}), default_factory=dict
-    )
+    usable_scales: tuple[float, ...] = checked(lambda v: listed(is_finite_number)(v) and len(v) in (0, 2), default=())
+    recipe: Mapping[str, object] = checked(is_dict, default_factory=dict)  # for `--like` (`settings.sources`)
+    tokens: tuple[dict[str, object], ...] = checked(are_token_notes, default=())  # `NewTokens.note` of each file
+    subject_prompts: tuple[str, ...] = checked(listed(is_text), default=())  # of several subjects
+    basis: Mapping[str, str] = checked(is_basis_note, default_factory=dict)  # of the frozen A and B
     public: Mapping[str, object] = checked(are_public, default_factory=dict)
     withheld: tuple[str, ...] = checked(listed(is_text), default=())
-    step: int | None = checked(is_rank_or_none, default=None)
-    processes: int | None = checked(is_rank_or_none, default=None)
+    step: int | None = checked(is_rank_or_none, default=None)  # if the run did not end there
+    processes: int | None = checked(is_rank_or_none, default=None)  # if there were several
 
     @property
     def factor(self) -> int:
