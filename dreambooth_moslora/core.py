@@ -29,8 +29,7 @@ NO_MEMORY = re.compile(
     r"can't allocate memory|out of memory|ALLOC_FAILED|AllocFailed|(CUBLAS|HIPBLAS|CUDNN)_STATUS_NOT_INITIALIZED"
     r"|could not create a (primitive|memory object)$"
 )
-"""Messages of the CPU's allocator, of the drivers of Nvidia's, AMD's and Apple's GPUs, of libraries without memory for
-their workspace, and of oneDNN."""
+"""Messages of the CPU's allocator, of Nvidia's, AMD's and Apple's drivers, of libraries, and of oneDNN."""
 MOST_LETTERS = 1000  # Most characters of a message: a value of a hundred thousand is not shown whole.
 
 
@@ -68,8 +67,7 @@ class StopRequestedError(Exception):
 
 
 class UserError(ValueError):
-    """A mistake of the user: one line that says what was wrong and what to do. Command-line programs print it without a
-    traceback and exit with code 2. Undecodable bytes are spelled out, and a very long text loses its middle."""
+    """A mistake of the user: one line that says what was wrong and what to do (exit code 2, no traceback)."""
 
     def __init__(self, text: str):
         super().__init__(shortened(spelled_out(text)))
@@ -167,8 +165,7 @@ def import_environment() -> dict[str, str]:
 
 
 def find_asset(path: str) -> str:
-    """A path given by the user, with `~` resolved. If `assets/…` does not exist there, it is taken from the program's
-    own files: the README's examples work from any folder."""
+    """A path of the user's, `~` resolved; `assets/…` that is not there is the program's own (the README's examples)."""
     path = os.path.expanduser(path)
     parts = Path(path).parts
     if parts[:1] != ("assets",) or os.path.exists(path):
@@ -182,8 +179,7 @@ TOY_PLACES = (
     *("on a checkered floor", "in a pink room", "on water", "in a forest", "on a city street", "on the moon"),
     *("in a kitchen", "on a stage with red curtains", "on autumn leaves", "on lava"),
 )
-TOY_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in TOY_PLACES)
-"""One for each place that the embedded base knows."""
+TOY_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in TOY_PLACES)  # The embedded base's
 TOY_CONTEXT_TEMPLATES = tuple(
     f"a photo of a {{}} {p}" for p in ("on the beach", "in the snow", "on lava", "on the moon")
 )
@@ -194,15 +190,12 @@ def is_toy(base: str) -> bool:
 
 
 def preferred_guidance(base: str, usual: float = 5.0) -> float:
-    """The default guidance of a base: its family's `usual` one, 5 for SDXL. With 5, the embedded base's colours
-    saturate, and adapted pictures drift further from its own (`evaluate --guidance_scale 5`)."""
+    """A base's default guidance: the family's `usual`; with 5, the embedded base's colours saturate."""
     return 2.5 if is_toy(base) else usual
 
 
-CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
-"""Hub ids of the encoders that score pictures of SDXL."""
-SUBJECT_FILE = "subject.json"
-"""Beside photos: their token and class word, for commands that take folders of subjects; of a toy, what it is."""
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"  # Score pictures of SDXL
+SUBJECT_FILE = "subject.json"  # Beside photos: their token and class word; of a toy, what it is
 MAX_WORD_CHARACTERS = 60  # Of a token, and of the word for what photos show.
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

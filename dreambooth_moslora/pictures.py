@@ -1,9 +1,7 @@
 """Pictures as files: PNGs, contact sheets, and HTML pages of the templates in `dreambooth_moslora/templates`.
 
-The contact sheet of a run shows the photos, step 0 beside the end at the same seeds, and new contexts. As it holds
-the user's photos, it stays in the run folder and is never uploaded.
-
-A page is one file: styles and pictures are embedded, and opening it fetches nothing.
+The contact sheet of a run holds the user's photos, so it stays in the run folder. A page is one file: styles and
+pictures are embedded, and opening it fetches nothing.
 """
 
 import base64
@@ -38,11 +36,9 @@ MAX_COLUMNS = 6
 
 @dataclass(frozen=True)
 class Row:
-    """A titled row; `captions`, if any, are drawn under the pictures, one each."""
-
     title: str
     images: list[Image.Image]
-    captions: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()  # drawn under the pictures, one each, if any
 
 
 def draw_contact_sheet(rows: list[Row], path: Path, tile_px: int = 192) -> None:
@@ -101,7 +97,7 @@ NUMERIC = re.compile(r"[-+\d., /%()\[\]e]+")
 
 
 def render(template: str, **values: object) -> str:
-    """The page that a template makes of the values. Text in them is escaped."""
+    """The page that a template makes of the values. Text in them is escaped, but not for Markdown."""
     return environment().get_template(template).render(values)
 
 
@@ -110,7 +106,7 @@ def environment() -> Environment:
     """The templates, with `image | jpeg(side_px)` and `figure | png` for pictures, and `text is numeric`."""
     found = Environment(
         loader=PackageLoader("dreambooth_moslora", "templates"),
-        autoescape=True,
+        autoescape=lambda name: not name.endswith(".md"),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,

@@ -3,13 +3,12 @@
     W0 ≈ U·S·Vᵀ        A = √c·V_rᵀ (r, in)        B = √c·U_r (out, r)        c = the mean of the r largest S
     y  = W0·x + s·B·M·A·x        M (r, r) starts at zero
 
-`SvdBasis` is of the base's own weights, as its files hold them: the same in whatever precision the base is loaded.
-`FileBasis` takes A and B from a raw adapter file. A subject's file holds r² numbers a layer, a few hundred kB for all:
+`SvdBasis` is of the base's own weights as its files hold them, `FileBasis` takes A and B from a raw adapter file. A
+subject's file holds r² numbers a layer, a few hundred kB for all:
 
     mixers (n,) fp16    M of all layers, in order, with the scale s included, divided by 2^exponent
 
-The header holds the metadata as other files do (`moslora`: ranks, and the basis by kind and SHA-256), the layers'
-paths and the exponent. Stock LoRA loaders refuse such a file: they know none of its names.
+Its header holds the metadata as other files do, the layers' paths and the exponent. Stock LoRA loaders refuse it.
 
 `SwappedMixers` is a basis in a UNet as one PEFT adapter, whose mixers are views of one buffer: another subject is one
 copy. Several subjects at once are the sum of their mixers, as B·(M₁ + M₂)·A = B·M₁·A + B·M₂·A.
@@ -36,9 +35,7 @@ NEGLIGIBLE = 1e-6  # singular values below this share of the largest are roundin
 
 
 class SvdBasis:
-    """The leading singular directions of the weights in a diffusers folder. The SHA-256 is of the UNet's files. `note`
-    names a basis: its kind, a SHA-256, and the name of its file or "". Raises UserError for `folder` None, which a
-    single-file base has, and for weights in another format."""
+    """The leading singular directions of a folder's UNet, noted by its files' SHA-256. Raises UserError for None."""
 
     def __init__(self, folder: Path | None, variant: str | None = None):
         self.files = [] if folder is None else weight_files(folder / UNET, variant)
@@ -94,14 +91,12 @@ def svd_bases(folder: Path | None) -> Iterator[SvdBasis]:
 
 @lru_cache(maxsize=64)
 def known_digest(file: Path, _mtime_ns: int, _size: int) -> str:
-    """The SHA-256 of an unchanged file, computed once."""
     return file_digest(file)
 
 
 def leading_directions(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (rank, in, …) and B (out, rank) of a weight (out, in, …), computed in fp64 on the CPU. They come from the
-    eigenvectors of the smaller of W·Wᵀ and Wᵀ·W, a tenth of a full SVD's time. Of each pair the largest entry on that
-    side is positive. Directions beyond the rank of W are zero."""
+    """A (rank, in, …) and B (out, rank) of a weight (out, in, …), in fp64 on the CPU, by the eigenvectors of the
+    smaller of W·Wᵀ and Wᵀ·W. The largest entry on that side is positive. Directions beyond the rank of W are zero."""
     flat = weight.cpu().double().flatten(1)
     is_tall = len(flat) > flat.shape[1]
     wide = flat.T if is_tall else flat
@@ -130,7 +125,6 @@ def put_basis(basis: Basis, unet: torch.nn.Module, adapter_name: str = "default"
 
 
 def freeze_basis(unet: torch.nn.Module, adapter_name: str = "default") -> None:
-    """Let only the mixers of the adapter learn."""
     for layer in moslora.adapter_layers(unet, adapter_name).values():
         layer.lora_A[adapter_name].weight.requires_grad_(False)
         layer.lora_B[adapter_name].up.requires_grad_(False)
@@ -143,12 +137,10 @@ LARGEST = 2.0**14  # of the numbers in the file: fp16 holds up to 65504, and los
 
 @dataclass(frozen=True, eq=False)
 class Mixers:
-    """The mixers of one subject. `values` (n,) fp32: s·M of each layer after the other; `ranks`: path -> r."""
-
     file_name: str
     sha256: str
-    values: torch.Tensor
-    ranks: dict[str, int]
+    values: torch.Tensor  # (n,) fp32: s·M of each layer after the other
+    ranks: dict[str, int]  # path -> r
     metadata: AdapterMetadata
     header: dict[str, str]
 
@@ -160,8 +152,7 @@ class Mixers:
 
 
 def write_mixers(path: Path, unet: torch.nn.Module, metadata: AdapterMetadata, adapter_name: str = "default") -> None:
-    """Write the mixers of a live adapter on a basis, and read them back. Raises UserError for NaN or infinity, and for
-    a mixer that fp16 does not hold."""
+    """Write the mixers of a live adapter on a basis. Raises UserError for values that fp16 does not hold."""
     live = {
         path: moslora.matrices_of(layer, adapter_name)
         for path, layer in moslora.adapter_layers(unet, adapter_name).items()
@@ -216,8 +207,7 @@ def read_mixers(path: Path) -> Mixers:
 
 
 class SwappedMixers:
-    """The adapter `name` on the layers of `ranks` (path -> r), in the UNet's dtype. Its mixers are zero at first.
-    Raises UserError for a basis that does not fit the UNet, which is then unchanged."""
+    """The adapter `name` on the layers of `ranks` (path -> r), at first zero. Raises UserError if it does not fit."""
 
     def __init__(self, unet: torch.nn.Module, basis: Basis, ranks: Mapping[str, int], name: str):
         known = moslora.matrix_layers(unet)

@@ -24,12 +24,10 @@ from dreambooth_moslora.settings.table import KRONECKER
 
 
 class Diagnosis(NamedTuple):
-    """Figures of one projection; the mixer's are None without a mixer."""
-
     rank: int
     effective_rank: float
-    drift: float | None
-    condition_number: float | None
+    drift: float | None  # None without a mixer
+    condition_number: float | None  # None without a mixer
 
 
 def product_svd(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -43,8 +41,7 @@ def product_svd(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, tor
 def leading_part(
     left: torch.Tensor, sizes: torch.Tensor, right: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in): the best approximation of that rank,
-    with equal norms."""
+    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in) of equal norms: the best approximation."""
     root = sizes[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
@@ -61,8 +58,7 @@ def effective_rank_of(layer: LowRank) -> float:
 
 @torch.no_grad()
 def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str, factor: int = 1) -> Diagnosis:
-    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`: its start is computed again. The
-    scale s has no influence."""
+    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`; s has no influence."""
     drift, condition = None, None
     if matrices.mixer is not None:
         mixer = matrices.mixer.detach().cpu().double()
@@ -90,8 +86,7 @@ def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
 
 @torch.no_grad()
 def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
-    """Each projection in the lowest rank that keeps at least `keep` of its ‖ΔW‖²; also returns the fraction of Σ‖ΔW‖²
-    that is left. DoRA's magnitudes do not change. Raises UserError unless 0 < keep <= 1."""
+    """Each projection in the lowest rank that keeps `keep` of its ‖ΔW‖², and the fraction kept. Raises UserError."""
     if not 0 < keep <= 1:
         raise UserError(f"keep={keep} is not a share; choose a number above 0 and up to 1, such as 0.99")
     reduced, before, after = {component: {} for component in components}, 0.0, 0.0
@@ -132,9 +127,7 @@ COMPONENT_KEYS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One projection in a published file, or in a file of another program."""
-
-    module: str
+    module: str  # of a published file, or of another program's
     keys: str
     matrices: LowRank
     alpha: float | None
@@ -184,10 +177,9 @@ def describe_raw(path: Path) -> dict[str, object]:
     for component, found in sorted(raw_file.by_module(tensors).items()):
         for module, parts in found.items():
             modules[component] += 1
-            matrices = raw_file.matrices_from(parts, metadata, f"{component}.{module}")
-            figures[f"{component}.{module}"] = diagnose(
-                matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor
-            )
+            name = f"{component}.{module}"
+            matrices = raw_file.matrices_from(parts, metadata, name)
+            figures[name] = diagnose(matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor)
     ranks = Counter(f.rank for f in figures.values())
     return {
         "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} (for resuming; export it to use it elsewhere)",
@@ -221,8 +213,7 @@ def describe_pairs(name: str, tensors: dict[str, torch.Tensor], header: dict[str
 
 
 def find_pairs(name: str, tensors: dict[str, torch.Tensor]) -> list[Pair]:
-    """The pairs of down (r, in, …) and up (out, r, …) matrices among a file's tensors. Raises UserError for a matrix
-    without its partner."""
+    """The pairs of down (r, in, …) and up (out, r, …) matrices. Raises UserError for one without its partner."""
     for down_suffix, (up_suffix, _) in PAIRS.items():
         for key in tensors:
             if key.endswith(up_suffix) and key.removesuffix(up_suffix) + down_suffix not in tensors:
@@ -308,7 +299,6 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
 
 
 def lines(facts: dict[str, object]) -> list[str]:
-    """One line for each entry of `describe`, for the terminal."""
     return [f"{key.replace('_', ' ') + ':':<24} {printable(as_text(key, value))}" for key, value in facts.items()]
 
 
@@ -327,16 +317,12 @@ def as_text(key: str, value: object) -> str:
 
 @dataclass(frozen=True)
 class FileDifference:
-    """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors differ.
-    `of_updates`: ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, infinite if the files hold other layers or alphas, or none.
-    `is_cast`: some tensor has another shape or dtype. `header` names differing entries, also those inside `moslora`."""
-
-    first: str
-    count: int
+    first: str  # how the first differing tensor differs, or ""
+    count: int  # differing tensors
     total: int
-    header: tuple[str, ...]
-    of_updates: float = inf
-    is_cast: bool = False
+    header: tuple[str, ...]  # differing entries, also those inside `moslora`
+    of_updates: float = inf  # ‖ΔW − ΔW'‖ / ‖ΔW‖; infinite for other layers or alphas
+    is_cast: bool = False  # some tensor has another shape or dtype
 
 
 def difference_of(one: Path, other: Path) -> FileDifference:

@@ -4,30 +4,26 @@
     dx = W0ᵀ·g + Aᵀ·(Uᵀ·g)          dA = (Uᵀ·g)·xᵀ          dU = g·(A·x)ᵀ
 
 PEFT computes the branch in full-width tensors of its own, in fp32 when the adapter is fp32, and autograd keeps a cast
-copy of x for each projection. Here the branch is added to the base's output in place. Autograd keeps x once, uncast,
-and A·x (n,r). Adapters stay fp32 masters; the arithmetic is in the base weight's dtype, on A and Uᵀ in that dtype. The
-scale is folded into U: `addmm` with a factor other than 1 is outside the fast CPU kernels.
+copy of x for each projection. Here the branch is added to the base's output in place, and autograd keeps x once and
+A·x (n,r). Adapters stay fp32 masters; the arithmetic is in the base weight's dtype. The scale is folded into U: `addmm`
+with a factor other than 1 is outside the fast CPU kernels.
 
-It is used for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias. In 4 bit, W0 is
-made dense only for dx; a `TextProjection` gives W0·x, and needs no dx. Calls that need more (disabled, merged, several
-active adapters, mixed batches, autocast) go to PEFT's own forward.
+It is for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias (`slow_reason`). A
+`TextProjection` gives W0·x, and needs no dx. Calls that need more go to PEFT's own forward.
 
 Projections of one input (q, k and v of self-attention, k and v of cross-attention) are one node together:
 
     [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)        W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
 
-This takes three kernels for k projections instead of three each. The block diagonal is never built: it is a batch of k
-products, on columns of the wide tensors. W is one buffer, and the layers' own weights become views of it, so the base
-takes no more memory and each layer can still be called alone. Of `TextProjection`s, W·x is known already.
+The block diagonal is never built: it is a batch of k products, on columns of the wide tensors. W is one buffer, and the
+layers' own weights become views of it, so that the base takes no more memory and each layer can be called alone.
 
-`WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, not at each call:
+`WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as leaves of autograd:
 
     dB = s·dU·Mᵀ          dM = s·Bᵀ·dU
 
-The copies are leaves of autograd, which micro-batches and recomputation share. Their gradients are summed in fp32 over
-the micro-batches. At the end of the step they become the gradients of A, B and M, so that the optimizer and the average
-over processes see nothing unusual. Layers whose matrices have equal shapes form one batch, so all of this takes a few
-dozen kernels for a UNet. U is held as Uᵀ (r,out), the form in which its gradient is computed.
+Their gradients are summed in fp32 over the micro-batches, and at the end of the step become those of A, B and M. Layers
+of equal shapes form one batch. U is held as Uᵀ (r,out), the form in which its gradient is computed.
 """
 
 from collections import defaultdict
@@ -46,8 +42,7 @@ from dreambooth_moslora.base.load import TextProjection
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x (…,in), frozen W0 (out,in) and b (out) or None, A (r,in), Uᵀ (r,out), all of one dtype -> y (…,out). `packed`
-    is bitsandbytes' description of a W0 in 4 bit, None for a dense one."""
+    """x (…,in), W0 (out,in), b (out) or None, `packed` of 4 bit, A (r,in), Uᵀ (r,out), of one dtype -> y (…,out)."""
 
     @staticmethod
     def forward(
@@ -117,8 +112,7 @@ class ShortWay:
     """PEFT's LoRA layer whose forward uses this node whenever it computes the same function."""
 
     working: Mapping[str, "tuple[torch.Tensor, torch.Tensor] | tuple[Joint, int]"] = MappingProxyType({})
-    """Adapter name -> its working copies A (r,in) and Uᵀ (r,out), while a training step lends them. Projections of
-    one input share theirs, each with its index."""
+    """Adapter name -> its copies A (r,in) and Uᵀ (r,out), while a step lends them; or a Joint and a place in it."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         name, base = self._only_adapter(), self.base_layer
@@ -198,8 +192,7 @@ def slow_reason(layer: torch.nn.Module, adapter_name: str = "default") -> str | 
 
 
 def enable_fast_path(model: torch.nn.Module, adapter_name: str = "default") -> int:
-    """Fuse every projection of `adapter_name` whose result stays the same; returns how many were fused. Call it after
-    `inject`. `slow_reason` says why another keeps its own forward."""
+    """Fuse every injected projection whose result stays the same (`slow_reason`); returns how many were."""
     switched = [m for m in moslora.adapter_layers(model, adapter_name).values() if slow_reason(m, adapter_name) is None]
     for layer in switched:
         layer.__class__ = fast_class(type(layer))
@@ -207,15 +200,13 @@ def enable_fast_path(model: torch.nn.Module, adapter_name: str = "default") -> i
 
 
 def disable_fast_path(model: torch.nn.Module) -> None:
-    """Give every layer back to PEFT's own forward."""
     for layer in model.modules():
         if isinstance(layer, ShortWay):
             layer.__class__ = type(layer).__bases__[1]
 
 
 class _JointLinear(torch.autograd.Function):
-    """x (…,in), frozen W (k·out,in) and bias (k·out,) or None, A (k,r,in), Uᵀ (k,r,out), all of one dtype -> k tensors
-    (…,out)."""
+    """x (…,in), frozen W (k·out,in), b (k·out,) or None, A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out)."""
 
     @staticmethod
     def forward(
@@ -240,8 +231,7 @@ class _JointLinear(torch.autograd.Function):
 
 
 class _JointBeside(torch.autograd.Function):
-    """A text x (…,in), W·x (…,k·out), A (k,r,in), Uᵀ (k,r,out), all of one dtype -> k tensors (…,out). x has no
-    gradient."""
+    """A text x (…,in), W·x (…,k·out), A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out). x has no gradient."""
 
     @staticmethod
     def forward(
@@ -268,8 +258,7 @@ def parts(wide: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def add_blocks(wide: torch.Tensor | None, x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the block diagonal of `blocks`
-    (k,v,w)."""
+    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the diagonal of `blocks` (k,v,w)."""
     count = len(blocks)
     if torch.compiler.is_compiling():  # the compiler fuses it, and cannot trace in-place changes of such a view
         product = parts(x, count).bmm(blocks).transpose(0, 1).flatten(1)
@@ -297,8 +286,7 @@ class Alone:
 
 
 class Joint(Alone):
-    """Layers with one input, which compute together: the first that is called computes all of them, and the others'
-    results wait until they are called with the same input. `outputs(x)` gives y (…,out) of each layer for x (…,in)."""
+    """Layers with one input: the first called computes all (`outputs(x)`: y (…,out) of each), whose results wait."""
 
     def lend(self, adapter_name: str, down: torch.Tensor, up: torch.Tensor) -> None:
         self.down, self.up, self._input, self._waiting = down, up, None, []
@@ -322,7 +310,6 @@ class Joint(Alone):
         return result
 
     def are_shared(self) -> bool:
-        """Whether the layers can still compute together."""
         return True
 
 
@@ -336,8 +323,7 @@ class JointProducts(Joint):
 
 
 class JointWeights(Joint):
-    """The frozen weights of the layers below one another in one buffer of their own size. W (k·out,in), k = the number
-    of `layers`."""
+    """The frozen weights of k `layers` below one another, W (k·out,in), in one buffer of their own size."""
 
     def __init__(self, *layers: ShortWay):
         super().__init__(*layers)
@@ -356,8 +342,7 @@ class JointWeights(Joint):
 
 
 def laid_together(linears: Sequence[torch.nn.Linear]) -> torch.Tensor:
-    """One buffer (k·out,in) with the stacked frozen weights (out,in); each weight becomes a view of it. Nothing is
-    copied if they are stacked already, as in models that share their weights."""
+    """One buffer (k·out,in) of frozen weights (out,in), which become views of it, unless they are already."""
     weights = [linear.weight.detach() for linear in linears]
     first, step = weights[0], weights[0].nbytes
     has_storage = first.device.type != "meta" and all(weight.is_contiguous() for weight in weights)
@@ -391,8 +376,7 @@ def lay_together(model: torch.nn.Module, adapted: Container[str]) -> None:
 
 
 def projections_of_one_input(attention: torch.nn.Module) -> list[list[torch.nn.Module]]:
-    """Groups of projections of one tensor in diffusers' attentions: to_q, to_k, to_v, or the last two in
-    cross-attention, and those of the text where pictures and texts attend together. Empty for any other module."""
+    """Groups of to_q, to_k, to_v (k and v in cross-attention) and of a joint attention's text; [] elsewhere."""
     if not all(isinstance(getattr(attention, name, None), torch.nn.Module) for name in ("to_q", "to_k", "to_v")):
         return []
     own = ("to_k", "to_v") if getattr(attention, "is_cross_attention", False) else ("to_q", "to_k", "to_v")
@@ -404,9 +388,8 @@ def projections_of_one_input(attention: torch.nn.Module) -> list[list[torch.nn.M
 
 
 class WorkingCopies:
-    """The copies of every `ShortWay` in `models`; other layers are not touched. `joint`: whether projections of one
-    input are computed together. None means everywhere but on a CPU, where fewer kernels gain nothing and stacking would
-    copy weights that are mapped from a file."""
+    """The copies of every `ShortWay` in `models`. `joint`: whether projections of one input are computed together;
+    None: not on a CPU, where it gains nothing, and stacking would copy weights that are mapped from a file."""
 
     def __init__(self, *models: torch.nn.Module, adapter_name: str = "default", joint: bool | None = None):
         self.adapter_name = adapter_name
@@ -432,8 +415,7 @@ class WorkingCopies:
 
     @contextmanager
     def for_one_step(self) -> Iterator["StepCopies"]:
-        """Lend the copies for the length of the block, in which the adapter must not change. Call `collect` after each
-        backward pass. After a block without errors the gradients are where the optimizer expects them."""
+        """Lend the copies for the block, in which the adapter is constant; `collect` after each backward pass."""
         self.joints = [joint for joint in self.joints if joint.are_shared()]
         together = [joint for joint in self.joints if all(map(self._is_fast, joint.layers))]
         joined = {layer for joint in together for layer in joint.layers}
@@ -463,7 +445,6 @@ class StepCopies:
             batch.hand_over()
 
     def collect(self) -> None:
-        """Add the gradients of the last backward pass to the sums, and clear them."""
         for batch in self.batches:
             batch.collect()
 
@@ -530,7 +511,6 @@ class Batch:
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Set the gradients of A, B and M."""
         if self.up_sum is None:
             return
         grad = self.up_sum.mT  # dU (n,out,r)

@@ -21,19 +21,14 @@ BOUND, BOUND_KAIMING = 1e-5, 1e-3  # fp32's rounding, and its amplification by a
 
 @dataclass(frozen=True)
 class Start:
-    """What a run started from. `deviation` is the largest relative difference of ΔW from the file's update. `kept` is
-    the fraction of the file's Σ‖ΔW‖² that the run's ranks hold. `anew` are layers (`component.path`) that the file
-    lacks, `left_out` layers of the file that the run does not train."""
-
     file_name: str
     layers: int
-    deviation: float
-    kept: float
-    anew: tuple[str, ...]
-    left_out: tuple[str, ...]
+    deviation: float  # largest relative difference of ΔW from the file's
+    kept: float  # of the file's Σ‖ΔW‖², by the run's ranks
+    anew: tuple[str, ...]  # layers (`component.path`) that the file lacks
+    left_out: tuple[str, ...]  # layers of the file that are not trained
 
     def sentence(self) -> str:
-        """The result in one line."""
         parts = [f"{self.layers} layers go on from it, largest relative deviation {self.deviation:.1e}"]
         if self.kept < 1:
             parts.append(f"the lower rank keeps {self.kept:.2%} of its squared norm")
@@ -52,8 +47,7 @@ def shortened(names: tuple[str, ...]) -> str:
 def read_start(
     path: str | Path, pipeline: StableDiffusionXLPipeline, base_name: str, use_dora: bool
 ) -> lora_file.AdapterWeights:
-    """The file's content. Raises UserError when its layers are not the base's, and for content that an adapter of the
-    run cannot hold."""
+    """The file's content. Raises UserError for another base's, and for what no adapter of the run can hold."""
     try:
         weights = lora_file.read_adapter(path, pipeline)
         lora_file.check_fits(weights, pipeline, base_name)
@@ -79,8 +73,7 @@ def read_start(
 def begin_with(
     weights: lora_file.AdapterWeights, components: dict[str, torch.nn.Module], adapter_name: str = "default"
 ) -> Start:
-    """Copy the file's update into a fresh adapter, verify it, and report the result. Raises UserError when file and
-    adapter have no layer in common, and when a ΔW differs by more than rounding explains."""
+    """Copy the file's update into a fresh adapter and verify it. Raises UserError without a common layer."""
     live = raw_file.all_layers(components, adapter_name)
     update = {
         f"{component}.{path}": (projection, scales.of(path, projection.rank))
@@ -94,14 +87,8 @@ def begin_with(
     figures = {path: begin_layer(live[path], adapter_name, *update[path]) for path in common}
     before, kept = (sum(figure[place] for figure in figures.values()) for place in (1, 2))
     worst = max(common, key=lambda path: figures[path][0])
-    start = Start(
-        weights.file_name,
-        len(common),
-        figures[worst][0],
-        kept / before if before else 1.0,
-        tuple(path for path in live if path not in update),
-        tuple(path for path in update if path not in live),
-    )
+    anew, left_out = (tuple(p for p in one if p not in other) for one, other in ((live, update), (update, live)))
+    start = Start(weights.file_name, len(common), figures[worst][0], kept / before if before else 1.0, anew, left_out)
     kinds = {getattr(model.peft_config[adapter_name], "mixer", "none") for model in components.values()}
     bound = BOUND_KAIMING if "kaiming" in kinds else BOUND
     if not start.deviation <= bound:
@@ -115,8 +102,7 @@ def begin_with(
 def begin_layer(
     layer: LoraLayer, adapter_name: str, projection: mixer.LowRank, scale: float
 ) -> tuple[float, float, float]:
-    """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, the part of it
-    that is kept)."""
+    """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, and what is kept)."""
     own = moslora.matrices_of(layer, adapter_name)
     wanted, before, kept = of_rank(projection, scale, own.down)
     up = wanted.up / own.scale

@@ -42,8 +42,7 @@ Layer = tuple[str, str, tuple[int, ...]]  # component, module path, (out, in) or
 
 
 def module_path(component: str, key: str) -> str:
-    """The module path in a file's key, without its component: `…attn1.processor.to_q_lora.down.weight` ->
-    `…attn1.to_q`. A key without a known part is a module path."""
+    """The module path in a file's key: `…attn1.processor.to_q_lora.down.weight` -> `…attn1.to_q`."""
     match = match_of(key)
     if match is None:
         return key.replace(".processor.", ".")
@@ -62,8 +61,7 @@ def is_of_lycoris(key: str) -> bool:
 
 
 def is_read_here(keys: Iterable[str], pipeline: DiffusionPipeline) -> bool:
-    """Whether a key of the file is none that diffusers reads for a UNet. Of other models it knows more or less, by
-    version, so their names are looked up here first."""
+    """Whether diffusers does not read a key of the file for a UNet. Of other models it depends on its version."""
     is_unet = getattr(pipeline, "unet", None) is not None
     for key in keys:
         is_flat, is_dotted = key.startswith("lora_"), key.partition(".")[0] in raw_file.COMPONENTS
@@ -76,8 +74,7 @@ def is_read_here(keys: Iterable[str], pipeline: DiffusionPipeline) -> bool:
 def as_peft(
     tensors: dict[str, torch.Tensor], pipeline: DiffusionPipeline, file_name: str
 ) -> dict[str, torch.Tensor] | None:
-    """The tensors under PEFT's names, with the scales in `lora_B`; None for names that diffusers may know. Raises
-    UserError for LoHa and LoKr that do not fit, are broken, or would be too large as a LoRA."""
+    """The tensors under PEFT's names, scales in `lora_B`; None for names that diffusers may know. Raises UserError."""
     if not is_read_here(tensors, pipeline):
         return None
     modules: dict[str, dict[str, torch.Tensor]] = {}
@@ -157,8 +154,7 @@ def spellings(component: str, path: str) -> list[str]:
 
 
 def renamed(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str, str]:
-    """kohya's names, also those of SDXL's original blocks -> `component.path`, as diffusers renames them. It renames
-    pairs of matrices, so each name gets a pair that holds its number."""
+    """kohya's names, also of original blocks -> `component.path`, as diffusers renames pairs with a number each."""
     numbered = dict(enumerate(names))
     pairs = {
         f"{name}{side}": torch.full((1, 1), float(n))

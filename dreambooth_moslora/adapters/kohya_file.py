@@ -20,8 +20,7 @@ from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
-ALONE = {"text_encoder": "lora_te"}
-"""Of the one text encoder of Stable Diffusion 1.5."""
+ALONE = {"text_encoder": "lora_te"}  # Of the one text encoder of Stable Diffusion 1.5.
 
 WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
 
@@ -29,8 +28,7 @@ KOHYA_DOWN, KOHYA_UP, KOHYA_ALPHA, DORA_SCALE = ".lora_down.weight", ".lora_up.w
 
 
 def is_by_rows(dora_scale: torch.Tensor) -> bool:
-    """Whether DoRA's magnitudes are those of W's rows: (out, 1), or (out, 1, 1, 1) of a convolution. Some programs
-    write (1, in), for columns."""
+    """Whether DoRA's magnitudes are of W's rows: (out, 1) or (out, 1, 1, 1). Some programs write (1, in)."""
     return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
 
 

@@ -28,15 +28,11 @@ from dreambooth_moslora.core import UserError, file_digest, is_number, one_line,
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.settings.families import DENOISERS, facts_of
 
-FIELDS = {
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
+FIELDS = key_names.SIDES | {
     "lora_B.bias": "bias",
+    "up.bias": "bias",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "down.weight": "down",
-    "up.weight": "up",
-    "up.bias": "bias",
     "alpha": "",  # ignored: diffusers and PEFT do not read an alpha under such a name
 }
 logger = logging.getLogger(__name__)
@@ -47,9 +43,7 @@ DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def projections(tensors: dict[str, torch.Tensor], file_name: str) -> mixer.Folded:
-    """Component -> module path as the file writes it -> its matrices down (r, in, …) and up (out, r, …). Raises
-    UserError for a key that does not belong to a LoRA, an incomplete pair of matrices, DoRA's magnitudes for a part of
-    a component's layers, and NaN or infinity."""
+    """Component -> module path -> matrices down (r, in, …) and up (out, r, …). Raises UserError for others."""
     found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for key, tensor in tensors.items():
         component, path, field = _place(key, tensor, file_name)
@@ -94,13 +88,10 @@ MODULE_NAME = re.compile(r"\^?\w[\w.]*")
 
 @dataclass(frozen=True)
 class Scales:
-    """Scales of one component: module path -> alpha, and whether s is alpha/√r (rsLoRA) or alpha/r."""
-
-    alphas: dict[str, float]
-    use_rslora: bool = False
+    alphas: dict[str, float]  # module path -> alpha
+    use_rslora: bool = False  # s is alpha/√r, not alpha/r
 
     def of(self, path: str, rank: int) -> float:
-        """The s of a module."""
         return mixer.nominal_scale(self.alphas[path], rank, self.use_rslora)
 
 
@@ -112,8 +103,7 @@ def scales(
     file_name: str,
     pipeline,
 ) -> Scales:
-    """The alphas of one component, from kohya's alphas or PEFT's settings in the header. Raises UserError for settings
-    that are not numbers, that contradict the tensors, or that change the base."""
+    """The alphas of one component, kohya's or PEFT's. Raises UserError for invalid and contradicting settings."""
     if of_peft is not None and not isinstance(of_peft, dict):
         raise _broken(file_name, "its LoRA settings are no object")
     if of_peft and kohya_alphas:
@@ -149,8 +139,7 @@ def _from_settings(component: str, found: dict[str, mixer.LowRank], settings: di
 
 
 def _matches(component: str, paths: Iterable[str], pattern: object, file_name: str) -> dict[str, float]:
-    """Module path -> value of the first entry that equals one of its names or the end of one, as PEFT chooses. An entry
-    that starts with `^` matches only a whole name."""
+    """Module path -> value of the first entry that is one of its names or the end of one (`^`: a whole name only)."""
     if not isinstance(pattern, dict):
         raise _broken(file_name, "its alpha_pattern is no object")
     plain = {str(name).replace(r"\.", "."): value for name, value in pattern.items()}
@@ -200,8 +189,7 @@ class AdapterWeights:
 
 
 def adapter_name(path: str | Path) -> str:
-    """`runs/dog` and the file in it are called "dog", its checkpoints "dog@500" and "dog@last", its mixers alone
-    "dog@mixers", and `cat.safetensors` is "cat"."""
+    """ "dog" for `runs/dog` and the file in it, "dog@500", "dog@last" and "dog@mixers"; else the file's stem."""
     file = run_folder.find_weights(path)
     folder = file.parent.resolve()
     if file.name == run_folder.MIXERS_NAME:
@@ -271,7 +259,9 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
             )
             alphas = alphas[0] if alphas else None  # of a UNet; elsewhere they are in `tensors`
         settings = settings or json.loads(run_folder.header_of(file).get(published_file.PEFT_SETTINGS, "null"))
-        return tensors | _magnitudes(sizes, pipeline), alphas, settings
+        by_name = {key.removesuffix(kohya_file.DORA_SCALE): key_names.as_magnitude(size) for key, size in sizes.items()}
+        labels = key_names.renamed(by_name, pipeline).items()
+        return tensors | {f"{label}.lora_magnitude_vector": by_name[name] for name, label in labels}, alphas, settings
     except UserError:
         raise
     except Exception as error:  # diffusers' conversion raises any error on unknown names
@@ -279,23 +269,16 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
 
 
 def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> dict[str, torch.Tensor] | None:
-    """The tensors of a file that diffusers cannot read as it is, with floats of eight bits as fp32 and without
-    OneTrainer's new tokens; None for any other file."""
+    """The tensors of a file that diffusers cannot read: fp8 as fp32, no new tokens; None for any other file."""
     with safe_open(file, framework="pt") as opened:
         keys = sorted(opened.keys())
         is_short = any(opened.get_slice(key).get_dtype().startswith("F8") for key in keys)
         if not is_short and not key_names.is_read_here(keys, pipeline):
             return None
         tensors = {key: opened.get_tensor(key) for key in keys if not key.startswith(BUNDLE)}
-    if words := {key.split(".")[1] for key in keys if key.startswith(BUNDLE)}:
-        logger.warning(
-            "%s also holds new tokens (%s), which are not read from there", file.name, ", ".join(sorted(words))
-        )
-    return {key: tensor.float() if is_eight_bit(tensor) else tensor for key, tensor in tensors.items()}
-
-
-def is_eight_bit(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.element_size() == 1
+    if words := ", ".join(sorted({key.split(".")[1] for key in keys if key.startswith(BUNDLE)})):
+        logger.warning("%s also holds new tokens (%s), which are not read from there", file.name, words)
+    return {k: t.float() if t.is_floating_point() and t.element_size() == 1 else t for k, t in tensors.items()}
 
 
 def _settings_beside(
@@ -322,15 +305,6 @@ def _dora_scales(file: Path) -> dict[str, torch.Tensor]:
                 "(LyCORIS: wd_on_output=True)"
             )
     return sizes
-
-
-def _magnitudes(sizes: dict[str, torch.Tensor], pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
-    """kohya's `dora_scale` as PEFT's magnitudes."""
-    names = {key.removesuffix(kohya_file.DORA_SCALE): size for key, size in sizes.items()}
-    found = {}
-    for name, label in key_names.renamed(names, pipeline).items():
-        found[f"{label}.lora_magnitude_vector"] = key_names.as_magnitude(names[name])
-    return found
 
 
 def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: str) -> None:
@@ -370,7 +344,10 @@ def _unets(weights: AdapterWeights, pipeline: DiffusionPipeline) -> list[str]:
     """The UNet that the file is for, and the pipeline's, in words."""
     facts = facts_of(type(pipeline).__name__)
     if facts.denoiser != "unet" or "transformer" in weights.parts:
-        return [describe_kind(weights), f"{facts.title}, {facts.model}"]
+        adapted = weights.parts.get("transformer") or weights.parts.get("unet") or ({}, None)
+        widths = sorted({projection.down.shape[1] for projection in adapted[0].values()})
+        kind = "transformer" if "transformer" in weights.parts else "UNet"
+        return [f"a {kind} with layers of widths {widths[:6]}", f"{facts.title}, {facts.model}"]
     found = weights.parts["unet"][0] if "unet" in weights.parts else {}
     needed = max((p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")), default=0)
     outputs = {p.up.shape[0] for path, p in found.items() if ".attn1." in path or ".attn2." in path}
@@ -383,13 +360,6 @@ def _unets(weights: AdapterWeights, pipeline: DiffusionPipeline) -> list[str]:
         listed = ", ".join(map(str, sorted(widths))) or "unknown"
         texts.append(f"a UNet with {family}{seen}, attention widths {listed}")
     return texts
-
-
-def describe_kind(weights: AdapterWeights) -> str:
-    """The denoiser that the file adapts, in words."""
-    found = weights.parts.get("transformer") or weights.parts.get("unet") or ({}, None)
-    widths = sorted({projection.down.shape[1] for projection in found[0].values()})
-    return f"a {'transformer' if 'transformer' in weights.parts else 'UNet'} with layers of widths {widths[:6]}"
 
 
 def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
@@ -420,19 +390,15 @@ def _load(component: str, found: dict[str, mixer.LowRank], scales: Scales, key: 
     if component == "unet":
         pipeline.load_lora_into_unet(tensors, unet=model, network_alphas=None, **options)
     elif is_denoiser:
-        alphas = (
-            {}
-            if "network_alphas" not in signature(pipeline.load_lora_into_transformer).parameters
-            else {"network_alphas": None}
-        )
-        pipeline.load_lora_into_transformer(tensors, transformer=model, **alphas, **options)
+        if "network_alphas" in signature(pipeline.load_lora_into_transformer).parameters:
+            options["network_alphas"] = None
+        pipeline.load_lora_into_transformer(tensors, transformer=model, **options)
     else:
         options |= {"network_alphas": None, "prefix": component}
         pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, **options)
 
 
 def lora_config(found: dict[str, mixer.LowRank], scales: Scales) -> dict[str, Any]:
-    """Arguments of PEFT's LoraConfig."""
     ranks, alphas = {path: p.rank for path, p in found.items()}, scales.alphas
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     return {

@@ -25,8 +25,7 @@ LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
 def lora_of(parts: dict[str, torch.Tensor], size: tuple[int, ...]) -> Factors:
-    """up (out, r) with the scale, and down (r, n), in fp32, of a module with these parts on a layer of this size (out,
-    in, …). Raises ValueError for parts that are no module of that size."""
+    """up (out, r) with the scale, and down (r, n), in fp32, of the parts of a layer (out, in, …). Raises ValueError."""
     outputs, inputs = size[0], prod(size[1:])
     matrices = {name: tensor.double() for name, tensor in parts.items() if name not in (ALPHA, MAGNITUDE)}
     if not all(tensor.is_floating_point() for name, tensor in parts.items() if name != ALPHA):
@@ -118,13 +117,11 @@ def check_names(parts: dict[str, torch.Tensor], known: set[str]) -> None:
         raise ValueError("parts of something else")
 
 
-BOUND = 1e-5
-"""Largest relative difference of a layer's ΔW in the file from the trained one, by rounding to fp32."""
+BOUND = 1e-5  # Largest relative difference of a layer's ΔW in the file from the trained one: fp32's rounding
 
 
 def write_lokr(source: Path, file: Path) -> int:
-    """Write the LoKr of a raw file in LyCORIS' names, which ComfyUI reads, and prove it: read back, each ΔW equals the
-    trained one within BOUND. Returns the number of layers. Raises UserError for an adapter of another kind."""
+    """Write and prove a raw file's LoKr in LyCORIS' names, for ComfyUI. Returns the layers. Raises UserError."""
     tensors, facts = raw_file.read_raw(source)
     if facts.mixer != KRONECKER:
         raise UserError(f"{source.name} is no LoKr: `--mixer kronecker` trains one; export it without --for lycoris")

@@ -4,13 +4,10 @@ recipe     numbers, switches and choices
 public     prompts and a variant that a recipe in `assets/configs` has too
 withheld   names, without values, of the other settings that shaped the weights: prompts, file names, folders
 
-A file whose reader can conclude all of it from the recipe and the trigger words has neither `public` nor `withheld`.
-
-Also here: what other programs compute from DoRA in kohya's form. The file names no norm, and they take different ones.
+Also here: what other programs compute from DoRA in kohya's form. The file names no norm, and they take different ones;
+as the shapes (out, 1) and (1, in) both broadcast, none of them raises an error.
 
     trained:   W' = dora_scale · (W + ΔW) / ‖W + ΔW‖       dora_scale (out, 1), the norm of each row of W + ΔW
-
-The shapes (out, 1) and (1, in) both broadcast, so that a program that takes another norm raises no error.
 """
 
 import json
@@ -19,13 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core import UserError, assets_folder, is_finite_number
-from dreambooth_moslora.settings import sources, table
+from dreambooth_moslora.settings import rules, sources, table
 
 DORA_READERS = {  # programs -> what they compute
     "this program, LyCORIS": "what was trained",
@@ -59,12 +55,11 @@ def is_rank_or_none(value: object) -> bool:
     return value is None or is_rank(value)
 
 
-def is_bool(value: object) -> bool:
-    return type(value) is bool
+def of_kind(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind)
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
+is_bool, is_text, is_dict = map(of_kind, (bool, str, dict))
 
 
 def named(check: Callable[[object], bool]) -> Callable[[object], bool]:
@@ -75,13 +70,8 @@ def listed(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
-def is_dict(value: object) -> bool:
-    return isinstance(value, dict)
-
-
 def is_note(value: object, names: set[str]) -> bool:
-    """Whether it has these names, each with a text. Its file must be a plain name, as anyone may write a header and
-    the named file is opened."""
+    """Whether it has these names, each with a text, and a plain file name: anyone may write a header."""
     is_known = isinstance(value, dict) and value.keys() == names and named(is_text)(value)
     return is_known and PurePath(value["file"]).name == value["file"]
 
@@ -91,6 +81,14 @@ def is_token_note(value: object) -> bool:
         return False
     texts = {name: text for name, text in value.items() if name != "count"}
     return is_note(texts, {"word", "file", "sha256"}) and texts["word"].strip() != "" and texts["file"] != ""
+
+
+def are_token_notes(value: object) -> bool:
+    return value == {} or is_token_note(value) or listed(is_token_note)(value)
+
+
+def is_basis_note(value: object) -> bool:
+    return value == {} or is_note(value, {"kind", "sha256", "file"})
 
 
 def are_public(value: object) -> bool:
@@ -108,14 +106,9 @@ def checked(is_valid: Callable[[object], bool], **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What a file says about its adapter; nothing in it is a path or describes photos or the machine.
-
-    `recipe`: the run's settings in `settings.sources`, for `--like`. `subject_prompts`: the words that call each of
-    several subjects. `ranks` and `alphas` list the modules (`component.path`) that differ from `rank` and `alpha`.
-    `best_scale` and `usable_scales` (lowest, highest) are set if they were measured. `tokens` has the `NewTokens.note`
-    of each file of new tokens, `basis` is the note of the frozen A and B. `public` and `withheld` are explained above.
-    `step` is set if the run did not end there, `processes` if there were several.
-    """
+    """What a file says about its adapter; nothing in it is a path or describes photos or the machine. `ranks` and
+    `alphas` list the modules (`component.path`) that differ from `rank` and `alpha`; `best_scale` and `usable_scales`
+    (lowest, highest) were measured. `public` and `withheld` are explained above."""
 
     rank: int = checked(is_rank)
     alpha: float = checked(is_finite_number)
@@ -136,21 +129,15 @@ class AdapterMetadata:
     resolution_px: int | None = checked(is_rank_or_none, default=None)
     versions: Mapping[str, str] = checked(named(is_text), default_factory=dict)
     best_scale: float | None = checked(lambda value: value is None or is_finite_number(value), default=None)
-    usable_scales: tuple[float, ...] = checked(
-        lambda value: listed(is_finite_number)(value) and len(value) in (0, 2), default=()
-    )
-    recipe: Mapping[str, object] = checked(is_dict, default_factory=dict)
-    tokens: tuple[dict[str, object], ...] = checked(
-        lambda value: value == {} or is_token_note(value) or listed(is_token_note)(value), default=()
-    )
-    subject_prompts: tuple[str, ...] = checked(listed(is_text), default=())
-    basis: Mapping[str, str] = checked(
-        lambda value: value == {} or is_note(value, {"kind", "sha256", "file"}), default_factory=dict
-    )
+    usable_scales: tuple[float, ...] = checked(lambda v: listed(is_finite_number)(v) and len(v) in (0, 2), default=())
+    recipe: Mapping[str, object] = checked(is_dict, default_factory=dict)  # for `--like` (`settings.sources`)
+    tokens: tuple[dict[str, object], ...] = checked(are_token_notes, default=())  # `NewTokens.note` of each file
+    subject_prompts: tuple[str, ...] = checked(listed(is_text), default=())  # of several subjects
+    basis: Mapping[str, str] = checked(is_basis_note, default_factory=dict)  # of the frozen A and B
     public: Mapping[str, object] = checked(are_public, default_factory=dict)
     withheld: tuple[str, ...] = checked(listed(is_text), default=())
-    step: int | None = checked(is_rank_or_none, default=None)
-    processes: int | None = checked(is_rank_or_none, default=None)
+    step: int | None = checked(is_rank_or_none, default=None)  # if the run did not end there
+    processes: int | None = checked(is_rank_or_none, default=None)  # if there were several
 
     @property
     def factor(self) -> int:
@@ -159,12 +146,10 @@ class AdapterMetadata:
 
     @property
     def header(self) -> dict[str, str]:
-        """The entry of a file's header."""
         return {HEADER: self.to_json()}
 
     def to_json(self) -> str:
-        """Leaves out later entries when empty, and writes one subject's tokens without a list: such files keep their
-        bytes."""
+        """Leaves out later entries when empty, and a list around one subject's tokens: files keep their bytes."""
         facts = asdict(self)
         if len(self.tokens) == 1:
             facts["tokens"] = self.tokens[0]
@@ -220,27 +205,18 @@ def most_common(values: Iterable[float]) -> float:
 
 def versions() -> dict[str, str]:
     """Name -> version of this package and the libraries that an adapter depends on."""
-    found = {"dreambooth_moslora": __version__}
-    for name in ("torch", "diffusers", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    others = {name: rules.version_of(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    return {"dreambooth_moslora": __version__} | {name: found for name, found in others.items() if found}
 
 
-KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")
-"""Bases that are loaded when a file names them. A file from a stranger may name any folder or hub id, so the
-user must name others."""
-RESUMED = "resume_from_checkpoint"
-"""Stands in `withheld` for a run that was resumed with other settings than it began with: no flag repeats that."""
+KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")  # Loaded when a stranger's file names them
+RESUMED = "resume_from_checkpoint"  # In `withheld`: resumed with other settings than it began with
 DEFAULTS = table.TrainConfig()
 FIRST = ("instance_prompt", "subjects", "dataset_name", "leave_out", "caption_prefix", "caption_suffix", "init_adapter")
 FIRST += ("pretrained_vae_model_name_or_path",)
 """Settings that `withheld` lists first, whatever their order in the table, so that files keep their bytes."""
 UNTOLD = (*FIRST, *(name for name, item in table.SETTINGS.items() if item.metadata["shapes"] and name not in FIRST))
-"""Settings that may shape the weights and that a recipe may lack. Base, class word and the words of new tokens are not
-among them: other entries of the header have them."""
+"""Settings that may shape the weights and that a recipe may lack, but for those that other entries have."""
 
 
 def with_told(config: table.TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
@@ -278,13 +254,11 @@ def concluded(facts: AdapterMetadata) -> dict[str, Any]:
 
 
 def told_by(facts: AdapterMetadata) -> bool:
-    """Whether the file surely lists its private settings. Files of earlier versions, and those of runs that have
-    nothing to list, do not."""
+    """Whether the file surely lists its private settings; files of earlier versions do not."""
     return bool(facts.public or facts.withheld or facts.step or facts.processes)
 
 
 @lru_cache(maxsize=1)
 def shipped_recipes() -> tuple[table.TrainConfig, ...]:
-    """The recipes in `assets/configs`."""
     files = sorted((assets_folder() / "configs").glob("*.toml"))
     return tuple(table.TrainConfig.from_dict(sources.load_settings(file)) for file in files)

@@ -27,9 +27,8 @@ from dreambooth_moslora.settings.table import KRONECKER, ZERO
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The two matrices of a plain LoRA on one layer; its scale or alpha is kept elsewhere. `down` (r, in) and `up`
-    (out, r), or kernels (r, in, h, w) and (out, r, 1, 1) of a convolution. `bias` (out,) is added by `up`, and
-    `magnitude` (out,) is DoRA's."""
+    """The matrices of a plain LoRA on one layer, without its scale: `down` (r, in) and `up` (out, r), or kernels (r,
+    in, h, w) and (out, r, 1, 1). `bias` (out,) is added by `up`; `magnitude` (out,) is DoRA's."""
 
     down: torch.Tensor
     up: torch.Tensor
@@ -68,8 +67,7 @@ STARTS: dict[str, Callable[[torch.Tensor, torch.Generator], object]] = {
 
 
 def initial_mixer(kind: str, rank: int, seed: int, path: str) -> torch.Tensor:
-    """M₀ (r, r) in fp32 on the CPU. It depends on the seed and the layer's path, not on earlier draws. Raises
-    ValueError for an unknown kind."""
+    """M₀ (r, r) in fp32 on the CPU, by seed and path alone. Raises ValueError for an unknown kind."""
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
     if kind not in STARTS:
@@ -81,8 +79,7 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class MixedLowRank:
-    """The adapter of one layer: A `down` (r, in) or (r, in, h, w), M `mixer` (r, r), B `up` (out, r), s. `mixer` None
-    means M = I, a plain LoRA. `magnitude` (out,) is DoRA's."""
+    """One layer: A `down` (r, in, …), M `mixer` (r, r) (None: I), B `up` (out, r), s, DoRA's `magnitude` (out,)."""
 
     down: torch.Tensor
     mixer: torch.Tensor | None
@@ -98,8 +95,7 @@ class MixedLowRank:
 
     @torch.no_grad()
     def fold(self) -> LowRank:
-        """The equal plain LoRA with alpha = rank: down = A, up = s·B·M. In fp32 on the CPU. The product is computed in
-        fp64 on the CPU, because Apple GPUs have no fp64."""
+        """The equal plain LoRA, down = A, up = s·B·M; fp32, computed in fp64 on the CPU, as Apple GPUs lack that."""
         up = self.up.cpu().double()
         if self.mixer is not None:
             up = up @ self.mixer.cpu().double()
@@ -119,8 +115,7 @@ def untied(
 
 
 class ReadOnlyWeight(torch.Tensor):
-    """A matrix that is computed at each reading; results of operations on it are ordinary tensors. Assigning to
-    `data`, as some PEFT functions do, would change nothing and raises UserError."""
+    """A matrix computed at each reading. Assigning to `data`, as PEFT may, would change nothing: UserError."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -134,8 +129,7 @@ class ReadOnlyWeight(torch.Tensor):
 
 
 class Computed(torch.nn.Module):
-    """A matrix of LoRA that is the `product` of its parameters. A state dict also holds a `weight` of one zero:
-    loading it into a plain LoRA then fails on the shape, instead of silently ignoring the other keys."""
+    """A matrix, the `product` of parameters; its state dict's `weight` of one zero fits no plain LoRA."""
 
     def product(self) -> torch.Tensor:
         raise NotImplementedError
@@ -158,8 +152,7 @@ class Computed(torch.nn.Module):
 
 
 class MixerLinear(Computed):
-    """B·M instead of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter, or a buffer if frozen, as PEFT
-    turns gradients on for every parameter of an active adapter."""
+    """B·M as LoRA's B: parameters `up` (out, r) and `mixer` (r, r), a buffer if frozen, as PEFT trains parameters."""
 
     def __init__(self, up: torch.Tensor, mixer: torch.Tensor, train_mixer: bool = True):
         super().__init__()

@@ -35,8 +35,7 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path -> module, in the model's order, as without PEFT's wrappers. A shared module is listed under its
-    first path only; the model itself is left out."""
+    """Module path -> module, as without PEFT's wrappers; a shared one under its first path, without the model."""
     modules, seen = {}, set()
     for path, module in _walk(without_wrapper(model), ""):
         if module not in seen:
@@ -64,8 +63,7 @@ def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
-    """PEFT's `rank_pattern` or `alpha_pattern`: module path -> value, for the values other than `common`. It has one
-    regular expression per value, because PEFT tries all of them on every module."""
+    """PEFT's `rank_pattern` or `alpha_pattern`, one regular expression a value: PEFT tries all on every module."""
     paths: dict[float, list[str]] = {}
     for path, value in values.items():
         paths.setdefault(value, []).append(re.escape(path))
@@ -91,9 +89,8 @@ create, combine = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
 
 @cache
 def patch_peft() -> None:
-    """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it combines them. PEFT's
-    registration of custom layer classes does not suffice: it is ignored when a second adapter joins a wrapped layer,
-    and `add_weighted_adapter` writes to `lora_B.weight`, which a mixer computes. Both errors would be silent."""
+    """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it combines them. Its
+    registration of layer classes is ignored for a second adapter, and it would write to a computed `lora_B.weight`."""
     LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
 
 
@@ -103,8 +100,7 @@ def has_mixer(config: LoraConfig) -> bool:
 
 @wraps(create)
 def create_and_mix(self, lora_config, adapter_name, target, target_name, parent, current_key, **options):
-    """Also put a mixer between the A and the B that PEFT has just made; all become fp32, even if PEFT is to use the
-    base's dtype. Raises UserError unless PEFT only multiplies by lora_B, a plain matrix."""
+    """Also put an fp32 mixer between PEFT's A and B. Raises UserError unless PEFT only multiplies by lora_B."""
     create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
     if not has_mixer(lora_config):
         return
@@ -176,8 +172,7 @@ def check_settings(config: LoraConfig) -> None:
 
 
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Raises UserError when `config.target_modules` matches nothing in the model, and for the first unsuitable module.
-    The rule is PEFT's own."""
+    """Raises UserError when `config.target_modules` matches nothing, by PEFT's rule, or an unsuitable module."""
     modules = base_modules(model)
     targets = {p: module for p, module in modules.items() if LoraModel._check_target_module_exists(config, p)}
     if not targets:
@@ -222,8 +217,7 @@ SAVED_TYPE = "MOSLORA"
 
 @dataclass
 class MoSLoraConfig(LoraConfig):
-    """PEFT's LoraConfig with a mixer. All other fields, `lora_alpha` too, keep PEFT's names and defaults. Raises
-    UserError for an unknown mixer, a rank below 1, and settings that cannot be combined with a mixer."""
+    """PEFT's LoraConfig with a mixer, other fields as PEFT's. Raises UserError for what a mixer excludes."""
 
     init_lora_weights: bool | str = field(
         default="gaussian", metadata=LoraConfig.__dataclass_fields__["init_lora_weights"].metadata
@@ -246,8 +240,7 @@ class MoSLoraConfig(LoraConfig):
             patch_peft()
 
     def to_dict(self) -> dict[str, object]:
-        """The content of PEFT's `save_pretrained`; without a mixer it is a plain LoraConfig's. PEFT without this
-        package refuses the type MOSLORA. As LORA it would load and compute a wrong ΔW."""
+        """PEFT's `save_pretrained`. Without us it refuses the type MOSLORA; as LORA it would compute wrongly."""
         if self.mixer == "none":
             return self.without_mixer().to_dict()
         return super().to_dict() | {"peft_type": SAVED_TYPE}
@@ -277,9 +270,8 @@ def exact_config(
 
 
 def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
-    """Add an adapter to a model in place, freeze the base, activate the adapter. Returns the model. Adapter weights are
-    fp32 whatever the base's dtype. Raises UserError when no module matches, when the name is taken, or when a target
-    cannot carry a mixer; the model is unchanged then."""
+    """Add an adapter, in fp32, to a model in place, freeze the base, and return the model. Raises UserError when no
+    module matches, the name is taken, or a target cannot carry a mixer; the model is unchanged then."""
     if adapter_name in getattr(model, "peft_config", {}):
         raise UserError(f"The model already has an adapter named {adapter_name!r}; delete it or choose another name")
     if config.target_modules not in (None, "all-linear"):  # PEFT finds their layers itself
@@ -310,8 +302,7 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every A, B, learnt M and DoRA magnitude, in the model's order. Frozen mixers, and A and B of
-    a frozen basis, are left out."""
+    """(name, parameter) of every learnt A, B, M and DoRA magnitude, in the model's order."""
     found, is_basis = [], getattr(model.peft_config.get(adapter_name), "mixer", None) == ZERO
     for path, layer in adapter_layers(model, adapter_name).items():
         for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
@@ -334,13 +325,11 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> 
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """Every layer with adapters of any name."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
-    """Switch all adapters off for the length of the block. Gradient flags do not change, unlike with PEFT's own
-    switch."""
+    """Switch all adapters off for the block, without changing gradient flags as PEFT's own switch does."""
     return switched_off(lora_layers(model))
 
 
@@ -363,15 +352,9 @@ def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
     down, matrix, up = stored_matrices(layer, adapter_name)
     if isinstance(layer.lora_B[adapter_name], mixer.KroneckerUp):
         down, matrix, up = mixer.untied(down, matrix, up)
-    return mixer.MixedLowRank(
-        down=down,
-        mixer=matrix,
-        up=up,
-        scale=mixer.nominal_scale(
-            layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name]
-        ),
-        magnitude=magnitudes[adapter_name].weight if adapter_name in magnitudes else None,
-    )
+    scale = mixer.nominal_scale(layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name])
+    magnitude = magnitudes[adapter_name].weight if adapter_name in magnitudes else None
+    return mixer.MixedLowRank(down, matrix, up, scale, magnitude)
 
 
 def stored_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -384,7 +367,6 @@ def stored_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor
 
 
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, mixer.LowRank]:
-    """Module path -> the plain LoRA that equals this adapter at scale 1; fp32, on the CPU. Raises UserError for an
-    unknown adapter."""
+    """Module path -> the plain LoRA (fp32, CPU) that equals this adapter at scale 1. Raises UserError."""
     layers = adapter_layers(model, adapter_name)
     return {path: matrices_of(layer, adapter_name).fold() for path, layer in layers.items()}

@@ -37,10 +37,8 @@ WORD, MOST = "moslora_word", 75
 
 @dataclass(frozen=True)
 class NewTokens:
-    """`rows`: component -> (n, D). In prompts `word` stands for all of them."""
-
-    word: str
-    rows: Mapping[str, torch.Tensor]
+    word: str  # stands for all of them in prompts
+    rows: Mapping[str, torch.Tensor]  # component -> (n, D)
 
     @property
     def count(self) -> int:
@@ -54,7 +52,6 @@ class NewTokens:
         return raw_file.with_sorted_metadata(save(tensors, {"format": "pt", WORD: self.word}))
 
     def note(self, file_name: str) -> dict[str, object]:
-        """What the adapter's header says about them."""
         digest = hashlib.sha256(self.content).hexdigest()
         return {"word": self.word, "count": self.count, "file": file_name, "sha256": digest}
 
@@ -113,7 +110,6 @@ class AttachedTokens:
         self.pipeline.maybe_convert_prompt = self.spelled  # diffusers expands textual inversions there
 
     def detach(self) -> None:
-        """Restore the pipeline."""
         vars(self.pipeline).pop("maybe_convert_prompt", None)
         for part, name in TOKENIZERS.items():
             setattr(self.pipeline, name, self._tokenizers[part])
@@ -124,7 +120,6 @@ class AttachedTokens:
         return spelled(prompt, self.spellings) != prompt or any(spelt in prompt for spelt in self.spellings.values())
 
     def spelled(self, prompt: str | list[str], tokenizer: object = None) -> str | list[str]:
-        """The prompts with each word replaced by its tokens."""
         if isinstance(prompt, list):
             return [self.spelled(text) for text in prompt]
         return spelled(prompt, self.spellings)
@@ -155,8 +150,7 @@ def read_tokens(path: Path) -> NewTokens:
 
 
 def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, ...]:
-    """The tokens that the adapter file's header names, from the files beside it. Of a missing file, it logs a warning.
-    Raises UserError for one that is not the file in the header."""
+    """The tokens that an adapter's header names, from files beside it; a missing one is logged. Raises UserError."""
     missing = "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it"
     found = []
     for note in metadata.notes_in(header):
@@ -175,8 +169,7 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, 
 def prove_tokens(
     paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]
 ) -> tuple[proof.FileProof, ...]:
-    """Load the files, one for each of the attached tokens, by diffusers' own loader into the same encoders. Compare
-    each file's rows, and its encoded prompt, with the attached ones."""
+    """Load each file by diffusers' own loader, and compare its rows and its encoded prompt with the attached ones."""
     live = encode_text(attached.pipeline, list(prompts))
     with stock_loaded(paths, attached) as pipeline:
         stock = encode_text(pipeline, attached.spelled(list(prompts)))

@@ -21,8 +21,7 @@ from dreambooth_moslora.adapters import kohya_file, raw_file
 from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
-BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""The largest relative difference of ΔW that rounding `up` and `down` to this dtype explains."""
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # Of ΔW, by rounding up and down
 SAMPLED_LAYERS = 8
 TOKENS = 16
 STOCK = "proof"
@@ -30,11 +29,9 @@ STOCK = "proof"
 
 @dataclass(frozen=True)
 class FileProof:
-    """One file compared with the adapter: the largest relative differences, and where ΔW's is."""
-
     file: str
-    weights: float
-    outputs: float
+    weights: float  # largest relative difference of ΔW, at `worst`
+    outputs: float  # of outputs
     worst: str
     loader: str
 
@@ -45,14 +42,12 @@ class FileProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """The files that `publish` wrote and their errors. `kept` is the fraction of ‖ΔW‖² after rank reduction."""
-
     dtype: str
     bound: float
     projections: int
-    file_proofs: tuple[FileProof, ...]
+    file_proofs: tuple[FileProof, ...]  # of the files that `publish` wrote
     rank_sum: int = 0
-    kept: float = 1.0
+    kept: float = 1.0  # of ‖ΔW‖² after rank reduction
     notes: tuple[str, ...] = ()
 
     @property
@@ -64,11 +59,9 @@ class Proof:
         return max(p.largest for p in self.file_proofs)
 
     def to_dict(self) -> dict[str, object]:
-        """The values for metrics.jsonl and the model card."""
         return {**asdict(self), "files": self.files, "max_relative_difference": self.max_relative_difference}
 
     def sentence(self) -> str:
-        """The result in one line."""
         return (
             f"{self.projections} projections reloaded by the stock loader: largest relative difference "
             f"{self.max_relative_difference:.1e} (bound {self.bound:.0e} for {self.dtype})"
@@ -76,8 +69,7 @@ class Proof:
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖ of two tensors of one shape; 0 if both are zero, infinite if only
-    `expected` is, or for NaN."""
+    """‖found − expected‖ / ‖expected‖; 0 if both are zero, infinite if only `expected` is, or for NaN."""
     size, difference = float(expected.norm()), float((found - expected).norm())
     if difference == 0:
         return 0.0
@@ -86,9 +78,8 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Compute fp32 products in full precision, and restore PyTorch's settings afterwards. By default GPUs since Ampere
-    use only 10 bits of each mantissa in convolutions (TF32). PyTorch has older switches beside its settings; where the
-    two contradict each other, reading a switch raises RuntimeError in any library."""
+    """Compute fp32 products in full precision, without TF32, and restore PyTorch's settings afterwards. Where its older
+    switches and its settings contradict each other, reading a switch raises RuntimeError in any library."""
     backends = torch.backends
     newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv
     settings = [(switch, "allow_tf32", False) for switch in (backends.cuda.matmul, backends.cudnn)]
@@ -117,8 +108,7 @@ def prove_file(
     adapter_name: str,
     expected: dict[str, torch.Tensor] | None = None,
 ) -> FileProof:
-    """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW) after a
-    reduction. Raises UserError."""
+    """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW). Raises UserError."""
     live = raw_file.all_layers(components, adapter_name)
     tensors, _ = raw_file.read_tensors(path)
     if any(key.endswith(kohya_file.DORA_SCALE) for key in tensors):
@@ -226,9 +216,8 @@ def delta(layer: LoraLayer, adapter_name: str) -> torch.Tensor:
 
 
 def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
-    """The relative difference of the layers' outputs for a fixed x (16, in), or (1, in, 4, 4) for a convolution. The
-    base is zero, so that the output is the adapter's own effect: early in training it would vanish in the rounding of
-    W·x. DoRA needs a base, and its magnitudes are compared separately."""
+    """The relative difference of the layers' outputs for a fixed x (16, in), or (1, in, 4, 4). The base is zero, as the
+    effect of an early adapter would vanish in the rounding of W·x; DoRA needs a base."""
     device = live.lora_A[adapter_name].weight.device
     is_convolution = isinstance(live.get_base_layer(), torch.nn.Conv2d)
     shape = (1, live.in_features, 4, TOKENS // 4) if is_convolution else (TOKENS, live.in_features)

@@ -10,6 +10,10 @@ live adapter --fold--> LowRank --reduce_layers--> --publish--> pytorch_lora_weig
              --save_raw--> moslora_weights.safetensors --load_raw--> the same adapter, bit for bit
 
 A file is published only after a stock loader has read it back and computed the same (`proof`).
+
+`fold_peft` does so without a base for a language model's adapter, which PEFT has saved:
+
+    lora_A.weight (r, in)   lora_B.up (out, r)   lora_B.mixer (r, r)   ->   lora_A.weight   lora_B.weight = B·M (out, r)
 """
 
 import json
@@ -19,17 +23,17 @@ from pathlib import Path
 
 import torch
 
-from dreambooth_moslora.adapters import describe, kohya_file, mixer, moslora, new_tokens, raw_file
+from dreambooth_moslora.adapters import describe, kohya_file, moslora, new_tokens, raw_file
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, metadata_in, most_common
+from dreambooth_moslora.adapters.mixer import Folded, LowRank, untied
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
-from dreambooth_moslora.core import UserError, scratch_directory
-from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, check_name, tokens_name
+from dreambooth_moslora.core import UserError, atomic_write, parse_object, scratch_directory
+from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PEFT_CONFIG, PUBLISHED_NAME, check_name, tokens_name
 from dreambooth_moslora.settings.families import DENOISERS
 
 
 def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
-    """Write the scale; returns False, without writing, unless this program published the file. Raises UserError for a
-    broken file, and OSError when it cannot be written."""
+    """Write the scale; False for a file of another program. Raises UserError for a broken file, and OSError."""
     tensors, header = raw_file.read_tensors(path)
     facts = metadata_in(header)
     if facts is None or raw_file.RAW_KEY in tensors:
@@ -58,13 +62,12 @@ def publish(
     tokens: Sequence[new_tokens.NewTokens] = (),
     prove: Callable[[Sequence[Path]], tuple[FileProof, ...]] | None = None,
 ) -> Proof:
-    """Write both published files into `out_dir`, or neither: each is verified before it gets its name. New `tokens` are
-    written beside them, in files that both headers name; `prove` verifies these. `keep` below 1 reduces the rank of
-    each projection to keep that fraction of ‖ΔW‖². Raises UserError when a file differs from the adapter by more than
-    the dtype's bound, when weights are NaN, or when the adapter is merged."""
+    """Write both published files into `out_dir`, or neither: each is verified first. New `tokens` are written beside
+    them; `prove` verifies these. `keep` below 1 reduces each projection's rank to keep that fraction of ‖ΔW‖². Raises
+    UserError for a difference beyond the dtype's bound, NaN, and a merged adapter."""
     check_name(name)
     check_publishable(components, dtype, adapter_name)
-    folded: mixer.Folded = {}
+    folded: Folded = {}
     for component, model in components.items():
         layers = moslora.fold(model, adapter_name)
         folded[component] = {kohya_file.published_path(component, path): layer for path, layer in layers.items()}
@@ -104,8 +107,8 @@ def check_publishable(components: dict[str, torch.nn.Module], dtype: torch.dtype
 
 
 def reduced(
-    folded: mixer.Folded, components: dict[str, torch.nn.Module], adapter_name: str, keep: float
-) -> tuple[mixer.Folded, float, dict[str, torch.Tensor]]:
+    folded: Folded, components: dict[str, torch.nn.Module], adapter_name: str, keep: float
+) -> tuple[Folded, float, dict[str, torch.Tensor]]:
     """The layers in lower rank, the fraction of Σ‖ΔW‖² that is left, and `component.path` -> the ΔW (out, in) or
     (out, in, h, w) that the files must hold. Raises UserError when more is lost than `keep` allows."""
     for component, layers in folded.items():
@@ -114,20 +117,16 @@ def reduced(
                 {f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}, "the adapter"
             )
     folded, kept = describe.reduce_layers(folded, keep)
-    expected = {
-        f"{component}.{path}": folded[component][kohya_file.published_path(component, path)].delta
-        for component, model in components.items()
-        for path in moslora.adapter_layers(model, adapter_name)
-    }
+    names = [name.partition(".") for name in raw_file.all_layers(components, adapter_name)]
+    expected = {f"{part}.{path}": folded[part][kohya_file.published_path(part, path)].delta for part, _, path in names}
     check_reduction(components, adapter_name, expected, keep)
     return folded, kept, expected
 
 
 def write_published(
-    folded: mixer.Folded, folder: Path, name: str, metadata: AdapterMetadata, dtype: torch.dtype, *, pad: bool
+    folded: Folded, folder: Path, name: str, metadata: AdapterMetadata, dtype: torch.dtype, *, pad: bool
 ) -> list[Path]:
-    """Write diffusers' file, and a UNet's in kohya's names, which ComfyUI needs there; it reads diffusers' own names of
-    transformers. Alpha is the rank, without rsLoRA; with `pad`, diffusers' file has a single rank."""
+    """Write diffusers' file, and a UNet's in kohya's names, which ComfyUI needs. `pad`: diffusers' has one rank."""
     ranks = {f"{c}.{path}": layer.rank for c, layers in folded.items() for path, layer in layers.items()}
     rank = most_common(ranks.values())
     others = {path: r for path, r in ranks.items() if r != rank}
@@ -147,14 +146,11 @@ def write_published(
     return [path for path, _, _ in files]
 
 
-PEFT_SETTINGS = "lora_adapter_metadata"
-"""Key of PEFT's settings in the header, as diffusers' scripts for transformers write them; those for UNets do not."""
+PEFT_SETTINGS = "lora_adapter_metadata"  # In the header, as diffusers' scripts for transformers write it
 
 
-def peft_settings(folded: mixer.Folded) -> dict[str, object]:
-    """`component.name` -> a setting of PEFT's LoraConfig. The scale is in `up`, so alpha is the rank, whatever
-    --lora_alpha was: programs that read no settings compute the same. Names have no `text_model.`, which versions of
-    transformers differ in: PEFT compares their ends."""
+def peft_settings(folded: Folded) -> dict[str, object]:
+    """`component.name` -> a setting of LoraConfig: alpha is the rank, as the scale is in `up`; no `text_model.`."""
     settings: dict[str, object] = {}
     for component, layers in folded.items():
         ranks = {path.removeprefix("text_model."): layer.rank for path, layer in layers.items()}
@@ -167,9 +163,8 @@ def peft_settings(folded: mixer.Folded) -> dict[str, object]:
     return settings
 
 
-def published_tensors(folded: mixer.Folded, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """The tensors under PEFT's keys after the component's name, which diffusers reads since 0.22. DoRA's magnitudes
-    stay fp32: half precision would round away what training changed in them."""
+def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The tensors under PEFT's keys, which diffusers reads since 0.22. DoRA's magnitudes stay fp32."""
     tensors = {}
     for component, layers in folded.items():
         for path, layer in layers.items():
@@ -182,33 +177,30 @@ def published_tensors(folded: mixer.Folded, dtype: torch.dtype = torch.float32) 
     return tensors
 
 
-def padded(folded: mixer.Folded) -> mixer.Folded:
+def padded(folded: Folded) -> Folded:
     """All projections at the file's largest rank, with zeros: old diffusers uses one alpha for all ranks."""
     rank = max(layer.rank for layers in folded.values() for layer in layers.values())
 
-    def pad(layer: mixer.LowRank) -> mixer.LowRank:
+    def pad(layer: LowRank) -> LowRank:
         missing = rank - layer.rank
         rows = layer.down.new_zeros(missing, *layer.down.shape[1:])
         columns = layer.up.new_zeros(len(layer.up), missing, *layer.up.shape[2:])
-        return mixer.LowRank(
-            torch.cat([layer.down, rows]), torch.cat([layer.up, columns], dim=1), magnitude=layer.magnitude
-        )
+        return LowRank(torch.cat([layer.down, rows]), torch.cat([layer.up, columns], dim=1), magnitude=layer.magnitude)
 
     return {c: {path: pad(layer) for path, layer in layers.items()} for c, layers in folded.items()}
 
 
-def balanced(layer: mixer.LowRank) -> mixer.LowRank:
+def balanced(layer: LowRank) -> LowRank:
     """Move a power of two between up and down, which is exact: fp16 would round the small `up` of early steps to 0."""
     sizes = layer.up.abs().max(), layer.down.abs().max()
     if min(sizes) == 0:
         return layer
     factor = torch.exp2(((sizes[1] / sizes[0]).log2() / 2).round())
-    return mixer.LowRank(layer.down / factor, layer.up * factor, magnitude=layer.magnitude)
+    return LowRank(layer.down / factor, layer.up * factor, magnitude=layer.magnitude)
 
 
-def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: mixer.Folded, kept: float | None) -> Proof:
-    """The proof of all files, with notes for users of other programs or old versions. `kept` is the fraction of
-    Σ‖ΔW‖² after a reduction; None without one."""
+def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, kept: float | None) -> Proof:
+    """The proof of all files, with notes for other programs. `kept`: of Σ‖ΔW‖² after a reduction, else None."""
     layers = [layer for c in folded.values() for layer in c.values()]
     has_several_ranks = kept is not None and len({layer.rank for layer in layers}) > 1
     has_dora = any(layer.magnitude is not None for layer in layers)
@@ -229,3 +221,45 @@ def load_published(path: str | Path) -> tuple[dict[str, torch.Tensor], AdapterMe
     tensors, header = raw_file.read_tensors(path / PUBLISHED_NAME if path.is_dir() else path)
     raw_file.check_finite(tensors, path.name)
     return tensors, metadata_in(header)
+
+
+WEIGHTS = "adapter_model.safetensors"
+OWN_SETTINGS = ("mixer", "train_mixer", "mixer_seed", "mixer_factor")
+UP, MIXER, WEIGHT, DOWN = ".lora_B.up", ".lora_B.mixer", ".lora_B.weight", ".lora_A.weight"
+TIED = ".lora_A.tied"  # of a LoKr
+
+
+def fold_peft(source: Path, out: Path) -> int:
+    """Write the folder's adapter folded into `out`; returns how many layers were. Raises UserError."""
+    if not (source / PEFT_CONFIG).is_file():
+        raise UserError(f"{source} holds no {PEFT_CONFIG}: give the folder that PEFT's save_pretrained wrote")
+    settings = parse_object((source / PEFT_CONFIG).read_bytes())
+    if settings.get("peft_type") != moslora.SAVED_TYPE:
+        raise UserError(f"{source} is of the type {settings.get('peft_type')!r:.40}, which PEFT loads as it is")
+    if out.resolve() == source.resolve():
+        raise UserError(f"--out {out} is the adapter itself; give another folder")
+    tensors, header = raw_file.read_tensors(source / WEIGHTS)
+    raw_file.check_finite(tensors, WEIGHTS)
+    modules = [key.removesuffix(UP) for key in tensors if key.endswith(UP)]
+    plain = {key: tensor for key, tensor in tensors.items() if not key.endswith((UP, MIXER, TIED))}
+    for module in modules:
+        plain[module + DOWN], plain[module + WEIGHT] = folded_layer(module, tensors)
+    settings = {name: value for name, value in settings.items() if name not in OWN_SETTINGS} | {"peft_type": "LORA"}
+    raw_file.write_file(out / WEIGHTS, plain, header)
+    atomic_write(out / PEFT_CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode())
+    return len(modules)
+
+
+def folded_layer(module: str, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B·M (out, r), or (r, in, h, w) and (out, r, 1, 1). Raises UserError for a broken module."""
+    if (tied := tensors.get(module + TIED)) is not None:
+        parts = (tied, tensors.get(module + MIXER), tensors[module + UP])
+        if any(part is None or part.ndim != 2 for part in parts) or len(tied) != parts[2].shape[1]:
+            raise UserError(f"{WEIGHTS} is broken: {module:.100} is not whole")
+        down, mixer, up = untied(*(part.double() for part in parts))
+        return down.to(tied.dtype), (up @ mixer).to(tied.dtype)
+    up, mixer, down = (tensors.get(module + part) for part in (UP, MIXER, DOWN))
+    if mixer is None or down is None or up.shape[1:] != mixer.shape[:1] or mixer.shape != (len(down), len(down)):
+        raise UserError(f"{WEIGHTS} is broken: {module:.100} is not whole")
+    product = (up.double() @ mixer.double()).to(up.dtype)
+    return down, product.view(*product.shape, *(1,) * (down.ndim - 2)).contiguous()

@@ -2,13 +2,11 @@
 
     <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
 
-A LoKr has A₂ (r/f, in/f), W₁ (f, f) and B₂ (out/f, r/f) under these names. The component is `unet`, `text_encoder` or
-`text_encoder_2`; lora_A is (r, in, h, w) for a convolution. `moslora` in the header holds the metadata as JSON. Because
-of the tensor `raw_format` every stock LoRA loader refuses the file: B·A without the mixer would be wrong.
+A LoKr has A₂ (r/f, in/f), W₁ (f, f) and B₂ (out/f, r/f) under these names; lora_A is (r, in, h, w) for a convolution.
+The tensor `raw_format` makes every stock LoRA loader refuse the file: B·A without the mixer would be wrong.
 
-Before it, safetensors files in general: written atomically and in a fixed order, read without running code, refused if
-a value is not finite. And models without weights: every parameter is a single zero, expanded to full size by strides
-of 0. Loaders treat such a model as an ordinary fp32 model on the CPU, but it takes only a few MB for an SDXL UNet.
+Before it, safetensors files in general: written atomically and in a fixed order, read without running code, finite. And
+models without weights, a few MB for an SDXL UNet: every parameter is a single zero, expanded by strides of 0.
 """
 
 import inspect
@@ -48,8 +46,7 @@ def write_file(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, s
 
 
 def with_sorted_metadata(content: bytes) -> bytes:
-    """The safetensors file with sorted metadata: the library's random order would give files of equal adapters
-    different hashes."""
+    """The safetensors file with sorted metadata: equal adapters then have equal hashes."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -87,17 +84,14 @@ CLASSES = {facts.model: "diffusers" for facts in families.FAMILIES} | {
     "CLIPTextModelWithProjection": "transformers",
 }
 """Class of an adapted model -> its library. A file names the class, so no other class is ever built."""
-MOST_LAYERS = (
-    2000  # of all blocks, if each were as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32
-)
+MOST_LAYERS = 2000  # of all blocks, each as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32
 DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
 DEPTHS += ("num_layers", "num_single_layers", "n_layers")
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 
 
 def empty_model(description: Mapping[str, object]) -> torch.nn.Module:
-    """The model of a `model_config`, with zeros for weights, which take no memory. Raises UserError for a class that is
-    not part of SDXL, and for a config that cannot be built."""
+    """The model of a `model_config`, with zeros that take no memory. Raises UserError for any other class."""
     name, config = description.get("class"), description.get("config")
     if name not in CLASSES or not isinstance(config, dict):
         raise UserError(f"{name!r:.60} is not a part of SDXL that can be built; it has {', '.join(CLASSES)}")
@@ -146,8 +140,7 @@ RAW_KEY, RAW_FORMAT = "raw_format", 1
 def adapter_metadata(
     components: dict[str, torch.nn.Module], adapter_name: str = "default", *, base_id: str | Path = "", **said: Any
 ) -> AdapterMetadata:
-    """The metadata of a live adapter: ranks, alphas and mixer from the models, else what is `said`. Raises UserError
-    for an unknown component, and when components have different settings."""
+    """A live adapter's metadata. Raises UserError for an unknown component, and for several settings."""
     check_components(components)
     settings = {}
     for name in SHARED_SETTINGS:  # PEFT's own config has no mixer
@@ -182,8 +175,7 @@ def check_components(components: dict[str, torch.nn.Module]) -> None:
 
 
 def check_storable(components: dict[str, torch.nn.Module], adapter_name: str) -> None:
-    """Raises UserError for an unknown component, and for DoRA on a convolution: PEFT can make it, but the files cannot
-    hold its magnitudes."""
+    """Raises UserError for an unknown component, and for DoRA on a convolution, which the files cannot hold."""
     check_components(components)
     for path, layer in all_layers(components, adapter_name).items():
         if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), torch.nn.Conv2d):
@@ -202,8 +194,7 @@ def all_layers(components: dict[str, torch.nn.Module], adapter_name: str) -> dic
 def save_raw(
     components: dict[str, torch.nn.Module], path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
 ) -> None:
-    """Write the live adapter, completely or not at all. Raises UserError for NaN or infinity. Ranks, alphas and
-    settings in `metadata` are replaced by the models' own."""
+    """Write the live adapter, with its own ranks, alphas and settings. Raises UserError for NaN or infinity."""
     check_storable(components, adapter_name)
     live = adapter_metadata(components, adapter_name)
     taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *SHARED_SETTINGS)
@@ -265,8 +256,7 @@ def check_whole(name: str, tensors: dict[str, torch.Tensor], metadata: AdapterMe
 def load_raw(
     path: str | Path, components: dict[str, torch.nn.Module], adapter_name: str = "default"
 ) -> AdapterMetadata:
-    """Create the adapter of a raw file in the models, bit for bit as it was saved. Raises UserError when the file
-    adapts a component that is not given, or was made for another base."""
+    """Create a raw file's adapter in the models, bit for bit. Raises UserError for another base or component."""
     check_components(components)
     tensors, metadata = read_raw(path)
     by_component = by_module(tensors)
@@ -301,13 +291,7 @@ def matrices_from(parts: dict[str, torch.Tensor], metadata: AdapterMetadata, mod
     down, mixer, up = parts["lora_A"], parts.get("mixer"), parts["lora_B"]
     if metadata.mixer == table.KRONECKER:
         down, mixer, up = untied(down, mixer, up)
-    return MixedLowRank(
-        down=down,
-        mixer=mixer,
-        up=up,
-        scale=nominal_scale(alpha, rank, metadata.use_rslora),
-        magnitude=parts.get("magnitude"),
-    )
+    return MixedLowRank(down, mixer, up, nominal_scale(alpha, rank, metadata.use_rslora), parts.get("magnitude"))
 
 
 def check_fits(name: str, metadata: AdapterMetadata, component: str, model: torch.nn.Module, modules: dict) -> None:

@@ -80,8 +80,7 @@ def scale_of(vae: AutoencoderKL) -> int:
 
 @contextmanager
 def tiled_where_short(vae: AutoencoderKL, size_px: tuple[int, int], device: torch.device) -> Iterator[None]:
-    """In this block the VAE decodes in tiles if `device` has too little memory for (height, width) px at once. A VAE
-    without tiling decodes as usual. The VAE's own settings are restored afterwards."""
+    """In this block the VAE decodes in tiles, if it can, where memory is short for (height, width) px."""
     free = machine.free_gib(device)
     is_short = free is not None and size_px[0] * size_px[1] * machine.DECODER_BYTES_A_PIXEL / machine.GIB > free
     if not is_short or not hasattr(vae, "tile_latent_min_size"):
@@ -109,11 +108,9 @@ def pictures_of(pixels: torch.Tensor) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class Probe:
-    """`finite`: no NaN and no infinity. `error`: mean |difference| from the fp32 picture, of 255 levels."""
-
     dtype: str
-    finite: bool
-    error: float
+    finite: bool  # no NaN and no infinity
+    error: float  # mean |difference| from the fp32 picture, of 255 levels
 
 
 def load_vae_alone(source: str | Path) -> AutoencoderKL:

@@ -13,8 +13,7 @@ from dreambooth_moslora.core import UserError, assets_folder
 from dreambooth_moslora.settings import families, table
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
-SMALL_BASE_PX = 256
-"""A base of at most this resolution, such as the embedded one, needs no care with GPU memory."""
+SMALL_BASE_PX = 256  # A base of at most this resolution needs no care with GPU memory
 TOY = assets_folder() / "toy-sdxl"
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 INDEX = "model_index.json"
@@ -59,8 +58,7 @@ def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[in
 
 
 def shapes_in(path: Path) -> dict[str, list[int]]:
-    """{tensor's name: its shape} of a safetensors file, by its header; {} for another format. Raises UserError for a
-    git-lfs pointer, and for a damaged or truncated file."""
+    """{tensor's name: its shape} of a safetensors file; {} for another format. Raises UserError for a damaged one."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(f"{path} is a git-lfs pointer, the weights are not here: fetch them with `git lfs pull`.")
@@ -74,8 +72,7 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
 
 
 def resolve_base(name: str | Path) -> str | Path:
-    """`toy`, a folder, a single checkpoint file, or a hub id (returned unchanged). Raises UserError for a path that is
-    missing or damaged, or no diffusers model."""
+    """`toy`, a folder, a single file, or a hub id (unchanged). Raises UserError for one that is missing or damaged."""
     if str(name) == "toy":
         if not (TOY / INDEX).is_file():
             raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone or install it again.")
@@ -102,8 +99,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def base_folder(config: table.TrainConfig) -> Path | None:
-    """The diffusers folder of the base: as named, embedded, or in the hub's cache. None for a single file or a base not
-    fetched yet. Raises UserError for a base that training would refuse."""
+    """The diffusers folder of the base; None for a single file or one not fetched yet. Raises UserError."""
     source = resolve_base(config.pretrained_model_name_or_path)
     if isinstance(source, str):
         from huggingface_hub import try_to_load_from_cache
@@ -140,8 +136,7 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
 def facts_of_base(
     name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> families.Facts | None:
-    """The family of a base, by its index; None for a hub id whose index cannot be fetched. A single file is SDXL's.
-    Raises UserError for a base that is not there, and for one that cannot be trained."""
+    """The family of a base (a single file is SDXL's); None for an index that cannot be fetched. Raises UserError."""
     source = resolve_base(name)
     if isinstance(source, Path):
         return (
@@ -194,8 +189,7 @@ def own_resolution(name: str | Path, revision: str | None = None, cache_dir: str
 
 
 def facts_in(index: dict) -> families.Facts:
-    """The family of a base by its `model_index.json`; SDXL's pipelines for other tasks hold the same parts. Raises
-    UserError for one that cannot be trained."""
+    """The family of a base by its `model_index.json`. Raises UserError for one that cannot be trained."""
     name = str(index.get("_class_name", ""))
     return families.facts_of("StableDiffusionXLPipeline" if name.startswith("StableDiffusionXL") or not name else name)
 

@@ -7,12 +7,9 @@ prompts (N) --encode_text--> N texts, each by the names of the pipeline's own ar
 Quantised to 4-bit NormalFloat (QLoRA, Dettmers et al. 2023) or to 8-bit weights of bitsandbytes are only the linear
 layers of the repeated blocks: they hold nine tenths of SDXL's UNet.
 
-`TextProducts` computes cross-attention's frozen to_k and to_v, W0·c of a text c, without their weights on the device.
-While the text encoders are frozen, c depends only on the prompt, so W0·c is computed once per prompt and kept on the
-host, as are the weights. A pass of the UNet copies the products of its prompts to the device. In SDXL's UNet in half
-precision the weights take 0.63 GiB, and W0·c of a prompt 0.024. For a text that is not a known prompt's (a picture
-needs its prompt and the empty one together) the weights are copied to the device, one after the other, at its first
-denoising step.
+`TextProducts` computes cross-attention's frozen to_k and to_v, W0·c of a text c, once per prompt, and keeps weights
+and products on the host. In SDXL's UNet in half precision the weights take 0.63 GiB, and W0·c of a prompt 0.024. For an
+unknown text (a picture needs its prompt and the empty one together) the weights are copied to the device in turn.
 """
 
 import logging
@@ -35,26 +32,20 @@ from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.rows import is_text_projection
 
-OUTPUTS_A_BLOCK = 32
-"""Outputs that the 4-bit kernels for CPUs compute at a time. Every width of SDXL is a multiple."""
-CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"
-"""A warning of bitsandbytes at every call in bf16, thousands of times per run."""
-MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
-"""PEFT uses these attributes to choose its own layers for bitsandbytes."""
+OUTPUTS_A_BLOCK = 32  # Outputs that the 4-bit kernels for CPUs compute at a time; divides every width of SDXL
+CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"  # bitsandbytes warns at every call in bf16
+MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}  # PEFT chooses its layers by them
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
 """Errors of diffusers' converter for a damaged file, and for one of another model."""
-UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
-"""Errors of the loaders for damaged or missing parts of a folder."""
-ZERO_SNR_RESCALE = 0.7
-"""Lin et al. 2024 (arXiv 2305.08891), section 3.4: how much of the contrast added by guidance is removed."""
+UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)  # Damaged or missing parts
+ZERO_SNR_RESCALE = 0.7  # How much of guidance's added contrast is removed (Lin et al. 2024, arXiv 2305.08891)
 
 
 def quantize(
     denoiser: torch.nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None
 ) -> int:
-    """Replace the layers in place, each quantised on `device` (default: its own); returns how many. Only one dense
-    layer at a time is on the device. In 4 bit, each layer then moves back, so that the device is free for the encoders.
-    `kind` none does nothing. Raises UserError when bitsandbytes is not installed."""
+    """Replace the layers in place, quantised one by one on `device` (default: its own); returns how many. In 4 bit each
+    then moves back, which frees the device for the encoders. Raises UserError without bitsandbytes."""
     if kind == "none":
         return 0
     if kind == "int8":
@@ -71,7 +62,6 @@ def quantize(
 
 
 def layers_of_blocks(denoiser: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The modules of the repeated blocks, by their paths."""
     kinds, modules = families.block_classes(denoiser), list(denoiser.named_modules())
     blocks = tuple(f"{name}." for name, module in modules if type(module).__name__ in kinds)
     return [(name, module) for name, module in modules if name.startswith(blocks or "transformer_blocks")]
@@ -102,9 +92,8 @@ def quantized(
 
 
 class TextProjection(torch.nn.Linear):
-    """A frozen projection (out,in) of the text. `host_weight` has the numbers; `weight`, which is NaN, only has
-    their shape, dtype and device. `of_attention` (B,T,…) is the product of this layer beside those of its `siblings`,
-    the number of text projections of its attention."""
+    """A frozen projection (out,in) of the text: `host_weight` has the numbers, `weight` (NaN) shape, dtype and device.
+    `of_attention` (B,T,…): this layer's product beside those of its `siblings`, the attention's text projections."""
 
     siblings = 1
 
@@ -196,10 +185,9 @@ def load_pipeline(
     vae_dtype: torch.dtype | None = None,
     has_denoiser: bool = True,
 ) -> DiffusionPipeline:
-    """Load a base in `dtype` (default fp32), every module frozen and in evaluation mode. `vae` names another
-    autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` is its dtype (default `dtype`). With
-    `has_denoiser` False a folder or hub id is loaded without it, for `load_denoiser`. Raises UserError when the base is
-    missing, is of no family that can be trained, or cannot be fetched."""
+    """Load a base in `dtype` (default fp32), frozen, in evaluation mode. `vae` names another autoencoder (folder or hub
+    id), in `vae_dtype`. With `has_denoiser` False a folder or hub id is loaded without it, for `load_denoiser`. Raises
+    UserError when the base is missing, of no known family, or cannot be fetched."""
     source = files.resolve_base(name_or_path)
     if isinstance(source, Path) and source.is_dir():
         files.check_diffusers_folder(source, variant, has_vae=vae is None)
@@ -234,8 +222,7 @@ def load_pipeline(
 
 
 def load_denoiser(pipeline: DiffusionPipeline, name_or_path: str | Path, dtype: torch.dtype, **options: Any) -> None:
-    """Give a pipeline that was loaded without one its denoiser, frozen. `options` are `variant`, `revision` and
-    `cache_dir`. Raises UserError when it cannot be loaded."""
+    """Load a pipeline's denoiser, frozen. `options`: `variant`, `revision`, `cache_dir`. Raises UserError."""
     name = facts_of(type(pipeline).__name__).denoiser
     others = dict.fromkeys(part for part in pipeline.components if part != name)
     try:
@@ -258,8 +245,7 @@ def load_vae(
 
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
-    """Load one checkpoint file; its marks say whether velocity is predicted. Its configs come from a diffusers folder
-    of the same stem beside it, else from the hub. Raises UserError."""
+    """Load one checkpoint file, with the configs of the folder beside it, else the hub's. Raises UserError."""
     configs = files.configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
     try:
@@ -333,9 +319,8 @@ def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[familie
 
 @torch.no_grad()
 def encode_image(vae: torch.nn.Module, pixels: torch.Tensor, family: families.Family = SDXL_FAMILY) -> torch.Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) as the denoiser expects them, fp32: the mean of the VAE's
-    posterior. An SDXL VAE in fp16 can overflow to NaN; it is then converted to fp32 for good and run again. Raises
-    UserError when even fp32 gives NaN."""
+    """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) for the denoiser, fp32: the mean of the VAE's posterior. A
+    VAE that gives NaN is converted to fp32 for good. Raises UserError when even fp32 gives NaN."""
     latents = decode.finite_or_fp32(vae, lambda: family.latents(vae, pixels))
     if not latents.isfinite().all():
         raise UserError("the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE.")
@@ -346,8 +331,7 @@ SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "transforme
 
 
 def architecture(denoiser: torch.nn.Module) -> dict[str, object]:
-    """The shape of a denoiser, JSON-able: bases of equal shape accept each other's adapters. Of a UNet it is SHAPE, of
-    a transformer every whole number of its configuration."""
+    """The shape of a denoiser, JSON-able: SHAPE of a UNet, every whole number of a transformer's configuration."""
     config = dict(denoiser.config)
     keys = SHAPE if "block_out_channels" in config else [key for key, value in config.items() if type(value) is int]
     return {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in keys}

@@ -1,9 +1,7 @@
 """What this machine's GPU can do: its free memory, and whether it computes bf16. PyTorch is imported only when asked.
 
 Nvidia's GPUs compute bf16 since Ampere (compute capability 8.0), and CPUs with AVX-512, AMX or Arm's bf16. On older
-GPUs PyTorch emulates bf16 and reports it as supported. cuDNN has no bf16 convolutions there, so training would fail at
-its first step or be very slow. On other CPUs oneDNN has no bf16 kernels, and PyTorch's own are many times slower than
-fp32.
+GPUs PyTorch emulates bf16, and cuDNN has no convolutions in it; on other CPUs it is many times slower than fp32.
 """
 
 import os
@@ -13,10 +11,8 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 
 GIB = 2**30
-DECODER_BYTES_A_PIXEL = 4300
-"""Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture."""
-TILE_PX = 512
-"""Side of the tiles that are decoded if the whole picture does not fit."""
+DECODER_BYTES_A_PIXEL = 4300  # Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture
+TILE_PX = 512  # Side of the tiles that are decoded if the whole picture does not fit
 
 
 def free_gib(device: Any) -> float | None:

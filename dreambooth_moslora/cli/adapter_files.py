@@ -13,9 +13,8 @@ LOKR_SUFFIX = ".lokr.safetensors"
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="safetensors files, or folders with a published adapter"
-    )
+    about = "safetensors files, or folders with a published adapter"
+    parser.add_argument("files", nargs="+", metavar="FILE", help=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object a file instead of lines")
 
 
@@ -47,9 +46,8 @@ def facts_of(file: Path) -> dict[str, object]:
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", metavar="RAW_OR_CHECKPOINT", help="moslora_weights.safetensors, a checkpoint folder or a run folder"
-    )
+    about = "moslora_weights.safetensors, a checkpoint folder or a run folder"
+    parser.add_argument("source", metavar="RAW_OR_CHECKPOINT", help=about)
     parser.add_argument(
         "--for",
         dest="readers",
@@ -79,10 +77,10 @@ def run_export(args: argparse.Namespace) -> int:
         raise UserError(f"{source} is an adapter of PEFT: add --for peft")
     else:
         source = find_raw(source)
-    from dreambooth_moslora.adapters import lycoris, new_tokens, peft_file, published_file, raw_file
+    from dreambooth_moslora.adapters import lycoris, new_tokens, published_file, raw_file
 
     if args.readers == "peft":
-        print(f"{out}: a plain LoRA for PEFT, {peft_file.fold_peft(source, out)} layers folded (B·M).")
+        print(f"{out}: a plain LoRA for PEFT, {published_file.fold_peft(source, out)} layers folded (B·M).")
         return 0
     name = args.name or out.resolve().name or "adapter"
     if args.readers == "lycoris":

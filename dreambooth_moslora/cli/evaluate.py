@@ -1,4 +1,5 @@
-"""`python -m dreambooth_moslora evaluate RUN_OR_FILE --photos DIR`: report.html and scores.json of one adapter."""
+"""`evaluate RUN_OR_FILE --photos DIR`: report.html and scores.json of one adapter. `explain RUN`: what a run's figures
+mean, and which flag to try next."""
 
 import argparse
 import sys
@@ -12,9 +13,10 @@ from tqdm import tqdm
 
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
-from dreambooth_moslora.core import UserError, atomic_write, find_asset
+from dreambooth_moslora.core import UserError, atomic_write, find_asset, spelled_out
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card
-from dreambooth_moslora.photos.folder import require_folder_of_photos
+from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
+from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan.checks import require_folder, require_writable
 from dreambooth_moslora.settings import measures, sources, table
 from dreambooth_moslora.training import explain, model_card
@@ -22,7 +24,6 @@ from dreambooth_moslora.training import explain, model_card
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.evaluate import Evaluation
     from dreambooth_moslora.evaluation.protocol import EvaluationPlan
-    from dreambooth_moslora.photos.photo import Photo
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +39,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--images_per_prompt", type=positive, default=4, help="seeds 0, 1, … of each (default: 4)")
     group.add_argument("--class_images", type=positive, default=16, help="pictures of the bare class (default: 16)")
     group.add_argument("--inference_steps", type=positive, default=25, help="denoising steps (default: 25)")
-    group.add_argument(
-        "--guidance_scale", type=guidance, help="how closely to follow prompts (default: the base's own)"
-    )
+    about_guidance = "how closely to follow prompts (default: the base's own)"
+    group.add_argument("--guidance_scale", type=guidance, help=about_guidance)
     group.add_argument("--scale", type=strength, default=1.0, help="the adapter's strength (default: 1)")
     group.add_argument(
         "--sweep_scale",
@@ -77,7 +77,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from dreambooth_moslora.base import families, load
     from dreambooth_moslora.evaluation import evaluate, metrics, report
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
-    from dreambooth_moslora.photos.folder import log_strays, photo_report
 
     hush()
     base, subjects = config.pretrained_model_name_or_path, config.each_subject
@@ -96,7 +95,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     count += sum(2 * pair.picture_count for pair in pairs)
     followed = load.default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
     options, choice = {"batch_size": args.batch_size, "guidance_scale": followed}, None
-    with bar_of_pictures(count) as bar:
+    interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
+    with tqdm(total=count, desc="drawing pictures", unit="picture", mininterval=interval, maxinterval=60.0) as bar:
         judge = partial(evaluate.evaluate_adapter, pipeline, name, on_picture=bar.update, **options)
         found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
         if args.sweep_scale:
@@ -125,11 +125,6 @@ def check_paths(args: argparse.Namespace) -> None:
         require_folder_of_photos(Path(find_asset(args.photos)))
     if args.base:
         resolve_base(args.base)
-
-
-def bar_of_pictures(count: int) -> tqdm:
-    interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
-    return tqdm(total=count, desc="drawing pictures", unit="picture", mininterval=interval, maxinterval=60.0)
 
 
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
@@ -180,11 +175,9 @@ def resolve(args: argparse.Namespace) -> table.TrainConfig:
 
 
 def known_of(path: Path) -> dict:
-    """The settings of a run folder, or of the run that contains the file or `best/`; else those in the header of a file
-    that this program published."""
+    """The settings of the run with the file or folder; else those in the header of a file that we published."""
     hush()
     from dreambooth_moslora.adapters.published_file import load_published
-    from dreambooth_moslora.disk.run_folder import find_weights
 
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
@@ -202,19 +195,14 @@ def known_of(path: Path) -> dict:
     return known
 
 
-def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequence["Photo"]) -> "EvaluationPlan":
+def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequence[Photo]) -> "EvaluationPlan":
     """The flags' plan for a subject, without places in its photos' captions. Raises UserError."""
     from dreambooth_moslora.evaluation.protocol import plan_of_subject, spread
 
     file = Path(args.prompts)
-    plan = plan_of_subject(
-        subject,
-        photos,
-        "auto" if file.is_file() else args.prompts,
-        seeds=tuple(range(args.images_per_prompt)),
-        class_images=args.class_images,
-        inference_steps=args.inference_steps,
-    )
+    templates, seeds = "auto" if file.is_file() else args.prompts, tuple(range(args.images_per_prompt))
+    counts = {"class_images": args.class_images, "inference_steps": args.inference_steps}
+    plan = plan_of_subject(subject, photos, templates, seeds=seeds, **counts)
     if file.is_file():
         try:
             lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
@@ -242,3 +230,21 @@ def summary(found: "Evaluation") -> str:
             lines.append(f"{name:18} {interval.mean:.3f}  [{interval.low:.3f}, {interval.high:.3f}]")
     alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies" if found.alarm.raised else "no copy alarm"
     return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})", *found.remarks()])
+
+
+STATES = {"done": "it ended", "interrupted": "it was stopped", "failed": "it failed"}
+
+
+def explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder; its scores, if any, are those of its evaluations")
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    found = explain.figures_of(RunDir(args.run))
+    shown = "" if found.exposures is None else f"; each of {found.photos} photos was shown {found.exposures:.0f} times"
+    print(spelled_out(f"{STATES.get(found.state, 'it has not ended')} after {found.step} steps{shown}"))
+    advice = explain.advice_after(found) or [explain.NOTHING]
+    for title, lines in {"what the figures mean": explain.meanings(found), "what to try next": advice}.items():
+        if lines:
+            print("\n".join([title, *(spelled_out(f"  {line}") for line in lines)]))
+    return 0

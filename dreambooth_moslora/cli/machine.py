@@ -7,33 +7,56 @@ import platform
 import shutil
 import sys
 import time
+import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
 from dreambooth_moslora.cli.terminal import hush
-from dreambooth_moslora.core import UserError, atomic_write
-from dreambooth_moslora.photos.folder import require_folder_of_photos
-from dreambooth_moslora.settings.versions import OPTIONAL, bad_pairs, installed_versions, needed_ranges, out_of_range
+from dreambooth_moslora.core import UserError, atomic_write, clone_folder
+from dreambooth_moslora.photos.folder import find_photos, require_folder_of_photos
+from dreambooth_moslora.photos.photo import open_rgb
+from dreambooth_moslora.settings.rules import version_of
 
 MIN_PYTHON = (3, 11)
 NEEDED_DISK_GIB = 10
+OPTIONAL = ("bitsandbytes", "prodigyopt", "schedulefree", "datasets", "tensorboard", "wandb", "trackio", "torchvision")
+"""Libraries that only some settings need."""
+
+# fmt: off
+PAIRS = (
+    ({"transformers": ">=5.24", "peft": "<0.22"},
+        "transformers {transformers} needs peft 0.22: adapters on text encoders fail; "
+        'pip install "transformers>=5.12,<5.24"'),
+    ({"diffusers": "<0.42", "transformers": ">=5"},
+        'diffusers {diffusers} was written for transformers 4; pip install "diffusers>=0.42,<0.43"'),
+    ({"peft": "<0.17", "transformers": ">=5"},
+        'peft {peft} does not know transformers 5; pip install "peft>=0.21,<0.22"'),
+    ({"numpy": ">=2", "torch": "<2.3"}, "torch {torch} was built for numpy 1; upgrade torch"),
+    ({"huggingface_hub": ">=1", "transformers": "<5"},
+        "transformers {transformers} needs huggingface_hub below 1; upgrade transformers"),
+)
+"""(versions that fail together, message)."""
+# fmt: on
 
 
 @dataclass
 class Findings:
-    """`facts` by name, `problems` (training will fail) and `warnings`; each is one line with a remedy."""
-
     facts: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # training will fail; each is a line with a remedy
+    warnings: list[str] = field(default_factory=list)  # likewise
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", default="toy", help='test the VAE of this base (default: toy); "none" skips it')
     parser.add_argument("--photos", metavar="DIR", help="test the VAE on these photos")
-    parser.add_argument(
-        "--size", type=int, default=256, metavar="N", help="side of the test pictures, px (default: 256)"
-    )
+    about = "side of the test pictures, px (default: 256)"
+    parser.add_argument("--size", type=int, default=256, metavar="N", help=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -68,6 +91,51 @@ def examine_versions(found: Findings) -> None:
     found.warnings += [line for line in out_of_range(versions) if "missing" not in line]
 
 
+def needed_ranges() -> dict[str, SpecifierSet]:
+    """{library: tested versions} that every run needs, from pyproject.toml or the installed package's metadata."""
+    clone = clone_folder()
+    if clone is not None and (file := clone / "pyproject.toml").is_file():
+        lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
+    else:
+        lines = metadata.requires("dreambooth_moslora") or []
+    items = [Requirement(line) for line in lines]
+    return {item.name: item.specifier for item in items if item.marker is None and item.name not in OPTIONAL}
+
+
+def installed_versions(names: tuple[str, ...]) -> dict[str, str | None]:
+    """Installed versions by name, None for missing ones; nothing is imported."""
+    return {name: version_of(name) for name in names}
+
+
+def is_within(version: str | None, versions: SpecifierSet) -> bool:
+    """Whether a version is in a range. A release candidate counts as its release; None is in no range."""
+    try:
+        return versions.contains(Version(version or "").base_version)
+    except InvalidVersion:
+        return False
+
+
+def bad_pairs(installed: Mapping[str, str | None]) -> list[str]:
+    known = {name: version or "" for name, version in installed.items()}
+    lines = []
+    for pair, line in PAIRS:
+        if all(is_within(known.get(name), SpecifierSet(versions)) for name, versions in pair.items()):
+            lines.append(line.format(**known))
+    return lines
+
+
+def out_of_range(installed: Mapping[str, str | None]) -> list[str]:
+    """One line for each needed library that is missing or has an untested version."""
+    lines = []
+    for name, versions in needed_ranges().items():
+        version, wanted = installed.get(name), name + ",".join(sorted(map(str, versions), reverse=True))
+        if version is None:
+            lines.append(f'{name} is missing; pip install "{wanted}"')
+        elif not is_within(version, versions):
+            lines.append(f"{name} {version} was not tried with this program; it was run with {wanted}")
+    return lines
+
+
 def examine_machine(found: Findings) -> None:
     free = shutil.disk_usage(".").free / 2**30
     found.facts["processor"] = f"{os.cpu_count()} cores, {memory_gib():.1f} GiB"
@@ -92,9 +160,8 @@ def examine_machine(found: Findings) -> None:
         found.facts["device"] = "CPU"
         found.facts["bf16"] = "yes" if has_fast_bf16() else "no: use --mixed_precision no"
         if shutil.which("nvidia-smi"):
-            found.warnings.append(
-                "there is an Nvidia driver, but this torch is built for CPU; see pytorch.org for yours"
-            )
+            reason = "but this torch is built for CPU; see pytorch.org for yours"
+            found.warnings.append(f"there is an Nvidia driver, {reason}")
         found.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
 
 
@@ -109,8 +176,6 @@ def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) ->
     import torch
 
     from dreambooth_moslora.base import decode, files
-    from dreambooth_moslora.photos.folder import find_photos
-    from dreambooth_moslora.photos.photo import open_rgb
 
     hush()
     try:

@@ -22,8 +22,8 @@ COMMANDS = {
     "export": ("cli.adapter_files",
         "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI"),
     "evaluate": ("cli.evaluate", "measure how good an adapter is: report.html and scores.json"),
-    "explain": ("cli.explain", "say what a run's figures mean, and which flag to try next"),
-    "compare": ("extras.lab.command_compare",
+    "explain": ("cli.evaluate", "say what a run's figures mean, and which flag to try next"),
+    "compare": ("extras.lab.commands",
         "train and score several kinds of adapter at an equal budget: tables, intervals, plots"),
     "queue": ("cli.queue", "list, order and train the runs that wait; `train … --queue` adds one"),
     "fleet": ("extras.cluster.command_fleet",
@@ -36,7 +36,7 @@ COMMANDS = {
         "train, resume and draw on this machine's device, and compare the results with its CPU"),
     "info": ("cli.adapter_files",
         "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, the mixer's figures"),
-    "basis": ("extras.lab.command_basis", "learn A and B that many subjects share, for `train --basis FILE`"),
+    "basis": ("extras.lab.commands", "learn A and B that many subjects share, for `train --basis FILE`"),
 }
 """Each command: its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line of the help."""
 # fmt: on
@@ -46,7 +46,6 @@ INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"  # The 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m dreambooth_moslora COMMAND …` or `dreambooth-moslora COMMAND …`."""
     return terminal.exit_code(lambda: run_command(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -81,6 +80,5 @@ def run_command(argv: list[str]) -> int:
 
 
 def command(name: str) -> tuple[Callable, Callable]:
-    """What adds a command's arguments to a parser, and what runs it."""
     module = import_module(f"dreambooth_moslora.{(COMMANDS | UNLISTED)[name][0]}")
     return getattr(module, f"{name}_arguments"), getattr(module, f"run_{name}")

@@ -94,7 +94,6 @@ def name_of(flag: str) -> str:
 
 
 def unknown_flag_message(word: str) -> str:
-    """The error message for an argument that no flag takes."""
     if not word.startswith("-"):
         return f"`{word}` belongs to no flag: a prompt of several words goes in quotes."
     flag, name = word.partition("=")[0], name_of(word)

@@ -19,11 +19,9 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.photos.photo import Photo
 
-BASE = "pretrained_model_name_or_path"
-"""Without it photos are assumed to be photographs, so that the base is SDXL."""
+BASE = "pretrained_model_name_or_path"  # Without it photos are taken for photographs, and the base for SDXL
 OF_PHOTOS = (*table.named("check"), BASE)
-FAULTS = ("blurred", "near-duplicate", "too small", "too dark", "overexposed")
-"""How reasons begin for which a photo is better left out."""
+FAULTS = ("blurred", "near-duplicate", "too small", "too dark", "overexposed")  # Reasons to leave a photo out
 MAX_PICTURED = 48  # Most photos in the picture of the crops.
 
 
@@ -32,9 +30,8 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
     about_word = "what they show: judge them for the base and the size that `train DIR WORD` would choose"
     parser.add_argument("word", metavar="WORD", nargs="?", help=about_word)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument(
-        "--picture", metavar="FILE", help="where the picture of the crops goes (default: NAME_crops.png)"
-    )
+    about_picture = "where the picture of the crops goes (default: NAME_crops.png)"
+    parser.add_argument("--picture", metavar="FILE", help=about_picture)
     parser.add_argument("--no_picture", action="store_true", help="draw none")
     parser.add_argument("--make_masks", action="store_true", help="write name.mask.png beside photos without a mask")
     parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
@@ -146,9 +143,8 @@ def as_text(report: "PhotoReport", crops: str | None) -> str:
         lines.append(f"  ok    {photo.path.name}  {width} x {height}  {'; '.join(extras)}".rstrip())
         lines.append(f"        {quoted(photo)}")
     lines += [f"  left  {item.path.name}  {item.reason}" for item in report.skipped]
-    lines.append(
-        f"{len(report.photos)} usable, {len(report.skipped)} left out, {len(report.sidecars)} captions and masks"
-    )
+    usable, left_out, beside = map(len, (report.photos, report.skipped, report.sidecars))
+    lines.append(f"{usable} usable, {left_out} left out, {beside} captions and masks")
     return "\n".join([*lines, *([crops] if crops else []), *([verdict(report)] if report.photos else [])])
 
 
@@ -156,7 +152,6 @@ FEWEST = 3  # good photos
 
 
 def verdict(report: "PhotoReport") -> str:
-    """What to do about the photos, in one sentence."""
     faulty = [photo.path.name for photo in report.photos if any(r.startswith(FAULTS) for r in photo.reasons)]
     good = len(report.photos) - len(faulty)
     advice = f"leave out {', '.join(faulty)} (--leave_out {' '.join(faulty)}); " if faulty else ""
@@ -185,11 +180,9 @@ def run_caption(args: argparse.Namespace) -> int:
     words = args.instance_prompt if args.subject is None else args.subject
     if not words.strip():
         raise UserError(f"--{'instance_prompt' if args.subject is None else 'subject'}: it has no words.")
-    config = table.TrainConfig(
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
-        instance_prompt=args.instance_prompt or f"a photo of a {args.subject.strip()}",
-        caption_model=args.caption_model,
-    )
+    prompt = args.instance_prompt or f"a photo of a {args.subject.strip()}"
+    base = {BASE: args.pretrained_model_name_or_path}
+    config = table.TrainConfig(**base, instance_prompt=prompt, caption_model=args.caption_model)
     folder = Path(find_asset(args.folder))
     report = find_photos(folder, config.instance_prompt, config.resolution)
     if not report.photos:

@@ -108,7 +108,6 @@ def ending(event: dict[str, Any]) -> str:
 
 
 def live_job(turns: "QueueTurns", queued: QueuedRun | None) -> "Job | None":
-    """The job of the run, if its process is alive."""
     from dreambooth_moslora.ui.jobs import Job
 
     job = Job.load(turns.jobs.runs_dir / queued.name) if queued else None

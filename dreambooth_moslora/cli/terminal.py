@@ -1,8 +1,7 @@
 """The terminal: streams that never end a run, Ctrl-C as a request to stop, events as lines and bars, exit codes.
 
-In `train … | tee log` Ctrl-C ends `tee` first, and a terminal may be closed; the run must still save its folder and
-return its own exit code. Ctrl-C, SIGTERM and a closed terminal (SIGHUP) only set a flag, which the loop checks between
-two steps, so that no file is cut off while it is saved.
+In `train … | tee log` Ctrl-C ends `tee` first; the run must still save and return its own exit code. So Ctrl-C, SIGTERM
+and a closed terminal (SIGHUP) only set a flag, which the loop checks between two steps.
 """
 
 import errno
@@ -36,8 +35,7 @@ def say(lines: list[str]) -> None:
 
 
 def hush() -> None:
-    """No bars while the parts of a base are loaded, and none of the libraries' notes that ask for nothing. A download's
-    bar stays."""
+    """No bars while a base is loaded (but of downloads), and none of the libraries' notes that ask for nothing."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -77,8 +75,7 @@ class BreakableStream:
 
 @contextmanager
 def survive_broken_pipes() -> Iterator[None]:
-    """In this block `sys.stdout` and `sys.stderr` survive the end of their reader, and write what the terminal cannot
-    encode as escapes. None, Python's value for a stream closed from the start (`2>&-`), becomes the null device."""
+    """In this block `sys.stdout` and `sys.stderr` survive their reader, and escape what cannot be encoded."""
     before = sys.stdout, sys.stderr
     streams = [stream or open(os.devnull, "w") for stream in before]  # noqa: SIM115
     for stream in streams:
@@ -101,8 +98,7 @@ INTERRUPTED = 130
 
 
 class StopRequest:
-    """Context manager. Calling it returns whether the user or the system asked to stop. A second Ctrl-C prints a
-    message; a third ends the process at once. That loses the steps since the last checkpoint, but no file."""
+    """Context manager; calling it returns whether someone asked to stop. A third Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -1,9 +1,7 @@
 """The command `train`: from flags and files to settings, a plan and a run; defaults < --like < --config < flags.
 
 A switch may be written `--flag`, `--flag false` or `--no_flag`. `train photos/dog dog` chooses every other setting for
-a folder and a word, with one line about each choice. A --config file replaces the recipe.
-
-Nothing here imports torch before the arguments are checked, so that `--help` and mistakes are answered at once.
+a folder and a word; a --config file replaces the recipe. Nothing imports torch before the arguments are checked.
 """
 
 import argparse
@@ -96,17 +94,14 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
 
 
 def build_train_parser(prog: str = SCRIPT) -> Parser:
-    """`prog` is the command that was started, for the usage and the examples."""
     command = f"python {SCRIPT}" if prog == SCRIPT else prog
     texts = {"description": DESCRIPTION, "epilog": EXAMPLE.format(command=command)}
     parser = Parser(prog=prog, add_help=False, **texts)
     parser.add_argument("-h", "--help", action=ShortHelp, short=short_help(prog, texts), help="the flags in daily use")
     parser.add_argument("--help_all", action="help", help="all flags")
     parser.add_argument("--version", action="version", version=__version__)
-    about = (
-        "put the run at the end of the queue beside its --output_dir and return; `queue start` or the page trains it"
-    )
-    parser.add_argument("--queue", action="store_true", help=about)
+    about = "put the run at the end of the queue beside its --output_dir and return"
+    parser.add_argument("--queue", action="store_true", help=f"{about}; `queue start` or the page trains it")
     add_training_flags(parser)
     return parser
 
@@ -138,8 +133,7 @@ def short_help(prog: str, texts: Mapping[str, str]) -> str:
 
 
 def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
-    """Add `--config`, `--like`, and a flag for each setting; flags that are not given are not in the result. `hidden`
-    flags are not in the help; the command that uses this explains them."""
+    """Add `--config`, `--like` and a flag for each setting, of which the result has the given ones alone."""
     parser.is_of_training = True
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
     about_like = "settings from a published adapter file, also kohya's; flags and --config override them"
@@ -174,8 +168,7 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> table.TrainCo
 
 
 def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[table.TrainConfig, bool, Any]:
-    """Like `parse_train_config`; also returns whether the run should wait in the queue, and the `PhotoReport` if the
-    choices have read the photos. The launcher's LOCAL_RANK overrides --local_rank. Raises UserError."""
+    """Settings, whether the run waits in the queue, and the `PhotoReport` if it was read. Raises UserError."""
     said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
     for name, value in said.items():
         if not value.removeprefix("-").isdecimal():
@@ -192,13 +185,10 @@ def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[table.Train
 
 
 class Given(NamedTuple):
-    """What a command line and its files say, before the words choose the other settings. `has_recipe`: a file replaces
-    the recipe. `is_queued`: the run will have the whole GPU."""
-
     words: list[str]
     settings: dict[str, Any]
-    has_recipe: bool
-    is_queued: bool
+    has_recipe: bool  # a file replaces the recipe
+    is_queued: bool  # the run will have the whole GPU
 
 
 def given_by(argv: Sequence[str], prog: str) -> Given:
@@ -220,8 +210,7 @@ def given_by(argv: Sequence[str], prog: str) -> Given:
 
 
 def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[dict[str, Any], bool]:
-    """The settings of parsed flags and of the files of --config and --like, and whether there is such a file.
-    `without_words`: a folder and a word replace a --config file's own subject. Raises UserError."""
+    """The settings of flags, --config and --like, and whether there is such a file. Raises UserError."""
     flags = dict(flags)
     file, like = flags.pop("config"), flags.pop("like")
     recipe = sources.load_settings(file) if file else {}
@@ -256,8 +245,7 @@ def require(settings: Mapping[str, Any]) -> None:
 
 
 def choose(given: Given) -> choices.Choices:
-    """All settings for the photos and the class in the given words; flags and files override the choices, each of which
-    is printed. Raises UserError for a missing folder or word, and for a folder without photos."""
+    """All settings for the photos and the class in the given words, each choice printed. Raises UserError."""
     from dreambooth_moslora.photos.folder import photo_report
 
     folder, word = folder_and_word(given.words)
@@ -308,8 +296,7 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
 
 
 def run_folder(word: str, resumes: bool) -> Path:
-    """`runs/dog`, or a free name like it; for a resumed run, the latest of these names. Several processes cannot each
-    find a free name: they use the first one, and an earlier run there is moved away."""
+    """`runs/dog`, or a free name like it; for a resumed run the latest one, for several processes the first."""
     name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
     if not memory.is_alone():
         return RUNS / name
@@ -343,9 +330,8 @@ def print_ending(plan: "Plan", result: "TrainResult") -> None:
     """Say where the adapter is, and of a run that was not stopped the most important advice of `explain`."""
     folder, step = result.run_dir, result.step
     if not result.interrupted:
-        text = (
-            f'done: {step} steps. pipe.load_lora_weights("{folder}") loads the adapter; {folder}/README.md says more.'
-        )
+        load = f'pipe.load_lora_weights("{folder}") loads the adapter'
+        text = f"done: {step} steps. {load}; {folder}/README.md says more."
     elif step:
         text = f"stopped at step {step}: the adapter so far is in {folder}; --resume_from_checkpoint latest goes on."
     else:
@@ -373,8 +359,7 @@ def make_evaluator(plan: "Plan") -> "TrainingEvaluator":
 
 
 def start_log(config: table.TrainConfig) -> logging.Logger:
-    """Send all log records to the run folder, and the main process's warnings also to the terminal. Returns a logger
-    that writes only to the run folder: `exit_code` prints the last error on the terminal."""
+    """Send all records to the run folder, warnings also to the terminal; returns a logger for the folder alone."""
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
     root = logging.getLogger()

@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dreambooth_moslora.adapters.metadata import RESUMED, UNTOLD, concluded, told_by
+from dreambooth_moslora.adapters.metadata import RESUMED, UNTOLD, AdapterMetadata, concluded, told_by, versions
 from dreambooth_moslora.cli.terminal import StopRequest, TerminalProgress
 from dreambooth_moslora.cli.train import add_flag
 from dreambooth_moslora.core import UserError, file_digest, one_line, spelled_out
@@ -23,31 +23,24 @@ from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.settings.sources import checked_recipe, load_settings
 from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, SETTINGS, TrainConfig, checked_setting, shapes_weights
 
-if TYPE_CHECKING:
-    from dreambooth_moslora.adapters.metadata import AdapterMetadata
-
 SAME, DIFFERENT, UNKNOWN, STOPPED = 0, 1, 2, 130
 FLAGS = ("pretrained_model_name_or_path", "token", "class_word", "token_abstraction", *UNTOLD)
 """Settings that affect the training and that the recipe in the file may lack."""
-WORDS = ("instance_prompt", "class_prompt", "token", "class_word")
-"""Settings of a --config file that are ignored if they describe another subject."""
+WORDS = ("instance_prompt", "class_prompt", "token", "class_word")  # Ignored in --config for another subject
 OF_SOURCE = ("subjects", "dataset_name", "dataset_config_name", "image_column", "caption_column")
 """Settings of a --config file that --photos replaces."""
-QUIET = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}
-"""Settings of the run that do not affect its steps."""
+QUIET = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}  # They affect no step
 ROUNDING = 1.0  # ‖ΔW − ΔW'‖ / ‖ΔW‖ that other rounding may explain: it grows with the steps.
 TITLE = re.compile(r"\w[\w.-]{0,99}")
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """A published file: its metadata, the run's name, and which of a run's two files it is."""
-
     path: Path
-    facts: "AdapterMetadata"
+    facts: AdapterMetadata
     recipe: dict[str, Any]
-    title: str
-    is_kohya: bool
+    title: str  # the run's name
+    is_kohya: bool  # which of a run's two files it is
 
 
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +82,6 @@ def read_receipt(path: str) -> Receipt:
     file = file / run_folder.PUBLISHED_NAME if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"{path}: there is no such file.")
-    from dreambooth_moslora.adapters.metadata import AdapterMetadata
     from dreambooth_moslora.adapters.raw_file import read_tensors
 
     tensors, header = read_tensors(file)
@@ -135,7 +127,7 @@ def given_flags(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in FLAGS}
 
 
-def told_in_config(args: argparse.Namespace, facts: "AdapterMetadata") -> dict[str, Any]:
+def told_in_config(args: argparse.Namespace, facts: AdapterMetadata) -> dict[str, Any]:
     """Settings of the --config file that the recipe may lack, without those of another subject. Raises UserError."""
     of_file = load_settings(args.config) if args.config else {}
     told = {name: value for name, value in of_file.items() if name in FLAGS}
@@ -145,7 +137,7 @@ def told_in_config(args: argparse.Namespace, facts: "AdapterMetadata") -> dict[s
     return {name: value for name, value in told.items() if name not in left_out}
 
 
-def check_source(args: argparse.Namespace, facts: "AdapterMetadata", told: Mapping[str, Any]) -> None:
+def check_source(args: argparse.Namespace, facts: AdapterMetadata, told: Mapping[str, Any]) -> None:
     """Raises UserError unless there are photos, as many subjects as the file has, and its basis."""
     if not (args.photos or told.get("subjects") or told.get("dataset_name")):
         raise UserError(f"{args.file}: give --photos, or --subjects if there are several.")
@@ -184,8 +176,6 @@ def unknown_settings(args: argparse.Namespace, receipt: Receipt, config: TrainCo
 
 
 def versions_apart(receipt: Receipt) -> list[str]:
-    from dreambooth_moslora.adapters.metadata import versions
-
     there, here = receipt.facts.versions, versions()
     names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
     return [f"{name} {here.get(name, 'none')} here, {there.get(name, 'none')} in the file" for name in names]

@@ -53,9 +53,8 @@ def parse_event(line: str | bytes) -> dict[str, Any] | None:
 
 @dataclass
 class Metrics:
-    """The events, read from where the last reading stopped; an unfinished line is read later. A resumed run replaces
-    the file by a shorter one, and a deleted folder's name may be used again. So the last line that was read, which
-    holds its time, must still be at its place; if not, everything is read again."""
+    """The events, read from where the last reading stopped. A resumed run replaces the file, and a folder's name may be
+    used again: the last line read, which holds its time, must still be there, else everything is read again."""
 
     path: Path
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -97,10 +96,8 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """`kind` is its `type` on disk; `time` is in seconds since 1970."""
-
-    kind: ClassVar[str]
-    time: float = field(default_factory=time.time)
+    kind: ClassVar[str]  # its `type` on disk
+    time: float = field(default_factory=time.time)  # seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -112,22 +109,17 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseProgress(Event):
-    """`done` of `total` items of a phase, such as `loading`, `caching` or `exporting`."""
-
     kind: ClassVar[str] = "phase"
-    phase: str
+    phase: str  # such as `loading`, `caching` or `exporting`
     done: int = 0
     total: int = 1
 
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step. Values are None when they do not exist (no prior) or are not finite. `skipped`: fp16
-    overflowed, nothing changed, and the step is repeated with a smaller scale."""
-
     kind: ClassVar[str] = "step"
     step: int
-    loss: float | None = None
+    loss: float | None = None  # None, as below, where there is none or it is not finite
     loss_instance: float | None = None
     loss_prior: float | None = None
     lr: float | None = None
@@ -135,42 +127,35 @@ class StepDone(Event):
     step_sec: float | None = None
     eta_sec: float | None = None
     memory_gib: float | None = None
-    skipped: bool = False
+    skipped: bool = False  # fp16 overflowed; the step is repeated with a smaller scale
 
 
 @dataclass(frozen=True)
 class SamplesDrawn(Event):
-    """Pictures `files`, relative to the run folder, each with its prompt and seed."""
-
     kind: ClassVar[str] = "sample"
     step: int
-    files: list[str]
+    files: list[str]  # pictures relative to the run folder; each has its prompt and seed
     prompts: list[str]
     seeds: list[int]
 
 
 @dataclass(frozen=True)
 class StepEvaluated(Event):
-    """`scores` by name (each a key of its own on disk), the `best` step so far, the evaluation's `cost`. `photos` holds
-    their `count`, their `nearness` to each other, and how many have no caption that is the bare prompt."""
-
     kind: ClassVar[str] = "evaluation"
     step: int
-    scores: dict[str, float] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)  # each a key of its own on disk
+    best: dict[str, Any] = field(default_factory=dict)  # step so far
     copy_alarm: bool = False
-    cost: dict[str, float] = field(default_factory=dict)
-    photos: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)  # of this evaluation
+    photos: dict[str, float] = field(default_factory=dict)  # `count`, `nearness`, `without_bare_prompt`
 
 
 @dataclass(frozen=True)
 class ScaleFound(Event):
-    """The adapter's `best` scale, the usable ones from `low` to `high`, and the scores `by_scale`."""
-
     kind: ClassVar[str] = "scale"
     best: float
-    low: float
-    high: float
+    low: float  # the usable scales go from here
+    high: float  # to here
     by_scale: dict[str, float] = field(default_factory=dict)
 
 
@@ -190,10 +175,8 @@ class AdapterExported(Event):
 
 @dataclass(frozen=True)
 class RunEnded(Event):
-    """`state` is `done`, `interrupted` or `failed`."""
-
     kind: ClassVar[str] = "end"
-    state: str
+    state: str  # `done`, `interrupted` or `failed`
     step: int
     message: str = ""
 
@@ -237,5 +220,4 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def events_of(kind: type[E], records: Iterable[Mapping[str, Any]]) -> list[E]:
-    """The events of one type among the lines, in their order."""
     return [event for record in records if isinstance(event := event_of(record), kind)]

@@ -1,10 +1,8 @@
 """This process: its threads, memory and imports. The process that trains: how it is started, and why it ended.
 
-A step on CPU allocates and frees gigabytes of activations. By default glibc maps each large block from the
-kernel and returns it when it is freed, so that every step faults its pages in again, 4 KiB at a time. Without
-`mmap` for large blocks and without trimming, the second step reuses the pages of the first; with pages of 2 MiB
-the processor finds them faster. Together this saves a fifth of a step's time at SDXL's size. Sources:
-mallopt(3), madvise(2).
+A step on CPU allocates and frees gigabytes of activations. By default glibc maps each large block from the kernel and
+returns it when it is freed, so that every step faults its pages in again, 4 KiB at a time. Reusing them, in pages of 2
+MiB, saves a fifth of a step's time at SDXL's size. Sources: mallopt(3), madvise(2).
 """
 
 import ctypes
@@ -34,8 +32,7 @@ KEEP_MEMORY = "DREAMBOOTH_KEEP_MEMORY"  # Environment variable; 0 turns `keep_fr
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in this process, for allocations from now on. Returns False without glibc, or if KEEP_MEMORY is
-    0; neither is an error."""
+    """Keep freed memory in this process from now on; False without glibc, or if KEEP_MEMORY is 0."""
     if not sys.platform.startswith("linux") or os.environ.get(KEEP_MEMORY) == "0":
         return False
     try:
@@ -57,8 +54,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_freed_memory_back() -> None:
-    """Return memory freed so far to the system, even after `keep_freed_memory`: the next phase of a run needs
-    less. malloc_trim(3); without glibc nothing happens."""
+    """Return freed memory to the system for a smaller phase, by malloc_trim(3); nothing without glibc."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
@@ -66,8 +62,7 @@ def give_freed_memory_back() -> None:
 
 
 def page_out(tensor: "Tensor") -> None:
-    """Let a host tensor's pages leave memory until they are read again: those of a mapped file are then read
-    from it, others need swap. madvise(2), Linux since 5.4; nothing happens elsewhere."""
+    """Let a host tensor's pages leave memory until they are read again, by madvise(2); only Linux since 5.4."""
     if not sys.platform.startswith("linux") or tensor.device.type != "cpu":
         return
     page, start = os.sysconf("SC_PAGE_SIZE"), tensor.data_ptr()
@@ -77,9 +72,8 @@ def page_out(tensor: "Tensor") -> None:
 
 
 def share_heaps() -> bool:
-    """Let all threads of this process allocate from one of glibc's arenas. For a server; call it before there are
-    threads. By default each new thread may begin an arena of its own, 8 per processor, and what its pictures leave
-    there (tens of MiB) serves no thread of another arena. mallopt(3); False where there is no glibc to ask."""
+    """Let all threads share one of glibc's arenas: for a server, before there are threads. Each thread may else begin
+    its own, and what it leaves there (tens of MiB) serves no other. mallopt(3); False without glibc."""
     try:
         return sys.platform.startswith("linux") and bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1))
     except (AttributeError, OSError):
@@ -103,16 +97,14 @@ def reset_peak_memory() -> None:
 
 
 def avoid_fragmentation() -> None:
-    """Let PyTorch grow its blocks of GPU memory, so that pictures between two steps leave no holes. Call it before
-    importing torch. The user's own settings, under the new or the old name, are kept."""
+    """Let PyTorch grow its blocks of GPU memory; before it is imported, and unless the user chose."""
     if sys.platform.startswith("linux") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """For large imports: the garbage collector pauses and never examines the new objects. Among half a million objects
-    of PyTorch and diffusers it finds nothing, and takes a sixth of their import time."""
+    """For large imports: the garbage collector, a sixth of their time, pauses and never examines the objects."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -159,10 +151,8 @@ def _last_words(log_tail: str) -> str:
     return lines[-1][:300] if lines else ""
 
 
-CONFIG_NAME, LOG_NAME = "job_config.json", "job.log"
-"""Files of a run folder: its settings, and the terminal output."""
-TRAIN = ("-P", "-m", "dreambooth_moslora", "train")
-"""Arguments of Python. -P: a `torch.py` in the current folder is not imported."""
+CONFIG_NAME, LOG_NAME = "job_config.json", "job.log"  # Of a run: its settings, and the terminal's output
+TRAIN = ("-P", "-m", "dreambooth_moslora", "train")  # -P: no `torch.py` of the current folder is imported
 LOG_TAIL_LINES, TAIL_BYTES = 40, 64 * 1024
 
 
@@ -177,9 +167,8 @@ def start_logged(
     folder: str | None = None,
     inherits: Sequence[int] = (),
 ) -> subprocess.Popen:
-    """Start Python with the arguments in `folder` (None: the current one); its terminal output goes to the log in
-    `run_dir`. `environment` is added to this process's own; open files in `inherits` are passed on. The process has its
-    own session, so that a Ctrl-C in this terminal does not reach it."""
+    """Start Python with the arguments in `folder` (None: the current one), its output to the log in `run_dir`, in a
+    session of its own (no Ctrl-C). `environment` is added; open files in `inherits` are passed on."""
     own = {"PYTHONUNBUFFERED": "1", **import_environment(), **(environment or {})}
     with (run_dir / LOG_NAME).open("ab") as log:
         return subprocess.Popen(

@@ -60,8 +60,7 @@ def check_free(folder: Path) -> None:
 
 
 def take(path: Path, flag: str) -> BinaryIO:
-    """Open and lock the file of that name. If its owner removes it meanwhile, it is created again. Raises UserError
-    when another process holds it."""
+    """Open and lock the file, created again if its owner removes it. Raises UserError when another process holds it."""
     while True:
         file = path.open("a+b")
         try:
@@ -93,28 +92,22 @@ def lock(file: BinaryIO) -> None:
 QUEUE_NAME = ".queue"
 COMMAND_LINE = ""  # Owner of a run that was added by the command; other runs belong to a user of the page.
 PLACES = ("up", "down", "first", "last")
-RUNS_TOGETHER = 4
-"""For all visitors at one address without a login, runs in a round of the owners: one visitor may have many cookies."""
+RUNS_TOGETHER = 4  # Of an address without login, in a round of the owners: one visitor may have many cookies
 HELD_SEC, POLL_SEC = 30.0, 0.02
 
 
 @dataclass(frozen=True)
 class QueuedRun:
-    """A run in the queue, with complete and checked `settings`; they are empty if its file could not be read. `address`
-    is that of an owner without a login. Paths in the settings are relative to `folder`. `argv` are the words of the
-    command. `is_new`: its run folder was made for it. `queued` and `started` are times (s); `killed` counts kills since
-    its last checkpoint."""
-
     name: str
     owner: str = COMMAND_LINE
-    address: str = ""
-    folder: str = ""
-    argv: tuple[str, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
-    is_new: bool = False
-    queued: float = 0.0
-    started: float = 0.0
-    killed: int = 0
+    address: str = ""  # of an owner without a login
+    folder: str = ""  # that paths in the settings are relative to
+    argv: tuple[str, ...] = ()  # the command's words
+    settings: dict[str, Any] = field(default_factory=dict)  # checked; {} if its file could not be read
+    is_new: bool = False  # its run folder was made for it
+    queued: float = 0.0  # time, s
+    started: float = 0.0  # time, s
+    killed: int = 0  # how often since its last checkpoint
 
     @classmethod
     def load(cls, path: Path) -> "QueuedRun":
@@ -162,8 +155,7 @@ class RunQueue:
         return sorted(self._all("started"), key=lambda run: run.started)
 
     def move(self, name: str, place: str, owner: str | None = None) -> None:
-        """Move a run to `place`, one of PLACES or a number from 1. With an `owner`, only that owner's runs change
-        places. Raises UserError for a run that does not wait and for an invalid place."""
+        """Move a run to `place`, one of PLACES or a number from 1, among the `owner`'s. Raises UserError."""
         with self._held():
             waiting = self.waiting()
             order = [run.name for run in waiting]
@@ -174,8 +166,7 @@ class RunQueue:
             self._set_order(order)
 
     def remove(self, name: str, owner: str | None = None) -> QueuedRun:
-        """Remove a waiting run, and its run folder if nothing was trained there: the page's with the photos that
-        it copied, the command line's if it is empty. Raises UserError if the run does not wait."""
+        """Remove a waiting run, and its new folder if nothing was trained there. Raises UserError."""
         with self._held():
             run = next((run for run in self.waiting() if run.name == name and owner in (None, run.owner)), None)
             if run is None:
@@ -263,9 +254,8 @@ class RunQueue:
 
 
 def place_of(run: QueuedRun, started: Sequence[QueuedRun], waiting: Sequence[QueuedRun]) -> int:
-    """Where a new run goes, from 0: behind the last one of its own round or an earlier one. A round has one run of each
-    owner, and at most RUNS_TOGETHER of an address. So owners take turns, and a run that was moved to the front stays
-    there."""
+    """Where a new run goes, from 0: behind its own round, which has one run of each owner, and at most RUNS_TOGETHER of
+    an address. So owners take turns, and a run that was moved to the front stays there."""
     owners, addresses, rounds = Counter(), Counter(), []
     for one in [*started, *waiting, run]:
         together = addresses[one.address] // RUNS_TOGETHER if one.address else 0

@@ -104,8 +104,7 @@ def check_name(name: str) -> None:
 
 
 def tokens_name(name: str = "moslora", number: int = 0) -> str:
-    """The file of new tokens of subject `number`, from 0: `dog_emb.safetensors`, `dog_2_emb.safetensors` and so on.
-    A published one begins with the run's name; one in a checkpoint does not."""
+    """New tokens of subject `number`, from 0: `dog_emb.safetensors`, `dog_2_emb.safetensors` of the run `dog`."""
     return f"{name}_{number + 1}{TOKENS_SUFFIX}" if number else f"{name}{TOKENS_SUFFIX}"
 
 
@@ -138,12 +137,10 @@ def is_checkpoint(path: Path) -> bool:
 
 
 SIGNATURE = "Made with dreambooth_moslora"
-PICTURE = re.compile(r"image_\d+\.png")
-"""Names that the trainer gives to pictures. Other files that a card names are not treated as the run's."""
+PICTURE = re.compile(r"image_\d+\.png")  # The trainer's; other files that a card names are not the run's
 
 
 def is_card(text: str) -> bool:
-    """Whether `model_card` wrote the text."""
     return SIGNATURE in text
 
 
@@ -167,8 +164,7 @@ UNSAFE = re.compile(r"[^\w .+-]+")
 
 
 def find_weights(path: str | Path) -> Path:
-    """The safetensors file of an adapter: the path itself, the published file of a run, or the raw one of a checkpoint.
-    Raises UserError when there is none, and for any format that can carry code (pickles)."""
+    """An adapter's file: the path, a run's published or a checkpoint's raw one. Raises UserError, also for pickles."""
     path = Path(path).expanduser()
     if path.is_dir():
         path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)
@@ -189,8 +185,7 @@ def header_of(file: Path) -> dict[str, str]:
 
 
 def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:
-    """Name -> file, in order; a name that is `taken` gets a number. Files of new tokens and bases are left out, as they
-    belong to an adapter; so are links that lead out of `folders`."""
+    """Name -> file, in order, with a number if `taken`; without tokens, bases, and links out of `folders`."""
     found: dict[str, Path] = {}
     known = {NONE, *taken}
     for file in files:
@@ -208,19 +203,14 @@ def run_files(runs: Collection[Path]) -> list[Path]:
     finished = [file for file in places if file.is_file()]
     finished.sort(key=lambda file: -max(newest.get(run, 0.0) for run in (file.parent, file.parent.parent)))
     checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
-    checkpoints.sort(key=lambda file: (file.parent.parent.name, -step_of_adapter(file.parent)))
+    checkpoints.sort(key=lambda file: (file.parent.parent.name, -(checkpoint_step(file.parent) or 0)))
     return [*finished, *checkpoints]
-
-
-def step_of_adapter(checkpoint: Path) -> int:
-    digits = checkpoint.name.removeprefix("checkpoint-")
-    return int(digits) if digits.isdigit() else 0
 
 
 def name_of(file: Path, folders: Collection[Path]) -> str:
     """`dog`, `dog@500` for a checkpoint, `dog@best` for the best step of a run, `dog@mixers` for mixers alone."""
     if file.name == RAW_NAME:
-        return f"{clean_name(file.parent.parent.name)}@{step_of_adapter(file.parent)}"
+        return f"{clean_name(file.parent.parent.name)}@{checkpoint_step(file.parent) or 0}"
     if file.name == MIXERS_NAME and file.parent not in folders:
         return f"{clean_name(file.parent.name)}@mixers"
     if file.name != PUBLISHED_NAME:

@@ -1,12 +1,10 @@
 """Scores during training: every `--evaluate_steps` for the same few prompts and seeds, and the best step.
 
-Several subjects are drawn and scored separately; the scores are the means over them.
-
-The best step has the highest `metrics.checkpoint_score`. It is read from the run's events, which a resumed run has too.
+Scores are the means over several subjects. The best step has the highest `metrics.checkpoint_score`.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 
 import torch
@@ -25,8 +23,7 @@ SEEDS = (100, 101)  # other seeds than `evaluate`: these choose the best step
 
 class TrainingEvaluator:
     """The trainer calls it with its sampler and step. `prompts` must be encoded before the text encoders are freed.
-    `photos` are those of all subjects. Raises UserError on construction, before the training, when an encoder cannot be
-    loaded. With `scores` False it has the same prompts and no encoders: for a process that never calls it."""
+    Raises UserError for an encoder that cannot be loaded; without `scores` there are only prompts."""
 
     def __init__(
         self,
@@ -67,16 +64,14 @@ class TrainingEvaluator:
         numbered = {f"dino_subject_{n}": round(one.mean("dino"), 4) for n, one in enumerate(of_each, start=1)}
         photos = torch.cat([evaluator.photos.joint for evaluator in self.evaluators])
         best = best_of([*self._earlier(step), (step, round(found.score, 4))])
+        near = {"nearness": round(metrics.photo_nearness(photos), 4)} if len(photos) > 1 else {}
+        bare = sum(photo.bare_prompt is not None for photo in self.photos_as_trained)
         return {
             **found.logged(),
             **(numbered if len(of_each) > 1 else {}),
             "copy_alarm": found.alarm.raised,
-            "photos": {
-                "count": len(photos),
-                **({"nearness": round(metrics.photo_nearness(photos), 4)} if len(photos) > 1 else {}),
-                "without_bare_prompt": sum(photo.bare_prompt is not None for photo in self.photos_as_trained),
-            },
-            "best": {"step": best.step, "score": best.score, "since": best.since},
+            "photos": {"count": len(photos), **near, "without_bare_prompt": bare},
+            "best": asdict(best),
             "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
         }
 

@@ -34,16 +34,13 @@ Tables = dict[str, np.ndarray]
 
 @dataclass
 class Evaluation:
-    """Tables of scores by name, each (prompts, seeds), (prompts, 1) or (pictures,), and the pictures behind them.
-    `photo_fidelity` is of the photos among themselves."""
-
     plan: protocol.EvaluationPlan
-    tables: Tables
+    tables: Tables  # of scores, (prompts, seeds), (prompts, 1) or (pictures,)
     alarm: metrics.CopyAlarm
     score: float
     seconds: float
     pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
-    photo_fidelity: float = float("nan")
+    photo_fidelity: float = float("nan")  # of the photos among themselves
 
     @property
     def words(self) -> str:
@@ -66,8 +63,7 @@ class Evaluation:
         return {name: float(means[name]) for name, row in MEASURES.items() if row.logged and name in means}
 
     def relative(self) -> dict[str, float]:
-        """Scores relative to their scales: the base's score, the ceiling (toy world), or the base's own spread.
-        pres_gain is PRES above the base's, in standard deviations of the base's pictures."""
+        """Scores relative to the base's, the toy's ceiling, or the base's spread (pres_gain: in deviations)."""
         found = {}
         for name, row in MEASURES.items():
             measure, whole = row.share or ("", "")
@@ -87,14 +83,11 @@ class Evaluation:
         return [alike] if own < LEAST_DIVERSITY * base else []
 
 
-Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
-"""(requests, True for the adapter or False for the base alone) -> pictures in order."""
-LEAST_DIVERSITY = 0.5
-"""Of the base's; below it a remark is made."""
+Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]  # (requests, with the adapter?) -> pictures
+LEAST_DIVERSITY = 0.5  # Of the base's; below it a remark is made
 BATCH = 4
 GREY = (128, 128, 128)
-GROUPS = ("subject", "bare", "class", "unrelated")
-"""What the adapter draws, in this order."""
+GROUPS = ("subject", "bare", "class", "unrelated")  # What the adapter draws, in this order
 
 
 class Truth(Protocol):
@@ -117,8 +110,7 @@ class Views:
 
 
 class Evaluator:
-    """Judges adapters of one subject by `plan`. `masks` (white = subject) are optional; each photo has one or None.
-    `rivals`: words of the adapter's other subjects -> DINO vectors of their photos (`report.evaluators_of`)."""
+    """Judges adapters of one subject by `plan`. `masks`: white = subject, or None. `rivals`: others' vectors."""
 
     def __init__(
         self,
@@ -195,9 +187,8 @@ class Evaluator:
         return tables
 
     def _other_tables(self, drawn: dict[str, Views]) -> Tables:
-        """Of the bare prompt; PRES and DIV of the class, which stays as varied as the base draws it while its prior is
-        preserved; drift, with the base's own spread between seeds as its scale. Drift is in CLIP and DINO together, as
-        DINO sees only the object: a duck on the beach that becomes a duck in a kitchen would not count."""
+        """Of the bare prompt; PRES and DIV of the class; drift, with the base's own spread between seeds as its scale,
+        in CLIP and DINO together: DINO does not see a duck on the beach become one in a kitchen."""
         tables = {}
         if "bare" in drawn:
             tables["dino_bare"] = metrics.subject_fidelity(drawn["bare"].dino, self.photos.dino).numpy()[None]
@@ -236,8 +227,7 @@ def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
 def truth_of(
     base: str, photos_dir: str | Path | None, plan: protocol.EvaluationPlan, encoders: metrics.Encoders, size_px: int
 ) -> Truth | None:
-    """The truth about a toy that the toy base draws in the toy world's places; None for anything else, and in an
-    installed program, which has no toy world to render it."""
+    """The truth about a toy in the toy world's places; None for anything else, and without the toy world (a wheel)."""
     if not (is_toy(base) and photos_dir and find_spec("toybox")):
         return None
     from toybox.truth import find_truth, is_known_place
@@ -271,8 +261,7 @@ def evaluate_adapter(
     guidance_scale: float | None = None,
     on_picture: Callable[[], object] = bool,
 ) -> Evaluation:
-    """Score a loaded adapter at `scale`. Text is encoded for each side, as adapters may be on the text encoders.
-    `on_picture` is called after each picture."""
+    """Score a loaded adapter at `scale`; text is encoded for each side. `on_picture` is called after each."""
     inner, steps = pipeline.pipeline, evaluator.plan.inference_steps
     embed, size_px, device = (
         partial(load.encode_text, inner),

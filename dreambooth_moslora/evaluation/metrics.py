@@ -1,11 +1,9 @@
 """What a DreamBooth user cares about, as functions of unit vectors, with 95 % intervals of their means.
 
-CLIP and DINOv2 give the vectors. By default these are openai/clip-vit-large-patch14 and facebook/dinov2-base. The
-embedded base has the toy world's own: the CLIP whose text tower it uses, and a small ViT in DINOv2's format. They
-always compute in fp32, so that a picture gets the same vector in any batch.
+CLIP and DINOv2 give the vectors, in fp32, so that a picture gets the same vector in any batch: by default
+openai/clip-vit-large-patch14 and facebook/dinov2-base, for the embedded base the toy world's own.
 
-DreamBooth (Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
-CVPR 2023, arXiv 2208.12242, section 4.1 and 4.3) names five measures. With u·v the cosine of two unit vectors:
+DreamBooth (Ruiz et al., CVPR 2023, arXiv 2208.12242, sections 4.1 and 4.3) names five measures. With u·v the cosine:
 
     CLIP-I  mean over generated g and photos p of  clip(g)·clip(p)
     DINO    the same with DINO's vectors, which tell two subjects of one class apart
@@ -14,15 +12,12 @@ CVPR 2023, arXiv 2208.12242, section 4.1 and 4.3) names five measures. With u·v
             high value means that every member of the class has become the subject
     DIV     mean distance between pictures of one prompt: by LPIPS as in the paper, or by 1 - dino·dino
 
-Most functions return one value for each picture, so that intervals can be computed over prompts and seeds.
-
 Intervals are by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13). A score is
 a table with one axis per random factor: prompts × seeds, or subjects × seeds. All axes are resampled at once, each
-as a whole (the crossed bootstrap of Owen, "The pigeonhole bootstrap", 2007): ten pictures of one bad prompt do not
-count as ten independent ones. Resampling a handful of items underestimates their spread: with six subjects nine
-intervals of ten hold the truth, not nineteen of twenty. The interval is therefore widened to Student's t (the
-"expanded percentile interval" of Hesterberg, "What teachers should know about the bootstrap", 2015), with
-Satterthwaite's degrees of freedom (1946).
+as a whole (the crossed bootstrap of Owen, "The pigeonhole bootstrap", 2007). Resampling a handful of items
+underestimates their spread: with six subjects nine intervals of ten hold the truth, not nineteen of twenty. The
+interval is therefore widened to Student's t (the "expanded percentile interval" of Hesterberg, "What teachers should
+know about the bootstrap", 2015), with Satterthwaite's degrees of freedom (1946).
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -70,15 +65,12 @@ class Clip:
 
 @dataclass
 class Encoders:
-    """The models and their preprocessing. `names` are their public names, never paths. `lpips` is the paper's distance
-    for diversity, if its weights are available."""
-
     clip: Clip
     dino: torch.nn.Module
     dino_processor: Any
-    names: tuple[str, str] = ("clip", "dino")
+    names: tuple[str, str] = ("clip", "dino")  # public ones, never paths
     batch_size: int = BATCH
-    lpips: PictureDistance | None = None
+    lpips: PictureDistance | None = None  # the paper's distance for diversity, if it is here
 
     def clip_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """N pictures of any size -> unit vectors (N, P), on the CPU."""
@@ -113,9 +105,7 @@ class Encoders:
 def load_encoders(
     base: str | Path = "", clip: str | Path = "", dino: str | Path = "", device: str | torch.device = "cpu"
 ) -> Encoders:
-    """The toy world's own encoders for the embedded `base`, CLIP and DINOv2 for others, or those named by hub id or
-    folder: the toy world's know only toys, and the others know none. Raises UserError when one is not available: give a
-    folder, or fetch it once with a network."""
+    """The toy world's encoders for the embedded `base`, else CLIP and DINOv2, or those named. Raises UserError."""
     folder = own_encoders(base)
     clip_name = f"{folder.name} CLIP" if folder and not clip else public_name(clip or CLIP)
     towers = load_clip(clip or folder or CLIP, device, is_pipeline=bool(folder and not clip))
@@ -218,8 +208,7 @@ class Interval:
 
 
 def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The mean of a table of any number of axes, and its interval when every axis is resampled. An axis of length 1
-    adds nothing to the interval. Raises ValueError when empty or not finite."""
+    """The mean of a table of any number of axes and its interval. Raises ValueError when empty or not finite."""
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"a mean needs finite values, not a table of shape {values.shape} with gaps")
@@ -251,17 +240,13 @@ def student(degrees: float) -> float:
     return float(np.interp(-1 / degrees, -1 / DEGREES, STUDENT))
 
 
-COPIED = 0.5
-"""A picture counts as a copy if it is more than this fraction of the way from another photo to one photo itself."""
-ALARM_SHARE = 0.1
-"""The alarm is raised when more than this fraction of the pictures are copies."""
-LONE_PHOTO_NEARNESS = 0.8
-"""Nearness assumed for a single photo, which has nothing to be compared with."""
+COPIED = 0.5  # A copy is more than this fraction of the way from another photo to one photo itself
+ALARM_SHARE = 0.1  # The alarm is raised when more than this fraction of the pictures are copies
+LONE_PHOTO_NEARNESS = 0.8  # Nearness assumed for a single photo, which has nothing to be compared with
 
 
 def subject_fidelity(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
-    """CLIP-I or DINO: generated (N, D), photos (P, D) -> (N,), mean cosine of each picture to all photos. PRES is the
-    same of pictures of the bare class, with DINO's vectors."""
+    """CLIP-I, DINO or (of the bare class) PRES: (N, D), photos (P, D) -> (N,), mean cosine to all photos."""
     return (generated @ photos.T).mean(1)
 
 
@@ -281,9 +266,7 @@ def diversity(
     groups: Sequence[Hashable],
     distance: Callable[[Any, Any], float] = lambda a, b: float(1 - a @ b),
 ) -> dict[Hashable, float]:
-    """DIV of each group (such as one prompt): the mean `distance` over all pairs in it. Higher is more diverse.
-    `pictures` are unit vectors for the default, the cosine distance, and the pictures themselves for LPIPS. Groups of
-    one have no pair and are left out."""
+    """DIV of groups of two or more: the mean `distance` of pairs of vectors, or of pictures for LPIPS."""
     members: dict[Hashable, list] = {}
     for picture, group in zip(pictures, groups, strict=True):
         members.setdefault(group, []).append(picture)
@@ -292,20 +275,17 @@ def diversity(
 
 
 def drift(adapted: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """1 - cosine between adapter and base at equal prompt and seed: (N, D), (N, D) -> (N,). Zero means unchanged. The
-    vectors are `joint_vectors`. Compare it with the base's `diversity`, the distance between its own seeds."""
+    """1 - cosine of the adapter's and base's `joint_vectors` (N, D) -> (N,); the base's `diversity` is its scale."""
     return 1 - (adapted * base).sum(1)
 
 
 def joint_vectors(clip: torch.Tensor, dino: torch.Tensor) -> torch.Tensor:
-    """CLIP (N, C) and DINO (N, D) concatenated to unit vectors (N, C + D): their cosine is the mean of both cosines.
-    DINO sees the subject in any place, CLIP sees place and light: only a copy is near a photo in both."""
+    """CLIP (N, C) and DINO (N, D) as unit vectors (N, C + D): a copy is near in both, subject and place."""
     return torch.cat([clip, dino], dim=1) / 2**0.5
 
 
 def photo_nearness(photos: torch.Tensor) -> float:
-    """The mean over photos (P, D) of their largest cosine to another photo. A picture of the subject may be this near
-    to a photo without being a copy."""
+    """The mean over photos (P, D) of their largest cosine to another; a picture this near is no copy yet."""
     if len(photos) < 2:
         return LONE_PHOTO_NEARNESS
     similarities = (photos @ photos.T).fill_diagonal_(-1)
@@ -313,8 +293,7 @@ def photo_nearness(photos: torch.Tensor) -> float:
 
 
 def copy_index(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
-    """(m - r)/(1 - r) of each picture (N, D) -> (N,); m is its largest cosine to a photo (P, D), r `photo_nearness`. 0:
-    no nearer to a photo than the photos are to each other; 1: it is the photo; negative: farther."""
+    """(m - r)/(1 - r) of each picture (N, D) -> (N,): m its largest cosine to a photo (P, D), r `photo_nearness`."""
     nearness = min(photo_nearness(photos), 0.99)  # equal frames would divide by zero
     return ((generated @ photos.T).amax(1) - nearness) / (1 - nearness)
 
@@ -340,8 +319,7 @@ def copy_alarm(generated: torch.Tensor, photos: torch.Tensor) -> CopyAlarm:
 
 
 def background_leak(generated: torch.Tensor, base: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
-    """How much nearer to the photos' backgrounds each picture is than the base's at equal prompt and seed, (N,). CLIP
-    vectors: generated (N, D), base (N, D), the photos with the subject painted over (P, D). Zero is no leak."""
+    """How much nearer to the photos' backgrounds (P, D) in CLIP pictures (N, D) are than the base's (N, D): (N,)."""
     return subject_fidelity(generated, backgrounds) - subject_fidelity(base, backgrounds)
 
 
@@ -362,8 +340,6 @@ def confusion(generated: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -
 
 
 def checkpoint_score(fidelity: float, prompt: float, base_prompt: float, copied: float) -> float:
-    """fidelity × prompt × no copy, in [0, 1]; it defines the best checkpoint. `fidelity` is DINO (negative values count
-    as 0). `prompt` is CLIP-T relative to the base's on the same prompts, at most 1. `copied` is the fraction of
-    copies."""
+    """fidelity (DINO) × prompt (CLIP-T to the base's, at most 1) × (1 - fraction `copied`), in [0, 1]."""
     kept = min(prompt / base_prompt, 1.0) if base_prompt > 0 else 1.0
     return max(fidelity, 0.0) * max(kept, 0.0) * (1 - copied)

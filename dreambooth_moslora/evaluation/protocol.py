@@ -43,13 +43,10 @@ UNRELATED_TOYS = (
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Every prompt is drawn once from each seed. `templates` hold `{}` for the subject's words. Without a `bare_prompt`
-    none is drawn. Raises UserError."""
-
     subject: Subject
-    templates: tuple[str, ...]
+    templates: tuple[str, ...]  # with `{}` for the subject's words
     unrelated: tuple[str, ...]
-    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)  # of each prompt
     class_images: int = 16
     inference_steps: int = 25
     bare_prompt: str = ""
@@ -100,14 +97,9 @@ class EvaluationPlan:
         self, templates: int, seeds: int, class_images: int, unrelated: int, inference_steps: int | None = None
     ) -> "EvaluationPlan":
         """A plan with fewer pictures, spread evenly over the templates, for scores during training."""
-        return replace(
-            self,
-            templates=spread(self.templates, templates),
-            seeds=self.seeds[:seeds],
-            class_images=min(class_images, self.class_images),
-            unrelated=spread(self.unrelated, unrelated),
-            inference_steps=inference_steps or self.inference_steps,
-        )
+        fewer = {"templates": spread(self.templates, templates), "unrelated": spread(self.unrelated, unrelated)}
+        fewer |= {"seeds": self.seeds[:seeds], "class_images": min(class_images, self.class_images)}
+        return replace(self, **fewer, inference_steps=inference_steps or self.inference_steps)
 
 
 def spread(items: Sequence[str], count: int) -> tuple[str, ...]:

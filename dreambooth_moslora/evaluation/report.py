@@ -33,16 +33,13 @@ from dreambooth_moslora.training.explain import ScaleChoice
 
 @dataclass(frozen=True)
 class ReportContext:
-    """What was judged, as the report names it, without paths. `encoders` are the names of CLIP and DINO; `scale` is the
-    result of --sweep_scale."""
-
     adapter: str
     base: str
-    encoders: tuple[str, str]
+    encoders: tuple[str, str]  # names of CLIP and DINO
     inference_steps: int
     guidance_scale: float
     diversity: str = "DINO distance"
-    scale: ScaleChoice | None = None
+    scale: ScaleChoice | None = None  # the result of --sweep_scale
 
 
 def scores_json(found: evaluate.Evaluation, about: ReportContext) -> dict:
@@ -127,8 +124,7 @@ def rows_beside(found: evaluate.Evaluation, names: Sequence[str], ends: Sequence
     return rows
 
 
-TOGETHER_TEMPLATES = 4
-"""Places in which two subjects are drawn together."""
+TOGETHER_TEMPLATES = 4  # Places in which two subjects are drawn together
 
 
 def photos_by_subject(photos: Sequence[Photo], count: int) -> list[list[Photo]]:
@@ -173,11 +169,8 @@ def in_all(found: Sequence[evaluate.Evaluation], names: Iterable[str]) -> list[s
 
 @dataclass
 class Together:
-    """Pictures of two subjects `words` in one prompt. `tables` (prompts, seeds): DINO to the photos of the `first` and
-    the `second`, and the base's without the tokens."""
-
-    words: tuple[str, str]
-    tables: evaluate.Tables
+    words: tuple[str, str]  # of the two subjects
+    tables: evaluate.Tables  # (prompts, seeds): DINO to each one's photos, with the base's
     pictures: list[Image.Image] = field(repr=False)
     base_pictures: list[Image.Image] = field(repr=False)
 
@@ -221,8 +214,7 @@ def pairs_of(evaluators: Sequence[evaluate.Evaluator]) -> list[TogetherEvaluator
     return [TogetherEvaluator(*pair) for pair in list(combinations(evaluators, 2))[:MOST_PAIRS]]
 
 
-SHOWN = 8
-"""Pictures of each subject in the common report; its own report has them all."""
+SHOWN = 8  # Pictures of each subject in the common report; its own report has them all
 
 
 def write_reports(

@@ -21,26 +21,20 @@ DEFAULT_INFERENCE_STEPS = 25
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One picture: its prompt, and the seed of its noise."""
-
     prompt: str
     seed: int
 
 
 @dataclass
 class Sampler:
-    """Draws requests with the pipeline's current denoiser. `embed` returns the texts of prompts, cached or computed.
-    `guidance_scale` None is the base's own. `on_step` is called after each denoising step. Raises StopRequestedError at
-    the next denoising step after `should_stop` returns true."""
-
     pipeline: DiffusionPipeline
-    embed: Callable[[list[str]], list[families.Text]]
+    embed: Callable[[list[str]], list[families.Text]]  # the texts of prompts, cached or computed
     resolution_px: int
     device: torch.device
     inference_steps: int = DEFAULT_INFERENCE_STEPS
-    should_stop: Callable[[], bool] = bool
-    guidance_scale: float | None = None
-    on_step: Callable[[], object] = bool
+    should_stop: Callable[[], bool] = bool  # raises StopRequestedError at the next denoising step
+    guidance_scale: float | None = None  # None is the base's own
+    on_step: Callable[[], object] = bool  # after each denoising step
 
     def __call__(self, requests: Sequence[SampleRequest], batch_size: int = 1) -> Generator[Image.Image, None, None]:
         """The pictures, in order. Each has its own noise in any batch. Without requests, no VAE is needed."""
@@ -71,16 +65,12 @@ class Sampler:
             for prompts in ([r.prompt for r in requests], [""] * len(requests))
         )
         seeds, size = [r.seed for r in requests], (self.resolution_px, self.resolution_px)
-        pixels = drawn(
-            self.pipeline,
-            family.with_negative(words, empty),
-            seeds,
-            size,
-            guidance=self.guidance_scale,
-            num_inference_steps=self.inference_steps,
-            callback_on_step_end=stopper(self.should_stop, self.on_step),
+        stop = stopper(self.should_stop, self.on_step)
+        options = {"num_inference_steps": self.inference_steps, "callback_on_step_end": stop}
+        words = family.with_negative(words, empty)
+        return decode.pictures_of(
+            decode.finite_or_black(drawn(self.pipeline, words, seeds, size, self.guidance_scale, **options))
         )
-        return decode.pictures_of(decode.finite_or_black(pixels))
 
 
 def drawn(
@@ -91,14 +81,10 @@ def drawn(
     guidance: float | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Pixels (B, 3, h, w), about in [-1, 1], by the pipeline's own call with `words`, its arguments for the text.
-    `guidance` None is the base's own. A UNet's latents are decoded one by one, by `decode`."""
+    """Pixels (B, 3, h, w), about in [-1, 1], by the pipeline's call with `words`. `guidance` None is the base's own."""
     facts = facts_of(type(pipeline).__name__)
-    options |= {
-        "height": size_px[0],
-        "width": size_px[1],
-        "generator": [torch.Generator().manual_seed(s) for s in seeds],
-    }
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options |= {"height": size_px[0], "width": size_px[1], "generator": generators}
     options[facts.guidance_name] = load.default_guidance(pipeline) if guidance is None else guidance
     if facts.style == "flow":
         return pipeline(**words, **options, output_type="pt").images.float() * 2 - 1
@@ -125,8 +111,7 @@ def generate_images(
     size_px: tuple[int, int],
     should_stop: Callable[[], bool] = bool,
 ) -> list[Image.Image]:
-    """Images (h, w) = `size_px` of one prompt by the base alone, at its own guidance and the pipeline's defaults: class
-    images and scenes. Raises UserError for pictures that are not finite: they would be trained on as black images."""
+    """Class images (h, w) = `size_px` by the base alone. Raises UserError for NaN, which would be trained on."""
     words = {"prompt": [prompt] * len(seeds)}
     pixels = drawn(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))
     if not pixels.isfinite().all():

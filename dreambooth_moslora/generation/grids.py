@@ -22,9 +22,7 @@ AXES = {"scale": float, "seed": int, "prompt": str, "adapter": str, "steps": int
 
 @dataclass(frozen=True)
 class Axis:
-    """`name` is one of AXES; `values` are the parameter's values, in order."""
-
-    name: str
+    name: str  # one of AXES
     values: tuple[str | int | float, ...]
 
     def label(self, index: int) -> str:
@@ -36,12 +34,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Sheet:
-    """All cells in one picture. `params` are the first cell's; the axes say what varied; the provenance covers all."""
-
     pixels: PIL.Image.Image
-    params: GenerationParams
-    axes: tuple[Axis, ...]
-    provenance: Provenance
+    params: GenerationParams  # of the first cell
+    axes: tuple[Axis, ...]  # what varied
+    provenance: Provenance  # of all cells
 
     def save(self, path: str | Path) -> Path:
         """Write a PNG with the first cell's recipe, the hashes of all adapters in use, and the axes."""
@@ -52,8 +48,7 @@ class Sheet:
 
 
 def _varied(params: GenerationParams, name: str, value: str | int | float) -> GenerationParams:
-    """The parameters with another value on the axis `name`. An adapter may be replaced by a checkpoint of the same
-    run, for example; "none" is the base alone."""
+    """The parameters with another value on the axis `name`; the adapter "none" is the base alone."""
     first, rest = params.adapters[:1], params.adapters[1:]
     if name == "scale":
         if not first:
@@ -103,9 +98,8 @@ def generate_grid(
     should_stop: Callable[[], bool] | None = None,
     load: Callable[[GenerationParams], GenerationParams] | None = None,
 ) -> Iterator[Step | Preview | Image | Sheet]:
-    """The events of every cell, numbered row by row, and finally the Sheet (not if stopped). `load` brings a cell's
-    adapters into the model. It is called for all cells before the first is drawn, so that a mistake in the last one is
-    found early, and again before each: the model may not hold all adapters at once. Raises UserError."""
+    """The events of every cell, row by row, and finally the Sheet (not if stopped). `load` brings a cell's adapters
+    into the model: for all cells first, to find a mistake early, and again before each. Raises UserError."""
     load = load or pipeline.complete
     cells = [load(cell) for row in cells_of(params, axes) for cell in row]
     images: list[Image] = []

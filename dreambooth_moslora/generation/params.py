@@ -35,20 +35,15 @@ MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
 LORA_TAG = re.compile(r"<lora:([^:<>]{1,100})(?::(-?\d+(?:\.\d+)?))?>")
 SETTING = re.compile(r'([\w+/-][\w +/-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
-MAX_SETTINGS_CHARACTERS = 10_000
-"""Limit of another program's line of settings, which bounds regex backtracking on hostile text."""
-MAX_STEPS = 100
-"""Most steps on a machine that draws for many users: more would block the queue."""
-MAX_AREA = 4
-"""Largest area relative to the base's own: larger pictures take much longer and repeat themselves."""
+MAX_SETTINGS_CHARACTERS = 10_000  # Of another program's settings: bounds the regex on hostile text
+MAX_STEPS = 100  # Most steps on a machine that draws for many users: more would block the queue
+MAX_AREA = 4  # Largest area relative to the base's own: larger pictures take much longer and repeat themselves
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """`title` is its name in other programs ("Sampler" in A1111), `class_name` diffusers' class."""
-
-    title: str
-    class_name: str
+    title: str  # in other programs ("Sampler" in A1111)
+    class_name: str  # of diffusers
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -71,9 +66,8 @@ class Provenance:
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """Everything that decides the pixels, given the base and the adapters' files. Sizes are px; None in a size or the
-    guidance means the base's own. Image i of `num_images` is the picture of seed `seed + i`, whatever `num_images` is.
-    Raises UserError on a value that cannot be generated."""
+    """Everything that decides the pixels, given base and adapters. Sizes are px; None means the base's own. Image i has
+    the seed `seed + i`, whatever `num_images` is. Raises UserError on a value that cannot be generated."""
 
     prompt: str
     negative_prompt: str = ""
@@ -146,13 +140,10 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe in a PNG. `exact` is False when it was read from another program's text. `remarks` list what that text
-    asks for and this program cannot do."""
-
     params: GenerationParams
     provenance: Provenance
-    exact: bool
-    remarks: tuple[str, ...] = ()
+    exact: bool  # it is ours
+    remarks: tuple[str, ...] = ()  # what another program's asks for and is not here
 
 
 def draw_seed(seed: int) -> int:
@@ -192,17 +183,14 @@ def _own_recipe(text: str) -> Recipe:
     try:
         recipe = json.loads(text)
         json.dumps(recipe, ensure_ascii=False).encode("utf-8")  # a name may hold half a surrogate pair
-        adapters, versions = (_string_pairs(recipe.get(key)) for key in ("adapter_sha256", "versions"))
-        provenance = Provenance(str(recipe.get("base", "")), adapters, versions)
+        parts = [(recipe.get(key) or {}).items() for key in ("adapter_sha256", "versions")]
+        pairs = [tuple((str(name), str(value)) for name, value in part) for part in parts]
+        provenance = Provenance(str(recipe.get("base", "")), *pairs)
         return Recipe(GenerationParams.from_dict(recipe["params"]), provenance, exact=True)
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError("the recipe inside the PNG is damaged") from error
-
-
-def _string_pairs(values: Any) -> tuple[tuple[str, str], ...]:
-    return tuple((str(key), str(value)) for key, value in (values or {}).items())
 
 
 def check_characters(text: str, name: str) -> None:
@@ -267,8 +255,7 @@ def _parse_a1111(text: str) -> Recipe:
     prompt, tags = split_lora_tags(prompt.strip())
     sampler = _sampler_of(settings)
     name = next((name for name, scheduler in SCHEDULERS.items() if scheduler.title == sampler), "euler")
-    values: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags}
-    values["scheduler"] = name
+    values = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags, "scheduler": name}
     names = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance_scale", float)}
     try:
         for key, (own, kind) in names.items():
@@ -307,46 +294,38 @@ def check_steps(params: GenerationParams) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """After denoising step `step` of `steps` (1-based) of image `index`. `eta_sec` covers all remaining images."""
-
     index: int
     num_images: int
-    step: int
+    step: int  # of `steps`, from 1
     steps: int
-    eta_sec: float
+    eta_sec: float  # for all remaining images
 
 
 @dataclass(frozen=True)
 class Image:
-    """Image `index`, with the parameters of this one image and its provenance."""
-
     index: int
     pixels: PIL.Image.Image
-    params: GenerationParams
+    params: GenerationParams  # of this one image
     provenance: Provenance
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG with the recipe."""
         Path(path).write_bytes(self.png())
         return Path(path)
 
     def png(self) -> bytes:
-        """The bytes of that file."""
         file = BytesIO()
         self.pixels.save(file, format="PNG", pnginfo=recipe_text(self.params, self.provenance))
         return file.getvalue()
 
 
 def about_black(pictures: Iterable[PIL.Image.Image]) -> str:
-    """How many are black and why; "" for none. Values that are too large for the model become black without an
-    error."""
+    """How many are black and why, "" for none: too large values give black pictures, not errors."""
     black = sum(picture.getbbox() is None for picture in pictures)
     which = "1 of them is" if black == 1 else f"{black} of them are"
     return f"{which} black: an adapter's values or its scale are too large for this base" if black else ""
 
 
 def recipe_text(params: GenerationParams, provenance: Provenance) -> PngInfo:
-    """The recipe as text chunks of a PNG, one for each of its parts."""
     text = PngInfo()
     for key, value in params.to_png_text(provenance).items():
         text.add_itxt(key, value)

@@ -30,19 +30,14 @@ from dreambooth_moslora.settings.table import SVD, TrainConfig
 Item = TypeVar("Item")
 Stamp = tuple[Path, int, int]
 CPU = torch.device("cpu")
-ROOM_BESIDE_WEIGHTS = 1.5
-"""If free memory over weights is less, models take turns: SDXL in half precision needs 9.7 GiB to avoid that."""
-UNET_BYTES_A_PIXEL = 400
-"""Of the UNet in half precision per pixel of the picture, with and without the prompt together."""
-RESIDENT_ADAPTERS = 8
-"""Default number of adapters kept in the model; the least recently used one is dropped first."""
+ROOM_BESIDE_WEIGHTS = 1.5  # Free memory over weights below which models take turns: 9.7 GiB for SDXL in fp16
+UNET_BYTES_A_PIXEL = 400  # In half precision per pixel of the picture, with and without the prompt together
+RESIDENT_ADAPTERS = 8  # Adapters kept in the model; the least recently used one is dropped first
 Event = Step | Preview | Image
 
 
 def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) -> Iterator[Item]:
-    """Run `work(emit, abandoned)` in a thread of its own and yield what it emits. `abandoned()` becomes true when the
-    consumer closes the iterator; `work` should return soon after. An exception in `work` is raised in the consumer. The
-    thread ends with the iterator."""
+    """Run `work(emit, abandoned)` in a thread; yield what it emits until either ends, and raise its exception."""
     events: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()
 
@@ -67,26 +62,21 @@ def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in the model. `key` is its name inside PEFT, `header` its file's metadata, and `tokens` are those of
-    the new tokens that the header names whose files are there. If it is `mixers` alone, `key` is their basis's name."""
-
     name: str
-    key: str
+    key: str  # the name inside PEFT; of mixers alone their basis's
     sha256: str
-    header: dict[str, str]
-    tokens: tuple[new_tokens.NewTokens, ...]
+    header: dict[str, str]  # the file's metadata
+    tokens: tuple[new_tokens.NewTokens, ...]  # those that the header names and whose files are there
     stamp: Stamp
     mixers: basis.Mixers | None = None
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A file to use as `name` at `scale`. `note` is for the user, or empty."""
-
     file: Path
     name: str
     scale: float
-    note: str = ""
+    note: str = ""  # for the user, or ""
 
 
 def adapters_of_picture(recipe: Recipe) -> list[AdapterFile]:
@@ -134,8 +124,7 @@ def weights_gib(model: DiffusionPipeline | torch.nn.Module) -> float:
 
 
 class Home:
-    """The device that a pipeline draws on. A resting pipeline is in the CPU's memory. If the device is short of memory,
-    the models take turns on it, and the pipeline rests between calls."""
+    """The device that a pipeline draws on, from the CPU's memory. If it is short of memory, models take turns on it."""
 
     def __init__(self, pipeline: DiffusionPipeline, device: torch.device) -> None:
         self.pipeline, self.device = pipeline, device
@@ -163,8 +152,7 @@ class Home:
         torch.cuda.empty_cache()
 
     def check_size(self, height_px: int, width_px: int) -> None:
-        """Raises UserError for a picture that cannot fit, before its first step. Call it after `enter`. Only the UNet
-        sets a limit, by the memory beside its weights: the decoder can work in tiles."""
+        """Raises UserError for a picture that the UNet has no memory for. Call it after `enter`."""
         free = machine.free_gib(self.device)
         if free is None:
             return
@@ -200,7 +188,6 @@ class MixersOnBases:
         return set(by_basis)
 
     def forget(self, key: str) -> None:
-        """The adapter was deleted from the UNet."""
         self._loaded.pop(key, None)
 
     def _find(self, mixers: basis.Mixers, file: Path) -> basis.Basis:
@@ -233,9 +220,8 @@ class MixersOnBases:
 
 
 class SubjectPipeline:
-    """Base and adapters. It generates for one caller at a time: calls from other threads wait. `home` is the device
-    that draws. A resting pipeline is in the CPU's memory; `generate` ends the rest. If `home` has too little memory for
-    all models, they take turns on it, and rest between calls."""
+    """Base and adapters, for one caller at a time; other threads wait. `home` is the device that draws. A resting
+    pipeline is in the CPU's memory until `generate`; if `home` is short of memory, its models take turns."""
 
     def __init__(self, pipeline: DiffusionPipeline, base_name: str, home: str | torch.device | None = None) -> None:
         self.resident_adapters = RESIDENT_ADAPTERS
@@ -260,8 +246,7 @@ class SubjectPipeline:
         *,
         resting: bool = False,
     ) -> "SubjectPipeline":
-        """Load "toy", a folder, a hub id or a single file. Default `device`: the GPU, if there is one. `resting`:
-        nothing moves to the GPU before the first `generate`. Raises UserError."""
+        """Load "toy", a folder, hub id or file, on a GPU by default, or `resting` until used. Raises UserError."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         half = torch.bfloat16 if getattr(facts_of_base(name), "style", None) == "flow" else torch.float16
         dtype = dtype or (half if device.type == "cuda" else torch.float32)
@@ -272,7 +257,6 @@ class SubjectPipeline:
 
     @property
     def has_gpu(self) -> bool:
-        """Whether it draws on another device than the CPU."""
         return self.home.device != CPU
 
     def rest(self) -> None:
@@ -328,9 +312,8 @@ class SubjectPipeline:
     def generate(
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[Step | Preview | Image]:
-        """Yield Step and Preview for each denoising step and Image for each finished picture. Ends early when
-        `should_stop()` is true or the iterator is closed; images already yielded stay valid. Raises UserError for an
-        adapter that is not loaded, and when memory does not suffice."""
+        """Yield Step and Preview for each denoising step, Image for each picture, until `should_stop()` or the iterator
+        is closed. Raises UserError for an adapter that is not loaded, and for want of memory."""
         params = self.complete(params)
 
         def work(emit: Callable[[Event], None], abandoned: Callable[[], bool]) -> None:
@@ -343,13 +326,8 @@ class SubjectPipeline:
     def draw(self, params: GenerationParams, should_stop: Callable[[], bool] = bool) -> list[Image]:
         """The finished pictures of `generate`, drawn in the calling thread; fewer than requested after a stop."""
         params, images = self.complete(params), []
-
-        def keep(event: Event) -> None:
-            if isinstance(event, Image):
-                images.append(event)
-
         with self._lock, torch.no_grad():
-            self._generate_all(params, keep, should_stop)
+            self._generate_all(params, lambda e: images.append(e) if isinstance(e, Image) else None, should_stop)
         return images
 
     def complete(self, params: GenerationParams) -> GenerationParams:
@@ -361,9 +339,8 @@ class SubjectPipeline:
                 raise core.UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
         side = self.resolution_px
         guidance = load.default_guidance(self.pipeline) if params.guidance_scale is None else params.guidance_scale
-        return replace(
-            params, guidance_scale=guidance, height_px=params.height_px or side, width_px=params.width_px or side
-        )
+        size_px = {"height_px": params.height_px or side, "width_px": params.width_px or side}
+        return replace(params, guidance_scale=guidance, **size_px)
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
         """Make exactly these adapters active. Scale 0 means absent: the result is the base's, bit for bit."""
@@ -436,10 +413,7 @@ class SubjectPipeline:
         """Text conditioning for all images of a call; the negative half only if guidance uses it."""
         family = self.family
         if not family.facts.needs_sizes:
-            texts = (
-                family.texts(self.pipeline, [params.prompt]),
-                family.texts(self.pipeline, [params.negative_prompt or ""]),
-            )
+            texts = [family.texts(self.pipeline, [text]) for text in (params.prompt, params.negative_prompt or "")]
             return family.with_negative(*map(family.arguments, texts))
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         embeds = self.pipeline.encode_prompt(

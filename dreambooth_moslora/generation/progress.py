@@ -20,16 +20,13 @@ from dreambooth_moslora.generation.params import GenerationParams, Step
 
 logger = logging.getLogger(__name__)
 
-PREVIEW_PX = 384
-"""The longer side of a preview on the page."""
-FIT_SIDE = 32
-"""Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers."""
+PREVIEW_PX = 384  # The longer side of a preview on the page
+FIT_SIDE = 32  # Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers
 
 
 class LatentColours:
-    """RGB = W·latent + b, fitted by least squares to the VAE's output for smooth random latents. Latents are as the
-    UNet sees them: (B, 4, h, w), scaled by the VAE's factor. Pixels lie in [0, 1]. If the VAE fails, previews are grey,
-    and the picture is still drawn."""
+    """RGB in [0, 1] = W·latent + b, fitted by least squares to the VAE's output for smooth random latents (B, 4, h, w),
+    as the UNet sees them. If the VAE fails, previews are grey."""
 
     @torch.no_grad()
     def __init__(self, vae: AutoencoderKL, device: torch.device | str = "cpu") -> None:
@@ -58,8 +55,7 @@ class LatentColours:
 
 
 class PreviewTracker:
-    """Follows one denoising run and estimates the clean latents after each step. Euler keeps x0 + σ·ε; the others keep
-    the variance near one, α·x0 + σ·α·ε with α = 1/sqrt(1 + σ²)."""
+    """Estimates the clean latents after each step. Euler keeps x0 + σ·ε, others α·x0 + σ·α·ε, α = 1/sqrt(1 + σ²)."""
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
         self.sigmas = scheduler.sigmas.float().cpu()
@@ -92,13 +88,10 @@ def _with_ones(latents: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Preview:
-    """A rough view of image `index` of `size_px` (height, width); `latents` (1, 4, h, w) stay on the device."""
-
     index: int
-    latents: torch.Tensor
-    size_px: tuple[int, int]
-    colours: LatentColours | None
-    """None: no previews, as the latents are packed."""
+    latents: torch.Tensor  # (1, 4, h, w), on the device
+    size_px: tuple[int, int]  # (height, width)
+    colours: LatentColours | None  # None: no previews, as the latents are packed
 
     @cached_property
     def pixels(self) -> Image.Image:
@@ -133,8 +126,7 @@ class Watcher:
     index: int
     params: GenerationParams
     clock: Clock
-    colours: LatentColours | None
-    """None: no previews, as the latents are packed."""
+    colours: LatentColours | None  # None: no previews, as the latents are packed
     emit: Callable[[Step | Preview], None]
     stop: Callable[[], bool]
     tracker: PreviewTracker | None = None

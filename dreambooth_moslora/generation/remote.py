@@ -22,8 +22,7 @@ from dreambooth_moslora.core import UserError, file_digest, one_line, parse_obje
 from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.generation.params import GenerationParams, Image, Recipe, Step, recipe_in
 
-TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
-"""Environment variable for a token; the command line would show it in process lists."""
+TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"  # A flag would show the token in process lists
 MAX_ANSWER_BYTES = 256 * 2**20
 POLL_SEC = 0.1
 
@@ -82,8 +81,7 @@ class Service:
 
 
 class RemotePipeline:
-    """The part of SubjectPipeline that the page uses. Adapters are not sent: the service must have the same
-    files under the same names, and refuses to draw with another file."""
+    """What the page uses of SubjectPipeline. The service must have the same adapter files under the same names."""
 
     has_gpu = False
 
@@ -121,8 +119,7 @@ class RemotePipeline:
     def generate(
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[Step | Image]:
-        """Request the pictures one by one; yield a Step and the Image for each. `should_stop` ends it as in
-        SubjectPipeline. Raises UserError with the service's message."""
+        """Request the pictures one by one; yield a Step and the Image for each. Raises UserError."""
         params, stopped, started = params.apply_tags(), should_stop or bool, time.monotonic()
         for index in range(params.num_images):
             png = self._drawn(params.for_image(index), stopped)
@@ -130,9 +127,8 @@ class RemotePipeline:
                 return
             left = (time.monotonic() - started) / (index + 1) * (params.num_images - index - 1)
             yield Step(index, params.num_images, params.steps, params.steps, left)
-            pixels, recipe = opened(
-                png, (params.width_px or self.resolution_px, params.height_px or self.resolution_px)
-            )
+            size_px = params.width_px or self.resolution_px, params.height_px or self.resolution_px
+            pixels, recipe = opened(png, size_px)
             yield Image(index, pixels, recipe.params, recipe.provenance)
 
     def _drawn(self, params: GenerationParams, stopped: Callable[[], bool]) -> bytes | None:
@@ -155,8 +151,7 @@ class RemotePipeline:
 
 
 def opened(png: bytes, size_px: tuple[int, int]) -> tuple[PIL.Image.Image, Recipe]:
-    """The picture and its recipe. Raises UserError when the bytes are not a picture with a recipe, and for a picture of
-    another size than `size_px` (width, height), before it is decoded."""
+    """The picture and its recipe. Raises UserError for other bytes, and another size than `size_px` (width, height)."""
     try:
         with PIL.Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             if image.size != size_px:

@@ -1,16 +1,12 @@
 """Captions made for photos that have none: the models that describe, and the files they leave.
 
-A model describes the surroundings of the subject, but not the subject. For photographs it is Qwen3-VL 2B (Apache 2.0,
-without code of its own), or any other with a chat template that `AutoModelForImageTextToText` loads. It continues the
-text "A photo of a dog", so its answer is what follows these words in a caption. The embedded base reads place and light
-by its own CLIP. This module imports torch only to load a model.
-
-What the user wrote is never changed. The made captions lie
+A model describes the surroundings of the subject, but not the subject: for photographs Qwen3-VL 2B (Apache 2.0), or
+another with a chat template, which continues the text "A photo of a dog"; the embedded base reads place and light by
+its own CLIP. torch is imported only to load a model. What the user wrote is never changed. The made captions lie
 
 beside the photos    `dog.txt`, as a user would write it (the command `caption`). `.made_captions.json` lists
                      the made ones; a caption that was edited since counts as the user's
-in a run folder      `captions.json` (`--captions auto`). It records the photo, model and words of each
-                     caption, so that a resumed run does not make it again
+in a run folder      `captions.json` (`--captions auto`), so that a resumed run does not make it again
 
 Both files: {"dog.jpg": {"caption": "a photo of a sks dog on the beach", "made_from": key}}.
 """
@@ -38,25 +34,19 @@ QUESTION = (
     "side from which it is seen. Say nothing about how the {word} itself looks."
 )
 START = "A photo of a {word}"
-SEEN_PX, MOST_TOKENS, MOST_WORDS = 768, 60, 30
-"""Longer side of the photo that the model sees; most tokens of its answer; most words that are used of it. SDXL
-reads 77 tokens, including the instance prompt."""
+SEEN_PX, MOST_TOKENS, MOST_WORDS = 768, 60, 30  # Photo's longer side; of an answer (SDXL reads 77 tokens)
 
 
 @dataclass(frozen=True)
 class Captioner:
-    """`name` is the model's public name, `word` what the photos show. `surroundings` takes an RGB picture and returns
-    words such as "on the beach at sunset", or "" when it finds none."""
-
-    name: str
-    word: str
-    surroundings: Callable[[Image.Image], str]
+    name: str  # the model's public name
+    word: str  # what the photos show
+    surroundings: Callable[[Image.Image], str]  # of an RGB picture: "on the beach at sunset", or ""
 
 
 def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
-    """The captioner of `--caption_model`, by default the embedded base's own CLIP, or Qwen3-VL for other bases. The
-    model is loaded onto the torch device when the first caption is made. Raises UserError without a class word; making
-    a caption raises it when the model is missing or of another kind."""
+    """The captioner of `--caption_model`, by default the embedded base's own CLIP or Qwen3-VL, loaded onto the torch
+    device at the first caption. Raises UserError without a class word, and later for a missing model."""
     default = TOY_CLIP if is_toy(config.pretrained_model_name_or_path) else QWEN
     name = os.path.expanduser(config.caption_model or default)
     word = prompts.class_word_of(config) or ("toy" if name == TOY_CLIP else "")
@@ -76,8 +66,7 @@ def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
 
 
 def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], str]:
-    """A captioner by a chat model. Decoding is greedy, so that a photo always gets the same words. Raises UserError for
-    a model without a chat template or with missing weights."""
+    """A captioner by a chat model, decoded greedily: a photo always gets the same words. Raises UserError."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -106,7 +95,6 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
 
 
 def conversation(image: Image.Image, word: str) -> list[dict[str, Any]]:
-    """The question about a picture, and the beginning of its answer."""
     small = image.copy()
     small.thumbnail((SEEN_PX, SEEN_PX))
     asked = [{"type": "image", "image": small}, {"type": "text", "text": QUESTION.format(word=word)}]
@@ -124,19 +112,16 @@ def surroundings_in(answer: str) -> str:
 
 @dataclass(frozen=True)
 class MadeCaption:
-    """Of one photo: its new `caption`, or None and why as a `remark`. With a `key` it is not kept yet."""
-
     photo: Photo
-    caption: str | None
+    caption: str | None  # None: why is the `remark`
     remark: str = ""
-    key: str = ""
+    key: str = ""  # it is not kept yet
 
 
 def make_beside(
     photos: Iterable[Photo], captioner: Captioner, prompt: str, *, anew: bool = False
 ) -> Iterator[MadeCaption]:
-    """Write `name.txt` beside each photo without a caption: `prompt` and the surroundings. Raises OSError. With `anew`,
-    earlier made captions that were not edited are made again."""
+    """Write `name.txt` beside each photo without a caption; `anew`: also over made, unedited ones. Raises OSError."""
     photos = list(photos)
     for photo in photos:
         target = photo.path.with_suffix(folder.CAPTION_SUFFIX)

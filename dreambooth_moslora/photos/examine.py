@@ -1,10 +1,9 @@
 """A folder's pixels, examined: blurred and badly lit photos, nearly equal pairs, and a picture of training's crops.
 
-Sharpness compares second differences with first ones at edges: √mean L² / √mean |∇|², over tiles. It measures how steep
-edges are, not how many there are, so a plain background is fine. The sharpest tenth of the edges decides, so a blurred
-background is fine too. Real photos have 1.8 to 3.2; blurred by a Gaussian of 3 px at 1024 px they have 0.5 to 0.8.
-Likeness is the correlation of 16 × 16 thumbnails: different photos of one subject have up to 0.8; a copy that is
-cropped by a few percent, brighter or smaller has 0.93 to 1.
+Sharpness compares second differences with first ones at edges, √mean L² / √mean |∇|², over tiles; the sharpest tenth
+decides, so that a plain or blurred background is fine. Real photos have 1.8 to 3.2; blurred by a Gaussian of 3 px at
+1024 px they have 0.5 to 0.8. Likeness is the correlation of 16 × 16 thumbnails: different photos of one subject have up
+to 0.8; a copy that is cropped by a few percent, brighter or smaller has 0.93 to 1.
 """
 
 from collections.abc import Iterator
@@ -79,8 +78,7 @@ WHITE, MOST_WHITE = 250, 0.75
 
 
 def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
-    """The report with what is wrong with a photo in its reasons, as seen at the size of training. Of a good photo and a
-    blurred or badly lit copy, the copy is the duplicate, whatever their order."""
+    """The report with what is wrong with a photo as its reasons. Of equal photos the worse one is the duplicate."""
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
     photos, thumbnails = [], []
     for photo in report.photos:

@@ -2,20 +2,16 @@
 
 A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name", "text"}, the
 format of the datasets library), else a caption kept in the run folder by `captions`, else the instance prompt. Training
-draws one of them for each exposure. `masks` finds its mask, `name.mask.png` or another image format. Suffixes may be
-upper or lower case. No file in the folder can stop the program: unusable files are listed with a reason.
+draws one of them for each exposure. `masks` finds its mask, `name.mask.png` or another image format. No file in the
+folder can stop the program: unusable files are listed with a reason.
 
 `--dataset_name`: the images of a data set, on the hub or local, become such a folder, written unchanged.
 
-Tags of image boards have no order, so they are shuffled:
+Tags of image boards have no order, so they are shuffled, in a fixed number of orders a caption, by the run's seed:
 
     prefix  sks dog, red collar, on grass, side view  suffix        --keep_tokens 1 leaves `sks dog` where it is
 
-Each caption has a fixed number of orders, derived from the run's seed. So frozen text encoders encode each
-order once, and resumed or distributed runs use the same orders as an unbroken run of one process.
-
-A photo whose captions all name a place, say, would never be shown with the bare instance prompt, and prior
-preservation holds the class prompt, its neighbour, where it was: the bare prompt would not draw the subject.
+A photo whose captions all name a place is never shown with the bare instance prompt, which would then not draw it.
 """
 
 import json
@@ -48,12 +44,10 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-ORDERS = 16
-"""Orders of each caption, including the written one."""
+ORDERS = 16  # Orders of each caption, including the written one
 METADATA, MADE_CAPTIONS = "metadata.jsonl", ".made_captions.json"
 CAPTION_SUFFIX, MASK_SUFFIX = ".txt", ".mask"
-MOST_BYTES = 32 * 1024
-"""Of one photo's captions."""
+MOST_BYTES = 32 * 1024  # Of one photo's captions
 TOO_LONG = f"longer than captions may be, {MOST_BYTES // 1024} KiB"
 CAPTION_KEYS = ("text", "caption", "prompt")
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
@@ -70,8 +64,7 @@ def bare_prompt_line(config: TrainConfig, photos: Sequence[Photo]) -> str | None
 
 
 def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions, or with `--shuffle_caption` ORDERS orders of each, the written one first, so that each caption is
-    drawn as often as before. The prefix, suffix and first `keep_tokens` tags stay in place."""
+    """The captions; with `--shuffle_caption` ORDERS orders of each, without prefix, suffix and kept tags."""
     if not config.shuffle_caption:
         return captions
     found = []
@@ -226,8 +219,7 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
 
 
 def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
-    """The image's file; empty for an empty cell. Raises UserError for a path outside the folders `own`. A table from
-    the internet might otherwise name any file of this machine."""
+    """The image's file, empty for an empty cell. Raises UserError for a path outside `own`: anyone wrote the table."""
     if not cell:
         return b""
     if cell.get("bytes"):
@@ -258,21 +250,17 @@ def write_rows(folder: Path, rows: list[tuple[bytes, str]]) -> None:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that is not used. `is_photo`: it was meant to be a photo. `size_px` is None when unreadable."""
-
     path: Path
     reason: str
-    is_photo: bool = False
-    size_px: tuple[int, int] | None = None
+    is_photo: bool = False  # it was meant to be one
+    size_px: tuple[int, int] | None = None  # None when unreadable
 
 
 @dataclass(frozen=True)
 class PhotoReport:
-    """`sidecars` are the captions and masks in use."""
-
     photos: list[Photo] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    sidecars: list[Path] = field(default_factory=list)
+    sidecars: list[Path] = field(default_factory=list)  # captions and masks in use
 
 
 def log_strays(report: PhotoReport) -> None:
@@ -328,8 +316,7 @@ def report_of(config: TrainConfig, number: int) -> PhotoReport:
 
 
 def with_made(config: TrainConfig, photos: Iterable[Photo]) -> list[Photo]:
-    """The photos of all subjects; with `--captions auto` and `--masks auto` those without a caption or a mask get the
-    one in the run folder, if training has made it by now."""
+    """The photos; with `--captions auto` and `--masks auto` with what training has made in the run folder by now."""
     photos, run_dir = list(photos), RunDir(config.output_dir)
     if config.captions == "auto":
         subjects, kept = config.each_subject, kept_captions(run_dir.captions_path)
@@ -356,7 +343,6 @@ def as_heard(prompt: str) -> str:
 
 
 def summary_of_skipped(report: PhotoReport) -> str:
-    """The first few reasons, in one line."""
     if not report.skipped:
         return "it is empty."
     shown = [f"{item.path.name} ({item.reason})" for item in sorted(report.skipped, key=lambda s: not s.is_photo)[:3]]

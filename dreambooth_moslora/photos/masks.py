@@ -1,15 +1,13 @@
 """Masks made for photos that have none: the models that find the subject, and the files they leave.
 
-CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; its weights are downloaded once from the hub. The
-embedded base has the toy world's own net. Both give a probability for each pixel. A pixel belongs to the mask if its
-probability is at least half of the largest one: CLIPSeg's certainty depends more on the word than on the subject's
-outline. Always fp32. torch is imported only to load a model.
+CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; the embedded base has the toy world's own net. Both
+give a probability for each pixel, in fp32. The mask has the pixels of at least half of the largest one: CLIPSeg's
+certainty depends more on the word than on the outline. torch is imported only to load a model.
 
 The user's own masks are never changed. The made ones lie
 
 beside the photos    `name.mask.png`, as a user would write it (`check --make_masks`)
-in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records photo, model and word,
-                     so that a resumed run does not make it again
+in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records photo, model and word
 """
 
 import os
@@ -37,14 +35,11 @@ from dreambooth_moslora.settings import prompts, table
 
 KEY = "made-from"
 CLIPSEG, TOY_SEGMENTER = "CIDAS/clipseg-rd64-refined", "toy-segmenter"
-LEAST_PEAK = 0.2
-"""If no pixel's probability is above this, the subject was not found."""
-SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9
-"""Fractions of the photo; a mask outside this range is probably wrong."""
+LEAST_PEAK = 0.2  # If no pixel's probability is above this, the subject was not found
+SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9  # Of the photo; a mask outside is probably wrong
 MOST_PIECES = 3
 LOOK_PX = 64
-SPECK = 0.02
-"""Pieces below this fraction of the mask are not counted."""
+SPECK = 0.02  # Pieces below this fraction of the mask are not counted
 
 
 def segmenter_name(config: table.TrainConfig) -> str:
@@ -55,8 +50,7 @@ def segmenter_name(config: table.TrainConfig) -> str:
 
 
 def sought_word(config: table.TrainConfig) -> str:
-    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net, which needs none.
-    Raises UserError when there is no such word."""
+    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net. Raises UserError."""
     if segmenter_name(config) == TOY_SEGMENTER:
         return ""
     word = config.mask_prompt or prompts.class_word_of(config)
@@ -67,12 +61,9 @@ def sought_word(config: table.TrainConfig) -> str:
 
 @dataclass(frozen=True)
 class Segmenter:
-    """`name` is its public name, `word` what it looks for ("" for toys). `probabilities` takes an RGB picture (width,
-    height) and returns a tensor or array, fp32 (height, width) in [0, 1], on the CPU."""
-
-    name: str
-    word: str
-    probabilities: Callable[[Image.Image], Any]
+    name: str  # its public name
+    word: str  # what it looks for ("" for toys)
+    probabilities: Callable[[Image.Image], Any]  # of an RGB picture: fp32 (height, width) in [0, 1]
 
     def mask(self, image: Image.Image) -> Image.Image:
         """L of the picture's size: 255 on the subject, 0 elsewhere; all 0 when it was not found."""
@@ -90,8 +81,7 @@ def best_device() -> Any:
 
 
 def load_segmenter(config: table.TrainConfig, device: Any = "cpu") -> Segmenter:
-    """The segmenter of `--mask_model`, which goes to the torch device when the first mask is made. Raises UserError
-    without a word; making a mask raises it when the model is missing or of another kind."""
+    """The segmenter of `--mask_model`, loaded at the first mask. Raises UserError without a word."""
     name, word = segmenter_name(config), sought_word(config)
 
     @cache
@@ -154,11 +144,9 @@ def loaded(kind: Any, name: str, *, flag: str, what: str, **options: Any) -> Any
 
 @dataclass(frozen=True)
 class MadeMask:
-    """The result for one photo: the `path` of its mask if one was made, and a `remark` for the user."""
-
     photo: Photo
-    path: Path | None
-    remark: str = ""
+    path: Path | None  # of its mask, if one was made
+    remark: str = ""  # for the user
 
 
 def make_beside(photos: Iterable[Photo], segmenter: Segmenter) -> Iterator[MadeMask]:

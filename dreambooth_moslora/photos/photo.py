@@ -1,10 +1,7 @@
 """One photo: its file from any phone or program as upright sRGB pixels, its captions, its mask and its crops.
 
 Only this module handles orientation (EXIF), colour profiles, transparency (on white), CMYK, Lab, palettes, greys and 16
-bits. Sizes are (height, width) px of the upright picture.
-
-A photo's mask, white on the subject, is `name.mask.png` beside it, else its own transparency, else one that was made in
-the run folder (`masks`). What training cuts out of a photo is planned as numbers and then cut as pixels:
+bits. Sizes are (height, width) px of the upright picture. What training cuts out is planned as numbers, then cut:
 
     photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
 
@@ -47,8 +44,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> the transposition that makes the picture upright."""
-TILE_PX = 1024
-"""Tile side for converting 16- and 32-bit images: all 100 megapixels at once would take 2 GB."""
+TILE_PX = 1024  # Tile side for converting 16- and 32-bit images: all 100 megapixels at once would take 2 GB
 
 
 OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
@@ -67,8 +63,7 @@ def register_heif() -> None:
 
 
 def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
-    """The first frame, decoded; its orientation is not yet applied. A side longer than `longest_px` is reduced to it
-    before any conversion, to save memory. Raises UnreadableImageError, and OSError when the machine fails."""
+    """The first frame as stored, at most `longest_px` long. Raises UnreadableImageError; OSError by the machine."""
     register_heif()
     try:
         with warnings.catch_warnings():
@@ -110,7 +105,6 @@ def shrunk(image: Image.Image, longest_px: int) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF: the picture itself is fine
@@ -211,21 +205,14 @@ def tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
 
 @dataclass(frozen=True)
 class Photo:
-    """A usable photo. `size_px` is (h, w) upright. `mask_path` equals `path` if the transparency is the mask.
-
-    Each exposure uses one of the `captions`; `is_captioned` if they are the photo's own. `bare_prompt` is the instance
-    prompt if none of them is it, as some exposures then use it (`--instance_prompt_share`). `reasons` are remarks
-    for the user (too small, …), none of which forbids its use. `subject` is the number of the run's subject, from 0.
-    """
-
     path: Path
-    size_px: tuple[int, int]
-    captions: tuple[str, ...]
-    mask_path: Path | None = None
-    reasons: tuple[str, ...] = ()
-    is_captioned: bool = False
-    bare_prompt: str | None = None
-    subject: int = 0
+    size_px: tuple[int, int]  # (h, w) upright
+    captions: tuple[str, ...]  # each exposure uses one
+    mask_path: Path | None = None  # `path` if the transparency is the mask
+    reasons: tuple[str, ...] = ()  # remarks for the user; none forbids its use
+    is_captioned: bool = False  # the captions are its own
+    bare_prompt: str | None = None  # the instance prompt, if no caption is it (`--instance_prompt_share`)
+    subject: int = 0  # its number in the run, from 0
 
     @property
     def kept_name(self) -> str:
@@ -238,12 +225,10 @@ class Photo:
 
 
 def counts_of(photos: Iterable[Photo]) -> list[int]:
-    """The number of photos of each subject."""
     return [count for _, count in sorted(Counter(photo.subject for photo in photos).items())]
 
 
 def quoted(photo: Photo) -> str:
-    """Its captions in quotes."""
     return " ".join(f"“{caption}”" for caption in photo.captions)
 
 
@@ -261,8 +246,7 @@ def open_rgb(photo: Photo) -> Image.Image:
 
 
 def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo], *, replaces: bool = False) -> str:
-    """Why no file `target` is made beside one of the photos: something has its name, or two photos would share it. ""
-    when it can be made. With `replaces`, what is there was made before."""
+    """Why `target` is not made beside a photo, or "": something has its name, or two photos would share it."""
     if target.exists() and not replaces:
         return f"{target.name} exists but cannot be used; it is kept"
     if sum(other.path.stem == photo.path.stem for other in photos) > 1:
@@ -273,8 +257,7 @@ def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo], *, repla
 def find_mask(
     path: Path, photo: Image.Image, beside: Path | None, *, alpha_is_mask: bool
 ) -> tuple[Path | None, list[str]]:
-    """(mask file of the photo at `path`, remarks for the user). The mask is the file `beside`, or the photo itself if
-    `alpha_is_mask` and part of it is transparent."""
+    """(mask file of the photo at `path`, remarks): the file `beside`, or the photo if `alpha_is_mask` and has alpha."""
     reasons = []
     if beside and beside.is_file():
         problem = mask_problem(beside, upright_size(photo))
@@ -303,8 +286,7 @@ def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
 
 
 def grey_mask(image: Image.Image) -> Image.Image:
-    """The mask as L, the subject white: the brightness, or the opacity where all of that is black. Its maximum becomes
-    255, so that a file of zeros and ones works too."""
+    """The mask as L, white on the subject: the brightness, or else the opacity, with a maximum of 255."""
     alpha = alpha_of(image)
     if alpha is None:
         grey = to_rgb(image).convert("L")
@@ -350,13 +332,10 @@ FILTERS["nearest_exact"] = Image.Resampling.NEAREST
 
 @dataclass(frozen=True)
 class CropPlan:
-    """`original_size` (h, w) of the upright photo, `resized` (h, w) after scaling, `crop_top_left` (y, x) in
-    the resized and mirrored photo, `target_size` (h, w) of the crop; all in px."""
-
-    original_size: tuple[int, int]
-    resized: tuple[int, int]
-    crop_top_left: tuple[int, int]
-    target_size: tuple[int, int]
+    original_size: tuple[int, int]  # (h, w) px of the upright photo
+    resized: tuple[int, int]  # after scaling
+    crop_top_left: tuple[int, int]  # (y, x) in the resized and mirrored photo
+    target_size: tuple[int, int]  # (h, w) of the crop
     flip: bool
 
     @property
@@ -382,8 +361,7 @@ def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int
 
 
 def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
-    """(h, w), multiples of `step_px`, with at most the square's area, and the shape nearest to that of `size_px`. The
-    sides are between half and twice `resolution_px`. Of two equally near shapes the larger one is taken."""
+    """(h, w), multiples of `step_px`, of at most the square's area, with the shape nearest to `size_px`'s."""
     sides = range(step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px)
     shapes: set[tuple[int, int]] = set()
     for side in sides:
@@ -402,17 +380,13 @@ def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -
 
 @dataclass(frozen=True)
 class CropRule:
-    """How photos are cut: to a square of `resolution_px`, or with `bucket_step_px` to the rectangle of `bucket_of`, in
-    `crops_per_photo` different crops (None: always new ones). Each photo is enlarged by a random factor, of at most
-    `zoom` and not beyond its own pixels."""
-
-    resolution_px: int
+    resolution_px: int  # side of the square
     center_crop: bool = False
     random_flip: bool = False
     interpolation: str = "lanczos"
-    crops_per_photo: int | None = 1
-    zoom: float = 1.0
-    bucket_step_px: int | None = None
+    crops_per_photo: int | None = 1  # different ones; None: always new ones
+    zoom: float = 1.0  # most, at random, within a photo's own pixels
+    bucket_step_px: int | None = None  # to the rectangle of `bucket_of` instead
 
     def target(self, size_px: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the crops of a photo of `size_px` (h, w)."""
@@ -444,8 +418,7 @@ def crop_rule(config: TrainConfig) -> CropRule:
 
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
-    """The crop of `image`, of `target_size`. `image` is the photo or its mask, at any scale. Only the crop is
-    resampled, which differs from resizing the whole image first by a filter's width at the border."""
+    """The crop, of `target_size`, of the photo or its mask at any scale. Only the crop is resampled."""
     left, top, right, bottom = plan.box(image.width, image.height)
     box = (left, top, min(right, image.width), min(bottom, image.height))
     crop = image.resize(plan.target_size[::-1], FILTERS[interpolation], box=box)

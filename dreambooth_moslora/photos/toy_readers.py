@@ -4,8 +4,7 @@
     SurroundingsReader(folder).read(image, "duck")      # ("on the beach", "sunset")
 
 The segmenter is a small U-Net (Ronneberger et al., 2015), trained on renders by `toybox.learning.train_segmenter`. The
-surroundings are read by the base's own CLIP, zero shot: the place and light whose caption's vector has the largest
-cosine to the picture's. `python -m toybox.measures.surroundings` measures how often they are right.
+base's own CLIP reads the surroundings, zero shot (`python -m toybox.measures.surroundings` measures how well).
 """
 
 from functools import cache
@@ -18,21 +17,18 @@ from safetensors.torch import load_file
 from torch.nn.functional import interpolate, normalize, pixel_shuffle, pixel_unshuffle
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from dreambooth_moslora.core import TOY_PLACES
+
 FILE = "model.safetensors"
-SIZE_PX = 128
-"""Shorter side of its training pictures."""
-PATCH = 2
-"""The pixels of 2 x 2 patches become channels of one position: a quarter of the work for the same outline."""
+SIZE_PX = 128  # Shorter side of its training pictures
+PATCH = 2  # The pixels of 2 x 2 patches become channels: a quarter of the work for the same outline
 WIDTHS = (24, 32, 40, 48)
 STRIDE = PATCH * 2 ** (len(WIDTHS) - 1)
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> torch.nn.Sequential:
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1),
-        torch.nn.GroupNorm(8, outputs),
-        torch.nn.SiLU(),
-    )
+    convolution = torch.nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
+    return torch.nn.Sequential(convolution, torch.nn.GroupNorm(8, outputs), torch.nn.SiLU())
 
 
 class ToySegmenter(torch.nn.Module):
@@ -73,7 +69,6 @@ class ToySegmenter(torch.nn.Module):
 
 
 def load_net(folder: Path) -> ToySegmenter:
-    """The net of `folder`, in fp32."""
     net = ToySegmenter().eval().requires_grad_(False)
     net.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / FILE).items()})
     return net
@@ -88,27 +83,12 @@ LIGHT_PHRASES = {
     "rain": "in the rain",
     "snowfall": "in falling snow",
 }
-_OUTDOORS = tuple(LIGHT_PHRASES)
-_WARM = _OUTDOORS[:-1]
-_INDOORS = ("day", "night")
-LIGHTS_AT = {
-    "on grass": _OUTDOORS,
-    "in the snow": ("day", "sunset", "night", "overcast", "fog", "snowfall"),
-    "on the beach": _WARM,
-    "on a wooden floor": _INDOORS,
-    "on a purple rug": _INDOORS,
-    "in the desert": ("day", "sunset", "night", "overcast"),
-    "on a checkered floor": _INDOORS,
-    "in a pink room": _INDOORS,
-    "on water": _WARM,
-    "in a forest": _OUTDOORS,
-    "on a city street": _OUTDOORS,
-    "on the moon": ("day",),
-    "in a kitchen": _INDOORS,
-    "on a stage with red curtains": ("day",),
-    "on autumn leaves": _WARM,
-    "on lava": ("day",),
-}
+INDOORS = ("on a wooden floor", "on a purple rug", "on a checkered floor", "in a pink room", "in a kitchen")
+LIGHTS_AT = dict.fromkeys(TOY_PLACES, tuple(LIGHT_PHRASES)) | dict.fromkeys(INDOORS, ("day", "night"))
+LIGHTS_AT |= dict.fromkeys(("on the beach", "on water", "on autumn leaves"), tuple(LIGHT_PHRASES)[:-1])
+LIGHTS_AT |= dict.fromkeys(("on the moon", "on a stage with red curtains", "on lava"), ("day",))
+LIGHTS_AT["in the snow"] = ("day", "sunset", "night", "overcast", "fog", "snowfall")
+LIGHTS_AT["in the desert"] = ("day", "sunset", "night", "overcast")
 """The places of the toy world, and the lights under which each may be shown."""
 SURROUNDINGS = tuple((place, light) for place, lights in LIGHTS_AT.items() for light in lights)
 

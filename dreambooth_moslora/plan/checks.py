@@ -19,16 +19,14 @@ from dreambooth_moslora.core import UserError, default_cache_dir, one_line
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.memory import BaseSize, check_memory, size_of_base
-from dreambooth_moslora.settings import families, prompts, rows, rules, table, versions
+from dreambooth_moslora.settings import families, prompts, rows, rules, table
 
 PACKAGE = Path(__file__).resolve().parents[1]
-UNREADABLE = "add_embedding."
-"""diffusers does not read these layers back from a kohya file, so an adapter on them cannot be verified."""
+UNREADABLE = "add_embedding."  # diffusers reads no such layers from a kohya file: they cannot be verified
 
 
 def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool) -> None:
-    """`layers` maps paths as in `check_targets` to the weight's dimensions: 2 for a matrix, 4 for a convolution. Raises
-    UserError for a name that matches no layer, and for layers that cannot have such an adapter."""
+    """Raises UserError for a name that matches none of `layers` (path -> dimensions of the weight), or unfit ones."""
     targets = list(targets)
     check_targets(targets, layers)
     for name in targets:
@@ -41,8 +39,7 @@ def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bo
 
 
 def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
-    """`layers` are paths of layers with weights, such as `mid_block.attentions.0.proj_in`. Raises UserError for a name
-    that matches none of them, and suggests the name that was probably meant."""
+    """Raises UserError for a name that matches none of the paths `layers`, and suggests the one that was meant."""
     layers = list(layers)
     for name in targets:
         if not any(rows.is_target(layer, name) for layer in layers):
@@ -177,17 +174,12 @@ def check_strangers(run_dir: run_folder.RunDir) -> None:
 
 
 def preflight(config: table.TrainConfig, *, is_later: bool = False) -> tuple[Path | None, BaseSize]:
-    """Check settings and memory. Returns the base's diffusers folder, None if not on this machine, and its size.
-    `is_later`: the run begins later, so the memory that is free now does not matter. Raises UserError."""
+    """Check settings and memory (not `is_later`). Returns the base's folder, if here, and size. Raises UserError."""
     folder = check_settings(config)
     size = size_of_base(folder, config.target_modules, config.variant)
     if not is_later:
         check_memory(config, size)
     return folder, size
-
-
-def denoiser_in(folder: Path) -> str:
-    return next(name for name in families.DENOISERS if (folder / name).is_dir())
 
 
 def check_settings(config: table.TrainConfig) -> Path | None:
@@ -211,7 +203,8 @@ def check_settings(config: table.TrainConfig) -> Path | None:
     if config.pretrained_vae_model_name_or_path:
         files.check_vae(config.pretrained_vae_model_name_or_path)
     folder = files.base_folder(config)
-    shapes = files.tensor_shapes(folder / denoiser_in(folder), config.variant) if folder else {}
+    denoisers = [folder / name for name in families.DENOISERS if (folder / name).is_dir()] if folder else []
+    shapes = files.tensor_shapes(denoisers[0], config.variant) if folder else {}
     layers = {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
     if layers:
         check_layers(config.target_modules, layers, config.use_dora)
@@ -219,13 +212,12 @@ def check_settings(config: table.TrainConfig) -> Path | None:
     for name in layers if config.mixer == table.KRONECKER else ():
         if rows.is_adapted(name, config.target_modules):
             table.check_kronecker(name, shapes[f"{name}.weight"], config.mixer_factor)
-    versions.require_packages(config)
+    rules.require_packages(config)
     return folder
 
 
 def family_settings(config: table.TrainConfig) -> dict[str, Any]:
-    """What the family of the base says of layers and noise levels where nothing was chosen. Raises UserError for
-    settings that the family cannot obey."""
+    """What the base's family says where nothing was chosen. Raises UserError for what it cannot obey."""
     facts = files.facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
     if facts is None:
         return {}
@@ -242,21 +234,15 @@ def family_settings(config: table.TrainConfig) -> dict[str, Any]:
 
 def check_family(config: table.TrainConfig, facts: families.Facts) -> None:
     """Raises UserError for a setting of other models, named with the family."""
-    others = (
-        (*families.OF_UNETS, "mixed_precision fp16")
-        if facts.style == "flow"
-        else ("weighting_scheme", "max_sequence_length")
-    )
-    if not facts.has_new_tokens:
-        others += ("train_text_encoder_ti",)
-    if config.train_text_encoder and not facts.adapted_encoders:
-        others += ("train_text_encoder",)
+    is_flow = facts.style == "flow"
+    others = families.OF_UNETS if is_flow else ("weighting_scheme", "max_sequence_length")
+    others += () if facts.has_new_tokens else ("train_text_encoder_ti",)
+    others += () if facts.adapted_encoders else ("train_text_encoder",)
     for name in others:
-        if name == "mixed_precision fp16":
-            if config.mixed_precision == "fp16":
-                raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give bf16.")
-        elif flag := rules.given_flag(config, name):
+        if flag := rules.given_flag(config, name):
             raise UserError(f"{flag} is not for {facts.title}; leave it out.")
+    if is_flow and config.mixed_precision == "fp16":
+        raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give bf16.")
 
 
 def check_start(adapter: str) -> None:
@@ -275,8 +261,8 @@ def check_basis(config: table.TrainConfig) -> None:
     if config.basis == table.SVD:
         source = files.resolve_base(config.pretrained_model_name_or_path)
         if isinstance(source, Path) and source.is_file():
-            reason = f"{source.name} is a single file; the base must be a diffusers folder or a hub id."
-            raise UserError(f"{given}: {reason}")
+            reason = "is a single file; the base must be a diffusers folder or a hub id."
+            raise UserError(f"{given}: {source.name} {reason}")
         return
     if not Path(config.basis).is_file():
         raise UserError(f"{given}: there is no such file; give a raw adapter file, or the word svd.")

@@ -20,15 +20,12 @@ from dreambooth_moslora.photos import folder, photo
 from dreambooth_moslora.plan import checks, memory
 from dreambooth_moslora.settings.table import TrainConfig
 
-FEW_EXPOSURES = 20
-"""Exposures of a photo below which hardly anything of a subject is learnt."""
+FEW_EXPOSURES = 20  # Exposures of a photo below which hardly anything of a subject is learnt
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """`photo_counts` holds the number of photos of each subject."""
-
-    photo_counts: tuple[int, ...]
+    photo_counts: tuple[int, ...]  # of each subject
     repeats: int
     photos_a_step: int
     steps_an_epoch: int
@@ -44,7 +41,6 @@ class StepPlan:
         return self.exposures_a_subject / max(self.photo_counts)
 
     def sentence(self) -> str:
-        """The plan in one line."""
         counts = " + ".join(map(str, self.photo_counts)) + " photos"
         seen = f"each photo is seen about {self.exposures_a_photo:.0f} times"
         if len(self.photo_counts) > 1:
@@ -57,8 +53,7 @@ class StepPlan:
 
 
 def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: int = 1) -> StepPlan:
-    """`photos` is their number, or a list with the number for each subject. Raises ZeroDivisionError for no photos;
-    `photo_report` refuses that before."""
+    """`photos` is their number, or one for each subject. Raises ZeroDivisionError for none (see `photo_report`)."""
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
     samples = photo_count * config.repeats
@@ -75,13 +70,10 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: 
 
 @dataclass(frozen=True)
 class Plan:
-    """`config` has the settings of its `--memory`. `base` is the base's diffusers folder, None if not on this machine.
-    `photo_report` is what was found when each photo was opened; `steps` counts them for all processes of the run."""
-
-    config: TrainConfig
-    base: Path | None
+    config: TrainConfig  # after its `--memory`
+    base: Path | None  # the diffusers folder; None if it is not here
     photo_report: folder.PhotoReport
-    steps: StepPlan
+    steps: StepPlan  # of all processes
     cost: memory.Estimate
 
     @property
@@ -96,9 +88,8 @@ def make_plan(
     free_gib: float | None = None,
     is_later: bool = False,
 ) -> Plan:
-    """The plan of a run whose folders `check_folders` allows. All processes of the run must call it. `report` is given
-    where the photos were read before. `is_later`: another process will train, on a GPU with `free_gib`; the memory that
-    is free now does not matter then. Raises UserError for whatever training would refuse before it loads the base."""
+    """The plan of a run whose folders `check_folders` allows, in all its processes. `report`: photos read before.
+    `is_later`: another process trains, on a GPU with `free_gib`. Raises UserError for what training would refuse."""
     memory.check_same(config)
     config = replace(config, **checks.family_settings(config))
     config = replace(config, **memory.memory_settings(config, free_gib))

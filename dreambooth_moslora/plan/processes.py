@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from random import SystemRandom
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -32,8 +32,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = timedelta(days=7)
-"""How long a process waits for the others: class images and pictures of a large base can take hours."""
+PATIENCE = timedelta(days=7)  # For other processes: class images and pictures can take hours
 SHARDING = ("FSDP", "DeepSpeed", "Megatron-LM")
 ONE_PROCESS = (
     "this is the only process: on CPUs without MPI, accelerate starts several by "
@@ -43,8 +42,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "f
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Processes = Accelerator | PartialState
-"""Of a run, or of one that has no precision yet."""
+Processes = Accelerator | PartialState  # Of a run, or of one that has no precision yet
 
 
 def any_process(accelerator: Accelerator, said: bool) -> bool:
@@ -82,9 +80,8 @@ def on_each(accelerator: Processes, work: Callable[[], Result]) -> Result:
 def share_out(
     accelerator: Accelerator, items: Sequence[Item], work: Callable[[Sequence[Item]], Generator[Result, None, None]]
 ) -> Iterator[Result]:
-    """The results of `items`, in their order, on all processes. Of n processes, each works on every n-th item. `work`
-    yields one picklable result for each item that it is given. The processes exchange results after each item: an error
-    or stop of one is then raised on all. All processes must have equal `items`."""
+    """The results of `items`, equal in all processes, in their order; of n processes each works on every n-th. `work`
+    yields one picklable result for each of its items. An error or stop of one is raised on all after an item."""
     with closing(work(share_of(accelerator, items))) as own:
         for first in range(0, len(items), accelerator.num_processes):
             has_one = first + accelerator.process_index < len(items)
@@ -103,9 +100,8 @@ def agreed(
     words: Callable[[Result], str],
     remedy: str = "the photos, --class_data_dir and --output_dir must be on a disk that all machines share.",
 ) -> Result:
-    """What each process finds by itself, in `words` the same as on the main process. Raises UserError on all processes
-    where one finds something else, as they would train different adapters or wait for one that is gone: it names the
-    lines of `words` that differ, and the `remedy`. An error of `find` in one process is raised on all."""
+    """What each process finds, in `words` as the main process does. Raises UserError on all where one finds something
+    else, naming the lines that differ and the `remedy`; an error of `find` is raised on all too."""
     if accelerator.num_processes == 1:
         return find()
     found, error = attempt(find)
@@ -122,25 +118,7 @@ def lines_without(others: str, own: str) -> str:
     return ", ".join(line for line in own.splitlines() if line not in others.splitlines())
 
 
-class Ending(NamedTuple):
-    """How the work of a process ended before its time: with an error of this `text`, or by a stop."""
-
-    is_stop: bool
-    text: str
-
-    @classmethod
-    def of(cls, error: Exception | None) -> "Ending | None":
-        return None if error is None else cls(isinstance(error, StopRequestedError), str(error) or type(error).__name__)
-
-    def heard_from(self, process: int) -> Exception:
-        """The error to raise on the other processes."""
-        if self.is_stop:
-            return StopRequestedError()
-        return UserError(f"{f'process {process}' if process else 'the main process'} ended: {self.text}")
-
-
 def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """The result, or the error."""
     try:
         return work(), None
     except Exception as error:
@@ -148,18 +126,20 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None
 
 
 def exchange(accelerator: Processes, own: list[Result], error: Exception | None) -> list[Result]:
-    """The results of all processes, in their order. If one has an `error`, it is raised on all; an error is more than
-    a stop, and each process raises its own."""
-    ending = Ending.of(error)
-    told = [(own, ending)]
+    """The results of all processes, in their order. One's `error` is raised on all; an error is more than a stop."""
+    is_stop = isinstance(error, StopRequestedError)
+    told = [(own, None if error is None else (is_stop, str(error) or type(error).__name__))]
     if accelerator.num_processes > 1:
         with others_present():
             told = gather_object(told)
     endings = [(process, ended) for process, (_, ended) in enumerate(told) if ended is not None]
     if not endings:
         return [result for results, _ in told for result in results]
-    process, worst = min(endings, key=lambda found: found[1].is_stop)
-    raise error if ending is not None and ending.is_stop == worst.is_stop else worst.heard_from(process)
+    process, (all_stop, text) = min(endings, key=lambda found: found[1][0])
+    if error is not None and is_stop == all_stop:
+        raise error
+    other = f"process {process}" if process else "the main process"
+    raise StopRequestedError() if all_stop else UserError(f"{other} ended: {text}")
 
 
 @contextmanager
@@ -177,8 +157,7 @@ def others_present() -> Iterator[None]:
 
 
 def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Accelerator:
-    """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32. Raises
-    UserError for settings of accelerate that cannot work."""
+    """Device, processes and precision: by `--mixed_precision`, else `accelerate launch`. Raises UserError."""
     check_bf16(config)
     refuse_sharding()
     diffusers_logging.disable_progress_bar()
@@ -212,8 +191,7 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
 
 
 def joined() -> PartialState:
-    """The processes that a launcher started, before their precision is known; `make_accelerator` goes on with them.
-    Raises UserError where accelerate does not join them."""
+    """The processes that a launcher started, before their precision is known. Raises UserError if they are apart."""
     refuse_sharding()
     try:
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)

@@ -10,8 +10,6 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Measure:
-    """What is known of one measure, beside its formula."""
-
     title: str = ""  # its name in reports; a row without one is in no table of a report
     kind: Literal["score", "share", "judge"] = "score"  # scores, shares of a scale, answers of the toy's judge
     base: str = ""  # the measure of the base's own pictures that stands beside it

@@ -1,24 +1,19 @@
 """The optimizers, one row each. Settings, estimate, checkpoint and training read the same table.
 
-Beside AdamW (also in 8 bit) and Prodigy there are schedule-free AdamW, which needs no learning-rate schedule, and
-Adafactor, which many recipes of other trainers use. Optimizers that only save memory are left out: Adam's states take
-a third of a GiB for SDXL at rank 16.
+Optimizers that only save memory are left out: Adam's states take a third of a GiB for SDXL at rank 16.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Config = Any
-"""Stands for `settings.table.TrainConfig`, which imports this file."""
+Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
 SCHEDULE_FREE = "AdamWScheduleFree"
 
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """One optimizer. Classes are named as `module:name`, and imported when a run begins."""
-
-    home: str
+    home: str  # `module:name`, imported when a run begins
     options: Callable[[Config], dict[str, Any]]  # its arguments besides the groups and the rate
     package: str | None = None  # what pip installs for it
     on_gpu: str | None = None  # the class that takes its place there

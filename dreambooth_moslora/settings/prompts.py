@@ -54,8 +54,7 @@ class Subject:
 
 
 def subject_of(config: TrainConfig) -> Subject:
-    """The token and class word of a run's one subject: as given, else the words of the instance prompt that the
-    class prompt lacks."""
+    """A run's one subject: as given, else the words of the instance prompt that the class prompt lacks."""
     words = noun_of(config.instance_prompt).split()
     kind = noun_of(config.class_prompt).split() if config.class_prompt else []
     if token := (config.token or "").strip():
@@ -89,8 +88,7 @@ def word_pattern(word: str) -> re.Pattern:
 
 
 def learnt_words(config: TrainConfig) -> tuple[str, ...]:
-    """The word of each subject that its new tokens stand for in prompts; none for a run without new tokens. Raises
-    UserError unless each instance prompt has its word, no class prompt has one, and no word is part of another."""
+    """The word of each subject that its new tokens stand for. Raises UserError unless prompts and words are apart."""
     if not config.train_text_encoder_ti:
         return ()
     subjects = config.each_subject

@@ -78,14 +78,10 @@ def is_text_projection(path: str) -> bool:
     return path.endswith((".attn2.to_k", ".attn2.to_v"))
 
 
-Prompt = NewType("Prompt", str)
-"""Text that may hold commas. A list of prompts is not split at commas; a list of names is."""
-Subject = NewType("Subject", Any)
-"""A `table.SubjectTable`; before conversion, a mapping of a subject's settings."""
-WORDS = "words"
-"""Stands in `Row.yields_to` for a folder and a word on the command line: `train photos/dog dog`."""
-Idle = tuple[tuple[str, Callable[[Any], object]], ...]
-"""(how "--flag has no effect …" goes on, whether that is so in a run of these settings), any number of times."""
+Prompt = NewType("Prompt", str)  # Text that may hold commas: a list of prompts is not split at them
+Subject = NewType("Subject", Any)  # A `table.SubjectTable`; before conversion, a mapping of its settings
+WORDS = "words"  # In `Row.yields_to`: a folder and a word on the command line, `train photos/dog dog`
+Idle = tuple[tuple[str, Callable[[Any], object]], ...]  # (how "--flag has no effect …" goes on, when), …
 
 
 @dataclass(frozen=True)
@@ -102,14 +98,11 @@ class Row:
     spellings: Mapping[str, str] = field(default_factory=dict)  # other spellings, in lower case -> choice
     required: bool = False  # must be given as a flag or in a file
     secret: bool = False  # never written to a file
-    path: Callable[[str], str] | None = None
-    """for a file or folder: what finds it; `~` is expanded, since no shell expands it in files and after `=`"""
+    path: Callable[[str], str] | None = None  # finds the file or folder; no shell expands `~` in files
     per_process: bool = False  # may differ between the processes of one run
     per_subject: bool = False  # each of several subjects may have its own
     check: bool = False  # the command `check` takes it too
-    yields_to: tuple[str, ...] = ()
-    """a --config file's value is dropped if the command line gives one of these (default if `per_subject`: subjects,
-    and WORDS)"""
+    yields_to: tuple[str, ...] = ()  # dropped from --config if one is given (`per_subject`: subjects, WORDS)
     replaces: tuple[str, ...] = ()  # if it is given, these are not taken from the file of --like
     publish: str | None = None
     """whether a published file tells it and --like takes it: "always", or "if_changed" (only if it differs from the

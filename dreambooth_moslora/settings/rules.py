@@ -1,17 +1,18 @@
-"""Rules between settings, each a sentence that names the flags: what is refused, and what is remarked before a run.
+"""Rules between settings, each a sentence that names the flags: what is refused, and what is remarked before a run;
+and whether the packages that they need are installed.
 
 What one row of the table says of its own setting, such as when it has no effect, is not repeated here.
 """
 
 from collections.abc import Callable
 from dataclasses import fields
+from importlib import metadata
 from typing import Any
 
 from dreambooth_moslora.core import UserError, is_toy
 from dreambooth_moslora.settings import optimizer_kinds, rows, subjects
 
-Config = Any
-"""Stands for `settings.table.TrainConfig`, which imports this file."""
+Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
 
 REMARKS: dict[str, Callable[[Config], object]] = {
     f"--optimizer {optimizer_kinds.SCHEDULE_FREE} works best with --lr_scheduler constant or constant_with_warmup": (
@@ -77,7 +78,6 @@ def given_flag(config: Config, name: str) -> str:
 
 
 def excluded_by(name: str, config: Config) -> list[tuple[str, str]]:
-    """The given flags that the setting excludes, and the reasons."""
     return [(flag, why) for other, why in EXCLUDED[name].items() if (flag := given_flag(config, other))]
 
 
@@ -126,3 +126,20 @@ def check_together(config: Config) -> None:
             rows.parse_pattern(name, text)
     if not config.target_modules:
         raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def require_packages(config: Config) -> None:
+    """Raises UserError for the first flag whose package is missing, as a run would fail late, or not log."""
+    for item in fields(config):
+        value, facts = getattr(config, item.name), item.metadata
+        package = facts["packages"].get(value) if facts["packages"] else None
+        if package and version_of(package) is None and not any(applies(config) for _, applies in facts["idle"]):
+            flag = f"--{item.name}" if value is True else f"--{item.name} {value}"
+            raise UserError(f"{flag} needs {package}: pip install {package}.")

@@ -5,8 +5,7 @@
 
 The recipe of a run is what a published adapter file tells of its settings: numbers, switches, choices and names of
 layers, never paths, prompts or words. Anyone may have written a header, kohya's (`ss_*`) or one like ours: only
-settings that a recipe may hold are taken, and each is checked. Flags and a --config file override them, and on the page
-what its form says.
+settings that a recipe may hold are taken, and each is checked. What the user says overrides them.
 """
 
 import json
@@ -138,11 +137,9 @@ KOHYA = {
 
 @dataclass(frozen=True)
 class FoundRecipe:
-    """A header's recipe: valid `settings`, kohya's keys `without_equivalent` here, a line for each `invalid` value."""
-
-    settings: dict[str, Any]
-    without_equivalent: tuple[str, ...] = ()
-    invalid: tuple[str, ...] = ()
+    settings: dict[str, Any]  # valid ones
+    without_equivalent: tuple[str, ...] = ()  # kohya's keys
+    invalid: tuple[str, ...] = ()  # a line for each wrong value
 
     @property
     def remarks(self) -> list[str]:
@@ -155,8 +152,7 @@ class FoundRecipe:
 
 
 def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of the file's recipe that are not `given`, and lines about them. `path` may be a run folder. Raises
-    UserError for a file without a recipe, or that is not a safetensors file."""
+    """The recipe's settings that are not `given`, and lines about them; `path`: file or run. Raises UserError."""
     file = Path(os.path.expanduser(path))
     try:
         file = file / PUBLISHED_NAME if file.is_dir() else file
@@ -168,10 +164,8 @@ def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     except (OSError, ValueError) as error:
         raise UserError(f"--like {path}: it is not a safetensors file: {one_line(error)}.") from None
     settings = unless_given(found.settings, given)
-    return settings, [
-        f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)",
-        *found.remarks,
-    ]
+    said = f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)"
+    return settings, [said, *found.remarks]
 
 
 def recipe_in_file(file: Path) -> FoundRecipe:

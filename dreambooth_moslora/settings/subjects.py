@@ -19,10 +19,8 @@ from typing import Any, TypeVar
 
 from dreambooth_moslora.core import UserError, find_asset
 
-Config = TypeVar("Config")
-"""Stands for `settings.table.TrainConfig`, which imports this file."""
-COUNTED = re.compile(r"^\d+_")
-"""kohya's `10_sks duck`: the number is ignored, since subjects are shown equally often."""
+Config = TypeVar("Config")  # Stands for `settings.table.TrainConfig`, which imports this file.
+COUNTED = re.compile(r"^\d+_")  # kohya's `10_sks duck`: the number is ignored; subjects are shown equally often
 
 
 def to_tables(value: Any) -> tuple[Any, ...] | None:

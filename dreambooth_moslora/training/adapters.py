@@ -6,7 +6,6 @@ step before the pivot, and once after it.
 """
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,9 +44,8 @@ def add_adapters(
     start: lora_file.AdapterWeights | None = None,
     basis: Basis | None = None,
 ) -> None:
-    """Add an adapter to each of the modules (see `trained_modules`). Adapters are loaded from `checkpoint`, or else
-    fresh; fresh ones take the weights of the file `start`, if given. With `basis`, the UNet's A and B are the basis's
-    and frozen. Raises UserError for a checkpoint with an adapter on other layers or another basis."""
+    """Add an adapter to each of the modules: from `checkpoint`, else fresh, from the file `start` if given. With
+    `basis`, the UNet's A and B are its own, frozen. Raises UserError for a checkpoint of other layers or basis."""
     if checkpoint is None:
         fresh_adapters(config, components, start, basis)
     else:
@@ -84,21 +82,11 @@ def fresh_adapters(
             logger.warning("%s", line)
         torch.manual_seed(seed_of(config.seed, "adapter", name))
         sizes = {path: rank_and_alpha(config, name, path) for path in paths}
-        settings = moslora.MoSLoraConfig(
-            r=config.rank,
-            lora_alpha=usual_alpha,
-            rank_pattern=moslora.value_pattern({path: rank for path, (rank, _) in sizes.items()}, config.rank),
-            alpha_pattern=moslora.value_pattern({path: alpha for path, (_, alpha) in sizes.items()}, usual_alpha),
-            lora_dropout=config.lora_dropout,
-            use_dora=config.use_dora,
-            use_rslora=config.use_rslora,
-            target_modules="|".join(map(re.escape, paths)),
-            mixer=ZERO if config.basis else config.mixer,
-            train_mixer=config.train_mixer,
-            mixer_seed=config.seed,
-            mixer_factor=config.mixer_factor,
-        )
-        moslora.inject(module, settings)
+        ranks, alphas = ({path: both[place] for path, both in sizes.items()} for place in (0, 1))
+        same = ("lora_dropout", "use_dora", "use_rslora", "train_mixer", "mixer_factor")
+        settings = {name: getattr(config, name) for name in same} | {"mixer_seed": config.seed}
+        settings["mixer"] = ZERO if config.basis else config.mixer
+        moslora.inject(module, moslora.exact_config(ranks, alphas, config.rank, usual_alpha, **settings))
     if start is not None:
         logger.warning("%s", init_adapter.begin_with(start, components).sentence())
     if basis is not None:
@@ -116,7 +104,6 @@ def named_basis() -> Iterator[None]:
 
 
 def target_paths(config: TrainConfig, component: str, module: torch.nn.Module) -> list[str]:
-    """Paths of the component's layers that get an adapter."""
     targets = config.target_modules if component in DENOISERS else TEXT_PROJECTIONS
     return [path for path in moslora.matrix_layers(module) if is_adapted(path, targets)]
 
@@ -137,12 +124,10 @@ class LearntTokens:
         kept = [new_tokens.read_tokens(path) for path in tokens_files(checkpoint)] if checkpoint else []
         started = kept or fresh_tokens(config, pipeline)
         device = pipeline.text_encoder.device
-        self.tokens = tuple(
-            new_tokens.NewTokens(
-                one.word, {part: torch.nn.Parameter(rows.float().to(device)) for part, rows in one.rows.items()}
-            )
-            for one in started
-        )
+        learnt = [
+            {part: torch.nn.Parameter(rows.float().to(device)) for part, rows in one.rows.items()} for one in started
+        ]
+        self.tokens = tuple(new_tokens.NewTokens(one.word, rows) for one, rows in zip(started, learnt))
         self.attached = new_tokens.AttachedTokens(pipeline, self.tokens)
         self.is_averaged = False
         self._encoded = PromptCache(lambda prompts: load.encode_text(pipeline, prompts), TensorCache(), "")
@@ -153,9 +138,7 @@ class LearntTokens:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """For the length of the update of a step. Missing gradients become zero, when no prompt had the word: all
-        processes must average the same parameters. From the pivot on, what the optimizer does to the rows is undone:
-        Prodigy moves even a group whose learning rate is 0."""
+        """For a step's update. Missing gradients become zero; from the pivot on the rows stay as they are."""
         for rows in self.parameters:
             if rows.grad is None:
                 rows.grad = torch.zeros_like(rows)
@@ -187,8 +170,7 @@ class LearntTokens:
 
 
 def fresh_tokens(config: TrainConfig, pipeline: DiffusionPipeline) -> list[new_tokens.NewTokens]:
-    """New tokens of each subject: rows (n, D) of the concept's words, or random rows of the table's standard
-    deviation. Raises UserError when the tokenizers make different numbers of tokens of a concept, or none."""
+    """Rows (n, D) of the concept's words, or random as the table, for each subject. Raises UserError for no words."""
     found = []
     for number, (word, subject) in enumerate(zip(learnt_words(config), config.each_subject, strict=True)):
         concept, rows = subject.initializer_concept, {}

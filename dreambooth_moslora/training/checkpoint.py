@@ -1,8 +1,7 @@
 """Checkpoints, from which one a run goes on, and the files of earlier runs in its folder.
 
-A checkpoint holds the raw adapter (A, M, B), the optimizer and the position, complete or absent. It needs neither
-generator states nor the data order: every draw is named by (seed, step) (see `core`), so the step number suffices to
-continue as if the run had never stopped.
+A checkpoint holds the raw adapter (A, M, B), the optimizer and the position, complete or absent. Every draw is named by
+(seed, step) (see `core`), so the step number suffices to continue as if the run had never stopped.
 
 Files in the run folder that a new run does not continue, or would overwrite, are moved to `earlier_run_1`.
 """
@@ -28,19 +27,15 @@ from dreambooth_moslora.training.optimizer import check_tensor, checked_states, 
 from dreambooth_moslora.training.reporter import RunContext
 
 OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
-WEIGHTS = "weights.pt"
-"""The weights that training continues from, when the checkpoint's adapter is their average."""
+WEIGHTS = "weights.pt"  # The weights that training continues from, if the checkpoint's adapter is their average
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: the optimizer steps done, and the seed that names every draw. `digest` covers the position and
-    the files beside it (`digest_of`); it and `optimizer` (`optimizer_kind`) may be None."""
-
-    step: int
-    seed: int
-    optimizer: str | None = None
-    digest: str | None = None
+    step: int  # optimizer steps done
+    seed: int  # names every draw
+    optimizer: str | None = None  # `optimizer_kind`
+    digest: str | None = None  # of the position and the files beside it (`digest_of`)
 
 
 def save_checkpoint(
@@ -118,8 +113,7 @@ def load_states(checkpoint: Path, name: str) -> dict:
 def restore_optimizer(
     checkpoint: Path, step: int, optimizer: Optimizer, schedule: LambdaLR, scaler: torch.amp.GradScaler | None = None
 ) -> None:
-    """Restore the optimizer's moments, with the settings of the command line, at `step` of the schedule. Raises
-    UserError for states that do not fit this optimizer at that step."""
+    """Restore the optimizer's moments at `step`, with the current settings. Raises UserError for others'."""
     exact = isinstance(optimizer, torch.optim.AdamW) and scaler is None  # early versions counted what fp16 skipped
     states = load_states(checkpoint, OPTIMIZER)
     try:
@@ -148,8 +142,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from: `latest`, the run's newest that is not damaged (None and a warning if there is
-    none), a path, or a name in the run. Raises UserError when a named checkpoint is missing or incomplete."""
+    """`latest` (undamaged; None and a warning without), a path, or a name in the run. Raises UserError."""
     if not wanted:
         return None
     if wanted != "latest":
@@ -297,8 +290,7 @@ def report_start(config: table.TrainConfig, context: RunContext, step: int, max_
 
 
 def claim_run_folder(config: table.TrainConfig, context: RunContext, step: int, checkpoint: Path | None = None) -> None:
-    """Claim the run folder, when all is prepared: only then is an earlier run moved away. A run resumed from a
-    `checkpoint` in this folder continues its metrics; else the folder's files belong to another run."""
+    """Claim the folder when all is prepared: only then an earlier run that is not resumed is moved away."""
     run_dir, report = context.run_dir, context.report
     if report.waiting is None or not context.accelerator.is_main_process:
         return

@@ -67,8 +67,8 @@ class ClassImages:
 
     def stale(self, paths: list[Path]) -> set[Path]:
         """The generated images of another or unknown prompt, model or size."""
-        known, wanted = self.manifest(), identity(self.facts())
-        return {path for path in self.generated(paths) if identity(known.get(path.name, {})) != wanted}
+        known, wanted = self.manifest(), self.facts().items()
+        return {path for path in self.generated(paths) if not wanted <= known.get(path.name, {}).items()}
 
     def generated(self, paths: list[Path]) -> set[Path]:
         """The images that were generated. Their names tell, even without the manifest."""
@@ -76,8 +76,7 @@ class ClassImages:
         return {path for path in paths if path.name in known or GENERATED.fullmatch(path.name)}
 
     def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
-        """The batches of the first `count` images in which one is missing or damaged. They are drawn whole, as an
-        image's last bits can depend on its neighbours, and an interrupted run must end like an unbroken one."""
+        """The batches of the first `count` images in which one is missing, whole: last bits depend on neighbours."""
         known, found = self.manifest(), []
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
@@ -92,10 +91,8 @@ class ClassImages:
             found.append(ClassBatch(self, tuple(indices), tuple(seeds), missing))
         paths = [self.folder / self.name(index) for batch in found for index in batch.missing]
         if damaged := [path for path in paths if os.path.lexists(path)]:
-            said = (
-                f"{damaged[0]} has changed since it was made: it is drawn again, like every other changed class image."
-            )
-            logger.warning("%s", spelled_out(said))
+            said = "has changed since it was made: it is drawn again, like every other changed class image."
+            logger.warning("%s", spelled_out(f"{damaged[0]} {said}"))
         return found
 
     def facts(self) -> dict[str, object]:
@@ -109,11 +106,10 @@ class ClassImages:
             fits = open_image(path).size == self.size_px[::-1]
         except UnreadableImageError:
             return False
-        return fits and identity(made) == identity(self.facts()) and made.get(DIGEST) in (None, file_digest(path))
+        return fits and self.facts().items() <= made.items() and made.get(DIGEST) in (None, file_digest(path))
 
     def write(self, index: int, seed: int, content: bytes) -> None:
-        """Write an image and its entry in the manifest, which comes first: an image that it does not list would be
-        ignored. A picture in its place that opens but has another digest goes to the folder `changed`."""
+        """Write the manifest's entry, then the image. An edited picture in its place goes to the folder `changed`."""
         path = self.folder / self.name(index)
         facts = {**self.facts(), "seed": seed, DIGEST: hashlib.sha256(content).hexdigest()}
         entries = {**self.manifest(), path.name: facts}
@@ -129,12 +125,10 @@ class ClassImages:
 
 @dataclass(frozen=True)
 class ClassBatch:
-    """The images `indices` of a set, which are generated together from `seeds`; those that are `missing` are kept."""
-
     images: ClassImages
-    indices: tuple[int, ...]
-    seeds: tuple[int, ...]
-    missing: tuple[int, ...]
+    indices: tuple[int, ...]  # generated together
+    seeds: tuple[int, ...]  # of each
+    missing: tuple[int, ...]  # which are kept
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -152,8 +146,7 @@ class ClassBatch:
 
 
 def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
-    """Split `total` class images in the proportion of the photos of each size (h, w). Each size gets at least
-    one if `total` suffices; the others go where most are lacking."""
+    """Split `total` in proportion to the photos of each size (h, w), each at least one if possible."""
     exact = {size: total * count / sum(sizes.values()) for size, count in sorted(sizes.items())}
     found = dict.fromkeys(exact, int(total >= len(exact)))
     for _ in range(total - sum(found.values())):
@@ -172,8 +165,3 @@ def are_draws(photos: Sequence[Photo], seed: int) -> bool:
         if drawn != sets[path.parent].image_seed(int(path.stem.rpartition("_")[2])):
             return False
     return True
-
-
-def identity(facts: dict[str, object]) -> tuple[object, ...]:
-    """What two images of one set have in common."""
-    return tuple(facts.get(name) for name in ("prompt", "model", "resolution"))

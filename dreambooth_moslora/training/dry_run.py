@@ -24,7 +24,6 @@ from dreambooth_moslora.training.class_images import shares
 
 
 def advice(plan: Plan) -> list[str]:
-    """Lines of advice; none of them forbids the run."""
     lines, seen, needed = rules.remarks(plan.config), plan.steps.exposures_a_photo, plan.cost.disk_gib
     if seen < FEW_EXPOSURES:
         many = "a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"
@@ -40,8 +39,7 @@ def free_disk_gib(config: table.TrainConfig) -> float:
 
 
 def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = None) -> str:
-    """The report of `--dry_run`, with the settings as TOML; `report` is given where the photos were read before.
-    Raises UserError for whatever training would refuse before it loads the base."""
+    """The report of `--dry_run`, with the settings as TOML. Raises UserError for what training would refuse."""
     check_folders(config)
     check_free(Path(config.output_dir))
     if config.resume_from_checkpoint:

@@ -22,17 +22,14 @@ from dreambooth_moslora.plan.plan import FEW_EXPOSURES
 from dreambooth_moslora.settings import measures, sources, table
 from dreambooth_moslora.settings.prompts import class_word_of
 
-STALLED_AFTER = 3
-"""Evaluations without a better score, after which early stopping is suggested."""
+STALLED_AFTER = 3  # Evaluations without a better score, after which early stopping is suggested
 
 
 @dataclass(frozen=True)
 class BestStep:
-    """The best evaluation so far; `since` counts the evaluations after it."""
-
     step: int
     score: float
-    since: int
+    since: int  # evaluations after it
 
     def advice(self, early_stopping: int | None) -> str | None:
         """One line when the score has not risen for a while; None otherwise."""
@@ -50,22 +47,17 @@ def best_of(evaluations: Sequence[tuple[int, float]]) -> BestStep:
     return BestStep(step, score, sum(later > step for later, _ in evaluations))
 
 
-SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)
-"""Smaller scales hardly show the subject; larger ones burn the pictures. 1 is the scale of training."""
-EQUAL = 0.99
-"""Scores of at least this fraction of the best count as equal; the scale nearest to 1 wins."""
-USABLE = 0.95
-"""Scales of at least this fraction of the best score are usable, to keep more of the prompt or of the subject."""
+SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)  # 1 is that of training; smaller hardly show the subject, larger burn
+EQUAL = 0.99  # Scores of at least this fraction of the best count as equal; the scale nearest to 1 wins
+USABLE = 0.95  # Scales of at least this fraction of the best score are usable
 
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """The `best` scale, the usable range around it, and the `scores` (scale -> score) that decided."""
-
     best: float
-    low: float
-    high: float
-    scores: dict[float, float]
+    low: float  # usable from here
+    high: float  # to here
+    scores: dict[float, float]  # scale -> score, which decided
 
     def sentence(self) -> str:
         around = f"usable from {self.low:g} to {self.high:g}" if self.low < self.high else "no other comes near it"
@@ -89,17 +81,12 @@ def choose_scale(scores: Mapping[float, float]) -> ScaleChoice | None:
     return ScaleChoice(best, min(usable), max(usable), dict(sorted(scores.items())))
 
 
-LEAST_LIKENESS = 0.1
-"""If the likeness rises by less over the base, the distance from class to subject is too small to measure against."""
-NO_SCORES = ("step", "time", "photos")
-"""Fields of an evaluation that are not scores."""
+LEAST_LIKENESS = 0.1  # A rise over the base below which distances from class to subject are not measured
+NO_SCORES = ("step", "time", "photos")  # Fields of an evaluation that are not scores
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of a run. `scores` are the latest ones; `likeness` and `score` are (step, value) of each
-    evaluation. The captions of `without_bare_prompt` photos lack the instance prompt."""
-
     config: table.TrainConfig
     state: str = ""
     message: str = ""
@@ -107,11 +94,11 @@ class Figures:
     skipped: int = 0
     photos: int | None = None
     nearness: float | None = None
-    without_bare_prompt: int = 0
-    scores: Mapping[str, float] = field(default_factory=dict)
+    without_bare_prompt: int = 0  # photos whose captions lack the instance prompt
+    scores: Mapping[str, float] = field(default_factory=dict)  # the latest
     copy_alarm: bool = False
-    likeness: Sequence[tuple[int, float]] = ()
-    score: Sequence[tuple[int, float]] = ()
+    likeness: Sequence[tuple[int, float]] = ()  # (step, value) of each evaluation
+    score: Sequence[tuple[int, float]] = ()  # likewise
 
     @property
     def exposures(self) -> float | None:
@@ -122,8 +109,7 @@ class Figures:
         return self.step * photos_a_step / self.photos
 
     def moved(self, name: str) -> float | None:
-        """How far `pres`, the class, or `dino_bare`, the bare instance prompt, moved: 0 as the base draws the class,
-        1 at the subject as prompts with places show it. None without the scores."""
+        """How far `pres` (the class) or `dino_bare` moved: 0 as the base draws the class, 1 at the subject."""
         here, start, end = (self.scores.get(each) for each in (name, "pres_base", "dino"))
         if here is None or start is None or end is None or end - start < LEAST_LIKENESS:
             return None
@@ -133,8 +119,7 @@ class Figures:
 def figures_from(
     records: Sequence[Mapping[str, Any]], config: table.TrainConfig, photos: Mapping[str, int] = {}
 ) -> Figures:
-    """Figures from the lines of `metrics.jsonl`, which may have been edited. `photos` are facts about them (their
-    `count`, and those `without_bare_prompt`) for those that no line has."""
+    """Figures from the lines of `metrics.jsonl`; `photos`: their `count` and `without_bare_prompt`, if in none."""
     steps = [event for event in records if event.get("type") == "step"]
     scored = [event for event in records if event.get("type") == "evaluation"]
     ends = [event for event in records if event.get("type") == "end"]
@@ -172,8 +157,7 @@ def number(value: Any) -> float | None:
 
 
 def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figures:
-    """The figures of a run folder: its events, its configuration, and a newer report of `evaluate`. The photos are
-    read in their folder unless they are given. Raises UserError when the folder holds no run."""
+    """A run's figures: events, configuration, and a newer report of `evaluate`. Raises UserError for no run."""
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
@@ -211,37 +195,20 @@ def as_table(value: Any) -> Mapping[str, Any]:
 
 MOST_LINES = 3
 NOTHING, NOT_SCORED = "nothing: no figure stands out", "nothing was scored"
-USUAL_EXPOSURES = 200
-"""Exposures of a photo: the recipes show each of five photos 192 to 400 times."""
-SKIPPED_SHARE = 0.05
-"""fp16 skips a few steps while it finds its scale; a larger fraction is lost training time."""
-RISE_LEFT = 0.1
-"""If the last third of a run brings more than this fraction of all likeness gained, more steps would help. The
-quick start brings 0.05 there."""
-SCORE_LOST = 0.03
-"""Fall of the score since the best step. A score from six pictures varies by about as much between evaluations."""
+USUAL_EXPOSURES = 200  # Exposures of a photo: the recipes show each of five photos 192 to 400 times
+SKIPPED_SHARE = 0.05  # fp16 skips a few steps while it finds its scale; more is lost training time
+RISE_LEFT = 0.1  # Of the likeness gained, in a run's last third: then more steps would help
+SCORE_LOST = 0.03  # Since the best step. A score from six pictures varies by about as much
 CLASS_MOVED = 1 / 3
-"""Fraction of the way from the base's class pictures to the subject: below 0 in good runs, 0.96 to 1.2 without
-prior preservation."""
-DRIFTED = 1.5
-"""Change relative to the base's own spread between seeds: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior
-preservation."""
-PROMPT_KEPT = 0.75
-"""CLIP-T relative to the base's: 0.79 to 1.06 in runs that show the requested place, below 0.3 in runs that
-show another. `background_leak` alone cannot tell: it is -0.13 to 0.41 in runs with the right places."""
-BARE_SHOWN = 1 / 2
-"""Fraction of the likeness that prompts with places gain over the base's class. The cactus with made captions, after
-240 steps of the one-word command: 0.15 if the bare prompt was never shown, 1.11 with a third of the exposures."""
-BARE_SHARES = (0.33, 0.5)
-"""Shares of the instance prompt to try, one after the other."""
-LEAK = 0.05
-"""A leak above this is mentioned with a lost prompt."""
-CONFUSED = 0.25
-"""Fraction of the way from one subject to the other: 0.03 to 0.07 in a good run of two subjects, about 1/2 for
-the base."""
+"""Of the way from the base's class to the subject: below 0 in good runs, about 1 without prior preservation."""
+DRIFTED = 1.5  # Of the base's own spread: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior preservation
+PROMPT_KEPT = 0.75  # CLIP-T over the base's: 0.79 to 1.06 in runs that show the place, below 0.3 in others
+BARE_SHOWN = 1 / 2  # Of the likeness gained: 0.15 without the bare prompt, 1.11 with a third of the exposures
+BARE_SHARES = (0.33, 0.5)  # Shares of the instance prompt to try, one after the other
+LEAK = 0.05  # A leak above this is mentioned with a lost prompt
+CONFUSED = 0.25  # Of the way from one subject to the other: 0.03 to 0.07 in a good run, 1/2 for the base
 FEW_PHOTOS = 3
-ALIKE = 0.9
-"""Mean cosine of each photo to the nearest other photo: 0.65 to 0.75 for the samples' photos, 1 for equal frames."""
+ALIKE = 0.9  # Mean cosine of photos to the nearest other: 0.65 to 0.75 for the samples', 1 for equal frames
 BROKEN = re.compile(r"the (?:loss|gradient) is \S+ at step \d+|the adapter is not finite after step \d+")
 
 

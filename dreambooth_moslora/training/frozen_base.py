@@ -1,8 +1,7 @@
 """The frozen base: loading it, and what its encoders gave, in a cache.
 
 Outputs of the frozen encoders are cached in memory or on disk by a digest of everything that they depend on (the file's
-bytes, the crop, the encoder's weights). A changed photo, crop or base is encoded anew, an unchanged one never again. On
-disk the file's header holds a digest of the tensors; a file that does not match it is encoded anew.
+bytes, the crop, the encoder's weights). On disk, a file that does not match its header's digest is encoded anew.
 """
 
 import hashlib
@@ -39,9 +38,7 @@ BF16_ON_A_CPU = (
 def load_base(
     config: TrainConfig, dtype: torch.dtype, device: torch.device, *, has_denoiser: bool = True
 ) -> DiffusionPipeline:
-    """Load the base, without its denoiser if so told. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that
-    the user names is in `dtype`, and so is a flow model's, whose pipeline gives it latents in that. Raises UserError
-    when it cannot be loaded."""
+    """Load the base, its VAE in fp32 unless that is named or a flow model's. Raises UserError if it cannot be."""
     facts = files.facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
     is_flow = facts is not None and facts.style == "flow"
     pipeline = load.load_pipeline(
@@ -72,8 +69,7 @@ def load_denoiser_of(
 
 
 def waits_for_encoders(config: TrainConfig) -> bool:
-    """Whether the denoiser is loaded once the encoders are gone: big encoders of a flow model would not fit beside it.
-    Trained encoders stay, and class images are drawn by the whole pipeline."""
+    """Whether the denoiser is loaded after the encoders are gone: a flow model's would not fit beside it."""
     facts = files.facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
     is_flow = facts is not None and facts.style == "flow"
     return is_flow and not config.keeps_text_encoders and not config.draws_class_images

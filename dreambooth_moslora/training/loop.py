@@ -32,8 +32,7 @@ from dreambooth_moslora.training.step import StepLosses, TrainStep
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED = 20
-"""Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million."""
+MOST_SKIPPED = 20  # Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million
 NO_SAMPLES = (
     "No sample images are drawn: on a CPU each takes minutes with a base of this size. "
     "--num_validation_images 4 draws them all the same."
@@ -52,12 +51,10 @@ class StepScorer(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The adapter in `run_dir` has `step` optimizer steps; `proof` says how exactly its files load elsewhere."""
-
     run_dir: Path
-    step: int
+    step: int  # optimizer steps of the adapter there
     interrupted: bool
-    proof: Proof | None
+    proof: Proof | None  # how exactly its files load elsewhere
 
 
 @dataclass
@@ -85,7 +82,6 @@ class Training:
 
     @property
     def step(self) -> int:
-        """Number of optimizer steps done."""
         return self.train_step.step
 
     def accumulate_gradients(self) -> StepLosses:
@@ -104,8 +100,7 @@ class Training:
         return UserError(f"{what}: lower --learning_rate{other}; checkpoints up to here are in {self.run_dir.path}")
 
     def update_adapter(self, losses: StepLosses) -> bool:
-        """Take an optimizer step. Returns False when fp16 overflowed: nothing changed, and the step is repeated.
-        Raises UserError when the gradient stays not finite."""
+        """Take an optimizer step; False when fp16 overflowed: it is repeated. Raises UserError if that stays."""
         attempted = self.step + 1
         grad_norm = self.train_step.update_adapter()
         skipped = not math.isfinite(grad_norm)
@@ -129,8 +124,7 @@ class Training:
         return not skipped
 
     def sample_if_due(self) -> None:
-        """Draw samples at step 0, every `validation_steps`, and at the end, with the same prompts and seeds each
-        time. At step 0 each denoising step is reported, as the user may be waiting for them."""
+        """Draw samples at step 0 (telling each denoising step), every `validation_steps`, and at the end."""
         if not self.samples.is_due(self.step, self.max_train_steps):
             return
         self.report.phase("sampling", 0, 1)
@@ -177,7 +171,6 @@ class Training:
             self.evaluate()
 
     def has_stalled(self) -> bool:
-        """Whether early stopping is on and due."""
         patience = self.config.early_stopping
         if patience is None:
             return False
@@ -207,8 +200,7 @@ class Training:
         self.checkpoint, self.checkpoint_step = path, self.step
 
     def require_finite_adapter(self) -> None:
-        """Raises UserError on all processes when a weight is NaN or infinite: black pictures can score well, and
-        `best/` would be lost."""
+        """Raises UserError on all processes for NaN or infinity: black pictures can score well."""
         if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.trained):
             raise self.diverged(f"the adapter is not finite after step {self.step}")
 
@@ -229,8 +221,7 @@ class Training:
         reporter.free_unused_memory(self.accelerator.device)
 
     def finish(self, interrupted: bool) -> TrainResult:
-        """Write the loadable adapter with its card, and a checkpoint to resume from. As in diffusers' script only
-        multiples of `--checkpointing_steps` have numbers; another is called `last`."""
+        """Write the adapter with its card, and a checkpoint: numbered as in diffusers' script, or `last`."""
         here = self.run_dir.checkpoint_path(self.step) if self.is_checkpoint_due else self.run_dir.last_dir
         is_there = self.checkpoint is not None and self.checkpoint.resolve() == here.resolve()
         if not is_there or self.checkpoint_step != self.step:
@@ -252,10 +243,9 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     evaluator: StepScorer | None = None,
 ) -> TrainResult:
-    """Run `config`, or a plan that was made of it, to its end, or until `should_stop` says so between two steps.
-    Every event is written to the run folder's `metrics.jsonl` and passed to `on_event`. `evaluator(sampler, step)`
-    returns scores. Raises UserError for a mistake in the settings or files, and for a loss that is no longer
-    finite."""
+    """Run `config`, or a plan made of it, to its end, or until `should_stop` says so. Every event is written to
+    `metrics.jsonl` and passed to `on_event`; `evaluator(sampler, step)` returns scores. Raises UserError for a mistake
+    in the settings or files, and for a loss that is no longer finite."""
     steps = training(config, on_event, should_stop, evaluator)
     try:
         run = next(steps)
@@ -270,8 +260,7 @@ Steps = Generator[Training, StepLosses, TrainResult]
 
 
 def advanced(steps: Steps, accumulate: Callable[[], StepLosses]) -> Training:
-    """Compute the gradients by `accumulate`, send them to the run, and return it before its next step. An error
-    is raised inside the run. Raises StopIteration with the result at the run's end."""
+    """Send the gradients' losses to the run, and return it before its next step. Raises StopIteration at its end."""
     try:
         losses = accumulate()
     except BaseException as error:
@@ -313,8 +302,7 @@ def training(
 def set_up(
     context: reporter.RunContext, plan: Plan, evaluator: StepScorer | None, load: frozen_base.LoadBase | None = None
 ) -> Training:
-    """Everything before the first step; drawing class images may take hours. `load` loads the base. Raises UserError,
-    and StopRequestedError when a stop is requested."""
+    """Everything before the first step, such as class images. Raises UserError and StopRequestedError."""
     fresh = None, checkpoint.Position(0, processes.chosen_seed(plan.config.seed, context.accelerator))
     resumed_from, position = processes.agreed(
         context.accelerator,

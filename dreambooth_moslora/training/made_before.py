@@ -1,8 +1,7 @@
 """What is made before the first step: captions, masks and class images.
 
-`--captions auto` and `--masks auto`: photos without a caption or a mask get one before the base is loaded, and the
-model that makes them then leaves memory. The class images are the user's own, and those that the frozen base draws.
-`make_missing` makes all three: shared out to the processes, counted, and stopped where it is asked to.
+`--captions auto` and `--masks auto`: photos without a caption or a mask get one before the base is loaded. The class
+images are the user's own, and those that the frozen base draws. `make_missing` makes all three.
 """
 
 import logging
@@ -43,9 +42,8 @@ def make_missing(
     size: Callable[[Item], int] = lambda item: 1,
     done: int = 0,
 ) -> None:
-    """`make` each of the `items`, which are shared out to the processes and must be equal in all. The main process
-    does `keep`. The report counts the `size` of each item on top of what is `done` already. A stop ends it between
-    two items. Raises StopRequestedError, and an error of one process in all."""
+    """`make` each of the `items`, equal in all processes and shared out; the main process does `keep`. Reported is each
+    item's `size` on top of `done`. Raises StopRequestedError between items, and one's error in all."""
     accelerator = context.accelerator
 
     def own(share: Sequence[Item]) -> Generator[Made, None, None]:
@@ -76,8 +74,7 @@ def make_for_photos(
     make: Callable[[Photo, Model], Made],
     keep: Callable[[Photo, Made], object],
 ) -> None:
-    """Make what the photos, which are in the order of their subjects, lack, by the model that `load` finds for each
-    subject. One model is in memory at a time, and none at the end."""
+    """Make what the photos, in the order of their subjects, lack, by each subject's model; one is in memory."""
     subjects, device = config.each_subject, context.accelerator.device
     same = agreed(context.accelerator, lambda: photos, lambda found: f"{len(found)} photos without a {kind}")
     model_of = lru_cache(maxsize=1)(lambda subject: load(subjects[subject], device))
@@ -87,8 +84,7 @@ def make_for_photos(
 
 
 def make_captions(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:
-    """Make what the run folder lacks of captions for the photos without one. Raises UserError when the model is not
-    there, and StopRequestedError."""
+    """Make the captions that the photos and the run folder lack. Raises UserError and StopRequestedError."""
     bare = [photo for photo in photos if not photo.is_captioned]
     if config.captions != "auto" or not bare:
         return
@@ -119,8 +115,7 @@ def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[P
         make_for_photos(config, context, "mask", bare, load_segmenter, partial(make_kept, folder=folder), tell)
 
 
-Sets = list[tuple[class_images.ClassImages, int]]
-"""Sets of generated images, one per size, each with the wanted number."""
+Sets = list[tuple[class_images.ClassImages, int]]  # Sets of generated images, one per size, each with the wanted number
 
 
 def class_photos_of_each(
@@ -159,9 +154,8 @@ def make_class_images(
 
         done = wanted - sum(map(len, lacking))
         make_missing(context, "class_images", lacking, draw, class_images.ClassBatch.keep, size=len, done=done)
-    return agreed(
-        accelerator, lambda: usable_class_photos(folder, config, sets), lambda found: f"{len(found)} class images"
-    )
+    usable = partial(usable_class_photos, folder, config, sets)
+    return agreed(accelerator, usable, lambda found: f"{len(found)} class images")
 
 
 def planned(
@@ -183,8 +177,7 @@ def planned(
 
 
 def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[Photo]:
-    """Exactly `num_class_images` images, the user's own before generated ones. Raises UserError when there are fewer:
-    the prior would be weaker than the settings say, or off."""
+    """`num_class_images` images, the user's own first. Raises UserError for fewer: the prior would be weaker."""
     found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
     paths = [photo.path for photo in found]
     stale = set.intersection(*(images.stale(paths) for images, _ in sets))

@@ -1,15 +1,12 @@
 """The model card, and the push of a finished adapter to the hub.
 
-The card says what the adapter shows, how to load it, how it was made, and how exactly its files reload. It is meant
-to be shared: it contains no path, no photo and nothing about a photo.
-
-The push, when asked for, sends the adapter's files, the card and its pictures. Photos, the contact sheet (which
-shows them), checkpoints, class images and the configuration (which holds paths) stay on this machine.
+The card says what the adapter shows, how to load it, how it was made, and how exactly its files reload; it contains no
+path, no photo and nothing about a photo. The push sends the adapter's files, the card and its pictures. Photos, the
+contact sheet (which shows them), checkpoints, class images and the configuration (paths) stay on this machine.
 """
 
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -33,45 +30,44 @@ STRENGTH = "## Strength"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card says beyond the configuration. `images` are (file name, prompt) of the pictures beside it."""
-
     name: str
     step: int
     max_train_steps: int
     adapter: AdapterMetadata
     proof: "Proof"
-    images: tuple[tuple[str, str], ...] = ()
+    images: tuple[tuple[str, str], ...] = ()  # (file name, prompt) of the pictures beside the card
     scores: dict[str, float] | None = None
     best: BestStep | None = None
 
 
 def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
-    """The text of README.md: YAML front matter for the hub, then sections."""
-    method = (
-        "a MoSLoRA adapter (arXiv 2406.11909), folded into plain LoRA" if config.mixer != "none" else "a plain LoRA"
+    """The text of README.md, by the template `card.md`; empty sections are left out."""
+    from dreambooth_moslora.pictures import render  # not before it is needed: it loads matplotlib
+
+    adapter, prompts = facts.adapter, prompts_of(config)
+    counts = {note["word"]: note["count"] for note in adapter.tokens}
+    text = render(
+        "card.md",
+        config=config,
+        facts=facts,
+        adapter=adapter,
+        prompts=prompts,
+        family=family_in(facts),
+        front=front_matter(config, facts),
+        base=repr(adapter.base_id if "/" in adapter.base_id else "path/to/the/base"),
+        prompt=repr(spelled(prompts[0], spellings_of(counts))),
+        tokens=list(zip(adapter.tokens, token_names(note["count"] for note in adapter.tokens), strict=True)),
+        kohya=f"{facts.name}{run_folder.KOHYA_SUFFIX}",
+        dora_table=dora_table(),
+        strength=strength(adapter.best_scale, adapter.usable_scales),
+        began_with=public_name(config.init_adapter or ""),
+        scores=score_table(facts),
+        signature=f"{run_folder.SIGNATURE} {__version__}.",
     )
-    prompts = prompts_of(config)
-    words = ", ".join(f"`{word}`" for word in facts.adapter.trigger_words or prompts)
-    count = "One subject" if len(prompts) == 1 else f"{len(prompts)} subjects"
-    family = f"{family_in(facts).article} {family_in(facts).title}"
-    unfinished = "" if facts.step >= facts.max_train_steps else f" Training stopped at step {facts.step}."
-    sections = [
-        front_matter(config, facts),
-        f"# {facts.name}: {family} adapter for {' and '.join(f'“{prompt}”' for prompt in prompts)}",
-        f"{count}, learnt from a few photos by DreamBooth, as {method}. Trigger words: {words}.{unfinished}",
-        "\n".join(f"![{prompt}]({file})" for file, prompt in facts.images),
-        usage(config, facts),
-        strength(facts.adapter.best_scale, facts.adapter.usable_scales),
-        training_table(config, facts),
-        f"## Proof\n\n{facts.proof.sentence()}.",
-        score_table(facts),
-        f"{run_folder.SIGNATURE} {__version__}.",
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    return re.sub(r"\n{3,}", "\n\n", text) + "\n"
 
 
 def front_matter(config: table.TrainConfig, facts: CardFacts) -> str:
-    """The card's YAML block for the hub."""
     known = {"base_model": facts.adapter.base_id} if "/" in facts.adapter.base_id else {}
     if facts.images:
         known["widget"] = [{"text": prompt, "output": {"url": file}} for file, prompt in facts.images]
@@ -87,71 +83,14 @@ def front_matter(config: table.TrainConfig, facts: CardFacts) -> str:
 
 
 def prompts_of(config: table.TrainConfig) -> list[str]:
-    """The instance prompt of each subject."""
     return [subject.instance_prompt for subject in config.each_subject]
 
 
 def family_in(facts: CardFacts) -> families.Facts:
-    """The family of the adapted denoiser."""
     for model in (facts.adapter.structures.get(name) for name in families.DENOISERS):
         if model:
             return families.facts_of_model(model["class"], model["config"])
     return families.FAMILIES[0]
-
-
-def usage(config: table.TrainConfig, facts: CardFacts) -> str:
-    """How to load it; of DoRA, which programs read the kohya file as what."""
-    base_id = facts.adapter.base_id if "/" in facts.adapter.base_id else "path/to/the/base"
-    notes = facts.adapter.tokens
-    prompt = spelled(prompts_of(config)[0], spellings_of({note["word"]: note["count"] for note in notes}))
-    family = family_in(facts)
-    readers = (
-        f"`{facts.name}{run_folder.KOHYA_SUFFIX}` is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
-    )
-    if family.denoiser != "unet":
-        readers = "ComfyUI reads the same file."
-    elif config.use_dora:
-        many = "is for other programs, and with DoRA not the same adapter in all of them:"
-        readers = f"`{facts.name}{run_folder.KOHYA_SUFFIX}` {many}\n\n{dora_table()}"
-    dtype = "bfloat16" if family.style == "flow" else "float16"
-    return f"""## Use
-
-```python
-import torch
-from diffusers import {family.pipeline}
-
-pipe = {family.pipeline}.from_pretrained({base_id!r}, torch_dtype=torch.{dtype}).to("cuda")
-pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
-{token_lines(notes)}image = pipe({prompt!r}).images[0]
-```
-
-{readers}\
-{about_tokens(notes)}"""
-
-
-def token_lines(notes: Sequence[dict]) -> str:
-    """Lines of the snippet that load new tokens."""
-    if not notes:
-        return ""
-    lines = ["", "from safetensors.torch import load_file"]
-    for note, names in zip(notes, token_names(note["count"] for note in notes), strict=True):
-        lines += ["", f'new, names = load_file("path/to/this/folder/{note["file"]}"), {names}']
-        for key, end in (("clip_l", ""), ("clip_g", "_2")):
-            parts = f"text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end}"
-            lines.append(f'pipe.load_textual_inversion(new["{key}"], token=names, {parts})')
-    return "\n".join([*lines, ""])
-
-
-def about_tokens(notes: Sequence[dict]) -> str:
-    said = ""
-    for note, names in zip(notes, token_names(note["count"] for note in notes)):
-        stem = note["file"].removesuffix(".safetensors")
-        said += (
-            f"\n\nThe word “{note['word']}” stands for {note['count']} new tokens, which are in `{note['file']}` and "
-            f"belong to the adapter: in diffusers write `{''.join(names)}` in its place, in ComfyUI `embedding:{stem}` "
-            f"and in AUTOMATIC1111 `{stem}`, with the file in their folder of embeddings."
-        )
-    return said
 
 
 def strength(best: float | None, usable: tuple[float, ...]) -> str:
@@ -167,27 +106,6 @@ def with_strength(text: str, best: float, usable: tuple[float, float]) -> str:
     """A card with this `strength` instead of an earlier one, or before the training table."""
     kept = re.sub(rf"{STRENGTH}\n\n[^\n]*\n\n", "", text)
     return kept.replace("## Training\n", f"{strength(best, usable)}\n\n## Training\n", 1)
-
-
-def training_table(config: table.TrainConfig, facts: CardFacts) -> str:
-    trained = "UNet and both text encoders" if config.train_text_encoder else "UNet"
-    prior = f"{config.prior}, weight {config.prior_loss_weight}" if config.with_prior_preservation else "none"
-    start = {"Began with": public_name(config.init_adapter)} if config.init_adapter else {}
-    ranks = sorted({facts.adapter.rank, *facts.adapter.ranks.values()})
-    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    mixer = f"alone, on the basis {facts.adapter.basis['kind']}" if facts.adapter.basis else config.mixer
-    rows = {
-        "Base": facts.adapter.base_id,
-        **start,
-        "Adapter": f"rank {rank}, alpha {facts.adapter.alpha:g}, mixer {mixer}, {trained}",
-        "Steps": f"{facts.step} of {facts.max_train_steps}",
-        "Resolution": f"{config.resolution} px",
-        "Batch": f"{config.train_batch_size} × {config.gradient_accumulation_steps} accumulated",
-        "Learning rate": f"{config.learning_rate:g}, {config.lr_scheduler}, {config.optimizer}",
-        "Prior preservation": prior,
-        "Seed": config.seed,
-    }
-    return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
 
 def score_table(facts: CardFacts) -> str:
@@ -221,8 +139,7 @@ def public_files(run_dir: Path) -> list[str]:
 
 
 def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
-    """Create the model repository if it is missing, and upload `public_files`. Returns the repository's address. When
-    the hub cannot be reached or refuses, it logs a warning and returns None: the run is complete without it."""
+    """Upload `public_files`; returns the address, or None and a warning when the hub cannot be reached or refuses."""
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo_id or run_folder.RunDir(run_dir).name, exist_ok=True)

@@ -21,21 +21,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-Pointwise = Callable[[torch.Tensor], torch.Tensor]
-"""Differences (B, 4, h, w) -> the error at each position, same shape."""
+Pointwise = Callable[[torch.Tensor], torch.Tensor]  # Differences (B, 4, h, w) -> the error at each position, same shape
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A base's noise levels: `sigmas` (T,) noise-to-signal ratios, `timesteps` (T,) as the UNet gets them. `style` is
-    `ddpm`, `edm` or `flow`; `prediction_type` is `epsilon`, `v_prediction` or `flow`; `sigma_data` is set for bases
-    trained with EDM's own preconditioning (Playground v2.5), else None."""
-
-    sigmas: torch.Tensor
-    timesteps: torch.Tensor
-    prediction_type: str = "epsilon"
-    style: str = "ddpm"
-    sigma_data: float | None = None
+    sigmas: torch.Tensor  # (T,) noise-to-signal ratios
+    timesteps: torch.Tensor  # (T,) as the UNet gets them
+    prediction_type: str = "epsilon"  # `epsilon`, `v_prediction` or `flow`
+    style: str = "ddpm"  # `ddpm`, `edm` or `flow`
+    sigma_data: float | None = None  # of bases trained with EDM's own preconditioning (Playground v2.5)
 
     @classmethod
     def from_alphas(cls, alphas_cumprod: torch.Tensor, prediction_type: str, style: str) -> "NoiseSchedule":
@@ -51,8 +46,7 @@ class NoiseSchedule:
         return replace(self, sigmas=self.sigmas.to(device), timesteps=self.timesteps.to(device))
 
     def signal_and_noise(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors of x and n at `index` (B,), each (B, 1, 1, 1): sqrt(alpha) and sqrt(1 - alpha), or of a flow 1 - s
-        and s; 0 and 1 where sigma is infinite."""
+        """Factors of x and n at `index` (B,), (B, 1, 1, 1) each: √α and √(1 - α), of a flow 1 - s and s."""
         sigma = self.sigmas[index].view(-1, 1, 1, 1)
         if self.style == "flow":
             share = 1 / (1 + 1 / sigma)
@@ -67,12 +61,10 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class NoisySample:
-    """Noisy latents: `unet_input` and `latents` (B, 4, h, w), `timesteps` (B,) for the UNet, `index` (B,)."""
-
-    unet_input: torch.Tensor
-    latents: torch.Tensor
-    timesteps: torch.Tensor
-    index: torch.Tensor
+    unet_input: torch.Tensor  # (B, 4, h, w)
+    latents: torch.Tensor  # (B, 4, h, w)
+    timesteps: torch.Tensor  # (B,) for the UNet
+    index: torch.Tensor  # (B,)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -81,11 +73,9 @@ class NoisySample:
 
 @dataclass(frozen=True)
 class LossParts:
-    """Scalars of one batch. `prior` is None when the batch has no prior images."""
-
     total: torch.Tensor
     instance: torch.Tensor
-    prior: torch.Tensor | None
+    prior: torch.Tensor | None  # None without prior images
 
 
 def sample_timesteps(
@@ -96,9 +86,7 @@ def sample_timesteps(
     multiplier: float = 1.0,
     portion: float = 0.25,
 ) -> torch.Tensor:
-    """Indices (count,) of noise levels, drawn with equal chances. Under a strategy, the noisiest (`later`) or
-    the least noisy (`earlier`) `portion` of the levels is `multiplier` times as likely as the others, as in
-    diffusers' `train_text_to_image_sdxl.py`."""
+    """Indices (count,) of noise levels; `portion` is `multiplier` times as likely, as in diffusers' scripts."""
     if strategy == "none":
         return torch.randint(len(schedule), (count,), generator=generator)
     chances = torch.ones(len(schedule))
@@ -121,9 +109,8 @@ def flow_levels(
 
 
 def offset_noise(noise: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
-    """Noise (B, C, h, w) plus one draw per channel of each image, of standard deviation `strength`. The overall
-    brightness and colour are then noised too, and so learnt (Guttenberg 2023, "Diffusion with Offset Noise"; kohya's
-    and diffusers' `--noise_offset`). A strength of 0 draws nothing."""
+    """Noise (B, C, h, w) plus a draw per channel of deviation `strength`, so that brightness is learnt (Guttenberg
+    2023, "Diffusion with Offset Noise"; kohya's and diffusers' `--noise_offset`). A strength of 0 draws nothing."""
     if strength == 0:
         return noise
     return noise + strength * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
@@ -174,10 +161,9 @@ def prediction_of(schedule: NoiseSchedule, output: torch.Tensor, noisy: NoisySam
 def snr_weights(
     schedule: NoiseSchedule, index: torch.Tensor, instance_count: int, snr_gamma: float | None
 ) -> torch.Tensor:
-    """Weights (B,) of the images' squared errors, as in diffusers' script: `index` (B,), instance images first. In
-    EDM style the error of x is weighted by 1/sigma², or by 1 for EDM's own bases. Else weights are 1 without
-    `snr_gamma`. With it (Hang et al. 2023) an instance image's noise is weighted by min(SNR, gamma)/SNR, its velocity
-    by one more."""
+    """Weights (B,) of the images' squared errors, as in diffusers' script, by `index` (B,), instance images first. In
+    EDM style the error of x is weighted by 1/sigma², or by 1 for EDM's own bases. With `snr_gamma` (Hang et al. 2023)
+    an instance image's noise is weighted by min(SNR, gamma)/SNR, its velocity by one more."""
     snr = schedule.snr(index)
     if schedule.style == "edm":
         return snr if schedule.sigma_data is None else torch.ones_like(snr)
@@ -199,10 +185,9 @@ def flow_weights(schedule: NoiseSchedule, index: torch.Tensor, scheme: str) -> t
 
 
 def debiased_weights(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
-    """Weights (B,) of the images' errors: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, with the SNR capped at
-    1000. The error of the noise becomes the error of the latents that it implies, up to a power (Yu et al. 2023,
-    "Debias the Training of Diffusion Models", arXiv 2310.08442). Like kohya's `--debiased_estimation_loss` it applies
-    to all images."""
+    """Weights (B,) of all images' errors, as kohya's: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, SNR at most
+    1000. The noise's error becomes that of the latents, up to a power (Yu et al. 2023, "Debias the Training of
+    Diffusion Models", arXiv 2310.08442)."""
     snr = schedule.snr(index).clamp(max=1000)
     return snr.rsqrt() if schedule.prediction_type == "epsilon" else 1 / (snr + 1)
 
@@ -214,10 +199,9 @@ def pointwise_error(
     huber_c: float = 0.1,
     huber_schedule: str = "snr",
 ) -> Pointwise:
-    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on each image's `index`
-    (B,). With C = `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T), 1 where there is no noise;
-    `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha 2024, "scheduled Huber loss" in diffusers and kohya's sd-scripts,
-    after arXiv 2403.16728)."""
+    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on `index` (B,). With C =
+    `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T); `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha
+    2024, "scheduled Huber loss" in diffusers and kohya's sd-scripts, after arXiv 2403.16728)."""
     if loss_type == "l2":
         return torch.square
     if huber_schedule == "constant":
@@ -254,9 +238,8 @@ def loss(
 def image_errors(
     prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, pointwise: Pointwise = torch.square
 ) -> torch.Tensor:
-    """Mean error (B,) of each image. Under a mask it is the weighted mean, so that a small subject counts in full.
-    The mean is multiplied by the mask's largest weight: an image without the subject then counts no more than its
-    positions do."""
+    """Mean error (B,) of each image; under a mask weighted, so that a small subject counts in full, and times the
+    mask's largest weight, so that an image without the subject counts no more than its positions do."""
     errors = pointwise(prediction - target)
     if mask is None:
         return errors.flatten(1).mean(1)

@@ -1,20 +1,17 @@
 """Parameter groups, optimizers, their states in a checkpoint, and averages over the steps.
 
-**Prodigy on a GPU** takes each group as one long tensor. It reads two numbers of every parameter in every step to sum
-them, and each read waits for the GPU: 3,360 waits for SDXL's 1,680 small matrices. The other operations are
-elementwise, so one long tensor gives the same step, except for the order of two sums. States are saved per parameter.
+**Prodigy on a GPU** takes each group as one long tensor. It reads two numbers of every parameter in every step, and
+each read waits for the GPU: 3,360 waits for SDXL's 1,680 small matrices. The other operations are elementwise, so that
+the step is the same, except for the order of two sums. States are saved per parameter.
 
-**States** in a checkpoint are checked before PyTorch's kernels read them. A kernel trusts the shape, type and layout of
-a moment: it would read and write beyond the end of a smaller one. The expected shapes and types come from a copy of the
-optimizer that takes one step. Each tensor becomes a dense copy with memory of its own.
+**States** in a checkpoint are checked before PyTorch's kernels read them: a kernel would read and write beyond the end
+of a smaller moment. What is expected comes from a copy of the optimizer that takes one step.
 
-**Average** of the adapter over its steps. If there is one, it is published, scored and sampled instead of the weights.
+**Average** of the adapter over its steps. If there is one, it is published, scored and sampled instead of the weights,
+from which training continues; a checkpoint holds both.
 
 exponential (`--use_ema`)   m = d·m + (1 - d)·w after each step, d = min(decay, (1 + n)/(10 + n)) of diffusers
 schedule-free               x of Defazio et al. 2024 (arXiv 2405.15682), which that optimizer keeps by itself
-
-Training continues from the weights w. A checkpoint holds both: the average as its adapter, for all other
-readers, and the weights in another file.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,9 +50,8 @@ class FlatProdigy(Prodigy):
 
     def step(self, closure: None = None) -> None:
         """One step of the parameters that have a gradient."""
-        reached = [
-            tuple(weight for weight in group["params"] if weight.grad is not None) for group in self.param_groups
-        ]
+        groups = [group["params"] for group in self.param_groups]
+        reached = [tuple(weight for weight in weights if weight.grad is not None) for weights in groups]
         if any(weights and weights not in self._long for weights in reached):
             self._spread()
         known = [[bool(self.state.get(weight)) for weight in weights] for weights in reached]
@@ -66,12 +62,11 @@ class FlatProdigy(Prodigy):
         for weights, long in zip(reached, longs, strict=True):
             if long is not None and (states := self._long.pop(weights, None) or joined(weights, self.state)):
                 self.state[long] = states
-        own = [group["params"] for group in self.param_groups]
         try:
             self._take([[] if long is None else [long] for long in longs])
             super().step()
         finally:
-            self._take(own)
+            self._take(groups)
         for weights, long in zip(reached, longs, strict=True):
             if long is not None:
                 torch._foreach_copy_([weight.detach() for weight in weights], parts_of(long.detach(), weights))
@@ -100,8 +95,7 @@ def long_parameter(weights: Weights) -> torch.nn.Parameter:
 
 
 def joined(weights: Weights, each: dict[torch.nn.Parameter, States]) -> States:
-    """The concatenated states of all weights, removed from `each`; {} before the first step. A weight that
-    started at zero keeps one zero as its start, which is expanded here."""
+    """The concatenated states, removed from `each`; {} before the first step. A start of one zero is expanded."""
     found = [each.pop(weight, {}) for weight in weights]
     long: States = {}
     for name, first in found[0].items():
@@ -127,10 +121,9 @@ def parameter_groups(
     world_size: int = 1,
     tokens: Sequence[torch.nn.Parameter] = (),
 ) -> list[dict]:
-    """Groups of A and B, and of mixers, for the UNet and each text encoder, then of new tokens. Empty groups are left
-    out. Weight decay would pull a mixer towards zero instead of its start, so mixers have none. In terms of LoRA+ a
-    mixer belongs to B's group. As in diffusers' script, `scale_lr` scales only the UNet's rate; text encoders without
-    a rate use the UNet's."""
+    """Groups of A and B, and of mixers, for the UNet and each text encoder, then of new tokens, without empty ones.
+    Mixers do not decay: that would pull them to zero, not to their start; in LoRA+ they belong to B's group. As in
+    diffusers' script, `scale_lr` scales only the UNet's rate, which text encoders without one use too."""
     lr_scale = config.gradient_accumulation_steps * config.train_batch_size * world_size if config.scale_lr else 1
     groups = []
     unet_lr = lr_scale * config.learning_rate
@@ -142,10 +135,9 @@ def parameter_groups(
         mixers = [p for _, p in mixer_parameters(module)]
         mixer_ids = {id(p) for p in mixers}
         others = [p for _, p in adapter_parameters(module) if id(p) not in mixer_ids]
+        mixer_lr = lr * config.mixer_lr_scale
         groups.append({"name": name, "params": others, "lr": lr, "weight_decay": decay})
-        groups.append(
-            {"name": f"{name}.mixer", "params": mixers, "lr": lr * config.mixer_lr_scale, "weight_decay": 0.0}
-        )
+        groups.append({"name": f"{name}.mixer", "params": mixers, "lr": mixer_lr, "weight_decay": 0.0})
     groups.append({"name": "tokens", "params": list(tokens), "lr": text_lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
@@ -176,8 +168,7 @@ def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
 
 
 def make_lr_schedule(config: table.TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
-    """A learning-rate schedule of diffusers by its name. It counts optimizer steps, whatever the number of processes.
-    Raises UserError for an unknown name."""
+    """A learning-rate schedule of diffusers, in optimizer steps of any number of processes. Raises UserError."""
     try:
         return get_scheduler(
             config.lr_scheduler,
@@ -191,13 +182,11 @@ def make_lr_schedule(config: table.TrainConfig, optimizer: Optimizer, max_train_
         raise UserError(f"--lr_scheduler {config.lr_scheduler} is unknown to diffusers: {error}") from error
 
 
-NOT_SET = "p0"
-"""Prodigy's start of a weight. For a weight that started at zero it keeps a single number."""
+NOT_SET = "p0"  # Prodigy's start of a weight. For a weight that started at zero it keeps a single number.
 
 
 def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, exact: bool) -> dict[str, Any]:
-    """The checkpoint's states at `step`, with the settings that the optimizer's groups have now. `exact`: each
-    parameter has taken all steps; otherwise at most as many. Raises ValueError for states that do not fit."""
+    """The checkpoint's states at `step` with the groups' settings; `exact`: no fewer steps. Raises ValueError."""
     pattern = pattern_of(optimizer)
     groups = optimizer.state_dict()["param_groups"]
     loaded = states["param_groups"]
@@ -274,8 +263,7 @@ def check_tensor(name: str, value: object, expected: torch.Tensor) -> None:
 
 
 class MovingAverage:
-    """The exponential average of `parameters`, as diffusers' `EMAModel`: at step n it reaches about n/9 steps back, so
-    that a run of a few hundred steps does not average in its start."""
+    """The exponential average of `parameters`, as diffusers' `EMAModel`: about n/9 steps back at step n."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
         self.parameters, self.decay = parameters, decay

@@ -2,15 +2,12 @@
 
     sample at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
 
-Each epoch shuffles photos × repeats. The crop number is epoch mod `crops_per_photo`; without a cache every
-epoch has fresh crops. Every image, class images too, carries its own size and crop conditioning.
-
-Each of several subjects is shown equally often, whatever its number of photos.
+Each epoch shuffles photos × repeats. The crop number is epoch mod `crops_per_photo`; without a cache every epoch has
+fresh crops. Each of several subjects is shown equally often, whatever its number of photos:
 
     position p  ->  round p div k, subject (order drawn anew each round)  ->  that subject's stream at the round
 
-The position alone determines the sample: resumed or distributed runs show what an unbroken run of one process
-shows.
+The position alone determines the sample: resumed or distributed runs show what an unbroken run of one process shows.
 """
 
 import math
@@ -31,19 +28,15 @@ from dreambooth_moslora.photos.photo import CropPlan, CropRule, Photo, apply_cro
 from dreambooth_moslora.settings import subjects, table
 from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
 
-Size = tuple[int, int]
-"""(h, w) in px."""
-View = tuple[int, int, Size]
-"""(slot, crop number, crop size); the slot numbers photos times repeats."""
+Size = tuple[int, int]  # (h, w) in px
+View = tuple[int, int, Size]  # (slot, crop number, crop size); the slot numbers photos times repeats
 
 
 @dataclass(frozen=True)
 class EncodedView:
-    """One crop of one photo: `latents` (4, h, w), `time_ids` (6,), and `mask` (1, h, w), the loss weights, or None."""
-
-    latents: torch.Tensor
-    time_ids: torch.Tensor
-    mask: torch.Tensor | None
+    latents: torch.Tensor  # (4, h, w)
+    time_ids: torch.Tensor  # (6,)
+    mask: torch.Tensor | None  # (1, h, w), the loss weights
 
 
 class PhotoEncoder:
@@ -67,23 +60,17 @@ class PhotoEncoder:
         self._reading: dict[tuple[Photo, CropPlan], Future[tuple[Image.Image, Image.Image | None]]] = {}
 
     def encode(self, photo: Photo, plan: CropPlan) -> EncodedView:
-        """Its loss weights are 1 on the subject and `unmasked_weight` around it. Around a photo with transparency the
-        weight is 0: its white background was not photographed."""
+        """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is transparent."""
         tensors = self._compute(photo, plan) if self.cache is None else self.cache.get(*self.entry(photo, plan))
         around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
         weights = around + (1 - around) * tensors["subject"] if "subject" in tensors else None
         return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
 
     def entry(self, photo: Photo, plan: CropPlan) -> tuple[str, Callable[[], Tensors]]:
-        """The crop's key in the cache, and the function that encodes it. That raises UserError if the photo has
-        changed since, or if the VAE has left memory and the disk cache cannot be read."""
-        key = content_key(
-            photo=self._digest(photo.path),
-            subject=photo.mask_path and self._digest(photo.mask_path),
-            plan=plan,
-            interpolation=self.rule.interpolation,
-            vae=self.vae_identity,
-        )
+        """The crop's key in the cache, and the function that encodes it (UserError if photo or cache changed)."""
+        how = {"plan": plan, "interpolation": self.rule.interpolation, "vae": self.vae_identity}
+        subject = photo.mask_path and self._digest(photo.mask_path)
+        key = content_key(photo=self._digest(photo.path), subject=subject, **how)
 
         def compute() -> Tensors:
             if self.vae is None:
@@ -119,7 +106,6 @@ class PhotoEncoder:
 
 
 def load_crop(photo: Photo, plan: CropPlan, interpolation: str) -> tuple[Image.Image, Image.Image | None]:
-    """The photo's crop and its mask's, of the target size."""
     image, mask = apply_crop(open_rgb(photo), plan, interpolation), open_mask(photo)
     return image, None if mask is None else apply_crop(mask, plan, "bilinear")
 
@@ -159,8 +145,7 @@ class PhotoStream:
         return len(self.photos) * self.repeats
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """The encoded view at `position` >= 0, and a random caption of its photo. A fraction `caption_dropout` has an
-        empty caption; of the others, `bare_share` has the photo's bare prompt, if any."""
+        """The view at `position` >= 0, and a caption: empty by `caption_dropout`, bare by `bare_share`, or random."""
         photo, plan = self._sample(position)
         view = self.encoder.encode(photo, plan)
         if self._is_in(self.caption_dropout, "caption dropout", position):
@@ -193,8 +178,7 @@ class PhotoStream:
         return len(self.groups) == 1 or self.batch_size == 1
 
     def _view(self, position: int) -> View:
-        """Where batches need one size, a round has as many batches as slots, and each group has as many batches as it
-        has slots. So each slot is shown `batch_size` times a round, whatever the size of its group."""
+        """Where batches need one size, each group has as many of a round's batches as slots: all are shown alike."""
         target = None
         if self.beside is not None:
             target = self.beside._view(position)[2]
@@ -249,7 +233,6 @@ class SubjectStreams:
 
     @property
     def captions(self) -> set[str]:
-        """Like `PhotoStream.captions`, of all subjects."""
         return set().union(*(stream.captions for stream in self.streams))
 
     @property
@@ -258,11 +241,9 @@ class SubjectStreams:
         return self.streams[0].encoder
 
     def subject_at(self, position: int) -> int:
-        """The number of the subject shown at `position`."""
         return self._place(position)[0]
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """Like `PhotoStream.at`."""
         number, place = self._place(position)
         return self.streams[number].at(place)
 
@@ -283,9 +264,8 @@ class SubjectStreams:
 
 
 def instance_streams(config: table.TrainConfig, photos: list[Photo], encoder: PhotoEncoder) -> SubjectStreams:
-    """The streams of the subjects' photos. With buckets, a batch shows one subject, as it needs one size. When photos
-    of one subject are left out by name, the other photos take their turns, each equally often. Runs without different
-    photos then differ only in those turns: order, crops and noise of all other turns are the same."""
+    """The streams of the subjects' photos; with buckets a batch shows one subject. Turns of photos that are left out by
+    name go to the others, so that order, crops and noise of all other turns stay the same."""
     if config.leave_out and not config.subjects:  # of several, a name does not tell whose photo it is
         named = {photo.path.name: [photo] * len(photos) for photo in photos} | dict.fromkeys(config.leave_out, photos)
         photos = [photo for name in sorted(named) for photo in named[name]]
@@ -312,25 +292,17 @@ def prior_streams(
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """`latents` (B, 4, h, w), `time_ids` (B, 6), `mask` (B, 1, h, w) or None, `prompts` (B), all on the CPU. The
-    first `instance_count` images are the subject's, the others are prior images."""
-
-    latents: torch.Tensor
-    time_ids: torch.Tensor
-    instance_count: int
-    mask: torch.Tensor | None
-    prompts: list[str]
+    latents: torch.Tensor  # (B, 4, h, w), on the CPU, as all
+    time_ids: torch.Tensor  # (B, 6)
+    instance_count: int  # of the subject, which come first; the others are prior images
+    mask: torch.Tensor | None  # (B, 1, h, w)
+    prompts: list[str]  # (B)
 
     def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
         """The batch twice (2B): the second half has these prompts (B), and the base's prediction as its target."""
-        size = len(self.prompts)
-        return TrainBatch(
-            self.latents.repeat(2, 1, 1, 1),
-            self.time_ids.repeat(2, 1),
-            size,
-            None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)]),
-            [*self.prompts, *prompts],
-        )
+        mask = None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)])
+        latents, time_ids = self.latents.repeat(2, 1, 1, 1), self.time_ids.repeat(2, 1)
+        return TrainBatch(latents, time_ids, len(self.prompts), mask, [*self.prompts, *prompts])
 
 
 def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> TrainBatch:
@@ -339,19 +311,12 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
     masks = None
     if any(view.mask is not None for view in views):
         masks = torch.stack([torch.ones_like(v.latents[:1]) if v.mask is None else v.mask for v in views])
-    return TrainBatch(
-        torch.stack([view.latents for view in views]),
-        torch.stack([view.time_ids for view in views]),
-        instance_count,
-        masks,
-        [caption for _, caption in samples],
-    )
+    latents, time_ids = (torch.stack([getattr(view, name) for view in views]) for name in ("latents", "time_ids"))
+    return TrainBatch(latents, time_ids, instance_count, masks, [caption for _, caption in samples])
 
 
 def move_together(tensors: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor | None]:
-    """The CPU tensors, of any shapes, on `device`, by one transfer; None stays None. Only a transfer to CUDA is
-    asynchronous, from pinned memory. Apple's GPUs would read a buffer that is freed. They travel as fp32, which holds
-    integers up to 2**24 and all half-precision numbers exactly."""
+    """The CPU tensors, or None, on `device`, by one transfer as fp32, asynchronous on CUDA (pinned memory)."""
     if device.type == "cpu":
         return tensors
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}

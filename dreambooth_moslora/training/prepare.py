@@ -3,8 +3,7 @@
     photos -> base -> class images -> latents and text embeddings -> encoders leave memory
     photos -> encoders -> latents and text embeddings -> encoders leave memory -> denoiser      (flow models)
 
-The processes share the encoding. Afterwards each finds every encoding in its memory or on its machine's disk. Files are
-written by the process that encodes; on a machine that does not see them, one process writes them again.
+The processes share the encoding, after which each finds every encoding in its memory or on its machine's disk.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -30,26 +29,23 @@ from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
 from dreambooth_moslora.training import adapters, frozen_base, made_before, objective, photo_stream, reporter
 
-Entries = dict[str, Callable[[], frozen_base.Tensors]]
-"""Keys in a cache, each with the function that computes its value."""
+Entries = dict[
+    str, Callable[[], frozen_base.Tensors]
+]  # Keys in a cache, each with the function that computes its value
 
 
 @dataclass
 class TrainInputs:
-    """Inputs of the loop. `prior` is None without class images; `prompt_embeds` serves frozen text encoders,
-    `text_products` a UNet that caches cross-attention. `start` holds the weights that a fresh adapter begins with, or
-    None; `basis` is that of `--basis`."""
-
     pipeline: DiffusionPipeline
     family: families.Family
     schedule: objective.NoiseSchedule
     photos: list[Photo]
     instance: photo_stream.SubjectStreams
-    prior: photo_stream.SubjectStreams | None
-    prompt_embeds: frozen_base.PromptCache
+    prior: photo_stream.SubjectStreams | None  # None without class images
+    prompt_embeds: frozen_base.PromptCache  # for frozen text encoders
     dtype: torch.dtype
-    start: lora_file.AdapterWeights | None = None
-    text_products: TextProducts | None = None
+    start: lora_file.AdapterWeights | None = None  # of a fresh adapter
+    text_products: TextProducts | None = None  # of a UNet that caches cross-attention
     basis: Basis | None = None
 
     @property
@@ -57,8 +53,7 @@ class TrainInputs:
         return families.denoiser_of(self.pipeline)
 
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> photo_stream.TrainBatch:
-        """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
-        `next_micro_batch` is the one that this process will ask for next; its photos are read ahead."""
+        """Micro-batch `micro_batch`: `size` instance images and as many class images; the next is read ahead."""
         streams = [self.instance] if self.prior is None else [self.instance, self.prior]
         samples = [s.at(position) for s in streams for position in range(micro_batch * size, (micro_batch + 1) * size)]
         for stream in streams:
@@ -76,18 +71,14 @@ def prepare(
     is_fresh: bool = True,
     load: frozen_base.LoadBase | None = None,
 ) -> TrainInputs:
-    """Load the base, generate class images, and encode what the run's first `sample_count` samples show. `prompts`
-    will be drawn later; they are encoded while the text encoders are in memory. `is_fresh`: the run does not resume
-    an adapter. `load` loads the base, by default `load_base`. Raises UserError and StopRequestedError."""
+    """Load the base, generate class images, and encode what the first `sample_count` samples and later `prompts` need.
+    `is_fresh`: no adapter is resumed. `load` loads the base. Raises UserError and StopRequestedError."""
     device = context.accelerator.device
     context.report.phase("loading")
     dtype = processes.DTYPES[context.accelerator.mixed_precision]
     is_late = load is None and frozen_base.waits_for_encoders(config)
-    pipeline = (
-        frozen_base.load_base(config, dtype, device, has_denoiser=False)
-        if is_late
-        else (load or frozen_base.load_base)(config, dtype, device)
-    )
+    load = partial(frozen_base.load_base, has_denoiser=False) if is_late else load or frozen_base.load_base
+    pipeline = load(config, dtype, device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     for flag in (
         rules.weighting_flags(config) if schedule.style == "edm" else ()
@@ -118,9 +109,8 @@ def prepare(
     denoiser = families.denoiser_of(pipeline)
     products = TextProducts(denoiser, device) if config.cache_cross_attention else None
     denoiser.to(device)
-    return TrainInputs(
-        pipeline, family, schedule, photos, instance, prior, prompt_embeds, dtype, start, products, basis
-    )
+    shown = photos, instance, prior, prompt_embeds
+    return TrainInputs(pipeline, family, schedule, *shown, dtype, start, products, basis)
 
 
 def check_denoiser(
@@ -154,8 +144,7 @@ def family_of_run(config: table.TrainConfig, pipeline: DiffusionPipeline) -> fam
 
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> objective.NoiseSchedule:
-    """The noise levels that a base was trained with, from its scheduler's configuration. EDM bases force EDM style.
-    Raises UserError for a base that predicts neither noise nor velocity."""
+    """A base's noise levels by its scheduler's configuration. Raises UserError for an unknown prediction."""
     if "FlowMatch" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
         share = fresh.sigmas[: len(fresh.timesteps)].double()  # of the noise
@@ -219,8 +208,7 @@ def device_with_room(models: Sequence[torch.nn.Module], device: torch.device) ->
 
 
 def encode_photos(context: reporter.RunContext, streams: list[photo_stream.SubjectStreams], sample_count: int) -> None:
-    """Fill the cache with every crop that the run's first `sample_count` samples show. Raises UserError when photos
-    cannot be read or differ between processes, and StopRequestedError."""
+    """Fill the cache with every crop of the first `sample_count` samples. Raises UserError, StopRequestedError."""
     encoder = streams[0].encoder
     if encoder.cache is None:
         return

@@ -23,18 +23,16 @@ from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-TRACKED = (events.StepDone, events.StepEvaluated, events.SamplesDrawn)
-"""Events that trackers get."""
+TRACKED = (events.StepDone, events.StepEvaluated, events.SamplesDrawn)  # Events that trackers get
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 """Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB)."""
 ENDINGS = (events.RunEnded.kind, events.AdapterExported.kind, events.ScaleFound.kind)
 
 
 class Reporter:
-    """Call it with each event. `on_event` gets the same events as the file. The file may belong to an earlier run:
-    events wait until `begin_at`. `step` is the run's latest step. One process raises the error of a report that
-    fails. Of several, the main one keeps it until all meet, and `raise_failure` then raises it: alone it would leave
-    the others waiting."""
+    """Call it with each event. `on_event` gets those of the file too, which may be an earlier run's: events wait until
+    `begin_at`. `step` is the latest. Of several processes the main one keeps an error of reporting until all meet, and
+    `raise_failure` then raises it: alone it would leave the others waiting."""
 
     def __init__(
         self, run_dir: run_folder.RunDir, accelerator: Accelerator, on_event: Callable[[events.Event], None] | None
@@ -61,8 +59,7 @@ class Reporter:
             self.failure = self.failure or error
 
     def start_trackers(self, config: TrainConfig) -> None:
-        """Open them. They get the settings that are numbers, switches or choices: these cannot hold text of the user's.
-        Raises UserError when one does not open."""
+        """Open them, with settings that cannot hold text of the user's. Raises UserError if one does not open."""
         public = {}
         for name, value in config.to_dict().items():
             is_choice = isinstance(value, str) and SETTINGS[name].metadata["choices"]
@@ -153,16 +150,13 @@ def memory_gib(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class RunContext:
-    """`should_stop` says whether this process was asked to stop."""
-
     run_dir: run_folder.RunDir
     accelerator: Accelerator
     report: Reporter
-    should_stop: Callable[[], bool]
+    should_stop: Callable[[], bool]  # whether this process was asked to stop
 
     def stop_requested(self) -> bool:
-        """Whether any process was asked to stop. All processes must call it at the same places; all get the
-        same answer. Raises on all what the main process could not report."""
+        """Whether any process was asked to stop, or failed to report (raised). All must call it together."""
         ends = any_process(self.accelerator, self.report.failure is not None or self.should_stop())
         if ends:
             on_each(self.accelerator, self.report.raise_failure)

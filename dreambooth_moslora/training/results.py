@@ -47,11 +47,9 @@ Shown = tuple[SampleRequest, Image.Image]
 
 @dataclass
 class ValidationSamples:
-    """`requests` are drawn at each sampling step, `contexts` once at the end. Both are empty without a prompt."""
-
     run_dir: run_folder.RunDir
-    requests: list[SampleRequest]
-    contexts: list[SampleRequest]
+    requests: list[SampleRequest]  # drawn at each sampling step
+    contexts: list[SampleRequest]  # drawn once at the end
     every_steps: int
     latest: list[Image.Image] = field(default_factory=list)
     latest_step: int = 0
@@ -67,15 +65,13 @@ class ValidationSamples:
 
     @property
     def prompts(self) -> list[str]:
-        """All prompts that will be drawn."""
         return sorted({request.prompt for request in [*self.requests, *self.contexts]})
 
     def is_due(self, step: int, last_step: int) -> bool:
         return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
 
     def draw(self, step: int, sampler: Sampler, accelerator: Accelerator) -> events.SamplesDrawn:
-        """Draw `samples/step_000100_0.png` …, shared out to the processes; the main process saves them. Returns their
-        event. Raises StopRequestedError from the sampler; pictures drawn before are kept."""
+        """Draw `samples/step_000100_0.png` …, shared out; the main process saves. Raises StopRequestedError."""
         self.latest, self.latest_step = [], step
         for number, picture in enumerate(share_out(accelerator, self.requests, sampler)):
             self.latest.append(picture)
@@ -111,8 +107,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 def draw_loss_plot(
     steps: Sequence[events.StepDone], path: Path, evaluations: Sequence[events.StepEvaluated] = ()
 ) -> None:
-    """Write a PNG with the loss, and with the scores if there are evaluations. The loss of single steps is noisy, as
-    each draws its own noise levels, so a running mean is drawn over it."""
+    """Write a PNG with the loss and its running mean, and with the scores if there are evaluations."""
     panels = 2 if evaluations else 1
     figure = Figure(figsize=(7 * panels, 3.5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -176,8 +171,7 @@ class Publisher:
             self._publish_to(folder)
 
     def publish(self, finished: bool) -> Proof:
-        """Write the adapter, then its card, then push it to the hub; plot and contact sheet come last. Only a finished
-        run draws new contexts, fewer after a stop, and is pushed. The main process writes; all draw."""
+        """Write adapter, card, plot and sheet. Only a finished run draws contexts and is pushed; all processes draw."""
         accelerator = self.train_step.accelerator
         proof = on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
         contexts: list[Shown] = []
@@ -189,7 +183,6 @@ class Publisher:
         return proof
 
     def _present(self, finished: bool, proof: Proof, contexts: list[Shown]) -> None:
-        """Write what shows the adapter, and push it."""
         config, run_dir = self.config, self.run_dir
         best = self.best if run_dir.best_dir.is_dir() else None
         adapter, step = replace(self.facts, tokens=new_tokens.notes_of(self.tokens, run_dir.name)), self.train_step.step
@@ -223,7 +216,6 @@ class Publisher:
 def facts_of(
     config: table.TrainConfig, inputs: prepare.TrainInputs, train_step: TrainStep, checkpoint: Path | None
 ) -> metadata.AdapterMetadata:
-    """The metadata that the adapter files contain."""
     facts = raw_file.adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
@@ -257,8 +249,7 @@ def settings_in(facts: metadata.AdapterMetadata) -> list[object]:
 def write_card(
     config: table.TrainConfig, run_dir: run_folder.RunDir, facts: CardFacts, drawn: list[Shown], contexts: list[Shown]
 ) -> None:
-    """Write README.md and its pictures, image_0.png and on: with one subject a few, with several one of each and of
-    pairs. Old pictures go first and new ones come last: a card names every picture at all times."""
+    """Write README.md and its pictures, old ones first away: at all times a card names every picture."""
     pictures = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *contexts]
     if len(config.subjects) > 1:
         first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
@@ -275,8 +266,7 @@ def write_card(
 def sheet_rows(
     config: table.TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Shown]
 ) -> list[Row]:
-    """The contact sheet: each subject's photos, its pictures of step 0 and of the end with the same seeds, and new
-    contexts; then prompts with two subjects. It is never uploaded, as it shows the photos."""
+    """Each subject's photos, its pictures of step 0 and the end, new contexts; then pairs. It is never uploaded."""
     start = f"adapter {public_name(config.init_adapter)}" if config.init_adapter else "base"
     rows = []
     for number, subject in enumerate(config.each_subject):
@@ -286,17 +276,12 @@ def sheet_rows(
             n for n, request in enumerate(samples.requests) if request.prompt in prompts.validation_prompts(subject)
         ]
         captions = tuple(samples.requests[n].prompt for n in asked)
+        latest = [samples.latest[n] for n in asked if n < len(samples.latest) and samples.latest_step]
         rows += [
             Row(f"The photos{name}", readable(own[:6])),
             Row(f"Step 0: the {start}, before training", samples.first(asked), captions),
-            Row(
-                f"Step {samples.latest_step}: the same prompts, from the same noise",
-                [samples.latest[n] for n in asked if n < len(samples.latest) and samples.latest_step],
-                captions,
-            ),
-            row_of(
-                "New contexts", [shown for shown in contexts if shown[0].prompt in prompts.context_prompts(subject)]
-            ),
+            Row(f"Step {samples.latest_step}: the same prompts, from the same noise", latest, captions),
+            row_of("New contexts", [one for one in contexts if one[0].prompt in prompts.context_prompts(subject)]),
         ]
     pairs = prompts.together_prompts(config)
     return [*rows, row_of("Two subjects in one prompt", [shown for shown in contexts if shown[0].prompt in pairs])]
@@ -307,7 +292,6 @@ def row_of(title: str, shown: list[Shown]) -> Row:
 
 
 def readable(photos: list[Photo]) -> list[Image.Image]:
-    """The photos that can still be read."""
     found = []
     for photo in photos:
         try:

@@ -7,15 +7,13 @@ generated   a picture drawn with the adapter on the device is not a single colou
 step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
 lower bound
 
-Each training is the training command in a process of its own, with the embedded base and painted photos. Nothing is
-downloaded, and no file is written outside the folder. The random UNet is one random megabyte repeated, scaled by
-1/sqrt(fan-in), so that activations neither grow nor vanish.
+Each training is the training command, with the embedded base and painted photos. The random UNet is one random megabyte
+repeated, scaled by 1/sqrt(fan-in), so that activations neither grow nor vanish.
 
     python -m dreambooth_moslora.training.selftest
 
 measures that step alone, and prints one line of JSON: `floor_sec` (the frozen UNet's forward pass and the gradient of
-its input), `step_sec` (the trainer's step, with the adapter's update), and `peak_gib` of the process, or of its tensors
-on a GPU. Both times are of a second call, after one to warm up.
+its input), `step_sec` (the trainer's step, with the update), and `peak_gib` of the process, or of a GPU's tensors.
 """
 
 import argparse
@@ -44,8 +42,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import photo_stream, prepare
 from dreambooth_moslora.training.step import TrainStep
 
-SIZES = ("sdxl", "small")
-"""2.57 billion parameters, or the same topology with a fortieth of the width."""
+SIZES = ("sdxl", "small")  # 2.57 billion parameters, or the same topology with a fortieth of the width.
 
 
 def text_widths(size: str) -> tuple[int, int]:
@@ -123,7 +120,6 @@ class RandomMaterials:
         return self.pipeline.unet
 
     def prompt_embeds(self, prompts: list[str]) -> list[families.Text]:
-        """The same random text for every prompt."""
         return [self.text] * len(prompts)
 
 
@@ -133,12 +129,9 @@ def random_materials(size: str, resolution_px: int) -> RandomMaterials:
     ids = torch.tensor([resolution_px, resolution_px, 0, 0, resolution_px, resolution_px], dtype=torch.float32)
     widths = text_widths(size)
     embeds, pooled = torch.randn(77, sum(widths)).bfloat16(), torch.randn(widths[1]).bfloat16()
-    return RandomMaterials(
-        SimpleNamespace(unet=random_unet(size)),
-        prepare.noise_schedule(scheduler),
-        photo_stream.EncodedView(torch.randn(4, side, side), ids, None),
-        {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled},
-    )
+    text = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    view = photo_stream.EncodedView(torch.randn(4, side, side), ids, None)
+    return RandomMaterials(SimpleNamespace(unet=random_unet(size)), prepare.noise_schedule(scheduler), view, text)
 
 
 GIB = 2**30
@@ -167,11 +160,8 @@ def floor_step(materials: RandomMaterials, config: TrainConfig, device: torch.de
     """One forward pass of the frozen UNet in training mode and its input's gradient: the lower bound of a step."""
     unet, batch = materials.pipeline.unet.train(), materials.batch_at(0, config.train_batch_size)
     texts = [families.in_dtype(text, device, materials.dtype) for text in materials.prompt_embeds(batch.prompts)]
-    words, sizes, times = (
-        materials.family.arguments(texts),
-        batch.time_ids.to(device),
-        torch.tensor([500], device=device),
-    )
+    words, sizes = materials.family.arguments(texts), batch.time_ids.to(device)
+    times = torch.tensor([500], device=device)
 
     def step() -> None:
         noisy = torch.randn_like(batch.latents, device=device, dtype=materials.dtype).requires_grad_()
@@ -200,25 +190,15 @@ def main() -> None:
     parser.add_argument("--gradient_checkpointing", action="store_true")
     args = parser.parse_args()
     processes.keep_freed_memory()
-    config = TrainConfig(
-        instance_data_dir=".",
-        instance_prompt="a photo of sks dog",
-        resolution=args.resolution,
-        rank=16,
-        train_batch_size=1,
-        gradient_checkpointing=args.gradient_checkpointing,
-        mixed_precision="bf16",
-        seed=0,
-    )
-    print(json.dumps(measure(args.size, config)))
+    fixed = {"rank": 16, "train_batch_size": 1, "mixed_precision": "bf16", "seed": 0, "instance_data_dir": "."}
+    asked = {"resolution": args.resolution, "gradient_checkpointing": args.gradient_checkpointing}
+    print(json.dumps(measure(args.size, TrainConfig(**fixed, **asked, instance_prompt="a photo of sks dog"))))
 
 
 PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
 STEPS, STOPPED_AT = 6, 3
-TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}
-"""Largest relative difference of a loss to the CPU's in fp32. TF32 convolutions, PyTorch's default, keep 10 bits."""
-FLAT_LEVELS = 2.0
-"""Standard deviation, of 255 levels, below which a picture shows nothing."""
+TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}  # Of a loss to the CPU's in fp32; TF32 keeps 10 bits
+FLAT_LEVELS = 2.0  # Standard deviation, of 255 levels, below which a picture shows nothing
 FULL_PX, CPU_PX = 1024, 512
 STEP_PLANS = ("full", "recompute")
 STEP_SEC = 600
@@ -227,17 +207,14 @@ ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 @dataclass(frozen=True)
 class Finding:
-    """One result: whether the test holds, a line about it, and its figures by name."""
-
     name: str
-    holds: bool
-    said: str
+    holds: bool  # whether the test does
+    said: str  # a line about it
     figures: dict[str, float | str] = field(default_factory=dict)
 
 
 class SelfTest:
-    """Trains and generates with `program`, with `env` added to the environment, in each of `precisions`, of which "no"
-    is fp32. With `free_gib` of device memory it also measures a step of full-size SDXL."""
+    """Trains and draws with `program` and `env` in each of `precisions` ("no": fp32); measures SDXL if `free_gib`."""
 
     def __init__(
         self,

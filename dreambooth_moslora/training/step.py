@@ -1,14 +1,12 @@
 """One optimizer step: gradients from micro-batches, then an update of the adapter.
 
-Every random draw has the name (seed, what, micro-batch number), so that it does not depend on other draws.
-Micro-batches are counted over steps, accumulation and processes, so one process with accumulation 2 draws what two
-processes draw. The adapters' gradients are small: one all-reduce per step averages them over processes. No module is
-wrapped, so any part of the base can be trained. Adapters are fp32. The frozen base computes in its own dtype, with
-copies of the adapter made once per step.
+Every random draw has the name (seed, what, micro-batch number). Micro-batches are counted over steps, accumulation and
+processes, so one process with accumulation 2 draws what two processes draw. One all-reduce per step averages the
+adapters' gradients over processes. No module is wrapped, so any part of the base can be trained. Adapters are fp32; the
+frozen base computes in its own dtype, with copies of the adapter made once per step.
 
-`--compile` compiles each of the UNet's transformer blocks in place, so that no module and no checkpoint key changes its
-name. Blocks of one width share a graph: SDXL has two widths. Graphs stay valid with recomputation, and with the adapter
-switched off for the prior.
+`--compile` compiles each of the UNet's transformer blocks in place, so that no checkpoint key changes its name. Blocks
+of one width share a graph, which stays valid with recomputation and without the adapter.
 """
 
 import logging
@@ -40,52 +38,41 @@ def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> 
 
 @dataclass(frozen=True)
 class Rows:
-    """B images for the denoiser: noisy latents, their `texts` and `prompts` (B), `time_ids` (B, 6) with sizes and
-    crops."""
-
     noisy: objective.NoisySample
-    texts: tuple[families.Text, ...]
-    time_ids: torch.Tensor
-    prompts: tuple[str, ...]
+    texts: tuple[families.Text, ...]  # (B)
+    time_ids: torch.Tensor  # (B, 6) with sizes and crops
+    prompts: tuple[str, ...]  # (B)
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
-        """Concatenate the rows of several parts, in their order."""
         noisy = objective.NoisySample(*map(torch.cat, zip(*(part.noisy.tensors for part in parts), strict=True)))
         texts, prompts = (tuple(one for part in parts for one in getattr(part, name)) for name in ("texts", "prompts"))
         return cls(noisy, texts, torch.cat([part.time_ids for part in parts]), prompts)
 
     def after(self, count: int) -> "Rows":
-        """Without the first `count`."""
         noisy = objective.NoisySample(*(tensor[count:] for tensor in self.noisy.tensors))
         return Rows(noisy, self.texts[count:], self.time_ids[count:], self.prompts[count:])
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`target` (B, 4, h, w) and `mask` (B, 1, h, w), or None. With the base as prior its answer is half the target."""
-
     batch: photo_stream.TrainBatch
     rows: Rows
-    target: torch.Tensor
-    mask: torch.Tensor | None
+    target: torch.Tensor  # (B, 4, h, w); with the base as prior its answer is half of it
+    mask: torch.Tensor | None  # (B, 1, h, w)
 
 
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
-GRAPHS = 32
-"""Most graphs of one kind of block; PyTorch does not compile further sizes. With buckets, the second size makes
-one graph for all sizes."""
+GRAPHS = 32  # Of one kind of block; with buckets, the second size makes one graph for all sizes
 
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Means over the micro-batches of one step, on all processes; `prior` is None without prior preservation."""
-
     total: float
     instance: float
-    prior: float | None
+    prior: float | None  # None without prior preservation
 
 
 class TrainStep:
@@ -176,8 +163,7 @@ class TrainStep:
         return (self.step * count + turn) * world + self.accelerator.process_index
 
     def update_adapter(self) -> float:
-        """Average gradients over processes, clip them, and take a step. Returns the gradient's norm before clipping.
-        If the norm is not finite, no step is counted: fp16's gradient scaler has skipped it and lowers its scale."""
+        """Average and clip gradients, and take a step. Returns the norm; if not finite, fp16 has skipped it."""
         with self.learnt.step(self.step) if self.learnt else nullcontext():
             self._average_gradients()
             norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf)
@@ -200,14 +186,12 @@ class TrainStep:
             yield
 
     def micro_batch_loss(self, micro_batch: int) -> objective.LossParts:
-        """The loss of micro-batch number `micro_batch` of the run."""
         micro = self.micro_batch(micro_batch)
         answer = self.base_prediction(self.prior_rows(micro)) if self.base_is_prior else None
         return self.loss_of(micro, self.predict(micro.rows), answer)
 
     def micro_batch(self, micro_batch: int) -> MicroBatch:
-        """Micro-batch number `micro_batch` of the run: drawn on the CPU, with noise and noise levels `index` (B,), then
-        moved to the device."""
+        """The run's micro-batch of this number: drawn on the CPU with noise and noise levels, then moved."""
         config, batch = self.config, self.batch_at(micro_batch)
         names = (config.seed, "micro", micro_batch)
         torch.manual_seed(seed_of(*names, "dropout"))
@@ -241,8 +225,7 @@ class TrainStep:
         return MicroBatch(batch, rows, target, moved["mask"])
 
     def loss_of(self, micro: MicroBatch, prediction: torch.Tensor, answer: torch.Tensor | None) -> objective.LossParts:
-        """The loss of the UNet's `prediction` (B, 4, h, w). `answer` (B/2, 4, h, w) is the frozen base's
-        prediction of the prior half when that is its target, else None."""
+        """The loss of `prediction` (B, 4, h, w); `answer` (B/2, 4, h, w): the base's, the prior half's target."""
         config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.batch.instance_count
         target = micro.target if answer is None else torch.cat([micro.target[:count], answer])
         weights = objective.snr_weights(schedule, index, count, config.snr_gamma)
@@ -265,8 +248,7 @@ class TrainStep:
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
 
     def predict(self, rows: Rows) -> torch.Tensor:
-        """The denoiser's prediction (B, C, h, w) in fp32. `time_ids` (B, 6) stay in fp32: bf16 would round a size of
-        1365 to 1368."""
+        """The denoiser's prediction (B, C, h, w) in fp32. `time_ids` stay fp32: bf16 makes 1365 px 1368."""
         inputs, family, to = self.inputs, self.inputs.family, {"device": self.device, "dtype": self.inputs.dtype}
         words = family.arguments([families.in_dtype(text, **to) for text in rows.texts])
         if inputs.text_products is not None:

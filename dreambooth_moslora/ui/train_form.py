@@ -17,7 +17,7 @@ from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan import choices as plan
-from dreambooth_moslora.settings import sources, versions
+from dreambooth_moslora.settings import rules, sources
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 from dreambooth_moslora.ui.visitors import kept_photos
 
@@ -388,7 +388,7 @@ def in_the_forms_words(advice: str, form: type[TrainForm] = TrainForm) -> str:
 
 def left_out(recipe: sources.FoundRecipe) -> dict[str, Any]:
     """The recipe's settings that are not taken: the base has its own resolution, and the machine its own memory."""
-    without = () if versions.version_of("bitsandbytes") else ("use_8bit_adam",)
+    without = () if rules.version_of("bitsandbytes") else ("use_8bit_adam",)
     return {name: recipe.settings[name] for name in ("resolution", *OF_MACHINE, *without) if name in recipe.settings}
 
 

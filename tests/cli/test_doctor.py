@@ -9,12 +9,12 @@ import torch
 from packaging.requirements import Requirement
 
 from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
+from dreambooth_moslora.cli.machine import OPTIONAL, bad_pairs, installed_versions, needed_ranges, out_of_range
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan import checks
-from dreambooth_moslora.settings import versions
+from dreambooth_moslora.settings import rules
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.settings.versions import OPTIONAL, bad_pairs, installed_versions, needed_ranges, out_of_range
 
 
 def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys):
@@ -65,6 +65,6 @@ def test_a_vae_that_overflows_is_found(tiny_base):
 )
 def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(settings, says, monkeypatch):
     checks.preflight(TrainConfig(report_to="none"))
-    monkeypatch.setattr(versions, "version_of", lambda name: None)
+    monkeypatch.setattr(rules, "version_of", lambda name: None)
     with pytest.raises(UserError, match=says):
         checks.preflight(TrainConfig(**{"report_to": "none"} | settings))

@@ -215,7 +215,7 @@ from pathlib import Path
 from dreambooth_moslora.cli.parser import unknown_flag_message
 from dreambooth_moslora.cli.train import build_train_parser, parse_train_config
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.settings import rules, sources, versions
+from dreambooth_moslora.settings import rules, sources
 from dreambooth_moslora.settings.table import SubjectTable, TrainConfig
 from tools.settings_table import page
 
@@ -248,7 +248,7 @@ json.dump({
     "given": sources.unless_given({"haze": 1.0, "crop_zoom": 2.0, "rank": 3}, {"haze": 2}),
     "elsewhere": unknown_flag_message("--fog=1"),
     "remarks": rules.remarks(TrainConfig(haze=1.0)),
-    "package": error_of(lambda: versions.require_packages(TrainConfig(haze=1.5, random_flip=True))),
+    "package": error_of(lambda: rules.require_packages(TrainConfig(haze=1.5, random_flip=True))),
     "subject": SubjectTable(haze=2).to_dict(),
     "docs": [line for line in page().splitlines() if "haze" in line],
 }, sys.stdout)

@@ -27,27 +27,23 @@ from dreambooth_moslora.disk import processes, queue, run_folder
 from dreambooth_moslora.extras.cluster.records import FLEET_NAME
 
 T = TypeVar("T")
-TRIES, FIRST_WAIT_SEC = 6, 0.5
-"""The waits double, so an outage of about 15 seconds is survived."""
+TRIES, FIRST_WAIT_SEC = 6, 0.5  # The waits double, so an outage of about 15 seconds is survived
 ONE_TRY = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}}
 """Options by which a store's library tries once: with its own 25 tries for each of ours, giving up takes minutes."""
 AT_ONCE = 8
-EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
-"""The package's extra for each URL scheme, and the library that it installs."""
+EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}  # URL scheme -> the package's extra, and the library that it installs
 HOPELESS = (
     *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "DefaultCredentialsError"),
     *("ProfileNotFound", "ParamValidationError"),
 )
 """Errors of the stores' libraries that a retry does not change."""
-ONE_PROCESS = "memory"
-"""The scheme of a store that no other process sees."""
+ONE_PROCESS = "memory"  # The scheme of a store that no other process sees
 DENIED = "access denied ({}); look at the credentials, and at what they may do there"
 
 
 class Bucket:
-    """A folder behind `url`. All names are relative to it, with slashes. Raises UserError for a URL without a bucket,
-    and when a library is missing. Each method retries failed calls, and raises UserError for an error that outlasts
-    that."""
+    """A folder behind `url`; names are relative to it, with slashes. Each method retries failed calls. Raises UserError
+    for a URL without a bucket, a missing library, and errors that last."""
 
     def __init__(self, url: str):
         from fsspec.core import url_to_fs
@@ -96,8 +92,7 @@ class Bucket:
         self.tried(name, self.files.rm_file, absent=None)
 
     def tried(self, name: str, action: Callable[[str], T], source: Path | None = None, **absent: T) -> T:
-        """Call `action` with the full path. Returns `absent` when the file does not exist. Raises FileNotFoundError
-        when `source` is gone."""
+        """Call `action` with the full path; `absent` for no file. Raises FileNotFoundError without `source`."""
         for wait in range(TRIES):
             try:
                 self.files.invalidate_cache()
@@ -120,15 +115,13 @@ class Bucket:
 
 
 def at_once(function: Callable[..., T], items: Iterable) -> list[T]:
-    """Call `function` on all items in threads; results keep the items' order. After an error no further call
-    begins, and it is raised when those under way have ended."""
+    """Call `function` on all items in threads, results in order. After an error no further call begins."""
     with ThreadPoolExecutor(AT_ONCE) as threads:
         return list(threads.map(function, items))
 
 
 MANIFEST = "manifest.json"
-KEY_BYTES, NAME_BYTES = 1024, 255
-"""Most bytes of a key in S3, and of a file name."""
+KEY_BYTES, NAME_BYTES = 1024, 255  # Most bytes of a key in S3, and of a file name
 GROWING = {FLEET_NAME, processes.CONFIG_NAME, processes.LOG_NAME, "metrics.jsonl", "train.log"}
 """Files that change all the time: they are taken even when they are newer than the manifest."""
 
@@ -160,8 +153,7 @@ def read_manifest(bucket: Bucket) -> Manifest:
 
 
 def is_plain(name: str, digest: object) -> bool:
-    """Whether it names a file within the folder, by a name that a file can have and a key that a bucket can have.
-    Raises ValueError for characters that no name has."""
+    """Whether it names a file within the folder, as files and bucket keys can. Raises ValueError."""
     path, sizes = PurePosixPath(name), [len(os.fsencode(part)) for part in (name, *name.split("/"))]
     is_within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
     is_one_spelling = str(path) == name and path.parts == Path(name).parts  # Windows divides names at more characters

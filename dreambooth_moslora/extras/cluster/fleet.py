@@ -53,8 +53,7 @@ def shared_settings(config: table.TrainConfig) -> tuple[object, ...]:
     return tuple(getattr(config, name) for name in (*found, *ALIKE))
 
 
-PROCESS_GIB = 0.5
-"""Memory of the libraries, beside the estimate's tensors."""
+PROCESS_GIB = 0.5  # Memory of the libraries, beside the estimate's tensors
 SHARED_PLANS = tuple(name for name, plan in memory.PLANS.items() if "cache_cross_attention" not in plan)
 """The plans of `--memory auto` with which runs can share a base."""
 
@@ -85,8 +84,7 @@ class Machines:
         return cls(gpu_gib, max(rooms, default=0) / machine.GIB, per_gpu, cpus)
 
     def resources_for(self, config: table.TrainConfig) -> on_ray.Resources:
-        """What one training asks for, at most the largest machine: there, a run that does not fit says so itself.
-        Raises UserError for a damaged base."""
+        """What one training asks for, at most the largest machine. Raises UserError for a damaged base."""
         planned = replace(config, **memory.plan_settings(config, plan_name(config, self.gpu_gib) or "full"))
         need = memory.estimate(planned, base_size(config), 1).peak_gib
         if self.gpu_gib is None:
@@ -205,8 +203,7 @@ class GroupsUnderWay:
     def untold(
         self, task: on_ray.Task, result: records.Record | list[records.Record] | on_ray.Lost
     ) -> list[tuple[str, records.Record | on_ray.Lost]]:
-        """The results of the task's subjects that have not been reported yet. One of a lost group may have finished
-        before, and then keeps its record."""
+        """The results that have not been reported; one of a lost group may have finished before."""
         work, found = task.arguments[0], []
         if not isinstance(work, worker.Group):
             return [(task.key, result)]
@@ -232,8 +229,7 @@ class Ending:
 
 @contextmanager
 def begun(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
-    """Hold a fleet's folder for the length of the block, and write its list of subjects. Raises UserError while another
-    fleet holds it."""
+    """Hold a fleet's folder for the block, and write its subjects. Raises UserError while another holds it."""
     out.mkdir(parents=True, exist_ok=True)
     with queue.locked(out, "--out"):
         records.write_names(out, [subject.name for subject in subjects])
@@ -267,9 +263,8 @@ def run_fleet(
     check: Callable[[Path, records.Record | on_ray.Lost], records.Record] | None = None,
     url: str = "",
 ) -> None:
-    """Train all of `todo` (from `missing`) on the connected cluster; each subject ends with an `Ending`. Call it within
-    `begun`. A worker calls `train`; `check` compares its answer with the files here (`checked`). If the run folders are
-    behind a URL, `out` is a local view of `url` (`remote_output`)."""
+    """Train all of `todo` on the connected cluster, within `begun`; each subject ends with an `Ending`. A worker calls
+    `train`; `check` compares its answer with the files. `out` may be a local view of `url` (`remote_output`)."""
 
     def tell(name: str, result: records.Record | on_ray.Lost) -> None:
         on_end(Ending(name, (check or checked)(out / name, result)))

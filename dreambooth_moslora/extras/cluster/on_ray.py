@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreambooth_moslora.core import UserError, import_environment, one_line
-from dreambooth_moslora.settings.versions import installed_versions
+from dreambooth_moslora.settings.rules import version_of
 
 GIB = 2**30
 INSTALL = 'pip install "ray[default]>=2.50,<3"'
-OBJECT_STORE_BYTES = 100 * 2**20
-"""Ray's minimum, which suffices: tasks exchange only names and numbers."""
+OBJECT_STORE_BYTES = 100 * 2**20  # Ray's minimum, which suffices: tasks exchange only names and numbers
 EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: one machine alone, listening on the loopback
@@ -26,8 +25,7 @@ EMBEDDED = {
     "RAY_AUTH_MODE": "token",  # Ray Serve's replicas unpickle from any address: accept only senders with Ray's token
     "RAY_worker_niceness": "0",  # tasks keep the priority of this process: the machine is here for them
 }
-WINDOW = 64
-"""Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to make it grow."""
+WINDOW = 64  # Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to make it grow
 WAIT_SEC = 0.5
 LOST_BY = {
     "WorkerCrashedError": "its worker was killed",
@@ -65,7 +63,7 @@ def connected(address: str | None) -> Iterator[None]:
     """Connect to Ray for the length of the block. Without an address, start it on this machine alone. Raises UserError
     when Ray is not installed, does not start here, or no cluster answers."""
     os.environ.update({name: value for name, value in EMBEDDED.items() if address is None or "USAGE" in name})
-    if installed_versions(("ray",))["ray"] is None:
+    if version_of("ray") is None:
         raise UserError(f"fleets need Ray: {INSTALL}.")
     import ray
 
@@ -94,9 +92,8 @@ def run_tasks(
     should_stop: Callable[[], bool] = bool,
     on_retry: Callable[[Task, str], None] = lambda task, reason: None,
 ) -> Iterator[tuple[Task, Any]]:
-    """Yield (task, the function's result or `Lost`) as tasks end. At most `window` tasks are submitted at once, which
-    bounds memory for long lists. A task whose worker or machine is lost is submitted again up to `retries` times. After
-    `should_stop` no task is started; running ones are waited for."""
+    """Yield (task, result or `Lost`) as tasks end. At most `window` are submitted at once; one whose machine is lost
+    again up to `retries` times. After `should_stop` none is started; running ones are waited for."""
     import ray
 
     remote = ray.remote(max_retries=0, max_calls=0)(function)

@@ -30,9 +30,8 @@ FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
 
 @dataclass(frozen=True)
 class Record:
-    """`state` is one of STATES. `mark` identifies settings and photos (`subjects.mark_of`). `starts` counts the run's
-    trainings. `seconds` is their total time, `hours` that time multiplied by the held `unit`s (GPUs or CPU cores). The
-    time of a training whose machine was lost is not counted."""
+    """`state` of STATES; `mark` of settings and photos (`subjects.mark_of`); `starts`: trainings; `seconds`: their
+    time; `hours`: times the held `unit`s (GPUs or cores). That of a lost machine is not counted."""
 
     state: str
     mark: str = ""
@@ -112,8 +111,7 @@ class Row:
 
 
 def rows_of(out: Path) -> list[Row]:
-    """All subjects, the most urgent first: failures, then alarms, then those least like their photos. Raises UserError
-    when there is no fleet."""
+    """All subjects: failures, then alarms, then those least like their photos. Raises UserError for no fleet."""
     rows = sorted((row_of(out / name) for name in read_names(out)), key=lambda row: row.name)
     rows.sort(key=lambda row: 2.0 if row.likeness is None else row.likeness)
     return sorted(rows, key=lambda row: (STATES.index(row.record.state), -len(row.alarms)))

@@ -26,8 +26,7 @@ POLL_SEC, LOOK_SEC, LEAST_OFTEN_SEC = 0.5, 5.0, 60.0
 """Seconds between looks for a new checkpoint, checks for a stop, and pushes at the least."""
 NOT_THERE = "the files of {name} are not in the bucket any more"
 UNSENT = ".unsent"
-"""Marks a folder that may have files which the bucket has not. It holds the writer in the bucket's manifest, or
-all that it may be."""
+"""Marks a folder that may have files which the bucket lacks, by the writer in its manifest, or those that may be."""
 
 
 def train_in_bucket(
@@ -87,8 +86,7 @@ def scratch_home(url: str) -> Path:
 
 
 def begin(mirror: Mirror, mark: str) -> None:
-    """Fetch the bucket's files. Keep local files of a worker that was killed or whose last files it did not take,
-    unless another machine has written since."""
+    """Fetch the bucket's files; keep a killed worker's own unless another machine has written since."""
     unsent = mirror.folder / UNSENT
     record = records.read_record(mirror.folder)
     is_ours = record is not None and record.mark == mark and unsent.is_file()
@@ -177,8 +175,7 @@ class RemoteFleet:
         self.bucket.write(name, (self.view / name).read_bytes())
 
     def check(self, run_dir: Path, result: records.Record | on_ray.Lost) -> records.Record:
-        """Like `fleet.checked`, for the files in the bucket. When they cannot be read, the worker's result is
-        believed."""
+        """Like `fleet.checked`, for files in the bucket; if they cannot be read, the worker's result counts."""
         try:
             self.fetch(run_dir.name)
             record = checked(run_dir, result, NOT_THERE)
@@ -196,8 +193,7 @@ class RemoteFleet:
         on_end: Callable[[Ending], None],
         should_stop: Callable[[], bool] = bool,
     ) -> None:
-        """Like `run.run_fleet`, with workers that write to the bucket. It also writes there the stop, and
-        failures that no worker could write."""
+        """Like `run.run_fleet`, with workers, a stop, and failures that go to the bucket."""
 
         def note(ending: Ending) -> None:
             if ending.record.state == "failed":
@@ -222,8 +218,7 @@ class RemoteFleet:
         run_fleet(todo, view, machines, note, stop, train_in_bucket, self.check, self.bucket.url)
 
     def note_failure(self, name: str, record: records.Record) -> None:
-        """Write the record into the bucket. One that knows of no training replaces none there: with it, the next
-        try would not continue from the checkpoints."""
+        """Write the record into the bucket, where one that knows of no training replaces none."""
         bucket = self.bucket / name
         if record.starts or bucket.read(records.FLEET_NAME) is None:
             bucket.write(records.FLEET_NAME, (self.view / name / records.FLEET_NAME).read_bytes())

@@ -93,8 +93,7 @@ class StackedLayer:
         self.layers[0].__dict__.pop("forward", None)
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
-        """y (N·m,…,out) for x (N·m,…,in), whose rows are in the order of the adapters; the base's output when
-        adapters are switched off."""
+        """y (N·m,…,out) for x (N·m,…,in), rows in the adapters' order; the base's if they are off."""
         if self.layers[0].disable_adapters:
             return self.base(x)
         if self._copies is not None:
@@ -115,8 +114,7 @@ def is_plain(layer: LoraLayer, adapter_name: str) -> bool:
 
 
 class StackedAdapters:
-    """The adapters of N >= 2 models with the same base and the same adapted layers, of equal shapes. Raises ValueError
-    for models that do not fit together."""
+    """The adapters of N >= 2 models of one base, on the same layers, of equal shapes; else ValueError."""
 
     def __init__(self, models: Sequence[torch.nn.Module], adapter_name: str = "default"):
         if len(models) < 2:
@@ -131,9 +129,8 @@ class StackedAdapters:
 
     @contextmanager
     def for_one_step(self) -> Iterator[fast_linear.StepCopies]:
-        """Let the first model compute for all for the length of the block, in which the adapters must not change. A
-        batch has N equal shares of rows, in the order of the models. Call `collect` after each backward pass. After a
-        block without errors the gradients are where the optimizers expect them."""
+        """Let the first model compute for all for the block, in which adapters are constant. A batch has N equal shares
+        of rows, in order. Call `collect` after each backward pass."""
         with ExitStack() as stack:
             for unit in self.general:
                 stack.callback(unit.take_back)

@@ -30,8 +30,7 @@ REFUSED = {
     "hub_token": "it would be written to every run's folder; log in on the machines (`hf auth login`)",
 }
 """Settings that a subject must not have, and why."""
-PLACES = ("instance_data_dir", "output_dir")
-"""Settings that say where a run is, not what it is."""
+PLACES = ("instance_data_dir", "output_dir")  # Settings that say where a run is, not what it is
 
 
 @dataclass(frozen=True)
@@ -153,8 +152,7 @@ def prompts_of(token: str, word: str) -> dict[str, str]:
 
 
 def mark_of(settings: Mapping[str, Any]) -> str:
-    """A digest of the settings and of the photos' file names and sizes: if it changes, the run must be trained again.
-    It does not depend on where photos and run folder are."""
+    """A digest of the settings and of the photos' names and sizes, wherever they lie: another means another run."""
     files = sorted(Path(settings["instance_data_dir"]).iterdir())
     sizes = [(path.name, path.stat().st_size) for path in files if path.is_file()]
     values = table.TrainConfig.from_dict(settings).to_dict()

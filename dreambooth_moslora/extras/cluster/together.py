@@ -142,8 +142,7 @@ class Costs:
 
 
 class SharedBase:
-    """Replaces `encoder.load_base` for runs with the same base, precision and layers. The UNet stays on the device.
-    Text encoders and VAE are lent to one run after the other."""
+    """Replaces `load_base`: the UNet stays on the device; encoders and VAE are lent to one run after the other."""
 
     def __init__(self, load: frozen_base.LoadBase = frozen_base.load_base):
         self._load = load
@@ -194,9 +193,8 @@ class Course:
 def train_together(
     members: Iterable[Member], most: int, on_end: Callable[[Member, loop.TrainResult | Exception], None]
 ) -> None:
-    """Train all `members`, at most `most` at once. When one ends or fails, the next begins. They must have the same
-    `shared_settings`, and none may need to be alone (`extras.cluster.fleet`). `on_end` is called with each member and
-    its result or error."""
+    """Train all `members`, at most `most` at once; when one ends, the next begins. They must have the same
+    `shared_settings`. `on_end` is called with each member and its result or error."""
     base, waiting, under_way = SharedBase(), iter(members), []
 
     def going(member: Member, action: Callable[..., T], *arguments: object) -> T | None:
@@ -236,8 +234,7 @@ def begun(member: Member, base: SharedBase) -> Course:
 
 
 def losses_of(runs: Sequence[loop.Training]) -> list[Callable[[], StepLosses]]:
-    """For each run, a function that returns its losses or raises. An error while drawing a run's micro-batch
-    ends that run only; an error in the common pass ends all runs."""
+    """For each run, a function that returns its losses or raises; an error in the common pass ends all."""
     found: dict[int, StepLosses | Exception] = {}
     ready, drawn = [], []
     for run in runs if len(runs) > 1 else ():
@@ -276,8 +273,7 @@ def stacked(*unets: torch.nn.Module) -> stacked_adapters.StackedAdapters:
 
 
 def accumulate_together(steps: Sequence[TrainStep], drawn: Sequence[Sequence[MicroBatch]]) -> list[StepLosses]:
-    """Accumulate the gradients of each run's next step, whose loss is of its own rows. `drawn` are its micro-batches,
-    equally many for each run."""
+    """Accumulate each run's gradients of its next step, from equally many micro-batches `drawn`."""
     first, turns, found = steps[0], list(zip(*drawn, strict=True)), []
     with stacked(*(step.inputs.denoiser for step in steps)).for_one_step() as copies:
         for micros in turns:

@@ -31,21 +31,17 @@ from dreambooth_moslora.extras.cluster.records import Record, ended, is_finished
 DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
 POLL_SEC = 0.2
 HOLD_NAME = ".worker.lock"
-"""A lock that the worker takes and its training inherits. It is held until the training ends, even if the
-worker dies first."""
-HELD_SEC = 120.0
-"""How long a training whose worker is gone may take for its last step and checkpoint."""
-KILLED_MOST = 3
-"""How many times one machine starts a training that was killed."""
+"""The worker's lock, which its training inherits, held until that ends, even if the worker dies first."""
+HELD_SEC = 120.0  # How long a training whose worker is gone may take for its last step and checkpoint
+KILLED_MOST = 3  # How many times one machine starts a training that was killed
 ENDED = ("done", "failed", "interrupted")
 GUARDED = ("-P", "-m", "dreambooth_moslora.extras.cluster.worker")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs: the run's `settings`, its `mark`, and its share of a machine. Relative paths in the settings
-    begin at `folder`, if that exists on the machine. `url` is the run folder's, if it is in a bucket (`remote_output`);
-    of `run_dir` only the name is used then."""
+    """What a worker needs: the run's `settings`, `mark`, share of a machine, and `folder`, where relative paths begin.
+    `url` is the run folder's in a bucket (`remote_output`); of `run_dir` only the name is used then."""
 
     run_dir: str
     settings: Mapping[str, Any]
@@ -92,8 +88,7 @@ def held_for_training(run_dir: Path) -> Iterator[BinaryIO]:
 
 
 def held(run_dir: Path) -> BinaryIO:
-    """Lock the folder for a training, after waiting for one of a lost worker. Raises UserError when that does
-    not end."""
+    """Lock the folder for a training, after a lost worker's has ended. Raises UserError when it does not."""
     end = time.monotonic() + HELD_SEC
     while True:
         try:
@@ -176,8 +171,7 @@ class Group:
 
 
 def train_work(work: Job | Group) -> Record | list[Record]:
-    """Train a worker's task, one subject or a group, to its end, or until the fleet is told to stop. The records are
-    in the order of `jobs`."""
+    """Train a worker's task, one subject or a group, to its end or a stop. Records are in the order of `jobs`."""
     if isinstance(work, Job):
         return train_subject(work)
     with ExitStack() as stack:

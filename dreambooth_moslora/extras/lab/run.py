@@ -197,8 +197,7 @@ def materials(study: Study, subject: str) -> list[Path]:
 
 @lru_cache(maxsize=64)
 def content_of(path: Path) -> str:
-    """A digest of a file, or of all files below a folder except .md files. Of a large file only its size and last bytes
-    count, which any training changes."""
+    """A digest of a file, or of a folder without .md files; of large files their size and last bytes."""
     files, marks = [path], []
     if not path.is_file():
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".md")
@@ -302,8 +301,7 @@ def unfinished(study: Study, out: Path) -> list[Cell]:
 
 
 def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> Iterator[tuple[Cell, float, str]]:
-    """(cell, seconds, error) as they end. One job runs in this process; more get processes of their own, which share
-    the GPUs."""
+    """(cell, seconds, error) as they end; several jobs are processes that share the GPUs."""
     if jobs == 1 or len(cells) <= 1:
         yield from (run_cell(study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells)
         return
@@ -335,8 +333,7 @@ def cells_on_cluster(
 
 
 def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:
-    """Of `jobs` processes: its share of the cores, a GPU, and an end when the one that started it is gone. `begun`
-    counts them."""
+    """Of `jobs` processes: a share of the cores, a GPU, an end with its parent. `begun` counts them."""
     torch.set_num_threads(threads)
     with begun.get_lock():
         number, begun.value = begun.value, begun.value + 1
@@ -347,15 +344,13 @@ def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:
 
 
 def gpu_of(number: int, count: int, visible: str | None) -> str | None:
-    """The GPU of worker `number`, by the name that the driver takes: one of `count`, of those `visible` if not all are.
-    None without a choice."""
+    """The GPU of worker `number` by its driver's name: one of `count`, of those `visible`. None without a choice."""
     names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
     return names[number % count] if count > 1 else None
 
 
 def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int, folder: str = "") -> tuple[Cell, float, str]:
-    """Train, score, write the result, delete the run folder. A study's paths are relative to the `folder` of the
-    command, which must exist at the same place on all machines."""
+    """Train, score, write the result, delete the run folder. `folder`: the command's, for a study's paths."""
     if folder:
         os.chdir(folder)
     started = time.monotonic()
@@ -429,8 +424,7 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
 
 
 def count_parameters(config: TrainConfig, rank: int) -> int:
-    """Parameters of A, B, a learnt mixer, and DoRA's magnitudes, over all projections. Layers that `--rank_pattern`
-    names have ranks of their own."""
+    """Of A, B, a learnt mixer and DoRA's magnitudes, over all projections, each with its own rank."""
     own, found = replace(config, rank=rank), 0
     widths = projections(config.pretrained_model_name_or_path, config.target_modules)
     for path, (inputs, outputs) in widths.items():
@@ -442,8 +436,7 @@ def count_parameters(config: TrainConfig, rank: int) -> int:
 
 @lru_cache(maxsize=8)
 def projections(base: str, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """{path: (in, out)} of every targeted layer of the base's UNet, from its configuration alone; in·h·w for a
-    convolution."""
+    """{path: (in, out)} of every targeted layer of the UNet, by its configuration; in·h·w for convolutions."""
     source = resolve_base(base)
     if isinstance(source, Path) and source.is_file():
         unet = pipeline_of(base).pipeline.unet

@@ -148,9 +148,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """`budget`: with "parameters" each arm gets the rank whose number of parameters is nearest to plain LoRA's; with
-    "rank" all have the nominal rank. `tie`: pictures closer than this many standard deviations of the reference's are a
-    tie. Raises UserError."""
+    """`budget` "parameters": each arm's rank is nearest to plain LoRA's in parameters; "rank": the nominal one. `tie`:
+    closer than this many deviations of the reference's. Raises UserError."""
 
     subjects: tuple[StudySubject, ...]
     arms: dict[str, dict[str, Any]]
@@ -214,8 +213,7 @@ class Study:
         return [Cell("test", arm, rank, subject.name, seed, chosen[arm, rank]) for seed, subject, rank, arm in each]
 
     def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
-        """The settings of the cell's training, at its real `rank`. Arms share order and noise, by the seed.
-        Raises UserError."""
+        """The settings of the cell's training at its real `rank`; arms share the seed. Raises UserError."""
         subject, shared = self.subject(cell.subject), {**self.train, **self.arms[cell.arm]}
         chosen, steps = subject.settings, shared.get("max_train_steps")
         if shared.pop(TOGETHER, False):

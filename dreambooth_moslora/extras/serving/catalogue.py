@@ -106,13 +106,11 @@ FOLDER_SEC, BUCKET_SEC = 0.5, 10.0
 """Age in seconds at which a listing is renewed."""
 SHARE = 9
 """A listing is kept this many times as long as it took: of many files, renewing it takes a tenth of the time."""
-MOST_FETCHED = 64
-"""Files of a bucket that a replica keeps on its disk."""
+MOST_FETCHED = 64  # Files of a bucket that a replica keeps on its disk
 
 
 class Catalogue:
-    """Adapters by name. `find` raises RefusedError (404) when there is none; `local` is the file's path here, after
-    fetching it if needed."""
+    """Adapters by name. `find` raises RefusedError (404); `local` is the file's path here, fetched if needed."""
 
     def __init__(self, old_sec: float) -> None:
         self._old_sec, self._lock = old_sec, Lock()

@@ -19,8 +19,7 @@ from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 
 class Batches:
-    """A batch is the longest waiting item and up to `most` - 1 others with its key. Thus a batch loads its
-    adapters once, and no item starves behind a popular key."""
+    """A batch is the longest waiting item and up to `most` - 1 others with its key, so that no item starves."""
 
     def __init__(self, most: int) -> None:
         self.most = most

@@ -32,8 +32,7 @@ from dreambooth_moslora.extras.serving.catalogue import TOO_LATE, Catalogue, Dra
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-OPEN = frozenset({"/healthz"})
-"""Paths without a token, for load balancers."""
+OPEN = frozenset({"/healthz"})  # Paths without a token, for load balancers
 MIN_TOKEN_CHARACTERS = 16
 
 
@@ -65,8 +64,7 @@ def digest(token: str) -> bytes:
 
 
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
-"""Environment of Ray Serve, set before its start: on a busy machine its default of 5 seconds restarts the proxy
-again and again."""
+"""Environment of Ray Serve: its default of 5 seconds restarts the proxy again and again on a busy machine."""
 RANGES = {
     "port": (1, 65535),
     "replicas": (1, 1024),
@@ -114,8 +112,7 @@ class ServeSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ServeSettings":
-        """Settings of a Serve config file, whose proxies listen on all addresses. Raises UserError for an unknown
-        name."""
+        """Of a Serve config file, whose proxies listen everywhere. Raises UserError for an unknown name."""
         if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
             raise UserError(f"unknown setting {unknown[0]!r}.")
         places = values.get("adapters", ())
@@ -156,8 +153,7 @@ class Telemetry:
         return generate_latest(self.registry)
 
 
-HEALTH_SEC, BODY_SEC = 10.0, 10.0
-"""Seconds for a replica to report its health, and for a body to arrive."""
+HEALTH_SEC, BODY_SEC = 10.0, 10.0  # For a replica to report its health, and for a body to arrive
 MOST_RETRY_SEC, MAX_BODY_BYTES = 60, 64 * 1024
 """A body fits two prompts of the longest kind with every letter escaped."""
 logger = logging.getLogger(__name__)
@@ -165,8 +161,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Front:
-    """`draw` sends an order to a replica; `facts` asks a replica about the base. At most `max_inside` requests
-    wait or are drawn at once; each has `request_timeout_sec`."""
+    """`draw` sends an order to a replica, `facts` asks about the base. At most `max_inside` requests are in it."""
 
     draw: Callable[[Order], Awaitable[Drawn]]
     facts: Callable[[], Awaitable[dict]]

@@ -22,13 +22,11 @@ APP_NAME = "dreambooth_moslora"
 LOST = (BackPressureError, DeploymentUnavailableError, RayActorError)
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 """No access log: it would record prompts and addresses of clients."""
-STOP_SEC = 5.0
-"""Seconds for pictures in progress when the service ends."""
+STOP_SEC = 5.0  # Seconds for pictures in progress when the service ends
 
 
 def keep_on_loopback() -> None:
-    """Make this process open its ports on the loopback only: Ray Serve opens each replica's port on all addresses and
-    without a token. Call it when a replica starts."""
+    """Open this replica's ports on the loopback only: Ray Serve opens them without a token."""
     from grpc.aio._server import Server
 
     add_port = Server.add_insecure_port

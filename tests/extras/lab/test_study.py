@@ -12,8 +12,8 @@ import pytest
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.extras.lab.command_compare import compare_arguments
-from dreambooth_moslora.extras.lab.command_compare import study_of as study_of_words
+from dreambooth_moslora.extras.lab.commands import compare_arguments
+from dreambooth_moslora.extras.lab.commands import study_of as study_of_words
 from dreambooth_moslora.extras.lab.report import arm_rows, difference_plot, outcome_rows
 from dreambooth_moslora.extras.lab.run import Result, best_rates, materials, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
