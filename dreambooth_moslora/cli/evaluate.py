@@ -16,7 +16,7 @@ from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
 from dreambooth_moslora.core import UserError, atomic_write, find_asset, spelled_out
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan.checks import require_folder, require_writable
 from dreambooth_moslora.settings import measures, sources, table
 from dreambooth_moslora.training import explain, model_card

@@ -20,7 +20,7 @@ from packaging.version import InvalidVersion, Version
 from dreambooth_moslora.cli.terminal import hush
 from dreambooth_moslora.core import UserError, atomic_write, clone_folder
 from dreambooth_moslora.photos.folder import find_photos, require_folder_of_photos
-from dreambooth_moslora.photos.photo import open_rgb
+from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.settings.rules import version_of
 
 MIN_PYTHON = (3, 11)

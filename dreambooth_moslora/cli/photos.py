@@ -17,7 +17,7 @@ from dreambooth_moslora.settings import sources, table
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
-    from dreambooth_moslora.photos.photo import Photo
+    from dreambooth_moslora.photos.photo_file import Photo
 
 BASE = "pretrained_model_name_or_path"  # Without it photos are taken for photographs, and the base for SDXL
 OF_PHOTOS = (*table.named("check"), BASE)
@@ -134,7 +134,7 @@ def as_json(report: "PhotoReport") -> dict[str, Any]:
 
 
 def as_text(report: "PhotoReport", crops: str | None) -> str:
-    from dreambooth_moslora.photos.photo import quoted
+    from dreambooth_moslora.photos.photo_file import quoted
 
     lines = []
     for photo in report.photos:

@@ -13,8 +13,7 @@ from dreambooth_moslora.adapters.moslora import set_scale
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation import evaluate, metrics, protocol, report
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.photos.folder import with_made
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import SCALES, ScaleChoice, best_of, choose_scale
 
@@ -28,7 +27,7 @@ class TrainingEvaluator:
     def __init__(
         self,
         config: TrainConfig,
-        photos: Sequence[Photo],
+        photos: Sequence[photo_file.Photo],
         encoders: metrics.Encoders | None = None,
         scores: bool = True,
     ):
@@ -45,9 +44,9 @@ class TrainingEvaluator:
         return sorted({prompt for plan in self.plans for prompt in plan.prompts})
 
     @cached_property
-    def photos_as_trained(self) -> list[Photo]:
+    def photos_as_trained(self) -> list[photo_file.Photo]:
         """With the masks and captions that the run has made by now."""
-        return with_made(self.config, self.photos)
+        return folder.with_made(self.config, self.photos)
 
     @cached_property
     def evaluators(self) -> list[evaluate.Evaluator]:
@@ -99,6 +98,6 @@ class TrainingEvaluator:
         return sorted((at, score) for at, score in scores.items() if at < step)
 
 
-def plan_of(subject: TrainConfig, photos: list[Photo]) -> protocol.EvaluationPlan:
+def plan_of(subject: TrainConfig, photos: list[photo_file.Photo]) -> protocol.EvaluationPlan:
     full = protocol.plan_of_subject(subject, photos, seeds=SEEDS)
     return full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)

@@ -31,17 +31,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch.nn.functional import normalize
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-)
 
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core import CLIP, DINO, UserError, is_toy, one_line, public_name
@@ -110,7 +102,7 @@ def load_encoders(
     clip_name = f"{folder.name} CLIP" if folder and not clip else public_name(clip or CLIP)
     towers = load_clip(clip or folder or CLIP, device, is_pipeline=bool(folder and not clip))
     dino = dino or (folder.parent / TOY_DINO if folder and (folder.parent / TOY_DINO).is_dir() else DINO)
-    model = frozen(AutoModel, dino, device)
+    model = frozen(transformers.AutoModel, dino, device)
     if model.main_input_name != "pixel_values":
         raise UserError(f"the encoder {dino} is a {type(model).__name__}, which reads not only pictures: name a DINOv2")
     names = (clip_name, public_name(dino))
@@ -121,7 +113,7 @@ def load_encoders(
 
         alexnet = LPIPS(net="alex", verbose=False).requires_grad_(False).eval().to(device)
         lpips = picture_distance(alexnet, device)
-    return Encoders(towers, model, loaded(AutoImageProcessor, dino), names, lpips=lpips)
+    return Encoders(towers, model, loaded(transformers.AutoImageProcessor, dino), names, lpips=lpips)
 
 
 def picture_distance(model: torch.nn.Module, device: str | torch.device) -> PictureDistance:
@@ -143,21 +135,21 @@ def load_clip(name: str | Path, device: str | torch.device, *, is_pipeline: bool
     """A CLIP model, or that inside a pipeline's folder, whose image encoder matches its second text encoder."""
     if is_pipeline:
         folder = Path(name)
-        vision = frozen(CLIPVisionModelWithProjection, folder / "image_encoder", device)
-        text = frozen(CLIPTextModelWithProjection, folder / "text_encoder_2", device)
+        vision = frozen(transformers.CLIPVisionModelWithProjection, folder / "image_encoder", device)
+        text = frozen(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", device)
         return Clip(
             lambda pixels: vision(pixel_values=pixels).image_embeds,
             lambda words: text(words.input_ids, attention_mask=words.attention_mask).text_embeds,
-            loaded(CLIPTokenizer, folder / "tokenizer_2"),
-            loaded(CLIPImageProcessor, folder / "feature_extractor"),
+            loaded(transformers.CLIPTokenizer, folder / "tokenizer_2"),
+            loaded(transformers.CLIPImageProcessor, folder / "feature_extractor"),
         )
-    model = frozen(CLIPModel, name, device)
+    model = frozen(transformers.CLIPModel, name, device)
     image_part, text_part = model.vision_model, model.text_model
     return Clip(
         lambda pixels: model.visual_projection(image_part(pixel_values=pixels).pooler_output),
         lambda words: model.text_projection(text_part(words.input_ids, words.attention_mask).pooler_output),
-        loaded(CLIPTokenizer, name),
-        loaded(CLIPImageProcessor, name),
+        loaded(transformers.CLIPTokenizer, name),
+        loaded(transformers.CLIPImageProcessor, name),
     )
 
 

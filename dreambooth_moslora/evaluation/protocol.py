@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError, is_toy
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.settings import prompts, table
 from dreambooth_moslora.settings.prompts import Subject
 

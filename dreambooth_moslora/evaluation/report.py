@@ -23,7 +23,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.core import atomic_write
 from dreambooth_moslora.evaluation import evaluate, metrics, protocol
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
-from dreambooth_moslora.photos.photo import Photo, open_mask, open_rgb
+from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.prompts import MOST_PAIRS

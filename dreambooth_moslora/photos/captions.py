@@ -24,8 +24,7 @@ from typing import Any
 from PIL import Image
 
 from dreambooth_moslora.core import UserError, assets_folder, atomic_write, half_precision, is_toy, public_name
-from dreambooth_moslora.photos import folder, masks
-from dreambooth_moslora.photos.photo import Photo, open_rgb, why_not_beside
+from dreambooth_moslora.photos import folder, masks, photo_file
 from dreambooth_moslora.settings import prompts, table
 
 QWEN, TOY_CLIP = "Qwen/Qwen3-VL-2B-Instruct", "toy-sdxl"
@@ -112,14 +111,14 @@ def surroundings_in(answer: str) -> str:
 
 @dataclass(frozen=True)
 class MadeCaption:
-    photo: Photo
+    photo: photo_file.Photo
     caption: str | None  # None: why is the `remark`
     remark: str = ""
     key: str = ""  # it is not kept yet
 
 
 def make_beside(
-    photos: Iterable[Photo], captioner: Captioner, prompt: str, *, anew: bool = False
+    photos: Iterable[photo_file.Photo], captioner: Captioner, prompt: str, *, anew: bool = False
 ) -> Iterator[MadeCaption]:
     """Write `name.txt` beside each photo without a caption; `anew`: also over made, unedited ones. Raises OSError."""
     photos = list(photos)
@@ -131,7 +130,7 @@ def make_beside(
         elif not is_old and photo.is_captioned:
             reason = "it has a caption, which is kept"
         else:
-            reason = why_not_beside(photo, target, photos, replaces=is_old)
+            reason = photo_file.why_not_beside(photo, target, photos, replaces=is_old)
         made = MadeCaption(photo, None, reason) if reason else make(photo, captioner, prompt)
         if made.caption is not None:
             keep(target.with_name(folder.MADE_CAPTIONS), made, prompt)
@@ -144,7 +143,7 @@ def make_beside(
         yield made
 
 
-def was_made(photo: Photo, target: Path) -> bool:
+def was_made(photo: photo_file.Photo, target: Path) -> bool:
     """Whether the file still holds the caption that was made."""
     made = folder.kept_captions(target.with_name(folder.MADE_CAPTIONS)).get(photo.path.name)
     try:
@@ -153,7 +152,7 @@ def was_made(photo: Photo, target: Path) -> bool:
         return False
 
 
-def make_for_run(photo: Photo, captioner: Captioner, prompt: str, path: Path) -> MadeCaption:
+def make_for_run(photo: photo_file.Photo, captioner: Captioner, prompt: str, path: Path) -> MadeCaption:
     """A caption that `keep` writes into the file `path`. One there of the same photo, model and words is taken."""
     old = folder.kept_captions(path).get(photo.kept_name)
     if old and old["made_from"] == photo.key(model=captioner.name, word=captioner.word, prompt=prompt):
@@ -170,8 +169,8 @@ def keep(path: Path, made: MadeCaption, prompt: str) -> None:
         atomic_write(path, json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False))
 
 
-def make(photo: Photo, captioner: Captioner, prompt: str) -> MadeCaption:
-    found = captioner.surroundings(open_rgb(photo))
+def make(photo: photo_file.Photo, captioner: Captioner, prompt: str) -> MadeCaption:
+    found = captioner.surroundings(photo_file.open_rgb(photo))
     key = photo.key(model=captioner.name, word=captioner.word, prompt=prompt)
     if not found:
         return MadeCaption(photo, None, "the model says nothing, so no caption is written", key)

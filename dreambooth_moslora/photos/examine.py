@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from dreambooth_moslora.core import rng
-from dreambooth_moslora.photos.folder import PhotoReport
-from dreambooth_moslora.photos.photo import CropPlan, Photo, apply_crop, crop_rule, open_mask, open_rgb
+from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.pictures import Row
 from dreambooth_moslora.settings import subjects, table
 
@@ -30,21 +29,21 @@ THUMBNAIL_PX = 16
 EDGE_PERCENTILE, SHARPEST_PERCENTILE = 80, 90
 
 
-def plans_of(photo: Photo, number: int, config: table.TrainConfig) -> Iterator[CropPlan]:
+def plans_of(photo: photo_file.Photo, number: int, config: table.TrainConfig) -> Iterator[photo_file.CropPlan]:
     """The crops of photo `number` of its subject, with the random draws of training; without a seed those of seed 0."""
-    rule, stream = crop_rule(config), subjects.stream_of("instance", photo.subject)
+    rule, stream = photo_file.crop_rule(config), subjects.stream_of("instance", photo.subject)
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
         for crop in range(config.crops_per_photo):
             yield rule.plan(photo.size_px, rng(config.seed or 0, stream, "crop", slot, crop))
 
 
-def crop_rows(photos: list[Photo], config: table.TrainConfig) -> list[Row]:
+def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list[Row]:
     """One row per photo: the photo with frames, then up to five crops; parts outside the mask are dark."""
     rows = []
     for number, photo in enumerate(photos):
-        shown = masked(open_rgb(photo), open_mask(photo))
+        shown = masked(photo_file.open_rgb(photo), photo_file.open_mask(photo))
         plans = list(islice(plans_of(photo, number, config), MAX_CROPS))
-        crops = [apply_crop(shown, plan, config.image_interpolation_mode) for plan in plans]
+        crops = [photo_file.apply_crop(shown, plan, config.image_interpolation_mode) for plan in plans]
         crops = [ImageOps.pad(crop, (SHOWN_PX, SHOWN_PX), color="white") for crop in crops]
         title = "; ".join([photo.path.name, *photo.reasons])
         scale = SHOWN_PX / max(shown.size)
@@ -77,12 +76,12 @@ WHITE, MOST_WHITE = 250, 0.75
 """Where more of a photo is pure white, the light has burnt it out, or the subject is small."""
 
 
-def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
+def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.PhotoReport:
     """The report with what is wrong with a photo as its reasons. Of equal photos the worse one is the duplicate."""
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
     photos, thumbnails = [], []
     for photo in report.photos:
-        image = open_rgb(photo)
+        image = photo_file.open_rgb(photo)
         reasons = exposure(image)
         if (sharp := sharpness(image, look_px)) < MIN_SHARPNESS:
             reasons.append(f"{BLURRED}: sharpness {sharp:.2f}, sharp photos have {MIN_SHARPNESS} and more")

@@ -28,16 +28,7 @@ from PIL import Image
 
 from dreambooth_moslora import core
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.photos.photo import (
-    IMAGE_SUFFIXES,
-    Photo,
-    UnreadableImageError,
-    find_mask,
-    is_rotated,
-    open_image,
-    upright_size,
-    with_kept_masks,
-)
+from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.settings.prompts import joined
 from dreambooth_moslora.settings.rows import nearest
 from dreambooth_moslora.settings.table import TrainConfig
@@ -53,7 +44,7 @@ CAPTION_KEYS = ("text", "caption", "prompt")
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 
 
-def bare_prompt_line(config: TrainConfig, photos: Sequence[Photo]) -> str | None:
+def bare_prompt_line(config: TrainConfig, photos: Sequence[photo_file.Photo]) -> str | None:
     """What happens to the photos with a `bare_prompt`; None when there are none."""
     count, share = sum(photo.bare_prompt is not None for photo in photos), config.bare_share
     if not count:
@@ -86,7 +77,7 @@ def sidecar_of(path: Path) -> tuple[str, str] | None:
     if path.suffix.lower() == CAPTION_SUFFIX:
         return path.stem, CAPTION_SUFFIX
     inner = Path(path.stem)
-    if path.suffix.lower() in IMAGE_SUFFIXES and inner.suffix.lower() == MASK_SUFFIX:
+    if path.suffix.lower() in photo_file.IMAGE_SUFFIXES and inner.suffix.lower() == MASK_SUFFIX:
         return inner.stem, MASK_SUFFIX
     return None
 
@@ -258,7 +249,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class PhotoReport:
-    photos: list[Photo] = field(default_factory=list)
+    photos: list[photo_file.Photo] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     sidecars: list[Path] = field(default_factory=list)  # captions and masks in use
 
@@ -271,7 +262,7 @@ def log_strays(report: PhotoReport) -> None:
         logger.warning("%s", core.spelled_out(line))
 
 
-def usable_photos(report: PhotoReport) -> list[Photo]:
+def usable_photos(report: PhotoReport) -> list[photo_file.Photo]:
     """The report's photos; each photo that was left out is logged with its reason."""
     for skipped in report.skipped:
         if skipped.is_photo:
@@ -315,7 +306,7 @@ def report_of(config: TrainConfig, number: int) -> PhotoReport:
     return replace(report, photos=photos)
 
 
-def with_made(config: TrainConfig, photos: Iterable[Photo]) -> list[Photo]:
+def with_made(config: TrainConfig, photos: Iterable[photo_file.Photo]) -> list[photo_file.Photo]:
     """The photos; with `--captions auto` and `--masks auto` with what training has made in the run folder by now."""
     photos, run_dir = list(photos), RunDir(config.output_dir)
     if config.captions == "auto":
@@ -324,10 +315,10 @@ def with_made(config: TrainConfig, photos: Iterable[Photo]) -> list[Photo]:
             if not photo.is_captioned and (made := kept.get(photo.kept_name)):
                 captioned = replace(photo, captions=(made["caption"],))
                 photos[number] = with_own_captions(subjects[photo.subject], captioned)
-    return with_kept_masks(photos, run_dir.masks_dir) if config.masks == "auto" else photos
+    return photo_file.with_kept_masks(photos, run_dir.masks_dir) if config.masks == "auto" else photos
 
 
-def with_own_captions(config: TrainConfig, photo: Photo) -> Photo:
+def with_own_captions(config: TrainConfig, photo: photo_file.Photo) -> photo_file.Photo:
     """With prefix and suffix on its own captions, and its bare prompt if none of them is the instance prompt."""
     prompt, found = config.instance_prompt, []
     prefix, suffix = ((end or "").strip() for end in (config.caption_prefix, config.caption_suffix))
@@ -381,7 +372,7 @@ class FolderReader:
         for path in self.paths:
             if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, core.SUBJECT_FILE):
                 item = self._read_one(path)
-                (report.photos if isinstance(item, Photo) else report.skipped).append(item)
+                (report.photos if isinstance(item, photo_file.Photo) else report.skipped).append(item)
         stems = {photo.path.stem for photo in report.photos}
         for path in self.paths:
             if not is_sidecar_name(path):
@@ -396,17 +387,18 @@ class FolderReader:
         report.skipped.extend(Skipped(path, reason) for path, reason in self.captions.complaints)
         return report
 
-    def _read_one(self, path: Path) -> Photo | Skipped:
+    def _read_one(self, path: Path) -> photo_file.Photo | Skipped:
         is_system = path.name.lower() in JUNK or path.name.startswith(".")
         if reason := no_file_reason(path) or ("stray: a file of the system" if is_system else None):
             return Skipped(path, reason)
         try:
-            image = open_image(path)
-        except UnreadableImageError as error:
-            claims = path.suffix.lower() in IMAGE_SUFFIXES
+            image = photo_file.open_image(path)
+        except photo_file.UnreadableImageError as error:
+            claims = path.suffix.lower() in photo_file.IMAGE_SUFFIXES
             return Skipped(path, str(error) if claims else "stray: not a photo", is_photo=claims)
-        height, width = upright_size(image)
-        reasons, shorter = ["rotated by EXIF: turned upright"] if is_rotated(image) else [], min(height, width)
+        height, width = photo_file.upright_size(image)
+        reasons = ["rotated by EXIF: turned upright"] if photo_file.is_rotated(image) else []
+        shorter = min(height, width)
         if shorter < max(8, self.resolution_px // 8):  # it would be enlarged more than eight times
             reason = f"tiny: {width} x {height} px for a resolution of {self.resolution_px}"
             return Skipped(path, reason, is_photo=True, size_px=(height, width))
@@ -414,9 +406,11 @@ class FolderReader:
             times = self.resolution_px / shorter
             reasons.append(f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times")
         beside = self.sidecars.get((path.stem, MASK_SUFFIX))
-        mask_path, remarks = find_mask(path, image, beside, alpha_is_mask=self.alpha == "mask")
+        mask_path, remarks = photo_file.find_mask(path, image, beside, alpha_is_mask=self.alpha == "mask")
         own = self.captions.of(path)
-        return Photo(path, (height, width), own or (self.prompt,), mask_path, (*reasons, *remarks), bool(own))
+        return photo_file.Photo(
+            path, (height, width), own or (self.prompt,), mask_path, (*reasons, *remarks), bool(own)
+        )
 
 
 def is_sidecar_name(path: Path) -> bool:

@@ -23,14 +23,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core import UserError, assets_folder, atomic_write, is_toy, one_line, public_name
-from dreambooth_moslora.photos.photo import (
-    Photo,
-    UnreadableImageError,
-    kept_path,
-    open_image,
-    open_rgb,
-    why_not_beside,
-)
+from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.settings import prompts, table
 
 KEY = "made-from"
@@ -144,36 +137,36 @@ def loaded(kind: Any, name: str, *, flag: str, what: str, **options: Any) -> Any
 
 @dataclass(frozen=True)
 class MadeMask:
-    photo: Photo
+    photo: photo_file.Photo
     path: Path | None  # of its mask, if one was made
     remark: str = ""  # for the user
 
 
-def make_beside(photos: Iterable[Photo], segmenter: Segmenter) -> Iterator[MadeMask]:
+def make_beside(photos: Iterable[photo_file.Photo], segmenter: Segmenter) -> Iterator[MadeMask]:
     """Write `name.mask.png` beside each photo without a mask, one after the other. Raises OSError."""
     photos = list(photos)
     for photo in photos:
         target = photo.path.with_name(f"{photo.path.stem}.mask.png")
         has_one = photo.mask_path is not None
-        reason = "it has a mask, which is kept" if has_one else why_not_beside(photo, target, photos)
+        reason = "it has a mask, which is kept" if has_one else photo_file.why_not_beside(photo, target, photos)
         yield MadeMask(photo, None, reason) if reason else make(photo, target, segmenter)
 
 
-def make_kept(photo: Photo, segmenter: Segmenter, folder: Path) -> MadeMask:
+def make_kept(photo: photo_file.Photo, segmenter: Segmenter, folder: Path) -> MadeMask:
     """Write the photo's mask into `folder`. One made before from the same photo, model and word is kept."""
     key = photo.key(model=segmenter.name, word=segmenter.word)
-    target = kept_path(photo, folder)
+    target = photo_file.kept_path(photo, folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if target.is_file() and open_image(target).info.get(KEY) == key:
+        if target.is_file() and photo_file.open_image(target).info.get(KEY) == key:
             return MadeMask(photo, target)
-    except UnreadableImageError:
+    except photo_file.UnreadableImageError:
         pass  # it is made again
     return make(photo, target, segmenter, key)
 
 
-def make(photo: Photo, target: Path, segmenter: Segmenter, key: str = "") -> MadeMask:
-    mask = segmenter.mask(open_rgb(photo))
+def make(photo: photo_file.Photo, target: Path, segmenter: Segmenter, key: str = "") -> MadeMask:
+    mask = segmenter.mask(photo_file.open_rgb(photo))
     if mask.getextrema()[1] == 0:
         target.unlink(missing_ok=True)  # it was made for another word
         sought = f"“{segmenter.word}”" if segmenter.word else "the subject"

@@ -18,7 +18,7 @@ from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_set
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
-    from dreambooth_moslora.photos.photo import Photo
+    from dreambooth_moslora.photos.photo_file import Photo
 
 TOKEN = "sks"
 OBLONG = 1.1
@@ -165,7 +165,7 @@ def in_words(prompts: Iterable[str | None]) -> str:
 
 def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:
     """Choose masks and shapes, and unless the steps were given, the number that shows each photo `exposures` times."""
-    from dreambooth_moslora.photos.photo import counts_of
+    from dreambooth_moslora.photos.photo_file import counts_of
 
     is_given = choices.given.keys() & {"max_train_steps", "num_train_epochs", "exposures_per_photo"}
     if not is_given:
@@ -193,7 +193,7 @@ def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
 
 
 def steps_of(choices: Choices, photos: list["Photo"]) -> int:
-    from dreambooth_moslora.photos.photo import counts_of
+    from dreambooth_moslora.photos.photo_file import counts_of
     from dreambooth_moslora.plan.plan import plan_steps
 
     config = TrainConfig.from_dict(choices.all | {"early_stopping": None})  # the scores it needs are chosen later

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dreambooth_moslora.core import is_main_process, process_count
-from dreambooth_moslora.photos import folder, photo
+from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import checks, memory
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -77,7 +77,7 @@ class Plan:
     cost: memory.Estimate
 
     @property
-    def photos(self) -> list[photo.Photo]:
+    def photos(self) -> list[photo_file.Photo]:
         return self.photo_report.photos
 
 
@@ -100,5 +100,5 @@ def make_plan(
         report = memory.by_all(lambda: first or folder.photo_report(config))
     else:  # masks may have been chosen after the photos were read
         report = replace(report, photos=folder.with_made(config, report.photos))
-    steps = plan_steps(config, photo.counts_of(report.photos), process_count())
+    steps = plan_steps(config, photo_file.counts_of(report.photos), process_count())
     return Plan(config, base, report, steps, memory.estimate(config, size, steps.total_steps))

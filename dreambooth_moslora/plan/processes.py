@@ -13,15 +13,8 @@ from random import SystemRandom
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, PartialState, utils
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-    parse_flag_from_env,
-)
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -131,7 +124,7 @@ def exchange(accelerator: Processes, own: list[Result], error: Exception | None)
     told = [(own, None if error is None else (is_stop, str(error) or type(error).__name__))]
     if accelerator.num_processes > 1:
         with others_present():
-            told = gather_object(told)
+            told = utils.gather_object(told)
     endings = [(process, ended) for process, (_, ended) in enumerate(told) if ended is not None]
     if not endings:
         return [result for results, _ in told for result in results]
@@ -165,7 +158,7 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     run_dir.path.mkdir(parents=True, exist_ok=True)
     clean_stale(run_dir.path)
-    folders = ProjectConfiguration(str(run_dir.path), str(run_dir.path / config.logging_dir))
+    folders = utils.ProjectConfiguration(str(run_dir.path), str(run_dir.path / config.logging_dir))
     tracker = None if config.report_to in (None, "none") else config.report_to
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     try:
@@ -173,8 +166,8 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
             mixed_precision=config.mixed_precision,
             log_with=tracker,
             project_config=folders,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `TrainStep` divides
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),  # `TrainStep` divides
+            kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
         raise UserError(refusal(config.mixed_precision, one_line(error, 300))) from error
@@ -194,7 +187,7 @@ def joined() -> PartialState:
     """The processes that a launcher started, before their precision is known. Raises UserError if they are apart."""
     refuse_sharding()
     try:
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+        state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     except ValueError as error:
         raise UserError(refusal(None, one_line(error, 300))) from error
     check_world_size(state.num_processes)

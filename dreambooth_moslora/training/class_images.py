@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_moslora.core import atomic_write, file_digest, seed_of, spelled_out
-from dreambooth_moslora.photos.photo import Photo, UnreadableImageError, open_image
+from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image
 from dreambooth_moslora.pictures import png_bytes
 
 logger = logging.getLogger(__name__)

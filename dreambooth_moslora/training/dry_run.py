@@ -10,11 +10,9 @@ from pathlib import Path
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
 from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.core import public_name
-from dreambooth_moslora.disk.queue import check_free
-from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.photos import captions, folder, masks
+from dreambooth_moslora.disk import queue, run_folder
+from dreambooth_moslora.photos import captions, folder, masks, photo_file
 from dreambooth_moslora.photos.examine import examine
-from dreambooth_moslora.photos.photo import crop_rule, quoted
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
 from dreambooth_moslora.plan.memory import BYTES, plan_lines, precision_of, speed_here
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan
@@ -41,11 +39,11 @@ def free_disk_gib(config: table.TrainConfig) -> float:
 def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = None) -> str:
     """The report of `--dry_run`, with the settings as TOML. Raises UserError for what training would refuse."""
     check_folders(config)
-    check_free(Path(config.output_dir))
+    queue.check_free(Path(config.output_dir))
     if config.resume_from_checkpoint:
         from dreambooth_moslora.training.checkpoint import resume_point
 
-        resume_point(config, RunDir(config.output_dir))
+        resume_point(config, run_folder.RunDir(config.output_dir))
     plan = make_plan(config, report)
     config, report = plan.config, examine(plan.photo_report, config.resolution)
     settings = []
@@ -79,11 +77,11 @@ def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[s
     """A line for each photo; with `--enable_bucket` the sizes of the crops, and of class images."""
     lines = []
     for photo in report.photos:
-        about = f"{photo.path.name}  {photo.size_px[1]} x {photo.size_px[0]}  {quoted(photo)}"
+        about = f"{photo.path.name}  {photo.size_px[1]} x {photo.size_px[0]}  {photo_file.quoted(photo)}"
         lines.append("; ".join([about, *photo.reasons]))
     lines += [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
     if config.enable_bucket:
-        rule = crop_rule(config)
+        rule = photo_file.crop_rule(config)
         counts = Counter(rule.target(photo.size_px) for photo in report.photos)
         lines.append(f"cropped to {sizes_in_words(counts)}")
         if config.draws_class_images:

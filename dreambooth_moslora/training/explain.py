@@ -16,8 +16,7 @@ from typing import Any
 
 from dreambooth_moslora.core import UserError, is_finite_number
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES
 from dreambooth_moslora.settings import measures, sources, table
 from dreambooth_moslora.settings.prompts import class_word_of
@@ -156,7 +155,7 @@ def number(value: Any) -> float | None:
     return float(value) if is_finite_number(value) else None
 
 
-def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figures:
+def figures_of(run_dir: RunDir, photos: Sequence[photo_file.Photo] | None = None) -> Figures:
     """A run's figures: events, configuration, and a newer report of `evaluate`. Raises UserError for no run."""
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
@@ -164,7 +163,7 @@ def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figure
     config = known_config(sources.read_json_table(run_dir.config_path))
     if photos is None and not config.dataset_name:
         with suppress(UserError):
-            photos = photo_report(config).photos
+            photos = folder.photo_report(config).photos
     facts = {}
     if photos and not config.dataset_name:
         bare = sum(photo.bare_prompt is not None for photo in photos)

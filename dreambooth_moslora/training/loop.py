@@ -22,7 +22,7 @@ from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.core import StopRequestedError, UserError, half_precision, remove_directory
 from dreambooth_moslora.disk import events, queue, run_folder
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.photos import folder, photo
+from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import checks, processes
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.settings.table import TrainConfig
@@ -312,7 +312,9 @@ def set_up(
     config, report, step = replace(plan.config, seed=position.seed), context.report, position.step
     folder.log_strays(plan.photo_report)
     photos = folder.usable_photos(plan.photo_report)
-    steps = plan_steps(config, photo.counts_of(photos), context.accelerator.num_processes)  # MPI sets no WORLD_SIZE
+    steps = plan_steps(
+        config, photo_file.counts_of(photos), context.accelerator.num_processes
+    )  # MPI sets no WORLD_SIZE
     report.step = step
     processes.on_main(context.accelerator, lambda: checkpoint.report_start(config, context, step, steps.total_steps))
     made_before.make_captions(config, context, photos)

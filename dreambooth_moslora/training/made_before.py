@@ -17,10 +17,9 @@ from diffusers import DiffusionPipeline
 from dreambooth_moslora.base.families import denoiser_of
 from dreambooth_moslora.core import UserError, clean_stale, public_name, spelled_out
 from dreambooth_moslora.generation.fixed_seeds import generate_images
+from dreambooth_moslora.photos import masks, photo_file
 from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
 from dreambooth_moslora.photos.folder import find_photos, usable_photos
-from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept
-from dreambooth_moslora.photos.photo import Photo, crop_rule, without_kept_mask
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import class_images, frozen_base, reporter
@@ -69,10 +68,10 @@ def make_for_photos(
     config: TrainConfig,
     context: reporter.RunContext,
     kind: str,
-    photos: list[Photo],
+    photos: list[photo_file.Photo],
     load: Callable[[TrainConfig, torch.device], Model],
-    make: Callable[[Photo, Model], Made],
-    keep: Callable[[Photo, Made], object],
+    make: Callable[[photo_file.Photo, Model], Made],
+    keep: Callable[[photo_file.Photo, Made], object],
 ) -> None:
     """Make what the photos, in the order of their subjects, lack, by each subject's model; one is in memory."""
     subjects, device = config.each_subject, context.accelerator.device
@@ -83,47 +82,49 @@ def make_for_photos(
     reporter.free_unused_memory(device)
 
 
-def make_captions(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:
+def make_captions(config: TrainConfig, context: reporter.RunContext, photos: list[photo_file.Photo]) -> None:
     """Make the captions that the photos and the run folder lack. Raises UserError and StopRequestedError."""
     bare = [photo for photo in photos if not photo.is_captioned]
     if config.captions != "auto" or not bare:
         return
     subjects, path = config.each_subject, context.run_dir.captions_path
 
-    def make(photo: Photo, captioner: Captioner) -> MadeCaption:
+    def make(photo: photo_file.Photo, captioner: Captioner) -> MadeCaption:
         return make_for_run(photo, captioner, subjects[photo.subject].instance_prompt, path)
 
-    def tell(photo: Photo, made: MadeCaption) -> None:
+    def tell(photo: photo_file.Photo, made: MadeCaption) -> None:
         keep(path, made, subjects[photo.subject].instance_prompt)
         logger.info("%s", spelled_out(f"{photo.path.name}: {made.caption or made.remark}"))
 
     make_for_photos(config, context, "caption", bare, load_captioner, make, tell)
 
 
-def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:
+def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[photo_file.Photo]) -> None:
     """Make what the run folder lacks of masks for the photos without one. Raises UserError, StopRequestedError."""
     if config.masks != "auto":
         return
     folder = context.run_dir.masks_dir
 
-    def tell(photo: Photo, mask: MadeMask) -> None:
+    def tell(photo: photo_file.Photo, mask: masks.MadeMask) -> None:
         if mask.remark:
             logger.warning("%s", spelled_out(f"the mask of {photo.path.name}: {mask.remark}"))
 
-    own = [without_kept_mask(photo, folder) for photo in photos]
+    own = [photo_file.without_kept_mask(photo, folder) for photo in photos]
     if bare := [photo for photo in own if photo.mask_path is None]:
-        make_for_photos(config, context, "mask", bare, load_segmenter, partial(make_kept, folder=folder), tell)
+        make_for_photos(
+            config, context, "mask", bare, masks.load_segmenter, partial(masks.make_kept, folder=folder), tell
+        )
 
 
 Sets = list[tuple[class_images.ClassImages, int]]  # Sets of generated images, one per size, each with the wanted number
 
 
 def class_photos_of_each(
-    config: TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline, photos: list[Photo]
-) -> list[list[Photo]]:
+    config: TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline, photos: list[photo_file.Photo]
+) -> list[list[photo_file.Photo]]:
     """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs."""
-    found: dict[tuple[str, str | None], list[Photo]] = {}
-    subjects, rule = config.each_subject, crop_rule(config)
+    found: dict[tuple[str, str | None], list[photo_file.Photo]] = {}
+    subjects, rule = config.each_subject, photo_file.crop_rule(config)
     keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
     for subject, key in zip(subjects, keys):
         if key not in found:
@@ -134,7 +135,7 @@ def class_photos_of_each(
 
 def make_class_images(
     config: TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline, sizes: Mapping[tuple[int, int], int]
-) -> list[Photo]:
+) -> list[photo_file.Photo]:
     """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`."""
     accelerator = context.accelerator
     folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
@@ -176,7 +177,7 @@ def planned(
     return counted, [batch for images, count in counted for batch in images.lacking(count, config.sample_batch_size)]
 
 
-def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[Photo]:
+def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[photo_file.Photo]:
     """`num_class_images` images, the user's own first. Raises UserError for fewer: the prior would be weaker."""
     found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
     paths = [photo.path for photo in found]

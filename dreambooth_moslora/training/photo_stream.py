@@ -23,8 +23,7 @@ from PIL import Image
 
 from dreambooth_moslora.base import families, load
 from dreambooth_moslora.core import UserError, content_key, file_digest, place_of, rng
-from dreambooth_moslora.photos.folder import shuffled_captions
-from dreambooth_moslora.photos.photo import CropPlan, CropRule, Photo, apply_crop, nearest_shape, open_mask, open_rgb
+from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings import subjects, table
 from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
 
@@ -46,7 +45,7 @@ class PhotoEncoder:
         self,
         vae: torch.nn.Module,
         cache: TensorCache | None,
-        rule: CropRule,
+        rule: photo_file.CropRule,
         readers: int = 0,
         unmasked_weight: float = 0.0,
         family: families.Family = load.SDXL_FAMILY,
@@ -57,16 +56,18 @@ class PhotoEncoder:
         self.vae_identity = fingerprint(vae)
         self._digests: dict[object, str] = {}
         self._readers = ThreadPoolExecutor(readers) if readers and cache is None else None
-        self._reading: dict[tuple[Photo, CropPlan], Future[tuple[Image.Image, Image.Image | None]]] = {}
+        self._reading: dict[
+            tuple[photo_file.Photo, photo_file.CropPlan], Future[tuple[Image.Image, Image.Image | None]]
+        ] = {}
 
-    def encode(self, photo: Photo, plan: CropPlan) -> EncodedView:
+    def encode(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> EncodedView:
         """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is transparent."""
         tensors = self._compute(photo, plan) if self.cache is None else self.cache.get(*self.entry(photo, plan))
         around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
         weights = around + (1 - around) * tensors["subject"] if "subject" in tensors else None
         return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
 
-    def entry(self, photo: Photo, plan: CropPlan) -> tuple[str, Callable[[], Tensors]]:
+    def entry(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> tuple[str, Callable[[], Tensors]]:
         """The crop's key in the cache, and the function that encodes it (UserError if photo or cache changed)."""
         how = {"plan": plan, "interpolation": self.rule.interpolation, "vae": self.vae_identity}
         subject = photo.mask_path and self._digest(photo.mask_path)
@@ -91,11 +92,11 @@ class PhotoEncoder:
             self._digests[path] = file_digest(path)
         return self._digests[path]
 
-    def read_ahead(self, photo: Photo, plan: CropPlan) -> None:
+    def read_ahead(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> None:
         if self._readers is not None and (photo, plan) not in self._reading:
             self._reading[photo, plan] = self._readers.submit(load_crop, photo, plan, self.rule.interpolation)
 
-    def _compute(self, photo: Photo, plan: CropPlan) -> Tensors:
+    def _compute(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> Tensors:
         reading = self._reading.pop((photo, plan), None)
         image, mask = reading.result() if reading else load_crop(photo, plan, self.rule.interpolation)
         latents = load.encode_image(self.vae, pixels_of(image)[None], self.family)[0].cpu()
@@ -105,9 +106,11 @@ class PhotoEncoder:
         return {"latents": latents, "subject": F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]}
 
 
-def load_crop(photo: Photo, plan: CropPlan, interpolation: str) -> tuple[Image.Image, Image.Image | None]:
-    image, mask = apply_crop(open_rgb(photo), plan, interpolation), open_mask(photo)
-    return image, None if mask is None else apply_crop(mask, plan, "bilinear")
+def load_crop(
+    photo: photo_file.Photo, plan: photo_file.CropPlan, interpolation: str
+) -> tuple[Image.Image, Image.Image | None]:
+    image, mask = photo_file.apply_crop(photo_file.open_rgb(photo), plan, interpolation), photo_file.open_mask(photo)
+    return image, None if mask is None else photo_file.apply_crop(mask, plan, "bilinear")
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
@@ -120,7 +123,7 @@ class PhotoStream:
 
     def __init__(
         self,
-        photos: Sequence[Photo],
+        photos: Sequence[photo_file.Photo],
         encoder: PhotoEncoder,
         seed: int,
         name: str,
@@ -137,7 +140,7 @@ class PhotoStream:
         self.groups: dict[Size, list[int]] = {size: [] for size in beside.groups} if beside else {}
         for slot in range(len(self)):
             size_px = photos[slot // repeats].size_px
-            target = nearest_shape(size_px, beside.groups) if beside else encoder.rule.target(size_px)
+            target = photo_file.nearest_shape(size_px, beside.groups) if beside else encoder.rule.target(size_px)
             self.groups.setdefault(target, []).append(slot)
 
     def __len__(self) -> int:
@@ -167,7 +170,7 @@ class PhotoStream:
         """Start reading a sample that `at` will need soon."""
         self.encoder.read_ahead(*self._sample(position))
 
-    def _sample(self, position: int) -> tuple[Photo, CropPlan]:
+    def _sample(self, position: int) -> tuple[photo_file.Photo, photo_file.CropPlan]:
         slot, crop, target = self._view(position)
         photo, draws = self.photos[slot // self.repeats], rng(self.seed, self.name, "crop", slot, crop)
         return photo, self.encoder.rule.plan(photo.size_px, draws, target)
@@ -203,7 +206,7 @@ class PhotoStream:
         epoch, found = place_of(position, len(slots), self.seed, self.name, size)
         return epoch, slots[found]
 
-    def views_ahead(self, sample_count: int) -> list[tuple[Photo, CropPlan]]:
+    def views_ahead(self, sample_count: int) -> list[tuple[photo_file.Photo, photo_file.CropPlan]]:
         """The different views among the first `sample_count` samples; none when each epoch crops anew."""
         crops = self.encoder.rule.crops_per_photo or 0
         turns = crops if self.is_one_size else self.batch_size * math.ceil(crops / self.batch_size)
@@ -228,7 +231,7 @@ class SubjectStreams:
         self.streams, self.seed, self.run = streams, seed, run
 
     @property
-    def photos(self) -> list[Photo]:
+    def photos(self) -> list[photo_file.Photo]:
         return [photo for stream in self.streams for photo in stream.photos]
 
     @property
@@ -257,13 +260,15 @@ class SubjectStreams:
         round_, number = place_of(turn, len(self.streams), self.seed, "subjects")
         return number, round_ * self.run + offset
 
-    def views_ahead(self, sample_count: int) -> list[tuple[Photo, CropPlan]]:
+    def views_ahead(self, sample_count: int) -> list[tuple[photo_file.Photo, photo_file.CropPlan]]:
         """Like `PhotoStream.views_ahead`, of all subjects, in whole rounds."""
         share = -(-sample_count // (len(self.streams) * self.run)) * self.run
         return [view for stream in self.streams for view in stream.views_ahead(share)]
 
 
-def instance_streams(config: table.TrainConfig, photos: list[Photo], encoder: PhotoEncoder) -> SubjectStreams:
+def instance_streams(
+    config: table.TrainConfig, photos: list[photo_file.Photo], encoder: PhotoEncoder
+) -> SubjectStreams:
     """The streams of the subjects' photos; with buckets a batch shows one subject. Turns of photos that are left out by
     name go to the others, so that order, crops and noise of all other turns stay the same."""
     if config.leave_out and not config.subjects:  # of several, a name does not tell whose photo it is
@@ -272,7 +277,7 @@ def instance_streams(config: table.TrainConfig, photos: list[Photo], encoder: Ph
     streams = []
     for number, subject in enumerate(config.each_subject):
         own = [photo for photo in photos if photo.subject == number]
-        shuffled = [replace(photo, captions=shuffled_captions(subject, photo.captions)) for photo in own]
+        shuffled = [replace(photo, captions=folder.shuffled_captions(subject, photo.captions)) for photo in own]
         varied = (config.repeats, config.caption_dropout, config.train_batch_size)
         name, share = subjects.stream_of("instance", number), subject.bare_share
         streams.append(PhotoStream(shuffled, encoder, config.seed, name, *varied, bare_share=share))
@@ -280,7 +285,10 @@ def instance_streams(config: table.TrainConfig, photos: list[Photo], encoder: Ph
 
 
 def prior_streams(
-    config: table.TrainConfig, class_photos: list[list[Photo]], encoder: PhotoEncoder, instance: SubjectStreams
+    config: table.TrainConfig,
+    class_photos: list[list[photo_file.Photo]],
+    encoder: PhotoEncoder,
+    instance: SubjectStreams,
 ) -> SubjectStreams:
     """The streams of class images: beside each sample one of its class; with buckets, of the same size."""
     streams = []

@@ -22,7 +22,7 @@ from dreambooth_moslora.base import families, files
 from dreambooth_moslora.base.load import TextProducts, default_resolution
 from dreambooth_moslora.core import UserError, content_key, default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
-from dreambooth_moslora.photos.photo import Photo, crop_rule
+from dreambooth_moslora.photos.photo_file import Photo, crop_rule
 from dreambooth_moslora.plan import checks, memory, processes
 from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.families import facts_of

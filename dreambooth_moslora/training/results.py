@@ -27,7 +27,7 @@ from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import StopRequestedError, UserError, atomic_directory, atomic_write, public_name, seed_of
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
-from dreambooth_moslora.photos.photo import Photo, UnreadableImageError, open_image, open_rgb, to_rgb
+from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image, open_rgb, to_rgb
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.plan.processes import on_main, share_out
 from dreambooth_moslora.settings import measures, prompts, table

@@ -15,7 +15,7 @@ from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, is_number, i
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.settings import rules, sources
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig

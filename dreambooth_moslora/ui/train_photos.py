@@ -14,10 +14,9 @@ import PIL.ImageChops
 
 from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.disk.run_folder import NONE
+from dreambooth_moslora.photos import masks, photo_file
 from dreambooth_moslora.photos.examine import examine, masked, plans_of
 from dreambooth_moslora.photos.folder import find_photos, photo_report
-from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_warning
-from dreambooth_moslora.photos.photo import Photo, apply_crop, open_mask, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state, train_form, train_start, visitors
 
@@ -60,29 +59,29 @@ def shown_masks(config: TrainConfig, visitor: visitors.Visitor) -> Iterator[Show
     for photo, remark in photos:
         counts[photo.subject] += 1
         label = f"photo {counts[photo.subject]}" + (f" of subject {photo.subject + 1}" if is_several else "")
-        mask = open_mask(photo)
+        mask = photo_file.open_mask(photo)
         reason = remark or next((words for words in photo.reasons if words.startswith("mask not used")), "")
-        words = NO_MASK if mask is None else quality_warning(mask)
-        image = open_rgb(photo)
+        words = NO_MASK if mask is None else masks.quality_warning(mask)
+        image = photo_file.open_rgb(photo)
         image.thumbnail((EDIT_PX, EDIT_PX))
         yield ShownMask(name_of(photo.path, visitor), label, masked(image, mask), reason or words)
 
 
-def with_made_masks(config: TrainConfig, visitor: visitors.Visitor) -> Iterator[tuple[Photo, str]]:
+def with_made_masks(config: TrainConfig, visitor: visitors.Visitor) -> Iterator[tuple[photo_file.Photo, str]]:
     """Each photo with its mask, if it has one, and a remark on a made one."""
-    segmenters = [load_segmenter(one) for one in config.each_subject] if config.masks == "auto" else []
+    segmenters = [masks.load_segmenter(one) for one in config.each_subject] if config.masks == "auto" else []
     for photo in photo_report(config).photos:
         if photo.mask_path is not None or not segmenters:
             yield photo, ""
             continue
-        made = make_kept(photo, segmenters[photo.subject], visitor.folder / "made_masks")
+        made = masks.make_kept(photo, segmenters[photo.subject], visitor.folder / "made_masks")
         yield replace(photo, mask_path=made.path), made.remark
 
 
 def editor_picture(visitor: visitors.Visitor, name: str, config: TrainConfig) -> PIL.Image.Image:
     """The photo of that name on its square, tinted where its mask is white."""
     found = photo_now(visitor, name, config)
-    photo = open_rgb(found)
+    photo = photo_file.open_rgb(found)
     left, top, right, bottom = place_of(photo.size)
     square = PIL.Image.new("RGB", (EDIT_PX, EDIT_PX), MARGIN)
     square.paste(photo.resize((right - left, bottom - top)), (left, top))
@@ -90,16 +89,16 @@ def editor_picture(visitor: visitors.Visitor, name: str, config: TrainConfig) ->
     return PIL.Image.composite(tinted, square, mask_on_square(found))
 
 
-def mask_on_square(photo: Photo) -> PIL.Image.Image:
+def mask_on_square(photo: photo_file.Photo) -> PIL.Image.Image:
     """L: the mask that the run would use now; black without one."""
-    mask, square = open_mask(photo), PIL.Image.new("L", (EDIT_PX, EDIT_PX), 0)
+    mask, square = photo_file.open_mask(photo), PIL.Image.new("L", (EDIT_PX, EDIT_PX), 0)
     if mask is not None:
         left, top, right, bottom = place_of((photo.size_px[1], photo.size_px[0]))
         square.paste(mask.resize((right - left, bottom - top)).point(as_black_or_white), (left, top))
     return square
 
 
-def photo_now(visitor: visitors.Visitor, name: str, config: TrainConfig) -> Photo:
+def photo_now(visitor: visitors.Visitor, name: str, config: TrainConfig) -> photo_file.Photo:
     """The photo of that name with its current mask. Raises UserError when it is gone."""
     found = (photo for photo, _ in with_made_masks(config, visitor) if name_of(photo.path, visitor) == name)
     if (photo := next(found, None)) is None:
@@ -204,7 +203,9 @@ def review_kept(
     crops, lines = [], [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
     for place, photo in enumerate(report.photos):
         plan = next(plans_of(replace(photo, subject=number - 1), place, config))
-        crop = apply_crop(masked(open_rgb(photo), open_mask(photo)), plan, config.image_interpolation_mode)
+        crop = photo_file.apply_crop(
+            masked(photo_file.open_rgb(photo), photo_file.open_mask(photo)), plan, config.image_interpolation_mode
+        )
         crops.append((crop, ", ".join(photo.reasons) or "good"))
         lines += [f"photo {place + 1}: {', '.join(photo.reasons)}"] if photo.reasons else []
     each = config.crops_per_photo

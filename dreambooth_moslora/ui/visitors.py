@@ -24,9 +24,9 @@ import psutil
 from starlette.requests import cookie_parser
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.photos import photo as images
+from dreambooth_moslora.photos import photo_file as images
 from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
-from dreambooth_moslora.photos.photo import grey_mask
+from dreambooth_moslora.photos.photo_file import grey_mask
 from dreambooth_moslora.settings.sources import FoundRecipe
 
 PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]

@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth_moslora.plan import processes
-
 PATIENCE_S = 20
 
 
@@ -24,7 +22,7 @@ def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
         here.barrier.wait(PATIENCE_S)
         return told
 
-    monkeypatch.setattr(processes, "gather_object", gather)
+    monkeypatch.setattr("accelerate.utils.gather_object", gather)
 
     def run(count: int, work: Callable, on_machine: int | None = None) -> list:
         wire, barrier = {}, Barrier(count)

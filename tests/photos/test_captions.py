@@ -11,7 +11,7 @@ from transformers import AutoProcessor, PreTrainedModel
 from dreambooth_moslora.core import UserError, assets_folder, find_asset
 from dreambooth_moslora.photos import captions
 from dreambooth_moslora.photos.folder import find_photos, photo_report
-from dreambooth_moslora.photos.photo import open_image
+from dreambooth_moslora.photos.photo_file import open_image
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_encoders import save_tiny_chat_model

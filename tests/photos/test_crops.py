@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.photos.photo import FILTERS, CropPlan, CropRule, apply_crop, resized_size
+from dreambooth_moslora.photos.photo_file import FILTERS, CropPlan, CropRule, apply_crop, resized_size
 
 
 def smooth(size_px, seed=0):

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
-from dreambooth_moslora.photos.photo import open_rgb, quoted
+from dreambooth_moslora.photos.photo_file import open_rgb, quoted
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
 from tests.helpers.tiny_training import paint_photos

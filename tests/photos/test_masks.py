@@ -10,7 +10,7 @@ from PIL import Image
 from dreambooth_moslora.core import UserError, find_asset
 from dreambooth_moslora.photos import masks
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.photo import grey_mask, kept_path, open_image, open_mask, open_rgb, with_kept_masks
+from dreambooth_moslora.photos.photo_file import grey_mask, kept_path, open_image, open_mask, open_rgb, with_kept_masks
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import picture, transparent
 from tests.helpers.tiny_encoders import save_tiny_clipseg

@@ -8,7 +8,7 @@ import pytest
 
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
 from dreambooth_moslora.cli.train import train_main
-from dreambooth_moslora.photos import folder, photo
+from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import memory, plan
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
@@ -22,11 +22,11 @@ from tests.helpers.tiny_training import paint_photos
 def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_base, encoders, tmp_path, monkeypatch):
     """Encoding and scoring open them for their pixels, by `photo.open_rgb`."""
     opened, plans = Counter(), []
-    open_image, mask_problem = folder.open_image, photo.mask_problem
+    open_image, mask_problem = folder.open_image, photo_file.mask_problem
     counting = lambda path, *sizes: opened.update([path.name]) or open_image(path, *sizes)  # noqa: E731
     monkeypatch.setattr(folder, "open_image", counting)
     counted = lambda path, size: opened.update([path.name]) or mask_problem(path, size)  # noqa: E731
-    monkeypatch.setattr(photo, "mask_problem", counted)
+    monkeypatch.setattr(photo_file, "mask_problem", counted)
     counted = lambda *settings: plans.append(settings) or memory.estimate(*settings)  # noqa: E731
     monkeypatch.setattr(plan, "memory", SimpleNamespace(**vars(memory) | {"estimate": counted}))
     monkeypatch.setattr("dreambooth_moslora.evaluation.metrics.load_encoders", lambda name: encoders)

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk import processes as disk_processes
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.memory import in_lines
 from dreambooth_moslora.plan.processes import agreed, make_accelerator, on_each, on_main, refusal, share_out
 from dreambooth_moslora.settings.table import TrainConfig
@@ -93,7 +92,7 @@ def test_a_process_that_has_gone_is_a_line(monkeypatch):
     def gather(_):
         raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:5")
 
-    monkeypatch.setattr(processes, "gather_object", gather)
+    monkeypatch.setattr("accelerate.utils.gather_object", gather)
     with pytest.raises(UserError, match=r"^another process of this run has gone .*Connection closed by peer"):
         on_each(SimpleNamespace(num_processes=2), bool)
 

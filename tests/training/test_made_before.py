@@ -17,7 +17,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
 from dreambooth_moslora.photos.masks import Segmenter
-from dreambooth_moslora.photos.photo import open_mask
+from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings import rules, sources, table
 from dreambooth_moslora.training import dry_run, made_before, reporter
 from dreambooth_moslora.training.class_images import ClassImages, shares
@@ -167,7 +167,7 @@ def made(monkeypatch, tmp_path):
             return lambda config, device: kind("model", "", partial(ask, device))
 
         mask = asking(Segmenter, lambda image: torch.ones(image.height, image.width))
-        monkeypatch.setattr(made_before, "load_segmenter", mask)
+        monkeypatch.setattr("dreambooth_moslora.photos.masks.load_segmenter", mask)
         monkeypatch.setattr(made_before, "load_captioner", asking(Captioner, lambda i: f"beside {i.width} trees"))
 
         def one(accelerator):

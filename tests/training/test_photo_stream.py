@@ -16,7 +16,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import MadeCaption, keep
 from dreambooth_moslora.photos.examine import plans_of
 from dreambooth_moslora.photos.folder import ORDERS, bare_prompt_line, photo_report, shuffled_captions
-from dreambooth_moslora.photos.photo import CropRule, Photo, bucket_of, crop_rule, kept_path
+from dreambooth_moslora.photos.photo_file import CropRule, Photo, bucket_of, crop_rule, kept_path
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.training.dry_run import describe_run

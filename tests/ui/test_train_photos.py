@@ -17,7 +17,7 @@ import pytest
 from dreambooth_moslora.core import UserError, assets_folder
 from dreambooth_moslora.photos.examine import plans_of
 from dreambooth_moslora.photos.folder import find_photos, photo_report
-from dreambooth_moslora.photos.photo import CropRule, apply_crop, open_mask, open_rgb
+from dreambooth_moslora.photos.photo_file import CropRule, apply_crop, open_mask, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import train_masks as mask_editor
 from dreambooth_moslora.ui import train_photos as mask_corrections

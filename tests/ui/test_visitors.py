@@ -16,7 +16,7 @@ import pytest
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.photo import open_mask
+from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.ui.visitors import (
     COOKIE,
     HISTORY_LENGTH,
@@ -146,7 +146,7 @@ def test_nothing_that_a_visitor_sent_outlives_the_server(tmp_path, free_port, nu
 PEAK_CODE = """
 import sys
 from pathlib import Path
-from dreambooth_moslora.photos.photo import open_image
+from dreambooth_moslora.photos.photo_file import open_image
 from dreambooth_moslora.ui.visitors import take_photos
 
 def peak():

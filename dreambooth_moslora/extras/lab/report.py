@@ -14,8 +14,7 @@ from dreambooth_moslora.core import atomic_write, public_name
 from dreambooth_moslora.evaluation.metrics import Interval
 from dreambooth_moslora.extras.lab import run
 from dreambooth_moslora.extras.lab.study import Cell, Study
-from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.photo import open_rgb
+from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, render
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 
@@ -257,12 +256,12 @@ def picture_rows(study: Study, results: Sequence[run.Result], out: Path) -> list
         cell = next(cells, None)
         path = cell and run.result_path(study, cell, out).with_suffix(".jpg")
         if path and path.is_file():
-            photo = find_photos(Path(subject.photos), subject.instance_prompt, run.STRIP_PX).photos[0]
+            photo = folder.find_photos(Path(subject.photos), subject.instance_prompt, run.STRIP_PX).photos[0]
             title = f"{subject.name}: a photo, then {cell.arm} at rank {cell.rank}"
             strip, step = (
                 Image.open(path),
                 study.protocol.images_per_prompt * run.STRIP_PX,
             )  # one picture of each prompt
             tiles = [strip.crop((x, 0, x + run.STRIP_PX, run.STRIP_PX)) for x in range(0, strip.width, step)]
-            rows.append(Row(title, [open_rgb(photo), *tiles]))
+            rows.append(Row(title, [photo_file.open_rgb(photo), *tiles]))
     return rows

@@ -44,7 +44,7 @@ from dreambooth_moslora.extras.cluster import fleet, on_ray
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.photos.photo import open_mask, open_rgb
+from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
 from dreambooth_moslora.settings import measures, rows
 from dreambooth_moslora.settings.table import KRONECKER, TrainConfig, layer_parameters, rank_and_alpha
 from dreambooth_moslora.training.loop import train
