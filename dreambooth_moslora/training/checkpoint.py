@@ -31,6 +31,7 @@ from dreambooth_moslora.core import (
     file_digest,
     free_name,
     one_line,
+    rename,
 )
 from dreambooth_moslora.disk.events import RunStarted, StepEvaluated, events_of
 from dreambooth_moslora.disk.run_folder import (
@@ -301,7 +302,7 @@ def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
     home = run_dir.path / free_name("earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True)
     home.mkdir()
     for path in paths:
-        path.rename(home / path.name)
+        rename(path, home / path.name)
     logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
 
 
