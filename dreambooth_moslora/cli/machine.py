@@ -69,8 +69,10 @@ def examine_versions(found: Findings) -> None:
 
 
 def examine_machine(found: Findings) -> None:
-    free = shutil.disk_usage(".").free / 2**30
-    found.facts["processor"] = f"{os.cpu_count()} cores, {memory_gib():.1f} GiB"
+    import psutil
+
+    free, memory = shutil.disk_usage(".").free / 2**30, psutil.virtual_memory().total / 2**30
+    found.facts["processor"] = f"{os.cpu_count()} cores, {memory:.1f} GiB"
     found.facts["disk"] = f"{free:.1f} GiB free here"
     if free < NEEDED_DISK_GIB:
         found.warnings.append(f"only {free:.1f} GiB of disk are free; SDXL with checkpoints wants {NEEDED_DISK_GIB}")
@@ -96,13 +98,6 @@ def examine_machine(found: Findings) -> None:
                 "there is an Nvidia driver, but this torch is built for CPU; see pytorch.org for yours"
             )
         found.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
-
-
-def memory_gib() -> float:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return float("nan")
 
 
 def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) -> None:

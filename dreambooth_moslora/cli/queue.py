@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -131,9 +130,9 @@ def train_all(turns: "QueueTurns") -> int:
         bar.close()
         if stop():  # the current run saves and stays first in the queue
             if (job := live_job(turns, turns.current())) is not None:
-                os.kill(job.pid, signal.SIGTERM)
+                turns.jobs.ask_to_stop(job)
                 while job.is_alive:
-                    turns.jobs.current()  # reaps an ended child
+                    turns.jobs.current()  # reaps an ended child, and ends one that does not answer
                     time.sleep(POLL_SEC)
             print("stopped; `queue start` continues", file=sys.stderr)
             return INTERRUPTED

@@ -2,7 +2,8 @@
 
 In `train … | tee log` Ctrl-C ends `tee` first, and a terminal may be closed; the run must still save its folder and
 return its own exit code. Ctrl-C, SIGTERM and a closed terminal (SIGHUP) only set a flag, which the loop checks between
-two steps, so that no file is cut off while it is saved.
+two steps, so that no file is cut off while it is saved. So does a file that a page, a queue
+or a fleet's worker makes.
 """
 
 import errno
@@ -21,9 +22,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from dreambooth_moslora.core import UserError, is_main_process, is_out_of_memory, shortened, spelled_out
+from dreambooth_moslora.core import IS_OPEN, UserError, is_main_process, is_out_of_memory, shortened, spelled_out
 from dreambooth_moslora.disk import events
-from dreambooth_moslora.disk.processes import avoid_fragmentation
+from dreambooth_moslora.disk.processes import STOP_FILE, avoid_fragmentation
 from dreambooth_moslora.settings.measures import curves
 
 STDERR = 2
@@ -102,15 +103,18 @@ INTERRUPTED = 130
 
 
 class StopRequest:
-    """Context manager. Calling it returns whether the user or the system asked to stop. A second Ctrl-C prints a
-    message; a third ends the process at once. That loses the steps since the last checkpoint, but no file."""
+    """Context manager. Calling it returns whether the user or the system asked to stop, by a signal or by the file that
+    the process's starter has named (`disk.processes.ask_to_stop`). A second Ctrl-C prints a message; a third ends the
+    process at once. That loses the steps since the last checkpoint, but no file."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._file = os.environ.get(STOP_FILE, "")
         self._interrupts = 0
         self._before: dict[int, object] = {}
 
     def __call__(self) -> bool:
+        self.requested = self.requested or os.path.exists(self._file)
         return self.requested
 
     def __enter__(self) -> "StopRequest":
@@ -122,6 +126,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            os.unlink(self._file)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -284,6 +290,8 @@ def message_for_known_error(error: Exception) -> str | None:
     place = f": {error.filename}" if error.filename else ""
     if error.errno in SYSTEM_ERRORS:
         return SYSTEM_ERRORS[error.errno].format(place=place)
+    if getattr(error, "winerror", None) in IS_OPEN:
+        return f"another program has {error.filename2 or error.filename} open, or a file in it; close it and resume."
     if isinstance(error, PermissionError):
         return f"permission denied{place or WHILE_WRITING}."
     return f"{error.strerror}{place or WHILE_WRITING}." if error.errno in FILE_MISTAKES else None

@@ -19,6 +19,7 @@ from dreambooth_moslora.cli.main import COMMANDS, main
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
 from dreambooth_moslora.cli.train import log_file, run_trainer, train_main
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
+from dreambooth_moslora.disk.processes import STOP_FILE, ask_to_stop
 from dreambooth_moslora.disk.run_folder import RunDir, step_of
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.loop import train
@@ -203,6 +204,13 @@ def test_signals_ask_and_never_tear(signals):
     send(process, signals, 0.05)
     out, err = process.communicate(timeout=60)
     assert out == b"saving\nsaved\n" and process.returncode == 0 and b"stopping after this step" in err
+
+
+def test_a_file_asks_as_a_signal_does_and_goes_with_the_run(tmp_path):
+    process = started("-c", STOPPER, **{STOP_FILE: str(tmp_path / "job.stop")})
+    assert process.stdout.readline() == b"ready\n"
+    ask_to_stop(tmp_path)
+    assert process.communicate(timeout=60)[0] == b"saving\nsaved\n" and not list(tmp_path.iterdir())
 
 
 def test_a_closed_terminal_stops_nothing_under_nohup():

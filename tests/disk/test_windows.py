@@ -1,0 +1,172 @@
+"""The run folder, its lock, a stop and the queue with Windows' answers (`tests/helpers/windows.py`)."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
+
+import pytest
+
+from dreambooth_moslora import core
+from dreambooth_moslora.cli.terminal import exit_code
+from dreambooth_moslora.core import UserError, atomic_directory, atomic_write, clean_stale, process_token
+from dreambooth_moslora.disk import processes
+from dreambooth_moslora.disk.queue import LOCK_NAME, QueuedRun, locked
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.extras.cluster.records import stop_path
+from dreambooth_moslora.extras.cluster.worker import Job as Work
+from dreambooth_moslora.extras.cluster.worker import train_subject
+from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.ui.conftest import OWNER, TRAINER, wait_for
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is open is read in /proc"),
+    pytest.mark.usefixtures("windows"),
+]
+HOLD = """
+import sys
+from pathlib import Path
+from dreambooth_moslora.disk.queue import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_the_lock_of_a_run_folder_holds_and_ends_with_its_process(is_killed, tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {holder.pid} on .* is training there"), locked(tmp_path):
+            pass
+        if is_killed:
+            holder.kill()
+    with locked(tmp_path):
+        assert str(os.getpid()) in (tmp_path / LOCK_NAME).read_text()
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def write(folder, text: str) -> None:
+    with atomic_directory(folder) as new:
+        (new / "weights").write_text(text)
+
+
+@pytest.mark.parametrize("closes", [True, False])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_checkpoint_waits_for_a_program_that_has_its_file_open_and_is_whole_with_either_end(
+    is_new, closes, tmp_path, monkeypatch
+):
+    """A scanner has the new one's file open, or a viewer the old one's."""
+    folder, begin, opened = tmp_path / "checkpoint-1", core.rename, []
+    write(folder, "old")
+
+    def looked_at(source, target) -> None:
+        if not opened and is_new == (source.suffix == ".new"):
+            opened.append((source / "weights").open())
+            if closes:
+                threading.Timer(0.3, opened[0].close).start()
+        begin(source, target)
+
+    monkeypatch.setattr(core, "rename", looked_at)
+    monkeypatch.setattr(core, "WAIT_SEC", 20 if closes else 0.2)
+    with nullcontext() if closes else pytest.raises(PermissionError):
+        write(folder, "new")
+    assert (folder / "weights").read_text() == ("new" if closes else "old")
+    opened[0].close()
+    clean_stale(tmp_path)
+    assert RunDir(tmp_path).named_checkpoints() == [folder]
+
+
+def test_a_file_that_stays_open_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(core, "WAIT_SEC", 0)
+    (sheet := tmp_path / "contact_sheet.png").write_text("old")
+    with sheet.open():
+        assert exit_code(lambda: atomic_write(sheet, "new")) == 2
+    assert (
+        capsys.readouterr().err == f"error: another program has {sheet} open, or a file in it; close it and resume.\n"
+    )
+    assert os.listdir(tmp_path) == [sheet.name]
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_process_is_known_by_its_start_and_gets_no_signal(is_same, tmp_path):
+    token = process_token(os.getppid()) if is_same else "0123abcd"
+    (left := tmp_path / f".checkpoint-7.{os.getppid()}-{token}.new").mkdir()
+    clean_stale(tmp_path)
+    assert left.exists() == is_same
+
+
+def test_a_run_of_the_queue_is_asked_by_a_file_which_stops_no_later_one(tmp_path):
+    (script := tmp_path / "trainer.py").write_text(TRAINER)
+    turns = QueueTurns(jobs := Jobs(tmp_path / "runs", script))
+    for name in ("dog", "cat"):
+        (folder := tmp_path / "runs" / name).mkdir(parents=True)
+        settings = {"mode": "good", "steps": 1000 if name == "dog" else 2, "output_dir": str(folder)}
+        turns.queue.add(QueuedRun(name, OWNER, settings=settings, queued=time.time()))
+    turns.take()
+    wait_for(lambda: (job := jobs.current()) and jobs.state(job).step)
+    jobs.stop("dog", OWNER)
+    processes.ask_to_stop(tmp_path / "runs" / "cat")  # left there by an earlier run
+    wait_for(lambda: turns.take() or turns.is_empty)
+    assert {event["name"]: event["state"] for event in turns.queue.ended()} == {"dog": "interrupted", "cat": "done"}
+
+
+def test_a_process_that_does_not_answer_is_ended_and_told(tmp_path, monkeypatch, caplog):
+    (script := tmp_path / "trainer.py").write_text(TRAINER)
+    jobs = Jobs(tmp_path / "runs", script)
+    job = jobs.start("dog", {"mode": "stubborn", "output_dir": str(tmp_path / "runs" / "dog")}, OWNER)
+    wait_for(lambda: jobs.state(job).step)
+    jobs.stop("dog", OWNER)
+    monkeypatch.setattr(processes, "ANSWER_SEC", -1)
+    wait_for(lambda: not jobs.current())
+    assert {record.message for record in caplog.records} == {"dog did not answer the request to stop and was ended"}
+
+
+def config_of(base, folder, **changes) -> dict:
+    sizes = {"max_train_steps": 100_000, "checkpointing_steps": 1, "checkpoints_total_limit": 2} | changes
+    return tiny_config(base, paint_photos(folder / "photos"), folder / "runs" / "dog", **sizes).to_dict()
+
+
+def told(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+@pytest.mark.slow
+def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_bytes(tiny_base, tmp_path):
+    jobs = Jobs(tmp_path / "runs")
+    job = jobs.start("dog", told(config_of(tiny_base, tmp_path)), OWNER)
+    wait_for(lambda: jobs.state(job).step or not job.is_alive, 120)
+    jobs.stop("dog", OWNER)
+    wait_for(lambda: not job.is_alive, 120)
+    run, state = RunDir(job.run_dir), jobs.state(jobs.owned("dog", OWNER))
+    assert state.state == "interrupted", job.log_tail()
+    assert run.adapter_path.is_file() and run.latest_checkpoint() and not (run.path / processes.STOP_NAME).exists()
+    steps = state.step + 2
+    settings = json.loads((run.path / processes.CONFIG_NAME).read_text()) | {"max_train_steps": steps}
+    processes.write_settings(run.path, settings)
+    job = jobs.resume("dog", OWNER)
+    wait_for(lambda: not job.is_alive, 120)
+    assert jobs.state(job).state == "done", job.log_tail()
+    resumed = adapter_sha256(run.path)
+    shutil.rmtree(run.path)
+    job = jobs.start("dog", settings, OWNER)
+    wait_for(lambda: not job.is_alive, 120)
+    assert adapter_sha256(run.path) == resumed
+
+
+@pytest.mark.slow
+def test_a_fleets_stop_leaves_a_checkpoint(tiny_base, tmp_path):
+    out, found = tmp_path / "runs", []
+    settings = told(config_of(tiny_base, tmp_path))
+    work = threading.Thread(target=lambda: found.append(train_subject(Work(str(out / "dog"), settings, "mark"))))
+    work.start()
+    wait_for(lambda: RunDir(out / "dog").latest_checkpoint() if (out / "dog").exists() else None, 120)
+    stop_path(out).touch()
+    work.join(timeout=120)
+    assert found[0].state == "interrupted" and RunDir(out / "dog").adapter_path.is_file()
