@@ -7,6 +7,8 @@ fp32.
 """
 
 import os
+import shutil
+import subprocess
 from typing import Any
 
 from dreambooth_moslora.core import UserError
@@ -34,6 +36,42 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+WHEELS = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
+CUDA, ROCM = "cu128", "rocm6.4"
+"""Last parts of the addresses of PyTorch's builds for Nvidia and for AMD; pytorch.org names those for other drivers."""
+HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def unused_gpu() -> str | None:
+    """Where a GPU's driver is installed and PyTorch sees no GPU, one line that says why, with the remedy. None where
+    it sees one, where there is no driver, and where the environment asks for the CPU. PyPI's PyTorch is built for
+    Nvidia on Linux, and for the CPU on Windows."""
+    is_hidden = any(os.environ.get(name) in ("", "-1") for name in HIDING)
+    if has_gpu() or is_hidden or asks_accelerate("ACCELERATE_USE_CPU"):
+        return None
+    import torch
+
+    if has_nvidia_driver():
+        if torch.version.cuda:
+            return f"PyTorch for CUDA {torch.version.cuda} sees no GPU: install a newer driver, as `nvidia-smi` says."
+        return f"there is an Nvidia GPU, and PyTorch {torch.__version__} is not built for it: {WHEELS}{CUDA}"
+    if os.path.exists("/dev/kfd") or shutil.which("rocminfo"):
+        if torch.version.hip:
+            group = "sudo usermod -aG render,video $USER"
+            return f"PyTorch for ROCm sees no GPU: it knows another, or you may not use it ({group}, then log in anew)."
+        return f"there is an AMD GPU, and PyTorch {torch.__version__} is not built for it: {WHEELS}{ROCM}"
+    return None
+
+
+def has_nvidia_driver() -> bool:
+    """Whether `nvidia-smi` lists a GPU. The program alone may be there without one."""
+    command = shutil.which("nvidia-smi")
+    try:
+        return command is not None and "GPU " in subprocess.check_output([command, "-L"], text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 def has_fast_bf16() -> bool:

@@ -81,7 +81,7 @@ def examine_machine(found: Findings) -> None:
     except Exception as error:  # a broken installation may raise any error
         found.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
-    from dreambooth_moslora.base.machine import has_fast_bf16
+    from dreambooth_moslora.base.machine import has_fast_bf16, unused_gpu
 
     if torch.cuda.is_available():
         facts, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
@@ -93,10 +93,8 @@ def examine_machine(found: Findings) -> None:
     else:
         found.facts["device"] = "CPU"
         found.facts["bf16"] = "yes" if has_fast_bf16() else "no: use --mixed_precision no"
-        if shutil.which("nvidia-smi"):
-            found.warnings.append(
-                "there is an Nvidia driver, but this torch is built for CPU; see pytorch.org for yours"
-            )
+        if line := unused_gpu():
+            found.warnings.append(line)
         found.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.parser import Parser, underscored, unknown_flag_message
 from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, StopRequest, TerminalProgress, exit_code, say
 from dreambooth_moslora.core import (
@@ -257,6 +258,9 @@ def choose_base(choices: Choices, folder: Path) -> None:
     if (folder / SUBJECT_FILE).is_file():
         base, said = "toy", "the embedded one, as the photos are of its world"
     elif least_free_gib() is None:
+        if "pretrained_model_name_or_path" not in choices.given and (line := machine.unused_gpu()):
+            cure, toy = line.rstrip("."), "--pretrained_model_name_or_path toy"
+            raise UserError(f"{cure}; without it only the embedded base is trained, which knows toys alone: {toy}")
         base, said = "toy", "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
     choices.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
 
