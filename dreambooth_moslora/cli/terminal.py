@@ -82,7 +82,7 @@ def survive_broken_pipes() -> Iterator[None]:
     """In this block `sys.stdout` and `sys.stderr` survive the end of their reader, and write what the terminal cannot
     encode as escapes. None, Python's value for a stream closed from the start (`2>&-`), becomes the null device."""
     before = sys.stdout, sys.stderr
-    streams = [stream or open(os.devnull, "w") for stream in before]  # noqa: SIM115
+    streams = [stream or open(os.devnull, "w", encoding="utf-8") for stream in before]  # noqa: SIM115
     for stream in streams:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -241,6 +241,8 @@ FILE_MISTAKES = (
     *(errno.EBUSY, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR),
     *(errno.ENOTEMPTY, errno.EROFS, errno.ESTALE),
 )
+NO_NAME = (123, 161, 206)
+"""Errors of Windows for names and paths that it does not allow, and for those that are too long."""
 WHILE_WRITING = ", while a file was written"
 SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full{place}; free some and resume.",
@@ -292,6 +294,8 @@ def message_for_known_error(error: Exception) -> str | None:
         return SYSTEM_ERRORS[error.errno].format(place=place)
     if getattr(error, "winerror", None) in IS_OPEN:
         return f"another program has {error.filename2 or error.filename} open, or a file in it; close it and resume."
+    if getattr(error, "winerror", None) in NO_NAME:
+        return f"{error.strerror}{place}."
     if isinstance(error, PermissionError):
         return f"permission denied{place or WHILE_WRITING}."
     return f"{error.strerror}{place or WHILE_WRITING}." if error.errno in FILE_MISTAKES else None

@@ -34,7 +34,7 @@ from dreambooth_moslora.core import (
     spelled_out,
 )
 from dreambooth_moslora.disk.processes import uncollected
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir, no_device
 from dreambooth_moslora.plan.choices import (
     USUAL_EXPOSURES,
     Choices,
@@ -283,7 +283,7 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
 def run_folder(word: str, resumes: bool) -> Path:
     """`runs/dog`, or a free name like it; for a resumed run, the latest of these names. Several processes cannot each
     find a free name: they use the first one, and an earlier run there is moved away."""
-    name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
+    name = no_device(re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run")
     if not is_alone():
         return RUNS / name
     if not resumes:

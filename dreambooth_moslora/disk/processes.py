@@ -101,7 +101,7 @@ def peak_memory_gib() -> float | None:
 def reset_peak_memory() -> None:
     """Restart `peak_memory_gib` from what is resident now, on systems that can (proc(5), clear_refs)."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def avoid_fragmentation() -> None:

@@ -7,6 +7,7 @@ page or `queue start` trains its runs, one after the other.
 
 import json
 import logging
+import os
 import re
 import subprocess
 import threading
@@ -148,7 +149,7 @@ class Jobs:
         self, runs_dir: Path, script: Path | None = None, make_room: Callable[[], AbstractContextManager] = nullcontext
     ) -> None:
         self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
-        self.public_names = {f"{runs_dir}/": ""}  # text in messages -> its replacement for visitors
+        self.public_names = {f"{runs_dir}{os.sep}": ""}  # text in messages -> its replacement for visitors
         self._children: dict[int, subprocess.Popen] = {}
         self._exits: dict[int, int] = {}
         self._asked: dict[int, float] = {}  # process -> when it was asked to stop

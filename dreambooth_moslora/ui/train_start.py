@@ -18,7 +18,7 @@ from typing import Any
 from dreambooth_moslora.adapters.metadata import check_start_header
 from dreambooth_moslora.core import UserError, free_name
 from dreambooth_moslora.disk.queue import QueuedRun
-from dreambooth_moslora.disk.run_folder import NONE, clean_name, header_of
+from dreambooth_moslora.disk.run_folder import NONE, clean_name, header_of, no_device
 from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_recipe
 from dreambooth_moslora.plan.memory import Estimate
 from dreambooth_moslora.plan.plan import plan_steps
@@ -253,7 +253,7 @@ def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
     """The wanted name, or one from the class words; a number is added when it is taken."""
     wanted = str(form.run_name or "-".join(str(words.class_word) for words in form.subjects))
     wanted = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", "-", wanted))  # what a RUN_NAME may have, dashes for the rest
-    wanted = re.sub(r"^[\W_]+", "", wanted)[:MAX_RUN_NAME].rstrip(".-") or "run"
+    wanted = no_device(re.sub(r"^[\W_]+", "", wanted)[:MAX_RUN_NAME].rstrip(".-") or "run")
     return jobs.run_dir(free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))
 
 
