@@ -9,6 +9,8 @@ fp32.
 import os
 import shutil
 import subprocess
+from importlib.util import find_spec
+from sysconfig import get_path
 from typing import Any
 
 from dreambooth_moslora.core import UserError
@@ -36,6 +38,13 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def gpu_count() -> int:
+    """Nvidia's and AMD's GPUs that PyTorch sees."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 WHEELS = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
@@ -72,6 +81,21 @@ def has_nvidia_driver() -> bool:
         return command is not None and "GPU " in subprocess.check_output([command, "-L"], text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return False
+
+
+def what_compile_lacks() -> str | None:
+    """What `--compile` needs and this machine lacks, and where it comes from; None if all is there. PyTorch compiles
+    for a GPU through Triton, which builds a small C program at its first use, and for the CPU by a C++ compiler."""
+    if not has_gpu():
+        compilers = ("c++", "g++", "clang++", "cl")
+        return None if any(map(shutil.which, compilers)) else "a C++ compiler (apt install g++)"
+    if find_spec("triton") is None:
+        return "Triton (pip install triton-windows on Windows; elsewhere it comes with PyTorch)"
+    if os.name == "posix" and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        return "a C compiler (apt install gcc)"
+    if os.name == "posix" and not os.path.exists(os.path.join(get_path("include"), "Python.h")):
+        return "Python.h (apt install python3-dev)"
+    return None
 
 
 def has_fast_bf16() -> bool:

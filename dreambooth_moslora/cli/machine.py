@@ -81,7 +81,7 @@ def examine_machine(found: Findings) -> None:
     except Exception as error:  # a broken installation may raise any error
         found.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
-    from dreambooth_moslora.base.machine import has_fast_bf16, unused_gpu
+    from dreambooth_moslora.base.machine import has_fast_bf16, unused_gpu, what_compile_lacks
 
     if torch.cuda.is_available():
         facts, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
@@ -96,6 +96,8 @@ def examine_machine(found: Findings) -> None:
         if line := unused_gpu():
             found.warnings.append(line)
         found.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
+    lacks = what_compile_lacks()
+    found.facts["compile"] = f"no: it needs {lacks}" if lacks else "yes"
 
 
 def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) -> None:

@@ -242,6 +242,8 @@ def choose(given: Given) -> Choices:
     choose_base(choices, folder)
     is_for_toys = is_toy(choices.all["pretrained_model_name_or_path"])
     free_gib = None if is_for_toys else least_free_gib(is_later=given.is_queued)
+    if free_gib is not None and is_alone() and (count := machine.gpu_count()) > 1:
+        choices.say(f"GPUs: one of {count}; `accelerate launch --multi_gpu {SCRIPT} …` trains on all")
     exposures = USUAL_EXPOSURES if given.has_recipe else choose_recipe(choices, free_gib)
     choose_words(choices, word)
     output = run_folder(word, resumes=bool(settings.get("resume_from_checkpoint")))

@@ -165,6 +165,14 @@ def test_a_gpu_that_pytorch_does_not_see_is_told_and_nothing_is_trained_in_its_p
         assert parse_train_config(words).pretrained_model_name_or_path == "toy"
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_second_gpu_is_told_of(photos, monkeypatch, capsys, count):
+    monkeypatch.setattr(one_word, "least_free_gib", lambda **later: 23.0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    parse_train_config(photos)
+    assert ("GPUs: one of 2; `accelerate launch --multi_gpu" in capsys.readouterr().err) == (count == 2)
+
+
 @pytest.mark.parametrize("gb", RECIPES)
 def test_on_a_gpu_the_recipe_for_its_memory_is_taken_and_fits(photos, monkeypatch, gb):
     monkeypatch.setattr(one_word, "least_free_gib", lambda **later: 0.95 * gb)
