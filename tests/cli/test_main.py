@@ -183,6 +183,17 @@ def test_a_run_that_may_write_no_large_file_ends_in_one_line(photos, tiny_base, 
     assert "error: a file would be larger than the system allows" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("letters", ["cp1252", "ascii"])
+def test_a_console_that_is_not_utf_8_gets_what_it_has_letters_for(photos, letters, tmp_path):
+    words = ["train", str(photos), "dög", "--pretrained_model_name_or_path", "toy", "--dry_run"]
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": letters}
+    command = [sys.executable, "-m", "dreambooth_moslora", *words]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "“a photo of a sks dög”".encode(letters, "backslashreplace") in done.stderr
+
+
 def started(*words, **extra):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *map(str, words)], env=ENVIRONMENT | extra, **pipes)
