@@ -73,7 +73,7 @@ def train_subject(job: Job) -> Record:
                 if stop_path(run_dir.parent).exists():
                     return ended(run_dir, "interrupted", "stopped before it began")
                 code = train_once(job, run_dir, hold)
-                if code >= 0:
+                if code >= 0 or stop_path(run_dir.parent).exists():
                     break
             return judged(run_dir, code)
     except UserError as error:
@@ -215,12 +215,12 @@ def train_to_their_ends(left: list[Job], at_once: int, holds: tuple[int, ...]) -
         code = train_group_once(left, at_once, holds)
         records = [read_record(Path(job.run_dir)) for job in left]
         left = [job for job, found in zip(left, records) if found is None or found.state not in ENDED]
-        if code >= 0:
+        if code >= 0 or stop_path(first.parent).exists():
             break
     was_asked = stop_path(first.parent).exists()
     for job in left:
         reason = processes.why_it_ended(code, processes.log_tail(first), was_asked=was_asked)
-        ended(Path(job.run_dir), "interrupted" if was_asked else "failed", "" if was_asked else reason)
+        ended(Path(job.run_dir), "interrupted" if was_asked else "failed", "" if was_asked and code >= 0 else reason)
 
 
 def train_group_once(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> int:
