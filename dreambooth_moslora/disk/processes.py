@@ -187,11 +187,11 @@ def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
         return "It was stopped before training had begun."
     is_memory = not was_asked and code in (None, KILLED)
     cause = ", perhaps for want of memory" if is_memory else ""
-    unanswered = " It had not answered the request to stop." if was_asked else ""
+    unanswered = ". It had not answered the request to stop." if was_asked else ""
     if code is not None and code < 0:
-        return f"The process was killed by {signal.Signals(-code).name}{cause}.{unanswered}"
+        return f"The process was killed by {signal.Signals(-code).name}{cause}{unanswered or '.'}"
     if was_killed(code, log_tail) and (code is None or was_asked):
-        return f"The process was killed{cause}; its last words: {words or 'none'}.{unanswered}"
+        return f"The process was killed{cause}; its last words: {words or 'none'}{unanswered}"
     return words or "The process ended without a word."
 
 

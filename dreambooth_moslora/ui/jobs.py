@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -256,6 +257,8 @@ class Jobs:
         self._reap()
         metrics = self.metrics(job)
         events, code = self._events_of(job), self._exits.get(job.pid)
+        if events and code == signal.SIGTERM:  # Windows' status of any that was killed, here of one that had begun
+            code = None
         by_kind = {event.get("type"): event for event in events}
         end = by_kind.get("end", {})
         if alive:

@@ -29,7 +29,7 @@ from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import free_run_dir
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
-from tests.ui.conftest import OWNER, TRAINER, wait_for
+from tests.ui.conftest import OWNER, TRAINER, recorded, wait_for
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is open is read in /proc"),
@@ -133,6 +133,17 @@ def test_a_process_that_does_not_answer_is_ended_and_told(tmp_path, monkeypatch,
     monkeypatch.setattr(processes, "ANSWER_SEC", -1)
     wait_for(lambda: not jobs.current())
     assert {record.message for record in caplog.records} == {"dog did not answer the request to stop and was ended"}
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_a_status_of_windows_tells_a_stop_before_the_beginning_from_one_that_was_not_answered(has_begun, tmp_path):
+    """`TerminateProcess` of psutil leaves 15 for either."""
+    events = [{"type": "start"}] * has_begun
+    job, jobs = recorded(tmp_path / "dog", *events, pid=2**30, stop_asked=1.0), Jobs(tmp_path)
+    (job.run_dir / processes.LOG_NAME).write_text("training")
+    jobs._exits[job.pid] = 15
+    state, says = ("failed", "training. It had not answered") if has_begun else ("interrupted", "before training had")
+    assert jobs.state(job).state == state and says in jobs.state(job).message
 
 
 def config_of(base, folder, **changes) -> dict:
