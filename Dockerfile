@@ -11,8 +11,9 @@
 #       --instance_prompt "a photo of sks dog" --output_dir /data/runs/dog
 FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04
 
+# gcc and Python.h are for --compile: Triton builds its launcher with them.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-venv \
+    && apt-get install -y --no-install-recommends python3 python3-venv python3-dev gcc \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /venv
 ENV PATH=/venv/bin:$PATH HF_HOME=/hub PYTHONUNBUFFERED=1 GRADIO_ANALYTICS_ENABLED=False

@@ -7,12 +7,14 @@ NVlabs/edm2, which re-seeds each step).
 
 import hashlib
 import json
+import logging
 import os
 import random
 import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
@@ -256,11 +258,29 @@ def atomic_write(path: Path, content: bytes | str) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+IS_OPEN = (5, 32)
+"""Errors of Windows for a file that another program has open (ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION)."""
+WAIT_SEC, AGAIN_SEC = 10.0, 0.1
+
+
+def rename(source: Path, target: Path) -> None:
+    """`os.replace`, tried again for WAIT_SEC while another program has a file there open, which only Windows refuses: a
+    viewer, or a scanner of viruses. Raises the last PermissionError."""
+    end = time.monotonic() + WAIT_SEC
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in IS_OPEN or time.monotonic() > end:
+                raise
+        time.sleep(AGAIN_SEC)
 
 
 @contextmanager
@@ -288,28 +308,72 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
         sync_folder(temporary)
+        old = temporary_name(path, "old")
         if path.exists():  # `recover` repairs a kill between the two renames
-            os.replace(path, temporary_name(path, "old"))
-        os.replace(temporary, path)
+            rename(path, old)
+        try:
+            rename(temporary, path)
+        except OSError:
+            with suppress(FileNotFoundError):
+                rename(old, path)
+            raise
         sync_folder(path.parent)
-        shutil.rmtree(temporary_name(path, "old"), ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:
-    """Rename the folder, so that its name is free at once, then delete it."""
+    """Rename the folder, so that its name is free at once, then delete it. One that another program uses stays whole,
+    with a warning."""
     doomed = temporary_name(path, "new")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    try:
+        rename(path, doomed)
+    except PermissionError as error:
+        logging.getLogger(__name__).warning("%s was not removed: %s", path, error.strerror)
+    else:
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def temporary_name(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{process_token(os.getpid())}.{kind}")
+    return path.with_name(f".{path.name}.{os.getpid()}-{own_token(os.getpid())}.{kind}")
 
 
 @cache
+def own_token(pid: int) -> str:
+    """`process_token` of this process; `pid` is its own."""
+    return process_token(pid) or secrets.token_hex(4)
+
+
 def process_token(pid: int) -> str:
-    """Distinguishes this process from an earlier one of the same number: containers reuse numbers."""
-    return secrets.token_hex(4)
+    """Distinguishes a running process from an earlier one of the same number: systems use numbers again. "" without a
+    process, and where its start is not told."""
+    birth = birth_of(pid)
+    return hashlib.blake2b(f"{pid} {birth}".encode(), digest_size=4).hexdigest() if birth else ""
+
+
+def birth_of(pid: int) -> str:
+    """When the process was started: on Linux the machine's boot and the tick, which no change of the clock alters,
+    elsewhere the time. "" without a process, and if it is not told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return f"{boot} {facts[19]}"
+    except (OSError, IndexError):
+        import psutil
+
+        try:
+            return repr(psutil.Process(pid).create_time())
+        except psutil.Error:
+            return ""
+
+
+def is_running(pid: int, token: str) -> bool:
+    """Whether the process with this `process_token` still runs; by its number alone where its start is not told.
+
+    It is not asked by a signal: on Windows `os.kill(pid, 0)` ends the process."""
+    import psutil
+
+    now = process_token(pid)
+    return now == token if now else psutil.pid_exists(pid)
 
 
 def recover(folder: Path) -> None:
@@ -336,15 +400,8 @@ def temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
 
 
 def is_in_use(temporary: re.Match[str]) -> bool:
-    """Whether the process that made it still runs. This process removes its own temporaries itself."""
-    pid = int(temporary["pid"])
-    if pid == os.getpid():
-        return temporary["token"] == process_token(pid)
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)
-    return True
+    """Whether the process that made it still runs. Each removes its own temporaries itself."""
+    return is_running(int(temporary["pid"]), temporary["token"])
 
 
 def sync_folder(folder: Path) -> None:

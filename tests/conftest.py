@@ -89,6 +89,16 @@ def gpu(monkeypatch):
     return put
 
 
+@pytest.fixture
+def windows(monkeypatch):
+    """This process and those that it starts get Windows' answers (see `tests/helpers/windows.py`)."""
+    from tests.helpers.windows import CHILDREN, answer_as_windows
+
+    for name, value in CHILDREN.items():
+        monkeypatch.setenv(name, value)
+    answer_as_windows(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A diffusers folder with a random SDXL pipeline of 64 px (see `tests/helpers/tiny.py`)."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.adapters.metadata import dora_table
+from dreambooth_moslora.base.machine import CUDA, ROCM, WHEELS
 from dreambooth_moslora.cli.main import COMMANDS, command
 from dreambooth_moslora.cli.parser import Parser, underscored
 from dreambooth_moslora.cli.train import build_train_parser, parse_train_config
@@ -28,8 +29,8 @@ FOLDERS = r"assets|tests|benchmarks|toybox|tools|dreambooth_moslora|notebooks|do
 FILE = re.compile(rf"`((?:{FOLDERS})/[^`\s]*)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-OTHER_PROGRAMS = ("accelerate", "ACCELERATE", "python", "mkdocs", "pre-commit", "docker")
-MAX_WORDS = 800
+OTHER_PROGRAMS = ("accelerate", "ACCELERATE", "python", "mkdocs", "pip", "pre-commit", "docker")
+MAX_WORDS = 835
 PLACE = re.compile(r"^\| [^|]+ \| `([\w/]+)` \| (.*) \|$", re.MULTILINE)
 """A row of the table "where to put what": its package and its files."""
 
@@ -86,6 +87,9 @@ def understand(line: str) -> None:
             require((ROOT / file).is_file(), file)
         case ["pip", "install", "."]:
             require((ROOT / "pyproject.toml").is_file(), line)
+        case ["pip", "install", *words] if "torch" in words:
+            wheels = {f"{WHEELS}{build}" for build in (CUDA, ROCM)}
+            require(line in wheels | {wheel.replace("--force-reinstall ", "") for wheel in wheels}, line)
         case ["pip", "install", name] if name.startswith(".["):
             extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
             require(name.partition("[")[2].rstrip("]") in extras, line)
@@ -128,6 +132,7 @@ def test_every_command_line_is_understood(line, monkeypatch):
     [
         "pip install -r requirement.txt",
         'pip install ".[fleets]"',
+        "pip install torch torchvision --index-url https://download.pytorch.org/whl/cu12",
         "python train_dreambooth.py --config assets/configs/quickstart.toml --max_steps 4",
         "python train_dreambooth.py --config assets/configs/none.toml",
         "python app.py --port 7860",

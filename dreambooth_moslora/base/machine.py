@@ -5,6 +5,10 @@ GPUs PyTorch emulates bf16, and cuDNN has no convolutions in it; on other CPUs i
 """
 
 import os
+import shutil
+import subprocess
+from importlib.util import find_spec
+from sysconfig import get_path
 from typing import Any
 
 from dreambooth_moslora.core import UserError
@@ -30,6 +34,64 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def gpu_count() -> int:
+    """Nvidia's and AMD's GPUs that PyTorch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+WHEELS = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
+CUDA, ROCM = "cu128", "rocm6.4"
+"""Last parts of the addresses of PyTorch's builds for Nvidia and for AMD; pytorch.org names those for other drivers."""
+HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def unused_gpu() -> str | None:
+    """Where a GPU's driver is installed and PyTorch sees no GPU, one line that says why, with the remedy. None where
+    it sees one, where there is no driver, and where the environment asks for the CPU. PyPI's PyTorch is built for
+    Nvidia on Linux, and for the CPU on Windows."""
+    is_hidden = any(os.environ.get(name) in ("", "-1") for name in HIDING)
+    if has_gpu() or is_hidden or asks_accelerate("ACCELERATE_USE_CPU"):
+        return None
+    import torch
+
+    if has_nvidia_driver():
+        if torch.version.cuda:
+            return f"PyTorch for CUDA {torch.version.cuda} sees no GPU: install a newer driver, as `nvidia-smi` says."
+        return f"there is an Nvidia GPU, and PyTorch {torch.__version__} is not built for it: {WHEELS}{CUDA}"
+    if os.path.exists("/dev/kfd") or shutil.which("rocminfo"):
+        if torch.version.hip:
+            group = "sudo usermod -aG render,video $USER"
+            return f"PyTorch for ROCm sees no GPU: it knows another, or you may not use it ({group}, then log in anew)."
+        return f"there is an AMD GPU, and PyTorch {torch.__version__} is not built for it: {WHEELS}{ROCM}"
+    return None
+
+
+def has_nvidia_driver() -> bool:
+    """Whether `nvidia-smi` lists a GPU. The program alone may be there without one."""
+    command = shutil.which("nvidia-smi")
+    try:
+        return command is not None and "GPU " in subprocess.check_output([command, "-L"], text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def what_compile_lacks() -> str | None:
+    """What `--compile` needs and this machine lacks, and where it comes from; None if all is there. PyTorch compiles
+    for a GPU through Triton, which builds a small C program at its first use, and for the CPU by a C++ compiler."""
+    if not has_gpu():
+        compilers = ("c++", "g++", "clang++", "cl")
+        return None if any(map(shutil.which, compilers)) else "a C++ compiler (apt install g++)"
+    if find_spec("triton") is None:
+        return "Triton (pip install triton-windows on Windows; elsewhere it comes with PyTorch)"
+    if os.name == "posix" and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        return "a C compiler (apt install gcc)"
+    if os.name == "posix" and not os.path.exists(os.path.join(get_path("include"), "Python.h")):
+        return "Python.h (apt install python3-dev)"
+    return None
 
 
 def has_fast_bf16() -> bool:

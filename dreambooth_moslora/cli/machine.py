@@ -137,8 +137,10 @@ def out_of_range(installed: Mapping[str, str | None]) -> list[str]:
 
 
 def examine_machine(found: Findings) -> None:
-    free = shutil.disk_usage(".").free / 2**30
-    found.facts["processor"] = f"{os.cpu_count()} cores, {memory_gib():.1f} GiB"
+    import psutil
+
+    free, memory = shutil.disk_usage(".").free / 2**30, psutil.virtual_memory().total / 2**30
+    found.facts["processor"] = f"{os.cpu_count()} cores, {memory:.1f} GiB"
     found.facts["disk"] = f"{free:.1f} GiB free here"
     if free < NEEDED_DISK_GIB:
         found.warnings.append(f"only {free:.1f} GiB of disk are free; SDXL with checkpoints wants {NEEDED_DISK_GIB}")
@@ -147,7 +149,7 @@ def examine_machine(found: Findings) -> None:
     except Exception as error:  # a broken installation may raise any error
         found.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
-    from dreambooth_moslora.base.machine import has_fast_bf16
+    from dreambooth_moslora.base.machine import has_fast_bf16, unused_gpu, what_compile_lacks
 
     if torch.cuda.is_available():
         facts, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
@@ -159,17 +161,11 @@ def examine_machine(found: Findings) -> None:
     else:
         found.facts["device"] = "CPU"
         found.facts["bf16"] = "yes" if has_fast_bf16() else "no: use --mixed_precision no"
-        if shutil.which("nvidia-smi"):
-            reason = "but this torch is built for CPU; see pytorch.org for yours"
-            found.warnings.append(f"there is an Nvidia driver, {reason}")
+        if line := unused_gpu():
+            found.warnings.append(line)
         found.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
-
-
-def memory_gib() -> float:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return float("nan")
+    lacks = what_compile_lacks()
+    found.facts["compile"] = f"no: it needs {lacks}" if lacks else "yes"
 
 
 def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -24,6 +23,7 @@ RUNS = "runs"
 EPILOG = """examples:
   queue                    what is trained now, what waits, and how the last ones ended
   queue start              train them one after the other; Ctrl-C saves, and the next start goes on from there
+  queue stop               the run that is trained now saves and leaves the queue; the next begins
   queue move dog first     or up, down, last, or a number
   queue remove dog"""
 ENDED_SHOWN = 10
@@ -33,7 +33,7 @@ PLAIN_INTERVAL_SEC = 30.0  # Seconds between two lines of progress when the outp
 
 def queue_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    about = "list (default), start, move NAME PLACE, or remove NAME"
+    about = "list (default), start, stop, move NAME PLACE, or remove NAME"
     parser.add_argument("words", metavar="WHAT", nargs="*", default=["list"], help=about)
     parser.add_argument("--runs_dir", metavar="DIR", default=RUNS, help=f"folder of the runs (default: {RUNS})")
 
@@ -47,6 +47,8 @@ def run_queue(args: argparse.Namespace) -> int:
             print(spelled_out("\n".join(lines_of(turns))))
         case ["start"]:
             return train_all(turns)
+        case ["stop"]:
+            print(spelled_out(stop_current(turns)))
         case ["move", name, place]:
             turns.queue.move(name, place)
             print(spelled_out("\n".join(lines_of(turns))))
@@ -54,8 +56,16 @@ def run_queue(args: argparse.Namespace) -> int:
             turns.queue.remove(name)
             print(spelled_out(f"{name} was removed from the queue"))
         case _:
-            raise UserError(f"queue {' '.join(args.words)}: say list, start, move NAME PLACE, or remove NAME.")
+            raise UserError(f"queue {' '.join(args.words)}: say list, start, stop, move NAME PLACE, or remove NAME.")
     return 0
+
+
+def stop_current(turns: "QueueTurns") -> str:
+    """Ask the run in progress to save and end; returns a line to print. Raises UserError when none is trained."""
+    if (job := live_job(turns, turns.current())) is None:
+        raise UserError("no run of the queue is trained now; `queue` lists those that wait")
+    turns.jobs.stop(job.name, job.owner)
+    return f"{job.name} finishes its step, saves and leaves the queue; its checkpoint stays in {job.run_dir}"
 
 
 def enqueue(config: TrainConfig, argv: list[str]) -> str:
@@ -130,9 +140,9 @@ def train_all(turns: "QueueTurns") -> int:
         bar.close()
         if stop():  # the current run saves and stays first in the queue
             if (job := live_job(turns, turns.current())) is not None:
-                os.kill(job.pid, signal.SIGTERM)
+                turns.jobs.ask_to_stop(job)
                 while job.is_alive:
-                    turns.jobs.current()  # reaps an ended child
+                    turns.jobs.current()  # reaps an ended child, and ends one that does not answer
                     time.sleep(POLL_SEC)
             print("stopped; `queue start` continues", file=sys.stderr)
             return INTERRUPTED

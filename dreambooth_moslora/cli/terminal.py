@@ -1,7 +1,8 @@
 """The terminal: streams that never end a run, Ctrl-C as a request to stop, events as lines and bars, exit codes.
 
 In `train … | tee log` Ctrl-C ends `tee` first; the run must still save and return its own exit code. So Ctrl-C, SIGTERM
-and a closed terminal (SIGHUP) only set a flag, which the loop checks between two steps.
+and a closed terminal (SIGHUP) only set a flag, which the loop checks between two steps. So does a file that a page, a
+queue or a fleet's worker makes.
 """
 
 import errno
@@ -20,7 +21,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from dreambooth_moslora.core import UserError, is_main_process, is_out_of_memory, shortened, spelled_out
+from dreambooth_moslora.core import IS_OPEN, UserError, is_main_process, is_out_of_memory, shortened, spelled_out
 from dreambooth_moslora.disk import events, processes
 from dreambooth_moslora.settings.measures import curves
 
@@ -77,7 +78,7 @@ class BreakableStream:
 def survive_broken_pipes() -> Iterator[None]:
     """In this block `sys.stdout` and `sys.stderr` survive their reader, and escape what cannot be encoded."""
     before = sys.stdout, sys.stderr
-    streams = [stream or open(os.devnull, "w") for stream in before]  # noqa: SIM115
+    streams = [stream or open(os.devnull, "w", encoding="utf-8") for stream in before]  # noqa: SIM115
     for stream in streams:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -98,14 +99,17 @@ INTERRUPTED = 130
 
 
 class StopRequest:
-    """Context manager; calling it returns whether someone asked to stop. A third Ctrl-C ends the process at once."""
+    """Context manager; calling it returns whether someone asked to stop, by a signal or by the file that the process's
+    starter has named (`disk.processes.ask_to_stop`). A third Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._file = os.environ.get(processes.STOP_FILE, "")
         self._interrupts = 0
         self._before: dict[int, object] = {}
 
     def __call__(self) -> bool:
+        self.requested = self.requested or os.path.exists(self._file)
         return self.requested
 
     def __enter__(self) -> "StopRequest":
@@ -117,6 +121,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            os.unlink(self._file)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -230,6 +236,8 @@ FILE_MISTAKES = (
     *(errno.EBUSY, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR),
     *(errno.ENOTEMPTY, errno.EROFS, errno.ESTALE),
 )
+NO_NAME = (123, 161, 206)
+"""Errors of Windows for names and paths that it does not allow, and for those that are too long."""
 WHILE_WRITING = ", while a file was written"
 SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full{place}; free some and resume.",
@@ -279,6 +287,10 @@ def message_for_known_error(error: Exception) -> str | None:
     place = f": {error.filename}" if error.filename else ""
     if error.errno in SYSTEM_ERRORS:
         return SYSTEM_ERRORS[error.errno].format(place=place)
+    if getattr(error, "winerror", None) in IS_OPEN:
+        return f"another program has {error.filename2 or error.filename} open, or a file in it; close it and resume."
+    if getattr(error, "winerror", None) in NO_NAME:
+        return f"{error.strerror}{place}."
     if isinstance(error, PermissionError):
         return f"permission denied{place or WHILE_WRITING}."
     return f"{error.strerror}{place or WHILE_WRITING}." if error.errno in FILE_MISTAKES else None

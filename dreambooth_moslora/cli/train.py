@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_moslora import __version__, core
-from dreambooth_moslora.base import files
+from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.cli.parser import Parser, underscored, unknown_flag_message
 from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, StopRequest, TerminalProgress, exit_code, say
 from dreambooth_moslora.disk.processes import uncollected
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir, no_device
 from dreambooth_moslora.plan import choices, memory
 from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject
@@ -256,6 +256,8 @@ def choose(given: Given) -> choices.Choices:
     choose_base(chosen, folder)
     is_for_toys = core.is_toy(chosen.all["pretrained_model_name_or_path"])
     free_gib = None if is_for_toys else memory.least_free_gib(is_later=given.is_queued)
+    if free_gib is not None and memory.is_alone() and (count := machine.gpu_count()) > 1:
+        chosen.say(f"GPUs: one of {count}; `accelerate launch --multi_gpu {SCRIPT} …` trains on all")
     exposures = choices.USUAL_EXPOSURES if given.has_recipe else choices.choose_recipe(chosen, free_gib)
     choices.choose_words(chosen, word)
     output = run_folder(word, resumes=bool(settings.get("resume_from_checkpoint")))
@@ -272,6 +274,9 @@ def choose_base(chosen: choices.Choices, folder: Path) -> None:
     if (folder / core.SUBJECT_FILE).is_file():
         base, said = "toy", "the embedded one, as the photos are of its world"
     elif memory.least_free_gib() is None:
+        if "pretrained_model_name_or_path" not in chosen.given and (line := machine.unused_gpu()):
+            cure, toy = line.rstrip("."), "--pretrained_model_name_or_path toy"
+            raise core.UserError(f"{cure}; without it only the embedded base is trained, which knows toys alone: {toy}")
         base, said = "toy", "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
     chosen.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
 
@@ -297,7 +302,7 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
 
 def run_folder(word: str, resumes: bool) -> Path:
     """`runs/dog`, or a free name like it; for a resumed run the latest one, for several processes the first."""
-    name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
+    name = no_device(re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run")
     if not memory.is_alone():
         return RUNS / name
     if not resumes:

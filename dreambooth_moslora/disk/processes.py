@@ -13,13 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.core import import_environment
+from dreambooth_moslora.core import import_environment, is_running, process_token
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,11 +81,13 @@ def share_heaps() -> bool:
 
 
 def peak_memory_gib() -> float | None:
-    """The largest resident set of this process so far, GiB; None on systems that do not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
+    """The largest resident set of this process so far, GiB; on Windows its largest working set."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
@@ -93,7 +95,7 @@ def peak_memory_gib() -> float | None:
 def reset_peak_memory() -> None:
     """Restart `peak_memory_gib` from what is resident now, on systems that can (proc(5), clear_refs)."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def avoid_fragmentation() -> None:
@@ -116,32 +118,72 @@ def uncollected() -> Iterator[None]:
 
 
 def when_orphaned(parent: int, then: Callable[[], object]) -> None:
-    """Call `then` in a thread as soon as the parent process `parent` has ended."""
+    """Call `then` in a thread as soon as the process `parent` has ended."""
+    token = process_token(parent)
 
     def wait() -> None:
-        while os.getppid() == parent:
+        while token and is_running(parent, token) and not is_zombie(parent):
             time.sleep(0.5)
         then()
 
     Thread(target=wait, daemon=True).start()
 
 
+def is_zombie(pid: int) -> bool:
+    """Whether the process has ended, and only its parent has not taken note."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def ask_to_stop(run_dir: Path) -> None:
+    """Ask the process that `start_logged` has started there to end between two steps, with a checkpoint and an adapter.
+    It reads the request (`cli.terminal.StopRequest`): no signal does that on Windows, where SIGTERM ends a process."""
+    (run_dir / STOP_NAME).touch()
+
+
+def end_process(pid: int) -> None:
+    """Kill it, its children first. What it has saved stays."""
+    import psutil
+
+    with suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            process.kill()
+
+
+def last_sign(run_dir: Path) -> float:
+    """When the run there last wrote an event or to its log, by the clock; 0 if it never did."""
+    files = (run_dir / "metrics.jsonl", run_dir / LOG_NAME)
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+
+
+def has_gone_silent(asked: float, run_dirs: Iterable[Path]) -> bool:
+    """Whether a process that was `asked` to stop at that time has shown no sign for ANSWER_SEC in any of its runs."""
+    return time.time() - max([asked, *map(last_sign, run_dirs)]) > ANSWER_SEC
+
+
 def was_killed(code: int | None, log_tail: str) -> bool:
-    """Whether a signal ended a process that recorded no end; without an exit status, its log decides."""
-    return code < 0 if code is not None else "rror" not in _last_words(log_tail)
+    """Whether a process that recorded no end was killed. Without an exit status, and on Windows, where that of a killed
+    one is of no kind of its own, its log decides."""
+    return code < 0 if code is not None and IS_POSIX else "rror" not in _last_words(log_tail)
 
 
 def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
     """The reason, for a process that recorded no end. `code` is None if an earlier server had started it."""
     words = _last_words(log_tail)
-    if code == -signal.SIGTERM and was_asked:
+    if code in STOPPED_EARLY and was_asked:
         return "It was stopped before training had begun."
-    is_memory = not was_asked and code in (None, -signal.SIGKILL)
+    is_memory = not was_asked and code in (None, KILLED)
     cause = ", perhaps for want of memory" if is_memory else ""
+    unanswered = ". It had not answered the request to stop." if was_asked else ""
     if code is not None and code < 0:
-        return f"The process was killed by {signal.Signals(-code).name}{cause}."
-    if code is None and was_killed(code, log_tail):
-        return f"The process was killed{cause}; its last words: {words or 'none'}"
+        return f"The process was killed by {signal.Signals(-code).name}{cause}{unanswered or '.'}"
+    if was_killed(code, log_tail) and (code is None or was_asked):
+        return f"The process was killed{cause}; its last words: {words or 'none'}{unanswered}"
     return words or "The process ended without a word."
 
 
@@ -151,8 +193,15 @@ def _last_words(log_tail: str) -> str:
     return lines[-1][:300] if lines else ""
 
 
+IS_POSIX = os.name == "posix"  # Sessions, handed-on files, and exit statuses that name a signal
 CONFIG_NAME, LOG_NAME = "job_config.json", "job.log"  # Of a run: its settings, and the terminal's output
 TRAIN = ("-P", "-m", "dreambooth_moslora", "train")  # -P: no `torch.py` of the current folder is imported
+STOP_NAME, STOP_FILE = "job.stop", "DREAMBOOTH_STOP_FILE"
+"""A file whose presence asks the run to stop, and the environment variable that tells the process its path."""
+ANSWER_SEC = 1200.0
+"""How long a process that was asked to stop may show no sign: a CPU saves and proves SDXL's adapter in minutes."""
+KILLED, STOPPED_EARLY = -9, (-signal.SIGTERM, signal.SIGTERM)
+"""Exit statuses; Windows' of `terminate` is SIGTERM's number without a sign."""
 LOG_TAIL_LINES, TAIL_BYTES = 40, 64 * 1024
 
 
@@ -167,9 +216,12 @@ def start_logged(
     folder: str | None = None,
     inherits: Sequence[int] = (),
 ) -> subprocess.Popen:
-    """Start Python with the arguments in `folder` (None: the current one), its output to the log in `run_dir`, in a
-    session of its own (no Ctrl-C). `environment` is added; open files in `inherits` are passed on."""
-    own = {"PYTHONUNBUFFERED": "1", **import_environment(), **(environment or {})}
+    """Start Python with the arguments in `folder` (None: the current one), its output to the log in `run_dir`, apart
+    from this terminal's Ctrl-C and end. `environment` is added; open files in `inherits` are passed on, but not on
+    Windows. Removes a request to stop an earlier process."""
+    (run_dir / STOP_NAME).unlink(missing_ok=True)
+    own = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", STOP_FILE: os.path.abspath(run_dir / STOP_NAME)}
+    own |= {**import_environment(), **(environment or {})}
     with (run_dir / LOG_NAME).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, *arguments],
@@ -178,9 +230,16 @@ def start_logged(
             stderr=subprocess.STDOUT,
             env=os.environ | own,
             cwd=folder,
-            start_new_session=True,
-            pass_fds=inherits,
+            **apart(inherits),
         )
+
+
+def apart(inherits: Sequence[int]) -> dict[str, Any]:
+    """How a process is started that no Ctrl-C here and no closed terminal reaches: in a session of its own, on Windows
+    with a console of its own that is not shown."""
+    if IS_POSIX:
+        return {"start_new_session": True, "pass_fds": inherits}
+    return {"creationflags": getattr(subprocess, "CREATE_NO_WINDOW", 0)}
 
 
 def log_tail(run_dir: Path) -> str:

@@ -25,14 +25,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dreambooth_moslora.core import UserError, atomic_write, clean_stale
+from dreambooth_moslora.core import UserError, atomic_write, clean_stale, rename
 from dreambooth_moslora.disk import events, run_folder
-
-try:
-    import fcntl
-except ImportError:  # on Windows the file names the owner but does not lock
-    fcntl = None
-
+from dreambooth_moslora.disk.file_lock import lock
 
 LOCK_NAME = "run.lock"
 
@@ -48,9 +43,21 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         file.flush()
         yield
     finally:
+        release(path, file)
+
+
+def release(path: Path, file: BinaryIO) -> None:
+    """Remove the file and give up its lock, in the order that the system allows: Windows removes no open file, and
+    none that the next owner has opened meanwhile."""
+    try:
+        path.unlink()
+    except PermissionError:
+        file.close()
         with suppress(OSError):
             path.unlink()
-        file.close()
+    except OSError:
+        pass
+    file.close()
 
 
 def check_free(folder: Path) -> None:
@@ -77,16 +84,6 @@ def take(path: Path, flag: str) -> BinaryIO:
                 f"{flag} {path.parent}: {owner} is training there; wait for its end, or name another folder."
             ) from None
         file.close()
-
-
-def lock(file: BinaryIO) -> None:
-    """Raises BlockingIOError when another process holds the lock. On a file system without locks it does nothing."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if isinstance(error, BlockingIOError):
-                raise
 
 
 QUEUE_NAME = ".queue"
@@ -203,7 +200,7 @@ class RunQueue:
             run = next(iter(self.waiting()), None)
             if run is not None:
                 (self.folder / "started").mkdir(exist_ok=True)
-                os.replace(self._path("waiting", run.name), self._path("started", run.name))
+                rename(self._path("waiting", run.name), self._path("started", run.name))
             return run
 
     def note(self, run: QueuedRun) -> None:

@@ -6,6 +6,7 @@ the base and each other, the packages that they need are installed, and the GPU 
 
 import errno
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -88,10 +89,48 @@ def check_folders(config: table.TrainConfig) -> None:
         raise UserError(f"--output_dir {config.output_dir} is among {owner} files: name a folder such as runs/dog.")
     run_dir = run_folder.RunDir(config.output_dir)
     run_folder.check_name(run_dir.name)
+    if run_folder.IS_WINDOWS:
+        check_path_of_windows(config.output_dir)
     for subject in config.each_subject:
         check_photo_folders(subject, run_dir)
         check_places(subject, run_dir)
     check_strangers(run_dir)
+
+
+LONGEST = ".checkpoint-1000000.1000000-01234567.new/pytorch_lora_weights.safetensors"
+"""In a run folder, the longest name that does not have the run's own in it."""
+PATH_CHARACTERS = 259
+"""Of a path, the most that Windows allows unless it is set to more."""
+
+
+def check_path_of_windows(output_dir: str) -> None:
+    """Raises UserError for a name that no folder has on Windows, and for a path that leaves the run's files no room."""
+    given = Path(output_dir)
+    for part in given.parts[bool(given.anchor) :]:
+        if part != "..":
+            run_folder.check_name(part)
+    folder = os.path.abspath(output_dir)
+    own = f".{given.name}{run_folder.KOHYA_SUFFIX}.1000000-01234567.new"
+    characters = len(folder) + 1 + max(len(LONGEST), len(own))
+    if characters > PATH_CHARACTERS and not has_long_paths():
+        raise UserError(
+            f"--output_dir {output_dir}: paths of its files would have {characters} characters, and Windows allows "
+            f"{PATH_CHARACTERS}: name a shorter folder, or turn long paths on (LongPathsEnabled)."
+        )
+
+
+def has_long_paths() -> bool:
+    """Whether paths may be longer than PATH_CHARACTERS: on Windows, where its registry says so."""
+    if sys.platform != "win32":
+        return True
+    import winreg
+
+    place = r"SYSTEM\CurrentControlSet\Control\FileSystem"
+    try:
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place) as key:
+            return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
+    except OSError:
+        return False
 
 
 def refuse_circles(config: table.TrainConfig) -> None:

@@ -278,7 +278,7 @@ def move(paths: list[Path], run_dir: run_folder.RunDir, what: str) -> None:
     home = run_dir.path / core.free_name("earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True)
     home.mkdir()
     for path in paths:
-        path.rename(home / path.name)
+        core.rename(path, home / path.name)
     logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
 
 

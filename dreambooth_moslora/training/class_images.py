@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_moslora.core import atomic_write, file_digest, seed_of, spelled_out
+from dreambooth_moslora.core import atomic_write, file_digest, rename, seed_of, spelled_out
 from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image
 from dreambooth_moslora.pictures import png_bytes
 
@@ -118,7 +118,7 @@ class ClassImages:
             if (found := file_digest(path)) != facts[DIGEST]:  # the user may have edited it
                 kept = self.folder / "changed"
                 kept.mkdir(exist_ok=True)
-                os.replace(path, kept / f"{path.stem}_{found[:8]}.png")
+                rename(path, kept / f"{path.stem}_{found[:8]}.png")
         atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
         atomic_write(path, content)
 

@@ -139,12 +139,17 @@ def free_unused_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process."""
+    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process. Apple's tells no peak: what PyTorch
+    holds there now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
     return processes.peak_memory_gib()
 
 

@@ -1,8 +1,8 @@
 """Training runs as processes of the server: they go on when the page is closed or the app is restarted.
 
 `runs/<name>/job.json` names the process and its owner; `metrics.jsonl`, which anyone may have edited, has the progress.
-A signal stops a run after its step, with a checkpoint. The queue's state is on the disk: any page or `queue start`
-trains its runs, one after the other.
+A file stops a run after its step, with a checkpoint (`processes.ask_to_stop`). The queue's state is on the disk: any
+page or `queue start` trains its runs, one after the other.
 """
 
 import json
@@ -22,9 +22,11 @@ from typing import Any
 
 import psutil
 
-from dreambooth_moslora.core import UserError, is_finite_number, one_line
+from dreambooth_moslora.core import UserError, birth_of, is_finite_number, one_line, rename
 from dreambooth_moslora.disk import processes, queue, run_folder
 from dreambooth_moslora.disk.events import Metrics
+
+logger = logging.getLogger(__name__)
 
 KINDS = {
     **dict.fromkeys(("step", "max_train_steps", "done", "total"), int),
@@ -88,7 +90,7 @@ class Job:
         facts = {key: value for key, value in asdict(self).items() if key != "run_dir"}
         temporary = self.run_dir / f".{JOB_NAME}.tmp"
         temporary.write_text(json.dumps(facts), encoding="utf-8")
-        temporary.replace(self.run_dir / JOB_NAME)
+        rename(temporary, self.run_dir / JOB_NAME)
 
     @classmethod
     def load(cls, run_dir: Path) -> "Job | None":
@@ -116,16 +118,6 @@ class Job:
 
     def log_tail(self) -> str:
         return processes.log_tail(self.run_dir)
-
-
-def birth_of(pid: int) -> str:
-    """The machine's boot and the tick of the process's start, which no change of the clock alters; "" if not told."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return f"{boot} {facts[19]}"
-    except (OSError, IndexError):
-        return ""
 
 
 KILL_AFTER_SEC = 30
@@ -156,7 +148,7 @@ class Jobs:
         self, runs_dir: Path, script: Path | None = None, make_room: Callable[[], AbstractContextManager] = nullcontext
     ) -> None:
         self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
-        self.public_names = {f"{runs_dir}/": ""}  # text in messages -> its replacement for visitors
+        self.public_names = {f"{runs_dir}{os.sep}": ""}  # text in messages -> its replacement for visitors
         self._children: dict[int, subprocess.Popen] = {}
         self._exits: dict[int, int] = {}
         self._asked: dict[int, float] = {}  # process -> when it was asked to stop
@@ -199,17 +191,26 @@ class Jobs:
         if not job.is_alive:
             raise UserError(f"the run {job.name} has already ended")
         if job.stop_asked and time.time() - job.stop_asked > KILL_AFTER_SEC:
-            with suppress(psutil.Error):
-                parent = psutil.Process(job.pid)
-                for process in [*parent.children(recursive=True), parent]:
-                    process.kill()
+            processes.end_process(job.pid)
             return job
         if not job.stop_asked:
-            os.kill(job.pid, signal.SIGTERM)
-            job = replace(job, stop_asked=self._asked.setdefault(job.pid, time.time()))
+            job = self.ask_to_stop(job)
             with suppress(OSError):  # a full disk: this process remembers the request
                 job.save()
         return job
+
+    def ask_to_stop(self, job: Job) -> Job:
+        """The request; `job` as it is then. A run that has not begun has nothing to save, and is ended: `terminate` is
+        SIGTERM, which also asks, or on Windows the end. So is one that no request can be written for."""
+        has_begun = bool(self._events_of(job))
+        try:
+            processes.ask_to_stop(job.run_dir)
+        except OSError:
+            has_begun = False
+        if not has_begun:
+            with suppress(psutil.Error):
+                psutil.Process(job.pid).terminate()
+        return replace(job, stop_asked=self._asked.setdefault(job.pid, time.time()))
 
     def owned(self, name: str, owner: str) -> Job:
         """The visitor's run. Raises the same UserError for a missing run and for another visitor's."""
@@ -235,9 +236,14 @@ class Jobs:
         return [job for job in self.all() if job.owner == owner]
 
     def current(self) -> Job | None:
-        """The run in progress, whoever owns it."""
+        """The run in progress, whoever owns it. One that was asked to stop and does not answer is ended."""
         self._reap()
-        return next((job for job in self.all() if job.is_alive), None)
+        job = next((job for job in self.all() if job.is_alive), None)
+        asked = (job.stop_asked or self._asked.get(job.pid, 0.0)) if job else 0.0
+        if asked and processes.has_gone_silent(asked, [job.run_dir]):
+            processes.end_process(job.pid)
+            logger.warning("%s did not answer the request to stop and was ended", job.name)
+        return job
 
     def metrics(self, job: Job) -> RunEvents:
         with self._lock:
@@ -249,12 +255,14 @@ class Jobs:
         self._reap()
         metrics = self.metrics(job)
         events, code = self._events_of(job), self._exits.get(job.pid)
+        if events and code == signal.SIGTERM:  # Windows' status of any that was killed, here of one that had begun
+            code = None
         by_kind = {event.get("type"): event for event in events}
         end = by_kind.get("end", {})
         if alive:
             state = "stopping" if job.stop_asked else "running" if events else "starting"
         else:
-            was_stopped_early = job.stop_asked and code == -signal.SIGTERM  # before it could record its end
+            was_stopped_early = job.stop_asked and code in processes.STOPPED_EARLY  # before it could record its end
             state = end.get("state") or ("interrupted" if was_stopped_early else "failed")
         is_starting = alive and not events  # the file still belongs to an earlier start
         done = [] if is_starting else [*metrics.of("step")[-1:], *events]
@@ -320,8 +328,6 @@ def settings_of(job: Job) -> dict[str, Any]:
 KILLED_MOST = 3  # A run that is killed this many times without a new checkpoint counts as failed
 TURN_SEC = 1.0
 UNREADABLE = "its file in the queue cannot be read; add it once more"
-
-logger = logging.getLogger(__name__)
 
 
 class QueueTurns:

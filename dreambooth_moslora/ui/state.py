@@ -208,7 +208,7 @@ class AppContext:
         self.turns = GpuTurns(self, is_small=is_small)
         self.jobs = jobs.Jobs(runs_dir, make_room=self.turns.training)
         self.queue = jobs.QueueTurns(self.jobs)
-        self.jobs.public_names |= {f"{adapters_dir}/": ""} | ({base_name: base} if os.sep in base_name else {})
+        self.jobs.public_names |= {f"{adapters_dir}{os.sep}": ""} | ({base_name: base} if os.sep in base_name else {})
         self._load, self._load_lock = load, threading.Lock()
         self._pipeline: Future[SubjectPipeline] | None = self._loading()
 

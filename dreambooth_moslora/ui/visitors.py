@@ -20,10 +20,9 @@ from typing import Any
 
 import gradio as gr
 import PIL.Image
-import psutil
 from starlette.requests import cookie_parser
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import UserError, is_running, own_token, rename
 from dreambooth_moslora.photos import photo_file as images
 from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
 from dreambooth_moslora.photos.photo_file import grey_mask
@@ -60,7 +59,7 @@ def take_photos(files: list[str], folder: Path) -> list[str]:
         is_empty = not any(new.iterdir())
         with ONE_AT_A_TIME:
             shutil.rmtree(folder, ignore_errors=True)
-            new.rename(folder)
+            rename(new, folder)
     if is_empty:
         raise UserError(f"none of the files is a usable photo: {remarks[0]}")
     return remarks
@@ -195,11 +194,12 @@ class Visitors:
     def __init__(self) -> None:
         home = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())  # of all servers' folders
         for folder in home.glob(f"{PREFIX}*"):  # those of servers that were killed go
-            pid = folder.name.removeprefix(PREFIX).partition("-")[0]
-            if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            pid, token, *_ = [*folder.name.removeprefix(PREFIX).split("-"), ""]
+            if not (pid.isdigit() and is_running(int(pid), token)):
                 shutil.rmtree(folder, ignore_errors=True)
         home.mkdir(parents=True, exist_ok=True)
-        self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=home)).resolve()
+        prefix = f"{PREFIX}{(pid := os.getpid())}-{own_token(pid)}-"
+        self.root = Path(tempfile.mkdtemp(prefix=prefix, dir=home)).resolve()
         self._known: OrderedDict[str, Visitor] = OrderedDict()  # by their last visit, the oldest first
         self._lock = threading.Lock()
 

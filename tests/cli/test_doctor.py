@@ -3,13 +3,24 @@
 import json
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from packaging.requirements import Requirement
 
+from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
-from dreambooth_moslora.cli.machine import OPTIONAL, bad_pairs, installed_versions, needed_ranges, out_of_range
+from dreambooth_moslora.cli.machine import (
+    OPTIONAL,
+    Findings,
+    bad_pairs,
+    examine_machine,
+    installed_versions,
+    needed_ranges,
+    out_of_range,
+)
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan import checks
@@ -20,8 +31,35 @@ from dreambooth_moslora.settings.table import TrainConfig
 def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys):
     assert main(["doctor", "--base", str(tiny_base), "--size", "32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["problems"] == [] and {"torch", "peft", "device", "VAE in bfloat16"} <= found["facts"].keys()
+    assert (
+        found["problems"] == [] and {"torch", "peft", "device", "compile", "VAE in bfloat16"} <= found["facts"].keys()
+    )
     assert found["facts"]["VAE in float16"].startswith("off by")
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "programs", "modules", "lacks"),
+    [
+        (False, ["c++"], [], None),
+        (False, ["gcc"], [], "a C++ compiler"),
+        (True, ["gcc"], [], "Triton"),
+        (True, [], ["triton"], "a C compiler"),
+        (True, ["gcc"], ["triton"], "Python.h"),
+    ],
+)
+def test_what_compile_lacks_is_named(on_gpu, programs, modules, lacks, monkeypatch):
+    monkeypatch.setattr(machine, "has_gpu", lambda: on_gpu)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in programs else None)
+    monkeypatch.setattr(machine, "find_spec", lambda name: name if name in modules else None)
+    monkeypatch.setattr(machine, "get_path", lambda name: "/nowhere")
+    found = machine.what_compile_lacks()
+    assert (found is None) if lacks is None else found.startswith(lacks)
+
+
+def test_doctor_says_this_machines_memory(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=3 * 2**30))
+    examine_machine(found := Findings())
+    assert found.facts["processor"].endswith(" cores, 3.0 GiB")
 
 
 def test_doctor_names_bad_pairs_and_missing_libraries_and_takes_builds_and_candidates_as_their_release():

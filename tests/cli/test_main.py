@@ -19,6 +19,7 @@ from dreambooth_moslora.cli.main import COMMANDS, main
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
 from dreambooth_moslora.cli.train import log_file, run_trainer, train_main
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
+from dreambooth_moslora.disk.processes import STOP_FILE, ask_to_stop
 from dreambooth_moslora.disk.run_folder import RunDir, step_of
 from dreambooth_moslora.plan import processes
 from dreambooth_moslora.training.loop import train
@@ -176,6 +177,17 @@ def test_a_run_that_may_write_no_large_file_ends_in_one_line(photos, tiny_base, 
     assert "error: a file would be larger than the system allows" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("letters", ["cp1252", "ascii"])
+def test_a_console_that_is_not_utf_8_gets_what_it_has_letters_for(photos, letters, tmp_path):
+    words = ["train", str(photos), "dög", "--pretrained_model_name_or_path", "toy", "--dry_run"]
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": letters}
+    command = [sys.executable, "-m", "dreambooth_moslora", *words]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "“a photo of a sks dög”".encode(letters, "backslashreplace") in done.stderr
+
+
 def started(*words, **extra):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *map(str, words)], env=ENVIRONMENT | extra, **pipes)
@@ -204,6 +216,13 @@ def test_a_third_ctrl_c_leaves_at_once():
     assert process.stdout.readline() == b"ready\n"
     send(process, [signal.SIGINT] * 3, 0.1)
     assert process.wait(timeout=20) == 130
+
+
+def test_a_file_asks_as_a_signal_does_and_goes_with_the_run(tmp_path):
+    process = started("-c", STOPPER, **{STOP_FILE: str(tmp_path / "job.stop")})
+    assert process.stdout.readline() == b"ready\n"
+    ask_to_stop(tmp_path)
+    assert process.communicate(timeout=60)[0] == b"saving\nsaved\n" and not list(tmp_path.iterdir())
 
 
 def test_a_closed_terminal_stops_nothing_under_nohup():

@@ -1,9 +1,11 @@
 """`train photos/dog dog`: what is chosen for a folder and a word, what is said of it, and that flags win."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from dreambooth_moslora.base import machine as precision
@@ -129,6 +131,41 @@ def test_nothing_that_a_config_file_says_of_its_own_subject_reaches_another(phot
     config = parse_train_config([*photos, "--config", "rocket.toml"])
     assert config.rank == 3 and "rocket" not in str(config)
     assert parse_train_config([*photos, "--config", "rocket.toml", "--mask_prompt", "dog"]).mask_prompt == "dog"
+
+
+CARDS = [
+    ("nvidia-smi", "echo 'GPU 0: NVIDIA GeForce RTX 3060'", {}, "whl/cu128"),
+    ("nvidia-smi", "echo 'GPU 0: NVIDIA GeForce RTX 3060'", {"cuda": "12.8"}, "sees no GPU: install a newer driver"),
+    ("rocminfo", "", {}, "whl/rocm6.4"),
+    ("rocminfo", "", {"hip": "6.4"}, "usermod -aG render,video"),
+    ("nvidia-smi", "echo 'it could not communicate with the driver'; exit 9", {}, None),
+]
+
+
+@pytest.mark.skipif(os.name != "posix" or precision.has_gpu(), reason="scripts in the place of a driver's")
+@pytest.mark.parametrize(("program", "body", "built_for", "says"), CARDS)
+def test_a_gpu_that_pytorch_does_not_see_is_told_and_nothing_is_trained_in_its_place(
+    photos, tmp_path, monkeypatch, capsys, program, body, built_for, says
+):
+    """The embedded base would be trained on a person's photos."""
+    (script := tmp_path / program).write_text(f"#!/bin/sh\n{body}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("cuda", "hip"):
+        monkeypatch.setattr(torch.version, name, built_for.get(name))
+    assert main(["train", *photos, "--dry_run"]) == (2 if says else 0)
+    assert (says or "there is no GPU here") in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # by which a person asks for the CPU
+    for words in (photos, [*photos, "--pretrained_model_name_or_path", "toy"]):
+        assert parse_train_config(words).pretrained_model_name_or_path == "toy"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_second_gpu_is_told_of(photos, monkeypatch, capsys, count):
+    monkeypatch.setattr(memory, "least_free_gib", lambda **later: 23.0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    parse_train_config(photos)
+    assert ("GPUs: one of 2; `accelerate launch --multi_gpu" in capsys.readouterr().err) == (count == 2)
 
 
 @pytest.mark.parametrize("gb", RECIPES)

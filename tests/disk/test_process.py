@@ -174,3 +174,29 @@ def test_what_is_imported_at_once_is_not_looked_at_by_the_collector_which_stays_
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+CHILD = """
+import sys, time
+from functools import partial
+from dreambooth_moslora.disk.processes import when_orphaned
+when_orphaned(int(sys.argv[1]), partial(print, "alone", flush=True))
+print("has a parent", flush=True)
+time.sleep(30)
+"""
+PARENT = f"""
+import os, subprocess, sys
+subprocess.Popen([sys.executable, "-c", {CHILD!r}, str(os.getpid())])
+sys.stdin.read()
+"""
+
+
+def test_a_process_hears_that_its_parent_was_killed_though_nobody_has_asked_how_that_ended():
+    """A zombie is no parent."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", PARENT], **pipes) as parent:
+        assert parent.stdout.readline() == "has a parent\n"
+        (child,) = psutil.Process(parent.pid).children()
+        os.kill(parent.pid, 9)
+        assert parent.stdout.readline() == "alone\n"
+        child.kill()

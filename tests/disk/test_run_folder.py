@@ -11,7 +11,7 @@ from unittest.mock import ANY
 
 import pytest
 
-from dreambooth_moslora.core import atomic_directory, atomic_write, clean_stale, scratch_directory
+from dreambooth_moslora.core import atomic_directory, atomic_write, clean_stale, process_token, scratch_directory
 from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.events import RunEnded, StepDone, StepEvaluated, event_of, events_of, record_of
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name
@@ -72,6 +72,13 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing_and_is_in
         clean_stale(tmp_path)
     assert (tmp_path / "checkpoint-7" / "a").read_text() == "after"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+def test_what_a_running_process_writes_is_left_alone(tmp_path):
+    other = tmp_path / f".checkpoint-7.{(pid := os.getppid())}-{process_token(pid)}.new"
+    other.mkdir()
+    clean_stale(tmp_path)
+    assert other.is_dir()
 
 
 @pytest.mark.parametrize(

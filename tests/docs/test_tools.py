@@ -13,7 +13,7 @@ from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
-from tools import another_word, bare_photos, subject_sheet
+from tools import another_word, bare_photos, subject_sheet, systems
 from tools.settings_table import OUT, page
 
 
@@ -94,3 +94,13 @@ def test_the_page_lists_each_setting_once_and_is_up_to_date():
     text = OUT.read_text(encoding="utf-8")
     assert text == page(), "run: python -m tools.settings_table"
     assert [text.count(f"| `--{name}` |") for name in SETTINGS] == [1] * len(SETTINGS)
+
+
+@pytest.mark.slow
+def test_what_one_system_lacks_is_found_and_what_is_asked_for_first_is_not(tmp_path):
+    pytest.importorskip("mypy")
+    (file := tmp_path / "program.py").write_text(
+        "import os, sys\nx: int = 'a'\nos.sysconf('SC_PAGE_SIZE')\nif sys.platform != 'win32':\n    os.getuid()\n"
+    )
+    (line,) = systems.missing(str(file))
+    assert ":3: error: Module has no attribute" in line and line.endswith("(win32)")

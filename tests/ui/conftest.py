@@ -27,7 +27,7 @@ ROCKET = SubjectWords("rocket", "zwx", "a red rocket\n\n")
 TWO = TrainForm("sks", "duck", others=(ROCKET,))
 TRAINER = '''
 """Stands in for the training program where a real one would be too slow or too well-behaved."""
-import json, signal, sys, time
+import json, os, signal, sys, time
 config = json.load(open(sys.argv[2]))
 mode, out = config["mode"], config["output_dir"] + "/metrics.jsonl"
 def say(kind, **facts):
@@ -43,6 +43,8 @@ say("phase", phase=config.get("phase", "loading"), done=0, total=1)
 for step in range(1, 1001):
     say("step", step=step, loss=1.0, loss_instance=1.0, loss_prior=None, lr=1e-4, step_sec=0.05, eta_sec=9.0)
     time.sleep(0.05)
+    if mode != "stubborn" and os.path.exists(os.environ["DREAMBOOTH_STOP_FILE"]):
+        stop.append(1)
     if stop or step == config.get("steps", 1000):
         break
 say("end", state="interrupted" if stop else "done", step=step, message="")

@@ -12,11 +12,11 @@ import gradio as gr
 import psutil
 import pytest
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import UserError, birth_of
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.processes import why_it_ended
 from dreambooth_moslora.ui import jobs as page_jobs
-from dreambooth_moslora.ui.jobs import Job, Jobs, birth_of
+from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.state import AdapterCatalog, as_gradio_error
 from dreambooth_moslora.ui.train_watch import status_card
 from tests.ui.conftest import OTHER, OWNER, recorded, visitor, wait_for
@@ -127,7 +127,8 @@ def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_o
     "code, asked, log, words",
     [
         (-15, 1.0, "", "stopped before training had begun"),
-        (-9, 1.0, "loading", "killed by SIGKILL."),
+        (15, 1.0, "", "stopped before training had begun"),
+        (-9, 1.0, "loading", "killed by SIGKILL. It had not answered the request to stop."),
         (-11, 0.0, "loading", "killed by SIGSEGV."),
         (2, 0.0, "error: no photos", "error: no photos"),
         (None, 0.0, "KeyError: 1", "KeyError: 1"),

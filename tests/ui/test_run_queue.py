@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun, RunQueue, locked
 from dreambooth_moslora.ui import public
@@ -195,6 +196,17 @@ def test_a_run_that_is_killed_again_and_again_fails_and_the_next_begins(turns):
     added(turns.queue, "big")
     assert trained(turns) == {"big": "failed"}
     assert f"killed {KILLED_MOST} times" in turns.queue.ended()[0]["message"]
+
+
+def test_the_command_stops_the_run_in_progress_which_leaves_the_queue_to_the_next(jobs, turns, capsys):
+    stop = ["queue", "stop", "--runs_dir", str(jobs.runs_dir)]
+    assert main(stop) == 2 and "no run of the queue is trained now" in capsys.readouterr().err
+    added(turns.queue, "dog", steps=500)
+    added(turns.queue, "cat")
+    turns.take()
+    wait_for(lambda: (job := jobs.current()) and jobs.state(job).step)
+    assert main(stop) == 0 and "dog finishes its step" in capsys.readouterr().out
+    assert trained(turns) == {"dog": "interrupted", "cat": "done"}
 
 
 def test_nothing_is_started_beside_a_run_or_in_a_folder_that_is_held(jobs, turns):

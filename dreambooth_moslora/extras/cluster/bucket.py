@@ -74,10 +74,9 @@ class Bucket:
         return self.tried(name, self.files.exists)
 
     def write(self, name: str, content: bytes) -> None:
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(content)
-            file.flush()
-            self.upload(Path(file.name), name)
+        with tempfile.TemporaryDirectory() as folder:  # of a temporary file, Windows lets nobody open it again
+            (file := Path(folder) / "content").write_bytes(content)
+            self.upload(file, name)
 
     def upload(self, source: Path, name: str) -> None:
         """Raises FileNotFoundError when `source` has been deleted meanwhile."""

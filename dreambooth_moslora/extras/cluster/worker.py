@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,7 @@ def train_subject(job: Job) -> Record:
                 if stop_path(run_dir.parent).exists():
                     return ended(run_dir, "interrupted", "stopped before it began")
                 code = train_once(job, run_dir, hold)
-                if code >= 0:
+                if code >= 0 or stop_path(run_dir.parent).exists():
                     break
             return judged(run_dir, code)
     except UserError as error:
@@ -82,9 +82,7 @@ def held_for_training(run_dir: Path) -> Iterator[BinaryIO]:
     try:
         yield hold
     finally:
-        with suppress(OSError):
-            (run_dir / HOLD_NAME).unlink()
-        hold.close()
+        queue.release(run_dir / HOLD_NAME, hold)
 
 
 def held(run_dir: Path) -> BinaryIO:
@@ -116,7 +114,7 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     processes.write_settings(run_dir, {**job.settings, **({"resume_from_checkpoint": "latest"} if is_known else {})})
     started = time.monotonic()
     process = start_guarded(job, ("train", "--config", str(run_dir / processes.CONFIG_NAME)), (hold.fileno(),))
-    code = watch(process, stop_path(run_dir.parent))
+    code = watch(process, stop_path(run_dir.parent), [run_dir])
     seconds = time.monotonic() - started
     hours = seconds / 3600 * (job.gpus or job.cpus)
     write_record(run_dir, replace(begun, seconds=begun.seconds + seconds, hours=begun.hours + hours))
@@ -135,18 +133,21 @@ def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subpr
     return processes.start_logged(Path(job.run_dir), command, threads, folder, inherits=holds)
 
 
-def watch(process: subprocess.Popen, stop: Path) -> int:
-    """Wait for its end. Once the fleet stops, or this task is cancelled, ask it to end with a checkpoint."""
-    is_asked = False
+def watch(process: subprocess.Popen, stop: Path, run_dirs: Sequence[Path]) -> int:
+    """Wait for its end. Once the fleet stops, or this task is cancelled, ask it to end with a checkpoint; the first of
+    its `run_dirs` is the one that it was started in. It is killed if it does not answer."""
+    asked = 0.0
     try:
         while process.poll() is None:
-            if not is_asked and stop.exists():
-                process.send_signal(signal.SIGTERM)
-                is_asked = True
+            if not asked and stop.exists():
+                processes.ask_to_stop(run_dirs[0])
+                asked = time.time()
+            if asked and processes.has_gone_silent(asked, run_dirs):
+                processes.end_process(process.pid)
             time.sleep(POLL_SEC)
         return process.returncode
     except BaseException:
-        process.send_signal(signal.SIGTERM)
+        processes.ask_to_stop(run_dirs[0])
         raise
 
 
@@ -154,7 +155,7 @@ def judged(run_dir: Path, code: int) -> Record:
     was_asked = stop_path(run_dir.parent).exists()
     if code == DONE:
         return ended(run_dir, "done")
-    if code == INTERRUPTED or (was_asked and code == -signal.SIGTERM):
+    if code == INTERRUPTED or (was_asked and code in processes.STOPPED_EARLY):
         return ended(run_dir, "interrupted")
     log = processes.log_tail(run_dir)
     errors = [line.removeprefix(ERROR) for line in log.splitlines() if line.startswith(ERROR)]
@@ -207,12 +208,12 @@ def train_to_their_ends(left: list[Job], at_once: int, holds: tuple[int, ...]) -
         code = train_group_once(left, at_once, holds)
         records = [read_record(Path(job.run_dir)) for job in left]
         left = [job for job, found in zip(left, records) if found is None or found.state not in ENDED]
-        if code >= 0:
+        if code >= 0 or stop_path(first.parent).exists():
             break
     was_asked = stop_path(first.parent).exists()
     for job in left:
         reason = processes.why_it_ended(code, processes.log_tail(first), was_asked=was_asked)
-        ended(Path(job.run_dir), "interrupted" if was_asked else "failed", "" if was_asked else reason)
+        ended(Path(job.run_dir), "interrupted" if was_asked else "failed", "" if was_asked and code >= 0 else reason)
 
 
 def train_group_once(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> int:
@@ -222,9 +223,10 @@ def train_group_once(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) 
         processes.write_settings(Path(job.run_dir), {**job.settings, **resumed})
     share = jobs[0].gpus or jobs[0].cpus
     words = ("together", "--at_once", str(at_once), "--share", str(share), *(job.run_dir for job in jobs))
-    return watch(start_guarded(jobs[0], words, holds), stop_path(Path(jobs[0].run_dir).parent))
+    run_dirs = [Path(job.run_dir) for job in jobs]
+    return watch(start_guarded(jobs[0], words, holds), stop_path(run_dirs[0].parent), run_dirs)
 
 
 if __name__ == "__main__":
-    processes.when_orphaned(int(sys.argv.pop(1)), partial(os.kill, os.getpid(), signal.SIGTERM))
+    processes.when_orphaned(int(sys.argv.pop(1)), partial(signal.raise_signal, signal.SIGTERM))
     runpy.run_module("dreambooth_moslora", run_name="__main__")

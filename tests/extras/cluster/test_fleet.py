@@ -252,6 +252,15 @@ def test_each_ending_has_its_line(code, log, state, message, tmp_path):
     assert (record.state, record.message) == (state, message) and read_record(tmp_path / "rex") == record
 
 
+def test_a_training_that_does_not_answer_the_fleets_stop_is_ended_and_told(tmp_path, monkeypatch):
+    (script := tmp_path / "deaf.py").write_text("import time; print('deaf', flush=True); time.sleep(60)")
+    monkeypatch.setattr(worker, "GUARDED", (str(script),))
+    monkeypatch.setattr(worker.processes, "ANSWER_SEC", 0.3)
+    threading.Timer(0.3, stop_path(tmp_path).touch).start()
+    record = train_subject(rex(tmp_path))
+    assert (record.state, record.starts) == ("failed", 1) and "had not answered the request to stop" in record.message
+
+
 def test_a_mistake_is_the_subjects_own_line(tmp_path):
     record = train_subject(rex(tmp_path, pretrained_model_name_or_path="toy", instance_prompt="x", rank=0))
     assert record.state == "failed" and record.message.startswith("--rank 0") and record.starts == 1

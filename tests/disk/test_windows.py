@@ -1,0 +1,229 @@
+"""The run folder, its lock, a stop and the queue with Windows' answers (`tests/helpers/windows.py`)."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora import core
+from dreambooth_moslora.cli import train as train_command
+from dreambooth_moslora.cli.terminal import exit_code
+from dreambooth_moslora.core import UserError, atomic_directory, atomic_write, clean_stale, process_token
+from dreambooth_moslora.disk import processes, run_folder
+from dreambooth_moslora.disk.queue import LOCK_NAME, QueuedRun, locked
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.extras.cluster.records import stop_path
+from dreambooth_moslora.extras.cluster.worker import Job as Work
+from dreambooth_moslora.extras.cluster.worker import train_subject
+from dreambooth_moslora.plan import checks
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
+from dreambooth_moslora.ui.train_form import TrainForm
+from dreambooth_moslora.ui.train_start import free_run_dir
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.ui.conftest import OWNER, TRAINER, recorded, wait_for
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is open is read in /proc"),
+    pytest.mark.usefixtures("windows"),
+]
+HOLD = """
+import sys
+from pathlib import Path
+from dreambooth_moslora.disk.queue import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_the_lock_of_a_run_folder_holds_and_ends_with_its_process(is_killed, tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {holder.pid} on .* is training there"), locked(tmp_path):
+            pass
+        if is_killed:
+            holder.kill()
+    with locked(tmp_path):
+        assert str(os.getpid()) in (tmp_path / LOCK_NAME).read_text()
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def write(folder, text: str) -> None:
+    with atomic_directory(folder) as new:
+        (new / "weights").write_text(text)
+
+
+@pytest.mark.parametrize("closes", [True, False])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_checkpoint_waits_for_a_program_that_has_its_file_open_and_is_whole_with_either_end(
+    is_new, closes, tmp_path, monkeypatch
+):
+    """A scanner has the new one's file open, or a viewer the old one's."""
+    folder, begin, opened = tmp_path / "checkpoint-1", core.rename, []
+    write(folder, "old")
+
+    def looked_at(source, target) -> None:
+        if not opened and is_new == (source.suffix == ".new"):
+            opened.append((source / "weights").open())
+            if closes:
+                threading.Timer(0.3, opened[0].close).start()
+        begin(source, target)
+
+    monkeypatch.setattr(core, "rename", looked_at)
+    monkeypatch.setattr(core, "WAIT_SEC", 20 if closes else 0.2)
+    with nullcontext() if closes else pytest.raises(PermissionError):
+        write(folder, "new")
+    assert (folder / "weights").read_text() == ("new" if closes else "old")
+    opened[0].close()
+    clean_stale(tmp_path)
+    assert RunDir(tmp_path).named_checkpoints() == [folder]
+
+
+def test_a_file_that_stays_open_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(core, "WAIT_SEC", 0)
+    (sheet := tmp_path / "contact_sheet.png").write_text("old")
+    with sheet.open():
+        assert exit_code(lambda: atomic_write(sheet, "new")) == 2
+    assert (
+        capsys.readouterr().err == f"error: another program has {sheet} open, or a file in it; close it and resume.\n"
+    )
+    assert os.listdir(tmp_path) == [sheet.name]
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_process_is_known_by_its_start_and_gets_no_signal(is_same, tmp_path):
+    token = process_token(os.getppid()) if is_same else "0123abcd"
+    (left := tmp_path / f".checkpoint-7.{os.getppid()}-{token}.new").mkdir()
+    clean_stale(tmp_path)
+    assert left.exists() == is_same
+
+
+def test_a_run_of_the_queue_is_asked_by_a_file_which_stops_no_later_one(tmp_path):
+    (script := tmp_path / "trainer.py").write_text(TRAINER)
+    turns = QueueTurns(jobs := Jobs(tmp_path / "runs", script))
+    for name in ("dog", "cat"):
+        (folder := tmp_path / "runs" / name).mkdir(parents=True)
+        settings = {"mode": "good", "steps": 1000 if name == "dog" else 2, "output_dir": str(folder)}
+        turns.queue.add(QueuedRun(name, OWNER, settings=settings, queued=time.time()))
+    turns.take()
+    wait_for(lambda: (job := jobs.current()) and jobs.state(job).step)
+    jobs.stop("dog", OWNER)
+    processes.ask_to_stop(tmp_path / "runs" / "cat")  # left there by an earlier run
+    wait_for(lambda: turns.take() or turns.is_empty)
+    assert {event["name"]: event["state"] for event in turns.queue.ended()} == {"dog": "interrupted", "cat": "done"}
+
+
+def test_a_process_that_does_not_answer_is_ended_and_told(tmp_path, monkeypatch, caplog):
+    (script := tmp_path / "trainer.py").write_text(TRAINER)
+    jobs = Jobs(tmp_path / "runs", script)
+    job = jobs.start("dog", {"mode": "stubborn", "output_dir": str(tmp_path / "runs" / "dog")}, OWNER)
+    wait_for(lambda: jobs.state(job).step)
+    jobs.stop("dog", OWNER)
+    monkeypatch.setattr(processes, "ANSWER_SEC", -1)
+    wait_for(lambda: not jobs.current())
+    assert {record.message for record in caplog.records} == {"dog did not answer the request to stop and was ended"}
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_a_status_of_windows_tells_a_stop_before_the_beginning_from_one_that_was_not_answered(has_begun, tmp_path):
+    """`TerminateProcess` of psutil leaves 15 for either."""
+    events = [{"type": "start"}] * has_begun
+    job, jobs = recorded(tmp_path / "dog", *events, pid=2**30, stop_asked=1.0), Jobs(tmp_path)
+    (job.run_dir / processes.LOG_NAME).write_text("training")
+    jobs._exits[job.pid] = 15
+    state, says = ("failed", "training. It had not answered") if has_begun else ("interrupted", "before training had")
+    assert jobs.state(job).state == state and says in jobs.state(job).message
+
+
+def config_of(base, folder, **changes) -> dict:
+    sizes = {"max_train_steps": 100_000, "checkpointing_steps": 1, "checkpoints_total_limit": 2} | changes
+    return tiny_config(base, paint_photos(folder / "photos"), folder / "runs" / "dog", **sizes).to_dict()
+
+
+def told(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+@pytest.mark.slow
+def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_bytes(tiny_base, tmp_path):
+    jobs = Jobs(tmp_path / "runs")
+    job = jobs.start("dog", told(config_of(tiny_base, tmp_path)), OWNER)
+    wait_for(lambda: jobs.state(job).step or not job.is_alive, 120)
+    jobs.stop("dog", OWNER)
+    wait_for(lambda: not job.is_alive, 120)
+    run, state = RunDir(job.run_dir), jobs.state(jobs.owned("dog", OWNER))
+    assert state.state == "interrupted", job.log_tail()
+    assert run.adapter_path.is_file() and run.latest_checkpoint() and not (run.path / processes.STOP_NAME).exists()
+    steps = state.step + 2
+    settings = json.loads((run.path / processes.CONFIG_NAME).read_text()) | {"max_train_steps": steps}
+    processes.write_settings(run.path, settings)
+    job = jobs.resume("dog", OWNER)
+    wait_for(lambda: not job.is_alive, 120)
+    assert jobs.state(job).state == "done", job.log_tail()
+    resumed = adapter_sha256(run.path)
+    shutil.rmtree(run.path)
+    job = jobs.start("dog", settings, OWNER)
+    wait_for(lambda: not job.is_alive, 120)
+    assert adapter_sha256(run.path) == resumed
+
+
+@pytest.mark.slow
+def test_a_fleets_stop_leaves_a_checkpoint(tiny_base, tmp_path):
+    out, found = tmp_path / "runs", []
+    settings = told(config_of(tiny_base, tmp_path))
+    work = threading.Thread(target=lambda: found.append(train_subject(Work(str(out / "dog"), settings, "mark"))))
+    work.start()
+    wait_for(lambda: RunDir(out / "dog").latest_checkpoint() if (out / "dog").exists() else None, 120)
+    stop_path(out).touch()
+    work.join(timeout=120)
+    assert found[0].state == "interrupted" and RunDir(out / "dog").adapter_path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        ("runs/aux", "'aux' cannot be the name of a file or folder on Windows"),
+        ("NUL.dogs/dog", "'NUL.dogs'"),
+        ("runs/COM¹", "cannot be the name"),
+        ("runs/a:b", "'a:b'"),
+        ("runs/what?", "'what?'"),
+        ("runs./dog", "'runs.'"),
+        ("runs/dog ", "'dog '"),
+        ("runs/" + "d" * 200, "Windows allows 259: name a shorter folder"),
+        ("runs/auxiliary", ""),
+        ("../runs/com.dog", ""),
+    ],
+)
+def test_a_run_folder_that_windows_cannot_have_is_one_line(output, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "IS_WINDOWS", True)
+    monkeypatch.setattr(checks, "has_long_paths", lambda: False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=re.escape(says)) if says else nullcontext():
+        checks.check_folders(TrainConfig(output_dir=output, report_to="none"))
+
+
+@pytest.mark.parametrize("word", ["con", "Aux", "lpt1", "aux."])
+def test_a_word_that_is_a_device_gets_a_name_that_every_system_has(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = train_command.run_folder(word, resumes=False), free_run_dir(Jobs(tmp_path), TrainForm("sks", word))
+    assert [path.name for path in named] == [f"my_{word.strip('.')}"] * 2
+    assert run_folder.clean_name(word) == named[0].name
+
+
+def test_the_longest_name_is_that_of_a_checkpoints_adapter():
+    pid, path = os.getpid(), Path("checkpoint-1000000")
+    own = core.temporary_name(path, "new") / run_folder.PUBLISHED_NAME
+    assert len(checks.LONGEST) - len(str(own)) == len("1000000") - len(str(pid))
+    assert max(run_folder.PUBLISHED_NAME, *run_folder.CHECKPOINT_FILES, key=len) == run_folder.PUBLISHED_NAME

@@ -1,0 +1,123 @@
+"""Windows' answers on Linux: what the run folder, its lock, a stop and the queue may not count on there.
+
+A signal ends a process, so none may be sent; `terminate` kills; a file that is open here, or mapped, is neither removed
+nor replaced, nor is a folder around it; no folder replaces another; there is no fcntl, no resource, and no file is
+handed on. What is asked of the machine itself stays: these are no tests on Windows.
+"""
+
+import fcntl
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from subprocess import Popen
+from types import ModuleType, SimpleNamespace
+
+import psutil
+import pytest
+
+HELPERS = Path(__file__).parent
+CHILDREN = {"PYTHONPATH": os.pathsep.join([str(HELPERS / "as_windows"), str(HELPERS.parents[1])])}
+"""Environment of a program that gets the answers too."""
+PRODUCT = "dreambooth_moslora"
+ACCESS_DENIED, SHARING_VIOLATION = 5, 32
+
+
+class FakeSys(ModuleType):
+    """`sys` as a module of Windows sees it."""
+
+    platform = "win32"
+
+    def __getattr__(self, name: str):
+        return getattr(sys, name)
+
+
+def locking(number: int, mode: int, count: int) -> None:
+    """`msvcrt.locking` of a byte behind the content."""
+    assert mode == MSVCRT.LK_NBLCK and count == 1
+    assert os.lseek(number, 0, os.SEEK_CUR) > os.fstat(number).st_size  # or nobody could read who holds it
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise PermissionError(13, "Permission denied") from error
+
+
+MSVCRT = SimpleNamespace(LK_NBLCK=2, locking=locking)
+
+
+def denied(path: str, winerror: int) -> PermissionError:
+    error = PermissionError(13, "The process cannot access the file", path)
+    error.winerror = winerror
+    return error
+
+
+def open_files() -> set[str]:
+    """Of this process, with those that are mapped into its memory."""
+    found = set()
+    for entry in os.scandir("/proc/self/fd"):
+        try:
+            found.add(os.readlink(entry.path))
+        except OSError:  # the one that lists them
+            continue
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        found.add(line[line.index("/") :] if "/" in line else "")
+    return found
+
+
+def refuse_open(path: str, dir_fd: int | None = None) -> None:
+    folder = os.readlink(f"/proc/self/fd/{dir_fd}") if dir_fd is not None else ""
+    whole = os.path.realpath(os.path.join(folder, os.fspath(path)))
+    if any(name == whole or name.startswith(f"{whole}/") for name in open_files()):
+        raise denied(path, SHARING_VIOLATION)
+
+
+def answer_as_windows(patch: pytest.MonkeyPatch) -> None:
+    """Raises AssertionError in the program where it sends a signal or hands on a file."""
+    from dreambooth_moslora.disk import file_lock, processes, queue
+
+    kill, replace, unlink, begin = os.kill, os.replace, os.unlink, Popen.__init__
+
+    def no_signal(pid: int, number: int) -> None:
+        assert not sys._getframe(1).f_globals["__name__"].startswith(PRODUCT), "a signal ends the process"
+        kill(pid, number)
+
+    def replaced(source, target, **folders) -> None:
+        for path in (source, target):
+            refuse_open(path)
+        if os.path.isdir(target):
+            raise denied(source, ACCESS_DENIED)
+        replace(source, target, **folders)
+
+    def unlinked(path, *, dir_fd=None) -> None:
+        refuse_open(path, dir_fd)
+        unlink(path, dir_fd=dir_fd)
+
+    def begun(process: Popen, *words, **options) -> None:
+        assert not options.get("pass_fds"), "no file is handed on"
+        begin(process, *words, **options)
+
+    patch.setattr(os, "kill", no_signal)
+    for name in ("replace", "rename"):
+        patch.setattr(os, name, replaced)
+    for name in ("unlink", "remove"):
+        patch.setattr(os, name, unlinked)
+    patch.setattr(Popen, "__init__", begun)
+    for kind in (Popen, psutil.Process):
+        patch.setattr(kind, "terminate", kind.kill)
+    for name in ("fcntl", "resource"):
+        patch.setitem(sys.modules, name, None)
+    patch.setitem(sys.modules, "msvcrt", MSVCRT)
+    patch.setattr(processes, "IS_POSIX", False)
+    patch.setattr(processes, "sys", FakeSys("sys"))
+    patch.setattr(processes, "peak_memory_gib", lambda: None)  # Linux tells no working set
+    patch.setattr(queue, "lock", module_on_windows(file_lock).lock)
+
+
+def module_on_windows(module: ModuleType) -> ModuleType:
+    """It, as it is when it is imported on Windows."""
+    spec = importlib.util.spec_from_file_location(f"{module.__name__}_on_windows", module.__file__)
+    again = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        spec.loader.exec_module(again)
+    return again
