@@ -17,7 +17,7 @@ _HOME = {
     "fold": "adapters.moslora",
     "SubjectPipeline": "generation.pipeline",
     "train": "training.loop",
-    "evaluate_adapter": "evaluation.evaluate",
+    "evaluate_adapter": "evaluation.score_tables",
 }
 
 __all__ = ["__version__", *_HOME]

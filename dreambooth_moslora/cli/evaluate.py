@@ -22,8 +22,8 @@ from dreambooth_moslora.settings import measures, sources, table
 from dreambooth_moslora.training import explain, model_card
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.evaluation.evaluate import Evaluation
     from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+    from dreambooth_moslora.evaluation.score_tables import Evaluation
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     check_paths(args)
     config, folder = resolve(args), output_folder(args)
     from dreambooth_moslora.base import families, load
-    from dreambooth_moslora.evaluation import evaluate, metrics, report
+    from dreambooth_moslora.evaluation import metrics, report, score_tables
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     hush()
@@ -97,7 +97,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     options, choice = {"batch_size": args.batch_size, "guidance_scale": followed}, None
     interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
     with tqdm(total=count, desc="drawing pictures", unit="picture", mininterval=interval, maxinterval=60.0) as bar:
-        judge = partial(evaluate.evaluate_adapter, pipeline, name, on_picture=bar.update, **options)
+        judge = partial(score_tables.evaluate_adapter, pipeline, name, on_picture=bar.update, **options)
         found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
         if args.sweep_scale:
             smaller = [evaluator.of_subject() for evaluator in evaluators]

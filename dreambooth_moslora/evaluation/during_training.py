@@ -11,7 +11,7 @@ import torch
 
 from dreambooth_moslora.adapters.moslora import set_scale
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.evaluation import evaluate, metrics, protocol, report
+from dreambooth_moslora.evaluation import metrics, protocol, report, score_tables
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings.table import TrainConfig
@@ -49,7 +49,7 @@ class TrainingEvaluator:
         return folder.with_made(self.config, self.photos)
 
     @cached_property
-    def evaluators(self) -> list[evaluate.Evaluator]:
+    def evaluators(self) -> list[score_tables.Evaluator]:
         """One for each subject. Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
         photos = self.photos_as_trained
         return report.evaluators_of(self.subjects, photos, self.plans, self.encoders, self.config.resolution)
@@ -74,8 +74,8 @@ class TrainingEvaluator:
             "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
         }
 
-    def _draw(self, sampler: Sampler) -> evaluate.Draw:
-        return evaluate.sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
+    def _draw(self, sampler: Sampler) -> score_tables.Draw:
+        return score_tables.sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
 
     def find_scale(self, sampler: Sampler, components: dict[str, torch.nn.Module]) -> ScaleChoice | None:
         """Score the live adapter at several scales; afterwards it has the trained scale again."""

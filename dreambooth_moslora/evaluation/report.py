@@ -21,7 +21,7 @@ from PIL import Image
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core import atomic_write
-from dreambooth_moslora.evaluation import evaluate, metrics, protocol
+from dreambooth_moslora.evaluation import metrics, protocol, score_tables
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.pictures import render
@@ -42,7 +42,7 @@ class ReportContext:
     scale: ScaleChoice | None = None  # the result of --sweep_scale
 
 
-def scores_json(found: evaluate.Evaluation, about: ReportContext) -> dict:
+def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
     """All measurements, JSON-ready: means with 95 % intervals, and each prompt's means."""
     plan = found.plan
     return {
@@ -72,7 +72,7 @@ def scores_json(found: evaluate.Evaluation, about: ReportContext) -> dict:
     }
 
 
-def per_prompt(found: evaluate.Evaluation) -> list[dict]:
+def per_prompt(found: score_tables.Evaluation) -> list[dict]:
     """Means over the seeds for each prompt of the subject, from every table with such rows."""
     rows = [{"prompt": prompt} for prompt in found.plan.texts]
     for name, values in found.tables.items():
@@ -83,7 +83,7 @@ def per_prompt(found: evaluate.Evaluation) -> list[dict]:
     return rows
 
 
-def report_html(found: evaluate.Evaluation, about: ReportContext, photos: list[Image.Image]) -> str:
+def report_html(found: score_tables.Evaluation, about: ReportContext, photos: list[Image.Image]) -> str:
     """The page: verdict, scores, photos, every prompt by adapter and base, the picture nearest to a copy."""
     relative, means = {**found.relative(), "copied": found.alarm.share}, per_prompt(found)
     names = ["prompt", *(name for name, row in MEASURES.items() if (row.title or row.truth) and name in means[0])]
@@ -103,7 +103,7 @@ def report_html(found: evaluate.Evaluation, about: ReportContext, photos: list[I
     )
 
 
-def score_rows(found: evaluate.Evaluation) -> list[tuple]:
+def score_rows(found: score_tables.Evaluation) -> list[tuple]:
     """Title, the adapter's mean, the base's, that of the photos themselves, and the meaning of each measure."""
     rows = []
     for name, row in MEASURES.items():
@@ -114,7 +114,7 @@ def score_rows(found: evaluate.Evaluation) -> list[tuple]:
     return rows
 
 
-def rows_beside(found: evaluate.Evaluation, names: Sequence[str], ends: Sequence[str]) -> list[tuple]:
+def rows_beside(found: score_tables.Evaluation, names: Sequence[str], ends: Sequence[str]) -> list[tuple]:
     """Title, mean and the means beside it (NAME_ceiling, NAME_floor) of each measure that was compared with them."""
     rows = []
     for name in names:
@@ -137,20 +137,22 @@ def evaluators_of(
     plans: Sequence[protocol.EvaluationPlan],
     encoders: metrics.Encoders,
     size_px: int,
-) -> list[evaluate.Evaluator]:
+) -> list[score_tables.Evaluator]:
     """One for each subject; photos are numbered by subject."""
     found = []
     for subject, own, plan in zip(subjects, photos_by_subject(photos, len(subjects)), plans, strict=True):
         base, folder = subject.pretrained_model_name_or_path, subject.instance_data_dir
-        truth = evaluate.truth_of(base, folder, plan, encoders, size_px)
-        found.append(evaluate.Evaluator(plan, encoders, [open_rgb(p) for p in own], [open_mask(p) for p in own], truth))
+        truth = score_tables.truth_of(base, folder, plan, encoders, size_px)
+        found.append(
+            score_tables.Evaluator(plan, encoders, [open_rgb(p) for p in own], [open_mask(p) for p in own], truth)
+        )
     for one in found:
         others = (other for other in found if other is not one)
         one.rivals = {other.plan.subject.words: other.photos.dino for other in others}
     return found
 
 
-def pooled(found: Sequence[evaluate.Evaluation]) -> evaluate.Evaluation:
+def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:
     """One evaluation of all: the tables of all subjects over all their prompts, the mean score, the worst copy."""
     if len(found) == 1:
         return found[0]
@@ -160,17 +162,17 @@ def pooled(found: Sequence[evaluate.Evaluation]) -> evaluate.Evaluation:
     alarm = replace(worst, share=share, raised=any(alarm.raised for alarm in alarms))
     score = float(np.mean([one.score for one in found]))
     pictures = {name: [p for one in found for p in one.pictures.get(name, [])] for name in found[0].pictures}
-    return evaluate.Evaluation(found[0].plan, tables, alarm, score, sum(one.seconds for one in found), pictures)
+    return score_tables.Evaluation(found[0].plan, tables, alarm, score, sum(one.seconds for one in found), pictures)
 
 
-def in_all(found: Sequence[evaluate.Evaluation], names: Iterable[str]) -> list[str]:
+def in_all(found: Sequence[score_tables.Evaluation], names: Iterable[str]) -> list[str]:
     return [name for name in names if all(name in one.tables for one in found)]
 
 
 @dataclass
 class Together:
     words: tuple[str, str]  # of the two subjects
-    tables: evaluate.Tables  # (prompts, seeds): DINO to each one's photos, with the base's
+    tables: score_tables.Tables  # (prompts, seeds): DINO to each one's photos, with the base's
     pictures: list[Image.Image] = field(repr=False)
     base_pictures: list[Image.Image] = field(repr=False)
 
@@ -185,7 +187,7 @@ class Together:
 class TogetherEvaluator:
     """Judges two subjects in one prompt, in some of the first one's templates and with its seeds."""
 
-    def __init__(self, first: evaluate.Evaluator, second: evaluate.Evaluator):
+    def __init__(self, first: score_tables.Evaluator, second: score_tables.Evaluator):
         self.pair = (first, second)
         self.plan = replace(first.plan, templates=protocol.spread(first.plan.templates, TOGETHER_TEMPLATES))
 
@@ -193,7 +195,7 @@ class TogetherEvaluator:
     def picture_count(self) -> int:
         return len(self.plan.templates) * len(self.plan.seeds)
 
-    def __call__(self, draw: evaluate.Draw) -> Together:
+    def __call__(self, draw: score_tables.Draw) -> Together:
         words = tuple(one.plan.subject.words for one in self.pair)
         pictures = draw(self.requests(words), True)
         base = draw(self.requests([one.plan.class_word for one in self.pair]), False)
@@ -210,7 +212,7 @@ class TogetherEvaluator:
         return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.plan.seeds]
 
 
-def pairs_of(evaluators: Sequence[evaluate.Evaluator]) -> list[TogetherEvaluator]:
+def pairs_of(evaluators: Sequence[score_tables.Evaluator]) -> list[TogetherEvaluator]:
     return [TogetherEvaluator(*pair) for pair in list(combinations(evaluators, 2))[:MOST_PAIRS]]
 
 
@@ -219,8 +221,8 @@ SHOWN = 8  # Pictures of each subject in the common report; its own report has t
 
 def write_reports(
     folder: Path,
-    evaluators: Sequence[evaluate.Evaluator],
-    found: Sequence[evaluate.Evaluation],
+    evaluators: Sequence[score_tables.Evaluator],
+    found: Sequence[score_tables.Evaluation],
     together: Sequence[Together],
     about: ReportContext,
 ) -> None:
@@ -238,7 +240,7 @@ def write_reports(
         write(folder, subjects_json(found, together, about), subjects_html(evaluators, found, together, about))
 
 
-def subjects_json(found: Sequence[evaluate.Evaluation], together: Sequence[Together], about: ReportContext) -> dict:
+def subjects_json(found: Sequence[score_tables.Evaluation], together: Sequence[Together], about: ReportContext) -> dict:
     """`scores_json` over all subjects, with that of each in `subjects`, and `confusion` and `together`."""
     whole, cells = scores_json(pooled(found), about), []
     for one, other in permutations(found, 2):  # a cell of both matrices: pictures `of` one, photos of the other
@@ -257,7 +259,7 @@ def subjects_json(found: Sequence[evaluate.Evaluation], together: Sequence[Toget
     }
 
 
-def confusion_lines(found: Sequence[evaluate.Evaluation]) -> list[str]:
+def confusion_lines(found: Sequence[score_tables.Evaluation]) -> list[str]:
     lines = []
     for one, rival in permutations(found, 2):
         own, other = one.mean("dino"), one.mean(f"dino_to {rival.words}")
@@ -268,8 +270,8 @@ def confusion_lines(found: Sequence[evaluate.Evaluation]) -> list[str]:
 
 
 def subjects_html(
-    evaluators: Sequence[evaluate.Evaluator],
-    found: Sequence[evaluate.Evaluation],
+    evaluators: Sequence[score_tables.Evaluator],
+    found: Sequence[score_tables.Evaluation],
     together: Sequence[Together],
     about: ReportContext,
 ) -> str:

@@ -1,6 +1,6 @@
 """The measures of an adapter: one row each, from which reports, logs, plots, cards and studies follow.
 
-The formulas are in `evaluation/metrics.py`, and `evaluation/evaluate.py` computes a table of each measure by its
+The formulas are in `evaluation/metrics.py`, and `evaluation/score_tables.py` computes a table of each measure by its
 name. Rows stand in the order in which people see them.
 """
 

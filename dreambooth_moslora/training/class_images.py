@@ -12,16 +12,36 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dreambooth_moslora.core import atomic_write, file_digest, rename, seed_of, spelled_out
-from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image
+from dreambooth_moslora.base.families import denoiser_of
+from dreambooth_moslora.core import (
+    UserError,
+    atomic_write,
+    clean_stale,
+    file_digest,
+    public_name,
+    rename,
+    seed_of,
+    spelled_out,
+)
+from dreambooth_moslora.generation.fixed_seeds import generate_images
+from dreambooth_moslora.photos.folder import find_photos, usable_photos
+from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, crop_rule, open_image
 from dreambooth_moslora.pictures import png_bytes
+from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training import frozen_base
+from dreambooth_moslora.training.made_before import make_missing
+from dreambooth_moslora.training.reporter import RunContext
 
 logger = logging.getLogger(__name__)
 
@@ -165,3 +185,79 @@ def are_draws(photos: Sequence[Photo], seed: int) -> bool:
         if drawn != sets[path.parent].image_seed(int(path.stem.rpartition("_")[2])):
             return False
     return True
+
+
+Sets = list[tuple[ClassImages, int]]  # Sets of generated images, one per size, each with the wanted number
+
+
+def class_photos_of_each(
+    config: TrainConfig, context: RunContext, pipeline: DiffusionPipeline, photos: list[Photo]
+) -> list[list[Photo]]:
+    """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs."""
+    found: dict[tuple[str, str | None], list[Photo]] = {}
+    subjects, rule = config.each_subject, crop_rule(config)
+    keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
+    for subject, key in zip(subjects, keys):
+        if key not in found:
+            sizes = Counter(rule.target(photo.size_px) for photo in photos if keys[photo.subject] == key)
+            found[key] = make_class_images(subject, context, pipeline, sizes)
+    return [found[key] for key in keys]
+
+
+def make_class_images(
+    config: TrainConfig, context: RunContext, pipeline: DiffusionPipeline, sizes: Mapping[tuple[int, int], int]
+) -> list[Photo]:
+    """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`."""
+    accelerator = context.accelerator
+    folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
+    sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
+    if wanted := sum(count for _, count in sets):
+        precision, device = denoiser_of(pipeline).dtype, accelerator.device
+        wanted_precision = DTYPES.get(config.prior_generation_precision or "", precision)
+
+        @cache
+        def drawing() -> DiffusionPipeline:
+            is_same = wanted_precision == precision
+            return (pipeline if is_same else frozen_base.load_base(config, wanted_precision, device)).to(device)
+
+        def draw(batch: ClassBatch) -> list[bytes]:
+            size_px, should_stop = batch.images.size_px, context.should_stop
+            return batch.files(partial(generate_images, drawing(), size_px=size_px, should_stop=should_stop))
+
+        done = wanted - sum(map(len, lacking))
+        make_missing(context, "class_images", lacking, draw, ClassBatch.keep, size=len, done=done)
+    usable = partial(usable_class_photos, folder, config, sets)
+    return agreed(accelerator, usable, lambda found: f"{len(found)} class images")
+
+
+def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> tuple[Sets, list[ClassBatch]]:
+    """The sets of the run beside the user's own images, and the batches to draw for them. The folder is made."""
+    base_id = public_name(config.pretrained_model_name_or_path)
+    sets = [ClassImages(folder, config.class_prompt, base_id, config.seed, size) for size in sizes]
+    paths = []
+    if folder.is_dir():
+        found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
+        paths = [photo.path for photo in found]
+    wanted = max(0, config.num_class_images - len(paths) + len(sets[0].generated(paths)))
+    counts = shares(sizes, wanted)
+    folder.mkdir(parents=True, exist_ok=True)
+    clean_stale(folder)
+    counted = [(images, counts[images.size_px]) for images in sets]
+    return counted, [batch for images, count in counted for batch in images.lacking(count, config.sample_batch_size)]
+
+
+def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[Photo]:
+    """`num_class_images` images, the user's own first. Raises UserError for fewer: the prior would be weaker."""
+    found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
+    paths = [photo.path for photo in found]
+    stale = set.intersection(*(images.stale(paths) for images, _ in sets))
+    wanted = {folder / images.name(index) for images, count in sets for index in range(count)}
+    generated = sets[0][0].generated(paths)
+    own = [photo for photo in found if photo.path not in generated]
+    usable = [*own, *(photo for photo in found if photo.path in wanted - stale)][: config.num_class_images]
+    if len(usable) < config.num_class_images:
+        raise UserError(
+            f"only {len(usable)} of {config.num_class_images} class images in {folder} can be used; "
+            "remove the broken ones, which are then made again, or give another --class_data_dir."
+        )
+    return usable

@@ -1,28 +1,21 @@
-"""What is made before the first step: captions, masks and class images.
+"""Captions and masks made before the base is loaded, for photos without one: `--captions auto`, `--masks auto`.
 
-`--captions auto` and `--masks auto`: photos without a caption or a mask get one before the base is loaded. The class
-images are the user's own, and those that the frozen base draws. `make_missing` makes all three.
+`make_missing` makes what a run lacks before its first step; class images (`class_images`) are made by it too.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from functools import cache, lru_cache, partial
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import torch
-from diffusers import DiffusionPipeline
 
-from dreambooth_moslora.base.families import denoiser_of
-from dreambooth_moslora.core import UserError, clean_stale, public_name, spelled_out
-from dreambooth_moslora.generation.fixed_seeds import generate_images
+from dreambooth_moslora.core import spelled_out
 from dreambooth_moslora.photos import masks, photo_file
 from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
-from dreambooth_moslora.photos.folder import find_photos, usable_photos
-from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
+from dreambooth_moslora.plan.processes import agreed, on_main, share_out
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import class_images, frozen_base, reporter
+from dreambooth_moslora.training import reporter
 
 logger = logging.getLogger(__name__)
 
@@ -114,81 +107,3 @@ def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[p
         make_for_photos(
             config, context, "mask", bare, masks.load_segmenter, partial(masks.make_kept, folder=folder), tell
         )
-
-
-Sets = list[tuple[class_images.ClassImages, int]]  # Sets of generated images, one per size, each with the wanted number
-
-
-def class_photos_of_each(
-    config: TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline, photos: list[photo_file.Photo]
-) -> list[list[photo_file.Photo]]:
-    """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs."""
-    found: dict[tuple[str, str | None], list[photo_file.Photo]] = {}
-    subjects, rule = config.each_subject, photo_file.crop_rule(config)
-    keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
-    for subject, key in zip(subjects, keys):
-        if key not in found:
-            sizes = Counter(rule.target(photo.size_px) for photo in photos if keys[photo.subject] == key)
-            found[key] = make_class_images(subject, context, pipeline, sizes)
-    return [found[key] for key in keys]
-
-
-def make_class_images(
-    config: TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline, sizes: Mapping[tuple[int, int], int]
-) -> list[photo_file.Photo]:
-    """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`."""
-    accelerator = context.accelerator
-    folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
-    sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
-    if wanted := sum(count for _, count in sets):
-        precision, device = denoiser_of(pipeline).dtype, accelerator.device
-        wanted_precision = DTYPES.get(config.prior_generation_precision or "", precision)
-
-        @cache
-        def drawing() -> DiffusionPipeline:
-            is_same = wanted_precision == precision
-            return (pipeline if is_same else frozen_base.load_base(config, wanted_precision, device)).to(device)
-
-        def draw(batch: class_images.ClassBatch) -> list[bytes]:
-            size_px, should_stop = batch.images.size_px, context.should_stop
-            return batch.files(partial(generate_images, drawing(), size_px=size_px, should_stop=should_stop))
-
-        done = wanted - sum(map(len, lacking))
-        make_missing(context, "class_images", lacking, draw, class_images.ClassBatch.keep, size=len, done=done)
-    usable = partial(usable_class_photos, folder, config, sets)
-    return agreed(accelerator, usable, lambda found: f"{len(found)} class images")
-
-
-def planned(
-    folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]
-) -> tuple[Sets, list[class_images.ClassBatch]]:
-    """The sets of the run beside the user's own images, and the batches to draw for them. The folder is made."""
-    base_id = public_name(config.pretrained_model_name_or_path)
-    sets = [class_images.ClassImages(folder, config.class_prompt, base_id, config.seed, size) for size in sizes]
-    paths = []
-    if folder.is_dir():
-        found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
-        paths = [photo.path for photo in found]
-    wanted = max(0, config.num_class_images - len(paths) + len(sets[0].generated(paths)))
-    counts = class_images.shares(sizes, wanted)
-    folder.mkdir(parents=True, exist_ok=True)
-    clean_stale(folder)
-    counted = [(images, counts[images.size_px]) for images in sets]
-    return counted, [batch for images, count in counted for batch in images.lacking(count, config.sample_batch_size)]
-
-
-def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[photo_file.Photo]:
-    """`num_class_images` images, the user's own first. Raises UserError for fewer: the prior would be weaker."""
-    found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
-    paths = [photo.path for photo in found]
-    stale = set.intersection(*(images.stale(paths) for images, _ in sets))
-    wanted = {folder / images.name(index) for images, count in sets for index in range(count)}
-    generated = sets[0][0].generated(paths)
-    own = [photo for photo in found if photo.path not in generated]
-    usable = [*own, *(photo for photo in found if photo.path in wanted - stale)][: config.num_class_images]
-    if len(usable) < config.num_class_images:
-        raise UserError(
-            f"only {len(usable)} of {config.num_class_images} class images in {folder} can be used; "
-            "remove the broken ones, which are then made again, or give another --class_data_dir."
-        )
-    return usable

@@ -27,7 +27,14 @@ from dreambooth_moslora.plan import checks, memory, processes
 from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
-from dreambooth_moslora.training import adapters, frozen_base, made_before, objective, photo_stream, reporter
+from dreambooth_moslora.training import (
+    adapters,
+    class_images,
+    frozen_base,
+    objective,
+    photo_stream,
+    reporter,
+)
 
 Entries = dict[
     str, Callable[[], frozen_base.Tensors]
@@ -90,7 +97,7 @@ def prepare(
         start, basis = check_denoiser(config, context, pipeline, is_fresh)
     context.stop_if_asked()
     class_photos = (
-        made_before.class_photos_of_each(config, context, pipeline, photos) if config.draws_class_images else []
+        class_images.class_photos_of_each(config, context, pipeline, photos) if config.draws_class_images else []
     )
     options = config.dataloader_num_workers, config.unmasked_weight, family
     encoder = photo_stream.PhotoEncoder(pipeline.vae.to(device), cache_of(config), crop_rule(config), *options)

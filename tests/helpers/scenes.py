@@ -26,7 +26,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.training import checkpoint, loop
-from dreambooth_moslora.training import made_before as run_class_images
+from dreambooth_moslora.training import class_images as run_class_images
 from dreambooth_moslora.training.frozen_base import TensorCache
 from dreambooth_moslora.training.step import TrainStep
 

@@ -20,9 +20,8 @@ from dreambooth_moslora.photos.masks import Segmenter
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings import rules, sources, table
 from dreambooth_moslora.training import dry_run, made_before, reporter
-from dreambooth_moslora.training.class_images import ClassImages, shares
+from dreambooth_moslora.training.class_images import ClassImages, planned, shares, usable_class_photos
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.made_before import planned, usable_class_photos
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_encoders import save_tiny_clipseg

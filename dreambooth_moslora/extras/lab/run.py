@@ -38,7 +38,7 @@ from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core import atomic_write, content_key
 from dreambooth_moslora.disk import events, processes, run_folder
-from dreambooth_moslora.evaluation import evaluate, metrics
+from dreambooth_moslora.evaluation import metrics, score_tables
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
 from dreambooth_moslora.extras.cluster import fleet, on_ray
 from dreambooth_moslora.extras.lab.study import Cell, Study
@@ -216,22 +216,22 @@ def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]
     return [Result(Cell(**s["cell"]), s["scores"], s["pictures"], s["cost"]) for s in stored]
 
 
-def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> evaluate.Evaluation:
+def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evaluation:
     pipeline = pipeline_of(study.base)
     pipeline.load_adapter(run_dir, "cell")
     try:
-        return evaluate.evaluate_adapter(pipeline, "cell", evaluator_of(study, cell.subject), batch_size=8)
+        return score_tables.evaluate_adapter(pipeline, "cell", evaluator_of(study, cell.subject), batch_size=8)
     finally:
         pipeline.unload_adapter("cell")
 
 
 pipeline_of = lru_cache(maxsize=1)(SubjectPipeline.from_base)
 encoders_of = lru_cache(maxsize=1)(metrics.load_encoders)
-EVALUATORS: dict[str, evaluate.Evaluator] = {}
+EVALUATORS: dict[str, score_tables.Evaluator] = {}
 """This process's evaluators by subject; each holds the base's pictures of its prompts."""
 
 
-def evaluator_of(study: Study, name: str) -> evaluate.Evaluator:
+def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     """Of the subject alone, whatever an arm trains beside it; it knows the photos of its companions."""
     subject, protocol = study.subject(name), study.protocol
     key = f"{study.base} {subject} {protocol}"
@@ -242,10 +242,10 @@ def evaluator_of(study: Study, name: str) -> evaluate.Evaluator:
     photos, pictures = photo_report(config).photos, protocol.images_per_prompt
     counts = (protocol.num_prompts, pictures, protocol.class_images, protocol.unrelated, protocol.inference_steps)
     plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
-    truth = evaluate.truth_of(
+    truth = score_tables.truth_of(
         study.base, config.instance_data_dir, plan, encoders, pipeline_of(study.base).resolution_px
     )
-    made = evaluate.Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
+    made = score_tables.Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
     for one in subject.beside:
         theirs = photo_report(replace(config, **one.settings)).photos
         made.rivals[one.subject.words] = encoders.dino_images([open_rgb(photo) for photo in theirs])

@@ -16,9 +16,9 @@ from dreambooth_moslora.cli.evaluate import summary
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepEvaluated, event_of
 from dreambooth_moslora.evaluation import metrics, report
-from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, paint_over, truth_of
 from dreambooth_moslora.evaluation.metrics import load_encoders, picture_distance
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
+from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator, evaluate_adapter, paint_over, truth_of
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.prompts import Subject
