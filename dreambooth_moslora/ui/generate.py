@@ -14,7 +14,7 @@ from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
 from dreambooth_moslora.ui import generate_values
 from dreambooth_moslora.ui.generate_values import RANGES, GenerateForm, make_pictures, recipe_of, summary_of
-from dreambooth_moslora.ui.html import SHOWN, explain_bad_values, faint, progress_card
+from dreambooth_moslora.ui.html import LARGE_PREVIEW, SHOWN, explain_bad_values, faint, progress_card
 from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error, sentence
 from dreambooth_moslora.ui.visitors import Picture, Visitor
 
@@ -67,7 +67,9 @@ def settings_widgets(ctx: AppContext) -> dict[str, Any]:
             seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=160, elem_id="seed")
             schedulers = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
             scheduler = gr.Dropdown(schedulers, value="euler", label="Scheduler", info="how it steps", min_width=160)
-        size = gr.Dropdown(sizes, value=sizes[0][1], label="Size", info="width × height", allow_custom_value=True)
+        size = gr.Dropdown(
+            sizes, value=sizes[0][1], label="Size", info="width × height", allow_custom_value=True, elem_id="size"
+        )
     widgets = {"negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "seed": seed, "size": size}
     with gr.Accordion("More adapters", open=False):
         for number in (2, 3):
@@ -90,6 +92,7 @@ def result_widgets(ctx: AppContext) -> dict[str, Any]:
     parts: dict[str, Any] = {"status": gr.HTML(IDLE, elem_id="status", label="Status")}
     with gr.Tabs(elem_id="result_tabs", selected="pictures") as tabs:
         with gr.Tab("Pictures", id="pictures"):
+            parts["preview"] = gr.HTML("", elem_id="preview")
             parts["gallery"] = _gallery("Pictures", "gallery")
             with gr.Row(elem_classes="tight"):
                 parts["reuse"] = gr.Button("Use these settings", size="sm", min_width=100, elem_id="reuse")
@@ -176,7 +179,7 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
     outputs = [results["gallery"], results["used_seed"], results["status"], results["shown"]]
 
     # The page runs a trigger's events in order: the immediate ones must come before the long one.
-    @gr.on(starts, inputs=None, outputs=results["tabs"], **AT_ONCE)
+    @gr.on(starts, inputs=None, outputs=results["tabs"], js="() => bringIntoView('results', 'gallery')", **AT_ONCE)
     def announce(request: gr.Request) -> gr.Tabs:
         ctx.announce(request)
         return gr.Tabs(selected="pictures")
@@ -192,6 +195,7 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
             else:
                 yield _items(frame.pictures), seed, frame.status, list(frame.pictures)
 
+    results["status"].change(None, results["status"], results["preview"], js=LARGE_PREVIEW, **AT_ONCE)
     options = _drawing(results) | {"inputs_kwargs": tab.fields, "outputs": outputs}
     made = gr.on(starts, generate, api_name="generate", **options)
     made.then(lambda: 0, None, results["selected"], **AT_ONCE)

@@ -408,10 +408,14 @@ def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes:
             params = ctx.load_adapters(params, visitor)
             events = pipeline.generate(params, should_stop)
         yield Frame(progress_card("Starting …", fraction=0.0), (), params)
-        yield from _frames(events, visitor, params, word)
+        size_px = (params.width_px or ctx.resolution_px, params.height_px or ctx.resolution_px)
+        yield from _frames(events, visitor, params, word, None if axes or word else size_px)
 
 
-def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: str) -> Iterator[Frame]:
+def _frames(
+    events: Iterator, visitor: Visitor, params: GenerationParams, word: str, size_px: tuple[int, int] | None
+) -> Iterator[Frame]:
+    """With `size_px` the previews are large."""
     from dreambooth_moslora.generation.grids import Sheet
     from dreambooth_moslora.generation.params import Image, Step
     from dreambooth_moslora.generation.progress import Preview
@@ -431,7 +435,7 @@ def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: 
             sheet = event.save(visitor.folder / f"grid_{time.time_ns():x}.png")
         elif isinstance(event, Preview) and time.perf_counter() - shown_at > FRAME_SEC:
             shown_at = time.perf_counter()
-            yield Frame(_status(step, word, thumbnail(event.pixels)))
+            yield Frame(_status(step, word, thumbnail(event.pixels), size_px))
     status = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)
     if said := about_black(black):
         status = notice(f"The pictures are done, but {said}.", "bad")
@@ -448,12 +452,12 @@ def _keep(image: "Image", visitor: Visitor) -> Picture:
     return picture
 
 
-def _status(step: "Step", word: str, picture: str = "") -> str:
+def _status(step: "Step", word: str, picture: str = "", size_px: tuple[int, int] | None = None) -> str:
     done = step.index + step.step / step.steps
     which = f"picture {step.index + 1} of {step.num_images}, " if step.num_images > 1 else ""
     line = f"{word}{which}step {step.step} of {step.steps}"
     left = "" if step.eta_sec != step.eta_sec else f"about {format_seconds(step.eta_sec)} left"
-    return progress_card(line[:1].upper() + line[1:], left, done / step.num_images, picture)
+    return progress_card(line[:1].upper() + line[1:], left, done / step.num_images, picture, size_px)
 
 
 def _summary(pictures: list[Picture], total: int, seconds: float, is_grid: bool) -> str:

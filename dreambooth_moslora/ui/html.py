@@ -16,9 +16,17 @@ def escape(text: str) -> str:
     return escape_html(text.encode("utf-8", "replace").decode())
 
 
-def progress_card(line: str, detail: str = "", fraction: float | None = None, picture: str = "") -> str:
-    """A line of state, a bar (`fraction` in 0…1) and a small picture (a data URL) beside them."""
-    image = f'<img class="thumb" alt="Preview" src="{escape(picture)}">' if picture else ""
+def progress_card(
+    line: str,
+    detail: str = "",
+    fraction: float | None = None,
+    picture: str = "",
+    size_px: tuple[int, int] | None = None,
+) -> str:
+    """A line of state, a bar (`fraction` in 0…1) and a small picture (a data URL) beside them. With the size (width,
+    height) that the picture will have, the page shows it in the gallery instead (`LARGE_PREVIEW`)."""
+    look = 'class="large" style="--width:{};--height:{}"'.format(*size_px) if size_px else 'class="thumb"'
+    image = f'<img {look} alt="Preview" src="{escape(picture)}">' if picture else ""
     bar = ""
     if fraction is not None:
         percent = round(100 * min(max(fraction, 0.0), 1.0), 1)
@@ -65,7 +73,6 @@ def thumbnail(pixels: PIL.Image.Image) -> str:
 CSS = """
 .gradio-container {
   --page-width: 1240px;
-  --picture-width: 34rem;
   --gallery-height: 240px;
   --thumbnail: 60px;
 }
@@ -93,12 +100,17 @@ button[role="tab"] { font-weight: 500; }
 #generate > div, #train > div, #inspect > div { min-width: 0 !important; width: 100%; }
 #status, #train_status, #status .pending, #train_status .pending { opacity: 1 !important; }
 #gallery, #history { min-height: var(--gallery-height); }
+#results, #train_watch { scroll-margin-top: 16px; }
+#preview { border: 1px solid var(--block-border-color); border-radius: var(--radius-lg);
+  background: var(--block-background-fill); padding: 8px !important; }
+#preview:not(:has(img)), #preview:has(img) ~ #gallery:not(:has(img)), .card .large { display: none; }
+:is(#preview, :is(#gallery, #history) .grid-container:has(> :only-child)) img { display: block; margin: 0 auto;
+  height: auto; width: min(100%, 3px * var(--width), max(12rem, 100vh - 18rem) * var(--width) / var(--height)); }
+:is(#gallery, #history) .grid-container:has(> :only-child) button { aspect-ratio: auto; height: auto; border: 0; }
 :is(#gallery, #history, .crops, #samples, #masks) .grid-wrap { min-height: 0 !important; max-height: none !important;
   overflow-y: auto; }
 :is(#gallery, #history, .crops, #samples, #masks) .grid-container {
   grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
-#gallery .grid-container:has(> :only-child) { grid-template-columns: minmax(0, var(--picture-width)) !important;
-  justify-content: center; }
 :is(#loss, #fidelity) svg text { fill: var(--body-text-color) !important; }
 :is(#loss, #fidelity) svg :is(.role-axis-grid, .role-axis-tick) line,
 :is(#loss, #fidelity) svg path.background:not(.role-legend *) { stroke: var(--border-color-primary) !important; }
@@ -131,6 +143,7 @@ footer .divider { display: none; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
 @media (max-width: 760px) {
   #top { flex-wrap: wrap; }
+  #results { scroll-margin-top: 66px; }
   .gradio-container main { padding: 12px !important; }
   #generate, #train, #inspect { grid-template-columns: minmax(0, 1fr); gap: 12px; }
   #generate { grid-template-areas: "ask" "results" "settings"; }
@@ -202,10 +215,24 @@ addEventListener("keydown", (event) => {
     if (prompt && prompt.offsetParent) { event.preventDefault(); prompt.focus(); }
   }
 }, true);
+document.addEventListener("load", ({target}) => {
+  if (!target.matches(":is(#gallery, #history) img")) return;
+  target.style.setProperty("--width", target.naturalWidth);
+  target.style.setProperty("--height", target.naturalHeight);
+}, true);
+function bringIntoView(column, last) {
+  const [first, end] = [column, last].map((id) => document.getElementById(id));
+  const isSeen = first.getBoundingClientRect().top >= 0 && end.getBoundingClientRect().bottom <= innerHeight;
+  if (!isSeen) first.scrollIntoView();
+}
 </script>
 """
 
 
+LARGE_PREVIEW = """card => {
+  const found = new DOMParser().parseFromString(card, "text/html").querySelector(".large");
+  return found ? found.outerHTML : "";
+}"""
 NUMBERS = (gr.Slider, gr.Number)
 SHOWN = {"show_label": False, "format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
 """Options of pictures that are only looked at."""

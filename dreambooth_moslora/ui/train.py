@@ -90,10 +90,8 @@ def field_widget(name: str, form: type[TrainForm], base: str, **room: Any) -> gr
     return gr.Textbox(None if row.required else first, **look)
 
 
-SHOW_STATUS = """() => {
-  if (innerWidth <= 760) document.getElementById("train_status").scrollIntoView({block: "center"});
-}"""
-"""On a phone the run stands below the whole form."""
+SHOW_STATUS = "() => setTimeout(() => bringIntoView('train_watch', 'train_status'), 200)"
+"""Once the choices are on the page: on a phone they stand above the run."""
 Files = list[str] | None  # Uploads of a subject; those of a further subject may be missing
 
 
@@ -147,7 +145,7 @@ def _connect_start(ctx: AppContext, fields: dict, parts: dict) -> None:
             explain_bad_values(widget)
     how = {"inputs_kwargs": {"photos": parts["photos"], **fields}, **train_masks.TAKING_PHOTOS}
     chosen = gr.State("")  # hidden from programs: `/train` returns two values
-    chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE)
+    chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE).then(None, js=SHOW_STATUS, **AT_ONCE)
 
     @with_photos
     def train(form: TrainForm, visitor: Visitor) -> tuple:
@@ -155,8 +153,7 @@ def _connect_start(ctx: AppContext, fields: dict, parts: dict) -> None:
         names = gr.Dropdown(choices=run_names(ctx.jobs, visitor.id), value=job.name)
         return names, notice(f"The run {job.name} is starting."), chosen
 
-    started = parts["start"].click(train, api_name="train", outputs=[parts["run"], parts["status"], chosen], **how)
-    started.success(None, js=SHOW_STATUS, **AT_ONCE)
+    parts["start"].click(train, api_name="train", outputs=[parts["run"], parts["status"], chosen], **how)
 
     @parts["queue"].click(api_name="add_to_queue", outputs=parts["cost"], **how)
     @with_photos

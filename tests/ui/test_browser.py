@@ -98,6 +98,41 @@ def test_a_picture_in_the_queue_is_stopped_before_its_turn(served, browser, page
         says(second.page, "status", "0 of 8 pictures")
 
 
+SIZES = [(1366, 768), (390, 844)]
+PLACE = """selector => {
+  const {top, bottom, width, height} = document.querySelector(selector).getBoundingClientRect();
+  return {width, height, seen: top >= 0 && bottom <= innerHeight};
+}"""
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_picture_is_seen_whole_while_it_is_drawn_and_after(served, browser, size):
+    """Of 64 px, so three times as large at most."""
+    with visit(browser, served.url, size=size) as visited:
+        page = visited.page
+        generate(page, steps=60)
+        page.wait_for_selector("#preview img")
+        drawn = page.evaluate(PLACE, "#preview img")
+        assert not page.locator("#status img").is_visible() and not page.locator("#gallery").is_visible()
+        says(page, "status", "1 picture in")
+        page.wait_for_function("document.querySelector('#gallery img').style.cssText.includes('--width')")
+        done = page.evaluate(PLACE, "#gallery img")
+        assert drawn == done == {"width": 3 * 64, "height": 3 * 64, "seen": True}
+        assert not visited.errors
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_tall_picture_fits_the_window(served, browser, size):
+    with visit(browser, served.url, size=size) as visited:
+        page = visited.page
+        put(page, "size", "64 x 128")
+        generate(page)
+        says(page, "status", "1 picture in")
+        page.wait_for_function("document.querySelector('#gallery img').style.cssText.includes('--width')")
+        place = page.evaluate(PLACE, "#gallery img")
+        assert place["seen"] and place["height"] == pytest.approx(2 * place["width"], abs=1)
+
+
 def test_slash_brings_the_cursor_to_the_prompt(page):
     page.locator("h1").click()
     page.keyboard.press("/")
@@ -262,7 +297,7 @@ def choose(page, elem_id: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
-@pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
+@pytest.mark.parametrize("size", SIZES)
 def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browser, tmp_path, started, size):
     with visit(browser, served.url, size=size) as visited:
         page = visited.page
@@ -271,6 +306,7 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browse
         assert not page.locator("#token").is_visible()
         page.click("#start")
         says(page, "cost", "masks: made for none, as CLIPSeg comes from the hub")
+        page.wait_for_function(f"({PLACE})('#train_status').seen")
         assert "recipe: assets/configs/sdxl_" in page.inner_text("#cost")
         open_box(page, "more_training")
         page.locator("#scores input").check()
