@@ -145,6 +145,8 @@ class GenerateTab:
     adapters: list[gr.Dropdown]
     prompt: gr.Textbox
     results: gr.Tabs
+    of_base: dict[str, gr.components.Component]
+    """Those that show other values for another base."""
 
 
 def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -> GenerateTab:
@@ -162,7 +164,9 @@ def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
         explain_bad_values(widget)
-    tab = GenerateTab(ordered, [widgets[f"adapter{n}"] for n in ("", "_2", "_3")], widgets["prompt"], results["tabs"])
+    of_base = {"size": widgets["size"], "guidance_scale": widgets["guidance_scale"], "template": template}
+    adapters = [widgets[f"adapter{n}"] for n in ("", "_2", "_3")]
+    tab = GenerateTab(ordered, adapters, widgets["prompt"], results["tabs"], of_base)
     _connect_runs(ctx, tab, buttons, results)
     _connect_compare_and_grid(ctx, tab, results)
     _connect_adapters(ctx, page, tab, buttons)

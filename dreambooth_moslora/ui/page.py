@@ -1,23 +1,33 @@
 """The whole page: a heading, the tabs, and how it is served. The Inspect tab, for PNGs and adapters, is here."""
 
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import UserError, is_toy
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
 from dreambooth_moslora.ui.generate import GenerateTab, build_generate_tab, to_widgets
-from dreambooth_moslora.ui.generate_values import recipe_of
+from dreambooth_moslora.ui.generate_values import format_seconds, recipe_of, size_choices
 from dreambooth_moslora.ui.guard import LOOPBACK, MAX_UPLOAD_BYTES, BodySizeLimit, Origin, UploadQuota, trusted_hosts
-from dreambooth_moslora.ui.html import CSS, HEAD, THEME, facts_table, notice
-from dreambooth_moslora.ui.state import TELLING, AppContext, as_gradio_error, check_upload, import_libraries, sentence
+from dreambooth_moslora.ui.html import CSS, HEAD, THEME, facts_table, faint, notice, progress_card
+from dreambooth_moslora.ui.state import (
+    AT_ONCE,
+    GPU,
+    TELLING,
+    AppContext,
+    as_gradio_error,
+    as_user_error,
+    check_upload,
+    import_libraries,
+    sentence,
+)
 from dreambooth_moslora.ui.train import build_train_tab
+from dreambooth_moslora.ui.train_form import TrainForm, rows
 from dreambooth_moslora.ui.visitors import VisitorCookie
 
 MAX_SESSIONS = 256
@@ -34,15 +44,18 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
     ) as page:
         with gr.Row(elem_id="top"):
             gr.HTML("<h1>dreambooth_moslora</h1>")
-            gr.HTML(f'<div class="faint">base: {escape(ctx.base)}</div>')
+            chooser = base_chooser(ctx)
+        about = gr.HTML(base_line(ctx), elem_id="about_base")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = build_generate_tab(ctx, page, templates)
             if ctx.training:
                 with gr.Tab("Train", id="train"):
-                    build_train_tab(ctx, page, tabs, generate)
+                    trained = build_train_tab(ctx, page, tabs, generate)
             with gr.Tab("Inspect", id="inspect"):
                 build_inspect_tab(ctx, tabs, generate)
+        if chooser is not None:
+            connect_bases(ctx, page, chooser, about, generate.of_base | (trained if ctx.training else {}))
     page.queue(api_open=False)
     if ctx.public:
         from dreambooth_moslora.ui.public import FairQueue
@@ -51,6 +64,61 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
     if ctx.training:
         threading.Thread(target=ctx.queue.keep_on, name="queue", daemon=True).start()
     return page
+
+
+def base_chooser(ctx: AppContext) -> gr.Dropdown | None:
+    """None where there is no choice."""
+    if len(ctx.bases) == 1:
+        return None
+    look = {"show_label": False, "container": False, "min_width": 240, "elem_id": "base"}
+    return gr.Dropdown(list(ctx.bases), value=ctx.base, label="Base", **look)
+
+
+def base_line(ctx: AppContext, mistake: str = "") -> str:
+    """One sentence: what the base is and needs, after a mistake, if there was one."""
+    told = faint(f"base: {ctx.base}" + (f", {ctx.chosen.about}" if ctx.chosen.about else ""))
+    return notice(mistake, "bad") + told if mistake else told
+
+
+def connect_bases(
+    ctx: AppContext, page: gr.Blocks, chooser: gr.Dropdown, about: gr.HTML, widgets: dict[str, gr.components.Component]
+) -> None:
+    """The chosen base is that of every page. `widgets` (`first_values`) show other values for another base."""
+    outputs = [chooser, about, *widgets.values()]
+
+    def shown() -> list:
+        return [gr.Dropdown(value=ctx.base), base_line(ctx), *(first_value(ctx, name) for name in widgets)]
+
+    @chooser.input(inputs=chooser, outputs=outputs, api_visibility="private", show_progress="hidden", **GPU)
+    def choose(title: str) -> Iterator[list]:
+        unchanged = [gr.skip()] * len(widgets)
+        try:
+            if title not in ctx.bases:
+                raise UserError(f"there is no base {title!s:.60} here")
+            base = ctx.bases[title]
+            for seconds in ctx.choose(base):
+                line = progress_card(f"Loading {title} …", f"{format_seconds(seconds)}; {base.about}")
+                yield [gr.skip(), line, *unchanged]
+        except Exception as error:
+            mistake = f"{title!s:.60} is not loaded: {as_user_error(error)}"
+            yield [gr.Dropdown(value=ctx.base), base_line(ctx, mistake), *unchanged]
+        else:
+            yield shown()
+
+    page.load(shown, None, outputs, **AT_ONCE)
+
+
+def first_value(ctx: AppContext, name: str) -> Any:
+    """What the widget of that name shows at first, for the base of the page."""
+    if name == "size":
+        sizes = size_choices(ctx.resolution_px)
+        return gr.Dropdown(choices=sizes, value=sizes[0][1])
+    if name == "guidance_scale":
+        return ctx.guidance_scale
+    if name == "template":
+        return gr.Dropdown(choices=list(ctx.chosen.templates), value=None)
+    row = rows(TrainForm)[name]
+    return gr.update(value=row.first(ctx.base_name), visible=not (row.of_files and is_toy(ctx.base_name)))
 
 
 def launch_options(allowed: Collection[Origin] = (), *, public: bool = False) -> dict[str, Any]:

@@ -95,7 +95,8 @@ SHOW_STATUS = "() => setTimeout(() => bringIntoView('train_watch', 'train_status
 Files = list[str] | None  # Uploads of a subject; those of a further subject may be missing
 
 
-def build_train_tab(ctx: AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:
+def build_train_tab(ctx: AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> dict[str, Any]:
+    """Returns the fields whose first value depends on the base."""
     with gr.Row(elem_id="train", equal_height=False):
         with gr.Column(elem_id="train_form", min_width=280):
             fields, parts = train_widgets(ctx.base_name)
@@ -119,6 +120,7 @@ def build_train_tab(ctx: AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: G
     connect_watch(ctx, page, parts)
     connect_queue(ctx, page, parts)
     _connect_ended(ctx, fields, parts, tabs, generate)
+    return {name: fields[name] for name, row in rows(TrainForm).items() if row.at_first or row.of_files}
 
 
 def _connect_start(ctx: AppContext, fields: dict, parts: dict) -> None:
