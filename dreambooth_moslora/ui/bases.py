@@ -73,7 +73,10 @@ def offered(first: str, bases_dir: Path | None) -> dict[str, str]:
     names = [first, "toy", *([SDXL] if cached_folder(SDXL) else [])]
     names += map(str, bases_below(bases_dir) if bases_dir else [])
     found: dict[str, str] = {}
-    for name in dict.fromkeys(names):
+    places: dict[str, str] = {}
+    for name in names:
+        places.setdefault(os.path.realpath(os.path.expanduser(name)), name)
+    for name in places.values():
         found[free_name(clean_name(public_name(name)), found.__contains__, " ")] = name
     return found
 

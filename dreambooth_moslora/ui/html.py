@@ -80,6 +80,7 @@ CSS = """
 .html-container { padding: 0 !important; }
 #top { align-items: baseline; justify-content: space-between; flex-wrap: nowrap; }
 #top > * { width: auto; flex: none; }
+#top > :nth-child(2) { margin-left: auto; }
 #top h1 { font-size: 1.25rem; margin: 0; letter-spacing: -.01em; }
 .faint, .faint p { color: var(--body-text-color-subdued); font-size: .82rem; }
 .tight { gap: 8px !important; align-items: end; }
@@ -105,7 +106,7 @@ button[role="tab"] { font-weight: 500; }
   background: var(--block-background-fill); padding: 8px !important; }
 #preview:not(:has(img)), #preview:has(img) ~ #gallery:not(:has(img)), .card .large { display: none; }
 :is(#preview, :is(#gallery, #history) .grid-container:has(> :only-child)) img { display: block; margin: 0 auto;
-  height: auto; width: min(100%, 3px * var(--width), max(12rem, 100vh - 18rem) * var(--width) / var(--height)); }
+  height: auto; width: min(100%, 3px * var(--width), max(12rem, 100vh - 20.5rem) * var(--width) / var(--height)); }
 :is(#gallery, #history) .grid-container:has(> :only-child) button { aspect-ratio: auto; height: auto; border: 0; }
 :is(#gallery, #history, .crops, #samples, #masks) .grid-wrap { min-height: 0 !important; max-height: none !important;
   overflow-y: auto; }

@@ -14,7 +14,7 @@ from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
 from dreambooth_moslora.ui.generate import GenerateTab, build_generate_tab, to_widgets
 from dreambooth_moslora.ui.generate_values import format_seconds, recipe_of, size_choices
 from dreambooth_moslora.ui.guard import LOOPBACK, MAX_UPLOAD_BYTES, BodySizeLimit, Origin, UploadQuota, trusted_hosts
-from dreambooth_moslora.ui.html import CSS, HEAD, THEME, facts_table, faint, notice, progress_card
+from dreambooth_moslora.ui.html import CSS, HEAD, THEME, facts_table, faint, notice
 from dreambooth_moslora.ui.state import (
     AT_ONCE,
     GPU,
@@ -70,7 +70,7 @@ def base_chooser(ctx: AppContext) -> gr.Dropdown | None:
     """None where there is no choice."""
     if len(ctx.bases) == 1:
         return None
-    look = {"show_label": False, "container": False, "min_width": 240, "elem_id": "base"}
+    look = {"show_label": False, "container": False, "min_width": 280, "elem_id": "base"}
     return gr.Dropdown(list(ctx.bases), value=ctx.base, label="Base", **look)
 
 
@@ -97,8 +97,8 @@ def connect_bases(
                 raise UserError(f"there is no base {title!s:.60} here")
             base = ctx.bases[title]
             for seconds in ctx.choose(base):
-                line = progress_card(f"Loading {title} …", f"{format_seconds(seconds)}; {base.about}")
-                yield [gr.skip(), line, *unchanged]
+                line = f"Loading {title}: {base.about} … {format_seconds(seconds)}"
+                yield [gr.skip(), faint(line), *unchanged]
         except Exception as error:
             mistake = f"{title!s:.60} is not loaded: {as_user_error(error)}"
             yield [gr.Dropdown(value=ctx.base), base_line(ctx, mistake), *unchanged]

@@ -34,6 +34,7 @@ def shelf(tmp_path):
 def test_folders_and_checkpoints_are_found_and_offered_by_name(shelf):
     assert bases_below(shelf) == [shelf / "mine", shelf / "a" / "one.safetensors"]
     assert list(offered("toy", shelf)) == ["toy", "mine", "one.safetensors"]
+    assert list(offered(str(shelf / "x" / ".." / "mine"), shelf)) == ["mine", "toy", "one.safetensors"]
     with pytest.raises(UserError, match="nowhere is not a folder"):
         offered("toy", shelf / "nowhere")
 

@@ -121,8 +121,8 @@ def test_a_picture_is_seen_whole_while_it_is_drawn_and_after(served, browser, si
         assert not visited.errors
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_tall_picture_fits_the_window(served, browser, size):
+@pytest.mark.parametrize("size", [(1366, 620), (390, 620)])
+def test_a_picture_that_would_be_taller_is_as_high_as_the_window_lets_it(served, browser, size):
     with visit(browser, served.url, size=size) as visited:
         page = visited.page
         put(page, "size", "64 x 128")
@@ -131,6 +131,7 @@ def test_a_tall_picture_fits_the_window(served, browser, size):
         page.wait_for_function("document.querySelector('#gallery img').style.cssText.includes('--width')")
         place = page.evaluate(PLACE, "#gallery img")
         assert place["seen"] and place["height"] == pytest.approx(2 * place["width"], abs=1)
+        assert 250 < place["height"] < 3 * 128
 
 
 def test_slash_brings_the_cursor_to_the_prompt(page):
