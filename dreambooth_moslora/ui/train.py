@@ -222,7 +222,7 @@ def _connect_ended(ctx: AppContext, fields: dict, parts: dict, tabs: gr.Tabs, ge
     @as_gradio_error
     def use(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
-        job = ctx.jobs.owned(run or "", visitor.id)
+        job = ctx.jobs.seen(run or "", visitor.id)
         name = ctx.catalog.name_of(RunDir(job.run_dir).adapter_path, visitor)
         files = ctx.catalog.files(visitor)
         summary = summary_of(files[name])

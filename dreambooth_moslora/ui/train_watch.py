@@ -1,5 +1,6 @@
 """The right half of the Train tab: a run's progress, its buttons, and below its state the runs that wait."""
 
+import itertools
 import os
 import re
 import shutil
@@ -89,8 +90,11 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     inputs, outputs = [parts["run"], parts["seen"]], [parts[name] for name in WATCHED]
 
     def attach(request: gr.Request) -> gr.Dropdown:
-        names = run_names(ctx.jobs, ctx.visitors.of(request).id)
-        return gr.Dropdown(choices=names, value=names[0] if names else None)
+        """The visitor's newest run is shown, else one of the command line that is going on."""
+        owner = ctx.visitors.of(request).id
+        going_on = (job for job in ctx.jobs.command_runs() if job.is_alive)
+        first = next(itertools.chain(ctx.jobs.of(owner), going_on), None)
+        return gr.Dropdown(choices=run_names(ctx.jobs, owner), value=first.name if first else None)
 
     def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
         changes = watched(ctx.jobs, run, seen, ctx.visitors.of(request)) or {"seen": gr.skip()}
@@ -137,7 +141,7 @@ def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -
     if not run:
         return {}
     try:
-        job = jobs.owned(run, visitor.id)
+        job = jobs.seen(run, visitor.id)
     except UserError:
         shown = {name: gr.update(visible=False) for name in ("use", "reopen", *DOWNLOADS, *PICTURES)}
         shown |= {name: gr.Button(interactive=False) for name in ("stop", "resume")}
@@ -154,13 +158,14 @@ def _shown(jobs: Jobs, job: Job, state: JobState, visitor: Visitor) -> dict[str,
     has_sheet = ready and run_dir.contact_sheet_path.is_file()  # the photos, and pictures before and after the training
     sheet = str(link_into_user_folder(run_dir.contact_sheet_path, visitor, job.name)) if has_sheet else None
     samples = samples_of(job, metrics, visitor)
+    is_own = job.owner == visitor.id  # the command line's run is stopped where it was started
     status = status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics))
     return {
         "status": status + subjects_line(metrics) + (advice_card(metrics) if state.state == "done" else ""),
-        "stop": gr.Button(interactive=state.is_active),
-        "resume": gr.Button(interactive=not state.is_active and state.state != "done"),
+        "stop": gr.Button(interactive=is_own and state.is_active),
+        "resume": gr.Button(interactive=is_own and not state.is_active and state.state != "done"),
         "use": gr.Button(visible=ready),
-        "reopen": gr.Button(visible=not state.is_active),
+        "reopen": gr.Button(visible=is_own and not state.is_active),
         "download": _download([run_dir.adapter_path], ready, job, visitor),
         "download_kohya": _download([run_dir.kohya_path], ready, job, visitor),
         "download_tokens": _download(run_dir.tokens_paths, ready, job, visitor),
@@ -169,7 +174,7 @@ def _shown(jobs: Jobs, job: Job, state: JobState, visitor: Visitor) -> dict[str,
         "fidelity": _plot(fidelity_table(metrics), "score"),
         "samples": gr.Gallery(samples, visible=bool(samples)),
         "sheet": gr.Image(sheet, visible=has_sheet),
-        "log": jobs.told(job.log_tail()),
+        "log": jobs.told(job.log_tail()) if is_own else "",
     }
 
 
@@ -195,8 +200,10 @@ def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
     return gr.LinePlot(table, y_lim=[min(0.0, HEADROOM * low), HEADROOM * high], visible=table.step.nunique() > 1)
 
 
-def run_names(jobs: Jobs, owner: str) -> list[str]:
-    return [job.name for job in jobs.of(owner)]
+def run_names(jobs: Jobs, owner: str) -> list[str | tuple[str, str]]:
+    """The visitor's runs, then the command line's under (label, name)."""
+    own = [job.name for job in jobs.of(owner)]
+    return own + [(f"{job.name} · by command", job.name) for job in jobs.command_runs()]
 
 
 OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run")
