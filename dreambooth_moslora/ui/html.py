@@ -56,6 +56,13 @@ def remarks_card(lines: list[str], title: str = "") -> str:
     return f'<div class="card">{heading}{listed}</div>' if title or lines else ""
 
 
+def folded_card(title: str, lines: list[str], summary: str = "Why, and what else is known") -> str:
+    """A title, and a list that is folded below it."""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    folded = f'<details><summary>{escape(summary)}</summary><ul class="remarks">{items}</ul></details>'
+    return f'<div class="card"><b>{escape(title)}</b>{folded}</div>'
+
+
 def facts_table(facts: list[tuple[str, str]]) -> str:
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts if value)
     return f'<div class="card"><table class="facts">{rows}</table></div>'
@@ -90,6 +97,7 @@ CSS = """
 .step h3 { font-size: .95rem; margin: 4px 0 -4px; }
 .remarks { margin: 6px 0 0 !important; padding-inline-start: 1.1rem !important; font-size: .85rem;
   color: var(--body-text-color-subdued); }
+.card summary { margin-top: 4px; font-size: .85rem; color: var(--body-text-color-subdued); cursor: pointer; }
 button[role="tab"] { font-weight: 500; }
 .tab-container button.selected { color: var(--primary-700); }
 .dark .tab-container button.selected { color: var(--primary-400); }

@@ -11,7 +11,7 @@ from dreambooth_moslora.settings.sources import FoundRecipe
 from dreambooth_moslora.ui import train_masks, train_start
 from dreambooth_moslora.ui.generate import GenerateTab
 from dreambooth_moslora.ui.generate_values import prompt_for, summary_of
-from dreambooth_moslora.ui.html import explain_bad_values, notice
+from dreambooth_moslora.ui.html import explain_bad_values, faint, notice
 from dreambooth_moslora.ui.jobs import settings_of
 from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
 from dreambooth_moslora.ui.train_form import TrainForm, form_of, left_out, rows, values_like, values_of
@@ -37,7 +37,9 @@ def train_widgets(base: str, form: type[TrainForm] = TrainForm) -> tuple[dict[st
         estimate = gr.Button("Estimate cost", min_width=132, elem_id="estimate")
     cost = gr.HTML("", label="Cost", elem_id="cost")
     others |= {"prompts": prompts, "start": start, "queue": queue, "estimate": estimate, "cost": cost}
-    with gr.Accordion("More settings", open=False, elem_id="more_training"):
+    with gr.Accordion("More settings", open=False, elem_id="more_training") as more:
+        others["more"] = more
+        others["by_recipe"] = gr.HTML("", elem_id="by_recipe")
         for line in sorted({row.line for row in rows(form).values()} - {0}):
             names = [name for name, row in rows(form).items() if row.line == line]
             others |= line_widgets(names, fields, form, base)
@@ -116,6 +118,7 @@ def build_train_tab(ctx: AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: G
         return gr.Dropdown(choices=train_start.recipe_names(ctx, ctx.visitors.of(request)))
 
     _connect_like(ctx, fields, parts)
+    _connect_values(ctx, page, fields, parts)
     train_masks.connect_masks(ctx, fields, parts)
     connect_watch(ctx, page, parts)
     connect_queue(ctx, page, parts)
@@ -177,7 +180,7 @@ def _connect_like(ctx: AppContext, fields: dict, parts: dict) -> None:
 
     def like(name: str, count: int, visitor: Visitor) -> tuple:
         recipe = train_start.recipe_of(ctx, name, visitor)
-        values = values_like(recipe, ctx.base_name)
+        values = as_shown(values_like(recipe, ctx.base_name))
         listed = gr.Dropdown(choices=train_start.recipe_names(ctx, visitor), value=name)
         pictures = train_masks.reviews(ctx, visitor, values["seed"], count, name)
         return listed, said_of(name, recipe), *(values[field] for field in names), *pictures
@@ -202,6 +205,31 @@ def _connect_like(ctx: AppContext, fields: dict, parts: dict) -> None:
             return like(train_start.add_recipe(ctx, file, visitor), count, visitor)
         except Exception as error:
             return gr.skip(), mistake(error), *([gr.skip()] * len(filled))
+
+
+def _connect_values(ctx: AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
+    """Shows in empty fields what they stand for. To a program 0 says so, which the page empties when it is loaded."""
+    names = [name for name, row in rows(TrainForm).items() if row.by_recipe]
+    shown = [parts["by_recipe"], *(fields[name] for name in names)]
+
+    def values(preset: str, like: str | None, request: gr.Request) -> list:
+        visitor = ctx.visitors.of(request)
+        try:
+            found = train_start.recipe_values(ctx, preset, like, visitor)
+        except Exception as error:
+            return [faint(sentence(as_user_error(error))), *([gr.skip()] * len(names))]
+        line = f"Trained at {ctx.resolution_px} px, the base's own size. An empty field has the value in grey."
+        return [faint(line), *(gr.Number(placeholder=found[name]) for name in names)]
+
+    inputs, changes = [fields["preset"], fields["like"]], [fields["preset"].change, fields["like"].change]
+    gr.on([page.load, parts["more"].expand, *changes], values, inputs, shown, **AT_ONCE)
+    page.load(None, shown[1:], shown[1:], js="(...numbers) => numbers.map((number) => number || null)", **AT_ONCE)
+
+
+def as_shown(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the form's values, those that mean “by recipe” as empty fields."""
+    by_recipe = {name for name, row in rows(TrainForm).items() if row.by_recipe}
+    return {name: value or None if name in by_recipe else value for name, value in values.items()}
 
 
 def said_of(name: str, recipe: FoundRecipe | None) -> gr.HTML:
@@ -244,7 +272,7 @@ def _connect_ended(ctx: AppContext, fields: dict, parts: dict, tabs: gr.Tabs, ge
         train_start.take_photos_of_run(job.run_dir, visitor, count)
         name, recipe = train_start.like_of_run(job.run_dir)
         train_start.keep_recipe(ctx, name, recipe, visitor)
-        values = values_of(form)
+        values = as_shown(values_of(form))
         emptied = [None] * (1 + len(files))
         told = notice(f"The settings, words and photos of {job.name} are in the form. Change them, and start.")
         shown = (*train_masks.reviews(ctx, visitor, form.seed, count, form.like), said_of(name, recipe), told)

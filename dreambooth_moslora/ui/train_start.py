@@ -25,10 +25,10 @@ from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.rows import parse_pattern
 from dreambooth_moslora.settings.sources import FoundRecipe, checked_recipe, recipe_in_file
-from dreambooth_moslora.settings.table import TrainConfig, without_removed
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, without_removed
 from dreambooth_moslora.ui import train_form
 from dreambooth_moslora.ui.generate_values import format_seconds
-from dreambooth_moslora.ui.html import remarks_card
+from dreambooth_moslora.ui.html import folded_card, remarks_card
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
 from dreambooth_moslora.ui.state import AppContext, check_header
 from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, SubjectWords, TrainForm, folder_of, lengths_in
@@ -161,6 +161,8 @@ def take_photos_of_run(run_dir: Path, visitor: Visitor, subjects: int) -> None:
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
 BEGUN_WITH = "begun_with"  # Folder in a run: a copy of the adapter that it begins with
+TIME_KNOWN = "time: at the pace of the last such run here"
+TIME_UNKNOWN = "time: not known before the first run here; the page shows it after a few steps"
 CHOSEN = "Chosen; “More settings” changes it."
 
 
@@ -258,7 +260,8 @@ def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
 
 
 def estimate_cost(ctx: AppContext, form: TrainForm, visitor: Visitor) -> str:
-    """Each choice, then steps, time, memory and disk as HTML. Raises UserError for whatever training would refuse."""
+    """Memory, time and disk as HTML, and folded below them each choice and what they follow from. Raises UserError for
+    whatever training would refuse."""
     from dreambooth_moslora.plan.plan import make_plan
     from dreambooth_moslora.training.dry_run import advice, cost_lines, step_lines
 
@@ -269,9 +272,12 @@ def estimate_cost(ctx: AppContext, form: TrainForm, visitor: Visitor) -> str:
         plan = make_plan(TrainConfig.from_dict(choices.all), free_gib=train_form.free_gib(), is_later=True)
         adapter_of(ctx, form, visitor)
         lines = [*start_lines(form), *(words for words, _ in choices.said), *step_lines(plan)]
-        lines += time_line(jobs, plan.config, plan.steps.total_steps)
+        seconds = seconds_of(jobs, plan.config, plan.steps.total_steps)
+        lines += [TIME_KNOWN if seconds else TIME_UNKNOWN]
         lines += [*cost_lines(plan), *card_lines(plan.config, plan.cost), *advice(plan)]
-    return remarks_card([jobs.told(line) for line in lines])
+    time_needed = f"about {format_seconds(seconds)}" if seconds else "time not known yet"
+    title = f"{plan.cost.peak_gib:.1f} GiB of memory · {time_needed} · {plan.cost.disk_gib:.2f} GiB on the disk"
+    return folded_card(title, [jobs.told(line) for line in lines])
 
 
 def card_lines(config: TrainConfig, cost: Estimate) -> list[str]:
@@ -290,8 +296,8 @@ def card_lines(config: TrainConfig, cost: Estimate) -> list[str]:
     return [line, *(["the GPU may have too little memory even so"] if cost.peak_gib > free else [])]
 
 
-def time_line(jobs: Jobs, config: TrainConfig, total_steps: int) -> list[str]:
-    """The time at the pace of this machine's newest run with the same base and size."""
+def seconds_of(jobs: Jobs, config: TrainConfig, total_steps: int) -> float | None:
+    """The time at the pace of this machine's newest run with the same base and size; None before the first one."""
     alike = (
         *("pretrained_model_name_or_path", "resolution", "train_batch_size", "gradient_accumulation_steps"),
         *("with_prior_preservation", "gradient_checkpointing", "base_quantization"),
@@ -301,5 +307,32 @@ def time_line(jobs: Jobs, config: TrainConfig, total_steps: int) -> list[str]:
         earlier = metrics.last("start").get("config", {})
         paces = [event["step_sec"] for event in metrics.of("step")[-50:] if event.get("step_sec")]
         if paces and all(earlier.get(name) == getattr(config, name) for name in alike):
-            return [f"time: about {format_seconds(median(paces) * total_steps)}, at the pace of the last such run here"]
-    return ["time: not known before the first run here; the page shows it after a few steps"]
+            return median(paces) * total_steps
+    return None
+
+
+def recipe_values(ctx: AppContext, preset: str, like: str | None, visitor: Visitor) -> dict[str, str]:
+    """What an empty field stands for, by its name: the recipe's value, and of the steps how many show these photos as
+    often as it says. Raises UserError."""
+    form, recipe = TrainForm("sks", "x", preset=preset, like=like or NONE), recipe_of(ctx, like, visitor)
+    share = train_form.PRESETS[form.checked("preset")]
+    if recipe is not None:
+        settings, exposures = train_form.taken_from(recipe, {}, share), USUAL_EXPOSURES
+    else:
+        choices = Choices({"pretrained_model_name_or_path": ctx.base_name})
+        exposures = choose_recipe(choices, train_form.free_for(ctx.base_name))
+        settings = choices.all
+    rows = train_form.rows(TrainForm)
+    said = {name: SETTINGS[row.setting].default for name, row in rows.items() if row.by_recipe}
+    said |= {name: settings[rows[name].setting] for name in said if settings.get(rows[name].setting) is not None}
+    shown = {name: f"{value:g}" for name, value in said.items() if name != "steps"}
+    return shown | {"steps": steps_of(ctx, form, recipe, visitor) or f"{round(share * exposures)} times each photo"}
+
+
+def steps_of(ctx: AppContext, form: TrainForm, recipe: FoundRecipe | None, visitor: Visitor) -> str:
+    """The number of steps for the visitor's photos of the first subject; "" without usable ones."""
+    with suppress(UserError):
+        photos = visitor.given_photos
+        config = form.config(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe)
+        return str(plan_steps(TrainConfig.from_dict(config), [len(kept_photos(photos))]).total_steps)
+    return ""

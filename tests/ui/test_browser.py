@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -310,6 +311,11 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browse
         page.wait_for_function(f"({PLACE})('#train_status').seen")
         assert "recipe: assets/configs/sdxl_" in page.inner_text("#cost")
         open_box(page, "more_training")
+        says(page, "by_recipe", "Trained at 64 px, the base's own size.")
+        steps = re.search(r"steps: (\d+)", page.inner_text("#cost"))[1]
+        for field, value in {"rank": "16", "learning_rate": "0.0001", "train_steps": steps}.items():
+            page.locator(f"#{field} input[placeholder='{value}']").wait_for()
+            assert page.input_value(f"#{field} input") == ""
         page.locator("#scores input").check()
         page.locator("#make_masks input").check()
         choose(page, "prior_by", "class images")
