@@ -206,7 +206,8 @@ def run_names(jobs: Jobs, owner: str) -> list[str | tuple[str, str]]:
     return own + [(f"{job.name} · by command", job.name) for job in jobs.command_runs()]
 
 
-OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run")
+OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run", "queue_pause")
+PAUSED = "Paused: what trains goes on to its end, and no next run starts."
 
 
 def queue_widgets() -> dict[str, Any]:
@@ -217,9 +218,10 @@ def queue_widgets() -> dict[str, Any]:
             up = gr.Button("Up", min_width=60, elem_id="queue_up")
             down = gr.Button("Down", min_width=60, elem_id="queue_down")
             remove = gr.Button("Remove", min_width=80, elem_id="queue_remove")
+        pause = gr.Button("Pause the queue", size="sm", elem_id="queue_pause")
     seen = gr.State(None)
     widgets = {"queue_box": box, "queued": queued, "queue_rest": rest, "queue_seen": seen}
-    return widgets | {"queue_up": up, "queue_down": down, "queue_remove": remove}
+    return widgets | {"queue_up": up, "queue_down": down, "queue_remove": remove, "queue_pause": pause}
 
 
 def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
@@ -240,6 +242,7 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
         "queue_up": lambda name, owner: queue.move(name, "up", owner),
         "queue_down": lambda name, owner: queue.move(name, "down", owner),
         "queue_remove": queue.remove,
+        "queue_pause": lambda name, owner: pause_or_go_on(ctx),
     }
     for name, change in buttons.items():
         parts[name].click(control(change), [parts["queued"], parts["run"]], outputs, **TELLING)
@@ -251,6 +254,13 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     page.load(look, inputs, outputs, **AT_ONCE)
     parts["timer"].tick(look, inputs, outputs, **AT_ONCE)
     _connect_programs(ctx)
+
+
+def pause_or_go_on(ctx: AppContext) -> None:
+    """Raises UserError on a public page, where a visitor would hold up the others."""
+    if ctx.public:
+        raise UserError("the visitors of this page share the queue; it is not paused")
+    ctx.queue.queue.pause(not ctx.queue.queue.is_paused)
 
 
 def _connect_programs(ctx: AppContext) -> None:
@@ -287,7 +297,8 @@ def queue_changes(
     run whose turn has come is watched next. A `chosen` run stays chosen after it was moved."""
     waiting, names = ctx.queue.queue.waiting(), run_names(ctx.jobs, visitor.id)
     rows = [(f"{place} · {words_of(one)}", one.name) for place, one in enumerate(waiting, 1) if one.owner == visitor.id]
-    rest = rest_of(waiting, visitor)
+    is_paused = ctx.queue.queue.is_paused
+    rest = rest_of(waiting, visitor) + (faint(PAUSED) if is_paused else "")
     now = (rows, rest, names)
     if now == seen:
         return {}
@@ -298,6 +309,7 @@ def queue_changes(
         "queued": gr.Radio(choices=rows, value=chosen if chosen in dict(map(reversed, rows)) else None),
         "queue_rest": rest,
         "queue_seen": now,
+        "queue_pause": gr.Button("Go on" if is_paused else "Pause the queue", visible=not ctx.public),
         "run": gr.Dropdown(choices=names, value=current.name) if is_next else gr.Dropdown(choices=names),
     }
 

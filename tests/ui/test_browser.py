@@ -250,7 +250,11 @@ def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(serve
     says(page, "queued", "1 · third · 5000 steps\n2 · fourth")
     page.set_viewport_size({"width": 390, "height": 844})
     assert fits(page) and page.locator("#queue_down").is_visible()
+    served.ctx.queue.queue.pause()  # the page is a public one, without the button
+    says(page, "queue_rest", "Paused")
     page.click("#stop_training:not([disabled])")
+    says(page, "train_status", "Stopped; a checkpoint is written.")
+    served.ctx.queue.queue.pause(False)
     page.wait_for_function("document.querySelector('#run_picker input').value === 'third'")
     says(page, "train_status", "of 5000")
     served.ctx.queue.queue.remove("fourth")
