@@ -19,6 +19,8 @@ from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gr
 from dreambooth_moslora.ui.visitors import Picture, Visitor
 
 IDLE = progress_card("Ready", "Enter starts, Esc stops")
+PICTURES = [".png", ".jpg", ".jpeg", ".webp"]
+"""Files that may carry a recipe."""
 AXIS_VALUES = {"scale": "0, 0.5, 1", "seed": "1, 2, 3", "guidance": "2, 5, 8", "steps": "5, 15, 25"}
 AXIS_LABELS = [("Adapter scale", "scale"), ("Seed", "seed"), ("Prompt", "prompt"), ("Adapter or checkpoint", "adapter")]
 AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
@@ -160,7 +162,7 @@ def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -
             with gr.Accordion("Prompt templates", open=False, elem_id="templates_box"):
                 template = gr.Dropdown(templates, value=None, label="Template", elem_id="template")
             with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
-                dropped = gr.File(file_types=[".png"], label="Drop a PNG", height=110, elem_id="drop_png")
+                dropped = gr.File(file_types=PICTURES, label="Drop a picture", height=110, elem_id="drop_png")
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
         explain_bad_values(widget)

@@ -263,13 +263,13 @@ def prompt_for(summary: AdapterSummary) -> str:
 
 
 def recipe_of(file: str | Path) -> Recipe:
-    """The recipe of any PNG. Raises UserError for one that is damaged, or that contains infinite numbers."""
+    """The recipe of any picture. Raises UserError for one that is damaged, or that contains infinite numbers."""
     try:
         return read_recipe(file)
     except UserError:
         raise
     except (ArithmeticError, TypeError, ValueError) as error:
-        raise UserError("the recipe inside the PNG is damaged") from error
+        raise UserError("the recipe inside the picture is damaged") from error
 
 
 def match_adapters(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[GenerationParams, list[str]]:

@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 
 from dreambooth_moslora.core import UserError, is_toy
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
-from dreambooth_moslora.ui.generate import GenerateTab, build_generate_tab, to_widgets
+from dreambooth_moslora.ui.generate import PICTURES, GenerateTab, build_generate_tab, to_widgets
 from dreambooth_moslora.ui.generate_values import format_seconds, recipe_of, size_choices
 from dreambooth_moslora.ui.guard import LOOPBACK, MAX_UPLOAD_BYTES, BodySizeLimit, Origin, UploadQuota, trusted_hosts
 from dreambooth_moslora.ui.html import CSS, HEAD, THEME, facts_table, faint, notice
@@ -34,7 +34,7 @@ MAX_SESSIONS = 256
 """Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 SPELLINGS = {"size mib": "Size (MiB)", "dora": "DoRA", "rslora": "rsLoRA", "resolution px": "Resolution (px)"}
-HINT = notice("Drop a PNG made here or elsewhere, or a .safetensors adapter.")
+HINT = notice("Drop a PNG, JPEG or WebP made here or elsewhere, or a .safetensors adapter.")
 
 
 def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
@@ -149,7 +149,7 @@ def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> 
     with gr.Row(elem_id="inspect", equal_height=False):
         with gr.Column(min_width=280, scale=2):
             file = gr.File(
-                file_types=[".png", ".safetensors"], label="PNG or adapter", height=160, elem_id="inspect_file"
+                file_types=[*PICTURES, ".safetensors"], label="Picture or adapter", height=160, elem_id="inspect_file"
             )
             use = gr.Button("Use these settings", visible=False, variant="primary", elem_id="inspect_use")
         with gr.Column(min_width=280, scale=3):
@@ -169,7 +169,7 @@ def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> 
     @as_gradio_error
     def use_recipe(file: str | None, request: gr.Request) -> list:
         if not file:
-            raise UserError("drop a PNG first")
+            raise UserError("drop a picture first")
         return [gr.Tabs(selected="generate"), *to_widgets(ctx, recipe_of(file), request)]
 
 

@@ -139,6 +139,8 @@ BOMBS = {
     "bomb.png": pixel_bomb(100_000),
     "below Pillow's limit.png": pixel_bomb(12_000),
     "empty.png": b"",
+    "damaged.jpg": b"\xff\xd8\xff\xe1\xff\xff" + b"Exif\0\0II*\0" + b"\xff" * 100,
+    "damaged.webp": b"RIFF\xff\xff\xff\xffWEBPEXIF\xff\xff\xff\xff" + b"\xff" * 100,
     "page.html": b"<script>alert(1)</script>",
 }
 
