@@ -446,7 +446,7 @@ def _keep(image: "Image", visitor: Visitor) -> Picture:
     """Write the PNG to the visitor's folder and add it to the history."""
     seed = image.params.seed
     path = image.save(visitor.folder / f"{time.time_ns():x}_seed_{seed}.png")
-    scales = ", ".join(f"{name} {scale:g}" for name, scale in image.params.adapters)
+    scales = ", ".join(f"{name} at scale {scale:g}" for name, scale in image.params.adapters)
     picture = Picture(path, f"seed {seed}" + (f" · {scales}" if scales else ""))
     visitor.remember(picture)
     return picture

@@ -107,6 +107,7 @@ button[role="tab"] { font-weight: 500; }
 #generate { grid-template-areas: "ask results" "settings results"; grid-template-rows: auto 1fr; }
 #ask { grid-area: ask; } #results { grid-area: results; } #settings { grid-area: settings; }
 #generate > div, #train > div, #inspect > div { min-width: 0 !important; width: 100%; }
+[data-testid="status-tracker"] .error { display: none; }
 #status, #train_status, #status .pending, #train_status .pending { opacity: 1 !important; }
 #gallery, #history { min-height: var(--gallery-height); }
 #results, #train_watch { scroll-margin-top: 16px; }

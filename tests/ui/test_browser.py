@@ -340,10 +340,38 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browse
     assert {name: after[name] for name in wanted} == wanted
 
 
-def test_a_mistake_is_told_on_the_page(visited):
+def enabled(page) -> list[str]:
+    return [name for name in ("stop", "reuse", "last_seed") if page.locator(f"#{name}").is_enabled()]
+
+
+def test_a_mistake_is_told_on_the_page_and_no_button_is_offered_that_has_nothing_to_act_on(visited):
     page = visited.page
+    assert enabled(page) == []
     generate(page, "a dog <lora:<b>rex</b>:1> <lora:rex:1>")
     page.get_by_text("There is no adapter rex").first.wait_for()
+    page.locator("#status .error").wait_for(state="attached")  # Gradio's own word, which would cover the text
+    assert not page.locator("#status .error").is_visible()
+    page.locator("#stop:disabled").wait_for()
+    assert enabled(page) == []
+    generate(page, steps=60)
+    page.locator("#stop:enabled").wait_for()
+    says(page, "status", "at scale 1")
+    page.locator("#stop:disabled").wait_for()
+    page.locator("#last_seed:enabled").wait_for()
+    assert enabled(page) == ["reuse", "last_seed"]
+
+
+ROOM_BELOW_WORDS = """box => {
+  const walk = document.createTreeWalker(box, NodeFilter.SHOW_TEXT), words = document.createRange();
+  while (walk.nextNode()) if (walk.currentNode.data.trim()) words.selectNode(walk.currentNode);
+  return box.getBoundingClientRect().bottom - words.getBoundingClientRect().bottom;
+}"""
+
+
+def test_a_box_for_a_picture_shows_all_its_words(page):
+    open_box(page, "drop_box")
+    page.locator("#drop_png", has_text="Click to Upload").wait_for()
+    assert page.locator("#drop_png").evaluate(ROOM_BELOW_WORDS) > 8
 
 
 def test_a_picture_without_a_recipe_is_told_on_the_page_and_a_missing_adapter_remarked(page, tmp_path):
