@@ -9,6 +9,7 @@ The queue is the folder `.queue` in the folder of runs:
     order.json           the names of the waiting runs in their order
     started/NAME.json    the run whose turn it is, until it has ended
     ended.jsonl          one line for each run that has ended, and how
+    paused               while it is there, no waiting run starts
 
 A process must hold `turn` to start or end runs, so only one does.
 """
@@ -125,6 +126,20 @@ class RunQueue:
         self.runs_dir = runs_dir
         self.folder = runs_dir / QUEUE_NAME
         self.ended_path = self.folder / "ended.jsonl"
+        self._paused_path = self.folder / "paused"
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the waiting runs stay where they are, until `pause(False)`."""
+        return self._paused_path.exists()
+
+    def pause(self, is_paused: bool = True) -> None:
+        """The run whose turn it is goes on to its end."""
+        if is_paused:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._paused_path.touch()
+        else:
+            self._paused_path.unlink(missing_ok=True)
 
     def add(self, run: QueuedRun) -> int:
         """Add a run where its owner's turn is; returns its place, from 1. Raises UserError for a name in the queue."""
@@ -195,9 +210,9 @@ class RunQueue:
             lock.close()
 
     def claim(self) -> QueuedRun | None:
-        """Move the first waiting run to `started` and return it; None when none waits."""
+        """Move the first waiting run to `started` and return it; None when none waits, or the queue is paused."""
         with self._held():
-            run = next(iter(self.waiting()), None)
+            run = None if self.is_paused else next(iter(self.waiting()), None)
             if run is not None:
                 (self.folder / "started").mkdir(exist_ok=True)
                 rename(self._path("waiting", run.name), self._path("started", run.name))

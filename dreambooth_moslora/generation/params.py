@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-from PIL import UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.generation.other_programs import texts_in, values_of_graph
 
 PNG_KEY = "dreambooth_moslora"
 FORMAT_VERSION = 1
@@ -158,24 +158,19 @@ def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in the file; pixels are not decoded. Raises UserError when it is no PNG or has no parameters."""
-    path = Path(path)
-    try:
-        with PIL.Image.open(path, formats=["PNG"]) as image:
-            text = {key: value for key, value in image.info.items() if isinstance(value, str)}
-    except PIL.Image.DecompressionBombError as error:
-        raise UserError(f"{path.name} claims far too many pixels; it is not opened") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path.name} is not a readable PNG file") from error
-    return recipe_in(text, path.name)
+    """The recipe in a PNG, JPEG or WebP; pixels are not decoded. Raises UserError for another file, or one without
+    parameters."""
+    return recipe_in(texts_in(Path(path)), Path(path).name)
 
 
 def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
-    """The recipe in the text chunks of the PNG `name`. Raises UserError when they hold no parameters."""
+    """The recipe in the texts of the picture `name`. Raises UserError when they hold no parameters."""
     if PNG_KEY in text:
         return _own_recipe(text[PNG_KEY])
     if "parameters" in text:
         return _parse_a1111(text["parameters"])
+    if "prompt" in text:
+        return _from_graph(values_of_graph(text["prompt"]))
     raise UserError(f"{name} carries no generation parameters; was it saved again by another program?")
 
 
@@ -253,6 +248,18 @@ def _parse_a1111(text: str) -> Recipe:
     prompt, _, negative = body.partition("\nNegative prompt:")
     settings = {key.strip(): value.strip().strip('"') for key, value in SETTING.findall(line[:MAX_SETTINGS_CHARACTERS])}
     prompt, tags = split_lora_tags(prompt.strip())
+    return _foreign_recipe(prompt, negative, tags, settings)
+
+
+def _from_graph(values: Mapping[str, Any]) -> Recipe:
+    tags = _checked_adapters(dict(values["loras"]).items())
+    return _foreign_recipe(values["prompt"], values["negative"], tags, values)
+
+
+def _foreign_recipe(
+    prompt: str, negative: str, tags: tuple[tuple[str, float], ...], settings: Mapping[str, str]
+) -> Recipe:
+    """The recipe of another program's words; `settings` as A1111 writes them. Raises UserError."""
     sampler = _sampler_of(settings)
     name = next((name for name, scheduler in SCHEDULERS.items() if scheduler.title == sampler), "euler")
     values = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags, "scheduler": name}
@@ -264,7 +271,7 @@ def _parse_a1111(text: str) -> Recipe:
         if "Size" in settings:
             values["width_px"], values["height_px"] = (int(n) for n in settings["Size"].split("x"))
     except ValueError as error:
-        raise UserError("the settings inside the PNG are damaged") from error
+        raise UserError("the settings inside the picture are damaged") from error
     ours = SCHEDULERS[name].title
     remarks = () if sampler in ("", ours) else (f"the sampler {sampler} is not available; {ours} replaces it",)
     return Recipe(GenerationParams.from_dict(values), Provenance(), exact=False, remarks=remarks)

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options)
 
     add("base", default="toy", help='a folder, a hub id, a .safetensors file, or "toy", the embedded base (default)')
+    add("bases_dir", metavar="DIR", help="folder below which bases lie: the page lets you choose one (not if public)")
     add("adapters_dir", default=str(assets_folder() / "adapters"), help="folder of .safetensors adapters to offer")
     add("runs_dir", default="runs", help="folder of training runs (default runs)")
     add("server_name", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
@@ -94,30 +95,47 @@ def parse_login(text: str) -> tuple[str, str]:
 
 def context_of(args: argparse.Namespace, *, training: bool, public: bool = False):
     """Start loading the base, and tell the page what it needs before that is loaded. Raises UserError."""
-    folder = base_folder(args.base)
     runs_dir = runs_folder(args.runs_dir)
-    token = args.backend_token or os.environ.get(TOKEN_VARIABLE)
-    service = Service(args.backend, token) if args.backend else None
+    from dreambooth_moslora.ui import bases, state
 
-    from dreambooth_moslora.ui.state import AppContext, import_libraries
-
-    def load():
-        import_libraries()
-        if service is not None:
-            return RemotePipeline(service, public_name(args.base))
-        from dreambooth_moslora.generation.pipeline import SubjectPipeline
-
-        return SubjectPipeline.from_base(args.base, resting=True)
-
-    return AppContext(
-        load,
-        base=public_name(args.base),
-        base_name=str(folder.resolve()) if folder and args.base != "toy" else str(args.base),
-        resolution_px=resolution_of(folder),
+    bases_dir = Path(args.bases_dir).expanduser().resolve() if args.bases_dir else None
+    names = {public_name(args.base): args.base} if public or args.backend else bases.offered(args.base, bases_dir)
+    first, *others = (page_base(title, name, args) for title, name in names.items())
+    return state.AppContext(
+        first.load,
+        base=first.title,
+        base_name=first.name,
+        resolution_px=first.resolution_px,
         adapters_dir=Path(args.adapters_dir).expanduser().resolve(),
         runs_dir=runs_dir,
         training=training,
         public=public,
+        about=first.about,
+        templates=first.templates,
+        others=others,
+    )
+
+
+def page_base(title: str, name: str, args: argparse.Namespace):
+    """A base as the page offers it, by its files alone."""
+    from dreambooth_moslora.ui import bases, state
+
+    folder = base_folder(name)
+    token = args.backend_token or os.environ.get(TOKEN_VARIABLE)
+
+    def load():
+        state.import_libraries()
+        if args.backend:
+            return RemotePipeline(Service(args.backend, token), public_name(name))
+        from dreambooth_moslora.generation.pipeline import SubjectPipeline
+
+        return SubjectPipeline.from_base(name, resting=True)
+
+    place = folder or bases.cached_folder(name)
+    resolution_px = resolution_of(place)
+    path = str(folder.resolve()) if folder and name != "toy" else str(name)
+    return bases.PageBase(
+        title, path, resolution_px, load, bases.about(name, place, resolution_px), tuple(templates_for(name))
     )
 
 

@@ -13,9 +13,11 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
 from dreambooth_moslora.ui import generate_values, state, visitors
-from dreambooth_moslora.ui.html import SHOWN, explain_bad_values, faint, progress_card
+from dreambooth_moslora.ui.html import LARGE_PREVIEW, SHOWN, explain_bad_values, faint, progress_card
 
 IDLE = progress_card("Ready", "Enter starts, Esc stops")
+PICTURES = [".png", ".jpg", ".jpeg", ".webp"]
+"""Files that may carry a recipe."""
 AXIS_VALUES = {"scale": "0, 0.5, 1", "seed": "1, 2, 3", "guidance": "2, 5, 8", "steps": "5, 15, 25"}
 AXIS_LABELS = [("Adapter scale", "scale"), ("Seed", "seed"), ("Prompt", "prompt"), ("Adapter or checkpoint", "adapter")]
 AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
@@ -51,7 +53,7 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     num_images = gr.Slider(1, generate_values.MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
     with gr.Row(elem_classes="tight"):
         run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
-        stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1, min_width=80)
+        stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", scale=1, min_width=80)
     widgets = {"prompt": prompt, "adapter": adapter, "scale": scale, "num_images": num_images}
     return widgets, {"run": run, "stop": stop, "refresh": refresh, "upload": upload, "about": about}
 
@@ -70,7 +72,9 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
             seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=160, elem_id="seed")
             schedulers = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
             scheduler = gr.Dropdown(schedulers, value="euler", label="Scheduler", info="how it steps", min_width=160)
-        size = gr.Dropdown(sizes, value=sizes[0][1], label="Size", info="width × height", allow_custom_value=True)
+        size = gr.Dropdown(
+            sizes, value=sizes[0][1], label="Size", info="width × height", allow_custom_value=True, elem_id="size"
+        )
     widgets = {"negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "seed": seed, "size": size}
     with gr.Accordion("More adapters", open=False):
         for number in (2, 3):
@@ -93,10 +97,12 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
     parts: dict[str, Any] = {"status": gr.HTML(IDLE, elem_id="status", label="Status")}
     with gr.Tabs(elem_id="result_tabs", selected="pictures") as tabs:
         with gr.Tab("Pictures", id="pictures"):
+            parts["preview"] = gr.HTML("", elem_id="preview")
             parts["gallery"] = _gallery("Pictures", "gallery")
             with gr.Row(elem_classes="tight"):
-                parts["reuse"] = gr.Button("Use these settings", size="sm", min_width=100, elem_id="reuse")
-                parts["last_seed"] = gr.Button("Keep the seed", size="sm", min_width=100, elem_id="last_seed")
+                look = {"size": "sm", "min_width": 100, "interactive": False}
+                parts["reuse"] = gr.Button("Use these settings", elem_id="reuse", **look)
+                parts["last_seed"] = gr.Button("Keep the seed", elem_id="last_seed", **look)
             parts["used_seed"] = gr.Number(label="Seed used", interactive=False, elem_id="used_seed", visible="hidden")
             with gr.Accordion("Use it in code", open=False):
                 parts["code"] = gr.Code(language="python", label="Python", buttons=["copy"], elem_id="code")
@@ -110,7 +116,7 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
             parts |= _grid_widgets()
         with gr.Tab("History", id="history") as history_tab:
             parts["history"] = _gallery("History", "history")
-            parts["reuse_history"] = gr.Button("Use these settings", size="sm", elem_id="reuse_history")
+            parts["reuse_history"] = gr.Button("Use these settings", elem_id="reuse_history", **look)
     parts |= {"tabs": tabs, "history_tab": history_tab}
     for name in ("shown", "selected", "selected_history"):
         parts[name] = gr.State([] if name == "shown" else 0)
@@ -145,6 +151,8 @@ class GenerateTab:
     adapters: list[gr.Dropdown]
     prompt: gr.Textbox
     results: gr.Tabs
+    of_base: dict[str, gr.components.Component]
+    """Those that show other values for another base."""
 
 
 def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[str]) -> GenerateTab:
@@ -158,13 +166,15 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[s
             with gr.Accordion("Prompt templates", open=False, elem_id="templates_box"):
                 template = gr.Dropdown(templates, value=None, label="Template", elem_id="template")
             with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
-                dropped = gr.File(file_types=[".png"], label="Drop a PNG", height=110, elem_id="drop_png")
+                dropped = gr.File(file_types=PICTURES, label="Drop a picture", height=150, elem_id="drop_png")
     ordered = {field.name: widgets[field.name] for field in fields(generate_values.GenerateForm)}
     for widget in ordered.values():
         explain_bad_values(widget)
-    tab = GenerateTab(ordered, [widgets[f"adapter{n}"] for n in ("", "_2", "_3")], widgets["prompt"], results["tabs"])
+    of_base = {"size": widgets["size"], "guidance_scale": widgets["guidance_scale"], "template": template}
+    adapters = [widgets[f"adapter{n}"] for n in ("", "_2", "_3")]
+    tab = GenerateTab(ordered, adapters, widgets["prompt"], results["tabs"], of_base)
     _connect_runs(ctx, tab, buttons, results)
-    _connect_compare_and_grid(ctx, tab, results)
+    _connect_compare_and_grid(ctx, tab, results, buttons["stop"])
     _connect_adapters(ctx, page, tab, buttons)
     _connect_reuse(ctx, tab, results, template, dropped)
     return tab
@@ -179,12 +189,17 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
     outputs = [results["gallery"], results["used_seed"], results["status"], results["shown"]]
 
     # The page runs a trigger's events in order: the immediate ones must come before the long one.
-    @gr.on(starts, inputs=None, outputs=results["tabs"], **state.AT_ONCE)
-    def announce(request: gr.Request) -> gr.Tabs:
-        ctx.announce(request)
-        return gr.Tabs(selected="pictures")
+    first = {"inputs": None, "outputs": [results["tabs"], buttons["stop"]], **state.AT_ONCE}
 
-    gr.on([results["compare"].click, results["draw"].click], ctx.announce, None, None, **state.AT_ONCE)
+    @gr.on(starts, js="() => bringIntoView('results', 'gallery')", **first)
+    def announce(request: gr.Request) -> tuple:
+        ctx.announce(request)
+        return gr.Tabs(selected="pictures"), gr.Button(interactive=True)
+
+    @gr.on([results["compare"].click, results["draw"].click], **first)
+    def announce_others(request: gr.Request) -> tuple:
+        ctx.announce(request)
+        return gr.skip(), gr.Button(interactive=True)
 
     @state.as_gradio_error
     def generate(request: gr.Request, **values) -> Iterator[tuple]:
@@ -195,9 +210,15 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
             else:
                 yield _items(frame.pictures), seed, frame.status, list(frame.pictures)
 
+    results["status"].change(None, results["status"], results["preview"], js=LARGE_PREVIEW, **state.AT_ONCE)
     options = _drawing(results) | {"inputs_kwargs": tab.fields, "outputs": outputs}
     made = gr.on(starts, generate, api_name="generate", **options)
     made.then(lambda: 0, None, results["selected"], **state.AT_ONCE)
+    _without_stop(made, buttons["stop"])
+
+    @results["shown"].change(inputs=results["shown"], outputs=[results["reuse"], results["last_seed"]], **state.AT_ONCE)
+    def usable(pictures: list[visitors.Picture]) -> list[gr.Button]:
+        return [gr.Button(interactive=bool(pictures))] * 2
 
     @made.then(inputs=results["shown"], outputs=results["code"], **state.AT_ONCE)
     def snippet(pictures: list[visitors.Picture], request: gr.Request) -> str:
@@ -214,25 +235,29 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         ctx.stop(request)
 
 
+def _without_stop(made: Any, stop: gr.Button) -> None:
+    """After it there is nothing to stop. Gradio leaves out `then` where a stream ended in an error."""
+    for after in (made.then, made.failure):
+        after(lambda: gr.Button(interactive=False), None, stop, **state.AT_ONCE)
+
+
 def _drawing(results: dict) -> dict[str, Any]:
     """Options of the events that draw."""
     return {**state.GPU, "show_progress": "minimal", "show_progress_on": results["status"]}
 
 
-def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: dict) -> None:
+def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: gr.Button) -> None:
     options, status = _drawing(results), results["status"]
     compared = {"inputs_kwargs": tab.fields, "outputs": [results["slider"], status]}
     axis = {"rows": "down", "row_values": "down_values", "columns": "across", "column_values": "across_values"}
     of_grid = {"inputs_kwargs": {name: results[widget] for name, widget in axis.items()} | tab.fields}
 
-    @results["compare"].click(api_name="compare", **compared, **options)
     @state.as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
         for frame in generate_values.compare(ctx, generate_values.GenerateForm.of(values), request):
             pair = frame.pictures and len(frame.pictures) == 2
             yield tuple(str(p.path) for p in frame.pictures) if pair else gr.skip(), frame.status
 
-    @results["draw"].click(outputs=[results["sheet"], status], api_name="grid", **of_grid, **options)
     @state.as_gradio_error
     def grid(
         rows: str, row_values: str, columns: str, column_values: str, request: gr.Request, **values
@@ -240,6 +265,11 @@ def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: 
         axes = [f"{rows}={row_values}"] + ([f"{columns}={column_values}"] if columns != NONE else [])
         for frame in generate_values.make_pictures(ctx, generate_values.GenerateForm.of(values), request, axes):
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
+
+    both = results["compare"].click(compare_both, api_name="compare", **compared, **options)
+    drawn = results["draw"].click(grid, api_name="grid", outputs=[results["sheet"], status], **of_grid, **options)
+    for made in (both, drawn):
+        _without_stop(made, stop)
 
     def axis_of(place: str) -> dict[str, Any]:
         inputs = [results[place], tab.adapters[0], tab.prompt]
@@ -321,9 +351,10 @@ def _connect_reuse(
     results["gallery"].select(select, None, results["selected"], **state.AT_ONCE)
     results["history"].select(select, None, results["selected_history"], **state.AT_ONCE)
 
-    @results["history_tab"].select(inputs=None, outputs=results["history"], **state.AT_ONCE)
-    def history(request: gr.Request) -> list:
-        return _items(ctx.visitors.of(request).history)
+    @results["history_tab"].select(inputs=None, outputs=[results["history"], results["reuse_history"]], **state.AT_ONCE)
+    def history(request: gr.Request) -> tuple:
+        items = _items(ctx.visitors.of(request).history)
+        return items, gr.Button(interactive=bool(items))
 
     @results["reuse"].click(inputs=[results["shown"], results["selected"]], outputs=outputs, **state.TELLING)
     @state.as_gradio_error

@@ -260,13 +260,13 @@ def prompt_for(summary: AdapterSummary) -> str:
 
 
 def recipe_of(file: str | Path) -> Recipe:
-    """The recipe of any PNG. Raises UserError for one that is damaged, or that contains infinite numbers."""
+    """The recipe of any picture. Raises UserError for one that is damaged, or that contains infinite numbers."""
     try:
         return read_recipe(file)
     except UserError:
         raise
     except (ArithmeticError, TypeError, ValueError) as error:
-        raise UserError("the recipe inside the PNG is damaged") from error
+        raise UserError("the recipe inside the picture is damaged") from error
 
 
 def match_adapters(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[GenerationParams, list[str]]:
@@ -407,10 +407,14 @@ def _drawn(
             params = ctx.load_adapters(params, visitor)
             events = pipeline.generate(params, should_stop)
         yield Frame(html.progress_card("Starting …", fraction=0.0), (), params)
-        yield from _frames(events, visitor, params, word)
+        size_px = (params.width_px or ctx.resolution_px, params.height_px or ctx.resolution_px)
+        yield from _frames(events, visitor, params, word, None if axes or word else size_px)
 
 
-def _frames(events: Iterator, visitor: visitors.Visitor, params: GenerationParams, word: str) -> Iterator[Frame]:
+def _frames(
+    events: Iterator, visitor: visitors.Visitor, params: GenerationParams, word: str, size_px: tuple[int, int] | None
+) -> Iterator[Frame]:
+    """With `size_px` the previews are large."""
     from dreambooth_moslora.generation import grids, progress
     from dreambooth_moslora.generation.params import Image, Step
 
@@ -429,7 +433,7 @@ def _frames(events: Iterator, visitor: visitors.Visitor, params: GenerationParam
             sheet = event.save(visitor.folder / f"grid_{time.time_ns():x}.png")
         elif isinstance(event, progress.Preview) and time.perf_counter() - shown_at > FRAME_SEC:
             shown_at = time.perf_counter()
-            yield Frame(_status(step, word, html.thumbnail(event.pixels)))
+            yield Frame(_status(step, word, html.thumbnail(event.pixels), size_px))
     status = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)
     if said := about_black(black):
         status = html.notice(f"The pictures are done, but {said}.", "bad")
@@ -440,18 +444,18 @@ def _keep(image: "Image", visitor: visitors.Visitor) -> visitors.Picture:
     """Write the PNG to the visitor's folder and add it to the history."""
     seed = image.params.seed
     path = image.save(visitor.folder / f"{time.time_ns():x}_seed_{seed}.png")
-    scales = ", ".join(f"{name} {scale:g}" for name, scale in image.params.adapters)
+    scales = ", ".join(f"{name} at scale {scale:g}" for name, scale in image.params.adapters)
     picture = visitors.Picture(path, f"seed {seed}" + (f" · {scales}" if scales else ""))
     visitor.remember(picture)
     return picture
 
 
-def _status(step: "Step", word: str, picture: str = "") -> str:
+def _status(step: "Step", word: str, picture: str = "", size_px: tuple[int, int] | None = None) -> str:
     done = step.index + step.step / step.steps
     which = f"picture {step.index + 1} of {step.num_images}, " if step.num_images > 1 else ""
     line = f"{word}{which}step {step.step} of {step.steps}"
     left = "" if step.eta_sec != step.eta_sec else f"about {format_seconds(step.eta_sec)} left"
-    return html.progress_card(line[:1].upper() + line[1:], left, done / step.num_images, picture)
+    return html.progress_card(line[:1].upper() + line[1:], left, done / step.num_images, picture, size_px)
 
 
 def _summary(pictures: list[visitors.Picture], total: int, seconds: float, is_grid: bool) -> str:

@@ -16,9 +16,17 @@ def escape(text: str) -> str:
     return escape_html(text.encode("utf-8", "replace").decode())
 
 
-def progress_card(line: str, detail: str = "", fraction: float | None = None, picture: str = "") -> str:
-    """A line of state, a bar (`fraction` in 0…1) and a small picture (a data URL) beside them."""
-    image = f'<img class="thumb" alt="Preview" src="{escape(picture)}">' if picture else ""
+def progress_card(
+    line: str,
+    detail: str = "",
+    fraction: float | None = None,
+    picture: str = "",
+    size_px: tuple[int, int] | None = None,
+) -> str:
+    """A line of state, a bar (`fraction` in 0…1) and a small picture (a data URL) beside them. With the size (width,
+    height) that the picture will have, the page shows it in the gallery instead (`LARGE_PREVIEW`)."""
+    look = 'class="large" style="--width:{};--height:{}"'.format(*size_px) if size_px else 'class="thumb"'
+    image = f'<img {look} alt="Preview" src="{escape(picture)}">' if picture else ""
     bar = ""
     if fraction is not None:
         percent = round(100 * min(max(fraction, 0.0), 1.0), 1)
@@ -48,6 +56,13 @@ def remarks_card(lines: list[str], title: str = "") -> str:
     return f'<div class="card">{heading}{listed}</div>' if title or lines else ""
 
 
+def folded_card(title: str, lines: list[str], summary: str = "Why, and what else is known") -> str:
+    """A title, and a list that is folded below it."""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    folded = f'<details><summary>{escape(summary)}</summary><ul class="remarks">{items}</ul></details>'
+    return f'<div class="card"><b>{escape(title)}</b>{folded}</div>'
+
+
 def facts_table(facts: list[tuple[str, str]]) -> str:
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts if value)
     return f'<div class="card"><table class="facts">{rows}</table></div>'
@@ -65,7 +80,6 @@ def thumbnail(pixels: PIL.Image.Image) -> str:
 CSS = """
 .gradio-container {
   --page-width: 1240px;
-  --picture-width: 34rem;
   --gallery-height: 240px;
   --thumbnail: 60px;
 }
@@ -73,6 +87,7 @@ CSS = """
 .html-container { padding: 0 !important; }
 #top { align-items: baseline; justify-content: space-between; flex-wrap: nowrap; }
 #top > * { width: auto; flex: none; }
+#top > :nth-child(2) { margin-left: auto; }
 #top h1 { font-size: 1.25rem; margin: 0; letter-spacing: -.01em; }
 .faint, .faint p { color: var(--body-text-color-subdued); font-size: .82rem; }
 .tight { gap: 8px !important; align-items: end; }
@@ -82,6 +97,7 @@ CSS = """
 .step h3 { font-size: .95rem; margin: 4px 0 -4px; }
 .remarks { margin: 6px 0 0 !important; padding-inline-start: 1.1rem !important; font-size: .85rem;
   color: var(--body-text-color-subdued); }
+.card summary { margin-top: 4px; font-size: .85rem; color: var(--body-text-color-subdued); cursor: pointer; }
 button[role="tab"] { font-weight: 500; }
 .tab-container button.selected { color: var(--primary-700); }
 .dark .tab-container button.selected { color: var(--primary-400); }
@@ -91,14 +107,20 @@ button[role="tab"] { font-weight: 500; }
 #generate { grid-template-areas: "ask results" "settings results"; grid-template-rows: auto 1fr; }
 #ask { grid-area: ask; } #results { grid-area: results; } #settings { grid-area: settings; }
 #generate > div, #train > div, #inspect > div { min-width: 0 !important; width: 100%; }
+[data-testid="status-tracker"] .error { display: none; }
 #status, #train_status, #status .pending, #train_status .pending { opacity: 1 !important; }
 #gallery, #history { min-height: var(--gallery-height); }
+#results, #train_watch { scroll-margin-top: 16px; }
+#preview { border: 1px solid var(--block-border-color); border-radius: var(--radius-lg);
+  background: var(--block-background-fill); padding: 8px !important; }
+#preview:not(:has(img)), #preview:has(img) ~ #gallery:not(:has(img)), .card .large { display: none; }
+:is(#preview, :is(#gallery, #history) .grid-container:has(> :only-child)) img { display: block; margin: 0 auto;
+  height: auto; width: min(100%, 3px * var(--width), max(12rem, 100vh - 20.5rem) * var(--width) / var(--height)); }
+:is(#gallery, #history) .grid-container:has(> :only-child) button { aspect-ratio: auto; height: auto; border: 0; }
 :is(#gallery, #history, .crops, #samples, #masks) .grid-wrap { min-height: 0 !important; max-height: none !important;
   overflow-y: auto; }
 :is(#gallery, #history, .crops, #samples, #masks) .grid-container {
   grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
-#gallery .grid-container:has(> :only-child) { grid-template-columns: minmax(0, var(--picture-width)) !important;
-  justify-content: center; }
 :is(#loss, #fidelity) svg text { fill: var(--body-text-color) !important; }
 :is(#loss, #fidelity) svg :is(.role-axis-grid, .role-axis-tick) line,
 :is(#loss, #fidelity) svg path.background:not(.role-legend *) { stroke: var(--border-color-primary) !important; }
@@ -131,6 +153,7 @@ footer .divider { display: none; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
 @media (max-width: 760px) {
   #top { flex-wrap: wrap; }
+  #results { scroll-margin-top: 66px; }
   .gradio-container main { padding: 12px !important; }
   #generate, #train, #inspect { grid-template-columns: minmax(0, 1fr); gap: 12px; }
   #generate { grid-template-areas: "ask" "results" "settings"; }
@@ -202,10 +225,24 @@ addEventListener("keydown", (event) => {
     if (prompt && prompt.offsetParent) { event.preventDefault(); prompt.focus(); }
   }
 }, true);
+document.addEventListener("load", ({target}) => {
+  if (!target.matches(":is(#gallery, #history) img")) return;
+  target.style.setProperty("--width", target.naturalWidth);
+  target.style.setProperty("--height", target.naturalHeight);
+}, true);
+function bringIntoView(column, last) {
+  const [first, end] = [column, last].map((id) => document.getElementById(id));
+  const isSeen = first.getBoundingClientRect().top >= 0 && end.getBoundingClientRect().bottom <= innerHeight;
+  if (!isSeen) first.scrollIntoView();
+}
 </script>
 """
 
 
+LARGE_PREVIEW = """card => {
+  const found = new DOMParser().parseFromString(card, "text/html").querySelector(".large");
+  return found ? found.outerHTML : "";
+}"""
 NUMBERS = (gr.Slider, gr.Number)
 SHOWN = {"show_label": False, "format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
 """Options of pictures that are only looked at."""

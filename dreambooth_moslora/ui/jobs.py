@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -120,6 +121,21 @@ class Job:
         return processes.log_tail(self.run_dir)
 
 
+def job_by_command(run_dir: Path) -> Job:
+    """The run in a folder without a record, and the process that the lock names, if it lives on this machine."""
+    try:
+        lock = run_dir / queue.LOCK_NAME
+        owner, began = lock.read_text(encoding="utf-8"), lock.stat().st_mtime
+        pid = int(re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}\n", owner)[1])
+        created = psutil.Process(pid).create_time()
+        if created <= began + 1:  # else another process has its number by now
+            return Job(run_dir, queue.COMMAND_LINE, pid, created)
+    except (OSError, ValueError, TypeError, psutil.Error):
+        pass
+    return Job(run_dir, queue.COMMAND_LINE, NO_PROCESS, 0.0)
+
+
+NO_PROCESS = 0  # The number of no program's process.
 KILL_AFTER_SEC = 30
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
 """Letters, digits, space and `+-_`, with single dots between: no separator, no leading dot."""
@@ -234,6 +250,20 @@ class Jobs:
 
     def of(self, owner: str) -> list[Job]:
         return [job for job in self.all() if job.owner == owner]
+
+    def command_runs(self) -> list[Job]:
+        """The command line's runs, the newest first: of the queue, or in a folder where no process of the page was."""
+        found = {job.run_dir: job for job in self.of(queue.COMMAND_LINE)}
+        for path in self.runs_dir.glob("*/metrics.jsonl"):
+            folder = path.parent
+            if RUN_NAME.fullmatch(folder.name) and path.is_file() and not os.path.lexists(folder / JOB_NAME):
+                found[folder] = job_by_command(folder)
+        return sorted(found.values(), key=lambda job: -run_folder.RunDir(job.run_dir).path.stat().st_mtime)
+
+    def seen(self, name: str, owner: str) -> Job:
+        """The visitor's run, or one of the command line. Raises UserError as `owned`."""
+        by_command = {job.name: job for job in self.command_runs()} if isinstance(name, str) else {}
+        return by_command.get(name) or self.owned(name, owner)
 
     def current(self) -> Job | None:
         """The run in progress, whoever owns it. One that was asked to stop and does not answer is ended."""

@@ -1,25 +1,24 @@
 """The whole page: a heading, the tabs, and how it is served. The Inspect tab, for PNGs and adapters, is here."""
 
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import UserError, is_toy
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
-from dreambooth_moslora.ui import generate_values, guard, html, state, train, visitors
-from dreambooth_moslora.ui.generate import GenerateTab, build_generate_tab, to_widgets
+from dreambooth_moslora.ui import generate_values, guard, html, state, train, train_form, visitors
+from dreambooth_moslora.ui.generate import PICTURES, GenerateTab, build_generate_tab, to_widgets
 
 MAX_SESSIONS = 256
 """Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 SPELLINGS = {"size mib": "Size (MiB)", "dora": "DoRA", "rslora": "rsLoRA", "resolution px": "Resolution (px)"}
-HINT = html.notice("Drop a PNG made here or elsewhere, or a .safetensors adapter.")
+HINT = html.notice("Drop a PNG, JPEG or WebP made here or elsewhere, or a .safetensors adapter.")
 
 
 def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
@@ -29,15 +28,18 @@ def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
     ) as page:
         with gr.Row(elem_id="top"):
             gr.HTML("<h1>dreambooth_moslora</h1>")
-            gr.HTML(f'<div class="faint">base: {escape(ctx.base)}</div>')
+            chooser = base_chooser(ctx)
+        about = gr.HTML(base_line(ctx), elem_id="about_base")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = build_generate_tab(ctx, page, templates)
             if ctx.training:
                 with gr.Tab("Train", id="train"):
-                    train.build_train_tab(ctx, page, tabs, generate)
+                    trained = train.build_train_tab(ctx, page, tabs, generate)
             with gr.Tab("Inspect", id="inspect"):
                 build_inspect_tab(ctx, tabs, generate)
+        if chooser is not None:
+            connect_bases(ctx, page, chooser, about, generate.of_base | (trained if ctx.training else {}))
     page.queue(api_open=False)
     if ctx.public:
         from dreambooth_moslora.ui.public import FairQueue
@@ -46,6 +48,65 @@ def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
     if ctx.training:
         threading.Thread(target=ctx.queue.keep_on, name="queue", daemon=True).start()
     return page
+
+
+def base_chooser(ctx: state.AppContext) -> gr.Dropdown | None:
+    """None where there is no choice."""
+    if len(ctx.bases) == 1:
+        return None
+    look = {"show_label": False, "container": False, "min_width": 280, "elem_id": "base"}
+    return gr.Dropdown(list(ctx.bases), value=ctx.base, label="Base", **look)
+
+
+def base_line(ctx: state.AppContext, mistake: str = "") -> str:
+    """One sentence: what the base is and needs, after a mistake, if there was one."""
+    told = html.faint(f"base: {ctx.base}" + (f", {ctx.chosen.about}" if ctx.chosen.about else ""))
+    return html.notice(mistake, "bad") + told if mistake else told
+
+
+def connect_bases(
+    ctx: state.AppContext,
+    page: gr.Blocks,
+    chooser: gr.Dropdown,
+    about: gr.HTML,
+    widgets: dict[str, gr.components.Component],
+) -> None:
+    """The chosen base is that of every page. `widgets` (`first_values`) show other values for another base."""
+    outputs = [chooser, about, *widgets.values()]
+
+    def shown() -> list:
+        return [gr.Dropdown(value=ctx.base), base_line(ctx), *(first_value(ctx, name) for name in widgets)]
+
+    @chooser.input(inputs=chooser, outputs=outputs, api_visibility="private", show_progress="hidden", **state.GPU)
+    def choose(title: str) -> Iterator[list]:
+        unchanged = [gr.skip()] * len(widgets)
+        try:
+            if title not in ctx.bases:
+                raise UserError(f"there is no base {title!s:.60} here")
+            base = ctx.bases[title]
+            for seconds in ctx.choose(base):
+                line = f"Loading {title}: {base.about} … {generate_values.format_seconds(seconds)}"
+                yield [gr.skip(), html.faint(line), *unchanged]
+        except Exception as error:
+            mistake = f"{title!s:.60} is not loaded: {state.as_user_error(error)}"
+            yield [gr.Dropdown(value=ctx.base), base_line(ctx, mistake), *unchanged]
+        else:
+            yield shown()
+
+    page.load(shown, None, outputs, **state.AT_ONCE)
+
+
+def first_value(ctx: state.AppContext, name: str) -> Any:
+    """What the widget of that name shows at first, for the base of the page."""
+    if name == "size":
+        sizes = generate_values.size_choices(ctx.resolution_px)
+        return gr.Dropdown(choices=sizes, value=sizes[0][1])
+    if name == "guidance_scale":
+        return ctx.guidance_scale
+    if name == "template":
+        return gr.Dropdown(choices=list(ctx.chosen.templates), value=None)
+    row = train_form.rows(train_form.TrainForm)[name]
+    return gr.update(value=row.first(ctx.base_name), visible=not (row.of_files and is_toy(ctx.base_name)))
 
 
 def launch_options(allowed: Collection[guard.Origin] = (), *, public: bool = False) -> dict[str, Any]:
@@ -79,7 +140,7 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
     with gr.Row(elem_id="inspect", equal_height=False):
         with gr.Column(min_width=280, scale=2):
             file = gr.File(
-                file_types=[".png", ".safetensors"], label="PNG or adapter", height=160, elem_id="inspect_file"
+                file_types=[*PICTURES, ".safetensors"], label="Picture or adapter", height=160, elem_id="inspect_file"
             )
             use = gr.Button("Use these settings", visible=False, variant="primary", elem_id="inspect_use")
         with gr.Column(min_width=280, scale=3):
@@ -99,7 +160,7 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
     @state.as_gradio_error
     def use_recipe(file: str | None, request: gr.Request) -> list:
         if not file:
-            raise UserError("drop a PNG first")
+            raise UserError("drop a picture first")
         return [gr.Tabs(selected="generate"), *to_widgets(ctx, generate_values.recipe_of(file), request)]
 
 

@@ -14,8 +14,9 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +26,11 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.base.machine import has_gpu
 from dreambooth_moslora.core import UserError, assets_folder, free_name, one_line, preferred_guidance
 from dreambooth_moslora.disk import processes, queue, run_folder
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.ui import guard, jobs, visitors
+from dreambooth_moslora.ui import bases, guard, jobs, visitors
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -43,6 +43,7 @@ TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility
 """Options of small events with a message: errors and remarks reach the page only through the queue."""
 
 MAX_WAITING = 1000
+LOOK_SEC = 0.5
 MAX_SENTENCE = 300
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Page = tuple[str, str]  # Visitor and session
@@ -196,21 +197,45 @@ class AppContext:
         runs_dir: Path,
         training: bool,
         public: bool = False,
+        about: str = "",
+        templates: Sequence[str] = (),
+        others: Sequence[bases.PageBase] = (),
     ) -> None:
-        self.base, self.base_name, self.resolution_px = base, base_name, resolution_px
-        self.runs_dir, self.guidance_scale = runs_dir, preferred_guidance(base_name)
-        self.training, self.public = training, public
+        self._take(bases.PageBase(base, base_name, resolution_px, load, about, tuple(templates)))
+        self.bases = {one.title: one for one in (self.chosen, *others)}
+        self.runs_dir, self.training, self.public = runs_dir, training, public
         self.visitors = visitors.Visitors()
         self.catalog = AdapterCatalog(adapters_dir, runs_dir)
         self._stops: dict[Page, threading.Event] = {}
         self._waiting: OrderedDict[Page, threading.Event] = OrderedDict()
-        is_small = resolution_px <= SMALL_BASE_PX
-        self.turns = GpuTurns(self, is_small=is_small)
+        self.turns = GpuTurns(self)
         self.jobs = jobs.Jobs(runs_dir, make_room=self.turns.training)
         self.queue = jobs.QueueTurns(self.jobs)
-        self.jobs.public_names |= {f"{adapters_dir}{os.sep}": ""} | ({base_name: base} if os.sep in base_name else {})
-        self._load, self._load_lock = load, threading.Lock()
-        self._pipeline: Future[SubjectPipeline] | None = self._loading()
+        paths = {one.name: title for title, one in self.bases.items() if os.sep in one.name}
+        self.jobs.public_names |= {f"{adapters_dir}{os.sep}": ""} | paths
+        self._load_lock = threading.Lock()
+        self._pipeline: Future[SubjectPipeline] | None = self._loading(self.chosen)
+
+    def _take(self, base: bases.PageBase) -> None:
+        self.chosen, self.base, self.base_name, self.resolution_px = base, base.title, base.name, base.resolution_px
+        self.guidance_scale = preferred_guidance(base.name)
+
+    def choose(self, base: bases.PageBase) -> Iterator[float]:
+        """Load another base in place of the present one, which stays if that fails; yields the seconds so far. It waits
+        for no picture: call it in their queue. Raises UserError."""
+        if base is self.chosen:
+            return
+        if not self.turns.is_small:  # two large ones do not fit; whoever needs the present one loads it again
+            self.unload()
+        began, loading = time.monotonic(), self._loading(base)
+        while wait([loading], timeout=LOOK_SEC).not_done:
+            yield time.monotonic() - began
+        loading.result()
+        with self._load_lock:
+            self._take(base)
+            self._pipeline = loading
+        gc.collect()
+        processes.give_freed_memory_back()
 
     def loaded(self) -> "SubjectPipeline | None":
         """The pipeline, or None while it is not loaded."""
@@ -231,17 +256,17 @@ class AppContext:
         with self._load_lock:
             loading = self._pipeline
             if loading is None or (loading.done() and loading.exception() is not None):
-                loading = self._pipeline = self._loading()
+                loading = self._pipeline = self._loading(self.chosen)
         return loading.result()
 
-    def _loading(self) -> "Future[SubjectPipeline]":
+    def _loading(self, base: bases.PageBase) -> "Future[SubjectPipeline]":
         """The future pipeline, which loads in a thread."""
         future: Future[SubjectPipeline] = Future()
 
         def fulfil() -> None:
             try:
-                self.turns.check_memory()
-                future.set_result(self._load())
+                self.turns.check_memory(base)
+                future.set_result(base.load())
             except UserError as error:
                 logger.error("The base could not be loaded: %s", error)
                 future.set_exception(UserError(self.jobs.told(str(error))))
@@ -290,19 +315,23 @@ class GpuTurns:
     """Keeps the pipeline out of a run's way: most machines cannot hold SDXL twice, but a small base fits. On a GPU it
     moves to the host while a run trains; without one it leaves memory (13 GiB in fp32)."""
 
-    def __init__(self, ctx: AppContext, *, is_small: bool) -> None:
-        self._ctx, self._is_small = ctx, is_small
+    def __init__(self, ctx: AppContext) -> None:
+        self._ctx = ctx
         self._lock = threading.Lock()  # not an RLock: another thread may close the generator
 
-    def check_memory(self) -> None:
+    @property
+    def is_small(self) -> bool:
+        return self._ctx.chosen.is_small
+
+    def check_memory(self, base: bases.PageBase) -> None:
         """Raises UserError while the base must not be loaded: beside a run, without a GPU."""
-        if not self._is_small and self._ctx.jobs.current() and not has_gpu():
+        if not base.is_small and self._ctx.jobs.current() and not has_gpu():
             raise UserError(BUSY)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Wraps all pictures of a request. Raises UserError while a run trains."""
-        if self._is_small:
+        if self.is_small:
             yield
             return
         self._ctx.pipeline()  # not under the lock: loading takes long
@@ -315,10 +344,10 @@ class GpuTurns:
     def training(self) -> Iterator[None]:
         """Wraps a run's start: waits for the current pictures. With a GPU, a loading pipeline is left alone, in RAM."""
         with self._lock:
-            pipeline = None if self._is_small else self._ctx.loaded()
+            pipeline = None if self.is_small else self._ctx.loaded()
             if pipeline is not None and pipeline.has_gpu:
                 pipeline.rest()
-            elif not self._is_small and (pipeline is not None or not has_gpu()):
+            elif not self.is_small and (pipeline is not None or not has_gpu()):
                 del pipeline
                 self._ctx.unload()
             yield

@@ -42,7 +42,9 @@ def train_widgets(
         estimate = gr.Button("Estimate cost", min_width=132, elem_id="estimate")
     cost = gr.HTML("", label="Cost", elem_id="cost")
     others |= {"prompts": prompts, "start": start, "queue": queue, "estimate": estimate, "cost": cost}
-    with gr.Accordion("More settings", open=False, elem_id="more_training"):
+    with gr.Accordion("More settings", open=False, elem_id="more_training") as more:
+        others["more"] = more
+        others["by_recipe"] = gr.HTML("", elem_id="by_recipe")
         for line in sorted({row.line for row in train_form.rows(form).values()} - {0}):
             names = [name for name, row in train_form.rows(form).items() if row.line == line]
             others |= line_widgets(names, fields, form, base)
@@ -97,14 +99,13 @@ def field_widget(name: str, form: type[train_form.TrainForm], base: str, **room:
     return gr.Textbox(None if row.required else first, **look)
 
 
-SHOW_STATUS = """() => {
-  if (innerWidth <= 760) document.getElementById("train_status").scrollIntoView({block: "center"});
-}"""
-"""On a phone the run stands below the whole form."""
+SHOW_STATUS = "() => setTimeout(() => bringIntoView('train_watch', 'train_status'), 200)"
+"""Once the choices are on the page: on a phone they stand above the run."""
 Files = list[str] | None  # Uploads of a subject; those of a further subject may be missing
 
 
-def build_train_tab(ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:
+def build_train_tab(ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> dict[str, Any]:
+    """Returns the fields whose first value depends on the base."""
     with gr.Row(elem_id="train", equal_height=False):
         with gr.Column(elem_id="train_form", min_width=280):
             fields, parts = train_widgets(ctx.base_name)
@@ -126,10 +127,16 @@ def build_train_tab(ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, gener
         return gr.Dropdown(choices=train_start.recipe_names(ctx, ctx.visitors.of(request)))
 
     _connect_like(ctx, fields, parts)
+    _connect_values(ctx, page, fields, parts)
     train_masks.connect_masks(ctx, fields, parts)
     train_watch.connect_watch(ctx, page, parts)
     train_watch.connect_queue(ctx, page, parts)
     _connect_ended(ctx, fields, parts, tabs, generate)
+    return {
+        name: fields[name]
+        for name, row in train_form.rows(train_form.TrainForm).items()
+        if row.at_first or row.of_files
+    }
 
 
 def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
@@ -156,7 +163,7 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
             html.explain_bad_values(widget)
     how = {"inputs_kwargs": {"photos": parts["photos"], **fields}, **train_masks.TAKING_PHOTOS}
     chosen = gr.State("")  # hidden from programs: `/train` returns two values
-    chosen.change(lambda card: card, chosen, parts["cost"], **state.AT_ONCE)
+    chosen.change(lambda card: card, chosen, parts["cost"], **state.AT_ONCE).then(None, js=SHOW_STATUS, **state.AT_ONCE)
 
     @with_photos
     def train(form: train_form.TrainForm, visitor: visitors.Visitor) -> tuple:
@@ -164,8 +171,7 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         names = gr.Dropdown(choices=train_watch.run_names(ctx.jobs, visitor.id), value=job.name)
         return names, html.notice(f"The run {job.name} is starting."), chosen
 
-    started = parts["start"].click(train, api_name="train", outputs=[parts["run"], parts["status"], chosen], **how)
-    started.success(None, js=SHOW_STATUS, **state.AT_ONCE)
+    parts["start"].click(train, api_name="train", outputs=[parts["run"], parts["status"], chosen], **how)
 
     @parts["queue"].click(api_name="add_to_queue", outputs=parts["cost"], **how)
     @with_photos
@@ -187,7 +193,7 @@ def _connect_like(ctx: state.AppContext, fields: dict, parts: dict) -> None:
 
     def like(name: str, count: int, visitor: visitors.Visitor) -> tuple:
         recipe = train_start.recipe_of(ctx, name, visitor)
-        values = train_form.values_like(recipe, ctx.base_name)
+        values = as_shown(train_form.values_like(recipe, ctx.base_name))
         listed = gr.Dropdown(choices=train_start.recipe_names(ctx, visitor), value=name)
         pictures = train_masks.reviews(ctx, visitor, values["seed"], count, name)
         return listed, said_of(name, recipe), *(values[field] for field in names), *pictures
@@ -214,6 +220,31 @@ def _connect_like(ctx: state.AppContext, fields: dict, parts: dict) -> None:
             return gr.skip(), mistake(error), *([gr.skip()] * len(filled))
 
 
+def _connect_values(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
+    """Shows in empty fields what they stand for. To a program 0 says so, which the page empties when it is loaded."""
+    names = [name for name, row in train_form.rows(train_form.TrainForm).items() if row.by_recipe]
+    shown = [parts["by_recipe"], *(fields[name] for name in names)]
+
+    def values(preset: str, like: str | None, request: gr.Request) -> list:
+        visitor = ctx.visitors.of(request)
+        try:
+            found = train_start.recipe_values(ctx, preset, like, visitor)
+        except Exception as error:
+            return [html.faint(state.sentence(state.as_user_error(error))), *([gr.skip()] * len(names))]
+        line = f"Trained at {ctx.resolution_px} px, the base's own size. An empty field has the value in grey."
+        return [html.faint(line), *(gr.Number(placeholder=found[name]) for name in names)]
+
+    inputs, changes = [fields["preset"], fields["like"]], [fields["preset"].change, fields["like"].change]
+    gr.on([page.load, parts["more"].expand, *changes], values, inputs, shown, **state.AT_ONCE)
+    page.load(None, shown[1:], shown[1:], js="(...numbers) => numbers.map((number) => number || null)", **state.AT_ONCE)
+
+
+def as_shown(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the form's values, those that mean “by recipe” as empty fields."""
+    by_recipe = {name for name, row in train_form.rows(train_form.TrainForm).items() if row.by_recipe}
+    return {name: value or None if name in by_recipe else value for name, value in values.items()}
+
+
 def said_of(name: str, recipe: FoundRecipe | None) -> gr.HTML:
     """What was taken, and what could not be; hidden for no recipe."""
     if recipe is None:
@@ -232,7 +263,7 @@ def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Ta
     @state.as_gradio_error
     def use(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
-        job = ctx.jobs.owned(run or "", visitor.id)
+        job = ctx.jobs.seen(run or "", visitor.id)
         name = ctx.catalog.name_of(RunDir(job.run_dir).adapter_path, visitor)
         files = ctx.catalog.files(visitor)
         summary = generate_values.summary_of(files[name])
@@ -254,7 +285,7 @@ def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Ta
         train_start.take_photos_of_run(job.run_dir, visitor, count)
         name, recipe = train_start.like_of_run(job.run_dir)
         train_start.keep_recipe(ctx, name, recipe, visitor)
-        values = train_form.values_of(form)
+        values = as_shown(train_form.values_of(form))
         emptied = [None] * (1 + len(files))
         told = html.notice(f"The settings, words and photos of {job.name} are in the form. Change them, and start.")
         shown = (*train_masks.reviews(ctx, visitor, form.seed, count, form.like), said_of(name, recipe), told)

@@ -29,7 +29,7 @@ OF_MACHINE = (
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
 """Name -> how often each photo is shown, as a multiple of what the recipe says."""
 TOKENS_RATE = 1e-3  # The trainer's own default, diffusers', hardly moves new tokens
-BY_RECIPE = "0: by recipe"
+BY_RECIPE = "empty: by recipe"
 NEW_TOKENS = "learns the token anew in both text encoders, beside the adapter; on the toys likeness did not rise"
 
 
@@ -77,6 +77,11 @@ class FormField:
     @property
     def is_number(self) -> bool:
         return is_number(self.default) and not self.is_tick
+
+    @property
+    def by_recipe(self) -> bool:
+        """Whether 0, or on the page an empty field, means what the recipe says."""
+        return self.is_number and bool(self.setting) and not self.always and not self.default
 
     def first(self, base: str) -> Any:
         return self.at_first(base) if self.at_first else self.default
@@ -175,7 +180,7 @@ class TrainForm:
         line=3, look={"lines": 2})
     rank: int = asked(0, "Rank", BY_RECIPE, line=15, setting="rank", most=256)
     learning_rate: float = asked(0.0, "Learning rate", BY_RECIPE, line=15, setting="learning_rate", most=10)
-    steps: int = asked(0, "Steps", "0: by length",
+    steps: int = asked(0, "Steps", "empty: by length",
         line=6, setting="max_train_steps", most=100_000, elem_id="train_steps")
     mixer: str = asked("orthogonal", "Mixer", "“none”: LoRA", line=16, setting="mixer", always=True)
     seed: int = asked(0, "Seed", "also of the crops",

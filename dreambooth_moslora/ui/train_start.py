@@ -21,7 +21,8 @@ from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_recipe
 from dreambooth_moslora.plan.memory import Estimate
 from dreambooth_moslora.plan.plan import plan_steps
-from dreambooth_moslora.settings import prompts, rows, sources, table
+from dreambooth_moslora.settings import prompts, sources, table
+from dreambooth_moslora.settings.rows import parse_pattern
 from dreambooth_moslora.ui import generate_values, html, state, train_form, visitors
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
 
@@ -77,7 +78,7 @@ def bounded(found: sources.FoundRecipe) -> sources.FoundRecipe:
     kept, great = {}, []
     for name, value in found.settings.items():
         if name == "rank_pattern":
-            is_great = any(rows.parse_pattern(name, text)[1] > train_form.MOST["rank"] for text in value)
+            is_great = any(parse_pattern(name, text)[1] > train_form.MOST["rank"] for text in value)
         else:
             is_great = name in train_form.MOST and value is not None and value > train_form.MOST[name]
         if is_great:
@@ -166,6 +167,8 @@ def take_photos_of_run(run_dir: Path, visitor: visitors.Visitor, subjects: int) 
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
 BEGUN_WITH = "begun_with"  # Folder in a run: a copy of the adapter that it begins with
+TIME_KNOWN = "time: at the pace of the last such run here"
+TIME_UNKNOWN = "time: not known before the first run here; the page shows it after a few steps"
 CHOSEN = "Chosen; “More settings” changes it."
 
 
@@ -265,7 +268,8 @@ def free_run_dir(jobs: Jobs, form: train_form.TrainForm) -> Path:
 
 
 def estimate_cost(ctx: state.AppContext, form: train_form.TrainForm, visitor: visitors.Visitor) -> str:
-    """Each choice, then steps, time, memory and disk as HTML. Raises UserError for whatever training would refuse."""
+    """Memory, time and disk as HTML, and folded below them each choice and what they follow from. Raises UserError for
+    whatever training would refuse."""
     from dreambooth_moslora.plan.plan import make_plan
     from dreambooth_moslora.training.dry_run import advice, cost_lines, step_lines
 
@@ -276,9 +280,12 @@ def estimate_cost(ctx: state.AppContext, form: train_form.TrainForm, visitor: vi
         plan = make_plan(table.TrainConfig.from_dict(choices.all), free_gib=train_form.free_gib(), is_later=True)
         adapter_of(ctx, form, visitor)
         lines = [*start_lines(form), *(words for words, _ in choices.said), *step_lines(plan)]
-        lines += time_line(jobs, plan.config, plan.steps.total_steps)
+        seconds = seconds_of(jobs, plan.config, plan.steps.total_steps)
+        lines += [TIME_KNOWN if seconds else TIME_UNKNOWN]
         lines += [*cost_lines(plan), *card_lines(plan.config, plan.cost), *advice(plan)]
-    return html.remarks_card([jobs.told(line) for line in lines])
+    time_needed = f"about {generate_values.format_seconds(seconds)}" if seconds else "time not known yet"
+    title = f"{plan.cost.peak_gib:.1f} GiB of memory · {time_needed} · {plan.cost.disk_gib:.2f} GiB on the disk"
+    return html.folded_card(title, [jobs.told(line) for line in lines])
 
 
 def card_lines(config: table.TrainConfig, cost: Estimate) -> list[str]:
@@ -297,8 +304,8 @@ def card_lines(config: table.TrainConfig, cost: Estimate) -> list[str]:
     return [line, *(["the GPU may have too little memory even so"] if cost.peak_gib > free else [])]
 
 
-def time_line(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> list[str]:
-    """The time at the pace of this machine's newest run with the same base and size."""
+def seconds_of(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> float | None:
+    """The time at the pace of this machine's newest run with the same base and size; None before the first one."""
     alike = (
         *("pretrained_model_name_or_path", "resolution", "train_batch_size", "gradient_accumulation_steps"),
         *("with_prior_preservation", "gradient_checkpointing", "base_quantization"),
@@ -308,6 +315,35 @@ def time_line(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> list[s
         earlier = metrics.last("start").get("config", {})
         paces = [event["step_sec"] for event in metrics.of("step")[-50:] if event.get("step_sec")]
         if paces and all(earlier.get(name) == getattr(config, name) for name in alike):
-            time = generate_values.format_seconds(median(paces) * total_steps)
-            return [f"time: about {time}, at the pace of the last such run here"]
-    return ["time: not known before the first run here; the page shows it after a few steps"]
+            return median(paces) * total_steps
+    return None
+
+
+def recipe_values(ctx: state.AppContext, preset: str, like: str | None, visitor: visitors.Visitor) -> dict[str, str]:
+    """What an empty field stands for, by its name: the recipe's value, and of the steps how many show these photos as
+    often as it says. Raises UserError."""
+    form = train_form.TrainForm("sks", "x", preset=preset, like=like or run_folder.NONE)
+    recipe = recipe_of(ctx, like, visitor)
+    share = train_form.PRESETS[form.checked("preset")]
+    if recipe is not None:
+        settings, exposures = train_form.taken_from(recipe, {}, share), USUAL_EXPOSURES
+    else:
+        choices = Choices({"pretrained_model_name_or_path": ctx.base_name})
+        exposures = choose_recipe(choices, train_form.free_for(ctx.base_name))
+        settings = choices.all
+    rows = train_form.rows(train_form.TrainForm)
+    said = {name: table.SETTINGS[row.setting].default for name, row in rows.items() if row.by_recipe}
+    said |= {name: settings[rows[name].setting] for name in said if settings.get(rows[name].setting) is not None}
+    shown = {name: f"{value:g}" for name, value in said.items() if name != "steps"}
+    return shown | {"steps": steps_of(ctx, form, recipe, visitor) or f"{round(share * exposures)} times each photo"}
+
+
+def steps_of(
+    ctx: state.AppContext, form: train_form.TrainForm, recipe: sources.FoundRecipe | None, visitor: visitors.Visitor
+) -> str:
+    """The number of steps for the visitor's photos of the first subject; "" without usable ones."""
+    with suppress(UserError):
+        photos = visitor.given_photos
+        config = form.config(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe)
+        return str(plan_steps(table.TrainConfig.from_dict(config), [len(visitors.kept_photos(photos))]).total_steps)
+    return ""

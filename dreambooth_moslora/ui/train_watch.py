@@ -1,5 +1,6 @@
 """The right half of the Train tab: a run's progress, its buttons, and below its state the runs that wait."""
 
+import itertools
 import os
 import re
 import shutil
@@ -85,8 +86,11 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     inputs, outputs = [parts["run"], parts["seen"]], [parts[name] for name in WATCHED]
 
     def attach(request: gr.Request) -> gr.Dropdown:
-        names = run_names(ctx.jobs, ctx.visitors.of(request).id)
-        return gr.Dropdown(choices=names, value=names[0] if names else None)
+        """The visitor's newest run is shown, else one of the command line that is going on."""
+        owner = ctx.visitors.of(request).id
+        going_on = (job for job in ctx.jobs.command_runs() if job.is_alive)
+        first = next(itertools.chain(ctx.jobs.of(owner), going_on), None)
+        return gr.Dropdown(choices=run_names(ctx.jobs, owner), value=first.name if first else None)
 
     def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
         changes = watched(ctx.jobs, run, seen, ctx.visitors.of(request)) or {"seen": gr.skip()}
@@ -133,7 +137,7 @@ def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: visitors.V
     if not run:
         return {}
     try:
-        job = jobs.owned(run, visitor.id)
+        job = jobs.seen(run, visitor.id)
     except UserError:
         shown = {name: gr.update(visible=False) for name in ("use", "reopen", *DOWNLOADS, *PICTURES)}
         shown |= {name: gr.Button(interactive=False) for name in ("stop", "resume")}
@@ -150,13 +154,14 @@ def _shown(jobs: Jobs, job: Job, state: JobState, visitor: visitors.Visitor) -> 
     has_sheet = ready and run_dir.contact_sheet_path.is_file()  # the photos, and pictures before and after the training
     sheet = str(link_into_user_folder(run_dir.contact_sheet_path, visitor, job.name)) if has_sheet else None
     samples = samples_of(job, metrics, visitor)
+    is_own = job.owner == visitor.id  # the command line's run is stopped where it was started
     status = status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics))
     return {
         "status": status + subjects_line(metrics) + (advice_card(metrics) if state.state == "done" else ""),
-        "stop": gr.Button(interactive=state.is_active),
-        "resume": gr.Button(interactive=not state.is_active and state.state != "done"),
+        "stop": gr.Button(interactive=is_own and state.is_active),
+        "resume": gr.Button(interactive=is_own and not state.is_active and state.state != "done"),
         "use": gr.Button(visible=ready),
-        "reopen": gr.Button(visible=not state.is_active),
+        "reopen": gr.Button(visible=is_own and not state.is_active),
         "download": _download([run_dir.adapter_path], ready, job, visitor),
         "download_kohya": _download([run_dir.kohya_path], ready, job, visitor),
         "download_tokens": _download(run_dir.tokens_paths, ready, job, visitor),
@@ -165,7 +170,7 @@ def _shown(jobs: Jobs, job: Job, state: JobState, visitor: visitors.Visitor) -> 
         "fidelity": _plot(fidelity_table(metrics), "score"),
         "samples": gr.Gallery(samples, visible=bool(samples)),
         "sheet": gr.Image(sheet, visible=has_sheet),
-        "log": jobs.told(job.log_tail()),
+        "log": jobs.told(job.log_tail()) if is_own else "",
     }
 
 
@@ -191,11 +196,14 @@ def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
     return gr.LinePlot(table, y_lim=[min(0.0, HEADROOM * low), HEADROOM * high], visible=table.step.nunique() > 1)
 
 
-def run_names(jobs: Jobs, owner: str) -> list[str]:
-    return [job.name for job in jobs.of(owner)]
+def run_names(jobs: Jobs, owner: str) -> list[str | tuple[str, str]]:
+    """The visitor's runs, then the command line's under (label, name)."""
+    own = [job.name for job in jobs.of(owner)]
+    return own + [(f"{job.name} · by command", job.name) for job in jobs.command_runs()]
 
 
-OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run")
+OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run", "queue_pause")
+PAUSED = "Paused: what trains goes on to its end, and no next run starts."
 
 
 def queue_widgets() -> dict[str, Any]:
@@ -206,9 +214,10 @@ def queue_widgets() -> dict[str, Any]:
             up = gr.Button("Up", min_width=60, elem_id="queue_up")
             down = gr.Button("Down", min_width=60, elem_id="queue_down")
             remove = gr.Button("Remove", min_width=80, elem_id="queue_remove")
+        pause = gr.Button("Pause the queue", size="sm", elem_id="queue_pause")
     seen = gr.State(None)
     widgets = {"queue_box": box, "queued": queued, "queue_rest": rest, "queue_seen": seen}
-    return widgets | {"queue_up": up, "queue_down": down, "queue_remove": remove}
+    return widgets | {"queue_up": up, "queue_down": down, "queue_remove": remove, "queue_pause": pause}
 
 
 def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
@@ -229,6 +238,7 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
         "queue_up": lambda name, owner: queue.move(name, "up", owner),
         "queue_down": lambda name, owner: queue.move(name, "down", owner),
         "queue_remove": queue.remove,
+        "queue_pause": lambda name, owner: pause_or_go_on(ctx),
     }
     for name, change in buttons.items():
         parts[name].click(control(change), [parts["queued"], parts["run"]], outputs, **TELLING)
@@ -240,6 +250,13 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     page.load(look, inputs, outputs, **AT_ONCE)
     parts["timer"].tick(look, inputs, outputs, **AT_ONCE)
     _connect_programs(ctx)
+
+
+def pause_or_go_on(ctx: AppContext) -> None:
+    """Raises UserError on a public page, where a visitor would hold up the others."""
+    if ctx.public:
+        raise UserError("the visitors of this page share the queue; it is not paused")
+    ctx.queue.queue.pause(not ctx.queue.queue.is_paused)
 
 
 def _connect_programs(ctx: AppContext) -> None:
@@ -276,7 +293,8 @@ def queue_changes(
     run whose turn has come is watched next. A `chosen` run stays chosen after it was moved."""
     waiting, names = ctx.queue.queue.waiting(), run_names(ctx.jobs, visitor.id)
     rows = [(f"{place} · {words_of(one)}", one.name) for place, one in enumerate(waiting, 1) if one.owner == visitor.id]
-    rest = rest_of(waiting, visitor)
+    is_paused = ctx.queue.queue.is_paused
+    rest = rest_of(waiting, visitor) + (html.faint(PAUSED) if is_paused else "")
     now = (rows, rest, names)
     if now == seen:
         return {}
@@ -287,6 +305,7 @@ def queue_changes(
         "queued": gr.Radio(choices=rows, value=chosen if chosen in dict(map(reversed, rows)) else None),
         "queue_rest": rest,
         "queue_seen": now,
+        "queue_pause": gr.Button("Go on" if is_paused else "Pause the queue", visible=not ctx.public),
         "run": gr.Dropdown(choices=names, value=current.name) if is_next else gr.Dropdown(choices=names),
     }
 

@@ -76,13 +76,68 @@ def test_what_cannot_be_generated_is_refused_in_one_line(values, word):
     assert word in str(error.value) and "\n" not in str(error.value)
 
 
+A1111 = "portrait of a dög <lora:rex:0.7>\nNegative prompt: cat\n"
+A1111 += "Steps: 30, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 99"
+COMFY = {
+    "3": {"class_type": "KSampler", "inputs": {"seed": 99, "steps": 30, "cfg": 7.0, "sampler_name": "dpmpp_2m"}},
+    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 832, "height": 1216, "batch_size": 1}},
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["8", 0]}},
+    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "cat"}},
+    "8": {"class_type": "PrimitiveString", "inputs": {"value": "portrait of a dög"}},
+    "9": {"class_type": "LoraLoader", "inputs": {"lora_name": "rex.safetensors", "strength_model": 0.7}},
+}
+COMFY["3"]["inputs"] |= {"scheduler": "karras", "model": ["9", 0], "latent_image": ["5", 0]}
+COMFY["3"]["inputs"] |= {"positive": ["6", 0], "negative": ["7", 0]}
+
+
+def exif_of(text: str, kind: str) -> Image.Exif:
+    exif = Image.Exif()
+    if kind == "ComfyUI":
+        exif[0x0110] = f"prompt:{text}"
+    else:
+        head = {"ascii": b"ASCII\0\0\0", "utf-16-be": b"UNICODE\0", "utf-16-le": b"UNICODE\0"}[kind]
+        exif.get_ifd(0x8769)[0x9286] = head + text.encode("utf-8" if kind == "ascii" else kind)
+    return exif
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp"])
+@pytest.mark.parametrize("kind", ["ascii", "utf-16-be", "utf-16-le", "ComfyUI"])
+def test_another_programs_words_are_read_in_a_jpeg_and_a_webp(tmp_path, name, kind):
+    text = json.dumps(COMFY) if kind == "ComfyUI" else A1111
+    Image.new("RGB", (8, 8)).save(tmp_path / name, exif=exif_of(text, kind))
+    check(read_recipe(tmp_path / name).params, kind == "ComfyUI")
+
+
+def test_the_graph_of_comfyui_is_read_in_a_png(tmp_path):
+    check(read_recipe(write_png(tmp_path / "a.png", {"prompt": json.dumps(COMFY)})).params, is_graph=True)
+
+
+def check(params: GenerationParams, is_graph: bool) -> None:
+    found = (params.prompt, params.negative_prompt, params.adapters, params.scheduler, params.steps, params.seed)
+    assert (
+        found == ("portrait of a dög", "cat", (("rex", 0.7),), "dpmpp_2m_karras", 30, 99) and params.guidance_scale == 7
+    )
+    assert (params.width_px, params.height_px) == ((832, 1216) if is_graph else (None, None))
+
+
+BAD_GRAPHS = ["[]", "{}", "[" * 9999, '{"1": 3}', '{"1": {"inputs": {"seed": 1, "cfg": 1, "positive": ["1", 0]}}}']
+
+
+@pytest.mark.parametrize("graph", BAD_GRAPHS)
+def test_a_graph_that_says_nothing_is_refused_in_a_line(tmp_path, graph):
+    with pytest.raises(UserError):
+        read_recipe(write_png(tmp_path / "a.png", {"prompt": graph}))
+
+
 def text_bomb() -> bytes:
     return png_of(8, 8, b"", (b"zTXt", b"dreambooth_moslora\0\0" + zlib.compress(b" " * 200_000_000, 9)))
 
 
 NO_RECIPE = ("[]", "{", '{"params": []}', '{"params": {"prompt": {}}}', '{"params": {"prompt": "a"}, "versions": 3}')
 ODD = {text: (text, "") for text in NO_RECIPE} | {"nested": ("[" * 100_000, ""), "bare": ({}, "no generation")}
-ODD |= {"text": (b"hello", "PNG"), "nothing": (None, "PNG"), "photo": (jpeg, "PNG")}
+ODD |= {"text": (b"hello", "PNG"), "nothing": (None, "PNG"), "photo": (jpeg, "no generation")}
+ODD |= {"webp": (b"RIFF\xff\xff\xff\xffWEBPVP8X\xff\xff\xff\x7f", "no generation")}
+ODD |= {"exif": (b"RIFF\0\0\0\0WEBPEXIF\x10\0\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 8, "damaged|no generation")}
 ODD |= {"pixel bomb": (png_of(100_000, 100_000, b""), ""), "text bomb": (text_bomb, "")}
 
 

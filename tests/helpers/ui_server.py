@@ -36,7 +36,9 @@ class Served:
 
 
 @contextmanager
-def serve(tiny_base: Path, folder: Path, *, training: bool = True, public: bool = True, **launch) -> Iterator[Served]:
+def serve(
+    tiny_base: Path, folder: Path, *, training: bool = True, public: bool = True, others=(), **launch
+) -> Iterator[Served]:
     """Two adapters on the shelf, "dog" and "cat"; runs go to `folder`/runs. A `public` page has the name PROXY too."""
     pipeline = SubjectPipeline.from_base(tiny_base)
     (folder / "adapters").mkdir(parents=True, exist_ok=True)
@@ -53,6 +55,7 @@ def serve(tiny_base: Path, folder: Path, *, training: bool = True, public: bool 
         runs_dir=folder / "runs",
         training=training,
         public=public,
+        others=others,
     )
     page = build_app(ctx, ["a photo of {} in the jungle", "a red {}"])
     options = launch_options(origins_of(PROXY) if public else ())

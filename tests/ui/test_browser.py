@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +105,42 @@ def test_a_picture_in_the_queue_is_stopped_before_its_turn(served, browser, page
         says(second.page, "status", "0 of 8 pictures")
 
 
+SIZES = [(1366, 768), (390, 844)]
+PLACE = """selector => {
+  const {top, bottom, width, height} = document.querySelector(selector).getBoundingClientRect();
+  return {width, height, seen: top >= 0 && bottom <= innerHeight};
+}"""
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_picture_is_seen_whole_while_it_is_drawn_and_after(served, browser, size):
+    """Of 64 px, so three times as large at most."""
+    with visit(browser, served.url, size=size) as visited:
+        page = visited.page
+        generate(page, steps=60)
+        page.wait_for_selector("#preview img")
+        drawn = page.evaluate(PLACE, "#preview img")
+        assert not page.locator("#status img").is_visible() and not page.locator("#gallery").is_visible()
+        says(page, "status", "1 picture in")
+        page.wait_for_function("document.querySelector('#gallery img').style.cssText.includes('--width')")
+        done = page.evaluate(PLACE, "#gallery img")
+        assert drawn == done == {"width": 3 * 64, "height": 3 * 64, "seen": True}
+        assert not visited.errors
+
+
+@pytest.mark.parametrize("size", [(1366, 620), (390, 620)])
+def test_a_picture_that_would_be_taller_is_as_high_as_the_window_lets_it(served, browser, size):
+    with visit(browser, served.url, size=size) as visited:
+        page = visited.page
+        put(page, "size", "64 x 128")
+        generate(page)
+        says(page, "status", "1 picture in")
+        page.wait_for_function("document.querySelector('#gallery img').style.cssText.includes('--width')")
+        place = page.evaluate(PLACE, "#gallery img")
+        assert place["seen"] and place["height"] == pytest.approx(2 * place["width"], abs=1)
+        assert 250 < place["height"] < 3 * 128
+
+
 def test_compare_shows_both_halves_and_a_grid_is_drawn(page):
     fill(page, steps=2)
     open_tab(page, "Compare")
@@ -197,7 +234,11 @@ def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(serve
     says(page, "queued", "1 · third · 5000 steps\n2 · fourth")
     page.set_viewport_size({"width": 390, "height": 844})
     assert fits(page) and page.locator("#queue_down").is_visible()
+    served.ctx.queue.queue.pause()  # the page is a public one, without the button
+    says(page, "queue_rest", "Paused")
     page.click("#stop_training:not([disabled])")
+    says(page, "train_status", "Stopped; a checkpoint is written.")
+    served.ctx.queue.queue.pause(False)
     page.wait_for_function("document.querySelector('#run_picker input').value === 'third'")
     says(page, "train_status", "of 5000")
     served.ctx.queue.queue.remove("fourth")
@@ -246,7 +287,7 @@ def choose(page, elem_id: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
-@pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
+@pytest.mark.parametrize("size", SIZES)
 def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browser, tmp_path, started, size):
     with visit(browser, served.url, size=size) as visited:
         page = visited.page
@@ -255,8 +296,14 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browse
         assert not page.locator("#token").is_visible()
         page.click("#start")
         says(page, "cost", "masks: made for none, as CLIPSeg comes from the hub")
+        page.wait_for_function(f"({PLACE})('#train_status').seen")
         assert "recipe: assets/configs/sdxl_" in page.inner_text("#cost")
         open_box(page, "more_training")
+        says(page, "by_recipe", "Trained at 64 px, the base's own size.")
+        steps = re.search(r"steps: (\d+)", page.inner_text("#cost"))[1]
+        for field, value in {"rank": "16", "learning_rate": "0.0001", "train_steps": steps}.items():
+            page.locator(f"#{field} input[placeholder='{value}']").wait_for()
+            assert page.input_value(f"#{field} input") == ""
         page.locator("#scores input").check()
         page.locator("#make_masks input").check()
         choose(page, "prior_by", "class images")
@@ -277,9 +324,41 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browse
     assert {name: after[name] for name in wanted} == wanted
 
 
-def test_a_mistake_a_picture_without_a_recipe_and_a_missing_adapter_are_told_on_the_page(page, tmp_path):
+def enabled(page) -> list[str]:
+    return [name for name in ("stop", "reuse", "last_seed") if page.locator(f"#{name}").is_enabled()]
+
+
+def test_a_mistake_is_told_on_the_page_and_no_button_is_offered_that_has_nothing_to_act_on(visited):
+    page = visited.page
+    assert enabled(page) == []
     generate(page, "a dog <lora:<b>rex</b>:1> <lora:rex:1>")
     page.get_by_text("There is no adapter rex").first.wait_for()
+    page.locator("#status .error").wait_for(state="attached")  # Gradio's own word, which would cover the text
+    assert not page.locator("#status .error").is_visible()
+    page.locator("#stop:disabled").wait_for()
+    assert enabled(page) == []
+    generate(page, steps=60)
+    page.locator("#stop:enabled").wait_for()
+    says(page, "status", "at scale 1")
+    page.locator("#stop:disabled").wait_for()
+    page.locator("#last_seed:enabled").wait_for()
+    assert enabled(page) == ["reuse", "last_seed"]
+
+
+ROOM_BELOW_WORDS = """box => {
+  const walk = document.createTreeWalker(box, NodeFilter.SHOW_TEXT), words = document.createRange();
+  while (walk.nextNode()) if (walk.currentNode.data.trim()) words.selectNode(walk.currentNode);
+  return box.getBoundingClientRect().bottom - words.getBoundingClientRect().bottom;
+}"""
+
+
+def test_a_box_for_a_picture_shows_all_its_words(page):
+    open_box(page, "drop_box")
+    page.locator("#drop_png", has_text="Click to Upload").wait_for()
+    assert page.locator("#drop_png").evaluate(ROOM_BELOW_WORDS) > 8
+
+
+def test_a_picture_without_a_recipe_is_told_on_the_page_and_a_missing_adapter_remarked(page, tmp_path):
     text = PngInfo()
     text.add_text("parameters", "a hen <lora:hen:1>\nSteps: 4, Sampler: Euler, CFG scale: 5, Seed: 1")
     for name, info in (("bare", None), ("other", text)):

@@ -17,7 +17,7 @@ from dreambooth_moslora.ui import public
 from dreambooth_moslora.ui.jobs import KILLED_MOST, Jobs, QueueTurns
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import add_to_queue, start_run
-from dreambooth_moslora.ui.train_watch import queue_changes
+from dreambooth_moslora.ui.train_watch import pause_or_go_on, queue_changes
 from tests.helpers.tiny_training import paint_photos
 from tests.ui.conftest import OTHER, OWNER, wait_for
 
@@ -236,6 +236,36 @@ def ann(ann):
     for number, file in enumerate(sorted(paint_photos(ann.photos_dir, 2).iterdir()), 1):
         file.rename(ann.photos_dir / f"photo_0{number}.png")
     return ann
+
+
+def test_a_pause_lets_the_running_one_end_and_starts_no_next_one_also_after_a_restart(jobs, turns):
+    for name in ("dog", "cat"):
+        added(turns.queue, name)
+    turns.take()
+    turns.queue.pause()
+    wait_for(lambda: turns.take() or endings(turns.queue) == {"dog": "done"})
+    later = QueueTurns(Jobs(jobs.runs_dir, jobs.script))
+    later.take()
+    assert names(later.queue) == ["cat"] and later.queue.is_paused and not later.current()
+    later.queue.pause(False)
+    wait_for(lambda: later.take() or "cat" in endings(later.queue))
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_the_page_pauses_the_queue_and_says_so_but_not_for_all_visitors(context, ann, public):
+    ctx = context(public=public)
+    ctx.runs_dir.mkdir()
+    added(ctx.queue.queue, "dog", ann.id)
+    if public:
+        with pytest.raises(UserError, match="share the queue"):
+            pause_or_go_on(ctx)
+        assert not queue_changes(ctx, ann, None, None)["queue_pause"].visible
+        return
+    pause_or_go_on(ctx)
+    shown = queue_changes(ctx, ann, None, None)
+    assert "Paused" in shown["queue_rest"] and shown["queue_pause"].value == "Go on"
+    pause_or_go_on(ctx)
+    assert queue_changes(ctx, ann, None, shown["queue_seen"])["queue_pause"].value == "Pause the queue"
 
 
 def test_the_page_adds_shows_and_moves_runs_of_its_visitor_alone(page, ann, monkeypatch):

@@ -1,6 +1,7 @@
 """From the form to a run as the command would make it, and from an earlier run, or from a recipe, back to the form."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from dreambooth_moslora.ui.train_start import (
     prepared,
     recipe_names,
     recipe_of,
+    recipe_values,
     start_run,
     take_photos_of_run,
 )
@@ -77,6 +79,24 @@ def test_what_is_started_has_the_photos_and_captions_of_each_and_the_steps_for_b
         assert words in said
     cost = estimate_cost(tab, TWO, ann)
     assert "2 subjects, 5 + 2 photos" in cost and "“a photo of a zwx rocket”: token “zwx”, class “rocket”" in cost
+
+
+@pytest.mark.parametrize(("preset", "steps", "empty"), [("standard", "480", "384"), ("thorough", "960", "768")])
+def test_what_an_empty_field_stands_for_is_what_the_run_would_take(tab, ann, tmp_path, preset, steps, empty):
+    values = recipe_values(tab, preset, "none", ann)
+    assert values["steps"] == steps
+    with prepared(tab, TrainForm("sks", "duck", preset=preset), ann) as run:
+        for name in ("rank", "learning_rate"):
+            assert float(values[name]) == run.settings[name]
+        assert float(values["prior_weight"]) == run.settings["prior_loss_weight"]
+    assert recipe_values(tab, preset, "none", visitor(tmp_path, "bob"))["steps"] == f"{empty} times each photo"
+
+
+def test_a_cost_is_three_numbers_and_the_rest_is_folded(tab, ann):
+    cost = estimate_cost(tab, TrainForm("sks", "duck"), ann)
+    title, _, rest = cost.partition("<details>")
+    assert re.fullmatch(r".*[\d.]+ GiB of memory · time not known yet · [\d.]+ GiB on the disk</b>", title)
+    assert "recipe: assets/configs/toy.toml" in rest and "time: not known before" in rest
 
 
 @pytest.mark.parametrize("broken", ["write_captions", "start", "spawn"])

@@ -1,6 +1,9 @@
 """What is shown of a run: its state and numbers, its plots and pictures, its files, its best step and advice."""
 
+import json
+import os
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 from zipfile import ZipFile
@@ -9,12 +12,14 @@ import PIL.Image
 import psutil
 import pytest
 
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import Metrics
+from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, phase_of
 from dreambooth_moslora.ui.state import AdapterCatalog
 from dreambooth_moslora.ui.train_form import in_the_forms_words
-from dreambooth_moslora.ui.train_watch import fidelity_table, loss_table, samples_of, status_card, watched
-from tests.ui.conftest import OTHER, OWNER, recorded
+from dreambooth_moslora.ui.train_watch import fidelity_table, loss_table, run_names, samples_of, status_card, watched
+from tests.ui.conftest import OTHER, OWNER, recorded, visitor
 
 PUBLISHED = "pytorch_lora_weights.safetensors"
 
@@ -50,6 +55,32 @@ def test_the_best_step_is_on_the_shelf_beside_the_last(run, tmp_path, ann):
     assert not catalog.files()
     run.rename(run.with_name("best"))  # a run of that name is a run
     assert set(catalog.files(ann)) == {"best", "best@best"}
+
+
+def by_command(run: Path, *events: dict) -> None:
+    """What `train` leaves in a run folder, without its lock."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 1e12} | event) + "\n" for event in events))
+
+
+@pytest.mark.parametrize("owner", [OWNER, OTHER])
+def test_a_run_of_the_command_line_is_listed_and_watched_and_only_looked_at(tmp_path, owner):
+    jobs, run, ann = Jobs(tmp_path / "runs"), tmp_path / "runs" / "dog", visitor(tmp_path, owner)
+    by_command(run, {"type": "start", "max_train_steps": 30}, {"type": "step", "step": 7})
+    by_command(tmp_path / "runs" / ".hidden")
+    recorded(tmp_path / "runs" / "cat")
+    with locked(run):
+        now = watched(jobs, "dog", None, ann)
+        assert "Step 7 of 30" in now["status"] and not now["stop"].interactive and not now["resume"].interactive
+        with pytest.raises(UserError, match="no run"):
+            jobs.stop("dog", owner)
+    assert run_names(jobs, owner) == ["cat"] * (owner == OWNER) + [("dog · by command", "dog")]
+    (run / "run.lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    os.utime(run / "run.lock", (1, 1))  # left by a process that this number belonged to before
+    assert "The run failed." in watched(jobs, "dog", None, ann)["status"]
+    by_command(run, {"type": "start", "max_train_steps": 30}, {"type": "end", "state": "done", "step": 30})
+    now = watched(jobs, "dog", None, ann)
+    assert "Done." in now["status"] and not now["reopen"].visible and not now["log"]
 
 
 def test_the_card_names_the_best_step_and_all_files_that_the_run_made_are_offered(run, look):
