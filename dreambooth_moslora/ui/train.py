@@ -8,7 +8,7 @@ import gradio as gr
 from dreambooth_moslora.core import is_toy
 from dreambooth_moslora.disk.run_folder import NONE, RunDir
 from dreambooth_moslora.settings.sources import FoundRecipe
-from dreambooth_moslora.ui import train_masks, train_start
+from dreambooth_moslora.ui import train_masks, train_photos, train_start
 from dreambooth_moslora.ui.generate import GenerateTab
 from dreambooth_moslora.ui.generate_values import prompt_for, summary_of
 from dreambooth_moslora.ui.html import explain_bad_values, notice
@@ -25,7 +25,7 @@ NARROW = {"min_width": 110}
 def train_widgets(base: str, form: type[TrainForm] = TrainForm) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields under the names of the API, and the other widgets."""
     gr.Markdown("### 1 · Photos", elem_classes="step")
-    others = train_masks.photo_widgets()
+    others = train_masks.photo_widgets() | train_masks.mask_widgets()
     gr.Markdown("### 2 · One word", elem_classes="step")
     fields = {"class_word": field_widget("class_word", form, base)}
     prompts = gr.HTML(visible=False, elem_id="prompts")
@@ -41,7 +41,6 @@ def train_widgets(base: str, form: type[TrainForm] = TrainForm) -> tuple[dict[st
         for line in sorted({row.line for row in rows(form).values()} - {0}):
             names = [name for name, row in rows(form).items() if row.line == line]
             others |= line_widgets(names, fields, form, base)
-            others |= train_masks.mask_widgets() if "unmasked_weight" in names else {}
     return {name: fields[name] for name in rows(form)} | further, others | boxes
 
 
@@ -231,8 +230,7 @@ def _connect_ended(ctx: AppContext, fields: dict, parts: dict, tabs: gr.Tabs, ge
         return gr.Tabs(selected="generate"), chosen, prompt_for(summary), summary.scale
 
     names = [name for name, field in fields.items() if not isinstance(field, gr.File)]
-    files = [field for field in fields.values() if isinstance(field, gr.File)]
-    outputs = [*(fields[name] for name in names), parts["photos"], *files, *train_masks.review_widgets(parts)]
+    outputs = [*(fields[name] for name in names), *train_masks.review_widgets(parts)]
     outputs += [parts["like_said"], parts["cost"], *train_masks.box_widgets(fields | parts)[1:]]
 
     @parts["reopen"].click(inputs=parts["run"], outputs=outputs, show_progress_on=parts["cost"], **TELLING)
@@ -245,8 +243,9 @@ def _connect_ended(ctx: AppContext, fields: dict, parts: dict, tabs: gr.Tabs, ge
         train_start.take_photos_of_run(job.run_dir, visitor, count)
         name, recipe = train_start.like_of_run(job.run_dir)
         train_start.keep_recipe(ctx, name, recipe, visitor)
+        train_photos.keep_captions_of(visitor, form.subjects)
         values = values_of(form)
-        emptied = [None] * (1 + len(files))
         told = notice(f"The settings, words and photos of {job.name} are in the form. Change them, and start.")
-        shown = (*train_masks.reviews(ctx, visitor, form.seed, count, form.like), said_of(name, recipe), told)
-        return (*(values[name] for name in names), *emptied, *shown, *train_masks.boxes_for(count)[1:])
+        rows = train_masks.reviews(ctx, visitor, form.seed, count, form.like, is_reset=True)
+        shown = (*rows, said_of(name, recipe), told, *train_masks.boxes_for(count)[1:])
+        return (*(values[name] for name in names), *shown)

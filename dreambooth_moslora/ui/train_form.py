@@ -181,7 +181,7 @@ class TrainForm:
     prior_preservation: bool = asked(True, "Keep the class", "without it, its whole kind turns into yours; slower",
         line=7, setting="with_prior_preservation", elem_id="prior")
     captions: str = asked("", "Captions", "one line for each photo, in order; may be left out",
-        line=3, look={"lines": 2})
+        line=3, look={"visible": False})
     rank: int = asked(0, "Rank", BY_RECIPE, line=15, setting="rank", most=256)
     learning_rate: float = asked(0.0, "Learning rate", BY_RECIPE, line=15, setting="learning_rate", most=10)
     steps: int = asked(0, "Steps", "0: by length",
