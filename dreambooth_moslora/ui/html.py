@@ -68,10 +68,10 @@ def facts_table(facts: list[tuple[str, str]]) -> str:
     return f'<div class="card"><table class="facts">{rows}</table></div>'
 
 
-def thumbnail(pixels: PIL.Image.Image) -> str:
+def thumbnail(pixels: PIL.Image.Image, side_px: int = THUMBNAIL_PX) -> str:
     """A JPEG data URL of at most 384 px: previews are never written to the disk."""
     small = pixels.copy()
-    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    small.thumbnail((side_px, side_px))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -82,6 +82,7 @@ CSS = """
   --page-width: 1240px;
   --gallery-height: 240px;
   --thumbnail: 60px;
+  --row-picture: 128px;
 }
 .gradio-container { width: 100% !important; max-width: var(--page-width) !important; margin: 0 auto !important; }
 .html-container { padding: 0 !important; }
@@ -117,13 +118,39 @@ button[role="tab"] { font-weight: 500; }
 :is(#preview, :is(#gallery, #history) .grid-container:has(> :only-child)) img { display: block; margin: 0 auto;
   height: auto; width: min(100%, 3px * var(--width), max(12rem, 100vh - 20.5rem) * var(--width) / var(--height)); }
 :is(#gallery, #history) .grid-container:has(> :only-child) button { aspect-ratio: auto; height: auto; border: 0; }
-:is(#gallery, #history, .crops, #samples, #masks) .grid-wrap { min-height: 0 !important; max-height: none !important;
+:is(#gallery, #history, #samples) .grid-wrap { min-height: 0 !important; max-height: none !important;
   overflow-y: auto; }
-:is(#gallery, #history, .crops, #samples, #masks) .grid-container {
+:is(#gallery, #history, #samples) .grid-container {
   grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
 :is(#loss, #fidelity) svg text { fill: var(--body-text-color) !important; }
 :is(#loss, #fidelity) svg :is(.role-axis-grid, .role-axis-tick) line,
 :is(#loss, #fidelity) svg path.background:not(.role-legend *) { stroke: var(--border-color-primary) !important; }
+
+.row-tools, .row-pages, .row-foot { display: flex; gap: 8px; align-items: center; flex-wrap: wrap; }
+.row-pages { margin-left: auto; }
+.row-pages[hidden] { display: none; }
+.row-range, .row-remark { font-size: .82rem; color: var(--body-text-color-subdued); }
+.photo-row { display: grid; gap: 6px 10px; padding: 10px 0; border-bottom: 1px solid var(--block-border-color);
+  grid-template: "picture caption" 1fr "picture foot" auto / var(--row-picture) minmax(0, 1fr); }
+.photo-row:last-child { border-bottom: 0; }
+.photo-row img { grid-area: picture; width: 100%; aspect-ratio: 1; object-fit: contain; align-self: start;
+  border-radius: var(--radius-md); background: var(--block-background-fill); }
+.photo-row textarea { grid-area: caption; width: 100%; resize: none; field-sizing: content; min-height: 4.8rem;
+  font-size: .92rem; padding: 6px 8px; border: 1px solid var(--input-border-color); border-radius: var(--radius-md);
+  background: var(--input-background-fill); color: var(--body-text-color); }
+.photo-row textarea::placeholder { color: var(--input-placeholder-color); }
+.row-foot { grid-area: foot; }
+.row-remark { margin-right: auto; overflow-wrap: anywhere; }
+.row-leaves { opacity: .4; }
+:is(.row-tools, .row-foot) button { height: 34px; padding: 0 var(--row-padding, 12px); font-size: .85rem;
+  cursor: pointer; border: 1px solid var(--border-color-primary); border-radius: var(--radius-md);
+  background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); }
+:is(.row-tools, .row-foot) button:hover { background: var(--button-secondary-background-fill-hover); }
+body:has(#mask_box) { overflow: hidden; }
+#mask_box { --mask-side: min(100vw - 20px, 100dvh - 150px); position: fixed; inset: 0; z-index: 100; overflow: auto;
+  padding: 10px; gap: 8px; align-items: center; background: var(--body-background-fill); }
+#mask_box > * { width: min(100%, var(--mask-side)); flex: none; }
+#mask_editor, #mask_editor .image-container { height: var(--mask-side) !important; }
 
 #queued .wrap { flex-direction: column; }
 #queued label { width: 100%; }
@@ -159,7 +186,8 @@ footer .divider { display: none; }
   #generate { grid-template-areas: "ask" "results" "settings"; }
   table.facts th { width: 7.5rem; }
   .tight > button, .tight > .block > button { font-size: .88rem; padding: 0 8px; }
-  .crops .grid-container { --grid-cols: 3 !important; }
+  .photo-row { --row-picture: 104px; --row-padding: 7px; }
+  .photo-row .row-foot { gap: 5px; }
   #samples .grid-container { --grid-cols: 2 !important; }
   .tab-wrapper { height: 48px !important; }
   .tab-container:not(.visually-hidden) { height: 40px !important; }
@@ -219,7 +247,8 @@ HEAD = """
 addEventListener("keydown", (event) => {
   const typing = event.target.matches("input, textarea, select, [contenteditable]");
   const closes = document.querySelector(".preview, .options") || document.fullscreenElement;
-  if (event.key === "Escape" && !closes) document.querySelector("#stop")?.click();
+  const open = document.querySelector("#close_mask");
+  if (event.key === "Escape" && !closes) (open || document.querySelector("#stop"))?.click();
   if (event.key === "/" && !typing) {
     const prompt = document.querySelector("#prompt textarea");
     if (prompt && prompt.offsetParent) { event.preventDefault(); prompt.focus(); }

@@ -341,6 +341,14 @@ class GpuTurns:
             yield
 
     @contextmanager
+    def captioning(self) -> Iterator[None]:
+        """Wraps captions, whose model takes the GPU in the pipeline's place. Raises UserError while a run trains."""
+        with self.drawing():
+            if not self._is_small and (pipeline := self._ctx.loaded()) is not None and pipeline.has_gpu:
+                pipeline.rest()
+            yield
+
+    @contextmanager
     def training(self) -> Iterator[None]:
         """Wraps a run's start: waits for the current pictures. With a GPU, a loading pipeline is left alone, in RAM."""
         with self._lock:

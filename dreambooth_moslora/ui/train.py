@@ -13,24 +13,23 @@ from dreambooth_moslora.ui import (
     html,
     jobs,
     state,
-    train_form,
     train_masks,
+    train_photos,
     train_start,
     train_watch,
     visitors,
 )
 from dreambooth_moslora.ui.generate import GenerateTab
+from dreambooth_moslora.ui.train_form import TrainForm, form_of, left_out, rows, values_like, values_of
 
 FROM_HUB = "; {} from the hub once"
 NARROW = {"min_width": 110}
 
 
-def train_widgets(
-    base: str, form: type[train_form.TrainForm] = train_form.TrainForm
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def train_widgets(base: str, form: type[TrainForm] = TrainForm) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields under the names of the API, and the other widgets."""
     gr.Markdown("### 1 · Photos", elem_classes="step")
-    others = train_masks.photo_widgets()
+    others = train_masks.photo_widgets() | train_masks.mask_widgets()
     gr.Markdown("### 2 · One word", elem_classes="step")
     fields = {"class_word": field_widget("class_word", form, base)}
     prompts = gr.HTML(visible=False, elem_id="prompts")
@@ -45,18 +44,15 @@ def train_widgets(
     with gr.Accordion("More settings", open=False, elem_id="more_training") as more:
         others["more"] = more
         others["by_recipe"] = gr.HTML("", elem_id="by_recipe")
-        for line in sorted({row.line for row in train_form.rows(form).values()} - {0}):
-            names = [name for name, row in train_form.rows(form).items() if row.line == line]
+        for line in sorted({row.line for row in rows(form).values()} - {0}):
+            names = [name for name, row in rows(form).items() if row.line == line]
             others |= line_widgets(names, fields, form, base)
-            others |= train_masks.mask_widgets() if "unmasked_weight" in names else {}
-    return {name: fields[name] for name in train_form.rows(form)} | further, others | boxes
+    return {name: fields[name] for name in rows(form)} | further, others | boxes
 
 
-def line_widgets(
-    names: list[str], fields: dict[str, Any], form: type[train_form.TrainForm], base: str
-) -> dict[str, Any]:
+def line_widgets(names: list[str], fields: dict[str, Any], form: type[TrainForm], base: str) -> dict[str, Any]:
     """Widgets of one line, into `fields`; returns others. A box is shown while the tick above that it needs is set."""
-    row = train_form.rows(form)[names[0]]
+    row = rows(form)[names[0]]
     if names == ["like"]:  # a file whose settings fill the form, and the line about it
         with gr.Row(elem_classes="tight"):
             fields["like"] = field_widget("like", form, base)
@@ -75,9 +71,9 @@ def line_widgets(
     return {}
 
 
-def field_widget(name: str, form: type[train_form.TrainForm], base: str, **room: Any) -> gr.components.Component:
+def field_widget(name: str, form: type[TrainForm], base: str, **room: Any) -> gr.components.Component:
     """The widget of a field, by its values and the kind that the table names."""
-    row = train_form.rows(form)[name]
+    row = rows(form)[name]
     first = row.first(base)
     told = {"label": row.label, "info": row.info or row.row.get("help"), "elem_id": row.elem_id or name}
     look = told | dict(row.look) | room
@@ -132,15 +128,11 @@ def build_train_tab(ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, gener
     train_watch.connect_watch(ctx, page, parts)
     train_watch.connect_queue(ctx, page, parts)
     _connect_ended(ctx, fields, parts, tabs, generate)
-    return {
-        name: fields[name]
-        for name, row in train_form.rows(train_form.TrainForm).items()
-        if row.at_first or row.of_files
-    }
+    return {name: fields[name] for name, row in rows(TrainForm).items() if row.at_first or row.of_files}
 
 
 def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    def with_photos(act: Callable[[train_form.TrainForm, visitors.Visitor], Any]) -> Callable:
+    def with_photos(act: Callable[[TrainForm, visitors.Visitor], Any]) -> Callable:
         """A handler of the form's values, after the photos were taken."""
 
         @state.as_gradio_error
@@ -154,7 +146,7 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         ) -> Any:
             visitor = ctx.visitors.of(request)
             train_masks.take_given((photos, photos_2, photos_3, photos_4), visitor)
-            return act(train_form.form_of(values), visitor)
+            return act(form_of(values), visitor)
 
         return handler
 
@@ -166,7 +158,7 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     chosen.change(lambda card: card, chosen, parts["cost"], **state.AT_ONCE).then(None, js=SHOW_STATUS, **state.AT_ONCE)
 
     @with_photos
-    def train(form: train_form.TrainForm, visitor: visitors.Visitor) -> tuple:
+    def train(form: TrainForm, visitor: visitors.Visitor) -> tuple:
         job, chosen = train_start.start_run(ctx, form, visitor)
         names = gr.Dropdown(choices=train_watch.run_names(ctx.jobs, visitor.id), value=job.name)
         return names, html.notice(f"The run {job.name} is starting."), chosen
@@ -175,25 +167,25 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
 
     @parts["queue"].click(api_name="add_to_queue", outputs=parts["cost"], **how)
     @with_photos
-    def queue(form: train_form.TrainForm, visitor: visitors.Visitor) -> str:
+    def queue(form: TrainForm, visitor: visitors.Visitor) -> str:
         return train_start.add_to_queue(ctx, form, visitor)[1]
 
     @parts["estimate"].click(api_name="estimate", outputs=parts["cost"], **how)
     @with_photos
-    def estimate(form: train_form.TrainForm, visitor: visitors.Visitor) -> str:
+    def estimate(form: TrainForm, visitor: visitors.Visitor) -> str:
         return train_start.estimate_cost(ctx, form, visitor)
 
 
 def _connect_like(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     """An adapter's recipe into the form, and the crops as it makes them. A file without one is told below the list."""
-    names = list(train_form.values_like(None, ctx.base_name))
+    names = list(values_like(None, ctx.base_name))
     filled = [*(fields[name] for name in names), *train_masks.review_widgets(parts)]
     outputs = [fields["like"], parts["like_said"], *filled]
     options = {"outputs": outputs, "show_progress_on": parts["like_said"], **state.TELLING}
 
     def like(name: str, count: int, visitor: visitors.Visitor) -> tuple:
         recipe = train_start.recipe_of(ctx, name, visitor)
-        values = as_shown(train_form.values_like(recipe, ctx.base_name))
+        values = as_shown(values_like(recipe, ctx.base_name))
         listed = gr.Dropdown(choices=train_start.recipe_names(ctx, visitor), value=name)
         pictures = train_masks.reviews(ctx, visitor, values["seed"], count, name)
         return listed, said_of(name, recipe), *(values[field] for field in names), *pictures
@@ -222,7 +214,7 @@ def _connect_like(ctx: state.AppContext, fields: dict, parts: dict) -> None:
 
 def _connect_values(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
     """Shows in empty fields what they stand for. To a program 0 says so, which the page empties when it is loaded."""
-    names = [name for name, row in train_form.rows(train_form.TrainForm).items() if row.by_recipe]
+    names = [name for name, row in rows(TrainForm).items() if row.by_recipe]
     shown = [parts["by_recipe"], *(fields[name] for name in names)]
 
     def values(preset: str, like: str | None, request: gr.Request) -> list:
@@ -241,7 +233,7 @@ def _connect_values(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
 
 def as_shown(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of the form's values, those that mean “by recipe” as empty fields."""
-    by_recipe = {name for name, row in train_form.rows(train_form.TrainForm).items() if row.by_recipe}
+    by_recipe = {name for name, row in rows(TrainForm).items() if row.by_recipe}
     return {name: value or None if name in by_recipe else value for name, value in values.items()}
 
 
@@ -249,7 +241,7 @@ def said_of(name: str, recipe: FoundRecipe | None) -> gr.HTML:
     """What was taken, and what could not be; hidden for no recipe."""
     if recipe is None:
         return gr.HTML("", visible=False)
-    own = train_form.left_out(recipe)
+    own = left_out(recipe)
     parts = [f"Like {name}: {len(recipe.settings) - len(own)} settings, those of this form filled in"]
     parts += [f"left to this page: {', '.join(own)}"] if own else []
     return gr.HTML(html.notice(f"{'; '.join([*parts, *recipe.remarks])}."), visible=True)
@@ -271,8 +263,7 @@ def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Ta
         return gr.Tabs(selected="generate"), chosen, generate_values.prompt_for(summary), summary.scale
 
     names = [name for name, field in fields.items() if not isinstance(field, gr.File)]
-    files = [field for field in fields.values() if isinstance(field, gr.File)]
-    outputs = [*(fields[name] for name in names), parts["photos"], *files, *train_masks.review_widgets(parts)]
+    outputs = [*(fields[name] for name in names), *train_masks.review_widgets(parts)]
     outputs += [parts["like_said"], parts["cost"], *train_masks.box_widgets(fields | parts)[1:]]
 
     @parts["reopen"].click(inputs=parts["run"], outputs=outputs, show_progress_on=parts["cost"], **state.TELLING)
@@ -285,8 +276,9 @@ def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Ta
         train_start.take_photos_of_run(job.run_dir, visitor, count)
         name, recipe = train_start.like_of_run(job.run_dir)
         train_start.keep_recipe(ctx, name, recipe, visitor)
-        values = as_shown(train_form.values_of(form))
-        emptied = [None] * (1 + len(files))
+        train_photos.keep_captions_of(visitor, form.subjects)
+        values = as_shown(values_of(form))
         told = html.notice(f"The settings, words and photos of {job.name} are in the form. Change them, and start.")
-        shown = (*train_masks.reviews(ctx, visitor, form.seed, count, form.like), said_of(name, recipe), told)
-        return (*(values[name] for name in names), *emptied, *shown, *train_masks.boxes_for(count)[1:])
+        reviews = train_masks.reviews(ctx, visitor, form.seed, count, form.like, is_reset=True)
+        shown = (*reviews, said_of(name, recipe), told, *train_masks.boxes_for(count)[1:])
+        return (*(values[name] for name in names), *shown)

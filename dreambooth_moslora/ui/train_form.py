@@ -14,7 +14,7 @@ from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, is_number, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import check_characters
-from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.photos.folder import MOST_BYTES, TOO_LONG, find_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.settings import rules, sources
@@ -142,11 +142,19 @@ def table_of(number: int, words: SubjectWords, photos_dir: Path) -> dict[str, st
     """The `[[subjects]]` table of subject `number`; `photos_dir` is the first one's. Raises UserError."""
     try:
         instance_prompt, class_prompt = prompts_of(words.token, words.class_word)
-        check_characters(words.captions, "a caption")
+        check_captions(words.captions)
     except UserError as error:
         raise UserError(f"subject {number}: {error}") from error
     folder = str(folder_of(photos_dir, number))
     return {"instance_data_dir": folder, "instance_prompt": instance_prompt, "class_prompt": class_prompt}
+
+
+def check_captions(captions: Any) -> None:
+    """Raises UserError for a line that cannot be written, or that is longer than the trainer reads."""
+    check_characters(str(captions or ""), "a caption")
+    for number, line in enumerate(str(captions or "").splitlines(), 1):
+        if len(line.encode()) > MOST_BYTES:
+            raise UserError(f"the caption of photo {number} is {TOO_LONG}; shorten it")
 
 
 def prompts_of(token: str, class_word: str) -> tuple[str, str]:
@@ -177,7 +185,7 @@ class TrainForm:
     prior_preservation: bool = asked(True, "Keep the class", "without it, its whole kind turns into yours; slower",
         line=7, setting="with_prior_preservation", elem_id="prior")
     captions: str = asked("", "Captions", "one line for each photo, in order; may be left out",
-        line=3, look={"lines": 2})
+        line=3, look={"visible": False})
     rank: int = asked(0, "Rank", BY_RECIPE, line=15, setting="rank", most=256)
     learning_rate: float = asked(0.0, "Learning rate", BY_RECIPE, line=15, setting="learning_rate", most=10)
     steps: int = asked(0, "Steps", "empty: by length",
@@ -260,7 +268,7 @@ class TrainForm:
     ) -> dict[str, Any]:
         """The form's own values, under the names of TrainConfig. Raises UserError."""
         prompts_of(self.token, self.class_word)
-        check_characters(str(self.captions or ""), "a caption")
+        check_captions(self.captions)
         token = " ".join(str(self.token).split())
         return {
             "pretrained_model_name_or_path": base,

@@ -1,4 +1,7 @@
-"""The widgets of photos in the Train tab: of each subject, and of their masks with a brush to correct them.
+"""The widgets of photos in the Train tab: a row for each, for every subject, and a brush to correct their masks.
+
+What a program sends in `photos` and `captions` the page has elsewhere: photos are taken when they are dropped, and
+captions are written in the rows.
 
 Gradio's ImageEditor has limits here: uploads are bounded before they are decoded, and unused ones are dropped.
 """
@@ -6,7 +9,8 @@ Gradio's ImageEditor has limits here: uploads are bounded before they are decode
 import io
 import shutil
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,37 +18,35 @@ import fastapi
 import gradio as gr
 import PIL.Image
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import UserError, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui import html, state, train_form, train_photos, train_start, train_watch, visitors
+from dreambooth_moslora.ui import html, state, train_form, train_photos, train_start, visitors
+from dreambooth_moslora.ui.photo_rows import CAPTIONS, photo_rows, with_cards
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
 """Options of events that process photos: visitors take turns photo by photo (`visitors.ONE_AT_A_TIME`)."""
 ABOUT_MASKS = "A mask goes along as name.mask.png beside name.jpg: only what is white in it is learned."
 FURTHER = range(2, train_form.MOST_SUBJECTS + 1)
+PRIVATE = {"api_visibility": "private", **state.GPU}
+WORDS = tuple(train_form.SubjectWords.__dataclass_fields__)
+PROGRESS = gr.Progress()
+WRITING, FETCHED = "Writing captions", "Qwen3-VL comes from the hub once"
 NARROW = {"min_width": 110}
 
 
 def photo_widgets(number: int = 1) -> dict[str, Any]:
-    """The widgets in which a subject's photos are dropped and shown."""
-    photos = gr.File(
-        file_count="multiple",
-        file_types=visitors.PHOTO_TYPES,
-        label="4 to 10 photos of one subject" if number == 1 else f"4 to 10 photos of subject {number}",
-        height=130,
-        elem_id=train_form.named("photos", number),
-    )
+    """The widgets in which a subject's photos are dropped and shown, and the field for those of a program."""
+    whose = "one subject" if number == 1 else f"subject {number}"
+    files = {"file_count": "multiple", "file_types": visitors.PHOTO_TYPES, "label": f"4 to 10 photos of {whose}"}
+    widgets = {"added": gr.File(height=130, elem_id=train_form.named("photos", number), **files)}
     if number == 1:
         gr.HTML(html.faint(ABOUT_MASKS))
-    remarks = gr.HTML(visible=False, elem_id=train_form.named("remarks", number))
-    look = {"object_fit": "contain", "buttons": ["fullscreen"], "elem_classes": "crops"}
-    crops = train_watch.picture_rows("Crops", train_form.named("crops", number), **look)
-    return {
-        train_form.named("photos", number): photos,
-        train_form.named("remarks", number): remarks,
-        train_form.named("crops", number): crops,
-    }
+    widgets |= {"photos": gr.File(visible=False, **files)}
+    widgets |= {"remarks": gr.HTML(visible=False, elem_id=train_form.named("remarks", number))}
+    widgets |= {"mask_remarks": gr.HTML("", visible=False, elem_id="mask_remarks")} if number == 1 else {}
+    widgets |= {"crops": photo_rows(train_form.named("crops", number))}
+    return {train_form.named(name, number): widget for name, widget in widgets.items()}
 
 
 def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -72,13 +74,10 @@ def further_fields(number: int) -> dict[str, Any]:
     with gr.Row():
         class_word = text("class_word", "What these show", "cat", **NARROW)
         token = text("token", "Token", "a rare word", train_form.TOKENS[number - 1], **NARROW)
-    captions = text("captions", "Captions", "one line for each photo, in order; may be left out", lines=1)
+    captions = text("captions", "Captions", "one line for each photo, in order; may be left out", visible=False)
     begin_as = text("tokens_begin_as", "Its new tokens begin as", "words like it; or empty", visible=False)
     words = (class_word, token, captions, begin_as)
-    return {
-        train_form.named(name, number): widget
-        for name, widget in zip(train_form.SubjectWords.__dataclass_fields__, words, strict=True)
-    }
+    return {train_form.named(name, number): widget for name, widget in zip(WORDS, words, strict=True)}
 
 
 def take_given(files: Sequence[list[str] | None], visitor: visitors.Visitor) -> None:
@@ -112,34 +111,74 @@ def connect_subjects(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts
 
 
 def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
-    """The crops depend on the seed and on the recipe, too."""
-    photos, *outputs = (widgets[train_form.named(name, number)] for name in ("photos", "remarks", "crops"))
+    """A subject's photos are added and removed, and its captions are written. The crops depend on the seed and on the
+    recipe, too."""
+    added, remarks, rows = (widgets[train_form.named(name, number)] for name in ("added", "remarks", "crops"))
+    crops = [widgets["seed"], widgets["like"]]
+    changing = {"api_visibility": "private", "show_progress_on": remarks, "trigger_mode": "multiple", **TAKING_PHOTOS}
 
-    @gr.on(
-        [photos.upload, photos.delete, photos.clear],
-        inputs=[photos, widgets["seed"], widgets["like"]],
-        outputs=outputs,
-        api_visibility="private",
-        show_progress="minimal",
-        **TAKING_PHOTOS,
-    )
+    def reviewed(visitor: visitors.Visitor, seed: int, like: str, lines: Sequence[str] = (), **made: Any) -> tuple:
+        if not visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number)):
+            return hidden()
+        found = train_photos.review_kept(ctx, visitor, lines, seed, number, like)
+        return shown(visitor, found, number, **made)
+
+    @added.upload(inputs=[added, *crops], outputs=[added, remarks, rows], show_progress="minimal", **changing)
+    def add(files: list[str] | None, seed: int, like: str, request: gr.Request) -> tuple:
+        """The dropped files leave their field in any case: whatever is dropped next comes beside those in the rows."""
+        try:
+            visitor = ctx.visitors.of(request)
+            told = train_photos.add_photos(files or [], visitor, number)
+            return None, *reviewed(visitor, seed, like, told)
+        except Exception as error:
+            words = ctx.jobs.told(state.sentence(state.as_user_error(error)))
+            return None, gr.HTML(html.notice(words, "bad"), visible=True), gr.skip()
+
+    @rows.drop(inputs=crops, outputs=[remarks, rows], show_progress="hidden", **changing)
     @state.as_gradio_error
-    def review(photos: list[str] | None, seed: int, like: str, request: gr.Request) -> tuple:
+    def drop(seed: int, like: str, event: gr.EventData, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
-        if not photos:
-            forget(visitor, number)
-            return gr.HTML(visible=False), gr.Gallery(visible=False)
-        return shown(
-            train_photos.review_kept(
-                ctx, visitor, train_photos.take_with_masks(photos, visitor, number), seed, number, like
-            )
-        )
+        train_photos.remove_photo(visitor, photo_in(event), number)
+        return reviewed(visitor, seed, like)
+
+    rows.written(
+        None, rows, widgets[train_form.named("captions", number)], js=CAPTIONS, trigger_mode="multiple", **state.AT_ONCE
+    )
+
+    @rows.keep(inputs=rows, outputs=None, trigger_mode="always_last", **state.AT_ONCE)
+    def keep(said: Any, request: gr.Request) -> None:
+        train_photos.keep_captions(ctx.visitors.of(request), number, said)
+
+    fields = {name: widgets[name] for name in ("subjects", "seed", "like")}
+    fields |= {
+        train_form.named(name, one): widgets[train_form.named(name, one)]
+        for one in range(1, number + 1)
+        for name in WORDS
+    }
+
+    @rows.write(inputs_kwargs=fields, outputs=[remarks, rows], show_progress_on=remarks, **PRIVATE)
+    @state.as_gradio_error
+    def write(request: gr.Request, progress: gr.Progress = PROGRESS, **values) -> tuple:
+        visitor, made, told = ctx.visitors.of(request), {}, []
+        progress((0, None), desc=WRITING if is_toy(ctx.base_name) else f"{WRITING}; {FETCHED}", unit="photos")
+        with ctx.turns.captioning():
+            wanted = train_photos.made_captions(ctx, visitor, train_form.form_of(values), number)
+            for place, (digest, caption, remark) in enumerate(wanted, 1):
+                progress((place, None), desc=WRITING, unit="photos")
+                made[digest] = caption
+                told += [remark] if remark else []
+        return reviewed(visitor, values["seed"], values["like"], told, made=made)
+
+
+def photo_in(event: gr.EventData) -> str:
+    """The digest that a row's button sends; "" of a script that sends none."""
+    return str(event._data.get("photo")) if isinstance(event._data, dict) else ""
 
 
 def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None:
     """The photos that a run would use, after a reload or a change of the seed; further subjects."""
     boxes, pictures = box_widgets(widgets), review_widgets(widgets)
-    gone = ("photos", "remarks", "crops", *train_form.SubjectWords.__dataclass_fields__)
+    gone = ("remarks", "crops", *WORDS)
     emptied = [widgets[train_form.named(name, number)] for number in FURTHER for name in gone]
 
     @page.load(inputs=widgets["seed"], outputs=[*pictures, *boxes], **state.AT_ONCE)
@@ -168,7 +207,7 @@ def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None
         """Remove the last subject with its photos and words."""
         last = max(2, int(count))
         forget(ctx.visitors.of(request), last)
-        values = (None, gr.HTML(visible=False), gr.Gallery(visible=False), "", train_form.TOKENS[last - 1], "", "")
+        values = (*hidden(), "", train_form.TOKENS[last - 1], "", "")
         cleared = [value if number == last else gr.skip() for number in FURTHER for value in values]
         return (*boxes_for(last - 1), *cleared)
 
@@ -181,17 +220,24 @@ def review_widgets(widgets: dict) -> list[Any]:
     ]
 
 
-def reviews(ctx: state.AppContext, visitor: visitors.Visitor, seed: int, count: int, like: str = NONE) -> tuple:
+def reviews(
+    ctx: state.AppContext,
+    visitor: visitors.Visitor,
+    seed: int,
+    count: int,
+    like: str = NONE,
+    masks: Any = None,
+    **how: Any,
+) -> tuple:
     """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not change."""
-    found = []
+    values: list[Any] = []
     for number in range(1, train_form.MOST_SUBJECTS + 1):
-        is_there = number <= count and visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number))
-        found += (
-            shown(train_photos.review_kept(ctx, visitor, (), seed, number, like))
-            if is_there
-            else (gr.skip(), gr.skip())
-        )
-    return tuple(found)
+        if number <= count and visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number)):
+            found = train_photos.review_kept(ctx, visitor, (), seed, number, like, masks)
+            values += shown(visitor, found, number, **how)
+        else:
+            values += gr.skip(), gr.skip()
+    return tuple(values)
 
 
 def box_widgets(widgets: dict) -> list[Any]:
@@ -209,11 +255,25 @@ def boxes_for(count: int) -> tuple:
 
 
 def forget(visitor: visitors.Visitor, number: int) -> None:
+    """Remove the subject's photos."""
     shutil.rmtree(train_form.folder_of(visitor.photos_dir, number), ignore_errors=True)
 
 
-def shown(found: train_photos.PhotoReview) -> tuple:
-    return gr.HTML(found.remarks, visible=True), gr.Gallery(found.crops, visible=True)
+def shown(
+    visitor: visitors.Visitor,
+    found: train_photos.PhotoReview,
+    number: int,
+    made: dict | None = None,
+    *,
+    is_reset: bool = False,
+) -> tuple:
+    """Values of a subject's remarks and rows."""
+    cards = train_photos.cards_of(visitor, found, number, made or {})
+    return gr.HTML(found.remarks, visible=True), with_cards(cards, is_reset=is_reset)
+
+
+def hidden() -> tuple:
+    return gr.HTML(visible=False), with_cards([])
 
 
 MOST_PIXELS = 4 * train_photos.EDIT_PX**2
@@ -305,101 +365,95 @@ def painted_of(editor: gr.ImageEditor, payload: Any, owner: str) -> PIL.Image.Im
 
 
 PAINT = "green is learned. The brush has green to add, and red to take away."
-HOW = "Choose a picture to correct its mask."
+SHOWN = "The masks are shown: what is dark is outside. “Mask” beside a photo corrects its own."
 
 
 def mask_widgets() -> dict[str, Any]:
-    show = gr.Button("Show the masks", elem_id="show_masks")
-    told = gr.HTML("", visible=False, elem_id="mask_remarks")
-    pictures = train_watch.picture_rows("Masks", "masks", object_fit="contain", buttons=["fullscreen"])
+    """The brush, which fills the window while it is open."""
     with gr.Column(visible=False, elem_id="mask_box") as box:
         about = gr.HTML("", elem_id="mask_about")
         editor = mask_editor()
         with gr.Row(elem_classes="tight"):
-            keep = gr.Button("Keep this mask", variant="primary", min_width=120, elem_id="keep_mask")
-            back = gr.Button("Put the old one back", min_width=120, elem_id="put_mask_back")
-    shown = {"show_masks": show, "mask_remarks": told, "masks": pictures}
+            keep = gr.Button("Keep this mask", variant="primary", min_width=130, elem_id="keep_mask")
+            back = gr.Button("Put the old one back", min_width=170, elem_id="put_mask_back")
+            close = gr.Button("Close", min_width=64, elem_id="close_mask")
     edited = {"mask_box": box, "mask_about": about, "mask_editor": editor, "keep_mask": keep, "put_mask_back": back}
-    return shown | edited | {"mask_names": gr.State([]), "mask_chosen": gr.State("")}
+    return edited | {"close_mask": close, "mask_chosen": gr.State(("", 1))}
+
+
+def with_any_word(form: train_form.TrainForm) -> train_form.TrainForm:
+    """The form as it is before the photos have a word: masks need one only where a model looks for it."""
+    first, *others = (replace(words, class_word=words.class_word.strip() or "subject") for words in form.subjects)
+    return replace(form, class_word=first.class_word, others=tuple(others))
 
 
 def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     """Progress is shown only on the remarks: gradio would ask a component that shows progress, and all inside it, for
     their values at every event of the page, and the editor would answer with an upload."""
-    inputs = {"photos": parts["photos"], **fields}
-    files = [inputs[train_form.named("photos", number)] for number in range(1, train_form.MOST_SUBJECTS + 1)]
-    of_chosen = {"name": parts["mask_chosen"], **inputs}
-    shown = [parts[name] for name in ("mask_remarks", "masks", "mask_names", "mask_box")]
+    of_chosen = {"chosen": parts["mask_chosen"], **fields}
     edited = [parts[name] for name in ("mask_box", "mask_about", "mask_editor", "mask_chosen")]
-    corrected = [*shown, *review_widgets(parts)]
-    making = {
-        "api_visibility": "private",
-        "show_progress": "minimal",
-        "show_progress_on": parts["mask_remarks"],
-        **state.GPU,
-    }
+    corrected = [parts["mask_remarks"], parts["mask_box"], *review_widgets(parts)]
+    making = {"show_progress": "minimal", "show_progress_on": parts["mask_remarks"], **PRIVATE}
 
     def settings(visitor: visitors.Visitor, values: dict) -> TrainConfig:
         photos, form = visitor.given_photos, train_form.form_of(values)
+        form = form if form.make_masks and not is_toy(ctx.base_name) else with_any_word(form)
         recipe, run_dir = train_start.recipe_of(ctx, form.like, visitor), ctx.runs_dir / "new"
         config = form.config(ctx.base_name, ctx.resolution_px, photos, run_dir, recipe)
         return TrainConfig.from_dict(config)
 
     def pictures(visitor: visitors.Visitor, values: dict) -> tuple:
-        """Values for remarks, pictures, names and the editor's box, which closes."""
+        """Values of `corrected`: the rows have the masks that a run would use, and the brush is away."""
         masks = list(train_photos.shown_masks(settings(visitor, values), visitor))
-        return (
-            gr.HTML(
-                html.remarks_card([f"{mask.label}: {mask.remark}" for mask in masks if mask.remark], HOW), visible=True
-            ),
-            gr.Gallery([(mask.picture, mask.remark or "good") for mask in masks], visible=True, selected_index=None),
-            [(mask.photo, mask.label) for mask in masks],
-            gr.Column(visible=False),
-        )
+        lines = [f"{mask.label}: {mask.remark}" for mask in masks if mask.remark]
+        of_photos = {mask.photo: mask.path for mask in masks}
+        rows = reviews(ctx, visitor, values["seed"], values["subjects"], values["like"], of_photos)
+        return gr.HTML(html.remarks_card(lines, SHOWN), visible=True), gr.Column(visible=False), *rows
 
-    def after(visitor: visitors.Visitor, values: dict) -> tuple:
-        return (*pictures(visitor, values), *reviews(ctx, visitor, values["seed"], values["subjects"], values["like"]))
-
-    @parts["show_masks"].click(inputs_kwargs=inputs, outputs=shown, **making)
     @state.as_gradio_error
     def show(request: gr.Request, **values) -> tuple:
-        visitor = ctx.visitors.of(request)
-        take_given(
-            [values[train_form.named("photos", number)] for number in range(1, train_form.MOST_SUBJECTS + 1)], visitor
-        )
-        return pictures(visitor, values)
+        return pictures(ctx.visitors.of(request), values)
 
-    @parts["masks"].select(inputs_kwargs={"names": parts["mask_names"], **inputs}, outputs=edited, **making)
-    @state.as_gradio_error
-    def edit(names: list[tuple[str, str]], event: gr.SelectData, request: gr.Request, **values) -> tuple:
-        visitor = ctx.visitors.of(request)
-        if not isinstance(event.index, int) or not 0 <= event.index < len(names):
-            raise UserError("show the masks again, and choose one")
-        name, label = names[event.index]
-        picture = train_photos.editor_picture(visitor, name, settings(visitor, values))
-        value = {"background": picture, "layers": [], "composite": None}
-        return gr.Column(visible=True), html.notice(f"{label.capitalize()}: {PAINT}"), value, name
+    def edit_of(number: int) -> Callable:
+        @state.as_gradio_error
+        def edit(event: gr.EventData, request: gr.Request, **values) -> tuple:
+            visitor, digest = ctx.visitors.of(request), photo_in(event)
+            photo = train_photos.photo_with(visitor, digest, number)
+            picture = train_photos.editor_picture(visitor, photo, settings(visitor, values))
+            label = train_photos.label_of(photo, number - 1, values["subjects"])
+            value = {"background": picture, "layers": [], "composite": None}
+            return gr.Column(visible=True), html.notice(f"{label.capitalize()}: {PAINT}"), value, (digest, number)
+
+        return edit
 
     @parts["keep_mask"].click(inputs_kwargs={"painted": parts["mask_editor"], **of_chosen}, outputs=corrected, **making)
     @state.as_gradio_error
-    def keep(name: str, painted: Any, request: gr.Request, **values) -> tuple:
+    def keep(chosen: tuple[str, int], painted: Any, request: gr.Request, **values) -> tuple:
         painted = painted_of(parts["mask_editor"], painted, owner_of(request))
         if painted is None:
             raise UserError(train_photos.EMPTY)
         visitor = ctx.visitors.of(request)
-        train_photos.keep_mask(visitor, name, painted, settings(visitor, values))
-        return after(visitor, values)
+        photo = train_photos.photo_with(visitor, *chosen)
+        train_photos.keep_mask(visitor, photo, painted, settings(visitor, values))
+        return pictures(visitor, values)
 
     @parts["put_mask_back"].click(inputs_kwargs=of_chosen, outputs=corrected, **making)
     @state.as_gradio_error
-    def back(name: str, request: gr.Request, **values) -> tuple:
+    def back(chosen: tuple[str, int], request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
-        train_photos.put_back(visitor, name)
-        return after(visitor, values)
+        train_photos.put_back(visitor, train_photos.photo_with(visitor, *chosen))
+        return pictures(visitor, values)
 
-    gone = [event for file in files for event in (file.upload, file.delete, file.clear)]
-    gone += [parts["remove_subject"].click, parts["reopen"].click]
-
-    @gr.on(gone, inputs=None, outputs=shown, show_progress_on=parts["mask_remarks"], **state.AT_ONCE)
     def closed() -> tuple:
-        return gr.HTML(visible=False), gr.Gallery(visible=False), [], gr.Column(visible=False)
+        return gr.HTML(visible=False), gr.Column(visible=False)
+
+    quietly = {"show_progress_on": parts["mask_remarks"], **state.AT_ONCE}
+    closing = {"outputs": corrected[:2], **quietly}
+    parts["close_mask"].click(lambda: gr.Column(visible=False), None, parts["mask_box"], **quietly)
+    gr.on([parts["remove_subject"].click, parts["reopen"].click], closed, None, **closing)
+    for number in range(1, train_form.MOST_SUBJECTS + 1):
+        rows, added = parts[train_form.named("crops", number)], parts[train_form.named("added", number)]
+        rows.masks(show, inputs_kwargs=fields, outputs=corrected, **making)
+        rows.mask(edit_of(number), inputs_kwargs=fields, outputs=edited, **making)
+        rows.drop(closed, None, **closing)
+        added.upload(closed, None, **closing)

@@ -1,22 +1,27 @@
-"""A visitor's photos: taken, shown as the run will crop them, with masks to correct.
+"""A visitor's photos: taken, shown as the run will crop them, with captions to edit and masks to correct.
 
-A corrected mask is kept under the digest of its photo's clean copy, and found when the photo is uploaded again.
+A caption and a corrected mask are kept under the digest of their photo's clean copy, and found when the photo is
+uploaded again.
 """
 
+import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import PIL.ImageChops
 
 from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.disk.run_folder import NONE
-from dreambooth_moslora.photos import masks, photo_file
+from dreambooth_moslora.photos.captions import load_captioner
+from dreambooth_moslora.photos.captions import make as make_caption
 from dreambooth_moslora.photos.examine import examine, masked, plans_of
-from dreambooth_moslora.photos.folder import find_photos, photo_report
+from dreambooth_moslora.photos.folder import MOST_BYTES, find_photos, one_space, photo_report
+from dreambooth_moslora.photos.masks import best_device, load_segmenter, make_kept, quality_warning
+from dreambooth_moslora.photos.photo_file import Photo, apply_crop, open_mask, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state, train_form, train_start, visitors
 
@@ -26,62 +31,154 @@ LEARNED, LEFT_OUT = (13, 148, 136), (225, 29, 72)
 """Colours of the brush: for parts that become white in the mask, and for parts that become black."""
 TINT = 0.5
 PAINTED = 64  # A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less
-MOST_KEPT = 200  # Most files of corrections per visitor; the oldest are deleted
+MOST_KEPT = 200  # Most files of corrections, and of captions of a subject, per visitor; the oldest are deleted
+ROW_PX = 256  # Longer side of the picture beside a caption
+DIGEST = re.compile("[0-9a-f]{64}")
 NO_MASK = "no mask: all of it is learned"
-GONE = "this photo is not there any more; show the masks again"
+GONE = "this photo is not there any more; load the page again"
 EMPTY = "the mask is empty: paint green what is to be learned of this photo"
 
 
 @dataclass(frozen=True)
 class ShownMask:
-    """`photo` is the clean copy's `name_of`, `label` its name for the user; `picture` is dark outside the mask."""
+    """The mask `path` of a photo, if there is one, and what is to be said of it; `label` names it to the user."""
 
-    photo: str
+    photo: Path
+    path: Path | None
     label: str
-    picture: PIL.Image.Image
     remark: str
 
 
-def take_with_masks(files: list[str], visitor: visitors.Visitor, number: int = 1) -> list[str]:
+def take_with_masks(files: list[str], visitor: visitors.Visitor, number: int = 1, *, keep: bool = False) -> list[str]:
     """`take_photos` for subject `number`, with earlier corrections for the same photos."""
     folder = train_form.folder_of(visitor.photos_dir, number)
-    remarks = visitors.take_photos(files, folder)
+    remarks = visitors.take_photos(files, folder, keep=keep)
     for photo in visitors.kept_photos(folder):
         if (corrected := corrections_of(visitor, photo)[0]).is_file():
             shutil.copyfile(corrected, beside(photo))
     return remarks
 
 
+def add_photos(files: list[str], visitor: visitors.Visitor, number: int = 1) -> list[str]:
+    """Take them after the subject's other photos. Of equal ones the first stays. Returns remarks. Raises UserError."""
+    with visitor.changing:
+        remarks, first, again = take_with_masks(files, visitor, number, keep=True), {}, []
+        for place, photo in enumerate(visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number)), 1):
+            if (known := first.setdefault(file_digest(photo), place)) != place:
+                again.append(photo)
+                remarks.append(f"photo {known} was added once more: it counts once")
+        visitors.remove_photos(train_form.folder_of(visitor.photos_dir, number), again)
+    return remarks
+
+
+def remove_photo(visitor: visitors.Visitor, digest: str, number: int = 1) -> None:
+    """Remove a photo from the subject. Its caption and corrected mask are kept for when it is added again."""
+    folder = train_form.folder_of(visitor.photos_dir, number)
+    with visitor.changing:
+        visitors.remove_photos(
+            folder, [photo for photo in visitors.kept_photos(folder) if file_digest(photo) == digest]
+        )
+        if not visitors.kept_photos(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def photo_with(visitor: visitors.Visitor, digest: str, number: int = 1) -> Path:
+    """The subject's photo of that digest. Raises UserError when it is gone."""
+    for photo in visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number)):
+        if file_digest(photo) == digest:
+            return photo
+    raise UserError(GONE)
+
+
+def caption_file(visitor: visitors.Visitor, number: int, digest: str) -> Path:
+    return train_form.folder_of(visitor.root / "captions", number) / f"{digest}.txt"
+
+
+def caption_of(visitor: visitors.Visitor, number: int, digest: str) -> str:
+    file = caption_file(visitor, number, digest)
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def keep_captions(visitor: visitors.Visitor, number: int, said: Any) -> None:
+    """Keep the captions of a subject's rows, [[digest, caption], …]; whatever else is in the list is skipped."""
+    for row in said[: visitors.MAX_PHOTOS] if isinstance(said, list) else ():
+        if not (isinstance(row, list) and len(row) == 2 and all(isinstance(part, str) for part in row)):
+            continue
+        digest, caption = row[0], one_space(row[1])
+        if not DIGEST.fullmatch(digest) or len(caption.encode()) > MOST_BYTES:
+            continue
+        file = caption_file(visitor, number, digest)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if caption != caption_of(visitor, number, digest):
+            file.write_text(caption, encoding="utf-8")
+    forget_oldest(caption_file(visitor, number, "").parent)
+
+
+def forget_oldest(folder: Path) -> None:
+    """Keep the newest MOST_KEPT files."""
+    if folder.is_dir():
+        for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-MOST_KEPT]:
+            path.unlink(missing_ok=True)
+
+
+def keep_captions_of(visitor: visitors.Visitor, subjects: Sequence[train_form.SubjectWords]) -> None:
+    """Keep the captions of a form, which has a line for each photo."""
+    for number, words in enumerate(subjects, 1):
+        digests = [
+            file_digest(photo) for photo in visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number))
+        ]
+        lines = words.captions.splitlines()
+        lines += [""] * (len(digests) - len(lines))
+        keep_captions(visitor, number, [list(row) for row in zip(digests, lines)])
+
+
+def made_captions(
+    ctx: state.AppContext, visitor: visitors.Visitor, form: train_form.TrainForm, number: int
+) -> Iterator[tuple[str, str, str]]:
+    """(Digest, caption, remark) of each photo of the subject that has no caption. Raises UserError without its words,
+    and for a captioner that is not here."""
+    words = form.subjects[number - 1]
+    prompt, class_prompt = train_form.prompts_of(words.token, words.class_word)
+    folder = train_form.folder_of(visitor.photos_dir, number)
+    photos = find_photos(folder, prompt, ctx.resolution_px).photos
+    recipe = train_start.recipe_of(ctx, form.like, visitor)
+    config = train_form.crop_config(ctx.base_name, ctx.resolution_px, folder, photos, form.seed, recipe)
+    captioner = load_captioner(replace(config, instance_prompt=prompt, class_prompt=class_prompt), best_device())
+    for photo in photos:
+        if not caption_of(visitor, number, digest := file_digest(photo.path)):
+            made = make_caption(photo, captioner, prompt)
+            yield digest, made.caption or "", f"photo {number_of(photo.path)}: {made.remark}" if made.remark else ""
+
+
 def shown_masks(config: TrainConfig, visitor: visitors.Visitor) -> Iterator[ShownMask]:
     """The masks as a run with these settings uses them; missing ones are made, and kept. Raises UserError."""
-    photos, counts = list(with_made_masks(config, visitor)), Counter()
-    is_several = len({photo.subject for photo, _ in photos}) > 1
-    for photo, remark in photos:
-        counts[photo.subject] += 1
-        label = f"photo {counts[photo.subject]}" + (f" of subject {photo.subject + 1}" if is_several else "")
-        mask = photo_file.open_mask(photo)
+    subjects = len(config.each_subject)
+    for photo, remark in with_made_masks(config, visitor):
+        mask = open_mask(photo)
         reason = remark or next((words for words in photo.reasons if words.startswith("mask not used")), "")
-        words = NO_MASK if mask is None else masks.quality_warning(mask)
-        image = photo_file.open_rgb(photo)
-        image.thumbnail((EDIT_PX, EDIT_PX))
-        yield ShownMask(name_of(photo.path, visitor), label, masked(image, mask), reason or words)
+        words = NO_MASK if mask is None else quality_warning(mask)
+        yield ShownMask(photo.path, photo.mask_path, label_of(photo.path, photo.subject, subjects), reason or words)
 
 
-def with_made_masks(config: TrainConfig, visitor: visitors.Visitor) -> Iterator[tuple[photo_file.Photo, str]]:
-    """Each photo with its mask, if it has one, and a remark on a made one."""
-    segmenters = [masks.load_segmenter(one) for one in config.each_subject] if config.masks == "auto" else []
+def with_made_masks(
+    config: TrainConfig, visitor: visitors.Visitor, only: Path | None = None
+) -> Iterator[tuple[Photo, str]]:
+    """Each photo, or `only` one, with its mask, if it has one, and a remark on a made one."""
+    segmenters = [load_segmenter(one) for one in config.each_subject] if config.masks == "auto" else []
     for photo in photo_report(config).photos:
+        if only not in (None, photo.path):
+            continue
         if photo.mask_path is not None or not segmenters:
             yield photo, ""
             continue
-        made = masks.make_kept(photo, segmenters[photo.subject], visitor.folder / "made_masks")
+        made = make_kept(photo, segmenters[photo.subject], visitor.folder / "made_masks")
         yield replace(photo, mask_path=made.path), made.remark
 
 
-def editor_picture(visitor: visitors.Visitor, name: str, config: TrainConfig) -> PIL.Image.Image:
-    """The photo of that name on its square, tinted where its mask is white."""
-    found = photo_now(visitor, name, config)
-    photo = photo_file.open_rgb(found)
+def editor_picture(visitor: visitors.Visitor, path: Path, config: TrainConfig) -> PIL.Image.Image:
+    """The photo on its square, tinted where its mask is white. Raises UserError when it is gone."""
+    found = photo_now(visitor, path, config)
+    photo = open_rgb(found)
     left, top, right, bottom = place_of(photo.size)
     square = PIL.Image.new("RGB", (EDIT_PX, EDIT_PX), MARGIN)
     square.paste(photo.resize((right - left, bottom - top)), (left, top))
@@ -89,21 +186,20 @@ def editor_picture(visitor: visitors.Visitor, name: str, config: TrainConfig) ->
     return PIL.Image.composite(tinted, square, mask_on_square(found))
 
 
-def mask_on_square(photo: photo_file.Photo) -> PIL.Image.Image:
+def mask_on_square(photo: Photo) -> PIL.Image.Image:
     """L: the mask that the run would use now; black without one."""
-    mask, square = photo_file.open_mask(photo), PIL.Image.new("L", (EDIT_PX, EDIT_PX), 0)
+    mask, square = open_mask(photo), PIL.Image.new("L", (EDIT_PX, EDIT_PX), 0)
     if mask is not None:
         left, top, right, bottom = place_of((photo.size_px[1], photo.size_px[0]))
         square.paste(mask.resize((right - left, bottom - top)).point(as_black_or_white), (left, top))
     return square
 
 
-def photo_now(visitor: visitors.Visitor, name: str, config: TrainConfig) -> photo_file.Photo:
-    """The photo of that name with its current mask. Raises UserError when it is gone."""
-    found = (photo for photo, _ in with_made_masks(config, visitor) if name_of(photo.path, visitor) == name)
-    if (photo := next(found, None)) is None:
+def photo_now(visitor: visitors.Visitor, path: Path, config: TrainConfig) -> Photo:
+    """The photo with its current mask. Raises UserError when it is gone."""
+    if (found := next(with_made_masks(config, visitor, path), None)) is None:
         raise UserError(GONE)
-    return photo
+    return found[0]
 
 
 def as_black_or_white(value: int) -> int:
@@ -118,15 +214,14 @@ def place_of(size: tuple[int, int]) -> tuple[int, int, int, int]:
     return left, top, left + width, top + height
 
 
-def keep_mask(visitor: visitors.Visitor, name: str, painted: PIL.Image.Image, config: TrainConfig) -> None:
+def keep_mask(visitor: visitors.Visitor, photo: Path, painted: PIL.Image.Image, config: TrainConfig) -> None:
     """Save the mask with what was painted (RGBA) on the square, green as white. Raises UserError for no white."""
-    photo = photo_called(visitor, name)
     with PIL.Image.open(photo) as opened:
         size = opened.size
     red, green, _, alpha = painted.resize((EDIT_PX, EDIT_PX)).split()
     is_painted = alpha.point(lambda value: 255 * (value >= PAINTED))
     is_learned = PIL.ImageChops.subtract(green, red).point(lambda value: 255 * (value > 0))
-    square = PIL.Image.composite(is_learned, mask_on_square(photo_now(visitor, name, config)), is_painted)
+    square = PIL.Image.composite(is_learned, mask_on_square(photo_now(visitor, photo, config)), is_painted)
     white = square.crop(place_of(size))
     if white.getextrema()[1] == 0:
         raise UserError(EMPTY)
@@ -138,13 +233,11 @@ def keep_mask(visitor: visitors.Visitor, name: str, painted: PIL.Image.Image, co
             shutil.copyfile(beside(photo), given)
         mask.convert("1").save(corrected)
         shutil.copyfile(corrected, beside(photo))
-    for path in sorted(corrected.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-MOST_KEPT]:
-        path.unlink(missing_ok=True)
+    forget_oldest(corrected.parent)
 
 
-def put_back(visitor: visitors.Visitor, name: str) -> None:
+def put_back(visitor: visitors.Visitor, photo: Path) -> None:
     """Restore the mask that came with the photo, or none; the run may then make one."""
-    photo = photo_called(visitor, name)
     corrected, given = corrections_of(visitor, photo)
     if not corrected.is_file():
         return
@@ -155,18 +248,14 @@ def put_back(visitor: visitors.Visitor, name: str) -> None:
         beside(photo).unlink(missing_ok=True)
 
 
-def photo_called(visitor: visitors.Visitor, name: str) -> Path:
-    """The photo's path. Raises UserError when the visitor has no photo of that name."""
-    for number in range(1, train_form.MOST_SUBJECTS + 1):
-        for photo in visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number)):
-            if name_of(photo, visitor) == name:
-                return photo
-    raise UserError(GONE)
+def label_of(photo: Path, subject: int, subjects: int) -> str:
+    """`photo 3`, or with several subjects `photo 3 of subject 2`; `subject` counts from 0."""
+    return f"photo {number_of(photo)}" + (f" of subject {subject + 1}" if subjects > 1 else "")
 
 
-def name_of(photo: Path, visitor: visitors.Visitor) -> str:
-    """`photo_01.png`; for a further subject with its folder, `photos_2/photo_01.png`."""
-    return photo.name if photo.parent == visitor.photos_dir else f"{photo.parent.name}/{photo.name}"
+def number_of(photo: Path) -> int:
+    """3 for photo_03.png."""
+    return int(photo.stem.partition("_")[2])
 
 
 def beside(photo: Path) -> Path:
@@ -181,8 +270,9 @@ def corrections_of(visitor: visitors.Visitor, photo: Path) -> tuple[Path, Path]:
 
 @dataclass(frozen=True)
 class PhotoReview:
-    """Thumbnails as they will be cropped (path, caption), and remarks, as HTML."""
+    """Each kept photo: its file, how it will be cropped, and what is to be said of it; remarks on all, as HTML."""
 
+    photos: list[Path]
     crops: list[tuple[PIL.Image.Image, str]]
     remarks: str
 
@@ -194,20 +284,43 @@ def review_kept(
     seed: int = 0,
     number: int = 1,
     like: str = NONE,
+    masks: Mapping[Path, Path | None] | None = None,
 ) -> PhotoReview:
-    """Judge the clean copies of subject `number`, each by its first crop in a run with this seed and recipe."""
+    """Judge the clean copies of subject `number`, each by its first crop in a run with this seed and recipe. `masks`
+    are those that a run would use, where other ones than beside the photos."""
     folder = train_form.folder_of(visitor.photos_dir, number)
-    report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
-    recipe = train_start.recipe_of(ctx, like, visitor)
-    config = train_form.crop_config(ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe)
-    crops, lines = [], [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
-    for place, photo in enumerate(report.photos):
-        plan = next(plans_of(replace(photo, subject=number - 1), place, config))
-        crop = photo_file.apply_crop(
-            masked(photo_file.open_rgb(photo), photo_file.open_mask(photo)), plan, config.image_interpolation_mode
-        )
-        crops.append((crop, ", ".join(photo.reasons) or "good"))
-        lines += [f"photo {place + 1}: {', '.join(photo.reasons)}"] if photo.reasons else []
+    with visitor.changing:
+        report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
+        recipe = train_start.recipe_of(ctx, like, visitor)
+        config = train_form.crop_config(ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe)
+        lines = [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
+        crops = {Path(s.path): (uncropped(s.path), f"not used: {s.reason}") for s in report.skipped if s.is_photo}
+        for place, photo in enumerate(report.photos):
+            plan = next(plans_of(replace(photo, subject=number - 1), place, config))
+            shown = replace(photo, mask_path=(masks or {}).get(photo.path, photo.mask_path))
+            crop = apply_crop(masked(open_rgb(photo), open_mask(shown)), plan, config.image_interpolation_mode)
+            crops[photo.path] = crop, ", ".join(photo.reasons) or "good"
+            lines += [f"photo {number_of(photo.path)}: {', '.join(photo.reasons)}"] if photo.reasons else []
     each = config.crops_per_photo
     how = "shown as they will be cropped" if each == 1 else f"each shown by the first of its {each} crops"
-    return PhotoReview(crops, html.remarks_card(lines, f"{len(crops)} photo{'s' * (len(crops) != 1)}, {how}."))
+    count = len(report.photos)
+    title = f"{count} photo{'s' * (count != 1)}, {how}."
+    photos = sorted(crops)
+    return PhotoReview(photos, [crops[photo] for photo in photos], html.remarks_card(lines, title))
+
+
+def uncropped(photo: Path) -> PIL.Image.Image:
+    with PIL.Image.open(photo) as image:
+        return image.convert("RGB")
+
+
+def cards_of(
+    visitor: visitors.Visitor, found: PhotoReview, number: int, made: Mapping[str, str]
+) -> list[dict[str, str]]:
+    """The cards of `photo_rows`; `made` are captions by the photos' digests."""
+    cards = []
+    for photo, (picture, remark) in zip(found.photos, found.crops):
+        digest = file_digest(photo)
+        kept = {"caption": caption_of(visitor, number, digest), "made": made.get(digest, "")}
+        cards.append({"photo": digest, "picture": html.thumbnail(picture, ROW_PX), "remark": remark, **kept})
+    return cards

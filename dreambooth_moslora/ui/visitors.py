@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,27 +39,31 @@ ONE_AT_A_TIME = threading.Lock()
 """Lock over all visitors: decoding a photo of 120 megapixels takes up to a gigabyte."""
 
 
-def take_photos(files: list[str], folder: Path) -> list[str]:
-    """Copy photos into an empty `folder` as photo_01.png …, masks as photo_01.mask.png …; returns remarks. The folder
-    is replaced atomically: two tabs may send theirs at once. Raises UserError when no file is usable."""
+def take_photos(files: list[str], folder: Path, *, keep: bool = False) -> list[str]:
+    """Copy photos into an empty `folder` as photo_01.png …, masks as photo_01.mask.png …; returns remarks. With `keep`
+    they come after those that are there. The folder is replaced atomically: two tabs may send theirs at once. Raises
+    UserError when no file is usable."""
     named_masks = [file for file in map(Path, files) if (sidecar_of(file) or ("", ""))[1] == MASK_SUFFIX]
     masks = {stem: file for (stem, _), file in sidecars_of(named_masks).items()}
     photos = [file for file in map(Path, files) if file not in named_masks]
     if not photos:
         raise UserError("add some photos of your subject first")
-    if len(photos) > MAX_PHOTOS:
-        raise UserError(f"{len(photos)} photos are too many; {MAX_PHOTOS} at most, and 4 to 10 good ones are enough")
+    kept = len(kept_photos(folder)) if keep else 0
+    if (count := kept + len(photos)) > MAX_PHOTOS:
+        raise UserError(f"{count} photos are too many; {MAX_PHOTOS} at most, and 4 to 10 good ones are enough")
     pixels, most = sum(map(pixels_of, [*photos, *masks.values()])), MAX_PIXELS_TOGETHER // 10**6
     if pixels > MAX_PIXELS_TOGETHER:
         raise UserError(f"the photos have {pixels / 1e6:.0f} megapixels together; at most {most} are taken at a time")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
-        (new := Path(scratch) / folder.name).mkdir()
-        remarks = copy_all(photos, masks, new)
-        is_empty = not any(new.iterdir())
-        with ONE_AT_A_TIME:
-            shutil.rmtree(folder, ignore_errors=True)
-            rename(new, folder)
+        new = Path(scratch) / folder.name
+        shutil.copytree(folder, new) if kept else new.mkdir()
+        remarks = copy_all(photos, masks, new, kept)
+        is_empty = len(kept_photos(new)) == kept
+        if not (kept and is_empty):
+            with ONE_AT_A_TIME:
+                shutil.rmtree(folder, ignore_errors=True)
+                rename(new, folder)
     if is_empty:
         raise UserError(f"none of the files is a usable photo: {remarks[0]}")
     return remarks
@@ -70,9 +74,21 @@ def kept_photos(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("photo_*.png") if "." not in path.stem)
 
 
-def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[str]:
-    """Write clean copies, beside them their masks in plain grey (by the photo's stem); returns the remarks."""
-    remarks, taken = [], 0
+def remove_photos(folder: Path, gone: Collection[Path]) -> None:
+    """Delete these photos with their masks, and number the others anew."""
+    with ONE_AT_A_TIME:
+        for photo in gone:
+            for file in folder.glob(f"{photo.stem}.*"):
+                file.unlink()
+        for number, photo in enumerate(kept_photos(folder), 1):
+            for file in folder.glob(f"{photo.stem}.*"):
+                file.rename(folder / f"photo_{number:02d}{file.name.removeprefix(photo.stem)}")
+
+
+def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, taken: int = 0) -> list[str]:
+    """Write clean copies after the `taken` photos of the folder, beside them their masks in plain grey (by the photo's
+    stem); returns the remarks."""
+    remarks = []
     for photo in photos:
         try:
             with ONE_AT_A_TIME:
@@ -161,6 +177,7 @@ class Visitor:
     history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
     uploads: dict[str, Path] = field(default_factory=dict)
     recipes: dict[str, FoundRecipe] = field(default_factory=dict)
+    changing: threading.RLock = field(default_factory=threading.RLock, compare=False)  # its photos
     seen_at: float = field(default_factory=time.monotonic)
 
     @property

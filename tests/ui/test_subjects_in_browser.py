@@ -64,15 +64,12 @@ def test_a_second_subject_is_asked_for_trained_and_taken_away(served, browser, p
         assert not page.locator("#subject_2").is_visible() and not page.locator("#remove_subject").is_visible()
         fill_two(page, *photos, ("dog", "cat"))
         assert page.locator("#crops_2 img").count() == 2 and fits(page)
-        assert size[0] > 760 or columns(page, "crops") == columns(page, "crops_2") == 3
         page.click("#estimate")
         says(page, "cost", "2 subjects, 3 + 2 photos")
         page.click("#start")
         says(page, "cost", "words: “a photo of a sks dog”, “a photo of a zwx cat”")
-        open_box(page, "more_training")
-        page.click("#show_masks")
+        page.get_by_role("button", name="Show masks").last.click()
         says(page, "mask_remarks", "photo 2 of subject 2: no mask")
-        assert page.locator("#masks img").count() == 5
         visited.reload()
         open_tab(page, "Train")
         page.wait_for_function("document.querySelectorAll('#crops_2 img').length === 2")
@@ -151,14 +148,15 @@ def test_an_adapters_settings_fill_the_form(served, browser, photos, started, tm
     assert [config[name] for name in ("rank", "lora_alpha", "seed", "mixer")] == [3, 6.0, 7, "orthogonal"]
 
 
+def toys(name: str, count: int) -> list[Path]:
+    return [assets_folder() / "subjects" / name / f"0{number}.jpg" for number in range(count)]
+
+
 def test_two_subjects_are_trained_on_the_embedded_base_and_put_back_into_the_form(of_toys, browser):
     with visit(browser, of_toys.url) as visited:
         page = visited.page
-        toys = assets_folder() / "subjects"
-        duck, rocket = (
-            [toys / name / f"0{n}.jpg" for n in range(count)] for name, count in (("duck", 3), ("rocket", 2))
-        )
-        fill_two(page, duck, rocket, ("duck", "rocket"))
+        fill_two(page, toys("duck", 3), toys("rocket", 2), ("duck", "rocket"))
+        page.get_by_label("Caption of photo 2").last.fill("a zwx rocket at night")
         open_box(page, "more_training")
         set_number(page, "train_steps", 2)
         page.locator("#scores input").uncheck()
@@ -177,6 +175,7 @@ def test_two_subjects_are_trained_on_the_embedded_base_and_put_back_into_the_for
         says(page, "cost", "duck-rocket are in the form")
         page.wait_for_function("document.querySelectorAll('#crops_2 img').length === 2")
         assert page.input_value("#class_word_2 textarea, #class_word_2 input") == "rocket"
+        assert page.get_by_label("Caption of photo 2").last.input_value() == "a zwx rocket at night"
         page.click("#add_to_queue")
         says(page, "cost", "duck-rocket-2 waits")
         page.click("#stop_training:not([disabled])")
@@ -185,5 +184,7 @@ def test_two_subjects_are_trained_on_the_embedded_base_and_put_back_into_the_for
         json.loads((of_toys.ctx.runs_dir / name / "job_config.json").read_text())
         for name in ("duck-rocket", "duck-rocket-2")
     ]
+    for run in ("duck-rocket", "duck-rocket-2"):
+        assert (of_toys.ctx.runs_dir / run / "photos_2" / "photo_02.txt").read_text() == "a zwx rocket at night"
     changed = {name for name in settings[0] if settings[0][name] != settings[1][name]}
     assert changed == {"output_dir", "subjects"}

@@ -14,7 +14,7 @@ import PIL.Image
 import PIL.ImageFilter
 import pytest
 
-from dreambooth_moslora.core import UserError, assets_folder
+from dreambooth_moslora.core import UserError, assets_folder, file_digest
 from dreambooth_moslora.photos.examine import plans_of
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.photo_file import CropRule, apply_crop, open_mask, open_rgb
@@ -26,16 +26,24 @@ from dreambooth_moslora.ui.train_photos import (
     EDIT_PX,
     LEARNED,
     LEFT_OUT,
+    add_photos,
+    caption_of,
+    cards_of,
     editor_picture,
+    keep_captions,
+    keep_captions_of,
     keep_mask,
+    made_captions,
+    photo_with,
     place_of,
     put_back,
+    remove_photo,
     review_kept,
     shown_masks,
     take_with_masks,
 )
 from dreambooth_moslora.ui.visitors import COOKIE
-from tests.ui.conftest import TWO
+from tests.ui.conftest import TWO, visitor
 
 TOYS = assets_folder() / "subjects" / "rocket"
 ROCKET = TrainForm("sks", "rocket")
@@ -77,6 +85,79 @@ def test_photos_are_numbered_as_they_are_taken_with_their_captions_and_each_faul
     assert captions == {"photo_01.txt": "first", "photo_03.txt": "third"}
 
 
+def drawn(folder, *seeds: int) -> list[str]:
+    """Files of noise, whose names are their seeds."""
+    files = [folder / f"{seed}.png" for seed in seeds]
+    for seed, file in zip(seeds, files):
+        PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 255, (90, 80, 3), dtype=np.uint8)).save(file)
+    return list(map(str, files))
+
+
+def colours(ann) -> list[int]:
+    return [open_rgb(photo).getpixel((0, 0)) for photo in find_photos(ann.photos_dir, "", 64).photos]
+
+
+def test_added_photos_come_after_the_others_equal_ones_count_once_and_a_removed_one_leaves_no_gap(tmp_path, ann):
+    first, second, third = drawn(tmp_path, 1, 2, 3)
+    PIL.Image.new("L", (80, 90), 255).save(tmp_path / "3.mask.png")
+    (broken := tmp_path / "4.png").write_text("hello")
+    assert add_photos([first, second], ann) == []
+    assert add_photos([third, str(tmp_path / "3.mask.png"), first, str(broken)], ann)[1:] == [
+        "photo 1 was added once more: it counts once"
+    ]
+    before = colours(ann)
+    with pytest.raises(UserError, match="none of the files is a usable photo"):
+        add_photos([str(broken)], ann)
+    with pytest.raises(UserError, match="51 photos are too many"):
+        add_photos([third] * 48, ann)
+    names = ["photo_01.png", "photo_02.png", "photo_03.mask.png", "photo_03.png"]
+    assert sorted(file.name for file in ann.photos_dir.iterdir()) == names and len(set(before)) == 3
+    remove_photo(ann, "0" * 64)
+    remove_photo(ann, file_digest(ann.photos_dir / "photo_02.png"))
+    assert colours(ann) == [before[0], before[2]] and (ann.photos_dir / "photo_02.mask.png").is_file()
+    for photo in list(ann.photos_dir.glob("photo_0?.png")):
+        remove_photo(ann, file_digest(photo))
+    assert not ann.photos_dir.exists()
+
+
+def test_a_caption_is_kept_with_its_photo_for_its_visitor_and_its_subject(tmp_path, ann):
+    add_photos(drawn(tmp_path, 1, 2), ann)
+    one, two = (file_digest(ann.photos_dir / f"photo_0{number}.png") for number in (1, 2))
+    odd = [["../../x", "a"], ["", "a"], [two], [two, 5], "x", None, [two, "ä" * 20000], {two: "a"}]
+    for said in ([[one, " on a \n beach"], *odd], "theirs", None, {"a": 1}, [[two, "\ud800"]]):
+        keep_captions(ann, 1, said)
+    remove_photo(ann, one)
+    add_photos(drawn(tmp_path, 1), ann)
+    cards = cards_of(ann, review_kept(TAB, ann), 1, {one: "made"})
+    told = [(card["photo"], card["caption"], card["made"]) for card in cards]
+    assert told == [(two, "?", ""), (one, "on a beach", "made")]
+    assert len(list((tmp_path / "visitor-aaaa").rglob("*.txt"))) == 2 and not list(tmp_path.glob("*.txt"))
+    for other, number in ((visitor(tmp_path, "b" * 64), 1), (ann, 2)):
+        assert caption_of(other, number, one) == ""
+    keep_captions(ann, 1, [[one, ""]])
+    assert caption_of(ann, 1, one) == ""
+
+
+def test_a_photo_that_is_not_used_has_a_row_too_and_the_captions_after_it_stay_with_their_photos(tmp_path, ann):
+    PIL.Image.new("RGB", (9, 9), "red").save(tmp_path / "tiny.png")
+    add_photos([str(tmp_path / "tiny.png"), *drawn(tmp_path, 1)], ann)
+    found = review_kept(TAB, ann)
+    assert [remark.partition(":")[0] for _, remark in found.crops] == ["not used", "too small for the resolution"]
+    keep_captions_of(ann, TrainForm("sks", "dog", captions="\nof the noise").subjects)
+    assert [card["caption"] for card in cards_of(ann, found, 1, {})] == ["", "of the noise"]
+    assert "1 photo," in found.remarks and "photo 2: too small" in found.remarks
+
+
+@pytest.mark.slow
+def test_captions_are_made_for_photos_that_have_none_of_the_subject_that_asks(toys):
+    digests = [file_digest(folder_of(toys.photos_dir, 2) / f"photo_0{number}.png") for number in (1, 2)]
+    keep_captions(toys, 2, [[digests[0], "mine"]])
+    ((digest, caption, remark),) = made_captions(TAB, toys, TWO, 2)
+    assert digest == digests[1] and caption.startswith("a photo of a zwx rocket ") and not remark
+    with pytest.raises(UserError, match="the word for what the photos show"):
+        list(made_captions(TAB, toys, replace(TWO, class_word=""), 1))
+
+
 @pytest.mark.parametrize("base, seed", [("toy", 0), ("toy", 7), ("some/base", 7)])
 def test_the_crops_shown_are_those_of_the_very_run(tmp_path, ann, base, seed):
     x, y = np.meshgrid(np.arange(400) % 256, np.arange(200))
@@ -100,11 +181,12 @@ def test_the_crops_shown_of_each_subject_are_those_of_the_run(toys, number):
 
 def test_masks_are_shown_and_kept_of_each_subject(toys):
     config = config_of(toys, TWO)
-    found = [(mask.photo, mask.label) for mask in shown_masks(config, toys)]
-    assert found[4:6] == [("photo_05.png", "photo 5 of subject 1"), ("photos_2/photo_01.png", "photo 1 of subject 2")]
+    found = list(shown_masks(config, toys))
+    assert [mask.label for mask in found[4:6]] == ["photo 5 of subject 1", "photo 1 of subject 2"]
+    assert [mask.photo.parent for mask in found[4:6]] == [folder_of(toys.photos_dir, number) for number in (1, 2)]
     layer = PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (*LEFT_OUT, 255))
     layer.paste((*LEARNED, 255), (200, 200, 400, 400))
-    keep_mask(toys, "photos_2/photo_01.png", layer, config)
+    keep_mask(toys, found[5].photo, layer, config)
     masks = [folder_of(toys.photos_dir, number) / "photo_01.mask.png" for number in (1, 2)]
     assert [mask.exists() for mask in masks] == [False, True]
 
@@ -141,8 +223,8 @@ def painted(ann, *boxes: tuple[int, int, int, int]) -> PIL.Image.Image:
 
 def keep(ann, name: str, layer: PIL.Image.Image) -> str:
     """The remark on the mask that is kept."""
-    keep_mask(ann, name, layer, config_of(ann))
-    return next(mask.remark for mask in shown_masks(config_of(ann), ann) if mask.photo == name)
+    keep_mask(ann, photo := ann.photos_dir / name, layer, config_of(ann))
+    return next(mask.remark for mask in shown_masks(config_of(ann), ann) if mask.photo == photo)
 
 
 def mask_of(ann, number: int = 0) -> np.ndarray:
@@ -151,17 +233,19 @@ def mask_of(ann, number: int = 0) -> np.ndarray:
 
 def test_masks_are_shown_as_the_run_has_them(masked):
     given, made = shown_masks(config_of(masked), masked)
-    assert (given.photo, given.remark, made.remark) == ("photo_01.png", "", "")
+    assert (given.photo.name, given.remark, made.remark) == ("photo_01.png", "", "")
     assert not (masked.photos_dir / "photo_02.mask.png").exists()  # the run makes it, as it was shown
-    white = pixels(given.picture).mean(axis=(0, 2))
-    assert white[: len(white) // 2].mean() > 2 * white[len(white) // 2 :].mean()
+    (of_given, _), (bare, _) = review_kept(TAB, masked).crops
+    (same, _), (dark, _) = review_kept(TAB, masked, masks={mask.photo: mask.path for mask in (given, made)}).crops
+    assert np.array_equal(pixels(of_given), pixels(same)) and pixels(dark).mean() < 0.8 * pixels(bare).mean()
     bare = shown_masks(config_of(masked, make_masks=False), masked)
     assert [mask.remark for mask in bare] == ["", "no mask: all of it is learned"]
 
 
 def test_a_corrected_mask_is_the_photos_in_the_run_in_the_crops_and_after_another_intake(masked, tmp_path):
     tinted, plain = (
-        pixels(editor_picture(masked, "photo_02.png", config_of(masked, make_masks=made))) for made in (None, False)
+        pixels(editor_picture(masked, masked.photos_dir / "photo_02.png", config_of(masked, make_masks=made)))
+        for made in (None, False)
     )
     assert tinted.shape == (EDIT_PX, EDIT_PX, 3) and 0.02 < (tinted != plain).any(axis=2).mean() < 0.6
     before = [pixels(crop) for crop, _ in review_kept(TAB, masked).crops]
@@ -183,22 +267,27 @@ def test_the_brush_adds_to_the_mask_and_takes_away_from_it_and_the_old_one_comes
     keep(masked, "photo_01.png", layer)
     middle, after = len(before) // 2, mask_of(masked)
     assert not after[: middle - 1].any() and after[middle + 1 :].all() and before[:middle].any()
-    keep(masked, "photo_01.png", painted(masked, PART))
+
+
+def test_the_old_mask_comes_back(masked):
+    given = mask_of(masked)
+    for box in (PART, (20, 20, 40, 40)):
+        keep(masked, "photo_01.png", painted(masked, box))
     for _ in range(2):
-        put_back(masked, "photo_01.png")
-        assert np.array_equal(mask_of(masked), before)
+        put_back(masked, masked.photos_dir / "photo_01.png")
+    assert np.array_equal(mask_of(masked), given)
     keep(masked, "photo_02.png", painted(masked, PART))
-    put_back(masked, "photo_02.png")
+    put_back(masked, masked.photos_dir / "photo_02.png")
     assert not (masked.photos_dir / "photo_02.mask.png").exists()
 
 
 def test_what_looks_wrong_is_said_and_nothing_is_kept_of_an_empty_one(masked, monkeypatch):
     dots = painted(masked, *((left, 8, left + 16, 40) for left in range(0, 128, 32)))
-    refused = [("photo_01.png", painted(masked), "the mask is empty")]
-    refused += [(name, dots, "not there any more") for name in ("photo_09.png", "../photo_01.png", "")]
-    for name, layer, words in refused:
-        with pytest.raises(UserError, match=words):
-            keep(masked, name, layer)
+    with pytest.raises(UserError, match="the mask is empty"):
+        keep(masked, "photo_01.png", painted(masked))
+    for digest in ("photo_01.png", "../photo_01.png", "", "0" * 64):
+        with pytest.raises(UserError, match="not there any more"):
+            photo_with(masked, digest)
     assert "nearly the whole picture" in keep(masked, "photo_01.png", painted(masked, WHOLE))
     assert "in 4 pieces" in keep(masked, "photo_01.png", dots)
     monkeypatch.setattr(mask_corrections, "MOST_KEPT", 1)
@@ -248,12 +337,12 @@ def test_what_a_page_paints_is_bounded_before_it_is_read(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("widget", "event"), [("photos", "upload"), ("photos_2", "clear"), ("remove_subject", "click"), ("reopen", "click")]
+    ("widget", "event"), [("photos", "upload"), ("crops_2", "drop"), ("remove_subject", "click"), ("reopen", "click")]
 )
-def test_what_replaces_the_photos_hides_the_masks_and_the_brush_of_the_old_ones(served, widget, event):
+def test_what_changes_the_photos_hides_the_remarks_and_the_brush_of_the_old_ones(served, widget, event):
     page = served.page
     numbers = {block.elem_id: number for number, block in page.blocks.items()}
     of_event = [fn for fn in page.fns.values() if (numbers[widget], event) in fn.targets]
     (hide,) = [fn for fn in of_event if numbers["mask_box"] in [block._id for block in fn.outputs]]
     shown = dict(zip((block.elem_id for block in hide.outputs), hide.fn()))
-    assert [shown[name].visible for name in ("mask_remarks", "masks", "mask_box")] == [False] * 3
+    assert [shown[name].visible for name in ("mask_remarks", "mask_box")] == [False] * 2
