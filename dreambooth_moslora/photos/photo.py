@@ -28,6 +28,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
 from dreambooth_moslora.core import UserError, content_key, file_digest, one_line
+from dreambooth_moslora.settings.rows import parse_sizes
 from dreambooth_moslora.settings.table import TrainConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
@@ -404,7 +405,7 @@ def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -
 class CropRule:
     """How photos are cut: to a square of `resolution_px`, or with `bucket_step_px` to the rectangle of `bucket_of`, in
     `crops_per_photo` different crops (None: always new ones). Each photo is enlarged by a random factor, of at most
-    `zoom` and not beyond its own pixels."""
+    `zoom` and not beyond its own pixels. Of given `sizes` (h, w) a photo gets the one nearest to its shape."""
 
     resolution_px: int
     center_crop: bool = False
@@ -413,9 +414,12 @@ class CropRule:
     crops_per_photo: int | None = 1
     zoom: float = 1.0
     bucket_step_px: int | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def target(self, size_px: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the crops of a photo of `size_px` (h, w)."""
+        if self.sizes:  # as diffusers' scripts choose: of two equally near ones the later
+            return min(reversed(self.sizes), key=lambda size: abs(size_px[0] * size[1] - size_px[1] * size[0]))
         if self.bucket_step_px is None:
             return self.resolution_px, self.resolution_px
         return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
@@ -440,7 +444,8 @@ def crop_rule(config: TrainConfig) -> CropRule:
     crops = None if config.caching == "off" else config.crops_per_photo
     step_px = config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
     drawing = (config.center_crop, config.random_flip, config.image_interpolation_mode, crops, config.crop_zoom)
-    return CropRule(config.resolution, *drawing, step_px if config.enable_bucket else None)
+    sizes = parse_sizes(config.aspect_ratio_buckets)
+    return CropRule(config.resolution, *drawing, step_px if config.enable_bucket else None, sizes)
 
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_header
 from dreambooth_moslora.base.files import (
     INDEX,
+    SMALL_BASE_PX,
     base_folder,
     check_vae,
     facts_of_base,
@@ -36,7 +37,7 @@ from dreambooth_moslora.disk.run_folder import (
 )
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.memory import BaseSize, check_memory, size_of_base
-from dreambooth_moslora.settings.families import DENOISERS, OF_UNETS, Facts, distilled
+from dreambooth_moslora.settings.families import DENOISERS, OF_FLOWS, OF_UNETS, TEXT_OPTIONS, Facts, distilled
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import (
     ATTENTION,
@@ -46,6 +47,7 @@ from dreambooth_moslora.settings.rows import (
     is_target,
     nearest,
     parse_pattern,
+    parse_sizes,
 )
 from dreambooth_moslora.settings.rules import given_flag
 from dreambooth_moslora.settings.table import KRONECKER, SVD, TrainConfig, check_kronecker
@@ -266,15 +268,51 @@ def family_settings(config: TrainConfig) -> dict[str, Any]:
         raise UserError(f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}: {reason}.")
     if facts.style == "ddpm":
         return {}
-    layers = facts.targets if config.target_modules == ATTENTION else config.target_modules
-    return {"target_modules": layers, "weighting_scheme": config.weighting_scheme or facts.weighting_scheme}
+    check_sides(config, facts)
+    found: dict[str, Any] = {
+        "target_modules": targets_of(config, facts, folder),
+        "lora_blocks": (),  # the layers above name them
+        "weighting_scheme": config.weighting_scheme or facts.weighting_scheme,
+    }
+    if config.enable_bucket and not config.bucket_reso_steps and config.resolution <= SMALL_BASE_PX:
+        found["bucket_reso_steps"] = facts.multiple_px
+    if config.precondition_outputs is None and facts.precondition_outputs:
+        found["precondition_outputs"] = True
+    return found
+
+
+def check_sides(config: TrainConfig, facts: Facts) -> None:
+    """Raises UserError for crops whose sides the family's patches do not divide."""
+    sides = {"resolution": config.resolution, "bucket_reso_steps": config.bucket_reso_steps or 0}
+    if sizes := parse_sizes(config.aspect_ratio_buckets):
+        sides = {"aspect_ratio_buckets": next((x for size in sizes for x in size if x % facts.multiple_px), 0)}
+    for name, px in sides.items():
+        if px % facts.multiple_px:
+            nearest = max(1, px // facts.multiple_px) * facts.multiple_px
+            raise UserError(
+                f"--{name} {px}: {facts.title} needs multiples of {facts.multiple_px} px, such as {nearest}."
+            )
+
+
+def targets_of(config: TrainConfig, facts: Facts, folder: Path | None) -> tuple[str, ...]:
+    """The family's layers unless others were named, in the blocks of `--lora_blocks`. The last block may lack some of
+    the family's, which are left out where the base's files tell."""
+    is_usual = config.target_modules == ATTENTION
+    names = facts.targets if is_usual else config.target_modules
+    if not config.lora_blocks:
+        return names
+    named = tuple(f"transformer_blocks.{block}.{name}" for block in config.lora_blocks for name in names)
+    shapes = tensor_shapes(folder / facts.denoiser, config.variant) if folder and is_usual else {}
+    paths = [path.removesuffix(".weight") for path in shapes]
+    return tuple(name for name in named if any(is_target(path, name) for path in paths)) or named
 
 
 def check_family(config: TrainConfig, facts: Facts) -> None:
     """Raises UserError for a setting of other models, named with the family."""
-    others = (
-        (*OF_UNETS, "mixed_precision fp16") if facts.style == "flow" else ("weighting_scheme", "max_sequence_length")
-    )
+    others = (*OF_UNETS, "mixed_precision fp16") if facts.style == "flow" else OF_FLOWS
+    others += tuple(name for name in TEXT_OPTIONS if name not in facts.text_options)
+    if not facts.has_level_shift:
+        others += ("shift_timesteps",)
     if not facts.has_new_tokens:
         others += ("train_text_encoder_ti",)
     if config.train_text_encoder and not facts.adapted_encoders:

@@ -44,6 +44,12 @@ class Facts:
     style: str = "flow"
     """What the denoiser predicts: `flow`, n - x of z = (1 - σ)x + σn, or `ddpm`, noise or velocity."""
     weighting_scheme: str = "none"
+    precondition_outputs: bool = False
+    """The defaults of diffusers' script."""
+    has_level_shift: bool = False
+    """Whether its scheduler has a line by which larger pictures get noisier levels; else all get the same."""
+    text_options: tuple[str, ...] = ("max_sequence_length",)
+    """Settings that are arguments of the pipeline's `encode_prompt`."""
     guidance: float = 4.0
     guidance_name: str = "guidance_scale"
     """The pipeline's argument for the weight of the prompt against the empty one."""
@@ -83,7 +89,7 @@ JOINT = (
 )
 """Attention's layers of pictures and texts side by side, as diffusers' scripts for SD 3 and FLUX.1 name them."""
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-UNET = {"model": "UNet2DConditionModel", "denoiser": "unet", "style": "ddpm", "multiple_px": 8}
+UNET = {"model": "UNet2DConditionModel", "denoiser": "unet", "style": "ddpm", "multiple_px": 8, "text_options": ()}
 
 FAMILIES = (
     Facts(
@@ -125,6 +131,7 @@ FAMILIES = (
         adapted_encoders=("text_encoder", "text_encoder_2"),
         targets=JOINT,
         weighting_scheme="logit_normal",
+        precondition_outputs=True,
         guidance=7.0,
         steps=28,
         licence="Stability Community",
@@ -140,6 +147,7 @@ FAMILIES = (
         targets=(*JOINT, *FEED_FORWARD),
         guidance=3.5,
         has_negative=False,
+        has_level_shift=True,
         steps=28,
         licence="FLUX.1 dev Non-Commercial",
         memory=Memory(26.373, 2.163, 0.457, 11.901e9),
@@ -151,6 +159,8 @@ FAMILIES = (
         "Flux2KleinPipeline",
         "Flux2Transformer2DModel",
         targets=("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out"),
+        has_level_shift=True,
+        text_options=("max_sequence_length", "text_encoder_out_layers"),
         licence="Apache-2.0 (4B), FLUX Non-Commercial (9B)",
         memory=Memory(16.204, 1.690, 0.574, 3.876e9),
         recipes=(12, 8),
@@ -172,6 +182,7 @@ FAMILIES = (
         "QwenImagePipeline",
         "QwenImageTransformer2DModel",
         guidance_name="true_cfg_scale",
+        has_level_shift=True,
         licence="Apache-2.0",
         memory=Memory(25.915, 2.028, 0.356, 20.430e9, 64),
         recipes=(24,),
@@ -181,6 +192,7 @@ FAMILIES = (
         "Krea 2",
         "Krea2Pipeline",
         "Krea2Transformer2DModel",
+        has_level_shift=True,
         guidance=4.5,
         no_guidance=0.0,
         steps=28,
@@ -193,6 +205,7 @@ FAMILIES = (
         "Lumina 2",
         "Lumina2Pipeline",
         "Lumina2Transformer2DModel",
+        text_options=("max_sequence_length", "system_prompt"),
         licence="Apache-2.0",
         memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64),  # Z-Image's, built alike: its own cannot be counted
     ),
@@ -202,6 +215,7 @@ FAMILIES = (
         "SanaPipeline",
         "SanaTransformer2DModel",
         targets=("to_q", "to_k", "to_v"),
+        text_options=("max_sequence_length", "complex_human_instruction"),
         guidance=4.5,
         steps=20,
         multiple_px=32,
@@ -212,6 +226,9 @@ FAMILIES = (
 OF_UNETS = ("do_edm_style_training", "snr_gamma", "debiased_estimation_loss", "timestep_bias_strategy")
 OF_UNETS += ("noise_offset", "cache_cross_attention", "basis")
 """Settings that only UNets obey."""
+OF_FLOWS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
+"""Settings that only transformers obey."""
+TEXT_OPTIONS = tuple(dict.fromkeys(name for facts in FAMILIES for name in facts.text_options))
 BY_PIPELINE = {facts.pipeline: facts for facts in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))
 """`unet`, `transformer`: the components of adapter files that are no text encoder."""

@@ -6,6 +6,7 @@ header of a published file, the remarks before a run and the list in `docs/setti
 between several settings is a sentence in `rules`.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, make_dataclass, replace
@@ -26,6 +27,7 @@ from dreambooth_moslora.settings.rows import (
     nearest,
     one_side,
     optimizer_name,
+    parse_sizes,
     pattern_value,
     unless,
     where,
@@ -119,10 +121,16 @@ class TrainConfig:
         low=8, publish="always", kohya="ss_resolution", of_kohya=one_side, check=True)
     enable_bucket: bool = of_photos(False,
         "crop each photo to a rectangle of its own shape and of the square's area, instead of to the square",
-        publish="always", kohya="ss_enable_bucket", check=True)
+        publish="always", kohya="ss_enable_bucket", also="use_aspect_ratio_buckets", check=True)
     bucket_reso_steps: int | None = of_photos(None,
         "sides of such rectangles are multiples of this, px (default: 64; 8 up to a resolution of 256)",
-        low=8, publish="always", idle=unless(enable_bucket=True), kohya="ss_bucket_reso_steps", check=True)
+        low=8, publish="always",
+        idle=unless(enable_bucket=True)
+        + where("with --aspect_ratio_buckets", lambda run: run.aspect_ratio_buckets),
+        kohya="ss_bucket_reso_steps", check=True)
+    aspect_ratio_buckets: str | None = of_photos(None,
+        "the sizes of such rectangles, height and width in px, instead of --resolution: 1024,1024;768,1360",
+        publish="if_changed", check=True)
     center_crop: bool = of_photos(False, "crop the middle of each photo instead of a random place",
         publish="always", check=True)
     random_flip: bool = of_photos(False, "mirror photos at random", publish="always", kohya="ss_flip_aug", check=True)
@@ -199,7 +207,9 @@ class TrainConfig:
     target_modules: tuple[str, ...] = of_adapter(ATTENTION,
         "layers of the UNet that get an adapter, by the end of their path (to_q, conv1), with * (down_blocks.2.*), "
         "or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, blora_style)",
-        publish="always", elsewhere="lora_layers")
+        publish="always", also="lora_layers")
+    lora_blocks: tuple[str, ...] = of_adapter((),
+        "only these blocks of a transformer get an adapter: their numbers in transformer_blocks, such as 0,1,5")
     train_text_encoder: bool = of_adapter(False, "put adapters on both text encoders too", publish="always")
     train_text_encoder_ti: bool = of_adapter(False,
         "learn new tokens in both text encoders beside the adapter (pivotal tuning), at --text_encoder_lr; on the "
@@ -293,12 +303,22 @@ class TrainConfig:
         idle=unless(weighting_scheme="logit_normal"))
     mode_scale: float = of_training(1.29, "scale of mode", low=-1, high=1.75, publish="if_changed",
         idle=unless(weighting_scheme="mode"))
+    precondition_outputs: bool | None = of_training(None,
+        "flow models: errors are those of the clean latents, which weighs noisy levels more (default: as in "
+        "diffusers' script)", publish="if_changed")
+    shift_timesteps: bool = of_training(False,
+        "flow models: draw noisier levels for larger pictures, by the line in the base's scheduler",
+        publish="if_changed")
     guidance_scale: float = of_training(3.5, "what a base with embedded guidance (FLUX.1 dev) is told in training",
         low=0, high=100, publish="if_changed")
     max_sequence_length: int | None = of_training(None, "most tokens of a prompt, for bases with a long text encoder",
         low=1, high=2048, publish="if_changed")
     text_encoder_out_layers: tuple[str, ...] = of_training((),
         "numbers of the text encoder's layers that FLUX.2 reads (default: its own)", shapes=True)
+    system_prompt: str | None = of_training(None, "what Lumina 2's text encoder is told before each prompt (default: "
+        "its own sentence)", shapes=True)
+    complex_human_instruction: str | None = of_training(None,
+        "what Sana's text encoder is told before each prompt (default: nothing)", shapes=True)
     max_grad_norm: float = of_training(1.0, "gradients are clipped to this norm",
         above=0, publish="always", kohya="ss_max_grad_norm")
     use_ema: bool = of_training(False,
@@ -346,6 +366,8 @@ class TrainConfig:
         publish="if_changed")
     caching: str = of_memory("memory", "keep encoded photos in memory, on disk for later runs, or encode each step",
         choices=("memory", "disk", "off"), publish="if_changed")
+    cache_latents: bool = of_memory(False, "accepted: photos are always encoded once, unless --caching off")
+    offload: bool = of_memory(False, "accepted: encoders and VAE always leave the GPU when they are not used")
     dataloader_num_workers: int = of_memory(0, "processes that read photos when nothing is cached",
         low=0, high=1024, idle=where("while photos are cached", lambda run: run.caching != "off"),
         elsewhere="max_data_loader_n_workers")
@@ -371,6 +393,7 @@ class TrainConfig:
 
     output_dir: str = of_run("lora-dreambooth-model", "the run folder", path=expanduser, yields_to=(WORDS,))
     output_kohya_format: bool = of_run(False, "accepted: the file for ComfyUI and A1111 is always written")
+    upcast_before_saving: bool = of_run(False, "accepted: adapters are kept in fp32 all along")
     checkpointing_steps: int = of_run(500, "steps between checkpoints",
         low=1, elsewhere="save_every_n_epochs save_every_n_steps")
     checkpoints_total_limit: int | None = of_run(None, "numbered checkpoints to keep", low=1)
@@ -389,6 +412,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in SETTINGS:
             object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
+        if areas := [height * width for height, width in parse_sizes(self.aspect_ratio_buckets)]:
+            object.__setattr__(self, "enable_bucket", True)
+            object.__setattr__(self, "resolution", max(32, round(math.sqrt(max(areas)) / 32) * 32))
         check_together(self)
 
     @cached_property

@@ -181,6 +181,7 @@ def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_re
         kind = getattr(diffusers, facts.pipeline)
         assert {facts.denoiser, *facts.encoders} <= inspect.signature(kind.__init__).parameters.keys()
         assert {facts.guidance_name} <= inspect.signature(kind.__call__).parameters.keys()
+        assert set(facts.text_options) <= inspect.signature(kind.encode_prompt).parameters.keys()
         assert set(facts.adapted_encoders) | {facts.denoiser} == set(kind._lora_loadable_modules)
     with pytest.raises(UserError, match="class ChromaPipeline cannot be trained here: take one of SDXL"):
         facts_of("ChromaPipeline")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from safetensors import safe_open
 
@@ -42,6 +43,10 @@ def base_of(name, folder):
     return folder / "base"
 
 
+def facts_named(name):
+    return next(facts for facts in families.FAMILIES if facts.name == name)
+
+
 def settings_of(name, **changes):
     usual = {"target_modules": rows.ATTENTION, "max_train_steps": 3, **OF_FAMILY.get(name, {})}
     return usual | changes
@@ -50,7 +55,7 @@ def settings_of(name, **changes):
 @pytest.mark.parametrize("name", NAMES)
 def test_photos_become_files_and_a_resumed_run_ends_with_the_same_bytes(name, photos, tmp_path):
     """With the frozen base as the prior, samples, and a prompt of another length."""
-    base, facts = base_of(name, tmp_path), next(facts for facts in families.FAMILIES if facts.name == name)
+    base, facts = base_of(name, tmp_path), facts_named(name)
     more = {"with_prior_preservation": True, "prior": "adapter_off", "num_validation_images": 1}
     config = tiny_config(base, photos, tmp_path / "run", **settings_of(name, **more))
     done = []
@@ -77,7 +82,7 @@ def test_the_encoders_are_gone_before_the_denoiser_comes_and_the_bytes_are_those
         pytest.skip("a UNet comes with its small encoder")
     more = {"with_prior_preservation": True, "prior": "adapter_off", "num_validation_images": 1}
     config = tiny_config(base_of(name, tmp_path), photos, tmp_path / "run", **settings_of(name, **more))
-    facts, encoders, orders = next(facts for facts in families.FAMILIES if facts.name == name), [], []
+    facts, encoders, orders = facts_named(name), [], []
 
     def loaded(*arguments, **options):
         pipeline = load.load_pipeline(*arguments, **options)
@@ -146,6 +151,13 @@ def test_the_plan_takes_layers_and_levels_of_the_family(photos, tmp_path):
         ("z_image", {"cache_cross_attention": True}, "--cache_cross_attention is not for Z-Image"),
         ("sd1", {"train_text_encoder_ti": True}, "--train_text_encoder_ti is not for Stable Diffusion 1.5"),
         ("sd1", {"weighting_scheme": "mode"}, "--weighting_scheme mode is not for Stable Diffusion 1.5"),
+        ("sd1", {"max_sequence_length": 99}, "--max_sequence_length is not for Stable Diffusion 1.5"),
+        ("z_image", {"system_prompt": "Draw."}, "--system_prompt is not for Z-Image"),
+        ("z_image", {"text_encoder_out_layers": "9"}, "--text_encoder_out_layers is not for Z-Image"),
+        ("z_image", {"shift_timesteps": True}, "--shift_timesteps is not for Z-Image"),
+        ("sd1", {"lora_blocks": "0"}, "--lora_blocks is not for Stable Diffusion 1.5"),
+        ("flux", {"resolution": 72}, "--resolution 72: FLUX.1 needs multiples of 16 px, such as 64"),
+        ("flux", {"aspect_ratio_buckets": "64,72"}, "--aspect_ratio_buckets 72: FLUX.1 needs multiples of 16 px"),
     ],
 )
 def test_a_setting_of_other_models_is_refused_by_the_familys_name(name, changes, said, photos, tmp_path):
@@ -178,6 +190,43 @@ def test_the_draws_and_weights_of_a_flow_are_those_of_diffusers():
         torch.testing.assert_close(z.unet_input, expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(loss_target(schedule, latents, noise, index), noise - latents)
         assert torch.equal(z.timesteps, FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps[index])
+
+
+def test_levels_are_shifted_as_the_familys_own_scheduler_shifts_them():
+    """By the number of tokens: 1024 px, a wide picture, 256 px."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    schedule, tokens = noise_schedule(scheduler), torch.tensor([4096.0, 1024.0, 256.0])
+    draws = [torch.Generator().manual_seed(1) for _ in range(2)]
+    index = flow_levels(schedule, 3, draws[0], "none", 0.0, 1.0, 1.29, tokens)
+    for number, share, count in zip(index, 1 - torch.rand(3, generator=draws[1]), tokens):
+        theirs = scheduler.time_shift(calculate_shift(float(count)), 1.0, share.numpy())
+        assert number == int((1 - theirs) * 1000)
+    assert noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift_line is None
+
+
+def test_preconditioned_errors_are_those_of_the_latents_as_in_the_script_for_sd3():
+    schedule, index = noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)), torch.tensor([0, 500, 900])
+    latents, noise, answer = torch.randn(3, 3, 4, 8, 8)
+    noisy, share = add_noise(schedule, latents, noise, index), schedule.signal_and_noise(index)[1]
+    for scheme in ("logit_normal", "sigma_sqrt"):
+        weights = compute_loss_weighting_for_sd3(scheme, share)
+        theirs = (weights * (noisy.unet_input - share * answer - latents) ** 2).mean((1, 2, 3))
+        errors = (answer - loss_target(schedule, latents, noise, index)).square().mean((1, 2, 3))
+        torch.testing.assert_close(flow_weights(schedule, index, scheme, True) * errors, theirs)
+
+
+def test_blocks_of_a_transformer_are_chosen_by_number(photos, tmp_path):
+    base = base_of("sd3", tmp_path)
+
+    def planned(**changes):
+        return make_plan(tiny_config(base, photos, tmp_path / "run", **settings_of("sd3", **changes))).config
+
+    first, last = (planned(lora_blocks=block).target_modules for block in ("0", "1"))
+    assert set(first) == {f"transformer_blocks.0.{name}" for name in facts_named("sd3").targets}
+    assert len(last) < len(first), "the last block gives no text back"
+    assert planned(lora_blocks="0,1").target_modules == first + last and planned(lora_blocks="0").lora_blocks == ()
+    with pytest.raises(UserError, match=r"--target_modules transformer_blocks\.7\.attn\.to_q"):
+        planned(lora_blocks="7")
 
 
 def changed(index: Path, old: str, new: str) -> None:
