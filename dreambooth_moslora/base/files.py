@@ -121,7 +121,8 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in facts.encoders]
     for part in (*models, *tokenizers, "scheduler"):
         if not isinstance(index.get(part), list) or None in index[part]:
-            raise UserError(f"{folder} is not an {facts.title} base model: its {INDEX} names no {part}.")
+            title = f"{facts.article} {facts.title}"
+            raise UserError(f"{folder} is not {title} base model: its {INDEX} names no {part}.")
         if not any((folder / part).glob("*.json")):
             raise UserError(f"{folder} is not a whole base model: {folder / part} is missing or has no configuration.")
     if facts.needs_sizes and read_json(folder / "unet" / "config.json").get("addition_embed_type") != "text_time":

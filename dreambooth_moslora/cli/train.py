@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from dreambooth_moslora.plan.plan import Plan
     from dreambooth_moslora.training.loop import TrainResult
 
-DESCRIPTION = "Teach an SDXL model one subject from a few photos, through a MoSLoRA adapter (arXiv 2406.11909)."
+DESCRIPTION = "Teach SDXL or another diffusion model one subject from a few photos, by a MoSLoRA (arXiv 2406.11909)."
 SCRIPT = "train_dreambooth.py"
 EXAMPLE = """examples:
   {command} photos/dog dog

@@ -19,6 +19,7 @@ from dreambooth_moslora.base.files import (
     SMALL_BASE_PX,
     base_folder,
     check_vae,
+    facts_in,
     facts_of_base,
     read_json,
     resolve_base,
@@ -36,7 +37,7 @@ from dreambooth_moslora.disk.run_folder import (
     pictures_named,
 )
 from dreambooth_moslora.photos.folder import require_folder_of_photos
-from dreambooth_moslora.plan.memory import BaseSize, check_memory, size_of_base
+from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, size_of_base
 from dreambooth_moslora.settings.families import DENOISERS, OF_FLOWS, OF_UNETS, TEXT_OPTIONS, Facts, distilled
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import (
@@ -58,11 +59,11 @@ UNREADABLE = "add_embedding."
 """diffusers does not read these layers back from a kohya file, so an adapter on them cannot be verified."""
 
 
-def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool) -> None:
+def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool, facts: Facts = SDXL) -> None:
     """`layers` maps paths as in `check_targets` to the weight's dimensions: 2 for a matrix, 4 for a convolution. Raises
     UserError for a name that matches no layer, and for layers that cannot have such an adapter."""
     targets = list(targets)
-    check_targets(targets, layers)
+    check_targets(targets, layers, facts)
     for name in targets:
         for layer in (layer for layer in layers if is_target(layer, name)):
             if layer.startswith(UNREADABLE):
@@ -72,14 +73,17 @@ def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bo
                 raise UserError(f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules.")
 
 
-def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
+def check_targets(targets: Iterable[str], layers: Iterable[str], facts: Facts = SDXL) -> None:
     """`layers` are paths of layers with weights, such as `mid_block.attentions.0.proj_in`. Raises UserError for a name
     that matches none of them, and suggests the name that was probably meant."""
     layers = list(layers)
     for name in targets:
         if not any(is_target(layer, name) for layer in layers):
-            hint = hint_for(name, layers) or "to_q, to_k, to_v and to_out.0 are those of attention."
-            raise UserError(f"--target_modules {name}: the UNet has no such layer; {hint}")
+            usual = "to_q, to_k, to_v and to_out.0 are those of attention."
+            if facts.denoiser != "unet":
+                usual = f"diffusers' script takes {', '.join(facts.targets)}."
+            hint = hint_for(name, layers) or usual
+            raise UserError(f"--target_modules {name}: {facts.denoiser_name} has no such layer; {hint}")
 
 
 def hint_for(name: str, layers: Iterable[str]) -> str:
@@ -93,7 +97,7 @@ def hint_for(name: str, layers: Iterable[str]) -> str:
 
 
 def check_patterns(config: TrainConfig, layers: Iterable[str]) -> None:
-    """`layers` are all of the UNet's. Raises UserError for a pattern that matches no layer with an adapter."""
+    """`layers` are all of the denoiser's. Raises UserError for a pattern that matches no layer with an adapter."""
     adapted = [layer for layer in layers if is_adapted(layer, config.target_modules)]
     for flag in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, flag):
@@ -246,7 +250,7 @@ def check_settings(config: TrainConfig) -> Path | None:
     shapes = tensor_shapes(folder / denoiser_in(folder), config.variant) if folder else {}
     layers = {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
     if layers:
-        check_layers(config.target_modules, layers, config.use_dora)
+        check_layers(config.target_modules, layers, config.use_dora, facts_in(read_json(folder / INDEX)))
         check_patterns(config, layers)
     for name in layers if config.mixer == KRONECKER else ():
         if is_adapted(name, config.target_modules):

@@ -73,8 +73,15 @@ class Facts:
     licence: str = ""
     memory: Memory | None = None
     """None for UNets, which are counted by SDXL's."""
+    call: str = ""
+    """What the pipeline's call needs beside a prompt, in the snippet of a model card."""
     recipes: tuple[int, ...] = ()
     """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for."""
+
+    @property
+    def denoiser_name(self) -> str:
+        """For sentences about its layers."""
+        return "the UNet" if self.denoiser == "unet" else f"{self.title}'s transformer"
 
 
 JOINT = (
@@ -182,6 +189,7 @@ FAMILIES = (
         "QwenImagePipeline",
         "QwenImageTransformer2DModel",
         guidance_name="true_cfg_scale",
+        call=', negative_prompt=" "',
         has_level_shift=True,
         licence="Apache-2.0",
         memory=Memory(25.915, 2.028, 0.356, 20.430e9, 64),

@@ -185,9 +185,9 @@ class TrainConfig:
         "the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)",
         above=0, publish="always", kohya="ss_network_alpha", elsewhere="network_alpha")
     rank_pattern: tuple[str, ...] = of_adapter((),
-        "ranks of some of the UNet's layers, NAME=N: to_k=8, down_blocks.2.*=16; the first match counts",
+        "ranks of some of the layers, but of text encoders, NAME=N: to_k=8, down_blocks.2.*=16; the first match counts",
         publish="always")
-    alpha_pattern: tuple[str, ...] = of_adapter((), "alphas of some of the UNet's layers, in the same form",
+    alpha_pattern: tuple[str, ...] = of_adapter((), "alphas of some of these layers, in the same form",
         publish="always")
     use_rslora: bool = of_adapter(False, "scale by alpha / sqrt(rank)", publish="always", resume="same")
     lora_dropout: float = of_adapter(0.0, "dropout in front of the adapter",
@@ -205,12 +205,14 @@ class TrainConfig:
         "train the mixer alone, from zero: A and B are frozen, from the SVD of the base's weights (svd) or those of "
         "a raw adapter file", path=expanduser, publish="if_changed", shapes=lambda run: run.basis is not None)
     target_modules: tuple[str, ...] = of_adapter(ATTENTION,
-        "layers of the UNet that get an adapter, by the end of their path (to_q, conv1), with * (down_blocks.2.*), "
-        "or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, blora_style)",
+        "layers of the UNet or transformer that get an adapter, by the end of their path (to_q, conv1), with * "
+        "(down_blocks.2.*), or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, "
+        "blora_style)",
         publish="always", also="lora_layers")
     lora_blocks: tuple[str, ...] = of_adapter((),
         "only these blocks of a transformer get an adapter: their numbers in transformer_blocks, such as 0,1,5")
-    train_text_encoder: bool = of_adapter(False, "put adapters on both text encoders too", publish="always")
+    train_text_encoder: bool = of_adapter(False,
+        "put adapters on the CLIP text encoders too, of SDXL, SD 1.5, SD 3.5 and FLUX.1", publish="always")
     train_text_encoder_ti: bool = of_adapter(False,
         "learn new tokens in both text encoders beside the adapter (pivotal tuning), at --text_encoder_lr; on the "
         "embedded base likeness did not rise", publish="if_changed")
@@ -339,7 +341,8 @@ class TrainConfig:
     adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1, publish="always")
     adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1, publish="always")
     adam_epsilon: float = of_optimizer(1e-8, "epsilon of Adam and Prodigy", above=0, publish="always")
-    adam_weight_decay: float = of_optimizer(1e-4, "weight decay of the UNet's adapter", low=0, publish="always")
+    adam_weight_decay: float = of_optimizer(1e-4, "weight decay of the adapter on the UNet or transformer",
+        low=0, publish="always")
     adam_weight_decay_text_encoder: float = of_optimizer(1e-3, "weight decay of the text encoders' adapters",
         low=0, publish="always")
     prodigy_beta3: float | None = of_optimizer(None, "Prodigy: coefficient of its step size",
@@ -357,7 +360,7 @@ class TrainConfig:
     mixed_precision: str | None = of_memory(None,
         "precision of the frozen base (default: what `accelerate config` says)",
         choices=("no", "fp16", "bf16"), publish="always", kohya="ss_mixed_precision")
-    base_quantization: str = of_memory("none", "keep the frozen UNet in 4 or 8 bit",
+    base_quantization: str = of_memory("none", "keep the frozen UNet or transformer in 4 or 8 bit",
         choices=("none", "nf4", "int8"), publish="always", packages={"nf4": "bitsandbytes", "int8": "bitsandbytes"})
     gradient_checkpointing: bool = of_memory(False, "less memory, slower steps: recompute activations",
         publish="always", kohya="ss_gradient_checkpointing")
@@ -373,7 +376,7 @@ class TrainConfig:
         elsewhere="max_data_loader_n_workers")
     allow_tf32: bool = of_memory(False, "faster, less exact fp32 products on Nvidia GPUs", publish="if_changed")
     compile: str = of_memory("auto",
-        "compile the UNet's transformer blocks (torch.compile): auto on a GPU where the run is long enough",
+        "compile the transformer blocks (torch.compile): auto on a GPU where the run is long enough",
         choices=("auto", "on", "off"), publish="if_changed")
     enable_xformers_memory_efficient_attention: bool = of_memory(False, "accepted: PyTorch's own attention is used")
     local_rank: int = of_memory(-1, "set by the launcher of several processes", per_process=True)
@@ -629,10 +632,10 @@ def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:
-    """Rank and alpha of one layer. Patterns apply to the UNet only; without an alpha, it equals the layer's rank."""
-    is_unet = component == "unet"
-    rank = pattern_value(config.rank_pattern if is_unet else (), "rank_pattern", path) or config.rank
-    alpha = pattern_value(config.alpha_pattern if is_unet else (), "alpha_pattern", path) or config.lora_alpha
+    """Rank and alpha of one layer. Patterns are not for text encoders; without an alpha, it equals the layer's rank."""
+    is_text = component.startswith("text_encoder")
+    rank = pattern_value(() if is_text else config.rank_pattern, "rank_pattern", path) or config.rank
+    alpha = pattern_value(() if is_text else config.alpha_pattern, "alpha_pattern", path) or config.lora_alpha
     return int(rank), float(alpha or rank)
 
 

@@ -69,7 +69,7 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
         f"{count}, learnt from a few photos by DreamBooth, as {method}. Trigger words: {words}.{unfinished}",
         "\n".join(f"![{prompt}]({file})" for file, prompt in facts.images),
         usage(config, facts),
-        strength(facts.adapter.best_scale, facts.adapter.usable_scales),
+        strength(facts.adapter.best_scale, facts.adapter.usable_scales, family_in(facts)),
         training_table(config, facts),
         f"## Proof\n\n{facts.proof.sentence()}.",
         score_table(facts),
@@ -128,7 +128,7 @@ from diffusers import {family.pipeline}
 
 pipe = {family.pipeline}.from_pretrained({base_id!r}, torch_dtype=torch.{dtype}).to("cuda")
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
-{token_lines(notes)}image = pipe({prompt!r}).images[0]
+{token_lines(notes)}image = pipe({prompt!r}{family.call}).images[0]
 ```
 
 {readers}\
@@ -160,23 +160,29 @@ def about_tokens(notes: Sequence[dict]) -> str:
     return said
 
 
-def strength(best: float | None, usable: tuple[float, ...]) -> str:
+def strength(best: float | None, usable: tuple[float, ...], family: Facts = FAMILIES[0]) -> str:
     """The scale to load the adapter at; "" when it was not measured."""
     if best is None:
         return ""
     around = f"; from {usable[0]:g} to {usable[-1]:g} the score stays near it" if len(set(usable)) > 1 else ""
     how = f"`pipe(…, cross_attention_kwargs={{'scale': {best:g}}})`"
+    if family.denoiser != "unet":
+        how = f"`pipe.set_adapters(pipe.get_active_adapters(), {best:g})`"
     return f"{STRENGTH}\n\nScale {best:g} scored best{around}. In diffusers: {how}."
 
 
 def with_strength(text: str, best: float, usable: tuple[float, float]) -> str:
     """A card with this `strength` instead of an earlier one, or before the training table."""
     kept = re.sub(rf"{STRENGTH}\n\n[^\n]*\n\n", "", text)
-    return kept.replace("## Training\n", f"{strength(best, usable)}\n\n## Training\n", 1)
+    loaded = next((facts for facts in FAMILIES if f"import {facts.pipeline}\n" in text), FAMILIES[0])
+    return kept.replace("## Training\n", f"{strength(best, usable, loaded)}\n\n## Training\n", 1)
 
 
 def training_table(config: TrainConfig, facts: CardFacts) -> str:
-    trained = "UNet and both text encoders" if config.train_text_encoder else "UNet"
+    trained = "UNet" if family_in(facts).denoiser == "unet" else "transformer"
+    if config.train_text_encoder:
+        count = len(family_in(facts).adapted_encoders)
+        trained += " and both text encoders" if count == 2 else " and text encoder"
     prior = f"{config.prior}, weight {config.prior_loss_weight}" if config.with_prior_preservation else "none"
     start = {"Began with": public_name(config.init_adapter)} if config.init_adapter else {}
     ranks = sorted({facts.adapter.rank, *facts.adapter.ranks.values()})

@@ -153,7 +153,7 @@ def check_denoiser(
     if context.accelerator.is_main_process:
         warn_of_slow_precision(pipeline, context.accelerator.device)
     layers = {path: layer.weight.ndim for path, layer in matrix_layers(denoiser_of(pipeline)).items()}
-    check_layers(config.target_modules, layers, config.use_dora)
+    check_layers(config.target_modules, layers, config.use_dora, facts_of(type(pipeline).__name__))
     check_patterns(config, layers)
     start = None
     if is_fresh and config.init_adapter is not None:

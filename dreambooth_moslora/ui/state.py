@@ -19,19 +19,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from dreambooth_moslora.base.files import SMALL_BASE_PX
+from dreambooth_moslora.base.files import SMALL_BASE_PX, facts_of_base
 from dreambooth_moslora.base.machine import has_gpu
 from dreambooth_moslora.core import UserError, assets_folder, free_name, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.disk.queue import COMMAND_LINE
 from dreambooth_moslora.disk.run_folder import NONE, clean_name, files_by_name, run_files
 from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.plan.memory import SDXL
+from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.ui.guard import MAX_UPLOAD_BYTES
 from dreambooth_moslora.ui.jobs import JOB_NAME, Job, Jobs, QueueTurns
 from dreambooth_moslora.ui.visitors import Visitor, Visitors, visitor_id
@@ -183,6 +186,12 @@ def _tells_no_prompt(record: logging.LogRecord) -> bool:
     return "your input was truncated" not in str(record.msg)
 
 
+@cache
+def facts_shown(base_name: str) -> Facts:
+    """The family of the page's base; SDXL's where the hub cannot be asked."""
+    return facts_of_base(base_name) or SDXL
+
+
 class AppContext:
     """State of the server. `load` returns the pipeline; it runs in a thread from the start. `base` is shown to
     everyone; the trainer gets `base_name`, which may be a path. Strangers can reach a `public` page."""
@@ -200,7 +209,8 @@ class AppContext:
         public: bool = False,
     ) -> None:
         self.base, self.base_name, self.resolution_px = base, base_name, resolution_px
-        self.runs_dir, self.guidance_scale = runs_dir, preferred_guidance(base_name)
+        self.runs_dir, self.facts = runs_dir, facts_shown(base_name)
+        self.guidance_scale = preferred_guidance(base_name, self.facts.guidance)
         self.training, self.public = training, public
         self.visitors = Visitors()
         self.catalog = AdapterCatalog(adapters_dir, runs_dir)

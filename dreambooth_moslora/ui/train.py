@@ -13,7 +13,15 @@ from dreambooth_moslora.ui.generate import GenerateTab
 from dreambooth_moslora.ui.generate_values import prompt_for, summary_of
 from dreambooth_moslora.ui.html import explain_bad_values, notice
 from dreambooth_moslora.ui.jobs import settings_of
-from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
+from dreambooth_moslora.ui.state import (
+    AT_ONCE,
+    TELLING,
+    AppContext,
+    as_gradio_error,
+    as_user_error,
+    facts_shown,
+    sentence,
+)
 from dreambooth_moslora.ui.train_form import TrainForm, form_of, left_out, rows, values_like, values_of
 from dreambooth_moslora.ui.train_watch import connect_queue, connect_watch, run_names, watch_widgets
 from dreambooth_moslora.ui.visitors import Visitor
@@ -71,7 +79,8 @@ def field_widget(name: str, form: type[TrainForm], base: str, **room: Any) -> gr
     row = rows(form)[name]
     first = row.first(base)
     told = {"label": row.label, "info": row.info or row.row.get("help"), "elem_id": row.elem_id or name}
-    look = told | dict(row.look) | room
+    is_of_family = not row.of_family or getattr(facts_shown(base), row.of_family)
+    look = told | dict(row.look) | room | ({} if is_of_family else {"visible": False})
     if row.is_tick:
         is_off = row.fetched and not (first if row.at_first else is_toy(base))
         return gr.Checkbox(first, **look | {"info": told["info"] + (FROM_HUB.format(row.fetched) if is_off else "")})

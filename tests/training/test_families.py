@@ -22,9 +22,10 @@ from dreambooth_moslora.base import load
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.generation.pipeline import SubjectPipeline, check_sides
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import families, rows
+from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
 from dreambooth_moslora.training import frozen_base
 from dreambooth_moslora.training.loop import advanced, train
 from dreambooth_moslora.training.loop import training as training_loop
@@ -156,6 +157,12 @@ def test_the_plan_takes_layers_and_levels_of_the_family(photos, tmp_path):
         ("z_image", {"text_encoder_out_layers": "9"}, "--text_encoder_out_layers is not for Z-Image"),
         ("z_image", {"shift_timesteps": True}, "--shift_timesteps is not for Z-Image"),
         ("sd1", {"lora_blocks": "0"}, "--lora_blocks is not for Stable Diffusion 1.5"),
+        (
+            "z_image",
+            {"target_modules": "blora_style"},
+            "Z-Image's transformer has no such layer; diffusers' script",
+        ),
+        ("z_image", {"target_modules": "to_qq"}, "Z-Image's transformer has no such layer; did you mean to_q?"),
         ("flux", {"resolution": 72}, "--resolution 72: FLUX.1 needs multiples of 16 px, such as 64"),
         ("flux", {"aspect_ratio_buckets": "64,72"}, "--aspect_ratio_buckets 72: FLUX.1 needs multiples of 16 px"),
     ],
@@ -165,6 +172,24 @@ def test_a_setting_of_other_models_is_refused_by_the_familys_name(name, changes,
     with pytest.raises(UserError, match=said.replace(".", r"\.")):
         make_plan(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_patterns_of_rank_and_alpha_are_for_transformers_too():
+    config = TrainConfig(rank=4, rank_pattern="to_q=8", alpha_pattern="to_q=2")
+    found = [
+        rank_and_alpha(config, part, "layers.0.attention.to_q") for part in ("unet", "transformer", "text_encoder")
+    ]
+    assert found == [(8, 2.0), (8, 2.0), (4, 4.0)]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd1", "flux"])
+def test_a_size_that_the_family_does_not_draw_is_refused_by_its_name(name):
+    facts = facts_named(name)
+    check_sides((facts.multiple_px, 2 * facts.multiple_px), facts)
+    with pytest.raises(
+        UserError, match=f"a side of 100 px: {facts.title} draws multiples of {facts.multiple_px}, such as 96"
+    ):
+        check_sides((96, 100), facts)
 
 
 def test_nothing_but_two_files_asks_for_a_family_by_its_name():
