@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.core import UserError, assets_folder
-from dreambooth_moslora.settings.families import DENOISERS, Facts, facts_of
+from dreambooth_moslora.settings.families import BY_HUB_ID, DENOISERS, Facts, facts_of
 from dreambooth_moslora.settings.table import TrainConfig
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
@@ -132,8 +132,8 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
 
 
 def facts_of_base(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> Facts | None:
-    """The family of a base, by its index; None for a hub id whose index cannot be fetched. A single file is SDXL's.
-    Raises UserError for a base that is not there, and for one that cannot be trained."""
+    """The family of a base, by its index or hub id; None for an id whose index cannot be fetched. A single file is
+    SDXL's. Raises UserError for a base that is not there, and for one that cannot be trained."""
     source = resolve_base(name)
     if isinstance(source, Path):
         return facts_in(read_json(source / INDEX)) if source.is_dir() else facts_of("StableDiffusionXLPipeline")
@@ -143,6 +143,8 @@ def facts_of_base(name: str | Path, revision: str | None = None, cache_dir: str 
     found = try_to_load_from_cache(source, INDEX, revision=revision, cache_dir=cache_dir)
     if isinstance(found, str):
         return facts_in(read_json(Path(found)))
+    if source.lower() in BY_HUB_ID:
+        return BY_HUB_ID[source.lower()][0]
     try:  # once, as loading the base tries again for long
         answer = get_session().get(hf_hub_url(source, INDEX, revision=revision), headers=build_hf_headers(), timeout=5)
         index = answer.json() if answer.status_code == 200 else None

@@ -216,7 +216,7 @@ def preflight(config: TrainConfig, *, is_later: bool = False) -> tuple[Path | No
     """Check settings and memory. Returns the base's diffusers folder, None if not on this machine, and its size.
     `is_later`: the run begins later, so the memory that is free now does not matter. Raises UserError."""
     folder = check_settings(config)
-    size = size_of_base(folder, config.target_modules, config.variant)
+    size = size_of_base(folder, config.target_modules, config.variant, config.pretrained_model_name_or_path)
     if not is_later:
         check_memory(config, size)
     return folder, size

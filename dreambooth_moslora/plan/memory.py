@@ -39,7 +39,7 @@ from dreambooth_moslora.base.files import INDEX, base_folder, facts_in, read_jso
 from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, asks_accelerate
 from dreambooth_moslora.core import UserError, half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.families import Facts, facts_of
+from dreambooth_moslora.settings.families import BY_HUB_ID, Facts, facts_of
 from dreambooth_moslora.settings.optimizer_kinds import BYTES_IN_8_BIT, optimizer_of
 from dreambooth_moslora.settings.rows import is_adapted, is_text_projection
 from dreambooth_moslora.settings.rules import excluded_by
@@ -112,6 +112,8 @@ class BaseSize:
     widths: tuple[tuple[str, int], ...] = ()
     """Path and in + out of each layer that gets an adapter, where known."""
     family: Facts = SDXL
+    hub_id: str = ""
+    """Of the known model, where its files are not here."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,27 @@ class Estimate:
         return max(self.encoding_gib, self.training_gib, self.sampling_gib)
 
 
-def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None) -> BaseSize:
-    """The size of the base in this folder, SDXL's if that is incomplete. Raises UserError for damaged files."""
+def size_of_base(
+    folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None, hub_id: str = ""
+) -> BaseSize:
+    """The size of the base in this folder; without one, of the model known by its hub id. It is SDXL's if the folder is
+    incomplete or the id unknown. Raises UserError for damaged files."""
     if folder is None:
-        return BaseSize()
+        return size_of_model(hub_id)
     facts = facts_in(read_json(folder / INDEX))
     parts = (facts.denoiser, *facts.encoders, "vae")
     shapes = {part: tensor_shapes(folder / part, variant) for part in parts}
     return size_of_shapes(facts, shapes, target_modules) if all(shapes.values()) else BaseSize()
+
+
+def size_of_model(hub_id: str) -> BaseSize:
+    """With the adapter on the family's usual layers."""
+    facts, model = BY_HUB_ID.get(hub_id.lower(), (SDXL, None))
+    if model is None or facts is SDXL:
+        return BaseSize(hub_id=model.hub_id if model else "")
+    counts = {"unet": model.parameters, "projections": model.in_blocks, "text_projections": 0, "text_outputs": 0}
+    adapter = {"adapted_widths": model.adapted_widths, "adapted_layers": model.adapted_layers}
+    return BaseSize(**counts, **adapter, text_encoders=model.encoders, vae=model.vae, family=facts, hub_id=model.hub_id)
 
 
 def size_of_shapes(
@@ -263,7 +278,7 @@ def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_ste
 def check_memory(config: TrainConfig, size: BaseSize) -> None:
     """Raises UserError, with settings that fit, for a base of known size that needs more memory than is free."""
     need = estimate(config, size, 1).peak_gib
-    is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
+    is_known = size.is_measured or bool(size.hub_id)
     if need < SMALL_GIB or not is_known:
         return
     free = free_gib_of_gpu()
@@ -366,7 +381,9 @@ def memory_settings(config: TrainConfig, free_gib: float | None = None) -> dict[
     is_open = free is not None and precision_of(config) == "no"
     precision = {"mixed_precision": half_precision()} if is_open else {}
     config = replace(config, **precision)
-    size = size_of_base(base_folder(config), config.target_modules, config.variant)
+    size = size_of_base(
+        base_folder(config), config.target_modules, config.variant, config.pretrained_model_name_or_path
+    )
     name = config.memory if config.memory != "auto" else fitting(config, size, free)
     return precision | plan_settings(config, name)
 

@@ -135,7 +135,8 @@ def base_size(config: TrainConfig) -> memory.BaseSize:
 def size_of(named: tuple[tuple[str, object], ...]) -> memory.BaseSize:
     """The size of the base that these settings name. Its files are opened once."""
     config = replace(TrainConfig(), **dict(named))
-    return memory.size_of_base(base_folder(config), config.target_modules, config.variant)
+    name = config.pretrained_model_name_or_path
+    return memory.size_of_base(base_folder(config), config.target_modules, config.variant, name)
 
 
 MOST_ROUNDS = 8
