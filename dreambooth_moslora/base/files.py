@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.core import UserError, assets_folder
-from dreambooth_moslora.settings.families import BY_HUB_ID, DENOISERS, Facts, facts_of
+from dreambooth_moslora.settings.families import BY_HUB_ID, DENOISERS, FAMILIES, Facts, facts_of
 from dreambooth_moslora.settings.table import TrainConfig
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
@@ -132,11 +132,11 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
 
 
 def facts_of_base(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> Facts | None:
-    """The family of a base, by its index or hub id; None for an id whose index cannot be fetched. A single file is
-    SDXL's. Raises UserError for a base that is not there, and for one that cannot be trained."""
+    """The family of a base, by its index or hub id; None for an id whose index cannot be fetched. Raises UserError for
+    a base that is not there, and for one that cannot be trained."""
     source = resolve_base(name)
     if isinstance(source, Path):
-        return facts_in(read_json(source / INDEX)) if source.is_dir() else facts_of("StableDiffusionXLPipeline")
+        return facts_in(read_json(source / INDEX)) if source.is_dir() else facts_of_file(source)
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -151,6 +151,15 @@ def facts_of_base(name: str | Path, revision: str | None = None, cache_dir: str 
     except Exception:  # the client passes on the HTTP library's errors
         return None
     return facts_in(index) if isinstance(index, dict) else None
+
+
+def facts_of_file(path: Path) -> Facts:
+    """The family of a single file: that of the configs beside it, else by the names of its tensors."""
+    if configs := configs_beside(path):
+        return facts_in(read_json(configs / INDEX))
+    names = {name.removeprefix("model.diffusion_model.") for name in shapes_in(path)}
+    found = (facts for facts in FAMILIES if facts.file_mark in names)
+    return next(found, facts_of("StableDiffusionXLPipeline"))
 
 
 def facts_in(index: dict) -> Facts:

@@ -35,11 +35,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_moslora.base.files import INDEX, base_folder, facts_in, read_json, tensor_shapes
+from dreambooth_moslora.base.files import (
+    INDEX,
+    base_folder,
+    facts_in,
+    facts_of_file,
+    read_json,
+    shapes_in,
+    tensor_shapes,
+)
 from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, asks_accelerate
 from dreambooth_moslora.core import UserError, half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.families import BY_HUB_ID, Facts, facts_of
+from dreambooth_moslora.settings.families import BY_HUB_ID, Facts, Model, facts_of
 from dreambooth_moslora.settings.optimizer_kinds import BYTES_IN_8_BIT, optimizer_of
 from dreambooth_moslora.settings.rows import is_adapted, is_text_projection
 from dreambooth_moslora.settings.rules import excluded_by
@@ -134,26 +142,34 @@ class Estimate:
 
 
 def size_of_base(
-    folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None, hub_id: str = ""
+    folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None, name: str = ""
 ) -> BaseSize:
-    """The size of the base in this folder; without one, of the model known by its hub id. It is SDXL's if the folder is
-    incomplete or the id unknown. Raises UserError for damaged files."""
+    """The size of the base in this folder; without one, of the model known by its hub id, or of a single file. It is
+    SDXL's if the folder is incomplete or the id unknown. Raises UserError for damaged files."""
     if folder is None:
-        return size_of_model(hub_id)
+        return size_of_model(name)
     facts = facts_in(read_json(folder / INDEX))
     parts = (facts.denoiser, *facts.encoders, "vae")
     shapes = {part: tensor_shapes(folder / part, variant) for part in parts}
     return size_of_shapes(facts, shapes, target_modules) if all(shapes.values()) else BaseSize()
 
 
-def size_of_model(hub_id: str) -> BaseSize:
-    """With the adapter on the family's usual layers."""
-    facts, model = BY_HUB_ID.get(hub_id.lower(), (SDXL, None))
+def size_of_model(name: str) -> BaseSize:
+    """By a hub id or a single file, with the adapter on the family's usual layers."""
+    facts, model = BY_HUB_ID.get(name.lower(), (SDXL, None))
+    if Path(name).is_file() and (of_file := facts_of_file(Path(name))) is not SDXL:
+        facts, model = of_file, nearest_model(of_file, Path(name))
     if model is None or facts is SDXL:
         return BaseSize(hub_id=model.hub_id if model else "")
     counts = {"unet": model.parameters, "projections": model.in_blocks, "text_projections": 0, "text_outputs": 0}
     adapter = {"adapted_widths": model.adapted_widths, "adapted_layers": model.adapted_layers}
     return BaseSize(**counts, **adapter, text_encoders=model.encoders, vae=model.vae, family=facts, hub_id=model.hub_id)
+
+
+def nearest_model(facts: Facts, path: Path) -> Model:
+    """The known model whose parameters are nearest in number to those in the file."""
+    count = sum(map(math.prod, shapes_in(path).values()))
+    return min(facts.models, key=lambda model: abs(model.parameters - count))
 
 
 def size_of_shapes(

@@ -92,6 +92,9 @@ class Facts:
     licence: str = ""
     memory: Memory | None = None
     """None for UNets, which are counted by SDXL's."""
+    file_mark: str = ""
+    """A tensor that only this family's single files have, in the layout of its authors. "" for SDXL's, which are those
+    without another's mark."""
     models: tuple[Model, ...] = ()
     """Those that are known before they are fetched (`benchmarks.family_memory`)."""
     call: str = ""
@@ -156,6 +159,7 @@ FAMILIES = (
         resolution_px=512,
         modelspec="stable-diffusion-v1",
         kohya_version="sd_v1",
+        file_mark="cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
         hub_tag="stable-diffusion",
         licence="OpenRAIL",
         models=(Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, 242_196_480, 128, 199_296, CLIP_L),),
@@ -171,6 +175,7 @@ FAMILIES = (
         targets=JOINT,
         weighting_scheme="logit_normal",
         precondition_outputs=True,
+        file_mark="joint_blocks.0.context_block.adaLN_modulation.1.bias",
         guidance=7.0,
         steps=28,
         licence="Stability Community",
@@ -204,6 +209,7 @@ FAMILIES = (
         targets=(*JOINT, *FEED_FORWARD),
         guidance=3.5,
         has_negative=False,
+        file_mark="vector_in.in_layer.weight",
         has_level_shift=True,
         steps=28,
         licence="FLUX.1 dev Non-Commercial",
@@ -221,6 +227,7 @@ FAMILIES = (
         targets=("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out"),
         has_level_shift=True,
         text_options=("max_sequence_length", "text_encoder_out_layers"),
+        file_mark="single_stream_modulation.lin.weight",
         licence="Apache-2.0 (4B), FLUX Non-Commercial (9B)",
         memory=Memory(16.204, 1.690, 0.574, 3.876e9),
         models=(
@@ -234,6 +241,7 @@ FAMILIES = (
         "Z-Image",
         "ZImagePipeline",
         "ZImageTransformer2DModel",
+        file_mark="layers.0.adaLN_modulation.0.weight",
         guidance=5.0,
         no_guidance=0.0,
         licence="Apache-2.0",
@@ -248,6 +256,7 @@ FAMILIES = (
         "QwenImageTransformer2DModel",
         guidance_name="true_cfg_scale",
         call=', negative_prompt=" "',
+        file_mark="txt_norm.weight",
         has_level_shift=True,
         licence="Apache-2.0",
         memory=Memory(25.915, 2.028, 0.356, 20.430e9, 64),
@@ -262,6 +271,7 @@ FAMILIES = (
         "Krea 2",
         "Krea2Pipeline",
         "Krea2Transformer2DModel",
+        file_mark="txtfusion.projector.weight",
         has_level_shift=True,
         guidance=4.5,
         no_guidance=0.0,
@@ -277,6 +287,7 @@ FAMILIES = (
         "Lumina2Pipeline",
         "Lumina2Transformer2DModel",
         text_options=("max_sequence_length", "system_prompt"),
+        file_mark="layers.0.adaLN_modulation.1.weight",
         licence="Apache-2.0",
         memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64),  # Z-Image's, built alike: its own cannot be counted
         models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_606_818_752, 2_599_944_192, 120, 460_800, GEMMA2_2B),),
@@ -288,6 +299,7 @@ FAMILIES = (
         "SanaTransformer2DModel",
         targets=("to_q", "to_k", "to_v"),
         text_options=("max_sequence_length", "complex_human_instruction"),
+        file_mark="blocks.0.cross_attn.q_linear.weight",
         guidance=4.5,
         steps=20,
         multiple_px=32,

@@ -260,7 +260,7 @@ def test_a_known_model_is_what_its_denoiser_counts(facts, model):
 def test_a_model_that_is_not_fetched_is_known_by_its_id_without_a_network(facts, model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("the hub was asked"))
     assert facts_of_base(model.hub_id) is facts
-    size = size_of_base(None, facts.targets, hub_id=model.hub_id)
+    size = size_of_base(None, facts.targets, name=model.hub_id)
     assert (size.family, size.unet, size.is_measured) == (facts, model.parameters, False)
     config = TrainConfig(resolution=1024, rank=16, train_batch_size=1, mixed_precision="bf16")
     assert size.unet * 2 / 2**30 < estimate(config, size, 1).training_gib
