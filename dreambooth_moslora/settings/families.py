@@ -163,6 +163,7 @@ FAMILIES = (
         hub_tag="stable-diffusion",
         licence="OpenRAIL",
         models=(Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, 242_196_480, 128, 199_296, CLIP_L),),
+        recipes=(6,),
         **UNET,
     ),
     Facts(
@@ -198,6 +199,7 @@ FAMILIES = (
                 CLIP_L + CLIP_G + T5_XXL,
             ),
         ),
+        recipes=(24, 12, 8),
     ),
     Facts(
         "flux",
@@ -291,6 +293,7 @@ FAMILIES = (
         licence="Apache-2.0",
         memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64),  # Z-Image's, built alike: its own cannot be counted
         models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_606_818_752, 2_599_944_192, 120, 460_800, GEMMA2_2B),),
+        recipes=(12,),
     ),
     Facts(
         "sana",
@@ -312,6 +315,7 @@ FAMILIES = (
                 "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
             )
         ),
+        recipes=(8,),
     ),
 )
 OF_UNETS = ("do_edm_style_training", "snr_gamma", "debiased_estimation_loss", "timestep_bias_strategy")

@@ -12,6 +12,8 @@ from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, REMOVED_FLAGS, unknown_flag_message
 from dreambooth_moslora.cli.train import build_train_parser, train_main
+from dreambooth_moslora.settings.families import FAMILIES
+from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS
 from tests.helpers.tiny_training import paint_photos
 from tests.test_readme import blocks, command_lines
@@ -76,6 +78,21 @@ def test_each_flag_of_the_other_models_scripts_is_taken_or_answered_and_has_its_
     assert [flag for flag in flags if (f"--{flag}" in taken) == (flag in FOREIGN_FLAGS)] == []
     is_said = {flag: shown[flag][0] == SAME or "taken" in shown[flag][1] for flag in flags}
     assert [flag for flag in flags if is_said[flag] != (f"--{flag}" in taken)] == []
+
+
+@pytest.mark.parametrize("facts", [facts for facts in FAMILIES if not facts.needs_sizes], ids=lambda facts: facts.name)
+def test_each_family_has_its_ids_licence_and_recipes_on_the_page_and_its_command_is_one(facts):
+    page = (DOCS / "families.md").read_text(encoding="utf-8").partition("## Each family")[2]
+    section = re.search(rf"### {re.escape(facts.title)}\n(.+?)\n##", page, re.DOTALL)[1]
+    recipes = {f"{facts.name}_{gb}gb.toml" for gb in facts.recipes}
+    assert set(re.findall(r"\w+gb\.toml", section)) == recipes
+    assert [model.hub_id for model in facts.models if f"`{model.hub_id}`" not in section] == []
+    assert " ".join(facts.licence.split()) in " ".join(section.split())
+    for name in recipes:
+        recipe = DOCS.parent / "assets" / "configs" / name
+        base = load_settings(recipe)["pretrained_model_name_or_path"]
+        assert base in {model.hub_id for model in facts.models}
+        assert "not run by us on a card" in recipe.read_text(encoding="utf-8")
 
 
 def test_the_tables_were_found():
