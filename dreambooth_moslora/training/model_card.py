@@ -119,6 +119,7 @@ def usage(config: TrainConfig, facts: CardFacts) -> str:
     elif config.use_dora:
         many = "is for other programs, and with DoRA not the same adapter in all of them:"
         readers = f"`{facts.name}{KOHYA_SUFFIX}` {many}\n\n{dora_table()}"
+    asked = repr(prompt) if family.denoiser == "unet" else f"prompt={prompt!r}"  # some pipelines' first is a picture
     dtype = "bfloat16" if family.style == "flow" else "float16"
     return f"""## Use
 
@@ -128,7 +129,7 @@ from diffusers import {family.pipeline}
 
 pipe = {family.pipeline}.from_pretrained({base_id!r}, torch_dtype=torch.{dtype}).to("cuda")
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
-{token_lines(notes)}image = pipe({prompt!r}{family.call}).images[0]
+{token_lines(notes)}image = pipe({asked}{family.call}).images[0]
 ```
 
 {readers}\

@@ -112,8 +112,6 @@ def test_the_encoders_are_gone_before_the_denoiser_comes_and_the_bytes_are_those
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(name, photos, tmp_path):
-    if name == "flux2":
-        pytest.skip("the pipeline's own call reads layers 9, 18 and 27, which the tiny encoder lacks")
     base = base_of(name, tmp_path)
     train(tiny_config(base, photos, tmp_path / "run", **settings_of(name, learning_rate=0.3)))
     plain, subject = SubjectPipeline.from_base(base), SubjectPipeline.from_base(base)
