@@ -5,7 +5,8 @@
 
 It needs no GPU and no weights: the configurations are those of the published models. `gpu_memory` says what is counted.
 NF4 and int8 are the recomputed step with the bytes of quantised layers; workspaces of bitsandbytes are in no count. The
-encoders are gone by then. The estimate is that of `--dry_run`; it is read from the shapes of the weights.
+encoders are gone by then. Beside a step's kernels are those of the same step by PEFT's own layers. The estimate is that
+of `--dry_run`; it is read from the shapes of the weights.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from torch import nn
 
 from benchmarks.gpu_memory import empty
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
-from dreambooth_moslora.adapters.fast_linear import WorkingCopies
+from dreambooth_moslora.adapters.fast_linear import WorkingCopies, disable_fast_path
 from dreambooth_moslora.base.families import METHODS
 from dreambooth_moslora.base.load import OUTPUTS_A_BLOCK, layers_of_blocks
 from dreambooth_moslora.plan.memory import CONTEXT_GIB, QUANTIZED_BYTES, estimate, size_of_shapes
@@ -147,7 +148,7 @@ def saved_gib(denoiser: nn.Module, plan: str) -> float:
 
 def deviations(name: str, resolution: int, rank: int) -> list[float]:
     """Print a line for each plan; returns |estimate / count - 1| of each."""
-    found, counts = [], {}
+    found, counts, of_peft = [], {}, {}
     for plan in PLANS:
         gc.collect()
         facts, denoiser = denoiser_of(name)
@@ -161,9 +162,13 @@ def deviations(name: str, resolution: int, rank: int) -> list[float]:
         is_recomputed = config.gradient_checkpointing
         counts[is_recomputed] = counts.get(is_recomputed) or count(name, facts, denoiser, resolution)
         counted = counts[is_recomputed]
+        if is_recomputed not in of_peft:
+            disable_fast_path(denoiser)
+            of_peft[is_recomputed] = count(name, facts, denoiser, resolution).kernels
         total = weights + adapter * 12 / GIB + counted.peak_gib + CONTEXT_GIB
         line = f"{f'{name}, {resolution} px, rank {rank}, {plan}':48} {counted.kept_gib:6.2f} {counted.peak_gib:6.2f}"
-        print(f"{line} {counted.kernels:8,} {total:7.2f} {told:9.2f} {told / total - 1:+10.1%}", flush=True)
+        kernels = f"{counted.kernels:8,} {of_peft[is_recomputed]:8,} kernels"
+        print(f"{line} {kernels} {total:7.2f} {told:9.2f} {told / total - 1:+10.1%}", flush=True)
         found.append(abs(told / total - 1))
     return found
 
@@ -175,7 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--ranks", nargs="+", type=int, default=[16], metavar="R")
     options = options.parse_args(arguments)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    print(f"{'bf16, one picture':48} {'kept':>6} {'peak':>6} {'kernels':>8} {'total':>7} {'estimate':>9} {'error':>10}")
+    head = f"{'bf16, one picture':48} {'kept':>6} {'peak':>6} {'ours':>8} {'of PEFT':>16}"
+    print(f"{head} {'total':>7} {'estimate':>9} {'error':>10}")
     found = []
     for case in itertools.product(options.models, options.resolutions, options.ranks):
         found += deviations(*case)

@@ -69,7 +69,7 @@ def _place(key: str, tensor: torch.Tensor, file_name: str) -> tuple[str, str, st
     component, _, rest = key.partition(".")
     match = key_names.match_of(rest)
     if component not in raw_file.COMPONENTS or match is None:
-        raise UserError(f"{file_name} is not a LoRA for SDXL: {key!r:.100} does not belong to one")
+        raise UserError(f"{file_name} is not a LoRA of a diffusion model: {key!r:.100} does not belong to one")
     groups = match.groupdict()
     field = FIELDS[groups.get("part") or groups["side"]]
     if field and tensor.dtype not in DTYPES:

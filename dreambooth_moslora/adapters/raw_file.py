@@ -94,10 +94,10 @@ def empty_model(description: Mapping[str, object]) -> torch.nn.Module:
     """The model of a `model_config`, with zeros that take no memory. Raises UserError for any other class."""
     name, config = description.get("class"), description.get("config")
     if name not in CLASSES or not isinstance(config, dict):
-        raise UserError(f"{name!r:.60} is not a part of SDXL that can be built; it has {', '.join(CLASSES)}")
+        raise UserError(f"{name!r:.60} is not a part of a model that can be built; it has {', '.join(CLASSES)}")
     blocks = config.get("down_block_types")  # the constructor judges unreadable numbers
     if (len(blocks) if isinstance(blocks, list) else 1) * prod(deepest(config.get(n)) for n in DEPTHS) > MOST_LAYERS:
-        raise UserError(f"the {name} that the file describes has more than {MOST_LAYERS} layers, so it is not SDXL's")
+        raise UserError(f"the {name} that the file describes has more than {MOST_LAYERS} layers, as no known one has")
     try:
         return build(str(name), config).eval()
     except Exception as error:  # constructors raise any error on contradictory sizes

@@ -124,7 +124,8 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in facts.encoders]
     for part in (*models, *tokenizers, "scheduler"):
         if not isinstance(index.get(part), list) or None in index[part]:
-            raise UserError(f"{folder} is not an {facts.title} base model: its {INDEX} names no {part}.")
+            title = f"{facts.article} {facts.title}"
+            raise UserError(f"{folder} is not {title} base model: its {INDEX} names no {part}.")
         if not any((folder / part).glob("*.json")):
             raise UserError(f"{folder} is not a whole base model: {folder / part} is missing or has no configuration.")
     if facts.needs_sizes and read_json(folder / "unet" / "config.json").get("addition_embed_type") != "text_time":
@@ -136,14 +137,20 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
 def facts_of_base(
     name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> families.Facts | None:
-    """The family of a base (a single file is SDXL's); None for an index that cannot be fetched. Raises UserError."""
+    """The family of a base; None for a hub id that is not known and cannot be asked for. Raises UserError."""
     source = resolve_base(name)
     if isinstance(source, Path):
-        return (
-            facts_in(read_json(source / INDEX)) if source.is_dir() else families.facts_of("StableDiffusionXLPipeline")
-        )
+        return facts_in(read_json(source / INDEX)) if source.is_dir() else facts_of_file(source)
+    if source.lower() in families.BY_HUB_ID and not is_cached(source, revision, cache_dir):
+        return families.BY_HUB_ID[source.lower()][0]
     index = hub_index(source, revision, cache_dir)
     return facts_in(index) if isinstance(index, dict) else None
+
+
+def is_cached(source: str, revision: str | None = None, cache_dir: str | Path | None = None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(source, INDEX, revision=revision, cache_dir=cache_dir), str)
 
 
 @cache
@@ -186,6 +193,15 @@ def own_resolution(name: str | Path, revision: str | None = None, cache_dir: str
         if isinstance(latent, int) and (side := latent * 8) <= SMALL_BASE_PX:  # larger ones keep their family's
             return side
     return facts.resolution_px if facts else None
+
+
+def facts_of_file(path: Path) -> families.Facts:
+    """The family of a single file: that of the configs beside it, else by the names of its tensors."""
+    if configs := configs_beside(path):
+        return facts_in(read_json(configs / INDEX))
+    names = {name.removeprefix("model.diffusion_model.") for name in shapes_in(path)}
+    found = (facts for facts in families.FAMILIES if facts.file_mark in names)
+    return next(found, families.facts_of("StableDiffusionXLPipeline"))
 
 
 def facts_in(index: dict) -> families.Facts:

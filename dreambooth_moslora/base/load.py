@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from dreambooth_moslora.base import decode, families, files
 from dreambooth_moslora.core import UserError, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
-from dreambooth_moslora.settings.families import facts_of
+from dreambooth_moslora.settings.families import Facts, facts_of
 from dreambooth_moslora.settings.rows import is_text_projection
 
 OUTPUTS_A_BLOCK = 32  # Outputs that the 4-bit kernels for CPUs compute at a time; divides every width of SDXL
@@ -200,8 +200,12 @@ def load_pipeline(
         parts = {"vae": load_vae(vae, kind, vae_dtype, cache_dir)} if vae else {}
         parts |= {"add_watermarker": False} if "add_watermarker" in signature(kind.__init__).parameters else {}
         parts |= {} if has_denoiser else {facts.denoiser: None}
-        if isinstance(source, Path) and source.is_file():
+        is_file = isinstance(source, Path) and source.is_file()
+        if is_file and facts.style == "ddpm":
             pipeline = load_single_file(source, kind, {**options, **parts})
+        elif is_file:
+            options["dtype"] = {"default": dtype, "vae": vae_dtype}
+            pipeline = around_file(source, facts, dtype, {**options, **parts})
         else:
             options["dtype"] = {"default": dtype, "vae": vae_dtype}
             pipeline = kind.from_pretrained(source, variant=variant, **options, **parts)
@@ -223,13 +227,17 @@ def load_pipeline(
 
 def load_denoiser(pipeline: DiffusionPipeline, name_or_path: str | Path, dtype: torch.dtype, **options: Any) -> None:
     """Load a pipeline's denoiser, frozen. `options`: `variant`, `revision`, `cache_dir`. Raises UserError."""
-    name = facts_of(type(pipeline).__name__).denoiser
+    facts, source = facts_of(type(pipeline).__name__), files.resolve_base(name_or_path)
+    name = facts.denoiser
     others = dict.fromkeys(part for part in pipeline.components if part != name)
     try:
-        found = type(pipeline).from_pretrained(files.resolve_base(name_or_path), dtype=dtype, **options, **others)
+        if isinstance(source, Path) and source.is_file():
+            model = denoiser_from_file(source, facts, dtype)
+        else:
+            model = getattr(type(pipeline).from_pretrained(source, dtype=dtype, **options, **others), name)
     except UNLOADABLE as error:
         raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error, 300)}") from error
-    pipeline.register_modules(**{name: getattr(found, name).requires_grad_(False).eval()})
+    pipeline.register_modules(**{name: model.requires_grad_(False).eval()})
     check_is_whole(pipeline, name_or_path, needs_encoders=False)
 
 
@@ -242,6 +250,37 @@ def load_vae(
         return kind.from_pretrained(name, dtype=dtype, cache_dir=cache_dir)
     except UNLOADABLE as error:
         raise UserError(f"the VAE {name} cannot be loaded: {one_line(error, 300)}") from error
+
+
+def around_file(path: Path, facts: Facts, dtype: torch.dtype, options: dict) -> DiffusionPipeline:
+    """The pipeline of a transformer's file, unless `options` say that it comes later. Encoders and VAE come from a
+    diffusers folder of the same stem beside it, else from the hub. Raises UserError where they are neither."""
+    parts = {} if facts.denoiser in options else {facts.denoiser: denoiser_from_file(path, facts, dtype)}
+    home = files.configs_beside(path) or facts.models[0].hub_id
+    try:
+        return getattr(diffusers, facts.pipeline).from_pretrained(home, **options, **parts)
+    except OSError as error:
+        raise UserError(alone(path, facts)) from error
+
+
+def alone(path: Path, facts: Facts) -> str:
+    model = facts.models[0].hub_id
+    return (
+        f"{path} holds {facts.denoiser_name} alone, and the other parts and configs are not here: go online once, "
+        f"which fetches those of {model}, or put a diffusers folder of that model into {path.with_suffix('')}."
+    )
+
+
+def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> torch.nn.Module:
+    """Raises UserError."""
+    home, kind = files.configs_beside(path) or facts.models[0].hub_id, getattr(diffusers, facts.model)
+    try:
+        return kind.from_single_file(str(path), config=str(home), subfolder=facts.denoiser, dtype=dtype)
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and files.configs_beside(path) is None:
+            raise UserError(alone(path, facts)) from error
+        reason = one_line(error, 300)
+        raise UserError(f"{path}: diffusers cannot read {facts.denoiser_name} from it: {reason}") from error
 
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
@@ -257,7 +296,9 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
             f"{path.with_suffix('')}."
         ) from error
     except UNREADABLE as error:
-        raise UserError(f"{path} is not an SDXL checkpoint that diffusers can read: {one_line(error, 300)}") from error
+        facts = facts_of(kind.__name__)
+        what = f"{facts.article} {facts.title} checkpoint that diffusers can read"
+        raise UserError(f"{path} is not {what}: {one_line(error, 300)}") from error
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:  # diffusers ignores these empty tensors
             marks = {"v_pred", "ztsnr"} & set(file.keys())

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dreambooth_moslora.plan.plan import Plan
     from dreambooth_moslora.training.loop import TrainResult
 
-DESCRIPTION = "Teach an SDXL model one subject from a few photos, through a MoSLoRA adapter (arXiv 2406.11909)."
+DESCRIPTION = "Teach SDXL or another diffusion model one subject from a few photos, by a MoSLoRA (arXiv 2406.11909)."
 SCRIPT = "train_dreambooth.py"
 EXAMPLE = """examples:
   {command} photos/dog dog
@@ -151,15 +151,16 @@ def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
         note = " (required)"
     elif not (default is None or default is False or default == ()):
         note = f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
+    names = [f"--{name}" for name in (item.name, *facts["also"].split())]
     about = argparse.SUPPRESS if is_hidden else (facts["help"] + note).replace("%", "%%")
     options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": about}
     if base is bool:
-        group.add_argument(f"--{item.name}", nargs="?", const=True, metavar="true|false", **options)
+        group.add_argument(*names, nargs="?", const=True, metavar="true|false", **options)
         options |= {"help": argparse.SUPPRESS}
         group.add_argument(f"--no_{item.name}", action="store_const", const=False, **options)
     else:
         metavar = "{" + ",".join(facts["choices"]) + "}" if facts["choices"] else METAVARS[base]
-        group.add_argument(f"--{item.name}", nargs="+" if base in (tuple, Prompt) else None, metavar=metavar, **options)
+        group.add_argument(*names, nargs="+" if base in (tuple, Prompt) else None, metavar=metavar, **options)
 
 
 def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> table.TrainConfig:

@@ -25,6 +25,7 @@ from dreambooth_moslora.base.files import base_folder, facts_of_base
 from dreambooth_moslora.disk.run_folder import BEST_NAME, find_weights
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Provenance, Recipe, Step
 from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Watcher
+from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.settings.table import SVD, TrainConfig
 
 Item = TypeVar("Item")
@@ -219,6 +220,15 @@ class MixersOnBases:
         )
 
 
+def check_sides(sides: tuple[int, int], facts: Facts) -> None:
+    """Raises UserError for sides, px, that the family's patches do not divide."""
+    step = facts.multiple_px
+    if wrong := next((side for side in sides if side % step), 0):
+        raise core.UserError(
+            f"a side of {wrong} px: {facts.title} draws multiples of {step}, such as {wrong // step * step}"
+        )
+
+
 class SubjectPipeline:
     """Base and adapters, for one caller at a time; other threads wait. `home` is the device that draws. A resting
     pipeline is in the CPU's memory until `generate`; if `home` is short of memory, its models take turns."""
@@ -369,6 +379,7 @@ class SubjectPipeline:
     def _generate_all(self, params: GenerationParams, emit: Callable[[Event], None], stop: Callable[[], bool]) -> None:
         try:
             self.home.enter()
+            check_sides((params.height_px, params.width_px), self.family.facts)
             self.home.check_size(params.height_px, params.width_px)
             for name, _ in params.adapters:
                 self._touch(name)

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
 from dreambooth_moslora.core import UserError, content_key, file_digest, one_line
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import rows, table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
 """Formats that are read as photos; none runs an interpreter (EPS) or fetches anything."""
@@ -387,9 +387,12 @@ class CropRule:
     crops_per_photo: int | None = 1  # different ones; None: always new ones
     zoom: float = 1.0  # most, at random, within a photo's own pixels
     bucket_step_px: int | None = None  # to the rectangle of `bucket_of` instead
+    sizes: tuple[tuple[int, int], ...] = ()  # (h, w), of which a photo gets the one nearest to its shape
 
     def target(self, size_px: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the crops of a photo of `size_px` (h, w)."""
+        if self.sizes:  # as diffusers' scripts choose: of two equally near ones the later
+            return min(reversed(self.sizes), key=lambda size: abs(size_px[0] * size[1] - size_px[1] * size[0]))
         if self.bucket_step_px is None:
             return self.resolution_px, self.resolution_px
         return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
@@ -409,12 +412,13 @@ class CropRule:
         return CropPlan(size_px, (height, width), (top, left), target, self.random_flip and flip < 0.5)
 
 
-def crop_rule(config: TrainConfig) -> CropRule:
+def crop_rule(config: table.TrainConfig) -> CropRule:
     """The rule that these settings describe."""
     crops = None if config.caching == "off" else config.crops_per_photo
     step_px = config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
     drawing = (config.center_crop, config.random_flip, config.image_interpolation_mode, crops, config.crop_zoom)
-    return CropRule(config.resolution, *drawing, step_px if config.enable_bucket else None)
+    sizes = rows.parse_sizes(config.aspect_ratio_buckets)
+    return CropRule(config.resolution, *drawing, step_px if config.enable_bucket else None, sizes)
 
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:

@@ -19,17 +19,19 @@ from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.core import UserError, default_cache_dir, one_line
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.photos.folder import require_folder_of_photos
-from dreambooth_moslora.plan.memory import BaseSize, check_memory, size_of_base
+from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, size_of_base
 from dreambooth_moslora.settings import families, prompts, rows, rules, table
 
 PACKAGE = Path(__file__).resolve().parents[1]
 UNREADABLE = "add_embedding."  # diffusers reads no such layers from a kohya file: they cannot be verified
 
 
-def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool) -> None:
+def check_layers(
+    targets: Iterable[str], layers: Mapping[str, int], use_dora: bool, facts: families.Facts = SDXL
+) -> None:
     """Raises UserError for a name that matches none of `layers` (path -> dimensions of the weight), or unfit ones."""
     targets = list(targets)
-    check_targets(targets, layers)
+    check_targets(targets, layers, facts)
     for name in targets:
         for layer in (layer for layer in layers if rows.is_target(layer, name)):
             if layer.startswith(UNREADABLE):
@@ -39,13 +41,16 @@ def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bo
                 raise UserError(f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules.")
 
 
-def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
+def check_targets(targets: Iterable[str], layers: Iterable[str], facts: families.Facts = SDXL) -> None:
     """Raises UserError for a name that matches none of the paths `layers`, and suggests the one that was meant."""
     layers = list(layers)
     for name in targets:
         if not any(rows.is_target(layer, name) for layer in layers):
-            hint = hint_for(name, layers) or "to_q, to_k, to_v and to_out.0 are those of attention."
-            raise UserError(f"--target_modules {name}: the UNet has no such layer; {hint}")
+            usual = "to_q, to_k, to_v and to_out.0 are those of attention."
+            if facts.denoiser != "unet":
+                usual = f"diffusers' script takes {', '.join(facts.targets)}."
+            hint = hint_for(name, layers) or usual
+            raise UserError(f"--target_modules {name}: {facts.denoiser_name} has no such layer; {hint}")
 
 
 def hint_for(name: str, layers: Iterable[str]) -> str:
@@ -59,7 +64,7 @@ def hint_for(name: str, layers: Iterable[str]) -> str:
 
 
 def check_patterns(config: table.TrainConfig, layers: Iterable[str]) -> None:
-    """`layers` are all of the UNet's. Raises UserError for a pattern that matches no layer with an adapter."""
+    """`layers` are all of the denoiser's. Raises UserError for a pattern that matches no layer with an adapter."""
     adapted = [layer for layer in layers if rows.is_adapted(layer, config.target_modules)]
     for flag in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, flag):
@@ -215,7 +220,7 @@ def check_strangers(run_dir: run_folder.RunDir) -> None:
 def preflight(config: table.TrainConfig, *, is_later: bool = False) -> tuple[Path | None, BaseSize]:
     """Check settings and memory (not `is_later`). Returns the base's folder, if here, and size. Raises UserError."""
     folder = check_settings(config)
-    size = size_of_base(folder, config.target_modules, config.variant)
+    size = size_of_base(folder, config.target_modules, config.variant, config.pretrained_model_name_or_path)
     if not is_later:
         check_memory(config, size)
     return folder, size
@@ -246,7 +251,9 @@ def check_settings(config: table.TrainConfig) -> Path | None:
     shapes = files.tensor_shapes(denoisers[0], config.variant) if folder else {}
     layers = {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
     if layers:
-        check_layers(config.target_modules, layers, config.use_dora)
+        check_layers(
+            config.target_modules, layers, config.use_dora, files.facts_in(files.read_json(folder / files.INDEX))
+        )
         check_patterns(config, layers)
     for name in layers if config.mixer == table.KRONECKER else ():
         if rows.is_adapted(name, config.target_modules):
@@ -267,16 +274,51 @@ def family_settings(config: table.TrainConfig) -> dict[str, Any]:
         raise UserError(f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}: {reason}.")
     if facts.style == "ddpm":
         return {}
-    layers = facts.targets if config.target_modules == rows.ATTENTION else config.target_modules
-    return {"target_modules": layers, "weighting_scheme": config.weighting_scheme or facts.weighting_scheme}
+    check_sides(config, facts)
+    found: dict[str, Any] = {
+        "target_modules": targets_of(config, facts, folder),
+        "lora_blocks": (),  # the layers above name them
+        "weighting_scheme": config.weighting_scheme or facts.weighting_scheme,
+    }
+    if config.enable_bucket and not config.bucket_reso_steps and config.resolution <= files.SMALL_BASE_PX:
+        found["bucket_reso_steps"] = facts.multiple_px
+    if config.precondition_outputs is None and facts.precondition_outputs:
+        found["precondition_outputs"] = True
+    return found
+
+
+def check_sides(config: table.TrainConfig, facts: families.Facts) -> None:
+    """Raises UserError for crops whose sides the family's patches do not divide."""
+    sides = {"resolution": config.resolution, "bucket_reso_steps": config.bucket_reso_steps or 0}
+    if sizes := rows.parse_sizes(config.aspect_ratio_buckets):
+        sides = {"aspect_ratio_buckets": next((x for size in sizes for x in size if x % facts.multiple_px), 0)}
+    for name, px in sides.items():
+        if px % facts.multiple_px:
+            near = max(1, px // facts.multiple_px) * facts.multiple_px
+            raise UserError(f"--{name} {px}: {facts.title} needs multiples of {facts.multiple_px} px, such as {near}.")
+
+
+def targets_of(config: table.TrainConfig, facts: families.Facts, folder: Path | None) -> tuple[str, ...]:
+    """The family's layers unless others were named, in the blocks of `--lora_blocks`. The last block may lack some of
+    the family's, which are left out where the base's files tell."""
+    is_usual = config.target_modules == rows.ATTENTION
+    names = facts.targets if is_usual else config.target_modules
+    if not config.lora_blocks:
+        return names
+    named = tuple(f"transformer_blocks.{block}.{name}" for block in config.lora_blocks for name in names)
+    shapes = files.tensor_shapes(folder / facts.denoiser, config.variant) if folder and is_usual else {}
+    paths = [path.removesuffix(".weight") for path in shapes]
+    return tuple(name for name in named if any(rows.is_target(path, name) for path in paths)) or named
 
 
 def check_family(config: table.TrainConfig, facts: families.Facts) -> None:
     """Raises UserError for a setting of other models, named with the family."""
     is_flow = facts.style == "flow"
-    others = families.OF_UNETS if is_flow else ("weighting_scheme", "max_sequence_length")
+    others = families.OF_UNETS if is_flow else families.OF_FLOWS
+    others += tuple(name for name in families.TEXT_OPTIONS if name not in facts.text_options)
+    others += () if facts.has_level_shift else ("shift_timesteps",)
     others += () if facts.has_new_tokens else ("train_text_encoder_ti",)
-    others += () if facts.adapted_encoders else ("train_text_encoder",)
+    others += ("train_text_encoder",) if config.train_text_encoder and not facts.adapted_encoders else ()
     for name in others:
         if flag := rules.given_flag(config, name):
             raise UserError(f"{flag} is not for {facts.title}; leave it out.")

@@ -100,6 +100,8 @@ class BaseSize:
     widths: tuple[tuple[str, int], ...] = ()
     """Path and in + out of each layer that gets an adapter, where known."""
     family: families.Facts = SDXL
+    hub_id: str = ""
+    """Of the known model, where its files are not here."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +121,35 @@ class Estimate:
         return max(self.encoding_gib, self.training_gib, self.sampling_gib)
 
 
-def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None) -> BaseSize:
-    """The size of the base in this folder, SDXL's if that is incomplete. Raises UserError for damaged files."""
+def size_of_base(
+    folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None, name: str = ""
+) -> BaseSize:
+    """The size of the base in this folder; without one, of the model known by its hub id, or of a single file. It is
+    SDXL's if the folder is incomplete or the id unknown. Raises UserError for damaged files."""
     if folder is None:
-        return BaseSize()
+        return size_of_model(name)
     facts = files.facts_in(files.read_json(folder / files.INDEX))
     parts = (facts.denoiser, *facts.encoders, "vae")
     shapes = {part: files.tensor_shapes(folder / part, variant) for part in parts}
     return size_of_shapes(facts, shapes, target_modules) if all(shapes.values()) else BaseSize()
+
+
+def size_of_model(name: str) -> BaseSize:
+    """By a hub id or a single file, with the adapter on the family's usual layers."""
+    facts, model = families.BY_HUB_ID.get(name.lower(), (SDXL, None))
+    if Path(name).is_file() and (of_file := files.facts_of_file(Path(name))) is not SDXL:
+        facts, model = of_file, nearest_model(of_file, Path(name))
+    if model is None or facts is SDXL:
+        return BaseSize(hub_id=model.hub_id if model else "")
+    counts = {"unet": model.parameters, "projections": model.in_blocks, "text_projections": 0, "text_outputs": 0}
+    adapter = {"adapted_widths": model.adapted_widths, "adapted_layers": model.adapted_layers}
+    return BaseSize(**counts, **adapter, text_encoders=model.encoders, vae=model.vae, family=facts, hub_id=model.hub_id)
+
+
+def nearest_model(facts: families.Facts, path: Path) -> families.Model:
+    """The known model whose parameters are nearest in number to those in the file."""
+    count = sum(map(math.prod, files.shapes_in(path).values()))
+    return min(facts.models, key=lambda model: abs(model.parameters - count))
 
 
 def size_of_shapes(
@@ -255,7 +278,7 @@ def disk_gib(config: table.TrainConfig, adapter: int, checkpoint_gib: float, tot
 def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
     """Raises UserError, with settings that fit, for a base of known size that needs more memory than is free."""
     need = estimate(config, size, 1).peak_gib
-    is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
+    is_known = size.is_measured or bool(size.hub_id)
     if need < SMALL_GIB or not is_known:
         return
     free = free_gib_of_gpu()
@@ -358,7 +381,9 @@ def memory_settings(config: table.TrainConfig, free_gib: float | None = None) ->
     is_open = free is not None and precision_of(config) == "no"
     precision = {"mixed_precision": half_precision()} if is_open else {}
     config = replace(config, **precision)
-    size = size_of_base(files.base_folder(config), config.target_modules, config.variant)
+    size = size_of_base(
+        files.base_folder(config), config.target_modules, config.variant, config.pretrained_model_name_or_path
+    )
     name = config.memory if config.memory != "auto" else fitting(config, size, free)
     return precision | plan_settings(config, name)
 

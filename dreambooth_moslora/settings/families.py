@@ -26,6 +26,25 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Model:
+    """A published model: its parameters, those in linear layers of its blocks, the number of its layers that get an
+    adapter by default and the sum of their inputs and outputs, and the parameters of its text encoders and VAE."""
+
+    hub_id: str
+    parameters: int
+    in_blocks: int
+    adapted_layers: int
+    adapted_widths: int
+    encoders: int
+    vae: int = 83_653_863
+
+
+CLIP_L, CLIP_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
+QWEN3_4B, QWEN3_8B, GEMMA2_2B = 4_022_468_096, 8_190_735_360, 2_614_341_888
+"""Parameters of text encoders that several models have."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """One family. `name` begins its recipes' file names; `title` is for sentences, cards and the page."""
 
@@ -44,6 +63,12 @@ class Facts:
     style: str = "flow"
     """What the denoiser predicts: `flow`, n - x of z = (1 - σ)x + σn, or `ddpm`, noise or velocity."""
     weighting_scheme: str = "none"
+    precondition_outputs: bool = False
+    """The defaults of diffusers' script."""
+    has_level_shift: bool = False
+    """Whether its scheduler has a line by which larger pictures get noisier levels; else all get the same."""
+    text_options: tuple[str, ...] = ("max_sequence_length",)
+    """Settings that are arguments of the pipeline's `encode_prompt`."""
     guidance: float = 4.0
     guidance_name: str = "guidance_scale"
     """The pipeline's argument for the weight of the prompt against the empty one."""
@@ -67,8 +92,20 @@ class Facts:
     licence: str = ""
     memory: Memory | None = None
     """None for UNets, which are counted by SDXL's."""
+    file_mark: str = ""
+    """A tensor that only this family's single files have, in the layout of its authors. "" for SDXL's, which are those
+    without another's mark."""
+    models: tuple[Model, ...] = ()
+    """Those that are known before they are fetched (`benchmarks.family_memory`)."""
+    call: str = ""
+    """What the pipeline's call needs beside a prompt, in the snippet of a model card."""
     recipes: tuple[int, ...] = ()
     """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for."""
+
+    @property
+    def denoiser_name(self) -> str:
+        """For sentences about its layers."""
+        return "the UNet" if self.denoiser == "unet" else f"{self.title}'s transformer"
 
 
 JOINT = (
@@ -83,7 +120,7 @@ JOINT = (
 )
 """Attention's layers of pictures and texts side by side, as diffusers' scripts for SD 3 and FLUX.1 name them."""
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-UNET = {"model": "UNet2DConditionModel", "denoiser": "unet", "style": "ddpm", "multiple_px": 8}
+UNET = {"model": "UNet2DConditionModel", "denoiser": "unet", "style": "ddpm", "multiple_px": 8, "text_options": ()}
 
 FAMILIES = (
     Facts(
@@ -100,6 +137,16 @@ FAMILIES = (
         article="an",
         hub_tag="stable-diffusion-xl",
         licence="OpenRAIL++",
+        models=(
+            Model(
+                "stabilityai/stable-diffusion-xl-base-1.0",
+                2_567_463_684,
+                2_183_987_200,
+                560,
+                1_451_520,
+                CLIP_L + CLIP_G,
+            ),
+        ),
         recipes=(24, 16, 12, 8, 6),
         **UNET,
     ),
@@ -112,8 +159,11 @@ FAMILIES = (
         resolution_px=512,
         modelspec="stable-diffusion-v1",
         kohya_version="sd_v1",
+        file_mark="cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
         hub_tag="stable-diffusion",
         licence="OpenRAIL",
+        models=(Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, 242_196_480, 128, 199_296, CLIP_L),),
+        recipes=(6,),
         **UNET,
     ),
     Facts(
@@ -125,10 +175,31 @@ FAMILIES = (
         adapted_encoders=("text_encoder", "text_encoder_2"),
         targets=JOINT,
         weighting_scheme="logit_normal",
+        precondition_outputs=True,
+        file_mark="joint_blocks.0.context_block.adaLN_modulation.1.bias",
         guidance=7.0,
         steps=28,
         licence="Stability Community",
         memory=Memory(7.313, 0.618, 0.170, 2.243e9, 333),
+        models=(
+            Model(
+                "stabilityai/stable-diffusion-3.5-medium",
+                2_243_171_520,
+                2_222_456_832,
+                191,
+                586_752,
+                CLIP_L + CLIP_G + T5_XXL,
+            ),
+            Model(
+                "stabilityai/stable-diffusion-3.5-large",
+                8_056_627_520,
+                8_014_315_520,
+                303,
+                1_473_792,
+                CLIP_L + CLIP_G + T5_XXL,
+            ),
+        ),
+        recipes=(24, 12, 8),
     ),
     Facts(
         "flux",
@@ -140,9 +211,14 @@ FAMILIES = (
         targets=(*JOINT, *FEED_FORWARD),
         guidance=3.5,
         has_negative=False,
+        file_mark="vector_in.in_layer.weight",
+        has_level_shift=True,
         steps=28,
         licence="FLUX.1 dev Non-Commercial",
         memory=Memory(26.373, 2.163, 0.457, 11.901e9),
+        models=(
+            Model("black-forest-labs/FLUX.1-dev", 11_901_408_320, 11_834_228_736, 342, 2_801_664, CLIP_L + T5_XXL),
+        ),
         recipes=(24, 12),
     ),
     Facts(
@@ -151,8 +227,15 @@ FAMILIES = (
         "Flux2KleinPipeline",
         "Flux2Transformer2DModel",
         targets=("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out"),
+        has_level_shift=True,
+        text_options=("max_sequence_length", "text_encoder_out_layers"),
+        file_mark="single_stream_modulation.lin.weight",
         licence="Apache-2.0 (4B), FLUX Non-Commercial (9B)",
         memory=Memory(16.204, 1.690, 0.574, 3.876e9),
+        models=(
+            Model("black-forest-labs/FLUX.2-klein-base-4B", 3_875_544_576, 3_680_501_760, 60, 1_044_480, QWEN3_4B),
+            Model("black-forest-labs/FLUX.2-klein-base-9B", 9_078_581_248, 8_724_152_320, 80, 1_736_704, QWEN3_8B),
+        ),
         recipes=(12, 8),
     ),
     Facts(
@@ -160,10 +243,12 @@ FAMILIES = (
         "Z-Image",
         "ZImagePipeline",
         "ZImageTransformer2DModel",
+        file_mark="layers.0.adaLN_modulation.0.weight",
         guidance=5.0,
         no_guidance=0.0,
         licence="Apache-2.0",
         memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64),
+        models=(Model("Tongyi-MAI/Z-Image", 6_154_908_736, 6_142_033_920, 136, 1_044_480, QWEN3_4B),),
         recipes=(24, 16, 8),
     ),
     Facts(
@@ -172,8 +257,15 @@ FAMILIES = (
         "QwenImagePipeline",
         "QwenImageTransformer2DModel",
         guidance_name="true_cfg_scale",
+        call=', negative_prompt=" "',
+        file_mark="txt_norm.weight",
+        has_level_shift=True,
         licence="Apache-2.0",
         memory=Memory(25.915, 2.028, 0.356, 20.430e9, 64),
+        models=tuple(
+            Model(name, 20_430_401_088, 20_384_317_440, 240, 1_474_560, 8_292_166_656, 126_892_531)
+            for name in ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512")
+        ),
         recipes=(24,),
     ),
     Facts(
@@ -181,11 +273,14 @@ FAMILIES = (
         "Krea 2",
         "Krea2Pipeline",
         "Krea2Transformer2DModel",
+        file_mark="txtfusion.projector.weight",
+        has_level_shift=True,
         guidance=4.5,
         no_guidance=0.0,
         steps=28,
         licence="Krea 2 Community",
         memory=Memory(33.899, 4.606, 0.673, 12.820e9),
+        models=(Model("krea/Krea-2-Raw", 12_820_073_036, 12_155_092_992, 128, 1_200_128, 4_437_815_808, 126_892_531),),
         recipes=(24,),
     ),
     Facts(
@@ -193,8 +288,12 @@ FAMILIES = (
         "Lumina 2",
         "Lumina2Pipeline",
         "Lumina2Transformer2DModel",
+        text_options=("max_sequence_length", "system_prompt"),
+        file_mark="layers.0.adaLN_modulation.1.weight",
         licence="Apache-2.0",
         memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64),  # Z-Image's, built alike: its own cannot be counted
+        models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_606_818_752, 2_599_944_192, 120, 460_800, GEMMA2_2B),),
+        recipes=(12,),
     ),
     Facts(
         "sana",
@@ -202,16 +301,30 @@ FAMILIES = (
         "SanaPipeline",
         "SanaTransformer2DModel",
         targets=("to_q", "to_k", "to_v"),
+        text_options=("max_sequence_length", "complex_human_instruction"),
+        file_mark="blocks.0.cross_attn.q_linear.weight",
         guidance=4.5,
         steps=20,
         multiple_px=32,
         licence="NSCL",
         memory=Memory(3.245, 0.254, 0.062, 1.604e9, 0),
+        models=tuple(
+            Model(name, 1_604_462_752, 802_816_000, 120, 537_600, GEMMA2_2B, 312_250_275)
+            for name in (
+                "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+                "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+            )
+        ),
+        recipes=(8,),
     ),
 )
 OF_UNETS = ("do_edm_style_training", "snr_gamma", "debiased_estimation_loss", "timestep_bias_strategy")
 OF_UNETS += ("noise_offset", "cache_cross_attention", "basis")
 """Settings that only UNets obey."""
+OF_FLOWS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
+"""Settings that only transformers obey."""
+TEXT_OPTIONS = tuple(dict.fromkeys(name for facts in FAMILIES for name in facts.text_options))
+BY_HUB_ID = {model.hub_id.lower(): (facts, model) for facts in FAMILIES for model in facts.models}
 BY_PIPELINE = {facts.pipeline: facts for facts in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))
 """`unet`, `transformer`: the components of adapter files that are no text encoder."""

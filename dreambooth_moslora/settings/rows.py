@@ -24,6 +24,7 @@ ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
 """B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style."""
 PATTERN = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
+SIZE = re.compile(r"\s*0*([1-9]\d{0,4})\s*,\s*0*([1-9]\d{0,4})\s*")
 
 
 def is_target(path: str, name: str) -> bool:
@@ -65,6 +66,17 @@ def parse_pattern(flag: str, text: str) -> tuple[str, float]:
         kind = "a whole number from 1 to 4096" if is_rank else "a number above 0"
         raise UserError(f"--{flag} {text}: expected a layer's name and {kind}, such as down_blocks.2.*=8.")
     return match["name"], value
+
+
+def parse_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
+    """`1024,1024;768,1360` -> (height, width) of each, px. Raises UserError for what `--aspect_ratio_buckets` cannot
+    be."""
+    matches = [SIZE.fullmatch(pair) for pair in text.split(";")] if text else []
+    sizes = tuple((int(match[1]), int(match[2])) for match in matches if match)
+    if len(sizes) < len(matches) or any(side % 8 for size in sizes for side in size):
+        expected = 'heights and widths in px, multiples of 8, such as "1024,1024;768,1360"'
+        raise UserError(f"--aspect_ratio_buckets {text}: expected {expected}.")
+    return sizes
 
 
 def pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None:
@@ -115,6 +127,7 @@ class Row:
     kohya: str = ""  # its keys in kohya's headers
     of_kohya: Callable[[str], Any] = str  # its value from such a key's text; None if the key does not set it
     elsewhere: str = ""  # flags of other trainers that mean the same
+    also: str = ""  # further names of its own flag, as diffusers' scripts of other models call it
 
 
 def grouped(group: str) -> Callable[..., Any]:

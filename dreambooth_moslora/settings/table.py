@@ -6,6 +6,7 @@ header of a published file, the remarks before a run and the list in `docs/setti
 between several settings is a sentence in `rules`.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, make_dataclass, replace
@@ -106,10 +107,16 @@ class TrainConfig:
         low=8, publish="always", kohya="ss_resolution", of_kohya=rows.one_side, check=True)
     enable_bucket: bool = of_photos(False,
         "crop each photo to a rectangle of its own shape and of the square's area, instead of to the square",
-        publish="always", kohya="ss_enable_bucket", check=True)
+        publish="always", kohya="ss_enable_bucket", also="use_aspect_ratio_buckets", check=True)
     bucket_reso_steps: int | None = of_photos(None,
         "sides of such rectangles are multiples of this, px (default: 64; 8 up to a resolution of 256)",
-        low=8, publish="always", idle=rows.unless(enable_bucket=True), kohya="ss_bucket_reso_steps", check=True)
+        low=8, publish="always",
+        idle=rows.unless(enable_bucket=True)
+        + rows.where("with --aspect_ratio_buckets", lambda run: run.aspect_ratio_buckets),
+        kohya="ss_bucket_reso_steps", check=True)
+    aspect_ratio_buckets: str | None = of_photos(None,
+        "the sizes of such rectangles, height and width in px, instead of --resolution: 1024,1024;768,1360",
+        publish="if_changed", check=True)
     center_crop: bool = of_photos(False, "crop the middle of each photo instead of a random place",
         publish="always", check=True)
     random_flip: bool = of_photos(False, "mirror photos at random", publish="always", kohya="ss_flip_aug", check=True)
@@ -164,9 +171,9 @@ class TrainConfig:
         "the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)",
         above=0, publish="always", kohya="ss_network_alpha", elsewhere="network_alpha")
     rank_pattern: tuple[str, ...] = of_adapter((),
-        "ranks of some of the UNet's layers, NAME=N: to_k=8, down_blocks.2.*=16; the first match counts",
+        "ranks of some of the layers, but of text encoders, NAME=N: to_k=8, down_blocks.2.*=16; the first match counts",
         publish="always")
-    alpha_pattern: tuple[str, ...] = of_adapter((), "alphas of some of the UNet's layers, in the same form",
+    alpha_pattern: tuple[str, ...] = of_adapter((), "alphas of some of these layers, in the same form",
         publish="always")
     use_rslora: bool = of_adapter(False, "scale by alpha / sqrt(rank)", publish="always", resume="same")
     lora_dropout: float = of_adapter(0.0, "dropout in front of the adapter",
@@ -184,10 +191,14 @@ class TrainConfig:
         "train the mixer alone, from zero: A and B are frozen, from the SVD of the base's weights (svd) or those of "
         "a raw adapter file", path=expanduser, publish="if_changed", shapes=lambda run: run.basis is not None)
     target_modules: tuple[str, ...] = of_adapter(rows.ATTENTION,
-        "layers of the UNet that get an adapter, by the end of their path (to_q, conv1), with * (down_blocks.2.*), "
-        "or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, blora_style)",
-        publish="always", elsewhere="lora_layers")
-    train_text_encoder: bool = of_adapter(False, "put adapters on both text encoders too", publish="always")
+        "layers of the UNet or transformer that get an adapter, by the end of their path (to_q, conv1), with * "
+        "(down_blocks.2.*), or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, "
+        "blora_style)",
+        publish="always", also="lora_layers")
+    lora_blocks: tuple[str, ...] = of_adapter((),
+        "only these blocks of a transformer get an adapter: their numbers in transformer_blocks, such as 0,1,5")
+    train_text_encoder: bool = of_adapter(False,
+        "put adapters on the CLIP text encoders too, of SDXL, SD 1.5, SD 3.5 and FLUX.1", publish="always")
     train_text_encoder_ti: bool = of_adapter(False,
         "learn new tokens in both text encoders beside the adapter (pivotal tuning), at --text_encoder_lr; on the "
         "embedded base likeness did not rise", publish="if_changed")
@@ -283,12 +294,22 @@ class TrainConfig:
         idle=rows.unless(weighting_scheme="logit_normal"))
     mode_scale: float = of_training(1.29, "scale of mode", low=-1, high=1.75, publish="if_changed",
         idle=rows.unless(weighting_scheme="mode"))
+    precondition_outputs: bool | None = of_training(None,
+        "flow models: errors are those of the clean latents, which weighs noisy levels more (default: as in "
+        "diffusers' script)", publish="if_changed")
+    shift_timesteps: bool = of_training(False,
+        "flow models: draw noisier levels for larger pictures, by the line in the base's scheduler",
+        publish="if_changed")
     guidance_scale: float = of_training(3.5, "what a base with embedded guidance (FLUX.1 dev) is told in training",
         low=0, high=100, publish="if_changed")
     max_sequence_length: int | None = of_training(None, "most tokens of a prompt, for bases with a long text encoder",
         low=1, high=2048, publish="if_changed")
     text_encoder_out_layers: tuple[str, ...] = of_training((),
         "numbers of the text encoder's layers that FLUX.2 reads (default: its own)", shapes=True)
+    system_prompt: str | None = of_training(None, "what Lumina 2's text encoder is told before each prompt (default: "
+        "its own sentence)", shapes=True)
+    complex_human_instruction: str | None = of_training(None,
+        "what Sana's text encoder is told before each prompt (default: nothing)", shapes=True)
     max_grad_norm: float = of_training(1.0, "gradients are clipped to this norm",
         above=0, publish="always", kohya="ss_max_grad_norm")
     use_ema: bool = of_training(False,
@@ -311,7 +332,8 @@ class TrainConfig:
     adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1, publish="always")
     adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1, publish="always")
     adam_epsilon: float = of_optimizer(1e-8, "epsilon of Adam and Prodigy", above=0, publish="always")
-    adam_weight_decay: float = of_optimizer(1e-4, "weight decay of the UNet's adapter", low=0, publish="always")
+    adam_weight_decay: float = of_optimizer(1e-4, "weight decay of the adapter on the UNet or transformer",
+        low=0, publish="always")
     adam_weight_decay_text_encoder: float = of_optimizer(1e-3, "weight decay of the text encoders' adapters",
         low=0, publish="always")
     prodigy_beta3: float | None = of_optimizer(None, "Prodigy: coefficient of its step size",
@@ -329,7 +351,7 @@ class TrainConfig:
     mixed_precision: str | None = of_memory(None,
         "precision of the frozen base (default: what `accelerate config` says)",
         choices=("no", "fp16", "bf16"), publish="always", kohya="ss_mixed_precision")
-    base_quantization: str = of_memory("none", "keep the frozen UNet in 4 or 8 bit",
+    base_quantization: str = of_memory("none", "keep the frozen UNet or transformer in 4 or 8 bit",
         choices=("none", "nf4", "int8"), publish="always", packages={"nf4": "bitsandbytes", "int8": "bitsandbytes"})
     gradient_checkpointing: bool = of_memory(False, "less memory, slower steps: recompute activations",
         publish="always", kohya="ss_gradient_checkpointing")
@@ -338,12 +360,14 @@ class TrainConfig:
         publish="if_changed")
     caching: str = of_memory("memory", "keep encoded photos in memory, on disk for later runs, or encode each step",
         choices=("memory", "disk", "off"), publish="if_changed")
+    cache_latents: bool = of_memory(False, "accepted: photos are always encoded once, unless --caching off")
+    offload: bool = of_memory(False, "accepted: encoders and VAE always leave the GPU when they are not used")
     dataloader_num_workers: int = of_memory(0, "processes that read photos when nothing is cached",
         low=0, high=1024, idle=rows.where("while photos are cached", lambda run: run.caching != "off"),
         elsewhere="max_data_loader_n_workers")
     allow_tf32: bool = of_memory(False, "faster, less exact fp32 products on Nvidia GPUs", publish="if_changed")
     compile: str = of_memory("auto",
-        "compile the UNet's transformer blocks (torch.compile): auto on a GPU where the run is long enough",
+        "compile the transformer blocks (torch.compile): auto on a GPU where the run is long enough",
         choices=("auto", "on", "off"), publish="if_changed")
     enable_xformers_memory_efficient_attention: bool = of_memory(False, "accepted: PyTorch's own attention is used")
     local_rank: int = of_memory(-1, "set by the launcher of several processes", per_process=True)
@@ -363,6 +387,7 @@ class TrainConfig:
 
     output_dir: str = of_run("lora-dreambooth-model", "the run folder", path=expanduser, yields_to=(rows.WORDS,))
     output_kohya_format: bool = of_run(False, "accepted: the file for ComfyUI and A1111 is always written")
+    upcast_before_saving: bool = of_run(False, "accepted: adapters are kept in fp32 all along")
     checkpointing_steps: int = of_run(500, "steps between checkpoints",
         low=1, elsewhere="save_every_n_epochs save_every_n_steps")
     checkpoints_total_limit: int | None = of_run(None, "numbered checkpoints to keep", low=1)
@@ -381,6 +406,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in SETTINGS:
             object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
+        if areas := [height * width for height, width in rows.parse_sizes(self.aspect_ratio_buckets)]:
+            object.__setattr__(self, "enable_bucket", True)
+            object.__setattr__(self, "resolution", max(32, round(math.sqrt(max(areas)) / 32) * 32))
         rules.check_together(self)
 
     @cached_property
@@ -595,10 +623,10 @@ def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:
-    """Rank and alpha of one layer. Patterns apply to the UNet only; without an alpha, it equals the layer's rank."""
-    is_unet = component == "unet"
-    rank = rows.pattern_value(config.rank_pattern if is_unet else (), "rank_pattern", path) or config.rank
-    alpha = rows.pattern_value(config.alpha_pattern if is_unet else (), "alpha_pattern", path) or config.lora_alpha
+    """Rank and alpha of one layer. Patterns are not for text encoders; without an alpha, it equals the layer's rank."""
+    is_text = component.startswith("text_encoder")
+    rank = rows.pattern_value(() if is_text else config.rank_pattern, "rank_pattern", path) or config.rank
+    alpha = rows.pattern_value(() if is_text else config.alpha_pattern, "alpha_pattern", path) or config.lora_alpha
     return int(rank), float(alpha or rank)
 
 

@@ -133,7 +133,9 @@ def step_lines(plan: Plan) -> list[str]:
 def cost_lines(plan: Plan) -> list[str]:
     cost, known = plan.cost, "counted in its files"
     if not cost.size.is_measured:
-        known = "taken to be SDXL's, with the adapter on attention alone, as its files are not here"
+        facts = cost.size.family
+        layers = "attention alone" if facts.style == "ddpm" else "its usual layers"
+        known = f"taken to be {facts.title}'s, with the adapter on {layers}, as its files are not here"
     memory = f"encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
     memory += f"samples {cost.sampling_gib:.2f} GiB"
     if cost.size.family.style == "flow":

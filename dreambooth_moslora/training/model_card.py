@@ -59,7 +59,7 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
         tokens=list(zip(adapter.tokens, token_names(note["count"] for note in adapter.tokens), strict=True)),
         kohya=f"{facts.name}{run_folder.KOHYA_SUFFIX}",
         dora_table=dora_table(),
-        strength=strength(adapter.best_scale, adapter.usable_scales),
+        strength=strength(adapter.best_scale, adapter.usable_scales, family_in(facts)),
         began_with=public_name(config.init_adapter or ""),
         scores=score_table(facts),
         signature=f"{run_folder.SIGNATURE} {__version__}.",
@@ -93,19 +93,22 @@ def family_in(facts: CardFacts) -> families.Facts:
     return families.FAMILIES[0]
 
 
-def strength(best: float | None, usable: tuple[float, ...]) -> str:
+def strength(best: float | None, usable: tuple[float, ...], family: families.Facts = families.FAMILIES[0]) -> str:
     """The scale to load the adapter at; "" when it was not measured."""
     if best is None:
         return ""
     around = f"; from {usable[0]:g} to {usable[-1]:g} the score stays near it" if len(set(usable)) > 1 else ""
     how = f"`pipe(…, cross_attention_kwargs={{'scale': {best:g}}})`"
+    if family.denoiser != "unet":
+        how = f"`pipe.set_adapters(pipe.get_active_adapters(), {best:g})`"
     return f"{STRENGTH}\n\nScale {best:g} scored best{around}. In diffusers: {how}."
 
 
 def with_strength(text: str, best: float, usable: tuple[float, float]) -> str:
     """A card with this `strength` instead of an earlier one, or before the training table."""
     kept = re.sub(rf"{STRENGTH}\n\n[^\n]*\n\n", "", text)
-    return kept.replace("## Training\n", f"{strength(best, usable)}\n\n## Training\n", 1)
+    loaded = next((facts for facts in families.FAMILIES if f"import {facts.pipeline}\n" in text), families.FAMILIES[0])
+    return kept.replace("## Training\n", f"{strength(best, usable, loaded)}\n\n## Training\n", 1)
 
 
 def score_table(facts: CardFacts) -> str:

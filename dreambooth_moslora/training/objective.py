@@ -31,6 +31,7 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"  # `epsilon`, `v_prediction` or `flow`
     style: str = "ddpm"  # `ddpm`, `edm` or `flow`
     sigma_data: float | None = None  # of bases trained with EDM's own preconditioning (Playground v2.5)
+    shift_line: tuple[float, float] | None = None  # slope and intercept of the logarithm of a flow's shift, by tokens
 
     @classmethod
     def from_alphas(cls, alphas_cumprod: torch.Tensor, prediction_type: str, style: str) -> "NoiseSchedule":
@@ -96,15 +97,27 @@ def sample_timesteps(
 
 
 def flow_levels(
-    schedule: NoiseSchedule, count: int, generator: torch.Generator, scheme: str, mean: float, std: float, mode: float
+    schedule: NoiseSchedule,
+    count: int,
+    generator: torch.Generator,
+    scheme: str,
+    mean: float,
+    std: float,
+    mode: float,
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Indices (count,) of a flow's noise levels, drawn as diffusers' scripts do (Esser et al. 2024, section 3.1)."""
+    """Indices (count,) of a flow's noise levels, drawn as diffusers' scripts do (Esser et al. 2024, section 3.1). With
+    the `tokens` (count,) of the pictures, the share s of noise is shifted to fs/(1 + (f - 1)s), as the base's scheduler
+    does when it draws; f = exp(slope·tokens + intercept)."""
     if scheme == "logit_normal":
         drawn = torch.normal(mean, std, (count,), generator=generator).sigmoid()
     else:
         drawn = torch.rand(count, generator=generator)
     if scheme == "mode":
         drawn = 1 - drawn - mode * ((math.pi * drawn / 2).cos() ** 2 - 1 + drawn)
+    if tokens is not None and schedule.shift_line is not None:  # the levels begin with pure noise
+        factor = (schedule.shift_line[0] * tokens + schedule.shift_line[1]).exp()
+        drawn = 1 - factor * (1 - drawn) / (1 + (factor - 1) * (1 - drawn))
     return (drawn * len(schedule)).long().clamp(max=len(schedule) - 1)
 
 
@@ -174,14 +187,18 @@ def snr_weights(
     return torch.cat([weights[:instance_count], torch.ones_like(weights[instance_count:])])
 
 
-def flow_weights(schedule: NoiseSchedule, index: torch.Tensor, scheme: str) -> torch.Tensor:
-    """Weights (B,) of a flow's squared errors: 1, or those of `sigma_sqrt` and `cosmap` (Esser et al. 2024)."""
+def flow_weights(
+    schedule: NoiseSchedule, index: torch.Tensor, scheme: str, preconditioned: bool = False
+) -> torch.Tensor:
+    """Weights (B,) of a flow's squared errors: 1, or those of `sigma_sqrt` and `cosmap` (Esser et al. 2024). With
+    `preconditioned` they weigh the errors of the latents z - s·v that the answer v implies, which are s times v's."""
     share = schedule.signal_and_noise(index)[1].flatten()
+    weights = torch.ones_like(share)
     if scheme == "sigma_sqrt":
-        return share**-2
+        weights = share**-2
     if scheme == "cosmap":
-        return 2 / (math.pi * (1 - 2 * share + 2 * share**2))
-    return torch.ones_like(share)
+        weights = 2 / (math.pi * (1 - 2 * share + 2 * share**2))
+    return weights * share**2 if preconditioned else weights
 
 
 def debiased_weights(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@
 The processes share the encoding, after which each finds every encoding in its memory or on its machine's disk.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.photos.photo_file import Photo, crop_rule
 from dreambooth_moslora.plan import checks, memory, processes
 from dreambooth_moslora.settings import rules, table
-from dreambooth_moslora.settings.families import facts_of
+from dreambooth_moslora.settings.families import TEXT_OPTIONS, facts_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
 from dreambooth_moslora.training import (
     adapters,
@@ -127,7 +127,7 @@ def check_denoiser(
     if context.accelerator.is_main_process:
         frozen_base.warn_of_slow_precision(pipeline, context.accelerator.device)
     layers = {path: layer.weight.ndim for path, layer in moslora.matrix_layers(families.denoiser_of(pipeline)).items()}
-    checks.check_layers(config.target_modules, layers, config.use_dora)
+    checks.check_layers(config.target_modules, layers, config.use_dora, facts_of(type(pipeline).__name__))
     checks.check_patterns(config, layers)
     start = None
     if is_fresh and config.init_adapter is not None:
@@ -142,12 +142,19 @@ def check_denoiser(
 
 def family_of_run(config: table.TrainConfig, pipeline: DiffusionPipeline) -> families.Family:
     """The family, with the run's options of encoding and of embedded guidance."""
-    options: dict[str, Any] = {}
-    if config.max_sequence_length is not None:
-        options["max_sequence_length"] = config.max_sequence_length
-    if config.text_encoder_out_layers:
-        options["text_encoder_out_layers"] = tuple(map(int, config.text_encoder_out_layers))
-    return families.family_of(pipeline, told_guidance=config.guidance_scale, options=options)
+    return families.family_of(pipeline, told_guidance=config.guidance_scale, options=text_options(config))
+
+
+AS_ARGUMENT: dict[str, Callable[[Any], Any]] = {
+    "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
+    "complex_human_instruction": lambda text: [text],  # its lines
+}
+
+
+def text_options(config: table.TrainConfig) -> dict[str, Any]:
+    """The arguments of the pipeline's `encode_prompt` that the run sets."""
+    given = {name: value for name in TEXT_OPTIONS if (value := getattr(config, name))}
+    return {name: AS_ARGUMENT.get(name, lambda value: value)(value) for name, value in given.items()}
 
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> objective.NoiseSchedule:
@@ -155,7 +162,8 @@ def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> object
     if "FlowMatch" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
         share = fresh.sigmas[: len(fresh.timesteps)].double()  # of the noise
-        return objective.NoiseSchedule((share / (1 - share)).float(), fresh.timesteps, "flow", "flow")
+        line = shift_line(scheduler.config) if scheduler.config.use_dynamic_shifting else None
+        return objective.NoiseSchedule((share / (1 - share)).float(), fresh.timesteps, "flow", "flow", shift_line=line)
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"the base predicts `{kind}`: only epsilon and v_prediction bases can be trained.")
@@ -167,6 +175,13 @@ def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> object
     if edm_style:
         alphas = alphas.clamp(min=2**-24)  # a zero-terminal-SNR base: as diffusers does, EDM needs a finite sigma
     return objective.NoiseSchedule.from_alphas(alphas, kind, "edm" if edm_style else "ddpm")
+
+
+def shift_line(config: Mapping[str, float]) -> tuple[float, float]:
+    """Slope and intercept through a scheduler's two points, as its pipelines compute the shift."""
+    (least, low), (most, high) = ((config[f"{end}_image_seq_len"], config[f"{end}_shift"]) for end in ("base", "max"))
+    slope = (high - low) / (most - least)
+    return slope, low - slope * least
 
 
 def too_slow_for_samples(config: table.TrainConfig, pipeline: DiffusionPipeline, device: torch.device) -> bool:
@@ -195,6 +210,8 @@ def prompt_cache(
     identity = "+".join([family.facts.name, *map(frozen_base.fingerprint, encoders)])
     if pipeline.config.get("force_zeros_for_empty_prompt"):  # it decides the encoding of ""
         identity += "+zeros"
+    if options := text_options(config):
+        identity += f"+{sorted(options.items())}"
 
     def encode(prompts: list[str]) -> list[families.Text]:
         with ExitStack() as stack:

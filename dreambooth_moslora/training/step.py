@@ -65,6 +65,7 @@ class MicroBatch:
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
+PX_A_TOKEN = 16 * 16  # Of a picture, in the transformers whose scheduler shifts levels by the number of tokens
 GRAPHS = 32  # Of one kind of block; with buckets, the second size makes one graph for all sizes
 
 
@@ -199,7 +200,8 @@ class TrainStep:
         schedule, count, draws = self.inputs.schedule, len(batch.latents), generator(*names, "level")
         if schedule.style == "flow":
             scheme = (config.weighting_scheme or "none", config.logit_mean, config.logit_std, config.mode_scale)
-            index = objective.flow_levels(schedule, count, draws, *scheme)
+            tokens = batch.time_ids[:, 4:].prod(1) / PX_A_TOKEN if config.shift_timesteps else None
+            index = objective.flow_levels(schedule, count, draws, *scheme, tokens)
         else:
             bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
             index = objective.sample_timesteps(schedule, count, draws, *bias)
@@ -230,7 +232,8 @@ class TrainStep:
         target = micro.target if answer is None else torch.cat([micro.target[:count], answer])
         weights = objective.snr_weights(schedule, index, count, config.snr_gamma)
         if schedule.style == "flow":
-            weights = objective.flow_weights(schedule, index, config.weighting_scheme or "none")
+            scheme, preconditioned = config.weighting_scheme or "none", bool(config.precondition_outputs)
+            weights = objective.flow_weights(schedule, index, scheme, preconditioned)
         elif config.debiased_estimation_loss:
             weights = objective.debiased_weights(schedule, index)
         error = objective.pointwise_error(schedule, index, config.loss_type, config.huber_c, config.huber_schedule)

@@ -11,6 +11,8 @@ from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder, one_line, public_name
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
+from dreambooth_moslora.plan.memory import SDXL
+from dreambooth_moslora.settings.families import Facts
 
 DEFAULT_RESOLUTION_PX = 1024
 MAX_PORT = 65535
@@ -155,8 +157,10 @@ def base_folder(name: str) -> Path | None:
     return path if path.exists() else None
 
 
-def resolution_of(folder: Path | None) -> int:
+def resolution_of(folder: Path | None, facts: Facts = SDXL) -> int:
     """The base's own size in px, from its config alone: the page must not wait for the weights."""
+    if facts.style == "flow":
+        return facts.resolution_px
     try:
         unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))

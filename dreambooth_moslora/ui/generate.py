@@ -59,9 +59,11 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
-    sizes = generate_values.size_choices(ctx.resolution_px)
+    sizes = generate_values.size_choices(ctx.resolution_px, ctx.facts.multiple_px)
+    of_unets = ctx.facts.style == "ddpm"
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
-        negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, elem_id="negative")
+        shown = {"visible": ctx.facts.has_negative, "elem_id": "negative"}
+        negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, **shown)
         with gr.Row():
             steps = gr.Slider(
                 *generate_values.RANGES["steps"], 25, step=1, label="Steps", buttons=[], min_width=160, elem_id="steps"
@@ -71,7 +73,8 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
         with gr.Row():
             seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=160, elem_id="seed")
             schedulers = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
-            scheduler = gr.Dropdown(schedulers, value="euler", label="Scheduler", info="how it steps", min_width=160)
+            shown = {"visible": of_unets, "min_width": 160}
+            scheduler = gr.Dropdown(schedulers, value="euler", label="Scheduler", info="how it steps", **shown)
         size = gr.Dropdown(
             sizes, value=sizes[0][1], label="Size", info="width × height", allow_custom_value=True, elem_id="size"
         )

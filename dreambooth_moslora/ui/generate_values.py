@@ -118,11 +118,11 @@ def parse_size(text: str) -> tuple[int | None, int | None]:
     return width, height
 
 
-def size_choices(resolution_px: int) -> list[tuple[str, str]]:
-    """(label, value) of the presets around a base's own resolution, all multiples of 8 px."""
+def size_choices(resolution_px: int, multiple_px: int = 8) -> list[tuple[str, str]]:
+    """(label, value) of the presets around a base's own resolution, all multiples of `multiple_px`."""
     choices = []
     for name, (w, h) in RATIOS.items():
-        width, height = (round(resolution_px * ratio / 8) * 8 for ratio in (w, h))
+        width, height = (round(resolution_px * ratio / multiple_px) * multiple_px for ratio in (w, h))
         choices.append((f"{name} {width} × {height}", format_size(width, height)))
         if width != height:
             wide = "Landscape" if name == "Portrait" else "Wide"

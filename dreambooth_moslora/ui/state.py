@@ -20,16 +20,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from dreambooth_moslora.base.files import facts_of_base
 from dreambooth_moslora.base.machine import has_gpu
 from dreambooth_moslora.core import UserError, assets_folder, free_name, one_line, preferred_guidance
 from dreambooth_moslora.disk import processes, queue, run_folder
 from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.plan.memory import SDXL
+from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.ui import bases, guard, jobs, visitors
 
 if TYPE_CHECKING:
@@ -182,6 +186,12 @@ def _tells_no_prompt(record: logging.LogRecord) -> bool:
     return "your input was truncated" not in str(record.msg)
 
 
+@cache
+def facts_shown(base_name: str) -> Facts:
+    """The family of the page's base; SDXL's where the hub cannot be asked."""
+    return facts_of_base(base_name) or SDXL
+
+
 class AppContext:
     """State of the server. `load` returns the pipeline; it runs in a thread from the start. `base` is shown to
     everyone; the trainer gets `base_name`, which may be a path. Strangers can reach a `public` page."""
@@ -218,7 +228,8 @@ class AppContext:
 
     def _take(self, base: bases.PageBase) -> None:
         self.chosen, self.base, self.base_name, self.resolution_px = base, base.title, base.name, base.resolution_px
-        self.guidance_scale = preferred_guidance(base.name)
+        self.facts = facts_shown(base.name)
+        self.guidance_scale = preferred_guidance(base.name, self.facts.guidance)
 
     def choose(self, base: bases.PageBase) -> Iterator[float]:
         """Load another base in place of the present one, which stays if that fails; yields the seconds so far. It waits

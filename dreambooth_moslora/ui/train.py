@@ -76,7 +76,8 @@ def field_widget(name: str, form: type[TrainForm], base: str, **room: Any) -> gr
     row = rows(form)[name]
     first = row.first(base)
     told = {"label": row.label, "info": row.info or row.row.get("help"), "elem_id": row.elem_id or name}
-    look = told | dict(row.look) | room
+    is_of_family = not row.of_family or getattr(state.facts_shown(base), row.of_family)
+    look = told | dict(row.look) | room | ({} if is_of_family else {"visible": False})
     if row.is_tick:
         is_off = row.fetched and not (first if row.at_first else is_toy(base))
         return gr.Checkbox(first, **look | {"info": told["info"] + (FROM_HUB.format(row.fetched) if is_off else "")})

@@ -51,6 +51,7 @@ class FormField:
     box: str = ""  # id of the box around its line, which is shown while what it needs is ticked
     words: tuple[str, str] | None = None  # values of the setting for a tick that is off, and on
     of_files: bool = False  # not for the embedded base
+    of_family: str = ""  # the fact of the base's family without which it is not shown
     at_first: Callable[[str], Any] | None = None  # its first value by the base, if that decides
     fetched: str = ""  # what is told where a tick is off at first, as it takes something from the hub
     title: str = ""  # its name in an error (default: the label)
@@ -207,7 +208,8 @@ class TrainForm:
         line=11, at_first=plan.encoders_are_here, fetched="CLIP and DINOv2 are not here and come, 2 GB,")
     make_captions: bool = asked(False, "Write captions", "says the surroundings of photos that have no line",
         line=4, setting="captions", words=("given", "auto"), fetched="Qwen3-VL comes")
-    new_tokens: bool = asked(False, "New tokens", NEW_TOKENS, line=12, setting="train_text_encoder_ti")
+    new_tokens: bool = asked(False, "New tokens", NEW_TOKENS,
+        line=12, setting="train_text_encoder_ti", of_family="has_new_tokens")
     tokens_begin_as: str = asked("", "They begin as", "words like it; or empty",
         line=13, needs="new_tokens", box="token_box")
     tokens_learning_rate: float = asked(TOKENS_RATE, "Their learning rate", "1e-4 to 1e-3",

@@ -210,6 +210,7 @@ def test_a_base_that_a_strangers_file_names_is_loaded_only_if_the_person_names_i
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
 SHAPE_NOTHING = {
     *("cache_dir", "dataloader_num_workers", "enable_xformers_memory_efficient_attention"),
+    *("cache_latents", "offload", "upcast_before_saving"),
     *("validation_prompt", "num_validation_images", "validation_epochs", "validation_steps", "evaluate_steps"),
     *("find_scale", "output_dir", "output_kohya_format", "checkpointing_steps", "checkpoints_total_limit"),
     *("logging_dir", "report_to", "dry_run", "push_to_hub", "hub_token", "hub_model_id"),
@@ -219,6 +220,7 @@ IN_OTHER_ENTRIES = {
     "memory": "the settings that the plan chose",
     "local_rank": "processes",
     "early_stopping": "step",
+    "lora_blocks": "target_modules",
     "resume_from_checkpoint": "withheld",
 }
 PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}

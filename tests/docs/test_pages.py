@@ -11,7 +11,9 @@ from PIL import Image
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, REMOVED_FLAGS
-from dreambooth_moslora.cli.train import train_main
+from dreambooth_moslora.cli.train import build_train_parser, train_main
+from dreambooth_moslora.settings.families import FAMILIES
+from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS
 from tests.helpers.tiny_training import paint_photos
 from tests.test_readme import blocks, command_lines
@@ -48,6 +50,49 @@ def wrong(names: list[str], ours: str) -> list[str]:
     if ours == NONE:
         return [name for name in names if name in SETTINGS]
     return [] if "`--" in ours else names
+
+
+OF_FAMILIES = """
+pretrained_model_name_or_path revision variant dataset_name dataset_config_name instance_data_dir cache_dir
+image_column caption_column repeats class_data_dir instance_prompt class_prompt max_sequence_length validation_prompt
+text_encoder_out_layers system_prompt complex_human_instruction skip_final_inference final_validation_prompt rank
+num_validation_images validation_epochs validation_model_path validation_num_inference_steps validation_guidance_scale
+lora_alpha lora_dropout with_prior_preservation prior_loss_weight num_class_images output_dir seed resolution
+aspect_ratio_buckets use_aspect_ratio_buckets center_crop random_flip caption_dropout train_text_encoder
+train_batch_size sample_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit
+resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate guidance_scale text_encoder_lr
+scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power dataloader_num_workers weighting_scheme logit_mean
+logit_std mode_scale precondition_outputs shift_timesteps optimizer use_8bit_adam adam_beta1 adam_beta2 prodigy_beta3
+prodigy_decouple adam_weight_decay adam_weight_decay_text_encoder lora_layers lora_blocks adam_epsilon
+prodigy_use_bias_correction prodigy_safeguard_warmup max_grad_norm push_to_hub hub_token hub_model_id logging_dir
+allow_tf32 cache_latents report_to mixed_precision upcast_before_saving offload prior_generation_precision local_rank
+enable_npu_flash_attention enable_vae_tiling fsdp_text_encoder remote_text_encoder bnb_quantization_config_path
+do_fp8_training image_interpolation_mode"""
+"""Flags of diffusers' scripts for SD 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image, Krea 2, Lumina 2 and Sana."""
+
+
+def test_each_flag_of_the_other_models_scripts_is_taken_or_answered_and_has_its_row():
+    flags, taken = OF_FAMILIES.split(), build_train_parser()._option_string_actions
+    shown = {name: (ours, remark) for names, ours, remark in rows("from_diffusers") for name in names}
+    assert [flag for flag in flags if flag not in shown] == []
+    assert [flag for flag in flags if (f"--{flag}" in taken) == (flag in FOREIGN_FLAGS)] == []
+    is_said = {flag: shown[flag][0] == SAME or "taken" in shown[flag][1] for flag in flags}
+    assert [flag for flag in flags if is_said[flag] != (f"--{flag}" in taken)] == []
+
+
+@pytest.mark.parametrize("facts", [facts for facts in FAMILIES if not facts.needs_sizes], ids=lambda facts: facts.name)
+def test_each_family_has_its_ids_licence_and_recipes_on_the_page_and_its_command_is_one(facts):
+    page = (DOCS / "families.md").read_text(encoding="utf-8").partition("## Each family")[2]
+    section = re.search(rf"### {re.escape(facts.title)}\n(.+?)\n##", page, re.DOTALL)[1]
+    recipes = {f"{facts.name}_{gb}gb.toml" for gb in facts.recipes}
+    assert set(re.findall(r"\w+gb\.toml", section)) == recipes
+    assert [model.hub_id for model in facts.models if f"`{model.hub_id}`" not in section] == []
+    assert " ".join(facts.licence.split()) in " ".join(section.split())
+    for name in recipes:
+        recipe = DOCS.parent / "assets" / "configs" / name
+        base = load_settings(recipe)["pretrained_model_name_or_path"]
+        assert base in {model.hub_id for model in facts.models}
+        assert "not run by us on a card" in recipe.read_text(encoding="utf-8")
 
 
 def test_the_tables_and_the_lines_were_found():

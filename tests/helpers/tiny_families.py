@@ -64,8 +64,8 @@ def qwen_tokenizer() -> transformers.Qwen2Tokenizer:
     return tokenizer
 
 
-def qwen3(kind: type = transformers.Qwen3Model) -> dict:
-    sizes = {"num_hidden_layers": 3, "head_dim": 8, "vocab_size": WORDS, "max_position_embeddings": 1024, **SMALL}
+def qwen3(kind: type = transformers.Qwen3Model, layers: int = 3) -> dict:
+    sizes = {"num_hidden_layers": layers, "head_dim": 8, "vocab_size": WORDS, "max_position_embeddings": 1024, **SMALL}
     return {"text_encoder": kind(transformers.Qwen3Config(**sizes)), "tokenizer": qwen_tokenizer()}
 
 
@@ -120,7 +120,7 @@ def flux2(folder: Path) -> DiffusionPipeline:
     autoencoder = diffusers.AutoencoderKLFlux2(latent_channels=4, **HALVED)
     autoencoder.bn.running_mean.normal_()
     autoencoder.bn.running_var.uniform_(0.5, 2)
-    parts = {"vae": autoencoder, "is_distilled": False, **qwen3(transformers.Qwen3ForCausalLM)}
+    parts = {"vae": autoencoder, "is_distilled": False, **qwen3(transformers.Qwen3ForCausalLM, 28)}
     return with_flow(diffusers.Flux2KleinPipeline, transformer, DYNAMIC, **parts)
 
 

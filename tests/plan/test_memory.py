@@ -1,14 +1,17 @@
 """What a run is said to need, what fits a card, and which plan `--memory` takes."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
 from benchmarks import family_memory
 from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
+from dreambooth_moslora.base.files import facts_of_base
 from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError
@@ -25,6 +28,7 @@ from dreambooth_moslora.plan.memory import (
     fitting,
     memory_settings,
     size_of_base,
+    size_of_shapes,
 )
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings
@@ -217,7 +221,40 @@ def test_the_estimate_of_a_family_lies_within_a_tenth_of_the_count_on_its_full_s
     """The second is estimated from the smaller model of its family, the first also at another size and rank."""
     cases = [(1024, 16)] + [(512, 64)] * (name == "Z-Image")
     found = [one for case in cases for one in family_memory.deviations(name, *case)]
-    assert max(found) < 0.1, capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert max(found) < 0.1, said
+    assert all(
+        2 * int(ours) < int(theirs) for ours, theirs in re.findall(r" (\d+) +(\d+) kernels", said.replace(",", ""))
+    )
+
+
+KNOWN = [(facts, model) for facts in FAMILIES for model in facts.models]
+UNFETCHED = {"stable-diffusion-v1-5": {"cross_attention_dim": 768}, "Lumina-Image-2.0": {}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("facts", "model"), [pair for pair in KNOWN if pair[0].needs_sizes is False])
+def test_a_known_model_is_what_its_denoiser_counts(facts, model):
+    likely = {name: MODEL[1] for name, MODEL in family_memory.MODELS.items() if MODEL[0] == facts.name}
+    options = [*likely.values(), *(UNFETCHED[name] for name in UNFETCHED if model.hub_id.endswith(name))]
+    found = []
+    for option in options:
+        with torch.device("meta"):
+            denoiser = getattr(diffusers, facts.model)(**option)
+        shapes = {facts.denoiser: {path: list(weight.shape) for path, weight in denoiser.named_parameters()}}
+        size = size_of_shapes(facts, shapes, facts.targets)
+        found.append((size.unet, size.projections, size.adapted_layers, size.adapted_widths))
+    assert (model.parameters, model.in_blocks, model.adapted_layers, model.adapted_widths) in found
+
+
+@pytest.mark.parametrize(("facts", "model"), KNOWN, ids=[model.hub_id for _, model in KNOWN])
+def test_a_model_that_is_not_fetched_is_known_by_its_id_without_a_network(facts, model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("the hub was asked"))
+    assert facts_of_base(model.hub_id) is facts
+    size = size_of_base(None, facts.targets, name=model.hub_id)
+    assert (size.family, size.unet, size.is_measured) == (facts, model.parameters, False)
+    config = TrainConfig(resolution=1024, rank=16, train_batch_size=1, mixed_precision="bf16")
+    assert size.unet * 2 / 2**30 < estimate(config, size, 1).training_gib
 
 
 def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card):
@@ -230,16 +267,15 @@ def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card):
         check_memory(run, size)
 
 
-OF_FAMILIES = [(facts, gb) for facts in FAMILIES if facts.memory for gb in facts.recipes]
+OF_FAMILIES = [(facts, gb) for facts in FAMILIES if not facts.needs_sizes for gb in facts.recipes]
 
 
 @pytest.mark.parametrize(("facts", "gb"), OF_FAMILIES, ids=lambda value: getattr(value, "name", value))
 def test_the_recipe_of_a_family_fits_its_card(facts, gb, tmp_path):
     recipe = load_settings(CONFIGS / f"{facts.name}_{gb}gb.toml")
     run = TrainConfig.from_dict(recipe | {"target_modules": facts.targets, "output_dir": str(tmp_path)})
-    parameters = int(facts.memory.parameters)
-    size = replace(BaseSize(), unet=parameters, projections=int(0.94 * parameters), family=facts)
-    assert estimate(run, size, 1).peak_gib < USABLE * gb
+    size = size_of_base(None, facts.targets, name=run.pretrained_model_name_or_path)
+    assert size.family is facts and estimate(run, size, 1).peak_gib < USABLE * gb
 
 
 def test_one_word_takes_the_recipe_of_the_bases_family(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from safetensors import safe_open
 
@@ -22,9 +23,10 @@ from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.generation.pipeline import SubjectPipeline, check_sides
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import families, rows
+from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
 from dreambooth_moslora.training import frozen_base
 from dreambooth_moslora.training.loop import advanced, train
 from dreambooth_moslora.training.loop import training as training_loop
@@ -41,6 +43,10 @@ NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) fo
 def base_of(name, folder):
     tiny_pipeline(name, folder / "files").save_pretrained(folder / "base")
     return folder / "base"
+
+
+def facts_named(name):
+    return next(facts for facts in families.FAMILIES if facts.name == name)
 
 
 def settings_of(name, **changes):
@@ -154,6 +160,19 @@ def test_the_plan_takes_layers_and_levels_of_the_family(photos, tmp_path):
         ("z_image", {"cache_cross_attention": True}, "--cache_cross_attention is not for Z-Image"),
         ("sd1", {"train_text_encoder_ti": True}, "--train_text_encoder_ti is not for Stable Diffusion 1.5"),
         ("sd1", {"weighting_scheme": "mode"}, "--weighting_scheme mode is not for Stable Diffusion 1.5"),
+        ("sd1", {"max_sequence_length": 99}, "--max_sequence_length is not for Stable Diffusion 1.5"),
+        ("z_image", {"system_prompt": "Draw."}, "--system_prompt is not for Z-Image"),
+        ("z_image", {"text_encoder_out_layers": "9"}, "--text_encoder_out_layers is not for Z-Image"),
+        ("z_image", {"shift_timesteps": True}, "--shift_timesteps is not for Z-Image"),
+        ("sd1", {"lora_blocks": "0"}, "--lora_blocks is not for Stable Diffusion 1.5"),
+        (
+            "z_image",
+            {"target_modules": "blora_style"},
+            "Z-Image's transformer has no such layer; diffusers' script",
+        ),
+        ("z_image", {"target_modules": "to_qq"}, "Z-Image's transformer has no such layer; did you mean to_q?"),
+        ("flux", {"resolution": 72}, "--resolution 72: FLUX.1 needs multiples of 16 px, such as 64"),
+        ("flux", {"aspect_ratio_buckets": "64,72"}, "--aspect_ratio_buckets 72: FLUX.1 needs multiples of 16 px"),
     ],
 )
 def test_a_setting_of_other_models_is_refused_by_the_familys_name(name, changes, said, photos, tmp_path):
@@ -161,6 +180,24 @@ def test_a_setting_of_other_models_is_refused_by_the_familys_name(name, changes,
     with pytest.raises(UserError, match=said.replace(".", r"\.")):
         make_plan(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_patterns_of_rank_and_alpha_are_for_transformers_too():
+    config = TrainConfig(rank=4, rank_pattern="to_q=8", alpha_pattern="to_q=2")
+    found = [
+        rank_and_alpha(config, part, "layers.0.attention.to_q") for part in ("unet", "transformer", "text_encoder")
+    ]
+    assert found == [(8, 2.0), (8, 2.0), (4, 4.0)]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd1", "flux"])
+def test_a_size_that_the_family_does_not_draw_is_refused_by_its_name(name):
+    facts = facts_named(name)
+    check_sides((facts.multiple_px, 2 * facts.multiple_px), facts)
+    with pytest.raises(
+        UserError, match=f"a side of 100 px: {facts.title} draws multiples of {facts.multiple_px}, such as 96"
+    ):
+        check_sides((96, 100), facts)
 
 
 def test_nothing_but_two_files_asks_for_a_family_by_its_name():
@@ -186,6 +223,43 @@ def test_the_draws_and_weights_of_a_flow_are_those_of_diffusers():
         torch.testing.assert_close(z.unet_input, expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(loss_target(schedule, latents, noise, index), noise - latents)
         assert torch.equal(z.timesteps, FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps[index])
+
+
+def test_levels_are_shifted_as_the_familys_own_scheduler_shifts_them():
+    """By the number of tokens: 1024 px, a wide picture, 256 px."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    schedule, tokens = noise_schedule(scheduler), torch.tensor([4096.0, 1024.0, 256.0])
+    draws = [torch.Generator().manual_seed(1) for _ in range(2)]
+    index = flow_levels(schedule, 3, draws[0], "none", 0.0, 1.0, 1.29, tokens)
+    for number, share, count in zip(index, 1 - torch.rand(3, generator=draws[1]), tokens):
+        theirs = scheduler.time_shift(calculate_shift(float(count)), 1.0, share.numpy())
+        assert number == int((1 - theirs) * 1000)
+    assert noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift_line is None
+
+
+def test_preconditioned_errors_are_those_of_the_latents_as_in_the_script_for_sd3():
+    schedule, index = noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)), torch.tensor([0, 500, 900])
+    latents, noise, answer = torch.randn(3, 3, 4, 8, 8)
+    noisy, share = add_noise(schedule, latents, noise, index), schedule.signal_and_noise(index)[1]
+    for scheme in ("logit_normal", "sigma_sqrt"):
+        weights = compute_loss_weighting_for_sd3(scheme, share)
+        theirs = (weights * (noisy.unet_input - share * answer - latents) ** 2).mean((1, 2, 3))
+        errors = (answer - loss_target(schedule, latents, noise, index)).square().mean((1, 2, 3))
+        torch.testing.assert_close(flow_weights(schedule, index, scheme, True) * errors, theirs)
+
+
+def test_blocks_of_a_transformer_are_chosen_by_number(photos, tmp_path):
+    base = base_of("sd3", tmp_path)
+
+    def planned(**changes):
+        return make_plan(tiny_config(base, photos, tmp_path / "run", **settings_of("sd3", **changes))).config
+
+    first, last = (planned(lora_blocks=block).target_modules for block in ("0", "1"))
+    assert set(first) == {f"transformer_blocks.0.{name}" for name in facts_named("sd3").targets}
+    assert len(last) < len(first), "the last block gives no text back"
+    assert planned(lora_blocks="0,1").target_modules == first + last and planned(lora_blocks="0").lora_blocks == ()
+    with pytest.raises(UserError, match=r"--target_modules transformer_blocks\.7\.attn\.to_q"):
+        planned(lora_blocks="7")
 
 
 def changed(index: Path, old: str, new: str) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gradio as gr
 import psutil
 import pytest
 from gradio_client import Client
@@ -13,9 +14,13 @@ from gradio_client import Client
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
 from dreambooth_moslora.ui.app import main, parse_login, resolution_of, templates_for
+from dreambooth_moslora.ui.generate import settings_widgets
 from dreambooth_moslora.ui.generate_values import GenerateForm, make_pictures
 from dreambooth_moslora.ui.page import MAX_SESSIONS
+from dreambooth_moslora.ui.train import field_widget
+from dreambooth_moslora.ui.train_form import TrainForm
 from tests.helpers.tiny_adapters import save_diffusers_lora
+from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.ui_server import serve
 from tests.ui.conftest import PAGE
 
@@ -66,6 +71,20 @@ def test_what_it_is_told_wrongly_ends_in_one_line(tmp_path, capsys, options, tol
 def test_a_password_may_have_a_colon_and_the_resolution_is_read_without_the_weights(tiny_base, tmp_path):
     assert parse_login("ann:se:cret") == ("ann", "se:cret")
     assert [resolution_of(base) for base in (tiny_base, None, tmp_path)] == [64, 1024, 1024]
+
+
+def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
+    shown = {}
+    for name in ("sd1", "flux"):
+        tiny_pipeline(name, tmp_path / name / "files").save_pretrained(tmp_path / name / "base")
+        ctx = context(base_name=str(tmp_path / name / "base"))
+        with gr.Blocks():
+            fields = settings_widgets(ctx) | {"new_tokens": field_widget("new_tokens", TrainForm, ctx.base_name)}
+        seen = {field for field in ("negative_prompt", "scheduler", "new_tokens") if fields[field].visible}
+        shown[name] = seen, fields["guidance_scale"].value, resolution_of(Path(ctx.base_name), ctx.facts)
+    assert shown == {"sd1": ({"negative_prompt", "scheduler"}, 7.5, 32), "flux": (set(), 3.5, 1024)}
+    with gr.Blocks():
+        assert field_widget("new_tokens", TrainForm, "toy").visible
 
 
 @pytest.mark.parametrize("base, templates", [("toy", TOY_TEMPLATES), ("some/sdxl", DREAMBOOTH_LIVE_TEMPLATES)])

@@ -131,7 +131,8 @@ def base_size(config: table.TrainConfig) -> memory.BaseSize:
 def size_of(named: tuple[tuple[str, object], ...]) -> memory.BaseSize:
     """The size of the base that these settings name. Its files are opened once."""
     config = replace(table.TrainConfig(), **dict(named))
-    return memory.size_of_base(files.base_folder(config), config.target_modules, config.variant)
+    name = config.pretrained_model_name_or_path
+    return memory.size_of_base(files.base_folder(config), config.target_modules, config.variant, name)
 
 
 MOST_ROUNDS = 8
