@@ -3,11 +3,12 @@
 Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
 
 One picture is decoded at a time: at 1024 px SDXL's fp32 decoder needs 3 to 4 GiB for each. If a GPU has less,
-the picture is decoded in tiles of 512 px that overlap by a quarter.
+the picture is decoded in tiles of 512 px that overlap by a quarter, or of 256 px. Photos are encoded so too.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreambooth_moslora.base.files import configs_beside
-from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, free_gib
+from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILES_PX, free_gib
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +82,20 @@ def scale_of(vae: AutoencoderKL) -> int:
 
 
 @contextmanager
-def tiled_where_short(vae: AutoencoderKL, size_px: tuple[int, int], device: torch.device) -> Iterator[None]:
-    """In this block the VAE decodes in tiles if `device` has too little memory for (height, width) px at once. A VAE
-    without tiling decodes as usual. The VAE's own settings are restored afterwards."""
+def tiled_where_short(
+    vae: AutoencoderKL, size_px: Sequence[int], device: torch.device, bytes_a_pixel: int = DECODER_BYTES_A_PIXEL
+) -> Iterator[None]:
+    """In this block the VAE works in tiles if `device` has too little memory for (height, width) px at once. A VAE
+    without tiling works as usual. The VAE's own settings are restored afterwards."""
     free = free_gib(device)
-    is_short = free is not None and size_px[0] * size_px[1] * DECODER_BYTES_A_PIXEL / GIB > free
-    if not is_short or not hasattr(vae, "tile_latent_min_size"):
+    pixels = math.inf if free is None else free * GIB / bytes_a_pixel
+    if math.prod(size_px) <= pixels or not hasattr(vae, "tile_latent_min_size"):
         yield
         return
     names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
     before = {name: getattr(vae, name) for name in names}
-    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, TILE_PX, TILE_PX // scale_of(vae)
+    tile = next((side for side in TILES_PX if side**2 <= pixels), TILES_PX[-1])
+    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, tile, tile // scale_of(vae)
     try:
         yield
     finally:

@@ -30,9 +30,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.base.decode import finite_or_fp32
+from dreambooth_moslora.base.decode import finite_or_fp32, tiled_where_short
 from dreambooth_moslora.base.families import SDXL, Family, Text, block_classes, family_of
 from dreambooth_moslora.base.files import check_diffusers_folder, configs_beside, facts_of_base, resolve_base
+from dreambooth_moslora.base.machine import ENCODER_BYTES_A_PIXEL
 from dreambooth_moslora.core import UserError, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.settings.families import facts_of
@@ -335,7 +336,8 @@ def encode_image(vae: nn.Module, pixels: Tensor, family: Family = SDXL_FAMILY) -
     """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) as the denoiser expects them, fp32: the mean of the VAE's
     posterior. An SDXL VAE in fp16 can overflow to NaN; it is then converted to fp32 for good and run again. Raises
     UserError when even fp32 gives NaN."""
-    latents = finite_or_fp32(vae, lambda: family.latents(vae, pixels))
+    with tiled_where_short(vae, pixels.shape[-2:], vae.device, ENCODER_BYTES_A_PIXEL):
+        latents = finite_or_fp32(vae, lambda: family.latents(vae, pixels))
     if not latents.isfinite().all():
         raise UserError("the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE.")
     return latents

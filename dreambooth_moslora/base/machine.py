@@ -15,8 +15,10 @@ from dreambooth_moslora.settings.table import TrainConfig
 GIB = 2**30
 DECODER_BYTES_A_PIXEL = 4300
 """Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture."""
-TILE_PX = 512
-"""Side of the tiles that are decoded if the whole picture does not fit."""
+ENCODER_BYTES_A_PIXEL = 2600
+"""The same of its encoder."""
+TILES_PX = (512, 256)
+"""Sides of the tiles that are encoded and decoded if the whole picture does not fit; the largest that does."""
 
 
 def free_gib(device: Any) -> float | None:

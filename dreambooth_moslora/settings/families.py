@@ -68,7 +68,7 @@ class Facts:
     memory: Memory | None = None
     """None for UNets, which are counted by SDXL's."""
     recipes: tuple[int, ...] = ()
-    """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for."""
+    """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for; UNets share SDXL's, which is for all."""
 
 
 JOINT = (
@@ -100,7 +100,6 @@ FAMILIES = (
         article="an",
         hub_tag="stable-diffusion-xl",
         licence="OpenRAIL++",
-        recipes=(24, 16, 12, 8, 6),
         **UNET,
     ),
     Facts(
@@ -210,7 +209,7 @@ FAMILIES = (
     ),
 )
 OF_UNETS = ("do_edm_style_training", "snr_gamma", "debiased_estimation_loss", "timestep_bias_strategy")
-OF_UNETS += ("noise_offset", "cache_cross_attention", "basis")
+OF_UNETS += ("noise_offset", "cache_cross_attention", "recompute_feed_forward", "basis")
 """Settings that only UNets obey."""
 BY_PIPELINE = {facts.pipeline: facts for facts in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dreambooth_moslora.adapters.basis import Basis, freeze_basis, put_basis
 from dreambooth_moslora.adapters.fast_linear import enable_fast_path
@@ -81,7 +83,25 @@ def add_adapters(
         if config.gradient_checkpointing:  # diffusers and transformers name the method differently
             turn_on = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
             turn_on()
+        elif config.recompute_feed_forward:
+            recompute_feed_forward(module)
         enable_fast_path(module)
+
+
+class RecomputedFeedForward(FeedForward):
+    """Keeps its input alone for the backward pass, which computes the rest again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def recompute_feed_forward(denoiser: nn.Module) -> None:
+    """In place: these blocks keep two fifths of what the UNet keeps for the backward pass."""
+    for module in denoiser.modules():
+        if type(module) is FeedForward:
+            module.__class__ = RecomputedFeedForward
 
 
 def fresh_adapters(

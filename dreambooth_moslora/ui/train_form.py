@@ -18,13 +18,13 @@ from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.plan.memory import GIB
 from dreambooth_moslora.settings.sources import FoundRecipe, unless_given
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.table import OF_PLANS, SETTINGS, TrainConfig
 from dreambooth_moslora.settings.versions import version_of
 from dreambooth_moslora.ui.visitors import kept_photos
 
 LENGTHS = ("max_train_steps", "exposures_per_photo", "num_train_epochs")
 OF_MACHINE = (
-    *("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention", "caching"),
+    *("mixed_precision", *OF_PLANS, "caching"),
     *("allow_tf32", "compile", "sample_batch_size", "prior_generation_precision"),
 )
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}

@@ -20,7 +20,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.loop import Training, train
-from dreambooth_moslora.training.step import TrainStep
+from dreambooth_moslora.training.step import StepLosses, TrainStep
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, tiny_config
 
@@ -53,6 +53,53 @@ def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(tiny_base, ph
         if wanted is not None:
             assert (seen - wanted).norm() <= tolerance * wanted.norm() and seen.dtype == torch.float32
     assert any(g is not None and g.norm() > 0 for g in with_copies)
+
+
+@pytest.fixture
+def first_gradients(tiny_base, photos, tmp_path, monkeypatch):
+    """Those of the first step, and its losses."""
+
+    def first_gradients(**changes) -> tuple[list[torch.Tensor], StepLosses]:
+        found, seen, accumulate = [], [], TrainStep.accumulate_gradients
+
+        def note(step: TrainStep) -> float:
+            found.extend(p.grad.clone() for p in step.parameters)
+            raise StopRequestedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainStep, "update_adapter", note)
+            patch.setattr(TrainStep, "accumulate_gradients", lambda self: seen.append(accumulate(self)) or seen[-1])
+            train(tiny_config(tiny_base, photos, tmp_path / f"run{len(list(tmp_path.iterdir()))}", **changes))
+        return found, seen[-1]
+
+    return first_gradients
+
+
+def test_feed_forward_blocks_that_are_recomputed_give_the_same_bytes(first_gradients):
+    changes = PRIOR | {"target_modules": ("to_q", "attn2.to_v", "ff.net.2")}
+    plain, losses = first_gradients(**changes)
+    recomputed, same = first_gradients(**changes, recompute_feed_forward=True)
+    assert losses == same and all(map(torch.equal, plain, recomputed)) and any(grad.norm() for grad in plain)
+
+
+OF_CLASS = {"with_prior_preservation": True, "num_class_images": 2, "prior_loss_weight": 0.5, "snr_gamma": 5.0}
+
+
+PASSES = [(PRIOR | {"prior_loss_weight": 0.5}, [3, 2, 1, 6, 12]), ({"enable_bucket": True}, [9])]
+PASSES += [pytest.param(OF_CLASS, [1, 4], marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("changes", "passes"), PASSES)
+def test_one_pass_and_many_have_the_gradients_of_a_micro_batch_each(first_gradients, changes, passes):
+    """Of 2 photos with their prior, three times: 4 images a micro-batch. 6 at once would be one and a half."""
+    usual = changes | {"train_batch_size": 2, "gradient_accumulation_steps": 3, "mixed_precision": "no"}
+    wanted, losses = first_gradients(**usual)
+    for images in passes:
+        found, same = first_gradients(**usual, images_at_once=images)
+        assert same.total == pytest.approx(losses.total, rel=1e-5) and (same.prior is None) == (losses.prior is None)
+        assert same.instance + (same.prior or 0) == pytest.approx(losses.instance + (losses.prior or 0), rel=1e-5)
+        for one, other in zip(found, wanted, strict=True):
+            assert (one - other).norm() <= 1e-4 * other.norm()
 
 
 def test_a_step_walks_over_no_model(tiny_base, photos, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import target_paths
 from dreambooth_moslora.training.frozen_base import LoadBase, load_base
 from dreambooth_moslora.training.loop import Steps, StepScorer, Training, TrainResult, advanced, training
-from dreambooth_moslora.training.step import MicroBatch, Rows, StepLosses, TrainStep, numbers_of
+from dreambooth_moslora.training.step import MicroBatch, StepLosses, TrainStep, numbers_of, predictions
 
 T = TypeVar("T")
 
@@ -296,10 +296,6 @@ def accumulate_together(steps: Sequence[TrainStep], drawn: Sequence[Sequence[Mic
             copies.collect()
             found.append([numbers_of(part) for part in parts])
     return [step.mean_of(list(numbers)) for step, numbers in zip(steps, zip(*found, strict=True), strict=True)]
-
-
-def predictions(predict: Callable[[Rows], Tensor], parts: Sequence[Rows]) -> list[Tensor]:
-    return list(predict(Rows.joined(parts)).split([len(part.time_ids) for part in parts]))
 
 
 def scaled(step: TrainStep, loss: Tensor) -> Tensor:
