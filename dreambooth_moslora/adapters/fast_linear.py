@@ -394,7 +394,7 @@ def projections_of_one_input(attention: nn.Module) -> list[list[nn.Module]]:
 class WorkingCopies:
     """The copies of every `ShortWay` in `models`; other layers are not touched. `joint`: whether projections of one
     input are computed together. None means everywhere but on a CPU, where fewer kernels gain nothing and stacking would
-    copy weights that are mapped from a file."""
+    copy weights that are mapped from a file, and on Apple's GPU, where nobody has tried it."""
 
     def __init__(self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None):
         self.adapter_name = adapter_name
@@ -408,7 +408,7 @@ class WorkingCopies:
             if len(layers) < 2 or len({kind_of(layer, adapter_name) for layer in layers}) > 1:
                 continue
             bases = [layer.base_layer for layer in layers]
-            if not (bases[0].weight.device.type != "cpu" if joint is None else joint):
+            if not (bases[0].weight.device.type not in ("cpu", "mps") if joint is None else joint):
                 continue
             if are_matrices(bases):
                 self.joints.append(JointWeights(*layers))

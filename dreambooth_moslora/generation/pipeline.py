@@ -41,7 +41,7 @@ from dreambooth_moslora.base.load import (
     guidance_rescale,
     load_pipeline,
 )
-from dreambooth_moslora.base.machine import GIB, free_gib
+from dreambooth_moslora.base.machine import GIB, best_device, free_gib, free_unused_blocks
 from dreambooth_moslora.core import (
     StopRequestedError,
     UserError,
@@ -189,7 +189,7 @@ class Home:
         self.is_resting = True
         self.pipeline.remove_all_hooks()
         self.pipeline.to(CPU, silence_dtype_warnings=True)
-        torch.cuda.empty_cache()
+        free_unused_blocks(self.device)
 
     def check_size(self, height_px: int, width_px: int) -> None:
         """Raises UserError for a picture that cannot fit, before its first step. Call it after `enter`. Only the UNet
@@ -291,9 +291,9 @@ class SubjectPipeline:
     ) -> "SubjectPipeline":
         """Load "toy", a folder, a hub id or a single file. Default `device`: the GPU, if there is one. `resting`:
         nothing moves to the GPU before the first `generate`. Raises UserError."""
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(device or best_device())
         half = torch.bfloat16 if getattr(facts_of_base(name), "style", None) == "flow" else torch.float16
-        dtype = dtype or (half if device.type == "cuda" else torch.float32)
+        dtype = dtype or (half if device.type in ("cuda", "mps") else torch.float32)
         subject = cls(load_pipeline(name, dtype=dtype), public_name(name), device)
         if not (resting or subject.home.is_short):
             subject.home.enter()

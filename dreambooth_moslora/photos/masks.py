@@ -83,13 +83,6 @@ class Segmenter:
         return Image.fromarray(white.astype(np.uint8) * 255)
 
 
-def best_device() -> Any:
-    """The GPU of this machine as a torch device, if it has one."""
-    import torch
-
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def load_segmenter(config: TrainConfig, device: Any = "cpu") -> Segmenter:
     """The segmenter of `--mask_model`, which goes to the torch device when the first mask is made. Raises UserError
     without a word; making a mask raises it when the model is missing or of another kind."""

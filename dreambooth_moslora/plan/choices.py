@@ -104,8 +104,6 @@ def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, A
     folder = assets_folder() / "configs"
     if is_toy(base):
         return "toy.toml", load_settings(folder / "toy.toml")
-    import torch
-
     facts, name = None if base == STOCK_SDXL else facts_of_base(base), "sdxl.toml"
     if facts and facts.recipes:
         most = 12 if free_gib is None else free_gib / 0.9
@@ -114,9 +112,9 @@ def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, A
     recipe = load_settings(folder / name)
     if base != STOCK_SDXL:
         recipe["variant"] = None
-    if torch.cuda.is_available():
+    if machine.has_gpu():
         recipe["mixed_precision"] = half_precision()
-    elif not machine.has_gpu():
+    else:
         recipe["mixed_precision"] = "bf16" if machine.has_fast_bf16() else "no"
     return name, recipe
 

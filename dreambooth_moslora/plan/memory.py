@@ -7,8 +7,8 @@ family (`benchmarks.family_memory`); it is scaled by pixels or tokens, images an
 Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first.
 
 blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
-channels last      convolutions in NHWC, the layout of tensor cores
-cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed
+channels last      convolutions in NHWC, the layout of tensor cores; not on AMD's GPUs but gfx9
+cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on AMD's but gfx9
 
 `--memory`: one word for precision, recomputation, caching and quantisation. It only adds to the given flags; on a GPU
 it also chooses half precision, unless a precision was given.
@@ -20,7 +20,8 @@ recompute_ff_cached   both
 recompute             all activations are recomputed (--gradient_checkpointing)
 recompute_cached      the same with cross-attention's to_k and to_v off the GPU
 nf4                   recompute, and the frozen UNet is kept in 4 bit (--base_quantization nf4)
-auto                  the first of these that is possible and fits the GPU's free memory; full without a GPU
+auto                  the first of these that is possible and fits the GPU's free memory; full without a GPU. On
+                      Apple's, whose attention keeps all scores, always one that recomputes
 
 Gradients of these differ at most by rounding, and so do those of one large pass and of several small ones
 (`--images_at_once`). A plan fits if its smallest pass does: photos and their prior one after the other keep half the
@@ -42,7 +43,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dreambooth_moslora.base.files import INDEX, base_folder, facts_in, read_json, tensor_shapes
-from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, ENCODER_BYTES_A_PIXEL, GIB, TILES_PX, asks_accelerate
+from dreambooth_moslora.base.machine import (
+    DECODER_BYTES_A_PIXEL,
+    ENCODER_BYTES_A_PIXEL,
+    GIB,
+    TILES_PX,
+    apple_gib,
+    asks_accelerate,
+    best_device,
+    has_fast_nhwc,
+    is_on_apple,
+)
 from dreambooth_moslora.core import UserError, half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.families import OF_UNETS, Facts, facts_of
@@ -69,6 +80,9 @@ CONTEXT_GIB = 0.5
 """Memory of the CUDA context of a process, beside its tensors."""
 STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
 """GiB of a step's image of 1024 px: without recomputation, in addition for each rank, and with recomputation."""
+SCORES_GIB = (12.2, 1.75)
+"""What Apple's attention adds, which keeps all scores for the backward pass (pytorch #179294): without and with
+recomputation, counted with attention in single operations."""
 FEED_FORWARD_GIB = 2.15
 """GiB of them that recomputing the feed-forward blocks saves."""
 TEXT_GIB = 0.025
@@ -245,14 +259,15 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
     is_pefts = config.base_quantization == "int8" or config.use_dora or config.lora_dropout > 0
     scale, products = scale_of(config, size) * images, products_gib(config, size, images)
     memory = size.family.memory
+    kept_scores = SCORES_GIB if is_on_apple() and not memory else (0.0, 0.0)
     if config.gradient_checkpointing:
-        recomputed = memory.recomputed_gib if memory else RECOMPUTED_GIB
+        recomputed = memory.recomputed_gib if memory else RECOMPUTED_GIB + kept_scores[1]
         return recomputed * scale * (PEFT_RECOMPUTED if is_pefts else 1) + products
     if memory:
         return memory.full_gib * scale * (PEFT_STEP if is_pefts else 1)
     rank = adapter * config.rank / max(1, adapter_parameters(replace(config, rank_pattern=()), size))  # on average
     image = (STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560) * (PEFT_STEP if is_pefts else 1)
-    image -= FEED_FORWARD_GIB if config.recompute_feed_forward else 0
+    image += kept_scores[0] - (FEED_FORWARD_GIB if config.recompute_feed_forward else 0)
     casts = adapter * 2 / GIB
     return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts + products
 
@@ -289,7 +304,11 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
         return None
     import torch  # not before it is needed: a dry run answers at once
 
-    if not torch.cuda.is_available():
+    kind = best_device().type
+    if kind == "mps":
+        most, used = apple_gib()
+        return most if is_later else most - used
+    if kind == "cpu":
         return None
     device = int(os.environ.get("LOCAL_RANK", "0"))
     free, whole = torch.cuda.mem_get_info(device)
@@ -338,15 +357,17 @@ def speed_of(config: TrainConfig, device_type: str, steps: int) -> Speed:
     """The choice for `steps` optimizer steps on such a device. `auto` never compiles a base in 4 or 8 bit."""
     images = images_of(config, steps)
     is_cuda = device_type == "cuda"
-    pays = is_cuda and images >= WORTH_IMAGES
+    pays, is_nhwc = is_cuda and images >= WORTH_IMAGES, is_cuda and has_fast_nhwc()
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
-    return Speed(config.compile == "on" or by_itself, is_cuda, pays and not config.enable_bucket, images)
+    searches = pays and is_nhwc and not config.enable_bucket
+    return Speed(config.compile == "on" or by_itself, is_nhwc, searches, images)
 
 
 def speed_here(config: TrainConfig, steps: int) -> Speed:
     """The choice on this machine, for a dry run. It looks for a GPU only where that matters."""
     is_long = images_of(config, steps) >= WORTH_IMAGES
-    return speed_of(config, "cuda" if is_long and free_gib_of_gpu() is not None else "cpu", steps)
+    is_on_gpu = is_long and not asks_accelerate("ACCELERATE_USE_CPU")
+    return speed_of(config, best_device().type if is_on_gpu else "cpu", steps)
 
 
 def images_of(config: TrainConfig, steps: int) -> float:
@@ -419,6 +440,8 @@ def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PL
     """Plan -> peak memory in GiB, for the plans that are possible with these settings and packages."""
     found = {}
     for name in names:
+        if is_on_apple() and (name == "nf4" or "gradient_checkpointing" not in PLANS[name]):
+            continue
         if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
             continue
         if size.family.style == "flow" and any(setting in OF_UNETS for setting in PLANS[name]):

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from dreambooth_moslora.base.machine import free_unused_blocks
 from dreambooth_moslora.core import StopRequestedError, UserError, atomic_write, one_line
 from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.processes import peak_memory_gib
@@ -140,14 +141,15 @@ class Reporter:
 def free_unused_memory(device: torch.device) -> None:
     """Free the GPU memory of pictures: the blocks of a decode do not fit a training step."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_unused_blocks(device)
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process."""
+    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process; on Apple's what it has now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
     return peak_memory_gib()
 
 

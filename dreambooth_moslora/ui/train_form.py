@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.base.machine import apple_gib, best_device
 from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, is_number, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import check_characters
@@ -408,6 +409,9 @@ def free_gib(*, is_later: bool = False) -> float | None:
     """GPU memory for a run, GiB, or for one that begins when all others have ended (`is_later`); None: no GPU."""
     import torch
 
+    if best_device().type == "mps":
+        most, used = apple_gib()
+        return most if is_later else most - used
     if not torch.cuda.is_available():
         return None
     free, whole = torch.cuda.mem_get_info()

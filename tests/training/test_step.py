@@ -191,6 +191,14 @@ def test_only_a_long_run_on_a_gpu_is_compiled_by_itself(changes, device, steps, 
     assert (speed.compiled, speed.searches, speed.channels_last) == (compiled, searches, device == "cuda")
 
 
+@pytest.mark.parametrize(("name", "is_fast"), [("gfx1100", False), ("gfx1030", False), ("gfx942:sramecc+", True)])
+def test_convolutions_of_amds_gpus_are_channels_last_on_gfx9_alone(monkeypatch, name, is_fast):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(gcnArchName=name))
+    speed = speed_of(TrainConfig(resolution=1024, train_batch_size=1), "cuda", 1000)
+    assert speed.compiled and (speed.channels_last, speed.searches) == (is_fast, is_fast)
+
+
 def test_a_dry_run_says_what_is_chosen(tiny_base, photos, tmp_path):
     said = dry_run.describe_run(tiny_config(tiny_base, photos, tmp_path / "run", compile="on"))
     assert "  speed: transformer blocks compiled (the work of 0 images of 1024 px" in said
