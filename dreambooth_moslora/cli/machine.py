@@ -142,10 +142,11 @@ def selftest_arguments(parser: argparse.ArgumentParser) -> None:
 def run_selftest(args: argparse.Namespace) -> int:
     """Exit code 2 when a test fails. Writes selftest.json, and selftest.md for a bug report."""
     import psutil
+    import torch
 
     from dreambooth_moslora.base.machine import best_device
     from dreambooth_moslora.plan.memory import GIB, free_gib_of_gpu
-    from dreambooth_moslora.training.selftest import ON_CPU, SelfTest, as_json, as_page
+    from dreambooth_moslora.training.selftest import ON_CPU, ON_TWO_GPUS, SelfTest, as_json, as_page
 
     best = best_device().type
     if args.device not in (None, "cpu", best):
@@ -161,7 +162,10 @@ def run_selftest(args: argparse.Namespace) -> int:
     free_gib = free_gib_of_gpu() if is_on_gpu else None
     free_gib = psutil.virtual_memory().available / GIB if free_gib is None else free_gib
     precisions = ("no", "bf16" if has_bf16 else "fp16")
-    test = SelfTest(folder, precisions, env={} if is_on_gpu else ON_CPU, free_gib=free_gib)
+    is_cuda = is_on_gpu and best == "cuda"
+    launcher = ON_TWO_GPUS if is_cuda and torch.cuda.device_count() > 1 else ()
+    env = {} if is_on_gpu else ON_CPU
+    test = SelfTest(folder, precisions, env=env, free_gib=free_gib, compiles=is_cuda, launcher=launcher)
     found, start = [], time.monotonic()
     for finding in test.findings():
         print(f"{'ok  ' if finding.holds else 'FAIL'}  {finding.name:14} {finding.said}", flush=True)

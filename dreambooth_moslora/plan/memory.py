@@ -359,7 +359,7 @@ def speed_of(config: TrainConfig, device_type: str, steps: int) -> Speed:
     is_cuda = device_type == "cuda"
     pays, is_nhwc = is_cuda and images >= WORTH_IMAGES, is_cuda and has_fast_nhwc()
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
-    searches = pays and is_nhwc and not config.enable_bucket
+    searches = pays and is_nhwc and not config.enable_bucket and not config.deterministic
     return Speed(config.compile == "on" or by_itself, is_nhwc, searches, images)
 
 

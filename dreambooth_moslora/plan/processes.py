@@ -186,6 +186,7 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    compute_exactly(config.deterministic)
     run_dir.path.mkdir(parents=True, exist_ok=True)
     clean_stale(run_dir.path)
     folders = ProjectConfiguration(str(run_dir.path), str(run_dir.path / config.logging_dir))
@@ -211,6 +212,16 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     if accelerator.device.type == "cpu":  # a GPU run should return this memory, which it no longer needs
         keep_freed_memory()
     return accelerator
+
+
+def compute_exactly(is_wanted: bool) -> None:
+    """With it PyTorch takes kernels that sum in one order, and raises RuntimeError where it has none. To warn is not
+    enough: attention would go on as usual (pytorch #182551). Call it before the first product on the GPU."""
+    torch.use_deterministic_algorithms(is_wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it only shows errors of programs
+    if is_wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
 
 
 def joined() -> PartialState:

@@ -372,6 +372,9 @@ class TrainConfig:
     compile: str = of_memory("auto",
         "compile the UNet's transformer blocks (torch.compile): auto on a GPU where the run is long enough",
         choices=("auto", "on", "off"), publish="if_changed")
+    deterministic: bool = of_memory(False,
+        "the same bytes each time on a GPU too, as on a CPU: slower attention, no search of algorithms",
+        publish="if_changed")
     enable_xformers_memory_efficient_attention: bool = of_memory(False, "accepted: PyTorch's own attention is used")
     local_rank: int = of_memory(-1, "set by the launcher of several processes", per_process=True)
 

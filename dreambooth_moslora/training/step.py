@@ -99,6 +99,7 @@ class MicroBatch:
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
+GOES_ON = "the run goes on without"
 GRAPHS = 32
 """Most graphs of one kind of block; PyTorch does not compile further sizes. With buckets, the second size makes
 one graph for all sizes."""
@@ -172,7 +173,7 @@ class TrainStep:
             for block in self.compiled:
                 block._compiled_call_impl = None
             self.compiled = []
-            logger.warning("--compile: the run goes on without: %s", one_line(f"{type(error).__name__} {error}", 200))
+            logger.warning("--compile: %s: %s", GOES_ON, one_line(f"{type(error).__name__} {error}", 200))
         return self._accumulate()
 
     def _accumulate(self) -> StepLosses:

@@ -35,14 +35,37 @@ def test_losses_are_compared_step_by_step_and_what_does_not_hold_or_fails_is_tol
         SelfTest(tmp_path, program=program).call("first", [*program, "train"])
 
 
-@pytest.mark.parametrize("weights", [b"weights", b"others"])
-def test_the_tensors_are_compared_without_the_header(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(SelfTest, "train", lambda self, name, **changes: self.run(name))
-    for name, header, tensors in (("device_no", b"{}", b"weights"), ("resumed", b'{"a":1}', weights)):
+RESUMED = {"sound": ("aaa", True), "a defect": ("aab", False), "chance": ("abcc", True)}
+RESUMED |= {"a defect beside chance": ("abcd", False)}
+
+
+@pytest.mark.parametrize(("weights", "holds"), RESUMED.values(), ids=RESUMED)
+def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(weights, holds, tmp_path, monkeypatch):
+    """By the tensors without the header; where equal runs differ, by runs that are told to sum in one order."""
+    asked = []
+    monkeypatch.setattr(SelfTest, "train", lambda self, name, **changes: asked.append((name, changes)))
+    names = ("device_no", "again", "resumed") if len(weights) == 3 else ("device_no", "again", "exact", "resumed")
+    for name, tensors in zip(names, weights):
         (tmp_path / name).mkdir()
-        content = len(header).to_bytes(8, "little") + header + tensors
+        header = name.encode()
+        content = len(header).to_bytes(8, "little") + header + tensors.encode()
         (tmp_path / name / "pytorch_lora_weights.safetensors").write_bytes(content)
-    assert SelfTest(tmp_path).resumed().holds == (weights == b"weights")
+    repeated, resumed = SelfTest(tmp_path).resumed()
+    assert repeated.holds and ("other bytes" in repeated.said) == (len(weights) == 4)
+    assert resumed.holds == holds and all("deterministic" in words for name, words in asked[1:]) == (len(weights) == 4)
+
+
+def test_a_step_that_fp16_skips_is_no_loss(tmp_path):
+    steps = [{"type": "step", "loss": math.inf, "skipped": True}, {"type": "step", "loss": 0.5, "skipped": False}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps({'time': 0, **step})}\n" for step in steps))
+    assert selftest.losses(RunDir(tmp_path)) == [0.5]
+
+
+@pytest.mark.slow
+def test_two_processes_are_compared_with_one(tmp_path):
+    launcher = (*selftest.TWO_PROCESSES, "--cpu", "-m", "dreambooth_moslora")
+    found = SelfTest(tmp_path, env=ON_CPU, launcher=launcher).cards()
+    assert found.holds and found.said.startswith("6 losses of two processes"), found
 
 
 def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
@@ -71,7 +94,7 @@ def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
     """Beside one training on the CPU. The picture is drawn on the CPU in both cases."""
     program = (sys.executable, "-m", "tests.helpers.python_gpu_program") if HAS_PYTHON_DEVICES else PROGRAM
     found = {finding.name: finding for finding in SelfTest(tmp_path, program=program).findings()}
-    assert list(found) == ["losses, fp32", "published", "resumed", "generated"]
+    assert list(found) == ["losses, fp32", "published", "repeated", "resumed", "generated"]
     assert all(finding.holds for finding in found.values()), found
     assert found["losses, fp32"].figures["relative_difference"] < 1e-4
 

@@ -1,5 +1,6 @@
 """One step of the trainer, and what only makes it cheaper: working copies, cached text, compiled blocks, fp16."""
 
+import os
 import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.plan.memory import speed_of
+from dreambooth_moslora.plan.processes import compute_exactly
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training import step as train_step
@@ -197,6 +199,20 @@ def test_convolutions_of_amds_gpus_are_channels_last_on_gfx9_alone(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(gcnArchName=name))
     speed = speed_of(TrainConfig(resolution=1024, train_batch_size=1), "cuda", 1000)
     assert speed.compiled and (speed.channels_last, speed.searches) == (is_fast, is_fast)
+
+
+def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        compute_exactly(True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and not torch.backends.cudnn.benchmark
+    finally:
+        compute_exactly(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    run = TrainConfig(resolution=1024, train_batch_size=1, deterministic=True)
+    assert not speed_of(run, "cuda", 1000).searches
 
 
 def test_a_dry_run_says_what_is_chosen(tiny_base, photos, tmp_path):
