@@ -19,6 +19,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, selftest
 from dreambooth_moslora.training.selftest import ON_CPU, PROGRAM, Finding, SelfTest
 from dreambooth_moslora.training.step import TrainStep
+from tests.helpers.ranks import ended_ranks
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
@@ -114,6 +115,9 @@ TRAININGS |= {"convolutions": {"target_modules": ["to_q", "conv1", "ff.net.0.pro
 TRAININGS |= {"EDM": {"do_edm_style_training": True}, "uncached": {"caching": "off", "dataloader_num_workers": 2}}
 TRAININGS |= {"Prodigy": {"optimizer": "Prodigy", "learning_rate": 1.0}}
 TRAININGS |= {"text cached, samples": {"cache_cross_attention": True, **SAMPLES}}
+FEED_FORWARD = {"target_modules": ["to_q", "ff.net.2"], "recompute_feed_forward": True}
+TRAININGS |= {"feed-forward blocks recomputed": FEED_FORWARD}
+TRAININGS |= {"one image after the other": PRIOR | {"images_at_once": 1}}
 
 COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
 """Each wait leaves the GPU idle until the program has handed it the next kernels: the loss alone is read. And each
@@ -181,7 +185,31 @@ def test_a_training_mixes_no_devices_has_the_cpu_s_losses_and_waits_once_a_step(
     assert found["losses"] == pytest.approx(expected, rel=1e-2 if "mixed_precision" in settings else 1e-5)
     if training in COUNTED:
         assert sum(found["waits"].values()) == 1, found["waits"]
+        assert sum(found["update_waits"].values()) <= 1, found["update_waits"]
         assert sum(found["copies"].values()) == settings.get("gradient_accumulation_steps", 1), found["copies"]
+
+
+@pytest.mark.slow
+def test_two_processes_each_on_a_device_train_what_one_trains_with_two_micro_batches(
+    run_on_device, tiny_base, tmp_path, free_port
+):
+    alone = run_on_device(gradient_accumulation_steps=2)
+    words = {"base": str(tiny_base), "photos": str(tmp_path / "photos"), "output": str(tmp_path / "two")}
+    (tmp_path / "two.json").write_text(json.dumps(words | {"changes": {"max_train_steps": 2}}))
+    ended = ended_ranks("tests.helpers.on_python_gpu", free_port, str(tmp_path / "two.json"))
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"two.{rank}").read_text())
+        assert found.get("losses") == pytest.approx(alone["losses"], rel=1e-5), (found, ended)
+        assert sum(found["waits"].values()) <= 2 and sum(found["update_waits"].values()) <= 2, found
+
+
+@pytest.mark.slow
+def test_fp16_that_overflows_on_the_device_makes_the_step_again(run_on_device):
+    """The scaler asks the device once whether a gradient is infinite, and the norm is read."""
+    found, usual = run_on_device(fp16_scale=2.0**23), run_on_device(mixed_precision="bf16")
+    assert found["skipped"] > 2 and len(found["losses"]) == 2
+    assert found["losses"] == pytest.approx(usual["losses"], rel=2e-2)
+    assert sum(found["update_waits"].values()) <= 2, found["update_waits"]
 
 
 @pytest.mark.slow
