@@ -19,7 +19,7 @@ from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.plan.memory import speed_of
 from dreambooth_moslora.plan.processes import compute_exactly
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import dry_run, loop
+from dreambooth_moslora.training import adapters, dry_run, loop
 from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.loop import Training, train
 from dreambooth_moslora.training.step import StepLosses, TrainStep
@@ -177,6 +177,18 @@ def drawn_by(unet) -> torch.Tensor:
     torch.manual_seed(0)
     added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.randn(1, 6)}
     return unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 48), added_cond_kwargs=added).sample
+
+
+def test_attention_without_a_division_by_one_gives_the_same_bytes():
+    unet, found = tiny_unet(), []
+    for _ in range(2):
+        unet.zero_grad()
+        answer = drawn_by(unet)
+        answer.square().sum().backward()
+        found.append([answer, *(p.grad for p in unet.parameters())])
+        adapters.attend_plainly(unet)
+    kinds = {type(module.processor) for module in unet.modules() if hasattr(module, "processor")}
+    assert kinds == {adapters.PlainAttention} and all(map(torch.equal, *found))
 
 
 CHOSEN = [({}, "cuda", 1000, True, True), ({}, "cuda", 999, False, False), ({}, "cpu", 10**6, False, False)]
