@@ -41,6 +41,7 @@ ONE_PROCESS = (
     "this is the only process: on CPUs without MPI, accelerate starts several by "
     "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …`"
 )
+ONE_GPU = "one of %d GPUs is used: `accelerate launch --multi_gpu train_dreambooth.py …` takes all, for fewer steps"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Item = TypeVar("Item")
@@ -209,6 +210,8 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     is_alone = accelerator.num_processes == 1 and "WORLD_SIZE" not in os.environ
     if is_alone and asks_accelerate("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:  # several were asked for
         logger.warning(ONE_PROCESS)
+    if is_alone and accelerator.device.type == "cuda" and torch.cuda.device_count() > 1:
+        logger.warning(ONE_GPU, torch.cuda.device_count())
     if accelerator.device.type == "cpu":  # a GPU run should return this memory, which it no longer needs
         keep_freed_memory()
     return accelerator

@@ -232,8 +232,8 @@ FLAT_LEVELS = 2.0
 """Standard deviation, of 255 levels, below which a picture shows nothing."""
 FULL_PX, CPU_PX = 1024, 512
 STEP_PLANS = ("full", "recompute")
-TWO_PROCESSES = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2")
-ON_TWO_GPUS = (*TWO_PROCESSES, "--multi_gpu", "-m", "dreambooth_moslora")
+LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
+ON_TWO_GPUS = (*LAUNCHER, "--multi_gpu", "--num_processes", "2", "-m", "dreambooth_moslora")
 STEP_SEC = 600
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
