@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
 from benchmarks.sdxl_structure import sdxl_unet
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.table import PLANS, TrainConfig
 
 if TYPE_CHECKING:
     from dreambooth_moslora.base.load import TextProducts
@@ -29,22 +29,21 @@ __all__ = ["adapted_unet", "count", "counted_total_gib", "estimated_total_gib", 
 
 TEXT_WIDTH, POOLED_WIDTH, TOKENS = 2048, 1280, 77
 PROMPT = "a photo of sks dog"
+DENSE = [name for name, plan in PLANS.items() if "base_quantization" not in plan]
 
 
-def run_config(
-    resolution: int = 1024, rank: int = 16, batch: int = 1, recomputed: bool = False, cached: bool = False
-) -> TrainConfig:
+def run_config(resolution: int = 1024, rank: int = 16, batch: int = 1, plan: str = "full") -> TrainConfig:
+    """A run by a plan of `--memory`."""
     return TrainConfig(
         instance_data_dir=".",
         instance_prompt=PROMPT,
         resolution=resolution,
         rank=rank,
         train_batch_size=batch,
-        gradient_checkpointing=recomputed,
-        cache_cross_attention=cached,
         mixed_precision="bf16",
         num_validation_images=0,
         seed=0,
+        **PLANS[plan],
     )
 
 
@@ -151,10 +150,9 @@ def main(arguments: list[str] | None = None) -> None:
     row("PEFT's own layers", first, lambda config: adapted_unet(config, fast=False), estimated=False)
     deviations = []
     for px, rank, batch in itertools.product(options.resolutions, options.ranks, options.batches):
-        for recomputed, cached in itertools.product((False, True), repeat=2):
-            how = ", recomputed" * recomputed + ", text cached" * cached
-            config = run_config(px, rank, batch, recomputed, cached)
-            deviations.append(row(f"{px} px, rank {rank}, batch {batch}{how}", config, adapted_unet))
+        for plan in DENSE:
+            name = f"{px} px, rank {rank}, batch {batch}, {plan}"
+            deviations.append(row(name, run_config(px, rank, batch, plan), adapted_unet))
     print(f"largest deviation of the estimate: {max(deviations):.1%}")
 
 

@@ -20,7 +20,8 @@ __all__ = ["GIB", "Count", "Counter", "bytes_of", "flash_attention"]
 
 GIB = 2**30
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"}
-VIEWS |= {"detach", "alias", "split", "chunk", "as_strided", "unbind", "reshape", "lift_fresh", "empty", "empty_like"}
+VIEWS |= {"detach", "alias", "split", "split_with_sizes", "chunk", "as_strided", "unbind", "reshape", "lift_fresh"}
+VIEWS |= {"empty", "empty_like"}
 """Operations that start no kernel."""
 
 

@@ -389,7 +389,8 @@ def projections_of_one_input(attention: torch.nn.Module) -> list[list[torch.nn.M
 
 class WorkingCopies:
     """The copies of every `ShortWay` in `models`. `joint`: whether projections of one input are computed together;
-    None: not on a CPU, where it gains nothing, and stacking would copy weights that are mapped from a file."""
+    None: not on a CPU, where it gains nothing and stacking would copy weights that are mapped from a file, and not on
+    Apple's GPU, where nobody has tried it."""
 
     def __init__(self, *models: torch.nn.Module, adapter_name: str = "default", joint: bool | None = None):
         self.adapter_name = adapter_name
@@ -403,7 +404,7 @@ class WorkingCopies:
             if len(layers) < 2 or len({kind_of(layer, adapter_name) for layer in layers}) > 1:
                 continue
             bases = [layer.base_layer for layer in layers]
-            if not (bases[0].weight.device.type != "cpu" if joint is None else joint):
+            if not (bases[0].weight.device.type not in ("cpu", "mps") if joint is None else joint):
                 continue
             if are_matrices(bases):
                 self.joints.append(JointWeights(*layers))

@@ -3,11 +3,12 @@
 Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
 
 One picture is decoded at a time: at 1024 px SDXL's fp32 decoder needs 3 to 4 GiB for each. If a GPU has less,
-the picture is decoded in tiles of 512 px that overlap by a quarter.
+the picture is decoded in tiles of 512 px that overlap by a quarter, or of 256 px. Photos are encoded so too.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -79,20 +80,19 @@ def scale_of(vae: AutoencoderKL) -> int:
 
 
 @contextmanager
-def tiled_where_short(vae: AutoencoderKL, size_px: tuple[int, int], device: torch.device) -> Iterator[None]:
-    """In this block the VAE decodes in tiles, if it can, where memory is short for (height, width) px."""
+def tiled_where_short(
+    vae: AutoencoderKL, size_px: Sequence[int], device: torch.device, bytes_a_pixel: int = machine.DECODER_BYTES_A_PIXEL
+) -> Iterator[None]:
+    """In this block the VAE works in tiles, if it can, where memory is short for (height, width) px."""
     free = machine.free_gib(device)
-    is_short = free is not None and size_px[0] * size_px[1] * machine.DECODER_BYTES_A_PIXEL / machine.GIB > free
-    if not is_short or not hasattr(vae, "tile_latent_min_size"):
+    pixels = math.inf if free is None else free * machine.GIB / bytes_a_pixel
+    if math.prod(size_px) <= pixels or not hasattr(vae, "tile_latent_min_size"):
         yield
         return
     names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
     before = {name: getattr(vae, name) for name in names}
-    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = (
-        True,
-        machine.TILE_PX,
-        machine.TILE_PX // scale_of(vae),
-    )
+    tile = next((side for side in machine.TILES_PX if side**2 <= pixels), machine.TILES_PX[-1])
+    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, tile, tile // scale_of(vae)
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.base import decode, families, files
+from dreambooth_moslora.base import decode, families, files, machine
 from dreambooth_moslora.core import UserError, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.settings.families import Facts, facts_of
@@ -362,7 +362,8 @@ def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[familie
 def encode_image(vae: torch.nn.Module, pixels: torch.Tensor, family: families.Family = SDXL_FAMILY) -> torch.Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) for the denoiser, fp32: the mean of the VAE's posterior. A
     VAE that gives NaN is converted to fp32 for good. Raises UserError when even fp32 gives NaN."""
-    latents = decode.finite_or_fp32(vae, lambda: family.latents(vae, pixels))
+    with decode.tiled_where_short(vae, pixels.shape[-2:], vae.device, machine.ENCODER_BYTES_A_PIXEL):
+        latents = decode.finite_or_fp32(vae, lambda: family.latents(vae, pixels))
     if not latents.isfinite().all():
         raise UserError("the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE.")
     return latents

@@ -7,6 +7,7 @@ GPUs PyTorch emulates bf16, and cuDNN has no convolutions in it; on other CPUs i
 import os
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from sysconfig import get_path
 from typing import Any
@@ -16,11 +17,36 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 GIB = 2**30
 DECODER_BYTES_A_PIXEL = 4300  # Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture
-TILE_PX = 512  # Side of the tiles that are decoded if the whole picture does not fit
+ENCODER_BYTES_A_PIXEL = 2600  # The same of its encoder
+TILES_PX = (512, 256)  # Sides of the tiles if the whole picture does not fit; the largest that does is taken
+
+
+def best_device() -> Any:
+    """The GPU of Nvidia or AMD, else Apple's, else the CPU: what training, pictures and the doctor use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def is_on_apple() -> bool:
+    """Whether a run here is on Apple's GPU. PyTorch is not asked on other systems."""
+    return sys.platform == "darwin" and not asks_accelerate("ACCELERATE_USE_CPU") and best_device().type == "mps"
+
+
+def apple_gib() -> tuple[float, float]:
+    """GiB that Metal says a process should use at most, and what this process has of it."""
+    import torch
+
+    return torch.mps.recommended_max_memory() / GIB, torch.mps.current_allocated_memory() / GIB
 
 
 def free_gib(device: Any) -> float | None:
-    """GiB that this process can still use on a CUDA device, its allocator's own blocks too; None for other devices."""
+    """GiB that this process can still use on a GPU, its allocator's own blocks too; None for other devices."""
+    if device.type == "mps":
+        most, used = apple_gib()
+        return most - used
     if device.type != "cuda":
         return None
     import torch
@@ -29,11 +55,27 @@ def free_gib(device: Any) -> float | None:
     return (torch.cuda.mem_get_info(device)[0] + kept) / GIB
 
 
-def has_gpu() -> bool:
-    """Whether PyTorch finds an Nvidia or AMD GPU, or Apple's."""
+def free_unused_blocks(device: Any) -> None:
+    """Give the blocks that a GPU's allocator keeps back to the driver."""
     import torch
 
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch finds an Nvidia or AMD GPU, or Apple's."""
+    return best_device().type != "cpu"
+
+
+def has_fast_nhwc() -> bool:
+    """Whether this GPU of Nvidia or AMD convolves channels-last fast. Of AMD only gfx9 does: on Radeon cards MIOpen
+    is many times slower so, or copies each weight (pytorch #170947), and its search takes minutes."""
+    import torch
+
+    return not torch.version.hip or torch.cuda.get_device_properties().gcnArchName.startswith("gfx9")
 
 
 def gpu_count() -> int:

@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from dreambooth_moslora.cli.terminal import hush
-from dreambooth_moslora.core import UserError, atomic_write, clone_folder
+from dreambooth_moslora.core import UserError, atomic_write, clone_folder, half_precision
 from dreambooth_moslora.photos.folder import find_photos, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.settings.rules import version_of
@@ -149,7 +149,7 @@ def examine_machine(found: Findings) -> None:
     except Exception as error:  # a broken installation may raise any error
         found.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
-    from dreambooth_moslora.base.machine import has_fast_bf16, unused_gpu, what_compile_lacks
+    from dreambooth_moslora.base.machine import apple_gib, has_fast_bf16, unused_gpu, what_compile_lacks
 
     if torch.cuda.is_available():
         facts, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
@@ -157,7 +157,8 @@ def examine_machine(found: Findings) -> None:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         found.facts["bf16"] = "yes" if has_bf16 else "no: use --mixed_precision fp16"
     elif torch.backends.mps.is_available():
-        found.facts["device"] = "Apple GPU (mps)"
+        found.facts["device"] = f"Apple GPU (mps), {apple_gib()[0]:.1f} GiB for a process"
+        found.facts["bf16"] = "yes"
     else:
         found.facts["device"] = "CPU"
         found.facts["bf16"] = "yes" if has_fast_bf16() else "no: use --mixed_precision no"
@@ -172,6 +173,7 @@ def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) ->
     import torch
 
     from dreambooth_moslora.base import decode, files
+    from dreambooth_moslora.base.machine import best_device
 
     hush()
     try:
@@ -179,7 +181,7 @@ def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) ->
     except (UserError, OSError, ValueError) as error:
         found.warnings.append(f"the VAE of {base} was not tried: {' '.join(str(error).split())[:200]}")
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     photos = [open_rgb(photo) for photo in find_photos(Path(folder), "", 64).photos[:8]] if folder is not None else []
     for probe in decode.probe_vae(vae, [torch.bfloat16, torch.float16], photos, size_px, device):
         found.facts[f"VAE in {probe.dtype}"] = f"off by {probe.error:.2f} of 255 levels" if probe.finite else "NaN"
@@ -191,7 +193,9 @@ def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) ->
 
 
 def selftest_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="device to test (default: the GPU, if there is one)")
+    parser.add_argument(
+        "--device", choices=("cuda", "mps", "cpu"), help="device to test (default: the GPU, if there is one)"
+    )
     parser.add_argument("--output_dir", default="selftest", metavar="DIR", help="folder of the runs and of the report")
 
 
@@ -200,25 +204,28 @@ def run_selftest(args: argparse.Namespace) -> int:
     import psutil
     import torch
 
-    from dreambooth_moslora.base.machine import GIB
+    from dreambooth_moslora.base.machine import GIB, best_device
     from dreambooth_moslora.plan.memory import free_gib_of_gpu
-    from dreambooth_moslora.training.selftest import ON_CPU, SelfTest, as_json, as_page
+    from dreambooth_moslora.training.selftest import ON_CPU, ON_TWO_GPUS, SelfTest, as_json, as_page
 
-    has_gpu = torch.cuda.is_available()
-    if args.device == "cuda" and not has_gpu:
-        raise UserError("--device cuda: this torch sees no GPU; `doctor` says why.")
-    is_on_gpu = has_gpu and args.device != "cpu"
+    best = best_device().type
+    if args.device not in (None, "cpu", best):
+        raise UserError(f"--device {args.device}: this torch sees no such GPU; `doctor` says why.")
+    is_on_gpu = best != "cpu" and args.device != "cpu"
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     machine = Findings()
     examine_versions(machine)
     examine_machine(machine)
-    facts = machine.facts | {"tried": "cuda" if is_on_gpu else "cpu"}
-    has_bf16 = not is_on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    facts = machine.facts | {"tried": best if is_on_gpu else "cpu"}
+    has_bf16 = not is_on_gpu or half_precision() == "bf16"
     free_gib = free_gib_of_gpu() if is_on_gpu else None
     free_gib = psutil.virtual_memory().available / GIB if free_gib is None else free_gib
     precisions = ("no", "bf16" if has_bf16 else "fp16")
-    test = SelfTest(folder, precisions, env={} if is_on_gpu else ON_CPU, free_gib=free_gib)
+    is_cuda = is_on_gpu and best == "cuda"
+    launcher = ON_TWO_GPUS if is_cuda and torch.cuda.device_count() > 1 else ()
+    env = {} if is_on_gpu else ON_CPU
+    test = SelfTest(folder, precisions, env=env, free_gib=free_gib, compiles=is_cuda, launcher=launcher)
     found, start = [], time.monotonic()
     for finding in test.findings():
         print(f"{'ok  ' if finding.holds else 'FAIL'}  {finding.name:14} {finding.said}", flush=True)

@@ -91,7 +91,8 @@ def as_train_would(args: argparse.Namespace, given: dict[str, Any]) -> dict[str,
 
 def make_masks(photos: Sequence["Photo"], config: table.TrainConfig) -> None:
     """Write masks beside the photos, with a line about each on stderr. Raises UserError."""
-    from dreambooth_moslora.photos.masks import best_device, load_segmenter, make_beside
+    from dreambooth_moslora.base.machine import best_device
+    from dreambooth_moslora.photos.masks import load_segmenter, make_beside
 
     try:
         for made in make_beside(photos, load_segmenter(config, best_device())):
@@ -173,9 +174,9 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_caption(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.base.machine import best_device
     from dreambooth_moslora.photos.captions import load_captioner, make_beside
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
-    from dreambooth_moslora.photos.masks import best_device
 
     words = args.instance_prompt if args.subject is None else args.subject
     if not words.strip():

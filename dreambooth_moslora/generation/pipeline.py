@@ -150,7 +150,7 @@ class Home:
         self.is_resting = True
         self.pipeline.remove_all_hooks()
         self.pipeline.to(CPU, silence_dtype_warnings=True)
-        torch.cuda.empty_cache()
+        machine.free_unused_blocks(self.device)
 
     def check_size(self, height_px: int, width_px: int) -> None:
         """Raises UserError for a picture that the UNet has no memory for. Call it after `enter`."""
@@ -257,9 +257,9 @@ class SubjectPipeline:
         resting: bool = False,
     ) -> "SubjectPipeline":
         """Load "toy", a folder, hub id or file, on a GPU by default, or `resting` until used. Raises UserError."""
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(device or machine.best_device())
         half = torch.bfloat16 if getattr(facts_of_base(name), "style", None) == "flow" else torch.float16
-        dtype = dtype or (half if device.type == "cuda" else torch.float32)
+        dtype = dtype or (half if device.type in ("cuda", "mps") else torch.float32)
         subject = cls(load.load_pipeline(name, dtype=dtype), core.public_name(name), device)
         if not (resting or subject.home.is_short):
             subject.home.enter()

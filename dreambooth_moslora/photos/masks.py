@@ -66,13 +66,6 @@ class Segmenter:
         return Image.fromarray(white.astype(np.uint8) * 255)
 
 
-def best_device() -> Any:
-    """The GPU of this machine as a torch device, if it has one."""
-    import torch
-
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def load_segmenter(config: table.TrainConfig, device: Any = "cpu") -> Segmenter:
     """The segmenter of `--mask_model`, loaded at the first mask. Raises UserError without a word."""
     name, word = segmenter_name(config), sought_word(config)

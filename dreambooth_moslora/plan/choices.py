@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.core import CLIP, DINO, UserError, assets_folder, half_precision, is_toy, process_count
-from dreambooth_moslora.plan.memory import SDXL, STOCK_SDXL
+from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.settings import families, sources
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting
+from dreambooth_moslora.settings.table import OF_PLANS, TrainConfig, checked_setting
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
@@ -32,8 +32,6 @@ OWN = (
     "max_train_steps",
 )
 """What a recipe names that is another run's, or is chosen here."""
-OF_MEMORY = tuple(name for name in SETTINGS["memory"].metadata["replaces"] if name != "mixed_precision")
-"""What a word of `--memory` decides instead of the recipe."""
 OF_SAMPLES = ("num_validation_images", "validation_steps")
 """Left out on a CPU: with a large base, the trainer then draws no samples, as each takes minutes."""
 
@@ -77,7 +75,7 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     name, recipe = recipe_settings(base, free_gib)
     photos_a_step = recipe["train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
     exposures = recipe["max_train_steps"] * photos_a_step // PHOTOS_OF_A_RECIPE
-    left_out = {*OWN, *(OF_MEMORY if memory not in (None, "auto") else ())}
+    left_out = {*OWN, *(OF_PLANS if memory is not None else ())}
     if not is_toy(base) and free_gib is None and not machine.has_gpu():
         left_out.update(OF_SAMPLES)
     recipe = {key: value for key, value in recipe.items() if key not in left_out}
@@ -90,7 +88,8 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
             recipe["resolution"] = facts.resolution_px
     if choices.given.get("with_prior_preservation") is False:
         recipe = {key: value for key, value in recipe.items() if "prior" not in key}
-    with_memory = "" if is_toy(base) or free_gib is None else f" for {free_gib:.0f} GiB of free GPU memory"
+    is_by_card = free_gib is not None and name.endswith("gb.toml")
+    with_memory = f" for {free_gib:.0f} GiB of free GPU memory" if is_by_card else ""
     choices.add(f"recipe: assets/configs/{name}{with_memory}", "config", **recipe)
     if choices.settings.get("mixed_precision") == "no":
         choices.say("precision: fp32, as this CPU has no bf16", "mixed_precision")
@@ -104,33 +103,29 @@ def choose_resolution(choices: Choices) -> None:
     with suppress(UserError):
         places = (choices.all.get(name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir"))
         own = files.own_resolution(*places)
-        if own and own != SETTINGS["resolution"].default:
+        if own and own != TrainConfig.resolution:
             choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
 
 
 def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, Any]]:
-    """The file in `assets/configs` for this base and GPU, and its settings, with what the recipes leave open: bases
-    without fp16 files, recomputation on 16 GB, and the precision that the GPU, or the CPU where there is none, computes
-    fast. Its GB are those of the largest recipe that needs at most nine tenths of the card; 12 without a GPU."""
+    """The file in `assets/configs` for this base, and its settings, with what the recipes leave open: bases without
+    fp16 files, and the precision that the GPU, or the CPU where there is none, computes fast. A flow family has recipes
+    by GB: the largest that needs at most nine tenths of the card is taken; without a GPU, for 12 GB."""
     folder = assets_folder() / "configs"
     if is_toy(base):
         return "toy.toml", sources.load_settings(folder / "toy.toml")
-    import torch
-
-    found = None if base == STOCK_SDXL else files.facts_of_base(base)
-    facts = found if found and found.recipes else SDXL
-    most = 12 if free_gib is None else free_gib / 0.9
-    fitting = [gb for gb in facts.recipes if gb <= most]
-    name = f"{facts.name}_{max(fitting, default=min(facts.recipes))}gb.toml"
+    facts, name = None if base == STOCK_SDXL else files.facts_of_base(base), "sdxl.toml"
+    if facts and facts.recipes:
+        most = 12 if free_gib is None else free_gib / 0.9
+        fitting = [gb for gb in facts.recipes if gb <= most]
+        name = f"{facts.name}_{max(fitting, default=min(facts.recipes))}gb.toml"
     recipe = sources.load_settings(folder / name)
     if base != STOCK_SDXL:
         recipe["variant"] = None
-    if name == "sdxl_16gb.toml":
-        recipe["gradient_checkpointing"] = True
-    if torch.cuda.is_available():
+    if machine.has_gpu():
         recipe["mixed_precision"] = half_precision()
-    elif not machine.has_gpu() and not machine.has_fast_bf16():
-        recipe["mixed_precision"] = "no"
+    else:
+        recipe["mixed_precision"] = "bf16" if machine.has_fast_bf16() else "no"
     return name, recipe
 
 

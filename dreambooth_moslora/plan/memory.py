@@ -7,18 +7,25 @@ family (`benchmarks.family_memory`); it is scaled by pixels or tokens, images an
 Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first.
 
 blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
-channels last      convolutions in NHWC, the layout of tensor cores
-cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed
+channels last      convolutions in NHWC, the layout of tensor cores; not on AMD's GPUs but gfx9
+cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on AMD's but gfx9
 
 `--memory`: one word for precision, recomputation, caching and quantisation. It only adds to the given flags; on a GPU
 it also chooses half precision, unless a precision was given.
 
-full               nothing is recomputed
-full_cached        full, and cross-attention's to_k and to_v leave the GPU (--cache_cross_attention)
-recompute          activations are recomputed in the backward pass (--gradient_checkpointing)
-recompute_cached   both
-nf4                recompute, and the frozen UNet is kept in 4 bit (--base_quantization nf4)
-auto               the first of these that is possible and fits the GPU's free memory; full without a GPU
+full                  nothing is recomputed
+full_cached           full, and cross-attention's to_k and to_v leave the GPU (--cache_cross_attention)
+recompute_ff          feed-forward blocks alone are recomputed in the backward pass (--recompute_feed_forward)
+recompute_ff_cached   both
+recompute             all activations are recomputed (--gradient_checkpointing)
+recompute_cached      the same with cross-attention's to_k and to_v off the GPU
+nf4                   recompute, and the frozen UNet is kept in 4 bit (--base_quantization nf4)
+auto                  the first of these that is possible and fits the GPU's free memory; full without a GPU. On
+                      Apple's, whose attention keeps all scores, always one that recomputes
+
+Gradients of these differ at most by rounding, and so do those of one large pass and of several small ones
+(`--images_at_once`). A plan fits if its smallest pass does: photos and their prior one after the other keep half the
+activations, and recompute nothing. Of the plan, the largest pass that fits is taken.
 
 Processes with different settings would train different adapters, or wait for each other for ever. So they agree on
 the flags and files, then on what is chosen by the GPU with the least free memory. One process asks nobody, and then
@@ -49,34 +56,30 @@ CONTEXT_GIB = 0.5
 """Memory of the CUDA context of a process, beside its tensors."""
 STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
 """GiB of a step's image of 1024 px: without recomputation, in addition for each rank, and with recomputation."""
+SCORES_GIB = (12.2, 1.75)
+"""What Apple's attention adds, which keeps all scores for the backward pass (pytorch #179294): without and with
+recomputation, counted with attention in single operations."""
+FEED_FORWARD_GIB = 2.15
+"""GiB of them that recomputing the feed-forward blocks saves."""
 TEXT_GIB = 0.025
 """The same of its text, which does not grow with the image."""
 TOKENS = 77
 PEFT_STEP, PEFT_RECOMPUTED = 1.4, 1.1
 """Factors where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, or dropout."""
+TEXTS_GIB = 0.1
+"""Peak of encoding one prompt, beside the encoders."""
 DRAWING_GIB = 0.15
 """GiB of the UNet's pass without gradients, for an image of 1024 px in half precision."""
-ENCODER_BYTES_A_PIXEL = 2600
-"""Peak of the fp32 VAE's encoder, beside its weights."""
 PNG_BYTES_A_PIXEL = 1.6
 SMALL_GIB = 2.0
 """Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded."""
 STOCK_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL = families.facts_of("StableDiffusionXLPipeline")
-RECIPES = SDXL.recipes
 BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
 """Paths of a transformer's repeated blocks, whose linear layers are quantised."""
 WORTH_IMAGES = 1000
 """Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
 report about a minute to compile the blocks, and a tenth of a second saved per image."""
-PLANS: dict[str, dict[str, object]] = {
-    "full": {},
-    "full_cached": {"cache_cross_attention": True},
-    "recompute": {"gradient_checkpointing": True},
-    "recompute_cached": {"gradient_checkpointing": True, "cache_cross_attention": True},
-    "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
-}
-"""From the fastest to the leanest."""
 USABLE = 0.9
 """Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
 Result = TypeVar("Result")
@@ -187,26 +190,32 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / machine.GIB
     on_host = size.text_projections * number / machine.GIB if config.cache_cross_attention else 0.0
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)
-    decoder = min(config.resolution, machine.TILE_PX) ** 2 * machine.DECODER_BYTES_A_PIXEL / machine.GIB
+    tile = machine.TILES_PX[0] if size.family.style == "flow" else machine.TILES_PX[-1]
+    decoder = min(config.resolution, tile) ** 2 * machine.DECODER_BYTES_A_PIXEL / machine.GIB
     drawing = vae + max(decoder, drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
-    at_once = config.sample_batch_size if config.draws_class_images else 0
-    encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / machine.GIB
-    preparing = max(encoder, drawing_gib(config, size, images=2 * at_once))
-    is_late = size.family.style == "flow" and not at_once and not config.keeps_text_encoders
-    if is_late:  # encoders that do not fit encode on the CPU, and the denoiser is loaded when they are gone
-        texts = 0.0
-    elif at_once or config.base_quantization == "int8":  # the UNet draws, or is quantised, before training
-        preparing += unet
     checkpoint = adapter * (12 + AVERAGE_BYTES * config.use_ema) / machine.GIB
     return Estimate(
         adapter_parameters=adapter,
-        encoding_gib=CONTEXT_GIB + texts + vae + preparing,
+        encoding_gib=CONTEXT_GIB + preparing_gib(config, size, unet, texts, vae),
         training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter),
         sampling_gib=CONTEXT_GIB + weights + (drawing if config.sample_count or config.is_scored else 0),
         checkpoint_gib=checkpoint,
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
     )
+
+
+def preparing_gib(config: table.TrainConfig, size: BaseSize, unet: float, texts: float, vae: float) -> float:
+    """The most before the first step: photos are encoded, then texts. `unet`, `texts`, `vae`: their weights, GiB."""
+    side = config.resolution if size.family.style == "flow" else min(config.resolution, machine.TILES_PX[-1])
+    encoder = side**2 * machine.ENCODER_BYTES_A_PIXEL / machine.GIB
+    if config.draws_class_images:  # the whole pipeline draws before
+        drawing = drawing_gib(config, size, images=2 * config.sample_batch_size)
+        return unet + texts + vae + max(encoder, drawing)
+    if size.family.style == "flow" and not config.keeps_text_encoders:  # the denoiser is loaded later
+        return vae + encoder  # encoders that do not fit encode on the CPU
+    is_there = config.base_quantization == "int8"  # it is quantised on the GPU
+    return max(vae + encoder, texts + TEXTS_GIB) + (unet if is_there else 0.0)
 
 
 def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:
@@ -247,17 +256,19 @@ def scale_of(config: table.TrainConfig, size: BaseSize) -> float:
 
 def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
     """Memory of one forward and backward pass, without weights and gradients."""
-    images = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+    images = config.images_a_pass
     is_pefts = config.base_quantization == "int8" or config.use_dora or config.lora_dropout > 0
     scale, products = scale_of(config, size) * images, products_gib(config, size, images)
     memory = size.family.memory
+    kept_scores = SCORES_GIB if machine.is_on_apple() and not memory else (0.0, 0.0)
     if config.gradient_checkpointing:
-        recomputed = memory.recomputed_gib if memory else RECOMPUTED_GIB
+        recomputed = memory.recomputed_gib if memory else RECOMPUTED_GIB + kept_scores[1]
         return recomputed * scale * (PEFT_RECOMPUTED if is_pefts else 1) + products
     if memory:
         return memory.full_gib * scale * (PEFT_STEP if is_pefts else 1)
     rank = adapter * config.rank / max(1, adapter_parameters(replace(config, rank_pattern=()), size))  # on average
     image = (STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560) * (PEFT_STEP if is_pefts else 1)
+    image += kept_scores[0] - (FEED_FORWARD_GIB if config.recompute_feed_forward else 0)
     casts = adapter * 2 / machine.GIB
     return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts + products
 
@@ -296,7 +307,11 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
         return None
     import torch  # not before it is needed: a dry run answers at once
 
-    if not torch.cuda.is_available():
+    kind = machine.best_device().type
+    if kind == "mps":
+        most, used = machine.apple_gib()
+        return most if is_later else most - used
+    if kind == "cpu":
         return None
     device = int(os.environ.get("LOCAL_RANK", "0"))
     free, whole = torch.cuda.mem_get_info(device)
@@ -304,28 +319,24 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
 
 
 def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
-    """The fewest changes to these settings that fit, the cheapest in time first, and the recipe for such a card."""
-    half, precision = half_precision(), precision_of(config)
-    wanted = {
-        "mixed_precision": half if precision in ("no", "fp32") else precision,
-        "gradient_checkpointing": True,
-        "train_batch_size": 1,
-        "sample_batch_size": 1,
-        "base_quantization": "nf4",
-    }
-    changes = {}
-    for setting, wished in wanted.items():
-        if getattr(config, setting) == wished:
-            continue
-        changes[setting] = wished
-        cost = estimate(replace(config, **changes), size, 1).peak_gib
+    """The fewest changes to these settings that fit, and the recipe for such a card."""
+    for changes in ({}, {"sample_batch_size": 1}):
+        tried = replace(config, memory="auto", images_at_once=None, **changes)
+        tried = replace(tried, **half_settings(tried, free_gib))
+        tried = replace(tried, **fitting_settings(tried, size, free_gib))
+        cost = estimate(tried, size, 1).peak_gib
         if cost <= free_gib:
-            flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
+            flags = "".join(f" --{name} {value}" for name, value in changes.items())
             fitting = (card for card in size.family.recipes if card * 0.9 <= free_gib)  # a tenth is the desktop's
             card = next(fitting, None)
             recipe = f", or start from assets/configs/{size.family.name}_{card}gb.toml" if card else ""
-            recipe += f" with --mixed_precision {half}" if card and half != "bf16" else ""
-            return f"give {flags} (then {cost:.1f} GiB){recipe}."
+            is_given = config.memory == "auto" and config.images_at_once
+            said = (
+                f"leave out --images_at_once{flags and f' and give{flags}'}"
+                if is_given
+                else f"give --memory auto{flags}"
+            )
+            return f"{said} (then {cost:.1f} GiB){recipe}."
     return f"give a smaller --resolution than {config.resolution}, or free the GPU."
 
 
@@ -349,20 +360,21 @@ def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
     """The choice for `steps` optimizer steps on such a device. `auto` never compiles a base in 4 or 8 bit."""
     images = images_of(config, steps)
     is_cuda = device_type == "cuda"
-    pays = is_cuda and images >= WORTH_IMAGES
+    pays, is_nhwc = is_cuda and images >= WORTH_IMAGES, is_cuda and machine.has_fast_nhwc()
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
-    return Speed(config.compile == "on" or by_itself, is_cuda, pays and not config.enable_bucket, images)
+    searches = pays and is_nhwc and not config.enable_bucket and not config.deterministic
+    return Speed(config.compile == "on" or by_itself, is_nhwc, searches, images)
 
 
 def speed_here(config: table.TrainConfig, steps: int) -> Speed:
     """The choice on this machine, for a dry run. It looks for a GPU only where that matters."""
     is_long = images_of(config, steps) >= WORTH_IMAGES
-    return speed_of(config, "cuda" if is_long and free_gib_of_gpu() is not None else "cpu", steps)
+    is_on_gpu = is_long and not machine.asks_accelerate("ACCELERATE_USE_CPU")
+    return speed_of(config, machine.best_device().type if is_on_gpu else "cpu", steps)
 
 
 def images_of(config: table.TrainConfig, steps: int) -> float:
-    copies = 2 if config.with_prior_preservation else 1
-    images = steps * config.gradient_accumulation_steps * config.train_batch_size * copies
+    images = steps * config.gradient_accumulation_steps * config.images_a_micro_batch
     return images * (config.resolution / 1024) ** 2
 
 
@@ -378,24 +390,51 @@ def memory_settings(config: table.TrainConfig, free_gib: float | None = None) ->
             saved = sources.read_json_table(RunDir(config.output_dir).config_path)
             if before := {name: saved[name] for name in table.SETTINGS["memory"].metadata["replaces"] if name in saved}:
                 return before
-    is_open = free is not None and precision_of(config) == "no"
-    precision = {"mixed_precision": half_precision()} if is_open else {}
+    precision = half_settings(config, free)
     config = replace(config, **precision)
     size = size_of_base(
         files.base_folder(config), config.target_modules, config.variant, config.pretrained_model_name_or_path
     )
-    name = config.memory if config.memory != "auto" else fitting(config, size, free)
-    return precision | plan_settings(config, name)
+    return precision | fitting_settings(config, size, free)
+
+
+def half_settings(config: table.TrainConfig, free_gib: float | None) -> dict[str, str]:
+    """Half precision on a GPU, unless a precision was given."""
+    return {"mixed_precision": half_precision()} if free_gib is not None and precision_of(config) == "no" else {}
+
+
+def fitting_settings(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> dict[str, Any]:
+    """The settings of the plan that `--memory` names, or with `auto` of the first whose smallest pass fits, and its
+    largest pass that fits."""
+    *_, smallest = passes = passes_of(config)
+    name = config.memory if config.memory != "auto" else fitting(replace(config, **smallest), size, free_gib)
+    plan = plan_settings(config, name)
+    for images in passes if free_gib is not None else ():
+        if estimate(replace(config, **plan, **images), size, 1).peak_gib <= USABLE * free_gib:
+            return plan | images
+    return plan | (smallest if free_gib is not None else {})
+
+
+def passes_of(config: table.TrainConfig) -> list[dict[str, int]]:
+    """The passes to choose from, as settings: all images of a step together, half of them, and so on down to one; the
+    given one, and a micro-batch where texts are trained, alone. A pass of one micro-batch sets nothing."""
+    if config.images_at_once is not None or rules.excluded_by("images_at_once", config):
+        return [{}]
+    found, images = [], config.gradient_accumulation_steps * config.images_a_micro_batch
+    while images not in found:
+        found.append(images)
+        images = math.ceil(images / 2)
+    return [{"images_at_once": images} if images != config.images_a_micro_batch else {} for images in found]
 
 
 def plan_settings(config: table.TrainConfig, name: str) -> dict[str, Any]:
     """What the plan adds to the given settings; int8 stays."""
     is_quantized = config.base_quantization != "none"
-    return {key: value for key, value in PLANS[name].items() if not (is_quantized and key == "base_quantization")}
+    return {key: value for key, value in table.PLANS[name].items() if not (is_quantized and key == "base_quantization")}
 
 
 def fitting(
-    config: table.TrainConfig, size: BaseSize, free_gib: float | None, names: Collection[str] = tuple(PLANS)
+    config: table.TrainConfig, size: BaseSize, free_gib: float | None, names: Collection[str] = tuple(table.PLANS)
 ) -> str:
     """The first of `names` that fits, or else the leanest possible plan; a later check refuses that."""
     if free_gib is None:
@@ -404,15 +443,17 @@ def fitting(
     return next((name for name, cost in needs.items() if cost <= USABLE * free_gib), list(needs)[-1])
 
 
-def costs(config: table.TrainConfig, size: BaseSize, names: Collection[str] = tuple(PLANS)) -> dict[str, float]:
+def costs(config: table.TrainConfig, size: BaseSize, names: Collection[str] = tuple(table.PLANS)) -> dict[str, float]:
     """Plan -> peak memory in GiB, for the plans that are possible with these settings and packages."""
     found = {}
     for name in names:
+        if machine.is_on_apple() and (name == "nf4" or "gradient_checkpointing" not in table.PLANS[name]):
+            continue
         if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
             continue
-        if "cache_cross_attention" in PLANS[name] and size.family.style == "flow":
+        if size.family.style == "flow" and any(setting in families.OF_UNETS for setting in table.PLANS[name]):
             continue
-        if "cache_cross_attention" not in PLANS[name] or not rules.excluded_by("cache_cross_attention", config):
+        if "cache_cross_attention" not in table.PLANS[name] or not rules.excluded_by("cache_cross_attention", config):
             found[name] = estimate(replace(config, **plan_settings(config, name)), size, 1).peak_gib
     return found
 
@@ -422,10 +463,13 @@ def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:
     if config.memory is None:
         return []
     free = free_gib_of_gpu()
-    bare = replace(config, gradient_checkpointing=False, base_quantization="none", cache_cross_attention=False)
+    bare = replace(
+        config, **{name: table.SETTINGS[name].default for name in table.OF_PLANS if name != "images_at_once"}
+    )
     needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in costs(bare, size).items())
     has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
-    return [f"memory plans: {needs}; {has} (--memory {config.memory})"]
+    passes = f"{config.images_a_pass} of a step's {config.images_a_micro_batch * config.gradient_accumulation_steps}"
+    return [f"memory plans: {needs}; {has}; {passes} images pass at once (--memory {config.memory})"]
 
 
 def is_alone() -> bool:

@@ -11,7 +11,7 @@ shows each photo of that subject once, and photos of the others more often.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,6 +66,15 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: 
     if config.exposures_per_photo:
         total = math.ceil(config.exposures_per_photo * photo_count / photos_a_step)
     return StepPlan(counts, config.repeats, photos_a_step, steps_an_epoch, total)
+
+
+def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
+    """Split `total` in proportion to the photos of each size (h, w), each at least one if possible."""
+    exact = {size: total * count / sum(sizes.values()) for size, count in sorted(sizes.items())}
+    found = dict.fromkeys(exact, int(total >= len(exact)))
+    for _ in range(total - sum(found.values())):
+        found[max(exact, key=lambda size: exact[size] - found[size])] += 1
+    return found
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ ONE_PROCESS = (
     "this is the only process: on CPUs without MPI, accelerate starts several by "
     "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …`"
 )
+ONE_GPU = "one of %d GPUs is used: `accelerate launch --multi_gpu train_dreambooth.py …` takes all, for fewer steps"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Item = TypeVar("Item")
@@ -156,6 +157,7 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    compute_exactly(config.deterministic)
     run_dir.path.mkdir(parents=True, exist_ok=True)
     clean_stale(run_dir.path)
     folders = utils.ProjectConfiguration(str(run_dir.path), str(run_dir.path / config.logging_dir))
@@ -178,9 +180,21 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
     is_alone = accelerator.num_processes == 1 and "WORLD_SIZE" not in os.environ
     if is_alone and asks_accelerate("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:  # several were asked for
         logger.warning(ONE_PROCESS)
+    if is_alone and accelerator.device.type == "cuda" and torch.cuda.device_count() > 1:
+        logger.warning(ONE_GPU, torch.cuda.device_count())
     if accelerator.device.type == "cpu":  # a GPU run should return this memory, which it no longer needs
         processes.keep_freed_memory()
     return accelerator
+
+
+def compute_exactly(is_wanted: bool) -> None:
+    """With it PyTorch takes kernels that sum in one order, and raises RuntimeError where it has none. To warn is not
+    enough: attention would go on as usual (pytorch #182551). Call it before the first product on the GPU."""
+    torch.use_deterministic_algorithms(is_wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it only shows errors of programs
+    if is_wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
 
 
 def joined() -> PartialState:

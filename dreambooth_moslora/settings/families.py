@@ -100,7 +100,7 @@ class Facts:
     call: str = ""
     """What the pipeline's call needs beside a prompt, in the snippet of a model card."""
     recipes: tuple[int, ...] = ()
-    """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for."""
+    """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for; UNets share SDXL's, which is for all."""
 
     @property
     def denoiser_name(self) -> str:
@@ -147,7 +147,6 @@ FAMILIES = (
                 CLIP_L + CLIP_G,
             ),
         ),
-        recipes=(24, 16, 12, 8, 6),
         **UNET,
     ),
     Facts(
@@ -319,7 +318,7 @@ FAMILIES = (
     ),
 )
 OF_UNETS = ("do_edm_style_training", "snr_gamma", "debiased_estimation_loss", "timestep_bias_strategy")
-OF_UNETS += ("noise_offset", "cache_cross_attention", "basis")
+OF_UNETS += ("noise_offset", "cache_cross_attention", "recompute_feed_forward", "basis")
 """Settings that only UNets obey."""
 OF_FLOWS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
 """Settings that only transformers obey."""

@@ -33,6 +33,7 @@ REMARKS: dict[str, Callable[[Config], object]] = {
 
 EDM_WEIGHS = "EDM weighs noise levels itself"
 TEXT_CHANGES = "the text of a prompt changes from step to step"
+ONE_PASS = "a text's gradient comes from one pass"
 EXCLUDED: dict[str, dict[str, str]] = {
     "snr_gamma": {"do_edm_style_training": EDM_WEIGHS, "debiased_estimation_loss": "each weighs noise levels"},
     "debiased_estimation_loss": {"do_edm_style_training": EDM_WEIGHS},
@@ -44,6 +45,7 @@ EXCLUDED: dict[str, dict[str, str]] = {
         "use_dora": "DoRA reads the weights",
         "base_quantization": "it quantises these weights",
     },
+    "images_at_once": {name: ONE_PASS for name in ("train_text_encoder", "train_text_encoder_ti")},
     "basis": {
         "init_adapter": "each sets A and B",
         "use_dora": "the mixer alone is trained",

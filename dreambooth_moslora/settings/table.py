@@ -23,6 +23,18 @@ KRONECKER = "kronecker"
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", KRONECKER, "none"]
 ZERO = "zero"  # Start of the mixer on a frozen basis. Elsewhere it would not train.
 SVD = "svd"  # The word for the basis of the base's own weights; any other is a file.
+PLANS: dict[str, dict[str, object]] = {
+    "full": {},
+    "full_cached": {"cache_cross_attention": True},
+    "recompute_ff": {"recompute_feed_forward": True},
+    "recompute_ff_cached": {"recompute_feed_forward": True, "cache_cross_attention": True},
+    "recompute": {"gradient_checkpointing": True},
+    "recompute_cached": {"gradient_checkpointing": True, "cache_cross_attention": True},
+    "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
+}
+"""The words of `--memory`, from the fastest to the leanest."""
+OF_PLANS = (*dict.fromkeys(name for plan in PLANS.values() for name in plan), "images_at_once")
+"""What a word of `--memory` decides beside the precision."""
 NO_GAIN = "no gain was shown on three sample subjects"  # `docs/training.md` has the figures.
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 
@@ -346,18 +358,25 @@ class TrainConfig:
     memory: str | None = of_memory(None,
         "one word for the next flags: one of the plans, from the fastest to the leanest, or auto, the first that "
         "fits the GPU",
-        choices=("auto", "full", "full_cached", "recompute", "recompute_cached", "nf4"),
-        replaces=("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention"))
+        choices=("auto", *PLANS), replaces=("mixed_precision", *OF_PLANS))
     mixed_precision: str | None = of_memory(None,
         "precision of the frozen base (default: what `accelerate config` says)",
         choices=("no", "fp16", "bf16"), publish="always", kohya="ss_mixed_precision")
     base_quantization: str = of_memory("none", "keep the frozen UNet or transformer in 4 or 8 bit",
-        choices=("none", "nf4", "int8"), publish="always", packages={"nf4": "bitsandbytes", "int8": "bitsandbytes"})
+        choices=("none", "nf4", "int8"), publish="always", packages={"nf4": "bitsandbytes", "int8": "bitsandbytes"},
+        yields_to=("memory",))
     gradient_checkpointing: bool = of_memory(False, "less memory, slower steps: recompute activations",
-        publish="always", kohya="ss_gradient_checkpointing")
+        publish="always", kohya="ss_gradient_checkpointing", yields_to=("memory",))
+    recompute_feed_forward: bool = of_memory(False,
+        "recompute the activations of the UNet's feed-forward blocks alone: two fifths less, for an eighth more work",
+        publish="if_changed", yields_to=("memory",),
+        idle=rows.where("with --gradient_checkpointing, which recomputes all", lambda run: run.gradient_checkpointing))
     cache_cross_attention: bool = of_memory(False,
         "keep cross-attention's to_k and to_v off the GPU: their output for each prompt is computed once",
-        publish="if_changed")
+        publish="if_changed", yields_to=("memory",))
+    images_at_once: int | None = of_memory(None,
+        "most images that pass through the UNet together, of one or of several micro-batches; gradients are the same "
+        "but for rounding (default: a micro-batch with its prior)", low=1, publish="if_changed", yields_to=("memory",))
     caching: str = of_memory("memory", "keep encoded photos in memory, on disk for later runs, or encode each step",
         choices=("memory", "disk", "off"), publish="if_changed")
     cache_latents: bool = of_memory(False, "accepted: photos are always encoded once, unless --caching off")
@@ -369,6 +388,9 @@ class TrainConfig:
     compile: str = of_memory("auto",
         "compile the transformer blocks (torch.compile): auto on a GPU where the run is long enough",
         choices=("auto", "on", "off"), publish="if_changed")
+    deterministic: bool = of_memory(False,
+        "the same bytes each time on a GPU too, as on a CPU: slower attention, no search of algorithms",
+        publish="if_changed")
     enable_xformers_memory_efficient_attention: bool = of_memory(False, "accepted: PyTorch's own attention is used")
     local_rank: int = of_memory(-1, "set by the launcher of several processes", per_process=True)
 
@@ -423,6 +445,20 @@ class TrainConfig:
     @property
     def is_scored(self) -> bool:
         return bool(self.evaluate_steps or self.find_scale)
+
+    @property
+    def images_a_micro_batch(self) -> int:
+        """Photos and their prior images of one micro-batch."""
+        return self.train_batch_size * (2 if self.with_prior_preservation else 1)
+
+    @property
+    def images_a_pass(self) -> int:
+        """The most images that pass through the denoiser together: whole micro-batches, or a part of one, which has
+        photos alone or prior images alone."""
+        whole, wanted = self.images_a_micro_batch, self.images_at_once or self.images_a_micro_batch
+        if wanted < whole:
+            return min(wanted, self.train_batch_size)
+        return min(wanted // whole, self.gradient_accumulation_steps) * whole
 
     @property
     def keeps_text_encoders(self) -> bool:

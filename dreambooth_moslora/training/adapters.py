@@ -11,7 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.utils.checkpoint import checkpoint
 
 from dreambooth_moslora.adapters import fast_linear, init_adapter, lora_file, moslora, new_tokens, raw_file
 from dreambooth_moslora.adapters.basis import Basis, freeze_basis, put_basis
@@ -65,7 +69,52 @@ def add_adapters(
         if config.gradient_checkpointing:  # diffusers and transformers name the method differently
             turn_on = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
             turn_on()
+        elif config.recompute_feed_forward:
+            recompute_feed_forward(module)
+        attend_plainly(module)
         fast_linear.enable_fast_path(module)
+
+
+class PlainAttention(AttnProcessor2_0):
+    """Attention of a UNet's transformer block without diffusers' division of the result by 1: the same numbers, two
+    kernels less in a step."""
+
+    def __call__(
+        self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **others
+    ):
+        if any(value is not None for value in others.values()):  # a mask
+            return super().__call__(attn, hidden_states, encoder_hidden_states, **others)
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        parts = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+        found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](found))
+
+
+def attend_plainly(denoiser: torch.nn.Module) -> None:
+    """In place, where diffusers' own attention would add nothing to a block's plain one."""
+    for module in denoiser.modules():
+        if type(getattr(module, "processor", None)) is AttnProcessor2_0 and isinstance(module, Attention):
+            extras = (module.group_norm, module.spatial_norm, module.norm_cross, module.norm_q, module.norm_k)
+            is_plain = all(extra is None for extra in extras) and not module.residual_connection
+            if is_plain and module.rescale_output_factor == 1:
+                module.processor = PlainAttention()
+
+
+class RecomputedFeedForward(FeedForward):
+    """Keeps its input alone for the backward pass, which computes the rest again."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def recompute_feed_forward(denoiser: torch.nn.Module) -> None:
+    """In place: these blocks keep two fifths of what the UNet keeps for the backward pass."""
+    for module in denoiser.modules():
+        if type(module) is FeedForward:
+            module.__class__ = RecomputedFeedForward
 
 
 def fresh_adapters(

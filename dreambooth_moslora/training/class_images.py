@@ -37,6 +37,7 @@ from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.folder import find_photos, usable_photos
 from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, crop_rule, open_image
 from dreambooth_moslora.pictures import png_bytes
+from dreambooth_moslora.plan.plan import shares
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import frozen_base
@@ -163,15 +164,6 @@ class ClassBatch:
         seed_of_each = dict(zip(self.indices, self.seeds))
         for index, content in zip(self.missing, files, strict=True):
             self.images.write(index, seed_of_each[index], content)
-
-
-def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
-    """Split `total` in proportion to the photos of each size (h, w), each at least one if possible."""
-    exact = {size: total * count / sum(sizes.values()) for size, count in sorted(sizes.items())}
-    found = dict.fromkeys(exact, int(total >= len(exact)))
-    for _ in range(total - sum(found.values())):
-        found[max(exact, key=lambda size: exact[size] - found[size])] += 1
-    return found
 
 
 def are_draws(photos: Sequence[Photo], seed: int) -> bool:

@@ -15,10 +15,9 @@ from dreambooth_moslora.photos import captions, folder, masks, photo_file
 from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
 from dreambooth_moslora.plan.memory import BYTES, plan_lines, precision_of, speed_here
-from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan
+from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan, shares
 from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.prompts import subject_of
-from dreambooth_moslora.training.class_images import shares
 
 
 def advice(plan: Plan) -> list[str]:

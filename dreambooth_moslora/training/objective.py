@@ -78,6 +78,11 @@ class LossParts:
     instance: torch.Tensor
     prior: torch.Tensor | None  # None without prior images
 
+    def share(self, of_all: float) -> "LossParts":
+        """Of a part of a micro-batch's images, which are such a share of its instance images, or of its prior ones."""
+        prior = torch.zeros_like(self.instance) if self.prior is None else self.prior
+        return LossParts(self.total * of_all, self.instance * of_all, prior * of_all)
+
 
 def sample_timesteps(
     schedule: NoiseSchedule,
@@ -243,8 +248,11 @@ def loss(
 ) -> LossParts:
     """Mean error of the instance images and of the prior images, and their weighted sum, in fp32. prediction, target
     (B, 4, h, w); weights (B,); mask (B, 1, h, w) in [0, 1] weighs the positions of an image. The first
-    `instance_count` images are the subject's, the others are prior images."""
+    `instance_count` images are the subject's, the others are prior images; either may be none."""
     per_image = weights * image_errors(prediction.float(), target.float(), mask, pointwise)
+    if instance_count == 0:
+        prior = per_image.mean()
+        return LossParts(prior_loss_weight * prior, torch.zeros_like(prior), prior.detach())
     instance = per_image[:instance_count].mean()
     if len(per_image) == instance_count:
         return LossParts(instance, instance.detach(), None)

@@ -103,11 +103,14 @@ def prepare(
     encoder = photo_stream.PhotoEncoder(pipeline.vae.to(device), cache_of(config), crop_rule(config), *options)
     instance = photo_stream.instance_streams(config, photos, encoder)
     prior = photo_stream.prior_streams(config, class_photos, encoder, instance) if class_photos else None
-    prompt_embeds = prompt_cache(config, pipeline, device)
+    prompt_embeds = prompt_cache(config, pipeline)
     streams = [stream for stream in (instance, prior) if stream is not None]
     encode_photos(context, streams, sample_count)
+    release_vae(config, pipeline, encoder)
+    reporter.free_unused_memory(device)
+    move_encoders(pipeline, family, device)
     encode_prompts(config, context, streams, prompt_embeds, prompts)
-    release_encoders(config, pipeline, prompt_embeds, encoder)
+    release_encoders(config, pipeline, prompt_embeds)
     reporter.free_unused_memory(device)
     give_freed_memory_back()
     if is_late:
@@ -200,13 +203,10 @@ def cache_of(config: table.TrainConfig) -> frozen_base.TensorCache | None:
     return frozen_base.TensorCache((Path(config.cache_dir) if config.cache_dir else default_cache_dir()) / "encoded")
 
 
-def prompt_cache(
-    config: table.TrainConfig, pipeline: DiffusionPipeline, device: torch.device
-) -> frozen_base.PromptCache:
+def prompt_cache(config: table.TrainConfig, pipeline: DiffusionPipeline) -> frozen_base.PromptCache:
     """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded anew in training."""
     family = family_of_run(config, pipeline)
-    found = [getattr(pipeline, name) for name in family.facts.encoders]
-    encoders = [encoder.to(device_with_room(found, device)) for encoder in found]
+    encoders = [getattr(pipeline, name) for name in family.facts.encoders]
     identity = "+".join([family.facts.name, *map(frozen_base.fingerprint, encoders)])
     if pipeline.config.get("force_zeros_for_empty_prompt"):  # it decides the encoding of ""
         identity += "+zeros"
@@ -220,6 +220,14 @@ def prompt_cache(
             return family.texts(pipeline, prompts)
 
     return frozen_base.PromptCache(encode, cache_of(config) or frozen_base.TensorCache(), identity)
+
+
+def move_encoders(pipeline: DiffusionPipeline, family: families.Family, device: torch.device) -> None:
+    """Move the text encoders to `device` if they fit there."""
+    encoders = [getattr(pipeline, name) for name in family.facts.encoders]
+    place = device_with_room(encoders, device)
+    for encoder in encoders:
+        encoder.to(place)
 
 
 def device_with_room(models: Sequence[torch.nn.Module], device: torch.device) -> torch.device:
@@ -290,15 +298,16 @@ def fill(cache: frozen_base.TensorCache, context: reporter.RunContext, entries: 
 
 
 def release_encoders(
-    config: table.TrainConfig,
-    pipeline: DiffusionPipeline,
-    prompt_embeds: frozen_base.PromptCache,
-    encoder: photo_stream.PhotoEncoder,
+    config: table.TrainConfig, pipeline: DiffusionPipeline, prompt_embeds: frozen_base.PromptCache
 ) -> None:
-    """Free the text encoders unless they are trained, and the VAE unless a step, sample or score needs it."""
+    """Free the text encoders unless they are trained."""
     if not config.keeps_text_encoders:
         prompt_embeds.release_encoders()
         pipeline.register_modules(**dict.fromkeys(facts_of(type(pipeline).__name__).encoders))
+
+
+def release_vae(config: table.TrainConfig, pipeline: DiffusionPipeline, encoder: photo_stream.PhotoEncoder) -> None:
+    """Free the VAE unless a step, sample or score needs it; the last two find it on the CPU."""
     if config.caching != "off" and (config.sample_count or config.is_scored):
         pipeline.vae.to("cpu")
     elif config.caching != "off":

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from dreambooth_moslora.base.machine import free_unused_blocks
 from dreambooth_moslora.core import StopRequestedError, UserError, atomic_write, one_line
 from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.plan.processes import any_process, on_each
@@ -137,15 +138,11 @@ class Reporter:
 def free_unused_memory(device: torch.device) -> None:
     """Free the GPU memory of pictures: the blocks of a decode do not fit a training step."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
+    free_unused_blocks(device)
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process. Apple's tells no peak: what PyTorch
-    holds there now."""
+    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process; on Apple's what it has now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     if device.type == "mps":

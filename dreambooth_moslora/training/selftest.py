@@ -2,8 +2,12 @@
 
 losses      the device's losses equal the CPU's, in full and half precision
 published   the files of the device's run are verified (`adapters.proof`)
-resumed     a run that was stopped and resumed on the device ends with the same bytes
+repeated    whether two equal runs end with the same bytes: kernels that sum in a changing order give others
+resumed     a run that was stopped and resumed on the device ends with the same bytes, both with `--deterministic` where
+            equal runs differ, so that chance is told from a defect
 generated   a picture drawn with the adapter on the device is not a single colour
+compiled    the device's losses with compiled blocks, on Nvidia's and AMD's GPUs
+cards       those of two processes, one on each of two GPUs, equal those of one
 step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
 lower bound
 
@@ -38,9 +42,10 @@ from dreambooth_moslora.base import families, load
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
+from dreambooth_moslora.plan.processes import DTYPES
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import photo_stream, prepare
-from dreambooth_moslora.training.step import TrainStep
+from dreambooth_moslora.training.step import GOES_ON, TrainStep
 
 SIZES = ("sdxl", "small")  # 2.57 billion parameters, or the same topology with a fortieth of the width.
 
@@ -123,24 +128,25 @@ class RandomMaterials:
         return [self.text] * len(prompts)
 
 
-def random_materials(size: str, resolution_px: int) -> RandomMaterials:
+def random_materials(size: str, resolution_px: int, dtype: torch.dtype = torch.bfloat16) -> RandomMaterials:
     side = resolution_px // 8
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     ids = torch.tensor([resolution_px, resolution_px, 0, 0, resolution_px, resolution_px], dtype=torch.float32)
     widths = text_widths(size)
-    embeds, pooled = torch.randn(77, sum(widths)).bfloat16(), torch.randn(widths[1]).bfloat16()
+    embeds, pooled = torch.randn(77, sum(widths)).to(dtype), torch.randn(widths[1]).to(dtype)
     text = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
     view = photo_stream.EncodedView(torch.randn(4, side, side), ids, None)
-    return RandomMaterials(SimpleNamespace(unet=random_unet(size)), prepare.noise_schedule(scheduler), view, text)
+    unet, schedule = SimpleNamespace(unet=random_unet(size, dtype)), prepare.noise_schedule(scheduler)
+    return RandomMaterials(unet, schedule, view, text, dtype=dtype)
 
 
 GIB = 2**30
 
 
 def measure(size: str, config: TrainConfig) -> dict[str, float]:
-    """Measure a batch as `config` says, in bf16, on the device that accelerate chooses."""
-    accelerator = Accelerator(mixed_precision="bf16")
-    materials = random_materials(size, config.resolution)
+    """Measure a batch as `config` says, on the device that accelerate chooses."""
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    materials = random_materials(size, config.resolution, DTYPES[config.mixed_precision])
     unet = materials.pipeline.unet.requires_grad_(False).to(accelerator.device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -188,10 +194,11 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="sdxl")
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--mixed_precision", choices=("fp16", "bf16"), default="bf16")
     args = parser.parse_args()
     processes.keep_freed_memory()
-    fixed = {"rank": 16, "train_batch_size": 1, "mixed_precision": "bf16", "seed": 0, "instance_data_dir": "."}
-    asked = {"resolution": args.resolution, "gradient_checkpointing": args.gradient_checkpointing}
+    fixed = {"rank": 16, "train_batch_size": 1, "seed": 0, "instance_data_dir": "."}
+    asked = {name: getattr(args, name) for name in ("resolution", "gradient_checkpointing", "mixed_precision")}
     print(json.dumps(measure(args.size, TrainConfig(**fixed, **asked, instance_prompt="a photo of sks dog"))))
 
 
@@ -201,6 +208,8 @@ TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}  # Of a loss to the CPU's i
 FLAT_LEVELS = 2.0  # Standard deviation, of 255 levels, below which a picture shows nothing
 FULL_PX, CPU_PX = 1024, 512
 STEP_PLANS = ("full", "recompute")
+LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
+ON_TWO_GPUS = (*LAUNCHER, "--multi_gpu", "--num_processes", "2", "-m", "dreambooth_moslora")
 STEP_SEC = 600
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -214,7 +223,8 @@ class Finding:
 
 
 class SelfTest:
-    """Trains and draws with `program` and `env` in each of `precisions` ("no": fp32); measures SDXL if `free_gib`."""
+    """Trains and draws with `program` and `env` in each of `precisions` ("no": fp32); measures SDXL if `free_gib`.
+    `compiles`: compiled blocks are tried too. `launcher`, if given, are the words that start two processes."""
 
     def __init__(
         self,
@@ -223,9 +233,11 @@ class SelfTest:
         env: dict[str, str] | None = None,
         program: tuple[str, ...] = PROGRAM,
         free_gib: float | None = None,
+        compiles: bool = False,
+        launcher: tuple[str, ...] = (),
     ):
         self.folder, self.precisions, self.env, self.program = folder, precisions, env or {}, program
-        self.free_gib = free_gib
+        self.free_gib, self.compiles, self.launcher = free_gib, compiles, launcher
         self.photos = folder / "photos"
         shutil.rmtree(self.photos, ignore_errors=True)
         self.photos.mkdir(parents=True)
@@ -246,23 +258,53 @@ class SelfTest:
             proof = next(e["proof"] for e in self.run("device_no").read_metrics() if e["type"] == "export")
             far = proof["max_relative_difference"]
             yield Finding("published", True, f"both files reload to {far:.1e}", {"relative_difference": far})
-            yield self.resumed()
+            yield from self.resumed()
             yield self.generated()
+            if self.compiles:
+                yield self.compiled()
+            if self.launcher:
+                yield self.cards()
             if self.free_gib is not None:
                 yield self.step(self.free_gib)
         except UserError as error:
             yield Finding("run", False, str(error))
 
-    def resumed(self) -> Finding:
-        self.train("resumed", max_train_steps=STOPPED_AT)
-        self.train("resumed", resume_from_checkpoint="latest")
-        tensors = []  # the bytes of the published adapters without the headers
-        for name in ("device_no", "resumed"):
-            content = self.run(name).adapter_path.read_bytes()
-            tensors.append(content[8 + int.from_bytes(content[:8], "little") :])
-        holds = tensors[0] == tensors[1]
-        said = "the same bytes as an unbroken run" if holds else "other bytes than an unbroken run"
-        return Finding("resumed", holds, said)
+    def resumed(self) -> Iterator[Finding]:
+        self.train("again")
+        is_exact, whole, words = self.are_equal("device_no", "again"), "device_no", {}
+        said = "two equal runs have the same bytes"
+        if not is_exact:
+            said = "two equal runs have other bytes: kernels here sum in a changing order (--deterministic)"
+            whole, words = "exact", {"deterministic": "true"}
+            self.train(whole, **words)
+        yield Finding("repeated", True, said)
+        self.train("resumed", max_train_steps=STOPPED_AT, **words)
+        self.train("resumed", resume_from_checkpoint="latest", **words)
+        holds = self.are_equal(whole, "resumed")
+        said = f"{'the same' if holds else 'other'} bytes {'than' if not holds else 'as'} an unbroken run"
+        yield Finding("resumed", holds, said + ("" if is_exact else ", both with --deterministic"))
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether the published adapters of two runs have the same bytes, without their headers."""
+        contents = [self.run(name).adapter_path.read_bytes() for name in (one, other)]
+        first, second = (content[8 + int.from_bytes(content[:8], "little") :] for content in contents)
+        return first == second
+
+    def compiled(self) -> Finding:
+        """Without a compiler the trainer says so and goes on; that is no failure."""
+        run = self.train("compiled", compile="on")
+        far = largest_difference(losses(run), losses(self.run("device_no")))
+        said = f"losses with compiled blocks, at most {far:.1e} from those without"
+        if GOES_ON in (self.folder / "compiled.log").read_text(encoding="utf-8"):
+            said = f"blocks cannot be compiled here; {GOES_ON}"
+        return Finding("compiled", far <= TOLERANCE["no"], said, {"relative_difference": far})
+
+    def cards(self) -> Finding:
+        """One process with two micro-batches draws what two processes draw with one each."""
+        alone = losses(self.train("one_card", train_batch_size=1, gradient_accumulation_steps=2))
+        far = largest_difference(losses(self.train("two_cards", self.launcher, train_batch_size=1)), alone)
+        said = f"{len(alone)} losses of two processes, at most {far:.1e} from those of one"
+        return Finding("cards", far <= TOLERANCE["no"], said, {"relative_difference": far})
 
     def generated(self) -> Finding:
         words = ["--adapter", self.run("device_no").path, "--prompt", "a photo of a sks robot", "--steps", "8"]
@@ -276,15 +318,16 @@ class SelfTest:
         """Measure a step by the fastest plan that fits. Too little memory or time is no failure."""
         is_gpu = self.env != ON_CPU
         px = FULL_PX if is_gpu else CPU_PX
-        config = TrainConfig(resolution=px, train_batch_size=1, rank=16, mixed_precision="bf16")
+        half = self.precisions[-1] if is_gpu and len(self.precisions) > 1 else "bf16"
+        config = TrainConfig(resolution=px, train_batch_size=1, rank=16, mixed_precision=half)
         needs = costs(config, BaseSize())
         listed = ", ".join(f"{name} {gib:.1f} GiB" for name, gib in needs.items())
         told = f"--memory at {px} px needs {listed}"
         plan = next((name for name in STEP_PLANS if needs[name] <= USABLE * free_gib), None)
-        if plan is None or (is_gpu and "bf16" not in self.precisions):
-            why = f"{free_gib:.1f} GiB are free" if plan is None else "it is in bf16"
-            return Finding("step", True, f"left out: {why}; {told}", needs)
-        words = ["--size", size, "--resolution", str(px), *(["--gradient_checkpointing"] if plan != "full" else [])]
+        if plan is None:
+            return Finding("step", True, f"left out: {free_gib:.1f} GiB are free; {told}", needs)
+        words = ["--size", size, "--resolution", str(px), "--mixed_precision", half]
+        words += ["--gradient_checkpointing"] if plan != "full" else []
         command = [sys.executable, "-m", "dreambooth_moslora.training.selftest", *words]
         try:
             found = json.loads(self.call("step", command, STEP_SEC).splitlines()[-1])
@@ -296,7 +339,7 @@ class SelfTest:
     def run(self, name: str) -> run_folder.RunDir:
         return run_folder.RunDir(self.folder / name)
 
-    def train(self, name: str, **changes) -> run_folder.RunDir:
+    def train(self, name: str, launcher: Sequence[str] = (), **changes) -> run_folder.RunDir:
         settings = {
             "pretrained_model_name_or_path": "toy",
             "instance_data_dir": self.photos,
@@ -312,7 +355,7 @@ class SelfTest:
             "seed": 0,
         }
         words = [word for key, value in (settings | changes).items() for word in (f"--{key}", value)]
-        self.call(name, [*self.program, "train", *words])
+        self.call(name, [*(launcher or self.program), "train", *words])
         return self.run(name)
 
     def call(self, name: str, command: Sequence[object], timeout_sec: float | None = None) -> str:
@@ -327,7 +370,8 @@ class SelfTest:
 
 
 def losses(run: run_folder.RunDir) -> list[float]:
-    return [event["loss"] for event in run.read_metrics() if event["type"] == "step"]
+    """Of the steps that were made: a step that fp16 skips is made again, and its loss may be infinite."""
+    return [event["loss"] for event in run.read_metrics() if event["type"] == "step" and not event.get("skipped")]
 
 
 def largest_difference(found: list[float], expected: list[float]) -> float:

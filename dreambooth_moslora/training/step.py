@@ -11,7 +11,7 @@ of one width share a graph, which stays valid with recomputation and without the
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,23 +49,43 @@ class Rows:
         texts, prompts = (tuple(one for part in parts for one in getattr(part, name)) for name in ("texts", "prompts"))
         return cls(noisy, texts, torch.cat([part.time_ids for part in parts]), prompts)
 
-    def after(self, count: int) -> "Rows":
-        noisy = objective.NoisySample(*(tensor[count:] for tensor in self.noisy.tensors))
-        return Rows(noisy, self.texts[count:], self.time_ids[count:], self.prompts[count:])
+    def __getitem__(self, some: slice) -> "Rows":
+        noisy = objective.NoisySample(*(tensor[some] for tensor in self.noisy.tensors))
+        return Rows(noisy, self.texts[some], self.time_ids[some], self.prompts[some])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(h, w) of the latents."""
+        return tuple(self.noisy.latents.shape[-2:])
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    batch: photo_stream.TrainBatch
+    """The first `instance_count` images are the subject's."""
+
     rows: Rows
     target: torch.Tensor  # (B, 4, h, w); with the base as prior its answer is half of it
     mask: torch.Tensor | None  # (B, 1, h, w)
+    instance_count: int
+
+    def parts(self, most: int) -> Iterator[tuple["MicroBatch", float]]:
+        """Parts of at most so many images, each the subject's alone or the prior's alone, and its share of these."""
+        for start, end in ((0, self.instance_count), (self.instance_count, len(self.rows))):
+            for first in range(start, end, most):
+                some = slice(first, min(first + most, end))
+                mask, size = None if self.mask is None else self.mask[some], some.stop - first
+                part = MicroBatch(self.rows[some], self.target[some], mask, 0 if start else size)
+                yield part, size / (end - start)
 
 
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
 PX_A_TOKEN = 16 * 16  # Of a picture, in the transformers whose scheduler shifts levels by the number of tokens
+GOES_ON = "the run goes on without"
 GRAPHS = 32  # Of one kind of block; with buckets, the second size makes one graph for all sizes
 
 
@@ -139,19 +159,30 @@ class TrainStep:
             for block in self.compiled:
                 block._compiled_call_impl = None
             self.compiled = []
-            logger.warning("--compile: the run goes on without: %s", one_line(f"{type(error).__name__} {error}", 200))
+            logger.warning("--compile: %s: %s", GOES_ON, one_line(f"{type(error).__name__} {error}", 200))
         return self._accumulate()
 
     def _accumulate(self) -> StepLosses:
         self.begin()
         count, found = self.config.gradient_accumulation_steps, []
         with self.copies.for_one_step() as copies:
-            for turn in range(count):
-                parts = self.micro_batch_loss(self.number_of(turn))
-                self.accelerator.backward(parts.total / count)
+            for losses in self.passes():
+                total = sum((parts.total for parts in losses[1:]), losses[0].total)
+                self.accelerator.backward(total / count)
                 copies.collect()
-                found.append(numbers_of(parts))
+                found += map(numbers_of, losses)
         return self.mean_of(found)
+
+    def passes(self) -> Iterator[list[objective.LossParts]]:
+        """Losses of each pass of the step through the denoiser; each must be differentiated before the next."""
+        most, whole = self.config.images_a_pass, self.config.images_a_micro_batch
+        micros = (self.micro_batch(self.number_of(turn)) for turn in range(self.config.gradient_accumulation_steps))
+        if most >= whole:
+            yield from map(self.losses, alike(micros, most // whole))
+            return
+        for part, share in (found for micro in micros for found in micro.parts(most)):
+            (losses,) = self.losses([part])
+            yield [losses.share(share)]
 
     def begin(self) -> None:
         """Clear the gradients and set the modules to training mode."""
@@ -187,9 +218,16 @@ class TrainStep:
             yield
 
     def micro_batch_loss(self, micro_batch: int) -> objective.LossParts:
-        micro = self.micro_batch(micro_batch)
-        answer = self.base_prediction(self.prior_rows(micro)) if self.base_is_prior else None
-        return self.loss_of(micro, self.predict(micro.rows), answer)
+        """The loss of micro-batch number `micro_batch` of the run."""
+        return self.losses([self.micro_batch(micro_batch)])[0]
+
+    def losses(self, micros: Sequence[MicroBatch]) -> list[objective.LossParts]:
+        """The loss of each of these, which pass through the denoiser together."""
+        answers: list[torch.Tensor | None] = [None] * len(micros)
+        if self.base_is_prior and len(micros[0].rows) > micros[0].instance_count:
+            answers = predictions(self.base_prediction, [self.prior_rows(micro) for micro in micros])
+        of_each = predictions(self.predict, [micro.rows for micro in micros])
+        return [self.loss_of(*own) for own in zip(micros, of_each, answers, strict=True)]
 
     def micro_batch(self, micro_batch: int) -> MicroBatch:
         """The run's micro-batch of this number: drawn on the CPU with noise and noise levels, then moved."""
@@ -224,11 +262,11 @@ class TrainStep:
         noisy = objective.add_noise(self.schedule, moved["latents"], moved["noise"], moved["index"])
         target = objective.loss_target(self.schedule, moved["latents"], moved["noise"], noisy.index)
         rows = Rows(noisy, tuple(texts), moved["time_ids"], tuple(batch.prompts))
-        return MicroBatch(batch, rows, target, moved["mask"])
+        return MicroBatch(rows, target, moved["mask"], batch.instance_count)
 
     def loss_of(self, micro: MicroBatch, prediction: torch.Tensor, answer: torch.Tensor | None) -> objective.LossParts:
         """The loss of `prediction` (B, 4, h, w); `answer` (B/2, 4, h, w): the base's, the prior half's target."""
-        config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.batch.instance_count
+        config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.instance_count
         target = micro.target if answer is None else torch.cat([micro.target[:count], answer])
         weights = objective.snr_weights(schedule, index, count, config.snr_gamma)
         if schedule.style == "flow":
@@ -262,10 +300,9 @@ class TrainStep:
 
     def prior_rows(self, micro: MicroBatch) -> Rows:
         """The rows of the prior half, with text embeddings of the untrained encoders."""
-        count = micro.batch.instance_count
-        rows = micro.rows.after(count)
+        rows = micro.rows[micro.instance_count :]
         if self.config.keeps_text_encoders:
-            return replace(rows, texts=tuple(self.inputs.prompt_embeds(micro.batch.prompts[count:])))
+            return replace(rows, texts=tuple(self.inputs.prompt_embeds(list(rows.prompts))))
         return rows
 
     @torch.no_grad()
@@ -305,8 +342,10 @@ class TrainStep:
         vector_to_parameters(processes.mean_over(self.accelerator, parameters_to_vector(grads)), grads)
 
     def mean_of(self, found: list[torch.Tensor]) -> StepLosses:
-        """Means over the step's micro-batches (`numbers_of` (3,) each), and over all processes."""
-        total, instance, prior = processes.mean_over(self.accelerator, torch.stack(found).mean(0)).tolist()
+        """Means over the step's micro-batches, and over all processes. `found` are the `numbers_of` (3,) each, or of
+        its parts, which sum to it."""
+        of_all = torch.stack(found).sum(0) / self.config.gradient_accumulation_steps
+        total, instance, prior = processes.mean_over(self.accelerator, of_all).tolist()
         return StepLosses(total, instance, prior if self.config.with_prior_preservation else None)
 
 
@@ -317,6 +356,28 @@ def make_convolutions_fast(unet: torch.nn.Module, speed: memory.Speed) -> None:
     for module in unet.modules() if speed.channels_last else ():
         if isinstance(module, torch.nn.Conv2d):
             module.to(memory_format=torch.channels_last)
+
+
+def alike(micros: Iterable[MicroBatch], most: int) -> Iterator[list[MicroBatch]]:
+    """Neighbours of one size, at most so many together. None is drawn before the full group is used."""
+    group: list[MicroBatch] = []
+    for micro in micros:
+        if group and group[0].rows.size != micro.rows.size:
+            yield group
+            group = []
+        group.append(micro)
+        if len(group) == most:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def predictions(predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]) -> list[torch.Tensor]:
+    """Of each part, computed together."""
+    if len(parts) == 1:
+        return [predict(parts[0])]
+    return list(predict(Rows.joined(parts)).split([len(part) for part in parts]))
 
 
 def numbers_of(parts: objective.LossParts) -> torch.Tensor:

@@ -18,7 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -188,8 +188,10 @@ def _tells_no_prompt(record: logging.LogRecord) -> bool:
 
 @cache
 def facts_shown(base_name: str) -> Facts:
-    """The family of the page's base; SDXL's where the hub cannot be asked."""
-    return facts_of_base(base_name) or SDXL
+    """The family of the page's base; SDXL's where it is not known."""
+    with suppress(UserError):  # which loading it tells
+        return facts_of_base(base_name) or SDXL
+    return SDXL
 
 
 class AppContext:

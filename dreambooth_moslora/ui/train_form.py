@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.base.machine import GIB
+from dreambooth_moslora.base.machine import GIB, apple_gib, best_device
 from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, is_number, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import check_characters
@@ -18,12 +18,12 @@ from dreambooth_moslora.photos.folder import MOST_BYTES, TOO_LONG, find_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.settings import rules, sources
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.table import OF_PLANS, SETTINGS, TrainConfig
 from dreambooth_moslora.ui.visitors import kept_photos
 
 LENGTHS = ("max_train_steps", "exposures_per_photo", "num_train_epochs")
 OF_MACHINE = (
-    *("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention", "caching"),
+    *("mixed_precision", *OF_PLANS, "caching"),
     *("allow_tf32", "compile", "sample_batch_size", "prior_generation_precision"),
 )
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
@@ -422,6 +422,9 @@ def free_gib(*, is_later: bool = False) -> float | None:
     """GPU memory for a run, GiB, or for one that begins when all others have ended (`is_later`); None: no GPU."""
     import torch
 
+    if best_device().type == "mps":
+        most, used = apple_gib()
+        return most if is_later else most - used
     if not torch.cuda.is_available():
         return None
     free, whole = torch.cuda.mem_get_info()

@@ -14,13 +14,14 @@ from typing import Any
 import PIL.Image
 import PIL.ImageChops
 
+from dreambooth_moslora.base.machine import best_device
 from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.captions import make as make_caption
 from dreambooth_moslora.photos.examine import examine, masked, plans_of
 from dreambooth_moslora.photos.folder import MOST_BYTES, find_photos, one_space, photo_report
-from dreambooth_moslora.photos.masks import best_device, load_segmenter, make_kept, quality_warning
+from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_warning
 from dreambooth_moslora.photos.photo_file import Photo, apply_crop, open_mask, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state, train_form, train_start, visitors

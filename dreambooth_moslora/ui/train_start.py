@@ -295,7 +295,8 @@ def card_lines(config: table.TrainConfig, cost: Estimate) -> list[str]:
     free = train_form.free_gib()
     if free is None:
         return ["GPU: none is here, so it trains on the CPU"]
-    line = f"GPU: {torch.cuda.get_device_name()}, {free:.1f} GiB free for this run"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "Apple's"
+    line = f"GPU: {name}, {free:.1f} GiB free for this run"
     if config.mixed_precision:
         recomputed = "with" if config.gradient_checkpointing else "without"
         line += f", so it trains in {config.mixed_precision}, {recomputed} gradient checkpointing"

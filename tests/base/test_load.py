@@ -193,10 +193,11 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_
     assert vae.shapes == [(1, 8, 8)] * 4
     assert torch.equal(pixels, torch.cat([decode.decode_pixels(vae, one[None]) for one in latents]))
     vae.enable_tiling()
-    with monkeypatch.context() as patch:
-        patch.setattr(machine, "free_gib", lambda device: 1.0)
-        with decode.tiled_where_short(vae, (1024, 1024), vae.device):
-            assert vae.tile_latent_min_size == 64
+    for free, bytes_a_pixel, side in ((1.2, 4300, 64), (1.0, 4300, 32), (1.0, 2600, 64), (0.1, 4300, 32)):
+        with monkeypatch.context() as patch:
+            patch.setattr(machine, "free_gib", lambda device, free=free: free)
+            with decode.tiled_where_short(vae, (1024, 1024), vae.device, bytes_a_pixel):
+                assert vae.tile_latent_min_size == side
     assert vae.use_tiling and vae.tile_latent_min_size == 8
     gib, seen = 2**30, {"mem_get_info": (3, 8), "memory_reserved": 4, "memory_allocated": 2}
     for name, found in seen.items():

@@ -118,9 +118,9 @@ def test_the_gpu_arms_step_on_any_device(arm, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recomputed", "kernels"), [(False, 5_600), (True, 7_500)])
-def test_a_step_of_full_size_sdxl_starts_few_kernels(recomputed, kernels):
+@pytest.mark.parametrize(("plan", "kernels"), [("full", 5_600), ("recompute_ff", 5_700), ("recompute", 7_500)])
+def test_a_step_of_full_size_sdxl_starts_few_kernels(plan, kernels):
     """It was 11,410 and 15,724 with the products and casts of the adapter made at each call."""
-    for cached in (False, True):
-        config = run_config(recomputed=recomputed, cached=cached)
+    for name in (plan, f"{plan}_cached"):
+        config = run_config(plan=name)
         assert count(config, adapted_unet(config)).kernels <= kernels

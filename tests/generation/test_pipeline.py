@@ -332,7 +332,7 @@ def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_sa
     assert not hooked and small.pipeline.device == torch.device("cpu")
     tiles: list[torch.Size] = []
     subject.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: tiles.append(inputs[0].shape[-2:]))
-    monkeypatch.setattr(machine, "TILE_PX", 32)
+    monkeypatch.setattr(machine, "TILES_PX", (32,))
     monkeypatch.setattr(machine, "free_gib", lambda device: 2**-20)  # the tiny base has 0.6 MiB of weights
     picture(subject)
     assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it

@@ -1,6 +1,8 @@
 """A process whose trainings are on the GPU in Python. `python -m tests.helpers.on_python_gpu COMMAND …` is the
-program. Without a command it trains what each line of JSON asks for: one line in, {"base", "photos", "output",
-"changes"}; one line out, what was seen, or {"error"}."""
+program. Without a command it trains what each line of JSON asks for, from a FILE.json if one is given, whose answers
+are then beside it, one file for each process of a launcher. A line in is {"base", "photos", "output", "changes"}; one
+line out, what was seen, or {"error"}. `fp16_scale` among the changes trains in fp16, with a scaler that begins there.
+"""
 
 import contextlib
 import json
@@ -9,18 +11,23 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan import processes
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training import step as train_step
+from dreambooth_moslora.training.selftest import losses as losses_of_run
 from tests.helpers.python_gpu import DEVICE, Watch
 from tests.helpers.tiny import few_steps
 from tests.helpers.tiny_training import logged, tiny_config
 
 make_accelerator = processes.make_accelerator
 watches: list[Watch] = []
+updates: list[Watch] = []
+scales: list[float] = []
 numbers: list[int] = []
 
 
@@ -35,6 +42,12 @@ class WatchedTrainStep(train_step.TrainStep):
         numbers.append(sum(weight.numel() for weight in weights if weight.device == DEVICE))
         return losses
 
+    def update_adapter(self):
+        with Watch() as watch:
+            norm = super().update_adapter()
+        updates.append(watch)
+        return norm
+
 
 def accelerator_on_device(config, run_dir):
     """accelerate knows no such device: it is told, each time."""
@@ -42,31 +55,43 @@ def accelerator_on_device(config, run_dir):
     accelerator = make_accelerator(config, run_dir)
     for state in (AcceleratorState, PartialState):
         state._shared_state["device"] = DEVICE
+    for scale in scales:
+        accelerator.state._shared_state["_mixed_precision"] = "fp16"
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=scale)
     return accelerator
 
 
 def trained(base: str, photos: str, output: str, changes: dict) -> dict:
     """The losses of the steps, and what the last step did and had on the device."""
+    Watch.has_tf32 = changes.pop("has_tf32", False)
+    scales[:] = [scale for scale in [changes.pop("fp16_scale", None)] if scale]
     watches.clear()
+    updates.clear()
     loop.train(tiny_config(Path(base), Path(photos), Path(output), **changes))
-    losses = [event["loss"] for event in logged(Path(output))]
-    did = {"waits": watches[-1].waits, "copies": watches[-1].copies}
-    return did | {"losses": losses, "frozen": numbers[-1]}
+    steps = logged(Path(output))
+    last = watches[-1]
+    did = {"waits": last.waits, "copies": last.copies, "kernels": last.kernels, "update_waits": updates[-1].waits}
+    skipped = sum(step["skipped"] for step in steps)
+    return did | {"losses": losses_of_run(RunDir(Path(output))), "skipped": skipped, "frozen": numbers[-1]}
 
 
 def train_what_is_asked() -> None:
     loop.TrainStep = WatchedTrainStep
-    for line in sys.stdin:
+    given = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    answers = given.with_suffix(f".{os.environ['RANK']}").open("w") if given else sys.stdout
+    for line in given.read_text().splitlines() if given else sys.stdin:
         try:
             with contextlib.redirect_stdout(sys.stderr), few_steps():
                 answer = trained(**json.loads(line))
         except BaseException:
             answer = {"error": traceback.format_exc()}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 processes.make_accelerator = accelerator_on_device
-code = main(sys.argv[1:]) if sys.argv[1:] else train_what_is_asked()
+is_asked = not sys.argv[1:] or sys.argv[1].endswith(".json")
+code = train_what_is_asked() if is_asked else main(sys.argv[1:])
 sys.stdout.flush()
 sys.stderr.flush()
 os._exit(code or 0)  # PyTorch's thread for the device would abort the process

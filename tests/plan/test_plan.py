@@ -22,9 +22,9 @@ from tests.helpers.tiny_training import paint_photos
 def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_base, encoders, tmp_path, monkeypatch):
     """Encoding and scoring open them for their pixels, by `photo.open_rgb`."""
     opened, plans = Counter(), []
-    open_image, mask_problem = folder.open_image, photo_file.mask_problem
+    open_image, mask_problem = photo_file.open_image, photo_file.mask_problem
     counting = lambda path, *sizes: opened.update([path.name]) or open_image(path, *sizes)  # noqa: E731
-    monkeypatch.setattr(folder, "open_image", counting)
+    monkeypatch.setattr(folder, "photo_file", SimpleNamespace(**vars(photo_file) | {"open_image": counting}))
     counted = lambda path, size: opened.update([path.name]) or mask_problem(path, size)  # noqa: E731
     monkeypatch.setattr(photo_file, "mask_problem", counted)
     counted = lambda *settings: plans.append(settings) or memory.estimate(*settings)  # noqa: E731

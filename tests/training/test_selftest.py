@@ -13,12 +13,14 @@ from torch.utils import backend_registration
 
 from benchmarks.precision import bf16_accelerator
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, selftest
 from dreambooth_moslora.training.selftest import ON_CPU, PROGRAM, Finding, SelfTest
 from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
+from tests.training.conftest import start
 
 HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
@@ -34,14 +36,37 @@ def test_losses_are_compared_step_by_step_and_what_does_not_hold_or_fails_is_tol
         SelfTest(tmp_path, program=program).call("first", [*program, "train"])
 
 
-@pytest.mark.parametrize("weights", [b"weights", b"others"])
-def test_the_tensors_are_compared_without_the_header(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(SelfTest, "train", lambda self, name, **changes: self.run(name))
-    for name, header, tensors in (("device_no", b"{}", b"weights"), ("resumed", b'{"a":1}', weights)):
+RESUMED = {"sound": ("aaa", True), "a defect": ("aab", False), "chance": ("abcc", True)}
+RESUMED |= {"a defect beside chance": ("abcd", False)}
+
+
+@pytest.mark.parametrize(("weights", "holds"), RESUMED.values(), ids=RESUMED)
+def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(weights, holds, tmp_path, monkeypatch):
+    """By the tensors without the header; where equal runs differ, by runs that are told to sum in one order."""
+    asked = []
+    monkeypatch.setattr(SelfTest, "train", lambda self, name, **changes: asked.append((name, changes)))
+    names = ("device_no", "again", "resumed") if len(weights) == 3 else ("device_no", "again", "exact", "resumed")
+    for name, tensors in zip(names, weights):
         (tmp_path / name).mkdir()
-        content = len(header).to_bytes(8, "little") + header + tensors
+        header = name.encode()
+        content = len(header).to_bytes(8, "little") + header + tensors.encode()
         (tmp_path / name / "pytorch_lora_weights.safetensors").write_bytes(content)
-    assert SelfTest(tmp_path).resumed().holds == (weights == b"weights")
+    repeated, resumed = SelfTest(tmp_path).resumed()
+    assert repeated.holds and ("other bytes" in repeated.said) == (len(weights) == 4)
+    assert resumed.holds == holds and all("deterministic" in words for name, words in asked[1:]) == (len(weights) == 4)
+
+
+def test_a_step_that_fp16_skips_is_no_loss(tmp_path):
+    steps = [{"type": "step", "loss": math.inf, "skipped": True}, {"type": "step", "loss": 0.5, "skipped": False}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps({'time': 0, **step})}\n" for step in steps))
+    assert selftest.losses(RunDir(tmp_path)) == [0.5]
+
+
+@pytest.mark.slow
+def test_two_processes_are_compared_with_one(tmp_path):
+    """accelerate takes the words for two GPUs, and gloo."""
+    found = SelfTest(tmp_path, env=ON_CPU, launcher=selftest.ON_TWO_GPUS).cards()
+    assert found.holds and found.said.startswith("6 losses of two processes"), found
 
 
 def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
@@ -70,7 +95,7 @@ def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
     """Beside one training on the CPU. The picture is drawn on the CPU in both cases."""
     program = (sys.executable, "-m", "tests.helpers.on_python_gpu") if HAS_PYTHON_DEVICES else PROGRAM
     found = {finding.name: finding for finding in SelfTest(tmp_path, program=program).findings()}
-    assert list(found) == ["losses, fp32", "published", "resumed", "generated"]
+    assert list(found) == ["losses, fp32", "published", "repeated", "resumed", "generated"]
     assert all(finding.holds for finding in found.values()), found
     assert found["losses, fp32"].figures["relative_difference"] < 1e-4
 
@@ -90,6 +115,9 @@ TRAININGS |= {"convolutions": {"target_modules": ["to_q", "conv1", "ff.net.0.pro
 TRAININGS |= {"EDM": {"do_edm_style_training": True}, "uncached": {"caching": "off", "dataloader_num_workers": 2}}
 TRAININGS |= {"Prodigy": {"optimizer": "Prodigy", "learning_rate": 1.0}}
 TRAININGS |= {"text cached, samples": {"cache_cross_attention": True, **SAMPLES}}
+FEED_FORWARD = {"target_modules": ["to_q", "ff.net.2"], "recompute_feed_forward": True}
+TRAININGS |= {"feed-forward blocks recomputed": FEED_FORWARD}
+TRAININGS |= {"one image after the other": PRIOR | {"images_at_once": 1}}
 
 COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
 """Each wait leaves the GPU idle until the program has handed it the next kernels: the loss alone is read. And each
@@ -142,7 +170,32 @@ def test_a_training_mixes_no_devices_has_the_cpu_s_losses_and_waits_once_a_step(
     assert found["losses"] == pytest.approx(expected, rel=1e-2 if "mixed_precision" in settings else 1e-5)
     if training in COUNTED:
         assert sum(found["waits"].values()) == 1, found["waits"]
+        assert sum(found["update_waits"].values()) <= 1, found["update_waits"]
         assert sum(found["copies"].values()) == settings.get("gradient_accumulation_steps", 1), found["copies"]
+
+
+@pytest.mark.slow
+def test_two_processes_each_on_a_device_train_what_one_trains_with_two_micro_batches(
+    run_on_device, tiny_base, tmp_path, free_port
+):
+    alone = run_on_device(gradient_accumulation_steps=2)
+    words = {"base": str(tiny_base), "photos": str(tmp_path / "photos"), "output": str(tmp_path / "two")}
+    (tmp_path / "two.json").write_text(json.dumps(words | {"changes": {"max_train_steps": 2}}))
+    command = [sys.executable, "-m", "tests.helpers.on_python_gpu", str(tmp_path / "two.json")]
+    ended = [process.communicate(timeout=600)[1] for process in [start(command, rank, 2, free_port) for rank in (0, 1)]]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"two.{rank}").read_text())
+        assert found.get("losses") == pytest.approx(alone["losses"], rel=1e-5), (found, ended)
+        assert sum(found["waits"].values()) <= 2 and sum(found["update_waits"].values()) <= 2, found
+
+
+@pytest.mark.slow
+def test_fp16_that_overflows_on_the_device_makes_the_step_again(run_on_device):
+    """The scaler asks the device once whether a gradient is infinite, and the norm is read."""
+    found, usual = run_on_device(fp16_scale=2.0**23), run_on_device(mixed_precision="bf16")
+    assert found["skipped"] > 2 and len(found["losses"]) == 2
+    assert found["losses"] == pytest.approx(usual["losses"], rel=2e-2)
+    assert sum(found["update_waits"].values()) <= 2, found["update_waits"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """One step of the trainer, and what only makes it cheaper: working copies, cached text, compiled blocks, fp16."""
 
+import os
 import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -17,11 +18,12 @@ from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.memory import speed_of
+from dreambooth_moslora.plan.processes import compute_exactly
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import dry_run, loop
+from dreambooth_moslora.training import adapters, dry_run, loop
 from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.loop import Training, train
-from dreambooth_moslora.training.step import TrainStep
+from dreambooth_moslora.training.step import StepLosses, TrainStep
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, logged, tiny_config
 
@@ -54,6 +56,53 @@ def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(tiny_base, ph
         if wanted is not None:
             assert (seen - wanted).norm() <= tolerance * wanted.norm() and seen.dtype == torch.float32
     assert any(g is not None and g.norm() > 0 for g in with_copies)
+
+
+@pytest.fixture
+def first_gradients(tiny_base, photos, tmp_path, monkeypatch):
+    """Those of the first step, and its losses."""
+
+    def first_gradients(**changes) -> tuple[list[torch.Tensor], StepLosses]:
+        found, seen, accumulate = [], [], TrainStep.accumulate_gradients
+
+        def note(step: TrainStep) -> float:
+            found.extend(p.grad.clone() for p in step.parameters)
+            raise StopRequestedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainStep, "update_adapter", note)
+            patch.setattr(TrainStep, "accumulate_gradients", lambda self: seen.append(accumulate(self)) or seen[-1])
+            train(tiny_config(tiny_base, photos, tmp_path / f"run{len(list(tmp_path.iterdir()))}", **changes))
+        return found, seen[-1]
+
+    return first_gradients
+
+
+def test_feed_forward_blocks_that_are_recomputed_give_the_same_bytes(first_gradients):
+    changes = PRIOR | {"target_modules": ("to_q", "attn2.to_v", "ff.net.2")}
+    plain, losses = first_gradients(**changes)
+    recomputed, same = first_gradients(**changes, recompute_feed_forward=True)
+    assert losses == same and all(map(torch.equal, plain, recomputed)) and any(grad.norm() for grad in plain)
+
+
+OF_CLASS = {"with_prior_preservation": True, "num_class_images": 2, "prior_loss_weight": 0.5, "snr_gamma": 5.0}
+
+
+PASSES = [(PRIOR | {"prior_loss_weight": 0.5}, [3, 2, 1, 6, 12]), ({"enable_bucket": True}, [9])]
+PASSES += [pytest.param(OF_CLASS, [1, 4], marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("changes", "passes"), PASSES)
+def test_one_pass_and_many_have_the_gradients_of_a_micro_batch_each(first_gradients, changes, passes):
+    """Of 2 photos with their prior, three times: 4 images a micro-batch. 6 at once would be one and a half."""
+    usual = changes | {"train_batch_size": 2, "gradient_accumulation_steps": 3, "mixed_precision": "no"}
+    wanted, losses = first_gradients(**usual)
+    for images in passes:
+        found, same = first_gradients(**usual, images_at_once=images)
+        assert same.total == pytest.approx(losses.total, rel=1e-5) and (same.prior is None) == (losses.prior is None)
+        assert same.instance + (same.prior or 0) == pytest.approx(losses.instance + (losses.prior or 0), rel=1e-5)
+        for one, other in zip(found, wanted, strict=True):
+            assert (one - other).norm() <= 1e-4 * other.norm()
 
 
 def test_a_step_walks_over_no_model(tiny_base, photos, tmp_path, monkeypatch):
@@ -118,6 +167,18 @@ def drawn_by(unet) -> torch.Tensor:
     return unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 48), added_cond_kwargs=added).sample
 
 
+def test_attention_without_a_division_by_one_gives_the_same_bytes():
+    unet, found = tiny_unet(), []
+    for _ in range(2):
+        unet.zero_grad()
+        answer = drawn_by(unet)
+        answer.square().sum().backward()
+        found.append([answer, *(p.grad for p in unet.parameters())])
+        adapters.attend_plainly(unet)
+    kinds = {type(module.processor) for module in unet.modules() if hasattr(module, "processor")}
+    assert kinds == {adapters.PlainAttention} and all(map(torch.equal, *found))
+
+
 CHOSEN = [({}, "cuda", 1000, True, True), ({}, "cuda", 999, False, False), ({}, "cpu", 10**6, False, False)]
 CHOSEN += [({"resolution": 512}, "cuda", 1000, False, False), ({"enable_bucket": True}, "cuda", 1000, True, False)]
 CHOSEN += [({"gradient_accumulation_steps": 2}, "cuda", 500, True, True)]
@@ -130,6 +191,28 @@ CHOSEN += [({"compile": "on"}, "cpu", 1, True, False)]
 def test_only_a_long_run_on_a_gpu_is_compiled_by_itself(changes, device, steps, compiled, searches):
     speed = speed_of(TrainConfig(**{"resolution": 1024, "train_batch_size": 1, **changes}), device, steps)
     assert (speed.compiled, speed.searches, speed.channels_last) == (compiled, searches, device == "cuda")
+
+
+@pytest.mark.parametrize(("name", "is_fast"), [("gfx1100", False), ("gfx1030", False), ("gfx942:sramecc+", True)])
+def test_convolutions_of_amds_gpus_are_channels_last_on_gfx9_alone(monkeypatch, name, is_fast):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(gcnArchName=name))
+    speed = speed_of(TrainConfig(resolution=1024, train_batch_size=1), "cuda", 1000)
+    assert speed.compiled and (speed.channels_last, speed.searches) == (is_fast, is_fast)
+
+
+def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        compute_exactly(True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and not torch.backends.cudnn.benchmark
+    finally:
+        compute_exactly(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    run = TrainConfig(resolution=1024, train_batch_size=1, deterministic=True)
+    assert not speed_of(run, "cuda", 1000).searches
 
 
 def test_a_dry_run_says_what_is_chosen(tiny_base, photos, tmp_path):

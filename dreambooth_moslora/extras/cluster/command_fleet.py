@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 OWN_FLAGS = ("words", "out", "ray_address", "per_gpu", "cpus")
 EPILOG = """examples:
-  fleet photos/pets --out runs/pets --config assets/configs/sdxl_24gb.toml
+  fleet photos/pets --out runs/pets --config assets/configs/sdxl.toml
       a folder of folders with photos, each with its subject.json {"token", "class_word"}
-  fleet pets.csv --out /shared/pets --config assets/configs/sdxl_24gb.toml --ray_address auto
+  fleet pets.csv --out /shared/pets --config assets/configs/sdxl.toml --ray_address auto
       a list with the columns folder, token, class, and any setting, on the cluster that this machine belongs to
   fleet status runs/pets"""
 

@@ -54,7 +54,7 @@ def shared_settings(config: table.TrainConfig) -> tuple[object, ...]:
 
 
 PROCESS_GIB = 0.5  # Memory of the libraries, beside the estimate's tensors
-SHARED_PLANS = tuple(name for name, plan in memory.PLANS.items() if "cache_cross_attention" not in plan)
+SHARED_PLANS = tuple(name for name, plan in table.PLANS.items() if "cache_cross_attention" not in plan)
 """The plans of `--memory auto` with which runs can share a base."""
 
 

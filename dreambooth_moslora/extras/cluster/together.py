@@ -37,7 +37,7 @@ from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan
 from dreambooth_moslora.settings import families, sources, table
 from dreambooth_moslora.training import adapters, frozen_base, loop
-from dreambooth_moslora.training.step import MicroBatch, Rows, StepLosses, TrainStep, numbers_of
+from dreambooth_moslora.training.step import MicroBatch, StepLosses, TrainStep, numbers_of, predictions
 
 T = TypeVar("T")
 
@@ -286,10 +286,6 @@ def accumulate_together(steps: Sequence[TrainStep], drawn: Sequence[Sequence[Mic
             copies.collect()
             found.append([numbers_of(part) for part in parts])
     return [step.mean_of(list(numbers)) for step, numbers in zip(steps, zip(*found, strict=True), strict=True)]
-
-
-def predictions(predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]) -> list[torch.Tensor]:
-    return list(predict(Rows.joined(parts)).split([len(part.time_ids) for part in parts]))
 
 
 def scaled(step: TrainStep, loss: torch.Tensor) -> torch.Tensor:
