@@ -400,7 +400,7 @@ def test_the_form_is_the_recipe_and_what_the_command_chooses_and_memory_goes_by_
         (8, 7.0, 0.0, {"memory": "full"}, ("bf16", False, "none")),
         (8, 7.0, 0.0, {"memory": "recompute"}, ("bf16", True, "none")),
         (8, 23.0, 0.0, {"memory": "nf4"}, ("bf16", True, "nf4")),
-        (8, 7.0, 0.0, {"rank": 64, "prior": "class_images"}, ("bf16", True, "none")),
+        (8, 10.0, 0.0, {"rank": 64, "prior": "class_images"}, ("bf16", True, "none")),
     ],
 )
 def test_a_run_on_sdxl_has_the_plan_of_its_card_and_its_word(
