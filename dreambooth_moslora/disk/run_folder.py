@@ -127,7 +127,7 @@ def step_of(path: Path) -> int:
         return named
     try:
         return int(json.loads((path / CHECKPOINT_FILES[0]).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return -1
 
 
