@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dreambooth_moslora.base.files import resolve_base
-from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder, one_line, public_name
+from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder, one_line, public_name, user_path
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
 
@@ -114,7 +114,7 @@ def context_of(args: argparse.Namespace, *, training: bool, public: bool = False
         base=public_name(args.base),
         base_name=str(folder.resolve()) if folder and args.base != "toy" else str(args.base),
         resolution_px=resolution_of(folder),
-        adapters_dir=Path(args.adapters_dir).expanduser().resolve(),
+        adapters_dir=user_path(args.adapters_dir).resolve(),
         runs_dir=runs_dir,
         training=training,
         public=public,
@@ -124,7 +124,7 @@ def context_of(args: argparse.Namespace, *, training: bool, public: bool = False
 def runs_folder(text: str) -> Path:
     """The folder, made if needed. Raises UserError when that fails."""
     try:
-        folder = Path(text).expanduser().resolve()
+        folder = user_path(text).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     except (OSError, RuntimeError, ValueError) as error:
@@ -133,7 +133,7 @@ def runs_folder(text: str) -> Path:
 
 def base_folder(name: str) -> Path | None:
     """The base's local folder or file; None for a hub id."""
-    path = assets_folder() / "toy-sdxl" if name == "toy" else Path(name).expanduser()
+    path = assets_folder() / "toy-sdxl" if name == "toy" else user_path(name)
     return path if path.exists() else None
 
 
