@@ -142,6 +142,9 @@ def content_key(**facts: object) -> str:
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256. Raises UserError for what is no file: a device may have no end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

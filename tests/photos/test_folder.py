@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
-from dreambooth_moslora.photos.photo import open_rgb, quoted
+from dreambooth_moslora.photos.photo import Photo, open_rgb, quoted
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
 from tests.helpers.tiny_training import paint_photos
@@ -150,6 +150,19 @@ def test_what_is_no_file_is_neither_photo_nor_caption_nor_mask_and_is_not_waited
     reasons = {item.path.name: item.reason.removeprefix("stray: ") for item in report.skipped}
     assert reasons.pop("loop.png") == "a link to nothing" and reasons.pop("1.txt").startswith("a folder")
     assert len(reasons) == 6 and set(reasons.values()) == {"not a file"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("put", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo], ids=["device", "pipe"])
+def test_what_has_no_end_in_a_photos_place_is_not_read(put, tmp_path):
+    """Put there after the folder was read, when training makes its digest and its crops."""
+    paint_photos(tmp_path, 1)
+    (photo,) = find_photos(tmp_path, PROMPT, 64).photos
+    photo.path.unlink()
+    put(photo.path)
+    for read in (open_rgb, Photo.key):
+        with pytest.raises(UserError, match=r"0\.png.* not a file"):
+            read(photo)
 
 
 def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
