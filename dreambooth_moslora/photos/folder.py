@@ -153,9 +153,9 @@ class Captions:
 
 
 def kept_captions(path: Path) -> dict[str, dict[str, str]]:
-    """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged."""
+    """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged, or is none."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     entries = entries if isinstance(entries, dict) else {}
