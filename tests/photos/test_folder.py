@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
-from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
+from dreambooth_moslora.photos.folder import find_photos, image_bytes, log_strays, photo_report
 from dreambooth_moslora.photos.photo import Photo, open_rgb, quoted
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
@@ -230,8 +230,15 @@ def test_a_local_data_set_is_read_with_its_captions(tmp_path):
     photos = photo_report(config).photos
     assert sorted(photo.captions for photo in photos) == [("first",), ("second",)]
     assert {photo.path.read_bytes() for photo in photos} == {(source / n).read_bytes() for n in ("one.png", "two.png")}
+    assert image_bytes({"bytes": b"", "path": None}, []) == b"", "an empty cell"
     with pytest.raises(UserError, match=r"--caption_column word: .* Did you mean words\?"):
         photo_report(TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("named", ["absent", "nul\0"])
+def test_a_data_set_that_names_no_file_is_refused(named, tmp_path):
+    with pytest.raises(UserError, match=r"is not a file of the data set"):
+        image_bytes({"bytes": None, "path": str(tmp_path / named)}, [tmp_path])
 
 
 @pytest.mark.parametrize("named", ["{outside}/secret.png", "../secret.png", "linked.png"])
