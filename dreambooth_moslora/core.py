@@ -130,8 +130,12 @@ def permutation(length: int, *names: object) -> tuple[int, ...]:
 
 
 def default_cache_dir() -> Path:
-    """The folder of disk caches of all runs: `$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth_moslora"
+    """The folder of disk caches of all runs: `$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`. Raises UserError
+    where neither is known, as for a user whom a container does not know."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth_moslora"
+    except RuntimeError:
+        raise UserError("this user has no home folder for caches: set XDG_CACHE_HOME, or give --cache_dir.") from None
 
 
 def content_key(**facts: object) -> str:
@@ -140,6 +144,9 @@ def content_key(**facts: object) -> str:
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256. Raises UserError for what is no file: a device may have no end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -164,6 +171,11 @@ def import_environment() -> dict[str, str]:
         return {}
     inherited = os.environ.get("PYTHONPATH", "")
     return {"PYTHONPATH": f"{clone}{os.pathsep}{inherited}" if inherited else str(clone)}
+
+
+def user_path(path: str | Path) -> Path:
+    """A path of the user's, `~` resolved. That of an unknown user stays, where pathlib's own raises a RuntimeError."""
+    return Path(os.path.expanduser(path))
 
 
 def find_asset(path: str) -> str:

@@ -40,6 +40,14 @@ def test_a_folder_here_is_called_by_its_own_name(tmp_path, monkeypatch):
     assert public_name("me/sdxl") == "sdxl", "it looks like a hub id, and is a folder"
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as in a container that does not know its user
+    with pytest.raises(core.UserError, match="set XDG_CACHE_HOME"):
+        core.default_cache_dir()
+
+
 def test_the_first_free_name():
     taken = {"dog", "dog_2", "dog_1"}
     assert free_name("cat", taken.__contains__) == "cat"

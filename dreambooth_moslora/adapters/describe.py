@@ -19,7 +19,7 @@ import torch
 from dreambooth_moslora.adapters import basis, kohya_file, new_tokens, raw_file
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer
-from dreambooth_moslora.core import UserError, one_line
+from dreambooth_moslora.core import UserError, one_line, user_path
 from dreambooth_moslora.settings.table import KRONECKER
 
 
@@ -136,7 +136,7 @@ class Pair:
 
 def describe(path: str | Path) -> dict[str, object]:
     """What a LoRA file is and contains, JSON-able. Raises UserError for a broken file, and for one without a LoRA."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     tensors, header = raw_file.read_tensors(path)
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
     if set(tensors) == set(new_tokens.KEYS.values()):

@@ -26,7 +26,7 @@ from safetensors.torch import save
 from dreambooth_moslora.adapters import moslora
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, most_common, versions
 from dreambooth_moslora.adapters.mixer import KroneckerDown, MixedLowRank, MixerLinear, nominal_scale, untied
-from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name
+from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name, user_path
 from dreambooth_moslora.settings import families, table
 
 
@@ -57,7 +57,7 @@ def with_sorted_metadata(content: bytes) -> bytes:
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and header strings of a safetensors file. Raises UserError for pickles and any other file."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     with path.open("rb") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.core import UserError, assets_folder
+from dreambooth_moslora.core import UserError, assets_folder, user_path
 from dreambooth_moslora.settings import families, table
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
@@ -77,7 +77,7 @@ def resolve_base(name: str | Path) -> str | Path:
         if not (TOY / INDEX).is_file():
             raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone or install it again.")
         return TOY
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         if not (path / INDEX).is_file():
             raise UserError(f"{path} is not a diffusers model: it has no {INDEX}.")

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from dreambooth_moslora.core import UserError, find_asset, spelled_out
+from dreambooth_moslora.core import UserError, find_asset, spelled_out, user_path
 from dreambooth_moslora.disk.run_folder import PEFT_CONFIG, PUBLISHED_NAME, RAW_NAME, RunDir, tokens_name
 
 LOKR_SUFFIX = ".lokr.safetensors"
@@ -69,7 +69,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    source, out = Path(args.source).expanduser(), Path(args.out).expanduser()
+    source, out = user_path(args.source), user_path(args.out)
     if args.readers == "peft":
         if not source.is_dir():
             raise UserError(f"there is no folder {source}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.terminal import hush
-from dreambooth_moslora.core import UserError, find_asset, free_name
+from dreambooth_moslora.core import UserError, find_asset, free_name, user_path
 from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.generation import params
 
@@ -54,7 +54,7 @@ def run_generate(args: argparse.Namespace) -> int:
         adapters = [given_adapter(*_split_scale(text), recipe) for text in args.adapter]
         for note in filter(None, (item.note for item in adapters)):
             print(f"note: {note}", file=sys.stderr)
-    basis = Path(args.basis).expanduser() if args.basis else None
+    basis = user_path(args.basis) if args.basis else None
     pipeline = SubjectPipeline.from_base(args.base)
     pipeline.bases.files += [basis] if basis else []
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
@@ -69,7 +69,7 @@ def check_paths(args: argparse.Namespace, recipe: params.Recipe | None) -> None:
     for path, _ in map(_split_scale, args.adapter):
         if path not in in_picture:
             find_weights(find_asset(path))
-    if args.basis and not Path(args.basis).expanduser().is_file():
+    if args.basis and not user_path(args.basis).is_file():
         raise UserError(f"--basis {args.basis}: there is no such file.")
     resolve_base(args.base)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -155,7 +156,7 @@ FEWEST = 3  # good photos
 def verdict(report: "PhotoReport") -> str:
     faulty = [photo.path.name for photo in report.photos if any(r.startswith(FAULTS) for r in photo.reasons)]
     good = len(report.photos) - len(faulty)
-    advice = f"leave out {', '.join(faulty)} (--leave_out {' '.join(faulty)}); " if faulty else ""
+    advice = f"leave out {', '.join(faulty)} (--leave_out {shlex.join(faulty)}); " if faulty else ""
     rest = f"{good} good {'photo is' if good == 1 else 'photos are'} there"
     enough = "enough to train" if good >= FEWEST else f"too few: take {FEWEST} to 10 of the subject"
     return f"verdict: {advice}{rest}, {enough}"

@@ -51,6 +51,8 @@ DAILY = {
 }
 """Title -> the settings that `--help` shows."""
 RUNS = Path("runs")
+LAUNCHED = {"RANK": r"-1|\d{1,6}", "LOCAL_RANK": r"-1|\d{1,6}", "WORLD_SIZE": r"0*[1-9]\d{0,5}"}
+"""What a launcher tells each process in the environment; a rank of -1 is none."""
 AS_ONE_WORD = "as in `train photos/dog dog`"
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
 
@@ -170,9 +172,9 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> table.TrainCo
 
 def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[table.TrainConfig, bool, Any]:
     """Settings, whether the run waits in the queue, and the `PhotoReport` if it was read. Raises UserError."""
-    said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    said = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
     for name, value in said.items():
-        if not value.removeprefix("-").isdecimal():
+        if not re.fullmatch(LAUNCHED[name], value):
             raise core.UserError(f"{name}={value} in the environment: expected a whole number, as a launcher sets it.")
     rank = int(said.get("LOCAL_RANK", "-1"))
     given = memory.same_for_all(

@@ -18,7 +18,7 @@ from typing import Any
 from dreambooth_moslora.adapters.metadata import RESUMED, UNTOLD, AdapterMetadata, concluded, told_by, versions
 from dreambooth_moslora.cli.terminal import StopRequest, TerminalProgress
 from dreambooth_moslora.cli.train import add_flag
-from dreambooth_moslora.core import UserError, file_digest, one_line, spelled_out
+from dreambooth_moslora.core import UserError, file_digest, one_line, spelled_out, user_path
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.settings.sources import checked_recipe, load_settings
 from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, SETTINGS, TrainConfig, checked_setting, shapes_weights
@@ -78,7 +78,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def read_receipt(path: str) -> Receipt:
     """Raises UserError for a file that this program did not publish, and for a recipe that it does not know."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     file = file / run_folder.PUBLISHED_NAME if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"{path}: there is no such file.")
@@ -147,7 +147,7 @@ def check_source(args: argparse.Namespace, facts: AdapterMetadata, told: Mapping
     if facts.subject_prompts and prompts != facts.subject_prompts:
         raise UserError(f"{args.file}: its subjects are {one_line(', '.join(facts.subject_prompts), 300)}.")
     if facts.basis.get("kind") == "file":
-        file = Path(str(told.get("basis"))).expanduser()
+        file = user_path(str(told.get("basis")))
         if not file.is_file() or file_digest(file) != facts.basis["sha256"]:
             raise UserError(f"{args.file}: its basis is {facts.basis['file']!r:.80}; give that file with --basis.")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.core import UserError, free_name, one_line, recover, remove_directory
+from dreambooth_moslora.core import UserError, free_name, one_line, recover, remove_directory, user_path
 from dreambooth_moslora.disk.events import append_event, read_events
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
@@ -140,7 +140,7 @@ def step_of(path: Path) -> int:
         return named
     try:
         return int(json.loads((path / CHECKPOINT_FILES[0]).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return -1
 
 
@@ -178,7 +178,7 @@ UNSAFE = re.compile(r"[^\w .+-]+")
 
 def find_weights(path: str | Path) -> Path:
     """An adapter's file: the path, a run's published or a checkpoint's raw one. Raises UserError, also for pickles."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_dir():
         path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)
     if not path.is_file():

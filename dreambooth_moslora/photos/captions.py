@@ -147,7 +147,8 @@ def was_made(photo: photo_file.Photo, target: Path) -> bool:
     """Whether the file still holds the caption that was made."""
     made = folder.kept_captions(target.with_name(folder.MADE_CAPTIONS)).get(photo.path.name)
     try:
-        return made is not None and target.read_text(encoding="utf-8").strip() == made["caption"]
+        is_there = made is not None and target.is_file()  # of a pipe, reading might have no end
+        return is_there and target.read_text(encoding="utf-8").strip() == made["caption"]
     except (OSError, UnicodeDecodeError):
         return False
 

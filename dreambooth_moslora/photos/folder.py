@@ -144,9 +144,9 @@ class Captions:
 
 
 def kept_captions(path: Path) -> dict[str, dict[str, str]]:
-    """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged."""
+    """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged, or is none."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     entries = entries if isinstance(entries, dict) else {}
@@ -210,16 +210,14 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
 
 
 def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
-    """The image's file, empty for an empty cell. Raises UserError for a path outside `own`: anyone wrote the table."""
-    if not cell:
-        return b""
-    if cell.get("bytes"):
-        return cell["bytes"]
-    path = Path(cell["path"]).resolve()
-    if not any(path.is_relative_to(folder) for folder in own):
-        raise core.UserError(
-            f"--dataset_name: it names {core.one_line(cell['path'])}, which is not a file of the data set."
-        )
+    """The image's file, empty for an empty cell. Raises UserError for no file in `own`: anyone wrote the table."""
+    cell = cell or {}
+    named = cell.get("path") or ""
+    if cell.get("bytes") or not named:
+        return cell.get("bytes") or b""
+    path = Path(named.replace("\0", "")).resolve()
+    if "\0" in named or not path.is_file() or not any(path.is_relative_to(folder) for folder in own):
+        raise core.UserError(f"--dataset_name: it names {core.one_line(named)}, which is not a file of the data set.")
     return path.read_bytes()
 
 

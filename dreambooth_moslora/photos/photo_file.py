@@ -235,6 +235,8 @@ def quoted(photo: Photo) -> str:
 def open_again(path: Path) -> Image.Image:
     """A file that could be read before. Raises UserError when it cannot any more."""
     try:
+        if path.exists() and not path.is_file():  # a pipe, which nobody writes to, would be waited for
+            raise UnreadableImageError("not a file")
         return open_image(path)
     except UnreadableImageError as error:
         raise UserError(f"{path}: {error}; it changed since the folder was read.") from error

@@ -51,6 +51,7 @@ def parsed(path: Path, called: str) -> dict[str, Any]:
     kind, loads = ("JSON", json.loads) if path.suffix.lower() == ".json" else ("TOML", tomllib.loads)
     try:
         values = loads(text)
+        repr(values)  # as messages do: a hexadecimal integer may have more digits than Python writes
     except ValueError as error:
         raise UserError(f"{called} is not valid {kind}: {error}.") from error
     except RecursionError:

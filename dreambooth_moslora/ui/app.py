@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dreambooth_moslora.base.files import resolve_base
-from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder, one_line, public_name
+from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder, one_line, public_name, user_path
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
 from dreambooth_moslora.plan.memory import SDXL
@@ -100,7 +100,7 @@ def context_of(args: argparse.Namespace, *, training: bool, public: bool = False
     runs_dir = runs_folder(args.runs_dir)
     from dreambooth_moslora.ui import bases, state
 
-    bases_dir = Path(args.bases_dir).expanduser().resolve() if args.bases_dir else None
+    bases_dir = user_path(args.bases_dir).resolve() if args.bases_dir else None
     names = {public_name(args.base): args.base} if public or args.backend else bases.offered(args.base, bases_dir)
     first, *others = (page_base(title, name, args) for title, name in names.items())
     return state.AppContext(
@@ -108,7 +108,7 @@ def context_of(args: argparse.Namespace, *, training: bool, public: bool = False
         base=first.title,
         base_name=first.name,
         resolution_px=first.resolution_px,
-        adapters_dir=Path(args.adapters_dir).expanduser().resolve(),
+        adapters_dir=user_path(args.adapters_dir).resolve(),
         runs_dir=runs_dir,
         training=training,
         public=public,
@@ -144,7 +144,7 @@ def page_base(title: str, name: str, args: argparse.Namespace):
 def runs_folder(text: str) -> Path:
     """The folder, made if needed. Raises UserError when that fails."""
     try:
-        folder = Path(text).expanduser().resolve()
+        folder = user_path(text).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     except (OSError, RuntimeError, ValueError) as error:
@@ -153,7 +153,7 @@ def runs_folder(text: str) -> Path:
 
 def base_folder(name: str) -> Path | None:
     """The base's local folder or file; None for a hub id."""
-    path = assets_folder() / "toy-sdxl" if name == "toy" else Path(name).expanduser()
+    path = assets_folder() / "toy-sdxl" if name == "toy" else user_path(name)
     return path if path.exists() else None
 
 

@@ -137,8 +137,13 @@ class BodySizeLimit(Layer):
         is_upload = scope["path"] == UPLOAD
         if promised_bytes(scope) > MAX_BODY_BYTES + MAX_UPLOAD_BYTES * is_upload:
             await PlainTextResponse("too long; files are sent to /upload", 413)(scope, receive, send)
-        else:
-            await self.app(scope, _watched(receive, scope) if is_upload else _counted(receive), send)
+            return
+        try:
+            bounded = _watched(receive, scope) if is_upload else _counted(receive)
+        except FormParserError:
+            await PlainTextResponse("the parts of the upload have too long a boundary", 400)(scope, receive, send)
+            return
+        await self.app(scope, bounded, send)
 
 
 def promised_bytes(scope: dict) -> int:

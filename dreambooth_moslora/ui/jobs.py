@@ -414,7 +414,7 @@ class QueueTurns:
                     pass
             except UserError:  # an unrecorded process trains there
                 return
-        goes_on = self._has_checkpoint_since(run.queued, run)
+        goes_on = self._has_checkpoint_since(0.0 if run.is_new else run.queued, run)  # the clock may be put back
         settings = run.settings | ({"resume_from_checkpoint": "latest"} if goes_on else {})
         self.queue.note(replace(run, started=time.time()))
         try:

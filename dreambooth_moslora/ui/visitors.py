@@ -6,6 +6,7 @@ without cookies). The cookie is sent with a link from another site (SameSite=Lax
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -154,6 +155,8 @@ MAX_VISITORS = 200
 KEPT_SEC = 3600
 LONGEST_KEPT_SEC = 7 * 24 * 3600
 PREFIX = "moslora-app-"
+FOLDER = re.compile(rf"{PREFIX}(?P<pid>[0-9]{{1,9}})-(?P<token>[0-9a-f]{{8}})-[a-z0-9_]+")
+"""A server's folder. Any user of the machine may give another name in the folder of temporary files."""
 HISTORY_LENGTH = 48
 ONE_YEAR_SEC = 365 * 24 * 3600
 
@@ -211,8 +214,8 @@ class Visitors:
     def __init__(self) -> None:
         home = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())  # of all servers' folders
         for folder in home.glob(f"{PREFIX}*"):  # those of servers that were killed go
-            pid, token, *_ = [*folder.name.removeprefix(PREFIX).split("-"), ""]
-            if not (pid.isdigit() and is_running(int(pid), token)):
+            named = FOLDER.fullmatch(folder.name)
+            if named and not is_running(int(named["pid"]), named["token"]):
                 shutil.rmtree(folder, ignore_errors=True)
         home.mkdir(parents=True, exist_ok=True)
         prefix = f"{PREFIX}{(pid := os.getpid())}-{own_token(pid)}-"

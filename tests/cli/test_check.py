@@ -59,11 +59,14 @@ def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_
     shown = capsys.readouterr()
     assert "the embedded one, as there is no GPU here" in shown.err and "“a photo of a sks rocket”" in shown.out
     assert "40 x 40 px is enlarged 3.2 times" in shown.out, "to 128 px"
-    bad = "leave out 00 copy.jpg, tiny.jpg (--leave_out 00 copy.jpg tiny.jpg); 2 good photos are there, too few"
+    bad = "leave out 00 copy.jpg, tiny.jpg (--leave_out '00 copy.jpg' tiny.jpg); 2 good photos are there, too few"
     assert shown.out.splitlines()[-1] == f"verdict: {bad}: take 3 to 10 of the subject"
     shutil.copy(ROOT / "assets" / "subjects" / "rocket" / "02.jpg", tmp_path / "02.jpg")
     assert main(["check", ".", "--no_picture", "--resolution", "128"]) == 0
     assert capsys.readouterr().out.endswith("3 good photos are there, enough to train\n")
+    (tmp_path / "tiny.jpg").rename("$(reboot).jpg")
+    assert main(["check", ".", "--no_picture", "--resolution", "128"]) == 0
+    assert "(--leave_out '$(reboot).jpg' '00 copy.jpg')" in capsys.readouterr().out, "a shell runs none"
 
 
 def test_the_picture_shows_every_photo_and_its_crops_and_its_name_may_lack_a_suffix(tmp_path, capsys):

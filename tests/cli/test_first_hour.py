@@ -36,6 +36,10 @@ ABSENT = {
     "serve --adapters x": "--adapters x: there is no such folder",
     "serve --adapters . --pretrained_model_name_or_path x": "the base x does not exist",
     "app --base x": "the base x does not exist",
+    "generate --prompt dog --adapter ~nobody_/x": "there is no adapter file ~nobody_/x",
+    "export ~nobody_/x --out y": "there is no file or folder ~nobody_/x",
+    "verify ~nobody_/x": "~nobody_/x: there is no such file",
+    "app --base ~nobody_/x": "the base ~nobody_/x does not exist",
 }
 
 

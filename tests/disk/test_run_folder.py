@@ -116,6 +116,9 @@ def test_checkpoints_are_ordered_by_step_and_rotated(tmp_path):
     run.rotate(2)
     assert [path.name for path in run.checkpoints()] == ["checkpoint-200", "checkpoint-1000"]
     assert run.latest_checkpoint().name == "checkpoint-1000"
+    make_checkpoint(run.last_dir)
+    (run.last_dir / "position.json").write_text('{"step": 1e999}')  # infinity, for which Python has no int
+    assert run.latest_checkpoint().name == "checkpoint-1000"
 
 
 def test_metrics_survive_a_torn_line_and_stay_json(tmp_path):

@@ -1,6 +1,7 @@
 """Captions made for photos: where they are written, that what a person wrote stays, and the models that say them."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -79,6 +80,17 @@ def test_photos_that_would_share_a_caption_get_none(names, words, remark, tmp_pa
     assert [found.caption is None for found in made] == [name != "b.jpg" for name in names]
     texts = [path.name for path in tmp_path.iterdir() if path.suffix == ".txt" and not path.name.startswith(".")]
     assert texts == (["b.txt"] if "b.jpg" in names else [])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_in_the_folder_is_no_caption_and_is_not_waited_for(folder):
+    made = {"a.jpg": {"caption": PROMPT, "made_from": "x"}}
+    (folder / ".made_captions.json").write_text(json.dumps(made))
+    os.mkfifo(folder / "a.txt")
+    assert written(folder) == [None] * 5
+    (folder / ".made_captions.json").unlink()
+    os.mkfifo(folder / ".made_captions.json")
+    assert written(folder) == [None] * 5
 
 
 def keep_bare(folder, path: Path, asked: list, prompt: str = PROMPT) -> int:

@@ -13,8 +13,8 @@ from PIL import Image, ImageFilter
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
-from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
-from dreambooth_moslora.photos.photo_file import open_rgb, quoted
+from dreambooth_moslora.photos.folder import find_photos, image_bytes, log_strays, photo_report
+from dreambooth_moslora.photos.photo_file import Photo, open_rgb, quoted
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
 from tests.helpers.tiny_training import paint_photos
@@ -152,6 +152,19 @@ def test_what_is_no_file_is_neither_photo_nor_caption_nor_mask_and_is_not_waited
     assert len(reasons) == 6 and set(reasons.values()) == {"not a file"}
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("put", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo], ids=["device", "pipe"])
+def test_what_has_no_end_in_a_photos_place_is_not_read(put, tmp_path):
+    """Put there after the folder was read, when training makes its digest and its crops."""
+    paint_photos(tmp_path, 1)
+    (photo,) = find_photos(tmp_path, PROMPT, 64).photos
+    photo.path.unlink()
+    put(photo.path)
+    for read in (open_rgb, Photo.key):
+        with pytest.raises(UserError, match=r"0\.png.* not a file"):
+            read(photo)
+
+
 def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
     def scene(seed):
         tiles = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
@@ -217,8 +230,15 @@ def test_a_local_data_set_is_read_with_its_captions(tmp_path):
     photos = photo_report(config).photos
     assert sorted(photo.captions for photo in photos) == [("first",), ("second",)]
     assert {photo.path.read_bytes() for photo in photos} == {(source / n).read_bytes() for n in ("one.png", "two.png")}
+    assert image_bytes({"bytes": b"", "path": None}, []) == b"", "an empty cell"
     with pytest.raises(UserError, match=r"--caption_column word: .* Did you mean words\?"):
         photo_report(TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("named", ["absent", "nul\0"])
+def test_a_data_set_that_names_no_file_is_refused(named, tmp_path):
+    with pytest.raises(UserError, match=r"is not a file of the data set"):
+        image_bytes({"bytes": None, "path": str(tmp_path / named)}, [tmp_path])
 
 
 @pytest.mark.parametrize("named", ["{outside}/secret.png", "../secret.png", "linked.png"])

@@ -59,6 +59,7 @@ def test_a_very_long_value_is_not_shown_whole(words, capsys):
         ("a.json", "[1]", "found a list"),
         ("a.json", '{"a": ' * 100_000, "nested too deeply"),
         ("a.toml", "a = " + "[" * 100_000, "nested too deeply"),
+        ("a.toml", "rank = 0x1" + "0" * 5000, "not valid TOML: Exceeds the limit"),
         ("a.toml", "rnak = 3", "unknown setting `rnak`: did you mean `rank`?"),
         ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
         ("a.toml", 'rank = "many"', "expected a whole number"),

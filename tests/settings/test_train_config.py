@@ -145,9 +145,11 @@ def test_foreign_flags_are_none_of_ours():
 def test_the_launcher_says_the_rank_and_one_that_says_no_number_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert parse_train_config([*NEEDED, "--local_rank", "1"]).local_rank == 3
-    monkeypatch.setenv("LOCAL_RANK", "abc")
-    with pytest.raises(UserError, match="LOCAL_RANK=abc in the environment: expected a whole number"):
-        parse_train_config(NEEDED)
+    for name, value in (("LOCAL_RANK", "abc"), ("LOCAL_RANK", "9" * 5000), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-1")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(UserError, match=f"{name}={value[:400]}.* in the environment: expected a whole number"):
+                parse_train_config(NEEDED)
 
 
 def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkeypatch):

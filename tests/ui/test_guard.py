@@ -352,6 +352,12 @@ def mebibyte(served, visitor: str, content: bytes = b"") -> Path:
     return Path(answer.raise_for_status().json()[0])
 
 
+def test_an_upload_with_too_long_a_boundary_is_refused(served):
+    headers = {"Content-Type": f"multipart/form-data; boundary={'x' * 5000}"}
+    answer = httpx.post(f"{served.url}gradio_api/upload", content=b"x", headers=headers)
+    assert answer.status_code == 400 and "boundary" in answer.text
+
+
 def test_the_oldest_uploads_make_room_for_the_newest_which_stays_unless_it_would_fill_the_disk(served, monkeypatch):
     monkeypatch.setattr(guard, "MAX_BYTES_EACH", 3 * MIB)
     others = mebibyte(served, "bob")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -162,6 +163,21 @@ def test_two_processes_never_start_the_same_run(jobs):
     assert [len(starts_of(queue, name)) for name in "abc"] == [1, 1, 1]
 
 
+def make_checkpoint(run_dir: Path) -> Path:
+    (checkpoint := run_dir / "checkpoint-1").mkdir()
+    for name in ("position.json", "optimizer.pt", "moslora_weights.safetensors"):
+        (checkpoint / name).write_text("x")
+    return checkpoint
+
+
+def test_a_new_run_goes_on_from_its_checkpoint_though_the_clock_was_put_back(turns):
+    added(turns.queue, "dog")
+    os.utime(make_checkpoint(turns.jobs.runs_dir / "dog"), (0, 0))
+    turns.take()
+    config = json.loads((turns.jobs.runs_dir / "dog" / "job_config.json").read_text())
+    assert config["resume_from_checkpoint"] == "latest" and trained(turns) == {"dog": "done"}
+
+
 def test_a_run_that_was_cut_off_goes_on_first_from_its_checkpoint(jobs):
     queue, first = RunQueue(jobs.runs_dir), QueueTurns(jobs)
     added(queue, "dog", steps=500)
@@ -169,10 +185,7 @@ def test_a_run_that_was_cut_off_goes_on_first_from_its_checkpoint(jobs):
     first.take()
     job = wait_for(lambda: jobs.current())
     wait_for(lambda: jobs.state(job).step)
-    checkpoint = jobs.runs_dir / "dog" / "checkpoint-1"
-    checkpoint.mkdir()
-    for name in ("position.json", "optimizer.pt", "moslora_weights.safetensors"):
-        (checkpoint / name).write_text("x")
+    make_checkpoint(jobs.runs_dir / "dog")
     os.kill(job.pid, 9)
     later = QueueTurns(Jobs(jobs.runs_dir, jobs.script))  # the page or the command, started again
     wait_for(lambda: jobs.current() is None)

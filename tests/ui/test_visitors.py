@@ -116,6 +116,14 @@ def test_the_history_forgets_the_oldest_with_its_file(tmp_path, ann):
     assert len(list(tmp_path.glob("*.png"))) == HISTORY_LENGTH
 
 
+@pytest.mark.parametrize("rest", ["²", f"{'9' * 40}-left", "notes"])
+def test_a_folder_that_any_user_named_like_a_server_s_is_kept_and_does_not_stop_the_page(rest, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    (tmp_path / f"moslora-app-{rest}").mkdir()
+    Visitors().close()
+    assert [path.name for path in tmp_path.iterdir()] == [f"moslora-app-{rest}"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_nothing_that_a_visitor_sent_outlives_the_server(tmp_path, free_port, number):
     """After a kill the next start clears it away."""

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
 
-from dreambooth_moslora.core import UserError, parse_object
+from dreambooth_moslora.core import UserError, parse_object, user_path
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, files_by_name, name_of, run_files
 from dreambooth_moslora.extras.cluster.bucket import Bucket, Digests
 from dreambooth_moslora.generation.params import GenerationParams, check_steps, draw_seed
@@ -143,7 +143,7 @@ def open_catalogue(places: Sequence[str]) -> Catalogue:
             return BucketFolder(urls[0])
         except UserError as error:
             raise UserError(f"--adapters {error}") from error
-    folders = [Path(place).expanduser() for place in places]
+    folders = [user_path(place) for place in places]
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--adapters {folder}: there is no such folder.")
