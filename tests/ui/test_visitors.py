@@ -130,7 +130,7 @@ def test_nothing_that_a_visitor_sent_outlives_the_server(tmp_path, free_port, nu
     tmp = tmp_path / "tmp"
     environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
     environment |= {"TMPDIR": str(tmp), "PYTHONUNBUFFERED": "1"}
-    (tmp / "moslora-app-999999999-left").mkdir(parents=True)
+    (tmp / "moslora-app-999999999-0123abcd-left").mkdir(parents=True)
     command = [sys.executable, "app.py", "--runs_dir", str(tmp_path / "runs"), "--server_port", str(free_port)]
     page = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
