@@ -64,14 +64,13 @@ def accelerator_on_device(config, run_dir):
 
 def trained(base: str, photos: str, output: str, changes: dict) -> dict:
     """The losses of the steps, and what the last step did and had on the device."""
-    Watch.has_tf32 = changes.pop("has_tf32", False)
     scales[:] = [scale for scale in [changes.pop("fp16_scale", None)] if scale]
     watches.clear()
     updates.clear()
     loop.train(tiny_config(Path(base), Path(photos), Path(output), **changes))
     steps = logged(Path(output))
     last = watches[-1]
-    did = {"waits": last.waits, "copies": last.copies, "kernels": last.kernels, "update_waits": updates[-1].waits}
+    did = {"waits": last.waits, "copies": last.copies, "update_waits": updates[-1].waits}
     skipped = sum(step["skipped"] for step in steps)
     return did | {"losses": losses_of_run(RunDir(Path(output))), "skipped": skipped, "frozen": numbers[-1]}
 
