@@ -7,7 +7,7 @@
 # In a container the page listens on all addresses, so training needs the login of --auth. To train without the page:
 #
 #   docker run --gpus all -v "$PWD:/data" -v moslora-hub:/hub --entrypoint python3 dreambooth-moslora \
-#       train_dreambooth.py --config assets/configs/sdxl_12gb.toml --instance_data_dir /data/photos/dog \
+#       train_dreambooth.py --config assets/configs/sdxl.toml --instance_data_dir /data/photos/dog \
 #       --instance_prompt "a photo of sks dog" --output_dir /data/runs/dog
 FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04
 

@@ -291,7 +291,7 @@ def training(
         except StopRequestedError:
             if report.step:  # a resumed run can continue from its untouched checkpoint
                 report.release()
-            report(events.RunEnded("interrupted", report.step, "stopped before a step"))
+            report(events.RunEnded("interrupted", report.step, "stopped before the first step"))
             return TrainResult(run_dir.path, report.step, True, None)
         except Exception as error:
             with suppress(OSError):  # a full disk, for example, is already the error itself

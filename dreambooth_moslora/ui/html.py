@@ -88,7 +88,8 @@ CSS = """
 .html-container { padding: 0 !important; }
 #top { align-items: baseline; justify-content: space-between; flex-wrap: nowrap; }
 #top > * { width: auto; flex: none; }
-#top > :nth-child(2) { margin-left: auto; }
+#top > .block { margin: 0 !important; }
+#top > #base { margin-left: auto !important; }
 #top h1 { font-size: 1.25rem; margin: 0; letter-spacing: -.01em; }
 .faint, .faint p { color: var(--body-text-color-subdued); font-size: .82rem; }
 .tight { gap: 8px !important; align-items: end; }
@@ -180,6 +181,7 @@ footer .divider { display: none; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
 @media (max-width: 760px) {
   #top { flex-wrap: wrap; }
+  #top > #base { width: 100%; }
   #results { scroll-margin-top: 66px; }
   .gradio-container main { padding: 12px !important; }
   #generate, #train, #inspect { grid-template-columns: minmax(0, 1fr); gap: 12px; }

@@ -18,7 +18,7 @@ import gradio as gr
 from dreambooth_moslora.photos.folder import MOST_BYTES
 from dreambooth_moslora.ui.html import escape
 
-EMPTY = "Empty: the instance prompt"
+EMPTY = "Caption; empty: the words of step 2"
 TEMPLATE = f"""
 <div class="row-tools">
   <button type="button" data-event="write" title="By a model, into the captions that are empty">Write captions</button>

@@ -26,7 +26,7 @@ from dreambooth_moslora.ui.photo_rows import CAPTIONS, photo_rows, with_cards
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
 """Options of events that process photos: visitors take turns photo by photo (`visitors.ONE_AT_A_TIME`)."""
-ABOUT_MASKS = "A mask goes along as name.mask.png beside name.jpg: only what is white in it is learned."
+ABOUT_MASKS = "A mask, if you have one, goes along as name.mask.png beside name.jpg: its white part is learned most."
 FURTHER = range(2, train_form.MOST_SUBJECTS + 1)
 PRIVATE = {"api_visibility": "private", **state.GPU}
 WORDS = tuple(train_form.SubjectWords.__dataclass_fields__)
@@ -38,7 +38,7 @@ NARROW = {"min_width": 110}
 def photo_widgets(number: int = 1) -> dict[str, Any]:
     """The widgets in which a subject's photos are dropped and shown, and the field for those of a program."""
     whose = "one subject" if number == 1 else f"subject {number}"
-    files = {"file_count": "multiple", "file_types": visitors.PHOTO_TYPES, "label": f"4 to 10 photos of {whose}"}
+    files = {"file_count": "multiple", "file_types": visitors.PHOTO_TYPES, "label": f"3 to 10 photos of {whose}"}
     widgets = {"added": gr.File(height=130, elem_id=train_form.named("photos", number), **files)}
     if number == 1:
         gr.HTML(html.faint(ABOUT_MASKS))

@@ -39,7 +39,7 @@ PHASES = {
     "captions": "Writing captions",
     "masks": "Making masks",
     "class_images": "Making class images",
-    "caching": "Looking at the photos once",
+    "caching": "Encoding the photos",
     "sampling": "Drawing samples",
     "evaluating": "Measuring fidelity",
     "exporting": "Writing the adapter and checking it",

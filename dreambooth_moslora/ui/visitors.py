@@ -51,7 +51,7 @@ def take_photos(files: list[str], folder: Path, *, keep: bool = False) -> list[s
         raise UserError("add some photos of your subject first")
     kept = len(kept_photos(folder)) if keep else 0
     if (count := kept + len(photos)) > MAX_PHOTOS:
-        raise UserError(f"{count} photos are too many; {MAX_PHOTOS} at most, and 4 to 10 good ones are enough")
+        raise UserError(f"{count} photos are too many; {MAX_PHOTOS} at most, and 3 to 10 good ones are enough")
     pixels, most = sum(map(pixels_of, [*photos, *masks.values()])), MAX_PIXELS_TOGETHER // 10**6
     if pixels > MAX_PIXELS_TOGETHER:
         raise UserError(f"the photos have {pixels / 1e6:.0f} megapixels together; at most {most} are taken at a time")

@@ -295,7 +295,7 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browse
         page.click("#start")
         says(page, "cost", "masks: made for none, as CLIPSeg comes from the hub")
         page.wait_for_function(f"({PLACE})('#train_status').seen")
-        assert "recipe: assets/configs/sdxl_" in page.inner_text("#cost")
+        assert "recipe: assets/configs/sdxl.toml" in page.inner_text("#cost")
         open_box(page, "more_training")
         says(page, "by_recipe", "Trained at 64 px, the base's own size.")
         steps = re.search(r"steps: (\d+)", page.inner_text("#cost"))[1]
