@@ -53,6 +53,7 @@ def accelerator_on_device(config, run_dir):
     """accelerate knows no such device: it is told, each time."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(config, run_dir)
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # by which several processes began; it would refuse the device
     for state in (AcceleratorState, PartialState):
         state._shared_state["device"] = DEVICE
     for scale in scales:

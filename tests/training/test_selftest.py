@@ -185,7 +185,7 @@ def test_two_processes_each_on_a_device_train_what_one_trains_with_two_micro_bat
     ended = [process.communicate(timeout=600)[1] for process in [start(command, rank, 2, free_port) for rank in (0, 1)]]
     for rank in (0, 1):
         found = json.loads((tmp_path / f"two.{rank}").read_text())
-        assert found.get("losses") == pytest.approx(alone["losses"], rel=1e-5), (found, ended)
+        assert found.get("losses") == pytest.approx(alone["losses"], rel=1e-4), (found, ended)
         assert sum(found["waits"].values()) <= 2 and sum(found["update_waits"].values()) <= 2, found
 
 
