@@ -211,7 +211,15 @@ def test_different_flags_and_a_card_that_is_too_small_end_both_in_one_line(play,
     file = tmp_path / "config.json"
     file.write_text(json.dumps(tiny_config(tiny_base, photos, tmp_path / "run").to_dict()))
     own = ["--config", str(file)]
+    model, index = (
+        tmp_path / "hub" / f"models--{STOCK_SDXL.replace('/', '--')}",
+        f"snapshots/{'0' * 40}/model_index.json",
+    )
+    for name, text in (("refs/main", "0" * 40), (index, '{"_class_name": "StableDiffusionXLPipeline"}')):
+        (model / name).parent.mkdir(parents=True)
+        (model / name).write_text(text)
     sdxl = [*own, "--pretrained_model_name_or_path", STOCK_SDXL, "--resolution", "1024", "--mixed_precision", "bf16"]
+    sdxl += ["--cache_dir", str(tmp_path / "hub")]
     pairs = [
         [[*own, "--rank", "2"], [*own, "--rank", "4"]],
         [own, [*own, "--rank", "many"]],

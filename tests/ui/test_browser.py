@@ -94,10 +94,10 @@ def test_stop_keeps_what_is_finished_and_escape_stops_too(served, page, monkeypa
 
 
 def test_a_picture_in_the_queue_is_stopped_before_its_turn(served, browser, page):
-    generate(page, steps=60, pictures=8)
+    generate(page, steps=100, pictures=8)
     page.wait_for_selector("#status .bar")
     with visit(browser, served.url) as second:
-        generate(second.page, steps=60, pictures=8)
+        generate(second.page, steps=100, pictures=8)
         second.page.wait_for_function("document.querySelector('#status').innerText.includes('queue: 1/1')")
         second.page.click("#stop")
         second.page.wait_for_timeout(300)
