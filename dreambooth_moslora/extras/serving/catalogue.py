@@ -162,7 +162,7 @@ class Folders(Catalogue):
         try:
             if file is not None:
                 return AdapterRef(name, str(file), self._digests.of(file))
-        except OSError as error:  # removed, or no longer readable
+        except (OSError, UserError) as error:  # removed, or no longer readable
             logger.warning("The adapter %s cannot be read: %s", name, error)
         raise unknown(name)
 
