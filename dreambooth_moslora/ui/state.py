@@ -357,7 +357,7 @@ class GpuTurns:
     def captioning(self) -> Iterator[None]:
         """Wraps captions, whose model takes the GPU in the pipeline's place. Raises UserError while a run trains."""
         with self.drawing():
-            if not self._is_small and (pipeline := self._ctx.loaded()) is not None and pipeline.has_gpu:
+            if not self.is_small and (pipeline := self._ctx.loaded()) is not None and pipeline.has_gpu:
                 pipeline.rest()
             yield
 

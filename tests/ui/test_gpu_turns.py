@@ -84,6 +84,8 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_and_draws_the_same_aft
     assert ctx.jobs.current() and moves == [OTHER_DEVICE, "cpu"]
     stop(ctx)
     assert picture(ctx) == before and moves == [OTHER_DEVICE, "cpu", OTHER_DEVICE]
+    with ctx.turns.captioning():
+        assert moves[3:] == ["cpu"]
 
 
 def test_a_resumed_run_and_a_server_that_is_started_again_keep_the_turns_and_a_small_base_stays(
