@@ -47,8 +47,7 @@ def test_a_sentence_says_what_a_base_is_and_needs(tiny_base):
 
 @pytest.mark.parametrize("public", [False, True])
 def test_a_public_page_has_the_operators_base_alone(shelf, tmp_path, public):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_arguments(parser := argparse.ArgumentParser())
     args = parser.parse_args(["--bases_dir", str(shelf), "--runs_dir", str(tmp_path / "runs")])
     ctx = context_of(args, training=False, public=public)
     ctx.visitors.close()
