@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from dreambooth_moslora.adapters import basis, kohya_file, new_tokens, raw_file
+from dreambooth_moslora.adapters import basis, kohya, new_tokens, raw_file
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer
 from dreambooth_moslora.core import UserError, one_line, user_path
@@ -104,7 +104,7 @@ def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
 
 PAIRS = {  # suffix of the down matrix -> (suffix of the up matrix, name of this kind of key)
     ".lora_A.weight": (".lora_B.weight", "PEFT keys"),
-    kohya_file.KOHYA_DOWN: (kohya_file.KOHYA_UP, "kohya keys"),
+    kohya.KOHYA_DOWN: (kohya.KOHYA_UP, "kohya keys"),
     ".lora.down.weight": (".lora.up.weight", "diffusers keys"),
     "_lora.down.weight": ("_lora.up.weight", "old diffusers keys"),
     ".lora_linear_layer.down.weight": (".lora_linear_layer.up.weight", "diffusers text encoder keys"),
@@ -200,10 +200,10 @@ def describe_pairs(name: str, tensors: dict[str, torch.Tensor], header: dict[str
     others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
     if not pairs and not others:
         raise UserError(f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
-    sizes = [tensor for key, tensor in tensors.items() if key.endswith(kohya_file.DORA_SCALE)]
+    sizes = [tensor for key, tensor in tensors.items() if key.endswith(kohya.DORA_SCALE)]
     use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
     by_columns = "DoRA by columns, which is not read here"
-    others += ["DoRA" if all(map(kohya_file.is_by_rows, sizes)) else by_columns] * use_dora
+    others += ["DoRA" if all(map(kohya.is_by_rows, sizes)) else by_columns] * use_dora
     kinds = ", ".join(others + sorted({pair.keys for pair in pairs}))
     facts: dict[str, object] = {"kind": "published by dreambooth_moslora, " * (HEADER in header) + kinds}
     if pairs:
@@ -230,7 +230,7 @@ def find_pairs(name: str, tensors: dict[str, torch.Tensor]) -> list[Pair]:
             raise UserError(f"{name} is broken: {module} has a down matrix without an up matrix of its rank")
         if not isfinite(float(down.double().norm() * up.double().norm())):
             raise UserError(f"{name} is broken: {module} has values too large to be multiplied")
-        alpha = tensors.get(module + kohya_file.KOHYA_ALPHA)
+        alpha = tensors.get(module + kohya.KOHYA_ALPHA)
         if alpha is not None and alpha.numel() != 1:
             raise UserError(f"{name} is broken: {module}.alpha is not one number")
         is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors

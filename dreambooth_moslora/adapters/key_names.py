@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth_moslora.adapters import kohya_file, lycoris, moslora, raw_file
+from dreambooth_moslora.adapters import kohya, lycoris, moslora, raw_file
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.families import DENOISERS
 
@@ -135,7 +135,7 @@ def layers_named(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str,
     for component in raw_file.COMPONENTS:
         model = getattr(pipeline, component, None)
         for own_path, module in ({} if model is None else moslora.matrix_layers(model)).items():
-            path = kohya_file.published_path(component, own_path)
+            path = kohya.published_path(component, own_path)
             layer = by_label[f"{component}.{path}"] = component, path, moslora.weight_size(module)
             for name in spellings(component, path):
                 known.setdefault(name, []).append(layer)
@@ -149,7 +149,7 @@ def spellings(component: str, path: str) -> list[str]:
     flat, bare = path.replace(".", "_"), path.removeprefix("text_model.")
     found = [name for dotted in dict.fromkeys((path, bare)) for name in (dotted, PEFT_PREFIX + dotted)]
     found += [f"{component}.{dotted}" for dotted in dict.fromkeys((path, bare))]
-    found.append(f"{kohya_file.PREFIXES.get(component, f'lora_{component}')}_{flat}")
+    found.append(f"{kohya.PREFIXES.get(component, f'lora_{component}')}_{flat}")
     return [*found, f"lycoris_{flat}"] if component in DENOISERS else found
 
 
@@ -159,12 +159,10 @@ def renamed(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str, str]
     pairs = {
         f"{name}{side}": torch.full((1, 1), float(n))
         for n, name in numbered.items()
-        for side in (kohya_file.KOHYA_DOWN, kohya_file.KOHYA_UP)
+        for side in (kohya.KOHYA_DOWN, kohya.KOHYA_UP)
     }
     found = {}
     for key, number in (pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config)[0] if pairs else {}).items():
         component, _, rest = key.partition(".")
-        found[numbered[int(number)]] = (
-            f"{component}.{kohya_file.published_path(component, module_path(component, rest))}"
-        )
+        found[numbered[int(number)]] = f"{component}.{kohya.published_path(component, module_path(component, rest))}"
     return found

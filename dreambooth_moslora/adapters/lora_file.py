@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.adapters import basis, key_names, kohya_file, mixer, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters import basis, key_names, kohya, mixer, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.metadata import most_common
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError, file_digest, is_number, one_line, parse_object
@@ -151,7 +151,7 @@ def _matches(component: str, paths: Iterable[str], pattern: object, file_name: s
         ends = set()
         # Versions of transformers differ in the prefix `text_model.` of a text encoder.
         bare = path if component in DENOISERS else path.removeprefix("text_model.")
-        for name in (bare, kohya_file.published_path(component, path)):
+        for name in (bare, kohya.published_path(component, path)):
             parts = name.split(".")
             ends |= {f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))}
         if known := ends & order.keys():
@@ -224,7 +224,7 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
 
 def _base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
     """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files have it or not."""
-    path = kohya_file.published_path(component, path)
+    path = kohya.published_path(component, path)
     has_prefix = component in DENOISERS or hasattr(getattr(pipeline, component, None), "text_model")
     return path if has_prefix else path.removeprefix("text_model.")
 
@@ -236,7 +236,7 @@ def fold_raw(file: Path) -> dict[str, torch.Tensor]:
     for component, modules in raw_file.by_module(tensors).items():
         for path, parts in modules.items():
             layer = raw_file.matrices_from(parts, metadata, f"{component}.{path}").fold()
-            folded.setdefault(component, {})[kohya_file.published_path(component, path)] = layer
+            folded.setdefault(component, {})[kohya.published_path(component, path)] = layer
     return published_file.published_tensors(folded)
 
 
@@ -259,7 +259,7 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
             )
             alphas = alphas[0] if alphas else None  # of a UNet; elsewhere they are in `tensors`
         settings = settings or json.loads(run_folder.header_of(file).get(published_file.PEFT_SETTINGS, "null"))
-        by_name = {key.removesuffix(kohya_file.DORA_SCALE): key_names.as_magnitude(size) for key, size in sizes.items()}
+        by_name = {key.removesuffix(kohya.DORA_SCALE): key_names.as_magnitude(size) for key, size in sizes.items()}
         labels = key_names.renamed(by_name, pipeline).items()
         return tensors | {f"{label}.lora_magnitude_vector": by_name[name] for name, label in labels}, alphas, settings
     except UserError:
@@ -296,9 +296,9 @@ def _settings_beside(
 def _dora_scales(file: Path) -> dict[str, torch.Tensor]:
     """kohya's magnitudes by their keys, each (out, 1) or (out, 1, 1, 1). Raises UserError for those of columns."""
     with safe_open(file, framework="pt") as opened:
-        sizes = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if key.endswith(kohya_file.DORA_SCALE)}
+        sizes = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if key.endswith(kohya.DORA_SCALE)}
     for key, size in sizes.items():
-        if not kohya_file.is_by_rows(size):
+        if not kohya.is_by_rows(size):
             raise UserError(
                 f"{file.name} holds DoRA by the columns of W ({key:.100} {tuple(size.shape)}), and only DoRA by its "
                 "rows (out, 1) is read here: use it in the program that trained it, or train it by rows "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth_moslora.adapters import kohya_file, mixer, raw_file
+from dreambooth_moslora.adapters import kohya, mixer, raw_file
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import KRONECKER
 
@@ -130,10 +130,10 @@ def write_lokr(source: Path, file: Path) -> int:
     content: dict[str, torch.Tensor] = {}
     for component, modules in components.items():
         for path, parts in modules.items():
-            module, public = f"{component}.{path}", kohya_file.published_path(component, path)
+            module, public = f"{component}.{path}", kohya.published_path(component, path)
             name = (
-                kohya_file.kohya_name(component, public, components)
-                if component in kohya_file.PREFIXES
+                kohya.kohya_name(component, public, components)
+                if component in kohya.PREFIXES
                 else f"{component}.{public}"
             )
             rank, alpha = facts.ranks.get(module, facts.rank), facts.alphas.get(module, facts.alpha)

@@ -17,7 +17,7 @@ import diffusers
 import torch
 from peft.tuners.lora import LoraLayer
 
-from dreambooth_moslora.adapters import kohya_file, raw_file
+from dreambooth_moslora.adapters import kohya, raw_file
 from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
@@ -111,7 +111,7 @@ def prove_file(
     """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW). Raises UserError."""
     live = raw_file.all_layers(components, adapter_name)
     tensors, _ = raw_file.read_tensors(path)
-    if any(key.endswith(kohya_file.DORA_SCALE) for key in tensors):
+    if any(key.endswith(kohya.DORA_SCALE) for key in tensors):
         return prove_kohya_dora(path, tensors, live, adapter_name, expected)
     stock = stock_layers(path, components)
     missing = sorted(set(live) ^ set(stock))
@@ -250,12 +250,12 @@ def prove_kohya_dora(
     differences = {}
     for name, layer in live.items():
         component, module = name.split(".", 1)
-        key = kohya_file.kohya_name(
-            component, kohya_file.published_path(component, module), {name.partition(".")[0] for name in live}
+        key = kohya.kohya_name(
+            component, kohya.published_path(component, module), {name.partition(".")[0] for name in live}
         )
         up, down, alpha, found_size = (
             tensors[key + part].double()
-            for part in (kohya_file.KOHYA_UP, kohya_file.KOHYA_DOWN, kohya_file.KOHYA_ALPHA, kohya_file.DORA_SCALE)
+            for part in (kohya.KOHYA_UP, kohya.KOHYA_DOWN, kohya.KOHYA_ALPHA, kohya.DORA_SCALE)
         )
         scale = float(alpha) / len(down)
         wanted = expected[name] if expected is not None else delta(layer, adapter_name)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth_moslora.adapters import describe, kohya_file, moslora, new_tokens, raw_file
+from dreambooth_moslora.adapters import describe, kohya, moslora, new_tokens, raw_file
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, untied
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
@@ -70,7 +70,7 @@ def publish(
     folded: Folded = {}
     for component, model in components.items():
         layers = moslora.fold(model, adapter_name)
-        folded[component] = {kohya_file.published_path(component, path): layer for path, layer in layers.items()}
+        folded[component] = {kohya.published_path(component, path): layer for path, layer in layers.items()}
     kept, expected = None, None
     if keep != 1.0:
         folded, kept, expected = reduced(folded, components, adapter_name, keep)
@@ -118,7 +118,7 @@ def reduced(
             )
     folded, kept = describe.reduce_layers(folded, keep)
     names = [name.partition(".") for name in raw_file.all_layers(components, adapter_name)]
-    expected = {f"{part}.{path}": folded[part][kohya_file.published_path(part, path)].delta for part, _, path in names}
+    expected = {f"{part}.{path}": folded[part][kohya.published_path(part, path)].delta for part, _, path in names}
     check_reduction(components, adapter_name, expected, keep)
     return folded, kept, expected
 
@@ -138,8 +138,8 @@ def write_published(
     settings = {} if "unet" in folded else {PEFT_SETTINGS: json.dumps(peft_settings(filled), indent=2, sort_keys=True)}
     files = [(folder / PUBLISHED_NAME, published_tensors(filled, dtype), header | settings)]
     if "unet" in folded:
-        head = header | kohya_file.kohya_header(name, metadata, folded)
-        files.append((folder / f"{name}{KOHYA_SUFFIX}", kohya_file.kohya_tensors(folded, dtype), head))
+        head = header | kohya.kohya_header(name, metadata, folded)
+        files.append((folder / f"{name}{KOHYA_SUFFIX}", kohya.kohya_tensors(folded, dtype), head))
     for path, tensors, head in files:
         raw_file.check_finite(tensors, f"the adapter in {dtype}")
         raw_file.write_file(path, tensors, head)

@@ -11,7 +11,7 @@ from PIL import ImageDraw, ImageFont
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Step, recipe_text
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.generation.progress import Preview
+from dreambooth_moslora.generation.previews import Preview
 
 MAX_CELLS = 64
 MARGIN_PX = 12

@@ -24,7 +24,7 @@ from dreambooth_moslora.base import decode, families, load, machine
 from dreambooth_moslora.base.files import base_folder, facts_of_base
 from dreambooth_moslora.disk.run_folder import BEST_NAME, find_weights
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Provenance, Recipe, Step
-from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Watcher
+from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
 from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.settings.table import SVD, TrainConfig
 

@@ -415,7 +415,7 @@ def _frames(
     events: Iterator, visitor: visitors.Visitor, params: GenerationParams, word: str, size_px: tuple[int, int] | None
 ) -> Iterator[Frame]:
     """With `size_px` the previews are large."""
-    from dreambooth_moslora.generation import grids, progress
+    from dreambooth_moslora.generation import grids, previews
     from dreambooth_moslora.generation.params import Image, Step
 
     started = shown_at = time.perf_counter()
@@ -431,7 +431,7 @@ def _frames(
             for old in visitor.folder.glob("grid_*.png"):
                 old.unlink(missing_ok=True)
             sheet = event.save(visitor.folder / f"grid_{time.time_ns():x}.png")
-        elif isinstance(event, progress.Preview) and time.perf_counter() - shown_at > FRAME_SEC:
+        elif isinstance(event, previews.Preview) and time.perf_counter() - shown_at > FRAME_SEC:
             shown_at = time.perf_counter()
             yield Frame(_status(step, word, html.thumbnail(event.pixels), size_px))
     status = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)

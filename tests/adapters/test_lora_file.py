@@ -13,7 +13,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_mo
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters import key_names, kohya_file, lora_file, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters import key_names, kohya, lora_file, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
@@ -283,7 +283,7 @@ def other_program_s(base, file, shape=(-1, 1)) -> dict[str, torch.Tensor]:
     tensors, wanted = load_file(save_kohya_lora(unet, file, size=0.2)), {}
     generator = torch.Generator().manual_seed(2)
     for path, module in unet.named_modules():
-        name = kohya_file.kohya_name("unet", path)
+        name = kohya.kohya_name("unet", path)
         if f"{name}.alpha" not in tensors:
             continue
         weight = module.weight.detach()
@@ -371,17 +371,17 @@ RENAMED = {
 @pytest.mark.parametrize("name", RENAMED)
 def test_a_file_with_other_names_is_the_same_adapter(name, tiny_base, state, tmp_path):
     """Its alpha is not the rank."""
-    kohya, other = {}, {}
+    ours, other = {}, {}
     for key, tensor in state.items():
         component, _, rest = key.partition(".")
         path, side = rest.removesuffix(".weight").rsplit(".", 1)
         part = "lora_down.weight" if side == "lora_A" else "lora_up.weight"
         for names, written in (
-            (kohya, kohya_file.kohya_name(component, path)),
+            (ours, kohya.kohya_name(component, path)),
             (other, RENAMED[name](component, path)),
         ):
             names |= {f"{written}.{part}": tensor, f"{written}.alpha": torch.tensor(3.0)}
-    save_file(kohya, tmp_path / "kohya.safetensors")
+    save_file(ours, tmp_path / "kohya.safetensors")
     save_file(other, tmp_path / "other.safetensors")
     one, two = (of_file(tiny_base, tmp_path / f"{name}.safetensors") for name in ("kohya", "other"))
     assert worst(two, one) < 1e-6

@@ -20,7 +20,7 @@ from dreambooth_moslora.adapters import published_file, raw_file
 from dreambooth_moslora.base import load, machine
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME
-from dreambooth_moslora.generation import fixed_seeds, progress
+from dreambooth_moslora.generation import fixed_seeds, previews
 from dreambooth_moslora.generation import pipeline as gpu_room
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -73,10 +73,10 @@ def test_an_image_does_not_depend_on_how_many_are_made_and_every_step_is_reporte
     both = [np.asarray(event.pixels) for event in events if isinstance(event, Image)]
     assert all(np.array_equal(a, b) for a, b in zip(both, alone, strict=True)) and differs(*both)
     kinds = [type(event) for event in events]
-    assert kinds == [Step, progress.Preview] * 3 + [Image] + [Step, progress.Preview] * 3 + [Image]
+    assert kinds == [Step, previews.Preview] * 3 + [Image] + [Step, previews.Preview] * 3 + [Image]
     assert [(e.index, e.step, e.steps, e.num_images) for e in events if isinstance(e, Step)][3] == (1, 1, 3, 2)
     assert events[-3].eta_sec == 0
-    assert {e.pixels.size for e in events if isinstance(e, Image | progress.Preview)} == {(64, 64)}
+    assert {e.pixels.size for e in events if isinstance(e, Image | previews.Preview)} == {(64, 64)}
 
 
 def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(pipeline, files, tiny_base, tmp_path):
@@ -119,7 +119,7 @@ def test_all_schedulers_draw_something_of_their_own(pipeline):
 def test_the_preview_finds_the_clean_latents_when_the_model_is_right(pipeline, name):
     scheduler = pipeline._scheduler(name)
     scheduler.set_timesteps(6)
-    tracker = progress.PreviewTracker(scheduler)
+    tracker = previews.PreviewTracker(scheduler)
     clean, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sigma = scheduler.sigmas[0]
     x = (clean + sigma * noise) / (1 if name == "euler" else (1 + sigma**2).sqrt())
@@ -142,9 +142,9 @@ class LinearVae(torch.nn.Module):
 
 
 def test_preview_colours_are_those_of_the_vae():
-    vae, latents = LinearVae(), progress.smooth_latents(4, seed=7)
+    vae, latents = LinearVae(), previews.smooth_latents(4, seed=7)
     truth = (vae.decode(latents / vae.config.scaling_factor).sample[0, :, ::8, ::8] / 2 + 0.5).clamp(0, 1) * 255
-    preview = np.asarray(progress.LatentColours(vae)(latents, (32, 32))).astype(float)
+    preview = np.asarray(previews.LatentColours(vae)(latents, (32, 32))).astype(float)
     assert np.abs(preview - truth.permute(1, 2, 0).numpy()).max() <= 1.01
 
 
@@ -246,22 +246,22 @@ def test_two_threads_wait_for_each_other_and_drawn_in_the_calling_one_a_picture_
 
 def test_a_preview_is_as_large_as_the_page_shows_it_and_no_larger_than_the_picture(tiny_base):
     """Numbers on the meta device cannot be read: whoever copies them before they are looked at fails."""
-    colours = progress.LatentColours(load.load_pipeline(tiny_base).vae)
+    colours = previews.LatentColours(load.load_pipeline(tiny_base).vae)
 
-    def after_a_step(latents: torch.Tensor) -> progress.Preview:
+    def after_a_step(latents: torch.Tensor) -> previews.Preview:
         """What the watcher emits beside the step."""
         scheduler, params = EulerDiscreteScheduler(), GenerationParams("a dog", steps=3, height_px=1024, width_px=512)
         scheduler.set_timesteps(3)
         events: list = []
-        watcher = progress.Watcher(0, params, progress.Clock(params), colours, events.append, bool)
+        watcher = previews.Watcher(0, params, previews.Clock(params), colours, events.append, bool)
         for step in range(2):
             watcher(SimpleNamespace(scheduler=scheduler), step, None, {"latents": latents})
-        assert isinstance(events[-1], progress.Preview)
+        assert isinstance(events[-1], previews.Preview)
         return events[-1]
 
     preview = after_a_step(torch.randn(1, 4, 128, 64))
     assert preview.pixels.size == (192, 384) and preview.pixels is preview.pixels
-    assert progress.Preview(0, torch.randn(1, 4, 8, 8), (64, 64), colours).pixels.size == (64, 64)
+    assert previews.Preview(0, torch.randn(1, 4, 8, 8), (64, 64), colours).pixels.size == (64, 64)
     on_meta = after_a_step(torch.empty(1, 4, 128, 64, device="meta"))
     with pytest.raises(NotImplementedError, match="meta"):
         on_meta.pixels  # noqa: B018
@@ -277,7 +277,7 @@ def pipeline_of(folder, dtype: torch.dtype, factor: float):
 
 def last_preview_and_picture(pipeline) -> tuple[np.ndarray, np.ndarray]:
     events = list(SubjectPipeline(pipeline, "tiny").generate(PARAMS))
-    preview = [event for event in events if isinstance(event, progress.Preview)][-1]
+    preview = [event for event in events if isinstance(event, previews.Preview)][-1]
     assert isinstance(events[-1], Image)
     return np.asarray(preview.pixels).astype(int), np.asarray(events[-1].pixels).astype(int)
 
