@@ -169,7 +169,7 @@ def train(args: argparse.Namespace, after: Callable[[int, MasterWeights], None] 
         generator = run.generator(step, salt=args.salt)
         rng = random.Random(generator.initial_seed())
         rows = torch.randint(len(cache["latents"]) - args.held_back, (args.batch,), generator=generator)
-        captions = [nonsense(_caption(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()]
+        captions = [nonsense(caption_of(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()]
         conditions = towers(captions)
         embeds, pooled = (c.clone() for c in conditions)
         dropped = drop_captions(embeds, pooled, generator, args.drop)
@@ -198,7 +198,7 @@ def train(args: argparse.Namespace, after: Callable[[int, MasterWeights], None] 
         export(weights, args.out)
 
 
-def _caption(row: dict, rng: random.Random) -> str:
+def caption_of(row: dict, rng: random.Random) -> str:
     """The canonical caption in three of ten draws, else the varied one."""
     return row["canonical_caption"] if rng.random() < 0.3 else row["caption"]
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, ZImagePipeline
 from PIL import Image
 from torch import Tensor
 
@@ -35,7 +35,7 @@ from toybox.world import Scene, sample_scene
 
 __all__ = ["accuracy", "generate", "scenes_for", "sheet"]
 
-STEPS, GUIDANCE = 30, 2.5
+STEPS, GUIDANCE, SIDE_PX = 30, 2.5, 128
 
 
 class Group(NamedTuple):
@@ -66,20 +66,20 @@ def scenes_for(count: int, held_out: bool, seed: int, full: bool = False) -> lis
 
 
 def generate(
-    pipeline: StableDiffusionXLPipeline,
+    pipeline: DiffusionPipeline,
     prompts: list[str],
     seed: int = 0,
     batch: int = 10,
     guidance: float = GUIDANCE,
 ) -> Tensor:
-    """uint8 (N,128,128,3); image i is made from seed + i."""
+    """uint8 (N,128,128,3); image i is made from seed + i. Z-Image's guidance counts from 0, where SDXL's is 1."""
     images = []
+    options = {"num_inference_steps": STEPS, "height": SIDE_PX, "width": SIDE_PX, "output_type": "pt"}
+    options["guidance_scale"] = guidance - isinstance(pipeline, ZImagePipeline)
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        pixels = pipeline(
-            part, num_inference_steps=STEPS, guidance_scale=guidance, generator=generators, output_type="pt"
-        ).images
+        pixels = pipeline(part, generator=generators, **options).images
         images.append(to_uint8(pixels * 2 - 1))
     return torch.cat(images)
 
@@ -125,7 +125,7 @@ def sheet(images: Tensor, columns: int = 10) -> Image.Image:
 def timings(base: Path) -> dict[str, float]:
     """Seconds to load, and to generate four images of 30 steps."""
     start = time.perf_counter()
-    pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+    pipeline = DiffusionPipeline.from_pretrained(base)
     loaded = time.perf_counter()
     pipeline.set_progress_bar_config(disable=True)
     generate(pipeline, ["a photo of a red robot on grass"] * 4)
@@ -135,7 +135,7 @@ def timings(base: Path) -> dict[str, float]:
     }
 
 
-def kept_pictures(path: Path, pipeline: StableDiffusionXLPipeline, prompts: list[str], **options: float) -> Tensor:
+def kept_pictures(path: Path, pipeline: DiffusionPipeline, prompts: list[str], **options: float) -> Tensor:
     """The pictures uint8 (N,128,128,3) that `path` holds, or else generated and saved there."""
     if not path.exists():
         np.save(path, generate(pipeline, prompts, **options).numpy())
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.no_timings:
         scores["timings"] = timings(args.base)
         print(json.dumps(scores["timings"]), flush=True)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(args.base)
+    pipeline = DiffusionPipeline.from_pretrained(args.base)
     for name in args.groups:
         held_out, full, seed = GROUPS[name]
         scenes = scenes_for(args.images, held_out, seed, full)

@@ -1,0 +1,58 @@
+"""The second base of the toy world: its teacher's answers, and a run that resumes and ends with a pipeline."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from safetensors.torch import load_file
+
+from toybox.data.renders import Renders
+from toybox.keep_training import BASE, Settings, make_renders
+from toybox.learning import train_flow
+from toybox.learning.train_unet import load_latents
+
+pytestmark = pytest.mark.slow
+PICTURES = 8
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("renders")
+    make_renders(folder, Settings(shards=1, pictures=PICTURES), leg=0)
+    return folder
+
+
+def trained(state: Path, out: Path, *words: str) -> dict[str, torch.Tensor] | None:
+    paths = ["--data", state / "toys", "--latents", state / "latents", "--out", out]
+    train_flow.train(train_flow.parse([*map(str, paths), "--batch", "4", "--steps", "6", *words]))
+    return load_file(out / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_teacher_expects_what_was_drawn_the_better_for_the_caption(state):
+    teacher, renders = train_flow.Teacher(BASE), Renders(state / "toys")
+    x = load_latents(state / "latents")["latents"].float()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    captions = [row["canonical_caption"] for row in renders.rows]
+    t = teacher.timesteps(torch.full((PICTURES,), 0.8))
+    assert teacher.sigmas[t] == pytest.approx(0.8, abs=1e-3)
+    z = torch.lerp(x, noise, teacher.sigmas[t][:, None, None, None])
+    told, other, empty = (
+        float((teacher(z, t, texts) - (x - noise)).square().mean() / (x - noise).square().mean())
+        for texts in (captions, captions[::-1], [""] * PICTURES)
+    )
+    assert told < 0.4 and told < empty < 1 and told < other
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_with_them(state, tmp_path):
+    whole = trained(state, tmp_path / "whole")
+    trained(state, tmp_path / "parts", "--until", "3")
+    parts = trained(state, tmp_path / "parts")
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    pipeline = ZImagePipeline.from_pretrained(tmp_path / "whole" / "model")
+    prompts = ["a photo of a red robot on grass", ""]
+    states, _ = pipeline.encode_prompt([*prompts], "cpu", do_classifier_free_guidance=False)
+    for own, theirs in zip(train_flow.encode(pipeline.text_encoder, pipeline.tokenizer, prompts), states):
+        torch.testing.assert_close(own, theirs)
+    picture = pipeline(prompts[0], height=128, width=128, num_inference_steps=2, guidance_scale=1.5).images[0]
+    assert picture.size == (128, 128)

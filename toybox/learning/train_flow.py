@@ -1,0 +1,188 @@
+"""Trains a second base in the toy world: Z-Image's architecture at 9 M parameters, on cached latents and captions.
+
+    python -m toybox.learning.train_flow --data DATA --latents WORK/latents --teacher assets/toy-sdxl \
+        --out WORK/flow --steps 6000
+
+OUT/model is a ZImagePipeline: this transformer, a Qwen3 encoder of three layers that learns along with it (diffusers
+takes the output of the last but one), a byte-level BPE of the captions, and the teacher's autoencoder.
+
+Rectified flow (Liu et al., 2022, arXiv 2209.03003): z = (1 - σ)·x + σ·n, and the transformer's output is x - n, with
+σ drawn logit-normally (Esser et al., 2024, arXiv 2403.03206). For half of the rows x and n are those that the teacher,
+a finished UNet, finds in z under the caption at the same ratio of noise to signal: this is the expectation of x - n,
+without the noise of one draw. In the last third of the run all rows learn from the data. A tenth of the captions is
+empty, for guidance. Cells of a toy weigh more, as in `train_unet`.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from diffusers.models.attention_processor import AttnProcessor
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+from toybox.assemble import compute_in_fp32, forget_origin
+from toybox.data.renders import Renders
+from toybox.data.sample_latents import TIME_IDS
+from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
+from toybox.learning.train_clip import nonsense
+from toybox.learning.train_unet import TextTowers, caption_of, cell_weights, load_latents, noise_schedule
+from toybox.learning.training import MasterWeights, Run, compute_dtype
+
+__all__ = ["Teacher", "build_parts", "captions_tokenizer", "train"]
+
+WIDTH, TEXT_WIDTH, VOCABULARY = 256, 128, 2000
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+EMPTY = 0.1  # share of the captions
+ENDS = ("embedder", "embed_tokens", "final_layer", "pad_token")  # left to AdamW
+
+
+def captions_tokenizer(captions: list[str]) -> Qwen2Tokenizer:
+    """Qwen's byte-level BPE, of the words of these captions. It takes every text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet))
+    learnt = json.loads(bpe.to_str())["model"]
+    vocabulary = learnt["vocab"] | {token: len(learnt["vocab"]) + place for place, token in enumerate(SPECIAL)}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in learnt["merges"]])
+    tokenizer.add_tokens(list(SPECIAL), special_tokens=True)  # each stays one token
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def build_parts(words: int) -> nn.ModuleDict:
+    """The transformer (4 channels) and the encoder of a vocabulary of that size, at random."""
+    sizes = {"in_channels": 4, "dim": WIDTH, "n_layers": 6, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4}
+    places = {"axes_dims": [16, 24, 24], "axes_lens": [1024, 64, 64]}
+    transformer = ZImageTransformer2DModel(cap_feat_dim=TEXT_WIDTH, **sizes, **places)
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        nn.init.normal_(token, std=0.02)
+    nn.init.zeros_(transformer.all_final_layer["2-1"].linear.weight)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    widths = {"hidden_size": TEXT_WIDTH, "intermediate_size": 3 * TEXT_WIDTH, "num_hidden_layers": 3}
+    encoder = Qwen3Model(Qwen3Config(vocab_size=words, max_position_embeddings=1024, **widths, **heads))
+    return nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
+
+
+def encode(encoder: Qwen3Model, tokenizer: Qwen2Tokenizer, captions: list[str]) -> list[Tensor]:
+    """The states (words,128) of each caption, as the pipeline takes them."""
+    messages = [[{"role": "user", "content": caption}] for caption in captions]
+    texts = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in messages]
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
+    states = encoder(**tokens, output_hidden_states=True).hidden_states[-2]
+    return [state[mask.bool()] for state, mask in zip(states, tokens.attention_mask)]
+
+
+def answer(transformer: ZImageTransformer2DModel, z: Tensor, sigma: Tensor, states: list[Tensor]) -> Tensor:
+    """x - n (N,4,H,W) fp32 of z = (1 - σ)·x + σ·n, σ (N,)."""
+    found = transformer(list(z[:, :, None]), 1 - sigma, states, return_dict=False)[0]
+    return torch.stack(found)[:, :, 0].float()
+
+
+class Teacher:
+    """A finished UNet of the toy world: what x - n is to be expected."""
+
+    def __init__(self, base: Path):
+        self.towers, self.dtype = TextTowers(base, base / "tokenizer"), compute_dtype()
+        unet = UNet2DConditionModel.from_pretrained(base / "unet").eval()
+        unet.set_attn_processor(AttnProcessor())
+        self.unet = use_fast_group_norm(unet).to(dtype=self.dtype, memory_format=torch.channels_last)
+        self.signal = noise_schedule().alphas_cumprod.sqrt()
+        self.sigmas = (noise := (1 - self.signal**2).sqrt()) / (self.signal + noise)
+
+    def timesteps(self, sigma: Tensor) -> Tensor:
+        """Those (N,) of its schedule whose σ is the nearest, at most the noisiest one's."""
+        return torch.searchsorted(self.sigmas, sigma).clamp(max=len(self.sigmas) - 1)
+
+    @torch.no_grad()
+    def __call__(self, z: Tensor, t: Tensor, captions: list[str]) -> Tensor:
+        """x - n (N,4,H,W) fp32, expected of the flow's z (N,4,H,W) at σ = sigmas[t] under the captions."""
+        embeds, pooled = (torch.where(said(captions, c.ndim), c, 0) for c in self.towers(captions))
+        signal, sigma = (values[t][:, None, None, None] for values in (self.signal, self.sigmas))
+        own, noise = z * signal / (1 - sigma), (1 - signal**2).sqrt()
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([TIME_IDS]).repeat(len(z), 1)}
+        v = self.unet(to_channels_last(own, self.dtype), t, embeds, added_cond_kwargs=added).sample.float()
+        return (signal * own - noise * v) - (noise * own + signal * v)
+
+
+def said(captions: list[str], dimensions: int) -> Tensor:
+    """Which captions are not empty, bool (N,1,…): the UNet knows an empty one as zeros."""
+    return torch.tensor([bool(caption) for caption in captions]).view(-1, *[1] * (dimensions - 1))
+
+
+def whole_pictures(time_ids: Tensor) -> Tensor:
+    """The rows of whole renders, as Z-Image is told of no crop: (M,) of time ids (N,6)."""
+    return ((time_ids[:, :2] % 128 == 0) & (time_ids[:, 2:4] == 0)).all(dim=1).nonzero().flatten()
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    renders, cache = Renders(args.data), load_latents(args.latents)
+    chosen, teacher = whole_pictures(cache["time_ids"]), Teacher(args.teacher)
+    tokenizer = captions_tokenizer([row[name] for row in renders.rows for name in ("caption", "canonical_caption")])
+    parts = build_parts(len(tokenizer)).train()
+    weights = MasterWeights(parts, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay)
+    run = Run(args.out, weights, args.steps, until=args.until, batch=args.batch, save_every=100, log_every=50)
+    for step in run:
+        generator = run.generator(step)
+        rng = random.Random(generator.initial_seed())
+        rows = chosen[torch.randint(len(chosen), (args.batch,), generator=generator)]
+        captions = [nonsense(caption_of(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()]
+        captions = ["" if rng.random() < EMPTY else caption for caption in captions]
+        x, sigma = cache["latents"][rows].float(), torch.randn(args.batch, generator=generator).sigmoid()
+        noise, taught = torch.randn(x.shape, generator=generator), 0 if run.progress > 2 / 3 else args.batch // 2
+        t = teacher.timesteps(sigma[:taught])
+        sigma[:taught] = teacher.sigmas[t]
+        z = torch.lerp(x, noise, sigma[:, None, None, None])
+        target = x - noise
+        if taught:
+            target[:taught] = teacher(z[:taught], t, captions[:taught])
+        states = encode(parts["text_encoder"], tokenizer, captions)
+        squared = (answer(parts["transformer"], z.to(states[0].dtype), sigma, states) - target).square()
+        (loss := (squared * cell_weights(cache["toys"][rows])).mean()).backward()
+        norm = weights.step(run.rate(step, warmup=200))
+        run.add(loss=loss, drawn=squared[taught:].mean(), grad_norm=norm)
+    export(weights, tokenizer, args.teacher, args.out / "model")
+
+
+def export(weights: MasterWeights, tokenizer: Qwen2Tokenizer, teacher: Path, out: Path) -> None:
+    """The averaged weights as a ZImagePipeline in fp16, beside the teacher's autoencoder."""
+    parts = build_parts(len(tokenizer))
+    parts.load_state_dict(weights.averaged())
+    vae = AutoencoderKL.from_pretrained(teacher / "vae", torch_dtype=torch.float16)
+    vae.register_to_config(shift_factor=0.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipeline = ZImagePipeline(vae=vae, tokenizer=tokenizer, scheduler=scheduler, **parts.half())
+    pipeline.save_pretrained(out)
+    compute_in_fp32(out / "text_encoder")
+    forget_origin(out)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "latents", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--teacher", type=Path, default=Path("assets/toy-sdxl"), help="the embedded base")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--until", type=int, help="stop at this step for now, with the rates of --steps")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--muon_lr", type=float, default=1e-2, help="rate of the weight matrices, by Muon")
+    parser.add_argument("--ema_decay", type=float, default=0.998, help="decay of the exported, averaged weights")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    train(parse())
