@@ -337,13 +337,15 @@ def facts_of(pipeline: str) -> Facts:
     return BY_PIPELINE[pipeline]
 
 
-def distilled(index: Mapping[str, Any], name: str) -> str:
+def distilled(index: Mapping[str, Any], name: str, facts: Facts) -> str:
     """Why a base is not one to train, by its index and name; "" if it is. An adapter undoes what few-step models have
     learnt, or learns a subject that is anybody's."""
-    if index.get("is_distilled"):
-        return "it is distilled to a few steps: train the base model of its family (klein: the one with “base”)"
     word = next((word for word in ("turbo", "schnell", "lightning", "hyper-sd") if word in name.lower()), "")
-    return f"“{word}” says that it is distilled to a few steps: train the base model of its family" if word else ""
+    if not (word or index.get("is_distilled")):
+        return ""
+    said = "it is" if index.get("is_distilled") else f"“{word}” says that it is"
+    bases = " or ".join(model.hub_id for model in facts.models)
+    return f"{said} distilled to a few steps: train the base model of its family, {bases}"
 
 
 def facts_of_model(model: str, config: Mapping[str, Any]) -> Facts:

@@ -63,6 +63,27 @@ def test_a_base_that_the_hub_does_not_give_is_refused_at_once_and_leaves_no_fold
     assert asked == ([5] if answer is not None else []) and not (tmp_path / "run").exists()
 
 
+def test_a_distilled_base_of_the_hub_is_refused_before_it_is_fetched_and_the_one_to_train_is_named(
+    flags, monkeypatch, capsys
+):
+    class Session:
+        def get(self, url, **options):
+            index = {"_class_name": "Flux2KleinPipeline", "is_distilled": True}
+            return type("Answer", (), {"status_code": 200, "json": lambda self: index})()
+
+    files.hub_index.cache_clear()
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    assert train_main([*flags, "--pretrained_model_name_or_path", "nobody/a-klein"]) == 2
+    said = capsys.readouterr().err
+    assert "it is distilled to a few steps" in said and "black-forest-labs/FLUX.2-klein-base-4B or" in said
+
+
+def test_the_launchers_fp16_is_refused_for_a_family_that_overflows_in_it(flags, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert train_main([*flags, "--pretrained_model_name_or_path", "Tongyi-MAI/Z-Image", "--dry_run"]) == 2
+    assert "Z-Image overflows in fp16; give bf16" in capsys.readouterr().err
+
+
 def test_a_dry_run_is_refused_where_training_would_be(flags, tiny_base, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     words = [*flags, "--pretrained_model_name_or_path", str(tiny_base), "--dry_run"]
