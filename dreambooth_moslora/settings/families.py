@@ -76,7 +76,6 @@ class Facts:
     """Its value that uses the prompt alone."""
     has_negative: bool = True
     """Whether pictures are drawn against a negative prompt; else the model is told the guidance."""
-    steps: int = 50
     resolution_px: int = 1024
     multiple_px: int = 16
     """Sides of pictures are multiples of this."""
@@ -177,7 +176,6 @@ FAMILIES = (
         precondition_outputs=True,
         file_mark="joint_blocks.0.context_block.adaLN_modulation.1.bias",
         guidance=7.0,
-        steps=28,
         licence="Stability Community",
         memory=Memory(7.313, 0.618, 0.170, 2.243e9, 333),
         models=(
@@ -212,7 +210,6 @@ FAMILIES = (
         has_negative=False,
         file_mark="vector_in.in_layer.weight",
         has_level_shift=True,
-        steps=28,
         licence="FLUX.1 dev Non-Commercial",
         memory=Memory(26.373, 2.163, 0.457, 11.901e9),
         models=(
@@ -276,7 +273,6 @@ FAMILIES = (
         has_level_shift=True,
         guidance=4.5,
         no_guidance=0.0,
-        steps=28,
         licence="Krea 2 Community",
         memory=Memory(33.899, 4.606, 0.673, 12.820e9),
         models=(Model("krea/Krea-2-Raw", 12_820_073_036, 12_155_092_992, 128, 1_200_128, 4_437_815_808, 126_892_531),),
@@ -303,7 +299,6 @@ FAMILIES = (
         text_options=("max_sequence_length", "complex_human_instruction"),
         file_mark="blocks.0.cross_attn.q_linear.weight",
         guidance=4.5,
-        steps=20,
         multiple_px=32,
         licence="NSCL",
         memory=Memory(3.245, 0.254, 0.062, 1.604e9, 0),
