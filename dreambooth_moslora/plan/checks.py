@@ -19,7 +19,7 @@ from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.core import UserError, default_cache_dir, one_line
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.photos.folder import require_folder_of_photos
-from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, precision_of, size_of_base
+from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, precision_of, size_of_run
 from dreambooth_moslora.settings import families, prompts, rows, rules, table
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -220,7 +220,7 @@ def check_strangers(run_dir: run_folder.RunDir) -> None:
 def preflight(config: table.TrainConfig, *, is_later: bool = False) -> tuple[Path | None, BaseSize]:
     """Check settings and memory (not `is_later`). Returns the base's folder, if here, and size. Raises UserError."""
     folder = check_settings(config)
-    size = size_of_base(folder, config.target_modules, config.variant, config.pretrained_model_name_or_path)
+    size = size_of_run(config, folder)
     if not is_later:
         check_memory(config, size)
     return folder, size
