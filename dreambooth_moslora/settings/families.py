@@ -286,8 +286,8 @@ FAMILIES = (
         text_options=("max_sequence_length", "system_prompt"),
         file_mark="layers.0.adaLN_modulation.1.weight",
         licence="Apache-2.0",
-        memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64),  # Z-Image's, built alike: its own cannot be counted
-        models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_606_818_752, 2_599_944_192, 120, 460_800, GEMMA2_2B),),
+        memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64),  # Z-Image's, which is built alike
+        models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_609_769_152, 2_599_944_192, 120, 460_800, GEMMA2_2B),),
         recipes=(12,),
     ),
     Facts(
