@@ -10,7 +10,7 @@ and to the pipeline alike, so nothing else needs to know what is in it. `tests/b
 family with its own pipeline.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -268,6 +268,17 @@ METHODS: dict[str, type[Family]] = {
     "sana": Sana,
 }
 """By the name of the facts."""
+
+
+AS_ARGUMENT: dict[str, Callable[[Any], Any]] = {
+    "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
+    "complex_human_instruction": lambda text: [text],  # its lines
+}
+
+
+def encoding_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `encode_prompt` that settings of `TEXT_OPTIONS` mean. An empty one is the base's own."""
+    return {name: AS_ARGUMENT.get(name, lambda value: value)(value) for name, value in settings.items() if value}
 
 
 def family_of(pipe: DiffusionPipeline, **about: Any) -> Family:

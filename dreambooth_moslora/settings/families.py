@@ -298,6 +298,7 @@ FAMILIES = (
         targets=("to_q", "to_k", "to_v"),
         text_options=("max_sequence_length", "complex_human_instruction"),
         file_mark="blocks.0.cross_attn.q_linear.weight",
+        call=", complex_human_instruction=None",
         guidance=4.5,
         multiple_px=32,
         licence="NSCL",
