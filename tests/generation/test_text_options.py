@@ -72,3 +72,11 @@ def test_of_two_runs_with_different_ones_one_must_be_given(subject, tmp_path):
     with pytest.raises(UserError, match="of_4 and of_5 were trained with different --max_sequence_length: give one"):
         drawn(subject, *both)
     drawn(subject, *both, max_sequence_length=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [("9",), ("9", "18", "99")])
+def test_layers_that_the_encoder_lacks_are_refused_in_one_line(layers, tmp_path):
+    subject = SubjectPipeline(tiny_pipeline("flux2", tmp_path), "tiny")
+    with pytest.raises(UserError, match="_layers: give three numbers of layers up to 28"):
+        drawn(subject, text_encoder_out_layers=layers)
