@@ -22,6 +22,7 @@ from typing import Any
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core import UserError, assets_folder, is_finite_number
 from dreambooth_moslora.settings import rules, sources, table
+from dreambooth_moslora.settings.families import TEXT_OPTIONS
 
 DORA_READERS = {  # programs -> what they compute
     "this program, LyCORIS": "what was trained",
@@ -189,6 +190,15 @@ def notes_in(header: Mapping[str, str]) -> tuple[dict, ...]:
     """Each `NewTokens.note` in the header of an adapter."""
     facts = metadata_in(header)
     return facts.tokens if facts else ()
+
+
+def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of `TEXT_OPTIONS` -> the run's values, in the header of an adapter; None for one that is withheld."""
+    facts = metadata_in(header)
+    if facts is None:
+        return {}
+    told, _ = sources.checked_recipe({name: facts.recipe[name] for name in TEXT_OPTIONS if name in facts.recipe})
+    return told | {name: None for name in TEXT_OPTIONS if name in facts.withheld}
 
 
 def check_start_header(header: Mapping[str, str]) -> None:

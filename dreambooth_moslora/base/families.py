@@ -10,7 +10,7 @@ and to the pipeline alike, so nothing else needs to know what is in it. `tests/b
 family with its own pipeline.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from torch.nn.utils.rnn import pad_sequence
 
 from dreambooth_moslora.base.decode import latent_statistics
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.families import Facts, facts_of
 
 Text = dict[str, torch.Tensor]
@@ -138,7 +139,14 @@ class Flux(Family):
 
 
 class Flux2(Family):
-    """The VAE's latents are packed 2 x 2 into channels, and normalised by the statistics of a batch norm."""
+    """The VAE's latents are packed 2 x 2 into channels, and normalised by the statistics of a batch norm. A text is
+    three layers of its encoder side by side."""
+
+    def text(self, pipe, prompt):
+        layers, most = self.options.get("text_encoder_out_layers"), pipe.text_encoder.config.num_hidden_layers
+        if layers and (len(layers) != 3 or max(layers) > most):
+            raise UserError(f"--text_encoder_out_layers: give three numbers of layers up to {most}, such as 9 18 27.")
+        return super().text(pipe, prompt)
 
     def latents(self, vae, pixels):
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
@@ -151,15 +159,9 @@ class Flux2(Family):
         words = torch.zeros(prompt_embeds.shape[1], 4, device=z.device)
         words[:, 3] = torch.arange(len(words), device=z.device)
         places = grid(*z.shape[-2:], 4, z.device)
-        found = denoiser(
-            z.flatten(2).mT,
-            prompt_embeds,
-            t / 1000,
-            img_ids=places.expand(len(z), -1, -1),
-            txt_ids=words.expand(len(z), -1, -1),
-            guidance=self.guidance(denoiser, len(z), z.device),
-            return_dict=False,
-        )[0]
+        options = {"img_ids": places.expand(len(z), -1, -1), "txt_ids": words.expand(len(z), -1, -1)}
+        options |= {"guidance": self.guidance(denoiser, len(z), z.device), "return_dict": False}
+        found = denoiser(z.flatten(2).mT, prompt_embeds, t / 1000, **options)[0]
         return found[:, : len(places)].mT.reshape(z.shape)
 
 
@@ -268,6 +270,17 @@ METHODS: dict[str, type[Family]] = {
     "sana": Sana,
 }
 """By the name of the facts."""
+
+
+AS_ARGUMENT: dict[str, Callable[[Any], Any]] = {
+    "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
+    "complex_human_instruction": lambda text: [text],  # its lines
+}
+
+
+def encoding_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `encode_prompt` that settings of `TEXT_OPTIONS` mean. An empty one is the base's own."""
+    return {name: AS_ARGUMENT.get(name, lambda value: value)(value) for name, value in settings.items() if value}
 
 
 def family_of(pipe: DiffusionPipeline, **about: Any) -> Family:

@@ -139,12 +139,22 @@ def facts_of_base(
 ) -> families.Facts | None:
     """The family of a base; None for a hub id that is not known and cannot be asked for. Raises UserError."""
     source = resolve_base(name)
-    if isinstance(source, Path):
-        return facts_in(read_json(source / INDEX)) if source.is_dir() else facts_of_file(source)
-    if source.lower() in families.BY_HUB_ID and not is_cached(source, revision, cache_dir):
+    if isinstance(source, Path) and source.is_file():
+        return facts_of_file(source)
+    if isinstance(source, str) and source.lower() in families.BY_HUB_ID and not is_cached(source, revision, cache_dir):
         return families.BY_HUB_ID[source.lower()][0]
+    index = index_of(name, revision, cache_dir)
+    return None if index is None else facts_in(index)
+
+
+def index_of(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> dict | None:
+    """The `model_index.json` of a base; None for a single file, and for a hub id that cannot be asked for. Raises
+    UserError."""
+    source = resolve_base(name)
+    if isinstance(source, Path):
+        return read_json(source / INDEX) if source.is_dir() else None
     index = hub_index(source, revision, cache_dir)
-    return facts_in(index) if isinstance(index, dict) else None
+    return index if isinstance(index, dict) else None
 
 
 def is_cached(source: str, revision: str | None = None, cache_dir: str | Path | None = None) -> bool:

@@ -12,6 +12,8 @@ from dreambooth_moslora.cli.terminal import hush
 from dreambooth_moslora.core import UserError, find_asset, free_name, user_path
 from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.generation import params
+from dreambooth_moslora.settings import table
+from dreambooth_moslora.settings.families import TEXT_OPTIONS
 
 ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
 DEFAULTS = {field.name: field.default for field in fields(params.GenerationParams)}
@@ -35,6 +37,10 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("width", type=int, help="px (default: the base's own size)")
     add("num_images", type=int, help="how many, with consecutive seeds (default 1)")
     add("scheduler", choices=list(params.SCHEDULERS), help=f"default {DEFAULTS['scheduler']}")
+    for name in TEXT_OPTIONS:
+        what = table.SETTINGS[name].metadata["help"].partition(" (default")[0]
+        several = {"nargs": "+", "metavar": "N"} if table.FIELD_TYPES[name][0] is tuple else {}
+        add(name, **several, help=f"{what} (default: as in the adapter's training)")
     add("grid", nargs="+", metavar="AXIS", help='one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" …')
     add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
 
@@ -92,6 +98,8 @@ def _recipe_values(args: argparse.Namespace, recipe: params.Recipe | None) -> di
             values[names.get(name, name)] = value
     if args.seed is not None:
         values["seed"] = params.draw_seed(args.seed)
+    given = {name: value for name in TEXT_OPTIONS if (value := getattr(args, name)) is not None}
+    values["text_options"] = dict(values.get("text_options", ())) | given
     if "prompt" not in values:
         raise UserError("say what to draw with --prompt, or give a picture with --from_png")
     return values

@@ -7,21 +7,21 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
 from dreambooth_moslora.adapters.moslora import disabled
-from dreambooth_moslora.base import families, load
+from dreambooth_moslora.base import families
 from dreambooth_moslora.core import is_toy
 from dreambooth_moslora.evaluation import metrics, protocol
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
@@ -260,11 +260,13 @@ def evaluate_adapter(
     scale: float = 1.0,
     guidance_scale: float | None = None,
     on_picture: Callable[[], object] = bool,
+    text_options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Score a loaded adapter at `scale`; text is encoded for each side. `on_picture` is called after each."""
+    """Score a loaded adapter at `scale`; text is encoded for each side, with the given options of encoding or those of
+    the adapter's run. `on_picture` is called after each."""
     inner, steps = pipeline.pipeline, evaluator.plan.inference_steps
     embed, size_px, device = (
-        partial(load.encode_text, inner),
+        partial(pipeline.family_for(((adapter, 1.0),), text_options).texts, inner),
         pipeline.resolution_px,
         families.denoiser_of(inner).device,
     )

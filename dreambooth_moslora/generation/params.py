@@ -18,6 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.other_programs import texts_in, values_of_graph
+from dreambooth_moslora.settings.families import TEXT_OPTIONS
+from dreambooth_moslora.settings.table import TrainConfig
 
 PNG_KEY = "dreambooth_moslora"
 FORMAT_VERSION = 1
@@ -67,7 +69,9 @@ class Provenance:
 @dataclass(frozen=True)
 class GenerationParams:
     """Everything that decides the pixels, given base and adapters. Sizes are px; None means the base's own. Image i has
-    the seed `seed + i`, whatever `num_images` is. Raises UserError on a value that cannot be generated."""
+    the seed `seed + i`, whatever `num_images` is. `text_options` are settings of training, such as max_sequence_length:
+    without them those of the adapters' runs are taken; an empty one is the base's own. Raises UserError on a value that
+    cannot be generated."""
 
     prompt: str
     negative_prompt: str = ""
@@ -79,6 +83,7 @@ class GenerationParams:
     num_images: int = 1
     adapters: tuple[tuple[str, float], ...] = field(default=())
     scheduler: str = "euler"
+    text_options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -97,6 +102,7 @@ class GenerationParams:
         if not isinstance(self.scheduler, str) or self.scheduler not in SCHEDULERS:
             raise UserError(f"scheduler {self.scheduler!r:.60} is unknown; choose one of {', '.join(SCHEDULERS)}")
         object.__setattr__(self, "adapters", _checked_adapters(self.adapters))
+        object.__setattr__(self, "text_options", _checked_text_options(self.text_options))
 
     def for_image(self, index: int) -> "GenerationParams":
         """The parameters of image `index` alone, for its PNG."""
@@ -109,7 +115,10 @@ class GenerationParams:
         return replace(self, prompt=prompt, adapters=adapters) if tags else self
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"adapters": [list(pair) for pair in self.adapters]}
+        """Leaves out `text_options` when there are none, so that other pictures keep their bytes."""
+        shown = asdict(self) | {"adapters": [list(pair) for pair in self.adapters]}
+        options = dict(shown.pop("text_options"))
+        return shown | ({"text_options": options} if options else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GenerationParams":
@@ -219,6 +228,22 @@ def _checked_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
     if len(dict(pairs)) != len(pairs):
         raise UserError("an adapter is named twice; give each one scale")
     return pairs
+
+
+def _checked_text_options(options: Any) -> tuple[tuple[str, Any], ...]:
+    """Names and values, as `TrainConfig` has them."""
+    try:
+        options = dict(options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"text_options must be names with values, not {options!r:.60}") from error
+    for name, value in options.items():
+        if name not in TEXT_OPTIONS:
+            raise UserError(f"the text option {name!r:.60} is unknown; there are {', '.join(TEXT_OPTIONS)}")
+        if len(str(value)) > MAX_PROMPT_CHARACTERS:
+            raise UserError(f"{name} is longer than {MAX_PROMPT_CHARACTERS} characters")
+        check_characters(str(value), name)
+    config = TrainConfig.from_dict(options)
+    return tuple((name, getattr(config, name)) for name in options)
 
 
 def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:

@@ -6,13 +6,13 @@ GenerationParams --generate--> Step, Preview … Image: the same parameters give
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -371,6 +371,28 @@ class SubjectPipeline:
         if tokens := [tokens for adapter, _ in chosen for tokens in adapter.tokens]:
             self._tokens = new_tokens.AttachedTokens(self.pipeline, tokens)
 
+    def family_for(
+        self, adapters: Iterable[tuple[str, float]], given: Mapping[str, Any] | None = None
+    ) -> families.Family:
+        """The family with the `given` text options, and else with those of the adapters' runs. Raises UserError for one
+        that is not the family's, that a file withholds, or that two runs set differently."""
+        facts, options = self.family.facts, dict(given or {})
+        if wrong := [name for name in options if name not in facts.text_options]:
+            raise core.UserError(f"--{wrong[0]} is not for {facts.title}; leave it out")
+        told = {name: metadata.text_options_in(self.adapters[name].header) for name, scale in adapters if scale}
+        for option in facts.text_options:
+            values = {own[option]: name for name, own in told.items() if option in own}
+            if option in options or not values:
+                continue
+            if None in values:
+                said = f"{values[None]} was trained with its own --{option}, which its file does not tell"
+                raise core.UserError(f'{said}: give it to generate, or "" for that of the base')
+            if len(values) > 1:
+                names = " and ".join(values.values())
+                raise core.UserError(f"{names} were trained with different --{option}: give one to generate")
+            options[option] = next(iter(values))
+        return families.family_of(self.pipeline, options=families.encoding_options(options))
+
     def provenance(self, params: GenerationParams) -> Provenance:
         hashes = tuple((name, self.adapters[name].sha256) for name, _ in params.adapters)
         versions = (("dreambooth_moslora", __version__), *((lib, version(lib)) for lib in ("diffusers", "torch")))
@@ -422,7 +444,7 @@ class SubjectPipeline:
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         """Text conditioning for all images of a call; the negative half only if guidance uses it."""
-        family = self.family
+        family = self.family_for(params.adapters, dict(params.text_options))
         if not family.facts.needs_sizes:
             texts = [family.texts(self.pipeline, [text]) for text in (params.prompt, params.negative_prompt or "")]
             return family.with_negative(*map(family.arguments, texts))

@@ -19,7 +19,7 @@ from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.core import UserError, default_cache_dir, one_line
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.photos.folder import require_folder_of_photos
-from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, size_of_base
+from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, precision_of, size_of_run
 from dreambooth_moslora.settings import families, prompts, rows, rules, table
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -220,7 +220,7 @@ def check_strangers(run_dir: run_folder.RunDir) -> None:
 def preflight(config: table.TrainConfig, *, is_later: bool = False) -> tuple[Path | None, BaseSize]:
     """Check settings and memory (not `is_later`). Returns the base's folder, if here, and size. Raises UserError."""
     folder = check_settings(config)
-    size = size_of_base(folder, config.target_modules, config.variant, config.pretrained_model_name_or_path)
+    size = size_of_run(config, folder)
     if not is_later:
         check_memory(config, size)
     return folder, size
@@ -264,16 +264,18 @@ def check_settings(config: table.TrainConfig) -> Path | None:
 
 def family_settings(config: table.TrainConfig) -> dict[str, Any]:
     """What the base's family says where nothing was chosen. Raises UserError for what it cannot obey."""
-    facts = files.facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+    base = config.pretrained_model_name_or_path
+    facts = files.facts_of_base(base, config.revision, config.cache_dir)
     if facts is None:
         return {}
     check_family(config, facts)
-    folder = files.base_folder(config)
-    index = files.read_json(folder / files.INDEX) if folder else {}
-    if facts.style == "flow" and (reason := families.distilled(index, config.pretrained_model_name_or_path)):
-        raise UserError(f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}: {reason}.")
     if facts.style == "ddpm":
         return {}
+    is_known = base.lower() in families.BY_HUB_ID
+    index = None if is_known else files.index_of(base, config.revision, config.cache_dir)
+    if reason := families.distilled(index or {}, base, facts):
+        raise UserError(f"--pretrained_model_name_or_path {base}: {reason}.")
+    folder = files.base_folder(config)
     check_sides(config, facts)
     found: dict[str, Any] = {
         "target_modules": targets_of(config, facts, folder),
@@ -322,7 +324,7 @@ def check_family(config: table.TrainConfig, facts: families.Facts) -> None:
     for name in others:
         if flag := rules.given_flag(config, name):
             raise UserError(f"{flag} is not for {facts.title}; leave it out.")
-    if is_flow and config.mixed_precision == "fp16":
+    if is_flow and precision_of(config) == "fp16":
         raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give bf16.")
 
 

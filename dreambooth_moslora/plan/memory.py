@@ -105,6 +105,8 @@ class BaseSize:
     family: families.Facts = SDXL
     hub_id: str = ""
     """Of the known model, where its files are not here."""
+    is_assumed: bool = False
+    """Whether the base is another model than that one, whose size is not known."""
 
 
 @dataclass(frozen=True)
@@ -124,29 +126,45 @@ class Estimate:
         return max(self.encoding_gib, self.training_gib, self.sampling_gib)
 
 
+def size_of_run(config: table.TrainConfig, folder: Path | None) -> BaseSize:
+    """The size of the run's base, whose folder is here or None. Raises UserError for damaged files."""
+    name = config.pretrained_model_name_or_path
+    facts = None if folder else files.facts_of_base(name, config.revision, config.cache_dir)
+    return size_of_base(folder, config.target_modules, config.variant, name, facts)
+
+
 def size_of_base(
-    folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None, name: str = ""
+    folder: Path | None,
+    target_modules: tuple[str, ...],
+    variant: str | None = None,
+    name: str = "",
+    facts: families.Facts | None = None,
 ) -> BaseSize:
     """The size of the base in this folder; without one, of the model known by its hub id, or of a single file. It is
-    SDXL's if the folder is incomplete or the id unknown. Raises UserError for damaged files."""
+    assumed by the family, of an id by `facts`, if the folder is incomplete or the id unknown. Raises UserError for
+    damaged files."""
     if folder is None:
-        return size_of_model(name)
+        return size_of_model(name, facts)
     facts = files.facts_in(files.read_json(folder / files.INDEX))
     parts = (facts.denoiser, *facts.encoders, "vae")
     shapes = {part: files.tensor_shapes(folder / part, variant) for part in parts}
-    return size_of_shapes(facts, shapes, target_modules) if all(shapes.values()) else BaseSize()
+    return size_of_shapes(facts, shapes, target_modules) if all(shapes.values()) else size_of_model("", facts)
 
 
-def size_of_model(name: str) -> BaseSize:
-    """By a hub id or a single file, with the adapter on the family's usual layers."""
-    facts, model = families.BY_HUB_ID.get(name.lower(), (SDXL, None))
-    if Path(name).is_file() and (of_file := files.facts_of_file(Path(name))) is not SDXL:
-        facts, model = of_file, nearest_model(of_file, Path(name))
-    if model is None or facts is SDXL:
-        return BaseSize(hub_id=model.hub_id if model else "")
+def size_of_model(name: str, facts: families.Facts | None = None) -> BaseSize:
+    """By a hub id or a single file, with the adapter on the family's usual layers. Of an unknown id it is that of the
+    largest model of the family, or SDXL's where the family is not known either."""
+    facts, model = families.BY_HUB_ID.get(name.lower(), (facts, None))
+    if Path(name).is_file():
+        facts = files.facts_of_file(Path(name))
+        model = None if facts is SDXL else nearest_model(facts, Path(name))
+    if facts in (None, SDXL):
+        return BaseSize(hub_id=model.hub_id if model else "", is_assumed=facts is None)
+    is_assumed, model = model is None, model or max(facts.models, key=lambda one: one.parameters)
     counts = {"unet": model.parameters, "projections": model.in_blocks, "text_projections": 0, "text_outputs": 0}
     adapter = {"adapted_widths": model.adapted_widths, "adapted_layers": model.adapted_layers}
-    return BaseSize(**counts, **adapter, text_encoders=model.encoders, vae=model.vae, family=facts, hub_id=model.hub_id)
+    others = {"text_encoders": model.encoders, "vae": model.vae, "family": facts, "hub_id": model.hub_id}
+    return BaseSize(**counts, **adapter, **others, is_assumed=is_assumed)
 
 
 def nearest_model(facts: families.Facts, path: Path) -> families.Model:
@@ -289,7 +307,7 @@ def disk_gib(config: table.TrainConfig, adapter: int, checkpoint_gib: float, tot
 def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
     """Raises UserError, with settings that fit, for a base of known size that needs more memory than is free."""
     need = estimate(config, size, 1).peak_gib
-    is_known = size.is_measured or bool(size.hub_id)
+    is_known = size.is_measured or (bool(size.hub_id) and not size.is_assumed)
     if need < SMALL_GIB or not is_known:
         return
     free = free_gib_of_gpu()
@@ -392,10 +410,7 @@ def memory_settings(config: table.TrainConfig, free_gib: float | None = None) ->
                 return before
     precision = half_settings(config, free)
     config = replace(config, **precision)
-    size = size_of_base(
-        files.base_folder(config), config.target_modules, config.variant, config.pretrained_model_name_or_path
-    )
-    return precision | fitting_settings(config, size, free)
+    return precision | fitting_settings(config, size_of_run(config, files.base_folder(config)), free)
 
 
 def half_settings(config: table.TrainConfig, free_gib: float | None) -> dict[str, str]:

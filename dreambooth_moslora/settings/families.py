@@ -76,7 +76,6 @@ class Facts:
     """Its value that uses the prompt alone."""
     has_negative: bool = True
     """Whether pictures are drawn against a negative prompt; else the model is told the guidance."""
-    steps: int = 50
     resolution_px: int = 1024
     multiple_px: int = 16
     """Sides of pictures are multiples of this."""
@@ -177,7 +176,6 @@ FAMILIES = (
         precondition_outputs=True,
         file_mark="joint_blocks.0.context_block.adaLN_modulation.1.bias",
         guidance=7.0,
-        steps=28,
         licence="Stability Community",
         memory=Memory(7.313, 0.618, 0.170, 2.243e9, 333),
         models=(
@@ -212,7 +210,6 @@ FAMILIES = (
         has_negative=False,
         file_mark="vector_in.in_layer.weight",
         has_level_shift=True,
-        steps=28,
         licence="FLUX.1 dev Non-Commercial",
         memory=Memory(26.373, 2.163, 0.457, 11.901e9),
         models=(
@@ -276,7 +273,6 @@ FAMILIES = (
         has_level_shift=True,
         guidance=4.5,
         no_guidance=0.0,
-        steps=28,
         licence="Krea 2 Community",
         memory=Memory(33.899, 4.606, 0.673, 12.820e9),
         models=(Model("krea/Krea-2-Raw", 12_820_073_036, 12_155_092_992, 128, 1_200_128, 4_437_815_808, 126_892_531),),
@@ -290,8 +286,8 @@ FAMILIES = (
         text_options=("max_sequence_length", "system_prompt"),
         file_mark="layers.0.adaLN_modulation.1.weight",
         licence="Apache-2.0",
-        memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64),  # Z-Image's, built alike: its own cannot be counted
-        models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_606_818_752, 2_599_944_192, 120, 460_800, GEMMA2_2B),),
+        memory=Memory(18.880, 2.626, 0.307, 2.610e9, 64),  # by 2 and 4 of its 26 layers; drawing is Z-Image's by width
+        models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_609_769_152, 2_599_944_192, 120, 460_800, GEMMA2_2B),),
         recipes=(12,),
     ),
     Facts(
@@ -302,8 +298,8 @@ FAMILIES = (
         targets=("to_q", "to_k", "to_v"),
         text_options=("max_sequence_length", "complex_human_instruction"),
         file_mark="blocks.0.cross_attn.q_linear.weight",
+        call=", complex_human_instruction=None",
         guidance=4.5,
-        steps=20,
         multiple_px=32,
         licence="NSCL",
         memory=Memory(3.245, 0.254, 0.062, 1.604e9, 0),
@@ -337,13 +333,15 @@ def facts_of(pipeline: str) -> Facts:
     return BY_PIPELINE[pipeline]
 
 
-def distilled(index: Mapping[str, Any], name: str) -> str:
+def distilled(index: Mapping[str, Any], name: str, facts: Facts) -> str:
     """Why a base is not one to train, by its index and name; "" if it is. An adapter undoes what few-step models have
     learnt, or learns a subject that is anybody's."""
-    if index.get("is_distilled"):
-        return "it is distilled to a few steps: train the base model of its family (klein: the one with “base”)"
     word = next((word for word in ("turbo", "schnell", "lightning", "hyper-sd") if word in name.lower()), "")
-    return f"“{word}” says that it is distilled to a few steps: train the base model of its family" if word else ""
+    if not (word or index.get("is_distilled")):
+        return ""
+    said = "it is" if index.get("is_distilled") else f"“{word}” says that it is"
+    bases = " or ".join(model.hub_id for model in facts.models)
+    return f"{said} distilled to a few steps: train the base model of its family, {bases}"
 
 
 def facts_of_model(model: str, config: Mapping[str, Any]) -> Facts:

@@ -317,7 +317,7 @@ class TrainConfig:
     max_sequence_length: int | None = of_training(None, "most tokens of a prompt, for bases with a long text encoder",
         low=1, high=2048, publish="if_changed")
     text_encoder_out_layers: tuple[str, ...] = of_training((),
-        "numbers of the text encoder's layers that FLUX.2 reads (default: its own)", shapes=True)
+        "numbers of the text encoder's layers that FLUX.2 reads (default: its own)", publish="if_changed")
     system_prompt: str | None = of_training(None, "what Lumina 2's text encoder is told before each prompt (default: "
         "its own sentence)", shapes=True)
     complex_human_instruction: str | None = of_training(None,

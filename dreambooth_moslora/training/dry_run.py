@@ -14,7 +14,7 @@ from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.photos import captions, folder, masks, photo_file
 from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
-from dreambooth_moslora.plan.memory import BYTES, plan_lines, precision_of, speed_here
+from dreambooth_moslora.plan.memory import BYTES, BaseSize, plan_lines, precision_of, speed_here
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan, shares
 from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.prompts import subject_of
@@ -130,19 +130,30 @@ def step_lines(plan: Plan) -> list[str]:
 
 
 def cost_lines(plan: Plan) -> list[str]:
-    cost, known = plan.cost, "counted in its files"
-    if not cost.size.is_measured:
-        facts = cost.size.family
-        layers = "attention alone" if facts.style == "ddpm" else "its usual layers"
-        known = f"taken to be {facts.title}'s, with the adapter on {layers}, as its files are not here"
+    cost = plan.cost
     memory = f"encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
     memory += f"samples {cost.sampling_gib:.2f} GiB"
     if cost.size.family.style == "flow":
         encoders = cost.size.text_encoders * BYTES[precision_of(plan.config)] / GIB
         memory += f"; text encoders {encoders:.2f} GiB, gone before training, on the CPU where the GPU lacks that"
+    known = base_in_words(cost.size)
     return [
         f"adapter: {cost.adapter_parameters:,} parameters on {cost.size.adapted_layers} layers; base: {known}",
         f"memory: {memory}",
         f"disk: {cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint; "
         f"free: {free_disk_gib(plan.config):.1f} GiB",
     ]
+
+
+def base_in_words(size: BaseSize) -> str:
+    """Where the numbers of a base come from."""
+    if size.is_measured:
+        return "counted in its files"
+    facts = size.family
+    of, layers = f"{facts.title}'s", "attention alone" if facts.style == "ddpm" else "its usual layers"
+    why = "as its files are not here"
+    if size.is_assumed:
+        of = f"that of {size.hub_id}" if size.hub_id else of
+        why = "as its size is not known without its .safetensors files"
+        why += "" if size.hub_id else ", nor its family, which the hub does not tell"
+    return f"taken to be {of}, with the adapter on {layers}, {why}"

@@ -53,6 +53,7 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
         adapter=adapter,
         prompts=prompts,
         family=family_in(facts),
+        call=call_of(facts),
         front=front_matter(config, facts),
         base=repr(adapter.base_id if "/" in adapter.base_id else "path/to/the/base"),
         prompt=repr(spelled(prompts[0], spellings_of(counts))),
@@ -91,6 +92,17 @@ def family_in(facts: CardFacts) -> families.Facts:
         if model:
             return families.facts_of_model(model["class"], model["config"])
     return families.FAMILIES[0]
+
+
+def call_of(facts: CardFacts) -> str:
+    """How the pipeline's call goes on after the prompt: with the family's arguments and the run's text options. Those
+    that the file withholds are named."""
+    from dreambooth_moslora.base.families import encoding_options  # it loads diffusers
+
+    told = {name: value for name in families.TEXT_OPTIONS if (value := facts.adapter.recipe.get(name))}
+    given = "".join(f", {name}={value!r}" for name, value in encoding_options(told).items())
+    own = " and ".join(name for name in families.TEXT_OPTIONS if name in facts.adapter.withheld)
+    return f"{family_in(facts).call}{given}).images[0]" + (f"  # it was trained with its own {own}" if own else "")
 
 
 def strength(best: float | None, usable: tuple[float, ...], family: families.Facts = families.FAMILIES[0]) -> str:

@@ -148,16 +148,9 @@ def family_of_run(config: table.TrainConfig, pipeline: DiffusionPipeline) -> fam
     return families.family_of(pipeline, told_guidance=config.guidance_scale, options=text_options(config))
 
 
-AS_ARGUMENT: dict[str, Callable[[Any], Any]] = {
-    "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
-    "complex_human_instruction": lambda text: [text],  # its lines
-}
-
-
 def text_options(config: table.TrainConfig) -> dict[str, Any]:
     """The arguments of the pipeline's `encode_prompt` that the run sets."""
-    given = {name: value for name in TEXT_OPTIONS if (value := getattr(config, name))}
-    return {name: AS_ARGUMENT.get(name, lambda value: value)(value) for name, value in given.items()}
+    return families.encoding_options({name: getattr(config, name) for name in TEXT_OPTIONS})
 
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> objective.NoiseSchedule:

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dreambooth_moslora.adapters import fast_linear, moslora
-from dreambooth_moslora.base import families, load
+from dreambooth_moslora.base import families
 from dreambooth_moslora.core import StopRequestedError, UserError, generator, is_out_of_memory, one_line, rng, seed_of
 from dreambooth_moslora.plan import memory, processes
 from dreambooth_moslora.settings.table import TrainConfig
@@ -316,7 +316,7 @@ class TrainStep:
         if self.learnt:
             return self.learnt.texts(prompts, self.step)
         if self.config.train_text_encoder:
-            return load.encode_text(self.inputs.pipeline, prompts)
+            return self.inputs.family.texts(self.inputs.pipeline, prompts)
         return self.inputs.prompt_embeds(prompts)
 
     @property

@@ -298,6 +298,9 @@ def clamp_to_widgets(
         remarks.append(f"{words} {value:g} is beyond what the page offers; {nearest:g} is set")
         return nearest
 
+    if params.text_options:
+        names = " and ".join(f"--{name}" for name, _ in params.text_options)
+        remarks.append(f"it was drawn with {names}, which the page cannot set: the adapter's own is taken")
     wanted = guidance if params.guidance_scale is None else params.guidance_scale
     params = replace(
         params,

@@ -63,6 +63,62 @@ def test_a_base_that_the_hub_does_not_give_is_refused_at_once_and_leaves_no_fold
     assert asked == ([5] if answer is not None else []) and not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def hub_says(monkeypatch):
+    """Let the hub answer with this `model_index.json`, or that it has none; the addresses that are asked."""
+
+    def say(index) -> list:
+        class Session:
+            def get(self, url, **options):
+                asked.append(url)
+                return type("Answer", (), {"status_code": 200 if index else 404, "json": lambda self: index})()
+
+        asked = []
+        files.hub_index.cache_clear()
+        monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+        return asked
+
+    yield say
+    files.hub_index.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            "Flux2KleinPipeline",
+            "taken to be that of black-forest-labs/FLUX.2-klein-base-9B, with the adapter on",
+        ),
+        (
+            "StableDiffusionXLPipeline",
+            "taken to be SDXL's, with the adapter on attention alone, as its files are no",
+        ),
+        (None, "as its size is not known without its .safetensors files, nor its family, which the hub does not tell"),
+    ],
+)
+def test_a_dry_run_says_what_is_assumed_of_a_base_that_is_neither_here_nor_known(kind, said, flags, hub_says, capsys):
+    asked = hub_says(kind and {"_class_name": kind})
+    words = ["--pretrained_model_name_or_path", "nobody/a-model-2.0", "--resolution", "64", "--dry_run"]
+    assert train_main([*flags, *words]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "adapter: " in line)
+    assert said in line and len(asked) == 1
+
+
+def test_a_distilled_base_of_the_hub_is_refused_before_it_is_fetched_and_the_one_to_train_is_named(
+    flags, hub_says, capsys
+):
+    hub_says({"_class_name": "Flux2KleinPipeline", "is_distilled": True})
+    assert train_main([*flags, "--pretrained_model_name_or_path", "nobody/a-klein"]) == 2
+    said = capsys.readouterr().err
+    assert "it is distilled to a few steps" in said and "black-forest-labs/FLUX.2-klein-base-4B or" in said
+
+
+def test_the_launchers_fp16_is_refused_for_a_family_that_overflows_in_it(flags, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert train_main([*flags, "--pretrained_model_name_or_path", "Tongyi-MAI/Z-Image", "--dry_run"]) == 2
+    assert "Z-Image overflows in fp16; give bf16" in capsys.readouterr().err
+
+
 def test_a_dry_run_is_refused_where_training_would_be(flags, tiny_base, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     words = [*flags, "--pretrained_model_name_or_path", str(tiny_base), "--dry_run"]

@@ -39,6 +39,15 @@ def test_a_png_gives_back_exactly_what_was_written(tmp_path):
     assert "/" not in json.dumps(text).replace("</b>", "")
 
 
+def test_text_options_come_back_and_are_not_in_the_recipe_of_a_picture_without_them(tmp_path):
+    params = GenerationParams(
+        "a mug", text_options={"max_sequence_length": "64", "text_encoder_out_layers": ["9", "18"]}
+    )
+    assert dict(params.text_options) == {"max_sequence_length": 64, "text_encoder_out_layers": ("9", "18")}
+    assert read_recipe(write_png(tmp_path / "a.png", params.to_png_text(FACTS))).params == params
+    assert "text_options" not in FULL.to_dict()
+
+
 def test_the_a1111_text_is_read_by_itself_and_so_is_that_of_another_program(tmp_path):
     params = GenerationParams("a red mug", "blur, dark", 12, 20, 6.5, 64, 128, adapters=(("mug", 0.8),))
     text = params.to_png_text(FACTS)["parameters"]
@@ -65,6 +74,11 @@ WRONG += [({"steps": 0}, "steps"), ({"steps": True}, "steps"), ({"seed": -1}, "s
 WRONG += [({"guidance_scale": float("nan")}, "guidance_scale"), ({"num_images": 65}, "num_images")]
 WRONG += [({"height_px": 100}, "multiple of 8"), ({"width_px": 8192}, "width_px"), ({"scheduler": "magic"}, "magic")]
 WRONG += [({"adapters": [("a", scale)]}, word) for scale, word in ((99, "99"), (float("nan"), "nan"))]
+WRONG += [({"text_options": options}, word) for options, word in (("abc", "names with values"), ({"clip": 1}, "clip"))]
+WRONG += [
+    ({"text_options": {"system_prompt": "x" * 5001}}, "5000"),
+    ({"text_options": {"max_sequence_length": 0}}, "1"),
+]
 WRONG += [({"adapters": "abc"}, "pairs"), ({"adapters": [("a", 10**400)]}, "pairs of name and scale")]
 WRONG += [({"adapters": [("a", 1), ("a", 2)]}, "twice"), ({"surprise": 1}, "surprise")]
 

@@ -293,16 +293,13 @@ def test_the_estimate_of_a_family_lies_within_a_tenth_of_the_count_on_its_full_s
 
 
 KNOWN = [(facts, model) for facts in FAMILIES for model in facts.models]
-UNFETCHED = {"stable-diffusion-v1-5": {"cross_attention_dim": 768}, "Lumina-Image-2.0": {}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("facts", "model"), [pair for pair in KNOWN if pair[0].needs_sizes is False])
+@pytest.mark.parametrize(("facts", "model"), KNOWN)
 def test_a_known_model_is_what_its_denoiser_counts(facts, model):
-    likely = {name: MODEL[1] for name, MODEL in family_memory.MODELS.items() if MODEL[0] == facts.name}
-    options = [*likely.values(), *(UNFETCHED[name] for name in UNFETCHED if model.hub_id.endswith(name))]
     found = []
-    for option in options:
+    for option in (options for family, options, *_ in family_memory.MODELS.values() if family == facts.name):
         with torch.device("meta"):
             denoiser = getattr(diffusers, facts.model)(**option)
         shapes = {facts.denoiser: {path: list(weight.shape) for path, weight in denoiser.named_parameters()}}

@@ -50,6 +50,23 @@ def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_end
     assert "3.0e-07" in card() and "stopped at step" not in card() and "stopped at step 120" in card(step=120)
 
 
+def test_the_card_of_a_transformer_says_the_bases_licence_and_a_unets_is_as_it_was():
+    structures = {"transformer": {"class": "FluxTransformer2DModel", "config": {}}}
+    facts = AdapterMetadata(rank=4, alpha=4.0, base_id="owner/base", structures=structures)
+    said = "| Base | owner/base |\n| Licence of FLUX.1 | FLUX.1 dev Non-Commercial |\n| Adapter |"
+    assert said in card(adapter=facts)
+    assert "Licence" not in card()
+
+
+def test_the_snippet_says_the_options_of_the_text_and_names_those_that_are_the_users():
+    assert "sks\": dog').images[0]\n```" in card()
+    facts = AdapterMetadata(
+        rank=4, alpha=4.0, recipe={"text_encoder_out_layers": ["9", "18"]}, withheld=("system_prompt",)
+    )
+    ends = "text_encoder_out_layers=(9, 18)).images[0]  # it was trained with its own system_prompt\n```"
+    assert ends in card(adapter=facts)
+
+
 def test_the_cards_front_matter_is_yaml_and_names_the_pictures_whoever_wrote_it_and_no_other_file():
     odd = 'a "sks": dog # \u2028 \x1b 🦆 \x85 ---\n---\n'
     front = ModelCard(card(images=(("image_0.png", odd),))).data

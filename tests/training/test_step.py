@@ -25,6 +25,7 @@ from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.loop import Training, train
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 from tests.helpers.tiny import tiny_unet
+from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, logged, tiny_config
 
 PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
@@ -322,3 +323,13 @@ def test_bf16_is_advised_only_to_a_run_in_fp16_on_a_card_that_has_it(precision, 
     accelerator = SimpleNamespace(device=torch.device("cuda"), mixed_precision=precision)
     error = Training.diverged(SimpleNamespace(accelerator=accelerator, run_dir=RunDir(tmp_path)), "the loss is nan")
     assert ("--mixed_precision bf16" in str(error)) is advised
+
+
+@pytest.mark.slow
+def test_trained_text_encoders_read_as_many_tokens_as_the_run_says(photos, tmp_path):
+    tiny_pipeline("flux", tmp_path / "files").save_pretrained(tmp_path / "base")
+    options = {"train_text_encoder": True, "max_sequence_length": 8}
+    steps = loop.training(tiny_config(tmp_path / "base", photos, tmp_path / "run", **options))
+    (text,) = next(steps).train_step.texts(["a photo of sks dog"])
+    assert len(text["prompt_embeds"]) == 8
+    steps.close()

@@ -99,6 +99,10 @@ def test_what_makes_no_sense_is_refused_in_words(values, words):
         (GenerationParams("a", steps=200), ["the number of steps 200 is beyond what the page offers; 100 is set"]),
         (GenerationParams("a", guidance_scale=50.0), ["guidance 50 is beyond what the page offers; 30 is set"]),
         (GenerationParams("a", adapters=(("x", -10), ("y", 10))), ["scale of x: -10", "scale of y: 10"]),
+        (
+            GenerationParams("a", text_options={"system_prompt": "b"}),
+            ["it was drawn with --system_prompt, which the page"],
+        ),
         (GenerationParams("a", height_px=1024, width_px=1024), ["1024 x 1024 px is too large"]),
         (GenerationParams("a", steps=100, guidance_scale=0.0, adapters=(("x", -2.0),), height_px=64, width_px=64), []),
     ],

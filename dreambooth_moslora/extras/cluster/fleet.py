@@ -19,7 +19,7 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.extras.cluster import on_ray, records, worker
 from dreambooth_moslora.extras.cluster.subjects import Subject, mark_of
-from dreambooth_moslora.plan import memory
+from dreambooth_moslora.plan import checks, memory
 from dreambooth_moslora.settings import optimizer_kinds, table
 
 ALIKE_GROUPS = ("base model", "adapter", "memory and speed")
@@ -123,16 +123,16 @@ def plan_name(config: table.TrainConfig, gpu_gib: float | None) -> str | None:
 
 
 def base_size(config: table.TrainConfig) -> memory.BaseSize:
-    named = ("pretrained_model_name_or_path", "revision", "variant", "cache_dir", "target_modules")
+    named = ("pretrained_model_name_or_path", "revision", "variant", "cache_dir", "target_modules", "lora_blocks")
     return size_of(tuple((name, getattr(config, name)) for name in named))
 
 
 @lru_cache(maxsize=32)
 def size_of(named: tuple[tuple[str, object], ...]) -> memory.BaseSize:
-    """The size of the base that these settings name. Its files are opened once."""
+    """The size of the base that these settings name, with its family's layers. Its files are opened once."""
     config = replace(table.TrainConfig(), **dict(named))
-    name = config.pretrained_model_name_or_path
-    return memory.size_of_base(files.base_folder(config), config.target_modules, config.variant, name)
+    config = replace(config, **checks.family_settings(config))
+    return memory.size_of_run(config, files.base_folder(config))
 
 
 MOST_ROUNDS = 8

@@ -1,0 +1,82 @@
+"""Pictures of other families are drawn with the options of encoding prompts that the adapter's run had."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, with_told
+from dreambooth_moslora.base.families import denoiser_of
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.settings.families import FAMILIES, TEXT_OPTIONS
+from dreambooth_moslora.settings.table import TrainConfig
+from tests.helpers.tiny_families import tiny_pipeline
+
+TOLD = {"max_sequence_length": 4, "text_encoder_out_layers": ("4", "5", "6")}
+WITHHELD = "Draw badly."
+NAMES = [facts.name for facts in FAMILIES if facts.text_options]
+
+
+@pytest.fixture(
+    scope="module", params=[name if name == "z_image" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def subject(request, tmp_path_factory) -> SubjectPipeline:
+    return SubjectPipeline(tiny_pipeline(request.param, tmp_path_factory.mktemp(request.param)), "tiny")
+
+
+def loaded(subject: SubjectPipeline, file: Path, **options) -> str:
+    """The name of an adapter with random weights, whose file says what one of a run with these settings says."""
+    layers = {path: layer for path, layer in denoiser_of(subject.pipeline).named_modules() if path.endswith("to_q")}
+    random, tensors = torch.Generator().manual_seed(0), {}
+    for path, layer in layers.items():
+        sizes = {"lora_A": (1, layer.in_features), "lora_B": (layer.out_features, 1)}
+        tensors |= {f"transformer.{path}.{n}.weight": torch.randn(size, generator=random) for n, size in sizes.items()}
+    save_file(tensors, file, with_told(TrainConfig(**options), AdapterMetadata(rank=1, alpha=1.0)).header)
+    return subject.load_adapter(file)
+
+
+def drawn(subject: SubjectPipeline, *adapters: str, **options) -> np.ndarray:
+    sides = {"height_px": 64, "width_px": 64, "adapters": tuple((name, 1.0) for name in adapters)}
+    params = GenerationParams("a photo of sks dog", steps=1, text_options=options, **sides)
+    return np.asarray(subject.draw(params)[0].pixels)
+
+
+@pytest.mark.parametrize("option", TEXT_OPTIONS)
+def test_those_of_the_run_are_taken_unless_others_are_given_and_asked_for_where_the_file_withholds_them(
+    option, subject, tmp_path
+):
+    facts, value = subject.family.facts, TOLD.get(option, WITHHELD)
+    if option not in facts.text_options:
+        with pytest.raises(UserError, match=f"--{option} is not for {facts.title}; leave it out"):
+            drawn(subject, **{option: value})
+        return
+    adapter = loaded(subject, tmp_path / "own.safetensors", **{option: value})
+    plain = loaded(subject, tmp_path / "plain.safetensors")
+    usual, wanted = drawn(subject, plain), drawn(subject, plain, **{option: value})
+    assert not np.array_equal(usual, wanted) and np.array_equal(drawn(subject, adapter, **{option: value}), wanted)
+    if option in TOLD:
+        assert np.array_equal(drawn(subject, adapter), wanted)
+        return
+    with pytest.raises(UserError, match=f"own was trained with its own --{option}, which its file does not tell"):
+        drawn(subject, adapter)
+    assert np.array_equal(drawn(subject, adapter, **{option: ""}), usual)
+
+
+@pytest.mark.slow
+def test_of_two_runs_with_different_ones_one_must_be_given(subject, tmp_path):
+    both = [loaded(subject, tmp_path / f"of_{n}.safetensors", max_sequence_length=n) for n in (4, 5)]
+    with pytest.raises(UserError, match="of_4 and of_5 were trained with different --max_sequence_length: give one"):
+        drawn(subject, *both)
+    drawn(subject, *both, max_sequence_length=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [("9",), ("9", "18", "99")])
+def test_layers_that_the_encoder_lacks_are_refused_in_one_line(layers, tmp_path):
+    subject = SubjectPipeline(tiny_pipeline("flux2", tmp_path), "tiny")
+    with pytest.raises(UserError, match="_layers: give three numbers of layers up to 28"):
+        drawn(subject, text_encoder_out_layers=layers)
