@@ -117,7 +117,7 @@ class RandomMaterials:
     text_products: None = None
     basis: None = None
 
-    def batch_at(self, micro_batch: int, size: int, next_micro_batch: int = 0) -> photo_stream.TrainBatch:
+    def batch_at(self, micro_batch: int, size: int, *next_and_prior: object) -> photo_stream.TrainBatch:
         return photo_stream.collate([(self.view, "a photo of sks dog")] * size, size)
 
     @property

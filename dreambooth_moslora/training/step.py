@@ -93,7 +93,7 @@ GRAPHS = 32  # Of one kind of block; with buckets, the second size makes one gra
 class StepLosses:
     total: float
     instance: float
-    prior: float | None  # None without prior preservation
+    prior: float | None  # None without a prior in the step
 
 
 class TrainStep:
@@ -224,7 +224,7 @@ class TrainStep:
     def losses(self, micros: Sequence[MicroBatch]) -> list[objective.LossParts]:
         """The loss of each of these, which pass through the denoiser together."""
         answers: list[torch.Tensor | None] = [None] * len(micros)
-        if self.base_is_prior and len(micros[0].rows) > micros[0].instance_count:
+        if self.base_is_prior:
             answers = predictions(self.base_prediction, [self.prior_rows(micro) for micro in micros])
         of_each = predictions(self.predict, [micro.rows for micro in micros])
         return [self.loss_of(*own) for own in zip(micros, of_each, answers, strict=True)]
@@ -275,15 +275,23 @@ class TrainStep:
         elif config.debiased_estimation_loss:
             weights = objective.debiased_weights(schedule, index)
         error = objective.pointwise_error(schedule, index, config.loss_type, config.huber_c, config.huber_schedule)
-        return objective.loss(prediction, target, weights, count, config.prior_loss_weight, micro.mask, error)
+        weight = config.prior_loss_weight * config.prior_every
+        return objective.loss(prediction, target, weights, count, weight, micro.mask, error)
+
+    def has_prior(self, micro_batch: int) -> bool:
+        """Whether micro-batch number `micro_batch` of the run has a prior half: of each `prior_every` in a row a drawn
+        one has, with so many times the weight. The expected gradient is that of a prior in each."""
+        every = self.config.prior_every
+        turn, place = divmod(micro_batch, every)
+        drawn = rng(self.config.seed, "prior's turn", turn).randrange(every)
+        return self.config.with_prior_preservation and place == drawn
 
     def batch_at(self, micro_batch: int) -> photo_stream.TrainBatch:
-        """Micro-batch number `micro_batch` of the run. If the frozen base is the prior, it includes the prior half."""
-        following = micro_batch + self.accelerator.num_processes
-        batch = self.inputs.batch_at(micro_batch, self.config.train_batch_size, following)
-        if not self.base_is_prior:
+        """Micro-batch number `micro_batch` of the run, with its prior half if it has one."""
+        size, following = self.config.train_batch_size, micro_batch + self.accelerator.num_processes
+        batch = self.inputs.batch_at(micro_batch, size, following, self.has_prior)
+        if not self.base_is_prior or not self.has_prior(micro_batch):
             return batch
-        size = self.config.train_batch_size
         shown = [self.inputs.instance.subject_at(micro_batch * size + place) for place in range(size)]
         classes = [self.class_prompts[number] for number in shown]
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
@@ -342,11 +350,14 @@ class TrainStep:
         vector_to_parameters(processes.mean_over(self.accelerator, parameters_to_vector(grads)), grads)
 
     def mean_of(self, found: list[torch.Tensor]) -> StepLosses:
-        """Means over the step's micro-batches, and over all processes. `found` are the `numbers_of` (3,) each, or of
-        its parts, which sum to it."""
-        of_all = torch.stack(found).sum(0) / self.config.gradient_accumulation_steps
+        """Means over the step's micro-batches, of the prior's over those that have one, and over all processes. `found`
+        are the `numbers_of` (3,) each, or of its parts, which sum to it."""
+        count = self.config.gradient_accumulation_steps
+        of_all = torch.stack(found).sum(0) / count
         total, instance, prior = processes.mean_over(self.accelerator, of_all).tolist()
-        return StepLosses(total, instance, prior if self.config.with_prior_preservation else None)
+        of_step = count * self.accelerator.num_processes
+        share = sum(map(self.has_prior, range(self.step * of_step, (self.step + 1) * of_step))) / of_step
+        return StepLosses(total, instance, prior / share if share else None)
 
 
 def make_convolutions_fast(unet: torch.nn.Module, speed: memory.Speed) -> None:
@@ -373,14 +384,17 @@ def alike(micros: Iterable[MicroBatch], most: int) -> Iterator[list[MicroBatch]]
         yield group
 
 
-def predictions(predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]) -> list[torch.Tensor]:
-    """Of each part, computed together."""
-    if len(parts) == 1:
-        return [predict(parts[0])]
-    return list(predict(Rows.joined(parts)).split([len(part) for part in parts]))
+def predictions(predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]) -> list[torch.Tensor | None]:
+    """Of each part, computed together; None of a part without rows."""
+    some = [part for part in parts if len(part)]
+    if len(some) > 1:
+        found = iter(predict(Rows.joined(some)).split([len(part) for part in some]))
+    else:
+        found = map(predict, some)
+    return [next(found) if len(part) else None for part in parts]
 
 
 def numbers_of(parts: objective.LossParts) -> torch.Tensor:
-    """Total, instance and prior loss (3,); the last is NaN without prior images."""
-    prior = torch.full_like(parts.instance, math.nan) if parts.prior is None else parts.prior
+    """Total, instance and prior loss (3,); the last is 0 without prior images."""
+    prior = torch.zeros_like(parts.instance) if parts.prior is None else parts.prior
     return torch.stack([parts.total.detach(), parts.instance, prior])
