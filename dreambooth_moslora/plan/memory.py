@@ -4,11 +4,13 @@ Weights and adapters are counted exactly, from the headers of the base's files. 
 on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px), and on a model of each flow
 family (`benchmarks.family_memory`); it is scaled by pixels or tokens, images and bytes.
 
-Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first.
+Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first. `--cuda_graph
+on` turns on the last, which nobody has tried on a card: so `auto` leaves it off.
 
 blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
 channels last      convolutions in NHWC, the layout of tensor cores; not on AMD's GPUs but gfx9
 cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on AMD's but gfx9
+CUDA graphs        each shape of pass is recorded, and replayed without the program
 
 `--memory`: one word for precision, recomputation, caching and quantisation. It only adds to the given flags; on a GPU
 it also chooses half precision, unless a precision was given.
@@ -347,12 +349,14 @@ class Speed:
     compiled: bool
     channels_last: bool
     searches: bool
+    graphs: bool
     images: float
 
     def sentence(self) -> str:
         length = f"the work of {self.images:.0f} images of 1024 px; on a GPU it pays from {WORTH_IMAGES} on"
         parts = [f"transformer blocks {'' if self.compiled else 'not '}compiled ({length})"]
         parts += ["convolutions channels-last"] * self.channels_last + ["cuDNN searches algorithms"] * self.searches
+        parts += ["passes replayed as CUDA graphs"] * self.graphs
         return ", ".join(parts)
 
 
@@ -363,7 +367,7 @@ def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
     pays, is_nhwc = is_cuda and images >= WORTH_IMAGES, is_cuda and machine.has_fast_nhwc()
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
     searches = pays and is_nhwc and not config.enable_bucket and not config.deterministic
-    return Speed(config.compile == "on" or by_itself, is_nhwc, searches, images)
+    return Speed(config.compile == "on" or by_itself, is_nhwc, searches, config.cuda_graph == "on", images)
 
 
 def speed_here(config: table.TrainConfig, steps: int) -> Speed:

@@ -7,6 +7,7 @@ resumed     a run that was stopped and resumed on the device ends with the same 
             equal runs differ, so that chance is told from a defect
 generated   a picture drawn with the adapter on the device is not a single colour
 compiled    the device's losses with compiled blocks, on Nvidia's and AMD's GPUs
+graphs      the same with CUDA graphs
 cards       those of two processes, one on each of two GPUs, equal those of one
 step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
 lower bound
@@ -45,7 +46,8 @@ from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
 from dreambooth_moslora.plan.processes import DTYPES
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import photo_stream, prepare
-from dreambooth_moslora.training.step import GOES_ON, TrainStep
+from dreambooth_moslora.training.graphs import GOES_ON
+from dreambooth_moslora.training.step import TrainStep
 
 SIZES = ("sdxl", "small")  # 2.57 billion parameters, or the same topology with a fortieth of the width.
 
@@ -224,7 +226,7 @@ class Finding:
 
 class SelfTest:
     """Trains and draws with `program` and `env` in each of `precisions` ("no": fp32); measures SDXL if `free_gib`.
-    `compiles`: compiled blocks are tried too. `launcher`, if given, are the words that start two processes."""
+    `compiles`: compiled blocks and CUDA graphs are tried too. `launcher`: words that start two processes, if given."""
 
     def __init__(
         self,
@@ -262,6 +264,7 @@ class SelfTest:
             yield self.generated()
             if self.compiles:
                 yield self.compiled()
+                yield self.graphed()
             if self.launcher:
                 yield self.cards()
             if self.free_gib is not None:
@@ -291,13 +294,18 @@ class SelfTest:
         return first == second
 
     def compiled(self) -> Finding:
-        """Without a compiler the trainer says so and goes on; that is no failure."""
-        run = self.train("compiled", compile="on")
-        far = largest_difference(losses(run), losses(self.run("device_no")))
-        said = f"losses with compiled blocks, at most {far:.1e} from those without"
-        if GOES_ON in (self.folder / "compiled.log").read_text(encoding="utf-8"):
-            said = f"blocks cannot be compiled here; {GOES_ON}"
-        return Finding("compiled", far <= TOLERANCE["no"], said, {"relative_difference": far})
+        return self.faster("compiled", "compiled blocks", compile="on")
+
+    def graphed(self) -> Finding:
+        return self.faster("graphs", "CUDA graphs", cuda_graph="on")
+
+    def faster(self, name: str, what: str, **changes: str) -> Finding:
+        """Where it cannot be done, as without a compiler, the trainer says so and goes on; that is no failure."""
+        far = largest_difference(losses(self.train(name, **changes)), losses(self.run("device_no")))
+        said = f"losses with {what}, at most {far:.1e} from those without"
+        if GOES_ON in (self.folder / f"{name}.log").read_text(encoding="utf-8"):
+            said = f"{what} cannot be made here; {GOES_ON}"
+        return Finding(name, far <= TOLERANCE["no"], said, {"relative_difference": far})
 
     def cards(self) -> Finding:
         """One process with two micro-batches draws what two processes draw with one each."""
