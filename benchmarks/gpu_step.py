@@ -29,6 +29,7 @@ ARMS = {
     "peft": "the same, by PEFT's own layers",
     "compiled": "ours, with --compile on",
     "graphed": "ours, with --cuda_graph on",
+    "channels_last": "ours, with convolutions in NHWC",
     "benchmarked": "ours, with cuDNN's own search for algorithms",
     "nf4": "ours, the base in 4 bit",
 }
@@ -127,13 +128,15 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     from dreambooth_moslora.adapters.fast_linear import disable_fast_path
     from dreambooth_moslora.base.load import quantize
     from dreambooth_moslora.training.selftest import random_materials
-    from dreambooth_moslora.training.step import TrainStep
+    from dreambooth_moslora.training.step import TrainStep, lay_channels_last
 
     materials = random_materials(options.size, options.resolution)
     unet = materials.pipeline.unet.requires_grad_(False)
     if arm == "nf4":
         quantize(unet, "nf4", torch.bfloat16, accelerator.device)
     unet.to(accelerator.device)
+    if arm == "channels_last":
+        lay_channels_last(unet)
     config = run_config(options, "on" if arm == "compiled" else "off", "on" if arm == "graphed" else "off")
     train_step = TrainStep(config, materials, accelerator, max_train_steps=WARM_UP + options.steps)
     if arm == "peft":

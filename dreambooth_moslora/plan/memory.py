@@ -8,7 +8,7 @@ Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on
 on` turns on the last, which nobody has tried on a card: so `auto` leaves it off.
 
 blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
-channels last      convolutions in NHWC, the layout of tensor cores; not on AMD's GPUs but gfx9
+channels last      convolutions in NHWC, the layout of tensor cores, where a self-test of the card has shown a gain
 cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on AMD's but gfx9
 CUDA graphs        each shape of pass is recorded, and replayed without the program
 
@@ -82,6 +82,8 @@ BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
 WORTH_IMAGES = 1000
 """Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
 report about a minute to compile the blocks, and a tenth of a second saved per image."""
+WORTH_GAIN = 1.03
+"""How many times faster a step must be in a self-test: less may be chance."""
 USABLE = 0.9
 """Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
 Result = TypeVar("Result")
@@ -367,7 +369,8 @@ def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
     pays, is_nhwc = is_cuda and images >= WORTH_IMAGES, is_cuda and machine.has_fast_nhwc()
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
     searches = pays and is_nhwc and not config.enable_bucket and not config.deterministic
-    return Speed(config.compile == "on" or by_itself, is_nhwc, searches, config.cuda_graph == "on", images)
+    gains = is_nhwc and machine.measured_gain(machine.CHANNELS_LAST) >= WORTH_GAIN
+    return Speed(config.compile == "on" or by_itself, gains, searches, config.cuda_graph == "on", images)
 
 
 def speed_here(config: table.TrainConfig, steps: int) -> Speed:

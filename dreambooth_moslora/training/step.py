@@ -396,7 +396,12 @@ def make_convolutions_fast(unet: torch.nn.Module, speed: memory.Speed) -> None:
     """Call it before adapters are added: their tensors are saved in their memory layout."""
     if speed.searches:
         torch.backends.cudnn.benchmark = True
-    for module in unet.modules() if speed.channels_last else ():
+    if speed.channels_last:
+        lay_channels_last(unet)
+
+
+def lay_channels_last(unet: torch.nn.Module) -> None:
+    for module in unet.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.to(memory_format=torch.channels_last)
 

@@ -12,6 +12,7 @@ import pytest
 from torch.utils import backend_registration
 
 from benchmarks.precision import bf16_accelerator
+from dreambooth_moslora.base import machine
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.memory import size_of_base
@@ -70,9 +71,19 @@ def test_two_processes_are_compared_with_one(tmp_path):
 
 
 def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
-    found = SelfTest(tmp_path, env=ON_CPU).step(4.0)
+    [found] = SelfTest(tmp_path, env=ON_CPU).step(4.0)
     assert found.holds and found.said.startswith("left out: 4.0 GiB are free; --memory at 512 px needs full ")
     assert found.figures["full"] > found.figures["recompute"] > found.figures["nf4"] > 0
+
+
+@pytest.mark.slow
+def test_what_channels_last_gains_is_measured_and_kept(tmp_path, gpu, monkeypatch):
+    """On the CPU, under the name of a card."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gpu(8)
+    step, found = SelfTest(tmp_path, env=ON_CPU, compiles=True).step(99.0, size="small")
+    assert found.holds and found.figures["gain"] > 0 and f"{found.figures['gain']:.2f} times" in found.said
+    assert machine.measured_gain(machine.CHANNELS_LAST) == found.figures["gain"] and step.figures["step_sec"] > 0
 
 
 def test_random_materials_have_all_that_a_step_reads():
@@ -85,7 +96,7 @@ def test_random_materials_have_all_that_a_step_reads():
 
 @pytest.mark.slow
 def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own(tmp_path):
-    found = SelfTest(tmp_path, env=ON_CPU).step(99.0, size="small")
+    [found] = SelfTest(tmp_path, env=ON_CPU).step(99.0, size="small")
     assert found.holds and "(full); --memory at 512 px needs" in found.said, found
     assert found.figures["floor_sec"] > 0 and found.figures["step_sec"] > 0 and 0 < found.figures["peak_gib"] < 8
 
