@@ -28,6 +28,8 @@ ARMS = {
     "ours": "the trainer's own step",
     "peft": "the same, by PEFT's own layers",
     "compiled": "ours, with --compile on",
+    "graphed": "ours, with --cuda_graph on",
+    "channels_last": "ours, with convolutions in NHWC",
     "benchmarked": "ours, with cuDNN's own search for algorithms",
     "nf4": "ours, the base in 4 bit",
 }
@@ -126,14 +128,16 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     from dreambooth_moslora.adapters.fast_linear import disable_fast_path
     from dreambooth_moslora.base.load import quantize
     from dreambooth_moslora.training.selftest import random_materials
-    from dreambooth_moslora.training.step import TrainStep
+    from dreambooth_moslora.training.step import TrainStep, lay_channels_last
 
     materials = random_materials(options.size, options.resolution)
     unet = materials.pipeline.unet.requires_grad_(False)
     if arm == "nf4":
         quantize(unet, "nf4", torch.bfloat16, accelerator.device)
     unet.to(accelerator.device)
-    config = run_config(options, "on" if arm == "compiled" else "off")
+    if arm == "channels_last":
+        lay_channels_last(unet)
+    config = run_config(options, "on" if arm == "compiled" else "off", "on" if arm == "graphed" else "off")
     train_step = TrainStep(config, materials, accelerator, max_train_steps=WARM_UP + options.steps)
     if arm == "peft":
         disable_fast_path(unet)
@@ -145,7 +149,7 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     return step
 
 
-def run_config(options: argparse.Namespace, compiled: str):
+def run_config(options: argparse.Namespace, compiled: str, graphed: str = "off"):
     from dreambooth_moslora.settings.table import TrainConfig
 
     prior = {"with_prior_preservation": True, "prior": "adapter_off", "class_prompt": "a photo of a dog"}
@@ -159,6 +163,7 @@ def run_config(options: argparse.Namespace, compiled: str):
         mixed_precision="bf16",
         seed=0,
         compile=compiled,
+        cuda_graph=graphed,
         **(prior if options.prior else {}),
     )
 

@@ -18,7 +18,8 @@ Projections of one input (q, k and v of self-attention, k and v of cross-attenti
 The block diagonal is never built: it is a batch of k products, on columns of the wide tensors. W is one buffer, and the
 layers' own weights become views of it, so that the base takes no more memory and each layer can be called alone.
 
-`WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as leaves of autograd:
+`WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as leaves of autograd, at
+the addresses of the step before:
 
     dB = s·dU·Mᵀ          dM = s·Bᵀ·dU
 
@@ -396,6 +397,8 @@ class WorkingCopies:
         self.adapter_name = adapter_name
         modules = [module for model in models for module in model.modules()]
         self.layers = [layer for layer in modules if isinstance(layer, ShortWay)]
+        self.alone = {layer: Alone(layer) for layer in self.layers}
+        self.before: StepCopies | None = None
         self.joints: list[Joint] = []
         for group in (group for module in modules for group in projections_of_one_input(module)):
             layers = [layer for layer in group if self._is_fast(layer)]
@@ -420,23 +423,34 @@ class WorkingCopies:
         self.joints = [joint for joint in self.joints if joint.are_shared()]
         together = [joint for joint in self.joints if all(map(self._is_fast, joint.layers))]
         joined = {layer for joint in together for layer in joint.layers}
-        alone = [Alone(layer) for layer in self.layers if layer not in joined and self._is_fast(layer)]
-        with StepCopies([*together, *alone], self.adapter_name).lent() as step:
+        alone = [unit for layer, unit in self.alone.items() if layer not in joined and self._is_fast(layer)]
+        step = StepCopies([*together, *alone], self.adapter_name)
+        if self.before is None or self.before.groups != step.groups:
+            self.before = step
+        with self.before.lent() as step:
             yield step
 
 
 class StepCopies:
-    """The copies of one step, in batches of units that are alike."""
+    """The copies of a step, in batches of units that are alike; those of the next step with the same units take their
+    place in memory."""
 
     def __init__(self, units: Iterable[Alone], adapter_name: str):
-        groups = defaultdict(list)
+        self.groups = defaultdict(list)
         for unit in units:
-            groups[len(unit.layers), kind_of(unit.layers[0], adapter_name)].append(unit)
-        self.batches = [Batch(alike, adapter_name) for alike in groups.values()]
+            self.groups[len(unit.layers), kind_of(unit.layers[0], adapter_name)].append(unit)
+        self.batches = [Batch(alike, adapter_name) for alike in self.groups.values()]
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """The copies that get gradients."""
+        return [leaf for batch in self.batches for pair in batch.copies for leaf in pair if leaf.requires_grad]
 
     @contextmanager
     def lent(self) -> Iterator["StepCopies"]:
         """Lend the copies for the length of the block; hand the gradients over if it ends without an error."""
+        for batch in self.batches:
+            batch.lend()
         try:
             yield self
         finally:
@@ -465,12 +479,16 @@ class Batch:
     """n alike units of k layers each: A (nk,r,in), B (nk,out,r) and M (nk,r,r), copied to A and Uᵀ (nk,r,out)."""
 
     def __init__(self, units: list[Alone], adapter_name: str):
-        self.units = units
-        self.layers = layers = [layer for unit in units for layer in unit.layers]
-        self.count = len(layers) // len(units)
-        parts = [layer.lora_B[adapter_name] for layer in layers]
-        self.scale = layers[0].scaling[adapter_name]
-        self.downs = [layer.lora_A[adapter_name].weight for layer in layers]
+        self.units, self.adapter_name = units, adapter_name
+        self.layers = [layer for unit in units for layer in unit.layers]
+        self.count = len(self.layers) // len(units)
+        self.scale = self.layers[0].scaling[adapter_name]
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def lend(self) -> None:
+        """Copy A and U as they are now, and let the layers compute with them."""
+        parts = [layer.lora_B[self.adapter_name] for layer in self.layers]
+        self.downs = [layer.lora_A[self.adapter_name].weight for layer in self.layers]
         self.is_mixed = isinstance(parts[0], mixer.MixerLinear)
         self.ups = [part.up if self.is_mixed else part.weight for part in parts]
         self.mixers = [part.mixer for part in parts] if self.is_mixed else []
@@ -478,13 +496,13 @@ class Batch:
         self.down_sum: torch.Tensor | None = None
         self.up_sum: torch.Tensor | None = None
         self.reached: set[int] = set()  # an unused layer's gradient is None: the optimizer skips it
-        self.copies = self._make()
-        for unit, (down, up) in zip(units, self.copies, strict=True):
-            unit.lend(adapter_name, down, up)
+        self._fill()
+        for unit, (down, up) in zip(self.units, self.copies, strict=True):
+            unit.lend(self.adapter_name, down, up)
 
     @torch.no_grad()
-    def _make(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Leaves of each unit: A (r,in) and Uᵀ (r,out), or A (k,r,in) and Uᵀ (k,r,out)."""
+    def _fill(self) -> None:
+        """Of each unit the leaves A (r,in) and Uᵀ (r,out), or A (k,r,in) and Uᵀ (k,r,out). They stay where they are."""
         dtype = compute_dtype(self.layers[0].base_layer)
         up = torch.stack(self.ups).mT
         if self.is_mixed:
@@ -494,8 +512,15 @@ class Batch:
         down, up = torch.stack(self.downs).to(dtype), up.to(dtype).contiguous()
         if self.count > 1:
             down, up = (copies.unflatten(0, (-1, self.count)) for copies in (down, up))
+        if self.copies:
+            self.whole[0].copy_(down)
+            self.whole[1].copy_(up)
+            for leaf in (leaf for pair in self.copies for leaf in pair):
+                leaf.grad = None
+            return
+        self.whole = down, up
         downs = [copy.detach().requires_grad_(self.learns_down) for copy in down]
-        return list(zip(downs, [copy.detach().requires_grad_() for copy in up], strict=True))
+        self.copies = list(zip(downs, [copy.detach().requires_grad_() for copy in up], strict=True))
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -537,7 +562,6 @@ class Batch:
     def take_back(self) -> None:
         for unit in self.units:
             unit.take_back()
-        self.copies.clear()
 
 
 def added(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ queue or a fleet's worker makes.
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -253,6 +254,9 @@ OUT_OF_MEMORY = (
     "before Ampere), a smaller --resolution or --base_quantization nf4; --dry_run estimates the need."
 )
 
+NO_FIXED_ORDER = re.compile(r"(\S+) does not have a deterministic implementation")
+"""What PyTorch says of an operation where `--deterministic` asks for kernels that sum in one order."""
+
 
 def exit_code(run: Callable[[], int]) -> int:
     """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) does not end the run."""
@@ -279,9 +283,12 @@ def print_user_error(text: str) -> int:
 
 
 def message_for_known_error(error: Exception) -> str | None:
-    """One line for an error of the machine (memory, disk, permissions); None for any other error."""
+    """One line for an error of the machine (memory, kernels, disk, permissions); None for any other error."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
+    if found := NO_FIXED_ORDER.search(str(error)):
+        remedy = "leave the flag out; --resume_from_checkpoint latest goes on from a checkpoint, if there is one."
+        return f"--deterministic: PyTorch has no kernel of {found[1]} here that sums in one order; {remedy}"
     if not isinstance(error, OSError):
         return None
     place = f": {error.filename}" if error.filename else ""

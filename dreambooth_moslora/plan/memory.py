@@ -4,11 +4,13 @@ Weights and adapters are counted exactly, from the headers of the base's files. 
 on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px), and on a model of each flow
 family (`benchmarks.family_memory`); it is scaled by pixels or tokens, images and bytes.
 
-Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first.
+Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first. `--cuda_graph
+on` turns on the last, which nobody has tried on a card: so `auto` leaves it off.
 
 blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
-channels last      convolutions in NHWC, the layout of tensor cores; not on AMD's GPUs but gfx9
+channels last      convolutions in NHWC, the layout of tensor cores, where a self-test of the card has shown a gain
 cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on AMD's but gfx9
+CUDA graphs        each shape of pass is recorded, and replayed without the program
 
 `--memory`: one word for precision, recomputation, caching and quantisation. It only adds to the given flags; on a GPU
 it also chooses half precision, unless a precision was given.
@@ -80,6 +82,8 @@ BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
 WORTH_IMAGES = 1000
 """Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
 report about a minute to compile the blocks, and a tenth of a second saved per image."""
+WORTH_GAIN = 1.03
+"""How many times faster a step must be in a self-test: less may be chance."""
 USABLE = 0.9
 """Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
 Result = TypeVar("Result")
@@ -365,12 +369,14 @@ class Speed:
     compiled: bool
     channels_last: bool
     searches: bool
+    graphs: bool
     images: float
 
     def sentence(self) -> str:
         length = f"the work of {self.images:.0f} images of 1024 px; on a GPU it pays from {WORTH_IMAGES} on"
         parts = [f"transformer blocks {'' if self.compiled else 'not '}compiled ({length})"]
         parts += ["convolutions channels-last"] * self.channels_last + ["cuDNN searches algorithms"] * self.searches
+        parts += ["passes replayed as CUDA graphs"] * self.graphs
         return ", ".join(parts)
 
 
@@ -381,7 +387,8 @@ def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
     pays, is_nhwc = is_cuda and images >= WORTH_IMAGES, is_cuda and machine.has_fast_nhwc()
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
     searches = pays and is_nhwc and not config.enable_bucket and not config.deterministic
-    return Speed(config.compile == "on" or by_itself, is_nhwc, searches, images)
+    gains = is_nhwc and machine.measured_gain(machine.CHANNELS_LAST) >= WORTH_GAIN
+    return Speed(config.compile == "on" or by_itself, gains, searches, config.cuda_graph == "on", images)
 
 
 def speed_here(config: table.TrainConfig, steps: int) -> Speed:
@@ -392,7 +399,7 @@ def speed_here(config: table.TrainConfig, steps: int) -> Speed:
 
 
 def images_of(config: table.TrainConfig, steps: int) -> float:
-    images = steps * config.gradient_accumulation_steps * config.images_a_micro_batch
+    images = steps * config.gradient_accumulation_steps * config.mean_images_a_micro_batch
     return images * (config.resolution / 1024) ** 2
 
 

@@ -171,6 +171,8 @@ class TrainConfig:
     num_class_images: int = of_prior(100, "class images wanted; missing ones are generated", low=1, publish="always")
     prior_loss_weight: float = of_prior(1.0, "weight of the prior loss",
         low=0, publish="always", kohya="ss_prior_loss_weight", elsewhere="prior_loss_weights")
+    prior_every: int = of_prior(1, "one of so many micro-batches alone has the prior, at so many times its weight",
+        low=1, high=1000, publish="if_changed", idle=rows.unless(with_prior_preservation=True))
     sample_batch_size: int = of_prior(4, "images generated at once",
         low=1, high=4096, publish="if_changed", shapes=lambda run: run.draws_class_images)
     prior_generation_precision: str | None = of_prior(None, "precision of that generation",
@@ -388,6 +390,9 @@ class TrainConfig:
     compile: str = of_memory("auto",
         "compile the transformer blocks (torch.compile): auto on a GPU where the run is long enough",
         choices=("auto", "on", "off"), publish="if_changed")
+    cuda_graph: str = of_memory("auto",
+        "record each pass of a step as a CUDA graph and replay it: auto is off, as no card has tried it",
+        choices=("auto", "on", "off"), publish="if_changed")
     deterministic: bool = of_memory(False,
         "the same bytes each time on a GPU too, as on a CPU: slower attention, no search of algorithms",
         publish="if_changed")
@@ -450,6 +455,11 @@ class TrainConfig:
     def images_a_micro_batch(self) -> int:
         """Photos and their prior images of one micro-batch."""
         return self.train_batch_size * (2 if self.with_prior_preservation else 1)
+
+    @property
+    def mean_images_a_micro_batch(self) -> float:
+        """The same on average: one of `prior_every` micro-batches has a prior."""
+        return self.train_batch_size * (1 + self.with_prior_preservation / self.prior_every)
 
     @property
     def images_a_pass(self) -> int:

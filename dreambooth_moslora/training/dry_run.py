@@ -120,13 +120,23 @@ def step_lines(plan: Plan) -> list[str]:
     if config.with_prior_preservation:
         source = f"{config.num_class_images} class images" if config.prior == "class_images" else "the base's answer"
         prompts = ", ".join(f"“{prompt}”" for prompt in dict.fromkeys(one.class_prompt for one in subjects))
-        lines.append(f"as many prior examples beside them, from {source} to {prompts}")
+        lines.append(f"as many prior examples beside {beside(config)}, from {source} to {prompts}")
     for one, count in zip(subjects, steps.photo_counts):
         subject = subject_of(one)
         words = f"token “{subject.token}”, class “{subject.class_word}”"
         seen = f", {count} photos seen about {steps.exposures_a_subject / count:.0f} times each"
         lines.append(f"“{one.instance_prompt}”: {words}{seen}" if config.subjects else words)
     return lines
+
+
+def beside(config: table.TrainConfig) -> str:
+    """What has prior examples beside it, and where some have none, the images that a process passes in a step."""
+    if config.prior_every == 1:
+        return "them"
+    found = (config.mean_images_a_micro_batch, config.images_a_micro_batch)
+    mean, whole = (images * config.gradient_accumulation_steps for images in found)
+    share = f"one of {config.prior_every} micro-batches, at {config.prior_every} times the weight"
+    return f"{share} ({mean:g} images a step instead of {whole})"
 
 
 def cost_lines(plan: Plan) -> list[str]:

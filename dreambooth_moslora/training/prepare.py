@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,19 @@ class TrainInputs:
     def denoiser(self) -> torch.nn.Module:
         return families.denoiser_of(self.pipeline)
 
-    def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> photo_stream.TrainBatch:
-        """Micro-batch `micro_batch`: `size` instance images and as many class images; the next is read ahead."""
-        streams = [self.instance] if self.prior is None else [self.instance, self.prior]
-        samples = [s.at(position) for s in streams for position in range(micro_batch * size, (micro_batch + 1) * size)]
-        for stream in streams:
-            for position in range(next_micro_batch * size, (next_micro_batch + 1) * size):
-                stream.read_ahead(position)
+    def batch_at(
+        self, micro_batch: int, size: int, next_micro_batch: int, has_prior: Callable[[int], bool]
+    ) -> photo_stream.TrainBatch:
+        """Micro-batch `micro_batch`: `size` instance images, and as many class images if it `has_prior`; the next is
+        read ahead."""
+
+        def places(number: int) -> Iterator[tuple[photo_stream.SubjectStreams, int]]:
+            streams = [self.instance] if self.prior is None or not has_prior(number) else [self.instance, self.prior]
+            return product(streams, range(number * size, (number + 1) * size))
+
+        samples = [stream.at(position) for stream, position in places(micro_batch)]
+        for stream, position in places(next_micro_batch):
+            stream.read_ahead(position)
         return photo_stream.collate(samples, size)
 
 

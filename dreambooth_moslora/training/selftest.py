@@ -7,9 +7,11 @@ resumed     a run that was stopped and resumed on the device ends with the same 
             equal runs differ, so that chance is told from a defect
 generated   a picture drawn with the adapter on the device is not a single colour
 compiled    the device's losses with compiled blocks, on Nvidia's and AMD's GPUs
+graphs      the same with CUDA graphs
 cards       those of two processes, one on each of two GPUs, equal those of one
 step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
 lower bound
+channels last   that step with convolutions in NHWC, on Nvidia's and AMD's GPUs; its gain is kept for later runs
 
 Each training is the training command, with the embedded base and painted photos. The random UNet is one random megabyte
 repeated, scaled by 1/sqrt(fan-in), so that activations neither grow nor vanish.
@@ -38,14 +40,15 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageStat
 
-from dreambooth_moslora.base import families, load
+from dreambooth_moslora.base import families, load, machine
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk import processes, run_folder
-from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
+from dreambooth_moslora.plan.memory import USABLE, WORTH_GAIN, BaseSize, costs
 from dreambooth_moslora.plan.processes import DTYPES
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import photo_stream, prepare
-from dreambooth_moslora.training.step import GOES_ON, TrainStep
+from dreambooth_moslora.training.graphs import GOES_ON
+from dreambooth_moslora.training.step import TrainStep, lay_channels_last
 
 SIZES = ("sdxl", "small")  # 2.57 billion parameters, or the same topology with a fortieth of the width.
 
@@ -117,7 +120,7 @@ class RandomMaterials:
     text_products: None = None
     basis: None = None
 
-    def batch_at(self, micro_batch: int, size: int, next_micro_batch: int = 0) -> photo_stream.TrainBatch:
+    def batch_at(self, micro_batch: int, size: int, *next_and_prior: object) -> photo_stream.TrainBatch:
         return photo_stream.collate([(self.view, "a photo of sks dog")] * size, size)
 
     @property
@@ -143,13 +146,15 @@ def random_materials(size: str, resolution_px: int, dtype: torch.dtype = torch.b
 GIB = 2**30
 
 
-def measure(size: str, config: TrainConfig) -> dict[str, float]:
-    """Measure a batch as `config` says, on the device that accelerate chooses."""
+def measure(size: str, config: TrainConfig, is_nhwc: bool = False) -> dict[str, float]:
+    """Measure a batch as `config` says, on the device that accelerate chooses; `is_nhwc`: convolutions in NHWC."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     materials = random_materials(size, config.resolution, DTYPES[config.mixed_precision])
     unet = materials.pipeline.unet.requires_grad_(False).to(accelerator.device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if is_nhwc:
+        lay_channels_last(unet)
     found = {"floor_sec": second_of(floor_step(materials, config, accelerator.device), accelerator.device)}
     train_step = TrainStep(config, materials, accelerator, max_train_steps=10)
 
@@ -195,11 +200,13 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--mixed_precision", choices=("fp16", "bf16"), default="bf16")
+    parser.add_argument("--channels_last", action="store_true")
     args = parser.parse_args()
     processes.keep_freed_memory()
     fixed = {"rank": 16, "train_batch_size": 1, "seed": 0, "instance_data_dir": "."}
     asked = {name: getattr(args, name) for name in ("resolution", "gradient_checkpointing", "mixed_precision")}
-    print(json.dumps(measure(args.size, TrainConfig(**fixed, **asked, instance_prompt="a photo of sks dog"))))
+    config = TrainConfig(**fixed, **asked, instance_prompt="a photo of sks dog")
+    print(json.dumps(measure(args.size, config, args.channels_last)))
 
 
 PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
@@ -224,7 +231,7 @@ class Finding:
 
 class SelfTest:
     """Trains and draws with `program` and `env` in each of `precisions` ("no": fp32); measures SDXL if `free_gib`.
-    `compiles`: compiled blocks are tried too. `launcher`, if given, are the words that start two processes."""
+    `compiles`: compiled blocks and CUDA graphs are tried too. `launcher`: words that start two processes, if given."""
 
     def __init__(
         self,
@@ -262,10 +269,11 @@ class SelfTest:
             yield self.generated()
             if self.compiles:
                 yield self.compiled()
+                yield self.graphed()
             if self.launcher:
                 yield self.cards()
             if self.free_gib is not None:
-                yield self.step(self.free_gib)
+                yield from self.step(self.free_gib)
         except UserError as error:
             yield Finding("run", False, str(error))
 
@@ -291,13 +299,18 @@ class SelfTest:
         return first == second
 
     def compiled(self) -> Finding:
-        """Without a compiler the trainer says so and goes on; that is no failure."""
-        run = self.train("compiled", compile="on")
-        far = largest_difference(losses(run), losses(self.run("device_no")))
-        said = f"losses with compiled blocks, at most {far:.1e} from those without"
-        if GOES_ON in (self.folder / "compiled.log").read_text(encoding="utf-8"):
-            said = f"blocks cannot be compiled here; {GOES_ON}"
-        return Finding("compiled", far <= TOLERANCE["no"], said, {"relative_difference": far})
+        return self.faster("compiled", "compiled blocks", compile="on")
+
+    def graphed(self) -> Finding:
+        return self.faster("graphs", "CUDA graphs", cuda_graph="on")
+
+    def faster(self, name: str, what: str, **changes: str) -> Finding:
+        """Where it cannot be done, as without a compiler, the trainer says so and goes on; that is no failure."""
+        far = largest_difference(losses(self.train(name, **changes)), losses(self.run("device_no")))
+        said = f"losses with {what}, at most {far:.1e} from those without"
+        if GOES_ON in (self.folder / f"{name}.log").read_text(encoding="utf-8"):
+            said = f"{what} cannot be made here; {GOES_ON}"
+        return Finding(name, far <= TOLERANCE["no"], said, {"relative_difference": far})
 
     def cards(self) -> Finding:
         """One process with two micro-batches draws what two processes draw with one each."""
@@ -314,7 +327,7 @@ class SelfTest:
         spread = min(ImageStat.Stat(Image.open(picture).convert("RGB")).stddev)
         return Finding("generated", spread > FLAT_LEVELS, f"{picture.name}, {spread:.0f} levels of spread")
 
-    def step(self, free_gib: float, size: str = "sdxl") -> Finding:
+    def step(self, free_gib: float, size: str = "sdxl") -> Iterator[Finding]:
         """Measure a step by the fastest plan that fits. Too little memory or time is no failure."""
         is_gpu = self.env != ON_CPU
         px = FULL_PX if is_gpu else CPU_PX
@@ -325,16 +338,28 @@ class SelfTest:
         told = f"--memory at {px} px needs {listed}"
         plan = next((name for name in STEP_PLANS if needs[name] <= USABLE * free_gib), None)
         if plan is None:
-            return Finding("step", True, f"left out: {free_gib:.1f} GiB are free; {told}", needs)
+            yield Finding("step", True, f"left out: {free_gib:.1f} GiB are free; {told}", needs)
+            return
         words = ["--size", size, "--resolution", str(px), "--mixed_precision", half]
         words += ["--gradient_checkpointing"] if plan != "full" else []
         command = [sys.executable, "-m", "dreambooth_moslora.training.selftest", *words]
         try:
             found = json.loads(self.call("step", command, STEP_SEC).splitlines()[-1])
         except subprocess.TimeoutExpired:
-            return Finding("step", True, f"left out: four steps take longer than {STEP_SEC} s here; {told}", needs)
+            yield Finding("step", True, f"left out: four steps take longer than {STEP_SEC} s here; {told}", needs)
+            return
         said = "{step_sec:.2f} s at {} px, the floor {floor_sec:.2f} s, peak {peak_gib:.1f} GiB ({}); {}"
-        return Finding("step", True, said.format(px, plan, told, **found), {**found, **needs})
+        yield Finding("step", True, said.format(px, plan, told, **found), {**found, **needs})
+        if self.compiles and machine.has_fast_nhwc():
+            yield self.channels_last(command, found["step_sec"])
+
+    def channels_last(self, command: Sequence[str], usual_sec: float) -> Finding:
+        """What NHWC gains, which is kept for later runs on this card."""
+        words = [*command, "--channels_last"]
+        gain = usual_sec / json.loads(self.call("channels_last", words, STEP_SEC).splitlines()[-1])["step_sec"]
+        machine.keep_gain(machine.CHANNELS_LAST, gain)
+        said = f"a step is {gain:.2f} times as fast; {'' if gain >= WORTH_GAIN else 'not '}used from now on"
+        return Finding("channels last", True, said, {"gain": gain})
 
     def run(self, name: str) -> run_folder.RunDir:
         return run_folder.RunDir(self.folder / name)

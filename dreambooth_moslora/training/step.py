@@ -25,8 +25,9 @@ from dreambooth_moslora.base import families
 from dreambooth_moslora.core import StopRequestedError, UserError, generator, is_out_of_memory, one_line, rng, seed_of
 from dreambooth_moslora.plan import memory, processes
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import adapters, objective, photo_stream, prepare
+from dreambooth_moslora.training import adapters, graphs, objective, photo_stream, prepare
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
+from dreambooth_moslora.training.graphs import GOES_ON
 from dreambooth_moslora.training.optimizer import average_of, lent, make_lr_schedule, make_optimizer, parameter_groups
 
 
@@ -71,6 +72,27 @@ class MicroBatch:
     mask: torch.Tensor | None  # (B, 1, h, w)
     instance_count: int
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it is computed from."""
+        rows = self.rows
+        texts = [tensor for text in rows.texts for tensor in text.values()]
+        masks = [] if self.mask is None else [self.mask]
+        return [*rows.noisy.tensors, rows.time_ids, *texts, self.target, *masks]
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "MicroBatch":
+        """The same with these in place of its `tensors`."""
+        rows, given = self.rows, iter(tensors)
+        noisy, ids = objective.NoisySample(*(next(given) for _ in rows.noisy.tensors)), next(given)
+        texts = tuple({name: next(given) for name in text} for text in rows.texts)
+        return MicroBatch(Rows(noisy, texts, ids, rows.prompts), next(given), next(given, None), self.instance_count)
+
+    @property
+    def shape(self) -> tuple:
+        """Equal for micro-batches whose passes differ only in the numbers."""
+        names = tuple(tuple(text) for text in self.rows.texts)
+        return self.instance_count, names, *((tensor.shape, tensor.dtype) for tensor in self.tensors)
+
     def parts(self, most: int) -> Iterator[tuple["MicroBatch", float]]:
         """Parts of at most so many images, each the subject's alone or the prior's alone, and its share of these."""
         for start, end in ((0, self.instance_count), (self.instance_count, len(self.rows))):
@@ -85,7 +107,6 @@ logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
 PX_A_TOKEN = 16 * 16  # Of a picture, in the transformers whose scheduler shifts levels by the number of tokens
-GOES_ON = "the run goes on without"
 GRAPHS = 32  # Of one kind of block; with buckets, the second size makes one graph for all sizes
 
 
@@ -93,7 +114,7 @@ GRAPHS = 32  # Of one kind of block; with buckets, the second size makes one gra
 class StepLosses:
     total: float
     instance: float
-    prior: float | None  # None without prior preservation
+    prior: float | None  # None without a prior in the step
 
 
 class TrainStep:
@@ -124,7 +145,7 @@ class TrainStep:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for block in self.compiled:
                 block.compile(backend=BACKEND)
-        if accelerator.is_main_process and (speed.compiled or speed.channels_last):
+        if accelerator.is_main_process and (speed.compiled or speed.channels_last or speed.graphs):
             logger.warning("%s", speed.sentence())
         self.parameters = [p for module in self.components.values() for _, p in moslora.adapter_parameters(module)]
         self.copies = fast_linear.WorkingCopies(*self.components.values())
@@ -146,6 +167,12 @@ class TrainStep:
             restore_weights(checkpoint, self.trained)
         self.optimizer = accelerator.prepare(optimizer)
         self.schedule, self.device = inputs.schedule.to(accelerator.device), accelerator.device
+        self.graphs: graphs.Graphs | None = None
+        if speed.graphs and (why := graphs.obstacle(config, self.device.type)):
+            logger.warning("--cuda_graph: %s: %s", GOES_ON, why)
+        elif speed.graphs:
+            frozen = [weight for weight in inputs.denoiser.parameters() if not weight.requires_grad]
+            self.graphs = graphs.Graphs(self.differentiated, self.trained, frozen, graphs.RECORDERS[self.device.type])
 
     def accumulate_gradients(self) -> StepLosses:
         """Forward and backward passes of this process's micro-batches; again without compilation if that fails."""
@@ -164,25 +191,30 @@ class TrainStep:
 
     def _accumulate(self) -> StepLosses:
         self.begin()
-        count, found = self.config.gradient_accumulation_steps, []
+        found = []
         with self.copies.for_one_step() as copies:
-            for losses in self.passes():
-                total = sum((parts.total for parts in losses[1:]), losses[0].total)
-                self.accelerator.backward(total / count)
+            differentiated = self.differentiated if self.graphs is None else self.graphs.begun(copies.leaves)
+            for micros, share in self.passes():
+                found += differentiated(micros, share)
                 copies.collect()
-                found += map(numbers_of, losses)
         return self.mean_of(found)
 
-    def passes(self) -> Iterator[list[objective.LossParts]]:
-        """Losses of each pass of the step through the denoiser; each must be differentiated before the next."""
+    def passes(self) -> Iterator[tuple[list[MicroBatch], float | None]]:
+        """What passes together through the denoiser, one after the other: whole micro-batches, or a part of one with
+        its share."""
         most, whole = self.config.images_a_pass, self.config.images_a_micro_batch
         micros = (self.micro_batch(self.number_of(turn)) for turn in range(self.config.gradient_accumulation_steps))
         if most >= whole:
-            yield from map(self.losses, alike(micros, most // whole))
-            return
-        for part, share in (found for micro in micros for found in micro.parts(most)):
-            (losses,) = self.losses([part])
-            yield [losses.share(share)]
+            yield from ((together, None) for together in alike(micros, most // whole))
+        else:
+            yield from (([part], share) for micro in micros for part, share in micro.parts(most))
+
+    def differentiated(self, micros: Sequence[MicroBatch], share: float | None) -> list[torch.Tensor]:
+        """The pass forward and backward. Returns the `numbers_of` (3,) each; gradients are added to the copies'."""
+        losses = [parts if share is None else parts.share(share) for parts in self.losses(micros)]
+        total = sum((parts.total for parts in losses[1:]), losses[0].total)
+        self.accelerator.backward(total / self.config.gradient_accumulation_steps)
+        return [numbers_of(parts) for parts in losses]
 
     def begin(self) -> None:
         """Clear the gradients and set the modules to training mode."""
@@ -224,7 +256,7 @@ class TrainStep:
     def losses(self, micros: Sequence[MicroBatch]) -> list[objective.LossParts]:
         """The loss of each of these, which pass through the denoiser together."""
         answers: list[torch.Tensor | None] = [None] * len(micros)
-        if self.base_is_prior and len(micros[0].rows) > micros[0].instance_count:
+        if self.base_is_prior:
             answers = predictions(self.base_prediction, [self.prior_rows(micro) for micro in micros])
         of_each = predictions(self.predict, [micro.rows for micro in micros])
         return [self.loss_of(*own) for own in zip(micros, of_each, answers, strict=True)]
@@ -275,15 +307,23 @@ class TrainStep:
         elif config.debiased_estimation_loss:
             weights = objective.debiased_weights(schedule, index)
         error = objective.pointwise_error(schedule, index, config.loss_type, config.huber_c, config.huber_schedule)
-        return objective.loss(prediction, target, weights, count, config.prior_loss_weight, micro.mask, error)
+        weight = config.prior_loss_weight * config.prior_every
+        return objective.loss(prediction, target, weights, count, weight, micro.mask, error)
+
+    def has_prior(self, micro_batch: int) -> bool:
+        """Whether micro-batch number `micro_batch` of the run has a prior half: of each `prior_every` in a row a drawn
+        one has, with so many times the weight. The expected gradient is that of a prior in each."""
+        every = self.config.prior_every
+        turn, place = divmod(micro_batch, every)
+        drawn = rng(self.config.seed, "prior's turn", turn).randrange(every)
+        return self.config.with_prior_preservation and place == drawn
 
     def batch_at(self, micro_batch: int) -> photo_stream.TrainBatch:
-        """Micro-batch number `micro_batch` of the run. If the frozen base is the prior, it includes the prior half."""
-        following = micro_batch + self.accelerator.num_processes
-        batch = self.inputs.batch_at(micro_batch, self.config.train_batch_size, following)
-        if not self.base_is_prior:
+        """Micro-batch number `micro_batch` of the run, with its prior half if it has one."""
+        size, following = self.config.train_batch_size, micro_batch + self.accelerator.num_processes
+        batch = self.inputs.batch_at(micro_batch, size, following, self.has_prior)
+        if not self.base_is_prior or not self.has_prior(micro_batch):
             return batch
-        size = self.config.train_batch_size
         shown = [self.inputs.instance.subject_at(micro_batch * size + place) for place in range(size)]
         classes = [self.class_prompts[number] for number in shown]
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
@@ -342,18 +382,26 @@ class TrainStep:
         vector_to_parameters(processes.mean_over(self.accelerator, parameters_to_vector(grads)), grads)
 
     def mean_of(self, found: list[torch.Tensor]) -> StepLosses:
-        """Means over the step's micro-batches, and over all processes. `found` are the `numbers_of` (3,) each, or of
-        its parts, which sum to it."""
-        of_all = torch.stack(found).sum(0) / self.config.gradient_accumulation_steps
+        """Means over the step's micro-batches, of the prior's over those that have one, and over all processes. `found`
+        are the `numbers_of` (3,) each, or of its parts, which sum to it."""
+        count = self.config.gradient_accumulation_steps
+        of_all = torch.stack(found).sum(0) / count
         total, instance, prior = processes.mean_over(self.accelerator, of_all).tolist()
-        return StepLosses(total, instance, prior if self.config.with_prior_preservation else None)
+        of_step = count * self.accelerator.num_processes
+        share = sum(map(self.has_prior, range(self.step * of_step, (self.step + 1) * of_step))) / of_step
+        return StepLosses(total, instance, prior / share if share else None)
 
 
 def make_convolutions_fast(unet: torch.nn.Module, speed: memory.Speed) -> None:
     """Call it before adapters are added: their tensors are saved in their memory layout."""
     if speed.searches:
         torch.backends.cudnn.benchmark = True
-    for module in unet.modules() if speed.channels_last else ():
+    if speed.channels_last:
+        lay_channels_last(unet)
+
+
+def lay_channels_last(unet: torch.nn.Module) -> None:
+    for module in unet.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.to(memory_format=torch.channels_last)
 
@@ -373,14 +421,17 @@ def alike(micros: Iterable[MicroBatch], most: int) -> Iterator[list[MicroBatch]]
         yield group
 
 
-def predictions(predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]) -> list[torch.Tensor]:
-    """Of each part, computed together."""
-    if len(parts) == 1:
-        return [predict(parts[0])]
-    return list(predict(Rows.joined(parts)).split([len(part) for part in parts]))
+def predictions(predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]) -> list[torch.Tensor | None]:
+    """Of each part, computed together; None of a part without rows."""
+    some = [part for part in parts if len(part)]
+    if len(some) > 1:
+        found = iter(predict(Rows.joined(some)).split([len(part) for part in some]))
+    else:
+        found = map(predict, some)
+    return [next(found) if len(part) else None for part in parts]
 
 
 def numbers_of(parts: objective.LossParts) -> torch.Tensor:
-    """Total, instance and prior loss (3,); the last is NaN without prior images."""
-    prior = torch.full_like(parts.instance, math.nan) if parts.prior is None else parts.prior
+    """Total, instance and prior loss (3,); the last is 0 without prior images."""
+    prior = torch.zeros_like(parts.instance) if parts.prior is None else parts.prior
     return torch.stack([parts.total.detach(), parts.instance, prior])

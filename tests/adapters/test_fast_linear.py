@@ -263,6 +263,34 @@ def test_an_adapter_that_moved_is_never_seen_as_it_was():
     assert not any(layer.working for layer in adapter_layers(model).values())
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_copies_of_a_step_lie_where_those_of_the_step_before_lay_while_the_layers_are_the_same(joint):
+    model = fast_copy(adapted(tiny_unet(), target_modules=["to_q", "to_k", "to_v"]))
+    copies, found = WorkingCopies(model, joint=joint), []
+
+    def step() -> list[int]:
+        found.append(step_on(copies, model))
+        return [leaf.data_ptr() for leaf in copies.before.leaves]
+
+    first = step()
+    with torch.no_grad():
+        next(iter(adapter_layers(model).values())).lora_A["default"].weight.mul_(2)
+    assert step() == first and len(set(first)) == len(first)
+    assert_same(found[-1], step_on(WorkingCopies(model, joint=joint), model), 0)
+    set_scale(model, 3)
+    kept = copies.before
+    assert step() != first and copies.before is not kept
+    assert_same(found[-1], step_on(WorkingCopies(model, joint=joint), model), 0)
+
+
+def step_on(copies: WorkingCopies, model: nn.Module) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    with copies.for_one_step() as step:
+        unet_loss(model).backward()
+        step.collect()
+    return given(model)
+
+
 KINDS = {
     "learnt mixer": {},
     "no mixer": {"mixer": "none", "lora_alpha": 1},

@@ -109,7 +109,7 @@ def test_moments_of_a_run_are_counted_from_the_command():
     assert found["in caching"] == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize("arm", ["floor", "ours", "peft", "nf4"])
+@pytest.mark.parametrize("arm", ["floor", "ours", "peft", "nf4", "channels_last", "graphed"])
 def test_the_gpu_arms_step_on_any_device(arm, capsys):
     words = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2", "--arms", arm]
     gpu_step.main(words)

@@ -229,6 +229,7 @@ RUNS = {
     "plain": {},
     "class images": IMAGES | {"prior_generation_precision": "fp32"},
     "prior prompts": PRIOR | {"prior_prompts": ("a photo of a cup, red", "a house")},
+    "prior of some": PRIOR | {"prior_every": 2, "gradient_accumulation_steps": 3},
     "own class prompt": PRIOR | {"class_prompt": "an animal, a dog"},
     "left out": {"leave_out": ("1.png",)},
     "captions": {"caption_prefix": "my", "caption_suffix": "today", "shuffle_caption": True},

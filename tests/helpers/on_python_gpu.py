@@ -1,7 +1,8 @@
 """A process whose trainings are on the GPU in Python. `python -m tests.helpers.on_python_gpu COMMAND …` is the
 program. Without a command it trains what each line of JSON asks for, from a FILE.json if one is given, whose answers
 are then beside it, one file for each process of a launcher. A line in is {"base", "photos", "output", "changes"}; one
-line out, what was seen, or {"error"}. `fp16_scale` among the changes trains in fp16, with a scaler that begins there.
+line out, what was seen, or {"error"}. `fp16_scale` among the changes trains in fp16, with a scaler that begins there;
+with `free_gib` no more than that is free, and tiles are small.
 """
 
 import contextlib
@@ -10,14 +11,16 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
+from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan import processes
-from dreambooth_moslora.training import loop
+from dreambooth_moslora.training import frozen_base, loop, prepare
 from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.selftest import losses as losses_of_run
 from tests.helpers.python_gpu import DEVICE, Watch
@@ -29,6 +32,9 @@ watches: list[Watch] = []
 updates: list[Watch] = []
 scales: list[float] = []
 numbers: list[int] = []
+pipelines: list = []
+encoded: dict[str, list[str]] = {}
+sides_px: list[int] = []
 
 
 class WatchedTrainStep(train_step.TrainStep):
@@ -63,21 +69,57 @@ def accelerator_on_device(config, run_dir):
     return accelerator
 
 
+def watch_encoding() -> None:
+    """Note which parts are on the device when photos and when prompts have been encoded, and the VAE's widest input."""
+    load_base = frozen_base.load_base
+
+    def load(*words, **options):
+        pipelines[:] = [load_base(*words, **options)]
+        sides_px.clear()
+        pipelines[0].vae.encoder.register_forward_pre_hook(lambda _, inputs: sides_px.append(inputs[0].shape[-1]))
+        return pipelines[0]
+
+    frozen_base.load_base = load
+    for name in ("encode_photos", "encode_prompts"):
+        setattr(prepare, name, noting(name, getattr(prepare, name)))
+
+
+def noting(name: str, encode):
+    def noted(*words):
+        encode(*words)
+        parts = {part: getattr(pipelines[0], part) for part in ("vae", "text_encoder", "text_encoder_2", "unet")}
+        encoded[name] = [part for part, module in parts.items() if module is not None and module.device == DEVICE]
+
+    return noted
+
+
 def trained(base: str, photos: str, output: str, changes: dict) -> dict:
     """The losses of the steps, and what the last step did and had on the device."""
     scales[:] = [scale for scale in [changes.pop("fp16_scale", None)] if scale]
+    free_gib = changes.pop("free_gib", None)
     watches.clear()
     updates.clear()
-    loop.train(tiny_config(Path(base), Path(photos), Path(output), **changes))
+    with contextlib.ExitStack() as stack:
+        if free_gib is not None:
+            stack.enter_context(patch.object(machine, "free_gib", lambda device: free_gib))
+            stack.enter_context(patch.object(machine, "TILES_PX", (32, 16)))
+        loop.train(tiny_config(Path(base), Path(photos), Path(output), **changes))
     steps = logged(Path(output))
     last = watches[-1]
-    did = {"waits": last.waits, "copies": last.copies, "update_waits": updates[-1].waits}
+    did = {
+        "encoded": encoded,
+        "side_px": max(sides_px),
+        "waits": last.waits,
+        "copies": last.copies,
+        "update_waits": updates[-1].waits,
+    }
     skipped = sum(step["skipped"] for step in steps)
     return did | {"losses": losses_of_run(RunDir(Path(output))), "skipped": skipped, "frozen": numbers[-1]}
 
 
 def train_what_is_asked() -> None:
     loop.TrainStep = WatchedTrainStep
+    watch_encoding()
     given = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     answers = given.with_suffix(f".{os.environ['RANK']}").open("w") if given else sys.stdout
     for line in given.read_text().splitlines() if given else sys.stdin:

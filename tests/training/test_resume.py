@@ -54,6 +54,7 @@ KINDS = {
     "average": {"use_ema": True},
     "basis": BASIS,
     "new_tokens_and_average": BASE_PRIOR | {"train_text_encoder_ti": True, "use_ema": True},
+    "prior_of_some": CLASS_IMAGES | {"prior_every": 3, "caching": "off", "dataloader_num_workers": 1},
     "several_subjects": CLASS_IMAGES | {"subjects": [DOG, CAT]},
     "new_tokens_of_several_subjects": {"subjects": [DOG, CAT], "train_text_encoder_ti": True},
     "class_images_of_several_sizes": CLASS_IMAGES | SIZES | {"max_train_steps": 2},
@@ -62,6 +63,7 @@ NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}
 FAST = ("plain", "bare_prompt")
 STOPS = {
     **dict.fromkeys(("plain", "class_images_and_captions", "accumulation_and_convolutions"), (1, 2, 3)),
+    "prior_of_some": (1, 2, 3),
     **dict.fromkeys(("new_tokens_and_average", "new_tokens_of_several_subjects"), (1, 3)),  # the pivot is step 2
     **dict.fromkeys(("text_encoder_dropout_and_dora", "schedule_free"), (1,)),  # step 2 has the whole learning rate
     "class_images_of_several_sizes": (0,),

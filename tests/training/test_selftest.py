@@ -12,6 +12,7 @@ import pytest
 from torch.utils import backend_registration
 
 from benchmarks.precision import bf16_accelerator
+from dreambooth_moslora.base import machine
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.memory import size_of_base
@@ -63,6 +64,27 @@ def test_a_step_that_fp16_skips_is_no_loss(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(machine.what_compile_lacks()), reason="needs a compiler")
+def test_compiled_losses_are_compared_with_those_without(tmp_path, monkeypatch):
+    """By inductor on the CPU, in two steps."""
+    monkeypatch.setattr(selftest, "STEPS", 2)
+    test = SelfTest(tmp_path, env=ON_CPU)
+    test.train("device_no")
+    found = test.compiled()
+    assert found.holds and found.said.startswith("losses with compiled blocks, at most "), found
+    assert "transformer blocks compiled" in (tmp_path / "compiled.log").read_text()
+
+
+@pytest.mark.slow
+def test_graphs_that_cannot_be_made_are_no_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(selftest, "STEPS", 1)
+    test = SelfTest(tmp_path, env=ON_CPU)
+    test.train("device_no")
+    found = test.graphed()
+    assert found.holds and found.said == "CUDA graphs cannot be made here; the run goes on without"
+
+
+@pytest.mark.slow
 def test_two_processes_are_compared_with_one(tmp_path):
     """accelerate takes the words for two GPUs, and gloo."""
     found = SelfTest(tmp_path, env=ON_CPU, launcher=selftest.ON_TWO_GPUS).cards()
@@ -70,9 +92,19 @@ def test_two_processes_are_compared_with_one(tmp_path):
 
 
 def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
-    found = SelfTest(tmp_path, env=ON_CPU).step(4.0)
+    [found] = SelfTest(tmp_path, env=ON_CPU).step(4.0)
     assert found.holds and found.said.startswith("left out: 4.0 GiB are free; --memory at 512 px needs full ")
     assert found.figures["full"] > found.figures["recompute"] > found.figures["nf4"] > 0
+
+
+@pytest.mark.slow
+def test_what_channels_last_gains_is_measured_and_kept(tmp_path, gpu, monkeypatch):
+    """On the CPU, under the name of a card."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gpu(8)
+    step, found = SelfTest(tmp_path, env=ON_CPU, compiles=True).step(99.0, size="small")
+    assert found.holds and found.figures["gain"] > 0 and f"{found.figures['gain']:.2f} times" in found.said
+    assert machine.measured_gain(machine.CHANNELS_LAST) == found.figures["gain"] and step.figures["step_sec"] > 0
 
 
 def test_random_materials_have_all_that_a_step_reads():
@@ -85,7 +117,7 @@ def test_random_materials_have_all_that_a_step_reads():
 
 @pytest.mark.slow
 def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own(tmp_path):
-    found = SelfTest(tmp_path, env=ON_CPU).step(99.0, size="small")
+    [found] = SelfTest(tmp_path, env=ON_CPU).step(99.0, size="small")
     assert found.holds and "(full); --memory at 512 px needs" in found.said, found
     assert found.figures["floor_sec"] > 0 and found.figures["step_sec"] > 0 and 0 < found.figures["peak_gib"] < 8
 
@@ -207,3 +239,12 @@ def test_cached_text_needs_no_projection_on_the_device_and_one_more_copy_a_row(r
     assert live["frozen"] - cached["frozen"] == size_of_base(tiny_base, ()).text_projections > 0
     assert sum(cached["waits"].values()) == 1, cached["waits"]
     assert sum(cached["copies"].values()) == 1 + 3, cached["copies"]
+
+
+@pytest.mark.slow
+def test_on_a_card_that_is_short_photos_are_encoded_in_tiles_before_the_texts_and_apart_from_them(run_on_device):
+    """Together they were the peak of a small card: the UNet comes last."""
+    short, usual = run_on_device(free_gib=0.005), run_on_device()
+    parts = {"encode_photos": ["vae"], "encode_prompts": ["text_encoder", "text_encoder_2"]}
+    assert short["encoded"] == usual["encoded"] == parts
+    assert (short["side_px"], usual["side_px"]) == (32, 64) and len(short["losses"]) == 2

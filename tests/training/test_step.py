@@ -12,15 +12,16 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from dreambooth_moslora.adapters.fast_linear import WorkingCopies
+from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.load import TextProducts, TextProjection
-from dreambooth_moslora.core import StopRequestedError, UserError
+from dreambooth_moslora.core import StopRequestedError, UserError, generator
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.memory import speed_of
 from dreambooth_moslora.plan.processes import compute_exactly
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import adapters, dry_run, loop
+from dreambooth_moslora.training import adapters, dry_run, loop, prepare
 from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.loop import Training, train
 from dreambooth_moslora.training.step import StepLosses, TrainStep
@@ -91,6 +92,7 @@ OF_CLASS = {"with_prior_preservation": True, "num_class_images": 2, "prior_loss_
 
 PASSES = [(PRIOR | {"prior_loss_weight": 0.5}, [3, 2, 1, 6, 12]), ({"enable_bucket": True}, [9])]
 PASSES += [pytest.param(OF_CLASS, [1, 4], marks=pytest.mark.slow)]
+PASSES += [pytest.param(PRIOR | {"prior_every": 2}, [1, 3, 12], marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("changes", "passes"), PASSES)
@@ -104,6 +106,46 @@ def test_one_pass_and_many_have_the_gradients_of_a_micro_batch_each(first_gradie
         assert same.instance + (same.prior or 0) == pytest.approx(losses.instance + (losses.prior or 0), rel=1e-5)
         for one, other in zip(found, wanted, strict=True):
             assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+@pytest.fixture
+def one_draw(monkeypatch):
+    """Each micro-batch shows the same photo, noise and noise level. The numbers of images that are passed."""
+    passed, batch_at, predict = [], prepare.TrainInputs.batch_at, TrainStep.predict
+    draw = lambda seed, kind, number, what: generator(seed, kind, 0, what)  # noqa: E731
+    of_first = lambda self, number, size, _, has: batch_at(self, 0, size, 0, lambda _: has(number))  # noqa: E731
+    monkeypatch.setattr(train_step, "generator", draw)
+    monkeypatch.setattr(prepare.TrainInputs, "batch_at", of_first)
+    monkeypatch.setattr(TrainStep, "predict", lambda self, rows: passed.append(len(rows)) or predict(self, rows))
+    return passed
+
+
+@pytest.mark.parametrize("prior", [PRIOR, pytest.param(OF_CLASS, marks=pytest.mark.slow)])
+def test_the_prior_of_one_micro_batch_in_k_at_k_times_its_weight_has_the_gradient_of_one_in_each(
+    first_gradients, one_draw, prior
+):
+    """The mean over four micro-batches. The base's answer is a pass too."""
+    usual = prior | {"gradient_accumulation_steps": 4, "prior_loss_weight": 0.5}
+    wanted, losses = first_gradients(**usual)
+    for every in (2, 4):
+        one_draw.clear()
+        found, same = first_gradients(**usual, prior_every=every)
+        assert sum(one_draw) == 4 + 4 // every * (2 if prior is PRIOR else 1)
+        assert vars(same) == pytest.approx(vars(losses), rel=1e-5)
+        for one, other in zip(found, wanted, strict=True):
+            assert (one - other).norm() <= 1e-4 * other.norm()
+    assert any(grad.norm() for grad in wanted)
+
+
+def test_a_step_without_a_prior_has_no_prior_s_loss_and_the_photo_s_is_that_of_a_prior_in_each(losses_of, tmp_path):
+    """Four steps of one micro-batch: one of them has it, at four times its weight. The first step shows the photo."""
+    settings = PRIOR | {"max_train_steps": 4, "prior_loss_weight": 0.5}
+    losses_of("each", **settings), losses_of("one", **settings, prior_every=4)
+    each, one = logged(tmp_path / "each"), logged(tmp_path / "one")
+    assert each[0]["loss_instance"] == pytest.approx(one[0]["loss_instance"], rel=1e-5)
+    [with_prior] = (step for step in one if step["loss_prior"] is not None)
+    assert with_prior["loss"] == pytest.approx(with_prior["loss_instance"] + 4 * 0.5 * with_prior["loss_prior"])
+    assert all(step["loss"] == step["loss_instance"] for step in one if step is not with_prior)
 
 
 def test_a_step_walks_over_no_model(tiny_base, photos, tmp_path, monkeypatch):
@@ -184,6 +226,7 @@ CHOSEN = [({}, "cuda", 1000, True, True), ({}, "cuda", 999, False, False), ({}, 
 CHOSEN += [({"resolution": 512}, "cuda", 1000, False, False), ({"enable_bucket": True}, "cuda", 1000, True, False)]
 CHOSEN += [({"gradient_accumulation_steps": 2}, "cuda", 500, True, True)]
 CHOSEN += [({"with_prior_preservation": True, "class_prompt": "a dog"}, "cuda", 500, True, True)]
+CHOSEN += [({"with_prior_preservation": True, "class_prompt": "a dog", "prior_every": 4}, "cuda", 799, False, False)]
 CHOSEN += [({"base_quantization": "nf4"}, "cuda", 1000, False, True), ({"compile": "off"}, "cuda", 1000, False, True)]
 CHOSEN += [({"compile": "on"}, "cpu", 1, True, False)]
 
@@ -191,11 +234,35 @@ CHOSEN += [({"compile": "on"}, "cpu", 1, True, False)]
 @pytest.mark.parametrize(("changes", "device", "steps", "compiled", "searches"), CHOSEN)
 def test_only_a_long_run_on_a_gpu_is_compiled_by_itself(changes, device, steps, compiled, searches):
     speed = speed_of(TrainConfig(**{"resolution": 1024, "train_batch_size": 1, **changes}), device, steps)
-    assert (speed.compiled, speed.searches, speed.channels_last) == (compiled, searches, device == "cuda")
+    assert (speed.compiled, speed.searches) == (compiled, searches)
+
+
+@pytest.fixture
+def gains(gpu, tmp_path, monkeypatch):
+    """Keep what a self-test of Some Card would have found."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gpu(8)
+    return lambda gain: machine.keep_gain(machine.CHANNELS_LAST, gain)
+
+
+def test_convolutions_are_channels_last_where_a_self_test_of_this_card_has_shown_a_gain(gains, gpu):
+    def is_used() -> bool:
+        return speed_of(TrainConfig(resolution=1024, train_batch_size=1), "cuda", 1000).channels_last
+
+    assert not is_used()
+    for gain, used in ((1.01, False), (0.7, False), (1.1, True)):
+        gains(gain)
+        assert is_used() == used
+    gpu(8, name="Another Card")
+    assert not is_used()
+    machine.gains_file().write_text("not JSON")
+    gains(1.2)
+    assert is_used()
 
 
 @pytest.mark.parametrize(("name", "is_fast"), [("gfx1100", False), ("gfx1030", False), ("gfx942:sramecc+", True)])
-def test_convolutions_of_amds_gpus_are_channels_last_on_gfx9_alone(monkeypatch, name, is_fast):
+def test_convolutions_of_amds_gpus_are_channels_last_on_gfx9_alone(gains, monkeypatch, name, is_fast):
+    gains(1.1)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(gcnArchName=name))
     speed = speed_of(TrainConfig(resolution=1024, train_batch_size=1), "cuda", 1000)
@@ -219,13 +286,17 @@ def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(m
 def test_a_dry_run_says_what_is_chosen(tiny_base, photos, tmp_path):
     said = dry_run.describe_run(tiny_config(tiny_base, photos, tmp_path / "run", compile="on"))
     assert "  speed: transformer blocks compiled (the work of 0 images of 1024 px" in said
+    some = PRIOR | {"prior_every": 4, "gradient_accumulation_steps": 2}
+    said = dry_run.describe_run(tiny_config(tiny_base, photos, tmp_path / "run", **some))
+    shares = "beside one of 4 micro-batches, at 4 times the weight (2.5 images a step instead of 4), from the base's"
+    assert f"as many prior examples {shares} answer to" in said
 
 
 def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products():
     """Channels last is the same function."""
     unet = tiny_unet()
     expected, numbers = drawn_by(unet), sum(weight.numel() for weight in unet.parameters())
-    train_step.make_convolutions_fast(unet, speed_of(TrainConfig(), "cuda", 1))
+    train_step.lay_channels_last(unet)
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(expected, drawn_by(unet), atol=1e-5) and not torch.backends.cudnn.benchmark
     expected = drawn_by(unet)

@@ -113,12 +113,13 @@ def tasks(folder: Path, changes: list[dict], machines: Machines, room: int) -> l
 
 
 def test_subjects_of_one_shape_are_put_together_and_spread_over_the_machines_and_others_train_alone(tmp_path):
-    changes = [{}, {"rank": 8}, {"use_dora": True}, {"seed": 5}, {"rank": 8}, {}, {"enable_bucket": True}]
+    prior = {"with_prior_preservation": True, "class_prompt": "x", "prior_every": 2}
+    changes = [{}, {"rank": 8}, {"use_dora": True}, {"seed": 5}, {"rank": 8}, {}, {"enable_bucket": True}, prior]
     found = tasks(tmp_path, changes, Machines(80.0, 99.0, per_gpu=2), room=1)
-    assert [task.key for task in found] == ["s2", "s6", ("s0", "s3", "s5"), ("s1", "s4")]
-    group = found[2].arguments[0]
+    assert [task.key for task in found] == ["s2", "s6", "s7", ("s0", "s3", "s5"), ("s1", "s4")]
+    group = found[3].arguments[0]
     assert group.at_once == 2 and [job.mark for job in group.jobs] == ["m0", "m3", "m5"]
-    assert found[2].resources == Resources(1, gpus=1.0) and {job.gpus for job in group.jobs} == {1.0}
+    assert found[3].resources == Resources(1, gpus=1.0) and {job.gpus for job in group.jobs} == {1.0}
     sizes = [len(t.key) for t in tasks(tmp_path, [{}] * 12, Machines(None, 99.0, per_gpu=2), room=3)]
     assert sizes == [4, 4, 4]
     assert len(tasks(tmp_path, [{}] * 40, Machines(None, 99.0, per_gpu=2), room=1)[0].key) == 16
