@@ -1,30 +1,35 @@
 """A public page is shared: nobody fills its queue alone, hears another's session or guesses passwords; a local page
 has none of these guards."""
 
-import json
 import secrets
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import pytest
+from gradio.queueing import Queue
 from gradio_client import Client
 
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui import public
-from dreambooth_moslora.ui.public import PER_VISITOR, STRANGERS, TURNS_TOGETHER, Turns
+from dreambooth_moslora.ui.guard import origins_of
+from dreambooth_moslora.ui.page import build_app, launch_options
+from dreambooth_moslora.ui.public import PER_VISITOR, PLACES, STRANGERS, TURNS_TOGETHER, Turns
 from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
-from tests.helpers.ui_server import cookie_of, secret_of, serve
+from tests.helpers.ui_server import PROXY, cookie_of, secret_of, serve
 from tests.ui.conftest import event_of, foreign_run, refusal, wait_for
 
 
 @pytest.fixture
 def busy(served, monkeypatch):
-    """Nothing that computes comes to an end until the test does."""
-    go_on, drawn = threading.Event(), served.ctx.pipeline()
-    monkeypatch.setattr(served.ctx, "pipeline", lambda: go_on.wait(60) and drawn)
+    """Nothing that computes comes to an end until the test does, and then at once."""
+    go_on = threading.Event()
+
+    def wait_and_fail():
+        go_on.wait(60)
+        raise UserError("the test is over")
+
+    monkeypatch.setattr(served.ctx, "pipeline", wait_and_fail)
     yield served
     go_on.set()
     wait_for(lambda: not waiting(served), 60)
@@ -57,14 +62,13 @@ def taken(answers: list[httpx.Response]) -> int:
     ],
 )
 def test_a_visitor_and_an_address_wait_with_a_few_jobs_and_leave_room_for_others(busy, cookie, places, other):
-    assert places <= taken([join(busy, cookie.format(n)) for n in range(70)]) <= places + 1
-    assert join(busy, *other).is_success and join(busy, cookie.format(70)).status_code == 429
+    assert places <= taken([join(busy, cookie.format(n)) for n in range(places + 6)]) <= places + 1
+    assert join(busy, *other).is_success and join(busy, cookie.format(places + 6)).status_code == 429
 
 
 def test_stopping_and_listing_need_no_place(busy):
-    for address in range(4):
-        for _ in range(30):
-            join(busy, address=f"203.0.113.{address}")
+    for number in range(PLACES + 6):
+        join(busy, address=f"203.0.113.{number % 4}")
     assert "full" in join(busy, "ann", "203.0.113.9").json()["detail"]
     foreign_run(busy)
     client = Client(busy.url, verbose=False, headers=cookie_of("ann"))
@@ -146,7 +150,7 @@ def test_made_up_cookies_leave_places_at_their_address_to_those_who_had_a_turn(s
     ann = Client(served.url, verbose=False, headers=cookie_of("ann"))
     ann.predict("a dog", steps=1, api_name="/generate")
     busy = request.getfixturevalue("busy")
-    assert STRANGERS <= taken([join(busy, f"made up {n}") for n in range(70)]) <= STRANGERS + 1
+    assert STRANGERS <= taken([join(busy, f"made up {n}") for n in range(STRANGERS + 6)]) <= STRANGERS + 1
     assert join(busy, "ann").is_success
 
 
@@ -193,35 +197,12 @@ def test_after_some_wrong_passwords_the_login_is_closed_for_that_address(tiny_ba
         assert login("secret") == 200
 
 
-BUILT = """
-import json, sys
-from pathlib import Path
-from gradio.queueing import Queue
-from gradio.state_holder import SessionState
-from dreambooth_moslora.ui.page import build_app, launch_options
-from dreambooth_moslora.ui.state import AppContext
-
-facts = {"base": "toy", "base_name": "toy", "resolution_px": 128, "training": True}
-facts |= {name: Path(sys.argv[1]) / name for name in ("adapters_dir", "runs_dir")}
-own = SessionState.__setitem__
-for is_public, origins in ((False, ()), (True, {("https", "pictures.example.org", 443)})):
-    ctx = AppContext(lambda: None, public=is_public, **facts)
-    page = build_app(ctx, ["a photo of {}"])
-    layers = launch_options(origins)["app_kwargs"]["middleware"]
-    ctx.visitors.close()
-    changed = sorted(name for name in vars(page._queue) if hasattr(Queue, name))
-    changed += ["__setitem__"] * (SessionState.__setitem__ is not own)
-    is_loaded = "dreambooth_moslora.ui.public" in sys.modules
-    print(json.dumps([is_loaded, changed, [layer.cls.__name__ for layer in layers]]))
-"""
-
-
-def test_what_guards_against_strangers_is_loaded_for_a_public_page_alone(tmp_path):
-    """And Gradio's own parts stay as they are on a local one."""
-    command = [sys.executable, "-c", BUILT, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
-    assert done.returncode == 0, done.stderr
-    local, public = map(json.loads, done.stdout.splitlines()[-2:])
-    assert local == [False, [], ["BodySizeLimit", "UploadQuota", "VisitorCookie"]]
-    guards = ["BodySizeLimit", "UploadQuota", "LoginLimit", "SessionGuard", "UnknownNames", "VisitorCookie"]
-    assert public == [True, ["get_events", "push", "send_message", "__setitem__"], guards]
+def test_a_local_page_has_none_of_the_guards_against_strangers(context):
+    """And Gradio's own parts stay as they are on it."""
+    names = {"BodySizeLimit", "UploadQuota", "VisitorCookie"}
+    guards = names | {"LoginLimit", "SessionGuard", "UnknownNames"}
+    for is_public, changed, layers in ((False, set(), names), (True, {"get_events", "push", "send_message"}, guards)):
+        page = build_app(context(public=is_public), [])
+        assert {name for name in vars(page._queue) if hasattr(Queue, name)} == changed
+        options = launch_options(origins_of(PROXY) if is_public else ())
+        assert {layer.cls.__name__ for layer in options["app_kwargs"]["middleware"]} == layers
