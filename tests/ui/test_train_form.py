@@ -2,40 +2,16 @@
 
 import inspect
 import shutil
-import time
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 
-import gradio as gr
 import PIL.Image
 import PIL.ImageFilter
 import pytest
-from gradio_client import Client, handle_file
 
 from dreambooth_moslora.core import UserError, assets_folder
 from dreambooth_moslora.settings.prompts import learnt_words
-from dreambooth_moslora.settings.sources import FoundRecipe, load_settings
+from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting
-from dreambooth_moslora.ui.train import train_widgets
-from dreambooth_moslora.ui.train_form import (
-    MOST,
-    TOKENS_RATE,
-    TrainForm,
-    asked,
-    folder_of,
-    form_of,
-    in_the_forms_words,
-    prompts_of,
-    rows,
-    values_like,
-    values_of,
-)
-from dreambooth_moslora.ui.train_start import form_of_run
-from dreambooth_moslora.ui.train_watch import watched
-from dreambooth_moslora.ui.visitors import COOKIE
-from tests.helpers.tiny_training import paint_photos
-from tests.helpers.ui_server import cookie_of, secret_of, serve
+from dreambooth_moslora.ui.train_form import MOST, TOKENS_RATE, TrainForm, folder_of, form_of, prompts_of, rows
 from tests.ui.conftest import ROCKET, TWO
 
 DOG = {"token": "sks", "class_word": "dog"}
@@ -48,13 +24,6 @@ API = (
 """The arguments of `/train` after the photos: programs may give them by their places."""
 
 
-@dataclass(frozen=True)
-class Longer(TrainForm):
-    dropout: float = asked(0.0, "Dropout", line=17, setting="lora_dropout")
-    dora: bool = asked(False, "DoRA", "magnitudes too", line=17, setting="use_dora")
-    loss: str = asked("l2", "Loss", line=18, setting="loss_type")
-
-
 @pytest.fixture
 def photos(tmp_path):
     (tmp_path / "photos").mkdir()
@@ -63,8 +32,8 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def config_of(photos, base: str = "toy", form: type[TrainForm] = TrainForm, **values) -> TrainConfig:
-    config = form_of(DOG | values, form).config(base, 128, photos, photos.parent / "run")
+def config_of(photos, base: str = "toy", **values) -> TrainConfig:
+    config = form_of(DOG | values).config(base, 128, photos, photos.parent / "run")
     return TrainConfig.from_dict(config)
 
 
@@ -92,6 +61,7 @@ def test_each_setting_of_the_form_arrives_in_the_config(photos):
     free = config_of(photos, prior_preservation=False, **kept)
     assert values_in(free, names[0], *names[3:]) == [False, None, ()]
     assert [config_of(photos, make_captions=made).captions for made in (False, True)] == ["given", "auto"]
+    assert config_of(photos, "owner/sdxl", memory="nf4").memory == "nf4"
     assert config_of(photos).token is None and TrainForm("sks", "dog").make_captions is False
 
 
@@ -105,29 +75,6 @@ def test_masks_and_scores_are_chosen_by_the_base_unless_the_form_says_so(photos,
         said = dict(TrainForm("sks", "dog", make_masks=value, scores=value).choices(base, 128, photos, photos).said)
         reasons = {words.partition(":")[0] for words in said}
         assert ("masks" in reasons) == (wanted == usual) and ("scores" in reasons) == (wanted or not usual)
-
-
-def test_a_row_more_is_a_widget_with_the_settings_own_words_bounds_and_choices():
-    with gr.Blocks():
-        fields, _ = train_widgets("toy", Longer)
-    assert list(fields)[: len(API) + 3] == [*API, "dropout", "dora", "loss"]
-    dropout, dora, loss = (fields[name] for name in ("dropout", "dora", "loss"))
-    assert isinstance(dropout, gr.Number) and isinstance(dora, gr.Checkbox) and isinstance(loss, gr.Dropdown)
-    words = ("Dropout", SETTINGS["lora_dropout"].metadata["help"], "dropout")
-    assert (dropout.label, dropout.info, dropout.elem_id) == words
-    assert (dora.info, [value for _, value in loss.choices]) == ("magnitudes too", ["l2", "huber", "smooth_l1"])
-    assert dropout.parent is dora.parent is not loss.parent
-
-
-def test_a_row_more_is_a_setting_of_the_run_and_comes_back_from_it(photos):
-    settings, changed = ("lora_dropout", "use_dora", "loss_type"), {"dropout": 0.25, "dora": True, "loss": "huber"}
-    assert values_in(config_of(photos, form=Longer), *settings) == [0, False, "l2"]
-    config = config_of(photos, form=Longer, **changed)
-    assert values_in(config, *settings) == [0.25, True, "huber"]
-    assert changed.items() <= values_of(form_of_run(config.to_dict(), photos, Longer)).items()
-    like = values_like(FoundRecipe({"lora_dropout": 0.5, "use_dora": True}), "toy", Longer)
-    assert (like["dropout"], like["dora"], like["loss"]) == (0.5, True, "l2")
-    assert in_the_forms_words("try --lora_dropout 0.5", Longer) == "try “Dropout” 0.5"
 
 
 def test_the_apis_order_is_that_of_the_table_and_every_row_fills_a_setting_that_there_is_within_its_bounds():
@@ -166,9 +113,6 @@ REFUSED = [
     ({"new_tokens": "yes"}, "new_tokens must be true or false"),
     ({"new_tokens": True, "tokens_learning_rate": -1}, "learning rate of the new tokens"),
     ({"new_tokens": True, "tokens_learning_rate": "x"}, "learning rate of the new tokens"),
-    ({"dropout": 1}, "the dropout must be a number from 0 to 0.99, not 1"),
-    ({"dora": "yes"}, "dora must be true or false"),
-    ({"loss": "l1"}, "there is no loss 'l1'; choose l2, huber, smooth_l1"),
     ({"subjects": 5}, "subjects must be a whole number from 1 to 4"),
     *(({"subjects": number}, "subjects must be") for number in (True, [], float("nan"))),
     ({"class_word_2": "cat"}, "with class_word_2, subjects must be at least 2, not 1"),
@@ -182,13 +126,10 @@ REFUSED = [
 @pytest.mark.parametrize("values, words", REFUSED)
 def test_a_form_that_makes_no_sense_is_refused_in_words(toys, values, words):
     with pytest.raises(UserError, match=words) as told:
-        config_of(toys.photos_dir, form=Longer, **values)
+        config_of(toys.photos_dir, **values)
     assert str(told.value).encode()
-
-
-def test_photos_of_which_none_can_be_used_are_told(tmp_path):
     with pytest.raises(UserError, match="none of the photos can be used"):
-        config_of(tmp_path)
+        config_of(toys.root)
 
 
 def test_the_config_of_two_subjects_is_that_of_a_file_with_a_table_of_each_and_of_a_folder_of_folders(toys, tmp_path):
@@ -240,23 +181,3 @@ def test_each_of_several_subjects_says_what_its_own_tokens_begin_as(toys):
     plain = config_of(toys.photos_dir, **words)
     begin = [[table.initializer_concept for table in one.subjects] for one in (config, plain)]
     assert begin == [["toy duck", "red rocket"], [None, None]]
-
-
-@pytest.mark.slow
-def test_a_run_with_new_tokens_is_drawn_with_them_and_offers_their_file(tiny_base, tmp_path):
-    photos = [handle_file(file) for file in sorted(paint_photos(tmp_path / "mine").iterdir())]
-    secret = "of-new-tokens"
-    with serve(tiny_base, tmp_path / "app") as served:
-        client = Client(served.url, verbose=False, headers=cookie_of(secret))
-        settings = {"class_word": "hen", "steps": 1, "scores": False, "new_tokens": True}
-        run, _ = client.predict(photos=photos, **settings, api_name="/train")
-        state = {"state": "starting"}
-        while state["state"] in ("starting", "running"):
-            time.sleep(1)
-            state = client.predict(run["value"], api_name="/train_status")
-        assert state["state"] == "done", state
-        client.predict("a photo of a sks hen", adapter="hen", steps=2, api_name="/generate")
-        assert [tokens.word for tokens in served.ctx.pipeline().adapters["hen"].tokens] == ["sks"]
-        ann = served.ctx.visitors.of(SimpleNamespace(cookies={COOKIE: secret_of(secret)}))
-        offered = watched(served.ctx.jobs, "hen", None, ann)["download_tokens"]
-        assert offered.visible and Path(str(offered.value["path"])).name == "hen_emb.safetensors"
