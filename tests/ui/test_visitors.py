@@ -229,7 +229,7 @@ def test_photos_of_too_many_pixels_together_are_refused_before_any_is_decoded(tm
 @pytest.mark.slow
 def test_one_photo_need_not_wait_for_another_visitors_many(tmp_path):
     """They take turns photo by photo."""
-    many = [flat_png(tmp_path / f"{number}.png", 5000) for number in range(12)]
+    many = [flat_png(tmp_path / f"{number}.png", 5000) for number in range(6)]
     small = flat_png(tmp_path / "small.png", 64)
     slow = threading.Thread(target=take_photos, args=(many, tmp_path / "a" / "photos"))
     slow.start()
