@@ -141,7 +141,11 @@ def open_mask_of(page: Page, number: int) -> dict[str, float]:
     canvas = page.locator("#mask_editor canvas").last
     canvas.wait_for()
     page.wait_for_timeout(DRAWN_MS)
-    box, zoom = canvas.bounding_box(), page.inner_text("#mask_editor .zoom-number")
+    before = None
+    while (now := (canvas.bounding_box(), page.inner_text("#mask_editor .zoom-number"))) != before:
+        before = now
+        page.wait_for_timeout(SETTLE_MS)
+    box, zoom = now
     side = 768 * int(zoom.rstrip("%")) / 100
     left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
     return {"x": left, "y": top, "width": side, "height": side}
