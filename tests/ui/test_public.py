@@ -14,7 +14,7 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui import public
 from dreambooth_moslora.ui.guard import origins_of
 from dreambooth_moslora.ui.page import build_app, launch_options
-from dreambooth_moslora.ui.public import PER_VISITOR, PLACES, STRANGERS, TURNS_TOGETHER, Turns
+from dreambooth_moslora.ui.public import PER_VISITOR, STRANGERS, TURNS_TOGETHER, Turns
 from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
 from tests.helpers.ui_server import PROXY, cookie_of, secret_of, serve
 from tests.ui.conftest import event_of, foreign_run, refusal, wait_for
@@ -66,8 +66,9 @@ def test_a_visitor_and_an_address_wait_with_a_few_jobs_and_leave_room_for_others
     assert join(busy, *other).is_success and join(busy, cookie.format(places + 6)).status_code == 429
 
 
-def test_stopping_and_listing_need_no_place(busy):
-    for number in range(PLACES + 6):
+def test_stopping_and_listing_need_no_place(busy, monkeypatch):
+    monkeypatch.setattr(public, "PLACES", 12)
+    for number in range(18):
         join(busy, address=f"203.0.113.{number % 4}")
     assert "full" in join(busy, "ann", "203.0.113.9").json()["detail"]
     foreign_run(busy)
