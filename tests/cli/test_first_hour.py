@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.main import main
 
 WITHOUT_TORCH = """
@@ -58,7 +57,6 @@ def test_a_path_that_is_not_there_is_told_before_torch_is_imported(tmp_path):
     "words, said",
     [
         ("trian", "unknown command trian: did you mean train?"),
-        ("evalute", "unknown command evalute: did you mean evaluate?"),
         ("xyz", "unknown command xyz: choose one of"),
         ("check", "the following arguments are required"),
         (
@@ -71,8 +69,3 @@ def test_a_mistyped_or_unfinished_command_is_one_line(words, said, capsys):
     assert main(words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
-
-
-def test_the_version_is_printed(capsys):
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"{__version__}\n"

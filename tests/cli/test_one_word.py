@@ -231,7 +231,6 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
         (["dog/0.png", "dog"], "it is a file"),
         (["dog"], "dog: say in one word what it shows"),
         (["dog", " "], "say in one word"),
-        (["dog", "dog/0.png"], "say in one word"),
         (["dog", "d" * 100_000], "the word has 100000 letters; at most 60 are allowed"),
         (["dog", "stuffed", "animal"], "`animal` belongs to no flag"),
         (["empty", "dog"], "no usable photo"),
@@ -246,9 +245,3 @@ def test_a_mistake_is_one_line(photos, capsys, words, said):
         assert run(words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line
-
-
-def test_the_help_shows_it_first(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    assert "dreambooth_moslora train photos/dog dog" in capsys.readouterr().out

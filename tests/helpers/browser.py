@@ -30,6 +30,10 @@ QUIET = [
 ]
 PATIENCE_MS = 240_000
 SETTLE_MS = 150
+DRAWN_MS = 1500
+"""Until the editor of masks has drawn its picture."""
+DESK, PHONE = SIZES = ((1366, 768), (390, 844))
+"""Windows: (width, height) px."""
 
 
 GONE_PLOT = "Cannot read properties of null (reading 'offsetWidth')"
@@ -66,11 +70,9 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def visit(browser: Browser, url: str, *, size: tuple[int, int] = (1280, 900), dark: bool = False) -> Iterator[Visit]:
+def visit(browser: Browser, url: str, *, size: tuple[int, int] = (1280, 900)) -> Iterator[Visit]:
     """Open `url` in a fresh profile of `size` (width, height) px and wait until it can be used."""
-    context = browser.new_context(
-        viewport={"width": size[0], "height": size[1]}, color_scheme="dark" if dark else "light"
-    )
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]})
     context.set_default_timeout(PATIENCE_MS)
     visited = Visit(context.new_page(), context)
     visited.page.on("console", lambda message: message.type == "error" and visited.errors.append(message.text))
@@ -110,9 +112,53 @@ def add_photos(page: Page, files: list, word: str, number: int = 1) -> None:
     put(page, f"class_word{last}", word)
 
 
+def resize(page: Page, size: tuple[int, int]) -> None:
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+
+
 def fits(page: Page) -> bool:
     """Nothing stands out at the right, however narrow the page."""
     return page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def fits_both(page: Page) -> bool:
+    """On a desk, and on a phone, whose window it has afterwards."""
+    for size in SIZES:
+        resize(page, size)
+        if not fits(page):
+            return False
+    return True
+
+
+def press(page: Page, name: str) -> None:
+    """The first of the buttons that are called so."""
+    page.get_by_role("button", name=name, exact=True).first.click()
+
+
+def open_mask_of(page: Page, number: int) -> dict[str, float]:
+    """The rectangle of that photo of the first subject, which is a square, in the editor."""
+    press(page, f"Mask: photo {number}")
+    canvas = page.locator("#mask_editor canvas").last
+    canvas.wait_for()
+    page.wait_for_timeout(DRAWN_MS)
+    before = None
+    while (now := (canvas.bounding_box(), page.inner_text("#mask_editor .zoom-number"))) != before:
+        before = now
+        page.wait_for_timeout(SETTLE_MS)
+    box, zoom = now
+    side = 768 * int(zoom.rstrip("%")) / 100
+    left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
+    return {"x": left, "y": top, "width": side, "height": side}
+
+
+def brush(page: Page, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Paint on the mask from one place of the window to another, and keep it."""
+    page.mouse.move(*start)
+    page.mouse.down()
+    page.mouse.move(*end, steps=8)
+    page.mouse.up()
+    page.click("#keep_mask")
+    page.wait_for_selector("#mask_box", state="detached")
 
 
 def set_number(page: Page, elem_id: str, value: object) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import httpx
 import numpy as np
+import PIL.Image
 import psutil
 import pytest
 from safetensors.numpy import save_file
@@ -20,6 +21,7 @@ from dreambooth_moslora.ui.state import AdapterCatalog, AppContext
 from dreambooth_moslora.ui.train_form import SubjectWords, TrainForm, folder_of
 from dreambooth_moslora.ui.visitors import Visitor
 from tests.helpers.browser import chromium
+from tests.helpers.ui_server import serve
 
 OWNER, OTHER = "a" * 64, "b" * 64
 PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")
@@ -29,7 +31,7 @@ TRAINER = '''
 """Stands in for the training program where a real one would be too slow or too well-behaved."""
 import json, os, signal, sys, time
 config = json.load(open(sys.argv[2]))
-mode, out = config["mode"], config["output_dir"] + "/metrics.jsonl"
+mode, out = config.get("mode"), config["output_dir"] + "/metrics.jsonl"
 def say(kind, **facts):
     with open(out, "a") as file:
         file.write(json.dumps({"type": kind, "time": time.time(), **facts}) + "\\n")
@@ -38,14 +40,15 @@ if mode == "crash":
     sys.exit(2)
 stop = []
 signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "stubborn" else lambda *_: stop.append(1))
-say("start", max_train_steps=1000, config={})
+total = config.get("max_train_steps", 1000)
+say("start", max_train_steps=total, config={})
 say("phase", phase=config.get("phase", "loading"), done=0, total=1)
-for step in range(1, 1001):
+for step in range(1, total + 1):
     say("step", step=step, loss=1.0, loss_instance=1.0, loss_prior=None, lr=1e-4, step_sec=0.05, eta_sec=9.0)
     time.sleep(0.05)
     if mode != "stubborn" and os.path.exists(os.environ["DREAMBOOTH_STOP_FILE"]):
         stop.append(1)
-    if stop or step == config.get("steps", 1000):
+    if stop or step == config.get("steps"):
         break
 say("end", state="interrupted" if stop else "done", step=step, message="")
 '''
@@ -111,9 +114,39 @@ def jobs(tmp_path):
     (tmp_path / "runs").mkdir()
     found = Jobs(tmp_path / "runs", script)
     yield found
-    for job in found.all():
+    end_all(found)
+
+
+def end_all(jobs: Jobs) -> None:
+    for job in jobs.all():
         if job.is_alive:
             os.kill(job.pid, 9)
+
+
+@pytest.fixture(scope="module")
+def of_toys(tmp_path_factory):
+    """The page on the embedded base."""
+    with serve("toy", tmp_path_factory.mktemp("toys")) as server:
+        with_one_picture(server.ctx.jobs)
+        yield server
+        end_all(server.ctx.jobs)
+
+
+def with_one_picture(jobs: Jobs) -> None:
+    """Runs that are started draw one picture of each subject at a time, and not four, which take a minute."""
+    start = jobs.start
+    jobs.start = lambda name, config, *rest: start(name, config | {"num_validation_images": 1}, *rest)
+
+
+def toy_photos(name: str, count: int) -> list[Path]:
+    return [assets_folder() / "subjects" / name / f"0{number}.jpg" for number in range(count)]
+
+
+def noise_photos(folder: Path, count: int) -> list[Path]:
+    files = [folder / f"{number:02d}.png" for number in range(count)]
+    for number, file in enumerate(files):
+        PIL.Image.effect_noise((140 + number, 150), 80).convert("RGB").save(file)
+    return files
 
 
 @pytest.fixture

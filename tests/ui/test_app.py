@@ -33,7 +33,6 @@ from tests.ui.conftest import PAGE
         (["--share"], False, True),
         (["--server_name", "0.0.0.0"], False, True),
         (["--server_name", "0.0.0.0", "--auth", "ann:secret"], True, True),
-        (["--share", "--auth", "ann:secret"], True, True),
         (["--allowed_host", "pictures.example.org"], True, True),
     ],
 )

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from dreambooth_moslora.core import UserError, assets_folder
 from dreambooth_moslora.ui.app import add_arguments, context_of
 from dreambooth_moslora.ui.bases import CHECKPOINT_MARK, OF_TOY, PageBase, about, bases_below, offered
-from tests.helpers.browser import IN_BROWSER, says, visit
+from tests.helpers.browser import IN_BROWSER, says, set_number, visit
 from tests.helpers.ui_server import serve
 from tests.ui.conftest import write_adapter
 
@@ -100,6 +100,7 @@ def test_a_base_is_chosen_on_the_page(tiny_base, tmp_path, browser):
         says(page, "about_base", "base: toy, a 128 px practice model")
         assert page.input_value("#size input") == "Square 128 × 128"
         page.fill("#prompt textarea", "a lamp")
+        set_number(page, "steps", 3)
         page.click("#adapter input")
         page.get_by_role("option", name="none", exact=True).click()
         page.click("#run")

@@ -214,10 +214,12 @@ def test_a_run_that_ended_while_the_clock_was_put_back_is_done(tmp_path):
     assert (jobs.state(job).state, jobs.state(job).step, jobs.was_cut_off(job)) == ("done", 7, False)
 
 
-def test_settings_that_cannot_be_read_are_told(tmp_path):
-    file = recorded(tmp_path / "dog").run_dir / "job_config.json"
+def test_settings_that_cannot_be_read_are_told_and_the_log_shows_a_bars_last_state_and_no_empty_lines(tmp_path):
+    run = (job := recorded(tmp_path / "dog")).run_dir
+    (run / "job.log").write_bytes(b"loading\n\n 1%|\r 50%|\r 99%|\n\r\nsaved\n")
+    assert job.log_tail() == "loading\n 99%|\nsaved"
     for content in ("", "nonsense", "[]", "7", DEEP):
-        file.write_text(content)
+        (run / "job_config.json").write_text(content)
         with pytest.raises(UserError, match="settings of the run dog cannot be read"):
             Jobs(tmp_path).resume("dog", OWNER)
 
@@ -288,8 +290,3 @@ def test_metrics_wait_for_the_rest_of_a_half_written_line_and_begin_anew_in_a_fo
     metrics.path.parent.mkdir()
     metrics.path.write_text("".join(line("step", step, time.time()) for step in range(1, 9)))
     assert len(metrics.refresh().events) == 8
-
-
-def test_the_log_shows_a_progress_bars_last_state_and_no_empty_lines(tmp_path):
-    (tmp_path / "job.log").write_bytes(b"loading\n\n 1%|\r 50%|\r 99%|\n\r\nsaved\n")
-    assert recorded(tmp_path).log_tail() == "loading\n 99%|\nsaved"

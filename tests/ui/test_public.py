@@ -13,6 +13,7 @@ import httpx
 import pytest
 from gradio_client import Client
 
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui import public
 from dreambooth_moslora.ui.public import PER_VISITOR, STRANGERS, TURNS_TOGETHER, Turns
 from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
@@ -22,9 +23,14 @@ from tests.ui.conftest import event_of, foreign_run, refusal, wait_for
 
 @pytest.fixture
 def busy(served, monkeypatch):
-    """Nothing that computes comes to an end until the test does."""
-    go_on, drawn = threading.Event(), served.ctx.pipeline()
-    monkeypatch.setattr(served.ctx, "pipeline", lambda: go_on.wait(60) and drawn)
+    """Nothing that computes comes to an end until the test does, and then at once."""
+    go_on = threading.Event()
+
+    def wait_and_fail():
+        go_on.wait(60)
+        raise UserError("the test is over")
+
+    monkeypatch.setattr(served.ctx, "pipeline", wait_and_fail)
     yield served
     go_on.set()
     wait_for(lambda: not waiting(served), 60)
@@ -57,14 +63,14 @@ def taken(answers: list[httpx.Response]) -> int:
     ],
 )
 def test_a_visitor_and_an_address_wait_with_a_few_jobs_and_leave_room_for_others(busy, cookie, places, other):
-    assert places <= taken([join(busy, cookie.format(n)) for n in range(70)]) <= places + 1
-    assert join(busy, *other).is_success and join(busy, cookie.format(70)).status_code == 429
+    assert places <= taken([join(busy, cookie.format(n)) for n in range(places + 6)]) <= places + 1
+    assert join(busy, *other).is_success and join(busy, cookie.format(places + 6)).status_code == 429
 
 
-def test_stopping_and_listing_need_no_place(busy):
-    for address in range(4):
-        for _ in range(30):
-            join(busy, address=f"203.0.113.{address}")
+def test_stopping_and_listing_need_no_place(busy, monkeypatch):
+    monkeypatch.setattr(public, "PLACES", 12)
+    for number in range(18):
+        join(busy, address=f"203.0.113.{number % 4}")
     assert "full" in join(busy, "ann", "203.0.113.9").json()["detail"]
     foreign_run(busy)
     client = Client(busy.url, verbose=False, headers=cookie_of("ann"))
@@ -146,7 +152,7 @@ def test_made_up_cookies_leave_places_at_their_address_to_those_who_had_a_turn(s
     ann = Client(served.url, verbose=False, headers=cookie_of("ann"))
     ann.predict("a dog", steps=1, api_name="/generate")
     busy = request.getfixturevalue("busy")
-    assert STRANGERS <= taken([join(busy, f"made up {n}") for n in range(70)]) <= STRANGERS + 1
+    assert STRANGERS <= taken([join(busy, f"made up {n}") for n in range(STRANGERS + 6)]) <= STRANGERS + 1
     assert join(busy, "ann").is_success
 
 

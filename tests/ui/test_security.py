@@ -61,9 +61,7 @@ def uploads(served, name: str, content: bytes, cookie: str) -> bool:
     return '"success":true' in told
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret", "../../etc/passwd", "/etc/passwd", "adapters/dog", "dog.safetensors", "dog\0"]
-)
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "adapters/dog", "dog.safetensors", "dog\0"])
 def test_adapter_names_are_looked_up_and_never_paths(served, client, name):
     (served.ctx.catalog.adapters_dir.parent / "secret.safetensors").write_text("secret")
     assert NO_ADAPTER in refusal(client, "a dog", adapter=name, **DRAW)
@@ -162,16 +160,13 @@ def test_files_outside_those_of_runs_and_the_visitors_folders_are_not_served(ser
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "dog.safetensors"])
-def test_a_handler_reads_no_file_that_was_not_uploaded(served, name):
+def test_a_handler_reads_no_file_that_was_not_uploaded_and_the_name_of_one_that_was_leaves_no_folder(served, name):
     """The request is posted by hand: gradio's own client would upload the file first, which is allowed."""
     path = name if name.startswith("/") else str(served.ctx.catalog.adapters_dir / name)
     data = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
     asked = httpx.post(f"{served.url}gradio_api/call/inspect", json=data)
     answer = httpx.get(f"{served.url}gradio_api/call/inspect/{asked.json()['event_id']}", timeout=20).text
     assert "event: error" in answer and "event: complete" not in answer
-
-
-def test_the_name_of_an_upload_leaves_no_folder(served, tmp_path):
     path = Path(sent(served, "../../../evil<b>.png", b"x", "eve"))
     assert ".." not in path.parts and "<" not in path.name
     assert path.resolve() == path and not (path.parents[2] / path.name).exists()

@@ -2,16 +2,12 @@
 
 import inspect
 import shutil
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 
 import gradio as gr
 import PIL.Image
 import PIL.ImageFilter
 import pytest
-from gradio_client import Client, handle_file
 
 from dreambooth_moslora.core import UserError, assets_folder
 from dreambooth_moslora.settings.prompts import learnt_words
@@ -32,10 +28,6 @@ from dreambooth_moslora.ui.train_form import (
     values_of,
 )
 from dreambooth_moslora.ui.train_start import form_of_run
-from dreambooth_moslora.ui.train_watch import watched
-from dreambooth_moslora.ui.visitors import COOKIE
-from tests.helpers.tiny_training import paint_photos
-from tests.helpers.ui_server import cookie_of, secret_of, serve
 from tests.ui.conftest import ROCKET, TWO
 
 DOG = {"token": "sks", "class_word": "dog"}
@@ -240,23 +232,3 @@ def test_each_of_several_subjects_says_what_its_own_tokens_begin_as(toys):
     plain = config_of(toys.photos_dir, **words)
     begin = [[table.initializer_concept for table in one.subjects] for one in (config, plain)]
     assert begin == [["toy duck", "red rocket"], [None, None]]
-
-
-@pytest.mark.slow
-def test_a_run_with_new_tokens_is_drawn_with_them_and_offers_their_file(tiny_base, tmp_path):
-    photos = [handle_file(file) for file in sorted(paint_photos(tmp_path / "mine").iterdir())]
-    secret = "of-new-tokens"
-    with serve(tiny_base, tmp_path / "app") as served:
-        client = Client(served.url, verbose=False, headers=cookie_of(secret))
-        settings = {"class_word": "hen", "steps": 1, "scores": False, "new_tokens": True}
-        run, _ = client.predict(photos=photos, **settings, api_name="/train")
-        state = {"state": "starting"}
-        while state["state"] in ("starting", "running"):
-            time.sleep(1)
-            state = client.predict(run["value"], api_name="/train_status")
-        assert state["state"] == "done", state
-        client.predict("a photo of a sks hen", adapter="hen", steps=2, api_name="/generate")
-        assert [tokens.word for tokens in served.ctx.pipeline().adapters["hen"].tokens] == ["sks"]
-        ann = served.ctx.visitors.of(SimpleNamespace(cookies={COOKIE: secret_of(secret)}))
-        offered = watched(served.ctx.jobs, "hen", None, ann)["download_tokens"]
-        assert offered.visible and Path(str(offered.value["path"])).name == "hen_emb.safetensors"

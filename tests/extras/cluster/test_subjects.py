@@ -105,10 +105,10 @@ def test_a_list_that_is_wrong_is_one_line(name, text, says, pets):
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("setting", ["output_dir", "subjects", "hub_token", "hub_model_id"])
-def test_what_a_fleet_says_itself_is_refused(setting, pets):
-    with pytest.raises(UserError, match=f"--{setting}"):
-        read(pets, **{setting: "x"})
+def test_what_a_fleet_says_itself_is_refused(pets):
+    for setting in ("output_dir", "subjects", "hub_token", "hub_model_id"):
+        with pytest.raises(UserError, match=f"--{setting}"):
+            read(pets, **{setting: "x"})
 
 
 def finish(subject) -> None:
@@ -221,7 +221,6 @@ def test_a_damaged_record_is_none(text, tmp_path):
         (["pets", "more", "--out", "x"], "`more` belongs to no flag"),
         (["pets", "--out", "x"], "missing: --pretrained_model_name_or_path"),
         (["pets", "--out", "x", "--network_dim", "4"], "use --rank"),
-        (["pets", "--out", "x", "--max_train_step", "4"], "did you mean --max_train_steps"),
         (["pets", "--out", "x", *TOY, "--output_dir", "y"], "--output_dir"),
         (["pets", "--out", "x", "--per_gpu", "0"], "--per_gpu"),
         (["pets", "--out", "x", "--cpus", "0"], "--cpus"),

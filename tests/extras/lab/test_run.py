@@ -109,21 +109,22 @@ def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(study,
     assert len(set(seen)) == 3
 
 
-def test_a_subject_is_compared_alone_and_beside_another(study, tmp_path):
+def test_a_subject_is_compared_alone_and_beside_another_and_an_arm_that_fails_is_told(study, tmp_path):
     beside = StudySubject(str(paint_photos(tmp_path / "cat", count=2)), "a photo of zwx cat", "a photo of cat")
     mine = replace(study.subjects[0], class_prompt="a photo of dog", beside=(beside,))
     prior = {"with_prior_preservation": True, "prior": "class_images", "num_class_images": 1}
-    own = {"subjects": (mine,), "arms": {"both": {"together": True}, "alone": {}}, "reference": "alone"}
+    arms = {"both": {"together": True}, "alone": {}, "odd": {"target_modules": ["to_quarrel"]}}
+    own = {"subjects": (mine,), "arms": arms, "reference": "alone", "budget": "rank"}
     pairs = replace(study, **own, train=study.train | prior, tuning_subjects=(), learning_rates=(1e-2,))
     seen, out = [], tmp_path / "out"
     both, alone = run_study(pairs, out, 1, seen.append)
-    assert [p.error for p in seen] == ["", ""]
+    assert [bool(p.error) for p in seen] == [False, False, True] and "no such layer" in seen[2].error
     for result in (both, alone):
         assert result.scores["confusion"] == result.scores["confusion_with zwx cat"]
     assert both.scores["confusion_base"] == alone.scores["confusion_base"]  # the same pictures of the base
     assert both.scores["dino"] != alone.scores["dino"]
     assert {path.name.partition("-")[0] for path in (out / "class_images").iterdir()} == {"test", "cat"}
-    assert unfinished(pairs, out) == []
+    assert [cell.arm for cell in unfinished(pairs, out)] == ["odd"]
     write_comparison(pairs, [both, alone], out)
     facts = json.loads((out / "results.json").read_text())
     assert facts["study"]["beside"] == {"test": ["cat"]}
@@ -185,14 +186,6 @@ def test_the_report_is_one_file_without_network_or_paths(study, finished):
     for text in (html, json.dumps(facts)):
         assert str(out.parent) not in text
     assert (out / "table.md").read_text().startswith("| Arm | Rank |")
-
-
-def test_a_cell_that_fails_is_told_and_does_not_stop_the_others(study, tmp_path):
-    arms, seen = {"lora": {"mixer": "none"}, "odd": {"mixer": "butterfly"}}, []
-    broken = replace(study, arms=arms, ranks=(3,), learning_rates=(1e-3,), budget="rank")
-    results = run_study(broken, tmp_path, 1, seen.append)
-    assert [r.cell.arm for r in results] == ["lora"]
-    assert [bool(p.error) for p in seen] == [False, True] and "even --rank" in seen[1].error
 
 
 def made(study, arm: str, stage="test", seed=0, rate=1e-3, score=0.5, subject="test") -> Result:

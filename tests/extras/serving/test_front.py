@@ -141,14 +141,12 @@ def test_a_changed_file_is_loaded_again_and_a_wrong_one_refused(open_shop, base,
     assert shop.ask(order("cat"))[0].status_code == 200
 
 
-def test_a_persons_mistake_is_one_line_of_json(shop):
+def test_a_persons_mistake_is_one_line_of_json_and_what_is_no_order_refused(shop):
     wrong = [order("wolf"), order(prompt=""), order(scheduler=[]), order(steps=0), order(height_px=512, width_px=512)]
     answers = shop.ask(*wrong)
     assert [answer.status_code for answer in answers] == [404, 400, 400, 400, 400]
     assert all(list(answer.json()) == ["error"] and "\n" not in answer.json()["error"] for answer in answers)
 
-
-def test_what_is_no_order_is_refused(shop):
     async def endless():
         for _ in range(64):
             yield b" " * 65536
