@@ -299,6 +299,8 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
     if not folder.is_dir():
         kind = "it is a file" if folder.exists() else "there is no such folder"
         raise core.UserError(f"{words[0]}: {kind}; give the folder of photos first, then the word, {AS_ONE_WORD}.")
+    if word.startswith("-"):
+        raise core.UserError(unknown_flag_message(word))
     if not word or "/" in word:
         raise core.UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
     if len(word) > core.MAX_WORD_CHARACTERS:

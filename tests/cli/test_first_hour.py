@@ -73,6 +73,17 @@ def test_a_mistyped_or_unfinished_command_is_one_line(words, said, capsys):
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["check", "compare"])
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("--flag=a b", "unknown flag --flag; see"), ("-x y", "unknown flag -x y"), ("--rnak=4 5", "--rank?")],
+)
+def test_a_flag_that_is_none_is_no_word_of_the_subject(command, flag, said, tmp_path, capsys):
+    assert main([command, str(tmp_path), flag]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
 def test_the_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
