@@ -44,7 +44,7 @@ def page() -> str:
 def row(item: Field) -> str:
     facts, default = item.metadata, item.default
     shown = " ".join(default) if isinstance(default, tuple) else "" if default is None else str(default)
-    default = "required" if facts["required"] else f"`{shown}`" if shown else ""
+    default = "none; `train PHOTOS WORD` chooses" if facts["required"] else f"`{shown}`" if shown else ""
     cells = [f"`--{item.name}`", values(item), default, facts["help"], TOLD[facts["publish"]]]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |"
 

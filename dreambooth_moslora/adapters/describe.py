@@ -152,6 +152,8 @@ def describe(path: str | Path) -> dict[str, object]:
     try:
         raw_file.check_finite({k: t for k, t in tensors.items() if t.is_floating_point()}, path.name)
         facts |= describe_pairs(path.name, tensors, header)
+        if bundled := new_tokens.tokens_inside(path):
+            facts["new_tokens"] = "; ".join(f"{one.count} for the word {one.word}, in this file" for one in bundled)
     except RuntimeError as error:  # torch lacks the operation for this dtype, or the values are too large
         raise UserError(f"{path.name} is broken: {one_line(error)}") from error
     return facts | said_by_header(header)

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 
 from dreambooth_moslora.adapters import describe, lora_file, metadata, mixer, moslora, proof, raw_file
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import find_weights
 
 BOUND, BOUND_KAIMING = 1e-5, 1e-3  # fp32's rounding, and its amplification by a badly conditioned mixer
 
@@ -55,7 +56,7 @@ def read_start(
         raise UserError(f"--init_adapter: {error}") from error
     name = f"--init_adapter {weights.file_name}"
     try:
-        metadata.check_start_header(weights.header)
+        metadata.check_start_file(find_weights(path))
     except UserError as error:
         raise UserError(f"{name}: {error}.") from error
     found = [projection for projections, _ in weights.parts.values() for projection in projections.values()]

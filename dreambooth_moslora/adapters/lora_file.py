@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.adapters import basis, key_names, kohya, mixer, moslora, proof, published_file, raw_file
-from dreambooth_moslora.adapters.metadata import most_common
+from dreambooth_moslora.adapters.metadata import BUNDLE, most_common
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError, file_digest, is_number, one_line, parse_object
 from dreambooth_moslora.disk import run_folder
@@ -38,7 +38,6 @@ FIELDS = key_names.SIDES | {
 logger = logging.getLogger(__name__)
 
 LONGEST_CONFIG = 2**20  # bytes
-BUNDLE = "bundle_emb."  # OneTrainer's new tokens
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -269,15 +268,14 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
 
 
 def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> dict[str, torch.Tensor] | None:
-    """The tensors of a file that diffusers cannot read: fp8 as fp32, no new tokens; None for any other file."""
+    """The tensors of a file that diffusers cannot read: fp8 as fp32, without bundled new tokens (`tokens_inside`);
+    None for any other file."""
     with safe_open(file, framework="pt") as opened:
         keys = sorted(opened.keys())
         is_short = any(opened.get_slice(key).get_dtype().startswith("F8") for key in keys)
         if not is_short and not key_names.is_read_here(keys, pipeline):
             return None
         tensors = {key: opened.get_tensor(key) for key in keys if not key.startswith(BUNDLE)}
-    if words := ", ".join(sorted({key.split(".")[1] for key in keys if key.startswith(BUNDLE)})):
-        logger.warning("%s also holds new tokens (%s), which are not read from there", file.name, words)
     return {k: t.float() if t.is_floating_point() and t.element_size() == 1 else t for k, t in tensors.items()}
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core import UserError, assets_folder, is_finite_number
+from dreambooth_moslora.disk.run_folder import header_of, keys_of
 from dreambooth_moslora.settings import rules, sources, table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS
 
@@ -201,11 +202,23 @@ def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
     return told | {name: None for name in TEXT_OPTIONS if name in facts.withheld}
 
 
-def check_start_header(header: Mapping[str, str]) -> None:
-    """Raises UserError for the header of an adapter that no run can begin with."""
-    if notes := notes_in(header):
-        word = notes[0]["word"]
-        raise UserError(f"it has learnt new tokens for {word!r:.40}, and no run begins with such an adapter")
+BUNDLE = "bundle_emb."  # OneTrainer keeps new tokens in the adapter's own file: `bundle_emb.WORD.clip_l` and so on
+
+
+def bundled(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Word -> the names of its tensors (`clip_l`), of the keys of an adapter with bundled new tokens."""
+    found: dict[str, list[str]] = {}
+    for key in sorted(key for key in keys if key.startswith(BUNDLE)):
+        word, _, name = key.removeprefix(BUNDLE).rpartition(".")
+        found.setdefault(word, []).append(name)
+    return found
+
+
+def check_start_file(file: Path) -> None:
+    """Raises UserError for an adapter that no run can begin with, and for any other file than safetensors."""
+    words = [note["word"] for note in notes_in(header_of(file))] + [*bundled(keys_of(file))]
+    if words:
+        raise UserError(f"it has learnt new tokens for {words[0]!r:.40}, and no run begins with such an adapter")
 
 
 def most_common(values: Iterable[float]) -> float:

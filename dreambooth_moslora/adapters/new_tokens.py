@@ -5,7 +5,8 @@
               --write_tokens--> NAME_emb.safetensors: clip_l (n, D), clip_g (n, D2), fp32
 
 diffusers' `load_textual_inversion`, ComfyUI and A1111 read such a file. For the last two a file is one word, so each
-subject of an adapter has its own. The header of the adapter beside them holds the files' names and digests.
+subject of an adapter has its own. The header of the adapter beside them holds the files' names and digests. OneTrainer
+keeps them in the adapter's own file.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
+from safetensors import safe_open
 from safetensors.torch import save
 
 from dreambooth_moslora.adapters import metadata, proof, raw_file
@@ -31,8 +33,10 @@ from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_nam
 logger = logging.getLogger(__name__)
 
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # component -> its tensor in the file
+FILE_KEYS = {*KEYS.values()}
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 WORD, MOST = "moslora_word", 75
+UNREAD = "%s holds new tokens for %r that are not read here (%s): the word stays an ordinary one"
 
 
 @dataclass(frozen=True)
@@ -138,15 +142,43 @@ def read_tokens(path: Path) -> NewTokens:
     """The tokens in a file. Raises UserError for any other file."""
     tensors, header = raw_file.read_tensors(path)
     raw_file.check_finite(tensors, path.name)
-    rows = {part: tensors.get(key) for part, key in KEYS.items()}
-    shapes = [tuple(found.shape) for found in rows.values() if found is not None and found.is_floating_point()]
-    if len(tensors) != 2 or len({shape[0] for shape in shapes if len(shape) == 2 and min(shape)}) != 1:
-        raise UserError(f"{path.name} holds no new tokens: clip_l and clip_g, as many rows in each")
-    if len(shapes) != 2 or not header.get(WORD, "").strip():
+    found = tokens_of(header.get(WORD, ""), tensors, path)
+    if not found.word.strip():
         raise UserError(f"{path.name} holds no new tokens of this program: its header names no word for them")
-    if shapes[0][0] > MOST:
-        raise UserError(f"{path.name} holds {shapes[0][0]} new tokens for a word, and a prompt has room for {MOST}")
-    return NewTokens(header[WORD], {part: found.float() for part, found in rows.items()})
+    return found
+
+
+def tokens_of(word: str, tensors: Mapping[str, torch.Tensor], path: Path) -> NewTokens:
+    """clip_l (n, D) and clip_g (n, D2) of the file -> the tokens. Raises UserError."""
+    rows = {part: tensors[key] for part, key in KEYS.items() if key in tensors and is_table(tensors[key])}
+    counts = {len(table) for table in rows.values()}
+    if rows.keys() != KEYS.keys() or len(tensors) > len(rows) or len(counts) != 1:
+        raise UserError(f"{path.name} holds no new tokens: clip_l and clip_g, as many rows in each")
+    if (count := counts.pop()) > MOST:
+        raise UserError(f"{path.name} holds {count} new tokens for a word, and a prompt has room for {MOST}")
+    return NewTokens(word, {part: table.float() for part, table in rows.items()})
+
+
+def is_table(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim == 2 and tensor.numel() > 0
+
+
+def tokens_inside(path: Path, is_for_sdxl: bool = True) -> tuple[NewTokens, ...]:
+    """The tokens that OneTrainer has bundled in an adapter's file. Those of another model, and of a word that has
+    vectors for the encoders' outputs, are logged and left out. Raises UserError for broken ones, and for too many."""
+    with safe_open(path, framework="pt") as opened:
+        words = metadata.bundled(opened.keys())
+        if len(words) > MOST:
+            raise UserError(f"{path.name} holds new tokens for {len(words)} words, and a prompt has room for {MOST}")
+        known = [word for word, names in words.items() if is_for_sdxl and word.strip() and set(names) == FILE_KEYS]
+        for word in words.keys() - known:
+            logger.warning(UNREAD, path.name, word, ", ".join(words[word]))
+        of_words = {
+            word: {name: opened.get_tensor(f"{metadata.BUNDLE}{word}.{name}") for name in FILE_KEYS} for word in known
+        }
+    for tensors in of_words.values():
+        raw_file.check_finite(tensors, path.name)
+    return tuple(tokens_of(word, tensors, path) for word, tensors in of_words.items())
 
 
 def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, ...]:

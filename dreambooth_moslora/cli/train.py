@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_moslora import __version__, core
@@ -50,6 +51,13 @@ DAILY = {
     "before it begins": ("memory", "dry_run"),
 }
 """Title -> the settings that `--help` shows."""
+NEEDED = "needed as a flag or by --config"
+WITHOUT_WORDS = {
+    "pretrained_model_name_or_path": f" ({NEEDED}, except with PHOTOS WORD)",
+    "instance_data_dir": f" ({NEEDED}, except with PHOTOS WORD, --dataset_name or --subjects)",
+    "instance_prompt": f" ({NEEDED}, except with PHOTOS WORD or --subjects)",
+}
+"""What `train` needs, in its help; `require` asks for it."""
 RUNS = Path("runs")
 LAUNCHED = {"RANK": r"-1|\d{1,6}", "LOCAL_RANK": r"-1|\d{1,6}", "WORLD_SIZE": r"0*[1-9]\d{0,5}"}
 """What a launcher tells each process in the environment; a rank of -1 is none."""
@@ -98,13 +106,14 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
 def build_train_parser(prog: str = SCRIPT) -> Parser:
     command = f"python {SCRIPT}" if prog == SCRIPT else prog
     texts = {"description": DESCRIPTION, "epilog": EXAMPLE.format(command=command)}
+    texts["usage"] = f"{prog} [PHOTOS WORD] [--FLAG VALUE …]"
     parser = Parser(prog=prog, add_help=False, **texts)
     parser.add_argument("-h", "--help", action=ShortHelp, short=short_help(prog, texts), help="the flags in daily use")
     parser.add_argument("--help_all", action="help", help="all flags")
     parser.add_argument("--version", action="version", version=__version__)
     about = "put the run at the end of the queue beside its --output_dir and return"
     parser.add_argument("--queue", action="store_true", help=f"{about}; `queue start` or the page trains it")
-    add_training_flags(parser)
+    add_training_flags(parser, notes=WITHOUT_WORDS)
     return parser
 
 
@@ -122,20 +131,22 @@ class ShortHelp(argparse.Action):
 
 def short_help(prog: str, texts: Mapping[str, str]) -> str:
     """The help with the flags in daily use."""
-    usage = f"{prog} PHOTOS WORD [--FLAG VALUE …]"
-    parser = Parser(prog=prog, usage=usage, add_help=False, **texts)
+    parser = Parser(prog=prog, add_help=False, **texts)
     for title, names in DAILY.items():
         group = parser.add_argument_group(title)
         for name in names:
-            add_flag(group, table.SETTINGS[name])
+            add_flag(group, table.SETTINGS[name], WITHOUT_WORDS.get(name, ""))
     group = parser.add_argument_group("the other flags")
     group.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
     group.add_argument("--help_all", action="help", help=f"all {len(table.SETTINGS)} settings, by topic")
     return parser.format_help()
 
 
-def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
-    """Add `--config`, `--like` and a flag for each setting, of which the result has the given ones alone."""
+def add_training_flags(
+    parser: "Parser", hidden: Collection[str] = (), notes: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Add `--config`, `--like` and a flag for each setting, of which the result has the given ones alone. `notes` end
+    the help of some."""
     parser.is_of_training = True
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
     about_like = "settings from a published adapter file, also kohya's; flags and --config override them"
@@ -143,15 +154,13 @@ def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
     for title, rows in groupby(table.SETTINGS.values(), lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
         for item in rows:
-            add_flag(group, item, is_hidden=item.name in hidden)
+            add_flag(group, item, notes.get(item.name, ""), is_hidden=item.name in hidden)
 
 
-def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
+def add_flag(group: Any, item: Field, note: str = "", *, is_hidden: bool = False) -> None:
+    """`note` ends its help; without one, the default of a setting that is not required does."""
     base, facts, default = table.FIELD_TYPES[item.name][0], item.metadata, item.default
-    note = ""
-    if facts["required"]:
-        note = " (required)"
-    elif not (default is None or default is False or default == ()):
+    if not (note or facts["required"] or default is None or default is False or default == ()):
         note = f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
     names = [f"--{name}" for name in (item.name, *facts["also"].split())]
     about = argparse.SUPPRESS if is_hidden else (facts["help"] + note).replace("%", "%%")
@@ -290,6 +299,8 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
     if not folder.is_dir():
         kind = "it is a file" if folder.exists() else "there is no such folder"
         raise core.UserError(f"{words[0]}: {kind}; give the folder of photos first, then the word, {AS_ONE_WORD}.")
+    if word.startswith("-"):
+        raise core.UserError(unknown_flag_message(word))
     if not word or "/" in word:
         raise core.UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
     if len(word) > core.MAX_WORD_CHARACTERS:

@@ -190,9 +190,18 @@ def find_weights(path: str | Path) -> Path:
 
 def header_of(file: Path) -> dict[str, str]:
     """The strings in the header of a safetensors file; no tensor is read. Raises UserError for any other file."""
+    return _header_and_keys(file)[0]
+
+
+def keys_of(file: Path) -> list[str]:
+    """The names of the tensors in a safetensors file. Raises UserError for any other file."""
+    return _header_and_keys(file)[1]
+
+
+def _header_and_keys(file: Path) -> tuple[dict[str, str], list[str]]:
     try:
         with safe_open(file, framework="np") as opened:
-            return dict(opened.metadata() or {})
+            return dict(opened.metadata() or {}), list(opened.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"it is not a safetensors file, or it is damaged: {one_line(error)}") from None
 

@@ -67,7 +67,7 @@ class Adapter:
     key: str  # the name inside PEFT; of mixers alone their basis's
     sha256: str
     header: dict[str, str]  # the file's metadata
-    tokens: tuple[new_tokens.NewTokens, ...]  # those that the header names and whose files are there
+    tokens: tuple[new_tokens.NewTokens, ...]  # of the files that the header names, or bundled
     stamp: Stamp
     mixers: basis.Mixers | None = None
 
@@ -283,8 +283,8 @@ class SubjectPipeline:
         """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the model; returns its name.
 
         An unchanged file that is already loaded costs nothing, and mixers alone cost milliseconds once their basis is
-        there. New tokens come from the files that its header names, beside it. Raises UserError when it is no adapter
-        for this base, or its tokens belong to another.
+        there. New tokens come from the files that its header names, beside it, or from the file itself, as OneTrainer
+        bundles them. Raises UserError when it is no adapter for this base, or its tokens belong to another.
         """
         name, file = name or lora_file.adapter_name(path), find_weights(path)
         facts = file.stat()
@@ -310,6 +310,7 @@ class SubjectPipeline:
         weights = lora_file.read_adapter(file, self.pipeline)
         lora_file.check_fits(weights, self.pipeline, self.base_name)
         tokens = new_tokens.tokens_beside(file, weights.header)
+        tokens += new_tokens.tokens_inside(file, self.family.facts.has_new_tokens)
         if weights.key not in self._keys():
             self._active = None
             lora_file.install(weights, self.pipeline)

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_header
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_file
 from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.core import UserError, default_cache_dir, one_line
 from dreambooth_moslora.disk import run_folder
@@ -333,7 +333,7 @@ def check_start(adapter: str) -> None:
     try:
         if not Path(adapter).exists():
             raise UserError("there is no such file or folder")
-        check_start_header(run_folder.header_of(run_folder.find_weights(adapter)))
+        check_start_file(run_folder.find_weights(adapter))
     except UserError as error:
         raise UserError(f"--init_adapter {adapter}: {error}.") from error
 

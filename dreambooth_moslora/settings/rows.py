@@ -108,7 +108,7 @@ class Row:
     below: float | None = None  # low <= value <= high, above < value < below
     choices: Collection[str] = ()
     spellings: Mapping[str, str] = field(default_factory=dict)  # other spellings, in lower case -> choice
-    required: bool = False  # must be given as a flag or in a file
+    required: bool = False  # `train` needs it as a flag or in a file, except with a folder and a word
     secret: bool = False  # never written to a file
     path: Callable[[str], str] | None = None  # finds the file or folder; no shell expands `~` in files
     per_process: bool = False  # may differ between the processes of one run

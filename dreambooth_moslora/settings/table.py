@@ -8,6 +8,7 @@ between several settings is a sentence in `rules`.
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, make_dataclass, replace
 from functools import cached_property
@@ -571,7 +572,7 @@ def checked_setting(name: str, value: Any) -> Any:
     found = as_type(base, value)
     if found is None:
         is_undecodable = isinstance(value, (str, Path)) and not is_text(str(value))
-        raise UserError(f"--{name} {value!r}: {NO_TEXT if is_undecodable else f'expected {EXPECTED[base]}'}.")
+        raise UserError(f"--{name} {value!r}: {why_no_text() if is_undecodable else f'expected {EXPECTED[base]}'}.")
     found = facts["spellings"].get(str(found).lower(), found)
     if found != item.default:
         if facts["choices"] and found not in facts["choices"]:
@@ -595,6 +596,11 @@ EXPECTED = {
     rows.Prompt: "a list of prompts",
     rows.Subject: "a folder of folders, a JSON file, or [[subjects]] tables",
 }
+
+
+def why_no_text() -> str:
+    encoding = sys.getfilesystemencoding()
+    return NO_TEXT if encoding == "utf-8" else f"Python reads words and names as {encoding} here; set PYTHONUTF8=1"
 
 
 def as_type(base: Any, value: Any) -> Any:

@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import re
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from dreambooth_moslora.core import (
     seed_of,
     spelled_out,
 )
+from dreambooth_moslora.disk import queue
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.folder import find_photos, usable_photos
 from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, crop_rule, open_image
@@ -47,6 +49,7 @@ from dreambooth_moslora.training.reporter import RunContext
 logger = logging.getLogger(__name__)
 
 MANIFEST, DIGEST = "manifest.json", "sha256"
+LOCK_NAME, LOOK_SEC = ".class_images.lock", 0.5  # Of a folder that several runs may share
 GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 
 
@@ -200,8 +203,48 @@ def make_class_images(
     config: TrainConfig, context: RunContext, pipeline: DiffusionPipeline, sizes: Mapping[tuple[int, int], int]
 ) -> list[Photo]:
     """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`."""
-    accelerator = context.accelerator
     folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
+    with alone_in(folder, context) if config.class_data_dir else nullcontext():
+        return top_up(folder, config, context, pipeline, sizes)
+
+
+@contextmanager
+def alone_in(folder: Path, context: RunContext) -> Iterator[None]:
+    """Let runs that share the folder draw one after the other, as they write one manifest and the same names. A stop
+    ends the wait. In a folder that cannot be written nothing is drawn, and nobody waits."""
+    path, held = folder / LOCK_NAME, []
+
+    def wait() -> None:
+        is_told = False
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            while not held:
+                context.raise_if_asked()
+                try:
+                    held.append(queue.take(path, "--class_data_dir"))
+                except UserError:
+                    if not is_told:
+                        logger.warning("%s", spelled_out(f"{folder}: another run draws there, and this one waits"))
+                    is_told = True
+                    time.sleep(LOOK_SEC)
+
+    on_main(context.accelerator, wait)
+    try:
+        yield
+    finally:
+        for file in held:
+            queue.release(path, file)
+
+
+def top_up(
+    folder: Path,
+    config: TrainConfig,
+    context: RunContext,
+    pipeline: DiffusionPipeline,
+    sizes: Mapping[tuple[int, int], int],
+) -> list[Photo]:
+    """Draw what the folder lacks, and return `num_class_images` of it."""
+    accelerator = context.accelerator
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
     if wanted := sum(count for _, count in sets):
         precision, device = denoiser_of(pipeline).dtype, accelerator.device

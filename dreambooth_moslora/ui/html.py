@@ -151,6 +151,7 @@ body:has(#mask_box) { overflow: hidden; }
 #mask_box { --mask-side: min(100vw - 20px, 100dvh - 150px); position: fixed; inset: 0; z-index: 100; overflow: auto;
   padding: 10px; gap: 8px; align-items: center; background: var(--body-background-fill); }
 #mask_box > * { width: min(100%, var(--mask-side)); flex: none; }
+#mask_box:not(:has(canvas))::after { content: "Opening the photo …"; color: var(--body-text-color-subdued); }
 #mask_editor, #mask_editor .image-container { height: var(--mask-side) !important; }
 
 #queued .wrap { flex-direction: column; }

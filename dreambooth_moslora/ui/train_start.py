@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dreambooth_moslora.adapters.metadata import check_start_header
+from dreambooth_moslora.adapters.metadata import check_start_file
 from dreambooth_moslora.core import UserError, free_name
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_recipe
@@ -248,7 +248,7 @@ def adapter_of(ctx: state.AppContext, form: train_form.TrainForm, visitor: visit
         return None
     file = ctx.catalog.path(name, visitor)
     try:
-        check_start_header(run_folder.header_of(file))
+        check_start_file(file)
     except UserError as error:
         raise UserError(f"“Begin with” {name}: {error}") from error
     return file

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters import key_names, kohya, lora_file, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_file
+from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, NewTokens, notes_of, write_tokens
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -421,12 +423,50 @@ def test_floats_of_eight_bits_are_cast(tiny_base, state, subject, tmp_path):
     assert (drawn["short"] == drawn["long"]).all() and (drawn["short"] != picture(subject)).any()
 
 
-def test_new_tokens_in_the_file_are_left_out_and_named(tiny_base, subject, tmp_path, caplog):
-    file = save_kohya_lora(subject.pipeline.unet, tmp_path / "x.safetensors")
-    wanted = of_file(tiny_base, file)
-    save_file(load_file(file) | {"bundle_emb.sks.clip_l": torch.ones(1, 16)}, file)
-    assert worst(of_file(tiny_base, file), wanted) == 0
-    assert "x.safetensors also holds new tokens (sks), which are not read from there" in caplog.text
+def rows_for(pipeline, count=2) -> dict[str, torch.Tensor]:
+    widths = {key: getattr(pipeline, part).config.hidden_size for part, key in KEYS.items()}
+    return {key: torch.randn(count, width) for key, width in widths.items()}
+
+
+def encoded(pipeline, prompt) -> torch.Tensor:
+    return torch.cat([one.flatten() for one in pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)[::2]])
+
+
+def test_new_tokens_that_onetrainer_bundles_are_those_that_diffusers_loads(tiny_base, subject, tmp_path, caplog):
+    """A file of tokens beside the adapter draws the same. A vector for an encoder's output is named and not read."""
+    plain = save_kohya_lora(subject.pipeline.unet, tmp_path / "plain.safetensors")
+    rows, file, prompt = rows_for(subject.pipeline), tmp_path / "x.safetensors", "a photo of <a dog> on the beach"
+    bundle = {f"bundle_emb.<a dog>.{key}": tensor for key, tensor in rows.items()}
+    save_file(load_file(plain) | bundle | {"bundle_emb.cat.clip_l_out": torch.ones(1, 16)}, file)
+    assert describe(file)["new_tokens"] == "2 for the word <a dog>, in this file"
+    drawn = picture(subject, prompt=prompt, adapters=((subject.load_adapter(file), 1.0),))
+    assert "x.safetensors holds new tokens for 'cat' that are not read here (clip_l_out)" in caplog.text
+    stock = SubjectPipeline.from_base(tiny_base).pipeline
+    for part, key in KEYS.items():
+        own = {"text_encoder": getattr(stock, part), "tokenizer": getattr(stock, TOKENIZERS[part])}
+        stock.load_textual_inversion(rows[key], token=["<s0>", "<s1>"], **own)
+    wanted = encoded(stock, prompt.replace("<a dog>", "<s0><s1>"))
+    assert torch.equal(encoded(subject.pipeline, prompt), wanted)
+    tokens = NewTokens("<a dog>", {part: rows[key] for part, key in KEYS.items()})
+    write_tokens(tmp_path / "y_emb.safetensors", tokens)
+    header = AdapterMetadata(4, 4.0, tokens=notes_of([tokens], "y")).header
+    save_file(load_file(plain), tmp_path / "y.safetensors", header)
+    beside, without = (subject.load_adapter(tmp_path / f"{name}.safetensors") for name in ("y", "plain"))
+    assert (picture(subject, prompt=prompt, adapters=((beside, 1.0),)) == drawn).all()
+    assert (picture(subject, prompt=prompt, adapters=((without, 1.0),)) != drawn).any()
+
+
+def test_bundled_tokens_that_are_broken_or_too_many_are_refused_and_no_run_begins_with_any(subject, tmp_path):
+    tensors = load_file(save_kohya_lora(subject.pipeline.unet, tmp_path / "plain.safetensors"))
+    rows = rows_for(subject.pipeline)
+    for odd, said in ((rows["clip_g"][:1], "as many rows"), (rows["clip_g"] / 0, "NaN or infinite")):
+        bundle = {"bundle_emb.sks.clip_l": rows["clip_l"], "bundle_emb.sks.clip_g": odd}
+        refused(subject, tmp_path, tensors | bundle, said)
+    many = {f"bundle_emb.{number}.clip_l": torch.ones(1, 1) for number in range(76)}
+    refused(subject, tmp_path, tensors | many, "for 76 words, and a prompt has room for 75")
+    with pytest.raises(UserError, match="learnt new tokens for '0', and no run begins with such an adapter"):
+        check_start_file(tmp_path / "x.safetensors")
+    check_start_file(tmp_path / "plain.safetensors")
 
 
 def refused(subject, folder, tensors, said):

@@ -69,3 +69,23 @@ def test_a_mistyped_or_unfinished_command_is_one_line(words, said, capsys):
     assert main(words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["check", "compare"])
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("--flag=a b", "unknown flag --flag; see"), ("-x y", "unknown flag -x y"), ("--rnak=4 5", "--rank?")],
+)
+def test_a_flag_that_is_none_is_no_word_of_the_subject(command, flag, said, tmp_path, capsys):
+    assert main([command, str(tmp_path), flag]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_words_that_an_ascii_python_cannot_read_are_told_with_the_cure(tmp_path):
+    """By LC_ALL=C and PYTHONUTF8=0; they were said to be no UTF-8, which they are."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "dreambooth_moslora", "train", "--instance_prompt", "a photo of a sks 犬"]
+    done = subprocess.run(command, cwd=tmp_path, env=plain, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert done.stderr.endswith(b": Python reads words and names as ascii here; set PYTHONUTF8=1.\n")

@@ -233,6 +233,8 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
         (["dog", " "], "say in one word"),
         (["dog", "d" * 100_000], "the word has 100000 letters; at most 60 are allowed"),
         (["dog", "stuffed", "animal"], "`animal` belongs to no flag"),
+        (["dog", "--flag=a dog"], "unknown flag --flag"),
+        (["--rank", "4", "dog", "--flag=dog"], "unknown flag --flag"),
         (["empty", "dog"], "no usable photo"),
         (["dog", "dog", "--instance_data_dir", "dog"], "give the folder of photos once"),
         (["dog", "dog", "--rank", "much"], "--rank 'much'"),

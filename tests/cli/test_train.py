@@ -32,6 +32,18 @@ def test_help_shows_the_flags_in_daily_use_and_help_all_shows_each(capsys):
     assert "train photos/dog dog" in shown["--help"] and "--help_all" in shown["--help"]
 
 
+@pytest.mark.parametrize("words", ["train --help", "train --help_all", "check --help", "verify --help", "fleet --help"])
+def test_no_help_calls_a_flag_required_that_its_own_example_leaves_out(words, capsys):
+    with pytest.raises(SystemExit):
+        main(words.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(required)" not in shown
+    exceptions = ("PHOTOS WORD)", "PHOTOS WORD, --dataset_name or --subjects)", "PHOTOS WORD or --subjects)")
+    said = [f"(needed as a flag or by --config, except with {exception}" in shown for exception in exceptions]
+    assert said == [words.startswith("train")] * 3
+    assert ("(needed as a flag or by --config)" in shown) == words.startswith("fleet")
+
+
 @pytest.mark.parametrize(("given", "px"), [([], RESOLUTION_PX), (["--resolution", "128"], 128)])
 def test_a_base_that_was_trained_smaller_has_its_own_resolution(given, px, flags, tiny_base):
     assert parse_train_config([*flags, "--pretrained_model_name_or_path", str(tiny_base), *given]).resolution == px

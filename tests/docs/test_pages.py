@@ -14,7 +14,7 @@ from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, REMOVED_FLAGS
 from dreambooth_moslora.cli.train import build_train_parser, train_main
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings
-from dreambooth_moslora.settings.table import SETTINGS
+from dreambooth_moslora.settings.table import PLANS, SETTINGS
 from tests.helpers.tiny_training import paint_photos
 from tests.test_readme import blocks, command_lines
 
@@ -93,6 +93,22 @@ def test_each_family_has_its_ids_licence_and_recipes_on_the_page_and_its_command
         base = load_settings(recipe)["pretrained_model_name_or_path"]
         assert base in {model.hub_id for model in facts.models}
         assert "not run by us on a card" in recipe.read_text(encoding="utf-8")
+
+
+def test_each_list_of_memory_plans_has_all_of_them_in_their_order():
+    page, speed = ((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("page", "memory-and-speed"))
+    assert SPAN.findall(re.search(r"`memory` is (.+?);", page, re.DOTALL)[1]) == ["auto", *PLANS]
+    table = speed.partition("| `--memory` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [*PLANS]
+
+
+@pytest.mark.parametrize(("folder", "page"), [("benchmarks", "benchmarks/README.md"), ("tools", "docs/developing.md")])
+def test_each_benchmark_and_tool_is_in_its_list(folder, page):
+    text = (DOCS.parent / page).read_text(encoding="utf-8")
+    files = (DOCS.parent / folder).glob("*.py")
+    names = [file.stem for file in files if 'if __name__ == "__main__"' in file.read_text(encoding="utf-8")]
+    assert len(names) > 5
+    assert [name for name in names if not re.search(rf"^\| `(python -m {folder}\.)?{name}`", text, re.MULTILINE)] == []
 
 
 def test_the_tables_and_the_lines_were_found():

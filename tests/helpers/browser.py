@@ -30,8 +30,8 @@ QUIET = [
 ]
 PATIENCE_MS = 240_000
 SETTLE_MS = 150
-DRAWN_MS = 1500
-"""Until the editor of masks has drawn its picture."""
+DRAWN = "window.editor?.background_image && window.editor.app.ticker && !window.editor.app.ticker.started"
+"""Whether the editor of masks has its photo, and rests as all is drawn."""
 DESK, PHONE = SIZES = ((1366, 768), (390, 844))
 """Windows: (width, height) px."""
 
@@ -140,7 +140,7 @@ def open_mask_of(page: Page, number: int) -> dict[str, float]:
     press(page, f"Mask: photo {number}")
     canvas = page.locator("#mask_editor canvas").last
     canvas.wait_for()
-    page.wait_for_timeout(DRAWN_MS)
+    page.wait_for_function(DRAWN)
     before = None
     while (now := (canvas.bounding_box(), page.inner_text("#mask_editor .zoom-number"))) != before:
         before = now

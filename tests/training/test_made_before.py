@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +13,15 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.cli import evaluate
-from dreambooth_moslora.core import UserError, file_digest
+from dreambooth_moslora.core import StopRequestedError, UserError, file_digest
+from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
 from dreambooth_moslora.photos.masks import Segmenter
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings import rules, sources, table
-from dreambooth_moslora.training import dry_run, made_before, reporter
+from dreambooth_moslora.training import class_images, dry_run, made_before, reporter
 from dreambooth_moslora.training.class_images import ClassImages, planned, shares, usable_class_photos
 from dreambooth_moslora.training.loop import train
 from tests.helpers.threads import as_processes
@@ -326,6 +328,32 @@ def test_a_damaged_manifest_makes_the_generated_images_stale_and_nobodys_own(tmp
     paths = list(tmp_path.glob("*.png"))
     assert images.generated(paths) == images.stale(paths) == set(paths)
     assert len(top_up(images, 2)) == 1 and images.stale(paths) == set() and len(images.manifest()) == 2
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_runs_that_share_a_folder_of_class_images_draw_one_after_the_other(is_stopped, tmp_path, caplog):
+    """A killed run holds it no longer, as the system releases its lock. A stop ends the wait."""
+    folder, ended, asked = tmp_path / "class", [], []
+    folder.mkdir()
+    alone = SimpleNamespace(is_main_process=True, num_processes=1)
+    context = reporter.RunContext(RunDir(tmp_path), alone, None, lambda: bool(asked))
+
+    def draw() -> None:
+        try:
+            with class_images.alone_in(folder, context):
+                ended.append("drawn")
+        except StopRequestedError:
+            ended.append("stopped")
+
+    other = queue.take(folder / class_images.LOCK_NAME, "--class_data_dir")
+    (waiting := Thread(target=draw)).start()
+    waiting.join(2 * class_images.LOOK_SEC)
+    assert ended == [] and caplog.messages == [f"{folder}: another run draws there, and this one waits"]
+    asked.append(True) if is_stopped else other.close()
+    waiting.join()
+    assert ended == ["stopped" if is_stopped else "drawn"]
+    assert [path.name for path in folder.iterdir()] == [class_images.LOCK_NAME] * is_stopped
+    other.close()
 
 
 def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(photos, tmp_path):

@@ -1,6 +1,13 @@
 """A caption and a mask beside each photo, in a real Chromium."""
 
+import io
+import subprocess
+import sys
 from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
 
 from tests.helpers import browser as web
 from tests.ui.conftest import noise_photos, toy_photos
@@ -8,7 +15,17 @@ from tests.ui.conftest import noise_photos, toy_photos
 pytestmark = web.IN_BROWSER
 LEAST_BRUSHED = {web.DESK: 512, web.PHONE: 300}
 """Window -> least side of the photo to paint on; px."""
+SAYS = "getComputedStyle(document.querySelector('#mask_box'), '::after').content"
 HAVE_ROOM = "buttons => buttons.every(one => one.scrollWidth <= one.clientWidth)"
+
+
+@pytest.fixture
+def busy():
+    """One core has other work."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    yield
+    process.kill()
+    process.wait()
 
 
 def row(page, number: int, part: str):
@@ -48,6 +65,31 @@ def test_a_row_has_picture_caption_and_buttons_side_by_side_and_the_brush_has_th
             page.keyboard.press("Escape")
             page.wait_for_selector("#mask_box", state="detached")
             assert web.fits(page)
+        assert not visited.errors
+
+
+def test_the_brush_says_that_it_opens_and_has_each_photo_however_late_its_parts_come(of_toys, browser, busy):
+    """On a busy machine it was an empty field for seconds, without a word."""
+    with web.visit(browser, of_toys.url) as visited:
+        page, held = visited.page, []
+        page.route("**/WebGLRenderer-*.js", lambda route: held.append(route))
+        web.open_tab(page, "Train")
+        page.set_input_files("#photos input[type=file]", toy_photos("duck", 3))
+        page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
+        web.press(page, "Mask: photo 1")
+        page.wait_for_selector("#mask_box")
+        page.wait_for_function(f"{SAYS}.includes('Opening the photo')")
+        while not held:
+            page.wait_for_timeout(100)
+        held[0].continue_()
+        for number in (1, 2, 3):
+            if number > 1:
+                web.open_mask_of(page, number)
+            page.wait_for_function(web.DRAWN)
+            shown = PIL.Image.open(io.BytesIO(page.locator("#mask_editor .image-container").screenshot()))
+            assert np.asarray(shown.convert("L")).std() > 20 and page.evaluate(SAYS) == "none"
+            web.press(page, "Close")
+            page.wait_for_selector("#mask_box", state="detached")
         assert not visited.errors
 
 

@@ -39,7 +39,8 @@ def fleet_arguments(parser: argparse.ArgumentParser) -> None:
     )
     per_gpu = "subjects that one process trains at once on one base (default: a process each, as many as fit a GPU)"
     add_cluster_flags(parser, per_gpu=per_gpu)
-    train.add_training_flags(parser, hidden=REFUSED)
+    notes = {"pretrained_model_name_or_path": f" ({train.NEEDED})"}
+    train.add_training_flags(parser, hidden=REFUSED, notes=notes)
 
 
 def add_cluster_flags(

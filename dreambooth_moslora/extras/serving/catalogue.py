@@ -209,10 +209,14 @@ class BucketFolder(Catalogue):
         folder = Path(self._folder.name) / hashlib.sha256(ref.key.encode()).hexdigest()
         place = PurePosixPath(ref.place)
         try:
-            beside = [path for path in self._paths() if PurePosixPath(path).parent == place.parent]
+            found = self._paths()
+            if ref.place not in found:
+                raise unknown(ref.name)
+            beside = [path for path in found if PurePosixPath(path).parent == place.parent]
             for path in [*(path for path in beside if path.endswith(TOKENS_SUFFIX)), ref.place]:
-                if not self.bucket.download(path, folder / PurePosixPath(path).name) and path == ref.place:
-                    raise unknown(ref.name)
+                file = folder / PurePosixPath(path).name
+                if not self.bucket.download(path, file) or file.stat().st_size != found[path]["size"]:
+                    raise RefusedError(503, f"the adapter {ref.name} has changed while it was fetched", 5)
         except RefusedError:
             raise
         except UserError as error:

@@ -254,7 +254,7 @@ class Front:
 async def body_of(request: Request) -> bytes:
     """Raises RefusedError (413) as soon as the body or its declared length is too long."""
     promised, body = request.headers.get("content-length", ""), b""
-    if not (promised.isdigit() and len(promised) < 20 and int(promised) > MAX_BODY_BYTES):
+    if not (promised.isdecimal() and len(promised) < 20 and int(promised) > MAX_BODY_BYTES):
         async for part in request.stream():
             body += part
             if len(body) > MAX_BODY_BYTES:
@@ -267,7 +267,8 @@ async def body_of(request: Request) -> bytes:
 def build_front(front: Front) -> Starlette:
     def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable:
         async def checked(request: Request) -> Response:
-            front.access.check(request.url.path, request.headers)
+            # not `request.url`: older starlettes build it from the Host header
+            front.access.check(request.scope["path"], request.headers)
             return await endpoint(request)
 
         return checked

@@ -138,6 +138,16 @@ def test_a_bucket_that_is_away_is_said_to_be(folder, monkeypatch):
     assert error.value.status == 503 and error.value.retry_sec
 
 
+def test_an_object_that_arrives_cut_short_is_not_kept_and_fetched_again(folder, monkeypatch):
+    catalogue = open_catalogue([f"file://{folder}"])
+    cat = catalogue.find("cat")
+    with monkeypatch.context() as cut:
+        cut.setattr(catalogue.bucket.files, "get_file", lambda path, target: Path(target).write_bytes(b"cat."))
+        with pytest.raises(RefusedError, match="the adapter cat has changed while it was fetched") as error:
+            catalogue.local(cat)
+    assert error.value.status == 503 and catalogue.local(cat).read_bytes() == b"cat.safetensors"
+
+
 @pytest.mark.parametrize("places", [["/no/such/folder"], ["file:///no/such/folder"], ["a://b", "c"], ["nosuch://b"]])
 def test_a_place_that_cannot_be_served_is_a_persons_mistake(places, monkeypatch):
     monkeypatch.setattr("dreambooth_moslora.extras.cluster.bucket.TRIES", 1)

@@ -8,6 +8,7 @@ from shutil import copytree
 
 import httpx
 import pytest
+from starlette.datastructures import URL
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
@@ -43,9 +44,10 @@ class Shop:
     def get(self, path: str, **headers: str) -> httpx.Response:
         return self.run(lambda client: client.get(path), **headers)
 
-    def post(self, content, kind: str | None = "application/json") -> int:
-        """The status of such a body."""
-        headers = {"Content-Type": kind} if kind else {}
+    def post(self, content, kind: str | None = "application/json", length: bytes | None = None) -> int:
+        """The status of such a body, said to be of this length."""
+        headers = {b"Content-Type": kind.encode()} if kind else {}
+        headers |= {b"Content-Length": length} if length else {}
         return self.run(lambda client: client.post("/generate", content=content, headers=headers)).status_code
 
     def ask(self, *orders: dict, **headers: str) -> list[httpx.Response]:
@@ -152,6 +154,7 @@ def test_a_persons_mistake_is_one_line_of_json_and_what_is_no_order_refused(shop
             yield b" " * 65536
 
     assert [shop.post(b"{}", None), shop.post(b" " * 70_000), shop.post(endless())] == [415, 413, 413]
+    assert shop.post(b"{}", "application/json", length=b"\xb2") == 400, "a digit to Python, and no number"
     assert [shop.get(path).status_code for path in ("/generate", "/../etc/passwd")] == [405, 404]
 
 
@@ -210,6 +213,15 @@ def test_a_token_opens_everything_but_health_which_is_open(open_shop):
     assert shop.get("/healthz").json() == {"status": "ok", "base": shop.drawer.pipeline.base_name}
     assert shop.ask(order())[0].status_code == 401
     assert shop.ask(order("wolf"), **bearer)[0].status_code == 404
+
+
+@pytest.mark.parametrize("host", ["x/healthz?", "x/healthz#", "x@y/healthz?"])
+def test_no_host_header_is_taken_for_the_open_path(host, open_shop, monkeypatch):
+    """Starlette 0.46 puts it before the path in `request.url`, and so all paths were open."""
+    url = property(lambda self: URL(f"http://{self.headers['host']}{self.scope['path']}"))
+    monkeypatch.setattr("starlette.requests.HTTPConnection.url", url)
+    shop = open_shop(access=Access([TOKEN]))
+    assert [shop.get(path, Host=host).status_code for path in ("/adapters", "/metrics")] == [401, 401]
 
 
 def test_without_a_token_no_web_page_is_answered(shop):
