@@ -6,14 +6,12 @@ import re
 import shutil
 from contextlib import chdir
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import find_asset
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
@@ -32,7 +30,6 @@ SCORES = dict(
 RISEN = {"likeness": ((80, 0.66), (160, 0.69), (240, 0.7)), "score": ((80, 0.62), (160, 0.67), (240, 0.66))}
 GOOD = Figures(config=CONFIG, state="done", step=240, photos=5, nearness=0.7, scores=SCORES, **RISEN)
 FAULTY = ("--no_with_prior_preservation", "--max_train_steps=12", "--evaluate_steps=4", "--lr_scheduler=constant")
-SHORT = ("--max_train_steps=80", "--evaluate_steps=40", "--no_find_scale", "--num_validation_images=0")
 
 
 def with_scores(**changes) -> Figures:
@@ -144,17 +141,6 @@ def test_the_command_reads_a_real_run_and_says_how_to_score_it(tiny_base, photos
 
 
 @pytest.mark.slow
-def test_subjects_that_were_hardly_learnt_are_said_to_be_taken_for_each_other(tmp_path):
-    recipe = ["--config", "assets/configs/two_subjects.toml", "--num_validation_images", "0"]
-    flags = ["--max_train_steps=2", "--evaluate_steps=2", "--crops_per_photo=1", "--output_dir", str(tmp_path / "two")]
-    with few_pictures(templates=2):
-        assert train_main([*recipe, *flags]) == 0
-    found = figures_of(RunDir(tmp_path / "two"))
-    said = advice_after(found)
-    assert any(f"confusion {found.scores['confusion']:.2f}" in line for line in said), said
-
-
-@pytest.mark.slow
 def test_frames_of_one_film_are_said_to_be_alike(tiny_base, encoders, tmp_path):
     photos = paint_photos(tmp_path / "photos", 1)
     for number in (1, 2):
@@ -186,23 +172,3 @@ def test_one_word_trains_scores_and_explains_both_faults_and_the_adapter_wants_m
     assert scores[event["best"]] >= 0.99 * max(scores.values()) > 1.3 * scores[0.4]
     with safe_open(run.adapter_path, framework="pt") as file:
         assert AdapterMetadata.from_json(file.metadata()["moslora"]).best_scale == event["best"]
-
-
-@pytest.mark.slow
-def test_without_a_share_the_bare_prompt_is_said_to_lag_and_with_the_usual_one_it_is_not(tmp_path):
-    """On the sample photos, of whose captions only those with a place stay."""
-
-    def trained(home: Path, *flags: str) -> Figures:
-        photos = Path(shutil.copytree(find_asset("assets/subjects/tall_cactus"), home / "cactus"))
-        for path in photos.glob("*.txt"):
-            path.write_text(path.read_text().splitlines()[1])
-        with chdir(home), few_pictures(templates=2, seeds=2, class_images=2, inference_steps=12):
-            assert main(["train", "cactus", "cactus", *SHORT, "--crops_per_photo=2", *flags]) == 0
-        return figures_of(RunDir(home / "runs" / "cactus"))
-
-    never, usual = trained(tmp_path / "never", "--instance_prompt_share=0"), trained(tmp_path / "usual")
-    assert never.without_bare_prompt == usual.without_bare_prompt == 5
-    said = [line for line in advice_after(never) if "alone shows" in line]
-    assert len(said) == 1 and said[0].endswith("--instance_prompt_share 0.33"), never.scores
-    assert not [line for line in advice_after(usual) if "alone shows" in line], usual.scores
-    assert usual.moved("dino_bare") > never.moved("dino_bare") + 0.2
