@@ -332,16 +332,6 @@ def test_it_is_the_same_model_as_the_folder(checkpoint, tiny_base):
         assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.slow
-def test_training_on_it_ends_with_the_adapter_of_the_folder(checkpoint, tiny_base, tmp_path):
-    photos = paint_photos(tmp_path / "photos")
-    for name, model in (("file", checkpoint), ("folder", tiny_base)):
-        train(tiny_config(model, photos, tmp_path / name, max_train_steps=2))
-    ours, truth = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("file", "folder"))
-    # The weights are equal bit for bit; where they lie in memory decides the last bit of a product on some processors.
-    torch.testing.assert_close(ours, truth, rtol=0, atol=5e-5)
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
