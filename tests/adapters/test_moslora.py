@@ -238,20 +238,6 @@ def test_blocks_and_patterns_name_layers_too(name):
     assert found and found == [path for path in paths if BLOCK_NAMES[name](path)]
 
 
-def test_rank_and_alpha_patterns_and_regex_targets():
-    net = adapted(target_modules=r"to_[qk]", rank_pattern={"to_k": 2}, alpha_pattern={"to_q": 16})
-    assert net.to_k.lora_B["default"].mixer.shape == (2, 2)
-    folded = fold(net)
-    assert [len(folded[p].down) for p in ("to_q", "to_k")] == [4, 2]
-    change = net.to_q(X) - net.to_q.base_layer(X)
-    assert torch.allclose(X @ (folded["to_q"].up @ folded["to_q"].down).T, change, atol=1e-5)
-    assert net.to_q.scaling["default"] == 4 and net.to_k.scaling["default"] == 2
-    ranks = {"to_q": 2, "to_k": 3, "inner.to_q": 4, "inner.to_k": 3}
-    net, net.inner = Net(), Net()
-    inject(net, config(r=3, rank_pattern=moslora.value_pattern(ranks, 3)))
-    assert {path: layer.r["default"] for path, layer in adapter_layers(net).items()} == ranks
-
-
 def diagnostics(model: nn.Module) -> dict[str, Diagnosis]:
     config = model.peft_config["default"]
     start = getattr(config, "mixer", "none"), getattr(config, "mixer_seed", 0)
