@@ -19,7 +19,7 @@ from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RAW_NAME, RunDir, files_by_name, run_files
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RAW_NAME, RunDir, files_by_name
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import MixersOnBases, SubjectPipeline
 from dreambooth_moslora.plan.checks import check_settings
@@ -77,16 +77,6 @@ def test_mixers_draw_what_the_folded_files_draw_alone_and_together(runs, tiny_ba
     for name in ("dog@mixers", "cat@mixers"):
         loaded.unload_adapter(name)
     assert not any(key.startswith("basis") for key in loaded.pipeline.unet.peft_config)
-
-
-@pytest.mark.slow
-def test_the_files_name_the_basis_and_the_mixers_alone_have_moved(runs):
-    mixers = read_mixers(RunDir(runs / "dog").mixers_path)
-    assert mixers.metadata.basis["kind"] == "svd" and len(mixers.metadata.basis["sha256"]) == 64
-    assert mixers.values.any() and mixers.metadata.recipe["basis"] == "svd"
-    dog, cat = (load_file(runs / name / "last" / RAW_NAME) for name in ("dog", "cat"))
-    assert all(torch.equal(dog[key], cat[key]) != key.endswith(".mixer") for key in dog)
-    assert {"dog", "dog@mixers"} <= set(files_by_name(run_files([runs / "dog"]), [runs]))
 
 
 @pytest.mark.slow
