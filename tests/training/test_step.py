@@ -20,7 +20,7 @@ from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.memory import speed_of
 from dreambooth_moslora.plan.processes import compute_exactly
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import adapters, dry_run, loop
+from dreambooth_moslora.training import adapters, loop
 from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.loop import Training, train
 from dreambooth_moslora.training.step import StepLosses, TrainStep
@@ -214,11 +214,6 @@ def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(m
     assert not torch.are_deterministic_algorithms_enabled()
     run = TrainConfig(resolution=1024, train_batch_size=1, deterministic=True)
     assert not speed_of(run, "cuda", 1000).searches
-
-
-def test_a_dry_run_says_what_is_chosen(tiny_base, photos, tmp_path):
-    said = dry_run.describe_run(tiny_config(tiny_base, photos, tmp_path / "run", compile="on"))
-    assert "  speed: transformer blocks compiled (the work of 0 images of 1024 px" in said
 
 
 def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products():
