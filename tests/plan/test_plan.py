@@ -66,12 +66,6 @@ def test_exposures_a_photo_set_the_steps(batch, accumulation, processes, steps):
     assert 50 <= plan.exposures_a_photo < 50 + plan.photos_a_step / 7
 
 
-def test_steps_are_counted_for_the_subject_with_the_most_photos():
-    plan = plan_steps(TrainConfig(exposures_per_photo=40, train_batch_size=4), (5, 2))
-    assert (plan.total_steps, plan.exposures_a_photo, plan.exposures_a_subject) == (100, 40, 200)
-    assert plan_steps(TrainConfig(num_train_epochs=2, train_batch_size=1), (5, 2)).total_steps == 20
-
-
 def test_too_few_exposures_are_said_with_the_flag_that_sets_them():
     def advised(**settings) -> list[str]:
         config = TrainConfig(**settings)
