@@ -33,7 +33,7 @@ def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_
     photos = paint_photos(tmp_path / "photos")
     flags = ["--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64", "--report_to", "none"]
     flags += ["--max_train_steps", "1", "--evaluate_steps", "1", "--num_validation_images", "0", "--no_find_scale"]
-    with few_pictures():
+    with few_pictures(inference_steps=1):
         assert train_main([str(photos), "dog", *flags, "--output_dir", str(tmp_path / "dog")]) == 0
     assert opened == {path.name: 1 for path in photos.iterdir()} and len(plans) == 1
     assert "evaluation" in (tmp_path / "dog" / "metrics.jsonl").read_text()
