@@ -37,6 +37,7 @@ from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.tiny_families import MAKERS, tiny_pipeline
 from tests.helpers.tiny_training import tiny_config
 
+pytestmark = pytest.mark.usefixtures("two_steps")
 OF_FAMILY = {"flux2": {"text_encoder_out_layers": ("1", "2", "3")}}
 FAST = ("z_image",)
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS if name != "sdxl"]
@@ -65,7 +66,7 @@ def settings_of(name, **changes):
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def trained(request, base_of, photos, tmp_path_factory):
+def trained(request, base_of, photos, two_steps, tmp_path_factory):
     """A run with the frozen base as the prior, samples, and a prompt of another length: the family's facts, the run's
     configuration, and what was still there of the encoders when each denoiser came, None for what had gone."""
     folder, facts = tmp_path_factory.mktemp("run"), facts_named(request.param)

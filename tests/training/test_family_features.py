@@ -20,7 +20,7 @@ from tests.helpers.few_pictures import few_pictures
 from tests.helpers.tiny_families import MAKERS, tiny_pipeline
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_steps")]
 WHOLE = {"enable_bucket": True, "caption_dropout": 0.1, "unmasked_weight": 0.0, "random_flip": True, "caching": "disk"}
 WHOLE |= {"with_prior_preservation": True, "num_class_images": 2, "sample_batch_size": 2}
 
@@ -58,7 +58,7 @@ def case(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(case, encoders) -> Path:
+def whole(case, encoders, two_steps) -> Path:
     """A run with all of `WHOLE`, with samples, scores and a strength."""
     drawn = {"num_validation_images": 1, "validation_steps": 2, "evaluate_steps": 1, "find_scale": True}
     with few_pictures(inference_steps=2):

@@ -48,7 +48,7 @@ def steps(events):
 
 
 @pytest.fixture(scope="module")
-def shown_run(tiny_base, photos, tmp_path_factory):
+def shown_run(tiny_base, photos, few_steps, tmp_path_factory):
     folder, events = tmp_path_factory.mktemp("runs") / "dog", []
     changes = {"num_validation_images": 2, "validation_steps": 2, "checkpointing_steps": 2, "report_to": "tensorboard"}
     changes |= {"checkpoints_total_limit": 2, "hub_token": "hf_secret", "learning_rate": 0.3}  # a sample shows it
