@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -129,15 +128,3 @@ def test_light_packages_import_no_heavy_library(package):
     modules = [f"dreambooth_moslora.{name}" for name in GRAPH if package_of(name) == package]
     code = f"import sys, {', '.join(modules)}; print(*{HEAVY} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ""
-
-
-@pytest.mark.parametrize("folder", ["benchmarks", "dreambooth_moslora", "tests", "tools", "toybox"])
-def test_no_drawing_or_command_of_a_docstring_goes_on_at_the_margin(folder):
-    """Rows of a table in a docstring have columns; what has none is the rest of a broken line."""
-    broken = []
-    for file in sorted((HOME / folder).rglob("*.py")):
-        lines = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")), clean=False) or "").splitlines()
-        for one, two in pairwise(lines):
-            if one[:4] == "    " and len(one) > 85 and two[:1].strip() and "   " not in two:
-                broken.append(f"{file}: {two}")
-    assert not broken

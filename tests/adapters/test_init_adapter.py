@@ -71,7 +71,7 @@ def test_the_update_of_each_kind_of_file_is_there_before_the_first_step(pipeline
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", sorted(set(MIXERS) - {"butterfly", "kronecker"}))
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"train_mixer": False}, {"rank": 9}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "train_mixer": False, "rank": 9}], ids=str)
 def test_every_mixer_begins_as_the_run_starts_it(mixer, options, pipeline, tmp_path):
     file = save_diffusers_lora(pipeline.unet, tmp_path, seed=3)
     unet, _ = begin(file, pipeline, mixer=mixer, **options)

@@ -26,7 +26,6 @@ from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS as ATTENTION
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.rows import is_target
 from dreambooth_moslora.settings.table import KRONECKER, MIXERS
 from tests.helpers.live_adapters import PROJECTIONS, live, shake, text_encoders
@@ -239,20 +238,6 @@ def test_blocks_and_patterns_name_layers_too(name):
     assert found and found == [path for path in paths if BLOCK_NAMES[name](path)]
 
 
-def test_rank_and_alpha_patterns_and_regex_targets():
-    net = adapted(target_modules=r"to_[qk]", rank_pattern={"to_k": 2}, alpha_pattern={"to_q": 16})
-    assert net.to_k.lora_B["default"].mixer.shape == (2, 2)
-    folded = fold(net)
-    assert [len(folded[p].down) for p in ("to_q", "to_k")] == [4, 2]
-    change = net.to_q(X) - net.to_q.base_layer(X)
-    assert torch.allclose(X @ (folded["to_q"].up @ folded["to_q"].down).T, change, atol=1e-5)
-    assert net.to_q.scaling["default"] == 4 and net.to_k.scaling["default"] == 2
-    ranks = {"to_q": 2, "to_k": 3, "inner.to_q": 4, "inner.to_k": 3}
-    net, net.inner = Net(), Net()
-    inject(net, config(r=3, rank_pattern=moslora.value_pattern(ranks, 3)))
-    assert {path: layer.r["default"] for path, layer in adapter_layers(net).items()} == ranks
-
-
 def diagnostics(model: nn.Module) -> dict[str, Diagnosis]:
     config = model.peft_config["default"]
     start = getattr(config, "mixer", "none"), getattr(config, "mixer_seed", 0)
@@ -266,17 +251,17 @@ from dreambooth_moslora.adapters.moslora import fold
 from tests.adapters.test_moslora import adapted, diagnostics
 from tests.helpers.python_gpu import DEVICE, Watch
 
-net = adapted(lora_alpha=7, use_dora=sys.argv[1] == "dora", mixer=sys.argv[2])
-wanted, figures = fold(net), diagnostics(net)
+nets = [adapted(lora_alpha=7, use_dora=True, mixer="kaiming"), adapted(lora_alpha=7, mixer="none")]
+wanted = [(fold(net), diagnostics(net)) for net in nets]
 Watch.has_fp64 = False
-net = copy.deepcopy(net).to(DEVICE)
 try:
-    found = fold(net)
-    for path, layer in found.items():
-        for part in ("down", "up", "magnitude"):
-            one, other = getattr(layer, part), getattr(wanted[path], part)
-            assert (one is None and other is None) or torch.equal(one, other), (path, part)
-    assert diagnostics(net) == figures
+    for net, (layers, figures) in zip(nets, wanted):
+        net = copy.deepcopy(net).to(DEVICE)
+        for path, layer in fold(net).items():
+            for part in ("down", "up", "magnitude"):
+                one, other = getattr(layer, part), getattr(layers[path], part)
+                assert (one is None and other is None) or torch.equal(one, other), (path, part)
+        assert diagnostics(net) == figures
     print("equal", flush=True)
 except BaseException as error:
     print(f"{type(error).__name__}: {error}", flush=True)
@@ -285,10 +270,8 @@ os._exit(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "mixer"), [("dora", "kaiming"), ("plain", "none")])
-def test_an_adapter_on_a_device_without_fp64_folds_as_on_the_cpu(variant, mixer):
-    run = [sys.executable, "-c", FOLD, variant, mixer]
-    assert subprocess.check_output(run, text=True).strip().splitlines()[-1] == "equal"
+def test_an_adapter_on_a_device_without_fp64_folds_as_on_the_cpu():
+    assert subprocess.check_output([sys.executable, "-c", FOLD], text=True).strip().splitlines()[-1] == "equal"
 
 
 class Convolutions(nn.Module):
@@ -365,13 +348,6 @@ def test_what_cannot_be_adapted_is_refused_and_left_as_it_was(target, options, s
     if target != "norm" and "mixer" not in options:
         with pytest.raises(UserError, match=said):
             get_peft_model(Convolutions(), config(target_modules=[target], **options))
-
-
-@pytest.mark.parametrize("targets", [["to_q", "to_k"], ["conv1", "conv_in", "to_q"]])
-def test_the_estimate_counts_what_is_trained(targets, tiny_base):
-    size = size_of_base(tiny_base, targets)
-    parameters = sum(p.numel() for _, p in adapter_parameters(inject(tiny_unet(), config(target_modules=targets))))
-    assert 4 * size.adapted_widths + 16 * size.adapted_layers == parameters
 
 
 WORDS = torch.tensor([[3, 7, 9, 1, 30]])
@@ -456,8 +432,7 @@ def test_both_doors_and_the_fold(name, dora):
     assert (forward_of(with_folded_weights(model)) - base - change).abs().max() <= 1e-5 * max(1, change.abs().max())
 
 
-@pytest.mark.parametrize("kind", ["llama", "unet"])
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(("kind", "dora"), [("llama", True), ("unet", False)])
 def test_qmoslora_on_a_4_bit_base(kind, dora):
     make, targets = MODELS[kind]
     model = in_nf4(make(), ("lm_head",) if kind == "llama" else ("time_emb_proj", "linear_1", "linear_2"))

@@ -335,6 +335,7 @@ def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, 
         {"mixer": "none"},
         {"target_modules": CONVOLUTIONS, "mixer": "kaiming"},
         {"target_modules": CONVOLUTIONS, "mixer": "none"},
+        {"mixer": "kronecker", "r": 8, "mixer_factor": 4},
     ],
 )
 def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options, tmp_path):

@@ -13,7 +13,6 @@ from benchmarks import gpu_step
 from benchmarks.batched_adapters import trained
 from benchmarks.diffusers_style_loop import diffusers_style_step
 from benchmarks.floor_ratio import measure
-from benchmarks.gpu_memory import adapted_unet, count, run_config
 from benchmarks.host_peak import command_of, peak_gb
 from benchmarks.random_sdxl import random_sdxl
 from benchmarks.startup import moments
@@ -115,12 +114,3 @@ def test_the_gpu_arms_step_on_any_device(arm, capsys):
     gpu_step.main(words)
     found = json.loads(capsys.readouterr().out)
     assert found["arm"] == arm and 0 < found["host_sec"] <= found["step_sec"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("plan", "kernels"), [("full", 5_600), ("recompute_ff", 5_700), ("recompute", 7_500)])
-def test_a_step_of_full_size_sdxl_starts_few_kernels(plan, kernels):
-    """It was 11,410 and 15,724 with the products and casts of the adapter made at each call."""
-    for name in (plan, f"{plan}_cached"):
-        config = run_config(plan=name)
-        assert count(config, adapted_unet(config)).kernels <= kernels

@@ -29,20 +29,13 @@ from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import free_run_dir
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.training.test_loop import HOLD
 from tests.ui.conftest import OWNER, TRAINER, recorded, wait_for
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is open is read in /proc"),
     pytest.mark.usefixtures("windows"),
 ]
-HOLD = """
-import sys
-from pathlib import Path
-from dreambooth_moslora.disk.queue import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
@@ -197,7 +190,6 @@ def test_a_fleets_stop_leaves_a_checkpoint(tiny_base, tmp_path):
         ("NUL.dogs/dog", "'NUL.dogs'"),
         ("runs/COM¹", "cannot be the name"),
         ("runs/a:b", "'a:b'"),
-        ("runs/what?", "'what?'"),
         ("runs./dog", "'runs.'"),
         ("runs/dog ", "'dog '"),
         ("runs/" + "d" * 200, "Windows allows 259: name a shorter folder"),

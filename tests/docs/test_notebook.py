@@ -30,6 +30,7 @@ def test_it_holds_programs_and_no_outputs():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_steps")
 def test_every_cell_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT / "notebooks")
     names: dict = {}

@@ -199,6 +199,7 @@ def test_what_the_walk_says_is_printed_is_what_is_printed(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_steps")
 def test_the_whole_walk_on_the_embedded_base(capsys):
     for line in WALK:
         name = line.split()[3]
@@ -210,6 +211,7 @@ def test_the_whole_walk_on_the_embedded_base(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_steps")
 def test_the_program_of_the_api_page_trains_and_draws_outside_the_clone():
     (program,) = blocks(DOCS / "api.md", "python")
     assert all(words in program for words in FEWER)

@@ -16,7 +16,6 @@ from torch.nn.functional import normalize
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.evaluation import metrics
 from tests.helpers.tiny_encoders import save_tiny_encoders
-from toybox.captions import canonical_caption
 from toybox.make_subjects import FOLDER, load
 from toybox.render import render
 from toybox.truth import other_toy
@@ -155,16 +154,6 @@ def test_the_same_individual_in_other_places_is_nearer_to_the_photos_than_others
         for toys in ([toy] * 6, [other_toy(toy, rng) for _ in range(6)])
     )
     assert same > others + 0.2
-
-
-@pytest.mark.slow
-def test_shuffled_prompts_lower_clip_t(toy_encoders):
-    rng = random.Random(0)
-    scenes = [sample_scene(rng) for _ in range(40)]
-    pictures, captions = toy_encoders.clip_images(drawn(scenes)), list(map(canonical_caption, scenes))
-    texts = toy_encoders.clip_texts(captions)
-    paired, shuffled = (metrics.prompt_fidelity(pictures, some) for some in (texts, texts.roll(1, 0)))
-    assert (paired > shuffled).float().mean() > 0.9 and paired.mean() > shuffled.mean() + 0.2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -85,6 +85,7 @@ def test_every_card_trains_the_one_recipe_by_the_fastest_plan_that_fits(card, fr
     cost = estimate(run, BaseSize(), 400)
     assert cost.peak_gib <= USABLE * (free_gib + 0.5) and cost.encoding_gib <= 3.4
     assert (run.rank, run.crops_per_photo, run.max_train_steps, run.train_batch_size) == (16, 4, 400, 1)
+    assert planned(run) == run
 
 
 @pytest.fixture
@@ -125,27 +126,6 @@ def test_a_word_of_memory_lifts_what_a_file_says_of_it_and_takes_the_pass_that_f
     assert short(full) == "full, 1"
     with_tokens = planned(replace(full, train_text_encoder=True, with_prior_preservation=True, class_prompt="a dog"))
     assert with_tokens.images_a_pass == 2  # their texts have one gradient
-
-
-@pytest.mark.parametrize(
-    ("free_gib", "capability", "settings", "cached"),
-    [
-        (23.0, 8, ("bf16", False, "none"), False),
-        (23.0, 7, ("fp16", False, "none"), False),
-        (11.9, 8, ("bf16", False, "none"), False),
-        (11.2, 8, ("bf16", False, "none"), True),
-        (9.0, 8, ("bf16", False, "none"), True),
-        (6.0, 8, ("bf16", True, "none"), True),
-        (5.5, 8, ("bf16", True, "nf4"), False),
-    ],
-)
-def test_the_first_plan_that_fits_is_taken(card, free_gib, capability, settings, cached):
-    """The text's projections leave where that saves recomputation or bits."""
-    card(free_gib, capability)
-    found = planned(SDXL)
-    assert chosen(found) == settings and found.cache_cross_attention == cached
-    assert estimate(found, BaseSize(), 1).peak_gib <= USABLE * (free_gib + 0.5)
-    assert planned(found) == found
 
 
 def test_cached_text_and_one_that_changes_or_4_bit_exclude_each_other(card):
@@ -192,21 +172,23 @@ def cost(**changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("px", "rank", "batch", "plan"),
+    ("px", "rank", "batch", "plan", "kernels"),
     [
-        (1024, 16, 1, "full"),
-        (1024, 16, 8, "full"),
-        (512, 128, 1, "full_cached"),
-        (1024, 16, 1, "recompute_ff"),
-        (768, 64, 2, "recompute_ff_cached"),
-        (768, 16, 2, "recompute"),
-        (512, 16, 4, "recompute_cached"),
+        (1024, 16, 8, "full", 5_600),
+        (512, 128, 1, "full_cached", 5_600),
+        (1024, 16, 1, "recompute_ff", 5_700),
+        (768, 64, 2, "recompute_ff_cached", 5_700),
+        (768, 16, 2, "recompute", 7_500),
+        (512, 16, 4, "recompute_cached", 7_500),
     ],
 )
-def test_the_estimate_is_within_a_tenth_of_the_count(px, rank, batch, plan):
+def test_the_estimate_is_within_a_tenth_of_the_count_and_the_kernels_are_few(px, rank, batch, plan, kernels):
+    """They were 11,410 and 15,724 with the products and casts of the adapter made at each call."""
     config = run_config(px, rank, batch, plan)
     unet = adapted_unet(config)
-    assert estimated_total_gib(config) == pytest.approx(counted_total_gib(unet, count(config, unet)), rel=0.1)
+    found = count(config, unet)
+    assert estimated_total_gib(config) == pytest.approx(counted_total_gib(unet, found), rel=0.1)
+    assert found.kernels <= kernels
 
 
 def test_a_unet_counts_as_it_weighs_and_where_it_is():

@@ -33,7 +33,7 @@ def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_
     photos = paint_photos(tmp_path / "photos")
     flags = ["--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64", "--report_to", "none"]
     flags += ["--max_train_steps", "1", "--evaluate_steps", "1", "--num_validation_images", "0", "--no_find_scale"]
-    with few_pictures():
+    with few_pictures(inference_steps=1):
         assert train_main([str(photos), "dog", *flags, "--output_dir", str(tmp_path / "dog")]) == 0
     assert opened == {path.name: 1 for path in photos.iterdir()} and len(plans) == 1
     assert "evaluation" in (tmp_path / "dog" / "metrics.jsonl").read_text()
@@ -64,12 +64,6 @@ def test_exposures_a_photo_set_the_steps(batch, accumulation, processes, steps):
     plan = plan_steps(TrainConfig(exposures_per_photo=50, **sizes), 7, processes)
     assert plan.total_steps == steps
     assert 50 <= plan.exposures_a_photo < 50 + plan.photos_a_step / 7
-
-
-def test_steps_are_counted_for_the_subject_with_the_most_photos():
-    plan = plan_steps(TrainConfig(exposures_per_photo=40, train_batch_size=4), (5, 2))
-    assert (plan.total_steps, plan.exposures_a_photo, plan.exposures_a_subject) == (100, 40, 200)
-    assert plan_steps(TrainConfig(num_train_epochs=2, train_batch_size=1), (5, 2)).total_steps == 20
 
 
 def test_too_few_exposures_are_said_with_the_flag_that_sets_them():

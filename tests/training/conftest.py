@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from dreambooth_moslora.generation import fixed_seeds
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import paint_photos
 
 ROOT = Path(__file__).parents[2]
 MODULE = "tests.helpers.scenes"
+FEW = {"num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,15 @@ def photos(tmp_path_factory) -> Path:
 def base(tmp_path_factory) -> Path:
     """A base of its own, whose tokenizers get new words."""
     return save_tiny_sdxl(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def two_steps():
+    """The pictures that a run of any family draws, in two denoising steps: the program asks for 25, and for 50."""
+    drawn = fixed_seeds.drawn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fixed_seeds, "drawn", lambda *given, **options: drawn(*given, **options | FEW))
+        yield
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RAW_NAME, RunDir, files_by_name, run_files
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RAW_NAME, RunDir, files_by_name
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import MixersOnBases, SubjectPipeline
 from dreambooth_moslora.plan.checks import check_settings
@@ -80,16 +80,6 @@ def test_mixers_draw_what_the_folded_files_draw_alone_and_together(runs, tiny_ba
 
 
 @pytest.mark.slow
-def test_the_files_name_the_basis_and_the_mixers_alone_have_moved(runs):
-    mixers = read_mixers(RunDir(runs / "dog").mixers_path)
-    assert mixers.metadata.basis["kind"] == "svd" and len(mixers.metadata.basis["sha256"]) == 64
-    assert mixers.values.any() and mixers.metadata.recipe["basis"] == "svd"
-    dog, cat = (load_file(runs / name / "last" / RAW_NAME) for name in ("dog", "cat"))
-    assert all(torch.equal(dog[key], cat[key]) != key.endswith(".mixer") for key in dog)
-    assert {"dog", "dog@mixers"} <= set(files_by_name(run_files([runs / "dog"]), [runs]))
-
-
-@pytest.mark.slow
 def test_mixers_of_another_base_are_said_in_one_line_and_a_resumed_run_needs_the_same_basis(runs, config, tmp_path):
     other = save_tiny_sdxl(tmp_path)
     unet = other / "unet" / "diffusion_pytorch_model.safetensors"
@@ -100,26 +90,6 @@ def test_mixers_of_another_base_are_said_in_one_line_and_a_resumed_run_needs_the
     for basis, asked in ((None, "None"), (str(runs / "dog" / "last" / RAW_NAME), "file")):
         with pytest.raises(UserError, match=f"--basis: last has svd; you ask for {asked}"):
             train(config(tmp_path / "run", **resumed, basis=basis))
-
-
-@pytest.mark.slow
-def test_a_basis_from_a_file_is_found_beside_above_or_by_name(runs, config, tiny_base, tmp_path):
-    basis = tmp_path / "of" / "toys.safetensors"
-    basis.parent.mkdir()
-    shutil.copy(runs / "dog" / "last" / RAW_NAME, basis)
-    train(config(tmp_path / "of" / "run", basis=str(basis), learning_rate=0.3))
-    mixers = RunDir(tmp_path / "of" / "run").mixers_path
-    metadata = read_mixers(mixers).metadata
-    assert metadata.basis["file"] == "toys.safetensors" and "basis" not in metadata.recipe
-    subject = SubjectPipeline.from_base(tiny_base)
-    folded, mixed = (picture(subject, (subject.load_adapter(one), 1.0)) for one in (mixers.parent, mixers))
-    assert np.abs(folded - mixed).max() <= 1
-    moved = basis.rename(tmp_path / "moved.safetensors")
-    fresh = SubjectPipeline.from_base(tiny_base)
-    with pytest.raises(UserError, match=r"needs its basis, 'toys\.safetensors' .* name it with --basis"):
-        fresh.load_adapter(mixers)
-    fresh.bases.files.append(moved)
-    assert fresh.load_adapter(mixers) == "run@mixers"
 
 
 def test_a_basis_that_is_none_is_said_before_the_base_is_loaded_and_a_recipe_names_no_file(config, tmp_path, tiny_base):
@@ -409,7 +379,7 @@ def test_mixers_of_a_variant_find_its_files_beside_the_plain_ones(bases, tmp_pat
         bases.prepare(mixers[0], mixers_file)
 
 
-def test_the_best_steps_mixers_find_the_basis_above_the_run(bases, tmp_path):
+def test_the_best_steps_mixers_find_the_basis_above_the_run_and_others_by_its_name(bases, tmp_path):
     unet, run = tiny_unet(), RunDir(tmp_path / "run")
     inject(unet, MoSLoraConfig(r=2, lora_alpha=2, target_modules=[QUERY]))
     raw_file.save_raw({"unet": unet}, tmp_path / "toys_basis.safetensors", facts_of({"unet": unet}))
@@ -421,3 +391,6 @@ def test_the_best_steps_mixers_find_the_basis_above_the_run(bases, tmp_path):
         bases.pipeline.unet.delete_adapters(mixers.basis_key)
     with pytest.raises(UserError, match="into the folder above, or name it with --basis"):
         bases.prepare(mixers, run.path / "deep" / MIXERS_NAME)
+    bases.files.append(tmp_path / "toys_basis.safetensors")
+    bases.prepare(mixers, run.path / "deep" / MIXERS_NAME)
+    assert bases.show([(mixers, 1.0)]) == {mixers.basis_key}

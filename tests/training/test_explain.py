@@ -13,7 +13,6 @@ from safetensors import safe_open
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import find_asset
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
@@ -32,6 +31,8 @@ SCORES = dict(
 RISEN = {"likeness": ((80, 0.66), (160, 0.69), (240, 0.7)), "score": ((80, 0.62), (160, 0.67), (240, 0.66))}
 GOOD = Figures(config=CONFIG, state="done", step=240, photos=5, nearness=0.7, scores=SCORES, **RISEN)
 FAULTY = ("--no_with_prior_preservation", "--max_train_steps=12", "--evaluate_steps=4", "--lr_scheduler=constant")
+
+
 SHORT = ("--max_train_steps=80", "--evaluate_steps=40", "--no_find_scale", "--num_validation_images=0")
 
 
@@ -141,17 +142,6 @@ def test_the_command_reads_a_real_run_and_says_how_to_score_it(tiny_base, photos
     out = capsys.readouterr().out
     assert "it ended after 2 steps; each of 3 photos was shown 1 times" in out
     assert "--exposures_per_photo" in out and "nothing was scored" in out
-
-
-@pytest.mark.slow
-def test_subjects_that_were_hardly_learnt_are_said_to_be_taken_for_each_other(tmp_path):
-    recipe = ["--config", "assets/configs/two_subjects.toml", "--num_validation_images", "0"]
-    flags = ["--max_train_steps=2", "--evaluate_steps=2", "--crops_per_photo=1", "--output_dir", str(tmp_path / "two")]
-    with few_pictures(templates=2):
-        assert train_main([*recipe, *flags]) == 0
-    found = figures_of(RunDir(tmp_path / "two"))
-    said = advice_after(found)
-    assert any(f"confusion {found.scores['confusion']:.2f}" in line for line in said), said
 
 
 @pytest.mark.slow

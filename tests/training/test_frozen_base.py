@@ -312,15 +312,6 @@ def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny
     assert seen == [is_there]
 
 
-@pytest.mark.slow
-def test_only_what_the_steps_will_show_is_encoded(tiny_base, photos, tmp_path):
-    events, size = [], {"max_train_steps": 1, "gradient_accumulation_steps": 2, "train_batch_size": 2}
-    prior = {"with_prior_preservation": True, "num_class_images": 5}
-    with few_steps():
-        train(tiny_config(tiny_base, photos, tmp_path / "run", crops_per_photo=9, **size, **prior), events.append)
-    assert {event.total for event in events if getattr(event, "phase", "") == "caching"} == {4 + 4}
-
-
 def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog, monkeypatch):
     single, half = torch.float32, torch.bfloat16
     cases = [("cuda", single, False, "--mixed_precision bf16"), ("cpu", half, False, "--mixed_precision no")]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.cli import evaluate
-from dreambooth_moslora.core import StopRequestedError, UserError, file_digest
+from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import Captioner
@@ -236,17 +236,6 @@ def top_up(images, count, batch_size=4):
     for batch in images.lacking(count, batch_size):
         batch.keep(batch.files(paint))
     return calls
-
-
-def test_missing_images_are_generated_with_a_manifest(tmp_path):
-    images = dogs(tmp_path / "class_images")
-    assert [len(seeds) for seeds in top_up(images, 6)] == [4, 2]
-    manifest = json.loads((images.folder / "manifest.json").read_text())
-    assert manifest.keys() == pictures_in(images.folder).keys()
-    for name, facts in manifest.items():
-        made = {"prompt": "a dog", "model": "toy", "resolution": 8, "sha256": file_digest(images.folder / name)}
-        assert facts == made | {"seed": facts["seed"]}
-    assert len({facts["seed"] for facts in manifest.values()}) == 6
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"half a picture"])

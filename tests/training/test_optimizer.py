@@ -55,17 +55,6 @@ def test_each_group_has_its_own_rate_and_mixers_do_not_decay():
     assert groups["unet"]["lr"] == pytest.approx(24e-4) and groups["text_encoder"]["lr"] == 5e-6
 
 
-def test_warmup_counts_optimizer_steps():
-    config, rates = TrainConfig(lr_scheduler="linear", lr_warmup_steps=2, learning_rate=1.0), []
-    optimizer = make_optimizer(config, parameter_groups(config, components()))
-    schedule = optimizers.make_lr_schedule(config, optimizer, max_train_steps=4)
-    for _ in range(5):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
-
-
 def stepped(config, module_groups):
     """The first group's parameters after some steps with gradients of one, and the optimizer."""
     optimizer = make_optimizer(config, module_groups)

@@ -191,18 +191,6 @@ def test_the_subject_pipeline_takes_tokens_by_itself_but_no_others_and_no_word_t
         pipeline.activate(pair)
 
 
-@pytest.mark.slow
-def test_generate_draws_with_the_tokens_and_finds_them_again_by_its_picture(run, base, tmp_path):
-    def drawn(name: str, *words: str):
-        usual = ["--base", str(base), "--steps", "2", "--adapter", run.output_dir, "--output_dir", str(tmp_path / name)]
-        assert main(["generate", *usual, *words]) == 0
-        return next((tmp_path / name).glob("*.png"))
-
-    first = drawn("one", "--prompt", PROMPT)
-    again, other = drawn("two", "--from_png", str(first)), drawn("three", "--prompt", "a photo of skz dog")
-    assert first.read_bytes() == again.read_bytes() != other.read_bytes()
-
-
 def test_export_info_verify_and_the_page_know_the_tokens_file_and_its_word(run, photos, tmp_path, capsys):
     folder, tokens = RunDir(run.output_dir), tmp_path / "dog_emb.safetensors"
     assert main(["export", str(folder.checkpoint_path(5)), "--out", str(tmp_path), "--name", "dog"]) == 0

@@ -14,8 +14,9 @@ from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.memory import STOCK_SDXL
+from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.loop import train
-from tests.helpers.scenes import quick_call
+from tests.helpers.scenes import Watched, quick_call
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, logged, paint_photos, tiny_config
 from tests.training.conftest import MODULE, ROOT
 
@@ -41,7 +42,14 @@ def test_two_processes_train_one_adapter_and_are_one_process_with_accumulation_t
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-def test_several_subjects_are_shown_and_learnt_alike_by_two_processes_and_by_one(tiny_base, tmp_path, play):
+@pytest.fixture
+def watched(monkeypatch):
+    """The steps of the trainings in this process."""
+    monkeypatch.setattr(loop, "TrainStep", Watched)
+    return Watched.found
+
+
+def test_several_subjects_are_shown_and_learnt_alike_by_two_processes_and_by_one(tiny_base, tmp_path, play, watched):
     tables = [
         {
             "instance_data_dir": str(paint_photos(tmp_path / kind, count)),
@@ -52,14 +60,12 @@ def test_several_subjects_are_shown_and_learnt_alike_by_two_processes_and_by_one
     ]
     changes = {"subjects": tables, "with_prior_preservation": True, "prior": "adapter_off", "max_train_steps": 4}
     changes |= {"train_batch_size": 2, "train_text_encoder_ti": True}  # a process may have no prompt with its word
-    shown = []
-    for count in (2, 1):
-        config = tiny_config(tiny_base, None, tmp_path / str(count), gradient_accumulation_steps=3 - count, **changes)
-        ended, played = play([{"config": config}], count)
-        shown.append(sorted((note for (scene,) in played for note in scene["shown"]), key=lambda note: note[0]))
-        assert {code for code, _ in ended} == {0}, ended
-    assert shown[0] == shown[1]
-    prompts = [prompt for _, found, _ in shown[0] for prompt in found[:2]]
+    ended, played = play([{"config": tiny_config(tiny_base, None, tmp_path / "2", **changes)}])
+    assert {code for code, _ in ended} == {0}, ended
+    train(tiny_config(tiny_base, None, tmp_path / "1", gradient_accumulation_steps=2, **changes))
+    shown = sorted(tuple(note) for (scene,) in played for note in scene["shown"])
+    assert shown == watched[-1].shown
+    prompts = [prompt for _, found, _ in shown for prompt in found[:2]]
     assert len(prompts) == 16 and all(len(set(prompts[at : at + 3])) == 3 for at in range(0, 15, 3))
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
     assert largest_difference(tmp_path / "2", tmp_path / "1") < 1e-5
@@ -75,17 +81,6 @@ def test_launched_on_cpus_without_mpi_it_is_one_process_and_says_so(tiny_base, p
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes" in done.stderr
     train(tiny_config(tiny_base, photos, tmp_path / "plain", max_train_steps=1))
     assert adapter_sha256(tmp_path / "launched") == adapter_sha256(tmp_path / "plain")
-
-
-def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_base, photos, tmp_path, play):
-    """What a library warns of is shown by the main process alone."""
-    config = tiny_config(tiny_base, photos, tmp_path / "run")
-    ended, both = play([{"config": config, "place": "encoded", "rank": 1, "after": 0, "end": "stop"}])
-    said = [words for _, words in ended]
-    assert [scene["code"] for (scene,) in both] == [130, 130], said
-    assert "stopped before the first step" in said[0] and "encoded" in both[1][0]
-    assert ["every process says: encoded" in words for words in said] == [True, False]
-    assert not RunDir(tmp_path / "run").checkpoints()
 
 
 SCENES = {
@@ -168,53 +163,39 @@ def short(tiny_base, photos, tmp_path):
     return lambda name: tiny_config(tiny_base, photos, tmp_path / name, max_train_steps=3, checkpointing_steps=1)
 
 
-def test_what_the_main_process_cannot_write_ends_both_and_the_process_that_is_killed_the_other(play, short, tmp_path):
+def test_a_stop_and_what_the_main_process_cannot_write_end_both_and_its_kill_the_other(play, short, tmp_path):
+    """The other hears the stop while photos are encoded. What a library warns of the main process alone shows."""
     full = {"rank": 0, "end": "full"}
     scenes = [
+        {"config": short("stopped"), "place": "encoded", "rank": 1, "after": 0, "end": "stop"},
         {"config": short("0"), "place": "started", "after": 0, **full},
         {"config": short("1"), "place": "reported", "after": 1, **full},
-        {"config": short("2"), "place": "averaged", "rank": 1, "after": 1, "end": "kill"},
+        {"config": short("2"), "place": "averaged", "rank": 0, "after": 1, "end": "kill"},
     ]
-    ((_, main_said), (other_code, other_said)), (main, other) = play(scenes)
-    assert [scene["code"] for scene in main] == [2, 2, 2], main_said
-    assert [scene["code"] for scene in other] == [2, 2] and other_code == -9, other_said
+    ((main_code, main_said), (other_code, other_said)), (main, other) = play(scenes)
+    assert [scene["code"] for scene in main] == [130, 2, 2] and main_code == -9, main_said
+    assert [scene["code"] for scene in other] == [130, 2, 2, 2] and other_code == 0, other_said
+    assert "stopped before the first step" in main_said
+    assert ["every process says: encoded" in words for words in (main_said, other_said)] == [True, False]
     assert other_said.count("error: the main process ended: [Errno 28]") == 2
-    assert main_said.count(f"error: {GONE}") == 1 and "Traceback" not in main_said + other_said
-    assert [checkpoints(tmp_path / name) for name in "012"] == [[], ["checkpoint-1", "checkpoint-2"], ["checkpoint-1"]]
+    assert other_said.count(f"error: {GONE}") == 1 and "Traceback" not in main_said + other_said
+    left = [checkpoints(tmp_path / name) for name in ("stopped", *"012")]
+    assert left == [[], [], ["checkpoint-1", "checkpoint-2"], ["checkpoint-1"]]
 
 
-def test_the_others_end_in_a_line_when_the_main_process_is_killed(play, short, tmp_path):
-    killed = {"config": short("0"), "place": "averaged", "rank": 0, "after": 1, "end": "kill"}
-    ((main_code, _), (_, said)), (_, (scene,)) = play([killed])
-    assert main_code == -9 and scene["code"] == 2, said
-    assert said.count(f"error: {GONE}") == 1 and "Traceback" not in said
-    assert checkpoints(tmp_path / "0") == ["checkpoint-1"]
-
-
-def test_cards_with_different_memory_free_train_one_adapter_by_the_smaller(play, tiny_base, photos, tmp_path):
-    file = tmp_path / "config.json"
+def test_cards_of_different_memory_train_by_the_smaller_and_different_flags_end_both_in_one_line(
+    play, tiny_base, photos, tmp_path
+):
+    """So does a card that is too small."""
+    file, own_file = tmp_path / "config.json", tmp_path / "own.json"
     one_word = [str(photos), "dog", "--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64"]
     one_word += ["--max_train_steps", "2", "--num_validation_images", "0", "--report_to", "none"]
     one_word += ["--output_dir", str(tmp_path / "word")]
     planned = tiny_config(tiny_base, photos, tmp_path / "plan", max_train_steps=2, memory="auto")
     file.write_text(json.dumps(planned.to_dict()))
-    free_and_flags = [([23.2, 20.8], one_word), ([23.2, 0.01], ["--config", str(file), "--cache_cross_attention"])]
-    ended, both = play([{"free": free, "flags": [flags] * 2} for free, flags in free_and_flags])
-    for main, other in zip(*both, strict=True):
-        assert main["adapter"] == other["adapter"] and main["code"] == other["code"] == 0 and main["adapter"], ended
-    word, plan = (json.loads((tmp_path / name / "train_config.json").read_text()) for name in ("word", "plan"))
-    assert word["rank"] == 16 and plan["gradient_checkpointing"] is True
-    assert "recipe: assets/configs/sdxl.toml (" in ended[0][1]
-
-
-def test_different_flags_and_a_card_that_is_too_small_end_both_in_one_line(play, tiny_base, photos, tmp_path):
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(tiny_config(tiny_base, photos, tmp_path / "run").to_dict()))
-    own = ["--config", str(file)]
-    model, index = (
-        tmp_path / "hub" / f"models--{STOCK_SDXL.replace('/', '--')}",
-        f"snapshots/{'0' * 40}/model_index.json",
-    )
+    own_file.write_text(json.dumps(tiny_config(tiny_base, photos, tmp_path / "run").to_dict()))
+    own, model = ["--config", str(own_file)], tmp_path / "hub" / f"models--{STOCK_SDXL.replace('/', '--')}"
+    index = f"snapshots/{'0' * 40}/model_index.json"
     for name, text in (("refs/main", "0" * 40), (index, '{"_class_name": "StableDiffusionXLPipeline"}')):
         (model / name).parent.mkdir(parents=True)
         (model / name).write_text(text)
@@ -227,9 +208,17 @@ def test_different_flags_and_a_card_that_is_too_small_end_both_in_one_line(play,
         [[str(photos), "dog"], [str(photos), "cat"]],
         [sdxl, sdxl],
     ]
-    ended, both = play([{"free": [23.2, 3.0], "flags": pair} for pair in pairs])
+    free_and_flags = [([23.2, 20.8], [one_word] * 2)]
+    free_and_flags += [([23.2, 0.01], [["--config", str(file), "--cache_cross_attention"]] * 2)]
+    free_and_flags += [([23.2, 3.0], pair) for pair in pairs]
+    ended, both = play([{"free": free, "flags": flags} for free, flags in free_and_flags])
     said = [words for _, words in ended]
-    assert all((end["code"], end["adapter"]) == (2, None) for played in both for end in played), said
+    for main, other in zip(*(played[:2] for played in both), strict=True):
+        assert main["adapter"] == other["adapter"] and main["code"] == other["code"] == 0 and main["adapter"], said
+    word, plan = (json.loads((tmp_path / name / "train_config.json").read_text()) for name in ("word", "plan"))
+    assert word["rank"] == 16 and plan["gradient_checkpointing"] is True
+    assert "recipe: assets/configs/sdxl.toml (" in said[0]
+    assert all((end["code"], end["adapter"]) == (2, None) for played in both for end in played[2:]), said
     main, other = ([line for line in words.splitlines() if line.startswith("error: ")] for words in said)
     assert len(main) == len(other) == len(pairs), said
     same = "give all processes the same flags and files."

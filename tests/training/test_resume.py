@@ -40,31 +40,29 @@ CONVOLUTIONS = {"target_modules": ("to_q", "conv1", "conv_shortcut")}
 BASIS = {"basis": "svd", "rank": 3, "lora_alpha": 2, "target_modules": ("to_q", "conv1"), "learning_rate": 0.3}
 TEXT = {"train_text_encoder": True, "lora_dropout": 0.3, "use_dora": True, "lr_scheduler": "cosine"}
 BITS_8 = {"use_8bit_adam": True, "rank": 128}
+TOKENS, KRONECKER = {"train_text_encoder_ti": True}, {"mixer": "kronecker", "rank": 8, "mixer_factor": 4}
 KINDS = {
-    "plain": {"random_flip": True},
-    "bare_prompt": {"instance_data_dir": "placed", "instance_prompt_share": 0.5, "seed": 1},
+    "bare_prompt": {"instance_data_dir": "placed", "instance_prompt_share": 0.5, "seed": 1, "random_flip": True},
     "class_images_and_captions": CLASS_IMAGES | TAGS | {"caption_dropout": 0.4},
     "accumulation_and_convolutions": CONVOLUTIONS | {"gradient_accumulation_steps": 3, "train_batch_size": 2},
     "text_encoder_dropout_and_dora": BASE_PRIOR | WARM | TEXT,
     "buckets_and_adafactor": BUCKETS | CONVOLUTIONS | {"optimizer": "Adafactor"},
-    "prodigy_uncached": TWO_CROPS | {"optimizer": "Prodigy", "learning_rate": 1.0, "caching": "off"},
-    "kronecker": {"mixer": "kronecker", "rank": 8, "mixer_factor": 4},
+    "prodigy_uncached_kronecker": TWO_CROPS
+    | KRONECKER
+    | {"optimizer": "Prodigy", "learning_rate": 1.0, "caching": "off"},
     "schedule_free": WARM | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
     "adam_8bit_in_bf16": BITS_8 | {"mixed_precision": "bf16", "gradient_checkpointing": True},
-    "average": {"use_ema": True},
     "basis": BASIS,
-    "new_tokens_and_average": BASE_PRIOR | {"train_text_encoder_ti": True, "use_ema": True},
     "prior_of_some": CLASS_IMAGES | {"prior_every": 3, "caching": "off", "dataloader_num_workers": 1},
-    "several_subjects": CLASS_IMAGES | {"subjects": [DOG, CAT]},
-    "new_tokens_of_several_subjects": {"subjects": [DOG, CAT], "train_text_encoder_ti": True},
+    "new_tokens_of_several_subjects_and_average": CLASS_IMAGES | TOKENS | {"subjects": [DOG, CAT], "use_ema": True},
     "class_images_of_several_sizes": CLASS_IMAGES | SIZES | {"max_train_steps": 2},
 }
 NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}
-FAST = ("plain", "bare_prompt")
+FAST = ("bare_prompt",)
 STOPS = {
-    **dict.fromkeys(("plain", "class_images_and_captions", "accumulation_and_convolutions"), (1, 2, 3)),
     "prior_of_some": (1, 2, 3),
-    **dict.fromkeys(("new_tokens_and_average", "new_tokens_of_several_subjects"), (1, 3)),  # the pivot is step 2
+    "class_images_and_captions": (1, 2, 3),
+    "new_tokens_of_several_subjects_and_average": (1, 3),  # the pivot is step 2
     **dict.fromkeys(("text_encoder_dropout_and_dora", "schedule_free"), (1,)),  # step 2 has the whole learning rate
     "class_images_of_several_sizes": (0,),
 }

@@ -133,24 +133,21 @@ def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
 
 
 ROOT = Path(__file__).resolve().parents[2]
-ATTENTION, SAMPLES = ["to_q", "to_k", "to_v", "to_out.0"], {"num_validation_images": 1, "validation_steps": 2}
+ATTENTION, CONVOLUTIONS = ["to_q", "to_k", "to_v", "to_out.0"], ["to_q", "conv1", "ff.net.0.proj", "ff.net.2"]
 PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
 TRAININGS = {
     "plain": {"target_modules": ATTENTION},
-    "bf16": {"target_modules": ATTENTION, "mixed_precision": "bf16"},
     "text encoders, recomputed": {"train_text_encoder": True, "gradient_checkpointing": True},
-    "new tokens, bf16": {"train_text_encoder_ti": True, "mixed_precision": "bf16"},
+    "new tokens, bf16": {"train_text_encoder_ti": True, "mixed_precision": "bf16", "target_modules": ATTENTION},
     "min-SNR, accumulated": {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
+    "prior of the base": PRIOR,
+    "one image after the other": PRIOR | {"images_at_once": 1},
+    "class images": {"with_prior_preservation": True},
+    "convolutions, feed-forward blocks recomputed": {"target_modules": CONVOLUTIONS, "recompute_feed_forward": True},
+    "Prodigy, DoRA": {"use_dora": True, "optimizer": "Prodigy", "learning_rate": 1.0},
+    "EDM, uncached": {"do_edm_style_training": True, "caching": "off", "dataloader_num_workers": 2},
+    "text cached, samples": {"cache_cross_attention": True, "num_validation_images": 1, "validation_steps": 2},
 }
-TRAININGS |= {"prior of the base": PRIOR, "class images": {"with_prior_preservation": True}, "samples": SAMPLES}
-TRAININGS |= {"convolutions": {"target_modules": ["to_q", "conv1", "ff.net.0.proj"]}, "DoRA": {"use_dora": True}}
-TRAININGS |= {"EDM": {"do_edm_style_training": True}, "uncached": {"caching": "off", "dataloader_num_workers": 2}}
-TRAININGS |= {"Prodigy": {"optimizer": "Prodigy", "learning_rate": 1.0}}
-TRAININGS |= {"text cached, samples": {"cache_cross_attention": True, **SAMPLES}}
-FEED_FORWARD = {"target_modules": ["to_q", "ff.net.2"], "recompute_feed_forward": True}
-TRAININGS |= {"feed-forward blocks recomputed": FEED_FORWARD}
-TRAININGS |= {"one image after the other": PRIOR | {"images_at_once": 1}}
-
 COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
 """Each wait leaves the GPU idle until the program has handed it the next kernels: the loss alone is read. And each
 micro-batch is sent at once."""
