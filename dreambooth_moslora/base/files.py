@@ -49,6 +49,17 @@ def variants_in(folder: Path) -> list[str]:
     return sorted({name.partition("-")[0] for name in names if name})
 
 
+def variant_here(name: str | Path) -> str | None:
+    """The variant of a base whose plain files are not on this machine, `fp16` before others; else None. A training by
+    `sdxl.toml` fetches that variant alone. Raises UserError."""
+    source = resolve_base(name)
+    folder = cached_folder(source) if isinstance(source, str) else source
+    for denoiser in families.DENOISERS if folder else ():
+        if any("." in file.stem for file in weight_files(folder / denoiser)):
+            return min(variants_in(folder / denoiser), key=lambda variant: (variant != "fp16", variant), default=None)
+    return None
+
+
 def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
     """Name -> shape for a component's folder; empty for another format, or none. Raises UserError."""
     shapes: dict[str, list[int]] = {}
@@ -102,14 +113,9 @@ def base_folder(config: table.TrainConfig) -> Path | None:
     """The diffusers folder of the base; None for a single file or one not fetched yet. Raises UserError."""
     source = resolve_base(config.pretrained_model_name_or_path)
     if isinstance(source, str):
-        from huggingface_hub import try_to_load_from_cache
-
-        places = {"cache_dir": config.cache_dir, "revision": config.revision}
-        found = try_to_load_from_cache(source, INDEX, **places)
-        folder = Path(found).parent if isinstance(found, str) else None
-        return (
-            folder if folder and any((folder / name / "config.json").is_file() for name in families.DENOISERS) else None
-        )
+        folder = cached_folder(source, config.revision, config.cache_dir)
+        has_denoiser = folder and any((folder / name / "config.json").is_file() for name in families.DENOISERS)
+        return folder if has_denoiser else None
     if source.is_file():
         return None
     check_diffusers_folder(source, config.variant, has_vae=config.pretrained_vae_model_name_or_path is None)
@@ -141,8 +147,9 @@ def facts_of_base(
     source = resolve_base(name)
     if isinstance(source, Path) and source.is_file():
         return facts_of_file(source)
-    if isinstance(source, str) and source.lower() in families.BY_HUB_ID and not is_cached(source, revision, cache_dir):
-        return families.BY_HUB_ID[source.lower()][0]
+    known = families.BY_HUB_ID.get(source.lower()) if isinstance(source, str) else None
+    if known and not cached_folder(source, revision, cache_dir):
+        return known[0]
     index = index_of(name, revision, cache_dir)
     return None if index is None else facts_in(index)
 
@@ -157,22 +164,23 @@ def index_of(name: str | Path, revision: str | None = None, cache_dir: str | Pat
     return index if isinstance(index, dict) else None
 
 
-def is_cached(source: str, revision: str | None = None, cache_dir: str | Path | None = None) -> bool:
+def cached_folder(source: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path | None:
+    """Where the hub's cache has the base of that id."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(source, INDEX, revision=revision, cache_dir=cache_dir), str)
+    found = try_to_load_from_cache(source, INDEX, revision=revision, cache_dir=cache_dir)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 @cache
 def hub_index(source: str, revision: str | None = None, cache_dir: str | Path | None = None) -> dict | str:
     """The `model_index.json` of a hub id, from the cache or the hub; a reason where neither gives one. The hub is asked
     once, for five seconds: loading a base asks it again for minutes."""
-    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import OfflineModeIsEnabled, build_hf_headers, get_session
 
-    found = try_to_load_from_cache(source, INDEX, revision=revision, cache_dir=cache_dir)
-    if isinstance(found, str):
-        return read_json(Path(found))
+    if folder := cached_folder(source, revision, cache_dir):
+        return read_json(folder / INDEX)
     try:
         answer = get_session().get(hf_hub_url(source, INDEX, revision=revision), headers=build_hf_headers(), timeout=5)
         index = answer.json() if answer.status_code == 200 else HUB_ANSWERS.get(answer.status_code, "has none")

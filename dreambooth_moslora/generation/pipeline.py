@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 from dreambooth_moslora import __version__, core
 from dreambooth_moslora.adapters import basis, lora_file, metadata, new_tokens
 from dreambooth_moslora.base import decode, families, load, machine
-from dreambooth_moslora.base.files import base_folder, facts_of_base
+from dreambooth_moslora.base.files import base_folder, facts_of_base, variant_here
 from dreambooth_moslora.disk.run_folder import BEST_NAME, find_weights
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Provenance, Recipe, Step
 from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
@@ -260,7 +260,8 @@ class SubjectPipeline:
         device = torch.device(device or machine.best_device())
         half = torch.bfloat16 if getattr(facts_of_base(name), "style", None) == "flow" else torch.float16
         dtype = dtype or (half if device.type in ("cuda", "mps") else torch.float32)
-        subject = cls(load.load_pipeline(name, dtype=dtype), core.public_name(name), device)
+        pipeline = load.load_pipeline(name, dtype=dtype, variant=variant_here(name))
+        subject = cls(pipeline, core.public_name(name), device)
         if not (resting or subject.home.is_short):
             subject.home.enter()
         return subject

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.base.files import variant_here
 from dreambooth_moslora.base.machine import GIB, apple_gib, best_device
 from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, is_number, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
@@ -274,7 +275,7 @@ class TrainForm:
         token = " ".join(str(self.token).split())
         return {
             "pretrained_model_name_or_path": base,
-            "variant": None,  # the files that the page itself has loaded
+            "variant": variant_here(base),  # the files that the page itself has loaded
             "output_dir": str(run_dir),
             "resolution": resolution_px,
             **self.settings_given(base, is_like=is_like),

@@ -20,8 +20,9 @@ from torch import nn
 from dreambooth_moslora.adapters.moslora import inject
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.base.decode import load_vae_alone
-from dreambooth_moslora.base.files import base_folder, variants_in, weight_files
+from dreambooth_moslora.base.files import base_folder, variant_here, variants_in, weight_files
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan import checks, memory
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
@@ -292,6 +293,21 @@ def test_the_variants_of_a_component_are_read_from_its_file_names(name, tmp_path
     assert variants_in(tmp_path) == ["fp16"]
     assert [file.stem for file in weight_files(tmp_path, "fp16")] == [name]
     assert variants_in(tmp_path / "none") == []
+
+
+def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(tiny_base, tmp_path, monkeypatch):
+    """As a training by the recipe for SDXL leaves it in the hub's cache: the plain files are 14 GB more."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--owner--half"
+    folder = model / "snapshots" / ("0" * 40)
+    load.load_pipeline(tiny_base).save_pretrained(folder, variant="fp16")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0" * 40)
+    for name in (str(folder), "owner/half"):
+        assert variant_here(name) == "fp16"
+        assert SubjectPipeline.from_base(name).pipeline.unet.num_parameters()
+    load.load_pipeline(tiny_base).unet.save_pretrained(folder / "unet")
+    assert [variant_here(name) for name in ("owner/half", tiny_base, "owner/none")] == [None] * 3
 
 
 @pytest.fixture(scope="module")
