@@ -414,7 +414,7 @@ class TrainConfig:
         "stop when the score has not risen for this many evaluations (default: only warn)", low=1)
 
     output_dir: str = of_run("lora-dreambooth-model", "the run folder", path=expanduser, yields_to=(rows.WORDS,))
-    output_kohya_format: bool = of_run(False, "accepted: the file for ComfyUI and A1111 is always written")
+    output_kohya_format: bool = of_run(False, "accepted: a UNet's file for ComfyUI and A1111 is always written")
     upcast_before_saving: bool = of_run(False, "accepted: adapters are kept in fp32 all along")
     checkpointing_steps: int = of_run(500, "steps between checkpoints",
         low=1, elsewhere="save_every_n_epochs save_every_n_steps")
