@@ -128,7 +128,7 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     from dreambooth_moslora.adapters.fast_linear import disable_fast_path
     from dreambooth_moslora.base.load import quantize
     from dreambooth_moslora.training.selftest import random_materials
-    from dreambooth_moslora.training.step import TrainStep, lay_channels_last
+    from dreambooth_moslora.training.step import TrainStep, lay_convolutions
 
     materials = random_materials(options.size, options.resolution)
     unet = materials.pipeline.unet.requires_grad_(False)
@@ -136,7 +136,7 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
         quantize(unet, "nf4", torch.bfloat16, accelerator.device)
     unet.to(accelerator.device)
     if arm == "channels_last":
-        lay_channels_last(unet)
+        lay_convolutions(unet, torch.channels_last)
     config = run_config(options, "on" if arm == "compiled" else "off", "on" if arm == "graphed" else "off")
     train_step = TrainStep(config, materials, accelerator, max_train_steps=WARM_UP + options.steps)
     if arm == "peft":

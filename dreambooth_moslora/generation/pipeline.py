@@ -376,8 +376,9 @@ class SubjectPipeline:
     def family_for(
         self, adapters: Iterable[tuple[str, float]], given: Mapping[str, Any] | None = None
     ) -> families.Family:
-        """The family with the `given` text options, and else with those of the adapters' runs. Raises UserError for one
-        that is not the family's, that a file withholds, or that two runs set differently."""
+        """The family with the `given` text options, and else with those that the adapters' runs set: none where a run
+        has the default. Raises UserError for one that is not the family's, that a file withholds, or that two runs set
+        differently."""
         facts, options = self.family.facts, dict(given or {})
         if wrong := [name for name in options if name not in facts.text_options]:
             raise core.UserError(f"--{wrong[0]} is not for {facts.title}; leave it out")

@@ -387,14 +387,26 @@ def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
     pays, is_nhwc = is_cuda and images >= WORTH_IMAGES, is_cuda and machine.has_fast_nhwc()
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
     searches = pays and is_nhwc and not config.enable_bucket and not config.deterministic
-    gains = is_nhwc and machine.measured_gain(machine.CHANNELS_LAST) >= WORTH_GAIN
-    return Speed(config.compile == "on" or by_itself, gains, searches, config.cuda_graph == "on", images)
+    gains = is_nhwc and not config.deterministic and machine.measured_gain(machine.CHANNELS_LAST) >= WORTH_GAIN
+    graphs = is_cuda and config.cuda_graph == "on" and not unrecordable(config)
+    return Speed(config.compile == "on" or by_itself, gains, searches, graphs, images)
+
+
+def unrecordable(config: table.TrainConfig) -> str | None:
+    """Why this run's passes cannot be CUDA graphs, in a few words; None if it can be tried."""
+    reasons = {
+        "--lora_dropout draws in a pass": config.lora_dropout > 0,
+        "recomputation asks for the generator's state": config.gradient_checkpointing or config.recompute_feed_forward,
+        "--cache_cross_attention fetches each text's products from the host": config.cache_cross_attention,
+        "texts are encoded in each pass": config.keeps_text_encoders,
+    }
+    return next((words for words, applies in reasons.items() if applies), None)
 
 
 def speed_here(config: table.TrainConfig, steps: int) -> Speed:
     """The choice on this machine, for a dry run. It looks for a GPU only where that matters."""
     is_long = images_of(config, steps) >= WORTH_IMAGES
-    is_on_gpu = is_long and not machine.asks_accelerate("ACCELERATE_USE_CPU")
+    is_on_gpu = (is_long or config.cuda_graph == "on") and not machine.asks_accelerate("ACCELERATE_USE_CPU")
     return speed_of(config, machine.best_device().type if is_on_gpu else "cpu", steps)
 
 

@@ -24,6 +24,7 @@ ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
 """B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style."""
 PATTERN = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
+NUMBER = re.compile(r"[0-9]{1,3}")
 SIZE = re.compile(r"\s*0*([1-9]\d{0,4})\s*,\s*0*([1-9]\d{0,4})\s*")
 
 

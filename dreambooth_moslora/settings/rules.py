@@ -126,7 +126,7 @@ def check_together(config: Config) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, name):
             rows.parse_pattern(name, text)
-    if wrong := next((layer for layer in config.text_encoder_out_layers if not layer.isdecimal()), ""):
+    if wrong := next((layer for layer in config.text_encoder_out_layers if not rows.NUMBER.fullmatch(layer)), ""):
         raise UserError(f"--text_encoder_out_layers {wrong}: expected numbers of layers, such as 9 18 27.")
     if not config.target_modules:
         raise UserError("--target_modules is empty: name at least one projection, such as to_q.")

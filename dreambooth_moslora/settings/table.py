@@ -572,7 +572,8 @@ def checked_setting(name: str, value: Any) -> Any:
     found = as_type(base, value)
     if found is None:
         is_undecodable = isinstance(value, (str, Path)) and not is_text(str(value))
-        raise UserError(f"--{name} {value!r}: {why_no_text() if is_undecodable else f'expected {EXPECTED[base]}'}.")
+        why = why_no_text(str(value)) if is_undecodable else f"expected {EXPECTED[base]}"
+        raise UserError(f"--{name} {value!r}: {why}.")
     found = facts["spellings"].get(str(found).lower(), found)
     if found != item.default:
         if facts["choices"] and found not in facts["choices"]:
@@ -598,9 +599,11 @@ EXPECTED = {
 }
 
 
-def why_no_text() -> str:
+def why_no_text(value: str) -> str:
     encoding = sys.getfilesystemencoding()
-    return NO_TEXT if encoding == "utf-8" else f"Python reads words and names as {encoding} here; set PYTHONUTF8=1"
+    if encoding == "utf-8" or "\0" in value:
+        return NO_TEXT
+    return f"Python reads words and names as {encoding} here; set PYTHONUTF8=1"
 
 
 def as_type(base: Any, value: Any) -> Any:

@@ -6,7 +6,8 @@ where they are; if they moved since the last step, all is recorded anew. The gra
 the record lie. Nothing in it waits for the GPU or draws numbers: a micro-batch is drawn before.
 
 The first pass of a shape is made as usual, so that libraries can prepare; the next is recorded. If that fails, the run
-goes on without graphs, and says so in one line. All graphs share one pool of memory, as one is replayed at a time.
+goes on without graphs, and says so in one line. At most 32 shapes are recorded, as each keeps gradients of its own;
+further ones are passed as usual. All graphs share one pool of memory, as one is replayed at a time.
 """
 
 import logging
@@ -17,11 +18,13 @@ from typing import Any, Protocol
 import torch
 
 from dreambooth_moslora.core import one_line
+from dreambooth_moslora.plan.memory import unrecordable
 from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 GOES_ON = "the run goes on without"
+MOST_SHAPES = 32
 Micro = Any  # Stands for `step.MicroBatch`, which imports this file.
 Differentiate = Callable[[Sequence[Micro], float | None], list[torch.Tensor]]
 """Makes a pass of micro-batches, or of a part with its share. Returns their losses; the leaves get gradients."""
@@ -58,15 +61,7 @@ RECORDERS: dict[str, Callable[[Callable[[], list[torch.Tensor]]], Record]] = {"c
 
 def obstacle(config: TrainConfig, device_type: str) -> str | None:
     """Why this run's passes cannot be recorded, in a few words; None if it can be tried."""
-    if device_type not in RECORDERS:
-        return f"there are no graphs on {device_type}"
-    reasons = {
-        "--lora_dropout draws in a pass": config.lora_dropout > 0,
-        "recomputation asks for the generator's state": config.gradient_checkpointing or config.recompute_feed_forward,
-        "--cache_cross_attention fetches each text's products from the host": config.cache_cross_attention,
-        "texts are encoded in each pass": config.keeps_text_encoders,
-    }
-    return next((words for words, applies in reasons.items() if applies), None)
+    return unrecordable(config) if device_type in RECORDERS else f"there are no graphs on {device_type}"
 
 
 class Graphs:
@@ -97,9 +92,12 @@ class Graphs:
 
     def differentiated(self, micros: Sequence[Micro], share: float | None) -> list[torch.Tensor]:
         shape = (share, *(micro.shape for micro in micros))
-        if self.record is None or shape not in self.known:
-            self.known.setdefault(shape)
+        if self.record is None or (shape not in self.known and len(self.known) >= MOST_SHAPES):
             return self.differentiate(micros, share)
+        if shape not in self.known:
+            losses = self.differentiate(micros, share)
+            self.known[shape] = None  # after it: blocks that fail to compile in it make the pass again, as their first
+            return losses
         if self.known[shape] is None:
             try:
                 self.known[shape] = RecordedPass(self, micros, share)

@@ -168,9 +168,10 @@ class TrainStep:
         self.optimizer = accelerator.prepare(optimizer)
         self.schedule, self.device = inputs.schedule.to(accelerator.device), accelerator.device
         self.graphs: graphs.Graphs | None = None
-        if speed.graphs and (why := graphs.obstacle(config, self.device.type)):
+        asks = config.cuda_graph == "on"
+        if asks and (why := graphs.obstacle(config, self.device.type)):
             logger.warning("--cuda_graph: %s: %s", GOES_ON, why)
-        elif speed.graphs:
+        elif asks:
             frozen = [weight for weight in inputs.denoiser.parameters() if not weight.requires_grad]
             self.graphs = graphs.Graphs(self.differentiated, self.trained, frozen, graphs.RECORDERS[self.device.type])
 
@@ -397,13 +398,13 @@ def make_convolutions_fast(unet: torch.nn.Module, speed: memory.Speed) -> None:
     if speed.searches:
         torch.backends.cudnn.benchmark = True
     if speed.channels_last:
-        lay_channels_last(unet)
+        lay_convolutions(unet, torch.channels_last)
 
 
-def lay_channels_last(unet: torch.nn.Module) -> None:
+def lay_convolutions(unet: torch.nn.Module, layout: torch.memory_format) -> None:
     for module in unet.modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=layout)
 
 
 def alike(micros: Iterable[MicroBatch], most: int) -> Iterator[list[MicroBatch]]:

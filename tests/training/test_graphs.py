@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dreambooth_moslora.plan.memory import speed_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import graphs
 from dreambooth_moslora.training.loop import train
@@ -143,8 +144,11 @@ REASONS = {
 
 @pytest.mark.parametrize("name", REASONS)
 def test_what_differs_from_pass_to_pass_is_known_before(name):
-    assert graphs.obstacle(TrainConfig(**{name: REASONS[name]}), "cuda")
-    assert graphs.obstacle(TrainConfig(), "cuda") is None
+    config = TrainConfig(cuda_graph="on", **{name: REASONS[name]})
+    assert graphs.obstacle(config, "cuda") and not speed_of(config, "cuda", 10).graphs
+    free = TrainConfig(cuda_graph="on")
+    assert graphs.obstacle(free, "cuda") is None and speed_of(free, "cuda", 10).graphs
+    assert not speed_of(free, "cpu", 10).graphs
 
 
 def test_weights_that_moved_are_recorded_anew(recorded):
@@ -161,3 +165,28 @@ def test_weights_that_moved_are_recorded_anew(recorded):
             assert found.begun([])([Micro()], None) == [weight]
         weight.data = weight.data + 1
     assert len(recorded) == 2
+
+
+def test_a_shape_is_passed_as_usual_first_however_often_that_fails_and_few_shapes_are_recorded(recorded):
+    """Each keeps gradients of its own. A compiler that fails makes the step again."""
+
+    class Micro:
+        with_tensors = lambda self, tensors: self  # noqa: E731
+
+        def __init__(self, shape):
+            self.shape, self.tensors = shape, []
+
+    weight, fails = torch.ones(1), [True]
+
+    def differentiate(micros, share):
+        if fails.pop() if fails else False:
+            raise RuntimeError("no compiler")
+        return [weight.clone()]
+
+    found = graphs.Graphs(differentiate, [], [weight], CpuGraph)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        found.begun([])([Micro(0)], None)
+    for _ in range(3):
+        for shape in range(graphs.MOST_SHAPES + 2):
+            assert found.begun([])([Micro(shape)], None) == [weight]
+    assert len(recorded) == graphs.MOST_SHAPES

@@ -107,6 +107,20 @@ def test_what_channels_last_gains_is_measured_and_kept(tmp_path, gpu, monkeypatc
     assert machine.measured_gain(machine.CHANNELS_LAST) == found.figures["gain"] and step.figures["step_sec"] > 0
 
 
+MEASURED = "print('{\"step_sec\": 1}')"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [("raise SystemExit('no memory')", "no memory"), (MEASURED, "Not a directory")]
+)
+def test_channels_last_is_left_out_where_it_cannot_be_measured_or_kept(words, said, tmp_path, gpu, monkeypatch):
+    gpu(8)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    found = SelfTest(tmp_path, env=ON_CPU).channels_last([sys.executable, "-c", words], 1.0)
+    assert found.holds and found.said.startswith("left out: ") and said in found.said
+
+
 def test_random_materials_have_all_that_a_step_reads():
     """They replace `TrainInputs`, which gets new fields now and then."""
     config = TrainConfig.from_dict({"resolution": 64, "rank": 2, "mixed_precision": "bf16"})

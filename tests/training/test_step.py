@@ -254,6 +254,7 @@ def test_convolutions_are_channels_last_where_a_self_test_of_this_card_has_shown
     for gain, used in ((1.01, False), (0.7, False), (1.1, True)):
         gains(gain)
         assert is_used() == used
+    assert not speed_of(TrainConfig(deterministic=True), "cuda", 1000).channels_last
     gpu(8, name="Another Card")
     assert not is_used()
     machine.gains_file().write_text("not JSON")
@@ -297,7 +298,7 @@ def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products()
     """Channels last is the same function."""
     unet = tiny_unet()
     expected, numbers = drawn_by(unet), sum(weight.numel() for weight in unet.parameters())
-    train_step.lay_channels_last(unet)
+    train_step.lay_convolutions(unet, torch.channels_last)
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(expected, drawn_by(unet), atol=1e-5) and not torch.backends.cudnn.benchmark
     expected = drawn_by(unet)

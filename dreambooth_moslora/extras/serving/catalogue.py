@@ -215,7 +215,8 @@ class BucketFolder(Catalogue):
             beside = [path for path in found if PurePosixPath(path).parent == place.parent]
             for path in [*(path for path in beside if path.endswith(TOKENS_SUFFIX)), ref.place]:
                 file = folder / PurePosixPath(path).name
-                if not self.bucket.download(path, file) or file.stat().st_size != found[path]["size"]:
+                size = found[path].get("size")  # None: this kind of place does not tell
+                if not self.bucket.download(path, file) or size not in (None, file.stat().st_size):
                     raise RefusedError(503, f"the adapter {ref.name} has changed while it was fetched", 5)
         except RefusedError:
             raise
