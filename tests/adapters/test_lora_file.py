@@ -99,6 +99,7 @@ def test_an_honest_file_computes_what_diffusers_computes(save, tiny_base, subjec
     assert np.array_equal(picture(subject), bare) and base_bytes(subject.pipeline) == before
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_text_encoder_alone_works_beside_others(tiny_base, state, subject, tmp_path):
     tensors = load_file(save_published(tiny_base, tmp_path))
     save_file({k: t for k, t in tensors.items() if k.startswith("text_encoder.")}, tmp_path / "words.safetensors")

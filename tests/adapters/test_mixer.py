@@ -94,6 +94,7 @@ print(states + [is_patched()])
 """
 
 
+@pytest.mark.slow
 def test_peft_is_patched_only_from_the_first_config_with_a_mixer_on():
     """A config that comes from another process counts: without the patch PEFT would make a plain LoRA of it."""
     run = [sys.executable, "-c", PATCH_STATE]

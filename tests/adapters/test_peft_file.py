@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,7 @@ def exported(source, *words) -> int:
     return main(["export", str(source), "--out", str(source.parent / "plain"), *words])
 
 
+@pytest.mark.slow
 def test_plain_peft_computes_the_same_logits(tmp_path, capsys):
     """In a program that does not import this package."""
     wanted = {tmp_path / mixer: save_adapter(tmp_path / mixer, mixer) for mixer in ("orthogonal", "kronecker")}

@@ -218,6 +218,7 @@ def test_vectors_are_units_and_do_not_depend_on_the_batch(by_folder, batch_size)
         assert torch.allclose(a.norm(dim=-1), torch.ones(len(a)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_model_is_no_encoder_with_made_up_weights(folders, by_folder, tmp_path):
     assert by_folder.names == ("clip", "dino"), "names carry no path"
     for clip, dino, said in (

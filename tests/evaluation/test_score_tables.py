@@ -201,6 +201,7 @@ def test_masks_give_the_background_alone_and_a_leak(encoders, photos):
     assert leaked.mean("background_leak") > 0
 
 
+@pytest.mark.slow
 def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, photos):
     """With an encoder that sees colour (mean RGB), the individual and another of its kind are told apart."""
     encoders = tiny_encoders(tmp_path / "encoders")

@@ -47,6 +47,7 @@ def test_it_draws_128_px_and_the_same_from_the_same_seed(base):
     assert np.array_equal(first, drawn(base)) and not np.array_equal(first, drawn(base, seed=4))
 
 
+@pytest.mark.slow
 def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
     subject = SubjectPipeline.from_base("toy")
     asked = GenerationParams(PROMPT, seed=3, steps=4)

@@ -237,6 +237,7 @@ def test_every_option_acts_as_its_name_says_and_stays_finite(name, run, plain_ru
     assert all(math.isfinite(step.loss) for step in left.steps) and acts(left, plain_run)
 
 
+@pytest.mark.slow
 def test_unmasked_weight_goes_from_the_subject_alone_to_no_mask_at_all(run, photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "masked")
     for photo in sorted(folder.glob("*.png")):

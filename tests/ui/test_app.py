@@ -160,6 +160,7 @@ def _glibc():
         pytest.skip("no glibc here")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_glibc")
 def test_the_pages_threads_share_one_heap():
     """Four that allocate at once; by themselves they begin heaps of their own."""
@@ -192,6 +193,7 @@ def leave_free_blocks() -> ctypes.c_void_p:
     return blocks[-1]
 
 
+@pytest.mark.slow
 def test_a_session_holds_no_more_after_more_pictures_and_the_oldest_is_forgotten(tmp_path, tiny_base):
     """The gallery is told to stay as it is before each picture: Gradio kept a new one each time."""
     with serve(tiny_base, tmp_path) as served:

@@ -222,6 +222,7 @@ for is_public, origins in ((False, ()), (True, {("https", "pictures.example.org"
 """
 
 
+@pytest.mark.slow
 def test_what_guards_against_strangers_is_loaded_for_a_public_page_alone(tmp_path):
     """And Gradio's own parts stay as they are on a local one."""
     command = [sys.executable, "-c", BUILT, tmp_path]

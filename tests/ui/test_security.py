@@ -200,6 +200,7 @@ def test_a_forged_session_shows_nobodys_pictures(served):
     assert "TOPSECRET" in answers["ann"] and "TOPSECRET" not in answers["eve"]
 
 
+@pytest.mark.slow
 def test_another_visitors_run_is_neither_seen_stopped_nor_used_by_names_or_by_private_events(client, served):
     run = foreign_run(served)
     assert "theirs" not in [row["name"] for row in client.predict(api_name="/adapters")]

@@ -146,6 +146,7 @@ print((peak() - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak")
 @pytest.mark.parametrize("name, side, kind", [("deep.png", 5000, "uint16"), ("large.jpg", 2 * MAX_SIDE_PX, "uint8")])
 def test_a_large_photo_takes_little_more_than_its_own_pixels(tmp_path, name, side, kind):
