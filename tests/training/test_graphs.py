@@ -186,6 +186,7 @@ def test_a_shape_is_passed_as_usual_first_however_often_that_fails_and_few_shape
     found = graphs.Graphs(differentiate, [], [weight], CpuGraph)
     with pytest.raises(RuntimeError, match="no compiler"):
         found.begun([])([Micro(0)], None)
+    assert found.begun([])([Micro(0)], None) == [weight] and not recorded
     for _ in range(3):
         for shape in range(graphs.MOST_SHAPES + 2):
             assert found.begun([])([Micro(shape)], None) == [weight]
