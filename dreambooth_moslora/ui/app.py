@@ -1,4 +1,5 @@
-"""From the command line of `app.py` to a running page. The base loads while the page is already up."""
+"""From the command line of `app.py` to a running page, which loads its base while it is already up. Which bases it
+offers by name, and what each is and needs, follows from their files alone."""
 
 import argparse
 import json
@@ -6,14 +7,41 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dreambooth_moslora.base.files import resolve_base
-from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder, one_line, public_name, user_path
+from dreambooth_moslora.base.files import (
+    INDEX,
+    SMALL_BASE_PX,
+    cached_folder,
+    facts_of_base,
+    is_hub_id,
+    resolve_base,
+    shapes_in,
+    weight_files,
+)
+from dreambooth_moslora.core import (
+    TOY_TEMPLATES,
+    UserError,
+    assets_folder,
+    free_name,
+    is_toy,
+    one_line,
+    public_name,
+    user_path,
+)
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
+from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
 from dreambooth_moslora.plan.memory import SDXL
 from dreambooth_moslora.settings.families import Facts
 
+if TYPE_CHECKING:
+    from dreambooth_moslora.ui.state import AppContext, PageBase
+
+HUB_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+DEPTH = 3
+CHECKPOINT_MARK = "model.diffusion_model."  # Begins keys of a single-file checkpoint, and of no adapter
+OF_TOY = "a 128 px practice model: it trains in minutes without a GPU, and knows only its own toys"
 DEFAULT_RESOLUTION_PX = 1024
 MAX_PORT = 65535
 
@@ -95,50 +123,37 @@ def parse_login(text: str) -> tuple[str, str]:
     return name, password
 
 
-def context_of(args: argparse.Namespace, *, training: bool, public: bool = False):
+def context_of(args: argparse.Namespace, *, training: bool, public: bool = False) -> "AppContext":
     """Start loading the base, and tell the page what it needs before that is loaded. Raises UserError."""
     runs_dir = runs_folder(args.runs_dir)
-    from dreambooth_moslora.ui import bases, state
+    from dreambooth_moslora.ui import state
 
     bases_dir = user_path(args.bases_dir).resolve() if args.bases_dir else None
-    names = {public_name(args.base): args.base} if public or args.backend else bases.offered(args.base, bases_dir)
-    first, *others = (page_base(title, name, args) for title, name in names.items())
-    return state.AppContext(
-        first.load,
-        base=first.title,
-        base_name=first.name,
-        resolution_px=first.resolution_px,
-        adapters_dir=user_path(args.adapters_dir).resolve(),
-        runs_dir=runs_dir,
-        training=training,
-        public=public,
-        about=first.about,
-        templates=first.templates,
-        others=others,
-    )
+    names = {public_name(args.base): args.base} if public or args.backend else offered(args.base, bases_dir)
+    bases = [page_base(title, name, args) for title, name in names.items()]
+    adapters_dir = user_path(args.adapters_dir).resolve()
+    return state.AppContext(*bases, adapters_dir=adapters_dir, runs_dir=runs_dir, training=training, public=public)
 
 
-def page_base(title: str, name: str, args: argparse.Namespace):
+def page_base(title: str, name: str, args: argparse.Namespace) -> "PageBase":
     """A base as the page offers it, by its files alone."""
-    from dreambooth_moslora.ui import bases, state
+    from dreambooth_moslora.ui import state
 
-    folder = base_folder(name)
-    token = args.backend_token or os.environ.get(TOKEN_VARIABLE)
+    path = assets_folder() / "toy-sdxl" if name == "toy" else user_path(name)
+    place = path if path.exists() else cached_folder(name) if is_hub_id(name) else None
 
     def load():
         state.import_libraries()
         if args.backend:
+            token = args.backend_token or os.environ.get(TOKEN_VARIABLE)
             return RemotePipeline(Service(args.backend, token), public_name(name))
         from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
         return SubjectPipeline.from_base(name, resting=True)
 
-    place = folder or bases.cached_folder(name)
-    resolution_px = resolution_of(place)
-    path = str(folder.resolve()) if folder and name != "toy" else str(name)
-    return bases.PageBase(
-        title, path, resolution_px, load, bases.about(name, place, resolution_px), tuple(templates_for(name))
-    )
+    full, resolution_px = str(path.resolve()) if path.exists() and name != "toy" else str(name), resolution_of(place)
+    templates = tuple(templates_for(name))
+    return state.PageBase(title, full, resolution_px, load, about(name, place, resolution_px), templates)
 
 
 def runs_folder(text: str) -> Path:
@@ -151,10 +166,57 @@ def runs_folder(text: str) -> Path:
         raise UserError(f"--runs_dir {text} cannot be a folder: {one_line(error)}") from error
 
 
-def base_folder(name: str) -> Path | None:
-    """The base's local folder or file; None for a hub id."""
-    path = assets_folder() / "toy-sdxl" if name == "toy" else user_path(name)
-    return path if path.exists() else None
+def bases_below(folder: Path) -> list[Path]:
+    """Diffusers folders and single-file checkpoints at most three levels below `folder`. What cannot be read is left
+    out. Raises UserError when there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"--bases_dir {folder} is not a folder; name the one that your bases lie in")
+    found = []
+    for place, folders, files in os.walk(folder):
+        inner = [Path(place, name) for name in sorted(folders) if not name.startswith(".")]
+        whole = [path for path in inner if (path / INDEX).is_file() and not path.with_suffix(".safetensors").is_file()]
+        found += [*whole, *(path for name in sorted(files) if is_checkpoint(path := Path(place, name)))]
+        is_deep = len(Path(place).relative_to(folder).parts) >= DEPTH - 1
+        folders[:] = [] if is_deep else [path.name for path in inner if not (path / INDEX).is_file()]
+    return found
+
+
+def is_checkpoint(file: Path) -> bool:
+    try:
+        return file.suffix == ".safetensors" and any(name.startswith(CHECKPOINT_MARK) for name in shapes_in(file))
+    except (UserError, OSError):
+        return False
+
+
+def offered(first: str, bases_dir: Path | None) -> dict[str, str]:
+    """Title -> name of each base: the operator's `first`, the toy, SDXL if it is here, and those below `bases_dir`.
+    Raises UserError."""
+    names = [first, "toy", *([HUB_SDXL] if cached_folder(HUB_SDXL) else [])]
+    names += map(str, bases_below(bases_dir) if bases_dir else [])
+    found: dict[str, str] = {}
+    places: dict[str, str] = {}
+    for name in names:
+        places.setdefault(os.path.realpath(os.path.expanduser(name)), name)
+    for name in places.values():
+        found[free_name(clean_name(public_name(name)), found.__contains__, " ")] = name
+    return found
+
+
+def about(name: str, folder: Path | None, resolution_px: int) -> str:
+    """What the base is and needs; its files are not loaded."""
+    if is_toy(name):
+        return OF_TOY
+    if folder is None:
+        return "fetched from the hub when it is loaded for the first time"
+    parts = [part for part in folder.iterdir() if part.is_dir()] if folder.is_dir() else []
+    files = [file for part in parts for file in weight_files(part)] if parts else [folder]
+    gib = sum(file.stat().st_size for file in files) / 2**30
+    is_small = resolution_px <= SMALL_BASE_PX
+    needs = "it needs no GPU" if is_small else "it wants a GPU; without one a picture takes minutes"
+    try:
+        return f"{facts_of_base(folder).title}, {resolution_px} px, {gib:.1f} GiB of weights: {needs}"
+    except UserError as error:
+        return f"it cannot be used: {one_line(error)}"
 
 
 def resolution_of(folder: Path | None, facts: Facts = SDXL) -> int:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from dreambooth_moslora.base.files import facts_of_base
+from dreambooth_moslora.base.files import SMALL_BASE_PX, facts_of_base
 from dreambooth_moslora.base.machine import has_gpu
 from dreambooth_moslora.core import UserError, assets_folder, free_name, one_line, preferred_guidance
 from dreambooth_moslora.disk import processes, queue, run_folder
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.plan.memory import SDXL
 from dreambooth_moslora.settings.families import Facts
-from dreambooth_moslora.ui import bases, guard, jobs, visitors
+from dreambooth_moslora.ui import guard, jobs, visitors
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -194,27 +194,33 @@ def facts_shown(base_name: str) -> Facts:
     return SDXL
 
 
+@dataclass(frozen=True)
+class PageBase:
+    """One base: `title` is shown to everyone, `name` is what the trainer gets and may be a path. `about` is a sentence
+    without its first word and full stop. `load` may raise UserError."""
+
+    title: str
+    name: str
+    resolution_px: int
+    load: Callable[[], "SubjectPipeline"]
+    about: str = ""
+    templates: tuple[str, ...] = ()
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it needs no care with memory, such as the embedded one."""
+        return self.resolution_px <= SMALL_BASE_PX
+
+
 class AppContext:
-    """State of the server. `load` returns the pipeline; it runs in a thread from the start. `base` is shown to
-    everyone; the trainer gets `base_name`, which may be a path. Strangers can reach a `public` page."""
+    """State of the server, which offers these bases and loads the first from the start. `base` is shown to everyone;
+    the trainer gets `base_name`. Strangers can reach a `public` page."""
 
     def __init__(
-        self,
-        load: Callable[[], "SubjectPipeline"],
-        *,
-        base: str,
-        base_name: str,
-        resolution_px: int,
-        adapters_dir: Path,
-        runs_dir: Path,
-        training: bool,
-        public: bool = False,
-        about: str = "",
-        templates: Sequence[str] = (),
-        others: Sequence[bases.PageBase] = (),
+        self, *page_bases: PageBase, adapters_dir: Path, runs_dir: Path, training: bool, public: bool = False
     ) -> None:
-        self._take(bases.PageBase(base, base_name, resolution_px, load, about, tuple(templates)))
-        self.bases = {one.title: one for one in (self.chosen, *others)}
+        self._take(page_bases[0])
+        self.bases = {one.title: one for one in page_bases}
         self.runs_dir, self.training, self.public = runs_dir, training, public
         self.visitors = visitors.Visitors()
         self.catalog = AdapterCatalog(adapters_dir, runs_dir)
@@ -228,12 +234,12 @@ class AppContext:
         self._load_lock = threading.Lock()
         self._pipeline: Future[SubjectPipeline] | None = self._loading(self.chosen)
 
-    def _take(self, base: bases.PageBase) -> None:
+    def _take(self, base: PageBase) -> None:
         self.chosen, self.base, self.base_name, self.resolution_px = base, base.title, base.name, base.resolution_px
         self.facts = facts_shown(base.name)
         self.guidance_scale = preferred_guidance(base.name, self.facts.guidance)
 
-    def choose(self, base: bases.PageBase) -> Iterator[float]:
+    def choose(self, base: PageBase) -> Iterator[float]:
         """Load another base in place of the present one, which stays if that fails; yields the seconds so far. It waits
         for no picture: call it in their queue. Raises UserError."""
         if base is self.chosen:
@@ -272,7 +278,7 @@ class AppContext:
                 loading = self._pipeline = self._loading(self.chosen)
         return loading.result()
 
-    def _loading(self, base: bases.PageBase) -> "Future[SubjectPipeline]":
+    def _loading(self, base: PageBase) -> "Future[SubjectPipeline]":
         """The future pipeline, which loads in a thread."""
         future: Future[SubjectPipeline] = Future()
 
@@ -336,7 +342,7 @@ class GpuTurns:
     def is_small(self) -> bool:
         return self._ctx.chosen.is_small
 
-    def check_memory(self, base: bases.PageBase) -> None:
+    def check_memory(self, base: PageBase) -> None:
         """Raises UserError while the base must not be loaded: beside a run, without a GPU."""
         if not base.is_small and self._ctx.jobs.current() and not has_gpu():
             raise UserError(BUSY)

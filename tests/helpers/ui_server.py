@@ -11,7 +11,7 @@ import gradio as gr
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui.guard import origins_of
 from dreambooth_moslora.ui.page import build_app, launch_options
-from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.state import AppContext, PageBase
 from dreambooth_moslora.ui.visitors import COOKIE
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
@@ -46,17 +46,9 @@ def serve(
     for seed, name in enumerate(("dog", "cat"), 1):
         file = save_diffusers_lora(pipeline.pipeline.unet, folder / "made" / name, seed=seed)
         file.rename(folder / "adapters" / f"{name}.safetensors")
-    ctx = AppContext(
-        lambda: pipeline,
-        base="tiny",
-        base_name=str(tiny_base),
-        resolution_px=pipeline.resolution_px,
-        adapters_dir=folder / "adapters",
-        runs_dir=folder / "runs",
-        training=training,
-        public=public,
-        others=others,
-    )
+    base = PageBase("tiny", str(tiny_base), pipeline.resolution_px, lambda: pipeline)
+    folders = {"adapters_dir": folder / "adapters", "runs_dir": folder / "runs"}
+    ctx = AppContext(base, *others, **folders, training=training, public=public)
     page = build_app(ctx, ["a photo of {} in the jungle", "a red {}"])
     options = launch_options(origins_of(PROXY) if public else ())
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options | launch)

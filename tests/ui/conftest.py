@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from dreambooth_moslora.core import assets_folder
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.page import build_app
-from dreambooth_moslora.ui.state import AdapterCatalog, AppContext
+from dreambooth_moslora.ui.state import AdapterCatalog, AppContext, PageBase
 from dreambooth_moslora.ui.train_form import SubjectWords, TrainForm, folder_of
 from dreambooth_moslora.ui.visitors import Visitor
 from tests.helpers.browser import chromium
@@ -84,13 +84,14 @@ def tab(tmp_path) -> SimpleNamespace:
 
 @pytest.fixture
 def context(tmp_path):
-    """Makes a page without a server, whose base is what `load` gives; `facts` win."""
+    """Makes a page without a server, on a base that `load` gives; `facts` win."""
     made = []
 
-    def make(load=lambda: None, **facts) -> AppContext:
+    def make(load=lambda: None, others=(), **facts) -> AppContext:
+        of_base = {"title": "x", "name": "toy", "resolution_px": 64}
+        of_base |= {name: facts.pop(name) for name in of_base if name in facts}
         folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
-        facts = {"base": "x", "base_name": "toy", "resolution_px": 64, "training": True} | folders | facts
-        made.append(AppContext(load, **facts))
+        made.append(AppContext(PageBase(load=load, **of_base), *others, **{"training": True} | folders | facts))
         return made[-1]
 
     yield make

@@ -1,28 +1,47 @@
-"""The program `app.py`: what it is told, its libraries, and the memory that its process keeps."""
+"""The program `app.py`: what it is told, the bases that it offers, its libraries, and the memory that it keeps."""
 
+import argparse
 import ctypes
 import json
+import shutil
 import subprocess
 import sys
+from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
+import numpy as np
 import psutil
 import pytest
 from gradio_client import Client
+from safetensors.numpy import save_file
 
-from dreambooth_moslora.core import TOY_TEMPLATES, UserError
+from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
-from dreambooth_moslora.ui.app import main, parse_login, resolution_of, templates_for
+from dreambooth_moslora.ui.app import (
+    CHECKPOINT_MARK,
+    OF_TOY,
+    about,
+    add_arguments,
+    bases_below,
+    context_of,
+    main,
+    offered,
+    parse_login,
+    resolution_of,
+    templates_for,
+)
 from dreambooth_moslora.ui.generate import settings_widgets
 from dreambooth_moslora.ui.generate_values import GenerateForm, make_pictures
 from dreambooth_moslora.ui.page import MAX_SESSIONS
+from dreambooth_moslora.ui.state import PageBase
 from dreambooth_moslora.ui.train import field_widget
 from dreambooth_moslora.ui.train_form import TrainForm
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.ui_server import serve
-from tests.ui.conftest import PAGE
+from tests.ui.conftest import PAGE, write_adapter
 
 
 @pytest.mark.parametrize(
@@ -76,7 +95,7 @@ def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
     shown = {}
     for name in ("sd1", "flux"):
         tiny_pipeline(name, tmp_path / name / "files").save_pretrained(tmp_path / name / "base")
-        ctx = context(base_name=str(tmp_path / name / "base"))
+        ctx = context(name=str(tmp_path / name / "base"))
         with gr.Blocks():
             fields = settings_widgets(ctx) | {"new_tokens": field_widget("new_tokens", TrainForm, ctx.base_name)}
         seen = {field for field in ("negative_prompt", "scheduler", "new_tokens") if fields[field].visible}
@@ -90,6 +109,61 @@ def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
 def test_the_prompts_suit_the_base_and_have_a_place_for_the_subject(base, templates):
     found = templates_for(base)
     assert set(templates) <= set(found) and all("{}" in template for template in found)
+
+
+TOY = assets_folder() / "toy-sdxl"
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """Two bases, an adapter, and a base too deep to be found."""
+    for place in ("mine", "a/b/c/deep"):
+        (folder := tmp_path / place).mkdir(parents=True)
+        shutil.copy(TOY / "model_index.json", folder)
+    save_file({f"{CHECKPOINT_MARK}x": np.zeros(1, np.float32)}, tmp_path / "a" / "one.safetensors")
+    write_adapter(tmp_path / "dog.safetensors")
+    (tmp_path / "noise.safetensors").write_bytes(b"noise")
+    return tmp_path
+
+
+def test_folders_and_checkpoints_are_found_and_offered_by_name(shelf):
+    assert bases_below(shelf) == [shelf / "mine", shelf / "a" / "one.safetensors"]
+    assert list(offered("toy", shelf)) == ["toy", "mine", "one.safetensors"]
+    assert list(offered(str(shelf / "x" / ".." / "mine"), shelf)) == ["mine", "toy", "one.safetensors"]
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        offered("toy", shelf / "nowhere")
+
+
+def test_a_sentence_says_what_a_base_is_and_needs(tiny_base):
+    assert about("toy", TOY, 128) == OF_TOY
+    assert "64 px, 0.0 GiB of weights: it needs no GPU" in about(str(tiny_base), tiny_base, 64)
+    assert "wants a GPU" in about(str(tiny_base), tiny_base, 1024)
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_public_page_has_the_operators_base_alone(shelf, tmp_path, public):
+    add_arguments(parser := argparse.ArgumentParser())
+    args = parser.parse_args(["--bases_dir", str(shelf), "--runs_dir", str(tmp_path / "runs")])
+    ctx = context_of(args, training=False, public=public)
+    ctx.visitors.close()
+    assert list(ctx.bases) == (["toy"] if public else ["toy", "mine", "one.safetensors"])
+    wait([ctx._pipeline])
+
+
+def fails():
+    raise UserError("it has no unet")
+
+
+def test_another_base_is_taken_once_it_is_loaded_and_the_old_one_stays_where_it_fails(context):
+    old, new = SimpleNamespace(), SimpleNamespace()
+    other, broken = PageBase("other", "/x/other", 512, lambda: new), PageBase("broken", "broken", 512, fails)
+    ctx = context(lambda: old, others=[other, broken])
+    with pytest.raises(UserError, match="no unet"):
+        list(ctx.choose(broken))
+    assert (ctx.base, ctx.resolution_px, ctx.pipeline()) == ("x", 64, old)
+    list(ctx.choose(other))
+    assert (ctx.base, ctx.base_name, ctx.resolution_px, ctx.pipeline()) == ("other", "/x/other", 512, new)
+    assert ctx.jobs.told("/x/other is damaged") == "other is damaged" and not ctx.turns.is_small
 
 
 INSPECTED_WHILE_LOADING = '''

@@ -11,6 +11,10 @@ import PIL.Image
 import pytest
 from PIL.PngImagePlugin import PngInfo
 
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.ui.app import OF_TOY
+from dreambooth_moslora.ui.state import PageBase
 from dreambooth_moslora.ui.visitors import visitor_id
 from tests.helpers import browser as web
 from tests.helpers.ui_server import serve
@@ -262,6 +266,30 @@ def test_a_mask_is_shown_and_corrected_with_the_brush(served, browser, tmp_path)
 def choose(page, elem_id: str, option: str) -> None:
     page.click(f"#{elem_id} input")
     page.get_by_role("option", name=option, exact=True).click()
+
+
+def fails():
+    raise UserError("it has no unet")
+
+
+def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(tiny_base, tmp_path, browser):
+    toy = PageBase("toy", "toy", 128, lambda: SubjectPipeline.from_base("toy"), OF_TOY, ("a {} of toys",))
+    broken = PageBase("broken", "broken", 64, fails)
+    with (
+        serve(tiny_base, tmp_path, public=False, others=[toy, broken]) as server,
+        web.visit(browser, server.url) as visited,
+    ):
+        page = visited.page
+        choose(page, "base", "broken")
+        web.says(page, "about_base", "broken is not loaded: it has no unet")
+        assert page.input_value("#base input") == "tiny"
+        choose(page, "base", "toy")
+        web.says(page, "about_base", "base: toy, a 128 px practice model")
+        assert page.input_value("#size input") == "Square 128 × 128"
+        choose(page, "adapter", "none")
+        generate(page, "a lamp")
+        web.says(page, "status", "1 picture in")
+        assert not visited.errors
 
 
 def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browser, tmp_path, started):

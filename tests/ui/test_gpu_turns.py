@@ -45,7 +45,7 @@ def large(context, tmp_path):
     made = []
 
     def make(load, resolution_px: int = 1024) -> AppContext:
-        made.append(context(load, base="sdxl", resolution_px=resolution_px))
+        made.append(context(load, title="sdxl", resolution_px=resolution_px))
         made[-1].jobs.script = tmp_path / "trainer.py"
         return made[-1]
 

@@ -205,13 +205,13 @@ from pathlib import Path
 from gradio.queueing import Queue
 from gradio.state_holder import SessionState
 from dreambooth_moslora.ui.page import build_app, launch_options
-from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.state import AppContext, PageBase
 
-facts = {"base": "toy", "base_name": "toy", "resolution_px": 128, "training": True}
-facts |= {name: Path(sys.argv[1]) / name for name in ("adapters_dir", "runs_dir")}
+base = PageBase("toy", "toy", 128, lambda: None)
+folders = {name: Path(sys.argv[1]) / name for name in ("adapters_dir", "runs_dir")}
 own = SessionState.__setitem__
 for is_public, origins in ((False, ()), (True, {("https", "pictures.example.org", 443)})):
-    ctx = AppContext(lambda: None, public=is_public, **facts)
+    ctx = AppContext(base, **folders, training=True, public=is_public)
     page = build_app(ctx, ["a photo of {}"])
     layers = launch_options(origins)["app_kwargs"]["middleware"]
     ctx.visitors.close()

@@ -136,7 +136,7 @@ def hidden(context, tmp_path) -> AppContext:
     def load():
         raise UserError(f"{secret} has no unet; {tmp_path / 'runs' / 'x'} is there")
 
-    return context(load, base="my_base", base_name=str(secret), adapters_dir=secret.parent / "adapters")
+    return context(load, title="my_base", name=str(secret), adapters_dir=secret.parent / "adapters")
 
 
 def test_no_visitor_reads_where_things_lie_on_this_machine(hidden, tmp_path, ann):

@@ -402,7 +402,7 @@ def test_the_embedded_base_is_trained_as_the_command_does_on_any_card(gpu, photo
 )
 def test_the_cost_says_each_choice_and_names_the_card(gpu, ann, context, free_gib, words, is_tight):
     gpu(8, free_gib)
-    ctx = context(base="sdxl", base_name="owner/sdxl", resolution_px=1024)
+    ctx = context(title="sdxl", name="owner/sdxl", resolution_px=1024)
     cost = estimate_cost(ctx, TrainForm("sks", "dog"), ann)
     card_line = f"GPU: Some Card &lt;3, {free_gib} GiB free for this run, so it trains in bf16, {words} gradient"
     assert card_line in cost and ("too little memory" in cost) == is_tight
