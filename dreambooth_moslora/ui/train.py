@@ -146,7 +146,9 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
             **values,
         ) -> Any:
             visitor = ctx.visitors.of(request)
-            train_masks.take_given((photos, photos_2, photos_3, photos_4), visitor)
+            for number, files in enumerate((photos, photos_2, photos_3, photos_4), 1):
+                if files:  # the photos of the other subjects stay
+                    train_photos.take_with_masks(files, visitor, number)
             return act(form_of(values), visitor)
 
         return handler

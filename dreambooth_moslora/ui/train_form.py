@@ -140,6 +140,11 @@ def folder_of(photos_dir: Path, number: int) -> Path:
     return photos_dir.with_name(named(photos_dir.name, number))
 
 
+def photos_of(photos_dir: Path, number: int) -> list[Path]:
+    """`kept_photos` of that subject."""
+    return kept_photos(folder_of(photos_dir, number))
+
+
 def table_of(number: int, words: SubjectWords, photos_dir: Path) -> dict[str, str]:
     """The `[[subjects]]` table of subject `number`; `photos_dir` is the first one's. Raises UserError."""
     try:
@@ -323,7 +328,7 @@ class TrainForm:
         """Write each line of the captions into a text file beside its photo; empty lines are skipped."""
         for number, words in enumerate(self.subjects, 1):
             lines = str(words.captions or "").splitlines()
-            for photo, line in zip(kept_photos(folder_of(photos_dir, number)), lines):
+            for photo, line in zip(photos_of(photos_dir, number), lines):
                 if line.strip():
                     photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
 

@@ -9,8 +9,9 @@ Gradio's ImageEditor has limits here: uploads are bounded before they are decode
 import io
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,13 +24,14 @@ from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state, train_form, train_photos, train_start, visitors
 from dreambooth_moslora.ui.photo_rows import CAPTIONS, photo_rows, with_cards
+from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, SubjectWords, folder_of, form_of, named, photos_of
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
 """Options of events that process photos: visitors take turns photo by photo (`visitors.ONE_AT_A_TIME`)."""
 ABOUT_MASKS = "A mask, if you have one, goes along as name.mask.png beside name.jpg: its white part is learned most."
-FURTHER = range(2, train_form.MOST_SUBJECTS + 1)
+FURTHER = range(2, MOST_SUBJECTS + 1)
 PRIVATE = {"api_visibility": "private", **state.GPU}
-WORDS = tuple(train_form.SubjectWords.__dataclass_fields__)
+WORDS = tuple(SubjectWords.__dataclass_fields__)
 PROGRESS = gr.Progress()
 WRITING, FETCHED = "Writing captions", "Qwen3-VL comes from the hub once"
 NARROW = {"min_width": 110}
@@ -39,14 +41,16 @@ def photo_widgets(number: int = 1) -> dict[str, Any]:
     """The widgets in which a subject's photos are dropped and shown, and the field for those of a program."""
     whose = "one subject" if number == 1 else f"subject {number}"
     files = {"file_count": "multiple", "file_types": visitors.PHOTO_TYPES, "label": f"3 to 10 photos of {whose}"}
-    widgets = {"added": gr.File(height=130, elem_id=train_form.named("photos", number), **files)}
+    widgets = {"added": gr.File(height=130, elem_id=named("photos", number), **files)}
     if number == 1:
         gr.HTML(html.faint(ABOUT_MASKS))
-    widgets |= {"photos": gr.File(visible=False, **files)}
-    widgets |= {"remarks": gr.HTML(visible=False, elem_id=train_form.named("remarks", number))}
+    widgets |= {
+        "photos": gr.File(visible=False, **files),
+        "remarks": gr.HTML(visible=False, elem_id=named("remarks", number)),
+    }
     widgets |= {"mask_remarks": gr.HTML("", visible=False, elem_id="mask_remarks")} if number == 1 else {}
-    widgets |= {"crops": photo_rows(train_form.named("crops", number))}
-    return {train_form.named(name, number): widget for name, widget in widgets.items()}
+    widgets |= {"crops": photo_rows(named("crops", number))}
+    return {named(name, number): widget for name, widget in widgets.items()}
 
 
 def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -58,9 +62,9 @@ def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
             gr.Markdown(f"### Subject {number}", elem_classes="step")
             shown = photo_widgets(number)
             own = further_fields(number)
-            prompts = gr.HTML(visible=False, elem_id=train_form.named("prompts", number))
-        fields |= {train_form.named("photos", number): shown.pop(train_form.named("photos", number)), **own}
-        parts |= shown | {f"subject_{number}": box, train_form.named("prompts", number): prompts}
+            prompts = gr.HTML(visible=False, elem_id=named("prompts", number))
+        fields |= {named("photos", number): shown.pop(named("photos", number)), **own}
+        parts |= shown | {f"subject_{number}": box, named("prompts", number): prompts}
     with gr.Row():
         add = gr.Button("Add another subject", size="sm", min_width=132, elem_id="add_subject")
         remove = gr.Button("Remove subject 2", size="sm", min_width=132, visible=False, elem_id="remove_subject")
@@ -69,7 +73,7 @@ def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def further_fields(number: int) -> dict[str, Any]:
     def text(name: str, label: str, placeholder: str, value: str = "", **look: Any) -> gr.Textbox:
-        return gr.Textbox(value, label=label, placeholder=placeholder, elem_id=train_form.named(name, number), **look)
+        return gr.Textbox(value, label=label, placeholder=placeholder, elem_id=named(name, number), **look)
 
     with gr.Row():
         class_word = text("class_word", "What these show", "cat", **NARROW)
@@ -77,14 +81,12 @@ def further_fields(number: int) -> dict[str, Any]:
     captions = text("captions", "Captions", "one line for each photo, in order; may be left out", visible=False)
     begin_as = text("tokens_begin_as", "Its new tokens begin as", "words like it; or empty", visible=False)
     words = (class_word, token, captions, begin_as)
-    return {train_form.named(name, number): widget for name, widget in zip(WORDS, words, strict=True)}
+    return {named(name, number): widget for name, widget in zip(WORDS, words, strict=True)}
 
 
-def take_given(files: Sequence[list[str] | None], visitor: visitors.Visitor) -> None:
-    """Make clean copies of the added photos of each subject; other photos do not change."""
-    for number, of_one in enumerate(files, 1):
-        if of_one:
-            train_photos.take_with_masks(of_one, visitor, number)
+def widgets_of(widgets: dict, number: int, *names: str) -> list[Any]:
+    """Those of a subject that have these names at the first."""
+    return [widgets[named(name, number)] for name in names]
 
 
 def connect_subjects(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
@@ -97,13 +99,11 @@ def connect_subjects(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts
             return gr.HTML(visible=False)
         return gr.HTML(html.notice(f"Learns “{instance}” and tells it from “{class_prompt}”."), visible=True)
 
-    for number in range(1, train_form.MOST_SUBJECTS + 1):
-        token, class_word, prompts = (
-            everything[train_form.named(name, number)] for name in ("token", "class_word", "prompts")
-        )
+    for number in range(1, MOST_SUBJECTS + 1):
+        token, class_word, prompts = widgets_of(everything, number, "token", "class_word", "prompts")
         gr.on([token.change, class_word.change], words, [token, class_word], prompts, **state.AT_ONCE)
         connect_photos(ctx, number, everything)
-    concepts = [fields[train_form.named("tokens_begin_as", number)] for number in FURTHER]
+    concepts = [fields[named("tokens_begin_as", number)] for number in FURTHER]
     fields["new_tokens"].change(
         lambda is_set: [gr.Textbox(visible=is_set) for _ in FURTHER], fields["new_tokens"], concepts, **state.AT_ONCE
     )
@@ -113,15 +113,9 @@ def connect_subjects(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts
 def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
     """A subject's photos are added and removed, and its captions are written. The crops depend on the seed and on the
     recipe, too."""
-    added, remarks, rows = (widgets[train_form.named(name, number)] for name in ("added", "remarks", "crops"))
+    added, remarks, rows, captions = widgets_of(widgets, number, "added", "remarks", "crops", "captions")
     crops = [widgets["seed"], widgets["like"]]
     changing = {"api_visibility": "private", "show_progress_on": remarks, "trigger_mode": "multiple", **TAKING_PHOTOS}
-
-    def reviewed(visitor: visitors.Visitor, seed: int, like: str, lines: Sequence[str] = (), **made: Any) -> tuple:
-        if not visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number)):
-            return hidden()
-        found = train_photos.review_kept(ctx, visitor, lines, seed, number, like)
-        return shown(visitor, found, number, **made)
 
     @added.upload(inputs=[added, *crops], outputs=[added, remarks, rows], show_progress="minimal", **changing)
     def add(files: list[str] | None, seed: int, like: str, request: gr.Request) -> tuple:
@@ -129,7 +123,7 @@ def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
         try:
             visitor = ctx.visitors.of(request)
             told = train_photos.add_photos(files or [], visitor, number)
-            return None, *reviewed(visitor, seed, like, told)
+            return None, *review(ctx, visitor, number, seed, like, told)
         except Exception as error:
             words = ctx.jobs.told(state.sentence(state.as_user_error(error)))
             return None, gr.HTML(html.notice(words, "bad"), visible=True), gr.skip()
@@ -139,22 +133,17 @@ def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
     def drop(seed: int, like: str, event: gr.EventData, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         train_photos.remove_photo(visitor, photo_in(event), number)
-        return reviewed(visitor, seed, like)
+        return review(ctx, visitor, number, seed, like)
 
-    rows.written(
-        None, rows, widgets[train_form.named("captions", number)], js=CAPTIONS, trigger_mode="multiple", **state.AT_ONCE
-    )
+    rows.written(None, rows, captions, js=CAPTIONS, trigger_mode="multiple", **state.AT_ONCE)
 
     @rows.keep(inputs=rows, outputs=None, trigger_mode="always_last", **state.AT_ONCE)
     def keep(said: Any, request: gr.Request) -> None:
         train_photos.keep_captions(ctx.visitors.of(request), number, said)
 
     fields = {name: widgets[name] for name in ("subjects", "seed", "like")}
-    fields |= {
-        train_form.named(name, one): widgets[train_form.named(name, one)]
-        for one in range(1, number + 1)
-        for name in WORDS
-    }
+    words = [named(name, one) for one in range(1, number + 1) for name in WORDS]
+    fields |= {name: widgets[name] for name in words}
 
     @rows.write(inputs_kwargs=fields, outputs=[remarks, rows], show_progress_on=remarks, **PRIVATE)
     @state.as_gradio_error
@@ -162,12 +151,12 @@ def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
         visitor, made, told = ctx.visitors.of(request), {}, []
         progress((0, None), desc=WRITING if is_toy(ctx.base_name) else f"{WRITING}; {FETCHED}", unit="photos")
         with ctx.turns.captioning():
-            wanted = train_photos.made_captions(ctx, visitor, train_form.form_of(values), number)
+            wanted = train_photos.made_captions(ctx, visitor, form_of(values), number)
             for place, (digest, caption, remark) in enumerate(wanted, 1):
                 progress((place, None), desc=WRITING, unit="photos")
                 made[digest] = caption
                 told += [remark] if remark else []
-        return reviewed(visitor, values["seed"], values["like"], told, made=made)
+        return review(ctx, visitor, number, values["seed"], values["like"], told, made=made)
 
 
 def photo_in(event: gr.EventData) -> str:
@@ -179,15 +168,13 @@ def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None
     """The photos that a run would use, after a reload or a change of the seed; further subjects."""
     boxes, pictures = box_widgets(widgets), review_widgets(widgets)
     gone = ("remarks", "crops", *WORDS)
-    emptied = [widgets[train_form.named(name, number)] for number in FURTHER for name in gone]
+    emptied = [widget for number in FURTHER for widget in widgets_of(widgets, number, *gone)]
 
     @page.load(inputs=widgets["seed"], outputs=[*pictures, *boxes], **state.AT_ONCE)
     @state.as_gradio_error
     def restore(seed: int, request: gr.Request) -> tuple:
         visitor, count = ctx.visitors.of(request), 0
-        while count < train_form.MOST_SUBJECTS and visitors.kept_photos(
-            train_form.folder_of(visitor.photos_dir, count + 1)
-        ):
+        while count < MOST_SUBJECTS and photos_of(visitor.photos_dir, count + 1):
             count += 1
         return (*reviews(ctx, visitor, seed, max(1, count)), *boxes_for(max(1, count)))
 
@@ -200,44 +187,52 @@ def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None
 
     @widgets["add_subject"].click(inputs=widgets["subjects"], outputs=boxes, **state.AT_ONCE)
     def add(count: int) -> tuple:
-        return boxes_for(min(train_form.MOST_SUBJECTS, int(count) + 1))
+        return boxes_for(min(MOST_SUBJECTS, int(count) + 1))
 
     @widgets["remove_subject"].click(inputs=widgets["subjects"], outputs=[*boxes, *emptied], **state.AT_ONCE)
     def remove(count: int, request: gr.Request) -> tuple:
         """Remove the last subject with its photos and words."""
         last = max(2, int(count))
-        forget(ctx.visitors.of(request), last)
-        values = (*hidden(), "", train_form.TOKENS[last - 1], "", "")
+        shutil.rmtree(folder_of(ctx.visitors.of(request).photos_dir, last), ignore_errors=True)
+        values = (gr.HTML(visible=False), with_cards([]), "", train_form.TOKENS[last - 1], "", "")
         cleared = [value if number == last else gr.skip() for number in FURTHER for value in values]
         return (*boxes_for(last - 1), *cleared)
 
 
 def review_widgets(widgets: dict) -> list[Any]:
-    return [
-        widgets[train_form.named(name, number)]
-        for number in range(1, train_form.MOST_SUBJECTS + 1)
-        for name in ("remarks", "crops")
-    ]
+    subjects = range(1, MOST_SUBJECTS + 1)
+    return [widget for number in subjects for widget in widgets_of(widgets, number, "remarks", "crops")]
 
 
 def reviews(
-    ctx: state.AppContext,
-    visitor: visitors.Visitor,
-    seed: int,
-    count: int,
-    like: str = NONE,
-    masks: Any = None,
-    **how: Any,
+    ctx: state.AppContext, visitor: visitors.Visitor, seed: int, count: int, like: str = NONE, **how: Any
 ) -> tuple:
     """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not change."""
     values: list[Any] = []
-    for number in range(1, train_form.MOST_SUBJECTS + 1):
-        if number <= count and visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number)):
-            found = train_photos.review_kept(ctx, visitor, (), seed, number, like, masks)
-            values += shown(visitor, found, number, **how)
-        else:
-            values += gr.skip(), gr.skip()
+    for number in range(1, MOST_SUBJECTS + 1):
+        is_shown = number <= count and photos_of(visitor.photos_dir, number)
+        values += review(ctx, visitor, number, seed, like, **how) if is_shown else (gr.skip(), gr.skip())
     return tuple(values)
+
+
+def review(
+    ctx: state.AppContext,
+    visitor: visitors.Visitor,
+    number: int,
+    seed: int,
+    like: str,
+    remarks: Sequence[str] = (),
+    made: Mapping[str, str] | None = None,
+    masks: Mapping[Path, Path | None] | None = None,
+    *,
+    is_reset: bool = False,
+) -> tuple:
+    """Values of a subject's remarks and rows; hidden without photos."""
+    if not photos_of(visitor.photos_dir, number):
+        return gr.HTML(visible=False), with_cards([])
+    found = train_photos.review_kept(ctx, visitor, remarks, seed, number, like, masks)
+    cards = train_photos.cards_of(visitor, found, number, made or {})
+    return gr.HTML(found.remarks, visible=True), with_cards(cards, is_reset=is_reset)
 
 
 def box_widgets(widgets: dict) -> list[Any]:
@@ -248,32 +243,10 @@ def boxes_for(count: int) -> tuple:
     """Values of `box_widgets` for so many subjects."""
     return (
         count,
-        gr.Button(visible=count < train_form.MOST_SUBJECTS),
+        gr.Button(visible=count < MOST_SUBJECTS),
         gr.Button(f"Remove subject {max(2, count)}", visible=count > 1),
         *(gr.Column(visible=number <= count) for number in FURTHER),
     )
-
-
-def forget(visitor: visitors.Visitor, number: int) -> None:
-    """Remove the subject's photos."""
-    shutil.rmtree(train_form.folder_of(visitor.photos_dir, number), ignore_errors=True)
-
-
-def shown(
-    visitor: visitors.Visitor,
-    found: train_photos.PhotoReview,
-    number: int,
-    made: dict | None = None,
-    *,
-    is_reset: bool = False,
-) -> tuple:
-    """Values of a subject's remarks and rows."""
-    cards = train_photos.cards_of(visitor, found, number, made or {})
-    return gr.HTML(found.remarks, visible=True), with_cards(cards, is_reset=is_reset)
-
-
-def hidden() -> tuple:
-    return gr.HTML(visible=False), with_cards([])
 
 
 MOST_PIXELS = 4 * train_photos.EDIT_PX**2
@@ -309,23 +282,13 @@ def owner_of(request: gr.Request) -> str:
 
 def mask_editor() -> gr.ImageEditor:
     """The editor of a painted layer. Update only its value: else gradio makes another one, without the limits."""
-    colours = [
-        f"rgba({red}, {green}, {blue}, {OPACITY})" for red, green, blue in (train_photos.LEARNED, train_photos.LEFT_OUT)
-    ]
-    editor = gr.ImageEditor(
-        label="Mask",
-        show_label=False,
-        elem_id="mask_editor",
-        sources=(),
-        transforms=(),
-        layers=False,
-        format="png",
-        buttons=[],
-        interactive=True,
-        canvas_size=(train_photos.EDIT_PX, train_photos.EDIT_PX),
-        brush=gr.Brush(default_size=BRUSH_PX, colors=colours, default_color=colours[0], color_mode="fixed"),
-        eraser=gr.Eraser(default_size=BRUSH_PX),
-    )
+    sides = (train_photos.LEARNED, train_photos.LEFT_OUT)
+    colours = [f"rgba({red}, {green}, {blue}, {OPACITY})" for red, green, blue in sides]
+    brush = gr.Brush(default_size=BRUSH_PX, colors=colours, default_color=colours[0], color_mode="fixed")
+    look = {"label": "Mask", "show_label": False, "elem_id": "mask_editor", "format": "png", "interactive": True}
+    look |= {"sources": (), "transforms": (), "layers": False, "buttons": []}
+    size = (train_photos.EDIT_PX, train_photos.EDIT_PX)
+    editor = gr.ImageEditor(canvas_size=size, brush=brush, eraser=gr.Eraser(default_size=BRUSH_PX), **look)
     editor.blob_storage = Drawings()
     accept = editor.accept_blobs
 
@@ -370,15 +333,15 @@ SHOWN = "The masks are shown: what is dark is outside. “Mask” beside a photo
 
 def mask_widgets() -> dict[str, Any]:
     """The brush, which fills the window while it is open."""
-    with gr.Column(visible=False, elem_id="mask_box") as box:
-        about = gr.HTML("", elem_id="mask_about")
-        editor = mask_editor()
+    parts: dict[str, Any] = {"mask_chosen": gr.State(("", 1))}
+    with gr.Column(visible=False, elem_id="mask_box") as parts["mask_box"]:
+        parts["mask_about"] = gr.HTML("", elem_id="mask_about")
+        parts["mask_editor"] = mask_editor()
         with gr.Row(elem_classes="tight"):
-            keep = gr.Button("Keep this mask", variant="primary", min_width=130, elem_id="keep_mask")
-            back = gr.Button("Put the old one back", min_width=170, elem_id="put_mask_back")
-            close = gr.Button("Close", min_width=64, elem_id="close_mask")
-    edited = {"mask_box": box, "mask_about": about, "mask_editor": editor, "keep_mask": keep, "put_mask_back": back}
-    return edited | {"close_mask": close, "mask_chosen": gr.State(("", 1))}
+            parts["keep_mask"] = gr.Button("Keep this mask", variant="primary", min_width=130, elem_id="keep_mask")
+            parts["put_mask_back"] = gr.Button("Put the old one back", min_width=170, elem_id="put_mask_back")
+            parts["close_mask"] = gr.Button("Close", min_width=64, elem_id="close_mask")
+    return parts
 
 
 def with_any_word(form: train_form.TrainForm) -> train_form.TrainForm:
@@ -396,7 +359,7 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     making = {"show_progress": "minimal", "show_progress_on": parts["mask_remarks"], **PRIVATE}
 
     def settings(visitor: visitors.Visitor, values: dict) -> TrainConfig:
-        photos, form = visitor.given_photos, train_form.form_of(values)
+        photos, form = visitor.given_photos, form_of(values)
         form = form if form.make_masks and not is_toy(ctx.base_name) else with_any_word(form)
         recipe, run_dir = train_start.recipe_of(ctx, form.like, visitor), ctx.runs_dir / "new"
         config = form.config(ctx.base_name, ctx.resolution_px, photos, run_dir, recipe)
@@ -407,7 +370,7 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         masks = list(train_photos.shown_masks(settings(visitor, values), visitor))
         lines = [f"{mask.label}: {mask.remark}" for mask in masks if mask.remark]
         of_photos = {mask.photo: mask.path for mask in masks}
-        rows = reviews(ctx, visitor, values["seed"], values["subjects"], values["like"], of_photos)
+        rows = reviews(ctx, visitor, values["seed"], values["subjects"], values["like"], masks=of_photos)
         return gr.HTML(html.remarks_card(lines, SHOWN), visible=True), gr.Column(visible=False), *rows
 
     @state.as_gradio_error
@@ -451,8 +414,8 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     closing = {"outputs": corrected[:2], **quietly}
     parts["close_mask"].click(lambda: gr.Column(visible=False), None, parts["mask_box"], **quietly)
     gr.on([parts["remove_subject"].click, parts["reopen"].click], closed, None, **closing)
-    for number in range(1, train_form.MOST_SUBJECTS + 1):
-        rows, added = parts[train_form.named("crops", number)], parts[train_form.named("added", number)]
+    for number in range(1, MOST_SUBJECTS + 1):
+        rows, added = widgets_of(parts, number, "crops", "added")
         rows.masks(show, inputs_kwargs=fields, outputs=corrected, **making)
         rows.mask(edit_of(number), inputs_kwargs=fields, outputs=edited, **making)
         rows.drop(closed, None, **closing)

@@ -25,6 +25,7 @@ from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_w
 from dreambooth_moslora.photos.photo_file import Photo, apply_crop, open_mask, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state, train_form, train_start, visitors
+from dreambooth_moslora.ui.train_form import folder_of, photos_of
 
 EDIT_PX = 768  # Side of the square to paint on: the photo, scaled to it, and a margin
 MARGIN = (226, 228, 232)
@@ -52,7 +53,7 @@ class ShownMask:
 
 def take_with_masks(files: list[str], visitor: visitors.Visitor, number: int = 1, *, keep: bool = False) -> list[str]:
     """`take_photos` for subject `number`, with earlier corrections for the same photos."""
-    folder = train_form.folder_of(visitor.photos_dir, number)
+    folder = folder_of(visitor.photos_dir, number)
     remarks = visitors.take_photos(files, folder, keep=keep)
     for photo in visitors.kept_photos(folder):
         if (corrected := corrections_of(visitor, photo)[0]).is_file():
@@ -64,35 +65,34 @@ def add_photos(files: list[str], visitor: visitors.Visitor, number: int = 1) -> 
     """Take them after the subject's other photos. Of equal ones the first stays. Returns remarks. Raises UserError."""
     with visitor.changing:
         remarks, first, again = take_with_masks(files, visitor, number, keep=True), {}, []
-        for place, photo in enumerate(visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number)), 1):
+        for place, photo in enumerate(photos_of(visitor.photos_dir, number), 1):
             if (known := first.setdefault(file_digest(photo), place)) != place:
                 again.append(photo)
                 remarks.append(f"photo {known} was added once more: it counts once")
-        visitors.remove_photos(train_form.folder_of(visitor.photos_dir, number), again)
+        visitors.remove_photos(folder_of(visitor.photos_dir, number), again)
     return remarks
 
 
 def remove_photo(visitor: visitors.Visitor, digest: str, number: int = 1) -> None:
     """Remove a photo from the subject. Its caption and corrected mask are kept for when it is added again."""
-    folder = train_form.folder_of(visitor.photos_dir, number)
+    folder = folder_of(visitor.photos_dir, number)
     with visitor.changing:
-        visitors.remove_photos(
-            folder, [photo for photo in visitors.kept_photos(folder) if file_digest(photo) == digest]
-        )
+        gone = [photo for photo in visitors.kept_photos(folder) if file_digest(photo) == digest]
+        visitors.remove_photos(folder, gone)
         if not visitors.kept_photos(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def photo_with(visitor: visitors.Visitor, digest: str, number: int = 1) -> Path:
     """The subject's photo of that digest. Raises UserError when it is gone."""
-    for photo in visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number)):
+    for photo in photos_of(visitor.photos_dir, number):
         if file_digest(photo) == digest:
             return photo
     raise UserError(GONE)
 
 
 def caption_file(visitor: visitors.Visitor, number: int, digest: str) -> Path:
-    return train_form.folder_of(visitor.root / "captions", number) / f"{digest}.txt"
+    return folder_of(visitor.root / "captions", number) / f"{digest}.txt"
 
 
 def caption_of(visitor: visitors.Visitor, number: int, digest: str) -> str:
@@ -125,9 +125,7 @@ def forget_oldest(folder: Path) -> None:
 def keep_captions_of(visitor: visitors.Visitor, subjects: Sequence[train_form.SubjectWords]) -> None:
     """Keep the captions of a form, which has a line for each photo."""
     for number, words in enumerate(subjects, 1):
-        digests = [
-            file_digest(photo) for photo in visitors.kept_photos(train_form.folder_of(visitor.photos_dir, number))
-        ]
+        digests = list(map(file_digest, photos_of(visitor.photos_dir, number)))
         lines = words.captions.splitlines()
         lines += [""] * (len(digests) - len(lines))
         keep_captions(visitor, number, [list(row) for row in zip(digests, lines)])
@@ -140,7 +138,7 @@ def made_captions(
     and for a captioner that is not here."""
     words = form.subjects[number - 1]
     prompt, class_prompt = train_form.prompts_of(words.token, words.class_word)
-    folder = train_form.folder_of(visitor.photos_dir, number)
+    folder = folder_of(visitor.photos_dir, number)
     photos = find_photos(folder, prompt, ctx.resolution_px).photos
     recipe = train_start.recipe_of(ctx, form.like, visitor)
     config = train_form.crop_config(ctx.base_name, ctx.resolution_px, folder, photos, form.seed, recipe)
@@ -289,7 +287,7 @@ def review_kept(
 ) -> PhotoReview:
     """Judge the clean copies of subject `number`, each by its first crop in a run with this seed and recipe. `masks`
     are those that a run would use, where other ones than beside the photos."""
-    folder = train_form.folder_of(visitor.photos_dir, number)
+    folder = folder_of(visitor.photos_dir, number)
     with visitor.changing:
         report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
         recipe = train_start.recipe_of(ctx, like, visitor)

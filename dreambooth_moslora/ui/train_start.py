@@ -25,6 +25,7 @@ from dreambooth_moslora.settings import prompts, sources, table
 from dreambooth_moslora.settings.rows import parse_pattern
 from dreambooth_moslora.ui import generate_values, html, state, train_form, visitors
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
+from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, TrainForm, folder_of, photos_of
 
 LIKE = "like"  # Folder in a run: the recipe that it was given, NAME.json
 MOST_RECIPES = 16
@@ -91,16 +92,14 @@ def bounded(found: sources.FoundRecipe) -> sources.FoundRecipe:
     return sources.FoundRecipe(kept, found.without_equivalent, (*found.invalid, *lines))
 
 
-def form_of_run(
-    settings: Mapping[str, Any], photos_dir: Path, form: type[train_form.TrainForm] = train_form.TrainForm
-) -> train_form.TrainForm:
+def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainForm] = TrainForm) -> TrainForm:
     """The form that makes a run of these settings. Raises UserError for settings that no form has."""
     config = table.TrainConfig.from_dict(table.without_removed(settings) | {"resume_from_checkpoint": None})
     subjects = config.each_subject
-    if (count := len(subjects)) > train_form.MOST_SUBJECTS:
-        raise UserError(f"the run has {count} subjects, and the form {train_form.MOST_SUBJECTS} at most")
+    if (count := len(subjects)) > MOST_SUBJECTS:
+        raise UserError(f"the run has {count} subjects, and the form {MOST_SUBJECTS} at most")
     like, recipe = like_of_run(photos_dir.parent)
-    first, *others = (words_of(one, train_form.folder_of(photos_dir, n)) for n, one in enumerate(subjects, 1))
+    first, *others = (words_of(one, folder_of(photos_dir, n)) for n, one in enumerate(subjects, 1))
     values = train_form.values_from(vars(config), config.pretrained_model_name_or_path, form) | {"steps": 0}
     values |= vars(first) | length_of(config, photos_dir, count, recipe)
     begun = {"begin_with": Path(config.init_adapter).stem} if config.init_adapter else {}
@@ -126,7 +125,7 @@ def like_of_run(run_dir: Path) -> tuple[str, sources.FoundRecipe | None]:
             return file.stem, bounded(sources.FoundRecipe(sources.checked_recipe(settings)[0]))
         except (OSError, ValueError, AttributeError, RecursionError):
             break
-    return train_form.TrainForm.like, None
+    return TrainForm.like, None
 
 
 def length_of(
@@ -143,23 +142,17 @@ def length_of(
     for name, share in train_form.PRESETS.items():
         if all(getattr(config, length) == value for length, value in train_form.lengths_in(lengths, share).items()):
             return {"preset": name}
-    counts = [
-        max(1, len(visitors.kept_photos(train_form.folder_of(photos_dir, number)))) for number in range(1, subjects + 1)
-    ]
+    counts = [max(1, len(photos_of(photos_dir, number))) for number in range(1, subjects + 1)]
     return {"steps": plan_steps(config, counts).total_steps}
 
 
 def take_photos_of_run(run_dir: Path, visitor: visitors.Visitor, subjects: int) -> None:
     """The run's photos and masks become the visitor's. Raises UserError where those of a subject are gone."""
     with visitors.ONE_AT_A_TIME:
-        if not all(
-            visitors.kept_photos(train_form.folder_of(run_dir / "photos", number)) for number in range(1, subjects + 1)
-        ):
+        if not all(photos_of(run_dir / "photos", number) for number in range(1, subjects + 1)):
             raise UserError("the photos of this run are not there any more")
-        for number in range(1, train_form.MOST_SUBJECTS + 1):
-            source, target = (
-                train_form.folder_of(folder, number) for folder in (run_dir / "photos", visitor.photos_dir)
-            )
+        for number in range(1, MOST_SUBJECTS + 1):
+            source, target = (folder_of(folder, number) for folder in (run_dir / "photos", visitor.photos_dir))
             shutil.rmtree(target, ignore_errors=True)
             if number <= subjects:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.txt"))
@@ -181,7 +174,7 @@ class Prepared:
     said: list[str]
 
 
-def start_run(ctx: state.AppContext, form: train_form.TrainForm, visitor: visitors.Visitor) -> tuple[Job, str]:
+def start_run(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor) -> tuple[Job, str]:
     """The started run, and what was chosen for it as HTML. Raises UserError."""
     if ctx.jobs.current() or not ctx.queue.is_empty:
         raise UserError(BUSY)
@@ -190,7 +183,7 @@ def start_run(ctx: state.AppContext, form: train_form.TrainForm, visitor: visito
     return job, html.remarks_card(run.said, f"{job.name} has started. {CHOSEN}")
 
 
-def add_to_queue(ctx: state.AppContext, form: train_form.TrainForm, visitor: visitors.Visitor) -> tuple[str, str]:
+def add_to_queue(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor) -> tuple[str, str]:
     """The name of the run, which waits until those before it have ended, and HTML. Raises UserError."""
     if ctx.public:
         from dreambooth_moslora.ui.public import check_room
@@ -204,7 +197,7 @@ def add_to_queue(ctx: state.AppContext, form: train_form.TrainForm, visitor: vis
 
 @contextmanager
 def prepared(
-    ctx: state.AppContext, form: train_form.TrainForm, visitor: visitors.Visitor, *, is_queued: bool = False
+    ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor, *, is_queued: bool = False
 ) -> Iterator[Prepared]:
     """Prepare the run folder. It is deleted when the block fails, which frees its name. Raises UserError."""
     from dreambooth_moslora.plan.checks import check_settings
@@ -226,7 +219,7 @@ def prepared(
     try:
         with visitors.ONE_AT_A_TIME:
             for number in range(1, len(form.subjects) + 1):
-                shutil.copytree(train_form.folder_of(photos, number), train_form.folder_of(run_dir / "photos", number))
+                shutil.copytree(folder_of(photos, number), folder_of(run_dir / "photos", number))
         form.write_captions(run_dir / "photos")
         if begun_with is not None:
             (run_dir / BEGUN_WITH).mkdir()
@@ -241,7 +234,7 @@ def prepared(
         raise
 
 
-def adapter_of(ctx: state.AppContext, form: train_form.TrainForm, visitor: visitors.Visitor) -> Path | None:
+def adapter_of(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor) -> Path | None:
     """The file that the run goes on from. Raises UserError for one that no run begins with, or that is not listed."""
     name = str(form.begin_with or run_folder.NONE)
     if name == run_folder.NONE:
@@ -254,12 +247,12 @@ def adapter_of(ctx: state.AppContext, form: train_form.TrainForm, visitor: visit
     return file
 
 
-def start_lines(form: train_form.TrainForm) -> list[str]:
+def start_lines(form: TrainForm) -> list[str]:
     name = str(form.begin_with or run_folder.NONE)
     return [] if name == run_folder.NONE else [f"begins with what the adapter {name} has learnt"]
 
 
-def free_run_dir(jobs: Jobs, form: train_form.TrainForm) -> Path:
+def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
     """The wanted name, or one from the class words; a number is added when it is taken."""
     wanted = str(form.run_name or "-".join(str(words.class_word) for words in form.subjects))
     wanted = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", "-", wanted))  # what a RUN_NAME may have, dashes for the rest
@@ -267,7 +260,7 @@ def free_run_dir(jobs: Jobs, form: train_form.TrainForm) -> Path:
     return jobs.run_dir(free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))
 
 
-def estimate_cost(ctx: state.AppContext, form: train_form.TrainForm, visitor: visitors.Visitor) -> str:
+def estimate_cost(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor) -> str:
     """Memory, time and disk as HTML, and folded below them each choice and what they follow from. Raises UserError for
     whatever training would refuse."""
     from dreambooth_moslora.plan.plan import make_plan
@@ -323,7 +316,7 @@ def seconds_of(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> float
 def recipe_values(ctx: state.AppContext, preset: str, like: str | None, visitor: visitors.Visitor) -> dict[str, str]:
     """What an empty field stands for, by its name: the recipe's value, and of the steps how many show these photos as
     often as it says. Raises UserError."""
-    form = train_form.TrainForm("sks", "x", preset=preset, like=like or run_folder.NONE)
+    form = TrainForm("sks", "x", preset=preset, like=like or run_folder.NONE)
     recipe = recipe_of(ctx, like, visitor)
     share = train_form.PRESETS[form.checked("preset")]
     if recipe is not None:
@@ -332,7 +325,7 @@ def recipe_values(ctx: state.AppContext, preset: str, like: str | None, visitor:
         choices = Choices({"pretrained_model_name_or_path": ctx.base_name})
         exposures = choose_recipe(choices, train_form.free_for(ctx.base_name))
         settings = choices.all
-    rows = train_form.rows(train_form.TrainForm)
+    rows = train_form.rows(TrainForm)
     said = {name: table.SETTINGS[row.setting].default for name, row in rows.items() if row.by_recipe}
     said |= {name: settings[rows[name].setting] for name in said if settings.get(rows[name].setting) is not None}
     shown = {name: f"{value:g}" for name, value in said.items() if name != "steps"}
@@ -340,7 +333,7 @@ def recipe_values(ctx: state.AppContext, preset: str, like: str | None, visitor:
 
 
 def steps_of(
-    ctx: state.AppContext, form: train_form.TrainForm, recipe: sources.FoundRecipe | None, visitor: visitors.Visitor
+    ctx: state.AppContext, form: TrainForm, recipe: sources.FoundRecipe | None, visitor: visitors.Visitor
 ) -> str:
     """The number of steps for the visitor's photos of the first subject; "" without usable ones."""
     with suppress(UserError):

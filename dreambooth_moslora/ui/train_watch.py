@@ -28,7 +28,13 @@ POLL_SEC = 2.0
 NO_RUN = html.notice("No run yet. Add photos, say what they show, start.")
 HEADROOM = 1.1
 GONE = "This run is not there any more."
-DOWNLOADS = ("download", "download_kohya", "download_tokens", "download_mixers")
+DOWNLOADS = {
+    "download": ("Download the adapter", "download_adapter"),
+    "download_kohya": ("… for ComfyUI, A1111", "download_kohya"),
+    "download_tokens": ("… its new tokens", "download_tokens"),
+    "download_mixers": ("… its mixers alone", "download_mixers"),
+}
+"""Name -> label and id of a button."""
 PICTURES = ("loss", "fidelity", "samples", "sheet")
 WATCHED = ("run", "seen", "status", "stop", "resume", "use", "reopen", *DOWNLOADS, *PICTURES, "log")
 PLOT_POINTS = 200
@@ -50,36 +56,33 @@ ENDINGS = {"done": "Done.", "interrupted": "Stopped; a checkpoint is written.", 
 
 
 def watch_widgets() -> dict[str, Any]:
+    parts: dict[str, Any] = {"timer": gr.Timer(POLL_SEC), "seen": gr.State(None)}
+    with gr.Row(elem_classes="tight"):
+        look = {"allow_custom_value": True, "elem_id": "run_picker", "min_width": 110}
+        parts["run"] = gr.Dropdown([], value=None, label="Run", **look)
+        look = {"interactive": False, "scale": 0}
+        parts["stop"] = gr.Button("Stop", variant="stop", min_width=76, elem_id="stop_training", **look)
+        parts["resume"] = gr.Button("Resume", min_width=88, elem_id="resume", **look)
+    parts["status"] = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
+    parts |= queue_widgets()
+    with gr.Row(elem_classes="tight"):
+        parts["use"] = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
+        parts["reopen"] = gr.Button("Change and train again", visible=False, elem_id="reopen")
+    with gr.Row(elem_classes="tight"):
+        for name, (label, elem_id) in DOWNLOADS.items():
+            parts[name] = gr.DownloadButton(label, visible=False, elem_id=elem_id)
     plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
-    with gr.Row(elem_classes="tight"):
-        run = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, elem_id="run_picker", min_width=110)
-        stop = gr.Button("Stop", variant="stop", interactive=False, min_width=76, scale=0, elem_id="stop_training")
-        resume = gr.Button("Resume", interactive=False, min_width=88, scale=0, elem_id="resume")
-    status = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
-    waiting = queue_widgets()
-    with gr.Row(elem_classes="tight"):
-        use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
-        reopen = gr.Button("Change and train again", visible=False, elem_id="reopen")
-    with gr.Row(elem_classes="tight"):
-        download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
-        kohya = gr.DownloadButton("… for ComfyUI, A1111", visible=False, elem_id="download_kohya")
-        tokens = gr.DownloadButton("… its new tokens", visible=False, elem_id="download_tokens")
-        mixers = gr.DownloadButton("… its mixers alone", visible=False, elem_id="download_mixers")
-    loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
-    fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
-    samples = picture_rows("Samples", "samples", object_fit="contain", buttons=["download", "fullscreen"])
-    sheet = gr.Image(label="Contact sheet", type="filepath", visible=False, elem_id="sheet_of_run", **html.SHOWN)
+    parts["loss"] = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
+    parts["fidelity"] = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
+    look = {"columns": 4, "height": "auto", "object_fit": "contain", "visible": False, "elem_id": "samples"}
+    parts["samples"] = gr.Gallery(label="Samples", **look | html.SHOWN)
+    parts["sheet"] = gr.Image(
+        label="Contact sheet", type="filepath", visible=False, elem_id="sheet_of_run", **html.SHOWN
+    )
     with gr.Accordion("Log", open=False, elem_id="log_box"):
-        log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
-    downloads = (download, kohya, tokens, mixers)
-    widgets = (run, gr.State(None), status, stop, resume, use, reopen, *downloads, loss, fidelity, samples, sheet, log)
-    return waiting | dict(zip(WATCHED, widgets)) | {"timer": gr.Timer(POLL_SEC)}
-
-
-def picture_rows(label: str, elem_id: str, **options: Any) -> gr.Gallery:
-    """Pictures in rows of four, for viewing; hidden until there are some."""
-    shape = {"columns": 4, "height": "auto", "format": "png", "visible": False, "interactive": False}
-    return gr.Gallery(label=label, show_label=False, elem_id=elem_id, **shape, **options)
+        look = {"show_line_numbers": False, "wrap_lines": True, "max_lines": 20}
+        parts["log"] = gr.Code(language=None, label="Log", elem_id="log", **look)
+    return parts
 
 
 def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
@@ -207,17 +210,15 @@ PAUSED = "Paused: what trains goes on to its end, and no next run starts."
 
 
 def queue_widgets() -> dict[str, Any]:
-    with gr.Column(visible=False, elem_id="queue_box") as box:
-        queued = gr.Radio([], value=None, label="Waiting runs; choose one to move it", elem_id="queued")
-        rest = gr.HTML("", elem_id="queue_rest")
+    parts: dict[str, Any] = {"queue_seen": gr.State(None)}
+    with gr.Column(visible=False, elem_id="queue_box") as parts["queue_box"]:
+        parts["queued"] = gr.Radio([], value=None, label="Waiting runs; choose one to move it", elem_id="queued")
+        parts["queue_rest"] = gr.HTML("", elem_id="queue_rest")
         with gr.Row(elem_classes="tight"):
-            up = gr.Button("Up", min_width=60, elem_id="queue_up")
-            down = gr.Button("Down", min_width=60, elem_id="queue_down")
-            remove = gr.Button("Remove", min_width=80, elem_id="queue_remove")
-        pause = gr.Button("Pause the queue", size="sm", elem_id="queue_pause")
-    seen = gr.State(None)
-    widgets = {"queue_box": box, "queued": queued, "queue_rest": rest, "queue_seen": seen}
-    return widgets | {"queue_up": up, "queue_down": down, "queue_remove": remove, "queue_pause": pause}
+            for name, width in (("up", 60), ("down", 60), ("remove", 80)):
+                parts[f"queue_{name}"] = gr.Button(name.title(), min_width=width, elem_id=f"queue_{name}")
+        parts["queue_pause"] = gr.Button("Pause the queue", size="sm", elem_id="queue_pause")
+    return parts
 
 
 def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
