@@ -12,7 +12,21 @@ import gradio as gr
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
-from dreambooth_moslora.ui import generate_values, state, visitors
+from dreambooth_moslora.ui import state, visitors
+from dreambooth_moslora.ui.generate_values import (
+    RANGES,
+    AdapterSummary,
+    GenerateForm,
+    clamp_to_widgets,
+    code_snippet,
+    compare,
+    make_pictures,
+    match_adapters,
+    prompt_for,
+    recipe_of,
+    size_choices,
+    summary_of,
+)
 from dreambooth_moslora.ui.html import LARGE_PREVIEW, SHOWN, explain_bad_values, faint, progress_card
 
 IDLE = progress_card("Ready", "Enter starts, Esc stops")
@@ -25,75 +39,58 @@ AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
 
 def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     """The most used widgets: prompt, adapter, scale, number of pictures, buttons."""
-    names = [NONE, *ctx.catalog.files()]
-    first = names[1] if len(names) > 1 else NONE
-    summary = (
-        generate_values.summary_of(ctx.catalog.files()[first]) if first != NONE else generate_values.AdapterSummary()
-    )
-    prompt = gr.Textbox(
-        label="Prompt",
-        value=generate_values.prompt_for(summary),
-        placeholder="a photo of … in the snow",
-        lines=1,
-        max_lines=5,
-        autofocus=True,
-        elem_id="prompt",
-    )
+    files = ctx.catalog.files()
+    first = next(iter(files), NONE)
+    summary = summary_of(files[first]) if files else AdapterSummary()
+    words, parts = summary.sentence(), {}
+    look = {"placeholder": "a photo of … in the snow", "lines": 1, "max_lines": 5, "autofocus": True}
+    fields: dict[str, Any] = {"prompt": gr.Textbox(prompt_for(summary), label="Prompt", elem_id="prompt", **look)}
     with gr.Row(elem_classes="tight"):
-        adapter = gr.Dropdown(names, value=first, label="Adapter", allow_custom_value=True, elem_id="adapter", scale=4)
-        refresh = gr.Button("↻", elem_id="refresh", scale=0, min_width=44, elem_classes="icon")
-        upload = gr.UploadButton(
-            "Upload", file_types=[".safetensors"], scale=0, min_width=88, elem_id="upload_adapter", size="md"
-        )
-    words = summary.sentence()
-    about = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
-    scale = gr.Slider(
-        *generate_values.RANGES["scale"], summary.scale, step=0.05, label="Adapter scale", buttons=[], elem_id="scale"
-    )
-    num_images = gr.Slider(1, generate_values.MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
+        look = {"allow_custom_value": True, "elem_id": "adapter", "scale": 4}
+        fields["adapter"] = gr.Dropdown([NONE, *files], value=first, label="Adapter", **look)
+        parts["refresh"] = gr.Button("↻", elem_id="refresh", scale=0, min_width=44, elem_classes="icon")
+        look = {"scale": 0, "min_width": 88, "elem_id": "upload_adapter", "size": "md"}
+        parts["upload"] = gr.UploadButton("Upload", file_types=[".safetensors"], **look)
+    parts["about"] = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
+    fields["scale"] = slider("scale", summary.scale, "Adapter scale", elem_id="scale")
+    fields["num_images"] = slider("num_images", 1, "Pictures", elem_id="num_images")
     with gr.Row(elem_classes="tight"):
-        run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
-        stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", scale=1, min_width=80)
-    widgets = {"prompt": prompt, "adapter": adapter, "scale": scale, "num_images": num_images}
-    return widgets, {"run": run, "stop": stop, "refresh": refresh, "upload": upload, "about": about}
+        parts["run"] = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
+        look = {"interactive": False, "elem_id": "stop", "scale": 1, "min_width": 80}
+        parts["stop"] = gr.Button("Stop", variant="stop", **look)
+    return fields, parts
+
+
+def slider(name: str, value: float, label: str, **look: Any) -> gr.Slider:
+    step = {"scale": 0.05, "guidance_scale": 0.1}.get(name, 1)
+    return gr.Slider(*RANGES[name], value, step=step, label=label, buttons=[], **look)
 
 
 def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
-    sizes = generate_values.size_choices(ctx.resolution_px, ctx.facts.multiple_px)
-    of_unets = ctx.facts.style == "ddpm"
+    sizes, fields = size_choices(ctx.resolution_px, ctx.facts.multiple_px), {}
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
-        shown = {"visible": ctx.facts.has_negative, "elem_id": "negative"}
-        negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, **shown)
+        look = {"lines": 1, "max_lines": 3, "visible": ctx.facts.has_negative, "elem_id": "negative"}
+        fields["negative_prompt"] = gr.Textbox("", label="Negative prompt", **look)
         with gr.Row():
-            steps = gr.Slider(
-                *generate_values.RANGES["steps"], 25, step=1, label="Steps", buttons=[], min_width=160, elem_id="steps"
-            )
-            look = {"step": 0.1, "label": "Guidance", "buttons": [], "min_width": 160, "elem_id": "guidance"}
-            guidance = gr.Slider(*generate_values.RANGES["guidance_scale"], ctx.guidance_scale, **look)
+            fields["steps"] = slider("steps", 25, "Steps", min_width=160, elem_id="steps")
+            look = {"min_width": 160, "elem_id": "guidance"}
+            fields["guidance_scale"] = slider("guidance_scale", ctx.guidance_scale, "Guidance", **look)
         with gr.Row():
-            seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=160, elem_id="seed")
+            look = {"precision": 0, "min_width": 160, "elem_id": "seed"}
+            fields["seed"] = gr.Number(-1, label="Seed", info="−1 draws one", **look)
             schedulers = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
-            shown = {"visible": of_unets, "min_width": 160}
-            scheduler = gr.Dropdown(schedulers, value="euler", label="Scheduler", info="how it steps", **shown)
-        size = gr.Dropdown(
-            sizes, value=sizes[0][1], label="Size", info="width × height", allow_custom_value=True, elem_id="size"
-        )
-    widgets = {"negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "seed": seed, "size": size}
+            look = {"info": "how it steps", "visible": ctx.facts.style == "ddpm", "min_width": 160}
+            fields["scheduler"] = gr.Dropdown(schedulers, value="euler", label="Scheduler", **look)
+        look = {"info": "width × height", "allow_custom_value": True, "elem_id": "size"}
+        fields["size"] = gr.Dropdown(sizes, value=sizes[0][1], label="Size", **look)
     with gr.Accordion("More adapters", open=False):
-        for number in (2, 3):
+        names, look = [NONE, *ctx.catalog.files()], {"allow_custom_value": True, "min_width": 130}
+        for n in (2, 3):
             with gr.Row():
-                widgets[f"adapter_{number}"] = gr.Dropdown(
-                    [NONE, *ctx.catalog.files()],
-                    value=NONE,
-                    label=f"Adapter {number}",
-                    allow_custom_value=True,
-                    min_width=130,
-                )
-                widgets[f"scale_{number}"] = gr.Slider(
-                    *generate_values.RANGES["scale"], 1.0, step=0.05, label=f"Scale {number}", buttons=[], min_width=130
-                )
+                fields[f"adapter_{n}"] = gr.Dropdown(names, value=NONE, label=f"Adapter {n}", **look)
+                fields[f"scale_{n}"] = slider("scale", 1.0, f"Scale {n}", min_width=130)
         gr.Markdown("Or write `<lora:name:0.8>` in the prompt.", elem_classes="faint")
-    return widgets | {"scheduler": scheduler}
+    return fields
 
 
 def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
@@ -131,19 +128,20 @@ def _gallery(label: str, elem_id: str) -> gr.Gallery:
 
 
 def _grid_widgets() -> dict[str, Any]:
+    parts: dict[str, Any] = {}
     with gr.Row():
-        down = gr.Dropdown(AXIS_LABELS, value="scale", label="Rows", min_width=120, elem_id="grid_rows")
-        down_values = gr.Textbox(AXIS_VALUES["scale"], label="Row values", min_width=120, elem_id="grid_row_values")
+        look = {"min_width": 120, "elem_id": "grid_rows"}
+        parts["down"] = gr.Dropdown(AXIS_LABELS, value="scale", label="Rows", **look)
+        look = {"min_width": 120, "elem_id": "grid_row_values"}
+        parts["down_values"] = gr.Textbox(AXIS_VALUES["scale"], label="Row values", **look)
     with gr.Row():
-        across = gr.Dropdown(
-            [("Nothing", NONE), *AXIS_LABELS], value="seed", label="Columns", min_width=120, elem_id="grid_columns"
-        )
-        across_values = gr.Textbox(AXIS_VALUES["seed"], label="Column values", min_width=120)
+        look = {"min_width": 120, "elem_id": "grid_columns"}
+        parts["across"] = gr.Dropdown([("Nothing", NONE), *AXIS_LABELS], value="seed", label="Columns", **look)
+        parts["across_values"] = gr.Textbox(AXIS_VALUES["seed"], label="Column values", min_width=120)
     gr.Markdown("Commas separate values; `|` separates prompts.", elem_classes="faint")
-    draw = gr.Button("Draw the grid", elem_id="draw_grid")
-    sheet = gr.Image(label="Grid", type="filepath", elem_id="sheet", **SHOWN)
-    values = {"down_values": down_values, "across_values": across_values}
-    return {"down": down, "across": across, "draw": draw, "sheet": sheet} | values
+    parts["draw"] = gr.Button("Draw the grid", elem_id="draw_grid")
+    parts["sheet"] = gr.Image(label="Grid", type="filepath", elem_id="sheet", **SHOWN)
+    return parts
 
 
 @dataclass
@@ -170,7 +168,7 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[s
                 template = gr.Dropdown(templates, value=None, label="Template", elem_id="template")
             with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
                 dropped = gr.File(file_types=PICTURES, label="Drop a picture", height=150, elem_id="drop_png")
-    ordered = {field.name: widgets[field.name] for field in fields(generate_values.GenerateForm)}
+    ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
         explain_bad_values(widget)
     of_base = {"size": widgets["size"], "guidance_scale": widgets["guidance_scale"], "template": template}
@@ -206,7 +204,7 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
 
     @state.as_gradio_error
     def generate(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in generate_values.make_pictures(ctx, generate_values.GenerateForm.of(values), request):
+        for frame in make_pictures(ctx, GenerateForm.of(values), request):
             seed = frame.params.seed if frame.params else gr.skip()
             if frame.pictures is None:
                 yield gr.skip(), seed, frame.status, gr.skip()
@@ -228,9 +226,7 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         visitor = ctx.visitors.of(request)
         if not (own := _own(pictures, visitor)):
             return ""
-        return generate_values.code_snippet(
-            GenerationParams.from_png(own[0].path), ctx.base, ctx.catalog.public_paths(visitor)
-        )
+        return code_snippet(GenerationParams.from_png(own[0].path), ctx.base, ctx.catalog.public_paths(visitor))
 
     # The page drops a click while the last one is not answered, but for this mode: each Stop must count.
     @buttons["stop"].click(inputs=None, outputs=None, queue=False, trigger_mode="multiple", api_name="stop")
@@ -257,7 +253,7 @@ def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: 
 
     @state.as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in generate_values.compare(ctx, generate_values.GenerateForm.of(values), request):
+        for frame in compare(ctx, GenerateForm.of(values), request):
             pair = frame.pictures and len(frame.pictures) == 2
             yield tuple(str(p.path) for p in frame.pictures) if pair else gr.skip(), frame.status
 
@@ -266,7 +262,7 @@ def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: 
         rows: str, row_values: str, columns: str, column_values: str, request: gr.Request, **values
     ) -> Iterator[tuple]:
         axes = [f"{rows}={row_values}"] + ([f"{columns}={column_values}"] if columns != NONE else [])
-        for frame in generate_values.make_pictures(ctx, generate_values.GenerateForm.of(values), request, axes):
+        for frame in make_pictures(ctx, GenerateForm.of(values), request, axes):
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
 
     both = results["compare"].click(compare_both, api_name="compare", **compared, **options)
@@ -300,7 +296,7 @@ def _connect_adapters(ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, 
     @gr.api(api_name="adapters", queue=False)
     def listed(request: gr.Request) -> list[dict]:
         """Name and summary of every adapter that the user may use."""
-        return [{"name": name, **asdict(generate_values.summary_of(file))} for name, file in files_for(request).items()]
+        return [{"name": name, **asdict(summary_of(file))} for name, file in files_for(request).items()]
 
     def adapters(request: gr.Request) -> list:
         return [gr.Dropdown(choices=[NONE, *files_for(request)])] * len(tab.adapters)
@@ -313,17 +309,17 @@ def _connect_adapters(ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, 
         files = files_for(request)
         if name not in files:
             return gr.HTML(faint(""), visible=False), gr.skip()
-        summary = generate_values.summary_of(files[name])
+        summary = summary_of(files[name])
         words = summary.sentence()
         # the adapter's own words, unless the user has edited the prompt that another one had filled in
-        untouched = {"", *(generate_values.prompt_for(generate_values.summary_of(file)) for file in files.values())}
-        renewed = generate_values.prompt_for(summary) if (old_prompt or "").strip() in untouched else ""
+        untouched = {"", *(prompt_for(summary_of(file)) for file in files.values())}
+        renewed = prompt_for(summary) if (old_prompt or "").strip() in untouched else ""
         return gr.HTML(faint(words), visible=bool(words)), renewed or old_prompt
 
     def preset(name: str, request: gr.Request) -> float:
         """The chosen file's recommended scale. A picture's settings do not call this: they have their own scale."""
         files = files_for(request)
-        return generate_values.summary_of(files[name]).scale if name in files else 1.0
+        return summary_of(files[name]).scale if name in files else 1.0
 
     first.input(preset, first, tab.fields["scale"], **state.AT_ONCE)
 
@@ -363,14 +359,12 @@ def _connect_reuse(
     @state.as_gradio_error
     def reuse_shown(pictures: list[visitors.Picture], index: int, request: gr.Request) -> list:
         own = _own(pictures, ctx.visitors.of(request))
-        return to_widgets(ctx, generate_values.recipe_of(_picked(own, index)), request)
+        return to_widgets(ctx, recipe_of(_picked(own, index)), request)
 
     @results["reuse_history"].click(inputs=results["selected_history"], outputs=outputs, **state.TELLING)
     @state.as_gradio_error
     def reuse_history(index: int, request: gr.Request) -> list:
-        return to_widgets(
-            ctx, generate_values.recipe_of(_picked(list(ctx.visitors.of(request).history), index)), request
-        )
+        return to_widgets(ctx, recipe_of(_picked(list(ctx.visitors.of(request).history), index)), request)
 
     results["last_seed"].click(
         lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **state.AT_ONCE
@@ -379,12 +373,12 @@ def _connect_reuse(
     @dropped.upload(inputs=dropped, outputs=outputs, **state.TELLING)
     @state.as_gradio_error
     def reuse_dropped(file: str | None, request: gr.Request) -> list:
-        return to_widgets(ctx, generate_values.recipe_of(file), request) if file else [gr.skip()] * len(outputs)
+        return to_widgets(ctx, recipe_of(file), request) if file else [gr.skip()] * len(outputs)
 
     @template.input(inputs=[template, tab.adapters[0]], outputs=tab.prompt, **state.TELLING)
     def from_template(template: str | None, adapter: str, request: gr.Request) -> Any:
         files = ctx.catalog.files(ctx.visitors.of(request))
-        subject = generate_values.summary_of(files[adapter]).subject if adapter in files else ""
+        subject = summary_of(files[adapter]).subject if adapter in files else ""
         return template.replace("{}", subject or "…") if template else gr.skip()
 
 
@@ -401,9 +395,9 @@ def _picked(pictures: list[visitors.Picture], index: int) -> Path:
 
 def to_widgets(ctx: state.AppContext, recipe: Recipe, request: gr.Request) -> list:
     """The values of all fields, in order, that give the recipe again; differences are shown as remarks."""
-    settled, remarks = generate_values.match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
-    params, changes = generate_values.clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
+    settled, remarks = match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
+    params, changes = clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
     for remark in (*remarks, *changes):
         gr.Warning(html.escape(state.sentence(remark), quote=False))
-    form = generate_values.GenerateForm.from_params(params)
-    return [getattr(form, field.name) for field in fields(generate_values.GenerateForm)]
+    form = GenerateForm.from_params(params)
+    return [getattr(form, field.name) for field in fields(GenerateForm)]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dreambooth_moslora.generation.params import Image, Step
 
 MAX_IMAGES = 8
-RANGES = {"steps": (1, MAX_STEPS), "guidance_scale": (0, 30), "scale": (-2, 2)}
+RANGES = {"steps": (1, MAX_STEPS), "guidance_scale": (0, 30), "scale": (-2, 2), "num_images": (1, MAX_IMAGES)}
 """Ranges of the sliders, narrower than a program's, so that usual values are easy to set."""
 RATIOS = {"Square": (1, 1), "Portrait": (7 / 8, 9 / 8), "Tall": (13 / 16, 19 / 16)}
 

@@ -23,7 +23,7 @@ from dreambooth_moslora.core import UserError, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state, train_form, train_photos, train_start, visitors
-from dreambooth_moslora.ui.photo_rows import CAPTIONS, photo_rows, with_cards
+from dreambooth_moslora.ui.html import CAPTIONS, photo_rows, with_cards
 from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, SubjectWords, folder_of, form_of, named, photos_of
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
@@ -34,7 +34,6 @@ PRIVATE = {"api_visibility": "private", **state.GPU}
 WORDS = tuple(SubjectWords.__dataclass_fields__)
 PROGRESS = gr.Progress()
 WRITING, FETCHED = "Writing captions", "Qwen3-VL comes from the hub once"
-NARROW = {"min_width": 110}
 
 
 def photo_widgets(number: int = 1) -> dict[str, Any]:
@@ -44,12 +43,10 @@ def photo_widgets(number: int = 1) -> dict[str, Any]:
     widgets = {"added": gr.File(height=130, elem_id=named("photos", number), **files)}
     if number == 1:
         gr.HTML(html.faint(ABOUT_MASKS))
-    widgets |= {
-        "photos": gr.File(visible=False, **files),
-        "remarks": gr.HTML(visible=False, elem_id=named("remarks", number)),
-    }
+    widgets["photos"] = gr.File(visible=False, **files)
+    widgets["remarks"] = gr.HTML(visible=False, elem_id=named("remarks", number))
     widgets |= {"mask_remarks": gr.HTML("", visible=False, elem_id="mask_remarks")} if number == 1 else {}
-    widgets |= {"crops": photo_rows(named("crops", number))}
+    widgets["crops"] = photo_rows(named("crops", number))
     return {named(name, number): widget for name, widget in widgets.items()}
 
 
@@ -76,8 +73,8 @@ def further_fields(number: int) -> dict[str, Any]:
         return gr.Textbox(value, label=label, placeholder=placeholder, elem_id=named(name, number), **look)
 
     with gr.Row():
-        class_word = text("class_word", "What these show", "cat", **NARROW)
-        token = text("token", "Token", "a rare word", train_form.TOKENS[number - 1], **NARROW)
+        class_word = text("class_word", "What these show", "cat", min_width=110)
+        token = text("token", "Token", "a rare word", train_form.TOKENS[number - 1], min_width=110)
     captions = text("captions", "Captions", "one line for each photo, in order; may be left out", visible=False)
     begin_as = text("tokens_begin_as", "Its new tokens begin as", "words like it; or empty", visible=False)
     words = (class_word, token, captions, begin_as)

@@ -22,7 +22,7 @@ from dreambooth_moslora.photos.captions import make as make_caption
 from dreambooth_moslora.photos.examine import examine, masked, plans_of
 from dreambooth_moslora.photos.folder import MOST_BYTES, find_photos, one_space, photo_report
 from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_warning
-from dreambooth_moslora.photos.photo_file import Photo, apply_crop, open_mask, open_rgb
+from dreambooth_moslora.photos.photo_file import Photo, apply_crop, open_again, open_mask, open_rgb, to_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state, train_form, train_start, visitors
 from dreambooth_moslora.ui.train_form import folder_of, photos_of
@@ -293,7 +293,9 @@ def review_kept(
         recipe = train_start.recipe_of(ctx, like, visitor)
         config = train_form.crop_config(ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe)
         lines = [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
-        crops = {Path(s.path): (uncropped(s.path), f"not used: {s.reason}") for s in report.skipped if s.is_photo}
+        crops = {
+            Path(s.path): (to_rgb(open_again(s.path)), f"not used: {s.reason}") for s in report.skipped if s.is_photo
+        }
         for place, photo in enumerate(report.photos):
             plan = next(plans_of(replace(photo, subject=number - 1), place, config))
             shown = replace(photo, mask_path=(masks or {}).get(photo.path, photo.mask_path))
@@ -306,11 +308,6 @@ def review_kept(
     title = f"{count} photo{'s' * (count != 1)}, {how}."
     photos = sorted(crops)
     return PhotoReview(photos, [crops[photo] for photo in photos], html.remarks_card(lines, title))
-
-
-def uncropped(photo: Path) -> PIL.Image.Image:
-    with PIL.Image.open(photo) as image:
-        return image.convert("RGB")
 
 
 def cards_of(
