@@ -135,13 +135,6 @@ class AdapterCatalog:
                 paths[name] = f"runs/{wanted.relative_to(self.runs_dir).as_posix()}" if is_run else file.name
         return paths
 
-    def name_of(self, file: Path, visitor: visitors.Visitor | None = None) -> str:
-        """The name under which `file` is listed. Raises UserError when it is not."""
-        for name, path in self.files(visitor).items():
-            if path == file:
-                return name
-        raise UserError("there is no adapter yet")
-
     def add_upload(self, uploaded: str | Path, visitor: visitors.Visitor) -> str:
         """Keep an uploaded file for its visitor alone; returns its name. Raises UserError."""
         source = Path(uploaded)

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.core import is_toy
+from dreambooth_moslora.core import UserError, is_toy
 from dreambooth_moslora.disk.run_folder import NONE, RunDir
 from dreambooth_moslora.settings.sources import FoundRecipe
 from dreambooth_moslora.ui import (
@@ -259,8 +259,9 @@ def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Ta
     def use(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         job = ctx.jobs.seen(run or "", visitor.id)
-        name = ctx.catalog.name_of(RunDir(job.run_dir).adapter_path, visitor)
-        files = ctx.catalog.files(visitor)
+        files, adapter = ctx.catalog.files(visitor), RunDir(job.run_dir).adapter_path
+        if (name := next((name for name, file in files.items() if file == adapter), None)) is None:
+            raise UserError("there is no adapter yet")
         summary = generate_values.summary_of(files[name])
         chosen = gr.Dropdown(choices=[NONE, *files], value=name)
         return gr.Tabs(selected="generate"), chosen, generate_values.prompt_for(summary), summary.scale

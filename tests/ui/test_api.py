@@ -37,15 +37,9 @@ def noise(folder: Path, name: str = "a.png", height: int = 100):
     return handle_file(folder / name)
 
 
-@pytest.fixture
-def endpoints(client) -> dict[str, list[dict]]:
-    """The parameters of each."""
+def test_endpoints_and_arguments_keep_their_names_and_are_told_in_the_docs(client):
     api = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    return {name: facts["parameters"] for name, facts in api.items()}
-
-
-def test_endpoints_and_arguments_keep_their_names(endpoints):
-    arguments = {name.lstrip("/"): [p["parameter_name"] for p in found] for name, found in endpoints.items()}
+    arguments = {name.lstrip("/"): [p["parameter_name"] for p in facts["parameters"]] for name, facts in api.items()}
     fields = ("photos", "class_word", "token", "captions", "tokens_begin_as")
     further = [f"{name}_{number}" for number in (2, 3, 4) for name in fields]
     of_each = {
@@ -58,18 +52,16 @@ def test_endpoints_and_arguments_keep_their_names(endpoints):
         ("inspect",): ["file"],
     }
     assert arguments == {name: words for names, words in of_each.items() for name in names}
-    needed = {p["parameter_name"] for found in endpoints.values() for p in found if not p["parameter_has_default"]}
+    parameters = [p for facts in api.values() for p in facts["parameters"]]
+    needed = {p["parameter_name"] for p in parameters if not p["parameter_has_default"]}
     assert needed == {"photos", "class_word", "file", "run"}
-
-
-def test_the_docs_name_every_endpoint_with_its_arguments(endpoints):
     page = (Path(__file__).parents[2] / "docs" / "page.md").read_text(encoding="utf-8")
-    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `/")]
+    lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `/")]
     told = {
-        name: re.findall("`([a-z_0-9]+)`", words) for names, words in rows for name in re.findall("/[a-z_]+", names)
+        name: re.findall("`([a-z_0-9]+)`", words) for names, words in lines for name in re.findall("/([a-z_]+)", names)
     }
-    told["/grid"] += told["/generate"]
-    assert told == {name: [p["parameter_name"] for p in found] for name, found in endpoints.items()}
+    told["grid"] += told["generate"]
+    assert told == arguments
 
 
 def test_a_fixed_cookie_finds_its_run_and_its_adapter_again(served):
@@ -85,9 +77,15 @@ def test_a_fixed_cookie_finds_its_run_and_its_adapter_again(served):
     shutil.rmtree(run)
 
 
-def test_a_picture_of_two_adapters_is_the_pipelines_own_and_carries_its_recipe(client, served):
+def test_a_picture_of_two_adapters_is_the_pipelines_own_comes_with_previews_and_carries_its_recipe(client, served):
+    assert [row["name"] for row in client.predict(api_name="/adapters")] == ["cat", "dog"]
     adapters = {"adapter": "dog", "scale": 0.5, "adapter_3": "cat", "scale_3": 0.2}
-    gallery, seed, status = client.predict("a sks dog", seed=7, num_images=2, **adapters, **DRAW)
+    job = client.submit("a sks dog", seed=7, num_images=2, **adapters, **DRAW | {"steps": 30})
+    gallery, seed, status = job.result(timeout=600)
+    counts = [len(output[0]) for output in job.outputs() if isinstance(output[0], list)]
+    assert {1, 2} <= set(counts) and counts == sorted(counts)
+    states = [output[2] for output in job.outputs()]
+    assert any("data:image/jpeg" in state and " of 30" in state and " left" in state for state in states)
     first, second = files_of(gallery)
     assert seed == 7 and "2 pictures" in status
     recipe = read_recipe(second)
@@ -97,15 +95,10 @@ def test_a_picture_of_two_adapters_is_the_pipelines_own_and_carries_its_recipe(c
     events = served.ctx.pipeline().generate(params)
     expected = next(np.asarray(event.pixels) for event in events if isinstance(event, Image))
     assert np.array_equal(np.asarray(PIL.Image.open(first)), expected)
-
-
-def test_pictures_arrive_one_by_one_with_a_preview_and_the_time_left(client):
-    job = client.submit("a sks dog", num_images=2, seed=1, **DRAW | {"steps": 30})
-    job.result(timeout=600)
-    counts = [len(output[0]) for output in job.outputs() if isinstance(output[0], list)]
-    assert {1, 2} <= set(counts) and counts == sorted(counts)
-    states = [output[2] for output in job.outputs()]
-    assert any("data:image/jpeg" in state and " of 30" in state and " left" in state for state in states)
+    told = client.predict(handle_file(first), api_name="/inspect")
+    assert "a sks dog" in told and served.ctx.pipeline().adapters["dog"].sha256 in told
+    told = client.predict(handle_file(served.ctx.catalog.path("cat")), api_name="/inspect")
+    assert "Rank" in told and "4" in told
 
 
 def test_a_negative_or_emptied_seed_is_drawn_and_told(client):
@@ -172,15 +165,6 @@ def test_visitors_share_a_queue_each_gets_its_own_and_a_history_belongs_to_one_c
     histories = [served.ctx.visitors.of(one).history for one in asked]
     prompts = [{GenerationParams.from_png(picture.path).prompt for picture in history} for history in histories]
     assert prompts == [{"dog 0", "dog 1"}, {"dog 2", "dog 3"}, {"dog 4"}]
-
-
-def test_adapters_are_listed_and_inspect_says_what_one_and_a_picture_are(client, served):
-    assert [row["name"] for row in client.predict(api_name="/adapters")] == ["cat", "dog"]
-    gallery, _, _ = client.predict("a dog in space", adapter="dog", seed=4, **DRAW)
-    picture = client.predict(handle_file(files_of(gallery)[0]), api_name="/inspect")
-    assert "a dog in space" in picture and served.ctx.pipeline().adapters["dog"].sha256 in picture
-    adapter = client.predict(handle_file(served.ctx.catalog.path("cat")), api_name="/inspect")
-    assert "Rank" in adapter and "4" in adapter
 
 
 def test_a_run_of_one_or_two_subjects_answers_with_its_name_takes_the_rest_from_the_recipe_and_has_an_estimate(

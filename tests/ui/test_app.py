@@ -30,7 +30,6 @@ from dreambooth_moslora.ui.app import (
     offered,
     parse_login,
     resolution_of,
-    templates_for,
 )
 from dreambooth_moslora.ui.generate import settings_widgets
 from dreambooth_moslora.ui.generate_values import GenerateForm, make_pictures
@@ -105,12 +104,6 @@ def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
         assert field_widget("new_tokens", TrainForm, "toy").visible
 
 
-@pytest.mark.parametrize("base, templates", [("toy", TOY_TEMPLATES), ("some/sdxl", DREAMBOOTH_LIVE_TEMPLATES)])
-def test_the_prompts_suit_the_base_and_have_a_place_for_the_subject(base, templates):
-    found = templates_for(base)
-    assert set(templates) <= set(found) and all("{}" in template for template in found)
-
-
 TOY = assets_folder() / "toy-sdxl"
 
 
@@ -126,28 +119,28 @@ def shelf(tmp_path):
     return tmp_path
 
 
-def test_folders_and_checkpoints_are_found_and_offered_by_name(shelf):
+def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_needs(shelf, tiny_base):
     assert bases_below(shelf) == [shelf / "mine", shelf / "a" / "one.safetensors"]
     assert list(offered("toy", shelf)) == ["toy", "mine", "one.safetensors"]
     assert list(offered(str(shelf / "x" / ".." / "mine"), shelf)) == ["mine", "toy", "one.safetensors"]
     with pytest.raises(UserError, match="nowhere is not a folder"):
         offered("toy", shelf / "nowhere")
-
-
-def test_a_sentence_says_what_a_base_is_and_needs(tiny_base):
     assert about("toy", TOY, 128) == OF_TOY
     assert "64 px, 0.0 GiB of weights: it needs no GPU" in about(str(tiny_base), tiny_base, 64)
     assert "wants a GPU" in about(str(tiny_base), tiny_base, 1024)
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_a_public_page_has_the_operators_base_alone(shelf, tmp_path, public):
+def test_a_public_page_has_the_operators_base_alone_and_its_prompts_suit_the_base(shelf, tmp_path, public):
     add_arguments(parser := argparse.ArgumentParser())
     args = parser.parse_args(["--bases_dir", str(shelf), "--runs_dir", str(tmp_path / "runs")])
     ctx = context_of(args, training=False, public=public)
     ctx.visitors.close()
     assert list(ctx.bases) == (["toy"] if public else ["toy", "mine", "one.safetensors"])
     wait([ctx._pipeline])
+    for base in ctx.bases.values():
+        wanted = TOY_TEMPLATES if base.name == "toy" else DREAMBOOTH_LIVE_TEMPLATES
+        assert set(wanted) <= set(base.templates) and all("{}" in template for template in base.templates)
 
 
 def fails():

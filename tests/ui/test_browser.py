@@ -69,39 +69,25 @@ def saved(page, folder: Path) -> Path:
     return file
 
 
-def test_slash_leads_to_the_prompt_enter_generates_and_pictures_carry_their_recipe(page, tmp_path):
-    page.locator("h1").click()
-    page.keyboard.press("/")
-    assert page.evaluate("document.activeElement.closest('#prompt') !== null")
-    assert "/" not in page.input_value("#prompt textarea")
-    fill(page, pictures=2)
-    page.press("#prompt textarea", "Enter")
-    web.says(page, "status", "2 pictures in")
-    assert page.locator("#gallery img").count() == 2
-    with PIL.Image.open(saved(page, tmp_path)) as image:
-        assert image.format == "PNG" and "dreambooth_moslora" in image.info
-
-
-def test_stop_keeps_what_is_finished_and_escape_stops_too(served, page, monkeypatch):
+def test_stop_keeps_what_is_finished_escape_stops_too_and_a_picture_in_the_queue_is_stopped_before_its_turn(
+    served, browser, page, monkeypatch
+):
     """The second time, the answer to the first is still on its way."""
     real = served.ctx.stop
-    monkeypatch.setattr(served.ctx, "stop", lambda request: (real(request), time.sleep(SLOW_ANSWER_SEC)))
-    for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
-        generate(page, steps=60, pictures=8)
-        page.wait_for_selector("#status .bar")
-        stop()
-        web.says(page, "status", "Stopped.")
-
-
-def test_a_picture_in_the_queue_is_stopped_before_its_turn(served, browser, page):
-    generate(page, steps=100, pictures=8)
-    page.wait_for_selector("#status .bar")
     with web.visit(browser, served.url) as second:
+        generate(page, steps=100, pictures=8)
+        page.wait_for_selector("#status .bar")
         generate(second.page, steps=100, pictures=8)
         second.page.wait_for_function("document.querySelector('#status').innerText.includes('queue: 1/1')")
         second.page.click("#stop")
         second.page.wait_for_timeout(300)
+        monkeypatch.setattr(served.ctx, "stop", lambda request: (real(request), time.sleep(SLOW_ANSWER_SEC)))
         page.click("#stop")
+        web.says(page, "status", "Stopped.")
+        generate(page, steps=60, pictures=8)
+        page.wait_for_selector("#status .bar")
+        page.keyboard.press("Escape")
+        web.says(page, "status", "Stopped.")
         web.says(second.page, "status", "0 of 8 pictures")
 
 
@@ -136,8 +122,36 @@ def test_a_picture_is_seen_whole_while_it_is_drawn_and_after_and_is_no_higher_th
         assert not visited.errors
 
 
-def test_compare_shows_both_halves_and_a_grid_is_drawn(page):
-    fill(page, steps=2)
+def test_slash_leads_to_the_prompt_enter_draws_a_png_gives_the_same_picture_again_and_it_is_compared(
+    visited, page, tmp_path
+):
+    page.locator("h1").click()
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.closest('#prompt') !== null")
+    assert "/" not in page.input_value("#prompt textarea")
+    fill(page, "a sks dog in the snow", steps=4, pictures=2)
+    page.press("#prompt textarea", "Enter")
+    web.says(page, "status", "2 pictures in")
+    assert page.locator("#gallery img").count() == 2
+    file, before = saved(page, tmp_path), pixels_of(page, "#gallery img")
+    with PIL.Image.open(file) as image:
+        assert image.format == "PNG" and "dreambooth_moslora" in image.info
+    visited.reload()
+    web.open_box(page, "drop_box")
+    page.set_input_files("#drop_png input[type=file]", file)
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in the snow'")
+    page.click("#run")
+    web.says(page, "status", "1 picture in")
+    assert np.array_equal(pixels_of(page, "#gallery img"), before)
+    web.open_tab(page, "History")
+    page.wait_for_function("document.querySelectorAll('#history img').length >= 3")
+    page.fill("#prompt textarea", "something else")
+    web.open_tab(page, "Inspect")
+    page.set_input_files("#inspect_file input[type=file]", file)
+    web.says(page, "inspect_facts", "a sks dog in the snow")
+    page.click("#inspect_use")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in the snow'")
+    page.wait_for_selector("#run", state="visible")
     web.open_tab(page, "Compare")
     page.click("#compare")
     page.wait_for_function("document.querySelectorAll('#slider img').length >= 2")
@@ -148,29 +162,6 @@ def test_compare_shows_both_halves_and_a_grid_is_drawn(page):
     page.click("#draw_grid")
     page.wait_for_selector("#sheet img")
     assert pixels_of(page, "#sheet img").shape[1] > 3 * 64
-
-
-def test_a_dropped_or_inspected_png_fills_the_form_and_gives_the_same_picture_again(visited, page, tmp_path):
-    generate(page, "a sks dog in the snow", steps=4)
-    web.says(page, "status", "1 picture in")
-    file = saved(page, tmp_path)
-    before = pixels_of(page, "#gallery img")
-    visited.reload()
-    web.open_box(page, "drop_box")
-    page.set_input_files("#drop_png input[type=file]", file)
-    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in the snow'")
-    page.click("#run")
-    web.says(page, "status", "1 picture in")
-    assert np.array_equal(pixels_of(page, "#gallery img"), before)
-    web.open_tab(page, "History")
-    page.wait_for_function("document.querySelectorAll('#history img').length >= 2")
-    page.fill("#prompt textarea", "something else")
-    web.open_tab(page, "Inspect")
-    page.set_input_files("#inspect_file input[type=file]", file)
-    web.says(page, "inspect_facts", "a sks dog in the snow")
-    page.click("#inspect_use")
-    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in the snow'")
-    page.wait_for_selector("#run", state="visible")
 
 
 def test_a_run_with_new_tokens_is_started_survives_a_reload_stops_resumes_and_is_used(served, visited, page, tmp_path):
@@ -240,29 +231,6 @@ def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(serve
     web.says(page, "train_status", "Stop")
 
 
-def test_a_mask_is_shown_and_corrected_with_the_brush(served, browser, tmp_path):
-    with web.visit(browser, served.url, size=web.PHONE) as visited:
-        page = visited.page
-        web.open_tab(page, "Train")
-        page.set_input_files("#photos input[type=file]", noise_photos(tmp_path, 3))
-        page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
-        before = page.get_attribute("#crops img", "src")
-        web.put(page, "class_word", "dog")
-        web.press(page, "Show masks")
-        web.says(page, "mask_remarks", "photo 3: no mask")
-        box = web.open_mask_of(page, 1)
-        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        web.brush(page, middle, (middle[0] + 20, middle[1]))
-        page.wait_for_function("!document.getElementById('mask_remarks').innerText.includes('photo 1')")
-        (cookie,) = [c["value"] for c in visited.context.cookies() if c["name"] == "moslora_visitor"]
-        ann = served.ctx.visitors.of(SimpleNamespace(cookies={"moslora_visitor": cookie}))
-        with PIL.Image.open(ann.photos_dir / "photo_01.mask.png") as mask:
-            share = np.asarray(mask).mean()
-            assert mask.size == (140, 150) and 0.005 < share < 0.6
-        assert page.get_attribute("#crops img", "src") != before
-        assert web.fits(page) and not visited.errors
-
-
 def choose(page, elem_id: str, option: str) -> None:
     page.click(f"#{elem_id} input")
     page.get_by_role("option", name=option, exact=True).click()
@@ -329,12 +297,18 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browse
     assert {name: after[name] for name in wanted} == wanted
 
 
+ROOM_BELOW_WORDS = """box => {
+  const walk = document.createTreeWalker(box, NodeFilter.SHOW_TEXT), words = document.createRange();
+  while (walk.nextNode()) if (walk.currentNode.data.trim()) words.selectNode(walk.currentNode);
+  return box.getBoundingClientRect().bottom - words.getBoundingClientRect().bottom;
+}"""
+
+
 def enabled(page) -> list[str]:
     return [name for name in ("stop", "reuse", "last_seed") if page.locator(f"#{name}").is_enabled()]
 
 
-def test_a_mistake_is_told_on_the_page_and_no_button_is_offered_that_has_nothing_to_act_on(visited):
-    page = visited.page
+def test_mistakes_and_what_a_picture_lacks_are_told_and_no_button_is_offered_that_has_nothing_to_act_on(page, tmp_path):
     assert enabled(page) == []
     generate(page, "a dog <lora:<b>rex</b>:1> <lora:rex:1>")
     page.get_by_text("There is no adapter rex").first.wait_for()
@@ -348,16 +322,6 @@ def test_a_mistake_is_told_on_the_page_and_no_button_is_offered_that_has_nothing
     page.locator("#stop:disabled").wait_for()
     page.locator("#last_seed:enabled").wait_for()
     assert enabled(page) == ["reuse", "last_seed"]
-
-
-ROOM_BELOW_WORDS = """box => {
-  const walk = document.createTreeWalker(box, NodeFilter.SHOW_TEXT), words = document.createRange();
-  while (walk.nextNode()) if (walk.currentNode.data.trim()) words.selectNode(walk.currentNode);
-  return box.getBoundingClientRect().bottom - words.getBoundingClientRect().bottom;
-}"""
-
-
-def test_a_box_shows_all_its_words_and_a_picture_without_a_recipe_and_a_missing_adapter_are_told(page, tmp_path):
     text = PngInfo()
     text.add_text("parameters", "a hen <lora:hen:1>\nSteps: 4, Sampler: Euler, CFG scale: 5, Seed: 1")
     for name, info in (("bare", None), ("other", text)):
@@ -373,26 +337,9 @@ def test_a_box_shows_all_its_words_and_a_picture_without_a_recipe_and_a_missing_
     page.get_by_text("The adapter hen is not here").wait_for()
 
 
-def test_a_phone_shows_the_whole_page_with_the_results_under_the_button_and_a_dark_one_if_asked(served, browser):
-    with web.visit(browser, served.url, size=web.PHONE) as visited:
-        page = visited.page
-        generate(page)
-        web.says(page, "status", "1 picture in")
-        tops = [page.locator(f"#{part}").bounding_box()["y"] for part in ("run", "status", "gallery", "settings")]
-        assert tops == sorted(tops)
-        for tab in ("Generate", "Train", "Inspect"):
-            web.open_tab(page, tab)
-            assert web.fits(page), tab
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            visited.reload()
-            colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-            brightness = sum(int(float(n)) for n in colour[colour.index("(") + 1 : -1].split(",")[:3])
-            assert (brightness < 200) == (scheme == "dark")
-        assert web.fits(page) and not visited.errors
-
-
-def test_on_a_phone_a_plot_shows_all_its_lines_and_names_and_a_button_has_a_margin(served, browser):
+def test_a_phone_has_the_results_under_the_button_a_dark_page_if_asked_and_all_lines_and_names_of_a_plot(
+    served, browser
+):
     """Of two evaluations, whose prompt fidelity is just below a round number."""
     scores = {"dino": 0.3, "clip_t": 0.497, "pres": 0.1, "diversity": 0.2, "drift": 0.1, "copied": 0.0, "score": 0.2}
     events = (
@@ -401,15 +348,21 @@ def test_on_a_phone_a_plot_shows_all_its_lines_and_names_and_a_button_has_a_marg
     )
     with web.visit(browser, served.url, size=web.PHONE) as visited:
         page, cookies = visited.page, {cookie["name"]: cookie["value"] for cookie in visited.context.cookies()}
-        recorded(
-            served.ctx.runs_dir / "scored",
-            *events,
-            owner=visitor_id(SimpleNamespace(cookies=cookies)),
-            pid=1,
-            created=0.0,
-        )
-        visited.reload()
-        web.open_tab(page, "Train")
+        owner = visitor_id(SimpleNamespace(cookies=cookies))
+        generate(page)
+        web.says(page, "status", "1 picture in")
+        tops = [page.locator(f"#{part}").bounding_box()["y"] for part in ("run", "status", "gallery", "settings")]
+        assert tops == sorted(tops)
+        recorded(served.ctx.runs_dir / "scored", *events, owner=owner, pid=1, created=0.0)
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            visited.reload()
+            colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            brightness = sum(int(float(n)) for n in colour[colour.index("(") + 1 : -1].split(",")[:3])
+            assert (brightness < 200) == (scheme == "dark")
+        for tab in ("Generate", "Inspect", "Train"):
+            web.open_tab(page, tab)
+            assert web.fits(page), tab
         plot = page.locator("#fidelity svg")
         plot.locator(".mark-line path").first.wait_for(state="attached")
         frame = plot.locator("path.background").first.bounding_box()
@@ -420,3 +373,4 @@ def test_on_a_phone_a_plot_shows_all_its_lines_and_names_and_a_button_has_a_marg
         words = "e => { const r = document.createRange(); r.selectNodeContents(e); return r.getBoundingClientRect().x }"
         button = page.locator("#estimate")
         assert button.evaluate(words) - button.bounding_box()["x"] >= 10
+        assert web.fits(page) and not visited.errors

@@ -55,18 +55,13 @@ def test_the_snippet_is_python_that_gives_the_same_parameters():
     params = GenerationParams('a "dog"', seed=3, steps=2, height_px=64, width_px=64, adapters=(("dog", 0.5),))
     code = code_snippet(params, "toy", {"dog": "dog.safetensors"})
     seen = {}
-
-    class Stand:
-        def load_adapter(self, path, name):
-            seen["loaded"] = (path, name)
-
-        def generate(self, params):
-            seen["params"] = params
-            return []
-
+    stand = SimpleNamespace(
+        load_adapter=lambda path, name: seen.update(loaded=(path, name)),
+        generate=lambda params: seen.update(params=params) or [],
+    )
     code = code.replace("from dreambooth_moslora import GenerationParams, SubjectPipeline", "")
-    factory = type("SubjectPipeline", (), {"from_base": staticmethod(lambda base: Stand())})
-    exec(code, {"GenerationParams": GenerationParams, "SubjectPipeline": factory})
+    names = {"GenerationParams": GenerationParams, "SubjectPipeline": SimpleNamespace(from_base=lambda base: stand)}
+    exec(code, names)
     assert seen == {"loaded": ("dog.safetensors", "dog"), "params": params}
 
 
@@ -77,7 +72,7 @@ HALF = "a \ud800"
 @pytest.mark.parametrize(
     "values, words",
     [
-        *(({"steps": number}, "") for number in (float("nan"), float("inf"), 1.5, True, None, "7", 10**400)),
+        *(({"steps": number}, "steps") for number in (float("nan"), float("inf"), 1.5, True, None, "7", 10**400)),
         *(({"scheduler": value}, "scheduler") for value in ([], ["euler"], {}, 5, None)),
         *(({"adapter": value}, "adapter") for value in (["dog"], {"a": 1}, 5)),
         *(({name: HALF}, "is not a character") for name in ("prompt", "negative_prompt")),

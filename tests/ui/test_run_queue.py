@@ -170,29 +170,26 @@ def make_checkpoint(run_dir: Path) -> Path:
     return checkpoint
 
 
-def test_a_new_run_goes_on_from_its_checkpoint_though_the_clock_was_put_back(turns):
-    added(turns.queue, "dog")
-    os.utime(make_checkpoint(turns.jobs.runs_dir / "dog"), (0, 0))
-    turns.take()
-    config = json.loads((turns.jobs.runs_dir / "dog" / "job_config.json").read_text())
-    assert config["resume_from_checkpoint"] == "latest" and trained(turns) == {"dog": "done"}
+def goes_on(jobs: Jobs) -> bool:
+    config = json.loads((jobs.runs_dir / "dog" / "job_config.json").read_text())
+    return config["resume_from_checkpoint"] == "latest"
 
 
-def test_a_run_that_was_cut_off_goes_on_first_from_its_checkpoint(jobs):
+def test_a_new_run_and_one_that_was_cut_off_go_on_from_their_checkpoint_though_the_clock_was_put_back(jobs):
     queue, first = RunQueue(jobs.runs_dir), QueueTurns(jobs)
     added(queue, "dog", steps=500)
     added(queue, "cat")
+    os.utime(checkpoint := make_checkpoint(jobs.runs_dir / "dog"), (0, 0))
     first.take()
+    assert goes_on(jobs)
     job = wait_for(lambda: jobs.current())
     wait_for(lambda: jobs.state(job).step)
-    make_checkpoint(jobs.runs_dir / "dog")
+    checkpoint.touch()
     os.kill(job.pid, 9)
     later = QueueTurns(Jobs(jobs.runs_dir, jobs.script))  # the page or the command, started again
     wait_for(lambda: jobs.current() is None)
     later.take()
-    config = json.loads((jobs.runs_dir / "dog" / "job_config.json").read_text())
-    assert config["resume_from_checkpoint"] == "latest" and later.current().killed == 0
-    assert names(queue) == ["cat"]
+    assert goes_on(jobs) and later.current().killed == 0 and names(queue) == ["cat"]
     again = wait_for(lambda: later.jobs.current())
     wait_for(lambda: len(starts_of(queue, "dog")) == 2)
     os.kill(again.pid, 15)  # as when the machine goes down: nobody asked for the end of this run

@@ -1,8 +1,12 @@
-"""What the page knows without a server: its shelf, its base, whose work is stopped, and what it tells of a fault."""
+"""What the page knows without a server: its shelf, whose work is stopped, what it tells of a fault; and its base, which
+takes turns with a run: on a GPU, and in the memory of a machine without one."""
 
 import logging
 import os
-from concurrent.futures import wait
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +16,15 @@ import PIL.Image
 import pytest
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.ui.generate_values import AdapterSummary, summary_of
+from dreambooth_moslora.generation.params import GenerationParams, Image
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.ui import jobs as page_jobs
+from dreambooth_moslora.ui.generate_values import AdapterSummary, GenerateForm, make_pictures, summary_of
 from dreambooth_moslora.ui.state import TELLS_PROMPTS, AdapterCatalog, AppContext, as_gradio_error, import_libraries
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import add_to_queue, estimate_cost, start_run
 from dreambooth_moslora.ui.train_watch import watched
-from tests.ui.conftest import OTHER, PAGE, handler, recorded, visitor, write_adapter
+from tests.ui.conftest import OTHER, OWNER, PAGE, handler, recorded, visitor, wait_for, write_adapter
 
 PUBLISHED, RAW = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 
@@ -34,18 +40,17 @@ def put(folder: Path, *files: str) -> None:
         (folder / file).write_text(file)
 
 
-def test_the_shelf_shows_a_run_to_its_owner_and_command_line_runs_to_all(tmp_path, shelf, ann):
-    runs = tmp_path / "runs"
+def test_the_shelf_shows_runs_to_their_owners_command_line_runs_to_all_and_uploads_to_their_visitors(
+    tmp_path, shelf, ann
+):
+    runs, bob = tmp_path / "runs", visitor(tmp_path, OTHER)
     put(runs, f"mine/{PUBLISHED}", f"free/{PUBLISHED}", f"free/checkpoint-20/{RAW}", f"free/checkpoint-100/{RAW}")
     recorded(runs / "mine")
     assert set(shelf.files(ann)) == {"mine", "free", "free@100", "free@20"}
-    assert list(shelf.files(visitor(tmp_path, OTHER))) == ["free", "free@100", "free@20"]
-
-
-def test_an_upload_is_its_visitors_alone_and_keeps_a_free_name(tmp_path, shelf, ann):
     put(tmp_path, "my <b>dog.safetensors")
-    names, bob = [shelf.add_upload(tmp_path / "my <b>dog.safetensors", ann) for _ in range(2)], visitor(tmp_path, OTHER)
-    assert names == ["my _b_dog", "my _b_dog 2"] and not shelf.files(bob)
+    names = [shelf.add_upload(tmp_path / "my <b>dog.safetensors", ann) for _ in range(2)]
+    assert names == ["my _b_dog", "my _b_dog 2"] and set(names) < set(shelf.files(ann))
+    assert list(shelf.files(bob)) == ["free", "free@100", "free@20"]
     with pytest.raises(UserError, match="there is no adapter"):
         shelf.path(names[0], bob)
 
@@ -60,7 +65,7 @@ def test_files_are_named_as_they_lie_in_the_project_or_by_a_bare_name_of_their_o
     assert shelf.public_paths()["dog@20"] == f"{tmp_path.name}/runs/dog/checkpoint-20"
     put(tmp_path, "adapters/dog.safetensors")
     assert list(shelf.files()) == ["cat", "dog", "dog 2", "dog@20"]
-    assert shelf.name_of(tmp_path / "runs" / "dog" / PUBLISHED) == "dog 2"
+    assert shelf.path("dog 2") == tmp_path / "runs" / "dog" / PUBLISHED
 
 
 def test_links_out_of_the_folder_or_in_circles_and_pipes_are_no_adapters(tmp_path, shelf, ann):
@@ -127,19 +132,12 @@ def test_a_fault_of_ours_is_told_without_its_secrets_and_logged(caplog):
     assert [str(record.exc_info[1]) for record in caplog.records] == ["'/secret/path'"] * 2
 
 
-@pytest.fixture
-def hidden(context, tmp_path) -> AppContext:
-    """A page whose base lies in a secret folder and does not load."""
-    secret = tmp_path / "secret" / "my_base"
-    secret.mkdir(parents=True)
-
+def test_no_visitor_reads_where_things_lie_on_this_machine(context, tmp_path, ann):
     def load():
         raise UserError(f"{secret} has no unet; {tmp_path / 'runs' / 'x'} is there")
 
-    return context(load, title="my_base", name=str(secret), adapters_dir=secret.parent / "adapters")
-
-
-def test_no_visitor_reads_where_things_lie_on_this_machine(hidden, tmp_path, ann):
+    (secret := tmp_path / "secret" / "my_base").mkdir(parents=True)
+    hidden = context(load, title="my_base", name=str(secret), adapters_dir=secret.parent / "adapters")
     me = hidden.visitors.of(PAGE)
     run = recorded(tmp_path / "runs" / "dog", owner=me.id).run_dir
     (run / "job.log").write_text(f"error: {hidden.base_name}/unet is missing, {hidden.catalog.adapters_dir}/a too\n")
@@ -168,3 +166,131 @@ def test_the_prompt_of_a_visitor_is_not_written_to_the_log(subject):
     finally:
         logger.removeHandler(handler)
     assert lines == ["heard"]
+
+
+OTHER_DEVICE = "cpu:0"
+"""Not the device named `cpu`, but with its memory: here the pipeline can really be moved, and draw."""
+
+
+@pytest.fixture
+def resting(tiny_base):
+    """Loads a base as the page does; returns it, and the devices that it is moved to from then on."""
+
+    def load() -> tuple[SubjectPipeline, list[str]]:
+        subject, moves = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE, resting=True), []
+        move = subject.pipeline.to
+        subject.pipeline.to = lambda device, **options: (moves.append(str(device)), move(device, **options))[1]
+        return subject, moves
+
+    return load
+
+
+def stop(ctx: AppContext) -> None:
+    ctx.jobs.stop(ctx.jobs.current().name, OWNER)
+    wait_for(lambda: not ctx.jobs.current())
+
+
+@pytest.fixture
+def large(context, tmp_path):
+    """A page on a base of that size, whose runs do nothing; they end with the test."""
+    (tmp_path / "trainer.py").write_text("import time; time.sleep(120)")
+    made = []
+
+    def make(load, resolution_px: int = 1024) -> AppContext:
+        made.append(context(load, title="sdxl", resolution_px=resolution_px))
+        made[-1].jobs.script = tmp_path / "trainer.py"
+        return made[-1]
+
+    yield make
+    if made[0].jobs.current():
+        stop(made[0])
+
+
+@pytest.fixture
+def at_rest(large, resting):
+    """Such a page with its base at rest, and its moves."""
+    subject, moves = resting()
+    ctx = large(lambda: subject)
+    ctx.pipeline()
+    return ctx, moves
+
+
+def picture(ctx: AppContext) -> bytes:
+    *_, last = make_pictures(ctx, GenerateForm("a red ball", seed=1, steps=1, size="64 x 64"), PAGE)
+    return PIL.Image.open(last.pictures[0].path).tobytes()
+
+
+def test_the_pages_base_is_off_the_gpu_while_a_run_trains_also_after_a_restart_and_draws_the_same_afterwards(
+    at_rest, large, resting, monkeypatch
+):
+    ctx, moves = at_rest
+    before = picture(ctx)
+    assert picture(ctx) == before and moves == [OTHER_DEVICE]
+    seen, spawn = [], page_jobs.processes.start_logged
+    noted = lambda *place, **how: (seen.append(list(moves)), spawn(*place, **how))[1]  # noqa: E731
+    monkeypatch.setattr(page_jobs.processes, "start_logged", noted)
+    ctx.jobs.start("dog", {}, OWNER)
+    assert seen == [[OTHER_DEVICE, "cpu"]]
+    fresh, its_moves = resting()
+    for page in (ctx, large(lambda: fresh)):
+        with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
+            picture(page)
+    assert its_moves == []
+    picture(large(lambda: fresh, resolution_px=128))  # a small base stays
+    assert ctx.jobs.current() and (moves, its_moves) == ([OTHER_DEVICE, "cpu"], [OTHER_DEVICE])
+    stop(ctx)
+    assert picture(ctx) == before and moves[2:] == [OTHER_DEVICE]
+    with ctx.turns.captioning():
+        assert moves[3:] == ["cpu"]
+
+
+def test_a_run_begins_when_the_picture_being_drawn_is_done_and_a_resumed_one_keeps_the_turns(at_rest):
+    ctx, moves = at_rest
+    frames = make_pictures(ctx, GenerateForm("a red ball", seed=1, steps=2, size="64 x 64"), PAGE)
+    next(frames)
+    with ThreadPoolExecutor(1) as pool:
+        started = threading.Event()
+        job = pool.submit(lambda: (started.set(), ctx.jobs.start("dog", {}, OWNER))[1])
+        started.wait()
+        time.sleep(0.1)
+        assert not job.done() and ctx.jobs.current() is None
+        *_, last = frames
+        assert len(last.pictures) == 1 and job.result(timeout=20).is_alive
+    stop(ctx)
+    picture(ctx)
+    ctx.jobs.resume("dog", OWNER)
+    assert moves == [OTHER_DEVICE, "cpu"] * 2
+
+
+def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_loaded_again(large, tiny_base):
+    made = []
+
+    def load() -> SubjectPipeline:
+        subject = SubjectPipeline.from_base(tiny_base, device="cpu")
+        made.append(weakref.ref(subject.pipeline.unet))
+        return subject
+
+    ctx = large(load)
+    ctx.jobs.start("dog", {}, OWNER)  # while the base is loading
+    assert not ctx.loaded() and [one() for one in made] == [None]
+    with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
+        picture(ctx)
+    with pytest.raises(UserError, match="this machine is training a run"):
+        large(load).pipeline()  # a server that is started again
+    stop(ctx)
+    before = picture(ctx)
+    ctx.jobs.start("cat", {}, OWNER)
+    assert [one() for one in made] == [None, None]
+    stop(ctx)
+    assert picture(ctx) == before and len(made) == 3
+
+
+def test_an_adapter_that_is_loaded_at_rest_draws_as_one_loaded_awake():
+    params = GenerationParams("a sks rocket", adapters=(("rocket", 1.0),), seed=3, steps=2)
+    drawn = []
+    for rests in (False, True):
+        subject = SubjectPipeline.from_base("toy", device=OTHER_DEVICE, resting=rests)
+        subject.load_adapter("assets/adapters/rocket.safetensors", "rocket")
+        images = [event for event in subject.generate(params) if isinstance(event, Image)]
+        drawn.append(images[0].pixels.tobytes())
+    assert drawn[0] == drawn[1]

@@ -171,16 +171,12 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, ann, base, seed):
     assert ("first of its 12 crops" in found.remarks) == (base == "toy")
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_the_crops_shown_of_each_subject_are_those_of_the_run(toys, number):
+def test_the_crops_and_masks_shown_of_each_subject_are_those_of_the_run(toys):
     config = config_of(toys, TWO)
-    photo = next(photo for photo in photo_report(config).photos if photo.subject == number - 1)
-    (crop, _), *_ = review_kept(TAB, toys, number=number).crops
-    assert np.array_equal(pixels(crop), pixels(apply_crop(open_rgb(photo), next(plans_of(photo, 0, config)))))
-
-
-def test_masks_are_shown_and_kept_of_each_subject(toys):
-    config = config_of(toys, TWO)
+    for number in (1, 2):
+        photo = next(photo for photo in photo_report(config).photos if photo.subject == number - 1)
+        (crop, _), *_ = review_kept(TAB, toys, number=number).crops
+        assert np.array_equal(pixels(crop), pixels(apply_crop(open_rgb(photo), next(plans_of(photo, 0, config)))))
     found = list(shown_masks(config, toys))
     assert [mask.label for mask in found[4:6]] == ["photo 5 of subject 1", "photo 1 of subject 2"]
     assert [mask.photo.parent for mask in found[4:6]] == [folder_of(toys.photos_dir, number) for number in (1, 2)]

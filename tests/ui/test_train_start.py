@@ -63,7 +63,9 @@ def test_any_word_names_a_run_whose_folder_is_free(jobs, words, name):
     assert free_run_dir(jobs, TrainForm("sks", "dog", run_name=words)).name == f"{name}-2"
 
 
-def test_what_is_started_has_the_photos_and_captions_of_each_and_the_steps_for_both(ann, tab):
+def test_what_is_started_has_the_photos_and_captions_of_each_and_its_cost_is_three_numbers_and_the_rest_folded(
+    ann, tab
+):
     with prepared(tab, TWO, ann) as run:
         assert run.run_dir.name == "duck-rocket"
         tables, said = run.settings["subjects"], " ".join(run.said)
@@ -78,6 +80,9 @@ def test_what_is_started_has_the_photos_and_captions_of_each_and_the_steps_for_b
     ):
         assert words in said
     cost = estimate_cost(tab, TWO, ann)
+    title, _, rest = cost.partition("<details>")
+    assert re.fullmatch(r".*[\d.]+ GiB of memory · time not known yet · [\d.]+ GiB on the disk</b>", title)
+    assert "recipe: assets/configs/toy.toml" in rest and "time: not known before" in rest
     assert "2 subjects, 5 + 2 photos" in cost and "“a photo of a zwx rocket”: token “zwx”, class “rocket”" in cost
 
 
@@ -90,13 +95,6 @@ def test_what_an_empty_field_stands_for_is_what_the_run_would_take(tab, ann, tmp
             assert float(values[name]) == run.settings[name]
         assert float(values["prior_weight"]) == run.settings["prior_loss_weight"]
     assert recipe_values(tab, preset, "none", visitor(tmp_path, "bob"))["steps"] == f"{empty} times each photo"
-
-
-def test_a_cost_is_three_numbers_and_the_rest_is_folded(tab, ann):
-    cost = estimate_cost(tab, TrainForm("sks", "duck"), ann)
-    title, _, rest = cost.partition("<details>")
-    assert re.fullmatch(r".*[\d.]+ GiB of memory · time not known yet · [\d.]+ GiB on the disk</b>", title)
-    assert "recipe: assets/configs/toy.toml" in rest and "time: not known before" in rest
 
 
 @pytest.mark.parametrize("broken", ["write_captions", "start", "spawn"])
@@ -213,7 +211,9 @@ def shelf(tab, tmp_path):
     return tab
 
 
-def test_a_run_that_begins_with_an_adapter_has_the_config_of_the_flag_and_its_own_copy(begun, ann):
+def test_a_run_that_begins_with_an_adapter_which_is_one_without_new_tokens_has_the_flags_config_and_its_own_copy(
+    begun, ann, context, tmp_path
+):
     with prepared(begun, replace(DUCK, begin_with="old duck@30"), ann) as run:
         copied = Path(run.settings["init_adapter"])
         assert copied == run.run_dir / "begun_with" / "old duck@30.safetensors"
@@ -225,6 +225,8 @@ def test_a_run_that_begins_with_an_adapter_has_the_config_of_the_flag_and_its_ow
         own = {name: run.settings[name] for name in ("output_dir", "instance_data_dir", "init_adapter")}
         assert TrainConfig.from_dict(plain.settings | own).to_dict() == run.settings
         assert not (plain.run_dir / "begun_with").exists()
+    adapter(tmp_path / "adapters" / "tokens.safetensors", tokens=NOTE)
+    assert [name for name, _ in handler(context(), "starts")(PAGE).choices] == ["none", "old duck@30"]
 
 
 @pytest.mark.parametrize(
@@ -247,12 +249,6 @@ def test_an_adapter_that_cannot_be_used_is_named_before_anything_is_made(begun, 
         with pytest.raises(UserError, match=words):
             begin()
     assert [path.name for path in shelf.runs_dir.iterdir()] == ["old duck"]
-
-
-def test_the_list_of_what_to_begin_with_leaves_out_adapters_with_new_tokens(tmp_path, context):
-    for name, tokens in (("plain", {}), ("pivotal", NOTE)):
-        adapter(tmp_path / "adapters" / f"{name}.safetensors", tokens=tokens)
-    assert [name for name, _ in handler(context(), "starts")(PAGE).choices] == ["none", "plain"]
 
 
 def filled(ctx, name: str, person) -> TrainForm:

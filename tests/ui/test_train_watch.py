@@ -130,10 +130,7 @@ def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_
 @pytest.mark.parametrize(
     "advice, words",
     [
-        (
-            "too short: try --exposures_per_photo 200, and x",
-            "too short: try a greater “Length”, or more “Steps”, and x",
-        ),
+        ("try --exposures_per_photo 200, and x", "try a greater “Length”, or more “Steps”, and x"),
         ("try --learning_rate 3e-05 (it was 0.0001)", "try “Learning rate” 3e-05 (it was 0.0001)"),
         ('try --with_prior_preservation --prior adapter_off --class_prompt "a dog"', "try “Keep the class”"),
         ("try --unmasked_weight 0, and captions", "try 0 as “Weight outside the mask”, and captions"),
