@@ -9,16 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.base.files import (
-    INDEX,
-    SMALL_BASE_PX,
-    cached_folder,
-    facts_of_base,
-    is_hub_id,
-    resolve_base,
-    shapes_in,
-    weight_files,
-)
+from dreambooth_moslora.base import files
 from dreambooth_moslora.core import (
     TOY_TEMPLATES,
     UserError,
@@ -85,7 +76,7 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
-    resolve_base(args.base)
+    files.resolve_base(args.base)
     from dreambooth_moslora.ui import guard, page
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
@@ -140,7 +131,7 @@ def page_base(title: str, name: str, args: argparse.Namespace) -> "PageBase":
     from dreambooth_moslora.ui import state
 
     path = assets_folder() / "toy-sdxl" if name == "toy" else user_path(name)
-    place = path if path.exists() else cached_folder(name) if is_hub_id(name) else None
+    place = path if path.exists() else files.cached_folder(name) if files.is_hub_id(name) else None
 
     def load():
         state.import_libraries()
@@ -172,18 +163,19 @@ def bases_below(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"--bases_dir {folder} is not a folder; name the one that your bases lie in")
     found = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, names in os.walk(folder):
         inner = [Path(place, name) for name in sorted(folders) if not name.startswith(".")]
-        whole = [path for path in inner if (path / INDEX).is_file() and not path.with_suffix(".safetensors").is_file()]
-        found += [*whole, *(path for name in sorted(files) if is_checkpoint(path := Path(place, name)))]
+        bases = [path for path in inner if (path / files.INDEX).is_file()]
+        found += [path for path in bases if not path.with_suffix(".safetensors").is_file()]
+        found += [path for name in sorted(names) if is_checkpoint(path := Path(place, name))]
         is_deep = len(Path(place).relative_to(folder).parts) >= DEPTH - 1
-        folders[:] = [] if is_deep else [path.name for path in inner if not (path / INDEX).is_file()]
+        folders[:] = [] if is_deep else [path.name for path in inner if path not in bases]
     return found
 
 
 def is_checkpoint(file: Path) -> bool:
     try:
-        return file.suffix == ".safetensors" and any(name.startswith(CHECKPOINT_MARK) for name in shapes_in(file))
+        return file.suffix == ".safetensors" and any(name.startswith(CHECKPOINT_MARK) for name in files.shapes_in(file))
     except (UserError, OSError):
         return False
 
@@ -191,7 +183,7 @@ def is_checkpoint(file: Path) -> bool:
 def offered(first: str, bases_dir: Path | None) -> dict[str, str]:
     """Title -> name of each base: the operator's `first`, the toy, SDXL if it is here, and those below `bases_dir`.
     Raises UserError."""
-    names = [first, "toy", *([HUB_SDXL] if cached_folder(HUB_SDXL) else [])]
+    names = [first, "toy", *([HUB_SDXL] if files.cached_folder(HUB_SDXL) else [])]
     names += map(str, bases_below(bases_dir) if bases_dir else [])
     found: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -209,12 +201,12 @@ def about(name: str, folder: Path | None, resolution_px: int) -> str:
     if folder is None:
         return "fetched from the hub when it is loaded for the first time"
     parts = [part for part in folder.iterdir() if part.is_dir()] if folder.is_dir() else []
-    files = [file for part in parts for file in weight_files(part)] if parts else [folder]
-    gib = sum(file.stat().st_size for file in files) / 2**30
-    is_small = resolution_px <= SMALL_BASE_PX
+    weights = [file for part in parts for file in files.weight_files(part)] if parts else [folder]
+    gib = sum(file.stat().st_size for file in weights) / 2**30
+    is_small = resolution_px <= files.SMALL_BASE_PX
     needs = "it needs no GPU" if is_small else "it wants a GPU; without one a picture takes minutes"
     try:
-        return f"{facts_of_base(folder).title}, {resolution_px} px, {gib:.1f} GiB of weights: {needs}"
+        return f"{files.facts_of_base(folder).title}, {resolution_px} px, {gib:.1f} GiB of weights: {needs}"
     except UserError as error:
         return f"it cannot be used: {one_line(error)}"
 

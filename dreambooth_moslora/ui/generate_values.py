@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
@@ -382,36 +382,31 @@ def compare(ctx: state.AppContext, form: GenerateForm, request: gr.Request) -> I
 def _run(
     ctx: state.AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str = ""
 ) -> Iterator[Frame]:
-    """What `_drawn` yields. An error is told on the card; what a picture leaves of memory goes back to the system."""
+    """An error is told on the card; what a picture leaves of memory goes back to the system."""
     try:
-        yield from _drawn(ctx, params, request, axes, word)
+        visitor = ctx.visitors.of(request)
+        check_size(params, ctx.resolution_px)
+        if ctx.loaded() is None:
+            yield Frame(html.progress_card("Loading the base …", "the next pictures need not wait for it"))
+        with ctx.turns.drawing(), ctx.stoppable(request) as should_stop:
+            pipeline = ctx.pipeline()
+            if axes:
+                from dreambooth_moslora.generation.grids import generate_grid
+
+                load = partial(ctx.load_adapters, visitor=visitor)
+                events = generate_grid(pipeline, params, axes, should_stop, load)
+            else:
+                params = ctx.load_adapters(params, visitor)
+                events = pipeline.generate(params, should_stop)
+            yield Frame(html.progress_card("Starting …", fraction=0.0), (), params)
+            size_px = (params.width_px or ctx.resolution_px, params.height_px or ctx.resolution_px)
+            yield from _frames(events, visitor, params, word, None if axes or word else size_px)
     except Exception as error:
         told = state.as_user_error(error)
         yield Frame(html.notice(state.sentence(told), "bad"))
         raise told from error
     finally:
         processes.give_freed_memory_back()
-
-
-def _drawn(
-    ctx: state.AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str
-) -> Iterator[Frame]:
-    visitor = ctx.visitors.of(request)
-    check_size(params, ctx.resolution_px)
-    if ctx.loaded() is None:
-        yield Frame(html.progress_card("Loading the base …", "the next pictures need not wait for it"))
-    with ctx.turns.drawing(), ctx.stoppable(request) as should_stop:
-        pipeline = ctx.pipeline()
-        if axes:
-            from dreambooth_moslora.generation.grids import generate_grid
-
-            events = generate_grid(pipeline, params, axes, should_stop, lambda cell: ctx.load_adapters(cell, visitor))
-        else:
-            params = ctx.load_adapters(params, visitor)
-            events = pipeline.generate(params, should_stop)
-        yield Frame(html.progress_card("Starting …", fraction=0.0), (), params)
-        size_px = (params.width_px or ctx.resolution_px, params.height_px or ctx.resolution_px)
-        yield from _frames(events, visitor, params, word, None if axes or word else size_px)
 
 
 def _frames(

@@ -61,10 +61,10 @@ def remarks_card(lines: list[str], title: str = "") -> str:
     return f'<div class="card">{heading}{listed}</div>' if title or lines else ""
 
 
-def folded_card(title: str, lines: list[str], summary: str = "Why, and what else is known") -> str:
+def folded_card(title: str, lines: list[str]) -> str:
     """A title, and a list that is folded below it."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    folded = f'<details><summary>{escape(summary)}</summary><ul class="remarks">{items}</ul></details>'
+    folded = f'<details><summary>Why, and what else is known</summary><ul class="remarks">{items}</ul></details>'
     return f'<div class="card"><b>{escape(title)}</b>{folded}</div>'
 
 

@@ -64,13 +64,7 @@ def base_line(ctx: state.AppContext, mistake: str = "") -> str:
     return html.notice(mistake, "bad") + told if mistake else told
 
 
-def connect_bases(
-    ctx: state.AppContext,
-    page: gr.Blocks,
-    chooser: gr.Dropdown,
-    about: gr.HTML,
-    widgets: dict[str, gr.components.Component],
-) -> None:
+def connect_bases(ctx: state.AppContext, page: gr.Blocks, chooser: gr.Dropdown, about: gr.HTML, widgets: dict) -> None:
     """The chosen base is that of every page. `widgets` (`first_values`) show other values for another base."""
     outputs = [chooser, about, *widgets.values()]
 

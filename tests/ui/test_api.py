@@ -19,6 +19,7 @@ from dreambooth_moslora.ui.jobs import Job
 from dreambooth_moslora.ui.train_form import TrainForm, rows
 from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
 from tests.helpers.ui_server import cookie_of, secret_of
+from tests.ui.conftest import noise_photos
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
 DRAW = FAST | {"api_name": "/generate"}
@@ -30,11 +31,6 @@ OF_A_PICTURE = [
 
 def files_of(gallery) -> list[str]:
     return [item["image"] for item in gallery]
-
-
-def noise(folder: Path, name: str = "a.png", height: int = 100):
-    PIL.Image.effect_noise((120, height), 80).convert("RGB").save(folder / name)
-    return handle_file(folder / name)
 
 
 def test_endpoints_and_arguments_keep_their_names_and_are_told_in_the_docs(client):
@@ -170,7 +166,7 @@ def test_visitors_share_a_queue_each_gets_its_own_and_a_history_belongs_to_one_c
 def test_a_run_of_one_or_two_subjects_answers_with_its_name_takes_the_rest_from_the_recipe_and_has_an_estimate(
     client, started, tmp_path
 ):
-    files = [noise(tmp_path, f"{number}.png", 100 + number) for number in range(3)]
+    files = list(map(handle_file, noise_photos(tmp_path, 3)))
     run, status = client.predict(photos=files[:1], class_word="hen", api_name="/train")
     assert run["value"] == "hen" and "is starting" in status
     assert (started[0]["rank"], started[0]["prior"], started[0]["exposures_per_photo"]) == (16, "adapter_off", 320)

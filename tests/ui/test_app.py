@@ -19,18 +19,7 @@ from safetensors.numpy import save_file
 
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
-from dreambooth_moslora.ui.app import (
-    CHECKPOINT_MARK,
-    OF_TOY,
-    about,
-    add_arguments,
-    bases_below,
-    context_of,
-    main,
-    offered,
-    parse_login,
-    resolution_of,
-)
+from dreambooth_moslora.ui import app
 from dreambooth_moslora.ui.generate import settings_widgets
 from dreambooth_moslora.ui.generate_values import GenerateForm, make_pictures
 from dreambooth_moslora.ui.page import MAX_SESSIONS
@@ -62,7 +51,7 @@ def test_a_public_address_needs_a_login_for_training_and_is_guarded(monkeypatch,
         raise UserError("far enough")
 
     monkeypatch.setattr("dreambooth_moslora.ui.app.context_of", stop_here)
-    assert main(options) == 2 and seen == [{"training": training, "public": public}]
+    assert app.main(options) == 2 and seen == [{"training": training, "public": public}]
     assert ("warning: everybody" in capsys.readouterr().err) == (not training)
 
 
@@ -80,14 +69,14 @@ def test_a_public_address_needs_a_login_for_training_and_is_guarded(monkeypatch,
 )
 def test_what_it_is_told_wrongly_ends_in_one_line(tmp_path, capsys, options, told):
     (tmp_path / "file").write_text("x")
-    assert main(["--runs_dir", str(tmp_path), *(option.format(tmp_path) for option in options)]) == 2
+    assert app.main(["--runs_dir", str(tmp_path), *(option.format(tmp_path) for option in options)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {told}") and error.count("\n") == 1
 
 
 def test_a_password_may_have_a_colon_and_the_resolution_is_read_without_the_weights(tiny_base, tmp_path):
-    assert parse_login("ann:se:cret") == ("ann", "se:cret")
-    assert [resolution_of(base) for base in (tiny_base, None, tmp_path)] == [64, 1024, 1024]
+    assert app.parse_login("ann:se:cret") == ("ann", "se:cret")
+    assert [app.resolution_of(base) for base in (tiny_base, None, tmp_path)] == [64, 1024, 1024]
 
 
 def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
@@ -98,7 +87,7 @@ def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
         with gr.Blocks():
             fields = settings_widgets(ctx) | {"new_tokens": field_widget("new_tokens", TrainForm, ctx.base_name)}
         seen = {field for field in ("negative_prompt", "scheduler", "new_tokens") if fields[field].visible}
-        shown[name] = seen, fields["guidance_scale"].value, resolution_of(Path(ctx.base_name), ctx.facts)
+        shown[name] = seen, fields["guidance_scale"].value, app.resolution_of(Path(ctx.base_name), ctx.facts)
     assert shown == {"sd1": ({"negative_prompt", "scheduler"}, 7.5, 32), "flux": (set(), 3.5, 1024)}
     with gr.Blocks():
         assert field_widget("new_tokens", TrainForm, "toy").visible
@@ -113,28 +102,28 @@ def shelf(tmp_path):
     for place in ("mine", "a/b/c/deep"):
         (folder := tmp_path / place).mkdir(parents=True)
         shutil.copy(TOY / "model_index.json", folder)
-    save_file({f"{CHECKPOINT_MARK}x": np.zeros(1, np.float32)}, tmp_path / "a" / "one.safetensors")
+    save_file({f"{app.CHECKPOINT_MARK}x": np.zeros(1, np.float32)}, tmp_path / "a" / "one.safetensors")
     write_adapter(tmp_path / "dog.safetensors")
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
     return tmp_path
 
 
 def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_needs(shelf, tiny_base):
-    assert bases_below(shelf) == [shelf / "mine", shelf / "a" / "one.safetensors"]
-    assert list(offered("toy", shelf)) == ["toy", "mine", "one.safetensors"]
-    assert list(offered(str(shelf / "x" / ".." / "mine"), shelf)) == ["mine", "toy", "one.safetensors"]
+    assert app.bases_below(shelf) == [shelf / "mine", shelf / "a" / "one.safetensors"]
+    assert list(app.offered("toy", shelf)) == ["toy", "mine", "one.safetensors"]
+    assert list(app.offered(str(shelf / "x" / ".." / "mine"), shelf)) == ["mine", "toy", "one.safetensors"]
     with pytest.raises(UserError, match="nowhere is not a folder"):
-        offered("toy", shelf / "nowhere")
-    assert about("toy", TOY, 128) == OF_TOY
-    assert "64 px, 0.0 GiB of weights: it needs no GPU" in about(str(tiny_base), tiny_base, 64)
-    assert "wants a GPU" in about(str(tiny_base), tiny_base, 1024)
+        app.offered("toy", shelf / "nowhere")
+    assert app.about("toy", TOY, 128) == app.OF_TOY
+    assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.about(str(tiny_base), tiny_base, 64)
+    assert "wants a GPU" in app.about(str(tiny_base), tiny_base, 1024)
 
 
 @pytest.mark.parametrize("public", [False, True])
 def test_a_public_page_has_the_operators_base_alone_and_its_prompts_suit_the_base(shelf, tmp_path, public):
-    add_arguments(parser := argparse.ArgumentParser())
+    app.add_arguments(parser := argparse.ArgumentParser())
     args = parser.parse_args(["--bases_dir", str(shelf), "--runs_dir", str(tmp_path / "runs")])
-    ctx = context_of(args, training=False, public=public)
+    ctx = app.context_of(args, training=False, public=public)
     ctx.visitors.close()
     assert list(ctx.bases) == (["toy"] if public else ["toy", "mine", "one.safetensors"])
     wait([ctx._pipeline])

@@ -31,7 +31,7 @@ def start(jobs: Jobs, mode: str = "good", name: str = "dog", **config) -> Job:
     return jobs.start(name, {"mode": mode, "output_dir": str(jobs.runs_dir / name), **config}, OWNER)
 
 
-def test_a_run_survives_the_server_that_started_it(jobs):
+def test_a_run_survives_the_server_that_started_it_is_the_only_one_and_only_its_owner_has_a_say(jobs):
     """Another process starts the run and is gone; this one finds it, watches it and stops it."""
     code = (
         "import sys; from pathlib import Path; from dreambooth_moslora.ui.jobs import Jobs\n"
@@ -40,26 +40,20 @@ def test_a_run_survives_the_server_that_started_it(jobs):
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     job = jobs.current()
-    assert job is not None and job.is_alive
-    first = wait_for(lambda: jobs.state(job).step)
-    wait_for(lambda: jobs.state(job).step > first)
-    assert jobs.stop("dog", OWNER).stop_asked
-    wait_for(lambda: jobs.state(jobs.owned("dog", OWNER)).state == "interrupted")
-    assert jobs.current() is None
-
-
-def test_one_run_at_a_time_and_only_the_owner_has_a_say(jobs):
-    start(jobs)
-    with pytest.raises(UserError, match="your run dog"):
-        start(jobs, name="cat")
-    with pytest.raises(UserError, match="another visitor's"):
-        jobs.start("cat", {}, OTHER)
+    assert job is not None and job.is_alive and jobs.of(OTHER) == []
+    for owner, whose in ((OWNER, "your run dog"), (OTHER, "another visitor's")):
+        with pytest.raises(UserError, match=whose):
+            jobs.start("cat", {}, owner)
     for action in (jobs.stop, jobs.resume):
         with pytest.raises(UserError, match="you have no run"):
             action("dog", OTHER)
     with pytest.raises(UserError, match="still going on"):
         jobs.resume("dog", OWNER)
-    assert jobs.current().name == "dog" and jobs.of(OTHER) == []
+    first = wait_for(lambda: jobs.state(job).step)
+    wait_for(lambda: jobs.state(job).step > first)
+    assert jobs.stop("dog", OWNER).stop_asked
+    wait_for(lambda: jobs.state(jobs.owned("dog", OWNER)).state == "interrupted")
+    assert jobs.current() is None
 
 
 def test_resume_adds_the_checkpoint_to_the_same_run(jobs):

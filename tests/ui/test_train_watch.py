@@ -48,15 +48,6 @@ def look(tmp_path, ann):
     return lambda: watched(Jobs(tmp_path / "runs"), "dog", None, ann)
 
 
-def test_the_best_step_is_on_the_shelf_beside_the_last(run, tmp_path, ann):
-    catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs")
-    assert catalog.files(ann) == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
-    assert catalog.public_paths(ann)["dog@best"] == "runs/dog/best"
-    assert not catalog.files()
-    run.rename(run.with_name("best"))  # a run of that name is a run
-    assert set(catalog.files(ann)) == {"best", "best@best"}
-
-
 def by_command(run: Path, *events: dict) -> None:
     """What `train` leaves in a run folder, without its lock."""
     run.mkdir(parents=True, exist_ok=True)
@@ -83,7 +74,12 @@ def test_a_run_of_the_command_line_is_listed_and_watched_and_only_looked_at(tmp_
     assert "Done." in now["status"] and not now["reopen"].visible and not now["log"]
 
 
-def test_the_card_names_the_best_step_and_all_files_that_the_run_made_are_offered(run, look):
+def test_the_card_names_the_best_step_which_is_on_the_shelf_and_all_files_that_the_run_made_are_offered(
+    run, look, tmp_path, ann
+):
+    catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs")
+    assert catalog.files(ann) == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
+    assert catalog.public_paths(ann)["dog@best"] == "runs/dog/best" and not catalog.files()
     now = look()
     for words in ("step 20", "dog@best", "Try next: the score fell from 0.50 at step 20"):
         assert words in now["status"]
@@ -106,6 +102,8 @@ def test_the_card_names_the_best_step_and_all_files_that_the_run_made_are_offere
     now = look()
     assert now["download"].visible and not now["download_kohya"].visible
     assert "@best" not in now["status"] and "Try next" not in now["status"]
+    run.rename(run.with_name("best"))  # a run of that name is a run
+    assert set(catalog.files(ann)) == {"best", "best@best"}
 
 
 def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_a_picture_shows(run, look):
