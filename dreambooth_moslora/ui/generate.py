@@ -38,7 +38,6 @@ AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
 
 
 def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The most used widgets: prompt, adapter, scale, number of pictures, buttons."""
     files = ctx.catalog.files()
     first = next(iter(files), NONE)
     summary = summary_of(files[first]) if files else AdapterSummary()
@@ -241,7 +240,6 @@ def _without_stop(made: Any, stop: gr.Button) -> None:
 
 
 def _drawing(results: dict) -> dict[str, Any]:
-    """Options of the events that draw."""
     return {**state.GPU, "show_progress": "minimal", "show_progress_on": results["status"]}
 
 

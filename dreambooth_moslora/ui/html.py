@@ -49,7 +49,6 @@ def notice(text: str, kind: str = "info") -> str:
 
 
 def faint(text: str) -> str:
-    """A small remark."""
     return f'<div class="faint">{escape(text)}</div>'
 
 

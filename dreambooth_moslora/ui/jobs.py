@@ -389,7 +389,6 @@ class QueueTurns:
                 self._start(replace(run, killed=killed))
 
     def current(self) -> queue.QueuedRun | None:
-        """The run whose turn it is."""
         return next(iter(self.queue.started()), None)
 
     @property

@@ -128,7 +128,6 @@ class SessionGuard(Layer):
 
 
 def _streamed(scope: dict) -> str:
-    """The session whose stream is asked for."""
     return parse_qs(scope["query_string"].decode("latin1")).get("session_hash", [""])[0]
 
 
@@ -221,7 +220,6 @@ class Turns:
         return visitor if asker.username or visitor in self.served else f"strangers at {address_of(asker)}"
 
     def note(self, asker: gr.Request) -> None:
-        """The asker has a turn now."""
         number = next(self._numbers)
         for name in {self._name_of(asker), visitor_id(asker)}:
             self.served[name] = number

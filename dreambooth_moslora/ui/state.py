@@ -250,7 +250,6 @@ class AppContext:
         processes.give_freed_memory_back()
 
     def loaded(self) -> "SubjectPipeline | None":
-        """The pipeline, or None while it is not loaded."""
         loading = self._pipeline
         return loading.result() if loading and loading.done() and loading.exception() is None else None
 
@@ -272,7 +271,6 @@ class AppContext:
         return loading.result()
 
     def _loading(self, base: PageBase) -> "Future[SubjectPipeline]":
-        """The future pipeline, which loads in a thread."""
         future: Future[SubjectPipeline] = Future()
 
         def fulfil() -> None:

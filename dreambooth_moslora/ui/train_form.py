@@ -268,7 +268,6 @@ class TrainForm:
     def config(
         self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, recipe: sources.FoundRecipe | None = None
     ) -> dict[str, Any]:
-        """All settings, for TrainConfig."""
         return self.choices(base, resolution_px, photos_dir, run_dir, recipe=recipe).all
 
     def given(

@@ -188,7 +188,6 @@ def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None
 
     @widgets["remove_subject"].click(inputs=widgets["subjects"], outputs=[*boxes, *emptied], **state.AT_ONCE)
     def remove(count: int, request: gr.Request) -> tuple:
-        """Remove the last subject with its photos and words."""
         last = max(2, int(count))
         shutil.rmtree(folder_of(ctx.visitors.of(request).photos_dir, last), ignore_errors=True)
         values = (gr.HTML(visible=False), with_cards([]), "", train_form.TOKENS[last - 1], "", "")

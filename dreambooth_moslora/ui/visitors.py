@@ -258,7 +258,6 @@ def visitor_id(request: gr.Request) -> str:
 
 
 def address_of(request: gr.Request) -> str:
-    """The network address that the request came from."""
     client = getattr(request, "client", None)
     return client.host if client else ""
 

@@ -103,7 +103,7 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_all_files_that_t
     assert now["download"].visible and not now["download_kohya"].visible
     assert "@best" not in now["status"] and "Try next" not in now["status"]
     run.rename(run.with_name("best"))  # a run of that name is a run
-    assert set(catalog.files(ann)) == {"best", "best@best"}
+    assert set(catalog.files(ann)) == {"best", "best@best", "best@mixers"}
 
 
 def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_a_picture_shows(run, look):
