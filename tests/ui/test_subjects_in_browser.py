@@ -245,7 +245,11 @@ def test_a_row_has_its_parts_side_by_side_and_the_brush_has_the_window_and_each_
         busy.kill()
         web.press(page, "Close")
         page.wait_for_selector("#mask_box", state="detached")
+        before = row(page, 3, "img").get_attribute("src")
         for place, size in enumerate(web.SIZES, 2):
+            page.keyboard.press("Escape")  # from the size before
+            page.wait_for_selector("#mask_box", state="detached")
+            assert web.fits(page)
             web.resize(page, size)
             assert has_parts_side_by_side(page, 1, size[0]) and has_parts_side_by_side(page, 10, size[0])
             photo = web.open_mask_of(page, place)
@@ -253,10 +257,6 @@ def test_a_row_has_its_parts_side_by_side_and_the_brush_has_the_window_and_each_
             buttons = [page.locator(f"#{name}").bounding_box() for name in ("keep_mask", "put_mask_back", "close_mask")]
             assert page.locator("#mask_box button.lg").evaluate_all(HAVE_ROOM)
             assert all(is_within(box, size) and box["y"] > photo["y"] + photo["height"] for box in buttons)
-            page.keyboard.press("Escape")
-            page.wait_for_selector("#mask_box", state="detached")
-            assert web.fits(page)
-        before, photo = row(page, 3, "img").get_attribute("src"), web.open_mask_of(page, 3)
         left, top = (photo[side] + photo["width"] / 10 for side in "xy")
         web.brush(page, (left, top), (left + photo["width"] / 10, top))
         web.says(page, "mask_remarks", "The masks are shown")
