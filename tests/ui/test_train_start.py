@@ -256,7 +256,9 @@ def filled(ctx, name: str, person) -> TrainForm:
 
 
 @pytest.mark.parametrize("name", ["ours", "pivotal", "kohya"])
-def test_the_filled_form_makes_the_config_of_the_flag(shelf, ann, name, monkeypatch, tmp_path):
+def test_the_filled_form_makes_the_config_of_the_flag_and_its_run_keeps_the_recipe_and_comes_back_with_it(
+    shelf, ann, name, monkeypatch, tmp_path
+):
     form = filled(shelf, name, ann)
     config = form.config("toy", 128, ann.photos_dir, tmp_path / "run", recipe_of(shelf, name, ann))
     monkeypatch.chdir(tmp_path)
@@ -264,6 +266,14 @@ def test_the_filled_form_makes_the_config_of_the_flag(shelf, ann, name, monkeypa
     flags += ["--resolution", "128", *([] if name == "kohya" else ["--seed", str(form.seed)])]
     command = parse_train_config([str(ann.photos_dir), "duck", *flags]).to_dict()
     assert without(TrainConfig.from_dict(config).to_dict(), *OTHER) == without(command, *OTHER)
+    with prepared(shelf, replace(form, preset="quick"), ann) as run:
+        assert f"settings like {name}, where the form says nothing else" in run.said
+        back = form_of_run(run.settings, run.run_dir / "photos")
+        kept, recipe = like_of_run(run.run_dir)
+        assert (kept, recipe.settings) == (name, recipe_of(shelf, name, ann).settings)
+    assert (back.like, back.preset) == (name, "standard" if name == "pivotal" else "quick")
+    with prepared(shelf, back, ann) as again:
+        assert without(again.settings, *OF_ONE_RUN) == without(run.settings, *OF_ONE_RUN)
 
 
 def test_a_field_of_the_form_wins_over_the_file_whose_crops_are_shown(shelf, ann, tmp_path):
@@ -289,18 +299,6 @@ def test_the_line_says_what_was_taken_and_what_not(shelf, ann, tmp_path):
     ) in said_of("kohya", recipe_of(shelf, "kohya", ann)).value
     great = add_recipe(shelf, save_header(tmp_path / "g.safetensors", **ours(rank=4000, seed=1)), ann)
     assert "ignored, as they are invalid: rank is too great for this page" in said_of(great, ann.recipes[great]).value
-
-
-@pytest.mark.parametrize("name", ["ours", "pivotal", "kohya"])
-def test_a_run_keeps_the_recipe_and_comes_back_into_the_form_with_it(shelf, ann, name):
-    with prepared(shelf, replace(filled(shelf, name, ann), preset="quick"), ann) as run:
-        assert f"settings like {name}, where the form says nothing else" in run.said
-        back = form_of_run(run.settings, run.run_dir / "photos")
-        kept, recipe = like_of_run(run.run_dir)
-        assert (kept, recipe.settings) == (name, recipe_of(shelf, name, ann).settings)
-    assert (back.like, back.preset) == (name, "standard" if name == "pivotal" else "quick")
-    with prepared(shelf, back, ann) as again:
-        assert without(again.settings, *OF_ONE_RUN) == without(run.settings, *OF_ONE_RUN)
 
 
 def test_a_file_of_ones_own_is_offered_to_oneself_alone(shelf, ann, tmp_path):
