@@ -9,17 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreambooth_moslora import core
 from dreambooth_moslora.base import files
-from dreambooth_moslora.core import (
-    TOY_TEMPLATES,
-    UserError,
-    assets_folder,
-    free_name,
-    is_toy,
-    one_line,
-    public_name,
-    user_path,
-)
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
@@ -43,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("base", default="toy", help='a folder, a hub id, a .safetensors file, or "toy", the embedded base (default)')
     add("bases_dir", metavar="DIR", help="folder below which bases lie: the page lets you choose one (not if public)")
-    add("adapters_dir", default=str(assets_folder() / "adapters"), help="folder of .safetensors adapters to offer")
+    add("adapters_dir", default=str(core.assets_folder() / "adapters"), help="folder of .safetensors adapters to offer")
     add("runs_dir", default="runs", help="folder of training runs (default runs)")
     add("server_name", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("server_port", type=int, help="default: the first free one from 7860")
@@ -70,7 +61,7 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         return serve(args)
-    except UserError as error:
+    except core.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -80,7 +71,7 @@ def serve(args: argparse.Namespace) -> int:
     from dreambooth_moslora.ui import guard, page
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
-        raise UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
+        raise core.UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
     allowed = set().union(*map(guard.origins_of, args.allowed_host))
     logins = [parse_login(text) for text in args.auth or ()]
     is_public = args.share or args.server_name not in guard.LOOPBACK
@@ -100,7 +91,7 @@ def serve(args: argparse.Namespace) -> int:
     try:
         page.build_app(context, templates_for(args.base)).launch(**options)
     except OSError as error:
-        raise UserError(f"the page cannot be served: {' '.join(str(error).split())}") from error
+        raise core.UserError(f"the page cannot be served: {' '.join(str(error).split())}") from error
     finally:
         context.visitors.close()
     return 0
@@ -110,7 +101,7 @@ def parse_login(text: str) -> tuple[str, str]:
     """The name and the password. Raises UserError."""
     name, colon, password = text.partition(":")
     if not (name and colon and password):
-        raise UserError("--auth needs NAME:PASSWORD")
+        raise core.UserError("--auth needs NAME:PASSWORD")
     return name, password
 
 
@@ -119,10 +110,10 @@ def context_of(args: argparse.Namespace, *, training: bool, public: bool = False
     runs_dir = runs_folder(args.runs_dir)
     from dreambooth_moslora.ui import state
 
-    bases_dir = user_path(args.bases_dir).resolve() if args.bases_dir else None
-    names = {public_name(args.base): args.base} if public or args.backend else offered(args.base, bases_dir)
+    bases_dir = core.user_path(args.bases_dir).resolve() if args.bases_dir else None
+    names = {core.public_name(args.base): args.base} if public or args.backend else offered(args.base, bases_dir)
     bases = [page_base(title, name, args) for title, name in names.items()]
-    adapters_dir = user_path(args.adapters_dir).resolve()
+    adapters_dir = core.user_path(args.adapters_dir).resolve()
     return state.AppContext(*bases, adapters_dir=adapters_dir, runs_dir=runs_dir, training=training, public=public)
 
 
@@ -130,14 +121,14 @@ def page_base(title: str, name: str, args: argparse.Namespace) -> "PageBase":
     """A base as the page offers it, by its files alone."""
     from dreambooth_moslora.ui import state
 
-    path = assets_folder() / "toy-sdxl" if name == "toy" else user_path(name)
+    path = core.assets_folder() / "toy-sdxl" if name == "toy" else core.user_path(name)
     place = path if path.exists() else files.cached_folder(name) if files.is_hub_id(name) else None
 
     def load():
         state.import_libraries()
         if args.backend:
             token = args.backend_token or os.environ.get(TOKEN_VARIABLE)
-            return RemotePipeline(Service(args.backend, token), public_name(name))
+            return RemotePipeline(Service(args.backend, token), core.public_name(name))
         from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
         return SubjectPipeline.from_base(name, resting=True)
@@ -150,18 +141,18 @@ def page_base(title: str, name: str, args: argparse.Namespace) -> "PageBase":
 def runs_folder(text: str) -> Path:
     """The folder, made if needed. Raises UserError when that fails."""
     try:
-        folder = user_path(text).resolve()
+        folder = core.user_path(text).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"--runs_dir {text} cannot be a folder: {one_line(error)}") from error
+        raise core.UserError(f"--runs_dir {text} cannot be a folder: {core.one_line(error)}") from error
 
 
 def bases_below(folder: Path) -> list[Path]:
     """Diffusers folders and single-file checkpoints at most three levels below `folder`. What cannot be read is left
     out. Raises UserError when there is no such folder."""
     if not folder.is_dir():
-        raise UserError(f"--bases_dir {folder} is not a folder; name the one that your bases lie in")
+        raise core.UserError(f"--bases_dir {folder} is not a folder; name the one that your bases lie in")
     found = []
     for place, folders, names in os.walk(folder):
         inner = [Path(place, name) for name in sorted(folders) if not name.startswith(".")]
@@ -176,7 +167,7 @@ def bases_below(folder: Path) -> list[Path]:
 def is_checkpoint(file: Path) -> bool:
     try:
         return file.suffix == ".safetensors" and any(name.startswith(CHECKPOINT_MARK) for name in files.shapes_in(file))
-    except (UserError, OSError):
+    except (core.UserError, OSError):
         return False
 
 
@@ -190,13 +181,13 @@ def offered(first: str, bases_dir: Path | None) -> dict[str, str]:
     for name in names:
         places.setdefault(os.path.realpath(os.path.expanduser(name)), name)
     for name in places.values():
-        found[free_name(clean_name(public_name(name)), found.__contains__, " ")] = name
+        found[core.free_name(clean_name(core.public_name(name)), found.__contains__, " ")] = name
     return found
 
 
 def about(name: str, folder: Path | None, resolution_px: int) -> str:
     """What the base is and needs; its files are not loaded."""
-    if is_toy(name):
+    if core.is_toy(name):
         return OF_TOY
     if folder is None:
         return "fetched from the hub when it is loaded for the first time"
@@ -207,8 +198,8 @@ def about(name: str, folder: Path | None, resolution_px: int) -> str:
     needs = "it needs no GPU" if is_small else "it wants a GPU; without one a picture takes minutes"
     try:
         return f"{files.facts_of_base(folder).title}, {resolution_px} px, {gib:.1f} GiB of weights: {needs}"
-    except UserError as error:
-        return f"it cannot be used: {one_line(error)}"
+    except core.UserError as error:
+        return f"it cannot be used: {core.one_line(error)}"
 
 
 def resolution_of(folder: Path | None, facts: Facts = SDXL) -> int:
@@ -227,4 +218,4 @@ def templates_for(base: str) -> list[str]:
     """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
     from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES
 
-    return list(TOY_TEMPLATES) if base == "toy" else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]
+    return list(core.TOY_TEMPLATES) if base == "toy" else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]

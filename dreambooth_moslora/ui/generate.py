@@ -12,21 +12,8 @@ import gradio as gr
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
-from dreambooth_moslora.ui import state, visitors
-from dreambooth_moslora.ui.generate_values import (
-    RANGES,
-    AdapterSummary,
-    GenerateForm,
-    clamp_to_widgets,
-    code_snippet,
-    compare,
-    make_pictures,
-    match_adapters,
-    prompt_for,
-    recipe_of,
-    size_choices,
-    summary_of,
-)
+from dreambooth_moslora.ui import generate_values, state, visitors
+from dreambooth_moslora.ui.generate_values import GenerateForm, prompt_for, recipe_of, summary_of
 from dreambooth_moslora.ui.html import LARGE_PREVIEW, SHOWN, explain_bad_values, faint, progress_card
 
 IDLE = progress_card("Ready", "Enter starts, Esc stops")
@@ -40,7 +27,7 @@ AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
 def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     files = ctx.catalog.files()
     first = next(iter(files), NONE)
-    summary = summary_of(files[first]) if files else AdapterSummary()
+    summary = summary_of(files[first]) if files else generate_values.AdapterSummary()
     words, parts = summary.sentence(), {}
     look = {"placeholder": "a photo of … in the snow", "lines": 1, "max_lines": 5, "autofocus": True}
     fields: dict[str, Any] = {"prompt": gr.Textbox(prompt_for(summary), label="Prompt", elem_id="prompt", **look)}
@@ -62,11 +49,11 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def slider(name: str, value: float, label: str, **look: Any) -> gr.Slider:
     step = {"scale": 0.05, "guidance_scale": 0.1}.get(name, 1)
-    return gr.Slider(*RANGES[name], value, step=step, label=label, buttons=[], **look)
+    return gr.Slider(*generate_values.RANGES[name], value, step=step, label=label, buttons=[], **look)
 
 
 def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
-    sizes, fields = size_choices(ctx.resolution_px, ctx.facts.multiple_px), {}
+    sizes, fields = generate_values.size_choices(ctx.resolution_px, ctx.facts.multiple_px), {}
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
         look = {"lines": 1, "max_lines": 3, "visible": ctx.facts.has_negative, "elem_id": "negative"}
         fields["negative_prompt"] = gr.Textbox("", label="Negative prompt", **look)
@@ -203,7 +190,7 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
 
     @state.as_gradio_error
     def generate(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in make_pictures(ctx, GenerateForm.of(values), request):
+        for frame in generate_values.make_pictures(ctx, GenerateForm.of(values), request):
             seed = frame.params.seed if frame.params else gr.skip()
             if frame.pictures is None:
                 yield gr.skip(), seed, frame.status, gr.skip()
@@ -225,7 +212,8 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         visitor = ctx.visitors.of(request)
         if not (own := _own(pictures, visitor)):
             return ""
-        return code_snippet(GenerationParams.from_png(own[0].path), ctx.base, ctx.catalog.public_paths(visitor))
+        params = GenerationParams.from_png(own[0].path)
+        return generate_values.code_snippet(params, ctx.base, ctx.catalog.public_paths(visitor))
 
     # The page drops a click while the last one is not answered, but for this mode: each Stop must count.
     @buttons["stop"].click(inputs=None, outputs=None, queue=False, trigger_mode="multiple", api_name="stop")
@@ -251,7 +239,7 @@ def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: 
 
     @state.as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in compare(ctx, GenerateForm.of(values), request):
+        for frame in generate_values.compare(ctx, GenerateForm.of(values), request):
             pair = frame.pictures and len(frame.pictures) == 2
             yield tuple(str(p.path) for p in frame.pictures) if pair else gr.skip(), frame.status
 
@@ -260,7 +248,7 @@ def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: 
         rows: str, row_values: str, columns: str, column_values: str, request: gr.Request, **values
     ) -> Iterator[tuple]:
         axes = [f"{rows}={row_values}"] + ([f"{columns}={column_values}"] if columns != NONE else [])
-        for frame in make_pictures(ctx, GenerateForm.of(values), request, axes):
+        for frame in generate_values.make_pictures(ctx, GenerateForm.of(values), request, axes):
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
 
     both = results["compare"].click(compare_both, api_name="compare", **compared, **options)
@@ -393,8 +381,8 @@ def _picked(pictures: list[visitors.Picture], index: int) -> Path:
 
 def to_widgets(ctx: state.AppContext, recipe: Recipe, request: gr.Request) -> list:
     """The values of all fields, in order, that give the recipe again; differences are shown as remarks."""
-    settled, remarks = match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
-    params, changes = clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
+    settled, remarks = generate_values.match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
+    params, changes = generate_values.clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
     for remark in (*remarks, *changes):
         gr.Warning(html.escape(state.sentence(remark), quote=False))
     form = GenerateForm.from_params(params)
