@@ -19,9 +19,9 @@ from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import AdapterCatalog, AppContext, PageBase
 from dreambooth_moslora.ui.train_form import SubjectWords, TrainForm, folder_of
-from dreambooth_moslora.ui.visitors import Visitor
+from dreambooth_moslora.ui.visitors import COOKIE, Visitor
 from tests.helpers.browser import chromium
-from tests.helpers.ui_server import serve
+from tests.helpers.ui_server import secret_of, serve
 
 OWNER, OTHER = "a" * 64, "b" * 64
 PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")
@@ -57,6 +57,12 @@ say("end", state="interrupted" if stop else "done", step=step, message="")
 def visitor(folder: Path, name: str = OWNER) -> Visitor:
     (own := folder / f"visitor-{name[:4]}").mkdir(exist_ok=True)
     return Visitor(name, own)
+
+
+def asker(name: str, address: str = "203.0.113.1", username: str | None = None) -> SimpleNamespace:
+    """The request of the visitor whom a test calls by `name`."""
+    client = SimpleNamespace(host=address)
+    return SimpleNamespace(cookies={COOKIE: secret_of(name)}, session_hash=None, username=username, client=client)
 
 
 @pytest.fixture

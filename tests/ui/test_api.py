@@ -5,7 +5,6 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -17,9 +16,9 @@ from gradio_client.exceptions import AppError
 from dreambooth_moslora.generation.params import GenerationParams, Image, read_recipe
 from dreambooth_moslora.ui.jobs import Job
 from dreambooth_moslora.ui.train_form import TrainForm, rows
-from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
-from tests.helpers.ui_server import cookie_of, secret_of
-from tests.ui.conftest import noise_photos
+from dreambooth_moslora.ui.visitors import visitor_id
+from tests.helpers.ui_server import cookie_of
+from tests.ui.conftest import asker, noise_photos
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
 DRAW = FAST | {"api_name": "/generate"}
@@ -63,7 +62,7 @@ def test_endpoints_and_arguments_keep_their_names_and_are_told_in_the_docs(clien
 def test_a_fixed_cookie_finds_its_run_and_its_adapter_again(served):
     (run := served.ctx.runs_dir / "lasting").mkdir()
     shutil.copy(served.ctx.catalog.path("dog"), run / "pytorch_lora_weights.safetensors")
-    Job(run, visitor_id(SimpleNamespace(cookies={COOKIE: secret_of("a-secret")})), 1, 0.0).save()
+    Job(run, visitor_id(asker("a-secret")), 1, 0.0).save()
     for _ in range(2):
         mine = Client(served.url, verbose=False, headers=cookie_of("a-secret"))
         assert mine.predict("lasting", api_name="/train_status")["run"] == "lasting"
@@ -157,8 +156,7 @@ def test_visitors_share_a_queue_each_gets_its_own_and_a_history_belongs_to_one_c
 
     with ThreadPoolExecutor(5) as pool:
         assert list(pool.map(ask, range(5))) == [(n, [f"dog {n}"]) for n in range(5)]
-    asked = [SimpleNamespace(cookies={COOKIE: secret_of(f"visitor {number}")}) for number in range(3)]
-    histories = [served.ctx.visitors.of(one).history for one in asked]
+    histories = [served.ctx.visitors.of(asker(f"visitor {number}")).history for number in range(3)]
     prompts = [{GenerationParams.from_png(picture.path).prompt for picture in history} for history in histories]
     assert prompts == [{"dog 0", "dog 1"}, {"dog 2", "dog 3"}, {"dog 4"}]
 

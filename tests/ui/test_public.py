@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -16,9 +15,9 @@ from gradio_client import Client
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui import public
 from dreambooth_moslora.ui.public import PER_VISITOR, STRANGERS, TURNS_TOGETHER, Turns
-from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
-from tests.helpers.ui_server import cookie_of, secret_of, serve
-from tests.ui.conftest import event_of, foreign_run, refusal, wait_for
+from dreambooth_moslora.ui.visitors import visitor_id
+from tests.helpers.ui_server import cookie_of, serve
+from tests.ui.conftest import asker, event_of, foreign_run, refusal, wait_for
 
 
 @pytest.fixture
@@ -88,10 +87,10 @@ def test_the_queue_cannot_be_passed_by(served):
 
 def test_visitors_take_turns_however_many_jobs_each_has_waiting():
     turns = Turns()
-    eve, ann, bob = (visitor(name, f"203.0.113.{n}") for n, name in enumerate(("eve", "ann", "bob")))
+    eve, ann, bob = (asker(name, f"203.0.113.{n}") for n, name in enumerate(("eve", "ann", "bob")))
     waiting, drawn = [(eve, n) for n in range(4)] + [(ann, 0), (bob, 0), (ann, 1)], []
     while waiting:
-        waiting = turns.in_order(waiting, [asker for asker, _ in waiting])
+        waiting = turns.in_order(waiting, [owner for owner, _ in waiting])
         drawn.append(waiting.pop(0))
         turns.note(drawn[-1][0])
         if len(drawn) == 3:
@@ -103,10 +102,10 @@ def test_visitors_take_turns_however_many_jobs_each_has_waiting():
 def test_many_cookies_that_have_had_a_turn_each_are_together_no_more_than_a_few_visitors():
     """Eve keeps forty cookies, and asks again with each as soon as it was served; ann has one, at another address."""
     turns, drawn = Turns(), []
-    eves, ann = [visitor(f"eve {n}", "203.0.113.1") for n in range(40)], visitor("ann", "203.0.113.2")
-    login = visitor("carl", "203.0.113.1", username="carl")
-    for asker in (*eves, ann, login):
-        turns.note(asker)
+    eves, ann = [asker(f"eve {n}", "203.0.113.1") for n in range(40)], asker("ann", "203.0.113.2")
+    login = asker("carl", "203.0.113.1", username="carl")
+    for one in (*eves, ann, login):
+        turns.note(one)
     waiting = [*eves, ann, login]
     for _ in range(120):
         waiting = turns.in_order(waiting, waiting)
@@ -114,12 +113,7 @@ def test_many_cookies_that_have_had_a_turn_each_are_together_no_more_than_a_few_
         turns.note(drawn[-1])
         waiting.append(drawn[-1])
     assert min(drawn.count(ann), drawn.count(login)) >= 120 // (TURNS_TOGETHER + 2) - 2
-    assert len({visitor_id(asker) for asker in drawn}) == 42
-
-
-def visitor(name: str, address: str, username: str | None = None) -> SimpleNamespace:
-    client = SimpleNamespace(host=address)
-    return SimpleNamespace(cookies={COOKIE: secret_of(name)}, session_hash=None, username=username, client=client)
+    assert len({visitor_id(one) for one in drawn}) == 42
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import secrets
 import time
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -21,10 +20,10 @@ from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.html import facts_table, notice, progress_card
 from dreambooth_moslora.ui.jobs import Job, Jobs
-from dreambooth_moslora.ui.visitors import COOKIE, take_photos, visitor_id
+from dreambooth_moslora.ui.visitors import take_photos, visitor_id
 from tests.helpers.odd_photos import png_of
-from tests.helpers.ui_server import cookie_of, secret_of, serve
-from tests.ui.conftest import event_of, foreign_run, refusal
+from tests.helpers.ui_server import cookie_of, serve
+from tests.ui.conftest import asker, event_of, foreign_run, refusal
 
 EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
 FAST = {"steps": 2, "guidance_scale": 2.0}
@@ -213,7 +212,7 @@ def test_another_visitors_run_is_neither_seen_stopped_nor_used_by_names_or_by_pr
     for dependency in private:
         answer = call_private(served, dependency["id"], ["theirs"] * len(dependency["inputs"]))
         assert "TOPSECRET" not in answer and "theirs/" not in answer
-    owner = visitor_id(SimpleNamespace(cookies={COOKIE: secret_of("ann")}, session_hash=None))
+    owner = visitor_id(asker("ann"))
     Job(run, owner, os.getpid(), 0.0).save()
     watch = event_of(served, "run_picker", "change")
     told = ["TOPSECRET" in call_private(served, watch, ["theirs", None], name) for name in ("ann", "eve")]

@@ -31,7 +31,7 @@ from dreambooth_moslora.ui.visitors import (
     visitor_id,
 )
 from tests.helpers.ui_server import secret_of
-from tests.ui.conftest import wait_for
+from tests.ui.conftest import asker, wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,10 +40,6 @@ ROOT = Path(__file__).parents[2]
 def visitors():
     yield (found := Visitors())
     found.close()
-
-
-def asker(secret: str) -> SimpleNamespace:
-    return SimpleNamespace(cookies={COOKIE: secret_of(secret)}, session_hash=None)
 
 
 @pytest.mark.parametrize("others", ["", "a/b=c; ", "bad cookie=1; ", "novalue; ", 'x={"a": 1}; '])
@@ -83,8 +79,7 @@ def test_whoever_has_not_come_for_a_week_goes_with_all_files_and_one_without_a_l
     bob.seen_at -= LONGEST_KEPT_SEC - 60
     assert visitors.of(asker("bob")) is bob and [folder.exists() for folder in folders] == [False, True]
     assert visitors.of(asker("ann")) is not ann
-    asked = {"cookies": {}, "session_hash": "s", "client": SimpleNamespace(host="203.0.113.1")}
-    found = [visitors.of(SimpleNamespace(username=name, **asked)).address for name in (None, "ann")]
+    found = [visitors.of(asker("carl", username=name)).address for name in (None, "carl")]
     assert found == ["203.0.113.1", ""]
 
 
