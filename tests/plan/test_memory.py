@@ -19,7 +19,7 @@ from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
 from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan import memory as memory_plan
-from dreambooth_moslora.plan.checks import preflight
+from dreambooth_moslora.plan.checks import family_settings, preflight
 from dreambooth_moslora.plan.choices import recipe_settings
 from dreambooth_moslora.plan.memory import (
     STOCK_SDXL,
@@ -160,6 +160,19 @@ def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
     card(80.0)
     resumed = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
     assert short(resumed) == short(begun) == "ff cached, 1" and resumed.mixed_precision == "bf16"
+
+
+def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows_in_fp16(card):
+    """Each of the two was refused with the other as the way out, and `--memory auto` took fp16."""
+    card(14.6, capability=7)
+    base = next(facts for facts in FAMILIES if facts.title == "Z-Image").models[0].hub_id
+    run = replace(SDXL, pretrained_model_name_or_path=base)
+    name, recipe = recipe_settings(base, 14.6)
+    assert (name, recipe["mixed_precision"]) == ("z_image_8gb.toml", "no")
+    assert chosen(planned(run)) == ("no", True, "nf4")
+    for precision, says in (("bf16", "give --mixed_precision no"), ("fp16", "Z-Image overflows in fp16; give no")):
+        with pytest.raises(UserError, match=says):
+            family_settings(replace(run, mixed_precision=precision))
 
 
 SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}
