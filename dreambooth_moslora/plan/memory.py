@@ -434,7 +434,7 @@ def memory_settings(config: table.TrainConfig, free_gib: float | None = None) ->
 
 def half_settings(config: table.TrainConfig, facts: families.Facts, free_gib: float | None) -> dict[str, str]:
     """Half precision on a GPU, if the family has one there, unless a precision was given."""
-    is_open = free_gib is not None and precision_of(config) == "no"
+    is_open = free_gib is not None and config.mixed_precision is None and precision_of(config) == "no"
     return {"mixed_precision": machine.half_precision_of(facts)} if is_open else {}
 
 

@@ -146,6 +146,7 @@ def test_what_was_given_stays_and_without_a_gpu_nothing_is_chosen_for_it(card, m
     given = replace(SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8")
     assert chosen(planned(given)) == ("fp16", True, "int8")
     assert chosen(planned(replace(given, memory="nf4"))) == ("fp16", True, "int8")
+    assert chosen(planned(replace(SDXL, mixed_precision="no")))[0] == "no"
     plain = replace(SDXL, memory=None)
     assert memory_settings(plain) == {}
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
