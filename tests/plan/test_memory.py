@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,15 +85,6 @@ def test_every_card_trains_the_one_recipe_by_the_fastest_plan_that_fits(card, fr
     assert cost.peak_gib <= USABLE * (free_gib + 0.5) and cost.encoding_gib <= 3.4
     assert (run.rank, run.crops_per_photo, run.max_train_steps, run.train_batch_size) == (16, 4, 400, 1)
     assert planned(run) == run
-
-
-@pytest.fixture
-def apple(monkeypatch):
-    """Pretend that this is a Mac of 32 GB, of which Metal gives a process 21.3 GiB."""
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: int(21.3 * GIB))
-    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 0)
 
 
 def test_one_word_trains_sdxl_on_apples_gpu_with_recomputation(apple, tmp_path, monkeypatch):
