@@ -220,6 +220,39 @@ COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
 micro-batch is sent at once."""
 
 
+STAND_IN = """
+import os, torch
+from tests.helpers.python_gpu import DEVICE, Watch
+rows, table = torch.tensor([1, 0]), torch.arange(3.0)
+far, there = rows.to(DEVICE), table.to(DEVICE)
+faults = {
+    "a table of the CPU": lambda: table[far],
+    "a change of one": lambda: table.index_put_((far,), there[:2]),
+    "two devices": lambda: table + there,
+    "a copy that nobody waits for": lambda: table.to(DEVICE, non_blocking=True),
+    "numpy": lambda: there.numpy(),
+}
+let_through = []
+for name, fault in faults.items():
+    try:
+        let_through.append((name, fault()))
+    except (RuntimeError, TypeError):
+        pass
+with Watch() as seen:
+    there[rows].sum().item()
+print(let_through, dict(seen.waits), dict(seen.copies), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PYTHON_DEVICES, reason="this PyTorch has no devices written in Python")
+def test_the_stand_in_refuses_what_a_card_refuses():
+    """Of a table on the CPU, indexed by numbers on the device, it once made a tensor of the device."""
+    said = subprocess.check_output([sys.executable, "-c", STAND_IN], text=True, cwd=ROOT)
+    assert said.splitlines()[-1] == "[] {'backward': 1} {}", said
+
+
 @pytest.fixture(scope="module")
 def device(tmp_path_factory):
     """A process with such a GPU: starting one costs more than a training."""
