@@ -111,6 +111,13 @@ def test_on_apples_gpu_training_is_tried_there(apple, asked):
     assert asked == wanted | {"free_gib": pytest.approx(21.3)}
 
 
+def test_a_step_is_timed_until_apples_gpu_has_done_it(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: done.append("waited"))
+    selftest.second_of(lambda: done.append("handed over"), torch.device("mps"))
+    assert done == ["handed over", "waited"] * 2
+
+
 def test_a_step_that_fp16_skips_is_no_loss(tmp_path):
     steps = [{"type": "step", "loss": math.inf, "skipped": True}, {"type": "step", "loss": 0.5, "skipped": False}]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps({'time': 0, **step})}\n" for step in steps))
