@@ -411,12 +411,21 @@ def largest_difference(found: list[float], expected: list[float]) -> float:
     return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
+CLAIMS = {
+    "published": "each file is loaded again and compared before it is kept",
+    "resumed": "A stopped run resumes to the same bytes",
+}
+"""Name of a finding -> the README's words that it is a test of."""
+
+
 def as_page(facts: dict[str, str], findings: list[Finding]) -> str:
-    """Markdown for a bug report: the machine, and the results."""
+    """Markdown for a bug report: the machine, the results, and the README's claims."""
     lines = ["# Self-test of dreambooth_moslora", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", "| tried | holds | what was found |", "|---|---|---|"]
     lines += [f"| {found.name} | {'yes' if found.holds else '**no**'} | {found.said} |" for found in findings]
+    claims = [(CLAIMS[found.name], found.holds) for found in findings if found.name in CLAIMS]
+    lines += ["", *(f"- {claim}: {'holds here' if holds else '**does not hold here**'}" for claim, holds in claims)]
     return "\n".join(lines) + "\n"
 
 

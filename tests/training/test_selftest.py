@@ -60,6 +60,14 @@ def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(weights, holds, t
     assert resumed.holds == holds and all("deterministic" in words for name, words in asked[1:]) == (len(weights) == 4)
 
 
+def test_the_page_says_which_of_the_readme_s_claims_hold_here():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert all(claim in readme for claim in selftest.CLAIMS.values())
+    page = selftest.as_page({}, [Finding("published", True, ""), Finding("resumed", False, "")])
+    assert "- each file is loaded again and compared before it is kept: holds here" in page
+    assert "- A stopped run resumes to the same bytes: **does not hold here**" in page
+
+
 def test_what_a_card_has_beside_a_cpu_is_tried_there_too(tmp_path, monkeypatch):
     """In this order, each only where it was asked for."""
     export = {"type": "export", "time": 0, "proof": {"max_relative_difference": 0.0}}
