@@ -248,11 +248,11 @@ def is_main_process() -> bool:
 
 
 def half_precision() -> str:
-    """bf16 where the current GPU has it, else fp16. There must be a GPU; Apple's have bf16."""
+    """bf16 where the current GPU has it, else fp16. There must be a GPU; Apple's have bf16 since macOS 14."""
     import torch  # not before it is needed: a dry run answers at once
 
     if torch.backends.mps.is_available():
-        return "bf16"
+        return "bf16" if torch.backends.mps.is_macos_or_newer(14, 0) else "fp16"
     if torch.version.hip:  # its compute capability is the architecture's number
         has_bf16 = torch.cuda.get_device_properties().gcnArchName.startswith(AMD)
     else:
