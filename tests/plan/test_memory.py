@@ -178,16 +178,17 @@ def cost(**changes):
 @pytest.mark.parametrize(
     ("px", "rank", "batch", "plan", "kernels"),
     [
-        (1024, 16, 8, "full", 5_600),
-        (512, 128, 1, "full_cached", 5_600),
-        (1024, 16, 1, "recompute_ff", 5_700),
-        (768, 64, 2, "recompute_ff_cached", 5_700),
-        (768, 16, 2, "recompute", 7_500),
-        (512, 16, 4, "recompute_cached", 7_500),
+        (1024, 16, 8, "full", 5_230),
+        (512, 128, 1, "full_cached", 5_140),
+        (1024, 16, 1, "recompute_ff", 5_420),
+        (768, 64, 2, "recompute_ff_cached", 5_375),
+        (768, 16, 2, "recompute", 7_095),
+        (512, 16, 4, "recompute_cached", 6_960),
     ],
 )
 def test_the_estimate_is_within_a_tenth_of_the_count_and_the_kernels_are_few(px, rank, batch, plan, kernels):
-    """They were 11,410 and 15,724 with the products and casts of the adapter made at each call."""
+    """They were 11,410 and 15,724 with the products and casts of the adapter made at each call. Attention's division by
+    1 would add 280, and 71 views of the cached texts are no kernels."""
     config = run_config(px, rank, batch, plan)
     unet = adapted_unet(config)
     found = count(config, unet)
