@@ -233,6 +233,8 @@ def free_name(name: str, is_taken: Callable[[str], bool], separator: str = "_", 
 
 
 AMPERE = 8  # The first compute capability of Nvidia's with bf16 convolutions and matrix products.
+LIKE_FP32 = "--mixed_precision bf16, or no on Nvidia GPUs before Ampere"
+"""What helps where fp16 overflows."""
 AMD = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """The architectures of AMD's with matrix units for bf16: CDNA, and RDNA from the third on."""
 
