@@ -145,6 +145,16 @@ def test_what_a_launcher_sets_is_refused_in_one_line_and_a_flag_named_only_where
     assert refusal("bf16", said) == f"--mixed_precision bf16: {said}"
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_set_for_those_who_ask_the_older_switch_and_the_newer_setting(allowed, begin):
+    products = torch.backends.cuda.matmul
+    try:
+        begin(allow_tf32=allowed)
+        assert (products.allow_tf32, products.fp32_precision) == (allowed, "tf32" if allowed else "ieee")
+    finally:
+        products.allow_tf32 = False
+
+
 @pytest.mark.parametrize("number", ["4", "two"])
 def test_accelerates_own_accumulation_divides_no_gradient_again(number, begin, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", number)
