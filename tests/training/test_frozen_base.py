@@ -314,11 +314,13 @@ def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny
 
 def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog, monkeypatch):
     single, half = torch.float32, torch.bfloat16
-    cases = [("cuda", single, False, "--mixed_precision bf16"), ("cpu", half, False, "--mixed_precision no")]
-    cases += [("cuda", half, False, None), ("cpu", single, False, None), ("cpu", half, True, None)]
+    cases = [("cuda", single, half, f"--mixed_precision {half}") for half in ("bf16", "fp16")]
+    cases += [("cuda", single, "no", None), ("cpu", half, "no", "--mixed_precision no")]
+    cases += [("cuda", half, "bf16", None), ("cpu", single, "no", None), ("cpu", half, "bf16", None)]
     pipelines = {dtype: load.load_pipeline(tiny_base, dtype=dtype) for dtype in (single, half)}
-    for device, dtype, has_bf16, advice in cases:
-        monkeypatch.setattr(machine, "has_fast_bf16", lambda has_bf16=has_bf16: has_bf16)
+    for device, dtype, fast, advice in cases:
+        monkeypatch.setattr(machine, "has_fast_bf16", lambda fast=fast: fast == "bf16")
+        monkeypatch.setattr(machine, "half_precision_of", lambda facts, fast=fast: fast)
         pipeline, where = pipelines[dtype], torch.device(device)
         pipeline.unet.register_to_config(sample_size=64 // pipeline.vae_scale_factor)
         caplog.clear()
