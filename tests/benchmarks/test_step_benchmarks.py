@@ -16,7 +16,7 @@ from benchmarks.floor_ratio import measure
 from benchmarks.host_peak import command_of, peak_gb
 from benchmarks.random_sdxl import random_sdxl
 from benchmarks.startup import moments
-from benchmarks.train_step import ratios
+from benchmarks.train_step import cpu_flags, ratios
 from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -44,6 +44,15 @@ def test_our_step_and_the_floor_take_turns_on_the_same_weights():
     found = measure("small", 64, rank=2, warmup=0, steps=2)
     assert len(found["clock_ratios"]) == 2 and found["clock_ratio"] > 0
     assert found["floor_sec"] > 0 and found["gradients_sec"] > found["update_sec"] > 0
+    assert found["flags"] == cpu_flags()
+
+
+def test_a_figure_has_the_cpus_instructions_for_products_beside_it(tmp_path):
+    """Of an Intel's and of an Arm's list; not every system has one."""
+    for told in ("flags\t\t: fpu sse2 avx2 avx512f amx_bf16 smap", "Features\t: fp asimd sve i8mm"):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{told}\nbugs\t: none\n")
+        assert cpu_flags(tmp_path / "cpuinfo") in ("avx2 avx512f amx_bf16", "sve i8mm")
+    assert cpu_flags(tmp_path / "none") == ""
 
 
 def test_the_peak_of_a_whole_process_is_the_kernels():
