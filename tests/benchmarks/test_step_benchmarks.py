@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from benchmarks import gpu_step
+from benchmarks import gpu_step, precision
 from benchmarks.batched_adapters import trained
 from benchmarks.diffusers_style_loop import diffusers_style_step
 from benchmarks.floor_ratio import measure
@@ -115,6 +117,17 @@ def test_moments_of_a_run_are_counted_from_the_command():
     assert found["first step"] == 6 and found["end"] == 9
     assert found["in loading"] == 2 and found["in training"] == 2 and found["in exporting"] == 1.5
     assert found["in caching"] == pytest.approx(2.5)
+
+
+def test_the_gpu_arms_are_in_the_half_precision_of_the_card(gpu, monkeypatch):
+    made = lambda mixed_precision: SimpleNamespace(mixed_precision=mixed_precision, device=torch.device("cpu"))  # noqa: E731
+    monkeypatch.setattr(precision, "Accelerator", made)
+    gpu(7)
+    options = gpu_step.parser().parse_args(["--size", "small", "--resolution", "64"])
+    taken = []
+    monkeypatch.setattr(gpu_step, "floor", lambda options, device: taken.append(options.precision) or (lambda: None))
+    assert gpu_step.measure("floor", options)["precision"] == "fp16" == taken[0]
+    assert gpu_step.run_config(options, "off").mixed_precision == "fp16"
 
 
 @pytest.mark.parametrize("arm", ["floor", "ours", "peft", "nf4", "channels_last", "graphed"])
