@@ -27,7 +27,13 @@ from dreambooth_moslora.training import frozen_base, reporter
 from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache, fingerprint
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.photo_stream import PhotoEncoder, PhotoStream, collate
-from dreambooth_moslora.training.prepare import fill, prompt_cache, same_everywhere, too_slow_for_samples
+from dreambooth_moslora.training.prepare import (
+    device_with_room,
+    fill,
+    prompt_cache,
+    same_everywhere,
+    too_slow_for_samples,
+)
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny import embeds_of, equal, few_steps, pooled_of, tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora
@@ -310,6 +316,16 @@ def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny
     with few_steps():
         train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=1, **changes), note)
     assert seen == [is_there]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_text_encoders_that_do_not_fit_the_gpu_encode_on_the_cpu(kind, gpu, monkeypatch):
+    """Of 8 GiB each, where 10 are free. A transformer's have up to 16."""
+    gpu(8, free_gib=10)
+    monkeypatch.setattr(machine, "apple_gib", lambda: (16.0, 6.0))
+    encoder = torch.nn.Linear(2**15, 2**17, bias=False, device="meta", dtype=torch.bfloat16)
+    places = [device_with_room([encoder] * count, torch.device(kind)).type for count in (1, 2)]
+    assert places == [kind, "cpu"]
 
 
 def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog, monkeypatch):
