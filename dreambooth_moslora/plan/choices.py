@@ -92,7 +92,8 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     with_memory = f" for {free_gib:.0f} GiB of free GPU memory" if is_by_card else ""
     choices.add(f"recipe: assets/configs/{name}{with_memory}", "config", **recipe)
     if choices.settings.get("mixed_precision") == "no":
-        choices.say("precision: fp32, as this CPU has no bf16", "mixed_precision")
+        lacks = "this GPU has no bf16, and the model overflows in fp16" if machine.has_gpu() else "this CPU has no bf16"
+        choices.say(f"precision: fp32, as {lacks}", "mixed_precision")
     return exposures
 
 

@@ -19,7 +19,7 @@ from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan import memory as memory_plan
 from dreambooth_moslora.plan.checks import family_settings, preflight
-from dreambooth_moslora.plan.choices import recipe_settings
+from dreambooth_moslora.plan.choices import Choices, choose_recipe, recipe_settings
 from dreambooth_moslora.plan.memory import (
     STOCK_SDXL,
     USABLE,
@@ -36,6 +36,7 @@ from dreambooth_moslora.plan.memory import (
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.ui.train_start import card_lines
 from tests.helpers.tiny_families import tiny_pipeline
 
 GIB = 2**30
@@ -160,7 +161,11 @@ def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows
     run = replace(SDXL, pretrained_model_name_or_path=base)
     name, recipe = recipe_settings(base, 14.6)
     assert (name, recipe["mixed_precision"]) == ("z_image_8gb.toml", "no")
+    choose_recipe(choices := Choices({"pretrained_model_name_or_path": base}), 14.6)
+    assert "precision: fp32, as this GPU has no bf16" in choices.lines[-1]
     assert chosen(planned(run)) == ("no", True, "nf4")
+    [line] = card_lines(planned(run), estimate(planned(run), size_of_base(None, (), name=base), 1))
+    assert "so it trains in fp32, with gradient checkpointing, the base in nf4" in line
     for precision, says in (("bf16", "give --mixed_precision no"), ("fp16", "Z-Image overflows in fp16; give no")):
         with pytest.raises(UserError, match=says):
             family_settings(replace(run, mixed_precision=precision))
