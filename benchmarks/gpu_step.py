@@ -139,10 +139,11 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     if arm == "nf4":
         quantize(unet, "nf4", dtype, accelerator.device)
     unet.to(accelerator.device)
-    if arm == "channels_last":
-        lay_convolutions(unet, torch.channels_last)
+    layout = torch.channels_last if arm == "channels_last" else torch.contiguous_format
+    lay_convolutions(unet, layout)
     config = run_config(options, "on" if arm == "compiled" else "off", "on" if arm == "graphed" else "off")
     train_step = TrainStep(config, materials, accelerator, max_train_steps=WARM_UP + options.steps)
+    lay_convolutions(unet, layout)  # where a self-test has shown a gain, the trainer lays them so by itself
     if arm == "peft":
         disable_fast_path(unet)
 

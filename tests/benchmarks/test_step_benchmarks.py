@@ -20,6 +20,8 @@ from benchmarks.random_sdxl import random_sdxl
 from benchmarks.startup import moments
 from benchmarks.train_step import cpu_flags, ratios
 from dreambooth_moslora.cli.train import parse_train_config
+from dreambooth_moslora.plan import memory
+from dreambooth_moslora.training import selftest
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -128,6 +130,19 @@ def test_the_gpu_arms_are_in_the_half_precision_of_the_card(gpu, monkeypatch):
     monkeypatch.setattr(gpu_step, "floor", lambda options, device: taken.append(options.precision) or (lambda: None))
     assert gpu_step.measure("floor", options)["precision"] == "fp16" == taken[0]
     assert gpu_step.run_config(options, "off").mixed_precision == "fp16"
+
+
+@pytest.mark.parametrize("arm", ["ours", "channels_last"])
+def test_an_arm_has_its_own_layout_whatever_a_self_test_has_shown(arm, monkeypatch):
+    """By the gain that it keeps, the trainer chose channels-last for all."""
+    made, build = [], selftest.random_unet
+    monkeypatch.setattr(selftest, "random_unet", lambda *words: made.append(build(*words)) or made[0])
+    monkeypatch.setattr(memory, "speed_of", lambda *words: memory.Speed(False, True, False, False, 0))
+    options = gpu_step.parser().parse_args(["--size", "small", "--resolution", "64", "--rank", "2"])
+    options.precision = "bf16"
+    gpu_step.trainer_step(arm, options, precision.bf16_accelerator())
+    weight = made[0].down_blocks[0].resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == (arm == "channels_last")
 
 
 @pytest.mark.parametrize("arm", ["floor", "ours", "peft", "nf4", "channels_last", "graphed"])
