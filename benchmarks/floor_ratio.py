@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.train_step import timed
+from benchmarks.train_step import cpu_flags, timed
 
 __all__ = ["main", "measure"]
 
@@ -48,7 +48,7 @@ def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step
     return alone, ours.accumulate_gradients, ours.update_adapter
 
 
-def measure(size: str, resolution_px: int, rank: int, warmup: int, steps: int) -> dict[str, float | list[float]]:
+def measure(size: str, resolution_px: int, rank: int, warmup: int, steps: int) -> dict[str, str | float | list[float]]:
     """Medians over `steps` pairs: seconds of each, and the ratios on the clock and of the processor's seconds."""
     floor, gradients, update = steps_of(size, resolution_px, rank)
     rows = []
@@ -58,6 +58,7 @@ def measure(size: str, resolution_px: int, rank: int, warmup: int, steps: int) -
     ratios = {name: [(g[i] + u[i]) / f[i] for f, g, u in rows] for i, name in enumerate(("clock", "processor"))}
     return {
         "resolution_px": resolution_px,
+        "flags": cpu_flags(),
         **{f"{name}_sec": median(row[i][0] for row in rows) for i, name in enumerate(("floor", "gradients", "update"))},
         **{f"{name}_ratio": round(median(found), 3) for name, found in ratios.items()},
         **{f"{name}_ratios": [round(ratio, 3) for ratio in found] for name, found in ratios.items()},
@@ -82,7 +83,7 @@ def main() -> None:
         found.append(row)
         seconds = ", ".join(f"{name} {row[f'{name}_sec']:.2f} s" for name in ("floor", "gradients", "update"))
         ratios = ", ".join(f"{name} {row[f'{name}_ratio']:.3f}" for name in ("clock", "processor"))
-        print(f"{px} px: {seconds}; ours / floor: {ratios}", flush=True)
+        print(f"{px} px: {seconds}; ours / floor: {ratios}; {row['flags']}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -1,11 +1,12 @@
 """Seconds, memory and kernels of one training step on a GPU, with random weights and without a download.
 
-    python -m benchmarks.gpu_step                                  # full-size SDXL, bf16, 1024 px, batch 1
+    python -m benchmarks.gpu_step                                  # full-size SDXL, 1024 px, batch 1
     python -m benchmarks.gpu_step --arms ours peft --batch 2 --checkpointing
     python -m benchmarks.gpu_step --arms ours compiled benchmarked nf4
     python -m benchmarks.gpu_step --size small --resolution 64     # on a CPU: does it run at all
 
-It prints one line of JSON for each arm, one after the other in this process. `host_sec` is how long the program
+It prints one line of JSON for each arm, one after the other in this process, in bf16, or in fp16 on a card without
+it. `host_sec` is how long the program
 takes to hand a step to the GPU: if it equals `step_sec`, the GPU waits for the program. `reserved_gib` plus 0.5
 for CUDA's context corresponds to `total` in `benchmarks.gpu_memory`, plus workspaces and fragmentation.
 """
@@ -61,12 +62,12 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(arm: str, options: argparse.Namespace) -> dict:
     """Build the arm and time its steps."""
-    from benchmarks.precision import bf16_accelerator
+    from benchmarks.precision import half_accelerator
 
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = arm == "benchmarked"
-    accelerator = bf16_accelerator(cpu=False)
-    device = accelerator.device
+    accelerator = half_accelerator()
+    device, options.precision = accelerator.device, accelerator.mixed_precision
     step = floor(options, device) if arm == "floor" else trainer_step(arm, options, accelerator)
     for _ in range(WARM_UP):
         step()
@@ -115,9 +116,10 @@ def kernels_of(step: Callable[[], None]) -> int:
 
 
 def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+    from dreambooth_moslora.plan.processes import DTYPES
     from dreambooth_moslora.training.selftest import floor_step, random_materials
 
-    materials = random_materials(options.size, options.resolution)
+    materials = random_materials(options.size, options.resolution, DTYPES[options.precision])
     unet = materials.pipeline.unet.to(device).requires_grad_(False).train()
     if options.checkpointing:
         unet.enable_gradient_checkpointing()
@@ -127,18 +129,21 @@ def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], Non
 def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable[[], None]:
     from dreambooth_moslora.adapters.fast_linear import disable_fast_path
     from dreambooth_moslora.base.load import quantize
+    from dreambooth_moslora.plan.processes import DTYPES
     from dreambooth_moslora.training.selftest import random_materials
     from dreambooth_moslora.training.step import TrainStep, lay_convolutions
 
-    materials = random_materials(options.size, options.resolution)
+    dtype = DTYPES[options.precision]
+    materials = random_materials(options.size, options.resolution, dtype)
     unet = materials.pipeline.unet.requires_grad_(False)
     if arm == "nf4":
-        quantize(unet, "nf4", torch.bfloat16, accelerator.device)
+        quantize(unet, "nf4", dtype, accelerator.device)
     unet.to(accelerator.device)
-    if arm == "channels_last":
-        lay_convolutions(unet, torch.channels_last)
+    layout = torch.channels_last if arm == "channels_last" else torch.contiguous_format
+    lay_convolutions(unet, layout)
     config = run_config(options, "on" if arm == "compiled" else "off", "on" if arm == "graphed" else "off")
     train_step = TrainStep(config, materials, accelerator, max_train_steps=WARM_UP + options.steps)
+    lay_convolutions(unet, layout)  # where a self-test has shown a gain, the trainer lays them so by itself
     if arm == "peft":
         disable_fast_path(unet)
 
@@ -160,7 +165,7 @@ def run_config(options: argparse.Namespace, compiled: str, graphed: str = "off")
         rank=options.rank,
         train_batch_size=options.batch,
         gradient_checkpointing=options.checkpointing,
-        mixed_precision="bf16",
+        mixed_precision=options.precision,
         seed=0,
         compile=compiled,
         cuda_graph=graphed,

@@ -1,12 +1,21 @@
-"""bf16 on one process, whatever the process did before."""
+"""A half precision on one process, whatever the process did before."""
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-__all__ = ["bf16_accelerator"]
+from dreambooth_moslora.base.machine import has_gpu
+from dreambooth_moslora.core import half_precision
+
+__all__ = ["bf16_accelerator", "half_accelerator"]
 
 
-def bf16_accelerator(cpu: bool = True) -> Accelerator:
-    """accelerate keeps the first precision of a process and refuses another: forget it first."""
+def bf16_accelerator() -> Accelerator:
+    """On the CPU. accelerate keeps the first precision of a process and refuses another: forget it first."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(mixed_precision="bf16", cpu=cpu)
+    return Accelerator(mixed_precision="bf16", cpu=True)
+
+
+def half_accelerator() -> Accelerator:
+    """On the GPU, in the half precision that it has; without one in bf16."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision=half_precision() if has_gpu() else "bf16")

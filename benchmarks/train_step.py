@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import statistics
@@ -149,11 +150,22 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+OF_PRODUCTS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx", "sve", "i8mm", "bf16")
+
+
+def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> str:
+    """The instructions that decide how fast this CPU multiplies matrices; "" where Linux does not tell."""
+    told = path.read_text(encoding="utf-8") if path.exists() else ""
+    line = re.search(r"^(?:flags|Features)\s*:(.*)", told, re.MULTILINE)
+    return " ".join(flag for flag in line[1].split() if flag.startswith(OF_PRODUCTS)) if line else ""
+
+
 def facts(options: argparse.Namespace) -> dict:
     """The conditions that affect the figures."""
     import torch
 
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine["flags"] = cpu_flags()
     settings = {name: getattr(options, name) for name in ARM_SETTINGS}
     return {**machine, "torch": torch.__version__, "dtype": "bfloat16", "batch": 1, **settings}
 

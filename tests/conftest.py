@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import socket
+import sys
 from collections import Counter
 from importlib.util import find_spec
 
@@ -87,6 +88,18 @@ def gpu(monkeypatch):
             monkeypatch.setattr(torch.cuda, function, lambda *_, answer=answer, **__: answer)
 
     return put
+
+
+@pytest.fixture
+def apple(monkeypatch):
+    """Pretend that this is a Mac of 32 GB with macOS 14, where Metal gives a process 21.3 GiB."""
+    import torch
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: (major, minor) <= (14, 0))
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: int(21.3 * 2**30))
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 0)
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def test_compose_starts_the_service_and_the_page_that_draws_by_it():
     build = services["serve"]["build"]["args"]
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert all(f"ARG {name}" in text and f"${{{name}}}" in text for name in build)
+    assert re.search(r"apt-get install .* python3-dev gcc ", text)  # Triton builds its launcher with them
     assert re.search(r"^USER [1-9]", text, re.MULTILINE) and "HEALTHCHECK" in text
     kept_out = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert {".git", "runs", "photos", "tests"} <= set(kept_out)

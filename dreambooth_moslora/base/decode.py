@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from dreambooth_moslora.base import files, machine
+from dreambooth_moslora.core import LIKE_FP32
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def decode_image(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]
 def finite_or_black(pixels: torch.Tensor) -> torch.Tensor:
     """The pixels as they are, which become black where they are not finite, with a warning."""
     if not pixels.isfinite().all():
-        logger.warning("A picture has values that are not finite (NaN) and is black there: use --mixed_precision bf16.")
+        logger.warning("A picture has values that are not finite (NaN) and is black there: use %s.", LIKE_FP32)
     return pixels
 
 

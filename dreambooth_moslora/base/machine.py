@@ -14,7 +14,8 @@ from pathlib import Path
 from sysconfig import get_path
 from typing import Any
 
-from dreambooth_moslora.core import UserError, atomic_write, default_cache_dir, parse_object
+from dreambooth_moslora.core import UserError, atomic_write, default_cache_dir, half_precision, parse_object
+from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.settings.table import TrainConfig
 
 GIB = 2**30
@@ -188,7 +189,13 @@ def asks_accelerate(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
-def check_bf16(config: TrainConfig) -> None:
+def half_precision_of(facts: Facts | None) -> str:
+    """`half_precision` for this family: "no" where it would be fp16, in which transformers overflow."""
+    half = half_precision()
+    return "no" if half == "fp16" and facts is not None and facts.style == "flow" else half
+
+
+def check_bf16(config: TrainConfig, instead: str = "fp16") -> None:
     """Raises UserError for a run in bf16, by its flags or `accelerate launch`, on a GPU without it."""
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     asked = {"mixed_precision": precision, "prior_generation_precision": config.prior_generation_precision}
@@ -201,5 +208,5 @@ def check_bf16(config: TrainConfig) -> None:
         major, minor = torch.cuda.get_device_capability()
         raise UserError(
             f"--{flags[0]} bf16: {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no "
-            f"bf16, which begins at 8.0: give --{flags[0]} fp16."
+            f"bf16, which begins at 8.0: give --{flags[0]} {instead}."
         )

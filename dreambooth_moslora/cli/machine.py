@@ -154,17 +154,16 @@ def examine_machine(found: Findings) -> None:
     if torch.cuda.is_available():
         facts, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
         found.facts["device"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, {count} of them"
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        found.facts["bf16"] = "yes" if has_bf16 else "no: use --mixed_precision fp16"
     elif torch.backends.mps.is_available():
         found.facts["device"] = f"Apple GPU (mps), {apple_gib()[0]:.1f} GiB for a process"
-        found.facts["bf16"] = "yes"
     else:
         found.facts["device"] = "CPU"
-        found.facts["bf16"] = "yes" if has_fast_bf16() else "no: use --mixed_precision no"
         if line := unused_gpu():
             found.warnings.append(line)
         found.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
+    is_on_gpu = found.facts["device"] != "CPU"
+    has_bf16, other = (half_precision() == "bf16", "fp16") if is_on_gpu else (has_fast_bf16(), "no")
+    found.facts["bf16"] = "yes" if has_bf16 else f"no: use --mixed_precision {other}"
     lacks = what_compile_lacks()
     found.facts["compile"] = f"no: it needs {lacks}" if lacks else "yes"
 

@@ -418,7 +418,7 @@ class SubjectPipeline:
         except RuntimeError as error:
             if not core.is_out_of_memory(error):
                 raise
-            torch.cuda.empty_cache()
+            machine.free_unused_blocks(self.home.device)
             size = f"{params.height_px} x {params.width_px} px"
             raise core.UserError(f"there is too little memory for {size}; choose a smaller size") from error
         finally:

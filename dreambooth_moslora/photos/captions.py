@@ -71,7 +71,7 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
 
     about = {"flag": "--caption_model", "what": "vision-language model", "trust_remote_code": False}
     kind = torch.device(device).type
-    half = half_precision() if kind == "cuda" else "bf16"  # before Ampere cuDNN has no convolution in bf16
+    half = "bf16" if kind == "cpu" else half_precision()  # before Ampere cuDNN has no convolution in bf16
     dtype = torch.float32 if kind == "cpu" else {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
     processor = masks.loaded(AutoProcessor, name, **about)
     if not getattr(processor, "chat_template", None):

@@ -324,8 +324,11 @@ def check_family(config: table.TrainConfig, facts: families.Facts) -> None:
     for name in others:
         if flag := rules.given_flag(config, name):
             raise UserError(f"{flag} is not for {facts.title}; leave it out.")
+    if is_flow:
+        machine.check_bf16(config, instead="no")
     if is_flow and precision_of(config) == "fp16":
-        raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give bf16.")
+        instead = machine.half_precision_of(facts) if machine.has_gpu() else "bf16"
+        raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give {instead}.")
 
 
 def check_start(adapter: str) -> None:

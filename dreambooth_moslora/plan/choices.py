@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base import files, machine
-from dreambooth_moslora.core import CLIP, DINO, UserError, assets_folder, half_precision, is_toy, process_count
+from dreambooth_moslora.core import CLIP, DINO, UserError, assets_folder, is_toy, process_count
 from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.settings import families, sources
 from dreambooth_moslora.settings.table import OF_PLANS, TrainConfig, checked_setting
@@ -92,7 +92,8 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     with_memory = f" for {free_gib:.0f} GiB of free GPU memory" if is_by_card else ""
     choices.add(f"recipe: assets/configs/{name}{with_memory}", "config", **recipe)
     if choices.settings.get("mixed_precision") == "no":
-        choices.say("precision: fp32, as this CPU has no bf16", "mixed_precision")
+        lacks = "this GPU has no bf16, and the model overflows in fp16" if machine.has_gpu() else "this CPU has no bf16"
+        choices.say(f"precision: fp32, as {lacks}", "mixed_precision")
     return exposures
 
 
@@ -115,18 +116,19 @@ def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, A
     if is_toy(base):
         return "toy.toml", sources.load_settings(folder / "toy.toml")
     facts, name = None if base == STOCK_SDXL else files.facts_of_base(base), "sdxl.toml"
+    if is_on_gpu := machine.has_gpu():
+        precision = machine.half_precision_of(facts)
+    else:
+        precision = "bf16" if machine.has_fast_bf16() else "no"
     if facts and facts.recipes:
         most = 12 if free_gib is None else free_gib / 0.9
+        most /= 2 if is_on_gpu and precision == "no" else 1  # they are for bf16
         fitting = [gb for gb in facts.recipes if gb <= most]
         name = f"{facts.name}_{max(fitting, default=min(facts.recipes))}gb.toml"
     recipe = sources.load_settings(folder / name)
     if base != STOCK_SDXL:
         recipe["variant"] = None
-    if machine.has_gpu():
-        recipe["mixed_precision"] = half_precision()
-    else:
-        recipe["mixed_precision"] = "bf16" if machine.has_fast_bf16() else "no"
-    return name, recipe
+    return name, recipe | {"mixed_precision": precision}
 
 
 def choose_words(choices: Choices, word: str) -> None:

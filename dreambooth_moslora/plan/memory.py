@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dreambooth_moslora.base import files, machine
-from dreambooth_moslora.core import UserError, half_precision, process_count
+from dreambooth_moslora.core import UserError, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings import families, optimizer_kinds, rows, rules, sources, table
 
@@ -344,7 +344,7 @@ def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
     """The fewest changes to these settings that fit, and the recipe for such a card."""
     for changes in ({}, {"sample_batch_size": 1}):
         tried = replace(config, memory="auto", images_at_once=None, **changes)
-        tried = replace(tried, **half_settings(tried, free_gib))
+        tried = replace(tried, **half_settings(tried, size.family, free_gib))
         tried = replace(tried, **fitting_settings(tried, size, free_gib))
         cost = estimate(tried, size, 1).peak_gib
         if cost <= free_gib:
@@ -427,14 +427,15 @@ def memory_settings(config: table.TrainConfig, free_gib: float | None = None) ->
             saved = sources.read_json_table(RunDir(config.output_dir).config_path)
             if before := {name: saved[name] for name in table.SETTINGS["memory"].metadata["replaces"] if name in saved}:
                 return before
-    precision = half_settings(config, free)
-    config = replace(config, **precision)
-    return precision | fitting_settings(config, size_of_run(config, files.base_folder(config)), free)
+    size = size_of_run(config, files.base_folder(config))
+    precision = half_settings(config, size.family, free)
+    return precision | fitting_settings(replace(config, **precision), size, free)
 
 
-def half_settings(config: table.TrainConfig, free_gib: float | None) -> dict[str, str]:
-    """Half precision on a GPU, unless a precision was given."""
-    return {"mixed_precision": half_precision()} if free_gib is not None and precision_of(config) == "no" else {}
+def half_settings(config: table.TrainConfig, facts: families.Facts, free_gib: float | None) -> dict[str, str]:
+    """Half precision on a GPU, if the family has one there, unless a precision was given."""
+    is_open = free_gib is not None and config.mixed_precision is None and precision_of(config) == "no"
+    return {"mixed_precision": machine.half_precision_of(facts)} if is_open else {}
 
 
 def fitting_settings(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dreambooth_moslora.core import UserError, is_finite_number
+from dreambooth_moslora.core import LIKE_FP32, UserError, is_finite_number
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES
@@ -215,10 +215,10 @@ def about_the_steps(run: Figures) -> Iterator[str]:
     """What failed, and what was too rare."""
     if run.state == "failed" and (found := BROKEN.search(run.message)):
         lower = f"--learning_rate {run.config.learning_rate / 3:.1g} (it was {run.config.learning_rate:g})"
-        other = ", or --mixed_precision bf16" if run.config.mixed_precision == "fp16" else ""
+        other = f", or {LIKE_FP32}" if run.config.mixed_precision == "fp16" else ""
         yield f"{found[0]}: try {lower}{other}"
     if run.skipped > SKIPPED_SHARE * (run.step + run.skipped) and run.skipped >= 5:
-        yield f"fp16 overflowed in {run.skipped} steps, which were done again: try --mixed_precision bf16"
+        yield f"fp16 overflowed in {run.skipped} steps, which were done again: try {LIKE_FP32}"
     if run.exposures is not None and run.exposures < FEW_EXPOSURES:
         seen = f"each photo was shown {run.exposures:.0f} times, and a subject needs 100 or more"
         yield f"{seen}: try --exposures_per_photo {USUAL_EXPOSURES}"

@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 LoadBase = Callable[[TrainConfig, torch.dtype, torch.device], DiffusionPipeline]
 
 FP32_ON_A_GPU = (
-    "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision bf16 "
-    "(fp16 on a GPU older than Ampere)."
+    "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision %s."
 )
 
 BF16_ON_A_CPU = (
@@ -80,7 +79,9 @@ def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) ->
     if load.default_resolution(pipeline) <= files.SMALL_BASE_PX:
         return
     if device.type == "cuda" and families.denoiser_of(pipeline).dtype == torch.float32:
-        logger.warning(FP32_ON_A_GPU)
+        half = machine.half_precision_of(families.family_of(pipeline).facts)
+        if half != "no":
+            logger.warning(FP32_ON_A_GPU, half)
     if device.type == "cpu" and families.denoiser_of(pipeline).dtype == torch.bfloat16 and not machine.has_fast_bf16():
         logger.warning(BF16_ON_A_CPU)
 

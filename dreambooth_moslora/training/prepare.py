@@ -19,7 +19,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 
 from dreambooth_moslora.adapters import init_adapter, lora_file, moslora
 from dreambooth_moslora.adapters.basis import Basis, read_basis
-from dreambooth_moslora.base import families, files
+from dreambooth_moslora.base import families, files, machine
 from dreambooth_moslora.base.load import TextProducts, default_resolution
 from dreambooth_moslora.core import UserError, content_key, default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
@@ -232,11 +232,10 @@ def move_encoders(pipeline: DiffusionPipeline, family: families.Family, device: 
 
 def device_with_room(models: Sequence[torch.nn.Module], device: torch.device) -> torch.device:
     """`device`, or the CPU where a GPU lacks the memory for these models."""
-    if device.type != "cuda":
-        return device
-    free, _ = torch.cuda.mem_get_info(device)
+    free_gib = machine.free_gib(device)
     needed = sum(weight.numel() * weight.element_size() for model in models for weight in model.parameters())
-    return device if needed <= memory.USABLE * free else torch.device("cpu")
+    fits = free_gib is None or needed <= memory.USABLE * free_gib * machine.GIB
+    return device if fits else torch.device("cpu")
 
 
 def encode_photos(context: reporter.RunContext, streams: list[photo_stream.SubjectStreams], sample_count: int) -> None:

@@ -46,7 +46,7 @@ from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.plan.memory import USABLE, WORTH_GAIN, BaseSize, costs
 from dreambooth_moslora.plan.processes import DTYPES
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import photo_stream, prepare
+from dreambooth_moslora.training import photo_stream, prepare, reporter
 from dreambooth_moslora.training.graphs import GOES_ON
 from dreambooth_moslora.training.step import TrainStep, lay_convolutions
 
@@ -165,8 +165,9 @@ def measure(size: str, config: TrainConfig, is_nhwc: bool = False) -> dict[str, 
         train_step.update_adapter()
 
     found["step_sec"] = second_of(step, accelerator.device)
-    is_gpu = accelerator.device.type == "cuda"
-    return found | {"peak_gib": torch.cuda.max_memory_allocated() / GIB if is_gpu else processes.peak_memory_gib()}
+    is_cuda = accelerator.device.type == "cuda"
+    peak_gib = torch.cuda.max_memory_allocated() / GIB if is_cuda else reporter.memory_gib(accelerator.device)
+    return found | {"peak_gib": peak_gib}
 
 
 def floor_step(materials: RandomMaterials, config: TrainConfig, device: torch.device) -> Callable[[], None]:
@@ -185,14 +186,12 @@ def floor_step(materials: RandomMaterials, config: TrainConfig, device: torch.de
 
 def second_of(step: Callable[[], None], device: torch.device) -> float:
     """Seconds of a second call of `step`; the first warms up."""
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     step()
+    wait()
     start = time.perf_counter()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        start = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
@@ -412,12 +411,21 @@ def largest_difference(found: list[float], expected: list[float]) -> float:
     return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
+CLAIMS = {
+    "published": "each file is loaded again and compared before it is kept",
+    "resumed": "A stopped run resumes to the same bytes",
+}
+"""Name of a finding -> the README's words that it is a test of."""
+
+
 def as_page(facts: dict[str, str], findings: list[Finding]) -> str:
-    """Markdown for a bug report: the machine, and the results."""
+    """Markdown for a bug report: the machine, the results, and the README's claims."""
     lines = ["# Self-test of dreambooth_moslora", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", "| tried | holds | what was found |", "|---|---|---|"]
     lines += [f"| {found.name} | {'yes' if found.holds else '**no**'} | {found.said} |" for found in findings]
+    claims = [(CLAIMS[found.name], found.holds) for found in findings if found.name in CLAIMS]
+    lines += ["", *(f"- {claim}: {'holds here' if holds else '**does not hold here**'}" for claim, holds in claims)]
     return "\n".join(lines) + "\n"
 
 

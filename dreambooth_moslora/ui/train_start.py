@@ -292,7 +292,8 @@ def card_lines(config: table.TrainConfig, cost: Estimate) -> list[str]:
     line = f"GPU: {name}, {free:.1f} GiB free for this run"
     if config.mixed_precision:
         recomputed = "with" if config.gradient_checkpointing else "without"
-        line += f", so it trains in {config.mixed_precision}, {recomputed} gradient checkpointing"
+        precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
+        line += f", so it trains in {precision}, {recomputed} gradient checkpointing"
     if config.base_quantization != "none":
         line += f", the base in {config.base_quantization}"
     return [line, *(["the GPU may have too little memory even so"] if cost.peak_gib > free else [])]

@@ -101,7 +101,7 @@ def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
     pixels, vae = torch.rand(1, 3, 64, 64), StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.half()
     assert decode.decode_image(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
     (picture,) = decode.decode_image(vae, torch.full((1, 4, 8, 8), float("nan")))
-    assert picture.getextrema() == ((0, 0),) * 3 and "not finite (NaN)" in caplog.text
+    assert picture.getextrema() == ((0, 0),) * 3 and "bf16, or no on Nvidia GPUs before" in caplog.text
     assert vae.dtype == torch.float16
     caplog.clear()
     vae.encoder.conv_in.weight.data.fill_(6e4)

@@ -62,6 +62,14 @@ def test_doctor_says_this_machines_memory(monkeypatch):
     assert found.facts["processor"].endswith(" cores, 3.0 GiB")
 
 
+@pytest.mark.parametrize(("macos", "says"), [(14, "yes"), (13, "no: use --mixed_precision fp16")])
+def test_doctor_sees_apples_gpu_and_that_bf16_begins_with_macos_14(apple, macos, says, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: major <= macos)
+    examine_machine(found := Findings())
+    assert found.facts["device"] == "Apple GPU (mps), 21.3 GiB for a process" and found.facts["bf16"] == says
+    assert not [line for line in found.warnings if "GPU" in line]
+
+
 def test_doctor_names_bad_pairs_and_missing_libraries_and_takes_builds_and_candidates_as_their_release():
     mine = installed_versions(tuple(needed_ranges()))
     assert bad_pairs(mine) == [] and out_of_range(mine) == []

@@ -139,6 +139,14 @@ def test_a_status_of_windows_tells_a_stop_before_the_beginning_from_one_that_was
     assert jobs.state(job).state == state and says in jobs.state(job).message
 
 
+def test_what_is_started_has_a_console_of_its_own_which_no_closed_one_ends(tmp_path, monkeypatch):
+    options = {}
+    monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **given: options.update(given))
+    processes.start_logged(tmp_path, ["-c", ""])
+    assert options["creationflags"] == 0x08000000 and "start_new_session" not in options
+
+
 def config_of(base, folder, **changes) -> dict:
     sizes = {"max_train_steps": 100_000, "checkpointing_steps": 1, "checkpoints_total_limit": 2} | changes
     return tiny_config(base, paint_photos(folder / "photos"), folder / "runs" / "dog", **sizes).to_dict()

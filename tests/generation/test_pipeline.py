@@ -24,6 +24,7 @@ from dreambooth_moslora.generation import fixed_seeds, previews
 from dreambooth_moslora.generation import pipeline as gpu_room
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.training import reporter
 from tests.helpers.live_adapters import facts_of, live
 from tests.helpers.tiny import save_tiny_sdxl, tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora, save_kohya_lora
@@ -169,8 +170,23 @@ def test_what_cannot_be_drawn_is_said(pipeline, monkeypatch):
     with pytest.raises(UserError, match=r"'rex'.*loaded are: .*dog_kohya"):
         pipeline.generate(replace(PARAMS, adapters=(("rex", 1.0),)))
     monkeypatch.setattr(pipeline.pipeline.unet, "forward", lambda *_, **__: torch.empty(2**50))
+    freed = []
+    monkeypatch.setattr(machine, "free_unused_blocks", freed.append)
     with pytest.raises(UserError, match="too little memory for 64 x 64 px"):
         picture(pipeline)
+    assert freed == [pipeline.home.device]
+
+
+def test_pictures_are_drawn_on_apples_gpu_in_half_precision_and_its_unused_memory_is_given_back(
+    apple, tiny_base, monkeypatch
+):
+    subject = SubjectPipeline.from_base(tiny_base, resting=True)
+    assert (subject.home.device.type, subject.pipeline.unet.dtype) == ("mps", torch.float16)
+    emptied = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append(1))
+    machine.free_unused_blocks(subject.home.device)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * 2**30)
+    assert emptied and reporter.memory_gib(subject.home.device) == 3
 
 
 def test_what_is_no_adapter_of_the_base_is_refused_in_one_line(pipeline, files, tmp_path):

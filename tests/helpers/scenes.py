@@ -21,6 +21,7 @@ from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora import core
+from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
@@ -34,7 +35,7 @@ RANK = int(os.environ.get("RANK", "0"))
 whole_call = StableDiffusionXLPipeline.__call__
 generate, sample, keep = run_class_images.generate_images, Sampler._draw, TensorCache._keep
 save_checkpoint, average, append = checkpoint.save_checkpoint, TrainStep._average_gradients, RunDir.append_metrics
-claim, free_gib, half = core.atomic_write, memory.free_gib_of_gpu, memory.half_precision
+claim, free_gib, half = core.atomic_write, memory.free_gib_of_gpu, machine.half_precision
 PLACES = ("started", "drawn", "encoded", "sampled", "averaged", "reported", "saved")
 
 
@@ -81,7 +82,7 @@ class Scene:
         TrainStep._average_gradients = lambda step: self.at("averaged", step.step) or average(step)
         RunDir.append_metrics = self.append
         memory.free_gib_of_gpu = (lambda **_: self.free[RANK]) if self.free else free_gib
-        memory.half_precision = (lambda: "bf16") if self.free else half
+        machine.half_precision = (lambda: "bf16") if self.free else half
         Watched.found.clear()
         code = train_main(self.flags)
         step = Watched.found[-1] if Watched.found else None

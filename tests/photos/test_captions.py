@@ -140,14 +140,19 @@ def test_the_model_goes_on_from_the_words_for_the_subject(chat_model):
     assert words.endswith("assistant\nA photo of a dog") and "sks" not in words
 
 
-@pytest.mark.parametrize(("major", "dtype"), [(7, torch.float16), (8, torch.bfloat16)])
-def test_on_a_gpu_the_model_is_loaded_in_the_half_precision_that_the_gpu_has(major, dtype, chat_model, monkeypatch):
+HALVES = [("cuda", "fp16", torch.float16), ("cuda", "bf16", torch.bfloat16), ("mps", "fp16", torch.float16)]
+
+
+@pytest.mark.parametrize(("device", "half", "dtype"), HALVES)
+def test_on_a_gpu_the_model_is_loaded_in_the_half_precision_that_the_gpu_has(
+    device, half, dtype, chat_model, monkeypatch
+):
     """It is loaded on the CPU, and only its last move would need the GPU."""
     moved = []
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (major, 0))
+    monkeypatch.setattr(captions, "half_precision", lambda: half)
     monkeypatch.setattr(PreTrainedModel, "to", lambda model, device: moved.append((model.dtype, device)) or model)
-    said = captions.load_captioner(config_of(caption_model=str(chat_model)), "cuda").surroundings(picture())
-    assert moved == [(dtype, "cuda")] and all(letter.isprintable() for letter in said)
+    said = captions.load_captioner(config_of(caption_model=str(chat_model)), device).surroundings(picture())
+    assert moved == [(dtype, device)] and all(letter.isprintable() for letter in said)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dreambooth_moslora.cli.machine import Findings, examine_machine
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.core import UserError, atomic_write, half_precision
@@ -211,12 +212,14 @@ def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says
         assert line.split(maxsplit=1)[1] == says
 
 
-def test_amd_gpus_get_bf16_by_their_architecture(gpu, monkeypatch):
-    """ROCm gives the architecture's number as a compute capability: 10.3 for gfx1030."""
+def test_amd_gpus_get_bf16_by_their_architecture_and_doctor_says_the_same(gpu, monkeypatch):
+    """ROCm gives the architecture's number as a compute capability: 10.3 for gfx1030. PyTorch says bf16 of all."""
     gpu(10, minor=3)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     older = ("gfx1030", "gfx906:sramecc+:xnack-")
     for name in (*older, "gfx90a:sramecc+:xnack-", "gfx942", "gfx1100", "gfx1201"):
-        facts = SimpleNamespace(gcnArchName=name)
+        facts = SimpleNamespace(gcnArchName=name, name="Radeon", total_memory=2**34)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None, facts=facts: facts)
         assert half_precision() == ("fp16" if name in older else "bf16"), name
+        examine_machine(found := Findings())
+        assert found.facts["bf16"] == ("no: use --mixed_precision fp16" if name in older else "yes"), name

@@ -145,6 +145,16 @@ def test_what_a_launcher_sets_is_refused_in_one_line_and_a_flag_named_only_where
     assert refusal("bf16", said) == f"--mixed_precision bf16: {said}"
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_set_for_those_who_ask_the_older_switch_and_the_newer_setting(allowed, begin):
+    products = torch.backends.cuda.matmul
+    try:
+        begin(allow_tf32=allowed)
+        assert (products.allow_tf32, products.fp32_precision) == (allowed, "tf32" if allowed else "ieee")
+    finally:
+        products.allow_tf32 = False
+
+
 @pytest.mark.parametrize("number", ["4", "two"])
 def test_accelerates_own_accumulation_divides_no_gradient_again(number, begin, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", number)
@@ -154,12 +164,13 @@ def test_accelerates_own_accumulation_divides_no_gradient_again(number, begin, m
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("cuda", 0)])
-def test_freed_memory_is_kept_on_a_cpu_only(device, kept, begin, monkeypatch):
+def test_freed_memory_is_kept_on_a_cpu_only_and_a_second_gpu_is_told_of(device, kept, begin, monkeypatch, caplog):
     asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(disk_processes, "keep_freed_memory", lambda: asked.append(1))
     monkeypatch.setattr(Accelerator, "device", torch.device(device))
     begin()
-    assert len(asked) == kept
+    assert len(asked) == kept and ("one of 2 GPUs is used" in caplog.text) != kept
 
 
 def test_processes_may_differ_in_their_number_their_cache_and_how_a_number_is_written():

@@ -52,8 +52,8 @@ NEVER = replace(LAGS, config=replace(CONFIG, instance_prompt_share=0))
 PAST = replace(GOOD, score=((120, 0.67), (240, 0.55)))
 RISING = replace(GOOD, likeness=((80, 0.3), (160, 0.5), (240, 0.7)))
 FAULTS = {
-    "broke_off": (BROKEN, "the loss is nan at step 7; --learning_rate 3e-05; --mixed_precision bf16"),
-    "overflowed": (replace(GOOD, skipped=20), "in 20 steps; --mixed_precision bf16"),
+    "broke_off": (BROKEN, "the loss is nan at step 7; --learning_rate 3e-05; --mixed_precision bf16, or no on"),
+    "overflowed": (replace(GOOD, skipped=20), "in 20 steps; --mixed_precision bf16, or no on"),
     "seen_too_rarely": (replace(GOOD, step=10), "shown 8 times; --exposures_per_photo 200"),
     "nothing_scored": (replace(GOOD, scores={}), "`evaluate`; --evaluate_steps 48"),
     "copies_photos": (COPIED, "30%; --crops_per_photo 8; --max_train_steps 160"),

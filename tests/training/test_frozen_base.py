@@ -27,7 +27,13 @@ from dreambooth_moslora.training import frozen_base, reporter
 from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache, fingerprint
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.photo_stream import PhotoEncoder, PhotoStream, collate
-from dreambooth_moslora.training.prepare import fill, prompt_cache, same_everywhere, too_slow_for_samples
+from dreambooth_moslora.training.prepare import (
+    device_with_room,
+    fill,
+    prompt_cache,
+    same_everywhere,
+    too_slow_for_samples,
+)
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny import embeds_of, equal, few_steps, pooled_of, tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora
@@ -312,13 +318,25 @@ def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny
     assert seen == [is_there]
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_text_encoders_that_do_not_fit_the_gpu_encode_on_the_cpu(kind, gpu, monkeypatch):
+    """Of 8 GiB each, where 10 are free. A transformer's have up to 16."""
+    gpu(8, free_gib=10)
+    monkeypatch.setattr(machine, "apple_gib", lambda: (16.0, 6.0))
+    encoder = torch.nn.Linear(2**15, 2**17, bias=False, device="meta", dtype=torch.bfloat16)
+    places = [device_with_room([encoder] * count, torch.device(kind)).type for count in (1, 2)]
+    assert places == [kind, "cpu"]
+
+
 def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog, monkeypatch):
     single, half = torch.float32, torch.bfloat16
-    cases = [("cuda", single, False, "--mixed_precision bf16"), ("cpu", half, False, "--mixed_precision no")]
-    cases += [("cuda", half, False, None), ("cpu", single, False, None), ("cpu", half, True, None)]
+    cases = [("cuda", single, half, f"--mixed_precision {half}") for half in ("bf16", "fp16")]
+    cases += [("cuda", single, "no", None), ("cpu", half, "no", "--mixed_precision no")]
+    cases += [("cuda", half, "bf16", None), ("cpu", single, "no", None), ("cpu", half, "bf16", None)]
     pipelines = {dtype: load.load_pipeline(tiny_base, dtype=dtype) for dtype in (single, half)}
-    for device, dtype, has_bf16, advice in cases:
-        monkeypatch.setattr(machine, "has_fast_bf16", lambda has_bf16=has_bf16: has_bf16)
+    for device, dtype, fast, advice in cases:
+        monkeypatch.setattr(machine, "has_fast_bf16", lambda fast=fast: fast == "bf16")
+        monkeypatch.setattr(machine, "half_precision_of", lambda facts, fast=fast: fast)
         pipeline, where = pipelines[dtype], torch.device(device)
         pipeline.unet.register_to_config(sample_size=64 // pipeline.vae_scale_factor)
         caplog.clear()

@@ -148,7 +148,7 @@ def test_what_differs_from_pass_to_pass_is_known_before(name):
     assert graphs.obstacle(config, "cuda") and not speed_of(config, "cuda", 10).graphs
     free = TrainConfig(cuda_graph="on")
     assert graphs.obstacle(free, "cuda") is None and speed_of(free, "cuda", 10).graphs
-    assert not speed_of(free, "cpu", 10).graphs
+    assert not speed_of(free, "cpu", 10).graphs and not speed_of(TrainConfig(), "cuda", 10).graphs
 
 
 def test_weights_that_moved_are_recorded_anew(recorded):

@@ -9,10 +9,12 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
+import torch
 from torch.utils import backend_registration
 
 from benchmarks.precision import bf16_accelerator
 from dreambooth_moslora.base import machine
+from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.memory import size_of_base
@@ -23,6 +25,7 @@ from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 from tests.training.conftest import start
 
+ROOT = Path(__file__).resolve().parents[2]
 HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 
@@ -55,6 +58,72 @@ def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(weights, holds, t
     repeated, resumed = SelfTest(tmp_path).resumed()
     assert repeated.holds and ("other bytes" in repeated.said) == (len(weights) == 4)
     assert resumed.holds == holds and all("deterministic" in words for name, words in asked[1:]) == (len(weights) == 4)
+
+
+def test_the_page_says_which_of_the_readme_s_claims_hold_here():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert all(claim in readme for claim in selftest.CLAIMS.values())
+    page = selftest.as_page({}, [Finding("published", True, ""), Finding("resumed", False, "")])
+    assert "- each file is loaded again and compared before it is kept: holds here" in page
+    assert "- A stopped run resumes to the same bytes: **does not hold here**" in page
+
+
+def test_what_a_card_has_beside_a_cpu_is_tried_there_too(tmp_path, monkeypatch):
+    """In this order, each only where it was asked for."""
+    export = {"type": "export", "time": 0, "proof": {"max_relative_difference": 0.0}}
+    (tmp_path / "device_no").mkdir()
+    (tmp_path / "device_no" / "metrics.jsonl").write_text(f"{json.dumps(export)}\n")
+    monkeypatch.setattr(SelfTest, "train", lambda self, *words, **changes: None)
+    monkeypatch.setattr(selftest, "losses", lambda run: [1.0])
+    for name in ("generated", "compiled", "graphed", "cards"):
+        monkeypatch.setattr(SelfTest, name, lambda self, name=name: Finding(name, True, ""))
+    for name in ("resumed", "step"):
+        monkeypatch.setattr(SelfTest, name, lambda self, *gib, name=name: [Finding(name, True, "")])
+    everywhere = ["losses, fp32", "published", "resumed", "generated"]
+    assert [found.name for found in SelfTest(tmp_path).findings()] == everywhere
+    whole = SelfTest(tmp_path, ("no", "fp16"), free_gib=9.0, compiles=True, launcher=("two",)).findings()
+    everywhere.insert(1, "losses, fp16")
+    assert [found.name for found in whole] == [*everywhere, "compiled", "graphed", "cards", "step"]
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """What the command asks of the self-test."""
+    options = []
+
+    class Asked:
+        def __init__(self, folder, precisions, **named):
+            options.append({"precisions": precisions, **named})
+
+        def findings(self):
+            return []
+
+    monkeypatch.setattr(selftest, "SelfTest", Asked)
+    assert main(["selftest", "--output_dir", str(tmp_path)]) == 0
+    return options[0]
+
+
+@pytest.fixture
+def two_t4(gpu, monkeypatch):
+    gpu(7, free_gib=14.5, name="Tesla T4", minor=5)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+def test_on_two_cards_without_bf16_fp16_compilation_and_both_cards_are_tried(two_t4, asked):
+    wanted = {"precisions": ("no", "fp16"), "env": {}, "compiles": True, "launcher": selftest.ON_TWO_GPUS}
+    assert asked == wanted | {"free_gib": 15.0}
+
+
+def test_on_apples_gpu_training_is_tried_there(apple, asked):
+    wanted = {"precisions": ("no", "bf16"), "env": {}, "compiles": False, "launcher": ()}
+    assert asked == wanted | {"free_gib": pytest.approx(21.3)}
+
+
+def test_a_step_is_timed_until_apples_gpu_has_done_it(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: done.append("waited"))
+    selftest.second_of(lambda: done.append("handed over"), torch.device("mps"))
+    assert done == ["handed over", "waited"] * 2
 
 
 def test_a_step_that_fp16_skips_is_no_loss(tmp_path):
@@ -146,7 +215,6 @@ def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
     assert found["losses, fp32"].figures["relative_difference"] < 1e-4
 
 
-ROOT = Path(__file__).resolve().parents[2]
 ATTENTION, CONVOLUTIONS = ["to_q", "to_k", "to_v", "to_out.0"], ["to_q", "conv1", "ff.net.0.proj", "ff.net.2"]
 PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
 TRAININGS = {
@@ -165,6 +233,39 @@ TRAININGS = {
 COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
 """Each wait leaves the GPU idle until the program has handed it the next kernels: the loss alone is read. And each
 micro-batch is sent at once."""
+
+
+STAND_IN = """
+import os, torch
+from tests.helpers.python_gpu import DEVICE, Watch
+rows, table = torch.tensor([1, 0]), torch.arange(3.0)
+far, there = rows.to(DEVICE), table.to(DEVICE)
+faults = {
+    "a table of the CPU": lambda: table[far],
+    "a change of one": lambda: table.index_put_((far,), there[:2]),
+    "two devices": lambda: table + there,
+    "a copy that nobody waits for": lambda: table.to(DEVICE, non_blocking=True),
+    "numpy": lambda: there.numpy(),
+}
+let_through = []
+for name, fault in faults.items():
+    try:
+        let_through.append((name, fault()))
+    except (RuntimeError, TypeError):
+        pass
+with Watch() as seen:
+    there[rows].sum().item()
+print(let_through, dict(seen.waits), dict(seen.copies), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PYTHON_DEVICES, reason="this PyTorch has no devices written in Python")
+def test_the_stand_in_refuses_what_a_card_refuses():
+    """Of a table on the CPU, indexed by numbers on the device, it once made a tensor of the device."""
+    said = subprocess.check_output([sys.executable, "-c", STAND_IN], text=True, cwd=ROOT)
+    assert said.splitlines()[-1] == "[] {'backward': 1} {}", said
 
 
 @pytest.fixture(scope="module")
