@@ -31,7 +31,7 @@ from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, op
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.plan.processes import on_main, share_out
 from dreambooth_moslora.settings import measures, prompts, table
-from dreambooth_moslora.training import class_images, explain, prepare
+from dreambooth_moslora.training import explain, made_before, prepare
 from dreambooth_moslora.training.checkpoint import trained_modules
 from dreambooth_moslora.training.model_card import CardFacts, model_card, push
 from dreambooth_moslora.training.step import TrainStep
@@ -231,9 +231,7 @@ def facts_of(
     if accelerator.mixed_precision != "no":  # perhaps from `accelerate config`
         config = replace(config, mixed_precision=accelerator.mixed_precision)
     facts = metadata.with_told(config, replace(facts, subject_prompts=bare, basis=basis, processes=processes))
-    if inputs.prior and not class_images.are_draws(
-        inputs.prior.photos, config.seed
-    ):  # another run's, or the user's own
+    if inputs.prior and not made_before.are_draws(inputs.prior.photos, config.seed):  # another run's, or the user's own
         facts = replace(facts, withheld=tuple(dict.fromkeys((*facts.withheld, "class_data_dir"))))
     if checkpoint is not None and settings_in(trained_modules(checkpoint)[0]) != settings_in(facts):
         facts = replace(facts, withheld=(*facts.withheld, metadata.RESUMED))

@@ -187,13 +187,13 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     prompt of another pipeline is not found in the cache."""
     pipeline, prompt, found = load.load_pipeline(tiny_base), ["a photo of a dog"], []
     config = TrainConfig(caching="disk", cache_dir=str(tmp_path))
-    prompt_embeds = prompt_cache(config, pipeline)
+    prompt_embeds = prompt_cache(config, pipeline, load.SDXL_FAMILY)
     before = prompt_embeds(prompt)
     [file] = tmp_path.rglob("*.safetensors")
     content = file.read_bytes()
     for force_zeros in (False, True):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-        found.append(embeds_of(prompt_cache(config, pipeline)([""])).abs().sum().item())
+        found.append(embeds_of(prompt_cache(config, pipeline, load.SDXL_FAMILY)([""])).abs().sum().item())
     assert found[0] > 0 == found[1]
     for model in (pipeline.text_encoder, pipeline.text_encoder_2):
         moslora.inject(model, moslora.MoSLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

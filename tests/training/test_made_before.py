@@ -21,9 +21,9 @@ from dreambooth_moslora.photos.folder import find_photos, photo_report, with_mad
 from dreambooth_moslora.photos.masks import Segmenter
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings import rules, sources, table
-from dreambooth_moslora.training import class_images, dry_run, made_before, reporter
-from dreambooth_moslora.training.class_images import ClassImages, planned, shares, usable_class_photos
+from dreambooth_moslora.training import dry_run, made_before, reporter
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.made_before import ClassImages, planned, shares, usable_class_photos
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_encoders import save_tiny_clipseg
@@ -329,19 +329,19 @@ def test_runs_that_share_a_folder_of_class_images_draw_one_after_the_other(is_st
 
     def draw() -> None:
         try:
-            with class_images.alone_in(folder, context):
+            with made_before.alone_in(folder, context):
                 ended.append("drawn")
         except StopRequestedError:
             ended.append("stopped")
 
-    other = queue.take(folder / class_images.LOCK_NAME, "--class_data_dir")
+    other = queue.take(folder / made_before.LOCK_NAME, "--class_data_dir")
     (waiting := Thread(target=draw)).start()
-    waiting.join(2 * class_images.LOOK_SEC)
+    waiting.join(2 * made_before.LOOK_SEC)
     assert ended == [] and caplog.messages == [f"{folder}: another run draws there, and this one waits"]
     asked.append(True) if is_stopped else other.close()
     waiting.join()
     assert ended == ["stopped" if is_stopped else "drawn"]
-    assert [path.name for path in folder.iterdir()] == [class_images.LOCK_NAME] * is_stopped
+    assert [path.name for path in folder.iterdir()] == [made_before.LOCK_NAME] * is_stopped
     other.close()
 
 
