@@ -71,11 +71,6 @@ def load_denoiser_of(
     load.quantize(families.denoiser_of(pipeline), config.base_quantization, dtype, device)
 
 
-def waits_for_encoders(config: TrainConfig) -> bool:
-    """Whether the denoiser is loaded after the encoders are gone: a flow model's would not fit beside it."""
-    return is_flow(config) and not config.keeps_text_encoders and not config.draws_class_images
-
-
 def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:
     """Warn when a base as large as SDXL would train in fp32 on a GPU, or in bf16 on a CPU without it."""
     kind = device.type, families.denoiser_of(pipeline).dtype
@@ -100,7 +95,6 @@ class TensorCache:
         self.computed = 0
 
     def get(self, key: str, compute: Callable[[], Tensors]) -> Tensors:
-        """The value under `key`; it is computed and kept if missing."""
         found = self._memory.get(key) if self.folder is None else self._read(key)
         if found is None:
             found = compute()

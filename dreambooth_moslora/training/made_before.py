@@ -167,10 +167,8 @@ class ClassImages:
         """File name -> {prompt, seed, model, resolution, perhaps sha256} of every generated image; {} if damaged."""
         try:
             entries = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError, RecursionError):
-            return {}
-        except OSError as error:
-            if error.errno != errno.ELOOP:
+        except (OSError, ValueError, RecursionError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ELOOP):
                 raise
             return {}
         entries = entries if isinstance(entries, dict) else {}
@@ -207,7 +205,6 @@ class ClassImages:
         return found
 
     def facts(self) -> dict[str, object]:
-        """What all images of this set have in common."""
         return {"prompt": self.prompt, "model": self.model, "resolution": self.resolution}
 
     def _is_as_made(self, index: int, known: dict[str, dict]) -> bool:

@@ -82,7 +82,8 @@ def prepare(
     device = context.accelerator.device
     context.report.phase("loading")
     dtype = processes.DTYPES[context.accelerator.mixed_precision]
-    is_late = load is None and frozen_base.waits_for_encoders(config)
+    needs_both = config.keeps_text_encoders or config.draws_class_images
+    is_late = load is None and not needs_both and frozen_base.is_flow(config)  # its encoders have to go before
     load = partial(frozen_base.load_base, has_denoiser=False) if is_late else load or frozen_base.load_base
     pipeline = load(config, dtype, device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
@@ -142,7 +143,6 @@ def check_denoiser(
 
 
 def text_options(config: table.TrainConfig) -> dict[str, Any]:
-    """The arguments of the pipeline's `encode_prompt` that the run sets."""
     return families.encoding_options({name: getattr(config, name) for name in TEXT_OPTIONS})
 
 
