@@ -28,7 +28,7 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
     from dreambooth_moslora.training.selftest import random_materials
 
     materials = random_materials(size, resolution_px)
-    unet, batch = materials.pipeline.unet.requires_grad_(False).train(), materials.batch_at(0, 1)
+    unet, batch = materials.pipeline.unet.requires_grad_(False).train(), materials.batch_at(0, 1, 1, bool)
     latents, words = (
         batch.latents.to(materials.dtype),
         materials.family.arguments(materials.prompt_embeds(batch.prompts)),

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreambooth_moslora.training.selftest import SIZES, made, random_unet, text_widths
+from dreambooth_moslora.training.selftest import WIDTHS, made, random_unet
 
 __all__ = ["random_sdxl", "random_text_encoders", "random_unet", "random_vae"]
 
@@ -43,7 +43,7 @@ def random_vae(size: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
 
 def random_text_encoders(size: str, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, nn.Module]:
     """CLIP ViT-L/14 and OpenCLIP bigG/14, the text halves."""
-    full, (first, second) = size == "sdxl", text_widths(size)
+    full, (first, second) = size == "sdxl", WIDTHS[size]
     config = text_config(first, 12 if full else 2, hidden_act="quick_gelu")
     config_2 = text_config(second, 32 if full else 2, hidden_act="gelu", projection_dim=second)
     return made(lambda: CLIPTextModel(config), dtype), made(lambda: CLIPTextModelWithProjection(config_2), dtype)
@@ -67,7 +67,7 @@ def random_sdxl(size: str) -> StableDiffusionXLPipeline:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", choices=SIZES, default="sdxl")
+    parser.add_argument("--size", choices=WIDTHS, default="sdxl")
     args = parser.parse_args()
     random_sdxl(args.size).save_pretrained(args.out)
 

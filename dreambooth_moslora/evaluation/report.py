@@ -143,9 +143,8 @@ def evaluators_of(
     for subject, own, plan in zip(subjects, photos_by_subject(photos, len(subjects)), plans, strict=True):
         base, folder = subject.pretrained_model_name_or_path, subject.instance_data_dir
         truth = score_tables.truth_of(base, folder, plan, encoders, size_px)
-        found.append(
-            score_tables.Evaluator(plan, encoders, [open_rgb(p) for p in own], [open_mask(p) for p in own], truth)
-        )
+        shown = [open_rgb(photo) for photo in own], [open_mask(photo) for photo in own]
+        found.append(score_tables.Evaluator(plan, encoders, *shown, truth))
     for one in found:
         others = (other for other in found if other is not one)
         one.rivals = {other.plan.subject.words: other.photos.dino for other in others}

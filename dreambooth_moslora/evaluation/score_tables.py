@@ -180,8 +180,7 @@ class Evaluator:
             for end in ("", "_base"):
                 tables[f"confusion{end}"] = np.mean([tables[f"confusion_with {w}{end}"] for w in self.rivals], axis=0)
         if len(self.plan.seeds) > 1:
-            tables["diversity"] = self._diversity(subject)
-            tables["diversity_base"] = self._diversity(base)
+            tables |= {"diversity": self._diversity(subject), "diversity_base": self._diversity(base)}
         if self.truth is not None:
             tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
         return tables
@@ -265,12 +264,9 @@ def evaluate_adapter(
     """Score a loaded adapter at `scale`; text is encoded for each side, with the given options of encoding or those of
     the adapter's run. `on_picture` is called after each."""
     inner, steps = pipeline.pipeline, evaluator.plan.inference_steps
-    embed, size_px, device = (
-        partial(pipeline.family_for(((adapter, 1.0),), text_options).texts, inner),
-        pipeline.resolution_px,
-        families.denoiser_of(inner).device,
-    )
+    embed = partial(pipeline.family_for(((adapter, 1.0),), text_options).texts, inner)
     pipeline.activate(((adapter, scale),))
-    sampler = Sampler(inner, embed, size_px, device, steps, guidance_scale=guidance_scale)
+    place = pipeline.resolution_px, families.denoiser_of(inner).device
+    sampler = Sampler(inner, embed, *place, steps, guidance_scale=guidance_scale)
     with torch.no_grad():
         return evaluator(sampler_draw(sampler, batch_size, on_picture))

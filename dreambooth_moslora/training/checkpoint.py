@@ -158,9 +158,8 @@ def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | No
         else:
             return checkpoint
     incomplete = ", ".join(path.name for path in run_dir.named_checkpoints())
-    there = f" ({incomplete}: not complete, or another program's)" if incomplete else ""
-    none = f"no complete checkpoint in {run_dir.path}{there}; starting at step 0."
-    logger.warning("--resume_from_checkpoint latest: %s", none)
+    there = f"{run_dir.path} ({incomplete}: not complete, or another program's)" if incomplete else run_dir.path
+    logger.warning("--resume_from_checkpoint latest: no complete checkpoint in %s; starting at step 0.", there)
     return None
 
 
@@ -178,9 +177,8 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
     """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged adapter file."""
     facts, modules = trained_modules(checkpoint)
     for name in table.REMOVED.keys() & facts.recipe.keys():
-        logger.warning(
-            "%s was trained with --%s, %s; the run goes on without.", checkpoint.name, name, table.REMOVED[name]
-        )
+        said = f"was trained with --{name}, {table.REMOVED[name]}; the run goes on without."
+        logger.warning("%s %s", checkpoint.name, said)
     if position.optimizer not in (None, optimizer_kind(config)):
         raise core.UserError(
             f"{checkpoint.name} was written with {position.optimizer}; you ask for {optimizer_kind(config)}: "
@@ -203,11 +201,8 @@ def settings_of_both(
     yield "train_text_encoder", any(m.startswith("text_encoder") for m in modules), config.train_text_encoder
     yield "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti
     if facts.tokens:
-        yield (
-            "token_abstraction",
-            " ".join(note["word"] for note in facts.tokens),
-            " ".join(prompts.learnt_words(config)),
-        )
+        words = [note["word"] for note in facts.tokens]
+        yield "token_abstraction", " ".join(words), " ".join(prompts.learnt_words(config))
     for number, (note, subject) in enumerate(zip(facts.tokens, config.each_subject)):
         if not subject.initializer_concept:
             yield "num_new_tokens_per_abstraction", note["count"], config.num_new_tokens_per_abstraction
@@ -251,11 +246,8 @@ def has_previous_run(run_dir: run_folder.RunDir) -> bool:
 
 def published_as(run_dir: run_folder.RunDir) -> list[Path]:
     """Files that have the folder's name in theirs; it may have been another when they were written."""
-    return sorted(
-        path
-        for pattern in (f"*{run_folder.KOHYA_SUFFIX}", f"*{run_folder.TOKENS_SUFFIX}")
-        for path in run_dir.path.glob(pattern)
-    )
+    suffixes = run_folder.KOHYA_SUFFIX, run_folder.TOKENS_SUFFIX
+    return sorted(path for suffix in suffixes for path in run_dir.path.glob(f"*{suffix}"))
 
 
 def archive_checkpoints_after(run_dir: run_folder.RunDir, step: int) -> None:

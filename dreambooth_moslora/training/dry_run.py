@@ -50,11 +50,10 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
         is_set = getattr(config, name) != table.SETTINGS[name].default
         if value is not None:
             settings.append(f"{name} = {as_toml(value)}" + "  # set" * is_set)
-    made = made_lines(config, report)
     speed = f"speed: {speed_here(config, plan.steps.total_steps).sentence()}"
     sections = {
         "settings": settings,
-        "photos": [*photo_lines(config, report), *made],
+        "photos": [*photo_lines(config, report), *made_lines(config, report)],
         "steps": step_lines(plan),
         "cost (estimated)": [*cost_lines(plan), *plan_lines(config, plan.cost.size), speed],
         "remarks": advice(plan),
@@ -90,7 +89,6 @@ def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[s
 
 
 def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
-    """The most frequent size first."""
     return ", ".join(f"{width} x {height} px ({count})" for (height, width), count in counts.most_common())
 
 
@@ -140,18 +138,17 @@ def beside(config: table.TrainConfig) -> str:
 
 
 def cost_lines(plan: Plan) -> list[str]:
-    cost = plan.cost
+    cost, size = plan.cost, plan.cost.size
     memory = f"encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
     memory += f"samples {cost.sampling_gib:.2f} GiB"
-    if cost.size.family.style == "flow":
-        encoders = cost.size.text_encoders * BYTES[precision_of(plan.config)] / GIB
+    if size.family.style == "flow":
+        encoders = size.text_encoders * BYTES[precision_of(plan.config)] / GIB
         memory += f"; text encoders {encoders:.2f} GiB, gone before training, on the CPU where the GPU lacks that"
-    known = base_in_words(cost.size)
+    disk = f"{cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint"
     return [
-        f"adapter: {cost.adapter_parameters:,} parameters on {cost.size.adapted_layers} layers; base: {known}",
+        f"adapter: {cost.adapter_parameters:,} parameters on {size.adapted_layers} layers; base: {base_in_words(size)}",
         f"memory: {memory}",
-        f"disk: {cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint; "
-        f"free: {free_disk_gib(plan.config):.1f} GiB",
+        f"disk: {disk}; free: {free_disk_gib(plan.config):.1f} GiB",
     ]
 
 

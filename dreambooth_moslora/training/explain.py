@@ -119,16 +119,14 @@ def figures_from(
     records: Sequence[Mapping[str, Any]], config: table.TrainConfig, photos: Mapping[str, int] = {}
 ) -> Figures:
     """Figures from the lines of `metrics.jsonl`; `photos`: their `count` and `without_bare_prompt`, if in none."""
-    steps = [event for event in records if event.get("type") == "step"]
-    scored = [event for event in records if event.get("type") == "evaluation"]
-    ends = [event for event in records if event.get("type") == "end"]
-    last = scored[-1] if scored else {}
+    steps, scored, ends = ([e for e in records if e.get("type") == kind] for kind in ("step", "evaluation", "end"))
+    last, end = ([{}, *some][-1] for some in (scored, ends))
     about = {**photos, **as_table(last.get("photos"))}
     count = number(about.get("count"))
     return Figures(
         config=config,
-        state=str(ends[-1].get("state", "")) if ends else "",
-        message=str(ends[-1].get("message", "")) if ends else "",
+        state=str(end.get("state", "")),
+        message=str(end.get("message", "")),
         step=max((event.get("step") or 0 for event in steps if not event.get("skipped")), default=0),
         skipped=sum(bool(event.get("skipped")) for event in steps),
         photos=None if count is None else int(count),

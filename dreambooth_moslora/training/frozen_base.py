@@ -27,27 +27,30 @@ LoadBase = Callable[[TrainConfig, torch.dtype, torch.device], DiffusionPipeline]
 FP32_ON_A_GPU = (
     "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision %s."
 )
-
 BF16_ON_A_CPU = (
     "This CPU has no bf16, so PyTorch emulates it, many times slower than fp32: give --mixed_precision no, which "
     "takes twice the memory."
 )
 
 
+def is_flow(config: TrainConfig) -> bool:
+    facts = files.facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+    return facts is not None and facts.style == "flow"
+
+
 def load_base(
     config: TrainConfig, dtype: torch.dtype, device: torch.device, *, has_denoiser: bool = True
 ) -> DiffusionPipeline:
     """Load the base, its VAE in fp32 unless that is named or a flow model's. Raises UserError if it cannot be."""
-    facts = files.facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
-    is_flow = facts is not None and facts.style == "flow"
+    vae = config.pretrained_vae_model_name_or_path
     pipeline = load.load_pipeline(
         config.pretrained_model_name_or_path,
         dtype=dtype,
         variant=config.variant,
         revision=config.revision,
-        vae=config.pretrained_vae_model_name_or_path,
+        vae=vae,
         cache_dir=config.cache_dir,
-        vae_dtype=dtype if is_flow or config.pretrained_vae_model_name_or_path else torch.float32,
+        vae_dtype=dtype if vae or is_flow(config) else torch.float32,
         has_denoiser=has_denoiser,
     )
     if has_denoiser:
@@ -67,22 +70,16 @@ def load_denoiser_of(
     load.quantize(families.denoiser_of(pipeline), config.base_quantization, dtype, device)
 
 
-def waits_for_encoders(config: TrainConfig) -> bool:
-    """Whether the denoiser is loaded after the encoders are gone: a flow model's would not fit beside it."""
-    facts = files.facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
-    is_flow = facts is not None and facts.style == "flow"
-    return is_flow and not config.keeps_text_encoders and not config.draws_class_images
-
-
 def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:
     """Warn when a base as large as SDXL would train in fp32 on a GPU, or in bf16 on a CPU without it."""
+    kind = device.type, families.denoiser_of(pipeline).dtype
     if load.default_resolution(pipeline) <= files.SMALL_BASE_PX:
         return
-    if device.type == "cuda" and families.denoiser_of(pipeline).dtype == torch.float32:
+    if kind == ("cuda", torch.float32):
         half = machine.half_precision_of(families.family_of(pipeline).facts)
         if half != "no":
             logger.warning(FP32_ON_A_GPU, half)
-    if device.type == "cpu" and families.denoiser_of(pipeline).dtype == torch.bfloat16 and not machine.has_fast_bf16():
+    if kind == ("cpu", torch.bfloat16) and not machine.has_fast_bf16():
         logger.warning(BF16_ON_A_CPU)
 
 
@@ -99,7 +96,6 @@ class TensorCache:
         self.computed = 0
 
     def get(self, key: str, compute: Callable[[], Tensors]) -> Tensors:
-        """The value under `key`; it is computed and kept if missing."""
         found = self._memory.get(key) if self.folder is None else self._read(key)
         if found is None:
             found = compute()

@@ -12,8 +12,9 @@ further ones are passed as usual. All graphs share one pool of memory, as one is
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -30,16 +31,12 @@ Differentiate = Callable[[Sequence[Micro], float | None], list[torch.Tensor]]
 """Makes a pass of micro-batches, or of a part with its share. Returns their losses; the leaves get gradients."""
 
 
-class Record(Protocol):
-    """The tensors that some work computed; each `replay` computes them anew, in place."""
-
-    results: list[torch.Tensor]
-
-    def replay(self) -> None: ...
+memory_pool = cache(lambda: torch.cuda.graph_pool_handle())
 
 
 class CudaGraph:
-    """A `Record` on the GPU. Raises what PyTorch raises for work that cannot be recorded."""
+    """The `results` that some work computed on the GPU; each `replay` computes them anew, in place. Raises what PyTorch
+    raises for work that cannot be recorded."""
 
     def __init__(self, work: Callable[[], list[torch.Tensor]]):
         self.graph = torch.cuda.CUDAGraph()
@@ -50,13 +47,9 @@ class CudaGraph:
         self.graph.replay()
 
 
-@cache
-def memory_pool() -> Any:
-    return torch.cuda.graph_pool_handle()
-
-
-RECORDERS: dict[str, Callable[[Callable[[], list[torch.Tensor]]], Record]] = {"cuda": CudaGraph}
-"""Type of device -> what records work there."""
+Recorder = Callable[[Callable[[], list[torch.Tensor]]], CudaGraph]
+RECORDERS: dict[str, Recorder] = {"cuda": CudaGraph}
+"""Type of device -> what records work there: `CudaGraph`, or what has its attributes."""
 
 
 def obstacle(config: TrainConfig, device_type: str) -> str | None:
@@ -64,22 +57,18 @@ def obstacle(config: TrainConfig, device_type: str) -> str | None:
     return unrecordable(config) if device_type in RECORDERS else f"there are no graphs on {device_type}"
 
 
+@dataclass
 class Graphs:
     """Replaces `differentiate`. `lasting` are parameters whose gradients grow over a step; those of the working copies
     are collected after each pass. `frozen` are the weights that a pass reads."""
 
-    def __init__(
-        self,
-        differentiate: Differentiate,
-        lasting: list[torch.Tensor],
-        frozen: list[torch.Tensor],
-        record: Callable[[Callable[[], list[torch.Tensor]]], Record],
-    ):
-        self.differentiate, self.lasting, self.frozen = differentiate, lasting, frozen
-        self.record: Callable | None = record
-        self.known: dict[tuple, RecordedPass | None] = {}  # shape -> its record, or None after its first pass
-        self.addresses: list[int] = []
-        self.leaves: list[torch.Tensor] = []
+    differentiate: Differentiate
+    lasting: list[torch.Tensor]
+    frozen: list[torch.Tensor]
+    record: Recorder | None
+    known: dict[tuple, "RecordedPass | None"] = field(default_factory=dict)  # shape -> None after its first pass
+    addresses: list[int] = field(default_factory=list)
+    leaves: list[torch.Tensor] = field(default_factory=list)
 
     def begun(self, copies: list[torch.Tensor]) -> Differentiate:
         """What differentiates the passes of a step with these working copies."""

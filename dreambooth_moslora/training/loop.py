@@ -170,12 +170,6 @@ class Training:
         if self.is_scored_now and self.step not in (event.step for event in scored):
             self.evaluate()
 
-    def has_stalled(self) -> bool:
-        patience = self.config.early_stopping
-        if patience is None:
-            return False
-        return processes.any_process(self.accelerator, self.best is not None and self.best.since >= patience)
-
     @property
     def is_checkpoint_due(self) -> bool:
         return self.step % self.config.checkpointing_steps == 0
@@ -210,14 +204,13 @@ class Training:
             return
         self.report.phase("evaluating")
         with suppress(StopRequestedError):
-            found = self.evaluator.find_scale(self.sampler, self.train_step.components)
-            if found is not None:
+            if found := self.evaluator.find_scale(self.sampler, self.train_step.components):
                 by_scale = {f"{scale:g}": score for scale, score in found.scores.items()}
                 self.report(events.ScaleFound(found.best, found.low, found.high, by_scale))
                 usable = (found.low, found.high)
                 self.publisher.facts = replace(self.publisher.facts, best_scale=found.best, usable_scales=usable)
-            if found is not None and self.best is not None and self.best.step == self.step:
-                self.publisher.keep_best()
+                if self.best is not None and self.best.step == self.step:
+                    self.publisher.keep_best()
         reporter.free_unused_memory(self.accelerator.device)
 
     def finish(self, interrupted: bool) -> TrainResult:
@@ -312,9 +305,7 @@ def set_up(
     config, report, step = replace(plan.config, seed=position.seed), context.report, position.step
     folder.log_strays(plan.photo_report)
     photos = folder.usable_photos(plan.photo_report)
-    steps = plan_steps(
-        config, photo_file.counts_of(photos), context.accelerator.num_processes
-    )  # MPI sets no WORLD_SIZE
+    steps = plan_steps(config, photo_file.counts_of(photos), context.accelerator.num_processes)  # MPI: no WORLD_SIZE
     report.step = step
     processes.on_main(context.accelerator, lambda: checkpoint.report_start(config, context, step, steps.total_steps))
     made_before.make_captions(config, context, photos)
@@ -334,17 +325,13 @@ def set_up(
     train_step = TrainStep(config, inputs, context.accelerator, steps.total_steps, resumed_from, step)
     settings = config.resolution, context.accelerator.device
     sampler = Sampler(inputs.pipeline, train_step.texts, *settings, should_stop=context.should_stop)
-    publisher = results.Publisher(
-        config, context.run_dir, inputs, train_step, samples, sampler, steps.total_steps, resumed_from
-    )
+    parts = train_step, samples, sampler
+    publisher = results.Publisher(config, context.run_dir, inputs, *parts, steps.total_steps, resumed_from)
     processes.on_main(context.accelerator, lambda: checkpoint.claim_run_folder(config, context, step, resumed_from))
-    return Training(
-        config, context, steps.total_steps, train_step, samples, sampler, publisher, evaluator, resumed_from
-    )
+    return Training(config, context, steps.total_steps, *parts, publisher, evaluator, resumed_from)
 
 
 def fit(run: Training) -> Steps:
-    """The loop, as a checklist."""
     if run.step:
         processes.on_main(run.accelerator, run.recall_scores)
     run.sample_if_due()
@@ -363,6 +350,7 @@ def fit(run: Training) -> Steps:
         run.sample_if_due()
         if run.is_checkpoint_due:
             run.save_checkpoint(run.run_dir.checkpoint_path(run.step))
-        if run.has_stalled():
+        patience = run.config.early_stopping
+        if patience and processes.any_process(run.accelerator, bool(run.best and run.best.since >= patience)):
             break
     return run.finish(interrupted=False)

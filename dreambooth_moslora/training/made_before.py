@@ -1,21 +1,47 @@
-"""Captions and masks made before the base is loaded, for photos without one: `--captions auto`, `--masks auto`.
+"""What a run makes before its first step: captions, masks and class images that photos and folders lack.
 
-`make_missing` makes what a run lacks before its first step; class images (`class_images`) are made by it too.
+Captions and masks (`--captions auto`, `--masks auto`) are made before the base is loaded.
+
+Class images for prior preservation (Ruiz et al. 2022, section 3.3) show what the base already knows of the class. A
+folder is topped up to the wanted number with generated images of the class prompt. `manifest.json` beside them records
+how each was made: prompt, seed, model, size, and its SHA-256. The user's own images count and come first. Generated
+images of another prompt, model or size stay in the folder but are not used. A generated image is drawn again when its
+file or its entry in the manifest is damaged.
 """
 
+import errno
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import lru_cache, partial
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 
-from dreambooth_moslora.core import spelled_out
+from dreambooth_moslora import core
+from dreambooth_moslora.base.families import denoiser_of
+from dreambooth_moslora.core import UserError, spelled_out
+from dreambooth_moslora.disk import queue
+from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos import masks, photo_file
 from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
-from dreambooth_moslora.plan.processes import agreed, on_main, share_out
+from dreambooth_moslora.photos.folder import find_photos, usable_photos
+from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image
+from dreambooth_moslora.pictures import png_bytes
+from dreambooth_moslora.plan.plan import shares
+from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import reporter
+from dreambooth_moslora.training import frozen_base, reporter
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +87,10 @@ def make_for_photos(
     config: TrainConfig,
     context: reporter.RunContext,
     kind: str,
-    photos: list[photo_file.Photo],
+    photos: list[Photo],
     load: Callable[[TrainConfig, torch.device], Model],
-    make: Callable[[photo_file.Photo, Model], Made],
-    keep: Callable[[photo_file.Photo, Made], object],
+    make: Callable[[Photo, Model], Made],
+    keep: Callable[[Photo, Made], object],
 ) -> None:
     """Make what the photos, in the order of their subjects, lack, by each subject's model; one is in memory."""
     subjects, device = config.each_subject, context.accelerator.device
@@ -75,30 +101,30 @@ def make_for_photos(
     reporter.free_unused_memory(device)
 
 
-def make_captions(config: TrainConfig, context: reporter.RunContext, photos: list[photo_file.Photo]) -> None:
+def make_captions(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:
     """Make the captions that the photos and the run folder lack. Raises UserError and StopRequestedError."""
     bare = [photo for photo in photos if not photo.is_captioned]
     if config.captions != "auto" or not bare:
         return
     subjects, path = config.each_subject, context.run_dir.captions_path
 
-    def make(photo: photo_file.Photo, captioner: Captioner) -> MadeCaption:
+    def make(photo: Photo, captioner: Captioner) -> MadeCaption:
         return make_for_run(photo, captioner, subjects[photo.subject].instance_prompt, path)
 
-    def tell(photo: photo_file.Photo, made: MadeCaption) -> None:
+    def tell(photo: Photo, made: MadeCaption) -> None:
         keep(path, made, subjects[photo.subject].instance_prompt)
         logger.info("%s", spelled_out(f"{photo.path.name}: {made.caption or made.remark}"))
 
     make_for_photos(config, context, "caption", bare, load_captioner, make, tell)
 
 
-def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[photo_file.Photo]) -> None:
+def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:
     """Make what the run folder lacks of masks for the photos without one. Raises UserError, StopRequestedError."""
     if config.masks != "auto":
         return
     folder = context.run_dir.masks_dir
 
-    def tell(photo: photo_file.Photo, mask: masks.MadeMask) -> None:
+    def tell(photo: Photo, mask: masks.MadeMask) -> None:
         if mask.remark:
             logger.warning("%s", spelled_out(f"the mask of {photo.path.name}: {mask.remark}"))
 
@@ -107,3 +133,242 @@ def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[p
         make_for_photos(
             config, context, "mask", bare, masks.load_segmenter, partial(masks.make_kept, folder=folder), tell
         )
+
+
+MANIFEST, DIGEST = "manifest.json", "sha256"
+LOCK_NAME, LOOK_SEC = ".class_images.lock", 0.5  # Of a folder that several runs may share
+GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """The class images of one prompt, base and size (h, w) in `folder`; `model` names the base without its path."""
+
+    folder: Path
+    prompt: str
+    model: str
+    seed: int
+    size_px: tuple[int, int]
+
+    @property
+    def resolution(self) -> int | str:
+        """As the manifest writes it: the side of a square, else width x height."""
+        height, width = self.size_px
+        return height if height == width else f"{width}x{height}"
+
+    def name(self, index: int) -> str:
+        tag = core.seed_of(self.prompt, self.model, self.resolution) % 16**8
+        return f"class_{tag:08x}_{index:05d}.png"
+
+    def image_seed(self, index: int) -> int:
+        return core.seed_of(self.seed, "class_image", index) % 2**32
+
+    def manifest(self) -> dict[str, dict]:
+        """File name -> {prompt, seed, model, resolution, perhaps sha256} of every generated image; {} if damaged."""
+        try:
+            entries = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+            return {}
+        entries = entries if isinstance(entries, dict) else {}
+        return {name: facts for name, facts in entries.items() if isinstance(facts, dict)}
+
+    def stale(self, paths: list[Path]) -> set[Path]:
+        """The generated images of another or unknown prompt, model or size."""
+        known, wanted = self.manifest(), self.facts().items()
+        return {path for path in self.generated(paths) if not wanted <= known.get(path.name, {}).items()}
+
+    def generated(self, paths: list[Path]) -> set[Path]:
+        """The images that were generated. Their names tell, even without the manifest."""
+        known = self.manifest()
+        return {path for path in paths if path.name in known or GENERATED.fullmatch(path.name)}
+
+    def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
+        """The batches of the first `count` images in which one is missing, whole: last bits depend on neighbours."""
+        known, found = self.manifest(), []
+        for start in range(0, count, batch_size):
+            indices = range(start, min(start + batch_size, count))
+            missing = tuple(index for index in indices if not self._is_as_made(index, known))
+            if not missing:
+                continue
+            seeds = []
+            for index in indices:  # another run may have drawn the image
+                seed = known.get(self.name(index), {}).get("seed")
+                is_one = type(seed) is int and 0 <= seed < 2**32
+                seeds.append(seed if is_one else self.image_seed(index))
+            found.append(ClassBatch(self, tuple(indices), tuple(seeds), missing))
+        paths = [self.folder / self.name(index) for batch in found for index in batch.missing]
+        if damaged := [path for path in paths if os.path.lexists(path)]:
+            said = "has changed since it was made: it is drawn again, like every other changed class image."
+            logger.warning("%s", spelled_out(f"{damaged[0]} {said}"))
+        return found
+
+    def facts(self) -> dict[str, object]:
+        return {"prompt": self.prompt, "model": self.model, "resolution": self.resolution}
+
+    def _is_as_made(self, index: int, known: dict[str, dict]) -> bool:
+        """Whether the file exists, opens, has the right size, and matches its manifest entry."""
+        path, made = self.folder / self.name(index), known.get(self.name(index), {})
+        try:
+            fits = open_image(path).size == self.size_px[::-1]
+        except UnreadableImageError:
+            return False
+        return fits and self.facts().items() <= made.items() and made.get(DIGEST) in (None, core.file_digest(path))
+
+    def write(self, index: int, seed: int, content: bytes) -> None:
+        """Write the manifest's entry, then the image. An edited picture in its place goes to the folder `changed`."""
+        path = self.folder / self.name(index)
+        facts = {**self.facts(), "seed": seed, DIGEST: hashlib.sha256(content).hexdigest()}
+        entries = {**self.manifest(), path.name: facts}
+        with suppress(UnreadableImageError):
+            open_image(path)
+            if (found := core.file_digest(path)) != facts[DIGEST]:  # the user may have edited it
+                kept = self.folder / "changed"
+                kept.mkdir(exist_ok=True)
+                core.rename(path, kept / f"{path.stem}_{found[:8]}.png")
+        core.atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
+        core.atomic_write(path, content)
+
+
+@dataclass(frozen=True)
+class ClassBatch:
+    images: ClassImages
+    indices: tuple[int, ...]  # generated together
+    seeds: tuple[int, ...]  # of each
+    missing: tuple[int, ...]  # which are kept
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def files(self, generate: Callable[[str, list[int]], list[Image.Image]]) -> list[bytes]:
+        """Generate the batch; returns the missing images as PNG files."""
+        pictures = dict(zip(self.indices, generate(self.images.prompt, list(self.seeds)), strict=True))
+        return [png_bytes(pictures[index]) for index in self.missing]
+
+    def keep(self, files: list[bytes]) -> None:
+        """Write those files. One process does it: all images are listed in one manifest."""
+        seed_of_each = dict(zip(self.indices, self.seeds))
+        for index, content in zip(self.missing, files, strict=True):
+            self.images.write(index, seed_of_each[index], content)
+
+
+def are_draws(photos: Sequence[Photo], seed: int) -> bool:
+    """Whether a run of this seed draws each of these class images: class_0a1b2c3d_00007.png has the seed of 7."""
+    sets = {folder: ClassImages(folder, "", "", seed, (0, 0)) for folder in {photo.path.parent for photo in photos}}
+    known = {folder: images.manifest() for folder, images in sets.items()}
+
+    def is_draw(path: Path) -> bool:
+        drawn = known[path.parent].get(path.name, {}).get("seed")
+        is_ours = GENERATED.fullmatch(path.name) is not None
+        return is_ours and drawn == sets[path.parent].image_seed(int(path.stem.rpartition("_")[2]))
+
+    return all(is_draw(photo.path) for photo in photos)
+
+
+Sets = list[tuple[ClassImages, int]]  # Sets of generated images, one per size, each with the wanted number
+
+
+def class_photos_of_each(
+    config: TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline, photos: list[Photo]
+) -> list[list[Photo]]:
+    """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs."""
+    found: dict[tuple[str, str | None], list[Photo]] = {}
+    subjects, rule = config.each_subject, photo_file.crop_rule(config)
+    keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
+    for subject, key in zip(subjects, keys):
+        if key not in found:
+            sizes = Counter(rule.target(photo.size_px) for photo in photos if keys[photo.subject] == key)
+            folder = Path(subject.class_data_dir or context.run_dir.class_images_dir)
+            with alone_in(folder, context) if subject.class_data_dir else nullcontext():
+                found[key] = top_up(folder, subject, context, pipeline, sizes)
+    return [found[key] for key in keys]
+
+
+@contextmanager
+def alone_in(folder: Path, context: reporter.RunContext) -> Iterator[None]:
+    """Let runs that share the folder draw one after the other, as they write one manifest and the same names. A stop
+    ends the wait. In a folder that cannot be written nothing is drawn, and nobody waits."""
+    path, held = folder / LOCK_NAME, []
+
+    def wait() -> None:
+        is_told = False
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            while not held:
+                context.raise_if_asked()
+                try:
+                    held.append(queue.take(path, "--class_data_dir"))
+                except UserError:
+                    if not is_told:
+                        logger.warning("%s", spelled_out(f"{folder}: another run draws there, and this one waits"))
+                    is_told = True
+                    time.sleep(LOOK_SEC)
+
+    on_main(context.accelerator, wait)
+    try:
+        yield
+    finally:
+        for file in held:
+            queue.release(path, file)
+
+
+def top_up(
+    folder: Path,
+    config: TrainConfig,
+    context: reporter.RunContext,
+    pipeline: DiffusionPipeline,
+    sizes: Mapping[tuple[int, int], int],
+) -> list[Photo]:
+    """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`."""
+    accelerator = context.accelerator
+    sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
+    if wanted := sum(count for _, count in sets):
+        precision, device = denoiser_of(pipeline).dtype, accelerator.device
+        asked = DTYPES.get(config.prior_generation_precision or "", precision)
+
+        @cache
+        def drawing() -> DiffusionPipeline:
+            return (pipeline if asked == precision else frozen_base.load_base(config, asked, device)).to(device)
+
+        def draw(batch: ClassBatch) -> list[bytes]:
+            size_px, should_stop = batch.images.size_px, context.should_stop
+            return batch.files(partial(generate_images, drawing(), size_px=size_px, should_stop=should_stop))
+
+        done = wanted - sum(map(len, lacking))
+        make_missing(context, "class_images", lacking, draw, ClassBatch.keep, size=len, done=done)
+    usable = partial(usable_class_photos, folder, config, sets)
+    return agreed(accelerator, usable, lambda found: f"{len(found)} class images")
+
+
+def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> tuple[Sets, list[ClassBatch]]:
+    """The sets of the run beside the user's own images, and the batches to draw for them. The folder is made."""
+    base_id = core.public_name(config.pretrained_model_name_or_path)
+    sets = [ClassImages(folder, config.class_prompt, base_id, config.seed, size) for size in sizes]
+    paths = []
+    if folder.is_dir():
+        found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
+        paths = [photo.path for photo in found]
+    wanted = max(0, config.num_class_images - len(paths) + len(sets[0].generated(paths)))
+    counts = shares(sizes, wanted)
+    folder.mkdir(parents=True, exist_ok=True)
+    core.clean_stale(folder)
+    counted = [(images, counts[images.size_px]) for images in sets]
+    return counted, [batch for images, count in counted for batch in images.lacking(count, config.sample_batch_size)]
+
+
+def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[Photo]:
+    """`num_class_images` images, the user's own first. Raises UserError for fewer: the prior would be weaker."""
+    found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
+    paths = [photo.path for photo in found]
+    stale = set.intersection(*(images.stale(paths) for images, _ in sets))
+    wanted = {folder / images.name(index) for images, count in sets for index in range(count)}
+    generated = sets[0][0].generated(paths)
+    own = [photo for photo in found if photo.path not in generated]
+    usable = [*own, *(photo for photo in found if photo.path in wanted - stale)][: config.num_class_images]
+    if len(usable) < config.num_class_images:
+        raise UserError(
+            f"only {len(usable)} of {config.num_class_images} class images in {folder} can be used; "
+            "remove the broken ones, which are then made again, or give another --class_data_dir."
+        )
+    return usable

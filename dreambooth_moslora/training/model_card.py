@@ -127,25 +127,17 @@ def score_table(facts: CardFacts) -> str:
     if not facts.scores:
         return ""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in facts.scores.items())
-    best = ""
+    best, how = "", "DINO × CLIP-T as a share of the base's × share of pictures that copy no photo"
     if facts.best is not None:
-        best = (
-            f"\n\nBest step: {facts.best.step}, score {facts.best.score:.3f} (DINO × CLIP-T as a share of the base's × "
-            "share of pictures that copy no photo); that adapter is in `best/`."
-        )
+        found = f"Best step: {facts.best.step}, score {facts.best.score:.3f} ({how})"
+        best = f"\n\n{found}; that adapter is in `best/`."
     return f"## Scores of the last evaluation\n\n| | |\n|---|---|\n{rows}{best}"
 
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_FILES = [
-    run_folder.PUBLISHED_NAME,
-    run_folder.MIXERS_NAME,
-    f"*{run_folder.KOHYA_SUFFIX}",
-    f"*{run_folder.TOKENS_SUFFIX}",
-    "README.md",
-    "image_*.png",
-]
+PUBLIC_FILES = [run_folder.PUBLISHED_NAME, run_folder.MIXERS_NAME, "README.md", "image_*.png"]
+PUBLIC_FILES += [f"*{run_folder.KOHYA_SUFFIX}", f"*{run_folder.TOKENS_SUFFIX}"]
 
 
 def public_files(run_dir: Path) -> list[str]:
@@ -156,19 +148,13 @@ def public_files(run_dir: Path) -> list[str]:
 def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
     """Upload `public_files`; returns the address, or None and a warning when the hub cannot be reached or refuses."""
     api = HfApi(token=token)
+    names = [escape(name) for name in public_files(run_dir)]  # patterns that match these alone, brackets or not
+    about = {"folder_path": run_dir, "allow_patterns": names, "commit_message": "Upload the adapter"}
     try:
         url = api.create_repo(repo_id or run_folder.RunDir(run_dir).name, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=run_dir,
-            # patterns that match only these names, even with brackets in them
-            allow_patterns=[escape(name) for name in public_files(run_dir)],
-            commit_message="Upload the adapter",
-        )
+        api.upload_folder(repo_id=url.repo_id, **about)
     except Exception as error:  # the client passes on the HTTP library's errors
-        again = "--push_to_hub --resume_from_checkpoint latest tries again"
-        logger.warning(
-            "the adapter is in %s but could not be pushed to the hub (%s); %s", run_dir, one_line(error), again
-        )
+        why = f"could not be pushed to the hub ({one_line(error)}); --push_to_hub --resume_from_checkpoint latest"
+        logger.warning("the adapter is in %s but %s tries again", run_dir, why)
         return None
     return str(url)

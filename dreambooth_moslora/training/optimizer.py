@@ -16,6 +16,7 @@ schedule-free               x of Defazio et al. 2024 (arXiv 2405.15682), which t
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -99,13 +100,9 @@ def joined(weights: Weights, each: dict[torch.nn.Parameter, States]) -> States:
     found = [each.pop(weight, {}) for weight in weights]
     long: States = {}
     for name, first in found[0].items():
-        values = [states[name] for states in found]
-        if isinstance(first, torch.Tensor):
-            sizes = [weight.numel() for weight in weights]
-            pairs = zip(values, sizes, strict=True)
-            long[name] = torch.cat([v.flatten() if v.dim() else v.expand(size) for v, size in pairs])
-        else:
-            long[name] = first
+        pairs = zip((states[name] for states in found), weights, strict=True)
+        parts = (v.flatten() if v.dim() else v.expand(weight.numel()) for v, weight in pairs)
+        long[name] = torch.cat([*parts]) if isinstance(first, torch.Tensor) else first
     return long
 
 
@@ -241,9 +238,7 @@ def check_state(found: dict[str, Any], pattern: dict[str, Any], step: int, exact
     for name, expected in pattern.items():
         value = found[name]
         if name == "step":
-            taken = (
-                value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 and value.dim() == 0 else value
-            )
+            taken = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
             if not isinstance(taken, (int, float)) or not (taken == step if exact else 0 <= taken <= step):
                 raise ValueError(f"it has taken {taken} steps, not {step}")
         elif isinstance(expected, torch.Tensor):
@@ -279,11 +274,12 @@ class MovingAverage:
         return self._mean
 
 
+@dataclass(frozen=True)
 class ScheduleFreeAverage:
     """x of the schedule-free optimizer. In training its parameters are y = (1 - beta1)·z + beta1·x."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], optimizer: Optimizer):
-        self.parameters, self.optimizer = parameters, optimizer
+    parameters: list[torch.nn.Parameter]
+    optimizer: Optimizer
 
     def update(self, step: int) -> None:
         """Does nothing: the optimizer updates x."""

@@ -38,27 +38,23 @@ class EncodedView:
     mask: torch.Tensor | None  # (1, h, w), the loss weights
 
 
+@dataclass(eq=False)
 class PhotoEncoder:
-    """Crops and encodes photos. The VAE computes only what the cache does not hold."""
+    """Crops and encodes photos. The VAE computes only what the cache does not hold. Without a cache, `readers` threads
+    open and crop photos ahead of time."""
 
-    def __init__(
-        self,
-        vae: torch.nn.Module,
-        cache: TensorCache | None,
-        rule: photo_file.CropRule,
-        readers: int = 0,
-        unmasked_weight: float = 0.0,
-        family: families.Family = load.SDXL_FAMILY,
-    ):
-        """Without a cache, `readers` threads open and crop photos ahead of time."""
-        self.vae, self.cache, self.rule, self.unmasked_weight = vae, cache, rule, unmasked_weight
-        self.family = family
-        self.vae_identity = fingerprint(vae)
-        self._digests: dict[object, str] = {}
-        self._readers = ThreadPoolExecutor(readers) if readers and cache is None else None
-        self._reading: dict[
-            tuple[photo_file.Photo, photo_file.CropPlan], Future[tuple[Image.Image, Image.Image | None]]
-        ] = {}
+    vae: torch.nn.Module
+    cache: TensorCache | None
+    rule: photo_file.CropRule
+    readers: int = 0
+    unmasked_weight: float = 0.0
+    family: families.Family = load.SDXL_FAMILY
+
+    def __post_init__(self) -> None:
+        self.vae_identity = fingerprint(self.vae)
+        self._digest = lru_cache(maxsize=None)(file_digest)
+        self._readers = ThreadPoolExecutor(self.readers) if self.readers and self.cache is None else None
+        self._reading: dict[tuple[photo_file.Photo, photo_file.CropPlan], Future] = {}
 
     def encode(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> EncodedView:
         """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is transparent."""
@@ -87,11 +83,6 @@ class PhotoEncoder:
 
         return key, compute
 
-    def _digest(self, path) -> str:
-        if path not in self._digests:
-            self._digests[path] = file_digest(path)
-        return self._digests[path]
-
     def read_ahead(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> None:
         if self._readers is not None and (photo, plan) not in self._reading:
             self._reading[photo, plan] = self._readers.submit(load_crop, photo, plan, self.rule.interpolation)
@@ -118,29 +109,27 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
+@dataclass(eq=False)
 class PhotoStream:
-    """The samples of one set of photos, by position. Two streams of one run differ by `name`."""
+    """The samples of one set of photos, by position. Two streams of one run differ by `name`. Crops have one size in
+    each group of `batch_size` positions, or that of a stream `beside` at the place."""
 
-    def __init__(
-        self,
-        photos: Sequence[photo_file.Photo],
-        encoder: PhotoEncoder,
-        seed: int,
-        name: str,
-        repeats: int = 1,
-        caption_dropout: float = 0.0,
-        batch_size: int = 1,
-        beside: "PhotoStream | None" = None,
-        bare_share: float = 0.0,
-    ):
-        """Crops have one size in each group of `batch_size` positions, or that of a stream `beside` at the place."""
-        self.photos, self.encoder, self.seed, self.name, self.repeats = photos, encoder, seed, name, repeats
-        self.caption_dropout, self.batch_size, self.beside = caption_dropout, batch_size, beside
-        self.bare_share = bare_share
-        self.groups: dict[Size, list[int]] = {size: [] for size in beside.groups} if beside else {}
+    photos: Sequence[photo_file.Photo]
+    encoder: PhotoEncoder
+    seed: int
+    name: str
+    repeats: int = 1
+    caption_dropout: float = 0.0
+    batch_size: int = 1
+    beside: "PhotoStream | None" = None
+    bare_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        of_beside = self.beside.groups if self.beside else {}
+        self.groups: dict[Size, list[int]] = {size: [] for size in of_beside}
         for slot in range(len(self)):
-            size_px = photos[slot // repeats].size_px
-            target = photo_file.nearest_shape(size_px, beside.groups) if beside else encoder.rule.target(size_px)
+            size_px = self.photos[slot // self.repeats].size_px
+            target = photo_file.nearest_shape(size_px, of_beside) if of_beside else self.encoder.rule.target(size_px)
             self.groups.setdefault(target, []).append(slot)
 
     def __len__(self) -> int:
@@ -224,11 +213,13 @@ def batch_order(groups: tuple[tuple[object, int], ...], *names: object) -> tuple
     return tuple(rng("batches", *names).sample(keys, len(keys)))
 
 
+@dataclass(frozen=True)
 class SubjectStreams:
     """Takes turns between one stream per subject. `run` samples in a row show the same subject."""
 
-    def __init__(self, streams: Sequence[PhotoStream], seed: int, run: int = 1):
-        self.streams, self.seed, self.run = streams, seed, run
+    streams: Sequence[PhotoStream]
+    seed: int
+    run: int = 1
 
     @property
     def photos(self) -> list[photo_file.Photo]:
@@ -329,8 +320,7 @@ def move_together(tensors: dict[str, torch.Tensor | None], device: torch.device)
         return tensors
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     buffer = torch.cat([tensor.reshape(-1).float() for tensor in given.values()])
-    is_cuda = device.type == "cuda"
-    if is_cuda:
+    if is_cuda := device.type == "cuda":
         buffer = buffer.pin_memory()
     parts = buffer.to(device, non_blocking=is_cuda).split([tensor.numel() for tensor in given.values()])
     for part, (name, tensor) in zip(parts, given.items(), strict=True):

@@ -28,18 +28,10 @@ from dreambooth_moslora.plan import checks, memory, processes
 from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS, facts_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
-from dreambooth_moslora.training import (
-    adapters,
-    class_images,
-    frozen_base,
-    objective,
-    photo_stream,
-    reporter,
-)
+from dreambooth_moslora.training import adapters, frozen_base, made_before, objective, photo_stream, reporter
 
-Entries = dict[
-    str, Callable[[], frozen_base.Tensors]
-]  # Keys in a cache, each with the function that computes its value
+Entries = dict[str, Callable[[], frozen_base.Tensors]]
+"""Keys in a cache, each with the function that computes its value."""
 
 
 @dataclass
@@ -90,34 +82,35 @@ def prepare(
     device = context.accelerator.device
     context.report.phase("loading")
     dtype = processes.DTYPES[context.accelerator.mixed_precision]
-    is_late = load is None and frozen_base.waits_for_encoders(config)
+    needs_both = config.keeps_text_encoders or config.draws_class_images
+    is_late = load is None and not needs_both and frozen_base.is_flow(config)  # its encoders have to go before
     load = partial(frozen_base.load_base, has_denoiser=False) if is_late else load or frozen_base.load_base
     pipeline = load(config, dtype, device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
-    for flag in (
-        rules.weighting_flags(config) if schedule.style == "edm" else ()
-    ):  # the base may be one without the flag
+    for flag in rules.weighting_flags(config) if schedule.style == "edm" else ():  # of the base, without the flag too
         raise UserError(f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out.")
-    family = family_of_run(config, pipeline)
+    family = families.family_of(pipeline, told_guidance=config.guidance_scale, options=text_options(config))
     checks.check_family(config, family.facts)
     if not is_late:
         start, basis = check_denoiser(config, context, pipeline, is_fresh)
     context.stop_if_asked()
-    class_photos = (
-        class_images.class_photos_of_each(config, context, pipeline, photos) if config.draws_class_images else []
-    )
+    class_photos = []
+    if config.draws_class_images:
+        class_photos = made_before.class_photos_of_each(config, context, pipeline, photos)
     options = config.dataloader_num_workers, config.unmasked_weight, family
     encoder = photo_stream.PhotoEncoder(pipeline.vae.to(device), cache_of(config), crop_rule(config), *options)
     instance = photo_stream.instance_streams(config, photos, encoder)
     prior = photo_stream.prior_streams(config, class_photos, encoder, instance) if class_photos else None
-    prompt_embeds = prompt_cache(config, pipeline)
+    prompt_embeds = prompt_cache(config, pipeline, family)
     streams = [stream for stream in (instance, prior) if stream is not None]
     encode_photos(context, streams, sample_count)
     release_vae(config, pipeline, encoder)
     reporter.free_unused_memory(device)
     move_encoders(pipeline, family, device)
     encode_prompts(config, context, streams, prompt_embeds, prompts)
-    release_encoders(config, pipeline, prompt_embeds)
+    if not config.keeps_text_encoders:
+        prompt_embeds.release_encoders()
+        pipeline.register_modules(**dict.fromkeys(family.facts.encoders))
     reporter.free_unused_memory(device)
     give_freed_memory_back()
     if is_late:
@@ -141,22 +134,15 @@ def check_denoiser(
     checks.check_patterns(config, layers)
     start = None
     if is_fresh and config.init_adapter is not None:
-        start = init_adapter.read_start(
-            config.init_adapter, pipeline, config.pretrained_model_name_or_path, config.use_dora
-        )
+        base = config.pretrained_model_name_or_path
+        start = init_adapter.read_start(config.init_adapter, pipeline, base, config.use_dora)
     if config.basis is None:
         return start, None
     with adapters.named_basis():
         return start, read_basis(config.basis, files.base_folder(config), config.variant)
 
 
-def family_of_run(config: table.TrainConfig, pipeline: DiffusionPipeline) -> families.Family:
-    """The family, with the run's options of encoding and of embedded guidance."""
-    return families.family_of(pipeline, told_guidance=config.guidance_scale, options=text_options(config))
-
-
 def text_options(config: table.TrainConfig) -> dict[str, Any]:
-    """The arguments of the pipeline's `encode_prompt` that the run sets."""
     return families.encoding_options({name: getattr(config, name) for name in TEXT_OPTIONS})
 
 
@@ -203,9 +189,10 @@ def cache_of(config: table.TrainConfig) -> frozen_base.TensorCache | None:
     return frozen_base.TensorCache((Path(config.cache_dir) if config.cache_dir else default_cache_dir()) / "encoded")
 
 
-def prompt_cache(config: table.TrainConfig, pipeline: DiffusionPipeline) -> frozen_base.PromptCache:
+def prompt_cache(
+    config: table.TrainConfig, pipeline: DiffusionPipeline, family: families.Family
+) -> frozen_base.PromptCache:
     """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded anew in training."""
-    family = family_of_run(config, pipeline)
     encoders = [getattr(pipeline, name) for name in family.facts.encoders]
     identity = "+".join([family.facts.name, *map(frozen_base.fingerprint, encoders)])
     if pipeline.config.get("force_zeros_for_empty_prompt"):  # it decides the encoding of ""
@@ -260,9 +247,7 @@ def encode_prompts(
     prompts: Iterable[str],
 ) -> None:
     """Fill the cache with every caption and prompt that the run will use. Raises UserError and StopRequestedError."""
-    captions = {*prompts, ""}
-    for stream in streams:
-        captions |= stream.captions
+    captions = {*prompts, ""}.union(*(stream.captions for stream in streams))
     for subject in config.each_subject:
         captions |= {subject.class_prompt, *config.prior_prompts} if subject.class_prompt else set()
     learnt = [word_pattern(word) for word in learnt_words(config)]
@@ -294,15 +279,6 @@ def fill(cache: frozen_base.TensorCache, context: reporter.RunContext, entries: 
         if accelerator.num_processes > 1:
             processes.on_each(accelerator, partial(cache.put, key, tensors) if keeps else bool)
         yield number
-
-
-def release_encoders(
-    config: table.TrainConfig, pipeline: DiffusionPipeline, prompt_embeds: frozen_base.PromptCache
-) -> None:
-    """Free the text encoders unless they are trained."""
-    if not config.keeps_text_encoders:
-        prompt_embeds.release_encoders()
-        pipeline.register_modules(**dict.fromkeys(facts_of(type(pipeline).__name__).encoders))
 
 
 def release_vae(config: table.TrainConfig, pipeline: DiffusionPipeline, encoder: photo_stream.PhotoEncoder) -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,18 +30,18 @@ PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 ENDINGS = (events.RunEnded.kind, events.AdapterExported.kind, events.ScaleFound.kind)
 
 
+@dataclass(eq=False)
 class Reporter:
     """Call it with each event. `on_event` gets those of the file too, which may be an earlier run's: events wait until
     `begin_at`. `step` is the latest. Of several processes the main one keeps an error of reporting until all meet, and
     `raise_failure` then raises it: alone it would leave the others waiting."""
 
-    def __init__(
-        self, run_dir: run_folder.RunDir, accelerator: Accelerator, on_event: Callable[[events.Event], None] | None
-    ):
-        self.run_dir, self.accelerator, self.on_event = run_dir, accelerator, on_event
-        self.step = 0
-        self.failure: Exception | None = None
-        self.waiting: list[events.Event] | None = []
+    run_dir: run_folder.RunDir
+    accelerator: Accelerator
+    on_event: Callable[[events.Event], None] | None
+    step: int = 0
+    failure: Exception | None = None
+    waiting: list[events.Event] | None = field(default_factory=list)
 
     def __call__(self, event: events.Event) -> None:
         if not self.accelerator.is_main_process:
@@ -49,7 +49,10 @@ class Reporter:
         try:
             if not getattr(event, "skipped", False):
                 self.step = getattr(event, "step", self.step)
-            self._write(event)
+            if self.waiting is None:
+                self.run_dir.append_metrics(events.record_of(event))
+            else:
+                self.waiting.append(event)
             if self.on_event is not None:
                 self.on_event(event)
             if isinstance(event, TRACKED):
@@ -126,13 +129,7 @@ class Reporter:
         """Write the events that waited; from now on events are written at once."""
         waiting, self.waiting = self.waiting or [], None
         for event in waiting:
-            self._write(event)
-
-    def _write(self, event: events.Event) -> None:
-        if self.waiting is None:
             self.run_dir.append_metrics(events.record_of(event))
-        else:
-            self.waiting.append(event)
 
 
 def free_unused_memory(device: torch.device) -> None:

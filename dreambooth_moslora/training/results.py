@@ -31,7 +31,7 @@ from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, op
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.plan.processes import on_main, share_out
 from dreambooth_moslora.settings import measures, prompts, table
-from dreambooth_moslora.training import class_images, explain, prepare
+from dreambooth_moslora.training import explain, made_before, prepare
 from dreambooth_moslora.training.checkpoint import trained_modules
 from dreambooth_moslora.training.model_card import CardFacts, model_card, push
 from dreambooth_moslora.training.step import TrainStep
@@ -98,10 +98,8 @@ class ValidationSamples:
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` values at each position (fewer at the start); same length as `values`."""
-    sums = np.cumsum(np.insert(values, 0, 0.0))
     ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    return np.array([values[max(0, end - window) : end].mean() for end in ends])
 
 
 def draw_loss_plot(
@@ -118,11 +116,12 @@ def draw_loss_plot(
             axes[0].plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
             axes[0].plot(at, running_mean(values, max(5, len(values) // 20)), color=colour, label=label)
     axes[0].set(xlabel="step", ylabel="loss", ylim=(0, None))
-    axes[0].grid(alpha=0.3)
     if axes[0].get_legend_handles_labels()[1]:
         axes[0].legend(frameon=False)
     if evaluations:
         draw_fidelity(axes[1], evaluations)
+    for panel in axes:
+        panel.grid(alpha=0.3)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     atomic_write(path, buffer.getvalue())
@@ -138,32 +137,28 @@ def draw_fidelity(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> No
     best = max(evaluations, key=lambda event: (event.scores.get("score", 0.0), -event.step))
     axes.axvline(best.step, color="#888", linestyle=":", label=f"best: step {best.step}")
     axes.set(xlabel="step", ylabel="score")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
 
 
+@dataclass(eq=False)
 class Publisher:
     """Publishes one run, which goes on from the `checkpoint` if there is one. `scores` are the evaluator's latest."""
 
-    def __init__(
-        self,
-        config: table.TrainConfig,
-        run_dir: run_folder.RunDir,
-        inputs: prepare.TrainInputs,
-        train_step: TrainStep,
-        samples: ValidationSamples,
-        sampler: Sampler,
-        max_train_steps: int,
-        checkpoint: Path | None = None,
-    ):
-        self.max_train_steps = max_train_steps
-        self.config, self.run_dir, self.train_step = config, run_dir, train_step
-        self.photos, self.samples, self.sampler = inputs.photos, samples, sampler
-        self.learnt = train_step.learnt
+    config: table.TrainConfig
+    run_dir: run_folder.RunDir
+    inputs: prepare.TrainInputs
+    train_step: TrainStep
+    samples: ValidationSamples
+    sampler: Sampler
+    max_train_steps: int
+    checkpoint: Path | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    best: explain.BestStep | None = None
+
+    def __post_init__(self) -> None:
+        self.learnt = self.train_step.learnt
         self.tokens = self.learnt.tokens if self.learnt else ()
-        self.facts = facts_of(config, inputs, train_step, checkpoint)
-        self.scores: dict[str, float] = {}
-        self.best: explain.BestStep | None = None
+        self.facts = facts_of(self.config, self.inputs, self.train_step, self.checkpoint)
 
     def keep_best(self) -> None:
         """Write the current adapter to `best/`, loadable like the final one, completely or not at all."""
@@ -198,7 +193,8 @@ class Publisher:
             if steps:
                 draw_loss_plot(steps, run_dir.loss_plot_path, scored)
             if drawn:
-                draw_contact_sheet(sheet_rows(config, self.photos, self.samples, contexts), run_dir.contact_sheet_path)
+                rows = sheet_rows(config, self.inputs.photos, self.samples, contexts)
+                draw_contact_sheet(rows, run_dir.contact_sheet_path)
 
     def _publish_to(self, folder: Path) -> Proof:
         components, name, step = self.train_step.components, self.run_dir.name, self.train_step.step
@@ -231,9 +227,7 @@ def facts_of(
     if accelerator.mixed_precision != "no":  # perhaps from `accelerate config`
         config = replace(config, mixed_precision=accelerator.mixed_precision)
     facts = metadata.with_told(config, replace(facts, subject_prompts=bare, basis=basis, processes=processes))
-    if inputs.prior and not class_images.are_draws(
-        inputs.prior.photos, config.seed
-    ):  # another run's, or the user's own
+    if inputs.prior and not made_before.are_draws(inputs.prior.photos, config.seed):  # another run's, or the user's own
         facts = replace(facts, withheld=tuple(dict.fromkeys((*facts.withheld, "class_data_dir"))))
     if checkpoint is not None and settings_in(trained_modules(checkpoint)[0]) != settings_in(facts):
         facts = replace(facts, withheld=(*facts.withheld, metadata.RESUMED))
@@ -272,9 +266,8 @@ def sheet_rows(
     for number, subject in enumerate(config.each_subject):
         own = [photo for photo in photos if photo.subject == number]
         name = f" of “{subject.instance_prompt}”" if config.subjects else ""
-        asked = [
-            n for n, request in enumerate(samples.requests) if request.prompt in prompts.validation_prompts(subject)
-        ]
+        wanted = prompts.validation_prompts(subject)
+        asked = [n for n, request in enumerate(samples.requests) if request.prompt in wanted]
         captions = tuple(samples.requests[n].prompt for n in asked)
         latest = [samples.latest[n] for n in asked if n < len(samples.latest) and samples.latest_step]
         rows += [

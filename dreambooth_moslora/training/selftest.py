@@ -37,7 +37,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageStat
 
 from dreambooth_moslora.base import families, load, machine
@@ -50,17 +50,14 @@ from dreambooth_moslora.training import photo_stream, prepare, reporter
 from dreambooth_moslora.training.graphs import GOES_ON
 from dreambooth_moslora.training.step import TrainStep, lay_convolutions
 
-SIZES = ("sdxl", "small")  # 2.57 billion parameters, or the same topology with a fortieth of the width.
-
-
-def text_widths(size: str) -> tuple[int, int]:
-    return (768, 1280) if size == "sdxl" else (32, 64)
+WIDTHS = {"sdxl": (768, 1280), "small": (32, 64)}
+"""Of the texts, by the UNet's size: 2.57 billion parameters, or the same topology with a fortieth of the width."""
 
 
 def random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditionModel:
     """stabilityai/stable-diffusion-xl-base-1.0's UNet."""
     full = size == "sdxl"
-    time_width, (narrow, wide) = 256 if full else 32, text_widths(size)
+    time_width, (narrow, wide) = 256 if full else 32, WIDTHS[size]
     options = {
         "sample_size": 128,
         "block_out_channels": (320, 640, 1280) if full else (32, 64, 64),
@@ -106,41 +103,19 @@ def fill(module: torch.nn.Module, noise: torch.Tensor) -> None:
             buffer.copy_(torch.arange(buffer.shape[-1]))
 
 
-@dataclass
-class RandomMaterials:
-    """Replaces `prepare.TrainInputs`: the same attributes, with full caches."""
-
-    pipeline: SimpleNamespace
-    schedule: object
-    view: photo_stream.EncodedView
-    text: families.Text
-    family: families.Family = load.SDXL_FAMILY
-    dtype: torch.dtype = torch.bfloat16
-    start: None = None
-    text_products: None = None
-    basis: None = None
-
-    def batch_at(self, micro_batch: int, size: int, *next_and_prior: object) -> photo_stream.TrainBatch:
-        return photo_stream.collate([(self.view, "a photo of sks dog")] * size, size)
-
-    @property
-    def denoiser(self) -> UNet2DConditionModel:
-        return self.pipeline.unet
-
-    def prompt_embeds(self, prompts: list[str]) -> list[families.Text]:
-        return [self.text] * len(prompts)
-
-
-def random_materials(size: str, resolution_px: int, dtype: torch.dtype = torch.bfloat16) -> RandomMaterials:
+def random_materials(size: str, resolution_px: int, dtype: torch.dtype = torch.bfloat16) -> prepare.TrainInputs:
+    """What a run prepares, of a random UNet and one random photo and prompt."""
     side = resolution_px // 8
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     ids = torch.tensor([resolution_px, resolution_px, 0, 0, resolution_px, resolution_px], dtype=torch.float32)
-    widths = text_widths(size)
-    embeds, pooled = torch.randn(77, sum(widths)).to(dtype), torch.randn(widths[1]).to(dtype)
+    embeds, pooled = torch.randn(77, sum(WIDTHS[size])).to(dtype), torch.randn(WIDTHS[size][1]).to(dtype)
     text = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-    view = photo_stream.EncodedView(torch.randn(4, side, side), ids, None)
-    unet, schedule = SimpleNamespace(unet=random_unet(size, dtype)), prepare.noise_schedule(scheduler)
-    return RandomMaterials(unet, schedule, view, text, dtype=dtype)
+    shown = photo_stream.EncodedView(torch.randn(4, side, side), ids, None), "a photo of sks dog"
+    stream = SimpleNamespace(at=lambda position: shown, read_ahead=lambda position: None)
+    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipeline = StableDiffusionXLPipeline(**parts, unet=random_unet(size, dtype), scheduler=scheduler)
+    texts, schedule = (lambda prompts: [text] * len(prompts)), prepare.noise_schedule(scheduler)
+    return prepare.TrainInputs(pipeline, load.SDXL_FAMILY, schedule, [], stream, None, texts, dtype)
 
 
 GIB = 2**30
@@ -170,9 +145,9 @@ def measure(size: str, config: TrainConfig, is_nhwc: bool = False) -> dict[str, 
     return found | {"peak_gib": peak_gib}
 
 
-def floor_step(materials: RandomMaterials, config: TrainConfig, device: torch.device) -> Callable[[], None]:
+def floor_step(materials: prepare.TrainInputs, config: TrainConfig, device: torch.device) -> Callable[[], None]:
     """One forward pass of the frozen UNet in training mode and its input's gradient: the lower bound of a step."""
-    unet, batch = materials.pipeline.unet.train(), materials.batch_at(0, config.train_batch_size)
+    unet, batch = materials.pipeline.unet.train(), materials.batch_at(0, config.train_batch_size, 1, bool)
     texts = [families.in_dtype(text, device, materials.dtype) for text in materials.prompt_embeds(batch.prompts)]
     words, sizes = materials.family.arguments(texts), batch.time_ids.to(device)
     times = torch.tensor([500], device=device)
@@ -197,7 +172,7 @@ def second_of(step: Callable[[], None], device: torch.device) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
-    parser.add_argument("--size", choices=SIZES, default="sdxl")
+    parser.add_argument("--size", choices=WIDTHS, default="sdxl")
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--mixed_precision", choices=("fp16", "bf16"), default="bf16")
@@ -214,6 +189,7 @@ PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
 STEPS, STOPPED_AT = 6, 3
 TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}  # Of a loss to the CPU's in fp32; TF32 keeps 10 bits
 FLAT_LEVELS = 2.0  # Standard deviation, of 255 levels, below which a picture shows nothing
+FASTER = {"compiled": ("compiled blocks", {"compile": "on"}), "graphs": ("CUDA graphs", {"cuda_graph": "on"})}
 FULL_PX, CPU_PX = 1024, 512
 STEP_PLANS = ("full", "recompute")
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
@@ -230,23 +206,21 @@ class Finding:
     figures: dict[str, float | str] = field(default_factory=dict)
 
 
+@dataclass
 class SelfTest:
     """Trains and draws with `program` and `env` in each of `precisions` ("no": fp32); measures SDXL if `free_gib`.
     `compiles`: compiled blocks and CUDA graphs are tried too. `launcher`: words that start two processes, if given."""
 
-    def __init__(
-        self,
-        folder: Path,
-        precisions: tuple[str, ...] = ("no",),
-        env: dict[str, str] | None = None,
-        program: tuple[str, ...] = PROGRAM,
-        free_gib: float | None = None,
-        compiles: bool = False,
-        launcher: tuple[str, ...] = (),
-    ):
-        self.folder, self.precisions, self.env, self.program = folder, precisions, env or {}, program
-        self.free_gib, self.compiles, self.launcher = free_gib, compiles, launcher
-        self.photos = folder / "photos"
+    folder: Path
+    precisions: tuple[str, ...] = ("no",)
+    env: dict[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = PROGRAM
+    free_gib: float | None = None
+    compiles: bool = False
+    launcher: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.photos = self.folder / "photos"
         shutil.rmtree(self.photos, ignore_errors=True)
         self.photos.mkdir(parents=True)
         for number in range(3):  # a disc on a plain ground
@@ -269,8 +243,7 @@ class SelfTest:
             yield from self.resumed()
             yield self.generated()
             if self.compiles:
-                yield self.compiled()
-                yield self.graphed()
+                yield from map(self.faster, FASTER)
             if self.launcher:
                 yield self.cards()
             if self.free_gib is not None:
@@ -294,19 +267,13 @@ class SelfTest:
         yield Finding("resumed", holds, said + ("" if is_exact else ", both with --deterministic"))
 
     def are_equal(self, one: str, other: str) -> bool:
-        """Whether the published adapters of two runs have the same bytes, without their headers."""
         contents = [self.run(name).adapter_path.read_bytes() for name in (one, other)]
         first, second = (content[8 + int.from_bytes(content[:8], "little") :] for content in contents)
         return first == second
 
-    def compiled(self) -> Finding:
-        return self.faster("compiled", "compiled blocks", compile="on")
-
-    def graphed(self) -> Finding:
-        return self.faster("graphs", "CUDA graphs", cuda_graph="on")
-
-    def faster(self, name: str, what: str, **changes: str) -> Finding:
+    def faster(self, name: str) -> Finding:
         """Where it cannot be done, as without a compiler, the trainer says so and goes on; that is no failure."""
+        what, changes = FASTER[name]
         far = largest_difference(losses(self.train(name, **changes)), losses(self.run("device_no")))
         said = f"losses with {what}, at most {far:.1e} from those without"
         if GOES_ON in (self.folder / f"{name}.log").read_text(encoding="utf-8"):

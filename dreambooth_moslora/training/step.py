@@ -138,10 +138,8 @@ class TrainStep:
         inputs.start = None  # free its tensors
         self.compiled = []  # the transformer blocks that are compiled at their first call
         if speed.compiled:
-            denoiser = inputs.denoiser
-            self.compiled = [
-                block for block in denoiser.modules() if type(block).__name__ in families.block_classes(denoiser)
-            ]
+            kinds = families.block_classes(inputs.denoiser)
+            self.compiled = [block for block in inputs.denoiser.modules() if type(block).__name__ in kinds]
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for block in self.compiled:
                 block.compile(backend=BACKEND)
@@ -152,9 +150,8 @@ class TrainStep:
         self.lora_layers = [layer for module in self.components.values() for layer in moslora.lora_layers(module)]
         self.learnt: adapters.LearntTokens | None = None
         if config.train_text_encoder_ti:
-            self.learnt = adapters.LearntTokens(
-                config, inputs.pipeline, inputs.prompt_embeds, max_train_steps, checkpoint
-            )
+            frozen = inputs.pipeline, inputs.prompt_embeds
+            self.learnt = adapters.LearntTokens(config, *frozen, max_train_steps, checkpoint)
         tokens = self.learnt.parameters if self.learnt else []
         self.trained = [*self.parameters, *tokens]
         groups = parameter_groups(config, self.components, accelerator.num_processes, tokens)
@@ -218,7 +215,6 @@ class TrainStep:
         return [numbers_of(parts) for parts in losses]
 
     def begin(self) -> None:
-        """Clear the gradients and set the modules to training mode."""
         self.train_mode()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -251,7 +247,6 @@ class TrainStep:
             yield
 
     def micro_batch_loss(self, micro_batch: int) -> objective.LossParts:
-        """The loss of micro-batch number `micro_batch` of the run."""
         return self.losses([self.micro_batch(micro_batch)])[0]
 
     def losses(self, micros: Sequence[MicroBatch]) -> list[objective.LossParts]:
@@ -285,9 +280,8 @@ class TrainStep:
         }
         texts = [] if config.keeps_text_encoders else self.inputs.prompt_embeds(batch.prompts)
         named = [{(number, name): tensor for name, tensor in text.items()} for number, text in enumerate(texts)]
-        moved = photo_stream.move_together(
-            drawn | {key: tensor for text in named for key, tensor in text.items()}, self.device
-        )
+        of_texts = {key: tensor for text in named for key, tensor in text.items()}
+        moved = photo_stream.move_together(drawn | of_texts, self.device)
         if config.keeps_text_encoders:
             texts = self.texts(batch.prompts)
         else:
@@ -425,10 +419,9 @@ def alike(micros: Iterable[MicroBatch], most: int) -> Iterator[list[MicroBatch]]
 def predictions(predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]) -> list[torch.Tensor | None]:
     """Of each part, computed together; None of a part without rows."""
     some = [part for part in parts if len(part)]
+    found = map(predict, some)
     if len(some) > 1:
         found = iter(predict(Rows.joined(some)).split([len(part) for part in some]))
-    else:
-        found = map(predict, some)
     return [next(found) if len(part) else None for part in parts]
 
 

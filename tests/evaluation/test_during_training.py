@@ -14,10 +14,12 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import make_evaluator
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import prompts, table
 from dreambooth_moslora.training.explain import BestStep, best_of
@@ -82,12 +84,14 @@ def test_an_adapter_that_is_not_finite_gets_no_scores(scored, encoders, tmp_path
 
 
 def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_learnt(run, encoders, tmp_path):
-    """A resumed run remembers those before."""
-    events = logged(run[1].path, "evaluation")
+    """A resumed run remembers those before. How near the photos are to each other tells frames of one film."""
+    events, photos = logged(run[1].path, "evaluation"), [open_rgb(p) for p in photo_report(run[0]).photos]
+    joint = metrics.joint_vectors(encoders.clip_images(photos), encoders.dino_images(photos))
+    nearness = pytest.approx(metrics.photo_nearness(joint), abs=1e-3)
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     for event in events:
         assert {"dino", "dino_bare", "clip_i", "clip_t", "pres", "drift", "copied", "score"} <= event.keys()
-        assert event["photos"]["without_bare_prompt"] == 0
+        assert event["photos"] == {"count": 3, "nearness": nearness, "without_bare_prompt": 0}
         bare = 1  # at the instance prompt, by the adapter alone
         assert event["cost"]["pictures"] == 2 * (2 + 1 + 1) + bare and event["cost"]["seconds"] > 0
     earlier = [(event["step"], event["score"]) for event in events[:2]]
@@ -133,9 +137,9 @@ def test_the_card_of_a_resumed_run_has_the_scores_from_before(scored, encoders, 
 
 @pytest.mark.slow
 def test_early_stopping_stops_only_when_asked_and_says_so(scored, encoders, caplog):
-    for name, patience, last in (("free", None, 8), ("early", 2, 3)):
+    for name, patience, last in (("free", None, 5), ("early", 2, 3)):
         # nothing ever gets better
-        config = scored(name, early_stopping=patience, max_train_steps=8, learning_rate=0.0)
+        config = scored(name, early_stopping=patience, max_train_steps=5, learning_rate=0.0)
         with caplog.at_level(logging.WARNING):
             assert train(config, evaluator=quick(config, encoders)).step == last
         assert "the score has not risen" in caplog.text

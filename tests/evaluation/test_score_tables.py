@@ -243,13 +243,12 @@ def test_the_report_shows_what_the_judge_reads_beside_true_renders():
     assert title.startswith("ornaments") and str(drawn) == "0.000 [0.000, 0.000]" and ceiling.mean == 1
 
 
-@pytest.mark.parametrize(("own", "is_said"), [(0.17, True), (0.4, False)])
-def test_pictures_that_look_alike_are_remarked(own, is_said):
-    tables = {"diversity": np.full((3, 2), own), "diversity_base": np.full((3, 2), 0.7)}
-    found = Evaluation(PLAN, tables, alarm=None, score=0.0, seconds=0.0).remarks()
-    assert [line.startswith(f"pictures of one prompt look alike: diversity {own}") for line in found] == [
-        True
-    ] * is_said
+def test_pictures_that_look_alike_are_remarked():
+    for own, is_said in ((0.17, True), (0.4, False)):
+        tables = {"diversity": np.full((3, 2), own), "diversity_base": np.full((3, 2), 0.7)}
+        found = Evaluation(PLAN, tables, alarm=None, score=0.0, seconds=0.0).remarks()
+        said = [line.startswith(f"pictures of one prompt look alike: diversity {own}") for line in found]
+        assert said == [True] * is_said
 
 
 def small_pixels(pictures: list[Image.Image]) -> torch.Tensor:
@@ -366,13 +365,10 @@ def test_pictures_of_the_other_subject_are_confused_and_all_together_are_their_p
 
 
 def test_the_report_has_matrices_pictures_by_subject_and_pairs(evaluators, both, right, tmp_path):
-    draw, (pair,) = drawer(both), report.pairs_of(evaluators)
-    asked = []
-    together = pair(lambda requests, on: asked.append((requests[0].prompt, on)) or draw(requests, on))
-    assert asked == [
-        ("a photo of a sks duck and a sks rocket on the beach", True),
-        ("a photo of a duck and a rocket on the beach", False),
-    ]
+    draw, (pair,), asked = drawer(both), report.pairs_of(evaluators), {}
+    together = pair(lambda requests, on: asked.update({on: requests[0].prompt}) or draw(requests, on))
+    assert asked[True] == "a photo of a sks duck and a sks rocket on the beach"
+    assert asked[False] == "a photo of a duck and a rocket on the beach"
     report.write_reports(tmp_path, evaluators, right, [together], BOTH)
     scores = json.loads((tmp_path / "scores.json").read_text())
     cells = {(cell["of"], cell["with"]): cell for cell in scores["confusion"]}

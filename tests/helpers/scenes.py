@@ -26,14 +26,13 @@ from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.plan import memory
-from dreambooth_moslora.training import checkpoint, loop
-from dreambooth_moslora.training import class_images as run_class_images
+from dreambooth_moslora.training import checkpoint, loop, made_before
 from dreambooth_moslora.training.frozen_base import TensorCache
 from dreambooth_moslora.training.step import TrainStep
 
 RANK = int(os.environ.get("RANK", "0"))
 whole_call = StableDiffusionXLPipeline.__call__
-generate, sample, keep = run_class_images.generate_images, Sampler._draw, TensorCache._keep
+generate, sample, keep = made_before.generate_images, Sampler._draw, TensorCache._keep
 save_checkpoint, average, append = checkpoint.save_checkpoint, TrainStep._average_gradients, RunDir.append_metrics
 claim, free_gib, half = core.atomic_write, memory.free_gib_of_gpu, machine.half_precision
 PLACES = ("started", "drawn", "encoded", "sampled", "averaged", "reported", "saved")
@@ -76,7 +75,7 @@ class Scene:
         self.done: dict[str, list] = {name: [] for name in PLACES}
 
     def play(self) -> dict:
-        run_class_images.generate_images, Sampler._draw, TensorCache._keep = self.generate, self.sample, self.keep
+        made_before.generate_images, Sampler._draw, TensorCache._keep = self.generate, self.sample, self.keep
         checkpoint.save_checkpoint = lambda path, *parts: self.at("saved", path.name) or save_checkpoint(path, *parts)
         core.atomic_write = lambda path, text: self.at("started", path.name) or claim(path, text)
         TrainStep._average_gradients = lambda step: self.at("averaged", step.step) or average(step)

@@ -66,6 +66,17 @@ def play(tmp_path, free_port) -> Callable[..., tuple]:
     return play
 
 
+def stop_at(step: int) -> tuple[Callable, Callable]:
+    """(on_event, should_stop): the first hears the events, the second says so once `step` is done."""
+    done = []
+    return (lambda event: done.append(event.step if event.kind == "step" else None)), (lambda: step in done)
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    """With another last bit of the byte there."""
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
 def start(words: list[str], rank: int, count: int, port: int) -> subprocess.Popen[str]:
     """On the CPU, as one of several; a launcher gives its own processes their own numbers."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}

@@ -1,4 +1,5 @@
-"""Every family is trained from photos to files, stopped and resumed to the same bytes, loaded, drawn and described."""
+"""Every family is trained from photos to files, stopped and resumed to the same bytes, loaded, drawn and described; and
+what else the program offers works for it, or is refused in one line that names it."""
 
 import gc
 import json
@@ -16,16 +17,22 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from PIL import Image
 from safetensors import safe_open
 
 from dreambooth_moslora import training
 from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.base import load
-from dreambooth_moslora.cli.train import train_main
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
+from dreambooth_moslora.extras.cluster.fleet import needs_to_be_alone
+from dreambooth_moslora.extras.cluster.together import Member, train_together
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline, check_sides
+from dreambooth_moslora.plan.choices import recipe_settings
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import families, rows
 from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
@@ -34,8 +41,9 @@ from dreambooth_moslora.training.loop import advanced, train
 from dreambooth_moslora.training.loop import training as training_loop
 from dreambooth_moslora.training.objective import add_noise, flow_levels, flow_weights, loss_target
 from dreambooth_moslora.training.prepare import noise_schedule
+from tests.helpers.few_pictures import few_pictures
 from tests.helpers.tiny_families import MAKERS, tiny_pipeline
-from tests.helpers.tiny_training import tiny_config
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("two_steps")
 OF_FAMILY = {"flux2": {"text_encoder_out_layers": ("1", "2", "3")}}
@@ -144,12 +152,6 @@ def test_in_bf16_samples_are_drawn_too(name, base_of, photos, tmp_path):
     assert (tmp_path / "run" / "image_0.png").is_file()
 
 
-def test_the_plan_takes_layers_and_levels_of_the_family(base_of, photos, tmp_path):
-    config = make_plan(tiny_config(base_of("sd3"), photos, tmp_path / "run", **settings_of("sd3"))).config
-    assert config.target_modules == families.BY_PIPELINE["StableDiffusion3Pipeline"].targets
-    assert config.weighting_scheme == "logit_normal"
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
@@ -176,20 +178,16 @@ def test_a_setting_of_other_models_is_refused_by_the_familys_name(name, changes,
 
 def test_patterns_of_rank_and_alpha_are_for_transformers_too():
     config = TrainConfig(rank=4, rank_pattern="to_q=8", alpha_pattern="to_q=2")
-    found = [
-        rank_and_alpha(config, part, "layers.0.attention.to_q") for part in ("unet", "transformer", "text_encoder")
-    ]
-    assert found == [(8, 2.0), (8, 2.0), (4, 4.0)]
+    parts = {"unet": (8, 2.0), "transformer": (8, 2.0), "text_encoder": (4, 4.0)}
+    assert {part: rank_and_alpha(config, part, "layers.0.attention.to_q") for part in parts} == parts
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd1", "flux"])
-def test_a_size_that_the_family_does_not_draw_is_refused_by_its_name(name):
-    facts = facts_named(name)
-    check_sides((facts.multiple_px, 2 * facts.multiple_px), facts)
-    with pytest.raises(
-        UserError, match=f"a side of 100 px: {facts.title} draws multiples of {facts.multiple_px}, such as 96"
-    ):
-        check_sides((96, 100), facts)
+def test_a_size_that_the_family_does_not_draw_is_refused_by_its_name():
+    for facts in map(facts_named, ("sdxl", "sd1", "flux")):
+        check_sides((facts.multiple_px, 2 * facts.multiple_px), facts)
+        said = f"a side of 100 px: {facts.title} draws multiples of {facts.multiple_px}, such as 96"
+        with pytest.raises(UserError, match=said):
+            check_sides((96, 100), facts)
 
 
 def test_nothing_but_two_files_asks_for_a_family_by_its_name():
@@ -240,12 +238,14 @@ def test_preconditioned_errors_are_those_of_the_latents_as_in_the_script_for_sd3
         torch.testing.assert_close(flow_weights(schedule, index, scheme, True) * errors, theirs)
 
 
-def test_blocks_of_a_transformer_are_chosen_by_number(base_of, photos, tmp_path):
+def test_the_plan_takes_layers_and_levels_of_the_family_and_blocks_are_chosen_by_number(base_of, photos, tmp_path):
     base = base_of("sd3")
 
     def planned(**changes):
         return make_plan(tiny_config(base, photos, tmp_path / "run", **settings_of("sd3", **changes))).config
 
+    assert planned().target_modules == facts_named("sd3").targets
+    assert planned().weighting_scheme == "logit_normal"
     first, last = (planned(lora_blocks=block).target_modules for block in ("0", "1"))
     assert set(first) == {f"transformer_blocks.0.{name}" for name in facts_named("sd3").targets}
     assert len(last) < len(first), "the last block gives no text back"
@@ -277,3 +277,130 @@ def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused_with_the_on
     words += ["--instance_prompt", "a photo of sks dog", "--output_dir", str(tmp_path / "run")]
     assert train_main(words) == 2
     assert "a base of the class KandinskyPipeline cannot be trained here: take one of SDXL" in capsys.readouterr().err
+
+
+WHOLE = {"enable_bucket": True, "caption_dropout": 0.1, "unmasked_weight": 0.0, "random_flip": True, "caching": "disk"}
+WHOLE |= {"with_prior_preservation": True, "num_class_images": 2, "sample_batch_size": 2}
+
+
+class Case:
+    """A family's tiny base, and four photos, one of them wide, with a caption and a mask."""
+
+    def __init__(self, name: str, base: Path, folder: Path):
+        self.facts, self.base, self.folder = facts_named(name), base, folder
+        self.photos = paint_photos(folder / "photos", 4)
+        photo = self.photos / "1.png"
+        Image.open(photo).resize((96, 64)).save(photo)
+        photo.with_suffix(".txt").write_text("a photo of sks dog, on a sofa")
+        Image.new("L", (96, 64), 255).save(photo.with_suffix(".mask.png"))
+
+    def config(self, run, **changes):
+        usual = {"target_modules": rows.ATTENTION, "max_train_steps": 2}
+        usual |= {"class_data_dir": str(self.folder / "class"), "cache_dir": str(self.folder / "cache")}
+        return tiny_config(self.base, self.photos, self.folder / run, **usual | changes)
+
+    def train(self, run, **changes) -> Path:
+        train(self.config(run, **changes))
+        return self.folder / run
+
+    def refused(self, flag: str, **changes) -> None:
+        with pytest.raises(UserError, match=f"{flag} is not for {re.escape(self.facts.title)}"):
+            make_plan(self.config("refused", **changes))
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in MAKERS])
+def case(request, base_of, tmp_path_factory):
+    return Case(request.param, base_of(request.param), tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def whole(case, encoders, two_steps) -> Path:
+    """A run with all of `WHOLE`, with samples, scores and a strength."""
+    drawn = {"num_validation_images": 1, "validation_steps": 2, "evaluate_steps": 1, "find_scale": True}
+    with few_pictures(inference_steps=2):
+        plan = make_plan(case.config("whole", **WHOLE, **drawn))
+        train(plan, evaluator=TrainingEvaluator(plan.config, plan.photos, encoders))
+    return case.folder / "whole"
+
+
+def test_a_run_makes_its_class_images_samples_and_scores_and_the_next_takes_its_encodings(case, whole, capsys):
+    assert len(list((case.folder / "class").rglob("*.png"))) == 2
+    assert (whole / "image_0.png").is_file() and (whole / "contact_sheet.png").is_file()
+    assert main(["explain", str(whole)]) == 0
+    assert "--snr_gamma" not in capsys.readouterr().out
+    files = sorted((case.folder / "cache").rglob("*.safetensors"))
+    assert adapter_sha256(case.train("again", **WHOLE)) == adapter_sha256(whole)
+    assert files and files == sorted((case.folder / "cache").rglob("*.safetensors"))
+
+
+def test_several_subjects_at_given_sizes_without_a_cache(case):
+    others = paint_photos(case.folder / "cat", 3)
+    tables = [
+        {"instance_data_dir": str(case.photos), "instance_prompt": "a photo of sks dog"},
+        {"instance_data_dir": str(others), "instance_prompt": "a photo of zwx cat"},
+    ]
+    sizes = {"aspect_ratio_buckets": "64,64;64,96", "caching": "off", "class_data_dir": None}
+    card = (case.train("several", subjects=tables, **sizes) / "README.md").read_text()
+    assert "sks dog" in card and "zwx cat" in card
+
+
+@pytest.mark.slow
+def test_like_verify_and_info(trained, photos, capsys):
+    facts, config, _ = trained
+    words = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path]
+    words += ["--instance_prompt", config.instance_prompt, "--class_prompt", config.class_prompt]
+    like = parse_train_config(["--like", config.output_dir, *words, "--instance_data_dir", str(photos)])
+    assert (like.rank, like.resolution) == (4, 64)
+    assert set(make_plan(like).config.target_modules) == set(make_plan(config).config.target_modules)
+    assert main(["info", config.output_dir]) == 0
+    assert facts.denoiser in capsys.readouterr().out
+    assert main(["verify", config.output_dir, "--photos", str(photos), *words]) == 0
+    assert "equal: " in capsys.readouterr().out
+
+
+def test_generate_and_the_cards_snippet_draw(case, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    size = ["--width", "64", "--height", "64", "--steps", "2", "--output_dir", "pictures"]
+    words = ["generate", "--prompt", "a photo of sks dog", "--base", str(case.base), "--adapter", str(whole)]
+    assert main([*words, *size]) == 0
+    assert list((tmp_path / "pictures").glob("*.png"))
+    (code,) = re.findall(r"```python\n(.+?)```", (whole / "README.md").read_text(), re.DOTALL)
+    code = code.replace("path/to/the/base", str(case.base)).replace("path/to/this/folder", str(whole))
+    code = re.sub(r'torch\.b?float16\)\.to\("cuda"\)', "torch.float32)", code)
+    code = code.replace(").images", ", num_inference_steps=1, height=64, width=64).images")
+    scope = {}
+    exec(code, scope)
+    assert isinstance(scope["image"], Image.Image)
+
+
+def test_text_encoders_are_trained_where_the_family_has_small_ones(case):
+    if not case.facts.adapted_encoders:
+        return case.refused("--train_text_encoder", train_text_encoder=True)
+    case.train("words", train_text_encoder=True)
+    if not case.facts.has_new_tokens:
+        case.refused("--train_text_encoder_ti", train_text_encoder_ti=True)
+
+
+def test_settings_of_unets_are_for_unets_and_those_of_flows_for_flows(case):
+    others = families.OF_UNETS if case.facts.style == "flow" else families.OF_FLOWS
+    values = {"snr_gamma": 5.0, "noise_offset": 0.1, "basis": "svd", "timestep_bias_strategy": "later"}
+    values |= {"weighting_scheme": "mode", "lora_blocks": "0"}
+    for name in others:
+        case.refused(f"--{name}.*", **{name: values.get(name, True)})
+
+
+def test_a_fleets_runs_share_their_steps(case):
+    runs = [case.config(str(seed), seed=seed) for seed in (1, 2)]
+    ended = {}
+    assert needs_to_be_alone(runs[0]) is None
+    members = [Member(make_plan(config)) for config in runs]
+    train_together(members, 2, lambda member, result: ended.update({member.plan.config.seed: result.step}))
+    assert ended == {1: 2, 2: 2}
+
+
+def test_one_word_takes_the_familys_recipe(case):
+    name, recipe = recipe_settings(str(case.base), 8.0)
+    assert name.startswith(case.facts.name)
+    words = [str(case.photos), "dog", "--pretrained_model_name_or_path", str(case.base), "--resolution", "64"]
+    config = parse_train_config([*words, "--output_dir", str(case.folder / "word"), "--base_quantization", "none"])
+    assert make_plan(config, is_later=True).config.prior == "adapter_off" and recipe

@@ -35,10 +35,10 @@ from dreambooth_moslora.training.prepare import (
     too_slow_for_samples,
 )
 from tests.helpers.threads import as_processes
-from tests.helpers.tiny import embeds_of, equal, few_steps, pooled_of, tiny_sdxl
+from tests.helpers.tiny import embeds_of, equal, few_steps, tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
-from tests.training.test_resume import stop_at
+from tests.training.conftest import flipped, stop_at
 
 RULE = CropRule(resolution_px=64)
 KEYS = [f"{number:02d}" for number in range(5)]
@@ -65,15 +65,12 @@ def encode_ahead(stream: PhotoStream, sample_count: int) -> int:
     return len([stream.encoder.encode(*view) for view in stream.views_ahead(sample_count)])
 
 
-def test_latents_are_those_of_the_crop(pipeline, read):
+def test_latents_are_those_of_the_crop_and_every_photo_keeps_its_own_size_and_caption(pipeline, read):
+    """Whatever the shuffle. The base as prior doubles the batch, with its own prompts."""
     view, _ = stream_of(read[2:], pipeline.vae, TensorCache()).at(0)
     pixels = torch.tensor(list(Image.open(read[2].path).resize((64, 64), Image.Resampling.LANCZOS).tobytes()))
     pixels = pixels.view(64, 64, 3).permute(2, 0, 1)[None] / 127.5 - 1
     assert torch.allclose(view.latents, load.encode_image(pipeline.vae, pixels)[0], atol=1e-4)
-
-
-def test_every_photo_keeps_its_own_size_and_caption_whatever_the_shuffle(pipeline, read):
-    """The base as prior doubles the batch, with its own prompts."""
     stream = stream_of(read, pipeline.vae, TensorCache(), repeats=2)
     facts = {(64, 96): "a photo of sks dog", (80, 64): "a photo of sks dog asleep", (72, 72): "a photo of sks dog"}
     batch = collate([stream.at(position) for position in range(12)], 12)
@@ -122,10 +119,6 @@ def test_a_second_run_reuses_the_disk_and_a_changed_photo_does_not(pipeline, rea
     assert not list((tmp_path / "other").rglob("*.safetensors"))
 
 
-def flipped(content: bytes, place: int) -> bytes:
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-
-
 DAMAGES = {
     "torn": lambda content: b"torn",
     "empty": lambda content: save({}),
@@ -139,6 +132,11 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(name, pipeline, read, tmp_path):
+    """Fingerprints tell weights and types apart."""
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    assert fingerprint(first) != fingerprint(second)
+    second.load_state_dict(first.state_dict())
+    assert fingerprint(first) == fingerprint(second) != fingerprint(second.half())
     cache = TensorCache(tmp_path / "cache")
     stream = stream_of(read[:1], pipeline.vae, cache)
     expected = stream.at(0)[0].latents
@@ -152,13 +150,6 @@ def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(
         assert torch.equal(stream.at(0)[0].latents, expected) and cache.computed == 2
     stream.encoder.vae_identity = "another"
     assert stream.at(0) and cache.computed == 3
-
-
-def test_fingerprints_tell_weights_apart():
-    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-    assert fingerprint(first) != fingerprint(second)
-    second.load_state_dict(first.state_dict())
-    assert fingerprint(first) == fingerprint(second) != fingerprint(second.half())
 
 
 def test_a_mask_comes_along_at_the_latents_size_around_it_weighs_as_told(pipeline, tmp_path):
@@ -193,13 +184,13 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     prompt of another pipeline is not found in the cache."""
     pipeline, prompt, found = load.load_pipeline(tiny_base), ["a photo of a dog"], []
     config = TrainConfig(caching="disk", cache_dir=str(tmp_path))
-    prompt_embeds = prompt_cache(config, pipeline)
+    prompt_embeds = prompt_cache(config, pipeline, load.SDXL_FAMILY)
     before = prompt_embeds(prompt)
     [file] = tmp_path.rglob("*.safetensors")
     content = file.read_bytes()
     for force_zeros in (False, True):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-        found.append(embeds_of(prompt_cache(config, pipeline)([""])).abs().sum().item())
+        found.append(embeds_of(prompt_cache(config, pipeline, load.SDXL_FAMILY)([""])).abs().sum().item())
     assert found[0] > 0 == found[1]
     for model in (pipeline.text_encoder, pipeline.text_encoder_2):
         moslora.inject(model, moslora.MoSLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
@@ -210,32 +201,28 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     assert not torch.allclose(embeds_of(load.encode_text(pipeline, prompt)), embeds_of(before), atol=1e-3)
 
 
-def test_words_are_asked_once_and_known_after_the_encoders_left(pipeline):
+def test_words_are_asked_once_and_what_the_disk_does_not_give_after_the_encoders_left_ends_the_run_in_one_line(
+    pipeline, read, tmp_path
+):
     asked = []
     encode = lambda prompts: asked.extend(prompts) or load.encode_text(pipeline, prompts)  # noqa: E731
-    prompt_embeds = PromptCache(encode, TensorCache(), "tiny")
-    first = prompt_embeds(["a dog", "a cat"])
-    prompt_embeds.release_encoders()
-    again = prompt_embeds(["a cat", "a dog", "a dog"])
-    assert asked == ["a dog", "a cat"]
-    assert equal([again[0], again[2]], [first[1], first[0]])
+    in_memory, on_disk = (PromptCache(encode, cache, "tiny") for cache in (TensorCache(), TensorCache(tmp_path / "w")))
+    for prompt_embeds in (in_memory, on_disk):
+        first = prompt_embeds(["a dog", "a cat"])
+        prompt_embeds.release_encoders()
+        again = prompt_embeds(["a cat", "a dog", "a dog"])
+        assert equal([again[0], again[2]], [first[1], first[0]])
+    assert asked == ["a dog", "a cat"] * 2
     with pytest.raises(RuntimeError, match="a bird"):
-        prompt_embeds(["a bird"])
-
-
-def test_what_the_disk_does_not_give_any_more_ends_the_run_in_one_line(pipeline, read, tmp_path):
-    encode = lambda prompts: [{"prompt_embeds": torch.ones(77, 8), "pooled_prompt_embeds": torch.ones(8)}]  # noqa: E731
-    prompt_embeds = PromptCache(encode, TensorCache(tmp_path / "words"), "tiny")
-    prompt_embeds(["a photo of a dog"])
-    prompt_embeds.release_encoders()
+        in_memory(["a bird"])
     stream = stream_of(read[:1], pipeline.vae, TensorCache(tmp_path / "cache"))
     encode_ahead(stream, 1)
     stream.encoder.vae = None
-    assert pooled_of(prompt_embeds(["a photo of a dog"])).shape == (1, 8) and stream.at(0)[0].latents.shape == (4, 8, 8)
+    assert stream.at(0)[0].latents.shape == (4, 8, 8)
     for path in tmp_path.rglob("*.safetensors"):
         path.unlink()
-    with pytest.raises(UserError, match=r"'a photo of a dog' cannot be read any more.*resume the run"):
-        prompt_embeds(["a photo of a dog"])
+    with pytest.raises(UserError, match=r"'a dog' cannot be read any more.*resume the run"):
+        on_disk(["a dog"])
     with pytest.raises(UserError, match=r"photo.*0\.png cannot be read any more.*resume the run"):
         stream.at(0)
 
@@ -264,14 +251,12 @@ def values_in(cache: TensorCache) -> list[float]:
     return [float(cache.get(key, lambda: {"value": torch.tensor([-1.0])})["value"]) for key in KEYS]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_in_memory_every_process_has_all_and_encodes_its_share(filled, count):
-    caches = [TensorCache() for _ in range(count)]
-    assert sum(filled(caches)) == 5
-    assert [values_in(cache) for cache in caches] == [[0, 1, 2, 3, 4]] * count
-
-
-def test_a_machine_writes_each_file_once_and_machines_that_share_no_disk_both_have_all(filled, tmp_path, monkeypatch):
+def test_each_process_encodes_its_share_and_has_all_and_a_machine_writes_each_file_once(filled, tmp_path, monkeypatch):
+    """In memory, on one disk, and on machines that share no disk."""
+    for count in (1, 2, 3):
+        caches = [TensorCache() for _ in range(count)]
+        assert sum(filled(caches)) == 5
+        assert [values_in(cache) for cache in caches] == [[0, 1, 2, 3, 4]] * count
     written, keep = [], TensorCache._keep
     monkeypatch.setattr(TensorCache, "_keep", lambda self, key, value: written.append(key) or keep(self, key, value))
     caches = [TensorCache(tmp_path) for _ in range(2)]
@@ -300,10 +285,8 @@ def test_processes_that_see_other_photos_end_in_one_line(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "is_there"), [({}, False), ({"num_validation_images": 1}, True), ({"caching": "off"}, True)]
-)
-def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny_base, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"num_validation_images": 1}, {"caching": "off"}])
+def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, tiny_base, photos, tmp_path, monkeypatch):
     load, loaded, seen = frozen_base.load_base, [], []
 
     def load_base(*given):
@@ -315,7 +298,7 @@ def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny
     note = lambda event: seen.append(loaded[0]() is not None) if event.kind == "step" else None  # noqa: E731
     with few_steps():
         train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=1, **changes), note)
-    assert seen == [is_there]
+    assert seen == [bool(changes)]
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

@@ -55,29 +55,27 @@ def test_each_group_has_its_own_rate_and_mixers_do_not_decay():
     assert groups["unet"]["lr"] == pytest.approx(24e-4) and groups["text_encoder"]["lr"] == 5e-6
 
 
-def stepped(config, module_groups):
-    """The first group's parameters after some steps with gradients of one, and the optimizer."""
-    optimizer = make_optimizer(config, module_groups)
+def stepped(name):
+    """The first group's parameters before and after three steps with gradients of one, and the optimizer."""
+    groups = parameter_groups(TrainConfig(adam_weight_decay=0, learning_rate=1e-2), components())
+    weights, optimizer = groups[0]["params"], make_optimizer(TrainConfig(optimizer=name), groups)
+    before = [weight.detach().clone() for weight in weights]
     for _ in range(3):
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                weight.grad = torch.ones_like(weight)
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            weight.grad = torch.ones_like(weight)
         optimizer.step()
-    return module_groups[0]["params"], optimizer
+    return before, weights, optimizer
 
 
 def test_adafactor_steps_by_the_given_rate_whatever_the_size_of_the_weights():
-    groups = parameter_groups(TrainConfig(adam_weight_decay=0, learning_rate=1e-2), components())
-    before = [weight.detach().clone() for weight in groups[0]["params"]]
-    after, _ = stepped(TrainConfig(optimizer="adafactor"), groups)
+    before, after, _ = stepped("adafactor")
     for old, new in zip(before, after, strict=True):
         assert torch.allclose(old - new, torch.full_like(new, 3e-2), rtol=1e-3)
 
 
 @pytest.mark.extra("schedulefree")
 def test_the_schedule_free_average_is_what_the_library_evaluates():
-    groups = parameter_groups(TrainConfig(learning_rate=1e-2), components())
-    weights, optimizer = stepped(TrainConfig(optimizer="schedulefree"), groups)
+    _, weights, optimizer = stepped("schedulefree")
     ours = [value.clone() for value in optimizers.ScheduleFreeAverage(weights, optimizer).values()]
     assert not any(map(torch.equal, ours, weights))
     optimizer.eval()

@@ -289,9 +289,8 @@ def tables(tmp_path):
 
 @pytest.fixture
 def several(tiny_base, tables, tmp_path):
-    return lambda output="run", **changes: tiny_config(
-        tiny_base, None, tmp_path / output, **{"subjects": tables, **changes}
-    )
+    usual = {"subjects": tables}
+    return lambda output="run", **changes: tiny_config(tiny_base, None, tmp_path / output, **usual | changes)
 
 
 def streams(rule=SQUARES, batch_size=1, counts=(5, 1, 3)):

@@ -25,6 +25,7 @@ from dreambooth_moslora.training.checkpoint import Position, check_resumed, chec
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import adapter_sha256, logged, paint_photos, tiny_config
+from tests.training.conftest import ROOT, flipped, stop_at
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 
@@ -34,37 +35,34 @@ CLASS_IMAGES = {"with_prior_preservation": True}
 BASE_PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
 WARM, TWO_CROPS = {"lr_warmup_steps": 2}, {"crops_per_photo": 2}
 TAGS = {"instance_prompt": "sks dog, red, round, on grass", "shuffle_caption": True, "keep_tokens": 1}
-BUCKETS = {"enable_bucket": True, "train_batch_size": 2, "caching": "disk", **TWO_CROPS}
-SIZES = {"enable_bucket": True, "bucket_reso_steps": 16, "num_class_images": 5, "sample_batch_size": 1}
+BUCKETS = {"enable_bucket": True, "bucket_reso_steps": 16, "train_batch_size": 2, "caching": "disk", **TWO_CROPS}
+SIZES = {"num_class_images": 5, "sample_batch_size": 1}
 CONVOLUTIONS = {"target_modules": ("to_q", "conv1", "conv_shortcut")}
 BASIS = {"basis": "svd", "rank": 3, "lora_alpha": 2, "target_modules": ("to_q", "conv1"), "learning_rate": 0.3}
 TEXT = {"train_text_encoder": True, "lora_dropout": 0.3, "use_dora": True, "lr_scheduler": "cosine"}
-BITS_8 = {"use_8bit_adam": True, "rank": 128}
+BITS_8 = {"use_8bit_adam": True, "rank": 128, "mixed_precision": "bf16", "gradient_checkpointing": True}
+ACCUMULATED = {"gradient_accumulation_steps": 3, "train_batch_size": 2}
+PRODIGY, ADAFACTOR = {"optimizer": "Prodigy", "learning_rate": 1.0}, CONVOLUTIONS | {"optimizer": "Adafactor"}
+UNCACHED = {"caching": "off", "dataloader_num_workers": 1}
 TOKENS, KRONECKER = {"train_text_encoder_ti": True}, {"mixer": "kronecker", "rank": 8, "mixer_factor": 4}
 KINDS = {
     "bare_prompt": {"instance_data_dir": "placed", "instance_prompt_share": 0.5, "seed": 1, "random_flip": True},
     "class_images_and_captions": CLASS_IMAGES | TAGS | {"caption_dropout": 0.4},
-    "accumulation_and_convolutions": CONVOLUTIONS | {"gradient_accumulation_steps": 3, "train_batch_size": 2},
     "text_encoder_dropout_and_dora": BASE_PRIOR | WARM | TEXT,
-    "buckets_and_adafactor": BUCKETS | CONVOLUTIONS | {"optimizer": "Adafactor"},
-    "prodigy_uncached_kronecker": TWO_CROPS
-    | KRONECKER
-    | {"optimizer": "Prodigy", "learning_rate": 1.0, "caching": "off"},
+    "buckets_class_images_of_several_sizes_and_adafactor": BUCKETS | SIZES | CLASS_IMAGES | ADAFACTOR,
+    "prodigy_uncached_kronecker": TWO_CROPS | KRONECKER | PRODIGY | {"caching": "off"},
     "schedule_free": WARM | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
-    "adam_8bit_in_bf16": BITS_8 | {"mixed_precision": "bf16", "gradient_checkpointing": True},
-    "basis": BASIS,
-    "prior_of_some": CLASS_IMAGES | {"prior_every": 3, "caching": "off", "dataloader_num_workers": 1},
+    "accumulation_convolutions_and_adam_8bit_in_bf16": ACCUMULATED | CONVOLUTIONS | BITS_8,
+    "basis_and_a_prior_of_some": BASIS | CLASS_IMAGES | UNCACHED | {"prior_every": 3},
     "new_tokens_of_several_subjects_and_average": CLASS_IMAGES | TOKENS | {"subjects": [DOG, CAT], "use_ema": True},
-    "class_images_of_several_sizes": CLASS_IMAGES | SIZES | {"max_train_steps": 2},
 }
 NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}
 FAST = ("bare_prompt",)
 STOPS = {
-    "prior_of_some": (1, 2, 3),
-    "class_images_and_captions": (1, 2, 3),
+    **dict.fromkeys(("basis_and_a_prior_of_some", "class_images_and_captions"), (1, 2, 3)),
     "new_tokens_of_several_subjects_and_average": (1, 3),  # the pivot is step 2
     **dict.fromkeys(("text_encoder_dropout_and_dora", "schedule_free"), (1,)),  # step 2 has the whole learning rate
-    "class_images_of_several_sizes": (0,),
+    "buckets_class_images_of_several_sizes_and_adafactor": (0, 2),
 }
 """After which steps a run is stopped, if not after the second alone. Step 0: while class images are drawn."""
 
@@ -77,12 +75,6 @@ def photos(tmp_path_factory):
     for path in paint_photos(folder / "placed").iterdir():
         path.with_suffix(".txt").write_text("a photo of sks dog on grass")
     return paint_photos(folder / "photos")
-
-
-def stop_at(step: int):
-    """(on_event, should_stop): the first hears the events, the second says so once `step` is done."""
-    done = []
-    return (lambda event: done.append(event.step if event.kind == "step" else None)), (lambda: step in done)
 
 
 def left_by(folder: Path) -> dict[str, bytes]:
@@ -147,13 +139,8 @@ def test_a_resumed_run_has_each_step_once_the_new_learning_rate_and_the_seed_it_
     train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None), *stop_at(2))
     drawn = RunDir(tmp_path / "run").read_metrics()[0]["config"]["seed"]
     train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None, **rate))
-    assert [(event["step"], event["lr"]) for event in logged(tmp_path / "run")] == [
-        (1, 1e-2),
-        (2, 1e-2),
-        (3, 5e-3),
-        (4, 5e-3),
-        (5, 5e-3),
-    ]
+    rates = [(event["step"], event["lr"]) for event in logged(tmp_path / "run")]
+    assert rates == [*((step, 1e-2) for step in (1, 2)), *((step, 5e-3) for step in (3, 4, 5))]
     assert [event["state"] for event in logged(tmp_path / "run", "end")] == ["done"]
     train(tiny_config(tiny_base, photos, tmp_path / "again", seed=drawn), *stop_at(2))
     train(tiny_config(tiny_base, photos, tmp_path / "again", seed=drawn, **rate))
@@ -299,20 +286,14 @@ def test_a_damaged_checkpoint_is_named_in_one_line(name, number, finished, check
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("missing", DAMAGE)
-def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_name(missing, checkpoint, tmp_path):
+def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_name(checkpoint, tmp_path):
     run = RunDir(tmp_path)
-    shutil.copytree(checkpoint, run.checkpoint_path(2))
-    (run.checkpoint_path(2) / missing).unlink()
-    assert find_checkpoint(run, "latest") == run.checkpoint_path(1)
-    with pytest.raises(UserError, match="checkpoint-2: no complete checkpoint"):
-        find_checkpoint(run, "checkpoint-2")
-
-
-def flipped(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    return bytes(content)
+    for missing in DAMAGE:
+        shutil.copytree(checkpoint, run.checkpoint_path(2), dirs_exist_ok=True)
+        (run.checkpoint_path(2) / missing).unlink()
+        assert find_checkpoint(run, "latest") == run.checkpoint_path(1)
+        with pytest.raises(UserError, match="checkpoint-2: no complete checkpoint"):
+            find_checkpoint(run, "checkpoint-2")
 
 
 def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_was(finished, tmp_path, caplog):
@@ -322,7 +303,8 @@ def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_w
     older, newest, before = run.checkpoint_path(2), run.checkpoint_path(4), adapter_sha256(run.path)
     whole = {path: path.read_bytes() for path in newest.iterdir()}
     far = json.dumps({**json.loads((newest / "position.json").read_text()), "step": 10**9}).encode()
-    damages = [(name, flipped(newest / name)) for name in ("moslora_weights.safetensors", "optimizer.pt")]
+    files = {name: (newest / name).read_bytes() for name in ("moslora_weights.safetensors", "optimizer.pt")}
+    damages = [(name, flipped(content, len(content) // 2)) for name, content in files.items()]
     damages += [(name, (older / name).read_bytes()) for name in ("optimizer.pt", "position.json")]
     for name, damage in (*damages, ("position.json", far)):
         for path, content in whole.items():
@@ -396,13 +378,11 @@ def test_a_mistake_touches_no_finished_run(name, finished):
 def test_a_run_that_is_stopped_before_it_begins_touches_nothing_and_a_resumed_one_only_says_so(finished):
     folder, config = finished
     before = contents(folder)
-    assert train(config(), should_stop=lambda: True).step == 0
-    assert contents(folder) == before
+    assert train(config(), should_stop=lambda: True).step == 0 and contents(folder) == before
     result = train(config(resume_from_checkpoint="checkpoint-1"), should_stop=lambda: True)
     assert result.interrupted and result.step == 1
     after = contents(folder)
-    added = {path for path in after if after[path] != before.get(path)}
-    assert {str(path) for path in added} == {"metrics.jsonl"} and after.keys() == before.keys()
+    assert {str(path) for path in after if after[path] != before[path]} == {"metrics.jsonl"}
     end = RunDir(folder).read_metrics()[-1]
     assert (end["type"], end["state"], end["step"]) == ("end", "interrupted", 1)
 
@@ -463,7 +443,6 @@ def test_a_full_disk_is_told_as_one_and_costs_no_checkpoint(tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-ROOT = Path(__file__).parents[2]
 TWICE = """
 import sys
 from contextlib import nullcontext

@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from subprocess import PIPE
 
 import pytest
@@ -22,11 +21,11 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, selftest
 from dreambooth_moslora.training.selftest import ON_CPU, PROGRAM, Finding, SelfTest
 from dreambooth_moslora.training.step import TrainStep
-from tests.helpers.tiny_training import logged, paint_photos, tiny_config
-from tests.training.conftest import start
+from tests.helpers.tiny_training import logged, tiny_config
+from tests.training.conftest import ROOT, start
 
-ROOT = Path(__file__).resolve().parents[2]
 HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+DEVICE = "tests.helpers.on_python_gpu"
 
 
 def test_losses_are_compared_step_by_step_and_what_does_not_hold_or_fails_is_told(tmp_path):
@@ -133,31 +132,21 @@ def test_a_step_that_fp16_skips_is_no_loss(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(machine.what_compile_lacks()), reason="needs a compiler")
-def test_compiled_losses_are_compared_with_those_without(tmp_path, monkeypatch):
-    """By inductor on the CPU, in two steps."""
+def test_compiled_blocks_are_compared_and_two_processes_and_graphs_that_cannot_be_made_are_no_failure(
+    tmp_path, monkeypatch
+):
+    """By inductor on the CPU, in two steps. accelerate takes the words for two GPUs, and gloo."""
     monkeypatch.setattr(selftest, "STEPS", 2)
-    test = SelfTest(tmp_path, env=ON_CPU)
+    test = SelfTest(tmp_path, env=ON_CPU, launcher=selftest.ON_TWO_GPUS)
     test.train("device_no")
-    found = test.compiled()
-    assert found.holds and found.said.startswith("losses with compiled blocks, at most "), found
-    assert "transformer blocks compiled" in (tmp_path / "compiled.log").read_text()
-
-
-@pytest.mark.slow
-def test_graphs_that_cannot_be_made_are_no_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(selftest, "STEPS", 1)
-    test = SelfTest(tmp_path, env=ON_CPU)
-    test.train("device_no")
-    found = test.graphed()
+    found = test.faster("graphs")
     assert found.holds and found.said == "CUDA graphs cannot be made here; the run goes on without"
-
-
-@pytest.mark.slow
-def test_two_processes_are_compared_with_one(tmp_path):
-    """accelerate takes the words for two GPUs, and gloo."""
-    found = SelfTest(tmp_path, env=ON_CPU, launcher=selftest.ON_TWO_GPUS).cards()
-    assert found.holds and found.said.startswith("6 losses of two processes"), found
+    found = test.cards()
+    assert found.holds and found.said.startswith("2 losses of two processes"), found
+    if not machine.what_compile_lacks():
+        found = test.faster("compiled")
+        assert found.holds and found.said.startswith("losses with compiled blocks, at most "), found
+        assert "transformer blocks compiled" in (tmp_path / "compiled.log").read_text()
 
 
 def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
@@ -167,13 +156,17 @@ def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_channels_last_gains_is_measured_and_kept(tmp_path, gpu, monkeypatch):
+def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own_and_what_channels_last_gains_is_kept(
+    tmp_path, gpu, monkeypatch
+):
     """On the CPU, under the name of a card."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     gpu(8)
     step, found = SelfTest(tmp_path, env=ON_CPU, compiles=True).step(99.0, size="small")
+    assert step.holds and "(full); --memory at 512 px needs" in step.said, step
+    assert step.figures["floor_sec"] > 0 and step.figures["step_sec"] > 0 and 0 < step.figures["peak_gib"] < 8
     assert found.holds and found.figures["gain"] > 0 and f"{found.figures['gain']:.2f} times" in found.said
-    assert machine.measured_gain(machine.CHANNELS_LAST) == found.figures["gain"] and step.figures["step_sec"] > 0
+    assert machine.measured_gain(machine.CHANNELS_LAST) == found.figures["gain"]
 
 
 MEASURED = "print('{\"step_sec\": 1}')"
@@ -191,7 +184,6 @@ def test_channels_last_is_left_out_where_it_cannot_be_measured_or_kept(words, sa
 
 
 def test_random_materials_have_all_that_a_step_reads():
-    """They replace `TrainInputs`, which gets new fields now and then."""
     config = TrainConfig.from_dict({"resolution": 64, "rank": 2, "mixed_precision": "bf16"})
     step = TrainStep(config, selftest.random_materials("small", 64), bf16_accelerator(), max_train_steps=1)
     assert 0 < step.accumulate_gradients().total < 10
@@ -199,16 +191,9 @@ def test_random_materials_have_all_that_a_step_reads():
 
 
 @pytest.mark.slow
-def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own(tmp_path):
-    [found] = SelfTest(tmp_path, env=ON_CPU).step(99.0, size="small")
-    assert found.holds and "(full); --memory at 512 px needs" in found.said, found
-    assert found.figures["floor_sec"] > 0 and found.figures["step_sec"] > 0 and 0 < found.figures["peak_gib"] < 8
-
-
-@pytest.mark.slow
 def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
     """Beside one training on the CPU. The picture is drawn on the CPU in both cases."""
-    program = (sys.executable, "-m", "tests.helpers.on_python_gpu") if HAS_PYTHON_DEVICES else PROGRAM
+    program = (sys.executable, "-m", DEVICE) if HAS_PYTHON_DEVICES else PROGRAM
     found = {finding.name: finding for finding in SelfTest(tmp_path, program=program).findings()}
     assert list(found) == ["losses, fp32", "published", "repeated", "resumed", "generated"]
     assert all(finding.holds for finding in found.values()), found
@@ -217,18 +202,19 @@ def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
 
 ATTENTION, CONVOLUTIONS = ["to_q", "to_k", "to_v", "to_out.0"], ["to_q", "conv1", "ff.net.0.proj", "ff.net.2"]
 PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
+PRODIGY = {"optimizer": "Prodigy", "learning_rate": 1.0}
+CACHED, ACCUMULATED = {"cache_cross_attention": True}, {"snr_gamma": 5.0, "gradient_accumulation_steps": 2}
 TRAININGS = {
     "plain": {"target_modules": ATTENTION},
     "text encoders, recomputed": {"train_text_encoder": True, "gradient_checkpointing": True},
     "new tokens, bf16": {"train_text_encoder_ti": True, "mixed_precision": "bf16", "target_modules": ATTENTION},
-    "min-SNR, accumulated": {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
-    "prior of the base": PRIOR,
-    "one image after the other": PRIOR | {"images_at_once": 1},
+    "min-SNR, accumulated": ACCUMULATED,
+    "prior of the base": PRIOR | {"target_modules": ATTENTION},
+    "one image after the other": PRIOR | {"images_at_once": 1, "use_dora": True} | PRODIGY,
     "class images": {"with_prior_preservation": True},
     "convolutions, feed-forward blocks recomputed": {"target_modules": CONVOLUTIONS, "recompute_feed_forward": True},
-    "Prodigy, DoRA": {"use_dora": True, "optimizer": "Prodigy", "learning_rate": 1.0},
     "EDM, uncached": {"do_edm_style_training": True, "caching": "off", "dataloader_num_workers": 2},
-    "text cached, samples": {"cache_cross_attention": True, "num_validation_images": 1, "validation_steps": 2},
+    "text cached, samples": CACHED | {"num_validation_images": 1, "validation_steps": 2},
 }
 COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
 """Each wait leaves the GPU idle until the program has handed it the next kernels: the loss alone is read. And each
@@ -269,47 +255,40 @@ def test_the_stand_in_refuses_what_a_card_refuses():
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory):
-    """A process with such a GPU: starting one costs more than a training."""
+def run_on_device(tiny_base, photos, tmp_path_factory, few_steps):
+    """Train two steps in a process with such a GPU, as starting one costs more than a training; the losses of the
+    steps, and what the last micro-batch did. Equal trainings are made once."""
     if not HAS_PYTHON_DEVICES:
         pytest.skip("this PyTorch has no devices written in Python")
-    log = tmp_path_factory.mktemp("device") / "stderr.txt"
-    command = [sys.executable, "-m", "tests.helpers.on_python_gpu"]
+    folder, command, known = tmp_path_factory.mktemp("device"), [sys.executable, "-m", DEVICE], {}
     with (
-        log.open("w") as errors,
+        (folder / "stderr.txt").open("w") as errors,
         subprocess.Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as process,
     ):
-        yield process, log
 
+        def run(**changes) -> dict:
+            words = {"base": str(tiny_base), "photos": str(photos), "output": str(folder / f"gpu_{len(known)}")}
+            if (asked := json.dumps(changes)) not in known:
+                process.stdin.write(json.dumps(words | {"changes": {"max_train_steps": 2} | changes}) + "\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+                assert answer, f"the process ended: {(folder / 'stderr.txt').read_text()[-3000:]}"
+                known[asked] = json.loads(answer)
+            assert "error" not in known[asked], known[asked]["error"]
+            return known[asked]
 
-@pytest.fixture
-def run_on_device(device, tiny_base, tmp_path, few_steps):
-    """Train two steps there; the losses of the steps, and what the last micro-batch did."""
-    process, log = device
-
-    def run(**changes) -> dict:
-        words = {"base": str(tiny_base), "photos": str(paint_photos(tmp_path / "photos"))}
-        words |= {"output": str(tmp_path / "gpu"), "changes": {"max_train_steps": 2} | changes}
-        process.stdin.write(json.dumps(words) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-        assert answer, f"the process ended: {log.read_text()[-3000:]}"
-        found = json.loads(answer)
-        assert "error" not in found, found["error"]
-        return found
-
-    return run
+        yield run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("training", TRAININGS)
 def test_a_training_mixes_no_devices_has_the_cpu_s_losses_and_waits_once_a_step(
-    run_on_device, tiny_base, tmp_path, training
+    run_on_device, tiny_base, photos, tmp_path, training
 ):
     """The losses of two steps; bf16 rounds in another order there."""
     settings = TRAININGS[training]
     found = run_on_device(**settings)
-    loop.train(tiny_config(tiny_base, tmp_path / "photos", tmp_path / "cpu", max_train_steps=2, **settings))
+    loop.train(tiny_config(tiny_base, photos, tmp_path / "cpu", max_train_steps=2, **settings))
     expected = [event["loss"] for event in logged(tmp_path / "cpu")]
     assert found["losses"] == pytest.approx(expected, rel=1e-2 if "mixed_precision" in settings else 1e-5)
     if training in COUNTED:
@@ -320,12 +299,12 @@ def test_a_training_mixes_no_devices_has_the_cpu_s_losses_and_waits_once_a_step(
 
 @pytest.mark.slow
 def test_two_processes_each_on_a_device_train_what_one_trains_with_two_micro_batches(
-    run_on_device, tiny_base, tmp_path, free_port
+    run_on_device, tiny_base, photos, tmp_path, free_port
 ):
-    alone = run_on_device(gradient_accumulation_steps=2)
-    words = {"base": str(tiny_base), "photos": str(tmp_path / "photos"), "output": str(tmp_path / "two")}
-    (tmp_path / "two.json").write_text(json.dumps(words | {"changes": {"max_train_steps": 2}}))
-    command = [sys.executable, "-m", "tests.helpers.on_python_gpu", str(tmp_path / "two.json")]
+    alone, half = run_on_device(**ACCUMULATED), ACCUMULATED | {"max_train_steps": 2, "gradient_accumulation_steps": 1}
+    words = {"base": str(tiny_base), "photos": str(photos), "output": str(tmp_path / "two"), "changes": half}
+    (tmp_path / "two.json").write_text(json.dumps(words))
+    command = [sys.executable, "-m", DEVICE, str(tmp_path / "two.json")]
     ended = [process.communicate(timeout=600)[1] for process in [start(command, rank, 2, free_port) for rank in (0, 1)]]
     for rank in (0, 1):
         found = json.loads((tmp_path / f"two.{rank}").read_text())
@@ -345,8 +324,7 @@ def test_fp16_that_overflows_on_the_device_makes_the_step_again(run_on_device):
 @pytest.mark.slow
 def test_cached_text_needs_no_projection_on_the_device_and_one_more_copy_a_row(run_on_device, tiny_base):
     """With the frozen base as the prior a photo has two rows."""
-    live = run_on_device(target_modules=ATTENTION, **PRIOR)
-    cached = run_on_device(target_modules=ATTENTION, **PRIOR, cache_cross_attention=True)
+    live, cached = (run_on_device(**TRAININGS["prior of the base"], **cached) for cached in ({}, CACHED))
     assert cached["losses"] == pytest.approx(live["losses"], rel=1e-5)
     assert live["frozen"] - cached["frozen"] == size_of_base(tiny_base, ()).text_projections > 0
     assert sum(cached["waits"].values()) == 1, cached["waits"]
@@ -356,7 +334,7 @@ def test_cached_text_needs_no_projection_on_the_device_and_one_more_copy_a_row(r
 @pytest.mark.slow
 def test_on_a_card_that_is_short_photos_are_encoded_in_tiles_before_the_texts_and_apart_from_them(run_on_device):
     """Together they were the peak of a small card: the UNet comes last."""
-    short, usual = run_on_device(free_gib=0.005), run_on_device()
+    short, usual = run_on_device(free_gib=0.005), run_on_device(**TRAININGS["plain"])
     parts = {"encode_photos": ["vae"], "encode_prompts": ["text_encoder", "text_encoder_2"]}
     assert short["encoded"] == usual["encoded"] == parts
     assert (short["side_px"], usual["side_px"]) == (32, 64) and len(short["losses"]) == 2

@@ -1,7 +1,6 @@
 """One step of the trainer, and what only makes it cheaper: working copies, cached text, compiled blocks, fp16."""
 
 import os
-import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -37,38 +36,15 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
-def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(tiny_base, photos, tmp_path, monkeypatch, changes):
-    """Those of the first step, or None for a parameter without one."""
-    found, nothing = [], SimpleNamespace(collect=lambda: None)
-
-    def note(train_step: TrainStep) -> float:
-        found.append([None if p.grad is None else p.grad.clone() for p in train_step.parameters])
-        raise StopRequestedError
-
-    monkeypatch.setattr(TrainStep, "update_adapter", note)
-    changes = {"target_modules": ("to_q", "to_k", "to_v", "to_out.0", "conv1"), **changes}
-    train(tiny_config(tiny_base, photos, tmp_path / "with", **changes))
-    monkeypatch.setattr(WorkingCopies, "for_one_step", lambda self: nullcontext(nothing))
-    train(tiny_config(tiny_base, photos, tmp_path / "without", **changes))
-    with_copies, without = found
-    assert [g is None for g in with_copies] == [g is None for g in without]
-    tolerance = 0.05 if "mixed_precision" in changes else 1e-3
-    for seen, wanted in zip(with_copies, without, strict=True):
-        if wanted is not None:
-            assert (seen - wanted).norm() <= tolerance * wanted.norm() and seen.dtype == torch.float32
-    assert any(g is not None and g.norm() > 0 for g in with_copies)
-
-
 @pytest.fixture
 def first_gradients(tiny_base, photos, tmp_path, monkeypatch):
-    """Those of the first step, and its losses."""
+    """Those of the first step, with None for a parameter without one, and its losses."""
 
-    def first_gradients(**changes) -> tuple[list[torch.Tensor], StepLosses]:
+    def first_gradients(**changes) -> tuple[list[torch.Tensor | None], StepLosses]:
         found, seen, accumulate = [], [], TrainStep.accumulate_gradients
 
         def note(step: TrainStep) -> float:
-            found.extend(p.grad.clone() for p in step.parameters)
+            found.extend(None if p.grad is None else p.grad.clone() for p in step.parameters)
             raise StopRequestedError
 
         with monkeypatch.context() as patch:
@@ -80,6 +56,21 @@ def first_gradients(tiny_base, photos, tmp_path, monkeypatch):
     return first_gradients
 
 
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(first_gradients, monkeypatch, changes):
+    changes = {"target_modules": ("to_q", "to_k", "to_v", "to_out.0", "conv1"), **changes}
+    with_copies, _ = first_gradients(**changes)
+    nothing = SimpleNamespace(collect=lambda: None)
+    monkeypatch.setattr(WorkingCopies, "for_one_step", lambda self: nullcontext(nothing))
+    without, _ = first_gradients(**changes)
+    tolerance = 0.05 if "mixed_precision" in changes else 1e-3
+    assert [g is None for g in with_copies] == [g is None for g in without]
+    for seen, wanted in zip(with_copies, without, strict=True):
+        if wanted is not None:
+            assert (seen - wanted).norm() <= tolerance * wanted.norm() and seen.dtype == torch.float32
+    assert any(g is not None and g.norm() > 0 for g in with_copies)
+
+
 def test_feed_forward_blocks_that_are_recomputed_give_the_same_bytes(first_gradients):
     changes = PRIOR | {"target_modules": ("to_q", "attn2.to_v", "ff.net.2")}
     plain, losses = first_gradients(**changes)
@@ -87,9 +78,12 @@ def test_feed_forward_blocks_that_are_recomputed_give_the_same_bytes(first_gradi
     assert losses == same and all(map(torch.equal, plain, recomputed)) and any(grad.norm() for grad in plain)
 
 
+def assert_near(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm()
+
+
 OF_CLASS = {"with_prior_preservation": True, "num_class_images": 2, "prior_loss_weight": 0.5, "snr_gamma": 5.0}
-
-
 PASSES = [(PRIOR | {"prior_loss_weight": 0.5}, [3, 2, 1, 6, 12]), ({"enable_bucket": True}, [9])]
 PASSES += [pytest.param(OF_CLASS, [1, 4], marks=pytest.mark.slow)]
 PASSES += [pytest.param(PRIOR | {"prior_every": 2}, [1, 3, 12], marks=pytest.mark.slow)]
@@ -104,8 +98,7 @@ def test_one_pass_and_many_have_the_gradients_of_a_micro_batch_each(first_gradie
         found, same = first_gradients(**usual, images_at_once=images)
         assert same.total == pytest.approx(losses.total, rel=1e-5) and (same.prior is None) == (losses.prior is None)
         assert same.instance + (same.prior or 0) == pytest.approx(losses.instance + (losses.prior or 0), rel=1e-5)
-        for one, other in zip(found, wanted, strict=True):
-            assert (one - other).norm() <= 1e-4 * other.norm()
+        assert_near(found, wanted)
 
 
 @pytest.fixture
@@ -132,8 +125,7 @@ def test_the_prior_of_one_micro_batch_in_k_at_k_times_its_weight_has_the_gradien
         found, same = first_gradients(**usual, prior_every=every)
         assert sum(one_draw) == 4 + 4 // every * (2 if prior is PRIOR else 1)
         assert vars(same) == pytest.approx(vars(losses), rel=1e-5)
-        for one, other in zip(found, wanted, strict=True):
-            assert (one - other).norm() <= 1e-4 * other.norm()
+        assert_near(found, wanted)
     assert any(grad.norm() for grad in wanted)
 
 
@@ -262,13 +254,13 @@ def test_convolutions_are_channels_last_where_a_self_test_of_this_card_has_shown
     assert is_used()
 
 
-@pytest.mark.parametrize(("name", "is_fast"), [("gfx1100", False), ("gfx1030", False), ("gfx942:sramecc+", True)])
-def test_convolutions_of_amds_gpus_are_channels_last_on_gfx9_alone(gains, monkeypatch, name, is_fast):
+def test_convolutions_of_amds_gpus_are_channels_last_on_gfx9_alone(gains, monkeypatch):
     gains(1.1)
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(gcnArchName=name))
-    speed = speed_of(TrainConfig(resolution=1024, train_batch_size=1), "cuda", 1000)
-    assert speed.compiled and (speed.channels_last, speed.searches) == (is_fast, is_fast)
+    for name, is_fast in (("gfx1100", False), ("gfx1030", False), ("gfx942:sramecc+", True)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda name=name: SimpleNamespace(gcnArchName=name))
+        speed = speed_of(TrainConfig(resolution=1024, train_batch_size=1), "cuda", 1000)
+        assert speed.compiled and (speed.channels_last, speed.searches) == (is_fast, is_fast)
 
 
 def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(monkeypatch):
@@ -311,27 +303,11 @@ def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@torch.no_grad()
-def test_a_block_by_inductor_computes_the_same():
-    """It stands before the test without a compiler, which inductor remembers."""
-    block = tiny_unet().mid_block.attentions[0].transformer_blocks[0]
-    x, text = torch.randn(1, 16, 32), torch.randn(1, 7, 48)
-    plain = block(x, encoder_hidden_states=text)
-    block.compile(backend=train_step.BACKEND)
-    assert torch.allclose(block(x, encoder_hidden_states=text), plain, atol=1e-5)
-
-
-@pytest.mark.slow
 def test_compiled_losses_are_those_without_and_so_is_what_is_saved(losses_of, tmp_path, monkeypatch):
     """Traced, differentiated ahead of time, and run operation by operation: inductor would take minutes here."""
     monkeypatch.setattr(train_step, "BACKEND", "aot_eager")
-    settings = {
-        "gradient_checkpointing": True,
-        "enable_bucket": True,
-        "target_modules": ("to_q", "to_k", "to_v", "conv1"),
-    }
-    settings |= PRIOR
+    settings = PRIOR | {"gradient_checkpointing": True, "enable_bucket": True}
+    settings["target_modules"] = ("to_q", "to_k", "to_v", "conv1")
     plain, compiled = losses_of("plain", **settings), losses_of("compiled", compile="on", **settings)
     assert compiled == pytest.approx(plain, rel=1e-5)
     one, other = (load_file(tmp_path / run / "last" / RAW_NAME) for run in ("plain", "compiled"))
@@ -390,12 +366,12 @@ def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_sc
     assert len(logged(tmp_path / "run")) == 20 and not RunDir(tmp_path / "run").adapter_path.exists()
 
 
-@pytest.mark.parametrize(("precision", "major", "advised"), [("fp16", 7, False), ("fp16", 8, True), ("bf16", 8, False)])
-def test_bf16_is_advised_only_to_a_run_in_fp16_on_a_card_that_has_it(precision, major, advised, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (major, 0))
-    accelerator = SimpleNamespace(device=torch.device("cuda"), mixed_precision=precision)
-    error = Training.diverged(SimpleNamespace(accelerator=accelerator, run_dir=RunDir(tmp_path)), "the loss is nan")
-    assert ("--mixed_precision bf16" in str(error)) is advised
+def test_bf16_is_advised_only_to_a_run_in_fp16_on_a_card_that_has_it(gpu, tmp_path):
+    for precision, major, advised in (("fp16", 7, False), ("fp16", 8, True), ("bf16", 8, False)):
+        gpu(major)
+        accelerator = SimpleNamespace(device=torch.device("cuda"), mixed_precision=precision)
+        error = Training.diverged(SimpleNamespace(accelerator=accelerator, run_dir=RunDir(tmp_path)), "the loss is nan")
+        assert ("--mixed_precision bf16" in str(error)) is advised
 
 
 @pytest.mark.slow

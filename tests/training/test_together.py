@@ -14,7 +14,7 @@ from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, step
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, logged, paint_photos, tiny_config
-from tests.training.test_resume import stop_at
+from tests.training.conftest import stop_at
 
 RATE, STEPS = 1e-3, (2, 4, 3)
 """The first ends early, and the third joins when it has."""
