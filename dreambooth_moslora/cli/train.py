@@ -108,25 +108,14 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
     texts = {"description": DESCRIPTION, "epilog": EXAMPLE.format(command=command)}
     texts["usage"] = f"{prog} [PHOTOS WORD] [--FLAG VALUE …]"
     parser = Parser(prog=prog, add_help=False, **texts)
-    parser.add_argument("-h", "--help", action=ShortHelp, short=short_help(prog, texts), help="the flags in daily use")
+    short = short_help(prog, texts)
+    parser.add_argument("-h", "--help", action="version", version=short, help="the flags in daily use")
     parser.add_argument("--help_all", action="help", help="all flags")
     parser.add_argument("--version", action="version", version=__version__)
     about = "put the run at the end of the queue beside its --output_dir and return"
     parser.add_argument("--queue", action="store_true", help=f"{about}; `queue start` or the page trains it")
     add_training_flags(parser, notes=WITHOUT_WORDS)
     return parser
-
-
-class ShortHelp(argparse.Action):
-    """Prints `short` and ends."""
-
-    def __init__(self, short: str, **options: Any):
-        super().__init__(nargs=0, default=argparse.SUPPRESS, **options)
-        self.short = short
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(self.short, end="")
-        parser.exit()
 
 
 def short_help(prog: str, texts: Mapping[str, str]) -> str:
@@ -229,13 +218,8 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     like_of_file = recipe.pop("like", None)
     like = like or like_of_file
     given = {*flags, WORDS} if without_words else {*flags}
-    gone = [
-        name
-        for name in recipe
-        if name in table.SETTINGS and given.intersection(table.SETTINGS[name].metadata["yields_to"])
-    ]
-    settings = {name: value for name, value in recipe.items() if name not in gone} | flags
-    settings = table.check_each(settings)
+    yields = {name for name, item in table.SETTINGS.items() if given.intersection(item.metadata["yields_to"])}
+    settings = table.check_each({name: value for name, value in recipe.items() if name not in yields} | flags)
     if like:
         taken, lines = sources.settings_like(str(like), settings)
         settings = taken | settings
