@@ -81,7 +81,7 @@ def as_text(found: Findings) -> str:
 
 
 def examine_versions(found: Findings) -> None:
-    versions = installed_versions((*needed_ranges(), *OPTIONAL))
+    versions = {name: version_of(name) for name in (*needed_ranges(), *OPTIONAL)}
     found.facts["python"] = platform.python_version()
     found.facts |= {name: version or "-" for name, version in versions.items()}
     if sys.version_info[:2] < MIN_PYTHON:
@@ -100,11 +100,6 @@ def needed_ranges() -> dict[str, SpecifierSet]:
         lines = metadata.requires("dreambooth_moslora") or []
     items = [Requirement(line) for line in lines]
     return {item.name: item.specifier for item in items if item.marker is None and item.name not in OPTIONAL}
-
-
-def installed_versions(names: tuple[str, ...]) -> dict[str, str | None]:
-    """Installed versions by name, None for missing ones; nothing is imported."""
-    return {name: version_of(name) for name in names}
 
 
 def is_within(version: str | None, versions: SpecifierSet) -> bool:

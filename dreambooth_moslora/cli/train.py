@@ -119,7 +119,6 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
 
 
 def short_help(prog: str, texts: Mapping[str, str]) -> str:
-    """The help with the flags in daily use."""
     parser = Parser(prog=prog, add_help=False, **texts)
     for title, names in DAILY.items():
         group = parser.add_argument_group(title)

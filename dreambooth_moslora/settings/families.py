@@ -50,10 +50,8 @@ class Facts:
 
     name: str
     title: str
-    pipeline: str
-    """Class of the pipeline."""
-    model: str
-    """Class of the model that denoises."""
+    pipeline: str  # Class of the pipeline.
+    model: str  # Class of the model that denoises.
     denoiser: str = "transformer"
     """The pipeline's attribute of that model; it begins the keys of adapter files."""
     encoders: tuple[str, ...] = ("text_encoder",)
@@ -62,9 +60,8 @@ class Facts:
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     style: str = "flow"
     """What the denoiser predicts: `flow`, n - x of z = (1 - σ)x + σn, or `ddpm`, noise or velocity."""
-    weighting_scheme: str = "none"
+    weighting_scheme: str = "none"  # As the next, a default of diffusers' script.
     precondition_outputs: bool = False
-    """The defaults of diffusers' script."""
     has_level_shift: bool = False
     """Whether its scheduler has a line by which larger pictures get noisier levels; else all get the same."""
     text_options: tuple[str, ...] = ("max_sequence_length",)
@@ -72,32 +69,26 @@ class Facts:
     guidance: float = 4.0
     guidance_name: str = "guidance_scale"
     """The pipeline's argument for the weight of the prompt against the empty one."""
-    no_guidance: float = 1.0
-    """Its value that uses the prompt alone."""
+    no_guidance: float = 1.0  # Its value that uses the prompt alone.
     has_negative: bool = True
     """Whether pictures are drawn against a negative prompt; else the model is told the guidance."""
     resolution_px: int = 1024
-    multiple_px: int = 16
-    """Sides of pictures are multiples of this."""
-    needs_sizes: bool = False
-    """Whether the denoiser is told the photo's size and crop."""
-    has_new_tokens: bool = False
-    """Whether new tokens can be learnt in its text encoders (pivotal tuning)."""
+    multiple_px: int = 16  # Sides of pictures are multiples of this.
+    needs_sizes: bool = False  # Whether the denoiser is told the photo's size and crop.
+    has_new_tokens: bool = False  # Whether new tokens can be learnt in its text encoders (pivotal tuning).
     modelspec: str = ""
     """Name of the architecture in the header of a file in kohya's form, and kohya's own word for it."""
     kohya_version: str = ""
     article: str = "a"
     hub_tag: str = ""
     licence: str = ""
-    memory: Memory | None = None
-    """None for UNets, which are counted by SDXL's."""
+    memory: Memory | None = None  # None for UNets, which are counted by SDXL's.
     file_mark: str = ""
     """A tensor that only this family's single files have, in the layout of its authors. "" for SDXL's, which are those
     without another's mark."""
     models: tuple[Model, ...] = ()
     """Those that are known before they are fetched (`benchmarks.family_memory`)."""
-    call: str = ""
-    """What the pipeline's call needs beside a prompt, in the snippet of a model card."""
+    call: str = ""  # What the pipeline's call needs beside a prompt, in the snippet of a model card.
     recipes: tuple[int, ...] = ()
     """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for; UNets share SDXL's, which is for all."""
 

@@ -17,7 +17,6 @@ from dreambooth_moslora.cli.machine import (
     Findings,
     bad_pairs,
     examine_machine,
-    installed_versions,
     needed_ranges,
     out_of_range,
 )
@@ -63,7 +62,7 @@ def test_doctor_says_this_machines_memory(monkeypatch):
 
 
 def test_doctor_names_bad_pairs_and_missing_libraries_and_takes_builds_and_candidates_as_their_release():
-    mine = installed_versions(tuple(needed_ranges()))
+    mine = {name: rules.version_of(name) for name in needed_ranges()}
     assert bad_pairs(mine) == [] and out_of_range(mine) == []
     (line,) = bad_pairs({**mine, "transformers": "5.24.1"})
     assert "transformers 5.24.1 needs peft 0.22" in line
