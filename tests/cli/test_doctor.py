@@ -12,14 +12,7 @@ from packaging.requirements import Requirement
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
-from dreambooth_moslora.cli.machine import (
-    OPTIONAL,
-    Findings,
-    bad_pairs,
-    examine_machine,
-    needed_ranges,
-    out_of_range,
-)
+from dreambooth_moslora.cli.machine import OPTIONAL, bad_pairs, needed_ranges, out_of_range
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan import checks
@@ -27,25 +20,20 @@ from dreambooth_moslora.settings import rules
 from dreambooth_moslora.settings.table import TrainConfig
 
 
-def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys):
+def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=3 * 2**30))
     assert main(["doctor", "--base", str(tiny_base), "--size", "32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (
-        found["problems"] == [] and {"torch", "peft", "device", "compile", "VAE in bfloat16"} <= found["facts"].keys()
-    )
-    assert found["facts"]["VAE in float16"].startswith("off by")
+    facts = found["facts"]
+    assert found["problems"] == [] and {"torch", "peft", "device", "compile", "VAE in bfloat16"} <= facts.keys()
+    assert facts["VAE in float16"].startswith("off by") and facts["processor"].endswith(" cores, 3.0 GiB")
 
 
-@pytest.mark.parametrize(
-    ("on_gpu", "programs", "modules", "lacks"),
-    [
-        (False, ["c++"], [], None),
-        (False, ["gcc"], [], "a C++ compiler"),
-        (True, ["gcc"], [], "Triton"),
-        (True, [], ["triton"], "a C compiler"),
-        (True, ["gcc"], ["triton"], "Python.h"),
-    ],
-)
+LACKS = [(False, ["c++"], [], None), (False, ["gcc"], [], "a C++ compiler"), (True, ["gcc"], [], "Triton")]
+LACKS += [(True, [], ["triton"], "a C compiler"), (True, ["gcc"], ["triton"], "Python.h")]
+
+
+@pytest.mark.parametrize(("on_gpu", "programs", "modules", "lacks"), LACKS)
 def test_what_compile_lacks_is_named(on_gpu, programs, modules, lacks, monkeypatch):
     monkeypatch.setattr(machine, "has_gpu", lambda: on_gpu)
     monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in programs else None)
@@ -53,12 +41,6 @@ def test_what_compile_lacks_is_named(on_gpu, programs, modules, lacks, monkeypat
     monkeypatch.setattr(machine, "get_path", lambda name: "/nowhere")
     found = machine.what_compile_lacks()
     assert (found is None) if lacks is None else found.startswith(lacks)
-
-
-def test_doctor_says_this_machines_memory(monkeypatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=3 * 2**30))
-    examine_machine(found := Findings())
-    assert found.facts["processor"].endswith(" cores, 3.0 GiB")
 
 
 def test_doctor_names_bad_pairs_and_missing_libraries_and_takes_builds_and_candidates_as_their_release():
