@@ -200,9 +200,8 @@ REMARKS = answers_in("remarks.txt")
 
 @pytest.mark.parametrize("words", REMARKS)
 def test_a_setting_that_goes_badly_with_the_others_is_named_once(words):
-    assert remarks(parse_train_config([*NEEDED, "--pretrained_model_name_or_path", "toy", *shlex.split(words)])) == [
-        REMARKS[words]
-    ]
+    config = parse_train_config([*NEEDED, "--pretrained_model_name_or_path", "toy", *shlex.split(words)])
+    assert remarks(config) == [REMARKS[words]]
 
 
 ROOT = Path(__file__).parents[2]
