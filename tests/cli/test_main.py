@@ -138,8 +138,6 @@ UNFINISHED = {
     "check": "the following arguments are required",
     "train": "say which photos to train, and what they show, as in `train photos/dog dog`; --help shows the flags.\n",
     "train --rank 4": "missing: --pretrained_model_name_or_path, --instance_prompt, --instance_data_dir",
-    "train --trian": "unknown flag --trian",
-    "train --rank 0": "--rank 0: must be at least 1",
 }
 
 
