@@ -103,9 +103,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
         if args.sweep_scale:
             smaller = [evaluator.of_subject() for evaluator in evaluators]
-            choice = explain.choose_scale(
-                {s: report.pooled([judge(one, scale=s) for one in smaller]).score for s in explain.SCALES}
-            )
+            by_scale = {s: report.pooled([judge(one, scale=s) for one in smaller]).score for s in explain.SCALES}
+            choice = explain.choose_scale(by_scale)
         of_pairs = [judge(pair, scale=args.scale) for pair in pairs]
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
     steps = plans[0].inference_steps

@@ -286,14 +286,11 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
         raise core.UserError(unknown_flag_message(word))
     if not word or "/" in word:
         raise core.UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
-    if len(word) > core.MAX_WORD_CHARACTERS:
-        raise core.UserError(
-            f"the word has {len(word)} letters; at most {core.MAX_WORD_CHARACTERS} are allowed, {AS_ONE_WORD}."
-        )
+    if (count := len(word)) > (most := core.MAX_WORD_CHARACTERS):
+        raise core.UserError(f"the word has {count} letters; at most {most} are allowed, {AS_ONE_WORD}.")
     if len(words) > 2:
-        raise core.UserError(
-            f"`{words[2]}` belongs to no flag: a class of several words goes in quotes, {AS_ONE_WORD}."
-        )
+        said = f"`{words[2]}` belongs to no flag: a class of several words goes in quotes"
+        raise core.UserError(f"{said}, {AS_ONE_WORD}.")
     return folder, word
 
 

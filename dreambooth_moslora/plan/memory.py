@@ -178,14 +178,12 @@ def size_of_shapes(
 
 def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     """The device memory of each phase, and the disk space, GiB."""
-    number = BYTES[precision_of(config)]
+    number, kind = BYTES[precision_of(config)], optimizer_kinds.optimizer_of(config)
     adapter = adapter_parameters(config, size)
     quantized = QUANTIZED_BYTES.get(config.base_quantization, number)
     unet = ((size.unet - size.projections) * number + size.projections * quantized) / machine.GIB
     texts, vae = size.text_encoders * number / machine.GIB, size.vae * 4 / machine.GIB
-    bytes_each = (
-        optimizer_kinds.BYTES_IN_8_BIT if config.use_8bit_adam else optimizer_kinds.optimizer_of(config).bytes_each
-    )
+    bytes_each = optimizer_kinds.BYTES_IN_8_BIT if config.use_8bit_adam else kind.bytes_each
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / machine.GIB
     on_host = size.text_projections * number / machine.GIB if config.cache_cross_attention else 0.0
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)
@@ -279,10 +277,8 @@ def disk_gib(config: table.TrainConfig, adapter: int, checkpoint_gib: float, tot
     times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
     samples = len(subjects) * config.sample_count * times
     classes = {one.class_prompt for one in subjects if one.draws_class_images and not one.class_data_dir}
-    pictures = samples + len(classes) * config.num_class_images
-    return (
-        checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / machine.GIB
-    )
+    pixels = (samples + len(classes) * config.num_class_images) * config.resolution**2
+    return checkpoints * checkpoint_gib + (adapter * 8 + pixels * PNG_BYTES_A_PIXEL) / machine.GIB
 
 
 def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
@@ -474,9 +470,8 @@ def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:
     if config.memory is None:
         return []
     free = free_gib_of_gpu()
-    bare = replace(
-        config, **{name: table.SETTINGS[name].default for name in table.OF_PLANS if name != "images_at_once"}
-    )
+    plain = {name: table.SETTINGS[name].default for name in table.OF_PLANS if name != "images_at_once"}
+    bare = replace(config, **plain)
     needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in costs(bare, size).items())
     has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
     passes = f"{config.images_a_pass} of a step's {config.images_a_micro_batch * config.gradient_accumulation_steps}"
@@ -514,11 +509,9 @@ def by_all(check: Callable[[], Result]) -> Result:
 
 def in_lines(settings: Mapping[str, Any]) -> str:
     """A line for each setting that the processes must share; one that is not given has its default."""
-    shared = [
-        item for item in table.SETTINGS.values() if not item.metadata["secret"] and not item.metadata["per_process"]
-    ]
-    values = {item.name: table.checked_setting(item.name, settings.get(item.name, item.default)) for item in shared}
-    return "\n".join(f"--{name} {value!r}" for name, value in values.items())
+    apart = {*table.named("secret"), *table.named("per_process")}
+    shared = {name: settings.get(name, item.default) for name, item in table.SETTINGS.items() if name not in apart}
+    return "\n".join(f"--{name} {table.checked_setting(name, value)!r}" for name, value in shared.items())
 
 
 def least_free_gib(*, is_later: bool = False) -> float | None:

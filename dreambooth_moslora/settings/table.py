@@ -546,9 +546,8 @@ def shapes_weights(name: str, config: TrainConfig) -> bool:
     return shapes(config) if callable(shapes) else shapes and not any(applies(config) for _, applies in idle)
 
 
-REMOVED = dict.fromkeys(
-    ("new_backgrounds", "background_scenes"), "removed, as the project's study showed no gain from new backgrounds"
-)
+WHY_REMOVED = "removed, as the project's study showed no gain from new backgrounds"
+REMOVED = {"new_backgrounds": WHY_REMOVED, "background_scenes": WHY_REMOVED}
 """Settings of earlier versions -> why they are gone. Files of runs that did not use them hold them as 0 or []."""
 
 
@@ -634,14 +633,11 @@ def is_text(value: str) -> bool:
     return "\0" not in value and value == value.encode("utf-8", "replace").decode()
 
 
+Bound = float | None
+
+
 def check_number(
-    name: str,
-    value: float,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
+    name: str, value: float, *, low: Bound = None, above: Bound = None, high: Bound = None, below: Bound = None
 ) -> None:
     """Raises UserError, which begins with `--name`, for a number that is not finite or breaks a bound."""
     if value != value or value in (float("inf"), float("-inf")):
