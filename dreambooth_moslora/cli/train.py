@@ -133,8 +133,7 @@ def short_help(prog: str, texts: Mapping[str, str]) -> str:
 def add_training_flags(
     parser: "Parser", hidden: Collection[str] = (), notes: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Add `--config`, `--like` and a flag for each setting, of which the result has the given ones alone. `notes` end
-    the help of some."""
+    """Add `--config`, `--like` and a flag for each setting; the result has the given ones. `notes` end their help."""
     parser.is_of_training = True
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
     about_like = "settings from a published adapter file, also kohya's; flags and --config override them"

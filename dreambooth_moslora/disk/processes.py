@@ -231,8 +231,7 @@ def start_logged(
 
 
 def apart(inherits: Sequence[int]) -> dict[str, Any]:
-    """How a process is started that no Ctrl-C here and no closed terminal reaches: in a session of its own, on Windows
-    with a console of its own that is not shown."""
+    """Options by which no Ctrl-C here and no closed terminal reaches it; on Windows its own console is not shown."""
     if IS_POSIX:
         return {"start_new_session": True, "pass_fds": inherits}
     return {"creationflags": getattr(subprocess, "CREATE_NO_WINDOW", 0)}

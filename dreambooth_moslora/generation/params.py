@@ -177,8 +177,7 @@ def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a PNG, JPEG or WebP; pixels are not decoded. Raises UserError for another file, or one without
-    parameters."""
+    """The recipe in a PNG, JPEG or WebP; pixels are not decoded. Raises UserError for a file without one."""
     return recipe_in(texts_in(Path(path)), Path(path).name)
 
 

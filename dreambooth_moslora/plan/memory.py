@@ -411,8 +411,7 @@ def half_settings(config: table.TrainConfig, free_gib: float | None) -> dict[str
 
 
 def fitting_settings(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> dict[str, Any]:
-    """The settings of the plan that `--memory` names, or with `auto` of the first whose smallest pass fits, and its
-    largest pass that fits."""
+    """Of the plan that `--memory` names, or with `auto` the first whose smallest pass fits: its largest that fits."""
     *_, smallest = passes = passes_of(config)
     name = config.memory if config.memory != "auto" else fitting(replace(config, **smallest), size, free_gib)
     plan = plan_settings(config, name)
@@ -484,8 +483,7 @@ def is_alone() -> bool:
 
 
 def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> Result:
-    """What each process finds. Raises UserError on all where one finds other settings, with the lines of `words` that
-    differ, and where `find` raises it in one."""
+    """What each process finds. Raises UserError on all where the `words` of one differ, or where it raises one."""
     if is_alone():
         return find()
     from dreambooth_moslora.plan.processes import agreed, joined

@@ -562,8 +562,7 @@ def subject_table(values: Any) -> Any:
 
 
 def checked_setting(name: str, value: Any) -> Any:
-    """The value of any source as the configuration will hold it: converted to the setting's type, and within its
-    limits. Raises UserError for a wrong value."""
+    """The value of any source, converted to the setting's type and within its limits. Raises UserError."""
     item, (base, is_optional) = SETTINGS[name], FIELD_TYPES[name]
     facts = item.metadata
     if value is None and is_optional:
@@ -655,8 +654,7 @@ def check_number(
 
 
 def check_each(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The given settings, each checked; others may be missing. Those in REMOVED must be off, and are left out. Raises
-    UserError for a wrong name or value."""
+    """The given settings, each checked. Those in REMOVED must be off, and are left out. Raises UserError."""
     for name, value in values.items():
         if name in SETTINGS:
             checked_setting(name, value)
