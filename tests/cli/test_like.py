@@ -146,24 +146,21 @@ def test_what_is_wrong_in_a_header_is_named_and_left_out(capsys):
     assert "--rank 'many': expected a whole number" in named and "`output_dir` is not a setting of a recipe" in named
 
 
-@pytest.mark.parametrize(
-    "content, said",
-    [
-        ({}, "holds no recipe"),
-        ({"ss_v2": "False", "ss_sd_model_name": "x", "ss_clip_skip": "2"}, "holds no recipe"),
-        ({"moslora": "[" * 100_000}, "holds no recipe"),
-        ({"moslora": "[1]"}, "holds no recipe"),
-        ({"moslora": '{"recipe": [1]}'}, "holds no recipe"),
-        ({"moslora": '{"recipe": {"output_dir": "/etc"}}'}, "none of its settings is valid"),
-        ({"ss_network_dim": "x" * 100_000}, "none of its settings is valid"),
-        ({"ss_resolution": "(512, 768)"}, "none of its settings is valid"),
-        *(
-            (content, "not a safetensors file")
-            for content in (b"", b"\x80\x02}q", b"\xff" * 64, b"\x08" + b"\0" * 7 + b'{"a": 1}', "x" * 5000)
-        ),
-        *((name, "no such file") for name in ("missing", "dog", "a\0b")),
-    ],
-)
+UNUSABLE = {
+    "holds no recipe": (
+        *({}, {"ss_v2": "False", "ss_sd_model_name": "x", "ss_clip_skip": "2"}, {"moslora": "[" * 100_000}),
+        *({"moslora": "[1]"}, {"moslora": '{"recipe": [1]}'}),
+    ),
+    "none of its settings is valid": (
+        *({"moslora": '{"recipe": {"output_dir": "/etc"}}'}, {"ss_network_dim": "x" * 100_000}),
+        {"ss_resolution": "(512, 768)"},
+    ),
+    "not a safetensors file": (b"", b"\x80\x02}q", b"\xff" * 64, b"\x08" + b"\0" * 7 + b'{"a": 1}', "x" * 5000),
+    "no such file": ("missing", "dog", "a\0b"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), [(one, said) for said, contents in UNUSABLE.items() for one in contents])
 def test_a_file_without_a_usable_recipe_is_one_line(capsys, content, said):
     file = content if isinstance(content, str) else "a.safetensors"
     if isinstance(content, dict):

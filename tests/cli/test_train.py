@@ -21,27 +21,21 @@ def flags(tmp_path):
     return ["--instance_data_dir", str(photos), "--instance_prompt", "a photo of a sks dog", "--output_dir", str(run)]
 
 
-def test_help_shows_the_flags_in_daily_use_and_help_all_shows_each(capsys):
+def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_none_is_required_that_an_example_leaves_out(capsys):
     shown = {}
-    for flag in ("--help", "--help_all"):
+    for words in ("train --help", "train --help_all", "check --help", "verify --help", "fleet --help"):
         with pytest.raises(SystemExit):
-            main(["train", flag])
-        shown[flag] = capsys.readouterr().out
-    assert all(f"  --{name} " in shown["--help_all"] for name in SETTINGS)
-    assert len(shown["--help"].splitlines()) < 60 < len(shown["--help_all"].splitlines())
-    assert "train photos/dog dog" in shown["--help"] and "--help_all" in shown["--help"]
-
-
-@pytest.mark.parametrize("words", ["train --help", "train --help_all", "check --help", "verify --help", "fleet --help"])
-def test_no_help_calls_a_flag_required_that_its_own_example_leaves_out(words, capsys):
-    with pytest.raises(SystemExit):
-        main(words.split())
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "(required)" not in shown
+            main(words.split())
+        shown[words] = capsys.readouterr().out
+    daily, each = shown["train --help"], shown["train --help_all"]
+    assert all(f"  --{name} " in each for name in SETTINGS) and len(daily.splitlines()) < 60 < len(each.splitlines())
+    assert "train photos/dog dog" in daily and "--help_all" in daily
     exceptions = ("PHOTOS WORD)", "PHOTOS WORD, --dataset_name or --subjects)", "PHOTOS WORD or --subjects)")
-    said = [f"(needed as a flag or by --config, except with {exception}" in shown for exception in exceptions]
-    assert said == [words.startswith("train")] * 3
-    assert ("(needed as a flag or by --config)" in shown) == words.startswith("fleet")
+    for words, text in shown.items():
+        text = " ".join(text.split())
+        said = [f"(needed as a flag or by --config, except with {exception}" in text for exception in exceptions]
+        assert said == [words.startswith("train")] * 3 and "(required)" not in text
+        assert ("(needed as a flag or by --config)" in text) == words.startswith("fleet")
 
 
 @pytest.mark.parametrize(("given", "px"), [([], RESOLUTION_PX), (["--resolution", "128"], 128)])
