@@ -188,9 +188,8 @@ def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) ->
 
 
 def selftest_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", choices=("cuda", "mps", "cpu"), help="device to test (default: the GPU, if there is one)"
-    )
+    about = "device to test (default: the GPU, if there is one)"
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help=about)
     parser.add_argument("--output_dir", default="selftest", metavar="DIR", help="folder of the runs and of the report")
 
 

@@ -27,14 +27,8 @@ PNG_KEY = "dreambooth_moslora"
 FORMAT_VERSION = 1
 MAX_SEED = 2**32 - 1
 SIZE_STEP_PX = 8
-LIMITS: dict[str, tuple[float, float]] = {
-    "seed": (0, MAX_SEED),
-    "steps": (1, 200),
-    "guidance_scale": (0.0, 50.0),
-    "num_images": (1, 64),
-    "height_px": (SIZE_STEP_PX, 4096),
-    "width_px": (SIZE_STEP_PX, 4096),
-}
+LIMITS = {"seed": (0, MAX_SEED), "steps": (1, 200), "guidance_scale": (0.0, 50.0), "num_images": (1, 64)}
+LIMITS |= {"height_px": (SIZE_STEP_PX, 4096), "width_px": (SIZE_STEP_PX, 4096)}
 MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
 LORA_TAG = re.compile(r"<lora:([^:<>]{1,100})(?::(-?\d+(?:\.\d+)?))?>")
