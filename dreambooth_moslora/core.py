@@ -36,10 +36,8 @@ MOST_LETTERS = 1000  # Most characters of a message: a value of a hundred thousa
 
 
 def spelled_out(text: str) -> str:
-    """Undecodable bytes, which file names may have, become `\\udcff`, control characters `\\x1b` and `\\u202e`.
-
-    The result can be written anywhere and does not affect a terminal. Line feeds and tabs stay.
-    """
+    """Undecodable bytes, which file names may have, become `\\udcff`, control characters `\\x1b` and `\\u202e`, for any
+    file and terminal. Line feeds and tabs stay."""
     return CONTROL.sub(lambda found: escape(ord(found[0])), text.encode("utf-8", "backslashreplace").decode())
 
 
@@ -130,8 +128,7 @@ def permutation(length: int, *names: object) -> tuple[int, ...]:
 
 
 def default_cache_dir() -> Path:
-    """The folder of disk caches of all runs: `$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`. Raises UserError
-    where neither is known, as for a user whom a container does not know."""
+    """Of all runs: `$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`. Raises UserError where neither is known."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth_moslora"
     except RuntimeError:
@@ -338,8 +335,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Rename the folder, so that its name is free at once, then delete it. One that another program uses stays whole,
-    with a warning."""
+    """Rename it, so that its name is free at once, then delete it. One that is in use stays whole, with a warning."""
     doomed = temporary_name(path, "new")
     try:
         rename(path, doomed)
@@ -383,9 +379,8 @@ def birth_of(pid: int) -> str:
 
 
 def is_running(pid: int, token: str) -> bool:
-    """Whether the process with this `process_token` still runs; by its number alone where its start is not told.
-
-    It is not asked by a signal: on Windows `os.kill(pid, 0)` ends the process."""
+    """Whether the process with this `process_token` still runs; by its number alone where its start is not told. It is
+    not asked by a signal: on Windows `os.kill(pid, 0)` ends the process."""
     import psutil
 
     now = process_token(pid)

@@ -34,7 +34,6 @@ LONGEST = (
     "extras/serving/test_on_ray.py",
     "test_wheel.py",
     "extras/cluster/test_s3.py",
-    "test_quick_start.py",
 )
 """Files whose slow tests take half a minute or more, by `python -m pytest -m slow --durations=0`."""
 

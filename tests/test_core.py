@@ -14,24 +14,11 @@ from dreambooth_moslora.core import find_asset, free_name, is_finite_number, is_
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "public"),
-    [
-        ("stabilityai/sdxl-base-1.0", "stabilityai/sdxl-base-1.0"),
-        ("toy", "toy"),
-        ("", ""),
-        ("/data/me/x", "x"),
-        ("./me/x", "x"),
-        ("~nobody/x", "x"),
-        ("C:\\Users\\me\\x", "x"),
-        (Path("/data/me/x.safetensors"), "x.safetensors"),
-    ],
-)
-def test_a_public_name_holds_no_path(name, public):
-    assert public_name(name) == public
-
-
-def test_a_folder_here_is_called_by_its_own_name(tmp_path, monkeypatch):
+def test_a_public_name_holds_no_path_and_a_folder_here_is_called_by_its_own_name(tmp_path, monkeypatch):
+    for name in ("stabilityai/sdxl-base-1.0", "toy", ""):
+        assert public_name(name) == name
+    for path in ("/data/me/x", "./me/x", "~nobody/x", "C:\\Users\\me\\x", Path("/data/me/x")):
+        assert public_name(path) == "x"
     folder = tmp_path / "me" / "sdxl"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
@@ -59,31 +46,23 @@ def test_the_first_free_name():
 
 def test_letters_that_turn_the_direction_of_a_line_are_spelled_out_and_those_of_every_script_stay():
     """`gpj.exe` behind U+202E reads as `exe.jpg` on a terminal."""
-    assert (
-        core.spelled_out("a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\r") == r"a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\x0d"
-    )
+    turned = "a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\r"
+    assert core.spelled_out(turned) == r"a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\x0d"
     text = "café 雪 шар כלב 👩\u200d🚀\n\t"
     assert core.spelled_out(text) == text
 
 
-@pytest.mark.parametrize(
-    ("values", "is_one", "is_finite"),
-    [
-        ((0, -3, 0.5, 1e308), True, True),
-        ((True, False, "1", None, [1]), False, False),
-        ((math.nan, math.inf, -math.inf, 10**400), True, False),
-    ],
-)
-def test_a_bool_is_no_number_and_what_no_float_can_hold_is_not_finite(values, is_one, is_finite):
-    assert [(is_number(value), is_finite_number(value)) for value in values] == [(is_one, is_finite)] * len(values)
+def test_a_bool_is_no_number_and_what_no_float_can_hold_is_not_finite():
+    finite, other, none = (0, -3, 0.5, 1e308), (math.nan, math.inf, -math.inf, 10**400), (True, False, "1", None, [1])
+    assert all(map(is_number, finite + other)) and not any(map(is_number, none))
+    assert all(map(is_finite_number, finite)) and not any(map(is_finite_number, other + none))
 
 
 def test_seeds_depend_on_every_name_and_on_nothing_else():
     seeds = {seed_of(*names) for names in ((0, "noise", 1), (0, "noise", 2), (1, "noise", 1), (0, "crop", 1))}
     assert len(seeds) == 4
-    assert torch.equal(
-        torch.randn(4, generator=core.generator(7, "a")), torch.randn(4, generator=core.generator(7, "a"))
-    )
+    one, other = (torch.randn(4, generator=core.generator(7, "a")) for _ in range(2))
+    assert torch.equal(one, other)
     assert core.rng(7, "a").random() == core.rng(7, "a").random()
     assert seed_of("ab", "c") != seed_of("a", "bc") and seed_of(7, "crop", 3) == 2131499920990350508
 

@@ -83,17 +83,11 @@ def test_the_fast_tier_runs_before_any_extra_is_installed_and_what_it_skipped_af
     assert steps[2].startswith("pip install") and steps[3].startswith('python -m pytest -m "slow or extra"')
 
 
-def test_the_longest_files_begin_first(request):
-    found = list(dict.fromkeys(item.path for item in request.session.items))
-    long = [TESTS / name for name in LONGEST]
-    assert all(path.is_file() for path in long)
-    expected = [path for path in long if path in found]
-    assert found[: len(expected)] == expected
-
-
-def test_each_file_stays_together_and_those_of_most_tests_come_before_others(request):
-    paths = [item.path for item in request.session.items]
+def test_each_file_stays_together_the_longest_begin_first_and_then_those_of_most_tests(request):
+    paths, long = [item.path for item in request.session.items], [TESTS / name for name in LONGEST]
     changes = [path for path, before in zip(paths, [None, *paths]) if path != before]
-    assert len(changes) == len(set(paths))
+    assert len(changes) == len(set(paths)) and all(path.is_file() for path in long)
+    expected = [path for path in long if path in changes]
+    assert changes[: len(expected)] == expected
     counts = [paths.count(path) for path in changes if str(path.relative_to(TESTS)) not in LONGEST]
     assert counts == sorted(counts, reverse=True)

@@ -48,24 +48,17 @@ def facts_of(file: Path) -> dict[str, object]:
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     about = "moslora_weights.safetensors, a checkpoint folder or a run folder"
     parser.add_argument("source", metavar="RAW_OR_CHECKPOINT", help=about)
-    parser.add_argument(
-        "--for",
-        dest="readers",
-        choices=["diffusers", "peft", "lycoris"],
-        default="diffusers",
-        help="peft: fold a language model's adapter, the folder that PEFT's save_pretrained wrote, into a plain LoRA; "
-        "lycoris: a run with --mixer kronecker as the small LoKr file that ComfyUI reads",
+    about = (
+        "peft: fold a language model's adapter, the folder that PEFT's save_pretrained wrote, into a plain LoRA; "
+        "lycoris: a run with --mixer kronecker as the small LoKr file that ComfyUI reads"
     )
+    readers = ["diffusers", "peft", "lycoris"]
+    parser.add_argument("--for", dest="readers", choices=readers, default="diffusers", help=about)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the two files; made if it is not there")
     parser.add_argument("--name", help="title and name of the kohya file; by default that of the output folder")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="dtype of the tensors (fp32)")
-    parser.add_argument(
-        "--keep",
-        type=float,
-        default=1.0,
-        metavar="SHARE",
-        help="lower the rank of each projection to keep this share of ‖B·M·A‖², such as 0.99 (1: keep all)",
-    )
+    about = "lower the rank of each projection to keep this share of ‖B·M·A‖², such as 0.99 (1: keep all)"
+    parser.add_argument("--keep", type=float, default=1.0, metavar="SHARE", help=about)
 
 
 def run_export(args: argparse.Namespace) -> int:

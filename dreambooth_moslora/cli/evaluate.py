@@ -43,11 +43,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     about_guidance = "how closely to follow prompts (default: the base's own)"
     group.add_argument("--guidance_scale", type=guidance, help=about_guidance)
     group.add_argument("--scale", type=strength, default=1.0, help="the adapter's strength (default: 1)")
-    group.add_argument(
-        "--sweep_scale",
-        action="store_true",
-        help="score it at scales 0.4 to 1.2 too, and write the best into the header of our files and into the card",
-    )
+    about = "score it at scales 0.4 to 1.2 too, and write the best into the header of our files and into the card"
+    group.add_argument("--sweep_scale", action="store_true", help=about)
     group.add_argument("--clip", default="", help="CLIP by hub id or folder (default: ViT-L/14, for toy its own)")
     group.add_argument("--dino", default="", help="DINOv2 by hub id or folder (default: dinov2-base, for toy its own)")
     group.add_argument("--batch_size", type=positive, default=4, help="pictures drawn at once (default: 4)")
@@ -103,9 +100,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
         if args.sweep_scale:
             smaller = [evaluator.of_subject() for evaluator in evaluators]
-            choice = explain.choose_scale(
-                {s: report.pooled([judge(one, scale=s) for one in smaller]).score for s in explain.SCALES}
-            )
+            by_scale = {s: report.pooled([judge(one, scale=s) for one in smaller]).score for s in explain.SCALES}
+            choice = explain.choose_scale(by_scale)
         of_pairs = [judge(pair, scale=args.scale) for pair in pairs]
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
     steps = plans[0].inference_steps

@@ -81,7 +81,7 @@ def as_text(found: Findings) -> str:
 
 
 def examine_versions(found: Findings) -> None:
-    versions = installed_versions((*needed_ranges(), *OPTIONAL))
+    versions = {name: version_of(name) for name in (*needed_ranges(), *OPTIONAL)}
     found.facts["python"] = platform.python_version()
     found.facts |= {name: version or "-" for name, version in versions.items()}
     if sys.version_info[:2] < MIN_PYTHON:
@@ -100,11 +100,6 @@ def needed_ranges() -> dict[str, SpecifierSet]:
         lines = metadata.requires("dreambooth_moslora") or []
     items = [Requirement(line) for line in lines]
     return {item.name: item.specifier for item in items if item.marker is None and item.name not in OPTIONAL}
-
-
-def installed_versions(names: tuple[str, ...]) -> dict[str, str | None]:
-    """Installed versions by name, None for missing ones; nothing is imported."""
-    return {name: version_of(name) for name in names}
 
 
 def is_within(version: str | None, versions: SpecifierSet) -> bool:
@@ -192,9 +187,8 @@ def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) ->
 
 
 def selftest_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", choices=("cuda", "mps", "cpu"), help="device to test (default: the GPU, if there is one)"
-    )
+    about = "device to test (default: the GPU, if there is one)"
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help=about)
     parser.add_argument("--output_dir", default="selftest", metavar="DIR", help="folder of the runs and of the report")
 
 

@@ -125,8 +125,7 @@ def live_job(turns: "QueueTurns", queued: QueuedRun | None) -> "Job | None":
 
 
 def train_all(turns: "QueueTurns") -> int:
-    """Train until the queue is empty, and end a pause. Returns 0 when all succeeded, 1 when some failed, 130 when
-    stopped."""
+    """Train until the queue is empty, and end a pause. Returns 0, 1 when some failed, 130 when stopped."""
     turns.queue.pause(False)
     told = len(turns.queue.ended())
     failed, bar = 0, Bar()

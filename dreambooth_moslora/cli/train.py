@@ -108,7 +108,8 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
     texts = {"description": DESCRIPTION, "epilog": EXAMPLE.format(command=command)}
     texts["usage"] = f"{prog} [PHOTOS WORD] [--FLAG VALUE …]"
     parser = Parser(prog=prog, add_help=False, **texts)
-    parser.add_argument("-h", "--help", action=ShortHelp, short=short_help(prog, texts), help="the flags in daily use")
+    short = short_help(prog, texts)
+    parser.add_argument("-h", "--help", action="version", version=short, help="the flags in daily use")
     parser.add_argument("--help_all", action="help", help="all flags")
     parser.add_argument("--version", action="version", version=__version__)
     about = "put the run at the end of the queue beside its --output_dir and return"
@@ -117,20 +118,7 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
     return parser
 
 
-class ShortHelp(argparse.Action):
-    """Prints `short` and ends."""
-
-    def __init__(self, short: str, **options: Any):
-        super().__init__(nargs=0, default=argparse.SUPPRESS, **options)
-        self.short = short
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(self.short, end="")
-        parser.exit()
-
-
 def short_help(prog: str, texts: Mapping[str, str]) -> str:
-    """The help with the flags in daily use."""
     parser = Parser(prog=prog, add_help=False, **texts)
     for title, names in DAILY.items():
         group = parser.add_argument_group(title)
@@ -145,8 +133,7 @@ def short_help(prog: str, texts: Mapping[str, str]) -> str:
 def add_training_flags(
     parser: "Parser", hidden: Collection[str] = (), notes: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Add `--config`, `--like` and a flag for each setting, of which the result has the given ones alone. `notes` end
-    the help of some."""
+    """Add `--config`, `--like` and a flag for each setting; the result has the given ones. `notes` end their help."""
     parser.is_of_training = True
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
     about_like = "settings from a published adapter file, also kohya's; flags and --config override them"
@@ -229,13 +216,8 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     like_of_file = recipe.pop("like", None)
     like = like or like_of_file
     given = {*flags, WORDS} if without_words else {*flags}
-    gone = [
-        name
-        for name in recipe
-        if name in table.SETTINGS and given.intersection(table.SETTINGS[name].metadata["yields_to"])
-    ]
-    settings = {name: value for name, value in recipe.items() if name not in gone} | flags
-    settings = table.check_each(settings)
+    yields = {name for name, item in table.SETTINGS.items() if given.intersection(item.metadata["yields_to"])}
+    settings = table.check_each({name: value for name, value in recipe.items() if name not in yields} | flags)
     if like:
         taken, lines = sources.settings_like(str(like), settings)
         settings = taken | settings
@@ -303,14 +285,11 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
         raise core.UserError(unknown_flag_message(word))
     if not word or "/" in word:
         raise core.UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
-    if len(word) > core.MAX_WORD_CHARACTERS:
-        raise core.UserError(
-            f"the word has {len(word)} letters; at most {core.MAX_WORD_CHARACTERS} are allowed, {AS_ONE_WORD}."
-        )
+    if (count := len(word)) > (most := core.MAX_WORD_CHARACTERS):
+        raise core.UserError(f"the word has {count} letters; at most {most} are allowed, {AS_ONE_WORD}.")
     if len(words) > 2:
-        raise core.UserError(
-            f"`{words[2]}` belongs to no flag: a class of several words goes in quotes, {AS_ONE_WORD}."
-        )
+        said = f"`{words[2]}` belongs to no flag: a class of several words goes in quotes"
+        raise core.UserError(f"{said}, {AS_ONE_WORD}.")
     return folder, word
 
 

@@ -70,9 +70,8 @@ def run_verify(args: argparse.Namespace) -> int:
         if not retrain(config, args.step or receipt.facts.step):
             print("stopped before the comparison", file=sys.stderr)
             return STOPPED
-        made = Path(config.output_dir) / (
-            f"{receipt.title}{run_folder.KOHYA_SUFFIX}" if receipt.is_kohya else run_folder.PUBLISHED_NAME
-        )
+        run = run_folder.RunDir(config.output_dir)
+        made = run.kohya_path if receipt.is_kohya else run.adapter_path
         return answer(receipt, made, config, unknown_settings(args, receipt, config))
 
 

@@ -155,15 +155,11 @@ def end_process(pid: int) -> None:
             process.kill()
 
 
-def last_sign(run_dir: Path) -> float:
-    """When the run there last wrote an event or to its log, by the clock; 0 if it never did."""
-    files = (run_dir / "metrics.jsonl", run_dir / LOG_NAME)
-    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
-
-
 def has_gone_silent(asked: float, run_dirs: Iterable[Path]) -> bool:
-    """Whether a process that was `asked` to stop at that time has shown no sign for ANSWER_SEC in any of its runs."""
-    return time.time() - max([asked, *map(last_sign, run_dirs)]) > ANSWER_SEC
+    """Whether a process that was `asked` to stop at that time has written no event and no line of its log for
+    ANSWER_SEC in any of its runs."""
+    files = [run_dir / name for run_dir in run_dirs for name in ("metrics.jsonl", LOG_NAME)]
+    return time.time() - max([asked, *(file.stat().st_mtime for file in files if file.exists())]) > ANSWER_SEC
 
 
 def was_killed(code: int | None, log_tail: str) -> bool:
@@ -235,8 +231,7 @@ def start_logged(
 
 
 def apart(inherits: Sequence[int]) -> dict[str, Any]:
-    """How a process is started that no Ctrl-C here and no closed terminal reaches: in a session of its own, on Windows
-    with a console of its own that is not shown."""
+    """Options by which no Ctrl-C here and no closed terminal reaches it; on Windows its own console is not shown."""
     if IS_POSIX:
         return {"start_new_session": True, "pass_fds": inherits}
     return {"creationflags": getattr(subprocess, "CREATE_NO_WINDOW", 0)}

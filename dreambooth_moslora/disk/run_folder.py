@@ -28,8 +28,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 IS_WINDOWS = os.name == "nt"
 DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL)
 """Names that Windows keeps for devices, with any ending."""
-FORBIDDEN = frozenset('<>:"/\\|?*')
-"""Characters that Windows has in no name."""
+FORBIDDEN = frozenset('<>:"/\\|?*')  # Characters that Windows has in no name.
 
 
 class RunDir:

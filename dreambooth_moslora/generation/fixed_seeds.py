@@ -68,9 +68,8 @@ class Sampler:
         stop = stopper(self.should_stop, self.on_step)
         options = {"num_inference_steps": self.inference_steps, "callback_on_step_end": stop}
         words = family.with_negative(words, empty)
-        return decode.pictures_of(
-            decode.finite_or_black(drawn(self.pipeline, words, seeds, size, self.guidance_scale, **options))
-        )
+        pixels = drawn(self.pipeline, words, seeds, size, self.guidance_scale, **options)
+        return decode.pictures_of(decode.finite_or_black(pixels))
 
 
 def drawn(

@@ -1,23 +1,25 @@
 """The parameters of a picture: schedulers, limits, and how a PNG carries its recipe. It needs no torch.
 
 Every PNG has two text chunks: `parameters`, the text that A1111 and its relatives read, and
-`dreambooth_moslora`, exact JSON: `GenerationParams.from_png(path)` gives the same picture again.
+`dreambooth_moslora`, exact JSON: `GenerationParams.from_png(path)` gives the same picture again. What other programs
+write, A1111's text in PNG chunks or EXIF and ComfyUI's graph, is only read, and pixels are never decoded.
 """
 
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from PIL import UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.generation.other_programs import texts_in, values_of_graph
 from dreambooth_moslora.settings.families import TEXT_OPTIONS
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -25,19 +27,21 @@ PNG_KEY = "dreambooth_moslora"
 FORMAT_VERSION = 1
 MAX_SEED = 2**32 - 1
 SIZE_STEP_PX = 8
-LIMITS: dict[str, tuple[float, float]] = {
-    "seed": (0, MAX_SEED),
-    "steps": (1, 200),
-    "guidance_scale": (0.0, 50.0),
-    "num_images": (1, 64),
-    "height_px": (SIZE_STEP_PX, 4096),
-    "width_px": (SIZE_STEP_PX, 4096),
-}
+LIMITS = {"seed": (0, MAX_SEED), "steps": (1, 200), "guidance_scale": (0.0, 50.0), "num_images": (1, 64)}
+LIMITS |= {"height_px": (SIZE_STEP_PX, 4096), "width_px": (SIZE_STEP_PX, 4096)}
 MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
 LORA_TAG = re.compile(r"<lora:([^:<>]{1,100})(?::(-?\d+(?:\.\d+)?))?>")
 SETTING = re.compile(r'([\w+/-][\w +/-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 MAX_SETTINGS_CHARACTERS = 10_000  # Of another program's settings: bounds the regex on hostile text
+EXIF_IFD, USER_COMMENT, MAKE, MODEL = 0x8769, 0x9286, 0x010F, 0x0110
+MAX_EXIF_BYTES = 4 * 1024**2
+ENCODINGS = {b"ASCII\0\0\0": ("utf-8",), b"UNICODE\0": ("utf-16-be", "utf-16-le"), b"\0" * 8: ("utf-8",)}
+"""Of EXIF's UserComment, by its first eight bytes. The order of UTF-16's bytes is not said: the first that gives the
+word "Steps:" is taken."""
+SAMPLERS = {"euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M", "uni_pc": "UniPC"}
+"""ComfyUI's name -> A1111's."""
+MAX_NODES = 64  # On the way from the sampler to its model, or to a text
 MAX_STEPS = 100  # Most steps on a machine that draws for many users: more would block the queue
 MAX_AREA = 4  # Largest area relative to the base's own: larger pictures take much longer and repeat themselves
 
@@ -167,8 +171,7 @@ def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a PNG, JPEG or WebP; pixels are not decoded. Raises UserError for another file, or one without
-    parameters."""
+    """The recipe in a PNG, JPEG or WebP; pixels are not decoded. Raises UserError for a file without one."""
     return recipe_in(texts_in(Path(path)), Path(path).name)
 
 
@@ -179,8 +182,116 @@ def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
     if "parameters" in text:
         return _parse_a1111(text["parameters"])
     if "prompt" in text:
-        return _from_graph(values_of_graph(text["prompt"]))
+        found = values_of_graph(text["prompt"])
+        tags = _checked_adapters(dict(found["loras"]).items())
+        return _foreign_recipe(found["prompt"], found["negative"], tags, found)
     raise UserError(f"{name} carries no generation parameters; was it saved again by another program?")
+
+
+def texts_in(path: Path) -> dict[str, str]:
+    """Name -> text of a PNG's chunks; of a JPEG or WebP `parameters` (A1111's) and `prompt` (ComfyUI's), if they are
+    there. Raises UserError for any other file, and for a damaged one."""
+    try:
+        with path.open("rb") as file:
+            is_webp = (start := file.read(12))[:4] == b"RIFF" and start[8:] == b"WEBP"
+        if is_webp:  # Pillow would make room for all pixels
+            return texts_in_exif(exif_of_webp(path))
+        with PIL.Image.open(path, formats=["PNG", "JPEG"]) as image:
+            if image.format == "PNG":
+                return {key: value for key, value in image.info.items() if isinstance(value, str)}
+            return texts_in_exif(image.info.get("exif", b""))
+    except PIL.Image.DecompressionBombError as error:
+        raise UserError(f"{path.name} claims far too many pixels; it is not opened") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path.name} is not a readable PNG, JPEG or WebP file") from error
+
+
+def exif_of_webp(path: Path) -> bytes:
+    """The content of its EXIF chunk; empty without one."""
+    with path.open("rb") as file:
+        file.seek(12)
+        while len(head := file.read(8)) == 8:
+            size = int.from_bytes(head[4:], "little")
+            if head[:4] == b"EXIF":
+                return file.read(min(size, MAX_EXIF_BYTES))
+            file.seek(size + size % 2, 1)
+    return b""
+
+
+def texts_in_exif(content: bytes) -> dict[str, str]:
+    """Raises UserError for EXIF that is damaged."""
+    exif = PIL.Image.Exif()
+    try:
+        exif.load(content)
+        comment = exif.get_ifd(EXIF_IFD).get(USER_COMMENT, b"")
+        words = [exif.get(tag) for tag in (MAKE, MODEL)]
+    except Exception as error:  # Pillow's readers of hostile EXIF raise errors of all kinds
+        raise UserError("the EXIF of the picture is damaged") from error
+    found = {"parameters": comment_text(comment)} if isinstance(comment, bytes | str) and comment else {}
+    named = [word.partition(":") for word in words if isinstance(word, str)]
+    return found | {name: text for name, colon, text in named if colon and name in ("prompt", "workflow")}
+
+
+def comment_text(comment: bytes | str) -> str:
+    """The text of an EXIF comment; "" for an encoding that is not known."""
+    if isinstance(comment, str):
+        return comment
+    texts = [comment[8:].decode(name, "replace") for name in ENCODINGS.get(comment[:8], ())]
+    return next((text for text in texts if "Steps:" in text), texts[0] if texts else "").rstrip("\0")
+
+
+def values_of_graph(text: str) -> dict[str, Any]:
+    """What ComfyUI's graph says of the picture, in the words of A1111's line of settings, with `prompt`, `negative` and
+    `loras`. Raises UserError for a graph without a sampler, or a damaged one."""
+    try:
+        graph = json.loads(text)
+        inputs = [node["inputs"] for node in graph.values() if isinstance(node.get("inputs"), dict)]
+        sampler = next(one for one in inputs if one.keys() >= {"seed", "cfg", "positive"})
+        return dict(values_of_sampler(graph, sampler))
+    except StopIteration:
+        raise UserError("the picture's graph has no sampler that is known, so its settings cannot be read") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError("the graph inside the picture is damaged") from error
+
+
+def values_of_sampler(graph: Mapping[str, Any], sampler: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield "prompt", text_at(graph, sampler.get("positive"))
+    yield "negative", text_at(graph, sampler.get("negative"))
+    yield "loras", tuple(loras_before(graph, sampler.get("model")))
+    for name, key in (("Seed", "seed"), ("Steps", "steps"), ("CFG scale", "cfg")):
+        if not isinstance(sampler.get(key), list):  # else it comes from another node
+            yield name, str(sampler[key])
+    name, schedule = str(sampler.get("sampler_name", "")), str(sampler.get("scheduler", "normal"))
+    yield "Sampler", SAMPLERS.get(name, name)
+    yield "Schedule type", "" if schedule == "normal" else schedule.capitalize()
+    size = node_at(graph, sampler.get("latent_image"))
+    if isinstance(size.get("width"), int) and isinstance(size.get("height"), int):
+        yield "Size", f"{size['width']}x{size['height']}"
+
+
+def node_at(graph: Mapping[str, Any], link: Any) -> Mapping[str, Any]:
+    """The inputs of the node that a link ["number", output] names; {} for none."""
+    node = graph.get(str(link[0])) if isinstance(link, list) and link else None
+    return node["inputs"] if node else {}
+
+
+def text_at(graph: Mapping[str, Any], link: Any) -> str:
+    """The text of the encoder that a link names, which may be a link itself; "" for none."""
+    for _ in range(MAX_NODES):
+        found = node_at(graph, link)
+        link = next((found[key] for key in ("text", "text_g", "string", "value") if key in found), "")
+        if isinstance(link, str):
+            return link
+    return ""
+
+
+def loras_before(graph: Mapping[str, Any], link: Any) -> Iterator[tuple[str, float]]:
+    """(name, strength) of the LoRA loaders on the way to the model."""
+    for _ in range(MAX_NODES):
+        found = node_at(graph, link)
+        with suppress(KeyError):
+            yield Path(found["lora_name"].replace("\\", "/")).stem, float(found["strength_model"])
+        link = found.get("model")
 
 
 def _own_recipe(text: str) -> Recipe:
@@ -274,11 +385,6 @@ def _parse_a1111(text: str) -> Recipe:
     settings = {key.strip(): value.strip().strip('"') for key, value in SETTING.findall(line[:MAX_SETTINGS_CHARACTERS])}
     prompt, tags = split_lora_tags(prompt.strip())
     return _foreign_recipe(prompt, negative, tags, settings)
-
-
-def _from_graph(values: Mapping[str, Any]) -> Recipe:
-    tags = _checked_adapters(dict(values["loras"]).items())
-    return _foreign_recipe(values["prompt"], values["negative"], tags, values)
 
 
 def _foreign_recipe(

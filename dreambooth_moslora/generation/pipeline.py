@@ -224,9 +224,8 @@ def check_sides(sides: tuple[int, int], facts: Facts) -> None:
     """Raises UserError for sides, px, that the family's patches do not divide."""
     step = facts.multiple_px
     if wrong := next((side for side in sides if side % step), 0):
-        raise core.UserError(
-            f"a side of {wrong} px: {facts.title} draws multiples of {step}, such as {wrong // step * step}"
-        )
+        near = wrong // step * step
+        raise core.UserError(f"a side of {wrong} px: {facts.title} draws multiples of {step}, such as {near}")
 
 
 class SubjectPipeline:

@@ -104,8 +104,7 @@ def check_folders(config: table.TrainConfig) -> None:
 
 LONGEST = ".checkpoint-1000000.1000000-01234567.new/pytorch_lora_weights.safetensors"
 """In a run folder, the longest name that does not have the run's own in it."""
-PATH_CHARACTERS = 259
-"""Of a path, the most that Windows allows unless it is set to more."""
+PATH_CHARACTERS = 259  # Of a path, the most that Windows allows unless it is set to more.
 
 
 def check_path_of_windows(output_dir: str) -> None:

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo_file import Photo
 
 TOKEN = "sks"
-OBLONG = 1.1
-"""Photos whose sides differ by more than this factor are cropped in their own shapes."""
-USUAL_EXPOSURES = 200
-"""Exposures of each photo if a file that replaces the recipe sets no steps."""
+OBLONG = 1.1  # Photos whose sides differ by more than this factor are cropped in their own shapes.
+USUAL_EXPOSURES = 200  # Exposures of each photo if a file that replaces the recipe sets no steps.
 PHOTOS_OF_A_RECIPE = 5
 """A recipe's number of steps is meant for this many photos; both give the exposures of each."""
 OWN = (

@@ -12,18 +12,10 @@ channels last      convolutions in NHWC, the layout of tensor cores, where a sel
 cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on AMD's but gfx9
 CUDA graphs        each shape of pass is recorded, and replayed without the program
 
-`--memory`: one word for precision, recomputation, caching and quantisation. It only adds to the given flags; on a GPU
-it also chooses half precision, unless a precision was given.
-
-full                  nothing is recomputed
-full_cached           full, and cross-attention's to_k and to_v leave the GPU (--cache_cross_attention)
-recompute_ff          feed-forward blocks alone are recomputed in the backward pass (--recompute_feed_forward)
-recompute_ff_cached   both
-recompute             all activations are recomputed (--gradient_checkpointing)
-recompute_cached      the same with cross-attention's to_k and to_v off the GPU
-nf4                   recompute, and the frozen UNet is kept in 4 bit (--base_quantization nf4)
-auto                  the first of these that is possible and fits the GPU's free memory; full without a GPU. On
-                      Apple's, whose attention keeps all scores, always one that recomputes
+`--memory`: one word for precision, recomputation, caching and quantisation, one of the plans in `settings.table.PLANS`.
+It only adds to the given flags; on a GPU it also chooses half precision, unless a precision was given. `auto` is the
+first plan that is possible and fits the GPU's free memory; full without a GPU. On Apple's, whose attention keeps all
+scores, it is always one that recomputes.
 
 Gradients of these differ at most by rounding, and so do those of one large pass and of several small ones
 (`--images_at_once`). A plan fits if its smallest pass does: photos and their prior one after the other keep half the
@@ -52,40 +44,32 @@ from dreambooth_moslora.settings import families, optimizer_kinds, rows, rules, 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
 """Bytes of a quantised parameter, with its share of the scales. Those outside the blocks keep their precision."""
-AVERAGE_BYTES = 4
-"""Further bytes per parameter of the adapter with `--use_ema`."""
-CONTEXT_GIB = 0.5
-"""Memory of the CUDA context of a process, beside its tensors."""
+AVERAGE_BYTES = 4  # Further bytes per parameter of the adapter with `--use_ema`.
+CONTEXT_GIB = 0.5  # Memory of the CUDA context of a process, beside its tensors.
 STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
 """GiB of a step's image of 1024 px: without recomputation, in addition for each rank, and with recomputation."""
 SCORES_GIB = (12.2, 1.75)
 """What Apple's attention adds, which keeps all scores for the backward pass (pytorch #179294): without and with
 recomputation, counted with attention in single operations."""
-FEED_FORWARD_GIB = 2.15
-"""GiB of them that recomputing the feed-forward blocks saves."""
-TEXT_GIB = 0.025
-"""The same of its text, which does not grow with the image."""
+FEED_FORWARD_GIB = 2.15  # GiB of them that recomputing the feed-forward blocks saves.
+TEXT_GIB = 0.025  # The same of its text, which does not grow with the image.
 TOKENS = 77
 PEFT_STEP, PEFT_RECOMPUTED = 1.4, 1.1
 """Factors where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, or dropout."""
-TEXTS_GIB = 0.1
-"""Peak of encoding one prompt, beside the encoders."""
-DRAWING_GIB = 0.15
-"""GiB of the UNet's pass without gradients, for an image of 1024 px in half precision."""
+TEXTS_GIB = 0.1  # Peak of encoding one prompt, beside the encoders.
+DRAWING_GIB = 0.15  # GiB of the UNet's pass without gradients, for an image of 1024 px in half precision.
 PNG_BYTES_A_PIXEL = 1.6
-SMALL_GIB = 2.0
-"""Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded."""
-STOCK_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+SMALL_GIB = 2.0  # Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded.
 SDXL = families.facts_of("StableDiffusionXLPipeline")
+STOCK = SDXL.models[0]
+STOCK_SDXL = STOCK.hub_id
 BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
 """Paths of a transformer's repeated blocks, whose linear layers are quantised."""
 WORTH_IMAGES = 1000
 """Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
 report about a minute to compile the blocks, and a tenth of a second saved per image."""
-WORTH_GAIN = 1.03
-"""How many times faster a step must be in a self-test: less may be chance."""
-USABLE = 0.9
-"""Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
+WORTH_GAIN = 1.03  # How many times faster a step must be in a self-test: less may be chance.
+USABLE = 0.9  # Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest.
 Result = TypeVar("Result")
 
 
@@ -95,22 +79,20 @@ class BaseSize:
     `projections` counts the UNet's parameters that quantisation replaces, `text_projections` those of cross-attention's
     to_k and to_v, which have `text_outputs` outputs together. For a convolution (out, in, h, w), in is in·h·w."""
 
-    unet: int = 2_567_463_684
-    projections: int = 2_183_987_200
+    unet: int = STOCK.parameters
+    projections: int = STOCK.in_blocks
     text_projections: int = 340_787_200
     text_outputs: int = 166_400
-    text_encoders: int = 123_060_480 + 694_659_840
-    vae: int = 83_653_863
-    adapted_widths: int = 1_451_520
-    adapted_layers: int = 560
+    text_encoders: int = STOCK.encoders
+    vae: int = STOCK.vae
+    adapted_widths: int = STOCK.adapted_widths
+    adapted_layers: int = STOCK.adapted_layers
     is_measured: bool = False
     widths: tuple[tuple[str, int], ...] = ()
     """Path and in + out of each layer that gets an adapter, where known."""
     family: families.Facts = SDXL
-    hub_id: str = ""
-    """Of the known model, where its files are not here."""
-    is_assumed: bool = False
-    """Whether the base is another model than that one, whose size is not known."""
+    hub_id: str = ""  # Of the known model, where its files are not here.
+    is_assumed: bool = False  # Whether the base is another model than that one, whose size is not known.
 
 
 @dataclass(frozen=True)
@@ -160,8 +142,9 @@ def size_of_model(name: str, facts: families.Facts | None = None) -> BaseSize:
     largest model of the family, or SDXL's where the family is not known either."""
     facts, model = families.BY_HUB_ID.get(name.lower(), (facts, None))
     if Path(name).is_file():
-        facts = files.facts_of_file(Path(name))
-        model = None if facts is SDXL else nearest_model(facts, Path(name))
+        facts, count = files.facts_of_file(Path(name)), sum(map(math.prod, files.shapes_in(Path(name)).values()))
+        nearest = min(facts.models, key=lambda model: abs(model.parameters - count))
+        model = None if facts is SDXL else nearest
     if facts in (None, SDXL):
         return BaseSize(hub_id=model.hub_id if model else "", is_assumed=facts is None)
     is_assumed, model = model is None, model or max(facts.models, key=lambda one: one.parameters)
@@ -169,12 +152,6 @@ def size_of_model(name: str, facts: families.Facts | None = None) -> BaseSize:
     adapter = {"adapted_widths": model.adapted_widths, "adapted_layers": model.adapted_layers}
     others = {"text_encoders": model.encoders, "vae": model.vae, "family": facts, "hub_id": model.hub_id}
     return BaseSize(**counts, **adapter, **others, is_assumed=is_assumed)
-
-
-def nearest_model(facts: families.Facts, path: Path) -> families.Model:
-    """The known model whose parameters are nearest in number to those in the file."""
-    count = sum(map(math.prod, files.shapes_in(path).values()))
-    return min(facts.models, key=lambda model: abs(model.parameters - count))
 
 
 def size_of_shapes(
@@ -201,14 +178,12 @@ def size_of_shapes(
 
 def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     """The device memory of each phase, and the disk space, GiB."""
-    number = BYTES[precision_of(config)]
+    number, kind = BYTES[precision_of(config)], optimizer_kinds.optimizer_of(config)
     adapter = adapter_parameters(config, size)
     quantized = QUANTIZED_BYTES.get(config.base_quantization, number)
     unet = ((size.unet - size.projections) * number + size.projections * quantized) / machine.GIB
     texts, vae = size.text_encoders * number / machine.GIB, size.vae * 4 / machine.GIB
-    bytes_each = (
-        optimizer_kinds.BYTES_IN_8_BIT if config.use_8bit_adam else optimizer_kinds.optimizer_of(config).bytes_each
-    )
+    bytes_each = optimizer_kinds.BYTES_IN_8_BIT if config.use_8bit_adam else kind.bytes_each
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / machine.GIB
     on_host = size.text_projections * number / machine.GIB if config.cache_cross_attention else 0.0
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)
@@ -302,10 +277,8 @@ def disk_gib(config: table.TrainConfig, adapter: int, checkpoint_gib: float, tot
     times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
     samples = len(subjects) * config.sample_count * times
     classes = {one.class_prompt for one in subjects if one.draws_class_images and not one.class_data_dir}
-    pictures = samples + len(classes) * config.num_class_images
-    return (
-        checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / machine.GIB
-    )
+    pixels = (samples + len(classes) * config.num_class_images) * config.resolution**2
+    return checkpoints * checkpoint_gib + (adapter * 8 + pixels * PNG_BYTES_A_PIXEL) / machine.GIB
 
 
 def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
@@ -439,8 +412,7 @@ def half_settings(config: table.TrainConfig, facts: families.Facts, free_gib: fl
 
 
 def fitting_settings(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> dict[str, Any]:
-    """The settings of the plan that `--memory` names, or with `auto` of the first whose smallest pass fits, and its
-    largest pass that fits."""
+    """Of the plan that `--memory` names, or with `auto` the first whose smallest pass fits: its largest that fits."""
     *_, smallest = passes = passes_of(config)
     name = config.memory if config.memory != "auto" else fitting(replace(config, **smallest), size, free_gib)
     plan = plan_settings(config, name)
@@ -498,9 +470,8 @@ def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:
     if config.memory is None:
         return []
     free = free_gib_of_gpu()
-    bare = replace(
-        config, **{name: table.SETTINGS[name].default for name in table.OF_PLANS if name != "images_at_once"}
-    )
+    plain = {name: table.SETTINGS[name].default for name in table.OF_PLANS if name != "images_at_once"}
+    bare = replace(config, **plain)
     needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in costs(bare, size).items())
     has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
     passes = f"{config.images_a_pass} of a step's {config.images_a_micro_batch * config.gradient_accumulation_steps}"
@@ -513,8 +484,7 @@ def is_alone() -> bool:
 
 
 def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> Result:
-    """What each process finds. Raises UserError on all where one finds other settings, with the lines of `words` that
-    differ, and where `find` raises it in one."""
+    """What each process finds. Raises UserError on all where the `words` of one differ, or where it raises one."""
     if is_alone():
         return find()
     from dreambooth_moslora.plan.processes import agreed, joined
@@ -538,11 +508,9 @@ def by_all(check: Callable[[], Result]) -> Result:
 
 def in_lines(settings: Mapping[str, Any]) -> str:
     """A line for each setting that the processes must share; one that is not given has its default."""
-    shared = [
-        item for item in table.SETTINGS.values() if not item.metadata["secret"] and not item.metadata["per_process"]
-    ]
-    values = {item.name: table.checked_setting(item.name, settings.get(item.name, item.default)) for item in shared}
-    return "\n".join(f"--{name} {value!r}" for name, value in values.items())
+    apart = {*table.named("secret"), *table.named("per_process")}
+    shared = {name: settings.get(name, item.default) for name, item in table.SETTINGS.items() if name not in apart}
+    return "\n".join(f"--{name} {table.checked_setting(name, value)!r}" for name, value in shared.items())
 
 
 def least_free_gib(*, is_later: bool = False) -> float | None:

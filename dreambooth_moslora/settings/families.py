@@ -50,10 +50,8 @@ class Facts:
 
     name: str
     title: str
-    pipeline: str
-    """Class of the pipeline."""
-    model: str
-    """Class of the model that denoises."""
+    pipeline: str  # Class of the pipeline.
+    model: str  # Class of the model that denoises.
     denoiser: str = "transformer"
     """The pipeline's attribute of that model; it begins the keys of adapter files."""
     encoders: tuple[str, ...] = ("text_encoder",)
@@ -62,9 +60,8 @@ class Facts:
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     style: str = "flow"
     """What the denoiser predicts: `flow`, n - x of z = (1 - σ)x + σn, or `ddpm`, noise or velocity."""
-    weighting_scheme: str = "none"
+    weighting_scheme: str = "none"  # As the next, a default of diffusers' script.
     precondition_outputs: bool = False
-    """The defaults of diffusers' script."""
     has_level_shift: bool = False
     """Whether its scheduler has a line by which larger pictures get noisier levels; else all get the same."""
     text_options: tuple[str, ...] = ("max_sequence_length",)
@@ -72,32 +69,26 @@ class Facts:
     guidance: float = 4.0
     guidance_name: str = "guidance_scale"
     """The pipeline's argument for the weight of the prompt against the empty one."""
-    no_guidance: float = 1.0
-    """Its value that uses the prompt alone."""
+    no_guidance: float = 1.0  # Its value that uses the prompt alone.
     has_negative: bool = True
     """Whether pictures are drawn against a negative prompt; else the model is told the guidance."""
     resolution_px: int = 1024
-    multiple_px: int = 16
-    """Sides of pictures are multiples of this."""
-    needs_sizes: bool = False
-    """Whether the denoiser is told the photo's size and crop."""
-    has_new_tokens: bool = False
-    """Whether new tokens can be learnt in its text encoders (pivotal tuning)."""
+    multiple_px: int = 16  # Sides of pictures are multiples of this.
+    needs_sizes: bool = False  # Whether the denoiser is told the photo's size and crop.
+    has_new_tokens: bool = False  # Whether new tokens can be learnt in its text encoders (pivotal tuning).
     modelspec: str = ""
     """Name of the architecture in the header of a file in kohya's form, and kohya's own word for it."""
     kohya_version: str = ""
     article: str = "a"
     hub_tag: str = ""
     licence: str = ""
-    memory: Memory | None = None
-    """None for UNets, which are counted by SDXL's."""
+    memory: Memory | None = None  # None for UNets, which are counted by SDXL's.
     file_mark: str = ""
     """A tensor that only this family's single files have, in the layout of its authors. "" for SDXL's, which are those
     without another's mark."""
     models: tuple[Model, ...] = ()
     """Those that are known before they are fetched (`benchmarks.family_memory`)."""
-    call: str = ""
-    """What the pipeline's call needs beside a prompt, in the snippet of a model card."""
+    call: str = ""  # What the pipeline's call needs beside a prompt, in the snippet of a model card.
     recipes: tuple[int, ...] = ()
     """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for; UNets share SDXL's, which is for all."""
 
@@ -107,212 +98,85 @@ class Facts:
         return "the UNet" if self.denoiser == "unet" else f"{self.title}'s transformer"
 
 
-JOINT = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
+JOINT = tuple(
+    f"attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 )
 """Attention's layers of pictures and texts side by side, as diffusers' scripts for SD 3 and FLUX.1 name them."""
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 UNET = {"model": "UNet2DConditionModel", "denoiser": "unet", "style": "ddpm", "multiple_px": 8, "text_options": ()}
 
+# fmt: off
 FAMILIES = (
-    Facts(
-        "sdxl",
-        "SDXL",
-        "StableDiffusionXLPipeline",
-        encoders=("text_encoder", "text_encoder_2"),
-        adapted_encoders=("text_encoder", "text_encoder_2"),
-        guidance=5.0,
-        needs_sizes=True,
-        has_new_tokens=True,
-        modelspec="stable-diffusion-xl-v1-base",
-        kohya_version="sdxl_base_v1-0",
-        article="an",
-        hub_tag="stable-diffusion-xl",
-        licence="OpenRAIL++",
-        models=(
-            Model(
-                "stabilityai/stable-diffusion-xl-base-1.0",
-                2_567_463_684,
-                2_183_987_200,
-                560,
-                1_451_520,
-                CLIP_L + CLIP_G,
-            ),
-        ),
-        **UNET,
-    ),
-    Facts(
-        "sd1",
-        "Stable Diffusion 1.5",
-        "StableDiffusionPipeline",
-        adapted_encoders=("text_encoder",),
-        guidance=7.5,
-        resolution_px=512,
-        modelspec="stable-diffusion-v1",
-        kohya_version="sd_v1",
-        file_mark="cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
-        hub_tag="stable-diffusion",
-        licence="OpenRAIL",
+    Facts("sdxl", "SDXL", "StableDiffusionXLPipeline", encoders=("text_encoder", "text_encoder_2"),
+        adapted_encoders=("text_encoder", "text_encoder_2"), guidance=5.0, needs_sizes=True, has_new_tokens=True,
+        modelspec="stable-diffusion-xl-v1-base", kohya_version="sdxl_base_v1-0", article="an",
+        hub_tag="stable-diffusion-xl", licence="OpenRAIL++",
+        models=(Model("stabilityai/stable-diffusion-xl-base-1.0", 2_567_463_684, 2_183_987_200, 560, 1_451_520,
+            CLIP_L + CLIP_G),), **UNET),
+    Facts("sd1", "Stable Diffusion 1.5", "StableDiffusionPipeline", adapted_encoders=("text_encoder",), guidance=7.5,
+        resolution_px=512, modelspec="stable-diffusion-v1", kohya_version="sd_v1", hub_tag="stable-diffusion",
+        file_mark="cond_stage_model.transformer.text_model.embeddings.position_embedding.weight", licence="OpenRAIL",
         models=(Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, 242_196_480, 128, 199_296, CLIP_L),),
-        recipes=(6,),
-        **UNET,
-    ),
-    Facts(
-        "sd3",
-        "Stable Diffusion 3.5",
-        "StableDiffusion3Pipeline",
-        "SD3Transformer2DModel",
+        recipes=(6,), **UNET),
+    Facts("sd3", "Stable Diffusion 3.5", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
         encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
-        adapted_encoders=("text_encoder", "text_encoder_2"),
-        targets=JOINT,
-        weighting_scheme="logit_normal",
-        precondition_outputs=True,
-        file_mark="joint_blocks.0.context_block.adaLN_modulation.1.bias",
-        guidance=7.0,
-        licence="Stability Community",
-        memory=Memory(7.313, 0.618, 0.170, 2.243e9, 333),
+        adapted_encoders=("text_encoder", "text_encoder_2"), targets=JOINT, weighting_scheme="logit_normal",
+        precondition_outputs=True, file_mark="joint_blocks.0.context_block.adaLN_modulation.1.bias", guidance=7.0,
+        licence="Stability Community", memory=Memory(7.313, 0.618, 0.170, 2.243e9, 333), recipes=(24, 12, 8),
         models=(
-            Model(
-                "stabilityai/stable-diffusion-3.5-medium",
-                2_243_171_520,
-                2_222_456_832,
-                191,
-                586_752,
-                CLIP_L + CLIP_G + T5_XXL,
-            ),
-            Model(
-                "stabilityai/stable-diffusion-3.5-large",
-                8_056_627_520,
-                8_014_315_520,
-                303,
-                1_473_792,
-                CLIP_L + CLIP_G + T5_XXL,
-            ),
-        ),
-        recipes=(24, 12, 8),
-    ),
-    Facts(
-        "flux",
-        "FLUX.1",
-        "FluxPipeline",
-        "FluxTransformer2DModel",
-        encoders=("text_encoder", "text_encoder_2"),
-        adapted_encoders=("text_encoder",),
-        targets=(*JOINT, *FEED_FORWARD),
-        guidance=3.5,
-        has_negative=False,
-        file_mark="vector_in.in_layer.weight",
-        has_level_shift=True,
-        licence="FLUX.1 dev Non-Commercial",
-        memory=Memory(26.373, 2.163, 0.457, 11.901e9),
-        models=(
-            Model("black-forest-labs/FLUX.1-dev", 11_901_408_320, 11_834_228_736, 342, 2_801_664, CLIP_L + T5_XXL),
-        ),
-        recipes=(24, 12),
-    ),
-    Facts(
-        "flux2",
-        "FLUX.2 klein",
-        "Flux2KleinPipeline",
-        "Flux2Transformer2DModel",
+            Model("stabilityai/stable-diffusion-3.5-medium", 2_243_171_520, 2_222_456_832, 191, 586_752,
+                CLIP_L + CLIP_G + T5_XXL),
+            Model("stabilityai/stable-diffusion-3.5-large", 8_056_627_520, 8_014_315_520, 303, 1_473_792,
+                CLIP_L + CLIP_G + T5_XXL),
+        )),
+    Facts("flux", "FLUX.1", "FluxPipeline", "FluxTransformer2DModel", encoders=("text_encoder", "text_encoder_2"),
+        adapted_encoders=("text_encoder",), targets=(*JOINT, *FEED_FORWARD), guidance=3.5, has_negative=False,
+        file_mark="vector_in.in_layer.weight", has_level_shift=True, licence="FLUX.1 dev Non-Commercial",
+        memory=Memory(26.373, 2.163, 0.457, 11.901e9), recipes=(24, 12),
+        models=(Model("black-forest-labs/FLUX.1-dev", 11_901_408_320, 11_834_228_736, 342, 2_801_664,
+            CLIP_L + T5_XXL),)),
+    Facts("flux2", "FLUX.2 klein", "Flux2KleinPipeline", "Flux2Transformer2DModel",
         targets=("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out"),
-        has_level_shift=True,
-        text_options=("max_sequence_length", "text_encoder_out_layers"),
-        file_mark="single_stream_modulation.lin.weight",
-        licence="Apache-2.0 (4B), FLUX Non-Commercial (9B)",
-        memory=Memory(16.204, 1.690, 0.574, 3.876e9),
+        has_level_shift=True, text_options=("max_sequence_length", "text_encoder_out_layers"),
+        file_mark="single_stream_modulation.lin.weight", licence="Apache-2.0 (4B), FLUX Non-Commercial (9B)",
+        memory=Memory(16.204, 1.690, 0.574, 3.876e9), recipes=(12, 8),
         models=(
             Model("black-forest-labs/FLUX.2-klein-base-4B", 3_875_544_576, 3_680_501_760, 60, 1_044_480, QWEN3_4B),
             Model("black-forest-labs/FLUX.2-klein-base-9B", 9_078_581_248, 8_724_152_320, 80, 1_736_704, QWEN3_8B),
-        ),
-        recipes=(12, 8),
-    ),
-    Facts(
-        "z_image",
-        "Z-Image",
-        "ZImagePipeline",
-        "ZImageTransformer2DModel",
-        file_mark="layers.0.adaLN_modulation.0.weight",
-        guidance=5.0,
-        no_guidance=0.0,
-        licence="Apache-2.0",
-        memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64),
-        models=(Model("Tongyi-MAI/Z-Image", 6_154_908_736, 6_142_033_920, 136, 1_044_480, QWEN3_4B),),
-        recipes=(24, 16, 8),
-    ),
-    Facts(
-        "qwen_image",
-        "Qwen-Image",
-        "QwenImagePipeline",
-        "QwenImageTransformer2DModel",
-        guidance_name="true_cfg_scale",
-        call=', negative_prompt=" "',
-        file_mark="txt_norm.weight",
-        has_level_shift=True,
-        licence="Apache-2.0",
-        memory=Memory(25.915, 2.028, 0.356, 20.430e9, 64),
+        )),
+    Facts("z_image", "Z-Image", "ZImagePipeline", "ZImageTransformer2DModel",
+        file_mark="layers.0.adaLN_modulation.0.weight", guidance=5.0, no_guidance=0.0, licence="Apache-2.0",
+        memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64), recipes=(24, 16, 8),
+        models=(Model("Tongyi-MAI/Z-Image", 6_154_908_736, 6_142_033_920, 136, 1_044_480, QWEN3_4B),)),
+    Facts("qwen_image", "Qwen-Image", "QwenImagePipeline", "QwenImageTransformer2DModel",
+        guidance_name="true_cfg_scale", call=', negative_prompt=" "', file_mark="txt_norm.weight",
+        has_level_shift=True, licence="Apache-2.0", memory=Memory(25.915, 2.028, 0.356, 20.430e9, 64), recipes=(24,),
         models=tuple(
             Model(name, 20_430_401_088, 20_384_317_440, 240, 1_474_560, 8_292_166_656, 126_892_531)
             for name in ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512")
-        ),
-        recipes=(24,),
-    ),
-    Facts(
-        "krea2",
-        "Krea 2",
-        "Krea2Pipeline",
-        "Krea2Transformer2DModel",
-        file_mark="txtfusion.projector.weight",
-        has_level_shift=True,
-        guidance=4.5,
-        no_guidance=0.0,
-        licence="Krea 2 Community",
-        memory=Memory(33.899, 4.606, 0.673, 12.820e9),
-        models=(Model("krea/Krea-2-Raw", 12_820_073_036, 12_155_092_992, 128, 1_200_128, 4_437_815_808, 126_892_531),),
-        recipes=(24,),
-    ),
-    Facts(
-        "lumina2",
-        "Lumina 2",
-        "Lumina2Pipeline",
-        "Lumina2Transformer2DModel",
-        text_options=("max_sequence_length", "system_prompt"),
-        file_mark="layers.0.adaLN_modulation.1.weight",
-        licence="Apache-2.0",
+        )),
+    Facts("krea2", "Krea 2", "Krea2Pipeline", "Krea2Transformer2DModel", file_mark="txtfusion.projector.weight",
+        has_level_shift=True, guidance=4.5, no_guidance=0.0, licence="Krea 2 Community",
+        memory=Memory(33.899, 4.606, 0.673, 12.820e9), recipes=(24,),
+        models=(Model("krea/Krea-2-Raw", 12_820_073_036, 12_155_092_992, 128, 1_200_128, 4_437_815_808,
+            126_892_531),)),
+    Facts("lumina2", "Lumina 2", "Lumina2Pipeline", "Lumina2Transformer2DModel",
+        text_options=("max_sequence_length", "system_prompt"), file_mark="layers.0.adaLN_modulation.1.weight",
+        licence="Apache-2.0", recipes=(12,),
         memory=Memory(18.880, 2.626, 0.307, 2.610e9, 64),  # by 2 and 4 of its 26 layers; drawing is Z-Image's by width
-        models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_609_769_152, 2_599_944_192, 120, 460_800, GEMMA2_2B),),
-        recipes=(12,),
-    ),
-    Facts(
-        "sana",
-        "Sana",
-        "SanaPipeline",
-        "SanaTransformer2DModel",
-        targets=("to_q", "to_k", "to_v"),
-        text_options=("max_sequence_length", "complex_human_instruction"),
-        file_mark="blocks.0.cross_attn.q_linear.weight",
-        call=", complex_human_instruction=None",
-        guidance=4.5,
-        multiple_px=32,
-        licence="NSCL",
-        memory=Memory(3.245, 0.254, 0.062, 1.604e9, 0),
+        models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_609_769_152, 2_599_944_192, 120, 460_800, GEMMA2_2B),)),
+    Facts("sana", "Sana", "SanaPipeline", "SanaTransformer2DModel", targets=("to_q", "to_k", "to_v"),
+        text_options=("max_sequence_length", "complex_human_instruction"), call=", complex_human_instruction=None",
+        file_mark="blocks.0.cross_attn.q_linear.weight", guidance=4.5, multiple_px=32, licence="NSCL",
+        memory=Memory(3.245, 0.254, 0.062, 1.604e9, 0), recipes=(8,),
         models=tuple(
-            Model(name, 1_604_462_752, 802_816_000, 120, 537_600, GEMMA2_2B, 312_250_275)
-            for name in (
-                "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
-                "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
-            )
-        ),
-        recipes=(8,),
-    ),
+            Model(f"Efficient-Large-Model/Sana_1600M_1024px_{kind}diffusers", 1_604_462_752, 802_816_000, 120, 537_600,
+                GEMMA2_2B, 312_250_275)
+            for kind in ("", "BF16_")
+        )),
 )
+# fmt: on
 OF_UNETS = ("do_edm_style_training", "snr_gamma", "debiased_estimation_loss", "timestep_bias_strategy")
 OF_UNETS += ("noise_offset", "cache_cross_attention", "recompute_feed_forward", "basis")
 """Settings that only UNets obey."""

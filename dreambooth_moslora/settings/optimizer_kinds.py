@@ -29,32 +29,25 @@ def of_adam(config: Config) -> dict[str, Any]:
 
 
 OF_PRODIGY = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+# fmt: off
 OPTIMIZERS = {
-    "AdamW": OptimizerKind(
-        "torch.optim:AdamW",
+    "AdamW": OptimizerKind("torch.optim:AdamW",
         # fused: one kernel for the hundreds of small matrices takes a quarter of the loop's time on a CPU
         lambda run: of_adam(run) | ({} if run.use_8bit_adam else {"fused": True}),
-        in_8_bit="bitsandbytes.optim:AdamW8bit",
-    ),
-    "Prodigy": OptimizerKind(  # finds its rate (Mishchenko and Defazio 2023); the given one multiplies it
-        "prodigyopt:Prodigy",
-        lambda run: of_adam(run) | {name: getattr(run, f"prodigy_{name}") for name in OF_PRODIGY},
-        package="prodigyopt",
-        on_gpu="dreambooth_moslora.training.optimizer:FlatProdigy",
-        learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"),
-        one_rate=True,
-    ),
-    SCHEDULE_FREE: OptimizerKind(  # Defazio et al. 2024, arXiv 2405.15682
-        "schedulefree:AdamWScheduleFree",
-        of_adam,
-        package="schedulefree",
-        learns=("k", "weight_sum", "lr_max"),
-        averages=True,
-    ),
-    "Adafactor": OptimizerKind(  # Shazeer and Stern 2018; as kohya writes it: the given rate for weights of any size
-        "transformers.optimization:Adafactor", lambda run: {"scale_parameter": False, "relative_step": False}
-    ),
+        in_8_bit="bitsandbytes.optim:AdamW8bit"),
+    # finds its rate (Mishchenko and Defazio 2023); the given one multiplies it
+    "Prodigy": OptimizerKind("prodigyopt:Prodigy",
+        lambda run: of_adam(run) | {name: getattr(run, f"prodigy_{name}") for name in OF_PRODIGY}, package="prodigyopt",
+        on_gpu="dreambooth_moslora.training.optimizer:FlatProdigy", one_rate=True,
+        learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")),
+    # Defazio et al. 2024, arXiv 2405.15682
+    SCHEDULE_FREE: OptimizerKind("schedulefree:AdamWScheduleFree", of_adam, package="schedulefree", averages=True,
+        learns=("k", "weight_sum", "lr_max")),
+    # Shazeer and Stern 2018; as kohya writes it: the given rate for weights of any size
+    "Adafactor": OptimizerKind("transformers.optimization:Adafactor",
+        lambda run: {"scale_parameter": False, "relative_step": False}),
 }
+# fmt: on
 BYTES_IN_8_BIT = 10  # `bytes_each` with --use_8bit_adam.
 
 

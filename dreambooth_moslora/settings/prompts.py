@@ -35,9 +35,8 @@ OPENING = re.compile(r"^(?:(?:an?|the|this)\s+)?(?:photo|picture|photograph|imag
 ARTICLE = re.compile(r"^(?:an?|the|one|my)\s+", re.I)
 CONTEXT = re.compile(r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I)
 USUAL_WORD = "TOK"  # diffusers' scripts use this word in prompts for new tokens.
-CONTEXT_TEMPLATES = tuple(
-    f"a {{}} {place}" for place in ("on the beach", "in the snow", "with a city in the background", "in the jungle")
-)
+CONTEXT_PLACES = ("on the beach", "in the snow", "with a city in the background", "in the jungle")
+CONTEXT_TEMPLATES = tuple(f"a {{}} {place}" for place in CONTEXT_PLACES)
 MOST_PAIRS = 6  # Most pairs of subjects that are drawn together.
 
 

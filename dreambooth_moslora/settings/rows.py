@@ -70,8 +70,7 @@ def parse_pattern(flag: str, text: str) -> tuple[str, float]:
 
 
 def parse_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
-    """`1024,1024;768,1360` -> (height, width) of each, px. Raises UserError for what `--aspect_ratio_buckets` cannot
-    be."""
+    """`1024,1024;768,1360` of `--aspect_ratio_buckets` -> (height, width) of each, px. Raises UserError."""
     matches = [SIZE.fullmatch(pair) for pair in text.split(";")] if text else []
     sizes = tuple((int(match[1]), int(match[2])) for match in matches if match)
     if len(sizes) < len(matches) or any(side % 8 for size in sizes for side in size):

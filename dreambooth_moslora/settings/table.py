@@ -546,9 +546,8 @@ def shapes_weights(name: str, config: TrainConfig) -> bool:
     return shapes(config) if callable(shapes) else shapes and not any(applies(config) for _, applies in idle)
 
 
-REMOVED = dict.fromkeys(
-    ("new_backgrounds", "background_scenes"), "removed, as the project's study showed no gain from new backgrounds"
-)
+WHY_REMOVED = "removed, as the project's study showed no gain from new backgrounds"
+REMOVED = {"new_backgrounds": WHY_REMOVED, "background_scenes": WHY_REMOVED}
 """Settings of earlier versions -> why they are gone. Files of runs that did not use them hold them as 0 or []."""
 
 
@@ -563,8 +562,7 @@ def subject_table(values: Any) -> Any:
 
 
 def checked_setting(name: str, value: Any) -> Any:
-    """The value of any source as the configuration will hold it: converted to the setting's type, and within its
-    limits. Raises UserError for a wrong value."""
+    """The value of any source, converted to the setting's type and within its limits. Raises UserError."""
     item, (base, is_optional) = SETTINGS[name], FIELD_TYPES[name]
     facts = item.metadata
     if value is None and is_optional:
@@ -634,14 +632,11 @@ def is_text(value: str) -> bool:
     return "\0" not in value and value == value.encode("utf-8", "replace").decode()
 
 
+Bound = float | None
+
+
 def check_number(
-    name: str,
-    value: float,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
+    name: str, value: float, *, low: Bound = None, above: Bound = None, high: Bound = None, below: Bound = None
 ) -> None:
     """Raises UserError, which begins with `--name`, for a number that is not finite or breaks a bound."""
     if value != value or value in (float("inf"), float("-inf")):
@@ -659,8 +654,7 @@ def check_number(
 
 
 def check_each(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The given settings, each checked; others may be missing. Those in REMOVED must be off, and are left out. Raises
-    UserError for a wrong name or value."""
+    """The given settings, each checked. Those in REMOVED must be off, and are left out. Raises UserError."""
     for name, value in values.items():
         if name in SETTINGS:
             checked_setting(name, value)

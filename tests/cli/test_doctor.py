@@ -17,7 +17,6 @@ from dreambooth_moslora.cli.machine import (
     Findings,
     bad_pairs,
     examine_machine,
-    installed_versions,
     needed_ranges,
     out_of_range,
 )
@@ -28,25 +27,20 @@ from dreambooth_moslora.settings import rules
 from dreambooth_moslora.settings.table import TrainConfig
 
 
-def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys):
+def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=3 * 2**30))
     assert main(["doctor", "--base", str(tiny_base), "--size", "32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (
-        found["problems"] == [] and {"torch", "peft", "device", "compile", "VAE in bfloat16"} <= found["facts"].keys()
-    )
-    assert found["facts"]["VAE in float16"].startswith("off by")
+    facts = found["facts"]
+    assert found["problems"] == [] and {"torch", "peft", "device", "compile", "VAE in bfloat16"} <= facts.keys()
+    assert facts["VAE in float16"].startswith("off by") and facts["processor"].endswith(" cores, 3.0 GiB")
 
 
-@pytest.mark.parametrize(
-    ("on_gpu", "programs", "modules", "lacks"),
-    [
-        (False, ["c++"], [], None),
-        (False, ["gcc"], [], "a C++ compiler"),
-        (True, ["gcc"], [], "Triton"),
-        (True, [], ["triton"], "a C compiler"),
-        (True, ["gcc"], ["triton"], "Python.h"),
-    ],
-)
+LACKS = [(False, ["c++"], [], None), (False, ["gcc"], [], "a C++ compiler"), (True, ["gcc"], [], "Triton")]
+LACKS += [(True, [], ["triton"], "a C compiler"), (True, ["gcc"], ["triton"], "Python.h")]
+
+
+@pytest.mark.parametrize(("on_gpu", "programs", "modules", "lacks"), LACKS)
 def test_what_compile_lacks_is_named(on_gpu, programs, modules, lacks, monkeypatch):
     monkeypatch.setattr(machine, "has_gpu", lambda: on_gpu)
     monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in programs else None)
@@ -54,12 +48,6 @@ def test_what_compile_lacks_is_named(on_gpu, programs, modules, lacks, monkeypat
     monkeypatch.setattr(machine, "get_path", lambda name: "/nowhere")
     found = machine.what_compile_lacks()
     assert (found is None) if lacks is None else found.startswith(lacks)
-
-
-def test_doctor_says_this_machines_memory(monkeypatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=3 * 2**30))
-    examine_machine(found := Findings())
-    assert found.facts["processor"].endswith(" cores, 3.0 GiB")
 
 
 @pytest.mark.parametrize(("macos", "says"), [(14, "yes"), (13, "no: use --mixed_precision fp16")])
@@ -71,7 +59,7 @@ def test_doctor_sees_apples_gpu_and_that_bf16_begins_with_macos_14(apple, macos,
 
 
 def test_doctor_names_bad_pairs_and_missing_libraries_and_takes_builds_and_candidates_as_their_release():
-    mine = installed_versions(tuple(needed_ranges()))
+    mine = {name: rules.version_of(name) for name in needed_ranges()}
     assert bad_pairs(mine) == [] and out_of_range(mine) == []
     (line,) = bad_pairs({**mine, "transformers": "5.24.1"})
     assert "transformers 5.24.1 needs peft 0.22" in line

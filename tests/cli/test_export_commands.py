@@ -83,9 +83,8 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
     old = {"unet.a.processor.to_q_lora.down.weight": down, "unet.a.processor.to_q_lora.up.weight": up}
     save_file(old, tmp_path / "old.safetensors")
     save_file({"a.lokr_w1": up}, tmp_path / "lokr.safetensors")
-    facts = describe(tmp_path / "kohya.safetensors")
-    assert (facts["alpha"], facts["scale"], facts["base"]) == ("2", "0.25", "sdxl_base_v1-0")
-    assert facts["modules"] == {"text_encoder": 1} and facts["trigger_words"] == "sks, grass"
+    wanted = {"alpha": "2", "scale": "0.25", "base": "sdxl_base_v1-0", "modules": {"text_encoder": 1}}
+    assert describe(tmp_path / "kohya.safetensors").items() >= (wanted | {"trigger_words": "sks, grass"}).items()
     assert describe(tmp_path / "old.safetensors")["modules"] == {"unet": 1}
     assert describe(tmp_path / "lokr.safetensors")["kind"] == "LyCORIS LoKr"
     unfolded = {"lora_A.weight": torch.ones(2, 3), "lora_B.up": torch.ones(3, 2), "lora_B.mixer": torch.ones(2, 2)}

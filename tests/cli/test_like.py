@@ -60,15 +60,10 @@ def photos(tmp_path, monkeypatch) -> Path:
     return paint_photos(tmp_path / "dog", 2)
 
 
-@pytest.fixture
-def file_of():
+def file_of(header: dict[str, str]) -> str:
     """Writes `a.safetensors` with a header into the current folder, where there are photos in `dog`."""
-
-    def write(header: dict[str, str]) -> str:
-        save_file(WEIGHTS, "a.safetensors", metadata=header)
-        return "a.safetensors"
-
-    return write
+    save_file(WEIGHTS, "a.safetensors", metadata=header)
+    return "a.safetensors"
 
 
 def ours(**recipe) -> dict[str, str]:
@@ -110,7 +105,7 @@ def test_a_recipe_holds_numbers_switches_choices_and_layers():
     assert recipe_of(TrainConfig(target_modules=("to_q", "/home/alice", "two words")))["target_modules"] == ["to_q"]
 
 
-def test_a_header_of_kohya(file_of, capsys):
+def test_a_header_of_kohya(capsys):
     config = parse_train_config([*NEEDED, "--like", file_of({key: value for key, (value, _) in KOHYA.items()})])
     assert {**OF_KOHYA, **differing(config)} == OF_KOHYA and {n: getattr(config, n) for n in OF_KOHYA} == OF_KOHYA
     taken, meaningless = capsys.readouterr().err.splitlines()
@@ -118,7 +113,7 @@ def test_a_header_of_kohya(file_of, capsys):
     assert meaningless.endswith(": ss_clip_skip, the arguments in ss_optimizer")
 
 
-def test_flags_and_files_win(file_of, tmp_path):
+def test_flags_and_files_win(tmp_path):
     like = file_of(ours(rank=8, seed=5, max_train_steps=9, snr_gamma=5.0, gradient_checkpointing=True, crop_zoom=2))
     (tmp_path / "a.toml").write_text(f'like = "{like}"\n[training]\nseed = 6\n')
     told = {"max_train_steps": 9, "snr_gamma": 5.0, "gradient_checkpointing": True, "crop_zoom": 2.0}
@@ -130,7 +125,7 @@ def test_flags_and_files_win(file_of, tmp_path):
     assert found == given | {"rank": 8, "crop_zoom": 2.0}
 
 
-def test_it_takes_the_recipes_place_beside_a_folder_and_a_word(file_of, capsys):
+def test_it_takes_the_recipes_place_beside_a_folder_and_a_word(capsys):
     toy = ["--pretrained_model_name_or_path", "toy"]
     config = parse_train_config(["dog", "dog", *toy, "--like", file_of(ours(rank=3, max_train_steps=9, resolution=64))])
     assert (config.rank, config.max_train_steps, config.exposures_per_photo) == (3, 9, None)
@@ -139,7 +134,7 @@ def test_it_takes_the_recipes_place_beside_a_folder_and_a_word(file_of, capsys):
     assert "settings like a.safetensors: 3 (" in said and "recipe: " not in said
 
 
-def test_what_is_wrong_in_a_header_is_named_and_left_out(file_of, capsys):
+def test_what_is_wrong_in_a_header_is_named_and_left_out(capsys):
     wrong = {"rank": "many", "learning_rate": float("nan"), "resolution": 1020, "mixer": ["none"], "seed": -1}
     wrong |= {"target_modules": ["/etc/passwd"], "rank_pattern": ["to_q=x"], "crop_zoom": {}}
     wrong |= {"train_batch_size": 10**400}
@@ -151,25 +146,22 @@ def test_what_is_wrong_in_a_header_is_named_and_left_out(file_of, capsys):
     assert "--rank 'many': expected a whole number" in named and "`output_dir` is not a setting of a recipe" in named
 
 
-@pytest.mark.parametrize(
-    "content, said",
-    [
-        ({}, "holds no recipe"),
-        ({"ss_v2": "False", "ss_sd_model_name": "x", "ss_clip_skip": "2"}, "holds no recipe"),
-        ({"moslora": "[" * 100_000}, "holds no recipe"),
-        ({"moslora": "[1]"}, "holds no recipe"),
-        ({"moslora": '{"recipe": [1]}'}, "holds no recipe"),
-        ({"moslora": '{"recipe": {"output_dir": "/etc"}}'}, "none of its settings is valid"),
-        ({"ss_network_dim": "x" * 100_000}, "none of its settings is valid"),
-        ({"ss_resolution": "(512, 768)"}, "none of its settings is valid"),
-        *(
-            (content, "not a safetensors file")
-            for content in (b"", b"\x80\x02}q", b"\xff" * 64, b"\x08" + b"\0" * 7 + b'{"a": 1}', "x" * 5000)
-        ),
-        *((name, "no such file") for name in ("missing", "dog", "a\0b")),
-    ],
-)
-def test_a_file_without_a_usable_recipe_is_one_line(file_of, capsys, content, said):
+UNUSABLE = {
+    "holds no recipe": (
+        *({}, {"ss_v2": "False", "ss_sd_model_name": "x", "ss_clip_skip": "2"}, {"moslora": "[" * 100_000}),
+        *({"moslora": "[1]"}, {"moslora": '{"recipe": [1]}'}),
+    ),
+    "none of its settings is valid": (
+        *({"moslora": '{"recipe": {"output_dir": "/etc"}}'}, {"ss_network_dim": "x" * 100_000}),
+        {"ss_resolution": "(512, 768)"},
+    ),
+    "not a safetensors file": (b"", b"\x80\x02}q", b"\xff" * 64, b"\x08" + b"\0" * 7 + b'{"a": 1}', "x" * 5000),
+    "no such file": ("missing", "dog", "a\0b"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), [(one, said) for said, contents in UNUSABLE.items() for one in contents])
+def test_a_file_without_a_usable_recipe_is_one_line(capsys, content, said):
     file = content if isinstance(content, str) else "a.safetensors"
     if isinstance(content, dict):
         file_of(content)
@@ -186,15 +178,11 @@ WHY = "removed, as the project's study showed no gain from new backgrounds"
 FOUND_ONE = "removed, as it found one bad photo of two; to train without a photo, use --leave_out FILE"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--new-backgrounds", "3"],
-        ["--new_backgrounds=0"],
-        ["--background-scenes=in a garden"],
-        ["--leave-one-out", "120"],
-    ],
-)
+GONE = [["--new-backgrounds", "3"], ["--new_backgrounds=0"], ["--background-scenes=in a garden"]]
+GONE += [["--leave-one-out", "120"]]
+
+
+@pytest.mark.parametrize("words", GONE)
 def test_a_flag_is_answered_in_one_line(words, capsys):
     flag = words[0].partition("=")[0].replace("-", "_").replace("__", "--", 1)
     why = FOUND_ONE if flag == "--leave_one_out" else WHY
@@ -223,7 +211,7 @@ def test_a_setting_in_a_file_is_answered_in_one_line_unless_it_was_off(capsys):
     assert parse_train_config(["dog", "dog", "--config", "train_config.json"]).rank == 3
 
 
-def test_what_used_them_is_taken_without_evaluated_and_explained_but_not_verified(file_of, capsys):
+def test_what_used_them_is_taken_without_evaluated_and_explained_but_not_verified(capsys):
     file = file_of(ours(seed=1, rank=3, new_backgrounds=2))
     config = parse_train_config([*NEEDED, "--like", file])
     assert (config.seed, config.rank) == (1, 3)

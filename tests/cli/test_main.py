@@ -25,7 +25,6 @@ from dreambooth_moslora.disk.processes import STOP_FILE, ask_to_stop
 from dreambooth_moslora.disk.run_folder import RunDir, step_of
 from dreambooth_moslora.plan import processes
 from dreambooth_moslora.training.loop import TrainResult, train
-from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -52,11 +51,7 @@ def needed(base, photos, run):
 
 @pytest.fixture
 def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(3):
-        picture().rotate(90 * number, expand=True).save(folder / f"{number}.png")
-    return folder
+    return paint_photos(tmp_path / "photos")
 
 
 def python(*words, **options) -> subprocess.CompletedProcess:
@@ -92,18 +87,85 @@ def test_the_overview_names_every_command(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"{__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "words, says",
-    [
-        ("--rank 4", "missing: --pretrained_model_name_or_path, --instance_prompt, --instance_data_dir"),
-        ("--trian", "unknown flag --trian"),
-        ("--rank 0", "--rank"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_2(words, says, capsys):
-    assert train_main(words.split()) == 2
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["diffusers"] = sys.modules["gradio"] = None  # to import them raises an error
+from dreambooth_moslora.cli.main import main
+print([main(words.split()) for words in sys.argv[1:]])
+"""
+ABSENT = {
+    "info x.safetensors": "there is no file x.safetensors",
+    "generate --prompt dog --adapter x": "there is no adapter file x",
+    "generate --prompt dog --base x": "the base x does not exist",
+    "generate --prompt dog --from_png x.png": "x.png",
+    "generate --prompt dog --basis x": "--basis x: there is no such file",
+    "evaluate x": "there is no adapter file x",
+    "evaluate dog.safetensors --photos x": "x: no such folder",
+    "evaluate dog.safetensors --base x": "the base x does not exist",
+    "export x --out y": "there is no file or folder x",
+    "export x --for peft --out y": "there is no folder x",
+    "explain x": "x holds no run",
+    "verify x": "x: there is no such file",
+    "check x": "x: no such folder",
+    "check x dog": "x: there is no such folder",
+    "caption x --subject dog": "x: no such folder",
+    "doctor --photos x": "x: no such folder",
+    "train x dog": "x: there is no such folder",
+    "serve --adapters x": "--adapters x: there is no such folder",
+    "serve --adapters . --pretrained_model_name_or_path x": "the base x does not exist",
+    "app --base x": "the base x does not exist",
+    "generate --prompt dog --adapter ~nobody_/x": "there is no adapter file ~nobody_/x",
+    "export ~nobody_/x --out y": "there is no file or folder ~nobody_/x",
+    "verify ~nobody_/x": "~nobody_/x: there is no such file",
+    "app --base ~nobody_/x": "the base ~nobody_/x does not exist",
+}
+
+
+def test_a_path_that_is_not_there_is_told_before_torch_is_imported(tmp_path):
+    """Its import takes half a minute on a busy machine."""
+    (tmp_path / "dog.safetensors").write_bytes(b"")
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", WITHOUT_TORCH, *ABSENT]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{[2] * len(ABSENT)}\n", done.stderr
+    for line, said in zip(done.stderr.splitlines(), ABSENT.values(), strict=True):
+        assert line.startswith(f"error: {said}")
+
+
+UNFINISHED = {
+    "trian": "unknown command trian: did you mean train?",
+    "xyz": "unknown command xyz: choose one of",
+    "check": "the following arguments are required",
+    "train": "say which photos to train, and what they show, as in `train photos/dog dog`; --help shows the flags.\n",
+    "train --rank 4": "missing: --pretrained_model_name_or_path, --instance_prompt, --instance_data_dir",
+}
+
+
+@pytest.mark.parametrize("words", UNFINISHED)
+def test_a_mistyped_or_unfinished_command_is_one_line(words, capsys):
+    assert main(words.split()) == 2
     error = capsys.readouterr().err
-    assert says in error and error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith(f"error: {UNFINISHED[words]}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["check", "compare"])
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("--flag=a b", "unknown flag --flag; see"), ("-x y", "unknown flag -x y"), ("--rnak=4 5", "--rank?")],
+)
+def test_a_flag_that_is_none_is_no_word_of_the_subject(command, flag, said, tmp_path, capsys):
+    assert main([command, str(tmp_path), flag]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_words_that_an_ascii_python_cannot_read_are_told_with_the_cure(tmp_path):
+    """By LC_ALL=C and PYTHONUTF8=0; they were said to be no UTF-8, which they are."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "dreambooth_moslora", "train", "--instance_prompt", "a photo of a sks 犬"]
+    done = subprocess.run(command, cwd=tmp_path, env=plain, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert done.stderr.endswith(b": Python reads words and names as ascii here; set PYTHONUTF8=1.\n")
 
 
 def fail(error):
@@ -211,18 +273,13 @@ def test_signals_ask_and_never_tear(signals):
     assert out == b"saving\nsaved\n" and process.returncode == 0 and b"stopping after this step" in err
 
 
-def test_a_third_ctrl_c_leaves_at_once():
-    process = started("-c", STOPPER, HANG="1")
-    assert process.stdout.readline() == b"ready\n"
-    send(process, [signal.SIGINT] * 3, 0.1)
-    assert process.wait(timeout=20) == 130
-
-
-def test_a_file_asks_as_a_signal_does_and_goes_with_the_run(tmp_path):
-    process = started("-c", STOPPER, **{STOP_FILE: str(tmp_path / "job.stop")})
-    assert process.stdout.readline() == b"ready\n"
+def test_a_third_ctrl_c_leaves_at_once_and_a_file_asks_as_a_signal_does_and_goes_with_the_run(tmp_path):
+    hanging, asked = started("-c", STOPPER, HANG="1"), started("-c", STOPPER, **{STOP_FILE: str(tmp_path / "job.stop")})
+    assert hanging.stdout.readline() == asked.stdout.readline() == b"ready\n"
+    send(hanging, [signal.SIGINT] * 3, 0.1)
     ask_to_stop(tmp_path)
-    assert process.communicate(timeout=60)[0] == b"saving\nsaved\n" and not list(tmp_path.iterdir())
+    assert hanging.wait(timeout=20) == 130
+    assert asked.communicate(timeout=60)[0] == b"saving\nsaved\n" and not list(tmp_path.iterdir())
 
 
 def test_a_closed_terminal_stops_nothing_under_nohup():
@@ -308,14 +365,13 @@ def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, 
     assert train_main([*words, "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
     out = capsys.readouterr().out
     assert "rank = 3  # set" in out and 'mixer = "orthogonal"\n' in out
-    assert "0.png  128 x 96" in out and "left out: notes.md" in out
+    assert "0.png  96 x 64" in out and "left out: notes.md" in out
     assert "3 photos × 4 repeats, 4 a step: 3 steps an epoch; 15 steps = 5.0 epochs" in out
     assert "each photo is seen about 20 times" in out and "--exposures_per_photo" not in out
     assert out.count("has no effect without --with_prior_preservation") == 2
     assert "--prior has no effect without --with_prior_preservation" in out
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
-    ends = ("to_q", "to_k", "to_v", "to_out.0")
-    layers = [m for name, m in unet.named_modules() if name.endswith(ends)]
+    layers = [m for name, m in unet.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
     expected = sum(3 * (m.in_features + m.out_features) + 9 for m in layers)
     assert f"{expected:,} parameters on {len(layers)} layers" in out
     assert not (tmp_path / "run").exists()
@@ -324,12 +380,10 @@ def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, 
 
 
 @pytest.mark.slow
-def test_a_run_shows_its_phases_the_time_left_and_both_losses(tiny_base, tmp_path):
-    photos = paint_photos(tmp_path / "photos")
+def test_a_run_shows_its_phases_the_time_left_and_both_losses(photos, tiny_base, tmp_path):
     changes = {"with_prior_preservation": True, "num_validation_images": 1, "checkpointing_steps": 2}
-    config = tiny_config(tiny_base, photos, tmp_path / "run", **changes)
     stream = io.StringIO()
-    train(config, TerminalProgress(stream))
+    train(tiny_config(tiny_base, photos, tmp_path / "run", **changes), TerminalProgress(stream))
     seen = stream.getvalue()
     for words in ("loading the base", "class images", "encoding photos", "drawing samples", "saving and verifying"):
         assert words in seen, words
@@ -353,14 +407,11 @@ def test_a_stopped_run_says_where_its_adapter_is(capsys):
     assert "stopped at step 4: the adapter so far is in run; " in capsys.readouterr().err
 
 
-def test_a_resumed_run_counts_from_its_step():
+def test_a_resumed_run_counts_from_its_step_a_new_one_from_nowhere_and_a_line_of_scores_has_words():
+    """There were fourteen of the program's own names in it."""
     seen = shown(RunStarted(100), StepDone(41, loss=1.0, lr=1e-4, eta_sec=125.0))
     assert "41/100" in seen and "0/100" not in seen.replace("40/100", "")
     assert seen.count("goes on from step 40\n") == 1 and "left=02:05" in seen and "step/s" not in seen
-
-
-def test_a_line_of_scores_has_words_and_a_new_run_goes_on_from_nowhere():
-    """There were fourteen of the program's own names in it."""
     scores = StepEvaluated(1, {"dino": 0.5, "dino_base": 0.1, "clip_t": 0.25, "score": 0.75})
     seen = shown(RunStarted(2), StepDone(1, loss=1.0, lr=1e-4), scores)
     assert "step 1: subject 0.500, prompt 0.250, score 0.750\n" in seen and "goes on" not in seen
@@ -373,8 +424,8 @@ def test_a_line_of_scores_has_words_and_a_new_run_goes_on_from_nowhere():
         ({"max_train_steps": 10**9, "checkpointing_steps": 1}, "note: the disk has too little room"),
     ],
 )
-def test_a_run_says_before_it_begins_what_will_go_badly(changes, says, tiny_base, tmp_path, caplog):
-    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", **changes)
+def test_a_run_says_before_it_begins_what_will_go_badly(changes, says, photos, tiny_base, tmp_path, caplog):
+    config = tiny_config(tiny_base, photos, tmp_path / "run", **changes)
     assert run_trainer(config, stop=lambda: True) == INTERRUPTED
     assert len([line for line in caplog.messages if line.startswith(says)]) == 1
 

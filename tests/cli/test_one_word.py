@@ -67,14 +67,12 @@ def test_photos_without_masks_get_them_where_nothing_is_fetched_for_it(photos, c
 
 
 def test_photos_that_are_not_square_are_cropped_in_their_own_shapes(photos, tmp_path, capsys):
-    assert not parse_train_config([*photos]).enable_bucket and "crops: " not in capsys.readouterr().err
-    oblong = tmp_path / "wide"
-    oblong.mkdir()
+    (oblong := tmp_path / "wide").mkdir()
     Image.new("RGB", (160, 128)).save(oblong / "0.png")
+    for words in (photos, [str(oblong), "dog", "--no_enable_bucket"]):
+        assert not parse_train_config(words).enable_bucket and "crops: " not in capsys.readouterr().err
     assert parse_train_config([str(oblong), "dog"]).enable_bucket
     assert "crops: in the photos' own shapes (--no_enable_bucket)" in capsys.readouterr().err
-    assert not parse_train_config([str(oblong), "dog", "--no_enable_bucket"]).enable_bucket
-    assert "crops: " not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("are_before", [False, True])
@@ -116,14 +114,11 @@ def test_scores_are_refused_by_steps_of_0_and_early_stopping_waits_for_those_tha
     assert parse_train_config([*TOYS, "--early_stopping", "2"]).evaluate_steps == 120
 
 
-def test_a_config_file_takes_the_place_of_the_recipe_and_words_that_of_its_subject(photos):
+def test_a_config_file_takes_the_recipes_place_and_nothing_that_it_says_of_its_subject_reaches_another(photos):
     config = parse_train_config([*photos, "--config", str(CONFIGS / "quickstart.toml")])
     assert (config.max_train_steps, config.crops_per_photo, config.learning_rate) == (240, 8, 2.5e-3)
     assert (config.instance_data_dir, config.output_dir) == ("dog", "runs/dog")
     assert config.class_prompt == "a photo of a dog" and config.token is None
-
-
-def test_nothing_that_a_config_file_says_of_its_own_subject_reaches_another(photos):
     names = ["mask_prompt", "validation_prompt", "class_data_dir", "token_abstraction", "initializer_concept"]
     names += ["class_word", "caption_prefix", "caption_suffix", "leave_out", "hub_model_id", "output_dir"]
     Path("rocket.toml").write_text("rank = 3\n" + "".join(f'{name} = "my rocket"\n' for name in names))
@@ -159,14 +154,6 @@ def test_a_gpu_that_pytorch_does_not_see_is_told_and_nothing_is_trained_in_its_p
         assert parse_train_config(words).pretrained_model_name_or_path == "toy"
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_second_gpu_is_told_of(photos, monkeypatch, capsys, count):
-    monkeypatch.setattr(memory, "least_free_gib", lambda **later: 23.0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    parse_train_config(photos)
-    assert ("GPUs: one of 2; `accelerate launch --multi_gpu" in capsys.readouterr().err) == (count == 2)
-
-
 def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_has_no_variant(
     photos, monkeypatch, capsys
 ):
@@ -177,7 +164,9 @@ def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_ha
     assert "the embedded base knows toys alone (--pretrained_model_name_or_path)" in capsys.readouterr().err
 
 
-def test_on_a_gpu_one_recipe_is_taken_and_memory_alone_goes_by_what_is_free(photos, monkeypatch):
+def test_on_a_gpu_one_recipe_is_taken_memory_alone_goes_by_what_is_free_and_a_second_is_told_of(
+    photos, monkeypatch, capsys
+):
     """`tests/plan/test_memory.py` says which plan each card gets."""
     found = []
     for free in (3.8, 12.0, 79.1):
@@ -189,6 +178,11 @@ def test_on_a_gpu_one_recipe_is_taken_and_memory_alone_goes_by_what_is_free(phot
     assert config.with_prior_preservation and config.prior == "adapter_off" and config.evaluate_steps is None
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
     assert parse_train_config([*photos, "--memory", "full"]).memory == "full"
+    for count in (1, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        capsys.readouterr()
+        parse_train_config(photos)
+        assert ("GPUs: one of 2; `accelerate launch --multi_gpu" in capsys.readouterr().err) == (count == 2)
 
 
 def test_sdxl_is_scored_where_both_encoders_are_here(photos, tmp_path, monkeypatch, capsys):
@@ -224,23 +218,20 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
     assert one_word.run_folder("dog", resumes=False) == Path("runs/dog")
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["nowhere", "dog"], "nowhere: there is no such folder"),
-        (["dog/0.png", "dog"], "it is a file"),
-        (["dog"], "dog: say in one word what it shows"),
-        (["dog", " "], "say in one word"),
-        (["dog", "d" * 100_000], "the word has 100000 letters; at most 60 are allowed"),
-        (["dog", "stuffed", "animal"], "`animal` belongs to no flag"),
-        (["dog", "--flag=a dog"], "unknown flag --flag"),
-        (["--rank", "4", "dog", "--flag=dog"], "unknown flag --flag"),
-        (["empty", "dog"], "no usable photo"),
-        (["dog", "dog", "--instance_data_dir", "dog"], "give the folder of photos once"),
-        (["dog", "dog", "--rank", "much"], "--rank 'much'"),
-        (["--instance_prompt", "a", "sks", "dog"], "belongs to no flag"),
-    ],
-)
+MISTAKES = [(["nowhere", "dog"], "nowhere: there is no such folder"), (["dog/0.png", "dog"], "it is a file")]
+MISTAKES += [(["dog"], "dog: say in one word what it shows"), (["dog", " "], "say in one word")]
+MISTAKES += [(["dog", "d" * 100_000], "the word has 100000 letters; at most 60 are allowed")]
+MISTAKES += [(["dog", "stuffed", "animal"], "`animal` belongs to no flag"), (["empty", "dog"], "no usable photo")]
+MISTAKES += [
+    (["dog", "--flag=a dog"], "unknown flag --flag"),
+    (["--rank", "4", "dog", "--flag=dog"], "unknown flag --flag"),
+]
+MISTAKES += [(["dog", "dog", "--instance_data_dir", "dog"], "give the folder of photos once")]
+MISTAKES += [(["dog", "dog", "--rank", "much"], "--rank 'much'")]
+MISTAKES += [(["--instance_prompt", "a", "sks", "dog"], "belongs to no flag")]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES)
 def test_a_mistake_is_one_line(photos, capsys, words, said):
     Path("empty").mkdir()
     for run in (train_main, lambda argv: main(["train", *argv])):

@@ -21,27 +21,21 @@ def flags(tmp_path):
     return ["--instance_data_dir", str(photos), "--instance_prompt", "a photo of a sks dog", "--output_dir", str(run)]
 
 
-def test_help_shows_the_flags_in_daily_use_and_help_all_shows_each(capsys):
+def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_none_is_required_that_an_example_leaves_out(capsys):
     shown = {}
-    for flag in ("--help", "--help_all"):
+    for words in ("train --help", "train --help_all", "check --help", "verify --help", "fleet --help"):
         with pytest.raises(SystemExit):
-            main(["train", flag])
-        shown[flag] = capsys.readouterr().out
-    assert all(f"  --{name} " in shown["--help_all"] for name in SETTINGS)
-    assert len(shown["--help"].splitlines()) < 60 < len(shown["--help_all"].splitlines())
-    assert "train photos/dog dog" in shown["--help"] and "--help_all" in shown["--help"]
-
-
-@pytest.mark.parametrize("words", ["train --help", "train --help_all", "check --help", "verify --help", "fleet --help"])
-def test_no_help_calls_a_flag_required_that_its_own_example_leaves_out(words, capsys):
-    with pytest.raises(SystemExit):
-        main(words.split())
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "(required)" not in shown
+            main(words.split())
+        shown[words] = capsys.readouterr().out
+    daily, each = shown["train --help"], shown["train --help_all"]
+    assert all(f"  --{name} " in each for name in SETTINGS) and len(daily.splitlines()) < 60 < len(each.splitlines())
+    assert "train photos/dog dog" in daily and "--help_all" in daily
     exceptions = ("PHOTOS WORD)", "PHOTOS WORD, --dataset_name or --subjects)", "PHOTOS WORD or --subjects)")
-    said = [f"(needed as a flag or by --config, except with {exception}" in shown for exception in exceptions]
-    assert said == [words.startswith("train")] * 3
-    assert ("(needed as a flag or by --config)" in shown) == words.startswith("fleet")
+    for words, text in shown.items():
+        text = " ".join(text.split())
+        said = [f"(needed as a flag or by --config, except with {exception}" in text for exception in exceptions]
+        assert said == [words.startswith("train")] * 3 and "(required)" not in text
+        assert ("(needed as a flag or by --config)" in text) == words.startswith("fleet")
 
 
 @pytest.mark.parametrize(("given", "px"), [([], RESOLUTION_PX), (["--resolution", "128"], 128)])
@@ -49,71 +43,53 @@ def test_a_base_that_was_trained_smaller_has_its_own_resolution(given, px, flags
     assert parse_train_config([*flags, "--pretrained_model_name_or_path", str(tiny_base), *given]).resolution == px
 
 
-@pytest.mark.parametrize(
-    ("answer", "why"),
-    [
-        (401, "asks for a login"),
-        (404, "has no such model"),
-        (500, "has none"),
-        (OSError("no route"), "does not answer"),
-        (None, "is not asked, as HF_HUB_OFFLINE is set"),
-    ],
-)
-def test_a_base_that_the_hub_does_not_give_is_refused_at_once_and_leaves_no_folder(
-    answer, why, flags, tmp_path, monkeypatch, capsys
-):
-    class Session:
-        def get(self, url, **options):
-            asked.append(options["timeout"])
-            if isinstance(answer, Exception):
-                raise answer
-            return type("Answer", (), {"status_code": answer})()
-
-    asked = []
-    files.hub_index.cache_clear()
-    if answer is not None:
-        monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
-    assert train_main([*flags, "--pretrained_model_name_or_path", "nobody/a-model-1.0"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert why in line and "hf download nobody/a-model-1.0" in line
-    assert asked == ([5] if answer is not None else []) and not (tmp_path / "run").exists()
-
-
 @pytest.fixture
 def hub_says(monkeypatch):
-    """Let the hub answer with this `model_index.json`, or that it has none; the addresses that are asked."""
+    """Let the hub answer with this status and `model_index.json`, or not at all; the seconds that it is given."""
 
-    def say(index) -> list:
+    def say(answer, index=None) -> list:
         class Session:
             def get(self, url, **options):
-                asked.append(url)
-                return type("Answer", (), {"status_code": 200 if index else 404, "json": lambda self: index})()
+                asked.append(options["timeout"])
+                if isinstance(answer, Exception):
+                    raise answer
+                return type("Answer", (), {"status_code": answer, "json": lambda self: index})()
 
         asked = []
         files.hub_index.cache_clear()
-        monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+        if answer is not None:
+            monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
         return asked
 
     yield say
     files.hub_index.cache_clear()
 
 
+ANSWERS = [(401, "asks for a login"), (404, "has no such model"), (500, "has none")]
+ANSWERS += [(OSError("no route"), "does not answer"), (None, "is not asked, as HF_HUB_OFFLINE is set")]
+
+
+@pytest.mark.parametrize(("answer", "why"), ANSWERS)
+def test_a_base_that_the_hub_does_not_give_is_refused_at_once_and_leaves_no_folder(
+    answer, why, flags, tmp_path, hub_says, capsys
+):
+    asked = hub_says(answer)
+    assert train_main([*flags, "--pretrained_model_name_or_path", "nobody/a-model-1.0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert why in line and "hf download nobody/a-model-1.0" in line
+    assert asked == ([5] if answer is not None else []) and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (
-            "Flux2KleinPipeline",
-            "taken to be that of black-forest-labs/FLUX.2-klein-base-9B, with the adapter on",
-        ),
-        (
-            "StableDiffusionXLPipeline",
-            "taken to be SDXL's, with the adapter on attention alone, as its files are no",
-        ),
+        ("Flux2KleinPipeline", "taken to be that of black-forest-labs/FLUX.2-klein-base-9B, with the adapter on"),
+        ("StableDiffusionXLPipeline", "taken to be SDXL's, with the adapter on attention alone, as its files are no"),
         (None, "as its size is not known without its .safetensors files, nor its family, which the hub does not tell"),
     ],
 )
 def test_a_dry_run_says_what_is_assumed_of_a_base_that_is_neither_here_nor_known(kind, said, flags, hub_says, capsys):
-    asked = hub_says(kind and {"_class_name": kind})
+    asked = hub_says(200 if kind else 404, {"_class_name": kind})
     words = ["--pretrained_model_name_or_path", "nobody/a-model-2.0", "--resolution", "64", "--dry_run"]
     assert train_main([*flags, *words]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "adapter: " in line)
@@ -123,7 +99,7 @@ def test_a_dry_run_says_what_is_assumed_of_a_base_that_is_neither_here_nor_known
 def test_a_distilled_base_of_the_hub_is_refused_before_it_is_fetched_and_the_one_to_train_is_named(
     flags, hub_says, capsys
 ):
-    hub_says({"_class_name": "Flux2KleinPipeline", "is_distilled": True})
+    hub_says(200, {"_class_name": "Flux2KleinPipeline", "is_distilled": True})
     assert train_main([*flags, "--pretrained_model_name_or_path", "nobody/a-klein"]) == 2
     said = capsys.readouterr().err
     assert "it is distilled to a few steps" in said and "black-forest-labs/FLUX.2-klein-base-4B or" in said

@@ -231,7 +231,6 @@ RUNS = {
     "free of a schedule": {"optimizer": "AdamWScheduleFree", "num_validation_images": 1, "validation_steps": 1},
     "exposures": {"max_train_steps": None, "exposures_per_photo": 2, "gradient_accumulation_steps": 2, "seed": None},
 }
-QUICK = "prior prompts"
 
 
 def facts_of(run: str) -> AdapterMetadata:
@@ -264,12 +263,10 @@ def test_each_setting_is_told_or_asked_for_or_shapes_nothing():
     assert not SHAPE_NOTHING & {*RECIPE, *TOLD_IF_CHANGED, *FLAGS}
 
 
-def marks_of(kind: str) -> list:
-    slow = [] if kind == QUICK else [pytest.mark.slow]
-    return [*slow, pytest.mark.extra("schedulefree")] if kind == "free of a schedule" else slow
+MARKS = {"free of a schedule": [pytest.mark.slow, pytest.mark.extra("schedulefree")], "prior prompts": []}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=marks_of(k)) for k in RUNS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=MARKS.get(k, pytest.mark.slow)) for k in RUNS])
 def test_a_run_comes_out_again_and_its_private_settings_are_asked_for(tiny_base, tmp_path, capsys, kind):
     photos = paint_photos(tmp_path / "photos", 3)
     for photo in photos.glob("*.png"):
@@ -284,10 +281,8 @@ def test_a_run_comes_out_again_and_its_private_settings_are_asked_for(tiny_base,
     assert said_to_be_equal(config, capsys.readouterr().out)
     if private:
         assert verified(config, *told) in (0, 2)
-        said = capsys.readouterr().out
-        assert said.startswith("equal") or all(
-            f"with --{name}, whose value is not in the file" in said for name in private
-        )
+        said, asked = capsys.readouterr().out, [f"with --{name}, whose value is not in the file" for name in private]
+        assert said.startswith("equal") or all(words in said for words in asked)
 
 
 @pytest.mark.slow

@@ -37,13 +37,10 @@ def printed(code: str, *words: str, **environment: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_freed_memory_is_found_again_by_the_next_round():
+def test_freed_memory_is_found_again_by_the_next_round_unless_that_is_turned_off(monkeypatch):
     """Three rounds of 160 MiB are 120 thousand pages; with the memory kept they fault in almost none."""
     kept, default = (int(printed(ROUNDS, mode)[0]) for mode in ("keep", "default"))
     assert kept * 20 < default
-
-
-def test_keeping_memory_can_be_turned_off(monkeypatch):
     monkeypatch.setenv(KEEP_MEMORY, "0")
     assert not keep_freed_memory()
 
@@ -81,15 +78,14 @@ def test_gpu_memory_has_no_holes_and_idle_threads_sleep_soon_unless_a_person_cho
     assert subprocess.check_output(command, text=True, env=PLAIN | own).strip() == used
 
 
-@pytest.mark.parametrize(
-    ("order", "spins"), [("dreambooth_moslora, torch", 2000), ("torch, dreambooth_moslora", 300_000)]
-)
+ORDERS = {"dreambooth_moslora, torch": 2000, "torch, dreambooth_moslora": 300_000}
+
+
+@pytest.mark.parametrize(("order", "spins"), ORDERS.items())
 def test_torch_s_threads_obey_it_where_the_package_is_imported_first(order, spins):
     """libgomp prints what it has read as it is loaded."""
-    told = PLAIN | {"OMP_DISPLAY_ENV": "VERBOSE"}
-    said = subprocess.run(
-        [sys.executable, "-c", POLICY.format(order)], capture_output=True, text=True, env=told, check=True
-    ).stderr
+    command, told = [sys.executable, "-c", POLICY.format(order)], PLAIN | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    said = subprocess.run(command, capture_output=True, text=True, env=told, check=True).stderr
     if "GOMP_SPINCOUNT" not in said:
         pytest.skip("torch has another OpenMP here")
     assert f"GOMP_SPINCOUNT = '{spins}'" in said

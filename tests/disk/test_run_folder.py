@@ -73,23 +73,16 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing_and_is_in
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
-def test_what_a_running_process_writes_is_left_alone(tmp_path):
-    other = tmp_path / f".checkpoint-7.{(pid := os.getppid())}-{process_token(pid)}.new"
-    other.mkdir()
+def test_what_a_running_process_writes_and_a_hidden_file_of_the_users_own_are_left_alone(tmp_path):
+    names = {f".checkpoint-7.{(pid := os.getppid())}-{process_token(pid)}.new", f".a.{'9' * 40}-0123abcd.new"}
+    names |= {".diary.2024.new", ".book.1999-ab.old", ".my notes.4194300.old"}
+    for name in names:
+        (tmp_path / name).mkdir()
     clean_stale(tmp_path)
-    assert other.is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
-@pytest.mark.parametrize(
-    "name", [".diary.2024.new", ".book.1999-ab.old", ".my notes.4194300.old", f".a.{'9' * 40}-0123abcd.new"]
-)
-def test_a_hidden_file_of_the_users_own_is_left_alone(tmp_path, name):
-    (tmp_path / name).mkdir()
-    clean_stale(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_an_error_inside_leaves_what_was_there(tmp_path):
+def test_an_error_inside_leaves_what_was_there_and_a_scratch_folder_goes_and_a_killed_one_with_the_next(tmp_path):
     with atomic_directory(tmp_path / "x") as folder:
         (folder / "a").write_text("1")
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "x") as folder:
@@ -98,6 +91,11 @@ def test_an_error_inside_leaves_what_was_there(tmp_path):
     assert (tmp_path / "x" / "a").read_text() == "1" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(TypeError):
         atomic_write(tmp_path / "x" / "a", None)
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["a"]
+    (left := tmp_path / "x" / f".scratch.{os.getpid()}-0123abcd.new").mkdir()
+    with pytest.raises(RuntimeError), scratch_directory(tmp_path / "x") as scratch:
+        assert not left.exists() and scratch.is_dir()
+        raise RuntimeError
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["a"]
 
 
@@ -121,7 +119,8 @@ def test_checkpoints_are_ordered_by_step_and_rotated(tmp_path):
     assert run.latest_checkpoint().name == "checkpoint-1000"
 
 
-def test_metrics_survive_a_torn_line_and_stay_json(tmp_path):
+def test_metrics_survive_a_torn_line_stay_json_and_other_lines_are_left_out(tmp_path):
+    """An event may hold every kind of line break."""
     run = RunDir(tmp_path / "new")
     assert run.read_metrics() == []
     run.append_metrics({"type": "step", "loss": float("nan"), "inner": {"x": [float("inf"), 1.5]}, "path": Path("a")})
@@ -132,22 +131,10 @@ def test_metrics_survive_a_torn_line_and_stay_json(tmp_path):
     assert first == {"type": "step", "loss": None, "inner": {"x": [None, 1.5]}, "path": "a"}
     assert last == {"type": "end"}
     json.loads(run.metrics_path.read_text().splitlines()[0], parse_constant=pytest.fail)
-
-
-def test_lines_that_are_no_events_are_left_out_and_an_event_may_hold_every_kind_of_line_break(tmp_path):
-    run, event = RunDir(tmp_path), {"type": "start", "instance_prompt": "a\u2028b\x85c\nd\re"}
+    event = {"type": "start", "instance_prompt": "a\u2028b\x85c\nd\re"}
     run.metrics_path.write_text('{"step": 1}\n{"type": 3}\n{"type": "step", "step": "two"}\n[1]\n{"type": "end"}\n')
     run.append_metrics(event)
     assert run.read_metrics() == [{"type": "end"}, event]
-
-
-def test_a_scratch_folder_goes_with_its_block_and_a_killed_one_with_the_next(tmp_path):
-    left = tmp_path / f".scratch.{os.getpid()}-0123abcd.new"
-    left.mkdir()
-    with pytest.raises(RuntimeError), scratch_directory(tmp_path) as scratch:
-        assert not left.exists() and scratch.is_dir()
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
 
 
 EVENTS = [
@@ -169,28 +156,17 @@ def test_an_event_is_the_same_when_its_line_is_read_again_and_scores_are_keys_of
     assert record.get("dino") == (0.5 if isinstance(event, StepEvaluated) else None)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        {"type": "step", "step": True},
-        {"type": "step", "step": 2, "loss": "0.5"},
-        {"type": "step", "step": 2, "lr": [1]},
-        {"type": "sample", "step": 2, "files": "a.png", "prompts": [], "seeds": []},
-        {"type": "evaluation", "step": 2, "dino": 0.5},
-        {"type": "evaluation", "step": 2, "best": 3},
-        {"type": "evaluation", "step": 2, "best": {"stdp": 2, "score": 0.5, "since": 0}},
-        {"type": "evaluation", "step": 2, "best": BEST | {"score": None}},
-        {"type": "step", "step": 2, "time": "yesterday"},
-        {"type": "step"},
-        {"type": "epoch", "step": 1},  # of another program
-        {"type": ["step"]},
-    ],
-)
-def test_a_line_whose_letters_were_changed_is_no_event(line):
-    assert event_of(line) is None
+CHANGED = [{"type": "step", "step": 2} | facts for facts in ({"loss": "0.5"}, {"lr": [1]}, {"time": "yesterday"})]
+CHANGED += [{"type": "evaluation", "step": 2} | facts for facts in ({"dino": 0.5}, {"best": 3})]
+CHANGED += [{"type": "evaluation", "step": 2, "best": {"stdp": 2, "score": 0.5, "since": 0}}]
+CHANGED += [{"type": "evaluation", "step": 2, "best": BEST | {"score": None}}]
+CHANGED += [{"type": "sample", "step": 2, "files": "a.png", "prompts": [], "seeds": []}]
+CHANGED += [{"type": "step", "step": True}, {"type": "step"}, {"type": ["step"]}]
+CHANGED += [{"type": "epoch", "step": 1}]  # of another program
 
 
-def test_a_whole_number_is_a_fraction_too_and_what_is_not_finite_is_null():
+def test_a_line_whose_letters_were_changed_is_no_event_and_a_whole_number_is_a_fraction_too():
+    assert [line for line in CHANGED if event_of(line) is not None] == []
     assert event_of({"type": "step", "step": 2, "loss": 1, "lr": None}) == StepDone(2, loss=1, lr=None, time=ANY)
     assert event_of({"type": "evaluation", "step": 2, "best": BEST}).best == BEST
     lines = [{"type": "step"}, {"type": "step", "step": 2, "new": 1}]

@@ -88,9 +88,8 @@ def test_a_file_that_stays_open_is_one_line(tmp_path, monkeypatch, capsys):
     (sheet := tmp_path / "contact_sheet.png").write_text("old")
     with sheet.open():
         assert exit_code(lambda: atomic_write(sheet, "new")) == 2
-    assert (
-        capsys.readouterr().err == f"error: another program has {sheet} open, or a file in it; close it and resume.\n"
-    )
+    said = f"error: another program has {sheet} open, or a file in it; close it and resume.\n"
+    assert capsys.readouterr().err == said
     assert os.listdir(tmp_path) == [sheet.name]
 
 
@@ -191,20 +190,13 @@ def test_a_fleets_stop_leaves_a_checkpoint(tiny_base, tmp_path):
     assert found[0].state == "interrupted" and RunDir(out / "dog").adapter_path.is_file()
 
 
-@pytest.mark.parametrize(
-    ("output", "says"),
-    [
-        ("runs/aux", "'aux' cannot be the name of a file or folder on Windows"),
-        ("NUL.dogs/dog", "'NUL.dogs'"),
-        ("runs/COM¹", "cannot be the name"),
-        ("runs/a:b", "'a:b'"),
-        ("runs./dog", "'runs.'"),
-        ("runs/dog ", "'dog '"),
-        ("runs/" + "d" * 200, "Windows allows 259: name a shorter folder"),
-        ("runs/auxiliary", ""),
-        ("../runs/com.dog", ""),
-    ],
-)
+FOLDERS = {"runs/aux": "'aux' cannot be the name of a file or folder on Windows", "runs/COM¹": "cannot be the name"}
+FOLDERS |= {"NUL.dogs/dog": "'NUL.dogs'", "runs/a:b": "'a:b'", "runs./dog": "'runs.'", "runs/dog ": "'dog '"}
+FOLDERS |= {"runs/" + "d" * 200: "Windows allows 259: name a shorter folder"}
+FOLDERS |= {"runs/auxiliary": "", "../runs/com.dog": ""}
+
+
+@pytest.mark.parametrize(("output", "says"), FOLDERS.items())
 def test_a_run_folder_that_windows_cannot_have_is_one_line(output, says, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "IS_WINDOWS", True)
     monkeypatch.setattr(checks, "has_long_paths", lambda: False)

@@ -97,18 +97,15 @@ def test_a_checkpoint_of_fewer_layers_than_are_asked_for_is_refused(config, tmp_
         train(config(**few | {"target_modules": ("to_q",), "resume_from_checkpoint": "latest", "max_train_steps": 3}))
 
 
+NONE_SUCH, NEAR = "no layer with an adapter has that name", "up_blocks.0.attention.1"
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (
-            {"rank_pattern": ("to_r=8",)},
-            "--rank_pattern to_r=8: no layer with an adapter has that name; did you mean to_",
-        ),
-        ({"alpha_pattern": ("mid_block=8",)}, "--alpha_pattern mid_block=8: no layer with an adapter has that name"),
-        (
-            {"target_modules": ("up_blocks.0.attention.1",)},
-            "up_blocks.0.attention.1: the UNet has no such layer; did you mean up_blocks.0",
-        ),
+        ({"rank_pattern": ("to_r=8",)}, f"--rank_pattern to_r=8: {NONE_SUCH}; did you mean to_"),
+        ({"alpha_pattern": ("mid_block=8",)}, f"--alpha_pattern mid_block=8: {NONE_SUCH}"),
+        ({"target_modules": (NEAR,)}, f"{NEAR}: the UNet has no such layer; did you mean up_blocks.0"),
         ({"mixer": "butterfly", "rank_pattern": ("to_q=3",)}, "--mixer butterfly needs an even --rank, not 3"),
     ],
 )

@@ -17,22 +17,10 @@ from dreambooth_moslora.base.files import facts_of_base
 from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
 from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.plan import memory as memory_plan
+from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.checks import family_settings, preflight
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, recipe_settings
-from dreambooth_moslora.plan.memory import (
-    STOCK_SDXL,
-    USABLE,
-    BaseSize,
-    check_memory,
-    estimate,
-    fitting,
-    free_gib_of_gpu,
-    memory_settings,
-    size_of_base,
-    size_of_shapes,
-    speed_here,
-)
+from dreambooth_moslora.plan.memory import STOCK_SDXL, USABLE, BaseSize, estimate, memory_settings, size_of_base
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
@@ -49,7 +37,7 @@ SDXL = TrainConfig(
 @pytest.fixture
 def card(gpu, monkeypatch):
     """A GPU with so much free beside CUDA's context; bitsandbytes is there."""
-    monkeypatch.setattr(memory_plan, "find_spec", lambda name: True)
+    monkeypatch.setattr(memory, "find_spec", lambda name: True)
     return lambda free_gib, capability=8: gpu(capability, free_gib)
 
 
@@ -93,9 +81,8 @@ def test_one_word_trains_sdxl_on_apples_gpu_with_recomputation(apple, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dog").mkdir()
     Image.new("RGB", (256, 256)).save("dog/0.png")
-    assert machine.best_device().type == "mps" and machine.free_gib(
-        torch.device("mps")
-    ) == free_gib_of_gpu() == pytest.approx(21.3)
+    assert machine.best_device().type == "mps"
+    assert machine.free_gib(torch.device("mps")) == memory.free_gib_of_gpu() == pytest.approx(21.3)
     run = planned(parse_train_config(["dog", "dog"]))
     assert run.pretrained_model_name_or_path == STOCK_SDXL and run.mixed_precision == "bf16"
     assert run.gradient_checkpointing and estimate(run, BaseSize(), 1).training_gib <= USABLE * 21.3
@@ -103,7 +90,7 @@ def test_one_word_trains_sdxl_on_apples_gpu_with_recomputation(apple, tmp_path, 
     assert estimate(image, BaseSize(), 1).training_gib == pytest.approx(7.8, rel=0.05)
     whole = replace(image, gradient_checkpointing=False)
     assert estimate(whole, BaseSize(), 1).training_gib == pytest.approx(23.8, rel=0.05)
-    assert not speed_here(run, 10_000).channels_last
+    assert not memory.speed_here(run, 10_000).channels_last
 
 
 def test_a_word_of_memory_lifts_what_a_file_says_of_it_and_takes_the_pass_that_fits(card, capsys):
@@ -120,14 +107,14 @@ def test_a_word_of_memory_lifts_what_a_file_says_of_it_and_takes_the_pass_that_f
 
 
 def test_cached_text_and_one_that_changes_or_4_bit_exclude_each_other(card):
-    for free_gib, changes, cached, other in (
-        (10.9, {"train_text_encoder": True}, False, {"memory": "full_cached", "use_dora": True}),
-        (4, {"cache_cross_attention": True}, True, {"memory": "nf4", "cache_cross_attention": True}),
+    for free_gib, changes, second, other in (
+        (10.9, {"train_text_encoder": True}, "use_dora", {"memory": "full_cached", "use_dora": True}),
+        (4, {"cache_cross_attention": True}, "base_quantization", {"memory": "nf4", "cache_cross_attention": True}),
     ):
         card(free_gib)
         found = planned(replace(SDXL, **changes))
-        assert chosen(found)[::2] == ("bf16", "none") and found.cache_cross_attention == cached
-        second = "use_dora" if "use_dora" in other else "base_quantization"
+        assert chosen(found)[::2] == ("bf16", "none")
+        assert found.cache_cross_attention == ("cache_cross_attention" in changes)
         with pytest.raises(UserError, match=f"--cache_cross_attention and --{second}"):
             planned(replace(SDXL, **other))
 
@@ -295,7 +282,7 @@ def test_a_known_model_is_what_its_denoiser_counts(facts, model):
         with torch.device("meta"):
             denoiser = getattr(diffusers, facts.model)(**option)
         shapes = {facts.denoiser: {path: list(weight.shape) for path, weight in denoiser.named_parameters()}}
-        size = size_of_shapes(facts, shapes, facts.targets)
+        size = memory.size_of_shapes(facts, shapes, facts.targets)
         found.append((size.unet, size.projections, size.adapted_layers, size.adapted_widths))
     assert (model.parameters, model.in_blocks, model.adapted_layers, model.adapted_widths) in found
 
@@ -314,10 +301,10 @@ def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card):
     facts = next(facts for facts in FAMILIES if facts.title == "Z-Image")
     size = replace(BaseSize(), unet=6_154_908_736, projections=6_142_033_920, family=facts, is_measured=True)
     run = replace(SDXL, target_modules=facts.targets, mixed_precision="bf16", num_validation_images=0)
-    assert [fitting(run, size, free) for free in (48.0, 18.0, 8.0)] == ["full", "recompute", "nf4"]
+    assert [memory.fitting(run, size, free) for free in (48.0, 18.0, 8.0)] == ["full", "recompute", "nf4"]
     card(8.0)
     with pytest.raises(UserError, match=r"this run of Z-Image needs about .*z_image_8gb\.toml"):
-        check_memory(run, size)
+        memory.check_memory(run, size)
 
 
 OF_FAMILIES = [(facts, gb) for facts in FAMILIES if not facts.needs_sizes for gb in facts.recipes]

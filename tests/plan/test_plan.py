@@ -55,15 +55,12 @@ def test_an_epoch_has_the_steps_that_diffusers_script_counts(batch, accumulation
     assert (plan.steps_an_epoch, plan.total_steps) == (steps, 2 * steps)
 
 
-@pytest.mark.parametrize(
-    ("batch", "accumulation", "processes", "steps"),
-    [(1, 1, 1, 350), (4, 1, 1, 88), (2, 3, 2, 30)],  # 50 × 7 photos, 1, 4 and 12 a step
-)
-def test_exposures_a_photo_set_the_steps(batch, accumulation, processes, steps):
-    sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    plan = plan_steps(TrainConfig(exposures_per_photo=50, **sizes), 7, processes)
-    assert plan.total_steps == steps
-    assert 50 <= plan.exposures_a_photo < 50 + plan.photos_a_step / 7
+def test_exposures_a_photo_set_the_steps():
+    """50 × 7 photos, 1, 4 and 12 a step."""
+    for batch, accumulation, processes, steps in ((1, 1, 1, 350), (4, 1, 1, 88), (2, 3, 2, 30)):
+        sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        plan = plan_steps(TrainConfig(exposures_per_photo=50, **sizes), 7, processes)
+        assert plan.total_steps == steps and 50 <= plan.exposures_a_photo < 50 + plan.photos_a_step / 7
 
 
 def test_too_few_exposures_are_said_with_the_flag_that_sets_them():

@@ -89,10 +89,8 @@ def test_an_error_is_more_than_a_stop(ends):
 
 
 def test_a_process_that_has_gone_is_a_line(monkeypatch):
-    def gather(_):
-        raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:5")
-
-    monkeypatch.setattr("accelerate.utils.gather_object", gather)
+    gone = RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:5")
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda _: fail(gone))
     with pytest.raises(UserError, match=r"^another process of this run has gone .*Connection closed by peer"):
         on_each(SimpleNamespace(num_processes=2), bool)
 
@@ -112,10 +110,8 @@ def test_processes_that_find_other_checkpoints_or_settings_end_in_one_line_with_
     said = [str(error) for error in found("no checkpoint there", 4) + found("damaged", "damaged")]
     assert said == ["no checkpoint there", "the main process ended: no checkpoint there", "damaged", "damaged"]
     lines = ["rank 4\nseed 1\nmixer none", "rank 4\nseed 2\nmixer none", "rank 8\nseed 2"]
-    errors = ends(
-        3, lambda accelerator: agreed(accelerator, lambda: lines[accelerator.process_index], str, "be alike.")
-    )
-    assert {str(error) for error in errors} == {"process 1 has seed 2, and the main process seed 1: be alike."}
+    own = lambda accelerator: agreed(accelerator, lambda: lines[accelerator.process_index], str, "be alike.")  # noqa: E731
+    assert {str(error) for error in ends(3, own)} == {"process 1 has seed 2, and the main process seed 1: be alike."}
 
 
 BEGIN = {

@@ -39,12 +39,9 @@ def recipe(tmp_path):
 def test_tables_of_a_file_are_the_runs_settings_with_each_ones_own(recipe):
     config = parse_train_config([*BASE, *recipe])
     duck, dog = config.each_subject
-    assert duck == TrainConfig(
-        pretrained_model_name_or_path="toy", resolution=128, rank=3, caption_prefix="see,", **DUCK
-    )
-    assert dog == TrainConfig(
-        pretrained_model_name_or_path="toy", resolution=128, rank=3, caption_prefix="look,", **DOG
-    )
+    of_both = {"pretrained_model_name_or_path": "toy", "resolution": 128, "rank": 3}
+    assert duck == TrainConfig(**of_both, caption_prefix="see,", **DUCK)
+    assert dog == TrainConfig(**of_both, caption_prefix="look,", **DOG)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert trigger_words(config) == ("sks duck", "zwx dog")
     assert validation_prompts(config) == (duck.instance_prompt, dog.instance_prompt)
@@ -159,6 +156,5 @@ def test_the_templates_are_25_each_and_take_the_subject_once_and_the_toys_name_i
 
 
 def test_samples_are_of_the_validation_prompt_or_the_instance_prompt():
-    assert validation_prompts(TrainConfig(instance_prompt="sks dog")) == ("sks dog",)
-    assert validation_prompts(TrainConfig(instance_prompt="sks dog", validation_prompt="v")) == ("v",)
-    assert all("sks dog" in prompt for prompt in context_prompts(TrainConfig(instance_prompt="a photo of sks dog")))
+    assert validation_prompts(TrainConfig(validation_prompt="v", **SKS_DOG)) == ("v",)
+    assert all("sks dog" in prompt for prompt in context_prompts(TrainConfig(**SKS_DOG)))
