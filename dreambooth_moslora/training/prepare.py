@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 
-from dreambooth_moslora.adapters import init_adapter, lora_file, moslora
+from dreambooth_moslora.adapters import lora_file, moslora
 from dreambooth_moslora.adapters.basis import Basis, read_basis
 from dreambooth_moslora.base import families, files, machine
 from dreambooth_moslora.base.load import TextProducts, default_resolution
@@ -141,7 +141,7 @@ def check_denoiser(
     checks.check_patterns(config, layers)
     start = None
     if is_fresh and config.init_adapter is not None:
-        start = init_adapter.read_start(
+        start = lora_file.read_start(
             config.init_adapter, pipeline, config.pretrained_model_name_or_path, config.use_dora
         )
     if config.basis is None:

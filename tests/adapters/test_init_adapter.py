@@ -4,8 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.init_adapter import begin_with, read_start
-from dreambooth_moslora.adapters.lora_file import read_adapter
+from dreambooth_moslora.adapters.lora_file import begin_with, read_adapter, read_start
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.published_file import publish
 from dreambooth_moslora.adapters.raw_file import save_raw
