@@ -15,8 +15,9 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from dreambooth_moslora.adapters import basis, kohya, new_tokens, raw_file
+from dreambooth_moslora.adapters import basis, key_names, new_tokens, raw_file
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer
 from dreambooth_moslora.core import UserError, one_line, user_path
@@ -30,7 +31,7 @@ class Diagnosis(NamedTuple):
     condition_number: float | None  # None without a mixer
 
 
-def product_svd(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U (out, r), S (r,), Vh."""
     q_up, r_up = torch.linalg.qr(up.double())
     q_down, r_down = torch.linalg.qr(down.double().T)
@@ -38,9 +39,7 @@ def product_svd(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, tor
     return q_up @ left[:, : len(sizes)], sizes, right[: len(sizes)] @ q_down.T
 
 
-def leading_part(
-    left: torch.Tensor, sizes: torch.Tensor, right: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in) of equal norms: the best approximation."""
     root = sizes[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
@@ -104,7 +103,7 @@ def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
 
 PAIRS = {  # suffix of the down matrix -> (suffix of the up matrix, name of this kind of key)
     ".lora_A.weight": (".lora_B.weight", "PEFT keys"),
-    kohya.KOHYA_DOWN: (kohya.KOHYA_UP, "kohya keys"),
+    key_names.KOHYA_DOWN: (key_names.KOHYA_UP, "kohya keys"),
     ".lora.down.weight": (".lora.up.weight", "diffusers keys"),
     "_lora.down.weight": ("_lora.up.weight", "old diffusers keys"),
     ".lora_linear_layer.down.weight": (".lora_linear_layer.up.weight", "diffusers text encoder keys"),
@@ -196,16 +195,16 @@ def describe_raw(path: Path) -> dict[str, object]:
     }
 
 
-def describe_pairs(name: str, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> dict[str, object]:
+def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
     """The content of a plain LoRA file; for other kinds of adapters only the kind. Raises UserError."""
     pairs = find_pairs(name, tensors)
     others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
     if not pairs and not others:
         raise UserError(f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
-    sizes = [tensor for key, tensor in tensors.items() if key.endswith(kohya.DORA_SCALE)]
+    sizes = [tensor for key, tensor in tensors.items() if key.endswith(key_names.DORA_SCALE)]
     use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
     by_columns = "DoRA by columns, which is not read here"
-    others += ["DoRA" if all(map(kohya.is_by_rows, sizes)) else by_columns] * use_dora
+    others += ["DoRA" if all(map(key_names.is_by_rows, sizes)) else by_columns] * use_dora
     kinds = ", ".join(others + sorted({pair.keys for pair in pairs}))
     facts: dict[str, object] = {"kind": "published by dreambooth_moslora, " * (HEADER in header) + kinds}
     if pairs:
@@ -214,7 +213,7 @@ def describe_pairs(name: str, tensors: dict[str, torch.Tensor], header: dict[str
     return facts
 
 
-def find_pairs(name: str, tensors: dict[str, torch.Tensor]) -> list[Pair]:
+def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
     """The pairs of down (r, in, …) and up (out, r, …) matrices. Raises UserError for one without its partner."""
     for down_suffix, (up_suffix, _) in PAIRS.items():
         for key in tensors:
@@ -232,7 +231,7 @@ def find_pairs(name: str, tensors: dict[str, torch.Tensor]) -> list[Pair]:
             raise UserError(f"{name} is broken: {module} has a down matrix without an up matrix of its rank")
         if not isfinite(float(down.double().norm() * up.double().norm())):
             raise UserError(f"{name} is broken: {module} has values too large to be multiplied")
-        alpha = tensors.get(module + kohya.KOHYA_ALPHA)
+        alpha = tensors.get(module + key_names.KOHYA_ALPHA)
         if alpha is not None and alpha.numel() != 1:
             raise UserError(f"{name} is broken: {module}.alpha is not one number")
         is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
@@ -350,7 +349,7 @@ def difference_of(one: Path, other: Path) -> FileDifference:
     return FileDifference(found[0] if found else "", len(found), len(names), differing, of_updates, is_cast)
 
 
-def tensor_difference(name: str, one: torch.Tensor | None, other: torch.Tensor | None) -> str:
+def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
     """How two tensors of any shapes differ, in words; "" for equal bits."""
     if one is None or other is None:
         return f"{name} is in one of the files alone"

@@ -23,19 +23,11 @@ import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from dreambooth_moslora.adapters import (
-    basis,
-    describe,
-    key_names,
-    kohya,
-    mixer,
-    moslora,
-    proof,
-    published_file,
-    raw_file,
-)
+from dreambooth_moslora.adapters import basis, describe, key_names, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.metadata import BUNDLE, check_start_file, most_common
+from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors, nominal_scale
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError, file_digest, is_number, one_line, parse_object
 from dreambooth_moslora.disk import run_folder
@@ -52,11 +44,10 @@ logger = logging.getLogger(__name__)
 
 LONGEST_CONFIG = 2**20  # bytes
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-Tensors = dict[str, torch.Tensor]
-Layers = dict[str, mixer.LowRank]  # by module path
+Layers = dict[str, LowRank]  # by module path
 
 
-def projections(tensors: Tensors, file_name: str) -> mixer.Folded:
+def projections(tensors: Tensors, file_name: str) -> Folded:
     """Component -> module path -> matrices down (r, in, …) and up (out, r, …). Raises UserError for others."""
     found: dict[str, dict[str, Tensors]] = {}
     for key, tensor in tensors.items():
@@ -65,19 +56,19 @@ def projections(tensors: Tensors, file_name: str) -> mixer.Folded:
             found.setdefault(component, {}).setdefault(path, {})[field] = tensor
     if not found:
         raise UserError(f"{file_name} holds no LoRA projection")
-    result: mixer.Folded = {}
+    result: Folded = {}
     for component, paths in found.items():
         for path, parts in paths.items():
             name, down, up = f"{component}.{path}", parts.get("down"), parts.get("up")
             if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < len(down) == up.shape[1]:
                 raise _broken(file_name, f"{name!r:.100} is half there")
-            result.setdefault(component, {})[path] = mixer.LowRank(**parts)
+            result.setdefault(component, {})[path] = LowRank(**parts)
         if len({projection.magnitude is None for projection in result[component].values()}) > 1:
             raise UserError(f"{file_name} holds DoRA for some layers of its {component} alone, which PEFT cannot load")
     return result
 
 
-def _place(key: str, tensor: torch.Tensor, file_name: str) -> tuple[str, str, str]:
+def _place(key: str, tensor: Tensor, file_name: str) -> tuple[str, str, str]:
     """Component, module path and field of LowRank ("" for an ignored tensor). Raises UserError."""
     component, _, rest = key.partition(".")
     match = key_names.match_of(rest)
@@ -105,7 +96,7 @@ class Scales:
     use_rslora: bool = False  # s is alpha/√r, not alpha/r
 
     def of(self, path: str, rank: int) -> float:
-        return mixer.nominal_scale(self.alphas[path], rank, self.use_rslora)
+        return nominal_scale(self.alphas[path], rank, self.use_rslora)
 
 
 def scales(
@@ -158,7 +149,7 @@ def _matches(component: str, paths: Iterable[str], pattern: object, file_name: s
         ends = set()
         # Versions of transformers differ in the prefix `text_model.` of a text encoder.
         bare = path if component in DENOISERS else path.removeprefix("text_model.")
-        for name in (bare, kohya.published_path(component, path)):
+        for name in (bare, key_names.published_path(component, path)):
             parts = name.split(".")
             ends |= {f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))}
         if known := ends & order.keys():
@@ -229,7 +220,7 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
 
 def _base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
     """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files have it or not."""
-    path = kohya.published_path(component, path)
+    path = key_names.published_path(component, path)
     has_prefix = component in DENOISERS or hasattr(getattr(pipeline, component, None), "text_model")
     return path if has_prefix else path.removeprefix("text_model.")
 
@@ -237,11 +228,11 @@ def _base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
 def fold_raw(file: Path) -> Tensors:
     """A checkpoint, folded, as `published_tensors`. Raises UserError."""
     tensors, metadata = raw_file.read_raw(file)
-    folded: mixer.Folded = {}
+    folded: Folded = {}
     for component, modules in raw_file.by_module(tensors).items():
         for path, parts in modules.items():
             layer = raw_file.matrices_from(parts, metadata, f"{component}.{path}").fold()
-            folded.setdefault(component, {})[kohya.published_path(component, path)] = layer
+            folded.setdefault(component, {})[key_names.published_path(component, path)] = layer
     return published_file.published_tensors(folded)
 
 
@@ -264,7 +255,7 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Tensors, d
             )
             alphas = alphas[0] if alphas else None  # of a UNet; elsewhere they are in `tensors`
         settings = settings or json.loads(run_folder.header_of(file).get(published_file.PEFT_SETTINGS, "null"))
-        by_name = {key.removesuffix(kohya.DORA_SCALE): key_names.as_magnitude(size) for key, size in sizes.items()}
+        by_name = {key.removesuffix(key_names.DORA_SCALE): key_names.as_magnitude(size) for key, size in sizes.items()}
         labels = key_names.renamed(by_name, pipeline).items()
         return tensors | {f"{label}.lora_magnitude_vector": by_name[name] for name, label in labels}, alphas, settings
     except UserError:
@@ -297,9 +288,9 @@ def _settings_beside(file: Path, tensors: Tensors, found: Tensors) -> dict[str, 
 def _dora_scales(file: Path) -> Tensors:
     """kohya's magnitudes by their keys, each (out, 1) or (out, 1, 1, 1). Raises UserError for those of columns."""
     with safe_open(file, framework="pt") as opened:
-        sizes = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if key.endswith(kohya.DORA_SCALE)}
+        sizes = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if key.endswith(key_names.DORA_SCALE)}
     for key, size in sizes.items():
-        if not kohya.is_by_rows(size):
+        if not key_names.is_by_rows(size):
             raise UserError(
                 f"{file.name} holds DoRA by the columns of W ({key:.100} {tuple(size.shape)}), and only DoRA by its "
                 "rows (out, 1) is read here: use it in the program that trained it, or train it by rows "
@@ -325,7 +316,7 @@ def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: 
                 raise _broken(weights.file_name, f"{name} has {wrong}")
 
 
-def _misshapen(projection: mixer.LowRank, outputs: int, inputs: int, *kernel: int) -> str:
+def _misshapen(projection: LowRank, outputs: int, inputs: int, *kernel: int) -> str:
     """The first tensor whose shape does not fit a layer of this size, in words; "" when all do."""
     ones = (1,) * len(kernel)
     shapes = {
@@ -465,7 +456,7 @@ def read_start(path: str | Path, pipeline: DiffusionPipeline, base_name: str, us
 
 @torch.no_grad()
 @proof.full_fp32()
-def begin_with(weights: AdapterWeights, components: dict[str, torch.nn.Module], adapter_name: str = "default") -> Start:
+def begin_with(weights: AdapterWeights, components: Components, adapter_name: str = "default") -> Start:
     """Copy the file's update into a fresh adapter and verify it. Raises UserError without a common layer."""
     live = raw_file.all_layers(components, adapter_name)
     update = {
@@ -492,9 +483,7 @@ def begin_with(weights: AdapterWeights, components: dict[str, torch.nn.Module], 
     return start
 
 
-def begin_layer(
-    layer: LoraLayer, adapter_name: str, projection: mixer.LowRank, scale: float
-) -> tuple[float, float, float]:
+def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> tuple[float, float, float]:
     """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, and what is kept)."""
     own = moslora.matrices_of(layer, adapter_name)
     wanted, before, kept = of_rank(projection, scale, own.down)
@@ -510,7 +499,7 @@ def begin_layer(
     return proof.relative_difference(found.flatten(1), wanted.delta), before, kept
 
 
-def of_rank(projection: mixer.LowRank, scale: float, own: torch.Tensor) -> tuple[mixer.LowRank, float, float]:
+def of_rank(projection: LowRank, scale: float, own: Tensor) -> tuple[LowRank, float, float]:
     """The update in the rank of the layer's `own` A (r, …), flattened, in fp64; ‖ΔW‖² before and after."""
     down, up = projection.down.double().flatten(1), scale * projection.up.double().flatten(1)
     used = (down != 0).any(1) | (up != 0).any(0)  # rows that are zero on both sides would never learn
@@ -523,4 +512,4 @@ def of_rank(projection: mixer.LowRank, scale: float, own: torch.Tensor) -> tuple
         before = kept = float(((up.T @ up) * (down @ down.T)).sum())
     own = own.detach().cpu().double().flatten(1)
     missing = up.new_zeros(len(up), rank - len(down))
-    return mixer.LowRank(torch.cat([down, own[len(down) :]]), torch.cat([up, missing], dim=1)), before, kept
+    return LowRank(torch.cat([down, own[len(down) :]]), torch.cat([up, missing], dim=1)), before, kept

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import save
+from torch import Tensor, nn
 
 from dreambooth_moslora.adapters import metadata, proof, raw_file
 from dreambooth_moslora.base.load import encode_text
@@ -42,7 +43,7 @@ UNREAD = "%s holds new tokens for %r that are not read here (%s): the word stays
 @dataclass(frozen=True)
 class NewTokens:
     word: str  # stands for all of them in prompts
-    rows: Mapping[str, torch.Tensor]  # component -> (n, D)
+    rows: Mapping[str, Tensor]  # component -> (n, D)
 
     @property
     def count(self) -> int:
@@ -60,23 +61,21 @@ class NewTokens:
         return {"word": self.word, "count": self.count, "file": file_name, "sha256": digest}
 
 
-class TableWithRows(torch.nn.Module):
+class TableWithRows(nn.Module):
     """A frozen embedding table with additional `rows`, (n, D) each, whose token ids start at `first`."""
 
-    def __init__(self, table: torch.nn.Module, rows: Sequence[torch.Tensor], first: int):
+    def __init__(self, table: nn.Module, rows: Sequence[Tensor], first: int):
         super().__init__()
         self.table, self.first = table, first
-        own = [
-            one if isinstance(one, torch.nn.Parameter) else torch.nn.Parameter(one, requires_grad=False) for one in rows
-        ]
-        self.own = torch.nn.ParameterList(own)  # after the table: a model's first weight tells its dtype
+        own = [one if isinstance(one, nn.Parameter) else nn.Parameter(one, requires_grad=False) for one in rows]
+        self.own = nn.ParameterList(own)  # after the table: a model's first weight tells its dtype
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         """The frozen table's weight, for readers of its dtype and device."""
         return self.table.weight
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         found = self.table(ids.clamp(max=self.first - 1))
         rows = self.own[0] if len(self.own) == 1 else torch.cat(tuple(self.own))
         own = F.embedding((ids - self.first).clamp(min=0), rows).to(found.dtype)
@@ -109,7 +108,7 @@ class AttachedTokens:
                 raise UserError(f"the base's own tokenizer has {names[0]} already: new tokens cannot be learnt on it")
             setattr(self.pipeline, TOKENIZERS[part], tokenizer)
             rows = [tokens.rows[part] for tokens in self.several]
-            rows = [one if isinstance(one, torch.nn.Parameter) else one.to(table.weight.device) for one in rows]
+            rows = [one if isinstance(one, nn.Parameter) else one.to(table.weight.device) for one in rows]
             getattr(self.pipeline, part).set_input_embeddings(TableWithRows(table, rows, first))
         self.pipeline.maybe_convert_prompt = self.spelled  # diffusers expands textual inversions there
 
@@ -148,7 +147,7 @@ def read_tokens(path: Path) -> NewTokens:
     return found
 
 
-def tokens_of(word: str, tensors: Mapping[str, torch.Tensor], path: Path) -> NewTokens:
+def tokens_of(word: str, tensors: Mapping[str, Tensor], path: Path) -> NewTokens:
     """clip_l (n, D) and clip_g (n, D2) of the file -> the tokens. Raises UserError."""
     rows = {part: tensors[key] for part, key in KEYS.items() if key in tensors and is_table(tensors[key])}
     counts = {len(table) for table in rows.values()}
@@ -159,7 +158,7 @@ def tokens_of(word: str, tensors: Mapping[str, torch.Tensor], path: Path) -> New
     return NewTokens(word, {part: table.float() for part, table in rows.items()})
 
 
-def is_table(tensor: torch.Tensor) -> bool:
+def is_table(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.ndim == 2 and tensor.numel() > 0
 
 
@@ -232,7 +231,7 @@ def stock_loaded(paths: Sequence[Path], attached: AttachedTokens) -> Iterator[St
                 encoder, tokenizer = getattr(pipeline, part), deepcopy(getattr(pipeline, TOKENIZERS[part]))
                 setattr(pipeline, TOKENIZERS[part], tokenizer)
                 table = encoder.get_input_embeddings().weight
-                encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(table.detach().cpu().clone()))
+                encoder.set_input_embeddings(nn.Embedding.from_pretrained(table.detach().cpu().clone()))
                 for rows, names in zip(several, token_names(map(len, several)), strict=True):
                     pipeline.load_textual_inversion(rows, token=names, text_encoder=encoder, tokenizer=tokenizer)
                 encoder.get_input_embeddings().to(table.device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from dreambooth_moslora.adapters import lycoris, mixer
+from dreambooth_moslora.adapters import mixer, published_file
 from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.lora_file import read_adapter
 from dreambooth_moslora.adapters.moslora import (
@@ -141,10 +141,10 @@ def test_a_lokr_file_that_would_mean_something_else_is_refused(tmp_path, monkeyp
     save_raw(components, tmp_path / RAW_NAME, facts_of(components))
     monkeypatch.setattr(mixer, "nominal_scale", lambda *_: 1.01 * 11 / 8)
     with pytest.raises(UserError, match="differs from the trained adapter"):
-        lycoris.write_lokr(tmp_path / RAW_NAME, tmp_path / "dog.lokr.safetensors")
+        published_file.write_lokr(tmp_path / RAW_NAME, tmp_path / "dog.lokr.safetensors")
     save_raw(plain := live(), tmp_path / RAW_NAME, facts_of(plain))
     with pytest.raises(UserError, match="is no LoKr"):
-        lycoris.write_lokr(tmp_path / RAW_NAME, tmp_path / "dog.lokr.safetensors")
+        published_file.write_lokr(tmp_path / RAW_NAME, tmp_path / "dog.lokr.safetensors")
 
 
 def with_facts(file, **facts) -> None:

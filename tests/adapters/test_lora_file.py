@@ -13,7 +13,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_mo
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters import key_names, kohya, lora_file, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters import key_names, lora_file, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_file
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, NewTokens, notes_of, write_tokens
@@ -286,7 +286,7 @@ def other_program_s(base, file, shape=(-1, 1)) -> dict[str, torch.Tensor]:
     tensors, wanted = load_file(save_kohya_lora(unet, file, size=0.2)), {}
     generator = torch.Generator().manual_seed(2)
     for path, module in unet.named_modules():
-        name = kohya.kohya_name("unet", path)
+        name = key_names.kohya_name("unet", path)
         if f"{name}.alpha" not in tensors:
             continue
         weight = module.weight.detach()
@@ -380,7 +380,7 @@ def test_a_file_with_other_names_is_the_same_adapter(name, tiny_base, state, tmp
         path, side = rest.removesuffix(".weight").rsplit(".", 1)
         part = "lora_down.weight" if side == "lora_A" else "lora_up.weight"
         for names, written in (
-            (ours, kohya.kohya_name(component, path)),
+            (ours, key_names.kohya_name(component, path)),
             (other, RENAMED[name](component, path)),
         ):
             names |= {f"{written}.{part}": tensor, f"{written}.alpha": torch.tensor(3.0)}

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save, save_file
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure, small_unet
 from benchmarks.sdxl_structure import count
-from dreambooth_moslora.adapters import kohya, lora_file, metadata, mixer, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters import key_names, lora_file, metadata, mixer, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe, reduce_layers
-from dreambooth_moslora.adapters.kohya import kohya_name
+from dreambooth_moslora.adapters.key_names import kohya_name
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.published_file import load_published, publish
@@ -195,7 +195,7 @@ def doubled(real, *arguments):
     return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
 
 
-KOHYA_ALPHA, SWAPPED = (kohya, "kohya_tensors", doubled), (published_file, "published_tensors", swapped)
+KOHYA_ALPHA, SWAPPED = (key_names, "kohya_tensors", doubled), (published_file, "published_tensors", swapped)
 SKIPPED = (moslora, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
 
