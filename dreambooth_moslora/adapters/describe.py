@@ -8,6 +8,7 @@ effective rank   exp(−Σ p ln p),  p = σ(B·M·A) / Σσ               Roy & 
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import hypot, inf, isfinite
 from pathlib import Path
@@ -48,11 +49,8 @@ def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple
 def effective_rank_of(layer: LowRank) -> float:
     """Effective rank of ΔW = up·down, without forming it; 0 without an effect. Kernels are flattened."""
     sizes = product_svd(layer.up.flatten(1), layer.down.flatten(1))[1]
-    total = sizes.sum()
-    if total == 0:
-        return 0.0
-    shares = sizes[sizes > 0] / total
-    return float((-(shares * shares.log()).sum()).exp())
+    shares = sizes[sizes > 0] / sizes.sum()
+    return float((-(shares * shares.log()).sum()).exp()) if len(shares) else 0.0
 
 
 @torch.no_grad()
@@ -66,7 +64,7 @@ def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str, factor: in
         sizes = torch.linalg.svdvals(mixer)
         largest, smallest = float(sizes[0]), float(sizes[-1])
         is_negligible = smallest <= len(mixer) * torch.finfo(torch.float32).eps * largest
-        condition = float("inf") if is_negligible else largest / smallest
+        condition = inf if is_negligible else largest / smallest
         drift = float((mixer - start).norm() / start.norm()) if start.any() else None
     folded = replace(matrices, scale=1.0).fold()
     return Diagnosis(folded.rank, effective_rank_of(folded), drift, condition)
@@ -77,8 +75,8 @@ def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
     drifts = [f.drift for f in figures.values() if f.drift is not None]
     medians = {"effective_rank_median": median(f.effective_rank for f in figures.values())}
     if drifts:
-        medians["mixer_drift_median"], medians["mixer_drift_max"] = median(drifts), max(drifts)
         conditions = [f.condition_number for f in figures.values() if f.condition_number is not None]
+        medians |= {"mixer_drift_median": median(drifts), "mixer_drift_max": max(drifts)}
         medians["mixer_condition_median"] = median(conditions)
     return medians
 
@@ -161,12 +159,12 @@ def describe(path: str | Path) -> dict[str, object]:
 def describe_mixers(path: Path) -> dict[str, object]:
     """The content of a file of mixers alone. Raises UserError."""
     mixers = basis.read_mixers(path)
-    note, ranks = mixers.metadata.basis, Counter(mixers.ranks.values())
+    note = mixers.metadata.basis
     return {
         "kind": "mixers alone, on a frozen basis (for generate and the page)",
         "basis": f"{note['file'] or note['kind']}, sha256 {note['sha256'][:12]}",
         "modules": {"unet": len(mixers.ranks)},
-        "ranks": by_rank(ranks),
+        "ranks": by_rank(mixers.ranks.values()),
         **said_by_metadata(mixers.metadata),
     }
 
@@ -181,11 +179,10 @@ def describe_raw(path: Path) -> dict[str, object]:
             name = f"{component}.{module}"
             matrices = raw_file.matrices_from(parts, metadata, name)
             figures[name] = diagnose(matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor)
-    ranks = Counter(f.rank for f in figures.values())
     return {
         "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} (for resuming; export it to use it elsewhere)",
         "modules": dict(modules),
-        "ranks": by_rank(ranks),
+        "ranks": by_rank(f.rank for f in figures.values()),
         "alpha": metadata.alpha,
         "use_rslora": metadata.use_rslora,
         "use_dora": metadata.use_dora,
@@ -206,11 +203,8 @@ def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]
     by_columns = "DoRA by columns, which is not read here"
     others += ["DoRA" if all(map(key_names.is_by_rows, sizes)) else by_columns] * use_dora
     kinds = ", ".join(others + sorted({pair.keys for pair in pairs}))
-    facts: dict[str, object] = {"kind": "published by dreambooth_moslora, " * (HEADER in header) + kinds}
-    if pairs:
-        facts |= geometry(pairs)
-    facts["use_dora"] = use_dora
-    return facts
+    kind = "published by dreambooth_moslora, " * (HEADER in header) + kinds
+    return {"kind": kind, **(geometry(pairs) if pairs else {}), "use_dora": use_dora}
 
 
 def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
@@ -226,12 +220,11 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
         if suffix is None or key.removesuffix(suffix) + UNFOLDED in tensors:
             continue
         module, (up_suffix, keys) = key.removesuffix(suffix), PAIRS[suffix]
-        up = tensors.get(module + up_suffix)
+        up, alpha = tensors.get(module + up_suffix), tensors.get(module + key_names.KOHYA_ALPHA)
         if up is None or up.ndim < 2 or down.ndim < 2 or not up.shape[1] == down.shape[0] > 0:
             raise UserError(f"{name} is broken: {module} has a down matrix without an up matrix of its rank")
         if not isfinite(float(down.double().norm() * up.double().norm())):
             raise UserError(f"{name} is broken: {module} has values too large to be multiplied")
-        alpha = tensors.get(module + key_names.KOHYA_ALPHA)
         if alpha is not None and alpha.numel() != 1:
             raise UserError(f"{name} is broken: {module}.alpha is not one number")
         is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
@@ -242,25 +235,24 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
 @torch.no_grad()
 def geometry(pairs: list[Pair]) -> dict[str, object]:
     """Modules by component, ranks, alphas, scales, and the effective rank of pairs with ΔW = up·down."""
-    ranks, alphas = Counter(p.matrices.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
-    scales = sorted({p.alpha / p.matrices.rank for p in pairs if p.alpha is not None})
-    dense = [p for p in pairs if p.is_product]
+    with_alpha = [p for p in pairs if p.alpha is not None]
+    alphas, scales = {p.alpha for p in with_alpha}, {p.alpha / p.matrices.rank for p in with_alpha}
     modules = Counter()
     for p in pairs:
         modules[next((name for name, pattern in COMPONENT_KEYS.items() if re.match(pattern, p.module)), "other")] += 1
     facts: dict[str, object] = {
         "modules": dict(modules),
-        "ranks": by_rank(ranks),
-        "alpha": ", ".join(f"{a:g}" for a in sorted(alphas)) if alphas else "not in the file (read as alpha = rank)",
-        "scale": ", ".join(f"{s:g}" for s in scales) if scales else "1",
+        "ranks": by_rank(p.matrices.rank for p in pairs),
+        "alpha": ", ".join(f"{a:g}" for a in sorted(alphas)) or "not in the file (read as alpha = rank)",
+        "scale": ", ".join(f"{s:g}" for s in sorted(scales)) or "1",
     }
-    if dense:
+    if dense := [p for p in pairs if p.is_product]:
         facts["effective_rank_median"] = round(median(effective_rank_of(p.matrices) for p in dense), 4)
     return facts
 
 
-def by_rank(ranks: Counter[int]) -> dict[str, int]:
-    return {str(rank): number for rank, number in sorted(ranks.items())}
+def by_rank(ranks: Iterable[int]) -> dict[str, int]:
+    return {str(rank): number for rank, number in sorted(Counter(ranks).items())}
 
 
 def said_by_header(header: dict[str, str]) -> dict[str, object]:
@@ -365,9 +357,8 @@ def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> st
 
 def facts_in(header: dict[str, str]) -> dict[str, object]:
     """The header with the JSON object under `moslora` expanded."""
-    try:
-        ours = json.loads(header.get(HEADER, "{}"))
-    except (ValueError, RecursionError):
-        ours = None
     facts = {key: value for key, value in header.items() if key != HEADER}
-    return facts | (ours if isinstance(ours, dict) else {HEADER: header.get(HEADER)})
+    try:
+        return facts | json.loads(header.get(HEADER, "{}"))
+    except (ValueError, TypeError, RecursionError):
+        return facts | {HEADER: header.get(HEADER)}

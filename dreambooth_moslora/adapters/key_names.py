@@ -21,6 +21,7 @@ and `ss_*` of kohya's sd-scripts, without its folder names, captions and tag cou
 
 import re
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 
 import torch
 from diffusers import DiffusionPipeline
@@ -41,14 +42,8 @@ OLD_KEY = re.compile(
 KOHYA_KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha|dora_scale|(hada|lokr)_\w+)")
 UNET_NAMES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-SIDES = {
-    "lora_A.weight": "down",
-    "lora_down.weight": "down",
-    "down.weight": "down",
-    "lora_B.weight": "up",
-    "lora_up.weight": "up",
-    "up.weight": "up",
-}
+SIDES = dict.fromkeys(("lora_A.weight", "lora_down.weight", "down.weight"), "down")
+SIDES |= dict.fromkeys(("lora_B.weight", "lora_up.weight", "up.weight"), "up")
 PEFT_PREFIX = "base_model.model."
 MOST_NUMBERS = 2**29  # of a file as a LoRA: 2 GiB in fp32
 Layer = tuple[str, str, tuple[int, ...]]  # component, module path, (out, in) or (out, in, h, w)
@@ -115,10 +110,8 @@ def as_peft(tensors: Tensors, pipeline: DiffusionPipeline, file_name: str) -> Te
 def folded(parts: Tensors, layers: list[Layer], wrong: str) -> tuple[str, tuple[int, ...], tuple]:
     """`component.path`, size, and up and down of the first of these layers that the parts fit. Raises UserError."""
     for component, path, size in layers:
-        try:
+        with suppress(ValueError):
             return f"{component}.{path}", size, lycoris.lora_of(parts, size)
-        except ValueError:
-            continue
     component, path, size = layers[0]
     raise UserError(f"{wrong}: {component}.{path:.100} is {'×'.join(map(str, size))} (out×in) here")
 
@@ -178,11 +171,8 @@ def renamed(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str, str]
 
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-
 ALONE = {"text_encoder": "lora_te"}  # Of the one text encoder of Stable Diffusion 1.5.
-
 WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
-
 KOHYA_DOWN, KOHYA_UP, KOHYA_ALPHA, DORA_SCALE = ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale"
 
 

@@ -28,8 +28,7 @@ def lora_of(parts: Tensors, size: tuple[int, ...]) -> Factors:
     if not all(tensor.is_floating_point() for name, tensor in parts.items() if name != ALPHA):
         raise ValueError("whole numbers")
     if matrices.keys() == PLAIN:
-        up, down = matrices["up"].flatten(1), matrices["down"].flatten(1)
-        rank = len(down)
+        up, down, rank = matrices["up"].flatten(1), matrices["down"].flatten(1), len(matrices["down"])
     elif matrices.keys() >= LOHA:
         up, down, rank = hadamard(matrices, outputs, inputs)
     elif any(name.startswith("lokr_") for name in matrices):
@@ -102,9 +101,8 @@ def factors(parts: Tensors, name: str, core: str, most: int) -> Factors:
 
 def whole(change: Tensor) -> Factors:
     """A matrix (out, n) as a product of the rank of its shorter side."""
-    outputs, inputs = change.shape
-    unit = torch.eye(min(outputs, inputs), dtype=change.dtype)
-    return (unit, change) if outputs <= inputs else (change, unit)
+    unit = torch.eye(min(change.shape), dtype=change.dtype)
+    return (unit, change) if len(change) <= change.shape[1] else (change, unit)
 
 
 def check_names(parts: Tensors, known: set[str]) -> None:

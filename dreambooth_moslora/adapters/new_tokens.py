@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters import metadata, proof, raw_file
 from dreambooth_moslora.base.load import encode_text
-from dreambooth_moslora.core import UserError, atomic_write
+from dreambooth_moslora.core import UserError, atomic_write, file_digest
 from dreambooth_moslora.disk.run_folder import tokens_name
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 
@@ -38,6 +38,7 @@ FILE_KEYS = {*KEYS.values()}
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 WORD, MOST = "moslora_word", 75
 UNREAD = "%s holds new tokens for %r that are not read here (%s): the word stays an ordinary one"
+MISSING = "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it"
 
 
 @dataclass(frozen=True)
@@ -172,27 +173,26 @@ def tokens_inside(path: Path, is_for_sdxl: bool = True) -> tuple[NewTokens, ...]
         known = [word for word, names in words.items() if is_for_sdxl and word.strip() and set(names) == FILE_KEYS]
         for word in words.keys() - known:
             logger.warning(UNREAD, path.name, word, ", ".join(words[word]))
-        of_words = {
-            word: {name: opened.get_tensor(f"{metadata.BUNDLE}{word}.{name}") for name in FILE_KEYS} for word in known
-        }
-    for tensors in of_words.values():
-        raw_file.check_finite(tensors, path.name)
-    return tuple(tokens_of(word, tensors, path) for word, tensors in of_words.items())
+        found = []
+        for word in known:
+            tensors = {name: opened.get_tensor(f"{metadata.BUNDLE}{word}.{name}") for name in FILE_KEYS}
+            raw_file.check_finite(tensors, path.name)
+            found.append(tokens_of(word, tensors, path))
+    return tuple(found)
 
 
 def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, ...]:
     """The tokens that an adapter's header names, from files beside it; a missing one is logged. Raises UserError."""
-    missing = "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it"
     found = []
     for note in metadata.notes_in(header):
         path = adapter.parent / note["file"]
         if not path.is_file():
-            logger.warning(missing, adapter.name, note["word"], path.name)
-            continue
-        if hashlib.sha256(path.read_bytes()).hexdigest() != note["sha256"]:
+            logger.warning(MISSING, adapter.name, note["word"], path.name)
+        elif file_digest(path) != note["sha256"]:
             what = f"the file of new tokens that belongs to {adapter.name}"
             raise UserError(f"{path.name} is not {what}: copy both again")
-        found.append(read_tokens(path))
+        else:
+            found.append(read_tokens(path))
     return tuple(found)
 
 
@@ -206,10 +206,8 @@ def prove_tokens(
         stock = encode_text(pipeline, attached.spelled(list(prompts)))
     proofs = []
     for number, (path, tokens) in enumerate(zip(paths, attached.several, strict=True)):
-        found = read_tokens(path)
-        rows = {
-            KEYS[p]: proof.relative_difference(found.rows[p], r.detach().float().cpu()) for p, r in tokens.rows.items()
-        }
+        found, own = read_tokens(path).rows, {part: rows.detach().float().cpu() for part, rows in tokens.rows.items()}
+        rows = {KEYS[part]: proof.relative_difference(found[part], one) for part, one in own.items()}
         pairs = [(stock[number][name], here) for name, here in live[number].items()]
         outputs = max(proof.relative_difference(there.float().cpu(), here.float().cpu()) for there, here in pairs)
         worst = max(rows, key=rows.__getitem__)

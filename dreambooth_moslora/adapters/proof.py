@@ -8,7 +8,7 @@ computes it on both sides, DoRA's magnitudes, and the outputs of a few projectio
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
@@ -88,18 +88,15 @@ def full_fp32() -> Iterator[None]:
     settings += [(setting, "fp32_precision", "ieee") for setting in newer]  # later, as each switch changes some
     before = []
     for backend, name, _ in settings:
-        try:
-            before.append(getattr(backend, name))
-        except RuntimeError:  # the newer settings contradict this switch
-            before.append(None)
+        with suppress(RuntimeError):  # the newer settings contradict this switch
+            before.append((backend, name, getattr(backend, name)))
     try:
         for backend, name, exact in settings:
             setattr(backend, name, exact)
         yield
     finally:
-        for (backend, name, _), value in zip(settings, before, strict=True):
-            if value is not None:
-                setattr(backend, name, value)
+        for backend, name, value in before:
+            setattr(backend, name, value)
 
 
 @torch.no_grad()
@@ -111,8 +108,7 @@ def prove_file(path: Path, components: Components, adapter_name: str, expected: 
     if any(key.endswith(key_names.DORA_SCALE) for key in tensors):
         return prove_kohya_dora(path, tensors, live, adapter_name, expected)
     stock = stock_layers(path, components)
-    missing = sorted(set(live) ^ set(stock))
-    if missing:
+    if missing := sorted(set(live) ^ set(stock)):
         raise UserError(f"{path.name}: the stock loader adapts other modules than the adapter does, first {missing[0]}")
     differences = {}
     for name, layer in live.items():
@@ -164,8 +160,7 @@ def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{path.name} was not published: the stock loader refuses it: {one_line(error)}") from error
     # The loader announces components without an adapter; missing ones are found by comparing the layers.
-    warnings = [text for text in warnings if not text.startswith("No LoRA keys associated")]
-    if warnings:
+    if warnings := [text for text in warnings if not text.startswith("No LoRA keys associated")]:
         raise UserError(f"{path.name}: the stock loader complains: {' '.join(warnings[0].split())[:200]}")
     return raw_file.all_layers({n: twin for n, twin in twins.items() if hasattr(twin, "peft_config")}, STOCK)
 
@@ -228,8 +223,7 @@ def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> f
 
 def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
     """A layer of the base's kind with gaussian weights of seed 0, scaled to keep the input's norm."""
-    kind, options = nn.Linear, {}
-    real = layer.get_base_layer()
+    kind, options, real = nn.Linear, {}, layer.get_base_layer()
     if isinstance(real, nn.Conv2d):
         kind, options = nn.Conv2d, {name: getattr(real, name) for name in ("kernel_size", "stride", "padding")}
     base = kind(layer.in_features, layer.out_features, bias=False, device="meta", **options).to_empty(device="cpu")
@@ -242,12 +236,10 @@ def prove_kohya_dora(
     path: Path, tensors: Tensors, live: dict[str, LoraLayer], adapter_name: str, expected: Tensors | None
 ) -> FileProof:
     """Compare merged weights (fp64, over the fixed base), as the file defines them and as PEFT merges them."""
-    differences = {}
+    differences, components = {}, {name.partition(".")[0] for name in live}
     for name, layer in live.items():
         component, module = name.split(".", 1)
-        key = key_names.kohya_name(
-            component, key_names.published_path(component, module), {name.partition(".")[0] for name in live}
-        )
+        key = key_names.kohya_name(component, key_names.published_path(component, module), components)
         up, down, alpha, found_size = (
             tensors[key + part].double()
             for part in (key_names.KOHYA_UP, key_names.KOHYA_DOWN, key_names.KOHYA_ALPHA, key_names.DORA_SCALE)

@@ -80,10 +80,8 @@ def model_config(model: nn.Module) -> dict[str, object]:
     return {"class": type(model).__name__, "config": json.loads(json.dumps(values, default=str))}
 
 
-CLASSES = {facts.model: "diffusers" for facts in families.FAMILIES} | {
-    "CLIPTextModel": "transformers",
-    "CLIPTextModelWithProjection": "transformers",
-}
+CLASSES = {facts.model: "diffusers" for facts in families.FAMILIES}
+CLASSES |= dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "transformers")
 """Class of an adapted model -> its library. A file names the class, so no other class is ever built."""
 MOST_LAYERS = 2000  # of all blocks, each as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32
 DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
@@ -122,13 +120,11 @@ def build(name: str, config: dict) -> nn.Module:
         else:  # an attention implementation may name a kernel on the hub, which is code: a file must not choose it
             model = kind(kind.config_class(**{k: v for k, v in config.items() if "attn_implementation" not in k}))
     for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
-                module._parameters[key] = nn.Parameter(zero, requires_grad=False)
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+            module._parameters[key] = nn.Parameter(zero, requires_grad=False)
+        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     return model
 
 
@@ -294,13 +290,12 @@ def matrices_from(parts: Tensors, metadata: AdapterMetadata, module: str) -> Mix
 
 def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.Module, modules: dict) -> None:
     """Raises UserError unless the model has every module of the file, in its size."""
-    made_for = f" ({metadata.base_id})" if metadata.base_id else ""
+    made_for, known = (
+        f" ({metadata.base_id})" if metadata.base_id else "",
+        dict(model.named_modules(remove_duplicate=False)),
+    )
     for module_path, parts in modules.items():
-        try:
-            module = model.get_submodule(module_path)
-        except AttributeError:
-            module = None
-        own, here = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:]), moslora.weight_size(module)
+        own, here = (len(parts["lora_B"]), *parts["lora_A"].shape[1:]), moslora.weight_size(known.get(module_path))
         size = tuple(side * metadata.factor for side in own)
         if size != here:
             there = f"is {'×'.join(map(str, here))}" if here else "does not exist"

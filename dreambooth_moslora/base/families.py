@@ -108,9 +108,8 @@ class SD1(UNetFamily):
 
 class SD3(Family):
     def text(self, pipe, prompt):
-        found = pipe.encode_prompt(
-            prompt, None, None, device=self.device(pipe), do_classifier_free_guidance=False, **self.options
-        )
+        options = {"device": self.device(pipe), "do_classifier_free_guidance": False, **self.options}
+        found = pipe.encode_prompt(prompt, None, None, **options)
         return {"prompt_embeds": found[0][0], "pooled_prompt_embeds": found[2][0]}
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, pooled_prompt_embeds):
@@ -191,8 +190,7 @@ class QwenImage(Family):
 
     def latents(self, vae, pixels):
         z = vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()[:, :, 0].float()
-        statistics = (vae.config.latents_mean, vae.config.latents_std)
-        mean, std = (torch.tensor(values, device=z.device).view(1, -1, 1, 1) for values in statistics)
+        mean, std = latent_statistics(vae, z.device)
         return (z - mean) / std
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_embeds_mask):
@@ -257,21 +255,9 @@ def grid(h: int, w: int, axes: int, device: torch.device) -> torch.Tensor:
     return places.view(h * w, axes)
 
 
-METHODS: dict[str, type[Family]] = {
-    "sdxl": SDXL,
-    "sd1": SD1,
-    "sd3": SD3,
-    "flux": Flux,
-    "flux2": Flux2,
-    "z_image": ZImage,
-    "qwen_image": QwenImage,
-    "krea2": Krea2,
-    "lumina2": Lumina2,
-    "sana": Sana,
-}
+METHODS: dict[str, type[Family]] = {"sdxl": SDXL, "sd1": SD1, "sd3": SD3, "flux": Flux, "flux2": Flux2}
+METHODS |= {"z_image": ZImage, "qwen_image": QwenImage, "krea2": Krea2, "lumina2": Lumina2, "sana": Sana}
 """By the name of the facts."""
-
-
 AS_ARGUMENT: dict[str, Callable[[Any], Any]] = {
     "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
     "complex_human_instruction": lambda text: [text],  # its lines
@@ -291,9 +277,7 @@ def family_of(pipe: DiffusionPipeline, **about: Any) -> Family:
 
 def in_dtype(text: Text, device: torch.device, dtype: torch.dtype) -> Text:
     """The text on the device; masks keep their type."""
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in text.items()
-    }
+    return {name: one.to(device, dtype if one.is_floating_point() else one.dtype) for name, one in text.items()}
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:

@@ -188,7 +188,6 @@ def load_pipeline(
     source = files.resolve_base(name_or_path)
     if isinstance(source, Path) and source.is_dir():
         files.check_diffusers_folder(source, variant, has_vae=vae is None)
-    dtype = dtype or torch.float32
     vae_dtype = vae_dtype or dtype
     options = {"dtype": dtype, "revision": revision, "cache_dir": cache_dir}
     try:
@@ -199,13 +198,13 @@ def load_pipeline(
         parts |= {} if has_denoiser else {facts.denoiser: None}
         is_file = isinstance(source, Path) and source.is_file()
         if is_file and facts.style == "ddpm":
-            pipeline = load_single_file(source, kind, {**options, **parts})
-        elif is_file:
-            options["dtype"] = {"default": dtype, "vae": vae_dtype}
-            pipeline = around_file(source, facts, dtype, {**options, **parts})
+            pipeline = load_single_file(source, kind, options | parts)
         else:
-            options["dtype"] = {"default": dtype, "vae": vae_dtype}
-            pipeline = kind.from_pretrained(source, variant=variant, **options, **parts)
+            options |= parts | {"dtype": {"default": dtype, "vae": vae_dtype}}
+            if is_file:
+                pipeline = around_file(source, facts, dtype, options)
+            else:
+                pipeline = kind.from_pretrained(source, variant=variant, **options)
     except UserError:
         raise
     except UNLOADABLE as error:
@@ -270,14 +269,16 @@ def alone(path: Path, facts: Facts) -> str:
 
 def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Module:
     """Raises UserError."""
-    home, kind = files.configs_beside(path) or facts.models[0].hub_id, getattr(diffusers, facts.model)
+    home, kind = files.configs_beside(path), getattr(diffusers, facts.model)
+    options = {"config": str(home or facts.models[0].hub_id), "subfolder": facts.denoiser, "dtype": dtype}
     try:
-        return kind.from_single_file(str(path), config=str(home), subfolder=facts.denoiser, dtype=dtype)
+        return kind.from_single_file(str(path), **options)
     except UNREADABLE as error:
-        if isinstance(error, OSError) and files.configs_beside(path) is None:
+        if isinstance(error, OSError) and home is None:
             raise UserError(alone(path, facts)) from error
-        reason = one_line(error, 300)
-        raise UserError(f"{path}: diffusers cannot read {facts.denoiser_name} from it: {reason}") from error
+        raise UserError(
+            f"{path}: diffusers cannot read {facts.denoiser_name} from it: {one_line(error, 300)}"
+        ) from error
 
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
@@ -331,15 +332,14 @@ def check_is_whole(
 def default_resolution(pipeline: DiffusionPipeline) -> int:
     """Side in pixels of the base's training images: 1024 for SDXL, 128 for the embedded base."""
     facts = facts_of(type(pipeline).__name__)
-    if facts.style == "flow":
-        return facts.resolution_px
-    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    is_flow = facts.style == "flow"
+    return facts.resolution_px if is_flow else pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
     """The family's usual guidance; the embedded base has its own."""
-    facts = facts_of(type(pipeline).__name__)
-    return preferred_guidance(str(pipeline.config.get("_name_or_path", "")), facts.guidance)
+    name = str(pipeline.config.get("_name_or_path", ""))
+    return preferred_guidance(name, facts_of(type(pipeline).__name__).guidance)
 
 
 def guidance_rescale(pipeline: DiffusionPipeline) -> float:

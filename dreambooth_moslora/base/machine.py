@@ -81,8 +81,7 @@ def has_fast_nhwc() -> bool:
     return not torch.version.hip or torch.cuda.get_device_properties().gcnArchName.startswith("gfx9")
 
 
-CHANNELS_LAST = "channels_last"
-"""The name of its gain."""
+CHANNELS_LAST = "channels_last"  # the name of its gain
 
 
 def measured_gain(name: str) -> float:
@@ -95,15 +94,14 @@ def measured_gain(name: str) -> float:
 
 def keep_gain(name: str, gain: float) -> None:
     """What a self-test has found, for `measured_gain`."""
-    file = gains_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
+    gains_file().parent.mkdir(parents=True, exist_ok=True)
     try:
-        kept = parse_object(file.read_bytes())
+        kept = parse_object(gains_file().read_bytes())
     except (OSError, UserError):
         kept = {}
     found = kept.get(card_name())
     kept[card_name()] = (found if isinstance(found, dict) else {}) | {name: gain}
-    atomic_write(file, json.dumps(kept, indent=1))
+    atomic_write(gains_file(), json.dumps(kept, indent=1))
 
 
 def gains_file() -> Path:

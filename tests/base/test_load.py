@@ -77,6 +77,10 @@ def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
         assert bool(found[0].any()) is not force_zeros
 
 
+def drawn(vae, latents):
+    return decode.pictures_of(decode.finite_or_black(decode.decode_pixels(vae, latents)))
+
+
 def test_latents_are_the_scaled_posterior_mean_and_decoding_undoes_the_scale(pipeline):
     """Statistics that the base publishes are used."""
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -88,7 +92,7 @@ def test_latents_are_the_scaled_posterior_mean_and_decoding_undoes_the_scale(pip
     vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
     assert torch.allclose(load.encode_image(vae, pixels), (latents / 0.5 - 1) / 2 * 0.5, atol=1e-6)
     latents = torch.randn(2, 4, 8, 8) * 0.5
-    pictures = decode.decode_image(pipeline.vae, latents)
+    pictures = drawn(pipeline.vae, latents)
     with torch.no_grad():
         truth = pipeline.image_processor.postprocess(pipeline.vae.decode(latents / 0.5).sample, output_type="np")
     assert [p.size for p in pictures] == [(64, 64)] * 2
@@ -99,8 +103,8 @@ def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
     """Its activations pass 65504, the largest fp16 number, but not the largest fp32 number. A broken one is refused. A
     picture that is not finite is said: the VAE is not to blame."""
     pixels, vae = torch.rand(1, 3, 64, 64), StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.half()
-    assert decode.decode_image(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
-    (picture,) = decode.decode_image(vae, torch.full((1, 4, 8, 8), float("nan")))
+    assert drawn(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
+    (picture,) = drawn(vae, torch.full((1, 4, 8, 8), float("nan")))
     assert picture.getextrema() == ((0, 0),) * 3 and "bf16, or no on Nvidia GPUs before" in caplog.text
     assert vae.dtype == torch.float16
     caplog.clear()
