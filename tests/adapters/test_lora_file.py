@@ -343,9 +343,8 @@ def as_lycoris(base, file, config, prefix="lycoris") -> dict[str, torch.Tensor]:
     for path, layer in model.base_model.model.named_modules():
         if hasattr(layer, "adapter_layer_names") and "default" in layer.scaling:
             is_whole = all("default" in getattr(layer, part, ()) for part in ("lokr_w1", "lokr_w2"))
-            wanted[f"unet.{path}"] = layer.get_delta_weight("default").detach() / (
-                layer.scaling["default"] if is_whole else 1
-            )
+            scale = layer.scaling["default"] if is_whole else 1
+            wanted[f"unet.{path}"] = layer.get_delta_weight("default").detach() / scale
             name = f"{prefix}_{path.replace('.', '_')}"
             tensors[f"{name}.alpha"] = torch.tensor(float(config.alpha))
             for kind in layer.adapter_layer_names:
@@ -358,11 +357,8 @@ def as_lycoris(base, file, config, prefix="lycoris") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", [*KINDS, "original blocks"])
 def test_a_file_of_lycoris_changes_each_weight_as_its_definition_says(kind, tiny_base, tmp_path):
     """Also under kohya's names, and under those of SDXL's original blocks."""
-    file, prefix = (
-        tmp_path / "x.safetensors",
-        "lora_unet" if kind in ("LoKr of two products", "original blocks") else "lycoris",
-    )
-    wanted = as_lycoris(tiny_base, file, KINDS.get(kind, KINDS["LoHa"]), prefix)
+    prefix = "lora_unet" if kind in ("LoKr of two products", "original blocks") else "lycoris"
+    wanted = as_lycoris(tiny_base, file := tmp_path / "x.safetensors", KINDS.get(kind, KINDS["LoHa"]), prefix)
     if kind == "original blocks":
         tensors = {k.replace("mid_block_attentions_0", "middle_block_1"): t for k, t in load_file(file).items()}
         assert tensors.keys() != load_file(file).keys()
@@ -489,9 +485,7 @@ def test_what_is_broken_or_of_another_base_is_refused_in_one_line(subject, tmp_p
     refused(subject, tmp_path, pair | {f"{LYCORIS_QUERY}.lokr_w1": torch.ones(4, 4).int()}, misfit)
 
 
-def test_what_is_too_large_as_a_lora_and_wrong_settings_beside_a_file_are_refused(
-    tiny_base, subject, tmp_path, monkeypatch
-):
+def test_too_large_a_lora_and_wrong_settings_beside_a_file_are_refused(tiny_base, subject, tmp_path, monkeypatch):
     path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     width = subject.pipeline.unet.get_submodule(path).in_features
     pair = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(width, 2)}
