@@ -150,17 +150,14 @@ def read_tokens(path: Path) -> NewTokens:
 
 def tokens_of(word: str, tensors: Mapping[str, Tensor], path: Path) -> NewTokens:
     """clip_l (n, D) and clip_g (n, D2) of the file -> the tokens. Raises UserError."""
-    rows = {part: tensors[key] for part, key in KEYS.items() if key in tensors and is_table(tensors[key])}
+    tables = {key: one for key, one in tensors.items() if one.is_floating_point() and one.ndim == 2 and one.numel()}
+    rows = {part: tables[key] for part, key in KEYS.items() if key in tables}
     counts = {len(table) for table in rows.values()}
     if rows.keys() != KEYS.keys() or len(tensors) > len(rows) or len(counts) != 1:
         raise UserError(f"{path.name} holds no new tokens: clip_l and clip_g, as many rows in each")
     if (count := counts.pop()) > MOST:
         raise UserError(f"{path.name} holds {count} new tokens for a word, and a prompt has room for {MOST}")
     return NewTokens(word, {part: table.float() for part, table in rows.items()})
-
-
-def is_table(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.ndim == 2 and tensor.numel() > 0
 
 
 def tokens_inside(path: Path, is_for_sdxl: bool = True) -> tuple[NewTokens, ...]:
