@@ -401,8 +401,7 @@ class WorkingCopies:
 
 
 class StepCopies:
-    """The copies of a step, in batches of units that are alike; those of the next step with the same units take their
-    place in memory."""
+    """The copies of a step, in batches of alike units; those of the next step with these units take their place."""
 
     def __init__(self, units: Iterable[Alone], adapter_name: str):
         self.groups = defaultdict(list)
