@@ -62,10 +62,8 @@ def free_unused_blocks(device: Any) -> None:
     """Give the blocks that a GPU's allocator keeps back to the driver."""
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
 
 
 def has_gpu() -> bool:

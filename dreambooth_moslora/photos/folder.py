@@ -90,7 +90,7 @@ class Captions:
 
     def __init__(self, folder: Path, sidecars: dict[tuple[str, str], Path]):
         self.complaints: list[tuple[Path, str]] = []
-        self._sidecars = sidecars
+        self.sidecars = sidecars
         self._by_name: dict[str, str] = {}
         metadata = folder / METADATA
         text = self._text_of(metadata) if metadata.is_file() else None
@@ -101,7 +101,7 @@ class Captions:
 
     def of(self, photo: Path) -> tuple[str, ...]:
         """The photo's own captions, one line each; () when it has none."""
-        beside, lines = self._sidecars.get((photo.stem, CAPTION_SUFFIX)), ()
+        beside, lines = self.sidecars.get((photo.stem, CAPTION_SUFFIX)), ()
         if beside and beside.is_file():
             if beside.stat().st_size > MOST_BYTES:
                 self.complaints.append((beside, f"captions not read: {TOO_LONG}"))
@@ -342,57 +342,48 @@ def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha
         paths = sorted(folder.iterdir())
     except PermissionError:
         raise core.UserError(f"{folder}: cannot be read (permission denied).") from None
-    return FolderReader(folder, paths, instance_prompt, resolution_px, alpha).read()
+    captions, report = Captions(folder, sidecars_of(paths)), PhotoReport()
+    for path in paths:
+        if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, core.SUBJECT_FILE):
+            item = read_photo(path, captions, instance_prompt, resolution_px, alpha)
+            (report.photos if isinstance(item, photo_file.Photo) else report.skipped).append(item)
+    stems = {photo.path.stem for photo in report.photos}
+    for path in filter(is_sidecar_name, paths):
+        named = sidecar_of(path)
+        if reason := no_file_reason(path):
+            report.skipped.append(Skipped(path, reason))
+        elif named is None or (named[0] in stems and captions.sidecars[named] == path):
+            report.sidecars.append(path)
+        else:
+            report.skipped.append(Skipped(path, "stray: belongs to no photo"))
+    report.skipped.extend(Skipped(path, reason) for path, reason in captions.complaints)
+    return report
 
 
-class FolderReader:
-    """Sorts the files of one folder into photos, sidecars and the rest."""
-
-    def __init__(self, folder: Path, paths: list[Path], instance_prompt: str, resolution_px: int, alpha: str):
-        self.paths, self.prompt, self.resolution_px, self.alpha = paths, instance_prompt, resolution_px, alpha
-        self.sidecars = sidecars_of(paths)
-        self.captions = Captions(folder, self.sidecars)
-
-    def read(self) -> PhotoReport:
-        report = PhotoReport()
-        for path in self.paths:
-            if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, core.SUBJECT_FILE):
-                item = self._read_one(path)
-                (report.photos if isinstance(item, photo_file.Photo) else report.skipped).append(item)
-        stems = {photo.path.stem for photo in report.photos}
-        for path in filter(is_sidecar_name, self.paths):
-            named = sidecar_of(path)
-            if reason := no_file_reason(path):
-                report.skipped.append(Skipped(path, reason))
-            elif named is None or (named[0] in stems and self.sidecars[named] == path):
-                report.sidecars.append(path)
-            else:
-                report.skipped.append(Skipped(path, "stray: belongs to no photo"))
-        report.skipped.extend(Skipped(path, reason) for path, reason in self.captions.complaints)
-        return report
-
-    def _read_one(self, path: Path) -> photo_file.Photo | Skipped:
-        is_system = path.name.lower() in JUNK or path.name.startswith(".")
-        if reason := no_file_reason(path) or ("stray: a file of the system" if is_system else None):
-            return Skipped(path, reason)
-        try:
-            image = photo_file.open_image(path)
-        except photo_file.UnreadableImageError as error:
-            claims = path.suffix.lower() in photo_file.IMAGE_SUFFIXES
-            return Skipped(path, str(error) if claims else "stray: not a photo", is_photo=claims)
-        height, width = photo_file.upright_size(image)
-        reasons = ["rotated by EXIF: turned upright"] if photo_file.is_rotated(image) else []
-        shorter = min(height, width)
-        if shorter < max(8, self.resolution_px // 8):  # it would be enlarged more than eight times
-            reason = f"tiny: {width} x {height} px for a resolution of {self.resolution_px}"
-            return Skipped(path, reason, is_photo=True, size_px=(height, width))
-        if shorter < self.resolution_px:
-            times = self.resolution_px / shorter
-            reasons.append(f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times")
-        beside = self.sidecars.get((path.stem, MASK_SUFFIX))
-        mask_path, remarks = photo_file.find_mask(path, image, beside, alpha_is_mask=self.alpha == "mask")
-        own, reasons = self.captions.of(path), (*reasons, *remarks)
-        return photo_file.Photo(path, (height, width), own or (self.prompt,), mask_path, reasons, bool(own))
+def read_photo(
+    path: Path, captions: Captions, prompt: str, resolution_px: int, alpha: str
+) -> photo_file.Photo | Skipped:
+    is_system = path.name.lower() in JUNK or path.name.startswith(".")
+    if reason := no_file_reason(path) or ("stray: a file of the system" if is_system else None):
+        return Skipped(path, reason)
+    try:
+        image = photo_file.open_image(path)
+    except photo_file.UnreadableImageError as error:
+        claims = path.suffix.lower() in photo_file.IMAGE_SUFFIXES
+        return Skipped(path, str(error) if claims else "stray: not a photo", is_photo=claims)
+    height, width = photo_file.upright_size(image)
+    reasons = ["rotated by EXIF: turned upright"] if photo_file.is_rotated(image) else []
+    shorter = min(height, width)
+    if shorter < max(8, resolution_px // 8):  # it would be enlarged more than eight times
+        reason = f"tiny: {width} x {height} px for a resolution of {resolution_px}"
+        return Skipped(path, reason, is_photo=True, size_px=(height, width))
+    if shorter < resolution_px:
+        times = resolution_px / shorter
+        reasons.append(f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times")
+    beside = captions.sidecars.get((path.stem, MASK_SUFFIX))
+    mask_path, remarks = photo_file.find_mask(path, image, beside, alpha_is_mask=alpha == "mask")
+    own, reasons = captions.of(path), (*reasons, *remarks)
+    return photo_file.Photo(path, (height, width), own or (prompt,), mask_path, reasons, bool(own))
 
 
 def is_sidecar_name(path: Path) -> bool:
