@@ -312,6 +312,7 @@ class Pair(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.own, self.cross = Attention(12, heads=2, dim_head=6), Attention(12, 12, heads=2, dim_head=6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
