@@ -20,7 +20,7 @@ from diffusers.models import UNet2DConditionModel
 from diffusers.utils import logging
 from torch import Tensor
 
-from dreambooth_moslora.adapters.kohya import kohya_name
+from dreambooth_moslora.adapters.key_names import kohya_name
 from dreambooth_moslora.adapters.moslora import (
     ATTENTION_PROJECTIONS,
     MoSLoraConfig,

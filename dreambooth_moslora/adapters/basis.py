@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from dreambooth_moslora.adapters import moslora, proof, raw_file
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata
@@ -46,7 +47,7 @@ class SvdBasis:
         digest = digests[0] if len(digests) == 1 else content_key(files=digests)
         self.note = {"kind": SVD, "sha256": digest, "file": ""}
 
-    def layer(self, path: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
         """A (rank, in, …) and B (out, rank) in fp32 on the CPU. Raises UserError for a layer that the basis lacks."""
         name = f"{path}.weight"
         for file in self.files:
@@ -65,7 +66,7 @@ class FileBasis:
         tensors, self.metadata = raw_file.read_raw(file)
         self.modules = raw_file.by_module(tensors).get(UNET, {})
 
-    def layer(self, path: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
         parts = self.modules.get(path)
         if parts is None:
             raise UserError(f"the basis {self.file.name} has no layer {path:.100}")
@@ -94,7 +95,7 @@ def known_digest(file: Path, _mtime_ns: int, _size: int) -> str:
     return file_digest(file)
 
 
-def leading_directions(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def leading_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (rank, in, …) and B (out, rank) of a weight (out, in, …), in fp64 on the CPU, by the eigenvectors of the
     smaller of W·Wᵀ and Wᵀ·W. The largest entry on that side is positive. Directions beyond the rank of W are zero."""
     flat = weight.cpu().double().flatten(1)
@@ -113,7 +114,7 @@ def leading_directions(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, t
     return down.view(rank, *weight.shape[1:]).float(), up.float()
 
 
-def put_basis(basis: Basis, unet: torch.nn.Module, adapter_name: str = "default") -> None:
+def put_basis(basis: Basis, unet: nn.Module, adapter_name: str = "default") -> None:
     """Give the adapter the basis, with its mixers at zero. Raises UserError for a basis of another base."""
     for path, layer in moslora.adapter_layers(unet, adapter_name).items():
         own = moslora.matrices_of(layer, adapter_name)
@@ -124,7 +125,7 @@ def put_basis(basis: Basis, unet: torch.nn.Module, adapter_name: str = "default"
         raw_file.fill(layer, adapter_name, {"lora_A": down, "lora_B": up, "mixer": torch.zeros_like(own.mixer)})
 
 
-def freeze_basis(unet: torch.nn.Module, adapter_name: str = "default") -> None:
+def freeze_basis(unet: nn.Module, adapter_name: str = "default") -> None:
     for layer in moslora.adapter_layers(unet, adapter_name).values():
         layer.lora_A[adapter_name].weight.requires_grad_(False)
         layer.lora_B[adapter_name].up.requires_grad_(False)
@@ -139,7 +140,7 @@ LARGEST = 2.0**14  # of the numbers in the file: fp16 holds up to 65504, and los
 class Mixers:
     file_name: str
     sha256: str
-    values: torch.Tensor  # (n,) fp32: s·M of each layer after the other
+    values: Tensor  # (n,) fp32: s·M of each layer after the other
     ranks: dict[str, int]  # path -> r
     metadata: AdapterMetadata
     header: dict[str, str]
@@ -151,21 +152,19 @@ class Mixers:
         return f"basis_{content_key(basis=basis, ranks=self.ranks)[:16]}"
 
 
-def write_mixers(path: Path, unet: torch.nn.Module, metadata: AdapterMetadata, adapter_name: str = "default") -> None:
+def write_mixers(path: Path, unet: nn.Module, metadata: AdapterMetadata, adapter_name: str = "default") -> None:
     """Write the mixers of a live adapter on a basis. Raises UserError for values that fp16 does not hold."""
-    live = {
-        path: moslora.matrices_of(layer, adapter_name)
-        for path, layer in moslora.adapter_layers(unet, adapter_name).items()
-    }
-    mixers = [matrices.scale * matrices.mixer.detach().cpu().double() for matrices in live.values()]
+    live = moslora.adapter_layers(unet, adapter_name)
+    matrices = [moslora.matrices_of(layer, adapter_name) for layer in live.values()]
+    mixers = [one.scale * one.mixer.detach().cpu().double() for one in matrices]
     values = torch.cat([mixer.flatten() for mixer in mixers])
     raw_file.check_finite({MIXERS: values}, "the adapter")
     largest = float(values.abs().max())
     exponent = math.ceil(math.log2(largest / LARGEST)) if largest else 0
     ranks = {name: len(mixer) for name, mixer in zip(live, mixers, strict=True)}
     others = {COMPONENT + name: rank for name, rank in ranks.items() if rank != metadata.rank}
-    metadata = replace(metadata, alpha=metadata.rank, ranks=others, alphas=others, use_rslora=False)
-    metadata = replace(metadata, structures={}, mixer=ZERO)
+    folded = {"alpha": metadata.rank, "alphas": others, "use_rslora": False, "structures": {}, "mixer": ZERO}
+    metadata = replace(metadata, ranks=others, **folded)
     header = metadata.header | {LAYERS: json.dumps([*live]), EXPONENT: str(exponent)}
     raw_file.write_file(path, {MIXERS: (values * 2.0**-exponent).half()}, header)
     found = read_mixers(path).values.double().split([rank**2 for rank in ranks.values()])
@@ -209,7 +208,7 @@ def read_mixers(path: Path) -> Mixers:
 class SwappedMixers:
     """The adapter `name` on the layers of `ranks` (path -> r), at first zero. Raises UserError if it does not fit."""
 
-    def __init__(self, unet: torch.nn.Module, basis: Basis, ranks: Mapping[str, int], name: str):
+    def __init__(self, unet: nn.Module, basis: Basis, ranks: Mapping[str, int], name: str):
         known = moslora.matrix_layers(unet)
         if strange := next((path for path in ranks if path not in known), None):
             raise UserError(f"the mixers were made for another base: it has no layer {strange:.100}")
@@ -225,14 +224,14 @@ class SwappedMixers:
             layer.lora_A[name].to(unet.dtype).requires_grad_(False)
             layer.lora_B[name].to(unet.dtype).requires_grad_(False)
         self.parts = [layers[path].lora_B[name] for path in ranks]
-        self.buffer = self._bound()
+        self._bind()
 
     @torch.no_grad()
-    def show(self, subjects: Sequence[tuple[torch.Tensor, float]]) -> None:
+    def show(self, subjects: Sequence[tuple[Tensor, float]]) -> None:
         """Compute with the weighted sum of the subjects' mixers (n,) from now on."""
         first = self.parts[0].mixer
         if first.data_ptr() != self.buffer.data_ptr() or first.dtype != self.buffer.dtype:
-            self.buffer = self._bound()  # the UNet has moved, and its tensors are new
+            self._bind()  # the UNet has moved, and its tensors are new
         (values, scale), *others = subjects
         total = values if scale == 1 else scale * values
         for values, scale in others:
@@ -240,10 +239,9 @@ class SwappedMixers:
         self.buffer.copy_(total)
 
     @torch.no_grad()
-    def _bound(self) -> torch.Tensor:
-        """One buffer (n,) with all mixers, which become views of it."""
-        buffer = torch.cat([part.mixer.flatten() for part in self.parts])
-        views = buffer.split([part.mixer.numel() for part in self.parts])
+    def _bind(self) -> None:
+        """Put all mixers into one `buffer` (n,), of which they become views."""
+        self.buffer = torch.cat([part.mixer.flatten() for part in self.parts])
+        views = self.buffer.split([part.mixer.numel() for part in self.parts])
         for part, view in zip(self.parts, views, strict=True):
-            part.mixer = torch.nn.Parameter(view.view_as(part.mixer), requires_grad=False)
-        return buffer
+            part.mixer = nn.Parameter(view.view_as(part.mixer), requires_grad=False)

@@ -8,6 +8,7 @@ effective rank   exp(−Σ p ln p),  p = σ(B·M·A) / Σσ               Roy & 
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import hypot, inf, isfinite
 from pathlib import Path
@@ -15,8 +16,9 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from dreambooth_moslora.adapters import basis, kohya, new_tokens, raw_file
+from dreambooth_moslora.adapters import basis, key_names, new_tokens, raw_file
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer
 from dreambooth_moslora.core import UserError, one_line, user_path
@@ -30,7 +32,7 @@ class Diagnosis(NamedTuple):
     condition_number: float | None  # None without a mixer
 
 
-def product_svd(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U (out, r), S (r,), Vh."""
     q_up, r_up = torch.linalg.qr(up.double())
     q_down, r_down = torch.linalg.qr(down.double().T)
@@ -38,9 +40,7 @@ def product_svd(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, tor
     return q_up @ left[:, : len(sizes)], sizes, right[: len(sizes)] @ q_down.T
 
 
-def leading_part(
-    left: torch.Tensor, sizes: torch.Tensor, right: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in) of equal norms: the best approximation."""
     root = sizes[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
@@ -49,11 +49,8 @@ def leading_part(
 def effective_rank_of(layer: LowRank) -> float:
     """Effective rank of ΔW = up·down, without forming it; 0 without an effect. Kernels are flattened."""
     sizes = product_svd(layer.up.flatten(1), layer.down.flatten(1))[1]
-    total = sizes.sum()
-    if total == 0:
-        return 0.0
-    shares = sizes[sizes > 0] / total
-    return float((-(shares * shares.log()).sum()).exp())
+    shares = sizes[sizes > 0] / sizes.sum()
+    return float((-(shares * shares.log()).sum()).exp()) if len(shares) else 0.0
 
 
 @torch.no_grad()
@@ -67,7 +64,7 @@ def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str, factor: in
         sizes = torch.linalg.svdvals(mixer)
         largest, smallest = float(sizes[0]), float(sizes[-1])
         is_negligible = smallest <= len(mixer) * torch.finfo(torch.float32).eps * largest
-        condition = float("inf") if is_negligible else largest / smallest
+        condition = inf if is_negligible else largest / smallest
         drift = float((mixer - start).norm() / start.norm()) if start.any() else None
     folded = replace(matrices, scale=1.0).fold()
     return Diagnosis(folded.rank, effective_rank_of(folded), drift, condition)
@@ -78,8 +75,8 @@ def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
     drifts = [f.drift for f in figures.values() if f.drift is not None]
     medians = {"effective_rank_median": median(f.effective_rank for f in figures.values())}
     if drifts:
-        medians["mixer_drift_median"], medians["mixer_drift_max"] = median(drifts), max(drifts)
         conditions = [f.condition_number for f in figures.values() if f.condition_number is not None]
+        medians |= {"mixer_drift_median": median(drifts), "mixer_drift_max": max(drifts)}
         medians["mixer_condition_median"] = median(conditions)
     return medians
 
@@ -104,7 +101,7 @@ def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
 
 PAIRS = {  # suffix of the down matrix -> (suffix of the up matrix, name of this kind of key)
     ".lora_A.weight": (".lora_B.weight", "PEFT keys"),
-    kohya.KOHYA_DOWN: (kohya.KOHYA_UP, "kohya keys"),
+    key_names.KOHYA_DOWN: (key_names.KOHYA_UP, "kohya keys"),
     ".lora.down.weight": (".lora.up.weight", "diffusers keys"),
     "_lora.down.weight": ("_lora.up.weight", "old diffusers keys"),
     ".lora_linear_layer.down.weight": (".lora_linear_layer.up.weight", "diffusers text encoder keys"),
@@ -162,12 +159,12 @@ def describe(path: str | Path) -> dict[str, object]:
 def describe_mixers(path: Path) -> dict[str, object]:
     """The content of a file of mixers alone. Raises UserError."""
     mixers = basis.read_mixers(path)
-    note, ranks = mixers.metadata.basis, Counter(mixers.ranks.values())
+    note = mixers.metadata.basis
     return {
         "kind": "mixers alone, on a frozen basis (for generate and the page)",
         "basis": f"{note['file'] or note['kind']}, sha256 {note['sha256'][:12]}",
         "modules": {"unet": len(mixers.ranks)},
-        "ranks": by_rank(ranks),
+        "ranks": by_rank(mixers.ranks.values()),
         **said_by_metadata(mixers.metadata),
     }
 
@@ -182,11 +179,10 @@ def describe_raw(path: Path) -> dict[str, object]:
             name = f"{component}.{module}"
             matrices = raw_file.matrices_from(parts, metadata, name)
             figures[name] = diagnose(matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor)
-    ranks = Counter(f.rank for f in figures.values())
     return {
         "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} (for resuming; export it to use it elsewhere)",
         "modules": dict(modules),
-        "ranks": by_rank(ranks),
+        "ranks": by_rank(f.rank for f in figures.values()),
         "alpha": metadata.alpha,
         "use_rslora": metadata.use_rslora,
         "use_dora": metadata.use_dora,
@@ -196,25 +192,22 @@ def describe_raw(path: Path) -> dict[str, object]:
     }
 
 
-def describe_pairs(name: str, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> dict[str, object]:
+def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
     """The content of a plain LoRA file; for other kinds of adapters only the kind. Raises UserError."""
     pairs = find_pairs(name, tensors)
     others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
     if not pairs and not others:
         raise UserError(f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
-    sizes = [tensor for key, tensor in tensors.items() if key.endswith(kohya.DORA_SCALE)]
+    sizes = [tensor for key, tensor in tensors.items() if key.endswith(key_names.DORA_SCALE)]
     use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
     by_columns = "DoRA by columns, which is not read here"
-    others += ["DoRA" if all(map(kohya.is_by_rows, sizes)) else by_columns] * use_dora
+    others += ["DoRA" if all(map(key_names.is_by_rows, sizes)) else by_columns] * use_dora
     kinds = ", ".join(others + sorted({pair.keys for pair in pairs}))
-    facts: dict[str, object] = {"kind": "published by dreambooth_moslora, " * (HEADER in header) + kinds}
-    if pairs:
-        facts |= geometry(pairs)
-    facts["use_dora"] = use_dora
-    return facts
+    kind = "published by dreambooth_moslora, " * (HEADER in header) + kinds
+    return {"kind": kind, **(geometry(pairs) if pairs else {}), "use_dora": use_dora}
 
 
-def find_pairs(name: str, tensors: dict[str, torch.Tensor]) -> list[Pair]:
+def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
     """The pairs of down (r, in, …) and up (out, r, …) matrices. Raises UserError for one without its partner."""
     for down_suffix, (up_suffix, _) in PAIRS.items():
         for key in tensors:
@@ -227,12 +220,11 @@ def find_pairs(name: str, tensors: dict[str, torch.Tensor]) -> list[Pair]:
         if suffix is None or key.removesuffix(suffix) + UNFOLDED in tensors:
             continue
         module, (up_suffix, keys) = key.removesuffix(suffix), PAIRS[suffix]
-        up = tensors.get(module + up_suffix)
+        up, alpha = tensors.get(module + up_suffix), tensors.get(module + key_names.KOHYA_ALPHA)
         if up is None or up.ndim < 2 or down.ndim < 2 or not up.shape[1] == down.shape[0] > 0:
             raise UserError(f"{name} is broken: {module} has a down matrix without an up matrix of its rank")
         if not isfinite(float(down.double().norm() * up.double().norm())):
             raise UserError(f"{name} is broken: {module} has values too large to be multiplied")
-        alpha = tensors.get(module + kohya.KOHYA_ALPHA)
         if alpha is not None and alpha.numel() != 1:
             raise UserError(f"{name} is broken: {module}.alpha is not one number")
         is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
@@ -243,25 +235,24 @@ def find_pairs(name: str, tensors: dict[str, torch.Tensor]) -> list[Pair]:
 @torch.no_grad()
 def geometry(pairs: list[Pair]) -> dict[str, object]:
     """Modules by component, ranks, alphas, scales, and the effective rank of pairs with ΔW = up·down."""
-    ranks, alphas = Counter(p.matrices.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
-    scales = sorted({p.alpha / p.matrices.rank for p in pairs if p.alpha is not None})
-    dense = [p for p in pairs if p.is_product]
+    with_alpha = [p for p in pairs if p.alpha is not None]
+    alphas, scales = {p.alpha for p in with_alpha}, {p.alpha / p.matrices.rank for p in with_alpha}
     modules = Counter()
     for p in pairs:
         modules[next((name for name, pattern in COMPONENT_KEYS.items() if re.match(pattern, p.module)), "other")] += 1
     facts: dict[str, object] = {
         "modules": dict(modules),
-        "ranks": by_rank(ranks),
-        "alpha": ", ".join(f"{a:g}" for a in sorted(alphas)) if alphas else "not in the file (read as alpha = rank)",
-        "scale": ", ".join(f"{s:g}" for s in scales) if scales else "1",
+        "ranks": by_rank(p.matrices.rank for p in pairs),
+        "alpha": ", ".join(f"{a:g}" for a in sorted(alphas)) or "not in the file (read as alpha = rank)",
+        "scale": ", ".join(f"{s:g}" for s in sorted(scales)) or "1",
     }
-    if dense:
+    if dense := [p for p in pairs if p.is_product]:
         facts["effective_rank_median"] = round(median(effective_rank_of(p.matrices) for p in dense), 4)
     return facts
 
 
-def by_rank(ranks: Counter[int]) -> dict[str, int]:
-    return {str(rank): number for rank, number in sorted(ranks.items())}
+def by_rank(ranks: Iterable[int]) -> dict[str, int]:
+    return {str(rank): number for rank, number in sorted(Counter(ranks).items())}
 
 
 def said_by_header(header: dict[str, str]) -> dict[str, object]:
@@ -350,7 +341,7 @@ def difference_of(one: Path, other: Path) -> FileDifference:
     return FileDifference(found[0] if found else "", len(found), len(names), differing, of_updates, is_cast)
 
 
-def tensor_difference(name: str, one: torch.Tensor | None, other: torch.Tensor | None) -> str:
+def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
     """How two tensors of any shapes differ, in words; "" for equal bits."""
     if one is None or other is None:
         return f"{name} is in one of the files alone"
@@ -366,9 +357,8 @@ def tensor_difference(name: str, one: torch.Tensor | None, other: torch.Tensor |
 
 def facts_in(header: dict[str, str]) -> dict[str, object]:
     """The header with the JSON object under `moslora` expanded."""
-    try:
-        ours = json.loads(header.get(HEADER, "{}"))
-    except (ValueError, RecursionError):
-        ours = None
     facts = {key: value for key, value in header.items() if key != HEADER}
-    return facts | (ours if isinstance(ours, dict) else {HEADER: header.get(HEADER)})
+    try:
+        return facts | json.loads(header.get(HEADER, "{}"))
+    except (ValueError, TypeError, RecursionError):
+        return facts | {HEADER: header.get(HEADER)}

@@ -36,6 +36,7 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dreambooth_moslora.adapters import mixer, moslora
@@ -46,15 +47,7 @@ class _AdaptedLinear(torch.autograd.Function):
     """x (…,in), W0 (out,in), b (out) or None, `packed` of 4 bit, A (r,in), Uᵀ (r,out), of one dtype -> y (…,out)."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        packed,
-        down: torch.Tensor,
-        up: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         inner = rows.mm(down.t())
         result = F.linear(rows, weight, bias) if packed is None else linear_4bit(rows, weight, bias, packed)
@@ -65,7 +58,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, down, up = ctx.saved_tensors
         needs_x, _, _, _, needs_down, needs_up = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])
@@ -79,31 +72,13 @@ class _AdaptedLinear(torch.autograd.Function):
         return grad_x, None, None, None, grad_down, grad_up
 
 
-class _BesideProduct(torch.autograd.Function):
-    """A text x (…,in), W0·x (…,out), A (r,in), Uᵀ (r,out), all of one dtype -> y (…,out). x has no gradient."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, product: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        inner = rows.mm(down.t())
-        ctx.save_for_backward(rows, inner, up)
-        return torch.addmm(product.reshape(len(rows), -1), inner, up).view(product.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, inner, up = ctx.saved_tensors
-        grad = grad.reshape(len(rows), -1)
-        return None, None, grad.mm(up.t()).t().mm(rows), inner.t().mm(grad)
-
-
-def linear_4bit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed) -> torch.Tensor:
+def linear_4bit(x: Tensor, weight: Tensor, bias: Tensor | None, packed) -> Tensor:
     from bitsandbytes import matmul_4bit
 
     return matmul_4bit(x, weight, bias=bias, quant_state=packed)
 
 
-def dense_weight(weight: torch.Tensor, packed) -> torch.Tensor:
+def dense_weight(weight: Tensor, packed) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight, packed)
@@ -112,10 +87,10 @@ def dense_weight(weight: torch.Tensor, packed) -> torch.Tensor:
 class ShortWay:
     """PEFT's LoRA layer whose forward uses this node whenever it computes the same function."""
 
-    working: Mapping[str, "tuple[torch.Tensor, torch.Tensor] | tuple[Joint, int]"] = MappingProxyType({})
+    working: Mapping[str, "tuple[Tensor, Tensor] | tuple[Joint, int]"] = MappingProxyType({})
     """Adapter name -> its copies A (r,in) and Uᵀ (r,out), while a step lends them; or a Joint and a place in it."""
 
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         name, base = self._only_adapter(), self.base_layer
         if args or kwargs or name is None or not _same_dtype(x, compute_dtype(base)):
             return super().forward(x, *args, **kwargs)
@@ -129,7 +104,7 @@ class ShortWay:
             dtype, scale, up = compute_dtype(base), self.scaling[name], self.lora_B[name].weight
             copies = self.lora_A[name].weight.to(dtype), (up if scale == 1 else up * scale).to(dtype).t()
         if isinstance(base, TextProjection):
-            return _BesideProduct.apply(x, base(x), *copies)
+            return _JointBeside.apply(x, base(x), *(one[None] for one in copies))[0]
         packed = getattr(base.weight, "quant_state", None)
         return _AdaptedLinear.apply(x.to(compute_dtype(base)), base.weight, base.bias, packed, *copies)
 
@@ -154,12 +129,12 @@ def fast_class(kind: type) -> type | None:
     return type("FastLinear4bit", (ShortWay, kind), {}) if is_4bit else None
 
 
-def compute_dtype(base: torch.nn.Module) -> torch.dtype:
+def compute_dtype(base: nn.Module) -> torch.dtype:
     """The dtype of products with the frozen weight: bitsandbytes' layers set one, others use the weight's own."""
     return getattr(base, "compute_dtype", base.weight.dtype)
 
 
-def _same_dtype(x: torch.Tensor, dtype: torch.dtype) -> bool:
+def _same_dtype(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the base would compute in its own `dtype`; autocast casts x to its dtype."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -167,7 +142,7 @@ def _same_dtype(x: torch.Tensor, dtype: torch.dtype) -> bool:
     return x.dtype == dtype
 
 
-def slow_reason(layer: torch.nn.Module, adapter_name: str = "default") -> str | None:
+def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
     """Why this adapted layer keeps PEFT's forward, in a few words; None when it can be fused."""
     if fast_class(type(layer)) is None:
         return f"not a linear layer ({type(layer).__module__}.{type(layer).__name__})"
@@ -175,13 +150,13 @@ def slow_reason(layer: torch.nn.Module, adapter_name: str = "default") -> str | 
     packed = getattr(getattr(base, "weight", None), "quant_state", None)
     is_4bit = type(base).__name__ == "Linear4bit" and packed is not None and base.compute_type_is_set
     is_for_training = is_4bit and not getattr(packed, "packing_format_for_cpu", False)  # that is for inference
-    if type(base) not in (torch.nn.Linear, TextProjection) and not is_for_training:
+    if type(base) not in (nn.Linear, TextProjection) and not is_for_training:
         return f"the base layer is no nn.Linear, dense or in 4 bit ({type(base).__name__})"
     if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
         return "the base layer carries hooks (offloading, for one)"
     if adapter_name in layer.lora_variant:
         return "the adapter is a variant of LoRA (DoRA or another)"
-    if type(layer.lora_dropout[adapter_name]) is not torch.nn.Identity:
+    if type(layer.lora_dropout[adapter_name]) is not nn.Identity:
         return "the adapter has dropout"
     if layer.lora_bias[adapter_name]:
         return "the adapter has a bias"
@@ -192,7 +167,7 @@ def slow_reason(layer: torch.nn.Module, adapter_name: str = "default") -> str | 
     return None
 
 
-def enable_fast_path(model: torch.nn.Module, adapter_name: str = "default") -> int:
+def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
     """Fuse every injected projection whose result stays the same (`slow_reason`); returns how many were."""
     switched = [m for m in moslora.adapter_layers(model, adapter_name).values() if slow_reason(m, adapter_name) is None]
     for layer in switched:
@@ -200,7 +175,7 @@ def enable_fast_path(model: torch.nn.Module, adapter_name: str = "default") -> i
     return len(switched)
 
 
-def disable_fast_path(model: torch.nn.Module) -> None:
+def disable_fast_path(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, ShortWay):
             layer.__class__ = type(layer).__bases__[1]
@@ -210,9 +185,7 @@ class _JointLinear(torch.autograd.Function):
     """x (…,in), frozen W (k·out,in), b (k·out,) or None, A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out)."""
 
     @staticmethod
-    def forward(
-        ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         rows, count = x.reshape(-1, x.shape[-1]), len(up)
         inner = rows.mm(down.flatten(0, 1).t())
         result = add_blocks(F.linear(rows, weight, bias), inner, up)
@@ -221,7 +194,7 @@ class _JointLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, down, up = ctx.saved_tensors
         count, needs_x = len(up), ctx.needs_input_grad[0]
         grad = torch.cat(grads, -1).view(len(inner), -1)
@@ -235,9 +208,7 @@ class _JointBeside(torch.autograd.Function):
     """A text x (…,in), W·x (…,k·out), A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out). x has no gradient."""
 
     @staticmethod
-    def forward(
-        ctx, x: torch.Tensor, products: torch.Tensor, down: torch.Tensor, up: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx, x: Tensor, products: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         rows, count = x.reshape(-1, x.shape[-1]), len(up)
         inner = rows.mm(down.flatten(0, 1).t())
         ctx.save_for_backward(rows, inner, up)
@@ -246,19 +217,19 @@ class _JointBeside(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, inner, up = ctx.saved_tensors
         grad = torch.stack(grads).view(len(up), len(rows), -1)
         grad_down = grad.bmm(up.mT).mT.bmm(rows.expand(len(up), *rows.shape))
         return None, None, grad_down, parts(inner, len(up)).mT.bmm(grad)
 
 
-def parts(wide: torch.Tensor, count: int) -> torch.Tensor:
+def parts(wide: Tensor, count: int) -> Tensor:
     """(n, count·width) -> a view (count, n, width) of its columns."""
     return wide.unflatten(-1, (count, -1)).transpose(0, 1)
 
 
-def add_blocks(wide: torch.Tensor | None, x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
     """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the diagonal of `blocks` (k,v,w)."""
     count = len(blocks)
     if torch.compiler.is_compiling():  # the compiler fuses it, and cannot trace in-place changes of such a view
@@ -277,7 +248,7 @@ class Alone:
     def __init__(self, *layers: ShortWay):
         self.layers = layers
 
-    def lend(self, adapter_name: str, down: torch.Tensor, up: torch.Tensor) -> None:
+    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
         """Compute with these copies from now on: A (r,in) and Uᵀ (r,out), or for k layers (k,r,in) and (k,r,out)."""
         self.layers[0].working = {adapter_name: (down, up)}
 
@@ -289,7 +260,7 @@ class Alone:
 class Joint(Alone):
     """Layers with one input: the first called computes all (`outputs(x)`: y (…,out) of each), whose results wait."""
 
-    def lend(self, adapter_name: str, down: torch.Tensor, up: torch.Tensor) -> None:
+    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
         self.down, self.up, self._input, self._waiting = down, up, None, []
         for place, layer in enumerate(self.layers):
             layer.working = {adapter_name: (self, place)}
@@ -298,7 +269,7 @@ class Joint(Alone):
         super().take_back()
         del self.down, self.up, self._input, self._waiting
 
-    def output(self, place: int, x: torch.Tensor) -> torch.Tensor:
+    def output(self, place: int, x: Tensor) -> Tensor:
         """y (…,out) of the layer at `place` for x (…,in)."""
         # The same tensor object: changing it in place in between raises an error in autograd, which has saved it.
         known, with_gradients = self._input, torch.is_grad_enabled()
@@ -317,7 +288,7 @@ class Joint(Alone):
 class JointProducts(Joint):
     """Text projections of one attention, whose products with the text are there."""
 
-    def outputs(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
         first = self.layers[0].base_layer
         first(x)  # its products may be of another text
         return _JointBeside.apply(x, first.of_attention, self.down, self.up)
@@ -332,7 +303,7 @@ class JointWeights(Joint):
         biases = [layer.base_layer.bias for layer in layers]
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
 
-    def outputs(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
         return _JointLinear.apply(x.to(self.weight.dtype), self.weight, self.bias, self.down, self.up)
 
     def are_shared(self) -> bool:
@@ -342,7 +313,7 @@ class JointWeights(Joint):
         return places == [(weight.data_ptr(), weight.dtype) for weight in weights]
 
 
-def laid_together(linears: Sequence[torch.nn.Linear]) -> torch.Tensor:
+def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
     """One buffer (k·out,in) of frozen weights (out,in), which become views of it, unless they are already."""
     weights = [linear.weight.detach() for linear in linears]
     first, step = weights[0], weights[0].nbytes
@@ -353,19 +324,17 @@ def laid_together(linears: Sequence[torch.nn.Linear]) -> torch.Tensor:
         return first.as_strided((len(weights) * len(first), first.shape[1]), first.stride())
     whole = torch.cat(weights)
     for linear, view in zip(linears, whole.chunk(len(weights)), strict=True):
-        linear.weight = torch.nn.Parameter(view, requires_grad=False)
+        linear.weight = nn.Parameter(view, requires_grad=False)
     return whole
 
 
-def are_matrices(layers: Iterable[torch.nn.Module]) -> bool:
+def are_matrices(layers: Iterable[nn.Module]) -> bool:
     """Whether each layer is a plain matrix, not quantised; all with a bias, or none."""
-    layers = list(layers)
-    return (
-        all(type(layer) is torch.nn.Linear for layer in layers) and len({layer.bias is None for layer in layers}) == 1
-    )
+    kinds = {(type(layer), getattr(layer, "bias", None) is None) for layer in layers}
+    return len(kinds) == 1 and kinds <= {(nn.Linear, True), (nn.Linear, False)}
 
 
-def lay_together(model: torch.nn.Module, adapted: Container[str]) -> None:
+def lay_together(model: nn.Module, adapted: Container[str]) -> None:
     """Stack the `adapted` projections (paths) that models with shared weights will compute jointly."""
     for path, module in model.named_modules():
         names = {layer: name for name, layer in module.named_children()}
@@ -376,15 +345,15 @@ def lay_together(model: torch.nn.Module, adapted: Container[str]) -> None:
                 laid_together(layers)
 
 
-def projections_of_one_input(attention: torch.nn.Module) -> list[list[torch.nn.Module]]:
+def projections_of_one_input(attention: nn.Module) -> list[list[nn.Module]]:
     """Groups of to_q, to_k, to_v (k and v in cross-attention) and of a joint attention's text; [] elsewhere."""
-    if not all(isinstance(getattr(attention, name, None), torch.nn.Module) for name in ("to_q", "to_k", "to_v")):
+    if not all(isinstance(getattr(attention, name, None), nn.Module) for name in ("to_q", "to_k", "to_v")):
         return []
     own = ("to_k", "to_v") if getattr(attention, "is_cross_attention", False) else ("to_q", "to_k", "to_v")
     groups = []
     for names in (own, ("add_q_proj", "add_k_proj", "add_v_proj")):
         layers = [getattr(attention, name, None) for name in names]
-        groups.append([layer for layer in layers if isinstance(layer, torch.nn.Module)])
+        groups.append([layer for layer in layers if isinstance(layer, nn.Module)])
     return [layers for layers in groups if layers]
 
 
@@ -393,7 +362,7 @@ class WorkingCopies:
     None: not on a CPU, where it gains nothing and stacking would copy weights that are mapped from a file, and not on
     Apple's GPU, where nobody has tried it."""
 
-    def __init__(self, *models: torch.nn.Module, adapter_name: str = "default", joint: bool | None = None):
+    def __init__(self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None):
         self.adapter_name = adapter_name
         modules = [module for model in models for module in model.modules()]
         self.layers = [layer for layer in modules if isinstance(layer, ShortWay)]
@@ -414,7 +383,7 @@ class WorkingCopies:
             elif all(isinstance(base, TextProjection) for base in bases) and len(bases) == bases[0].siblings:
                 self.joints.append(JointProducts(*layers))
 
-    def _is_fast(self, layer: torch.nn.Module) -> bool:
+    def _is_fast(self, layer: nn.Module) -> bool:
         return isinstance(layer, ShortWay) and slow_reason(layer, self.adapter_name) is None
 
     @contextmanager
@@ -432,8 +401,7 @@ class WorkingCopies:
 
 
 class StepCopies:
-    """The copies of a step, in batches of units that are alike; those of the next step with the same units take their
-    place in memory."""
+    """The copies of a step, in batches of alike units; those of the next step with these units take their place."""
 
     def __init__(self, units: Iterable[Alone], adapter_name: str):
         self.groups = defaultdict(list)
@@ -442,7 +410,7 @@ class StepCopies:
         self.batches = [Batch(alike, adapter_name) for alike in self.groups.values()]
 
     @property
-    def leaves(self) -> list[torch.Tensor]:
+    def leaves(self) -> list[Tensor]:
         """The copies that get gradients."""
         return [leaf for batch in self.batches for pair in batch.copies for leaf in pair if leaf.requires_grad]
 
@@ -467,12 +435,9 @@ class StepCopies:
 def kind_of(layer: ShortWay, name: str) -> tuple:
     """Equal for layers that one batch can hold: shape, scale, dtype, device, and what learns."""
     lora_b, base = layer.lora_B[name], layer.base_layer
-    learns = (
-        isinstance(lora_b, mixer.MixerLinear) and lora_b.mixer.requires_grad,
-        layer.lora_A[name].weight.requires_grad,
-    )
-    sizes = layer.lora_A[name].weight.shape, base.out_features, layer.scaling[name]
-    return sizes, compute_dtype(base), base.weight.device, type(lora_b), learns
+    learns_mixer, down = isinstance(lora_b, mixer.MixerLinear) and lora_b.mixer.requires_grad, layer.lora_A[name].weight
+    sizes = down.shape, base.out_features, layer.scaling[name]
+    return sizes, compute_dtype(base), base.weight.device, type(lora_b), learns_mixer, down.requires_grad
 
 
 class Batch:
@@ -483,7 +448,7 @@ class Batch:
         self.layers = [layer for unit in units for layer in unit.layers]
         self.count = len(self.layers) // len(units)
         self.scale = self.layers[0].scaling[adapter_name]
-        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []
 
     def lend(self) -> None:
         """Copy A and U as they are now, and let the layers compute with them."""
@@ -493,8 +458,8 @@ class Batch:
         self.ups = [part.up if self.is_mixed else part.weight for part in parts]
         self.mixers = [part.mixer for part in parts] if self.is_mixed else []
         self.learns_down, self.learns_up = self.downs[0].requires_grad, self.ups[0].requires_grad
-        self.down_sum: torch.Tensor | None = None
-        self.up_sum: torch.Tensor | None = None
+        self.down_sum: Tensor | None = None
+        self.up_sum: Tensor | None = None
         self.reached: set[int] = set()  # an unused layer's gradient is None: the optimizer skips it
         self._fill()
         for unit, (down, up) in zip(self.units, self.copies, strict=True):
@@ -553,7 +518,7 @@ class Batch:
             grad = grad.bmm(torch.stack(self.mixers).mT)
         self._give(self.ups, grad.contiguous())
 
-    def _give(self, parameters: list[torch.nn.Parameter], gradients: torch.Tensor) -> None:
+    def _give(self, parameters: list[nn.Parameter], gradients: Tensor) -> None:
         """Add to existing gradients: a layer that was also called through PEFT's forward has one."""
         for i in self.reached:
             weight, grad = parameters[i], gradients[i]
@@ -564,11 +529,11 @@ class Batch:
             unit.take_back()
 
 
-def added(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
+def added(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None else total.add_(more)
 
 
-def gradients_of(leaves: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def gradients_of(leaves: tuple[Tensor, ...]) -> Tensor:
     """The leaves' gradients as one tensor (n, …); they are removed from the leaves."""
     found = torch.stack([torch.zeros_like(one) if one.grad is None else one.grad for one in leaves])
     for one in leaves:

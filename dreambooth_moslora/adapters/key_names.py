@@ -6,17 +6,31 @@ q_proj.lora_A.weight              q_proj.lora_linear_layer.down.…    to_q_lora
 
 read here alone:    lycoris_<path with _>.…    base_model.model.<path>.…    <path>.…    <component>.<path>.lora_down.…
                     lora_unet_<path with _>.… of LoHa and LoKr
+
+A file in kohya's form, for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI:
+
+    lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r
+                          [.dora_scale (out, 1)]
+
+ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and `up` of the
+others is multiplied by r/alpha: diffusers loses the alphas of attention projections when a file has several.
+DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row of W, as in PEFT and LyCORIS. diffusers drops
+`dora_scale`, so kohya files with DoRA are evaluated by this definition. Header keys: github.com/Stability-AI/ModelSpec,
+and `ss_*` of kohya's sd-scripts, without its folder names, captions and tag counts.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth_moslora.adapters import kohya, lycoris, moslora, raw_file
+from dreambooth_moslora.adapters import lycoris, moslora, raw_file
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
+from dreambooth_moslora.adapters.mixer import Folded, Tensors
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.settings.families import DENOISERS
+from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
 PEFT_KEY = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?|alpha)"
@@ -28,14 +42,8 @@ OLD_KEY = re.compile(
 KOHYA_KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha|dora_scale|(hada|lokr)_\w+)")
 UNET_NAMES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-SIDES = {
-    "lora_A.weight": "down",
-    "lora_down.weight": "down",
-    "down.weight": "down",
-    "lora_B.weight": "up",
-    "lora_up.weight": "up",
-    "up.weight": "up",
-}
+SIDES = dict.fromkeys(("lora_A.weight", "lora_down.weight", "down.weight"), "down")
+SIDES |= dict.fromkeys(("lora_B.weight", "lora_up.weight", "up.weight"), "up")
 PEFT_PREFIX = "base_model.model."
 MOST_NUMBERS = 2**29  # of a file as a LoRA: 2 GiB in fp32
 Layer = tuple[str, str, tuple[int, ...]]  # component, module path, (out, in) or (out, in, h, w)
@@ -71,13 +79,11 @@ def is_read_here(keys: Iterable[str], pipeline: DiffusionPipeline) -> bool:
     return False
 
 
-def as_peft(
-    tensors: dict[str, torch.Tensor], pipeline: DiffusionPipeline, file_name: str
-) -> dict[str, torch.Tensor] | None:
+def as_peft(tensors: Tensors, pipeline: DiffusionPipeline, file_name: str) -> Tensors | None:
     """The tensors under PEFT's names, scales in `lora_B`; None for names that diffusers may know. Raises UserError."""
     if not is_read_here(tensors, pipeline):
         return None
-    modules: dict[str, dict[str, torch.Tensor]] = {}
+    modules: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
         name, part = placed(key)
         modules.setdefault(name, {})[part] = tensor
@@ -101,13 +107,11 @@ def as_peft(
     return found
 
 
-def folded(parts: dict[str, torch.Tensor], layers: list[Layer], wrong: str) -> tuple[str, tuple[int, ...], tuple]:
+def folded(parts: Tensors, layers: list[Layer], wrong: str) -> tuple[str, tuple[int, ...], tuple]:
     """`component.path`, size, and up and down of the first of these layers that the parts fit. Raises UserError."""
     for component, path, size in layers:
-        try:
+        with suppress(ValueError):
             return f"{component}.{path}", size, lycoris.lora_of(parts, size)
-        except ValueError:
-            continue
     component, path, size = layers[0]
     raise UserError(f"{wrong}: {component}.{path:.100} is {'×'.join(map(str, size))} (out×in) here")
 
@@ -135,7 +139,7 @@ def layers_named(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str,
     for component in raw_file.COMPONENTS:
         model = getattr(pipeline, component, None)
         for own_path, module in ({} if model is None else moslora.matrix_layers(model)).items():
-            path = kohya.published_path(component, own_path)
+            path = published_path(component, own_path)
             layer = by_label[f"{component}.{path}"] = component, path, moslora.weight_size(module)
             for name in spellings(component, path):
                 known.setdefault(name, []).append(layer)
@@ -149,7 +153,7 @@ def spellings(component: str, path: str) -> list[str]:
     flat, bare = path.replace(".", "_"), path.removeprefix("text_model.")
     found = [name for dotted in dict.fromkeys((path, bare)) for name in (dotted, PEFT_PREFIX + dotted)]
     found += [f"{component}.{dotted}" for dotted in dict.fromkeys((path, bare))]
-    found.append(f"{kohya.PREFIXES.get(component, f'lora_{component}')}_{flat}")
+    found.append(f"{PREFIXES.get(component, f'lora_{component}')}_{flat}")
     return [*found, f"lycoris_{flat}"] if component in DENOISERS else found
 
 
@@ -157,12 +161,80 @@ def renamed(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str, str]
     """kohya's names, also of original blocks -> `component.path`, as diffusers renames pairs with a number each."""
     numbered = dict(enumerate(names))
     pairs = {
-        f"{name}{side}": torch.full((1, 1), float(n))
-        for n, name in numbered.items()
-        for side in (kohya.KOHYA_DOWN, kohya.KOHYA_UP)
+        f"{name}{side}": torch.full((1, 1), float(n)) for n, name in numbered.items() for side in (KOHYA_DOWN, KOHYA_UP)
     }
     found = {}
     for key, number in (pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config)[0] if pairs else {}).items():
         component, _, rest = key.partition(".")
-        found[numbered[int(number)]] = f"{component}.{kohya.published_path(component, module_path(component, rest))}"
+        found[numbered[int(number)]] = f"{component}.{published_path(component, module_path(component, rest))}"
     return found
+
+
+PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+ALONE = {"text_encoder": "lora_te"}  # Of the one text encoder of Stable Diffusion 1.5.
+WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
+KOHYA_DOWN, KOHYA_UP, KOHYA_ALPHA, DORA_SCALE = ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale"
+
+
+def is_by_rows(dora_scale: torch.Tensor) -> bool:
+    """Whether DoRA's magnitudes are of W's rows: (out, 1) or (out, 1, 1, 1). Some programs write (1, in)."""
+    return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
+
+
+def published_path(component: str, path: str) -> str:
+    """The path that other programs know: they keep CLIPTextModel's `text_model.`, which transformers 5 dropped."""
+    is_bare = component not in DENOISERS and not path.startswith(("text_model.", "text_projection"))
+    return f"text_model.{path}" if is_bare else path
+
+
+def kohya_name(component: str, path: str, components: Collection[str] = tuple(PREFIXES)) -> str:
+    """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`, in a file with these components."""
+    prefixes = PREFIXES if "text_encoder_2" in components else PREFIXES | ALONE
+    return f"{prefixes[component]}_{path.replace('.', '_')}"
+
+
+def kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
+    """All tensors of the file, with the shapes above; the scale is already in `up`."""
+    alpha = common_rank(components)
+    tensors = {}
+    for component, layers in components.items():
+        for path, layer in layers.items():
+            name = kohya_name(component, path, components)
+            tensors[f"{name}{KOHYA_DOWN}"] = layer.down.to(dtype)
+            tensors[f"{name}{KOHYA_UP}"] = (layer.up * (layer.rank / alpha)).to(dtype)
+            tensors[f"{name}{KOHYA_ALPHA}"] = torch.tensor(float(alpha), dtype=dtype)
+            if layer.magnitude is not None:
+                tensors[f"{name}{DORA_SCALE}"] = layer.magnitude[:, None]
+    return tensors
+
+
+def common_rank(components: Folded) -> int:
+    return most_common(layer.rank for layers in components.values() for layer in layers.values())
+
+
+def kohya_header(title: str, metadata: AdapterMetadata, components: Folded) -> dict[str, str]:
+    """Title, trigger phrase, architecture and rank. Every value is a string, as safetensors requires."""
+    ranks = {layer.rank for layers in components.values() for layer in layers.values()}
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for a file of several ranks
+    config = metadata.structures.get("unet", {}).get("config", {"addition_embed_type": "text_time"})
+    facts, cross = facts_of_model("UNet2DConditionModel", config), config.get("cross_attention_dim", WIDTHS[0])
+    is_usual = cross in WIDTHS
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{facts.modelspec}/lora" if is_usual else f"{facts.name}-like-{cross}/lora",
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.title": title,
+        "modelspec.trigger_phrase": ", ".join(metadata.trigger_words),
+        "ss_output_name": title,
+        "ss_sd_model_name": metadata.base_id,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": str(common_rank(components)),
+        "ss_v2": "False",
+    }
+    if is_usual:
+        header["ss_base_model_version"] = facts.kohya_version
+    if metadata.resolution_px:
+        size = metadata.resolution_px
+        header |= {"modelspec.resolution": f"{size}x{size}", "ss_resolution": f"({size}, {size})"}
+    return {key: value for key, value in header.items() if value}

@@ -1,8 +1,10 @@
 """Any LoRA file, of this program, diffusers or kohya: its matrices under common names, and into a pipeline.
 
 file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter named by its content
+     --read_start-->   AdapterWeights --begin_with--> the start of a fresh adapter:  A := down,  B := up·M⁻¹ / s
 
-A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it; other keys are refused.
+A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it; other keys are refused. As
+a start, a file of lower rank fills the first rows of A, and one of higher rank is reduced by SVD.
 
 <component>.<module path>.<part>  ->  component -> module path -> LowRank
 """
@@ -19,10 +21,13 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from dreambooth_moslora.adapters import basis, key_names, kohya, mixer, moslora, proof, published_file, raw_file
-from dreambooth_moslora.adapters.metadata import BUNDLE, most_common
+from dreambooth_moslora.adapters import basis, describe, key_names, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters.metadata import BUNDLE, check_start_file, most_common
+from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors, nominal_scale
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError, file_digest, is_number, one_line, parse_object
 from dreambooth_moslora.disk import run_folder
@@ -39,31 +44,31 @@ logger = logging.getLogger(__name__)
 
 LONGEST_CONFIG = 2**20  # bytes
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+Layers = dict[str, LowRank]  # by module path
 
 
-def projections(tensors: dict[str, torch.Tensor], file_name: str) -> mixer.Folded:
+def projections(tensors: Tensors, file_name: str) -> Folded:
     """Component -> module path -> matrices down (r, in, …) and up (out, r, …). Raises UserError for others."""
-    found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    found: dict[str, dict[str, Tensors]] = {}
     for key, tensor in tensors.items():
         component, path, field = _place(key, tensor, file_name)
         if field:
             found.setdefault(component, {}).setdefault(path, {})[field] = tensor
     if not found:
         raise UserError(f"{file_name} holds no LoRA projection")
-    result: mixer.Folded = {}
+    result: Folded = {}
     for component, paths in found.items():
         for path, parts in paths.items():
             name, down, up = f"{component}.{path}", parts.get("down"), parts.get("up")
             if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < len(down) == up.shape[1]:
                 raise _broken(file_name, f"{name!r:.100} is half there")
-            result.setdefault(component, {})[path] = mixer.LowRank(**parts)
-    for component, of_one in result.items():
-        if len({projection.magnitude is None for projection in of_one.values()}) > 1:
+            result.setdefault(component, {})[path] = LowRank(**parts)
+        if len({projection.magnitude is None for projection in result[component].values()}) > 1:
             raise UserError(f"{file_name} holds DoRA for some layers of its {component} alone, which PEFT cannot load")
     return result
 
 
-def _place(key: str, tensor: torch.Tensor, file_name: str) -> tuple[str, str, str]:
+def _place(key: str, tensor: Tensor, file_name: str) -> tuple[str, str, str]:
     """Component, module path and field of LowRank ("" for an ignored tensor). Raises UserError."""
     component, _, rest = key.partition(".")
     match = key_names.match_of(rest)
@@ -91,16 +96,11 @@ class Scales:
     use_rslora: bool = False  # s is alpha/√r, not alpha/r
 
     def of(self, path: str, rank: int) -> float:
-        return mixer.nominal_scale(self.alphas[path], rank, self.use_rslora)
+        return nominal_scale(self.alphas[path], rank, self.use_rslora)
 
 
 def scales(
-    component: str,
-    found: dict[str, mixer.LowRank],
-    kohya_alphas: dict | None,
-    of_peft: object,
-    file_name: str,
-    pipeline,
+    component: str, found: Layers, kohya_alphas: dict | None, of_peft: object, file_name: str, pipeline
 ) -> Scales:
     """The alphas of one component, kohya's or PEFT's. Raises UserError for invalid and contradicting settings."""
     if of_peft is not None and not isinstance(of_peft, dict):
@@ -125,12 +125,11 @@ def scales(
     return result
 
 
-def _from_settings(component: str, found: dict[str, mixer.LowRank], settings: dict, file_name: str) -> Scales:
+def _from_settings(component: str, found: Layers, settings: dict, file_name: str) -> Scales:
     start = settings.get("init_lora_weights", True)
     if not isinstance(start, bool | str | None) or start not in PLAIN_STARTS:
         raise UserError(f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); export a plain LoRA")
-    has_dora = any(projection.magnitude is not None for projection in found.values())
-    if _flag(settings, "use_dora", file_name) != has_dora:
+    if _flag(settings, "use_dora", file_name) != any(p.magnitude is not None for p in found.values()):
         raise _broken(file_name, "its use_dora does not go with its tensors")
     alpha, pattern = settings.get("lora_alpha", PEFT_ALPHA), settings.get("alpha_pattern") or {}
     alphas = dict.fromkeys(found, alpha) | _matches(component, found, pattern, file_name)
@@ -150,7 +149,7 @@ def _matches(component: str, paths: Iterable[str], pattern: object, file_name: s
         ends = set()
         # Versions of transformers differ in the prefix `text_model.` of a text encoder.
         bare = path if component in DENOISERS else path.removeprefix("text_model.")
-        for name in (bare, kohya.published_path(component, path)):
+        for name in (bare, key_names.published_path(component, path)):
             parts = name.split(".")
             ends |= {f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))}
         if known := ends & order.keys():
@@ -178,7 +177,7 @@ class AdapterWeights:
 
     file_name: str
     sha256: str
-    parts: dict[str, tuple[dict[str, mixer.LowRank], Scales]]
+    parts: dict[str, tuple[Layers, Scales]]
     header: dict[str, str]
 
     @property
@@ -195,10 +194,9 @@ def adapter_name(path: str | Path) -> str:
         return f"{folder.name}@mixers"
     if file.name not in (run_folder.PUBLISHED_NAME, run_folder.RAW_NAME):
         return file.stem
-    is_checkpoint = folder.name.startswith("checkpoint-") or (
-        folder.name == "last" and file.name == run_folder.RAW_NAME
-    )
-    return f"{folder.parent.name}@{folder.name.removeprefix('checkpoint-')}" if is_checkpoint else folder.name
+    if folder.name.startswith("checkpoint-") or (folder.name, file.name) == ("last", run_folder.RAW_NAME):
+        return f"{folder.parent.name}@{folder.name.removeprefix('checkpoint-')}"
+    return folder.name
 
 
 def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeights:
@@ -211,9 +209,8 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
         raise UserError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from error
     if basis.is_mixer_file(file):
         raise UserError(f"{file.name} holds mixers alone, without their basis; give the LoRA file beside it")
-    tensors, alphas, settings = (
-        (fold_raw(file), None, None) if raw_file.RAW_KEY in keys else _read_published(file, pipeline)
-    )
+    is_raw = raw_file.RAW_KEY in keys
+    tensors, alphas, settings = (fold_raw(file), None, None) if is_raw else _read_published(file, pipeline)
     parts = {}
     for component, found in projections(tensors, file.name).items():
         found = {_base_path(component, path, pipeline): projection for path, projection in found.items()}
@@ -223,23 +220,23 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
 
 def _base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
     """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files have it or not."""
-    path = kohya.published_path(component, path)
+    path = key_names.published_path(component, path)
     has_prefix = component in DENOISERS or hasattr(getattr(pipeline, component, None), "text_model")
     return path if has_prefix else path.removeprefix("text_model.")
 
 
-def fold_raw(file: Path) -> dict[str, torch.Tensor]:
+def fold_raw(file: Path) -> Tensors:
     """A checkpoint, folded, as `published_tensors`. Raises UserError."""
     tensors, metadata = raw_file.read_raw(file)
-    folded: mixer.Folded = {}
+    folded: Folded = {}
     for component, modules in raw_file.by_module(tensors).items():
         for path, parts in modules.items():
             layer = raw_file.matrices_from(parts, metadata, f"{component}.{path}").fold()
-            folded.setdefault(component, {})[kohya.published_path(component, path)] = layer
+            folded.setdefault(component, {})[key_names.published_path(component, path)] = layer
     return published_file.published_tensors(folded)
 
 
-def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, torch.Tensor], dict | None, object]:
+def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Tensors, dict | None, object]:
     """Tensors in diffusers' naming, kohya's alphas, and PEFT's settings in the header. Raises UserError."""
     try:
         sizes = _dora_scales(file)
@@ -258,7 +255,7 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
             )
             alphas = alphas[0] if alphas else None  # of a UNet; elsewhere they are in `tensors`
         settings = settings or json.loads(run_folder.header_of(file).get(published_file.PEFT_SETTINGS, "null"))
-        by_name = {key.removesuffix(kohya.DORA_SCALE): key_names.as_magnitude(size) for key, size in sizes.items()}
+        by_name = {key.removesuffix(key_names.DORA_SCALE): key_names.as_magnitude(size) for key, size in sizes.items()}
         labels = key_names.renamed(by_name, pipeline).items()
         return tensors | {f"{label}.lora_magnitude_vector": by_name[name] for name, label in labels}, alphas, settings
     except UserError:
@@ -267,9 +264,8 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[dict[str, 
         raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}") from error
 
 
-def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> dict[str, torch.Tensor] | None:
-    """The tensors of a file that diffusers cannot read: fp8 as fp32, without bundled new tokens (`tokens_inside`);
-    None for any other file."""
+def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> Tensors | None:
+    """The tensors of a file that diffusers cannot read, fp8 as fp32, without new tokens; None for any other file."""
     with safe_open(file, framework="pt") as opened:
         keys = sorted(opened.keys())
         is_short = any(opened.get_slice(key).get_dtype().startswith("F8") for key in keys)
@@ -279,9 +275,7 @@ def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> dict[str, torch.
     return {k: t.float() if t.is_floating_point() and t.element_size() == 1 else t for k, t in tensors.items()}
 
 
-def _settings_beside(
-    file: Path, tensors: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
-) -> dict[str, object] | None:
+def _settings_beside(file: Path, tensors: Tensors, found: Tensors) -> dict[str, object] | None:
     """PEFT's settings, which it keeps in a file of its own; None for a file that has none."""
     config = file.parent / run_folder.PEFT_CONFIG
     if not config.is_file() or not any(key.startswith(key_names.PEFT_PREFIX) for key in tensors):
@@ -291,12 +285,12 @@ def _settings_beside(
     return {f"{component}.{name}": value for component in components for name, value in settings.items()}
 
 
-def _dora_scales(file: Path) -> dict[str, torch.Tensor]:
+def _dora_scales(file: Path) -> Tensors:
     """kohya's magnitudes by their keys, each (out, 1) or (out, 1, 1, 1). Raises UserError for those of columns."""
     with safe_open(file, framework="pt") as opened:
-        sizes = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if key.endswith(kohya.DORA_SCALE)}
+        sizes = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if key.endswith(key_names.DORA_SCALE)}
     for key, size in sizes.items():
-        if not kohya.is_by_rows(size):
+        if not key_names.is_by_rows(size):
             raise UserError(
                 f"{file.name} holds DoRA by the columns of W ({key:.100} {tuple(size.shape)}), and only DoRA by its "
                 "rows (out, 1) is read here: use it in the program that trained it, or train it by rows "
@@ -322,7 +316,7 @@ def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: 
                 raise _broken(weights.file_name, f"{name} has {wrong}")
 
 
-def _misshapen(projection: mixer.LowRank, outputs: int, inputs: int, *kernel: int) -> str:
+def _misshapen(projection: LowRank, outputs: int, inputs: int, *kernel: int) -> str:
     """The first tensor whose shape does not fit a layer of this size, in words; "" when all do."""
     ones = (1,) * len(kernel)
     shapes = {
@@ -370,7 +364,7 @@ def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
         raise UserError(f"{weights.file_name} could not be put into the base: {one_line(error)}") from error
 
 
-def _load(component: str, found: dict[str, mixer.LowRank], scales: Scales, key: str, pipeline) -> None:
+def _load(component: str, found: Layers, scales: Scales, key: str, pipeline) -> None:
     """The tensors get names for diffusers' loader: PEFT's for a UNet, its own older ones for a text encoder."""
     is_denoiser = component in DENOISERS
     down, up = ("lora_A", "lora_B") if is_denoiser else ("lora_linear_layer.down", "lora_linear_layer.up")
@@ -396,7 +390,7 @@ def _load(component: str, found: dict[str, mixer.LowRank], scales: Scales, key: 
         pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, **options)
 
 
-def lora_config(found: dict[str, mixer.LowRank], scales: Scales) -> dict[str, Any]:
+def lora_config(found: Layers, scales: Scales) -> dict[str, Any]:
     ranks, alphas = {path: p.rank for path, p in found.items()}, scales.alphas
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     return {
@@ -409,3 +403,113 @@ def lora_config(found: dict[str, mixer.LowRank], scales: Scales) -> dict[str, An
         "use_dora": any(p.magnitude is not None for p in found.values()),
         "lora_bias": any(p.bias is not None for p in found.values()),
     }
+
+
+BOUND, BOUND_KAIMING = 1e-5, 1e-3  # fp32's rounding, and its amplification by a badly conditioned mixer
+
+
+@dataclass(frozen=True)
+class Start:
+    file_name: str
+    layers: int
+    deviation: float  # largest relative difference of ΔW from the file's
+    kept: float  # of the file's Σ‖ΔW‖², by the run's ranks
+    anew: tuple[str, ...]  # layers (`component.path`) that the file lacks
+    left_out: tuple[str, ...]  # layers of the file that are not trained
+
+    def sentence(self) -> str:
+        parts = [f"{self.layers} layers go on from it, largest relative deviation {self.deviation:.1e}"]
+        if self.kept < 1:
+            parts.append(f"the lower rank keeps {self.kept:.2%} of its squared norm")
+        if self.anew:
+            parts.append(f"{shortened(self.anew)} not in the file: they begin anew")
+        if self.left_out:
+            parts.append(f"{shortened(self.left_out)} of the file not trained here: they are left out")
+        return f"--init_adapter {self.file_name}: {'; '.join(parts)}."
+
+
+def shortened(names: tuple[str, ...]) -> str:
+    return f"{len(names)} layers ({names[0]}{', …' * (len(names) > 1)}) are"
+
+
+def read_start(path: str | Path, pipeline: DiffusionPipeline, base_name: str, use_dora: bool) -> AdapterWeights:
+    """The file's content. Raises UserError for another base's, and for what no adapter of the run can hold."""
+    try:
+        weights = read_adapter(path, pipeline)
+        check_fits(weights, pipeline, base_name)
+    except UserError as error:
+        raise UserError(f"--init_adapter: {error}") from error
+    name = f"--init_adapter {weights.file_name}"
+    try:
+        check_start_file(run_folder.find_weights(path))
+    except UserError as error:
+        raise UserError(f"{name}: {error}.") from error
+    found = [projection for projections, _ in weights.parts.values() for projection in projections.values()]
+    if any(projection.bias is not None for projection in found):
+        raise UserError(f"{name}: its layers have biases, which this adapter has not.")
+    has_dora = any(projection.magnitude is not None for projection in found)
+    if has_dora != use_dora:
+        what = "it holds DoRA: give --use_dora" if has_dora else "it holds no DoRA: leave --use_dora out"
+        raise UserError(f"{name}: {what}.")
+    return weights
+
+
+@torch.no_grad()
+@proof.full_fp32()
+def begin_with(weights: AdapterWeights, components: Components, adapter_name: str = "default") -> Start:
+    """Copy the file's update into a fresh adapter and verify it. Raises UserError without a common layer."""
+    live = raw_file.all_layers(components, adapter_name)
+    update = {
+        f"{component}.{path}": (projection, scales.of(path, projection.rank))
+        for component, (found, scales) in weights.parts.items()
+        for path, projection in found.items()
+    }
+    common = [path for path in live if path in update]
+    if not common:
+        first = f"it holds {min(update)}, the run trains {min(live)}"
+        raise UserError(f"--init_adapter {weights.file_name}: no layer of it is trained here ({first}).")
+    figures = {path: begin_layer(live[path], adapter_name, *update[path]) for path in common}
+    _, before, kept = map(sum, zip(*figures.values(), strict=True))
+    worst = max(common, key=lambda path: figures[path][0])
+    anew, left_out = (tuple(p for p in one if p not in other) for one, other in ((live, update), (update, live)))
+    start = Start(weights.file_name, len(common), figures[worst][0], kept / before if before else 1.0, anew, left_out)
+    kinds = {getattr(model.peft_config[adapter_name], "mixer", "none") for model in components.values()}
+    bound = BOUND_KAIMING if "kaiming" in kinds else BOUND
+    if not start.deviation <= bound:
+        raise UserError(
+            f"--init_adapter {weights.file_name}: {worst} would begin {start.deviation:.1e} (relative) away "
+            f"from the file, and rounding explains {bound:.0e}: give --mixer orthogonal, which is exact."
+        )
+    return start
+
+
+def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> tuple[float, float, float]:
+    """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, and what is kept)."""
+    own = moslora.matrices_of(layer, adapter_name)
+    wanted, before, kept = of_rank(projection, scale, own.down)
+    up = wanted.up / own.scale
+    if own.mixer is not None:
+        up = torch.linalg.solve(own.mixer.cpu().double(), up, left=False)
+    parts = {"lora_A": wanted.down.view(own.down.shape), "lora_B": up, "mixer": own.mixer}
+    if projection.magnitude is not None:
+        parts["magnitude"] = projection.magnitude.flatten()
+    raw_file.fill(layer, adapter_name, parts)
+    with proof.alone(layer, adapter_name):
+        found = proof.delta(layer, adapter_name)
+    return proof.relative_difference(found.flatten(1), wanted.delta), before, kept
+
+
+def of_rank(projection: LowRank, scale: float, own: Tensor) -> tuple[LowRank, float, float]:
+    """The update in the rank of the layer's `own` A (r, …), flattened, in fp64; ‖ΔW‖² before and after."""
+    down, up = projection.down.double().flatten(1), scale * projection.up.double().flatten(1)
+    used = (down != 0).any(1) | (up != 0).any(0)  # rows that are zero on both sides would never learn
+    down, up, rank = down[used], up[:, used], len(own)
+    if len(down) > rank:
+        left, sizes, right = describe.product_svd(up, down)
+        before, kept = float(sizes.square().sum()), float(sizes[:rank].square().sum())
+        up, down = describe.leading_part(left, sizes, right, rank)
+    else:
+        before = kept = float(((up.T @ up) * (down @ down.T)).sum())
+    own = own.detach().cpu().double().flatten(1)
+    missing = up.new_zeros(len(up), rank - len(down))
+    return LowRank(torch.cat([down, own[len(down) :]]), torch.cat([up, missing], dim=1)), before, kept

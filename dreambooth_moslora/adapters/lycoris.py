@@ -4,35 +4,31 @@
     LoKr    ΔW = s W1 ⊗ W2           each of them whole, or a product; the ranks multiply
 
 A layer whose shorter side is below that rank gets the whole ΔW, and a unit matrix beside it. A Tucker core t is
-multiplied out first. n stands for in, or in·h·w of a convolution. A run with `--mixer kronecker` is a LoKr already, and
-`write_lokr` writes it as such a file: W1 whole, W2 as a product.
+multiplied out first. n stands for in, or in·h·w of a convolution.
 """
 
 from math import prod
-from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from dreambooth_moslora.adapters import kohya, mixer, raw_file
-from dreambooth_moslora.core import UserError
-from dreambooth_moslora.settings.table import KRONECKER
+from dreambooth_moslora.adapters.mixer import Tensors
 
-Factors = tuple[torch.Tensor, torch.Tensor]  # (out, r) and (r, n), for their product
+Factors = tuple[Tensor, Tensor]  # (out, r) and (r, n), for their product
 
 ALPHA, MAGNITUDE = "alpha", "dora_scale"
 PLAIN = {"up", "down"}
 LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
-def lora_of(parts: dict[str, torch.Tensor], size: tuple[int, ...]) -> Factors:
+def lora_of(parts: Tensors, size: tuple[int, ...]) -> Factors:
     """up (out, r) with the scale, and down (r, n), in fp32, of the parts of a layer (out, in, …). Raises ValueError."""
     outputs, inputs = size[0], prod(size[1:])
     matrices = {name: tensor.double() for name, tensor in parts.items() if name not in (ALPHA, MAGNITUDE)}
     if not all(tensor.is_floating_point() for name, tensor in parts.items() if name != ALPHA):
         raise ValueError("whole numbers")
     if matrices.keys() == PLAIN:
-        up, down = matrices["up"].flatten(1), matrices["down"].flatten(1)
-        rank = len(down)
+        up, down, rank = matrices["up"].flatten(1), matrices["down"].flatten(1), len(matrices["down"])
     elif matrices.keys() >= LOHA:
         up, down, rank = hadamard(matrices, outputs, inputs)
     elif any(name.startswith("lokr_") for name in matrices):
@@ -44,7 +40,7 @@ def lora_of(parts: dict[str, torch.Tensor], size: tuple[int, ...]) -> Factors:
     return (up * scale_of(parts, rank)).float(), down.float()
 
 
-def scale_of(parts: dict[str, torch.Tensor], rank: int | None) -> float:
+def scale_of(parts: Tensors, rank: int | None) -> float:
     """alpha/r; 1 for a pair of matrices without an alpha, and for LoKr of whole matrices (rank None)."""
     if rank is None or (ALPHA not in parts and "up" in parts):
         return 1.0
@@ -53,7 +49,7 @@ def scale_of(parts: dict[str, torch.Tensor], rank: int | None) -> float:
     return float(parts[ALPHA]) / rank
 
 
-def hadamard(parts: dict[str, torch.Tensor], outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+def hadamard(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor, int]:
     """LoHa's factors and its own rank. Raises ValueError."""
     check_names(parts, LOHA | {"hada_t1", "hada_t2"})
     rank = len(parts["hada_w1_b"])
@@ -71,9 +67,7 @@ CORES = (("w1", "t1"), ("w2", "t2"))
 LOKR = {f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 
 
-def kronecker(
-    parts: dict[str, torch.Tensor], outputs: int, inputs: int
-) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+def kronecker(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor, int | None]:
     """LoKr's factors and its own rank, None if it has two whole matrices. Raises ValueError."""
     check_names(parts, LOKR)
     pairs = [factors(parts, f"lokr_{name}", f"lokr_{core}", outputs * inputs) for name, core in CORES]
@@ -86,7 +80,7 @@ def kronecker(
     return torch.kron(up, other_up), torch.kron(down, other_down), rank
 
 
-def factors(parts: dict[str, torch.Tensor], name: str, core: str, most: int) -> Factors:
+def factors(parts: Tensors, name: str, core: str, most: int) -> Factors:
     """The product that one matrix of LoHa or LoKr is; `most` numbers at most if it has a core."""
     if name in parts:
         return whole(parts[name].flatten(1))
@@ -105,52 +99,12 @@ def factors(parts: dict[str, torch.Tensor], name: str, core: str, most: int) -> 
     return whole(torch.einsum("ijhw,jn,io->onhw", middle, down, up).flatten(1))
 
 
-def whole(change: torch.Tensor) -> Factors:
+def whole(change: Tensor) -> Factors:
     """A matrix (out, n) as a product of the rank of its shorter side."""
-    outputs, inputs = change.shape
-    unit = torch.eye(min(outputs, inputs), dtype=change.dtype)
-    return (unit, change) if outputs <= inputs else (change, unit)
+    unit = torch.eye(min(change.shape), dtype=change.dtype)
+    return (unit, change) if len(change) <= change.shape[1] else (change, unit)
 
 
-def check_names(parts: dict[str, torch.Tensor], known: set[str]) -> None:
+def check_names(parts: Tensors, known: set[str]) -> None:
     if not parts.keys() <= known or not all(tensor.numel() for tensor in parts.values()):
         raise ValueError("parts of something else")
-
-
-BOUND = 1e-5  # Largest relative difference of a layer's ΔW in the file from the trained one: fp32's rounding
-
-
-def write_lokr(source: Path, file: Path) -> int:
-    """Write and prove a raw file's LoKr in LyCORIS' names, for ComfyUI. Returns the layers. Raises UserError."""
-    tensors, facts = raw_file.read_raw(source)
-    if facts.mixer != KRONECKER:
-        raise UserError(f"{source.name} is no LoKr: `--mixer kronecker` trains one; export it without --for lycoris")
-    components = raw_file.by_module(tensors)
-    names: dict[str, str] = {}
-    content: dict[str, torch.Tensor] = {}
-    for component, modules in components.items():
-        for path, parts in modules.items():
-            module, public = f"{component}.{path}", kohya.published_path(component, path)
-            name = (
-                kohya.kohya_name(component, public, components)
-                if component in kohya.PREFIXES
-                else f"{component}.{public}"
-            )
-            rank, alpha = facts.ranks.get(module, facts.rank), facts.alphas.get(module, facts.alpha)
-            scale = mixer.nominal_scale(alpha, rank, facts.use_rslora)
-            own = {"lokr_w1": parts["mixer"], "lokr_w2_a": parts["lora_B"], "lokr_w2_b": parts["lora_A"]}
-            own[ALPHA] = torch.tensor(scale * len(parts["lora_A"]))
-            if "magnitude" in parts:
-                own[MAGNITUDE] = parts["magnitude"][:, None]
-            content |= {f"{name}.{part}": tensor.contiguous() for part, tensor in own.items()}
-            names[module] = name
-    raw_file.write_file(file, content, facts.header)
-    written, _ = raw_file.read_tensors(file)
-    for module, name in names.items():
-        component, path = module.split(".", 1)
-        wanted = raw_file.matrices_from(components[component][path], facts, module).fold().delta
-        own = {key.removeprefix(f"{name}."): value for key, value in written.items() if key.startswith(f"{name}.")}
-        up, down = lora_of(own, tuple(wanted.shape))
-        if not (up @ down - wanted).norm() <= BOUND * wanted.norm():
-            raise UserError(f"{file.name}: {module} differs from the trained adapter; the file is not to be used")
-    return len(names)

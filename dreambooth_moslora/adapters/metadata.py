@@ -12,7 +12,7 @@ as the shapes (out, 1) and (1, in) both broadcast, none of them raises an error.
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -40,8 +40,8 @@ DORA_NOTE = (
 
 
 def dora_table() -> str:
-    rows = "\n".join(f"| {programs} | {what} |" for programs, what in DORA_READERS.items())
-    return f"| DoRA in the kohya file, read by | computes |\n|---|---|\n{rows}"
+    rows = [f"| {programs} | {what} |" for programs, what in DORA_READERS.items()]
+    return "\n".join(["| DoRA in the kohya file, read by | computes |", "|---|---|", *rows])
 
 
 PUBLIC = ("variant", "prior_prompts")  # settings whose value a file tells if a recipe in `assets/configs` has the same
@@ -53,22 +53,19 @@ def is_rank(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def is_rank_or_none(value: object) -> bool:
-    return value is None or is_rank(value)
+Check = Callable[[object], bool]
+is_bool, is_text, is_dict = (lambda value, kind=kind: isinstance(value, kind) for kind in (bool, str, dict))
 
 
-def of_kind(kind: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, kind)
+def or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
 
 
-is_bool, is_text, is_dict = map(of_kind, (bool, str, dict))
+def named(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
 
 
-def named(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, dict) and all(check(v) for v in value.values())
-
-
-def listed(check: Callable[[object], bool]) -> Callable[[object], bool]:
+def listed(check: Check) -> Check:
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
@@ -83,14 +80,6 @@ def is_token_note(value: object) -> bool:
         return False
     texts = {name: text for name, text in value.items() if name != "count"}
     return is_note(texts, {"word", "file", "sha256"}) and texts["word"].strip() != "" and texts["file"] != ""
-
-
-def are_token_notes(value: object) -> bool:
-    return value == {} or is_token_note(value) or listed(is_token_note)(value)
-
-
-def is_basis_note(value: object) -> bool:
-    return value == {} or is_note(value, {"kind", "sha256", "file"})
 
 
 def are_public(value: object) -> bool:
@@ -128,18 +117,22 @@ class AdapterMetadata:
     structures: Mapping[str, Mapping[str, object]] = checked(named(is_dict), default_factory=dict)
     trigger_words: tuple[str, ...] = checked(listed(is_text), default=())
     class_word: str = checked(is_text, default="")
-    resolution_px: int | None = checked(is_rank_or_none, default=None)
+    resolution_px: int | None = checked(or_none(is_rank), default=None)
     versions: Mapping[str, str] = checked(named(is_text), default_factory=dict)
-    best_scale: float | None = checked(lambda value: value is None or is_finite_number(value), default=None)
+    best_scale: float | None = checked(or_none(is_finite_number), default=None)
     usable_scales: tuple[float, ...] = checked(lambda v: listed(is_finite_number)(v) and len(v) in (0, 2), default=())
     recipe: Mapping[str, object] = checked(is_dict, default_factory=dict)  # for `--like` (`settings.sources`)
-    tokens: tuple[dict[str, object], ...] = checked(are_token_notes, default=())  # `NewTokens.note` of each file
+    tokens: tuple[dict[str, object], ...] = checked(
+        lambda value: value == {} or is_token_note(value) or listed(is_token_note)(value), default=()
+    )  # `NewTokens.note` of each file
     subject_prompts: tuple[str, ...] = checked(listed(is_text), default=())  # of several subjects
-    basis: Mapping[str, str] = checked(is_basis_note, default_factory=dict)  # of the frozen A and B
+    basis: Mapping[str, str] = checked(
+        lambda value: value == {} or is_note(value, {"kind", "sha256", "file"}), default_factory=dict
+    )  # of the frozen A and B
     public: Mapping[str, object] = checked(are_public, default_factory=dict)
     withheld: tuple[str, ...] = checked(listed(is_text), default=())
-    step: int | None = checked(is_rank_or_none, default=None)  # if the run did not end there
-    processes: int | None = checked(is_rank_or_none, default=None)  # if there were several
+    step: int | None = checked(or_none(is_rank), default=None)  # if the run did not end there
+    processes: int | None = checked(or_none(is_rank), default=None)  # if there were several
 
     @property
     def factor(self) -> int:
@@ -157,8 +150,7 @@ class AdapterMetadata:
             facts["tokens"] = self.tokens[0]
         later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts", "basis")
         later += ("public", "withheld", "step", "processes", "mixer_factor")
-        missing = [name for name in later if not facts[name]]
-        return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
+        return json.dumps({name: value for name, value in facts.items() if value or name not in later}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterMetadata":
@@ -169,10 +161,10 @@ class AdapterMetadata:
             raise ValueError("nested too deep") from None
         if not isinstance(stored, dict):
             raise TypeError("the metadata is not an object")
-        known = {k: v for k, v in stored.items() if k in cls.__dataclass_fields__}
-        for name, value in known.items():
-            if not cls.__dataclass_fields__[name].metadata["is_valid"](value):
-                raise ValueError(f"{name} is {value!r:.60}")
+        fields = cls.__dataclass_fields__
+        known = {name: value for name, value in stored.items() if name in fields}
+        if wrong := next((name for name, value in known.items() if not fields[name].metadata["is_valid"](value)), None):
+            raise ValueError(f"{wrong} is {known[wrong]!r:.60}")
         if isinstance(note := known.get("tokens"), dict):
             known["tokens"] = [note] if note else []
         lists = ("trigger_words", "usable_scales", "subject_prompts", "tokens", "withheld")
@@ -189,8 +181,7 @@ def metadata_in(header: Mapping[str, str]) -> AdapterMetadata | None:
 
 def notes_in(header: Mapping[str, str]) -> tuple[dict, ...]:
     """Each `NewTokens.note` in the header of an adapter."""
-    facts = metadata_in(header)
-    return facts.tokens if facts else ()
+    return facts.tokens if (facts := metadata_in(header)) else ()
 
 
 def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
@@ -207,10 +198,10 @@ BUNDLE = "bundle_emb."  # OneTrainer keeps new tokens in the adapter's own file:
 
 def bundled(keys: Iterable[str]) -> dict[str, list[str]]:
     """Word -> the names of its tensors (`clip_l`), of the keys of an adapter with bundled new tokens."""
-    found: dict[str, list[str]] = {}
+    found = defaultdict(list)
     for key in sorted(key for key in keys if key.startswith(BUNDLE)):
         word, _, name = key.removeprefix(BUNDLE).rpartition(".")
-        found.setdefault(word, []).append(name)
+        found[word].append(name)
     return found
 
 
@@ -252,11 +243,9 @@ def with_told(config: table.TrainConfig, facts: AdapterMetadata) -> AdapterMetad
     asked = [name for name in UNTOLD if table.shapes_weights(name, config) and name not in by_subject]
     asked = [name for name in asked if name not in facts.recipe]
     open_ = [name for name in asked if getattr(config, name) != known.get(name, getattr(DEFAULTS, name))]
-    public = {}
-    for name in PUBLIC:
-        values = [getattr(one, name) for one in (DEFAULTS, *shipped_recipes())]
-        if name in open_ and getattr(config, name) in values:
-            public[name] = getattr(config, name)
+    usual = (DEFAULTS, *shipped_recipes())
+    public = {name: getattr(config, name) for name in PUBLIC if name in open_}
+    public = {name: value for name, value in public.items() if value in [getattr(one, name) for one in usual]}
     return replace(facts, public=public, withheld=tuple(name for name in open_ if name not in public))
 
 

@@ -46,6 +46,8 @@ class LowRank:
         return change.view(len(self.up), *self.down.shape[1:]).float()
 
 
+Tensors = dict[str, torch.Tensor]
+Components = dict[str, torch.nn.Module]  # by diffusers' names, such as `unet`
 Folded = dict[str, dict[str, LowRank]]  # component -> module path, as other programs know it -> the layer
 PLACEHOLDER_SHAPE = (1, 1)  # of `lora_B.weight` in the state dict of an adapter with a mixer
 
@@ -105,9 +107,7 @@ class MixedLowRank:
         return LowRank(down, up.contiguous(), magnitude=magnitude)
 
 
-def untied(
-    down: torch.Tensor, mixer: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def untied(down: torch.Tensor, mixer: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A₂ (r/f, in/f), W₁ (f, f), B₂ (out/f, r/f) -> A (r, in), M (r, r), B (out, r), so that B·M·A = W₁ ⊗ (B₂·A₂)."""
     eye = torch.eye(len(mixer), dtype=down.dtype, device=down.device)
     inner = torch.eye(len(down), dtype=down.dtype, device=down.device)

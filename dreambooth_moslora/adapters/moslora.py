@@ -54,12 +54,8 @@ def _walk(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The `base_modules` whose weight has at least 2 dimensions: projections, convolutions and embeddings."""
-    layers = {}
-    for path, module in base_modules(model).items():
-        weight = getattr(module, "weight", None)
-        if weight is not None and weight.ndim > 1:
-            layers[path] = module
-    return layers
+    modules = base_modules(model).items()
+    return {path: module for path, module in modules if getattr(getattr(module, "weight", None), "ndim", 0) > 1}
 
 
 def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
@@ -147,10 +143,9 @@ def combine_folded(self, *arguments, **options):
 
 def check_settings(config: LoraConfig) -> None:
     """Raises UserError for a rank below 1, an unknown mixer, or a setting that excludes a mixer."""
-    ranks = (config.r, *(config.rank_pattern or {}).values())
     if config.mixer not in (*MIXERS, ZERO):
         raise UserError(f"mixer={config.mixer!r} is unknown; choose one of {', '.join(MIXERS)}")
-    for rank in ranks:
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
         if rank < 1:
             raise UserError(f"a rank is a whole number from 1 on, not {rank}")
         if config.mixer == "butterfly" and rank % 2:
@@ -213,15 +208,14 @@ def cannot_carry(path: str, module: nn.Module) -> UserError:
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # the paper's targets in SDXL
 SAVED_TYPE = "MOSLORA"
+START = LoraConfig.__dataclass_fields__["init_lora_weights"]
 
 
 @dataclass
 class MoSLoraConfig(LoraConfig):
     """PEFT's LoraConfig with a mixer, other fields as PEFT's. Raises UserError for what a mixer excludes."""
 
-    init_lora_weights: bool | str = field(
-        default="gaussian", metadata=LoraConfig.__dataclass_fields__["init_lora_weights"].metadata
-    )
+    init_lora_weights: bool | str = field(default="gaussian", metadata=START.metadata)
     mixer: str = field(default="orthogonal", metadata={"help": f"How M starts: one of {', '.join(MIXERS)}."})
     train_mixer: bool = field(default=True, metadata={"help": "Learn M, or keep it as it started."})
     mixer_seed: int = field(default=0, metadata={"help": "Seed of the random mixers."})
@@ -306,9 +300,8 @@ def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[
     found, is_basis = [], getattr(model.peft_config.get(adapter_name), "mixer", None) == ZERO
     for path, layer in adapter_layers(model, adapter_name).items():
         for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
-            module = getattr(layer, part)
-            if adapter_name in module:
-                own = module[adapter_name].named_parameters()
+            if adapter_name in (modules := getattr(layer, part)):
+                own = modules[adapter_name].named_parameters()
                 found += [(f"{path}.{part}.{n}", p) for n, p in own if n == "mixer" or not is_basis]
     return found
 
@@ -348,22 +341,20 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 
 def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
     """The live A, M, B and magnitude of one layer, not copied, and the s of training, not that of `set_scale`."""
-    magnitudes = layer.lora_magnitude_vector
-    down, matrix, up = stored_matrices(layer, adapter_name)
+    matrices, magnitudes = stored_matrices(layer, adapter_name), layer.lora_magnitude_vector
     if isinstance(layer.lora_B[adapter_name], mixer.KroneckerUp):
-        down, matrix, up = mixer.untied(down, matrix, up)
+        matrices = mixer.untied(*matrices)
     scale = mixer.nominal_scale(layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name])
     magnitude = magnitudes[adapter_name].weight if adapter_name in magnitudes else None
-    return mixer.MixedLowRank(down, matrix, up, scale, magnitude)
+    return mixer.MixedLowRank(*matrices, scale, magnitude)
 
 
 def stored_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor]:
     """A, M (None without a mixer) and B of one layer as they are learnt; of a LoKr A₂, W₁ and B₂."""
     lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     down = lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight
-    if isinstance(lora_b, mixer.MixerLinear):
-        return down, lora_b.mixer, lora_b.up
-    return down, None, lora_b.weight.flatten(1)
+    is_mixed = isinstance(lora_b, mixer.MixerLinear)
+    return (down, lora_b.mixer, lora_b.up) if is_mixed else (down, None, lora_b.weight.flatten(1))
 
 
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, mixer.LowRank]:

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import save
+from torch import Tensor, nn
 
 from dreambooth_moslora.adapters import metadata, proof, raw_file
 from dreambooth_moslora.base.load import encode_text
-from dreambooth_moslora.core import UserError, atomic_write
+from dreambooth_moslora.core import UserError, atomic_write, file_digest
 from dreambooth_moslora.disk.run_folder import tokens_name
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 
@@ -37,12 +38,13 @@ FILE_KEYS = {*KEYS.values()}
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 WORD, MOST = "moslora_word", 75
 UNREAD = "%s holds new tokens for %r that are not read here (%s): the word stays an ordinary one"
+MISSING = "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it"
 
 
 @dataclass(frozen=True)
 class NewTokens:
     word: str  # stands for all of them in prompts
-    rows: Mapping[str, torch.Tensor]  # component -> (n, D)
+    rows: Mapping[str, Tensor]  # component -> (n, D)
 
     @property
     def count(self) -> int:
@@ -60,23 +62,21 @@ class NewTokens:
         return {"word": self.word, "count": self.count, "file": file_name, "sha256": digest}
 
 
-class TableWithRows(torch.nn.Module):
+class TableWithRows(nn.Module):
     """A frozen embedding table with additional `rows`, (n, D) each, whose token ids start at `first`."""
 
-    def __init__(self, table: torch.nn.Module, rows: Sequence[torch.Tensor], first: int):
+    def __init__(self, table: nn.Module, rows: Sequence[Tensor], first: int):
         super().__init__()
         self.table, self.first = table, first
-        own = [
-            one if isinstance(one, torch.nn.Parameter) else torch.nn.Parameter(one, requires_grad=False) for one in rows
-        ]
-        self.own = torch.nn.ParameterList(own)  # after the table: a model's first weight tells its dtype
+        own = [one if isinstance(one, nn.Parameter) else nn.Parameter(one, requires_grad=False) for one in rows]
+        self.own = nn.ParameterList(own)  # after the table: a model's first weight tells its dtype
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         """The frozen table's weight, for readers of its dtype and device."""
         return self.table.weight
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         found = self.table(ids.clamp(max=self.first - 1))
         rows = self.own[0] if len(self.own) == 1 else torch.cat(tuple(self.own))
         own = F.embedding((ids - self.first).clamp(min=0), rows).to(found.dtype)
@@ -109,7 +109,7 @@ class AttachedTokens:
                 raise UserError(f"the base's own tokenizer has {names[0]} already: new tokens cannot be learnt on it")
             setattr(self.pipeline, TOKENIZERS[part], tokenizer)
             rows = [tokens.rows[part] for tokens in self.several]
-            rows = [one if isinstance(one, torch.nn.Parameter) else one.to(table.weight.device) for one in rows]
+            rows = [one if isinstance(one, nn.Parameter) else one.to(table.weight.device) for one in rows]
             getattr(self.pipeline, part).set_input_embeddings(TableWithRows(table, rows, first))
         self.pipeline.maybe_convert_prompt = self.spelled  # diffusers expands textual inversions there
 
@@ -148,19 +148,16 @@ def read_tokens(path: Path) -> NewTokens:
     return found
 
 
-def tokens_of(word: str, tensors: Mapping[str, torch.Tensor], path: Path) -> NewTokens:
+def tokens_of(word: str, tensors: Mapping[str, Tensor], path: Path) -> NewTokens:
     """clip_l (n, D) and clip_g (n, D2) of the file -> the tokens. Raises UserError."""
-    rows = {part: tensors[key] for part, key in KEYS.items() if key in tensors and is_table(tensors[key])}
+    tables = {key: one for key, one in tensors.items() if one.is_floating_point() and one.ndim == 2 and one.numel()}
+    rows = {part: tables[key] for part, key in KEYS.items() if key in tables}
     counts = {len(table) for table in rows.values()}
     if rows.keys() != KEYS.keys() or len(tensors) > len(rows) or len(counts) != 1:
         raise UserError(f"{path.name} holds no new tokens: clip_l and clip_g, as many rows in each")
     if (count := counts.pop()) > MOST:
         raise UserError(f"{path.name} holds {count} new tokens for a word, and a prompt has room for {MOST}")
     return NewTokens(word, {part: table.float() for part, table in rows.items()})
-
-
-def is_table(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.ndim == 2 and tensor.numel() > 0
 
 
 def tokens_inside(path: Path, is_for_sdxl: bool = True) -> tuple[NewTokens, ...]:
@@ -173,27 +170,26 @@ def tokens_inside(path: Path, is_for_sdxl: bool = True) -> tuple[NewTokens, ...]
         known = [word for word, names in words.items() if is_for_sdxl and word.strip() and set(names) == FILE_KEYS]
         for word in words.keys() - known:
             logger.warning(UNREAD, path.name, word, ", ".join(words[word]))
-        of_words = {
-            word: {name: opened.get_tensor(f"{metadata.BUNDLE}{word}.{name}") for name in FILE_KEYS} for word in known
-        }
-    for tensors in of_words.values():
-        raw_file.check_finite(tensors, path.name)
-    return tuple(tokens_of(word, tensors, path) for word, tensors in of_words.items())
+        found = []
+        for word in known:
+            tensors = {name: opened.get_tensor(f"{metadata.BUNDLE}{word}.{name}") for name in FILE_KEYS}
+            raw_file.check_finite(tensors, path.name)
+            found.append(tokens_of(word, tensors, path))
+    return tuple(found)
 
 
 def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, ...]:
     """The tokens that an adapter's header names, from files beside it; a missing one is logged. Raises UserError."""
-    missing = "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it"
     found = []
     for note in metadata.notes_in(header):
         path = adapter.parent / note["file"]
         if not path.is_file():
-            logger.warning(missing, adapter.name, note["word"], path.name)
-            continue
-        if hashlib.sha256(path.read_bytes()).hexdigest() != note["sha256"]:
+            logger.warning(MISSING, adapter.name, note["word"], path.name)
+        elif file_digest(path) != note["sha256"]:
             what = f"the file of new tokens that belongs to {adapter.name}"
             raise UserError(f"{path.name} is not {what}: copy both again")
-        found.append(read_tokens(path))
+        else:
+            found.append(read_tokens(path))
     return tuple(found)
 
 
@@ -207,10 +203,8 @@ def prove_tokens(
         stock = encode_text(pipeline, attached.spelled(list(prompts)))
     proofs = []
     for number, (path, tokens) in enumerate(zip(paths, attached.several, strict=True)):
-        found = read_tokens(path)
-        rows = {
-            KEYS[p]: proof.relative_difference(found.rows[p], r.detach().float().cpu()) for p, r in tokens.rows.items()
-        }
+        found, own = read_tokens(path).rows, {part: rows.detach().float().cpu() for part, rows in tokens.rows.items()}
+        rows = {KEYS[part]: proof.relative_difference(found[part], one) for part, one in own.items()}
         pairs = [(stock[number][name], here) for name, here in live[number].items()]
         outputs = max(proof.relative_difference(there.float().cpu(), here.float().cpu()) for there, here in pairs)
         worst = max(rows, key=rows.__getitem__)
@@ -232,7 +226,7 @@ def stock_loaded(paths: Sequence[Path], attached: AttachedTokens) -> Iterator[St
                 encoder, tokenizer = getattr(pipeline, part), deepcopy(getattr(pipeline, TOKENIZERS[part]))
                 setattr(pipeline, TOKENIZERS[part], tokenizer)
                 table = encoder.get_input_embeddings().weight
-                encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(table.detach().cpu().clone()))
+                encoder.set_input_embeddings(nn.Embedding.from_pretrained(table.detach().cpu().clone()))
                 for rows, names in zip(several, token_names(map(len, several)), strict=True):
                     pipeline.load_textual_inversion(rows, token=names, text_encoder=encoder, tokenizer=tokenizer)
                 encoder.get_input_embeddings().to(table.device)

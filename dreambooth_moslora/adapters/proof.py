@@ -8,7 +8,7 @@ computes it on both sides, DoRA's magnitudes, and the outputs of a few projectio
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
@@ -16,8 +16,10 @@ from pathlib import Path
 import diffusers
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
-from dreambooth_moslora.adapters import kohya, raw_file
+from dreambooth_moslora.adapters import key_names, raw_file
+from dreambooth_moslora.adapters.mixer import Components, Tensors
 from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
@@ -68,7 +70,7 @@ class Proof:
         )
 
 
-def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_difference(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖; 0 if both are zero, infinite if only `expected` is, or for NaN."""
     size, difference = float(expected.norm()), float((found - expected).norm())
     if difference == 0:
@@ -86,36 +88,27 @@ def full_fp32() -> Iterator[None]:
     settings += [(setting, "fp32_precision", "ieee") for setting in newer]  # later, as each switch changes some
     before = []
     for backend, name, _ in settings:
-        try:
-            before.append(getattr(backend, name))
-        except RuntimeError:  # the newer settings contradict this switch
-            before.append(None)
+        with suppress(RuntimeError):  # the newer settings contradict this switch
+            before.append((backend, name, getattr(backend, name)))
     try:
         for backend, name, exact in settings:
             setattr(backend, name, exact)
         yield
     finally:
-        for (backend, name, _), value in zip(settings, before, strict=True):
-            if value is not None:
-                setattr(backend, name, value)
+        for backend, name, value in before:
+            setattr(backend, name, value)
 
 
 @torch.no_grad()
 @full_fp32()
-def prove_file(
-    path: Path,
-    components: dict[str, torch.nn.Module],
-    adapter_name: str,
-    expected: dict[str, torch.Tensor] | None = None,
-) -> FileProof:
+def prove_file(path: Path, components: Components, adapter_name: str, expected: Tensors | None = None) -> FileProof:
     """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW). Raises UserError."""
     live = raw_file.all_layers(components, adapter_name)
     tensors, _ = raw_file.read_tensors(path)
-    if any(key.endswith(kohya.DORA_SCALE) for key in tensors):
+    if any(key.endswith(key_names.DORA_SCALE) for key in tensors):
         return prove_kohya_dora(path, tensors, live, adapter_name, expected)
     stock = stock_layers(path, components)
-    missing = sorted(set(live) ^ set(stock))
-    if missing:
+    if missing := sorted(set(live) ^ set(stock)):
         raise UserError(f"{path.name}: the stock loader adapts other modules than the adapter does, first {missing[0]}")
     differences = {}
     for name, layer in live.items():
@@ -137,9 +130,7 @@ def prove_file(
 
 @torch.no_grad()
 @full_fp32()
-def check_reduction(
-    components: dict[str, torch.nn.Module], adapter_name: str, expected: dict[str, torch.Tensor], keep: float
-) -> None:
+def check_reduction(components: Components, adapter_name: str, expected: Tensors, keep: float) -> None:
     """Raises UserError for a projection whose reduced ΔW lost more than (1 − keep) of the live ‖ΔW‖²."""
     bound = (1 - keep) ** 0.5 + BOUNDS[torch.float32]
     for name, layer in raw_file.all_layers(components, adapter_name).items():
@@ -152,7 +143,7 @@ def check_reduction(
             )
 
 
-def stock_layers(path: Path, components: dict[str, torch.nn.Module]) -> dict[str, LoraLayer]:
+def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
     """Layers of a stock diffusers pipeline that loaded the file. Raises UserError if it refuses or warns."""
     denoiser = next((components[name] for name in DENOISERS if name in components), None)
     if denoiser is None:
@@ -169,8 +160,7 @@ def stock_layers(path: Path, components: dict[str, torch.nn.Module]) -> dict[str
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{path.name} was not published: the stock loader refuses it: {one_line(error)}") from error
     # The loader announces components without an adapter; missing ones are found by comparing the layers.
-    warnings = [text for text in warnings if not text.startswith("No LoRA keys associated")]
-    if warnings:
+    if warnings := [text for text in warnings if not text.startswith("No LoRA keys associated")]:
         raise UserError(f"{path.name}: the stock loader complains: {' '.join(warnings[0].split())[:200]}")
     return raw_file.all_layers({n: twin for n, twin in twins.items() if hasattr(twin, "peft_config")}, STOCK)
 
@@ -194,7 +184,7 @@ def collected_warnings() -> Iterator[list[str]]:
 
 
 @contextmanager
-def alone(layer: LoraLayer, adapter_name: str, base: torch.nn.Module | None = None) -> Iterator[None]:
+def alone(layer: LoraLayer, adapter_name: str, base: nn.Module | None = None) -> Iterator[None]:
     """The layer in evaluation mode with this adapter only, at its trained scale, over `base` if given."""
     saved = layer.base_layer, layer._active_adapter, layer._disable_adapters, layer.scaling[adapter_name]
     modes = [(module, module.training) for module in layer.modules()]
@@ -210,7 +200,7 @@ def alone(layer: LoraLayer, adapter_name: str, base: torch.nn.Module | None = No
             module.training = mode
 
 
-def delta(layer: LoraLayer, adapter_name: str) -> torch.Tensor:
+def delta(layer: LoraLayer, adapter_name: str) -> Tensor:
     """ΔW, in the shape of W, by PEFT, in fp32 on the CPU."""
     return layer.get_delta_weight(adapter_name).float().cpu()
 
@@ -219,11 +209,11 @@ def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> f
     """The relative difference of the layers' outputs for a fixed x (16, in), or (1, in, 4, 4). The base is zero, as the
     effect of an early adapter would vanish in the rounding of W·x; DoRA needs a base."""
     device = live.lora_A[adapter_name].weight.device
-    is_convolution = isinstance(live.get_base_layer(), torch.nn.Conv2d)
+    is_convolution = isinstance(live.get_base_layer(), nn.Conv2d)
     shape = (1, live.in_features, 4, TOKENS // 4) if is_convolution else (TOKENS, live.in_features)
     x, base = torch.randn(shape, generator=torch.Generator().manual_seed(1)), fixed_base(live)
     if adapter_name not in live.lora_magnitude_vector:
-        torch.nn.init.zeros_(base.weight)
+        nn.init.zeros_(base.weight)
     with alone(stock, STOCK, base):
         found = stock(x).float()
     with alone(live, adapter_name, base.to(device)):
@@ -231,31 +221,28 @@ def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> f
     return relative_difference(found, wanted)
 
 
-def fixed_base(layer: LoraLayer) -> torch.nn.Linear | torch.nn.Conv2d:
+def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
     """A layer of the base's kind with gaussian weights of seed 0, scaled to keep the input's norm."""
-    kind, options = torch.nn.Linear, {}
-    real = layer.get_base_layer()
-    if isinstance(real, torch.nn.Conv2d):
-        kind, options = torch.nn.Conv2d, {name: getattr(real, name) for name in ("kernel_size", "stride", "padding")}
+    kind, options, real = nn.Linear, {}, layer.get_base_layer()
+    if isinstance(real, nn.Conv2d):
+        kind, options = nn.Conv2d, {name: getattr(real, name) for name in ("kernel_size", "stride", "padding")}
     base = kind(layer.in_features, layer.out_features, bias=False, device="meta", **options).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
-    torch.nn.init.normal_(base.weight, std=base.weight[0].numel() ** -0.5, generator=generator)
+    nn.init.normal_(base.weight, std=base.weight[0].numel() ** -0.5, generator=generator)
     return base.requires_grad_(False)
 
 
 def prove_kohya_dora(
-    path: Path, tensors: dict[str, torch.Tensor], live: dict[str, LoraLayer], adapter_name: str, expected: dict | None
+    path: Path, tensors: Tensors, live: dict[str, LoraLayer], adapter_name: str, expected: Tensors | None
 ) -> FileProof:
     """Compare merged weights (fp64, over the fixed base), as the file defines them and as PEFT merges them."""
-    differences = {}
+    differences, components = {}, {name.partition(".")[0] for name in live}
     for name, layer in live.items():
         component, module = name.split(".", 1)
-        key = kohya.kohya_name(
-            component, kohya.published_path(component, module), {name.partition(".")[0] for name in live}
-        )
+        key = key_names.kohya_name(component, key_names.published_path(component, module), components)
         up, down, alpha, found_size = (
             tensors[key + part].double()
-            for part in (kohya.KOHYA_UP, kohya.KOHYA_DOWN, kohya.KOHYA_ALPHA, kohya.DORA_SCALE)
+            for part in (key_names.KOHYA_UP, key_names.KOHYA_DOWN, key_names.KOHYA_ALPHA, key_names.DORA_SCALE)
         )
         scale = float(alpha) / len(down)
         wanted = expected[name] if expected is not None else delta(layer, adapter_name)

@@ -23,13 +23,14 @@ from pathlib import Path
 
 import torch
 
-from dreambooth_moslora.adapters import describe, kohya, moslora, new_tokens, raw_file
+from dreambooth_moslora.adapters import describe, key_names, lycoris, mixer, moslora, new_tokens, raw_file
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, metadata_in, most_common
-from dreambooth_moslora.adapters.mixer import Folded, LowRank, untied
+from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors, untied
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
 from dreambooth_moslora.core import UserError, atomic_write, parse_object, scratch_directory
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PEFT_CONFIG, PUBLISHED_NAME, check_name, tokens_name
 from dreambooth_moslora.settings.families import DENOISERS
+from dreambooth_moslora.settings.table import KRONECKER
 
 
 def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
@@ -51,7 +52,7 @@ RANKS_NOTE = (
 
 
 def publish(
-    components: dict[str, torch.nn.Module],
+    components: Components,
     out_dir: str | Path,
     name: str,
     metadata: AdapterMetadata,
@@ -70,8 +71,8 @@ def publish(
     folded: Folded = {}
     for component, model in components.items():
         layers = moslora.fold(model, adapter_name)
-        folded[component] = {kohya.published_path(component, path): layer for path, layer in layers.items()}
-    kept, expected = None, None
+        folded[component] = {key_names.published_path(component, path): layer for path, layer in layers.items()}
+    kept = expected = None
     if keep != 1.0:
         folded, kept, expected = reduced(folded, components, adapter_name, keep)
     out_dir = Path(out_dir)
@@ -96,7 +97,7 @@ def publish(
     return report(proofs, dtype, folded, kept)
 
 
-def check_publishable(components: dict[str, torch.nn.Module], dtype: torch.dtype, adapter_name: str) -> None:
+def check_publishable(components: Components, dtype: torch.dtype, adapter_name: str) -> None:
     """Raises UserError for a merged adapter, an unknown dtype, and an adapter that the files cannot hold."""
     raw_file.check_storable(components, adapter_name)
     if dtype not in BOUNDS:
@@ -106,19 +107,16 @@ def check_publishable(components: dict[str, torch.nn.Module], dtype: torch.dtype
             raise UserError(f"{path} is merged into the base; unmerge the adapter before saving it")
 
 
-def reduced(
-    folded: Folded, components: dict[str, torch.nn.Module], adapter_name: str, keep: float
-) -> tuple[Folded, float, dict[str, torch.Tensor]]:
+def reduced(folded: Folded, components: Components, adapter_name: str, keep: float) -> tuple[Folded, float, Tensors]:
     """The layers in lower rank, the fraction of Σ‖ΔW‖² that is left, and `component.path` -> the ΔW (out, in) or
     (out, in, h, w) that the files must hold. Raises UserError when more is lost than `keep` allows."""
     for component, layers in folded.items():
         for path, layer in layers.items():
-            raw_file.check_finite(
-                {f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}, "the adapter"
-            )
+            matrices = {f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}
+            raw_file.check_finite(matrices, "the adapter")
     folded, kept = describe.reduce_layers(folded, keep)
     names = [name.partition(".") for name in raw_file.all_layers(components, adapter_name)]
-    expected = {f"{part}.{path}": folded[part][kohya.published_path(part, path)].delta for part, _, path in names}
+    expected = {f"{part}.{path}": folded[part][key_names.published_path(part, path)].delta for part, _, path in names}
     check_reduction(components, adapter_name, expected, keep)
     return folded, kept, expected
 
@@ -138,8 +136,8 @@ def write_published(
     settings = {} if "unet" in folded else {PEFT_SETTINGS: json.dumps(peft_settings(filled), indent=2, sort_keys=True)}
     files = [(folder / PUBLISHED_NAME, published_tensors(filled, dtype), header | settings)]
     if "unet" in folded:
-        head = header | kohya.kohya_header(name, metadata, folded)
-        files.append((folder / f"{name}{KOHYA_SUFFIX}", kohya.kohya_tensors(folded, dtype), head))
+        head = header | key_names.kohya_header(name, metadata, folded)
+        files.append((folder / f"{name}{KOHYA_SUFFIX}", key_names.kohya_tensors(folded, dtype), head))
     for path, tensors, head in files:
         raw_file.check_finite(tensors, f"the adapter in {dtype}")
         raw_file.write_file(path, tensors, head)
@@ -163,7 +161,7 @@ def peft_settings(folded: Folded) -> dict[str, object]:
     return settings
 
 
-def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
     """The tensors under PEFT's keys, which diffusers reads since 0.22. DoRA's magnitudes stay fp32."""
     tensors = {}
     for component, layers in folded.items():
@@ -215,7 +213,7 @@ def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, ke
     )
 
 
-def load_published(path: str | Path) -> tuple[dict[str, torch.Tensor], AdapterMetadata | None]:
+def load_published(path: str | Path) -> tuple[Tensors, AdapterMetadata | None]:
     """Tensors of a LoRA file, and its metadata if this program wrote it. Raises UserError for a broken file."""
     path = Path(path)
     tensors, header = raw_file.read_tensors(path / PUBLISHED_NAME if path.is_dir() else path)
@@ -250,16 +248,50 @@ def fold_peft(source: Path, out: Path) -> int:
     return len(modules)
 
 
-def folded_layer(module: str, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def folded_layer(module: str, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """A (r, in) and B·M (out, r), or (r, in, h, w) and (out, r, 1, 1). Raises UserError for a broken module."""
-    if (tied := tensors.get(module + TIED)) is not None:
-        parts = (tied, tensors.get(module + MIXER), tensors[module + UP])
-        if any(part is None or part.ndim != 2 for part in parts) or len(tied) != parts[2].shape[1]:
-            raise UserError(f"{WEIGHTS} is broken: {module:.100} is not whole")
-        down, mixer, up = untied(*(part.double() for part in parts))
-        return down.to(tied.dtype), (up @ mixer).to(tied.dtype)
-    up, mixer, down = (tensors.get(module + part) for part in (UP, MIXER, DOWN))
-    if mixer is None or down is None or up.shape[1:] != mixer.shape[:1] or mixer.shape != (len(down), len(down)):
+    is_tied = module + TIED in tensors
+    down, mixed, up = (tensors.get(module + part) for part in (TIED if is_tied else DOWN, MIXER, UP))
+    is_whole = down is not None and mixed is not None and up.ndim == mixed.ndim == 2 and up.shape[1] == len(down)
+    if not is_whole or (down.ndim != 2 if is_tied else mixed.shape != (len(down), len(down))):
         raise UserError(f"{WEIGHTS} is broken: {module:.100} is not whole")
-    product = (up.double() @ mixer.double()).to(up.dtype)
-    return down, product.view(*product.shape, *(1,) * (down.ndim - 2)).contiguous()
+    matrices = down.double(), mixed.double(), up.double()
+    down, mixed, up = untied(*matrices) if is_tied else matrices
+    product = (up @ mixed).to(dtype := tensors[module + UP].dtype)
+    return down.to(dtype), product.view(*product.shape, *(1,) * (down.ndim - 2)).contiguous()
+
+
+LOKR_BOUND = 1e-5  # Largest relative difference of a layer's ΔW in the file from the trained one: fp32's rounding
+
+
+def write_lokr(source: Path, file: Path) -> int:
+    """Write and prove a raw file's LoKr in LyCORIS' names, for ComfyUI. Returns the layers. Raises UserError."""
+    tensors, facts = raw_file.read_raw(source)
+    if facts.mixer != KRONECKER:
+        raise UserError(f"{source.name} is no LoKr: `--mixer kronecker` trains one; export it without --for lycoris")
+    components = raw_file.by_module(tensors)
+    names, content = {}, {}
+    for component, modules in components.items():
+        for path, parts in modules.items():
+            module, public = f"{component}.{path}", key_names.published_path(component, path)
+            name = f"{component}.{public}"
+            if component in key_names.PREFIXES:
+                name = key_names.kohya_name(component, public, components)
+            rank, alpha = facts.ranks.get(module, facts.rank), facts.alphas.get(module, facts.alpha)
+            scale = mixer.nominal_scale(alpha, rank, facts.use_rslora)
+            own = {"lokr_w1": parts["mixer"], "lokr_w2_a": parts["lora_B"], "lokr_w2_b": parts["lora_A"]}
+            own[lycoris.ALPHA] = torch.tensor(scale * len(parts["lora_A"]))
+            if "magnitude" in parts:
+                own[lycoris.MAGNITUDE] = parts["magnitude"][:, None]
+            content |= {f"{name}.{part}": tensor.contiguous() for part, tensor in own.items()}
+            names[module] = name
+    raw_file.write_file(file, content, facts.header)
+    written, _ = raw_file.read_tensors(file)
+    for module, name in names.items():
+        component, path = module.split(".", 1)
+        wanted = raw_file.matrices_from(components[component][path], facts, module).fold().delta
+        own = {key.removeprefix(f"{name}."): value for key, value in written.items() if key.startswith(f"{name}.")}
+        up, down = lycoris.lora_of(own, tuple(wanted.shape))
+        if not (up @ down - wanted).norm() <= LOKR_BOUND * wanted.norm():
+            raise UserError(f"{file.name}: {module} differs from the trained adapter; the file is not to be used")
+    return len(names)

@@ -22,15 +22,16 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
-from dreambooth_moslora.adapters import moslora
+from dreambooth_moslora.adapters import mixer, moslora
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, most_common, versions
-from dreambooth_moslora.adapters.mixer import KroneckerDown, MixedLowRank, MixerLinear, nominal_scale, untied
+from dreambooth_moslora.adapters.mixer import Components, MixedLowRank, Tensors, nominal_scale, untied
 from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name, user_path
 from dreambooth_moslora.settings import families, table
 
 
-def check_finite(tensors: dict[str, torch.Tensor], owner: str) -> None:
+def check_finite(tensors: Tensors, owner: str) -> None:
     """Raises UserError for NaN and infinity. `owner` begins the message."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.element_size() == 1:
@@ -39,7 +40,7 @@ def check_finite(tensors: dict[str, torch.Tensor], owner: str) -> None:
             raise UserError(f"{owner} holds NaN or infinite values, first in {key}; use an earlier checkpoint")
 
 
-def write_file(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+def write_file(path: Path, tensors: Tensors, header: dict[str, str]) -> None:
     """Write a safetensors file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, with_sorted_metadata(save(tensors, metadata=header)))
@@ -55,7 +56,7 @@ def with_sorted_metadata(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
     """Tensors and header strings of a safetensors file. Raises UserError for pickles and any other file."""
     path = user_path(path)
     if not path.is_file():
@@ -71,7 +72,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
         raise UserError(f"{path.name} is truncated or not a safetensors file: {one_line(error)}") from None
 
 
-def model_config(model: torch.nn.Module) -> dict[str, object]:
+def model_config(model: nn.Module) -> dict[str, object]:
     """{"class", "config"}, JSON-able and without file names, for `empty_model`."""
     config = model.config
     values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
@@ -79,10 +80,8 @@ def model_config(model: torch.nn.Module) -> dict[str, object]:
     return {"class": type(model).__name__, "config": json.loads(json.dumps(values, default=str))}
 
 
-CLASSES = {facts.model: "diffusers" for facts in families.FAMILIES} | {
-    "CLIPTextModel": "transformers",
-    "CLIPTextModelWithProjection": "transformers",
-}
+CLASSES = {facts.model: "diffusers" for facts in families.FAMILIES}
+CLASSES |= dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "transformers")
 """Class of an adapted model -> its library. A file names the class, so no other class is ever built."""
 MOST_LAYERS = 2000  # of all blocks, each as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32
 DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
@@ -90,7 +89,7 @@ DEPTHS += ("num_layers", "num_single_layers", "n_layers")
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 
 
-def empty_model(description: Mapping[str, object]) -> torch.nn.Module:
+def empty_model(description: Mapping[str, object]) -> nn.Module:
     """The model of a `model_config`, with zeros that take no memory. Raises UserError for any other class."""
     name, config = description.get("class"), description.get("config")
     if name not in CLASSES or not isinstance(config, dict):
@@ -111,7 +110,7 @@ def deepest(depths: object) -> int:
     return max(1, depths) if isinstance(depths, int) else 1
 
 
-def build(name: str, config: dict) -> torch.nn.Module:
+def build(name: str, config: dict) -> nn.Module:
     """Every parameter is a zero with strides of 0."""
     kind = getattr(import_module(CLASSES[name]), name)
     with torch.device("meta"):
@@ -121,13 +120,11 @@ def build(name: str, config: dict) -> torch.nn.Module:
         else:  # an attention implementation may name a kernel on the hub, which is code: a file must not choose it
             model = kind(kind.config_class(**{k: v for k, v in config.items() if "attn_implementation" not in k}))
     for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
-                module._parameters[key] = torch.nn.Parameter(zero, requires_grad=False)
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+            module._parameters[key] = nn.Parameter(zero, requires_grad=False)
+        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     return model
 
 
@@ -138,7 +135,7 @@ RAW_KEY, RAW_FORMAT = "raw_format", 1
 
 
 def adapter_metadata(
-    components: dict[str, torch.nn.Module], adapter_name: str = "default", *, base_id: str | Path = "", **said: Any
+    components: Components, adapter_name: str = "default", *, base_id: str | Path = "", **said: Any
 ) -> AdapterMetadata:
     """A live adapter's metadata. Raises UserError for an unknown component, and for several settings."""
     check_components(components)
@@ -167,22 +164,22 @@ def adapter_metadata(
     )
 
 
-def check_components(components: dict[str, torch.nn.Module]) -> None:
+def check_components(components: Components) -> None:
     """Raises UserError for an unknown component, or none."""
     unknown = sorted(set(components) - set(COMPONENTS))
     if unknown or not components:
         raise UserError(f"components are {', '.join(COMPONENTS)}, not {unknown or 'an empty dict'}")
 
 
-def check_storable(components: dict[str, torch.nn.Module], adapter_name: str) -> None:
+def check_storable(components: Components, adapter_name: str) -> None:
     """Raises UserError for an unknown component, and for DoRA on a convolution, which the files cannot hold."""
     check_components(components)
     for path, layer in all_layers(components, adapter_name).items():
-        if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), torch.nn.Conv2d):
+        if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), nn.Conv2d):
             raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
 
 
-def all_layers(components: dict[str, torch.nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
+def all_layers(components: Components, adapter_name: str) -> dict[str, LoraLayer]:
     """`component.path` -> PEFT layer, over all components."""
     return {
         f"{component}.{path}": layer
@@ -192,7 +189,7 @@ def all_layers(components: dict[str, torch.nn.Module], adapter_name: str) -> dic
 
 
 def save_raw(
-    components: dict[str, torch.nn.Module], path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
+    components: Components, path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
 ) -> None:
     """Write the live adapter, with its own ranks, alphas and settings. Raises UserError for NaN or infinity."""
     check_storable(components, adapter_name)
@@ -201,17 +198,16 @@ def save_raw(
     metadata = replace(metadata, **{name: getattr(live, name) for name in taken})
     tensors = {RAW_KEY: torch.tensor([RAW_FORMAT])}
     for module_path, layer in all_layers(components, adapter_name).items():
-        down, mixer, up = moslora.stored_matrices(layer, adapter_name)
-        magnitude = moslora.matrices_of(layer, adapter_name).magnitude
-        parts = {"lora_A": down, "mixer": mixer, "lora_B": up, "magnitude": magnitude}
-        for part, tensor in parts.items():
+        stored = moslora.stored_matrices(layer, adapter_name)
+        stored += (moslora.matrices_of(layer, adapter_name).magnitude,)
+        for part, tensor in zip(("lora_A", "mixer", "lora_B", "magnitude"), stored, strict=True):
             if tensor is not None:
                 tensors[f"{module_path}.{part}"] = tensor.detach().cpu().contiguous()
     check_finite(tensors, "the adapter")
     write_file(Path(path), tensors, metadata.header)
 
 
-def read_raw(path: str | Path) -> tuple[dict[str, torch.Tensor], AdapterMetadata]:
+def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
     """Tensors and metadata of a raw file. Raises UserError for any other file, and for a broken one."""
     tensors, header = read_tensors(path)
     name = Path(path).name
@@ -229,7 +225,7 @@ def read_raw(path: str | Path) -> tuple[dict[str, torch.Tensor], AdapterMetadata
     return tensors, metadata
 
 
-def check_whole(name: str, tensors: dict[str, torch.Tensor], metadata: AdapterMetadata) -> None:
+def check_whole(name: str, tensors: Tensors, metadata: AdapterMetadata) -> None:
     """Raises UserError unless the modules have exactly the matrices that the metadata says, of its ranks."""
     if not tensors:
         raise UserError(f"{name} is broken: it holds no module")
@@ -253,9 +249,7 @@ def check_whole(name: str, tensors: dict[str, torch.Tensor], metadata: AdapterMe
                 raise UserError(f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank")
 
 
-def load_raw(
-    path: str | Path, components: dict[str, torch.nn.Module], adapter_name: str = "default"
-) -> AdapterMetadata:
+def load_raw(path: str | Path, components: Components, adapter_name: str = "default") -> AdapterMetadata:
     """Create a raw file's adapter in the models, bit for bit. Raises UserError for another base or component."""
     check_components(components)
     tensors, metadata = read_raw(path)
@@ -275,9 +269,9 @@ def load_raw(
     return metadata
 
 
-def by_module(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+def by_module(tensors: Tensors) -> dict[str, dict[str, Tensors]]:
     """Component -> module path -> part name -> tensor."""
-    modules: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    modules: dict[str, dict[str, Tensors]] = {}
     for key, tensor in tensors.items():
         component, rest = key.split(".", 1)
         path, part = rest.rsplit(".", 1)
@@ -285,24 +279,23 @@ def by_module(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, dict[str,
     return modules
 
 
-def matrices_from(parts: dict[str, torch.Tensor], metadata: AdapterMetadata, module: str) -> MixedLowRank:
+def matrices_from(parts: Tensors, metadata: AdapterMetadata, module: str) -> MixedLowRank:
     """A (r, in, …), M (r, r), B (out, r) and s of one module (`component.path`) of a raw file, a LoKr's untied."""
     rank, alpha = metadata.ranks.get(module, metadata.rank), metadata.alphas.get(module, metadata.alpha)
-    down, mixer, up = parts["lora_A"], parts.get("mixer"), parts["lora_B"]
+    matrices = parts["lora_A"], parts.get("mixer"), parts["lora_B"]
     if metadata.mixer == table.KRONECKER:
-        down, mixer, up = untied(down, mixer, up)
-    return MixedLowRank(down, mixer, up, nominal_scale(alpha, rank, metadata.use_rslora), parts.get("magnitude"))
+        matrices = untied(*matrices)
+    return MixedLowRank(*matrices, nominal_scale(alpha, rank, metadata.use_rslora), parts.get("magnitude"))
 
 
-def check_fits(name: str, metadata: AdapterMetadata, component: str, model: torch.nn.Module, modules: dict) -> None:
+def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.Module, modules: dict) -> None:
     """Raises UserError unless the model has every module of the file, in its size."""
-    made_for = f" ({metadata.base_id})" if metadata.base_id else ""
+    made_for, known = (
+        f" ({metadata.base_id})" if metadata.base_id else "",
+        dict(model.named_modules(remove_duplicate=False)),
+    )
     for module_path, parts in modules.items():
-        try:
-            module = model.get_submodule(module_path)
-        except AttributeError:
-            module = None
-        own, here = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:]), moslora.weight_size(module)
+        own, here = (len(parts["lora_B"]), *parts["lora_A"].shape[1:]), moslora.weight_size(known.get(module_path))
         size = tuple(side * metadata.factor for side in own)
         if size != here:
             there = f"is {'×'.join(map(str, here))}" if here else "does not exist"
@@ -313,11 +306,11 @@ def check_fits(name: str, metadata: AdapterMetadata, component: str, model: torc
 
 
 @torch.no_grad()
-def fill(layer: LoraLayer, adapter_name: str, parts: dict[str, torch.Tensor]) -> None:
+def fill(layer: LoraLayer, adapter_name: str, parts: Tensors) -> None:
     """Copy the saved tensors into the layer; `check_fits` has compared the shapes."""
     lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    (lora_a.tied if isinstance(lora_a, KroneckerDown) else lora_a.weight).copy_(parts["lora_A"])
-    if isinstance(lora_b, MixerLinear):
+    (lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight).copy_(parts["lora_A"])
+    if isinstance(lora_b, mixer.MixerLinear):
         lora_b.up.copy_(parts["lora_B"])
         lora_b.mixer.copy_(parts["mixer"])
     else:

@@ -25,11 +25,6 @@ from dreambooth_moslora.core import LIKE_FP32
 logger = logging.getLogger(__name__)
 
 
-def decode_image(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
-    """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px; not finite is black, with a warning."""
-    return pictures_of(finite_or_black(decode_pixels(vae, latents)))
-
-
 def finite_or_black(pixels: torch.Tensor) -> torch.Tensor:
     """The pixels as they are, which become black where they are not finite, with a warning."""
     if not pixels.isfinite().all():
@@ -59,8 +54,7 @@ def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], torch.Tensor]) -> torc
 
 def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     latents = latents.float() / vae.config.scaling_factor
-    statistics = latent_statistics(vae, latents.device)
-    if statistics:
+    if statistics := latent_statistics(vae, latents.device):
         latents = latents * statistics[1] + statistics[0]
     height, width = (side * scale_of(vae) for side in latents.shape[-2:])
     with tiled_where_short(vae, (height, width), vae.device):
@@ -69,10 +63,8 @@ def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Mean and standard deviation of each latent channel, (1, 4, 1, 1); None for most VAEs."""
-    mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
-    if mean is None or std is None:
-        return None
-    return torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1)
+    found = [getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std")]
+    return None if None in found else tuple(torch.tensor(one, device=device).view(1, -1, 1, 1) for one in found)
 
 
 def scale_of(vae: AutoencoderKL) -> int:
@@ -90,15 +82,13 @@ def tiled_where_short(
     if math.prod(size_px) <= pixels or not hasattr(vae, "tile_latent_min_size"):
         yield
         return
-    names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
-    before = {name: getattr(vae, name) for name in names}
+    before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
     tile = next((side for side in machine.TILES_PX if side**2 <= pixels), machine.TILES_PX[-1])
     vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, tile, tile // scale_of(vae)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(vae, name, value)
+        vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
 
 
 def pictures_of(pixels: torch.Tensor) -> list[Image.Image]:
@@ -116,11 +106,10 @@ class Probe:
 
 def load_vae_alone(source: str | Path) -> AutoencoderKL:
     """The VAE of a base, in fp32, from a diffusers folder, a hub id, or a single file."""
-    path = Path(source)
-    if path.is_file():
-        configs = files.configs_beside(path)
+    if Path(source).is_file():
+        configs = files.configs_beside(Path(source))
         local = {} if configs is None else {"config": str(configs), "subfolder": "vae"}
-        return AutoencoderKL.from_single_file(str(path), **local).eval()
+        return AutoencoderKL.from_single_file(str(source), **local).eval()
     return AutoencoderKL.from_pretrained(source, subfolder="vae").eval()
 
 

@@ -23,6 +23,7 @@ from dreambooth_moslora.settings.families import Facts, facts_of
 
 Text = dict[str, torch.Tensor]
 """One prompt, by the names of the pipeline's arguments: prompt_embeds (T, D), pooled_prompt_embeds (P), …"""
+UNGUIDED = {"do_classifier_free_guidance": False}
 
 
 class Family:
@@ -30,7 +31,9 @@ class Family:
     `options` are further arguments of the pipeline's `encode_prompt`, such as `max_sequence_length`."""
 
     names: tuple[str, ...] = ("prompt_embeds",)
-    """The results of `encode_prompt`, in their order."""
+    """The results of `encode_prompt`, in their order; "" is not used."""
+    encoding: Mapping[str, Any] = {}
+    """Arguments that this pipeline's `encode_prompt` wants besides."""
 
     def __init__(self, facts: Facts, told_guidance: float = 1.0, options: dict[str, Any] | None = None):
         self.facts, self.told_guidance, self.options = facts, told_guidance, options or {}
@@ -40,8 +43,8 @@ class Family:
         return [self.text(pipe, prompt) for prompt in prompts]
 
     def text(self, pipe: DiffusionPipeline, prompt: str) -> Text:
-        found = pipe.encode_prompt(prompt, device=self.device(pipe), **self.options)
-        return {name: value[0] for name, value in zip(self.names, found) if value is not None}
+        found = pipe.encode_prompt(prompt, device=self.device(pipe), **self.encoding, **self.options)
+        return {name: value[0] for name, value in zip(self.names, found) if name and value is not None}
 
     def device(self, pipe: DiffusionPipeline) -> torch.device:
         return getattr(pipe, self.facts.encoders[-1]).device
@@ -98,20 +101,15 @@ class SDXL(UNetFamily):
 
 
 class SD1(UNetFamily):
-    def text(self, pipe, prompt):
-        found = pipe.encode_prompt(prompt, self.device(pipe), 1, do_classifier_free_guidance=False)
-        return {"prompt_embeds": found[0][0]}
+    encoding = {"num_images_per_prompt": 1} | UNGUIDED
 
     def predict(self, denoiser, z, t, crops, prompt_embeds):
         return denoiser(z, t, prompt_embeds).sample
 
 
 class SD3(Family):
-    def text(self, pipe, prompt):
-        found = pipe.encode_prompt(
-            prompt, None, None, device=self.device(pipe), do_classifier_free_guidance=False, **self.options
-        )
-        return {"prompt_embeds": found[0][0], "pooled_prompt_embeds": found[2][0]}
+    names = ("prompt_embeds", "", "pooled_prompt_embeds")
+    encoding = {"prompt_2": None, "prompt_3": None} | UNGUIDED
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, pooled_prompt_embeds):
         return denoiser(z, prompt_embeds, pooled_prompt_embeds, t, return_dict=False)[0]
@@ -120,22 +118,11 @@ class SD3(Family):
 class Flux(Family):
     names = ("prompt_embeds", "pooled_prompt_embeds")
 
-    def text(self, pipe, prompt):
-        found = pipe.encode_prompt(prompt, None, device=self.device(pipe), **self.options)
-        return {name: value[0] for name, value in zip(self.names, found)}
-
     def predict(self, denoiser, z, t, crops, prompt_embeds, pooled_prompt_embeds):
-        found = denoiser(
-            packed(z),
-            prompt_embeds,
-            pooled_prompt_embeds,
-            t / 1000,
-            img_ids=grid(z.shape[-2] // 2, z.shape[-1] // 2, 3, z.device),
-            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=z.device),
-            guidance=self.guidance(denoiser, len(z), z.device),
-            return_dict=False,
-        )[0]
-        return unpacked(found, z)
+        options = {"txt_ids": torch.zeros(prompt_embeds.shape[1], 3, device=z.device)}
+        options |= {"img_ids": grid(z.shape[-2] // 2, z.shape[-1] // 2, 3, z.device)}
+        options |= {"guidance": self.guidance(denoiser, len(z), z.device), "return_dict": False}
+        return unpacked(denoiser(packed(z), prompt_embeds, pooled_prompt_embeds, t / 1000, **options)[0], z)
 
 
 class Flux2(Family):
@@ -168,9 +155,7 @@ class Flux2(Family):
 class ZImage(Family):
     """Texts of unequal length stay a list. Time runs backwards, and the answer is negated."""
 
-    def text(self, pipe, prompt):
-        found = pipe.encode_prompt([prompt], self.device(pipe), do_classifier_free_guidance=False, **self.options)
-        return {"prompt_embeds": found[0][0]}
+    encoding = UNGUIDED
 
     def arguments(self, texts):
         return {"prompt_embeds": [text["prompt_embeds"] for text in texts]}
@@ -191,8 +176,7 @@ class QwenImage(Family):
 
     def latents(self, vae, pixels):
         z = vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()[:, :, 0].float()
-        statistics = (vae.config.latents_mean, vae.config.latents_std)
-        mean, std = (torch.tensor(values, device=z.device).view(1, -1, 1, 1) for values in statistics)
+        mean, std = latent_statistics(vae, z.device)
         return (z - mean) / std
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_embeds_mask):
@@ -215,11 +199,7 @@ class Krea2(QwenImage):
 class Lumina2(Family):
     """Time runs backwards, and the answer is negated."""
 
-    names = ("prompt_embeds", "prompt_attention_mask")
-
-    def text(self, pipe, prompt):
-        options = {"do_classifier_free_guidance": False, "device": self.device(pipe), **self.options}
-        return {name: value[0] for name, value in zip(self.names, pipe.encode_prompt(prompt, **options))}
+    names, encoding = ("prompt_embeds", "prompt_attention_mask"), UNGUIDED
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_attention_mask):
         return -denoiser(z, 1 - t / 1000, prompt_embeds, prompt_attention_mask, return_dict=False)[0]
@@ -257,21 +237,9 @@ def grid(h: int, w: int, axes: int, device: torch.device) -> torch.Tensor:
     return places.view(h * w, axes)
 
 
-METHODS: dict[str, type[Family]] = {
-    "sdxl": SDXL,
-    "sd1": SD1,
-    "sd3": SD3,
-    "flux": Flux,
-    "flux2": Flux2,
-    "z_image": ZImage,
-    "qwen_image": QwenImage,
-    "krea2": Krea2,
-    "lumina2": Lumina2,
-    "sana": Sana,
-}
+METHODS: dict[str, type[Family]] = {"sdxl": SDXL, "sd1": SD1, "sd3": SD3, "flux": Flux, "flux2": Flux2}
+METHODS |= {"z_image": ZImage, "qwen_image": QwenImage, "krea2": Krea2, "lumina2": Lumina2, "sana": Sana}
 """By the name of the facts."""
-
-
 AS_ARGUMENT: dict[str, Callable[[Any], Any]] = {
     "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
     "complex_human_instruction": lambda text: [text],  # its lines
@@ -291,9 +259,7 @@ def family_of(pipe: DiffusionPipeline, **about: Any) -> Family:
 
 def in_dtype(text: Text, device: torch.device, dtype: torch.dtype) -> Text:
     """The text on the device; masks keep their type."""
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in text.items()
-    }
+    return {name: one.to(device, dtype if one.is_floating_point() else one.dtype) for name, one in text.items()}
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:

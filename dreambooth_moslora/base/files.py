@@ -18,28 +18,19 @@ TOY = assets_folder() / "toy-sdxl"
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 INDEX = "model_index.json"
 TEXT_MARKS = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}
-HUB_ANSWERS = {
-    401: "asks for a login: accept its terms on its page, then `hf auth login`",
-    403: "asks for a login: accept its terms on its page, then `hf auth login`",
-    404: "has no such model",
-}
-MARKS = {
-    "unet": {"conv_in.weight"},
-    "vae": {"encoder.conv_in.weight"},
-    "text_encoder": TEXT_MARKS,
-    "text_encoder_2": TEXT_MARKS,
-}
+LOGIN = "asks for a login: accept its terms on its page, then `hf auth login`"
+HUB_ANSWERS = {401: LOGIN, 403: LOGIN, 404: "has no such model"}
+MARKS = {"unet": {"conv_in.weight"}, "vae": {"encoder.conv_in.weight"}}
+MARKS |= dict.fromkeys(("text_encoder", "text_encoder_2"), TEXT_MARKS)
 """Component with weights -> names of a tensor that each such component has."""
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The weight files of a base's component that are loaded: the variant's, if there are any."""
     for suffix in (".safetensors", ".bin"):
-        files = sorted(folder.glob(f"*{suffix}"))
-        chosen = [file for file in files if variant and f".{variant}" in file.name]
-        plain = [file for file in files if "." not in file.stem]
-        if files:
-            return chosen or plain or files
+        if files := sorted(folder.glob(f"*{suffix}")):
+            chosen = [file for file in files if variant and f".{variant}" in file.name]
+            return chosen or [file for file in files if "." not in file.stem] or files
     return []
 
 
@@ -155,8 +146,7 @@ def facts_of_base(
 
 
 def index_of(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> dict | None:
-    """The `model_index.json` of a base; None for a single file, and for a hub id that cannot be asked for. Raises
-    UserError."""
+    """A base's `model_index.json`; None for a single file, and a hub id that cannot be asked for. Raises UserError."""
     source = resolve_base(name)
     if isinstance(source, Path):
         return read_json(source / INDEX) if source.is_dir() else None
@@ -194,13 +184,12 @@ def hub_index(source: str, revision: str | None = None, cache_dir: str | Path | 
 def require_reachable(config: table.TrainConfig) -> None:
     """Raises UserError for a base of the hub that is not in the cache, where the hub does not give it either."""
     source = resolve_base(config.pretrained_model_name_or_path)
-    if isinstance(source, str):
-        index = hub_index(source, config.revision, config.cache_dir)
-        if isinstance(index, str):
-            raise UserError(
-                f"the base {source} is not on this machine, and the hub {index}: give the folder of a base, or fetch "
-                f"it with `hf download {source}` where there is a connection."
-            )
+    index = hub_index(source, config.revision, config.cache_dir) if isinstance(source, str) else None
+    if isinstance(index, str):
+        raise UserError(
+            f"the base {source} is not on this machine, and the hub {index}: give the folder of a base, or fetch "
+            f"it with `hf download {source}` where there is a connection."
+        )
 
 
 def own_resolution(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> int | None:

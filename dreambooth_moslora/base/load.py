@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from dreambooth_moslora.base import decode, families, files, machine
 from dreambooth_moslora.core import UserError, one_line, preferred_guidance
@@ -42,7 +43,7 @@ ZERO_SNR_RESCALE = 0.7  # How much of guidance's added contrast is removed (Lin 
 
 
 def quantize(
-    denoiser: torch.nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None
+    denoiser: nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None
 ) -> int:
     """Replace the layers in place, quantised one by one on `device` (default: its own); returns how many. In 4 bit each
     then moves back, which frees the device for the encoders. Raises UserError without bitsandbytes."""
@@ -52,7 +53,7 @@ def quantize(
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_worth_saying)
     count = 0
     for name, dense in layers_of_blocks(denoiser):
-        if type(dense) is torch.nn.Linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
+        if type(dense) is nn.Linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
             parent, _, child = name.rpartition(".")
             layer = quantized(dense, kind, compute_dtype, device or dense.weight.device)
             setattr(denoiser.get_submodule(parent), child, layer)
@@ -61,7 +62,7 @@ def quantize(
     return count
 
 
-def layers_of_blocks(denoiser: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+def layers_of_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
     kinds, modules = families.block_classes(denoiser), list(denoiser.named_modules())
     blocks = tuple(f"{name}." for name, module in modules if type(module).__name__ in kinds)
     return [(name, module) for name, module in modules if name.startswith(blocks or "transformer_blocks")]
@@ -71,9 +72,7 @@ def is_worth_saying(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(CAST_TO_FP16)
 
 
-def quantized(
-    dense: torch.nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str
-) -> torch.nn.Module:
+def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """One layer (out, in), on `device`. Raises UserError when bitsandbytes is not installed."""
     try:
         from bitsandbytes import nn as bnb
@@ -91,14 +90,14 @@ def quantized(
     return layer.to(device).to(home)
 
 
-class TextProjection(torch.nn.Linear):
+class TextProjection(nn.Linear):
     """A frozen projection (out,in) of the text: `host_weight` has the numbers, `weight` (NaN) shape, dtype and device.
     `of_attention` (B,T,…): this layer's product beside those of its `siblings`, the attention's text projections."""
 
     siblings = 1
 
-    def __init__(self, dense: torch.nn.Linear, products: "TextProducts"):
-        torch.nn.Module.__init__(self)
+    def __init__(self, dense: nn.Linear, products: "TextProducts"):
+        nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = dense.in_features, dense.out_features, dense.bias
         self.host_weight = dense.weight.detach()
         if products.device.type != "meta":
@@ -106,11 +105,11 @@ class TextProjection(torch.nn.Linear):
         nothing = torch.full((), torch.nan, dtype=dense.weight.dtype, device=products.device)
         self.register_buffer("weight", nothing.expand(dense.weight.shape), persistent=False)
         self.products = products
-        self.text: torch.Tensor | None = None
-        self.product: torch.Tensor | None = None
-        self.of_attention: torch.Tensor | None = None
+        self.text: Tensor | None = None
+        self.product: Tensor | None = None
+        self.of_attention: Tensor | None = None
 
-    def forward(self, text: torch.Tensor) -> torch.Tensor:
+    def forward(self, text: Tensor) -> Tensor:
         """(B,T,in) -> (B,T,out), a view of columns. No gradient reaches the text."""
         if text is not self.text:
             self.products.take(text)
@@ -120,13 +119,11 @@ class TextProjection(torch.nn.Linear):
 class TextProducts:
     """Moves the dense text projections of `unet` off the device, and provides their products with each text there."""
 
-    def __init__(self, unet: torch.nn.Module, device: torch.device):
+    def __init__(self, unet: nn.Module, device: torch.device):
         self.device = device
         self.attentions: dict[str, list[TextProjection]] = {}
-        self._kept: dict[str, torch.Tensor] = {}
-        paths = [
-            path for path, layer in unet.named_modules() if is_text_projection(path) and type(layer) is torch.nn.Linear
-        ]
+        self._kept: dict[str, Tensor] = {}
+        paths = [path for path, layer in unet.named_modules() if is_text_projection(path) and type(layer) is nn.Linear]
         for path in paths:
             parent, _, name = path.rpartition(".")
             layer = TextProjection(unet.get_submodule(path), self)
@@ -137,12 +134,12 @@ class TextProducts:
             for layer in layers:
                 layer.siblings = len(layers)
 
-    def keep(self, prompt: str, products: torch.Tensor) -> None:
+    def keep(self, prompt: str, products: Tensor) -> None:
         """Keep the concatenated `products` (T, all outputs) of the layers with the text of `prompt`."""
         self._kept[prompt] = products.pin_memory() if self.device.type == "cuda" else products
 
     @torch.no_grad()
-    def show(self, text: torch.Tensor, prompts: Sequence[str]) -> None:
+    def show(self, text: Tensor, prompts: Sequence[str]) -> None:
         """Prepare passes with exactly this tensor `text` (B,T,in), on the device, of B `prompts`."""
         for prompt, row in zip(prompts, text, strict=True):
             if prompt not in self._kept:
@@ -153,11 +150,11 @@ class TextProducts:
             shown[place].copy_(row, non_blocking=self.device.type == "cuda")
         self._lend(text, shown)
 
-    def take(self, text: torch.Tensor) -> None:
+    def take(self, text: Tensor) -> None:
         """Prepare passes with a `text` (B,T,in) of unknown prompts."""
         self._lend(text, self._computed(text))
 
-    def _lend(self, text: torch.Tensor, products: torch.Tensor) -> None:
+    def _lend(self, text: Tensor, products: Tensor) -> None:
         attentions = [(layers, [layer.out_features for layer in layers]) for layers in self.attentions.values()]
         parts = products.split([sum(widths) for _, widths in attentions], -1)
         for (layers, widths), part in zip(attentions, parts, strict=True):
@@ -165,7 +162,7 @@ class TextProducts:
                 layer.text, layer.product, layer.of_attention = text, own, part
 
     @torch.no_grad()
-    def _computed(self, text: torch.Tensor) -> torch.Tensor:
+    def _computed(self, text: Tensor) -> Tensor:
         """(…,T,in) -> (…,T, all outputs)."""
         found = []
         for layer in self.layers:
@@ -177,7 +174,7 @@ class TextProducts:
 def load_pipeline(
     name_or_path: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     revision: str | None = None,
     vae: str | Path | None = None,
@@ -191,7 +188,6 @@ def load_pipeline(
     source = files.resolve_base(name_or_path)
     if isinstance(source, Path) and source.is_dir():
         files.check_diffusers_folder(source, variant, has_vae=vae is None)
-    dtype = dtype or torch.float32
     vae_dtype = vae_dtype or dtype
     options = {"dtype": dtype, "revision": revision, "cache_dir": cache_dir}
     try:
@@ -202,13 +198,13 @@ def load_pipeline(
         parts |= {} if has_denoiser else {facts.denoiser: None}
         is_file = isinstance(source, Path) and source.is_file()
         if is_file and facts.style == "ddpm":
-            pipeline = load_single_file(source, kind, {**options, **parts})
-        elif is_file:
-            options["dtype"] = {"default": dtype, "vae": vae_dtype}
-            pipeline = around_file(source, facts, dtype, {**options, **parts})
+            pipeline = load_single_file(source, kind, options | parts)
         else:
-            options["dtype"] = {"default": dtype, "vae": vae_dtype}
-            pipeline = kind.from_pretrained(source, variant=variant, **options, **parts)
+            options |= parts | {"dtype": {"default": dtype, "vae": vae_dtype}}
+            if is_file:
+                pipeline = around_file(source, facts, dtype, options)
+            else:
+                pipeline = kind.from_pretrained(source, variant=variant, **options)
     except UserError:
         raise
     except UNLOADABLE as error:
@@ -220,7 +216,7 @@ def load_pipeline(
     if pipeline.vae.dtype != vae_dtype:
         pipeline.vae.to(vae_dtype)
     for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
+        if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipeline
 
@@ -243,7 +239,7 @@ def load_denoiser(pipeline: DiffusionPipeline, name_or_path: str | Path, dtype: 
 
 def load_vae(
     name: str | Path, pipeline: type[DiffusionPipeline], dtype: torch.dtype, cache_dir: str | Path | None
-) -> torch.nn.Module:
+) -> nn.Module:
     """The autoencoder of a folder or hub id. Raises UserError when it cannot be loaded."""
     try:
         kind = pipeline._get_signature_types()["vae"][0]
@@ -271,16 +267,18 @@ def alone(path: Path, facts: Facts) -> str:
     )
 
 
-def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> torch.nn.Module:
+def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Module:
     """Raises UserError."""
-    home, kind = files.configs_beside(path) or facts.models[0].hub_id, getattr(diffusers, facts.model)
+    home, kind = files.configs_beside(path), getattr(diffusers, facts.model)
+    options = {"config": str(home or facts.models[0].hub_id), "subfolder": facts.denoiser, "dtype": dtype}
     try:
-        return kind.from_single_file(str(path), config=str(home), subfolder=facts.denoiser, dtype=dtype)
+        return kind.from_single_file(str(path), **options)
     except UNREADABLE as error:
-        if isinstance(error, OSError) and files.configs_beside(path) is None:
+        if isinstance(error, OSError) and home is None:
             raise UserError(alone(path, facts)) from error
-        reason = one_line(error, 300)
-        raise UserError(f"{path}: diffusers cannot read {facts.denoiser_name} from it: {reason}") from error
+        raise UserError(
+            f"{path}: diffusers cannot read {facts.denoiser_name} from it: {one_line(error, 300)}"
+        ) from error
 
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
@@ -326,7 +324,7 @@ def check_is_whole(
     if lacking:
         raise UserError(f"the base model {name} is not whole: it has no {lacking[0]}.")
     for part, model in pipeline.components.items():
-        weights = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
+        weights = model.named_parameters() if isinstance(model, nn.Module) else ()
         if missing := next((weight for weight, value in weights if value.is_meta), None):
             raise UserError(f"the base model {name} is not whole: the files of its {part} have no {missing}.")
 
@@ -334,15 +332,14 @@ def check_is_whole(
 def default_resolution(pipeline: DiffusionPipeline) -> int:
     """Side in pixels of the base's training images: 1024 for SDXL, 128 for the embedded base."""
     facts = facts_of(type(pipeline).__name__)
-    if facts.style == "flow":
-        return facts.resolution_px
-    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    is_flow = facts.style == "flow"
+    return facts.resolution_px if is_flow else pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
     """The family's usual guidance; the embedded base has its own."""
-    facts = facts_of(type(pipeline).__name__)
-    return preferred_guidance(str(pipeline.config.get("_name_or_path", "")), facts.guidance)
+    name = str(pipeline.config.get("_name_or_path", ""))
+    return preferred_guidance(name, facts_of(type(pipeline).__name__).guidance)
 
 
 def guidance_rescale(pipeline: DiffusionPipeline) -> float:
@@ -359,7 +356,7 @@ def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[familie
 
 
 @torch.no_grad()
-def encode_image(vae: torch.nn.Module, pixels: torch.Tensor, family: families.Family = SDXL_FAMILY) -> torch.Tensor:
+def encode_image(vae: nn.Module, pixels: Tensor, family: families.Family = SDXL_FAMILY) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) for the denoiser, fp32: the mean of the VAE's posterior. A
     VAE that gives NaN is converted to fp32 for good. Raises UserError when even fp32 gives NaN."""
     with decode.tiled_where_short(vae, pixels.shape[-2:], vae.device, machine.ENCODER_BYTES_A_PIXEL):
@@ -372,7 +369,7 @@ def encode_image(vae: torch.nn.Module, pixels: torch.Tensor, family: families.Fa
 SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "transformer_layers_per_block")
 
 
-def architecture(denoiser: torch.nn.Module) -> dict[str, object]:
+def architecture(denoiser: nn.Module) -> dict[str, object]:
     """The shape of a denoiser, JSON-able: SHAPE of a UNet, every whole number of a transformer's configuration."""
     config = dict(denoiser.config)
     keys = SHAPE if "block_out_channels" in config else [key for key, value in config.items() if type(value) is int]

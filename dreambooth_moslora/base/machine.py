@@ -62,10 +62,8 @@ def free_unused_blocks(device: Any) -> None:
     """Give the blocks that a GPU's allocator keeps back to the driver."""
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
 
 
 def has_gpu() -> bool:
@@ -81,8 +79,7 @@ def has_fast_nhwc() -> bool:
     return not torch.version.hip or torch.cuda.get_device_properties().gcnArchName.startswith("gfx9")
 
 
-CHANNELS_LAST = "channels_last"
-"""The name of its gain."""
+CHANNELS_LAST = "channels_last"  # the name of its gain
 
 
 def measured_gain(name: str) -> float:
@@ -95,15 +92,14 @@ def measured_gain(name: str) -> float:
 
 def keep_gain(name: str, gain: float) -> None:
     """What a self-test has found, for `measured_gain`."""
-    file = gains_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
+    gains_file().parent.mkdir(parents=True, exist_ok=True)
     try:
-        kept = parse_object(file.read_bytes())
+        kept = parse_object(gains_file().read_bytes())
     except (OSError, UserError):
         kept = {}
     found = kept.get(card_name())
     kept[card_name()] = (found if isinstance(found, dict) else {}) | {name: gain}
-    atomic_write(file, json.dumps(kept, indent=1))
+    atomic_write(gains_file(), json.dumps(kept, indent=1))
 
 
 def gains_file() -> Path:

@@ -70,14 +70,14 @@ def run_export(args: argparse.Namespace) -> int:
         raise UserError(f"{source} is an adapter of PEFT: add --for peft")
     else:
         source = find_raw(source)
-    from dreambooth_moslora.adapters import lycoris, new_tokens, published_file, raw_file
+    from dreambooth_moslora.adapters import new_tokens, published_file, raw_file
 
     if args.readers == "peft":
         print(f"{out}: a plain LoRA for PEFT, {published_file.fold_peft(source, out)} layers folded (B·M).")
         return 0
     name = args.name or out.resolve().name or "adapter"
     if args.readers == "lycoris":
-        layers = lycoris.write_lokr(source, out / f"{name}{LOKR_SUFFIX}")
+        layers = published_file.write_lokr(source, out / f"{name}{LOKR_SUFFIX}")
         print(f"{out / name}{LOKR_SUFFIX}: a LoKr, {layers} layers read back and compared.")
         return 0
     _, facts = raw_file.read_raw(source)

@@ -52,16 +52,15 @@ def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
     if not word:
         raise UserError('captions: no word says what the photos show; name it behind the rare word, as in "sks dog".')
 
-    @cache
-    def reader() -> Callable[[Image.Image], str]:
-        if name != TOY_CLIP:
-            return chat_reader(name, word, device)
-        from dreambooth_moslora.photos.toy_readers import SurroundingsReader, phrase
-
-        clip = SurroundingsReader(assets_folder() / TOY_CLIP, device)
-        return lambda image: phrase(*clip.read(image, word))
-
+    reader = cache(lambda: chat_reader(name, word, device) if name != TOY_CLIP else toy_reader(word, device))
     return Captioner(public_name(name), word, lambda image: reader()(image))
+
+
+def toy_reader(word: str, device: Any) -> Callable[[Image.Image], str]:
+    from dreambooth_moslora.photos.toy_readers import SurroundingsReader, phrase
+
+    clip = SurroundingsReader(assets_folder() / TOY_CLIP, device)
+    return lambda image: phrase(*clip.read(image, word))
 
 
 def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], str]:
@@ -76,9 +75,8 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
     processor = masks.loaded(AutoProcessor, name, **about)
     if not getattr(processor, "chat_template", None):
         raise UserError(f"--caption_model {name} has no chat template: name a model that follows instructions")
-    model, found = masks.loaded(
-        AutoModelForImageTextToText, name, **about, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
+    about |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, found = masks.loaded(AutoModelForImageTextToText, name, **about)
     if lacking := sorted(found["missing_keys"]):
         raise UserError(f"--caption_model {name}: its files lack {lacking[0]}")
     model = model.requires_grad_(False).eval().to(device)
@@ -125,12 +123,11 @@ def make_beside(
     for photo in photos:
         target = photo.path.with_suffix(folder.CAPTION_SUFFIX)
         is_old = was_made(photo, target)
+        reason = photo_file.why_not_beside(photo, target, photos, replaces=is_old)
         if is_old and not anew:
             reason = "it has a made caption, which is kept (--overwrite_made replaces it)"
         elif not is_old and photo.is_captioned:
             reason = "it has a caption, which is kept"
-        else:
-            reason = photo_file.why_not_beside(photo, target, photos, replaces=is_old)
         made = MadeCaption(photo, None, reason) if reason else make(photo, captioner, prompt)
         if made.caption is not None:
             keep(target.with_name(folder.MADE_CAPTIONS), made, prompt)
@@ -156,9 +153,8 @@ def was_made(photo: photo_file.Photo, target: Path) -> bool:
 def make_for_run(photo: photo_file.Photo, captioner: Captioner, prompt: str, path: Path) -> MadeCaption:
     """A caption that `keep` writes into the file `path`. One there of the same photo, model and words is taken."""
     old = folder.kept_captions(path).get(photo.kept_name)
-    if old and old["made_from"] == photo.key(model=captioner.name, word=captioner.word, prompt=prompt):
-        return MadeCaption(photo, old["caption"])
-    return make(photo, captioner, prompt)
+    is_same = old and old["made_from"] == photo.key(model=captioner.name, word=captioner.word, prompt=prompt)
+    return MadeCaption(photo, old["caption"]) if is_same else make(photo, captioner, prompt)
 
 
 def keep(path: Path, made: MadeCaption, prompt: str) -> None:

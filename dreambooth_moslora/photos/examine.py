@@ -21,11 +21,9 @@ from dreambooth_moslora.settings import subjects, table
 FRAME_COLOUR = (232, 64, 44)
 SHOWN_PX = 384
 MAX_CROPS = 5
-MIN_SHARPNESS = 0.85
-MAX_LIKENESS = 0.92
+MIN_SHARPNESS, MAX_LIKENESS = 0.85, 0.92
 LOOK_PX, MIN_LOOK_PX = 512, 128
-TILE_PX = 16
-THUMBNAIL_PX = 16
+TILE_PX = THUMBNAIL_PX = 16
 EDGE_PERCENTILE, SHARPEST_PERCENTILE = 80, 90
 
 
@@ -48,11 +46,10 @@ def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list
         title = "; ".join([photo.path.name, *photo.reasons])
         scale = SHOWN_PX / max(shown.size)
         framed = shown.resize((max(1, round(shown.width * scale)), max(1, round(shown.height * scale))))
-        draw = ImageDraw.Draw(framed)
         for plan in plans:
             left, top, right, bottom = plan.box(*framed.size)
             frame = (left, top, max(left, right - 1), max(top, bottom - 1))
-            draw.rectangle(frame, outline=FRAME_COLOUR, width=3)
+            ImageDraw.Draw(framed).rectangle(frame, outline=FRAME_COLOUR, width=3)
         framed = ImageOps.pad(framed, (SHOWN_PX, SHOWN_PX), color="white")
         rows.append(Row(title.encode("ascii", "replace").decode(), [framed, *crops]))
     return rows
@@ -66,14 +63,9 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
     return Image.composite(image, dark, mask.resize(image.size))
 
 
-BLURRED = "blurred"
-DARK, OVEREXPOSED = "too dark", "overexposed"
-LESSER = (BLURRED, DARK, OVEREXPOSED)
-"""Of a photo and such a copy, the copy is the duplicate."""
-BRIGHTEST = 64
-"""Of 255: a photo whose 95th percentile is below shows little but noise once it is brightened."""
-WHITE, MOST_WHITE = 250, 0.75
-"""Where more of a photo is pure white, the light has burnt it out, or the subject is small."""
+LESSER = BLURRED, DARK, OVEREXPOSED = "blurred", "too dark", "overexposed"  # such a copy of a photo is the duplicate
+BRIGHTEST = 64  # of 255: a photo whose 95th percentile is below shows little but noise once it is brightened
+WHITE, MOST_WHITE = 250, 0.75  # where more is pure white, the light has burnt it out, or the subject is small
 
 
 def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.PhotoReport:
@@ -137,6 +129,6 @@ def thumbnail(image: Image.Image) -> np.ndarray:
     """Colours at 16 × 16 as a vector (768,) with mean 0 and length 1; zeros for a single flat colour."""
     small = image.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX, reducing_gap=3.0)
     values = np.asarray(small, dtype=np.float32).ravel()
-    values = values - values.mean()
+    values -= values.mean()
     length = float(np.linalg.norm(values))
     return values / length if length > 1e-3 else values * 0

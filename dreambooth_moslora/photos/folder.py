@@ -47,11 +47,9 @@ JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 def bare_prompt_line(config: TrainConfig, photos: Sequence[photo_file.Photo]) -> str | None:
     """What happens to the photos with a `bare_prompt`; None when there are none."""
     count, share = sum(photo.bare_prompt is not None for photo in photos), config.bare_share
-    if not count:
-        return None
     said = f"captions: {count} of {len(photos)} photos have none that is the instance prompt itself"
     done = f"{share:.0%} of their exposures show it" if share else "they are never shown with it"
-    return f"{said}; {done} (--instance_prompt_share)"
+    return f"{said}; {done} (--instance_prompt_share)" if count else None
 
 
 def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:
@@ -92,7 +90,7 @@ class Captions:
 
     def __init__(self, folder: Path, sidecars: dict[tuple[str, str], Path]):
         self.complaints: list[tuple[Path, str]] = []
-        self._sidecars = sidecars
+        self.sidecars = sidecars
         self._by_name: dict[str, str] = {}
         metadata = folder / METADATA
         text = self._text_of(metadata) if metadata.is_file() else None
@@ -103,7 +101,7 @@ class Captions:
 
     def of(self, photo: Path) -> tuple[str, ...]:
         """The photo's own captions, one line each; () when it has none."""
-        beside, lines = self._sidecars.get((photo.stem, CAPTION_SUFFIX)), ()
+        beside, lines = self.sidecars.get((photo.stem, CAPTION_SUFFIX)), ()
         if beside and beside.is_file():
             if beside.stat().st_size > MOST_BYTES:
                 self.complaints.append((beside, f"captions not read: {TOO_LONG}"))
@@ -149,9 +147,8 @@ def kept_captions(path: Path) -> dict[str, dict[str, str]]:
         entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
-    entries = entries if isinstance(entries, dict) else {}
     known = {}
-    for name, facts in entries.items():
+    for name, facts in entries.items() if isinstance(entries, dict) else ():
         texts = [facts.get(key) for key in ("caption", "made_from")] if isinstance(facts, dict) else []
         if texts and all(isinstance(text, str) and text for text in texts):
             known[name] = {"caption": one_space(texts[0]), "made_from": texts[1]}
@@ -194,16 +191,13 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
     try:
         table = datasets.load_dataset(name, config.dataset_config_name, cache_dir=config.cache_dir, split="train")
     except Exception as error:  # raised by the library, the hub or the file formats
-        raise core.UserError(
-            f"--dataset_name {name}: cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise core.UserError(f"--dataset_name {name}: cannot be loaded: {reason}") from error
     for flag, wanted in (("image_column", column), ("caption_column", config.caption_column)):
         if wanted is not None and wanted not in table.column_names:
-            close = nearest(wanted, table.column_names)
+            close, columns = nearest(wanted, table.column_names), ", ".join(table.column_names)
             hint = f" Did you mean {close}?" if close else ""
-            raise core.UserError(
-                f"--{flag} {wanted}: the data set has the columns {', '.join(table.column_names)}.{hint}"
-            )
+            raise core.UserError(f"--{flag} {wanted}: the data set has the columns {columns}.{hint}")
     if not isinstance(table.features[column], datasets.Image):
         raise core.UserError(f"--image_column {column}: that column of {name} holds no images.")
     return table.cast_column(column, datasets.Image(decode=False))
@@ -212,9 +206,9 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
 def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
     """The image's file, empty for an empty cell. Raises UserError for no file in `own`: anyone wrote the table."""
     cell = cell or {}
-    named = cell.get("path") or ""
-    if cell.get("bytes") or not named:
-        return cell.get("bytes") or b""
+    content, named = cell.get("bytes") or b"", cell.get("path") or ""
+    if content or not named:
+        return content
     path = Path(named.replace("\0", "")).resolve()
     if "\0" in named or not path.is_file() or not any(path.is_relative_to(folder) for folder in own):
         raise core.UserError(f"--dataset_name: it names {core.one_line(named)}, which is not a file of the data set.")
@@ -254,8 +248,7 @@ class PhotoReport:
 
 def log_strays(report: PhotoReport) -> None:
     """Mention the files that are no photos in one line of the log."""
-    strays = [item for item in report.skipped if not item.is_photo and not item.path.name.startswith(".")]
-    if strays:
+    if strays := [item for item in report.skipped if not item.is_photo and not item.path.name.startswith(".")]:
         line = f"files not used ({len(strays)}): {summary_of_skipped(PhotoReport(skipped=strays))}"
         logger.warning("%s", core.spelled_out(line))
 
@@ -291,12 +284,9 @@ def photo_report(config: TrainConfig) -> PhotoReport:
 
 def report_of(config: TrainConfig, number: int) -> PhotoReport:
     """The photos of `--instance_data_dir` or `--dataset_name`, as those of subject `number`. Raises UserError."""
-    if config.dataset_name:
-        folder = dataset_folder(config)
-    elif config.instance_data_dir:
-        folder = Path(config.instance_data_dir)
-    else:
+    if not (config.dataset_name or config.instance_data_dir):
         raise core.UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
+    folder = dataset_folder(config) if config.dataset_name else Path(config.instance_data_dir)
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
     photos = [replace(with_own_captions(config, photo), subject=number) for photo in report.photos]
     if not photos:
@@ -332,11 +322,9 @@ def as_heard(prompt: str) -> str:
 
 
 def summary_of_skipped(report: PhotoReport) -> str:
-    if not report.skipped:
-        return "it is empty."
     shown = [f"{item.path.name} ({item.reason})" for item in sorted(report.skipped, key=lambda s: not s.is_photo)[:3]]
     more = len(report.skipped) - len(shown)
-    return "; ".join(shown) + (f"; and {more} more." if more else ".")
+    return ("; ".join(shown) or "it is empty") + (f"; and {more} more." if more else ".")
 
 
 def require_folder_of_photos(folder: Path) -> None:
@@ -354,61 +342,48 @@ def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha
         paths = sorted(folder.iterdir())
     except PermissionError:
         raise core.UserError(f"{folder}: cannot be read (permission denied).") from None
-    return FolderReader(folder, paths, instance_prompt, resolution_px, alpha).read()
+    captions, report = Captions(folder, sidecars_of(paths)), PhotoReport()
+    for path in paths:
+        if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, core.SUBJECT_FILE):
+            item = read_photo(path, captions, instance_prompt, resolution_px, alpha)
+            (report.photos if isinstance(item, photo_file.Photo) else report.skipped).append(item)
+    stems = {photo.path.stem for photo in report.photos}
+    for path in filter(is_sidecar_name, paths):
+        named = sidecar_of(path)
+        if reason := no_file_reason(path):
+            report.skipped.append(Skipped(path, reason))
+        elif named is None or (named[0] in stems and captions.sidecars[named] == path):
+            report.sidecars.append(path)
+        else:
+            report.skipped.append(Skipped(path, "stray: belongs to no photo"))
+    report.skipped.extend(Skipped(path, reason) for path, reason in captions.complaints)
+    return report
 
 
-class FolderReader:
-    """Sorts the files of one folder into photos, sidecars and the rest."""
-
-    def __init__(self, folder: Path, paths: list[Path], instance_prompt: str, resolution_px: int, alpha: str):
-        self.paths, self.prompt, self.resolution_px, self.alpha = paths, instance_prompt, resolution_px, alpha
-        self.sidecars = sidecars_of(paths)
-        self.captions = Captions(folder, self.sidecars)
-
-    def read(self) -> PhotoReport:
-        report = PhotoReport()
-        for path in self.paths:
-            if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, core.SUBJECT_FILE):
-                item = self._read_one(path)
-                (report.photos if isinstance(item, photo_file.Photo) else report.skipped).append(item)
-        stems = {photo.path.stem for photo in report.photos}
-        for path in self.paths:
-            if not is_sidecar_name(path):
-                continue
-            named = sidecar_of(path)
-            if reason := no_file_reason(path):
-                report.skipped.append(Skipped(path, reason))
-            elif named is None or (named[0] in stems and self.sidecars[named] == path):
-                report.sidecars.append(path)
-            else:
-                report.skipped.append(Skipped(path, "stray: belongs to no photo"))
-        report.skipped.extend(Skipped(path, reason) for path, reason in self.captions.complaints)
-        return report
-
-    def _read_one(self, path: Path) -> photo_file.Photo | Skipped:
-        is_system = path.name.lower() in JUNK or path.name.startswith(".")
-        if reason := no_file_reason(path) or ("stray: a file of the system" if is_system else None):
-            return Skipped(path, reason)
-        try:
-            image = photo_file.open_image(path)
-        except photo_file.UnreadableImageError as error:
-            claims = path.suffix.lower() in photo_file.IMAGE_SUFFIXES
-            return Skipped(path, str(error) if claims else "stray: not a photo", is_photo=claims)
-        height, width = photo_file.upright_size(image)
-        reasons = ["rotated by EXIF: turned upright"] if photo_file.is_rotated(image) else []
-        shorter = min(height, width)
-        if shorter < max(8, self.resolution_px // 8):  # it would be enlarged more than eight times
-            reason = f"tiny: {width} x {height} px for a resolution of {self.resolution_px}"
-            return Skipped(path, reason, is_photo=True, size_px=(height, width))
-        if shorter < self.resolution_px:
-            times = self.resolution_px / shorter
-            reasons.append(f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times")
-        beside = self.sidecars.get((path.stem, MASK_SUFFIX))
-        mask_path, remarks = photo_file.find_mask(path, image, beside, alpha_is_mask=self.alpha == "mask")
-        own = self.captions.of(path)
-        return photo_file.Photo(
-            path, (height, width), own or (self.prompt,), mask_path, (*reasons, *remarks), bool(own)
-        )
+def read_photo(
+    path: Path, captions: Captions, prompt: str, resolution_px: int, alpha: str
+) -> photo_file.Photo | Skipped:
+    is_system = path.name.lower() in JUNK or path.name.startswith(".")
+    if reason := no_file_reason(path) or ("stray: a file of the system" if is_system else None):
+        return Skipped(path, reason)
+    try:
+        image = photo_file.open_image(path)
+    except photo_file.UnreadableImageError as error:
+        claims = path.suffix.lower() in photo_file.IMAGE_SUFFIXES
+        return Skipped(path, str(error) if claims else "stray: not a photo", is_photo=claims)
+    height, width = photo_file.upright_size(image)
+    reasons = ["rotated by EXIF: turned upright"] if photo_file.is_rotated(image) else []
+    shorter = min(height, width)
+    if shorter < max(8, resolution_px // 8):  # it would be enlarged more than eight times
+        reason = f"tiny: {width} x {height} px for a resolution of {resolution_px}"
+        return Skipped(path, reason, is_photo=True, size_px=(height, width))
+    if shorter < resolution_px:
+        times = resolution_px / shorter
+        reasons.append(f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times")
+    beside = captions.sidecars.get((path.stem, MASK_SUFFIX))
+    mask_path, remarks = photo_file.find_mask(path, image, beside, alpha_is_mask=alpha == "mask")
+    own, reasons = captions.of(path), (*reasons, *remarks)
+    return photo_file.Photo(path, (height, width), own or (prompt,), mask_path, reasons, bool(own))
 
 
 def is_sidecar_name(path: Path) -> bool:

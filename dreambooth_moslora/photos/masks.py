@@ -70,23 +70,22 @@ def load_segmenter(config: table.TrainConfig, device: Any = "cpu") -> Segmenter:
     """The segmenter of `--mask_model`, loaded at the first mask. Raises UserError without a word."""
     name, word = segmenter_name(config), sought_word(config)
 
-    @cache
-    def finder() -> Callable[[Image.Image], Any]:
-        if name != TOY_SEGMENTER:
-            return clipseg_finder(name, word, device)
-        import torch
-
-        from dreambooth_moslora.photos.toy_readers import load_net
-
-        net = load_net(assets_folder() / TOY_SEGMENTER).to(device)
-
-        def find(image: Image.Image) -> torch.Tensor:
-            pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-            return net.logits(pixels[None].to(device))[0].sigmoid().cpu()
-
-        return find
-
+    finder = cache(lambda: clipseg_finder(name, word, device) if name != TOY_SEGMENTER else toy_finder(device))
     return Segmenter(public_name(name), word, lambda image: finder()(image))
+
+
+def toy_finder(device: Any) -> Callable[[Image.Image], Any]:
+    import torch
+
+    from dreambooth_moslora.photos.toy_readers import load_net
+
+    net = load_net(assets_folder() / TOY_SEGMENTER).to(device)
+
+    def find(image: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+        return net.logits(pixels[None].to(device))[0].sigmoid().cpu()
+
+    return find
 
 
 def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image], Any]:
@@ -97,8 +96,8 @@ def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image],
 
     about = {"flag": "--mask_model", "what": "CLIPSeg"}
     processor = loaded(CLIPSegProcessor, name, **about)
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, found = loaded(CLIPSegForImageSegmentation, name, **about, **options)
+    about |= {"dtype": torch.float32, "output_loading_info": True}
+    model, found = loaded(CLIPSegForImageSegmentation, name, **about)
     if lacking := sorted(found["missing_keys"]):
         raise UserError(f"--mask_model {name} is not a CLIPSeg: it has no {lacking[0]}")
     model = model.requires_grad_(False).eval().to(device)
@@ -106,9 +105,8 @@ def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image],
     def find(image: Image.Image) -> torch.Tensor:
         inputs = processor(text=[word], images=[image], padding=True, truncation=True, return_tensors="pt")
         logits = model(**inputs.to(device)).logits
-        size = (image.height, image.width)
         found = logits.view(1, 1, *logits.shape[-2:]).sigmoid()
-        return interpolate(found, size=size, mode="bilinear")[0, 0].cpu()
+        return interpolate(found, size=(image.height, image.width), mode="bilinear")[0, 0].cpu()
 
     return find
 
@@ -120,9 +118,8 @@ def loaded(kind: Any, name: str, *, flag: str, what: str, **options: Any) -> Any
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, HFValidationError) as error:
-        raise UserError(
-            f"{flag} {name} is not here and cannot be fetched: connect to the hub once, or name a folder"
-        ) from error
+        what = "is not here and cannot be fetched: connect to the hub once, or name a folder"
+        raise UserError(f"{flag} {name} {what}") from error
     except Exception as error:  # files of other models may raise any error
         reason = one_line(f"{type(error).__name__} {error}")
         raise UserError(f"{flag} {name} cannot be read as a {what}: {reason}") from error
@@ -140,8 +137,7 @@ def make_beside(photos: Iterable[photo_file.Photo], segmenter: Segmenter) -> Ite
     photos = list(photos)
     for photo in photos:
         target = photo.path.with_name(f"{photo.path.stem}.mask.png")
-        has_one = photo.mask_path is not None
-        reason = "it has a mask, which is kept" if has_one else photo_file.why_not_beside(photo, target, photos)
+        reason = "it has a mask, which is kept" if photo.mask_path else photo_file.why_not_beside(photo, target, photos)
         yield MadeMask(photo, None, reason) if reason else make(photo, target, segmenter)
 
 

@@ -75,7 +75,7 @@ def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
             if scale > 1:
                 image.draft(None, tuple(max(1, int(side / scale)) for side in image.size))
             image.load()
-            image = shrunk(image, longest_px) if scale > 1 else image
+            return shrunk(image, longest_px) if scale > 1 else image
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError:
@@ -89,7 +89,6 @@ def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
         if getattr(error, "errno", None) in OF_THE_MACHINE:
             raise
         raise UnreadableImageError(f"broken: {one_line(error)}") from None
-    return image
 
 
 def shrunk(image: Image.Image, longest_px: int) -> Image.Image:
@@ -124,9 +123,9 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def upright(image: Image.Image) -> Image.Image:
     """The pixels turned upright. EXIF is dropped: encoding it again fails on damaged entries."""
-    if not is_rotated(image):
+    if (turn := TURNS.get(orientation(image))) is None:
         return image
-    turned = image.transpose(TURNS[orientation(image)])
+    turned = image.transpose(turn)
     turned.info = {key: image.info[key] for key in ("icc_profile", "transparency") if key in image.info}
     return turned
 
@@ -136,7 +135,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = upright(image)
     if alpha_of(image, is_upright=True) is None:
         return to_srgb(image)
-    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    rgba = image.convert("RGBA")
     white = Image.new("RGB", rgba.size, "white")
     white.paste(to_srgb(rgba.convert("RGB"), image.info.get("icc_profile")), mask=rgba.getchannel("A"))
     return white
@@ -163,9 +162,7 @@ def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
         return deep_grey(image).convert("RGB")
     if image.mode not in ("RGB", "CMYK", "L"):
         image = image.convert("RGB")
-    if profile and (converted := by_profile(image, profile)) is not None:
-        return converted
-    return image.convert("RGB")
+    return (by_profile(image, profile) if profile else None) or image.convert("RGB")
 
 
 def by_profile(image: Image.Image, profile: bytes | ImageCms.core.CmsProfile) -> Image.Image | None:
@@ -262,8 +259,7 @@ def find_mask(
     """(mask file of the photo at `path`, remarks): the file `beside`, or the photo if `alpha_is_mask` and has alpha."""
     reasons = []
     if beside and beside.is_file():
-        problem = mask_problem(beside, upright_size(photo))
-        if problem is None:
+        if (problem := mask_problem(beside, upright_size(photo))) is None:
             return beside, reasons
         reasons.append(f"mask not used: {problem}")
     transparent = alpha_of(photo)
@@ -289,8 +285,7 @@ def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
 
 def grey_mask(image: Image.Image) -> Image.Image:
     """The mask as L, white on the subject: the brightness, or else the opacity, with a maximum of 255."""
-    alpha = alpha_of(image)
-    if alpha is None:
+    if (alpha := alpha_of(image)) is None:
         grey = to_rgb(image).convert("L")
     else:
         seen = ImageChops.multiply(upright(image).convert("LA").getchannel("L"), alpha)
@@ -329,7 +324,7 @@ def without_kept_mask(photo: Photo, folder: Path) -> Photo:
 
 
 FILTERS = {name.lower(): kind for name, kind in Image.Resampling.__members__.items()}
-FILTERS["nearest_exact"] = Image.Resampling.NEAREST
+FILTERS |= {"nearest_exact": Image.Resampling.NEAREST}
 
 
 @dataclass(frozen=True)
@@ -364,11 +359,9 @@ def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int
 
 def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
     """(h, w), multiples of `step_px`, of at most the square's area, with the shape nearest to `size_px`'s."""
-    sides = range(step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px)
     shapes: set[tuple[int, int]] = set()
-    for side in sides:
-        other = min(resolution_px**2 // side, 2 * resolution_px) // step_px * step_px
-        if other:
+    for side in range(step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px):
+        if other := min(resolution_px**2 // side, 2 * resolution_px) // step_px * step_px:
             shapes |= {(side, other), (other, side)}
     ratio = size_px[0] / size_px[1]
     return min(sorted(shapes), key=lambda s: (round(abs(math.log(s[0] / s[1] / ratio)), 6), -s[0] * s[1]))
@@ -419,8 +412,8 @@ def crop_rule(config: table.TrainConfig) -> CropRule:
     crops = None if config.caching == "off" else config.crops_per_photo
     step_px = config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
     drawing = (config.center_crop, config.random_flip, config.image_interpolation_mode, crops, config.crop_zoom)
-    sizes = rows.parse_sizes(config.aspect_ratio_buckets)
-    return CropRule(config.resolution, *drawing, step_px if config.enable_bucket else None, sizes)
+    buckets = (step_px if config.enable_bucket else None, rows.parse_sizes(config.aspect_ratio_buckets))
+    return CropRule(config.resolution, *drawing, *buckets)
 
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:

@@ -32,10 +32,8 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> torch.nn.Sequent
 
 
 class ToySegmenter(torch.nn.Module):
-    """Pixels (N,3,H,W) in [-1, 1], sides multiples of 16 -> logits (N,H,W).
-
-    Each halving of the sides is followed by a bilinear doubling, to which the features of that size are added.
-    """
+    """Pixels (N,3,H,W) in [-1, 1], sides multiples of 16 -> logits (N,H,W). Each halving of the sides is followed by a
+    bilinear doubling, to which the features of that size are added."""
 
     def __init__(self):
         super().__init__()

@@ -17,7 +17,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.utils.checkpoint import checkpoint
 
-from dreambooth_moslora.adapters import fast_linear, init_adapter, lora_file, moslora, new_tokens, raw_file
+from dreambooth_moslora.adapters import fast_linear, lora_file, moslora, new_tokens, raw_file
 from dreambooth_moslora.adapters.basis import Basis, freeze_basis, put_basis
 from dreambooth_moslora.base import families, load
 from dreambooth_moslora.core import UserError, generator, seed_of
@@ -137,7 +137,7 @@ def fresh_adapters(
         settings["mixer"] = ZERO if config.basis else config.mixer
         moslora.inject(module, moslora.exact_config(ranks, alphas, config.rank, usual_alpha, **settings))
     if start is not None:
-        logger.warning("%s", init_adapter.begin_with(start, components).sentence())
+        logger.warning("%s", lora_file.begin_with(start, components).sentence())
     if basis is not None:
         with named_basis():
             put_basis(basis, components["unet"])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 
-from dreambooth_moslora.adapters import init_adapter, lora_file, moslora
+from dreambooth_moslora.adapters import lora_file, moslora
 from dreambooth_moslora.adapters.basis import Basis, read_basis
 from dreambooth_moslora.base import families, files, machine
 from dreambooth_moslora.base.load import TextProducts, default_resolution
@@ -135,7 +135,7 @@ def check_denoiser(
     start = None
     if is_fresh and config.init_adapter is not None:
         base = config.pretrained_model_name_or_path
-        start = init_adapter.read_start(config.init_adapter, pipeline, base, config.use_dora)
+        start = lora_file.read_start(config.init_adapter, pipeline, base, config.use_dora)
     if config.basis is None:
         return start, None
     with adapters.named_basis():

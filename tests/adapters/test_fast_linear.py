@@ -212,35 +212,22 @@ def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():
         assert not step.batches
 
 
-def test_an_adapter_that_moved_is_never_seen_as_it_was():
-    """After a step, after one that failed, and in the next one."""
-    model, x = fast_copy(block(bias=False)), torch.randn(6, 12)
-    copies = WorkingCopies(model)
-    with pytest.raises(ZeroDivisionError), copies.for_one_step():
-        raise ZeroDivisionError
-    for _ in range(2):
-        with torch.no_grad(), copies.for_one_step():
-            in_step = model.to_q(x)
-        assert torch.allclose(model.to_q(x), in_step, atol=1e-6)
-        with torch.no_grad():
-            model.to_q.lora_B["default"].up.mul_(2)
-        model.to_q.set_scale("default", 3)
-        assert not torch.allclose(model.to_q(x), in_step, atol=1e-3)
-    assert not any(layer.working for layer in adapter_layers(model).values())
-
-
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_copies_of_a_step_lie_where_those_of_the_step_before_lay_while_the_layers_are_the_same(joint):
+    """An adapter that moved is never seen as it was: after a step, after one that failed, and in the next one."""
     model = fast_copy(adapted(tiny_unet(), target_modules=["to_q", "to_k", "to_v"]))
-    copies, found = WorkingCopies(model, joint=joint), []
+    copies, found, layer = WorkingCopies(model, joint=joint), [], next(iter(adapter_layers(model).values()))
+    with pytest.raises(ZeroDivisionError), copies.for_one_step():
+        raise ZeroDivisionError
 
     def step() -> list[int]:
+        assert not layer.working
         found.append(step_on(copies, model))
         return [leaf.data_ptr() for leaf in copies.before.leaves]
 
     first = step()
     with torch.no_grad():
-        next(iter(adapter_layers(model).values())).lora_A["default"].weight.mul_(2)
+        layer.lora_A["default"].weight.mul_(2)
     assert step() == first and len(set(first)) == len(first)
     assert_same(found[-1], step_on(WorkingCopies(model, joint=joint), model), 0)
     set_scale(model, 3)
@@ -325,6 +312,7 @@ class Pair(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.own, self.cross = Attention(12, heads=2, dim_head=6), Attention(12, 12, heads=2, dim_head=6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """LoRA files of other programs: what an honest one means in diffusers it means here, beside others too; one of somebody
 who means harm is refused in one line, or does no more than its LoRA. LoHa, LoKr, floats of eight bits, and names that
-diffusers does not read have the ΔW that their definition says."""
+diffusers does not read have the ΔW that their definition says. An adapter that begins with a file has its update before
+the first step, of whatever rank and mixer."""
 
 import json
 from functools import partial
@@ -13,18 +14,20 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_mo
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters import key_names, kohya, lora_file, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters import key_names, lora_file, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_file
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, NewTokens, notes_of, write_tokens
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.settings.table import MIXERS
 from tests.generation.test_pipeline import differs, picture
-from tests.helpers.live_adapters import CONVOLUTIONS, PROJECTIONS, shake
-from tests.helpers.tiny_adapters import base_bytes, save_kohya_lora
+from tests.helpers.live_adapters import CONVOLUTIONS, PROJECTIONS, facts_of, live, shake
+from tests.helpers.tiny import tiny_sdxl, tiny_unet
+from tests.helpers.tiny_adapters import base_bytes, save_diffusers_lora, save_kohya_lora
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+PARTS, ATTENTION = ("unet", "text_encoder", "text_encoder_2"), list(moslora.ATTENTION_PROJECTIONS)
 QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -38,7 +41,7 @@ def ours(base, **options):
     pipeline = SubjectPipeline.from_base(base).pipeline
     components = {name: getattr(pipeline, name) for name in PARTS}
     for name, model in components.items():
-        targets = list(moslora.ATTENTION_PROJECTIONS) if name == "unet" else PROJECTIONS
+        targets = ATTENTION if name == "unet" else PROJECTIONS
         moslora.inject(model, moslora.MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options))
         shake(model)
     return pipeline, components
@@ -54,7 +57,7 @@ def save_published(base, folder, name=PUBLISHED_NAME, **options):
 def save_peft(base, folder, **options):
     """As diffusers writes it, with PEFT's settings in the header."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    config = LoraConfig(r=4, lora_alpha=9, target_modules=list(moslora.ATTENTION_PROJECTIONS), **options)
+    config = LoraConfig(r=4, lora_alpha=9, target_modules=ATTENTION, **options)
     unet.add_adapter(config)
     generator = torch.Generator().manual_seed(0)
     state = {k: torch.randn(v.shape, generator=generator) * 0.3 for k, v in get_peft_model_state_dict(unet).items()}
@@ -115,7 +118,7 @@ def test_an_adapter_of_the_text_encoder_alone_works_beside_others(tiny_base, sta
     assert np.array_equal(picture(fresh, adapters=(("dog", 1.0),)), dog)
 
 
-def test_every_alpha_of_a_kohya_file_counts(tiny_base, subject, tmp_path):
+def test_every_alpha_of_a_kohya_file_counts(tiny_base, tmp_path):
     """diffusers gives all attention projections the commonest one."""
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     tensors = load_file(save_kohya_lora(unet, tmp_path / "a.safetensors"))
@@ -126,9 +129,7 @@ def test_every_alpha_of_a_kohya_file_counts(tiny_base, subject, tmp_path):
         tensors[key] = tensors[key] * 2.0 ** (number % 3)
     save_file(tensors, tmp_path / "alphas.safetensors")
     save_file(tensors | folded, tmp_path / "folded.safetensors")
-    for name in ("alphas", "folded"):
-        subject.load_adapter(tmp_path / f"{name}.safetensors")
-    assert not differs(*(picture(subject, adapters=((name, 1.0),)) for name in ("alphas", "folded")))
+    assert worst(*(of_file(tiny_base, tmp_path / f"{name}.safetensors") for name in ("alphas", "folded"))) < 1e-6
 
 
 def with_part(key: str, tensor: torch.Tensor):
@@ -201,21 +202,16 @@ def test_a_hostile_file_is_refused_in_one_line_and_nothing_has_changed(name, sta
         assert np.array_equal(picture(subject, adapters=adapters), drawn)
 
 
-OTHER_SETTINGS = {
-    "targets by expression": {"target_modules": ".*to_q"},
-    "ranks by expression": {"rank_pattern": {"(.*)to_q": 7}},
-    "whole modules": {"modules_to_save": ["conv_out"]},
-    "unknown settings": {"nobody": {"knows": ["this"]}},
-    "an attack on a class": {"runtime_config": 3, "peft_type": "LOHA", "megatron_config": {"a": 1}},
-}
+OTHER_SETTINGS = {"target_modules": ".*to_q", "rank_pattern": {"(.*)to_q": 7}, "modules_to_save": ["conv_out"]}
+OTHER_SETTINGS |= {"nobody": {"knows": ["this"]}, "runtime_config": 3, "peft_type": "LOHA", "megatron_config": {"a": 1}}
 
 
-@pytest.mark.parametrize("changes", OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
-def test_other_settings_of_a_file_do_not_reach_peft(changes, state, subject, tmp_path):
+def test_other_settings_of_a_file_do_not_reach_peft(state, subject, tmp_path):
+    """Expressions, whole modules, unknown ones, and an attack on a class."""
     save_file(state, tmp_path / "plain.safetensors")
     plain, bare = picture(loaded(subject, tmp_path / "plain.safetensors"), adapters=(("x", 1.0),)), picture(subject)
     before = base_bytes(subject.pipeline)
-    loaded(subject, save_other(tmp_path, state, changes), "settings")
+    loaded(subject, save_other(tmp_path, state, OTHER_SETTINGS), "settings")
     config = subject.pipeline.unet.peft_config[subject.adapters["settings"].key]
     assert isinstance(config.target_modules, set) and not config.rank_pattern and config.modules_to_save is None
     assert all(any(f"{name}." in key for key in state) for name in config.target_modules)
@@ -286,7 +282,7 @@ def other_program_s(base, file, shape=(-1, 1)) -> dict[str, torch.Tensor]:
     tensors, wanted = load_file(save_kohya_lora(unet, file, size=0.2)), {}
     generator = torch.Generator().manual_seed(2)
     for path, module in unet.named_modules():
-        name = kohya.kohya_name("unet", path)
+        name = key_names.kohya_name("unet", path)
         if f"{name}.alpha" not in tensors:
             continue
         weight = module.weight.detach()
@@ -345,9 +341,8 @@ def as_lycoris(base, file, config, prefix="lycoris") -> dict[str, torch.Tensor]:
     for path, layer in model.base_model.model.named_modules():
         if hasattr(layer, "adapter_layer_names") and "default" in layer.scaling:
             is_whole = all("default" in getattr(layer, part, ()) for part in ("lokr_w1", "lokr_w2"))
-            wanted[f"unet.{path}"] = layer.get_delta_weight("default").detach() / (
-                layer.scaling["default"] if is_whole else 1
-            )
+            scale = layer.scaling["default"] if is_whole else 1
+            wanted[f"unet.{path}"] = layer.get_delta_weight("default").detach() / scale
             name = f"{prefix}_{path.replace('.', '_')}"
             tensors[f"{name}.alpha"] = torch.tensor(float(config.alpha))
             for kind in layer.adapter_layer_names:
@@ -357,10 +352,16 @@ def as_lycoris(base, file, config, prefix="lycoris") -> dict[str, torch.Tensor]:
     return wanted
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "original blocks"])
 def test_a_file_of_lycoris_changes_each_weight_as_its_definition_says(kind, tiny_base, tmp_path):
-    wanted = as_lycoris(tiny_base, tmp_path / "x.safetensors", KINDS[kind], "lora_unet" if "two" in kind else "lycoris")
-    assert worst(of_file(tiny_base, tmp_path / "x.safetensors"), wanted) < 1e-5
+    """Also under kohya's names, and under those of SDXL's original blocks."""
+    prefix = "lora_unet" if kind in ("LoKr of two products", "original blocks") else "lycoris"
+    wanted = as_lycoris(tiny_base, file := tmp_path / "x.safetensors", KINDS.get(kind, KINDS["LoHa"]), prefix)
+    if kind == "original blocks":
+        tensors = {k.replace("mid_block_attentions_0", "middle_block_1"): t for k, t in load_file(file).items()}
+        assert tensors.keys() != load_file(file).keys()
+        save_file(tensors, file)
+    assert worst(of_file(tiny_base, file), wanted) < 1e-5
 
 
 RENAMED = {
@@ -374,28 +375,18 @@ RENAMED = {
 @pytest.mark.parametrize("name", RENAMED)
 def test_a_file_with_other_names_is_the_same_adapter(name, tiny_base, state, tmp_path):
     """Its alpha is not the rank."""
-    ours, other = {}, {}
-    for key, tensor in state.items():
-        component, _, rest = key.partition(".")
-        path, side = rest.removesuffix(".weight").rsplit(".", 1)
-        part = "lora_down.weight" if side == "lora_A" else "lora_up.weight"
-        for names, written in (
-            (ours, kohya.kohya_name(component, path)),
-            (other, RENAMED[name](component, path)),
-        ):
-            names |= {f"{written}.{part}": tensor, f"{written}.alpha": torch.tensor(3.0)}
-    save_file(ours, tmp_path / "kohya.safetensors")
-    save_file(other, tmp_path / "other.safetensors")
-    one, two = (of_file(tiny_base, tmp_path / f"{name}.safetensors") for name in ("kohya", "other"))
-    assert worst(two, one) < 1e-6
-
-
-def test_loha_under_the_names_of_sdxl_s_original_blocks_is_read(tiny_base, tmp_path):
-    wanted = as_lycoris(tiny_base, tmp_path / "x.safetensors", KINDS["LoHa"], "lora_unet")
-    tensors = load_file(tmp_path / "x.safetensors")
-    original = {key.replace("mid_block_attentions_0", "middle_block_1"): tensor for key, tensor in tensors.items()}
-    save_file(original, tmp_path / "x.safetensors")
-    assert original.keys() != tensors.keys() and worst(of_file(tiny_base, tmp_path / "x.safetensors"), wanted) < 1e-5
+    found = []
+    for written in (RENAMED[name], key_names.kohya_name):
+        tensors = {}
+        for key, tensor in state.items():
+            component, _, rest = key.partition(".")
+            path, side = rest.removesuffix(".weight").rsplit(".", 1)
+            part = "lora_down.weight" if side == "lora_A" else "lora_up.weight"
+            of_layer = {part: tensor, "alpha": torch.tensor(3.0)}
+            tensors |= {f"{written(component, path)}.{own}": value for own, value in of_layer.items()}
+        save_file(tensors, tmp_path / "x.safetensors")
+        found.append(of_file(tiny_base, tmp_path / "x.safetensors"))
+    assert worst(*found) < 1e-6
 
 
 def test_what_peft_saves_is_read_with_its_settings(tiny_base, tmp_path):
@@ -412,16 +403,13 @@ def test_what_peft_saves_is_read_with_its_settings(tiny_base, tmp_path):
     assert worst(of_file(tiny_base, tmp_path / "adapter_model.safetensors"), wanted) < 1e-6
 
 
-def test_floats_of_eight_bits_are_cast(tiny_base, state, subject, tmp_path):
+def test_floats_of_eight_bits_are_cast(tiny_base, state, tmp_path):
     """Also where kohya's names go on to diffusers."""
     short = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in state.items()}
     save_file(short, tmp_path / "short.safetensors")
     save_file({key: tensor.float() for key, tensor in short.items()}, tmp_path / "long.safetensors")
-    drawn = {}
-    for name in ("short", "long"):
-        subject.load_adapter(tmp_path / f"{name}.safetensors", name)
-        drawn[name] = picture(subject, adapters=((name, 1.0),))
-    assert (drawn["short"] == drawn["long"]).all() and (drawn["short"] != picture(subject)).any()
+    found, wanted = (of_file(tiny_base, tmp_path / f"{name}.safetensors") for name in ("short", "long"))
+    assert worst(found, wanted) == 0 and all(change.any() for change in wanted.values())
 
 
 def rows_for(pipeline, count=2) -> dict[str, torch.Tensor]:
@@ -490,21 +478,168 @@ def test_what_is_broken_or_of_another_base_is_refused_in_one_line(subject, tmp_p
     refused(subject, tmp_path, pair | {f"{LYCORIS_QUERY}.lokr_w1": torch.ones(4, 4).int()}, misfit)
 
 
-def test_a_file_that_would_be_too_large_as_a_lora_is_refused(tiny_base, subject, tmp_path, monkeypatch):
+def test_too_large_a_lora_and_wrong_settings_beside_a_file_are_refused(tiny_base, subject, tmp_path, monkeypatch):
+    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = subject.pipeline.unet.get_submodule(path).in_features
+    pair = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(width, 2)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": "four"}))
+    tensors = {f"base_model.model.{path}.{part}": tensor for part, tensor in pair.items()}
+    refused(subject, tmp_path, tensors, "an alpha of 'four'")
     monkeypatch.setattr(key_names, "MOST_NUMBERS", 1000)
     as_lycoris(tiny_base, tmp_path / "x.safetensors", KINDS["LoKr"])
     with pytest.raises(UserError, match=r"would be a LoRA of more than .* GiB, as"):
         subject.load_adapter(tmp_path / "x.safetensors")
 
 
-def test_settings_beside_the_file_are_checked_like_those_in_a_header(subject, tmp_path):
-    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    width = subject.pipeline.unet.get_submodule(path).in_features
-    pair = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(width, 2)}
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": "four"}))
-    refused(
-        subject,
-        tmp_path,
-        {f"base_model.model.{path}.{part}": tensor for part, tensor in pair.items()},
-        "an alpha of 'four'",
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return tiny_sdxl(tmp_path_factory.mktemp("tokenizer"))
+
+
+def deltas(model):
+    return {path: layer.delta for path, layer in moslora.fold(model).items()}
+
+
+def begin(file, pipeline, rank=4, mixer="orthogonal", targets=ATTENTION, **options):
+    """(the fresh UNet, how it began)."""
+    unet = tiny_unet()
+    config = {"r": rank, "lora_alpha": 3, "mixer": mixer, "mixer_seed": 5, "target_modules": list(targets)}
+    moslora.inject(unet, moslora.MoSLoraConfig(**config | options))
+    weights = lora_file.read_start(file, pipeline, "tiny", options.get("use_dora", False))
+    return unet, lora_file.begin_with(weights, {"unet": unet})
+
+
+def update_of(file, pipeline):
+    found, scales = lora_file.read_adapter(file, pipeline).parts["unet"]
+    return {path: scales.alphas[path] / p.rank * p.delta for path, p in found.items()}
+
+
+def moved(folder, name, **options):
+    """An adapter that has moved, in the one form of ours."""
+    components = live(**options)
+    folder.mkdir(exist_ok=True)
+    if name == RAW_NAME:
+        raw_file.save_raw(components, folder / name, facts_of(components))
+    else:
+        published_file.publish(components, folder, "dog", facts_of(components))
+    return folder / name, deltas(components["unet"])
+
+
+@pytest.mark.slow
+def test_the_update_of_each_kind_of_file_is_there_before_the_first_step(pipeline, tmp_path):
+    kohya, halved = tmp_path / "kohya.safetensors", tmp_path / "halved.safetensors"
+    save_kohya_lora(pipeline.unet, kohya, seed=1)
+    save_file({k: t * 0.5 if k.endswith(".alpha") else t for k, t in load_file(kohya).items()}, halved)
+    others = save_diffusers_lora(pipeline.unet, tmp_path / "diffusers", seed=2), kohya, halved
+    files = [(file, update_of(file, pipeline)) for file in others]
+    files += [moved(tmp_path / name, name) for name in (RAW_NAME, PUBLISHED_NAME, "dog.kohya.safetensors")]
+    assert all(torch.allclose(files[2][1][path], update / 2) for path, update in files[1][1].items())
+    for file, update in files:
+        unet, start = begin(file, pipeline)
+        assert worst(deltas(unet), update) < 2e-6 and start.layers == len(update), file
+        assert start.deviation < 1e-6 and start.kept == 1 and not (start.anew or start.left_out), file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", sorted(set(MIXERS) - {"butterfly", "kronecker"}))
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "train_mixer": False, "rank": 9}], ids=str)
+def test_every_mixer_begins_as_the_run_starts_it(mixer, options, pipeline, tmp_path):
+    file = save_diffusers_lora(pipeline.unet, tmp_path, seed=3)
+    unet, _ = begin(file, pipeline, mixer=mixer, **options)
+    assert worst(deltas(unet), update_of(file, pipeline)) < (1e-3 if mixer == "kaiming" else 2e-6)
+    settings = {"mixer": mixer, "mixer_seed": 5, "target_modules": ATTENTION}
+    fresh = moslora.inject(tiny_unet(), moslora.MoSLoraConfig(r=options.get("rank", 4), **settings))
+    mixers = [{n: t for n, t in model.state_dict().items() if n.endswith(".mixer")} for model in (unet, fresh)]
+    assert mixers[0].keys() == mixers[1].keys() and bool(mixers[0]) == (mixer != "none")
+    assert all(torch.equal(mixers[0][name], mixers[1][name]) for name in mixers[0])
+
+
+@pytest.mark.slow
+def test_convolutions_and_text_encoders_begin_too(dog, pipeline, tmp_path):
+    file, update = moved(tmp_path, PUBLISHED_NAME, target_modules=[*ATTENTION, "conv1", "conv_shortcut"])
+    unet, start = begin(file, pipeline, rank=5, targets=[*ATTENTION, "conv1", "conv_shortcut"])
+    assert worst(deltas(unet), update) < 2e-6
+    assert start.layers > len(update_of(save_diffusers_lora(pipeline.unet, tmp_path / "b"), pipeline))
+    folder, components, _ = dog
+    moslora.inject(pipeline.text_encoder, moslora.MoSLoraConfig(r=4, target_modules=["q_proj"]))
+    weights = lora_file.read_start(folder, pipeline, "tiny", False)
+    start = lora_file.begin_with(weights, {"text_encoder": pipeline.text_encoder})
+    theirs, found = deltas(components["text_encoder"]), deltas(pipeline.text_encoder)
+    assert worst(found, {path: theirs[path] for path in found}) < 2e-6
+    assert {path.split(".")[0] for path in start.left_out} == {"unet", "text_encoder", "text_encoder_2"}
+
+
+def test_a_higher_rank_is_reduced_to_the_best_of_the_runs_rank(pipeline, tmp_path):
+    file = save_diffusers_lora(pipeline.unet, tmp_path, seed=4, rank=6)
+    update = update_of(file, pipeline)
+    unet, start = begin(file, pipeline, rank=2)
+    lost = whole = 0.0
+    for path, found in deltas(unet).items():
+        sizes = torch.linalg.svdvals(update[path].double())
+        best = float(sizes[2:].norm())
+        assert float((update[path] - found).norm()) == pytest.approx(best, rel=1e-3), path
+        lost, whole = lost + best**2, whole + float(sizes.norm()) ** 2
+    assert start.kept == pytest.approx(1 - lost / whole, rel=1e-4) and start.deviation < 1e-6
+    assert f"keeps {start.kept:.2%}" in start.sentence()
+
+
+@pytest.mark.slow
+def test_rows_that_a_file_fills_up_with_zeros_can_be_learnt(pipeline, tmp_path):
+    """Our own files of several ranks are padded. A row that is zero in A and B has no gradient."""
+    file, _ = moved(tmp_path, PUBLISHED_NAME, rank_pattern={"to_k": 1})
+    unet, _ = begin(file, pipeline, rank=4)
+    downs = [p for name, p in moslora.adapter_parameters(unet) if ".lora_A." in name]
+    assert all((down != 0).any(1).all() for down in downs)
+
+
+def test_what_is_in_one_only_is_said_in_one_line(pipeline, tmp_path):
+    file = save_diffusers_lora(pipeline.unet, tmp_path)
+    _, start = begin(file, pipeline, targets=["to_q", "proj_in"])
+    assert all(path.endswith("proj_in") for path in start.anew) and start.anew
+    assert {path.rsplit("attn", 1)[1][2:] for path in start.left_out} == {"to_k", "to_v", "to_out.0"}
+    said = start.sentence()
+    assert "\n" not in said and f"{len(start.anew)} layers (unet." in said and "not in the file" in said
+    assert f"{start.layers} layers go on from it" in said and "not trained here" in said
+    with pytest.raises(UserError, match=r"no layer of it is trained here \(it holds unet.*, the run trains unet"):
+        begin(file, pipeline, targets=["proj_in"])
+
+
+@pytest.mark.slow
+def test_dora_goes_on_from_dora_alone(pipeline, tmp_path):
+    plain = save_diffusers_lora(pipeline.unet, tmp_path / "plain")
+    file, update = moved(tmp_path, PUBLISHED_NAME, use_dora=True)
+    stored = {k: t for k, t in load_file(file).items() if "magnitude" in k}
+    assert len(stored) == len(update)
+    for one in (file, tmp_path / "dog.kohya.safetensors"):
+        unet, _ = begin(one, pipeline, use_dora=True)
+        found = {f"unet.{name.removesuffix('.weight')}": p for name, p in moslora.adapter_parameters(unet)}
+        assert {name for name in found if "magnitude" in name} == stored.keys()
+        assert all(torch.equal(found[name], stored[name]) for name in stored)
+    with pytest.raises(UserError, match="it holds DoRA: give --use_dora"):
+        begin(file, pipeline)
+    with pytest.raises(UserError, match="it holds no DoRA: leave --use_dora out"):
+        begin(plain, pipeline, use_dora=True)
+
+
+@pytest.mark.slow
+def test_a_start_that_would_differ_from_the_file_is_refused(pipeline, tmp_path, monkeypatch):
+    """As a mixer close to singular would make it."""
+    file = save_diffusers_lora(pipeline.unet, tmp_path)
+    monkeypatch.setattr(
+        "dreambooth_moslora.adapters.mixer.initial_mixer",
+        lambda kind, rank, seed, path: torch.ones(rank, rank) + 1e-7 * torch.eye(rank).roll(1, 0),
     )
+    with pytest.raises(UserError, match="away from the file, and rounding explains 1e-05: give --mixer orthogonal"):
+        begin(file, pipeline)
+
+
+def test_a_file_of_another_base_is_one_line(pipeline, tmp_path):
+    """So are numbers beyond single precision, where a lower rank needs a singular value decomposition."""
+    state = {f"unet.x.to_q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"--init_adapter: x.safetensors was made for another base"):
+        begin(tmp_path / "x.safetensors", pipeline)
+    file = save_diffusers_lora(pipeline.unet, tmp_path)
+    save_file({key: torch.full_like(one.double(), 1e200) for key, one in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"is broken: .* beyond single precision"):
+        begin(file, pipeline, rank=2)

@@ -1,28 +1,35 @@
 """Published files: proved, in full fp32, refused when broken; the mistakes that must not pass. Raw files: they come
-back bit for bit; what is broken, of another base or from a stranger gets one line."""
+back bit for bit; what is broken, of another base or from a stranger gets one line. `export --for peft`: a language
+model's adapter for a PEFT that knows nothing of mixers."""
 
 import json
 import pickle
 import struct
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure, small_unet
 from benchmarks.sdxl_structure import count
-from dreambooth_moslora.adapters import kohya, lora_file, metadata, mixer, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters import key_names, lora_file, metadata, mixer, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe, reduce_layers
-from dreambooth_moslora.adapters.kohya import kohya_name
+from dreambooth_moslora.adapters.key_names import kohya_name
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.published_file import load_published, publish
 from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, model_config, read_tensors, save_raw
+from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from tests.adapters.test_lora_file import shaken
 from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, shake, text_encoders
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_families import tiny_pipeline
@@ -48,12 +55,22 @@ def header_of(file) -> dict[str, str]:
         return opened.metadata()
 
 
+RANKS = {"rank_pattern": {"conv_shortcut": 2, "downsamplers.0.conv": 6}, "alpha_pattern": {"conv_shortcut": 3}}
+
+
 @pytest.mark.parametrize("kind", ["orthogonal", "none"])
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"conv1": 2}}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, RANKS], ids=str)
 def test_an_untouched_diffusers_computes_the_live_output_of_convolutions(kind, options, tmp_path):
+    """The header says alpha equal to the rank. Matrices of lower ranks are filled up with zeros."""
     components, generator = live(mixer=kind, target_modules=CONVOLUTIONS, **options), torch.Generator().manual_seed(4)
+    assert facts_of(components).alpha == 11
     found = published(components, tmp_path)
     assert found.max_relative_difference < 1e-6
+    for name in (PUBLISHED_NAME, KOHYA):
+        told = metadata.AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
+        assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
+    downs = [tensor for key, tensor in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_A." in key]
+    assert {len(down) for down in downs} == {6 if options is RANKS else 4}
     words, text, latents = (torch.randn(s, generator=generator) for s in ((1, 7, 48), (1, 32), (1, 4, 8, 8)))
     added = {"text_embeds": text, "time_ids": torch.zeros(1, 6)}
     for file in found.files:
@@ -74,7 +91,9 @@ def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
     assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_down.weight"], down)
     assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_up.weight"], up)
     components["unet"].to(memory_format=torch.channels_last)
+    moslora.set_scale(components["unet"], 0.1)  # of the moment, which is not published
     published(components, tmp_path / "b")
+    assert next(iter(adapter_layers(components["unet"]).values())).scaling["default"] == pytest.approx(0.1 * 11 / 4)
     again = load_file(tmp_path / "b" / PUBLISHED_NAME)
     assert all(torch.equal(diffusers[key], again[key]) for key in diffusers)
     smaller = published(components, tmp_path, keep=0.9)
@@ -125,32 +144,17 @@ def test_files_of_the_first_steps_keep_their_bound(dtype, options, tmp_path):
     assert types == {dtype}
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"to_k": 2, "attn1.to_v": 6}, "alpha_pattern": {"to_q": 3}}]
-)
-def test_the_header_of_a_folded_file_says_alpha_equal_to_the_rank(options, tmp_path):
-    """Matrices of lower ranks are filled up with zeros."""
-    components, rank = live(**options), 6 if "rank_pattern" in options else 4
-    assert facts_of(components).alpha == 11
-    published(components, tmp_path)
-    for name in (PUBLISHED_NAME, KOHYA):
-        told = metadata.AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
-        assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
-    tensors = load_file(tmp_path / PUBLISHED_NAME)
-    assert {tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key} == {rank}
+FORMS = [{}, {"use_rslora": True, "rank_pattern": {"attn.to_k": 2}}, {"use_dora": True}]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True, "rank_pattern": {"attn.to_k": 2}}, {"use_dora": True}], ids=str
-)
+@pytest.mark.parametrize("options", FORMS, ids=str)
 @pytest.mark.parametrize("keep", [1.0, 0.8])
 def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_without_them(options, keep, tmp_path):
     """diffusers reads the settings, ComfyUI takes alpha to be the rank, and --lora_alpha is neither."""
     pipeline, components = tiny_pipeline("flux", tmp_path / "files"), {}
     for name, targets in (("transformer", ["attn.to_q", "attn.to_k"]), ("text_encoder", ["q_proj", "v_proj"])):
-        components[name] = inject(
-            getattr(pipeline, name), MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options)
-        )
+        config = MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options)
+        components[name] = inject(getattr(pipeline, name), config)
         shake(components[name])
     published(components, tmp_path, keep=keep)
     tensors, header = read_tensors(tmp_path / PUBLISHED_NAME)
@@ -165,18 +169,6 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
         assert torch.equal(proof.delta(layer, proof.STOCK), proof.delta(without[path], proof.STOCK))
     pipeline = tiny_pipeline("flux", tmp_path / "again")
     lora_file.check_fits(lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline, "flux")
-
-
-def test_the_scale_of_the_moment_is_not_published(tmp_path):
-    components = live()
-    wanted = published(components, tmp_path / "a")
-    moslora.set_scale(components["unet"], 0.1)
-    published(components, tmp_path / "b")
-    files = [load_file(tmp_path / f / PUBLISHED_NAME) for f in "ab"]
-    assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
-    assert wanted.max_relative_difference < 1e-6
-    layer = next(iter(adapter_layers(components["unet"]).values()))
-    assert layer.scaling["default"] == pytest.approx(0.1 * 11 / 4)
 
 
 DIFFERS = r"differs from the live adapter by \d"
@@ -195,7 +187,7 @@ def doubled(real, *arguments):
     return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
 
 
-KOHYA_ALPHA, SWAPPED = (kohya, "kohya_tensors", doubled), (published_file, "published_tensors", swapped)
+KOHYA_ALPHA, SWAPPED = (key_names, "kohya_tensors", doubled), (published_file, "published_tensors", swapped)
 SKIPPED = (moslora, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
 
@@ -268,12 +260,8 @@ def test_keep_publishes_smaller_files_that_are_proved_too_and_the_reduction_is_t
         assert error == pytest.approx(float(sizes[rank:].square().sum().sqrt()), rel=1e-3, abs=1e-4)
 
 
-COARSEST = {
-    torch.backends.cuda.matmul: "tf32",
-    torch.backends.cudnn.conv: "tf32",
-    torch.backends.mkldnn.matmul: "bf16",
-    torch.backends.mkldnn.conv: "bf16",
-}
+COARSEST = dict.fromkeys((torch.backends.cuda.matmul, torch.backends.cudnn.conv), "tf32")
+COARSEST |= dict.fromkeys((torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv), "bf16")
 
 
 def precisions() -> list[str]:
@@ -326,18 +314,13 @@ def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, 
     assert tuple(switch.allow_tf32 for switch in older_switches) == allowed and precisions() == before
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"mixer": "kaiming", "train_mixer": False, "use_rslora": True, "lora_dropout": 0.1},
-        {"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}},
-        {"mixer": "none"},
-        {"target_modules": CONVOLUTIONS, "mixer": "kaiming"},
-        {"target_modules": CONVOLUTIONS, "mixer": "none"},
-        {"mixer": "kronecker", "r": 8, "mixer_factor": 4},
-    ],
-)
+KEPT = [{}, {"mixer": "kaiming", "train_mixer": False, "use_rslora": True, "lora_dropout": 0.1}, {"mixer": "none"}]
+KEPT += [{"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}}]
+KEPT += [{"target_modules": CONVOLUTIONS, "mixer": kind} for kind in ("kaiming", "none")]
+KEPT += [{"mixer": "kronecker", "r": 8, "mixer_factor": 4}]
+
+
+@pytest.mark.parametrize("options", KEPT)
 def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options, tmp_path):
     components = live(with_text=not options, **options)
     save_raw(components, tmp_path / RAW_NAME, facts_of(components))
@@ -426,16 +409,10 @@ def raw(tmp_path_factory):
     return folder
 
 
-HOSTILE = {"rank 8": {"rank": 8}, "rank in words": {"rank": "four"}, "no scale": {"alpha": float("nan")}}
-HOSTILE |= {
-    "an endless scale": {"alpha": 10**400},
-    "alphas": {"alphas": {"unet.x": "y"}},
-    "no mixer": {"mixer": "none"},
-}
-HOSTILE |= {"mixer": {"mixer": ["orthogonal"]}, "dora": {"use_dora": True}, "trigger words": {"trigger_words": 5}}
-HOSTILE |= {"versions": {"versions": ["1"]}, "whole numbers": lambda t: t.int()}
-HOSTILE |= {"one row": lambda t: t[:1].clone(), "a vector": lambda t: t[:, 0].clone()}  # copy_ would repeat a row
-HOSTILE |= {"three dimensions": lambda t: t[None].clone(), "five dimensions": lambda t: t[:, None, None, None].clone()}
+HOSTILE = [{"rank": 8}, {"rank": "four"}, {"alpha": float("nan")}, {"alpha": 10**400}, {"alphas": {"unet.x": "y"}}]
+HOSTILE += [{"mixer": "none"}, {"mixer": ["orthogonal"]}, {"use_dora": True}, {"trigger_words": 5}, {"versions": ["1"]}]
+HOSTILE += [lambda t: t.int(), lambda t: t[None].clone(), lambda t: t[:, None, None, None].clone()]
+HOSTILE += [lambda t: t[:1].clone(), lambda t: t[:, 0].clone()]  # copy_ would repeat a row
 
 
 def with_facts(folder, path, tensors: dict | None = None, **facts):
@@ -445,7 +422,7 @@ def with_facts(folder, path, tensors: dict | None = None, **facts):
     return path
 
 
-@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("change", HOSTILE)
 def test_facts_that_do_not_go_with_the_tensors_are_refused(change, raw, tmp_path):
     tensors = load_file(raw / RAW_NAME)
     if not isinstance(change, dict):
@@ -501,3 +478,68 @@ def test_equal_files_have_equal_bytes_whatever_the_order_of_their_metadata(tmp_p
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     tensors, header = raw_file.read_tensors(tmp_path / "a")
     assert tensors["x"].tolist() == [0, 1, 2] and list(tensors) == ["x", "y"] and header["name 7"] == "ü\n"
+
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 32}
+WORDS = torch.arange(8)[None]
+PROGRAM = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    model = PeftModel.from_pretrained(base, f"{folder}/plain").eval()
+    torch.save(model(torch.arange(8)[None]).logits, f"{folder}/logits.pt")
+assert "dreambooth_moslora" not in sys.modules
+"""
+
+
+def save_adapter(folder: Path, mixer: str) -> torch.Tensor:
+    """Write `own`, an adapter that PEFT saves, and its `base`; returns the logits."""
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES))
+    model.save_pretrained(folder / "base")
+    kind = {"mixer": mixer, "mixer_factor": 2, "rank_pattern": {"q_proj": 2}, "task_type": "CAUSAL_LM"}
+    config = MoSLoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"], **kind)
+    adapted = shaken(model, config).eval()
+    adapted.save_pretrained(folder / "own")
+    with torch.no_grad():
+        return adapted(WORDS).logits
+
+
+def exported(source, *words) -> int:
+    return main(["export", str(source), "--out", str(source.parent / "plain"), *words])
+
+
+@pytest.mark.slow
+def test_plain_peft_computes_the_same_logits(tmp_path, capsys):
+    """In a program that does not import this package."""
+    wanted = {tmp_path / mixer: save_adapter(tmp_path / mixer, mixer) for mixer in ("orthogonal", "kronecker")}
+    for folder in wanted:
+        assert exported(folder / "own", "--for", "peft") == 0
+        assert "4 layers folded" in capsys.readouterr().out
+        settings = json.loads((folder / "plain" / "adapter_config.json").read_text())
+        assert settings.keys() <= LoraConfig().to_dict().keys()
+    subprocess.run([sys.executable, "-c", PROGRAM, *wanted], check=True, cwd=tmp_path)
+    assert all(torch.allclose(torch.load(folder / "logits.pt"), logits, atol=1e-5) for folder, logits in wanted.items())
+
+
+def test_what_peft_does_not_need_folded_is_refused_in_one_line(tmp_path, capsys):
+    save_adapter(tmp_path, "orthogonal")
+    folder = tmp_path / "own"
+
+    def refused(source, said, *words):
+        capsys.readouterr()  # transformers shows how it writes
+        assert exported(source, *words) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+    refused(folder, "is an adapter of PEFT: add --for peft")
+    refused(tmp_path / "base", "holds no adapter_config.json", "--for", "peft")
+    refused(folder, "--out", "--for", "peft", "--out", str(folder))
+    plain = get_peft_model(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **SIZES)), LoraConfig(r=2))
+    plain.save_pretrained(tmp_path / "lora")
+    refused(tmp_path / "lora", "is of the type 'LORA', which PEFT loads as it is", "--for", "peft")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    del tensors[next(key for key in tensors if key.endswith(".mixer"))]
+    save_file(tensors, folder / "adapter_model.safetensors")
+    refused(folder, "is not whole", "--for", "peft")

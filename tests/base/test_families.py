@@ -162,9 +162,8 @@ def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(made):
     pipe.register_modules(**dict.fromkeys(family.facts.encoders))
 
     def draw(rows: list[int]) -> Tensor:
-        words = family.with_negative(
-            family.arguments([texts[row] for row in rows]), family.arguments(empty * len(rows))
-        )
+        words = family.arguments([texts[row] for row in rows])
+        words = family.with_negative(words, family.arguments(empty * len(rows)))
         seeds = [torch.Generator().manual_seed(row) for row in rows]
         options = {family.facts.guidance_name: family.facts.guidance, "num_inference_steps": 2, "output_type": "pt"}
         return pipe(**words, generator=seeds, height=PX, width=PX, **options).images

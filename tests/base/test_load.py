@@ -1,5 +1,5 @@
 """The base model: names, loading, quantising, encoding and decoding. Damaged, foreign or half fetched ones: `--dry_run`
-and training refuse them in the same line. One that is a single file is the same model as its folder."""
+and training refuse them in the same line. One that is a single file, of any family, is the same model as its folder."""
 
 import copy
 import json
@@ -12,6 +12,7 @@ import pytest
 import torch
 from bitsandbytes import nn as bnb
 from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from peft import LoraConfig
 from peft.tuners.lora import bnb as peft_bnb
 from safetensors.torch import load_file, save, save_file
@@ -20,15 +21,17 @@ from torch import nn
 from dreambooth_moslora.adapters.moslora import inject
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.base.decode import load_vae_alone
-from dreambooth_moslora.base.files import base_folder, variant_here, variants_in, weight_files
+from dreambooth_moslora.base.files import base_folder, facts_of_base, variant_here, variants_in, weight_files
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan import checks, memory
+from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import noise_schedule
-from tests.helpers.single_file import save_single_file
+from tests.helpers.single_file import clip_layout, save_single_file, unet_layout, vae_layout
 from tests.helpers.tiny import embeds_of, pooled_of
+from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 KINDS = {"nf4": (bnb.Linear4bit, peft_bnb.Linear4bit), "int8": (bnb.Linear8bitLt, peft_bnb.Linear8bitLt)}
@@ -77,6 +80,10 @@ def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
         assert bool(found[0].any()) is not force_zeros
 
 
+def drawn(vae, latents):
+    return decode.pictures_of(decode.finite_or_black(decode.decode_pixels(vae, latents)))
+
+
 def test_latents_are_the_scaled_posterior_mean_and_decoding_undoes_the_scale(pipeline):
     """Statistics that the base publishes are used."""
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -88,7 +95,7 @@ def test_latents_are_the_scaled_posterior_mean_and_decoding_undoes_the_scale(pip
     vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
     assert torch.allclose(load.encode_image(vae, pixels), (latents / 0.5 - 1) / 2 * 0.5, atol=1e-6)
     latents = torch.randn(2, 4, 8, 8) * 0.5
-    pictures = decode.decode_image(pipeline.vae, latents)
+    pictures = drawn(pipeline.vae, latents)
     with torch.no_grad():
         truth = pipeline.image_processor.postprocess(pipeline.vae.decode(latents / 0.5).sample, output_type="np")
     assert [p.size for p in pictures] == [(64, 64)] * 2
@@ -99,8 +106,8 @@ def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
     """Its activations pass 65504, the largest fp16 number, but not the largest fp32 number. A broken one is refused. A
     picture that is not finite is said: the VAE is not to blame."""
     pixels, vae = torch.rand(1, 3, 64, 64), StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.half()
-    assert decode.decode_image(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
-    (picture,) = decode.decode_image(vae, torch.full((1, 4, 8, 8), float("nan")))
+    assert drawn(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
+    (picture,) = drawn(vae, torch.full((1, 4, 8, 8), float("nan")))
     assert picture.getextrema() == ((0, 0),) * 3 and "bf16, or no on Nvidia GPUs before" in caplog.text
     assert vae.dtype == torch.float16
     caplog.clear()
@@ -327,14 +334,14 @@ def test_it_is_the_same_model_as_the_folder(checkpoint, tiny_base):
         assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"target_modules": ("to_q", "conv9")}, "--target_modules conv9: the UNet has no such layer"),
-        ({"target_modules": ("to_q", "norm1")}, "--target_modules norm1: the UNet has no such layer"),
-        ({"target_modules": ("conv1",), "use_dora": True}, "--use_dora: .*conv1 is a convolution"),
-    ],
-)
+WRONG_LAYERS = [
+    ({"target_modules": ("to_q", "conv9")}, "--target_modules conv9: the UNet has no such layer"),
+    ({"target_modules": ("to_q", "norm1")}, "--target_modules norm1: the UNet has no such layer"),
+    ({"target_modules": ("conv1",), "use_dora": True}, "--use_dora: .*conv1 is a convolution"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), WRONG_LAYERS)
 def test_wrong_layers_are_told_before_class_images_are_drawn(changes, says, checkpoint, tmp_path):
     changes |= {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "prior": "class_images"}
     with pytest.raises(UserError, match=says):
@@ -374,3 +381,114 @@ ELSE = {
 def test_a_file_of_something_else_is_one_line(kind, checkpoint, tmp_path):
     with pytest.raises(UserError, match="odd"):
         load.load_pipeline(odd_copy(checkpoint, tmp_path, ELSE[kind](load_file(checkpoint))))
+
+
+Z_IMAGE = {
+    "all_final_layer.2-1.": "final_layer.",
+    "all_x_embedder.2-1.": "x_embedder.",
+    "attention.norm_": "attention.",
+    "attention.to_out.0": "attention.out",
+    "attention.q.": "attention.q_norm.",
+    "attention.k.": "attention.k_norm.",
+}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+PREFIX = "model.diffusion_model."
+
+
+def z_image_layout(state):
+    """The three projections of attention are one matrix."""
+    layout = {}
+    for name, value in state.items():
+        for ours, theirs in Z_IMAGE.items():
+            name = name.replace(ours, theirs)
+        if "attention.to_q." in name:
+            three = [state[name.replace("to_q", f"to_{one}")] for one in "qkv"]
+            layout[PREFIX + name.replace("to_q", "qkv")] = torch.cat(three)
+        elif not name.endswith(("to_k.weight", "to_v.weight")):
+            layout[PREFIX + name] = value
+    return layout
+
+
+def attention_name(name):
+    """Of a VAE's attention, as its authors call it."""
+    start, middle, rest = name.partition("mid_block.attentions.0.")
+    part, dot, kind = rest.rpartition(".")
+    return f"{start}mid.attn_1.{VAE_ATTENTION[part]}{dot}{kind}" if middle else name
+
+
+def sd1_layout(pipe):
+    vae = vae_layout(pipe.vae.state_dict())
+    parts = {
+        PREFIX: unet_layout(pipe.unet.state_dict(), pipe.unet.config.layers_per_block),
+        "first_stage_model.": {attention_name(name): value for name, value in vae.items()},
+        "cond_stage_model.transformer.text_model.": clip_layout(pipe.text_encoder.state_dict()),
+    }
+    return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
+
+
+LAYOUTS = {"z_image": lambda pipe: z_image_layout(pipe.transformer.state_dict()), "sd1": sd1_layout}
+
+
+@pytest.fixture(params=LAYOUTS)
+def family_file(request, tmp_path):
+    """The family's facts, its base as a folder, and as a file with the folder's other parts beside it."""
+    pipe = tiny_pipeline(request.param, tmp_path / "files")
+    pipe.save_pretrained(tmp_path / "folder")
+    tensors = {name: value.clone().contiguous() for name, value in LAYOUTS[request.param](pipe).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    facts = next(facts for facts in FAMILIES if facts.name == request.param)
+    own = (facts.denoiser,) if facts.style == "flow" else (facts.denoiser, "vae", "text_encoder")
+
+    def others(folder, names):
+        return [name for name in names if name.endswith(".safetensors") and any(f"/{part}" in folder for part in own)]
+
+    shutil.copytree(tmp_path / "folder", tmp_path / "model", ignore=others)
+    return facts, tmp_path / "folder", tmp_path / "model.safetensors"
+
+
+@pytest.mark.slow
+def test_a_file_is_the_same_model_as_its_folder_and_trains(family_file, tmp_path):
+    facts, folder, file = family_file
+    assert facts_of_base(file) is facts
+    ours, truth = (getattr(load.load_pipeline(base), facts.denoiser).state_dict() for base in (file, folder))
+    assert ours.keys() == truth.keys() and all(torch.equal(ours[name], truth[name]) for name in truth)
+    found, photos = [], paint_photos(tmp_path / "photos")
+    for base in (folder, file):
+        out = tmp_path / base.stem / "run"
+        train(tiny_config(base, photos, out, target_modules=("to_q", "to_k", "to_v", "to_out.0"), max_train_steps=1))
+        found.append(load_file(out / "pytorch_lora_weights.safetensors"))
+    torch.testing.assert_close(*found, rtol=0, atol=5e-5)
+
+
+def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_familys_name(family_file):
+    facts, _, file = family_file
+    shutil.rmtree(file.with_suffix(""))
+    assert facts_of_base(file) is facts and memory.size_of_base(None, (), name=str(file)).family is facts
+    rest = "configs that belong to them could not be fetched"
+    with pytest.raises(UserError, match=rest if facts.style == "ddpm" else "holds Z-Image's transformer alone"):
+        load.load_pipeline(file)
+
+
+FOUND = {
+    "sd3": {"sd35_large": ["joint_blocks.37.x_block.mlp.fc1.weight"]},
+    "flux": {
+        "flux-dev": ["double_blocks.0.img_attn.norm.key_norm.scale", "guidance_in.in_layer.bias", "img_in.weight"]
+    },
+    "flux2": {"flux-2-dev": ["double_blocks.0.img_attn.norm.key_norm.scale"]},
+    "z_image": {"z-image-turbo": ["cap_embedder.0.weight"]},
+    "krea2": {"krea2": []},
+    "lumina2": {"lumina2": ["cap_embedder.0.weight"]},
+    "sana": {"sana": []},
+}
+"""Family -> diffusers' word for it, and what else such a file has."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_the_mark_of_a_family_is_found_as_diffusers_finds_it(name, tmp_path):
+    facts = next(facts for facts in FAMILIES if facts.name == name)
+    ((word, others),) = FOUND[name].items()
+    for prefix in ("", PREFIX):
+        tensors = {prefix + key: torch.zeros(64, 64) for key in (facts.file_mark, *others)}
+        save_file(tensors, tmp_path / "one.safetensors")
+        assert facts_of_base(tmp_path / "one.safetensors") is facts
+        assert infer_diffusers_model_type(tensors) == word or (prefix and name in ("flux", "sana"))

@@ -24,8 +24,7 @@ PROMPT = "a photo of a sks dog"
 
 def captioner(words: str = "on grass", asked: list | None = None) -> captions.Captioner:
     """Says the same of every picture, and counts."""
-    asked = [] if asked is None else asked
-    return captions.Captioner("same", "dog", lambda image: asked.append(image.size) or words)
+    return captions.Captioner("same", "dog", lambda image: (asked is not None and asked.append(image.size)) or words)
 
 
 def photos_in(folder: Path):
@@ -62,24 +61,17 @@ def test_captions_go_beside_photos_that_have_none_and_a_persons_own_stay(folder,
     assert (folder / "a.txt").read_text().endswith("seen from behind")
 
 
-@pytest.mark.parametrize(
-    ("names", "words", "remark"),
-    [
-        (("a.jpg", "a.png", "b.jpg"), "on grass", "rename one of them"),
-        # 255 bytes, the most there are: a temporary's name beside it would be longer
-        (("a" * 251 + ".jpg", "b.jpg"), "on grass", "too long"),
-        (("a.jpg",), "", ""),
-    ],
-)
-def test_photos_that_would_share_a_caption_get_none(names, words, remark, tmp_path):
+def test_photos_that_would_share_a_caption_get_none(tmp_path):
     """One whose name leaves no room costs the others nothing; a silent model leaves a photo as it is."""
-    for name in names:
+    longest = "c" * 251 + ".jpg"  # 255 bytes, the most there are: a temporary's name beside it would be longer
+    for name in ("a.jpg", "a.png", "b.jpg", longest):
         picture().save(tmp_path / name)
-    made = list(captions.make_beside(photos_in(tmp_path), captioner(words), PROMPT))
-    assert remark in made[0].remark
-    assert [found.caption is None for found in made] == [name != "b.jpg" for name in names]
+    assert written(tmp_path, "") == [None] * 4
+    made = list(captions.make_beside(photos_in(tmp_path), captioner(), PROMPT))
+    assert [found.caption is None for found in made] == [True, True, False, True]
+    assert "rename one of them" in made[0].remark and "too long" in made[3].remark
     texts = [path.name for path in tmp_path.iterdir() if path.suffix == ".txt" and not path.name.startswith(".")]
-    assert texts == (["b.txt"] if "b.jpg" in names else [])
+    assert texts == ["b.txt"]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
@@ -93,26 +85,22 @@ def test_a_pipe_in_the_folder_is_no_caption_and_is_not_waited_for(folder):
     assert written(folder) == [None] * 5
 
 
-def keep_bare(folder, path: Path, asked: list, prompt: str = PROMPT) -> int:
-    """Captions kept for photos without one; how many were asked for."""
-    asked.clear()
-    for photo in photos_in(folder):
-        if not photo.is_captioned:
-            captions.keep(path, captions.make_for_run(photo, captioner(asked=asked), prompt, path), prompt)
-    return len(asked)
-
-
 def test_kept_captions_are_made_once_for_each_photo_model_and_words(folder, tmp_path):
-    kept, asked = tmp_path / "run" / "captions.json", []
-    assert [keep_bare(folder, kept, asked, prompt) for prompt in (PROMPT, PROMPT, "a sks cat")] == [2, 0, 2]
+    """A run sees them in place of the prompt, with prefix and suffix."""
+    run, kept = tmp_path / "run", tmp_path / "run" / "captions.json"
+
+    def asked(prompt: str = PROMPT) -> int:
+        """Captions kept for photos without one; how many were asked for."""
+        asked = []
+        for photo in photos_in(folder):
+            if not photo.is_captioned:
+                captions.keep(kept, captions.make_for_run(photo, captioner(asked=asked), prompt, kept), prompt)
+        return len(asked)
+
+    assert [asked(prompt) for prompt in (PROMPT, PROMPT, "a sks cat")] == [2, 0, 2]
     kept.write_text("{broken")
-    assert keep_bare(folder, kept, asked) == 2
-
-
-def test_a_run_sees_kept_captions_in_place_of_the_prompt_with_prefix_and_suffix(folder, tmp_path):
-    run = tmp_path / "run"
+    assert asked() == 2
     settings = {"instance_data_dir": str(folder), "output_dir": str(run), "instance_prompt": PROMPT, "resolution": 64}
-    keep_bare(folder, run / "captions.json", [])
     auto = photo_report(TrainConfig(**settings, captions="auto", caption_suffix=", sharp")).photos
     made, own = f"{PROMPT} on grass, sharp", ["my own words, sharp", PROMPT]
     assert [photo.captions[0] for photo in auto] == [made, *own, made, "mine, sharp"]
@@ -155,20 +143,20 @@ def test_on_a_gpu_the_model_is_loaded_in_the_half_precision_that_the_gpu_has(
     assert moved == [(dtype, device)] and all(letter.isprintable() for letter in said)
 
 
-@pytest.mark.parametrize(
-    ("answer", "surroundings"),
-    [
-        (" lying on a beach at sunset, seen from above.\nIt is brown.", "lying on a beach at sunset, seen from above"),
-        (", in a kitchen. The dog is small", "in a kitchen"),
-        (' "on 3.5 m of grass"', "on 3.5 m of grass"),
-        ("\x1b[31m on\x00 snow", "[31m on snow"),
-        (" . ", ""),
-        ("", ""),
-        ("on " * 50, " ".join(["on"] * 30)),
-    ],
-)
-def test_an_answer_becomes_one_phrase(answer, surroundings):
-    assert captions.surroundings_in(answer) == surroundings
+ANSWERS = {
+    " lying on a beach at sunset, seen from above.\nIt is brown.": "lying on a beach at sunset, seen from above",
+    ", in a kitchen. The dog is small": "in a kitchen",
+    ' "on 3.5 m of grass"': "on 3.5 m of grass",
+    "\x1b[31m on\x00 snow": "[31m on snow",
+    " . ": "",
+    "": "",
+    "on " * 50: " ".join(["on"] * 30),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_answer_becomes_one_phrase(answer):
+    assert captions.surroundings_in(answer) == ANSWERS[answer]
 
 
 def test_an_absent_model_and_a_foreign_one_are_one_line(chat_model, tmp_path):

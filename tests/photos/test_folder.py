@@ -1,7 +1,9 @@
-"""Photos of every kind, good and bad: each gets its verdict, none ends the program, and pixels come out right."""
+"""Photos of every kind, good and bad: each gets its verdict, none ends the program, and pixels come out right. Their
+crops: inside the photo, drawn evenly, equal to resizing first."""
 
 import json
 import os
+import random
 import socket
 import struct
 from pathlib import Path
@@ -9,12 +11,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from diffusers.training_utils import find_nearest_bucket, parse_buckets_string
 from PIL import Image, ImageFilter
 
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, image_bytes, log_strays, photo_report
-from dreambooth_moslora.photos.photo_file import Photo, open_rgb, quoted
+from dreambooth_moslora.photos.photo_file import CropPlan, CropRule, Photo, apply_crop, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
 from tests.helpers.tiny_training import paint_photos
@@ -130,7 +134,7 @@ def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(na
     (tmp_path / "metadata.jsonl").write_bytes("\n".join(metadata).encode())
     report = find_photos(tmp_path, PROMPT, 64)
     assert [tuple(dict.fromkeys(photo.captions)) for photo in report.photos] == captions
-    assert quoted(report.photos[0]) == " ".join(f"“{text}”" for text in captions[0])
+    assert photo_file.quoted(report.photos[0]) == " ".join(f"“{text}”" for text in captions[0])
     assert [item.path.name for item in report.skipped] == list(complaints)
     assert all(item.reason.startswith(complaints[item.path.name]) for item in report.skipped)
 
@@ -165,29 +169,20 @@ def test_what_has_no_end_in_a_photos_place_is_not_read(put, tmp_path):
             read(photo)
 
 
-def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
-    def scene(seed):
-        tiles = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+def test_blurred_nearly_equal_dark_and_burnt_out_photos_are_named_and_others_are_not(tmp_path):
+    def scene(seed: int, light: float = 1.0) -> Image.Image:
+        tiles = np.random.default_rng(seed).integers(40, 255, (6, 6, 3))
+        tiles = (tiles * light).clip(0, 255).astype(np.uint8)
         return Image.fromarray(tiles).resize((300, 300), Image.Resampling.NEAREST)
 
-    first, second = scene(1), scene(2)
-    first.save(tmp_path / "a.png")
-    first.crop((4, 4, 296, 298)).save(tmp_path / "b.png")
-    second.save(tmp_path / "c.png")
-    scene(3).filter(ImageFilter.GaussianBlur(5)).save(tmp_path / "d.png")
-    verdicts = {p.path.name: "; ".join(p.reasons) for p in examine(find_photos(tmp_path, PROMPT, 64)).photos}
-    assert verdicts["a.png"] == verdicts["c.png"] == ""
-    assert verdicts["b.png"] == "near-duplicate of a.png"
-    assert verdicts["d.png"].startswith("blurred")
-
-
-def test_photos_that_are_too_dark_or_burnt_out_are_named(tmp_path):
-    scene = np.random.default_rng(1).integers(40, 255, (64, 64, 3)).repeat(8, 0).repeat(8, 1)
-    for name, light in (("good", 1.0), ("dark", 0.08), ("bright", 6.0)):
-        Image.fromarray((scene * light).clip(0, 255).astype(np.uint8)).save(tmp_path / f"{name}.png")
-    found = {p.path.stem: p.reasons[0] if p.reasons else "" for p in examine(find_photos(tmp_path, PROMPT, 64)).photos}
-    assert found["dark"].startswith("too dark: nothing in it is brighter than 8%")
-    assert found["bright"].startswith("overexposed: ") and found["good"] == ""
+    photos = {"a": scene(1), "b": scene(1).crop((4, 4, 296, 298)), "c": scene(2)}
+    photos |= {"d": scene(3).filter(ImageFilter.GaussianBlur(5)), "e": scene(4, light=0.08), "f": scene(5, light=6.0)}
+    for name, photo in photos.items():
+        photo.save(tmp_path / f"{name}.png")
+    verdicts = {p.path.stem: "; ".join(p.reasons) for p in examine(find_photos(tmp_path, PROMPT, 64)).photos}
+    assert verdicts["a"] == verdicts["c"] == "" and verdicts["b"] == "near-duplicate of a.png"
+    assert verdicts["d"].startswith("blurred") and verdicts["f"].startswith("overexposed: ")
+    assert verdicts["e"].startswith("too dark: nothing in it is brighter than 8%")
 
 
 def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
@@ -220,29 +215,24 @@ def test_files_that_are_not_used_are_said_in_one_line(tmp_path, caplog):
 
 
 def test_a_local_data_set_is_read_with_its_captions(tmp_path):
-    source = tmp_path / "data"
-    source.mkdir()
-    picture().save(source / "one.png")
-    picture().rotate(90).save(source / "two.png")
-    rows = [{"file_name": "one.png", "words": "first"}, {"file_name": "two.png", "words": "second"}]
+    source = paint_photos(tmp_path / "data", 2)
+    rows = [{"file_name": "0.png", "words": "first"}, {"file_name": "1.png", "words": "second"}]
     (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = TrainConfig(dataset_name=source, caption_column="words", cache_dir=tmp_path / "cache", resolution=64)
     photos = photo_report(config).photos
     assert sorted(photo.captions for photo in photos) == [("first",), ("second",)]
-    assert {photo.path.read_bytes() for photo in photos} == {(source / n).read_bytes() for n in ("one.png", "two.png")}
+    assert {photo.path.read_bytes() for photo in photos} == {path.read_bytes() for path in source.glob("*.png")}
     assert image_bytes({"bytes": b"", "path": None}, []) == b"", "an empty cell"
     with pytest.raises(UserError, match=r"--caption_column word: .* Did you mean words\?"):
         photo_report(TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("named", ["absent", "nul\0"])
-def test_a_data_set_that_names_no_file_is_refused(named, tmp_path):
-    with pytest.raises(UserError, match=r"is not a file of the data set"):
-        image_bytes({"bytes": None, "path": str(tmp_path / named)}, [tmp_path])
-
-
 @pytest.mark.parametrize("named", ["{outside}/secret.png", "../secret.png", "linked.png"])
 def test_a_data_set_that_names_a_file_outside_itself_is_refused(named, tmp_path):
+    """Or none."""
+    for none in ("absent", "nul\0"):
+        with pytest.raises(UserError, match=r"is not a file of the data set"):
+            image_bytes({"bytes": None, "path": str(tmp_path / none)}, [tmp_path])
     source = tmp_path / "data"
     source.mkdir()
     picture().save(tmp_path / "secret.png")
@@ -266,10 +256,9 @@ def test_a_soft_large_photo_is_sharp_enough_for_a_small_training(subject):
 
 @pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="a file that gives an input/output error")
 def test_a_photo_that_the_disk_does_not_give_is_not_left_out_but_ends_the_run(tmp_path):
-    folder = paint_photos(tmp_path / "photos", 2)
-    (folder / "z.png").symlink_to("/proc/self/mem")
+    (paint_photos(tmp_path, 2) / "z.png").symlink_to("/proc/self/mem")
     with pytest.raises(OSError, match="Input/output error"):
-        find_photos(folder, "a photo of sks dog", 64)
+        find_photos(tmp_path, PROMPT, 64)
 
 
 def test_photos_are_left_out_by_name(tmp_path):
@@ -285,3 +274,69 @@ def test_photos_are_left_out_by_name(tmp_path):
         without("7.png")
     with pytest.raises(UserError, match="--leave_out leaves no photo"):
         without("0.png", "1.png", "2.png")
+
+
+def smooth(size_px, seed=0):
+    height, width = size_px
+    small = np.random.default_rng(seed).integers(0, 255, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def drawn(size_px, count: int = 400, seed: int = 0, **options) -> list[CropPlan]:
+    return [CropRule(32, **options).plan(size_px, random.Random(seed + n)) for n in range(count)]
+
+
+@pytest.mark.parametrize("size_px", [(64, 64), (100, 333), (333, 100), (65, 64), (5000, 31)])
+def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
+    """A flip changes nothing else."""
+    resized = photo_file.resized_size(size_px, (32, 32))
+    assert min(resized) == 32
+    plans = drawn(size_px, random_flip=True)
+    corners = [plan.crop_top_left for plan in plans]
+    assert corners == [plan.crop_top_left for plan in drawn(size_px)]
+    for side, starts in zip(resized, zip(*corners), strict=True):
+        assert min(starts) <= (side - 32) * 0.02 and (side - 32) * 0.98 - 1 <= max(starts) <= side - 32
+    assert 100 < sum(p.flip for p in plans) < 300
+    assert drawn((96, 64), 1, center_crop=True)[0].crop_top_left == (8, 0)
+
+
+def test_given_sizes_are_those_of_the_crops_each_the_one_that_diffusers_chooses():
+    text = "1024,1024; 768,1360;1360,768;880,1168;1168,880;1248,832;832,1248"
+    config = TrainConfig(aspect_ratio_buckets=text)
+    assert (config.enable_bucket, config.resolution) == (True, 1024)
+    rule, sizes, rng = photo_file.crop_rule(config), parse_buckets_string(text), random.Random(0)
+    for size_px in [(rng.randint(300, 4000), rng.randint(300, 4000)) for _ in range(200)] + [(1000, 1000)]:
+        assert rule.plan(size_px, rng).target_size == sizes[find_nearest_bucket(*size_px, sizes)]
+
+
+@pytest.mark.parametrize("text", ["1024", "1024,1024;", "1024x768", "1024,100", "0,8", "8,8;a,b"])
+def test_sizes_that_are_none_are_refused(text):
+    with pytest.raises(UserError, match="expected heights and widths in px, multiples of 8, such as"):
+        TrainConfig(aspect_ratio_buckets=text)
+
+
+def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():
+    plans = drawn((128, 128), zoom=1.5)
+    sides = [side for plan in plans for side in plan.resized]
+    assert min(sides) == 32 and max(sides) == 48 and 38 < sum(sides) / len(sides) < 42
+    assert all(0 <= edge <= plan.resized[0] - 32 for plan in plans for edge in plan.crop_top_left)
+    assert len({plan.crop_top_left for plan in plans}) > 50, "a square photo gives crops that differ"
+    assert all(32 <= plan.resized[0] <= 40 for plan in drawn((40, 40), 50, zoom=4))
+    assert drawn((20, 20), 1, zoom=2)[0].resized == (32, 32)
+
+
+@pytest.mark.parametrize("name", photo_file.FILTERS)
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_is_what_resizing_everything_first_gives(name, flip):
+    """But for the edge, where a filter sees more of the photo."""
+    photo, plan = smooth((300, 200)), CropPlan((300, 200), (75, 50), (11, 4), (50, 40), flip)
+    whole = photo.resize(tuple(reversed(photo_file.resized_size((300, 200), (50, 50)))), photo_file.FILTERS[name])
+    whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else whole
+    cuts = [np.asarray(image, dtype=int) for image in (apply_crop(photo, plan, name), whole.crop((4, 11, 44, 61)))]
+    assert np.abs(cuts[0] - cuts[1])[3:-3, 3:-3].max() <= 1
+
+
+def test_a_mask_of_another_scale_is_cut_at_the_same_place():
+    photo, plan = smooth((300, 200)), CropRule(40).plan((300, 200), random.Random(1))
+    cuts = [np.asarray(apply_crop(image, plan), dtype=int) for image in (photo, photo.resize((100, 150)))]
+    assert np.abs(cuts[0] - cuts[1]).mean() < 4

@@ -31,10 +31,10 @@ def test_what_is_transparent_becomes_white_and_is_not_learnt(tmp_path):
     assert open_mask(photo) is None and "transparent: on white" in photo.reasons
 
 
-def paint(folder: Path, *names: str, size_px=None) -> Path:
+def paint(folder: Path, *names: str, **size) -> Path:
     folder.mkdir(exist_ok=True)
     for name in names:
-        (picture(size_px=size_px) if size_px else picture()).save(folder / name)
+        picture(**size).save(folder / name)
     return folder
 
 
@@ -47,8 +47,7 @@ def grey(size=(128, 96), ground: int = 0, *boxes: tuple, white: int = 255) -> Im
 
 @pytest.mark.parametrize("name, white", [("a.mask.png", 1), ("a.mask.tif", 255), ("a.mask.jpg", 130)])
 def test_a_mask_may_be_of_any_format_and_dim(tmp_path, name, white):
-    Image.new("RGB", (128, 96), "green").save(tmp_path / "a.jpg")
-    grey((128, 96), 0, (0, 0, 64, 96), white=white).save(tmp_path / name)
+    grey((128, 96), 0, (0, 0, 64, 96), white=white).save(paint(tmp_path, "a.jpg") / name)
     (photo,) = photos_in(tmp_path)
     found = open_mask(photo)
     assert found.getpixel((9, 9)) > 250 and found.getpixel((120, 9)) < 5
@@ -67,16 +66,15 @@ def test_a_mask_beside_the_photo_is_used_and_one_of_another_shape_is_refused(tmp
 
 def half(word: str = "dog") -> masks.Segmenter:
     """Finds the left half of everything, and counts."""
-    asked = []
 
     def probabilities(image: Image.Image) -> torch.Tensor:
-        asked.append(image.size)
+        segmenter.asked.append(image.size)
         found = torch.zeros(image.height, image.width)
         found[:, : image.width // 2] = 0.9 if word != "nothing" else 0.0
         return found
 
     segmenter = masks.Segmenter("half", word, probabilities)
-    object.__setattr__(segmenter, "asked", asked)
+    object.__setattr__(segmenter, "asked", [])
     return segmenter
 
 
@@ -85,29 +83,23 @@ def photos_in(folder: Path):
 
 
 def test_masks_go_beside_photos_that_have_none_and_a_persons_own_stay(tmp_path):
-    paint(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    """Photos that would share one get none; one that is turned by EXIF gets an upright one."""
+    paint(tmp_path, "a.jpg", "b.jpg", "c.jpg", "e.jpg", "e.png")
     transparent(tmp_path / "d.png")
     grey(ground=255).save(tmp_path / "b.mask.png")
     grey((96, 96), 255).save(tmp_path / "c.mask.png")  # of no use
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    made = list(masks.make_beside(photos_in(tmp_path), half()))
-    assert [mask.path and mask.path.name for mask in made] == ["a.mask.png", None, None, None]
-    assert ["kept" in mask.remark for mask in made] == [False, True, True, True]
-    assert all(path.read_bytes() == content for path, content in before.items())
-    mask = np.asarray(open_mask(photos_in(tmp_path)[0]))
-    assert mask.shape == (96, 128) and (mask[:, :64] == 255).all() and (mask[:, 64:] == 0).all()
-
-
-def test_photos_that_would_share_a_mask_get_none(tmp_path):
-    """One that is turned by EXIF gets an upright mask."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    paint(tmp_path, "a.jpg", "a.png")
-    picture().save(tmp_path / "b.jpg", exif=exif)
+    picture().save(tmp_path / "f.jpg", exif=exif)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     made = list(masks.make_beside(photos_in(tmp_path), half()))
-    assert [mask.path and mask.path.name for mask in made] == [None, None, "b.mask.png"]
-    assert [mask.remark for mask in made[:2]] == ["another photo has the name a too: rename one of them"] * 2
-    *_, turned = photos_in(tmp_path)
+    assert [mask.path and mask.path.name for mask in made] == ["a.mask.png", *[None] * 5, "f.mask.png"]
+    assert ["kept" in mask.remark for mask in made] == [False, True, True, True, False, False, False]
+    assert [mask.remark for mask in made[4:6]] == ["another photo has the name e too: rename one of them"] * 2
+    assert all(path.read_bytes() == content for path, content in before.items())
+    first, *_, turned = photos_in(tmp_path)
+    mask = np.asarray(open_mask(first))
+    assert mask.shape == (96, 128) and (mask[:, :64] == 255).all() and (mask[:, 64:] == 0).all()
     assert turned.size_px == (128, 96) and open_mask(turned).size == (96, 128)
 
 
@@ -141,23 +133,19 @@ def test_a_subject_that_is_not_found_gets_no_mask_and_loses_that_of_another_word
     assert with_kept_masks(photos, kept) == photos
 
 
-def mask_of(*boxes: tuple[int, int, int, int]) -> Image.Image:
-    return grey((256, 192), 0, *boxes)
+LOOKS = [
+    ([(40, 40, 200, 150)], ""),
+    ([(40, 40, 200, 150), (2, 2, 5, 5)], ""),
+    ([(40, 40, 80, 150), (120, 40, 200, 150)], ""),
+    ([(100, 100, 110, 110)], "nearly empty: 0.2% of the photo"),
+    ([(0, 0, 256, 190)], "nearly the whole picture: 99%"),
+    ([(x, 20, x + 30, 60) for x in (10, 60, 110, 160)], "in 4 pieces"),
+]
 
 
-@pytest.mark.parametrize(
-    ("mask", "says"),
-    [
-        (mask_of((40, 40, 200, 150)), ""),
-        (mask_of((40, 40, 200, 150), (2, 2, 5, 5)), ""),
-        (mask_of((40, 40, 80, 150), (120, 40, 200, 150)), ""),
-        (mask_of((100, 100, 110, 110)), "nearly empty: 0.2% of the photo"),
-        (mask_of((0, 0, 256, 190)), "nearly the whole picture: 99%"),
-        (mask_of(*((x, 20, x + 30, 60) for x in (10, 60, 110, 160))), "in 4 pieces"),
-    ],
-)
-def test_what_looks_wrong_is_said(mask, says):
-    warning = masks.quality_warning(mask)
+@pytest.mark.parametrize(("boxes", "says"), LOOKS)
+def test_what_looks_wrong_is_said(boxes, says):
+    warning = masks.quality_warning(grey((256, 192), 0, *boxes))
     assert warning.startswith(says) and bool(warning) == bool(says)
 
 
@@ -171,14 +159,10 @@ def config_of(**settings) -> TrainConfig:
 
 
 def test_clipseg_is_asked_for_the_class_word_or_for_the_prompt(clipseg):
-    image = picture()
-    seen = {}
-    for word in ("dog", "cat"):
-        found = masks.load_segmenter(config_of(mask_model=clipseg, mask_prompt=word)).probabilities(image)
-        assert found.shape == (image.height, image.width) and found.dtype == torch.float32
-        seen[word] = found
-    dog = masks.load_segmenter(config_of(mask_model=clipseg)).probabilities(image)
-    assert torch.equal(dog, seen["dog"]) and not torch.equal(dog, seen["cat"])
+    image, settings = picture(), ({"mask_prompt": "dog"}, {"mask_prompt": "cat"}, {})
+    seen = [masks.load_segmenter(config_of(mask_model=clipseg, **one)).probabilities(image) for one in settings]
+    assert all(found.shape == (image.height, image.width) and found.dtype == torch.float32 for found in seen)
+    assert torch.equal(seen[2], seen[0]) and not torch.equal(seen[2], seen[1])
 
 
 @pytest.mark.parametrize(("peak", "share"), [(0.1, 0.0), (0.3, 0.5), (0.99, 0.5)])
