@@ -47,8 +47,7 @@ LISTS = {
     "a.jsonl": '{"folder": "pets/rex", "token": "ohwx", "class": "dog", "name": "best boy", "max_train_steps": 7}\n\n'
     '{"folder": "pets/tom"}\n',
     "a.toml": '[[subjects]]\nfolder = "pets/rex"\ntoken = "ohwx"\nclass = "dog"\nname = "best boy"\n'
-    "max-train-steps = 7\n"
-    '[[subjects]]\nfolder = "pets/tom"\n',
+    'max-train-steps = 7\n[[subjects]]\nfolder = "pets/tom"\n',
 }
 
 
@@ -111,18 +110,13 @@ def test_what_a_fleet_says_itself_is_refused(pets):
             read(pets, **{setting: "x"})
 
 
-def finish(subject) -> None:
-    run_dir = Path("out") / subject.name
-    run_dir.mkdir(parents=True)
-    (run_dir / PUBLISHED_NAME).write_bytes(b"adapter")
-    write_record(run_dir, Record("done", mark_of(subject.settings)))
-
-
 def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_not_in_another_place(pets):
     rex, tom = read(pets)
-    finish(rex)
+    (adapter := Path("out") / "rex" / PUBLISHED_NAME).parent.mkdir(parents=True)
+    adapter.write_bytes(b"adapter")
+    write_record(adapter.parent, Record("done", mark_of(rex.settings)))
     assert [subject.name for subject, _ in missing(Path("out"), [rex, tom])] == ["tom"]
-    (adapter := Path("out") / "rex" / PUBLISHED_NAME).unlink()
+    adapter.unlink()
     assert len(missing(Path("out"), [rex, tom])) == 2
     adapter.write_bytes(b"adapter")
 
@@ -132,8 +126,8 @@ def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_n
     assert not is_missing() and is_missing(seed=5)
     Path("moved").mkdir()
     (pets / "rex").rename("moved/rex")
-    assert [s.name for s, _ in missing(Path("out"), read("moved"))] == []
-    (Path("moved/rex") / "1.png").write_bytes(b"another photo")
+    assert missing(Path("out"), read("moved")) == []
+    Path("moved/rex/1.png").write_bytes(b"another photo")
     assert [s.name for s, _ in missing(Path("out"), read("moved"))] == ["rex"]
 
 
@@ -193,24 +187,18 @@ def test_the_page_shows_no_path_and_no_markup_of_others(fleet):
     assert html.index("&lt;b&gt;bad") < html.index("copied") < html.index("unlike") < html.index("0.800")
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("no photo in /home/me/our pets/rex: it is empty", "no photo in rex: it is empty"),
+def test_paths_lose_all_but_their_last_part(tmp_path):
+    for text, shown in (
         (r"C:\Users\me\rex (unreadable)", "rex (unreadable)"),
         ("stabilityai/sdxl is not here; use it and/or 1/2", "stabilityai/sdxl is not here; use it and/or 1/2"),
-    ],
-)
-def test_paths_lose_all_but_their_last_part(text, shown, tmp_path):
-    assert records.without_paths(text, tmp_path) == shown
+    ):
+        assert records.without_paths(text, tmp_path) == shown
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"state": 3}', '{"state": "done", "more": 1}', '{"state": "done", "starts": "x"}']
-)
-def test_a_damaged_record_is_none(text, tmp_path):
-    (tmp_path / "fleet.json").write_text(text)
-    assert read_record(tmp_path) is None
+def test_a_damaged_record_is_none(tmp_path):
+    for text in ("", "{", "[]", '{"state": 3}', '{"state": "done", "more": 1}', '{"state": "done", "starts": "x"}'):
+        (tmp_path / "fleet.json").write_text(text)
+        assert read_record(tmp_path) is None, text
 
 
 @pytest.mark.parametrize(
