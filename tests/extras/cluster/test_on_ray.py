@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
 from dreambooth_moslora.core import UserError
@@ -18,11 +17,11 @@ from dreambooth_moslora.extras.cluster.on_ray import EMBEDDED, Lost, Task, conne
 from dreambooth_moslora.extras.cluster.records import read_record, stop_path
 from dreambooth_moslora.extras.cluster.subjects import PLACES, Subject, read_subjects
 from dreambooth_moslora.extras.lab.study import Protocol, Study, StudySubject
+from tests.extras.cluster.test_s3 import trainings_of, worker_of
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra("ray")]
-GUARDED = "dreambooth_moslora.extras.cluster.worker"
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +50,9 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
 
 def kill_a_worker(out: Path) -> None:
     """The first that trains, as a lost machine would go; its training is left an orphan."""
-    while True:
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if GUARDED in words and words[-1].startswith((str(out / "rex"), str(out / "tom"))):
-                psutil.Process(int(words[words.index(GUARDED) + 1])).kill()
-                return
+    while not (found := trainings_of(out / "rex") + trainings_of(out / "tom")):
         time.sleep(0.05)
+    worker_of(found[0]).kill()
 
 
 def subjects_of(base: Path, home: Path, counts: dict[str, int], **changes) -> list[Subject]:

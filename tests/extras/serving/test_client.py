@@ -13,15 +13,13 @@ import pytest
 import uvicorn
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.extras.serving.catalogue import open_catalogue
-from dreambooth_moslora.extras.serving.drawer import Drawer
-from dreambooth_moslora.extras.serving.front import Access, Front, build_front
+from dreambooth_moslora.extras.serving.front import Access, build_front
 from dreambooth_moslora.generation.grids import generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.remote import RemotePipeline, Service
 from dreambooth_moslora.ui.app import add_arguments, context_of
 from dreambooth_moslora.ui.generate_values import GenerateForm, compare, make_pictures
-from tests.extras.serving.conftest import TOKEN
+from tests.extras.serving.conftest import TOKEN, shop_of
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 needs_counts = pytest.mark.extra("prometheus_client")
@@ -30,13 +28,7 @@ needs_counts = pytest.mark.extra("prometheus_client")
 @pytest.fixture(scope="module")
 def place(base, shelf):
     """The service without Ray on a port of the loopback: its address and the folder of its adapters."""
-    catalogue = open_catalogue([str(shelf)])
-    drawer = Drawer(base, catalogue)
-
-    async def facts() -> dict:
-        return {"base": base.base_name, "resolution_px": base.resolution_px}
-
-    front = Front(drawer.draw, facts, catalogue, Access([TOKEN]), 8, 60.0)
+    front, _ = shop_of(base, shelf, access=Access([TOKEN]))
     server = uvicorn.Server(uvicorn.Config(build_front(front), port=0, log_level="error"))
     sock = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])))
