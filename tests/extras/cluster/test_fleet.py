@@ -118,22 +118,23 @@ def test_subjects_of_one_shape_are_put_together_and_spread_over_the_machines_and
     assert [task.key for task in alone] == ["s0", "s1", "s2"]
 
 
+def group_in(folder: Path) -> Task:
+    for name in "abc":
+        (folder / name).mkdir()
+    return Task(("a", "b", "c"), (Group(tuple(Job(str(folder / name), {}, "m") for name in "abc"), 2),))
+
+
 def test_of_a_lost_group_those_that_were_done_are_done(tmp_path):
-    jobs = tuple(Job(str(tmp_path / name), {}, "m") for name in ("a", "b"))
-    (tmp_path / "a").mkdir()
+    task, groups, lost = group_in(tmp_path), GroupsUnderWay(print), Lost("its machine was lost")
     write_record(tmp_path / "a", done := Record("done", "m", starts=1))
     (tmp_path / "a" / "pytorch_lora_weights.safetensors").write_bytes(b"x")
-    lost, task, groups = Lost("its machine was lost"), Task(("a", "b"), (Group(jobs, 2),)), GroupsUnderWay(print)
     assert list(groups.noted([task])) == [task]
-    assert groups.untold(task, lost) == [("a", done), ("b", lost)]
+    assert groups.untold(task, lost) == [("a", done), ("b", lost), ("c", lost)]
 
 
 def test_each_subject_of_a_group_is_told_once_as_it_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(fleet, "LOOK_SEC", 0)
-    jobs = tuple(Job(str(tmp_path / name), {}, "m") for name in "abc")
-    task = Task(("a", "b", "c"), (Group(jobs, 2),))
-    for name in "abc":
-        (tmp_path / name).mkdir()
+    task = group_in(tmp_path)
     write_record(tmp_path / "c", failed := Record("failed", "m", "of the last time", starts=1))
     told = []
     groups = GroupsUnderWay(lambda name, record: told.append((name, record.state)))
