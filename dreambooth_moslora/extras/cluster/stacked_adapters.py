@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dreambooth_moslora.adapters import fast_linear, moslora
@@ -32,15 +33,7 @@ class _StackedLinear(torch.autograd.Function):
     dtype. `packed` is bitsandbytes' description of a W0 in 4 bit, None for a dense one."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        packed,
-        down: torch.Tensor,
-        up: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
         rows = x.reshape(len(down), -1, x.shape[-1])
         inner = rows.bmm(down.mT)
         result = F.linear(rows, weight, bias) if packed is None else fast_linear.linear_4bit(rows, weight, bias, packed)
@@ -51,7 +44,7 @@ class _StackedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, down, up = ctx.saved_tensors
         grad = grad.reshape(*inner.shape[:2], -1)
         # What reads `grad` comes before W0 drives it out of the cache.
@@ -73,13 +66,13 @@ class StackedLayer:
     def __init__(self, layers: tuple[LoraLayer, ...], adapter_name: str):
         self.layers, self.adapter_name = layers, adapter_name
         self.base = layers[0].base_layer
-        self._copies: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._copies: tuple[Tensor, Tensor] | None = None
         if any(layer.base_layer.weight.data_ptr() != self.base.weight.data_ptr() for layer in layers):
             raise ValueError("stacked adapters need models that share their frozen weights")
         if not all(is_plain(layer, adapter_name) for layer in layers):
             raise ValueError("stacked adapters have no dropout, no DoRA and no bias")
 
-    def lend(self, _adapter_name: str, down: torch.Tensor, up: torch.Tensor) -> None:
+    def lend(self, _adapter_name: str, down: Tensor, up: Tensor) -> None:
         """Compute with these copies, A (N,r,in) and Uᵀ (N,r,out)."""
         self._copies = down, up
         self.lend_general()
@@ -92,7 +85,7 @@ class StackedLayer:
         self._copies = None
         self.layers[0].__dict__.pop("forward", None)
 
-    def output(self, x: torch.Tensor) -> torch.Tensor:
+    def output(self, x: Tensor) -> Tensor:
         """y (N·m,…,out) for x (N·m,…,in), rows in the adapters' order; the base's if they are off."""
         if self.layers[0].disable_adapters:
             return self.base(x)

@@ -129,10 +129,8 @@ class Costs:
         else:
             state, message = "interrupted" if result.interrupted else "done", ""
         spent, record = self._seconds.pop(folder), records.read_record(folder) or records.Record(state)
-        hours = record.hours + spent / 3600 * self.share
-        records.write_record(
-            folder, replace(record, state=state, message=message, seconds=record.seconds + spent, hours=hours)
-        )
+        costs = {"seconds": record.seconds + spent, "hours": record.hours + spent / 3600 * self.share}
+        records.write_record(folder, replace(record, state=state, message=message, **costs))
 
     def _divide(self) -> None:
         now = time.monotonic()
