@@ -65,8 +65,8 @@ def digest(token: str) -> bytes:
 
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
 """Environment of Ray Serve: its default of 5 seconds restarts the proxy again and again on a busy machine."""
-HIGHEST = {"port": 65535, "max_waiting": 100_000, "per_gpu": 64, "request_timeout": 86400}
-HIGHEST |= dict.fromkeys(("replicas", "batch", "resident_adapters", "threads"), 1024)
+HIGHEST = {"port": 65535, "replicas": 1024, "max_waiting": 100_000, "batch": 1024, "resident_adapters": 1024}
+HIGHEST |= {"threads": 1024, "per_gpu": 64, "request_timeout": 86400}
 
 
 @dataclass(frozen=True)

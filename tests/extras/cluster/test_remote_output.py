@@ -100,11 +100,11 @@ def mirror_in(folder: Path) -> Mirror:
     return Mirror(Bucket(f"{FLEET}/rex"), folder)
 
 
-def checkpoint(run: Path, step: int, text: str = "bytes") -> Path:
+def checkpoint(run: Path, step: int) -> Path:
     path = RunDir(run).checkpoint_path(step)
     path.mkdir(parents=True)
     for name in ("position.json", "optimizer.pt", "moslora_weights.safetensors"):
-        (path / name).write_text(f"{name} {step} {text}")
+        (path / name).write_text(f"{name} {step} bytes")
     return path
 
 
