@@ -59,17 +59,9 @@ def test_8_bit_layers_keep_pefts_path():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the faults are injected on Linux")
-def test_a_run_that_is_killed_before_its_first_word_has_an_empty_log(tmp_path, monkeypatch):
+def test_a_ctrl_c_before_the_first_line_is_no_fault_and_a_kill_there_leaves_an_empty_log(monkeypatch, tmp_path):
     workshop = object.__new__(fault_runs.Workshop)
     workshop.base = tmp_path
-    monkeypatch.setattr(fault_runs, "become_training", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    ended = workshop.start(tmp_path, "uncached").wait()
-    assert (ended.code, ended.text) == (-signal.SIGKILL, "")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the faults are injected on Linux")
-def test_a_ctrl_c_before_the_scripts_first_line_is_no_fault_of_the_program(monkeypatch, tmp_path):
-    workshop = object.__new__(fault_runs.Workshop)
     monkeypatch.setattr(fault_runs.Workshop, "arguments", lambda *_, **__: ["--help"])
 
     def interrupt() -> None:
@@ -78,6 +70,9 @@ def test_a_ctrl_c_before_the_scripts_first_line_is_no_fault_of_the_program(monke
 
     ended = workshop.start(tmp_path, "any", before=interrupt).wait()
     assert ended.code == 130 and "Traceback" not in ended.text
+    monkeypatch.setattr(fault_runs, "become_training", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    ended = workshop.start(tmp_path, "any", log="killed").wait()
+    assert (ended.code, ended.text) == (-signal.SIGKILL, "")
 
 
 WIDTH = 320

@@ -107,15 +107,10 @@ def test_ratios_pair_arms_of_one_resolution():
 
 
 def test_moments_of_a_run_are_counted_from_the_command():
-    events = [
-        {"type": "phase", "phase": "loading", "time": 101.0},
-        {"type": "phase", "phase": "caching", "time": 103.0},
-        {"type": "step", "time": 106.0, "step_sec": 1.0},
-        {"type": "step", "time": 107.0, "step_sec": 1.0},
-        {"type": "phase", "phase": "exporting", "time": 107.5},
-        {"type": "end", "time": 109.0},
-    ]
-    found = moments(events, started=100.0)
+    phases = {"loading": 101.0, "caching": 103.0, "exporting": 107.5}
+    events = [{"type": "phase", "phase": phase, "time": at} for phase, at in phases.items()]
+    events[2:2] = [{"type": "step", "time": at, "step_sec": 1.0} for at in (106.0, 107.0)]
+    found = moments([*events, {"type": "end", "time": 109.0}], started=100.0)
     assert found["first step"] == 6 and found["end"] == 9
     assert found["in loading"] == 2 and found["in training"] == 2 and found["in exporting"] == 1.5
     assert found["in caching"] == pytest.approx(2.5)

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -67,19 +68,20 @@ def digest_of(tensors) -> str:
 class Scene:
     """What this process does in a scene, and where it meets its end."""
 
-    def __init__(
-        self, flags: list[list[str]], free=None, place: str = "", rank: int = -1, after: int = 0, end: str = ""
-    ):
+    def __init__(self, flags: list[list[str]], free=None, place="", rank: int = -1, after: int = 0, end=""):
         self.flags, self.free = flags[RANK], free
         self.place, self.rank, self.after, self.end = place, rank, after, end
         self.done: dict[str, list] = {name: [] for name in PLACES}
 
     def play(self) -> dict:
-        made_before.generate_images, Sampler._draw, TensorCache._keep = self.generate, self.sample, self.keep
-        checkpoint.save_checkpoint = lambda path, *parts: self.at("saved", path.name) or save_checkpoint(path, *parts)
-        core.atomic_write = lambda path, text: self.at("started", path.name) or claim(path, text)
-        TrainStep._average_gradients = lambda step: self.at("averaged", step.step) or average(step)
-        RunDir.append_metrics = self.append
+        made_before.generate_images = self.noting("drawn", generate, lambda pipeline, prompt, seeds, *_: seeds)
+        Sampler._draw = self.noting("sampled", sample, lambda sampler, requests: requests[0].seed)
+        TensorCache._keep = self.noting("encoded", keep, lambda cache, key, value: key)
+        checkpoint.save_checkpoint = self.noting("saved", save_checkpoint, lambda path, *_: path.name)
+        core.atomic_write = self.noting("started", claim, lambda path, text: path.name)
+        TrainStep._average_gradients = self.noting("averaged", average, lambda step: step.step)
+        note_step = self.noting("reported", append, lambda run_dir, event: event["step"])
+        RunDir.append_metrics = lambda run, event: (note_step if event["type"] == "step" else append)(run, event)
         memory.free_gib_of_gpu = (lambda **_: self.free[RANK]) if self.free else free_gib
         machine.half_precision = (lambda: "bf16") if self.free else half
         Watched.found.clear()
@@ -88,6 +90,10 @@ class Scene:
         learnt = {"adapter": digest_of(step.trained), "shown": step.shown} if step else {"adapter": None}
         return {"code": code, **learnt, **self.done}
 
+    def noting(self, place: str, whole: Callable, what: Callable) -> Callable:
+        """`whole`, which comes to that place first: there it does `what` its arguments say."""
+        return lambda *given, **options: self.at(place, what(*given)) or whole(*given, **options)
+
     def at(self, place: str, what: object) -> None:
         logging.getLogger("a library").warning("every process says: %s", place)
         if (place, RANK, len(self.done[place])) == (self.place, self.rank, self.after):
@@ -95,27 +101,6 @@ class Scene:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
             os.kill(os.getpid(), signal.SIGTERM if self.end == "stop" else signal.SIGKILL)
         self.done[place].append(what)
-
-    @property
-    def append(self):
-        """Of steps only."""
-        return lambda run_dir, event: (
-            (event["type"] == "step" and self.at("reported", event["step"])) or append(run_dir, event)
-        )
-
-    @property
-    def generate(self):
-        return lambda pipeline, prompt, seeds, *more, **options: (
-            self.at("drawn", seeds) or generate(pipeline, prompt, seeds, *more, **options)
-        )
-
-    @property
-    def sample(self):
-        return lambda sampler, requests: self.at("sampled", requests[0].seed) or sample(sampler, requests)
-
-    @property
-    def keep(self):
-        return lambda cache, key, value: self.at("encoded", key) or keep(cache, key, value)
 
 
 if __name__ == "__main__":

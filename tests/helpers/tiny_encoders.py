@@ -24,9 +24,9 @@ TEMPLATE = """{%- for message in messages -%}
 {% endif -%}"""
 
 
-def save_tiny_encoders(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+def save_tiny_encoders(folder: Path) -> tuple[Path, Path]:
     """Write a CLIP and a DINOv2 of few layers; returns both folders."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tokenizer = tiny_tokenizer(folder / "tokenizer_files")
     text = tiny_text_config(16, tokenizer.eos_token_id).to_dict()
     config = transformers.CLIPConfig(
@@ -41,14 +41,14 @@ def save_tiny_encoders(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     return folder / "clip", folder / "dino"
 
 
-def tiny_encoders(folder: Path, seed: int = 0) -> Encoders:
-    clip, dino = save_tiny_encoders(folder, seed)
+def tiny_encoders(folder: Path) -> Encoders:
+    clip, dino = save_tiny_encoders(folder)
     return load_encoders(clip=clip, dino=dino)
 
 
-def save_tiny_clipseg(folder: Path, seed: int = 0) -> Path:
+def save_tiny_clipseg(folder: Path) -> Path:
     """Write a CLIPSeg of two layers, whose answers are large enough to differ; returns the folder."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tokenizer = tiny_tokenizer(folder / "tokenizer_files")
     parts = {"text_config": tiny_text_config(16, tokenizer.eos_token_id).to_dict(), "projection_dim": 16}
     parts |= {"vision_config": VISION | {"intermediate_size": 32}, "reduce_dim": 16, "extract_layers": [0, 1]}
@@ -60,9 +60,9 @@ def save_tiny_clipseg(folder: Path, seed: int = 0) -> Path:
     return folder / "clipseg"
 
 
-def save_tiny_chat_model(folder: Path, seed: int = 0) -> Path:
+def save_tiny_chat_model(folder: Path) -> Path:
     """Write a Qwen3-VL of two layers; returns the folder."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
     ids = {mark.strip("<|>"): tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}

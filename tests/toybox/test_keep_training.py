@@ -21,8 +21,7 @@ from toybox.learning.training import saved_step
 
 TINY = Settings(steps=6, batch=2, leg=2, shards=2, fresh=1, pictures=3, sheet_every=4)
 SHORT = replace(TINY, steps=4)
-FLAGS = [word for name in ("steps", "batch", "leg", "shards", "fresh", "pictures", "sheet_every")
-         for word in (f"--{name}", str(getattr(TINY, name)))]  # fmt: skip
+FLAGS = [word for name, value in asdict(TINY).items() for word in (f"--{name}", str(value))]
 
 
 def files(state: Path) -> list[str]:

@@ -26,13 +26,13 @@ from toybox.learning.train_vae import crops
 from toybox.learning.train_vit import Views
 from toybox.learning.training import MasterWeights, Run, compute_dtype, saved_step
 
+pytestmark = pytest.mark.slow
 SHIPPED = Path(__file__).parents[2] / "assets" / "toy-sdxl" / "tokenizer"
 TEXTS = ["a photo of a sks red robot on the beach", "two toys: an orange duck, naïve 熊 42's", "word " * 100]
 OLD_X86, NEW_X86, ARM = {"avx2": True, "avx512_bf16": False}, {"avx512_bf16": True}, {"neon": True, "bf16": True}
 BF16 = torch.bfloat16
 
 
-@pytest.mark.slow
 def test_weighted_timesteps_expect_what_uniform_ones_with_min_snr_weights_would():
     schedule = noise_schedule()
     snr = compute_snr(schedule, torch.arange(1000))
@@ -45,7 +45,6 @@ def test_weighted_timesteps_expect_what_uniform_ones_with_min_snr_weights_would(
     assert t.min() < 60 and t.max() > 970 and (t.diff() >= 0).all() and (weight > 0).all()
 
 
-@pytest.mark.slow
 def test_cells_of_a_toy_weigh_more_and_a_batch_weighs_one():
     toys = torch.zeros(2, 16, 16, dtype=torch.float16)
     toys[0, 4:8, 4:8] = 1
@@ -54,7 +53,6 @@ def test_cells_of_a_toy_weigh_more_and_a_batch_weighs_one():
     assert float(weights[0, 0, 5, 5] / weights[0, 0, 0, 0]) == pytest.approx(1 + TOY_WEIGHT)
 
 
-@pytest.mark.slow
 def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
     torch.manual_seed(0)
     unet, seen = build_unet(), torch.randn(14, 160, 4, 4).half()
@@ -70,7 +68,6 @@ def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
     assert alignment.loss(opposite).item() == pytest.approx(2 - loss.item(), abs=1e-5)
 
 
-@pytest.mark.slow
 def test_an_adversary_sharpens_what_squared_errors_blur():
     torch.manual_seed(0)
     adversary = Adversary(weight=1.0)
@@ -89,7 +86,6 @@ def test_an_adversary_sharpens_what_squared_errors_blur():
     assert all(p.grad is None and p.requires_grad for p in adversary.network.parameters())
 
 
-@pytest.mark.slow
 def test_a_batch_of_views_shows_two_kinds_and_each_toy_from_two_sides(tmp_path):
     kinds = ["duck", "bear", "car"] * 6
     numbers = np.arange(18 * 4, dtype=np.uint8).reshape(18, 4, 1, 1, 1)
@@ -102,19 +98,6 @@ def test_a_batch_of_views_shows_two_kinds_and_each_toy_from_two_sides(tmp_path):
     assert toys.max() < 15 and sorted(Counter(kinds[t] for t in toys).values()) == [4, 4]
 
 
-@pytest.mark.slow
-def test_networks_trained_beside_are_saved_and_found_again(tmp_path):
-    def weights() -> MasterWeights:
-        return MasterWeights(nn.Linear(2, 2))
-
-    main, other = weights(), weights()
-    Run(tmp_path, main, 3, beside={"other": other}).save(2)
-    again = weights()
-    assert Run(tmp_path, weights(), 3, beside={"other": again}).start == 2
-    assert all(torch.equal(a, b) for a, b in zip(again.masters, other.masters))
-
-
-@pytest.mark.slow
 def test_dropped_captions_are_zero_and_a_tenth():
     embeds, pooled = torch.ones(4000, 2, 3), torch.ones(4000, 5)
     train_unet.drop_captions(embeds, pooled, torch.Generator().manual_seed(0))
@@ -122,7 +105,6 @@ def test_dropped_captions_are_zero_and_a_tenth():
     assert torch.equal(gone, embeds.sum((1, 2)) == 0) and 0.08 < gone.float().mean() < 0.12
 
 
-@pytest.mark.slow
 def test_the_group_norm_and_its_gradients_are_those_of_pytorch():
     torch.manual_seed(0)
     norm = nn.GroupNorm(4, 16)
@@ -141,15 +123,17 @@ def test_the_group_norm_and_its_gradients_are_those_of_pytorch():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_a_run_in_two_parts_has_the_rates_of_one_which_rise_stay_and_fall_and_logs_its_samples(tmp_path):
-    def part(out: Path, until: int | None) -> list[float]:
-        run = Run(out, MasterWeights(nn.Linear(2, 2)), 8, until=until, batch=3, save_every=100, log_every=2)
-        return [run.rate(step, warmup=2) for step in run]
+def test_a_run_in_two_parts_has_the_rates_of_one_and_the_networks_beside_it_and_logs_its_samples(tmp_path):
+    def part(out: Path, until: int | None) -> tuple[list[float], MasterWeights]:
+        beside, often = MasterWeights(nn.Linear(2, 2)), {"save_every": 100, "log_every": 2}
+        run = Run(out, MasterWeights(nn.Linear(2, 2)), 8, until=until, batch=3, beside={"other": beside}, **often)
+        return [run.rate(step, warmup=2) for step in run], beside
 
-    parts, whole = part(tmp_path / "a", 4), part(tmp_path / "b", None)
+    (first, saved), (whole, _) = part(tmp_path / "a", 4), part(tmp_path / "b", None)
     assert saved_step(tmp_path / "a") == 4 and saved_step(tmp_path / "none") == 0
-    assert parts + part(tmp_path / "a", 8) == whole == pytest.approx([0.5, 1, 1, 1, 1, 0.9375, 0.625, 0.3125])
+    second, found = part(tmp_path / "a", 8)
+    assert first + second == whole == pytest.approx([0.5, 1, 1, 1, 1, 0.9375, 0.625, 0.3125])
+    assert all(torch.equal(a, b) for a, b in zip(found.masters, saved.masters, strict=True))
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert [row["seen"] for row in rows] == [6, 12, 18, 24] and all(row["samples_sec"] > 0 for row in rows)
 
@@ -169,7 +153,6 @@ torch.save(weights.averaged(), f"{sys.argv[1]}/{rank}_of_{world}.pt")
 """
 
 
-@pytest.mark.slow
 def test_two_processes_learn_what_one_learns_from_both_halves(tmp_path):
     script = tmp_path / "shared.py"
     script.write_text(SHARED)
@@ -194,7 +177,6 @@ def steps_by_the_clock(out: Path, clock: list[float], stop_after: int | None = N
     return done
 
 
-@pytest.mark.slow
 def test_a_run_of_minutes_ends_by_the_clock_of_all_its_pieces(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
@@ -209,14 +191,12 @@ def test_a_run_of_minutes_ends_by_the_clock_of_all_its_pieces(tmp_path, monkeypa
     assert steps_by_the_clock(tmp_path / "b", clock) == []
 
 
-@pytest.mark.slow
 def test_dead_leaves_repeat_from_their_seed():
     first = dead_leaves(2, 32, seed=1)
     assert first.shape == (2, 32, 32, 3) and (first == dead_leaves(2, 32, seed=1)).all()
     assert (first[0] != first[1]).any()
 
 
-@pytest.mark.slow
 def test_the_vae_trains_on_the_crop_with_the_most_detail():
     """A picture that is plain but for one textured corner: crops of it hold the corner more often than chance."""
     images = torch.full((64, 128, 128, 3), 128, dtype=torch.uint8)

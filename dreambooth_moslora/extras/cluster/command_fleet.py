@@ -32,11 +32,8 @@ def fleet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     about = "a folder of subject folders, or a .toml, .csv or .jsonl list; or: status DIR"
     parser.add_argument("words", metavar="SUBJECTS", nargs="+", help=about)
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        help="a run folder for each subject: a folder shared by all machines, or a URL such as s3://BUCKET/PATH",
-    )
+    about = "a run folder for each subject: a folder shared by all machines, or a URL such as s3://BUCKET/PATH"
+    parser.add_argument("--out", metavar="DIR", help=about)
     per_gpu = "subjects that one process trains at once on one base (default: a process each, as many as fit a GPU)"
     add_cluster_flags(parser, per_gpu=per_gpu)
     notes = {"pretrained_model_name_or_path": f" ({train.NEEDED})"}
@@ -99,9 +96,8 @@ def check_places(source: str, out: str | None) -> None:
     if not out:
         raise UserError("missing: --out, the folder of all run folders.")
     if "://" in source:
-        raise UserError(
-            f"SUBJECTS {source}: photos are read from a folder; mount the bucket on all machines, and name that."
-        )
+        how = "photos are read from a folder; mount the bucket on all machines, and name that."
+        raise UserError(f"SUBJECTS {source}: {how}")
 
 
 @contextmanager

@@ -111,10 +111,8 @@ class Machines:
 def group_gib(config: table.TrainConfig, count: int) -> float:
     """Peak memory of one base with `count` adapters, for a step on the rows of all, GiB."""
     of_all = memory.estimate(replace(config, train_batch_size=config.train_batch_size * count), base_size(config), 1)
-    return (
-        of_all.peak_gib
-        + (count - 1) * of_all.adapter_parameters * optimizer_kinds.optimizer_of(config).bytes_each / machine.GIB
-    )
+    others = (count - 1) * of_all.adapter_parameters * optimizer_kinds.optimizer_of(config).bytes_each
+    return of_all.peak_gib + others / machine.GIB
 
 
 def plan_name(config: table.TrainConfig, gpu_gib: float | None) -> str | None:

@@ -12,7 +12,7 @@ small pictures are embedded, links lead to files beside it, and it contains no p
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -76,7 +76,7 @@ def stop_path(out: Path) -> Path:
 
 
 def write_names(out: Path, names: Sequence[str]) -> None:
-    atomic_write(out / FLEET_NAME, json.dumps({"subjects": list(names)}) + "\n")
+    atomic_write(out / FLEET_NAME, json.dumps({"subjects": names}) + "\n")
 
 
 def read_names(out: Path) -> list[str]:
@@ -99,7 +99,7 @@ STATES = ("failed", "interrupted", "running", "waiting", "done")
 
 @dataclass(frozen=True)
 class Row:
-    """One subject: its record, its prompt, the step it has reached, its likeness to the photos, and its alarms."""
+    """One subject: its record, prompt, step so far, likeness to the photos, and alarms."""
 
     name: str
     record: Record
@@ -107,7 +107,7 @@ class Row:
     step: int = 0
     total_steps: int | None = None
     likeness: float | None = None
-    alarms: Sequence[str] = field(default_factory=list)
+    alarms: Sequence[str] = ()
 
 
 def rows_of(out: Path) -> list[Row]:
@@ -122,12 +122,10 @@ def row_of(run_dir: Path) -> Row:
     if record is None or record.state not in STATES:
         record = Record("waiting")
     try:
-        config, events = (
-            known_config(read_json_table(run_dir / processes.CONFIG_NAME)),
-            run_folder.RunDir(run_dir).read_metrics(),
-        )
+        run = run_folder.RunDir(run_dir)
+        config, events = known_config(read_json_table(run_dir / processes.CONFIG_NAME)), run.read_metrics()
         found = figures_from(events, config)
-        found = with_report(found, run_folder.RunDir(run_dir)) if events else found
+        found = with_report(found, run) if events else found
         totals = [None, *(event.get("max_train_steps") for event in events if event.get("type") == "start")]
         advice = advice_after(found) if record.state == "done" else []
         alarms = [line for line in advice if not line.startswith(NOT_SCORED)]
@@ -178,9 +176,8 @@ def write_index(out: Path, rows: Sequence[Row]) -> Path:
             }
         )
     about = f"{status_lines(rows)[0]}; cost: {cost_of(rows)}"
-    atomic_write(
-        out / INDEX_NAME, render("fleet.html", title=f"Fleet of {len(rows)} subjects", about=about, rows=shown)
-    )
+    page = render("fleet.html", title=f"Fleet of {len(rows)} subjects", about=about, rows=shown)
+    atomic_write(out / INDEX_NAME, page)
     return out / INDEX_NAME
 
 

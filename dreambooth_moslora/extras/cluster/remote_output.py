@@ -110,9 +110,8 @@ def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
     while not done.wait(POLL_SEC):
         now = time.monotonic()
         try:
-            checkpoints = tuple(
-                (path.name, path.stat().st_mtime_ns) for path in run_folder.RunDir(mirror.folder).checkpoints()
-            )
+            found = run_folder.RunDir(mirror.folder).checkpoints()
+            checkpoints = tuple((path.name, path.stat().st_mtime_ns) for path in found)
             if checkpoints != sent or now - sent_at > LEAST_OFTEN_SEC:
                 try:
                     mirror.push()

@@ -15,9 +15,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dreambooth_moslora.adapters import fast_linear, moslora
+
+NAME = "default"  # Of the adapters on each model
 
 
 def twin(model: torch.nn.Module) -> torch.nn.Module:
@@ -32,15 +35,7 @@ class _StackedLinear(torch.autograd.Function):
     dtype. `packed` is bitsandbytes' description of a W0 in 4 bit, None for a dense one."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        packed,
-        down: torch.Tensor,
-        up: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
         rows = x.reshape(len(down), -1, x.shape[-1])
         inner = rows.bmm(down.mT)
         result = F.linear(rows, weight, bias) if packed is None else fast_linear.linear_4bit(rows, weight, bias, packed)
@@ -51,7 +46,7 @@ class _StackedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, down, up = ctx.saved_tensors
         grad = grad.reshape(*inner.shape[:2], -1)
         # What reads `grad` comes before W0 drives it out of the cache.
@@ -70,16 +65,15 @@ class StackedLayer:
     """The layers of one path in N models; the first computes for all while copies are lent. Raises ValueError when the
     frozen weights are not the same tensor, and for dropout, DoRA and biases."""
 
-    def __init__(self, layers: tuple[LoraLayer, ...], adapter_name: str):
-        self.layers, self.adapter_name = layers, adapter_name
-        self.base = layers[0].base_layer
-        self._copies: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(self, layers: tuple[LoraLayer, ...]):
+        self.layers, self.base = layers, layers[0].base_layer
+        self._copies: tuple[Tensor, Tensor] | None = None
         if any(layer.base_layer.weight.data_ptr() != self.base.weight.data_ptr() for layer in layers):
             raise ValueError("stacked adapters need models that share their frozen weights")
-        if not all(is_plain(layer, adapter_name) for layer in layers):
+        if not all(map(is_plain, layers)):
             raise ValueError("stacked adapters have no dropout, no DoRA and no bias")
 
-    def lend(self, _adapter_name: str, down: torch.Tensor, up: torch.Tensor) -> None:
+    def lend(self, _adapter_name: str, down: Tensor, up: Tensor) -> None:
         """Compute with these copies, A (N,r,in) and Uᵀ (N,r,out)."""
         self._copies = down, up
         self.lend_general()
@@ -92,7 +86,7 @@ class StackedLayer:
         self._copies = None
         self.layers[0].__dict__.pop("forward", None)
 
-    def output(self, x: torch.Tensor) -> torch.Tensor:
+    def output(self, x: Tensor) -> Tensor:
         """y (N·m,…,out) for x (N·m,…,in), rows in the adapters' order; the base's if they are off."""
         if self.layers[0].disable_adapters:
             return self.base(x)
@@ -100,32 +94,31 @@ class StackedLayer:
             packed = getattr(self.base.weight, "quant_state", None)
             x = x.to(fast_linear.compute_dtype(self.base))
             return _StackedLinear.apply(x, self.base.weight, self.base.bias, packed, *self._copies)
-        name, result, branches = self.adapter_name, self.base(x), []
+        result, branches = self.base(x), []
         for layer, rows in zip(self.layers, x.chunk(len(self.layers)), strict=True):
-            down, up = layer.lora_A[name], layer.lora_B[name]
-            branches.append(up(down(rows.to(down.weight.dtype))) * layer.scaling[name])
+            down, up = layer.lora_A[NAME], layer.lora_B[NAME]
+            branches.append(up(down(rows.to(down.weight.dtype))) * layer.scaling[NAME])
         return (result + torch.cat(branches)).to(result.dtype)
 
 
-def is_plain(layer: LoraLayer, adapter_name: str) -> bool:
+def is_plain(layer: LoraLayer) -> bool:
     """Whether the adapter only adds s·B·M·A·x to the base's output."""
-    has_dropout = type(layer.lora_dropout[adapter_name]) is not torch.nn.Identity
-    return adapter_name not in layer.lora_variant and not has_dropout and not layer.lora_bias[adapter_name]
+    has_dropout = type(layer.lora_dropout[NAME]) is not torch.nn.Identity
+    return NAME not in layer.lora_variant and not has_dropout and not layer.lora_bias[NAME]
 
 
 class StackedAdapters:
     """The adapters of N >= 2 models of one base, on the same layers, of equal shapes; else ValueError."""
 
-    def __init__(self, models: Sequence[torch.nn.Module], adapter_name: str = "default"):
+    def __init__(self, models: Sequence[torch.nn.Module]):
         if len(models) < 2:
             raise ValueError("one adapter is no stack")
-        self.adapter_name = adapter_name
-        layers = [moslora.adapter_layers(model, adapter_name) for model in models]
+        layers = [moslora.adapter_layers(model, NAME) for model in models]
         if any(found.keys() != layers[0].keys() for found in layers):
             raise ValueError("stacked adapters are on the same layers")
-        stacked = [StackedLayer(tuple(found[path] for found in layers), adapter_name) for path in layers[0]]
-        self.fast = [unit for unit in stacked if fast_linear.slow_reason(unit.layers[0], adapter_name) is None]
-        self.general = [unit for unit in stacked if fast_linear.slow_reason(unit.layers[0], adapter_name) is not None]
+        stacked = [StackedLayer(tuple(found[path] for found in layers)) for path in layers[0]]
+        self.fast = [unit for unit in stacked if fast_linear.slow_reason(unit.layers[0], NAME) is None]
+        self.general = [unit for unit in stacked if unit not in self.fast]
 
     @contextmanager
     def for_one_step(self) -> Iterator[fast_linear.StepCopies]:
@@ -135,4 +128,4 @@ class StackedAdapters:
             for unit in self.general:
                 stack.callback(unit.take_back)
                 unit.lend_general()
-            yield stack.enter_context(fast_linear.StepCopies(self.fast, self.adapter_name).lent())
+            yield stack.enter_context(fast_linear.StepCopies(self.fast, NAME).lent())

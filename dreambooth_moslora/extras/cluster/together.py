@@ -129,10 +129,8 @@ class Costs:
         else:
             state, message = "interrupted" if result.interrupted else "done", ""
         spent, record = self._seconds.pop(folder), records.read_record(folder) or records.Record(state)
-        hours = record.hours + spent / 3600 * self.share
-        records.write_record(
-            folder, replace(record, state=state, message=message, seconds=record.seconds + spent, hours=hours)
-        )
+        costs = {"seconds": record.seconds + spent, "hours": record.hours + spent / 3600 * self.share}
+        records.write_record(folder, replace(record, state=state, message=message, **costs))
 
     def _divide(self) -> None:
         now = time.monotonic()
@@ -144,14 +142,12 @@ class Costs:
 class SharedBase:
     """Replaces `load_base`: the UNet stays on the device; encoders and VAE are lent to one run after the other."""
 
-    def __init__(self, load: frozen_base.LoadBase = frozen_base.load_base):
-        self._load = load
-        self._pipeline: DiffusionPipeline | None = None
+    _pipeline: DiffusionPipeline | None = None
 
     def __call__(self, config: table.TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
         """The pipeline of one run. Its adapter and the components it removes do not affect other runs."""
         if self._pipeline is None:
-            pipeline = self._load(config, dtype, device)
+            pipeline = frozen_base.load_base(config, dtype, device)
             denoiser = denoiser_of(pipeline).to(device)
             facts = families.facts_of(type(pipeline).__name__)
             if device.type != "cpu":

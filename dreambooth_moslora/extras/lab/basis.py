@@ -37,14 +37,9 @@ def learn_basis(
     if len(config.subjects) < 2:
         raise UserError("a basis is learnt over two subjects or more: name a folder for each.")
     with tempfile.TemporaryDirectory() as folder:
-        own = replace(
-            config,
-            output_dir=str(Path(folder) / "basis"),
-            enable_bucket=True,  # so that a micro-batch shows one subject
-            num_validation_images=0,
-            evaluate_steps=None,
-            report_to="none",
-        )
+        bare = {"num_validation_images": 0, "evaluate_steps": None, "report_to": "none"}
+        bare |= {"enable_bucket": True}  # so that a micro-batch shows one subject
+        own = replace(config, output_dir=str(Path(folder) / "basis"), **bare)
         steps = training(own, should_stop=should_stop)
         try:
             run = next(steps)

@@ -114,9 +114,8 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a whole study instead: see assets/studies/mixers.toml")
     about_out = "results, and where to resume from (default: runs/study, or runs/compare_WORD)"
     parser.add_argument("--output_dir", metavar="DIR", help=about_out)
-    parser.add_argument(
-        "--jobs", type=int, help="trainings at once (default: 1, or what a cluster takes); timings are fair only at 1"
-    )
+    about_jobs = "trainings at once (default: 1, or what a cluster takes); timings are fair only at 1"
+    parser.add_argument("--jobs", type=int, help=about_jobs)
     command_fleet.add_cluster_flags(parser, of_one="no Ray, and processes of this machine")
     parser.add_argument("--report_only", action="store_true", help="report what is finished; train nothing")
     parser.add_argument("--dry_run", action="store_true", help="print what would be trained and what is already done")
@@ -174,11 +173,11 @@ def study_of(args: argparse.Namespace) -> Study:
     choices.choose_words(chosen, word)
     chosen.add("", exposures_per_photo=exposures)
     recipe, of_arms = chosen.all, ("instance_prompt", "class_prompt", "class_word", "mixer", "rank", "learning_rate")
+    shared = {name: value for name, value in recipe.items() if name not in of_arms}
     return Study(
         subjects=(StudySubject(str(folder), recipe["instance_prompt"], recipe["class_prompt"]),),
         arms={mixer: {"mixer": mixer} for mixer in mixers},
-        train={name: value for name, value in recipe.items() if name not in of_arms}
-        | {"exposures_per_photo": exposures},
+        train=shared | {"exposures_per_photo": exposures},
         ranks=(recipe["rank"],),
         learning_rates=(recipe["learning_rate"],),
         reference=mixers[0],

@@ -258,10 +258,7 @@ def picture_rows(study: Study, results: Sequence[run.Result], out: Path) -> list
         if path and path.is_file():
             photo = folder.find_photos(Path(subject.photos), subject.instance_prompt, run.STRIP_PX).photos[0]
             title = f"{subject.name}: a photo, then {cell.arm} at rank {cell.rank}"
-            strip, step = (
-                Image.open(path),
-                study.protocol.images_per_prompt * run.STRIP_PX,
-            )  # one picture of each prompt
+            strip, step = Image.open(path), study.protocol.images_per_prompt * run.STRIP_PX  # one of each prompt
             tiles = [strip.crop((x, 0, x + run.STRIP_PX, run.STRIP_PX)) for x in range(0, strip.width, step)]
             rows.append(Row(title, [photo_file.open_rgb(photo), *tiles]))
     return rows

@@ -122,22 +122,27 @@ def of_whole_seeds(results: Sequence[Result]) -> list[Result]:
     return [r for r in results if r.cell.stage == "tune" or counts[r.cell.seed] == most]
 
 
-def tables(results: Sequence[Result], measure: str) -> dict[tuple[str, int], np.ndarray]:
-    """(arm, rank) -> values (subjects, seeds), for the arms whose table is complete."""
-    tested = [r for r in results if r.cell.stage == "test" and measure in r.scores]
+def tables(results: Sequence[Result], of: Callable[[Result], Any]) -> dict[tuple[str, int], np.ndarray]:
+    """(arm, rank) -> what `of` says of a result, (subjects, seeds, …), for the arms whose table is complete."""
+    tested = [r for r in results if r.cell.stage == "test" and of(r) is not None]
     subjects, seeds = (sorted({getattr(r.cell, name) for r in tested}) for name in ("subject", "seed"))
-    found = {(r.cell.arm, r.cell.rank): np.full((len(subjects), len(seeds)), np.nan) for r in tested}
+    found: dict = defaultdict(dict)
     for r in tested:
-        found[r.cell.arm, r.cell.rank][subjects.index(r.cell.subject), seeds.index(r.cell.seed)] = r.scores[measure]
-    return {key: table for key, table in found.items() if np.isfinite(table).all()}
+        found[r.cell.arm, r.cell.rank][r.cell.subject, r.cell.seed] = of(r)
+    whole = {key: own for key, own in found.items() if len(own) == len(subjects) * len(seeds)}
+    made = {key: np.array([[own[one, seed] for seed in seeds] for one in subjects]) for key, own in whole.items()}
+    return {key: table for key, table in made.items() if np.isfinite(table).all()}
+
+
+def score_tables_of(results: Sequence[Result]) -> dict[str, dict[tuple[str, int], np.ndarray]]:
+    return {name: tables(results, lambda r, name=name: r.scores.get(name)) for name in studied()}
 
 
 def summaries(results: Sequence[Result]) -> list[ArmSummary]:
     """Every arm and rank whose cells are complete."""
-    by_measure = {measure: tables(results, measure) for measure in studied()}
-    found = []
+    by_measure, found = score_tables_of(results), []
     for arm, rank in by_measure["score"]:
-        own = results_of(results, arm, rank)
+        own = [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
         scores = {m: metrics.bootstrap_mean(t[arm, rank]) for m, t in by_measure.items() if (arm, rank) in t}
         cost = {name: float(np.median([r.cost[name] for r in own])) for name in own[0].cost}
         found.append(ArmSummary(arm, rank, own[0].cell.learning_rate, scores, cost))
@@ -146,36 +151,21 @@ def summaries(results: Sequence[Result]) -> list[ArmSummary]:
 
 def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
     """Each arm against the reference, at each rank where both are complete."""
-    by_measure = {measure: tables(results, measure) for measure in studied()}
-    found = []
+    by_measure, found = score_tables_of(results), []
+    pictures = {name: tables(results, lambda r, name=name: r.pictures[name]) for name in judged()}
     for arm, rank in by_measure["score"]:
-        reference = (study.reference, rank)
-        if arm == study.reference or reference not in by_measure["score"]:
+        ours, reference = (arm, rank), (study.reference, rank)
+        if ours == reference or reference not in by_measure["score"]:
             continue
-        differences = {
-            measure: metrics.bootstrap_mean(t[arm, rank] - t[reference])
-            for measure, t in by_measure.items()
-            if (arm, rank) in t and reference in t
-        }
+        both = {measure: t for measure, t in by_measure.items() if ours in t and reference in t}
+        differences = {measure: metrics.bootstrap_mean(t[ours] - t[reference]) for measure, t in both.items()}
         wins = {}
-        for measure in judged():  # of the pairs of pictures of equal subject, seed, prompt and noise
-            ours, theirs = (pictures(results, name, rank, measure) for name in (arm, study.reference))
-            difference, margin = ours - theirs, study.tie * theirs.std()
+        for measure, table in pictures.items():  # of the pairs of pictures of equal subject, seed, prompt and noise
+            difference, margin = table[ours] - table[reference], study.tie * table[reference].std()
             signs = np.where(np.abs(difference) < margin, 0, np.sign(difference))
             wins[measure] = tuple(float((signs == sign).mean()) for sign in (1, 0, -1))
         found.append(Outcome(arm, rank, differences, wins))
     return found
-
-
-def results_of(results: Sequence[Result], arm: str, rank: int) -> list[Result]:
-    return [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
-
-
-def pictures(results: Sequence[Result], arm: str, rank: int, measure: str) -> np.ndarray:
-    """Scores of the pictures of one arm at one rank, (subjects, seeds, pictures)."""
-    own = {(r.cell.subject, r.cell.seed): r.pictures[measure] for r in results_of(results, arm, rank)}
-    subjects, seeds = (sorted({key[axis] for key in own}) for axis in (0, 1))
-    return np.array([[own[subject, seed] for seed in seeds] for subject in subjects])
 
 
 WHOLE_BYTES, END_BYTES = 64 << 20, 1 << 20
@@ -242,9 +232,8 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     photos, pictures = photo_report(config).photos, protocol.images_per_prompt
     counts = (protocol.num_prompts, pictures, protocol.class_images, protocol.unrelated, protocol.inference_steps)
     plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
-    truth = score_tables.truth_of(
-        study.base, config.instance_data_dir, plan, encoders, pipeline_of(study.base).resolution_px
-    )
+    resolution_px = pipeline_of(study.base).resolution_px
+    truth = score_tables.truth_of(study.base, config.instance_data_dir, plan, encoders, resolution_px)
     made = score_tables.Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
     for one in subject.beside:
         theirs = photo_report(replace(config, **one.settings)).photos
@@ -443,7 +432,6 @@ def projections(base: str, targets: tuple[str, ...]) -> dict[str, tuple[int, int
     else:
         of_unet = UNet2DConditionModel.load_config(source, subfolder="unet")
         unet = raw_file.empty_model({"class": "UNet2DConditionModel", "config": of_unet})
-    weights = {
-        path: layer.weight for path, layer in moslora.matrix_layers(unet).items() if rows.is_adapted(path, targets)
-    }
-    return {path: (weight[0].numel(), weight.shape[0]) for path, weight in weights.items()}
+    layers = moslora.matrix_layers(unet).items()
+    shapes = {path: layer.weight.shape for path, layer in layers if rows.is_adapted(path, targets)}
+    return {path: (shape[1:].numel(), shape[0]) for path, shape in shapes.items()}

@@ -47,10 +47,8 @@ class StudySubject:
     def __post_init__(self) -> None:
         if not self.beside:
             return
-        for one in self.beside:
-            if one.beside:
-                where = "stands beside another, so it has no `beside` itself."
-                raise UserError(f"the study's subject {one.photos} {where}")
+        if nested := [one.photos for one in self.beside if one.beside]:
+            raise UserError(f"the study's subject {nested[0]} stands beside another, so it has no `beside` itself.")
         found = (self, *self.beside)
         folders, tokens = {os.path.realpath(one.photos) for one in found}, {one.subject.token for one in found}
         for what, values in (("folder", folders), ("rare word", tokens)):
@@ -221,16 +219,9 @@ class Study:
                 raise UserError(f"an arm with {TOGETHER} needs max_train_steps, the steps of one subject alone.")
             found = (subject, *subject.beside)
             chosen = {"subjects": [one.settings for one in found], "max_train_steps": steps * len(found)}
-        own = {
-            "output_dir": str(output_dir),
-            "rank": rank,
-            "seed": cell.seed,
-            "learning_rate": cell.learning_rate,
-            "num_validation_images": 0,
-            "report_to": "none",
-            "checkpointing_steps": 10**9,
-        }
-        return TrainConfig.from_dict({**shared, **chosen, **own})
+        own = {"output_dir": str(output_dir), "rank": rank, "seed": cell.seed, "learning_rate": cell.learning_rate}
+        nothing_beside = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}
+        return TrainConfig.from_dict({**shared, **chosen, **own, **nothing_beside})
 
     def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
         """Changes with anything that the cell's result depends on. `materials`: the content of its files."""

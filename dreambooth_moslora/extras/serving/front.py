@@ -65,16 +65,8 @@ def digest(token: str) -> bytes:
 
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
 """Environment of Ray Serve: its default of 5 seconds restarts the proxy again and again on a busy machine."""
-RANGES = {
-    "port": (1, 65535),
-    "replicas": (1, 1024),
-    "max_waiting": (1, 100_000),
-    "batch": (1, 1024),
-    "resident_adapters": (1, 1024),
-    "threads": (1, 1024),
-    "per_gpu": (1, 64),
-    "request_timeout": (1, 86400),
-}
+HIGHEST = {"port": 65535, "replicas": 1024, "max_waiting": 100_000, "batch": 1024, "resident_adapters": 1024}
+HIGHEST |= {"threads": 1024, "per_gpu": 64, "request_timeout": 86400}
 
 
 @dataclass(frozen=True)
@@ -98,17 +90,16 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not self.adapters:
             raise UserError("missing: --adapters, a folder or bucket of adapters.")
-        for name, (low, high) in RANGES.items():
+        for name, high in HIGHEST.items():
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or not low <= value <= high):
-                raise UserError(f"--{name} {value}: must be a whole number from {low} to {high}.")
+            if value is not None and (type(value) is not int or not 1 <= value <= high):
+                raise UserError(f"--{name} {value}: must be a whole number from 1 to {high}.")
         for token in self.tokens:  # none that can be guessed, or cannot stand in a header
             if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or not token.isprintable() or " " in token:
                 raise UserError(f"a token needs at least {MIN_TOKEN_CHARACTERS} letters and digits, without spaces.")
         if self.host not in LOOPBACK and not self.tokens:
-            raise UserError(
-                f"--host {self.host} can be reached from other machines: give --token, or set {TOKEN_VARIABLE}."
-            )
+            how = f"give --token, or set {TOKEN_VARIABLE}."
+            raise UserError(f"--host {self.host} can be reached from other machines: {how}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ServeSettings":

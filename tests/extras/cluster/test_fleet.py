@@ -15,18 +15,9 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.processes import CONFIG_NAME, write_settings
 from dreambooth_moslora.disk.queue import locked, take
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.extras.cluster import worker
+from dreambooth_moslora.extras.cluster import fleet, worker
 from dreambooth_moslora.extras.cluster.command_fleet import FleetProgress
-from dreambooth_moslora.extras.cluster.fleet import (
-    PROCESS_GIB,
-    Ending,
-    GroupsUnderWay,
-    Machines,
-    begun,
-    checked,
-    grouped,
-    tasks_of,
-)
+from dreambooth_moslora.extras.cluster.fleet import Ending, GroupsUnderWay, Machines, tasks_of
 from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task
 from dreambooth_moslora.extras.cluster.records import Record, read_names, read_record, stop_path, write_record
 from dreambooth_moslora.extras.cluster.subjects import Subject
@@ -51,7 +42,7 @@ def test_a_training_takes_the_part_of_a_gpu_that_it_needs_and_no_more_share_one_
 
 def test_without_a_gpu_it_takes_cores_and_memory_and_never_more_than_there_is_and_a_group_less_than_each_alone():
     roomy, narrow = (Machines(None, gib, cpus=2).resources_for(CONFIG) for gib in (500.0, 3.0))
-    assert (roomy.cpus, roomy.gpus) == (2, 0.0) and roomy.memory_gib == pytest.approx(NEED + PROCESS_GIB)
+    assert (roomy.cpus, roomy.gpus) == (2, 0.0) and roomy.memory_gib == pytest.approx(NEED + fleet.PROCESS_GIB)
     assert narrow.memory_gib == 3.0
     config, machines = tiny_config(Path("toy"), Path("."), Path("x")), Machines(None, 999.0)
     one, four = machines.resources_for(config).memory_gib, machines.resources_for_group(config, 4).memory_gib
@@ -77,8 +68,8 @@ def test_a_subject_that_cannot_be_trained_ends_alone(tmp_path):
 
 
 def test_an_adapter_that_is_not_here_is_no_success(tmp_path):
-    assert "must be a folder that all machines share" in checked(tmp_path / "rex", Record("done", "m")).message
-    assert checked(tmp_path / "rex", Lost("its machine was lost")).message == "its machine was lost"
+    assert "must be a folder that all machines share" in fleet.checked(tmp_path / "rex", Record("done", "m")).message
+    assert fleet.checked(tmp_path / "rex", Lost("its machine was lost")).message == "its machine was lost"
     assert json.loads((tmp_path / "rex" / "fleet.json").read_text())["state"] == "failed"
 
 
@@ -97,10 +88,10 @@ def test_the_progress_tells_time_cost_and_failures(capsys):
 
 def test_one_fleet_at_a_time_holds_a_folder_and_begins_without_an_old_stop(tmp_path):
     stop_path(tmp_path).touch()
-    with begun(tmp_path, [Subject("rex")]):
+    with fleet.begun(tmp_path, [Subject("rex")]):
         assert read_names(tmp_path) == ["rex"] and not stop_path(tmp_path).exists()
         stop_path(tmp_path).touch()
-        with pytest.raises(UserError, match=r"--out .* is training there"), begun(tmp_path, []):
+        with pytest.raises(UserError, match=r"--out .* is training there"), fleet.begun(tmp_path, []):
             pass
         assert read_names(tmp_path) == ["rex"] and stop_path(tmp_path).exists()
     assert not stop_path(tmp_path).exists()
@@ -109,7 +100,7 @@ def test_one_fleet_at_a_time_holds_a_folder_and_begins_without_an_old_stop(tmp_p
 def tasks(folder: Path, changes: list[dict], machines: Machines, room: int) -> list[Task]:
     settings = {"pretrained_model_name_or_path": "toy", "instance_data_dir": str(folder), "instance_prompt": "x"}
     todo = [(Subject(f"s{n}", settings | own), f"m{n}") for n, own in enumerate(changes)]
-    return list(grouped(tasks_of(todo, folder, machines, print), machines, len(todo), lambda needs: room))
+    return list(fleet.grouped(tasks_of(todo, folder, machines, print), machines, len(todo), lambda needs: room))
 
 
 def test_subjects_of_one_shape_are_put_together_and_spread_over_the_machines_and_others_train_alone(tmp_path):
@@ -127,22 +118,23 @@ def test_subjects_of_one_shape_are_put_together_and_spread_over_the_machines_and
     assert [task.key for task in alone] == ["s0", "s1", "s2"]
 
 
+def group_in(folder: Path) -> Task:
+    for name in "abc":
+        (folder / name).mkdir()
+    return Task(("a", "b", "c"), (Group(tuple(Job(str(folder / name), {}, "m") for name in "abc"), 2),))
+
+
 def test_of_a_lost_group_those_that_were_done_are_done(tmp_path):
-    jobs = tuple(Job(str(tmp_path / name), {}, "m") for name in ("a", "b"))
-    (tmp_path / "a").mkdir()
+    task, groups, lost = group_in(tmp_path), GroupsUnderWay(print), Lost("its machine was lost")
     write_record(tmp_path / "a", done := Record("done", "m", starts=1))
     (tmp_path / "a" / "pytorch_lora_weights.safetensors").write_bytes(b"x")
-    lost, task, groups = Lost("its machine was lost"), Task(("a", "b"), (Group(jobs, 2),)), GroupsUnderWay(print)
     assert list(groups.noted([task])) == [task]
-    assert groups.untold(task, lost) == [("a", done), ("b", lost)]
+    assert groups.untold(task, lost) == [("a", done), ("b", lost), ("c", lost)]
 
 
 def test_each_subject_of_a_group_is_told_once_as_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("dreambooth_moslora.extras.cluster.fleet.LOOK_SEC", 0)
-    jobs = tuple(Job(str(tmp_path / name), {}, "m") for name in "abc")
-    task = Task(("a", "b", "c"), (Group(jobs, 2),))
-    for name in "abc":
-        (tmp_path / name).mkdir()
+    monkeypatch.setattr(fleet, "LOOK_SEC", 0)
+    task = group_in(tmp_path)
     write_record(tmp_path / "c", failed := Record("failed", "m", "of the last time", starts=1))
     told = []
     groups = GroupsUnderWay(lambda name, record: told.append((name, record.state)))
@@ -168,7 +160,7 @@ def kill_at_a_checkpoint(out: Path) -> None:
 
 def test_a_group_that_ends_by_an_error_of_its_own_is_not_started_again(tmp_path, monkeypatch):
     codes = []
-    monkeypatch.setattr("dreambooth_moslora.extras.cluster.worker.train_group_once", lambda *_: codes.append(1) or 1)
+    monkeypatch.setattr(worker, "train_group_once", lambda *_: codes.append(1) or 1)
     records = train_work(Group((Job(str(tmp_path / "out" / "a"), {}, "m"),), at_once=1))
     assert codes == [1] and [record.state for record in records] == ["failed"]
 
@@ -184,10 +176,8 @@ def test_a_group_that_is_killed_goes_on_and_a_bad_subject_fails_alone(tiny_base,
         jobs.append(Job(str(out / str(number)), settings, f"mark {number}"))
     for photo in (tmp_path / "photos" / "1").iterdir():
         photo.unlink()
-    killer = threading.Thread(target=kill_at_a_checkpoint, args=(out,), daemon=True)
-    killer.start()
+    threading.Thread(target=kill_at_a_checkpoint, args=(out,), daemon=True).start()
     records = train_work(Group(tuple(jobs), at_once=3))
-    killer.join()
     assert [record.state for record in records] == ["done", "failed", "done"]
     assert "no usable photo" in records[1].message and records[0].starts == records[2].starts == 2
     assert records[0].seconds > 0 and records[0].unit == "CPU"

@@ -9,20 +9,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, begun, missing, run_fleet
 from dreambooth_moslora.extras.cluster.on_ray import EMBEDDED, Lost, Task, connected, run_tasks
 from dreambooth_moslora.extras.cluster.records import read_record, stop_path
-from dreambooth_moslora.extras.cluster.subjects import PLACES, read_subjects
+from dreambooth_moslora.extras.cluster.subjects import PLACES, Subject, read_subjects
 from dreambooth_moslora.extras.lab.study import Protocol, Study, StudySubject
+from tests.extras.cluster.test_s3 import trainings_of, worker_of
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra("ray")]
-GUARDED = "dreambooth_moslora.extras.cluster.worker"
 
 
 @pytest.fixture(scope="module")
@@ -51,25 +50,27 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
 
 def kill_a_worker(out: Path) -> None:
     """The first that trains, as a lost machine would go; its training is left an orphan."""
-    while True:
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if GUARDED in words and words[-1].startswith((str(out / "rex"), str(out / "tom"))):
-                psutil.Process(int(words[words.index(GUARDED) + 1])).kill()
-                return
+    while not (found := trainings_of(out / "rex") + trainings_of(out / "tom")):
         time.sleep(0.05)
+    worker_of(found[0]).kill()
+
+
+def subjects_of(base: Path, home: Path, counts: dict[str, int], **changes) -> list[Subject]:
+    """A fleet in `home`/out, with so many photos of each."""
+    for name, count in counts.items():
+        paint_photos(home / "photos" / name, count)
+    settings = tiny_config(base, Path("a"), Path("b"), **changes).to_dict()
+    shared = {name: value for name, value in settings.items() if name not in PLACES}
+    return read_subjects(home / "photos", shared, home / "out")
 
 
 def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_without_ray(machines, tiny_base, tmp_path):
     from dreambooth_moslora.training.loop import train
 
-    out, photos, steps = tmp_path / "out", tmp_path / "photos", 40
-    for name, count in (("rex", 2), ("tom", 3), ("void", 0)):
-        paint_photos(photos / name, count)
-    (photos / "void" / "subject.json").write_text("{")
-    config = tiny_config(tiny_base, photos / "rex", out, max_train_steps=steps, checkpointing_steps=1)
-    shared = {name: value for name, value in config.to_dict().items() if name not in PLACES}
-    subjects = read_subjects(photos, {**shared, "checkpoints_total_limit": 2}, out)
+    out, often = tmp_path / "out", {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    (tmp_path / "photos" / "void").mkdir(parents=True)
+    (tmp_path / "photos" / "void" / "subject.json").write_text("{")
+    subjects = subjects_of(tiny_base, tmp_path, {"rex": 2, "tom": 3}, max_train_steps=40, **often)
     stopped = ended(out, subjects, machines, lambda: bool(list(out.glob("*/checkpoint-[3-9]"))))
     assert "interrupted" in stopped.values() and not stop_path(out).exists()
     threading.Thread(target=kill_a_worker, args=(out,), daemon=True).start()
@@ -78,7 +79,7 @@ def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_with
     assert "not valid JSON" in read_record(out / "void").message
     assert sum(read_record(out / name).starts for name in ("rex", "tom")) >= 4
     for name in ("rex", "tom"):
-        train(tiny_config(tiny_base, photos / name, tmp_path / "alone" / name, max_train_steps=steps))
+        train(tiny_config(tiny_base, tmp_path / "photos" / name, tmp_path / "alone" / name, max_train_steps=40))
         assert adapter_sha256(out / name) == adapter_sha256(tmp_path / "alone" / name)
     assert [subject.name for subject, _ in missing(out, subjects)] == ["void"]
 
@@ -86,17 +87,13 @@ def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_with
 def test_a_fleet_of_several_subjects_a_process_trains_each_as_alone(machines, tiny_base, tmp_path):
     from dreambooth_moslora.training.loop import train
 
-    out, photos = tmp_path / "out", tmp_path / "photos"
-    for count, name in enumerate(("rex", "tom", "zoe"), start=2):
-        paint_photos(photos / name, count)
-    config = tiny_config(tiny_base, photos / "rex", out, max_train_steps=3, learning_rate=1e-3)
-    shared = {name: value for name, value in config.to_dict().items() if name not in PLACES}
-    subjects = read_subjects(photos, shared, out)
+    out, few = tmp_path / "out", {"max_train_steps": 3, "learning_rate": 1e-3}
+    subjects = subjects_of(tiny_base, tmp_path, {"rex": 2, "tom": 3, "zoe": 4}, **few)
     states = ended(out, subjects, replace(machines, per_gpu=2), bool)
     assert states == {"rex": "done", "tom": "done", "zoe": "done"} and not missing(out, subjects)
     for name in states:
-        alone = train(replace(config, instance_data_dir=str(photos / name), output_dir=str(tmp_path / "alone" / name)))
-        assert largest_difference(out / name, alone.run_dir) < config.learning_rate / 20
+        alone = train(tiny_config(tiny_base, tmp_path / "photos" / name, tmp_path / "alone" / name, **few))
+        assert largest_difference(out / name, alone.run_dir) < few["learning_rate"] / 20
 
 
 def ended(out: Path, subjects: list, machines: Machines, should_stop: Callable[[], bool]) -> dict[str, str]:

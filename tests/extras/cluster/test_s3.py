@@ -6,7 +6,11 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -14,15 +18,61 @@ import pytest
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.extras.cluster import bucket, remote_output
 from dreambooth_moslora.extras.cluster.bucket import TRIES, Bucket, read_manifest
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra("ray", "s3fs", "moto", "flask", "flask_cors")]
-GUARDED, STEPS = "dreambooth_moslora.extras.cluster.worker", 40
+GUARDED, STEPS, SHORT_SEC = "dreambooth_moslora.extras.cluster.worker", 40, 0.05
 TOLD = (
     *("pretrained_model_name_or_path", "resolution", "target_modules", "train_batch_size", "max_train_steps"),
     *("learning_rate", "num_validation_images", "report_to", "seed", "checkpointing_steps", "checkpoints_total_limit"),
 )
+
+
+@contextmanager
+def serving(application: Callable) -> Iterator[str]:
+    """The address of a server of this WSGI application. The next one is asked anew: fsspec keeps file systems."""
+    from s3fs import S3FileSystem
+    from werkzeug.serving import make_server
+
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", address := f"http://127.0.0.1:{server.port}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "key")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            patch.setattr(bucket, "FIRST_WAIT_SEC", SHORT_SEC)
+            yield address
+    finally:
+        server.shutdown()
+        thread.join()
+        S3FileSystem.clear_instance_cache()
+
+
+def refusing(environ, start_response) -> list[bytes]:
+    start_response("503 Service Unavailable", [("Connection", "close")])
+    return [b""]
+
+
+def flaky_s3(away: threading.Event) -> Callable:
+    """S3 (moto). It refuses the first of seven uploads when half of it has come, and while it is `away` all."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+
+    whole, numbers = DomainDispatcherApplication(create_backend_app), count()
+
+    def application(environ, start_response):
+        if away.is_set():
+            return refusing(environ, start_response)
+        if environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].count("/") > 1 and next(numbers) % 7 == 0:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
+            return refusing(environ, start_response)
+        return whole(environ, start_response)
+
+    return application
 
 
 @pytest.fixture
@@ -33,14 +83,16 @@ def away():
 
 @pytest.fixture
 def s3(away, monkeypatch):
-    from tests.helpers.s3_server import s3_server
+    """A URL in a bucket, which the fleet's workers wait for as shortly as this process."""
 
+    def train_in_bucket(job):  # in Ray's process
+        bucket.FIRST_WAIT_SEC = remote_output.LOOK_SEC = SHORT_SEC
+        return remote_output.train_in_bucket(job)
+
+    monkeypatch.setattr(remote_output, "train_in_bucket", train_in_bucket)
     # Ray's sockets lie there: their paths are short.
-    with s3_server(every=7, away=away) as address, tempfile.TemporaryDirectory(prefix="s3-") as scratch:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with serving(flaky_s3(away)) as address, tempfile.TemporaryDirectory(prefix="s3-") as scratch:
+        urlopen(Request(f"{address}/moto-api/reset", method="POST")).close()  # its buckets are the process's
         monkeypatch.setenv("TMPDIR", scratch)
         monkeypatch.setattr(tempfile, "tempdir", scratch)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -48,24 +100,11 @@ def s3(away, monkeypatch):
         yield "s3://fleets/toys"
 
 
-def test_a_store_that_refuses_all_is_asked_as_often_as_said(monkeypatch):
-    from dreambooth_moslora.extras.cluster import bucket as bucket_module
-    from tests.helpers.s3_server import serving
-
+def test_a_store_that_refuses_all_is_asked_as_often_as_said():
     asked = []
-
-    def refuse(environ, start_response):
-        asked.append(environ["PATH_INFO"])
-        start_response("503 Service Unavailable", [])
-        return [b""]
-
-    monkeypatch.setattr(bucket_module, "FIRST_WAIT_SEC", 0.001)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    with serving(refuse) as address:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-        with pytest.raises(UserError, match=f"{TRIES} times"):
-            Bucket("s3://fleets/refused").write("a", b"x")
+    refuse = lambda environ, answer: asked.append(environ) or refusing(environ, answer)  # noqa: E731
+    with serving(refuse), pytest.raises(UserError, match=f"{TRIES} times"):
+        Bucket("s3://fleets/refused").write("a", b"x")
     assert len(asked) == TRIES
 
 
@@ -81,8 +120,7 @@ def lose_the_machine(url: str, killed: list) -> None:
     while run.checkpoints() == before:
         time.sleep(0.01)
     found[0].suspend()
-    newest = run.checkpoints()[-1].name
-    worker = psutil.Process(int(found[0].cmdline()[found[0].cmdline().index(GUARDED) + 1]))
+    newest, worker = run.checkpoints()[-1].name, worker_of(found[0])
     while not any(name.startswith(f"{newest}/") for name in read_manifest(Bucket(url)).files):
         time.sleep(0.1)
     for process in (found[0], worker):
@@ -90,9 +128,17 @@ def lose_the_machine(url: str, killed: list) -> None:
     killed.append(worker.pid)
 
 
-def trainings_of(name: str) -> list[psutil.Process]:
+def trainings_of(place: Path | str) -> list[psutil.Process]:
+    """The processes that a fleet's workers have begun in such a run folder."""
     running = [(process, process.info["cmdline"] or [""]) for process in psutil.process_iter(["cmdline"])]
-    return [process for process, words in running if GUARDED in words and words[-1].endswith(f"{name}/job_config.json")]
+    return [
+        process for process, words in running if GUARDED in words and words[-1].endswith(f"{place}/job_config.json")
+    ]
+
+
+def worker_of(training: psutil.Process) -> psutil.Process:
+    words = training.cmdline()
+    return psutil.Process(int(words[words.index(GUARDED) + 1]))
 
 
 def command_for(base: Path, photos: Path, folder: Path, url: str) -> list[str]:

@@ -47,8 +47,7 @@ LISTS = {
     "a.jsonl": '{"folder": "pets/rex", "token": "ohwx", "class": "dog", "name": "best boy", "max_train_steps": 7}\n\n'
     '{"folder": "pets/tom"}\n',
     "a.toml": '[[subjects]]\nfolder = "pets/rex"\ntoken = "ohwx"\nclass = "dog"\nname = "best boy"\n'
-    "max-train-steps = 7\n"
-    '[[subjects]]\nfolder = "pets/tom"\n',
+    'max-train-steps = 7\n[[subjects]]\nfolder = "pets/tom"\n',
 }
 
 
@@ -111,18 +110,13 @@ def test_what_a_fleet_says_itself_is_refused(pets):
             read(pets, **{setting: "x"})
 
 
-def finish(subject) -> None:
-    run_dir = Path("out") / subject.name
-    run_dir.mkdir(parents=True)
-    (run_dir / PUBLISHED_NAME).write_bytes(b"adapter")
-    write_record(run_dir, Record("done", mark_of(subject.settings)))
-
-
 def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_not_in_another_place(pets):
     rex, tom = read(pets)
-    finish(rex)
+    (adapter := Path("out") / "rex" / PUBLISHED_NAME).parent.mkdir(parents=True)
+    adapter.write_bytes(b"adapter")
+    write_record(adapter.parent, Record("done", mark_of(rex.settings)))
     assert [subject.name for subject, _ in missing(Path("out"), [rex, tom])] == ["tom"]
-    (adapter := Path("out") / "rex" / PUBLISHED_NAME).unlink()
+    adapter.unlink()
     assert len(missing(Path("out"), [rex, tom])) == 2
     adapter.write_bytes(b"adapter")
 
@@ -132,8 +126,8 @@ def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_n
     assert not is_missing() and is_missing(seed=5)
     Path("moved").mkdir()
     (pets / "rex").rename("moved/rex")
-    assert [s.name for s, _ in missing(Path("out"), read("moved"))] == []
-    (Path("moved/rex") / "1.png").write_bytes(b"another photo")
+    assert missing(Path("out"), read("moved")) == []
+    Path("moved/rex/1.png").write_bytes(b"another photo")
     assert [s.name for s, _ in missing(Path("out"), read("moved"))] == ["rex"]
 
 
@@ -146,11 +140,11 @@ def scored(dino: float, **more) -> dict:
     return {"type": "evaluation", "time": 3.0, "step": 4, "dino": dino, **more}
 
 
-def subject(out: Path, name: str, record: Record, *events: dict, words: str = "a photo of a sks dog") -> Path:
+def subject(out: Path, name: str, record: Record, *events: dict) -> Path:
     run_dir = out / name
     run_dir.mkdir()
     write_record(run_dir, record)
-    (run_dir / "job_config.json").write_text(json.dumps({"instance_prompt": words}))
+    (run_dir / "job_config.json").write_text('{"instance_prompt": "a photo of a sks dog"}')
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     return run_dir
 
@@ -165,7 +159,8 @@ def fleet(tmp_path) -> Path:
     sheet = subject(out, "copied", done, START, STEP, scored(0.9, copied=0.5, copy_alarm=True)) / "contact_sheet.png"
     Image.new("RGB", (1000, 700), "red").save(sheet)
     subject(out, "halfway", Record("running", "m", hours=0.25), START, STEP)
-    subject(out, "<b>bad", Record("failed", message=f"no usable photo in {tmp_path}/our pets/bad: it is <empty>."))
+    why = rf"no usable photo in {tmp_path}/our pets/bad: it is <empty>, nor in C:\Users\me\rex (of a/b and/or 1/2)."
+    subject(out, "<b>bad", Record("failed", message=why))
     write_names(out, ["fine", "unlike", "waiting", "copied", "halfway", "<b>bad"])
     return out
 
@@ -187,30 +182,17 @@ def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_ne
 def test_the_page_shows_no_path_and_no_markup_of_others(fleet):
     html = records.write_index(fleet, rows_of(fleet)).read_text(encoding="utf-8")
     assert str(fleet.parent) not in html and "our pets" not in html
-    assert "no usable photo in bad: it is &lt;empty&gt;." in html and "&lt;b&gt;bad" in html and "<b><b>" not in html
+    assert "no usable photo in bad: it is &lt;empty&gt;, nor in rex (of a/b and/or 1/2)." in html
+    assert "&lt;b&gt;bad" in html and "<b><b>" not in html
     assert html.count("data:image/jpeg") == 1 and 'href="copied/contact_sheet.png"' in html
     assert "0.800" in html and "<script" not in html
     assert html.index("&lt;b&gt;bad") < html.index("copied") < html.index("unlike") < html.index("0.800")
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("no photo in /home/me/our pets/rex: it is empty", "no photo in rex: it is empty"),
-        (r"C:\Users\me\rex (unreadable)", "rex (unreadable)"),
-        ("stabilityai/sdxl is not here; use it and/or 1/2", "stabilityai/sdxl is not here; use it and/or 1/2"),
-    ],
-)
-def test_paths_lose_all_but_their_last_part(text, shown, tmp_path):
-    assert records.without_paths(text, tmp_path) == shown
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"state": 3}', '{"state": "done", "more": 1}', '{"state": "done", "starts": "x"}']
-)
-def test_a_damaged_record_is_none(text, tmp_path):
-    (tmp_path / "fleet.json").write_text(text)
-    assert read_record(tmp_path) is None
+def test_a_damaged_record_is_none(tmp_path):
+    for text in ("", "{", "[]", '{"state": 3}', '{"state": "done", "more": 1}', '{"state": "done", "starts": "x"}'):
+        (tmp_path / "fleet.json").write_text(text)
+        assert read_record(tmp_path) is None, text
 
 
 @pytest.mark.parametrize(

@@ -85,28 +85,26 @@ def test_it_goes_on_where_it_stopped(study, finished):
 
 
 def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(study, tiny_base, tmp_path):
-    cell = study.test_cells({("lora", 4): 1e-3, ("mix", 4): 1e-3})[0]
     base, photos = (tmp_path / name for name in ("base", "photos"))
     shutil.copytree(tiny_base, base)
     shutil.copytree(study.subjects[0].photos, photos)
     mine = replace(study.subjects[0], photos=str(photos))
     copied = replace(study, train={**study.train, "pretrained_model_name_or_path": str(base)}, subjects=(mine,))
-    cell = replace(cell, subject="photos")
+    cell = Cell("test", "lora", 4, "photos", 0, 1e-3)
 
     def path():
         run.content_of.cache_clear()
         return run.result_path(copied, cell, tmp_path)
 
-    seen = [path()]
+    first = path()
     (base / "README.md").write_text("a card")
-    assert path() == seen[0]
+    assert path() == first
     weights = next(base.rglob("unet/*.safetensors"))
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    seen.append(path())
+    second = path()
     next(photos.glob("*.png")).write_bytes(b"another photo")
-    seen.append(path())
-    assert len(set(seen)) == 3
+    assert len({first, second, path()}) == 3
 
 
 def test_a_subject_is_compared_alone_and_beside_another_and_an_arm_that_fails_is_told(study, tmp_path):
@@ -133,17 +131,14 @@ def test_a_subject_is_compared_alone_and_beside_another_and_an_arm_that_fails_is
     assert "Δ Confusion" in (out / "table.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("count", "visible", "names"),
-    [
+def test_workers_take_turns_on_the_gpus():
+    for count, visible, names in (
         (0, None, [None] * 3),
         (1, "3", [None] * 3),
         (2, None, ["0", "1", "0"]),
         (2, "GPU-a,GPU-b", ["GPU-a", "GPU-b", "GPU-a"]),
-    ],
-)
-def test_workers_take_turns_on_the_gpus(count, visible, names):
-    assert [run.gpu_of(number, count, visible) for number in range(3)] == names
+    ):
+        assert [run.gpu_of(number, count, visible) for number in range(3)] == names
 
 
 POOL = """

@@ -4,11 +4,25 @@ from pathlib import Path
 
 import pytest
 
+from dreambooth_moslora.extras.serving.catalogue import open_catalogue
+from dreambooth_moslora.extras.serving.drawer import Drawer
+from dreambooth_moslora.extras.serving.front import Access, Front
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 TOKEN = "correct-horse-battery"
 NAMES = ("dog", "cat", "emu")
+
+
+def shop_of(pipeline: SubjectPipeline, folder: Path, **options) -> tuple[Front, Drawer]:
+    """The service in this process, without Ray."""
+    drawer = Drawer(pipeline, open_catalogue([str(folder)]), name="one", batch=2)
+
+    async def facts() -> dict:
+        return {"base": pipeline.base_name, "resolution_px": pipeline.resolution_px}
+
+    given = {"access": Access(()), "max_inside": 16, "request_timeout_sec": 60.0} | options
+    return Front(drawer.draw, facts, drawer.catalogue, **given), drawer
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copytree
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -13,12 +14,12 @@ from starlette.datastructures import URL
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
 from dreambooth_moslora.extras.serving import front as front_module
-from dreambooth_moslora.extras.serving.catalogue import RefusedError, open_catalogue
+from dreambooth_moslora.extras.serving.catalogue import RefusedError
 from dreambooth_moslora.extras.serving.drawer import Drawer
 from dreambooth_moslora.extras.serving.front import Access, Front, ServeSettings, build_front
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from tests.extras.serving.conftest import NAMES, TOKEN
+from tests.extras.serving.conftest import NAMES, TOKEN, shop_of
 
 pytestmark = pytest.mark.extra("prometheus_client")
 
@@ -67,18 +68,7 @@ def pipeline(tiny_base) -> SubjectPipeline:
 @pytest.fixture
 def open_shop(pipeline, shelf, monkeypatch) -> Callable[..., Shop]:
     monkeypatch.setattr(catalogue_module, "FOLDER_SEC", -1.0)
-
-    def opened(folder: Path = shelf, **options) -> Shop:
-        catalogue = open_catalogue([str(folder)])
-        drawer = Drawer(pipeline, catalogue, name="one", batch=2)
-
-        async def facts() -> dict:
-            return {"base": pipeline.base_name}
-
-        given = {"access": Access(()), "max_inside": 16, "request_timeout_sec": 60.0} | options
-        return Shop(Front(drawer.draw, facts, catalogue, **given), drawer)
-
-    return opened
+    return lambda folder=shelf, **options: Shop(*shop_of(pipeline, folder, **options))
 
 
 @pytest.fixture
@@ -117,10 +107,7 @@ def test_pictures_are_those_of_generate_byte_for_byte_whatever_they_are_drawn_wi
 def test_an_adapter_that_the_routers_cache_believes_loaded_is_loaded(shop, base, shelf, tmp_path):
     """Ray Serve's cache does not see that the model has let go of an adapter for another."""
 
-    async def believed(_key: str) -> None:
-        return None
-
-    shop.drawer._load = believed
+    shop.drawer._load = AsyncMock()
     for name in (*NAMES, "dog"):
         (answer,) = shop.ask(order(name))
         assert answer.content == of_generate(base, shelf, order(name), tmp_path / "one.png")
@@ -210,7 +197,7 @@ def test_a_token_opens_everything_but_health_which_is_open(open_shop):
         assert shop.get(path, Authorization=f"Bearer {TOKEN}x").headers["www-authenticate"] == "Bearer"
         assert shop.get(path, **bearer).status_code == 200
     assert shop.get("/adapters/", Host="evil.example").status_code == 404
-    assert shop.get("/healthz").json() == {"status": "ok", "base": shop.drawer.pipeline.base_name}
+    assert shop.get("/healthz").json() == {"status": "ok", "base": shop.drawer.pipeline.base_name, "resolution_px": 64}
     assert shop.ask(order())[0].status_code == 401
     assert shop.ask(order("wolf"), **bearer)[0].status_code == 404
 

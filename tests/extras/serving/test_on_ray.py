@@ -112,7 +112,8 @@ def test_a_replicas_own_port_takes_no_pickle_of_a_stranger(service):
 
 def test_a_replica_that_is_killed_loses_no_other_picture(service, base):
     client, shelf = service
-    replicas = [p for p in psutil.Process().children(recursive=True) if is_replica(p)]
+    children = [(child, child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    replicas = [p for p, words in children if ":Replica" in " ".join(words) and "ray::ServeReplica" in words[0]]
     assert len(replicas) == 2
     asked = [(name, seed) for seed in (5, 6) for name in NAMES]
     with ThreadPoolExecutor(len(asked)) as clients:
@@ -125,7 +126,3 @@ def test_a_replica_that_is_killed_loses_no_other_picture(service, base):
             time.sleep(1)
             answer = draw(client, *pair)
         assert answer.content == expected(base, shelf, *pair)
-
-
-def is_replica(process: psutil.Process) -> bool:
-    return ":Replica" in " ".join(process.cmdline()) and "ray::ServeReplica" in process.cmdline()[0]
