@@ -58,7 +58,12 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
 
 def serve(args: argparse.Namespace) -> int:
     resolve_base(args.base)
-    from dreambooth_moslora.ui import guard, page
+    runs_folder(args.runs_dir)
+    from dreambooth_moslora.ui import bases
+
+    if args.bases_dir:
+        bases.require_bases_dir(user_path(args.bases_dir))
+    from dreambooth_moslora.ui import guard, page  # gradio takes seconds
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
         raise UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")

@@ -40,8 +40,7 @@ class PageBase:
 def bases_below(folder: Path) -> list[Path]:
     """Diffusers folders and single-file checkpoints at most three levels below `folder`. What cannot be read is left
     out. Raises UserError when there is no such folder."""
-    if not folder.is_dir():
-        raise UserError(f"--bases_dir {folder} is not a folder; name the one that your bases lie in")
+    require_bases_dir(folder)
     found = []
     for place, folders, files in os.walk(folder):
         inner = [Path(place, name) for name in sorted(folders) if not name.startswith(".")]
@@ -50,6 +49,12 @@ def bases_below(folder: Path) -> list[Path]:
         is_deep = len(Path(place).relative_to(folder).parts) >= DEPTH - 1
         folders[:] = [] if is_deep else [path.name for path in inner if not (path / INDEX).is_file()]
     return found
+
+
+def require_bases_dir(folder: Path) -> None:
+    """Raises UserError when there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"--bases_dir {folder} is not a folder; name the one that your bases lie in")
 
 
 def is_checkpoint(file: Path) -> bool:

@@ -30,14 +30,29 @@ ABSENT = {
     "export x --for peft --out y": "there is no folder x",
     "explain x": "x holds no run",
     "verify x": "x: there is no such file",
+    "verify dog.safetensors --photos x": "x: no such folder",
+    "verify dog.safetensors --config x.toml": "--config x.toml: there is no such file",
+    "verify dog.safetensors --pretrained_model_name_or_path x": "the base x does not exist",
     "check x": "x: no such folder",
     "check x dog": "x: there is no such folder",
     "caption x --subject dog": "x: no such folder",
     "doctor --photos x": "x: no such folder",
     "train x dog": "x: there is no such folder",
+    "train photos dog --pretrained_model_name_or_path x": "the base x does not exist",
+    "train --config x.toml": "--config x.toml: there is no such file",
+    "train photos dog --like x": "--like x: there is no such file",
+    "compare x dog": "x: there is no such folder",
+    "compare --config x.toml": "--config x.toml: there is no such file",
+    "basis x --out basis.safetensors": "x: there is no such folder",
+    "fleet x --out y --pretrained_model_name_or_path toy": "x: give a folder of subject folders",
+    "fleet status x": "{here}/x holds no fleet",
+    "queue remove x": "no run called 'x' waits",
+    "evaluate dog.safetensors --output_dir dog.safetensors": "--output_dir dog.safetensors",
     "serve --adapters x": "--adapters x: there is no such folder",
     "serve --adapters . --pretrained_model_name_or_path x": "the base x does not exist",
     "app --base x": "the base x does not exist",
+    "app --bases_dir x": "--bases_dir x is not a folder",
+    "app --runs_dir dog.safetensors": "--runs_dir dog.safetensors cannot be a folder",
     "generate --prompt dog --adapter ~nobody_/x": "there is no adapter file ~nobody_/x",
     "export ~nobody_/x --out y": "there is no file or folder ~nobody_/x",
     "verify ~nobody_/x": "~nobody_/x: there is no such file",
@@ -48,6 +63,7 @@ ABSENT = {
 def test_a_path_that_is_not_there_is_told_before_torch_is_imported(tmp_path):
     """Its import takes half a minute on a busy machine."""
     (tmp_path / "dog.safetensors").write_bytes(b"")
+    (tmp_path / "photos").mkdir()
     for folder in (tmp_path / "run", tmp_path / "run" / "best"):
         folder.mkdir()
         (folder / PUBLISHED_NAME).write_bytes(b"")
@@ -58,7 +74,7 @@ def test_a_path_that_is_not_there_is_told_before_torch_is_imported(tmp_path):
     assert done.stdout == f"{[2] * len(ABSENT)}\n", done.stderr
     errors = [line for line in done.stderr.splitlines() if not line.startswith("base: ./gone, which the run in ")]
     for line, said in zip(errors, ABSENT.values(), strict=True):
-        assert line.startswith(f"error: {said}")
+        assert line.startswith(f"error: {said.format(here=tmp_path)}")
 
 
 @pytest.mark.parametrize(
