@@ -1,13 +1,15 @@
 """`python -m dreambooth_moslora generate`: pictures without a browser."""
 
 import argparse
+import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from dreambooth_moslora.base.files import resolve_base
+from dreambooth_moslora.base.files import TOY, resolve_base
 from dreambooth_moslora.cli.terminal import hush, say
 from dreambooth_moslora.core import UserError, find_asset, free_name, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
@@ -62,6 +64,8 @@ def run_generate(args: argparse.Namespace) -> int:
         adapters = [given_adapter(*_split_scale(text), recipe) for text in args.adapter]
         for note in filter(None, (item.note for item in adapters)):
             print(f"note: {note}", file=sys.stderr)
+    if not adapters:
+        say([without_adapter(args.base, values["prompt"])])
     basis = user_path(args.basis) if args.basis else None
     pipeline = SubjectPipeline.from_base(args.base)
     pipeline.bases.files += [basis] if basis else []
@@ -81,6 +85,15 @@ def base_of_runs(adapters: list[str]) -> str:
                     say([f"base: {base}, which the run in {folder} was trained on (--base)"])
                     return base
     return "toy"
+
+
+def without_adapter(base: str, prompt: str) -> str:
+    """A line that the base draws alone. The embedded one draws a toy for a word that is no token of its own."""
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())) if base == "toy" else ()
+    known = json.loads((TOY / "tokenizer" / "vocab.json").read_text(encoding="utf-8")) if words else ()
+    unknown = [word for word in words if f"{word}</w>" not in known]
+    never = f"; it has never read {', '.join(unknown)}, and draws one of its toys instead" if unknown else ""
+    return f"note: without --adapter the base draws alone{never}"
 
 
 def check_paths(args: argparse.Namespace, recipe: params.Recipe | None) -> None:
