@@ -67,6 +67,8 @@ def test_every_kind_of_list_says_the_same(name, pets):
         ("nowhere,dog,", "no such folder"),
         ("pets/tom,cat,-3", "--max_train_steps -3: must be at least 1"),
         ("bare,,", "does not say what it shows"),
+        (f"pets/tom,{'d' * 61},", "is no word: give at most 60 letters"),
+        ("pets/tom,a\u202eb,", "the class 'a\\u202eb' is no word"),
     ],
 )
 def test_a_bad_subject_keeps_its_own_line(row, says, pets):
@@ -87,6 +89,8 @@ def test_a_bad_subject_keeps_its_own_line(row, says, pets):
         ("a.csv", "folder\npets/rex\npets/rex\n", "rex is there twice"),
         ("a.csv", "class\ndog\n", "a subject has no folder"),
         ("a.csv", "folder,name\npets/rex,../x\n", "cannot be part of a file's name"),
+        ("a.csv", "folder,name\npets/rex,Index.html\n", "the fleet has a file of that name"),
+        ("a.csv", "folder,class,folder\npets/rex,dog,pets/tom\n", "the column 'folder' is there twice"),
         ("a.csv", "folder\npets/rex,3\n", "more cells than the first"),
         ("a.jsonl", "[1]\n", "not a table of names and values"),
         ("a.toml", "x = 1\n", "[[subjects]]"),
