@@ -20,6 +20,7 @@ from typing import Any
 
 from dreambooth_moslora.core import MAX_WORD_CHARACTERS, SUBJECT_FILE, UserError, content_key, find_asset, one_line
 from dreambooth_moslora.disk.run_folder import check_name
+from dreambooth_moslora.extras.cluster import records
 from dreambooth_moslora.settings import sources, table
 
 TOKEN = "sks"
@@ -30,7 +31,7 @@ REFUSED = {
     "hub_token": "it would be written to every run's folder; log in on the machines (`hf auth login`)",
 }
 """Settings that a subject must not have, and why."""
-FILES_OF_A_FLEET = ("fleet.json", "fleet.stop", "index.html")
+FILES_OF_A_FLEET = (records.FLEET_NAME, records.STOP_NAME, records.INDEX_NAME)
 PLACES = ("instance_data_dir", "output_dir")  # Settings that say where a run is, not what it is
 
 
@@ -76,6 +77,8 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
     if source.exists() and not source.is_file():
         raise UserError(f"{source} is not a regular file.")
     try:
+        if source.stat().st_size > sources.MOST_BYTES:
+            raise ValueError(f"it has more than {sources.MOST_BYTES // 2**20} MiB")
         text = source.read_text(encoding="utf-8-sig")
         if "\0" in text:
             raise ValueError("it is not a text file")

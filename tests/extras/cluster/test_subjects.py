@@ -61,6 +61,16 @@ def test_every_kind_of_list_says_the_same(name, pets):
     assert tom.settings["instance_prompt"] == "a photo of a sks cat" and tom.settings["max_train_steps"] == 3
 
 
+def test_a_list_and_a_subjects_file_of_gigabytes_are_one_line_and_are_not_read(pets):
+    """They are holes on the disk, and would fill the memory."""
+    for file in (Path("huge.csv"), pets / "rex" / "subject.json"):
+        file.touch()
+        os.truncate(file, 2**36)
+    with pytest.raises(UserError, match="is not a list of subjects: it has more than 32 MiB"):
+        read("huge.csv")
+    assert "subject.json: it has more than 32 MiB" in read(pets)[0].error
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [
