@@ -58,9 +58,10 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
 
 def serve(args: argparse.Namespace) -> int:
     resolve_base(args.base)
-    runs_folder(args.runs_dir)
     from dreambooth_moslora.ui import bases
 
+    if user_path(args.runs_dir).exists():
+        runs_folder(args.runs_dir)
     if args.bases_dir:
         bases.require_bases_dir(user_path(args.bases_dir))
     from dreambooth_moslora.ui import guard, page  # gradio takes seconds
