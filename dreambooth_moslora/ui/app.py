@@ -62,6 +62,9 @@ def serve(args: argparse.Namespace) -> int:
 
     if user_path(args.runs_dir).exists():
         runs_folder(args.runs_dir)
+    if not user_path(args.adapters_dir).is_dir():
+        absent = f"--adapters_dir {args.adapters_dir}: there is no such folder"
+        print(f"note: {absent}, so the page offers the adapters of runs alone", file=sys.stderr)
     if args.bases_dir:
         bases.require_bases_dir(user_path(args.bases_dir))
     from dreambooth_moslora.ui import guard, page  # gradio takes seconds

@@ -74,7 +74,9 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
             seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=160, elem_id="seed")
             schedulers = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
             shown = {"visible": of_unets, "min_width": 160}
-            scheduler = gr.Dropdown(schedulers, value="euler", label="Scheduler", info="how it steps", **shown)
+            scheduler = gr.Dropdown(
+                schedulers, value="euler", label="Scheduler", info="how noise is taken out", **shown
+            )
         size = gr.Dropdown(
             sizes, value=sizes[0][1], label="Size", info="width × height", allow_custom_value=True, elem_id="size"
         )
