@@ -11,7 +11,7 @@ from PIL import Image
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
-from dreambooth_moslora.extras.cluster import records
+from dreambooth_moslora.extras.cluster import command_fleet, records
 from dreambooth_moslora.extras.cluster.fleet import missing
 from dreambooth_moslora.extras.cluster.records import Record, read_record, rows_of, write_names, write_record
 from dreambooth_moslora.extras.cluster.subjects import mark_of, read_subjects
@@ -59,6 +59,16 @@ def test_every_kind_of_list_says_the_same(name, pets):
     assert best.name == "best boy" and int(best.settings["max_train_steps"]) == 7
     assert best.settings["instance_prompt"] == "a photo of a ohwx dog"
     assert tom.settings["instance_prompt"] == "a photo of a sks cat" and tom.settings["max_train_steps"] == 3
+
+
+def test_a_small_base_has_its_own_resolution_in_a_fleet_too(pets, monkeypatch):
+    """All bases were trained at 1024 px: a step of the toy took twenty seconds."""
+    shared = []
+    monkeypatch.setattr(command_fleet, "read_subjects", lambda _, settings, out: shared.append(settings) or [])
+    base = ["--pretrained_model_name_or_path", "toy"]
+    assert main(["fleet", str(pets), "--out", "out", *base, "--dry_run"]) == 0
+    assert main(["fleet", str(pets), "--out", "out", *base, "--resolution", "64", "--dry_run"]) == 0
+    assert [int(settings["resolution"]) for settings in shared] == [128, 64]
 
 
 def test_a_list_and_a_subjects_file_of_gigabytes_are_one_line_and_are_not_read(pets):
