@@ -101,8 +101,9 @@ class TrustedHosts(Layer):
 @asynccontextmanager
 async def trusted_hosts(hosts: Collection[str] | None, allowed: Collection[Origin], app: Any) -> AsyncIterator[None]:
     """A lifespan that puts TrustedHosts around everything else, including gradio's own middleware. Gradio adds its own
-    outside of any given one, and would itself answer a foreign page's preflight."""
-    app.middleware_stack = TrustedHosts(app.middleware_stack, hosts, allowed)
+    outside of any given one, and would itself answer a foreign page's preflight. On a busy machine it starts twice."""
+    if not isinstance(app.middleware_stack, TrustedHosts):
+        app.middleware_stack = TrustedHosts(app.middleware_stack, hosts, allowed)
     yield
 
 
