@@ -71,7 +71,7 @@ def strength(text: str) -> float:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     check_paths(args)
-    config, folder = resolve(args), output_folder(args)
+    folder, config = output_folder(args), resolve(args)
     from dreambooth_moslora.base import families, load
     from dreambooth_moslora.evaluation import metrics, report, score_tables
     from dreambooth_moslora.generation.pipeline import SubjectPipeline

@@ -1,18 +1,20 @@
 """`python -m dreambooth_moslora generate`: pictures without a browser."""
 
 import argparse
+import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from dreambooth_moslora.base.files import resolve_base
-from dreambooth_moslora.cli.terminal import hush
+from dreambooth_moslora.base.files import TOY, resolve_base
+from dreambooth_moslora.cli.terminal import hush, say
 from dreambooth_moslora.core import UserError, find_asset, free_name, user_path
-from dreambooth_moslora.disk.run_folder import find_weights
+from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.generation import params
-from dreambooth_moslora.settings import table
+from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS
 
 ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
@@ -24,7 +26,8 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
         hyphens = name.replace("_", "-")
         parser.add_argument(*dict.fromkeys([f"--{name}", f"--{hyphens}"]), dest=name, **options)
 
-    add("base", default="toy", help='the base: a folder, a hub id, a .safetensors file, or "toy" (default)')
+    about_base = "a folder, a hub id, a .safetensors file, or toy (default: that of the adapter's run, else toy)"
+    add("base", help=f"the base: {about_base}")
     add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help=ADAPTER_HELP)
     add("basis", metavar="FILE", help="the basis of --adapter mixers.safetensors, if it is not beside that file")
     add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
@@ -48,6 +51,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     recipe = params.read_recipe(args.from_png) if args.from_png else None
     values = _recipe_values(args, recipe)
+    args.base = args.base or base_of_runs(args.adapter)
     check_paths(args, recipe)
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
     from dreambooth_moslora.generation.pipeline import SubjectPipeline, adapters_of_picture, given_adapter
@@ -60,6 +64,8 @@ def run_generate(args: argparse.Namespace) -> int:
         adapters = [given_adapter(*_split_scale(text), recipe) for text in args.adapter]
         for note in filter(None, (item.note for item in adapters)):
             print(f"note: {note}", file=sys.stderr)
+    if not adapters:
+        say([without_adapter(args.base, values["prompt"])])
     basis = user_path(args.basis) if args.basis else None
     pipeline = SubjectPipeline.from_base(args.base)
     pipeline.bases.files += [basis] if basis else []
@@ -67,6 +73,27 @@ def run_generate(args: argparse.Namespace) -> int:
     wanted = params.GenerationParams.from_dict(values | {"adapters": chosen})
     events = generate_grid(pipeline, wanted, axes) if axes else pipeline.generate(wanted)
     return _save_all(events, Path(args.output_dir), only_sheet=bool(axes))
+
+
+def base_of_runs(adapters: list[str]) -> str:
+    """That of the first adapter which lies in its run's folder, beside the settings; else the embedded one."""
+    for path, _ in map(_split_scale, adapters):
+        for folder in (Path(find_asset(path)), Path(find_asset(path)).parent):
+            if (file := RunDir(folder).config_path).is_file():
+                base = sources.read_json_table(file).get("pretrained_model_name_or_path")
+                if isinstance(base, str) and base != "toy":
+                    say([f"base: {base}, which the run in {folder} was trained on (--base)"])
+                    return base
+    return "toy"
+
+
+def without_adapter(base: str, prompt: str) -> str:
+    """A line that the base draws alone. The embedded one draws a toy for a word that is no token of its own."""
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())) if base == "toy" else ()
+    known = json.loads((TOY / "tokenizer" / "vocab.json").read_text(encoding="utf-8")) if words else ()
+    unknown = [word for word in words if f"{word}</w>" not in known]
+    never = f"; it has never read {', '.join(unknown)}, and draws one of its toys instead" if unknown else ""
+    return f"note: without --adapter the base draws alone{never}"
 
 
 def check_paths(args: argparse.Namespace, recipe: params.Recipe | None) -> None:

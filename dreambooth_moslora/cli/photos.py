@@ -69,7 +69,8 @@ def run_check(args: argparse.Namespace) -> int:
         given |= choices.settings
     config = replace(config, **given)
     crops = None if args.no_picture or not report.photos else draw(report.photos, config, args, folder)
-    shown = json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops))
+    has_words = bool(known.get("instance_prompt"))
+    shown = json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops, has_words))
     print(shown)
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
@@ -135,15 +136,17 @@ def as_json(report: "PhotoReport") -> dict[str, Any]:
     return {"photos": rows, "usable": len(report.photos)}
 
 
-def as_text(report: "PhotoReport", crops: str | None) -> str:
+def as_text(report: "PhotoReport", crops: str | None, has_words: bool = True) -> str:
+    """Without words of the subject only a photo's own captions are shown."""
     from dreambooth_moslora.photos.photo_file import quoted
 
     lines = []
     for photo in report.photos:
         height, width = photo.size_px
         extras = [*photo.reasons, *(["has a mask"] if photo.mask_path not in (None, photo.path) else [])]
-        lines.append(f"  ok    {photo.path.name}  {width} x {height}  {'; '.join(extras)}".rstrip())
-        lines.append(f"        {quoted(photo)}")
+        mark = "bad" if is_faulty(photo) else "ok "
+        lines.append(f"  {mark}   {photo.path.name}  {width} x {height}  {'; '.join(extras)}".rstrip())
+        lines += [f"        {quoted(photo)}"] * (has_words or photo.is_captioned)
     lines += [f"  left  {item.path.name}  {item.reason}" for item in report.skipped]
     usable, left_out, beside = map(len, (report.photos, report.skipped, report.sidecars))
     lines.append(f"{usable} usable, {left_out} left out, {beside} captions and masks")
@@ -153,8 +156,12 @@ def as_text(report: "PhotoReport", crops: str | None) -> str:
 FEWEST = 3  # good photos
 
 
+def is_faulty(photo: "Photo") -> bool:
+    return any(reason.startswith(FAULTS) for reason in photo.reasons)
+
+
 def verdict(report: "PhotoReport") -> str:
-    faulty = [photo.path.name for photo in report.photos if any(r.startswith(FAULTS) for r in photo.reasons)]
+    faulty = [photo.path.name for photo in filter(is_faulty, report.photos)]
     good = len(report.photos) - len(faulty)
     advice = f"leave out {', '.join(faulty)} (--leave_out {shlex.join(faulty)}); " if faulty else ""
     rest = f"{good} good {'photo is' if good == 1 else 'photos are'} there"

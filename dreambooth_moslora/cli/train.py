@@ -246,6 +246,8 @@ def choose(given: Given) -> choices.Choices:
     settings = {name: table.checked_setting(name, value) for name, value in given.settings.items()}
     if settings.get("instance_data_dir"):
         raise core.UserError(f"{given.words[0]} and --instance_data_dir: give the folder of photos once.")
+    if base := settings.get("pretrained_model_name_or_path"):
+        files.resolve_base(base)  # before PyTorch is imported to ask for the GPU's memory
     chosen = choices.Choices(settings, {"instance_data_dir": str(folder)})
     choose_base(chosen, folder)
     is_for_toys = core.is_toy(chosen.all["pretrained_model_name_or_path"])

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.adapters.metadata import RESUMED, UNTOLD, AdapterMetadata, concluded, told_by, versions
+from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.terminal import StopRequest, TerminalProgress
 from dreambooth_moslora.cli.train import add_flag
-from dreambooth_moslora.core import UserError, file_digest, one_line, spelled_out, user_path
+from dreambooth_moslora.core import UserError, file_digest, find_asset, one_line, spelled_out, user_path
 from dreambooth_moslora.disk import events, run_folder
+from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.settings.sources import checked_recipe, load_settings
 from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, SETTINGS, TrainConfig, checked_setting, shapes_weights
 
@@ -60,6 +62,7 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Exit code 0 for equal weights, 1 for different ones, 2 when that cannot be told, 130 when the user stops it."""
+    check_paths(args)
     receipt = read_receipt(args.file)
     if args.step is not None and args.step < 1:
         raise UserError(f"--step {args.step}: steps count from 1.")
@@ -73,6 +76,16 @@ def run_verify(args: argparse.Namespace) -> int:
         run = run_folder.RunDir(config.output_dir)
         made = run.kohya_path if receipt.is_kohya else run.adapter_path
         return answer(receipt, made, config, unknown_settings(args, receipt, config))
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Raises UserError for a given path that is not there, before torch is imported."""
+    if args.photos:
+        require_folder_of_photos(Path(find_asset(args.photos)))
+    if args.config:
+        load_settings(args.config)
+    if base := given_flags(args).get("pretrained_model_name_or_path"):
+        resolve_base(base)
 
 
 def read_receipt(path: str) -> Receipt:

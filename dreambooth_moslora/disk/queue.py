@@ -31,11 +31,14 @@ from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.file_lock import lock
 
 LOCK_NAME = "run.lock"
+WRITTEN_TO = (LOCK_NAME, "metrics.jsonl", "train.log")  # Opened where they are, while others are replaced.
 
 
 @contextmanager
 def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Hold the existing `folder` of the option `flag` for the block. Raises UserError when another run holds it."""
+    """Hold the existing `folder` of the option `flag` for the block. Raises UserError when another run holds it, or
+    when a file that a run writes to is a link or a pipe: the folder may be a stranger's."""
+    refuse_links(folder, flag)
     path = folder / LOCK_NAME
     file = take(path, flag)
     try:
@@ -45,6 +48,13 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         yield
     finally:
         release(path, file)
+
+
+def refuse_links(folder: Path, flag: str) -> None:
+    """Raises UserError for a file there that a run would write to elsewhere, or wait for."""
+    for path in (folder / name for name in WRITTEN_TO):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise UserError(f"{flag} {folder}: {path.name} in it is no file of its own; remove it.")
 
 
 def release(path: Path, file: BinaryIO) -> None:

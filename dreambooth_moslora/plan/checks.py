@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_file
 from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.core import UserError, default_cache_dir, one_line
-from dreambooth_moslora.disk import run_folder
+from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, precision_of, size_of_run
 from dreambooth_moslora.settings import families, prompts, rows, rules, table
@@ -100,6 +100,7 @@ def check_folders(config: table.TrainConfig) -> None:
         check_photo_folders(subject, run_dir)
         check_places(subject, run_dir)
     check_strangers(run_dir)
+    queue.refuse_links(run_dir.path, "--output_dir")
 
 
 LONGEST = ".checkpoint-1000000.1000000-01234567.new/pytorch_lora_weights.safetensors"

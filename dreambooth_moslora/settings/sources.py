@@ -21,6 +21,7 @@ from dreambooth_moslora.core import UserError, find_asset, one_line
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, header_of
 from dreambooth_moslora.settings.table import FIELD_TYPES, REMOVED, SETTINGS, SVD, TrainConfig, checked_setting, named
 
+MOST_BYTES = 32 * 2**20
 TOO_DEEP = "it is nested too deeply"
 
 
@@ -45,6 +46,8 @@ def read_json_table(path: Path) -> dict[str, Any]:
 def parsed(path: Path, called: str) -> dict[str, Any]:
     """The file's names and values. Raises UserError for a bad file; the message begins with `called`."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{called}: it has more than {MOST_BYTES // 2**20} MiB, as no settings have.")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{called}: {reason_of(error)}.") from error

@@ -68,7 +68,14 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
 
 def serve(args: argparse.Namespace) -> int:
     files.resolve_base(args.base)
-    from dreambooth_moslora.ui import guard, page
+    if core.user_path(args.runs_dir).exists():
+        runs_folder(args.runs_dir)
+    if not core.user_path(args.adapters_dir).is_dir():
+        absent = f"--adapters_dir {args.adapters_dir}: there is no such folder"
+        print(f"note: {absent}, so the page offers the adapters of runs alone", file=sys.stderr)
+    if args.bases_dir:
+        require_bases_dir(core.user_path(args.bases_dir))
+    from dreambooth_moslora.ui import guard, page  # gradio takes seconds
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
         raise core.UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
@@ -151,8 +158,7 @@ def runs_folder(text: str) -> Path:
 def bases_below(folder: Path) -> list[Path]:
     """Diffusers folders and single-file checkpoints at most three levels below `folder`. What cannot be read is left
     out. Raises UserError when there is no such folder."""
-    if not folder.is_dir():
-        raise core.UserError(f"--bases_dir {folder} is not a folder; name the one that your bases lie in")
+    require_bases_dir(folder)
     found = []
     for place, folders, names in os.walk(folder):
         inner = [Path(place, name) for name in sorted(folders) if not name.startswith(".")]
@@ -162,6 +168,12 @@ def bases_below(folder: Path) -> list[Path]:
         is_deep = len(Path(place).relative_to(folder).parts) >= DEPTH - 1
         folders[:] = [] if is_deep else [path.name for path in inner if path not in bases]
     return found
+
+
+def require_bases_dir(folder: Path) -> None:
+    """Raises UserError when there is no such folder."""
+    if not folder.is_dir():
+        raise core.UserError(f"--bases_dir {folder} is not a folder; name the one that your bases lie in")
 
 
 def is_checkpoint(file: Path) -> bool:

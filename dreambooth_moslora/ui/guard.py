@@ -36,6 +36,8 @@ FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
 Origin = tuple[str, str, int]
 """Scheme, host name and port of a page: pages that differ in one of them are different sites."""
 REFUSED = "another site may not ask here; behind a proxy, start the app with --allowed_host and the page's address"
+ELSEWHERE = re.compile(r"/(file|proxy)=\s*https?:", re.IGNORECASE)
+"""A path by which gradio would fetch an address for anybody who asks, also for another site's picture."""
 SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 
 
@@ -75,6 +77,8 @@ class TrustedHosts(Layer):
     def _refusal(self, scope: dict) -> PlainTextResponse | None:
         """Host and X-Forwarded-Host give the page's own name and port: a browser does not let another site's page
         set them. They do not tell the scheme; for an allowed name it is one of those that are allowed."""
+        if ELSEWHERE.search(scope["path"]):
+            return PlainTextResponse("the page fetches no address", 404)
         headers = {name: value.decode("latin1") for name, value in scope["headers"] if name in HEADERS}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         name = None
@@ -97,8 +101,9 @@ class TrustedHosts(Layer):
 @asynccontextmanager
 async def trusted_hosts(hosts: Collection[str] | None, allowed: Collection[Origin], app: Any) -> AsyncIterator[None]:
     """A lifespan that puts TrustedHosts around everything else, including gradio's own middleware. Gradio adds its own
-    outside of any given one, and would itself answer a foreign page's preflight."""
-    app.middleware_stack = TrustedHosts(app.middleware_stack, hosts, allowed)
+    outside of any given one, and would itself answer a foreign page's preflight. On a busy machine it starts twice."""
+    if not isinstance(app.middleware_stack, TrustedHosts):
+        app.middleware_stack = TrustedHosts(app.middleware_stack, hosts, allowed)
     yield
 
 

@@ -42,9 +42,10 @@ def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
             connect_bases(ctx, page, chooser, about, generate.of_base | (trained if ctx.training else {}))
     page.queue(api_open=False)
     if ctx.public:
-        from dreambooth_moslora.ui.public import FairQueue
+        from dreambooth_moslora.ui.public import FairQueue, fetch_nothing
 
         FairQueue(page)
+        fetch_nothing(page)
     if ctx.training:
         threading.Thread(target=ctx.queue.keep_on, name="queue", daemon=True).start()
     return page

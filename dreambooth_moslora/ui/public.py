@@ -13,8 +13,9 @@ import json
 import re
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from typing import Any
 from urllib.parse import parse_qs
@@ -25,6 +26,7 @@ import gradio as gr
 from gradio.blocks import Block
 from gradio.server_messages import ProcessCompletedMessage
 from gradio.state_holder import SessionState
+from gradio_client.utils import is_http_url_like
 from starlette.responses import PlainTextResponse
 
 from dreambooth_moslora.core import UserError
@@ -311,6 +313,18 @@ class FairQueue:
         if time.monotonic() - self._heard.setdefault(event, time.monotonic()) > UNHEARD_SEC and event.alive:
             self._send(event, ProcessCompletedMessage(output={"error": UNHEARD}, success=False, title="Left"))
             event.alive = False
+
+
+def fetch_nothing(page: gr.Blocks) -> None:
+    """A form may name an address in the place of a file: Gradio would fetch it, however long, beside all limits."""
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = partial(_of_this_machine, block.async_move_resource_to_block_cache)
+
+
+async def _of_this_machine(keep: Callable, path: str | None) -> str | None:
+    if path and is_http_url_like(path):
+        raise gr.Error("Send the file itself: the page fetches no address.", print_exception=False)
+    return await keep(path)
 
 
 def _asker_of(event: Any) -> gr.Request:

@@ -203,7 +203,7 @@ class TrainForm:
     make_masks: bool | None = asked(None, "Make masks", "finds the subject in photos that have none",
         line=9, setting="masks", words=("given", "auto"), at_first=is_toy, fetched="CLIPSeg comes")
     memory: str = asked("auto", "Memory", "nf4 needs least", line=16, setting="memory", always=True, of_files=True)
-    prior: str = asked("adapter_off", "Kept by", "what it is held to",
+    prior: str = asked("adapter_off", "Kept by", "the base's own answers, or pictures of the class",
         line=8, setting="prior", choices={"adapter_off": "the base", "class_images": "class images"},
         needs="prior_preservation", elem_id="prior_by")
     prior_weight: float = asked(0.0, "Prior weight", BY_RECIPE,

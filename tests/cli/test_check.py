@@ -57,9 +57,12 @@ def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_
     assert "40 x 40 px is enlarged 3.2 times" in shown.out, "to 128 px"
     bad = "leave out 00 copy.jpg, tiny.jpg (--leave_out '00 copy.jpg' tiny.jpg); 2 good photos are there, too few"
     assert shown.out.splitlines()[-1] == f"verdict: {bad}: take 3 to 10 of the subject"
+    marks = [line.split()[0] for line in shown.out.splitlines() if line.startswith("  ") and ".jpg" in line]
+    assert marks == ["bad", "ok", "ok", "bad"]
     shutil.copy(ROOT / "assets" / "subjects" / "rocket" / "02.jpg", tmp_path / "02.jpg")
     assert main(["check", ".", "--no_picture", "--resolution", "128"]) == 0
-    assert capsys.readouterr().out.endswith("3 good photos are there, enough to train\n")
+    said = capsys.readouterr().out
+    assert said.endswith("3 good photos are there, enough to train\n") and "“" not in said, "no word was given"
     (tmp_path / "tiny.jpg").rename("$(reboot).jpg")
     assert main(["check", ".", "--no_picture", "--resolution", "128"]) == 0
     assert "(--leave_out '$(reboot).jpg' '00 copy.jpg')" in capsys.readouterr().out, "a shell runs none"

@@ -142,6 +142,7 @@ def test_the_step_is_the_files_unless_it_is_said(monkeypatch):
     steps = []
     monkeypatch.setattr(verify, "retrain", lambda config, step: steps.append(step))
     told = written(replace(PLAIN, step=7))
+    Path("photos").mkdir()
     for words in ([], ["--step", "3"]):
         assert main(["verify", told, "--photos", "photos", *words]) == 130
     assert steps == [7, 3]

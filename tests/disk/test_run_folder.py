@@ -6,15 +6,26 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
 
-from dreambooth_moslora.core import atomic_directory, atomic_write, clean_stale, process_token, scratch_directory
+from dreambooth_moslora.core import (
+    UserError,
+    atomic_directory,
+    atomic_write,
+    clean_stale,
+    process_token,
+    scratch_directory,
+)
 from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.events import RunEnded, StepDone, StepEvaluated, event_of, events_of, record_of
+from dreambooth_moslora.disk.queue import WRITTEN_TO, locked
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name
+from dreambooth_moslora.plan.checks import check_folders
+from dreambooth_moslora.settings.table import TrainConfig
 
 WRITER = """
 import sys
@@ -80,6 +91,22 @@ def test_what_a_running_process_writes_and_a_hidden_file_of_the_users_own_are_le
         (tmp_path / name).mkdir()
     clean_stale(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "folder", "pipe"])
+@pytest.mark.parametrize("name", WRITTEN_TO)
+def test_a_strangers_run_folder_has_no_file_written_elsewhere(name, kind, tmp_path):
+    """The lock emptied the file that its link led to, and lines were added to others."""
+    (run := tmp_path / "run").mkdir()
+    (mine := tmp_path / "mine.txt").write_text("precious")
+    if kind.startswith("link"):
+        (run / name).symlink_to(mine if kind == "link" else tmp_path / "nothing")
+    else:
+        (run / name).mkdir() if kind == "folder" else os.mkfifo(run / name)
+    for begin in (locked(run).__enter__, partial(check_folders, TrainConfig(output_dir=str(run)))):
+        with pytest.raises(UserError, match=f"run: {name} in it is no file of its own"):
+            begin()
+    assert mine.read_text() == "precious" and sorted(os.listdir(tmp_path)) == ["mine.txt", "run"]
 
 
 def test_an_error_inside_leaves_what_was_there_and_a_scratch_folder_goes_and_a_killed_one_with_the_next(tmp_path):

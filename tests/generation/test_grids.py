@@ -92,6 +92,15 @@ def command(tiny_base, folder, *words) -> int:
     return generate.run_generate(args)
 
 
+def test_without_an_adapter_the_words_that_the_embedded_base_has_never_read_are_named():
+    """It drew a lamp for a cat, without a word."""
+    line = "note: without --adapter the base draws alone"
+    assert generate.without_adapter("toy", "a photo of a sks rocket, in the snow") == line
+    never = f"{line}; it has never read cat, naïve, and draws one of its toys instead"
+    assert generate.without_adapter("toy", "A Cat, a red cat 2 naïve") == never
+    assert generate.without_adapter("some/base", "a cat") == line
+
+
 def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):
     adapter = save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "runs" / "dog", seed=1).parent
     words = ["--adapter", f"{adapter}:0.5", "--prompt", "a sks dog", "--seed", "5", "--num-images", "2"]

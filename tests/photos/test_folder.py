@@ -124,6 +124,15 @@ for kind, line in (("list", "[" * 30_000), ("table", '{"file_name": ' * 2_000)):
     CAPTIONS[f"nested {kind}"] = ({}, [line, row_of("a.jpg", MINE)], [(MINE,), NONE, NONE, NONE], said)
 
 
+def test_metadata_of_gigabytes_is_named_and_not_read(tmp_path):
+    """It is a hole on the disk, and would fill the memory."""
+    picture().save(tmp_path / "a.jpg")
+    (tmp_path / "metadata.jsonl").touch()
+    os.truncate(tmp_path / "metadata.jsonl", 2**36)
+    report = find_photos(tmp_path, PROMPT, 64)
+    assert [item.reason for item in report.skipped] == ["not read: it has more than 32 MiB"] and report.photos
+
+
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(name, tmp_path):
     texts, metadata, captions, complaints = CAPTIONS[name]

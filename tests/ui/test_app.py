@@ -39,6 +39,7 @@ from tests.ui.conftest import PAGE, write_adapter
         (["--server_name", "localhost", "--auth", "ann:secret"], True, False),
         (["--share"], False, True),
         (["--server_name", "0.0.0.0"], False, True),
+        (["--adapters_dir", "x"], True, False),
         (["--server_name", "0.0.0.0", "--auth", "ann:secret"], True, True),
         (["--allowed_host", "pictures.example.org"], True, True),
     ],
@@ -52,7 +53,9 @@ def test_a_public_address_needs_a_login_for_training_and_is_guarded(monkeypatch,
 
     monkeypatch.setattr("dreambooth_moslora.ui.app.context_of", stop_here)
     assert app.main(options) == 2 and seen == [{"training": training, "public": public}]
-    assert ("warning: everybody" in capsys.readouterr().err) == (not training)
+    said = capsys.readouterr().err
+    assert ("warning: everybody" in said) == (not training)
+    assert ("note: --adapters_dir x: there is no such folder" in said) == ("--adapters_dir" in options)
 
 
 @pytest.mark.parametrize(

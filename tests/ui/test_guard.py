@@ -1,9 +1,11 @@
 """No other site reaches the page through a browser, no upload fills memory or disk, and no odd request is a 500."""
 
+import asyncio
 import contextlib
 import http.client
 import secrets
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import httpx
@@ -93,6 +95,19 @@ def test_plain_http_is_another_site_no_foreign_one_has_the_page_in_a_frame_or_is
     asked = HOST | EVIL | {"Access-Control-Request-Method": "POST"}
     answer = httpx.options(f"{proxied.url}gradio_api/queue/join", headers=asked)
     assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+
+
+def test_a_server_that_gradio_starts_twice_is_guarded_once():
+    """It tries another port after five seconds; each answer then had its headers twice."""
+
+    async def start_twice(app) -> None:
+        for _ in range(2):
+            async with guard.trusted_hosts(None, (), app):
+                pass
+
+    asyncio.run(start_twice(app := SimpleNamespace(middleware_stack=lambda: None)))
+    assert isinstance(app.middleware_stack, guard.TrustedHosts)
+    assert not isinstance(app.middleware_stack.app, guard.TrustedHosts)
 
 
 @pytest.mark.parametrize("origin", [f"https://{PROXY}", f"http://{PROXY}", ELSEWHERE])

@@ -171,6 +171,24 @@ def test_a_handler_reads_no_file_that_was_not_uploaded_and_the_name_of_one_that_
     assert path.resolve() == path and not (path.parents[2] / path.name).exists()
 
 
+def test_the_page_fetches_no_address_for_anybody(served, monkeypatch):
+    """It was a proxy open to all, and what it fetched for a form was as long as its sender liked."""
+    fetched = []
+
+    async def fetch(url, *_, **options):
+        fetched.append(url)
+        raise OSError
+
+    monkeypatch.setattr("gradio.routes.secure_url_stream_response", fetch)
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
+    for path in ("file=https://evil.example/x", "file=HTTP://evil.example/x", "proxy=https://evil.hf.space/x"):
+        assert httpx.get(f"{served.url}gradio_api/{path}").status_code == 404
+    data = {"data": [{"path": "https://evil.example/x.png", "meta": {"_type": "gradio.FileData"}}]}
+    event = httpx.post(f"{served.url}gradio_api/call/inspect", json=data).json()["event_id"]
+    answer = httpx.get(f"{served.url}gradio_api/call/inspect/{event}", timeout=60).text
+    assert "event: error" in answer and "the page fetches no address" in answer and not fetched
+
+
 def test_an_uploaded_adapter_belongs_to_its_visitor_in_grids_too(served, client):
     assert uploads(served, "anns.safetensors", served.ctx.catalog.path("dog").read_bytes(), "ann")
     ann = Client(served.url, verbose=False, headers=cookie_of("ann"))

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core import SUBJECT_FILE, UserError, content_key, find_asset, one_line
+from dreambooth_moslora.core import MAX_WORD_CHARACTERS, SUBJECT_FILE, UserError, content_key, find_asset, one_line
 from dreambooth_moslora.disk.run_folder import check_name
+from dreambooth_moslora.extras.cluster import records
 from dreambooth_moslora.settings import sources, table
 
 TOKEN = "sks"
@@ -30,6 +31,7 @@ REFUSED = {
     "hub_token": "it would be written to every run's folder; log in on the machines (`hf auth login`)",
 }
 """Settings that a subject must not have, and why."""
+FILES_OF_A_FLEET = (records.FLEET_NAME, records.STOP_NAME, records.INDEX_NAME)
 PLACES = ("instance_data_dir", "output_dir")  # Settings that say where a run is, not what it is
 
 
@@ -75,6 +77,8 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
     if source.exists() and not source.is_file():
         raise UserError(f"{source} is not a regular file.")
     try:
+        if source.stat().st_size > sources.MOST_BYTES:
+            raise ValueError(f"it has more than {sources.MOST_BYTES // 2**20} MiB")
         text = source.read_text(encoding="utf-8-sig")
         if "\0" in text:
             raise ValueError("it is not a text file")
@@ -88,7 +92,10 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
 def rows_in(text: str, kind: str) -> Iterator[dict[str, Any]]:
     """The rows of a list's text. Empty cells are left out. Raises ValueError, and csv.Error."""
     if kind == ".csv":
-        for row in csv.DictReader(text.splitlines(), strict=True):
+        reader = csv.DictReader(text.splitlines(), strict=True)
+        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+            raise ValueError(f"the column {twice[0]!r:.40} is there twice")
+        for row in reader:
             if None in row:
                 raise ValueError(f"a line has more cells than the first: {row[None][0]!r}")
             yield {name.strip(): value for name, value in row.items() if value}
@@ -121,8 +128,9 @@ def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder!r:.80} cannot be a folder: {one_line(error)}.") from error
     check_name(name)
-    if name.startswith("."):
-        raise UserError(f"{name!r} cannot be the name of a subject: it begins with a dot.")
+    if name.startswith(".") or name.lower() in FILES_OF_A_FLEET:
+        why = "it begins with a dot" if name.startswith(".") else "the fleet has a file of that name"
+        raise UserError(f"{name!r} cannot be the name of a subject: {why}.")
     try:
         return Subject(name, settings_of(row, photos, shared, out / name))
     except UserError as error:
@@ -139,6 +147,11 @@ def settings_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any],
     facts = sources.read_json_table(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
     word = row.get("class") or row.get("class_word") or facts.get("class_word")
     token = row.get("token") or facts.get("token") or shared.get("token") or TOKEN
+    for kind, words in (("token", token), ("class", word)):
+        if word and not (isinstance(words, str) and words.isprintable() and len(words) <= MAX_WORD_CHARACTERS):
+            raise UserError(
+                f"the {kind} {words!r:.40} is no word: give at most {MAX_WORD_CHARACTERS} letters on a line."
+            )
     settings = {**shared, **(prompts_of(token, word) if word else {}), **own}
     if not settings.get("instance_prompt"):
         raise UserError(f"{photos} does not say what it shows: give its class, a subject.json, or --instance_prompt.")

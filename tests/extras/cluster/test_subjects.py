@@ -11,7 +11,7 @@ from PIL import Image
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
-from dreambooth_moslora.extras.cluster import records
+from dreambooth_moslora.extras.cluster import command_fleet, records
 from dreambooth_moslora.extras.cluster.fleet import missing
 from dreambooth_moslora.extras.cluster.records import Record, read_record, rows_of, write_names, write_record
 from dreambooth_moslora.extras.cluster.subjects import mark_of, read_subjects
@@ -60,12 +60,34 @@ def test_every_kind_of_list_says_the_same(name, pets):
     assert tom.settings["instance_prompt"] == "a photo of a sks cat" and tom.settings["max_train_steps"] == 3
 
 
+def test_a_small_base_has_its_own_resolution_in_a_fleet_too(pets, monkeypatch):
+    """All bases were trained at 1024 px: a step of the toy took twenty seconds."""
+    shared = []
+    monkeypatch.setattr(command_fleet, "read_subjects", lambda _, settings, out: shared.append(settings) or [])
+    base = ["--pretrained_model_name_or_path", "toy"]
+    assert main(["fleet", str(pets), "--out", "out", *base, "--dry_run"]) == 0
+    assert main(["fleet", str(pets), "--out", "out", *base, "--resolution", "64", "--dry_run"]) == 0
+    assert [int(settings["resolution"]) for settings in shared] == [128, 64]
+
+
+def test_a_list_and_a_subjects_file_of_gigabytes_are_one_line_and_are_not_read(pets):
+    """They are holes on the disk, and would fill the memory."""
+    for file in (Path("huge.csv"), pets / "rex" / "subject.json"):
+        file.touch()
+        os.truncate(file, 2**36)
+    with pytest.raises(UserError, match="is not a list of subjects: it has more than 32 MiB"):
+        read("huge.csv")
+    assert "subject.json: it has more than 32 MiB" in read(pets)[0].error
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [
         ("nowhere,dog,", "no such folder"),
         ("pets/tom,cat,-3", "--max_train_steps -3: must be at least 1"),
         ("bare,,", "does not say what it shows"),
+        (f"pets/tom,{'d' * 61},", "is no word: give at most 60 letters"),
+        ("pets/tom,a\u202eb,", "the class 'a\\u202eb' is no word"),
     ],
 )
 def test_a_bad_subject_keeps_its_own_line(row, says, pets):
@@ -86,6 +108,8 @@ def test_a_bad_subject_keeps_its_own_line(row, says, pets):
         ("a.csv", "folder\npets/rex\npets/rex\n", "rex is there twice"),
         ("a.csv", "class\ndog\n", "a subject has no folder"),
         ("a.csv", "folder,name\npets/rex,../x\n", "cannot be part of a file's name"),
+        ("a.csv", "folder,name\npets/rex,Index.html\n", "the fleet has a file of that name"),
+        ("a.csv", "folder,class,folder\npets/rex,dog,pets/tom\n", "the column 'folder' is there twice"),
         ("a.csv", "folder\npets/rex,3\n", "more cells than the first"),
         ("a.jsonl", "[1]\n", "not a table of names and values"),
         ("a.toml", "x = 1\n", "[[subjects]]"),
