@@ -23,6 +23,7 @@ FAST = ("flux", "z_image")
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS]
 PX = 64
 PROMPTS = ["a photo of sks dog", "a much longer photo of a cat on the moon"]
+INSTRUCTED = {"lumina2": {"system_prompt": "Draw well."}, "sana": {"complex_human_instruction": ["Draw well: "]}}
 CROPS = torch.tensor([[PX, PX, 0, 0, PX, PX]] * 2, dtype=torch.float32)
 each = pytest.mark.parametrize("made", NAMES, indirect=True)
 
@@ -30,7 +31,7 @@ each = pytest.mark.parametrize("made", NAMES, indirect=True)
 @pytest.fixture
 def made(request, tmp_path):
     pipe = tiny_pipeline(request.param, tmp_path)
-    return pipe, family_of(pipe, told_guidance=3.5, options=OPTIONS.get(request.param))
+    return pipe, family_of(pipe, told_guidance=3.5, options=(OPTIONS | INSTRUCTED).get(request.param))
 
 
 def pixels() -> Tensor:
@@ -156,20 +157,28 @@ def gradients_of(family, pipe, weights: list[Tensor]) -> list[Tensor | None]:
 @torch.no_grad()
 @each
 def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(made):
-    """Guided; alone and beside another."""
+    """Guided; alone and beside another; and it is what the pipeline draws of the same words."""
     pipe, family = made
-    texts, empty = family.texts(pipe, PROMPTS), family.texts(pipe, [""])
-    pipe.register_modules(**dict.fromkeys(family.facts.encoders))
+    taken = inspect.signature(pipe.__call__).parameters
+    against = "a cat" if family.facts.has_negative and "negative_prompt" in taken else ""
+    said = {"prompt": [*PROMPTS], **family.options} | ({"negative_prompt": [against] * 2} if against else {})
+    said |= {name: False for name in ("use_resolution_binning",) if name in taken}
 
-    def draw(rows: list[int]) -> Tensor:
-        words = family.arguments([texts[row] for row in rows])
-        words = family.with_negative(words, family.arguments(empty * len(rows)))
+    def draw(rows: list[int], **words) -> Tensor:
         seeds = [torch.Generator().manual_seed(row) for row in rows]
         options = {family.facts.guidance_name: family.facts.guidance, "num_inference_steps": 2, "output_type": "pt"}
         return pipe(**words, generator=seeds, height=PX, width=PX, **options).images
 
-    both, one = draw([0, 1]), draw([0])
-    assert both.shape[:2] == (2, 3) and relative(both[:1], one) < 1e-4
+    theirs, texts, empty = draw([0, 1], **said), family.texts(pipe, PROMPTS), family.negative(pipe, against)
+    pipe.register_modules(**dict.fromkeys(family.facts.encoders))
+
+    def kept(rows: list[int]) -> dict:
+        return family.with_negative(
+            family.arguments([texts[row] for row in rows]), family.arguments([empty] * len(rows))
+        )
+
+    both, one = draw([0, 1], **kept([0, 1])), draw([0], **kept([0]))
+    assert both.shape[:2] == (2, 3) and relative(both[:1], one) < 1e-4 and relative(both, theirs) < 1e-4
 
 
 def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_refused_by_name():
