@@ -189,6 +189,11 @@ DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))
 """`unet`, `transformer`: the components of adapter files that are no text encoder."""
 
 
+def text_options_of(settings: object) -> dict[str, Any]:
+    """Those of `TEXT_OPTIONS` that a run's settings, or a command's arguments, give; "" is the base's own."""
+    return {name: value for name in TEXT_OPTIONS if (value := getattr(settings, name)) not in (None, ())}
+
+
 def facts_of(pipeline: str) -> Facts:
     """The family of a pipeline's class. Raises UserError for a class that is not one of these."""
     if pipeline not in BY_PIPELINE:
