@@ -404,3 +404,35 @@ def test_one_word_takes_the_familys_recipe(case):
     words = [str(case.photos), "dog", "--pretrained_model_name_or_path", str(case.base), "--resolution", "64"]
     config = parse_train_config([*words, "--output_dir", str(case.folder / "word"), "--base_quantization", "none"])
     assert make_plan(config, is_later=True).config.prior == "adapter_off" and recipe
+
+
+ONE_LAYER = {
+    "sd3": "transformer_blocks.0.attn.to_k",
+    "flux": "single_transformer_blocks.0.attn.to_k",
+    "flux2": "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+    "z_image": "layers.0.attention.to_k",
+    "qwen_image": "transformer_blocks.0.attn.to_k",
+    "krea2": "transformer_blocks.0.attn.to_k",
+    "lumina2": "layers.0.attn.to_k",
+    "sana": "transformer_blocks.0.attn1.to_k",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONE_LAYER)
+def test_the_flags_that_diffusers_own_tests_give_its_scripts_do_here_what_they_ask_for(name, base_of, photos, tmp_path):
+    """One layer, numbered checkpoints, no more than two of them, and a run that goes on from one with more steps."""
+    words = ["--pretrained_model_name_or_path", str(base_of(name)), "--instance_data_dir", str(photos)]
+    words += ["--output_dir", str(tmp_path), "--instance_prompt", "dog", "--resolution=64", "--train_batch_size=1"]
+    words += ["--gradient_accumulation_steps=1", "--checkpointing_steps=2", "--num_validation_images=0"]
+    words += ["--learning_rate=5.0e-04", "--scale_lr", "--lr_scheduler", "constant", "--lr_warmup_steps=0"]
+    words += ["--cache_latents", "--lora_layers", ONE_LAYER[name], "--max_sequence_length", "16"]
+    words += ["--text_encoder_out_layers", *OF_FAMILY[name]["text_encoder_out_layers"]] if name == "flux2" else []
+    assert train_main([*words, "--max_train_steps=4"]) == 0
+    limited = ["--resume_from_checkpoint=checkpoint-4", "--checkpoints_total_limit=2", "--max_train_steps=8"]
+    assert train_main([*words, *limited]) == 0
+    assert {path.name for path in tmp_path.glob("checkpoint*")} == {"checkpoint-6", "checkpoint-8"}
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as opened:
+        keys, header = set(opened.keys()), json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert {key.rpartition(".lora_")[0] for key in keys} == {f"transformer.{ONE_LAYER[name]}"}
+    assert header["transformer.target_modules"] == [ONE_LAYER[name]]
