@@ -8,7 +8,7 @@ import shutil
 import weakref
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.lora_file import read_adapter
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, fold, inject
 from dreambooth_moslora.base import load
+from dreambooth_moslora.base.families import family_of
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
@@ -33,6 +34,7 @@ from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.extras.cluster.fleet import needs_to_be_alone
 from dreambooth_moslora.extras.cluster.together import Member, train_together
+from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest, generate_images
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline, check_sides
 from dreambooth_moslora.plan.choices import recipe_settings
@@ -275,6 +277,8 @@ def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused_with_the_on
     changed(turbo / "model_index.json", '"is_distilled": true', '"is_distilled": false')
     with pytest.raises(UserError, match="“turbo” says that it is distilled"):
         make_plan(tiny_config(turbo, photos, tmp_path / "run", **settings_of("flux2")))
+    said = families.distilled({}, "black-forest-labs/FLUX.1-schnell", facts_named("flux"))
+    assert "“schnell” says that it is distilled" in said and "black-forest-labs/FLUX.1-dev" in said
     base = shutil.copytree(base_of("sd1"), tmp_path / "base")
     changed(base / "model_index.json", "StableDiffusionPipeline", "KandinskyPipeline")
     words = ["--pretrained_model_name_or_path", str(base), "--instance_data_dir", str(photos)]
@@ -461,3 +465,14 @@ def test_diffusers_reads_the_lokr_of_the_transformers_that_it_reads_one_of(name,
         torch.testing.assert_close(theirs, layer.delta, atol=1e-5, rtol=1e-4)
         ours = scales.of(path, found[path].rank) * found[path].delta
         torch.testing.assert_close(ours, layer.delta, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen_image", "sana"])
+def test_class_images_are_drawn_as_samples_are(name, tmp_path):
+    """Guided and without an instruction, which the pipeline's call with a prompt alone is not."""
+    pipe = tiny_pipeline(name, tmp_path)
+    texts = partial(family_of(pipe).texts, pipe)
+    (sample,) = Sampler(pipe, texts, 64, torch.device("cpu"), 2)([SampleRequest("a dog", 3)])
+    (made,) = generate_images(pipe, "a dog", [3], (64, 64))
+    assert np.array_equal(np.asarray(sample), np.asarray(made))
