@@ -41,8 +41,8 @@ def lora_of(parts: Tensors, size: tuple[int, ...]) -> Factors:
 
 
 def scale_of(parts: Tensors, rank: int | None) -> float:
-    """alpha/r; 1 for a pair of matrices without an alpha, and for LoKr of whole matrices (rank None)."""
-    if rank is None or (ALPHA not in parts and "up" in parts):
+    """alpha/r; 1 for a pair of matrices or a LoKr without an alpha, and for LoKr of whole matrices (rank None)."""
+    if rank is None or (ALPHA not in parts and not parts.keys() & LOHA):
         return 1.0
     if ALPHA not in parts or parts[ALPHA].numel() != 1:
         raise ValueError("no alpha")

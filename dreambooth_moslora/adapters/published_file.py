@@ -265,7 +265,8 @@ LOKR_BOUND = 1e-5  # Largest relative difference of a layer's ΔW in the file fr
 
 
 def write_lokr(source: Path, file: Path) -> int:
-    """Write and prove a raw file's LoKr in LyCORIS' names, for ComfyUI. Returns the layers. Raises UserError."""
+    """Write and prove a raw file's LoKr in LyCORIS' names, for ComfyUI; diffusers reads those of Z-Image and FLUX.2.
+    Returns the layers. Raises UserError."""
     tensors, facts = raw_file.read_raw(source)
     if facts.mixer != KRONECKER:
         raise UserError(f"{source.name} is no LoKr: `--mixer kronecker` trains one; export it without --for lycoris")
@@ -280,7 +281,10 @@ def write_lokr(source: Path, file: Path) -> int:
             rank, alpha = facts.ranks.get(module, facts.rank), facts.alphas.get(module, facts.alpha)
             scale = mixer.nominal_scale(alpha, rank, facts.use_rslora)
             own = {"lokr_w1": parts["mixer"], "lokr_w2_a": parts["lora_B"], "lokr_w2_b": parts["lora_A"]}
-            own[lycoris.ALPHA] = torch.tensor(scale * len(parts["lora_A"]))
+            if component in key_names.PREFIXES:
+                own[lycoris.ALPHA] = torch.tensor(scale * len(parts["lora_A"]))
+            else:  # a transformer's, which diffusers reads where it has no alpha
+                own["lokr_w1"] = scale * own["lokr_w1"]
             if "magnitude" in parts:
                 own[lycoris.MAGNITUDE] = parts["magnitude"][:, None]
             content |= {f"{name}.{part}": tensor.contiguous() for part, tensor in own.items()}

@@ -46,6 +46,10 @@ class Family:
         found = pipe.encode_prompt(prompt, device=self.device(pipe), **self.encoding, **self.options)
         return {name: value[0] for name, value in zip(self.names, found) if name and value is not None}
 
+    def negative(self, pipe: DiffusionPipeline, prompt: str) -> Text:
+        """What pictures are drawn against. Where it is encoded by other rules, an empty prompt is, too."""
+        return self.texts(pipe, [prompt])[0]
+
     def device(self, pipe: DiffusionPipeline) -> torch.device:
         return getattr(pipe, self.facts.encoders[-1]).device
 
@@ -197,9 +201,16 @@ class Krea2(QwenImage):
 
 
 class Lumina2(Family):
-    """Time runs backwards, and the answer is negated."""
+    """Time runs backwards, and the answer is negated. Its encoder is not instructed before a negative prompt."""
 
     names, encoding = ("prompt_embeds", "prompt_attention_mask"), UNGUIDED
+
+    def text(self, pipe, prompt):
+        return super().text(pipe, prompt) if prompt else self.negative(pipe, "")
+
+    def negative(self, pipe, prompt):
+        found = pipe.encode_prompt("", negative_prompt=prompt, device=self.device(pipe), **self.options)[2:]
+        return {name: value[0] for name, value in zip(self.names, found)}
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_attention_mask):
         return -denoiser(z, 1 - t / 1000, prompt_embeds, prompt_attention_mask, return_dict=False)[0]

@@ -19,7 +19,7 @@ from dreambooth_moslora.photos.folder import log_strays, photo_report, require_f
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan.checks import require_folder, require_writable
 from dreambooth_moslora.settings import measures, sources, table
-from dreambooth_moslora.settings.families import TEXT_OPTIONS
+from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.training import explain, model_card
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     count += sum(2 * pair.picture_count for pair in pairs)
     followed = load.default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
     options, choice = {"batch_size": args.batch_size, "guidance_scale": followed}, None
-    options["text_options"] = {name: value for name in TEXT_OPTIONS if (value := getattr(config, name))}
+    options["text_options"] = text_options_of(config)
     interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
     with tqdm(total=count, desc="drawing pictures", unit="picture", mininterval=interval, maxinterval=60.0) as bar:
         judge = partial(score_tables.evaluate_adapter, pipeline, name, on_picture=bar.update, **options)

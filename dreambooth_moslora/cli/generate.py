@@ -15,7 +15,7 @@ from dreambooth_moslora.core import UserError, find_asset, free_name, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.generation import params
 from dreambooth_moslora.settings import sources, table
-from dreambooth_moslora.settings.families import TEXT_OPTIONS
+from dreambooth_moslora.settings.families import TEXT_OPTIONS, text_options_of
 
 ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
 DEFAULTS = {field.name: field.default for field in fields(params.GenerationParams)}
@@ -125,8 +125,7 @@ def _recipe_values(args: argparse.Namespace, recipe: params.Recipe | None) -> di
             values[names.get(name, name)] = value
     if args.seed is not None:
         values["seed"] = params.draw_seed(args.seed)
-    given = {name: value for name in TEXT_OPTIONS if (value := getattr(args, name)) is not None}
-    values["text_options"] = dict(values.get("text_options", ())) | given
+    values["text_options"] = dict(values.get("text_options", ())) | text_options_of(args)
     if "prompt" not in values:
         raise UserError("say what to draw with --prompt, or give a picture with --from_png")
     return values

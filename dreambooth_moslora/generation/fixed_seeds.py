@@ -103,6 +103,7 @@ def stopper(should_stop: Callable[[], bool], on_step: Callable[[], object] = boo
     return ask
 
 
+@torch.no_grad()
 def generate_images(
     pipeline: DiffusionPipeline,
     prompt: str,
@@ -111,7 +112,11 @@ def generate_images(
     should_stop: Callable[[], bool] = bool,
 ) -> list[Image.Image]:
     """Class images (h, w) = `size_px` by the base alone. Raises UserError for NaN, which would be trained on."""
-    words = {"prompt": [prompt] * len(seeds)}
+    words: dict[str, Any] = {"prompt": [prompt] * len(seeds)}
+    if facts_of(type(pipeline).__name__).style == "flow":  # a pipeline given a prompt alone may draw without guidance
+        family = families.family_of(pipeline)
+        texts = *family.texts(pipeline, [prompt]), family.negative(pipeline, "")
+        words = family.with_negative(*(family.arguments([text] * len(seeds)) for text in texts))
     pixels = drawn(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))
     if not pixels.isfinite().all():
         remedy = "give --prior_generation_precision fp32, or another base if it says so in fp32 too."

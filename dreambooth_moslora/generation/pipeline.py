@@ -448,8 +448,9 @@ class SubjectPipeline:
         """Text conditioning for all images of a call; the negative half only if guidance uses it."""
         family = self.family_for(params.adapters, dict(params.text_options))
         if not family.facts.needs_sizes:
-            texts = [family.texts(self.pipeline, [text]) for text in (params.prompt, params.negative_prompt or "")]
-            return family.with_negative(*map(family.arguments, texts))
+            (said,) = family.texts(self.pipeline, [params.prompt])
+            against = family.negative(self.pipeline, params.negative_prompt)
+            return family.with_negative(family.arguments([said]), family.arguments([against]))
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         embeds = self.pipeline.encode_prompt(
             params.prompt,

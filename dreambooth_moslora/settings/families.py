@@ -164,7 +164,7 @@ FAMILIES = (
     Facts("lumina2", "Lumina 2", "Lumina2Pipeline", "Lumina2Transformer2DModel",
         text_options=("max_sequence_length", "system_prompt"), file_mark="layers.0.adaLN_modulation.1.weight",
         licence="Apache-2.0", recipes=(12,),
-        memory=Memory(18.880, 2.626, 0.307, 2.610e9, 64),  # by 2 and 4 of its 26 layers; drawing is Z-Image's by width
+        memory=Memory(18.880, 2.626, 0.307, 2.610e9, 64),  # drawing is Z-Image's by width
         models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_609_769_152, 2_599_944_192, 120, 460_800, GEMMA2_2B),)),
     Facts("sana", "Sana", "SanaPipeline", "SanaTransformer2DModel", targets=("to_q", "to_k", "to_v"),
         text_options=("max_sequence_length", "complex_human_instruction"), call=", complex_human_instruction=None",
@@ -187,6 +187,11 @@ BY_HUB_ID = {model.hub_id.lower(): (facts, model) for facts in FAMILIES for mode
 BY_PIPELINE = {facts.pipeline: facts for facts in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))
 """`unet`, `transformer`: the components of adapter files that are no text encoder."""
+
+
+def text_options_of(settings: object) -> dict[str, Any]:
+    """Those of `TEXT_OPTIONS` that a run's settings, or a command's arguments, give; "" is the base's own."""
+    return {name: value for name in TEXT_OPTIONS if (value := getattr(settings, name)) not in (None, ())}
 
 
 def facts_of(pipeline: str) -> Facts:

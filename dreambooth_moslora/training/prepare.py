@@ -26,7 +26,7 @@ from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.photos.photo_file import Photo, crop_rule
 from dreambooth_moslora.plan import checks, memory, processes
 from dreambooth_moslora.settings import rules, table
-from dreambooth_moslora.settings.families import TEXT_OPTIONS, facts_of
+from dreambooth_moslora.settings.families import facts_of, text_options_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
 from dreambooth_moslora.training import adapters, frozen_base, made_before, objective, photo_stream, reporter
 
@@ -143,7 +143,7 @@ def check_denoiser(
 
 
 def text_options(config: table.TrainConfig) -> dict[str, Any]:
-    return families.encoding_options({name: getattr(config, name) for name in TEXT_OPTIONS})
+    return families.encoding_options(text_options_of(config))
 
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> objective.NoiseSchedule:

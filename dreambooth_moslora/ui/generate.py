@@ -157,7 +157,8 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[s
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
         explain_bad_values(widget)
-    of_base = {"size": widgets["size"], "guidance_scale": widgets["guidance_scale"], "template": template}
+    of_base = {name: widgets[name] for name in ("size", "guidance_scale", "negative_prompt", "scheduler")}
+    of_base["template"] = template
     adapters = [widgets[f"adapter{n}"] for n in ("", "_2", "_3")]
     tab = GenerateTab(ordered, adapters, widgets["prompt"], results["tabs"], of_base)
     _connect_runs(ctx, tab, buttons, results)

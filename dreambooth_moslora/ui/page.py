@@ -94,14 +94,18 @@ def connect_bases(ctx: state.AppContext, page: gr.Blocks, chooser: gr.Dropdown, 
 def first_value(ctx: state.AppContext, name: str) -> Any:
     """What the widget of that name shows at first, for the base of the page."""
     if name == "size":
-        sizes = generate_values.size_choices(ctx.resolution_px)
+        sizes = generate_values.size_choices(ctx.resolution_px, ctx.facts.multiple_px)
         return gr.Dropdown(choices=sizes, value=sizes[0][1])
     if name == "guidance_scale":
         return ctx.guidance_scale
     if name == "template":
         return gr.Dropdown(choices=list(ctx.chosen.templates), value=None)
+    if name in ("negative_prompt", "scheduler"):
+        return gr.update(visible=ctx.facts.has_negative if name == "negative_prompt" else ctx.facts.style == "ddpm")
     row = train_form.rows(train_form.TrainForm)[name]
-    return gr.update(value=row.first(ctx.base_name), visible=not (row.of_files and is_toy(ctx.base_name)))
+    is_of_family = not row.of_family or getattr(ctx.facts, row.of_family)
+    is_shown = is_of_family and not (row.of_files and is_toy(ctx.base_name))
+    return gr.update(value=row.first(ctx.base_name), visible=is_shown)
 
 
 def launch_options(allowed: Collection[guard.Origin] = (), *, public: bool = False) -> dict[str, Any]:

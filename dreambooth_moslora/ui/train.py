@@ -129,7 +129,9 @@ def build_train_tab(ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, gener
     train_watch.connect_watch(ctx, page, parts)
     train_watch.connect_queue(ctx, page, parts)
     _connect_ended(ctx, fields, parts, tabs, generate)
-    return {name: fields[name] for name, row in rows(TrainForm).items() if row.at_first or row.of_files}
+    return {
+        name: fields[name] for name, row in rows(TrainForm).items() if row.at_first or row.of_files or row.of_family
+    }
 
 
 def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:

@@ -26,6 +26,7 @@ from tests.generation.test_pipeline import differs, picture
 from tests.helpers.live_adapters import CONVOLUTIONS, PROJECTIONS, facts_of, live, shake
 from tests.helpers.tiny import tiny_sdxl, tiny_unet
 from tests.helpers.tiny_adapters import base_bytes, save_diffusers_lora, save_kohya_lora
+from tests.helpers.tiny_families import tiny_pipeline
 
 PARTS, ATTENTION = ("unet", "text_encoder", "text_encoder_2"), list(moslora.ATTENTION_PROJECTIONS)
 QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -387,6 +388,36 @@ def test_a_file_with_other_names_is_the_same_adapter(name, tiny_base, state, tmp
         save_file(tensors, tmp_path / "x.safetensors")
         found.append(of_file(tiny_base, tmp_path / "x.safetensors"))
     assert worst(*found) < 1e-6
+
+
+def of_kohya(name: str, pair: tuple[torch.Tensor, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    parts = zip(("lora_down.weight", "lora_up.weight", "alpha"), (*pair, torch.tensor(alpha)))
+    return {f"{name}.{part}": tensor for part, tensor in parts}
+
+
+def test_files_of_other_families_under_other_programs_names_are_what_they_say(tmp_path):
+    """kohya's of FLUX.1, with q, k and v in one layer, and ComfyUI's of Z-Image."""
+    random = torch.Generator().manual_seed(0)
+    (down, up), other = (
+        tuple(torch.randn(size, generator=random) for size in sizes)
+        for sizes in (((3, 32), (96, 3)), ((2, 32), (32, 2)))
+    )
+    delta, blocks = 0.5 * up @ down, "transformer_blocks"
+    of_flux = of_kohya("lora_unet_double_blocks_0_img_attn_qkv", (down, up), 1.5)
+    of_flux |= of_kohya("lora_unet_double_blocks_1_txt_attn_proj", other, 2.0)
+    wanted = {f"{blocks}.0.attn.to_{q}": rows for q, rows in zip("qkv", delta.split(32))}
+    wanted[f"{blocks}.1.attn.to_add_out"] = other[1] @ other[0]
+    query = "layers.0.attention.to_q"
+    of_z_image = of_kohya(f"diffusion_model.{query}", other, 1.0)
+    cases = {"flux": (of_flux, wanted), "z_image": (of_z_image, {query: 0.5 * other[1] @ other[0]})}
+    for family, (tensors, deltas) in cases.items():
+        file, pipeline = tmp_path / f"{family}.safetensors", tiny_pipeline(family, tmp_path / family)
+        save_file(tensors, file)
+        found, scales = lora_file.read_start(file, pipeline, family, use_dora=False).parts["transformer"]
+        assert found.keys() == deltas.keys() and describe(file)["modules"]
+        for path, one in found.items():
+            torch.testing.assert_close(one.delta * scales.of(path, one.rank), deltas[path])
+        loaded(SubjectPipeline(pipeline, family), file)
 
 
 def test_what_peft_saves_is_read_with_its_settings(tiny_base, tmp_path):

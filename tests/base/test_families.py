@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters.fast_linear import WorkingCopies, enable_fast_path
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject, matrix_layers
+from dreambooth_moslora.adapters.moslora import (
+    MoSLoraConfig,
+    adapter_layers,
+    adapter_parameters,
+    inject,
+    matrix_layers,
+    switched_off,
+)
 from dreambooth_moslora.base.families import METHODS, family_of, packed, unpacked
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.families import FAMILIES, facts_of
@@ -23,6 +30,7 @@ FAST = ("flux", "z_image")
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS]
 PX = 64
 PROMPTS = ["a photo of sks dog", "a much longer photo of a cat on the moon"]
+INSTRUCTED = {"lumina2": {"system_prompt": "Draw well."}, "sana": {"complex_human_instruction": ["Draw well: "]}}
 CROPS = torch.tensor([[PX, PX, 0, 0, PX, PX]] * 2, dtype=torch.float32)
 each = pytest.mark.parametrize("made", NAMES, indirect=True)
 
@@ -30,7 +38,7 @@ each = pytest.mark.parametrize("made", NAMES, indirect=True)
 @pytest.fixture
 def made(request, tmp_path):
     pipe = tiny_pipeline(request.param, tmp_path)
-    return pipe, family_of(pipe, told_guidance=3.5, options=OPTIONS.get(request.param))
+    return pipe, family_of(pipe, told_guidance=3.5, options=(OPTIONS | INSTRUCTED).get(request.param))
 
 
 def pixels() -> Tensor:
@@ -142,6 +150,13 @@ def test_recomputation_changes_no_gradient(made):
     assert len(pairs) > 10 and max(relative(one, other) for one, other in pairs if other.norm() > 1e-9) < 1e-4
 
 
+@torch.no_grad()
+def predicted(family, pipe) -> Tensor:
+    """Of two prompts."""
+    words, z = family.arguments(family.texts(pipe, PROMPTS)), family.latents(pipe.vae, pixels())
+    return family.predict(getattr(pipe, family.facts.denoiser), z, torch.tensor([300.0, 700.0]), CROPS, **words)
+
+
 def gradients_of(family, pipe, weights: list[Tensor]) -> list[Tensor | None]:
     """Of the squared prediction for two prompts."""
     with torch.no_grad():
@@ -153,23 +168,48 @@ def gradients_of(family, pipe, weights: list[Tensor]) -> list[Tensor | None]:
     return [weight.grad for weight in weights]
 
 
+def test_chroma_has_other_gradients_when_it_is_recomputed_and_so_is_no_family():
+    """diffusers drops its mask there. When this fails, Chroma can be added."""
+    sizes = {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 8}
+    sizes |= {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (4, 2, 2)}
+    sizes |= {f"approximator_{name}": size for name, size in (("hidden_dim", 8), ("layers", 1), ("num_channels", 8))}
+    torch.manual_seed(0)
+    denoiser, found = diffusers.ChromaTransformer2DModel(**sizes).train(), []
+    words, z, mask = torch.randn(1, 5, 8), torch.randn(1, 4, 4), torch.tensor([[1.0] * 2 + [0.0] * 3 + [1.0] * 4])
+    places = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(5, 3), "attention_mask": mask}
+    for begin in (denoiser.disable_gradient_checkpointing, denoiser.enable_gradient_checkpointing):
+        begin()
+        denoiser.zero_grad()
+        denoiser(z, words, torch.tensor([0.5]), **places).sample.square().mean().backward()
+        found.append(denoiser.x_embedder.weight.grad)
+    assert relative(*found) > 1e-2
+
+
 @torch.no_grad()
 @each
 def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(made):
-    """Guided; alone and beside another."""
+    """Guided; alone and beside another; and it is what the pipeline draws of the same words."""
     pipe, family = made
-    texts, empty = family.texts(pipe, PROMPTS), family.texts(pipe, [""])
-    pipe.register_modules(**dict.fromkeys(family.facts.encoders))
+    taken = inspect.signature(pipe.__call__).parameters
+    against = "a cat" if family.facts.has_negative and "negative_prompt" in taken else ""
+    said = {"prompt": [*PROMPTS], **family.options} | ({"negative_prompt": [against] * 2} if against else {})
+    said |= {name: False for name in ("use_resolution_binning",) if name in taken}
 
-    def draw(rows: list[int]) -> Tensor:
-        words = family.arguments([texts[row] for row in rows])
-        words = family.with_negative(words, family.arguments(empty * len(rows)))
+    def draw(rows: list[int], **words) -> Tensor:
         seeds = [torch.Generator().manual_seed(row) for row in rows]
         options = {family.facts.guidance_name: family.facts.guidance, "num_inference_steps": 2, "output_type": "pt"}
         return pipe(**words, generator=seeds, height=PX, width=PX, **options).images
 
-    both, one = draw([0, 1]), draw([0])
-    assert both.shape[:2] == (2, 3) and relative(both[:1], one) < 1e-4
+    theirs, texts, empty = draw([0, 1], **said), family.texts(pipe, PROMPTS), family.negative(pipe, against)
+    pipe.register_modules(**dict.fromkeys(family.facts.encoders))
+
+    def kept(rows: list[int]) -> dict:
+        return family.with_negative(
+            family.arguments([texts[row] for row in rows]), family.arguments([empty] * len(rows))
+        )
+
+    both, one = draw([0, 1], **kept([0, 1])), draw([0], **kept([0]))
+    assert both.shape[:2] == (2, 3) and relative(both[:1], one) < 1e-4 and relative(both, theirs) < 1e-4
 
 
 def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_refused_by_name():
@@ -191,10 +231,12 @@ JOINT_GROUPS |= {"lumina2": 6, "sana": 4}
 
 @each
 def test_the_fused_path_has_the_gradients_of_peft(made):
-    """With working copies, alone and jointly: projections of pictures and of texts, with biases or without."""
+    """With working copies, alone and jointly: projections of pictures and of texts, with biases or without. Switched
+    off, it is the base bit for bit."""
     pipe, family = made
     denoiser = getattr(pipe, family.facts.denoiser)
     paths = [path for path in matrix_layers(denoiser) if is_adapted(path, family.facts.targets)]
+    of_base = predicted(family, pipe)
     inject(denoiser, MoSLoraConfig(r=2, target_modules="|".join(map(re.escape, paths)), mixer="orthogonal"))
     weights = [weight for _, weight in adapter_parameters(denoiser)]
     with torch.no_grad():
@@ -210,6 +252,8 @@ def test_the_fused_path_has_the_gradients_of_peft(made):
         fast = [weight.grad for weight in weights]
         assert max(relative(one, other) for one, other in zip(fast, slow) if other is not None) < 1e-4
     assert len(copies.joints) == JOINT_GROUPS[family.facts.name]
+    with switched_off(list(adapter_layers(denoiser).values())):
+        assert torch.equal(predicted(family, pipe), of_base)
 
 
 HUB = """

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, with_told
-from dreambooth_moslora.base.families import denoiser_of
+from dreambooth_moslora.base.families import denoiser_of, encoding_options
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -39,9 +39,9 @@ def loaded(subject: SubjectPipeline, file: Path, **options) -> str:
     return subject.load_adapter(file)
 
 
-def drawn(subject: SubjectPipeline, *adapters: str, **options) -> np.ndarray:
+def drawn(subject: SubjectPipeline, *adapters: str, negative_prompt: str = "", **options) -> np.ndarray:
     sides = {"height_px": 64, "width_px": 64, "adapters": tuple((name, 1.0) for name in adapters)}
-    params = GenerationParams("a photo of sks dog", steps=1, text_options=options, **sides)
+    params = GenerationParams("a photo of sks dog", negative_prompt, steps=1, text_options=options, **sides)
     return np.asarray(subject.draw(params)[0].pixels)
 
 
@@ -80,3 +80,16 @@ def test_layers_that_the_encoder_lacks_are_refused_in_one_line(layers, tmp_path)
     subject = SubjectPipeline(tiny_pipeline("flux2", tmp_path), "tiny")
     with pytest.raises(UserError, match="_layers: give three numbers of layers up to 28"):
         drawn(subject, text_encoder_out_layers=layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "option"), [("lumina2", "system_prompt"), ("sana", "complex_human_instruction")])
+def test_the_prompt_is_instructed_and_the_negative_one_is_not(name, option, tmp_path):
+    """As in the pipeline's own call."""
+    subject = SubjectPipeline(tiny_pipeline(name, tmp_path), "tiny")
+    ours = drawn(subject, negative_prompt="a blurred cat", **{option: WITHHELD})
+    own = subject.family.with_negative({}, {}) | encoding_options({option: WITHHELD})
+    own |= {"negative_prompt": "a blurred cat", "guidance_scale": subject.family.facts.guidance}
+    own |= {"height": 64, "width": 64, "num_inference_steps": 1, "generator": torch.Generator().manual_seed(0)}
+    theirs = subject.pipeline("a photo of sks dog", **own).images[0]
+    assert np.abs(ours.astype(float) - np.asarray(theirs)).max() <= 1

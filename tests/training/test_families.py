@@ -8,7 +8,7 @@ import shutil
 import weakref
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +21,20 @@ from PIL import Image
 from safetensors import safe_open
 
 from dreambooth_moslora import training
+from dreambooth_moslora.adapters import raw_file
 from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters.lora_file import read_adapter
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, fold, inject
 from dreambooth_moslora.base import load
+from dreambooth_moslora.base.families import family_of
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.extras.cluster.fleet import needs_to_be_alone
 from dreambooth_moslora.extras.cluster.together import Member, train_together
+from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest, generate_images
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline, check_sides
 from dreambooth_moslora.plan.choices import recipe_settings
@@ -42,6 +47,7 @@ from dreambooth_moslora.training.loop import training as training_loop
 from dreambooth_moslora.training.objective import add_noise, flow_levels, flow_weights, loss_target
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.few_pictures import few_pictures
+from tests.helpers.live_adapters import facts_of, shake
 from tests.helpers.tiny_families import MAKERS, tiny_pipeline
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -271,6 +277,8 @@ def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused_with_the_on
     changed(turbo / "model_index.json", '"is_distilled": true', '"is_distilled": false')
     with pytest.raises(UserError, match="“turbo” says that it is distilled"):
         make_plan(tiny_config(turbo, photos, tmp_path / "run", **settings_of("flux2")))
+    said = families.distilled({}, "black-forest-labs/FLUX.1-schnell", facts_named("flux"))
+    assert "“schnell” says that it is distilled" in said and "black-forest-labs/FLUX.1-dev" in said
     base = shutil.copytree(base_of("sd1"), tmp_path / "base")
     changed(base / "model_index.json", "StableDiffusionPipeline", "KandinskyPipeline")
     words = ["--pretrained_model_name_or_path", str(base), "--instance_data_dir", str(photos)]
@@ -404,3 +412,67 @@ def test_one_word_takes_the_familys_recipe(case):
     words = [str(case.photos), "dog", "--pretrained_model_name_or_path", str(case.base), "--resolution", "64"]
     config = parse_train_config([*words, "--output_dir", str(case.folder / "word"), "--base_quantization", "none"])
     assert make_plan(config, is_later=True).config.prior == "adapter_off" and recipe
+
+
+ONE_LAYER = {
+    "sd3": "transformer_blocks.0.attn.to_k",
+    "flux": "single_transformer_blocks.0.attn.to_k",
+    "flux2": "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+    "z_image": "layers.0.attention.to_k",
+    "qwen_image": "transformer_blocks.0.attn.to_k",
+    "krea2": "transformer_blocks.0.attn.to_k",
+    "lumina2": "layers.0.attn.to_k",
+    "sana": "transformer_blocks.0.attn1.to_k",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONE_LAYER)
+def test_the_flags_that_diffusers_own_tests_give_its_scripts_do_here_what_they_ask_for(name, base_of, photos, tmp_path):
+    """One layer, numbered checkpoints, no more than two of them, and a run that goes on from one with more steps."""
+    words = ["--pretrained_model_name_or_path", str(base_of(name)), "--instance_data_dir", str(photos)]
+    words += ["--output_dir", str(tmp_path), "--instance_prompt", "dog", "--resolution=64", "--train_batch_size=1"]
+    words += ["--gradient_accumulation_steps=1", "--checkpointing_steps=2", "--num_validation_images=0"]
+    words += ["--learning_rate=5.0e-04", "--scale_lr", "--lr_scheduler", "constant", "--lr_warmup_steps=0"]
+    words += ["--cache_latents", "--lora_layers", ONE_LAYER[name], "--max_sequence_length", "16"]
+    words += ["--text_encoder_out_layers", *OF_FAMILY[name]["text_encoder_out_layers"]] if name == "flux2" else []
+    assert train_main([*words, "--max_train_steps=4"]) == 0
+    limited = ["--resume_from_checkpoint=checkpoint-4", "--checkpoints_total_limit=2", "--max_train_steps=8"]
+    assert train_main([*words, *limited]) == 0
+    assert {path.name for path in tmp_path.glob("checkpoint*")} == {"checkpoint-6", "checkpoint-8"}
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as opened:
+        keys, header = set(opened.keys()), json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert {key.rpartition(".lora_")[0] for key in keys} == {f"transformer.{ONE_LAYER[name]}"}
+    assert header["transformer.target_modules"] == [ONE_LAYER[name]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["z_image", "flux2"])
+def test_diffusers_reads_the_lokr_of_the_transformers_that_it_reads_one_of(name, tmp_path):
+    """With the trained change of each layer; so does `generate`."""
+    pipe, fresh = (tiny_pipeline(name, tmp_path / "files") for _ in range(2))
+    options = {"r": 8, "lora_alpha": 11, "target_modules": ["to_q", "to_v"]}
+    transformer = inject(pipe.transformer, MoSLoraConfig(**options, mixer="kronecker", mixer_factor=4))
+    shake(transformer)
+    raw_file.save_raw({"transformer": transformer}, tmp_path / RAW_NAME, facts_of({"transformer": transformer}))
+    out = ["--out", str(tmp_path / "out"), "--name", "dog"]
+    assert main(["export", str(tmp_path / RAW_NAME), "--for", "lycoris", *out]) == 0
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    found, scales = read_adapter(file, fresh).parts["transformer"]
+    fresh.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="dog")
+    for path, layer in fold(transformer).items():
+        theirs = fresh.transformer.get_submodule(path).get_delta_weight("dog")
+        torch.testing.assert_close(theirs, layer.delta, atol=1e-5, rtol=1e-4)
+        ours = scales.of(path, found[path].rank) * found[path].delta
+        torch.testing.assert_close(ours, layer.delta, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen_image", "sana"])
+def test_class_images_are_drawn_as_samples_are(name, tmp_path):
+    """Guided and without an instruction, which the pipeline's call with a prompt alone is not."""
+    pipe = tiny_pipeline(name, tmp_path)
+    texts = partial(family_of(pipe).texts, pipe)
+    (sample,) = Sampler(pipe, texts, 64, torch.device("cpu"), 2)([SampleRequest("a dog", 3)])
+    (made,) = generate_images(pipe, "a dog", [3], (64, 64))
+    assert np.array_equal(np.asarray(sample), np.asarray(made))

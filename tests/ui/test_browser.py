@@ -17,6 +17,7 @@ from dreambooth_moslora.ui.app import OF_TOY
 from dreambooth_moslora.ui.state import PageBase
 from dreambooth_moslora.ui.visitors import visitor_id
 from tests.helpers import browser as web
+from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.ui_server import serve
 from tests.ui.conftest import TRAINER, end_all, noise_photos, recorded, with_one_picture
 
@@ -245,16 +246,22 @@ def fails():
 def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(tiny_base, tmp_path, browser):
     toy = PageBase("toy", "toy", 128, lambda: SubjectPipeline.from_base("toy"), OF_TOY, ("a {} of toys",))
     broken = PageBase("broken", "broken", 64, fails)
+    (pipeline := tiny_pipeline("flux", tmp_path / "files")).save_pretrained(tmp_path / "flux")
+    flux = PageBase("flux", str(tmp_path / "flux"), 64, lambda: SubjectPipeline(pipeline, "flux"))
     with (
-        serve(tiny_base, tmp_path, public=False, others=[toy, broken]) as server,
+        serve(tiny_base, tmp_path, public=False, others=[toy, broken, flux]) as server,
         web.visit(browser, server.url) as visited,
     ):
         page = visited.page
         choose(page, "base", "broken")
         web.says(page, "about_base", "broken is not loaded: it has no unet")
-        assert page.input_value("#base input") == "tiny"
+        assert page.input_value("#base input") == "tiny" and page.is_visible("#negative")
+        choose(page, "base", "flux")
+        page.wait_for_selector("#negative", state="hidden")
+        assert page.get_by_label("New tokens").count() == page.get_by_label("Scheduler").count() == 0
         choose(page, "base", "toy")
         web.says(page, "about_base", "base: toy, a 128 px practice model")
+        page.wait_for_selector("#negative")
         assert page.input_value("#size input") == "Square 128 × 128"
         choose(page, "adapter", "none")
         generate(page, "a lamp")

@@ -29,13 +29,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from dreambooth_moslora.adapters import moslora, raw_file
-from dreambooth_moslora.base.files import resolve_base
+from dreambooth_moslora.base.families import denoiser_of
+from dreambooth_moslora.base.files import facts_of_base, resolve_base
 from dreambooth_moslora.core import atomic_write, content_key
 from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.evaluation import metrics, score_tables
@@ -45,7 +46,9 @@ from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
+from dreambooth_moslora.plan.checks import family_settings
 from dreambooth_moslora.settings import measures, rows
+from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.settings.table import KRONECKER, TrainConfig, layer_parameters, rank_and_alpha
 from dreambooth_moslora.training.loop import train
 
@@ -209,8 +212,9 @@ def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]
 def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evaluation:
     pipeline = pipeline_of(study.base)
     pipeline.load_adapter(run_dir, "cell")
+    options = {"batch_size": 8, "text_options": text_options_of(study.config_of(cell, cell.rank, run_dir))}
     try:
-        return score_tables.evaluate_adapter(pipeline, "cell", evaluator_of(study, cell.subject), batch_size=8)
+        return score_tables.evaluate_adapter(pipeline, "cell", evaluator_of(study, cell.subject), **options)
     finally:
         pipeline.unload_adapter("cell")
 
@@ -404,8 +408,7 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
     for arm, rank in found if study.budget != "rank" else ():
         cell = Cell("test", arm, rank, study.subjects[0].name, 0, 1.0)
         config = study.config_of(cell, rank, Path("unused"))
-        widths = projections(config.pretrained_model_name_or_path, config.target_modules).values()
-        budget = sum(rank * (inputs + outputs) for inputs, outputs in widths)
+        budget = sum(rank * (inputs + outputs) for inputs, outputs in projections_of(config).values())
         step = {"butterfly": 2, KRONECKER: config.mixer_factor}.get(config.mixer, 1)
         gaps = {r: abs(count_parameters(config, r) - budget) for r in range(step, rank + 1, step)}
         found[arm, rank] = min(gaps, key=gaps.__getitem__)
@@ -415,23 +418,27 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
 def count_parameters(config: TrainConfig, rank: int) -> int:
     """Of A, B, a learnt mixer and DoRA's magnitudes, over all projections, each with its own rank."""
     own, found = replace(config, rank=rank), 0
-    widths = projections(config.pretrained_model_name_or_path, config.target_modules)
-    for path, (inputs, outputs) in widths.items():
+    for path, (inputs, outputs) in projections_of(own).items():
         r, _ = rank_and_alpha(own, "unet", path)
         found += layer_parameters(own, r, inputs + outputs)
         found += outputs if config.use_dora and not config.basis else 0
     return found
 
 
+def projections_of(config: TrainConfig) -> dict[str, tuple[int, int]]:
+    targets = family_settings(config).get("target_modules", config.target_modules)
+    return projections(config.pretrained_model_name_or_path, targets)
+
+
 @lru_cache(maxsize=8)
 def projections(base: str, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """{path: (in, out)} of every targeted layer of the UNet, by its configuration; in·h·w for convolutions."""
-    source = resolve_base(base)
-    if isinstance(source, Path) and source.is_file():
-        unet = pipeline_of(base).pipeline.unet
+    """{path: (in, out)} of every targeted layer of the denoiser, by its configuration; in·h·w for convolutions."""
+    source, facts = resolve_base(base), facts_of_base(base)
+    if facts is None or (isinstance(source, Path) and source.is_file()):
+        denoiser = denoiser_of(pipeline_of(base).pipeline)
     else:
-        of_unet = UNet2DConditionModel.load_config(source, subfolder="unet")
-        unet = raw_file.empty_model({"class": "UNet2DConditionModel", "config": of_unet})
-    layers = moslora.matrix_layers(unet).items()
+        sizes = getattr(diffusers, facts.model).load_config(source, subfolder=facts.denoiser)
+        denoiser = raw_file.empty_model({"class": facts.model, "config": sizes})
+    layers = moslora.matrix_layers(denoiser).items()
     shapes = {path: layer.weight.shape for path, layer in layers if rows.is_adapted(path, targets)}
     return {path: (shape[1:].numel(), shape[0]) for path, shape in shapes.items()}

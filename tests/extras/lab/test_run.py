@@ -19,9 +19,11 @@ from dreambooth_moslora.extras.lab import run
 from dreambooth_moslora.extras.lab.report import write_comparison
 from dreambooth_moslora.extras.lab.run import Result, run_study, unfinished
 from dreambooth_moslora.extras.lab.study import Cell, Protocol, Study, StudySubject
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 from tests.helpers.tiny_encoders import save_tiny_encoders
+from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import paint_photos
 
 pytestmark = pytest.mark.slow
@@ -82,6 +84,19 @@ def test_it_goes_on_where_it_stopped(study, finished):
     assert [p.cell.arm for p in seen] == ["mix"] and [p.done for p in seen] == [2]
     assert [r.scores for r in again] == [r.scores for r in results]  # the same seed gives the same scores
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path.stem != victim.stem)
+
+
+def test_a_study_of_another_family_counts_its_layers_and_scores_with_the_runs_instruction(study, tmp_path, monkeypatch):
+    """Its file does not tell the sentence."""
+    tiny_pipeline("lumina2", tmp_path / "files").save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
+    changes = {"pretrained_model_name_or_path": str(tmp_path / "base"), "system_prompt": "Draw well."}
+    study = replace(study, train=study.train | changes, budget="parameters", ranks=(4,))
+    cell = Cell("test", "mix", 4, study.subjects[0].name, 0, 1e-3)
+    rank = run.budget_ranks(study)["mix", 4]
+    assert rank < 4 and run.run_cell(study, cell, rank, tmp_path, 1)[2] == ""
+    (result,) = run.read_results(study, [cell], tmp_path)
+    assert result.cost["rank"] == rank and result.cost["parameters"] > 0
 
 
 def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(study, tiny_base, tmp_path):
