@@ -58,7 +58,7 @@ def run(programs, tmp_path_factory):
         done = subprocess.run(
             [programs / words[0], *words[1:]], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and "gemm_4bit" not in done.stderr, done.stderr  # bitsandbytes, without a GPU
         return done.stdout
 
     return call

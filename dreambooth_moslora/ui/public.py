@@ -26,7 +26,6 @@ import gradio as gr
 from gradio.blocks import Block
 from gradio.server_messages import ProcessCompletedMessage
 from gradio.state_holder import SessionState
-from gradio_client.utils import is_http_url_like
 from starlette.responses import PlainTextResponse
 
 from dreambooth_moslora.core import UserError
@@ -322,7 +321,7 @@ def fetch_nothing(page: gr.Blocks) -> None:
 
 
 async def _of_this_machine(keep: Callable, path: str | None) -> str | None:
-    if path and is_http_url_like(path):
+    if path and path.lower().startswith(("http://", "https://")):
         raise gr.Error("Send the file itself: the page fetches no address.", print_exception=False)
     return await keep(path)
 

@@ -8,8 +8,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import replace
+from itertools import count, islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from dreambooth_moslora.disk.events import StepDone, events_of, record_of
 from dreambooth_moslora.disk.queue import LOCK_NAME, locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import objective
+from dreambooth_moslora.training import loop, objective
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import StepLosses, TrainStep, prior_prompts
 from tests.generation.test_pipeline import differs
@@ -114,6 +116,15 @@ def test_the_config_that_was_written_trains_the_same_and_nothing_private_is_shar
     quiet = {"output_dir": str(tmp_path), "num_validation_images": 0, "report_to": "none"}
     train(TrainConfig.from_dict({**written, **quiet}))
     assert adapter_sha256(tmp_path) == adapter_sha256(folder)
+
+
+def test_the_forecast_counts_steps_and_neither_samples_nor_scores(run, monkeypatch):
+    """By a clock that goes on by a second when it is asked, and by an hour for pictures."""
+    now = count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(loop.Training, "sample_if_due", lambda self: deque(islice(now, 3600), 0))
+    found = [(event.step_sec, event.eta_sec) for event in steps(run(max_train_steps=3)[0])]
+    assert found == [(1, 2), (1, 1), (1, 0)]
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 from torch import nn
 from torch._inductor import config as inductor
@@ -203,16 +205,17 @@ def drawn_by(unet) -> torch.Tensor:
     return unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 48), added_cond_kwargs=added).sample
 
 
-def test_attention_without_a_division_by_one_gives_the_same_bytes():
+def test_attention_and_residual_blocks_without_a_division_by_one_give_the_same_bytes():
     unet, found = tiny_unet(), []
     for _ in range(2):
         unet.zero_grad()
         answer = drawn_by(unet)
         answer.square().sum().backward()
         found.append([answer, *(p.grad for p in unet.parameters())])
-        adapters.attend_plainly(unet)
-    kinds = {type(module.processor) for module in unet.modules() if hasattr(module, "processor")}
-    assert kinds == {adapters.PlainAttention} and all(map(torch.equal, *found))
+        adapters.drop_divisions(unet)
+    kinds = {type(getattr(module, "processor", module)) for module in unet.modules()}
+    assert {adapters.PlainAttention, adapters.PlainResnet} < kinds and not {AttnProcessor2_0, ResnetBlock2D} & kinds
+    assert all(map(torch.equal, *found))
 
 
 CHOSEN = [({}, "cuda", 1000, True, True), ({}, "cuda", 999, False, False), ({}, "cpu", 10**6, False, False)]
@@ -312,6 +315,17 @@ def test_compiled_losses_are_those_without_and_so_is_what_is_saved(losses_of, tm
     assert compiled == pytest.approx(plain, rel=1e-5)
     one, other = (load_file(tmp_path / run / "last" / RAW_NAME) for run in ("plain", "compiled"))
     assert one.keys() == other.keys() and not any("_orig_mod" in name for name in other)
+
+
+@pytest.mark.slow
+def test_no_step_after_the_first_compiles_again(tiny_base, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_step, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters, graphs = torch._dynamo.utils.counters, []
+    counters.clear()
+    note = lambda event: graphs.append(counters["stats"]["unique_graphs"]) if event.kind == "step" else None  # noqa: E731
+    train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=4, compile="on"), note)
+    assert graphs[0] > 0 and graphs == [graphs[0]] * 4
 
 
 @pytest.mark.slow
