@@ -170,17 +170,17 @@ def cost(**changes):
 @pytest.mark.parametrize(
     ("px", "rank", "batch", "plan", "kernels"),
     [
-        (1024, 16, 8, "full", 5_230),
-        (512, 128, 1, "full_cached", 5_140),
-        (1024, 16, 1, "recompute_ff", 5_420),
-        (768, 64, 2, "recompute_ff_cached", 5_375),
-        (768, 16, 2, "recompute", 7_095),
-        (512, 16, 4, "recompute_cached", 6_960),
+        (1024, 16, 8, "full", 5_200),
+        (512, 128, 1, "full_cached", 5_110),
+        (1024, 16, 1, "recompute_ff", 5_390),
+        (768, 64, 2, "recompute_ff_cached", 5_345),
+        (768, 16, 2, "recompute", 7_065),
+        (512, 16, 4, "recompute_cached", 6_930),
     ],
 )
 def test_the_estimate_is_within_a_tenth_of_the_count_and_the_kernels_are_few(px, rank, batch, plan, kernels):
     """They were 11,410 and 15,724 with the products and casts of the adapter made at each call. Attention's division by
-    1 would add 280, and 71 views of the cached texts are no kernels."""
+    1 would add 280, that of residual blocks 31, and 71 views of the cached texts are no kernels."""
     config = run_config(px, rank, batch, plan)
     unet = adapted_unet(config)
     found = count(config, unet)
