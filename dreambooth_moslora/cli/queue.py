@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def stop_current(turns: "QueueTurns") -> str:
 def enqueue(config: TrainConfig, argv: list[str]) -> str:
     """Check the run and queue it; returns a line to print. Raises UserError for whatever training would refuse."""
     from dreambooth_moslora.photos.folder import photo_report
-    from dreambooth_moslora.plan.checks import check_folders, check_settings
+    from dreambooth_moslora.plan.checks import check_folders, check_settings, family_settings
     from dreambooth_moslora.ui.jobs import Jobs
 
     if process_count() > 1:
@@ -79,7 +80,7 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     if config.hub_token:
         raise UserError("--hub_token: it would lie in the queue's file; log in instead (`hf auth login`).")
     check_folders(config)
-    check_settings(config)
+    check_settings(replace(config, **family_settings(config)))
     photo_report(config)
     run_dir = Path(os.path.abspath(config.output_dir))
     Jobs(run_dir.parent).run_dir(run_dir.name)

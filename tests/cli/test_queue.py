@@ -51,6 +51,7 @@ def test_one_word_finds_another_name_for_the_second_run(photos, capsys, monkeypa
         (["--hub_token", "x", "--push_to_hub"], "--hub_token: it would lie in the queue's file"),
         (["--new_backgrounds", "2"], "--new_backgrounds: removed"),
         (["--output_dir", "runs/.hen"], "'.hen' cannot be the name of a run"),
+        ([TOY[0], "Tongyi-MAI/Z-Image", "--mixed_precision", "fp16"], "Z-Image overflows in fp16; give bf16"),
     ],
 )
 def test_what_training_would_refuse_is_not_added(photos, capsys, words, says):
