@@ -468,9 +468,10 @@ def test_diffusers_reads_the_lokr_of_the_transformers_that_it_reads_one_of(name,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen_image", "sana"])
+@pytest.mark.parametrize("name", ["qwen_image", "sana", "lumina2"])
 def test_class_images_are_drawn_as_samples_are(name, tmp_path):
-    """Guided and without an instruction, which the pipeline's call with a prompt alone is not."""
+    """Guided and without Sana's instruction, which the pipeline's call with a prompt alone is not; Lumina 2's is before
+    the prompt alone."""
     pipe = tiny_pipeline(name, tmp_path)
     texts = partial(family_of(pipe).texts, pipe)
     (sample,) = Sampler(pipe, texts, 64, torch.device("cpu"), 2)([SampleRequest("a dog", 3)])
