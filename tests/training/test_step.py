@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
@@ -216,6 +217,15 @@ def test_attention_and_residual_blocks_without_a_division_by_one_give_the_same_b
     kinds = {type(getattr(module, "processor", module)) for module in unet.modules()}
     assert {adapters.PlainAttention, adapters.PlainResnet} < kinds and not {AttnProcessor2_0, ResnetBlock2D} & kinds
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("changes", [{"mid_block_scale_factor": 2.0}, {"resnet_time_scale_shift": "scale_shift"}])
+def test_blocks_that_divide_by_more_or_scale_by_time_keep_their_own_way(changes):
+    settings = {name: value for name, value in tiny_unet().config.items() if name[0] != "_"}
+    unet = UNet2DConditionModel(**settings | changes)
+    answer = drawn_by(unet)
+    adapters.drop_divisions(unet)
+    assert torch.equal(drawn_by(unet), answer)
 
 
 CHOSEN = [({}, "cuda", 1000, True, True), ({}, "cuda", 999, False, False), ({}, "cpu", 10**6, False, False)]
