@@ -94,7 +94,7 @@ class Training:
             raise self.diverged(f"the loss is {losses.total} at step {self.step + 1}")
 
     def diverged(self, what: str) -> UserError:
-        on_gpu = self.accelerator.device.type == "cuda"
+        on_gpu = self.accelerator.device.type != "cpu"
         has_bf16 = self.accelerator.mixed_precision == "fp16" and (not on_gpu or half_precision() == "bf16")
         other = ", or use --mixed_precision bf16 instead of fp16" if has_bf16 else ""
         return UserError(f"{what}: lower --learning_rate{other}; checkpoints up to here are in {self.run_dir.path}")

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -390,12 +391,22 @@ def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_sc
     assert len(logged(tmp_path / "run")) == 20 and not RunDir(tmp_path / "run").adapter_path.exists()
 
 
+def is_advised_bf16(place: str, precision: str, folder: Path) -> bool:
+    accelerator = SimpleNamespace(device=torch.device(place), mixed_precision=precision)
+    error = Training.diverged(SimpleNamespace(accelerator=accelerator, run_dir=RunDir(folder)), "the loss is nan")
+    return "--mixed_precision bf16" in str(error)
+
+
 def test_bf16_is_advised_only_to_a_run_in_fp16_on_a_card_that_has_it(gpu, tmp_path):
     for precision, major, advised in (("fp16", 7, False), ("fp16", 8, True), ("bf16", 8, False)):
         gpu(major)
-        accelerator = SimpleNamespace(device=torch.device("cuda"), mixed_precision=precision)
-        error = Training.diverged(SimpleNamespace(accelerator=accelerator, run_dir=RunDir(tmp_path)), "the loss is nan")
-        assert ("--mixed_precision bf16" in str(error)) is advised
+        assert is_advised_bf16("cuda", precision, tmp_path) is advised
+
+
+@pytest.mark.parametrize("macos", [13, 14])
+def test_bf16_is_advised_on_apples_gpu_from_macos_14_on(apple, macos, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: major <= macos)
+    assert is_advised_bf16("mps", "fp16", tmp_path) is (macos == 14)
 
 
 @pytest.mark.slow
