@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -200,7 +200,7 @@ def prepared(
     ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor, *, is_queued: bool = False
 ) -> Iterator[Prepared]:
     """Prepare the run folder. It is deleted when the block fails, which frees its name. Raises UserError."""
-    from dreambooth_moslora.plan.checks import check_settings
+    from dreambooth_moslora.plan.checks import check_settings, family_settings
 
     photos = visitor.given_photos
     train_form.prompts_of(form.token, form.class_word)
@@ -227,7 +227,7 @@ def prepared(
         if recipe is not None:
             (run_dir / LIKE).mkdir()
             (run_dir / LIKE / f"{form.like}.json").write_text(json.dumps(recipe.settings), encoding="utf-8")
-        check_settings(config)
+        check_settings(replace(config, **family_settings(config)))
         yield Prepared(run_dir, config.to_dict(), [*start_lines(form), *(words for words, _ in choices.said)])
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)

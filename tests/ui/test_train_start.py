@@ -251,6 +251,15 @@ def test_an_adapter_that_cannot_be_used_is_named_before_anything_is_made(begun, 
     assert [path.name for path in shelf.runs_dir.iterdir()] == ["old duck"]
 
 
+def test_a_recipe_that_the_bases_family_cannot_obey_is_refused_before_anything_is_made(shelf, ann, tmp_path):
+    adapter(tmp_path / "adapters" / "unets.safetensors", recipe={"snr_gamma": 5.0, "rank": 3})
+    shelf.base_name, form = "Tongyi-MAI/Z-Image", replace(DUCK, like="unets")
+    for begin in (lambda: estimate_cost(shelf, form, ann), lambda: prepared(shelf, form, ann).__enter__()):
+        with pytest.raises(UserError, match="--snr_gamma is not for Z-Image"):
+            begin()
+    assert not [*shelf.runs_dir.iterdir()]
+
+
 def filled(ctx, name: str, person) -> TrainForm:
     return replace(DUCK, like=name, **values_like(recipe_of(ctx, name, person), ctx.base_name))
 
