@@ -290,10 +290,8 @@ def matrices_from(parts: Tensors, metadata: AdapterMetadata, module: str) -> Mix
 
 def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.Module, modules: dict) -> None:
     """Raises UserError unless the model has every module of the file, in its size."""
-    made_for, known = (
-        f" ({metadata.base_id})" if metadata.base_id else "",
-        dict(model.named_modules(remove_duplicate=False)),
-    )
+    made_for = f" ({metadata.base_id})" if metadata.base_id else ""
+    known = dict(model.named_modules(remove_duplicate=False))
     for module_path, parts in modules.items():
         own, here = (len(parts["lora_B"]), *parts["lora_A"].shape[1:]), moslora.weight_size(known.get(module_path))
         size = tuple(side * metadata.factor for side in own)
