@@ -6,9 +6,9 @@
     python -m benchmarks.gpu_step --size small --resolution 64     # on a CPU: does it run at all
 
 It prints one line of JSON for each arm, one after the other in this process, in bf16, or in fp16 on a card without
-it. `host_sec` is how long the program
-takes to hand a step to the GPU: if it equals `step_sec`, the GPU waits for the program. `reserved_gib` plus 0.5
-for CUDA's context corresponds to `total` in `benchmarks.gpu_memory`, plus workspaces and fragmentation.
+it. `host_sec` is how long the program takes to hand a step to the GPU: if it equals `step_sec`, the GPU waits for the
+program. `reserved_gib` plus 0.5 for CUDA's context corresponds to `total` in `benchmarks.gpu_memory`, plus workspaces
+and fragmentation.
 """
 
 import argparse

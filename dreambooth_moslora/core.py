@@ -128,7 +128,7 @@ def permutation(length: int, *names: object) -> tuple[int, ...]:
 
 
 def default_cache_dir() -> Path:
-    """Of all runs: `$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`. Raises UserError where neither is known."""
+    """`$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`, for all runs. Raises UserError where neither is known."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth_moslora"
     except RuntimeError:

@@ -412,7 +412,7 @@ def half_settings(config: table.TrainConfig, facts: families.Facts, free_gib: fl
 
 
 def fitting_settings(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> dict[str, Any]:
-    """Of the plan that `--memory` names, or with `auto` the first whose smallest pass fits: its largest that fits."""
+    """The plan that `--memory` names, or with `auto` the first whose smallest pass fits, with its largest that fits."""
     *_, smallest = passes = passes_of(config)
     name = config.memory if config.memory != "auto" else fitting(replace(config, **smallest), size, free_gib)
     plan = plan_settings(config, name)
@@ -484,7 +484,7 @@ def is_alone() -> bool:
 
 
 def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> Result:
-    """What each process finds. Raises UserError on all where the `words` of one differ, or where it raises one."""
+    """What each process finds. Raises UserError on all where one has other `words`, or where `find` raises it."""
     if is_alone():
         return find()
     from dreambooth_moslora.plan.processes import agreed, joined

@@ -66,7 +66,7 @@ class Graphs:
     lasting: list[torch.Tensor]
     frozen: list[torch.Tensor]
     record: Recorder | None
-    known: dict[tuple, "RecordedPass | None"] = field(default_factory=dict)  # shape -> None after its first pass
+    known: dict[tuple, "RecordedPass | None"] = field(default_factory=dict)  # shape -> its record; None after one pass
     addresses: list[int] = field(default_factory=list)
     leaves: list[torch.Tensor] = field(default_factory=list)
 

@@ -51,7 +51,8 @@ from dreambooth_moslora.training.graphs import GOES_ON
 from dreambooth_moslora.training.step import TrainStep, lay_convolutions
 
 WIDTHS = {"sdxl": (768, 1280), "small": (32, 64)}
-"""Of the texts, by the UNet's size: 2.57 billion parameters, or the same topology with a fortieth of the width."""
+"""Size of the UNet -> widths of its two texts. "sdxl" has 2.57 billion parameters, "small" the same topology with a
+fortieth of the width."""
 
 
 def random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditionModel:
