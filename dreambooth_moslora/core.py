@@ -5,6 +5,7 @@ have drawn, without saved generator states, and two processes draw what one proc
 NVlabs/edm2, which re-seeds each step).
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -168,6 +169,17 @@ def import_environment() -> dict[str, str]:
         return {}
     inherited = os.environ.get("PYTHONPATH", "")
     return {"PYTHONPATH": f"{clone}{os.pathsep}{inherited}" if inherited else str(clone)}
+
+
+MOST_TEXT_BYTES = 32 * 2**20
+
+
+def small_text(path: Path) -> str:
+    """The text of a file. Raises UnicodeDecodeError, and OSError, also for one of more than 32 MiB: it is no list and
+    no settings, and a hole of gigabytes on the disk would fill the memory."""
+    if path.stat().st_size > MOST_TEXT_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_TEXT_BYTES // 2**20} MiB")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def user_path(path: str | Path) -> Path:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
-from dreambooth_moslora.core import UserError, atomic_write, find_asset, spelled_out
+from dreambooth_moslora.core import UserError, atomic_write, find_asset, small_text, spelled_out
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
@@ -203,7 +203,7 @@ def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequen
     plan = plan_of_subject(subject, photos, templates, seeds=seeds, **counts)
     if file.is_file():
         try:
-            lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
+            lines = map(str.strip, small_text(file).splitlines())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {file}: {sources.reason_of(error)}.") from error
         plan = replace(plan, templates=tuple(filter(None, lines)))

@@ -81,8 +81,9 @@ def base_of_runs(adapters: list[str]) -> str:
         for folder in (Path(find_asset(path)), Path(find_asset(path)).parent):
             if (file := RunDir(folder).config_path).is_file():
                 base = sources.read_json_table(file).get("pretrained_model_name_or_path")
-                if isinstance(base, str) and base != "toy":
-                    say([f"base: {base}, which the run in {folder} was trained on (--base)"])
+                if isinstance(base, str):
+                    said = f"base: {base}, which the run in {folder} was trained on (--base)"
+                    say([said] if base != "toy" else [])
                     return base
     return "toy"
 

@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dreambooth_moslora.core import UserError, atomic_write, clean_stale, rename
-from dreambooth_moslora.disk import events, run_folder
+from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.disk.file_lock import lock
 
 LOCK_NAME = "run.lock"
-WRITTEN_TO = (LOCK_NAME, "metrics.jsonl", "train.log")  # Opened where they are, while others are replaced.
+WRITTEN_TO = (LOCK_NAME, "metrics.jsonl", "train.log", processes.LOG_NAME, processes.CONFIG_NAME)
+"""Opened where they are, while others are replaced; the last two by a queue and a fleet."""
 
 
 @contextmanager

@@ -39,7 +39,6 @@ ORDERS = 16  # Orders of each caption, including the written one
 METADATA, MADE_CAPTIONS = "metadata.jsonl", ".made_captions.json"
 CAPTION_SUFFIX, MASK_SUFFIX = ".txt", ".mask"
 MOST_BYTES = 32 * 1024  # Of one photo's captions
-MOST_METADATA_BYTES = 32 * 2**20
 TOO_LONG = f"longer than captions may be, {MOST_BYTES // 1024} KiB"
 CAPTION_KEYS = ("text", "caption", "prompt")
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
@@ -94,8 +93,8 @@ class Captions:
         self.sidecars = sidecars
         self._by_name: dict[str, str] = {}
         metadata, text = folder / METADATA, None
-        if metadata.is_file() and metadata.stat().st_size > MOST_METADATA_BYTES:
-            self.complaints.append((metadata, f"not read: it has more than {MOST_METADATA_BYTES // 2**20} MiB"))
+        if metadata.is_file() and metadata.stat().st_size > core.MOST_TEXT_BYTES:
+            self.complaints.append((metadata, f"not read: it has more than {core.MOST_TEXT_BYTES // 2**20} MiB"))
         elif metadata.is_file():
             text = self._text_of(metadata)
         for number, line in enumerate((text or "").split("\n"), start=1):

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core import UserError, find_asset, one_line
+from dreambooth_moslora.core import UserError, find_asset, one_line, small_text
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, header_of
 from dreambooth_moslora.settings.table import FIELD_TYPES, REMOVED, SETTINGS, SVD, TrainConfig, checked_setting, named
 
-MOST_BYTES = 32 * 2**20
 TOO_DEEP = "it is nested too deeply"
 
 
@@ -46,9 +45,7 @@ def read_json_table(path: Path) -> dict[str, Any]:
 def parsed(path: Path, called: str) -> dict[str, Any]:
     """The file's names and values. Raises UserError for a bad file; the message begins with `called`."""
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{called}: it has more than {MOST_BYTES // 2**20} MiB, as no settings have.")
-        text = path.read_text(encoding="utf-8-sig")
+        text = small_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{called}: {reason_of(error)}.") from error
     kind, loads = ("JSON", json.loads) if path.suffix.lower() == ".json" else ("TOML", tomllib.loads)

@@ -17,7 +17,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_moslora.core import UserError, find_asset
+from dreambooth_moslora.core import UserError, find_asset, small_text
 
 Config = TypeVar("Config")  # Stands for `settings.table.TrainConfig`, which imports this file.
 COUNTED = re.compile(r"^\d+_")  # kohya's `10_sks duck`: the number is ignored; subjects are shown equally often
@@ -36,7 +36,7 @@ def to_tables(value: Any) -> tuple[Any, ...] | None:
 def tables_in(path: Path) -> Any:
     """The content of a JSON file: a list of tables, like other programs' --concepts_list. Raises UserError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = json.loads(small_text(path))
     except OSError as error:
         raise UserError(f"--subjects {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -63,7 +63,7 @@ def prompts_of(folder: Path) -> dict[str, str]:
     file = folder.with_name(f"{folder.name}.txt")
     if file.is_file():
         try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines = [line.strip() for line in small_text(file).splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--subjects: {file} is not a text file.") from error
         if len(lines) not in (1, 2):

@@ -36,7 +36,7 @@ FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
 Origin = tuple[str, str, int]
 """Scheme, host name and port of a page: pages that differ in one of them are different sites."""
 REFUSED = "another site may not ask here; behind a proxy, start the app with --allowed_host and the page's address"
-ELSEWHERE = re.compile(r"/(file|proxy)=\s*https?:", re.IGNORECASE)
+ELSEWHERE = re.compile(r"/(file|proxy)[=/]\s*https?:", re.IGNORECASE)
 """A path by which gradio would fetch an address for anybody who asks, also for another site's picture."""
 SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 

@@ -407,16 +407,15 @@ class QueueTurns:
     def _start(self, run: queue.QueuedRun) -> None:
         """Start it, from the newest checkpoint if it has been started before."""
         run_dir = self.jobs.runs_dir / run.name
-        if run_dir.is_dir():
-            try:
-                with queue.locked(run_dir):
-                    pass
-            except UserError:  # an unrecorded process trains there
-                return
+        try:
+            queue.check_free(run_dir)
+        except UserError:  # an unrecorded process trains there
+            return
         goes_on = self._has_checkpoint_since(0.0 if run.is_new else run.queued, run)  # the clock may be put back
         settings = run.settings | ({"resume_from_checkpoint": "latest"} if goes_on else {})
         self.queue.note(replace(run, started=time.time()))
         try:
+            queue.refuse_links(run_dir, "--output_dir")
             self.jobs.start(run.name, settings, run.owner, run.folder)
         except (OSError, ValueError) as error:  # UserError is a ValueError; so is the error of an impossible path
             if not self.jobs.current():  # else another run was faster, and this one starts later

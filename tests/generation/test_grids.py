@@ -1,6 +1,7 @@
 """Grids and the `generate` command on the tiny base."""
 
 import argparse
+import json
 import shutil
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 
 from dreambooth_moslora.cli import generate
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams, Image, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -99,6 +101,16 @@ def test_without_an_adapter_the_words_that_the_embedded_base_has_never_read_are_
     never = f"{line}; it has never read cat, naïve, and draws one of its toys instead"
     assert generate.without_adapter("toy", "A Cat, a red cat 2 naïve") == never
     assert generate.without_adapter("some/base", "a cat") == line
+
+
+def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedded_one(tmp_path, capsys):
+    runs = [tmp_path / name for name in ("none", "toy", "other")]
+    for run in runs[1:]:
+        run.mkdir()
+        RunDir(run).config_path.write_text(json.dumps({"pretrained_model_name_or_path": run.name}))
+    for order, base in {(0,): "toy", (0, 1, 2): "toy", (2, 1): "other"}.items():
+        assert generate.base_of_runs([str(runs[place]) for place in order]) == base
+    assert capsys.readouterr().err.count("base: other, which the run in ") == 1
 
 
 def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):

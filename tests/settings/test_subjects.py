@@ -1,6 +1,7 @@
 """What a run learns: one subject or several; its token, its class word and the templates."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,8 @@ def test_a_file_that_is_no_list_and_a_folder_without_folders_or_with_an_empty_pr
     for text in ("[1]", "{", "{}", '["a"]'):
         (tmp_path / "x.json").write_text(text)
         refused(tmp_path / "x.json", "expected a list of subjects|is not valid JSON")
+    os.truncate(tmp_path / "x.json", 2**36)  # a hole on the disk, which would fill the memory
+    refused(tmp_path / "x.json", "x.json: it has more than 32 MiB")
     (tmp_path / "a").mkdir()
     (tmp_path / "a.txt").write_text("\n")
     refused(tmp_path, r"a\.txt needs one line, the prompt of the subject")

@@ -231,6 +231,17 @@ def test_nothing_is_started_beside_a_run_or_in_a_folder_that_is_held(jobs, turns
     assert trained(turns) == {"dog": "done"}
 
 
+@pytest.mark.parametrize("name", ["run.lock", "job.log", "job_config.json"])
+def test_a_folder_that_has_got_a_link_since_fails_and_the_next_begins(jobs, turns, tmp_path, name):
+    """It was taken for one that is held, and all runs behind it waited without end."""
+    (mine := tmp_path / "mine.txt").write_text("precious")
+    for run in ("dog", "cat"):
+        added(turns.queue, run)
+    (jobs.runs_dir / "dog" / name).symlink_to(mine)
+    assert trained(turns) == {"dog": "failed", "cat": "done"} and mine.read_text() == "precious"
+    assert f"{name} in it is no file of its own" in turns.queue.ended()[0]["message"]
+
+
 FORM = TrainForm("sks", "dog")
 
 

@@ -181,7 +181,8 @@ def test_the_page_fetches_no_address_for_anybody(served, monkeypatch):
 
     monkeypatch.setattr("gradio.routes.secure_url_stream_response", fetch)
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
-    for path in ("file=https://evil.example/x", "file=HTTP://evil.example/x", "proxy=https://evil.hf.space/x"):
+    evil = "https://evil.example/x"
+    for path in (f"file={evil}", f"file/{evil}", "file=HTTP://evil.example/x", "proxy=https://evil.hf.space/x"):
         assert httpx.get(f"{served.url}gradio_api/{path}").status_code == 404
     data = {"data": [{"path": "https://evil.example/x.png", "meta": {"_type": "gradio.FileData"}}]}
     event = httpx.post(f"{served.url}gradio_api/call/inspect", json=data).json()["event_id"]

@@ -18,7 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core import MAX_WORD_CHARACTERS, SUBJECT_FILE, UserError, content_key, find_asset, one_line
+from dreambooth_moslora.core import (
+    MAX_WORD_CHARACTERS,
+    SUBJECT_FILE,
+    UserError,
+    content_key,
+    find_asset,
+    one_line,
+    small_text,
+)
 from dreambooth_moslora.disk.run_folder import check_name
 from dreambooth_moslora.extras.cluster import records
 from dreambooth_moslora.settings import sources, table
@@ -77,9 +85,7 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
     if source.exists() and not source.is_file():
         raise UserError(f"{source} is not a regular file.")
     try:
-        if source.stat().st_size > sources.MOST_BYTES:
-            raise ValueError(f"it has more than {sources.MOST_BYTES // 2**20} MiB")
-        text = source.read_text(encoding="utf-8-sig")
+        text = small_text(source)
         if "\0" in text:
             raise ValueError("it is not a text file")
         return list(rows_in(text, kind))
