@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 from torch import nn
@@ -216,6 +216,18 @@ def test_attention_and_residual_blocks_without_a_division_by_one_give_the_same_b
     kinds = {type(getattr(module, "processor", module)) for module in unet.modules()}
     assert {adapters.PlainAttention, adapters.PlainResnet} < kinds and not {AttnProcessor2_0, ResnetBlock2D} & kinds
     assert all(map(torch.equal, *found))
+
+
+def test_blocks_that_do_more_than_divide_by_one_are_left_alone():
+    odd = [{"output_scale_factor": 2.0}, {"skip_time_act": True}, {"temb_channels": None}]
+    odd += [{"time_embedding_norm": "scale_shift"}, {"up": True}, {"down": True}]
+    resnets = [ResnetBlock2D(in_channels=8, groups=4, **{"temb_channels": 8} | one) for one in odd]
+    odd = [{"rescale_output_factor": 2.0}, {"residual_connection": True}, {"norm_num_groups": 4}]
+    odd += [{"spatial_norm_dim": 32}, {"cross_attention_norm": "layer_norm"}, {"qk_norm": "layer_norm"}]
+    attentions = [Attention(32, cross_attention_dim=32, **one) for one in odd]
+    adapters.drop_divisions(torch.nn.ModuleList([*resnets, *attentions]))
+    assert {type(block) for block in resnets} == {ResnetBlock2D}
+    assert {type(attention.processor) for attention in attentions} == {AttnProcessor2_0}
 
 
 CHOSEN = [({}, "cuda", 1000, True, True), ({}, "cuda", 999, False, False), ({}, "cpu", 10**6, False, False)]
