@@ -20,7 +20,7 @@ from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, image_bytes, log_strays, photo_report
 from dreambooth_moslora.photos.photo_file import CropPlan, CropRule, Photo, apply_crop, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
-from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
+from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, orientation_exif, picture
 from tests.helpers.tiny_training import paint_photos
 
 PROMPT = "a photo of sks toy"
@@ -163,6 +163,12 @@ def test_what_is_no_file_is_neither_photo_nor_caption_nor_mask_and_is_not_waited
     reasons = {item.path.name: item.reason.removeprefix("stray: ") for item in report.skipped}
     assert reasons.pop("loop.png") == "a link to nothing" and reasons.pop("1.txt").startswith("a folder")
     assert len(reasons) == 6 and set(reasons.values()) == {"not a file"}
+
+
+def test_a_grey_photo_of_16_bits_that_is_shrunk_is_still_turned_as_its_exif_says(tmp_path):
+    Image.new("I;16", (64, 48)).save(tmp_path / "a.png", exif=orientation_exif(6))
+    shrunk = photo_file.open_image(tmp_path / "a.png", 32)
+    assert shrunk.mode == "L" and photo_file.to_rgb(shrunk).size == (24, 32)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")

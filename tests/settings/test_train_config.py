@@ -161,6 +161,8 @@ def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkey
     places |= {"logging_dir": "/logs", "pretrained_model_name_or_path": "/base", "resume_from_checkpoint": "/c"}
     assert {name: getattr(config, name) for name in places} == {n: f"/home/ann{path}" for n, path in places.items()}
     assert config.instance_prompt == "~" and TrainConfig(output_dir=tmp_path).output_dir == str(tmp_path)
+    with pytest.raises(AttributeError):
+        config.rank = 5
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.models import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 from torch import nn
@@ -220,13 +219,16 @@ def test_attention_and_residual_blocks_without_a_division_by_one_give_the_same_b
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("changes", [{"mid_block_scale_factor": 2.0}, {"resnet_time_scale_shift": "scale_shift"}])
-def test_blocks_that_divide_by_more_or_scale_by_time_keep_their_own_way(changes):
-    settings = {name: value for name, value in tiny_unet().config.items() if name[0] != "_"}
-    unet = UNet2DConditionModel(**settings | changes)
-    answer = drawn_by(unet)
-    adapters.drop_divisions(unet)
-    assert torch.equal(drawn_by(unet), answer)
+def test_blocks_that_do_more_than_divide_by_one_are_left_alone():
+    odd = [{"output_scale_factor": 2.0}, {"skip_time_act": True}, {"temb_channels": None}]
+    odd += [{"time_embedding_norm": "scale_shift"}, {"up": True}, {"down": True}]
+    resnets = [ResnetBlock2D(in_channels=8, groups=4, **{"temb_channels": 8} | one) for one in odd]
+    odd = [{"rescale_output_factor": 2.0}, {"residual_connection": True}, {"norm_num_groups": 4}]
+    odd += [{"spatial_norm_dim": 32}, {"cross_attention_norm": "layer_norm"}, {"qk_norm": "layer_norm"}]
+    attentions = [Attention(32, cross_attention_dim=32, **one) for one in odd]
+    adapters.drop_divisions(torch.nn.ModuleList([*resnets, *attentions]))
+    assert {type(block) for block in resnets} == {ResnetBlock2D}
+    assert {type(attention.processor) for attention in attentions} == {AttnProcessor2_0}
 
 
 CHOSEN = [({}, "cuda", 1000, True, True), ({}, "cuda", 999, False, False), ({}, "cpu", 10**6, False, False)]
