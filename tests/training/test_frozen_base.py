@@ -201,14 +201,6 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     assert not torch.allclose(embeds_of(load.encode_text(pipeline, prompt)), embeds_of(before), atol=1e-3)
 
 
-@pytest.mark.parametrize(("free_mib", "place"), [(8, "cuda"), (2, "cpu")])
-def test_encoders_encode_on_the_cpu_where_the_gpu_has_no_room_for_them(free_mib, place, monkeypatch):
-    encoders = [torch.nn.Linear(512, 1024, bias=False)] * 2  # 4 MiB
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_mib * 2**20, 80 * 2**30))
-    assert device_with_room(encoders, torch.device("cuda")).type == place
-    assert device_with_room(encoders, torch.device("cpu")).type == "cpu"
-
-
 def test_words_are_asked_once_and_what_the_disk_does_not_give_after_the_encoders_left_ends_the_run_in_one_line(
     pipeline, read, tmp_path
 ):
