@@ -56,3 +56,13 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_w
         torch.testing.assert_close(own, theirs)
     picture = pipeline(prompts[0], height=128, width=128, num_inference_steps=2, guidance_scale=1.5).images[0]
     assert picture.size == (128, 128)
+
+
+def test_compiled_blocks_answer_as_the_stock_ones_do_for_captions_of_unequal_length():
+    torch.manual_seed(0)
+    transformer = train_flow.build_parts(words=300)["transformer"].eval()
+    torch.nn.init.normal_(transformer.all_final_layer["2-1"].linear.weight)
+    z, sigma, states = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.8]), [torch.randn(n, 128) for n in (5, 40)]
+    stock = train_flow.answer(transformer, z, sigma, states)
+    train_flow.compile_blocks(transformer)
+    torch.testing.assert_close(train_flow.answer(transformer, z, sigma, states), stock, rtol=1e-4, atol=1e-4)
