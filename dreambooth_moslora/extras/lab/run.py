@@ -409,8 +409,9 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
         cell = Cell("test", arm, rank, study.subjects[0].name, 0, 1.0)
         config = study.config_of(cell, rank, Path("unused"))
         budget = sum(rank * (inputs + outputs) for inputs, outputs in projections_of(config).values())
-        step = {"butterfly": 2, KRONECKER: config.mixer_factor}.get(config.mixer, 1)
-        gaps = {r: abs(count_parameters(config, r) - budget) for r in range(step, rank + 1, step)}
+        factor = config.mixer_factor if config.mixer == KRONECKER else 1  # ties the numbers of factor**2 ranks
+        step = 2 if config.mixer == "butterfly" else factor
+        gaps = {r: abs(count_parameters(config, r) - budget) for r in range(step, rank * factor**2 + 1, step)}
         found[arm, rank] = min(gaps, key=gaps.__getitem__)
     return found
 
