@@ -13,8 +13,8 @@ It begins with the weights in `assets/toy-sdxl` and needs nothing else. STATE is
     sheets          the same 25 prompts and noises, drawn by the averaged weights
 
 The steps are cut into legs. Before each leg, `--fresh` shards of pictures from new seeds are made, and only the newest
-`--shards` are kept. A picture is therefore seen batch · leg / (fresh · pictures) times: eight by default. Rendering and
-encoding a picture costs about as much as five sightings, so eight leave three fifths of the time to the training. The
+`--shards` are kept. A picture is therefore seen batch · leg / (fresh · pictures) times: 16 by default. Rendering and
+encoding a picture costs about as much as five sightings, so 16 leave three quarters of the time to the training. The
 same command after a kill or a restart of the machine goes on from the last saved step, at most 100 steps back.
 """
 
@@ -55,7 +55,7 @@ BASE = ROOT / "assets" / "toy-sdxl"
 RATES = ["--lr", "3e-4", "--muon_lr", "3e-3", "--ema_decay", "0.9995", "--decay", "0.2"]
 COLUMNS, SAMPLER_STEPS = 5, 20
 LOWEST = 19
-COMPILED_FROM = 100  # pictures in a shard: the renderer's compilation takes a minute
+COMPILED_FROM = 100  # pictures in a shard, or in a batch: compilation takes a minute
 SIGNALS = {"pause": [signal.SIGSTOP], "go_on": [signal.SIGCONT], "stop": [signal.SIGTERM, signal.SIGCONT]}
 
 
@@ -63,8 +63,8 @@ SIGNALS = {"pause": [signal.SIGSTOP], "go_on": [signal.SIGCONT], "stop": [signal
 class Settings:
     """The numbers of a training. `fresh` of the `shards`, of `pictures` each, are replaced before a leg."""
 
-    steps: int = 40_000
-    batch: int = 128
+    steps: int = 20_000
+    batch: int = 256
     leg: int = 500
     shards: int = 16
     fresh: int = 8
@@ -151,7 +151,8 @@ def arguments(state: Path, settings: Settings, until: int) -> argparse.Namespace
     paths |= {"clip": BASE, "tokenizer": BASE / "tokenizer", "start": BASE / "unet"}
     numbers = {"batch": settings.batch, "steps": settings.steps, "until": min(until, settings.steps)}
     numbers |= {"held_back": 0, "log_every": min(50, settings.leg)}
-    return train_unet.parse([word for k, v in (paths | numbers).items() for word in (f"--{k}", str(v))] + RATES)
+    words = [word for k, v in (paths | numbers).items() for word in (f"--{k}", str(v))]
+    return train_unet.parse(words + RATES + ["--compiled"] * (settings.batch >= COMPILED_FROM))
 
 
 def lower_priority(pid: int) -> None:

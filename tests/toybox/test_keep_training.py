@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -16,7 +17,8 @@ import torch
 from PIL import Image, ImageStat
 from safetensors.torch import load_file
 
-from toybox.keep_training import BASE, ROOT, Settings, keep_training, main, make_renders
+from toybox.keep_training import BASE, ROOT, Settings, arguments, keep_training, main, make_renders
+from toybox.learning import train_unet
 from toybox.learning.training import saved_step
 
 TINY = Settings(steps=6, batch=2, leg=2, shards=2, fresh=1, pictures=3, sheet_every=4)
@@ -56,6 +58,18 @@ def test_it_trains_the_shipped_unet_on_from_the_assets_alone_and_draws_a_sheet_o
     with Image.open(path) as picture:
         assert path.name == "00004.png" and picture.size == (640, 640)
         assert min(ImageStat.Stat(picture).stddev) > 20
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_the_loss_and_gradient_of_eager_ones_with_some_captions_dropped(tmp_path, unbroken):
+    args, rows = vars(arguments(unbroken, replace(SHORT, batch=4, leg=1), until=2)) | {"drop": 0.5}, []
+    for compiled in (False, True):
+        own = Namespace(**args | {"out": tmp_path / f"{compiled}", "compiled": compiled})
+        train_unet.train(own)
+        rows += [json.loads(line) for line in (own.out / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "grad_norm"):
+        eager, compiled = [row[name] for row in rows[:2]], [row[name] for row in rows[2:]]
+        assert compiled == pytest.approx(eager, rel=0.02)
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ from toybox.data.sample_latents import TIME_IDS
 from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
 from toybox.learning.train_clip import nonsense
 from toybox.learning.train_unet import TextTowers, caption_of, cell_weights, load_latents, noise_schedule
-from toybox.learning.training import MasterWeights, Run, compute_dtype
+from toybox.learning.training import MasterWeights, Run, compile_each, compute_dtype
 
 __all__ = ["Teacher", "build_parts", "captions_tokenizer", "train"]
 
@@ -108,11 +108,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def compile_blocks(transformer: ZImageTransformer2DModel) -> None:
-    """In place; each block is compiled for the lengths that it meets."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]:
+    """In place."""
+    blocks = [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
+    for block in blocks:
         block.attention.set_processor(RealRotary())
-        block.compile(dynamic=False)
+    compile_each(blocks)
 
 
 def encode(encoder: Qwen3Model, tokenizer: Qwen2Tokenizer, captions: list[str]) -> list[Tensor]:

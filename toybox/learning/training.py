@@ -13,14 +13,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["MasterWeights", "Run", "compute_dtype", "saved_step"]
+__all__ = ["MasterWeights", "Run", "compile_each", "compute_dtype", "saved_step"]
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and, the last, of ARM; PyTorch emulates it elsewhere
 
@@ -34,6 +34,13 @@ def compute_dtype(device: str | torch.device = "cpu") -> torch.dtype:
         return torch.bfloat16
     ask = getattr(torch.cpu, "get_capabilities", dict)
     return torch.bfloat16 if any(ask().get(name) for name in BF16_INSTRUCTIONS) else torch.float32
+
+
+def compile_each(blocks: Iterable[nn.Module]) -> None:
+    """Compile blocks of a model in place, for each shape that they meet. It wants a C++ compiler."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in blocks:
+        block.compile(dynamic=False)
 
 
 def rank_and_world() -> tuple[int, int]:
