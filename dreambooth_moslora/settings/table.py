@@ -112,7 +112,7 @@ class TrainConfig:
         low=0, high=1, publish="always", kohya="ss_caption_dropout_rate",
         elsewhere="caption_dropout_rate caption_dropout_probability proportion_empty_prompts")
     instance_prompt_share: float | None = of_photos(None,
-        "share of exposures with the instance prompt, of photos whose captions lack it (default: 1/3; 0 with "
+        "share of exposures with the instance prompt, of photos whose captions lack it (default: 1/4; 0 with "
         "--caption_column, whose captions are used as they are)", low=0, high=1, publish="if_changed")
     repeats: int = of_photos(1, "how often an epoch shows each photo", low=1, high=10**6, publish="always", check=True)
     resolution: int = of_photos(1024,
@@ -482,7 +482,7 @@ class TrainConfig:
         used as they are, as diffusers' scripts do, unless a share was given."""
         if self.instance_prompt_share is not None:
             return self.instance_prompt_share
-        return 1 / 3 if self.caption_column is None else 0.0
+        return 1 / 4 if self.caption_column is None else 0.0
 
     @property
     def sample_count(self) -> int:

@@ -54,7 +54,7 @@ FAULTS = {
     "nothing_scored": (replace(GOOD, scores={}), "`evaluate`; --evaluate_steps 48"),
     "copies_photos": (COPIED, "30%; --crops_per_photo 8; --max_train_steps 160"),
     "lost_the_prompt": (with_scores(clip_t_of_base=0.6, background_leak=0.12), "0.60; leak 0.12; --unmasked_weight 0"),
-    "bare_prompt_lags": (NEVER, "“a photo of sks dog” alone; 25% of the likeness; --instance_prompt_share 0.33"),
+    "bare_prompt_lags": (NEVER, "“a photo of sks dog” alone; 25% of the likeness; --instance_prompt_share 0.25"),
     "class_became_subject": (with_scores(pres=0.5), "every dog; 67%; --with_prior_preservation"),
     "drifted": (with_scores(drift_of_spread=1.8), "1.8 times; --with_prior_preservation"),
     "confused_subjects": (TWICE, "confusion 0.42; --exposures_per_photo 290; another rare word"),
@@ -88,7 +88,7 @@ def test_a_run_that_has_the_remedy_gets_the_next_one():
     for run, end in (
         (replace(with_scores(pres=0.5), config=PRIOR), "--prior_loss_weight 2"),
         (replace(with_scores(drift_of_spread=1.8), config=replace(PRIOR, prior="adapter_off")), "--prior_prompts"),
-        (LAGS, "--instance_prompt_share 0.5"),  # the default is a third
+        (LAGS, "--instance_prompt_share 0.5"),  # the default is a quarter
         (replace(LAGS, without_bare_prompt=0, config=PRIOR), "--prior_loss_weight 0.5"),  # the captions have the prompt
         (replace(LAGS, without_bare_prompt=0), "--exposures_per_photo 290"),
     ):
@@ -177,6 +177,6 @@ def test_without_a_share_the_bare_prompt_is_said_to_lag_and_with_the_usual_one_i
     never, usual = trained(tmp_path / "never", "--instance_prompt_share=0"), trained(tmp_path / "usual")
     assert never.without_bare_prompt == usual.without_bare_prompt == 5
     said = [line for line in advice_after(never) if "alone shows" in line]
-    assert len(said) == 1 and said[0].endswith("--instance_prompt_share 0.33"), never.scores
+    assert len(said) == 1 and said[0].endswith("--instance_prompt_share 0.25"), never.scores
     assert not [line for line in advice_after(usual) if "alone shows" in line], usual.scores
     assert usual.moved("dino_bare") > never.moved("dino_bare") + 0.2

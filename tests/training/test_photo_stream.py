@@ -262,19 +262,19 @@ def test_a_share_of_exposures_has_no_caption_or_the_bare_prompt_and_a_caption_ke
 
 
 def test_the_bare_prompt_is_of_photos_whose_captions_lack_it_as_one_line_says(tmp_path):
-    """A share is a third, or what is given; a data set's captions are used as they are."""
+    """A share is a quarter, or what is given; a data set's captions are used as they are."""
     texts = (PLACED[0], f"{PLACED[0]}\n{BARE}", "A photo  of SKS dog.", "")
     found = photos_with(tmp_path, *texts, caption_prefix="look:")
     assert [photo.bare_prompt for photo in found] == [BARE, None, BARE, None]  # a prefix makes it another prompt
     assert photos_with(tmp_path, *texts)[2].bare_prompt is None
     column = {"dataset_name": "dogs", "caption_column": "text"}
     given = ({}, column, column | {"instance_prompt_share": 0.2}, {"instance_prompt_share": 0})
-    assert [config(**one).bare_share for one in given] == [pytest.approx(1 / 3), 0, 0.2, 0]
+    assert [config(**one).bare_share for one in given] == [0.25, 0, 0.2, 0]
     assert "instance_prompt_share" not in sources.recipe_of(config())
     assert sources.recipe_of(config(instance_prompt_share=0))["instance_prompt_share"] == 0
     photos = photos_with(tmp_path / "two", PLACED[0], BARE)
     line = "captions: 1 of 2 photos have none that is the instance prompt itself; "
-    assert bare_prompt_line(config(), photos) == f"{line}33% of their exposures show it (--instance_prompt_share)"
+    assert bare_prompt_line(config(), photos) == f"{line}25% of their exposures show it (--instance_prompt_share)"
     never = bare_prompt_line(config(instance_prompt_share=0), photos)
     assert never == f"{line}they are never shown with it (--instance_prompt_share)"
     assert bare_prompt_line(config(), photos[1:]) is None
