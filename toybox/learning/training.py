@@ -2,8 +2,8 @@
 
 The model computes in bfloat16 where the processor has instructions for it, else in fp32 (`compute_dtype`).
 
-Under `torchrun --nproc_per_node N` the processes of a script that exports only from rank 0 (`train_unet`) share
-the work: each draws its own batches, and their gradients are averaged.
+Under `torchrun --nproc_per_node N` the processes of a script that exports only from rank 0 share the work: each draws
+its own batches, and their gradients are averaged.
 
 Muon (Jordan et al., 2024; `torch.optim.Muon`) orthogonalises the momentum of each weight matrix; a
 convolution's weight (out,in,k,k) takes part as (out, in·k·k).
