@@ -477,3 +477,14 @@ def test_class_images_are_drawn_as_samples_are(name, tmp_path):
     (sample,) = Sampler(pipe, texts, 64, torch.device("cpu"), 2)([SampleRequest("a dog", 3)])
     (made,) = generate_images(pipe, "a dog", [3], (64, 64))
     assert np.array_equal(np.asarray(sample), np.asarray(made))
+
+
+@pytest.mark.slow
+def test_class_images_are_told_what_the_run_tells_its_encoder(base_of, photos, tmp_path):
+    """Two runs share a folder: each draws its own."""
+    prior = {"with_prior_preservation": True, "num_class_images": 1, "class_data_dir": str(tmp_path / "class")}
+    for words in (None, "Draw badly."):
+        more = settings_of("lumina2", **prior, system_prompt=words, max_train_steps=1)
+        train(tiny_config(base_of("lumina2"), photos, tmp_path / str(words), **more))
+    one, other = (path.read_bytes() for path in (tmp_path / "class").glob("*.png"))
+    assert one != other
