@@ -48,6 +48,7 @@ from dreambooth_moslora.training.objective import add_noise, flow_levels, flow_w
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.live_adapters import facts_of, shake
+from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_families import MAKERS, tiny_pipeline
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -350,6 +351,22 @@ def test_several_subjects_at_given_sizes_without_a_cache(case):
     sizes = {"aspect_ratio_buckets": "64,64;64,96", "caching": "off", "class_data_dir": None}
     card = (case.train("several", subjects=tables, **sizes) / "README.md").read_text()
     assert "sks dog" in card and "zwx cat" in card
+
+
+@pytest.mark.slow
+def test_evaluate_judges_the_run_and_its_file_alone(trained, photos, tmp_path, monkeypatch, capsys):
+    """At 64 px: at their families' own side the little bases would draw for minutes."""
+    monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
+    _, config, _ = trained
+    run, file, scores = shutil.copytree(config.output_dir, tmp_path / "run"), tmp_path / "dog.safetensors", []
+    shutil.copy(RunDir(run).adapter_path, file)
+    clip, dino = map(str, save_tiny_encoders(tmp_path))
+    few = ["--num_prompts", "1", "--images_per_prompt", "1", "--class_images", "1", "--inference_steps", "2"]
+    few += ["--clip", clip, "--dino", dino, "--sweep_scale"]
+    for place in [run], [file, "--base", config.pretrained_model_name_or_path, "--photos", photos]:
+        assert main(["evaluate", *map(str, place), *few]) == 0
+        scores.append(json.loads(Path(capsys.readouterr().out.split()[-1]).read_text())["scores"])
+    assert scores[0] == scores[1] and scores[0]["drift"]["mean"] != 0
 
 
 @pytest.mark.slow
