@@ -164,7 +164,7 @@ class Training:
 
     def recall_scores(self) -> None:
         """Give a resumed run its earlier scores; score the step at which it was stopped if that is missing."""
-        scored = events.events_of(events.StepEvaluated, self.run_dir.read_metrics())
+        scored = self.run_dir.read_scores()
         if scored:
             self.publisher.scores, self.publisher.best = scored[-1].scores, explain.BestStep(**scored[-1].best)
         if self.is_scored_now and self.step not in (event.step for event in scored):
