@@ -4,6 +4,7 @@
 """
 
 import json
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -192,14 +193,24 @@ def require_reachable(config: table.TrainConfig) -> None:
         )
 
 
-def own_resolution(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> int | None:
-    """The side in px that the base was trained at; None for a base that is not known yet. Raises UserError."""
-    facts, source = facts_of_base(name, revision, cache_dir), resolve_base(name)
-    if isinstance(source, Path) and source.is_dir() and (source / "unet" / "config.json").is_file():
-        latent = read_json(source / "unet" / "config.json").get("sample_size")
-        if isinstance(latent, int) and (side := latent * 8) <= SMALL_BASE_PX:  # larger ones keep their family's
+def own_resolution(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> int:
+    """The side in px that the base was trained at, by its files: `load.default_resolution` before it is loaded. The
+    usual one for a base that is not known yet, and for one that cannot be used, which is refused later."""
+    with suppress(UserError):
+        facts, source = facts_of_base(name, revision, cache_dir), resolve_base(name)
+        folder = cached_folder(source, revision, cache_dir) if isinstance(source, str) else source
+        if side := (unet_side(folder) if folder else None) or (facts and facts.resolution_px):
             return side
-    return facts.resolution_px if facts else None
+    return table.TrainConfig.resolution
+
+
+def unet_side(folder: Path) -> int | None:
+    """The side in px by the configurations of UNet and VAE; None where these do not say it."""
+    try:
+        unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def facts_of_file(path: Path) -> families.Facts:

@@ -27,10 +27,12 @@ def append_event(path: Path, event: dict[str, Any]) -> None:
         file.write(line.encode())
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events so far; a line cut off by a kill is left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return [event for line in lines if (event := parse_event(line)) is not None]
+def read_events(path: Path, kind: str = "") -> list[dict[str, Any]]:
+    """All events so far, or those of one kind: other lines are not parsed. A line cut off by a kill is left out."""
+    mark = f'"{kind}"' if kind else ""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        found = [event for line in lines if mark in line and (event := parse_event(line)) is not None]
+    return [event for event in found if kind in ("", event["type"])]
 
 
 def finite(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.core import UserError, free_name, one_line, recover, remove_directory, user_path
-from dreambooth_moslora.disk.events import append_event, read_events
+from dreambooth_moslora.disk.events import StepEvaluated, append_event, events_of, read_events
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 KOHYA_SUFFIX = ".kohya.safetensors"  # End of the name of the file for other programs, after the run's name.
@@ -96,8 +96,11 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         append_event(self.metrics_path, event)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        return read_events(self.metrics_path) if self.metrics_path.is_file() else []
+    def read_metrics(self, kind: str = "") -> list[dict[str, Any]]:
+        return read_events(self.metrics_path, kind) if self.metrics_path.is_file() else []
+
+    def read_scores(self) -> list[StepEvaluated]:
+        return events_of(StepEvaluated, self.read_metrics(StepEvaluated.kind))
 
 
 def check_name(name: str) -> None:

@@ -93,8 +93,8 @@ class TrainingEvaluator:
                 set_scale(model, 1.0)
 
     def _earlier(self, step: int) -> list[tuple[int, float]]:
-        events = RunDir(self.config.output_dir).read_metrics()
-        scores = {e["step"]: e["score"] for e in events if e.get("type") == "evaluation" and e.get("score") is not None}
+        scored = RunDir(self.config.output_dir).read_scores()
+        scores = {event.step: event.scores["score"] for event in scored if "score" in event.scores}
         return sorted((at, score) for at, score in scores.items() if at < step)
 
 

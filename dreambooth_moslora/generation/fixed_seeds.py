@@ -110,11 +110,13 @@ def generate_images(
     seeds: list[int],
     size_px: tuple[int, int],
     should_stop: Callable[[], bool] = bool,
+    text_options: dict[str, Any] | None = None,
 ) -> list[Image.Image]:
-    """Class images (h, w) = `size_px` by the base alone. Raises UserError for NaN, which would be trained on."""
+    """Class images (h, w) = `size_px` by the base alone; `text_options` are those of `encode_prompt`. Raises UserError
+    for NaN, which would be trained on."""
     words: dict[str, Any] = {"prompt": [prompt] * len(seeds)}
     if facts_of(type(pipeline).__name__).style == "flow":  # a pipeline given a prompt alone may draw without guidance
-        family = families.family_of(pipeline)
+        family = families.family_of(pipeline, options=text_options)
         texts = *family.texts(pipeline, [prompt]), family.negative(pipeline, "")
         words = family.with_negative(*(family.arguments([text] * len(seeds)) for text in texts))
     pixels = drawn(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))

@@ -6,12 +6,11 @@ The base decides the recipe from `assets/configs`; on a GPU its free memory deci
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base import files, machine
-from dreambooth_moslora.core import CLIP, DINO, UserError, assets_folder, is_toy, process_count
+from dreambooth_moslora.core import CLIP, DINO, assets_folder, is_toy, process_count
 from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.settings import families, sources
 from dreambooth_moslora.settings.table import OF_PLANS, TrainConfig, checked_setting
@@ -83,7 +82,7 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     if facts and not is_toy(base):
         recipe = {key: value for key, value in recipe.items() if facts.style == "ddpm" or key not in families.OF_UNETS}
         if facts.style == "ddpm" or not facts.recipes:
-            recipe["resolution"] = facts.resolution_px
+            recipe["resolution"] = files.own_resolution(base)
     if choices.given.get("with_prior_preservation") is False:
         recipe = {key: value for key, value in recipe.items() if "prior" not in key}
     is_by_card = free_gib is not None and name.endswith("gb.toml")
@@ -96,14 +95,12 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
 
 
 def choose_resolution(choices: Choices) -> None:
-    """The base's own, unless given; the default is SDXL's. A base that cannot be used is refused later."""
+    """The base's own, unless given; the default is SDXL's."""
     if "resolution" in choices.all:
         return
-    with suppress(UserError):
-        places = (choices.all.get(name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir"))
-        own = files.own_resolution(*places)
-        if own and own != TrainConfig.resolution:
-            choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
+    places = (choices.all.get(name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir"))
+    if (own := files.own_resolution(*places)) != TrainConfig.resolution:
+        choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
 
 
 def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, Any]]:

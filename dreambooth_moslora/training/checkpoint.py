@@ -253,7 +253,7 @@ def published_as(run_dir: run_folder.RunDir) -> list[Path]:
 def archive_checkpoints_after(run_dir: run_folder.RunDir, step: int) -> None:
     """Move checkpoints after `step` away: otherwise `latest` would later resume the abandoned run."""
     later = [path for path in reversed(run_dir.named_checkpoints()) if run_folder.step_of(path) > step]
-    scored = events.events_of(events.StepEvaluated, run_dir.read_metrics())
+    scored = run_dir.read_scores()
     if scored and scored[-1].best["step"] > step:
         later += present(run_dir.best_dir)
     move(later, run_dir, f"held checkpoints after step {step}, from which this run goes on")

@@ -160,7 +160,8 @@ class PromptCache:
 
     def entry(self, prompt: str) -> tuple[str, Callable[[], Tensors]]:
         """The prompt's key in the cache, and the function that encodes it."""
-        return content_key(prompt=prompt, texts_of=self.identity), lambda: self._compute(prompt)
+        said = prompt or None  # "" was the key while Lumina 2's encoder was instructed before an empty prompt too
+        return content_key(prompt=said, texts_of=self.identity), lambda: self._compute(prompt)
 
     @torch.no_grad()
     def _compute(self, prompt: str) -> Tensors:

@@ -154,21 +154,30 @@ class Training:
             reporter.free_unused_memory(self.accelerator.device)
         found = events.event_of({"type": events.StepEvaluated.kind, "step": self.step, **scores})
         self.report(found)
-        self.best = explain.BestStep(**found.best)
-        self.publisher.scores, self.publisher.best = found.scores, self.best
+        self.note_scores(found)
         if self.best.step == self.step:
             with self.train_step.averaged():
                 self.publisher.keep_best()
+
+    def note_scores(self, found: events.StepEvaluated) -> None:
+        self.best = self.publisher.best = explain.BestStep(**found.best)
+        self.publisher.scores = found.scores
         if line := self.best.advice(self.config.early_stopping):
-            logger.warning("step %d: %s", self.step, line)
+            logger.warning("step %d: %s", found.step, line)
 
     def recall_scores(self) -> None:
         """Give a resumed run its earlier scores; score the step at which it was stopped if that is missing."""
-        scored = events.events_of(events.StepEvaluated, self.run_dir.read_metrics())
+        scored = self.run_dir.read_scores()
         if scored:
-            self.publisher.scores, self.publisher.best = scored[-1].scores, explain.BestStep(**scored[-1].best)
+            self.note_scores(scored[-1])
         if self.is_scored_now and self.step not in (event.step for event in scored):
             self.evaluate()
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the score has not risen for as long as `--early_stopping` allows, the same in all processes."""
+        patience, since = self.config.early_stopping, self.best.since if self.best else 0
+        return bool(patience) and processes.any_process(self.accelerator, since >= patience)
 
     @property
     def is_checkpoint_due(self) -> bool:
@@ -335,7 +344,7 @@ def fit(run: Training) -> Steps:
     if run.step:
         processes.on_main(run.accelerator, run.recall_scores)
     run.sample_if_due()
-    while run.step < run.max_train_steps:
+    while run.step < run.max_train_steps and not run.has_stalled:
         if run.context.stop_requested():
             if run.step == 0:  # the adapter would be the unchanged base
                 raise StopRequestedError
@@ -350,7 +359,4 @@ def fit(run: Training) -> Steps:
         run.sample_if_due()
         if run.is_checkpoint_due:
             run.save_checkpoint(run.run_dir.checkpoint_path(run.step))
-        patience = run.config.early_stopping
-        if patience and processes.any_process(run.accelerator, bool(run.best and run.best.since >= patience)):
-            break
     return run.finish(interrupted=False)

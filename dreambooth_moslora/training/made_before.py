@@ -4,9 +4,9 @@ Captions and masks (`--captions auto`, `--masks auto`) are made before the base 
 
 Class images for prior preservation (Ruiz et al. 2022, section 3.3) show what the base already knows of the class. A
 folder is topped up to the wanted number with generated images of the class prompt. `manifest.json` beside them records
-how each was made: prompt, seed, model, size, and its SHA-256. The user's own images count and come first. Generated
-images of another prompt, model or size stay in the folder but are not used. A generated image is drawn again when its
-file or its entry in the manifest is damaged.
+how each was made: prompt, seed, model, size, text options, and its SHA-256. The user's own images count and come first.
+Generated images of another prompt, model, size or encoding stay in the folder but are not used. A generated image is
+drawn again when its file or its entry in the manifest is damaged.
 """
 
 import errno
@@ -19,17 +19,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 from dreambooth_moslora import core
-from dreambooth_moslora.base.families import denoiser_of
+from dreambooth_moslora.base.families import denoiser_of, encoding_options
 from dreambooth_moslora.core import UserError, spelled_out
 from dreambooth_moslora.disk import queue
 from dreambooth_moslora.generation.fixed_seeds import generate_images
@@ -40,6 +40,7 @@ from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, op
 from dreambooth_moslora.pictures import png_bytes
 from dreambooth_moslora.plan.plan import shares
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
+from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import frozen_base, reporter
 
@@ -142,13 +143,15 @@ GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The class images of one prompt, base and size (h, w) in `folder`; `model` names the base without its path."""
+    """The class images of one prompt, base and size (h, w) in `folder`; `model` names the base without its path.
+    `text_options` are arguments of `encode_prompt` that the run sets."""
 
     folder: Path
     prompt: str
     model: str
     seed: int
     size_px: tuple[int, int]
+    text_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def resolution(self) -> int | str:
@@ -157,7 +160,7 @@ class ClassImages:
         return height if height == width else f"{width}x{height}"
 
     def name(self, index: int) -> str:
-        tag = core.seed_of(self.prompt, self.model, self.resolution) % 16**8
+        tag = core.seed_of(*self.facts().values()) % 16**8
         return f"class_{tag:08x}_{index:05d}.png"
 
     def image_seed(self, index: int) -> int:
@@ -205,7 +208,8 @@ class ClassImages:
         return found
 
     def facts(self) -> dict[str, object]:
-        return {"prompt": self.prompt, "model": self.model, "resolution": self.resolution}
+        encoding = {name: str(value) for name, value in self.text_options.items()}
+        return {"prompt": self.prompt, "model": self.model, "resolution": self.resolution, **encoding}
 
     def _is_as_made(self, index: int, known: dict[str, dict]) -> bool:
         """Whether the file exists, opens, has the right size, and matches its manifest entry."""
@@ -332,8 +336,8 @@ def top_up(
             return (pipeline if asked == precision else frozen_base.load_base(config, asked, device)).to(device)
 
         def draw(batch: ClassBatch) -> list[bytes]:
-            size_px, should_stop = batch.images.size_px, context.should_stop
-            return batch.files(partial(generate_images, drawing(), size_px=size_px, should_stop=should_stop))
+            settings = {"size_px": batch.images.size_px, "text_options": batch.images.text_options}
+            return batch.files(partial(generate_images, drawing(), should_stop=context.should_stop, **settings))
 
         done = wanted - sum(map(len, lacking))
         make_missing(context, "class_images", lacking, draw, ClassBatch.keep, size=len, done=done)
@@ -344,7 +348,8 @@ def top_up(
 def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> tuple[Sets, list[ClassBatch]]:
     """The sets of the run beside the user's own images, and the batches to draw for them. The folder is made."""
     base_id = core.public_name(config.pretrained_model_name_or_path)
-    sets = [ClassImages(folder, config.class_prompt, base_id, config.seed, size) for size in sizes]
+    options = encoding_options(text_options_of(config))
+    sets = [ClassImages(folder, config.class_prompt, base_id, config.seed, size, options) for size in sizes]
     paths = []
     if folder.is_dir():
         found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos

@@ -188,10 +188,9 @@ class Publisher:
             if finished and config.push_to_hub:
                 push(run_dir.path, config.hub_model_id, config.hub_token)
         finally:
-            records = run_dir.read_metrics()
-            steps, scored = events.events_of(events.StepDone, records), events.events_of(events.StepEvaluated, records)
+            steps = events.events_of(events.StepDone, run_dir.read_metrics(events.StepDone.kind))
             if steps:
-                draw_loss_plot(steps, run_dir.loss_plot_path, scored)
+                draw_loss_plot(steps, run_dir.loss_plot_path, run_dir.read_scores())
             if drawn:
                 rows = sheet_rows(config, self.inputs.photos, self.samples, contexts)
                 draw_contact_sheet(rows, run_dir.contact_sheet_path)

@@ -2,7 +2,6 @@
 offers by name, and what each is and needs, follows from their files alone."""
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -14,8 +13,6 @@ from dreambooth_moslora.base import files
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
-from dreambooth_moslora.plan.memory import SDXL
-from dreambooth_moslora.settings.families import Facts
 
 if TYPE_CHECKING:
     from dreambooth_moslora.ui.state import AppContext, PageBase
@@ -24,7 +21,6 @@ HUB_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 DEPTH = 3
 CHECKPOINT_MARK = "model.diffusion_model."  # Begins keys of a single-file checkpoint, and of no adapter
 OF_TOY = "a 128 px practice model: it trains in minutes without a GPU, and knows only its own toys"
-DEFAULT_RESOLUTION_PX = 1024
 MAX_PORT = 65535
 
 
@@ -140,7 +136,8 @@ def page_base(title: str, name: str, args: argparse.Namespace) -> "PageBase":
 
         return SubjectPipeline.from_base(name, resting=True)
 
-    full, resolution_px = str(path.resolve()) if path.exists() and name != "toy" else str(name), resolution_of(place)
+    full = str(path.resolve()) if path.exists() and name != "toy" else str(name)
+    resolution_px = files.own_resolution(name)
     templates = tuple(templates_for(name))
     return state.PageBase(title, full, resolution_px, load, about(name, place, resolution_px), templates)
 
@@ -212,18 +209,6 @@ def about(name: str, folder: Path | None, resolution_px: int) -> str:
         return f"{files.facts_of_base(folder).title}, {resolution_px} px, {gib:.1f} GiB of weights: {needs}"
     except core.UserError as error:
         return f"it cannot be used: {core.one_line(error)}"
-
-
-def resolution_of(folder: Path | None, facts: Facts = SDXL) -> int:
-    """The base's own size in px, from its config alone: the page must not wait for the weights."""
-    if facts.style == "flow":
-        return facts.resolution_px
-    try:
-        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (OSError, TypeError, KeyError, ValueError):
-        return DEFAULT_RESOLUTION_PX
 
 
 def templates_for(base: str) -> list[str]:

@@ -40,7 +40,10 @@ def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_none_is_required_t
 
 @pytest.mark.parametrize(("given", "px"), [([], RESOLUTION_PX), (["--resolution", "128"], 128)])
 def test_a_base_that_was_trained_smaller_has_its_own_resolution(given, px, flags, tiny_base):
-    assert parse_train_config([*flags, "--pretrained_model_name_or_path", str(tiny_base), *given]).resolution == px
+    """So has a run that one word describes."""
+    base = ["--pretrained_model_name_or_path", str(tiny_base)]
+    for words in (flags, [flags[1], "dog"]):
+        assert parse_train_config([*words, *base, *given]).resolution == px
 
 
 @pytest.fixture

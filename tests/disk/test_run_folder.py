@@ -162,6 +162,8 @@ def test_metrics_survive_a_torn_line_stay_json_and_other_lines_are_left_out(tmp_
     run.metrics_path.write_text('{"step": 1}\n{"type": 3}\n{"type": "step", "step": "two"}\n[1]\n{"type": "end"}\n')
     run.append_metrics(event)
     assert run.read_metrics() == [{"type": "end"}, event]
+    run.append_metrics({"type": "step", "said": "end"})
+    assert run.read_metrics("end") == [{"type": "end"}]
 
 
 EVENTS = [

@@ -136,14 +136,29 @@ def test_the_card_of_a_resumed_run_has_the_scores_from_before(scored, encoders, 
 
 
 @pytest.mark.slow
-def test_early_stopping_stops_only_when_asked_and_says_so(scored, encoders, caplog):
-    for name, patience, last in (("free", None, 5), ("early", 2, 3)):
-        # nothing ever gets better
-        config = scored(name, early_stopping=patience, max_train_steps=5, learning_rate=0.0)
-        with caplog.at_level(logging.WARNING):
-            assert train(config, evaluator=quick(config, encoders)).step == last
-        assert "the score has not risen" in caplog.text
-        assert ("stopping early" in caplog.text) == bool(patience)
+@pytest.mark.parametrize(("patience", "last"), [(None, 5), (2, 3)])
+def test_early_stopping_stops_only_when_asked_and_says_so_and_a_resumed_run_stops_there_too(
+    patience, last, scored, encoders, caplog
+):
+    """Nothing ever gets better. The second run dies when it has scored the step at which it would stop."""
+    settings = {"early_stopping": patience, "max_train_steps": 5, "learning_rate": 0.0, "checkpointing_steps": 1}
+    whole, torn = (scored(name, **settings) for name in ("whole", "torn"))
+    caplog.set_level(logging.WARNING)
+
+    def dies(event) -> None:
+        if event.kind == "checkpoint" and event.step == last:
+            raise KeyboardInterrupt
+
+    def ended(config) -> tuple[int, bool, bool]:
+        caplog.clear()
+        step = train(config, evaluator=quick(config, encoders)).step
+        return step, "the score has not risen" in caplog.text, "stopping early" in caplog.text
+
+    wanted = last, True, bool(patience)
+    assert ended(whole) == wanted
+    with pytest.raises(KeyboardInterrupt):
+        train(torn, dies, evaluator=quick(torn, encoders))
+    assert [ended(replace(config, resume_from_checkpoint="latest")) for config in (whole, torn)] == [wanted] * 2
 
 
 @pytest.fixture

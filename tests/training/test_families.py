@@ -48,6 +48,7 @@ from dreambooth_moslora.training.objective import add_noise, flow_levels, flow_w
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.live_adapters import facts_of, shake
+from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_families import MAKERS, tiny_pipeline
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -353,6 +354,22 @@ def test_several_subjects_at_given_sizes_without_a_cache(case):
 
 
 @pytest.mark.slow
+def test_evaluate_judges_the_run_and_its_file_alone(trained, photos, tmp_path, monkeypatch, capsys):
+    """At 64 px: at their families' own side the little bases would draw for minutes."""
+    monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
+    _, config, _ = trained
+    run, file, scores = shutil.copytree(config.output_dir, tmp_path / "run"), tmp_path / "dog.safetensors", []
+    shutil.copy(RunDir(run).adapter_path, file)
+    clip, dino = map(str, save_tiny_encoders(tmp_path))
+    few = ["--num_prompts", "1", "--images_per_prompt", "1", "--class_images", "1", "--inference_steps", "2"]
+    few += ["--clip", clip, "--dino", dino, "--sweep_scale"]
+    for place in [run], [file, "--base", config.pretrained_model_name_or_path, "--photos", photos]:
+        assert main(["evaluate", *map(str, place), *few]) == 0
+        scores.append(json.loads(Path(capsys.readouterr().out.split()[-1]).read_text())["scores"])
+    assert scores[0] == scores[1] and scores[0]["drift"]["mean"] != 0
+
+
+@pytest.mark.slow
 def test_like_verify_and_info(trained, photos, capsys):
     facts, config, _ = trained
     words = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path]
@@ -477,3 +494,14 @@ def test_class_images_are_drawn_as_samples_are(name, tmp_path):
     (sample,) = Sampler(pipe, texts, 64, torch.device("cpu"), 2)([SampleRequest("a dog", 3)])
     (made,) = generate_images(pipe, "a dog", [3], (64, 64))
     assert np.array_equal(np.asarray(sample), np.asarray(made))
+
+
+@pytest.mark.slow
+def test_class_images_are_told_what_the_run_tells_its_encoder(base_of, photos, tmp_path):
+    """Two runs share a folder: each draws its own."""
+    prior = {"with_prior_preservation": True, "num_class_images": 1, "class_data_dir": str(tmp_path / "class")}
+    for words in (None, "Draw badly."):
+        more = settings_of("lumina2", **prior, system_prompt=words, max_train_steps=1)
+        train(tiny_config(base_of("lumina2"), photos, tmp_path / str(words), **more))
+    one, other = (path.read_bytes() for path in (tmp_path / "class").glob("*.png"))
+    assert one != other

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from dreambooth_moslora.adapters import metadata, moslora
 from dreambooth_moslora.base import load, machine
 from dreambooth_moslora.cli.terminal import TerminalProgress
-from dreambooth_moslora.core import StopRequestedError, UserError
+from dreambooth_moslora.core import StopRequestedError, UserError, content_key
 from dreambooth_moslora.disk.events import PhaseProgress, SamplesDrawn
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.folder import find_photos
@@ -199,6 +199,14 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     file.unlink()
     assert equal(before, prompt_embeds(prompt)) and file.read_bytes() == content
     assert not torch.allclose(embeds_of(load.encode_text(pipeline, prompt)), embeds_of(before), atol=1e-3)
+
+
+def test_the_empty_prompt_that_an_earlier_version_kept_is_encoded_anew(tmp_path):
+    """Lumina 2's and Sana's was instructed, and pictures were drawn against it."""
+    cache = TensorCache(tmp_path)
+    cache.put(content_key(prompt="", texts_of="lumina2"), {"prompt_embeds": torch.zeros(1)})
+    prompt_embeds = PromptCache(lambda prompts: [{"prompt_embeds": torch.ones(1)}], cache, "lumina2")
+    assert prompt_embeds([""])[0]["prompt_embeds"] == 1
 
 
 def test_words_are_asked_once_and_what_the_disk_does_not_give_after_the_encoders_left_ends_the_run_in_one_line(

@@ -264,6 +264,15 @@ def test_images_of_another_prompt_or_size_are_known_as_stale_and_a_persons_own_a
     assert {path.name for path in set(paths) - cats.generated(paths)} == {"mine.png"}
 
 
+def test_images_drawn_with_other_text_options_stay_and_are_not_taken(tmp_path):
+    told = {"system_prompt": "Draw.", "text_encoder_out_layers": (9, 18, 27)}
+    plain, other = dogs(tmp_path), replace(dogs(tmp_path), text_options=told)
+    for images in (plain, other):
+        assert len(top_up(images, 3)) == 1
+        assert taken(tmp_path, (images, 3)) == [images.name(index) for index in range(3)]
+    assert top_up(plain, 3) == top_up(other, 3) == []
+
+
 def test_a_generated_image_that_opens_with_other_pixels_is_drawn_again_and_said_once(tmp_path, caplog):
     images = dogs(tmp_path)
     top_up(images, 4, batch_size=2)

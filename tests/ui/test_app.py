@@ -17,7 +17,9 @@ import pytest
 from gradio_client import Client
 from safetensors.numpy import save_file
 
+from dreambooth_moslora.base.files import own_resolution
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder
+from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
 from dreambooth_moslora.ui import app
 from dreambooth_moslora.ui.generate import settings_widgets
@@ -77,9 +79,23 @@ def test_what_it_is_told_wrongly_ends_in_one_line(tmp_path, capsys, options, tol
     assert error.startswith(f"error: {told}") and error.count("\n") == 1
 
 
-def test_a_password_may_have_a_colon_and_the_resolution_is_read_without_the_weights(tiny_base, tmp_path):
+def test_a_password_may_have_a_colon():
     assert app.parse_login("ann:se:cret") == ("ann", "se:cret")
-    assert [app.resolution_of(base) for base in (tiny_base, None, tmp_path)] == [64, 1024, 1024]
+
+
+def test_the_page_trains_each_base_at_its_own_side_which_is_known_without_its_weights(tiny_base, tmp_path):
+    """It trained Stable Diffusion 1.5 at 1024 px, where it was one file or on the hub. The other is one at 768 px."""
+    configs = {"model_index": {"_class_name": "StableDiffusionPipeline"}, "unet/config": {"sample_size": 96}}
+    configs["vae/config"] = {"block_out_channels": [8] * 4}
+    for name, content in configs.items():
+        (path := tmp_path / "other" / f"{name}.json").parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    facts, file = facts_of("StableDiffusionPipeline"), tmp_path / "sd1.safetensors"
+    save_file({facts.file_mark: np.zeros(1, np.float32)}, file)
+    sides = {tiny_base: 64, tmp_path / "other": 768, file: 512, facts.models[0].hub_id: 512}
+    sides |= {"owner/unknown": 1024, tmp_path: 1024}
+    args = SimpleNamespace(backend=None)
+    assert {base: app.page_base("x", str(base), args).resolution_px for base in sides} == sides
 
 
 def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
@@ -90,7 +106,7 @@ def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
         with gr.Blocks():
             fields = settings_widgets(ctx) | {"new_tokens": field_widget("new_tokens", TrainForm, ctx.base_name)}
         seen = {field for field in ("negative_prompt", "scheduler", "new_tokens") if fields[field].visible}
-        shown[name] = seen, fields["guidance_scale"].value, app.resolution_of(Path(ctx.base_name), ctx.facts)
+        shown[name] = seen, fields["guidance_scale"].value, own_resolution(ctx.base_name)
     assert shown == {"sd1": ({"negative_prompt", "scheduler"}, 7.5, 32), "flux": (set(), 3.5, 1024)}
     with gr.Blocks():
         assert field_widget("new_tokens", TrainForm, "toy").visible
