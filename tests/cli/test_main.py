@@ -381,13 +381,16 @@ def test_a_mistake_that_is_found_late_is_one_line_too(name, photos, tiny_base, t
         assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 
 
-def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, tiny_base, tmp_path, capsys):
+def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(photos, tiny_base, tmp_path, capsys):
     (photos / "notes.md").write_text("x")
     words = [*needed(tiny_base, photos, tmp_path / "run"), "--repeats", "4", "--train_batch_size", "2", "--rank", "3"]
     words += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "5", "--dry_run"]
     assert train_main([*words, "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
     out = capsys.readouterr().out
-    assert "rank = 3  # set" in out and 'mixer = "orthogonal"\n' in out
+    titles = [line.partition(" ")[0] for line in out.splitlines() if line and line[0] != " "]
+    assert titles == ["cost", "steps", "photos", "settings", "remarks"]
+    assert "\n  rank = 3\n" in out and "(--help_all shows those)" in out
+    assert "\n  mixer = " not in out and "\n  dry_run = " not in out
     assert "0.png  96 x 64" in out and "left out: notes.md" in out
     assert "3 photos × 4 repeats, 4 a step: 3 steps an epoch; 15 steps = 5.0 epochs" in out
     assert "each photo is seen about 20 times" in out and "--exposures_per_photo" not in out
