@@ -191,21 +191,10 @@ def adapter_facts(file: str) -> list[tuple[str, str]]:
     """The lines of `info` for any LoRA file."""
     state.check_upload(Path(file))
     state.import_libraries()
-    from dreambooth_moslora.adapters.describe import describe
+    from dreambooth_moslora.adapters.describe import as_text, describe
 
     facts = []
     for name, value in describe(file).items():
         words = name.removeprefix("use_").replace("_", " ")
-        facts.append((SPELLINGS.get(words) or words[:1].upper() + words[1:], words_of(value)))
+        facts.append((SPELLINGS.get(words) or words[:1].upper() + words[1:], as_text(name, value)))
     return facts
-
-
-def words_of(value: Any) -> str:
-    """A value as one or a few lines: lists separated by commas, tables by lines."""
-    if isinstance(value, dict):
-        return "\n".join(f"{key}: {words_of(inner)}" for key, inner in value.items())
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(words_of, value))
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
