@@ -129,7 +129,6 @@ ABSENT = {
     "serve --adapters x": "--adapters x: there is no such folder",
     "serve --adapters . --pretrained_model_name_or_path x": "the base x does not exist",
     "app --base x": "the base x does not exist",
-    "app --bases_dir x": "--bases_dir x is not a folder",
     "app --runs_dir dog.safetensors": "--runs_dir dog.safetensors cannot be a folder",
     "generate --prompt dog --adapter ~nobody_/x": "there is no adapter file ~nobody_/x",
     "export ~nobody_/x --out y": "there is no file or folder ~nobody_/x",
