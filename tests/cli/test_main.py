@@ -20,6 +20,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.main import COMMANDS, main
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
 from dreambooth_moslora.cli.train import log_file, print_ending, run_trainer, train_main
+from dreambooth_moslora.core import assets_folder
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
 from dreambooth_moslora.disk.processes import STOP_FILE, ask_to_stop
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir, step_of
@@ -60,21 +61,23 @@ def python(*words, **options) -> subprocess.CompletedProcess:
 
 IMPORTED = """
 import json, sys
-from dreambooth_moslora.cli.train import train_main
+from dreambooth_moslora.cli.main import main
 for words, code, unneeded in json.loads(sys.argv[1]):
     try:
-        found = train_main(words)
+        found = main(words)
     except SystemExit as ended:
         found = ended.code
     assert found == code and not sys.modules.keys() & set(unneeded.split()), (words, found)
 """
 
 
-def test_what_trains_nothing_imports_no_torch(photos):
+def test_what_trains_nothing_imports_no_torch_and_info_nothing_but_torch(photos):
     before, libraries = sorted(photos.iterdir()), "torch diffusers numpy PIL"
-    asked = [(["--help"], 0, libraries), (["--rnak", "3"], 2, libraries), ([], 2, libraries)]
-    asked += [(needed("toy", ".", folder), 2, "torch") for folder in (".", "")]
-    asked += [([*needed("toy", ".", "run"), "--dry_run"], 0, "torch")]
+    asked = [(["train", *words], code, libraries) for words, code in ((["--help"], 0), (["--rnak", "3"], 2), ([], 2))]
+    asked += [(["train", *needed("toy", ".", folder)], 2, "torch") for folder in (".", "")]
+    asked += [(["train", *needed("toy", ".", "run"), "--dry_run"], 0, "torch")]
+    rocket = assets_folder() / "adapters" / "rocket.safetensors"
+    asked += [(["info", str(rocket)], 0, "diffusers transformers peft accelerate")]
     done = python("-c", IMPORTED, json.dumps(asked), cwd=photos)
     assert done.returncode == 0, done.stderr
     assert sorted(photos.iterdir()) == before
