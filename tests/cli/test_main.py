@@ -83,10 +83,12 @@ def test_what_trains_nothing_imports_no_torch_and_info_nothing_but_torch(photos)
     assert sorted(photos.iterdir()) == before
 
 
-def test_the_overview_names_every_command(capsys):
+def test_the_overview_names_every_command_and_the_first_steps_of_the_readme(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {name:9} {about}\n" in out for name, (_, about) in COMMANDS.items())
+    steps, readme = out.partition("first steps")[2].splitlines()[1:], (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(steps) == 3 and all(f"python -m dreambooth_moslora {step.strip()}" in readme for step in steps)
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"{__version__}\n"
 
 
