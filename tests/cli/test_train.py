@@ -32,6 +32,7 @@ def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_none_is_required_t
     daily, each = shown["train --help"], shown["train --help_all"]
     assert all(f"  --{name} " in each for name in SETTINGS) and len(daily.splitlines()) < 60 < len(each.splitlines())
     assert "train photos/dog dog" in daily and "--help_all" in daily
+    assert "the next flags" not in daily, "they are not shown there"
     exceptions = ("PHOTOS WORD)", "PHOTOS WORD, --dataset_name or --subjects)", "PHOTOS WORD or --subjects)")
     for words, text in shown.items():
         text = " ".join(text.split())
