@@ -291,8 +291,16 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
     return {key: value for key, value in said.items() if value}
 
 
+SPELLINGS = {"size_mib": "Size (MiB)", "use_dora": "DoRA", "use_rslora": "rsLoRA", "resolution_px": "Resolution (px)"}
+
+
+def label(key: str) -> str:
+    """How `info` and the page call a fact of `describe`."""
+    return SPELLINGS.get(key) or key.replace("_", " ").capitalize()
+
+
 def lines(facts: dict[str, object]) -> list[str]:
-    return [f"{key.replace('_', ' ') + ':':<24} {printable(as_text(key, value))}" for key, value in facts.items()]
+    return [f"{label(key) + ':':<24} {printable(as_text(key, value))}" for key, value in facts.items()]
 
 
 def printable(text: str) -> str:

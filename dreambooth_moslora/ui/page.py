@@ -17,7 +17,6 @@ from dreambooth_moslora.ui.generate import PICTURES, GenerateTab, build_generate
 MAX_SESSIONS = 256
 """Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
-SPELLINGS = {"size mib": "Size (MiB)", "dora": "DoRA", "rslora": "rsLoRA", "resolution px": "Resolution (px)"}
 HINT = html.notice("Drop a PNG, JPEG or WebP made here or elsewhere, or a .safetensors adapter.")
 
 
@@ -191,10 +190,6 @@ def adapter_facts(file: str) -> list[tuple[str, str]]:
     """The lines of `info` for any LoRA file."""
     state.check_upload(Path(file))
     state.import_libraries()
-    from dreambooth_moslora.adapters.describe import as_text, describe
+    from dreambooth_moslora.adapters.describe import as_text, describe, label
 
-    facts = []
-    for name, value in describe(file).items():
-        words = name.removeprefix("use_").replace("_", " ")
-        facts.append((SPELLINGS.get(words) or words[:1].upper() + words[1:], as_text(name, value)))
-    return facts
+    return [(label(name), as_text(name, value)) for name, value in describe(file).items()]
