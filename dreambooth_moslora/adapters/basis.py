@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters import moslora, proof, raw_file
+from dreambooth_moslora.adapters import raw_file
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata
 from dreambooth_moslora.base.files import variants_in, weight_files
 from dreambooth_moslora.core import UserError, content_key, file_digest
@@ -116,6 +116,8 @@ def leading_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def put_basis(basis: Basis, unet: nn.Module, adapter_name: str = "default") -> None:
     """Give the adapter the basis, with its mixers at zero. Raises UserError for a basis of another base."""
+    from dreambooth_moslora.adapters import moslora
+
     for path, layer in moslora.adapter_layers(unet, adapter_name).items():
         own = moslora.matrices_of(layer, adapter_name)
         down, up = basis.layer(path, len(own.down))
@@ -126,6 +128,8 @@ def put_basis(basis: Basis, unet: nn.Module, adapter_name: str = "default") -> N
 
 
 def freeze_basis(unet: nn.Module, adapter_name: str = "default") -> None:
+    from dreambooth_moslora.adapters import moslora
+
     for layer in moslora.adapter_layers(unet, adapter_name).values():
         layer.lora_A[adapter_name].weight.requires_grad_(False)
         layer.lora_B[adapter_name].up.requires_grad_(False)
@@ -154,6 +158,8 @@ class Mixers:
 
 def write_mixers(path: Path, unet: nn.Module, metadata: AdapterMetadata, adapter_name: str = "default") -> None:
     """Write the mixers of a live adapter on a basis. Raises UserError for values that fp16 does not hold."""
+    from dreambooth_moslora.adapters import moslora, proof
+
     live = moslora.adapter_layers(unet, adapter_name)
     matrices = [moslora.matrices_of(layer, adapter_name) for layer in live.values()]
     mixers = [one.scale * one.mixer.detach().cpu().double() for one in matrices]
@@ -209,6 +215,8 @@ class SwappedMixers:
     """The adapter `name` on the layers of `ranks` (path -> r), at first zero. Raises UserError if it does not fit."""
 
     def __init__(self, unet: nn.Module, basis: Basis, ranks: Mapping[str, int], name: str):
+        from dreambooth_moslora.adapters import moslora
+
         known = moslora.matrix_layers(unet)
         if strange := next((path for path in ranks if path not in known), None):
             raise UserError(f"the mixers were made for another base: it has no layer {strange:.100}")

@@ -291,8 +291,16 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
     return {key: value for key, value in said.items() if value}
 
 
+SPELLINGS = {"size_mib": "Size (MiB)", "use_dora": "DoRA", "use_rslora": "rsLoRA", "resolution_px": "Resolution (px)"}
+
+
+def label(key: str) -> str:
+    """How `info` and the page call a fact of `describe`."""
+    return SPELLINGS.get(key) or key.replace("_", " ").capitalize()
+
+
 def lines(facts: dict[str, object]) -> list[str]:
-    return [f"{key.replace('_', ' ') + ':':<24} {printable(as_text(key, value))}" for key, value in facts.items()]
+    return [f"{label(key) + ':':<24} {printable(as_text(key, value))}" for key, value in facts.items()]
 
 
 def printable(text: str) -> str:
@@ -301,11 +309,24 @@ def printable(text: str) -> str:
 
 
 def as_text(key: str, value: object) -> str:
+    """A fact of `describe` in one line, for `info` and the page."""
     if key == "ranks":
-        return ", ".join(f"{rank} ({number} modules)" for rank, number in value.items())
+        return ranks_in_words(value)
     if isinstance(value, dict):
         return ", ".join(f"{name} {number}" for name, number in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def ranks_in_words(counts: dict[str, int]) -> str:
+    """ "rank 16 in 146 layers", or of more than three ranks "ranks 1 to 12 in 146 layers"."""
+    if len(counts) > 3:
+        lowest, *_, highest = counts
+        return f"ranks {lowest} to {highest} in {sum(counts.values())} layers"
+    return ", ".join(f"rank {rank} in {number} layer{'s' * (number != 1)}" for rank, number in counts.items())
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,18 @@ and `ss_*` of kohya's sd-scripts, without its folder names, captions and tag cou
 import re
 from collections.abc import Collection, Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DiffusionPipeline
 
-from dreambooth_moslora.adapters import lycoris, moslora, raw_file
+from dreambooth_moslora.adapters import lycoris, raw_file
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.adapters.mixer import Folded, Tensors
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 PEFT_KEY = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?|alpha)"
@@ -68,7 +71,7 @@ def is_of_lycoris(key: str) -> bool:
     return re.search(r"\.(hada|lokr)_", key) is not None
 
 
-def is_read_here(keys: Iterable[str], pipeline: DiffusionPipeline) -> bool:
+def is_read_here(keys: Iterable[str], pipeline: "DiffusionPipeline") -> bool:
     """Whether diffusers does not read a key of the file for a UNet. Of other models it depends on its version."""
     is_unet = getattr(pipeline, "unet", None) is not None
     for key in keys:
@@ -79,7 +82,7 @@ def is_read_here(keys: Iterable[str], pipeline: DiffusionPipeline) -> bool:
     return False
 
 
-def as_peft(tensors: Tensors, pipeline: DiffusionPipeline, file_name: str) -> Tensors | None:
+def as_peft(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> Tensors | None:
     """The tensors under PEFT's names, scales in `lora_B`; None for names that diffusers may know. Raises UserError."""
     if not is_read_here(tensors, pipeline):
         return None
@@ -132,8 +135,10 @@ def placed(key: str) -> tuple[str, str]:
     return module_path(component, key), SIDES.get(part, part)
 
 
-def layers_named(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str, list[Layer]]:
+def layers_named(names: Iterable[str], pipeline: "DiffusionPipeline") -> dict[str, list[Layer]]:
     """Module's name in some program -> the layers that it may mean: SDXL's two text encoders share theirs."""
+    from dreambooth_moslora.adapters import moslora
+
     known: dict[str, list[Layer]] = {}
     by_label: dict[str, Layer] = {}
     for component in raw_file.COMPONENTS:
@@ -157,7 +162,7 @@ def spellings(component: str, path: str) -> list[str]:
     return [*found, f"lycoris_{flat}"] if component in DENOISERS else found
 
 
-def renamed(names: Iterable[str], pipeline: DiffusionPipeline) -> dict[str, str]:
+def renamed(names: Iterable[str], pipeline: "DiffusionPipeline") -> dict[str, str]:
     """kohya's names, also of original blocks -> `component.path`, as diffusers renames pairs with a number each."""
     numbered = dict(enumerate(names))
     pairs = {

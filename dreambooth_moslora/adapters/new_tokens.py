@@ -17,19 +17,23 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters import metadata, proof, raw_file
-from dreambooth_moslora.base.load import encode_text
+from dreambooth_moslora.adapters import metadata, raw_file
 from dreambooth_moslora.core import UserError, atomic_write, file_digest
 from dreambooth_moslora.disk.run_folder import tokens_name
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+    from dreambooth_moslora.adapters.proof import FileProof
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +90,7 @@ class TableWithRows(nn.Module):
 class AttachedTokens:
     """New tokens in use by a pipeline until `detach`: `encode_prompt` and its callers know their words."""
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, several: Sequence[NewTokens]):
+    def __init__(self, pipeline: "StableDiffusionXLPipeline", several: Sequence[NewTokens]):
         """Raises UserError for two with the same word, and for rows of another width than the base's."""
         words = [tokens.word for tokens in several]
         if twice := next((word for word in words if words.count(word) > 1), None):
@@ -194,10 +198,11 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, 
 
 
 @torch.no_grad()
-def prove_tokens(
-    paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]
-) -> tuple[proof.FileProof, ...]:
+def prove_tokens(paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]) -> "tuple[FileProof, ...]":
     """Load each file by diffusers' own loader, and compare its rows and its encoded prompt with the attached ones."""
+    from dreambooth_moslora.adapters import proof
+    from dreambooth_moslora.base.load import encode_text
+
     live = encode_text(attached.pipeline, list(prompts))
     with stock_loaded(paths, attached) as pipeline:
         stock = encode_text(pipeline, attached.spelled(list(prompts)))
@@ -213,8 +218,10 @@ def prove_tokens(
 
 
 @contextmanager
-def stock_loaded(paths: Sequence[Path], attached: AttachedTokens) -> Iterator[StableDiffusionXLPipeline]:
+def stock_loaded(paths: Sequence[Path], attached: AttachedTokens) -> Iterator["StableDiffusionXLPipeline"]:
     """The pipeline with the files as diffusers loads them; afterwards the tokens are attached again."""
+    from dreambooth_moslora.adapters import proof
+
     pipeline, files = attached.pipeline, [raw_file.read_tensors(path)[0] for path in paths]
     sizes = {part: getattr(pipeline, part).config.vocab_size for part in KEYS}
     attached.detach()

@@ -16,19 +16,21 @@ from dataclasses import replace
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from dreambooth_moslora.adapters import mixer, moslora
+from dreambooth_moslora.adapters import mixer
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, most_common, versions
 from dreambooth_moslora.adapters.mixer import Components, MixedLowRank, Tensors, nominal_scale, untied
 from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name, user_path
 from dreambooth_moslora.settings import families, table
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 def check_finite(tensors: Tensors, owner: str) -> None:
@@ -179,8 +181,10 @@ def check_storable(components: Components, adapter_name: str) -> None:
             raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
 
 
-def all_layers(components: Components, adapter_name: str) -> dict[str, LoraLayer]:
+def all_layers(components: Components, adapter_name: str) -> dict[str, "LoraLayer"]:
     """`component.path` -> PEFT layer, over all components."""
+    from dreambooth_moslora.adapters import moslora
+
     return {
         f"{component}.{path}": layer
         for component, model in components.items()
@@ -192,6 +196,8 @@ def save_raw(
     components: Components, path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
 ) -> None:
     """Write the live adapter, with its own ranks, alphas and settings. Raises UserError for NaN or infinity."""
+    from dreambooth_moslora.adapters import moslora
+
     check_storable(components, adapter_name)
     live = adapter_metadata(components, adapter_name)
     taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *SHARED_SETTINGS)
@@ -251,6 +257,8 @@ def check_whole(name: str, tensors: Tensors, metadata: AdapterMetadata) -> None:
 
 def load_raw(path: str | Path, components: Components, adapter_name: str = "default") -> AdapterMetadata:
     """Create a raw file's adapter in the models, bit for bit. Raises UserError for another base or component."""
+    from dreambooth_moslora.adapters import moslora
+
     check_components(components)
     tensors, metadata = read_raw(path)
     by_component = by_module(tensors)
@@ -290,6 +298,8 @@ def matrices_from(parts: Tensors, metadata: AdapterMetadata, module: str) -> Mix
 
 def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.Module, modules: dict) -> None:
     """Raises UserError unless the model has every module of the file, in its size."""
+    from dreambooth_moslora.adapters import moslora
+
     made_for = f" ({metadata.base_id})" if metadata.base_id else ""
     known = dict(model.named_modules(remove_duplicate=False))
     for module_path, parts in modules.items():
@@ -304,7 +314,7 @@ def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.M
 
 
 @torch.no_grad()
-def fill(layer: LoraLayer, adapter_name: str, parts: Tensors) -> None:
+def fill(layer: "LoraLayer", adapter_name: str, parts: Tensors) -> None:
     """Copy the saved tensors into the layer; `check_fits` has compared the shapes."""
     lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     (lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight).copy_(parts["lora_A"])

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.score_tables import Evaluation
 
 
+EVALUATE_EPILOG = """examples:
+  evaluate runs/dog
+  evaluate dog.safetensors --photos photos/dog --base stabilityai/stable-diffusion-xl-base-1.0"""
+
+
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EVALUATE_EPILOG
     parser.add_argument("adapter", metavar="RUN_OR_FILE", help="a run folder, its best/ folder, or a LoRA file")
     parser.add_argument("--photos", metavar="DIR", help="the real photos (default: those that the run was trained on)")
     parser.add_argument("--base", help='base model (default: what the run or the file says; "toy" is the embedded one)')
@@ -35,9 +41,11 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class_word", help="the kind of thing it is (default: found in the prompt)")
     parser.add_argument("--output_dir", metavar="DIR", help="where the report goes (default: evaluation/ in the run)")
     group = parser.add_argument_group("protocol")
-    group.add_argument("--prompts", default="auto", help="auto, object, live, toy, or a text file with {} on each line")
+    about = "auto (default), object, live, toy, or a text file with a prompt on each line, {} for the subject"
+    group.add_argument("--prompts", default="auto", help=about)
     group.add_argument("--num_prompts", type=positive, help="how many of them to use, evenly spread (default: all)")
-    group.add_argument("--images_per_prompt", type=positive, default=4, help="seeds 0, 1, … of each (default: 4)")
+    about = "pictures of each, of seeds 0, 1, … (default: 4)"
+    group.add_argument("--images_per_prompt", type=positive, default=4, help=about)
     group.add_argument("--class_images", type=positive, default=16, help="pictures of the bare class (default: 16)")
     group.add_argument("--inference_steps", type=positive, default=25, help="denoising steps (default: 25)")
     about_guidance = "how closely to follow prompts (default: the base's own)"

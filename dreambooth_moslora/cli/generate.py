@@ -17,15 +17,20 @@ from dreambooth_moslora.generation import params
 from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS, text_options_of
 
+EPILOG = """examples:
+  generate --adapter runs/dog --prompt "a photo of a sks dog"
+  generate --adapter runs/dog:0.8 --prompt "a sks dog in the snow" --num_images 4
+  generate --adapter runs/dog --prompt "a photo of a sks dog" --grid scale=0,0.5,1 seed=1,2
+  generate --from_png outputs/image_0.png --seed 7"""
 ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
 DEFAULTS = {field.name: field.default for field in fields(params.GenerationParams)}
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, **options) -> None:
-        hyphens = name.replace("_", "-")
-        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{hyphens}"]), dest=name, **options)
+        parser.add_argument(f"--{name}", **options)
 
+    parser.epilog = EPILOG
     about_base = "a folder, a hub id, a .safetensors file, or toy (default: that of the adapter's run, else toy)"
     add("base", help=f"the base: {about_base}")
     add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help=ADAPTER_HELP)
@@ -33,13 +38,13 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
     add("negative_prompt", help="what to keep out")
     add("from_png", metavar="FILE", help="take all parameters from a PNG; other options override them")
-    add("seed", type=int, help="-1 draws one (default 0); image i uses seed + i")
+    add("seed", type=int, help="of the noise that a picture begins with (default 0); -1: any; image i has seed + i")
     add("steps", type=int, help=f"denoising steps (default {DEFAULTS['steps']})")
     add("guidance_scale", type=float, help="how closely to follow the prompt (default: the base's own, 5 for SDXL)")
-    add("height", type=int, help="px (default: the base's own size)")
-    add("width", type=int, help="px (default: the base's own size)")
+    add("height", type=int, help="of a picture, px (default: the base's own size)")
+    add("width", type=int, help="of a picture, px (default: the base's own size)")
     add("num_images", type=int, help="how many, with consecutive seeds (default 1)")
-    add("scheduler", choices=list(params.SCHEDULERS), help=f"default {DEFAULTS['scheduler']}")
+    add("scheduler", choices=list(params.SCHEDULERS), help=f"how steps remove noise (default {DEFAULTS['scheduler']})")
     for name in TEXT_OPTIONS:
         what = table.SETTINGS[name].metadata["help"].partition(" (default")[0]
         several = {"nargs": "+", "metavar": "N"} if table.FIELD_TYPES[name][0] is tuple else {}

@@ -19,29 +19,34 @@ from dreambooth_moslora.settings.rows import nearest
 COMMANDS = {
     "check": ("cli.photos", "judge a folder of photos and show the exact crops, before any training"),
     "caption": ("cli.photos", "write captions for photos that have none: the subject's words and the surroundings"),
+    "queue": ("cli.queue", "list, order and train the runs that wait; `train … --queue` adds one"),
+    "explain": ("cli.evaluate", "say what a run's figures mean, and which flag to try next"),
+    "generate": ("cli.generate", "make pictures with a base and adapters, one by one or as a captioned grid"),
+    "evaluate": ("cli.evaluate", "measure how good an adapter is: report.html and scores.json"),
+    "info": ("cli.adapter_files",
+        "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, the mixer's figures"),
     "export": ("cli.adapter_files",
         "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI"),
-    "evaluate": ("cli.evaluate", "measure how good an adapter is: report.html and scores.json"),
-    "explain": ("cli.evaluate", "say what a run's figures mean, and which flag to try next"),
+    "verify": ("cli.verify", "train again by the recipe in a published file, and compare the files"),
     "compare": ("extras.lab.commands",
         "train and score several kinds of adapter at an equal budget: tables, intervals, plots"),
-    "queue": ("cli.queue", "list, order and train the runs that wait; `train … --queue` adds one"),
+    "basis": ("extras.lab.commands", "learn A and B that many subjects share, for `train --basis FILE`"),
     "fleet": ("extras.cluster.command_fleet",
         "train many subjects on many machines (Ray); `fleet status DIR` shows their state"),
-    "generate": ("cli.generate", "make pictures with a base and adapters, one by one or as a captioned grid"),
     "serve": ("extras.serving.command_serve", "answer HTTP requests with pictures of many adapters (Ray Serve)"),
-    "verify": ("cli.verify", "train again by the recipe in a published file, and compare the files"),
     "doctor": ("cli.machine", "look for problems: versions, device, disk, a VAE that overflows"),
     "selftest": ("cli.machine",
         "train, resume and draw on this machine's device, and compare the results with its CPU"),
-    "info": ("cli.adapter_files",
-        "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, the mixer's figures"),
-    "basis": ("extras.lab.commands", "learn A and B that many subjects share, for `train --basis FILE`"),
 }
 """Each command: its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line of the help."""
 # fmt: on
 UNLISTED = {"together": ("extras.cluster.together", "train several subjects of a fleet in one process")}
 """What a fleet's worker starts for a group of subjects."""
+FIRST_STEPS = """
+first steps, with a folder of photos and a word for what they show:
+  check photos/dog dog
+  train photos/dog dog
+  generate --adapter runs/dog --prompt "a photo of a sks dog\""""
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"  # The two ways to start `main`.
 
 
@@ -57,6 +62,7 @@ def run_command(argv: list[str]) -> int:
         print("  app       open the page in the browser; the same as app.py")
         for name, (_, about) in COMMANDS.items():
             print(f"  {name:9} {about}")
+        print(FIRST_STEPS)
         return terminal.DONE if argv else terminal.MISTAKE
     name, rest = argv[0], argv[1:]
     if name == "--version":

@@ -94,6 +94,7 @@ FOREIGN_FLAGS = {
     **{flag: f"use --{name}" for name, item in table.SETTINGS.items() for flag in item.metadata["elsewhere"].split()},
     **{flag: instead for flags, instead in FOREIGN.items() for flag in flags.split()},
 }
+MOST_IN_USAGE = 8
 
 
 def name_of(flag: str) -> str:
@@ -118,6 +119,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": formatter, **kwargs})
+
+    def format_help(self) -> str:
+        """Of many flags the usage names those that are needed: each is explained below it."""
+        if self.usage is None and len(self._actions) > MOST_IN_USAGE:
+            needed = [action for action in self._actions if action.required or not action.option_strings]
+            formatter = self._get_formatter()
+            formatter.add_usage(None, needed, [], prefix="")
+            self.usage = f"{formatter.format_help().strip()} [--FLAG VALUE …]"
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")

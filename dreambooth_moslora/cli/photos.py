@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.core import UserError, find_asset, is_toy, spelled_out
-from dreambooth_moslora.plan.choices import Choices, choose_recipe, choose_shapes, choose_words
+from dreambooth_moslora.plan.choices import Choices, choose_recipe, choose_resolution, choose_shapes, choose_words
 from dreambooth_moslora.plan.memory import STOCK_SDXL, least_free_gib
 from dreambooth_moslora.settings import sources, table
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 BASE = "pretrained_model_name_or_path"  # Without it photos are taken for photographs, and the base for SDXL
 OF_PHOTOS = (*table.named("check"), BASE)
+WITH_WORD = "`check DIR WORD` judges for the base and the size that `train DIR WORD` would choose"
 FAULTS = ("blurred", "near-duplicate", "too small", "too dark", "overexposed")  # Reasons to leave a photo out
 MAX_PICTURED = 48  # Most photos in the picture of the crops.
 
@@ -55,7 +56,10 @@ def run_check(args: argparse.Namespace) -> int:
     known = {BASE: STOCK_SDXL} | {name: value for name, value in recipe.items() if name in OF_PHOTOS} | given
     if "instance_prompt" not in known:
         known["class_word"] = ""  # do not look for the default prompt's `object`
-    config = table.TrainConfig(**known)
+    sized = Choices(known)
+    choose_resolution(sized)
+    terminal.say(sized.lines)
+    config = table.TrainConfig(**sized.all)
     find = partial(find_photos, folder, config.instance_prompt, config.resolution, alpha=config.alpha)
     report = find()
     if args.make_masks:
@@ -76,6 +80,8 @@ def run_check(args: argparse.Namespace) -> int:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     if args.json and crops:
         print(spelled_out(crops), file=sys.stderr)
+    if not (args.json or args.word or "resolution" in sized.all):
+        terminal.say([f"note: judged for SDXL at {config.resolution} px; {WITH_WORD}"])
     return 0
 
 

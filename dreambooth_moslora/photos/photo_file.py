@@ -226,7 +226,7 @@ def counts_of(photos: Iterable[Photo]) -> list[int]:
 
 
 def quoted(photo: Photo) -> str:
-    return " ".join(f"“{caption}”" for caption in photo.captions)
+    return " or ".join(f"“{caption}”" for caption in photo.captions)
 
 
 def open_again(path: Path) -> Image.Image:

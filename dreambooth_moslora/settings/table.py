@@ -359,8 +359,8 @@ class TrainConfig:
         publish="always")
 
     memory: str | None = of_memory(None,
-        "one word for the next flags: one of the plans, from the fastest to the leanest, or auto, the first that "
-        "fits the GPU",
+        "how memory is saved, in one word: a plan, from the fastest to the leanest, or auto, the first that fits the "
+        "GPU",
         choices=("auto", *PLANS), replaces=("mixed_precision", *OF_PLANS))
     mixed_precision: str | None = of_memory(None,
         "precision of the frozen base (default: what `accelerate config` says)",

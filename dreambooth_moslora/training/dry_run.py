@@ -18,6 +18,7 @@ from dreambooth_moslora.plan.memory import BYTES, BaseSize, plan_lines, precisio
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan, shares
 from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.prompts import subject_of
+from dreambooth_moslora.settings.sources import DEFAULTS
 
 
 def advice(plan: Plan) -> list[str]:
@@ -36,7 +37,7 @@ def free_disk_gib(config: table.TrainConfig) -> float:
 
 
 def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = None) -> str:
-    """The report of `--dry_run`, with the settings as TOML. Raises UserError for what training would refuse."""
+    """The report of `--dry_run`, with settings as TOML. Raises UserError for what training would refuse."""
     check_folders(config)
     queue.check_free(Path(config.output_dir))
     if config.resume_from_checkpoint:
@@ -45,20 +46,22 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
         resume_point(config, run_folder.RunDir(config.output_dir))
     plan = make_plan(config, report)
     config, report = plan.config, examine(plan.photo_report, config.resolution)
-    settings = []
-    for name, value in config.to_dict().items():
-        is_set = getattr(config, name) != table.SETTINGS[name].default
-        if value is not None:
-            settings.append(f"{name} = {as_toml(value)}" + "  # set" * is_set)
     speed = f"speed: {speed_here(config, plan.steps.total_steps).sentence()}"
     sections = {
-        "settings": settings,
-        "photos": [*photo_lines(config, report), *made_lines(config, report)],
-        "steps": step_lines(plan),
         "cost (estimated)": [*cost_lines(plan), *plan_lines(config, plan.cost.size), speed],
+        "steps": step_lines(plan),
+        "photos": [*photo_lines(config, report), *made_lines(config, report)],
+        "settings that are not the defaults (--help_all shows those)": changed_lines(config),
         "remarks": advice(plan),
     }
     return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items() if lines)
+
+
+def changed_lines(config: table.TrainConfig) -> list[str]:
+    """Those of the run that this one tells of; what `train` requires has no default."""
+    values, required = config.to_dict() | {"dry_run": False}, table.named("required")
+    shown = {name: value for name, value in values.items() if value != DEFAULTS[name] or name in required}
+    return [f"{name} = {as_toml(value)}" for name, value in shown.items()]
 
 
 def as_toml(value: object) -> str:

@@ -22,6 +22,7 @@ DEPTH = 3
 CHECKPOINT_MARK = "model.diffusion_model."  # Begins keys of a single-file checkpoint, and of no adapter
 OF_TOY = "a 128 px practice model: it trains in minutes without a GPU, and knows only its own toys"
 MAX_PORT = 65535
+OFFERED_WITHOUT = {"adapters_dir": "the adapters of runs alone", "bases_dir": "no bases from there"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,11 +67,10 @@ def serve(args: argparse.Namespace) -> int:
     files.resolve_base(args.base)
     if core.user_path(args.runs_dir).exists():
         runs_folder(args.runs_dir)
-    if not core.user_path(args.adapters_dir).is_dir():
-        absent = f"--adapters_dir {args.adapters_dir}: there is no such folder"
-        print(f"note: {absent}, so the page offers the adapters of runs alone", file=sys.stderr)
-    if args.bases_dir:
-        require_bases_dir(core.user_path(args.bases_dir))
+    for name, offered_instead in OFFERED_WITHOUT.items():
+        if (given := getattr(args, name)) and not core.user_path(given).is_dir():
+            absent = f"--{name} {given}: there is no such folder"
+            print(f"note: {absent}, so the page offers {offered_instead}", file=sys.stderr)
     from dreambooth_moslora.ui import guard, page  # gradio takes seconds
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
@@ -154,8 +154,7 @@ def runs_folder(text: str) -> Path:
 
 def bases_below(folder: Path) -> list[Path]:
     """Diffusers folders and single-file checkpoints at most three levels below `folder`. What cannot be read is left
-    out. Raises UserError when there is no such folder."""
-    require_bases_dir(folder)
+    out."""
     found = []
     for place, folders, names in os.walk(folder):
         inner = [Path(place, name) for name in sorted(folders) if not name.startswith(".")]
@@ -167,12 +166,6 @@ def bases_below(folder: Path) -> list[Path]:
     return found
 
 
-def require_bases_dir(folder: Path) -> None:
-    """Raises UserError when there is no such folder."""
-    if not folder.is_dir():
-        raise core.UserError(f"--bases_dir {folder} is not a folder; name the one that your bases lie in")
-
-
 def is_checkpoint(file: Path) -> bool:
     try:
         return file.suffix == ".safetensors" and any(name.startswith(CHECKPOINT_MARK) for name in files.shapes_in(file))
@@ -181,8 +174,7 @@ def is_checkpoint(file: Path) -> bool:
 
 
 def offered(first: str, bases_dir: Path | None) -> dict[str, str]:
-    """Title -> name of each base: the operator's `first`, the toy, SDXL if it is here, and those below `bases_dir`.
-    Raises UserError."""
+    """Title -> name of each base: the operator's `first`, the toy, SDXL if it is here, and those below `bases_dir`."""
     names = [first, "toy", *([HUB_SDXL] if files.cached_folder(HUB_SDXL) else [])]
     names += map(str, bases_below(bases_dir) if bases_dir else [])
     found: dict[str, str] = {}

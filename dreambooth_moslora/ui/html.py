@@ -295,7 +295,7 @@ def explain_bad_values(widget: gr.components.Component) -> None:
 EMPTY_CAPTION = "Caption; empty: the words of step 2"
 ROWS = f"""
 <div class="row-tools">
-  <button type="button" data-event="write" title="By a model, into the captions that are empty">Write captions</button>
+  <button type="button" data-event="write" title="By a model, into the empty captions">Write captions now</button>
   <button type="button" data-event="masks" title="As the run will use them">Show masks</button>
   <span class="row-pages" hidden>
     <button type="button" data-step="-1" aria-label="Earlier photos">‹</button>

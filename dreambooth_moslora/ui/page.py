@@ -17,7 +17,6 @@ from dreambooth_moslora.ui.generate import PICTURES, GenerateTab, build_generate
 MAX_SESSIONS = 256
 """Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
-SPELLINGS = {"size mib": "Size (MiB)", "dora": "DoRA", "rslora": "rsLoRA", "resolution px": "Resolution (px)"}
 HINT = html.notice("Drop a PNG, JPEG or WebP made here or elsewhere, or a .safetensors adapter.")
 
 
@@ -191,21 +190,6 @@ def adapter_facts(file: str) -> list[tuple[str, str]]:
     """The lines of `info` for any LoRA file."""
     state.check_upload(Path(file))
     state.import_libraries()
-    from dreambooth_moslora.adapters.describe import describe
+    from dreambooth_moslora.adapters.describe import as_text, describe, label
 
-    facts = []
-    for name, value in describe(file).items():
-        words = name.removeprefix("use_").replace("_", " ")
-        facts.append((SPELLINGS.get(words) or words[:1].upper() + words[1:], words_of(value)))
-    return facts
-
-
-def words_of(value: Any) -> str:
-    """A value as one or a few lines: lists separated by commas, tables by lines."""
-    if isinstance(value, dict):
-        return "\n".join(f"{key}: {words_of(inner)}" for key, inner in value.items())
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(words_of, value))
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    return [(label(name), as_text(name, value)) for name, value in describe(file).items()]

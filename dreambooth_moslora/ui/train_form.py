@@ -212,7 +212,7 @@ class TrainForm:
         line=10, setting="unmasked_weight", always=True, kind="slider")
     scores: bool | None = asked(None, "Scores", "measures on the way and keeps the best step",
         line=11, at_first=plan.encoders_are_here, fetched="CLIP and DINOv2 are not here and come, 2 GB,")
-    make_captions: bool = asked(False, "Write captions", "says the surroundings of photos that have no line",
+    make_captions: bool = asked(False, "Write captions at the start", "says the surroundings of photos without a line",
         line=4, setting="captions", words=("given", "auto"), fetched="Qwen3-VL comes")
     new_tokens: bool = asked(False, "New tokens", NEW_TOKENS,
         line=12, setting="train_text_encoder_ti", of_family="has_new_tokens")

@@ -68,6 +68,21 @@ def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_
     assert "(--leave_out '$(reboot).jpg' '00 copy.jpg')" in capsys.readouterr().out, "a shell runs none"
 
 
+@pytest.mark.parametrize(
+    ("words", "px", "says"),
+    [
+        ([], 1024, "note: judged for SDXL at 1024 px; `check DIR WORD` judges for the base"),
+        (["--pretrained_model_name_or_path", "toy"], 128, "resolution: 128 px, the base's own (--resolution)\n"),
+    ],
+)
+def test_without_a_word_and_a_size_photos_are_judged_at_the_bases_own_and_it_is_said(words, px, says, capsys):
+    """Those of the sample were all bad, for the toy base too, and nothing said why."""
+    assert main(["check", str(ROOT / "assets" / "subjects" / "rocket"), "--no_picture", *words]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith(says) and shown.err.count("\n") == 1
+    assert ("0 good photos" in shown.out, "5 good photos" in shown.out) == (px == 1024, px == 128)
+
+
 def test_the_picture_shows_every_photo_and_its_crops_and_its_name_may_lack_a_suffix(tmp_path, capsys):
     picture().save("a.png")
     assert main(["check", ".", "--resolution", "64", "--crops-per-photo", "3"]) == 0

@@ -94,6 +94,7 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
     assert call("info", tmp_path / "model.safetensors", tmp_path / "old.safetensors") == 2
     shown = capsys.readouterr()
     assert "holds no known LoRA" in shown.err and "old diffusers keys" in shown.out
+    assert "rank 8 in 1 layer\n" in shown.out and "DoRA:                    no\n" in shown.out
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.main import COMMANDS, main
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
 from dreambooth_moslora.cli.train import log_file, print_ending, run_trainer, train_main
+from dreambooth_moslora.core import assets_folder
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
 from dreambooth_moslora.disk.processes import STOP_FILE, ask_to_stop
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir, step_of
@@ -60,30 +61,34 @@ def python(*words, **options) -> subprocess.CompletedProcess:
 
 IMPORTED = """
 import json, sys
-from dreambooth_moslora.cli.train import train_main
+from dreambooth_moslora.cli.main import main
 for words, code, unneeded in json.loads(sys.argv[1]):
     try:
-        found = train_main(words)
+        found = main(words)
     except SystemExit as ended:
         found = ended.code
     assert found == code and not sys.modules.keys() & set(unneeded.split()), (words, found)
 """
 
 
-def test_what_trains_nothing_imports_no_torch(photos):
+def test_what_trains_nothing_imports_no_torch_and_info_nothing_but_torch(photos):
     before, libraries = sorted(photos.iterdir()), "torch diffusers numpy PIL"
-    asked = [(["--help"], 0, libraries), (["--rnak", "3"], 2, libraries), ([], 2, libraries)]
-    asked += [(needed("toy", ".", folder), 2, "torch") for folder in (".", "")]
-    asked += [([*needed("toy", ".", "run"), "--dry_run"], 0, "torch")]
+    asked = [(["train", *words], code, libraries) for words, code in ((["--help"], 0), (["--rnak", "3"], 2), ([], 2))]
+    asked += [(["train", *needed("toy", ".", folder)], 2, "torch") for folder in (".", "")]
+    asked += [(["train", *needed("toy", ".", "run"), "--dry_run"], 0, "torch")]
+    rocket = assets_folder() / "adapters" / "rocket.safetensors"
+    asked += [(["info", str(rocket)], 0, "diffusers transformers peft accelerate")]
     done = python("-c", IMPORTED, json.dumps(asked), cwd=photos)
     assert done.returncode == 0, done.stderr
     assert sorted(photos.iterdir()) == before
 
 
-def test_the_overview_names_every_command(capsys):
+def test_the_overview_names_every_command_and_the_first_steps_of_the_readme(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {name:9} {about}\n" in out for name, (_, about) in COMMANDS.items())
+    steps, readme = out.partition("first steps")[2].splitlines()[1:], (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(steps) == 3 and all(f"python -m dreambooth_moslora {step.strip()}" in readme for step in steps)
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"{__version__}\n"
 
 
@@ -129,7 +134,6 @@ ABSENT = {
     "serve --adapters x": "--adapters x: there is no such folder",
     "serve --adapters . --pretrained_model_name_or_path x": "the base x does not exist",
     "app --base x": "the base x does not exist",
-    "app --bases_dir x": "--bases_dir x is not a folder",
     "app --runs_dir dog.safetensors": "--runs_dir dog.safetensors cannot be a folder",
     "generate --prompt dog --adapter ~nobody_/x": "there is no adapter file ~nobody_/x",
     "export ~nobody_/x --out y": "there is no file or folder ~nobody_/x",
@@ -381,13 +385,16 @@ def test_a_mistake_that_is_found_late_is_one_line_too(name, photos, tiny_base, t
         assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 
 
-def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, tiny_base, tmp_path, capsys):
+def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(photos, tiny_base, tmp_path, capsys):
     (photos / "notes.md").write_text("x")
     words = [*needed(tiny_base, photos, tmp_path / "run"), "--repeats", "4", "--train_batch_size", "2", "--rank", "3"]
     words += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "5", "--dry_run"]
     assert train_main([*words, "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
     out = capsys.readouterr().out
-    assert "rank = 3  # set" in out and 'mixer = "orthogonal"\n' in out
+    titles = [line.partition(" ")[0] for line in out.splitlines() if line and line[0] != " "]
+    assert titles == ["cost", "steps", "photos", "settings", "remarks"]
+    assert "\n  rank = 3\n" in out and "(--help_all shows those)" in out
+    assert "\n  mixer = " not in out and "\n  dry_run = " not in out
     assert "0.png  96 x 64" in out and "left out: notes.md" in out
     assert "3 photos × 4 repeats, 4 a step: 3 steps an epoch; 15 steps = 5.0 epochs" in out
     assert "each photo is seen about 20 times" in out and "--exposures_per_photo" not in out

@@ -1,5 +1,7 @@
 """The command `train` before it trains: its help, the base's own resolution, and what it refuses without a trace."""
 
+import re
+
 import pytest
 import torch
 
@@ -30,12 +32,23 @@ def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_none_is_required_t
     daily, each = shown["train --help"], shown["train --help_all"]
     assert all(f"  --{name} " in each for name in SETTINGS) and len(daily.splitlines()) < 60 < len(each.splitlines())
     assert "train photos/dog dog" in daily and "--help_all" in daily
+    assert "the next flags" not in daily, "they are not shown there"
     exceptions = ("PHOTOS WORD)", "PHOTOS WORD, --dataset_name or --subjects)", "PHOTOS WORD or --subjects)")
     for words, text in shown.items():
         text = " ".join(text.split())
         said = [f"(needed as a flag or by --config, except with {exception}" in text for exception in exceptions]
         assert said == [words.startswith("train")] * 3 and "(required)" not in text
         assert ("(needed as a flag or by --config)" in text) == words.startswith("fleet")
+
+
+@pytest.mark.parametrize("command", ["check DIR [WORD]", "generate", "evaluate RUN_OR_FILE", "verify FILE"])
+def test_the_usage_of_many_flags_is_one_line(command, capsys):
+    """That of `verify` had 27, and `generate` named its flags twice."""
+    with pytest.raises(SystemExit):
+        main([command.partition(" ")[0], "--help"])
+    said = capsys.readouterr().out
+    assert re.match(rf"usage: \S.* {re.escape(command)} \[--FLAG VALUE …\]\n\n", said)
+    assert not re.search(r"--\w+-", said) and ("examples:" in said) == command.startswith(("generate", "evaluate"))
 
 
 @pytest.mark.parametrize(("given", "px"), [([], RESOLUTION_PX), (["--resolution", "128"], 128)])

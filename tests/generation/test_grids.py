@@ -115,7 +115,7 @@ def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedde
 
 def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):
     adapter = save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "runs" / "dog", seed=1).parent
-    words = ["--adapter", f"{adapter}:0.5", "--prompt", "a sks dog", "--seed", "5", "--num-images", "2"]
+    words = ["--adapter", f"{adapter}:0.5", "--prompt", "a sks dog", "--seed", "5", "--num_images", "2"]
     assert command(tiny_base, tmp_path, *words) == 0
     first, second = (tmp_path / f"image_{seed}.png" for seed in (5, 6))
     assert capsys.readouterr().out.split() == [str(first), str(second)]

@@ -143,7 +143,7 @@ def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(na
     (tmp_path / "metadata.jsonl").write_bytes("\n".join(metadata).encode())
     report = find_photos(tmp_path, PROMPT, 64)
     assert [tuple(dict.fromkeys(photo.captions)) for photo in report.photos] == captions
-    assert photo_file.quoted(report.photos[0]) == " ".join(f"“{text}”" for text in captions[0])
+    assert photo_file.quoted(report.photos[0]) == " or ".join(f"“{text}”" for text in captions[0])
     assert [item.path.name for item in report.skipped] == list(complaints)
     assert all(item.reason.startswith(complaints[item.path.name]) for item in report.skipped)
 

@@ -314,11 +314,11 @@ def test_made_captions_fill_the_empty_fields_and_the_word_is_asked_for(of_toys, 
     with web.visit(browser, of_toys.url) as visited:
         page = visited.page
         open_train_tab(page, toy_photos("duck", 3))
-        web.press(page, "Write captions")
+        web.press(page, "Write captions now")
         page.get_by_text("The word for what the photos show (such as dog) is missing").first.wait_for()
         web.put(page, "class_word", "duck")
         row(page, 2, "textarea").fill("mine")
-        web.press(page, "Write captions")
+        web.press(page, "Write captions now")
         page.wait_for_function("[...document.querySelectorAll('#crops textarea')].every(box => box.value)")
         first, second, third = captions(page)
         assert second == "mine" and all(made.startswith("a photo of a sks duck ") for made in (first, third))

@@ -86,7 +86,9 @@ def held_for_training(run_dir: Path) -> Iterator[BinaryIO]:
 
 
 def held(run_dir: Path) -> BinaryIO:
-    """Lock the folder for a training, after a lost worker's has ended. Raises UserError when it does not."""
+    """Lock the folder for a training, after a lost worker's has ended. Raises UserError when it does not, and
+    without waiting when a file that the training writes to is a link."""
+    queue.refuse_links(run_dir, "--out")
     end = time.monotonic() + HELD_SEC
     while True:
         try:

@@ -214,6 +214,16 @@ def test_a_folder_that_another_training_holds_is_waited_for_and_then_a_failure(t
     assert record.state == "failed" and "is training there" in record.message
 
 
+def test_a_link_in_a_run_folder_is_refused_without_waiting(tmp_path):
+    """The fleet waited two minutes for it to become a file."""
+    (tmp_path / "rex").mkdir()
+    (tmp_path / "rex" / "train.log").symlink_to(tmp_path / "elsewhere")
+    began = time.monotonic()
+    record = train_subject(rex(tmp_path))
+    assert record.state == "failed" and "train.log in it is no file of its own" in record.message
+    assert time.monotonic() - began < worker.HELD_SEC / 10
+
+
 def test_a_training_holds_its_folder_from_before_its_start_and_without_its_worker(tmp_path):
     job, run = rex(tmp_path, rank=0), tmp_path / "rex"
     run.mkdir()
