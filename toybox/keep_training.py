@@ -23,6 +23,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from typing import TextIO
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor
+from torch import Tensor, multiprocessing
 
 from toybox.captions import canonical_caption
 from toybox.data.cache_latents import encode
@@ -45,7 +46,7 @@ from toybox.data.sample_latents import draw
 from toybox.learning import train_unet
 from toybox.learning.alignment import Sight
 from toybox.learning.channels_last import to_channels_last
-from toybox.learning.training import MasterWeights, compute_dtype, saved_step
+from toybox.learning.training import MasterWeights, compute_dtype, rank_and_world, saved_step, wait_for_all
 from toybox.measures.evaluate_base import scenes_for, sheet
 
 __all__ = ["Settings", "Sheets", "keep_training", "make_renders"]
@@ -61,7 +62,11 @@ SIGNALS = {"pause": [signal.SIGSTOP], "go_on": [signal.SIGCONT], "stop": [signal
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of a training. `fresh` of the `shards`, of `pictures` each, are replaced before a leg."""
+    """The numbers of a training. `fresh` of the `shards`, of `pictures` each, are replaced before a leg.
+
+    The `processes` share a step's batch. Two of one thread are faster than one of two, whose threads wait at each of
+    many small operations.
+    """
 
     steps: int = 20_000
     batch: int = 256
@@ -71,6 +76,7 @@ class Settings:
     pictures: int = 1000
     seed: int = 1001
     sheet_every: int = 1000
+    processes: int = 2
 
     def shards_of(self, leg: int) -> range:
         return range(leg * self.fresh, leg * self.fresh + self.shards)
@@ -116,7 +122,7 @@ def make_renders(state: Path, settings: Settings, leg: int) -> None:
     shape = {"count": settings.pictures, "seed": settings.seed, "size_px": 128, "device": "cpu", "compiled": compiled}
     missing = [shard for number in numbers if not (shard := Shard(state / "toys", number, **shape)).is_done]
     if missing:
-        write_all(missing, torch.get_num_threads())
+        write_all(missing, os.cpu_count() or 1)
     encode_shards(state, settings, numbers)
     if missing:
         row = {"leg": leg, "pictures": len(missing) * settings.pictures, "sec": round(time.monotonic() - began, 1)}
@@ -135,22 +141,42 @@ def encode_shards(state: Path, settings: Settings, numbers: range) -> None:
 
 
 def keep_training(state: Path, settings: Settings) -> None:
-    """All legs that are left, in this process."""
-    sheets = Sheets(state / "sheets", settings.sheet_every)
+    """All legs that are left, in this process or in one of several: the first makes the renders and the sheets."""
+    is_first = rank_and_world()[0] == 0
+    sheets = Sheets(state / "sheets", settings.sheet_every) if is_first else None
     while (step := saved_step(state / "unet")) < settings.steps:
         leg = step // settings.leg
-        print(f"leg {leg} begins at step {step}", flush=True)
-        make_renders(state, settings, leg)
+        if is_first:
+            print(f"leg {leg} begins at step {step}", flush=True)
+            make_renders(state, settings, leg)
+        wait_for_all()
         train_unet.train(arguments(state, settings, (leg + 1) * settings.leg), sheets)
+        wait_for_all()
     print("the training has ended: the averaged weights are in", state / "unet" / "model", flush=True)
+
+
+def one_of(rank: int, state: Path, settings: Settings, port: int) -> None:
+    """`keep_training` as one of the processes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(settings.processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(max(1, torch.get_num_threads() // settings.processes))
+    keep_training(state, settings)
+
+
+def share(state: Path, settings: Settings) -> None:
+    """`keep_training` in its processes, which belong to this one's session."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(one_of, (state, settings, port), nprocs=settings.processes)
 
 
 def arguments(state: Path, settings: Settings, until: int) -> argparse.Namespace:
     """What `train_unet` is told for the leg that ends at step `until`."""
     paths = {"data": state / "toys", "latents": state / "latents", "out": state / "unet"}
     paths |= {"clip": BASE, "tokenizer": BASE / "tokenizer", "start": BASE / "unet"}
-    numbers = {"batch": settings.batch, "steps": settings.steps, "until": min(until, settings.steps)}
-    numbers |= {"held_back": 0, "log_every": min(50, settings.leg)}
+    numbers = {"steps": settings.steps, "until": min(until, settings.steps), "held_back": 0}
+    numbers |= {"batch": settings.batch // rank_and_world()[1], "log_every": min(50, settings.leg)}
     words = [word for k, v in (paths | numbers).items() for word in (f"--{k}", str(v))]
     return train_unet.parse(words + RATES + ["--compiled"] * (settings.batch >= COMPILED_FROM))
 
@@ -265,14 +291,16 @@ def main(argv: list[str] | None = None) -> None:
     actions = parser.add_mutually_exclusive_group()
     for name, what in (("pause", "stop for a while"), ("go_on", "after a pause"), ("stop", "end the process")):
         actions.add_argument(f"--{name}", dest="action", action="store_const", const=name, help=what)
-    actions.add_argument("--here", dest="action", action="store_const", const="here", help="train in this process")
+    actions.add_argument(
+        "--here", dest="action", action="store_const", const="here", help="train, and wait for the end"
+    )
     for field in fields(Settings):
         parser.add_argument(f"--{field.name}", type=int, help=f"of the first call (default: {field.default})")
     args = vars(parser.parse_args(argv))
     state, action = args.pop("state").resolve(), args.pop("action")
     given = {name: value for name, value in args.items() if value is not None}
     if action == "here":
-        keep_training(state, settings_of(state, given))
+        share(state, settings_of(state, given))
     else:
         print(command(state, action, given))
 

@@ -21,7 +21,7 @@ from toybox.keep_training import BASE, ROOT, Settings, arguments, keep_training,
 from toybox.learning import train_unet
 from toybox.learning.training import saved_step
 
-TINY = Settings(steps=6, batch=2, leg=2, shards=2, fresh=1, pictures=3, sheet_every=4)
+TINY = Settings(steps=6, batch=2, leg=2, shards=2, fresh=1, pictures=3, sheet_every=4, processes=1)
 SHORT = replace(TINY, steps=4)
 FLAGS = [word for name, value in asdict(TINY).items() for word in (f"--{name}", str(value))]
 
@@ -70,6 +70,26 @@ def test_compiled_blocks_have_the_loss_and_gradient_of_eager_ones_with_some_capt
     for name in ("loss", "grad_norm"):
         eager, compiled = [row[name] for row in rows[:2]], [row[name] for row in rows[2:]]
         assert compiled == pytest.approx(eager, rel=0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_share_each_step(tmp_path):
+    words = [
+        sys.executable,
+        "-m",
+        "toybox.keep_training",
+        tmp_path,
+        "--here",
+        *FLAGS,
+        "--steps",
+        "4",
+        "--processes",
+        "2",
+    ]
+    subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "unet" / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["seen"]) for row in rows] == [(2, 4), (4, 8)] and weights(tmp_path)
+    assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["00004.png"] and files(tmp_path) == window(1, 2)
 
 
 @pytest.mark.slow

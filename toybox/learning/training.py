@@ -14,13 +14,14 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["MasterWeights", "Run", "compile_each", "compute_dtype", "saved_step"]
+__all__ = ["MasterWeights", "Run", "compile_each", "compute_dtype", "rank_and_world", "saved_step", "wait_for_all"]
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and, the last, of ARM; PyTorch emulates it elsewhere
 
@@ -47,8 +48,14 @@ def rank_and_world() -> tuple[int, int]:
     """This process's number and the number of processes; the first call joins them under `torchrun`."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # the first may render for hours meanwhile
     return (dist.get_rank(), world) if world > 1 else (0, 1)
+
+
+def wait_for_all() -> None:
+    """Go on when each process has come to this call."""
+    if rank_and_world()[1] > 1:
+        dist.barrier()
 
 
 def average(gradients: list[Tensor]) -> None:
