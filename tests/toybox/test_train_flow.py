@@ -58,11 +58,12 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_w
     assert picture.size == (128, 128)
 
 
-def test_compiled_blocks_answer_as_the_stock_ones_do_for_captions_of_unequal_length():
+def test_blocks_with_a_rotary_embedding_in_real_numbers_answer_as_the_stock_ones_do():
     torch.manual_seed(0)
     transformer = train_flow.build_parts(words=300)["transformer"].eval()
     torch.nn.init.normal_(transformer.all_final_layer["2-1"].linear.weight)
-    z, sigma, states = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.8]), [torch.randn(n, 128) for n in (5, 40)]
+    z, sigma = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.8])
+    states = [torch.randn(words, 128) for words in (5, 40)]  # of 32 and 64 tokens, so that one is masked
     stock = train_flow.answer(transformer, z, sigma, states)
-    train_flow.compile_blocks(transformer)
+    assert train_flow.with_real_rotary(transformer)
     torch.testing.assert_close(train_flow.answer(transformer, z, sigma, states), stock, rtol=1e-4, atol=1e-4)

@@ -108,12 +108,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
-def compile_blocks(transformer: ZImageTransformer2DModel) -> None:
-    """In place."""
+def with_real_rotary(transformer: ZImageTransformer2DModel) -> list[nn.Module]:
+    """Its blocks, whose attention is `RealRotary` now."""
     blocks = [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
     for block in blocks:
         block.attention.set_processor(RealRotary())
-    compile_each(blocks)
+    return blocks
 
 
 def encode(encoder: Qwen3Model, tokenizer: Qwen2Tokenizer, captions: list[str]) -> list[Tensor]:
@@ -174,7 +174,7 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = captions_tokenizer([row[name] for row in renders.rows for name in ("caption", "canonical_caption")])
     parts = build_parts(len(tokenizer)).train()
     if args.compiled:
-        compile_blocks(parts["transformer"])
+        compile_each(with_real_rotary(parts["transformer"]))
     weights = MasterWeights(parts, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay)
     run = Run(args.out, weights, args.steps, until=args.until, batch=args.batch, save_every=100, log_every=50)
     for step in run:
