@@ -121,7 +121,7 @@ button[role="tab"] { font-weight: 500; }
   background: var(--block-background-fill); padding: 8px !important; }
 #preview:not(:has(img)), #preview:has(img) ~ #gallery:not(:has(img)), .card .large { display: none; }
 :is(#preview, :is(#gallery, #history) .grid-container:has(> :only-child)) img { display: block; margin: 0 auto;
-  height: auto; width: min(100%, 3px * var(--width), max(12rem, 100vh - 20.5rem) * var(--width) / var(--height)); }
+  height: auto; width: min(100%, 2px * var(--width), max(12rem, 100vh - 20.5rem) * var(--width) / var(--height)); }
 :is(#gallery, #history) .grid-container:has(> :only-child) button { aspect-ratio: auto; height: auto; border: 0; }
 :is(#gallery, #history, #samples) .grid-wrap { min-height: 0 !important; max-height: none !important;
   overflow-y: auto; }
