@@ -78,6 +78,10 @@ class Settings:
     sheet_every: int = 1000
     processes: int = 2
 
+    def __post_init__(self) -> None:
+        if self.batch % self.processes:
+            raise SystemExit(f"--batch {self.batch}: {self.processes} processes cannot share it evenly")
+
     def shards_of(self, leg: int) -> range:
         return range(leg * self.fresh, leg * self.fresh + self.shards)
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -14,8 +15,10 @@ from dreambooth_moslora.core import UserError, assets_folder, user_path
 from dreambooth_moslora.settings import families, table
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
+USUAL_VAE_LEVELS = 4  # each but the last halves the side
 SMALL_BASE_PX = 256  # A base of at most this resolution needs no care with GPU memory
 TOY = assets_folder() / "toy-sdxl"
+HUB_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 INDEX = "model_index.json"
 TEXT_MARKS = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}
@@ -96,9 +99,9 @@ def resolve_base(name: str | Path) -> str | Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """`owner/model-1.0` is one despite its dot; `owner/model.safetensors` and `./model` are paths."""
-    is_path = name.startswith((".", "~", "/")) or Path(name).suffix in SINGLE_FILE_SUFFIXES
-    return name.count("/") == 1 and not is_path
+    """`owner/model-1.0` is one despite its dot; `owner/model.safetensors`, `./model` and what the hub would not take as
+    a name are paths."""
+    return bool(HUB_NAME.fullmatch(name)) and Path(name).suffix not in SINGLE_FILE_SUFFIXES
 
 
 def base_folder(config: table.TrainConfig) -> Path | None:
@@ -198,17 +201,22 @@ def own_resolution(name: str | Path, revision: str | None = None, cache_dir: str
     usual one for a base that is not known yet, and for one that cannot be used, which is refused later."""
     with suppress(UserError):
         facts, source = facts_of_base(name, revision, cache_dir), resolve_base(name)
-        folder = cached_folder(source, revision, cache_dir) if isinstance(source, str) else source
+        folder = source if isinstance(source, Path) else cached_folder(source, revision, cache_dir)
+        if folder and folder.is_file():
+            folder = configs_beside(folder)
         if side := (unet_side(folder) if folder else None) or (facts and facts.resolution_px):
             return side
     return table.TrainConfig.resolution
 
 
 def unet_side(folder: Path) -> int | None:
-    """The side in px by the configurations of UNet and VAE; None where these do not say it."""
+    """The side in px by the configuration of the UNet, and of the VAE, which may be another's; None where it does not
+    say it."""
     try:
-        unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+        latent = int(read_json(folder / "unet" / "config.json")["sample_size"])
+        vae = folder / "vae" / "config.json"
+        levels = len(read_json(vae)["block_out_channels"]) if vae.is_file() else USUAL_VAE_LEVELS
+        return latent * 2 ** (levels - 1) if latent > 0 else None
     except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return None
 

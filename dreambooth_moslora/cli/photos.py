@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo_file import Photo
 
 BASE = "pretrained_model_name_or_path"  # Without it photos are taken for photographs, and the base for SDXL
-OF_PHOTOS = (*table.named("check"), BASE)
+PLACES = (BASE, "revision", "cache_dir")
+OF_PHOTOS = (*table.named("check"), *PLACES)
 WITH_WORD = "`check DIR WORD` judges for the base and the size that `train DIR WORD` would choose"
 FAULTS = ("blurred", "near-duplicate", "too small", "too dark", "overexposed")  # Reasons to leave a photo out
 MAX_PICTURED = 48  # Most photos in the picture of the crops.
@@ -80,7 +81,7 @@ def run_check(args: argparse.Namespace) -> int:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     if args.json and crops:
         print(spelled_out(crops), file=sys.stderr)
-    if not (args.json or args.word or "resolution" in sized.all):
+    if known[BASE] == STOCK_SDXL and not (args.json or args.word or "resolution" in sized.all):
         terminal.say([f"note: judged for SDXL at {config.resolution} px; {WITH_WORD}"])
     return 0
 

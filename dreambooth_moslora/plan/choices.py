@@ -65,6 +65,12 @@ class Choices:
     def all(self) -> dict[str, Any]:
         return self.settings | dict(self.given)
 
+    @property
+    def place_of_base(self) -> tuple[str, str | None, str | None]:
+        """Its name, revision and cache."""
+        chosen = self.all
+        return chosen["pretrained_model_name_or_path"], chosen.get("revision"), chosen.get("cache_dir")
+
 
 def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     """`free_gib` is the GPU's, None without one. Returns the exposures of each photo in the recipe."""
@@ -78,11 +84,11 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     recipe = {key: value for key, value in recipe.items() if key not in left_out}
     if choices.given.get("do_edm_style_training"):
         recipe.pop("snr_gamma", None)
-    facts = files.facts_of_base(base)
+    facts = files.facts_of_base(*choices.place_of_base)
     if facts and not is_toy(base):
         recipe = {key: value for key, value in recipe.items() if facts.style == "ddpm" or key not in families.OF_UNETS}
         if facts.style == "ddpm" or not facts.recipes:
-            recipe["resolution"] = files.own_resolution(base)
+            recipe["resolution"] = files.own_resolution(*choices.place_of_base)
     if choices.given.get("with_prior_preservation") is False:
         recipe = {key: value for key, value in recipe.items() if "prior" not in key}
     is_by_card = free_gib is not None and name.endswith("gb.toml")
@@ -98,8 +104,7 @@ def choose_resolution(choices: Choices) -> None:
     """The base's own, unless given; the default is SDXL's."""
     if "resolution" in choices.all:
         return
-    places = (choices.all.get(name) for name in ("pretrained_model_name_or_path", "revision", "cache_dir"))
-    if (own := files.own_resolution(*places)) != TrainConfig.resolution:
+    if (own := files.own_resolution(*choices.place_of_base)) != TrainConfig.resolution:
         choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
 
 

@@ -58,8 +58,9 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
 
 
 def changed_lines(config: table.TrainConfig) -> list[str]:
-    """Those of the run that this one tells of; what `train` requires has no default."""
-    values, required = config.to_dict() | {"dry_run": False}, table.named("required")
+    """Those of the run that this one tells of. What `train` requires has no default, but several subjects their own."""
+    values, required = config.to_dict() | {"dry_run": False}, {*table.named("required")}
+    required -= {*table.named("per_subject")} if config.subjects else set()
     shown = {name: value for name, value in values.items() if value != DEFAULTS[name] or name in required}
     return [f"{name} = {as_toml(value)}" for name, value in shown.items()]
 

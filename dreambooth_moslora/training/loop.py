@@ -162,7 +162,7 @@ class Training:
     def note_scores(self, found: events.StepEvaluated) -> None:
         self.best = self.publisher.best = explain.BestStep(**found.best)
         self.publisher.scores = found.scores
-        if line := self.best.advice(self.config.early_stopping):
+        if self.config.is_scored and (line := self.best.advice(self.config.early_stopping)):
             logger.warning("step %d: %s", found.step, line)
 
     def recall_scores(self) -> None:

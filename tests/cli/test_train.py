@@ -1,13 +1,16 @@
 """The command `train` before it trains: its help, the base's own resolution, and what it refuses without a trace."""
 
+import json
 import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dreambooth_moslora.base import files
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config, train_main
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.processes import compute_exactly
@@ -57,6 +60,28 @@ def test_a_base_that_was_trained_smaller_has_its_own_resolution(given, px, flags
     base = ["--pretrained_model_name_or_path", str(tiny_base)]
     for words in (flags, [flags[1], "dog"]):
         assert parse_train_config([*words, *base, *given]).resolution == px
+
+
+def test_the_own_side_is_read_in_a_folder_without_a_vae_and_beside_a_single_file(tiny_base, tmp_path):
+    assert files.own_resolution(tiny_base) == RESOLUTION_PX
+    unet = tmp_path / "mine" / "unet" / "config.json"
+    unet.parent.mkdir(parents=True)
+    unet.write_text(json.dumps({"sample_size": 96}))
+    (tmp_path / "mine" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    save_file({"model.diffusion_model.x": torch.zeros(1)}, tmp_path / "mine.safetensors")
+    for base in (tmp_path / "mine", tmp_path / "mine.safetensors"):
+        assert files.own_resolution(base) == 768
+    unet.write_text(json.dumps({"sample_size": -96}))
+    assert files.own_resolution(tmp_path / "mine") == 1024
+
+
+@pytest.mark.parametrize(
+    "name", ["my models/sdxl", "a/b--c", "a/b..c", "a/b.git", "-a/b", "a/b.", "a/b/c", "./a", "~/a"]
+)
+def test_what_the_hub_would_not_take_as_a_name_is_a_path(name):
+    assert not files.is_hub_id(name) and files.is_hub_id("stabilityai/sd-turbo_1.0")
+    with pytest.raises(UserError, match="does not exist"):
+        files.resolve_base(name)
 
 
 @pytest.fixture

@@ -146,6 +146,7 @@ def test_a_dry_run_names_sizes_and_subjects_and_estimates_the_disk(tiny_base, ph
     prior = {"with_prior_preservation": True, "num_class_images": 10}
     assert "in the same proportion: 64 x 64 px (7), 80 x 48 px (3)" in describe_run(replace(config, **prior))
     said = describe_run(several(exposures_per_photo=10, max_train_steps=None, with_prior_preservation=True))
+    assert "\n  instance_prompt" not in said, "each of several subjects has its own"
     assert "2 subjects, 3 + 1 photos × 1 repeats, 1 a step" in said and "60 steps" in said
     assert "“a photo of sks dog”: token “sks”, class “dog”, 3 photos seen about 10 times each" in said
     assert "“a photo of zwx cat”: token “zwx”, class “cat”, 1 photos seen about 30 times each" in said
