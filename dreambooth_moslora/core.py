@@ -158,7 +158,7 @@ def clone_folder() -> Path | None:
 
 
 def assets_folder() -> Path:
-    """The folder of `toy-sdxl`, `toy-dino`, `toy-segmenter`, `adapters`, `configs`, `studies` and `subjects`."""
+    """The folder of the toy world's models, and of `adapters`, `configs`, `studies` and `subjects`."""
     return (clone_folder() or PACKAGE) / "assets"
 
 
@@ -208,13 +208,18 @@ TOY_CONTEXT_TEMPLATES = tuple(
 )
 
 
+TOYS = {"toy": "toy-sdxl", "toy-zimage": "toy-zimage"}  # The embedded bases' names, and their folders in assets
+TOY_PX = 128
+
+
 def is_toy(base: str) -> bool:
-    return str(base).rstrip("/").split("/")[-1] in ("toy", "toy-sdxl")
+    return str(base).rstrip("/").split("/")[-1] in {*TOYS, *TOYS.values()}
 
 
-def preferred_guidance(base: str, usual: float = 5.0) -> float:
-    """A base's default guidance: the family's `usual`; with 5, the embedded base's colours saturate."""
-    return 2.5 if is_toy(base) else usual
+def preferred_guidance(base: str, usual: float = 5.0, none: float = 1.0) -> float:
+    """A base's default guidance: the family's `usual`. With 5, the colours of toys saturate: theirs is 1.5 above what
+    the family calls `none`."""
+    return none + 1.5 if is_toy(base) else usual
 
 
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"  # Score pictures of SDXL

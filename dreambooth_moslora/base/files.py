@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.core import UserError, assets_folder, user_path
+from dreambooth_moslora.core import TOY_PX, TOYS, UserError, assets_folder, is_toy, user_path
 from dreambooth_moslora.settings import families, table
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
@@ -78,11 +78,12 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
 
 
 def resolve_base(name: str | Path) -> str | Path:
-    """`toy`, a folder, a single file, or a hub id (unchanged). Raises UserError for one that is missing or damaged."""
-    if str(name) == "toy":
-        if not (TOY / INDEX).is_file():
-            raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone or install it again.")
-        return TOY
+    """A toy's name, a folder, a single file, or a hub id (unchanged). Raises UserError for one missing or damaged."""
+    if str(name) in TOYS:
+        toy = assets_folder() / TOYS[str(name)]
+        if not (toy / INDEX).is_file():
+            raise UserError(f"the embedded base is missing: {toy} has no {INDEX}; clone or install it again.")
+        return toy
     path = user_path(name)
     if path.is_dir():
         if not (path / INDEX).is_file():
@@ -199,6 +200,8 @@ def require_reachable(config: table.TrainConfig) -> None:
 def own_resolution(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> int:
     """The side in px that the base was trained at, by its files: `load.default_resolution` before it is loaded. The
     usual one for a base that is not known yet, and for one that cannot be used, which is refused later."""
+    if is_toy(str(name)):
+        return TOY_PX
     with suppress(UserError):
         facts, source = facts_of_base(name, revision, cache_dir), resolve_base(name)
         folder = source if isinstance(source, Path) else cached_folder(source, revision, cache_dir)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreambooth_moslora.base import decode, families, files, machine
-from dreambooth_moslora.core import UserError, one_line, preferred_guidance
+from dreambooth_moslora.core import TOY_PX, UserError, is_toy, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.settings.families import Facts, facts_of
 from dreambooth_moslora.settings.rows import is_text_projection
@@ -331,6 +331,8 @@ def check_is_whole(
 
 def default_resolution(pipeline: DiffusionPipeline) -> int:
     """Side in pixels of the base's training images: 1024 for SDXL, 128 for the embedded base."""
+    if is_toy(name_of(pipeline)):
+        return TOY_PX
     facts = facts_of(type(pipeline).__name__)
     is_flow = facts.style == "flow"
     return facts.resolution_px if is_flow else pipeline.unet.config.sample_size * pipeline.vae_scale_factor
@@ -338,8 +340,13 @@ def default_resolution(pipeline: DiffusionPipeline) -> int:
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
     """The family's usual guidance; the embedded base has its own."""
-    name = str(pipeline.config.get("_name_or_path", ""))
-    return preferred_guidance(name, facts_of(type(pipeline).__name__).guidance)
+    facts = facts_of(type(pipeline).__name__)
+    return preferred_guidance(name_of(pipeline), facts.guidance, facts.no_guidance)
+
+
+def name_of(pipeline: DiffusionPipeline) -> str:
+    """What it was loaded from: a folder, a file or a hub id."""
+    return str(pipeline.config.get("_name_or_path", ""))
 
 
 def guidance_rescale(pipeline: DiffusionPipeline) -> float:

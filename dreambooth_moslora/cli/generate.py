@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dreambooth_moslora.base.files import TOY, resolve_base
 from dreambooth_moslora.cli.terminal import hush, say
-from dreambooth_moslora.core import UserError, find_asset, free_name, user_path
+from dreambooth_moslora.core import UserError, find_asset, free_name, is_toy, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.generation import params
 from dreambooth_moslora.settings import sources, table
@@ -95,7 +95,7 @@ def base_of_runs(adapters: list[str]) -> str:
 
 def without_adapter(base: str, prompt: str) -> str:
     """A line that the base draws alone. The embedded one draws a toy for a word that is no token of its own."""
-    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())) if base == "toy" else ()
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())) if is_toy(base) else ()
     known = json.loads((TOY / "tokenizer" / "vocab.json").read_text(encoding="utf-8")) if words else ()
     unknown = [word for word in words if f"{word}</w>" not in known]
     never = f"; it has never read {', '.join(unknown)}, and draws one of its toys instead" if unknown else ""

@@ -35,7 +35,7 @@ import transformers
 from PIL import Image
 from torch.nn.functional import normalize
 
-from dreambooth_moslora.base.files import resolve_base
+from dreambooth_moslora.base.files import TOY
 from dreambooth_moslora.core import CLIP, DINO, UserError, is_toy, one_line, public_name
 
 TOY_DINO = "toy-dino"
@@ -101,7 +101,7 @@ def load_encoders(
     folder = own_encoders(base)
     clip_name = f"{folder.name} CLIP" if folder and not clip else public_name(clip or CLIP)
     towers = load_clip(clip or folder or CLIP, device, is_pipeline=bool(folder and not clip))
-    dino = dino or (folder.parent / TOY_DINO if folder and (folder.parent / TOY_DINO).is_dir() else DINO)
+    dino = dino or (folder.parent / TOY_DINO if folder else DINO)
     model = frozen(transformers.AutoModel, dino, device)
     if model.main_input_name != "pixel_values":
         raise UserError(f"the encoder {dino} is a {type(model).__name__}, which reads not only pictures: name a DINOv2")
@@ -126,9 +126,8 @@ def picture_distance(model: torch.nn.Module, device: str | torch.device) -> Pict
 
 
 def own_encoders(base: str | Path) -> Path | None:
-    """The embedded base's folder, which has its own CLIP as the optional components of an SDXL pipeline."""
-    folder = resolve_base(base) if is_toy(base) else None
-    return folder if isinstance(folder, Path) and (folder / "image_encoder").is_dir() else None
+    """The folder of the toy world's CLIP, which is the optional components of its SDXL pipeline."""
+    return TOY if is_toy(str(base)) else None
 
 
 def load_clip(name: str | Path, device: str | torch.device, *, is_pipeline: bool) -> Clip:

@@ -114,7 +114,8 @@ def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, A
     by GB: the largest that needs at most nine tenths of the card is taken; without a GPU, for 12 GB."""
     folder = assets_folder() / "configs"
     if is_toy(base):
-        return "toy.toml", sources.load_settings(folder / "toy.toml")
+        name = "toy.toml" if files.facts_of_base(base).style == "ddpm" else "toy_zimage.toml"
+        return name, sources.load_settings(folder / name)
     facts, name = None if base == STOCK_SDXL else files.facts_of_base(base), "sdxl.toml"
     if is_on_gpu := machine.has_gpu():
         precision = machine.half_precision_of(facts)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HUB_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 DEPTH = 3
 CHECKPOINT_MARK = "model.diffusion_model."  # Begins keys of a single-file checkpoint, and of no adapter
-OF_TOY = "a 128 px practice model: it trains in minutes without a GPU, and knows only its own toys"
+OF_TOY = "a 128 px practice model of {}'s architecture: it trains in minutes without a GPU, and knows only its own toys"
 MAX_PORT = 65535
 OFFERED_WITHOUT = {"adapters_dir": "the adapters of runs alone", "bases_dir": "no bases from there"}
 
@@ -124,7 +124,7 @@ def page_base(title: str, name: str, args: argparse.Namespace) -> "PageBase":
     """A base as the page offers it, by its files alone."""
     from dreambooth_moslora.ui import state
 
-    path = core.assets_folder() / "toy-sdxl" if name == "toy" else core.user_path(name)
+    path = core.assets_folder() / core.TOYS[name] if name in core.TOYS else core.user_path(name)
     place = path if path.exists() else files.cached_folder(name) if files.is_hub_id(name) else None
 
     def load():
@@ -136,7 +136,7 @@ def page_base(title: str, name: str, args: argparse.Namespace) -> "PageBase":
 
         return SubjectPipeline.from_base(name, resting=True)
 
-    full = str(path.resolve()) if path.exists() and name != "toy" else str(name)
+    full = str(path.resolve()) if path.exists() and name not in core.TOYS else str(name)
     resolution_px = files.own_resolution(name)
     templates = tuple(templates_for(name))
     return state.PageBase(title, full, resolution_px, load, about(name, place, resolution_px), templates)
@@ -174,8 +174,8 @@ def is_checkpoint(file: Path) -> bool:
 
 
 def offered(first: str, bases_dir: Path | None) -> dict[str, str]:
-    """Title -> name of each base: the operator's `first`, the toy, SDXL if it is here, and those below `bases_dir`."""
-    names = [first, "toy", *([HUB_SDXL] if files.cached_folder(HUB_SDXL) else [])]
+    """Title -> name of each base: the operator's `first`, the toys, SDXL if it is here, and those below `bases_dir`."""
+    names = [first, *core.TOYS, *([HUB_SDXL] if files.cached_folder(HUB_SDXL) else [])]
     names += map(str, bases_below(bases_dir) if bases_dir else [])
     found: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -189,7 +189,7 @@ def offered(first: str, bases_dir: Path | None) -> dict[str, str]:
 def about(name: str, folder: Path | None, resolution_px: int) -> str:
     """What the base is and needs; its files are not loaded."""
     if core.is_toy(name):
-        return OF_TOY
+        return OF_TOY.format(files.facts_of_base(folder).title)
     if folder is None:
         return "fetched from the hub when it is loaded for the first time"
     parts = [part for part in folder.iterdir() if part.is_dir()] if folder.is_dir() else []
@@ -207,4 +207,4 @@ def templates_for(base: str) -> list[str]:
     """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
     from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES
 
-    return list(core.TOY_TEMPLATES) if base == "toy" else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]
+    return list(core.TOY_TEMPLATES) if core.is_toy(base) else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]

@@ -230,7 +230,7 @@ class AppContext:
     def _take(self, base: PageBase) -> None:
         self.chosen, self.base, self.base_name, self.resolution_px = base, base.title, base.name, base.resolution_px
         self.facts = facts_shown(base.name)
-        self.guidance_scale = preferred_guidance(base.name, self.facts.guidance)
+        self.guidance_scale = preferred_guidance(base.name, self.facts.guidance, self.facts.no_guidance)
 
     def choose(self, base: PageBase) -> Iterator[float]:
         """Load another base in place of the present one, which stays if that fails; yields the seconds so far. It waits

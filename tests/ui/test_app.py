@@ -18,7 +18,7 @@ from gradio_client import Client
 from safetensors.numpy import save_file
 
 from dreambooth_moslora.base.files import own_resolution
-from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder
+from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder, is_toy
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
 from dreambooth_moslora.ui import app
@@ -131,10 +131,15 @@ def shelf(tmp_path):
 
 def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_needs(shelf, tiny_base):
     assert app.bases_below(shelf) == [shelf / "mine", shelf / "a" / "one.safetensors"]
-    assert list(app.offered("toy", shelf)) == ["toy", "mine", "one.safetensors"]
-    assert list(app.offered(str(shelf / "x" / ".." / "mine"), shelf)) == ["mine", "toy", "one.safetensors"]
-    assert list(app.offered("toy", shelf / "nowhere")) == ["toy"]
-    assert app.about("toy", TOY, 128) == app.OF_TOY
+    assert list(app.offered("toy", shelf)) == ["toy", "toy-zimage", "mine", "one.safetensors"]
+    assert list(app.offered(str(shelf / "x" / ".." / "mine"), shelf)) == [
+        "mine",
+        "toy",
+        "toy-zimage",
+        "one.safetensors",
+    ]
+    assert list(app.offered("toy", shelf / "nowhere")) == ["toy", "toy-zimage"]
+    assert app.about("toy", TOY, 128) == app.OF_TOY.format("SDXL")
     assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.about(str(tiny_base), tiny_base, 64)
     assert "wants a GPU" in app.about(str(tiny_base), tiny_base, 1024)
 
@@ -145,10 +150,10 @@ def test_a_public_page_has_the_operators_base_alone_and_its_prompts_suit_the_bas
     args = parser.parse_args(["--bases_dir", str(shelf), "--runs_dir", str(tmp_path / "runs")])
     ctx = app.context_of(args, training=False, public=public)
     ctx.visitors.close()
-    assert list(ctx.bases) == (["toy"] if public else ["toy", "mine", "one.safetensors"])
+    assert list(ctx.bases) == (["toy"] if public else ["toy", "toy-zimage", "mine", "one.safetensors"])
     wait([ctx._pipeline])
     for base in ctx.bases.values():
-        wanted = TOY_TEMPLATES if base.name == "toy" else DREAMBOOTH_LIVE_TEMPLATES
+        wanted = TOY_TEMPLATES if is_toy(base.name) else DREAMBOOTH_LIVE_TEMPLATES
         assert set(wanted) <= set(base.templates) and all("{}" in template for template in base.templates)
 
 

@@ -1,7 +1,7 @@
 """Trains a second base in the toy world: Z-Image's architecture at 9 M parameters, on cached latents and captions.
 
     python -m toybox.learning.train_flow --data DATA --latents WORK/latents --teacher assets/toy-sdxl \
-        --out WORK/flow --steps 6000
+        --out WORK/flow --steps 4500
 
 OUT/model is a ZImagePipeline: this transformer, a Qwen3 encoder of three layers that learns along with it (diffusers
 takes the output of the last but one), a byte-level BPE of the captions, and the teacher's autoencoder.
@@ -218,7 +218,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("data", "latents", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, default=Path("assets/toy-sdxl"), help="the embedded base")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--until", type=int, help="stop at this step for now, with the rates of --steps")
     parser.add_argument("--batch", type=int, default=64, help="batch of each process")
     parser.add_argument("--lr", type=float, default=1e-3)

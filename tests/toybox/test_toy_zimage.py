@@ -1,0 +1,47 @@
+"""The second embedded base is an ordinary Z-Image pipeline, and it is trained, drawn and scored as the first one is."""
+
+import json
+
+import pytest
+from diffusers import ZImagePipeline
+
+from dreambooth_moslora.base import files
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core import TOY_PX, assets_folder, is_toy, preferred_guidance
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from toybox.captions import canonical_caption
+from toybox.measures.evaluate_base import accuracy, generate, scenes_for
+
+FOLDER = assets_folder() / "toy-zimage"
+
+
+def test_it_is_known_by_its_name_and_by_its_folder_and_has_the_autoencoder_of_the_first():
+    assert files.resolve_base("toy-zimage") == FOLDER
+    for name in ("toy-zimage", str(FOLDER)):
+        assert preferred_guidance(name, none=0.0) == 1.5 and preferred_guidance("toy") == 2.5
+        assert is_toy(name) and files.own_resolution(name) == TOY_PX and files.facts_of_base(name).name == "z_image"
+    weights = [folder / "vae" / "diffusion_pytorch_model.safetensors" for folder in (FOLDER, files.TOY)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_the_judge_finds_in_its_pictures_what_the_prompts_name():
+    pipeline = ZImagePipeline.from_pretrained(FOLDER)
+    pipeline.set_progress_bar_config(disable=True)
+    scenes = scenes_for(20, held_out=False, seed=70_000)
+    right = accuracy(generate(pipeline, [canonical_caption(scene) for scene in scenes], seed=70_000), scenes)
+    assert right["kind"] >= 0.8 and right["colour"] >= 0.7 and right["place"] >= 0.7
+
+
+@pytest.mark.slow
+def test_photos_become_a_file_that_is_drawn_at_its_own_size_and_scored_by_the_toy_worlds_encoders(tmp_path):
+    run = tmp_path / "run"
+    words = ["--max_train_steps=2", "--validation_steps=2", "--num_validation_images=1", "--output_dir", str(run)]
+    assert main(["train", "--config", "assets/configs/toy_zimage.toml", *words]) == 0
+    assert ", height=128, width=128).images[0]" in (run / "README.md").read_text(encoding="utf-8")
+    pipeline = SubjectPipeline.from_base("toy-zimage")
+    pipeline.load_adapter(run)
+    assert pipeline.resolution_px == TOY_PX
+    assert main(["evaluate", str(run), "--num_prompts=1", "--images_per_prompt=1", "--inference_steps=2"]) == 0
+    table = json.loads((run / "evaluation" / "scores.json").read_text(encoding="utf-8"))
+    assert "toy-sdxl CLIP" in json.dumps(table)
