@@ -87,9 +87,15 @@ def visit(browser: Browser, url: str, *, size: tuple[int, int] = (1280, 900)) ->
 
 
 def says(page: Page, elem_id: str, words: str) -> None:
-    """Wait until the element says so."""
+    """Wait until the element says so. Raises AssertionError, with what it says instead."""
+    from playwright.sync_api import TimeoutError
+
     inside = "([id, words]) => document.getElementById(id)?.innerText.includes(words)"
-    page.wait_for_function(inside, arg=[elem_id, words])
+    try:
+        page.wait_for_function(inside, arg=[elem_id, words])
+    except TimeoutError as error:
+        said = page.evaluate("id => document.getElementById(id)?.innerText", elem_id)
+        raise AssertionError(f"{elem_id} says {said!r}, not {words!r}") from error
 
 
 def put(page: Page, elem_id: str, words: str) -> None:
