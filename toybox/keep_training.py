@@ -3,7 +3,8 @@
     python -m toybox.keep_training STATE             starts the training, goes on with it, or prints how far it is
     python -m toybox.keep_training STATE --pause     and --go_on, --stop
 
-It begins with the weights in `assets/toy-sdxl` and needs nothing else. STATE is a folder outside the repository:
+It begins with the weights in `assets/toy-sdxl`, learns from renders and from `assets/toy-zimage`, which draws better,
+and needs nothing else. STATE is a folder outside the repository:
 
     settings.json   the numbers of the first call, which hold for all later ones
     log             what the scripts print
@@ -46,13 +47,14 @@ from toybox.data.sample_latents import draw
 from toybox.learning import train_unet
 from toybox.learning.alignment import Sight
 from toybox.learning.channels_last import to_channels_last
+from toybox.learning.train_flow import FlowTeacher
 from toybox.learning.training import MasterWeights, compute_dtype, rank_and_world, saved_step, wait_for_all
 from toybox.measures.evaluate_base import scenes_for, sheet
 
 __all__ = ["Settings", "Sheets", "keep_training", "make_renders"]
 
 ROOT = Path(__file__).parents[1]
-BASE = ROOT / "assets" / "toy-sdxl"
+BASE, TEACHER = ROOT / "assets" / "toy-sdxl", ROOT / "assets" / "toy-zimage"
 RATES = ["--lr", "3e-4", "--muon_lr", "3e-3", "--ema_decay", "0.9995", "--decay", "0.2"]
 COLUMNS, SAMPLER_STEPS = 5, 20
 LOWEST = 19
@@ -148,13 +150,14 @@ def keep_training(state: Path, settings: Settings) -> None:
     """All legs that are left, in this process or in one of several: the first makes the renders and the sheets."""
     is_first = rank_and_world()[0] == 0
     sheets = Sheets(state / "sheets", settings.sheet_every) if is_first else None
+    teacher = FlowTeacher(TEACHER, compiled=settings.batch >= COMPILED_FROM)
     while (step := saved_step(state / "unet")) < settings.steps:
         leg = step // settings.leg
         if is_first:
             print(f"leg {leg} begins at step {step}", flush=True)
             make_renders(state, settings, leg)
         wait_for_all()
-        train_unet.train(arguments(state, settings, (leg + 1) * settings.leg), sheets)
+        train_unet.train(arguments(state, settings, (leg + 1) * settings.leg), sheets, teacher)
         wait_for_all()
     print("the training has ended: the averaged weights are in", state / "unet" / "model", flush=True)
 

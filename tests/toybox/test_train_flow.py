@@ -7,10 +7,11 @@ import torch
 from diffusers import ZImagePipeline
 from safetensors.torch import load_file
 
+from dreambooth_moslora.core import assets_folder
 from toybox.data.renders import Renders
 from toybox.keep_training import BASE, Settings, make_renders
 from toybox.learning import train_flow
-from toybox.learning.train_unet import load_latents
+from toybox.learning.train_unet import load_latents, noise_schedule
 
 pytestmark = pytest.mark.slow
 PICTURES = 8
@@ -42,6 +43,20 @@ def test_the_teacher_expects_what_was_drawn_the_better_for_the_caption(state):
         for texts in (captions, captions[::-1], [""] * PICTURES)
     )
     assert told < 0.4 and told < empty < 1 and told < other
+
+
+def test_the_finished_transformer_expects_velocities_the_better_for_the_caption(state):
+    teacher, renders = train_flow.FlowTeacher(assets_folder() / "toy-zimage"), Renders(state / "toys")
+    x = load_latents(state / "latents")["latents"].float()
+    noise, schedule = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), noise_schedule()
+    t = torch.full((PICTURES,), 700)
+    noisy, velocity = schedule.add_noise(x, noise, t), schedule.get_velocity(x, noise, t)
+    captions = [row["canonical_caption"] for row in renders.rows]
+    told, other = (
+        float((teacher(noisy, t, texts) - velocity).square().mean() / velocity.square().mean())
+        for texts in (captions, captions[::-1])
+    )
+    assert told < 0.4 and told < other
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_with_them(state, tmp_path):

@@ -40,10 +40,17 @@ from toybox.data.renders import Renders
 from toybox.data.sample_latents import TIME_IDS
 from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
 from toybox.learning.train_clip import nonsense
-from toybox.learning.train_unet import TextTowers, caption_of, cell_weights, load_latents, noise_schedule
+from toybox.learning.train_unet import (
+    TextTowers,
+    caption_of,
+    cell_weights,
+    load_latents,
+    noise_schedule,
+    whole_pictures,
+)
 from toybox.learning.training import MasterWeights, Run, compile_each, compute_dtype
 
-__all__ = ["Teacher", "build_parts", "captions_tokenizer", "train"]
+__all__ = ["FlowTeacher", "Teacher", "build_parts", "captions_tokenizer", "train"]
 
 WIDTH, TEXT_WIDTH, VOCABULARY = 256, 128, 2000
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -157,14 +164,31 @@ class Teacher:
         return (signal * own - noise * v) - (noise * own + signal * v)
 
 
+class FlowTeacher:
+    """The other way round: what velocity a UNet is to expect, by a finished transformer, the pipeline in `folder`."""
+
+    def __init__(self, folder: Path, compiled: bool = False):
+        self.tokenizer, dtype = Qwen2Tokenizer.from_pretrained(folder / "tokenizer"), compute_dtype()
+        self.encoder = Qwen3Model.from_pretrained(folder / "text_encoder").eval().to(dtype)
+        self.transformer = ZImageTransformer2DModel.from_pretrained(folder / "transformer").eval().to(dtype)
+        self.signal, self.dtype = noise_schedule().alphas_cumprod.sqrt(), dtype
+        if compiled:
+            compile_each(with_real_rotary(self.transformer))
+
+    @torch.no_grad()
+    def __call__(self, noisy: Tensor, t: Tensor, captions: list[str]) -> Tensor:
+        """α·n - β·x (N,4,H,W) fp32, expected of `noisy` = α·x + β·n (N,4,H,W) at the schedule's steps t (N,)."""
+        signal = self.signal[t][:, None, None, None]
+        noise = (1 - signal**2).sqrt()
+        sigma, z = noise / (signal + noise), noisy.float() / (signal + noise)
+        states = encode(self.encoder, self.tokenizer, captions)
+        difference = answer(self.transformer, z.to(self.dtype), sigma.flatten(), states)
+        return signal * (z - (1 - sigma) * difference) - noise * (z + sigma * difference)
+
+
 def said(captions: list[str], dimensions: int) -> Tensor:
     """Which captions are not empty, bool (N,1,…): the UNet knows an empty one as zeros."""
     return torch.tensor([bool(caption) for caption in captions]).view(-1, *[1] * (dimensions - 1))
-
-
-def whole_pictures(time_ids: Tensor) -> Tensor:
-    """The rows of whole renders, as Z-Image is told of no crop: (M,) of time ids (N,6)."""
-    return ((time_ids[:, :2] % 128 == 0) & (time_ids[:, 2:4] == 0)).all(dim=1).nonzero().flatten()
 
 
 def train(args: argparse.Namespace) -> None:

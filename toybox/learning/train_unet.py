@@ -44,6 +44,7 @@ SNR_GAMMA = 5.0
 ALIGNMENT_WEIGHT = 0.1
 ENDS = ("conv_in", "conv_out", "time_embedding", "add_embedding", "alignment")  # left to AdamW
 HELD_BACK = 1000  # images at the end, not drawn unless `--held_back` says otherwise
+TAUGHT_UNTIL = 2 / 3
 TOY_WEIGHT = 3.0  # added to a cell's weight of 1, times the share of the cell that a toy covers
 
 
@@ -156,8 +157,19 @@ def load_latents(path: Path) -> dict[str, Tensor]:
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def train(args: argparse.Namespace, after: Callable[[int, MasterWeights], None] | None = None) -> None:
-    """`after` is called after each step with the number of steps that are done and the weights."""
+def whole_pictures(time_ids: Tensor) -> Tensor:
+    """The rows of whole renders, (M,) of time ids (N,6): Z-Image is told of no crop."""
+    return ((time_ids[:, :2] % 128 == 0) & (time_ids[:, 2:4] == 0)).all(dim=1).nonzero().flatten()
+
+
+def train(
+    args: argparse.Namespace,
+    after: Callable[[int, MasterWeights], None] | None = None,
+    teacher: Callable[[Tensor, Tensor, list[str]], Tensor] | None = None,
+) -> None:
+    """`after` is called after each step with the number of steps that are done and the weights. `teacher` tells the
+    velocities to be expected for noisy latents, timesteps and captions: in the first two thirds of the run, half of the
+    batch learns them instead of the noise of one draw."""
     torch.manual_seed(0)
     renders, cache = Renders(args.data), load_latents(args.latents)
     towers, schedule = TextTowers(args.clip, args.tokenizer, device=args.device), noise_schedule()
@@ -187,6 +199,9 @@ def train(args: argparse.Namespace, after: Callable[[int, MasterWeights], None] 
         noisy = to_channels_last(schedule.add_noise(x, noise, t))
         added = {"text_embeds": pooled, "time_ids": some["time_ids"].float()}
         velocity = schedule.get_velocity(x, noise, t)
+        taught = whole_pictures(some["time_ids"])[: args.batch // 2]
+        if teacher and run.progress < TAUGHT_UNTIL and len(taught):
+            velocity[taught] = teacher(noisy[taught], t[taught], [captions[i] for i in taught.tolist()])
         if args.start and dropped.any():
             said = [v[dropped] for v in (noisy, t, *conditions, added["time_ids"])]
             velocity[dropped] = captioned_velocity(unet, *said)
