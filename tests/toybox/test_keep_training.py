@@ -179,6 +179,7 @@ def test_mistakes_are_told_in_a_line(tmp_path):
     for words, message in (
         ((ROOT / "runs",), "choose a folder outside the repository"),
         ((tmp_path, "--pause"), "--pause: no training runs there"),
+        ((tmp_path / "odd", "--batch", "3"), "--batch 3: 2 processes cannot share it evenly"),
     ):
         with pytest.raises(SystemExit, match=message):
             main([str(word) for word in words])
