@@ -9,11 +9,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
-from tools import another_word, bare_photos, subject_sheet, systems
+from tools import another_word, bare_photos, pictures, subject_sheet, systems
 from tools.settings_table import OUT, page
 
 
@@ -88,6 +89,21 @@ def test_a_run_is_a_row_of_a_photo_and_four_unlike_pictures(tmp_path, monkeypatc
     assert all((one != other).any() for number, one in enumerate(drawn) for other in drawn[:number])
     subject_sheet.main([str(run), "--out", str(tmp_path / "sheet.jpg")])
     assert Image.open(tmp_path / "sheet.jpg").width > 5 * 128
+
+
+def test_the_docs_have_no_picture_that_the_tool_does_not_make():
+    assert {path.stem for path in Path("assets/pictures").glob("*.jpg")} == pictures.JPEGS.keys()
+
+
+def test_a_picture_is_drawn_from_the_run_that_is_there(tmp_path):
+    run = RunDir(tmp_path / "work" / "quickstart")
+    run.path.mkdir(parents=True)
+    shutil.copy("assets/adapters/rocket.safetensors", run.adapter_path)
+    Image.new("RGB", (2064, 400), "teal").save(run.contact_sheet_path)
+    where = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    pictures.main([*where, "--only", "quick_start", "check_crops"])
+    drawn = {path.stem: Image.open(path) for path in (tmp_path / "out" / "pictures").iterdir()}
+    assert drawn["quick_start"].size == (1032, 200) and drawn["check_crops"].width == 900
 
 
 def test_the_page_lists_each_setting_once_and_is_up_to_date():

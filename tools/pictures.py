@@ -1,0 +1,146 @@
+"""Trains and draws what README, docs and page show of the embedded bases: all pictures, and the sample adapter.
+
+    python -m tools.pictures [--work runs/pictures] [--only quick_start recipe …]
+
+Half an hour on two cores. A run that WORK holds is not made again, so that a picture can be drawn from it once more.
+The page is photographed with the sample adapter, which is therefore made first.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth_moslora.disk.run_folder import RunDir
+
+__all__ = ["main"]
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "assets"
+QUALITY = 88
+KEPT_SHARE = 0.9
+"""Of each update's energy in the sample adapter, which then has a third of the size."""
+
+
+def program(*words: str | Path) -> None:
+    """Run a Python program of the project. Raises CalledProcessError if it fails."""
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+
+
+def trained(work: Path, name: str, *flags: str | Path) -> Path:
+    """The run folder of `assets/configs/NAME.toml`, trained now if WORK does not hold it."""
+    run = work / name
+    if not RunDir(run).adapter_path.is_file():
+        config = ASSETS / "configs" / f"{name}.toml"
+        program("train_dreambooth.py", "--config", config, "--output_dir", run, *flags)
+    return run
+
+
+def quick_start(work: Path) -> Path:
+    return RunDir(trained(work, "quickstart")).contact_sheet_path
+
+
+def toy_zimage(work: Path) -> Path:
+    return RunDir(trained(work, "toy_zimage")).contact_sheet_path
+
+
+def overtrained_run(work: Path) -> Path:
+    """Of bare photos, scored while it trains."""
+    bare = work / "bare"
+    bare.mkdir(exist_ok=True)
+    for path in [*(ASSETS / "subjects" / "bear").glob("*.jpg"), ASSETS / "subjects" / "bear" / "subject.json"]:
+        shutil.copy(path, bare)
+    flags = ["--max_train_steps", "640", "--evaluate_steps", "80", "--num_validation_images", "4"]
+    return trained(work, "overtrained", "--instance_data_dir", bare, *flags)
+
+
+def overtrained(work: Path) -> Path:
+    return RunDir(overtrained_run(work)).contact_sheet_path
+
+
+def scores_while_training(work: Path) -> Path:
+    return RunDir(overtrained_run(work)).loss_plot_path
+
+
+def check_crops(work: Path) -> Path:
+    picture = work / "check_crops.png"
+    program("-m", "dreambooth_moslora", "check", "assets/subjects/rocket", "rocket", "--picture", picture)
+    return picture
+
+
+def toy_base(work: Path) -> Path:
+    """A hundred pictures of combinations that no training picture showed."""
+    out = work / "toy_base"
+    options = ["--images", "100", "--groups", "held-out combinations", "--no_timings"]
+    program("-m", "toybox.measures.evaluate_base", "--base", ASSETS / "toy-sdxl", "--out", out, *options)
+    return next(out.glob("*.png"))
+
+
+def recipe(work: Path) -> Path:
+    """Of the six subjects, trained by one word each."""
+    runs, picture = work / "one_word", work / "recipe.png"
+    program("-m", "benchmarks.one_word", "--out", runs)
+    program("-m", "tools.subject_sheet", *sorted(path for path in runs.iterdir() if path.is_dir()), "--out", picture)
+    return picture
+
+
+JPEGS: dict[str, tuple[Callable[[Path], Path], int]] = {
+    "quick_start": (quick_start, 1032),
+    "toy_zimage": (toy_zimage, 1032),
+    "toy_base": (toy_base, 1280),
+    "overtrained": (overtrained, 800),
+    "scores_while_training": (scores_while_training, 1100),
+    "check_crops": (check_crops, 900),
+    "recipe": (recipe, 712),
+}
+"""Name -> what makes the picture in WORK, and its width in `assets/pictures`, px."""
+
+
+def sample_adapter(work: Path, out: Path) -> None:
+    """OUT/adapters/rocket.safetensors, by the recipe for the embedded base."""
+    exported = work / "rocket"
+    options = ["--keep", KEPT_SHARE, "--dtype", "fp16", "--out", exported]
+    program("-m", "dreambooth_moslora", "export", trained(work, "toy"), *options)
+    (out / "adapters").mkdir(exist_ok=True)
+    shutil.copy(RunDir(exported).adapter_path, out / "adapters" / "rocket.safetensors")
+
+
+def page(work: Path, out: Path) -> None:
+    program("-m", "tools.screenshots", "--adapters_dir", out / "adapters", "--out", out / "pictures")
+
+
+OTHERS: dict[str, Callable[[Path, Path], None]] = {"sample_adapter": sample_adapter, "page": page}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pictures", help="folder for the runs")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder with pictures/ and adapters/")
+    parser.add_argument("--only", nargs="+", choices=[*OTHERS, *JPEGS], default=[*OTHERS, *JPEGS])
+    args = parser.parse_args(argv)
+    work, out = args.work.resolve(), args.out.resolve()
+    for folder in (work, out / "pictures"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in args.only:
+        if name in OTHERS:
+            OTHERS[name](work, out)
+        else:
+            make, width = JPEGS[name]
+            save_jpeg(make(work), out / "pictures" / f"{name}.jpg", width)
+
+
+def save_jpeg(picture: Path, path: Path, width: int) -> None:
+    """The picture at that width, if it is wider."""
+    with Image.open(picture) as image:
+        image = image.convert("RGB")
+        image.thumbnail((width, image.height), Image.Resampling.LANCZOS)
+        image.save(path, quality=QUALITY)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
