@@ -62,13 +62,15 @@ class TrainConfig:
 
     # fmt: off
     pretrained_model_name_or_path: str = of_base("toy",
-        'base model: a diffusers folder, a hub id, a .safetensors checkpoint, or "toy" (embedded)',
+        'base model: a diffusers folder, a hub id, a .safetensors file, or an embedded one, "toy" or "toy-zimage"',
         required=True, path=expanduser)
     pretrained_vae_model_name_or_path: str | None = of_base(None, "another VAE than the base's own: folder or hub id",
         path=expanduser, shapes=True)
     revision: str | None = of_base(None, "branch, tag or commit of the base on the hub", shapes=is_of_files)
     variant: str | None = of_base(None, 'which files of the base to load, for example "fp16"', shapes=is_of_files)
-    cache_dir: str | None = of_base(None, "where downloads, and encodings with --caching disk, are kept",
+    cache_dir: str | None = of_base(None,
+        "where downloads, and encodings with --caching disk, are kept (default: the hub's cache, and "
+        "~/.cache/dreambooth_moslora)",
         path=expanduser, per_process=True)
 
     instance_data_dir: str | None = of_photos(None, "folder with the photos of the subject",
@@ -172,7 +174,7 @@ class TrainConfig:
     num_class_images: int = of_prior(100, "class images wanted; missing ones are generated", low=1, publish="always")
     prior_loss_weight: float = of_prior(1.0, "weight of the prior loss",
         low=0, publish="always", kohya="ss_prior_loss_weight", elsewhere="prior_loss_weights")
-    prior_every: int = of_prior(1, "one of so many micro-batches alone has the prior, at so many times its weight",
+    prior_every: int = of_prior(1, "N: of N micro-batches one alone has the prior, at N times its weight",
         low=1, high=1000, publish="if_changed", idle=rows.unless(with_prior_preservation=True))
     sample_batch_size: int = of_prior(4, "images generated at once",
         low=1, high=4096, publish="if_changed", shapes=lambda run: run.draws_class_images)
@@ -186,9 +188,10 @@ class TrainConfig:
         "the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)",
         above=0, publish="always", kohya="ss_network_alpha", elsewhere="network_alpha")
     rank_pattern: tuple[str, ...] = of_adapter((),
-        "ranks of some of the layers, but of text encoders, NAME=N: to_k=8, down_blocks.2.*=16; the first match counts",
+        "other ranks of some layers (not of text encoders), as NAME=N: to_k=8, down_blocks.2.*=16; the first match "
+        "counts",
         publish="always")
-    alpha_pattern: tuple[str, ...] = of_adapter((), "alphas of some of these layers, in the same form",
+    alpha_pattern: tuple[str, ...] = of_adapter((), "other alphas of some layers, in the same form",
         publish="always")
     use_rslora: bool = of_adapter(False, "scale by alpha / sqrt(rank)", publish="always", resume="same")
     lora_dropout: float = of_adapter(0.0, "dropout in front of the adapter",
@@ -197,7 +200,7 @@ class TrainConfig:
     mixer: str = of_adapter("orthogonal", "start of the r x r mixer; kronecker is LoKr, none is plain LoRA",
         choices=MIXERS, publish="always", resume="same")
     mixer_factor: int = of_adapter(8,
-        "LoKr's W1 is so many rows by columns; it divides the rank, which is that of the published LoRA",
+        "rows and columns of LoKr's W1: a divisor of --rank, which is that of the published LoRA",
         low=2, high=64, publish="if_changed", resume="same", idle=rows.unless(mixer=KRONECKER))
     train_mixer: bool = of_adapter(True, "learn the mixer", publish="always", resume="same")
     mixer_lr_scale: float = of_adapter(1.0, "the mixer's learning rate, as a multiple of the others'",
@@ -692,8 +695,8 @@ def layer_parameters(config: TrainConfig, rank: int, width: int) -> int:
 def check_kronecker(path: str, size: Sequence[int], factor: int) -> None:
     """Raises UserError unless a layer's weight (out, in) is a Kronecker product of `factor` x `factor` blocks."""
     if len(size) != 2 or any(side % factor for side in size):
-        shape = "×".join(map(str, size))
-        raise UserError(f"{path} of {shape} (out×in) cannot be a Kronecker product of {factor}×{factor} blocks")
+        shape, cure = "×".join(map(str, size)), "leave it out of --target_modules, or give another --mixer_factor"
+        raise UserError(f"{path} of {shape} (out×in) cannot be a Kronecker product of {factor}×{factor} blocks: {cure}")
 
 
 def ranks_in_vain(config: TrainConfig, component: str, narrowest: Mapping[str, int]) -> str | None:
