@@ -55,7 +55,7 @@ FOREIGN = {
     "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
     "concepts_list concept_list": "use --subjects, which takes the same file",
     # kohya-ss/sd-scripts
-    "network_module": "there is one kind of adapter; --mixer none makes it a plain LoRA",
+    "network_module": "there is one kind of adapter; --mixer none makes it a plain LoRA, --mixer kronecker a LoKr",
     "network_args": "use --rank, --lora_alpha, --rank_pattern, --alpha_pattern, --target_modules, --use_dora",
     "conv_dim": "use --target_modules with *conv* beside the projections, and --rank_pattern *conv*=N",
     "conv_alpha": "use --alpha_pattern *conv*=N",
@@ -81,7 +81,7 @@ FOREIGN = {
     "huber_scale": "use --huber_c, the width itself",
     "masked_loss": "name.mask.png beside a photo is always used, and --masks auto makes what is missing; leave it out",
     "alpha_mask": "a photo's transparency is its mask unless --alpha white; leave it out",
-    "no_half_vae": "the VAE always computes in fp32; leave it out",
+    "no_half_vae": "SDXL's own VAE computes in fp32, and any other does where half precision overflows; leave it out",
     "cache_text_encoder_outputs": "text embeddings are always computed once; leave it out",
     "xformers sdpa": "PyTorch's own memory-efficient attention is used; leave it out",
     "torch_compile dynamo_backend": "use --compile on",

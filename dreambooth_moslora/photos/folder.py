@@ -11,7 +11,8 @@ Tags of image boards have no order, so they are shuffled, in a fixed number of o
 
     prefix  sks dog, red collar, on grass, side view  suffix        --keep_tokens 1 leaves `sks dog` where it is
 
-A photo whose captions all name a place is never shown with the bare instance prompt, which would then not draw it.
+If all captions of a photo name a place, the bare instance prompt would not draw the subject. So such a photo is shown
+with it in a share of its exposures.
 """
 
 import json
