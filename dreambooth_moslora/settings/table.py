@@ -164,7 +164,7 @@ class TrainConfig:
     class_prompt: str | None = of_prior(None, 'the class in words: "a photo of a dog"',
         per_subject=True, shapes=True, idle=rows.unless(with_prior_preservation=True))
     prior_prompts: tuple[rows.Prompt, ...] = of_prior((),
-        "other prompts that adapter_off preserves too: every second image draws one of them",
+        "other prompts that adapter_off preserves too: about half of the images draw one of them",
         shapes=True, idle=rows.unless(with_prior_preservation=True, prior="adapter_off"))
     class_data_dir: str | None = of_prior(None, "folder with class images (default: in the run folder)",
         path=expanduser, per_subject=True, shapes=True,
