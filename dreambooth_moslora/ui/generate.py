@@ -174,7 +174,7 @@ def _items(pictures: Iterable[visitors.Picture]) -> list[tuple[str, str]]:
 
 def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, results: dict) -> None:
     starts = [buttons["run"].click, tab.prompt.submit]
-    outputs = [results["gallery"], results["used_seed"], results["status"], results["shown"]]
+    outputs = [results[name] for name in ("gallery", "used_seed", "status", "shown", "selected")]
 
     # The page runs a trigger's events in order: the immediate ones must come before the long one.
     first = {"inputs": None, "outputs": [results["tabs"], buttons["stop"]], **state.AT_ONCE}
@@ -194,14 +194,14 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         for frame in generate_values.make_pictures(ctx, GenerateForm.of(values), request):
             seed = frame.params.seed if frame.params else gr.skip()
             if frame.pictures is None:
-                yield gr.skip(), seed, frame.status, gr.skip()
-            else:
-                yield _items(frame.pictures), seed, frame.status, list(frame.pictures)
+                yield gr.skip(), seed, frame.status, gr.skip(), gr.skip()
+            else:  # the gallery chooses its first when it is emptied, and keeps what is chosen as it fills
+                selected = gr.skip() if frame.pictures else 0
+                yield _items(frame.pictures), seed, frame.status, list(frame.pictures), selected
 
     results["status"].change(None, results["status"], results["preview"], js=LARGE_PREVIEW, **state.AT_ONCE)
     options = _drawing(results) | {"inputs_kwargs": tab.fields, "outputs": outputs}
     made = gr.on(starts, generate, api_name="generate", **options)
-    made.then(lambda: 0, None, results["selected"], **state.AT_ONCE)
     _without_stop(made, buttons["stop"])
 
     @results["shown"].change(inputs=results["shown"], outputs=[results["reuse"], results["last_seed"]], **state.AT_ONCE)

@@ -13,7 +13,15 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from dreambooth_moslora.core import UserError, assets_folder
-from dreambooth_moslora.generation.params import GenerationParams, Provenance, Recipe, check_size, read_recipe
+from dreambooth_moslora.generation.params import (
+    GenerationParams,
+    Image,
+    Provenance,
+    Recipe,
+    Step,
+    check_size,
+    read_recipe,
+)
 from dreambooth_moslora.ui.generate import ask_widgets, settings_widgets
 from dreambooth_moslora.ui.generate_values import (
     RANGES,
@@ -30,7 +38,7 @@ from dreambooth_moslora.ui.generate_values import (
     summary_of,
 )
 from dreambooth_moslora.ui.html import facts_table, notice
-from dreambooth_moslora.ui.page import adapter_facts
+from dreambooth_moslora.ui.page import adapter_facts, build_app
 from dreambooth_moslora.ui.state import as_gradio_error, check_upload
 from tests.ui.conftest import PAGE, handler, save_header, write_adapter
 
@@ -267,6 +275,19 @@ def test_a_black_picture_is_explained(context, subject, state, tmp_path):
     for adapter, is_black in (("huge", True), ("none", False)):
         frames = list(make_pictures(page, GenerateForm("a dog", adapter=adapter, steps=1, size="64 x 64"), PAGE))
         assert ("1 of them is black: an adapter" in frames[-1].status.replace("&#x27;", "'")) == is_black
+
+
+def test_a_picture_that_is_chosen_while_others_are_drawn_stays_chosen(context):
+    """At the end the first counted as chosen, and “Use these settings” took its seed."""
+    params = GenerationParams("a dog", num_images=2)
+    drawn = [Image(n, PIL.Image.new("RGB", (8, 8), "red"), replace(params, seed=n), Provenance()) for n in range(2)]
+    events = [event for image in drawn for event in (Step(image.index, 2, 1, 1, 0.0), image)]
+    page = build_app(context(lambda: SimpleNamespace(generate=lambda *_: iter(events))), [])
+    generate = next(event for event in page.fns.values() if event.name == "generate")
+    chosen = [frame[-1] for frame in generate.fn(PAGE, prompt="a dog", num_images=2)]
+    assert [value for value in chosen if value != gr.skip()] == [0] and chosen.index(0) < len(chosen) - 3
+    setting = {event.name for event in page.fns.values() if generate.outputs[-1] in event.outputs}
+    assert setting == {"generate", "select"}
 
 
 def with_header(file: Path, header: bytes, content: int = 0) -> Path:
