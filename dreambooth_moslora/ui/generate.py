@@ -104,8 +104,8 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
             parts["history"] = _gallery("History", "history")
             parts["reuse_history"] = gr.Button("Use these settings", elem_id="reuse_history", **look)
     parts |= {"tabs": tabs, "history_tab": history_tab}
-    for name in ("shown", "selected", "selected_history"):
-        parts[name] = gr.State([] if name == "shown" else 0)
+    for name in ("shown", "selected", "shown_history", "selected_history"):
+        parts[name] = gr.State([] if name.startswith("shown") else 0)
     return parts
 
 
@@ -337,21 +337,21 @@ def _connect_reuse(
     results["gallery"].select(select, None, results["selected"], **state.AT_ONCE)
     results["history"].select(select, None, results["selected_history"], **state.AT_ONCE)
 
-    @results["history_tab"].select(inputs=None, outputs=[results["history"], results["reuse_history"]], **state.AT_ONCE)
-    def history(request: gr.Request) -> tuple:
-        items = _items(ctx.visitors.of(request).history)
-        return items, gr.Button(interactive=bool(items))
+    of_history = [results[name] for name in ("history", "reuse_history", "shown_history")]
 
-    @results["reuse"].click(inputs=[results["shown"], results["selected"]], outputs=outputs, **state.TELLING)
-    @state.as_gradio_error
-    def reuse_shown(pictures: list[visitors.Picture], index: int, request: gr.Request) -> list:
+    @results["history_tab"].select(inputs=None, outputs=of_history, **state.AT_ONCE)
+    def history(request: gr.Request) -> tuple:
+        """Pictures that are drawn later are not shown until the tab is opened again."""
+        pictures = list(ctx.visitors.of(request).history)
+        return _items(pictures), gr.Button(interactive=bool(pictures)), pictures
+
+    def reuse(pictures: list[visitors.Picture], index: int, request: gr.Request) -> list:
         own = _own(pictures, ctx.visitors.of(request))
         return to_widgets(ctx, recipe_of(_picked(own, index)), request)
 
-    @results["reuse_history"].click(inputs=results["selected_history"], outputs=outputs, **state.TELLING)
-    @state.as_gradio_error
-    def reuse_history(index: int, request: gr.Request) -> list:
-        return to_widgets(ctx, recipe_of(_picked(list(ctx.visitors.of(request).history), index)), request)
+    for end in ("", "_history"):
+        chosen = [results[f"shown{end}"], results[f"selected{end}"]]
+        results[f"reuse{end}"].click(state.as_gradio_error(reuse), chosen, outputs, **state.TELLING)
 
     results["last_seed"].click(
         lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **state.AT_ONCE

@@ -40,6 +40,7 @@ from dreambooth_moslora.ui.generate_values import (
 from dreambooth_moslora.ui.html import facts_table, notice
 from dreambooth_moslora.ui.page import adapter_facts, build_app
 from dreambooth_moslora.ui.state import as_gradio_error, check_upload
+from dreambooth_moslora.ui.visitors import Picture
 from tests.ui.conftest import PAGE, handler, save_header, write_adapter
 
 
@@ -288,6 +289,23 @@ def test_a_picture_that_is_chosen_while_others_are_drawn_stays_chosen(context):
     assert [value for value in chosen if value != gr.skip()] == [0] and chosen.index(0) < len(chosen) - 3
     setting = {event.name for event in page.fns.values() if generate.outputs[-1] in event.outputs}
     assert setting == {"generate", "select"}
+
+
+def test_the_settings_of_a_picture_in_the_history_are_those_of_the_one_that_is_shown(context):
+    """A picture that was drawn since moved all by one place, and its neighbour's settings came."""
+    ctx = context()
+    page = build_app(ctx, [])
+    history = next(event for event in page.fns.values() if event.name == "history")
+    reuse = next(event for event in page.fns.values() if event.inputs[:1] == history.outputs[-1:])
+    (visitor := ctx.visitors.of(PAGE)).remember(one_drawn(visitor.folder, "a dog"))
+    shown = history.fn(PAGE)[-1]
+    visitor.remember(one_drawn(visitor.folder, "a cat"))
+    assert reuse.fn(shown, 0, PAGE)[0] == "a dog" and reuse.fn(history.fn(PAGE)[-1], 0, PAGE)[0] == "a cat"
+
+
+def one_drawn(folder: Path, prompt: str) -> Picture:
+    image = Image(0, PIL.Image.new("RGB", (8, 8)), GenerationParams(prompt), Provenance())
+    return Picture(image.save(folder / f"{prompt}.png"), prompt)
 
 
 def with_header(file: Path, header: bytes, content: int = 0) -> Path:
