@@ -116,6 +116,10 @@ def rows(form: type) -> dict[str, FormField]:
     return {item.name: item.metadata["row"] for item in fields(form) if item.metadata}
 
 
+TOO_MANY_CAPTIONS = (
+    "{} captions for {} photos{}: one was removed on another page, or could not be read; load the page again, or leave "
+    "out its line"
+)
 MOST_SUBJECTS = 4
 TOKENS = ("sks", "zwx", "ohwx", "xjy")  # The default rare word of each further subject
 
@@ -324,10 +328,14 @@ class TrainForm:
         return {"initializer_concept": concept}
 
     def write_captions(self, photos_dir: Path) -> None:
-        """Write each line of the captions into a text file beside its photo; empty lines are skipped."""
+        """Write each line of the captions into a text file beside its photo; empty lines are skipped. Raises UserError
+        for more lines than photos: some would be another photo's."""
         for number, words in enumerate(self.subjects, 1):
-            lines = str(words.captions or "").splitlines()
-            for photo, line in zip(photos_of(photos_dir, number), lines):
+            photos, lines = photos_of(photos_dir, number), str(words.captions or "").rstrip().splitlines()
+            if len(lines) > len(photos):
+                whose = f" of subject {number}" if self.others else ""
+                raise UserError(TOO_MANY_CAPTIONS.format(len(lines), len(photos), whose))
+            for photo, line in zip(photos, lines):
                 if line.strip():
                     photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
 

@@ -97,6 +97,14 @@ def test_what_an_empty_field_stands_for_is_what_the_run_would_take(tab, ann, tmp
     assert recipe_values(tab, preset, "none", visitor(tmp_path, "bob"))["steps"] == f"{empty} times each photo"
 
 
+@pytest.mark.parametrize(("form", "words"), [(DUCK, "6 captions for 5 photos:"), (TWO, "for 5 photos of subject 1:")])
+def test_captions_that_outnumber_the_photos_are_refused_as_some_would_be_another_photos(ann, tab, form, words):
+    """One of a program's photos could not be read, or another page had removed one: the rest moved up, and ran so."""
+    with pytest.raises(UserError, match=words), prepared(tab, replace(form, captions="one\n\n\n\n\nsix\n"), ann):
+        pass
+    assert not list(tab.runs_dir.glob("*"))
+
+
 @pytest.mark.parametrize("broken", ["write_captions", "start", "spawn"])
 def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(context, ann, monkeypatch, broken):
     def fail(*args, **kwargs):
