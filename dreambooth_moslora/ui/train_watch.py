@@ -154,7 +154,7 @@ def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: visitors.V
 def _shown(jobs: Jobs, job: Job, state: JobState, visitor: visitors.Visitor) -> dict[str, Any]:
     run_dir, metrics = run_folder.RunDir(job.run_dir), jobs.metrics(job)
     ready = run_dir.adapter_path.is_file() and not state.is_active
-    has_sheet = ready and run_dir.contact_sheet_path.is_file()  # the photos, and pictures before and after the training
+    has_sheet = ready and is_own_file(run_dir.contact_sheet_path, job)  # the photos, and pictures before and after
     sheet = str(link_into_user_folder(run_dir.contact_sheet_path, visitor, job.name)) if has_sheet else None
     samples = samples_of(job, metrics, visitor)
     is_own = job.owner == visitor.id  # the command line's run is stopped where it was started
@@ -179,7 +179,7 @@ def _shown(jobs: Jobs, job: Job, state: JobState, visitor: visitors.Visitor) -> 
 
 def _download(files: list[Path], ready: bool, job: Job, visitor: visitors.Visitor) -> gr.DownloadButton:
     """The file that is there, or of several all in one; hidden for none."""
-    files = [file for file in files if ready and file.is_file()]
+    files = [file for file in files if ready and is_own_file(file, job)]
     if len(files) < 2:
         linked = [str(link_into_user_folder(file, visitor, job.name)) for file in files]
         return gr.DownloadButton(value=linked[0] if linked else None, visible=bool(linked))
@@ -437,10 +437,15 @@ def samples_of(job: Job, metrics: events.Metrics, visitor: visitors.Visitor) -> 
         for name, noun in zip(files, nouns, strict=True):
             found[Path(str(name)).name] = f"step {event.get('step')}{noun}"
     samples = [(job.run_dir / "samples" / name, caption) for name, caption in found.items()]
-    there = [(file, caption) for file, caption in samples if file.is_file()]
+    there = [(file, caption) for file, caption in samples if is_own_file(file, job)]
     first = [item for item in there if item[1].partition(" · ")[0] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
     newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
     return [(str(link_into_user_folder(file, visitor, job.name)), caption) for file, caption in first + newest]
+
+
+def is_own_file(file: Path, job: Job) -> bool:
+    """Whether it is the run's, which may be a stranger's: a link in it could show a visitor any file of the server."""
+    return run_folder.is_file_inside(file, (job.run_dir,))
 
 
 def link_into_user_folder(file: Path, visitor: visitors.Visitor, run: str) -> Path:

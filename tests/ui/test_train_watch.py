@@ -106,6 +106,18 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_all_files_that_t
     assert set(catalog.files(ann)) == {"best", "best@best", "best@mixers"}
 
 
+def test_a_link_out_of_a_run_folder_is_not_followed(run, look, tmp_path):
+    """The folder may be a stranger's: each visitor could look at the file that the link led to."""
+    (secret := tmp_path / "secret.png").write_text("TOPSECRET")
+    files = {"samples": "samples/a.png", "sheet": "contact_sheet.png", "download_mixers": "mixers.safetensors"}
+    (run / "samples").mkdir()
+    for file in files.values():
+        (run / file).symlink_to(secret)
+    recorded(run, {"type": "sample", "step": 0, "files": ["samples/a.png"]}, {"type": "end", "state": "done"})
+    now = look()
+    assert now["download"].visible and not any(now[name].visible for name in files)
+
+
 def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_a_picture_shows(run, look):
     scores = {"dino": 0.6, "dino_subject_1": 0.7, "dino_subject_2": 0.5, "confusion": 0.07, "clip_t": 0.3}
     files, prompts = ["samples/a.png", "samples/b.png"], ["a photo of a sks duck", "a photo of a zwx rocket"]
