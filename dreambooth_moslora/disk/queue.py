@@ -31,8 +31,11 @@ from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.disk.file_lock import lock
 
 LOCK_NAME = "run.lock"
+HOLD_NAME = ".worker.lock"  # of a fleet's worker
+NEW_RECORD_NAME = ".job.json.tmp"  # becomes job.json
 WRITTEN_TO = (LOCK_NAME, "metrics.jsonl", "train.log", processes.LOG_NAME, processes.CONFIG_NAME)
-"""Opened where they are, while others are replaced; the last two by a queue and a fleet."""
+WRITTEN_TO += (HOLD_NAME, NEW_RECORD_NAME)
+"""Opened where they are, while others are replaced; the last four by a queue and a fleet."""
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class Job:
 
     def save(self) -> None:
         facts = {key: value for key, value in asdict(self).items() if key != "run_dir"}
-        temporary = self.run_dir / f".{JOB_NAME}.tmp"
+        temporary = self.run_dir / queue.NEW_RECORD_NAME
         temporary.write_text(json.dumps(facts), encoding="utf-8")
         rename(temporary, self.run_dir / JOB_NAME)
 

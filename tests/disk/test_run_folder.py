@@ -94,9 +94,12 @@ def test_what_a_running_process_writes_and_a_hidden_file_of_the_users_own_are_le
 
 
 @pytest.mark.parametrize("kind", ["link", "link to nothing", "folder", "pipe"])
-@pytest.mark.parametrize("name", ["run.lock", "metrics.jsonl", "train.log", "job.log", "job_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["run.lock", "metrics.jsonl", "train.log", "job.log", "job_config.json", ".worker.lock", ".job.json.tmp"],
+)
 def test_a_strangers_run_folder_has_no_file_written_elsewhere(name, kind, tmp_path):
-    """The lock emptied the file that its link led to, and lines were added to others."""
+    """The lock emptied the file that its link led to, lines were added to others, and a queue's record replaced one."""
     (run := tmp_path / "run").mkdir()
     (mine := tmp_path / "mine.txt").write_text("precious")
     if kind.startswith("link"):

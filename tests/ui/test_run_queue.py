@@ -231,7 +231,7 @@ def test_nothing_is_started_beside_a_run_or_in_a_folder_that_is_held(jobs, turns
     assert trained(turns) == {"dog": "done"}
 
 
-@pytest.mark.parametrize("name", ["run.lock", "job.log", "job_config.json"])
+@pytest.mark.parametrize("name", ["run.lock", "job.log", "job_config.json", ".job.json.tmp"])
 def test_a_folder_that_has_got_a_link_since_fails_and_the_next_begins(jobs, turns, tmp_path, name):
     """It was taken for one that is held, and all runs behind it waited without end."""
     (mine := tmp_path / "mine.txt").write_text("precious")

@@ -30,7 +30,7 @@ from dreambooth_moslora.extras.cluster.records import Record, ended, is_finished
 
 DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
 POLL_SEC = 0.2
-HOLD_NAME = ".worker.lock"
+HOLD_NAME = queue.HOLD_NAME
 """The worker's lock, which its training inherits, held until that ends, even if the worker dies first."""
 HELD_SEC = 120.0  # How long a training whose worker is gone may take for its last step and checkpoint
 KILLED_MOST = 3  # How many times one machine starts a training that was killed
