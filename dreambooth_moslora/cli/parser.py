@@ -131,7 +131,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
-        word = unknown.split()[0]
+        word = next(iter(unknown.split()), "")
+        if not word:
+            raise UserError(f"an argument is empty; see {self.prog} --help.")
         if unknown != message and (self.is_of_training or name_of(word) in REMOVED_FLAGS):
             raise UserError(unknown_flag_message(word))
         raise UserError(f"{message}; see {self.prog} --help.")
