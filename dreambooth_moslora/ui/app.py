@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
     avoid_fragmentation()
     share_heaps()
-    parser = argparse.ArgumentParser(prog=prog, description="A web page to generate with adapters and train them.")
+    about = "A web page to generate with adapters and train them."
+    parser = argparse.ArgumentParser(prog=prog, usage="%(prog)s [--FLAG VALUE …]", description=about)
     add_arguments(parser)
     args = parser.parse_args(argv)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

@@ -81,6 +81,12 @@ def test_what_it_is_told_wrongly_ends_in_one_line(tmp_path, capsys, options, tol
     assert error.startswith(f"error: {told}") and error.count("\n") == 1
 
 
+def test_the_usage_is_one_line_of_the_help(capsys):
+    with pytest.raises(SystemExit):
+        app.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: app.py [--FLAG VALUE …]\n\nA web page")
+
+
 def test_a_password_may_have_a_colon():
     assert app.parse_login("ann:se:cret") == ("ann", "se:cret")
 
