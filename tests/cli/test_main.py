@@ -264,6 +264,13 @@ def test_ctrl_c_during_the_imports_is_one_word(program, tmp_path):
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
 
 
+def test_an_error_of_the_machine_ends_the_page_in_one_line_as_any_command():
+    """Such as a folder that this user may not look into; it was a traceback."""
+    command = [sys.executable, ROOT / "app.py", "--bases_dir", name := "x" * 300]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: {os.strerror(errno.ENAMETOOLONG)}: {name}.\n")
+
+
 @pytest.mark.slow
 def test_a_run_that_may_write_no_large_file_ends_in_one_line(photos, tiny_base, tmp_path):
     done = python(
