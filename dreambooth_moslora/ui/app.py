@@ -193,14 +193,14 @@ def about(name: str, folder: Path | None, resolution_px: int) -> str:
         return OF_TOY.format(files.facts_of_base(folder).title)
     if folder is None:
         return "fetched from the hub when it is loaded for the first time"
-    parts = [part for part in folder.iterdir() if part.is_dir()] if folder.is_dir() else []
-    weights = [file for part in parts for file in files.weight_files(part)] if parts else [folder]
-    gib = sum(file.stat().st_size for file in weights) / 2**30
     is_small = resolution_px <= files.SMALL_BASE_PX
     needs = "it needs no GPU" if is_small else "it wants a GPU; without one a picture takes minutes"
     try:
+        parts = [part for part in folder.iterdir() if part.is_dir()] if folder.is_dir() else []
+        weights = [file for part in parts for file in files.weight_files(part)] if parts else [folder]
+        gib = sum(file.stat().st_size for file in weights) / 2**30
         return f"{files.facts_of_base(folder).title}, {resolution_px} px, {gib:.1f} GiB of weights: {needs}"
-    except core.UserError as error:
+    except (core.UserError, OSError) as error:  # such as a link of the hub's cache whose file is gone
         return f"it cannot be used: {core.one_line(error)}"
 
 

@@ -150,6 +150,13 @@ def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_ne
     assert "wants a GPU" in app.about(str(tiny_base), tiny_base, 1024)
 
 
+def test_a_base_whose_weights_are_gone_is_told_of_and_does_not_keep_the_page_from_its_start(shelf):
+    (shelf / "mine" / "unet").mkdir()
+    (shelf / "mine" / "unet" / "x.safetensors").symlink_to(shelf / "gone")
+    found = app.page_base("mine", str(shelf / "mine"), argparse.Namespace(backend=None))
+    assert found.about.startswith("it cannot be used: [Errno 2]")
+
+
 @pytest.mark.parametrize("public", [False, True])
 def test_a_public_page_has_the_operators_base_alone_and_its_prompts_suit_the_base(shelf, tmp_path, public):
     app.add_arguments(parser := argparse.ArgumentParser())
