@@ -375,7 +375,7 @@ class QueueTurns:
                 self.queue.end(run, "failed", UNREADABLE)
                 return
             job = Job.load(self.jobs.runs_dir / run.name)
-            if not run.started or job is None or job.created < run.started - 1:
+            if not run.started or job is None or (job.began or job.created) < run.started - 1:
                 self._start(run)
                 return
             if not self.jobs.was_cut_off(job):

@@ -15,7 +15,7 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun, RunQueue, locked
 from dreambooth_moslora.ui import public
-from dreambooth_moslora.ui.jobs import KILLED_MOST, Jobs, QueueTurns
+from dreambooth_moslora.ui.jobs import KILLED_MOST, Job, Jobs, QueueTurns
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import add_to_queue, start_run
 from dreambooth_moslora.ui.train_watch import pause_or_go_on, queue_changes
@@ -199,6 +199,15 @@ def test_a_new_run_and_one_that_was_cut_off_go_on_from_their_checkpoint_though_t
     wait_for(lambda: len(starts_of(queue, "dog")) == 3)
     later.jobs.stop("dog", OWNER)  # its owner did
     assert trained(later) == {"dog": "interrupted", "cat": "done"}
+
+
+def test_a_run_is_trained_once_though_the_clock_was_put_forward(jobs, turns):
+    """psutil before 7 keeps the boot's time as it was first told: each process seemed to be older than its run."""
+    added(turns.queue, "dog")
+    turns.take()
+    job = Job.load(jobs.runs_dir / "dog")
+    replace(job, created=job.created - 3600).save()
+    assert trained(turns) == {"dog": "done"} and len(starts_of(turns.queue, "dog")) == 1
 
 
 def test_a_run_that_is_killed_again_and_again_fails_and_the_next_begins(turns):
