@@ -225,13 +225,15 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     queue, outputs = ctx.queue.queue, [parts[name] for name in OF_QUEUE]
     inputs = [parts["run"], parts["queue_seen"]]
 
+    def shown(changes: dict[str, Any]) -> dict:
+        return {parts[name]: value for name, value in (changes or {"queue_seen": gr.skip()}).items()}
+
     def control(change: Callable[[str, str], Any]) -> Callable:
         @as_gradio_error
-        def changed(chosen: str | None, run: str | None, request: gr.Request) -> dict:
+        def changed(chosen: str | None, run: str | None, seen: tuple | None, request: gr.Request) -> dict:
             visitor = ctx.visitors.of(request)
             change(chosen or "", visitor.id)
-            shown = queue_changes(ctx, visitor, run, None, chosen)
-            return {parts[name]: value for name, value in shown.items()}
+            return shown(queue_changes(ctx, visitor, run, seen, chosen))
 
         return changed
 
@@ -242,11 +244,10 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
         "queue_pause": lambda name, owner: pause_or_go_on(ctx),
     }
     for name, change in buttons.items():
-        parts[name].click(control(change), [parts["queued"], parts["run"]], outputs, **TELLING)
+        parts[name].click(control(change), [parts["queued"], *inputs], outputs, **TELLING)
 
     def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
-        changes = queue_changes(ctx, ctx.visitors.of(request), run, seen)
-        return {parts[name]: value for name, value in (changes or {"queue_seen": gr.skip()}).items()}
+        return shown(queue_changes(ctx, ctx.visitors.of(request), run, seen))
 
     page.load(look, inputs, outputs, **AT_ONCE)
     parts["timer"].tick(look, inputs, outputs, **AT_ONCE)
@@ -300,7 +301,8 @@ def queue_changes(
     if now == seen:
         return {}
     current = ctx.jobs.current()
-    is_next = current is not None and current.owner == visitor.id and current.name != run
+    is_own = current is not None and current.owner == visitor.id
+    is_next = is_own and current.name != run and current.name not in (seen[-1] if seen else ())
     return {
         "queue_box": gr.Column(visible=bool(rows or rest)),
         "queued": gr.Radio(choices=rows, value=chosen if chosen in dict(map(reversed, rows)) else None),

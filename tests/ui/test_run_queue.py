@@ -338,10 +338,15 @@ def test_cookies_together_leave_room_for_others(page, ann, monkeypatch, limit, s
         assert [add_to_queue(page, FORM, one)[0] for one in elsewhere] == ["dog-3", "dog-4"]
 
 
-def test_the_page_turns_to_the_run_whose_turn_has_come(page, ann):
+def test_the_page_turns_to_the_run_whose_turn_has_come_and_once(page, ann):
+    """Whoever looked at an older run was taken away from it, with its buttons, whenever anybody changed the queue."""
     added(page.queue.queue, "dog", steps=500)
     page.queue.take()
     wait_for(page.jobs.current)
-    assert queue_changes(page, ann, "old", None)["run"].value == "dog"
+    shown = queue_changes(page, ann, "old", None)
+    assert shown["run"].value == "dog"
+    added(page.queue.queue, "bear", owner="")
+    again = queue_changes(page, ann, "old", shown["queue_seen"])
+    assert "bear" in again["queue_rest"] and "value" not in again["run"].constructor_args
     other = queue_changes(page, replace(ann, id=OTHER), None, None)["run"]
     assert other.value != "dog" and other.choices == []
