@@ -396,8 +396,8 @@ class QueueTurns:
         return not (self.queue.started() or self.queue.waiting())
 
     def keep_on(self) -> None:
-        """Call `take` every second while this process lives and the folder of runs exists."""
-        while self.jobs.runs_dir.is_dir():
+        """Call `take` every second while this process lives: a folder of runs that was deleted comes back."""
+        while True:
             try:
                 self.take()
             except Exception:  # such as a full disk: the next turn may succeed

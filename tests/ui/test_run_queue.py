@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -150,6 +151,17 @@ def test_runs_are_trained_in_their_order_and_a_bad_one_fails_alone(turns):
     assert words["bad"] == "error: the photos are gone" and "cannot be read" in words["torn"]
     assert "/no/such/folder" in words["gone"]
     assert starts_of(turns.queue, "dog")[0]["time"] < starts_of(turns.queue, "cat")[0]["time"]
+
+
+def test_the_page_trains_on_after_the_folder_of_runs_was_deleted(turns, monkeypatch):
+    """Its thread ended, and whatever was queued later waited until the page was started again."""
+    monkeypatch.setattr("dreambooth_moslora.ui.jobs.TURN_SEC", 0.01)
+    turns.queue.runs_dir.rmdir()
+    (thread := threading.Thread(target=turns.keep_on, daemon=True)).start()
+    thread.join(0.1)
+    turns.queue.runs_dir.mkdir()
+    added(turns.queue, "dog")
+    wait_for(lambda: endings(turns.queue) == {"dog": "done"}, 20)
 
 
 def test_two_processes_never_start_the_same_run(jobs):
