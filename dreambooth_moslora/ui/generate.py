@@ -323,7 +323,7 @@ def _connect_adapters(ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, 
         return gr.Dropdown(choices=names, value=name), gr.Dropdown(choices=names), gr.Dropdown(choices=names)
 
     uploaded = buttons["upload"].upload(upload, buttons["upload"], tab.adapters, api_visibility="private", **state.GPU)
-    uploaded.then(preset, first, tab.fields["scale"], **state.AT_ONCE)
+    uploaded.success(preset, first, tab.fields["scale"], **state.AT_ONCE)
 
 
 def _connect_reuse(
