@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from dreambooth_moslora.adapters import lora_file, moslora
 from dreambooth_moslora.adapters.basis import Basis, read_basis
@@ -148,6 +148,9 @@ def text_options(config: table.TrainConfig) -> dict[str, Any]:
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> objective.NoiseSchedule:
     """A base's noise levels by its scheduler's configuration. Raises UserError for an unknown prediction."""
+    if scheduler.config.get("use_flow_sigmas"):  # a solver that draws flows, as Sana's: these are its levels
+        levels, shift = scheduler.config.num_train_timesteps, scheduler.config.flow_shift
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=levels, shift=shift)
     if "FlowMatch" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
         share = fresh.sigmas[: len(fresh.timesteps)].double()  # of the noise

@@ -190,7 +190,9 @@ def sana(folder: Path) -> DiffusionPipeline:
     heads = {"num_attention_heads": 2, "attention_head_dim": 4}
     crossed = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 4, "cross_attention_dim": 8}
     transformer = diffusers.SanaTransformer2DModel(caption_channels=8, **sizes, **heads, **crossed)
-    return with_flow(diffusers.SanaPipeline, transformer, {"shift": 7.0}, vae=autoencoder, **gemma())
+    flow = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    parts = {"scheduler": diffusers.DPMSolverMultistepScheduler(**flow), "vae": autoencoder, **gemma()}
+    return diffusers.SanaPipeline(transformer=transformer, **parts)
 
 
 OTHERS = (sd1, sd3, flux, flux2, z_image, qwen_image, krea2, lumina2, sana)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from PIL import Image
@@ -232,6 +232,14 @@ def test_levels_are_shifted_as_the_familys_own_scheduler_shifts_them():
         theirs = scheduler.time_shift(calculate_shift(float(count)), 1.0, share.numpy())
         assert number == int((1 - theirs) * 1000)
     assert noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)).shift_line is None
+
+
+def test_a_solver_of_flows_such_as_sanas_gives_the_levels_of_its_own_shift():
+    """The published bases are saved with it; a flow's own scheduler of that shift has the same levels."""
+    flow = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    found, wanted = map(noise_schedule, (DPMSolverMultistepScheduler(**flow), FlowMatchEulerDiscreteScheduler(shift=3)))
+    assert found.style == "flow" and torch.equal(found.sigmas, wanted.sigmas)
+    assert torch.equal(found.timesteps, wanted.timesteps) and found.shift_line is None
 
 
 def test_preconditioned_errors_are_those_of_the_latents_as_in_the_script_for_sd3():
