@@ -177,6 +177,8 @@ def resolve(args: argparse.Namespace) -> table.TrainConfig:
     chosen = {"pretrained_model_name_or_path": base, "instance_prompt": prompt, "instance_data_dir": photos, **given}
     if args.photos:
         chosen |= {"masks": "given", "captions": "given"}  # the run's made ones belong to its own photos
+        there = Path(find_asset(photos))
+        chosen["leave_out"] = [name for name in known.get("leave_out", ()) if (there / name).exists()]
     return table.TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
 
 

@@ -117,6 +117,9 @@ def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(aut
 
     assert masked() == [True, True]
     assert masked("--photos", str(other)) == [False, False]
+    settings = json.loads((moved / "train_config.json").read_text())
+    (moved / "train_config.json").write_text(json.dumps(settings | {"leave_out": ["1.png", "gone.png"]}))
+    assert masked("--photos", str(other)) == [False], "a photo that was left out of the run need not be there"
 
 
 @pytest.mark.slow
