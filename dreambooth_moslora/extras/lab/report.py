@@ -204,6 +204,8 @@ def finding(study: Study, against: Sequence[run.Outcome]) -> str:
     for outcome in against:
         change = outcome.differences["score"]
         verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no difference shown"
+        if change.low == change.high != 0:
+            verdict = "nothing shown, as one subject at one seed has no interval"
         lines.append(f"{outcome.arm} r{outcome.rank} against {study.reference}: score {change:+}, {verdict}")
     count = len(against)
     lines.append(f"{count} comparisons at 95 %: about {0.05 * count:.1f} of them would exclude zero by chance alone.")

@@ -14,7 +14,7 @@ from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.lab.commands import compare_arguments
 from dreambooth_moslora.extras.lab.commands import study_of as study_of_words
-from dreambooth_moslora.extras.lab.report import arm_rows, difference_plot, outcome_rows
+from dreambooth_moslora.extras.lab.report import arm_rows, difference_plot, finding, outcome_rows
 from dreambooth_moslora.extras.lab.run import Result, best_rates, materials, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
 from dreambooth_moslora.plan.plan import plan_steps
@@ -218,6 +218,15 @@ def test_pairing_finds_a_small_gain_that_unpaired_means_cannot():
     assert equal.low <= 0 <= equal.high
     means = {s.arm: s.scores["score"] for s in summaries(results)}
     assert means["lora"].high > means["better"].low  # the arms' own intervals overlap
+
+
+def test_one_pair_is_no_finding_whatever_its_sign():
+    """As in a report that is read when one of a subject's two seeds is finished."""
+    gains = {"up": 0.5, "down": -0.5}
+    for size, verdicts in ((6, ("better", "worse")), (1, ("as one subject at one seed has no interval",) * 2)):
+        study, results = made_up(np.random.default_rng(0), gains, subjects=size, seeds=1)
+        *lines, _ = finding(study, outcomes(study, results)).splitlines()
+        assert [line.endswith(verdict) for line, verdict in zip(lines, verdicts, strict=True)] == [True, True]
 
 
 def test_there_is_a_column_for_each_measure_that_was_taken_and_a_panel_where_every_arm_was_scored_at_it():
