@@ -17,6 +17,7 @@ with it in a share of its exposures.
 
 import json
 import logging
+import os
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -142,6 +143,10 @@ class Captions:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self.complaints.append((path, f'line {number} is not {{"file_name": …, "text": …}}'))
             return "", ""
+        if not name or not os.path.exists(path.parent / name):
+            self.complaints.append((path, f"line {number} names no file of this folder"))
+        elif not caption.strip():
+            self.complaints.append((path, f"line {number} has no text, as one of {', '.join(CAPTION_KEYS)}"))
         return name, one_space(caption)
 
 

@@ -118,6 +118,9 @@ CAPTIONS = {
         [("my sks toy, café",), NONE, ("one two",), ("half ?",)],
         {"b.txt": "captions not read: neither UTF-8 nor UTF-16 text"},
     ),
+    "of no photo": ({}, [row_of("e.jpg", MINE)], [NONE] * 4, {"metadata.jsonl": "line 1 names no file"}),
+    "no file's name": ({}, [row_of("/" + "e" * 300, MINE)], [NONE] * 4, {"metadata.jsonl": "line 1 names no file"}),
+    "other words": ({}, ['{"file_name": "a.jpg", "txt": "x"}'], [NONE] * 4, {"metadata.jsonl": "line 1 has no text"}),
 }
 for kind, line in (("list", "[" * 30_000), ("table", '{"file_name": ' * 2_000)):  # deeper than a reader should follow
     said = {"metadata.jsonl": "line 1 is not"}
