@@ -57,8 +57,9 @@ def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     if statistics := latent_statistics(vae, latents.device):
         latents = latents * statistics[1] + statistics[0]
     height, width = (side * scale_of(vae) for side in latents.shape[-2:])
-    with tiled_where_short(vae, (height, width), vae.device):
-        return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
+    device = machine.device_of(vae)
+    with tiled_where_short(vae, (height, width), device):
+        return vae.decode(latents.to(device, vae.dtype)).sample.float()
 
 
 def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:

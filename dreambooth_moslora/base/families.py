@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from torch.nn.utils.rnn import pad_sequence
 
 from dreambooth_moslora.base.decode import latent_statistics
+from dreambooth_moslora.base.machine import device_of
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.families import Facts, facts_of
 
@@ -51,7 +52,7 @@ class Family:
         return self.texts(pipe, [prompt])[0]
 
     def device(self, pipe: DiffusionPipeline) -> torch.device:
-        return getattr(pipe, self.facts.encoders[-1]).device
+        return device_of(getattr(pipe, self.facts.encoders[-1]))
 
     def arguments(self, texts: Sequence[Text]) -> dict[str, Any]:
         return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}

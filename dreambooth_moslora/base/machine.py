@@ -58,6 +58,11 @@ def free_gib(device: Any) -> float | None:
     return (torch.cuda.mem_get_info(device)[0] + kept) / GIB
 
 
+def device_of(model: Any) -> Any:
+    """Where a model computes: that of models which take turns on a GPU, though they lie in the CPU's memory."""
+    return getattr(getattr(model, "_hf_hook", None), "execution_device", None) or model.device
+
+
 def free_unused_blocks(device: Any) -> None:
     """Give the blocks that a GPU's allocator keeps back to the driver."""
     import torch

@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.adapters.moslora import disabled
-from dreambooth_moslora.base import families
 from dreambooth_moslora.core import is_toy
 from dreambooth_moslora.evaluation import metrics, protocol
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
@@ -262,11 +261,17 @@ def evaluate_adapter(
     text_options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Score a loaded adapter at `scale`; text is encoded for each side, with the given options of encoding or those of
-    the adapter's run. `on_picture` is called after each."""
+    the adapter's run. It draws on the pipeline's home, where models take turns if memory is short. `on_picture` is
+    called after each."""
     inner, steps = pipeline.pipeline, evaluator.plan.inference_steps
     embed = partial(pipeline.family_for(((adapter, 1.0),), text_options).texts, inner)
     pipeline.activate(((adapter, scale),))
-    place = pipeline.resolution_px, families.denoiser_of(inner).device
+    place = pipeline.resolution_px, pipeline.home.device
     sampler = Sampler(inner, embed, *place, steps, guidance_scale=guidance_scale)
-    with torch.no_grad():
-        return evaluator(sampler_draw(sampler, batch_size, on_picture))
+    try:
+        pipeline.home.enter()
+        with torch.no_grad():
+            return evaluator(sampler_draw(sampler, batch_size, on_picture))
+    finally:
+        if pipeline.home.is_resting:  # the models took turns
+            pipeline.home.leave()

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 from torch.nn.functional import normalize
 
+from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.cli.evaluate import summary
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepEvaluated, event_of
@@ -20,6 +22,7 @@ from dreambooth_moslora.evaluation.metrics import load_encoders, picture_distanc
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
 from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator, evaluate_adapter, paint_over, truth_of
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.prompts import Subject
 from dreambooth_moslora.settings.table import TrainConfig
@@ -124,6 +127,32 @@ def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, 
     for name, table in found.tables.items():
         assert np.array_equal(table, again.tables[name]), name
         assert np.abs(one.tables[name] - six.tables[name]).max() < 0.02, name
+
+
+@pytest.mark.slow
+def test_on_a_gpu_that_is_too_small_for_all_models_they_take_turns(tiny_base, encoders, photos, tmp_path, monkeypatch):
+    """All of them lay and drew in the CPU's memory there. What they get is where they compute."""
+    file = save_diffusers_lora(SubjectPipeline.from_base(tiny_base).pipeline.unet, tmp_path)
+    drawn_on = []
+
+    def found(device: str) -> Evaluation:
+        subject = SubjectPipeline.from_base(tiny_base, device=device)
+        subject.load_adapter(file, "one")
+        own = subject.pipeline.unet
+        own.register_forward_hook(lambda *_: drawn_on.append(machine.device_of(own)))
+        return evaluate_adapter(subject, "one", Evaluator(PLAN.smaller(1, 1, 1, 1, 1), encoders, photos))
+
+    wanted = found("cpu")
+    monkeypatch.setattr(machine, "free_gib", lambda device: 1e-6)
+    assert all(np.array_equal(table, wanted.tables[name]) for name, table in found("cpu:0").tables.items())
+    half = len(drawn_on) // 2
+    assert drawn_on == [torch.device("cpu")] * half + [torch.device("cpu:0")] * half
+    pipeline = SubjectPipeline.from_base(tiny_base).pipeline
+    for model in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
+        cpu_offload_with_hook(model, torch.device("meta"))
+    (text,) = load.encode_text(pipeline, ["a dog"])
+    pixels = decode.decoded(pipeline.vae, torch.zeros(1, 4, 4, 4))
+    assert {tensor.device.type for tensor in (*text.values(), pixels)} == {"meta"}
 
 
 def test_the_bare_prompt_is_scored_beside_the_others_which_stay_as_they_were(encoders, photos):
