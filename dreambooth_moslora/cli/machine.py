@@ -25,6 +25,7 @@ from dreambooth_moslora.settings.rules import version_of
 
 MIN_PYTHON = (3, 11)
 NEEDED_DISK_GIB = 10
+LEAST_PX = 16  # side of the doctor's test pictures
 OPTIONAL = ("bitsandbytes", "prodigyopt", "schedulefree", "datasets", "tensorboard", "wandb", "trackio", "torchvision")
 """Libraries that only some settings need."""
 
@@ -64,6 +65,8 @@ def run_doctor(args: argparse.Namespace) -> int:
     """Exit code 2 when something will fail."""
     if args.photos is not None:
         require_folder_of_photos(Path(args.photos))
+    if args.size < LEAST_PX:
+        raise UserError(f"--size {args.size}: must be at least {LEAST_PX}, as a VAE halves the sides three times.")
     found = Findings()
     examine_versions(found)
     examine_machine(found)

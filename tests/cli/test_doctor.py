@@ -12,7 +12,9 @@ from packaging.requirements import Requirement
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
+from dreambooth_moslora.base.files import TOY
 from dreambooth_moslora.cli.machine import (
+    LEAST_PX,
     OPTIONAL,
     Findings,
     bad_pairs,
@@ -34,6 +36,14 @@ def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys, monkeypatc
     facts = found["facts"]
     assert found["problems"] == [] and {"torch", "peft", "device", "compile", "VAE in bfloat16"} <= facts.keys()
     assert facts["VAE in float16"].startswith("off by") and facts["processor"].endswith(" cores, 3.0 GiB")
+
+
+def test_doctor_refuses_pictures_that_are_too_small_for_a_vae(tiny_base, capsys):
+    for size in (-1, 15):
+        assert main(["doctor", "--base", str(tiny_base), "--size", str(size)]) == 2
+        assert f"error: --size {size}: must be at least {LEAST_PX}" in capsys.readouterr().err
+    (found,) = probe_vae(load_vae_alone(TOY), [torch.bfloat16], [], LEAST_PX, torch.device("cpu"))
+    assert found.finite
 
 
 LACKS = [(False, ["c++"], [], None), (False, ["gcc"], [], "a C++ compiler"), (True, ["gcc"], [], "Triton")]
