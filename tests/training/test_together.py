@@ -107,7 +107,8 @@ def test_runs_share_their_steps_where_the_unet_computes_one_shape_and_what_canno
     flags = {"train_text_encoder": True, "use_dora": True, "lora_dropout": 0.1, "enable_bucket": True, "caching": "off"}
     for name, value in flags.items():
         assert f"--{name}" in needs_to_be_alone(replace(config, **{name: value}))
-    for name, value in {"rank": 8, "train_batch_size": 2, "resolution": 128, "mixer": "none"}.items():
+    of_one_pass = {"guidance_scale": 1.0, "max_sequence_length": 77}  # what FLUX.1 is told, and the length of its texts
+    for name, value in {"rank": 8, "train_batch_size": 2, "resolution": 128, "mixer": "none", **of_one_pass}.items():
         assert shared_settings(replace(config, **{name: value})) != shared_settings(config)
     own = {"seed": 5, "learning_rate": 1.0, "max_train_steps": 9, "optimizer": "Prodigy", "instance_prompt": "x"}
     assert shared_settings(replace(config, **own)) == shared_settings(config)

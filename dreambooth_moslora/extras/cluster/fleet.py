@@ -25,7 +25,7 @@ from dreambooth_moslora.settings import optimizer_kinds, table
 ALIKE_GROUPS = ("base model", "adapter", "memory and speed")
 ALIKE = (
     *("resolution", "with_prior_preservation", "prior", "train_batch_size", "gradient_accumulation_steps"),
-    "do_edm_style_training",
+    *("do_edm_style_training", "guidance_scale", "max_sequence_length"),
 )
 OWN = ("init_adapter", "mixer_lr_scale", "dataloader_num_workers")
 """Settings in ALIKE_GROUPS that may nevertheless differ between runs."""
