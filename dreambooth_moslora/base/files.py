@@ -44,11 +44,11 @@ def variants_in(folder: Path) -> list[str]:
     return sorted({name.partition("-")[0] for name in names if name})
 
 
-def variant_here(name: str | Path) -> str | None:
+def variant_here(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> str | None:
     """The variant of a base whose plain files are not on this machine, `fp16` before others; else None. A training by
     `sdxl.toml` fetches that variant alone. Raises UserError."""
     source = resolve_base(name)
-    folder = cached_folder(source) if isinstance(source, str) else source
+    folder = cached_folder(source, revision, cache_dir) if isinstance(source, str) else source
     for denoiser in families.DENOISERS if folder else ():
         if any("." in file.stem for file in weight_files(folder / denoiser)):
             return min(variants_in(folder / denoiser), key=lambda variant: (variant != "fp16", variant), default=None)

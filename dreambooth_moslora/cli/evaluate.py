@@ -91,7 +91,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     photos = folders.photos
     of_each = report.photos_by_subject(photos, len(subjects))
     plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
-    pipeline = SubjectPipeline.from_base(base)
+    pipeline = SubjectPipeline.from_base(base, **({} if args.base else places_of(config)))
     name = pipeline.load_adapter(find_asset(args.adapter))
     device = families.denoiser_of(pipeline.pipeline).device
     encoders = metrics.load_encoders(base, args.clip, args.dino, device)
@@ -131,6 +131,12 @@ def check_paths(args: argparse.Namespace) -> None:
         require_folder_of_photos(Path(find_asset(args.photos)))
     if args.base:
         resolve_base(args.base)
+
+
+def places_of(config: table.TrainConfig) -> dict[str, str | None]:
+    """Where the run had its base from. It may have been moved away from its cache."""
+    cache = config.cache_dir
+    return {"revision": config.revision, "cache_dir": cache if cache and Path(cache).is_dir() else None}
 
 
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:

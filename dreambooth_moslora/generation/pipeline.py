@@ -172,6 +172,7 @@ class MixersOnBases:
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
         self.files: list[Path] = []
+        self.places: dict[str, Any] = {}  # `revision` and `cache_dir` of the base
         self._loaded: dict[str, basis.SwappedMixers] = {}
 
     def prepare(self, mixers: basis.Mixers, file: Path) -> None:
@@ -210,7 +211,8 @@ class MixersOnBases:
     def _svd_basis(self, mixers: basis.Mixers) -> basis.Basis:
         """Of the base's files that the mixers were trained on: a run may have loaded another variant of them."""
         wanted, found, name = mixers.metadata.basis, [], str(self.pipeline.config.get("_name_or_path") or "")
-        for one in basis.svd_bases(base_folder(TrainConfig(pretrained_model_name_or_path=name)) if name else None):
+        config = TrainConfig(pretrained_model_name_or_path=name, **self.places) if name else None
+        for one in basis.svd_bases(config and base_folder(config)):
             if one.note == wanted:
                 return one
             found.append(one.note["sha256"][:12])
@@ -254,13 +256,16 @@ class SubjectPipeline:
         device: str | torch.device | None = None,
         *,
         resting: bool = False,
+        **places: Any,
     ) -> "SubjectPipeline":
-        """Load "toy", a folder, hub id or file, on a GPU by default, or `resting` until used. Raises UserError."""
+        """Load "toy", a folder, hub id or file, on a GPU by default, or `resting` until used. `places`: `revision` and
+        `cache_dir` of a hub id. Raises UserError."""
         device = torch.device(device or machine.best_device())
-        half = torch.bfloat16 if getattr(facts_of_base(name), "style", None) == "flow" else torch.float16
+        half = torch.bfloat16 if getattr(facts_of_base(name, **places), "style", None) == "flow" else torch.float16
         dtype = dtype or (half if device.type in ("cuda", "mps") else torch.float32)
-        pipeline = load.load_pipeline(name, dtype=dtype, variant=variant_here(name))
+        pipeline = load.load_pipeline(name, dtype=dtype, variant=variant_here(name, **places), **places)
         subject = cls(pipeline, core.public_name(name), device)
+        subject.bases.places = places
         if not (resting or subject.home.is_short):
             subject.home.enter()
         return subject

@@ -22,6 +22,7 @@ from dreambooth_moslora.adapters.moslora import inject
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.base.decode import load_vae_alone
 from dreambooth_moslora.base.files import base_folder, facts_of_base, variant_here, variants_in, weight_files
+from dreambooth_moslora.cli.evaluate import places_of
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan import checks, memory
@@ -313,6 +314,13 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(tiny_b
     for name in (str(folder), "owner/half"):
         assert variant_here(name) == "fp16"
         assert SubjectPipeline.from_base(name).pipeline.unet.num_parameters()
+    with monkeypatch.context() as patch:  # what a run was told of its base: `evaluate` takes it again
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "other"))
+        told = places_of(TrainConfig(revision="0" * 40, cache_dir=str(tmp_path)))
+        assert places_of(TrainConfig(cache_dir=str(tmp_path / "gone"))) == {"revision": None, "cache_dir": None}
+        assert SubjectPipeline.from_base("owner/half", **told).bases.places == told
+        with pytest.raises(UserError, match="owner/half cannot be loaded"):
+            SubjectPipeline.from_base("owner/half")
     load.load_pipeline(tiny_base).unet.save_pretrained(folder / "unet")
     assert [variant_here(name) for name in ("owner/half", tiny_base, "owner/none")] == [None] * 3
 
