@@ -245,6 +245,7 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Tensors, d
             return others, None, _settings_beside(file, tensors, others)
         with proof.collected_warnings() if sizes else nullcontext():  # diffusers drops dora_scale, and says so
             is_unet = facts_of(type(pipeline).__name__).denoiser == "unet"
+            returns_alphas = "return_alphas" in signature(pipeline.lora_state_dict).parameters  # FLUX.1's
             tensors, *alphas, settings = pipeline.lora_state_dict(
                 str(file.parent) if tensors is None else tensors,
                 weight_name=file.name,
@@ -252,8 +253,10 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Tensors, d
                 local_files_only=True,
                 return_lora_metadata=True,
                 **({"unet_config": pipeline.unet.config} if is_unet else {}),
+                **({"return_alphas": True} if returns_alphas else {}),
             )
-            alphas = alphas[0] if alphas else None  # of a UNet; elsewhere they are in `tensors`
+            found = alphas[0] if alphas else None  # of a UNet and of FLUX.1; elsewhere they are in `tensors`
+            alphas = {key: float(alpha) for key, alpha in (found or {}).items()}
         settings = settings or json.loads(run_folder.header_of(file).get(published_file.PEFT_SETTINGS, "null"))
         by_name = {key.removesuffix(key_names.DORA_SCALE): key_names.as_magnitude(size) for key, size in sizes.items()}
         labels = key_names.renamed(by_name, pipeline).items()

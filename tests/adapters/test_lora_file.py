@@ -396,7 +396,7 @@ def of_kohya(name: str, pair: tuple[torch.Tensor, torch.Tensor], alpha: float) -
 
 
 def test_files_of_other_families_under_other_programs_names_are_what_they_say(tmp_path):
-    """kohya's of FLUX.1, with q, k and v in one layer, and ComfyUI's of Z-Image."""
+    """kohya's of FLUX.1, with q, k and v in one layer, diffusers' with an alpha, and ComfyUI's of Z-Image."""
     random = torch.Generator().manual_seed(0)
     (down, up), other = (
         tuple(torch.randn(size, generator=random) for size in sizes)
@@ -407,10 +407,13 @@ def test_files_of_other_families_under_other_programs_names_are_what_they_say(tm
     of_flux |= of_kohya("lora_unet_double_blocks_1_txt_attn_proj", other, 2.0)
     wanted = {f"{blocks}.0.attn.to_{q}": rows for q, rows in zip("qkv", delta.split(32))}
     wanted[f"{blocks}.1.attn.to_add_out"] = other[1] @ other[0]
-    query = "layers.0.attention.to_q"
+    query, halved = "layers.0.attention.to_q", 0.5 * other[1] @ other[0]
     of_z_image = of_kohya(f"diffusion_model.{query}", other, 1.0)
-    cases = {"flux": (of_flux, wanted), "z_image": (of_z_image, {query: 0.5 * other[1] @ other[0]})}
-    for family, (tensors, deltas) in cases.items():
+    key, parts = f"transformer.{blocks}.0.attn.to_q", ("lora_A.weight", "lora_B.weight", "alpha")
+    dotted = {f"{key}.{part}": tensor for part, tensor in zip(parts, (*other, torch.tensor(1.0)))}
+    cases = [("flux", of_flux, wanted), ("flux", dotted, {f"{blocks}.0.attn.to_q": halved})]
+    cases += [("z_image", of_z_image, {query: halved})]
+    for family, tensors, deltas in cases:
         file, pipeline = tmp_path / f"{family}.safetensors", tiny_pipeline(family, tmp_path / family)
         save_file(tensors, file)
         found, scales = lora_file.read_start(file, pipeline, family, use_dora=False).parts["transformer"]
