@@ -242,7 +242,7 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Tensors, d
         sizes = _dora_scales(file)
         tensors = _read_otherwise(file, pipeline)
         if tensors is not None and (others := key_names.as_peft(tensors, pipeline, file.name)):
-            return others, None, _settings_beside(file, tensors, others)
+            return others, None, _settings_of_one_model(file, tensors, others)
         with proof.collected_warnings() if sizes else nullcontext():  # diffusers drops dora_scale, and says so
             is_unet = facts_of(type(pipeline).__name__).denoiser == "unet"
             returns_alphas = "return_alphas" in signature(pipeline.lora_state_dict).parameters  # FLUX.1's
@@ -278,12 +278,16 @@ def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> Tensors | None:
     return {k: t.float() if t.is_floating_point() and t.element_size() == 1 else t for k, t in tensors.items()}
 
 
-def _settings_beside(file: Path, tensors: Tensors, found: Tensors) -> dict[str, object] | None:
-    """PEFT's settings, which it keeps in a file of its own; None for a file that has none."""
+def _settings_of_one_model(file: Path, tensors: Tensors, found: Tensors) -> dict[str, object] | None:
+    """PEFT's settings, which PEFT keeps in a file of its own and diffusers' `save_lora_adapter` in the header; None for
+    a file that has none."""
     config = file.parent / run_folder.PEFT_CONFIG
-    if not config.is_file() or not any(key.startswith(key_names.PEFT_PREFIX) for key in tensors):
-        return None
-    settings = parse_object(config.read_bytes()[:LONGEST_CONFIG])
+    if config.is_file() and any(key.startswith(key_names.PEFT_PREFIX) for key in tensors):
+        settings = parse_object(config.read_bytes()[:LONGEST_CONFIG])
+    else:
+        settings = json.loads(run_folder.header_of(file).get(published_file.PEFT_SETTINGS, "{}"))
+        if "lora_alpha" not in settings or any(key.endswith(key_names.KOHYA_ALPHA) for key in tensors):
+            return None
     components = {key.partition(".")[0] for key in found}
     return {f"{component}.{name}": value for component in components for name, value in settings.items()}
 

@@ -437,6 +437,20 @@ def test_what_peft_saves_is_read_with_its_settings(tiny_base, tmp_path):
     assert worst(of_file(tiny_base, tmp_path / "adapter_model.safetensors"), wanted) < 1e-6
 
 
+def test_what_diffusers_saves_of_one_model_is_read_with_its_settings(tiny_base, tmp_path):
+    """By `save_lora_adapter`, whose names begin with no component."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    generator = torch.Generator().manual_seed(0)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=9, target_modules=["to_q"], alpha_pattern={"attn2.to_q": 2}))
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    unet.save_lora_adapter(tmp_path)
+    layers = {path: layer for path, layer in unet.named_modules() if isinstance(layer, LoraLayer)}
+    wanted = {f"unet.{path}": layer.get_delta_weight("default").detach() for path, layer in layers.items()}
+    assert worst(of_file(tiny_base, tmp_path / PUBLISHED_NAME), wanted) < 1e-6
+
+
 def test_floats_of_eight_bits_are_cast(tiny_base, state, tmp_path):
     """Also where kohya's names go on to diffusers."""
     short = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in state.items()}
