@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dreambooth_moslora.base.files import resolve_base
+from dreambooth_moslora.cli.generate import text_option_arguments
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
 from dreambooth_moslora.core import UserError, atomic_write, find_asset, small_text, spelled_out
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card
@@ -39,6 +40,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help='base model (default: what the run or the file says; "toy" is the embedded one)')
     parser.add_argument("--instance_prompt", help='"a photo of sks dog" (default: what the run or the file says)')
     parser.add_argument("--class_word", help="the kind of thing it is (default: found in the prompt)")
+    text_option_arguments(parser)
     parser.add_argument("--output_dir", metavar="DIR", help="where the report goes (default: evaluation/ in the run)")
     group = parser.add_argument_group("protocol")
     about = "auto (default), object, live, toy, or a text file with a prompt on each line, {} for the subject"
@@ -165,7 +167,7 @@ def note_strength(path: Path, choice: explain.ScaleChoice | None) -> str:
 
 def resolve(args: argparse.Namespace) -> table.TrainConfig:
     """What to evaluate, from the arguments, the run folder's configuration and the file's header. Raises UserError."""
-    known = known_of(Path(find_asset(args.adapter)))
+    known = known_of(Path(find_asset(args.adapter))) | text_options_of(args)
     if known.get("subjects") and (args.photos or args.instance_prompt or args.class_word):
         named = {one.instance_prompt: one for one in table.TrainConfig.from_dict(known).each_subject}
         if args.instance_prompt not in named:

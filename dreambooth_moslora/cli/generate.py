@@ -45,12 +45,16 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("width", type=int, help="of a picture, px (default: the base's own size)")
     add("num_images", type=int, help="how many, with consecutive seeds (default 1)")
     add("scheduler", choices=list(params.SCHEDULERS), help=f"how steps remove noise (default {DEFAULTS['scheduler']})")
+    text_option_arguments(parser)
+    add("grid", nargs="+", metavar="AXIS", help='one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" …')
+    add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
+
+
+def text_option_arguments(parser: argparse.ArgumentParser) -> None:
     for name in TEXT_OPTIONS:
         what = table.SETTINGS[name].metadata["help"].partition(" (default")[0]
         several = {"nargs": "+", "metavar": "N"} if table.FIELD_TYPES[name][0] is tuple else {}
-        add(name, **several, help=f"{what} (default: as in the adapter's training)")
-    add("grid", nargs="+", metavar="AXIS", help='one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" …')
-    add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
+        parser.add_argument(f"--{name}", **several, help=f"{what} (default: as in the adapter's training)")
 
 
 def run_generate(args: argparse.Namespace) -> int:

@@ -393,10 +393,10 @@ class SubjectPipeline:
                 continue
             if None in values:
                 said = f"{values[None]} was trained with its own --{option}, which its file does not tell"
-                raise core.UserError(f'{said}: give it to generate, or "" for that of the base')
+                raise core.UserError(f'{said}: give it, or "" for that of the base')
             if len(values) > 1:
                 names = " and ".join(values.values())
-                raise core.UserError(f"{names} were trained with different --{option}: give one to generate")
+                raise core.UserError(f"{names} were trained with different --{option}: give one")
             options[option] = next(iter(values))
         return families.family_of(self.pipeline, options=families.encoding_options(options))
 

@@ -1,5 +1,6 @@
 """Pictures of other families are drawn with the options of encoding prompts that the adapter's run had."""
 
+from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ from safetensors.torch import save_file
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, with_told
 from dreambooth_moslora.base.families import denoiser_of, encoding_options
+from dreambooth_moslora.cli import evaluate
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.settings.families import FAMILIES, TEXT_OPTIONS
+from dreambooth_moslora.settings.families import FAMILIES, TEXT_OPTIONS, text_options_of
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.tiny_families import tiny_pipeline
 
@@ -64,6 +66,18 @@ def test_those_of_the_run_are_taken_unless_others_are_given_and_asked_for_where_
     with pytest.raises(UserError, match=f"own was trained with its own --{option}, which its file does not tell"):
         drawn(subject, adapter)
     assert np.array_equal(drawn(subject, adapter, **{option: ""}), usual)
+
+
+@pytest.mark.parametrize("given", [WITHHELD, ""])
+def test_evaluate_takes_what_the_file_alone_withholds(given, tmp_path):
+    """Its message named a flag that it lacked."""
+    facts = AdapterMetadata(rank=1, alpha=1.0, base_id="a/b", trigger_words=("sks dog",))
+    header = with_told(TrainConfig(system_prompt=WITHHELD), facts).header
+    save_file({"x": torch.ones(1)}, file := tmp_path / "dog.safetensors", header)
+    evaluate.evaluate_arguments(parser := ArgumentParser())
+    words = [str(file), "--photos", str(tmp_path), "--system_prompt", given]
+    assert text_options_of(evaluate.resolve(parser.parse_args(words))) == {"system_prompt": given}
+    assert not text_options_of(evaluate.resolve(parser.parse_args(words[:3])))
 
 
 @pytest.mark.slow
