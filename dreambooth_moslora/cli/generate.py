@@ -60,6 +60,7 @@ def text_option_arguments(parser: argparse.ArgumentParser) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     recipe = params.read_recipe(args.from_png) if args.from_png else None
     values = _recipe_values(args, recipe)
+    say([f"note: {remark}" for remark in recipe.remarks] if recipe else [])
     args.base = args.base or base_of_runs(args.adapter)
     check_paths(args, recipe)
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis

@@ -405,6 +405,9 @@ def _foreign_recipe(
         raise UserError("the settings inside the picture are damaged") from error
     ours = SCHEDULERS[name].title
     remarks = () if sampler in ("", ours) else (f"the sampler {sampler} is not available; {ours} replaces it",)
+    if (seed := values.get("seed", 0)) > MAX_SEED:  # ComfyUI's have up to 64 bits
+        values["seed"] = seed % (MAX_SEED + 1)
+        remarks += (f"the seed {seed} is beyond {MAX_SEED}; {values['seed']} replaces it",)
     return Recipe(GenerationParams.from_dict(values), Provenance(), exact=False, remarks=remarks)
 
 

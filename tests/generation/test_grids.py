@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import PIL.Image
 import pytest
+from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.cli import generate
 from dreambooth_moslora.core import UserError
@@ -129,6 +130,15 @@ def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tin
     assert read_recipe(tmp_path / "grid" / "grid.png").params.prompt == "dog"
     with pytest.raises(UserError, match="--prompt"):
         command(tiny_base, tmp_path)
+
+
+def test_what_another_programs_picture_asks_for_and_is_not_here_is_said(tiny_base, tmp_path, capsys):
+    """The page said it, the command drew with another sampler without a word."""
+    text = PngInfo()
+    text.add_text("parameters", "a dog\nSteps: 2, Sampler: DDIM, Seed: 3")
+    PIL.Image.new("RGB", (8, 8)).save(picture := tmp_path / "a.png", pnginfo=text)
+    assert command(tiny_base, tmp_path, "--from_png", str(picture)) == 0
+    assert "note: the sampler DDIM is not available; Euler replaces it\n" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,14 @@ def test_the_graph_of_comfyui_is_read_in_a_png_and_one_that_says_nothing_is_refu
             read_recipe(write_png(tmp_path / "a.png", {"prompt": graph}))
 
 
+def test_a_seed_of_comfyui_beyond_ours_is_replaced_and_that_is_said(tmp_path):
+    """Most of its seeds have more than 32 bits: such a picture was refused, also with --seed."""
+    graph = COMFY | {"3": {"inputs": COMFY["3"]["inputs"] | {"seed": 2**50 + 99}}}
+    recipe = read_recipe(write_png(tmp_path / "a.png", {"prompt": json.dumps(graph)}))
+    check(recipe.params, is_graph=True)
+    assert recipe.remarks == (f"the seed {2**50 + 99} is beyond 4294967295; 99 replaces it",)
+
+
 def check(params: GenerationParams, is_graph: bool) -> None:
     found = (params.prompt, params.negative_prompt, params.adapters, params.scheduler, params.steps, params.seed)
     assert found == ("portrait of a dög", "cat", (("rex", 0.7),), "dpmpp_2m_karras", 30, 99)
