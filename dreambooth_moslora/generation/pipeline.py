@@ -177,8 +177,10 @@ class MixersOnBases:
 
     def prepare(self, mixers: basis.Mixers, file: Path) -> None:
         """Put the basis of the mixers, read from `file`, into the UNet. Raises UserError."""
+        if (unet := getattr(self.pipeline, "unet", None)) is None:
+            raise core.UserError(f"{mixers.file_name} was made for another base: mixers alone are a UNet's")
         key = mixers.basis_key
-        self._loaded[key] = basis.SwappedMixers(self.pipeline.unet, self._find(mixers, file), mixers.ranks, key)
+        self._loaded[key] = basis.SwappedMixers(unet, self._find(mixers, file), mixers.ranks, key)
 
     def show(self, chosen: Iterable[tuple[basis.Mixers, float]]) -> set[str]:
         """Let each basis compute with the weighted sum of its chosen mixers. Returns the names of these adapters."""
@@ -205,7 +207,7 @@ class MixersOnBases:
                 return basis.FileBasis(place)
         raise core.UserError(
             f"{mixers.file_name} needs its basis, {note['file']!r:.60} with sha256 {note['sha256'][:12]:.12}: put it "
-            "beside the file or into the folder above, or name it with --basis"
+            "beside the file or into the folder above, or name it with `generate --basis`"
         )
 
     def _svd_basis(self, mixers: basis.Mixers) -> basis.Basis:

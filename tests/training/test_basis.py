@@ -28,6 +28,7 @@ from dreambooth_moslora.training.loop import train
 from tests.adapters.test_fast_linear import unet_loss
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import save_tiny_sdxl, tiny_unet
+from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 PARAMS = GenerationParams("a photo of sks dog", seed=3, steps=2, guidance_scale=1.0)
@@ -378,6 +379,16 @@ def test_mixers_of_a_variant_find_its_files_beside_the_plain_ones(bases, tmp_pat
         bases.prepare(mixers[0], mixers_file)
 
 
+def test_mixers_on_a_base_without_a_unet_are_refused_in_one_line(tiny_base, tmp_path):
+    subject = SubjectPipeline(tiny_pipeline("z_image", tmp_path), "tiny")
+    metadata = AdapterMetadata(rank=2, alpha=2.0, basis=SvdBasis(tiny_base).note)
+    header = metadata.header | {frozen.LAYERS: json.dumps([QUERY]), frozen.EXPONENT: "0"}
+    save_file({frozen.MIXERS: torch.zeros(4).half()}, tmp_path / MIXERS_NAME, header)
+    with pytest.raises(UserError, match="was made for another base: mixers alone are a UNet's"):
+        subject.load_adapter(tmp_path / MIXERS_NAME)
+    assert not subject.adapters
+
+
 def test_the_best_steps_mixers_find_the_basis_above_the_run_and_others_by_its_name(bases, tmp_path):
     unet, run = tiny_unet(), RunDir(tmp_path / "run")
     inject(unet, MoSLoraConfig(r=2, lora_alpha=2, target_modules=[QUERY]))
@@ -388,7 +399,7 @@ def test_the_best_steps_mixers_find_the_basis_above_the_run_and_others_by_its_na
         assert bases.show([(mixers, 1.0)]) == {mixers.basis_key}
         bases.forget(mixers.basis_key)
         bases.pipeline.unet.delete_adapters(mixers.basis_key)
-    with pytest.raises(UserError, match="into the folder above, or name it with --basis"):
+    with pytest.raises(UserError, match="into the folder above, or name it with `generate --basis`"):
         bases.prepare(mixers, run.path / "deep" / MIXERS_NAME)
     bases.files.append(tmp_path / "toys_basis.safetensors")
     bases.prepare(mixers, run.path / "deep" / MIXERS_NAME)
