@@ -61,7 +61,8 @@ def run_generate(args: argparse.Namespace) -> int:
     recipe = params.read_recipe(args.from_png) if args.from_png else None
     values = _recipe_values(args, recipe)
     say([f"note: {remark}" for remark in recipe.remarks] if recipe else [])
-    args.base = args.base or base_of_runs(args.adapter)
+    given = args.base
+    args.base = given or base_of_runs(args.adapter)
     check_paths(args, recipe)
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
     from dreambooth_moslora.generation.pipeline import SubjectPipeline, adapters_of_picture, given_adapter
@@ -70,6 +71,7 @@ def run_generate(args: argparse.Namespace) -> int:
     axes = tuple(parse_axis(text) for text in args.grid or ())
     if recipe and not args.adapter:
         adapters = adapters_of_picture(recipe)
+        args.base = given or base_of_runs([str(item.file) for item in adapters])
     else:
         adapters = [given_adapter(*_split_scale(text), recipe) for text in args.adapter]
         for note in filter(None, (item.note for item in adapters)):
@@ -79,6 +81,8 @@ def run_generate(args: argparse.Namespace) -> int:
     basis = user_path(args.basis) if args.basis else None
     pipeline = SubjectPipeline.from_base(args.base)
     pipeline.bases.files += [basis] if basis else []
+    if recipe and recipe.provenance.base not in ("", pipeline.base_name):
+        say([f"note: the picture was made with the base {recipe.provenance.base}, and this is {pipeline.base_name}"])
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
     wanted = params.GenerationParams.from_dict(values | {"adapters": chosen})
     events = generate_grid(pipeline, wanted, axes) if axes else pipeline.generate(wanted)
@@ -86,9 +90,10 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def base_of_runs(adapters: list[str]) -> str:
-    """That of the first adapter which lies in its run's folder, beside the settings; else the embedded one."""
+    """That of the first adapter which lies in its run's folder, or in a folder there; else the embedded one."""
     for path, _ in map(_split_scale, adapters):
-        for folder in (Path(find_asset(path)), Path(find_asset(path)).parent):
+        place = Path(find_asset(path))
+        for folder in place.parents[:2] if place.is_file() else (place, place.parent):
             if (file := RunDir(folder).config_path).is_file():
                 base = sources.read_json_table(file).get("pretrained_model_name_or_path")
                 if isinstance(base, str):

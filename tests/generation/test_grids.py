@@ -14,7 +14,7 @@ from dreambooth_moslora.cli import generate
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
-from dreambooth_moslora.generation.params import GenerationParams, Image, Step, read_recipe
+from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
@@ -91,7 +91,8 @@ def test_a_bad_axis_and_an_impossible_grid_are_refused(text, word):
 def command(tiny_base, folder, *words) -> int:
     parser = argparse.ArgumentParser()
     generate.generate_arguments(parser)
-    args = parser.parse_args(["--base", str(tiny_base), "--output_dir", str(folder), "--steps", "2", *words])
+    base = ["--base", str(tiny_base)] if tiny_base else []
+    args = parser.parse_args([*base, "--output_dir", str(folder), "--steps", "2", *words])
     return generate.run_generate(args)
 
 
@@ -112,6 +113,9 @@ def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedde
     for order, base in {(0,): "toy", (0, 1, 2): "toy", (2, 1): "other"}.items():
         assert generate.base_of_runs([str(runs[place]) for place in order]) == base
     assert capsys.readouterr().err.count("base: other, which the run in ") == 1
+    (best := RunDir(runs[2]).best_dir / "x.safetensors").parent.mkdir()
+    best.touch()
+    assert generate.base_of_runs([f"{best}:0.5"]) == generate.base_of_runs([str(best.parent)]) == "other"
 
 
 def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):
@@ -169,6 +173,20 @@ def test_a_picture_is_drawn_again_at_its_own_scale_under_whatever_name(
     monkeypatch.chdir(tmp_path)
     assert is_drawn_again(tiny_base, drawn, tmp_path, *words)
     assert "note" not in capsys.readouterr().err
+
+
+def test_a_picture_is_drawn_again_with_the_base_of_its_adapters_run(tiny_base, drawn, tmp_path, monkeypatch, capsys):
+    """The embedded base was taken. Where it is taken, a picture of another base says so."""
+    shutil.copytree(drawn / "runs", tmp_path / "runs")
+    file = RunDir(tmp_path / "runs" / "dog").config_path
+    file.write_text(json.dumps({"pretrained_model_name_or_path": str(tiny_base)}))
+    monkeypatch.chdir(tmp_path)
+    assert is_drawn_again(None, drawn, tmp_path)
+    assert "note" not in capsys.readouterr().err
+    image = Image(0, PIL.Image.new("RGB", (8, 8)), GenerationParams("dog", steps=1), Provenance("some/base"))
+    assert command(tiny_base, tmp_path, "--from_png", str(image.save(tmp_path / "a.png"))) == 0
+    said = f"note: the picture was made with the base some/base, and this is {tiny_base.name}\n"
+    assert said in capsys.readouterr().err
 
 
 def test_another_file_of_the_adapter_is_said(tiny_base, pipeline, drawn, tmp_path, monkeypatch, capsys):
