@@ -124,7 +124,7 @@ class Drawer:
             self.pipeline.load_adapter(self.catalogue.local(ref), ref.name)
         except FileNotFoundError as error:
             raise RefusedError(404, f"the adapter {ref.name} was taken away") from error
-        self.adapter_loads += self.pipeline.adapters[ref.name] != before
+        self.adapter_loads += self.pipeline.adapters[ref.name] is not before
 
     def _png(self, waiting: Waiting) -> bytes:
         order = waiting.order

@@ -1,6 +1,7 @@
 """The service without Ray, drawing for real: the same pictures as `generate`, limits, tokens and counts."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,12 @@ from unittest.mock import AsyncMock
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from starlette.datastructures import URL
 
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.new_tokens import KEYS, NewTokens, notes_of, write_tokens
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
 from dreambooth_moslora.extras.serving import front as front_module
@@ -128,6 +133,20 @@ def test_a_changed_file_is_loaded_again_and_a_wrong_one_refused(open_shop, base,
     (fourth,) = shop.ask(order())
     assert fourth.status_code == 400 and str(shelf) not in fourth.text
     assert shop.ask(order("cat"))[0].status_code == 200
+
+
+def test_an_adapter_with_new_tokens_that_is_written_again_is_drawn(open_shop, pipeline, shelf, tmp_path):
+    """Equal content at another time: its tensors were compared, which was an error of the server."""
+    widths = {part: getattr(pipeline.pipeline, part).config.hidden_size for part in KEYS}
+    tokens = NewTokens("rex", {part: torch.ones(2, width) for part, width in widths.items()})
+    write_tokens(tmp_path / "rex_emb.safetensors", tokens)
+    header = AdapterMetadata(4, 4.0, tokens=notes_of([tokens], "rex")).header
+    save_file(load_file(shelf / "dog.safetensors"), file := tmp_path / "rex.safetensors", header)
+    shop = open_shop(tmp_path)
+    before = shop.ask(order("rex"))[0].content
+    os.utime(file, ns=(1, 1))
+    (answer,) = shop.ask(order("rex"))
+    assert answer.status_code == 200 and answer.content == before
 
 
 def test_a_persons_mistake_is_one_line_of_json_and_what_is_no_order_refused(shop):
