@@ -15,7 +15,7 @@ from dreambooth_moslora.core import UserError, find_asset, free_name, is_toy, us
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.generation import params
 from dreambooth_moslora.settings import sources, table
-from dreambooth_moslora.settings.families import TEXT_OPTIONS, text_options_of
+from dreambooth_moslora.settings.families import TEXT_OPTIONS, Facts, text_options_of
 
 EPILOG = """examples:
   generate --adapter runs/dog --prompt "a photo of a sks dog"
@@ -81,6 +81,7 @@ def run_generate(args: argparse.Namespace) -> int:
     basis = user_path(args.basis) if args.basis else None
     pipeline = SubjectPipeline.from_base(args.base)
     pipeline.bases.files += [basis] if basis else []
+    say(without_effect(values, pipeline.family.facts))
     if recipe and recipe.provenance.base not in ("", pipeline.base_name):
         say([f"note: the picture was made with the base {recipe.provenance.base}, and this is {pipeline.base_name}"])
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
@@ -110,6 +111,16 @@ def without_adapter(base: str, prompt: str) -> str:
     unknown = [word for word in words if f"{word}</w>" not in known]
     never = f"; it has never read {', '.join(unknown)}, and draws one of its toys instead" if unknown else ""
     return f"note: without --adapter the base draws alone{never}"
+
+
+def without_effect(values: dict, facts: Facts) -> list[str]:
+    """A line for each parameter that this family's pictures do not obey."""
+    title, lines = f"{facts.title}'s pictures", []
+    if facts.style == "flow" and values.get("scheduler", DEFAULTS["scheduler"]) != DEFAULTS["scheduler"]:
+        lines.append(f"note: --scheduler has no effect: {title} are drawn with the base's own")
+    if not facts.has_negative and values.get("negative_prompt"):
+        lines.append(f"note: --negative_prompt has no effect: {title} are drawn without one")
+    return lines
 
 
 def check_paths(args: argparse.Namespace, recipe: params.Recipe | None) -> None:

@@ -16,7 +16,9 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.settings.families import facts_of
 from tests.helpers.tiny_adapters import save_diffusers_lora
+from tests.helpers.tiny_families import tiny_pipeline
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=2, guidance_scale=4.0, adapters=(("dog", 1.0),))
 
@@ -103,6 +105,20 @@ def test_without_an_adapter_the_words_that_the_embedded_base_has_never_read_are_
     never = f"{line}; it has never read cat, naïve, and draws one of its toys instead"
     assert generate.without_adapter("toy", "A Cat, a red cat 2 naïve") == never
     assert generate.without_adapter("some/base", "a cat") == line
+
+
+def test_what_a_family_does_not_obey_is_said(tmp_path, capsys):
+    """Z-Image's pictures were the same with each scheduler, without a word."""
+    tiny_pipeline("z_image", tmp_path / "files").save_pretrained(base := tmp_path / "base")
+    words = ["--prompt", "a dog", "--negative_prompt", "cat", "--height", "64", "--width", "64"]
+    assert command(base, tmp_path, *words, "--scheduler", "unipc") == 0
+    note = "note: --scheduler has no effect: Z-Image's pictures are drawn with the base's own\n"
+    said = capsys.readouterr().err
+    assert note in said and "--negative_prompt" not in said
+    lines = generate.without_effect({"negative_prompt": "cat", "scheduler": "euler"}, facts_of("FluxPipeline"))
+    assert lines == ["note: --negative_prompt has no effect: FLUX.1's pictures are drawn without one"]
+    values = {"negative_prompt": "cat", "scheduler": "unipc"}
+    assert not generate.without_effect(values, facts_of("StableDiffusionXLPipeline"))
 
 
 def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedded_one(tmp_path, capsys):
