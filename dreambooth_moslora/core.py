@@ -213,7 +213,7 @@ TOY_PX = 128
 
 
 def is_toy(base: str) -> bool:
-    return str(base).rstrip("/").split("/")[-1] in {*TOYS, *TOYS.values()}
+    return str(base) in TOYS or str(base).rstrip("/").split("/")[-1] in TOYS.values()
 
 
 def preferred_guidance(base: str, usual: float = 5.0, none: float = 1.0) -> float:

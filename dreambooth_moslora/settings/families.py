@@ -8,6 +8,7 @@ Sources: diffusers 0.42, its pipelines' defaults and its `examples/dreambooth` s
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.core import UserError
@@ -205,7 +206,9 @@ def facts_of(pipeline: str) -> Facts:
 def distilled(index: Mapping[str, Any], name: str, facts: Facts) -> str:
     """Why a base is not one to train, by its index and name; "" if it is. An adapter undoes what few-step models have
     learnt, or learns a subject that is anybody's."""
-    word = next((word for word in ("turbo", "schnell", "lightning", "hyper-sd") if word in name.lower()), "")
+    parts = Path(name.lower()).parts  # of a path the base's own folder tells, and in the hub's cache the model's
+    named = " ".join([*parts[-1:], *(part for part in parts if part.startswith("models--"))])
+    word = next((word for word in ("turbo", "schnell", "lightning", "hyper-sd") if word in named), "")
     if not (word or index.get("is_distilled")):
         return ""
     said = "it is" if index.get("is_distilled") else f"“{word}” says that it is"

@@ -20,6 +20,7 @@ def test_it_is_known_by_its_name_and_by_its_folder_and_has_the_autoencoder_of_th
     for name in ("toy-zimage", str(FOLDER)):
         assert preferred_guidance(name, none=0.0) == 1.5 and preferred_guidance("toy") == 2.5
         assert is_toy(name) and files.own_resolution(name) == TOY_PX and files.facts_of_base(name).name == "z_image"
+    assert not is_toy("somebody/toy")
     weights = [folder / "vae" / "diffusion_pytorch_model.safetensors" for folder in (FOLDER, files.TOY)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 

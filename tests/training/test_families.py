@@ -288,6 +288,8 @@ def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused_with_the_on
         make_plan(tiny_config(turbo, photos, tmp_path / "run", **settings_of("flux2")))
     said = families.distilled({}, "black-forest-labs/FLUX.1-schnell", facts_named("flux"))
     assert "“schnell” says that it is distilled" in said and "black-forest-labs/FLUX.1-dev" in said
+    assert families.distilled({}, "/hub/models--Tongyi-MAI--Z-Image-Turbo/snapshots/0a1b", facts_named("z_image"))
+    assert not families.distilled({}, "/home/turbo/Z-Image", facts_named("z_image"))
     base = shutil.copytree(base_of("sd1"), tmp_path / "base")
     changed(base / "model_index.json", "StableDiffusionPipeline", "KandinskyPipeline")
     words = ["--pretrained_model_name_or_path", str(base), "--instance_data_dir", str(photos)]
