@@ -390,19 +390,24 @@ def images_of(config: table.TrainConfig, steps: int) -> float:
 
 def memory_settings(config: table.TrainConfig, free_gib: float | None = None) -> dict[str, Any]:
     """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's, if another process
-    will train; else all processes of the run must call it. A resumed run keeps its first plan, since another would
-    change the result's bytes. Raises UserError for a missing base."""
+    will train; else all processes of the run must call it. A resumed run with the same word keeps its first plan, since
+    another would change the result's bytes. Raises UserError for a missing base."""
     if config.memory is None:
         return {}
     free = least_free_gib() if free_gib is None else free_gib
     if config.resume_from_checkpoint:
         with suppress(UserError):  # the folder has no settings yet
             saved = sources.read_json_table(RunDir(config.output_dir).config_path)
-            if before := {name: saved[name] for name in table.SETTINGS["memory"].metadata["replaces"] if name in saved}:
-                return before
+            if saved.get("memory") == config.memory:
+                return {name: saved[name] for name in saved.keys() & still_open(config)}
     size = size_of_run(config, files.base_folder(config))
     precision = half_settings(config, size.family, free)
     return precision | fitting_settings(replace(config, **precision), size, free)
+
+
+def still_open(config: table.TrainConfig) -> set[str]:
+    """The settings that a word of `--memory` decides, but for those that were given."""
+    return {name for name in table.SETTINGS["memory"].metadata["replaces"] if not rules.given_flag(config, name)}
 
 
 def half_settings(config: table.TrainConfig, facts: families.Facts, free_gib: float | None) -> dict[str, str]:

@@ -139,6 +139,12 @@ def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
     card(80.0)
     resumed = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
     assert short(resumed) == short(begun) == "ff cached, 1" and resumed.mixed_precision == "bf16"
+    for given, plan in (
+        ({"memory": "recompute"}, "recompute, 1"),
+        ({"gradient_checkpointing": True}, "recompute ff cached, 1"),
+    ):
+        asked = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest", **given))
+        assert short(asked) == plan, "a run that had too little memory could not go on with less"
 
 
 def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows_in_fp16(card):
