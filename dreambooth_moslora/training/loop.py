@@ -124,9 +124,12 @@ class Training:
         return not skipped
 
     def sample_if_due(self) -> None:
-        """Draw samples at step 0 (telling each denoising step), every `validation_steps`, and at the end."""
-        if not self.samples.is_due(self.step, self.max_train_steps):
-            return
+        """Draw samples at step 0, every `validation_steps`, and at the end."""
+        if self.samples.is_due(self.step, self.max_train_steps):
+            self.sample()
+
+    def sample(self) -> None:
+        """Draw samples, at step 0 telling each denoising step."""
         self.report.phase("sampling", 0, 1)
         sampler = self.sampler
         if self.step == 0:
@@ -359,4 +362,6 @@ def fit(run: Training) -> Steps:
         run.sample_if_due()
         if run.is_checkpoint_due:
             run.save_checkpoint(run.run_dir.checkpoint_path(run.step))
+    if run.samples.requests and run.samples.latest_step != run.step:  # it ends before `max_train_steps`
+        run.sample()
     return run.finish(interrupted=False)

@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -142,6 +143,7 @@ def test_early_stopping_stops_only_when_asked_and_says_so_and_a_resumed_run_stop
 ):
     """Nothing ever gets better. The second run dies when it has scored the step at which it would stop."""
     settings = {"early_stopping": patience, "max_train_steps": 5, "learning_rate": 0.0, "checkpointing_steps": 1}
+    settings |= {"num_validation_images": 1, "validation_steps": 4}
     whole, torn = (scored(name, **settings) for name in ("whole", "torn"))
     caplog.set_level(logging.WARNING)
 
@@ -159,6 +161,9 @@ def test_early_stopping_stops_only_when_asked_and_says_so_and_a_resumed_run_stop
     with pytest.raises(KeyboardInterrupt):
         train(torn, dies, evaluator=quick(torn, encoders))
     assert [ended(replace(config, resume_from_checkpoint="latest")) for config in (whole, torn)] == [wanted] * 2
+    for config in (whole, torn):
+        drawn, card = logged(config.output_dir, "sample"), (Path(config.output_dir) / "README.md").read_text()
+        assert drawn[-1]["step"] == last and "image_0.png" in card, "the card shows the adapter that is published"
 
 
 @pytest.fixture
