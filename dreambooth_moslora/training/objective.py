@@ -229,7 +229,7 @@ def pointwise_error(
     if huber_schedule == "constant":
         width = torch.full_like(schedule.sigmas[index], huber_c)
     elif huber_schedule == "exponential":
-        width = huber_c ** (index / len(schedule))
+        width = huber_c ** (schedule.timesteps[index] / len(schedule))
     else:
         width = huber_c + (1 - huber_c) * (1 + schedule.sigmas[index]) ** -2
     width = width.view(-1, 1, 1, 1)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 from dreambooth_moslora.training import objective, prepare
@@ -155,11 +155,12 @@ WIDTHS = {
 @pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
 @pytest.mark.parametrize("course", WIDTHS)
 def test_huber_losses_are_those_of_sd_scripts(kind, course, drawn):
-    """As `conditional_loss` there, for each image's own noise level: a square near zero, a slope of two (c) far off."""
+    """As `conditional_loss` there, for each image's own noise level: a square near zero, a slope of two (c) far off. A
+    flow's schedule begins with pure noise, step 1000."""
     target, _, output = drawn
-    plan = schedule()
-    got = objective.image_errors(output, target, None, objective.pointwise_error(plan, INDEX, kind, 0.2, course))
-    for number, step in enumerate(INDEX.tolist()):
-        c = WIDTHS[course](plan.sigmas[step].item(), step)
-        rounded = (((output[number] - target[number]) ** 2 + c**2) ** 0.5 - c) * (2 * c if kind == "huber" else 2)
-        assert got[number].item() == pytest.approx(rounded.mean().item(), rel=1e-4)
+    for plan in (schedule(), prepare.noise_schedule(FlowMatchEulerDiscreteScheduler())):
+        got = objective.image_errors(output, target, None, objective.pointwise_error(plan, INDEX, kind, 0.2, course))
+        for number, step in enumerate(INDEX.tolist()):
+            c = WIDTHS[course](plan.sigmas[step].item(), plan.timesteps[step].item())
+            rounded = (((output[number] - target[number]) ** 2 + c**2) ** 0.5 - c) * (2 * c if kind == "huber" else 2)
+            assert got[number].item() == pytest.approx(rounded.mean().item(), rel=1e-4)
