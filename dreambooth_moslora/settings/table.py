@@ -249,11 +249,12 @@ class TrainConfig:
             lambda run: run.max_train_steps or run.exposures_per_photo), kohya="ss_num_epochs",
         elsewhere="max_train_epochs")
     max_train_steps: int | None = of_training(None, "optimizer steps; overrides --num_train_epochs",
-        low=1, yields_to=("exposures_per_photo",), replaces=("exposures_per_photo",), publish="always",
+        low=1, yields_to=("exposures_per_photo", "num_train_epochs"), replaces=("exposures_per_photo",),
+        publish="always",
         kohya="ss_max_train_steps")
     exposures_per_photo: int | None = of_training(None,
         "instead of --max_train_steps: how often the run shows each photo",
-        low=1, yields_to=("max_train_steps",), replaces=("max_train_steps",), publish="always")
+        low=1, yields_to=("max_train_steps", "num_train_epochs"), replaces=("max_train_steps",), publish="always")
     learning_rate: float = of_training(1e-4, "learning rate; 1.0 with Prodigy",
         low=0, high=100, publish="always", kohya="ss_learning_rate ss_unet_lr", elsewhere="unet_lr")
     text_encoder_lr: float = of_training(5e-6, "learning rate of the text encoders; 0: the same as --learning_rate",

@@ -25,6 +25,8 @@ LONG = "x" * 100_000
         ("exposures_per_photo = 60", "", {"exposures_per_photo": 60, "max_train_steps": None}),
         ("exposures_per_photo = 60", "--max_train_steps 9", {"exposures_per_photo": None, "max_train_steps": 9}),
         ("max_train_steps = 9", "--exposures_per_photo 60", {"exposures_per_photo": 60, "max_train_steps": None}),
+        ("max_train_steps = 9", "--num_train_epochs 3", {"num_train_epochs": 3, "max_train_steps": None}),
+        ("exposures_per_photo = 60", "--num_train_epochs 3", {"num_train_epochs": 3, "exposures_per_photo": None}),
     ],
 )
 def test_flags_override_the_file_and_the_file_the_defaults(tmp_path, text, flags, wanted):
