@@ -258,6 +258,7 @@ def choose(given: Given) -> choices.Choices:
     choices.choose_words(chosen, word)
     output = run_folder(word, resumes=bool(settings.get("resume_from_checkpoint")))
     chosen.add(f"output: {output}", "output_dir", output_dir=str(output))
+    choices.choose_resolution(chosen)  # by which photos are judged; a recipe has it, a file may lack it
     chosen.photo_report = photo_report(table.TrainConfig.from_dict(chosen.all | {"early_stopping": None}))
     choices.choose_steps(chosen, exposures, chosen.photo_report.photos)
     choices.choose_scores(chosen, chosen.photo_report.photos)

@@ -55,10 +55,11 @@ def test_the_usage_of_many_flags_is_one_line(command, capsys):
 
 
 @pytest.mark.parametrize(("given", "px"), [([], RESOLUTION_PX), (["--resolution", "128"], 128)])
-def test_a_base_that_was_trained_smaller_has_its_own_resolution(given, px, flags, tiny_base):
-    """So has a run that one word describes."""
-    base = ["--pretrained_model_name_or_path", str(tiny_base)]
-    for words in (flags, [flags[1], "dog"]):
+def test_a_base_that_was_trained_smaller_has_its_own_resolution(given, px, flags, tiny_base, tmp_path):
+    """So has a run that one word describes, alone or with a file: its photos were judged for 1024 px, and left out."""
+    base, file = ["--pretrained_model_name_or_path", str(tiny_base)], tmp_path / "a.toml"
+    file.write_text("rank = 2")
+    for words in (flags, [flags[1], "dog"], [flags[1], "dog", "--config", str(file)]):
         assert parse_train_config([*words, *base, *given]).resolution == px
 
 
