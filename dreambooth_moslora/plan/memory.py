@@ -45,6 +45,7 @@ BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
 """Bytes of a quantised parameter, with its share of the scales. Those outside the blocks keep their precision."""
 AVERAGE_BYTES = 4  # Further bytes per parameter of the adapter with `--use_ema`.
+GRADIENT_BYTES = 4  # Of those of the optimizer, what no checkpoint holds.
 CONTEXT_GIB = 0.5  # Memory of the CUDA context of a process, beside its tensors.
 STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
 """GiB of a step's image of 1024 px: without recomputation, in addition for each rank, and with recomputation."""
@@ -190,7 +191,8 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     tile = machine.TILES_PX[0] if size.family.style == "flow" else machine.TILES_PX[-1]
     decoder = min(config.resolution, tile) ** 2 * machine.DECODER_BYTES_A_PIXEL / machine.GIB
     drawing = vae + max(decoder, drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
-    checkpoint = adapter * (12 + AVERAGE_BYTES * config.use_ema) / machine.GIB
+    in_checkpoint = bytes_each - GRADIENT_BYTES + AVERAGE_BYTES * (config.use_ema or kind.averages)
+    checkpoint = adapter * in_checkpoint / machine.GIB
     return Estimate(
         adapter_parameters=adapter,
         encoding_gib=CONTEXT_GIB + preparing_gib(config, size, unet, texts, vae),

@@ -39,7 +39,7 @@ OPTIMIZERS = {
     "Prodigy": OptimizerKind("prodigyopt:Prodigy",
         lambda run: of_adam(run) | {name: getattr(run, f"prodigy_{name}") for name in OF_PRODIGY}, package="prodigyopt",
         on_gpu="dreambooth_moslora.training.optimizer:FlatProdigy", one_rate=True,
-        learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")),
+        learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"), bytes_each=24),  # two states more than Adam
     # Defazio et al. 2024, arXiv 2405.15682
     SCHEDULE_FREE: OptimizerKind("schedulefree:AdamWScheduleFree", of_adam, package="schedulefree", averages=True,
         learns=("k", "weight_sum", "lr_max")),
