@@ -54,6 +54,8 @@ SCORES_GIB = (12.2, 1.75)
 recomputation, counted with attention in single operations."""
 FEED_FORWARD_GIB = 2.15  # GiB of them that recomputing the feed-forward blocks saves.
 TEXT_GIB = 0.025  # The same of its text, which does not grow with the image.
+TRAINED_TEXT_GIB = 0.125
+"""GiB of a prompt's pass through SDXL's text encoders where they, or new tokens, are trained; counted like a step."""
 TOKENS = 77
 PEFT_STEP, PEFT_RECOMPUTED = 1.4, 1.1
 """Factors where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, or dropout."""
@@ -94,6 +96,9 @@ class BaseSize:
     family: families.Facts = SDXL
     hub_id: str = ""  # Of the known model, where its files are not here.
     is_assumed: bool = False  # Whether the base is another model than that one, whose size is not known.
+    text_layers: int = sum(count for count, _ in families.CLIP_LAYERS.values())
+    text_widths: int = sum(width for _, width in families.CLIP_LAYERS.values())
+    """The same of the text encoders' layers that get an adapter if those are trained."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ def size_of_model(name: str, facts: families.Facts | None = None) -> BaseSize:
     is_assumed, model = model is None, model or max(facts.models, key=lambda one: one.parameters)
     counts = {"unet": model.parameters, "projections": model.in_blocks, "text_projections": 0, "text_outputs": 0}
     adapter = {"adapted_widths": model.adapted_widths, "adapted_layers": model.adapted_layers}
+    clip = [families.CLIP_LAYERS[name] for name in facts.adapted_encoders]
+    adapter |= {"text_layers": sum(count for count, _ in clip), "text_widths": sum(width for _, width in clip)}
     others = {"text_encoders": model.encoders, "vae": model.vae, "family": facts, "hub_id": model.hub_id}
     return BaseSize(**counts, **adapter, **others, is_assumed=is_assumed)
 
@@ -172,9 +179,12 @@ def size_of_shapes(
     projections = sum(math.prod(shape) for shape in quantized if shape[0] % 32 == 0)  # as `base.load` chooses them
     of_text = [shape for path, shape in layers.items() if rows.is_text_projection(path)]
     hosted = sum(map(math.prod, of_text)), sum(shape[0] for shape in of_text)
-    return BaseSize(
-        count[denoiser], projections, *hosted, texts, count.get("vae", 0), total, len(widths), True, widths, facts
-    )
+    encoders = [weight for part in facts.adapted_encoders for weight in shapes.get(part, {}).items()]
+    clip = [
+        sum(shape) for name, shape in encoders if rows.is_adapted(name.removesuffix(".weight"), rows.TEXT_PROJECTIONS)
+    ]
+    known = count[denoiser], projections, *hosted, texts, count.get("vae", 0), total, len(widths), True, widths, facts
+    return BaseSize(*known, text_layers=len(clip), text_widths=sum(clip))
 
 
 def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
@@ -196,7 +206,7 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     return Estimate(
         adapter_parameters=adapter,
         encoding_gib=CONTEXT_GIB + preparing_gib(config, size, unet, texts, vae),
-        training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter),
+        training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter) + trained_texts_gib(config, size),
         sampling_gib=CONTEXT_GIB + weights + (drawing if config.sample_count or config.is_scored else 0),
         checkpoint_gib=checkpoint,
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
@@ -222,6 +232,8 @@ def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:
     layers = [(table.rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
     if not layers:
         layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers
+    if config.train_text_encoder:
+        layers += [(config.rank, size.text_widths / max(1, size.text_layers))] * size.text_layers
     return round(sum(table.layer_parameters(config, rank, width) for rank, width in layers))
 
 
@@ -270,6 +282,16 @@ def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
     image += kept_scores[0] - (FEED_FORWARD_GIB if config.recompute_feed_forward else 0)
     casts = adapter * 2 / machine.GIB
     return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts + products
+
+
+def trained_texts_gib(config: table.TrainConfig, size: BaseSize) -> float:
+    """What a step's prompts keep in text encoders for the backward pass; recomputed as much less as the UNet."""
+    if not config.keeps_text_encoders:
+        return 0.0
+    is_recomputed = config.gradient_checkpointing and config.train_text_encoder
+    prompts = config.images_a_pass * size.text_widths / BaseSize.text_widths
+    kept = TRAINED_TEXT_GIB * prompts * BYTES[precision_of(config)] / 2
+    return kept * (RECOMPUTED_GIB / STEP_GIB if is_recomputed else 1)
 
 
 def disk_gib(config: table.TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:

@@ -41,6 +41,8 @@ class Model:
 
 
 CLIP_L, CLIP_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
+CLIP_LAYERS = {"text_encoder": (48, 73_728), "text_encoder_2": (128, 327_680)}
+"""Of CLIP-L and CLIP-G, by the pipelines' names: the layers that `--train_text_encoder` adapts, and their in + out."""
 QWEN3_4B, QWEN3_8B, GEMMA2_2B = 4_022_468_096, 8_190_735_360, 2_614_341_888
 """Parameters of text encoders that several models have."""
 

@@ -21,6 +21,7 @@ from typing import Any, NewType
 from dreambooth_moslora.core import UserError
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # Attention's in a CLIP text encoder
 BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
 """B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style."""
 PATTERN = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")

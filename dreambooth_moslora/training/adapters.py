@@ -25,14 +25,12 @@ from dreambooth_moslora.core import UserError, generator, seed_of
 from dreambooth_moslora.disk.run_folder import RAW_NAME, tokens_files
 from dreambooth_moslora.settings.families import DENOISERS, Facts
 from dreambooth_moslora.settings.prompts import learnt_words
-from dreambooth_moslora.settings.rows import is_adapted
+from dreambooth_moslora.settings.rows import TEXT_PROJECTIONS, is_adapted
 from dreambooth_moslora.settings.subjects import stream_of
 from dreambooth_moslora.settings.table import ZERO, TrainConfig, rank_and_alpha, ranks_in_vain
 from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache
 
 logger = logging.getLogger(__name__)
-
-TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def trained_modules(config: TrainConfig, facts: Facts, pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:

@@ -148,9 +148,10 @@ def cost_lines(plan: Plan) -> list[str]:
     if size.family.style == "flow":
         encoders = size.text_encoders * BYTES[precision_of(plan.config)] / GIB
         memory += f"; text encoders {encoders:.2f} GiB, gone before training, on the CPU where the GPU lacks that"
+    layers = size.adapted_layers + size.text_layers * plan.config.train_text_encoder
     disk = f"{cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint"
     return [
-        f"adapter: {cost.adapter_parameters:,} parameters on {size.adapted_layers} layers; base: {base_in_words(size)}",
+        f"adapter: {cost.adapter_parameters:,} parameters on {layers} layers; base: {base_in_words(size)}",
         f"memory: {memory}",
         f"disk: {disk}; free: {free_disk_gib(plan.config):.1f} GiB",
     ]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks import family_memory
 from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
+from dreambooth_moslora.adapters.moslora import adapter_layers, adapter_parameters
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.files import facts_of_base
 from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
@@ -24,8 +25,11 @@ from dreambooth_moslora.plan.memory import STOCK_SDXL, USABLE, BaseSize, estimat
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.adapters import add_adapters
+from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.ui.train_start import card_lines
 from tests.helpers.tiny_families import tiny_pipeline
+from tests.helpers.tiny_training import paint_photos, tiny_config
 
 GIB = 2**30
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
@@ -202,6 +206,24 @@ def test_a_unet_counts_as_it_weighs_and_where_it_is():
     class_images = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
     alone, with_unet = cost().encoding_gib, cost(**class_images).encoding_gib
     assert alone < 5.0 and with_unet > alone + 3.0
+
+
+def test_trained_text_encoders_count_with_their_adapters_and_their_pass(tiny_base, tmp_path):
+    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", train_text_encoder=True)
+    pipeline = load_pipeline(tiny_base)
+    components = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    add_adapters(config, components)
+    learnt = sum(weight.numel() for model in components.values() for _, weight in adapter_parameters(model))
+    layers = sum(len(adapter_layers(model)) for model in components.values())
+    assert f"adapter: {learnt:,} parameters on {layers} layers" in describe_run(config)
+    sdxl, flux = BaseSize(), size_of_base(None, (), name="black-forest-labs/FLUX.1-dev")
+    assert (sdxl.text_layers, sdxl.text_widths) == (48 + 128, 2 * (48 * 768 + 128 * 1280))
+    assert (flux.text_layers, flux.text_widths) == (48, 2 * 48 * 768), "CLIP-L alone"
+    one, two = (
+        cost(**trained, train_batch_size=2).training_gib - cost(**trained).training_gib
+        for trained in ({}, {"train_text_encoder": True})
+    )
+    assert two - one == pytest.approx(0.125), "of the second prompt"
 
 
 def test_cached_text_counts_as_its_products_weigh():
