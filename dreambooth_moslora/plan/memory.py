@@ -198,6 +198,8 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / machine.GIB
     on_host = size.text_projections * number / machine.GIB if config.cache_cross_attention else 0.0
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)
+    step = step_gib(config, size, adapter) + trained_texts_gib(config, size)
+    step += vae if config.caching == "off" else 0.0  # which encodes the photos of each
     tile = machine.TILES_PX[0] if size.family.style == "flow" else machine.TILES_PX[-1]
     decoder = min(config.resolution, tile) ** 2 * machine.DECODER_BYTES_A_PIXEL / machine.GIB
     drawing = vae + max(decoder, drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
@@ -206,7 +208,7 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     return Estimate(
         adapter_parameters=adapter,
         encoding_gib=CONTEXT_GIB + preparing_gib(config, size, unet, texts, vae),
-        training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter) + trained_texts_gib(config, size),
+        training_gib=CONTEXT_GIB + weights + step,
         sampling_gib=CONTEXT_GIB + weights + (drawing if config.sample_count or config.is_scored else 0),
         checkpoint_gib=checkpoint,
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
