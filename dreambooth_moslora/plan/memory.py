@@ -194,7 +194,8 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     quantized = QUANTIZED_BYTES.get(config.base_quantization, number)
     unet = ((size.unet - size.projections) * number + size.projections * quantized) / machine.GIB
     texts, vae = size.text_encoders * number / machine.GIB, size.vae * 4 / machine.GIB
-    bytes_each = optimizer_kinds.BYTES_IN_8_BIT if config.use_8bit_adam else kind.bytes_each
+    is_8_bit = config.use_8bit_adam and kind.in_8_bit
+    bytes_each = optimizer_kinds.BYTES_IN_8_BIT if is_8_bit else kind.bytes_each
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / machine.GIB
     on_host = size.text_projections * number / machine.GIB if config.cache_cross_attention else 0.0
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)

@@ -93,8 +93,9 @@ def test_the_estimate_counts_what_an_optimizer_keeps(name, in_checkpoint):
     kept = [tensor for weight in weights for tensor in (weight, weight.grad, *optimizer.state[weight].values())]
     size = sum(tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor) and tensor.dim())
     assert size <= OPTIMIZERS[name].bytes_each * sum(weight.numel() for weight in weights)
-    cost = estimate(TrainConfig(optimizer=name), BaseSize(), 1)
-    assert cost.checkpoint_gib * 2**30 == pytest.approx(in_checkpoint * cost.adapter_parameters)
+    for in_8_bit, expected in ((False, in_checkpoint), (True, 6 if name == "AdamW" else in_checkpoint)):
+        cost = estimate(TrainConfig(optimizer=name, use_8bit_adam=in_8_bit), BaseSize(), 1)
+        assert cost.checkpoint_gib * 2**30 == pytest.approx(expected * cost.adapter_parameters)
 
 
 def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know_it(tmp_path, tiny_base, monkeypatch):
