@@ -26,6 +26,9 @@ def advice(plan: Plan) -> list[str]:
     if seen < FEW_EXPOSURES:
         many = "a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"
         lines.append(f"each photo is seen about {seen:.0f} times, and {many}")
+    warm_up, steps = plan.config.lr_warmup_steps, plan.steps.total_steps
+    if plan.config.lr_scheduler != "constant" and warm_up >= steps:
+        lines.append(f"the learning rate rises for {warm_up} steps, and the run has {steps}: set --lr_warmup_steps")
     if (free := free_disk_gib(plan.config)) < needed:
         lines.append(f"the disk has too little room: the run writes {needed:.2f} GiB, {free:.1f} GiB are free")
     return lines + [DORA_NOTE] * plan.config.use_dora

@@ -63,16 +63,24 @@ def test_exposures_a_photo_set_the_steps():
         assert plan.total_steps == steps and 50 <= plan.exposures_a_photo < 50 + plan.photos_a_step / 7
 
 
-def test_too_few_exposures_are_said_with_the_flag_that_sets_them():
-    def advised(**settings) -> list[str]:
+def test_too_few_exposures_and_a_warm_up_without_an_end_are_said_with_the_flag_that_sets_them():
+    """The default warm-up, as in diffusers' script, is longer than most runs of a subject."""
+
+    def advised(about: str = "each photo is seen", **settings) -> list[str]:
         config = TrainConfig(**settings)
         plan = Plan(config, None, folder.PhotoReport([], []), plan_steps(config, 5), estimate(config, BaseSize(), 1))
-        return [line for line in advice(plan) if "each photo is seen" in line]
+        return [line for line in advice(plan) if about in line]
 
     (line,) = advised()
     assert "about 2 times" in line and "--exposures_per_photo" in line
     assert advised(exposures_per_photo=19, train_batch_size=1)
     assert advised(exposures_per_photo=20) == []
+    cosine = {"about": "--lr_warmup_steps", "lr_scheduler": "cosine"}
+    assert advised(**cosine, max_train_steps=400) == [
+        "the learning rate rises for 500 steps, and the run has 400: set --lr_warmup_steps"
+    ]
+    assert not advised(**cosine, max_train_steps=501)
+    assert not advised(**cosine | {"lr_scheduler": "constant"}, max_train_steps=400)
 
 
 def test_a_run_with_dora_is_told_before_it_begins_what_other_programs_make_of_it(tmp_path, monkeypatch):
