@@ -10,6 +10,7 @@ from dreambooth_moslora.core import UserError, find_asset, spelled_out, user_pat
 from dreambooth_moslora.disk.run_folder import PEFT_CONFIG, PUBLISHED_NAME, RAW_NAME, RunDir, tokens_name
 
 LOKR_SUFFIX = ".lokr.safetensors"
+NOT_OBEYED = {"peft": ("dtype", "keep", "name"), "lycoris": ("dtype", "keep")}  # These write what was trained
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +57,16 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--for", dest="readers", choices=readers, default="diffusers", help=about)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the two files; made if it is not there")
     parser.add_argument("--name", help="title and name of the kohya file; by default that of the output folder")
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="dtype of the tensors (fp32)")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="dtype of the tensors (fp32)")
     about = "lower the rank of each projection to keep this share of ‖B·M·A‖², such as 0.99 (1: keep all)"
-    parser.add_argument("--keep", type=float, default=1.0, metavar="SHARE", help=about)
+    parser.add_argument("--keep", type=float, metavar="SHARE", help=about)
 
 
 def run_export(args: argparse.Namespace) -> int:
     source, out = user_path(args.source), user_path(args.out)
+    for option in NOT_OBEYED.get(args.readers, ()):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} is not for --for {args.readers}: leave it out")
     if args.readers == "peft":
         if not source.is_dir():
             raise UserError(f"there is no folder {source}")
@@ -83,16 +87,16 @@ def run_export(args: argparse.Namespace) -> int:
     _, facts = raw_file.read_raw(source)
     components = {name: raw_file.empty_model(structure) for name, structure in facts.structures.items()}
     raw_file.load_raw(source, components)
-    before = sum(rank_sum(model) for model in components.values())
+    before, keep = sum(rank_sum(model) for model in components.values()), 1.0 if args.keep is None else args.keep
     tokens = new_tokens.tokens_beside(source, {"moslora": facts.to_json()})
     proof = published_file.publish(
-        components, out, name, facts, published_file.DTYPES[args.dtype], keep=args.keep, tokens=tokens
+        components, out, name, facts, published_file.DTYPES[args.dtype or "fp32"], keep=keep, tokens=tokens
     )
     for file in [*proof.files, *(tokens_name(name, number) for number in range(len(tokens)))]:
         size = (out / file).stat().st_size / 2**20
         print(f"{out / file}  {size:.2f} MiB")
     print(f"{proof.sentence()}.")
-    if args.keep != 1.0:
+    if keep != 1.0:
         mean = proof.rank_sum / proof.projections
         print(
             f"Rank reduced: {before} to {proof.rank_sum} in sum, {mean:.1f} a projection on average; "

@@ -61,6 +61,15 @@ def test_an_export_that_cannot_be_is_one_line(checkpoint, source, out, says, tmp
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("readers", "words"), [("peft", ["--dtype", "fp32"]), ("peft", ["--name", "dog"]), ("lycoris", ["--keep", "0.9"])]
+)
+def test_what_an_export_for_others_does_not_obey_is_refused(readers, words, checkpoint, tmp_path, capsys):
+    assert call("export", checkpoint, "--out", tmp_path / "new", "--for", readers, *words) == 2
+    assert capsys.readouterr().err == f"error: {words[0]} is not for --for {readers}: leave it out\n"
+    assert not (tmp_path / "new").exists()
+
+
 def test_info_of_our_three_files(checkpoint, capsys):
     assert call("info", "--json", *sorted(checkpoint.glob("*.safetensors"))) == 0
     kohya, raw, published = (json.loads(line) for line in capsys.readouterr().out.splitlines())
