@@ -158,7 +158,8 @@ def spellings(component: str, path: str) -> list[str]:
     flat, bare = path.replace(".", "_"), path.removeprefix("text_model.")
     found = [name for dotted in dict.fromkeys((path, bare)) for name in (dotted, PEFT_PREFIX + dotted)]
     found += [f"{component}.{dotted}" for dotted in dict.fromkeys((path, bare))]
-    found.append(f"{PREFIXES.get(component, f'lora_{component}')}_{flat}")
+    prefix = PREFIXES.get(component, f"lora_{component}")
+    found += [f"{one}_{flat}" for one in dict.fromkeys((prefix, ALONE.get(component, prefix)))]
     return [*found, f"lycoris_{flat}"] if component in DENOISERS else found
 
 
@@ -176,7 +177,7 @@ def renamed(names: Iterable[str], pipeline: "DiffusionPipeline") -> dict[str, st
 
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-ALONE = {"text_encoder": "lora_te"}  # Of the one text encoder of Stable Diffusion 1.5.
+ALONE = {"text_encoder": "lora_te"}  # Of the one text encoder: Stable Diffusion 1.5, FLUX.1.
 WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
 KOHYA_DOWN, KOHYA_UP, KOHYA_ALPHA, DORA_SCALE = ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale"
 

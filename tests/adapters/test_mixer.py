@@ -48,6 +48,7 @@ from dreambooth_moslora.ui.train import train_widgets
 from dreambooth_moslora.ui.train_form import TrainForm
 from tests.adapters.test_moslora import Net, config
 from tests.helpers.live_adapters import PROJECTIONS, facts_of, live, shake
+from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 
@@ -259,6 +260,23 @@ def test_it_is_written_as_a_lokr_too_which_is_read_as_what_was_trained(options, 
             assert (read[path].magnitude is None) == ("use_dora" not in options)
     learnt = sum(p.numel() for model in components.values() for _, p in adapter_parameters(model))
     assert sum(tensor.numel() for tensor in load_file(file).values()) == learnt + layers, "and an alpha for each layer"
+
+
+def test_a_lokr_of_flux_and_its_text_encoder_is_read_as_what_was_trained(tmp_path):
+    """Of its two encoders only CLIP is trained, whose names are then those of a base with one."""
+    pipeline = tiny_pipeline("flux", tmp_path / "files")
+    components = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder")}
+    for model, targets in zip(components.values(), (["to_q"], PROJECTIONS)):
+        inject(model, lokr(target_modules=list(targets), mixer_factor=4))
+        shake(model)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    published_file.write_lokr(tmp_path / RAW_NAME, file := tmp_path / "dog.lokr.safetensors")
+    parts = read_adapter(file, tiny_pipeline("flux", tmp_path / "others")).parts
+    for component, model in components.items():
+        (read, scales), wanted = parts[component], fold(model)
+        assert read.keys() == wanted.keys()
+        for path, layer in wanted.items():
+            assert torch.allclose(scales.of(path, layer.rank) * read[path].delta, layer.delta, atol=1e-5)
 
 
 def test_a_lokr_file_that_would_mean_something_else_is_refused(tmp_path, monkeypatch):
