@@ -29,7 +29,7 @@ from dreambooth_moslora.adapters import basis, describe, key_names, moslora, pro
 from dreambooth_moslora.adapters.metadata import BUNDLE, check_start_file, most_common
 from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors, nominal_scale
 from dreambooth_moslora.base.load import architecture
-from dreambooth_moslora.core import UserError, file_digest, is_number, one_line, parse_object
+from dreambooth_moslora.core import UserError, file_digest, is_number, one_line
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.settings.families import DENOISERS, facts_of
 
@@ -42,7 +42,6 @@ FIELDS = key_names.SIDES | {
 }
 logger = logging.getLogger(__name__)
 
-LONGEST_CONFIG = 2**20  # bytes
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 Layers = dict[str, LowRank]  # by module path
 
@@ -283,7 +282,7 @@ def _settings_of_one_model(file: Path, tensors: Tensors, found: Tensors) -> dict
     a file that has none."""
     config = file.parent / run_folder.PEFT_CONFIG
     if config.is_file() and any(key.startswith(key_names.PEFT_PREFIX) for key in tensors):
-        settings = parse_object(config.read_bytes()[:LONGEST_CONFIG])
+        settings = published_file.read_peft_config(config)
     else:
         settings = json.loads(run_folder.header_of(file).get(published_file.PEFT_SETTINGS, "{}"))
         if "lora_alpha" not in settings or any(key.endswith(key_names.KOHYA_ALPHA) for key in tensors):

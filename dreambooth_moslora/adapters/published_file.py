@@ -20,6 +20,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -223,6 +224,7 @@ def load_published(path: str | Path) -> tuple[Tensors, AdapterMetadata | None]:
 
 WEIGHTS = "adapter_model.safetensors"
 OWN_SETTINGS = ("mixer", "train_mixer", "mixer_seed", "mixer_factor")
+LONGEST_CONFIG = 2**20  # bytes
 UP, MIXER, WEIGHT, DOWN = ".lora_B.up", ".lora_B.mixer", ".lora_B.weight", ".lora_A.weight"
 TIED = ".lora_A.tied"  # of a LoKr
 
@@ -231,7 +233,7 @@ def fold_peft(source: Path, out: Path) -> int:
     """Write the folder's adapter folded into `out`; returns how many layers were. Raises UserError."""
     if not (source / PEFT_CONFIG).is_file():
         raise UserError(f"{source} holds no {PEFT_CONFIG}: give the folder that PEFT's save_pretrained wrote")
-    settings = parse_object((source / PEFT_CONFIG).read_bytes())
+    settings = read_peft_config(source / PEFT_CONFIG)
     if settings.get("peft_type") != moslora.SAVED_TYPE:
         raise UserError(f"{source} is of the type {settings.get('peft_type')!r:.40}, which PEFT loads as it is")
     if out.resolve() == source.resolve():
@@ -246,6 +248,14 @@ def fold_peft(source: Path, out: Path) -> int:
     raw_file.write_file(out / WEIGHTS, plain, header)
     atomic_write(out / PEFT_CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode())
     return len(modules)
+
+
+def read_peft_config(path: Path) -> dict[str, Any]:
+    """The settings that PEFT keeps beside its weights. Raises UserError for a damaged file."""
+    try:
+        return parse_object(path.read_bytes()[:LONGEST_CONFIG])
+    except UserError as error:
+        raise UserError(f"{path} is damaged: it is no JSON object") from error
 
 
 def folded_layer(module: str, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -533,6 +533,8 @@ def test_too_large_a_lora_and_wrong_settings_beside_a_file_are_refused(tiny_base
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": "four"}))
     tensors = {f"base_model.model.{path}.{part}": tensor for part, tensor in pair.items()}
     refused(subject, tmp_path, tensors, "an alpha of 'four'")
+    (tmp_path / "adapter_config.json").write_text("{")
+    refused(subject, tmp_path, tensors, "adapter_config.json is damaged: it is no JSON object")
     monkeypatch.setattr(key_names, "MOST_NUMBERS", 1000)
     as_lycoris(tiny_base, tmp_path / "x.safetensors", KINDS["LoKr"])
     with pytest.raises(UserError, match=r"would be a LoRA of more than .* GiB, as"):
