@@ -27,6 +27,7 @@ EPILOG = """examples:
   queue stop               the run that is trained now saves and leaves the queue; the next begins
   queue move dog first     or up, down, last, or a number
   queue remove dog"""
+NOTHING = "nothing waits; `train … --queue` adds a run"
 ENDED_SHOWN = 10
 POLL_SEC = 0.5
 PLAIN_INTERVAL_SEC = 30.0  # Seconds between two lines of progress when the output is a file.
@@ -44,6 +45,8 @@ def run_queue(args: argparse.Namespace) -> int:
 
     turns = QueueTurns(Jobs(Path(os.path.abspath(args.runs_dir))))
     match args.words:
+        case ["move" | "remove", *_] if not turns.jobs.runs_dir.is_dir():
+            raise UserError(f"--runs_dir {args.runs_dir}: there is no such folder.")
         case ["list"] | []:
             print(spelled_out("\n".join(lines_of(turns))))
         case ["start"]:
@@ -110,7 +113,7 @@ def lines_of(turns: "QueueTurns") -> list[str]:
     for number, queued in enumerate(turns.queue.waiting(), 1):
         said = shlex.join(queued.argv) or ("added on the page" if queued.owner else "its file cannot be read")
         lines.append(f"{number:>3}  {queued.name}  {said}")
-    return lines if not turns.is_empty else [*lines, "nothing waits; `train … --queue` adds a run"]
+    return lines if not turns.is_empty else [*lines, NOTHING]
 
 
 def ending(event: dict[str, Any]) -> str:
@@ -128,6 +131,8 @@ def live_job(turns: "QueueTurns", queued: QueuedRun | None) -> "Job | None":
 def train_all(turns: "QueueTurns") -> int:
     """Train until the queue is empty, and end a pause. Returns 0, 1 when some failed, 130 when stopped."""
     turns.queue.pause(False)
+    if turns.is_empty:
+        print(NOTHING, file=sys.stderr)
     told = len(turns.queue.ended())
     failed, bar = 0, Bar()
     with StopRequest() as stop:

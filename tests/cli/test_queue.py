@@ -79,6 +79,15 @@ def test_the_queue_is_listed_moved_and_emptied(photos, capsys):
     assert not Path("runs/hen").exists()
 
 
+def test_an_empty_queue_is_said_and_a_mistyped_folder_is_not_made(tmp_path, capsys):
+    typo = ["--runs_dir", str(tmp_path / "typo")]
+    for words in (["move", "hen", "first"], ["remove", "hen"]):
+        assert main(["queue", *words, *typo]) == 2
+        assert capsys.readouterr().err == f"error: --runs_dir {tmp_path / 'typo'}: there is no such folder.\n"
+    assert main(["queue", "start", *typo]) == 0
+    assert capsys.readouterr().err.startswith("nothing waits") and not os.listdir(tmp_path)
+
+
 def test_start_trains_all_that_wait_says_how_each_ended_and_answers_with_one(photos, capsys, monkeypatch):
     monkeypatch.setattr(queue, "POLL_SEC", 0.02)
     (stand_in := photos.parent / "trainer.py").write_text(
