@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,9 +18,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from dreambooth_moslora.cli.terminal import hush
-from dreambooth_moslora.core import UserError, atomic_write, clone_folder, half_precision
-from dreambooth_moslora.photos.folder import find_photos, require_folder_of_photos
-from dreambooth_moslora.photos.photo_file import open_rgb
+from dreambooth_moslora.core import UserError, atomic_write, clone_folder, half_precision, user_path
+from dreambooth_moslora.photos.folder import find_photos, require_folder_of_photos, summary_of_skipped
+from dreambooth_moslora.photos.photo_file import Photo, open_rgb
 from dreambooth_moslora.settings.rules import version_of
 
 MIN_PYTHON = (3, 11)
@@ -63,17 +63,25 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Exit code 2 when something will fail."""
-    if args.photos is not None:
-        require_folder_of_photos(Path(args.photos))
+    photos = () if args.photos is None else photos_of(user_path(args.photos))
     if args.size < LEAST_PX:
         raise UserError(f"--size {args.size}: must be at least {LEAST_PX}, as a VAE halves the sides three times.")
     found = Findings()
     examine_versions(found)
     examine_machine(found)
     if args.base != "none" and not found.problems:
-        examine_vae(found, args.base, args.photos, args.size)
+        examine_vae(found, args.base, photos, args.size)
     print(json.dumps(asdict(found), indent=1) if args.json else as_text(found))
     return 2 if found.problems else 0
+
+
+def photos_of(folder: Path) -> Sequence[Photo]:
+    """Raises UserError for a folder without a usable photo."""
+    require_folder_of_photos(folder)
+    report = find_photos(folder, "", 64)
+    if not report.photos:
+        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+    return report.photos
 
 
 def as_text(found: Findings) -> str:
@@ -166,7 +174,7 @@ def examine_machine(found: Findings) -> None:
     found.facts["compile"] = f"no: it needs {lacks}" if lacks else "yes"
 
 
-def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) -> None:
+def examine_vae(found: Findings, base: str, photos: Sequence[Photo], size_px: int) -> None:
     import torch
 
     from dreambooth_moslora.base import decode, files
@@ -179,8 +187,8 @@ def examine_vae(found: Findings, base: str, folder: str | None, size_px: int) ->
         found.warnings.append(f"the VAE of {base} was not tried: {' '.join(str(error).split())[:200]}")
         return
     device = best_device()
-    photos = [open_rgb(photo) for photo in find_photos(Path(folder), "", 64).photos[:8]] if folder is not None else []
-    for probe in decode.probe_vae(vae, [torch.bfloat16, torch.float16], photos, size_px, device):
+    pictures = [open_rgb(photo) for photo in photos[:8]]
+    for probe in decode.probe_vae(vae, [torch.bfloat16, torch.float16], pictures, size_px, device):
         found.facts[f"VAE in {probe.dtype}"] = f"off by {probe.error:.2f} of 255 levels" if probe.finite else "NaN"
         if not probe.finite:
             found.warnings.append(

@@ -46,6 +46,13 @@ def test_doctor_refuses_pictures_that_are_too_small_for_a_vae(tiny_base, capsys)
     assert found.finite
 
 
+def test_doctor_refuses_a_folder_without_a_usable_photo(tmp_path, capsys):
+    (tmp_path / "a.jpg").write_bytes(b"no")
+    assert main(["doctor", "--base", "none", "--photos", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: no usable photo in {tmp_path}: a.jpg (broken") and error.count("\n") == 1
+
+
 LACKS = [(False, ["c++"], [], None), (False, ["gcc"], [], "a C++ compiler"), (True, ["gcc"], [], "Triton")]
 LACKS += [(True, [], ["triton"], "a C compiler"), (True, ["gcc"], ["triton"], "Python.h")]
 
