@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.generate import text_option_arguments
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
-from dreambooth_moslora.core import UserError, atomic_write, find_asset, small_text, spelled_out
+from dreambooth_moslora.core import UserError, atomic_write, find_asset, small_text, spelled_out, user_path
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
@@ -215,7 +215,7 @@ def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequen
     """The flags' plan for a subject, without places in its photos' captions. Raises UserError."""
     from dreambooth_moslora.evaluation.protocol import plan_of_subject, spread
 
-    file = Path(args.prompts)
+    file = user_path(args.prompts)
     templates, seeds = "auto" if file.is_file() else args.prompts, tuple(range(args.images_per_prompt))
     counts = {"class_images": args.class_images, "inference_steps": args.inference_steps}
     plan = plan_of_subject(subject, photos, templates, seeds=seeds, **counts)
@@ -230,9 +230,9 @@ def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequen
 
 def output_folder(args: argparse.Namespace) -> Path:
     """The folder of the report, checked before anything is drawn. Raises UserError when it cannot be written."""
-    path = Path(args.adapter)
+    path = user_path(args.adapter)
     beside = path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
-    folder = Path(args.output_dir) if args.output_dir else beside
+    folder = user_path(args.output_dir) if args.output_dir else beside
     require_folder("output_dir", str(folder), folder)
     require_writable("output_dir", str(folder))
     return folder

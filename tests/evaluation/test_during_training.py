@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.adapters.published_file import load_published
+from dreambooth_moslora.cli.evaluate import output_folder
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import make_evaluator
 from dreambooth_moslora.core import UserError
@@ -197,6 +199,13 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
     found = json.loads(scores)["scale"]
     assert load_published(run[1].adapter_path)[1].best_scale == found["best"]
     assert adapter_sha256(run[1].path) == before and "best scale is" in html
+
+
+def test_the_report_lies_where_a_tilde_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "dog").mkdir()
+    assert output_folder(Namespace(adapter="~/dog", output_dir=None)) == tmp_path / "dog" / "evaluation"
+    assert output_folder(Namespace(adapter="~/dog", output_dir="~/out")) == tmp_path / "out"
 
 
 def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
