@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.serving.catalogue import TOO_LATE, AdapterRef, Catalogue, Drawn, Order, RefusedError
 from dreambooth_moslora.generation.params import check_size
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -79,6 +80,8 @@ class Drawer:
     async def draw(self, order: Order) -> Drawn:
         """Raises RefusedError, and UserError for an order that cannot be drawn."""
         check_size(order.params, self.pipeline.resolution_px)
+        if (most := self.pipeline.resident_adapters) < len({ref.version for ref in order.adapters}):
+            raise UserError(f"this service draws with at most {most} adapters at once (--resident_adapters)")
         answer = asyncio.get_running_loop().create_future()
         self.batches.put(order.batch_key, Waiting(order, answer, time.monotonic() + order.seconds))
         if self._work is None or self._work.done():

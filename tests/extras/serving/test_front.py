@@ -135,6 +135,13 @@ def test_a_changed_file_is_loaded_again_and_a_wrong_one_refused(open_shop, base,
     assert shop.ask(order("cat"))[0].status_code == 200
 
 
+def test_more_adapters_at_once_than_a_replica_keeps_are_refused(shop):
+    several = [order(None, adapters=[[name, 1.0] for name in NAMES[:count]]) for count in (3, 2)]
+    refused, drawn = shop.ask(*several)
+    assert (refused.status_code, drawn.status_code) == (400, 200)
+    assert refused.json()["error"] == "this service draws with at most 2 adapters at once (--resident_adapters)"
+
+
 def test_an_adapter_with_new_tokens_that_is_written_again_is_drawn(open_shop, pipeline, shelf, tmp_path):
     """Equal content at another time: its tensors were compared, which was an error of the server."""
     widths = {part: getattr(pipeline.pipeline, part).config.hidden_size for part in KEYS}
