@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.core import UserError, find_asset, is_toy, spelled_out
+from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, choose_resolution, choose_shapes, choose_words
 from dreambooth_moslora.plan.memory import STOCK_SDXL, least_free_gib
 from dreambooth_moslora.settings import sources, table
@@ -73,6 +74,7 @@ def run_check(args: argparse.Namespace) -> int:
         terminal.say(choices.lines)
         given |= choices.settings
     config = replace(config, **given)
+    config = replace(config, **own_bucket_step(config))
     crops = None if args.no_picture or not report.photos else draw(report.photos, config, args, folder)
     has_words = bool(known.get("instance_prompt"))
     shown = json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops, has_words))

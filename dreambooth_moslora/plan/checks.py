@@ -282,11 +282,18 @@ def family_settings(config: table.TrainConfig) -> dict[str, Any]:
         "lora_blocks": (),  # the layers above name them
         "weighting_scheme": config.weighting_scheme or facts.weighting_scheme,
     }
-    if config.enable_bucket and not config.bucket_reso_steps and config.resolution <= files.SMALL_BASE_PX:
-        found["bucket_reso_steps"] = facts.multiple_px
+    found |= own_bucket_step(config)
     if config.precondition_outputs is None and facts.precondition_outputs:
         found["precondition_outputs"] = True
     return found
+
+
+def own_bucket_step(config: table.TrainConfig) -> dict[str, int]:
+    """The setting of a small base's family for crops in the photos' shapes, unless given. Raises UserError."""
+    is_open = config.enable_bucket and not config.bucket_reso_steps and config.resolution <= files.SMALL_BASE_PX
+    place = config.pretrained_model_name_or_path, config.revision, config.cache_dir
+    facts = files.facts_of_base(*place) if is_open else None
+    return {"bucket_reso_steps": facts.multiple_px} if facts else {}
 
 
 def check_sides(config: table.TrainConfig, facts: families.Facts) -> None:

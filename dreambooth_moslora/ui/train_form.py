@@ -18,6 +18,7 @@ from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.photos.folder import MOST_BYTES, TOO_LONG, find_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import choices as plan
+from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.settings import rules, sources
 from dreambooth_moslora.settings.table import OF_PLANS, SETTINGS, TrainConfig
 from dreambooth_moslora.ui.visitors import kept_photos
@@ -485,4 +486,5 @@ def crop_config(
     }
     choices = plan.Choices(recipe | own)
     plan.choose_shapes(choices, photos)
-    return TrainConfig.from_dict(choices.all)
+    config = TrainConfig.from_dict(choices.all)
+    return replace(config, **own_bucket_step(config))

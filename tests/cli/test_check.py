@@ -120,6 +120,19 @@ def test_crops_have_the_shapes_that_one_word_chooses_and_flags_or_a_recipe_win(t
     assert "“my toy”" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("base", "step", "other"), [("toy", "8", "16"), ("toy-zimage", "16", "8")])
+def test_crops_have_sides_that_the_bases_patches_divide(base, step, other, tmp_path):
+    """As training's."""
+    picture(size_px=(160, 90)).save("a.png")
+
+    def crops(*words: str) -> bytes:
+        base_of = ["--pretrained_model_name_or_path", base, "--resolution", "128", "--enable_bucket"]
+        assert main(["check", ".", "--picture", str(tmp_path / "out" / "p.png"), *base_of, *words]) == 0
+        return (tmp_path / "out" / "p.png").read_bytes()
+
+    assert crops() == crops("--bucket_reso_steps", step) != crops("--bucket_reso_steps", other)
+
+
 SEEDED = {"--json": True, "--center_crop --random_flip": True, "--center_crop": False, "--seed 0": False}
 
 

@@ -12,6 +12,7 @@ import pytest
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import BaseSize, estimate, memory_settings
 from dreambooth_moslora.plan.plan import plan_steps
@@ -398,6 +399,13 @@ def test_the_form_is_the_recipe_and_what_the_command_chooses_and_memory_goes_by_
     assert estimate(planned, BaseSize(), 400).peak_gib <= 0.95 * gb
     crops = crop_config("owner/sdxl", 1024, photos, [])
     assert crops.crops_per_photo == config.crops_per_photo == recipe.get("crops_per_photo", 1)
+
+
+def test_the_crops_shown_have_sides_that_the_bases_patches_divide(tmp_path):
+    PIL.Image.new("RGB", (160, 90)).save(tmp_path / "a.png")
+    photos = find_photos(tmp_path, "", 128).photos
+    steps = [crop_config(base, 128, tmp_path, photos).bucket_reso_steps for base in ("toy", "toy-zimage")]
+    assert steps == [8, 16]
 
 
 def test_the_embedded_base_is_trained_as_the_command_does_on_any_card(gpu, photos):
