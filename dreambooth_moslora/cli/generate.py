@@ -165,8 +165,8 @@ def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     clear, black = "\r\033[K" if sys.stderr.isatty() else "", []
     for event in events:
-        if isinstance(event, params.Image) and params.about_black([event.pixels]):
-            black.append(event.pixels)
+        if isinstance(event, params.Image) and params.about_black([event]):
+            black.append(event)
         if isinstance(event, params.Step) and clear:
             eta = "" if math.isnan(event.eta_sec) else f", {event.eta_sec:.0f} s left"
             done = f"image {event.index + 1}/{event.num_images}, step {event.step}/{event.steps}{eta}"

@@ -8,6 +8,7 @@ write, A1111's text in PNG chunks or EXIF and ComfyUI's graph, is only read, and
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -448,6 +449,7 @@ class Image:
     pixels: PIL.Image.Image
     params: GenerationParams  # of this one image
     provenance: Provenance
+    is_censored: bool = False  # blackened by the base's safety checker
 
     def save(self, path: str | Path) -> Path:
         Path(path).write_bytes(self.png())
@@ -459,11 +461,15 @@ class Image:
         return file.getvalue()
 
 
-def about_black(pictures: Iterable[PIL.Image.Image]) -> str:
+TOO_LARGE = "an adapter's values or its scale are too large for this base"
+CENSORED = "the base's safety checker blackens what it takes for unsafe; try another seed or prompt"
+
+
+def about_black(pictures: Iterable[Image]) -> str:
     """How many are black and why, "" for none: too large values give black pictures, not errors."""
-    black = sum(picture.getbbox() is None for picture in pictures)
-    which = "1 of them is" if black == 1 else f"{black} of them are"
-    return f"{which} black: an adapter's values or its scale are too large for this base" if black else ""
+    black = Counter(CENSORED if one.is_censored else TOO_LARGE for one in pictures if one.pixels.getbbox() is None)
+    which = {why: "1 of them is" if count == 1 else f"{count} of them are" for why, count in black.items()}
+    return "; ".join(f"{these} black: {why}" for why, these in which.items())
 
 
 def recipe_text(params: GenerationParams, provenance: Provenance) -> PngInfo:

@@ -441,15 +441,16 @@ class SubjectPipeline:
         watcher = Watcher(index, own, clock, None if is_flow else self.colours, emit, stop)
         size, device = (own.height_px, own.width_px), self.home.device
         with nullcontext() if is_flow else decode.tiled_where_short(self.pipeline.vae, size, device):
-            pixels = self.pipeline(
+            drawn = self.pipeline(
                 **words | {self.family.facts.guidance_name: own.guidance_scale},
                 height=own.height_px,
                 width=own.width_px,
                 num_inference_steps=own.steps,
                 generator=torch.Generator("cpu").manual_seed(own.seed),
                 callback_on_step_end=watcher,
-            ).images[0]
-        emit(Image(index, pixels, own, self.provenance(own)))
+            )
+        is_censored = any(getattr(drawn, "nsfw_content_detected", None) or ())
+        emit(Image(index, drawn.images[0], own, self.provenance(own), is_censored))
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         """Text conditioning for all images of a call; the negative half only if guidance uses it."""

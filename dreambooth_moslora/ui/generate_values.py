@@ -423,7 +423,7 @@ def _frames(
             step, total = event, event.num_images
         elif isinstance(event, Image):
             pictures.append(_keep(event, visitor))
-            black += [event.pixels] * bool(about_black([event.pixels]))
+            black += [event] * bool(about_black([event]))
             yield Frame(_status(step, word), tuple(pictures))
         elif isinstance(event, grids.Sheet):
             for old in visitor.folder.glob("grid_*.png"):
