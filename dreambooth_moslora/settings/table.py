@@ -696,7 +696,8 @@ def layer_parameters(config: TrainConfig, rank: int, width: int) -> int:
 def check_kronecker(path: str, size: Sequence[int], factor: int) -> None:
     """Raises UserError unless a layer's weight (out, in) is a Kronecker product of `factor` x `factor` blocks."""
     if len(size) != 2 or any(side % factor for side in size):
-        shape, cure = "×".join(map(str, size)), "leave it out of --target_modules, or give another --mixer_factor"
+        shape = "×".join(map(str, size))
+        cure = "choose another mixer, leave it out of --target_modules, or give another --mixer_factor"
         raise UserError(f"{path} of {shape} (out×in) cannot be a Kronecker product of {factor}×{factor} blocks: {cure}")
 
 

@@ -312,7 +312,7 @@ def test_a_header_that_says_another_factor_is_no_crash(tmp_path):
 
 WRONG = [
     (["--mixer_factor", "3"], "--mixer kronecker needs a --rank that --mixer_factor 3 divides, not 8."),
-    (["--mixer_factor", "2", "--target_modules", "conv1"], "of 2×2 blocks: leave it out of --target_modules"),
+    (["--mixer_factor", "2", "--target_modules", "conv1"], "of 2×2 blocks: choose another mixer, leave it out of --"),
 ]
 
 
