@@ -18,10 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dreambooth_moslora.adapters import basis, key_names, new_tokens, raw_file
+from dreambooth_moslora.adapters import basis, key_names, lora_settings, new_tokens, raw_file
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
-from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer
+from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer, nominal_scale
 from dreambooth_moslora.core import UserError, one_line, user_path
+from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.table import KRONECKER
 
 
@@ -129,6 +130,7 @@ class Pair:
     matrices: LowRank
     alpha: float | None
     is_product: bool  # ΔW = up·down, flattened
+    use_rslora: bool = False
 
 
 def describe(path: str | Path) -> dict[str, object]:
@@ -194,7 +196,7 @@ def describe_raw(path: Path) -> dict[str, object]:
 
 def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
     """The content of a plain LoRA file; for other kinds of adapters only the kind. Raises UserError."""
-    pairs = find_pairs(name, tensors)
+    pairs = with_settings(name, find_pairs(name, tensors), header)
     others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
     if not pairs and not others:
         raise UserError(f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
@@ -232,11 +234,26 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
     return pairs
 
 
+def with_settings(name: str, pairs: list[Pair], header: dict[str, str]) -> list[Pair]:
+    """The pairs with the alphas of PEFT's settings in the header, where they have none. Raises UserError."""
+    settings, found = lora_settings.in_header(header, name), {}
+    for prefix in [""] if "lora_alpha" in settings else [f"{component}." for component in raw_file.COMPONENTS]:
+        own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+        modules = [pair.module for pair in pairs if own and pair.alpha is None and pair.module.startswith(prefix)]
+        paths = [module.removeprefix(prefix) for module in modules]
+        told = lora_settings.scales_of_settings(prefix[:-1] or DENOISERS[0], paths, own, name)
+        lora_settings.check_alphas(told.alphas, name)
+        for path, alpha in told.alphas.items():
+            found[prefix + path] = {"alpha": float(alpha), "use_rslora": told.use_rslora}
+    return [replace(pair, **found.get(pair.module, {})) for pair in pairs]
+
+
 @torch.no_grad()
 def geometry(pairs: list[Pair]) -> dict[str, object]:
     """Modules by component, ranks, alphas, scales, and the effective rank of pairs with ΔW = up·down."""
     with_alpha = [p for p in pairs if p.alpha is not None]
-    alphas, scales = {p.alpha for p in with_alpha}, {p.alpha / p.matrices.rank for p in with_alpha}
+    alphas = {p.alpha for p in with_alpha}
+    scales = {nominal_scale(p.alpha, p.matrices.rank, p.use_rslora) for p in with_alpha}
     modules = Counter()
     for p in pairs:
         modules[next((name for name, pattern in COMPONENT_KEYS.items() if re.match(pattern, p.module)), "other")] += 1

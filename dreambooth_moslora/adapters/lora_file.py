@@ -11,8 +11,6 @@ a start, a file of lower rank fills the first rows of A, and one of higher rank 
 
 import json
 import logging
-import re
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
@@ -26,10 +24,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreambooth_moslora.adapters import basis, describe, key_names, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters.lora_settings import (
+    PEFT_SETTINGS,
+    Scales,
+    broken,
+    check_alphas,
+    flag,
+    scales_of_settings,
+)
 from dreambooth_moslora.adapters.metadata import BUNDLE, check_start_file, most_common
-from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors, nominal_scale
+from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors
 from dreambooth_moslora.base.load import architecture
-from dreambooth_moslora.core import UserError, file_digest, is_number, one_line
+from dreambooth_moslora.core import UserError, file_digest, one_line
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.settings.families import DENOISERS, facts_of
 
@@ -60,7 +66,7 @@ def projections(tensors: Tensors, file_name: str) -> Folded:
         for path, parts in paths.items():
             name, down, up = f"{component}.{path}", parts.get("down"), parts.get("up")
             if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < len(down) == up.shape[1]:
-                raise _broken(file_name, f"{name!r:.100} is half there")
+                raise broken(file_name, f"{name!r:.100} is half there")
             result.setdefault(component, {})[path] = LowRank(**parts)
         if len({projection.magnitude is None for projection in result[component].values()}) > 1:
             raise UserError(f"{file_name} holds DoRA for some layers of its {component} alone, which PEFT cannot load")
@@ -76,26 +82,14 @@ def _place(key: str, tensor: Tensor, file_name: str) -> tuple[str, str, str]:
     groups = match.groupdict()
     field = FIELDS[groups.get("part") or groups["side"]]
     if field and tensor.dtype not in DTYPES:
-        raise _broken(file_name, f"{key!r:.100} is in {tensor.dtype}, which is not a dtype of weights")
+        raise broken(file_name, f"{key!r:.100} is in {tensor.dtype}, which is not a dtype of weights")
     if field and not tensor.float().isfinite().all():
-        raise _broken(file_name, f"{key!r:.100} has values that are NaN, infinite or beyond single precision")
+        raise broken(file_name, f"{key!r:.100} has values that are NaN, infinite or beyond single precision")
     return component, key_names.module_path(component, rest), field
 
 
-LARGEST_ALPHA = 1e6
 MOST_VALUES = 200  # PEFT tries one pattern per value on every module; no trainer writes this many ranks or alphas
-PEFT_ALPHA = 8  # PEFT's default when a header has no alpha
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # they leave the base unchanged
-MODULE_NAME = re.compile(r"\^?\w[\w.]*")
-
-
-@dataclass(frozen=True)
-class Scales:
-    alphas: dict[str, float]  # module path -> alpha
-    use_rslora: bool = False  # s is alpha/√r, not alpha/r
-
-    def of(self, path: str, rank: int) -> float:
-        return nominal_scale(self.alphas[path], rank, self.use_rslora)
 
 
 def scales(
@@ -103,9 +97,9 @@ def scales(
 ) -> Scales:
     """The alphas of one component, kohya's or PEFT's. Raises UserError for invalid and contradicting settings."""
     if of_peft is not None and not isinstance(of_peft, dict):
-        raise _broken(file_name, "its LoRA settings are no object")
+        raise broken(file_name, "its LoRA settings are no object")
     if of_peft and kohya_alphas:
-        raise _broken(file_name, "it has both alphas and LoRA settings")
+        raise broken(file_name, "it has both alphas and LoRA settings")
     prefix = f"{component}."
     settings = {k.removeprefix(prefix): v for k, v in (of_peft or {}).items() if k.startswith(prefix)}
     own = {k.removeprefix(prefix): v for k, v in (kohya_alphas or {}).items() if k.startswith(prefix)}
@@ -116,9 +110,7 @@ def scales(
         named = {_base_path(component, path, pipeline): own[key] for key, path in paths.items()}
         common = most_common(named.values()) if named else None
         result = Scales({path: named.get(path, common) if named else p.rank for path, p in found.items()})
-    for value in result.alphas.values():
-        if not is_number(value) or not abs(value) <= LARGEST_ALPHA:
-            raise _broken(file_name, f"it has an alpha of {value!r:.40}")
+    check_alphas(result.alphas, file_name)
     if max(len({p.rank for p in found.values()}), len(set(result.alphas.values()))) > MOST_VALUES:
         raise UserError(f"{file_name} has more than {MOST_VALUES} different ranks or alphas")
     return result
@@ -128,43 +120,9 @@ def _from_settings(component: str, found: Layers, settings: dict, file_name: str
     start = settings.get("init_lora_weights", True)
     if not isinstance(start, bool | str | None) or start not in PLAIN_STARTS:
         raise UserError(f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); export a plain LoRA")
-    if _flag(settings, "use_dora", file_name) != any(p.magnitude is not None for p in found.values()):
-        raise _broken(file_name, "its use_dora does not go with its tensors")
-    alpha, pattern = settings.get("lora_alpha", PEFT_ALPHA), settings.get("alpha_pattern") or {}
-    alphas = dict.fromkeys(found, alpha) | _matches(component, found, pattern, file_name)
-    return Scales(alphas, _flag(settings, "use_rslora", file_name))
-
-
-def _matches(component: str, paths: Iterable[str], pattern: object, file_name: str) -> dict[str, float]:
-    """Module path -> value of the first entry that is one of its names or the end of one (`^`: a whole name only)."""
-    if not isinstance(pattern, dict):
-        raise _broken(file_name, "its alpha_pattern is no object")
-    plain = {str(name).replace(r"\.", "."): value for name, value in pattern.items()}
-    for name in plain:
-        if not MODULE_NAME.fullmatch(name):
-            raise _broken(file_name, f"its alpha_pattern {name!r:.60} names no module")
-    order, found = {name: number for number, name in enumerate(plain)}, {}
-    for path in paths:
-        ends = set()
-        # Versions of transformers differ in the prefix `text_model.` of a text encoder.
-        bare = path if component in DENOISERS else path.removeprefix("text_model.")
-        for name in (bare, key_names.published_path(component, path)):
-            parts = name.split(".")
-            ends |= {f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))}
-        if known := ends & order.keys():
-            found[path] = plain[min(known, key=order.__getitem__)]
-    return found
-
-
-def _flag(settings: dict, name: str, file_name: str) -> bool:
-    value = settings.get(name, False)
-    if not isinstance(value, bool):
-        raise _broken(file_name, f"its {name} is {value!r:.40}")
-    return value
-
-
-def _broken(file_name: str, what: str) -> UserError:
-    return UserError(f"{file_name} is broken: {what}")
+    if flag(settings, "use_dora", file_name) != any(p.magnitude is not None for p in found.values()):
+        raise broken(file_name, "its use_dora does not go with its tensors")
+    return scales_of_settings(component, found, settings, file_name)
 
 
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by cross-attention width
@@ -256,7 +214,7 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Tensors, d
             )
             found = alphas[0] if alphas else None  # of a UNet and of FLUX.1; elsewhere they are in `tensors`
             alphas = {key: float(alpha) for key, alpha in (found or {}).items()}
-        settings = settings or json.loads(run_folder.header_of(file).get(published_file.PEFT_SETTINGS, "null"))
+        settings = settings or json.loads(run_folder.header_of(file).get(PEFT_SETTINGS, "null"))
         by_name = {key.removesuffix(key_names.DORA_SCALE): key_names.as_magnitude(size) for key, size in sizes.items()}
         labels = key_names.renamed(by_name, pipeline).items()
         return tensors | {f"{label}.lora_magnitude_vector": by_name[name] for name, label in labels}, alphas, settings
@@ -284,7 +242,7 @@ def _settings_of_one_model(file: Path, tensors: Tensors, found: Tensors) -> dict
     if config.is_file() and any(key.startswith(key_names.PEFT_PREFIX) for key in tensors):
         settings = published_file.read_peft_config(config)
     else:
-        settings = json.loads(run_folder.header_of(file).get(published_file.PEFT_SETTINGS, "{}"))
+        settings = json.loads(run_folder.header_of(file).get(PEFT_SETTINGS, "{}"))
         if "lora_alpha" not in settings or any(key.endswith(key_names.KOHYA_ALPHA) for key in tensors):
             return None
     components = {key.partition(".")[0] for key in found}
@@ -319,7 +277,7 @@ def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: 
                     f"(first misfit: {name!r:.100}, rank {projection.rank})"
                 )
             if wrong := _misshapen(projection, *size):
-                raise _broken(weights.file_name, f"{name} has {wrong}")
+                raise broken(weights.file_name, f"{name} has {wrong}")
 
 
 def _misshapen(projection: LowRank, outputs: int, inputs: int, *kernel: int) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from dreambooth_moslora.adapters import describe, key_names, lycoris, mixer, moslora, new_tokens, raw_file
+from dreambooth_moslora.adapters.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors, untied
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
@@ -143,9 +144,6 @@ def write_published(
         raw_file.check_finite(tensors, f"the adapter in {dtype}")
         raw_file.write_file(path, tensors, head)
     return [path for path, _, _ in files]
-
-
-PEFT_SETTINGS = "lora_adapter_metadata"  # In the header, as diffusers' scripts for transformers write it
 
 
 def peft_settings(folded: Folded) -> dict[str, object]:

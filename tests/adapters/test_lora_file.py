@@ -449,6 +449,27 @@ def test_what_diffusers_saves_of_one_model_is_read_with_its_settings(tiny_base, 
     layers = {path: layer for path, layer in unet.named_modules() if isinstance(layer, LoraLayer)}
     wanted = {f"unet.{path}": layer.get_delta_weight("default").detach() for path, layer in layers.items()}
     assert worst(of_file(tiny_base, tmp_path / PUBLISHED_NAME), wanted) < 1e-6
+    facts = describe(tmp_path / PUBLISHED_NAME)
+    assert (facts["alpha"], facts["scale"]) == ("2, 9", "0.5, 2.25")
+
+
+@pytest.mark.parametrize(
+    ("settings", "alpha", "scale"),
+    [
+        ({"use_rslora": True, "alpha_pattern": {"attn2.to_q": 4}}, "4, 9", "2, 4.5"),
+        ({"init_lora_weights": "pissa"}, "9", "2.25"),  # which is described, and not drawn with
+    ],
+)
+def test_a_description_has_the_alphas_of_peft_in_the_header(settings, alpha, scale, state, tmp_path):
+    facts = describe(save_other(tmp_path, state, {"lora_alpha": 9} | settings))
+    assert (facts["alpha"], facts["scale"]) == (alpha, scale)
+    for broken in ({"lora_alpha": "four"}, {"alpha_pattern": ["to_q"]}, {"use_rslora": "yes"}):
+        with pytest.raises(UserError, match=r"x\.safetensors is broken: "):
+            describe(save_other(tmp_path, state, broken))
+    for header in ("[1]", "[" * 100_000):
+        save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": header})
+        with pytest.raises(UserError, match=r"x\.safetensors is broken: its LoRA settings"):
+            describe(tmp_path / "x.safetensors")
 
 
 def test_floats_of_eight_bits_are_cast(tiny_base, state, tmp_path):
