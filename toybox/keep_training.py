@@ -55,7 +55,7 @@ __all__ = ["Settings", "Sheets", "keep_training", "make_renders"]
 
 ROOT = Path(__file__).parents[1]
 BASE, TEACHER = ROOT / "assets" / "toy-sdxl", ROOT / "assets" / "toy-zimage"
-RATES = ["--lr", "3e-4", "--muon_lr", "3e-3", "--ema_decay", "0.9995", "--decay", "0.2"]
+RATES = ["--lr", "6e-4", "--muon_lr", "6e-3", "--ema_decay", "0.9995", "--decay", "0.3"]
 COLUMNS, SAMPLER_STEPS = 5, 20
 LOWEST = 19
 COMPILED_FROM = 100  # pictures in a shard, or in a batch: compilation takes a minute

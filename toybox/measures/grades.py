@@ -56,9 +56,14 @@ def draw(out: Path, bases: dict[str, Path], parts: Sequence[tuple[int, bool, int
     (out / "key.json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
     for start in range(0, len(drawn), ON_A_SHEET):
         part = drawn[start : start + ON_A_SHEET]
-        captions = tuple(f"{start + n}: {prompts[i]}" for n, (_, i, _) in enumerate(part, start=1))
+        captions = tuple(f"{start + n}: {asked(prompts[i])}" for n, (_, i, _) in enumerate(part, start=1))
         row = Row("", [Image.fromarray(pixels.numpy()) for _, _, pixels in part], captions)
         draw_contact_sheet([row], out / f"sheet_{start // ON_A_SHEET + 1}.png", tile_px=TILE_PX)
+
+
+def asked(prompt: str) -> str:
+    """Without the words that all prompts have: two lines under a picture hold the rest."""
+    return prompt.removeprefix("a photo of ")
 
 
 def mean(out: Path, graders: Sequence[Path]) -> dict[str, dict[str, float]]:
