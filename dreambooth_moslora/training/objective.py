@@ -112,8 +112,9 @@ def flow_levels(
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Indices (count,) of a flow's noise levels, drawn as diffusers' scripts do (Esser et al. 2024, section 3.1). With
-    the `tokens` (count,) of the pictures, the share s of noise is shifted to fs/(1 + (f - 1)s), as the base's scheduler
-    does when it draws; f = exp(slope·tokens + intercept)."""
+    the `tokens` (count,) of the pictures, the share s of noise is shifted to fs/(1 + (f - 1)s) by the base's scheduler:
+    f = exp(slope·tokens + intercept). Pictures are drawn with it too, but FLUX.2's with another f, which depends on the
+    number of steps."""
     if scheme == "logit_normal":
         drawn = torch.normal(mean, std, (count,), generator=generator).sigmoid()
     else:
