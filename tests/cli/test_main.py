@@ -129,7 +129,7 @@ ABSENT = {
     "basis x --out basis.safetensors": "x: there is no such folder",
     "fleet x --out y --pretrained_model_name_or_path toy": "x: give a folder of subject folders",
     "fleet status x": "{here}/x holds no fleet",
-    "queue remove x": "no run called 'x' waits",
+    "queue remove x": "--runs_dir runs: there is no such folder",
     "evaluate dog.safetensors --output_dir dog.safetensors": "--output_dir dog.safetensors",
     "serve --adapters x": "--adapters x: there is no such folder",
     "serve --adapters . --pretrained_model_name_or_path x": "the base x does not exist",
