@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
-from dreambooth_moslora.core import UserError, process_count, spelled_out
+from dreambooth_moslora.core import UserError, process_count, spelled_out, user_path
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -43,7 +43,7 @@ def queue_arguments(parser: argparse.ArgumentParser) -> None:
 def run_queue(args: argparse.Namespace) -> int:
     from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
 
-    turns = QueueTurns(Jobs(Path(os.path.abspath(args.runs_dir))))
+    turns = QueueTurns(Jobs(Path(os.path.abspath(user_path(args.runs_dir)))))
     match args.words:
         case ["move" | "remove", *_] if not turns.jobs.runs_dir.is_dir():
             raise UserError(f"--runs_dir {args.runs_dir}: there is no such folder.")

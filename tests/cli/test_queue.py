@@ -88,6 +88,14 @@ def test_an_empty_queue_is_said_and_a_mistyped_folder_is_not_made(tmp_path, caps
     assert capsys.readouterr().err.startswith("nothing waits") and not os.listdir(tmp_path)
 
 
+def test_the_folder_of_runs_may_be_in_the_home_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    (tmp_path / "runs").mkdir()
+    assert main(["queue", "remove", "hen", "--runs_dir", "~/runs"]) == 2
+    assert "no run called 'hen' waits" in capsys.readouterr().err and not Path("~").exists()
+
+
 def test_start_trains_all_that_wait_says_how_each_ended_and_answers_with_one(photos, capsys, monkeypatch):
     monkeypatch.setattr(queue, "POLL_SEC", 0.02)
     (stand_in := photos.parent / "trainer.py").write_text(
