@@ -95,6 +95,7 @@ def test_the_docs_have_no_picture_that_the_tool_does_not_make():
     assert {path.stem for path in Path("assets/pictures").glob("*.jpg")} == pictures.JPEGS.keys()
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_from_the_run_that_is_there(tmp_path):
     run = RunDir(tmp_path / "work" / "quickstart")
     run.path.mkdir(parents=True)

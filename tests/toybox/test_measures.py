@@ -179,6 +179,7 @@ def test_groups_that_were_not_measured_again_keep_their_rows(tmp_path):
     assert again == found, "a second run without measurements changes nothing"
 
 
+@pytest.mark.slow
 def test_graders_see_numbered_pictures_whose_source_the_key_alone_tells(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_base, "STEPS", 2)
     parts = ((2, False, 1, False), (1, False, 2, True))
