@@ -44,7 +44,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("height", type=int, help="of a picture, px (default: the base's own size)")
     add("width", type=int, help="of a picture, px (default: the base's own size)")
     add("num_images", type=int, help="how many, with consecutive seeds (default 1)")
-    add("scheduler", choices=list(params.SCHEDULERS), help=f"how steps remove noise (default {DEFAULTS['scheduler']})")
+    add("scheduler", choices=list(params.SCHEDULERS), help="how steps remove noise (default: the base's own)")
     text_option_arguments(parser)
     add("grid", nargs="+", metavar="AXIS", help='one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" …')
     add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
@@ -116,7 +116,7 @@ def without_adapter(base: str, prompt: str) -> str:
 def without_effect(values: dict, facts: Facts) -> list[str]:
     """A line for each parameter that this family's pictures do not obey."""
     title, lines = f"{facts.title}'s pictures", []
-    if facts.style == "flow" and values.get("scheduler", DEFAULTS["scheduler"]) != DEFAULTS["scheduler"]:
+    if facts.style == "flow" and values.get("scheduler") not in (None, "euler"):  # theirs is called Euler in a PNG
         lines.append(f"note: --scheduler has no effect: {title} are drawn with the base's own")
     if not facts.has_negative and values.get("negative_prompt"):
         lines.append(f"note: --negative_prompt has no effect: {title} are drawn without one")

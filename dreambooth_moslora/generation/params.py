@@ -41,6 +41,7 @@ ENCODINGS = {b"ASCII\0\0\0": ("utf-8",), b"UNICODE\0": ("utf-16-be", "utf-16-le"
 """Of EXIF's UserComment, by its first eight bytes. The order of UTF-16's bytes is not said: the first that gives the
 word "Steps:" is taken."""
 SAMPLERS = {"euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M", "uni_pc": "UniPC"}
+SAMPLERS |= {"dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_2m_sde_gpu": "DPM++ 2M SDE"}
 """ComfyUI's name -> A1111's."""
 MAX_NODES = 64  # On the way from the sampler to its model, or to a text
 MAX_STEPS = 100  # Most steps on a machine that draws for many users: more would block the queue
@@ -56,10 +57,20 @@ class Scheduler:
 
 SCHEDULERS = {
     "euler": Scheduler("Euler", "EulerDiscreteScheduler"),
-    "dpmpp_2m_karras": Scheduler("DPM++ 2M Karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp_2m_karras": Scheduler(
+        "DPM++ 2M Karras",
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "dpmpp_2m_sde": Scheduler(
+        "DPM++ 2M SDE",
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": False},
+    ),
     "unipc": Scheduler("UniPC", "UniPCMultistepScheduler"),
 }
-"""Schedulers by this program's names. All are deterministic: noise is drawn only at the start."""
+"""Schedulers by this program's names. One seed decides all noise of a picture, also that which DPM++ 2M SDE adds after
+each step, so that later steps correct what earlier ones did."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +84,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """Everything that decides the pixels, given base and adapters. Sizes are px; None means the base's own. Image i has
-    the seed `seed + i`, whatever `num_images` is. `text_options` are settings of training, such as max_sequence_length:
-    without them those of the adapters' runs are taken; an empty one is the base's own. Raises UserError on a value that
-    cannot be generated."""
+    """Everything that decides the pixels, given base and adapters. Sizes are px; None means the base's own, also for
+    guidance and scheduler. Image i has the seed `seed + i`, whatever `num_images` is. `text_options` are settings of
+    training, such as max_sequence_length: without them those of the adapters' runs are taken; an empty one is the
+    base's own. Raises UserError on a value that cannot be generated."""
 
     prompt: str
     negative_prompt: str = ""
@@ -87,7 +98,7 @@ class GenerationParams:
     width_px: int | None = None
     num_images: int = 1
     adapters: tuple[tuple[str, float], ...] = field(default=())
-    scheduler: str = "euler"
+    scheduler: str | None = None
     text_options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -104,7 +115,7 @@ class GenerationParams:
         for name in ("height_px", "width_px"):
             if (size := getattr(self, name)) is not None and size % SIZE_STEP_PX:
                 raise UserError(f"{name} is {size}; it must be a multiple of {SIZE_STEP_PX}")
-        if not isinstance(self.scheduler, str) or self.scheduler not in SCHEDULERS:
+        if self.scheduler is not None and (not isinstance(self.scheduler, str) or self.scheduler not in SCHEDULERS):
             raise UserError(f"scheduler {self.scheduler!r:.60} is unknown; choose one of {', '.join(SCHEDULERS)}")
         object.__setattr__(self, "adapters", _checked_adapters(self.adapters))
         object.__setattr__(self, "text_options", _checked_text_options(self.text_options))
@@ -364,7 +375,7 @@ def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
     hashes = ", ".join(f"{name}: {sha[:12]}" for name, sha in provenance.adapter_sha256)
     settings = {
         "Steps": params.steps,
-        "Sampler": SCHEDULERS[params.scheduler].title,
+        "Sampler": SCHEDULERS[params.scheduler].title if params.scheduler else "",
         "CFG scale": "" if params.guidance_scale is None else f"{params.guidance_scale:g}",
         "Seed": params.seed,
         "Size": f"{params.width_px}x{params.height_px}" if params.width_px and params.height_px else "",
@@ -393,7 +404,7 @@ def _foreign_recipe(
 ) -> Recipe:
     """The recipe of another program's words; `settings` as A1111 writes them. Raises UserError."""
     sampler = _sampler_of(settings)
-    name = next((name for name, scheduler in SCHEDULERS.items() if scheduler.title == sampler), "euler")
+    name = next((name for name, known in SCHEDULERS.items() if known.title == sampler), "euler") if sampler else None
     values = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags, "scheduler": name}
     names = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance_scale", float)}
     try:
@@ -404,8 +415,8 @@ def _foreign_recipe(
             values["width_px"], values["height_px"] = (int(n) for n in settings["Size"].split("x"))
     except ValueError as error:
         raise UserError("the settings inside the picture are damaged") from error
-    ours = SCHEDULERS[name].title
-    remarks = () if sampler in ("", ours) else (f"the sampler {sampler} is not available; {ours} replaces it",)
+    ours = SCHEDULERS[name].title if name else ""
+    remarks = () if sampler == ours else (f"the sampler {sampler} is not available; {ours} replaces it",)
     if (seed := values.get("seed", 0)) > MAX_SEED:  # ComfyUI's have up to 64 bits
         values["seed"] = seed % (MAX_SEED + 1)
         remarks += (f"the seed {seed} is beyond {MAX_SEED}; {values['seed']} replaces it",)

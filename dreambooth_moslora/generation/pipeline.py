@@ -232,6 +232,16 @@ def check_sides(sides: tuple[int, int], facts: Facts) -> None:
         raise core.UserError(f"a side of {wrong} px: {facts.title} draws multiples of {step}, such as {near}")
 
 
+def scheduler_name(scheduler: diffusers.SchedulerMixin) -> str | None:
+    """The name of a base's own scheduler in `SCHEDULERS`. One that has none, and no noise levels that previews could be
+    read with, such as PNDM, is replaced by Euler; None is another."""
+    kind, config = type(scheduler).__name__.removeprefix("FlowMatch"), scheduler.config
+    for name, known in SCHEDULERS.items():
+        if kind == known.class_name and all(config.get(key) == value for key, value in known.options.items()):
+            return name
+    return None if hasattr(scheduler, "sigmas") else "euler"
+
+
 class SubjectPipeline:
     """Base and adapters, for one caller at a time; other threads wait. `home` is the device that draws. A resting
     pipeline is in the CPU's memory until `generate`; if `home` is short of memory, its models take turns."""
@@ -245,7 +255,7 @@ class SubjectPipeline:
         self.family = families.family_of(pipeline)
         self.bases = MixersOnBases(pipeline)
         self._active: dict[str, float] | None = None
-        self._scheduler_config = pipeline.scheduler.config
+        self._own_scheduler = pipeline.scheduler
         self._tokens: new_tokens.AttachedTokens | None = None
         self._lock = threading.RLock()
         pipeline.set_progress_bar_config(disable=True)
@@ -349,7 +359,7 @@ class SubjectPipeline:
         return images
 
     def complete(self, params: GenerationParams) -> GenerationParams:
-        """With tags applied, and the base's sizes and guidance. Raises UserError for an unknown adapter."""
+        """With tags applied, and the base's sizes, guidance and scheduler. Raises UserError for an unknown adapter."""
         params = params.apply_tags()
         for name, _ in params.adapters:
             if name not in self.adapters:
@@ -358,7 +368,8 @@ class SubjectPipeline:
         side = self.resolution_px
         guidance = load.default_guidance(self.pipeline) if params.guidance_scale is None else params.guidance_scale
         size_px = {"height_px": params.height_px or side, "width_px": params.width_px or side}
-        return replace(params, guidance_scale=guidance, **size_px)
+        scheduler = params.scheduler or scheduler_name(self._own_scheduler)
+        return replace(params, guidance_scale=guidance, scheduler=scheduler, **size_px)
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
         """Make exactly these adapters active. Scale 0 means absent: the result is the base's, bit for bit."""
@@ -468,10 +479,11 @@ class SubjectPipeline:
         )
         return dict(zip(names, embeds))
 
-    def _scheduler(self, name: str) -> diffusers.SchedulerMixin:
-        """diffusers' scheduler of that name, with the noise levels of the base's own scheduler."""
-        chosen = SCHEDULERS[name]
-        return getattr(diffusers, chosen.class_name).from_config(self._scheduler_config, **chosen.options)
+    def _scheduler(self, name: str | None) -> diffusers.SchedulerMixin:
+        """A scheduler of that name, or the base's own, at the noise levels of the base's own."""
+        own = self._own_scheduler
+        kind = getattr(diffusers, SCHEDULERS[name].class_name) if name else type(own)
+        return kind.from_config(own.config, **SCHEDULERS[name].options if name else {})
 
     @cached_property
     def colours(self) -> LatentColours:

@@ -55,21 +55,22 @@ class LatentColours:
 
 
 class PreviewTracker:
-    """Estimates the clean latents after each step. Euler keeps x0 + σ·ε, others α·x0 + σ·α·ε, α = 1/sqrt(1 + σ²)."""
+    """Estimates the clean latents after each step. Solvers of DPM++'s kind keep what the model predicted of them. Euler
+    keeps x0 + σ·ε, on a straight line to x0, which an ancestral one leaves by adding noise."""
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
+        self.scheduler = scheduler
         self.sigmas = scheduler.sigmas.float().cpu()
-        self.is_unit_variance = float(scheduler.init_noise_sigma) == 1.0
+        self.is_straight = "Ancestral" not in type(scheduler).__name__
         self.previous: torch.Tensor | None = None
 
     def clean_latents(self, step: int, latents: torch.Tensor) -> torch.Tensor:
         """`latents` after step `step` (0-based) -> estimate of x0, same shape."""
-        sigma, sigma_next = self.sigmas[step], self.sigmas[step + 1]
-        x = latents.float()
-        if self.is_unit_variance:
-            x = x * (1 + sigma_next**2).sqrt()
+        if predicted := getattr(self.scheduler, "model_outputs", None):
+            return predicted[-1].float()
+        sigma, sigma_next, x = self.sigmas[step], self.sigmas[step + 1], latents.float()
         before, self.previous = self.previous, x
-        if before is None or sigma_next == sigma:
+        if before is None or sigma_next == sigma or not self.is_straight:
             return x / (1 + sigma_next**2).sqrt()
         return x - sigma_next * (x - before) / (sigma_next - sigma)
 

@@ -64,9 +64,9 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
         with gr.Row():
             look = {"precision": 0, "min_width": 160, "elem_id": "seed"}
             fields["seed"] = gr.Number(-1, label="Seed", info="−1 draws one", **look)
-            schedulers = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
+            schedulers = [("The base's own", ""), *((known.title, name) for name, known in SCHEDULERS.items())]
             look = {"info": "how noise is taken out", "visible": ctx.facts.style == "ddpm", "min_width": 160}
-            fields["scheduler"] = gr.Dropdown(schedulers, value="euler", label="Scheduler", **look)
+            fields["scheduler"] = gr.Dropdown(schedulers, value="", label="Scheduler", **look)
         look = {"info": "width × height", "allow_custom_value": True, "elem_id": "size"}
         fields["size"] = gr.Dropdown(sizes, value=sizes[0][1], label="Size", **look)
     with gr.Accordion("More adapters", open=False):

@@ -54,7 +54,7 @@ class GenerateForm:
     guidance_scale: float | None = None
     size: str = ""
     num_images: int = 1
-    scheduler: str = "euler"
+    scheduler: str = ""  # the base's own
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "GenerateForm":
@@ -64,7 +64,7 @@ class GenerateForm:
         """A negative or empty seed is drawn here. Raises UserError for values that cannot be generated."""
         width, height = parse_size(self.size)
         for name in ("adapter", "adapter_2", "adapter_3", "scheduler"):
-            if not isinstance(word := getattr(self, name) or "", str):
+            if not isinstance(word := getattr(self, name), str | None):
                 raise UserError(f"{name} must be a name, not {word!r:.30}")
         if not 1 <= _whole(self.num_images, "images") <= MAX_IMAGES:
             raise UserError(f"{self.num_images} images were requested; the page makes 1 to {MAX_IMAGES} at a time")
@@ -79,7 +79,7 @@ class GenerateForm:
             width_px=width,
             num_images=_whole(self.num_images, "images"),
             adapters=tuple((name, scale) for name, scale in slots if name and name != run_folder.NONE),
-            scheduler=str(self.scheduler or ""),
+            scheduler=self.scheduler or None,
         )
 
     @classmethod
@@ -98,7 +98,7 @@ class GenerateForm:
             guidance_scale=params.guidance_scale,
             size=format_size(params.width_px, params.height_px),
             num_images=min(params.num_images, MAX_IMAGES),
-            scheduler=params.scheduler,
+            scheduler=params.scheduler or "",
             **slots,
         )
 

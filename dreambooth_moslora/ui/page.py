@@ -178,7 +178,7 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
         ("Steps", str(params.steps)),
         ("Guidance", "" if params.guidance_scale is None else f"{params.guidance_scale:g}"),
         ("Size", size),
-        ("Scheduler", SCHEDULERS[params.scheduler].title),
+        ("Scheduler", SCHEDULERS[params.scheduler].title if params.scheduler else ""),
         ("Base", origin.base),
         ("Made with", ", ".join(f"{name} {version}" for name, version in origin.versions)),
         ("Remarks", "\n".join(map(state.sentence, recipe.remarks))),

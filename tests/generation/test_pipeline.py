@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -134,11 +135,56 @@ def test_the_preview_finds_the_clean_latents_when_the_model_is_right(pipeline, n
     tracker = previews.PreviewTracker(scheduler)
     clean, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sigma = scheduler.sigmas[0]
-    x = (clean + sigma * noise) / (1 if name == "euler" else (1 + sigma**2).sqrt())
+    alphas = 1 / (1 + scheduler.sigmas**2).sqrt()
+    x = clean + sigma * noise if name == "euler" else (clean + sigma * noise) * alphas[0]
     for step, timestep in enumerate(scheduler.timesteps):
+        if name != "euler":  # what is not clean is noise, also after more of it was added
+            noise = (x - alphas[step] * clean) / (alphas[step] * scheduler.sigmas[step])
         x = scheduler.step(noise, timestep, x, return_dict=False)[0]
         estimate = tracker.clean_latents(step, x)
-        assert step == 0 or torch.allclose(estimate, clean, atol=1e-3)
+        assert (step == 0 and name == "euler") or torch.allclose(estimate, clean, atol=1e-3)
+
+
+OWN_SCHEDULERS = [
+    (diffusers.EulerDiscreteScheduler(), "euler"),
+    (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True), "euler"),
+    (diffusers.FlowMatchEulerDiscreteScheduler(), "euler"),
+    (diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True), "dpmpp_2m_karras"),
+    (diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "dpmpp_2m_sde"),
+    (diffusers.PNDMScheduler(), "euler"),
+    (diffusers.EulerAncestralDiscreteScheduler(), None),
+    (diffusers.EDMDPMSolverMultistepScheduler(), None),
+]
+
+
+@pytest.mark.parametrize(("own", "name"), OWN_SCHEDULERS, ids=lambda value: type(value).__name__)
+def test_a_base_is_drawn_with_its_own_scheduler_unless_another_is_asked_for(own, name, tmp_path, tiny_base):
+    """The picture says which; one that has no name here is drawn too, and previews never wait for what it lacks."""
+    assert gpu_room.scheduler_name(own) == name
+    if "FlowMatch" in type(own).__name__:
+        return
+    pipeline = load.load_pipeline(tiny_base)
+    pipeline.scheduler = type(own).from_config({**pipeline.scheduler.config, **own.config})
+    subject = SubjectPipeline(pipeline, "tiny")
+    (image,) = subject.draw(PARAMS)
+    kind = SCHEDULERS[name].class_name if name else type(own).__name__
+    assert type(pipeline.scheduler).__name__ == kind and np.asarray(image.pixels).std() > 0
+    recipe = read_recipe(image.save(tmp_path / "one.png"))
+    assert recipe.params.scheduler == image.params.scheduler == name
+    assert np.array_equal(picture(subject, recipe.params), np.asarray(image.pixels))
+    again = subject.complete(replace(recipe.params, scheduler="unipc"))
+    assert again.scheduler == "unipc" and type(subject._scheduler("unipc")).__name__ == "UniPCMultistepScheduler"
+
+
+def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
+    pipeline = load.load_pipeline(tiny_base)
+    pipeline.scheduler = SubjectPipeline(pipeline, "tiny")._scheduler("dpmpp_2m_sde")
+    words = lambda prompts: load.encode_text(pipeline, prompts)  # noqa: E731
+    sampler = fixed_seeds.Sampler(pipeline, words, 64, torch.device("cpu"), 4)
+    requests = [fixed_seeds.SampleRequest("a dog", seed) for seed in range(3)]
+    together, alone = list(sampler(requests, 3)), list(sampler(requests, 1))
+    assert all(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1 for a, b in zip(together, alone))
+    assert differs(np.asarray(alone[0]), np.asarray(alone[1]))
 
 
 class LinearVae(torch.nn.Module):

@@ -83,7 +83,7 @@ HALF = "a \ud800"
     "values, words",
     [
         *(({"steps": number}, "steps") for number in (float("nan"), float("inf"), 1.5, True, None, "7", 10**400)),
-        *(({"scheduler": value}, "scheduler") for value in ([], ["euler"], {}, 5, None)),
+        *(({"scheduler": value}, "scheduler") for value in ([], ["euler"], {}, 5, "magic")),
         *(({"adapter": value}, "adapter") for value in (["dog"], {"a": 1}, 5)),
         *(({name: HALF}, "is not a character") for name in ("prompt", "negative_prompt")),
     ],
