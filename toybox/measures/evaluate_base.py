@@ -4,9 +4,10 @@
 
 Three groups of prompts: canonical captions of random toys, once of combinations (kind, colour, place) in the
 training and once of held-out ones; and captions of toys with a pattern or an ornament, which name all that is to
-be seen. 30 Euler steps, guidance 2.5 unless another is given. The judge reads the generated pictures and, for
-comparison, fresh renders of the same scenes; it is asked for a second colour or for ornaments only where the prompt
-tells. `toybox.measures.swd` measures how far both differ in detail and contrast, which the judge overlooks.
+be seen. 30 steps of the base's own sampler, guidance 2.5 unless another is given. The judge reads the generated
+pictures and, for comparison, fresh renders of the same scenes; it is asked for a second colour or for ornaments only
+where the prompt tells. `toybox.measures.swd` measures how far both differ in detail and contrast, which the judge
+overlooks.
 
 Pictures that OUT holds already are not drawn again: a new judge reads them in seconds.
 """
