@@ -237,7 +237,9 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
 def with_settings(name: str, pairs: list[Pair], header: dict[str, str]) -> list[Pair]:
     """The pairs with the alphas of PEFT's settings in the header, where they have none. Raises UserError."""
     settings, found = lora_settings.in_header(header, name), {}
-    for prefix in [""] if "lora_alpha" in settings else [f"{component}." for component in raw_file.COMPONENTS]:
+    is_of_one_model = "lora_alpha" in settings
+    prefixes = [""] if is_of_one_model else [f"{component}." for component in raw_file.COMPONENTS]
+    for prefix in prefixes:
         own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
         modules = [pair.module for pair in pairs if own and pair.alpha is None and pair.module.startswith(prefix)]
         paths = [module.removeprefix(prefix) for module in modules]
