@@ -305,7 +305,8 @@ def disk_gib(config: table.TrainConfig, adapter: int, checkpoint_gib: float, tot
     samples = len(subjects) * config.sample_count * times
     classes = {one.class_prompt for one in subjects if one.draws_class_images and not one.class_data_dir}
     pixels = (samples + len(classes) * config.num_class_images) * config.resolution**2
-    return checkpoints * checkpoint_gib + (adapter * 8 + pixels * PNG_BYTES_A_PIXEL) / machine.GIB
+    published = 2 if config.evaluate_steps else 1  # that of the best step is kept beside the last
+    return checkpoints * checkpoint_gib + (published * adapter * 8 + pixels * PNG_BYTES_A_PIXEL) / machine.GIB
 
 
 def check_memory(config: table.TrainConfig, size: BaseSize) -> None:

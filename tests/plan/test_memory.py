@@ -45,6 +45,11 @@ def card(gpu, monkeypatch):
     return lambda free_gib, capability=8: gpu(capability, free_gib)
 
 
+def test_a_scored_run_keeps_its_best_adapter_on_the_disk_too():
+    plain, scored = (estimate(replace(SDXL, evaluate_steps=steps), BaseSize(), 1) for steps in (None, 100))
+    assert (scored.disk_gib - plain.disk_gib) * GIB == pytest.approx(8 * plain.adapter_parameters)
+
+
 def planned(config: TrainConfig) -> TrainConfig:
     return replace(config, **memory_settings(config))
 
