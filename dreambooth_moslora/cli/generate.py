@@ -38,7 +38,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
     add("negative_prompt", help="what to keep out")
     add("from_png", metavar="FILE", help="take all parameters from a PNG; other options override them")
-    add("seed", type=int, help="of the noise that a picture begins with (default 0); -1: any; image i has seed + i")
+    add("seed", type=int, help="of a picture's noise (default 0); -1: any; image i has seed + i")
     add("steps", type=int, help=f"denoising steps (default {DEFAULTS['steps']})")
     add("guidance_scale", type=float, help="how closely to follow the prompt (default: the base's own, 5 for SDXL)")
     add("height", type=int, help="of a picture, px (default: the base's own size)")

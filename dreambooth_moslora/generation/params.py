@@ -55,17 +55,13 @@ class Scheduler:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+DPM = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
+DPM |= {"algorithm_type": "dpmsolver++"}
 SCHEDULERS = {
     "euler": Scheduler("Euler", "EulerDiscreteScheduler"),
-    "dpmpp_2m_karras": Scheduler(
-        "DPM++ 2M Karras",
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
-    ),
+    "dpmpp_2m_karras": Scheduler("DPM++ 2M Karras", "DPMSolverMultistepScheduler", DPM | {"use_karras_sigmas": True}),
     "dpmpp_2m_sde": Scheduler(
-        "DPM++ 2M SDE",
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": False},
+        "DPM++ 2M SDE", "DPMSolverMultistepScheduler", DPM | {"algorithm_type": "sde-dpmsolver++"}
     ),
     "unipc": Scheduler("UniPC", "UniPCMultistepScheduler"),
 }
@@ -404,7 +400,7 @@ def _foreign_recipe(
 ) -> Recipe:
     """The recipe of another program's words; `settings` as A1111 writes them. Raises UserError."""
     sampler = _sampler_of(settings)
-    name = next((name for name, known in SCHEDULERS.items() if known.title == sampler), "euler") if sampler else None
+    name = _nearest_scheduler(sampler) if sampler else None
     values = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags, "scheduler": name}
     names = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance_scale", float)}
     try:
@@ -427,8 +423,14 @@ def _sampler_of(settings: Mapping[str, str]) -> str:
     """The sampler with its schedule, in older programs' form; "Automatic" is the sampler's own schedule."""
     sampler, schedule = settings.get("Sampler", ""), settings.get("Schedule type", "")
     if schedule == "Automatic":
-        schedule = "Karras" if sampler == "DPM++ 2M" else ""
+        schedule = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}.get(sampler, "")
     return f"{sampler} {schedule}".strip()
+
+
+def _nearest_scheduler(sampler: str) -> str:
+    """That of this title, or of the longest title that it begins with; else Euler."""
+    near = [name for name, known in SCHEDULERS.items() if f"{sampler} ".startswith(f"{known.title} ")]
+    return max(near, key=lambda name: len(SCHEDULERS[name].title), default="euler")
 
 
 def check_size(params: GenerationParams, resolution_px: int) -> None:

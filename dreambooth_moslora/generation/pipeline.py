@@ -233,13 +233,12 @@ def check_sides(sides: tuple[int, int], facts: Facts) -> None:
 
 
 def scheduler_name(scheduler: diffusers.SchedulerMixin) -> str | None:
-    """The name of a base's own scheduler in `SCHEDULERS`. One that has none, and no noise levels that previews could be
-    read with, such as PNDM, is replaced by Euler; None is another."""
+    """The name of a base's own scheduler in `SCHEDULERS`; None if it has none there."""
     kind, config = type(scheduler).__name__.removeprefix("FlowMatch"), scheduler.config
     for name, known in SCHEDULERS.items():
         if kind == known.class_name and all(config.get(key) == value for key, value in known.options.items()):
             return name
-    return None if hasattr(scheduler, "sigmas") else "euler"
+    return None
 
 
 class SubjectPipeline:
@@ -359,7 +358,8 @@ class SubjectPipeline:
         return images
 
     def complete(self, params: GenerationParams) -> GenerationParams:
-        """With tags applied, and the base's sizes, guidance and scheduler. Raises UserError for an unknown adapter."""
+        """With tags applied, and the base's sizes, guidance and scheduler. Raises UserError for an unknown adapter, and
+        for a scheduler that knows nothing of the base's noise levels."""
         params = params.apply_tags()
         for name, _ in params.adapters:
             if name not in self.adapters:
@@ -369,6 +369,9 @@ class SubjectPipeline:
         guidance = load.default_guidance(self.pipeline) if params.guidance_scale is None else params.guidance_scale
         size_px = {"height_px": params.height_px or side, "width_px": params.width_px or side}
         scheduler = params.scheduler or scheduler_name(self._own_scheduler)
+        if scheduler and "EDM" in type(self._own_scheduler).__name__:
+            said = f"{SCHEDULERS[scheduler].title} does not know the noise levels of this base, which are EDM's"
+            raise core.UserError(f"{said}: leave the scheduler out, and the base's own is taken")
         return replace(params, guidance_scale=guidance, scheduler=scheduler, **size_px)
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
@@ -427,7 +430,7 @@ class SubjectPipeline:
                 self._touch(name)
             self.activate(params.adapters)
             words = self._encode(params)
-            clock = Clock(params)
+            clock = Clock(params.num_images)
             for index in range(params.num_images):
                 self._generate_one(index, params, words, clock, emit, stop)
         except core.StopRequestedError:

@@ -55,22 +55,27 @@ class LatentColours:
 
 
 class PreviewTracker:
-    """Estimates the clean latents after each step. Solvers of DPM++'s kind keep what the model predicted of them. Euler
-    keeps x0 + σ·ε, on a straight line to x0, which an ancestral one leaves by adding noise."""
+    """Estimates the clean latents after each step. Solvers of DPM++'s kind and UniPC keep what the model predicted of
+    them. Euler keeps x0 + σ·ε, on a straight line to x0. Of other schedulers the latents are shown as they are."""
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
-        self.scheduler = scheduler
-        self.sigmas = scheduler.sigmas.float().cpu()
-        self.is_straight = "Ancestral" not in type(scheduler).__name__
+        kind, config = type(scheduler).__name__, scheduler.config
+        keeps_clean = config.get("algorithm_type") in ("dpmsolver++", "sde-dpmsolver++") or config.get("predict_x0")
+        self.predicted = scheduler.model_outputs if keeps_clean and hasattr(scheduler, "model_outputs") else None
+        self.sigmas = (
+            scheduler.sigmas.float().cpu() if kind in ("EulerDiscreteScheduler", "EDMEulerScheduler") else None
+        )
         self.previous: torch.Tensor | None = None
 
     def clean_latents(self, step: int, latents: torch.Tensor) -> torch.Tensor:
         """`latents` after step `step` (0-based) -> estimate of x0, same shape."""
-        if predicted := getattr(self.scheduler, "model_outputs", None):
-            return predicted[-1].float()
+        if self.predicted is not None:
+            return self.predicted[-1].float()
+        if self.sigmas is None:
+            return latents.float()
         sigma, sigma_next, x = self.sigmas[step], self.sigmas[step + 1], latents.float()
         before, self.previous = self.previous, x
-        if before is None or sigma_next == sigma or not self.is_straight:
+        if before is None or sigma_next == sigma:
             return x / (1 + sigma_next**2).sqrt()
         return x - sigma_next * (x - before) / (sigma_next - sigma)
 
@@ -105,19 +110,20 @@ class Preview:
 class Clock:
     """Estimates the remaining time from the steps of this call."""
 
-    def __init__(self, params: GenerationParams) -> None:
-        self.total_steps = params.steps * params.num_images
+    def __init__(self, num_images: int) -> None:
+        self.num_images = num_images
         self.started: float | None = None
         self.done = 0
 
-    def tick(self) -> float:
-        """Count one step; returns the remaining seconds, NaN after the first step, which includes the warm-up."""
+    def tick(self, steps: int) -> float:
+        """Count one of an image's `steps`; returns the remaining seconds, NaN after the first step, which includes the
+        warm-up."""
         now = time.perf_counter()
         self.done += 1
         if self.started is None:
             self.started = now
             return float("nan")
-        return (now - self.started) / (self.done - 1) * (self.total_steps - self.done)
+        return (now - self.started) / (self.done - 1) * (steps * self.num_images - self.done)
 
 
 @dataclass
@@ -136,7 +142,7 @@ class Watcher:
         if self.stop():
             raise StopRequestedError
         params, steps = self.params, len(pipeline.scheduler.timesteps)
-        self.emit(Step(self.index, self.clock.total_steps // params.steps, step + 1, steps, self.clock.tick()))
+        self.emit(Step(self.index, self.clock.num_images, step + 1, steps, self.clock.tick(steps)))
         if self.colours is None:
             return {}
         self.tracker = self.tracker or PreviewTracker(pipeline.scheduler)

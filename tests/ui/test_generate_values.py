@@ -137,6 +137,11 @@ INSTEAD = "the sampler {} is not available; Euler replaces it"
         ("Euler a", "euler", [INSTEAD.format("Euler a")]),
         ("DPM++ 2M, Schedule type: Karras", "dpmpp_2m_karras", []),
         ("Euler, Schedule type: Automatic", "euler", []),
+        (
+            "DPM++ 2M SDE, Schedule type: Normal",
+            "dpmpp_2m_sde",
+            ["the sampler DPM++ 2M SDE Normal is not available; DPM++ 2M SDE replaces it"],
+        ),
         ("Euler, Schedule type: Beta", "euler", [INSTEAD.format("Euler Beta")]),
     ],
 )
