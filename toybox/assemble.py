@@ -27,8 +27,7 @@ def scheduler() -> DPMSolverMultistepScheduler:
         beta_start=0.00085,
         beta_end=0.012,
         prediction_type="v_prediction",
-        timestep_spacing="leading",
-        steps_offset=1,
+        timestep_spacing="trailing",  # from pure noise, as it is given
     )
 
 

@@ -38,12 +38,11 @@ def draw(
     noise: Tensor,
     embeds: Tensor,
     pooled: Tensor,
+    generator: torch.Generator,
     steps: int = STEPS,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Noise (N,4,16,16) of unit variance -> scaled latents of the same shape, under captions (N,77,256), (N,160). The
-    generator, of seed 0 unless given, draws the noise that the sampler adds."""
-    generator = generator or torch.Generator().manual_seed(0)
+    generator draws the noise that the sampler adds: not the one that it begins with once more."""
     sampler = scheduler()
     sampler.set_timesteps(steps)
     x = noise * sampler.init_noise_sigma
@@ -60,7 +59,7 @@ def samples(rows: range, renders: Renders, towers: TextTowers, unet: UNet2DCondi
     embeds, pooled = towers([renders.rows[i]["canonical_caption"] for i in rows])
     generator = torch.Generator().manual_seed(rows.start)
     noise = torch.randn(len(rows), 4, 16, 16, generator=generator).to(towers.device)
-    return {"latents": draw(unet, noise, embeds, pooled, generator=generator).half().cpu()}
+    return {"latents": draw(unet, noise, embeds, pooled, generator).half().cpu()}
 
 
 def main(argv: list[str] | None = None) -> None:
