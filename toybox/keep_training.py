@@ -55,7 +55,7 @@ __all__ = ["Settings", "Sheets", "keep_training", "make_renders"]
 
 ROOT = Path(__file__).parents[1]
 BASE, TEACHER = ROOT / "assets" / "toy-sdxl", ROOT / "assets" / "toy-zimage"
-RATES = ["--lr", "6e-4", "--muon_lr", "6e-3", "--ema_decay", "0.9995", "--decay", "0.3"]
+RATES = ["--lr", "6e-4", "--muon_lr", "6e-3", "--ema_decay", "0.9995", "--decay", "0.3", "--detail", "0.5"]
 COLUMNS, SAMPLER_STEPS = 5, 20
 LOWEST = 19
 COMPILED_FROM = 100  # pictures in a shard, or in a batch: compilation takes a minute
@@ -111,7 +111,7 @@ class Sheets:
         """uint8 (25,128,128,3)."""
         unet = train_unet.averaged_unet(weights).eval().to(compute_dtype(), memory_format=torch.channels_last)
         unet.set_attn_processor(AttnProcessor())
-        latents = draw(unet, self.noise, self.embeds, self.pooled, SAMPLER_STEPS)
+        latents = draw(unet, self.noise, self.embeds, self.pooled, torch.Generator().manual_seed(1), SAMPLER_STEPS)
         vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
         vae.to(compute_dtype(), memory_format=torch.channels_last)
         return to_uint8(vae.decode(to_channels_last(latents / vae.config.scaling_factor)).sample)

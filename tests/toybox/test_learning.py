@@ -33,12 +33,18 @@ OLD_X86, NEW_X86, ARM = {"avx2": True, "avx512_bf16": False}, {"avx512_bf16": Tr
 BF16 = torch.bfloat16
 
 
-def test_weighted_timesteps_expect_what_uniform_ones_with_min_snr_weights_would():
+@pytest.mark.parametrize("detail", [0.0, 0.5])
+def test_weighted_timesteps_expect_what_uniform_ones_with_their_weights_would(detail):
+    """Of min-SNR, and of EDM: ln σ is normal with mean -1.2 and deviation 1.2, at a data deviation of 1/2."""
     schedule = noise_schedule()
     snr = compute_snr(schedule, torch.arange(1000))
     value = torch.sin(torch.arange(1000) / 100) + 2
-    truth = float((value * snr.clamp(max=SNR_GAMMA) / snr).mean())
-    generator, timesteps = torch.Generator().manual_seed(0), Timesteps(schedule)
+    sigma = torch.exp(1.2 * torch.randn(10**6, generator=torch.Generator().manual_seed(0)) - 1.2)
+    level = (0.25 / sigma**2).log()
+    level = level[(level < snr[0].log()) & (level > snr[-1].log())]
+    edm = value[torch.searchsorted(-snr.log(), -level).clamp(max=999)].mean()
+    truth = float((1 - detail) * (value * snr.clamp(max=SNR_GAMMA) / snr).mean() + detail * edm)
+    generator, timesteps = torch.Generator().manual_seed(0), Timesteps(schedule, detail=detail)
     means = [float((value[t] * w).mean()) for t, w in (timesteps.draw(64, generator) for _ in range(400))]
     assert sum(means) / len(means) == pytest.approx(truth, rel=2e-3)
     t, weight = timesteps.draw(50, torch.Generator().manual_seed(1))  # a batch covers the whole schedule
