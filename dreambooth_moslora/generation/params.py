@@ -55,18 +55,20 @@ class Scheduler:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-DPM = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
-DPM |= {"algorithm_type": "dpmsolver++"}
+KARRAS = {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}
+KARRAS |= {"use_exponential_sigmas": False, "use_beta_sigmas": False}
 SCHEDULERS = {
     "euler": Scheduler("Euler", "EulerDiscreteScheduler"),
-    "dpmpp_2m_karras": Scheduler("DPM++ 2M Karras", "DPMSolverMultistepScheduler", DPM | {"use_karras_sigmas": True}),
-    "dpmpp_2m_sde": Scheduler(
-        "DPM++ 2M SDE", "DPMSolverMultistepScheduler", DPM | {"algorithm_type": "sde-dpmsolver++"}
+    "dpmpp_2m_karras": Scheduler("DPM++ 2M Karras", "DPMSolverMultistepScheduler", KARRAS),
+    "dpmpp_2m_sde_karras": Scheduler(
+        "DPM++ 2M SDE Karras",
+        "DPMSolverMultistepScheduler",
+        KARRAS | {"algorithm_type": "sde-dpmsolver++"},
     ),
     "unipc": Scheduler("UniPC", "UniPCMultistepScheduler"),
 }
-"""Schedulers by this program's names. One seed decides all noise of a picture, also that which DPM++ 2M SDE adds after
-each step, so that later steps correct what earlier ones did."""
+"""Schedulers by this program's names. One seed decides all noise of a picture, also that which DPM++ 2M SDE adds
+after each step, so that later steps correct what earlier ones did."""
 
 
 @dataclass(frozen=True)
@@ -428,9 +430,10 @@ def _sampler_of(settings: Mapping[str, str]) -> str:
 
 
 def _nearest_scheduler(sampler: str) -> str:
-    """That of this title, or of the longest title that it begins with; else Euler."""
-    near = [name for name, known in SCHEDULERS.items() if f"{sampler} ".startswith(f"{known.title} ")]
-    return max(near, key=lambda name: len(SCHEDULERS[name].title), default="euler")
+    """That of the sampler, with whatever schedule: of the longest title that its own begins with; else Euler."""
+    solvers = {known.title.removesuffix(" Karras"): name for name, known in SCHEDULERS.items()}
+    near = [title for title in solvers if f"{sampler} ".startswith(f"{title} ")]
+    return solvers[max(near, key=len)] if near else "euler"
 
 
 def check_size(params: GenerationParams, resolution_px: int) -> None:

@@ -150,7 +150,11 @@ OWN_SCHEDULERS = [
     (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True), "euler"),
     (diffusers.FlowMatchEulerDiscreteScheduler(), "euler"),
     (diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True), "dpmpp_2m_karras"),
-    (diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "dpmpp_2m_sde"),
+    (
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True),
+        "dpmpp_2m_sde_karras",
+    ),
+    (diffusers.DPMSolverMultistepScheduler(), None),
     (diffusers.PNDMScheduler(skip_prk_steps=True), None),
     (diffusers.HeunDiscreteScheduler(), None),
     (diffusers.LCMScheduler(), None),
@@ -182,7 +186,7 @@ def test_a_base_is_drawn_with_its_own_scheduler_unless_another_is_asked_for(own,
 
 def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
     pipeline = load.load_pipeline(tiny_base)
-    pipeline.scheduler = SubjectPipeline(pipeline, "tiny")._scheduler("dpmpp_2m_sde")
+    pipeline.scheduler = SubjectPipeline(pipeline, "tiny")._scheduler("dpmpp_2m_sde_karras")
     words = lambda prompts: load.encode_text(pipeline, prompts)  # noqa: E731
     sampler = fixed_seeds.Sampler(pipeline, words, 64, torch.device("cpu"), 4)
     requests = [fixed_seeds.SampleRequest("a dog", seed) for seed in range(3)]

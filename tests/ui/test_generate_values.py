@@ -139,8 +139,8 @@ INSTEAD = "the sampler {} is not available; Euler replaces it"
         ("Euler, Schedule type: Automatic", "euler", []),
         (
             "DPM++ 2M SDE, Schedule type: Normal",
-            "dpmpp_2m_sde",
-            ["the sampler DPM++ 2M SDE Normal is not available; DPM++ 2M SDE replaces it"],
+            "dpmpp_2m_sde_karras",
+            ["the sampler DPM++ 2M SDE Normal is not available; DPM++ 2M SDE Karras replaces it"],
         ),
         ("Euler, Schedule type: Beta", "euler", [INSTEAD.format("Euler Beta")]),
     ],
