@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
@@ -18,16 +18,15 @@ from toybox.learning.build_tokenizer import load
 __all__ = ["assemble"]
 
 
-def scheduler() -> DPMSolverMultistepScheduler:
-    """SDXL's own noise levels, for a UNet that predicts velocities, and a solver that adds noise after each step (Lu et
-    al., "DPM-Solver++", 2022): what a small UNet drew wrong at one step is corrected at later ones."""
-    return DPMSolverMultistepScheduler(
-        algorithm_type="sde-dpmsolver++",
+def scheduler() -> EulerDiscreteScheduler:
+    """SDXL's own sampler settings, for a UNet that predicts velocities."""
+    return EulerDiscreteScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
         prediction_type="v_prediction",
-        timestep_spacing="trailing",  # from pure noise, as it is given
+        timestep_spacing="leading",
+        steps_offset=1,
     )
 
 

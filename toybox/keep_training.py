@@ -111,7 +111,7 @@ class Sheets:
         """uint8 (25,128,128,3)."""
         unet = train_unet.averaged_unet(weights).eval().to(compute_dtype(), memory_format=torch.channels_last)
         unet.set_attn_processor(AttnProcessor())
-        latents = draw(unet, self.noise, self.embeds, self.pooled, torch.Generator().manual_seed(1), SAMPLER_STEPS)
+        latents = draw(unet, self.noise, self.embeds, self.pooled, SAMPLER_STEPS)
         vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
         vae.to(compute_dtype(), memory_format=torch.channels_last)
         return to_uint8(vae.decode(to_channels_last(latents / vae.config.scaling_factor)).sample)

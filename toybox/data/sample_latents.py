@@ -33,16 +33,8 @@ TIME_IDS = (128.0, 128.0, 0.0, 0.0, 128.0, 128.0)  # a whole render
 
 
 @torch.no_grad()
-def draw(
-    unet: UNet2DConditionModel,
-    noise: Tensor,
-    embeds: Tensor,
-    pooled: Tensor,
-    generator: torch.Generator,
-    steps: int = STEPS,
-) -> Tensor:
-    """Noise (N,4,16,16) of unit variance -> scaled latents of the same shape, under captions (N,77,256), (N,160). The
-    generator draws the noise that the sampler adds: not the one that it begins with once more."""
+def draw(unet: UNet2DConditionModel, noise: Tensor, embeds: Tensor, pooled: Tensor, steps: int = STEPS) -> Tensor:
+    """Noise (N,4,16,16) of unit variance -> scaled latents of the same shape, under captions (N,77,256), (N,160)."""
     sampler = scheduler()
     sampler.set_timesteps(steps)
     x = noise * sampler.init_noise_sigma
@@ -51,7 +43,7 @@ def draw(
     for t in sampler.timesteps:
         twice = to_channels_last(sampler.scale_model_input(x, t).repeat(2, 1, 1, 1), embeds.dtype)
         without, said = unet(twice, t, embeds, added_cond_kwargs=added).sample.float().chunk(2)
-        x = sampler.step(without + GUIDANCE * (said - without), t, x, generator=generator).prev_sample
+        x = sampler.step(without + GUIDANCE * (said - without), t, x).prev_sample
     return x
 
 
@@ -59,7 +51,7 @@ def samples(rows: range, renders: Renders, towers: TextTowers, unet: UNet2DCondi
     embeds, pooled = towers([renders.rows[i]["canonical_caption"] for i in rows])
     generator = torch.Generator().manual_seed(rows.start)
     noise = torch.randn(len(rows), 4, 16, 16, generator=generator).to(towers.device)
-    return {"latents": draw(unet, noise, embeds, pooled, generator).half().cpu()}
+    return {"latents": draw(unet, noise, embeds, pooled).half().cpu()}
 
 
 def main(argv: list[str] | None = None) -> None:
