@@ -107,8 +107,8 @@ def test_a_picture_is_seen_whole_while_it_is_drawn_and_after_and_is_no_higher_th
         web.resize(page, (width, height))
         web.put(page, "size", "64 x 64")
         generate(page, steps=60)
-        page.wait_for_selector("#preview img")
-        drawn = page.evaluate(PLACE, "#preview img")
+        drawn = page.wait_for_function(f"at => document.querySelector(at) && ({PLACE})(at)", arg="#preview img")
+        drawn = drawn.json_value()  # found and measured at once: each preview is a new one
         assert not page.locator("#status img").is_visible() and not page.locator("#gallery").is_visible()
         web.says(page, "status", "1 picture in")
         page.wait_for_function(SHOWN.format(64))
