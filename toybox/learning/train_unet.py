@@ -136,8 +136,9 @@ class Timesteps:
     """Draws timesteps in proportion to the loss weight: p(t) ∝ max(w(t), 1/4), spread evenly over a batch.
 
     w(t) = min(SNR, gamma) / SNR weighs the error of the velocity, so that nearly clean latents, whose error is
-    texture, do not dominate. A share `detail` of w is EDM's density instead: it gives the low noise in which edges
-    and small parts are decided four times as much. The weights returned with a draw are w / p.
+    texture, do not dominate. A share `detail` of w is EDM's density instead, which gives more to low noise, where edges
+    and small parts are decided: at 0.5, timesteps below 150 have 24 % of the weight, else 7 %. The weights returned
+    with a draw are w / p.
     """
 
     def __init__(self, schedule: DDPMScheduler, gamma: float = SNR_GAMMA, detail: float = 0.0):
