@@ -3,8 +3,8 @@
     python -m toybox.keep_training STATE             starts the training, goes on with it, or prints how far it is
     python -m toybox.keep_training STATE --pause     and --go_on, --stop
 
-It begins with the weights in `assets/toy-sdxl`, learns from renders and from `assets/toy-zimage`, which draws better,
-and needs nothing else. STATE is a folder outside the repository:
+It begins with the weights in `assets/toy-sdxl`, or with `--anew 1` at random, learns from renders and from
+`assets/toy-zimage`, which draws better, and needs nothing else. STATE is a folder outside the repository:
 
     settings.json   the numbers of the first call, which hold for all later ones
     log             what the scripts print
@@ -28,13 +28,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, multiprocessing
 
@@ -48,14 +49,16 @@ from toybox.learning import train_unet
 from toybox.learning.alignment import Sight
 from toybox.learning.channels_last import to_channels_last
 from toybox.learning.train_flow import FlowTeacher
-from toybox.learning.training import MasterWeights, compute_dtype, rank_and_world, saved_step, wait_for_all
+from toybox.learning.training import compute_dtype, rank_and_world, saved_step, wait_for_all
 from toybox.measures.evaluate_base import scenes_for, sheet
 
 __all__ = ["Settings", "Sheets", "keep_training", "make_renders"]
 
 ROOT = Path(__file__).parents[1]
 BASE, TEACHER = ROOT / "assets" / "toy-sdxl", ROOT / "assets" / "toy-zimage"
-RATES = ["--lr", "6e-4", "--muon_lr", "6e-3", "--ema_decay", "0.9995", "--decay", "0.3", "--detail", "0.5"]
+RATES = ["--decay", "0.3", "--detail", "0.5"]
+ON = ["--start", str(BASE / "unet"), "--lr", "6e-4", "--muon_lr", "6e-3", "--ema_decay", "0.9995"]
+ANEW = ["--lr", "1e-3", "--muon_lr", "1e-2", "--ema_decay", "0.999"]
 COLUMNS, SAMPLER_STEPS = 5, 20
 LOWEST = 19
 COMPILED_FROM = 100  # pictures in a shard, or in a batch: compilation takes a minute
@@ -64,7 +67,8 @@ SIGNALS = {"pause": [signal.SIGSTOP], "go_on": [signal.SIGCONT], "stop": [signal
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of a training. `fresh` of the `shards`, of `pictures` each, are replaced before a leg.
+    """The numbers of a training. `fresh` of the `shards`, of `pictures` each, are replaced before a leg. With 1 for
+    `anew` it begins with random weights.
 
     The `processes` share a step's batch. Two of one thread are faster than one of two, whose threads wait at each of
     many small operations.
@@ -79,6 +83,7 @@ class Settings:
     seed: int = 1001
     sheet_every: int = 1000
     processes: int = 2
+    anew: int = 0
 
     def __post_init__(self) -> None:
         if self.batch % self.processes:
@@ -101,15 +106,15 @@ class Sheets:
         self.embeds, self.pooled = train_unet.TextTowers(BASE, BASE / "tokenizer")(prompts)
         self.noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
-    def __call__(self, step: int, weights: MasterWeights) -> None:
+    def __call__(self, step: int, averaged: Callable[[], UNet2DConditionModel]) -> None:
         if step % self.every == 0:
             self.folder.mkdir(exist_ok=True)
-            sheet(self.pictures(weights), COLUMNS).save(self.folder / f"{step:05d}.png")
+            sheet(self.pictures(averaged()), COLUMNS).save(self.folder / f"{step:05d}.png")
 
     @torch.no_grad()
-    def pictures(self, weights: MasterWeights) -> Tensor:
+    def pictures(self, unet: UNet2DConditionModel) -> Tensor:
         """uint8 (25,128,128,3)."""
-        unet = train_unet.averaged_unet(weights).eval().to(compute_dtype(), memory_format=torch.channels_last)
+        unet.eval().to(compute_dtype(), memory_format=torch.channels_last)
         unet.set_attn_processor(AttnProcessor())
         latents = draw(unet, self.noise, self.embeds, self.pooled, SAMPLER_STEPS)
         vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
@@ -181,11 +186,12 @@ def share(state: Path, settings: Settings) -> None:
 def arguments(state: Path, settings: Settings, until: int) -> argparse.Namespace:
     """What `train_unet` is told for the leg that ends at step `until`."""
     paths = {"data": state / "toys", "latents": state / "latents", "out": state / "unet"}
-    paths |= {"clip": BASE, "tokenizer": BASE / "tokenizer", "start": BASE / "unet"}
+    paths |= {"clip": BASE, "tokenizer": BASE / "tokenizer"}
     numbers = {"steps": settings.steps, "until": min(until, settings.steps), "held_back": 0}
     numbers |= {"batch": settings.batch // rank_and_world()[1], "log_every": min(50, settings.leg)}
     words = [word for k, v in (paths | numbers).items() for word in (f"--{k}", str(v))]
-    return train_unet.parse(words + RATES + ["--compiled"] * (settings.batch >= COMPILED_FROM))
+    words += RATES + (ANEW if settings.anew else ON)
+    return train_unet.parse(words + ["--compiled"] * (settings.batch >= COMPILED_FROM))
 
 
 def lower_priority(pid: int) -> None:

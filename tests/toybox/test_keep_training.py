@@ -73,6 +73,18 @@ def test_compiled_blocks_have_the_loss_and_gradient_of_eager_ones_with_some_capt
 
 
 @pytest.mark.slow
+def test_anew_it_begins_with_random_weights(tmp_path):
+    settings = replace(SHORT, steps=2, sheet_every=2, anew=1)
+    keep_training(tmp_path, settings)
+    learnt = weights(tmp_path)["conv_out.weight"].float()
+    torch.manual_seed(0)
+    begun = train_unet.build_unet().conv_out.weight
+    shipped = load_file(BASE / "unet" / "diffusion_pytorch_model.safetensors")["conv_out.weight"].float()
+    assert 0 < (learnt - begun).abs().max() < 0.01 < (learnt - shipped).abs().max()
+    assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["00002.png"]
+
+
+@pytest.mark.slow
 def test_two_processes_share_each_step(tmp_path):
     words = [
         sys.executable,

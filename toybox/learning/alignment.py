@@ -17,7 +17,7 @@ from toybox.learning.training import compute_dtype
 
 __all__ = ["CELLS", "Alignment", "Sight"]
 
-CELLS = 4  # the middle block's height and width
+CELLS = 4  # in height and width, to which the middle block's are averaged
 
 
 class Sight:
@@ -57,6 +57,6 @@ class Alignment(nn.Module):
 
     def loss(self, seen: Tensor) -> Tensor:
         """1 minus the mean cosine between the projected state and `seen` (N,C,4,4), standardised."""
-        found = self.projection(self.state.flatten(2).mT).float()
+        found = self.projection(adaptive_avg_pool2d(self.state, CELLS).flatten(2).mT).float()
         wanted = (seen.flatten(2).mT.float() - self.mean.to(seen.device)) / self.std.to(seen.device)
         return 1 - cosine_similarity(found, wanted, dim=-1).mean()

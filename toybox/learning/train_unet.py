@@ -19,6 +19,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -174,12 +175,12 @@ def whole_pictures(time_ids: Tensor) -> Tensor:
 
 def train(
     args: argparse.Namespace,
-    after: Callable[[int, MasterWeights], None] | None = None,
+    after: Callable[[int, Callable[[], UNet2DConditionModel]], None] | None = None,
     teacher: Callable[[Tensor, Tensor, list[str]], Tensor] | None = None,
 ) -> None:
-    """`after` is called after each step with the number of steps that are done and the weights. `teacher` tells the
-    velocities to be expected for noisy latents, timesteps and captions: in the first two thirds of the run, half of the
-    batch learns them instead of the noise of one draw."""
+    """`after` is called after each step with the number of steps that are done and a function that makes a UNet of the
+    averaged weights. `teacher` tells the velocities to be expected for noisy latents, timesteps and captions: in the
+    first two thirds of the run, half of the batch learns them instead of the noise of one draw."""
     torch.manual_seed(0)
     renders, cache = Renders(args.data), load_latents(args.latents)
     towers, schedule = TextTowers(args.clip, args.tokenizer, device=args.device), noise_schedule()
@@ -225,9 +226,9 @@ def train(
         norm = weights.step(run.rate(step, warmup=200, decay=args.decay))
         run.add(loss=loss, mse=error.mean(), aligned=aligned, grad_norm=norm)
         if after:
-            after(step + 1, weights)
+            after(step + 1, partial(averaged_unet, unet, weights))
     if run.rank == 0:
-        export(weights, args.out)
+        export(averaged_unet(unet, weights), args.out)
 
 
 def caption_of(row: dict, rng: random.Random) -> str:
@@ -235,17 +236,16 @@ def caption_of(row: dict, rng: random.Random) -> str:
     return row["canonical_caption"] if rng.random() < 0.3 else row["caption"]
 
 
-def averaged_unet(weights: MasterWeights) -> UNet2DConditionModel:
-    """A UNet of the averaged weights, fp32."""
-    unet = build_unet()
-    averaged = weights.averaged()
-    unet.load_state_dict({k.removeprefix("unet."): v for k, v in averaged.items() if k.startswith("unet.")})
-    return unet
+def averaged_unet(unet: UNet2DConditionModel, weights: MasterWeights) -> UNet2DConditionModel:
+    """Another UNet of the same shape, with the averaged weights, fp32."""
+    averaged = UNet2DConditionModel.from_config(unet.config)
+    values = weights.averaged().items()
+    averaged.load_state_dict({k.removeprefix("unet."): v for k, v in values if k.startswith("unet.")})
+    return averaged
 
 
-def export(weights: MasterWeights, out: Path) -> None:
-    """Averaged weights as a diffusers folder OUT/model, fp16."""
-    unet = averaged_unet(weights)
+def export(unet: UNet2DConditionModel, out: Path) -> None:
+    """A diffusers folder OUT/model, fp16, and OUT/report.json."""
     unet.half().save_pretrained(out / "model")
     report = {"parameters": sum(p.numel() for p in unet.parameters())}
     (out / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
