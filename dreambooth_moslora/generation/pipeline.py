@@ -442,6 +442,7 @@ class SubjectPipeline:
             size = f"{params.height_px} x {params.width_px} px"
             raise core.UserError(f"there is too little memory for {size}; choose a smaller size") from error
         finally:
+            self.pipeline.scheduler = self._own_scheduler
             if self.home.is_resting:  # the models took turns
                 self.home.leave()
 

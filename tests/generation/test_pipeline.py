@@ -184,6 +184,15 @@ def test_a_base_is_drawn_with_its_own_scheduler_unless_another_is_asked_for(own,
     assert np.array_equal(picture(subject, recipe.params), np.asarray(image.pixels))
 
 
+def test_the_pipeline_keeps_its_own_scheduler_after_another_drew(tiny_base):
+    """So that a second SubjectPipeline of it draws with the base's own."""
+    pipeline = load.load_pipeline(tiny_base)
+    own, subject = pipeline.scheduler, SubjectPipeline(pipeline, "tiny")
+    assert differs(picture(subject, PARAMS), picture(subject, replace(PARAMS, scheduler="dpmpp_2m_sde_karras")))
+    assert pipeline.scheduler is own
+    assert np.array_equal(picture(SubjectPipeline(pipeline, "tiny"), PARAMS), picture(subject, PARAMS))
+
+
 def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
     pipeline = load.load_pipeline(tiny_base)
     pipeline.scheduler = SubjectPipeline(pipeline, "tiny")._scheduler("dpmpp_2m_sde_karras")
