@@ -144,7 +144,7 @@ class AdapterWeights:
 
 
 def adapter_name(path: str | Path) -> str:
-    """ "dog" for `runs/dog` and the file in it, "dog@500", "dog@last" and "dog@mixers"; else the file's stem."""
+    """ "dog" for `runs/dog` and the file in it, "dog@500", "dog@last", "dog@best", "dog@mixers"; else the stem."""
     file = run_folder.find_weights(path)
     folder = file.parent.resolve()
     if file.name == run_folder.MIXERS_NAME:
@@ -153,6 +153,8 @@ def adapter_name(path: str | Path) -> str:
         return file.stem
     if folder.name.startswith("checkpoint-") or (folder.name, file.name) == ("last", run_folder.RAW_NAME):
         return f"{folder.parent.name}@{folder.name.removeprefix('checkpoint-')}"
+    if folder.name == run_folder.BEST_NAME and run_folder.RunDir(folder.parent).config_path.is_file():
+        return f"{folder.parent.name}@best"
     return folder.name
 
 

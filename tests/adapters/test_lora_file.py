@@ -19,7 +19,7 @@ from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_file
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, NewTokens, notes_of, write_tokens
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, RunDir
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.table import MIXERS
 from tests.generation.test_pipeline import differs, picture
@@ -101,6 +101,31 @@ def test_an_honest_file_computes_what_diffusers_computes(save, tiny_base, subjec
     assert np.array_equal(picture(subject), bare)
     subject.unload_adapter("x")
     assert np.array_equal(picture(subject), bare) and base_bytes(subject.pipeline) == before
+
+
+FILES_OF_A_RUN = {
+    PUBLISHED_NAME: "dog",
+    f"checkpoint-500/{RAW_NAME}": "dog@500",
+    f"last/{RAW_NAME}": "dog@last",
+    f"best/{PUBLISHED_NAME}": "dog@best",
+    MIXERS_NAME: "dog@mixers",
+    "dog.kohya.safetensors": "dog.kohya",
+}
+
+
+@pytest.mark.parametrize("place", FILES_OF_A_RUN)
+def test_an_adapter_is_called_after_its_run(place, tmp_path):
+    run = RunDir(tmp_path / "dog")
+    (run.path / place).parent.mkdir(parents=True)
+    (run.path / place).touch()
+    run.config_path.touch()
+    assert lora_file.adapter_name(run.path / place) == FILES_OF_A_RUN[place]
+
+
+def test_a_run_or_folder_that_is_called_best_keeps_its_name(tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / PUBLISHED_NAME).touch()
+    assert lora_file.adapter_name(tmp_path / "best") == "best"
 
 
 @pytest.mark.slow
