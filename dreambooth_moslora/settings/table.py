@@ -36,6 +36,9 @@ PLANS: dict[str, dict[str, object]] = {
 """The words of `--memory`, from the fastest to the leanest."""
 OF_PLANS = (*dict.fromkeys(name for plan in PLANS.values() for name in plan), "images_at_once")
 """What a word of `--memory` decides beside the precision."""
+NO_ADAM = rows.where("with --optimizer {optimizer}",
+    lambda run: "betas" not in optimizer_kinds.optimizer_of(run).options(run))  # fmt: skip
+NO_PRODIGY = rows.unless(optimizer="Prodigy")
 NO_GAIN = "no gain was shown on three sample subjects"  # `docs/training.md` has the figures.
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 
@@ -348,19 +351,24 @@ class TrainConfig:
         of_kohya=lambda text: bool(re.search(r"(?i)\badamw8bit(\(|$)", text)) or None,
         idle=rows.where("with --optimizer {optimizer}",
             lambda run: not optimizer_kinds.OPTIMIZERS[run.optimizer].in_8_bit))
-    adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1, publish="always")
-    adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1, publish="always")
-    adam_epsilon: float = of_optimizer(1e-8, "epsilon of Adam and Prodigy", above=0, publish="always")
+    adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1, publish="always",
+        idle=NO_ADAM)
+    adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1, publish="always",
+        idle=NO_ADAM)
+    adam_epsilon: float = of_optimizer(1e-8, "epsilon of Adam and Prodigy", above=0, publish="always",
+        idle=NO_ADAM)
     adam_weight_decay: float = of_optimizer(1e-4, "weight decay of the adapter on the UNet or transformer",
         low=0, publish="always")
     adam_weight_decay_text_encoder: float = of_optimizer(1e-3, "weight decay of the text encoders' adapters",
         low=0, publish="always")
     prodigy_beta3: float | None = of_optimizer(None, "Prodigy: coefficient of its step size",
-        low=0, high=1, publish="always")
-    prodigy_decouple: bool = of_optimizer(True, "Prodigy: AdamW-style weight decay", publish="always")
-    prodigy_use_bias_correction: bool = of_optimizer(True, "Prodigy: bias correction", publish="always")
+        low=0, high=1, publish="always", idle=NO_PRODIGY)
+    prodigy_decouple: bool = of_optimizer(True, "Prodigy: AdamW-style weight decay", publish="always",
+        idle=NO_PRODIGY)
+    prodigy_use_bias_correction: bool = of_optimizer(True, "Prodigy: bias correction", publish="always",
+        idle=NO_PRODIGY)
     prodigy_safeguard_warmup: bool = of_optimizer(True, "Prodigy: no lr in the denominator of D, for warm-ups",
-        publish="always")
+        publish="always", idle=NO_PRODIGY)
 
     memory: str | None = of_memory(None,
         "how memory is saved, in one word: a plan, from the fastest to the leanest, or auto, the first that fits the "
