@@ -114,7 +114,7 @@ def test_the_best_step_is_kept_and_the_card_and_the_files_name_it_and_the_scale_
     assert f"| dino_bare | {events[-1]['dino_bare']:.3f} |" in card
     with Image.open(run[1].path / "loss.png") as plot:
         assert plot.width > 3 * plot.height  # the fidelity plot is beside the loss plot
-    assert SubjectPipeline.from_base(tiny_base).load_adapter(run[1].best_dir) == "best"
+    assert SubjectPipeline.from_base(tiny_base).load_adapter(run[1].best_dir) == "dog@best"
     (event,) = logged(run[1].path, "scale")
     assert set(event["by_scale"]) == {"0.4", "0.6", "0.8", "1", "1.2"}
     assert len(set(event["by_scale"].values())) > 1  # the pictures did change
