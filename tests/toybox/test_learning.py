@@ -72,6 +72,8 @@ def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
     assert all(p.grad is None for p in unet.up_blocks.parameters())
     opposite = 2 * alignment.mean.view(-1, 1, 1) - seen[:2].float()
     assert alignment.loss(opposite).item() == pytest.approx(2 - loss.item(), abs=1e-5)
+    alignment.state = alignment.state.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert alignment.loss(seen[:2]).item() == pytest.approx(loss.item(), abs=1e-5), "a larger middle is averaged"
 
 
 def test_an_adversary_sharpens_what_squared_errors_blur():
