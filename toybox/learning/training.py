@@ -5,8 +5,8 @@ The model computes in bfloat16 where the processor has instructions for it, else
 Under `torchrun --nproc_per_node N` the processes of a script that exports only from rank 0 share the work: each draws
 its own batches, and their gradients are averaged.
 
-Muon (Jordan et al., 2024; `torch.optim.Muon`) orthogonalises the momentum of each weight matrix; a
-convolution's weight (out,in,k,k) takes part as (out, in·k·k).
+Muon (Jordan et al., 2024; `torch.optim.Muon`, or `toybox.learning.muon` where bfloat16 is emulated) orthogonalises the
+momentum of each weight matrix; a convolution's weight (out,in,k,k) takes part as (out, in·k·k).
 """
 
 import json
@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from toybox.learning.muon import GramMuon
 
 __all__ = ["MasterWeights", "Run", "compile_each", "compute_dtype", "rank_and_world", "saved_step", "wait_for_all"]
 
@@ -116,7 +118,8 @@ class MasterWeights:
         adamw = [m for m, is_matrix in zip(self.masters, matrix) if not is_matrix]
         self.optimizers = [torch.optim.AdamW(adamw, lr=adamw_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
         if muon:
-            self.optimizers.append(torch.optim.Muon(muon, lr=muon_lr, momentum=0.95, weight_decay=weight_decay))
+            kind = torch.optim.Muon if compute_dtype(muon[0].device) is torch.bfloat16 else GramMuon
+            self.optimizers.append(kind(muon, lr=muon_lr, momentum=0.95, weight_decay=weight_decay))
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
         model.to(dtype=dtype or compute_dtype(self.params[0].device))
         if any(p.ndim == 4 for p in self.params):

@@ -235,12 +235,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument(
-        "--muon_lr",
-        type=float,
-        default=0.02,
-        help="rate of the convolutions, by Muon; 0: by AdamW, faster where bfloat16 is emulated: Muon computes in it",
-    )
+    parser.add_argument("--muon_lr", type=float, default=0.02, help="rate of the convolutions, by Muon; 0: by AdamW")
     parser.add_argument("--start", type=Path, help="the weights of a finished judge to go on from")
     parser.add_argument("--salt", type=int, default=3, help="another number draws other batches")
     train(parser.parse_args())

@@ -1,0 +1,54 @@
+"""The Muon of processors that emulate bfloat16: the polar factor, torch's steps, and where it is chosen."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from toybox.learning import training
+from toybox.learning.muon import GramMuon, orthogonalized
+from toybox.learning.training import MasterWeights
+
+SHAPES = [(24, 216), (32, 32), (96, 12)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_singular_values_become_about_one_and_the_singular_vectors_stay(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = left.mT @ orthogonalized(matrix) @ right.mT
+    large = values > 0.05 * values[0]
+    assert ((found.diagonal() > 0.6) & (found.diagonal() < 1.25))[large].all()
+    assert (found - found.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_a_gradient_of_zeros_moves_nothing():
+    assert not orthogonalized(torch.zeros(4, 6)).any()
+
+
+def test_its_steps_are_those_of_torch_whose_state_it_takes():
+    """torch's bfloat16 is apart by one or two hundredths of the way."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    copies = {kind: [nn.Parameter(w.clone()) for w in start] for kind in (torch.optim.Muon, GramMuon)}
+    theirs, ours = (kind(copy, **settings) for kind, copy in copies.items())
+    for step in range(4):
+        if step == 2:
+            ours.load_state_dict(deepcopy(theirs.state_dict()))  # else both would share its tensors
+        for pair in zip(*copies.values()):
+            gradient = torch.randn(pair[0].shape, generator=generator)
+            for copy in pair:
+                copy.grad = gradient
+        theirs.step()
+        ours.step()
+    for w, other, own in zip(start, *copies.values()):
+        assert (own - other).norm() < 0.03 * (other - w).norm()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, torch.optim.Muon), (torch.float32, GramMuon)])
+def test_it_is_taken_where_bfloat16_is_emulated(dtype, kind, monkeypatch):
+    monkeypatch.setattr(training, "compute_dtype", lambda device: dtype)
+    weights = MasterWeights(nn.Linear(8, 8), muon_lr=0.02)
+    assert [type(optimizer) for optimizer in weights.optimizers] == [torch.optim.AdamW, kind]
