@@ -247,10 +247,19 @@ def load_study(path: Path) -> Study:
     for settings in (shared, *arms.values()):
         check_each({name: value for name, value in settings.items() if settings is shared or name != TOGETHER})
     made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **study)
-    resolve_base(made.base)
+    refuse_other_bases(made)
     for cell in made.test_cells(made.first_rates()):
         made.config_of(cell, cell.rank, Path("run"))  # find mistakes in any arm before the first training
     return made
+
+
+def refuse_other_bases(study: Study) -> None:
+    """All arms are drawn with the base of `train`. Raises UserError."""
+    theirs = os.path.realpath(resolve_base(study.base))
+    for arm, settings in study.arms.items():
+        base = settings.get("pretrained_model_name_or_path", study.base)
+        if os.path.realpath(resolve_base(base)) != theirs:
+            raise UserError(f"the study's arm {arm} has the base {base}, but every arm is drawn with {study.base}.")
 
 
 def table(path: Path, name: str, value: Any) -> dict[str, Any]:

@@ -115,6 +115,7 @@ def test_the_digest_follows_every_setting_that_matters():
         (study_text(arms="[arms.lora]\n[evaluation]\nnum_prompts = 0"), "num_prompts is a whole number from 1 on"),
         (study_text(arms="[arms.lora]\n[evaluation]\nclip = 3"), "clip is a text"),
         (study_text().replace("resolution = 64", "pretrained_model_name_or_path = 'no/such/base'"), "base no/such"),
+        (study_text(arms="[arms.lora]\npretrained_model_name_or_path = 'toy-zimage'"), "lora has the base toy-zimage"),
         (pairs_text().replace("zwx duck", "sks duck"), "each needs a rare word of its own"),
         (pairs_text(beside='["a"]'), "each needs a folder of its own"),
         (pairs_text(beside="'b'"), "`beside` is a list of subjects, not 'b'"),
