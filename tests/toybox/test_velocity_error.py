@@ -1,0 +1,32 @@
+"""The error of velocities: nothing for the true ones, and less for a base than for one that says nothing."""
+
+import pytest
+import torch
+
+from toybox.learning.train_unet import noise_schedule
+from toybox.measures.velocity_error import BATCH, TIMESTEPS, error, main
+
+LATENTS = torch.randn(BATCH + 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+CAPTIONS = [str(number) for number in range(len(LATENTS))]
+
+
+def test_true_velocities_have_no_error_and_each_latent_its_own_caption():
+    def truth(noisy, t, captions):
+        latents = LATENTS[[int(caption) for caption in captions]]
+        signal = noise_schedule().alphas_cumprod[t].sqrt()[:, None, None, None]
+        noise = (noisy - signal * latents) / (1 - signal**2).sqrt()
+        return signal * noise - (1 - signal**2).sqrt() * latents
+
+    for timestep in TIMESTEPS:
+        assert error(truth, LATENTS, CAPTIONS, timestep) < 1e-8
+        assert error(lambda noisy, *_: 0 * noisy, LATENTS, CAPTIONS, timestep) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.slow
+def test_both_families_are_measured_on_the_same_renders(capsys):
+    main(["assets/toy-sdxl", "assets/toy-zimage", "--pictures", "3"])
+    head, *rows = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert head == ["base", *(f"t = {timestep}" for timestep in TIMESTEPS)]
+    assert [row[0] for row in rows] == ["assets/toy-sdxl", "assets/toy-zimage"]
+    for _, *values in rows:
+        assert all(0.05 < float(value) < 0.6 for value in values)
