@@ -68,7 +68,7 @@ SIGNALS = {"pause": [signal.SIGSTOP], "go_on": [signal.SIGCONT], "stop": [signal
 @dataclass(frozen=True)
 class Settings:
     """The numbers of a training. `fresh` of the `shards`, of `pictures` each, are replaced before a leg. With 1 for
-    `anew` it begins with random weights.
+    `anew` it begins with random weights, of a UNet of so many `levels` (`train_unet.SHAPES`).
 
     The `processes` share a step's batch. Two of one thread are faster than one of two, whose threads wait at each of
     many small operations.
@@ -84,10 +84,15 @@ class Settings:
     sheet_every: int = 1000
     processes: int = 2
     anew: int = 0
+    levels: int = 3
 
     def __post_init__(self) -> None:
         if self.batch % self.processes:
             raise SystemExit(f"--batch {self.batch}: {self.processes} processes cannot share it evenly")
+        if self.levels not in train_unet.SHAPES:
+            raise SystemExit(f"--levels {self.levels}: choose one of {', '.join(map(str, train_unet.SHAPES))}")
+        if self.levels != Settings.levels and not self.anew:
+            raise SystemExit(f"--levels {self.levels}: the embedded base has {Settings.levels}; give --anew 1 too")
 
     def shards_of(self, leg: int) -> range:
         return range(leg * self.fresh, leg * self.fresh + self.shards)
@@ -189,6 +194,7 @@ def arguments(state: Path, settings: Settings, until: int) -> argparse.Namespace
     paths |= {"clip": BASE, "tokenizer": BASE / "tokenizer"}
     numbers = {"steps": settings.steps, "until": min(until, settings.steps), "held_back": 0}
     numbers |= {"batch": settings.batch // rank_and_world()[1], "log_every": min(50, settings.leg)}
+    numbers |= {"levels": settings.levels}
     words = [word for k, v in (paths | numbers).items() for word in (f"--{k}", str(v))]
     words += RATES + (ANEW if settings.anew else ON)
     return train_unet.parse(words + ["--compiled"] * (settings.batch >= COMPILED_FROM))

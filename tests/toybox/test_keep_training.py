@@ -73,15 +73,25 @@ def test_compiled_blocks_have_the_loss_and_gradient_of_eager_ones_with_some_capt
 
 
 @pytest.mark.slow
-def test_anew_it_begins_with_random_weights(tmp_path):
-    settings = replace(SHORT, steps=2, sheet_every=2, anew=1)
+@pytest.mark.parametrize("levels", train_unet.SHAPES)
+def test_anew_it_begins_with_random_weights(tmp_path, levels):
+    settings = replace(SHORT, steps=2, sheet_every=2, anew=1, levels=levels)
     keep_training(tmp_path, settings)
-    learnt = weights(tmp_path)["conv_out.weight"].float()
+    learnt = weights(tmp_path)
     torch.manual_seed(0)
-    begun = train_unet.build_unet().conv_out.weight
+    begun = train_unet.build_unet(levels)
     shipped = load_file(BASE / "unet" / "diffusion_pytorch_model.safetensors")["conv_out.weight"].float()
-    assert 0 < (learnt - begun).abs().max() < 0.01 < (learnt - shipped).abs().max()
+    last = learnt["conv_out.weight"].float()
+    assert 0 < (last - begun.conv_out.weight).abs().max() < 0.01 < (last - shipped).abs().max()
+    assert {name: value.shape for name, value in learnt.items()} == {n: p.shape for n, p in begun.named_parameters()}
     assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["00002.png"]
+
+
+@pytest.mark.parametrize(("flags", "said"), [(["4", "--anew", "1"], "choose one of 3, 2"), (["2"], "give --anew 1")])
+def test_levels_are_those_of_a_known_shape_and_the_embedded_base_keeps_its_own(tmp_path, flags, said):
+    with pytest.raises(SystemExit, match=said):
+        main([str(tmp_path), "--levels", *flags])
+    assert not any(tmp_path.glob("unet"))
 
 
 @pytest.mark.slow
