@@ -23,6 +23,7 @@ from dreambooth_moslora.settings import optimizer_kinds, rows, rules, subjects
 KRONECKER = "kronecker"
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", KRONECKER, "none"]
 ZERO = "zero"  # Start of the mixer on a frozen basis. Elsewhere it would not train.
+BEGUN_WITH = ("basis", "init_adapter", "pretrained_vae_model_name_or_path")  # Files whose content decides a result.
 SVD = "svd"  # The word for the basis of the base's own weights; any other is a file.
 PLANS: dict[str, dict[str, object]] = {
     "full": {},

@@ -15,6 +15,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from dreambooth_moslora.core import (
     SUBJECT_FILE,
     UserError,
     content_key,
+    file_digest,
     find_asset,
     one_line,
     small_text,
+    user_path,
 )
 from dreambooth_moslora.disk.run_folder import check_name
 from dreambooth_moslora.extras.cluster import records
@@ -41,6 +44,7 @@ REFUSED = {
 """Settings that a subject must not have, and why."""
 FILES_OF_A_FLEET = (records.FLEET_NAME, records.STOP_NAME, records.INDEX_NAME)
 PLACES = ("instance_data_dir", "output_dir")  # Settings that say where a run is, not what it is
+CAPTIONS = (".txt", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -171,8 +175,21 @@ def prompts_of(token: str, word: str) -> dict[str, str]:
 
 
 def mark_of(settings: Mapping[str, Any]) -> str:
-    """A digest of the settings and of the photos' names and sizes, wherever they lie: another means another run."""
-    files = sorted(Path(settings["instance_data_dir"]).iterdir())
-    sizes = [(path.name, path.stat().st_size) for path in files if path.is_file()]
+    """A digest of the settings, of the photos' names and sizes, of captions, and of the files that the training begins
+    with, wherever they lie: another means another run."""
+    files: list[tuple[str, Any]] = []
+    for path in sorted(Path(settings["instance_data_dir"]).iterdir()):
+        if path.is_file():
+            files.append((path.name, file_digest(path) if path.suffix in CAPTIONS else path.stat().st_size))
+    for name in table.BEGUN_WITH:
+        path = user_path(settings.get(name) or "")
+        if path.is_file():
+            files.append((name, digest_of(path, path.stat().st_mtime_ns)))
     values = table.TrainConfig.from_dict(settings).to_dict()
-    return content_key(settings={name: values[name] for name in values if name not in PLACES}, files=sizes)
+    return content_key(settings={name: values[name] for name in values if name not in PLACES}, files=files)
+
+
+@lru_cache(maxsize=64)
+def digest_of(path: Path, _changed: int) -> str:
+    """Of a file that many subjects share."""
+    return file_digest(path)

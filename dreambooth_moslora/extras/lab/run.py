@@ -49,7 +49,7 @@ from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
 from dreambooth_moslora.plan.checks import family_settings
 from dreambooth_moslora.settings import measures, rows
 from dreambooth_moslora.settings.families import text_options_of
-from dreambooth_moslora.settings.table import KRONECKER, TrainConfig, layer_parameters, rank_and_alpha
+from dreambooth_moslora.settings.table import BEGUN_WITH, KRONECKER, TrainConfig, layer_parameters, rank_and_alpha
 from dreambooth_moslora.training.loop import train
 
 
@@ -175,16 +175,18 @@ WHOLE_BYTES, END_BYTES = 64 << 20, 1 << 20
 
 
 def result_path(study: Study, cell: Cell, out: Path) -> Path:
-    digest = study.digest(cell, [content_of(path) for path in materials(study, cell.subject)])
+    digest = study.digest(cell, [content_of(path) for path in materials(study, cell)])
     return out / "cells" / f"{cell.name}-{digest}.json"
 
 
-def materials(study: Study, subject: str) -> list[Path]:
-    """The local files that a result depends on: photos, base and encoders. Hub models are identified by name."""
+def materials(study: Study, cell: Cell) -> list[Path]:
+    """The local files that a result depends on: photos, base, encoders and what the arm begins with. Hub models are
+    identified by name."""
     base, protocol = resolve_base(study.base), study.protocol
     beside = [base.parent / metrics.TOY_DINO] if metrics.own_encoders(study.base) else []
-    mine = study.subject(subject)
+    mine, settings = study.subject(cell.subject), {**study.train, **study.arms[cell.arm]}
     found = [base, mine.photos, *(one.photos for one in mine.beside), protocol.clip, protocol.dino, *beside]
+    found += [settings.get(name) for name in BEGUN_WITH]
     return [Path(path) for path in found if path and Path(path).exists()]
 
 
@@ -210,7 +212,7 @@ def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]
 
 
 def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evaluation:
-    pipeline = pipeline_of(study.base)
+    pipeline = pipeline_of(study.base, study.revision)
     pipeline.load_adapter(run_dir, "cell")
     options = {"batch_size": 8, "text_options": text_options_of(study.config_of(cell, cell.rank, run_dir))}
     try:
@@ -219,7 +221,11 @@ def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evalu
         pipeline.unload_adapter("cell")
 
 
-pipeline_of = lru_cache(maxsize=1)(SubjectPipeline.from_base)
+@lru_cache(maxsize=1)
+def pipeline_of(base: str, revision: str | None) -> SubjectPipeline:
+    return SubjectPipeline.from_base(base, revision=revision)
+
+
 encoders_of = lru_cache(maxsize=1)(metrics.load_encoders)
 EVALUATORS: dict[str, score_tables.Evaluator] = {}
 """This process's evaluators by subject; each holds the base's pictures of its prompts."""
@@ -236,7 +242,7 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     photos, pictures = photo_report(config).photos, protocol.images_per_prompt
     counts = (protocol.num_prompts, pictures, protocol.class_images, protocol.unrelated, protocol.inference_steps)
     plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
-    resolution_px = pipeline_of(study.base).resolution_px
+    resolution_px = pipeline_of(study.base, study.revision).resolution_px
     truth = score_tables.truth_of(study.base, config.instance_data_dir, plan, encoders, resolution_px)
     made = score_tables.Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
     for one in subject.beside:
@@ -436,7 +442,7 @@ def projections(base: str, targets: tuple[str, ...]) -> dict[str, tuple[int, int
     """{path: (in, out)} of every targeted layer of the denoiser, by its configuration; in·h·w for convolutions."""
     source, facts = resolve_base(base), facts_of_base(base)
     if facts is None or (isinstance(source, Path) and source.is_file()):
-        denoiser = denoiser_of(pipeline_of(base).pipeline)
+        denoiser = denoiser_of(pipeline_of(base, None).pipeline)
     else:
         sizes = getattr(diffusers, facts.model).load_config(source, subfolder=facts.denoiser)
         denoiser = raw_file.empty_model({"class": facts.model, "config": sizes})

@@ -105,6 +105,7 @@ class StudySubject:
 SECTIONS = ("study", "evaluation", "train", "arms")
 BUDGETS = ("parameters", "rank")
 TOGETHER = "together"
+OF_BASE = ("revision", "variant", "pretrained_vae_model_name_or_path")
 LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
 
 
@@ -184,6 +185,11 @@ class Study:
     def base(self) -> str:
         return self.train.get("pretrained_model_name_or_path", "toy")
 
+    @property
+    def revision(self) -> str | None:
+        """The base's on the hub, of all arms."""
+        return self.train.get("revision")
+
     def subject(self, name: str) -> StudySubject:
         return next(s for s in self.subjects + self.tuning_subjects if s.name == name)
 
@@ -255,11 +261,17 @@ def load_study(path: Path) -> Study:
 
 def refuse_other_bases(study: Study) -> None:
     """All arms are drawn with the base of `train`. Raises UserError."""
-    theirs = os.path.realpath(resolve_base(study.base))
+    theirs = base_of(study.train)
     for arm, settings in study.arms.items():
-        base = settings.get("pretrained_model_name_or_path", study.base)
-        if os.path.realpath(resolve_base(base)) != theirs:
-            raise UserError(f"the study's arm {arm} has the base {base}, but every arm is drawn with {study.base}.")
+        if base_of({**study.train, **settings}) != theirs:
+            names = ", ".join(("pretrained_model_name_or_path", *OF_BASE))
+            raise UserError(f"the study's arm {arm} has another base than [train], which draws all arms: {names}.")
+
+
+def base_of(settings: Mapping[str, Any]) -> list[Any]:
+    """What says which weights a training starts from. Raises UserError for a base that does not exist."""
+    base = resolve_base(settings.get("pretrained_model_name_or_path", "toy"))
+    return [os.path.realpath(base), *(settings.get(name) for name in OF_BASE)]
 
 
 def table(path: Path, name: str, value: Any) -> dict[str, Any]:

@@ -155,6 +155,15 @@ def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_n
     assert [s.name for s, _ in missing(Path("out"), read("moved"))] == ["rex"]
 
 
+def test_another_caption_of_equal_length_and_another_file_to_begin_with_are_another_run(pets):
+    caption, begun, marks = pets / "rex" / "1.txt", Path("begun.safetensors"), []
+    for words, content in (("a red dog", b"one"), ("a tan dog", b"one"), ("a tan dog", b"other")):
+        caption.write_text(words)
+        begun.write_bytes(content)
+        marks.append(mark_of(read(pets, init_adapter=str(begun))[0].settings))
+    assert len(set(marks)) == 3
+
+
 START = {"type": "start", "time": 1.0, "max_train_steps": 9}
 TOY = ["--pretrained_model_name_or_path", "toy"]
 STEP = {"type": "step", "time": 2.0, "step": 4, "loss": 0.1}

@@ -115,7 +115,8 @@ def test_the_digest_follows_every_setting_that_matters():
         (study_text(arms="[arms.lora]\n[evaluation]\nnum_prompts = 0"), "num_prompts is a whole number from 1 on"),
         (study_text(arms="[arms.lora]\n[evaluation]\nclip = 3"), "clip is a text"),
         (study_text().replace("resolution = 64", "pretrained_model_name_or_path = 'no/such/base'"), "base no/such"),
-        (study_text(arms="[arms.lora]\npretrained_model_name_or_path = 'toy-zimage'"), "lora has the base toy-zimage"),
+        (study_text(arms="[arms.lora]\npretrained_model_name_or_path = 'toy-zimage'"), "arm lora has another base"),
+        (study_text(arms="[arms.lora]\nrevision = 'fp16'"), "arm lora has another base"),
         (pairs_text().replace("zwx duck", "sks duck"), "each needs a rare word of its own"),
         (pairs_text(beside='["a"]'), "each needs a folder of its own"),
         (pairs_text(beside="'b'"), "`beside` is a list of subjects, not 'b'"),
@@ -152,7 +153,7 @@ def test_a_result_depends_on_the_companions_in_every_arm():
     cells = [Cell("test", arm, 4, "a", 0, 1e-3) for arm in study.arms]
     others = replace(study, subjects=(replace(study.subjects[0], beside=(StudySubject("b", "a photo of xyz duck"),)),))
     assert len({one.digest(cell) for one in (study, others) for cell in cells}) == 4
-    assert {path.name for path in materials(study, "a")} >= {"a", "b"}
+    assert {path.name for path in materials(study, cells[0])} >= {"a", "b"}
     assert StudySubject("a", "a photo of sks duck").facts.keys() == {"photos", "instance_prompt", "class_prompt"}
 
 
