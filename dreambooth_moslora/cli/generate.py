@@ -84,6 +84,8 @@ def run_generate(args: argparse.Namespace) -> int:
     say(without_effect(values, pipeline.family.facts))
     if recipe and recipe.provenance.base not in ("", pipeline.base_name):
         say([f"note: the picture was made with the base {recipe.provenance.base}, and this is {pipeline.base_name}"])
+    turns = {value for axis in axes if axis.name == "adapter" for value in axis.values}
+    adapters.sort(key=lambda item: item.name not in turns)  # the first is replaced by each of them
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
     wanted = params.GenerationParams.from_dict(values | {"adapters": chosen})
     events = generate_grid(pipeline, wanted, axes) if axes else pipeline.generate(wanted)

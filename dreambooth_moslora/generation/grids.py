@@ -17,7 +17,8 @@ MAX_CELLS = 64
 MARGIN_PX = 12
 INK, PAPER = (20, 20, 24), (255, 255, 255)
 AXES = {"scale": float, "seed": int, "prompt": str, "adapter": str, "steps": int, "guidance": float}
-"""What a grid can vary -> the type of its values. `scale` and `adapter` mean the first adapter."""
+"""What a grid can vary -> the type of its values. `scale` and `adapter` mean the first adapter; one that is a value of
+`adapter` is in no other cell."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,18 @@ class Sheet:
         return Path(path)
 
 
-def _varied(params: GenerationParams, name: str, value: str | int | float) -> GenerationParams:
-    """The parameters with another value on the axis `name`; the adapter "none" is the base alone."""
-    first, rest = params.adapters[:1], params.adapters[1:]
+def _varied(params: GenerationParams, axis: Axis, value: str | int | float, scales: dict) -> GenerationParams:
+    """The parameters with another value on the axis; the adapter "none" is none of the axis's. `scales`: of the
+    adapters that have their own."""
+    name, first, rest = axis.name, params.adapters[:1], params.adapters[1:]
     if name == "scale":
         if not first:
             raise UserError("a grid over the scale needs an adapter")
         return replace(params, adapters=((first[0][0], value), *rest))
     if name == "adapter":
-        chosen = () if value == "none" else ((value, first[0][1] if first else 1.0),)
-        return replace(params, adapters=(*chosen, *(pair for pair in rest if pair[0] != value)))
+        scale = scales.get(value, first[0][1] if first else 1.0)
+        chosen = () if value == "none" else ((value, scale),)
+        return replace(params, adapters=(*chosen, *(pair for pair in rest if pair[0] not in axis.values)))
     return replace(params, **{"guidance_scale" if name == "guidance" else name: value})
 
 
@@ -85,10 +88,11 @@ def cells_of(params: GenerationParams, axes: tuple[Axis, ...]) -> list[list[Gene
     if (count := len(down.values) * (len(across.values) if across else 1)) > MAX_CELLS:
         raise UserError(f"the grid has {count} cells; at most {MAX_CELLS} are drawn")
     params = replace(params.apply_tags(), num_images=1)
-    rows = [_varied(params, down.name, value) for value in down.values]
+    scales = {} if any(axis.name == "scale" for axis in axes) else dict(params.adapters)
+    rows = [_varied(params, down, value, scales) for value in down.values]
     if across is None:
         return [[row] for row in rows]
-    return [[_varied(row, across.name, value) for value in across.values] for row in rows]
+    return [[_varied(row, across, value, scales) for value in across.values] for row in rows]
 
 
 def generate_grid(

@@ -78,6 +78,27 @@ def test_axes_are_parsed_and_applied_and_long_captions_stay_inside_their_column(
     assert sheet.width < 4 * 64 + 60 and np.asarray(sheet)[:, -12:].min() == 255
 
 
+def test_adapters_on_an_axis_take_turns_each_at_its_own_scale_beside_those_that_are_not_on_it():
+    """The second was drawn in all cells too, and at the first's scale in its own."""
+    params = replace(PARAMS, adapters=(("dog", 0.9), ("cat", 0.05), ("ink", 0.3)))
+    turns, ink = Axis("adapter", ("dog", "cat", "none")), ("ink", 0.3)
+    found = [cell.adapters for (cell,) in cells_of(params, (turns,))]
+    assert found == [(("dog", 0.9), ink), (("cat", 0.05), ink), (ink,)]
+    for axes in ((turns, Axis("scale", (0.5,))), (Axis("scale", (0.5,)), turns)):
+        cells = [cell.adapters for row in cells_of(params, axes) for cell in row]
+        assert cells[:2] == [(("dog", 0.5), ink), (("cat", 0.5), ink)]
+
+
+def test_the_commands_grid_over_adapters_keeps_one_that_is_not_on_the_axis(tiny_base, pipeline, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(generate, "_save_all", lambda events, *_, **__: drawn.extend(events) or 0)
+    files = {n: save_diffusers_lora(pipeline.pipeline.unet, tmp_path / n, seed=i) for i, n in enumerate(("ink", "dog"))}
+    words = ["--adapter", f"{files['ink']}:0.3", "--adapter", f"{files['dog']}:0.5", "--prompt", "a dog"]
+    assert command(tiny_base, tmp_path, *words, "--grid", "adapter=dog,none") == 0
+    found = [event.params.adapters for event in drawn if isinstance(event, Image)]
+    assert found == [(("dog", 0.5), ("ink", 0.3)), (("ink", 0.3),)]
+
+
 BAD = [("colour=1", "colour"), ("scale", "scale"), ("seed=", "no values"), ("seed=a", "not a number")]
 BAD += [("seed=1.5", "number"), ((PARAMS, (Axis("seed", tuple(range(65))),)), "cells")]
 BAD += [((PARAMS, (Axis("seed", (1,)), Axis("seed", (2,)))), "different")]
