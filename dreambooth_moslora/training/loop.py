@@ -192,7 +192,7 @@ class Training:
         def write() -> None:
             step, scaler = self.train_step, self.accelerator.scaler
             position = checkpoint.Position(self.step, self.config.seed, optimizer.optimizer_kind(self.config))
-            parts = position, step.components, self.publisher.facts, step.optimizer.optimizer, scaler
+            parts = position, step.components, self.publisher.facts_now, step.optimizer.optimizer, scaler
             own = optimizer.copies(step.trained) if step.average is not None else None
             with step.averaged():
                 checkpoint.save_checkpoint(path, *parts, own, step.learnt.tokens if step.learnt else ())

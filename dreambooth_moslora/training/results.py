@@ -160,6 +160,12 @@ class Publisher:
         self.tokens = self.learnt.tokens if self.learnt else ()
         self.facts = facts_of(self.config, self.inputs, self.train_step, self.checkpoint)
 
+    @property
+    def facts_now(self) -> metadata.AdapterMetadata:
+        """With the step, unless it is the run's last."""
+        step = self.train_step.step
+        return replace(self.facts, step=None if step == self.max_train_steps else step)
+
     def keep_best(self) -> None:
         """Write the current adapter to `best/`, loadable like the final one, completely or not at all."""
         with atomic_directory(self.run_dir.best_dir) as folder:
@@ -196,8 +202,7 @@ class Publisher:
                 draw_contact_sheet(rows, run_dir.contact_sheet_path)
 
     def _publish_to(self, folder: Path) -> Proof:
-        components, name, step = self.train_step.components, self.run_dir.name, self.train_step.step
-        facts = replace(self.facts, step=None if step == self.max_train_steps else step)
+        components, name, facts = self.train_step.components, self.run_dir.name, self.facts_now
         if self.learnt is None:
             proof = published_file.publish(components, folder, name, facts)
             if self.config.basis:

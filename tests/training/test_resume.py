@@ -16,6 +16,8 @@ import torch
 from benchmarks.fault_runs import build_shim
 from benchmarks.faults import preloading
 from dreambooth_moslora.adapters import moslora, raw_file
+from dreambooth_moslora.adapters.published_file import load_published
+from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, RunDir
@@ -207,6 +209,14 @@ def finished(tiny_base, photos, tmp_path_factory):
     config = lambda **changes: tiny_config(tiny_base, photos, folder, **{"max_train_steps": 2} | changes)  # noqa: E731
     train(config(checkpointing_steps=1))
     return folder, config
+
+
+def test_a_checkpoint_before_the_end_tells_its_step_also_exported(finished, tmp_path):
+    """The exported file said that it was the whole run's, and `verify` called it another's."""
+    for step, told in ((1, 1), (2, None)):
+        source, out = RunDir(finished[0]).checkpoint_path(step), tmp_path / str(step)
+        assert main(["export", str(source), "--out", str(out)]) == 0
+        assert load_published(out)[1].step == told
 
 
 @pytest.fixture
