@@ -272,9 +272,9 @@ def folded_layer(module: str, tensors: Tensors) -> tuple[torch.Tensor, torch.Ten
 LOKR_BOUND = 1e-5  # Largest relative difference of a layer's ΔW in the file from the trained one: fp32's rounding
 
 
-def write_lokr(source: Path, file: Path) -> int:
+def write_lokr(source: Path, file: Path, title: str, tokens: Sequence[new_tokens.NewTokens]) -> int:
     """Write and prove a raw file's LoKr in LyCORIS' names, for ComfyUI; diffusers reads those of Z-Image and FLUX.2.
-    Returns the layers. Raises UserError."""
+    New `tokens` are written beside it, in files named by the title. Returns the layers. Raises UserError."""
     tensors, facts = raw_file.read_raw(source)
     if facts.mixer != KRONECKER:
         raise UserError(f"{source.name} is no LoKr: `--mixer kronecker` trains one; export it without --for lycoris")
@@ -297,7 +297,9 @@ def write_lokr(source: Path, file: Path) -> int:
                 own[lycoris.MAGNITUDE] = parts["magnitude"][:, None]
             content |= {f"{name}.{part}": tensor.contiguous() for part, tensor in own.items()}
             names[module] = name
-    raw_file.write_file(file, content, facts.header)
+    raw_file.write_file(file, content, replace(facts, tokens=new_tokens.notes_of(tokens, title)).header)
+    for number, of_one in enumerate(tokens):
+        new_tokens.write_tokens(file.with_name(tokens_name(title, number)), of_one)
     written, _ = raw_file.read_tensors(file)
     for module, name in names.items():
         component, path = module.split(".", 1)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from dreambooth_moslora.core import UserError, find_asset, spelled_out, user_path
-from dreambooth_moslora.disk.run_folder import PEFT_CONFIG, PUBLISHED_NAME, RAW_NAME, RunDir, tokens_name
+from dreambooth_moslora.disk.run_folder import PEFT_CONFIG, PUBLISHED_NAME, RAW_NAME, RunDir, check_name, tokens_name
 
 LOKR_SUFFIX = ".lokr.safetensors"
 NOT_OBEYED = {"peft": ("dtype", "keep", "name"), "lycoris": ("dtype", "keep")}  # These write what was trained
@@ -79,20 +79,25 @@ def run_export(args: argparse.Namespace) -> int:
     if args.readers == "peft":
         print(f"{out}: a plain LoRA for PEFT, {published_file.fold_peft(source, out)} layers folded (B·M).")
         return 0
-    name = args.name or out.resolve().name or "adapter"
-    if args.readers == "lycoris":
-        layers = published_file.write_lokr(source, out / f"{name}{LOKR_SUFFIX}")
-        print(f"{out / name}{LOKR_SUFFIX}: a LoKr, {layers} layers read back and compared.")
-        return 0
+    check_name(name := args.name or out.resolve().name or "adapter")
     _, facts = raw_file.read_raw(source)
+    if missing := [note["file"] for note in facts.tokens if not (source.parent / note["file"]).is_file()]:
+        raise UserError(f"{source.name} has new tokens in {missing[0]}: put that file beside it")
+    tokens = new_tokens.tokens_beside(source, facts.header)
+    token_files = [tokens_name(name, number) for number in range(len(tokens))]
+    if args.readers == "lycoris":
+        layers = published_file.write_lokr(source, out / f"{name}{LOKR_SUFFIX}", name, tokens)
+        print(f"{out / name}{LOKR_SUFFIX}: a LoKr, {layers} layers read back and compared.")
+        for file in token_files:
+            print(f"{out / file}: its new tokens.")
+        return 0
     components = {name: raw_file.empty_model(structure) for name, structure in facts.structures.items()}
     raw_file.load_raw(source, components)
     before, keep = sum(rank_sum(model) for model in components.values()), 1.0 if args.keep is None else args.keep
-    tokens = new_tokens.tokens_beside(source, {"moslora": facts.to_json()})
     proof = published_file.publish(
         components, out, name, facts, published_file.DTYPES[args.dtype or "fp32"], keep=keep, tokens=tokens
     )
-    for file in [*proof.files, *(tokens_name(name, number) for number in range(len(tokens)))]:
+    for file in [*proof.files, *token_files]:
         size = (out / file).stat().st_size / 2**20
         print(f"{out / file}  {size:.2f} MiB")
     print(f"{proof.sentence()}.")
