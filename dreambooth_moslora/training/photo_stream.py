@@ -260,11 +260,7 @@ class SubjectStreams:
 def instance_streams(
     config: table.TrainConfig, photos: list[photo_file.Photo], encoder: PhotoEncoder
 ) -> SubjectStreams:
-    """The streams of the subjects' photos; with buckets a batch shows one subject. Turns of photos that are left out by
-    name go to the others, so that order, crops and noise of all other turns stay the same."""
-    if config.leave_out and not config.subjects:  # of several, a name does not tell whose photo it is
-        named = {photo.path.name: [photo] * len(photos) for photo in photos} | dict.fromkeys(config.leave_out, photos)
-        photos = [photo for name in sorted(named) for photo in named[name]]
+    """The streams of the subjects' photos; with buckets a batch shows one subject."""
     streams = []
     for number, subject in enumerate(config.each_subject):
         own = [photo for photo in photos if photo.subject == number]
