@@ -69,7 +69,7 @@ WHITE, MOST_WHITE = 250, 0.75  # where more is pure white, the light has burnt i
 
 
 def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.PhotoReport:
-    """The report with what is wrong with a photo as its reasons. Of equal photos the worse one is the duplicate."""
+    """The report with what is wrong with a photo as its reasons. Of equal photos the worse ones are duplicates."""
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
     photos, thumbnails = [], []
     for photo in report.photos:
@@ -77,18 +77,20 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
         reasons = exposure(image)
         if (sharp := sharpness(image, look_px)) < MIN_SHARPNESS:
             reasons.append(f"{BLURRED}: sharpness {sharp:.2f}, sharp photos have {MIN_SHARPNESS} and more")
-        small = thumbnail(image)
-        likenesses = [float(small @ earlier) for earlier in thumbnails]
-        if likenesses and max(likenesses) > MAX_LIKENESS:
-            place = likenesses.index(max(likenesses))
-            twin = photos[place]
-            if not reasons and any(reason.startswith(LESSER) for reason in twin.reasons):  # the sharp one stays
-                photos[place] = replace(twin, reasons=(*twin.reasons, f"near-duplicate of {photo.path.name}"))
-            else:
-                reasons.append(f"near-duplicate of {twin.path.name}")
-        thumbnails.append(small)
+        thumbnails.append(thumbnail(image))
         photos.append(replace(photo, reasons=(*photo.reasons, *reasons)))
+    best_first = sorted(range(len(photos)), key=lambda number: quality(photos[number]), reverse=True)
+    for place, number in enumerate(best_first):
+        nearest = max(best_first[:place], key=lambda n: thumbnails[n] @ thumbnails[number], default=number)
+        if nearest != number and thumbnails[nearest] @ thumbnails[number] > MAX_LIKENESS:
+            reasons = (*photos[number].reasons, f"near-duplicate of {photos[nearest].path.name}")
+            photos[number] = replace(photos[number], reasons=reasons)
     return replace(report, photos=photos)
+
+
+def quality(photo: photo_file.Photo) -> tuple[bool, int]:
+    """Greater for the one of equal photos that is kept: without a fault, then with more pixels."""
+    return not any(reason.startswith(LESSER) for reason in photo.reasons), photo.size_px[0] * photo.size_px[1]
 
 
 def exposure(image: Image.Image) -> list[str]:

@@ -195,10 +195,13 @@ def test_blurred_nearly_equal_dark_and_burnt_out_photos_are_named_and_others_are
 
     photos = {"a": scene(1), "b": scene(1).crop((4, 4, 296, 298)), "c": scene(2)}
     photos |= {"d": scene(3).filter(ImageFilter.GaussianBlur(5)), "e": scene(4, light=0.08), "f": scene(5, light=6.0)}
+    photos |= {"0-small": photos["a"].resize((50, 50)), "1-smaller": photos["a"].resize((80, 80))}
     for name, photo in photos.items():
         photo.save(tmp_path / f"{name}.png")
     verdicts = {p.path.stem: "; ".join(p.reasons) for p in examine(find_photos(tmp_path, PROMPT, 64)).photos}
     assert verdicts["a"] == verdicts["c"] == "" and verdicts["b"] == "near-duplicate of a.png"
+    assert verdicts["0-small"].startswith("too small") and verdicts["0-small"].endswith("; near-duplicate of a.png")
+    assert verdicts["1-smaller"] == "near-duplicate of a.png", "the largest is kept, though it is not the first"
     assert verdicts["d"].startswith("blurred") and verdicts["f"].startswith("overexposed: ")
     assert verdicts["e"].startswith("too dark: nothing in it is brighter than 8%")
 
