@@ -74,10 +74,11 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
     photos, thumbnails = [], []
     for photo in report.photos:
         image = photo_file.open_rgb(photo)
-        reasons = exposure(image)
+        opaque = photo_file.open_mask(photo) if photo.mask_path == photo.path else None
+        reasons = exposure(image, opaque)
         if (sharp := sharpness(image, look_px)) < MIN_SHARPNESS:
             reasons.append(f"{BLURRED}: sharpness {sharp:.2f}, sharp photos have {MIN_SHARPNESS} and more")
-        thumbnails.append(thumbnail(image))
+        thumbnails.append(thumbnail(image, opaque))
         photos.append(replace(photo, reasons=(*photo.reasons, *reasons)))
     best_first = sorted(range(len(photos)), key=lambda number: quality(photos[number]), reverse=True)
     for place, number in enumerate(best_first):
@@ -93,9 +94,12 @@ def quality(photo: photo_file.Photo) -> tuple[bool, int]:
     return not any(reason.startswith(LESSER) for reason in photo.reasons), photo.size_px[0] * photo.size_px[1]
 
 
-def exposure(image: Image.Image) -> list[str]:
-    """What is wrong with the light of an RGB picture."""
-    pixels = np.asarray(image.resize((THUMBNAIL_PX * 16, THUMBNAIL_PX * 16), Image.Resampling.BOX, reducing_gap=3.0))
+def exposure(image: Image.Image, opaque: Image.Image | None = None) -> list[str]:
+    """What is wrong with the light of an RGB picture, or of the parts of it that are `opaque` (L)."""
+    pixels = shrunk(image, THUMBNAIL_PX * 16)
+    if opaque is not None:
+        share = shrunk(opaque, THUMBNAIL_PX * 16)
+        pixels = pixels[share >= share.max()]
     if (brightest := np.percentile(pixels.max(-1), 95)) < BRIGHTEST:
         return [f"{DARK}: nothing in it is brighter than {brightest / 255:.0%}"]
     if (white := (pixels.min(-1) >= WHITE).mean()) > MOST_WHITE:
@@ -127,10 +131,17 @@ def tile_energy(squares: np.ndarray) -> np.ndarray:
     return np.sqrt(tiles.mean((1, 3)))
 
 
-def thumbnail(image: Image.Image) -> np.ndarray:
-    """Colours at 16 × 16 as a vector (768,) with mean 0 and length 1; zeros for a single flat colour."""
-    small = image.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX, reducing_gap=3.0)
-    values = np.asarray(small, dtype=np.float32).ravel()
-    values -= values.mean()
+def thumbnail(image: Image.Image, opaque: Image.Image | None = None) -> np.ndarray:
+    """Colours at 16 × 16 as a vector (768,) with mean 0 and length 1; zeros for a single flat colour. The white behind
+    parts that are not `opaque` (L) counts as the mean of the others."""
+    values = shrunk(image, THUMBNAIL_PX).astype(np.float32)
+    share = np.float32(1) if opaque is None else shrunk(opaque, THUMBNAIL_PX).astype(np.float32)[..., None] / 255
+    values -= 255 * (1 - share)
+    values -= share * values.mean() / max(share.mean(), 1e-6)
+    values = values.ravel()
     length = float(np.linalg.norm(values))
     return values / length if length > 1e-3 else values * 0
+
+
+def shrunk(image: Image.Image, side_px: int) -> np.ndarray:
+    return np.asarray(image.resize((side_px, side_px), Image.Resampling.BOX, reducing_gap=3.0))

@@ -187,12 +187,13 @@ def test_what_has_no_end_in_a_photos_place_is_not_read(put, tmp_path):
             read(photo)
 
 
-def test_blurred_nearly_equal_dark_and_burnt_out_photos_are_named_and_others_are_not(tmp_path):
-    def scene(seed: int, light: float = 1.0) -> Image.Image:
-        tiles = np.random.default_rng(seed).integers(40, 255, (6, 6, 3))
-        tiles = (tiles * light).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(tiles).resize((300, 300), Image.Resampling.NEAREST)
+def scene(seed: int, light: float = 1.0) -> Image.Image:
+    tiles = np.random.default_rng(seed).integers(40, 255, (6, 6, 3))
+    tiles = (tiles * light).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(tiles).resize((300, 300), Image.Resampling.NEAREST)
 
+
+def test_blurred_nearly_equal_dark_and_burnt_out_photos_are_named_and_others_are_not(tmp_path):
     photos = {"a": scene(1), "b": scene(1).crop((4, 4, 296, 298)), "c": scene(2)}
     photos |= {"d": scene(3).filter(ImageFilter.GaussianBlur(5)), "e": scene(4, light=0.08), "f": scene(5, light=6.0)}
     photos |= {"0-small": photos["a"].resize((50, 50)), "1-smaller": photos["a"].resize((80, 80))}
@@ -204,6 +205,17 @@ def test_blurred_nearly_equal_dark_and_burnt_out_photos_are_named_and_others_are
     assert verdicts["1-smaller"] == "near-duplicate of a.png", "the largest is kept, though it is not the first"
     assert verdicts["d"].startswith("blurred") and verdicts["f"].startswith("overexposed: ")
     assert verdicts["e"].startswith("too dark: nothing in it is brighter than 8%")
+
+
+def test_the_white_behind_a_cut_out_is_neither_its_light_nor_its_likeness(tmp_path):
+    """Nine tenths of each are transparent, and the subject is in the same place."""
+    for name, photo in {"a": scene(1), "b": scene(1, 0.8), "c": scene(2), "d": scene(3, 6.0)}.items():
+        cut_out = Image.new("RGBA", (300, 300))
+        cut_out.paste(photo.resize((100, 100)), (100, 100))
+        cut_out.save(tmp_path / f"{name}.png")
+    verdicts = {p.path.stem: p.reasons[1:] for p in examine(find_photos(tmp_path, PROMPT, 64)).photos}
+    assert verdicts.pop("d")[0].startswith("overexposed: ")
+    assert verdicts == {"a": (), "b": ("near-duplicate of a.png",), "c": ()}
 
 
 def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
