@@ -34,7 +34,7 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
     about_word = "what they show: judge them for the base and the size that `train DIR WORD` would choose"
     parser.add_argument("word", metavar="WORD", nargs="?", help=about_word)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    about_picture = "where the picture of the crops goes (default: NAME_crops.png)"
+    about_picture = "where the picture of the crops goes (default: NAME_crops.png, not among the photos)"
     parser.add_argument("--picture", metavar="FILE", help=about_picture)
     parser.add_argument("--no_picture", action="store_true", help="draw none")
     parser.add_argument("--make_masks", action="store_true", help="write name.mask.png beside photos without a mask")
@@ -119,9 +119,14 @@ def draw(photos: Sequence["Photo"], config: table.TrainConfig, args: argparse.Na
     from dreambooth_moslora.photos.examine import crop_rows
     from dreambooth_moslora.pictures import draw_contact_sheet
 
-    path = Path(args.picture or f"{folder.resolve().name or 'photos'}_crops.png")
+    photos_dir = folder.resolve()
+    path = Path(args.picture or f"{photos_dir.name or 'photos'}_crops.png")
     path = path if path.suffix else path.with_name(f"{path.name}.png")
+    if not args.picture and path.parent.resolve() == photos_dir:
+        path = photos_dir.parent / path.name
     try:
+        if path.parent.resolve() == photos_dir:
+            raise OSError(None, "among the photos it would be one of them; name another folder")
         if path.suffix.lower() != ".png":
             raise OSError(None, "it is drawn as a PNG; name it so")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -86,17 +86,31 @@ def test_without_a_word_and_a_size_photos_are_judged_at_the_bases_own_and_it_is_
 
 
 def test_the_picture_shows_every_photo_and_its_crops_and_its_name_may_lack_a_suffix(tmp_path, capsys):
-    picture().save("a.png")
-    assert main(["check", ".", "--resolution", "64", "--crops-per-photo", "3"]) == 0
-    out, name = capsys.readouterr().out, f"{tmp_path.name}_crops.png"
+    folder, name = tmp_path / "dog", "dog_crops.png"
+    folder.mkdir()
+    picture().save("dog/a.png")
+    assert main(["check", "dog", "--resolution", "64", "--crops-per-photo", "3"]) == 0
+    out = capsys.readouterr().out
     assert "a.png  128 x 96" in out and f"the crops: {name}" in out
     with Image.open(name) as sheet:
         colours = {sheet.getpixel((x, sheet.height // 2)) for x in range(sheet.width)}
     assert len(colours) > 4
-    picture(size_px=(16, 20000)).save("long.png")
+    picture(size_px=(16, 20000)).save("dog/long.png")
     for name, says in (("out.xyz", "no picture: out.xyz: it is drawn as a PNG"), ("out", "the crops: out.png")):
-        assert main(["check", ".", "--resolution", "64", "--picture", name]) == 0
+        assert main(["check", "dog", "--resolution", "64", "--picture", name]) == 0
         assert says in "".join(capsys.readouterr()) and Path("out.png").exists() == (name == "out")
+
+
+def test_the_picture_never_lies_among_the_photos(tmp_path, capsys, monkeypatch):
+    """There it would be one of them in the next check and in the training."""
+    (tmp_path / "dog").mkdir()
+    picture().save("dog/a.png")
+    assert main(["check", "dog", "--resolution", "64", "--picture", "dog/x"]) == 0
+    assert "no picture: dog/x.png: among the photos it would be one of them" in capsys.readouterr().err
+    monkeypatch.chdir("dog")
+    assert main(["check", ".", "--resolution", "64"]) == 0
+    assert f"the crops: {tmp_path / 'dog_crops.png'}" in capsys.readouterr().out
+    assert os.listdir() == ["a.png"] and (tmp_path / "dog_crops.png").is_file()
 
 
 def test_crops_have_the_shapes_that_one_word_chooses_and_flags_or_a_recipe_win(tmp_path, capsys):
