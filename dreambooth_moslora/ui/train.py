@@ -1,6 +1,7 @@
 """The Train tab: photos, a word, a button, and a view of the run, which the server owns; further fields are folded."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import gradio as gr
@@ -148,10 +149,11 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
             **values,
         ) -> Any:
             visitor = ctx.visitors.of(request)
-            for number, files in enumerate((photos, photos_2, photos_3, photos_4), 1):
-                if files:  # the photos of the other subjects stay
+            sent = {n: files for n, files in enumerate((photos, photos_2, photos_3, photos_4), 1) if files}
+            with visitor.changing if sent else nullcontext():  # or another request's photos would be used in its place
+                for number, files in sent.items():  # the photos of the other subjects stay
                     train_photos.take_with_masks(files, visitor, number)
-            return act(form_of(values), visitor)
+                return act(form_of(values), visitor)
 
         return handler
 

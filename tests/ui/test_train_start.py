@@ -3,8 +3,11 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 
 import PIL.Image
 import pytest
@@ -19,6 +22,8 @@ from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import jobs as page_jobs
+from dreambooth_moslora.ui import train_photos
+from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.train import said_of
 from dreambooth_moslora.ui.train_form import TrainForm, crop_config, folder_of, rows, values_like, values_of
 from dreambooth_moslora.ui.train_photos import review_kept
@@ -118,6 +123,26 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(context, ann, mon
     with pytest.raises(OSError, match="disk full"):
         start_run(page, DUCK, ann)
     assert not list(page.runs_dir.glob("*"))
+
+
+def test_requests_of_one_visitor_at_once_train_each_on_the_photos_that_it_sent(context, tmp_path, monkeypatch):
+    """Both took theirs into one folder before either copied it: both runs had the same animal."""
+    page, both_took, take = context(), Barrier(2), train_photos.take_with_masks
+    add = next(event.fn for event in build_app(page, []).fns.values() if event.api_name == "add_to_queue")
+
+    def take_with_the_other(*args):
+        take(*args)
+        with suppress(BrokenBarrierError):
+            both_took.wait(1)
+
+    def ask(word: str, count: int) -> int:
+        files = list(map(str, sorted(paint_photos(tmp_path / word, count).iterdir())))
+        add(files, PAGE, **values_of(replace(DUCK, class_word=word)))
+        return len(list((page.runs_dir / word / "photos").iterdir()))
+
+    monkeypatch.setattr(train_photos, "take_with_masks", take_with_the_other)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(ask, ("hen", "cat"), (2, 3))) == [2, 3]
 
 
 @pytest.mark.parametrize(
