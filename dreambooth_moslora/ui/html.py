@@ -399,8 +399,8 @@ element.querySelector(".row-tools").addEventListener("click", ({target}) => {
 watch(Object.keys(props).filter((name) => /^(cards|reset)$/.test(name)), () => take(true));
 take(!props.value);
 """
-CAPTIONS = "(rows) => (rows || []).map(([, caption]) => caption).join('\\n')"
-"""The value as the field `captions` of the API: one line for each photo."""
+CAPTIONS = "(rows) => (rows || []).map(([photo, caption]) => `${photo}:${caption}`).join('\\n')"
+"""The value as the field `captions`: a photo may be removed elsewhere, so each line names its own."""
 
 
 def photo_rows(elem_id: str) -> gr.HTML:

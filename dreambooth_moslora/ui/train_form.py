@@ -12,7 +12,7 @@ from typing import Any
 
 from dreambooth_moslora.base.files import variant_here
 from dreambooth_moslora.base.machine import GIB, apple_gib, best_device
-from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, is_number, is_toy
+from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, file_digest, is_number, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.photos.folder import MOST_BYTES, TOO_LONG, find_photos
@@ -117,17 +117,16 @@ def rows(form: type) -> dict[str, FormField]:
     return {item.name: item.metadata["row"] for item in fields(form) if item.metadata}
 
 
-TOO_MANY_CAPTIONS = (
-    "{} captions for {} photos{}: one was removed on another page, or could not be read; load the page again, or leave "
-    "out its line"
-)
+TOO_MANY_CAPTIONS = "{} captions for {} photos{}: one photo could not be read; leave out its line"
+DIGEST = re.compile("[0-9a-f]{64}")
 MOST_SUBJECTS = 4
 TOKENS = ("sks", "zwx", "ohwx", "xjy")  # The default rare word of each further subject
 
 
 @dataclass(frozen=True)
 class SubjectWords:
-    """The form's values for one subject. `captions`: one line for each photo; `tokens_begin_as`: if there are any."""
+    """The form's values for one subject. `captions`: one line for each photo, in order, or as the page sends them: each
+    after the digest of its photo and a colon. `tokens_begin_as`: if there are any."""
 
     class_word: str
     token: str
@@ -165,8 +164,14 @@ def check_captions(captions: Any) -> None:
     """Raises UserError for a line that cannot be written, or that is longer than the trainer reads."""
     check_characters(str(captions or ""), "a caption")
     for number, line in enumerate(str(captions or "").splitlines(), 1):
-        if len(line.encode()) > MOST_BYTES:
+        if len(digest_and_caption(line)[1].encode()) > MOST_BYTES:
             raise UserError(f"the caption of photo {number} is {TOO_LONG}; shorten it")
+
+
+def digest_and_caption(line: str) -> tuple[str, str]:
+    """The digest is "" in a line of a program, which has only the caption."""
+    digest, colon, caption = line.partition(":")
+    return (digest, caption) if colon and DIGEST.fullmatch(digest) else ("", line)
 
 
 def prompts_of(token: str, class_word: str) -> tuple[str, str]:
@@ -329,10 +334,12 @@ class TrainForm:
         return {"initializer_concept": concept}
 
     def write_captions(self, photos_dir: Path) -> None:
-        """Write each line of the captions into a text file beside its photo; empty lines are skipped. Raises UserError
-        for more lines than photos: some would be another photo's."""
+        """Write each caption into a text file beside its photo, if that is there; empty ones are skipped. Raises
+        UserError for more lines without a digest than photos: some would be another photo's."""
         for number, words in enumerate(self.subjects, 1):
             photos, lines = photos_of(photos_dir, number), str(words.captions or "").rstrip().splitlines()
+            if "" not in (said := dict(map(digest_and_caption, lines))):
+                lines = [said.get(file_digest(photo), "") for photo in photos]
             if len(lines) > len(photos):
                 whose = f" of subject {number}" if self.others else ""
                 raise UserError(TOO_MANY_CAPTIONS.format(len(lines), len(photos), whose))

@@ -4,7 +4,6 @@ A caption and a corrected mask are kept under the digest of their photo's clean 
 uploaded again.
 """
 
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_w
 from dreambooth_moslora.photos.photo_file import Photo, apply_crop, open_again, open_mask, open_rgb, to_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state, train_form, train_start, visitors
-from dreambooth_moslora.ui.train_form import folder_of, photos_of
+from dreambooth_moslora.ui.train_form import DIGEST, folder_of, photos_of
 
 EDIT_PX = 768  # Side of the square to paint on: the photo, scaled to it, and a margin
 MARGIN = (226, 228, 232)
@@ -35,7 +34,6 @@ TINT = 0.5
 PAINTED = 64  # A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less
 MOST_KEPT = 200  # Most files of corrections, and of captions of a subject, per visitor; the oldest are deleted
 ROW_PX = 256  # Longer side of the picture beside a caption
-DIGEST = re.compile("[0-9a-f]{64}")
 NO_MASK = "no mask: all of it is learned"
 GONE = "this photo is not there any more; load the page again"
 EMPTY = "the mask is empty: paint green what is to be learned of this photo"

@@ -12,11 +12,13 @@ import PIL.Image
 import pytest
 from safetensors.numpy import save_file
 
+from dreambooth_moslora.core import file_digest
 from dreambooth_moslora.disk.queue import RunQueue
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui.visitors import COOKIE
+from dreambooth_moslora.ui.train_photos import remove_photo
+from dreambooth_moslora.ui.visitors import COOKIE, Visitor
 from tests.helpers import browser as web
 from tests.ui.conftest import noise_photos, toy_photos, wait_for
 
@@ -200,6 +202,11 @@ def captions(page) -> list[str]:
     return page.locator("#crops textarea").evaluate_all("boxes => boxes.map(box => box.value)")
 
 
+def visitor_of(server, visited) -> Visitor:
+    (cookie,) = [c["value"] for c in visited.context.cookies() if c["name"] == COOKIE]
+    return server.ctx.visitors.of(SimpleNamespace(cookies={COOKIE: cookie}))
+
+
 def is_within(box: dict[str, float], size: tuple[int, int]) -> bool:
     right, bottom = box["x"] + box["width"], box["y"] + box["height"]
     return box["x"] >= 0 and box["y"] >= 0 and right <= size[0] and bottom <= size[1]
@@ -260,15 +267,16 @@ def test_a_row_has_its_parts_side_by_side_and_the_brush_has_the_window_and_each_
         left, top = (photo[side] + photo["width"] / 10 for side in "xy")
         web.brush(page, (left, top), (left + photo["width"] / 10, top))
         web.says(page, "mask_remarks", "The masks are shown")
-        (cookie,) = [c["value"] for c in visited.context.cookies() if c["name"] == COOKIE]
-        ann = of_toys.ctx.visitors.of(SimpleNamespace(cookies={COOKIE: cookie}))
+        ann = visitor_of(of_toys, visited)
         mask = np.asarray(open_mask(find_photos(ann.photos_dir, "", 128).photos[2])) > 127
         assert mask[: len(mask) // 5, : len(mask) // 4].any() and not mask.all()
         assert row(page, 3, "img").get_attribute("src") != before
         assert web.fits(page) and not visited.errors
 
 
-def test_nothing_typed_is_lost_by_a_turned_page_or_a_photo_more_or_less(served, browser, tmp_path, started):
+def test_nothing_typed_is_lost_by_a_turned_page_or_a_photo_more_or_less_on_another_page_too(
+    served, browser, tmp_path, started
+):
     files = noise_photos(tmp_path, 15)
     with web.visit(browser, served.url, size=web.PHONE) as visited:
         page = visited.page
@@ -300,6 +308,8 @@ def test_nothing_typed_is_lost_by_a_turned_page_or_a_photo_more_or_less(served, 
         web.press(page, "Later photos")
         assert captions(page) == wanted[12:]
         row(page, 2, "textarea").fill("")
+        ann = visitor_of(served, visited)
+        remove_photo(ann, file_digest(ann.photos_dir / "photo_12.png"))  # as another page does
         web.put(page, "class_word", "dog")
         page.click("#start")
         web.says(page, "cost", "words: “a photo of a sks dog”")
@@ -307,7 +317,7 @@ def test_nothing_typed_is_lost_by_a_turned_page_or_a_photo_more_or_less(served, 
     (config,) = started
     folder = Path(config["instance_data_dir"])
     texts = {file.name: file.read_text() for file in folder.glob("*.txt")}
-    assert texts == {"photo_01.txt": wanted[0], "photo_13.txt": wanted[12]} and len(list(folder.glob("*.png"))) == 14
+    assert texts == {"photo_01.txt": wanted[0], "photo_12.txt": wanted[12]} and len(list(folder.glob("*.png"))) == 13
 
 
 def test_made_captions_fill_the_empty_fields_and_the_word_is_asked_for(of_toys, browser):

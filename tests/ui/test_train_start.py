@@ -14,7 +14,7 @@ import pytest
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.train import parse_train_config
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import BaseSize, estimate, memory_settings
@@ -26,7 +26,7 @@ from dreambooth_moslora.ui import train_photos
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.train import said_of
 from dreambooth_moslora.ui.train_form import TrainForm, crop_config, folder_of, rows, values_like, values_of
-from dreambooth_moslora.ui.train_photos import review_kept
+from dreambooth_moslora.ui.train_photos import remove_photo, review_kept
 from dreambooth_moslora.ui.train_start import (
     MOST_RECIPES,
     add_recipe,
@@ -41,6 +41,7 @@ from dreambooth_moslora.ui.train_start import (
     start_run,
     take_photos_of_run,
 )
+from dreambooth_moslora.ui.visitors import kept_photos
 from tests.helpers.tiny_training import paint_photos
 from tests.ui.conftest import PAGE, ROCKET, TWO, handler, save_header, visitor
 
@@ -105,10 +106,20 @@ def test_what_an_empty_field_stands_for_is_what_the_run_would_take(tab, ann, tmp
 
 @pytest.mark.parametrize(("form", "words"), [(DUCK, "6 captions for 5 photos:"), (TWO, "for 5 photos of subject 1:")])
 def test_captions_that_outnumber_the_photos_are_refused_as_some_would_be_another_photos(ann, tab, form, words):
-    """One of a program's photos could not be read, or another page had removed one: the rest moved up, and ran so."""
+    """One of a program's photos could not be read: the rest moved up, and ran so."""
     with pytest.raises(UserError, match=words), prepared(tab, replace(form, captions="one\n\n\n\n\nsix\n"), ann):
         pass
     assert not list(tab.runs_dir.glob("*"))
+
+
+def test_the_captions_of_the_page_stay_with_their_photos_when_another_page_has_removed_one(ann, tab):
+    """The first of three photos was removed, and the last had no caption: two lines seemed to be of the other two."""
+    digests = list(map(file_digest, kept_photos(ann.photos_dir)))
+    said = "\n".join(f"{digest}:{caption}" for digest, caption in zip(digests, ("one", "two: this", "", "", "")))
+    remove_photo(ann, digests[0])
+    with prepared(tab, replace(DUCK, captions=said), ann) as run:
+        captions = {file.name: file.read_text() for file in (run.run_dir / "photos").glob("*.txt")}
+    assert captions == {"photo_01.txt": "two: this"}
 
 
 @pytest.mark.parametrize("broken", ["write_captions", "start", "spawn"])
