@@ -209,7 +209,8 @@ class Visitor:
 
 
 class Visitors:
-    """All visitors. Who is away for a week is forgotten with all files; beyond 200, who has none or was least here."""
+    """All visitors. Who is away for a week is forgotten with all files; beyond 200 first who has none, then who is
+    away longest, for an hour at least."""
 
     def __init__(self) -> None:
         home = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())  # of all servers' folders
@@ -233,6 +234,7 @@ class Visitors:
                     idle = [
                         i for i, one in self._known.items() if not one.root.exists() or now - one.seen_at > KEPT_SEC
                     ]
+                    idle.sort(key=lambda i: self._known[i].root.exists())
                     for old in idle[:spare]:
                         shutil.rmtree(self._known.pop(old).root, ignore_errors=True)
                 self._known[identity] = Visitor(identity, self.root / secrets.token_hex(16))

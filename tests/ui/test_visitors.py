@@ -68,7 +68,10 @@ def test_strangers_do_not_push_out_a_visitor_who_has_stored_something_until_that
     assert len(list(visitors.root.iterdir())) == 1
     ann.seen_at -= KEPT_SEC + 1
     for number in range(MAX_VISITORS):
-        visitors.of(asker(f"stranger {number}"))
+        visitors.of(asker(f"new stranger {number}"))
+    assert picture.exists(), "whoever has stored nothing goes first"
+    for number in range(MAX_VISITORS):
+        assert visitors.of(asker(f"stranger with a picture {number}")).folder.exists()
     assert not folder.exists() and visitors.of(asker("ann")) is not ann
 
 
