@@ -43,11 +43,11 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
     """The report of `--dry_run`, with settings as TOML. Raises UserError for what training would refuse."""
     check_folders(config)
     queue.check_free(Path(config.output_dir))
+    plan = make_plan(config, report)
     if config.resume_from_checkpoint:
         from dreambooth_moslora.training.checkpoint import resume_point
 
-        resume_point(config, run_folder.RunDir(config.output_dir))
-    plan = make_plan(config, report)
+        resume_point(plan.config, run_folder.RunDir(config.output_dir))
     config, report = plan.config, examine(plan.photo_report, config.resolution)
     speed = f"speed: {speed_here(config, plan.steps.total_steps).sentence()}"
     sections = {

@@ -42,6 +42,7 @@ from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import families, rows
 from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
 from dreambooth_moslora.training import frozen_base
+from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import advanced, train
 from dreambooth_moslora.training.loop import training as training_loop
 from dreambooth_moslora.training.objective import add_noise, flow_levels, flow_weights, loss_target
@@ -135,6 +136,11 @@ def test_the_encoders_are_gone_before_the_denoiser_comes_and_a_resumed_run_on_a_
         while True:
             run = advanced(steps, run.accumulate_gradients)
     assert run.step == 3 and same_files(config, whole)
+
+
+def test_a_dry_run_goes_on_from_a_checkpoint_whose_layers_the_family_names(trained):
+    _, config, _ = trained
+    assert "photos" in describe_run(replace(config, resume_from_checkpoint="latest"))
 
 
 def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(trained):
