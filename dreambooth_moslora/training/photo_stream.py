@@ -51,7 +51,9 @@ class PhotoEncoder:
     family: families.Family = load.SDXL_FAMILY
 
     def __post_init__(self) -> None:
-        self.vae_identity = fingerprint(self.vae)
+        constants = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
+        how = {"family": self.family.facts.name, "constants": constants}  # their scale is no weight
+        self.vae_identity = content_key(weights=fingerprint(self.vae), **how)
         self._digest = lru_cache(maxsize=None)(file_digest)
         self._readers = ThreadPoolExecutor(self.readers) if self.readers and self.cache is None else None
         self._reading: dict[tuple[photo_file.Photo, photo_file.CropPlan], Future] = {}

@@ -152,6 +152,16 @@ def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(
     assert stream.at(0) and cache.computed == 3
 
 
+def test_latents_in_another_scale_from_the_same_weights_are_not_taken_from_the_cache(tiny_base, read, tmp_path):
+    vae, cache = load.load_pipeline(tiny_base).vae, TensorCache(tmp_path / "cache")
+    usual = stream_of(read[:1], vae, cache).at(0)[0].latents
+    for constants in ({"scaling_factor": 2.0}, {"latents_mean": [1] * 4, "latents_std": [2] * 4}):
+        vae.register_to_config(**constants)
+        other = stream_of(read[:1], vae, cache).at(0)[0].latents
+        assert torch.equal(other, stream_of(read[:1], vae, None).at(0)[0].latents) and not torch.equal(other, usual)
+    assert cache.computed == 3
+
+
 def test_a_mask_comes_along_at_the_latents_size_around_it_weighs_as_told(pipeline, tmp_path):
     """Around a transparent photo nothing."""
     folder, cache = paint_photos(tmp_path / "photos", count=3), TensorCache(tmp_path / "cache")
