@@ -216,6 +216,11 @@ class Photo:
         """Name of files that a run folder keeps for it; those of further subjects are in `1/` and so on."""
         return f"{self.subject}/{self.path.name}" if self.subject else self.path.name
 
+    @property
+    def has_mask_file(self) -> bool:
+        """Whether the mask is a file, not the photo's own transparency."""
+        return self.mask_path not in (None, self.path)
+
     def key(self, **made_by: str) -> str:
         """Of what is made for it: changes with the photo's content, and with the model and words that make it."""
         return content_key(photo=file_digest(self.path), **made_by)

@@ -49,6 +49,7 @@ class PhotoEncoder:
     readers: int = 0
     unmasked_weight: float = 0.0
     family: families.Family = load.SDXL_FAMILY
+    alpha: str = "mask"
 
     def __post_init__(self) -> None:
         constants = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
@@ -63,11 +64,14 @@ class PhotoEncoder:
         tensors = self._compute(photo, plan) if self.cache is None else self.cache.get(*self.entry(photo, plan))
         around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
         weights = around + (1 - around) * tensors["subject"] if "subject" in tensors else None
+        if "opaque" in tensors:
+            weights = weights * tensors["opaque"]
         return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
 
     def entry(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> tuple[str, Callable[[], Tensors]]:
         """The crop's key in the cache, and the function that encodes it (UserError if photo or cache changed)."""
         how = {"plan": plan, "interpolation": self.rule.interpolation, "vae": self.vae_identity}
+        how |= {"alpha": self.alpha} if photo.has_mask_file else {}
         subject = photo.mask_path and self._digest(photo.mask_path)
         key = content_key(photo=self._digest(photo.path), subject=subject, **how)
 
@@ -87,23 +91,27 @@ class PhotoEncoder:
 
     def read_ahead(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> None:
         if self._readers is not None and (photo, plan) not in self._reading:
-            self._reading[photo, plan] = self._readers.submit(load_crop, photo, plan, self.rule.interpolation)
+            self._reading[photo, plan] = self._readers.submit(self.load_crop, photo, plan)
 
     def _compute(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> Tensors:
         reading = self._reading.pop((photo, plan), None)
-        image, mask = reading.result() if reading else load_crop(photo, plan, self.rule.interpolation)
+        image, weights = reading.result() if reading else self.load_crop(photo, plan)
         latents = load.encode_image(self.vae, pixels_of(image)[None], self.family)[0].cpu()
-        if mask is None:
-            return {"latents": latents}
-        grey = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
-        return {"latents": latents, "subject": F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]}
+        tensors = {"latents": latents}
+        for name, part in weights.items():
+            grey = torch.from_numpy(np.array(part, dtype=np.float32))[None, None] / 255
+            tensors[name] = F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]
+        return tensors
 
-
-def load_crop(
-    photo: photo_file.Photo, plan: photo_file.CropPlan, interpolation: str
-) -> tuple[Image.Image, Image.Image | None]:
-    image, mask = photo_file.apply_crop(photo_file.open_rgb(photo), plan, interpolation), photo_file.open_mask(photo)
-    return image, None if mask is None else photo_file.apply_crop(mask, plan, "bilinear")
+    def load_crop(
+        self, photo: photo_file.Photo, plan: photo_file.CropPlan
+    ) -> tuple[Image.Image, dict[str, Image.Image]]:
+        """The crop as RGB, and as L that of the mask ("subject") and what is opaque beside a mask file ("opaque")."""
+        image, parts = photo_file.open_again(photo.path), {"subject": photo_file.open_mask(photo)}
+        if photo.has_mask_file and self.alpha == "mask":
+            parts["opaque"] = photo_file.alpha_of(image)
+        cut = {name: photo_file.apply_crop(part, plan, "bilinear") for name, part in parts.items() if part is not None}
+        return photo_file.apply_crop(photo_file.to_rgb(image), plan, self.rule.interpolation), cut
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:

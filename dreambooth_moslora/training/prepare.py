@@ -97,7 +97,7 @@ def prepare(
     class_photos = []
     if config.draws_class_images:
         class_photos = made_before.class_photos_of_each(config, context, pipeline, photos)
-    options = config.dataloader_num_workers, config.unmasked_weight, family
+    options = config.dataloader_num_workers, config.unmasked_weight, family, config.alpha
     encoder = photo_stream.PhotoEncoder(pipeline.vae.to(device), cache_of(config), crop_rule(config), *options)
     instance = photo_stream.instance_streams(config, photos, encoder)
     prior = photo_stream.prior_streams(config, class_photos, encoder, instance) if class_photos else None

@@ -189,6 +189,27 @@ def test_a_mask_comes_along_at_the_latents_size_around_it_weighs_as_told(pipelin
     assert cache.computed == 2
 
 
+def test_the_transparent_part_of_a_photo_that_has_a_mask_file_does_not_count_but_does_on_white(pipeline, tmp_path):
+    """The left half is transparent, the mask is the upper half."""
+    photo, mask, cache = Image.new("RGBA", (64, 64), "red"), Image.new("L", (64, 64)), TensorCache(tmp_path / "cache")
+    photo.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    mask.paste(255, (0, 0, 64, 32))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photo.save(folder / "a.png")
+    mask.save(folder / "a.mask.png")
+
+    def weights(kept, **alpha):
+        (found,) = find_photos(folder, "a photo of sks dog", 64, **alpha).photos
+        encoder = PhotoEncoder(pipeline.vae, kept, RULE, unmasked_weight=0.2, **alpha)
+        return encoder.encode(found, RULE.plan(found.size_px, Random(0))).mask[0, ::7, ::7].tolist()
+
+    for kept in (cache, cache, None):
+        assert weights(kept) == [[0, 1], [0, pytest.approx(0.2)]]
+        assert weights(kept, alpha="white") == [[1, 1], [pytest.approx(0.2)] * 2]
+    assert cache.computed == 2
+
+
 def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_by_the_base(tiny_base, tmp_path):
     """An encoding by the trained adapters would be the prior's target, and stay in the cache for other runs. The empty
     prompt of another pipeline is not found in the cache."""
