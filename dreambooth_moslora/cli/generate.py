@@ -65,7 +65,7 @@ def run_generate(args: argparse.Namespace) -> int:
     args.base = given or base_of_runs(args.adapter)
     check_paths(args, recipe)
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
-    from dreambooth_moslora.generation.pipeline import SubjectPipeline, adapters_of_picture, given_adapter
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline, adapters_of_picture, given_adapter, told_apart
 
     hush()
     axes = tuple(parse_axis(text) for text in args.grid or ())
@@ -73,7 +73,7 @@ def run_generate(args: argparse.Namespace) -> int:
         adapters = adapters_of_picture(recipe)
         args.base = given or base_of_runs([str(item.file) for item in adapters])
     else:
-        adapters = [given_adapter(*_split_scale(text), recipe) for text in args.adapter]
+        adapters = list(told_apart(given_adapter(*_split_scale(text), recipe) for text in args.adapter))
         for note in filter(None, (item.note for item in adapters)):
             print(f"note: {note}", file=sys.stderr)
     if not adapters:

@@ -6,6 +6,7 @@ GenerationParams --generate--> Step, Preview … Image: the same parameters give
 
 import queue
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -97,6 +98,17 @@ def given_adapter(path: str, scale: float | None, recipe: Recipe | None) -> Adap
     differs = hashes.get(in_picture, digest) != digest
     note = f"the adapter {name} is another file than the one that made the picture" if differs else ""
     return AdapterFile(file, name, scales.get(in_picture, 1.0) if scale is None else scale, note)
+
+
+def told_apart(adapters: Iterable[AdapterFile]) -> Iterator[AdapterFile]:
+    """Each file under a name of its own: the second dog is dog_2, and its note says so."""
+    files: dict[str, Path] = {}
+    for item in adapters:
+        place = item.file.resolve()
+        name = core.free_name(item.name, lambda taken, place=place: files.get(taken, place) != place)
+        files[name] = place
+        said = f"{item.file} is called {name} here, as another file is called {item.name}" if name != item.name else ""
+        yield replace(item, name=name, note="; ".join(filter(None, (item.note, said))))
 
 
 def _find(name: str, sha256: str | None) -> Path:
@@ -375,9 +387,14 @@ class SubjectPipeline:
         return replace(params, guidance_scale=guidance, scheduler=scheduler, **size_px)
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
-        """Make exactly these adapters active. Scale 0 means absent: the result is the base's, bit for bit."""
+        """Make exactly these adapters active; scales of files of equal content add up. Scale 0 means absent: the result
+        is the base's, bit for bit."""
         chosen = [(self.adapters[name], scale) for name, scale in adapters if scale != 0]
-        active = {adapter.key: scale for adapter, scale in chosen if adapter.mixers is None}
+        totals = defaultdict(float)
+        for adapter, scale in chosen:
+            if adapter.mixers is None:
+                totals[adapter.key] += scale
+        active = {key: total for key, total in totals.items() if total}
         blended = self.bases.show((adapter.mixers, scale) for adapter, scale in chosen if adapter.mixers is not None)
         active |= dict.fromkeys(blended, 1.0)
         if active != self._active:  # PEFT walks over all modules, which takes longer than swapping mixers

@@ -173,6 +173,17 @@ def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tin
         command(tiny_base, tmp_path)
 
 
+def test_two_files_of_one_name_are_told_apart_and_one_file_is_not_taken_twice(tiny_base, pipeline, tmp_path, capsys):
+    """They were refused as one adapter that is named twice."""
+    one, other = (save_diffusers_lora(pipeline.pipeline.unet, tmp_path / n / "dog", seed=i) for i, n in enumerate("ab"))
+    words = ["--prompt", "a dog", "--adapter", f"{one}:0.5", "--adapter"]
+    assert command(tiny_base, tmp_path, *words, f"{other}:0.3") == 0
+    assert f"note: {other} is called dog_2 here, as another file is called dog\n" in capsys.readouterr().err
+    assert read_recipe(tmp_path / "image_0.png").params.adapters == (("dog", 0.5), ("dog_2", 0.3))
+    with pytest.raises(UserError, match="named twice"):
+        command(tiny_base, tmp_path, *words, str(one.parent))
+
+
 def test_what_another_programs_picture_asks_for_and_is_not_here_is_said(tiny_base, tmp_path, capsys):
     """The page said it, the command drew with another sampler without a word."""
     text = PngInfo()

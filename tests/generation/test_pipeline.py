@@ -117,6 +117,15 @@ def test_adapters_combine_and_switch_without_a_trace(pipeline, tiny_base):
     assert differs(less, dog) and np.array_equal(tagged, less)
 
 
+def test_scales_of_equal_files_add_up(tiny_base, files, tmp_path):
+    """The last one's scale was taken."""
+    subject = SubjectPipeline.from_base(tiny_base)
+    subject.load_adapter(files["dog"])
+    subject.load_adapter(shutil.copy(files["dog"], tmp_path / "rex.safetensors"))
+    assert np.array_equal(with_adapters(subject, dog=0.5, rex=0.25), with_adapters(subject, dog=0.75))
+    assert np.array_equal(with_adapters(subject, dog=0.5, rex=-0.5), picture(subject))
+
+
 def test_all_schedulers_draw_something_of_their_own(pipeline):
     """Each has its class, its options, and the noise levels of the base."""
     seen = [picture(pipeline, scheduler=scheduler) for scheduler in SCHEDULERS]
