@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dreambooth_moslora.base.files import resolve_base
-from dreambooth_moslora.cli.generate import text_option_arguments
+from dreambooth_moslora.cli.generate import places_of, text_option_arguments
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
 from dreambooth_moslora.core import UserError, atomic_write, find_asset, small_text, spelled_out, user_path
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card
@@ -133,12 +133,6 @@ def check_paths(args: argparse.Namespace) -> None:
         require_folder_of_photos(Path(find_asset(args.photos)))
     if args.base:
         resolve_base(args.base)
-
-
-def places_of(config: table.TrainConfig) -> dict[str, str | None]:
-    """Where the run had its base from. It may have been moved away from its cache."""
-    cache = config.cache_dir
-    return {"revision": config.revision, "cache_dir": cache if cache and Path(cache).is_dir() else None}
 
 
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:

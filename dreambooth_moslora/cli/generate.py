@@ -61,9 +61,8 @@ def run_generate(args: argparse.Namespace) -> int:
     recipe = params.read_recipe(args.from_png) if args.from_png else None
     values = _recipe_values(args, recipe)
     say([f"note: {remark}" for remark in recipe.remarks] if recipe else [])
-    given = args.base
-    args.base = given or base_of_runs(args.adapter)
-    check_paths(args, recipe)
+    base, places = base_of_runs(args.adapter, args.base)
+    check_paths(args, base, recipe)
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
     from dreambooth_moslora.generation.pipeline import SubjectPipeline, adapters_of_picture, given_adapter, told_apart
 
@@ -71,15 +70,15 @@ def run_generate(args: argparse.Namespace) -> int:
     axes = tuple(parse_axis(text) for text in args.grid or ())
     if recipe and not args.adapter:
         adapters = adapters_of_picture(recipe)
-        args.base = given or base_of_runs([str(item.file) for item in adapters])
+        base, places = base_of_runs([str(item.file) for item in adapters], args.base)
     else:
         adapters = list(told_apart(given_adapter(*_split_scale(text), recipe) for text in args.adapter))
         for note in filter(None, (item.note for item in adapters)):
             print(f"note: {note}", file=sys.stderr)
     if not adapters:
-        say([without_adapter(args.base, values["prompt"])])
+        say([without_adapter(base, values["prompt"])])
     basis = user_path(args.basis) if args.basis else None
-    pipeline = SubjectPipeline.from_base(args.base)
+    pipeline = SubjectPipeline.from_base(base, **places)
     pipeline.bases.files += [basis] if basis else []
     say(without_effect(values, pipeline.family.facts))
     if recipe and recipe.provenance.base not in ("", pipeline.base_name):
@@ -92,18 +91,29 @@ def run_generate(args: argparse.Namespace) -> int:
     return _save_all(events, Path(args.output_dir), only_sheet=bool(axes))
 
 
-def base_of_runs(adapters: list[str]) -> str:
-    """That of the first adapter which lies in its run's folder, or in a folder there; else the embedded one."""
+def base_of_runs(adapters: list[str], given: str | None = None) -> tuple[str, dict[str, str | None]]:
+    """The given base; else that of the first adapter which lies in its run's folder, or in a folder there, with its
+    places; else the embedded one."""
+    if given:
+        return given, {}
     for path, _ in map(_split_scale, adapters):
         place = Path(find_asset(path))
         for folder in place.parents[:2] if place.is_file() else (place, place.parent):
             if (file := RunDir(folder).config_path).is_file():
-                base = sources.read_json_table(file).get("pretrained_model_name_or_path")
+                known = sources.read_json_table(file)
+                base = known.get("pretrained_model_name_or_path")
                 if isinstance(base, str):
                     said = f"base: {base}, which the run in {folder} was trained on (--base)"
                     say([said] if base != "toy" else [])
-                    return base
-    return "toy"
+                    own = {name: known[name] for name in ("revision", "cache_dir") if name in known}
+                    return base, places_of(table.TrainConfig.from_dict(own))
+    return "toy", {}
+
+
+def places_of(config: table.TrainConfig) -> dict[str, str | None]:
+    """Where the run had its base from. It may have been moved away from its cache."""
+    cache = config.cache_dir
+    return {"revision": config.revision, "cache_dir": cache if cache and Path(cache).is_dir() else None}
 
 
 def without_adapter(base: str, prompt: str) -> str:
@@ -125,7 +135,7 @@ def without_effect(values: dict, facts: Facts) -> list[str]:
     return lines
 
 
-def check_paths(args: argparse.Namespace, recipe: params.Recipe | None) -> None:
+def check_paths(args: argparse.Namespace, base: str, recipe: params.Recipe | None) -> None:
     """Raises UserError for a file that is not there, before torch is imported."""
     in_picture = dict(recipe.params.adapters) if recipe else {}
     for path, _ in map(_split_scale, args.adapter):
@@ -133,7 +143,7 @@ def check_paths(args: argparse.Namespace, recipe: params.Recipe | None) -> None:
             find_weights(find_asset(path))
     if args.basis and not user_path(args.basis).is_file():
         raise UserError(f"--basis {args.basis}: there is no such file.")
-    resolve_base(args.base)
+    resolve_base(base)
 
 
 def _split_scale(text: str) -> tuple[str, float | None]:

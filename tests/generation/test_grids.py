@@ -148,11 +148,13 @@ def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedde
         run.mkdir()
         RunDir(run).config_path.write_text(json.dumps({"pretrained_model_name_or_path": run.name}))
     for order, base in {(0,): "toy", (0, 1, 2): "toy", (2, 1): "other"}.items():
-        assert generate.base_of_runs([str(runs[place]) for place in order]) == base
+        assert generate.base_of_runs([str(runs[place]) for place in order])[0] == base
     assert capsys.readouterr().err.count("base: other, which the run in ") == 1
     (best := RunDir(runs[2]).best_dir / "x.safetensors").parent.mkdir()
     best.touch()
-    assert generate.base_of_runs([f"{best}:0.5"]) == generate.base_of_runs([str(best.parent)]) == "other"
+    for adapter in (f"{best}:0.5", str(best.parent)):
+        assert generate.base_of_runs([adapter])[0] == "other"
+    assert generate.base_of_runs([str(best)], "given") == ("given", {})
 
 
 def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):
@@ -171,6 +173,19 @@ def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tin
     assert read_recipe(tmp_path / "grid" / "grid.png").params.prompt == "dog"
     with pytest.raises(UserError, match="--prompt"):
         command(tiny_base, tmp_path)
+
+
+def test_the_base_is_loaded_from_where_the_run_had_it_unless_another_is_given(tiny_base, drawn, tmp_path, monkeypatch):
+    """The default revision was drawn with."""
+    loaded, from_base = [], SubjectPipeline.from_base
+    monkeypatch.setattr(SubjectPipeline, "from_base", lambda name, **own: loaded.append(own) or from_base(name))
+    run = shutil.copytree(drawn / "runs" / "dog", tmp_path / "runs" / "dog")
+    told = {"revision": "0" * 40, "cache_dir": str(tmp_path)}
+    RunDir(run).config_path.write_text(json.dumps({"pretrained_model_name_or_path": str(tiny_base), **told}))
+    monkeypatch.chdir(tmp_path)
+    for base, words in ((None, ["--adapter", str(run), "--prompt", "dog"]), (None, []), (tiny_base, [])):
+        command(base, tmp_path, *(words or ["--from_png", str(drawn / "image_0.png")]))
+    assert loaded == [told, told, {}]
 
 
 def test_two_files_of_one_name_are_told_apart_and_one_file_is_not_taken_twice(tiny_base, pipeline, tmp_path, capsys):
