@@ -297,13 +297,15 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
 
 
 def run_folder(word: str, resumes: bool) -> Path:
-    """`runs/dog`, or a free name like it; for a resumed run the latest one, for several processes the first."""
+    """`runs/dog`, or a free name like it; for a resumed run the latest one, with a checkpoint if any has one; for
+    several processes the first."""
     name = no_device(re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run")
     if not memory.is_alone():
         return RUNS / name
     if not resumes:
         return RUNS / core.free_name(name, lambda taken: (RUNS / taken).exists())
     there = [path for path in RUNS.glob("*") if re.fullmatch(rf"{re.escape(name)}(_\d+)?", path.name)]
+    there = [path for path in there if RunDir(path).latest_checkpoint()] or there  # another may wait in the queue
     return max(there, key=lambda path: (len(path.name), path.name), default=RUNS / name)
 
 

@@ -411,7 +411,8 @@ class QueueTurns:
             queue.check_free(run_dir)
         except UserError:  # an unrecorded process trains there
             return
-        goes_on = self._has_checkpoint_since(0.0 if run.is_new else run.queued, run)  # the clock may be put back
+        since = 0.0 if run.is_new else run.queued  # the clock may be put back
+        goes_on = bool(run.started) and self._has_checkpoint_since(since, run)  # before, another run wrote it
         settings = run.settings | ({"resume_from_checkpoint": "latest"} if goes_on else {})
         self.queue.note(replace(run, started=time.time()))
         try:

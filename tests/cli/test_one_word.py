@@ -13,6 +13,7 @@ from dreambooth_moslora.cli import train as one_word
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import build_train_parser, parse_train_config, train_main
 from dreambooth_moslora.core import CLIP, DINO
+from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.plan.plan import plan_steps
@@ -213,7 +214,12 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
     for name in ("dog", "dog_2", "dogs"):
         (Path("runs") / name).mkdir(parents=True)
     assert parse_train_config(photos).output_dir == "runs/dog_3"
-    assert parse_train_config([*photos, "--resume_from_checkpoint", "latest"]).output_dir == "runs/dog_2"
+    resumed = [*photos, "--resume_from_checkpoint", "latest"]
+    assert parse_train_config(resumed).output_dir == "runs/dog_2"
+    (Path("runs") / "dog" / "checkpoint-1").mkdir()
+    for name in CHECKPOINT_FILES:
+        (Path("runs") / "dog" / "checkpoint-1" / name).write_text("x")
+    assert parse_train_config(resumed).output_dir == "runs/dog", "the empty one may wait in the queue"
     monkeypatch.setenv("WORLD_SIZE", "2")  # each process would find another free name
     assert one_word.run_folder("dog", resumes=False) == Path("runs/dog")
 
