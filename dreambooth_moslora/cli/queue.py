@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
 from dreambooth_moslora.core import UserError, process_count, spelled_out, user_path
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import TrainConfig
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     """Check the run and queue it; returns a line to print. Raises UserError for whatever training would refuse."""
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.plan.checks import check_folders, check_settings, family_settings
+    from dreambooth_moslora.training.dry_run import made_lines
     from dreambooth_moslora.ui.jobs import Jobs
 
     if process_count() > 1:
@@ -84,7 +86,11 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
         raise UserError("--hub_token: it would lie in the queue's file; log in instead (`hf auth login`).")
     check_folders(config)
     check_settings(replace(config, **family_settings(config)))
-    photo_report(config)
+    if config.resume_from_checkpoint:
+        from dreambooth_moslora.training.checkpoint import resume_point
+
+        resume_point(config, RunDir(config.output_dir))
+    made_lines(config, photo_report(config))  # no word may say what to look for
     run_dir = Path(os.path.abspath(config.output_dir))
     Jobs(run_dir.parent).run_dir(run_dir.name)
     is_new = not run_dir.exists()

@@ -382,7 +382,8 @@ class QueueTurns:
                 state = self.jobs.state(job)
                 self.queue.end(run, state.state, state.message)
                 return
-            killed = 0 if self._has_checkpoint_since(run.started, run) else run.killed + 1
+            killed = run.killed + (self.jobs.state(job).state != "interrupted")
+            killed = 0 if self._has_checkpoint_since(run.started, run) else killed
             if killed >= KILLED_MOST:
                 self.queue.end(run, "failed", f"it was killed {KILLED_MOST} times, perhaps for want of memory")
             else:

@@ -51,6 +51,9 @@ def test_one_word_finds_another_name_for_the_second_run(photos, capsys, monkeypa
         (["--hub_token", "x", "--push_to_hub"], "--hub_token: it would lie in the queue's file"),
         (["--new_backgrounds", "2"], "--new_backgrounds: removed"),
         (["--output_dir", "runs/.hen"], "'.hen' cannot be the name of a run"),
+        (["--resume_from_checkpoint", "checkpoint-7"], "no complete checkpoint there"),
+        (["--instance_prompt", "a photo of sks", "--masks", "auto", "--mask_model", "x"], "give --mask_prompt"),
+        (["--instance_prompt", "sks", "--captions", "auto", "--caption_model", "x"], "captions: no word says"),
         ([TOY[0], "Tongyi-MAI/Z-Image", "--mixed_precision", "fp16"], "Z-Image overflows in fp16; give bf16"),
     ],
 )

@@ -231,6 +231,21 @@ def test_a_run_that_is_killed_again_and_again_fails_and_the_next_begins(turns):
     assert f"killed {KILLED_MOST} times" in turns.queue.ended()[0]["message"]
 
 
+def test_a_run_that_saves_and_ends_again_and_again_as_the_queue_does_is_not_killed(jobs):
+    added(RunQueue(jobs.runs_dir), "dog", steps=500)
+
+    def stopped() -> QueueTurns:
+        turns = QueueTurns(Jobs(jobs.runs_dir, jobs.script))  # `queue start` once more
+        turns.take()
+        wait_for(lambda: (job := turns.jobs.current()) and turns.jobs.state(job).step)
+        turns.jobs.ask_to_stop(turns.jobs.current())  # as Ctrl-C does
+        wait_for(lambda: turns.jobs.current() is None)
+        return turns
+
+    turns = [stopped() for _ in range(KILLED_MOST + 1)][-1]
+    assert turns.current().killed == 0 and not turns.queue.ended()
+
+
 def test_the_command_stops_the_run_in_progress_which_leaves_the_queue_to_the_next(jobs, turns, capsys):
     stop = ["queue", "stop", "--runs_dir", str(jobs.runs_dir)]
     assert main(stop) == 2 and "no run of the queue is trained now" in capsys.readouterr().err
