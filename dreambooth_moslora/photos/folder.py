@@ -181,10 +181,10 @@ def dataset_folder(config: TrainConfig) -> Path:
     rows, digest = [], sha256()
     for row in table:
         content = image_bytes(row[config.image_column], own)
-        caption = row[config.caption_column] if config.caption_column is not None else None
+        captions = captions_in(row[config.caption_column], config.caption_column) if config.caption_column else []
         if content:
-            rows.append((content, "" if caption is None else str(caption)))
-            digest.update(sha256(content).digest() + rows[-1][1].encode())
+            rows.append((content, captions))
+            digest.update(sha256(content).digest() + "\0".join(captions).encode())
     folder = Path(config.cache_dir or core.default_cache_dir()) / "photos" / digest.hexdigest()[:16]
     if not folder.is_dir():
         with core.atomic_directory(folder) as new:
@@ -212,6 +212,14 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
     return table.cast_column(column, datasets.Image(decode=False))
 
 
+def captions_in(cell: Any, column: str) -> list[str]:
+    """Those in a cell of the column: a text, or a list of texts. Raises UserError for anything else."""
+    texts = cell if isinstance(cell, list) else [cell]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise core.UserError(f"--caption_column {column}: it holds neither texts nor lists of texts; name another.")
+    return list(filter(None, texts))
+
+
 def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
     """The image's file, empty for an empty cell. Raises UserError for no file in `own`: anyone wrote the table."""
     cell = cell or {}
@@ -224,9 +232,10 @@ def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
     return path.read_bytes()
 
 
-def write_rows(folder: Path, rows: list[tuple[bytes, str]]) -> None:
+def write_rows(folder: Path, rows: list[tuple[bytes, list[str]]]) -> None:
+    """Write images, one caption each into METADATA, and several into a text file beside the image."""
     lines = []
-    for number, (content, caption) in enumerate(rows):
+    for number, (content, captions) in enumerate(rows):
         try:
             with Image.open(BytesIO(content)) as image:
                 kind = (image.format or "img").lower()
@@ -234,8 +243,11 @@ def write_rows(folder: Path, rows: list[tuple[bytes, str]]) -> None:
             kind = "img"
         name = f"{number:05d}.{'jpg' if kind in ('jpeg', 'mpo') else kind}"
         (folder / name).write_bytes(content)
-        if caption:
-            lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False))
+        if len(captions) > 1:
+            text = "\n".join(map(one_space, captions))
+            (folder / name).with_suffix(CAPTION_SUFFIX).write_text(text, encoding="utf-8")
+        elif captions:
+            lines.append(json.dumps({"file_name": name, "text": captions[0]}, ensure_ascii=False))
     if lines:
         (folder / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
 

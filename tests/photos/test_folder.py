@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import struct
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -258,6 +259,24 @@ def test_a_local_data_set_is_read_with_its_captions(tmp_path):
     assert image_bytes({"bytes": b"", "path": None}, []) == b"", "an empty cell"
     with pytest.raises(UserError, match=r"--caption_column word: .* Did you mean words\?"):
         photo_report(TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache"))
+
+
+def test_a_list_of_texts_is_several_captions_and_what_is_no_text_is_refused(tmp_path):
+    lists, numbers = [["first\nof two", "", "second"], ["only"], [], None], [1, 2, 3, 4]
+    images = [
+        {"bytes": path.read_bytes(), "path": None} for path in sorted(paint_photos(tmp_path / "own", 4).iterdir())
+    ]
+    words, number = [datasets.Value("string")], datasets.Value("int8")
+    features = datasets.Features({"image": datasets.Image(), "words": words, "n": number})
+    (tmp_path / "data").mkdir()
+    table = datasets.Dataset.from_dict({"image": images, "words": lists, "n": numbers}, features)
+    table.to_parquet(tmp_path / "data" / "train.parquet")
+    of_column = partial(TrainConfig, dataset_name=tmp_path / "data", cache_dir=tmp_path / "cache", resolution=64)
+    captions = [photo.captions for photo in photo_report(of_column(caption_column="words")).photos]
+    prompt = (TrainConfig().instance_prompt,)
+    assert captions == [("first of two", "second"), ("only",), prompt, prompt]
+    with pytest.raises(UserError, match="--caption_column n: it holds neither texts nor lists of texts"):
+        photo_report(of_column(caption_column="n"))
 
 
 @pytest.mark.parametrize("named", ["{outside}/secret.png", "../secret.png", "linked.png"])
