@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.core import UserError, is_toy
+from dreambooth_moslora.core import UserError, is_toy, public_name
 from dreambooth_moslora.disk.run_folder import NONE, RunDir
 from dreambooth_moslora.settings.sources import FoundRecipe
 from dreambooth_moslora.ui import (
@@ -279,14 +279,17 @@ def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Ta
     def reopen(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         job = ctx.jobs.owned(run or "", visitor.id)
-        form = train_start.form_of_run(jobs.settings_of(job), job.run_dir / "photos")
+        settings = jobs.settings_of(job)
+        form = train_start.form_of_run(settings, job.run_dir / "photos")
         count = len(form.subjects)
         train_start.take_photos_of_run(job.run_dir, visitor, count)
         name, recipe = train_start.like_of_run(job.run_dir)
         train_start.keep_recipe(ctx, name, recipe, visitor)
         train_photos.keep_captions_of(visitor, form.subjects)
         values = as_shown(values_of(form))
-        told = html.notice(f"The settings, words and photos of {job.name} are in the form. Change them, and start.")
+        told = f"The settings, words and photos of {job.name} are in the form. Change them, and start."
+        if (base := settings["pretrained_model_name_or_path"]) != ctx.base_name:
+            told += f" It was trained on {public_name(base)}, and the base at the top of the page is {ctx.base}."
         reviews = train_masks.reviews(ctx, visitor, form.seed, count, form.like, is_reset=True)
-        shown = (*reviews, said_of(name, recipe), told, *train_masks.boxes_for(count)[1:])
+        shown = (*reviews, said_of(name, recipe), html.notice(told), *train_masks.boxes_for(count)[1:])
         return (*(values[name] for name in names), *shown)

@@ -15,6 +15,7 @@ import pytest
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError, file_digest
+from dreambooth_moslora.disk import processes
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import BaseSize, estimate, memory_settings
@@ -43,7 +44,7 @@ from dreambooth_moslora.ui.train_start import (
 )
 from dreambooth_moslora.ui.visitors import kept_photos
 from tests.helpers.tiny_training import paint_photos
-from tests.ui.conftest import PAGE, ROCKET, TWO, handler, save_header, visitor
+from tests.ui.conftest import PAGE, ROCKET, TWO, handler, recorded, save_header, visitor
 
 DUCK = TrainForm("sks", "duck")
 CHANGED = {"rank": 3, "learning_rate": 0.5, "mixer": "none", "seed": 9, "unmasked_weight": 0.5, "scores": False}
@@ -179,6 +180,18 @@ def test_what_a_run_was_started_with_comes_back_and_makes_the_same_run(ann, tab,
         prompts = [[one.get("instance_prompt") for one in each.settings["subjects"]] for each in (run, again)]
         texts = [sorted(path.name for path in each.run_dir.rglob("*.txt")) for each in (run, again)]
     assert all(one == other for one, other in (settings, prompts, texts))
+
+
+@pytest.mark.parametrize("base", ["toy", "toy-zimage"])
+def test_a_run_that_comes_back_to_a_page_on_another_base_says_so(ann, tab, context, base):
+    """The page said nothing, and another model was trained."""
+    page = context(title=base, name=base)
+    with prepared(tab, DUCK, ann) as run:
+        processes.write_settings(run.run_dir, run.settings)
+        recorded(run.run_dir, owner=page.visitors.of(PAGE).id)
+        told = " ".join(value for value in handler(page, "reopen")("duck", PAGE) if isinstance(value, str))
+    assert "photos of duck are in the form" in told
+    assert ("It was trained on toy, and the base at the top of the page is toy-zimage." in told) == (base != "toy")
 
 
 OF_ONE_RUN = ("output_dir", "instance_data_dir", "token")
