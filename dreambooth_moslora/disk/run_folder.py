@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from itertools import count, takewhile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -129,7 +129,7 @@ def tokens_files(folder: Path, name: str = "moslora") -> list[Path]:
     return list(takewhile(Path.is_file, paths))
 
 
-def checkpoint_step(path: Path) -> int | None:
+def checkpoint_step(path: PurePath) -> int | None:
     """The step in a checkpoint's name; None for another name."""
     match = CHECKPOINT.fullmatch(path.name)
     return int(match[1]) if match else None
@@ -209,11 +209,16 @@ def _header_and_keys(file: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:
-    """Name -> file, in order, with a number if `taken`; without tokens, bases, and links out of `folders`."""
+    """`named_files` without links out of `folders`."""
+    return named_files((file for file in files if is_file_inside(file, folders)), folders, taken)
+
+
+def named_files(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:
+    """Name -> file, in order, with a number if `taken`; without tokens and bases."""
     found: dict[str, Path] = {}
     known = {NONE, *taken}
     for file in files:
-        if not file.name.endswith((TOKENS_SUFFIX, BASIS_SUFFIX)) and is_file_inside(file, folders):
+        if not file.name.endswith((TOKENS_SUFFIX, BASIS_SUFFIX)):
             known.add(name := free_name(name_of(file, folders), known.__contains__, " "))
             found[name] = file
     return found
@@ -229,6 +234,14 @@ def run_files(runs: Collection[Path]) -> list[Path]:
     checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
     checkpoints.sort(key=lambda file: (file.parent.parent.name, -(checkpoint_step(file.parent) or 0)))
     return [*finished, *checkpoints]
+
+
+def is_of_run(path: PurePath) -> bool:
+    """Whether `run_files` finds a path of at most three parts, relative to a run or to a folder of runs."""
+    if path.name == RAW_NAME:
+        return checkpoint_step(path.parent) is not None
+    is_best = path.name == PUBLISHED_NAME and path.parent.name == BEST_NAME
+    return is_best or (path.name in (PUBLISHED_NAME, MIXERS_NAME) and len(path.parts) < 3)
 
 
 def name_of(file: Path, folders: Collection[Path]) -> str:

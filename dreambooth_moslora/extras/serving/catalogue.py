@@ -17,7 +17,14 @@ from threading import Lock
 from typing import Any
 
 from dreambooth_moslora.core import UserError, parse_object, user_path
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, files_by_name, name_of, run_files
+from dreambooth_moslora.disk.run_folder import (
+    PUBLISHED_NAME,
+    TOKENS_SUFFIX,
+    files_by_name,
+    is_of_run,
+    named_files,
+    run_files,
+)
 from dreambooth_moslora.extras.cluster.bucket import Bucket, Digests
 from dreambooth_moslora.generation.params import GenerationParams, check_steps, draw_seed
 
@@ -174,7 +181,7 @@ class Folders(Catalogue):
         for folder in self.folders:
             own = [file for file in sorted(folder.glob("*.safetensors")) if file.name != PUBLISHED_NAME]
             files += [*own, *run_files([folder, *folder.glob("*/")])]
-        return files_by_name(files, self.folders)
+        return files_by_name(dict.fromkeys(files), self.folders)  # of a run, its best step is there twice
 
 
 class BucketFolder(Catalogue):
@@ -225,17 +232,19 @@ class BucketFolder(Catalogue):
         return folder / place.name
 
     def _ask(self) -> dict[str, AdapterRef]:
-        found: dict[str, AdapterRef] = {}
-        for path, facts in sorted(self._paths().items()):
-            if path.endswith(".safetensors") and not path.endswith(TOKENS_SUFFIX):
-                name = name_of(Path("/", path), [Path("/")])
-                told = sorted((str(key), str(value)) for key, value in facts.items())
-                found.setdefault(name, AdapterRef(name, path, hashlib.sha256(repr(told).encode()).hexdigest()))
+        """The files that `Folders` would find in such a folder, by the same names."""
+        found, listed, folder = {}, self._paths(), Path("/", self.bucket.root)
+        own = [path for path in sorted(listed) if "/" not in path and path.endswith(".safetensors")]
+        of_runs = [path for path in sorted(listed) if is_of_run(PurePosixPath(path))]
+        paths = {folder / path: path for path in (*own, *of_runs)}
+        for name, file in named_files(paths, [folder]).items():
+            told = sorted((str(key), str(value)) for key, value in listed[paths[file]].items())
+            found[name] = AdapterRef(name, paths[file], hashlib.sha256(repr(told).encode()).hexdigest())
         return found
 
     def _paths(self) -> dict[str, dict]:
         """Files by their path below the bucket's folder. Raises UserError when they cannot be listed."""
-        files = self.bucket.tried("", lambda path: self.bucket.files.find(path, maxdepth=2, detail=True))
+        files = self.bucket.tried("", lambda path: self.bucket.files.find(path, maxdepth=3, detail=True))
         return {path.removeprefix(self.bucket.root).lstrip("/"): facts for path, facts in files.items()}
 
 
