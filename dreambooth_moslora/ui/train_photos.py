@@ -60,15 +60,28 @@ def take_with_masks(files: list[str], visitor: visitors.Visitor, number: int = 1
 
 
 def add_photos(files: list[str], visitor: visitors.Visitor, number: int = 1) -> list[str]:
-    """Take them after the subject's other photos. Of equal ones the first stays. Returns remarks. Raises UserError."""
+    """Take them after the subject's other photos. Of equal ones the first stays, with the first mask. Returns remarks.
+    Raises UserError."""
     with visitor.changing:
         remarks, first, again = take_with_masks(files, visitor, number, keep=True), {}, []
-        for place, photo in enumerate(photos_of(visitor.photos_dir, number), 1):
-            if (known := first.setdefault(file_digest(photo), place)) != place:
+        for photo in photos_of(visitor.photos_dir, number):
+            if (known := first.setdefault(file_digest(photo), photo)) != photo:
                 again.append(photo)
-                remarks.append(f"photo {known} was added once more: it counts once")
+                of_mask = with_mask_of(known, photo)
+                remarks.append(f"photo {number_of(known)} was added once more: it counts once{of_mask}")
         visitors.remove_photos(folder_of(visitor.photos_dir, number), again)
     return remarks
+
+
+def with_mask_of(first: Path, again: Path) -> str:
+    """Give a photo that has no mask the one of its copy; returns what became of that, for the remark."""
+    if not beside(again).is_file():
+        return ""
+    if not beside(first).is_file():
+        beside(again).rename(beside(first))
+        return ", now with the mask"
+    is_same = file_digest(beside(again)) == file_digest(beside(first))
+    return "" if is_same else ", with its first mask; for another, remove it first"
 
 
 def remove_photo(visitor: visitors.Visitor, digest: str, number: int = 1) -> None:

@@ -120,6 +120,23 @@ def test_added_photos_come_after_the_others_equal_ones_count_once_and_a_removed_
     assert not ann.photos_dir.exists()
 
 
+def test_a_mask_that_comes_with_a_photo_that_is_there_is_that_photos_unless_it_has_one(tmp_path, ann):
+    """It was thrown away with the copy, and nobody was told."""
+    (photo,), mask = drawn(tmp_path, 1), tmp_path / "1.mask.png"
+    add_photos([photo], ann)
+    told = []
+    for value in (255, 255, 0):
+        PIL.Image.new("L", (80, 90), value).save(mask)
+        told += add_photos([photo, str(mask)], ann)
+        assert mask_of(ann).all() and len(list(ann.photos_dir.iterdir())) == 2
+    once = "photo 1 was added once more: it counts once"
+    assert told == [
+        f"{once}, now with the mask",
+        once,
+        f"{once}, with its first mask; for another, remove it first",
+    ]
+
+
 def test_a_caption_is_kept_with_its_photo_for_its_visitor_and_its_subject(tmp_path, ann):
     add_photos(drawn(tmp_path, 1, 2), ann)
     one, two = (file_digest(ann.photos_dir / f"photo_0{number}.png") for number in (1, 2))
