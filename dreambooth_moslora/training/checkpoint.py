@@ -36,6 +36,8 @@ class Position:
     seed: int  # names every draw
     optimizer: str | None = None  # `optimizer_kind`
     digest: str | None = None  # of the position and the files beside it (`digest_of`)
+    base: str | None = None  # the denoiser: how it is held, and its fingerprint; None in early versions, like the next
+    untold: str | None = None  # digest of what shapes the weights and no file tells (`digest_of_untold`)
 
 
 def save_checkpoint(
@@ -68,19 +70,35 @@ def digest_of(checkpoint: Path, position: Position) -> str:
     names = (run_folder.RAW_NAME, OPTIMIZER, SCALER, WEIGHTS)
     parts = [path for name in names if (path := checkpoint / name).is_file()]
     files = {path.name: core.file_digest(path) for path in [*parts, *run_folder.tokens_files(checkpoint)]}
-    return core.content_key(step=position.step, seed=position.seed, optimizer=position.optimizer, files=files)
+    told = asdict(replace(position, digest=None))
+    absent = [name for name in ("digest", "base", "untold") if told[name] is None]  # early versions had no such
+    return core.content_key(**{name: value for name, value in told.items() if name not in absent}, files=files)
+
+
+def digest_of_untold(config: table.TrainConfig, vae: str) -> str:
+    """Of the settings of UNTOLD that are words, which a resumed run should share, and of the VAE's identity."""
+    names = [name for name in metadata.UNTOLD if name != "subjects" and not table.SETTINGS[name].metadata["path"]]
+    subjects = config.each_subject
+    values = [{name: getattr(one, name) for name in names if table.shapes_weights(name, one)} for one in subjects]
+    return core.content_key(values=values, vae=vae)
+
+
+def read_position(checkpoint: Path) -> Position:
+    """Raises UserError when it is no position."""
+    try:
+        return Position(**json.loads((checkpoint / POSITION).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise damaged(checkpoint, POSITION, error) from error
 
 
 def check_whole(checkpoint: Path) -> Position:
     """The checkpoint's position. Raises UserError when its files were changed, or belong to different checkpoints."""
-    try:
-        position = Position(**json.loads((checkpoint / POSITION).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise damaged(checkpoint, POSITION, error) from error
+    position = read_position(checkpoint)
     if any(type(value) is not int or value < 0 for value in (position.step, position.seed)):
         raise damaged(checkpoint, POSITION, "step and seed are whole numbers")
-    if not all(isinstance(value, (str, type(None))) for value in (position.optimizer, position.digest)):
-        raise damaged(checkpoint, POSITION, "optimizer and digest are words")
+    words = position.optimizer, position.digest, position.base, position.untold
+    if not all(isinstance(value, (str, type(None))) for value in words):
+        raise damaged(checkpoint, POSITION, "optimizer and digests are words")
     if run_folder.checkpoint_step(checkpoint) not in (None, position.step):
         raise damaged(checkpoint, POSITION, f"it is of step {position.step}")
     if position.digest is not None and position.digest != digest_of(checkpoint, position):
@@ -190,6 +208,16 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
                 f"--{name}: {checkpoint.name} has {shown(there)}; you ask for {shown(asked)}: "
                 "resume without it, or start a new run."
             )
+
+
+def check_base(checkpoint: Path | None, position: Position, base: str) -> None:
+    """Raises UserError when `base` has other weights than the checkpoint's, where both are held alike."""
+    (held_there, _, there), (held, _, here) = (name.rpartition(" ") for name in (position.base or "", base))
+    if checkpoint is not None and held_there == held and there != here:
+        raise core.UserError(
+            f"--pretrained_model_name_or_path: {checkpoint.name} was trained on a base with other weights: "
+            "resume with that one, or start a new run."
+        )
 
 
 def settings_of_both(

@@ -191,7 +191,7 @@ class Training:
 
         def write() -> None:
             step, scaler = self.train_step, self.accelerator.scaler
-            position = checkpoint.Position(self.step, self.config.seed, optimizer.optimizer_kind(self.config))
+            position = replace(self.publisher.position, step=self.step)
             parts = position, step.components, self.publisher.facts_now, step.optimizer.optimizer, scaler
             own = optimizer.copies(step.trained) if step.average is not None else None
             with step.averaged():
@@ -331,6 +331,7 @@ def set_up(
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.is_scored else ())]
     sample_count = steps.total_steps * steps.photos_a_step
     inputs = prepare(config, context, photos, sample_count, prompts, resumed_from is None, load)
+    processes.on_each(context.accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base))
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
         samples.requests, samples.contexts = [], []
         logger.warning(NO_SAMPLES)

@@ -47,6 +47,7 @@ class TrainInputs:
     start: lora_file.AdapterWeights | None = None  # of a fresh adapter
     text_products: TextProducts | None = None  # of a UNet that caches cross-attention
     basis: Basis | None = None
+    base: str = ""  # how the denoiser is held, and its fingerprint
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -117,10 +118,13 @@ def prepare(
         frozen_base.load_denoiser_of(config, pipeline, dtype, device)
         start, basis = check_denoiser(config, context, pipeline, is_fresh)
     denoiser = families.denoiser_of(pipeline)
+    is_exact = config.base_quantization == "none"  # two devices may round another otherwise
+    weights = frozen_base.fingerprint(denoiser) if is_exact else ""
+    base = f"{dtype} {config.base_quantization} {config.variant} {weights}"
     products = TextProducts(denoiser, device) if config.cache_cross_attention else None
     denoiser.to(device)
     shown = photos, instance, prior, prompt_embeds
-    return TrainInputs(pipeline, family, schedule, *shown, dtype, start, products, basis)
+    return TrainInputs(pipeline, family, schedule, *shown, dtype, start, products, basis, base)
 
 
 def check_denoiser(

@@ -32,8 +32,9 @@ from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.plan.processes import on_main, share_out
 from dreambooth_moslora.settings import measures, prompts, table
 from dreambooth_moslora.training import explain, made_before, prepare
-from dreambooth_moslora.training.checkpoint import trained_modules
+from dreambooth_moslora.training.checkpoint import Position, digest_of_untold, read_position, trained_modules
 from dreambooth_moslora.training.model_card import CardFacts, model_card, push
+from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,12 @@ class Publisher:
     def __post_init__(self) -> None:
         self.learnt = self.train_step.learnt
         self.tokens = self.learnt.tokens if self.learnt else ()
-        self.facts = facts_of(self.config, self.inputs, self.train_step, self.checkpoint)
+        untold = digest_of_untold(self.config, self.inputs.instance.encoder.vae_identity)
+        named = {"optimizer": optimizer_kind(self.config), "base": self.inputs.base, "untold": untold}
+        self.position = Position(self.train_step.step, self.config.seed, **named)
+        self.facts = facts_of(self.config, self.inputs, self.train_step)
+        if self.checkpoint is not None and is_changed(self.checkpoint, self.facts, untold):
+            self.facts = replace(self.facts, withheld=(*self.facts.withheld, metadata.RESUMED))
 
     @property
     def facts_now(self) -> metadata.AdapterMetadata:
@@ -213,9 +219,7 @@ class Publisher:
         return published_file.publish(components, folder, name, facts, tokens=self.tokens, prove=prove)
 
 
-def facts_of(
-    config: table.TrainConfig, inputs: prepare.TrainInputs, train_step: TrainStep, checkpoint: Path | None
-) -> metadata.AdapterMetadata:
+def facts_of(config: table.TrainConfig, inputs: prepare.TrainInputs, train_step: TrainStep) -> metadata.AdapterMetadata:
     facts = raw_file.adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
@@ -233,13 +237,17 @@ def facts_of(
     facts = metadata.with_told(config, replace(facts, subject_prompts=bare, basis=basis, processes=processes))
     if inputs.prior and not made_before.are_draws(inputs.prior.photos, config.seed):  # another run's, or the user's own
         facts = replace(facts, withheld=tuple(dict.fromkeys((*facts.withheld, "class_data_dir"))))
-    if checkpoint is not None and settings_in(trained_modules(checkpoint)[0]) != settings_in(facts):
-        facts = replace(facts, withheld=(*facts.withheld, metadata.RESUMED))
     return facts
 
 
+def is_changed(checkpoint: Path, facts: metadata.AdapterMetadata, untold: str) -> bool:
+    """Whether a resumed run has other settings than its checkpoint: one from the start would give other weights."""
+    is_same = read_position(checkpoint).untold in (None, untold)
+    return not is_same or settings_in(trained_modules(checkpoint)[0]) != settings_in(facts)
+
+
 def settings_in(facts: metadata.AdapterMetadata) -> list[object]:
-    """What a resumed run must share with its checkpoint, so that a run from the start gives the same weights."""
+    """What files tell of the settings that a resumed run should share with its checkpoint."""
     stored = json.loads(facts.to_json())
     return [stored.get(name) for name in ("recipe", "public", "withheld", "processes")]
 

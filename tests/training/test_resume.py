@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.fault_runs import build_shim
 from benchmarks.faults import preloading
@@ -255,6 +256,38 @@ def test_the_same_settings_an_unnamed_seed_and_an_early_position_file_go_on(fini
     for change, kind in (({"optimizer": "Prodigy"}, "Prodigy"), ({"use_8bit_adam": True}, "AdamW8bit")):
         with pytest.raises(UserError, match=f"checkpoint-1 was written with AdamW; you ask for {kind}"):
             check_resumed(finished[1](**change), checkpoint, position)
+
+
+@pytest.fixture
+def goes_on(finished, checkpoint):
+    """Goes on from its first checkpoint, in a folder of its own; returns whether it says that settings are others."""
+
+    def go_on(**changes):
+        place = {"resume_from_checkpoint": str(checkpoint), "output_dir": str(checkpoint.with_name("goes_on"))}
+        train(finished[1](**place, **changes))
+        facts, _ = checkpoints.trained_modules(RunDir(place["output_dir"]).last_dir)
+        return "resume_from_checkpoint" in facts.withheld
+
+    return go_on
+
+
+def test_a_base_with_other_weights_is_refused_and_one_in_another_folder_or_precision_is_not(
+    tiny_base, goes_on, tmp_path
+):
+    other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
+    assert not goes_on(pretrained_model_name_or_path=str(other))
+    (file,) = (other / "unet").glob("*.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(UserError, match="checkpoint-1 was trained on a base with other weights: resume with that one"):
+        goes_on(pretrained_model_name_or_path=str(other))
+    assert goes_on(mixed_precision="bf16")
+
+
+def test_a_run_that_goes_on_with_other_words_says_so_and_one_of_an_early_checkpoint_cannot(goes_on, checkpoint):
+    words = {"instance_prompt": "a photo of sks cat"}
+    assert goes_on(**words)
+    (checkpoint / "position.json").write_text('{"step": 1, "seed": 3}')
+    assert not goes_on(**words)
 
 
 def test_settings_of_an_earlier_version_go_on_and_a_removed_one_is_said(finished, checkpoint, tmp_path, caplog):
