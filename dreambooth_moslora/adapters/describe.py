@@ -150,7 +150,7 @@ def describe(path: str | Path) -> dict[str, object]:
         return facts | describe_raw(path)
     try:
         raw_file.check_finite({k: t for k, t in tensors.items() if t.is_floating_point()}, path.name)
-        facts |= describe_pairs(path.name, tensors, header)
+        facts |= describe_pairs(path, tensors, header)
         if bundled := new_tokens.tokens_inside(path):
             facts["new_tokens"] = "; ".join(f"{one.count} for the word {one.word}, in this file" for one in bundled)
     except RuntimeError as error:  # torch lacks the operation for this dtype, or the values are too large
@@ -194,9 +194,10 @@ def describe_raw(path: Path) -> dict[str, object]:
     }
 
 
-def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
+def describe_pairs(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
     """The content of a plain LoRA file; for other kinds of adapters only the kind. Raises UserError."""
-    pairs = with_settings(name, find_pairs(name, tensors), header)
+    name, settings = path.name, lora_settings.beside(path, tensors) or lora_settings.in_header(header, path.name)
+    pairs = with_settings(name, find_pairs(name, tensors), settings)
     others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
     if not pairs and not others:
         raise UserError(f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
@@ -234,19 +235,19 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
     return pairs
 
 
-def with_settings(name: str, pairs: list[Pair], header: dict[str, str]) -> list[Pair]:
-    """The pairs with the alphas of PEFT's settings in the header, where they have none. Raises UserError."""
-    settings, found = lora_settings.in_header(header, name), {}
+def with_settings(name: str, pairs: list[Pair], settings: dict[str, object]) -> list[Pair]:
+    """The pairs with the alphas of PEFT's settings, where they have none. Raises UserError."""
+    found = {}
     is_of_one_model = "lora_alpha" in settings
     prefixes = [""] if is_of_one_model else [f"{component}." for component in raw_file.COMPONENTS]
     for prefix in prefixes:
         own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
         modules = [pair.module for pair in pairs if own and pair.alpha is None and pair.module.startswith(prefix)]
-        paths = [module.removeprefix(prefix) for module in modules]
+        paths = {module.removeprefix(prefix).removeprefix(key_names.PEFT_PREFIX): module for module in modules}
         told = lora_settings.scales_of_settings(prefix[:-1] or DENOISERS[0], paths, own, name)
         lora_settings.check_alphas(told.alphas, name)
         for path, alpha in told.alphas.items():
-            found[prefix + path] = {"alpha": float(alpha), "use_rslora": told.use_rslora}
+            found[paths[path]] = {"alpha": float(alpha), "use_rslora": told.use_rslora}
     return [replace(pair, **found.get(pair.module, {})) for pair in pairs]
 
 

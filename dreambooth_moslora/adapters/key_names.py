@@ -48,6 +48,7 @@ TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o
 SIDES = dict.fromkeys(("lora_A.weight", "lora_down.weight", "down.weight"), "down")
 SIDES |= dict.fromkeys(("lora_B.weight", "lora_up.weight", "up.weight"), "up")
 PEFT_PREFIX = "base_model.model."
+PASSED = ("lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight")  # as they are, in PEFT's form
 MOST_NUMBERS = 2**29  # of a file as a LoRA: 2 GiB in fp32
 Layer = tuple[str, str, tuple[int, ...]]  # component, module path, (out, in) or (out, in, h, w)
 
@@ -96,6 +97,7 @@ def as_peft(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> 
             if any(map(is_of_lycoris, tensors)):
                 raise UserError(f"{file_name} does not fit this base: {name!r:.100} is no layer of it")
             return None
+        own = {part: parts.pop(part) for part in PASSED if part in parts and lycoris.ALPHA not in parts}
         label, size, (up, down) = folded(parts, layers[name], f"{file_name} is broken, or was made for another base")
         numbers += up.numel() + down.numel()
         if numbers > MOST_NUMBERS:
@@ -105,6 +107,7 @@ def as_peft(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> 
             )
         found[f"{label}.lora_A.weight"] = down.view(len(down), *size[1:])
         found[f"{label}.lora_B.weight"] = up.view(*up.shape, *(1,) * (len(size) - 2))
+        found |= {f"{label}.{part}": tensor for part, tensor in own.items()}
         if lycoris.MAGNITUDE in parts:
             found[f"{label}.lora_magnitude_vector"] = as_magnitude(parts[lycoris.MAGNITUDE])
     return found

@@ -25,11 +25,14 @@ from torch import Tensor
 
 from dreambooth_moslora.adapters import basis, describe, key_names, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.lora_settings import (
+    OF_LYCORIS,
     PEFT_SETTINGS,
     Scales,
+    beside,
     broken,
     check_alphas,
     flag,
+    scaled,
     scales_of_settings,
 )
 from dreambooth_moslora.adapters.metadata import BUNDLE, check_start_file, most_common
@@ -200,8 +203,11 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Tensors, d
     try:
         sizes = _dora_scales(file)
         tensors = _read_otherwise(file, pipeline)
-        if tensors is not None and (others := key_names.as_peft(tensors, pipeline, file.name)):
-            return others, None, _settings_of_one_model(file, tensors, others)
+        if tensors is not None:
+            own = beside(file, tensors)
+            tensors = scaled(tensors, own, file.name)
+            if others := key_names.as_peft(tensors, pipeline, file.name):
+                return others, None, _settings_of_one_model(own, file, tensors, others)
         with proof.collected_warnings() if sizes else nullcontext():  # diffusers drops dora_scale, and says so
             is_unet = facts_of(type(pipeline).__name__).denoiser == "unet"
             returns_alphas = "return_alphas" in signature(pipeline.lora_state_dict).parameters  # FLUX.1's
@@ -237,13 +243,12 @@ def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> Tensors | None:
     return {k: t.float() if t.is_floating_point() and t.element_size() == 1 else t for k, t in tensors.items()}
 
 
-def _settings_of_one_model(file: Path, tensors: Tensors, found: Tensors) -> dict[str, object] | None:
+def _settings_of_one_model(own: dict, file: Path, tensors: Tensors, found: Tensors) -> dict[str, object] | None:
     """PEFT's settings, which PEFT keeps in a file of its own and diffusers' `save_lora_adapter` in the header; None for
-    a file that has none."""
-    config = file.parent / run_folder.PEFT_CONFIG
-    if config.is_file() and any(key.startswith(key_names.PEFT_PREFIX) for key in tensors):
-        settings = published_file.read_peft_config(config)
-    else:
+    a file that has none, and for LoHa and LoKr, whose scales are in the tensors."""
+    if own.get("peft_type") in OF_LYCORIS:
+        return None
+    if not (settings := own):
         settings = json.loads(run_folder.header_of(file).get(PEFT_SETTINGS, "{}"))
         if "lora_alpha" not in settings or any(key.endswith(key_names.KOHYA_ALPHA) for key in tensors):
             return None

@@ -1,18 +1,26 @@
-"""PEFT's settings of a LoRA, as diffusers writes them into a file's header: which alpha and scale a layer has."""
+"""PEFT's settings of a LoRA, as diffusers writes them into a file's header and PEFT beside its weights: which alpha and
+scale a layer has."""
 
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from dreambooth_moslora.adapters import key_names
-from dreambooth_moslora.adapters.mixer import nominal_scale
-from dreambooth_moslora.core import UserError, is_number
+import torch
+
+from dreambooth_moslora.adapters import key_names, lycoris
+from dreambooth_moslora.adapters.mixer import Tensors, nominal_scale
+from dreambooth_moslora.core import UserError, is_number, parse_object
+from dreambooth_moslora.disk.run_folder import PEFT_CONFIG
 from dreambooth_moslora.settings.families import DENOISERS
 
 PEFT_SETTINGS = "lora_adapter_metadata"  # In the header, as diffusers' scripts for transformers write it
 LARGEST_ALPHA = 1e6
-PEFT_ALPHA = 8  # PEFT's default when a header has no alpha
+PEFT_ALPHA = 8  # PEFT's default when a header has no alpha; also its default rank
+LONGEST_CONFIG = 2**20  # bytes
+OF_LYCORIS = ("LOHA", "LOKR")  # as PEFT calls them
 MODULE_NAME = re.compile(r"\^?\w[\w.]*")
 
 
@@ -48,6 +56,49 @@ def in_header(header: Mapping[str, str], file_name: str) -> dict[str, object]:
     if not isinstance(found, dict | None):
         raise broken(file_name, "its LoRA settings are no object")
     return found or {}
+
+
+def beside(file: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """The settings that PEFT keeps beside a file with its own keys; {} for any other file. Raises UserError."""
+    config = file.parent / PEFT_CONFIG
+    is_pefts = any(key.startswith(key_names.PEFT_PREFIX) for key in keys) and config.is_file()
+    return read_peft_config(config) if is_pefts else {}
+
+
+def read_peft_config(path: Path) -> dict[str, Any]:
+    """The settings that PEFT keeps beside its weights. Raises UserError for a damaged file."""
+    try:
+        return parse_object(path.read_bytes()[:LONGEST_CONFIG])
+    except UserError as error:
+        raise UserError(f"{path} is damaged: it is no JSON object") from error
+
+
+def scaled(tensors: Tensors, settings: Mapping[str, Any], file_name: str) -> Tensors:
+    """PEFT's LoHa and LoKr with the scales of its settings, which their tensors lack; a LoRA as it is. Raises UserError
+    for another type."""
+    if (kind := settings.get("peft_type", "LORA")) == "LORA":
+        return tensors
+    if kind not in OF_LYCORIS:
+        said = f"{file_name} is of PEFT's type {kind!r:.40}, and only LORA, LOHA and LOKR are read here"
+        raise UserError(f"{said}: export DIR --for peft makes a LORA of MOSLORA, and no other")
+    modules = {key.rpartition(".")[0] for key in tensors}
+    paths = {module: module.removeprefix(key_names.PEFT_PREFIX) for module in modules}
+    alphas, ranks = (
+        dict.fromkeys(paths.values(), settings.get(name, PEFT_ALPHA))
+        | matches(DENOISERS[0], paths.values(), settings.get(pattern) or {}, file_name)
+        for name, pattern in (("alpha", "alpha_pattern"), ("r", "rank_pattern"))
+    )
+    check_alphas(alphas, file_name)
+    if not all(is_number(rank) and rank > 0 for rank in ranks.values()):
+        raise broken(file_name, "its settings have a rank that is none")
+    result = dict(tensors)
+    for module, path in paths.items():
+        if f"{module}.hada_w1_a" in tensors:
+            result[f"{module}.{lycoris.ALPHA}"] = torch.tensor(float(alphas[path]))
+        for key in (f"{module}.lokr_w1", f"{module}.lokr_w1_a"):
+            if key in tensors:
+                result[key] = tensors[key] * (alphas[path] / ranks[path])
+    return result
 
 
 def matches(component: str, paths: Iterable[str], pattern: object, file_name: str) -> dict[str, float]:

@@ -20,16 +20,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dreambooth_moslora.adapters import describe, key_names, lycoris, mixer, moslora, new_tokens, raw_file
-from dreambooth_moslora.adapters.lora_settings import PEFT_SETTINGS
+from dreambooth_moslora.adapters.lora_settings import PEFT_SETTINGS, read_peft_config
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors, untied
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
-from dreambooth_moslora.core import UserError, atomic_write, parse_object, scratch_directory
+from dreambooth_moslora.core import UserError, atomic_write, scratch_directory
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PEFT_CONFIG, PUBLISHED_NAME, check_name, tokens_name
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.table import KRONECKER
@@ -222,7 +221,6 @@ def load_published(path: str | Path) -> tuple[Tensors, AdapterMetadata | None]:
 
 WEIGHTS = "adapter_model.safetensors"
 OWN_SETTINGS = ("mixer", "train_mixer", "mixer_seed", "mixer_factor")
-LONGEST_CONFIG = 2**20  # bytes
 UP, MIXER, WEIGHT, DOWN = ".lora_B.up", ".lora_B.mixer", ".lora_B.weight", ".lora_A.weight"
 TIED = ".lora_A.tied"  # of a LoKr
 
@@ -246,14 +244,6 @@ def fold_peft(source: Path, out: Path) -> int:
     raw_file.write_file(out / WEIGHTS, plain, header)
     atomic_write(out / PEFT_CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode())
     return len(modules)
-
-
-def read_peft_config(path: Path) -> dict[str, Any]:
-    """The settings that PEFT keeps beside its weights. Raises UserError for a damaged file."""
-    try:
-        return parse_object(path.read_bytes()[:LONGEST_CONFIG])
-    except UserError as error:
-        raise UserError(f"{path} is damaged: it is no JSON object") from error
 
 
 def folded_layer(module: str, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

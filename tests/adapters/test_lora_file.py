@@ -462,6 +462,45 @@ def test_what_peft_saves_is_read_with_its_settings(tiny_base, tmp_path):
     assert worst(of_file(tiny_base, tmp_path / "adapter_model.safetensors"), wanted) < 1e-6
 
 
+OF_PEFT = {
+    "LoKr": LoKrConfig(r=2, alpha=3, target_modules=["to_q"], decompose_factor=4, rank_pattern={"attn2.to_q": 1}),
+    "LoKr of two products": LoKrConfig(r=1, alpha=3, target_modules=["to_k"], decompose_both=True),
+    "LoKr of whole matrices": LoKrConfig(r=64, alpha=16, target_modules=["to_q"]),
+    "LoHa": LoHaConfig(r=2, alpha=3, target_modules=["to_q"], alpha_pattern={"attn2.to_q": 5}),
+    "LoRA": LoraConfig(r=4, lora_alpha=9, target_modules=["to_q"]),
+    "DoRA": LoraConfig(r=4, lora_alpha=9, target_modules=["to_q"], use_dora=True),
+    "biases": LoraConfig(r=4, lora_alpha=9, target_modules=["proj_in"], lora_bias=True),
+}
+
+
+@torch.no_grad()
+def predicted(unet) -> torch.Tensor:
+    random = torch.Generator().manual_seed(0)
+    sizes = (1, 4, 8, 8), (1, 5, 48), (1, 32), (1, 6)
+    latents, words, pooled, places = (torch.randn(size, generator=random) for size in sizes)
+    return unet(latents, 10, words, added_cond_kwargs={"text_embeds": pooled, "time_ids": places}).sample
+
+
+@pytest.mark.parametrize("kind", OF_PEFT)
+def test_what_peft_saves_of_any_kind_computes_what_peft_computes(kind, tiny_base, tmp_path):
+    """LoKr was taken at another strength, and the others were called broken."""
+    mine, stock = SubjectPipeline.from_base(tiny_base), SubjectPipeline.from_base(tiny_base).pipeline.unet
+    bare = predicted(stock)
+    shaken(stock, OF_PEFT[kind]).save_pretrained(tmp_path)
+    loaded(mine, file := tmp_path / "adapter_model.safetensors").activate((("x", 1.0),))
+    change = predicted(stock) - bare
+    assert proof.relative_difference(predicted(mine.pipeline.unet) - bare, change) < 1e-3 and change.norm() > 1e-3
+    if kind == "LoRA":
+        assert (describe(file)["alpha"], describe(file)["scale"]) == ("9", "2.25")
+
+
+def test_another_type_of_peft_is_named(subject, tmp_path):
+    """It was called no file that diffusers can read."""
+    shaken(tiny_unet(), moslora.MoSLoraConfig(r=4, target_modules=["to_q"])).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is of PEFT's type 'MOSLORA', and only LORA"):
+        subject.load_adapter(tmp_path / "adapter_model.safetensors")
+
+
 def test_what_diffusers_saves_of_one_model_is_read_with_its_settings(tiny_base, tmp_path):
     """By `save_lora_adapter`, whose names begin with no component."""
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
