@@ -114,8 +114,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
             choice = explain.choose_scale(by_scale)
         of_pairs = [judge(pair, scale=args.scale) for pair in pairs]
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
-    steps = plans[0].inference_steps
-    about = report.ReportContext(name, pipeline.base_name, encoders.names, steps, followed, diversity, choice)
+    names, steps = (name, pipeline.base_name, encoders.names), plans[0].inference_steps
+    about = report.ReportContext(*names, steps, followed, diversity, choice, args.scale)
     report.write_reports(folder, evaluators, found, of_pairs, about)
     print("\n".join([summary(report.pooled(found)), *report.confusion_lines(found)]))
     if args.sweep_scale:

@@ -40,6 +40,7 @@ class ReportContext:
     guidance_scale: float
     diversity: str = "DINO distance"
     scale: ScaleChoice | None = None  # the result of --sweep_scale
+    adapter_scale: float = 1.0  # of the pictures
 
 
 def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
@@ -59,6 +60,7 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
             "unrelated_prompts": len(plan.unrelated),
             "inference_steps": plan.inference_steps,
             "guidance_scale": about.guidance_scale,
+            "adapter_scale": about.adapter_scale,
             "interval": "95 %, crossed bootstrap over prompts and seeds",
         },
         "scores": {name: found.interval(name).to_dict() for name in found.tables},

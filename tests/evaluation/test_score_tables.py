@@ -312,7 +312,9 @@ def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkey
     monkeypatch.setitem(MEASURES, "smile_of_base", like_base)
     found = Evaluator(PLAN, encoders, photos)(stub_pictures)
     found.tables |= {"smile": np.full((3, 2), 0.625), "smile_base": np.full((3, 2), 0.5)}
-    html = report.report_html(found, ABOUT, photos)
+    about = replace(ABOUT, adapter_scale=0.5)
+    html = report.report_html(found, about, photos)
+    assert "adapter scale 0.5" in html and report.scores_json(found, about)["protocol"]["adapter_scale"] == 0.5
     for text in ("Smile", "0.625 [0.625, 0.625]", "0.500 [0.500, 0.500]", "does it smile?", "1.250"):
         assert f">{text}<" in html
     assert "smile              0.625" in summary(found)

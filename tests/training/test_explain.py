@@ -125,6 +125,9 @@ def test_what_is_not_a_number_is_passed_over_and_a_later_report_of_evaluate_is_t
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report | {"copy_alarm": {"raised": True}}))
     found = figures_of(run)
     assert found.scores == {"dino": 0.6, "drift_of_spread": 1.7, "score": 0.4} and found.copy_alarm
+    weaker = report | {"protocol": {"adapter_scale": 0.5}}
+    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(weaker))
+    assert figures_of(run).scores["dino"] == 0.5, "not the run's: `evaluate --scale 0.5`"
 
 
 def test_the_command_reads_a_real_run_and_says_how_to_score_it(tiny_base, photos, tmp_path, capsys):
