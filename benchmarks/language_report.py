@@ -88,7 +88,8 @@ def difference_table(found: Mapping[str, dict[str, dict[str, float]]]) -> str:
     rows = []
     for arm, row in found.items():
         both, tasks = row["tasks and seeds"], row["tasks"]
-        spans = [f"{100 * i['low']:+.1f} to {100 * i['high']:+.1f}" for i in (both, tasks)]
+        ends = [(i["low"], i["high"]) for i in (both, tasks)]
+        spans = ["none" if low is None else f"{100 * low:+.1f} to {100 * high:+.1f}" for low, high in ends]
         rows.append([arm, f"{100 * both['mean']:+.1f}", *spans])
     return markdown([f"arm, minus {REFERENCE}", "difference, points", "95 %, tasks and seeds", "95 %, tasks"], rows)
 

@@ -236,8 +236,7 @@ def summary(found: "Evaluation") -> str:
     lines = []
     for name, row in measures.MEASURES.items():
         if row.summary and name in found.tables:
-            interval = found.interval(name)
-            lines.append(f"{name:18} {interval.mean:.3f}  [{interval.low:.3f}, {interval.high:.3f}]")
+            lines.append(f"{name:18} {found.interval(name)}")
     alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies" if found.alarm.raised else "no copy alarm"
     return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})", *found.remarks()])
 

@@ -21,7 +21,7 @@ know about the bootstrap", 2015), with Satterthwaite's degrees of freedom (1946)
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import combinations
@@ -181,21 +181,28 @@ STUDENT = np.array([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.306, 2.228, 2.1
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval."""
+    """A mean and its 95 % interval; a single value has none."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """How far the interval goes below the mean and above it."""
+        return (0.0, 0.0) if self.low is None else (self.mean - self.low, self.high - self.mean)
 
     def __format__(self, sign: str) -> str:
-        """`0.512 [0.480, 0.544]`; with "+", each number has its sign."""
+        """`0.512 [0.480, 0.544]` or `0.512, no interval`; with "+", each number has its sign."""
+        if self.low is None:
+            return f"{self.mean:{sign}.3f}, no interval"
         return f"{self.mean:{sign}.3f} [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
 
     def __str__(self) -> str:
         return format(self)
 
-    def to_dict(self, digits: int = 4) -> dict[str, float]:
-        return {name: round(getattr(self, name), digits) for name in ("mean", "low", "high")}
+    def to_dict(self, digits: int = 4) -> dict[str, float | None]:
+        return {name: value if value is None else round(value, digits) for name, value in asdict(self).items()}
 
 
 def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -203,11 +210,13 @@ def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"a mean needs finite values, not a table of shape {values.shape} with gaps")
+    if values.size == 1:
+        return Interval(float(values.mean()), None, None)
     rng = np.random.default_rng(seed)
     counts = [rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in values.shape]
     axes = ascii_lowercase[: values.ndim]
     terms = ",".join(f"R{axis}" for axis in axes)
-    means = np.einsum(f"{axes},{terms}->R", values, *counts, optimize=True) if counts else np.full(resamples, values)
+    means = np.einsum(f"{axes},{terms}->R", values, *counts, optimize=True)
     mean = values.mean()
     low, high = mean + widening(values) * (np.percentile(means, (2.5, 97.5)) - mean)
     return Interval(float(mean), float(low), float(high))

@@ -35,7 +35,7 @@ def difference_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
     for axis, measure in zip(axes, measures):
         found = [outcome.differences[measure] for outcome in outcomes]
         means = [interval.mean for interval in found]
-        reach = [[i.mean - i.low for i in found], [i.high - i.mean for i in found]]
+        reach = list(zip(*(interval.reach for interval in found)))
         axis.errorbar(means, list(rows), xerr=reach, fmt="o", color=WIN, capsize=3)
         axis.axvline(0, color="#888", linewidth=1)
         axis.set(title=MEASURES[measure].panel, xlabel=f"difference to {reference}")
@@ -67,7 +67,7 @@ def trade_off_plot(arms: Sequence[run.ArmSummary]) -> Figure:
     axis = figure.subplots()
     for arm in arms:
         x, y = arm.scores["clip_t"], arm.scores["dino"]
-        reach = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
+        reach = {name: [[end] for end in mean.reach] for name, mean in (("xerr", x), ("yerr", y))}
         axis.errorbar(x.mean, y.mean, **reach, fmt="o", capsize=2, alpha=0.8, label=label(arm))
     axis.set(xlabel="prompt fidelity, CLIP-T", ylabel="subject fidelity, DINO")
     axis.grid(alpha=0.3)
@@ -203,9 +203,10 @@ def finding(study: Study, against: Sequence[run.Outcome]) -> str:
     lines = []
     for outcome in against:
         change = outcome.differences["score"]
-        verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no difference shown"
-        if change.low == change.high != 0:
+        if change.low is None:
             verdict = "nothing shown, as one subject at one seed has no interval"
+        else:
+            verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no difference shown"
         lines.append(f"{outcome.arm} r{outcome.rank} against {study.reference}: score {change:+}, {verdict}")
     count = len(against)
     lines.append(f"{count} comparisons at 95 %: about {0.05 * count:.1f} of them would exclude zero by chance alone.")
