@@ -139,8 +139,8 @@ def page_base(title: str, name: str, args: argparse.Namespace) -> "PageBase":
 
     full = str(path.resolve()) if path.exists() and name not in core.TOYS else str(name)
     resolution_px = files.own_resolution(name)
-    templates = tuple(templates_for(name))
-    return state.PageBase(title, full, resolution_px, load, about(name, place, resolution_px), templates)
+    told, templates = about(name, place, resolution_px), tuple(templates_for(name))
+    return state.PageBase(title, full, resolution_px, load, told, templates, core.public_name(name))
 
 
 def runs_folder(text: str) -> Path:

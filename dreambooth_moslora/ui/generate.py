@@ -214,7 +214,7 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         if not (own := _own(pictures, visitor)):
             return ""
         params = GenerationParams.from_png(own[0].path)
-        return generate_values.code_snippet(params, ctx.base, ctx.catalog.public_paths(visitor))
+        return generate_values.code_snippet(params, ctx.public_name, ctx.catalog.public_paths(visitor))
 
     # The page drops a click while the last one is not answered, but for this mode: each Stop must count.
     @buttons["stop"].click(inputs=None, outputs=None, queue=False, trigger_mode="multiple", api_name="stop")
@@ -382,7 +382,8 @@ def _picked(pictures: list[visitors.Picture], index: int) -> Path:
 
 def to_widgets(ctx: state.AppContext, recipe: Recipe, request: gr.Request) -> list:
     """The values of all fields, in order, that give the recipe again; differences are shown as remarks."""
-    settled, remarks = generate_values.match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
+    files = ctx.catalog.files(ctx.visitors.of(request))
+    settled, remarks = generate_values.match_adapters(recipe, files, ctx.public_name)
     params, changes = generate_values.clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
     for remark in (*remarks, *changes):
         gr.Warning(html.escape(state.sentence(remark), quote=False))

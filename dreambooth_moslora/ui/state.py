@@ -190,7 +190,8 @@ def facts_shown(base_name: str) -> Facts:
 @dataclass(frozen=True)
 class PageBase:
     """One base: `title` is shown to everyone, `name` is what the trainer gets and may be a path. `about` is a sentence
-    without its first word and full stop. `load` may raise UserError."""
+    without its first word and full stop. `load` may raise UserError. `public_name` is what its pictures say, if not the
+    title."""
 
     title: str
     name: str
@@ -198,6 +199,7 @@ class PageBase:
     load: Callable[[], "SubjectPipeline"]
     about: str = ""
     templates: tuple[str, ...] = ()
+    public_name: str = ""
 
     @property
     def is_small(self) -> bool:
@@ -229,7 +231,7 @@ class AppContext:
 
     def _take(self, base: PageBase) -> None:
         self.chosen, self.base, self.base_name, self.resolution_px = base, base.title, base.name, base.resolution_px
-        self.facts = facts_shown(base.name)
+        self.public_name, self.facts = base.public_name or base.title, facts_shown(base.name)
         self.guidance_scale = preferred_guidance(base.name, self.facts.guidance, self.facts.no_guidance)
 
     def choose(self, base: PageBase) -> Iterator[float]:

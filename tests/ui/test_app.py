@@ -148,6 +148,9 @@ def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_ne
     assert app.about("toy", TOY, 128) == app.OF_TOY.format("SDXL")
     assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.about(str(tiny_base), tiny_base, 64)
     assert "wants a GPU" in app.about(str(tiny_base), tiny_base, 1024)
+    (shelf / "link").symlink_to(shelf / "mine")
+    found = app.page_base("a title", str(shelf / "link"), argparse.Namespace(backend=None))
+    assert (found.title, found.public_name) == ("a title", "link")  # as `from_base` names it in pictures
 
 
 def test_a_base_whose_weights_are_gone_is_told_of_and_does_not_keep_the_page_from_its_start(shelf):

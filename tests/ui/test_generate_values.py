@@ -316,8 +316,23 @@ def test_the_settings_of_a_picture_in_the_history_are_those_of_the_one_that_is_s
     assert reuse.fn(shown, 0, PAGE)[0] == "a dog" and reuse.fn(history.fn(PAGE)[-1], 0, PAGE)[0] == "a cat"
 
 
-def one_drawn(folder: Path, prompt: str) -> Picture:
-    image = Image(0, PIL.Image.new("RGB", (8, 8)), GenerationParams(prompt), Provenance())
+def test_a_base_of_the_hub_is_named_so_in_code_and_no_other_than_its_pictures_tell(context, monkeypatch):
+    """The page has a title without a slash for it, which `from_base` does not know."""
+    ctx = context(title="owner_base", public_name="owner/base")
+    page, remarks = build_app(ctx, []), []
+    monkeypatch.setattr(gr, "Warning", remarks.append)
+    snippet, history = (next(event for event in page.fns.values() if event.name == n) for n in ("snippet", "history"))
+    reuse = next(event for event in page.fns.values() if event.inputs[:1] == history.outputs[-1:])
+    visitor = ctx.visitors.of(PAGE)
+    for base in ("owner/base", "other"):
+        visitor.remember(one_drawn(visitor.folder, "a dog", base))
+        assert "from_base('owner/base')" in snippet.fn(list(visitor.history), PAGE)
+        reuse.fn(list(visitor.history), 0, PAGE)
+    assert remarks == ["It was made with the base other; this page has owner/base"]
+
+
+def one_drawn(folder: Path, prompt: str, base: str = "") -> Picture:
+    image = Image(0, PIL.Image.new("RGB", (8, 8)), GenerationParams(prompt), Provenance(base))
     return Picture(image.save(folder / f"{prompt}.png"), prompt)
 
 
