@@ -343,9 +343,11 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
 
 def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
     """The fewest changes to these settings that fit, and the recipe for such a card."""
+    is_kept = config.memory == "auto" and kept_plan(config) is not None  # the same word would keep it again
     for changes in ({}, {"sample_batch_size": 1}):
-        tried = replace(config, memory="auto", images_at_once=None, **changes)
+        tried = replace(without_plan(config) if is_kept else config, memory="auto", images_at_once=None, **changes)
         tried = replace(tried, **half_settings(tried, size.family, free_gib))
+        word = plan_name(tried, size, free_gib) if is_kept else "auto"
         tried = replace(tried, **fitting_settings(tried, size, free_gib))
         cost = estimate(tried, size, 1).peak_gib
         if cost <= free_gib:
@@ -353,11 +355,11 @@ def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
             fitting = (card for card in size.family.recipes if card * 0.9 <= free_gib)  # a tenth is the desktop's
             card = next(fitting, None)
             recipe = f", or start from assets/configs/{size.family.name}_{card}gb.toml" if card else ""
-            is_given = config.memory == "auto" and config.images_at_once
+            is_given = config.memory == "auto" and config.images_at_once and not is_kept
             said = (
                 f"leave out --images_at_once{flags and f' and give{flags}'}"
                 if is_given
-                else f"give --memory auto{flags}"
+                else f"give --memory {word}{flags}"
             )
             return f"{said} (then {cost:.1f} GiB){recipe}."
     return f"give a smaller --resolution than {config.resolution}, or free the GPU."
@@ -418,19 +420,33 @@ def images_of(config: table.TrainConfig, steps: int) -> float:
 
 def memory_settings(config: table.TrainConfig, free_gib: float | None = None) -> dict[str, Any]:
     """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's, if another process
-    will train; else all processes of the run must call it. A resumed run with the same word keeps its first plan, since
-    another would change the result's bytes. Raises UserError for a missing base."""
+    will train; else all processes of the run must call it. Raises UserError for a missing base."""
     if config.memory is None:
         return {}
     free = least_free_gib() if free_gib is None else free_gib
-    if config.resume_from_checkpoint:
-        with suppress(UserError):  # the folder has no settings yet
-            saved = sources.read_json_table(RunDir(config.output_dir).config_path)
-            if saved.get("memory") == config.memory:
-                return {name: saved[name] for name in saved.keys() & still_open(config)}
+    if (kept := kept_plan(config)) is not None:
+        return kept
     size = size_of_run(config, files.base_folder(config))
     precision = half_settings(config, size.family, free)
     return precision | fitting_settings(replace(config, **precision), size, free)
+
+
+def kept_plan(config: table.TrainConfig) -> dict[str, Any] | None:
+    """What `--memory` chose for a run that goes on from a checkpoint with the same word: another plan would change the
+    result's bytes. None for a fresh run, and for one that began with another word."""
+    run_dir = RunDir(config.output_dir)
+    if not config.resume_from_checkpoint or run_dir.latest_checkpoint() is None:
+        return None
+    with suppress(UserError):  # the folder has no settings
+        saved = sources.read_json_table(run_dir.config_path)
+        if saved.get("memory") == config.memory:
+            return {name: saved[name] for name in saved.keys() & still_open(config)}
+    return None
+
+
+def without_plan(config: table.TrainConfig) -> table.TrainConfig:
+    plain = {name: table.SETTINGS[name].default for name in table.OF_PLANS if name != "images_at_once"}
+    return replace(config, **plain)
 
 
 def still_open(config: table.TrainConfig) -> set[str]:
@@ -446,13 +462,16 @@ def half_settings(config: table.TrainConfig, facts: families.Facts, free_gib: fl
 
 def fitting_settings(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> dict[str, Any]:
     """The plan that `--memory` names, or with `auto` the first whose smallest pass fits, with its largest that fits."""
-    *_, smallest = passes = passes_of(config)
-    name = config.memory if config.memory != "auto" else fitting(replace(config, **smallest), size, free_gib)
-    plan = plan_settings(config, name)
+    passes, plan = passes_of(config), plan_settings(config, plan_name(config, size, free_gib))
     for images in passes if free_gib is not None else ():
         if estimate(replace(config, **plan, **images), size, 1).peak_gib <= USABLE * free_gib:
             return plan | images
-    return plan | (smallest if free_gib is not None else {})
+    return plan | (passes[-1] if free_gib is not None else {})
+
+
+def plan_name(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> str:
+    smallest = replace(config, **passes_of(config)[-1])
+    return config.memory if config.memory != "auto" else fitting(smallest, size, free_gib)
 
 
 def passes_of(config: table.TrainConfig) -> list[dict[str, int]]:
@@ -503,9 +522,7 @@ def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:
     if config.memory is None:
         return []
     free = free_gib_of_gpu()
-    plain = {name: table.SETTINGS[name].default for name in table.OF_PLANS if name != "images_at_once"}
-    bare = replace(config, **plain)
-    needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in costs(bare, size).items())
+    needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in costs(without_plan(config), size).items())
     has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
     passes = f"{config.images_a_pass} of a step's {config.images_a_micro_batch * config.gradient_accumulation_steps}"
     return [f"memory plans: {needs}; {has}; {passes} images pass at once (--memory {config.memory})"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dreambooth_moslora.base.files import facts_of_base
 from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
 from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.checks import family_settings, preflight
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, recipe_settings
@@ -141,10 +143,19 @@ def test_what_was_given_stays_and_without_a_gpu_nothing_is_chosen_for_it(card, m
     assert chosen(planned(replace(SDXL, memory="recompute"))) == (None, True, "none")
 
 
+def begin(folder: Path, **changes) -> TrainConfig:
+    """A run that has left settings and a checkpoint there."""
+    begun = planned(replace(SDXL, output_dir=str(folder), **changes))
+    (folder / "train_config.json").write_text(json.dumps(begun.to_dict()))
+    (folder / "last").mkdir()
+    for name in CHECKPOINT_FILES:
+        (folder / "last" / name).write_text('{"step": 1, "seed": 3}')
+    return begun
+
+
 def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
     card(9.0)
-    begun = planned(replace(SDXL, output_dir=str(tmp_path)))
-    (tmp_path / "train_config.json").write_text(json.dumps(begun.to_dict()))
+    begun = begin(tmp_path)
     card(80.0)
     resumed = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
     assert short(resumed) == short(begun) == "ff cached, 1" and resumed.mixed_precision == "bf16"
@@ -154,6 +165,20 @@ def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
     ):
         asked = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest", **given))
         assert short(asked) == plan, "a run that had too little memory could not go on with less"
+
+
+def test_where_a_kept_plan_does_not_fit_another_word_is_named_and_without_a_checkpoint_a_plan_is_made(card, tmp_path):
+    card(80.0)
+    assert short(begin(tmp_path, gradient_accumulation_steps=8)) == "full, 8"
+    card(7.0)
+    again = replace(SDXL, output_dir=str(tmp_path), gradient_accumulation_steps=8, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match=r"7\.5 GiB are free: give --memory recompute \(then 6\.\d GiB\)"):
+        preflight(planned(again))
+    word = planned(replace(again, memory="recompute"))
+    preflight(word)
+    shutil.rmtree(tmp_path / "last")
+    preflight(planned(again))
+    assert short(planned(again)) == short(word)
 
 
 def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows_in_fp16(card):
