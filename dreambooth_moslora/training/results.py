@@ -84,12 +84,14 @@ class ValidationSamples:
     def path(self, step: int, number: int) -> Path:
         return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
 
-    def first(self, numbers: Iterable[int]) -> list[Image.Image]:
-        """The pictures of step 0 for these requests, if they exist and can be read."""
-        found = []
-        for number in numbers:
+    def first(self, requests: Iterable[SampleRequest]) -> list[Shown]:
+        """The pictures of step 0 of these requests that exist and can be read; a resumed run may have others."""
+        drawn = events.events_of(events.SamplesDrawn, self.run_dir.read_metrics(events.SamplesDrawn.kind))
+        pairs = (pair for event in drawn if event.step == 0 for pair in enumerate(zip(event.prompts, event.seeds)))
+        numbers, found = {SampleRequest(*request): number for number, request in pairs}, []
+        for request in (one for one in requests if one in numbers):
             with suppress(UnreadableImageError, FileNotFoundError):
-                found.append(to_rgb(open_image(self.path(0, number))))
+                found.append((request, to_rgb(open_image(self.path(0, numbers[request])))))
         return found
 
     def save(self, path: Path, picture: Image.Image) -> None:
@@ -274,22 +276,26 @@ def sheet_rows(
 ) -> list[Row]:
     """Each subject's photos, its pictures of step 0 and the end, new contexts; then pairs. It is never uploaded."""
     start = f"adapter {public_name(config.init_adapter)}" if config.init_adapter else "base"
+    latest = list(zip(samples.requests, samples.latest)) if samples.latest_step else []
     rows = []
     for number, subject in enumerate(config.each_subject):
         own = [photo for photo in photos if photo.subject == number]
         name = f" of “{subject.instance_prompt}”" if config.subjects else ""
         wanted = prompts.validation_prompts(subject)
-        asked = [n for n, request in enumerate(samples.requests) if request.prompt in wanted]
-        captions = tuple(samples.requests[n].prompt for n in asked)
-        latest = [samples.latest[n] for n in asked if n < len(samples.latest) and samples.latest_step]
+        asked = [request for request in samples.requests if request.prompt in wanted]
         rows += [
             Row(f"The photos{name}", readable(own[:6])),
-            Row(f"Step 0: the {start}, before training", samples.first(asked), captions),
-            Row(f"Step {samples.latest_step}: the same prompts, from the same noise", latest, captions),
-            row_of("New contexts", [one for one in contexts if one[0].prompt in prompts.context_prompts(subject)]),
+            row_of(f"Step 0: the {start}, before training", samples.first(asked)),
+            row_of(f"Step {samples.latest_step}: the same prompts, from the same noise", own_of(latest, wanted)),
+            row_of("New contexts", own_of(contexts, prompts.context_prompts(subject))),
         ]
     pairs = prompts.together_prompts(config)
-    return [*rows, row_of("Two subjects in one prompt", [shown for shown in contexts if shown[0].prompt in pairs])]
+    return [*rows, row_of("Two subjects in one prompt", own_of(contexts, pairs))]
+
+
+def own_of(shown: list[Shown], wanted: Sequence[str]) -> list[Shown]:
+    """Those of the `wanted` prompts."""
+    return [(request, picture) for request, picture in shown if request.prompt in wanted]
 
 
 def row_of(title: str, shown: list[Shown]) -> Row:

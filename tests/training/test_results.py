@@ -15,7 +15,7 @@ from PIL import Image
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
 from dreambooth_moslora.adapters.proof import FileProof, Proof
 from dreambooth_moslora.core import StopRequestedError, UserError
-from dreambooth_moslora.disk.events import StepDone
+from dreambooth_moslora.disk.events import SamplesDrawn, StepDone, record_of
 from dreambooth_moslora.disk.run_folder import SIGNATURE, RunDir, pictures_named
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest, stopper
 from dreambooth_moslora.pictures import Row, draw_contact_sheet
@@ -235,9 +235,31 @@ def test_a_long_title_of_a_sheet_takes_a_second_line_and_the_start_is_shown_once
     samples = ValidationSamples.of(config, RunDir(tmp_path), 1)
     samples.latest = [tile]
     samples.save(samples.path(0, 0), tile)
+    note_first(samples)
     for step, shown in ((0, 1), (4, 2)):
         samples.latest_step = step
         assert sum(bool(row.images) for row in results.sheet_rows(config, [], samples, [])) == shown
+
+
+def note_first(samples: ValidationSamples) -> None:
+    """As a run notes its pictures of step 0."""
+    prompts, seeds = map(list, zip(*((request.prompt, request.seed) for request in samples.requests)))
+    samples.run_dir.append_metrics(record_of(SamplesDrawn(0, [""] * len(seeds), prompts, seeds)))
+
+
+def test_pictures_of_step_0_are_on_the_sheet_under_the_prompts_that_they_were_drawn_for(tmp_path):
+    """A resumed run may ask for another prompt, or for another number of pictures."""
+    config = TrainConfig(num_validation_images=2, validation_prompt="a dog", seed=3)
+    begun, more, other = (
+        ValidationSamples.of(replace(config, **changes), RunDir(tmp_path), 1)
+        for changes in ({}, {"num_validation_images": 3}, {"validation_prompt": "a cat"})
+    )
+    for number, colour in enumerate(("red", "blue")):
+        begun.save(begun.path(0, number), Image.new("RGB", (8, 8), colour))
+    note_first(begun)
+    rows = [results.sheet_rows(config, [], samples, [])[1] for samples in (begun, more)]
+    assert [row.captions for row in rows] == [("a dog",) * 2] * 2 and all(len(row.images) == 2 for row in rows)
+    assert results.sheet_rows(replace(config, validation_prompt="a cat"), [], other, [])[1].images == []
 
 
 def test_a_damaged_picture_of_step_0_is_left_out_of_the_contact_sheet(tmp_path):
@@ -245,7 +267,8 @@ def test_a_damaged_picture_of_step_0_is_left_out_of_the_contact_sheet(tmp_path):
     samples.save(samples.path(0, 0), Image.new("RGB", (8, 8), "blue"))
     for number, damage in ((1, b""), (2, b"x")):  # and one that is not there
         samples.path(0, number).write_bytes(damage)
-    assert [picture.getpixel((0, 0)) for picture in samples.first(range(4))] == [(0, 0, 255)]
+    note_first(samples)
+    assert [picture.getpixel((0, 0)) for _, picture in samples.first(samples.requests)] == [(0, 0, 255)]
 
 
 def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():
