@@ -81,7 +81,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
         lines.append(f"| {subject} | {' | '.join(f'{row[name]:.3f}' for name in shares)} | {row['seconds']:.0f} |")
     if len(found) > 1:
         means = [bootstrap_mean(np.array([row[name] for row in found.values()])) for name in shares]
-        cells = [f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]" for mean in means]
+        cells = [str(mean) for mean in means]
         seconds = np.mean([row["seconds"] for row in found.values()])
         lines.append(f"| mean | {' | '.join(cells)} | {seconds:.0f} |")
     return "\n".join(lines)
