@@ -181,12 +181,17 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
 
     @gr.on(starts, js="() => bringIntoView('results', 'gallery')", **first)
     def announce(request: gr.Request) -> tuple:
-        ctx.announce(request)
+        ctx.announce(request, "generate")
         return gr.Tabs(selected="pictures"), gr.Button(interactive=True)
 
-    @gr.on([results["compare"].click, results["draw"].click], **first)
-    def announce_others(request: gr.Request) -> tuple:
-        ctx.announce(request)
+    @results["compare"].click(**first)
+    def announce_compare(request: gr.Request) -> tuple:
+        ctx.announce(request, "compare")
+        return gr.skip(), gr.Button(interactive=True)
+
+    @results["draw"].click(**first)
+    def announce_grid(request: gr.Request) -> tuple:
+        ctx.announce(request, "grid")
         return gr.skip(), gr.Button(interactive=True)
 
     @state.as_gradio_error
@@ -202,7 +207,7 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
     results["status"].change(None, results["status"], results["preview"], js=LARGE_PREVIEW, **state.AT_ONCE)
     options = _drawing(results) | {"inputs_kwargs": tab.fields, "outputs": outputs}
     made = gr.on(starts, generate, api_name="generate", **options)
-    _without_stop(made, buttons["stop"])
+    _without_stop(ctx, "generate", made, buttons["stop"])
 
     @results["shown"].change(inputs=results["shown"], outputs=[results["reuse"], results["last_seed"]], **state.AT_ONCE)
     def usable(pictures: list[visitors.Picture]) -> list[gr.Button]:
@@ -222,10 +227,15 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         ctx.stop(request)
 
 
-def _without_stop(made: Any, stop: gr.Button) -> None:
-    """After it there is nothing to stop. Gradio leaves out `then` where a stream ended in an error."""
+def _without_stop(ctx: state.AppContext, work: str, made: Any, stop: gr.Button) -> None:
+    """After it there is nothing to stop but the page's other work. Gradio leaves out `then` where a stream ended in an
+    error."""
+
+    def ended(request: gr.Request) -> gr.Button:
+        return gr.Button(interactive=ctx.ended(request, work))
+
     for after in (made.then, made.failure):
-        after(lambda: gr.Button(interactive=False), None, stop, **state.AT_ONCE)
+        after(ended, None, stop, **state.AT_ONCE)
 
 
 def _drawing(results: dict) -> dict[str, Any]:
@@ -254,8 +264,8 @@ def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: 
 
     both = results["compare"].click(compare_both, api_name="compare", **compared, **options)
     drawn = results["draw"].click(grid, api_name="grid", outputs=[results["sheet"], status], **of_grid, **options)
-    for made in (both, drawn):
-        _without_stop(made, stop)
+    for work, made in (("compare", both), ("grid", drawn)):
+        _without_stop(ctx, work, made, stop)
 
     def axis_of(place: str) -> dict[str, Any]:
         inputs = [results[place], tab.adapters[0], tab.prompt]

@@ -220,7 +220,7 @@ class AppContext:
         self.visitors = visitors.Visitors()
         self.catalog = AdapterCatalog(adapters_dir, runs_dir)
         self._stops: dict[Page, threading.Event] = {}
-        self._waiting: OrderedDict[Page, threading.Event] = OrderedDict()
+        self._announced: OrderedDict[Page, tuple[threading.Event, set[str]]] = OrderedDict()  # the stop of these works
         self.turns = GpuTurns(self)
         self.jobs = jobs.Jobs(runs_dir, make_room=self.turns.training)
         self.queue = jobs.QueueTurns(self.jobs)
@@ -296,17 +296,27 @@ class AppContext:
             self.pipeline().load_adapter(self.catalog.path(name, visitor), name)
         return params
 
-    def announce(self, request: gr.Request) -> None:
-        """This page's work is about to join the queue: from now on it can be stopped, even before its turn."""
-        self._waiting[_page_of(request)] = threading.Event()
-        while len(self._waiting) > MAX_WAITING:
-            self._waiting.popitem(last=False)
+    def announce(self, request: gr.Request, work: str) -> None:
+        """This page's `work` joins the queue: it can be stopped until it has `ended`, even before its turn."""
+        page, new = _page_of(request), (threading.Event(), set())
+        known = self._announced.pop(page, new)
+        stop, works = new if known[0].is_set() else known
+        self._announced[page] = stop, works | {work}
+        while len(self._announced) > MAX_WAITING:
+            self._announced.popitem(last=False)
+
+    def ended(self, request: gr.Request, work: str) -> bool:
+        """This page's `work` is done or has failed; returns whether other work of the page is left."""
+        stop, works = self._announced.pop(_page_of(request), (threading.Event(), set()))
+        if left := works - {work}:
+            self._announced[_page_of(request)] = stop, left
+        return bool(left)
 
     @contextmanager
     def stoppable(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
-        """`should_stop` of this page's work; the page's next work gets a new one."""
+        """`should_stop` of this page's work; what is announced after a stop gets a new one."""
         page = _page_of(request)
-        stop = self._stops[page] = self._waiting.pop(page, None) or threading.Event()
+        stop = self._stops[page] = self._announced.get(page, (threading.Event(),))[0]
         try:
             yield stop.is_set
         finally:
@@ -314,9 +324,10 @@ class AppContext:
                 del self._stops[page]
 
     def stop(self, request: gr.Request) -> None:
-        """Stop this page's own work, running or waiting. Another page's cannot be stopped."""
-        for works in (self._stops, self._waiting):
-            if stop := works.get(_page_of(request)):
+        """Stop all of this page's own work, running or waiting. Another page's cannot be stopped."""
+        page = _page_of(request)
+        for stop in (self._stops.get(page), self._announced.get(page, (None,))[0]):
+            if stop:
                 stop.set()
 
 

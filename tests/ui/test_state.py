@@ -20,6 +20,7 @@ from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.generate_values import AdapterSummary, GenerateForm, make_pictures, summary_of
+from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import TELLS_PROMPTS, AdapterCatalog, AppContext, as_gradio_error, import_libraries
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import add_to_queue, estimate_cost, start_run
@@ -86,15 +87,33 @@ def test_a_stop_counts_before_ones_turn_has_come_and_only_once(context):
     pages = [SimpleNamespace(username=None, cookies={}, session_hash=name) for name in ("mine", "other")]
     ctx = context()
     for page in pages:
-        ctx.announce(page)
+        ctx.announce(page, "generate")
     ctx.stop(pages[0])
     for page, stopped in zip(pages, (True, False)):
         with ctx.stoppable(page) as should_stop:
             assert should_stop() == stopped
+        ctx.ended(page, "generate")
     with ctx.stoppable(pages[0]) as should_stop:
         assert not should_stop()
         ctx.stop(pages[0])
         assert should_stop()
+
+
+def test_a_stop_is_of_all_that_waits_and_offered_until_the_last_has_ended(context):
+    """Of two that waited the second was drawn, and the end of the first took the button away."""
+    ctx = context()
+    fns = build_app(ctx, []).fns.values()
+    events = {fn.name: fn.fn for fn in fns}
+    ended = [fn.fn for fn in fns if fn.name == "ended"]  # two of each work
+    for is_stopped in (True, False):
+        for name in ("announce", "announce_compare", "announce"):  # whoever asks again meanwhile is not heard
+            events[name](PAGE)
+        if is_stopped:
+            ctx.stop(PAGE)
+        for end, is_offered in ((ended[0], True), (ended[2], False)):
+            with ctx.stoppable(PAGE) as should_stop:
+                assert should_stop() == is_stopped
+            assert end(PAGE).interactive == is_offered
 
 
 @pytest.mark.parametrize("error, words", [(UserError("there is no base x"), "no base x"), (OSError("/home/me"), "log")])
