@@ -32,7 +32,9 @@ LIMITS = {"seed": (0, MAX_SEED), "steps": (1, 200), "guidance_scale": (0.0, 50.0
 LIMITS |= {"height_px": (SIZE_STEP_PX, 4096), "width_px": (SIZE_STEP_PX, 4096)}
 MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
-LORA_TAG = re.compile(r"<lora:([^:<>]{1,100})(?::(-?\d+(?:\.\d+)?))?>")
+LORA_TAG = re.compile(r"<lora:([^<>]{1,200})>")
+TWO_SCALES = re.compile(r"<lora:([^:<>]+):([^:<>]+):([^:<>]+)>")  # A1111's: the text encoders' and the UNet's
+NEGATIVE = re.compile(r"(?:^|\n)Negative prompt:")
 SETTING = re.compile(r'([\w+/-][\w +/-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 MAX_SETTINGS_CHARACTERS = 10_000  # Of another program's settings: bounds the regex on hostile text
 EXIF_IFD, USER_COMMENT, MAKE, MODEL = 0x8769, 0x9286, 0x010F, 0x0110
@@ -43,6 +45,7 @@ word "Steps:" is taken."""
 SAMPLERS = {"euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M", "uni_pc": "UniPC"}
 SAMPLERS |= {"dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_2m_sde_gpu": "DPM++ 2M SDE"}
 """ComfyUI's name -> A1111's."""
+DENOISING = "Denoising strength"  # A1111's name of what ComfyUI calls denoise
 MAX_NODES = 64  # On the way from the sampler to its model, or to a text
 MAX_STEPS = 100  # Most steps on a machine that draws for many users: more would block the queue
 MAX_AREA = 4  # Largest area relative to the base's own: larger pictures take much longer and repeat themselves
@@ -175,9 +178,28 @@ def draw_seed(seed: int) -> int:
 
 
 def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """ "a dog <lora:rex:0.8>" -> ("a dog", (("rex", 0.8),)). A tag without a number means 1."""
-    tags = tuple((name.strip(), float(scale or 1.0)) for name, scale in LORA_TAG.findall(prompt))
+    """ "a dog <lora:rex:0.8>" -> ("a dog", (("rex", 0.8),)). A tag without a number means 1; equal names add up. Raises
+    UserError for a tag that is not read."""
+    tags = added(map(tag_of, LORA_TAG.findall(prompt)))
     return (re.sub(r"\s{2,}", " ", LORA_TAG.sub("", prompt)).strip(), tags) if tags else (prompt, ())
+
+
+def tag_of(text: str) -> tuple[str, float]:
+    """ "rex:0.8" -> ("rex", 0.8); two equal scales, the text encoders' and the UNet's, are one. Raises UserError."""
+    name, *scales = text.split(":")
+    try:
+        (scale,) = set(map(float, scales)) or {1.0}
+    except ValueError:
+        raise UserError(f"<lora:{text:.100}> is not read here: write <lora:NAME:SCALE> with one number") from None
+    return name.strip(), scale
+
+
+def added(pairs: Iterable[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    """Each name once, with the sum of its scales."""
+    total: dict[str, float] = {}
+    for name, scale in pairs:
+        total[name] = total.get(name, 0.0) + scale
+    return tuple(total.items())
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -193,7 +215,7 @@ def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
         return _parse_a1111(text["parameters"])
     if "prompt" in text:
         found = values_of_graph(text["prompt"])
-        tags = _checked_adapters(dict(found["loras"]).items())
+        tags = _checked_adapters(added(found["loras"]))
         return _foreign_recipe(found["prompt"], found["negative"], tags, found)
     raise UserError(f"{name} carries no generation parameters; was it saved again by another program?")
 
@@ -258,6 +280,8 @@ def values_of_graph(text: str) -> dict[str, Any]:
         inputs = [node["inputs"] for node in graph.values() if isinstance(node.get("inputs"), dict)]
         sampler = next(one for one in inputs if one.keys() >= {"seed", "cfg", "positive"})
         return dict(values_of_sampler(graph, sampler))
+    except UserError:
+        raise
     except StopIteration:
         raise UserError("the picture's graph has no sampler that is known, so its settings cannot be read") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -271,6 +295,8 @@ def values_of_sampler(graph: Mapping[str, Any], sampler: Mapping[str, Any]) -> I
     for name, key in (("Seed", "seed"), ("Steps", "steps"), ("CFG scale", "cfg")):
         if not isinstance(sampler.get(key), list):  # else it comes from another node
             yield name, str(sampler[key])
+    if not isinstance(denoise := sampler.get("denoise", 1), list):
+        yield DENOISING, str(denoise)
     name, schedule = str(sampler.get("sampler_name", "")), str(sampler.get("scheduler", "normal"))
     yield "Sampler", SAMPLERS.get(name, name)
     yield "Schedule type", "" if schedule == "normal" else schedule.capitalize()
@@ -296,11 +322,18 @@ def text_at(graph: Mapping[str, Any], link: Any) -> str:
 
 
 def loras_before(graph: Mapping[str, Any], link: Any) -> Iterator[tuple[str, float]]:
-    """(name, strength) of the LoRA loaders on the way to the model."""
+    """(name, strength) of the LoRA loaders on the way to the model, rgthree's of several too. Raises UserError."""
     for _ in range(MAX_NODES):
         found = node_at(graph, link)
+        several = [one for one in found.values() if isinstance(one, dict) and one.get("on")]
+        loaded = [(one["lora"], one["strength"]) for one in several if one.get("lora") not in (None, "None")]
         with suppress(KeyError):
-            yield Path(found["lora_name"].replace("\\", "/")).stem, float(found["strength_model"])
+            loaded.append((found["lora_name"], found["strength_model"]))
+        for file, strength in loaded:
+            name = Path(file.replace("\\", "/")).stem
+            if isinstance(strength, list) and (strength := node_at(graph, strength).get("value")) is None:
+                raise UserError(f"the picture's graph computes the strength of {name!r:.60}, which is not read here")
+            yield name, float(strength)
         link = found.get("model")
 
 
@@ -391,10 +424,13 @@ def _parse_a1111(text: str) -> Recipe:
     body, _, line = text.strip().rpartition("\n")
     if "Steps:" not in line:
         body, line = text, ""
-    prompt, _, negative = body.partition("\nNegative prompt:")
+    prompt, negative, *_ = [*NEGATIVE.split(body, maxsplit=1), ""]
     settings = {key.strip(): value.strip().strip('"') for key, value in SETTING.findall(line[:MAX_SETTINGS_CHARACTERS])}
-    prompt, tags = split_lora_tags(prompt.strip())
-    return _foreign_recipe(prompt, negative, tags, settings)
+    apart = [tag[0] for tag in TWO_SCALES.finditer(prompt) if tag[2].strip() != tag[3].strip()]
+    prompt, tags = split_lora_tags(TWO_SCALES.sub(r"<lora:\1:\3>", prompt).strip())
+    recipe = _foreign_recipe(prompt, negative, tags, settings)
+    said = tuple(f"{tag} has two scales; the UNet's replaces the text encoders'" for tag in apart)
+    return replace(recipe, remarks=recipe.remarks + said)
 
 
 def _foreign_recipe(
@@ -411,6 +447,7 @@ def _foreign_recipe(
                 values[own] = kind(settings[key])
         if "Size" in settings:
             values["width_px"], values["height_px"] = (int(n) for n in settings["Size"].split("x"))
+        began_elsewhere = float(settings.get(DENOISING, 1)) < 1
     except ValueError as error:
         raise UserError("the settings inside the picture are damaged") from error
     ours = SCHEDULERS[name].title if name else ""
@@ -418,6 +455,9 @@ def _foreign_recipe(
     if (seed := values.get("seed", 0)) > MAX_SEED:  # ComfyUI's have up to 64 bits
         values["seed"] = seed % (MAX_SEED + 1)
         remarks += (f"the seed {seed} is beyond {MAX_SEED}; {values['seed']} replaces it",)
+    if began_elsewhere:
+        strength = f"{DENOISING.lower()} {settings[DENOISING]}"
+        remarks += (f"it was made from another picture, or a smaller one ({strength}); here it begins at noise",)
     return Recipe(GenerationParams.from_dict(values), Provenance(), exact=False, remarks=remarks)
 
 

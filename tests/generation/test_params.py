@@ -138,6 +138,35 @@ def test_a_seed_of_comfyui_beyond_ours_is_replaced_and_that_is_said(tmp_path):
     assert recipe.remarks == (f"the seed {2**50 + 99} is beyond 4294967295; 99 replaces it",)
 
 
+def test_loras_of_comfyui_add_up_whichever_node_loads_them_and_a_picture_that_began_as_another_says_so(tmp_path):
+    """Those of rgthree's node were dropped, and a strength of another node was called damage."""
+    rex = {"on": True, "lora": "a\\rex.safetensors", "strength": 0.25}
+    others = {"model": ["11", 0], "PowerLoraLoaderHeaderWidget": {"type": "x"}, "lora_1": rex}
+    others |= {"lora_2": rex | {"on": False}, "lora_3": rex | {"lora": "None"}}
+    linked = {"lora_name": "ink.safetensors", "strength_model": ["12", 0]}
+    graph = COMFY | {"3": {"inputs": COMFY["3"]["inputs"] | {"denoise": 0.5}}, "10": {"inputs": others}}
+    graph |= {"9": {"inputs": COMFY["9"]["inputs"] | {"model": ["10", 0]}}, "11": {"inputs": linked}}
+    graph["12"] = {"inputs": {"value": 0.5}}
+    recipe = read_recipe(write_png(tmp_path / "a.png", {"prompt": json.dumps(graph)}))
+    assert dict(recipe.params.adapters) == pytest.approx({"rex": 0.95, "ink": 0.5})
+    assert recipe.remarks == (
+        "it was made from another picture, or a smaller one (denoising strength 0.5); here it begins at noise",
+    )
+    graph["12"] = {"inputs": {"a": 1}}
+    with pytest.raises(UserError, match="computes the strength of 'ink'"):
+        read_recipe(write_png(tmp_path / "a.png", {"prompt": json.dumps(graph)}))
+
+
+def test_a_picture_with_two_scales_a_lora_says_which_is_taken_and_one_without_a_prompt_has_none(tmp_path):
+    """The tag stayed as words, and the negative prompt became the prompt."""
+    text = "a dog <lora:rex:0.8:0.5> <lora:ink:1:1>\nNegative prompt: cat\nSteps: 3"
+    recipe = read_recipe(write_png(tmp_path / "a.png", {"parameters": text}))
+    assert (recipe.params.prompt, recipe.params.adapters) == ("a dog", (("rex", 0.5), ("ink", 1.0)))
+    assert recipe.remarks == ("<lora:rex:0.8:0.5> has two scales; the UNet's replaces the text encoders'",)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        read_recipe(write_png(tmp_path / "a.png", {"parameters": "\nNegative prompt: cat\nSteps: 3"}))
+
+
 def check(params: GenerationParams, is_graph: bool) -> None:
     found = (params.prompt, params.negative_prompt, params.adapters, params.scheduler, params.steps, params.seed)
     assert found == ("portrait of a dög", "cat", (("rex", 0.7),), "dpmpp_2m_karras", 30, 99)
@@ -174,6 +203,11 @@ def test_tags_become_adapters_and_leave_the_prompt_and_each_image_has_its_own_se
     found = split_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>")
     assert found == ("a dog in snow", (("rex", 0.8), ("style", 1.0)))
     assert split_lora_tags("a  dog") == ("a  dog", ())
+    written = "<lora:a:.5> <lora:b: 0.5> <lora:c:+1> <lora:d:1:1> <lora:a:0.25>"
+    assert split_lora_tags(written) == ("", (("a", 0.75), ("b", 0.5), ("c", 1.0), ("d", 1.0)))
+    for tag in ("<lora:rex:0.8:0.5>", "<lora:rex:high>", "<lora:rex:>"):
+        with pytest.raises(UserError, match=f"{tag} is not read here: write <lora:NAME:SCALE>"):
+            split_lora_tags(f"a dog {tag}")
     params = GenerationParams("dog <lora:rex:0.5>", adapters=(("rex", 1.0), ("b", 0.2))).apply_tags()
     assert params.prompt == "dog" and params.adapters == (("rex", 0.5), ("b", 0.2))
     with pytest.raises(UserError, match="empty"):
