@@ -140,7 +140,8 @@ class TrainConfig:
         publish="always", check=True)
     random_flip: bool = of_photos(False, "mirror photos at random", publish="always", kohya="ss_flip_aug", check=True)
     crops_per_photo: int = of_photos(1, "different crops taken of each photo",
-        low=1, high=1000, publish="always", check=True)
+        low=1, high=1000, publish="always", check=True,
+        idle=rows.where("with --caching off, which always takes new crops", lambda run: run.caching == "off"))
     crop_zoom: float = of_photos(1.0,
         "enlarge each crop by a random factor up to this; 1: crops are as wide as the photo",
         low=1, high=4, publish="always", check=True)
@@ -208,7 +209,9 @@ class TrainConfig:
         low=2, high=64, publish="if_changed", resume="same", idle=rows.unless(mixer=KRONECKER))
     train_mixer: bool = of_adapter(True, "learn the mixer", publish="always", resume="same")
     mixer_lr_scale: float = of_adapter(1.0, "the mixer's learning rate, as a multiple of the others'",
-        low=0, publish="always", idle=rows.where("with --mixer none", lambda run: run.mixer == "none"))
+        low=0, publish="always",
+        idle=rows.where("with --mixer none", lambda run: run.mixer == "none")
+        + rows.where("with --no_train_mixer", lambda run: run.mixer != "none" and not run.train_mixer))
     basis: str | None = of_adapter(None,
         "train the mixer alone, from zero: A and B are frozen, from the SVD of the base's weights (svd) or those of "
         "a raw adapter file", path=expanduser, publish="if_changed", shapes=lambda run: run.basis is not None)
@@ -264,7 +267,9 @@ class TrainConfig:
     text_encoder_lr: float = of_training(5e-6, "learning rate of the text encoders; 0: the same as --learning_rate",
         low=0, high=100, publish="always",
         idle=rows.where("without --train_text_encoder or --train_text_encoder_ti",
-            lambda run: not run.keeps_text_encoders),
+            lambda run: not run.keeps_text_encoders)
+        + rows.where("with --optimizer {optimizer}, which takes one learning rate for all",
+            lambda run: run.keeps_text_encoders and optimizer_kinds.optimizer_of(run).one_rate),
         kohya="ss_text_encoder_lr", of_kohya=lambda text: text.strip("[]").partition(",")[0])
     scale_lr: bool = of_training(False, "multiply --learning_rate by processes x accumulation x batch size",
         publish="always")
@@ -276,8 +281,10 @@ class TrainConfig:
         idle=rows.where("with --lr_scheduler constant",
             lambda run: run.lr_scheduler == "constant" and run.lr_warmup_steps),
         kohya="ss_lr_warmup_steps")
-    lr_num_cycles: int = of_training(1, "restarts of cosine_with_restarts", low=1, publish="always")
-    lr_power: float = of_training(1.0, "power of the polynomial schedule", above=0, publish="always")
+    lr_num_cycles: int = of_training(1, "restarts of cosine_with_restarts", low=1, publish="always",
+        idle=rows.unless(lr_scheduler="cosine_with_restarts"))
+    lr_power: float = of_training(1.0, "power of the polynomial schedule", above=0, publish="always",
+        idle=rows.unless(lr_scheduler="polynomial"))
     snr_gamma: float | None = of_training(None, f"min-SNR weighting of the loss; 5.0 is usual; {NO_GAIN}",
         above=0, replaces=("debiased_estimation_loss",), publish="always", kohya="ss_min_snr_gamma",
         elsewhere="min_snr_gamma")

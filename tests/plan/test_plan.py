@@ -63,14 +63,23 @@ def test_exposures_a_photo_set_the_steps():
         assert plan.total_steps == steps and 50 <= plan.exposures_a_photo < 50 + plan.photos_a_step / 7
 
 
+def advised(about: str = "each photo is seen", **settings) -> list[str]:
+    config = TrainConfig(**settings)
+    plan = Plan(config, None, folder.PhotoReport([], []), plan_steps(config, 5), estimate(config, BaseSize(), 1))
+    return [line for line in advice(plan) if about in line]
+
+
+def test_a_guidance_is_said_to_have_no_effect_in_training_where_the_base_is_told_none():
+    for base, title in (("toy", "SDXL"), ("Qwen/Qwen-Image", "Qwen-Image")):
+        said = f"--guidance_scale has no effect with {title}, which is told no guidance in training"
+        settings = {"about": "--guidance_scale", "pretrained_model_name_or_path": base}
+        assert advised(**settings, guidance_scale=7.5) == [said] and advised(**settings) == []
+    flux = {"pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev", "guidance_scale": 7.5}
+    assert advised("--guidance_scale", **flux) == []
+
+
 def test_too_few_exposures_and_a_warm_up_without_an_end_are_said_with_the_flag_that_sets_them():
     """The default warm-up, as in diffusers' script, is longer than most runs of a subject."""
-
-    def advised(about: str = "each photo is seen", **settings) -> list[str]:
-        config = TrainConfig(**settings)
-        plan = Plan(config, None, folder.PhotoReport([], []), plan_steps(config, 5), estimate(config, BaseSize(), 1))
-        return [line for line in advice(plan) if about in line]
-
     (line,) = advised()
     assert "about 2 times" in line and "--exposures_per_photo" in line
     assert advised(exposures_per_photo=19, train_batch_size=1)
