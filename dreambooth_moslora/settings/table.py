@@ -639,12 +639,22 @@ def as_type(base: Any, value: Any) -> Any:
             return None
         if base is float or number is None:
             return number
-        return int(value) if isinstance(value, int) else int(number) if number.is_integer() else None
+        return whole(value, number)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or any(as_type(str, text) is None for text in texts):
         return None
     words = ",".join(texts).split(",") if base is tuple else texts
     return tuple(word.strip() for word in words if word.strip())
+
+
+def whole(value: Any, number: float) -> int | None:
+    """The value, which is near `number`, as a whole number, with all digits of a text; None if it is none."""
+    if not number.is_integer():
+        return None
+    try:
+        return int(value)
+    except ValueError:  # 1e9
+        return int(number)
 
 
 def is_text(value: str) -> bool:

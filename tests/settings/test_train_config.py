@@ -190,6 +190,12 @@ def test_a_row_says_only_words_that_are_known(name):
         assert words.format_map(vars(TrainConfig())) and isinstance(bool(applies(TrainConfig())), bool)
 
 
+@pytest.mark.parametrize("seed", [123456789012345678, 2**63 - 1])
+def test_a_whole_number_keeps_all_its_digits(seed):
+    assert parse_train_config([*NEEDED, f"--seed={seed}"]).seed == TrainConfig(seed=str(seed)).seed == seed
+    assert TrainConfig(seed="1e9").seed == 10**9
+
+
 REMARKS = answers_in("remarks.txt")
 
 
