@@ -175,8 +175,9 @@ def make_lr_schedule(config: table.TrainConfig, optimizer: Optimizer, max_train_
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
-    except ValueError as error:
-        raise UserError(f"--lr_scheduler {config.lr_scheduler} is unknown to diffusers: {error}") from error
+    except ValueError as error:  # polynomial ends above zero
+        other = "give a greater --learning_rate, or another schedule"
+        raise UserError(f"--lr_scheduler {config.lr_scheduler}: {error}; {other}.") from error
 
 
 NOT_SET = "p0"  # Prodigy's start of a weight. For a weight that started at zero it keeps a single number.

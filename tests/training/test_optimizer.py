@@ -23,7 +23,13 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, results
 from dreambooth_moslora.training import optimizer as optimizers
 from dreambooth_moslora.training.checkpoint import restore_weights
-from dreambooth_moslora.training.optimizer import FlatProdigy, MovingAverage, make_optimizer, parameter_groups
+from dreambooth_moslora.training.optimizer import (
+    FlatProdigy,
+    MovingAverage,
+    make_lr_schedule,
+    make_optimizer,
+    parameter_groups,
+)
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 SHAPE = (48, 32)
@@ -72,6 +78,14 @@ def test_adafactor_steps_by_the_given_rate_whatever_the_size_of_the_weights():
     before, after, _ = stepped("adafactor")
     for old, new in zip(before, after, strict=True):
         assert torch.allclose(old - new, torch.full_like(new, 3e-2), rtol=1e-3)
+
+
+def test_a_rate_that_polynomial_cannot_fall_from_is_refused_with_both_rates():
+    config = TrainConfig(lr_scheduler="polynomial", learning_rate=1e-7)
+    optimizer = make_optimizer(config, parameter_groups(config, components()))
+    says = r"--lr_scheduler polynomial: lr_end \(1e-07\) .* lr \(1e-07\); give a greater --learning_rate"
+    with pytest.raises(UserError, match=says):
+        make_lr_schedule(config, optimizer, 9)
 
 
 @pytest.mark.extra("schedulefree")
