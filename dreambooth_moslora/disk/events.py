@@ -107,6 +107,7 @@ class RunStarted(Event):
     kind: ClassVar[str] = "start"
     max_train_steps: int
     config: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
 
 
 @dataclass(frozen=True)

@@ -304,7 +304,7 @@ def move(paths: list[Path], run_dir: run_folder.RunDir, what: str) -> None:
 
 def report_start(config: table.TrainConfig, context: RunContext, step: int, max_train_steps: int) -> None:
     """Report the start. A folder without an earlier run is claimed at once, so that the run can be watched."""
-    context.report(events.RunStarted(max_train_steps, config.to_dict()))
+    context.report(events.RunStarted(max_train_steps, config.to_dict(), context.accelerator.num_processes))
     if step == 0 and not has_previous_run(context.run_dir):
         claim_run_folder(config, context, step)
 

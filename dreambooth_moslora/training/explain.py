@@ -98,14 +98,15 @@ class Figures:
     copy_alarm: bool = False
     likeness: Sequence[tuple[int, float]] = ()  # (step, value) of each evaluation
     score: Sequence[tuple[int, float]] = ()  # likewise
+    processes: int = 1
 
     @property
     def exposures(self) -> float | None:
-        """How often each photo was shown, if the run used one device."""
+        """How often each photo was shown."""
         if not self.photos:
             return None
         photos_a_step = self.config.train_batch_size * self.config.gradient_accumulation_steps
-        return self.step * photos_a_step / self.photos
+        return self.step * photos_a_step * self.processes / self.photos
 
     def moved(self, name: str) -> float | None:
         """How far `pres` (the class) or `dino_bare` moved: 0 as the base draws the class, 1 at the subject."""
@@ -119,8 +120,9 @@ def figures_from(
     records: Sequence[Mapping[str, Any]], config: table.TrainConfig, photos: Mapping[str, int] = {}
 ) -> Figures:
     """Figures from the lines of `metrics.jsonl`; `photos`: their `count` and `without_bare_prompt`, if in none."""
-    steps, scored, ends = ([e for e in records if e.get("type") == kind] for kind in ("step", "evaluation", "end"))
-    last, end = ([{}, *some][-1] for some in (scored, ends))
+    kinds = ("start", "step", "evaluation", "end")
+    starts, steps, scored, ends = ([e for e in records if e.get("type") == kind] for kind in kinds)
+    start, last, end = ([{}, *some][-1] for some in (starts, scored, ends))
     about = {**photos, **as_table(last.get("photos"))}
     count = number(about.get("count"))
     return Figures(
@@ -136,6 +138,7 @@ def figures_from(
         copy_alarm=last.get("copy_alarm") is True,
         likeness=curve(scored, "dino"),
         score=curve(scored, "score"),
+        processes=int(number(start.get("processes")) or 1),  # early versions told none
     )
 
 

@@ -111,6 +111,12 @@ def test_what_the_captions_lack_is_read_from_the_photos_of_a_run_that_did_not_no
     assert (figures_of(run).photos, figures_of(run).without_bare_prompt) == (5, 0)
 
 
+def test_photos_of_all_processes_are_counted_and_of_one_where_the_log_does_not_say():
+    records = [{"type": "step", "step": 10}, {"type": "evaluation", "photos": {"count": 5}}]
+    for start, exposures in (({}, 8), ({"processes": 4}, 32)):
+        assert figures_from([{"type": "start", **start}, *records], CONFIG).exposures == exposures
+
+
 def test_what_is_not_a_number_is_passed_over_and_a_later_report_of_evaluate_is_taken(tmp_path):
     odd = {"type": "evaluation", "step": 3, "dino": "high", "score": None, "photos": 7, "copied": float("nan")}
     assert figures_from([odd, {"type": "step"}, {"type": "end", "state": None}], CONFIG).scores == {}

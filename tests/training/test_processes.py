@@ -61,6 +61,7 @@ def test_two_processes_show_and_learn_one_adapter_of_several_subjects_as_one_wit
     assert shown == watched[-1].shown
     classes = [prompt for _, found, _ in shown for prompt in found[2:]]
     assert len(classes) == 16 and all(len(set(classes[at : at + 3])) == 3 for at in range(0, 15, 3))
+    assert [logged(tmp_path / count, "start")[0]["processes"] for count in "21"] == [2, 1]
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
     assert largest_difference(tmp_path / "2", tmp_path / "1") < 1e-5
 
