@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.adapters.metadata import RESUMED, UNTOLD, AdapterMetadata, concluded, told_by, versions
+from dreambooth_moslora.adapters.metadata import (
+    RESUMED,
+    UNTOLD,
+    AdapterMetadata,
+    concluded,
+    notes_in,
+    told_by,
+    versions,
+)
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.terminal import StopRequest, TerminalProgress
 from dreambooth_moslora.cli.train import add_flag
@@ -213,6 +221,11 @@ def retrain(config: TrainConfig, step: int | None) -> bool:
     return not stop()
 
 
+def tokens_told(file: Path) -> list[tuple]:
+    """Word, count and digest of each file of new tokens that the header names; the files' names are the run's."""
+    return [(note["word"], note["count"], note["sha256"]) for note in notes_in(run_folder.header_of(file))]
+
+
 def answer(receipt: Receipt, made: Path, config: TrainConfig, unknown: list[str]) -> int:
     """Print the result, and return the exit code. `unknown`: lines about settings that are not known."""
     from dreambooth_moslora.adapters.describe import difference_of
@@ -222,7 +235,8 @@ def answer(receipt: Receipt, made: Path, config: TrainConfig, unknown: list[str]
         print(f"equal: the same file, sha256 {digest}")
         return SAME
     found = difference_of(receipt.path, made)
-    if not found.count:
+    has_same_tokens = tokens_told(receipt.path) == tokens_told(made)
+    if not found.count and has_same_tokens:
         names = ", ".join(found.header) or "the order of its parts"
         print(spelled_out(f"equal: the weights are the same, bit for bit; the header differs in {names}"))
         return SAME
@@ -238,7 +252,10 @@ def answer(receipt: Receipt, made: Path, config: TrainConfig, unknown: list[str]
     digests = f"sha256 {digest} of the file, {digest_made} of the one that training gave"
     print("cannot tell: the weights differ, and not all that made them is known" if reasons else f"differs: {digests}")
     lines = [*reasons, digests] if reasons else []
-    lines.append(f"{found.count} of {found.total} tensors differ, the first: {found.first}")
+    if found.count:
+        lines.append(f"{found.count} of {found.total} tensors differ, the first: {found.first}")
+    if not has_same_tokens:
+        lines.append("the new tokens differ")
     values = {name: getattr(config, name) for name in FLAGS if name not in receipt.facts.public}
     taken = [f"{name} = {value!r}" for name, value in values.items() if value]
     lines += [*versions_apart(receipt), f"not in the file, and assumed: {', '.join(taken)}"]

@@ -103,11 +103,12 @@ def read(facts: AdapterMetadata, *flags: str) -> tuple:
 
 @pytest.fixture
 def answer(capsys):
-    """(exit code, output) for the facts of a file, if the weights that training gave differ by `change`."""
+    """(exit code, output) for the facts of a file, if the weights that training gave differ by `change`, and its facts
+    in `others`."""
 
-    def answer(facts: AdapterMetadata, *flags: str, change: float = 3.0):
+    def answer(facts: AdapterMetadata, *flags: str, change: float = 3.0, **others):
         args, receipt, config = read(facts, *flags)
-        made = Path(written(facts, "b.safetensors", change))
+        made = Path(written(replace(facts, **others), "b.safetensors", change))
         code = verify.answer(receipt, made, config, verify.unknown_settings(args, receipt, config))
         return code, capsys.readouterr().out
 
@@ -126,6 +127,14 @@ def test_nothing_is_called_different_that_rounding_may_explain_or_before_what_is
     assert code == 2 and "resumed with other settings" in said
     code, said = answer(PLAIN, "--nothing_else", change=1e-3)
     assert code == 2 and "differ by 1.0e-03 of the adapter, as they can by rounding" in said
+
+
+def test_other_new_tokens_are_a_difference_and_another_name_of_their_file_is_none(answer):
+    """The adapter's tensors alone were compared."""
+    note = {"word": "sks", "count": 2, "file": "dog_emb.safetensors", "sha256": "0" * 64}
+    for changed, code in (({"sha256": "1" * 64}, 1), ({"file": "cat_emb.safetensors"}, 0)):
+        told = answer(replace(PLAIN, tokens=(note,)), "--nothing_else", change=0.0, tokens=(note | changed,))
+        assert told[0] == code and ("the new tokens differ" in told[1]) == bool(code)
 
 
 def test_a_file_that_lists_nothing_may_be_of_an_earlier_version(answer):
