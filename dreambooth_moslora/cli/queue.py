@@ -85,11 +85,12 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     if config.hub_token:
         raise UserError("--hub_token: it would lie in the queue's file; log in instead (`hf auth login`).")
     check_folders(config)
-    check_settings(replace(config, **family_settings(config)))
+    trained = replace(config, **family_settings(config))
+    check_settings(trained)
     if config.resume_from_checkpoint:
         from dreambooth_moslora.training.checkpoint import resume_point
 
-        resume_point(config, RunDir(config.output_dir))
+        resume_point(trained, RunDir(config.output_dir))
     made_lines(config, photo_report(config))  # no word may say what to look for
     run_dir = Path(os.path.abspath(config.output_dir))
     Jobs(run_dir.parent).run_dir(run_dir.name)

@@ -28,6 +28,7 @@ from dreambooth_moslora.adapters.moslora import MoSLoraConfig, fold, inject
 from dreambooth_moslora.base import load
 from dreambooth_moslora.base.families import family_of
 from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.queue import enqueue
 from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
@@ -141,6 +142,12 @@ def test_the_encoders_are_gone_before_the_denoiser_comes_and_a_resumed_run_on_a_
 def test_a_dry_run_goes_on_from_a_checkpoint_whose_layers_the_family_names(trained):
     _, config, _ = trained
     assert "photos" in describe_run(replace(config, resume_from_checkpoint="latest"))
+
+
+def test_a_run_whose_layers_the_family_names_waits_to_go_on_from_its_checkpoint(trained, tmp_path):
+    _, config, _ = trained
+    config = replace(config, output_dir=str(shutil.copytree(config.output_dir, tmp_path / "run")))
+    assert "waits, number 1" in enqueue(replace(config, resume_from_checkpoint="latest"), [])
 
 
 def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(trained):
