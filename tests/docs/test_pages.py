@@ -188,6 +188,13 @@ def test_each_training_of_the_pages_is_planned(line, capsys):
     assert "memory: encoding" in said.out and SDXL in said.out, said.err
 
 
+def test_the_checkpoint_that_is_exported_is_one_that_the_recipe_keeps():
+    recipe = load_settings(DOCS.parent / "assets" / "configs" / "sdxl.toml")
+    steps = range(recipe["max_train_steps"], 0, -recipe["checkpointing_steps"])[: recipe["checkpoints_total_limit"]]
+    exported = [line for line in command_lines(DOCS / "troubleshooting.md") if " export " in line]
+    assert exported and all(re.search(r"runs/dog/checkpoint-(\d+) ", line)[1] in map(str, steps) for line in exported)
+
+
 def test_what_the_walk_says_is_printed_is_what_is_printed(capsys):
     (line,) = [line for line in WALK if line.endswith("--dry_run")]
     assert run(line) == 0
