@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from dreambooth_moslora.cli.terminal import hush
-from dreambooth_moslora.core import UserError, atomic_write, clone_folder, half_precision, user_path
+from dreambooth_moslora.core import UserError, atomic_write, clone_folder, find_asset, half_precision
 from dreambooth_moslora.photos.folder import find_photos, require_folder_of_photos, summary_of_skipped
 from dreambooth_moslora.photos.photo_file import Photo, open_rgb
 from dreambooth_moslora.settings.rules import version_of
@@ -63,7 +63,7 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Exit code 2 when something will fail."""
-    photos = () if args.photos is None else photos_of(user_path(args.photos))
+    photos = () if args.photos is None else photos_of(Path(find_asset(args.photos)))
     if args.size < LEAST_PX:
         raise UserError(f"--size {args.size}: must be at least {LEAST_PX}, as a VAE halves the sides three times.")
     found = Findings()

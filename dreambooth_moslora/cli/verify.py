@@ -98,7 +98,7 @@ def check_paths(args: argparse.Namespace) -> None:
 
 def read_receipt(path: str) -> Receipt:
     """Raises UserError for a file that this program did not publish, and for a recipe that it does not know."""
-    file = user_path(path)
+    file = Path(find_asset(path))
     file = file / run_folder.PUBLISHED_NAME if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"{path}: there is no such file.")

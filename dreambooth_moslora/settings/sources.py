@@ -9,7 +9,6 @@ settings that a recipe may hold are taken, and each is checked. What the user sa
 """
 
 import json
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -154,7 +153,7 @@ class FoundRecipe:
 
 def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The recipe's settings that are not `given`, and lines about them; `path`: file or run. Raises UserError."""
-    file = Path(os.path.expanduser(path))
+    file = Path(find_asset(path))
     try:
         file = file / PUBLISHED_NAME if file.is_dir() else file
         if not file.is_file():

@@ -242,7 +242,7 @@ class TrainConfig:
         per_subject=True, shapes=True, idle=rows.unless(train_text_encoder_ti=True))
     init_adapter: str | None = of_adapter(None,
         "begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
-        path=expanduser, shapes=True, elsewhere="network_weights init_lora")
+        path=find_asset, shapes=True, elsewhere="network_weights init_lora")
 
     seed: int | None = of_training(None, "seed of everything random",
         low=0, high=2**63 - 1, publish="always", kohya="ss_seed", elsewhere="seeds", check=True)

@@ -24,6 +24,7 @@ from dreambooth_moslora.core import assets_folder
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
 from dreambooth_moslora.disk.processes import STOP_FILE, ask_to_stop
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir, step_of
+from dreambooth_moslora.extras.serving.catalogue import open_catalogue
 from dreambooth_moslora.plan import processes
 from dreambooth_moslora.training.loop import TrainResult, train
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -81,6 +82,16 @@ def test_what_trains_nothing_imports_no_torch_and_info_nothing_but_torch(photos)
     done = python("-c", IMPORTED, json.dumps(asked), cwd=photos)
     assert done.returncode == 0, done.stderr
     assert sorted(photos.iterdir()) == before
+
+
+def test_the_programs_own_files_are_found_from_another_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rocket, photos = "assets/adapters/rocket.safetensors", "assets/subjects/rocket"
+    for flag in ("--like", "--init_adapter"):
+        assert main(["train", photos, "rocket", flag, rocket, "--dry_run"]) == 0, capsys.readouterr().err
+    for words in (["verify", rocket], ["doctor", "--photos", photos, "--size", "1"]):
+        assert main(words) == 2 and "no such" not in (said := capsys.readouterr().err), said
+    assert open_catalogue(["assets/adapters"]).names() == ["rocket"]
 
 
 def test_the_overview_names_every_command_and_the_first_steps_of_the_readme(capsys):

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
 
-from dreambooth_moslora.core import UserError, parse_object, user_path
+from dreambooth_moslora.core import UserError, find_asset, parse_object
 from dreambooth_moslora.disk.run_folder import (
     PUBLISHED_NAME,
     TOKENS_SUFFIX,
@@ -150,7 +150,7 @@ def open_catalogue(places: Sequence[str]) -> Catalogue:
             return BucketFolder(urls[0])
         except UserError as error:
             raise UserError(f"--adapters {error}") from error
-    folders = [user_path(place) for place in places]
+    folders = [Path(find_asset(place)) for place in places]
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--adapters {folder}: there is no such folder.")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from dreambooth_moslora.base.files import resolve_base
-from dreambooth_moslora.core import UserError, one_line, user_path
+from dreambooth_moslora.core import UserError, find_asset, one_line
 from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings, tokens_of
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE
 
@@ -54,7 +54,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(args: argparse.Namespace) -> int:
     for place in args.adapters:
-        if "://" not in place and not user_path(place).is_dir():
+        if "://" not in place and not os.path.isdir(find_asset(place)):
             raise UserError(f"--adapters {place}: there is no such folder.")
     resolve_base(args.pretrained_model_name_or_path)
     settings = settings_of(args)
