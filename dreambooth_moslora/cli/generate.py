@@ -23,6 +23,10 @@ EPILOG = """examples:
   generate --adapter runs/dog --prompt "a photo of a sks dog" --grid scale=0,0.5,1 seed=1,2
   generate --from_png outputs/image_0.png --seed 7"""
 ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
+GRID_HELP = (
+    'one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" adapter=dog,none steps=10,25 guidance=2,5; each '
+    "adapter is given by --adapter too and named as its file or run folder, and none draws without those of the axis"
+)
 DEFAULTS = {field.name: field.default for field in fields(params.GenerationParams)}
 
 
@@ -46,7 +50,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("num_images", type=int, help="how many, with consecutive seeds (default 1)")
     add("scheduler", choices=list(params.SCHEDULERS), help="how steps remove noise (default: the base's own)")
     text_option_arguments(parser)
-    add("grid", nargs="+", metavar="AXIS", help='one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" …')
+    add("grid", nargs="+", metavar="AXIS", help=GRID_HELP)
     add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
 
 

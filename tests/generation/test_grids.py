@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth_moslora.cli import generate
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
+from dreambooth_moslora.generation.grids import AXES, Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.families import facts_of
@@ -155,6 +155,10 @@ def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedde
     for adapter in (f"{best}:0.5", str(best.parent)):
         assert generate.base_of_runs([adapter])[0] == "other"
     assert generate.base_of_runs([str(best)], "given") == ("given", {})
+
+
+def test_the_help_names_every_axis():
+    assert all(f"{name}=" in generate.GRID_HELP for name in AXES)
 
 
 def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):
