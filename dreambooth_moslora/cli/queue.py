@@ -28,6 +28,7 @@ EPILOG = """examples:
   queue stop               the run that is trained now saves and leaves the queue; the next begins
   queue move dog first     or up, down, last, or a number
   queue remove dog"""
+PAUSED = "paused on the page: no next run starts until Go on there, or `queue start`"
 NOTHING = "nothing waits; `train … --queue` adds a run"
 ENDED_SHOWN = 10
 POLL_SEC = 0.5
@@ -120,6 +121,7 @@ def lines_of(turns: "QueueTurns") -> list[str]:
     for number, queued in enumerate(turns.queue.waiting(), 1):
         said = shlex.join(queued.argv) or ("added on the page" if queued.owner else "its file cannot be read")
         lines.append(f"{number:>3}  {queued.name}  {said}")
+    lines += [PAUSED] * turns.queue.is_paused
     return lines if not turns.is_empty else [*lines, NOTHING]
 
 

@@ -111,8 +111,10 @@ def test_start_trains_all_that_wait_says_how_each_ended_and_answers_with_one(pho
     monkeypatch.setattr(page_jobs.processes, "TRAIN", (str(stand_in),))
     for name, rank in (("hen", "3"), ("cat", "4")):
         add("--output_dir", f"runs/{name}", "--rank", rank)
+    RunQueue(Path("runs")).pause()
+    assert main(["queue"]) == 0 and capsys.readouterr().out.endswith("or `queue start`\n")
     assert main(["queue", "start"]) == 1
     told = capsys.readouterr().err
     assert told.index("hen failed: error: no memory for rank 3\n") < told.index("cat done\n")
-    assert main(["queue"]) == 0 and "ended: cat done" in capsys.readouterr().out
+    assert main(["queue"]) == 0 and "ended: cat done" in (out := capsys.readouterr().out) and "paused" not in out
     assert json.loads(Path("runs/cat/job.json").read_text())["folder"] == str(photos.parent)
