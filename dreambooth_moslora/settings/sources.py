@@ -82,7 +82,7 @@ TOLD_IF_CHANGED = named("publish", "if_changed")
 LAYERS = tuple(name for name in RECIPE if FIELD_TYPES[name][0] is tuple)
 DEFAULTS = TrainConfig().to_dict()
 MOST_LETTERS = 50_000  # Of a list of layers: every layer of SDXL by name takes less.
-LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?-]{1,100}([=:][0-9.e+]{1,20})?")
+LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?!-]{1,100}(\s*[=:]\s*[0-9.eE+-]{1,20})?")
 
 
 def recipe_of(config: TrainConfig) -> dict[str, Any]:

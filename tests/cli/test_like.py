@@ -15,7 +15,7 @@ from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli import evaluate
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config, train_main
-from dreambooth_moslora.settings.sources import LAYERS, RECIPE, TOLD_IF_CHANGED, recipe_of
+from dreambooth_moslora.settings.sources import LAYERS, RECIPE, TOLD_IF_CHANGED, checked_recipe, recipe_of
 from dreambooth_moslora.settings.table import FIELD_TYPES, TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -103,6 +103,12 @@ def test_a_recipe_holds_numbers_switches_choices_and_layers():
     assert set(recipe_of(TrainConfig())) <= set(RECIPE)  # as a file says that is older than the others
     assert recipe_of(TrainConfig(loss_type="huber")) == recipe_of(TrainConfig()) | {"loss_type": "huber"}
     assert recipe_of(TrainConfig(target_modules=("to_q", "/home/alice", "two words")))["target_modules"] == ["to_q"]
+    written = {"rank_pattern": ("to_k = 8", "to_q: 4"), "alpha_pattern": ("to_q=1e-1", "to_v=5E-1")}
+    written |= {"target_modules": ("*[!2].to_q", "to_k")}  # as a file may spell them
+    assert checked_recipe(recipe_of(TrainConfig(**written))) == (
+        checked_recipe(recipe_of(TrainConfig()))[0] | written,
+        [],
+    )
 
 
 def test_a_header_of_kohya(capsys):
