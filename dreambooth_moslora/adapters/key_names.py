@@ -5,7 +5,7 @@ to_q.lora_A.weight                to_q.lora.down.weight              processor.t
 q_proj.lora_A.weight              q_proj.lora_linear_layer.down.…    to_q_lora.down.weight
 
 read here alone:    lycoris_<path with _>.…    base_model.model.<path>.…    <path>.…    <component>.<path>.lora_down.…
-                    lora_unet_<path with _>.… of LoHa and LoKr
+                    lora_unet_<path with _>.… of LoHa and LoKr    <component>.<path>.alpha beside PEFT's names
 
 A file in kohya's form, for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI:
 
@@ -73,11 +73,12 @@ def is_of_lycoris(key: str) -> bool:
 
 
 def is_read_here(keys: Iterable[str], pipeline: "DiffusionPipeline") -> bool:
-    """Whether diffusers does not read a key of the file for a UNet. Of other models it depends on its version."""
+    """Whether diffusers does not read a key of the file for a UNet, or leaves out an alpha. Of other models it depends
+    on its version."""
     is_unet = getattr(pipeline, "unet", None) is not None
     for key in keys:
         is_flat, is_dotted = key.startswith("lora_"), key.partition(".")[0] in raw_file.COMPONENTS
-        is_kohya_s = re.search(r"\.lora_(down|up)\.", key) is not None
+        is_kohya_s = re.search(r"\.(lora_(down|up)\.|alpha$)", key) is not None
         if is_of_lycoris(key) or not (is_flat or is_dotted) or (is_kohya_s and is_dotted) or (is_flat and not is_unet):
             return True
     return False
@@ -97,7 +98,8 @@ def as_peft(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> 
             if any(map(is_of_lycoris, tensors)):
                 raise UserError(f"{file_name} does not fit this base: {name!r:.100} is no layer of it")
             return None
-        own = {part: parts.pop(part) for part in PASSED if part in parts and lycoris.ALPHA not in parts}
+        passed = PASSED[1:] if lycoris.ALPHA in parts else PASSED  # a bias has the scale too
+        own = {part: parts.pop(part) for part in passed if part in parts}
         label, size, (up, down) = folded(parts, layers[name], f"{file_name} is broken, or was made for another base")
         numbers += up.numel() + down.numel()
         if numbers > MOST_NUMBERS:

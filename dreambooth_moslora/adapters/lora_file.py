@@ -47,7 +47,7 @@ FIELDS = key_names.SIDES | {
     "up.bias": "bias",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "alpha": "",  # ignored: diffusers and PEFT do not read an alpha under such a name
+    "alpha": "",  # of a layer that the base lacks: `key_names.as_peft` takes the others
 }
 logger = logging.getLogger(__name__)
 

@@ -421,7 +421,7 @@ def of_kohya(name: str, pair: tuple[torch.Tensor, torch.Tensor], alpha: float) -
 
 
 def test_files_of_other_families_under_other_programs_names_are_what_they_say(tmp_path):
-    """kohya's of FLUX.1, with q, k and v in one layer, diffusers' with an alpha, and ComfyUI's of Z-Image."""
+    """kohya's of FLUX.1, with q, k and v in one layer, PEFT's names with an alpha, and ComfyUI's of Z-Image."""
     random = torch.Generator().manual_seed(0)
     (down, up), other = (
         tuple(torch.randn(size, generator=random) for size in sizes)
@@ -436,8 +436,12 @@ def test_files_of_other_families_under_other_programs_names_are_what_they_say(tm
     of_z_image = of_kohya(f"diffusion_model.{query}", other, 1.0)
     key, parts = f"transformer.{blocks}.0.attn.to_q", ("lora_A.weight", "lora_B.weight", "alpha")
     dotted = {f"{key}.{part}": tensor for part, tensor in zip(parts, (*other, torch.tensor(1.0)))}
-    cases = [("flux", of_flux, wanted), ("flux", dotted, {f"{blocks}.0.attn.to_q": halved})]
-    cases += [("z_image", of_z_image, {query: halved})]
+    cases = [
+        ("flux", of_flux, wanted),
+        *((name, dotted, {f"{blocks}.0.attn.to_q": halved}) for name in ("flux", "sd3")),
+    ]
+    of_diffusers = {key.replace(f"{blocks}.0.attn.to_q", query): tensor for key, tensor in dotted.items()}
+    cases += [("z_image", tensors, {query: halved}) for tensors in (of_z_image, of_diffusers)]
     for family, tensors, deltas in cases:
         file, pipeline = tmp_path / f"{family}.safetensors", tiny_pipeline(family, tmp_path / family)
         save_file(tensors, file)
