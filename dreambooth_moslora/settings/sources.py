@@ -128,6 +128,11 @@ FACT = re.compile(
     r"|lowram|full_fp16|max_token_length|total_batch_size)"
 )
 """Keys of kohya's that state facts, not settings."""
+OF_DATASETS = (
+    *("batch_size_per_device", "resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso"),
+    *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens"),
+)
+"""What a header says in `ss_datasets`, for each data set or subset, if kohya's --dataset_config was given."""
 KOHYA = {
     key: {name: item.metadata["of_kohya"] for name, item in SETTINGS.items() if key in item.metadata["kohya"].split()}
     for key in " ".join(item.metadata["kohya"] for item in SETTINGS.values()).split()
@@ -203,7 +208,9 @@ def unless_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
 
 def from_kohya(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Values of the `ss_*` keys that have an equivalent, by this program's names, and the keys without one."""
-    values, meaningless = {}, []
+    of_datasets = told_by_datasets(header.get("ss_datasets", "[]"))
+    header = {key: text for key, (text, *others) in of_datasets.items() if not others} | header
+    values, meaningless = {}, [f"several values of {key}" for key, texts in of_datasets.items() if len(texts) > 1]
     for key in sorted(key for key in header if key.startswith("ss_") and not FACT.match(key)):
         text = header[key].strip()
         if key in KOHYA and text not in UNSET:
@@ -214,3 +221,16 @@ def from_kohya(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     if "(" in header.get("ss_optimizer", "").removesuffix("()"):
         meaningless.append("the arguments in ss_optimizer")
     return values, meaningless
+
+
+def told_by_datasets(text: str) -> dict[str, list[str]]:
+    """`ss_resolution` and its like -> the different values that the data sets have; {} for a text that is broken."""
+    found: dict[str, dict[str, None]] = {}
+    try:
+        for dataset in json.loads(text):
+            for table in (dataset, *dataset.get("subsets", ())):
+                for name in table.keys() & set(OF_DATASETS):
+                    found.setdefault(f"ss_{name}", {})[str(table[name])] = None
+    except (AttributeError, RecursionError, TypeError, ValueError):
+        return {}
+    return {key: list(found[key]) for key in sorted(found)}
