@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_moslora import __version__, core
 from dreambooth_moslora.base import files, machine
-from dreambooth_moslora.cli.parser import Parser, underscored, unknown_flag_message
+from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, Parser, underscored, unknown_flag_message
 from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, StopRequest, TerminalProgress, exit_code, say
 from dreambooth_moslora.disk.processes import uncollected
 from dreambooth_moslora.disk.run_folder import RunDir, no_device
@@ -214,6 +214,9 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     file, like = flags.pop("config"), flags.pop("like")
     recipe = sources.load_settings(file) if file else {}
     like_of_file = recipe.pop("like", None)
+    unknown = next((name for name in recipe if name not in (*table.SETTINGS, *table.REMOVED)), "")
+    if unknown in FOREIGN_FLAGS:
+        raise core.UserError(f"--config {file}: {unknown}: {FOREIGN_FLAGS[unknown]}.")
     like = like or like_of_file
     given = {*flags, WORDS} if without_words else {*flags}
     yields = {name for name, item in table.SETTINGS.items() if given.intersection(item.metadata["yields_to"])}

@@ -546,6 +546,12 @@ def named(fact: str, value: Any = True) -> tuple[str, ...]:
     return tuple(name for name, item in SETTINGS.items() if item.metadata[fact] == value)
 
 
+OTHER_NAMES = {
+    other: name
+    for name, item in SETTINGS.items()
+    for other in f"{item.metadata['also']} {item.metadata['elsewhere']}".split()
+}
+"""What other trainers call a setting -> its name."""
 SAID_BY_SUBJECTS = tuple(name for name, item in SETTINGS.items() if "subjects" in item.metadata["yields_to"])
 """What the tables of several subjects say instead of the run's own settings."""
 SubjectTable = make_dataclass(
@@ -691,7 +697,8 @@ def check_each(values: Mapping[str, Any]) -> dict[str, Any]:
         elif name in REMOVED and value:
             raise UserError(f"`{name}`: {REMOVED[name]}.")
         elif name not in REMOVED:
-            close = rows.nearest(name.replace("-", "_"), SETTINGS)
+            plain = name.replace("-", "_")
+            close = OTHER_NAMES.get(plain) or rows.nearest(plain, SETTINGS)
             raise UserError(f"unknown setting `{name}`" + (f": did you mean `{close}`?" if close else "; see --help."))
     return without_removed(values)
 
