@@ -37,6 +37,14 @@ DORA_NOTE = (
     + "; ".join(f"{programs}: {what}" for programs, what in DORA_READERS.items())
     + "); pytorch_lora_weights.safetensors is exact in diffusers"
 )
+DORA_OF_TRANSFORMERS = (
+    "--use_dora: pytorch_lora_weights.safetensors is exact in diffusers, and in ComfyUI a plain LoRA, which is another "
+    "adapter: it drops the magnitudes"
+)
+
+
+def dora_note(*, has_kohya_file: bool) -> str:
+    return DORA_NOTE if has_kohya_file else DORA_OF_TRANSFORMERS
 
 
 def dora_table() -> str:

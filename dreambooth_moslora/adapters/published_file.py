@@ -25,7 +25,7 @@ import torch
 
 from dreambooth_moslora.adapters import describe, key_names, lycoris, mixer, moslora, new_tokens, raw_file
 from dreambooth_moslora.adapters.lora_settings import PEFT_SETTINGS, read_peft_config
-from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, metadata_in, most_common
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_note, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors, untied
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
 from dreambooth_moslora.core import UserError, atomic_write, scratch_directory
@@ -207,7 +207,7 @@ def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, ke
         file_proofs=proofs,
         rank_sum=sum(layer.rank for layer in layers),
         kept=1.0 if kept is None else kept,
-        notes=(DORA_NOTE,) * has_dora + (RANKS_NOTE,) * has_several_ranks,
+        notes=(dora_note(has_kohya_file="unet" in folded),) * has_dora + (RANKS_NOTE,) * has_several_ranks,
     )
 
 

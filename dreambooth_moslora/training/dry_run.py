@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from dreambooth_moslora.adapters.metadata import DORA_NOTE
+from dreambooth_moslora.adapters.metadata import dora_note
 from dreambooth_moslora.base import files
 from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.core import public_name
@@ -35,7 +35,8 @@ def advice(plan: Plan) -> list[str]:
         lines.append(f"{flag} has no effect with {base.title}, which is told no guidance in training")
     if (free := free_disk_gib(plan.config)) < needed:
         lines.append(f"the disk has too little room: the run writes {needed:.2f} GiB, {free:.1f} GiB are free")
-    return lines + [DORA_NOTE] * plan.config.use_dora
+    is_unet = base is None or base.denoiser == "unet"
+    return lines + [dora_note(has_kohya_file=is_unet)] * plan.config.use_dora
 
 
 def free_disk_gib(config: table.TrainConfig) -> float:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth_moslora.adapters.metadata import DORA_NOTE
+from dreambooth_moslora.adapters.metadata import DORA_NOTE, DORA_OF_TRANSFORMERS
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import memory, plan
@@ -99,3 +99,5 @@ def test_a_run_with_dora_is_told_before_it_begins_what_other_programs_make_of_it
     assert DORA_NOTE in advice(make_plan(config))
     assert DORA_NOTE not in advice(make_plan(replace(config, use_dora=False)))
     assert "AUTOMATIC1111, InvokeAI: another adapter" in DORA_NOTE
+    of_transformer = replace(config, pretrained_model_name_or_path="toy-zimage")
+    assert {DORA_NOTE, DORA_OF_TRANSFORMERS} & {*advice(make_plan(of_transformer))} == {DORA_OF_TRANSFORMERS}
