@@ -225,7 +225,7 @@ def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequen
 def output_folder(args: argparse.Namespace) -> Path:
     """The folder of the report, checked before anything is drawn. Raises UserError when it cannot be written."""
     path = user_path(args.adapter)
-    beside = path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
+    beside = RunDir(path).evaluation_dir if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
     folder = user_path(args.output_dir) if args.output_dir else beside
     require_folder("output_dir", str(folder), folder)
     require_writable("output_dir", str(folder))

@@ -47,6 +47,7 @@ class RunDir:
         self.masks_dir = path / "masks"  # made by --masks auto
         self.captions_path = path / "captions.json"  # made by --captions auto
         self.best_dir = path / BEST_NAME
+        self.evaluation_dir = path / "evaluation"  # what `evaluate` wrote
         self.last_dir = path / "last"  # a checkpoint at the end, if its step is no multiple of --checkpointing_steps
         self.contact_sheet_path = path / "contact_sheet.png"
         self.loss_plot_path = path / "loss.png"

@@ -163,7 +163,7 @@ def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -
         if folder == home:
             raise UserError(f"--output_dir {config.output_dir} is the folder of --{name}: a run needs one of its own.")
         first = folder.relative_to(home).parts[0]
-        own = {run_dir.samples_dir, run_dir.best_dir, run_dir.last_dir, run_dir.masks_dir}
+        own = {run_dir.samples_dir, run_dir.best_dir, run_dir.last_dir, run_dir.masks_dir, run_dir.evaluation_dir}
         own |= {run_dir.class_images_dir} if name != "class_data_dir" else set()
         if first in {path.name for path in own} or run_folder.checkpoint_step(Path(first)) is not None:
             raise UserError(f"--{name} {value}: the run writes to {first} in its folder; keep the photos elsewhere.")

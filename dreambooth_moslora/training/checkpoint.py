@@ -326,6 +326,7 @@ def claim_run_folder(config: table.TrainConfig, context: RunContext, step: int, 
         weights = [*run_dir.named_checkpoints(), run_dir.best_dir, *adapter]
         facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
         sheets = [*pictures, run_dir.samples_dir, run_dir.contact_sheet_path]
-        move(present(*weights, *facts, *sheets), run_dir, "held an earlier run")
+        evaluations = sorted(run_dir.path.glob(f"*{run_dir.evaluation_dir.name}"))  # of the run, and of single files
+        move(present(*weights, *facts, *sheets, *evaluations), run_dir, "held an earlier run")
     core.atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
     report.begin_at(step)

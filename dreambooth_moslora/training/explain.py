@@ -180,7 +180,7 @@ def known_config(values: Mapping[str, Any]) -> table.TrainConfig:
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
     """The figures, with the scores of a newer `evaluation/scores.json`, unless it is of another scale than the run's.
     Raises UserError if it is damaged."""
-    path = run_dir.path / "evaluation" / "scores.json"
+    path = run_dir.evaluation_dir / "scores.json"
     if not path.is_file() or path.stat().st_mtime < run_dir.metrics_path.stat().st_mtime:
         return found
     report = sources.read_json_table(path)

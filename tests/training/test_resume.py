@@ -452,11 +452,16 @@ def test_an_earlier_run_goes_aside_and_of_a_renamed_folder_only_the_new_names_fi
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
     (moved / "run_emb.safetensors").write_bytes(b"tokens")
+    judged = "evaluation", "mixers_evaluation"
+    for name in judged:
+        (moved / name).mkdir()
     train(config(output_dir=moved, max_train_steps=3, resume_from_checkpoint=resume))
     assert [path.name for path in moved.glob("*.kohya.safetensors")] == ["moved.kohya.safetensors"]
     home = max(moved.glob("earlier_run_*"))
     assert {"run.kohya.safetensors", "run_emb.safetensors"} <= {path.name for path in home.iterdir()}
+    assert all((moved if resume else home).joinpath(name).is_dir() for name in judged)
     if not resume:
+        assert not [*moved.glob("*evaluation")]
         assert adapter_sha256(home) == adapter_sha256(folder)
         assert [path.name for path in RunDir(moved).checkpoints()] == ["last"]
 
