@@ -41,7 +41,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instance_prompt", help='"a photo of sks dog" (default: what the run or the file says)')
     parser.add_argument("--class_word", help="the kind of thing it is (default: found in the prompt)")
     text_option_arguments(parser)
-    parser.add_argument("--output_dir", metavar="DIR", help="where the report goes (default: evaluation/ in the run)")
+    about_folder = "where the report goes (default: evaluation/ in the run; for its best/ best_evaluation/)"
+    parser.add_argument("--output_dir", metavar="DIR", help=about_folder)
     group = parser.add_argument_group("protocol")
     about = "auto (default), object, live, toy, or a text file with a prompt on each line, {} for the subject"
     group.add_argument("--prompts", default="auto", help=about)
@@ -223,9 +224,12 @@ def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequen
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """The folder of the report, checked before anything is drawn. Raises UserError when it cannot be written."""
+    """The folder of the report, checked before anything is drawn. That of `best/` or of a checkpoint lies beside it, as
+    the run replaces or removes these. Raises UserError when it cannot be written."""
     path = user_path(args.adapter)
-    beside = RunDir(path).evaluation_dir if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
+    home, parent = RunDir(path), RunDir(path.parent)
+    is_whole = path.is_dir() and (home.config_path.is_file() or not parent.config_path.is_file())
+    beside = home.evaluation_dir if is_whole else path.with_name(f"{path.stem}_evaluation")
     folder = user_path(args.output_dir) if args.output_dir else beside
     require_folder("output_dir", str(folder), folder)
     require_writable("output_dir", str(folder))

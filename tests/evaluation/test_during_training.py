@@ -208,6 +208,14 @@ def test_the_report_lies_where_a_tilde_says(tmp_path, monkeypatch):
     assert output_folder(Namespace(adapter="~/dog", output_dir="~/out")) == tmp_path / "out"
 
 
+def test_the_report_of_a_part_of_a_run_lies_beside_it_and_outlives_it(run):
+    """It was in `best/`, which a run that goes on replaces, and in a checkpoint, of which the oldest are removed."""
+    place = lambda folder: output_folder(Namespace(adapter=str(folder), output_dir=None))  # noqa: E731
+    assert place(run[1].path) == run[1].evaluation_dir
+    assert place(run[1].best_dir) == run[1].path / "best_evaluation"
+    assert place(run[1].last_dir) == run[1].path / "last_evaluation"
+
+
 def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
     folder = shutil.copytree(run[1].path, tmp_path / "dog")
     (tmp_path / "latin.txt").write_bytes("à {}".encode("latin-1"))
