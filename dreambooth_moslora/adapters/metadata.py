@@ -232,7 +232,7 @@ def versions() -> dict[str, str]:
 
 
 KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")  # Loaded when a stranger's file names them
-RESUMED = "resume_from_checkpoint"  # In `withheld`: resumed with other settings than it began with
+RESUMED = "resume_from_checkpoint"  # In `withheld`: resumed with other settings or photos than it began with
 DEFAULTS = table.TrainConfig()
 FIRST = ("instance_prompt", "subjects", "dataset_name", "leave_out", "caption_prefix", "caption_suffix", "init_adapter")
 FIRST += ("pretrained_vae_model_name_or_path",)

@@ -179,7 +179,7 @@ def unknown_settings(args: argparse.Namespace, receipt: Receipt, config: TrainCo
     if told_by(facts):
         for name in (name for name in facts.withheld if name not in given):
             if name == RESUMED:
-                lines.append("the run was resumed with other settings than it began with")
+                lines.append("the run was resumed with other settings or photos than it began with")
             elif name not in UNTOLD:
                 lines.append(f"it was made with the setting {name:.80}, which no flag here tells")
             else:

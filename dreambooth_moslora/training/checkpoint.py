@@ -75,12 +75,13 @@ def digest_of(checkpoint: Path, position: Position) -> str:
     return core.content_key(**{name: value for name, value in told.items() if name not in absent}, files=files)
 
 
-def digest_of_untold(config: table.TrainConfig, vae: str) -> str:
-    """Of the settings of UNTOLD that are words, which a resumed run should share, and of the VAE's identity."""
+def digest_of_untold(config: table.TrainConfig, vae: str, photos: Sequence[object]) -> str:
+    """Of the settings of UNTOLD that are words, which a resumed run should share, and of the VAE's and the photos'
+    identity."""
     names = [name for name in metadata.UNTOLD if name != "subjects" and not table.SETTINGS[name].metadata["path"]]
     subjects = config.each_subject
     values = [{name: getattr(one, name) for name in names if table.shapes_weights(name, one)} for one in subjects]
-    return core.content_key(values=values, vae=vae)
+    return core.content_key(values=values, vae=vae, photos=photos)
 
 
 def read_position(checkpoint: Path) -> Position:

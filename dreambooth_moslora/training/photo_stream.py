@@ -89,6 +89,11 @@ class PhotoEncoder:
 
         return key, compute
 
+    def identity_of(self, photo: photo_file.Photo) -> tuple[object, ...]:
+        """All of the photo that shapes the weights: its content, its mask's, and its captions."""
+        mask = photo.mask_path and self._digest(photo.mask_path)
+        return self._digest(photo.path), mask, photo.captions, photo.bare_prompt
+
     def read_ahead(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> None:
         if self._readers is not None and (photo, plan) not in self._reading:
             self._reading[photo, plan] = self._readers.submit(self.load_crop, photo, plan)
@@ -243,6 +248,11 @@ class SubjectStreams:
     def encoder(self) -> PhotoEncoder:
         """The one that all streams share."""
         return self.streams[0].encoder
+
+    @property
+    def identity(self) -> list[tuple[object, ...]]:
+        """That of all photos, in their order."""
+        return [self.encoder.identity_of(photo) for photo in self.photos]
 
     def subject_at(self, position: int) -> int:
         return self._place(position)[0]

@@ -161,7 +161,9 @@ class Publisher:
     def __post_init__(self) -> None:
         self.learnt = self.train_step.learnt
         self.tokens = self.learnt.tokens if self.learnt else ()
-        untold = digest_of_untold(self.config, self.inputs.instance.encoder.vae_identity)
+        streams = [stream for stream in (self.inputs.instance, self.inputs.prior) if stream is not None]
+        shown = [stream.identity for stream in streams]
+        untold = digest_of_untold(self.config, self.inputs.instance.encoder.vae_identity, shown)
         named = {"optimizer": optimizer_kind(self.config), "base": self.inputs.base, "untold": untold}
         self.position = Position(self.train_step.step, self.config.seed, **named)
         self.facts = facts_of(self.config, self.inputs, self.train_step)

@@ -283,6 +283,18 @@ def test_a_base_with_other_weights_is_refused_and_one_in_another_folder_or_preci
     assert goes_on(mixed_precision="bf16")
 
 
+def test_a_run_that_goes_on_with_other_photos_captions_or_masks_says_so(goes_on, photos, tmp_path):
+    """`verify` called its file another run's."""
+    mine = Path(shutil.copytree(photos, tmp_path / "mine"))
+    assert not goes_on(instance_data_dir=str(mine))
+    for name, content in (("0.txt", b"a red dog"), ("0.mask.png", (mine / "0.png").read_bytes())):
+        (mine / name).write_bytes(content)
+        assert goes_on(instance_data_dir=str(mine))
+        (mine / name).unlink()
+    (mine / "0.png").unlink()
+    assert goes_on(instance_data_dir=str(mine))
+
+
 def test_a_run_that_goes_on_with_other_words_says_so_and_one_of_an_early_checkpoint_cannot(goes_on, checkpoint):
     words = {"instance_prompt": "a photo of sks cat"}
     assert goes_on(**words)
