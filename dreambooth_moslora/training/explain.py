@@ -178,13 +178,14 @@ def known_config(values: Mapping[str, Any]) -> table.TrainConfig:
 
 
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
-    """The figures, with the scores of a newer `evaluation/scores.json`, unless it is of another scale than the run's.
-    Raises UserError if it is damaged."""
+    """The figures, with the scores of a newer `evaluation/scores.json`, unless it is of another scale than the run's,
+    or of one of its several subjects. Raises UserError if it is damaged."""
     path = run_dir.evaluation_dir / "scores.json"
     if not path.is_file() or path.stat().st_mtime < run_dir.metrics_path.stat().st_mtime:
         return found
     report = sources.read_json_table(path)
-    if as_table(report.get("protocol")).get("adapter_scale", 1) != 1:
+    is_of_one = len(found.config.subjects) > 1 and "subjects" not in report
+    if is_of_one or as_table(report.get("protocol")).get("adapter_scale", 1) != 1:
         return found
     tables, relative, alarm = (as_table(report.get(name)) for name in ("scores", "relative", "copy_alarm"))
     values = {name: as_table(interval).get("mean") for name, interval in tables.items()}

@@ -134,6 +134,11 @@ def test_what_is_not_a_number_is_passed_over_and_a_later_report_of_evaluate_is_t
     weaker = report | {"protocol": {"adapter_scale": 0.5}}
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(weaker))
     assert figures_of(run).scores["dino"] == 0.5, "not the run's: `evaluate --scale 0.5`"
+    pets = [{"instance_data_dir": kind, "instance_prompt": f"a photo of sks {kind}"} for kind in ("dog", "cat")]
+    run.config_path.write_text(json.dumps({"subjects": pets}))
+    for own, score in (({}, 0.5), ({"subjects": []}, 0.6)):
+        (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report | own))
+        assert figures_of(run).scores["dino"] == score, "not the run's: `evaluate --instance_prompt` of one subject"
 
 
 def test_the_command_reads_a_real_run_and_says_how_to_score_it(tiny_base, photos, tmp_path, capsys):
