@@ -315,7 +315,8 @@ def claim_run_folder(config: table.TrainConfig, context: RunContext, step: int, 
     run_dir, report = context.run_dir, context.report
     if report.waiting is None or not context.accelerator.is_main_process:
         return
-    if checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve():
+    is_own = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
+    if is_own:
         archive_checkpoints_after(run_dir, step)
         own = {run_dir.kohya_path, *run_dir.tokens_paths}  # a resumed run would not replace the others
         renamed = [path for path in published_as(run_dir) if path not in own]
@@ -330,4 +331,4 @@ def claim_run_folder(config: table.TrainConfig, context: RunContext, step: int, 
         evaluations = sorted(run_dir.path.glob(f"*{run_dir.evaluation_dir.name}"))  # of the run, and of single files
         move(present(*weights, *facts, *sheets, *evaluations), run_dir, "held an earlier run")
     core.atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
-    report.begin_at(step)
+    report.begin_at(step if is_own else 0)  # else the log is of a run that failed here

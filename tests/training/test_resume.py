@@ -458,6 +458,13 @@ def test_what_another_program_left_under_our_names_is_set_aside(source, finished
     assert (run / "checkpoint-2" / "position.json").is_file()
 
 
+def test_a_run_from_another_folders_checkpoint_has_no_steps_of_one_that_failed_in_its_own(finished, checkpoint):
+    place = {"output_dir": str(checkpoint.with_name("goes_on")), "resume_from_checkpoint": str(checkpoint)}
+    RunDir(place["output_dir"]).append_metrics({"type": "step", "step": 1, "loss": 9.0})
+    train(finished[1](**place))
+    assert [event["step"] for event in logged(place["output_dir"])] == [2]
+
+
 @pytest.mark.parametrize("resume", [None, "latest"])
 def test_an_earlier_run_goes_aside_and_of_a_renamed_folder_only_the_new_names_files_stay(finished, tmp_path, resume):
     folder, config = finished
