@@ -132,7 +132,7 @@ def score_table(facts: CardFacts) -> str:
     best, how = "", "DINO × CLIP-T as a share of the base's × share of pictures that copy no photo"
     if facts.best is not None:
         found = f"Best step: {facts.best.step}, score {facts.best.score:.3f} ({how})"
-        best = f"\n\n{found}; that adapter is in `best/`."
+        best = f"\n\n{found}; that adapter is in the run's `best/`, which is not uploaded."
     return f"## Scores of the last evaluation\n\n| | |\n|---|---|\n{rows}{best}"
 
 

@@ -110,7 +110,7 @@ def test_the_best_step_is_kept_and_the_card_and_the_files_name_it_and_the_scale_
     best = max(events, key=lambda event: (event["score"], -event["step"]))
     assert events[-1]["best"]["step"] == best["step"]
     card = run[1].card_path.read_text()
-    assert f"Best step: {best['step']}, score {best['score']:.3f}" in card
+    assert f"Best step: {best['step']}, score {best['score']:.3f}" in card and "`best/`, which is not uploaded" in card
     assert f"| dino_bare | {events[-1]['dino_bare']:.3f} |" in card
     with Image.open(run[1].path / "loss.png") as plot:
         assert plot.width > 3 * plot.height  # the fidelity plot is beside the loss plot
