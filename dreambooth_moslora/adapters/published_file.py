@@ -262,7 +262,7 @@ def folded_layer(module: str, tensors: Tensors) -> tuple[torch.Tensor, torch.Ten
 LOKR_BOUND = 1e-5  # Largest relative difference of a layer's ΔW in the file from the trained one: fp32's rounding
 
 
-def write_lokr(source: Path, file: Path, title: str, tokens: Sequence[new_tokens.NewTokens]) -> int:
+def write_lokr(source: Path, file: Path, title: str = "", tokens: Sequence[new_tokens.NewTokens] = ()) -> int:
     """Write and prove a raw file's LoKr in LyCORIS' names, for ComfyUI; diffusers reads those of Z-Image and FLUX.2.
     New `tokens` are written beside it, in files named by the title. Returns the layers. Raises UserError."""
     tensors, facts = raw_file.read_raw(source)
