@@ -3,7 +3,7 @@
     python -m benchmarks.muon [--batch 64] [--steps 3]
 
 Both get the same gradients, by turns, in the passes of one model. torch's iterates in bfloat16, which a processor
-without its instructions emulates: there a step of torch's takes minutes. The first step of each is not counted. The
+without its instructions emulates: there it takes most of a step. The first step of each is not counted. The
 difference of the weights after the last step is a share of how far torch's have moved.
 """
 
