@@ -11,6 +11,8 @@ the first half the middle block also learns the CLIP vision tower's features (`t
 unless the run starts from a finished UNet, which knows them. Such a UNet learns its prediction without a
 caption from its own with one.
 
+Where it computes in fp32, 3×3 convolutions are Winograd's (`toybox.learning.winograd`).
+
 `--compiled` compiles the transformer blocks, for a C++ compiler and half a minute before the first step: their passes
 take 0.86 of the processor's time then. Compiled residual blocks would be slower.
 """
@@ -37,6 +39,7 @@ from toybox.learning.build_tokenizer import load
 from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
 from toybox.learning.train_clip import PROJECTION, nonsense
 from toybox.learning.training import MasterWeights, Run, compile_each, compute_dtype
+from toybox.learning.winograd import use_winograd
 
 __all__ = ["TextTowers", "averaged_unet", "build_unet", "noise_schedule", "parse", "train"]
 
@@ -205,7 +208,7 @@ def train(
     begin = partial(UNet2DConditionModel.from_pretrained, args.start, torch_dtype=torch.float32)
     unet = begin() if args.start else build_unet(args.levels)
     unet.train().set_attn_processor(AttnProcessor())
-    use_fast_group_norm(unet)
+    use_winograd(use_fast_group_norm(unet))
     if args.compiled:
         compile_each(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
     alignment = Alignment(unet, cache["seen"])
