@@ -39,6 +39,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, multiprocessing
 
+from dreambooth_moslora.disk.processes import keep_freed_memory
 from toybox.captions import canonical_caption
 from toybox.data.cache_latents import encode
 from toybox.data.pieces import kept
@@ -128,8 +129,21 @@ class Sheets:
 
 
 def make_renders(state: Path, settings: Settings, leg: int) -> None:
-    """Delete the shards that the leg does not learn from; render and encode those of it that are missing."""
+    """Delete the shards that the leg does not learn from; render and encode those of it that are missing. The first
+    process renders, in processes of its own; all encode."""
     began, numbers = time.monotonic(), settings.shards_of(leg)
+    made = render_missing(state, settings, numbers) if rank_and_world()[0] == 0 else 0
+    wait_for_all()
+    encode_shards(state, settings, numbers)
+    wait_for_all()
+    if made:
+        row = {"leg": leg, "pictures": made, "sec": round(time.monotonic() - began, 1)}
+        with (state / "renders.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def render_missing(state: Path, settings: Settings, numbers: range) -> int:
+    """Delete the shards of other numbers and render those of these that are missing; returns how many pictures."""
     for path in [*(state / "toys").glob("*_*"), *(state / "latents").glob("*")]:
         if int(path.stem[-4:]) not in numbers:
             path.unlink()
@@ -139,18 +153,14 @@ def make_renders(state: Path, settings: Settings, leg: int) -> None:
     missing = [shard for number in numbers if not (shard := Shard(state / "toys", number, **shape)).is_done]
     if missing:
         write_all(missing, os.cpu_count() or 1)
-    encode_shards(state, settings, numbers)
-    if missing:
-        row = {"leg": leg, "pictures": len(missing) * settings.pictures, "sec": round(time.monotonic() - began, 1)}
-        with (state / "renders.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    return len(missing) * settings.pictures
 
 
 def encode_shards(state: Path, settings: Settings, numbers: range) -> None:
-    """One file of latents for each shard: latents/0007.safetensors."""
-    renders, size = Renders(state / "toys"), settings.pictures
+    """One file of latents for each shard: latents/0007.safetensors. The processes take the shards by turns."""
+    renders, size, (rank, world) = Renders(state / "toys"), settings.pictures, rank_and_world()
     vae, sight = AutoencoderKL.from_pretrained(BASE / "vae"), Sight(BASE / "image_encoder")
-    for place, number in enumerate(numbers):
+    for place, number in list(enumerate(numbers))[rank::world]:
         rows = range(place * size, (place + 1) * size)
         make = partial(encode, renders, rows, vae, sight, first=numbers.start * size)
         kept(state / "latents" / f"{number:04d}.safetensors", make)
@@ -165,8 +175,7 @@ def keep_training(state: Path, settings: Settings) -> None:
         leg = step // settings.leg
         if is_first:
             print(f"leg {leg} begins at step {step}", flush=True)
-            make_renders(state, settings, leg)
-        wait_for_all()
+        make_renders(state, settings, leg)
         train_unet.train(arguments(state, settings, (leg + 1) * settings.leg), sheets, teacher)
         wait_for_all()
     print("the training has ended: the averaged weights are in", state / "unet" / "model", flush=True)
@@ -177,6 +186,7 @@ def one_of(rank: int, state: Path, settings: Settings, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(settings.processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(max(1, torch.get_num_threads() // settings.processes))
+    keep_freed_memory()
     keep_training(state, settings)
 
 

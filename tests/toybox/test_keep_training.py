@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from PIL import Image, ImageStat
 from safetensors.torch import load_file
 
-from toybox.keep_training import BASE, ROOT, Settings, arguments, keep_training, main, make_renders
+from toybox.keep_training import BASE, ROOT, Settings, arguments, encode_shards, keep_training, main, make_renders
 from toybox.learning import train_unet
 from toybox.learning.training import saved_step
 
@@ -127,6 +128,18 @@ def test_each_leg_adds_fresh_renders_and_keeps_the_newest(tmp_path, unbroken):
     made = [json.loads(line)["pictures"] for line in (tmp_path / "renders.jsonl").read_text().splitlines()]
     assert made == [6, 3]
     assert files(unbroken) == window(1, 2)
+
+
+@pytest.mark.slow
+def test_the_processes_encode_the_shards_by_turns(tmp_path, unbroken, monkeypatch):
+    shutil.copytree(unbroken / "toys", tmp_path / "toys")
+    for rank, done in enumerate([[1], [1, 2]]):
+        monkeypatch.setattr("toybox.keep_training.rank_and_world", lambda rank=rank: (rank, 2))
+        encode_shards(tmp_path, TINY, TINY.shards_of(1))
+        assert [int(path.stem) for path in sorted((tmp_path / "latents").iterdir())] == done
+    for path in (tmp_path / "latents").iterdir():
+        ours, alone = load_file(path), load_file(unbroken / "latents" / path.name)
+        assert all(torch.equal(ours[name], value) for name, value in alone.items())
 
 
 def test_what_is_left_to_render_is_counted_by_whole_legs():
