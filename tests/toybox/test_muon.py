@@ -1,10 +1,12 @@
 """The Muon of processors that emulate bfloat16: the polar factor, torch's steps, and where it is chosen."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import multiprocessing, nn
 
 from toybox.learning import training
 from toybox.learning.muon import GramMuon, orthogonalized
@@ -52,3 +54,25 @@ def test_it_is_taken_where_bfloat16_is_emulated(dtype, kind, monkeypatch):
     monkeypatch.setattr(training, "compute_dtype", lambda device: dtype)
     weights = MasterWeights(nn.Linear(8, 8), muon_lr=0.02)
     assert [type(optimizer) for optimizer in weights.optimizers] == [torch.optim.AdamW, kind]
+
+
+def steps_of(rank: int, world: int, folder: Path) -> None:
+    """Two steps of one of the processes, whose weights are left in the folder."""
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    optimizer = GramMuon(weights, lr=0.02)
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+    torch.save([weight.detach() for weight in weights], folder / f"{rank}-{world}.pt")
+
+
+def test_processes_that_share_the_work_get_the_weights_of_one_alone(tmp_path):
+    steps_of(0, 1, tmp_path)
+    multiprocessing.spawn(steps_of, (2, tmp_path), nprocs=2)
+    alone, *shared = (torch.load(tmp_path / f"{name}.pt") for name in ("0-1", "0-2", "1-2"))
+    for weights in shared:
+        assert all(torch.equal(own, other) for own, other in zip(weights, alone))

@@ -8,6 +8,7 @@ convolution's weight (n = 9m) this takes two fifths of the operations. It needs 
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 __all__ = ["GramMuon", "orthogonalized"]
@@ -32,6 +33,17 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     return product @ x
 
 
+def orthogonalize_each(matrices: list[Tensor]) -> list[Tensor]:
+    """Of the same matrices in each of several processes, each does its share, and all get all."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world == 1:
+        return [orthogonalized(matrix) for matrix in matrices]
+    pieces = [orthogonalized(m) if i % world == rank else torch.zeros_like(m) for i, m in enumerate(matrices)]
+    flat = torch.cat([piece.flatten() for piece in pieces])
+    dist.all_reduce(flat)
+    return [piece.view_as(m) for piece, m in zip(flat.split([m.numel() for m in matrices]), matrices)]
+
+
 class GramMuon(torch.optim.Muon):
     """`torch.optim.Muon` with its defaults but the iteration's dtype, and with its state."""
 
@@ -39,11 +51,13 @@ class GramMuon(torch.optim.Muon):
     def step(self) -> None:
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
+            directions = []
             for parameter in group["params"]:
                 state, gradient = self.state[parameter], parameter.grad
                 mean = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
                 mean.lerp_(gradient, 1 - momentum)
+                directions.append(gradient.lerp(mean, momentum))
+            for parameter, update in zip(group["params"], orthogonalize_each(directions)):
                 rows, columns = parameter.shape
-                update = orthogonalized(gradient.lerp(mean, momentum))
                 parameter.mul_(1 - rate * group["weight_decay"])
                 parameter.sub_(update, alpha=rate * math.sqrt(max(1, rows / columns)))
