@@ -31,7 +31,8 @@ FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
 @dataclass(frozen=True)
 class Record:
     """`state` of STATES; `mark` of settings and photos (`subjects.mark_of`); `starts`: trainings; `seconds`: their
-    time; `hours`: times the held `unit`s (GPUs or cores). That of a lost machine is not counted."""
+    time; `hours`: times the held `unit`s (GPUs or cores). That of a lost machine is not counted. `since`: the clock
+    before the first training of the mark, or 0 in early versions."""
 
     state: str
     mark: str = ""
@@ -41,6 +42,7 @@ class Record:
     unit: str = "CPU"
     starts: int = 0
     machine: str = ""
+    since: float = 0.0
 
 
 def read_record(run_dir: Path) -> Record | None:

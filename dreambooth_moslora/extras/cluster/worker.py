@@ -1,6 +1,6 @@
 """Trains one subject, or several in one process, on one machine: starts a command, and waits for its end.
 
-The training resumes from the run folder's newest checkpoint, so a lost machine costs only the steps since then.
+The training resumes from its newest checkpoint, so a lost machine costs only the steps since then.
 Nothing here imports torch: a worker is small and starts at once.
 
 The process of several is `python -m dreambooth_moslora together`. It writes each subject's record as the subject
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk import processes, queue
+from dreambooth_moslora.disk import events, processes, queue, run_folder
 from dreambooth_moslora.extras.cluster.records import Record, ended, is_finished, read_record, stop_path, write_record
 
 DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
@@ -109,11 +109,11 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     """Returns the exit status; it is negative for a signal. The time is added to the record."""
     before = read_record(run_dir)
     is_known = goes_on(before, job)
-    begun = before if is_known else Record("running", job.mark)
+    begun = before if is_known else Record("running", job.mark, since=time.time())
     begun = replace(begun, state="running", message="", unit=job.unit, starts=begun.starts + 1)
     begun = replace(begun, machine=socket.gethostname())
     write_record(run_dir, begun)
-    processes.write_settings(run_dir, {**job.settings, **({"resume_from_checkpoint": "latest"} if is_known else {})})
+    processes.write_settings(run_dir, {**job.settings, **(resumed(run_dir, before) if is_known else {})})
     started = time.monotonic()
     process = start_guarded(job, ("train", "--config", str(run_dir / processes.CONFIG_NAME)), (hold.fileno(),))
     code = watch(process, stop_path(run_dir.parent), [run_dir])
@@ -125,6 +125,14 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
 
 def goes_on(before: Record | None, job: Job) -> bool:
     return before is not None and before.mark == job.mark and before.starts > 0
+
+
+def resumed(run_dir: Path, before: Record) -> dict[str, str]:
+    """The setting that resumes a run which was started before. One that ended before it took the folder, while its base
+    was loaded, has left an earlier run's checkpoints there: none of them is its own."""
+    starts = run_folder.RunDir(run_dir).read_metrics(events.RunStarted.kind)
+    has_begun = any((event.get("time") or 0) >= before.since for event in starts)
+    return {"resume_from_checkpoint": "latest"} if has_begun or not before.since else {}
 
 
 def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subprocess.Popen:
@@ -190,7 +198,7 @@ def train_work(work: Job | Group) -> Record | list[Record]:
                 ended(run_dir, "failed", str(error))
             else:
                 before = read_record(run_dir)  # what it has cost so far is kept
-                known = before if goes_on(before, job) else Record("waiting", job.mark)
+                known = before if goes_on(before, job) else Record("waiting", job.mark, since=time.time())
                 write_record(run_dir, replace(known, state="waiting", message="", unit=job.unit))
                 jobs.append(job)
         train_to_their_ends(jobs, work.at_once, tuple(holds))
@@ -220,12 +228,12 @@ def train_to_their_ends(left: list[Job], at_once: int, holds: tuple[int, ...]) -
 
 def train_group_once(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> int:
     """Returns the exit status; it is negative for a signal."""
-    for job in jobs:
-        resumed = {"resume_from_checkpoint": "latest"} if read_record(Path(job.run_dir)).starts else {}
-        processes.write_settings(Path(job.run_dir), {**job.settings, **resumed})
+    run_dirs = [Path(job.run_dir) for job in jobs]
+    for job, run_dir in zip(jobs, run_dirs, strict=True):
+        before = read_record(run_dir)
+        processes.write_settings(run_dir, {**job.settings, **(resumed(run_dir, before) if before.starts else {})})
     share = jobs[0].gpus or jobs[0].cpus
     words = ("together", "--at_once", str(at_once), "--share", str(share), *(job.run_dir for job in jobs))
-    run_dirs = [Path(job.run_dir) for job in jobs]
     return watch(start_guarded(jobs[0], words, holds), stop_path(run_dirs[0].parent), run_dirs)
 
 

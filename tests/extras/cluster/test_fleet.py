@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.events import RunStarted, record_of
 from dreambooth_moslora.disk.processes import CONFIG_NAME, write_settings
 from dreambooth_moslora.disk.queue import locked, take
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -260,6 +261,23 @@ def test_a_training_that_does_not_answer_the_fleets_stop_is_ended_and_told(tmp_p
     threading.Timer(0.3, stop_path(tmp_path).touch).start()
     record = train_subject(rex(tmp_path))
     assert (record.state, record.starts) == ("failed", 1) and "had not answered the request to stop" in record.message
+
+
+@pytest.mark.parametrize("train", [train_subject, lambda job: train_work(Group((job,), at_once=1))[0]])
+def test_a_training_that_was_killed_before_it_took_the_folder_resumes_no_earlier_run(train, tmp_path, monkeypatch):
+    """It went on from the last checkpoint of the run with other photos, and was done at once."""
+    (script := tmp_path / "killed.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(worker, "GUARDED", (str(script),))
+    job, run = rex(tmp_path), RunDir(tmp_path / "rex")
+    run.append_metrics(record_of(RunStarted(2)))
+    write_record(run.path, Record("done", "of other photos", starts=1))
+    for is_its_own in (False, True):
+        assert train(job).state == "failed"
+        write_record(run.path, replace(read_record(run.path), starts=3))  # a group's process counts them itself
+        assert train(job).state == "failed"
+        settings = json.loads((run.path / CONFIG_NAME).read_text())
+        assert settings == ({"resume_from_checkpoint": "latest"} if is_its_own else {})
+        run.append_metrics(record_of(RunStarted(2)))
 
 
 def test_a_mistake_is_the_subjects_own_line(tmp_path):
