@@ -22,7 +22,7 @@ from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, Parser, underscored, unknown_flag_message
 from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, StopRequest, TerminalProgress, exit_code, say
 from dreambooth_moslora.disk.processes import uncollected
-from dreambooth_moslora.disk.run_folder import RunDir, no_device
+from dreambooth_moslora.disk.run_folder import RunDir, is_checkpoint, no_device
 from dreambooth_moslora.plan import choices, memory
 from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject
@@ -259,7 +259,7 @@ def choose(given: Given) -> choices.Choices:
         chosen.say(f"GPUs: one of {count}; `accelerate launch --multi_gpu {SCRIPT} …` trains on all")
     exposures = choices.USUAL_EXPOSURES if given.has_recipe else choices.choose_recipe(chosen, free_gib)
     choices.choose_words(chosen, word)
-    output = run_folder(word, resumes=bool(settings.get("resume_from_checkpoint")))
+    output = run_folder(word, settings.get("resume_from_checkpoint"))
     chosen.add(f"output: {output}", "output_dir", output_dir=str(output))
     choices.choose_resolution(chosen)  # by which photos are judged; a recipe has it, a file may lack it
     chosen.photo_report = photo_report(table.TrainConfig.from_dict(chosen.all | {"early_stopping": None}))
@@ -299,13 +299,15 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
     return folder, word
 
 
-def run_folder(word: str, resumes: bool) -> Path:
-    """`runs/dog`, or a free name like it; for a resumed run the latest one, with a checkpoint if any has one; for
-    several processes the first."""
+def run_folder(word: str, resumed_from: str | None = None) -> Path:
+    """`runs/dog`, or a free name like it; for a resumed run the folder of the named checkpoint, else the latest one,
+    with a checkpoint if any has one; for several processes the first."""
+    if resumed_from not in (None, "latest") and is_checkpoint(Path(resumed_from)):
+        return Path(resumed_from).parent
     name = no_device(re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run")
     if not memory.is_alone():
         return RUNS / name
-    if not resumes:
+    if not resumed_from:
         return RUNS / core.free_name(name, lambda taken: (RUNS / taken).exists())
     there = [path for path in RUNS.glob("*") if re.fullmatch(rf"{re.escape(name)}(_\d+)?", path.name)]
     there = [path for path in there if RunDir(path).latest_checkpoint()] or there  # another may wait in the queue

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -220,8 +221,12 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
     for name in CHECKPOINT_FILES:
         (Path("runs") / "dog" / "checkpoint-1" / name).write_text("x")
     assert parse_train_config(resumed).output_dir == "runs/dog", "the empty one may wait in the queue"
+    shutil.copytree("runs/dog/checkpoint-1", "runs/dog_2/checkpoint-1")
+    assert parse_train_config(resumed).output_dir == "runs/dog_2"
+    named = parse_train_config([*photos, "--resume_from_checkpoint", "runs/dog/checkpoint-1"])
+    assert named.output_dir == "runs/dog", "the other run would have been moved aside"
     monkeypatch.setenv("WORLD_SIZE", "2")  # each process would find another free name
-    assert one_word.run_folder("dog", resumes=False) == Path("runs/dog")
+    assert one_word.run_folder("dog") == Path("runs/dog")
 
 
 MISTAKES = [(["nowhere", "dog"], "nowhere: there is no such folder"), (["dog/0.png", "dog"], "it is a file")]
