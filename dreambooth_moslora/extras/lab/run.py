@@ -2,7 +2,7 @@
 
     OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written atomically when it is finished
     OUT/cells/NAME-DIGEST.jpg    its pictures in one strip, for the report
-    OUT/cache, OUT/running       encoded photos, and the run folder of the current training
+    OUT/cache, OUT/running       encoded photos (`encodings_folder`), and the run folder of the current training
 
 The file name has a digest of everything that the result depends on. A worker keeps the base, the encoders and each
 subject's base pictures in memory between cells.
@@ -212,7 +212,7 @@ def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]
 
 
 def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evaluation:
-    pipeline = pipeline_of(study.base, study.revision)
+    pipeline = pipeline_of(study)
     pipeline.load_adapter(run_dir, "cell")
     options = {"batch_size": 8, "text_options": text_options_of(study.config_of(cell, cell.rank, run_dir))}
     try:
@@ -221,9 +221,13 @@ def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evalu
         pipeline.unload_adapter("cell")
 
 
+def pipeline_of(study: Study) -> SubjectPipeline:
+    return pipeline_from(study.base, study.revision, study.train.get("cache_dir"))
+
+
 @lru_cache(maxsize=1)
-def pipeline_of(base: str, revision: str | None) -> SubjectPipeline:
-    return SubjectPipeline.from_base(base, revision=revision)
+def pipeline_from(base: str, revision: str | None, cache_dir: str | None) -> SubjectPipeline:
+    return SubjectPipeline.from_base(base, revision=revision, cache_dir=cache_dir)
 
 
 encoders_of = lru_cache(maxsize=1)(metrics.load_encoders)
@@ -242,7 +246,7 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     photos, pictures = photo_report(config).photos, protocol.images_per_prompt
     counts = (protocol.num_prompts, pictures, protocol.class_images, protocol.unrelated, protocol.inference_steps)
     plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
-    resolution_px = pipeline_of(study.base, study.revision).resolution_px
+    resolution_px = pipeline_of(study).resolution_px
     truth = score_tables.truth_of(study.base, config.instance_data_dir, plan, encoders, resolution_px)
     made = score_tables.Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
     for one in subject.beside:
@@ -377,7 +381,7 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
-    shared = {"caching": "disk", "cache_dir": str(out / "cache"), **class_folders(config, out)}
+    shared = {**encodings_folder(config, out), **class_folders(config, out)}
     result = train(TrainConfig.from_dict({**config.to_dict(), **shared}))
     steps = events.events_of(events.StepDone, run_folder.RunDir(result.run_dir).read_metrics())
     return {
@@ -386,6 +390,15 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
         "memory_gib": max(event.memory_gib or 0.0 for event in steps),
         "parameters": count_parameters(config, config.rank),
     }
+
+
+def encodings_folder(config: TrainConfig, out: Path) -> dict[str, str]:
+    """Encoded photos are kept in `out`, unless files of the hub are sought in the same folder: a base that the hub's
+    cache has would be fetched once more."""
+    base = resolve_base(config.pretrained_model_name_or_path)
+    is_here = isinstance(base, Path) and base.is_dir() and not config.pretrained_vae_model_name_or_path
+    own = {"cache_dir": str(out / "cache")} if is_here and not config.cache_dir else {}
+    return {"caching": "disk", **own}
 
 
 def class_folders(config: TrainConfig, out: Path) -> dict[str, Any]:
@@ -442,7 +455,7 @@ def projections(base: str, targets: tuple[str, ...]) -> dict[str, tuple[int, int
     """{path: (in, out)} of every targeted layer of the denoiser, by its configuration; in·h·w for convolutions."""
     source, facts = resolve_base(base), facts_of_base(base)
     if facts is None or (isinstance(source, Path) and source.is_file()):
-        denoiser = denoiser_of(pipeline_of(base, None).pipeline)
+        denoiser = denoiser_of(pipeline_from(base, None, None).pipeline)
     else:
         sizes = getattr(diffusers, facts.model).load_config(source, subfolder=facts.denoiser)
         denoiser = raw_file.empty_model({"class": facts.model, "config": sizes})

@@ -86,6 +86,15 @@ def test_it_goes_on_where_it_stopped(study, finished):
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path.stem != victim.stem)
 
 
+def test_a_base_of_the_hub_is_sought_where_it_is_and_not_beside_the_studys_encodings(study, tmp_path):
+    """It was fetched once more, into the study's own cache."""
+    config = study.config_of(study.tuning_cells()[0], 4, tmp_path)
+    assert run.encodings_folder(config, tmp_path) == {"caching": "disk", "cache_dir": str(tmp_path / "cache")}
+    changes = {"pretrained_model_name_or_path": "someone/sdxl"}, {"cache_dir": "/data/hub"}
+    for own in (*changes, {"pretrained_vae_model_name_or_path": "someone/vae"}):
+        assert run.encodings_folder(replace(config, **own), tmp_path) == {"caching": "disk"}
+
+
 def test_a_study_of_another_family_counts_its_layers_and_scores_with_the_runs_instruction(study, tmp_path, monkeypatch):
     """Its file does not tell the sentence."""
     tiny_pipeline("lumina2", tmp_path / "files").save_pretrained(tmp_path / "base")
