@@ -11,6 +11,7 @@ Their files are scores.json and report.html of all, and subject_1/, subject_2/ â
 
 import json
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, permutations
@@ -231,6 +232,7 @@ def write_reports(
 
     def write(place: Path, scores: dict, html: str) -> None:
         place.mkdir(parents=True, exist_ok=True)
+        scores["time"] = time.time()  # a copy of the folder has dates of its own
         atomic_write(place / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
         atomic_write(place / "report.html", html)
 

@@ -99,6 +99,7 @@ class Figures:
     likeness: Sequence[tuple[int, float]] = ()  # (step, value) of each evaluation
     score: Sequence[tuple[int, float]] = ()  # likewise
     processes: int = 1
+    time: float = 0.0  # of the last event
 
     @property
     def exposures(self) -> float | None:
@@ -139,6 +140,7 @@ def figures_from(
         likeness=curve(scored, "dino"),
         score=curve(scored, "score"),
         processes=int(number(start.get("processes")) or 1),  # early versions told none
+        time=max((number(event.get("time")) or 0.0 for event in records), default=0.0),
     )
 
 
@@ -181,9 +183,14 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
     """The figures, with the scores of a newer `evaluation/scores.json`, unless it is of another scale than the run's,
     or of one of its several subjects. Raises UserError if it is damaged."""
     path = run_dir.evaluation_dir / "scores.json"
-    if not path.is_file() or path.stat().st_mtime < run_dir.metrics_path.stat().st_mtime:
+    if not path.is_file():
         return found
     report = sources.read_json_table(path)
+    made, ended = number(report.get("time")), found.time
+    if made is None:  # of an early version
+        made, ended = path.stat().st_mtime, run_dir.metrics_path.stat().st_mtime
+    if made < ended:
+        return found
     is_of_one = len(found.config.subjects) > 1 and "subjects" not in report
     if is_of_one or as_table(report.get("protocol")).get("adapter_scale", 1) != 1:
         return found

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
 from contextlib import chdir
@@ -131,6 +132,12 @@ def test_what_is_not_a_number_is_passed_over_and_a_later_report_of_evaluate_is_t
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report | {"copy_alarm": {"raised": True}}))
     found = figures_of(run)
     assert found.scores == {"dino": 0.6, "drift_of_spread": 1.7, "score": 0.4} and found.copy_alarm
+    for moment, score in ((1.0, 0.5), (3.0, 0.6)):
+        run.metrics_path.write_text(json.dumps({"type": "evaluation", "step": 3, "time": 2.0, "dino": 0.5}) + "\n")
+        (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report | {"time": moment}))
+        os.utime(run.metrics_path, (0, moment))
+        os.utime(tmp_path / "evaluation" / "scores.json", (0, 2))
+        assert figures_of(run).scores["dino"] == score, "by its own time: a copied file has another"
     weaker = report | {"protocol": {"adapter_scale": 0.5}}
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(weaker))
     assert figures_of(run).scores["dino"] == 0.5, "not the run's: `evaluate --scale 0.5`"
