@@ -140,7 +140,8 @@ def page_base(title: str, name: str, args: argparse.Namespace) -> "PageBase":
     full = str(path.resolve()) if path.exists() and name not in core.TOYS else str(name)
     resolution_px = files.own_resolution(name)
     told, templates = about(name, place, resolution_px), tuple(templates_for(name))
-    return state.PageBase(title, full, resolution_px, load, told, templates, core.public_name(name))
+    public_name, is_remote = core.public_name(name), bool(args.backend)
+    return state.PageBase(title, full, resolution_px, load, told, templates, public_name, is_remote)
 
 
 def runs_folder(text: str) -> Path:

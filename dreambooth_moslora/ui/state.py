@@ -191,7 +191,7 @@ def facts_shown(base_name: str) -> Facts:
 class PageBase:
     """One base: `title` is shown to everyone, `name` is what the trainer gets and may be a path. `about` is a sentence
     without its first word and full stop. `load` may raise UserError. `public_name` is what its pictures say, if not the
-    title."""
+    title. `is_remote`: a service draws with it."""
 
     title: str
     name: str
@@ -200,11 +200,12 @@ class PageBase:
     about: str = ""
     templates: tuple[str, ...] = ()
     public_name: str = ""
+    is_remote: bool = False
 
     @property
     def is_small(self) -> bool:
-        """Whether it needs no care with memory, such as the embedded one."""
-        return self.resolution_px <= SMALL_BASE_PX
+        """Whether it needs no care with memory here, such as the embedded one."""
+        return self.is_remote or self.resolution_px <= SMALL_BASE_PX
 
 
 class AppContext:
@@ -353,11 +354,17 @@ class GpuTurns:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Wraps all pictures of a request. Raises UserError while a run trains."""
+        """Wraps all pictures of a request. Raises UserError while a run trains that leaves no room for the base."""
         if self.is_small:
             yield
             return
         self._ctx.pipeline()  # not under the lock: loading takes long
+        with self._alone():
+            yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No run begins meanwhile. Raises UserError while one trains."""
         with self._lock:
             if self._ctx.jobs.current():
                 raise UserError(BUSY)
@@ -366,7 +373,7 @@ class GpuTurns:
     @contextmanager
     def captioning(self) -> Iterator[None]:
         """Wraps captions, whose model takes the GPU in the pipeline's place. Raises UserError while a run trains."""
-        with self.drawing():
+        with self._alone() if self._ctx.chosen.is_remote else self.drawing():
             if not self.is_small and (pipeline := self._ctx.loaded()) is not None and pipeline.has_gpu:
                 pipeline.rest()
             yield

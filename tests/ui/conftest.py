@@ -94,7 +94,7 @@ def context(tmp_path):
     made = []
 
     def make(load=lambda: None, others=(), **facts) -> AppContext:
-        of_base = {"title": "x", "name": "toy", "resolution_px": 64, "public_name": ""}
+        of_base = {"title": "x", "name": "toy", "resolution_px": 64, "public_name": "", "is_remote": False}
         of_base |= {name: facts.pop(name) for name in of_base if name in facts}
         folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
         made.append(AppContext(PageBase(load=load, **of_base), *others, **{"training": True} | folders | facts))
