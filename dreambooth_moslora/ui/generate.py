@@ -247,6 +247,8 @@ def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: 
     compared = {"inputs_kwargs": tab.fields, "outputs": [results["slider"], status]}
     axis = {"rows": "down", "row_values": "down_values", "columns": "across", "column_values": "across_values"}
     of_grid = {"inputs_kwargs": {name: results[widget] for name, widget in axis.items()} | tab.fields}
+    for widget in axis.values():
+        explain_bad_values(results[widget])
 
     @state.as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:

@@ -276,11 +276,14 @@ SHOWN = {"show_label": False, "format": "png", "interactive": False, "buttons": 
 
 
 def explain_bad_values(widget: gr.components.Component) -> None:
-    """Make the widget name itself and its expected type when it cannot take a value."""
+    """Make the widget name itself and its expected type when it cannot take a value, such as a box of text a list:
+    gradio would take Python's spelling of it."""
     own = widget.preprocess
 
     def preprocess(value: object) -> object:
         try:
+            if isinstance(widget, gr.Textbox) and isinstance(value, list | dict):
+                raise TypeError
             return own(value)
         except gr.Error as error:
             words = f"{widget.label}: {error.message}"

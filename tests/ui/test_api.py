@@ -124,6 +124,10 @@ MISTAKES = [
     ("generate", {"steps": "many"}, "Steps must be a number, not 'many'"),
     ("generate", {"seed": [1]}, "Seed must be a number, not [1]"),
     ("generate", {"size": [64, 64]}, "size [64, 64] is not understood"),
+    ("generate", {"prompt": ["a", "b"]}, "Prompt must be text, not ['a', 'b']"),
+    ("grid", {"rows": "prompt", "row_values": ["a", "b"]}, "Row values must be text, not ['a', 'b']"),
+    ("estimate", {"captions": ["a", "b"]}, "Captions must be text, not ['a', 'b']"),
+    ("estimate", {"class_word": {"a": 1}}, "What the photos show must be text"),
     ("generate", {"size": 64.5}, "size 64.5 is not understood"),
     ("estimate", {"rank": {"a": 1}}, "Rank must be a number"),
     ("estimate", {"memory": "little"}, "Memory: Value: little is not in the list of choices"),
@@ -141,7 +145,8 @@ MISTAKES = [
 @pytest.mark.parametrize("endpoint, arguments, words", MISTAKES)
 def test_mistakes_are_told_in_words(served, endpoint, arguments, words):
     """The Python client itself would not send all of them."""
-    needed = {"generate": {"prompt": "a"}, "estimate": {"photos": [], "class_word": "x"}}.get(endpoint, {})
+    prompt, subject = {"prompt": "a"}, {"photos": [], "class_word": "x"}
+    needed = {"generate": prompt, "grid": prompt, "estimate": subject}.get(endpoint, {})
     content, headers = json.dumps(needed | arguments), {"Content-Type": "application/json"}
     asked = httpx.post(f"{served.url}gradio_api/call/v2/{endpoint}", content=content, headers=headers)
     told = httpx.get(f"{served.url}gradio_api/call/{endpoint}/{asked.json()['event_id']}", timeout=60).text
