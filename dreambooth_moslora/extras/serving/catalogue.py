@@ -40,7 +40,9 @@ class RefusedError(UserError):
         return RefusedError, (self.status, str(self), self.retry_sec)
 
 
-TOO_LATE = RefusedError(504, "the picture was not drawn within the time limit; ask again later")
+def too_late() -> RefusedError:
+    """A new one each time: a raised error keeps the frames that it came through, and with them the order."""
+    return RefusedError(504, "the picture was not drawn within the time limit; ask again later")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.extras.serving.catalogue import TOO_LATE, AdapterRef, Catalogue, Drawn, Order, RefusedError
+from dreambooth_moslora.extras.serving.catalogue import AdapterRef, Catalogue, Drawn, Order, RefusedError, too_late
 from dreambooth_moslora.generation.params import check_size
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
@@ -102,7 +102,7 @@ class Drawer:
         answer = waiting.answer
         try:
             if waiting.is_left:
-                raise TOO_LATE
+                raise too_late()
             for ref in waiting.order.adapters:
                 self._refs[ref.key] = ref
                 await self._load(ref.key)
@@ -138,5 +138,5 @@ class Drawer:
                 raise RefusedError(409, f"the adapter {ref.name} here is another file than the one that is asked for")
         images = self.pipeline.draw(order.params, lambda: waiting.is_left)
         if not images:
-            raise TOO_LATE
+            raise too_late()
         return images[0].png()

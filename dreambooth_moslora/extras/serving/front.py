@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from dreambooth_moslora.core import UserError, one_line
-from dreambooth_moslora.extras.serving.catalogue import TOO_LATE, Catalogue, Drawn, Order, RefusedError, parse_order
+from dreambooth_moslora.extras.serving.catalogue import Catalogue, Drawn, Order, RefusedError, parse_order, too_late
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -197,7 +197,7 @@ class Front:
                 order = await self._order_of(body, started)
                 drawn = await self.draw(order)
         except TimeoutError as error:
-            raise TOO_LATE from error
+            raise too_late() from error
         finally:
             self.inside -= 1
             self.telemetry.inside.set(self.inside)

@@ -1,7 +1,9 @@
 """The service without Ray, drawing for real: the same pictures as `generate`, limits, tokens and counts."""
 
 import asyncio
+import gc
 import os
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from dreambooth_moslora.adapters.new_tokens import KEYS, NewTokens, notes_of, wr
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
 from dreambooth_moslora.extras.serving import front as front_module
-from dreambooth_moslora.extras.serving.catalogue import RefusedError
+from dreambooth_moslora.extras.serving.catalogue import Order, RefusedError
 from dreambooth_moslora.extras.serving.drawer import Drawer
 from dreambooth_moslora.extras.serving.front import Access, Front, ServeSettings, build_front
 from dreambooth_moslora.generation.params import GenerationParams
@@ -213,6 +215,20 @@ def test_a_request_ends_at_its_time_limit_and_its_picture_is_left(open_shop):
     assert len(shop.drawer.batches) == 0 and shop.front.inside == 0
     shop.front.request_timeout_sec = 60.0
     assert shop.ask(order())[0].status_code == 200
+
+
+def test_an_order_that_came_too_late_is_not_kept(base, shelf):
+    _, drawer = shop_of(base, shelf)
+
+    async def late() -> weakref.ref:
+        asked = Order(GenerationParams("a dog"), seconds=-1.0)
+        with pytest.raises(RefusedError, match="within the time limit"):
+            await drawer.draw(asked)
+        return weakref.ref(asked)
+
+    found = asyncio.run(late())
+    gc.collect()
+    assert found() is None
 
 
 def test_a_token_opens_everything_but_health_which_is_open(open_shop):
