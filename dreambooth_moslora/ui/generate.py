@@ -3,7 +3,7 @@
 import html
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,7 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         visitor = ctx.visitors.of(request)
         if not (own := _own(pictures, visitor)):
             return ""
-        params = GenerationParams.from_png(own[0].path)
+        params = replace(GenerationParams.from_png(own[0].path), num_images=len(own))
         return generate_values.code_snippet(params, ctx.public_name, ctx.catalog.public_paths(visitor))
 
     # The page drops a click while the last one is not answered, but for this mode: each Stop must count.

@@ -316,6 +316,14 @@ def test_the_settings_of_a_picture_in_the_history_are_those_of_the_one_that_is_s
     assert reuse.fn(shown, 0, PAGE)[0] == "a dog" and reuse.fn(history.fn(PAGE)[-1], 0, PAGE)[0] == "a cat"
 
 
+def test_the_code_draws_all_pictures_that_are_shown(context):
+    ctx = context()
+    snippet = next(event for event in build_app(ctx, []).fns.values() if event.name == "snippet")
+    drawn = one_drawn((visitor := ctx.visitors.of(PAGE)).folder, "a dog")
+    assert "num_images=3" in snippet.fn([drawn] * 3, PAGE) and "num_images" not in snippet.fn([drawn], PAGE)
+    assert snippet.fn([Picture(visitor.root.parent / "another.png", "")], PAGE) == ""
+
+
 def test_a_base_of_the_hub_is_named_so_in_code_and_no_other_than_its_pictures_tell(context, monkeypatch):
     """The page has a title without a slash for it, which `from_base` does not know."""
     ctx = context(title="owner_base", public_name="owner/base")
