@@ -203,10 +203,11 @@ def review_widgets(widgets: dict) -> list[Any]:
 def reviews(
     ctx: state.AppContext, visitor: visitors.Visitor, seed: int, count: int, like: str = NONE, **how: Any
 ) -> tuple:
-    """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not change."""
+    """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not change but with
+    `is_reset`, where they may be gone."""
     values: list[Any] = []
     for number in range(1, MOST_SUBJECTS + 1):
-        is_shown = number <= count and photos_of(visitor.photos_dir, number)
+        is_shown = how.get("is_reset") or (number <= count and photos_of(visitor.photos_dir, number))
         values += review(ctx, visitor, number, seed, like, **how) if is_shown else (gr.skip(), gr.skip())
     return tuple(values)
 

@@ -194,6 +194,17 @@ def test_a_run_that_comes_back_to_a_page_on_another_base_says_so(ann, tab, conte
     assert ("It was trained on toy, and the base at the top of the page is toy-zimage." in told) == (base != "toy")
 
 
+def test_a_run_of_one_subject_that_comes_back_takes_the_rows_of_further_subjects_away(ann, tab, context):
+    """Their photos are gone, and “Add another subject” showed them again."""
+    page = context()
+    with prepared(tab, DUCK, ann) as run:
+        processes.write_settings(run.run_dir, run.settings)
+        recorded(run.run_dir, owner=page.visitors.of(PAGE).id)
+        event = next(event for event in build_app(page, []).fns.values() if event.name == "reopen")
+        shown = dict(zip((widget.elem_id for widget in event.outputs), event.fn("duck", PAGE), strict=True))
+    assert (shown["crops"].visible, shown["crops_2"].visible, shown["remarks_2"].visible) == (True, False, False)
+
+
 OF_ONE_RUN = ("output_dir", "instance_data_dir", "token")
 
 
