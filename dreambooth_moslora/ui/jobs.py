@@ -139,7 +139,8 @@ NO_PROCESS = 0  # The number of no program's process.
 KILL_AFTER_SEC = 30
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
 """Letters, digits, space and `+-_`, with single dots between: no separator, no leading dot."""
-MAX_RUN_NAME = 60
+MAX_RUN_NAME = 60  # Of a new run, characters
+MOST_NAME_BYTES = 255  # Of any folder
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class Jobs:
         """The run's folder. Raises UserError for a name that would leave `runs_dir`."""
         if name == "":
             raise UserError("choose a run; '' cannot be the name of a run")
-        if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
+        if not isinstance(name, str) or not RUN_NAME.fullmatch(name) or len(name.encode()) > MOST_NAME_BYTES:
             raise UserError(f"{name!r:.60} cannot be the name of a run")
         return self.runs_dir / name
 
