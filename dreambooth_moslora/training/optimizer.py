@@ -166,12 +166,14 @@ def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
 
 def make_lr_schedule(config: table.TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
     """A learning-rate schedule of diffusers, in optimizer steps of any number of processes. Raises UserError."""
+    # polynomial divides by the steps after the warm-up, after the run's last step too
+    steps = max(max_train_steps, config.lr_warmup_steps + 1)
     try:
         return get_scheduler(
             config.lr_scheduler,
             optimizer=optimizer,
             num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=max_train_steps,
+            num_training_steps=steps,
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )

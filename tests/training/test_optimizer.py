@@ -88,6 +88,19 @@ def test_a_rate_that_polynomial_cannot_fall_from_is_refused_with_both_rates():
         make_lr_schedule(config, optimizer, 9)
 
 
+def test_a_schedule_whose_warm_up_is_as_long_as_the_run_rises_to_its_end():
+    """The rate is asked for after the last step too."""
+    for scheduler in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"):
+        config = TrainConfig(lr_scheduler=scheduler, lr_warmup_steps=3, learning_rate=3e-4)
+        optimizer = make_optimizer(config, parameter_groups(config, components()))
+        schedule, rates = make_lr_schedule(config, optimizer, 3), []
+        for _ in range(3):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        assert rates == pytest.approx([0, 1e-4, 2e-4])
+
+
 @pytest.mark.extra("schedulefree")
 def test_the_schedule_free_average_is_what_the_library_evaluates():
     _, weights, optimizer = stepped("schedulefree")
