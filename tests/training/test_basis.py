@@ -22,6 +22,7 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RAW_NAME, RunDir, files_by_name
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import MixersOnBases, SubjectPipeline
+from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.checks import check_settings
 from dreambooth_moslora.settings.sources import checked_recipe, recipe_of
 from dreambooth_moslora.training.loop import train
@@ -139,6 +140,31 @@ def test_a_basis_is_learnt_over_two_subjects_and_carries_the_next(subjects, tiny
     raw = load_file(tmp_path / "run" / "last" / "moslora_weights.safetensors")
     assert all(raw[key].equal(after[key]) != key.endswith(".mixer") for key in after)
     assert RunDir(tmp_path / "run").mixers_path.is_file()
+
+
+@pytest.mark.slow
+def test_in_fp16_the_loss_is_scaled_and_a_step_that_overflows_is_skipped(subjects, tiny_base, tmp_path, monkeypatch):
+    """With the scaler that accelerate has on a GPU; the base stays in fp32, which CPUs compute."""
+    make_accelerator = processes.make_accelerator
+
+    def learnt(name: str, scale: float = 0.0, rate: str = "0.01") -> dict[str, torch.Tensor]:
+        def make(config, run_dir):
+            accelerator = make_accelerator(config, run_dir)
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
+            return accelerator
+
+        monkeypatch.setattr(processes, "make_accelerator", make)
+        out = tmp_path / f"{name}_basis.safetensors"
+        given = [*subjects, "--pretrained_model_name_or_path", str(tiny_base), *COMMAND, "--max_train_steps", "4"]
+        given += ["--seed", "1", "--learning_rate", "0.1", "--basis_lr", rate]
+        assert main(["basis", *given, "--out", str(out)]) == 0
+        return raw_file.read_raw(out)[0]
+
+    start, plain = learnt("start", rate="0"), learnt("plain")
+    scaled, skipped = learnt("scaled", 2.0**10), learnt("skipped", float("inf"))
+    assert any(not start[key].equal(plain[key]) for key in plain)
+    assert all(torch.allclose(scaled[key], plain[key], atol=1e-4) for key in plain)
+    assert all(start[key].equal(skipped[key]) for key in plain)
 
 
 def test_a_flag_without_an_effect_is_refused_and_not_in_the_help(tmp_path, capsys):

@@ -66,6 +66,7 @@ class Learner:
         groups = [{"params": self.shared, "lr": basis_lr}, {"params": self.subjects, "lr": mixer_lr}]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.rates = [basis_lr, mixer_lr]
+        self.scaler = step.accelerator.scaler or torch.amp.GradScaler(enabled=False)  # of fp16
 
     def learn(
         self, total: int, out: Path, config: TrainConfig, progress: Progress, should_stop: Callable[[], bool]
@@ -83,23 +84,26 @@ class Learner:
         return total
 
     def one_step(self, number: int, total: int) -> float:
-        """Train A, B and the mixers of the subject whose turn it is. Returns the loss."""
+        """Train A, B and the mixers of the subject whose turn it is; fp16 skips a step that overflows. Returns the
+        loss."""
         step, size = self.step, self.step.config.train_batch_size
         subject = self.subjects[step.inputs.instance.subject_at(number * size)]
         put(subject.detach(), self.live)
         step.train_mode()
         with step.copies.for_one_step() as copies:
             parts = step.micro_batch_loss(number)
-            parts.total.backward()
+            self.scaler.scale(parts.total).backward()
             copies.collect()
         loss = float(parts.total.detach())
         if not torch.isfinite(parts.total):
             raise UserError(f"the loss is {loss} at step {number + 1}: lower --learning_rate or --basis_lr")
         subject.grad = torch.cat([mixer.grad.flatten() for mixer in self.live])
+        self.scaler.unscale_(self.optimizer)
         clip_grad_norm_([*self.shared, subject], step.config.max_grad_norm)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * (1 - number / total)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         for mixer in self.live:
             mixer.grad = None
