@@ -25,7 +25,8 @@ from dreambooth_moslora.settings.rules import version_of
 
 MIN_PYTHON = (3, 11)
 NEEDED_DISK_GIB = 10
-LEAST_PX = 16  # side of the doctor's test pictures
+LEAST_PX, USUAL_PX = 16, 256  # side of the doctor's test pictures
+EMULATED_PX = 64  # On a CPU without bf16: half precision takes ten times as long as fp32 there, at 256 px a minute
 OPTIONAL = ("bitsandbytes", "prodigyopt", "schedulefree", "datasets", "tensorboard", "wandb", "trackio", "torchvision")
 """Libraries that only some settings need."""
 
@@ -56,15 +57,15 @@ class Findings:
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", default="toy", help='test the VAE of this base (default: toy); "none" skips it')
     parser.add_argument("--photos", metavar="DIR", help="test the VAE on these photos")
-    about = "side of the test pictures, px (default: 256)"
-    parser.add_argument("--size", type=int, default=256, metavar="N", help=about)
+    about = f"side of the test pictures, px (default: {USUAL_PX}; {EMULATED_PX} on a CPU that emulates half precision)"
+    parser.add_argument("--size", type=int, metavar="N", help=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Exit code 2 when something will fail."""
     photos = () if args.photos is None else photos_of(Path(find_asset(args.photos)))
-    if args.size < LEAST_PX:
+    if args.size is not None and args.size < LEAST_PX:
         raise UserError(f"--size {args.size}: must be at least {LEAST_PX}, as a VAE halves the sides three times.")
     found = Findings()
     examine_versions(found)
@@ -174,11 +175,11 @@ def examine_machine(found: Findings) -> None:
     found.facts["compile"] = f"no: it needs {lacks}" if lacks else "yes"
 
 
-def examine_vae(found: Findings, base: str, photos: Sequence[Photo], size_px: int) -> None:
+def examine_vae(found: Findings, base: str, photos: Sequence[Photo], size_px: int | None) -> None:
     import torch
 
     from dreambooth_moslora.base import decode, files
-    from dreambooth_moslora.base.machine import best_device
+    from dreambooth_moslora.base.machine import best_device, has_fast_bf16
 
     hush()
     try:
@@ -187,6 +188,8 @@ def examine_vae(found: Findings, base: str, photos: Sequence[Photo], size_px: in
         found.warnings.append(f"the VAE of {base} was not tried: {' '.join(str(error).split())[:200]}")
         return
     device = best_device()
+    if size_px is None:
+        size_px = EMULATED_PX if device.type == "cpu" and not has_fast_bf16() else USUAL_PX
     pictures = [open_rgb(photo) for photo in photos[:8]]
     for probe in decode.probe_vae(vae, [torch.bfloat16, torch.float16], pictures, size_px, device):
         found.facts[f"VAE in {probe.dtype}"] = f"off by {probe.error:.2f} of 255 levels" if probe.finite else "NaN"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from dreambooth_moslora.base import machine
+from dreambooth_moslora.base import decode, machine
 from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
 from dreambooth_moslora.base.files import TOY
 from dreambooth_moslora.cli.machine import (
@@ -44,6 +44,15 @@ def test_doctor_refuses_pictures_that_are_too_small_for_a_vae(tiny_base, capsys)
         assert f"error: --size {size}: must be at least {LEAST_PX}" in capsys.readouterr().err
     (found,) = probe_vae(load_vae_alone(TOY), [torch.bfloat16], [], LEAST_PX, torch.device("cpu"))
     assert found.finite
+
+
+@pytest.mark.parametrize(("has_bf16", "words", "px"), [(True, [], 256), (False, [], 64), (False, ["--size", "32"], 32)])
+def test_doctor_tries_smaller_pictures_where_half_precision_is_emulated(has_bf16, words, px, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(machine, "best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(machine, "has_fast_bf16", lambda: has_bf16)
+    monkeypatch.setattr(decode, "probe_vae", lambda vae, dtypes, photos, size_px, device: seen.append(size_px) or [])
+    assert main(["doctor", *words]) == 0 and seen == [px]
 
 
 def test_doctor_refuses_a_folder_without_a_usable_photo(tmp_path, capsys):
