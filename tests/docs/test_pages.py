@@ -12,6 +12,7 @@ from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, REMOVED_FLAGS
 from dreambooth_moslora.cli.train import build_train_parser, train_main
+from dreambooth_moslora.extras.lab.study import load_study
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import PLANS, SETTINGS
@@ -193,6 +194,15 @@ def test_the_checkpoint_that_is_exported_is_one_that_the_recipe_keeps():
     steps = range(recipe["max_train_steps"], 0, -recipe["checkpointing_steps"])[: recipe["checkpoints_total_limit"]]
     exported = [line for line in command_lines(DOCS / "troubleshooting.md") if " export " in line]
     assert exported and all(re.search(r"runs/dog/checkpoint-(\d+) ", line)[1] in map(str, steps) for line in exported)
+
+
+def test_the_study_of_the_page_is_one(tmp_path):
+    (text,) = [text for text in blocks(DOCS / "evaluating.md", "toml") if "[study]" in text]
+    (tmp_path / "study.toml").write_text(text)
+    for name in ("duck", "rocket"):
+        (tmp_path / "photos" / name).mkdir()
+    study = load_study(tmp_path / "study.toml")
+    assert [one.name for one in (*study.subjects, *study.subjects[0].beside)] == ["duck", "rocket"]
 
 
 def test_what_the_walk_says_is_printed_is_what_is_printed(capsys):

@@ -94,7 +94,8 @@ class StudySubject:
             return cls(str(folder), given["instance_prompt"], given.get("class_prompt"), companions)
         facts_path = folder / SUBJECT_FILE
         if not facts_path.is_file():
-            raise UserError(f"the study's subject {folder} has no subject.json: give it an instance_prompt.")
+            example = f'{{photos = "{folder}", instance_prompt = "a photo of a sks dog"}}'
+            raise UserError(f"the study's subject {folder} has no subject.json: give it an instance_prompt, {example}.")
         facts = sources.read_json_table(facts_path)
         token, word = facts.get("token"), facts.get("class_word")
         if not token or not word:

@@ -159,7 +159,7 @@ def test_a_result_depends_on_the_companions_in_every_arm():
 
 @pytest.mark.parametrize(
     "text, complaint",
-    [("{", "valid JSON"), ("[]", "names and values"), ("{}", "must name"), (None, "give it an instance_prompt")],
+    [("{", "valid JSON"), ("[]", "names and values"), ("{}", "must name"), (None, 'photos = "a", instance_prompt')],
 )
 def test_a_damaged_subject_is_one_clear_line_and_one_without_facts_needs_its_prompt(text, complaint):
     Path("a/subject.json").unlink()
