@@ -177,6 +177,8 @@ def is_faulty(photo: "Photo") -> bool:
 def verdict(report: "PhotoReport") -> str:
     faulty = [photo.path.name for photo in filter(is_faulty, report.photos)]
     good = len(report.photos) - len(faulty)
+    if not good:  # --leave_out takes no names of all
+        return f"verdict: no good photo is there: take {FEWEST} to 10 of the subject"
     advice = f"leave out {', '.join(faulty)} (--leave_out {shlex.join(faulty)}); " if faulty else ""
     rest = f"{good} good {'photo is' if good == 1 else 'photos are'} there"
     enough = "enough to train" if good >= FEWEST else f"too few: take {FEWEST} to 10 of the subject"

@@ -59,6 +59,9 @@ def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_
     assert shown.out.splitlines()[-1] == f"verdict: {bad}: take 3 to 10 of the subject"
     marks = [line.split()[0] for line in shown.out.splitlines() if line.startswith("  ") and ".jpg" in line]
     assert marks == ["bad", "ok", "ok", "bad"]
+    assert main(["check", ".", "rocket", "--no_picture", "--resolution", "520"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == "verdict: no good photo is there: take 3 to 10 of the subject", "a run leaves out no photos of all"
     shutil.copy(ROOT / "assets" / "subjects" / "rocket" / "02.jpg", tmp_path / "02.jpg")
     assert main(["check", ".", "--no_picture", "--resolution", "128"]) == 0
     said = capsys.readouterr().out
