@@ -90,7 +90,9 @@ def config_of(folders: list[str], settings: dict) -> TrainConfig:
         if seen[prompt] > 1:  # prompts must differ; each subject has a mixer of its own
             table["instance_prompt"] = f"{prompt} {seen[prompt]}"
     fixed = {"subjects": tables, "output_dir": "basis", "report_to": "none"}
-    return TrainConfig.from_dict({"basis": SVD, **settings, **fixed})
+    chosen = choices.Choices({"pretrained_model_name_or_path": "toy", "basis": SVD, **settings, **fixed})
+    choices.choose_resolution(chosen)
+    return TrainConfig.from_dict(chosen.all)
 
 
 def table_of(folder: str) -> dict[str, str]:

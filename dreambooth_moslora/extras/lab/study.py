@@ -30,6 +30,7 @@ from typing import Any
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset
 from dreambooth_moslora.extras.cluster.subjects import prompts_of
+from dreambooth_moslora.plan import choices
 from dreambooth_moslora.settings import prompts, sources
 from dreambooth_moslora.settings.table import TrainConfig, check_each
 
@@ -253,6 +254,10 @@ def load_study(path: Path) -> Study:
     arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
     for settings in (shared, *arms.values()):
         check_each({name: value for name, value in settings.items() if settings is shared or name != TOGETHER})
+    for settings in arms.values():  # not in `train`, by which results of arms that have a size are known
+        sized = choices.Choices({"pretrained_model_name_or_path": "toy"} | shared | settings)
+        choices.choose_resolution(sized)
+        settings |= sized.settings
     made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **study)
     refuse_other_bases(made)
     for cell in made.test_cells(made.first_rates()):

@@ -12,7 +12,7 @@ import pytest
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.extras.lab.commands import compare_arguments
+from dreambooth_moslora.extras.lab.commands import compare_arguments, config_of
 from dreambooth_moslora.extras.lab.commands import study_of as study_of_words
 from dreambooth_moslora.extras.lab.report import arm_rows, difference_plot, finding, outcome_rows
 from dreambooth_moslora.extras.lab.run import Result, best_rates, materials, outcomes, summaries
@@ -155,6 +155,17 @@ def test_a_result_depends_on_the_companions_in_every_arm():
     assert len({one.digest(cell) for one in (study, others) for cell in cells}) == 4
     assert {path.name for path in materials(study, cells[0])} >= {"a", "b"}
     assert StudySubject("a", "a photo of sks duck").facts.keys() == {"photos", "instance_prompt", "class_prompt"}
+
+
+def test_runs_are_of_the_base_s_own_size_unless_it_is_given():
+    """As `train` and a fleet have it; by the table's default a study would train the 128 px base at 1024 px."""
+    for text, sides in ((pairs_text(), [128, 128]), (pairs_text() + "resolution = 64\n", [128, 64])):
+        study = study_of(text)
+        cells = study.test_cells(study.first_rates())[:2]
+        assert [study.config_of(cell, 4, Path("run")).resolution for cell in cells] == sides
+        assert "resolution" not in study.train, "the digest of an arm that has a size is what it was"
+    assert config_of(["a"], {"max_train_steps": 2}).resolution == 128, "a basis"
+    assert config_of(["a"], {"resolution": 64}).resolution == 64
 
 
 @pytest.mark.parametrize(
