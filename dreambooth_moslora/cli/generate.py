@@ -14,6 +14,7 @@ from dreambooth_moslora.cli.terminal import hush, say
 from dreambooth_moslora.core import UserError, find_asset, free_name, is_toy, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.generation import params
+from dreambooth_moslora.plan.checks import require_folder, require_writable
 from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS, Facts, text_options_of
 
@@ -62,7 +63,7 @@ def text_option_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    recipe = params.read_recipe(args.from_png) if args.from_png else None
+    recipe = params.read_recipe(user_path(args.from_png)) if args.from_png else None
     values = _recipe_values(args, recipe)
     say([f"note: {remark}" for remark in recipe.remarks] if recipe else [])
     base, places = base_of_runs(args.adapter, args.base)
@@ -92,7 +93,7 @@ def run_generate(args: argparse.Namespace) -> int:
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
     wanted = params.GenerationParams.from_dict(values | {"adapters": chosen})
     events = generate_grid(pipeline, wanted, axes) if axes else pipeline.generate(wanted)
-    return _save_all(events, Path(args.output_dir), only_sheet=bool(axes))
+    return _save_all(events, user_path(args.output_dir), only_sheet=bool(axes))
 
 
 def base_of_runs(adapters: list[str], given: str | None = None) -> tuple[str, dict[str, str | None]]:
@@ -140,7 +141,7 @@ def without_effect(values: dict, facts: Facts) -> list[str]:
 
 
 def check_paths(args: argparse.Namespace, base: str, recipe: params.Recipe | None) -> None:
-    """Raises UserError for a file that is not there, before torch is imported."""
+    """Raises UserError for a file that is not there or a folder that cannot be written, before torch is imported."""
     in_picture = dict(recipe.params.adapters) if recipe else {}
     for path, _ in map(_split_scale, args.adapter):
         if path not in in_picture:
@@ -148,6 +149,9 @@ def check_paths(args: argparse.Namespace, base: str, recipe: params.Recipe | Non
     if args.basis and not user_path(args.basis).is_file():
         raise UserError(f"--basis {args.basis}: there is no such file.")
     resolve_base(base)
+    folder = user_path(args.output_dir)
+    require_folder("output_dir", str(folder), folder)
+    require_writable("output_dir", str(folder))
 
 
 def _split_scale(text: str) -> tuple[str, float | None]:

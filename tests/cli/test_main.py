@@ -142,6 +142,8 @@ ABSENT = {
     "fleet status x": "{here}/x holds no fleet",
     "queue remove x": "--runs_dir runs: there is no such folder",
     "evaluate dog.safetensors --output_dir dog.safetensors": "--output_dir dog.safetensors",
+    "generate --prompt dog --output_dir dog.safetensors": "--output_dir dog.safetensors: {here}/dog.safetensors is a",
+    "generate --prompt dog --output_dir ~/dog.safetensors": "--output_dir {here}/dog.safetensors: ",
     "serve --adapters x": "--adapters x: there is no such folder",
     "serve --adapters . --pretrained_model_name_or_path x": "the base x does not exist",
     "app --base x": "the base x does not exist",
