@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from dreambooth_moslora.cli.terminal import hush
-from dreambooth_moslora.core import UserError, atomic_write, clone_folder, find_asset, half_precision
+from dreambooth_moslora.core import UserError, atomic_write, clone_folder, find_asset, half_precision, user_path
 from dreambooth_moslora.photos.folder import find_photos, require_folder_of_photos, summary_of_skipped
 from dreambooth_moslora.photos.photo_file import Photo, open_rgb
 from dreambooth_moslora.settings.rules import version_of
@@ -219,7 +219,7 @@ def run_selftest(args: argparse.Namespace) -> int:
     if args.device not in (None, "cpu", best):
         raise UserError(f"--device {args.device}: this torch sees no such GPU; `doctor` says why.")
     is_on_gpu = best != "cpu" and args.device != "cpu"
-    folder = Path(args.output_dir)
+    folder = user_path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     machine = Findings()
     examine_versions(machine)

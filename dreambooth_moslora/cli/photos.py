@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.cli import terminal, train
-from dreambooth_moslora.core import UserError, find_asset, is_toy, spelled_out
+from dreambooth_moslora.core import UserError, find_asset, is_toy, spelled_out, user_path
 from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, choose_resolution, choose_shapes, choose_words
 from dreambooth_moslora.plan.memory import STOCK_SDXL, least_free_gib
@@ -120,7 +120,7 @@ def draw(photos: Sequence["Photo"], config: table.TrainConfig, args: argparse.Na
     from dreambooth_moslora.pictures import draw_contact_sheet
 
     photos_dir = folder.resolve()
-    path = Path(args.picture or f"{photos_dir.name or 'photos'}_crops.png")
+    path = user_path(args.picture or f"{photos_dir.name or 'photos'}_crops.png")
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     if not args.picture and path.parent.resolve() == photos_dir:
         path = photos_dir.parent / path.name

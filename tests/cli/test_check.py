@@ -108,6 +108,9 @@ def test_the_picture_never_lies_among_the_photos(tmp_path, capsys, monkeypatch):
     """There it would be one of them in the next check and in the training."""
     (tmp_path / "dog").mkdir()
     picture().save("dog/a.png")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert main(["check", "dog", "--resolution", "64", "--picture", "~/x"]) == 0
+    assert (tmp_path / "home" / "x.png").is_file() and not Path("~").exists()
     assert main(["check", "dog", "--resolution", "64", "--picture", "dog/x"]) == 0
     assert "no picture: dog/x.png: among the photos it would be one of them" in capsys.readouterr().err
     monkeypatch.chdir("dog")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.cli import terminal, train
-from dreambooth_moslora.core import UserError, spelled_out
+from dreambooth_moslora.core import UserError, spelled_out, user_path
 from dreambooth_moslora.extras.cluster.subjects import REFUSED, read_subjects
 from dreambooth_moslora.plan import choices
 
@@ -105,7 +105,7 @@ def opened(place: str) -> Iterator[tuple[Path, str]]:
     """A fleet's folder and its URL, or "". Behind a URL, the folder is a local view, empty at first."""
     scheme, is_url, path = place.partition("://")
     if not is_url or (path and scheme in ("file", "local")):
-        yield Path(path or place).resolve(), ""
+        yield user_path(path or place).resolve(), ""
         return
     with tempfile.TemporaryDirectory(prefix="fleet-") as view:
         yield Path(view).resolve(), place

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.cli import terminal, train
-from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset, is_toy
+from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset, is_toy, user_path
 from dreambooth_moslora.disk.run_folder import BASIS_SUFFIX
 from dreambooth_moslora.extras.cluster import command_fleet, subjects
 from dreambooth_moslora.extras.lab.study import Study, StudySubject, load_study
@@ -44,7 +44,7 @@ def basis_arguments(parser: argparse.ArgumentParser) -> None:
 def run_basis(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(args).items() if name not in ("folders", "out", "basis_lr")}
     check_number("basis_lr", args.basis_lr, low=0, high=100)  # as --learning_rate
-    out = Path(args.out)
+    out = user_path(args.out)
     if not out.name.endswith(BASIS_SUFFIX):
         raise UserError(f"--out {out}: its name must end in {BASIS_SUFFIX}, such as toys_{BASIS_SUFFIX}.")
     if out.exists():
@@ -126,7 +126,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_compare(args: argparse.Namespace) -> int:
     command_fleet.check_shares(args)
     study = load_study(Path(args.config)) if given(args) else study_of(args)
-    out = Path(args.output_dir or ("runs/study" if args.config else f"runs/compare_{study.subjects[0].name}"))
+    out = user_path(args.output_dir or ("runs/study" if args.config else f"runs/compare_{study.subjects[0].name}"))
     tuning, tests = len(study.tuning_cells()), len(study.test_cells(study.first_rates()))
     print(f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare", file=sys.stderr)
     from dreambooth_moslora.extras.lab import report, run
