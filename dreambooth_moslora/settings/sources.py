@@ -11,8 +11,10 @@ settings that a recipe may hold are taken, and each is checked. What the user sa
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,9 @@ def parsed(path: Path, called: str) -> dict[str, Any]:
         text = small_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{called}: {reason_of(error)}.") from error
-    kind, loads = ("JSON", json.loads) if path.suffix.lower() == ".json" else ("TOML", tomllib.loads)
+    kind, loads = "TOML", tomllib.loads
+    if path.suffix.lower() == ".json":
+        kind, loads = "JSON", partial(json.loads, object_pairs_hook=table_of)
     try:
         values = loads(text)
         repr(values)  # as messages do: a hexadecimal integer may have more digits than Python writes
@@ -57,6 +61,15 @@ def parsed(path: Path, called: str) -> dict[str, Any]:
         raise UserError(f"{called}: {TOO_DEEP}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{called}: expected names and values, found a {type(values).__name__}.")
+    return values
+
+
+def table_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a name that is given twice, of which JSON takes the last; TOML refuses it itself."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice} is given twice")
     return values
 
 

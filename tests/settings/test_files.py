@@ -67,6 +67,7 @@ def test_a_very_long_value_is_not_shown_whole(words, capsys):
         ("a.toml", "lora-rank = 3", "a.toml: lora_rank: use --rank."),
         ("a.json", '{"train_data_dir": "x"}', "a.json: train_data_dir: use --instance_data_dir, or --subjects"),
         ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
+        ("a.json", '{"rank": 3, "rank": 4}', "rank is given twice"),
         ("a.toml", 'rank = "many"', "expected a whole number"),
         ("a.toml", "random_flip = 1", "expected true or false"),
     ],
