@@ -15,7 +15,7 @@ from dreambooth_moslora.core import UserError, find_asset, is_toy, spelled_out, 
 from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, choose_resolution, choose_shapes, choose_words
 from dreambooth_moslora.plan.memory import STOCK_SDXL, least_free_gib
-from dreambooth_moslora.settings import sources, table
+from dreambooth_moslora.settings import table
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
@@ -52,7 +52,7 @@ def run_check(args: argparse.Namespace) -> int:
 
     folder = Path(find_asset(args.folder))
     given = {name: value for name, value in vars(args).items() if name in OF_PHOTOS}
-    recipe = sources.load_settings(args.config) if args.config else {}
+    recipe = train.settings_of({"config": args.config, "like": None})[0]
     if args.word:
         recipe = as_train_would(args, recipe | given)
     known = {BASE: STOCK_SDXL} | {name: value for name, value in recipe.items() if name in OF_PHOTOS} | given

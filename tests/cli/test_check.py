@@ -136,6 +136,9 @@ def test_crops_have_the_shapes_that_one_word_chooses_and_flags_or_a_recipe_win(t
     assert coarse not in (own, square) and coarse == crops("--enable_bucket", "--bucket_reso_steps", "32")
     Path("large.toml").write_text("resolution = 2048\ninstance_prompt = 'my toy'\nrank = 8")
     assert main(["check", "photos", "--config", "large.toml", "--no_picture"]) == 2
+    Path("wrong.toml").write_text("reslution = 64")
+    assert main(["check", "photos", "--config", "wrong.toml", "--no_picture"]) == 2
+    assert "unknown setting `reslution`: did you mean `resolution`?" in capsys.readouterr().err
     assert main(["check", "photos", "--config", "large.toml", "--resolution", "64", "--no_picture"]) == 0
     assert "“my toy”" in capsys.readouterr().out
 
