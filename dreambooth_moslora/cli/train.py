@@ -212,6 +212,8 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     """The settings of flags, --config and --like, and whether there is such a file. Raises UserError."""
     flags = dict(flags)
     file, like = flags.pop("config"), flags.pop("like")
+    if "" in (file, like):  # as a variable of the shell that is not set
+        raise core.UserError(f"--{'config' if file == '' else 'like'} is empty: name a file, or leave it out.")
     recipe = sources.load_settings(file) if file else {}
     like_of_file = recipe.pop("like", None)
     unknown = next((name for name in recipe if name not in (*table.SETTINGS, *table.REMOVED)), "")
