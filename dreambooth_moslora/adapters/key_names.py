@@ -6,6 +6,7 @@ q_proj.lora_A.weight              q_proj.lora_linear_layer.down.…    to_q_lora
 
 read here alone:    lycoris_<path with _>.…    base_model.model.<path>.…    <path>.…    <component>.<path>.lora_down.…
                     lora_unet_<path with _>.… of LoHa and LoKr    <component>.<path>.alpha beside PEFT's names
+                    diffusion_model.<path>.…
 
 A file in kohya's form, for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI:
 
@@ -165,7 +166,7 @@ def spellings(component: str, path: str) -> list[str]:
     found += [f"{component}.{dotted}" for dotted in dict.fromkeys((path, bare))]
     prefix = PREFIXES.get(component, f"lora_{component}")
     found += [f"{one}_{flat}" for one in dict.fromkeys((prefix, ALONE.get(component, prefix)))]
-    return [*found, f"lycoris_{flat}"] if component in DENOISERS else found
+    return [*found, f"lycoris_{flat}", f"diffusion_model.{path}"] if component in DENOISERS else found
 
 
 def renamed(names: Iterable[str], pipeline: "DiffusionPipeline") -> dict[str, str]:

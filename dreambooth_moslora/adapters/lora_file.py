@@ -250,8 +250,10 @@ def _settings_of_one_model(own: dict, file: Path, tensors: Tensors, found: Tenso
         return None
     if not (settings := own):
         settings = json.loads(run_folder.header_of(file).get(PEFT_SETTINGS, "{}"))
-        if "lora_alpha" not in settings or any(key.endswith(key_names.KOHYA_ALPHA) for key in tensors):
+        if any(key.endswith(key_names.KOHYA_ALPHA) for key in tensors):
             return None
+        if "lora_alpha" not in settings:  # named `component.lora_alpha`, or none
+            return settings if any(key.endswith(".lora_alpha") for key in settings) else None
     components = {key.partition(".")[0] for key in found}
     return {f"{component}.{name}": value for component in components for name, value in settings.items()}
 

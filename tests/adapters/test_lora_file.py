@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters import key_names, lora_file, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_file
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, NewTokens, notes_of, write_tokens
 from dreambooth_moslora.core import UserError
@@ -421,7 +422,7 @@ def of_kohya(name: str, pair: tuple[torch.Tensor, torch.Tensor], alpha: float) -
 
 
 def test_files_of_other_families_under_other_programs_names_are_what_they_say(tmp_path):
-    """kohya's of FLUX.1, with q, k and v in one layer, PEFT's names with an alpha, and ComfyUI's of Z-Image."""
+    """kohya's of FLUX.1, with q, k and v in one layer, PEFT's with an alpha, and ComfyUI's: FLUX.2's lost its alpha."""
     random = torch.Generator().manual_seed(0)
     (down, up), other = (
         tuple(torch.randn(size, generator=random) for size in sizes)
@@ -442,6 +443,8 @@ def test_files_of_other_families_under_other_programs_names_are_what_they_say(tm
     ]
     of_diffusers = {key.replace(f"{blocks}.0.attn.to_q", query): tensor for key, tensor in dotted.items()}
     cases += [("z_image", tensors, {query: halved}) for tensors in (of_z_image, of_diffusers)]
+    of_comfyui = {key.replace("transformer.", "diffusion_model.", 1): tensor for key, tensor in dotted.items()}
+    cases += [(name, of_comfyui, {f"{blocks}.0.attn.to_q": halved}) for name in ("flux", "flux2")]
     for family, tensors, deltas in cases:
         file, pipeline = tmp_path / f"{family}.safetensors", tiny_pipeline(family, tmp_path / family)
         save_file(tensors, file)
@@ -450,6 +453,16 @@ def test_files_of_other_families_under_other_programs_names_are_what_they_say(tm
         for path, one in found.items():
             torch.testing.assert_close(one.delta * scales.of(path, one.rank), deltas[path])
         loaded(SubjectPipeline(pipeline, family), file)
+
+
+def test_comfyui_s_prefix_keeps_the_settings_of_the_header(tmp_path):
+    key, pipeline = "layers.0.attention.to_q", tiny_pipeline("z_image", tmp_path)
+    pair = {"A": torch.eye(2, 32), "B": torch.eye(32, 2)}
+    tensors = {f"diffusion_model.{key}.lora_{side}.weight": tensor for side, tensor in pair.items()}
+    header = {PEFT_SETTINGS: json.dumps({"transformer.r": 2, "transformer.lora_alpha": 6})}
+    save_file(tensors, file := tmp_path / "x.safetensors", header)
+    _, scales = lora_file.read_adapter(file, pipeline).parts["transformer"]
+    assert scales.of(key, 2) == 3
 
 
 def test_what_peft_saves_is_read_with_its_settings(tiny_base, tmp_path):
