@@ -21,7 +21,7 @@ LARGEST_ALPHA = 1e6
 PEFT_ALPHA = 8  # PEFT's default when a header has no alpha; also its default rank
 LONGEST_CONFIG = 2**20  # bytes
 OF_LYCORIS = ("LOHA", "LOKR")  # as PEFT calls them
-MODULE_NAME = re.compile(r"\^?\w[\w.]*")
+MODULE_NAME = re.compile(r"\^?\w[\w.-]*")
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,16 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
     lora_file.check_fits(lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline, "flux")
 
 
+def test_a_layer_with_a_hyphen_in_its_name_may_have_a_rank_of_its_own(tmp_path):
+    """Z-Image's last: our own file was called broken."""
+    pipeline, last = tiny_pipeline("z_image", tmp_path), "all_final_layer.2-1.linear"
+    config = MoSLoraConfig(r=4, target_modules=["to_q", last], rank_pattern={last: 2})
+    shake(inject(pipeline.transformer, config))
+    published({"transformer": pipeline.transformer}, tmp_path, keep=0.999999)
+    found, scales = lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline).parts["transformer"]
+    assert found[last].rank == scales.alphas[last] == 2
+
+
 DIFFERS = r"differs from the live adapter by \d"
 NO_MIXER = (MixedLowRank, "fold", lambda real, m: LowRank(m.down.detach().clone(), (m.scale * m.up).detach()))
 NO_ALPHA = (mixer, "nominal_scale", lambda real, *_: 1.0)
