@@ -404,9 +404,7 @@ class SubjectPipeline:
             elif self.adapters:
                 self.pipeline.disable_lora()
             self._active = active
-        if self._tokens is not None:
-            self._tokens.detach()
-            self._tokens = None
+        self._detach_tokens()
         if tokens := [tokens for adapter, _ in chosen for tokens in adapter.tokens]:
             self._tokens = new_tokens.AttachedTokens(self.pipeline, tokens)
 
@@ -518,8 +516,16 @@ class SubjectPipeline:
         while len({adapter.sha256 for adapter in self.adapters.values()}) > self.resident_adapters:
             self._forget(next(iter(self.adapters)))
 
+    def _detach_tokens(self) -> None:
+        """Give the pipeline its own tokenizers and tables back."""
+        if self._tokens is not None:
+            self._tokens.detach()
+            self._tokens = None
+
     def _forget(self, name: str, unless: str = "") -> None:
         gone = self.adapters.pop(name, None)
+        if gone and gone.tokens:
+            self._detach_tokens()  # those of others come back with the next picture
         if gone and gone.key != unless and gone.key not in self._keys():
             self.pipeline.delete_adapters(gone.key)
             self.bases.forget(gone.key)

@@ -593,6 +593,11 @@ def test_new_tokens_that_onetrainer_bundles_are_those_that_diffusers_loads(tiny_
     beside, without = (subject.load_adapter(tmp_path / f"{name}.safetensors") for name in ("y", "plain"))
     assert (picture(subject, prompt=prompt, adapters=((beside, 1.0),)) == drawn).all()
     assert (picture(subject, prompt=prompt, adapters=((without, 1.0),)) != drawn).any()
+    picture(subject, prompt=prompt, adapters=((beside, 1.0),))
+    subject.unload_adapter(beside)  # its tokens stayed in the pipeline
+    parts = [subject.pipeline.text_encoder, subject.pipeline.text_encoder_2]
+    assert [type(part.get_input_embeddings()) for part in parts] == [torch.nn.Embedding] * 2
+    assert "<s0>" not in subject.pipeline.tokenizer.get_vocab()
 
 
 def test_bundled_tokens_that_are_broken_or_too_many_are_refused_and_no_run_begins_with_any(subject, tmp_path):
