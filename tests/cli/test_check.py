@@ -85,7 +85,7 @@ def test_without_a_word_and_a_size_photos_are_judged_at_the_bases_own_and_it_is_
     assert main(["check", str(ROOT / "assets" / "subjects" / "rocket"), "--no_picture", *words]) == 0
     shown = capsys.readouterr()
     assert shown.err.startswith(says) and shown.err.count("\n") == bool(says)
-    assert ("0 good photos" in shown.out, "5 good photos" in shown.out) == (px == 1024, px == 128)
+    assert ("no good photo is" in shown.out, "5 good photos" in shown.out) == (px == 1024, px == 128)
 
 
 def test_the_picture_shows_every_photo_and_its_crops_and_its_name_may_lack_a_suffix(tmp_path, capsys):
