@@ -26,7 +26,7 @@ from dreambooth_moslora.adapters.metadata import (
 )
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.terminal import StopRequest, TerminalProgress
-from dreambooth_moslora.cli.train import add_flag
+from dreambooth_moslora.cli.train import add_flag, settings_of
 from dreambooth_moslora.core import UserError, file_digest, find_asset, one_line, spelled_out, user_path
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.photos.folder import require_folder_of_photos
@@ -87,11 +87,10 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Raises UserError for a given path that is not there, before torch is imported."""
+    """Raises UserError for a path that is not there or a recipe that `train` refuses, before torch is imported."""
     if args.photos:
         require_folder_of_photos(Path(find_asset(args.photos)))
-    if args.config:
-        load_settings(args.config)
+    settings_of({"config": args.config, "like": None})
     if base := given_flags(args).get("pretrained_model_name_or_path"):
         resolve_base(base)
 

@@ -157,6 +157,14 @@ def test_the_step_is_the_files_unless_it_is_said(monkeypatch):
     assert steps == [7, 3]
 
 
+def test_a_recipe_that_train_refuses_is_refused(capsys):
+    """A misspelt word was left out, and the weights of another run were compared."""
+    Path("wrong.toml").write_text("class_promt = 'a dog'")
+    for file, said in (("wrong.toml", "unknown setting `class_promt`: did you mean `class_prompt`?"), ("", "is empty")):
+        assert main(["verify", written(PLAIN), "--config", file]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_words_come_from_flags_then_from_a_recipe_of_the_same_subject_then_from_the_file():
     facts = replace(PLAIN, recipe={"seed": 1, "rank": 8, "with_prior_preservation": True})
     cat = 'instance_prompt = "a sks cat"\nclass_prompt = "a cat"\nprior_prompts = ["a cup, red"]\nrank = 2\n'
