@@ -51,11 +51,16 @@ def is_of_use(record: logging.LogRecord) -> bool:
     return "should be kept in float32: []" not in record.getMessage()
 
 
+IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class BreakableStream:
-    """A text stream that drops its output once a write has failed: then it goes to the null device."""
+    """A text stream that drops its output once a write has failed: then it goes to the null device. `is_full` says
+    whether that was for lack of room."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
+        self.is_full = False
 
     def write(self, text: str) -> int:
         self._try(lambda: self._stream.write(text))
@@ -67,7 +72,8 @@ class BreakableStream:
     def _try(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except OSError:
+        except OSError as error:
+            self.is_full = self.is_full or error.errno in IS_FULL
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
@@ -76,8 +82,9 @@ class BreakableStream:
 
 
 @contextmanager
-def survive_broken_pipes() -> Iterator[None]:
-    """In this block `sys.stdout` and `sys.stderr` survive their reader, and escape what cannot be encoded."""
+def survive_broken_pipes() -> Iterator[BreakableStream]:
+    """In this block `sys.stdout`, which it gives, and `sys.stderr` survive their reader, and escape what cannot be
+    encoded."""
     before = sys.stdout, sys.stderr
     streams = [stream or open(os.devnull, "w", encoding="utf-8") for stream in before]  # noqa: SIM115
     for stream in streams:
@@ -85,7 +92,7 @@ def survive_broken_pipes() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = map(BreakableStream, streams)
     try:
-        yield
+        yield sys.stdout
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -262,9 +269,13 @@ def exit_code(run: Callable[[], int]) -> int:
     """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) does not end the run."""
     processes.avoid_fragmentation()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns without a GPU, even if unused
-    with survive_broken_pipes():
+    with survive_broken_pipes() as output:
         try:
-            return run()
+            code = run()
+            output.flush()
+            if output.is_full:
+                raise UserError("the disk is full, and the printed answer is not complete; free some and repeat.")
+            return code
         except UserError as error:
             return print_user_error(str(error))
         except KeyboardInterrupt:

@@ -376,6 +376,16 @@ def test_help_without_a_reader_is_no_failure(ending):
     assert done.returncode == 0 and done.stderr == b""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
+def test_an_answer_that_a_full_disk_cuts_off_is_a_failure(monkeypatch, capsys):
+    """It ended with 0, as if a reader had gone."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["--version"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("error: the disk is full, and the printed answer is not complete")
+
+
 def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(processes, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen")))
     assert train_main(needed("toy", photos, tmp_path / "run")) == 1
