@@ -234,6 +234,8 @@ def texts_in(path: Path) -> dict[str, str]:
             return texts_in_exif(image.info.get("exif", b""))
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{path.name} claims far too many pixels; it is not opened") from error
+    except FileNotFoundError:
+        raise UserError(f"{path.name}: there is no such file") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path.name} is not a readable PNG, JPEG or WebP file") from error
 

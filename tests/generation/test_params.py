@@ -180,7 +180,7 @@ def text_bomb() -> bytes:
 
 NO_RECIPE = ("[]", "{", '{"params": []}', '{"params": {"prompt": {}}}', '{"params": {"prompt": "a"}, "versions": 3}')
 ODD = {text: (text, "") for text in NO_RECIPE} | {"nested": ("[" * 100_000, ""), "bare": ({}, "no generation")}
-ODD |= {"text": (b"hello", "PNG"), "nothing": (None, "PNG"), "photo": (jpeg, "no generation")}
+ODD |= {"text": (b"hello", "PNG"), "nothing": (None, "no such file"), "photo": (jpeg, "no generation")}
 ODD |= {"webp": (b"RIFF\xff\xff\xff\xffWEBPVP8X\xff\xff\xff\x7f", "no generation")}
 ODD |= {"exif": (b"RIFF\0\0\0\0WEBPEXIF\x10\0\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 8, "damaged|no generation")}
 ODD |= {"pixel bomb": (png_of(100_000, 100_000, b""), ""), "text bomb": (text_bomb, "")}
