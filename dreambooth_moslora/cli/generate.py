@@ -164,13 +164,16 @@ def _split_scale(text: str) -> tuple[str, float | None]:
 
 
 def _recipe_values(args: argparse.Namespace, recipe: params.Recipe | None) -> dict:
-    """Parameters of the picture, overridden by the given ones. Raises UserError without a prompt."""
+    """Parameters of the picture, overridden by the given ones. Raises UserError without a prompt, and for a seed that
+    is below -1."""
     values = recipe.params.to_dict() if recipe else {}
     names = {"height": "height_px", "width": "width_px"}
     for name in ("prompt", "negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "scheduler"):
         if (value := getattr(args, name)) is not None:
             values[names.get(name, name)] = value
     if args.seed is not None:
+        if args.seed < -1:
+            raise UserError(f"--seed {args.seed}: give 0 or more, or -1 for any")
         values["seed"] = params.draw_seed(args.seed)
     values["text_options"] = dict(values.get("text_options", ())) | text_options_of(args)
     if "prompt" not in values:

@@ -177,6 +177,8 @@ def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tin
     assert read_recipe(tmp_path / "grid" / "grid.png").params.prompt == "dog"
     with pytest.raises(UserError, match="--prompt"):
         command(tiny_base, tmp_path)
+    with pytest.raises(UserError, match="--seed -2: give 0 or more, or -1 for any"):
+        command(tiny_base, tmp_path, "--prompt", "dog", "--seed", "-2")
 
 
 def test_the_base_is_loaded_from_where_the_run_had_it_unless_another_is_given(tiny_base, drawn, tmp_path, monkeypatch):
