@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from dreambooth_moslora.base.files import TOY, resolve_base
 from dreambooth_moslora.cli.terminal import hush, say
@@ -98,14 +99,14 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def base_of_runs(adapters: list[str], given: str | None = None) -> tuple[str, dict[str, str | None]]:
     """The given base; else that of the first adapter which lies in its run's folder, or in a folder there, with its
-    places; else the embedded one."""
+    places; else the embedded one. Raises UserError for a damaged file of its run."""
     if given:
         return given, {}
     for path, _ in map(_split_scale, adapters):
         place = Path(find_asset(path))
         for folder in place.parents[:2] if place.is_file() else (place, place.parent):
             if (file := RunDir(folder).config_path).is_file():
-                known = sources.read_json_table(file)
+                known = settings_in(file)
                 base = known.get("pretrained_model_name_or_path")
                 if isinstance(base, str):
                     said = f"base: {base}, which the run in {folder} was trained on (--base)"
@@ -113,6 +114,14 @@ def base_of_runs(adapters: list[str], given: str | None = None) -> tuple[str, di
                     own = {name: known[name] for name in ("revision", "cache_dir") if name in known}
                     return base, places_of(table.TrainConfig.from_dict(own))
     return "toy", {}
+
+
+def settings_in(file: Path) -> dict[str, Any]:
+    """A run's settings. Raises UserError for a damaged file."""
+    try:
+        return sources.read_json_table(file)
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}; give --base instead.") from error
 
 
 def places_of(config: table.TrainConfig) -> dict[str, str | None]:

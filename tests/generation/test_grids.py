@@ -154,6 +154,9 @@ def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedde
     best.touch()
     for adapter in (f"{best}:0.5", str(best.parent)):
         assert generate.base_of_runs([adapter])[0] == "other"
+    RunDir(runs[2]).config_path.write_text("{")
+    with pytest.raises(UserError, match=r"is not valid JSON: .*; give --base instead"):
+        generate.base_of_runs([str(best)])
     assert generate.base_of_runs([str(best)], "given") == ("given", {})
 
 
