@@ -231,7 +231,7 @@ def about_the_steps(run: Figures) -> Iterator[str]:
         yield f"{found[0]}: try {lower}{other}"
     if run.skipped > SKIPPED_SHARE * (run.step + run.skipped) and run.skipped >= 5:
         yield f"fp16 overflowed in {run.skipped} steps, which were done again: try {LIKE_FP32}"
-    if run.exposures is not None and run.exposures < FEW_EXPOSURES:
+    if is_short(run):
         seen = f"each photo was shown {run.exposures:.0f} times, and a subject needs 100 or more"
         yield f"{seen}: try --exposures_per_photo {USUAL_EXPOSURES}"
     if not run.scores and run.state != "failed":
@@ -303,7 +303,7 @@ def about_length_and_photos(run: Figures) -> Iterator[str]:
             fell = f"the score fell from {best.score:.2f} at step {best.step} to {score:.2f} at step {last}"
             yield f"{fell}: use best/, or try --max_train_steps {best.step}"
     start = run.scores.get("dino_base")
-    if start is not None and len(run.likeness) > 2 and not run.copy_alarm:
+    if start is not None and len(run.likeness) > 2 and not run.copy_alarm and not is_short(run):
         last, end = run.likeness[-1]
         before, earlier = ([pair for pair in run.likeness if pair[0] <= last * 2 / 3] or run.likeness[:1])[-1]
         if end - start > 0 and end - earlier > RISE_LEFT * (end - start):
@@ -318,8 +318,15 @@ def about_length_and_photos(run: Figures) -> Iterator[str]:
         yield f"{alike}: add some in other places, or try {more}"
 
 
+def is_short(run: Figures) -> bool:
+    """Whether its photos were shown too rarely, which `about_the_steps` says."""
+    return run.exposures is not None and run.exposures < FEW_EXPOSURES
+
+
 def more_exposures(run: Figures) -> int:
-    """Half as many again, in tens."""
+    """Half as many again, in tens; after a short run the usual number."""
+    if is_short(run):
+        return USUAL_EXPOSURES
     return math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
 
 

@@ -95,6 +95,9 @@ def test_a_run_that_has_the_remedy_gets_the_next_one():
     ):
         (sentence,) = advice_after(run)
         assert sentence.endswith(end), sentence
+    short = replace(LAGS, step=10, without_bare_prompt=0, likeness=RISING.likeness)
+    rare, bare = advice_after(short)  # one number, and no third line of the likeness that still rose
+    assert rare.endswith("--exposures_per_photo 200") and bare.endswith("--exposures_per_photo 200")
     (masks,) = advice_after(replace(GOOD, scores=unmasked | {"clip_t_of_base": 0.6}))
     assert "add masks" in masks and "leak" not in masks
 
