@@ -176,16 +176,19 @@ class TrainConfig:
         idle=rows.unless(with_prior_preservation=True)
         + rows.where("with --prior adapter_off, which needs no images",
             lambda run: run.with_prior_preservation and run.prior == "adapter_off"))
-    num_class_images: int = of_prior(100, "class images wanted; missing ones are generated", low=1, publish="always")
+    num_class_images: int = of_prior(100, "class images wanted; missing ones are generated",
+        low=1, publish="always", idle=rows.unless(with_prior_preservation=True, prior="class_images"))
     prior_loss_weight: float = of_prior(1.0, "weight of the prior loss",
-        low=0, publish="always", kohya="ss_prior_loss_weight", elsewhere="prior_loss_weights")
+        low=0, publish="always", idle=rows.unless(with_prior_preservation=True),
+        kohya="ss_prior_loss_weight", elsewhere="prior_loss_weights")
     prior_every: int = of_prior(1, "N: of N micro-batches one alone has the prior, at N times its weight",
         low=1, high=1000, publish="if_changed", idle=rows.unless(with_prior_preservation=True))
     sample_batch_size: int = of_prior(4, "images generated at once",
-        low=1, high=4096, publish="if_changed", shapes=lambda run: run.draws_class_images)
+        low=1, high=4096, publish="if_changed", shapes=lambda run: run.draws_class_images,
+        idle=rows.unless(with_prior_preservation=True, prior="class_images"))
     prior_generation_precision: str | None = of_prior(None, "precision of that generation",
-        choices=("no", "fp32", "fp16", "bf16"), publish="if_changed",
-        shapes=lambda run: run.draws_class_images)
+        choices=("no", "fp32", "fp16", "bf16"), publish="if_changed", shapes=lambda run: run.draws_class_images,
+        idle=rows.unless(with_prior_preservation=True, prior="class_images"))
 
     rank: int = of_adapter(4, "rank r of the adapter",
         low=1, high=4096, publish="always", kohya="ss_network_dim", elsewhere="network_dim lora_rank lora_r")
