@@ -130,6 +130,8 @@ def step_lines(plan: Plan) -> list[str]:
     if config.with_prior_preservation:
         source = f"{config.num_class_images} class images" if config.prior == "class_images" else "the base's answer"
         prompts = ", ".join(f"“{prompt}”" for prompt in dict.fromkeys(one.class_prompt for one in subjects))
+        if config.prior == "adapter_off" and config.prior_prompts:
+            prompts += f" or, for about half of them, to one of --prior_prompts ({len(config.prior_prompts)})"
         lines.append(f"as many prior examples beside {beside(config)}, from {source} to {prompts}")
     for one, count in zip(subjects, steps.photo_counts):
         subject = subject_of(one)

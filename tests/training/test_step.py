@@ -296,10 +296,11 @@ def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(m
 def test_a_dry_run_says_what_is_chosen(tiny_base, photos, tmp_path):
     said = dry_run.describe_run(tiny_config(tiny_base, photos, tmp_path / "run", compile="on"))
     assert "  speed: transformer blocks compiled (the work of 0 images of 1024 px" in said
-    some = PRIOR | {"prior_every": 4, "gradient_accumulation_steps": 2}
+    some = PRIOR | {"prior_every": 4, "gradient_accumulation_steps": 2, "prior_prompts": ("a cup", "a hat")}
     said = dry_run.describe_run(tiny_config(tiny_base, photos, tmp_path / "run", **some))
     shares = "beside one of 4 micro-batches, at 4 times the weight (2.5 images a step instead of 4), from the base's"
-    assert f"as many prior examples {shares} answer to" in said
+    others = "or, for about half of them, to one of --prior_prompts (2)\n"
+    assert f"as many prior examples {shares} answer to “a photo of a dog” {others}" in said
 
 
 def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products():
