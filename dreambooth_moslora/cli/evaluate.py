@@ -173,16 +173,18 @@ def resolve(args: argparse.Namespace) -> table.TrainConfig:
     base = args.base or known.get("pretrained_model_name_or_path")
     prompt = args.instance_prompt or known.get("instance_prompt")
     photos = args.photos or known.get("instance_data_dir")
-    for value, flag in ((base, "--base"), (prompt, "--instance_prompt"), (photos, "--photos")):
+    source = photos or known.get("dataset_name")
+    for value, flag in ((base, "--base"), (prompt, "--instance_prompt"), (source, "--photos")):
         if not value:
             raise UserError(f"{args.adapter} does not say it: give {flag}.")
     given = {"class_word": args.class_word} if args.class_word else {}
     chosen = {"pretrained_model_name_or_path": base, "instance_prompt": prompt, "instance_data_dir": photos, **given}
     if args.photos:
         chosen |= {"masks": "given", "captions": "given"}  # the run's made ones belong to its own photos
+        chosen["dataset_name"] = None
         there = Path(find_asset(photos))
         chosen["leave_out"] = [name for name in known.get("leave_out", ()) if (there / name).exists()]
-    return table.TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
+    return table.TrainConfig.from_dict(known | chosen)
 
 
 def known_of(path: Path) -> dict:
