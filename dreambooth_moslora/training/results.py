@@ -167,8 +167,11 @@ class Publisher:
         named = {"optimizer": optimizer_kind(self.config), "base": self.inputs.base, "untold": untold}
         self.position = Position(self.train_step.step, self.config.seed, **named)
         self.facts = facts_of(self.config, self.inputs, self.train_step)
-        if self.checkpoint is not None and is_changed(self.checkpoint, self.facts, untold):
+        if self.checkpoint is not None and (names := changed_names(self.checkpoint, self.facts, untold)):
             self.facts = replace(self.facts, withheld=(*self.facts.withheld, metadata.RESUMED))
+            if others := ", ".join(name for name in names if name != metadata.RESUMED):  # else it was said before
+                which = f"{self.checkpoint.name} (step {self.position.step}), which had other settings: {others}"
+                logger.warning("goes on from %s; for a new run leave --resume_from_checkpoint out.", which)
 
     @property
     def facts_now(self) -> metadata.AdapterMetadata:
@@ -244,16 +247,18 @@ def facts_of(config: table.TrainConfig, inputs: prepare.TrainInputs, train_step:
     return facts
 
 
-def is_changed(checkpoint: Path, facts: metadata.AdapterMetadata, untold: str) -> bool:
-    """Whether a resumed run has other settings than its checkpoint: one from the start would give other weights."""
-    is_same = read_position(checkpoint).untold in (None, untold)
-    return not is_same or settings_in(trained_modules(checkpoint)[0]) != settings_in(facts)
+def changed_names(checkpoint: Path, facts: metadata.AdapterMetadata, untold: str) -> list[str]:
+    """What a resumed run has otherwise than its checkpoint: one from the start would give other weights."""
+    before, now = settings_in(trained_modules(checkpoint)[0]), settings_in(facts)
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return names + ["photos or words"] * (read_position(checkpoint).untold not in (None, untold))
 
 
-def settings_in(facts: metadata.AdapterMetadata) -> list[object]:
+def settings_in(facts: metadata.AdapterMetadata) -> dict[str, object]:
     """What files tell of the settings that a resumed run should share with its checkpoint."""
     stored = json.loads(facts.to_json())
-    return [stored.get(name) for name in ("recipe", "public", "withheld", "processes")]
+    told = stored.get("recipe", {}) | stored.get("public", {}) | {"processes": stored.get("processes")}
+    return told | dict.fromkeys(stored.get("withheld", ()), "withheld")
 
 
 def write_card(

@@ -259,14 +259,18 @@ def test_the_same_settings_an_unnamed_seed_and_an_early_position_file_go_on(fini
 
 
 @pytest.fixture
-def goes_on(finished, checkpoint):
-    """Goes on from its first checkpoint, in a folder of its own; returns whether it says that settings are others."""
+def goes_on(finished, checkpoint, caplog):
+    """Goes on from its first checkpoint, in a folder of its own; returns whether it says that settings are others, in
+    its files and to the person."""
 
     def go_on(**changes):
+        caplog.clear()
         place = {"resume_from_checkpoint": str(checkpoint), "output_dir": str(checkpoint.with_name("goes_on"))}
         train(finished[1](**place, **changes))
         facts, _ = checkpoints.trained_modules(RunDir(place["output_dir"]).last_dir)
-        return "resume_from_checkpoint" in facts.withheld
+        is_said = "goes on from checkpoint-1 (step 1), which had other settings: " in caplog.text
+        assert is_said == ("resume_from_checkpoint" in facts.withheld)
+        return is_said
 
     return go_on
 
