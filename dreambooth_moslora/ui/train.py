@@ -21,7 +21,7 @@ from dreambooth_moslora.ui import (
     visitors,
 )
 from dreambooth_moslora.ui.generate import GenerateTab
-from dreambooth_moslora.ui.train_form import TrainForm, form_of, left_out, rows, values_like, values_of
+from dreambooth_moslora.ui.train_form import TrainForm, form_of, left_out, named, rows, values_like, values_of
 
 FROM_HUB = "; {} from the hub once"
 NARROW = {"min_width": 110}
@@ -150,10 +150,11 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         ) -> Any:
             visitor = ctx.visitors.of(request)
             sent = {n: files for n, files in enumerate((photos, photos_2, photos_3, photos_4), 1) if files}
+            form = form_of(values | {named("photos", number): files for number, files in sent.items()})
             with visitor.changing if sent else nullcontext():  # or another request's photos would be used in its place
                 for number, files in sent.items():  # the photos of the other subjects stay
                     train_photos.take_with_masks(files, visitor, number)
-                return act(form_of(values), visitor)
+                return act(form, visitor)
 
         return handler
 

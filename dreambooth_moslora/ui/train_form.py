@@ -349,7 +349,8 @@ class TrainForm:
 
 
 def form_of(values: Mapping[str, Any], form: type[TrainForm] = TrainForm) -> TrainForm:
-    """The form from all fields' values, by name. Raises UserError for words beyond the number of `subjects`."""
+    """The form from all fields' values, by name. Raises UserError for words, or given photos, beyond the number of
+    `subjects`."""
     count = values.get("subjects", 1)
     if isinstance(count, bool) or count not in range(1, MOST_SUBJECTS + 1):
         raise UserError(f"subjects must be a whole number from 1 to {MOST_SUBJECTS}, not {count!r:.30}")
@@ -358,8 +359,9 @@ def form_of(values: Mapping[str, Any], form: type[TrainForm] = TrainForm) -> Tra
         words = [str(values.get(named(name, number)) or "") for name in SubjectWords.__dataclass_fields__]
         if number <= count:
             others.append(SubjectWords(*words))
-        elif words[0].strip():
-            raise UserError(f"with {named('class_word', number)}, subjects must be at least {number}, not {count}")
+        for name in ("class_word", "photos"):
+            if number > count and str(values.get(named(name, number)) or "").strip():
+                raise UserError(f"with {named(name, number)}, subjects must be at least {number}, not {count}")
     return form(**{name: values[name] for name in rows(form) if name in values}, others=tuple(others))
 
 

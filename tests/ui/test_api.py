@@ -181,3 +181,11 @@ def test_a_run_of_one_or_two_subjects_answers_with_its_name_takes_the_rest_from_
     assert [len(list(folder.iterdir())) for _, folder in found] == [1, 2]
     cost = client.predict(photos=files[:1], token="sks", class_word="dog", steps=7, api_name="/estimate")
     assert "7 steps" in cost and "GiB" in cost and str(tmp_path) not in cost
+
+
+def test_photos_beyond_the_number_of_subjects_are_refused_and_not_taken(client, served, tmp_path):
+    """They were left out of the run without a word."""
+    files = list(map(handle_file, noise_photos(tmp_path, 2)))
+    for endpoint in ("/train", "/add_to_queue", "/estimate"):
+        with pytest.raises(AppError, match="photos_2, subjects must be at least 2, not 1"):
+            client.predict(photos=files[:1], photos_2=files[1:], class_word="hen", api_name=endpoint)

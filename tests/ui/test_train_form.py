@@ -164,6 +164,7 @@ REFUSED = [
     ({"subjects": 5}, "subjects must be a whole number from 1 to 4"),
     *(({"subjects": number}, "subjects must be") for number in (True, [], float("nan"))),
     ({"class_word_2": "cat"}, "with class_word_2, subjects must be at least 2, not 1"),
+    ({"photos_2": ["a.png"]}, "with photos_2, subjects must be at least 2, not 1"),
     ({"subjects": 2, "token_2": "zwx"}, "subject 2: the word for what the photos show"),
     ({"subjects": 2, "class_word_2": "cat"}, "subject 2: the token"),
     ({"subjects": 2, "class_word_2": "dog", "token_2": "sks"}, "two subjects are called “a photo of a sks dog”"),
