@@ -383,7 +383,8 @@ class QueueTurns:
                 state = self.jobs.state(job)
                 self.queue.end(run, state.state, state.message)
                 return
-            killed = run.killed + (self.jobs.state(job).state != "interrupted")
+            is_killed = self.jobs.state(job).state != "interrupted" and not processes.is_asked_to_stop(job.run_dir)
+            killed = run.killed + is_killed
             killed = 0 if self._has_checkpoint_since(run.started, run) else killed
             if killed >= KILLED_MOST:
                 self.queue.end(run, "failed", f"it was killed {KILLED_MOST} times, perhaps for want of memory")

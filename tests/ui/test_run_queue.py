@@ -246,6 +246,23 @@ def test_a_run_that_saves_and_ends_again_and_again_as_the_queue_does_is_not_kill
     assert turns.current().killed == 0 and not turns.queue.ended()
 
 
+def test_a_run_that_the_queue_ends_before_it_has_begun_is_not_killed(jobs):
+    """Three Ctrl-C while the base was loaded made it a failed run, “perhaps for want of memory”."""
+    jobs.script.write_text("import time; time.sleep(60)")
+    added(RunQueue(jobs.runs_dir), "dog")
+
+    def stopped() -> QueueTurns:
+        turns = QueueTurns(Jobs(jobs.runs_dir, jobs.script))  # `queue start` once more
+        turns.take()
+        if job := turns.jobs.current():
+            turns.jobs.ask_to_stop(job)  # as Ctrl-C does
+        wait_for(lambda: turns.jobs.current() is None)
+        return turns
+
+    turns = [stopped() for _ in range(KILLED_MOST + 1)][-1]
+    assert not turns.queue.ended() and turns.current().killed == 0
+
+
 def test_the_command_stops_the_run_in_progress_which_leaves_the_queue_to_the_next(jobs, turns, capsys):
     stop = ["queue", "stop", "--runs_dir", str(jobs.runs_dir)]
     assert main(stop) == 2 and "no run of the queue is trained now" in capsys.readouterr().err
