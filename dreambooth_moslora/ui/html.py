@@ -277,19 +277,23 @@ SHOWN = {"show_label": False, "format": "png", "interactive": False, "buttons": 
 
 def explain_bad_values(widget: gr.components.Component) -> None:
     """Make the widget name itself and its expected type when it cannot take a value, such as a box of text a list:
-    gradio would take Python's spelling of it."""
+    gradio would take Python's spelling of it, and round what should be whole."""
     own = widget.preprocess
 
     def preprocess(value: object) -> object:
         try:
             if isinstance(widget, gr.Textbox) and isinstance(value, list | dict):
                 raise TypeError
-            return own(value)
+            taken = own(value)
         except gr.Error as error:
             words = f"{widget.label}: {error.message}"
         except (TypeError, ValueError, OverflowError, AttributeError):
             kind = "a number" if isinstance(widget, NUMBERS) else "text"
             words = f"{widget.label} must be {kind}, not {value!r:.30}"
+        else:
+            if not (isinstance(widget, gr.Number) and widget.precision == 0 and value != taken):
+                return taken
+            words = f"{widget.label} must be a whole number, not {value!r:.30}"
         raise gr.Error(html.escape(words, quote=False), duration=12, print_exception=False)
 
     widget.preprocess = preprocess
