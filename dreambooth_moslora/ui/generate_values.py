@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from dreambooth_moslora.generation.params import (
     Recipe,
     about_black,
     check_size,
+    check_steps,
     draw_seed,
     read_recipe,
 )
@@ -393,7 +394,10 @@ def _run(
             if axes:
                 from dreambooth_moslora.generation.grids import generate_grid
 
-                load = partial(ctx.load_adapters, visitor=visitor)
+                def load(cell: GenerationParams) -> GenerationParams:
+                    check_steps(cell)  # which an axis may set beyond the slider
+                    return ctx.load_adapters(cell, visitor)
+
                 events = generate_grid(pipeline, params, axes, should_stop, load)
             else:
                 params = ctx.load_adapters(params, visitor)

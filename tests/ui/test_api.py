@@ -136,6 +136,7 @@ MISTAKES = [
     *(("generate", {"seed": seed}, f"Seed must be a number, not {seed}") for seed in (float("nan"), float("inf"))),
     ("generate", {"seed": 1.5}, "Seed must be a whole number, not 1.5"),
     ("estimate", {"steps": 7.5}, "Steps must be a whole number, not 7.5"),
+    ("grid", {"rows": "steps", "row_values": "5, 150"}, "150 steps are too many; at most 100 are drawn"),
     ("generate", {"num_images": float("nan")}, "must be a whole number, not nan"),
     ("generate", {"adapter": "\ud800"}, r"There is no adapter \\ud800"),
     ("generate", {"prompt": "a \ud800"}, "which is not a character"),
