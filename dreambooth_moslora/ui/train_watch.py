@@ -108,10 +108,21 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     @gr.api(api_name="train_status")
     @as_gradio_error
     def status(run: str | None, request: gr.Request) -> dict:
-        job = ctx.jobs.owned(run or "", ctx.visitors.of(request).id)
-        state = ctx.jobs.state(job)
-        facts = {"run": job.name, "state": state.state, "step": state.step, "steps": state.max_train_steps}
-        return facts | ({"message": ctx.jobs.told(state.message)} if state.message else {})
+        return status_of(ctx, run, ctx.visitors.of(request))
+
+
+def status_of(ctx: AppContext, run: str | None, visitor: visitors.Visitor) -> dict[str, Any]:
+    """The state of the visitor's run, for a program; with its `place` while it waits. Raises UserError."""
+    unbegun, queue = {"run": run, "state": "waiting", "step": 0, "steps": 0}, ctx.queue.queue
+    if waiting := next((found for found in queued_runs(ctx, visitor) if found["run"] == run), None):
+        return unbegun | waiting | ({"message": "the queue is paused"} if queue.is_paused else {})
+    is_next = any((one.name, one.owner) == (run, visitor.id) for one in queue.started())
+    if is_next and Job.load(ctx.jobs.run_dir(run)) is None:  # it starts as soon as pictures make room
+        return unbegun | {"state": "starting"}
+    job = ctx.jobs.owned(run or "", visitor.id)
+    state = ctx.jobs.state(job)
+    facts = {"run": job.name, "state": state.state, "step": state.step, "steps": state.max_train_steps}
+    return facts | ({"message": ctx.jobs.told(state.message)} if state.message else {})
 
 
 def _connect_control(

@@ -19,7 +19,7 @@ from dreambooth_moslora.ui import public
 from dreambooth_moslora.ui.jobs import KILLED_MOST, Job, Jobs, QueueTurns
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import add_to_queue, start_run
-from dreambooth_moslora.ui.train_watch import pause_or_go_on, queue_changes
+from dreambooth_moslora.ui.train_watch import pause_or_go_on, queue_changes, status_of
 from tests.helpers.tiny_training import paint_photos
 from tests.ui.conftest import OTHER, OWNER, wait_for
 
@@ -366,6 +366,23 @@ def test_the_page_adds_shows_and_moves_runs_of_its_visitor_alone(page, ann, monk
         queue.remove(run)
     assert not queue_changes(page, ann, None, None, "dog")["queue_box"].visible
     assert [path.name for path in runs_dir.iterdir()] == [".queue"]
+
+
+def test_a_program_is_told_that_its_run_waits_and_where(page, ann):
+    """It was told that it had no such run."""
+    for name, owner in (("bear", ""), ("dog", ann.id)):
+        added(page.queue.queue, name, owner)
+    waits = {"run": "dog", "state": "waiting", "step": 0, "steps": 0}
+    assert status_of(page, "dog", ann) == waits | {"place": 2}
+    page.queue.queue.remove("bear")
+    page.queue.queue.pause()
+    assert status_of(page, "dog", ann) == waits | {"place": 1, "message": "the queue is paused"}
+    with pytest.raises(UserError, match="you have no run"):
+        status_of(page, "dog", replace(ann, id=OTHER))
+    page.queue.queue.pause(False)
+    page.queue.queue.claim()
+    assert status_of(page, "dog", ann) == waits | {"state": "starting"}
+    assert trained(page.queue) == {"dog": "done"} and status_of(page, "dog", ann)["state"] == "done"
 
 
 @pytest.mark.parametrize(
