@@ -177,7 +177,8 @@ class Prepared:
 def start_run(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor) -> tuple[Job, str]:
     """The started run, and what was chosen for it as HTML. Raises UserError."""
     if ctx.jobs.current() or not ctx.queue.is_empty:
-        raise UserError(BUSY)
+        ended_by = "whoever runs this page" if ctx.public else "“Go on” there"
+        raise UserError(BUSY + f"; the queue is paused, which {ended_by} ends" * ctx.queue.queue.is_paused)
     with ctx.jobs.telling(), prepared(ctx, form, visitor) as run:
         job = ctx.jobs.start(run.run_dir.name, run.settings, visitor.id)
     return job, html.remarks_card(run.said, f"{job.name} has started. {CHOSEN}")

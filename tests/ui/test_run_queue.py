@@ -340,6 +340,8 @@ def test_the_page_pauses_the_queue_and_says_so_but_not_for_all_visitors(context,
     pause_or_go_on(ctx)
     shown = queue_changes(ctx, ann, None, None)
     assert "Paused" in shown["queue_rest"] and shown["queue_pause"].value == "Go on"
+    with pytest.raises(UserError, match="lets this one wait for its turn; the queue is paused, which “Go on” there"):
+        start_run(ctx, FORM, ann)
     pause_or_go_on(ctx)
     assert queue_changes(ctx, ann, None, shown["queue_seen"])["queue_pause"].value == "Pause the queue"
 
