@@ -331,6 +331,8 @@ def _connect_adapters(ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, 
         except Exception:
             shutil.rmtree(visitor.uploads.pop(name).parent, ignore_errors=True)
             raise
+        for gone in ctx.catalog.forget_oldest(visitor):
+            gr.Info(html.escape(f"{gone} is not kept: {state.MAX_UPLOADS} uploads are, the newest", quote=False))
         names = [NONE, *ctx.catalog.files(visitor)]
         return gr.Dropdown(choices=names, value=name), gr.Dropdown(choices=names), gr.Dropdown(choices=names)
 

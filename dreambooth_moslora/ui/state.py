@@ -99,7 +99,7 @@ def _work(header: bytes) -> float:
 
 
 PROJECT = assets_folder().parent
-MAX_UPLOADS = 16
+MAX_UPLOADS = 16  # Of a visitor; each further one takes the oldest's place
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,18 @@ class AdapterCatalog:
         """Keep an uploaded file for its visitor alone; returns its name. Raises UserError."""
         source = Path(uploaded)
         check_upload(source)
-        if len(visitor.uploads) >= MAX_UPLOADS:
-            raise UserError(f"{MAX_UPLOADS} adapters are uploaded already; reload the page later or use the folder")
         name = free_name(run_folder.clean_name(source.stem), {run_folder.NONE, *self.files(visitor)}.__contains__, " ")
         target = Path(tempfile.mkdtemp(prefix="adapter-", dir=visitor.folder)) / f"{name}.safetensors"
         shutil.copyfile(source, target)
         visitor.uploads[name] = target
         return name
+
+    def forget_oldest(self, visitor: visitors.Visitor) -> list[str]:
+        """Delete the visitor's oldest uploads beyond MAX_UPLOADS; returns their names."""
+        gone = list(visitor.uploads)[:-MAX_UPLOADS]
+        for name in gone:
+            shutil.rmtree(visitor.uploads.pop(name).parent, ignore_errors=True)
+        return gone
 
 
 def _may_see(run_dir: Path, visitor: visitors.Visitor | None) -> bool:

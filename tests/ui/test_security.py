@@ -210,6 +210,16 @@ def test_an_upload_that_fails_in_any_way_is_not_kept(served, monkeypatch):
     assert not list(shelved.rglob("lost.safetensors"))
 
 
+def test_the_oldest_upload_gives_way_to_one_too_many_and_none_to_a_bad_file(served, monkeypatch):
+    """A browser with a cookie was refused for good: it was told to reload the page, which forgets nothing."""
+    monkeypatch.setattr("dreambooth_moslora.ui.state.MAX_UPLOADS", 2)
+    good = served.ctx.catalog.path("dog").read_bytes()
+    taken = [uploads(served, f"{name}.safetensors", good, "eve") for name in ("one", "two", "three")]
+    assert taken == [True] * 3 and not uploads(served, "bad.safetensors", good[:-8], "eve")
+    kept = served.ctx.visitors.of(asker("eve"))
+    assert list(kept.uploads) == ["two", "three"] and not list(kept.root.rglob("one.safetensors"))
+
+
 def test_a_forged_session_shows_nobodys_pictures(served):
     ann = Client(served.url, verbose=False, headers=cookie_of("ann"))
     ann.predict("a TOPSECRET dog", **DRAW)
