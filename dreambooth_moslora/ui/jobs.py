@@ -66,6 +66,7 @@ def phase_of(events: list[dict[str, Any]]) -> str:
 
 
 JOB_NAME = "job.json"
+REMARK = re.compile(r"^[\d-]+ [\d:,]+ WARNING dreambooth_moslora[\w.]*: (?:note: )?(.+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,14 @@ class Job:
 
     def log_tail(self) -> str:
         return processes.log_tail(self.run_dir)
+
+    def remarks(self) -> list[str]:
+        """What the trainer remarked, such as settings without effect: each warning in the beginning of its own log."""
+        if not (path := run_folder.RunDir(self.run_dir).log_path).is_file():
+            return []
+        with path.open("rb") as file:
+            text = file.read(processes.TAIL_BYTES).decode("utf-8", errors="replace")
+        return list(dict.fromkeys(REMARK.findall(text)))
 
 
 def job_by_command(run_dir: Path) -> Job:

@@ -122,7 +122,8 @@ def status_of(ctx: AppContext, run: str | None, visitor: visitors.Visitor) -> di
     job = ctx.jobs.owned(run or "", visitor.id)
     state = ctx.jobs.state(job)
     facts = {"run": job.name, "state": state.state, "step": state.step, "steps": state.max_train_steps}
-    return facts | ({"message": ctx.jobs.told(state.message)} if state.message else {})
+    said = {"message": ctx.jobs.told(state.message), "remarks": list(map(ctx.jobs.told, job.remarks()))}
+    return facts | {name: words for name, words in said.items() if words}
 
 
 def _connect_control(

@@ -1,6 +1,7 @@
 """The queue of runs: its order on the disk, turns that outlive page and command, and what the page does with it."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,15 +14,17 @@ from types import SimpleNamespace
 import pytest
 
 from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.train import log_file
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun, RunQueue, locked
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.ui import public
 from dreambooth_moslora.ui.jobs import KILLED_MOST, Job, Jobs, QueueTurns
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import add_to_queue, start_run
 from dreambooth_moslora.ui.train_watch import pause_or_go_on, queue_changes, status_of
 from tests.helpers.tiny_training import paint_photos
-from tests.ui.conftest import OTHER, OWNER, wait_for
+from tests.ui.conftest import OTHER, OWNER, recorded, wait_for
 
 TURNS = """
 import sys, time
@@ -385,6 +388,22 @@ def test_a_program_is_told_that_its_run_waits_and_where(page, ann):
     page.queue.queue.claim()
     assert status_of(page, "dog", ann) == waits | {"state": "starting"}
     assert trained(page.queue) == {"dog": "done"} and status_of(page, "dog", ann)["state"] == "done"
+
+
+def test_a_program_is_told_what_the_trainer_remarked_once_and_without_folders(page, ann):
+    """The command line prints it before a training, and the page left it in the log."""
+    run = recorded(page.jobs.runs_dir / "dog", {"type": "end", "state": "done", "step": 2}).run_dir
+    assert "remarks" not in status_of(page, "dog", ann)
+    log = log_file(RunDir(run))
+    for name, level, words in (
+        ("dreambooth_moslora.cli.train", logging.INFO, "begins"),
+        ("py.warnings", logging.WARNING, "/usr/lib/x.py: deprecated"),
+        *[("dreambooth_moslora.cli.train", logging.WARNING, "note: --prior has no effect")] * 2,
+        ("dreambooth_moslora.core", logging.WARNING, f"{run}/old was not removed"),
+    ):
+        log.emit(logging.LogRecord(name, level, "", 0, words, None, None))
+    log.close()
+    assert status_of(page, "dog", ann)["remarks"] == ["--prior has no effect", "dog/old was not removed"]
 
 
 @pytest.mark.parametrize(
