@@ -15,7 +15,7 @@ from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.generate import places_of, text_option_arguments
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
 from dreambooth_moslora.core import UserError, atomic_write, find_asset, small_text, spelled_out, user_path
-from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card
+from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card, subject_name
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan.checks import require_folder, require_writable
@@ -82,7 +82,8 @@ def strength(text: str) -> float:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     check_paths(args)
-    folder, config = output_folder(args), resolve(args)
+    config = resolve(args)
+    folder = output_folder(args)  # after the prompt was found to be a subject's
     from dreambooth_moslora.base import families, load
     from dreambooth_moslora.evaluation import metrics, report, score_tables
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -227,11 +228,15 @@ def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequen
 
 def output_folder(args: argparse.Namespace) -> Path:
     """The folder of the report, checked before anything is drawn. That of `best/` or of a checkpoint lies beside it, as
-    the run replaces or removes these. Raises UserError when it cannot be written."""
+    the run replaces or removes these; that of one of several subjects in the report of all. Raises UserError when it
+    cannot be written."""
     path = user_path(args.adapter)
     home, parent = RunDir(path), RunDir(path.parent)
     is_whole = path.is_dir() and (home.config_path.is_file() or not parent.config_path.is_file())
     beside = home.evaluation_dir if is_whole else path.with_name(f"{path.stem}_evaluation")
+    if args.instance_prompt:
+        prompts = [one["instance_prompt"] for one in known_of(Path(find_asset(args.adapter))).get("subjects", ())]
+        beside /= subject_name(prompts.index(args.instance_prompt) + 1) if len(prompts) > 1 else ""
     folder = user_path(args.output_dir) if args.output_dir else beside
     require_folder("output_dir", str(folder), folder)
     require_writable("output_dir", str(folder))

@@ -22,6 +22,7 @@ from PIL import Image
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core import atomic_write
+from dreambooth_moslora.disk.run_folder import subject_name
 from dreambooth_moslora.evaluation import metrics, protocol, score_tables
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
@@ -237,7 +238,7 @@ def write_reports(
         atomic_write(place / "report.html", html)
 
     for number, (evaluator, one) in enumerate(zip(evaluators, found), start=1):
-        own = folder / f"subject_{number}" if len(found) > 1 else folder
+        own = folder / subject_name(number) if len(found) > 1 else folder
         write(own, scores_json(one, about), report_html(one, about, evaluator.photos.pictures))
     if len(found) > 1:
         write(folder, subjects_json(found, together, about), subjects_html(evaluators, found, together, about))

@@ -204,16 +204,25 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
 def test_the_report_lies_where_a_tilde_says(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "dog").mkdir()
-    assert output_folder(Namespace(adapter="~/dog", output_dir=None)) == tmp_path / "dog" / "evaluation"
-    assert output_folder(Namespace(adapter="~/dog", output_dir="~/out")) == tmp_path / "out"
+    place = lambda given: output_folder(Namespace(adapter="~/dog", output_dir=given, instance_prompt=None))  # noqa: E731
+    assert place(None) == tmp_path / "dog" / "evaluation" and place("~/out") == tmp_path / "out"
 
 
 def test_the_report_of_a_part_of_a_run_lies_beside_it_and_outlives_it(run):
     """It was in `best/`, which a run that goes on replaces, and in a checkpoint, of which the oldest are removed."""
-    place = lambda folder: output_folder(Namespace(adapter=str(folder), output_dir=None))  # noqa: E731
+    place = lambda run: output_folder(Namespace(adapter=str(run), output_dir=None, instance_prompt=None))  # noqa: E731
     assert place(run[1].path) == run[1].evaluation_dir
     assert place(run[1].best_dir) == run[1].path / "best_evaluation"
     assert place(run[1].last_dir) == run[1].path / "last_evaluation"
+
+
+def test_the_report_of_one_of_several_subjects_leaves_that_of_all(tmp_path):
+    """It replaced it, and `explain` then had the scores of neither."""
+    pets = [{"instance_data_dir": kind, "instance_prompt": f"a photo of sks {kind}"} for kind in ("dog", "cat")]
+    RunDir(tmp_path).config_path.write_text(json.dumps({"subjects": pets}))
+    asked = {"adapter": str(tmp_path), "instance_prompt": "a photo of sks cat"}
+    assert output_folder(Namespace(output_dir=None, **asked)) == tmp_path / "evaluation" / "subject_2"
+    assert output_folder(Namespace(output_dir=str(tmp_path), **asked)) == tmp_path
 
 
 def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
