@@ -150,7 +150,7 @@ class StepEvaluated(Event):
     best: dict[str, Any] = field(default_factory=dict)  # step so far
     copy_alarm: bool = False
     cost: dict[str, float] = field(default_factory=dict)  # of this evaluation
-    photos: dict[str, float] = field(default_factory=dict)  # `count`, `nearness`, `without_bare_prompt`
+    photos: dict[str, float] = field(default_factory=dict)  # `count`, `nearness`, `largest`, `without_bare_prompt`
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,13 @@ class TrainingEvaluator:
         best = best_of([*self._earlier(step), (step, round(found.score, 4))])
         near = {"nearness": round(metrics.photo_nearness(photos), 4)} if len(photos) > 1 else {}
         bare = sum(photo.bare_prompt is not None for photo in self.photos_as_trained)
+        counts = photo_file.counts_of(self.photos_as_trained)
+        largest = {"largest": max(counts)} if len(counts) > 1 else {}
         return {
             **found.logged(),
             **(numbered if len(of_each) > 1 else {}),
             "copy_alarm": found.alarm.raised,
-            "photos": {"count": len(photos), **near, "without_bare_prompt": bare},
+            "photos": {"count": len(photos), **near, **largest, "without_bare_prompt": bare},
             "best": asdict(best),
             "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
         }

@@ -92,6 +92,7 @@ class Figures:
     step: int = 0
     skipped: int = 0
     photos: int | None = None
+    largest: int | None = None  # photos of the largest of several subjects
     nearness: float | None = None
     without_bare_prompt: int = 0  # photos whose captions lack the instance prompt
     scores: Mapping[str, float] = field(default_factory=dict)  # the latest
@@ -120,12 +121,12 @@ class Figures:
 def figures_from(
     records: Sequence[Mapping[str, Any]], config: table.TrainConfig, photos: Mapping[str, int] = {}
 ) -> Figures:
-    """Figures from the lines of `metrics.jsonl`; `photos`: their `count` and `without_bare_prompt`, if in none."""
+    """Figures from the lines of `metrics.jsonl`; `photos`: what is known of them, if in none."""
     kinds = ("start", "step", "evaluation", "end")
     starts, steps, scored, ends = ([e for e in records if e.get("type") == kind] for kind in kinds)
     start, last, end = ([{}, *some][-1] for some in (starts, scored, ends))
     about = {**photos, **as_table(last.get("photos"))}
-    count = number(about.get("count"))
+    count, largest = (number(about.get(name)) for name in ("count", "largest"))
     return Figures(
         config=config,
         state=str(end.get("state", "")),
@@ -133,6 +134,7 @@ def figures_from(
         step=max((event.get("step") or 0 for event in steps if not event.get("skipped")), default=0),
         skipped=sum(bool(event.get("skipped")) for event in steps),
         photos=None if count is None else int(count),
+        largest=None if largest is None else int(largest),
         nearness=number(about.get("nearness")),
         without_bare_prompt=int(number(about.get("without_bare_prompt")) or 0),
         scores=numbers({name: value for name, value in last.items() if name not in NO_SCORES}),
@@ -171,6 +173,7 @@ def figures_of(run_dir: RunDir, photos: Sequence[photo_file.Photo] | None = None
     if photos and not config.dataset_name:
         bare = sum(photo.bare_prompt is not None for photo in photos)
         facts = {"count": len(photos), "without_bare_prompt": bare}
+        facts |= {"largest": max(photo_file.counts_of(photos))} if len(config.subjects) > 1 else {}
     return with_report(figures_from(run_dir.read_metrics(), config, facts), run_dir)
 
 
@@ -324,10 +327,14 @@ def is_short(run: Figures) -> bool:
 
 
 def more_exposures(run: Figures) -> int:
-    """Half as many again, in tens; after a short run the usual number."""
+    """Half as many again, in tens, as the flag counts them: of a photo of the largest subject. After a short run the
+    usual number."""
     if is_short(run):
         return USUAL_EXPOSURES
-    return math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
+    shown = run.exposures or USUAL_EXPOSURES
+    if run.exposures and run.largest:
+        shown *= run.photos / (len(run.config.subjects) * run.largest)
+    return math.ceil(0.15 * shown) * 10
 
 
 RULES = (about_the_steps, about_the_prompt, about_the_bare_prompt, about_the_class, about_length_and_photos)

@@ -16,6 +16,7 @@ from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import find_asset
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import explain, loop
 from dreambooth_moslora.training.explain import Figures, advice_after, figures_from, figures_of
@@ -119,6 +120,20 @@ def test_photos_of_all_processes_are_counted_and_of_one_where_the_log_does_not_s
     records = [{"type": "step", "step": 10}, {"type": "evaluation", "photos": {"count": 5}}]
     for start, exposures in (({}, 8), ({"processes": 4}, 32)):
         assert figures_from([{"type": "start", **start}, *records], CONFIG).exposures == exposures
+
+
+def test_more_exposures_are_advised_as_the_flag_counts_them_of_the_largest_subject(tmp_path):
+    """With the mean over 4 and 20 photos, half as many again was 2.5 times the steps."""
+    pets = [dict(one, instance_data_dir=str(tmp_path / one["instance_data_dir"])) for one in (DOGS, CATS)]
+    config = replace(TWICE.config, resolution=64, max_train_steps=400, subjects=tuple(pets))
+    for pet, count in zip(pets, (4, 20)):
+        paint_photos(Path(pet["instance_data_dir"]), count)
+    run = RunDir(tmp_path)
+    run.config_path.write_text(json.dumps(config.to_dict()))
+    run.append_metrics({"type": "step", "step": 400})
+    found = figures_of(run)
+    longer = replace(config, max_train_steps=None, exposures_per_photo=explain.more_exposures(found))
+    assert found.photos == 24 and 600 <= plan_steps(longer, [4, 20]).total_steps <= 700
 
 
 def test_what_is_not_a_number_is_passed_over_and_a_later_report_of_evaluate_is_taken(tmp_path):
