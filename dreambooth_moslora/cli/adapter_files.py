@@ -4,10 +4,20 @@ weights to files for diffusers, ComfyUI and the others; needs no base."""
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from dreambooth_moslora.core import UserError, find_asset, spelled_out, user_path
-from dreambooth_moslora.disk.run_folder import PEFT_CONFIG, PUBLISHED_NAME, RAW_NAME, RunDir, check_name, tokens_name
+from dreambooth_moslora.disk.run_folder import (
+    BEST_NAME,
+    PEFT_CONFIG,
+    PUBLISHED_NAME,
+    RAW_NAME,
+    RunDir,
+    check_name,
+    header_of,
+    tokens_name,
+)
 
 LOKR_SUFFIX = ".lokr.safetensors"
 NOT_OBEYED = {"peft": ("dtype", "keep", "name"), "lycoris": ("dtype", "keep")}  # These write what was trained
@@ -91,6 +101,7 @@ def run_export(args: argparse.Namespace) -> int:
         for file in token_files:
             print(f"{out / file}: its new tokens.")
         return 0
+    refuse_to_replace(out, source, facts.step)
     components = {name: raw_file.empty_model(structure) for name, structure in facts.structures.items()}
     raw_file.load_raw(source, components)
     before, keep = sum(rank_sum(model) for model in components.values()), 1.0 if args.keep is None else args.keep
@@ -110,6 +121,20 @@ def run_export(args: argparse.Namespace) -> int:
     for note in proof.notes:
         print(f"Note: {note}.")
     return 0
+
+
+def refuse_to_replace(out: Path, source: Path, step: int | None) -> None:
+    """Raises UserError when `out` is a run, or its best/, and the adapter there is another run's or step's."""
+    from dreambooth_moslora.adapters.metadata import metadata_in
+
+    run_dir, file, there = RunDir(out.parent if out.name == BEST_NAME else out), out / PUBLISHED_NAME, None
+    if run_dir.config_path.is_file() and file.is_file():
+        with suppress(UserError):  # a damaged file may be replaced
+            there = metadata_in(header_of(file))
+    is_its_own = source.resolve().is_relative_to(run_dir.path.resolve())
+    if there is not None and not (is_its_own and there.step == step):
+        kept = f"--out {out}: it is a run's folder, and another adapter would replace its own {PUBLISHED_NAME}"
+        raise UserError(f"{kept}; give another folder, such as {run_dir.path}_export.")
 
 
 def rank_sum(model: object) -> int:

@@ -1,6 +1,7 @@
 """`export`, `info` and `generate` as a person calls them, on our files and on other people's."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, tokens_b
 from dreambooth_moslora.adapters.published_file import publish
 from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME, header_of
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir, header_of
 from tests.helpers.live_adapters import live
 
 
@@ -41,6 +42,27 @@ def test_export_needs_no_base_equals_the_file_of_the_live_adapter_and_says_what_
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     assert call("export", checkpoint / RAW_NAME, "--out", tmp_path, "--dtype", "fp16", "--keep", "0.7") == 0
     assert "Rank reduced: 352 to " in capsys.readouterr().out
+
+
+def test_a_runs_own_file_is_not_replaced_by_an_earlier_steps_or_another_runs(checkpoint, tmp_path, capsys):
+    """A damaged one may be, and the same adapter in another precision."""
+    run = RunDir(tmp_path / "dog")
+    components = live(target_modules=["attn1.to_q"])
+    facts = adapter_metadata(components, base_id="some/base")
+    publish(components, run.path, "dog", facts)
+    run.config_path.write_text("{}")
+    run.last_dir.mkdir()
+    run.checkpoint_path(3).mkdir()
+    save_raw(components, run.last_dir / RAW_NAME, facts)
+    save_raw(components, run.checkpoint_path(3) / RAW_NAME, replace(facts, step=3))
+    before = run.adapter_path.read_bytes()
+    for source in (run.checkpoint_path(3), checkpoint):
+        assert call("export", source, "--out", run.path) == 2
+        assert f"give another folder, such as {run.path}_export." in capsys.readouterr().err
+    assert run.adapter_path.read_bytes() == before
+    assert call("export", run.last_dir, "--out", run.path, "--dtype", "fp16") == 0
+    run.adapter_path.write_text("broken")
+    assert call("export", run.checkpoint_path(3), "--out", run.path) == 0
 
 
 def test_export_of_dora_says_what_other_programs_make_of_it(tmp_path, capsys):
