@@ -299,7 +299,9 @@ def move(paths: list[Path], run_dir: run_folder.RunDir, what: str) -> None:
     home = run_dir.path / core.free_name("earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True)
     home.mkdir()
     for path in paths:
-        core.rename(path, home / path.name)
+        place = home / path.relative_to(run_dir.path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        core.rename(path, place)
     logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
 
 
@@ -329,6 +331,6 @@ def claim_run_folder(config: table.TrainConfig, context: RunContext, step: int, 
         facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
         sheets = [*pictures, run_dir.samples_dir, run_dir.contact_sheet_path]
         evaluations = sorted(run_dir.path.glob(f"*{run_dir.evaluation_dir.name}"))  # of the run, and of single files
-        move(present(*weights, *facts, *sheets, *evaluations), run_dir, "held an earlier run")
+        move(present(*weights, *facts, *sheets, *evaluations, *report.earlier_curves), run_dir, "held an earlier run")
     core.atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
     report.begin_at(step if is_own else 0)  # else the log is of a run that failed here

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class Reporter:
     on_event: Callable[[events.Event], None] | None
     step: int = 0
     failure: Exception | None = None
+    earlier_curves: list[Path] = field(default_factory=list)  # of tensorboard, in the run folder before it opened
     waiting: list[events.Event] | None = field(default_factory=list)
 
     def __call__(self, event: events.Event) -> None:
@@ -69,6 +71,9 @@ class Reporter:
             is_choice = isinstance(value, str) and SETTINGS[name].metadata["choices"]
             if isinstance(value, (bool, int, float)) or is_choice:
                 public[name] = value
+        home = self.run_dir.path
+        curves = sorted((home / config.logging_dir).rglob("*.tfevents.*"))
+        self.earlier_curves = [path for path in curves if path.resolve().is_relative_to(home.resolve())]
         try:
             self.accelerator.init_trackers("dreambooth_moslora", config=public)
         except Exception as error:  # each tracker raises its own errors

@@ -276,7 +276,7 @@ def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():
     def told_of(**settings) -> dict:
         got = {}
         accelerator = SimpleNamespace(init_trackers=lambda _, config: got.update(config))
-        reporter.Reporter(None, accelerator, None).start_trackers(TrainConfig(**settings))
+        reporter.Reporter(RunDir("run"), accelerator, None).start_trackers(TrainConfig(**settings))
         return got
 
     told = told_of(optimizer="Prodigy", learning_rate=1.0, random_flip=True)

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.fault_runs import build_shim
 from benchmarks.faults import preloading
@@ -487,6 +489,19 @@ def test_an_earlier_run_goes_aside_and_of_a_renamed_folder_only_the_new_names_fi
         assert not [*moved.glob("*evaluation")]
         assert adapter_sha256(home) == adapter_sha256(folder)
         assert [path.name for path in RunDir(moved).checkpoints()] == ["last"]
+
+
+def test_an_earlier_runs_curves_go_aside_and_those_of_a_run_that_goes_on_stay(finished, tmp_path):
+    """Tensorboard drew the curves of both as one: it reads all files of a folder."""
+    config = partial(finished[1], output_dir=tmp_path / "run", report_to="tensorboard")
+    steps = lambda folder: [  # noqa: E731
+        scalar.step for scalar in EventAccumulator(str(folder / "logs" / "dreambooth_moslora")).Reload().Scalars("loss")
+    ]
+    for _ in range(2):
+        train(config())
+    assert steps(tmp_path / "run") == steps(tmp_path / "run" / "earlier_run_1") == [1, 2]
+    train(config(max_train_steps=3, resume_from_checkpoint="latest"))
+    assert steps(tmp_path / "run") == [1, 2, 3]
 
 
 def test_a_full_disk_is_told_as_one_and_costs_no_checkpoint(tmp_path):
