@@ -30,7 +30,7 @@ from dreambooth_moslora.core import (
     small_text,
     user_path,
 )
-from dreambooth_moslora.disk.run_folder import check_name
+from dreambooth_moslora.disk.run_folder import check_name, find_weights
 from dreambooth_moslora.extras.cluster import records
 from dreambooth_moslora.settings import sources, table
 
@@ -183,6 +183,8 @@ def mark_of(settings: Mapping[str, Any]) -> str:
             files.append((path.name, file_digest(path) if path.suffix in CAPTIONS else path.stat().st_size))
     for name in table.BEGUN_WITH:
         path = user_path(settings.get(name) or "")
+        if name == "init_adapter" and settings.get(name) and path.is_dir():
+            path = find_weights(path)
         if path.is_file():
             files.append((name, digest_of(path, path.stat().st_mtime_ns)))
     values = table.TrainConfig.from_dict(settings).to_dict()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.extras.cluster import command_fleet, records
 from dreambooth_moslora.extras.cluster.fleet import missing
 from dreambooth_moslora.extras.cluster.records import Record, read_record, rows_of, write_names, write_record
@@ -162,6 +162,16 @@ def test_another_caption_of_equal_length_and_another_file_to_begin_with_are_anot
         begun.write_bytes(content)
         marks.append(mark_of(read(pets, init_adapter=str(begun))[0].settings))
     assert len(set(marks)) == 3
+
+
+def test_another_adapter_in_the_run_to_begin_with_is_another_run(pets):
+    """Of a run's folder, which `--init_adapter` takes too, its path alone counted."""
+    run, marks = RunDir("earlier"), []
+    run.path.mkdir()
+    for content in (b"one", b"other", b"one"):
+        run.adapter_path.write_bytes(content)
+        marks.append(mark_of(read(pets, init_adapter=str(run.path))[0].settings))
+    assert marks[0] == marks[2] != marks[1]
 
 
 START = {"type": "start", "time": 1.0, "max_train_steps": 9}
