@@ -246,8 +246,14 @@ class TrainStep:
         with pause, apart, lent(self.average, self.trained):
             yield
 
-    def micro_batch_loss(self, micro_batch: int) -> objective.LossParts:
-        return self.losses([self.micro_batch(micro_batch)])[0]
+    def micro_batch_losses(self, micro_batch: int) -> Iterator[objective.LossParts]:
+        """Those of the passes of one micro-batch, which sum to its loss: each is differentiated before the next."""
+        micro, most = self.micro_batch(micro_batch), self.config.images_a_pass
+        if most >= self.config.images_a_micro_batch:
+            yield self.losses([micro])[0]
+            return
+        for part, share in micro.parts(most):
+            yield self.losses([part])[0].share(share)
 
     def losses(self, micros: Sequence[MicroBatch]) -> list[objective.LossParts]:
         """The loss of each of these, which pass through the denoiser together."""

@@ -26,6 +26,7 @@ from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.checks import check_settings
 from dreambooth_moslora.settings.sources import checked_recipe, recipe_of
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.step import TrainStep
 from tests.adapters.test_fast_linear import unet_loss
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import save_tiny_sdxl, tiny_unet
@@ -140,6 +141,26 @@ def test_a_basis_is_learnt_over_two_subjects_and_carries_the_next(subjects, tiny
     raw = load_file(tmp_path / "run" / "last" / "moslora_weights.safetensors")
     assert all(raw[key].equal(after[key]) != key.endswith(".mixer") for key in after)
     assert RunDir(tmp_path / "run").mixers_path.is_file()
+
+
+@pytest.mark.slow
+def test_no_more_images_pass_at_once_than_the_plan_says(subjects, tiny_base, tmp_path, monkeypatch):
+    """A photo passed with its prior, whatever `--memory auto` had chosen for the free memory."""
+    passed, predict = [], TrainStep.predict
+    monkeypatch.setattr(TrainStep, "predict", lambda step, rows: passed.append(len(rows)) or predict(step, rows))
+
+    def learnt(name: str, *flags: str) -> dict[str, torch.Tensor]:
+        passed.clear()
+        out = tmp_path / f"{name}_basis.safetensors"
+        given = [*subjects, "--pretrained_model_name_or_path", str(tiny_base), *COMMAND, "--max_train_steps", "2"]
+        given += ["--seed", "1", "--with_prior_preservation", "--prior", "adapter_off", *flags]
+        assert main(["basis", *given, "--out", str(out)]) == 0
+        return raw_file.read_raw(out)[0]
+
+    whole = learnt("whole")
+    assert max(passed) == 2
+    apart = learnt("apart", "--images_at_once", "1")
+    assert max(passed) == 1 and all(torch.allclose(apart[key], whole[key], atol=1e-4) for key in whole)
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def test_the_adapter_lowers_the_loss_on_equal_noise(tiny_base, tmp_path, train_s
     photos, attention = paint_photos(tmp_path / "photos", count=1), ("to_q", "to_k", "to_v", "to_out.0")
     size = {"rank": 16, "train_batch_size": 4, "max_train_steps": 40, "target_modules": attention}
     train(tiny_config(tiny_base, photos, tmp_path / "run", **size))
-    losses = lambda: sum(float(train_steps[0].micro_batch_loss(n).total) for n in range(1000, 1008))  # noqa: E731
+    losses = lambda: sum(float(of.total) for n in range(1000, 1008) for of in train_steps[0].micro_batch_losses(n))  # noqa: E731
     with torch.no_grad():
         trained = losses()
         with moslora.disabled(train_steps[0].components["unet"]):

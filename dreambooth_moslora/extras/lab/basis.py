@@ -6,6 +6,7 @@
 The result is a raw adapter file with A and B, and M = 0: a run takes it with `--basis FILE`.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -90,12 +91,14 @@ class Learner:
         subject = self.subjects[step.inputs.instance.subject_at(number * size)]
         put(subject.detach(), self.live)
         step.train_mode()
+        summed = torch.zeros((), device=step.device)
         with step.copies.for_one_step() as copies:
-            parts = step.micro_batch_loss(number)
-            self.scaler.scale(parts.total).backward()
-            copies.collect()
-        loss = float(parts.total.detach())
-        if not torch.isfinite(parts.total):
+            for parts in step.micro_batch_losses(number):
+                self.scaler.scale(parts.total).backward()
+                copies.collect()
+                summed = summed + parts.total.detach()
+        loss = float(summed)
+        if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} at step {number + 1}: lower --learning_rate or --basis_lr")
         subject.grad = torch.cat([mixer.grad.flatten() for mixer in self.live])
         self.scaler.unscale_(self.optimizer)
