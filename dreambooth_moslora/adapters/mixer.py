@@ -162,9 +162,14 @@ class MixerLinear(Computed):
         else:
             self.register_buffer("mixer", mixer)
 
+    @property
+    def mixing(self) -> torch.Tensor:
+        """M in the dtype of B: PEFT's `low_cpu_mem_usage` casts all to the base's, and back the parameters alone."""
+        return self.mixer.to(self.up.dtype)
+
     def product(self) -> torch.Tensor:
         """B·M, in the shape of a plain LoRA's B: (out, r)."""
-        return self.up @ self.mixer
+        return self.up @ self.mixing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, r) -> (…, out)."""
@@ -202,8 +207,8 @@ class KroneckerUp(MixerLinear):
     """B·M = W₁ ⊗ B₂ (out, r): `up` B₂ (out/f, r/f) and `mixer` W₁ (f, f)."""
 
     def product(self) -> torch.Tensor:
-        return torch.kron(self.mixer, self.up)
+        return torch.kron(self.mixing, self.up)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, r) -> (…, out)."""
-        return F.linear(self.mixer @ x.unflatten(-1, (len(self.mixer), -1)), self.up).flatten(-2)
+        return F.linear(self.mixing @ x.unflatten(-1, (len(self.mixer), -1)), self.up).flatten(-2)

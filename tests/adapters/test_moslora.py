@@ -460,6 +460,17 @@ def test_peft_files_come_back_whole_and_are_swapped_in_place_only_for_their_like
         PeftModel.from_pretrained(Net(), tmp_path / "second")
 
 
+@pytest.mark.parametrize("mixer", ["orthogonal", KRONECKER])
+def test_a_frozen_mixer_comes_back_also_on_a_bf16_base_without_a_copy_in_memory(mixer, tmp_path):
+    """PEFT then casts all to bf16, and to fp32 the parameters alone."""
+    model = get_peft_model(Net(torch.bfloat16), config(mixer=mixer, mixer_factor=2, train_mixer=False))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Net(torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
+    assert again(X.bfloat16()).isfinite().all()
+    wanted, found = fold(model), fold(again)
+    assert all(torch.allclose(found[path].up, wanted[path].up, rtol=0.02, atol=1e-3) for path in wanted)
+
+
 def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):
     """Nor does what diffusers' training scripts save: it must not become a LoRA with noise for B."""
     mixed, again = get_peft_model(Net(), config(mixer="kaiming")), get_peft_model(Net(), config(mixer_seed=3))
