@@ -172,6 +172,11 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
     if basis.is_mixer_file(file):
         raise UserError(f"{file.name} holds mixers alone, without their basis; give the LoRA file beside it")
     is_raw = raw_file.RAW_KEY in keys
+    if not is_raw and not beside(file, keys) and any(key.endswith(describe.UNFOLDED) for key in keys):
+        raise UserError(
+            f"{file.name} holds mixers that are not folded, as diffusers saves a live MoSLoRA: save it by "
+            "adapters.published_file.publish, which folds them"
+        )
     tensors, alphas, settings = (fold_raw(file), None, None) if is_raw else _read_published(file, pipeline)
     parts = {}
     for component, found in projections(tensors, file.name).items():

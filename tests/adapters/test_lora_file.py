@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -516,6 +516,16 @@ def test_another_type_of_peft_is_named(subject, tmp_path):
     shaken(tiny_unet(), moslora.MoSLoraConfig(r=4, target_modules=["to_q"])).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is of PEFT's type 'MOSLORA', and only LORA"):
         subject.load_adapter(tmp_path / "adapter_model.safetensors")
+
+
+def test_mixers_that_diffusers_saved_unfolded_are_named(subject, tmp_path):
+    """Of both its ways; they were called broken, or made for another base, or no LoRA of a diffusion model."""
+    unet = moslora.inject(tiny_unet(), moslora.MoSLoraConfig(r=4, target_modules=["to_q"]))
+    unet.save_lora_adapter(tmp_path / "one")
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path / "other", get_peft_model_state_dict(unet))
+    for name in ("one", "other"):
+        with pytest.raises(UserError, match="holds mixers that are not folded"):
+            subject.load_adapter(tmp_path / name / PUBLISHED_NAME)
 
 
 def test_what_diffusers_saves_of_one_model_is_read_with_its_settings(tiny_base, tmp_path):
