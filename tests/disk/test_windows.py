@@ -209,7 +209,7 @@ def test_a_run_folder_that_windows_cannot_have_is_one_line(output, says, tmp_pat
 @pytest.mark.parametrize("word", ["con", "Aux", "lpt1", "aux."])
 def test_a_word_that_is_a_device_gets_a_name_that_every_system_has(word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    named = train_command.run_folder(word, resumes=False), free_run_dir(Jobs(tmp_path), TrainForm("sks", word))
+    named = train_command.run_folder(word), free_run_dir(Jobs(tmp_path), TrainForm("sks", word))
     assert [path.name for path in named] == [f"my_{word.strip('.')}"] * 2
     assert run_folder.clean_name(word) == named[0].name
 
