@@ -46,13 +46,13 @@ OTHERS = [
 
 @pytest.mark.parametrize("layer", OTHERS, ids=str)
 def test_only_the_convolution_that_it_computes_is_replaced(layer, monkeypatch):
-    monkeypatch.setattr(winograd, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr(winograd, "compute_dtype", lambda device: torch.float32)
     assert use_winograd(nn.Sequential(layer))[0] is layer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_unet_answers_the_same_with_it_where_bfloat16_is_emulated(dtype, monkeypatch):
-    monkeypatch.setattr(winograd, "compute_dtype", lambda: dtype)
+    monkeypatch.setattr(winograd, "compute_dtype", lambda device: dtype)
     torch.manual_seed(0)
     unet = build_unet(2).eval()
     added = {"text_embeds": torch.randn(2, 160), "time_ids": torch.ones(2, 6)}
@@ -64,3 +64,8 @@ def test_a_unet_answers_the_same_with_it_where_bfloat16_is_emulated(dtype, monke
     assert set(unet.state_dict()) == names
     assert sum(isinstance(m, WinogradConv2d) for m in unet.modules()) == (17 if dtype is torch.float32 else 0)
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_gpu_keeps_its_own_convolutions():
+    layer = nn.Conv2d(64, 64, 3, padding=1)
+    assert use_winograd(nn.Sequential(layer), "cuda")[0] is layer

@@ -208,7 +208,7 @@ def train(
     begin = partial(UNet2DConditionModel.from_pretrained, args.start, torch_dtype=torch.float32)
     unet = begin() if args.start else build_unet(args.levels)
     unet.train().set_attn_processor(AttnProcessor())
-    use_winograd(use_fast_group_norm(unet))
+    use_winograd(use_fast_group_norm(unet), args.device)
     if args.compiled:
         compile_each(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
     alignment = Alignment(unet, cache["seen"])

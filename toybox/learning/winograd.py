@@ -116,13 +116,13 @@ class WinogradConv2d(nn.Module):
         return y if self.bias is None else y + self.bias[:, None, None]
 
 
-def use_winograd(model: nn.Module) -> nn.Module:
-    """Swap every convolution below `model` that gains by it, in place, where training computes in fp32."""
-    if compute_dtype() != torch.float32:
+def use_winograd(model: nn.Module, device: str = "cpu") -> nn.Module:
+    """Swap every convolution below `model` that gains by it, in place, where training on `device` computes in fp32."""
+    if compute_dtype(device) != torch.float32:
         return model
     for name, child in model.named_children():
         if WinogradConv2d.suits(child):
             setattr(model, name, WinogradConv2d(child))
         else:
-            use_winograd(child)
+            use_winograd(child, device)
     return model
