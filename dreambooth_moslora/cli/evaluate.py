@@ -82,8 +82,7 @@ def strength(text: str) -> float:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     check_paths(args)
-    config = resolve(args)
-    folder = output_folder(args)  # after the prompt was found to be a subject's
+    folder, config = output_folder(args), resolve(args)
     from dreambooth_moslora.base import families, load
     from dreambooth_moslora.evaluation import metrics, report, score_tables
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -227,20 +226,25 @@ def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequen
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """The folder of the report, checked before anything is drawn. That of `best/` or of a checkpoint lies beside it, as
-    the run replaces or removes these; that of one of several subjects in the report of all. Raises UserError when it
-    cannot be written."""
+    """The folder of the report, checked before anything is drawn. Raises UserError when it cannot be written."""
+    folder = user_path(args.output_dir) if args.output_dir else usual_folder(args)
+    require_folder("output_dir", str(folder), folder)
+    require_writable("output_dir", str(folder))
+    return folder
+
+
+def usual_folder(args: argparse.Namespace) -> Path:
+    """That of `best/` or of a checkpoint lies beside it, as the run replaces or removes these; that of one of several
+    subjects in the report of all."""
     path = user_path(args.adapter)
     home, parent = RunDir(path), RunDir(path.parent)
     is_whole = path.is_dir() and (home.config_path.is_file() or not parent.config_path.is_file())
     beside = home.evaluation_dir if is_whole else path.with_name(f"{path.stem}_evaluation")
     if args.instance_prompt:
         prompts = [one["instance_prompt"] for one in known_of(Path(find_asset(args.adapter))).get("subjects", ())]
-        beside /= subject_name(prompts.index(args.instance_prompt) + 1) if len(prompts) > 1 else ""
-    folder = user_path(args.output_dir) if args.output_dir else beside
-    require_folder("output_dir", str(folder), folder)
-    require_writable("output_dir", str(folder))
-    return folder
+        if len(prompts) > 1 and args.instance_prompt in prompts:
+            return beside / subject_name(prompts.index(args.instance_prompt) + 1)
+    return beside
 
 
 def summary(found: "Evaluation") -> str:
