@@ -16,10 +16,12 @@ The error at a position is the square of the difference d, or grows like |d| bey
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
+
+from dreambooth_moslora.settings.table import TrainConfig
 
 Pointwise = Callable[[torch.Tensor], torch.Tensor]  # Differences (B, 4, h, w) -> the error at each position, same shape
 
@@ -54,6 +56,10 @@ class NoiseSchedule:
             return 1 - share, share
         signal = (1 + sigma**2).rsqrt()
         return signal, torch.where(sigma.isinf(), torch.ones_like(sigma), sigma * signal)
+
+    def noise_share(self, index: torch.Tensor) -> torch.Tensor:
+        """The factor (B,) of n at `index` (B,)."""
+        return self.signal_and_noise(index)[1].flatten()
 
     def snr(self, index: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio (B,): alpha / (1 - alpha) = 1 / sigma²."""
@@ -177,42 +183,88 @@ def prediction_of(schedule: NoiseSchedule, output: torch.Tensor, noisy: NoisySam
     return noisy.latents / (1 + sigma**2) - sigma * (1 + sigma**2).rsqrt() * output
 
 
-def snr_weights(
-    schedule: NoiseSchedule, index: torch.Tensor, instance_count: int, snr_gamma: float | None
-) -> torch.Tensor:
-    """Weights (B,) of the images' squared errors, as in diffusers' script, by `index` (B,), instance images first. In
-    EDM style the error of x is weighted by 1/sigma², or by 1 for EDM's own bases. With `snr_gamma` (Hang et al. 2023)
-    an instance image's noise is weighted by min(SNR, gamma)/SNR, its velocity by one more."""
+Weighting = Callable[[NoiseSchedule, torch.Tensor, float], torch.Tensor]
+"""(schedule, index (B,), min-SNR's gamma) -> weights (B,) of the images' squared errors."""
+
+
+def error_of_noise(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
+    """1/sigma²: turns an error of the latents, EDM's, into one of the noise. 1 for EDM's own bases."""
     snr = schedule.snr(index)
-    if schedule.style == "edm":
-        return snr if schedule.sigma_data is None else torch.ones_like(snr)
-    if snr_gamma is None:
-        return torch.ones_like(snr)
-    clipped = (snr_gamma / snr).clamp(max=1)  # 1 where the SNR is zero
-    weights = clipped if schedule.prediction_type == "epsilon" else clipped + 1
-    return torch.cat([weights[:instance_count], torch.ones_like(weights[instance_count:])])
+    return snr if schedule.sigma_data is None else torch.ones_like(snr)
 
 
-def flow_weights(
-    schedule: NoiseSchedule, index: torch.Tensor, scheme: str, preconditioned: bool = False
-) -> torch.Tensor:
-    """Weights (B,) of a flow's squared errors: 1, or those of `sigma_sqrt` and `cosmap` (Esser et al. 2024). With
-    `preconditioned` they weigh the errors of the latents z - s·v that the answer v implies, which are s times v's."""
-    share = schedule.signal_and_noise(index)[1].flatten()
-    weights = torch.ones_like(share)
-    if scheme == "sigma_sqrt":
-        weights = share**-2
-    if scheme == "cosmap":
-        weights = 2 / (math.pi * (1 - 2 * share + 2 * share**2))
-    return weights * share**2 if preconditioned else weights
+def min_snr(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
+    """min(SNR, gamma)/SNR for the noise, one more for the velocity (Hang et al. 2023)."""
+    clipped = (gamma / schedule.snr(index)).clamp(max=1)  # 1 where the SNR is zero
+    return clipped if schedule.prediction_type == "epsilon" else clipped + 1
 
 
-def debiased_weights(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
-    """Weights (B,) of all images' errors, as kohya's: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, SNR at most
-    1000. The noise's error becomes that of the latents, up to a power (Yu et al. 2023, "Debias the Training of
+def debiased(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
+    """As kohya's: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, SNR at most 1000. The noise's
+    error becomes that of the latents, up to a power (Yu et al. 2023, "Debias the Training of
     Diffusion Models", arXiv 2310.08442)."""
     snr = schedule.snr(index).clamp(max=1000)
     return snr.rsqrt() if schedule.prediction_type == "epsilon" else 1 / (snr + 1)
+
+
+def sigma_sqrt(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
+    """1/s² for the share s of noise in a flow (Esser et al. 2024)."""
+    return schedule.noise_share(index) ** -2
+
+
+def cosmap(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
+    """2/(pi·(1 - 2s + 2s²)) for the share s of noise in a flow (Esser et al. 2024)."""
+    share = schedule.noise_share(index)
+    return 2 / (math.pi * (1 - 2 * share + 2 * share**2))
+
+
+def error_of_latents(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
+    """s²: turns an error of a flow's velocity v into one of the latents z - s·v that it implies."""
+    return schedule.noise_share(index) ** 2
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "edm": error_of_noise,
+    "min_snr": min_snr,
+    "debiased": debiased,
+    "sigma_sqrt": sigma_sqrt,
+    "cosmap": cosmap,
+    "preconditioned": error_of_latents,
+}
+"""Ways to weigh the loss by the noise level, as diffusers' scripts do. `weightings_of` names them."""
+OF_THE_SUBJECT = ("min_snr",)
+"""Those that weigh the subject's images alone, and leave the prior's as they are."""
+
+
+def weightings_of(config: TrainConfig, schedule: NoiseSchedule) -> tuple[str, ...]:
+    """The rows of WEIGHTINGS that the settings ask for; their products weigh the loss."""
+    if schedule.style == "flow":
+        # logit_normal and mode change which levels are drawn, not what their errors weigh
+        scheme = (config.weighting_scheme,) if config.weighting_scheme in WEIGHTINGS else ()
+        return (*scheme, *(("preconditioned",) if config.precondition_outputs else ()))
+    if config.debiased_estimation_loss:
+        return ("debiased",)
+    if schedule.style == "edm":
+        return ("edm",)
+    return ("min_snr",) if config.snr_gamma is not None else ()
+
+
+def weights_of(
+    names: Iterable[str],
+    schedule: NoiseSchedule,
+    index: torch.Tensor,
+    instance_count: int,
+    gamma: float | None = None,
+) -> torch.Tensor:
+    """Weights (B,) of the images' squared errors at noise levels `index` (B,), the subject's images
+    first: the product of the WEIGHTINGS of these names. `gamma` is min-SNR's."""
+    weights = torch.ones_like(schedule.snr(index))
+    for name in names:
+        found = WEIGHTINGS[name](schedule, index, gamma or 0.0)
+        if name in OF_THE_SUBJECT:
+            found[instance_count:] = 1
+        weights = weights * found
+    return weights
 
 
 def pointwise_error(

@@ -301,12 +301,8 @@ class TrainStep:
         """The loss of `prediction` (B, 4, h, w); `answer` (B/2, 4, h, w): the base's, the prior half's target."""
         config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.instance_count
         target = micro.target if answer is None else torch.cat([micro.target[:count], answer])
-        weights = objective.snr_weights(schedule, index, count, config.snr_gamma)
-        if schedule.style == "flow":
-            scheme, preconditioned = config.weighting_scheme or "none", bool(config.precondition_outputs)
-            weights = objective.flow_weights(schedule, index, scheme, preconditioned)
-        elif config.debiased_estimation_loss:
-            weights = objective.debiased_weights(schedule, index)
+        names = objective.weightings_of(config, schedule)
+        weights = objective.weights_of(names, schedule, index, count, config.snr_gamma)
         error = objective.pointwise_error(schedule, index, config.loss_type, config.huber_c, config.huber_schedule)
         weight = config.prior_loss_weight * config.prior_every
         return objective.loss(prediction, target, weights, count, weight, micro.mask, error)

@@ -46,7 +46,7 @@ from dreambooth_moslora.training import frozen_base
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import advanced, train
 from dreambooth_moslora.training.loop import training as training_loop
-from dreambooth_moslora.training.objective import add_noise, flow_levels, flow_weights, loss_target
+from dreambooth_moslora.training.objective import add_noise, flow_levels, loss_target, weightings_of, weights_of
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.live_adapters import facts_of, shake
@@ -226,7 +226,9 @@ def test_the_draws_and_weights_of_a_flow_are_those_of_diffusers():
         theirs = compute_density_for_timestep_sampling(scheme, 64, 0.1, 0.9, 1.29, generator=draws[1])
         assert torch.equal(index, (theirs * 1000).long())
         share = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas[index]
-        torch.testing.assert_close(flow_weights(schedule, index, scheme), compute_loss_weighting_for_sd3(scheme, share))
+        names = weightings_of(TrainConfig(weighting_scheme=scheme), schedule)
+        weights = weights_of(names, schedule, index, len(index))
+        torch.testing.assert_close(weights, compute_loss_weighting_for_sd3(scheme, share))
         latents, noise = torch.randn(2, 64, 4, 8, 8)
         z = add_noise(schedule, latents, noise, index)
         expected = (1 - share.view(-1, 1, 1, 1)) * latents + share.view(-1, 1, 1, 1) * noise
@@ -263,7 +265,8 @@ def test_preconditioned_errors_are_those_of_the_latents_as_in_the_script_for_sd3
         weights = compute_loss_weighting_for_sd3(scheme, share)
         theirs = (weights * (noisy.unet_input - share * answer - latents) ** 2).mean((1, 2, 3))
         errors = (answer - loss_target(schedule, latents, noise, index)).square().mean((1, 2, 3))
-        torch.testing.assert_close(flow_weights(schedule, index, scheme, True) * errors, theirs)
+        names = weightings_of(TrainConfig(weighting_scheme=scheme, precondition_outputs=True), schedule)
+        torch.testing.assert_close(weights_of(names, schedule, index, 3) * errors, theirs)
 
 
 def test_the_plan_takes_layers_and_levels_of_the_family_and_blocks_are_chosen_by_number(base_of, photos, tmp_path):

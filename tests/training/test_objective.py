@@ -7,6 +7,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import objective, prepare
 from dreambooth_moslora.training.objective import NoiseSchedule
 
@@ -38,7 +39,12 @@ def test_ddpm_noise_and_velocity_equal_diffusers_and_zero_terminal_snr_stays_fin
     noisy = objective.add_noise(plan, latents, noise, index)
     assert torch.equal(noisy.latents[2], noise[2])
     assert torch.equal(objective.loss_target(plan, latents, noise, index)[2], -latents[2])
-    assert objective.snr_weights(plan, index, ALL, 5.0)[2] == 2
+    assert objective.weights_of(["min_snr"], plan, index, ALL, 5.0)[2] == 2
+
+
+def weights(plan, index):
+    """Those of a run without settings about the loss."""
+    return objective.weights_of(objective.weightings_of(TrainConfig(), plan), plan, index, ALL)
 
 
 def learnt(plan, drawn, index=INDEX):
@@ -54,10 +60,7 @@ def test_edm_style_is_the_same_loss_and_counts_an_error_of_the_latents_by_one_ov
     plans = schedule(), schedule(style="edm")
     ddpm, edm = (objective.add_noise(plan, latents, noise, INDEX) for plan in plans)
     assert torch.allclose(ddpm.unet_input, edm.unet_input, atol=1e-5) and torch.equal(ddpm.timesteps, edm.timesteps)
-    ddpm, edm = (
-        objective.image_errors(*learnt(plan, drawn), None) * objective.snr_weights(plan, INDEX, ALL, None)
-        for plan in plans
-    )
+    ddpm, edm = (objective.image_errors(*learnt(plan, drawn), None) * weights(plan, INDEX) for plan in plans)
     assert torch.allclose(edm, ddpm, rtol=1e-3)
     for kind in ("epsilon", "v_prediction"):
         answer = objective.loss_target(schedule(kind), latents, noise, INDEX)
@@ -67,7 +70,7 @@ def test_edm_style_is_the_same_loss_and_counts_an_error_of_the_latents_by_one_ov
     truth, plan = EulerDiscreteScheduler.from_config(SCHEDULER.config), schedule(style="edm")
     sigmas = truth.sigmas[:-1].flip(0)[EARLIER].view(-1, 1, 1, 1)
     clean = latents + sigmas * noise - sigmas * output
-    got = objective.loss(*learnt(plan, drawn, EARLIER), objective.snr_weights(plan, EARLIER, ALL, None), ALL)
+    got = objective.loss(*learnt(plan, drawn, EARLIER), weights(plan, EARLIER), ALL)
     assert float(got.total) == pytest.approx(float(((clean - latents) ** 2 / sigmas**2).mean()), rel=1e-3)
 
 
@@ -82,7 +85,8 @@ def test_min_snr_is_that_of_diffusers_script(kind, extra, drawn):
     weights = [min(snr, gamma) / snr + extra for snr in compute_snr(truth, EARLIER).tolist()]
     instance = (weights[0] * errors[0] + weights[1] * errors[1]) / 2
     target = objective.loss_target(plan, latents, noise, EARLIER)
-    got = objective.loss(output, target, objective.snr_weights(plan, EARLIER, subjects, gamma), subjects, 0.25)
+    clipped = objective.weights_of(["min_snr"], plan, EARLIER, subjects, gamma)
+    got = objective.loss(output, target, clipped, subjects, 0.25)
     wanted = [instance, errors[2], instance + 0.25 * errors[2]]
     assert [float(loss) for loss in (got.instance, got.prior, got.total)] == pytest.approx(wanted, rel=1e-4)
     assert weights[0] - extra < 0.05 and weights[1] - extra == 1
@@ -133,8 +137,10 @@ def test_debiased_weights_turn_an_error_of_the_noise_into_one_of_the_latents():
     """1/sqrt(SNR), and 1/(SNR + 1) for velocity; kohya counts the SNR up to 1000."""
     index = torch.tensor([0, 400, 999])
     snr = compute_snr(SCHEDULER, index).clamp(max=1000)
-    assert objective.debiased_weights(schedule(), index).tolist() == pytest.approx(snr.rsqrt().tolist(), rel=1e-4)
-    velocity = objective.debiased_weights(schedule("v_prediction"), index)
+    assert objective.WEIGHTINGS["debiased"](schedule(), index, 0.0).tolist() == pytest.approx(
+        snr.rsqrt().tolist(), rel=1e-4
+    )
+    velocity = objective.WEIGHTINGS["debiased"](schedule("v_prediction"), index, 0.0)
     assert velocity.tolist() == pytest.approx((1 / (snr + 1)).tolist(), rel=1e-4) and snr[0] == 1000
 
 
@@ -164,3 +170,20 @@ def test_huber_losses_are_those_of_sd_scripts(kind, course, drawn):
             c = WIDTHS[course](plan.sigmas[step].item(), plan.timesteps[step].item())
             rounded = (((output[number] - target[number]) ** 2 + c**2) ** 0.5 - c) * (2 * c if kind == "huber" else 2)
             assert got[number].item() == pytest.approx(rounded.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("style", "settings", "names"),
+    [
+        ("ddpm", {}, ()),
+        ("ddpm", {"snr_gamma": 5.0}, ("min_snr",)),
+        ("ddpm", {"debiased_estimation_loss": True}, ("debiased",)),
+        ("edm", {}, ("edm",)),
+        ("flow", {"weighting_scheme": "logit_normal"}, ()),
+        ("flow", {"weighting_scheme": "cosmap"}, ("cosmap",)),
+        ("flow", {"weighting_scheme": "none", "precondition_outputs": True}, ("preconditioned",)),
+    ],
+)
+def test_each_setting_about_the_loss_is_a_row_of_the_weightings(style, settings, names):
+    found = objective.weightings_of(TrainConfig(**settings), schedule(style=style))
+    assert found == names and set(found) <= objective.WEIGHTINGS.keys()
