@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import hypot, inf, isfinite
+from math import inf, isfinite
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -347,59 +347,3 @@ def ranks_in_words(counts: dict[str, int]) -> str:
         lowest, *_, highest = counts
         return f"ranks {lowest} to {highest} in {sum(counts.values())} layers"
     return ", ".join(f"rank {rank} in {number} layer{'s' * (number != 1)}" for rank, number in counts.items())
-
-
-@dataclass(frozen=True)
-class FileDifference:
-    first: str  # how the first differing tensor differs, or ""
-    count: int  # differing tensors
-    total: int
-    header: tuple[str, ...]  # differing entries, also those inside `moslora`
-    of_updates: float = inf  # ‖ΔW − ΔW'‖ / ‖ΔW‖; infinite for other layers or alphas
-    is_cast: bool = False  # some tensor has another shape or dtype
-
-
-def difference_of(one: Path, other: Path) -> FileDifference:
-    """Compare two safetensors files. Raises UserError when one cannot be read or holds NaN."""
-    (tensors, header), (others, other_header) = raw_file.read_tensors(one), raw_file.read_tensors(other)
-    names = sorted(tensors.keys() | others.keys())
-    found = [text for name in names if (text := tensor_difference(name, tensors.get(name), others.get(name)))]
-    facts, other_facts = facts_in(header), facts_in(other_header)
-    keys = sorted(facts.keys() | other_facts.keys())
-    differing = tuple(key for key in keys if facts.get(key) != other_facts.get(key))
-    both = [(tensors[name], others[name]) for name in names if name in tensors and name in others]
-    is_cast = any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in both)
-    alphas = [(a, b) for a, b in both if a.ndim < 2 and a.numel() == 1]
-    is_other = is_cast or len(both) < len(names) or not all(torch.equal(a, b) for a, b in alphas)
-    of_updates = inf
-    if found and not is_other:
-        gaps, sizes = [], []
-        for a, b in zip(find_pairs(one.name, tensors), find_pairs(other.name, others), strict=True):
-            change = a.matrices.delta
-            gaps.append((change - b.matrices.delta).norm())
-            sizes.append(change.norm())
-        of_updates = hypot(*gaps) / size if (size := hypot(*sizes)) else inf
-    return FileDifference(found[0] if found else "", len(found), len(names), differing, of_updates, is_cast)
-
-
-def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
-    """How two tensors of any shapes differ, in words; "" for equal bits."""
-    if one is None or other is None:
-        return f"{name} is in one of the files alone"
-    if one.shape != other.shape:
-        return f"{name} is {list(one.shape)} and {list(other.shape)}"
-    if one.dtype != other.dtype:
-        return f"{name} is {one.dtype} and {other.dtype}".replace("torch.", "")
-    if torch.equal(*(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (one, other))):
-        return ""
-    gap = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30)
-    return f"{name} differs by {float(gap):.1e} of its norm"
-
-
-def facts_in(header: dict[str, str]) -> dict[str, object]:
-    """The header with the JSON object under `moslora` expanded."""
-    facts = {key: value for key, value in header.items() if key != HEADER}
-    try:
-        return facts | json.loads(header.get(HEADER, "{}"))
-    except (ValueError, TypeError, RecursionError):
-        return facts | {HEADER: header.get(HEADER)}

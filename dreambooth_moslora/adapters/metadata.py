@@ -1,8 +1,4 @@
-"""The metadata of an adapter, as JSON in its file's header: which values are valid, and what it tells of the settings.
-
-recipe     numbers, switches and choices
-public     prompts and a variant that a recipe in `assets/configs` has too
-withheld   names, without values, of the other settings that shaped the weights: prompts, file names, folders
+"""The metadata of an adapter, as JSON in its file's header, and which values are valid.
 
 Also here: what other programs compute from DoRA in kohya's form. The file names no norm, and they take different ones;
 as the shapes (out, 1) and (1, in) both broadcast, none of them raises an error.
@@ -11,16 +7,14 @@ as the shapes (out, 1) and (1, in) both broadcast, none of them raises an error.
 """
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core import UserError, assets_folder, is_finite_number
+from dreambooth_moslora.core import UserError, is_finite_number
 from dreambooth_moslora.disk.run_folder import header_of, keys_of
 from dreambooth_moslora.settings import rules, sources, table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS
@@ -52,8 +46,6 @@ def dora_table() -> str:
     return "\n".join(["| DoRA in the kohya file, read by | computes |", "|---|---|", *rows])
 
 
-PUBLIC = ("variant", "prior_prompts")  # settings whose value a file tells if a recipe in `assets/configs` has the same
-VARIANT = re.compile(r"\w[\w-]{0,19}")
 HEADER = "moslora"  # key of the metadata in a safetensors header
 
 
@@ -90,14 +82,6 @@ def is_token_note(value: object) -> bool:
     return is_note(texts, {"word", "file", "sha256"}) and texts["word"].strip() != "" and texts["file"] != ""
 
 
-def are_public(value: object) -> bool:
-    """Whether they are settings of PUBLIC. A variant becomes a part of a file's name, so it must be a word."""
-    if not isinstance(value, dict) or not value.keys() <= set(PUBLIC):
-        return False
-    variant, prompts = value.get("variant"), value.get("prior_prompts", [])
-    return (variant is None or (is_text(variant) and bool(VARIANT.fullmatch(variant)))) and listed(is_text)(prompts)
-
-
 def checked(is_valid: Callable[[object], bool], **default: Any) -> Any:
     """A field and whether a value in a file is valid for it; anyone may have written the file."""
     return field(metadata={"is_valid": is_valid}, **default)
@@ -107,7 +91,7 @@ def checked(is_valid: Callable[[object], bool], **default: Any) -> Any:
 class AdapterMetadata:
     """What a file says about its adapter; nothing in it is a path or describes photos or the machine. `ranks` and
     `alphas` list the modules (`component.path`) that differ from `rank` and `alpha`; `best_scale` and `usable_scales`
-    (lowest, highest) were measured. `public` and `withheld` are explained above."""
+    (lowest, highest) were measured. `recipe` holds numbers, switches and choices, never prompts or paths."""
 
     rank: int = checked(is_rank)
     alpha: float = checked(is_finite_number)
@@ -137,8 +121,6 @@ class AdapterMetadata:
     basis: Mapping[str, str] = checked(
         lambda value: value == {} or is_note(value, {"kind", "sha256", "file"}), default_factory=dict
     )  # of the frozen A and B
-    public: Mapping[str, object] = checked(are_public, default_factory=dict)
-    withheld: tuple[str, ...] = checked(listed(is_text), default=())
     step: int | None = checked(or_none(is_rank), default=None)  # if the run did not end there
     processes: int | None = checked(or_none(is_rank), default=None)  # if there were several
 
@@ -157,7 +139,7 @@ class AdapterMetadata:
         if len(self.tokens) == 1:
             facts["tokens"] = self.tokens[0]
         later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts", "basis")
-        later += ("public", "withheld", "step", "processes", "mixer_factor")
+        later += ("step", "processes", "mixer_factor")
         return json.dumps({name: value for name, value in facts.items() if value or name not in later}, sort_keys=True)
 
     @classmethod
@@ -175,7 +157,7 @@ class AdapterMetadata:
             raise ValueError(f"{wrong} is {known[wrong]!r:.60}")
         if isinstance(note := known.get("tokens"), dict):
             known["tokens"] = [note] if note else []
-        lists = ("trigger_words", "usable_scales", "subject_prompts", "tokens", "withheld")
+        lists = ("trigger_words", "usable_scales", "subject_prompts", "tokens")
         return cls(**{**known, **{name: tuple(known.get(name, ())) for name in lists}})
 
 
@@ -193,12 +175,12 @@ def notes_in(header: Mapping[str, str]) -> tuple[dict, ...]:
 
 
 def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of `TEXT_OPTIONS` -> the run's values, in the header of an adapter; None for one that is withheld."""
+    """Settings of `TEXT_OPTIONS` -> the run's values, as far as the header of an adapter tells them."""
     facts = metadata_in(header)
     if facts is None:
         return {}
     told, _ = sources.checked_recipe({name: facts.recipe[name] for name in TEXT_OPTIONS if name in facts.recipe})
-    return told | {name: None for name in TEXT_OPTIONS if name in facts.withheld}
+    return told
 
 
 BUNDLE = "bundle_emb."  # OneTrainer keeps new tokens in the adapter's own file: `bundle_emb.WORD.clip_l` and so on
@@ -231,54 +213,8 @@ def versions() -> dict[str, str]:
     return {"dreambooth_moslora": __version__} | {name: found for name, found in others.items() if found}
 
 
-KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")  # Loaded when a stranger's file names them
-RESUMED = "resume_from_checkpoint"  # In `withheld`: resumed with other settings or photos than it began with
-DEFAULTS = table.TrainConfig()
-FIRST = ("instance_prompt", "subjects", "dataset_name", "leave_out", "caption_prefix", "caption_suffix", "init_adapter")
-FIRST += ("pretrained_vae_model_name_or_path",)
-"""Settings that `withheld` lists first, whatever their order in the table, so that files keep their bytes."""
-UNTOLD = (*FIRST, *(name for name, item in table.SETTINGS.items() if item.metadata["shapes"] and name not in FIRST))
-"""Settings that may shape the weights and that a recipe may lack, but for those that other entries have."""
-
-
-def with_told(config: table.TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
-    """The `facts` of a run, whose words and base are set, with the recipe and all else that they tell of `config`."""
+def with_recipe(config: table.TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
+    """The `facts` with what a file tells of the run's settings."""
     if len(config.subjects) == 1:  # a single table trains the very file that flags train
         (config,) = config.each_subject
-    facts = replace(facts, recipe=sources.recipe_of(config))
-    known = concluded(facts)
-    by_subject = table.SAID_BY_SUBJECTS if config.subjects else ()
-    asked = [name for name in UNTOLD if table.shapes_weights(name, config) and name not in by_subject]
-    asked = [name for name in asked if name not in facts.recipe]
-    open_ = [name for name in asked if getattr(config, name) != known.get(name, getattr(DEFAULTS, name))]
-    usual = (DEFAULTS, *shipped_recipes())
-    public = {name: getattr(config, name) for name in PUBLIC if name in open_}
-    public = {name: value for name, value in public.items() if value in [getattr(one, name) for one in usual]}
-    return replace(facts, public=public, withheld=tuple(name for name in open_ if name not in public))
-
-
-def concluded(facts: AdapterMetadata) -> dict[str, Any]:
-    """The settings that a reader takes from the header beside the recipe, converted."""
-    found: dict[str, Any] = {"class_word": facts.class_word or None}
-    if facts.base_id in KNOWN_BASES and not Path(facts.base_id).exists():
-        found["pretrained_model_name_or_path"] = facts.base_id
-    if len(facts.trigger_words) == 1:
-        found["instance_prompt"] = f"a photo of a {facts.trigger_words[0]}"
-    if facts.class_word and facts.recipe.get("with_prior_preservation"):
-        found["class_prompt"] = f"a photo of a {facts.class_word}"
-    if len(facts.tokens) == 1:
-        found["token_abstraction"] = facts.tokens[0]["word"]
-    alike = [one for one in shipped_recipes() if sources.recipe_of(one) == facts.recipe]
-    found |= {name: getattr(one, name) for one in alike for name in PUBLIC}
-    return found | {name: table.checked_setting(name, value) for name, value in facts.public.items()}
-
-
-def told_by(facts: AdapterMetadata) -> bool:
-    """Whether the file surely lists its private settings; files of earlier versions do not."""
-    return bool(facts.public or facts.withheld or facts.step or facts.processes)
-
-
-@lru_cache(maxsize=1)
-def shipped_recipes() -> tuple[table.TrainConfig, ...]:
-    files = sorted((assets_folder() / "configs").glob("*.toml"))
-    return tuple(table.TrainConfig.from_dict(sources.load_settings(file)) for file in files)
+    return replace(facts, recipe=sources.recipe_of(config))

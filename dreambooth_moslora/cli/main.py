@@ -27,7 +27,6 @@ COMMANDS = {
         "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, the mixer's figures"),
     "export": ("cli.adapter_files",
         "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI"),
-    "verify": ("cli.verify", "train again by the recipe in a published file, and compare the files"),
     "compare": ("extras.lab.commands",
         "train and score several kinds of adapter at an equal budget: tables, intervals, plots"),
     "basis": ("extras.lab.commands", "learn A and B that many subjects share, for `train --basis FILE`"),

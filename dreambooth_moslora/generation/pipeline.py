@@ -412,8 +412,7 @@ class SubjectPipeline:
         self, adapters: Iterable[tuple[str, float]], given: Mapping[str, Any] | None = None
     ) -> families.Family:
         """The family with the `given` text options, and else with those that the adapters' runs set: none where a run
-        has the default. Raises UserError for one that is not the family's, that a file withholds, or that two runs set
-        differently."""
+        has the default. Raises UserError for one that is not the family's, or that two runs set differently."""
         facts, options = self.family.facts, dict(given or {})
         if wrong := [name for name in options if name not in facts.text_options]:
             raise core.UserError(f"--{wrong[0]} is not for {facts.title}; leave it out")
@@ -422,9 +421,6 @@ class SubjectPipeline:
             values = {own[option]: name for name, own in told.items() if option in own}
             if option in options or not values:
                 continue
-            if None in values:
-                said = f"{values[None]} was trained with its own --{option}, which its file does not tell"
-                raise core.UserError(f'{said}: give it, or "" for that of the base')
             if len(values) > 1:
                 names = " and ".join(values.values())
                 raise core.UserError(f"{names} were trained with different --{option}: give one")

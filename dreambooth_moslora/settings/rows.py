@@ -120,8 +120,6 @@ class Row:
     publish: str | None = None
     """whether a published file tells it and --like takes it: "always", or "if_changed" (only if it differs from the
     default, so that other files keep their bytes). Only for what cannot hold text of the user's."""
-    shapes: bool | Callable[[Any], bool] = False
-    """it may shape the weights though a published file may lack it: whenever it is not idle, or in these runs"""
     idle: Idle = ()  # when it has no effect
     packages: Mapping[object, str] = field(default_factory=dict)  # value -> package that it needs
     resume: str | None = None  # "same": a resumed run must have the checkpoint's value

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from dreambooth_moslora.core import UserError, find_asset, is_number, is_toy
+from dreambooth_moslora.core import UserError, find_asset, is_number
 from dreambooth_moslora.settings import optimizer_kinds, rows, rules, subjects
 
 KRONECKER = "kronecker"
@@ -55,10 +55,6 @@ of_run = rows.grouped("run folder")
 of_hub = rows.grouped("hub")
 
 
-def is_of_files(run: "TrainConfig") -> bool:
-    return not is_toy(run.pretrained_model_name_or_path)
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """Values are converted and checked on construction; UserError names the wrong setting and the reason. None means
@@ -69,9 +65,9 @@ class TrainConfig:
         'base model: a diffusers folder, a hub id, a .safetensors file, or an embedded one, "toy" or "toy-zimage"',
         required=True, path=expanduser)
     pretrained_vae_model_name_or_path: str | None = of_base(None, "another VAE than the base's own: folder or hub id",
-        path=expanduser, shapes=True)
-    revision: str | None = of_base(None, "branch, tag or commit of the base on the hub", shapes=is_of_files)
-    variant: str | None = of_base(None, 'which files of the base to load, for example "fp16"', shapes=is_of_files)
+        path=expanduser)
+    revision: str | None = of_base(None, "branch, tag or commit of the base on the hub")
+    variant: str | None = of_base(None, 'which files of the base to load, for example "fp16"')
     cache_dir: str | None = of_base(None,
         "where downloads, and encodings with --caching disk, are kept (default: the hub's cache, and "
         "~/.cache/dreambooth_moslora)",
@@ -80,34 +76,31 @@ class TrainConfig:
     instance_data_dir: str | None = of_photos(None, "folder with the photos of the subject",
         path=find_asset, per_subject=True)
     dataset_name: str | None = of_photos(None, "instead of a folder: a data set, on the hub or local",
-        yields_to=("subjects", rows.WORDS), shapes=True)
-    dataset_config_name: str | None = of_photos(None, "configuration of --dataset_name",
-        shapes=lambda run: bool(run.dataset_name))
-    image_column: str = of_photos("image", "column of --dataset_name that holds the images",
-        shapes=lambda run: bool(run.dataset_name))
-    caption_column: str | None = of_photos(None, "column of --dataset_name that holds the captions",
-        shapes=lambda run: bool(run.dataset_name))
+        yields_to=("subjects", rows.WORDS))
+    dataset_config_name: str | None = of_photos(None, "configuration of --dataset_name")
+    image_column: str = of_photos("image", "column of --dataset_name that holds the images")
+    caption_column: str | None = of_photos(None, "column of --dataset_name that holds the captions")
     leave_out: tuple[rows.Prompt, ...] = of_photos((), "file names of photos to leave out",
-        yields_to=(rows.WORDS,), shapes=True)
+        yields_to=(rows.WORDS,))
     instance_prompt: str = of_photos("a photo of sks object",
         'the subject in words, with its rare token: "a photo of sks dog"',
-        required=True, per_subject=True, shapes=True, check=True)
+        required=True, per_subject=True, check=True)
     subjects: tuple[rows.Subject, ...] = of_photos((),
         "several subjects in one run: a folder with a folder of each (`sks dog`), a .json list, or in TOML tables",
-        yields_to=("instance_data_dir", "dataset_name", rows.WORDS), shapes=True)
+        yields_to=("instance_data_dir", "dataset_name", rows.WORDS))
     token: str | None = of_photos(None, "the rare word in the instance prompt (default: found in it)", per_subject=True)
     class_word: str | None = of_photos(None, "the kind of thing it is (default: found in the prompts)",
         per_subject=True)
     caption_prefix: str | None = of_photos(None, "words before each photo's own captions; the instance prompt stays",
-        per_subject=True, yields_to=(rows.WORDS,), shapes=True)
+        per_subject=True, yields_to=(rows.WORDS,))
     caption_suffix: str | None = of_photos(None, "words after each photo's own captions",
-        per_subject=True, yields_to=(rows.WORDS,), shapes=True)
+        per_subject=True, yields_to=(rows.WORDS,))
     captions: str = of_photos("given",
         "given: those beside the photos; auto: photos without one get one made before training, in the run folder "
         "(no gain was shown on three sample subjects)", choices=("given", "auto"), publish="if_changed")
     caption_model: str | None = of_photos(None,
         "vision-language model that makes captions: hub id or folder (default: Qwen/Qwen3-VL-2B-Instruct; the toy's "
-        "own CLIP)", shapes=True, idle=rows.unless(captions="auto"))
+        "own CLIP)", idle=rows.unless(captions="auto"))
     shuffle_caption: bool = of_photos(False, "show the tags of a caption, between commas, in changing orders",
         publish="always", kohya="ss_shuffle_caption", elsewhere="shuffle_tags")
     keep_tokens: int = of_photos(0, "tags at a caption's start that --shuffle_caption leaves in place",
@@ -158,21 +151,21 @@ class TrainConfig:
         choices=("given", "auto"), publish="always")
     mask_model: str | None = of_photos(None,
         "CLIPSeg that makes masks: hub id or folder (default: CIDAS/clipseg-rd64-refined; the toy's own net)",
-        shapes=True, idle=rows.unless(masks="auto"), check=True)
+        idle=rows.unless(masks="auto"), check=True)
     mask_prompt: str | None = of_photos(None, "what CLIPSeg looks for in the photos (default: the class word)",
-        per_subject=True, shapes=True, idle=rows.unless(masks="auto"), check=True)
+        per_subject=True, idle=rows.unless(masks="auto"), check=True)
 
     with_prior_preservation: bool = of_prior(False, "preserve what the base knows of the class", publish="always")
     prior: str = of_prior("class_images",
         "class_images: train on pictures of the class; adapter_off: on the frozen base's own answer, no pictures",
         choices=("class_images", "adapter_off"), publish="always", idle=rows.unless(with_prior_preservation=True))
     class_prompt: str | None = of_prior(None, 'the class in words: "a photo of a dog"',
-        per_subject=True, shapes=True, idle=rows.unless(with_prior_preservation=True))
+        per_subject=True, idle=rows.unless(with_prior_preservation=True))
     prior_prompts: tuple[rows.Prompt, ...] = of_prior((),
         "other prompts that adapter_off preserves too: about half of the images draw one of them",
-        shapes=True, idle=rows.unless(with_prior_preservation=True, prior="adapter_off"))
+        idle=rows.unless(with_prior_preservation=True, prior="adapter_off"))
     class_data_dir: str | None = of_prior(None, "folder with class images (default: in the run folder)",
-        path=expanduser, per_subject=True, shapes=True,
+        path=expanduser, per_subject=True,
         idle=rows.unless(with_prior_preservation=True)
         + rows.where("with --prior adapter_off, which needs no images",
             lambda run: run.with_prior_preservation and run.prior == "adapter_off"))
@@ -184,10 +177,10 @@ class TrainConfig:
     prior_every: int = of_prior(1, "N: of N micro-batches one alone has the prior, at N times its weight",
         low=1, high=1000, publish="if_changed", idle=rows.unless(with_prior_preservation=True))
     sample_batch_size: int = of_prior(4, "images generated at once",
-        low=1, high=4096, publish="if_changed", shapes=lambda run: run.draws_class_images,
+        low=1, high=4096, publish="if_changed",
         idle=rows.unless(with_prior_preservation=True, prior="class_images"))
     prior_generation_precision: str | None = of_prior(None, "precision of that generation",
-        choices=("no", "fp32", "fp16", "bf16"), publish="if_changed", shapes=lambda run: run.draws_class_images,
+        choices=("no", "fp32", "fp16", "bf16"), publish="if_changed",
         idle=rows.unless(with_prior_preservation=True, prior="class_images"))
 
     rank: int = of_adapter(4, "rank r of the adapter",
@@ -217,7 +210,7 @@ class TrainConfig:
         + rows.where("with --no_train_mixer", lambda run: run.mixer != "none" and not run.train_mixer))
     basis: str | None = of_adapter(None,
         "train the mixer alone, from zero: A and B are frozen, from the SVD of the base's weights (svd) or those of "
-        "a raw adapter file", path=expanduser, publish="if_changed", shapes=lambda run: run.basis is not None)
+        "a raw adapter file", path=expanduser, publish="if_changed")
     target_modules: tuple[str, ...] = of_adapter(rows.ATTENTION,
         "layers of the UNet or transformer that get an adapter, by the end of their path (to_q, conv1), with * "
         "(down_blocks.2.*), or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, "
@@ -242,10 +235,10 @@ class TrainConfig:
         + rows.where("with --initializer_concept, whose words say how many", lambda run: run.initializer_concept))
     initializer_concept: str | None = of_adapter(None,
         "words whose tokens the new ones start from; they set their number (default: random start)",
-        per_subject=True, shapes=True, idle=rows.unless(train_text_encoder_ti=True))
+        per_subject=True, idle=rows.unless(train_text_encoder_ti=True))
     init_adapter: str | None = of_adapter(None,
         "begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
-        path=find_asset, shapes=True, elsewhere="network_weights init_lora")
+        path=find_asset, elsewhere="network_weights init_lora")
 
     seed: int | None = of_training(None, "seed of everything random",
         low=0, high=2**63 - 1, publish="always", kohya="ss_seed", elsewhere="seeds", check=True)
@@ -340,9 +333,9 @@ class TrainConfig:
     text_encoder_out_layers: tuple[str, ...] = of_training((),
         "numbers of the text encoder's layers that FLUX.2 reads (default: its own)", publish="if_changed")
     system_prompt: str | None = of_training(None, "what Lumina 2's text encoder is told before each prompt (default: "
-        "its own sentence)", shapes=True)
+        "its own sentence)")
     complex_human_instruction: str | None = of_training(None,
-        "what Sana's text encoder is told before each prompt (default: nothing)", shapes=True)
+        "what Sana's text encoder is told before each prompt (default: nothing)")
     max_grad_norm: float = of_training(1.0, "gradients are clipped to this norm",
         above=0, publish="always", kohya="ss_max_grad_norm")
     use_ema: bool = of_training(False,
@@ -567,12 +560,6 @@ SubjectTable = make_dataclass(
         "to_dict": lambda self: {name: value for name, value in vars(self).items() if value is not None},
     },
 )
-
-
-def shapes_weights(name: str, config: TrainConfig) -> bool:
-    """Whether a setting that a recipe may lack shapes the weights of this run."""
-    shapes, idle = SETTINGS[name].metadata["shapes"], SETTINGS[name].metadata["idle"]
-    return shapes(config) if callable(shapes) else shapes and not any(applies(config) for _, applies in idle)
 
 
 WHY_REMOVED = "removed, as the project's study showed no gain from new backgrounds"

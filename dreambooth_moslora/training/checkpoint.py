@@ -37,7 +37,7 @@ class Position:
     optimizer: str | None = None  # `optimizer_kind`
     digest: str | None = None  # of the position and the files beside it (`digest_of`)
     base: str | None = None  # the denoiser: how it is held, and its fingerprint; None in early versions, like the next
-    untold: str | None = None  # digest of what shapes the weights and no file tells (`digest_of_untold`)
+    shown: str | None = None  # digest of the photos and words that the steps learn from (`digest_of_shown`)
 
 
 def save_checkpoint(
@@ -71,17 +71,15 @@ def digest_of(checkpoint: Path, position: Position) -> str:
     parts = [path for name in names if (path := checkpoint / name).is_file()]
     files = {path.name: core.file_digest(path) for path in [*parts, *run_folder.tokens_files(checkpoint)]}
     told = asdict(replace(position, digest=None))
-    absent = [name for name in ("digest", "base", "untold") if told[name] is None]  # early versions had no such
+    absent = [name for name in ("digest", "base", "shown") if told[name] is None]  # early versions had no such
     return core.content_key(**{name: value for name, value in told.items() if name not in absent}, files=files)
 
 
-def digest_of_untold(config: table.TrainConfig, vae: str, photos: Sequence[object]) -> str:
-    """Of the settings of UNTOLD that are words, which a resumed run should share, and of the VAE's and the photos'
-    identity."""
-    names = [name for name in metadata.UNTOLD if name != "subjects" and not table.SETTINGS[name].metadata["path"]]
-    subjects = config.each_subject
-    values = [{name: getattr(one, name) for name in names if table.shapes_weights(name, one)} for one in subjects]
-    return core.content_key(values=values, vae=vae, photos=photos)
+def digest_of_shown(config: table.TrainConfig, vae: str, photos: Sequence[object]) -> str:
+    """Of the photos' and the VAE's identity, and of the words that are no photo's caption."""
+    names = ("class_prompt", "prior_prompts", "system_prompt", "complex_human_instruction")
+    words = [[getattr(subject, name) for name in names] for subject in config.each_subject]
+    return core.content_key(words=words, vae=vae, photos=photos)
 
 
 def read_position(checkpoint: Path) -> Position:
@@ -97,7 +95,7 @@ def check_whole(checkpoint: Path) -> Position:
     position = read_position(checkpoint)
     if any(type(value) is not int or value < 0 for value in (position.step, position.seed)):
         raise damaged(checkpoint, POSITION, "step and seed are whole numbers")
-    words = position.optimizer, position.digest, position.base, position.untold
+    words = position.optimizer, position.digest, position.base, position.shown
     if not all(isinstance(value, (str, type(None))) for value in words):
         raise damaged(checkpoint, POSITION, "optimizer and digests are words")
     if run_folder.checkpoint_step(checkpoint) not in (None, position.step):

@@ -257,19 +257,6 @@ class ClassBatch:
             self.images.write(index, seed_of_each[index], content)
 
 
-def are_draws(photos: Sequence[Photo], seed: int) -> bool:
-    """Whether a run of this seed draws each of these class images: class_0a1b2c3d_00007.png has the seed of 7."""
-    sets = {folder: ClassImages(folder, "", "", seed, (0, 0)) for folder in {photo.path.parent for photo in photos}}
-    known = {folder: images.manifest() for folder, images in sets.items()}
-
-    def is_draw(path: Path) -> bool:
-        drawn = known[path.parent].get(path.name, {}).get("seed")
-        is_ours = GENERATED.fullmatch(path.name) is not None
-        return is_ours and drawn == sets[path.parent].image_seed(int(path.stem.rpartition("_")[2]))
-
-    return all(is_draw(photo.path) for photo in photos)
-
-
 Sets = list[tuple[ClassImages, int]]  # Sets of generated images, one per size, each with the wanted number
 
 

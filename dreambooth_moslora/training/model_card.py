@@ -95,16 +95,14 @@ def family_in(facts: CardFacts) -> families.Facts:
 
 
 def call_of(facts: CardFacts) -> str:
-    """How the pipeline's call goes on after the prompt: with the family's arguments and the run's text options. Those
-    that the file withholds are named."""
+    """How the pipeline's call goes on after the prompt: with the family's arguments and the run's text options."""
     from dreambooth_moslora.base.families import encoding_options  # it loads diffusers
 
     told = {name: value for name in families.TEXT_OPTIONS if (value := facts.adapter.recipe.get(name))}
     given = "".join(f", {name}={value!r}" for name, value in encoding_options(told).items())
     if is_toy(facts.adapter.base_id) and family_in(facts).style == "flow":  # a transformer does not tell its side
         given += f", height={TOY_PX}, width={TOY_PX}"
-    own = " and ".join(name for name in families.TEXT_OPTIONS if name in facts.adapter.withheld)
-    return f"{family_in(facts).call}{given}).images[0]" + (f"  # it was trained with its own {own}" if own else "")
+    return f"{family_in(facts).call}{given}).images[0]"
 
 
 def strength(best: float | None, usable: tuple[float, ...], family: families.Facts = families.FAMILIES[0]) -> str:

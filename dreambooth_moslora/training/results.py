@@ -31,8 +31,8 @@ from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, op
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.plan.processes import on_main, share_out
 from dreambooth_moslora.settings import measures, prompts, table
-from dreambooth_moslora.training import explain, made_before, prepare
-from dreambooth_moslora.training.checkpoint import Position, digest_of_untold, read_position, trained_modules
+from dreambooth_moslora.training import explain, prepare
+from dreambooth_moslora.training.checkpoint import Position, digest_of_shown, read_position, trained_modules
 from dreambooth_moslora.training.model_card import CardFacts, model_card, push
 from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.step import TrainStep
@@ -163,15 +163,13 @@ class Publisher:
         self.tokens = self.learnt.tokens if self.learnt else ()
         streams = [stream for stream in (self.inputs.instance, self.inputs.prior) if stream is not None]
         shown = [stream.identity for stream in streams]
-        untold = digest_of_untold(self.config, self.inputs.instance.encoder.vae_identity, shown)
-        named = {"optimizer": optimizer_kind(self.config), "base": self.inputs.base, "untold": untold}
+        digest = digest_of_shown(self.config, self.inputs.instance.encoder.vae_identity, shown)
+        named = {"optimizer": optimizer_kind(self.config), "base": self.inputs.base, "shown": digest}
         self.position = Position(self.train_step.step, self.config.seed, **named)
         self.facts = facts_of(self.config, self.inputs, self.train_step)
-        if self.checkpoint is not None and (names := changed_names(self.checkpoint, self.facts, untold)):
-            self.facts = replace(self.facts, withheld=(*self.facts.withheld, metadata.RESUMED))
-            if others := ", ".join(name for name in names if name != metadata.RESUMED):  # else it was said before
-                which = f"{self.checkpoint.name} (step {self.position.step}), which had other settings: {others}"
-                logger.warning("goes on from %s; for a new run leave --resume_from_checkpoint out.", which)
+        if self.checkpoint is not None and (names := changed_names(self.checkpoint, self.facts, digest)):
+            which = f"{self.checkpoint.name} (step {self.position.step}), which had other settings: {', '.join(names)}"
+            logger.warning("goes on from %s; for a new run leave --resume_from_checkpoint out.", which)
 
     @property
     def facts_now(self) -> metadata.AdapterMetadata:
@@ -241,24 +239,20 @@ def facts_of(config: table.TrainConfig, inputs: prepare.TrainInputs, train_step:
     processes = accelerator.num_processes if accelerator.num_processes > 1 else None
     if accelerator.mixed_precision != "no":  # perhaps from `accelerate config`
         config = replace(config, mixed_precision=accelerator.mixed_precision)
-    facts = metadata.with_told(config, replace(facts, subject_prompts=bare, basis=basis, processes=processes))
-    if inputs.prior and not made_before.are_draws(inputs.prior.photos, config.seed):  # another run's, or the user's own
-        facts = replace(facts, withheld=tuple(dict.fromkeys((*facts.withheld, "class_data_dir"))))
-    return facts
+    return metadata.with_recipe(config, replace(facts, subject_prompts=bare, basis=basis, processes=processes))
 
 
-def changed_names(checkpoint: Path, facts: metadata.AdapterMetadata, untold: str) -> list[str]:
+def changed_names(checkpoint: Path, facts: metadata.AdapterMetadata, digest: str) -> list[str]:
     """What a resumed run has otherwise than its checkpoint: one from the start would give other weights."""
     before, now = settings_in(trained_modules(checkpoint)[0]), settings_in(facts)
     names = [name for name in before | now if before.get(name) != now.get(name)]
-    return names + ["photos or words"] * (read_position(checkpoint).untold not in (None, untold))
+    return names + ["photos or words"] * (read_position(checkpoint).shown not in (None, digest))
 
 
 def settings_in(facts: metadata.AdapterMetadata) -> dict[str, object]:
     """What files tell of the settings that a resumed run should share with its checkpoint."""
     stored = json.loads(facts.to_json())
-    told = stored.get("recipe", {}) | stored.get("public", {}) | {"processes": stored.get("processes")}
-    return told | dict.fromkeys(stored.get("withheld", ()), "withheld")
+    return stored.get("recipe", {}) | {"processes": stored.get("processes")}
 
 
 def write_card(

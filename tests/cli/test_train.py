@@ -28,7 +28,7 @@ def flags(tmp_path):
 
 def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_none_is_required_that_an_example_leaves_out(capsys):
     shown = {}
-    for words in ("train --help", "train --help_all", "check --help", "verify --help", "fleet --help"):
+    for words in ("train --help", "train --help_all", "check --help", "fleet --help"):
         with pytest.raises(SystemExit):
             main(words.split())
         shown[words] = capsys.readouterr().out
@@ -44,9 +44,9 @@ def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_none_is_required_t
         assert ("(needed as a flag or by --config)" in text) == words.startswith("fleet")
 
 
-@pytest.mark.parametrize("command", ["check DIR [WORD]", "generate", "evaluate RUN_OR_FILE", "verify FILE"])
+@pytest.mark.parametrize("command", ["check DIR [WORD]", "generate", "evaluate RUN_OR_FILE"])
 def test_the_usage_of_many_flags_is_one_line(command, capsys):
-    """That of `verify` had 27, and `generate` named its flags twice."""
+    """`generate` named its flags twice."""
     with pytest.raises(SystemExit):
         main([command.partition(" ")[0], "--help"])
     said = capsys.readouterr().out

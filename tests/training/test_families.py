@@ -396,7 +396,7 @@ def test_evaluate_judges_the_run_and_its_file_alone(trained, photos, tmp_path, m
 
 
 @pytest.mark.slow
-def test_like_verify_and_info(trained, photos, capsys):
+def test_like_and_info(trained, photos, capsys):
     facts, config, _ = trained
     words = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path]
     words += ["--instance_prompt", config.instance_prompt, "--class_prompt", config.class_prompt]
@@ -405,8 +405,6 @@ def test_like_verify_and_info(trained, photos, capsys):
     assert set(make_plan(like).config.target_modules) == set(make_plan(config).config.target_modules)
     assert main(["info", config.output_dir]) == 0
     assert facts.denoiser in capsys.readouterr().out
-    assert main(["verify", config.output_dir, "--photos", str(photos), *words]) == 0
-    assert "equal: " in capsys.readouterr().out
 
 
 def test_generate_and_the_cards_snippet_draw(case, whole, tmp_path, monkeypatch):

@@ -49,16 +49,14 @@ def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_end
     assert "sks\": dog').images[0]\n```" in card() and "Licence" not in card()
 
 
-def test_the_card_of_a_transformer_says_the_bases_licence_and_names_the_options_of_text_that_are_the_users():
+def test_the_card_of_a_transformer_says_the_bases_licence_and_the_options_of_text():
     structures = {"transformer": {"class": "FluxTransformer2DModel", "config": {}}}
     facts = AdapterMetadata(rank=4, alpha=4.0, base_id="owner/base", structures=structures)
     said = "| Base | owner/base |\n| Licence of FLUX.1 | FLUX.1 dev Non-Commercial |\n| Adapter |"
     assert said in card(adapter=facts) and "ComfyUI reads the same file." in card(adapter=facts)
     assert "reads the same" not in card(True, adapter=facts) and "drops DoRA's" in card(True, adapter=facts)
-    text = {"recipe": {"text_encoder_out_layers": ["9", "18"]}, "withheld": ("system_prompt",)}
-    facts = AdapterMetadata(rank=4, alpha=4.0, **text)
-    ends = "text_encoder_out_layers=(9, 18)).images[0]  # it was trained with its own system_prompt\n```"
-    assert ends in card(adapter=facts)
+    facts = AdapterMetadata(rank=4, alpha=4.0, recipe={"text_encoder_out_layers": ["9", "18"]})
+    assert "text_encoder_out_layers=(9, 18)).images[0]\n```" in card(adapter=facts)
 
 
 def test_the_cards_front_matter_is_yaml_and_names_the_pictures_whoever_wrote_it_and_no_other_file():
