@@ -4,13 +4,11 @@ Weights and adapters are counted exactly, from the headers of the base's files. 
 on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px), and on a model of each flow
 family (`benchmarks.family_memory`); it is scaled by pixels or tokens, images and bytes.
 
-Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first. `--cuda_graph
-on` turns on the last, which nobody has tried on a card: so `auto` leaves it off.
+Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first.
 
 blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
 channels last      convolutions in NHWC, the layout of tensor cores, where a self-test of the card has shown a gain
 cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on AMD's but gfx9
-CUDA graphs        each shape of pass is recorded, and replayed without the program
 
 `--memory`: one word for precision, recomputation, caching and quantisation, one of the plans in `settings.table.PLANS`.
 It only adds to the given flags; on a GPU it also chooses half precision, unless a precision was given. `auto` is the
@@ -372,14 +370,12 @@ class Speed:
     compiled: bool
     channels_last: bool
     searches: bool
-    graphs: bool
     images: float
 
     def sentence(self) -> str:
         length = f"the work of {self.images:.0f} images of 1024 px; on a GPU it pays from {WORTH_IMAGES} on"
         parts = [f"transformer blocks {'' if self.compiled else 'not '}compiled ({length})"]
         parts += ["convolutions channels-last"] * self.channels_last + ["cuDNN searches algorithms"] * self.searches
-        parts += ["passes replayed as CUDA graphs"] * self.graphs
         return ", ".join(parts)
 
 
@@ -391,25 +387,13 @@ def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
     searches = pays and is_nhwc and not config.enable_bucket and not config.deterministic
     gains = is_nhwc and not config.deterministic and machine.measured_gain(machine.CHANNELS_LAST) >= WORTH_GAIN
-    graphs = is_cuda and config.cuda_graph == "on" and not unrecordable(config)
-    return Speed(config.compile == "on" or by_itself, gains, searches, graphs, images)
-
-
-def unrecordable(config: table.TrainConfig) -> str | None:
-    """Why this run's passes cannot be CUDA graphs, in a few words; None if it can be tried."""
-    reasons = {
-        "--lora_dropout draws in a pass": config.lora_dropout > 0,
-        "recomputation asks for the generator's state": config.gradient_checkpointing or config.recompute_feed_forward,
-        "--cache_cross_attention fetches each text's products from the host": config.cache_cross_attention,
-        "texts are encoded in each pass": config.keeps_text_encoders,
-    }
-    return next((words for words, applies in reasons.items() if applies), None)
+    return Speed(config.compile == "on" or by_itself, gains, searches, images)
 
 
 def speed_here(config: table.TrainConfig, steps: int) -> Speed:
     """The choice on this machine, for a dry run. It looks for a GPU only where that matters."""
     is_long = images_of(config, steps) >= WORTH_IMAGES
-    is_on_gpu = (is_long or config.cuda_graph == "on") and not machine.asks_accelerate("ACCELERATE_USE_CPU")
+    is_on_gpu = is_long and not machine.asks_accelerate("ACCELERATE_USE_CPU")
     return speed_of(config, machine.best_device().type if is_on_gpu else "cpu", steps)
 
 

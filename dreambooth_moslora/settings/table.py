@@ -407,9 +407,6 @@ class TrainConfig:
     compile: str = of_memory("auto",
         "compile the transformer blocks (torch.compile): auto on a GPU where the run is long enough",
         choices=("auto", "on", "off"), publish="if_changed")
-    cuda_graph: str = of_memory("auto",
-        "record each pass of a step as a CUDA graph and replay it: auto is off, as no card has tried it",
-        choices=("auto", "on", "off"), publish="if_changed")
     deterministic: bool = of_memory(False,
         "the same bytes each time on a GPU too, as on a CPU: slower attention, no search of algorithms",
         publish="if_changed")

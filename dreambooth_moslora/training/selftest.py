@@ -7,7 +7,6 @@ resumed     a run that was stopped and resumed on the device ends with the same 
             equal runs differ, so that chance is told from a defect
 generated   a picture drawn with the adapter on the device is not a single colour
 compiled    the device's losses with compiled blocks, on Nvidia's and AMD's GPUs
-graphs      the same with CUDA graphs
 cards       those of two processes, one on each of two GPUs, equal those of one
 step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
 lower bound
@@ -47,8 +46,7 @@ from dreambooth_moslora.plan.memory import USABLE, WORTH_GAIN, BaseSize, costs
 from dreambooth_moslora.plan.processes import DTYPES
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import photo_stream, prepare, reporter
-from dreambooth_moslora.training.graphs import GOES_ON
-from dreambooth_moslora.training.step import TrainStep, lay_convolutions
+from dreambooth_moslora.training.step import GOES_ON, TrainStep, lay_convolutions
 
 WIDTHS = {"sdxl": (768, 1280), "small": (32, 64)}
 """Size of the UNet -> widths of its two texts. "sdxl" has 2.57 billion parameters, "small" the same topology with a
@@ -190,7 +188,6 @@ PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
 STEPS, STOPPED_AT = 6, 3
 TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}  # Of a loss to the CPU's in fp32; TF32 keeps 10 bits
 FLAT_LEVELS = 2.0  # Standard deviation, of 255 levels, below which a picture shows nothing
-FASTER = {"compiled": ("compiled blocks", {"compile": "on"}), "graphs": ("CUDA graphs", {"cuda_graph": "on"})}
 FULL_PX, CPU_PX = 1024, 512
 STEP_PLANS = ("full", "recompute")
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
@@ -210,7 +207,7 @@ class Finding:
 @dataclass
 class SelfTest:
     """Trains and draws with `program` and `env` in each of `precisions` ("no": fp32); measures SDXL if `free_gib`.
-    `compiles`: compiled blocks and CUDA graphs are tried too. `launcher`: words that start two processes, if given."""
+    `compiles`: compiled blocks are tried too. `launcher`: words that start two processes, if given."""
 
     folder: Path
     precisions: tuple[str, ...] = ("no",)
@@ -244,7 +241,7 @@ class SelfTest:
             yield from self.resumed()
             yield self.generated()
             if self.compiles:
-                yield from map(self.faster, FASTER)
+                yield self.compiled()
             if self.launcher:
                 yield self.cards()
             if self.free_gib is not None:
@@ -272,14 +269,13 @@ class SelfTest:
         first, second = (content[8 + int.from_bytes(content[:8], "little") :] for content in contents)
         return first == second
 
-    def faster(self, name: str) -> Finding:
+    def compiled(self) -> Finding:
         """Where it cannot be done, as without a compiler, the trainer says so and goes on; that is no failure."""
-        what, changes = FASTER[name]
-        far = largest_difference(losses(self.train(name, **changes)), losses(self.run("device_no")))
-        said = f"losses with {what}, at most {far:.1e} from those without"
-        if GOES_ON in (self.folder / f"{name}.log").read_text(encoding="utf-8"):
-            said = f"{what} cannot be made here; {GOES_ON}"
-        return Finding(name, far <= TOLERANCE["no"], said, {"relative_difference": far})
+        far = largest_difference(losses(self.train("compiled", compile="on")), losses(self.run("device_no")))
+        said = f"losses with compiled blocks, at most {far:.1e} from those without"
+        if GOES_ON in (self.folder / "compiled.log").read_text(encoding="utf-8"):
+            said = f"compiled blocks cannot be made here; {GOES_ON}"
+        return Finding("compiled", far <= TOLERANCE["no"], said, {"relative_difference": far})
 
     def cards(self) -> Finding:
         """One process with two micro-batches draws what two processes draw with one each."""

@@ -25,9 +25,8 @@ from dreambooth_moslora.base import families
 from dreambooth_moslora.core import StopRequestedError, UserError, generator, is_out_of_memory, one_line, rng, seed_of
 from dreambooth_moslora.plan import memory, processes
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import adapters, graphs, objective, photo_stream, prepare
+from dreambooth_moslora.training import adapters, objective, photo_stream, prepare
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
-from dreambooth_moslora.training.graphs import GOES_ON
 from dreambooth_moslora.training.optimizer import average_of, lent, make_lr_schedule, make_optimizer, parameter_groups
 
 
@@ -72,27 +71,6 @@ class MicroBatch:
     mask: torch.Tensor | None  # (B, 1, h, w)
     instance_count: int
 
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """All that it is computed from."""
-        rows = self.rows
-        texts = [tensor for text in rows.texts for tensor in text.values()]
-        masks = [] if self.mask is None else [self.mask]
-        return [*rows.noisy.tensors, rows.time_ids, *texts, self.target, *masks]
-
-    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "MicroBatch":
-        """The same with these in place of its `tensors`."""
-        rows, given = self.rows, iter(tensors)
-        noisy, ids = objective.NoisySample(*(next(given) for _ in rows.noisy.tensors)), next(given)
-        texts = tuple({name: next(given) for name in text} for text in rows.texts)
-        return MicroBatch(Rows(noisy, texts, ids, rows.prompts), next(given), next(given, None), self.instance_count)
-
-    @property
-    def shape(self) -> tuple:
-        """Equal for micro-batches whose passes differ only in the numbers."""
-        names = tuple(tuple(text) for text in self.rows.texts)
-        return self.instance_count, names, *((tensor.shape, tensor.dtype) for tensor in self.tensors)
-
     def parts(self, most: int) -> Iterator[tuple["MicroBatch", float]]:
         """Parts of at most so many images, each the subject's alone or the prior's alone, and its share of these."""
         for start, end in ((0, self.instance_count), (self.instance_count, len(self.rows))):
@@ -106,6 +84,7 @@ class MicroBatch:
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
+GOES_ON = "the run goes on without"
 PX_A_TOKEN = 16 * 16  # Of a picture, in the transformers whose scheduler shifts levels by the number of tokens
 GRAPHS = 32  # Of one kind of block; with buckets, the second size makes one graph for all sizes
 
@@ -143,7 +122,7 @@ class TrainStep:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for block in self.compiled:
                 block.compile(backend=BACKEND)
-        if accelerator.is_main_process and (speed.compiled or speed.channels_last or speed.graphs):
+        if accelerator.is_main_process and (speed.compiled or speed.channels_last):
             logger.warning("%s", speed.sentence())
         self.parameters = [p for module in self.components.values() for _, p in moslora.adapter_parameters(module)]
         self.copies = fast_linear.WorkingCopies(*self.components.values())
@@ -164,13 +143,6 @@ class TrainStep:
             restore_weights(checkpoint, self.trained)
         self.optimizer = accelerator.prepare(optimizer)
         self.schedule, self.device = inputs.schedule.to(accelerator.device), accelerator.device
-        self.graphs: graphs.Graphs | None = None
-        asks = config.cuda_graph == "on"
-        if asks and (why := graphs.obstacle(config, self.device.type)):
-            logger.warning("--cuda_graph: %s: %s", GOES_ON, why)
-        elif asks:
-            frozen = [weight for weight in inputs.denoiser.parameters() if not weight.requires_grad]
-            self.graphs = graphs.Graphs(self.differentiated, self.trained, frozen, graphs.RECORDERS[self.device.type])
 
     def accumulate_gradients(self) -> StepLosses:
         """Forward and backward passes of this process's micro-batches; again without compilation if that fails."""
@@ -191,9 +163,8 @@ class TrainStep:
         self.begin()
         found = []
         with self.copies.for_one_step() as copies:
-            differentiated = self.differentiated if self.graphs is None else self.graphs.begun(copies.leaves)
             for micros, share in self.passes():
-                found += differentiated(micros, share)
+                found += self.differentiated(micros, share)
                 copies.collect()
         return self.mean_of(found)
 

@@ -42,7 +42,6 @@ def needs_to_be_alone(config: table.TrainConfig) -> str | None:
         "--caching off": config.caching == "off",
         "--base_quantization int8": config.base_quantization == "int8",
         "--compile on": config.compile == "on",
-        "--cuda_graph on": config.cuda_graph == "on",
         "--prior_every": config.prior_every > 1,
         "--cache_cross_attention": config.cache_cross_attention or "cached" in (config.memory or ""),
     }

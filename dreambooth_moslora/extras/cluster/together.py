@@ -223,9 +223,8 @@ def train_together(
 
 def begun(member: Member, base: SharedBase) -> Course:
     """Everything before a member's first step, alone."""
-    config = member.plan.config  # a graph would depend on the number of runs
-    config = replace(config, compile="off", cuda_graph="off" if config.cuda_graph == "on" else config.cuda_graph)
-    plan = replace(member.plan, config=config)
+    # a compiled graph would depend on the number of runs
+    plan = replace(member.plan, config=replace(member.plan.config, compile="off"))
     steps = loop.training(plan, member.on_event, member.should_stop, member.make_evaluator(plan), base)
     return Course(member, steps, next(steps))
 
