@@ -16,7 +16,6 @@ class OptimizerKind:
     home: str  # `module:name`, imported when a run begins
     options: Callable[[Config], dict[str, Any]]  # its arguments besides the groups and the rate
     package: str | None = None  # what pip installs for it
-    on_gpu: str | None = None  # the class that takes its place there
     in_8_bit: str | None = None
     learns: tuple[str, ...] = ()  # the values of a group that its steps change, which a checkpoint keeps
     bytes_each: int = 16  # of one parameter: the fp32 weight, the gradient and the states
@@ -38,8 +37,8 @@ OPTIMIZERS = {
     # finds its rate (Mishchenko and Defazio 2023); the given one multiplies it
     "Prodigy": OptimizerKind("prodigyopt:Prodigy",
         lambda run: of_adam(run) | {name: getattr(run, f"prodigy_{name}") for name in OF_PRODIGY}, package="prodigyopt",
-        on_gpu="dreambooth_moslora.training.optimizer:FlatProdigy", one_rate=True,
-        learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"), bytes_each=24),  # two states more than Adam
+        one_rate=True, learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"),
+        bytes_each=24),  # two states more than Adam
     # Defazio et al. 2024, arXiv 2405.15682
     SCHEDULE_FREE: OptimizerKind("schedulefree:AdamWScheduleFree", of_adam, package="schedulefree", averages=True,
         learns=("k", "weight_sum", "lr_max")),

@@ -1,9 +1,5 @@
 """Parameter groups, optimizers, their states in a checkpoint, and averages over the steps.
 
-**Prodigy on a GPU** takes each group as one long tensor. It reads two numbers of every parameter in every step, and
-each read waits for the GPU: 3,360 waits for SDXL's 1,680 small matrices. The other operations are elementwise, so that
-the step is the same, except for the order of two sums. States are saved per parameter.
-
 **States** in a checkpoint are checked before PyTorch's kernels read them: a kernel would read and write beyond the end
 of a smaller moment. What is expected comes from a copy of the optimizer that takes one step.
 
@@ -22,94 +18,12 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
-from prodigyopt import Prodigy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dreambooth_moslora.adapters.moslora import adapter_parameters, mixer_parameters
 from dreambooth_moslora.core import UserError, is_number
 from dreambooth_moslora.settings import families, optimizer_kinds, table
-
-Weights = tuple[torch.nn.Parameter, ...]
-States = dict[str, Any]
-
-
-class FlatProdigy(Prodigy):
-    """Prodigy whose parameters of a group share a device and a dtype."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._long: dict[Weights, States] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        self._spread()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._long.clear()
-        super().load_state_dict(state_dict)
-
-    def step(self, closure: None = None) -> None:
-        """One step of the parameters that have a gradient."""
-        groups = [group["params"] for group in self.param_groups]
-        reached = [tuple(weight for weight in weights if weight.grad is not None) for weights in groups]
-        if any(weights and weights not in self._long for weights in reached):
-            self._spread()
-        known = [[bool(self.state.get(weight)) for weight in weights] for weights in reached]
-        if not self._long and any(any(found) and not all(found) for found in known):
-            super().step()  # some take their first step later than the others
-            return
-        longs = [long_parameter(weights) if weights else None for weights in reached]
-        for weights, long in zip(reached, longs, strict=True):
-            if long is not None and (states := self._long.pop(weights, None) or joined(weights, self.state)):
-                self.state[long] = states
-        try:
-            self._take([[] if long is None else [long] for long in longs])
-            super().step()
-        finally:
-            self._take(groups)
-        for weights, long in zip(reached, longs, strict=True):
-            if long is not None:
-                torch._foreach_copy_([weight.detach() for weight in weights], parts_of(long.detach(), weights))
-                self._long[weights] = self.state.pop(long)
-
-    def _take(self, parameters: Sequence[list[torch.nn.Parameter]]) -> None:
-        for group, own in zip(self.param_groups, parameters, strict=True):
-            group["params"] = own
-
-    def _spread(self) -> None:
-        """Give each parameter its states, as views of the long ones."""
-        for weights, states in self._long.items():
-            for name, value in states.items():
-                is_long = isinstance(value, torch.Tensor) and value.dim() > 0
-                each = parts_of(value, weights) if is_long else [value] * len(weights)
-                for weight, part in zip(weights, each, strict=True):
-                    self.state[weight][name] = part.flatten() if is_long and name in ("s", "p0") else part
-        self._long.clear()
-
-
-def long_parameter(weights: Weights) -> torch.nn.Parameter:
-    """The weights concatenated into one parameter (n,), with their gradients."""
-    long = torch.nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
-    long.grad = torch.cat([weight.grad.flatten() for weight in weights])
-    return long
-
-
-def joined(weights: Weights, each: dict[torch.nn.Parameter, States]) -> States:
-    """The concatenated states, removed from `each`; {} before the first step. A start of one zero is expanded."""
-    found = [each.pop(weight, {}) for weight in weights]
-    long: States = {}
-    for name, first in found[0].items():
-        pairs = zip((states[name] for states in found), weights, strict=True)
-        parts = (v.flatten() if v.dim() else v.expand(weight.numel()) for v, weight in pairs)
-        long[name] = torch.cat([*parts]) if isinstance(first, torch.Tensor) else first
-    return long
-
-
-def parts_of(long: torch.Tensor, weights: Weights) -> list[torch.Tensor]:
-    """Views of `long` (n,) in the shapes of `weights`."""
-    parts = long.split([weight.numel() for weight in weights])
-    return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
 
 
 def parameter_groups(
@@ -149,8 +63,7 @@ def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
     """The optimizer of `config.optimizer`, by its row of the table. Raises UserError when its package is missing."""
     kind = optimizer_kinds.optimizer_of(config)
     is_8_bit = config.use_8bit_adam and kind.in_8_bit
-    is_on_gpu = any(weight.device.type != "cpu" for group in groups for weight in group["params"])
-    home = kind.in_8_bit if is_8_bit else kind.on_gpu if is_on_gpu and kind.on_gpu else kind.home
+    home = kind.in_8_bit if is_8_bit else kind.home
     module, _, name = home.partition(":")
     try:
         found = getattr(import_module(module), name)

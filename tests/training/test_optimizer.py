@@ -1,6 +1,5 @@
 """Optimizers, their groups, states and averages."""
 
-import copy
 import sys
 from dataclasses import replace
 from io import BytesIO
@@ -8,10 +7,7 @@ from io import BytesIO
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from prodigyopt import Prodigy
 from safetensors.torch import load_file
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.cli.train import parse_train_config
@@ -24,7 +20,6 @@ from dreambooth_moslora.training import loop, results
 from dreambooth_moslora.training import optimizer as optimizers
 from dreambooth_moslora.training.checkpoint import restore_weights
 from dreambooth_moslora.training.optimizer import (
-    FlatProdigy,
     MovingAverage,
     make_lr_schedule,
     make_optimizer,
@@ -33,7 +28,6 @@ from dreambooth_moslora.training.optimizer import (
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 SHAPE = (48, 32)
-PRODIGY = {"lr": 1.0, "d0": 1e-3, "safeguard_warmup": True}
 
 
 def components(**extra):
@@ -184,74 +178,6 @@ def test_a_layout_in_the_file_changes_no_number(name):
     dense = [torch.tensor(moment.tolist()) for moment in moments]
     for found, expected in zip(gone_on(moments), gone_on(dense), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-class Reads(TorchDispatchMode):
-    """Counts the numbers that the program reads of tensors."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket.__name__ == "_local_scalar_dense"
-        return function(*args, **(kwargs or {}))
-
-
-def assert_near(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
-
-
-def weights_and_groups() -> tuple[list[nn.Parameter], list[dict]]:
-    """One of the weights is zero at the start, as B is; one never has a gradient."""
-    generator = torch.Generator().manual_seed(3)
-    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (2, 2), (5,), (3, 3), (2,))]
-    nn.init.zeros_(weights[1])
-    return weights, [{"params": weights[:3], "weight_decay": 0.1}, {"params": weights[3:], "weight_decay": 0.0}]
-
-
-def stepped_on(optimizer, weights, start: int, stop: int) -> None:
-    for number in range(start, stop):
-        generator = torch.Generator().manual_seed(100 + number)
-        for weight in weights[:4]:
-            weight.grad = weight.detach() + 0.5 + 0.01 * torch.randn(weight.shape, generator=generator)
-        optimizer.step()
-
-
-def test_the_steps_are_prodigys_and_read_two_numbers_a_group():
-    """A weight that is reached later than the others takes its first step then."""
-    (plain, groups), (long, long_groups) = weights_and_groups(), weights_and_groups()
-    one, other = Prodigy(groups, **PRODIGY), FlatProdigy(long_groups, **PRODIGY)
-    stepped_on(one, plain, 0, 10)
-    stepped_on(other, long, 0, 9)
-    with Reads() as reads:
-        stepped_on(other, long, 9, 10)
-    assert reads.count == 4
-    assert_near(long, plain)
-    assert one.param_groups[0]["d"] == pytest.approx(other.param_groups[0]["d"], rel=1e-6)
-    assert one.param_groups[0]["d"] > 2e-3
-    assert [group["params"] for group in other.param_groups] == [long[:3], long[3:]]
-    for optimizer, weights in ((one, plain), (other, long)):
-        weights[4].grad = torch.ones(2)
-        stepped_on(optimizer, weights, 10, 13)
-    assert_near(long, plain)
-
-
-@pytest.mark.parametrize("kinds", [(Prodigy, FlatProdigy), (FlatProdigy, Prodigy), (FlatProdigy, FlatProdigy)])
-def test_each_goes_on_from_the_others_checkpoint(kinds):
-    first, second = kinds
-    weights, groups = weights_and_groups()
-    before = first(groups, **PRODIGY)
-    stepped_on(before, weights, 0, 5)
-    states, saved = copy.deepcopy(before.state_dict()), copy.deepcopy([weight.detach() for weight in weights])
-    stepped_on(before, weights, 5, 8)
-    fresh, groups = weights_and_groups()
-    for weight, value in zip(fresh, saved, strict=True):
-        weight.data.copy_(value)
-    after = second(groups, **PRODIGY)
-    after.load_state_dict(states)
-    stepped_on(after, fresh, 5, 8)
-    assert_near(fresh, weights)
-    assert first is not second or all(map(torch.equal, fresh, weights))
 
 
 def bytes_of(tensors) -> set[bytes]:
