@@ -141,7 +141,7 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     from dreambooth_moslora.base.load import quantize
     from dreambooth_moslora.plan.processes import DTYPES
     from dreambooth_moslora.training.selftest import random_materials
-    from dreambooth_moslora.training.step import TrainStep, lay_convolutions
+    from dreambooth_moslora.training.step import TrainStep
 
     dtype = DTYPES[options.precision]
     materials = random_materials(options.size, options.resolution, dtype)
@@ -149,11 +149,10 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     if arm == "nf4":
         quantize(unet, "nf4", dtype, accelerator.device)
     unet.to(accelerator.device)
-    layout = torch.channels_last if arm == "channels_last" else torch.contiguous_format
-    lay_convolutions(unet, layout)
+    if arm == "channels_last":  # before the adapters, which are laid as their layers are
+        lay_convolutions(unet, torch.channels_last)
     config = run_config(options, "on" if arm == "compiled" else "off")
     train_step = TrainStep(config, materials, accelerator, max_train_steps=WARM_UP + options.steps)
-    lay_convolutions(unet, layout)  # where a self-test has shown a gain, the trainer lays them so by itself
     if arm == "peft":
         disable_fast_path(unet)
     if arm == "graphed":
@@ -164,6 +163,12 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
         train_step.update_adapter()
 
     return step
+
+
+def lay_convolutions(unet: torch.nn.Module, layout: torch.memory_format) -> None:
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.to(memory_format=layout)
 
 
 def run_config(options: argparse.Namespace, compiled: str):

@@ -4,17 +4,15 @@ Nvidia's GPUs compute bf16 since Ampere (compute capability 8.0), and CPUs with 
 GPUs PyTorch emulates bf16, and cuDNN has no convolutions in it; on other CPUs it is many times slower than fp32.
 """
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from sysconfig import get_path
 from typing import Any
 
-from dreambooth_moslora.core import UserError, atomic_write, default_cache_dir, half_precision, parse_object
+from dreambooth_moslora.core import UserError, half_precision
 from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -76,45 +74,12 @@ def has_gpu() -> bool:
     return best_device().type != "cpu"
 
 
-def has_fast_nhwc() -> bool:
-    """Whether this GPU of Nvidia or AMD convolves channels-last fast. Of AMD only gfx9 does: on Radeon cards MIOpen
-    is many times slower so, or copies each weight (pytorch #170947), and its search takes minutes."""
+def searches_fast() -> bool:
+    """Whether this GPU of Nvidia or AMD finds each convolution's algorithm soon. Of AMD only gfx9 does: on Radeon cards
+    MIOpen's search takes minutes."""
     import torch
 
     return not torch.version.hip or torch.cuda.get_device_properties().gcnArchName.startswith("gfx9")
-
-
-CHANNELS_LAST = "channels_last"  # the name of its gain
-
-
-def measured_gain(name: str) -> float:
-    """How many times faster a step is with it on this GPU and this PyTorch, as a self-test here has found; else 1."""
-    try:
-        return float(json.loads(gains_file().read_text(encoding="utf-8"))[card_name()][name])
-    except (OSError, ValueError, TypeError, KeyError, UserError):
-        return 1.0
-
-
-def keep_gain(name: str, gain: float) -> None:
-    """What a self-test has found, for `measured_gain`."""
-    gains_file().parent.mkdir(parents=True, exist_ok=True)
-    try:
-        kept = parse_object(gains_file().read_bytes())
-    except (OSError, UserError):
-        kept = {}
-    found = kept.get(card_name())
-    kept[card_name()] = (found if isinstance(found, dict) else {}) | {name: gain}
-    atomic_write(gains_file(), json.dumps(kept, indent=1))
-
-
-def gains_file() -> Path:
-    return default_cache_dir() / "gains.json"
-
-
-def card_name() -> str:
-    import torch
-
-    return f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
 
 
 def gpu_count() -> int:

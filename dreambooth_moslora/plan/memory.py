@@ -7,7 +7,6 @@ family (`benchmarks.family_memory`); it is scaled by pixels or tokens, images an
 Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first.
 
 blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
-channels last      convolutions in NHWC, the layout of tensor cores, where a self-test of the card has shown a gain
 cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on AMD's but gfx9
 
 `--memory`: one word for precision, recomputation, caching and quantisation, one of the plans in `settings.table.PLANS`.
@@ -69,7 +68,6 @@ BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
 WORTH_IMAGES = 1000
 """Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
 report about a minute to compile the blocks, and a tenth of a second saved per image."""
-WORTH_GAIN = 1.03  # How many times faster a step must be in a self-test: less may be chance.
 USABLE = 0.9  # Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest.
 Result = TypeVar("Result")
 
@@ -368,14 +366,13 @@ class Speed:
     """What is on. `images` of 1024 px are those that a process still has to pass through the UNet."""
 
     compiled: bool
-    channels_last: bool
     searches: bool
     images: float
 
     def sentence(self) -> str:
         length = f"the work of {self.images:.0f} images of 1024 px; on a GPU it pays from {WORTH_IMAGES} on"
         parts = [f"transformer blocks {'' if self.compiled else 'not '}compiled ({length})"]
-        parts += ["convolutions channels-last"] * self.channels_last + ["cuDNN searches algorithms"] * self.searches
+        parts += ["cuDNN searches algorithms"] * self.searches
         return ", ".join(parts)
 
 
@@ -383,11 +380,10 @@ def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
     """The choice for `steps` optimizer steps on such a device. `auto` never compiles a base in 4 or 8 bit."""
     images = images_of(config, steps)
     is_cuda = device_type == "cuda"
-    pays, is_nhwc = is_cuda and images >= WORTH_IMAGES, is_cuda and machine.has_fast_nhwc()
+    pays = is_cuda and images >= WORTH_IMAGES
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
-    searches = pays and is_nhwc and not config.enable_bucket and not config.deterministic
-    gains = is_nhwc and not config.deterministic and machine.measured_gain(machine.CHANNELS_LAST) >= WORTH_GAIN
-    return Speed(config.compile == "on" or by_itself, gains, searches, images)
+    searches = pays and machine.searches_fast() and not config.enable_bucket and not config.deterministic
+    return Speed(config.compile == "on" or by_itself, searches, images)
 
 
 def speed_here(config: table.TrainConfig, steps: int) -> Speed:

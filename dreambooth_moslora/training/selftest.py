@@ -10,7 +10,6 @@ compiled    the device's losses with compiled blocks, on Nvidia's and AMD's GPUs
 cards       those of two processes, one on each of two GPUs, equal those of one
 step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
 lower bound
-channels last   that step with convolutions in NHWC, on Nvidia's and AMD's GPUs; its gain is kept for later runs
 
 Each training is the training command, with the embedded base and painted photos. The random UNet is one random megabyte
 repeated, scaled by 1/sqrt(fan-in), so that activations neither grow nor vanish.
@@ -39,14 +38,14 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageStat
 
-from dreambooth_moslora.base import families, load, machine
-from dreambooth_moslora.core import UserError, one_line
+from dreambooth_moslora.base import families, load
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk import processes, run_folder
-from dreambooth_moslora.plan.memory import USABLE, WORTH_GAIN, BaseSize, costs
+from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
 from dreambooth_moslora.plan.processes import DTYPES
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import photo_stream, prepare, reporter
-from dreambooth_moslora.training.step import GOES_ON, TrainStep, lay_convolutions
+from dreambooth_moslora.training.step import GOES_ON, TrainStep
 
 WIDTHS = {"sdxl": (768, 1280), "small": (32, 64)}
 """Size of the UNet -> widths of its two texts. "sdxl" has 2.57 billion parameters, "small" the same topology with a
@@ -120,19 +119,15 @@ def random_materials(size: str, resolution_px: int, dtype: torch.dtype = torch.b
 GIB = 2**30
 
 
-def measure(size: str, config: TrainConfig, is_nhwc: bool = False) -> dict[str, float]:
-    """Measure a batch as `config` says, on the device that accelerate chooses, with convolutions in NHWC or in NCHW,
-    whatever an earlier self-test has kept."""
-    layout = torch.channels_last if is_nhwc else torch.contiguous_format
+def measure(size: str, config: TrainConfig) -> dict[str, float]:
+    """Measure a batch as `config` says, on the device that accelerate chooses."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     materials = random_materials(size, config.resolution, DTYPES[config.mixed_precision])
     unet = materials.pipeline.unet.requires_grad_(False).to(accelerator.device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    lay_convolutions(unet, layout)
     found = {"floor_sec": second_of(floor_step(materials, config, accelerator.device), accelerator.device)}
     train_step = TrainStep(config, materials, accelerator, max_train_steps=10)
-    lay_convolutions(unet, layout)
 
     def step() -> None:
         train_step.accumulate_gradients()
@@ -175,13 +170,12 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--mixed_precision", choices=("fp16", "bf16"), default="bf16")
-    parser.add_argument("--channels_last", action="store_true")
     args = parser.parse_args()
     processes.keep_freed_memory()
     fixed = {"rank": 16, "train_batch_size": 1, "seed": 0, "instance_data_dir": "."}
     asked = {name: getattr(args, name) for name in ("resolution", "gradient_checkpointing", "mixed_precision")}
     config = TrainConfig(**fixed, **asked, instance_prompt="a photo of sks dog")
-    print(json.dumps(measure(args.size, config, args.channels_last)))
+    print(json.dumps(measure(args.size, config)))
 
 
 PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
@@ -315,19 +309,6 @@ class SelfTest:
             return
         said = "{step_sec:.2f} s at {} px, the floor {floor_sec:.2f} s, peak {peak_gib:.1f} GiB ({}); {}"
         yield Finding("step", True, said.format(px, plan, told, **found), {**found, **needs})
-        if self.compiles and machine.has_fast_nhwc():
-            yield self.channels_last(command, found["step_sec"])
-
-    def channels_last(self, command: Sequence[str], usual_sec: float) -> Finding:
-        """What NHWC gains, which is kept for later runs on this card. Too little memory or time is no failure."""
-        words = [*command, "--channels_last"]
-        try:
-            gain = usual_sec / json.loads(self.call("channels_last", words, STEP_SEC).splitlines()[-1])["step_sec"]
-            machine.keep_gain(machine.CHANNELS_LAST, gain)
-        except (subprocess.TimeoutExpired, UserError, OSError) as error:
-            return Finding("channels last", True, f"left out: {one_line(str(error), 200)}")
-        said = f"a step is {gain:.2f} times as fast; {'' if gain >= WORTH_GAIN else 'not '}used from now on"
-        return Finding("channels last", True, said, {"gain": gain})
 
     def run(self, name: str) -> run_folder.RunDir:
         return run_folder.RunDir(self.folder / name)

@@ -110,7 +110,8 @@ class TrainStep:
     ):
         self.config, self.inputs, self.accelerator, self.step = config, inputs, accelerator, step
         speed = memory.speed_of(config, accelerator.device.type, max_train_steps - step)
-        make_convolutions_fast(inputs.denoiser, speed)
+        if speed.searches:
+            torch.backends.cudnn.benchmark = True
         self.class_prompts = [subject.class_prompt for subject in config.each_subject]
         self.components = adapters.trained_modules(config, inputs.family.facts, inputs.pipeline)
         adapters.add_adapters(config, self.components, checkpoint, start=inputs.start, basis=inputs.basis)
@@ -122,7 +123,7 @@ class TrainStep:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for block in self.compiled:
                 block.compile(backend=BACKEND)
-        if accelerator.is_main_process and (speed.compiled or speed.channels_last):
+        if accelerator.is_main_process and speed.compiled:
             logger.warning("%s", speed.sentence())
         self.parameters = [p for module in self.components.values() for _, p in moslora.adapter_parameters(module)]
         self.copies = fast_linear.WorkingCopies(*self.components.values())
@@ -358,20 +359,6 @@ class TrainStep:
         of_step = count * self.accelerator.num_processes
         share = sum(map(self.has_prior, range(self.step * of_step, (self.step + 1) * of_step))) / of_step
         return StepLosses(total, instance, prior / share if share else None)
-
-
-def make_convolutions_fast(unet: torch.nn.Module, speed: memory.Speed) -> None:
-    """Call it before adapters are added: their tensors are saved in their memory layout."""
-    if speed.searches:
-        torch.backends.cudnn.benchmark = True
-    if speed.channels_last:
-        lay_convolutions(unet, torch.channels_last)
-
-
-def lay_convolutions(unet: torch.nn.Module, layout: torch.memory_format) -> None:
-    for module in unet.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.to(memory_format=layout)
 
 
 def alike(micros: Iterable[MicroBatch], most: int) -> Iterator[list[MicroBatch]]:

@@ -101,7 +101,7 @@ def test_one_word_trains_sdxl_on_apples_gpu_with_recomputation(apple, tmp_path, 
     assert estimate(image, BaseSize(), 1).training_gib == pytest.approx(7.8, rel=0.05)
     whole = replace(image, gradient_checkpointing=False)
     assert estimate(whole, BaseSize(), 1).training_gib == pytest.approx(23.8, rel=0.05)
-    assert not memory.speed_here(run, 10_000).channels_last
+    assert not memory.speed_here(run, 10_000).searches
 
 
 def test_a_word_of_memory_lifts_what_a_file_says_of_it_and_takes_the_pass_that_fits(card, capsys):

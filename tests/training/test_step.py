@@ -14,7 +14,6 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from dreambooth_moslora.adapters.fast_linear import WorkingCopies
-from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.load import TextProducts, TextProjection
 from dreambooth_moslora.core import StopRequestedError, UserError, generator
 from dreambooth_moslora.disk.events import StepDone
@@ -246,37 +245,13 @@ def test_only_a_long_run_on_a_gpu_is_compiled_by_itself(changes, device, steps, 
     assert (speed.compiled, speed.searches) == (compiled, searches)
 
 
-@pytest.fixture
-def gains(gpu, tmp_path, monkeypatch):
-    """Keep what a self-test of Some Card would have found."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_the_search_of_amds_gpus_is_asked_on_gfx9_alone(gpu, monkeypatch):
     gpu(8)
-    return lambda gain: machine.keep_gain(machine.CHANNELS_LAST, gain)
-
-
-def test_convolutions_are_channels_last_where_a_self_test_of_this_card_has_shown_a_gain(gains, gpu):
-    def is_used() -> bool:
-        return speed_of(TrainConfig(resolution=1024, train_batch_size=1), "cuda", 1000).channels_last
-
-    assert not is_used()
-    for gain, used in ((1.01, False), (0.7, False), (1.1, True)):
-        gains(gain)
-        assert is_used() == used
-    assert not speed_of(TrainConfig(deterministic=True), "cuda", 1000).channels_last
-    gpu(8, name="Another Card")
-    assert not is_used()
-    machine.gains_file().write_text("not JSON")
-    gains(1.2)
-    assert is_used()
-
-
-def test_convolutions_of_amds_gpus_are_channels_last_on_gfx9_alone(gains, monkeypatch):
-    gains(1.1)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for name, is_fast in (("gfx1100", False), ("gfx1030", False), ("gfx942:sramecc+", True)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda name=name: SimpleNamespace(gcnArchName=name))
         speed = speed_of(TrainConfig(resolution=1024, train_batch_size=1), "cuda", 1000)
-        assert speed.compiled and (speed.channels_last, speed.searches) == (is_fast, is_fast)
+        assert speed.compiled and speed.searches == is_fast
 
 
 def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(monkeypatch):
@@ -304,13 +279,8 @@ def test_a_dry_run_says_what_is_chosen(tiny_base, photos, tmp_path):
 
 
 def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products():
-    """Channels last is the same function."""
     unet = tiny_unet()
     expected, numbers = drawn_by(unet), sum(weight.numel() for weight in unet.parameters())
-    train_step.lay_convolutions(unet, torch.channels_last)
-    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(expected, drawn_by(unet), atol=1e-5) and not torch.backends.cudnn.benchmark
-    expected = drawn_by(unet)
     products = TextProducts(unet, torch.device("cpu"))
     gone = sum(layer.host_weight.numel() for layer in products.layers)
     assert len(products.layers) == sum(isinstance(module, TextProjection) for module in unet.modules()) > 0
