@@ -133,7 +133,7 @@ def build(name: str, config: dict) -> nn.Module:
 COMPONENTS = (*families.DENOISERS, "text_encoder", "text_encoder_2")
 SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed", "mixer_factor")
 """A file has one value of each for all its components."""
-RAW_KEY, RAW_FORMAT = "raw_format", 1
+RAW_KEY = "raw_format"
 
 
 def adapter_metadata(
@@ -202,7 +202,7 @@ def save_raw(
     live = adapter_metadata(components, adapter_name)
     taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *SHARED_SETTINGS)
     metadata = replace(metadata, **{name: getattr(live, name) for name in taken})
-    tensors = {RAW_KEY: torch.tensor([RAW_FORMAT])}
+    tensors = {RAW_KEY: torch.tensor([1])}
     for module_path, layer in all_layers(components, adapter_name).items():
         stored = moslora.stored_matrices(layer, adapter_name)
         stored += (moslora.matrices_of(layer, adapter_name).magnitude,)
@@ -219,8 +219,7 @@ def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
     name = Path(path).name
     if RAW_KEY not in tensors:
         raise UserError(f"{name} holds no raw MoSLoRA weights (a published LoRA file loads with load_lora_weights)")
-    if tensors.pop(RAW_KEY).flatten().tolist() != [RAW_FORMAT]:
-        raise UserError(f"{name} was written by a newer dreambooth_moslora; update it")
+    del tensors[RAW_KEY]
     try:
         metadata = AdapterMetadata.from_json(header[HEADER])
     except (KeyError, TypeError, ValueError) as error:

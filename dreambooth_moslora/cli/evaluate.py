@@ -195,9 +195,7 @@ def known_of(path: Path) -> dict:
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
-            return table.without_removed(sources.read_json_table(config)) | {
-                "output_dir": str(folder)
-            }  # it may have been moved
+            return sources.read_json_table(config) | {"output_dir": str(folder)}  # it may have been moved
     facts = load_published(find_weights(path))[1]
     if facts is None or not facts.trigger_words:
         return {}

@@ -1,7 +1,6 @@
-"""A parser of the command line whose mistakes are one line; flags of other trainers, and of earlier versions.
+"""A parser of the command line whose mistakes are one line, and flags of other trainers.
 
-Flags may have underscores or hyphens. For a flag of another trainer or of an earlier version the error says what to
-give instead.
+Flags may have underscores or hyphens. For a flag of another trainer the error says what to give instead.
 """
 
 import argparse
@@ -11,11 +10,6 @@ from typing import Any, NoReturn
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings import rows, table
 
-REMOVED_FLAGS = {
-    **table.REMOVED,
-    "leave_one_out": "removed, as it found one bad photo of two; to train without a photo, use --leave_out FILE",
-}
-"""Flags of earlier versions, which every command answers."""
 FOREIGN = {
     # earlier versions of diffusers' script, and its siblings
     "crops_coords_top_left_h": "each photo's own crop is told to the model; there is nothing to set",
@@ -90,7 +84,6 @@ FOREIGN = {
 }
 """Flags of other trainers -> what to give instead."""
 FOREIGN_FLAGS = {
-    **REMOVED_FLAGS,
     **{flag: f"use --{name}" for name, item in table.SETTINGS.items() for flag in item.metadata["elsewhere"].split()},
     **{flag: instead for flags, instead in FOREIGN.items() for flag in flags.split()},
 }
@@ -134,7 +127,7 @@ class Parser(argparse.ArgumentParser):
         word = next(iter(unknown.split()), "")
         if not word:
             raise UserError(f"an argument is empty; see {self.prog} --help.")
-        if unknown != message and (self.is_of_training or name_of(word) in REMOVED_FLAGS):
+        if unknown != message and self.is_of_training:
             raise UserError(unknown_flag_message(word))
         raise UserError(f"{message}; see {self.prog} --help.")
 

@@ -216,7 +216,7 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
         raise core.UserError(f"--{'config' if file == '' else 'like'} is empty: name a file, or leave it out.")
     recipe = sources.load_settings(file) if file else {}
     like_of_file = recipe.pop("like", None)
-    unknown = next((name for name in recipe if name not in (*table.SETTINGS, *table.REMOVED)), "")
+    unknown = next((name for name in recipe if name not in table.SETTINGS), "")
     if unknown in FOREIGN_FLAGS:
         raise core.UserError(f"--config {file}: {unknown}: {FOREIGN_FLAGS[unknown]}.")
     like = like or like_of_file

@@ -20,7 +20,7 @@ from typing import Any
 
 from dreambooth_moslora.core import UserError, find_asset, one_line, small_text
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, header_of
-from dreambooth_moslora.settings.table import FIELD_TYPES, REMOVED, SETTINGS, SVD, TrainConfig, checked_setting, named
+from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, SVD, TrainConfig, checked_setting, named
 
 TOO_DEEP = "it is nested too deeply"
 
@@ -116,8 +116,6 @@ def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     taken, wrong = {}, []
     for name, value in values.items():
         try:
-            if name in REMOVED:
-                raise UserError(f"`{name}`: {REMOVED[name]}")
             if name not in (*RECIPE, *TOLD_IF_CHANGED):
                 raise UserError(f"`{name:.40}` is not a setting of a recipe")
             if name in LAYERS and len(str(value)) > MOST_LETTERS:

@@ -559,11 +559,6 @@ SubjectTable = make_dataclass(
 )
 
 
-WHY_REMOVED = "removed, as the project's study showed no gain from new backgrounds"
-REMOVED = {"new_backgrounds": WHY_REMOVED, "background_scenes": WHY_REMOVED}
-"""Settings of earlier versions -> why they are gone. Files of runs that did not use them hold them as 0 or []."""
-
-
 def subject_table(values: Any) -> Any:
     """A `SubjectTable` of the given settings. Raises UserError for an unknown one."""
     if isinstance(values, SubjectTable):
@@ -677,22 +672,15 @@ def check_number(
 
 
 def check_each(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The given settings, each checked. Those in REMOVED must be off, and are left out. Raises UserError."""
+    """The given settings, each checked. Raises UserError."""
     for name, value in values.items():
         if name in SETTINGS:
             checked_setting(name, value)
-        elif name in REMOVED and value:
-            raise UserError(f"`{name}`: {REMOVED[name]}.")
-        elif name not in REMOVED:
+        else:
             plain = name.replace("-", "_")
             close = OTHER_NAMES.get(plain) or rows.nearest(plain, SETTINGS)
             raise UserError(f"unknown setting `{name}`" + (f": did you mean `{close}`?" if close else "; see --help."))
-    return without_removed(values)
-
-
-def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run that an earlier version may have trained, without those in REMOVED."""
-    return {name: value for name, value in values.items() if name not in REMOVED}
+    return dict(values)
 
 
 def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:

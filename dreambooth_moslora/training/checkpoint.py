@@ -34,10 +34,10 @@ WEIGHTS = "weights.pt"  # The weights that training continues from, if the check
 class Position:
     step: int  # optimizer steps done
     seed: int  # names every draw
-    optimizer: str | None = None  # `optimizer_kind`
-    digest: str | None = None  # of the position and the files beside it (`digest_of`)
-    base: str | None = None  # the denoiser: how it is held, and its fingerprint; None in early versions, like the next
-    shown: str | None = None  # digest of the photos and words that the steps learn from (`digest_of_shown`)
+    optimizer: str = ""  # `optimizer_kind`
+    base: str = ""  # the denoiser: how it is held, and its fingerprint
+    shown: str = ""  # digest of the photos and words that the steps learn from (`digest_of_shown`)
+    digest: str = ""  # of the position and the files beside it (`digest_of`)
 
 
 def save_checkpoint(
@@ -70,9 +70,7 @@ def digest_of(checkpoint: Path, position: Position) -> str:
     names = (run_folder.RAW_NAME, OPTIMIZER, SCALER, WEIGHTS)
     parts = [path for name in names if (path := checkpoint / name).is_file()]
     files = {path.name: core.file_digest(path) for path in [*parts, *run_folder.tokens_files(checkpoint)]}
-    told = asdict(replace(position, digest=None))
-    absent = [name for name in ("digest", "base", "shown") if told[name] is None]  # early versions had no such
-    return core.content_key(**{name: value for name, value in told.items() if name not in absent}, files=files)
+    return core.content_key(**asdict(replace(position, digest="")), files=files)
 
 
 def digest_of_shown(config: table.TrainConfig, vae: str, photos: Sequence[object]) -> str:
@@ -96,11 +94,11 @@ def check_whole(checkpoint: Path) -> Position:
     if any(type(value) is not int or value < 0 for value in (position.step, position.seed)):
         raise damaged(checkpoint, POSITION, "step and seed are whole numbers")
     words = position.optimizer, position.digest, position.base, position.shown
-    if not all(isinstance(value, (str, type(None))) for value in words):
+    if not all(isinstance(value, str) for value in words):
         raise damaged(checkpoint, POSITION, "optimizer and digests are words")
     if run_folder.checkpoint_step(checkpoint) not in (None, position.step):
         raise damaged(checkpoint, POSITION, f"it is of step {position.step}")
-    if position.digest is not None and position.digest != digest_of(checkpoint, position):
+    if position.digest != digest_of(checkpoint, position):
         raise damaged(checkpoint, POSITION, "the files beside it were changed, or are of another checkpoint")
     return position
 
@@ -193,10 +191,7 @@ def resume_point(config: table.TrainConfig, run_dir: run_folder.RunDir) -> tuple
 def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Position) -> None:
     """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged adapter file."""
     facts, modules = trained_modules(checkpoint)
-    for name in table.REMOVED.keys() & facts.recipe.keys():
-        said = f"was trained with --{name}, {table.REMOVED[name]}; the run goes on without."
-        logger.warning("%s %s", checkpoint.name, said)
-    if position.optimizer not in (None, optimizer_kind(config)):
+    if position.optimizer != optimizer_kind(config):
         raise core.UserError(
             f"{checkpoint.name} was written with {position.optimizer}; you ask for {optimizer_kind(config)}: "
             "resume with the same optimizer, or start a new run."
@@ -211,7 +206,7 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
 
 def check_base(checkpoint: Path | None, position: Position, base: str) -> None:
     """Raises UserError when `base` has other weights than the checkpoint's, where both are held alike."""
-    (held_there, _, there), (held, _, here) = (name.rpartition(" ") for name in (position.base or "", base))
+    (held_there, _, there), (held, _, here) = (name.rpartition(" ") for name in (position.base, base))
     if checkpoint is not None and held_there == held and there != here:
         raise core.UserError(
             f"--pretrained_model_name_or_path: {checkpoint.name} was trained on a base with other weights: "

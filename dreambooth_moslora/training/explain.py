@@ -141,7 +141,7 @@ def figures_from(
         copy_alarm=last.get("copy_alarm") is True,
         likeness=curve(scored, "dino"),
         score=curve(scored, "score"),
-        processes=int(number(start.get("processes")) or 1),  # early versions told none
+        processes=int(number(start.get("processes")) or 1),
         time=max((number(event.get("time")) or 0.0 for event in records), default=0.0),
     )
 
@@ -189,10 +189,7 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
     if not path.is_file():
         return found
     report = sources.read_json_table(path)
-    made, ended = number(report.get("time")), found.time
-    if made is None:  # of an early version
-        made, ended = path.stat().st_mtime, run_dir.metrics_path.stat().st_mtime
-    if made < ended:
+    if (number(report.get("time")) or 0.0) < found.time:
         return found
     is_of_one = len(found.config.subjects) > 1 and "subjects" not in report
     if is_of_one or as_table(report.get("protocol")).get("adapter_scale", 1) != 1:

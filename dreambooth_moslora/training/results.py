@@ -246,7 +246,7 @@ def changed_names(checkpoint: Path, facts: metadata.AdapterMetadata, digest: str
     """What a resumed run has otherwise than its checkpoint: one from the start would give other weights."""
     before, now = settings_in(trained_modules(checkpoint)[0]), settings_in(facts)
     names = [name for name in before | now if before.get(name) != now.get(name)]
-    return names + ["photos or words"] * (read_position(checkpoint).shown not in (None, digest))
+    return names + ["photos or words"] * (read_position(checkpoint).shown != digest)
 
 
 def settings_in(facts: metadata.AdapterMetadata) -> dict[str, object]:

@@ -94,7 +94,7 @@ def bounded(found: sources.FoundRecipe) -> sources.FoundRecipe:
 
 def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainForm] = TrainForm) -> TrainForm:
     """The form that makes a run of these settings. Raises UserError for settings that no form has."""
-    config = table.TrainConfig.from_dict(table.without_removed(settings) | {"resume_from_checkpoint": None})
+    config = table.TrainConfig.from_dict(dict(settings) | {"resume_from_checkpoint": None})
     subjects = config.each_subject
     if (count := len(subjects)) > MOST_SUBJECTS:
         raise UserError(f"the run has {count} subjects, and the form {MOST_SUBJECTS} at most")

@@ -365,7 +365,6 @@ BROKEN = {
     "nan": (with_nan, "NaN or infinite values, first in"),
     "half": (lambda _, t, header: save({k: t[k] for k in t if not k.endswith("to_q.mixer")}, header), "is not whole"),
     "headless": (lambda _, tensors, header: save(tensors), "lost its header"),
-    "newer": (lambda _, tensors, header: save(tensors | {"raw_format": torch.tensor([99])}, header), "newer"),
 }
 
 

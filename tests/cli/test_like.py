@@ -2,7 +2,6 @@
 
 import json
 import os
-from argparse import ArgumentParser
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.cli import evaluate
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.settings.sources import LAYERS, RECIPE, TOLD_IF_CHANGED, checked_recipe, recipe_of
@@ -191,57 +189,3 @@ def test_a_file_without_a_usable_recipe_is_one_line(capsys, content, said):
         assert run([*NEEDED, "--like", file]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line and "--like" in line
-
-
-OFF = {"new_backgrounds": 0, "background_scenes": []}
-WHY = "removed, as the project's study showed no gain from new backgrounds"
-FOUND_ONE = "removed, as it found one bad photo of two; to train without a photo, use --leave_out FILE"
-
-
-GONE = [["--new-backgrounds", "3"], ["--new_backgrounds=0"], ["--background-scenes=in a garden"]]
-GONE += [["--leave-one-out", "120"]]
-
-
-@pytest.mark.parametrize("words", GONE)
-def test_a_flag_is_answered_in_one_line(words, capsys):
-    flag = words[0].partition("=")[0].replace("-", "_").replace("__", "--", 1)
-    why = FOUND_ONE if flag == "--leave_one_out" else WHY
-    check = [] if " " in words[0] else [lambda _: main(["check", "dog", *words])]
-    for run in (*BOTH, *check):
-        assert run([*NEEDED, *words]) == 2
-        assert capsys.readouterr().err == f"error: {flag}: {why}.\n"
-
-
-def test_a_setting_in_a_file_is_answered_in_one_line_unless_it_was_off(capsys):
-    plain = parse_train_config([*NEEDED, "--rank", "3", "--resolution", "64"])
-    used, off = (json.dumps(plain.to_dict() | OFF | changes) for changes in ({"new_backgrounds": 3}, {}))
-    for file, text in (
-        ("a.toml", "[photos]\nnew_backgrounds = 3"),
-        ("a.toml", "new-backgrounds = 3"),
-        ("a.toml", 'background_scenes = ["in a garden"]'),
-        ("train_config.json", used),
-    ):
-        Path(file).write_text(text)
-        for words in ([*NEEDED, "--config", file], ["dog", "dog", *NEEDED[:2], "--config", file]):
-            assert train_main(words) == 2
-            (line,) = capsys.readouterr().err.splitlines()
-            assert line.startswith("error: `") and line.endswith(f"`: {WHY}.")
-    Path("train_config.json").write_text(off)
-    assert parse_train_config(["--config", "train_config.json"]) == plain
-    assert parse_train_config(["dog", "dog", "--config", "train_config.json"]).rank == 3
-
-
-def test_what_used_them_is_taken_without_evaluated_and_explained(capsys):
-    file = file_of(ours(seed=1, rank=3, new_backgrounds=2))
-    config = parse_train_config([*NEEDED, "--like", file])
-    assert (config.seed, config.rank) == (1, 3)
-    taken, remark = capsys.readouterr().err.splitlines()
-    assert "settings like a.safetensors: 2 (" in taken
-    assert remark == f"ignored, as they are invalid: `new_backgrounds`: {WHY}"
-    (run := Path("run")).mkdir()
-    used = {"new_backgrounds": 2, "background_scenes": ["in a barn"]}
-    (run / "train_config.json").write_text(json.dumps(config.to_dict() | used))
-    (run / "metrics.jsonl").write_text("")
-    evaluate.evaluate_arguments(parser := ArgumentParser())
-    assert evaluate.resolve(parser.parse_args(["run"])).rank == 3
-    assert main(["explain", "run"]) == 0

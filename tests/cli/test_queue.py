@@ -49,7 +49,6 @@ def test_one_word_finds_another_name_for_the_second_run(photos, capsys, monkeypa
         (["--rank", "0"], "--rank 0"),
         (["--target_modules", "to_x"], "the UNet has no such layer"),
         (["--hub_token", "x", "--push_to_hub"], "--hub_token: it would lie in the queue's file"),
-        (["--new_backgrounds", "2"], "--new_backgrounds: removed"),
         (["--output_dir", "runs/.hen"], "'.hen' cannot be the name of a run"),
         (["--resume_from_checkpoint", "checkpoint-7"], "no complete checkpoint there"),
         (["--instance_prompt", "a photo of sks", "--masks", "auto", "--mask_model", "x"], "give --mask_prompt"),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, REMOVED_FLAGS
+from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
 from dreambooth_moslora.cli.train import build_train_parser, train_main
 from dreambooth_moslora.extras.lab.study import load_study
 from dreambooth_moslora.settings.families import FAMILIES
@@ -132,7 +132,7 @@ def test_each_flag_that_the_program_answers_has_a_row_which_names_the_answer():
     assert len(said) > 60
     assert {name for name, flags in said.items() if flags_in(FOREIGN_FLAGS[name]) - flags} == set()
     named = {name for _, names, _, _ in OF_FLAGS for name in names}
-    assert set(FOREIGN_FLAGS) - set(REMOVED_FLAGS) - named == set()
+    assert set(FOREIGN_FLAGS) - named == set()
 
 
 def test_a_preset_of_onetrainer_is_refused_by_its_first_name(tmp_path, capsys):

@@ -146,7 +146,7 @@ def test_what_is_not_a_number_is_passed_over_and_a_later_report_of_evaluate_is_t
     run.append_metrics({"type": "evaluation", "step": 3, "dino": 0.5, "photos": {"count": 4, "nearness": 0.7}})
     assert figures_of(run).scores["dino"] == 0.5 and figures_of(run).photos == 4
     (tmp_path / "evaluation").mkdir()
-    report = {"scores": {"dino": {"mean": 0.6}}, "relative": {"drift_of_spread": 1.7}, "score": 0.4}
+    report = {"time": 1e10, "scores": {"dino": {"mean": 0.6}}, "relative": {"drift_of_spread": 1.7}, "score": 0.4}
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report | {"copy_alarm": {"raised": True}}))
     found = figures_of(run)
     assert found.scores == {"dino": 0.6, "drift_of_spread": 1.7, "score": 0.4} and found.copy_alarm

@@ -32,7 +32,7 @@ FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
 class Record:
     """`state` of STATES; `mark` of settings and photos (`subjects.mark_of`); `starts`: trainings; `seconds`: their
     time; `hours`: times the held `unit`s (GPUs or cores). That of a lost machine is not counted. `since`: the clock
-    before the first training of the mark, or 0 in early versions."""
+    before the first training of the mark."""
 
     state: str
     mark: str = ""
