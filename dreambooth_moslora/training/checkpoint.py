@@ -23,7 +23,7 @@ from dreambooth_moslora.adapters import metadata, new_tokens, raw_file
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.plan.checks import last_name
 from dreambooth_moslora.settings import optimizer_kinds, prompts, rows, table
-from dreambooth_moslora.training.optimizer import check_tensor, checked_states, optimizer_kind, put
+from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_settings
 from dreambooth_moslora.training.reporter import RunContext
 
 OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
@@ -128,13 +128,9 @@ def load_states(checkpoint: Path, name: str) -> dict:
 def restore_optimizer(
     checkpoint: Path, step: int, optimizer: Optimizer, schedule: LambdaLR, scaler: torch.amp.GradScaler | None = None
 ) -> None:
-    """Restore the optimizer's moments at `step`, with the current settings. Raises UserError for others'."""
-    exact = isinstance(optimizer, torch.optim.AdamW) and scaler is None  # early versions counted what fp16 skipped
+    """Restore the optimizer's moments, with the current settings, and the rates of `step`."""
     states = load_states(checkpoint, OPTIMIZER)
-    try:
-        optimizer.load_state_dict(checked_states(states, optimizer, step, exact))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise damaged(checkpoint, OPTIMIZER, error) from error
+    optimizer.load_state_dict(with_own_settings(states, optimizer))
     schedule.last_epoch = step
     for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = lr * factor(step)
@@ -143,14 +139,8 @@ def restore_optimizer(
 
 
 def restore_weights(checkpoint: Path, parameters: list[torch.nn.Parameter]) -> None:
-    """Restore the weights behind an average. Raises UserError when they are not finite or belong to another adapter."""
-    try:
-        weights = load_states(checkpoint, WEIGHTS)["weights"]
-        for number, (weight, parameter) in enumerate(zip(weights, parameters, strict=True)):
-            check_tensor(f"weight {number}", weight, parameter)
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged(checkpoint, WEIGHTS, error) from error
-    put(weights, parameters)
+    """Restore the weights behind an average."""
+    put(load_states(checkpoint, WEIGHTS)["weights"], parameters)
 
 
 logger = logging.getLogger(__name__)

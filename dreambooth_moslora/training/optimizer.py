@@ -1,8 +1,5 @@
 """Parameter groups, optimizers, their states in a checkpoint, and averages over the steps.
 
-**States** in a checkpoint are checked before PyTorch's kernels read them: a kernel would read and write beyond the end
-of a smaller moment. What is expected comes from a copy of the optimizer that takes one step.
-
 **Average** of the adapter over its steps. If there is one, it is published, scored and sampled instead of the weights,
 from which training continues; a checkpoint holds both.
 
@@ -10,7 +7,7 @@ exponential (`--use_ema`)   m = d·m + (1 - d)·w after each step, d = min(decay
 schedule-free               x of Defazio et al. 2024 (arXiv 2405.15682), which that optimizer keeps by itself
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dreambooth_moslora.adapters.moslora import adapter_parameters, mixer_parameters
-from dreambooth_moslora.core import UserError, is_number
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings import families, optimizer_kinds, table
 
 
@@ -95,82 +92,16 @@ def make_lr_schedule(config: table.TrainConfig, optimizer: Optimizer, max_train_
         raise UserError(f"--lr_scheduler {config.lr_scheduler}: {error}; {other}.") from error
 
 
-NOT_SET = "p0"  # Prodigy's start of a weight. For a weight that started at zero it keeps a single number.
+def with_own_settings(states: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """A checkpoint's states with the settings of the optimizer's own groups, but for what its steps have learnt.
 
-
-def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, exact: bool) -> dict[str, Any]:
-    """The checkpoint's states at `step` with the groups' settings; `exact`: no fewer steps. Raises ValueError."""
-    pattern = pattern_of(optimizer)
-    groups = optimizer.state_dict()["param_groups"]
-    loaded = states["param_groups"]
-    if [group["params"] for group in loaded] != [group["params"] for group in groups]:
-        raise ValueError("the groups of parameters are others")
-    for number, state in states["state"].items():
-        if number not in pattern:
-            raise ValueError(f"there is no parameter {number}")
-        check_state(dict(leaves_of(state)), dict(leaves_of(pattern[number])), step, exact)
+    Raises ValueError for another number of groups.
+    """
     learns = {name for kind in optimizer_kinds.OPTIMIZERS.values() for name in kind.learns}
-    for fresh, kept in zip(groups, loaded, strict=True):
-        for name in learns & kept.keys():
-            value = kept[name]
-            fresh[name] = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
-            if not is_number(fresh[name]):
-                raise ValueError(f"{name} is not a number")
-    return {"state": dense(states["state"]), "param_groups": groups}
-
-
-def pattern_of(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """The states of every parameter after the first step of such an optimizer."""
-    groups = []
-    for group in optimizer.param_groups:
-        params = [torch.nn.Parameter(weight.detach().clone()) for weight in group["params"]]
-        for weight in params:
-            weight.grad = torch.ones_like(weight)
-        groups.append({**group, "params": params})
-    twin = type(optimizer)(groups)
-    twin.step()
-    return twin.state_dict()["state"]
-
-
-def leaves_of(state: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything in nested dicts: 8-bit AdamW nests."""
-    for name, value in state.items():
-        if isinstance(value, Mapping):
-            yield from leaves_of(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value
-
-
-def dense(value: Any) -> Any:
-    """The same nested dicts and numbers; a file's tensor may have strides of 0, or share its memory with another."""
-    if isinstance(value, Mapping):
-        return {name: dense(part) for name, part in value.items()}
-    return value.detach().clone(memory_format=torch.contiguous_format) if isinstance(value, torch.Tensor) else value
-
-
-def check_state(found: dict[str, Any], pattern: dict[str, Any], step: int, exact: bool) -> None:
-    if found.keys() != pattern.keys():
-        raise ValueError(f"states are {sorted(found)}, not {sorted(pattern)}")
-    for name, expected in pattern.items():
-        value = found[name]
-        if name == "step":
-            taken = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
-            if not isinstance(taken, (int, float)) or not (taken == step if exact else 0 <= taken <= step):
-                raise ValueError(f"it has taken {taken} steps, not {step}")
-        elif isinstance(expected, torch.Tensor):
-            check_tensor(name, value, expected)
-        elif type(value) is not type(expected):
-            raise ValueError(f"{name} is a {type(value).__name__}")
-
-
-def check_tensor(name: str, value: object, expected: torch.Tensor) -> None:
-    if not isinstance(value, torch.Tensor) or value.dtype != expected.dtype or value.layout != expected.layout:
-        raise ValueError(f"{name} is no tensor of {expected.dtype}")
-    is_start = name == NOT_SET and value.dim() == 0
-    if value.shape != expected.shape and not is_start and not (name == NOT_SET and expected.dim() == 0):
-        raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(expected.shape)}")
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name} is not finite")
+    groups = optimizer.state_dict()["param_groups"]
+    for group, kept in zip(groups, states["param_groups"], strict=True):
+        group.update({name: kept[name] for name in learns & kept.keys()})
+    return {"state": states["state"], "param_groups": groups}
 
 
 class MovingAverage:
