@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from pydantic import ValidationError
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters, and those that turn the direction of a line."""
@@ -50,6 +51,13 @@ def one_line(error: object, most: int = 200) -> str:
     """Another library's error as one line of at most `most` characters; its type if it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def first_problem(error: "ValidationError") -> str:
+    """What is wrong with the first wrong value that pydantic has found, after its name."""
+    found = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in found["loc"])
+    return f"{place}: {found['msg']}" if place else found["msg"]
 
 
 def shortened(text: str) -> str:

@@ -8,13 +8,17 @@ as the shapes (out, 1) and (1, in) both broadcast, none of them raises an error.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, field, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core import UserError, is_finite_number
+from dreambooth_moslora.core import UserError, first_problem
 from dreambooth_moslora.disk.run_folder import header_of, keys_of
 from dreambooth_moslora.settings import rules, sources, table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS
@@ -49,80 +53,94 @@ def dora_table() -> str:
 HEADER = "moslora"  # key of the metadata in a safetensors header
 
 
-def is_rank(value: object) -> bool:
-    return type(value) is int and value > 0
+def plain_name(name: str) -> str:
+    """Raises ValueError for a file's name with a folder: anyone may write a header."""
+    if PurePath(name).name != name:
+        raise ValueError("it is no plain file name")
+    return name
 
 
-Check = Callable[[object], bool]
-is_bool, is_text, is_dict = (lambda value, kind=kind: isinstance(value, kind) for kind in (bool, str, dict))
+def one_or_many(notes: object) -> object:
+    """A file holds the note of a single subject's tokens without a list around it."""
+    if isinstance(notes, dict):
+        return (notes,) if notes else ()
+    return tuple(notes) if isinstance(notes, list) else notes
 
 
-def or_none(check: Check) -> Check:
-    return lambda value: value is None or check(value)
+Rank = Annotated[int, Field(gt=0)]
+FileName = Annotated[str, AfterValidator(plain_name)]
+Mixer = Literal[*table.MIXERS, table.ZERO]
 
 
-def named(check: Check) -> Check:
-    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+class TokenNote(TypedDict):
+    """New tokens of one subject: their word, how many they are, and the file that holds them."""
+
+    word: Annotated[str, Field(pattern=r"\S")]
+    count: Rank
+    file: Annotated[FileName, Field(min_length=1)]
+    sha256: str
 
 
-def listed(check: Check) -> Check:
-    return lambda value: isinstance(value, list) and all(map(check, value))
+class BasisNote(TypedDict):
+    """The frozen A and B: `svd` of the base, or a file."""
+
+    kind: str
+    sha256: str
+    file: FileName
 
 
-def is_note(value: object, names: set[str]) -> bool:
-    """Whether it has these names, each with a text, and a plain file name: anyone may write a header."""
-    is_known = isinstance(value, dict) and value.keys() == names and named(is_text)(value)
-    return is_known and PurePath(value["file"]).name == value["file"]
+class NoBasis(TypedDict):
+    """{}: a run that trains A and B."""
 
 
-def is_token_note(value: object) -> bool:
-    if not isinstance(value, dict) or not is_rank(value.get("count")):
-        return False
-    texts = {name: text for name, text in value.items() if name != "count"}
-    return is_note(texts, {"word", "file", "sha256"}) and texts["word"].strip() != "" and texts["file"] != ""
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+for note in (TokenNote, BasisNote, NoBasis):
+    note.__pydantic_config__ = STRICT | {"extra": "forbid"}
 
 
-def checked(is_valid: Callable[[object], bool], **default: Any) -> Any:
-    """A field and whether a value in a file is valid for it; anyone may have written the file."""
-    return field(metadata={"is_valid": is_valid}, **default)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class AdapterMetadata:
-    """What a file says about its adapter; nothing in it is a path or describes photos or the machine. `ranks` and
-    `alphas` list the modules (`component.path`) that differ from `rank` and `alpha`; `best_scale` and `usable_scales`
-    (lowest, highest) were measured. `recipe` holds numbers, switches and choices, never prompts or paths."""
+    """What a file says about its adapter. Nothing in it is a path, or describes photos or the
+    machine. Anyone may have written the file, so each value is checked.
 
-    rank: int = checked(is_rank)
-    alpha: float = checked(is_finite_number)
-    use_rslora: bool = checked(is_bool, default=False)
-    use_dora: bool = checked(is_bool, default=False)
-    lora_dropout: float = checked(lambda value: is_finite_number(value) and 0 <= value < 1, default=0.0)
-    mixer: str = checked(lambda value: value in (*table.MIXERS, table.ZERO), default="none")
-    train_mixer: bool = checked(is_bool, default=True)
-    mixer_seed: int = checked(lambda value: type(value) is int, default=0)
-    mixer_factor: int = checked(lambda value: value == 0 or is_rank(value), default=0)
-    ranks: Mapping[str, int] = checked(named(is_rank), default_factory=dict)
-    alphas: Mapping[str, float] = checked(named(is_finite_number), default_factory=dict)
-    base_id: str = checked(is_text, default="")
-    base_architecture: Mapping[str, object] = checked(is_dict, default_factory=dict)
-    structures: Mapping[str, Mapping[str, object]] = checked(named(is_dict), default_factory=dict)
-    trigger_words: tuple[str, ...] = checked(listed(is_text), default=())
-    class_word: str = checked(is_text, default="")
-    resolution_px: int | None = checked(or_none(is_rank), default=None)
-    versions: Mapping[str, str] = checked(named(is_text), default_factory=dict)
-    best_scale: float | None = checked(or_none(is_finite_number), default=None)
-    usable_scales: tuple[float, ...] = checked(lambda v: listed(is_finite_number)(v) and len(v) in (0, 2), default=())
-    recipe: Mapping[str, object] = checked(is_dict, default_factory=dict)  # for `--like` (`settings.sources`)
-    tokens: tuple[dict[str, object], ...] = checked(
-        lambda value: value == {} or is_token_note(value) or listed(is_token_note)(value), default=()
-    )  # `NewTokens.note` of each file
-    subject_prompts: tuple[str, ...] = checked(listed(is_text), default=())  # of several subjects
-    basis: Mapping[str, str] = checked(
-        lambda value: value == {} or is_note(value, {"kind", "sha256", "file"}), default_factory=dict
-    )  # of the frozen A and B
-    step: int | None = checked(or_none(is_rank), default=None)  # if the run did not end there
-    processes: int | None = checked(or_none(is_rank), default=None)  # if there were several
+    `ranks` and `alphas` list the modules (`component.path`) that differ from `rank` and `alpha`.
+    `best_scale` and `usable_scales` (lowest, highest) were measured. `recipe` holds numbers,
+    switches and choices, never prompts or paths.
+
+    Raises ValueError, pydantic's ValidationError, for a value of another kind.
+    """
+
+    rank: Rank
+    alpha: float
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixer: Mixer = "none"
+    train_mixer: bool = True
+    mixer_seed: int = 0
+    mixer_factor: Annotated[int, Field(ge=0)] = 0
+    ranks: dict[str, Rank] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    base_id: str = ""
+    base_architecture: dict[str, Any] = field(default_factory=dict)
+    structures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trigger_words: tuple[str, ...] = ()
+    class_word: str = ""
+    resolution_px: Rank | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    best_scale: float | None = None
+    usable_scales: tuple[float, float] | tuple[()] = ()
+    # for `--like` (`settings.sources`)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    # `NewTokens.note` of each file
+    tokens: Annotated[tuple[TokenNote, ...], BeforeValidator(one_or_many)] = ()
+    # of several subjects
+    subject_prompts: tuple[str, ...] = ()
+    basis: BasisNote | NoBasis = field(default_factory=dict)
+    # if the run did not end there
+    step: Rank | None = None
+    # if there were several
+    processes: Rank | None = None
 
     @property
     def factor(self) -> int:
@@ -134,38 +152,30 @@ class AdapterMetadata:
         return {HEADER: self.to_json()}
 
     def to_json(self) -> str:
-        """Leaves out later entries when empty, and a list around one subject's tokens: files keep their bytes."""
+        """Leaves out later entries when empty, and a list around one subject's tokens: files keep
+        their bytes."""
         facts = asdict(self)
         if len(self.tokens) == 1:
             facts["tokens"] = self.tokens[0]
         later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts", "basis")
         later += ("step", "processes", "mixer_factor")
-        return json.dumps({name: value for name, value in facts.items() if value or name not in later}, sort_keys=True)
+        told = {name: value for name, value in facts.items() if value or name not in later}
+        return json.dumps(told, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterMetadata":
-        """Ignores unknown keys. Raises ValueError or TypeError for text that `to_json` does not write."""
+        """Ignores unknown keys. Raises ValueError for text that `to_json` does not write."""
         try:
-            stored = json.loads(text)
-        except RecursionError:
-            raise ValueError("nested too deep") from None
-        if not isinstance(stored, dict):
-            raise TypeError("the metadata is not an object")
-        fields = cls.__dataclass_fields__
-        known = {name: value for name, value in stored.items() if name in fields}
-        if wrong := next((name for name, value in known.items() if not fields[name].metadata["is_valid"](value)), None):
-            raise ValueError(f"{wrong} is {known[wrong]!r:.60}")
-        if isinstance(note := known.get("tokens"), dict):
-            known["tokens"] = [note] if note else []
-        lists = ("trigger_words", "usable_scales", "subject_prompts", "tokens")
-        return cls(**{**known, **{name: tuple(known.get(name, ())) for name in lists}})
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            raise ValueError(first_problem(error)) from None
 
 
 def metadata_in(header: Mapping[str, str]) -> AdapterMetadata | None:
     """The metadata in a file's header; None unless this program wrote it."""
     try:
         return AdapterMetadata.from_json(header[HEADER])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, ValueError):
         return None
 
 

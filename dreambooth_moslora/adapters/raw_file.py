@@ -222,9 +222,9 @@ def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
     del tensors[RAW_KEY]
     try:
         metadata = AdapterMetadata.from_json(header[HEADER])
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f": {error}" if type(error) is ValueError else ""
-        raise UserError(f"{name} has lost its header, which holds alpha and the mixer's kind{reason}") from None
+    except (KeyError, ValueError) as error:
+        lost = "has lost its header, which holds alpha and the mixer's kind"
+        raise UserError(f"{name} {lost} ({one_line(error)})") from None
     check_whole(name, tensors, metadata)
     check_finite(tensors, name)
     return tensors, metadata
