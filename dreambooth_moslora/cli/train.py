@@ -71,16 +71,19 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
-    config, is_queued, report = parse_training(argv, prog)
+    config, is_queued, chosen = parse_training(argv, prog)
+    report = chosen.photo_report
     if config.dry_run:
         from dreambooth_moslora.training.dry_run import describe_run
 
         print(core.spelled_out(describe_run(config, report)))
+        print(set_apart(chosen.last_words), end="")
         return DONE
     if is_queued:
         from dreambooth_moslora.cli.queue import enqueue
 
         print(core.spelled_out(enqueue(config, argv)))
+        print(set_apart(chosen.last_words), end="")
         return DONE
     from dreambooth_moslora.plan.checks import check_folders
 
@@ -92,7 +95,7 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
             "begins: version %s, base %s", __version__, core.public_name(config.pretrained_model_name_or_path)
         )
         try:
-            code = run_trainer(config, stop, report)
+            code = run_trainer(config, stop, report, chosen.last_words)
             file_only.info("ended: %s", "stopped" if code == INTERRUPTED else "done")
             return code
         except core.UserError as error:
@@ -166,8 +169,11 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> table.TrainCo
     return parse_training(argv, prog)[0]
 
 
-def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[table.TrainConfig, bool, Any]:
-    """Settings, whether the run waits in the queue, and the `PhotoReport` if it was read. Raises UserError."""
+def parse_training(
+    argv: Sequence[str],
+    prog: str = SCRIPT,
+) -> tuple[table.TrainConfig, bool, choices.Choices]:
+    """Settings, whether the run waits in the queue, and what was chosen. Raises UserError."""
     said = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
     for name, value in said.items():
         if not re.fullmatch(LAUNCHED[name], value):
@@ -180,7 +186,7 @@ def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[table.Train
     require(chosen.all)
     choices.choose_resolution(chosen)
     config = table.TrainConfig.from_dict(chosen.all | ({"local_rank": rank} if rank != -1 else {}))
-    return config, given.is_queued, chosen.photo_report
+    return config, given.is_queued, chosen
 
 
 class Given(NamedTuple):
@@ -254,7 +260,9 @@ def choose(given: Given) -> choices.Choices:
     if base := settings.get("pretrained_model_name_or_path"):
         files.resolve_base(base)  # before PyTorch is imported to ask for the GPU's memory
     chosen = choices.Choices(settings, {"instance_data_dir": str(folder)})
-    choose_base(chosen, folder)
+    if choose_base(chosen, folder):
+        said = f"No GPU here: {choices.PRACTICE} is trained, and it cannot draw a real {word}."
+        chosen.last_words = [said, choices.on_a_gpu(given.words[0], word)]
     is_for_toys = core.is_toy(chosen.all["pretrained_model_name_or_path"])
     free_gib = None if is_for_toys else memory.least_free_gib(is_later=given.is_queued)
     if free_gib is not None and memory.is_alone() and (count := machine.gpu_count()) > 1:
@@ -271,8 +279,10 @@ def choose(given: Given) -> choices.Choices:
     return chosen
 
 
-def choose_base(chosen: choices.Choices, folder: Path) -> None:
+def choose_base(chosen: choices.Choices, folder: Path) -> bool:
+    """Choose the base unless it is given. Returns whether for lack of a GPU it is the embedded one."""
     base, said = memory.STOCK_SDXL, memory.STOCK_SDXL
+    is_for_lack = False
     if (folder / core.SUBJECT_FILE).is_file():
         base, said = "toy", "the embedded one, as the photos are of its world"
     elif memory.least_free_gib() is None:
@@ -280,7 +290,14 @@ def choose_base(chosen: choices.Choices, folder: Path) -> None:
             cure, toy = line.rstrip("."), "--pretrained_model_name_or_path toy"
             raise core.UserError(f"{cure}; without it only the embedded base is trained, which knows toys alone: {toy}")
         base, said = "toy", "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
+        is_for_lack = "pretrained_model_name_or_path" not in chosen.given
     chosen.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
+    return is_for_lack
+
+
+def set_apart(lines: Sequence[str]) -> str:
+    """The lines between empty ones; "" for none."""
+    return core.spelled_out("\n".join(["", *lines, "\n"])) if lines else ""
 
 
 def folder_and_word(words: list[str]) -> tuple[Path, str]:
@@ -316,8 +333,13 @@ def run_folder(word: str, resumed_from: str | None = None) -> Path:
     return max(there, key=lambda path: (len(path.name), path.name), default=RUNS / name)
 
 
-def run_trainer(config: table.TrainConfig, stop: StopRequest, report: "PhotoReport | None" = None) -> int:
-    """`report` is given where the photos were read before."""
+def run_trainer(
+    config: table.TrainConfig,
+    stop: StopRequest,
+    report: "PhotoReport | None" = None,
+    last_words: Sequence[str] = (),
+) -> int:
+    """`report` is given where the photos were read before. `last_words` are said behind all remarks."""
     from dreambooth_moslora.plan.plan import make_plan
 
     plan = make_plan(config, report)  # refuses the run, if it must, before torch is imported
@@ -325,6 +347,8 @@ def run_trainer(config: table.TrainConfig, stop: StopRequest, report: "PhotoRepo
         from dreambooth_moslora.training.loop import train
 
     warn_about(plan)
+    if core.is_main_process():
+        print(set_apart(last_words), end="", file=sys.stderr)
     progress = TerminalProgress()
     evaluator = make_evaluator(plan) if config.is_scored else None
     try:

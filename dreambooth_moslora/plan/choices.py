@@ -5,6 +5,7 @@
 The base decides the recipe from `assets/configs`; on a GPU its free memory decides which of the family's.
 """
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,18 +30,22 @@ OWN = (
     "max_train_steps",
 )
 """What a recipe names that is another run's, or is chosen here."""
+PRACTICE = "the practice model (a 128 px toy)"
+"""What a person is told of the embedded base that is trained on photographs."""
 OF_SAMPLES = ("num_validation_images", "validation_steps")
 """Left out on a CPU: with a large base, the trainer then draws no samples, as each takes minutes."""
 
 
 @dataclass
 class Choices:
-    """`said` has a sentence about each choice and its flags; `photo_report` is set if the photos were read for one."""
+    """`said` has a sentence about each choice and its flags; `photo_report` is set if the photos were read for one.
+    `last_words` are lines to be said just before the run begins."""
 
     given: Mapping[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     said: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     photo_report: "PhotoReport | None" = None
+    last_words: Sequence[str] = ()
 
     def add(self, words: str, *flags: str, **settings: Any) -> None:
         """Choose these settings unless given. `words` are said if any was chosen, unless they are empty."""
@@ -70,6 +75,12 @@ class Choices:
         """Its name, revision and cache."""
         chosen = self.all
         return chosen["pretrained_model_name_or_path"], chosen.get("revision"), chosen.get("cache_dir")
+
+
+def on_a_gpu(photos: str, word: str) -> str:
+    """What draws a person's own photos, as the embedded base cannot."""
+    command = shlex.join(["python", "-m", "dreambooth_moslora", "train", photos, word])
+    return f"On a machine with a GPU this trains SDXL: {command}"
 
 
 def choose_recipe(choices: Choices, free_gib: float | None) -> int:

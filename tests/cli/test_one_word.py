@@ -12,8 +12,10 @@ from PIL import Image
 from dreambooth_moslora.base import machine as precision
 from dreambooth_moslora.cli import train as one_word
 from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.terminal import INTERRUPTED
 from dreambooth_moslora.cli.train import build_train_parser, parse_train_config, train_main
 from dreambooth_moslora.core import CLIP, DINO
+from dreambooth_moslora.disk.processes import STOP_FILE
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import STOCK_SDXL
@@ -164,6 +166,32 @@ def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_ha
     monkeypatch.setattr(memory, "least_free_gib", lambda **later: None)
     assert parse_train_config(photos).pretrained_model_name_or_path == "toy"
     assert "the embedded base knows toys alone (--pretrained_model_name_or_path)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "is_said"),
+    [
+        ("dog dog", True),
+        ("dog dog --pretrained_model_name_or_path toy", False),
+        (f"dog dog --config {CONFIGS / 'toy.toml'}", False),
+        (" ".join(TOYS), False),
+    ],
+)
+def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nobody_named_it(
+    photos, monkeypatch, capsys, words, is_said
+):
+    """It was line 2 of eleven, and nobody saw it. The run is asked to stop before its first step."""
+    monkeypatch.setattr(memory, "least_free_gib", lambda **later: None)
+    last = "\nNo GPU here: the practice model (a 128 px toy) is trained, and it cannot draw a real dog.\n"
+    last += "On a machine with a GPU this trains SDXL: python -m dreambooth_moslora train dog dog\n\n"
+    assert main(["train", *words.split(), "--dry_run"]) == 0
+    assert capsys.readouterr().out.endswith(last) == is_said
+    Path("job.stop").touch()
+    monkeypatch.setenv(STOP_FILE, "job.stop")
+    assert main(["train", *words.split(), "--max_train_steps", "9"]) == INTERRUPTED
+    said = capsys.readouterr().err
+    assert (last in said) == is_said
+    assert not is_said or said.index("note: each photo is seen") < said.index(last) < said.index("stopped before")
 
 
 def test_on_a_gpu_one_recipe_is_taken_memory_alone_goes_by_what_is_free_and_a_second_is_told_of(
