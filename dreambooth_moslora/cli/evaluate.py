@@ -264,8 +264,14 @@ def explain_arguments(parser: argparse.ArgumentParser) -> None:
 def run_explain(args: argparse.Namespace) -> int:
     found = explain.figures_of(RunDir(args.run))
     shown = "" if found.exposures is None else f"; each of {found.photos} photos was shown {found.exposures:.0f} times"
-    print(spelled_out(f"{STATES.get(found.state, 'it has not ended')} after {found.step} steps{shown}"))
-    advice = explain.advice_after(found) or [explain.NOTHING]
+    is_early = found.planned is not None and found.step < found.planned
+    steps = f"{found.step} of {found.planned} steps" if is_early else f"{found.step} steps"
+    print(spelled_out(f"{STATES.get(found.state, 'it has not ended')} after {steps}{shown}"))
+    leads, advice = explain.leads(found), explain.advice_after(found)
+    for line in leads:
+        print(spelled_out(line))
+    if not (leads or advice):
+        advice = [explain.NOTHING]
     for title, lines in {"what the figures mean": explain.meanings(found), "what to try next": advice}.items():
         if lines:
             print("\n".join([title, *(spelled_out(f"  {line}") for line in lines)]))

@@ -1,6 +1,7 @@
 """What a run's figures mean: the best step, the best scale, and which flag to try next.
 
     figures_of(run folder) -> Figures --RULES--> sentences, the most important first
+                                      --leads--> what comes before them: how to go on, what cannot be learnt
 
 Thresholds come from the twelve trainings of `assets/studies/recipe` (six subjects with prior preservation,
 which learn well, and six without, whose class became the subject), and from runs of the embedded base with
@@ -9,14 +10,25 @@ faults made on purpose.
 
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core import LIKE_FP32, UserError, is_finite_number
+from dreambooth_moslora.core import (
+    LIKE_FP32,
+    SUBJECT_FILE,
+    UserError,
+    find_asset,
+    is_finite_number,
+    is_toy,
+)
+from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos import folder, photo_file
+from dreambooth_moslora.plan.choices import PRACTICE, on_a_gpu
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES
 from dreambooth_moslora.settings import measures, sources, table
 from dreambooth_moslora.settings.prompts import class_word_of
@@ -101,6 +113,11 @@ class Figures:
     score: Sequence[tuple[int, float]] = ()  # likewise
     processes: int = 1
     time: float = 0.0  # of the last event
+    planned: int | None = None  # steps
+    saved: int = 0  # step of the newest checkpoint; 0: there is none
+    is_training: bool = False  # now, in another process
+    is_practice: bool = False  # the embedded base learns from photographs
+    folder: Path = Path()
 
     @property
     def exposures(self) -> float | None:
@@ -122,8 +139,8 @@ def figures_from(
     records: Sequence[Mapping[str, Any]], config: table.TrainConfig, photos: Mapping[str, int] = {}
 ) -> Figures:
     """Figures from the lines of `metrics.jsonl`; `photos`: what is known of them, if in none."""
-    kinds = ("start", "step", "evaluation", "end")
-    starts, steps, scored, ends = ([e for e in records if e.get("type") == kind] for kind in kinds)
+    kinds = ("start", "step", "evaluation", "checkpoint", "end")
+    starts, steps, scored, saved, ends = ([event for event in records if event.get("type") == kind] for kind in kinds)
     start, last, end = ([{}, *some][-1] for some in (starts, scored, ends))
     about = {**photos, **as_table(last.get("photos"))}
     count, largest = (number(about.get(name)) for name in ("count", "largest"))
@@ -143,6 +160,8 @@ def figures_from(
         score=curve(scored, "score"),
         processes=int(number(start.get("processes")) or 1),
         time=max((number(event.get("time")) or 0.0 for event in records), default=0.0),
+        planned=int(number(start.get("max_train_steps")) or 0) or None,
+        saved=max((event.get("step") or 0 for event in saved), default=0),
     )
 
 
@@ -174,7 +193,32 @@ def figures_of(run_dir: RunDir, photos: Sequence[photo_file.Photo] | None = None
         bare = sum(photo.bare_prompt is not None for photo in photos)
         facts = {"count": len(photos), "without_bare_prompt": bare}
         facts |= {"largest": max(photo_file.counts_of(photos))} if len(config.subjects) > 1 else {}
-    return with_report(figures_from(run_dir.read_metrics(), config, facts), run_dir)
+    found = replace(
+        figures_from(run_dir.read_metrics(), config, facts),
+        is_training=is_held(run_dir),
+        is_practice=is_practice(config),
+        folder=run_dir.path,
+    )
+    return with_report(found, run_dir)
+
+
+def is_held(run_dir: RunDir) -> bool:
+    """Whether a run trains there now, or nobody can tell."""
+    try:
+        queue.check_free(run_dir.path)
+    except (UserError, OSError):
+        return True
+    return False
+
+
+def is_practice(config: table.TrainConfig) -> bool:
+    """Whether the embedded base was trained on one folder of photos that are not of its world, as `train PHOTOS WORD`
+    does without a GPU. False where the folder is gone."""
+    if config.subjects or not config.instance_data_dir:
+        return False
+    photos = Path(find_asset(config.instance_data_dir))
+    is_of_its_world = (photos / SUBJECT_FILE).is_file()
+    return is_toy(config.pretrained_model_name_or_path) and photos.is_dir() and not is_of_its_world
 
 
 def known_config(values: Mapping[str, Any]) -> table.TrainConfig:
@@ -217,6 +261,9 @@ PROMPT_KEPT = 0.75  # CLIP-T over the base's: 0.79 to 1.06 in runs that show the
 BARE_SHOWN = 1 / 2  # Of the likeness gained: 0.15 without the bare prompt, 1.11 with a third of the exposures
 BARE_SHARES = (0.25, 0.5)  # Shares of the instance prompt to try, one after the other
 LEAK = 0.05  # A leak above this is mentioned with a lost prompt
+LEAK_ALONE = 0.25
+"""A leak above this is named by itself. Runs that kept their prompts, in all studies: 0.23 at most,
+but for one subject, the tall cactus, with 0.31 to 0.46."""
 CONFUSED = 0.25  # Of the way from one subject to the other: 0.03 to 0.07 in a good run, 1/2 for the base
 FEW_PHOTOS = 3
 ALIKE = 0.9  # Mean cosine of photos to the nearest other: 0.65 to 0.75 for the samples', 1 for equal frames
@@ -234,7 +281,7 @@ def about_the_steps(run: Figures) -> Iterator[str]:
     if is_short(run):
         seen = f"each photo was shown {run.exposures:.0f} times, and a subject needs 100 or more"
         yield f"{seen}: try --exposures_per_photo {USUAL_EXPOSURES}"
-    if not run.scores and run.state != "failed":
+    if run.step and not run.scores and run.state != "failed":
         every = max(1, run.step // 5)
         yield f"{NOT_SCORED}: the command `evaluate` does it now, --evaluate_steps {every} during the next run"
 
@@ -242,18 +289,22 @@ def about_the_steps(run: Figures) -> Iterator[str]:
 def about_the_prompt(run: Figures) -> Iterator[str]:
     """What came along with the subject: whole photos, or their surroundings."""
     config, fewer = run.config, f"--max_train_steps {max(1, run.step * 2 // 3)}"
+    came = "the photos' surroundings came along"
     if run.copy_alarm:
         more = f"--crops_per_photo {max(8, 2 * config.crops_per_photo)}"
         copied = f"{run.scores.get('copied', 0.0):.0%} of the pictures repeat a photo"
         yield f"{copied}: try {more}, or fewer steps ({fewer})"
     kept, leak = run.scores.get("clip_t_of_base", 1.0), run.scores.get("background_leak")
+    # Only photos with masks have a leak.
+    remedy = "add masks (name.mask.png beside each photo) and captions that name the surroundings"
+    if leak is not None:
+        lower = "--unmasked_weight 0" if config.unmasked_weight else fewer
+        remedy = f"try {lower}, and captions that name the surroundings"
     if kept < PROMPT_KEPT:
-        measured, remedy = "", "add masks (name.mask.png beside each photo) and captions that name the surroundings"
-        if leak is not None:
-            measured = f", leak {leak:.2f}" if leak > LEAK else ""
-            lower = "--unmasked_weight 0" if config.unmasked_weight else f"--max_train_steps {run.step * 2 // 3}"
-            remedy = f"try {lower}, and captions that name the surroundings"
-        yield f"the photos' surroundings came along (CLIP-T is {kept:.2f} of the base's{measured}): {remedy}"
+        measured = f", leak {leak:.2f}" if leak is not None and leak > LEAK else ""
+        yield f"{came} (CLIP-T is {kept:.2f} of the base's{measured}): {remedy}"
+    elif leak is not None and leak > LEAK_ALONE:
+        yield f"{came} (leak {leak:.2f}; 0 is none): {remedy}"
 
 
 def about_the_bare_prompt(run: Figures) -> Iterator[str]:
@@ -319,8 +370,8 @@ def about_length_and_photos(run: Figures) -> Iterator[str]:
 
 
 def is_short(run: Figures) -> bool:
-    """Whether its photos were shown too rarely, which `about_the_steps` says."""
-    return run.exposures is not None and run.exposures < FEW_EXPOSURES
+    """Whether its photos were shown too rarely, which `about_the_steps` says; not of a run that has shown none."""
+    return run.exposures is not None and 0 < run.exposures < FEW_EXPOSURES
 
 
 def more_exposures(run: Figures) -> int:
@@ -336,6 +387,35 @@ def more_exposures(run: Figures) -> int:
 
 RULES = (about_the_steps, about_the_prompt, about_the_bare_prompt, about_the_class, about_length_and_photos)
 """The most important first."""
+
+
+def leads(run: Figures) -> list[str]:
+    """What stands before all figures and advice: what the base cannot learn, and how a run that ended early goes on."""
+    found = []
+    if run.is_practice:
+        word = class_word_of(run.config) or "subject"
+        cannot = f"the base is {PRACTICE}, which cannot draw a real {word}"
+        found.append(f"{cannot}. {on_a_gpu(run.config.instance_data_dir, word)}")
+    is_over = run.state == "done" or run.is_training
+    if is_over or BROKEN.search(run.message):  # a loss that is not finite comes again
+        return found
+    if run.saved:
+        found.append(f"to go on: {command_of(run)} --resume_from_checkpoint latest")
+    else:
+        made = "saved" if run.step else "trained"
+        found.append(f"nothing was {made}; to start again: {command_of(run)}")
+    return found
+
+
+def command_of(run: Figures) -> str:
+    """The command that trains with the run's own settings, in its folder."""
+    words = ["python", "-m", "dreambooth_moslora", "train"]
+    if run.processes > 1:
+        words = ["accelerate", "launch", "--multi_gpu", "train_dreambooth.py"]
+    words += ["--config", str(RunDir(run.folder).config_path)]
+    if Path(run.config.output_dir).resolve() != run.folder.resolve():  # the folder was moved
+        words += ["--output_dir", str(run.folder)]
+    return shlex.join(words)
 
 
 def advice_after(run: Figures) -> list[str]:

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 from contextlib import chdir
 from dataclasses import replace
@@ -56,6 +57,7 @@ FAULTS = {
     "nothing_scored": (replace(GOOD, scores={}), "`evaluate`; --evaluate_steps 48"),
     "copies_photos": (COPIED, "30%; --crops_per_photo 8; --max_train_steps 160"),
     "lost_the_prompt": (with_scores(clip_t_of_base=0.6, background_leak=0.12), "0.60; leak 0.12; --unmasked_weight 0"),
+    "leaks": (with_scores(background_leak=0.3), "came along; leak 0.30; --unmasked_weight 0"),
     "bare_prompt_lags": (NEVER, "“a photo of sks dog” alone; 25% of the likeness; --instance_prompt_share 0.25"),
     "class_became_subject": (with_scores(pres=0.5), "every dog; 67%; --with_prior_preservation"),
     "drifted": (with_scores(drift_of_spread=1.8), "1.8 times; --with_prior_preservation"),
@@ -83,6 +85,90 @@ def test_a_fault_is_named_alone_with_figure_and_flag(name):
     run, words = FAULTS[name]
     (sentence,) = advice_after(run)
     assert all(word in sentence for word in words.split("; ")) and "\n" not in sentence, sentence
+
+
+RUN = Path("runs/dog")
+STOPPED = replace(
+    GOOD,
+    state="interrupted",
+    step=157,
+    planned=480,
+    saved=157,
+    folder=RUN,
+    config=replace(CONFIG, output_dir=str(RUN)),
+)
+AGAIN = f"python -m dreambooth_moslora train --config {RUN / 'train_config.json'}"
+GOES_ON = f"to go on: {AGAIN} --resume_from_checkpoint latest"
+SEVERAL = AGAIN.replace("python -m dreambooth_moslora train", "accelerate launch --multi_gpu train_dreambooth.py")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, [GOES_ON]),
+        ({"state": ""}, [GOES_ON]),  # killed
+        ({"state": "failed", "message": "the disk is full"}, [GOES_ON]),
+        ({"state": "failed", "message": BROKEN.message}, []),  # it would fail again
+        ({"state": "", "is_training": True}, []),
+        ({"state": "done"}, []),
+        ({"processes": 2}, [f"to go on: {SEVERAL} --resume_from_checkpoint latest"]),
+        ({"config": CONFIG}, [f"to go on: {AGAIN} --output_dir {RUN} --resume_from_checkpoint latest"]),
+        ({"saved": 0}, [f"nothing was saved; to start again: {AGAIN}"]),
+        ({"saved": 0, "step": 0, "scores": {}}, [f"nothing was trained; to start again: {AGAIN}"]),
+    ],
+)
+def test_a_run_that_ended_early_is_told_the_command_that_goes_on(changes, says):
+    """`explain` said of a stop at step 157 of 480 that no figure stands out, and advised a run of no step to
+    be scored."""
+    run = replace(STOPPED, **changes)
+    assert explain.leads(run) == says
+    assert run.step or advice_after(run) == []
+
+
+def test_the_command_that_explain_names_ends_a_stopped_run(tiny_base, photos, tmp_path, capsys):
+    path = tmp_path / "dog"
+    run = Figures(config=tiny_config(tiny_base, photos, path, max_train_steps=3), folder=path)
+    explained = ["explain", str(path)]
+
+    def stop_after(count: int) -> None:
+        kinds = []
+        loop.train(
+            run.config,
+            on_event=lambda event: kinds.append(event.kind),
+            should_stop=lambda: kinds.count("step") == count,
+        )
+
+    stop_after(0)
+    assert main(explained) == 0
+    said = capsys.readouterr().out
+    start = f"nothing was trained; to start again: {explain.command_of(run)}\n"
+    assert said.splitlines()[0].startswith("it was stopped after 0 of 3 steps") and said.endswith(start)
+    stop_after(2)
+    assert main(explained) == 0
+    first, lead, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("it was stopped after 2 of 3 steps")
+    assert lead.startswith("to go on: python -m dreambooth_moslora train --config ")
+    assert main(shlex.split(lead.partition(": ")[2])[3:]) == 0
+    assert (figures_of(RunDir(path)).state, figures_of(RunDir(path)).step) == ("done", 3)
+
+
+def test_first_it_is_said_that_the_embedded_base_cannot_draw_photographs(tmp_path):
+    """Without a GPU, `train PHOTOS WORD` trains it on them."""
+    photos = paint_photos(tmp_path / "my photos", 1)
+    own = {"instance_data_dir": str(photos), "pretrained_model_name_or_path": "toy"}
+    (tmp_path / "metrics.jsonl").write_text('{"type": "end", "state": "interrupted"}\n')
+
+    def leads(**changes) -> list[str]:
+        config = replace(CONFIG, resolution=64, **own | changes)
+        (tmp_path / "train_config.json").write_text(json.dumps(config.to_dict()))
+        return explain.leads(figures_of(RunDir(tmp_path)))
+
+    practice, start = leads()
+    assert "cannot draw a real dog" in practice and "nothing was trained" in start
+    assert practice.endswith(f"SDXL: python -m dreambooth_moslora train '{photos}' dog")
+    assert leads(pretrained_model_name_or_path="owner/sdxl") == [start]
+    assert leads(instance_data_dir="assets/subjects/rocket") == [start]
+    assert leads(instance_data_dir="gone") == [start]
 
 
 def test_a_run_that_has_the_remedy_gets_the_next_one():
