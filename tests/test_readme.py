@@ -197,6 +197,30 @@ def test_every_file_in_the_text_is_there_every_link_leads_somewhere_and_every_pr
         ast.parse(text)
 
 
+ON_A_CPU = {
+    "stabilityai/stable-diffusion-xl-base-1.0": "assets/toy-sdxl",
+    ', torch_dtype=torch.float16, variant="fp16"': "",
+    '.to("cuda")': "",
+    "runs/dog": "assets/adapters/rocket.safetensors",
+    ").images": ", num_inference_steps=1).images",
+}
+"""What a GPU and SDXL's own files need, and what stands in its place for the toy."""
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "docs" / "training.md"], ids=["README", "training"])
+def test_the_snippet_for_diffusers_asks_for_a_gpu_and_fp16_and_draws_with_the_toy(path, monkeypatch):
+    """As it stood, SDXL drew on the CPU in fp32."""
+    monkeypatch.chdir(ROOT)
+    (code,) = [text for text in blocks(path, "python") if "StableDiffusionXLPipeline" in text]
+    for words, instead in ON_A_CPU.items():
+        assert code.count(words) == 1, words
+        code = code.replace(words, instead)
+    drawn = {}
+    exec(code, drawn)
+    assert drawn["image"].size == (128, 128)
+    assert drawn["pipe"].get_active_adapters() == ["default_0"]
+
+
 def test_the_readme_is_short_and_the_docs_say_by_program_what_dora_in_kohya_s_form_is():
     assert len(read(README).split()) <= MAX_WORDS and dora_table() in read(ROOT / "docs" / "training.md")
 
