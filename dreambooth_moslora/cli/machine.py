@@ -30,22 +30,6 @@ EMULATED_PX = 64  # On a CPU without bf16: half precision takes ten times as lon
 OPTIONAL = ("bitsandbytes", "prodigyopt", "schedulefree", "datasets", "tensorboard", "wandb", "trackio", "torchvision")
 """Libraries that only some settings need."""
 
-# fmt: off
-PAIRS = (
-    ({"transformers": ">=5.24", "peft": "<0.22"},
-        "transformers {transformers} needs peft 0.22: adapters on text encoders fail; "
-        'pip install "transformers>=5.12,<5.24"'),
-    ({"diffusers": "<0.42", "transformers": ">=5"},
-        'diffusers {diffusers} was written for transformers 4; pip install "diffusers>=0.42,<0.43"'),
-    ({"peft": "<0.17", "transformers": ">=5"},
-        'peft {peft} does not know transformers 5; pip install "peft>=0.21,<0.22"'),
-    ({"numpy": ">=2", "torch": "<2.3"}, "torch {torch} was built for numpy 1; upgrade torch"),
-    ({"huggingface_hub": ">=1", "transformers": "<5"},
-        "transformers {transformers} needs huggingface_hub below 1; upgrade transformers"),
-)
-"""(versions that fail together, message)."""
-# fmt: on
-
 
 @dataclass
 class Findings:
@@ -99,7 +83,6 @@ def examine_versions(found: Findings) -> None:
     if sys.version_info[:2] < MIN_PYTHON:
         found.problems.append(f"Python {platform.python_version()} is too old: 3.11 or newer is needed")
     found.problems += [line for line in out_of_range(versions) if "missing" in line]
-    found.problems += bad_pairs(versions)
     found.warnings += [line for line in out_of_range(versions) if "missing" not in line]
 
 
@@ -120,15 +103,6 @@ def is_within(version: str | None, versions: SpecifierSet) -> bool:
         return versions.contains(Version(version or "").base_version)
     except InvalidVersion:
         return False
-
-
-def bad_pairs(installed: Mapping[str, str | None]) -> list[str]:
-    known = {name: version or "" for name, version in installed.items()}
-    lines = []
-    for pair, line in PAIRS:
-        if all(is_within(known.get(name), SpecifierSet(versions)) for name, versions in pair.items()):
-            lines.append(line.format(**known))
-    return lines
 
 
 def out_of_range(installed: Mapping[str, str | None]) -> list[str]:

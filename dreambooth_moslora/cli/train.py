@@ -22,7 +22,7 @@ from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, Parser, underscored, unknown_flag_message
 from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, StopRequest, TerminalProgress, exit_code, say
 from dreambooth_moslora.disk.processes import uncollected
-from dreambooth_moslora.disk.run_folder import RunDir, is_checkpoint, no_device
+from dreambooth_moslora.disk.run_folder import RunDir, is_checkpoint
 from dreambooth_moslora.plan import choices, memory
 from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject
@@ -323,7 +323,7 @@ def run_folder(word: str, resumed_from: str | None = None) -> Path:
     with a checkpoint if any has one; for several processes the first."""
     if resumed_from not in (None, "latest") and is_checkpoint(Path(resumed_from)):
         return Path(resumed_from).parent
-    name = no_device(re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run")
+    name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
     if not memory.is_alone():
         return RUNS / name
     if not resumed_from:

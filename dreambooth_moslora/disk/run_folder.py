@@ -4,7 +4,6 @@ Adapter files lie in folders of adapters and in runs. A user chooses one by the 
 """
 
 import json
-import os
 import re
 from collections.abc import Collection, Iterable
 from itertools import count, takewhile
@@ -25,10 +24,6 @@ TOKENS_SUFFIX = "_emb.safetensors"
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
 NAME_BYTES = 200
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-IS_WINDOWS = os.name == "nt"
-DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL)
-"""Names that Windows keeps for devices, with any ending."""
-FORBIDDEN = frozenset('<>:"/\\|?*')  # Characters that Windows has in no name.
 
 
 class RunDir:
@@ -108,15 +103,8 @@ def check_name(name: str) -> None:
     """Raises UserError for a name that files cannot have here, with room for suffixes and temporaries' names."""
     if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
         raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
-    if IS_WINDOWS and (DEVICE.fullmatch(name) or FORBIDDEN & set(name) or name[-1] in ". "):
-        raise UserError(f"{name!a} cannot be the name of a file or folder on Windows; give another")
     if len(name.encode()) > NAME_BYTES:
         raise UserError(f"the name {name[:20]!r}, and so on, is too long: an adapter's has at most {NAME_BYTES} bytes")
-
-
-def no_device(name: str) -> str:
-    """The name for a new folder or file; `my_aux` for `aux`, which Windows keeps for a device."""
-    return f"my_{name}" if DEVICE.fullmatch(name) else name
 
 
 def tokens_name(name: str = "moslora", number: int = 0) -> str:
@@ -264,7 +252,7 @@ def name_of(file: Path, folders: Collection[Path]) -> str:
 
 def clean_name(text: str) -> str:
     """A name to show, to put in a tag and to use as a file name: letters, digits, space and `.+-_`."""
-    return no_device(UNSAFE.sub("_", text).strip(" ._")[:60].rstrip(" .") or "adapter")
+    return UNSAFE.sub("_", text).strip(" ._")[:60].rstrip(" .") or "adapter"
 
 
 def is_file_inside(file: Path, folders: Collection[Path]) -> bool:

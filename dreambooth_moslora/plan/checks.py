@@ -4,9 +4,7 @@
 the base and each other, the packages that they need are installed, and the GPU has the memory.
 """
 
-import errno
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -84,8 +82,6 @@ def check_folders(config: table.TrainConfig) -> None:
     """Raises UserError when the run folder is unsuitable or gives the adapter no name. Creates nothing."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
-    for subject in config.each_subject:
-        refuse_circles(subject)
     place = Path(config.output_dir).resolve()
     if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):  # a run would fill it with files
         raise UserError(f"--output_dir {config.output_dir} is {place} itself: name a folder of the run's own.")
@@ -94,59 +90,11 @@ def check_folders(config: table.TrainConfig) -> None:
         raise UserError(f"--output_dir {config.output_dir} is among {owner} files: name a folder such as runs/dog.")
     run_dir = run_folder.RunDir(config.output_dir)
     run_folder.check_name(run_dir.name)
-    if run_folder.IS_WINDOWS:
-        check_path_of_windows(config.output_dir)
     for subject in config.each_subject:
         check_photo_folders(subject, run_dir)
         check_places(subject, run_dir)
     check_strangers(run_dir)
     queue.refuse_links(run_dir.path, "--output_dir")
-
-
-LONGEST = ".checkpoint-1000000.1000000-01234567.new/pytorch_lora_weights.safetensors"
-"""In a run folder, the longest name that does not have the run's own in it."""
-PATH_CHARACTERS = 259  # Of a path, the most that Windows allows unless it is set to more.
-
-
-def check_path_of_windows(output_dir: str) -> None:
-    """Raises UserError for a name that no folder has on Windows, and for a path that leaves the run's files no room."""
-    given = Path(output_dir)
-    for part in given.parts[bool(given.anchor) :]:
-        if part != "..":
-            run_folder.check_name(part)
-    folder = os.path.abspath(output_dir)
-    own = f".{given.name}{run_folder.KOHYA_SUFFIX}.1000000-01234567.new"
-    characters = len(folder) + 1 + max(len(LONGEST), len(own))
-    if characters > PATH_CHARACTERS and not has_long_paths():
-        raise UserError(
-            f"--output_dir {output_dir}: paths of its files would have {characters} characters, and Windows allows "
-            f"{PATH_CHARACTERS}: name a shorter folder, or turn long paths on (LongPathsEnabled)."
-        )
-
-
-def has_long_paths() -> bool:
-    """Whether paths may be longer than PATH_CHARACTERS: on Windows, where its registry says so."""
-    if sys.platform != "win32":
-        return True
-    import winreg
-
-    place = r"SYSTEM\CurrentControlSet\Control\FileSystem"
-    try:
-        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place) as key:
-            return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
-    except OSError:
-        return False
-
-
-def refuse_circles(config: table.TrainConfig) -> None:
-    """Raises UserError for a link that leads back to itself."""
-    for name in ("output_dir", "instance_data_dir", "class_data_dir", "dataset_name", "cache_dir"):
-        value = getattr(config, name)
-        try:
-            os.stat(value or ".")
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise UserError(f"--{name} {value}: it is a link that leads back to itself.") from error
 
 
 def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:

@@ -9,7 +9,6 @@ Generated images of another prompt, model, size or encoding stay in the folder b
 drawn again when its file or its entry in the manifest is damaged.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -170,9 +169,7 @@ class ClassImages:
         """File name -> {prompt, seed, model, resolution, perhaps sha256} of every generated image; {} if damaged."""
         try:
             entries = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ELOOP):
-                raise
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         entries = entries if isinstance(entries, dict) else {}
         return {name: facts for name, facts in entries.items() if isinstance(facts, dict)}

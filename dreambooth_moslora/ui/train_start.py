@@ -257,7 +257,7 @@ def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
     """The wanted name, or one from the class words; a number is added when it is taken."""
     wanted = str(form.run_name or "-".join(str(words.class_word) for words in form.subjects))
     wanted = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", "-", wanted))  # what a RUN_NAME may have, dashes for the rest
-    wanted = run_folder.no_device(re.sub(r"^[\W_]+", "", wanted)[:MAX_RUN_NAME].rstrip(".-") or "run")
+    wanted = re.sub(r"^[\W_]+", "", wanted)[:MAX_RUN_NAME].rstrip(".-") or "run"
     return jobs.run_dir(free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))
 
 

@@ -2,32 +2,25 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 
 from dreambooth_moslora import core
-from dreambooth_moslora.cli import train as train_command
 from dreambooth_moslora.cli.terminal import exit_code
 from dreambooth_moslora.core import UserError, atomic_directory, atomic_write, clean_stale, process_token
-from dreambooth_moslora.disk import processes, run_folder
+from dreambooth_moslora.disk import processes
 from dreambooth_moslora.disk.queue import LOCK_NAME, QueuedRun, locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.cluster.records import stop_path
 from dreambooth_moslora.extras.cluster.worker import Job as Work
 from dreambooth_moslora.extras.cluster.worker import train_subject
-from dreambooth_moslora.plan import checks
-from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
-from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.train_start import free_run_dir
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 from tests.training.test_loop import HOLD
 from tests.ui.conftest import OWNER, TRAINER, recorded, wait_for
@@ -188,34 +181,3 @@ def test_a_fleets_stop_leaves_a_checkpoint(tiny_base, tmp_path):
     stop_path(out).touch()
     work.join(timeout=120)
     assert found[0].state == "interrupted" and RunDir(out / "dog").adapter_path.is_file()
-
-
-FOLDERS = {"runs/aux": "'aux' cannot be the name of a file or folder on Windows", "runs/COM¹": "cannot be the name"}
-FOLDERS |= {"NUL.dogs/dog": "'NUL.dogs'", "runs/a:b": "'a:b'", "runs./dog": "'runs.'", "runs/dog ": "'dog '"}
-FOLDERS |= {"runs/" + "d" * 200: "Windows allows 259: name a shorter folder"}
-FOLDERS |= {"runs/auxiliary": "", "../runs/com.dog": ""}
-
-
-@pytest.mark.parametrize(("output", "says"), FOLDERS.items())
-def test_a_run_folder_that_windows_cannot_have_is_one_line(output, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "IS_WINDOWS", True)
-    monkeypatch.setattr(checks, "has_long_paths", lambda: False)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(UserError, match=re.escape(says)) if says else nullcontext():
-        checks.check_folders(TrainConfig(output_dir=output, report_to="none"))
-
-
-@pytest.mark.parametrize("word", ["con", "Aux", "lpt1", "aux."])
-def test_a_word_that_is_a_device_gets_a_name_that_every_system_has(word, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    named = train_command.run_folder(word), free_run_dir(Jobs(tmp_path), TrainForm("sks", word))
-    assert [path.name for path in named] == [f"my_{word.strip('.')}"] * 2
-    assert run_folder.clean_name(word) == named[0].name
-
-
-def test_the_longest_name_is_that_of_a_checkpoints_adapter():
-    pid, path = os.getpid(), Path("checkpoint-1000000")
-    own = core.temporary_name(path, "new") / run_folder.PUBLISHED_NAME
-    assert len(checks.LONGEST) - len(str(own)) == len("1000000") - len(str(pid))
-    assert max(run_folder.PUBLISHED_NAME, *run_folder.CHECKPOINT_FILES, key=len) == run_folder.PUBLISHED_NAME
