@@ -66,7 +66,6 @@ def text_option_arguments(parser: argparse.ArgumentParser) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     recipe = params.read_recipe(user_path(args.from_png)) if args.from_png else None
     values = _recipe_values(args, recipe)
-    say([f"note: {remark}" for remark in recipe.remarks] if recipe else [])
     base, places = base_of_runs(args.adapter, args.base)
     check_paths(args, base, recipe)
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis

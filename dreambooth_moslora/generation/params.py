@@ -1,16 +1,15 @@
 """The parameters of a picture: schedulers, limits, and how a PNG carries its recipe. It needs no torch.
 
 Every PNG has two text chunks: `parameters`, the text that A1111 and its relatives read, and
-`dreambooth_moslora`, exact JSON: `GenerationParams.from_png(path)` gives the same picture again. What other programs
-write, A1111's text in PNG chunks or EXIF and ComfyUI's graph, is only read, and pixels are never decoded.
+`dreambooth_moslora`, exact JSON: `GenerationParams.from_png(path)` gives the same picture
+again. Pixels are not decoded.
 """
 
 import json
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from io import BytesIO
 from pathlib import Path
@@ -33,20 +32,6 @@ LIMITS |= {"height_px": (SIZE_STEP_PX, 4096), "width_px": (SIZE_STEP_PX, 4096)}
 MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
 LORA_TAG = re.compile(r"<lora:([^<>]{1,200})>")
-TWO_SCALES = re.compile(r"<lora:([^:<>]+):([^:<>]+):([^:<>]+)>")  # A1111's: the text encoders' and the UNet's
-NEGATIVE = re.compile(r"(?:^|\n)Negative prompt:")
-SETTING = re.compile(r'([\w+/-][\w +/-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
-MAX_SETTINGS_CHARACTERS = 10_000  # Of another program's settings: bounds the regex on hostile text
-EXIF_IFD, USER_COMMENT, MAKE, MODEL = 0x8769, 0x9286, 0x010F, 0x0110
-MAX_EXIF_BYTES = 4 * 1024**2
-ENCODINGS = {b"ASCII\0\0\0": ("utf-8",), b"UNICODE\0": ("utf-16-be", "utf-16-le"), b"\0" * 8: ("utf-8",)}
-"""Of EXIF's UserComment, by its first eight bytes. The order of UTF-16's bytes is not said: the first that gives the
-word "Steps:" is taken."""
-SAMPLERS = {"euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M", "uni_pc": "UniPC"}
-SAMPLERS |= {"dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_2m_sde_gpu": "DPM++ 2M SDE"}
-"""ComfyUI's name -> A1111's."""
-DENOISING = "Denoising strength"  # A1111's name of what ComfyUI calls denoise
-MAX_NODES = 64  # On the way from the sampler to its model, or to a text
 MAX_STEPS = 100  # Most steps on a machine that draws for many users: more would block the queue
 MAX_AREA = 4  # Largest area relative to the base's own: larger pictures take much longer and repeat themselves
 
@@ -160,7 +145,7 @@ class GenerationParams:
 
     @classmethod
     def from_png(cls, path: str | Path) -> "GenerationParams":
-        """The parameters in a PNG of this or an A1111-style program. Raises UserError when it has none."""
+        """The parameters in a PNG of this program. Raises UserError when it has none."""
         return read_recipe(path).params
 
 
@@ -168,8 +153,6 @@ class GenerationParams:
 class Recipe:
     params: GenerationParams
     provenance: Provenance
-    exact: bool  # it is ours
-    remarks: tuple[str, ...] = ()  # what another program's asks for and is not here
 
 
 def draw_seed(seed: int) -> int:
@@ -203,150 +186,34 @@ def added(pairs: Iterable[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a PNG, JPEG or WebP; pixels are not decoded. Raises UserError for a file without one."""
+    """The recipe in a PNG; pixels are not decoded. Raises UserError for a file without one."""
     return recipe_in(texts_in(Path(path)), Path(path).name)
 
 
-def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
-    """The recipe in the texts of the picture `name`. Raises UserError when they hold no parameters."""
-    if PNG_KEY in text:
-        return _own_recipe(text[PNG_KEY])
-    if "parameters" in text:
-        return _parse_a1111(text["parameters"])
-    if "prompt" in text:
-        found = values_of_graph(text["prompt"])
-        tags = _checked_adapters(added(found["loras"]))
-        return _foreign_recipe(found["prompt"], found["negative"], tags, found)
-    raise UserError(f"{name} carries no generation parameters; was it saved again by another program?")
-
-
 def texts_in(path: Path) -> dict[str, str]:
-    """Name -> text of a PNG's chunks; of a JPEG or WebP `parameters` (A1111's) and `prompt` (ComfyUI's), if they are
-    there. Raises UserError for any other file, and for a damaged one."""
+    """Name -> text of a PNG's chunks. Raises UserError for any other file, and for a damaged one."""
     try:
-        with path.open("rb") as file:
-            is_webp = (start := file.read(12))[:4] == b"RIFF" and start[8:] == b"WEBP"
-        if is_webp:  # Pillow would make room for all pixels
-            return texts_in_exif(exif_of_webp(path))
-        with PIL.Image.open(path, formats=["PNG", "JPEG"]) as image:
-            if image.format == "PNG":
-                return {key: value for key, value in image.info.items() if isinstance(value, str)}
-            return texts_in_exif(image.info.get("exif", b""))
+        with PIL.Image.open(path, formats=["PNG"]) as image:
+            return {key: value for key, value in image.info.items() if isinstance(value, str)}
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{path.name} claims far too many pixels; it is not opened") from error
     except FileNotFoundError:
         raise UserError(f"{path.name}: there is no such file") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path.name} is not a readable PNG, JPEG or WebP file") from error
+        raise UserError(f"{path.name} is not a readable PNG file") from error
 
 
-def exif_of_webp(path: Path) -> bytes:
-    """The content of its EXIF chunk; empty without one."""
-    with path.open("rb") as file:
-        file.seek(12)
-        while len(head := file.read(8)) == 8:
-            size = int.from_bytes(head[4:], "little")
-            if head[:4] == b"EXIF":
-                return file.read(min(size, MAX_EXIF_BYTES))
-            file.seek(size + size % 2, 1)
-    return b""
-
-
-def texts_in_exif(content: bytes) -> dict[str, str]:
-    """Raises UserError for EXIF that is damaged."""
-    exif = PIL.Image.Exif()
+def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
+    """The recipe in the texts of the picture `name`. Raises UserError when they hold none, or a damaged one."""
+    if PNG_KEY not in text:
+        raise UserError(f"{name} carries no recipe of this program; was it saved again by another one?")
     try:
-        exif.load(content)
-        comment = exif.get_ifd(EXIF_IFD).get(USER_COMMENT, b"")
-        words = [exif.get(tag) for tag in (MAKE, MODEL)]
-    except Exception as error:  # Pillow's readers of hostile EXIF raise errors of all kinds
-        raise UserError("the EXIF of the picture is damaged") from error
-    found = {"parameters": comment_text(comment)} if isinstance(comment, bytes | str) and comment else {}
-    named = [word.partition(":") for word in words if isinstance(word, str)]
-    return found | {name: text for name, colon, text in named if colon and name in ("prompt", "workflow")}
-
-
-def comment_text(comment: bytes | str) -> str:
-    """The text of an EXIF comment; "" for an encoding that is not known."""
-    if isinstance(comment, str):
-        return comment
-    texts = [comment[8:].decode(name, "replace") for name in ENCODINGS.get(comment[:8], ())]
-    return next((text for text in texts if "Steps:" in text), texts[0] if texts else "").rstrip("\0")
-
-
-def values_of_graph(text: str) -> dict[str, Any]:
-    """What ComfyUI's graph says of the picture, in the words of A1111's line of settings, with `prompt`, `negative` and
-    `loras`. Raises UserError for a graph without a sampler, or a damaged one."""
-    try:
-        graph = json.loads(text)
-        inputs = [node["inputs"] for node in graph.values() if isinstance(node.get("inputs"), dict)]
-        sampler = next(one for one in inputs if one.keys() >= {"seed", "cfg", "positive"})
-        return dict(values_of_sampler(graph, sampler))
-    except UserError:
-        raise
-    except StopIteration:
-        raise UserError("the picture's graph has no sampler that is known, so its settings cannot be read") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError("the graph inside the picture is damaged") from error
-
-
-def values_of_sampler(graph: Mapping[str, Any], sampler: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield "prompt", text_at(graph, sampler.get("positive"))
-    yield "negative", text_at(graph, sampler.get("negative"))
-    yield "loras", tuple(loras_before(graph, sampler.get("model")))
-    for name, key in (("Seed", "seed"), ("Steps", "steps"), ("CFG scale", "cfg")):
-        if not isinstance(sampler.get(key), list):  # else it comes from another node
-            yield name, str(sampler[key])
-    if not isinstance(denoise := sampler.get("denoise", 1), list):
-        yield DENOISING, str(denoise)
-    name, schedule = str(sampler.get("sampler_name", "")), str(sampler.get("scheduler", "normal"))
-    yield "Sampler", SAMPLERS.get(name, name)
-    yield "Schedule type", "" if schedule == "normal" else schedule.capitalize()
-    size = node_at(graph, sampler.get("latent_image"))
-    if isinstance(size.get("width"), int) and isinstance(size.get("height"), int):
-        yield "Size", f"{size['width']}x{size['height']}"
-
-
-def node_at(graph: Mapping[str, Any], link: Any) -> Mapping[str, Any]:
-    """The inputs of the node that a link ["number", output] names; {} for none."""
-    node = graph.get(str(link[0])) if isinstance(link, list) and link else None
-    return node["inputs"] if node else {}
-
-
-def text_at(graph: Mapping[str, Any], link: Any) -> str:
-    """The text of the encoder that a link names, which may be a link itself; "" for none."""
-    for _ in range(MAX_NODES):
-        found = node_at(graph, link)
-        link = next((found[key] for key in ("text", "text_g", "string", "value") if key in found), "")
-        if isinstance(link, str):
-            return link
-    return ""
-
-
-def loras_before(graph: Mapping[str, Any], link: Any) -> Iterator[tuple[str, float]]:
-    """(name, strength) of the LoRA loaders on the way to the model, rgthree's of several too. Raises UserError."""
-    for _ in range(MAX_NODES):
-        found = node_at(graph, link)
-        several = [one for one in found.values() if isinstance(one, dict) and one.get("on")]
-        loaded = [(one["lora"], one["strength"]) for one in several if one.get("lora") not in (None, "None")]
-        with suppress(KeyError):
-            loaded.append((found["lora_name"], found["strength_model"]))
-        for file, strength in loaded:
-            name = Path(file.replace("\\", "/")).stem
-            if isinstance(strength, list) and (strength := node_at(graph, strength).get("value")) is None:
-                raise UserError(f"the picture's graph computes the strength of {name!r:.60}, which is not read here")
-            yield name, float(strength)
-        link = found.get("model")
-
-
-def _own_recipe(text: str) -> Recipe:
-    try:
-        recipe = json.loads(text)
+        recipe = json.loads(text[PNG_KEY])
         json.dumps(recipe, ensure_ascii=False).encode("utf-8")  # a name may hold half a surrogate pair
         parts = [(recipe.get(key) or {}).items() for key in ("adapter_sha256", "versions")]
         pairs = [tuple((str(name), str(value)) for name, value in part) for part in parts]
         provenance = Provenance(str(recipe.get("base", "")), *pairs)
-        return Recipe(GenerationParams.from_dict(recipe["params"]), provenance, exact=True)
+        return Recipe(GenerationParams.from_dict(recipe["params"]), provenance)
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -419,63 +286,6 @@ def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
     line = ", ".join(f"{key}: {value}" for key, value in settings.items() if value != "")
     negative = f"\nNegative prompt: {params.negative_prompt}" if params.negative_prompt else ""
     return f"{params.prompt}{tags}{negative}\n{line}"
-
-
-def _parse_a1111(text: str) -> Recipe:
-    """Prompt, negative prompt, tags and the known settings; others stay at their defaults."""
-    body, _, line = text.strip().rpartition("\n")
-    if "Steps:" not in line:
-        body, line = text, ""
-    prompt, negative, *_ = [*NEGATIVE.split(body, maxsplit=1), ""]
-    settings = {key.strip(): value.strip().strip('"') for key, value in SETTING.findall(line[:MAX_SETTINGS_CHARACTERS])}
-    apart = [tag[0] for tag in TWO_SCALES.finditer(prompt) if tag[2].strip() != tag[3].strip()]
-    prompt, tags = split_lora_tags(TWO_SCALES.sub(r"<lora:\1:\3>", prompt).strip())
-    recipe = _foreign_recipe(prompt, negative, tags, settings)
-    said = tuple(f"{tag} has two scales; the UNet's replaces the text encoders'" for tag in apart)
-    return replace(recipe, remarks=recipe.remarks + said)
-
-
-def _foreign_recipe(
-    prompt: str, negative: str, tags: tuple[tuple[str, float], ...], settings: Mapping[str, str]
-) -> Recipe:
-    """The recipe of another program's words; `settings` as A1111 writes them. Raises UserError."""
-    sampler = _sampler_of(settings)
-    name = _nearest_scheduler(sampler) if sampler else None
-    values = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags, "scheduler": name}
-    names = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance_scale", float)}
-    try:
-        for key, (own, kind) in names.items():
-            if key in settings:
-                values[own] = kind(settings[key])
-        if "Size" in settings:
-            values["width_px"], values["height_px"] = (int(n) for n in settings["Size"].split("x"))
-        began_elsewhere = float(settings.get(DENOISING, 1)) < 1
-    except ValueError as error:
-        raise UserError("the settings inside the picture are damaged") from error
-    ours = SCHEDULERS[name].title if name else ""
-    remarks = () if sampler == ours else (f"the sampler {sampler} is not available; {ours} replaces it",)
-    if (seed := values.get("seed", 0)) > MAX_SEED:  # ComfyUI's have up to 64 bits
-        values["seed"] = seed % (MAX_SEED + 1)
-        remarks += (f"the seed {seed} is beyond {MAX_SEED}; {values['seed']} replaces it",)
-    if began_elsewhere:
-        strength = f"{DENOISING.lower()} {settings[DENOISING]}"
-        remarks += (f"it was made from another picture, or a smaller one ({strength}); here it begins at noise",)
-    return Recipe(GenerationParams.from_dict(values), Provenance(), exact=False, remarks=remarks)
-
-
-def _sampler_of(settings: Mapping[str, str]) -> str:
-    """The sampler with its schedule, in older programs' form; "Automatic" is the sampler's own schedule."""
-    sampler, schedule = settings.get("Sampler", ""), settings.get("Schedule type", "")
-    if schedule == "Automatic":
-        schedule = {"DPM++ 2M": "Karras", "DPM++ 2M SDE": "Exponential"}.get(sampler, "")
-    return f"{sampler} {schedule}".strip()
-
-
-def _nearest_scheduler(sampler: str) -> str:
-    """That of the sampler, with whatever schedule: of the longest title that its own begins with; else Euler."""
-    solvers = {known.title.removesuffix(" Karras"): name for name, known in SCHEDULERS.items()}
-    near = [title for title in solvers if f"{sampler} ".startswith(f"{title} ")]
-    return solvers[max(near, key=len)] if near else "euler"
 
 
 def check_size(params: GenerationParams, resolution_px: int) -> None:

@@ -17,7 +17,7 @@ from dreambooth_moslora.ui.generate_values import GenerateForm, prompt_for, reci
 from dreambooth_moslora.ui.html import LARGE_PREVIEW, SHOWN, explain_bad_values, faint, progress_card
 
 IDLE = progress_card("Ready", "Enter starts, Esc stops")
-PICTURES = [".png", ".jpg", ".jpeg", ".webp"]
+PICTURES = [".png"]
 """Files that may carry a recipe."""
 AXIS_VALUES = {"scale": "0, 0.5, 1", "seed": "1, 2, 3", "guidance": "2, 5, 8", "steps": "5, 15, 25"}
 AXIS_LABELS = [("Adapter scale", "scale"), ("Seed", "seed"), ("Prompt", "prompt"), ("Adapter or checkpoint", "adapter")]

@@ -273,8 +273,7 @@ def recipe_of(file: str | Path) -> Recipe:
 def match_adapters(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[GenerationParams, list[str]]:
     """The parameters with this page's names of the adapters (`files`), and a remark for each difference."""
     wanted = dict(recipe.provenance.adapter_sha256)
-    remarks = list(recipe.remarks)
-    adapters = []
+    adapters, remarks = [], []
     for name, scale in recipe.params.adapters:
         found, remark = _find(name, wanted.get(name), files)
         adapters.append((found, scale))

@@ -181,8 +181,6 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
         ("Scheduler", SCHEDULERS[params.scheduler].title if params.scheduler else ""),
         ("Base", origin.base),
         ("Made with", ", ".join(f"{name} {version}" for name, version in origin.versions)),
-        ("Remarks", "\n".join(map(state.sentence, recipe.remarks))),
-        ("Recipe", "exact" if recipe.exact else "read from another program's text"),
     ]
 
 

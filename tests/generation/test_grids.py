@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import PIL.Image
 import pytest
-from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.cli import generate
 from dreambooth_moslora.core import UserError
@@ -206,15 +205,6 @@ def test_two_files_of_one_name_are_told_apart_and_one_file_is_not_taken_twice(ti
     assert read_recipe(tmp_path / "image_0.png").params.adapters == (("dog", 0.5), ("dog_2", 0.3))
     with pytest.raises(UserError, match="named twice"):
         command(tiny_base, tmp_path, *words, str(one.parent))
-
-
-def test_what_another_programs_picture_asks_for_and_is_not_here_is_said(tiny_base, tmp_path, capsys):
-    """The page said it, the command drew with another sampler without a word."""
-    text = PngInfo()
-    text.add_text("parameters", "a dog\nSteps: 2, Sampler: DDIM, Seed: 3")
-    PIL.Image.new("RGB", (8, 8)).save(picture := tmp_path / "a.png", pnginfo=text)
-    assert command(tiny_base, tmp_path, "--from_png", str(picture)) == 0
-    assert "note: the sampler DDIM is not available; Euler replaces it\n" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The page as a person uses it, in a real Chromium, on the tiny base, with the real training program."""
 
 import io
+import json
 import re
 import time
 from pathlib import Path
@@ -336,14 +337,15 @@ def test_mistakes_and_what_a_picture_lacks_are_told_and_no_button_is_offered_tha
     page.locator("#last_seed:enabled").wait_for()
     assert enabled(page) == ["reuse", "last_seed"]
     text = PngInfo()
-    text.add_text("parameters", "a hen <lora:hen:1>\nSteps: 4, Sampler: Euler, CFG scale: 5, Seed: 1")
+    params = {"prompt": "a hen", "adapters": [["hen", 1.0]]}
+    text.add_text("dreambooth_moslora", json.dumps({"params": params}))
     for name, info in (("bare", None), ("other", text)):
         PIL.Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png", pnginfo=info)
     web.open_box(page, "drop_box")
     page.locator("#drop_png", has_text="Click to Upload").wait_for()
     assert page.locator("#drop_png").evaluate(ROOM_BELOW_WORDS) > 8
     page.set_input_files("#drop_png input[type=file]", tmp_path / "bare.png")
-    page.get_by_text("carries no generation parameters").wait_for()
+    page.get_by_text("carries no recipe").wait_for()
     web.open_tab(page, "Inspect")
     page.set_input_files("#inspect_file input[type=file]", tmp_path / "other.png")
     page.click("#inspect_use")

@@ -21,7 +21,6 @@ from dreambooth_moslora.generation.params import (
     Recipe,
     Step,
     check_size,
-    read_recipe,
 )
 from dreambooth_moslora.ui.generate import ask_widgets, settings_widgets
 from dreambooth_moslora.ui.generate_values import (
@@ -128,29 +127,6 @@ def picture(file: Path, name: str, text: str, **how) -> Path:
     return file
 
 
-INSTEAD = "the sampler {} is not available; Euler replaces it"
-
-
-@pytest.mark.parametrize(
-    "sampler, ours, remark",
-    [
-        ("Euler a", "euler", [INSTEAD.format("Euler a")]),
-        ("DPM++ 2M, Schedule type: Karras", "dpmpp_2m_karras", []),
-        ("Euler, Schedule type: Automatic", "euler", []),
-        (
-            "DPM++ 2M SDE, Schedule type: Normal",
-            "dpmpp_2m_sde_karras",
-            ["the sampler DPM++ 2M SDE Normal is not available; DPM++ 2M SDE Karras replaces it"],
-        ),
-        ("Euler, Schedule type: Beta", "euler", [INSTEAD.format("Euler Beta")]),
-    ],
-)
-def test_a_sampler_that_is_not_here_is_remarked(tmp_path, sampler, ours, remark):
-    text = f"a hen\nSteps: 4, Sampler: {sampler}, CFG scale: 5, Seed: 1"
-    params, remarks = match_adapters(read_recipe(picture(tmp_path / "a.png", "parameters", text)), {}, "toy")
-    assert (params.scheduler, remarks) == (ours, remark)
-
-
 ODD_RECIPES = {
     "an endless scale": {"adapters": [["a", 10**400]]},
     "an endless name": {"x" * 3_000_000: 1},
@@ -180,7 +156,7 @@ def test_a_recipes_adapter_is_found_by_content_and_a_changed_one_is_told(tmp_pat
     files = {name: tmp_path / name for name in ("renamed", "cat")}
     sha = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("dog", "cat", "rex")}
     params = GenerationParams("x", adapters=(("dog", 0.5), ("cat", 1.0), ("rex", 1.0)))
-    settled, remarks = match_adapters(Recipe(params, Provenance("toy", tuple(sha.items())), True), files, "other")
+    settled, remarks = match_adapters(Recipe(params, Provenance("toy", tuple(sha.items()))), files, "other")
     assert settled.adapters == (("renamed", 0.5), ("cat", 1.0), ("rex", 1.0))
     words = ("cat here is another", "rex is not here", "base toy")
     assert all(word in remark for word, remark in zip(words, remarks, strict=True))

@@ -117,8 +117,6 @@ BOMBS = {
     "bomb.png": png_of(100_000, 100_000, b"\0" * 100),
     "below Pillow's limit.png": png_of(12_000, 12_000, b"\0" * 100),
     "empty.png": b"",
-    "damaged.jpg": b"\xff\xd8\xff\xe1\xff\xff" + b"Exif\0\0II*\0" + b"\xff" * 100,
-    "damaged.webp": b"RIFF\xff\xff\xff\xffWEBPEXIF\xff\xff\xff\xff" + b"\xff" * 100,
     "page.html": b"<script>alert(1)</script>",
 }
 
