@@ -6,14 +6,18 @@ The page runs as a process of its own and really does what is shown: it generate
 """
 
 import argparse
+import os
+import re
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Page
 
-from benchmarks.concurrency import start_app
 from tests.helpers.browser import chromium, set_number, visit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +49,21 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait()
+
+
+def start_app(base: str, scratch: Path, *options: str) -> tuple[subprocess.Popen, str]:
+    """The page on a free port, ready to answer. `options` are further options of `app.py`."""
+    command = [sys.executable, str(ROOT / "app.py"), "--base", base, "--runs_dir", str(scratch / "runs"), *options]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(scratch / "cache")}
+    log = (scratch / "app.log").open("w+")
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+    for _ in range(600):
+        if found := re.search(r"http://127\.0\.0\.1:\d+", (scratch / "app.log").read_text()):
+            return server, found[0]
+        if server.poll() is not None:
+            break
+        time.sleep(0.2)
+    raise SystemExit((scratch / "app.log").read_text())
 
 
 def photograph(page: Page, args: argparse.Namespace) -> None:

@@ -19,7 +19,6 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
-from benchmarks.fold_table import loaded_by_diffusers
 from dreambooth_moslora.adapters import moslora
 from dreambooth_moslora.adapters.describe import Diagnosis, diagnose
 from dreambooth_moslora.adapters.mixer import MixerLinear
@@ -29,6 +28,7 @@ from dreambooth_moslora.base.load import quantize
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.rows import is_target
 from dreambooth_moslora.settings.table import KRONECKER, MIXERS
+from tests.helpers.folding import loaded_by_diffusers
 from tests.helpers.live_adapters import PROJECTIONS, live, shake, text_encoders
 from tests.helpers.tiny import tiny_unet
 

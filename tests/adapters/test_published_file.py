@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure, small_unet
 from benchmarks.sdxl_structure import count
 from dreambooth_moslora.adapters import key_names, lora_file, metadata, mixer, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe, reduce_layers
@@ -30,6 +29,7 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from tests.adapters.test_lora_file import shaken
+from tests.helpers.folding import BOUND, loaded_by_diffusers, measure, small_unet
 from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, shake, text_encoders
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_families import tiny_pipeline

@@ -3,7 +3,7 @@ Neural Networks", CVPR 2016), forward and backward, for processors that train in
 
 A 4×4 tile of the output comes from a 6×6 window of the input by Y = Aᵀ[(G·w·Gᵀ) ⊙ (Bᵀ·x·B)]A: 36 products for each
 pair of channels, where a direct convolution takes 144. Over all tiles and channels these are 36 matrix products. Both
-gradients are the transposes of the same steps. `benchmarks.winograd` measures it beside PyTorch's.
+gradients are the transposes of the same steps.
 """
 
 import torch

@@ -1,23 +1,11 @@
-"""Folded against live: the UNet's output with the published file in unmodified diffusers, for every kind of adapter.
+"""The published file in unmodified diffusers beside the live adapter, on a small random SDXL UNet."""
 
-    python -m benchmarks.fold_table [--json FILE]
-
-Each cell is the largest difference of a small random SDXL UNet's output (fp32) between the live adapter and the
-file, relative to the largest change that the adapter itself makes. The bound is 1e-5. The kohya file of a DoRA
-adapter (marked *) is merged into the weights by the definition of `dora_scale`, because diffusers does not read
-it.
-"""
-
-import argparse
 import copy
-import json
-import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.models import UNet2DConditionModel
-from diffusers.utils import logging
 from torch import Tensor
 
 from dreambooth_moslora.adapters.key_names import kohya_name
@@ -31,7 +19,6 @@ from dreambooth_moslora.adapters.moslora import (
 from dreambooth_moslora.adapters.published_file import load_published, publish
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
-from dreambooth_moslora.settings.table import KRONECKER, MIXERS
 
 BOUND = 1e-5
 VARIANTS = {
@@ -112,7 +99,11 @@ def merged_by_definition(unet: UNet2DConditionModel, file: Path, paths: list[str
 
 
 def measure(kind: str, variant: str, folder: Path) -> dict[str, float]:
-    """File form -> largest output difference / largest effect of the adapter."""
+    """File form -> largest output difference / largest effect of the adapter, fp32.
+
+    The kohya file of a DoRA adapter is merged into the weights by the definition of `dora_scale`, because diffusers
+    does not read it.
+    """
     base = small_unet()
     live = adapt(copy.deepcopy(base), kind, variant)
     components = {"unet": live}
@@ -126,27 +117,3 @@ def measure(kind: str, variant: str, folder: Path) -> dict[str, float]:
     else:
         twins["kohya"] = loaded_by_diffusers(copy.deepcopy(base), kohya)
     return {form: float((output(unet) - wanted).abs().max()) / effect for form, unet in twins.items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    logging.set_verbosity_error()  # diffusers announces that the file has no text encoder
-    print(f"{'mixer':<12} {'file':<10} " + " ".join(f"{variant:>13}" for variant in VARIANTS))
-    rows = {}
-    for kind in (kind for kind in MIXERS if kind != KRONECKER):  # no convolution can carry it
-        with tempfile.TemporaryDirectory() as folder:
-            row = {variant: measure(kind, variant, Path(folder)) for variant in VARIANTS}
-        rows[kind] = row
-        for form in ("diffusers", "kohya"):
-            cells = [f"{row[v][form]:.1e}" + ("*" if (form, v) == ("kohya", "DoRA") else " ") for v in VARIANTS]
-            print(f"{kind:<12} {form:<10} " + " ".join(f"{cell:>13}" for cell in cells), flush=True)
-    worst = max(value for row in rows.values() for cell in row.values() for value in cell.values())
-    print(f"largest: {worst:.1e} of the adapter's effect; bound {BOUND:.0e}: {'kept' if worst <= BOUND else 'BROKEN'}")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
