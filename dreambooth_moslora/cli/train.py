@@ -59,8 +59,6 @@ WITHOUT_WORDS = {
 }
 """What `train` needs, in its help; `require` asks for it."""
 RUNS = Path("runs")
-LAUNCHED = {"RANK": r"-1|\d{1,6}", "LOCAL_RANK": r"-1|\d{1,6}", "WORLD_SIZE": r"0*[1-9]\d{0,5}"}
-"""What a launcher tells each process in the environment; a rank of -1 is none."""
 AS_ONE_WORD = "as in `train photos/dog dog`"
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
 
@@ -174,11 +172,7 @@ def parse_training(
     prog: str = SCRIPT,
 ) -> tuple[table.TrainConfig, bool, choices.Choices]:
     """Settings, whether the run waits in the queue, and what was chosen. Raises UserError."""
-    said = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
-    for name, value in said.items():
-        if not re.fullmatch(LAUNCHED[name], value):
-            raise core.UserError(f"{name}={value} in the environment: expected a whole number, as a launcher sets it.")
-    rank = int(said.get("LOCAL_RANK", "-1"))
+    rank = int(os.environ.get("LOCAL_RANK", "-1"))  # as a launcher sets it; -1 is none
     given = memory.same_for_all(
         lambda: given_by(argv, prog), lambda own: "\n".join([*own.words, memory.in_lines(own.settings)])
     )

@@ -11,10 +11,8 @@ settings that a recipe may hold are taken, and each is checked. What the user sa
 import json
 import re
 import tomllib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,10 @@ from dreambooth_moslora.core import UserError, find_asset, one_line, small_text
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, header_of
 from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, SVD, TrainConfig, checked_setting, named
 
-TOO_DEEP = "it is nested too deeply"
-
 
 def load_settings(path: Path | str) -> dict[str, Any]:
     """The file's settings by name. Tables are flattened: `[training] seed = 1` becomes `seed = 1`. Raises UserError."""
-    try:
-        return flatten(read_tables(path), Path(path))
-    except RecursionError:
-        raise UserError(f"--config {path}: {TOO_DEEP}.") from None
+    return flatten(read_tables(path), Path(path))
 
 
 def read_tables(path: Path | str) -> dict[str, Any]:
@@ -51,25 +44,13 @@ def parsed(path: Path, called: str) -> dict[str, Any]:
         raise UserError(f"{called}: {reason_of(error)}.") from error
     kind, loads = "TOML", tomllib.loads
     if path.suffix.lower() == ".json":
-        kind, loads = "JSON", partial(json.loads, object_pairs_hook=table_of)
+        kind, loads = "JSON", json.loads
     try:
         values = loads(text)
-        repr(values)  # as messages do: a hexadecimal integer may have more digits than Python writes
     except ValueError as error:
         raise UserError(f"{called} is not valid {kind}: {error}.") from error
-    except RecursionError:
-        raise UserError(f"{called}: {TOO_DEEP}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{called}: expected names and values, found a {type(values).__name__}.")
-    return values
-
-
-def table_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a name that is given twice, of which JSON takes the last; TOML refuses it itself."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice} is given twice")
     return values
 
 

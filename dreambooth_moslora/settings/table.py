@@ -8,7 +8,6 @@ between several settings is a sentence in `rules`.
 
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, make_dataclass, replace
 from functools import cached_property
@@ -577,9 +576,7 @@ def checked_setting(name: str, value: Any) -> Any:
         return None
     found = as_type(base, value)
     if found is None:
-        is_undecodable = isinstance(value, (str, Path)) and not is_text(str(value))
-        why = why_no_text(str(value)) if is_undecodable else f"expected {EXPECTED[base]}"
-        raise UserError(f"--{name} {value!r}: {why}.")
+        raise UserError(f"--{name} {value!r}: expected {EXPECTED[base]}.")
     found = facts["spellings"].get(str(found).lower(), found)
     if found != item.default:
         if facts["choices"] and found not in facts["choices"]:
@@ -593,7 +590,6 @@ def checked_setting(name: str, value: Any) -> Any:
 
 MOST = 10**9  # Upper bound of integers without a bound of their own: larger ones are typing errors.
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-NO_TEXT = "not valid UTF-8, or with a NUL, so that no file of the run can hold it; write or rename it in UTF-8"
 EXPECTED = {
     bool: "true or false",
     int: "a whole number",
@@ -605,13 +601,6 @@ EXPECTED = {
 }
 
 
-def why_no_text(value: str) -> str:
-    encoding = sys.getfilesystemencoding()
-    if encoding == "utf-8" or "\0" in value:
-        return NO_TEXT
-    return f"Python reads words and names as {encoding} here; set PYTHONUTF8=1"
-
-
 def as_type(base: Any, value: Any) -> Any:
     """The value as one of the type; None if it is none. Raises UserError for tables of subjects that cannot be read."""
     if base is rows.Subject:
@@ -619,7 +608,7 @@ def as_type(base: Any, value: Any) -> Any:
     if base is bool:
         return value if isinstance(value, bool) else BOOLEANS.get(value.lower()) if isinstance(value, str) else None
     if base is str:
-        return str(value) if isinstance(value, (str, Path)) and is_text(str(value)) else None
+        return str(value) if isinstance(value, (str, Path)) else None
     if base in (int, float):
         try:
             number = None if isinstance(value, bool) else float(value)
@@ -643,11 +632,6 @@ def whole(value: Any, number: float) -> int | None:
         return int(value)
     except ValueError:  # 1e9
         return int(number)
-
-
-def is_text(value: str) -> bool:
-    """False for NUL and for undecodable bytes: they cannot be written into the run's files."""
-    return "\0" not in value and value == value.encode("utf-8", "replace").decode()
 
 
 Bound = float | None

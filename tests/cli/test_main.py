@@ -202,15 +202,6 @@ def test_a_flag_that_is_none_is_no_word_of_the_subject(command, flag, said, tmp_
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
-def test_words_that_an_ascii_python_cannot_read_are_told_with_the_cure(tmp_path):
-    """By LC_ALL=C and PYTHONUTF8=0; they were said to be no UTF-8, which they are."""
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "dreambooth_moslora", "train", "--instance_prompt", "a photo of a sks 犬"]
-    done = subprocess.run(command, cwd=tmp_path, env=plain, capture_output=True)
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
-    assert done.stderr.endswith(b": Python reads words and names as ascii here; set PYTHONUTF8=1.\n")
-
-
 def fail(error):
     raise error
 

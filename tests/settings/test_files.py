@@ -1,7 +1,6 @@
 """Settings in files: below the flags, above the defaults, with mistakes named; and the recipes that are shipped."""
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,6 @@ import pytest
 from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError
 from dreambooth_moslora.evaluation.protocol import UNRELATED_TOYS
-from dreambooth_moslora.settings.sources import load_settings
-from dreambooth_moslora.settings.table import TrainConfig
 from tests.settings.test_train_config import NEEDED
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
@@ -35,13 +32,6 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path, text, flags
     assert config.to_dict().items() >= (wanted | {"instance_prompt": "sks cat"}).items()
 
 
-@pytest.mark.parametrize("item", fields(TrainConfig), ids=lambda item: item.name)
-def test_a_number_of_400_digits_is_one_short_line_or_no_number(item, tmp_path):
-    (tmp_path / "a.toml").write_text(f"{item.name} = 1{'0' * 400}")
-    with pytest.raises(UserError, match=f"--{item.name} 10000.*: expected "):
-        TrainConfig.from_dict(load_settings(tmp_path / "a.toml"))
-
-
 @pytest.mark.parametrize(
     "words",
     [["--rank", LONG], ["--mixer", LONG], [f"--{LONG}"], [LONG], ["--config", LONG], ["--output_dir", LONG]],
@@ -59,15 +49,11 @@ def test_a_very_long_value_is_not_shown_whole(words, capsys):
         ("a.toml", "rank = ", "not valid TOML"),
         ("a.json", "{", "not valid JSON"),
         ("a.json", "[1]", "found a list"),
-        ("a.json", '{"a": ' * 100_000, "nested too deeply"),
-        ("a.toml", "a = " + "[" * 100_000, "nested too deeply"),
-        ("a.toml", "rank = 0x1" + "0" * 5000, "not valid TOML: Exceeds the limit"),
         ("a.toml", "rnak = 3", "unknown setting `rnak`: did you mean `rank`?"),
         ("a.toml", "lora_layers = ['to_q']", "unknown setting `lora_layers`: did you mean `target_modules`?"),
         ("a.toml", "lora-rank = 3", "a.toml: lora_rank: use --rank."),
         ("a.json", '{"train_data_dir": "x"}', "a.json: train_data_dir: use --instance_data_dir, or --subjects"),
         ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
-        ("a.json", '{"rank": 3, "rank": 4}', "rank is given twice"),
         ("a.toml", 'rank = "many"', "expected a whole number"),
         ("a.toml", "random_flip = 1", "expected true or false"),
     ],

@@ -123,33 +123,13 @@ def test_a_refusal_is_the_one_line_that_the_table_says(words):
     assert str(caught.value) == REFUSALS[words]
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--instance_prompt", "a caf\udce9"], r"--instance_prompt 'a caf\udce9': not valid UTF-8"),
-        (["--output_dir", "\udcff"], r"--output_dir '\udcff': not valid UTF-8, or with a NUL"),
-        (["--target_modules", "to_\udcff"], "expected a list of names"),
-        (["--\udcff"], r"unknown flag --\udcff"),
-    ],
-)
-def test_bytes_that_are_no_text_are_one_line_too(words, says):
-    with pytest.raises(UserError) as caught:
-        parse_train_config([*NEEDED, *words])
-    assert says in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_foreign_flags_are_none_of_ours():
     assert not FOREIGN_FLAGS.keys() & {item.name for item in fields(TrainConfig)}
 
 
-def test_the_launcher_says_the_rank_and_one_that_says_no_number_is_named(monkeypatch):
+def test_the_launcher_says_the_rank(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert parse_train_config([*NEEDED, "--local_rank", "1"]).local_rank == 3
-    for name, value in (("LOCAL_RANK", "abc"), ("LOCAL_RANK", "9" * 5000), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-1")):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(name, value)
-            with pytest.raises(UserError, match=f"{name}={value[:400]}.* in the environment: expected a whole number"):
-                parse_train_config(NEEDED)
 
 
 def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkeypatch):
