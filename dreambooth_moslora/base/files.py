@@ -20,6 +20,7 @@ SMALL_BASE_PX = 256  # A base of at most this resolution needs no care with GPU 
 TOY = assets_folder() / "toy-sdxl"
 HUB_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
+DENOISER_PREFIX = "model.diffusion_model."  # of the denoiser's tensors in a whole checkpoint
 INDEX = "model_index.json"
 TEXT_MARKS = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}
 LOGIN = "asks for a login: accept its terms on its page, then `hf auth login`"
@@ -228,7 +229,7 @@ def facts_of_file(path: Path) -> families.Facts:
     """The family of a single file: that of the configs beside it, else by the names of its tensors."""
     if configs := configs_beside(path):
         return facts_in(read_json(configs / INDEX))
-    names = {name.removeprefix("model.diffusion_model.") for name in shapes_in(path)}
+    names = {name.removeprefix(DENOISER_PREFIX) for name in shapes_in(path)}
     found = (facts for facts in families.FAMILIES if facts.file_mark in names)
     return next(found, families.facts_of("StableDiffusionXLPipeline"))
 

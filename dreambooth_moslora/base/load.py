@@ -22,12 +22,12 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.loaders.single_file_utils import SingleFileComponentError, load_single_file_checkpoint
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.base import decode, families, files, machine
+from dreambooth_moslora.base import decode, families, files, machine, scaled_fp8
 from dreambooth_moslora.core import TOY_PX, UserError, is_toy, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.settings.families import Facts, facts_of
@@ -268,11 +268,14 @@ def alone(path: Path, facts: Facts) -> str:
 
 
 def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Module:
-    """Raises UserError."""
+    """The model that denoises, of a file, in `dtype`. Raises UserError."""
     home, kind = files.configs_beside(path), getattr(diffusers, facts.model)
     options = {"config": str(home or facts.models[0].hub_id), "subfolder": facts.denoiser, "dtype": dtype}
     try:
-        return kind.from_single_file(str(path), **options)
+        # diffusers drops scales, and splits and renames the weights: the scales come first
+        stored = load_single_file_checkpoint(str(path))
+        weights = scaled_fp8.unscaled(stored, dtype, prefix=files.DENOISER_PREFIX)
+        return kind.from_single_file(weights, **options)
     except UNREADABLE as error:
         if isinstance(error, OSError) and home is None:
             raise UserError(alone(path, facts)) from error

@@ -22,6 +22,7 @@ from dreambooth_moslora.adapters.moslora import inject
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.base.decode import load_vae_alone
 from dreambooth_moslora.base.files import base_folder, facts_of_base, variant_here, variants_in, weight_files
+from dreambooth_moslora.base.scaled_fp8 import unscaled
 from dreambooth_moslora.cli.generate import base_of_runs, places_of
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -470,6 +471,72 @@ def test_a_file_is_the_same_model_as_its_folder_and_trains(family_file, tmp_path
         train(tiny_config(base, photos, out, target_modules=("to_q", "to_k", "to_v", "to_out.0"), max_train_steps=1))
         found.append(load_file(out / "pytorch_lora_weights.safetensors"))
     torch.testing.assert_close(*found, rtol=0, atol=5e-5)
+
+
+def qwen_image_layout(pipe):
+    """diffusers' names are the authors' too."""
+    return pipe.transformer.state_dict()
+
+
+SPELLINGS = (("scale_weight", "scale_input"), ("weight_scale", "input_scale"))
+SCALED = {"z_image": LAYOUTS["z_image"], "qwen_image": qwen_image_layout}
+
+
+def scaled_fp8_file(state, scale, input_scale):
+    """`state` as ComfyUI's scaled fp8 file keeps it, and the weights that it stands for."""
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in state) else ""
+    stored = {f"{prefix}scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    meant = {}
+    for name, value in state.items():
+        stored[name] = meant[name] = value.clone().contiguous()
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and value.ndim == 2:
+            factor = value.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            stored[name] = (value / factor).to(torch.float8_e4m3fn)
+            stored[f"{layer}.{scale}"] = factor
+            stored[f"{layer}.{input_scale}"] = torch.tensor(1.0)
+            meant[name] = stored[name].float() * factor
+    return stored, meant
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_scaled_fp8_file_is_loaded_with_its_scales(name, spelling, tmp_path):
+    pipe = tiny_pipeline(name, tmp_path / "files")
+    facts = next(facts for facts in FAMILIES if facts.name == name)
+    stored, meant = scaled_fp8_file(SCALED[name](pipe), *spelling)
+    for stem, tensors in {"scaled": stored, "meant": meant}.items():
+        save_file(tensors, tmp_path / f"{stem}.safetensors")
+        pipe.save_pretrained(tmp_path / stem)
+
+    truth = pipe.transformer.state_dict()
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = (
+            load.denoiser_from_file(tmp_path / f"{stem}.safetensors", facts, dtype).state_dict()
+            for stem in ("scaled", "meant")
+        )
+        assert ours.keys() == theirs.keys() == truth.keys()
+        for key, value in ours.items():
+            assert value.dtype == dtype and torch.equal(value, theirs[key])
+            # fp8's rounding, then bf16's
+            torch.testing.assert_close(value.float(), truth[key], rtol=2**-4 + 2**-8, atol=1e-5)
+
+
+def test_a_scale_may_be_one_a_row_and_the_encoders_of_a_whole_checkpoint_stay_as_they_are():
+    weight, scale = torch.ones(2, 3).to(torch.float8_e4m3fn), torch.tensor([2.0, 4.0])
+    for shape in ((2,), (2, 1)):
+        tensors = {"a.weight": weight, "a.weight_scale": scale.reshape(shape)}
+        found = unscaled(tensors, torch.float32, prefix=PREFIX)
+        assert found.keys() == {"a.weight"}
+        assert found["a.weight"].tolist() == [[2.0] * 3, [4.0] * 3]
+
+    encoder = "text_encoders.t5xxl.b"
+    own = {f"{PREFIX}a.weight": weight, f"{PREFIX}a.scale_weight": scale[0]}
+    others = {f"{encoder}.weight": weight, f"{encoder}.scale_weight": scale[1]}
+    found = unscaled(own | others | {f"{PREFIX}scaled_fp8": weight}, torch.bfloat16, prefix=PREFIX)
+    assert found.keys() == {f"{PREFIX}a.weight", *others}
+    assert (found[f"{PREFIX}a.weight"] == 2).all()
+    assert all(found[name] is value for name, value in others.items())
 
 
 def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_familys_name(family_file):
