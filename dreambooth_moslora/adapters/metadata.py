@@ -36,8 +36,8 @@ DORA_NOTE = (
     + "); pytorch_lora_weights.safetensors is exact in diffusers"
 )
 DORA_OF_TRANSFORMERS = (
-    "--use_dora: pytorch_lora_weights.safetensors is exact in diffusers, and in ComfyUI a plain LoRA, which is another "
-    "adapter: it drops the magnitudes"
+    "--use_dora: pytorch_lora_weights.safetensors is exact in diffusers; ComfyUI, where it reads the "
+    "file, drops the magnitudes, which is another adapter"
 )
 
 

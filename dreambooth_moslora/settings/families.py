@@ -91,6 +91,8 @@ class Facts:
     without another's mark."""
     models: tuple[Model, ...] = ()
     """Those that are known before they are fetched (`benchmarks.family_memory`)."""
+    not_in_comfyui: str = ""
+    """Why ComfyUI, "it", does not read the published file; "" where it does."""
     call: str = ""  # What the pipeline's call needs beside a prompt, in the snippet of a model card.
     recipes: tuple[int, ...] = ()
     """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for; UNets share SDXL's, which is for all."""
@@ -167,11 +169,13 @@ FAMILIES = (
     Facts("lumina2", "Lumina 2", "Lumina2Pipeline", "Lumina2Transformer2DModel",
         text_options=("max_sequence_length", "system_prompt"), file_mark="layers.0.adaLN_modulation.1.weight",
         licence="Apache-2.0", recipes=(12,),
+        not_in_comfyui="it has q, k and v of Lumina 2 in one matrix, and maps none of these names",
         memory=Memory(18.880, 2.626, 0.307, 2.610e9, 64),  # drawing is Z-Image's by width
         models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_609_769_152, 2_599_944_192, 120, 460_800, GEMMA2_2B),)),
     Facts("sana", "Sana", "SanaPipeline", "SanaTransformer2DModel", targets=("to_q", "to_k", "to_v"),
         text_options=("max_sequence_length", "complex_human_instruction"), call=", complex_human_instruction=None",
         file_mark="blocks.0.cross_attn.q_linear.weight", guidance=4.5, multiple_px=32, licence="NSCL",
+        not_in_comfyui="it has no Sana",
         memory=Memory(3.245, 0.254, 0.062, 1.604e9, 0), recipes=(8,),
         models=tuple(
             Model(f"Efficient-Large-Model/Sana_1600M_1024px_{kind}diffusers", 1_604_462_752, 802_816_000, 120, 537_600,

@@ -59,6 +59,23 @@ def test_the_card_of_a_transformer_says_the_bases_licence_and_the_options_of_tex
     assert "text_encoder_out_layers=(9, 18)).images[0]\n```" in card(adapter=facts)
 
 
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("QwenImageTransformer2DModel", "ComfyUI reads the same file."),
+        ("Lumina2Transformer2DModel", "ComfyUI does not read this file: it has q, k and v"),
+        ("SanaTransformer2DModel", "ComfyUI does not read this file: it has no Sana."),
+    ],
+)
+def test_the_card_says_whether_comfyui_reads_the_familys_file(model, said):
+    structures = {"transformer": {"class": model, "config": {}}}
+    facts = AdapterMetadata(rank=4, alpha=4.0, structures=structures)
+    reads = "does not" not in said
+    assert said in card(adapter=facts)
+    assert ("drops DoRA's magnitudes" in card(use_dora=True, adapter=facts)) == reads
+    assert (said in card(use_dora=True, adapter=facts)) != reads
+
+
 def test_the_cards_front_matter_is_yaml_and_names_the_pictures_whoever_wrote_it_and_no_other_file():
     odd = 'a "sks": dog # \u2028 \x1b 🦆 \x85 ---\n---\n'
     front = ModelCard(card(images=(("image_0.png", odd),))).data
