@@ -6,6 +6,7 @@ is in `base.families`. Nothing else asks for a family by name.
 Sources: diffusers 0.42, its pipelines' defaults and its `examples/dreambooth` scripts.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,15 +210,21 @@ def facts_of(pipeline: str) -> Facts:
     return BY_PIPELINE[pipeline]
 
 
+FEW_STEPS = ("turbo", "schnell", "lightning", "hyper-sd")
+"""Words in the names of models that draw in a few steps."""
+UNDONE = re.compile(r"(?<![a-z])de[-_ ]?(turbo|distill)")
+"""In the names of models that were trained back to many steps, which are bases: Z-Image-De-Turbo."""
+
+
 def distilled(index: Mapping[str, Any], name: str, facts: Facts) -> str:
     """Why a base is not one to train, by its index and name; "" if it is. An adapter undoes what few-step models have
     learnt, or learns a subject that is anybody's."""
     parts = Path(name.lower()).parts  # of a path the base's own folder tells, and in the hub's cache the model's
     named = " ".join([*parts[-1:], *(part for part in parts if part.startswith("models--"))])
-    word = next((word for word in ("turbo", "schnell", "lightning", "hyper-sd") if word in named), "")
-    if not (word or index.get("is_distilled")):
+    words = [] if UNDONE.search(named) else [word for word in FEW_STEPS if word in named]
+    if not (words or index.get("is_distilled")):
         return ""
-    said = "it is" if index.get("is_distilled") else f"“{word}” says that it is"
+    said = "it is" if index.get("is_distilled") else f"“{words[0]}” says that it is"
     bases = " or ".join(model.hub_id for model in facts.models)
     return f"{said} distilled to a few steps: train the base model of its family, {bases}"
 

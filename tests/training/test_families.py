@@ -291,6 +291,31 @@ def changed(index: Path, old: str, new: str) -> None:
     index.write_text(text.replace(old, new))
 
 
+NAMED = {  # a base's name -> the word that says that it is distilled
+    "black-forest-labs/FLUX.1-schnell": "schnell",
+    "/hub/models--Tongyi-MAI--Z-Image-Turbo/snapshots/0a1b": "turbo",
+    "someone/Upgrade-Turbo": "turbo",
+    "/home/turbo/Z-Image": "",
+    "ostris/Z-Image-De-Turbo": "",
+    "/hub/models--ostris--Z-Image-De-Turbo/snapshots/0a1b": "",
+    "z_image_de_turbo_v1_bf16.safetensors": "",
+    "Z-Image-Turbo-De-Distilled": "",
+    "someone/FLUX.1-schnell-dedistilled": "",
+    "nyanko7/flux-dev-de-distill": "",
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_name_of_a_base_says_that_it_is_distilled_unless_that_was_undone(name):
+    said = families.distilled({}, name, facts_named("flux"))
+    if word := NAMED[name]:
+        assert f"“{word}” says that it is distilled" in said
+        assert said.endswith("black-forest-labs/FLUX.1-dev")
+    else:
+        assert not said
+    assert families.distilled({"is_distilled": True}, name, facts_named("flux"))
+
+
 def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused_with_the_one_to_train(
     base_of, photos, tmp_path, capsys
 ):
@@ -302,10 +327,8 @@ def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused_with_the_on
     changed(turbo / "model_index.json", '"is_distilled": true', '"is_distilled": false')
     with pytest.raises(UserError, match="“turbo” says that it is distilled"):
         make_plan(tiny_config(turbo, photos, tmp_path / "run", **settings_of("flux2")))
-    said = families.distilled({}, "black-forest-labs/FLUX.1-schnell", facts_named("flux"))
-    assert "“schnell” says that it is distilled" in said and "black-forest-labs/FLUX.1-dev" in said
-    assert families.distilled({}, "/hub/models--Tongyi-MAI--Z-Image-Turbo/snapshots/0a1b", facts_named("z_image"))
-    assert not families.distilled({}, "/home/turbo/Z-Image", facts_named("z_image"))
+    de_turbo = turbo.rename(tmp_path / "Z-Image-De-Turbo")
+    make_plan(tiny_config(de_turbo, photos, tmp_path / "run", **settings_of("flux2")))
     base = shutil.copytree(base_of("sd1"), tmp_path / "base")
     changed(base / "model_index.json", "StableDiffusionPipeline", "KandinskyPipeline")
     words = ["--pretrained_model_name_or_path", str(base), "--instance_data_dir", str(photos)]
