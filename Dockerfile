@@ -4,7 +4,8 @@
 #   docker run --gpus all -p 127.0.0.1:7860:7860 -v "$PWD/runs:/app/runs" -v moslora-hub:/hub dreambooth-moslora \
 #       --base stabilityai/stable-diffusion-xl-base-1.0 --auth me:a-long-password
 #
-# In a container the page listens on all addresses, so training needs the login of --auth. To train without the page:
+# In a container the page listens on all addresses, so it needs the login of --auth, or --public, with which it only
+# draws. To train without the page:
 #
 #   docker run --gpus all -v "$PWD:/data" -v moslora-hub:/hub --entrypoint python3 dreambooth-moslora \
 #       train_dreambooth.py --config assets/configs/sdxl.toml --instance_data_dir /data/photos/dog \

@@ -22,6 +22,10 @@ DEPTH = 3
 CHECKPOINT_MARK = "model.diffusion_model."  # Begins keys of a single-file checkpoint, and of no adapter
 OF_TOY = "a 128 px practice model of {}'s architecture: it trains in minutes without a GPU, and knows only its own toys"
 MAX_PORT = 65535
+NEEDS_LOGIN = (
+    "whoever finds this address could train here: ask for a login with --auth NAME:PASSWORD, "
+    "or start a page that only draws with --public"
+)
 OFFERED_WITHOUT = {"adapters_dir": "the adapters of runs alone", "bases_dir": "no bases from there"}
 
 
@@ -30,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options)
 
     add("base", default="toy", help='a folder, a hub id, a .safetensors file, or "toy", the embedded base (default)')
-    add("bases_dir", metavar="DIR", help="folder below which bases lie: the page lets you choose one (not if public)")
+    add("bases_dir", metavar="DIR", help="folder below which bases lie: the page lets you choose one")
     add("adapters_dir", default=str(core.assets_folder() / "adapters"), help="folder of .safetensors adapters to offer")
     add("runs_dir", default="runs", help="folder of training runs (default runs)")
     add("server_name", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
@@ -44,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("share", action="store_true", help="also open a public gradio.live address")
     add("auth", action="append", metavar="NAME:PASSWORD", help="ask for a login; repeatable")
+    add(
+        "public",
+        action="store_true",
+        help="a page for everybody, which only draws: with --base and the adapters of --adapters_dir",
+    )
     add("backend", metavar="URL", help="draw by `dreambooth_moslora serve` there, with the same base and adapters")
     add("backend_token", help=f"its token (default: that of {TOKEN_VARIABLE} in the environment)")
     add("inbrowser", action="store_true", help="open a browser window")
@@ -78,13 +87,13 @@ def serve(args: argparse.Namespace) -> int:
         raise core.UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
     allowed = set().union(*map(guard.origins_of, args.allowed_host))
     logins = [parse_login(text) for text in args.auth or ()]
-    is_public = args.share or args.server_name not in guard.LOOPBACK
-    if is_public and not logins:
-        print("warning: everybody who finds this address can use it; training is off without --auth", file=sys.stderr)
-    context = context_of(args, training=bool(logins) or not is_public, public=is_public or bool(allowed))
+    is_exposed = args.share or args.server_name not in guard.LOOPBACK
+    if (is_exposed or allowed) and not (logins or args.public):
+        raise core.UserError(NEEDS_LOGIN)
+    context = context_of(args)
     os.environ["GRADIO_TEMP_DIR"] = str(context.visitors.root / "gradio")  # so uploads are deleted with the visitors'
 
-    options = page.launch_options(allowed, public=is_public) | {
+    options = page.launch_options(allowed, any_host=is_exposed, public=args.public) | {
         "server_name": args.server_name,
         "server_port": args.server_port,
         "share": args.share,
@@ -109,16 +118,22 @@ def parse_login(text: str) -> tuple[str, str]:
     return name, password
 
 
-def context_of(args: argparse.Namespace, *, training: bool, public: bool = False) -> "AppContext":
+def context_of(args: argparse.Namespace) -> "AppContext":
     """Start loading the base, and tell the page what it needs before that is loaded. Raises UserError."""
     runs_dir = runs_folder(args.runs_dir)
     from dreambooth_moslora.ui import state
 
     bases_dir = core.user_path(args.bases_dir).resolve() if args.bases_dir else None
-    names = {core.public_name(args.base): args.base} if public or args.backend else offered(args.base, bases_dir)
+    has_one = args.public or args.backend
+    names = {core.public_name(args.base): args.base} if has_one else offered(args.base, bases_dir)
     bases = [page_base(title, name, args) for title, name in names.items()]
     adapters_dir = core.user_path(args.adapters_dir).resolve()
-    return state.AppContext(*bases, adapters_dir=adapters_dir, runs_dir=runs_dir, training=training, public=public)
+    return state.AppContext(
+        *bases,
+        adapters_dir=adapters_dir,
+        runs_dir=runs_dir,
+        public=args.public,
+    )
 
 
 def page_base(title: str, name: str, args: argparse.Namespace) -> "PageBase":

@@ -2,7 +2,7 @@
 
 import html
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
         look = {"allow_custom_value": True, "elem_id": "adapter", "scale": 4}
         fields["adapter"] = gr.Dropdown([NONE, *files], value=first, label="Adapter", **look)
         parts["refresh"] = gr.Button("↻", elem_id="refresh", scale=0, min_width=44, elem_classes="icon")
-        look = {"scale": 0, "min_width": 88, "elem_id": "upload_adapter", "size": "md"}
-        parts["upload"] = gr.UploadButton("Upload", file_types=[".safetensors"], **look)
+        if not ctx.public:
+            look = {"scale": 0, "min_width": 88, "elem_id": "upload_adapter", "size": "md"}
+            parts["upload"] = gr.UploadButton("Upload", file_types=[".safetensors"], **look)
     parts["about"] = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
     fields["scale"] = slider("scale", summary.scale, "Adapter scale", elem_id="scale")
     fields["num_images"] = slider("num_images", 1, "Pictures", elem_id="num_images")
@@ -80,6 +81,7 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
 
 
 def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
+    """A public page has neither the grid, which draws many pictures at once, nor the history, which is its owner's."""
     parts: dict[str, Any] = {"status": gr.HTML(IDLE, elem_id="status", label="Status")}
     with gr.Tabs(elem_id="result_tabs", selected="pictures") as tabs:
         with gr.Tab("Pictures", id="pictures"):
@@ -98,15 +100,14 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
             parts["slider"] = gr.ImageSlider(
                 label="Without | with the adapter", type="filepath", elem_id="slider", **SHOWN
             )
-        with gr.Tab("Grid", id="grid"):
-            parts |= _grid_widgets()
-        with gr.Tab("History", id="history") as history_tab:
-            parts["history"] = _gallery("History", "history")
-            parts["reuse_history"] = gr.Button("Use these settings", elem_id="reuse_history", **look)
-    parts |= {"tabs": tabs, "history_tab": history_tab}
-    for name in ("shown", "selected", "shown_history", "selected_history"):
-        parts[name] = gr.State([] if name.startswith("shown") else 0)
-    return parts
+        if not ctx.public:
+            with gr.Tab("Grid", id="grid"):
+                parts |= _grid_widgets()
+            with gr.Tab("History", id="history") as parts["history_tab"]:
+                parts["history"] = _gallery("History", "history")
+                parts["reuse_history"] = gr.Button("Use these settings", elem_id="reuse_history", **look)
+                parts |= {"shown_history": gr.State([]), "selected_history": gr.State(0)}
+    return parts | {"tabs": tabs, "shown": gr.State([]), "selected": gr.State(0)}
 
 
 def _gallery(label: str, elem_id: str) -> gr.Gallery:
@@ -152,8 +153,9 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[s
             widgets |= settings_widgets(ctx)
             with gr.Accordion("Prompt templates", open=False, elem_id="templates_box"):
                 template = gr.Dropdown(templates, value=None, label="Template", elem_id="template")
-            with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
-                dropped = gr.File(file_types=PICTURES, label="Drop a picture", height=150, elem_id="drop_png")
+            if not ctx.public:
+                with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
+                    dropped = gr.File(file_types=PICTURES, label="Drop a picture", height=150, elem_id="drop_png")
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
         explain_bad_values(widget)
@@ -162,9 +164,13 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[s
     adapters = [widgets[f"adapter{n}"] for n in ("", "_2", "_3")]
     tab = GenerateTab(ordered, adapters, widgets["prompt"], results["tabs"], of_base)
     _connect_runs(ctx, tab, buttons, results)
-    _connect_compare_and_grid(ctx, tab, results, buttons["stop"])
+    _connect_compare(ctx, tab, results, buttons["stop"])
     _connect_adapters(ctx, page, tab, buttons)
-    _connect_reuse(ctx, tab, results, template, dropped)
+    _connect_reuse(ctx, tab, results, template)
+    if not ctx.public:
+        _connect_grid(ctx, tab, results, buttons["stop"])
+        _connect_upload(ctx, tab, buttons["upload"])
+        _connect_earlier(ctx, tab, results, dropped)
     return tab
 
 
@@ -187,11 +193,6 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
     @results["compare"].click(**first)
     def announce_compare(request: gr.Request) -> tuple:
         ctx.announce(request, "compare")
-        return gr.skip(), gr.Button(interactive=True)
-
-    @results["draw"].click(**first)
-    def announce_grid(request: gr.Request) -> tuple:
-        ctx.announce(request, "grid")
         return gr.skip(), gr.Button(interactive=True)
 
     @state.as_gradio_error
@@ -242,19 +243,32 @@ def _drawing(results: dict) -> dict[str, Any]:
     return {**state.GPU, "show_progress": "minimal", "show_progress_on": results["status"]}
 
 
-def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: gr.Button) -> None:
-    options, status = _drawing(results), results["status"]
-    compared = {"inputs_kwargs": tab.fields, "outputs": [results["slider"], status]}
-    axis = {"rows": "down", "row_values": "down_values", "columns": "across", "column_values": "across_values"}
-    of_grid = {"inputs_kwargs": {name: results[widget] for name, widget in axis.items()} | tab.fields}
-    for widget in axis.values():
-        explain_bad_values(results[widget])
-
+def _connect_compare(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: gr.Button) -> None:
     @state.as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
         for frame in generate_values.compare(ctx, GenerateForm.of(values), request):
             pair = frame.pictures and len(frame.pictures) == 2
             yield tuple(str(p.path) for p in frame.pictures) if pair else gr.skip(), frame.status
+
+    compared = results["compare"].click(
+        compare_both,
+        api_name="compare",
+        inputs_kwargs=tab.fields,
+        outputs=[results["slider"], results["status"]],
+        **_drawing(results),
+    )
+    _without_stop(ctx, "compare", compared, stop)
+
+
+def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: gr.Button) -> None:
+    axis = {"rows": "down", "row_values": "down_values", "columns": "across", "column_values": "across_values"}
+    for widget in axis.values():
+        explain_bad_values(results[widget])
+
+    @results["draw"].click(inputs=None, outputs=stop, **state.AT_ONCE)
+    def announce_grid(request: gr.Request) -> gr.Button:
+        ctx.announce(request, "grid")
+        return gr.Button(interactive=True)
 
     @state.as_gradio_error
     def grid(
@@ -264,10 +278,14 @@ def _connect_compare_and_grid(ctx: state.AppContext, tab: GenerateTab, results: 
         for frame in generate_values.make_pictures(ctx, GenerateForm.of(values), request, axes):
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
 
-    both = results["compare"].click(compare_both, api_name="compare", **compared, **options)
-    drawn = results["draw"].click(grid, api_name="grid", outputs=[results["sheet"], status], **of_grid, **options)
-    for work, made in (("compare", both), ("grid", drawn)):
-        _without_stop(ctx, work, made, stop)
+    drawn = results["draw"].click(
+        grid,
+        api_name="grid",
+        inputs_kwargs={name: results[widget] for name, widget in axis.items()} | tab.fields,
+        outputs=[results["sheet"], results["status"]],
+        **_drawing(results),
+    )
+    _without_stop(ctx, "grid", drawn, stop)
 
     def axis_of(place: str) -> dict[str, Any]:
         inputs = [results[place], tab.adapters[0], tab.prompt]
@@ -315,13 +333,20 @@ def _connect_adapters(ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, 
         renewed = prompt_for(summary) if (old_prompt or "").strip() in untouched else ""
         return gr.HTML(faint(words), visible=bool(words)), renewed or old_prompt
 
+    first.input(_preset(ctx), first, tab.fields["scale"], **state.AT_ONCE)
+
+
+def _preset(ctx: state.AppContext) -> Callable:
+    """The chosen file's recommended scale. A picture's settings do not call this: they have their own scale."""
+
     def preset(name: str, request: gr.Request) -> float:
-        """The chosen file's recommended scale. A picture's settings do not call this: they have their own scale."""
-        files = files_for(request)
+        files = ctx.catalog.files(ctx.visitors.of(request))
         return summary_of(files[name]).scale if name in files else 1.0
 
-    first.input(preset, first, tab.fields["scale"], **state.AT_ONCE)
+    return preset
 
+
+def _connect_upload(ctx: state.AppContext, tab: GenerateTab, button: gr.UploadButton) -> None:
     @state.as_gradio_error
     def upload(file: str, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
@@ -336,21 +361,43 @@ def _connect_adapters(ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, 
         names = [NONE, *ctx.catalog.files(visitor)]
         return gr.Dropdown(choices=names, value=name), gr.Dropdown(choices=names), gr.Dropdown(choices=names)
 
-    uploaded = buttons["upload"].upload(upload, buttons["upload"], tab.adapters, api_visibility="private", **state.GPU)
-    uploaded.success(preset, first, tab.fields["scale"], **state.AT_ONCE)
+    uploaded = button.upload(upload, button, tab.adapters, api_visibility="private", **state.GPU)
+    uploaded.success(_preset(ctx), tab.adapters[0], tab.fields["scale"], **state.AT_ONCE)
 
 
-def _connect_reuse(
-    ctx: state.AppContext, tab: GenerateTab, results: dict, template: gr.Dropdown, dropped: gr.File
-) -> None:
-    outputs = list(tab.fields.values())
+def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict, template: gr.Dropdown) -> None:
+    _connect_gallery(ctx, tab, results, "gallery")
+    results["last_seed"].click(
+        lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **state.AT_ONCE
+    )
 
+    @template.input(inputs=[template, tab.adapters[0]], outputs=tab.prompt, **state.TELLING)
+    def from_template(template: str | None, adapter: str, request: gr.Request) -> Any:
+        files = ctx.catalog.files(ctx.visitors.of(request))
+        subject = summary_of(files[adapter]).subject if adapter in files else ""
+        return template.replace("{}", subject or "…") if template else gr.skip()
+
+
+def _connect_gallery(ctx: state.AppContext, tab: GenerateTab, results: dict, name: str) -> None:
+    """The settings of the picture that is chosen in a gallery go into the form."""
+    end = "_history" if name == "history" else ""
+    selected, shown = results[f"selected{end}"], results[f"shown{end}"]
+
+    @results[name].select(inputs=None, outputs=selected, **state.AT_ONCE)
     def select(event: gr.SelectData) -> int:
         return event.index if isinstance(event.index, int) else 0
 
-    results["gallery"].select(select, None, results["selected"], **state.AT_ONCE)
-    results["history"].select(select, None, results["selected_history"], **state.AT_ONCE)
+    @results[f"reuse{end}"].click(inputs=[shown, selected], outputs=list(tab.fields.values()), **state.TELLING)
+    @state.as_gradio_error
+    def reuse(pictures: list[visitors.Picture], index: int, request: gr.Request) -> list:
+        own = _own(pictures, ctx.visitors.of(request))
+        return to_widgets(ctx, recipe_of(_picked(own, index)), request)
 
+
+def _connect_earlier(ctx: state.AppContext, tab: GenerateTab, results: dict, dropped: gr.File) -> None:
+    """Pictures that were drawn before: the history, and a file that is dropped."""
+    _connect_gallery(ctx, tab, results, "history")
+    outputs = list(tab.fields.values())
     of_history = [results[name] for name in ("history", "reuse_history", "shown_history")]
 
     @results["history_tab"].select(inputs=None, outputs=of_history, **state.AT_ONCE)
@@ -359,28 +406,10 @@ def _connect_reuse(
         pictures = list(ctx.visitors.of(request).history)
         return _items(pictures), gr.Button(interactive=bool(pictures)), pictures
 
-    def reuse(pictures: list[visitors.Picture], index: int, request: gr.Request) -> list:
-        own = _own(pictures, ctx.visitors.of(request))
-        return to_widgets(ctx, recipe_of(_picked(own, index)), request)
-
-    for end in ("", "_history"):
-        chosen = [results[f"shown{end}"], results[f"selected{end}"]]
-        results[f"reuse{end}"].click(state.as_gradio_error(reuse), chosen, outputs, **state.TELLING)
-
-    results["last_seed"].click(
-        lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **state.AT_ONCE
-    )
-
     @dropped.upload(inputs=dropped, outputs=outputs, **state.TELLING)
     @state.as_gradio_error
     def reuse_dropped(file: str | None, request: gr.Request) -> list:
         return to_widgets(ctx, recipe_of(file), request) if file else [gr.skip()] * len(outputs)
-
-    @template.input(inputs=[template, tab.adapters[0]], outputs=tab.prompt, **state.TELLING)
-    def from_template(template: str | None, adapter: str, request: gr.Request) -> Any:
-        files = ctx.catalog.files(ctx.visitors.of(request))
-        subject = summary_of(files[adapter]).subject if adapter in files else ""
-        return template.replace("{}", subject or "…") if template else gr.skip()
 
 
 def _own(pictures: list[visitors.Picture], visitor: visitors.Visitor) -> list[visitors.Picture]:

@@ -9,12 +9,14 @@ import json
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import gradio as gr
 from gradio.utils import get_upload_folder
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -126,6 +128,36 @@ def origins_of(text: str) -> set[Origin]:
             "port like https://pictures.example.org:8443"
         )
     return origins - {None}
+
+
+NO_FILES = ("upload", "upload_progress", "component_server", "deep_link")
+"""Last parts of the paths by which gradio takes something other than a form, or writes it down."""
+MAX_FORM_BYTES = 256 * 1024
+
+
+class DrawsOnly(Layer):
+    """Around a public page: 404 for files, 413 for a body longer than a form. Gradio holds a body in memory."""
+
+    async def answer(self, scope: dict, receive: Any, send: Any) -> None:
+        refusal, length = None, header_of(scope, b"content-length")
+        if scope["path"].rstrip("/").rpartition("/")[2] in NO_FILES:
+            refusal = PlainTextResponse("this page takes no files", 404)
+        elif scope["method"] == "POST" and not (length.isdigit() and int(length) <= MAX_FORM_BYTES):
+            refusal = PlainTextResponse("too long, or of an unknown length", 413)
+        await (refusal or self.app)(scope, receive, send)
+
+
+def fetch_nothing(page: gr.Blocks) -> None:
+    """A form may name an address in place of a file: gradio would fetch it, and keep it for a day."""
+    for block in page.blocks.values():
+        keep = block.async_move_resource_to_block_cache
+        block.async_move_resource_to_block_cache = partial(_of_this_machine, keep)
+
+
+async def _of_this_machine(keep: Callable, path: str | None) -> str | None:
+    if path and path.lower().startswith(("http://", "https://")):
+        raise gr.Error("The page fetches no address.", print_exception=False)
+    return await keep(path)
 
 
 UPLOAD, FILES = "/gradio_api/upload", b"files"

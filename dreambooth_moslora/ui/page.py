@@ -16,12 +16,13 @@ from dreambooth_moslora.ui.generate import PICTURES, GenerateTab, build_generate
 
 MAX_SESSIONS = 256
 """Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
+MOST_WAITING = 64  # Pictures of a public page that wait; whoever comes then is told that the queue is full
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 HINT = html.notice("Drop a PNG, JPEG or WebP made here or elsewhere, or a .safetensors adapter.")
 
 
 def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
-    """The page with its queue. If `ctx.training` allows it, it has the training tab and trains the queued runs."""
+    """The page with its queue. A public one only draws; any other trains the queued runs, too."""
     with gr.Blocks(
         title="dreambooth_moslora", analytics_enabled=False, delete_cache=(CACHE_CHECK_SEC, CACHE_AGE_SEC)
     ) as page:
@@ -32,20 +33,18 @@ def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = build_generate_tab(ctx, page, templates)
-            if ctx.training:
+            if not ctx.public:
                 with gr.Tab("Train", id="train"):
                     trained = train.build_train_tab(ctx, page, tabs, generate)
-            with gr.Tab("Inspect", id="inspect"):
-                build_inspect_tab(ctx, tabs, generate)
+                with gr.Tab("Inspect", id="inspect"):
+                    build_inspect_tab(ctx, tabs, generate)
         if chooser is not None:
-            connect_bases(ctx, page, chooser, about, generate.of_base | (trained if ctx.training else {}))
-    page.queue(api_open=False)
+            connect_bases(ctx, page, chooser, about, generate.of_base | trained)
     if ctx.public:
-        from dreambooth_moslora.ui.public import FairQueue, fetch_nothing
-
-        FairQueue(page)
-        fetch_nothing(page)
-    if ctx.training:
+        page.queue(api_open=False, max_size=MOST_WAITING)
+        guard.fetch_nothing(page)
+    else:
+        page.queue(api_open=False)
         threading.Thread(target=ctx.queue.keep_on, name="queue", daemon=True).start()
     return page
 
@@ -107,15 +106,17 @@ def first_value(ctx: state.AppContext, name: str) -> Any:
     return gr.update(value=row.first(ctx.base_name), visible=is_shown)
 
 
-def launch_options(allowed: Collection[guard.Origin] = (), *, public: bool = False) -> dict[str, Any]:
+def launch_options(
+    allowed: Collection[guard.Origin] = (),
+    *,
+    any_host: bool = False,
+    public: bool = False,
+) -> dict[str, Any]:
     """The common options for `launch()`. The page answers to the loopback's names and those of the `allowed` origins,
-    a `public` page to every name; both have the layers of `public`, as strangers can reach them."""
-    layers = [guard.BodySizeLimit, guard.UploadQuota, visitors.VisitorCookie]
-    if public or allowed:
-        from dreambooth_moslora.ui.public import LAYERS
-
-        layers[2:2] = LAYERS
-    hosts = None if public else guard.LOOPBACK | {name for _, name, _ in allowed}
+    or to every name (`any_host`). A `public` page takes no files."""
+    own = [guard.BodySizeLimit, guard.UploadQuota, visitors.VisitorCookie]
+    layers = [guard.DrawsOnly] if public else own
+    hosts = None if any_host else guard.LOOPBACK | {name for _, name, _ in allowed}
     return {
         "theme": html.THEME,
         "css": html.CSS,

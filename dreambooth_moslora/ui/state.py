@@ -104,17 +104,21 @@ MAX_UPLOADS = 16  # Of a visitor; each further one takes the oldest's place
 
 @dataclass(frozen=True)
 class AdapterCatalog:
-    """Finds adapters in `adapters_dir` (safetensors files) and `runs_dir` (finished runs and their checkpoints)."""
+    """Finds adapters in `adapters_dir` (safetensors files) and `runs_dir` (finished runs and their checkpoints), which
+    a public page has not."""
 
     adapters_dir: Path
-    runs_dir: Path
+    runs_dir: Path | None
 
     def files(self, visitor: visitors.Visitor | None = None) -> dict[str, Path]:
         """Name -> file: the visitor's uploads and runs, and those of the command line; a checkpoint is `run@step`."""
         uploads = dict(visitor.uploads) if visitor else {}
-        runs = [folder for folder in self.runs_dir.glob("*/") if _may_see(folder, visitor)]
-        files = [*sorted(self.adapters_dir.glob("*.safetensors")), *run_folder.run_files(runs)]
-        return uploads | run_folder.files_by_name(files, (self.adapters_dir, self.runs_dir), taken=uploads)
+        files, places = sorted(self.adapters_dir.glob("*.safetensors")), [self.adapters_dir]
+        if self.runs_dir is not None:
+            runs = [folder for folder in self.runs_dir.glob("*/") if _may_see(folder, visitor)]
+            files += run_folder.run_files(runs)
+            places.append(self.runs_dir)
+        return uploads | run_folder.files_by_name(files, places, taken=uploads)
 
     def path(self, name: str, visitor: visitors.Visitor | None = None) -> Path:
         """Raises UserError for an unlisted name: names are looked up, never joined to a folder."""
@@ -127,7 +131,7 @@ class AdapterCatalog:
         """Name -> the path for a program, such as `runs/dog/checkpoint-500`: no folder of this machine is shown."""
         paths = {}
         for name, file in self.files(visitor).items():
-            is_run = file.is_relative_to(self.runs_dir)
+            is_run = self.runs_dir is not None and file.is_relative_to(self.runs_dir)
             wanted = file.parent if is_run else file
             if wanted.is_relative_to(PROJECT):
                 paths[name] = wanted.relative_to(PROJECT).as_posix()
@@ -215,16 +219,20 @@ class PageBase:
 
 class AppContext:
     """State of the server, which offers these bases and loads the first from the start. `base` is shown to everyone;
-    the trainer gets `base_name`. Strangers can reach a `public` page."""
+    the trainer gets `base_name`. A `public` page only draws."""
 
     def __init__(
-        self, *page_bases: PageBase, adapters_dir: Path, runs_dir: Path, training: bool, public: bool = False
+        self,
+        *page_bases: PageBase,
+        adapters_dir: Path,
+        runs_dir: Path,
+        public: bool = False,
     ) -> None:
         self._take(page_bases[0])
         self.bases = {one.title: one for one in page_bases}
-        self.runs_dir, self.training, self.public = runs_dir, training, public
+        self.runs_dir, self.public = runs_dir, public
         self.visitors = visitors.Visitors()
-        self.catalog = AdapterCatalog(adapters_dir, runs_dir)
+        self.catalog = AdapterCatalog(adapters_dir, None if public else runs_dir)
         self._stops: dict[Page, threading.Event] = {}
         self._announced: OrderedDict[Page, tuple[threading.Event, set[str]]] = OrderedDict()  # the stop of these works
         self.turns = GpuTurns(self)

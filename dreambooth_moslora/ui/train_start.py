@@ -159,6 +159,7 @@ def take_photos_of_run(run_dir: Path, visitor: visitors.Visitor, subjects: int) 
 
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
+PAUSED = "; the queue is paused, which “Go on” there ends"
 BEGUN_WITH = "begun_with"  # Folder in a run: a copy of the adapter that it begins with
 TIME_KNOWN = "time: at the pace of the last such run here"
 TIME_UNKNOWN = "time: not known before the first run here; the page shows it after a few steps"
@@ -177,8 +178,7 @@ class Prepared:
 def start_run(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor) -> tuple[Job, str]:
     """The started run, and what was chosen for it as HTML. Raises UserError."""
     if ctx.jobs.current() or not ctx.queue.is_empty:
-        ended_by = "whoever runs this page" if ctx.public else "“Go on” there"
-        raise UserError(BUSY + f"; the queue is paused, which {ended_by} ends" * ctx.queue.queue.is_paused)
+        raise UserError(BUSY + PAUSED * ctx.queue.queue.is_paused)
     with ctx.jobs.telling(), prepared(ctx, form, visitor) as run:
         job = ctx.jobs.start(run.run_dir.name, run.settings, visitor.id)
     return job, html.remarks_card(run.said, f"{job.name} has started. {CHOSEN}")
@@ -186,10 +186,6 @@ def start_run(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor)
 
 def add_to_queue(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor) -> tuple[str, str]:
     """The name of the run, which waits until those before it have ended, and HTML. Raises UserError."""
-    if ctx.public:
-        from dreambooth_moslora.ui.public import check_room
-
-        check_room(ctx.queue.queue.waiting(), visitor)
     with ctx.jobs.telling(), prepared(ctx, form, visitor, is_queued=True) as run:
         name, asked = run.run_dir.name, {"settings": run.settings, "is_new": True, "queued": time.time()}
         place = ctx.queue.queue.add(queue.QueuedRun(name, visitor.id, visitor.address, **asked))

@@ -267,9 +267,6 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
 
 
 def pause_or_go_on(ctx: AppContext) -> None:
-    """Raises UserError on a public page, where a visitor would hold up the others."""
-    if ctx.public:
-        raise UserError("the visitors of this page share the queue; it is not paused")
     ctx.queue.queue.pause(not ctx.queue.queue.is_paused)
 
 
@@ -320,7 +317,7 @@ def queue_changes(
         "queued": gr.Radio(choices=rows, value=chosen if chosen in dict(map(reversed, rows)) else None),
         "queue_rest": rest,
         "queue_seen": now,
-        "queue_pause": gr.Button("Go on" if is_paused else "Pause the queue", visible=not ctx.public),
+        "queue_pause": gr.Button("Go on" if is_paused else "Pause the queue"),
         "run": gr.Dropdown(choices=names, value=current.name) if is_next else gr.Dropdown(choices=names),
     }
 

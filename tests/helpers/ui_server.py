@@ -9,7 +9,6 @@ from pathlib import Path
 import gradio as gr
 
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.ui.guard import origins_of
 from dreambooth_moslora.ui.page import build_app, launch_options
 from dreambooth_moslora.ui.state import AppContext, PageBase
 from dreambooth_moslora.ui.visitors import COOKIE
@@ -36,10 +35,8 @@ class Served:
 
 
 @contextmanager
-def serve(
-    tiny_base: Path, folder: Path, *, training: bool = True, public: bool = True, others=(), **launch
-) -> Iterator[Served]:
-    """Two adapters on the shelf, "dog" and "cat"; runs go to `folder`/runs. A `public` page has the name PROXY too."""
+def serve(tiny_base: Path, folder: Path, *, public: bool = False, others=(), **launch) -> Iterator[Served]:
+    """Two adapters on the shelf, "dog" and "cat"; runs go to `folder`/runs."""
     pipeline = SubjectPipeline.from_base(tiny_base)
     (folder / "adapters").mkdir(parents=True, exist_ok=True)
     (folder / "runs").mkdir(exist_ok=True)
@@ -48,10 +45,10 @@ def serve(
         file.rename(folder / "adapters" / f"{name}.safetensors")
     base = PageBase("tiny", str(tiny_base), pipeline.resolution_px, lambda: pipeline)
     folders = {"adapters_dir": folder / "adapters", "runs_dir": folder / "runs"}
-    ctx = AppContext(base, *others, **folders, training=training, public=public)
+    ctx = AppContext(base, *others, **folders, public=public)
     page = build_app(ctx, ["a photo of {} in the jungle", "a red {}"])
-    options = launch_options(origins_of(PROXY) if public else ())
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options | launch)
+    options = launch_options(public=public) | launch
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options)
     try:
         yield Served(url, ctx, page)
     finally:

@@ -97,7 +97,7 @@ def context(tmp_path):
         of_base = {"title": "x", "name": "toy", "resolution_px": 64, "public_name": "", "is_remote": False}
         of_base |= {name: facts.pop(name) for name in of_base if name in facts}
         folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
-        made.append(AppContext(PageBase(load=load, **of_base), *others, **{"training": True} | folders | facts))
+        made.append(AppContext(PageBase(load=load, **of_base), *others, **folders | facts))
         return made[-1]
 
     yield make

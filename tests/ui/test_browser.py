@@ -224,7 +224,7 @@ def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(serve
     page.click("#queue_remove")
     web.says(page, "queued", "1 · third · 5000 steps\n2 · fourth")
     assert web.fits_both(page) and page.locator("#queue_down").is_visible()
-    served.ctx.queue.queue.pause()  # the page is a public one, without the button
+    served.ctx.queue.queue.pause()
     web.says(page, "queue_rest", "Paused")
     page.click("#stop_training:not([disabled])")
     web.says(page, "train_status", "Stopped; a checkpoint is written.")
@@ -254,7 +254,7 @@ def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(
     (pipeline := tiny_pipeline("flux", tmp_path / "files")).save_pretrained(tmp_path / "flux")
     flux = PageBase("flux", str(tmp_path / "flux"), 64, lambda: SubjectPipeline(pipeline, "flux"))
     with (
-        serve(tiny_base, tmp_path, public=False, others=[toy, broken, flux]) as server,
+        serve(tiny_base, tmp_path, others=[toy, broken, flux]) as server,
         web.visit(browser, server.url) as visited,
     ):
         page = visited.page

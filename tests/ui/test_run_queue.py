@@ -18,7 +18,6 @@ from dreambooth_moslora.cli.train import log_file
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun, RunQueue, locked
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.ui import public
 from dreambooth_moslora.ui.jobs import KILLED_MOST, Job, Jobs, QueueTurns
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import add_to_queue, start_run
@@ -306,7 +305,7 @@ FORM = TrainForm("sks", "dog")
 @pytest.fixture
 def page(jobs, turns):
     """What the tab's actions know."""
-    return SimpleNamespace(queue=turns, base_name="toy", resolution_px=128, jobs=jobs, public=True)
+    return SimpleNamespace(queue=turns, base_name="toy", resolution_px=128, jobs=jobs)
 
 
 @pytest.fixture
@@ -330,16 +329,10 @@ def test_a_pause_lets_the_running_one_end_and_starts_no_next_one_also_after_a_re
     wait_for(lambda: later.take() or "cat" in endings(later.queue))
 
 
-@pytest.mark.parametrize("public", [False, True])
-def test_the_page_pauses_the_queue_and_says_so_but_not_for_all_visitors(context, ann, public):
-    ctx = context(public=public)
+def test_the_page_pauses_the_queue_and_says_so(context, ann):
+    ctx = context()
     ctx.runs_dir.mkdir()
     added(ctx.queue.queue, "dog", ann.id)
-    if public:
-        with pytest.raises(UserError, match="share the queue"):
-            pause_or_go_on(ctx)
-        assert not queue_changes(ctx, ann, None, None)["queue_pause"].visible
-        return
     pause_or_go_on(ctx)
     shown = queue_changes(ctx, ann, None, None)
     assert "Paused" in shown["queue_rest"] and shown["queue_pause"].value == "Go on"
@@ -349,7 +342,7 @@ def test_the_page_pauses_the_queue_and_says_so_but_not_for_all_visitors(context,
     assert queue_changes(ctx, ann, None, shown["queue_seen"])["queue_pause"].value == "Pause the queue"
 
 
-def test_the_page_adds_shows_and_moves_runs_of_its_visitor_alone(page, ann, monkeypatch):
+def test_the_page_adds_shows_and_moves_runs_of_its_visitor_alone(page, ann):
     queue, runs_dir = page.queue.queue, page.jobs.runs_dir
     assert add_to_queue(page, FORM, ann)[0] == "dog"
     name, card = add_to_queue(page, replace(FORM, steps=7), ann)
@@ -364,9 +357,6 @@ def test_the_page_adds_shows_and_moves_runs_of_its_visitor_alone(page, ann, monk
     assert queue_changes(page, ann, None, shown["queue_seen"]) == {}
     with pytest.raises(UserError, match="Add to queue"):
         start_run(page, FORM, ann)
-    monkeypatch.setattr(public, "RUNS_PER_VISITOR", 2)
-    with pytest.raises(UserError, match="2 runs of yours are waiting"):
-        add_to_queue(page, FORM, ann)
     for run in names(queue):
         queue.remove(run)
     assert not queue_changes(page, ann, None, None, "dog")["queue_box"].visible
@@ -404,22 +394,6 @@ def test_a_program_is_told_what_the_trainer_remarked_once_and_without_folders(pa
         log.emit(logging.LogRecord(name, level, "", 0, words, None, None))
     log.close()
     assert status_of(page, "dog", ann)["remarks"] == ["--prior has no effect", "dog/old was not removed"]
-
-
-@pytest.mark.parametrize(
-    ("limit", "says"),
-    [("RUNS_PER_ADDRESS", "2 runs from your address are waiting"), ("RUNS_IN_ALL", "the queue is full, 2 runs")],
-)
-def test_cookies_together_leave_room_for_others(page, ann, monkeypatch, limit, says):
-    monkeypatch.setattr(public, limit, 2)
-    added(page.queue.queue, "bear", owner="", address="")
-    for number in range(2):
-        add_to_queue(page, FORM, replace(ann, id=f"cookie {number}", address="203.0.113.1"))
-    with pytest.raises(UserError, match=says):
-        add_to_queue(page, FORM, replace(ann, id="cookie 2", address="203.0.113.1"))
-    elsewhere = [replace(ann, address="203.0.113.2"), replace(ann, id="a login")]
-    if limit == "RUNS_PER_ADDRESS":
-        assert [add_to_queue(page, FORM, one)[0] for one in elsewhere] == ["dog-3", "dog-4"]
 
 
 def test_the_page_turns_to_the_run_whose_turn_has_come_and_once(page, ann):
