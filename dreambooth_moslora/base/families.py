@@ -176,8 +176,16 @@ class QwenImage(Family):
     def arguments(self, texts):
         embeds = [text["prompt_embeds"] for text in texts]
         lengths = torch.tensor([len(rows) for rows in embeds])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(embeds[0].device)
+
+        # Attention without a mask has faster kernels, so texts of one length get none.
+        mask = None
+        if lengths.min() < lengths.max():
+            mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(embeds[0].device)
         return {"prompt_embeds": pad_sequence(embeds, batch_first=True), "prompt_embeds_mask": mask}
+
+    def with_negative(self, words, empty):
+        """With masks for all: without one the pipeline warns, though it drops a mask that hides nothing."""
+        return super().with_negative(*(masked(one) for one in (words, empty)))
 
     def latents(self, vae, pixels):
         z = vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()[:, :, 0].float()
@@ -228,6 +236,14 @@ class Sana(Lumina2):
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_attention_mask):
         options = {"encoder_attention_mask": prompt_attention_mask, "return_dict": False}
         return denoiser(z, prompt_embeds, t * denoiser.config.timestep_scale, **options)[0]
+
+
+def masked(words: dict[str, Any]) -> dict[str, Any]:
+    """The same with a mask that hides nothing in place of none."""
+    embeds, mask = words["prompt_embeds"], words["prompt_embeds_mask"]
+    if mask is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    return words | {"prompt_embeds_mask": mask}
 
 
 def packed(z: torch.Tensor) -> torch.Tensor:

@@ -69,12 +69,27 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 @torch.no_grad()
 @each
 def test_the_pipelines_own_step_is_ours(made):
-    pipe, family = made
+    ours, theirs, _ = steps_of_both(*made, PROMPTS)
+    assert relative(ours, theirs) < 2e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", ["qwen_image"], indirect=True)
+def test_texts_of_one_length_go_to_qwen_image_without_a_mask_as_by_its_pipeline(made):
+    ours, theirs, calls = steps_of_both(*made, ["a photo of sks dog", "a photo of sks cat"])
+    assert relative(ours, theirs) < 2e-6
+    masks = [given[2] if given else named["encoder_hidden_states_mask"] for given, named, _ in calls]
+    assert len(masks) == 4 and all(mask is None for mask in masks)
+
+
+def steps_of_both(pipe, family, prompts: list[str]) -> tuple[Tensor, Tensor, list]:
+    """Our prediction and the pipeline's at its first step, and the calls of the denoiser: the pipeline's three, then
+    ours; each its arguments, the named ones and the result."""
     denoiser = getattr(pipe, family.facts.denoiser)
-    words = family.arguments(family.texts(pipe, PROMPTS))
+    words = family.arguments(family.texts(pipe, prompts))
     noise = torch.randn(family.latents(pipe.vae, pixels()).shape, generator=torch.Generator().manual_seed(1))
     calls, seen = [], []
-    hook = denoiser.register_forward_hook(lambda m, given, names, out: calls.append((given, out)), with_kwargs=True)
+    denoiser.register_forward_hook(lambda module, *call: calls.append(call), with_kwargs=True)
 
     def on_step(pipe, number, t, tensors):
         seen.append((float(t), tensors["latents"].clone()))
@@ -82,14 +97,13 @@ def test_the_pipelines_own_step_is_ours(made):
 
     options = {"num_inference_steps": 3, "output_type": "latent", "callback_on_step_end": on_step, **unguided(family)}
     pipe(**words, latents=as_taken(family, noise).clone(), **options)
-    hook.remove()
     t, after = torch.full((2,), seen[0][0]), as_latents(seen[0][1], noise)
     if family.facts.style == "ddpm":
-        (z, *_), found = calls[0]
+        (z, *_), _, found = calls[0]
         theirs = found[0]
     else:
         z, theirs = noise, (after - noise) / (pipe.scheduler.sigmas[1] - pipe.scheduler.sigmas[0])
-    assert relative(family.predict(denoiser, z, t, CROPS, **words), theirs) < 2e-6
+    return family.predict(denoiser, z, t, CROPS, **words), theirs, calls
 
 
 class DecodedError(Exception):
