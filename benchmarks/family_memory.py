@@ -111,7 +111,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], Words
         (16, 8),
         lambda: {"prompt_embeds": empty(1, 64, 3584), "prompt_embeds_mask": None},
     ),
-    "Krea 2": ("krea2", {}, (16, 8), lambda: {"prompt_embeds": empty(1, 512, 12, 2560), "prompt_embeds_mask": None}),
+    "Krea 2": ("krea2", {}, (16, 8), lambda: {"prompt_embeds": empty(1, 64, 12, 2560), "prompt_embeds_mask": None}),
     "Lumina 2": ("lumina2", {"cap_feat_dim": 2304}, (16, 8), masked(256, 2304, said=64, device="cpu")),  # it reads it
     "Sana": ("sana", {}, (32, 32), masked(300, 2304, said=300)),
 }

@@ -35,6 +35,8 @@ class Family:
     """The results of `encode_prompt`, in their order; "" is not used."""
     encoding: Mapping[str, Any] = {}
     """Arguments that this pipeline's `encode_prompt` wants besides."""
+    layout: str = ""
+    """How its texts are kept. Another word for another way: what older caches hold is then encoded anew."""
 
     def __init__(self, facts: Facts, told_guidance: float = 1.0, options: dict[str, Any] | None = None):
         self.facts, self.told_guidance, self.options = facts, told_guidance, options or {}
@@ -185,7 +187,7 @@ class QwenImage(Family):
 
     def with_negative(self, words, empty):
         """With masks for all: without one the pipeline warns, though it drops a mask that hides nothing."""
-        return super().with_negative(*(masked(one) for one in (words, empty)))
+        return super().with_negative(filled(words), filled(empty))
 
     def latents(self, vae, pixels):
         z = vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()[:, :, 0].float()
@@ -199,8 +201,19 @@ class QwenImage(Family):
 
 
 class Krea2(QwenImage):
-    names = ("prompt_embeds", "prompt_embeds_mask")
-    arguments = Family.arguments
+    """Its pipeline fills each text up to 512 tokens, in the midst of it. All tokens of a text have one place and none
+    reads what is masked, so a text without these is the same to the denoiser, at less work."""
+
+    names, layout = ("prompt_embeds", "prompt_embeds_mask"), "without padding"
+
+    def text(self, pipe, prompt):
+        found = super().text(pipe, prompt)
+        return {"prompt_embeds": found["prompt_embeds"][found["prompt_embeds_mask"]]}
+
+    def with_negative(self, words, empty):
+        """Of one length: the pipeline gives both the places of the first."""
+        longest = max(one["prompt_embeds"].shape[1] for one in (words, empty))
+        return super().with_negative(filled(words, longest), filled(empty, longest))
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_embeds_mask):
         words = torch.zeros(prompt_embeds.shape[1], 3, device=z.device)
@@ -238,12 +251,17 @@ class Sana(Lumina2):
         return denoiser(z, prompt_embeds, t * denoiser.config.timestep_scale, **options)[0]
 
 
-def masked(words: dict[str, Any]) -> dict[str, Any]:
-    """The same with a mask that hides nothing in place of none."""
+def filled(words: dict[str, Any], length: int = 0) -> dict[str, Any]:
+    """Texts with a mask, also where it hides nothing, and of at least `length` tokens."""
     embeds, mask = words["prompt_embeds"], words["prompt_embeds_mask"]
     if mask is None:
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    return words | {"prompt_embeds_mask": mask}
+    lacking = max(0, length - embeds.shape[1])
+    behind_tokens = (0, 0) * (embeds.ndim - 2) + (0, lacking)
+    return {
+        "prompt_embeds": torch.nn.functional.pad(embeds, behind_tokens),
+        "prompt_embeds_mask": torch.nn.functional.pad(mask, (0, lacking)),
+    }
 
 
 def packed(z: torch.Tensor) -> torch.Tensor:

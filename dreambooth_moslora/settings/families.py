@@ -164,7 +164,7 @@ FAMILIES = (
         )),
     Facts("krea2", "Krea 2", "Krea2Pipeline", "Krea2Transformer2DModel", file_mark="txtfusion.projector.weight",
         has_level_shift=True, guidance=4.5, no_guidance=0.0, licence="Krea 2 Community",
-        memory=Memory(33.899, 4.606, 0.673, 12.820e9), recipes=(24,),
+        memory=Memory(29.449, 2.956, 0.603, 12.820e9, 64), recipes=(24,),
         models=(Model("krea/Krea-2-Raw", 12_820_073_036, 12_155_092_992, 128, 1_200_128, 4_437_815_808,
             126_892_531),)),
     Facts("lumina2", "Lumina 2", "Lumina2Pipeline", "Lumina2Transformer2DModel",

@@ -204,6 +204,8 @@ def prompt_cache(
     identity = "+".join([family.facts.name, *map(frozen_base.fingerprint, encoders)])
     if pipeline.config.get("force_zeros_for_empty_prompt"):  # it decides the encoding of ""
         identity += "+zeros"
+    if family.layout:
+        identity += f"+{family.layout}"
     if options := text_options(config):
         identity += f"+{sorted(options.items())}"
 

@@ -82,6 +82,22 @@ def test_texts_of_one_length_go_to_qwen_image_without_a_mask_as_by_its_pipeline(
     assert len(masks) == 4 and all(mask is None for mask in masks)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("made", ["krea2"], indirect=True)
+def test_krea_2_predicts_without_the_padding_of_its_texts_what_it_predicts_with_it(made):
+    """Filled up to the longest text of a batch alone."""
+    pipe, family = made
+    z, t = family.latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
+    padded = dict(zip(family.names, pipe.encode_prompt(PROMPTS)))
+    lengths = padded["prompt_embeds_mask"].sum(1)
+    words = family.arguments(family.texts(pipe, PROMPTS))
+    assert words["prompt_embeds"].shape[1] == lengths.max() < padded["prompt_embeds"].shape[1]
+    assert words["prompt_embeds_mask"].sum(1).tolist() == lengths.tolist()
+
+    found = [family.predict(pipe.transformer, z, t, CROPS, **said) for said in (words, padded)]
+    assert relative(*found) < 1e-6
+
+
 def steps_of_both(pipe, family, prompts: list[str]) -> tuple[Tensor, Tensor, list]:
     """Our prediction and the pipeline's at its first step, and the calls of the denoiser: the pipeline's three, then
     ours; each its arguments, the named ones and the result."""

@@ -14,7 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save, save_file
 
 from dreambooth_moslora.adapters import metadata, moslora
-from dreambooth_moslora.base import load, machine
+from dreambooth_moslora.base import families, load, machine
 from dreambooth_moslora.cli.terminal import TerminalProgress
 from dreambooth_moslora.core import StopRequestedError, UserError, content_key
 from dreambooth_moslora.disk.events import PhaseProgress, SamplesDrawn
@@ -37,6 +37,7 @@ from dreambooth_moslora.training.prepare import (
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny import embeds_of, equal, few_steps, tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora
+from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 from tests.training.conftest import flipped, stop_at
 
@@ -238,6 +239,18 @@ def test_the_empty_prompt_that_an_earlier_version_kept_is_encoded_anew(tmp_path)
     cache.put(content_key(prompt="", texts_of="lumina2"), {"prompt_embeds": torch.zeros(1)})
     prompt_embeds = PromptCache(lambda prompts: [{"prompt_embeds": torch.ones(1)}], cache, "lumina2")
     assert prompt_embeds([""])[0]["prompt_embeds"] == 1
+
+
+def test_a_text_of_krea_2_that_an_earlier_version_kept_with_its_padding_is_encoded_anew(tmp_path):
+    pipe, prompt = tiny_pipeline("krea2", tmp_path / "tokenizer"), "a photo of sks dog"
+    family, config = families.family_of(pipe), TrainConfig(caching="disk", cache_dir=str(tmp_path))
+    prompt_embeds = prompt_cache(config, pipe, family)
+    older = content_key(prompt=prompt, texts_of=f"krea2+{fingerprint(pipe.text_encoder)}")
+    padded = {name: rows[0] for name, rows in zip(family.names, pipe.encode_prompt(prompt))}
+    prompt_embeds.cache.put(older, padded)
+
+    (text,) = prompt_embeds([prompt])
+    assert len(text["prompt_embeds"]) == padded["prompt_embeds_mask"].sum() < len(padded["prompt_embeds"])
 
 
 def test_words_are_asked_once_and_what_the_disk_does_not_give_after_the_encoders_left_ends_the_run_in_one_line(
