@@ -77,7 +77,7 @@ PHASES = {
     "checkpoint": ("checkpoint-",),
     "best": ("best",),
     "samples": ("samples",),
-    "log": ("metrics.jsonl", "train.log", "train_config.json", "run.lock"),
+    "log": ("metrics.jsonl", "train.log", "train_config.json", "run.lock", "run.owner"),
     "publication": ("",),
 }
 

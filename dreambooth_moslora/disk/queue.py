@@ -1,7 +1,8 @@
 """Which run may train in a folder: the lock of one run, and the queue of those that wait.
 
-One run at a time in a run folder: a locked file names the process and machine that hold it. The system releases the
-lock when the process ends in any way, so the file of a killed run blocks nobody.
+One run at a time in a run folder: it locks `run.lock`, and `run.owner` names its process and
+machine. The system releases the lock when the process ends in any way, so the files of a killed
+run block nobody.
 
 The queue is the folder `.queue` in the folder of runs:
 
@@ -15,6 +16,7 @@ A process must hold `turn` to start or end runs, so only one does.
 """
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -23,18 +25,32 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dreambooth_moslora.core import UserError, atomic_write, clean_stale, rename
+from filelock import lock_descriptor
+
+from dreambooth_moslora.core import (
+    UserError,
+    atomic_write,
+    clean_stale,
+    one_line,
+    rename,
+    spelled_out,
+)
 from dreambooth_moslora.disk import events, processes, run_folder
-from dreambooth_moslora.disk.file_lock import lock
+
+logger = logging.getLogger(__name__)
 
 LOCK_NAME = "run.lock"
+OWNER_NAME = "run.owner"
+"""Which process holds the folder. Not in the locked file: Windows lets nobody else read that."""
+OWNER_BYTES = 200
 HOLD_NAME = ".worker.lock"  # of a fleet's worker
 NEW_RECORD_NAME = ".job.json.tmp"  # becomes job.json
-WRITTEN_TO = (LOCK_NAME, "metrics.jsonl", "train.log", processes.LOG_NAME, processes.CONFIG_NAME)
-WRITTEN_TO += (HOLD_NAME, NEW_RECORD_NAME)
+WRITTEN_TO = (LOCK_NAME, OWNER_NAME, "metrics.jsonl", "train.log")
+WRITTEN_TO += (processes.LOG_NAME, processes.CONFIG_NAME, HOLD_NAME, NEW_RECORD_NAME)
 """Opened where they are, while others are replaced; the last four by a queue and a fleet."""
 
 
@@ -43,14 +59,14 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     """Hold the existing `folder` of the option `flag` for the block. Raises UserError when another run holds it, or
     when a file that a run writes to is a link or a pipe: the folder may be a stranger's."""
     refuse_links(folder, flag)
-    path = folder / LOCK_NAME
+    path, owner = folder / LOCK_NAME, folder / OWNER_NAME
     file = take(path, flag)
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        file.flush()
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
+        with suppress(OSError):
+            owner.unlink()
         release(path, file)
 
 
@@ -82,23 +98,50 @@ def check_free(folder: Path) -> None:
 
 
 def take(path: Path, flag: str) -> BinaryIO:
-    """Open and lock the file, created again if its owner removes it. Raises UserError when another process holds it."""
+    """Open and lock the file, created again if its owner removes it.
+
+    Raises UserError when another process holds it."""
     while True:
         file = path.open("a+b")
-        try:
-            lock(file)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read(200).decode(errors="replace").strip() or "another process"
+        if not lock(file, path.parent):
             file.close()
             raise UserError(
-                f"{flag} {path.parent}: {owner} is training there; wait for its end, or name another folder."
-            ) from None
+                f"{flag} {path.parent}: {owner_of(path.parent)} is training there; "
+                "wait for its end, or name another folder."
+            )
+        with suppress(FileNotFoundError):  # its last owner removed it between the two lines above
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         file.close()
+
+
+def lock(file: BinaryIO, folder: Path) -> bool:
+    """Whether this process holds the open file in `folder` now.
+
+    The lock lasts until this process, and those that inherit the file, have closed it or ended.
+    Where files cannot be locked (some network disks) a remark says so, and the run goes on.
+    """
+    try:
+        return lock_descriptor(file.fileno(), blocking=False)
+    except OSError as error:
+        remark_no_locks(folder, one_line(error.strerror))
+        return True
+
+
+@cache  # the page takes the queue's lock every second
+def remark_no_locks(folder: Path, reason: str) -> None:
+    said = f"files there cannot be locked ({reason}), so two runs in it are not kept apart"
+    logger.warning("%s", spelled_out(f"{folder}: {said}"))
+
+
+def owner_of(folder: Path) -> str:
+    """Who holds the folder, in its own words. Of a pipe there, reading would have no end."""
+    path, words = folder / OWNER_NAME, b""
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                words = file.read(OWNER_BYTES)
+    return words.decode(errors="replace").strip() or "another process"
 
 
 QUEUE_NAME = ".queue"

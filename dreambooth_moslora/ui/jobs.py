@@ -131,11 +131,10 @@ class Job:
 
 
 def job_by_command(run_dir: Path) -> Job:
-    """The run in a folder without a record, and the process that the lock names, if it lives on this machine."""
+    """The run in a folder without a record, and the process that holds it, if that lives here."""
     try:
-        lock = run_dir / queue.LOCK_NAME
-        owner, began = lock.read_text(encoding="utf-8"), lock.stat().st_mtime
-        pid = int(re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}\n", owner)[1])
+        owner, began = queue.owner_of(run_dir), (run_dir / queue.OWNER_NAME).stat().st_mtime
+        pid = int(re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}", owner)[1])
         created = psutil.Process(pid).create_time()
         if created <= began + 1:  # else another process has its number by now
             return Job(run_dir, queue.COMMAND_LINE, pid, created)

@@ -1,5 +1,6 @@
 """The run folder under kills: what is half written is never mistaken for whole; and its events."""
 
+import errno
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from dreambooth_moslora.core import (
 )
 from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.events import RunEnded, StepDone, StepEvaluated, event_of, events_of, record_of
-from dreambooth_moslora.disk.queue import locked
+from dreambooth_moslora.disk.queue import locked, owner_of
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.settings.table import TrainConfig
@@ -93,10 +94,37 @@ def test_what_a_running_process_writes_and_a_hidden_file_of_the_users_own_are_le
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_a_folder_without_locks_is_trained_in_and_one_line_says_that_runs_are_not_kept_apart(
+    number, tmp_path, monkeypatch, caplog
+):
+    """The file system said so, nobody was told, and two runs held one folder."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path), locked(tmp_path):
+        assert owner_of(tmp_path).startswith(f"process {os.getpid()} on ")
+    [said] = caplog.messages
+    assert said.startswith(f"{tmp_path}: files there cannot be locked ({os.strerror(number)})")
+    assert said.endswith("two runs in it are not kept apart") and not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["link", "link to nothing", "folder", "pipe"])
 @pytest.mark.parametrize(
     "name",
-    ["run.lock", "metrics.jsonl", "train.log", "job.log", "job_config.json", ".worker.lock", ".job.json.tmp"],
+    [
+        "run.lock",
+        "run.owner",
+        "metrics.jsonl",
+        "train.log",
+        "job.log",
+        "job_config.json",
+        ".worker.lock",
+        ".job.json.tmp",
+    ],
 )
 def test_a_strangers_run_folder_has_no_file_written_elsewhere(name, kind, tmp_path):
     """The lock emptied the file that its link led to, lines were added to others, and a queue's record replaced one."""

@@ -15,7 +15,7 @@ from dreambooth_moslora import core
 from dreambooth_moslora.cli.terminal import exit_code
 from dreambooth_moslora.core import UserError, atomic_directory, atomic_write, clean_stale, process_token
 from dreambooth_moslora.disk import processes
-from dreambooth_moslora.disk.queue import LOCK_NAME, QueuedRun, locked
+from dreambooth_moslora.disk.queue import LOCK_NAME, OWNER_NAME, QueuedRun, locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.cluster.records import stop_path
 from dreambooth_moslora.extras.cluster.worker import Job as Work
@@ -41,8 +41,8 @@ def test_the_lock_of_a_run_folder_holds_and_ends_with_its_process(is_killed, tmp
         if is_killed:
             holder.kill()
     with locked(tmp_path):
-        assert str(os.getpid()) in (tmp_path / LOCK_NAME).read_text()
-    assert not (tmp_path / LOCK_NAME).exists()
+        assert str(os.getpid()) in (tmp_path / OWNER_NAME).read_text()
+    assert not {LOCK_NAME, OWNER_NAME} & set(os.listdir(tmp_path))
 
 
 def write(folder, text: str) -> None:

@@ -5,14 +5,13 @@ nor replaced, nor is a folder around it; no folder replaces another; there is no
 handed on. What is asked of the machine itself stays: these are no tests on Windows.
 """
 
-import fcntl
-import importlib.util
 import os
 import sys
 from pathlib import Path
 from subprocess import Popen
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
+import filelock  # noqa: F401  # its fcntl stays: the system's own lock is asked
 import psutil
 import pytest
 
@@ -30,19 +29,6 @@ class FakeSys(ModuleType):
 
     def __getattr__(self, name: str):
         return getattr(sys, name)
-
-
-def locking(number: int, mode: int, count: int) -> None:
-    """`msvcrt.locking` of a byte behind the content."""
-    assert mode == MSVCRT.LK_NBLCK and count == 1
-    assert os.lseek(number, 0, os.SEEK_CUR) > os.fstat(number).st_size  # or nobody could read who holds it
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise PermissionError(13, "Permission denied") from error
-
-
-MSVCRT = SimpleNamespace(LK_NBLCK=2, locking=locking)
 
 
 def denied(path: str, winerror: int) -> PermissionError:
@@ -73,7 +59,7 @@ def refuse_open(path: str, dir_fd: int | None = None) -> None:
 
 def answer_as_windows(patch: pytest.MonkeyPatch) -> None:
     """Raises AssertionError in the program where it sends a signal or hands on a file."""
-    from dreambooth_moslora.disk import file_lock, processes, queue
+    from dreambooth_moslora.disk import processes
 
     kill, replace, unlink, begin = os.kill, os.replace, os.unlink, Popen.__init__
 
@@ -106,18 +92,6 @@ def answer_as_windows(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(kind, "terminate", kind.kill)
     for name in ("fcntl", "resource"):
         patch.setitem(sys.modules, name, None)
-    patch.setitem(sys.modules, "msvcrt", MSVCRT)
     patch.setattr(processes, "IS_POSIX", False)
     patch.setattr(processes, "sys", FakeSys("sys"))
     patch.setattr(processes, "peak_memory_gib", lambda: None)  # Linux tells no working set
-    patch.setattr(queue, "lock", module_on_windows(file_lock).lock)
-
-
-def module_on_windows(module: ModuleType) -> ModuleType:
-    """It, as it is when it is imported on Windows."""
-    spec = importlib.util.spec_from_file_location(f"{module.__name__}_on_windows", module.__file__)
-    again = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "platform", "win32")
-        spec.loader.exec_module(again)
-    return again

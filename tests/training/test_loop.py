@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepDone, events_of, record_of
-from dreambooth_moslora.disk.queue import LOCK_NAME, locked
+from dreambooth_moslora.disk.queue import LOCK_NAME, OWNER_NAME, locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, objective
@@ -407,10 +407,10 @@ def test_a_second_run_in_a_folder_is_refused_and_one_after_a_killed_process_is_n
             train(tiny_config(tiny_base, photos, tmp_path))
         assert sorted(path.name for path in tmp_path.iterdir()) == before
         holder.kill()
-    assert str(holder.pid) in (tmp_path / LOCK_NAME).read_text()
+    assert str(holder.pid) in (tmp_path / OWNER_NAME).read_text()
     with locked(tmp_path):
-        assert str(os.getpid()) in (tmp_path / LOCK_NAME).read_text()
-    assert not (tmp_path / LOCK_NAME).exists()
+        assert str(os.getpid()) in (tmp_path / OWNER_NAME).read_text()
+    assert not {LOCK_NAME, OWNER_NAME} & set(os.listdir(tmp_path))
     for _ in range(2):
         with locked(tmp_path), pytest.raises(UserError, match="is training there"), locked(tmp_path):
             pass

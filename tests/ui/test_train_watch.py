@@ -66,8 +66,8 @@ def test_a_run_of_the_command_line_is_listed_and_watched_and_only_looked_at(tmp_
         with pytest.raises(UserError, match="no run"):
             jobs.stop("dog", owner)
     assert run_names(jobs, owner) == ["cat"] * (owner == OWNER) + [("dog · by command", "dog")]
-    (run / "run.lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-    os.utime(run / "run.lock", (1, 1))  # left by a process that this number belonged to before
+    (run / "run.owner").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    os.utime(run / "run.owner", (1, 1))  # left by a process that this number belonged to before
     assert "The run failed." in watched(jobs, "dog", None, ann)["status"]
     by_command(run, {"type": "start", "max_train_steps": 30}, {"type": "end", "state": "done", "step": 30})
     now = watched(jobs, "dog", None, ann)

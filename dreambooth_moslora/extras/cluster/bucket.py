@@ -213,7 +213,8 @@ class Mirror:
         digests = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
-            is_kept = name.parts[-1] != queue.LOCK_NAME and not any(part.startswith(".") for part in name.parts)
+            is_lock = name.parts[-1] in (queue.LOCK_NAME, queue.OWNER_NAME)
+            is_kept = not is_lock and not any(part.startswith(".") for part in name.parts)
             if is_kept and (digest := self.digest(name.as_posix())) is not None:  # no lock, no temporary file
                 digests[name.as_posix()] = digest
         changed = [name for name, digest in digests.items() if digest != manifest.files.get(name)]

@@ -135,7 +135,7 @@ def pushed(folder: Path, *steps: int) -> Mirror:
 
 def test_a_folder_comes_back_as_it_was_without_locks_and_only_what_has_changed_is_sent(tmp_path, store):
     mirror = pushed(tmp_path / "a", 1, 2)
-    for name in ("run.lock", ".worker.lock", ".checkpoint-3.17-ab.new"):
+    for name in ("run.lock", "run.owner", ".worker.lock", ".checkpoint-3.17-ab.new"):
         (mirror.folder / name).write_text("x")
     mirror.push()
     other = pulled(tmp_path / "b")
