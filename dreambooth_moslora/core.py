@@ -182,12 +182,27 @@ def import_environment() -> dict[str, str]:
 MOST_TEXT_BYTES = 32 * 2**20
 
 
-def small_text(path: Path) -> str:
-    """The text of a file. Raises UnicodeDecodeError, and OSError, also for one of more than 32 MiB: it is no list and
-    no settings, and a hole of gigabytes on the disk would fill the memory."""
-    if path.stat().st_size > MOST_TEXT_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MOST_TEXT_BYTES // 2**20} MiB")
-    return path.read_text(encoding="utf-8-sig")
+def check_size(path: Path, most_bytes: int) -> None:
+    """Raises OSError for a larger file: a hole of gigabytes on the disk would fill the memory."""
+    if path.stat().st_size > most_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {most_bytes // 2**20} MiB")
+
+
+def small_text(path: Path, most_bytes: int = MOST_TEXT_BYTES, errors: str = "strict") -> str:
+    """The text of a file; `errors` says what becomes of bytes that are not UTF-8.
+
+    Raises UnicodeDecodeError, and OSError, also for more than `most_bytes`.
+    """
+    check_size(path, most_bytes)
+    return path.read_text(encoding="utf-8-sig", errors=errors)
+
+
+def stored_text(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
+    """The text of a file that a run left, perhaps somebody else's. Raises UserError naming it."""
+    try:
+        return small_text(path, most_bytes, errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from error
 
 
 def user_path(path: str | Path) -> Path:

@@ -12,14 +12,13 @@ import torch
 
 from dreambooth_moslora.adapters import key_names, lycoris
 from dreambooth_moslora.adapters.mixer import Tensors, nominal_scale
-from dreambooth_moslora.core import UserError, is_number, parse_object
+from dreambooth_moslora.core import UserError, is_number, parse_object, stored_text
 from dreambooth_moslora.disk.run_folder import PEFT_CONFIG
 from dreambooth_moslora.settings.families import DENOISERS
 
 PEFT_SETTINGS = "lora_adapter_metadata"  # In the header, as diffusers' scripts for transformers write it
 LARGEST_ALPHA = 1e6
 PEFT_ALPHA = 8  # PEFT's default when a header has no alpha; also its default rank
-LONGEST_CONFIG = 2**20  # bytes
 OF_LYCORIS = ("LOHA", "LOKR")  # as PEFT calls them
 MODULE_NAME = re.compile(r"\^?\w[\w.-]*")
 
@@ -67,8 +66,9 @@ def beside(file: Path, keys: Iterable[str]) -> dict[str, Any]:
 
 def read_peft_config(path: Path) -> dict[str, Any]:
     """The settings that PEFT keeps beside its weights. Raises UserError for a damaged file."""
+    text = stored_text(path)
     try:
-        return parse_object(path.read_bytes()[:LONGEST_CONFIG])
+        return parse_object(text.encode())
     except UserError as error:
         raise UserError(f"{path} is damaged: it is no JSON object") from error
 

@@ -15,6 +15,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
+from dreambooth_moslora.core import check_size, stored_text
+
+MOST_BYTES = 64 * 2**20  # of a file of events; 200,000 steps have less
+
 
 def append_event(path: Path, event: dict[str, Any]) -> None:
     """Append one line. Numbers that JSON cannot hold (NaN, infinity) become null."""
@@ -28,10 +32,11 @@ def append_event(path: Path, event: dict[str, Any]) -> None:
 
 
 def read_events(path: Path, kind: str = "") -> list[dict[str, Any]]:
-    """All events so far, or those of one kind: other lines are not parsed. A line cut off by a kill is left out."""
+    """All events so far, or those of one kind: other lines are not parsed. A line that a kill cut
+    off is left out. Raises UserError for a file that cannot be read or has more than MOST_BYTES."""
     mark = f'"{kind}"' if kind else ""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        found = [event for line in lines if mark in line and (event := parse_event(line)) is not None]
+    lines = (line for line in stored_text(path, MOST_BYTES).split("\n") if mark in line)
+    found = [event for line in lines if (event := parse_event(line)) is not None]
     return [event for event in found if kind in ("", event["type"])]
 
 
@@ -60,19 +65,24 @@ class Metrics:
 
     path: Path
     events: list[dict[str, Any]] = field(default_factory=list)
+    problem: str = ""  # why a file that is there was not read
     _offset: int = 0
     _last_line: bytes = b""
 
     def refresh(self) -> "Metrics":
+        self.problem = ""
         try:
+            check_size(self.path, MOST_BYTES)
             with self.path.open("rb") as file:
                 file.seek(self._offset - len(self._last_line))
                 if file.read(len(self._last_line)) != self._last_line:
                     self._forget()
                     file.seek(0)
                 data = file.read()
-        except OSError:
+        except OSError as error:
             self._forget()
+            if not isinstance(error, FileNotFoundError):
+                self.problem = f"{self.path.name}: {error.strerror}"
             return self
         whole = data[: data.rfind(b"\n") + 1]
         lines = whole.splitlines(keepends=True)

@@ -12,7 +12,16 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.core import UserError, free_name, one_line, recover, remove_directory, user_path
+from dreambooth_moslora.core import (
+    UserError,
+    free_name,
+    one_line,
+    recover,
+    remove_directory,
+    small_text,
+    stored_text,
+    user_path,
+)
 from dreambooth_moslora.disk.events import StepEvaluated, append_event, events_of, read_events
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
@@ -61,7 +70,7 @@ class RunDir:
         return tokens_files(self.path, self.name)
 
     def read_card(self) -> str | None:
-        return self.card_path.read_text(encoding="utf-8", errors="replace") if self.card_path.is_file() else None
+        return stored_text(self.card_path) if self.card_path.is_file() else None
 
     def checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
@@ -135,7 +144,7 @@ def step_of(path: Path) -> int:
     if named is not None:
         return named
     try:
-        return int(json.loads((path / CHECKPOINT_FILES[0]).read_text(encoding="utf-8"))["step"])
+        return int(json.loads(small_text(path / CHECKPOINT_FILES[0]))["step"])
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return -1
 

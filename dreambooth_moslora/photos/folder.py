@@ -153,7 +153,7 @@ class Captions:
 def kept_captions(path: Path) -> dict[str, dict[str, str]]:
     """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged, or is none."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        entries = json.loads(core.small_text(path)) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     known = {}

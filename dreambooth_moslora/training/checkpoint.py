@@ -83,7 +83,7 @@ def digest_of_shown(config: table.TrainConfig, vae: str, photos: Sequence[object
 def read_position(checkpoint: Path) -> Position:
     """Raises UserError when it is no position."""
     try:
-        return Position(**json.loads((checkpoint / POSITION).read_text(encoding="utf-8")))
+        return Position(**json.loads(core.small_text(checkpoint / POSITION)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise damaged(checkpoint, POSITION, error) from error
 

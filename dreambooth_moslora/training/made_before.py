@@ -168,8 +168,8 @@ class ClassImages:
     def manifest(self) -> dict[str, dict]:
         """File name -> {prompt, seed, model, resolution, perhaps sha256} of every generated image; {} if damaged."""
         try:
-            entries = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError, RecursionError):
+            entries = json.loads(core.small_text(self.folder / MANIFEST))
+        except (OSError, ValueError, RecursionError):
             return {}
         entries = entries if isinstance(entries, dict) else {}
         return {name: facts for name, facts in entries.items() if isinstance(facts, dict)}

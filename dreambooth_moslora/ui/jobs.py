@@ -23,7 +23,14 @@ from typing import Any
 
 import psutil
 
-from dreambooth_moslora.core import UserError, birth_of, is_finite_number, one_line, rename
+from dreambooth_moslora.core import (
+    UserError,
+    birth_of,
+    is_finite_number,
+    one_line,
+    rename,
+    small_text,
+)
 from dreambooth_moslora.disk import processes, queue, run_folder
 from dreambooth_moslora.disk.events import Metrics
 
@@ -100,7 +107,7 @@ class Job:
         if not (run_dir / JOB_NAME).is_file():
             return None
         try:
-            job = cls(run_dir, **json.loads((run_dir / JOB_NAME).read_text(encoding="utf-8")))
+            job = cls(run_dir, **json.loads(small_text(run_dir / JOB_NAME)))
         except (OSError, ValueError, TypeError, RecursionError):
             return None
         texts, numbers = (job.owner, job.birth, job.folder), (job.created, job.stop_asked, job.began)
@@ -307,7 +314,7 @@ class Jobs:
         done = [] if is_starting else [*metrics.of("step")[-1:], *events]
         step = max((int(event.get("step") or 0) for event in done), default=0)
         total = int(metrics.last("start").get("max_train_steps") or 0)
-        message = str(end.get("message") or "")
+        message = str(end.get("message") or metrics.problem)
         if not (message or end or alive):
             message = processes.why_it_ended(code, job.log_tail(), was_asked=bool(job.stop_asked))
         return JobState(state, step, total, phase_of(events), message)
@@ -356,7 +363,7 @@ class Jobs:
 def settings_of(job: Job) -> dict[str, Any]:
     """Those that it was started with. Raises UserError for a file that holds none."""
     try:
-        settings = json.loads((job.run_dir / processes.CONFIG_NAME).read_text(encoding="utf-8"))
+        settings = json.loads(small_text(job.run_dir / processes.CONFIG_NAME))
     except (OSError, ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from dreambooth_moslora.adapters.metadata import check_start_file
-from dreambooth_moslora.core import UserError, free_name
+from dreambooth_moslora.core import UserError, free_name, small_text
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_recipe
 from dreambooth_moslora.plan.memory import Estimate
@@ -121,7 +121,7 @@ def like_of_run(run_dir: Path) -> tuple[str, sources.FoundRecipe | None]:
     """The name and content of the recipe that the run was given; anyone may have changed the file."""
     for file in (run_dir / LIKE).glob("*.json"):
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings = json.loads(small_text(file))
             return file.stem, bounded(sources.FoundRecipe(sources.checked_recipe(settings)[0]))
         except (OSError, ValueError, AttributeError, RecursionError):
             break

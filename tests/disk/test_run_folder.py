@@ -13,6 +13,7 @@ from unittest.mock import ANY
 
 import pytest
 
+from dreambooth_moslora.adapters.lora_settings import read_peft_config
 from dreambooth_moslora.core import (
     UserError,
     atomic_directory,
@@ -24,9 +25,14 @@ from dreambooth_moslora.core import (
 from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.events import RunEnded, StepDone, StepEvaluated, event_of, events_of, record_of
 from dreambooth_moslora.disk.queue import locked, owner_of
-from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name
+from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name, step_of
+from dreambooth_moslora.photos.folder import kept_captions
 from dreambooth_moslora.plan.checks import check_folders
+from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.checkpoint import read_position
+from dreambooth_moslora.training.made_before import ClassImages
+from dreambooth_moslora.ui.jobs import Job
 
 WRITER = """
 import sys
@@ -138,6 +144,35 @@ def test_a_strangers_run_folder_has_no_file_written_elsewhere(name, kind, tmp_pa
         with pytest.raises(UserError, match=f"run: {name} in it is no file of its own"):
             begin()
     assert mine.read_text() == "precious" and sorted(os.listdir(tmp_path)) == ["mine.txt", "run"]
+
+
+REFUSED = {
+    "metrics.jsonl": lambda path: RunDir(path.parent).read_metrics(),
+    "README.md": lambda path: RunDir(path.parent).read_card(),
+    "train_config.json": read_json_table,
+    "adapter_config.json": read_peft_config,
+    "position.json": lambda path: read_position(path.parent),
+}
+TAKEN_FOR_DAMAGED = {
+    "last/position.json": lambda path: step_of(path.parent) == -1,
+    "captions.json": lambda path: kept_captions(path) == {},
+    "manifest.json": lambda path: ClassImages(path.parent, "", "", 0, (8, 8)).manifest() == {},
+    "job.json": lambda path: Job.load(path.parent) is None,
+}
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *TAKEN_FOR_DAMAGED])
+def test_a_strangers_file_of_gigabytes_is_not_read(name, tmp_path):
+    """It is a hole without room on the disk: a look took half a minute and filled the memory."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    os.truncate(path, 2**36)
+    if name in TAKEN_FOR_DAMAGED:
+        assert TAKEN_FOR_DAMAGED[name](path)
+        return
+    with pytest.raises(UserError, match=rf"{name}: .*it has more than \d\d MiB"):
+        REFUSED[name](path)
 
 
 def test_an_error_inside_leaves_what_was_there_and_a_scratch_folder_goes_and_a_killed_one_with_the_next(tmp_path):

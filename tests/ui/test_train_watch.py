@@ -185,6 +185,13 @@ def test_events_of_the_wrong_kind_are_passed_over(tmp_path, look, kind):
     assert look()["status"]
 
 
+def test_events_of_gigabytes_are_not_read_and_the_card_names_their_file(tmp_path, look):
+    """A hole in a received folder: each look, once a second, took half a minute."""
+    run = recorded(tmp_path / "runs" / "dog", {"type": "start"}).run_dir
+    os.truncate(run / "metrics.jsonl", 2**36)
+    assert "The run failed. metrics.jsonl: it has more than 64 MiB" in look()["status"]
+
+
 def test_the_card_speaks_of_the_first_step_after_the_last_photo_and_of_a_checkpoint_only_after_a_step(tmp_path):
     """On a CPU it takes minutes with SDXL, and nothing more is written before its end."""
     encoding, step = {"type": "phase", "phase": "caching", "done": 3, "total": 4}, {"type": "step", "step": 7}
