@@ -69,8 +69,8 @@ def _toy_words(toy: Toy, rng: random.Random) -> str:
 
 
 def _details(toy: Toy, rng: random.Random) -> str:
-    """What it wears and, sometimes for a plain toy, its second colour."""
-    second = toy.pattern == "plain" and rng.random() < 0.35
+    """What it wears and, mostly, a plain toy's second colour: what no caption tells, a model cannot learn to obey."""
+    second = toy.pattern == "plain" and rng.random() < 0.8
     return _with(toy, second, rng.random() < 0.8)
 
 

@@ -47,7 +47,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 PATTERNS = ("plain", "striped", "spotted", "checkered")
 MATERIALS = ("matte", "glossy", "metal")
 HELD_OUT_PERCENT = 6
-SIGHTS_OF_A_PLACE = 4  # in the training; `Scene.variant` may be any number
+SIGHTS_OF_A_PLACE = 4  # `Scene.variant` may be any number
+SIGHTS_OF_A_NARROW_PLACE = 2
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,17 @@ def sample_toy(rng: random.Random, kind: str | None = None, **fixed: Any) -> Toy
 
 
 def sample_scene(
-    rng: random.Random, toy: Toy | None = None, place: str | None = None, held_out: bool | None = False
+    rng: random.Random,
+    toy: Toy | None = None,
+    place: str | None = None,
+    held_out: bool | None = False,
+    narrow: bool = False,
 ) -> Scene:
     """A random picture, of `toy` at `place` if given.
 
-    `held_out` False never shows a held-out combination, True always does, None allows both. Raises ValueError
-    when none fits.
+    `held_out` False never shows a held-out combination, True always does, None allows both. `narrow` keeps the
+    camera nearly fixed: a small model that learns from few pictures then draws better ones. Raises ValueError
+    when no combination fits.
     """
     for _ in range(10_000):
         toys = (toy or sample_toy(rng),)
@@ -139,7 +145,8 @@ def sample_scene(
             toys += (sample_toy(rng),)
         where = place or rng.choice(PLACES)
         if held_out is None or held_out == any(is_held_out(t.kind, t.colour, where) for t in toys):
-            return _sample_view(rng, toys, where)
+            view = _sample_view(rng, toys, where)
+            return _narrowed(rng, view) if narrow else view
     raise ValueError(f"no scene with held_out={held_out} exists for {toy} at {place}: leave one of them free")
 
 
@@ -161,3 +168,11 @@ def _sample_view(rng: random.Random, toys: tuple[Toy, ...], place: str) -> Scene
         offset=(round(rng.uniform(-0.06, 0.06), 3), round(rng.uniform(-0.04, 0.04), 3)),
         variant=rng.randrange(SIGHTS_OF_A_PLACE) / SIGHTS_OF_A_PLACE,
     )
+
+
+def _narrowed(rng: random.Random, scene: Scene) -> Scene:
+    """The same toys and light before a camera of one height and aim, which hardly comes nearer, and one of two
+    sights of the place. Two toys keep their distance, at which both are in the frame."""
+    distance = scene.distance if len(scene.toys) > 1 else round(rng.uniform(1.9, 2.3), 3)
+    variant = rng.randrange(SIGHTS_OF_A_NARROW_PLACE) / SIGHTS_OF_A_NARROW_PLACE
+    return replace(scene, pitch=Scene.pitch, offset=(0.0, 0.0), distance=distance, variant=variant)

@@ -73,6 +73,20 @@ def test_the_usual_view_is_from_1_9_to_2_6_toy_sizes_and_fills_the_frame_as_subj
     assert ((low <= photos) & (photos <= high)).float().mean() > 0.7
 
 
+def test_a_narrow_sampling_keeps_the_camera_and_shows_the_same_toys_and_two_sights_of_a_place():
+    wide = scenes(300)
+    narrow = []
+    for number in range(300):
+        rng = random.Random(number)
+        narrow.append(sample_scene(rng, narrow=True))
+        assert narrow[-1].toys == sample_scene(random.Random(number)).toys
+    assert {(s.pitch, s.offset) for s in narrow} == {(0.18, (0.0, 0.0))}
+    assert {s.variant for s in narrow} == {0.0, 0.5}
+    singles = [s.distance for s in narrow if len(s.toys) == 1]
+    assert 1.9 <= min(singles) < 1.93 and 2.27 < max(singles) <= 2.3
+    assert len({s.pitch for s in wide}) > 50 and {s.variant for s in wide} == {0.0, 0.25, 0.5, 0.75}
+
+
 def test_only_a_close_up_is_called_one_and_fixed_fields_win():
     rng = random.Random(6)
     toy = sample_toy(rng, "duck", colour="teal", pattern="striped")
@@ -136,6 +150,8 @@ def test_captions_name_what_is_drawn():
         assert scene.place in words
     named = [s.place in caption(s, rng) and s.toys[0].colour in caption(s, rng) for s in scenes(300, 4)]
     assert sum(named) > 0.85 * len(named)
+    second = [s.toys[0].colour2 in caption(s, rng) for s in scenes(300, 4)]
+    assert sum(second) > 0.7 * len(second)
     toy = Toy("robot", "red", "white", "striped")
     assert canonical_caption(Scene((toy,), "on the beach")) == "a photo of a red and white striped robot on the beach"
     night = Scene((Toy("duck", "orange", "red", material="glossy"),), "on grass", light="night")
@@ -171,12 +187,14 @@ def test_individuals_are_unlike_each_other_and_of_all_kinds_and_a_missing_subjec
         load("nobody")
 
 
-def test_shard_is_whole_and_repeatable(tmp_path):
-    shard = Shard(tmp_path, 0, 2, 7, 16, "cpu", compiled=False)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_shard_is_whole_and_repeatable(narrow, tmp_path):
+    shard = Shard(tmp_path, 0, 2, 7, 16, "cpu", compiled=False, narrow=narrow)
     first = write_shard(shard).images.read_bytes()
     assert shard.is_done and write_shard(shard).images.read_bytes() == first
     rows = [json.loads(line) for line in shard.scenes.read_text().splitlines()]
     assert [set(row) for row in rows] == [{"scene", "caption", "canonical_caption"}] * 2
+    assert all(row["scene"]["offset"] == [0, 0] for row in rows) == narrow
     assert not list(tmp_path.glob("*.tmp"))
 
 

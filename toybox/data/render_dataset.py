@@ -5,7 +5,8 @@
 writes shards of 1000 pictures: images_0000.npy (uint8, (1000, H, W, 3)) and scenes_0000.jsonl (one line per
 picture: the scene, a caption and the canonical caption). A shard depends only on the seed and its number, and
 appears only when complete, so the command may be stopped and run again. No picture shows a held-out
-combination, unless `--all_combinations` asks for them (for the judge, which must know them).
+combination, unless `--all_combinations` asks for them (for the judge, which must know them). `--narrow` is for the
+training of a base only: what measures it keeps the wide sampling.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Shard:
     device: str
     compiled: bool = True
     all_combinations: bool = False
+    narrow: bool = False
 
     @property
     def images(self) -> Path:
@@ -60,7 +62,8 @@ class Shard:
 def write_shard(shard: Shard) -> Shard:
     """Render and write one shard; each file has a temporary name first."""
     rng = random.Random(f"{shard.seed}/{shard.number}")
-    scenes = [sample_scene(rng, held_out=None if shard.all_combinations else False) for _ in range(shard.count)]
+    held_out = None if shard.all_combinations else False
+    scenes = [sample_scene(rng, held_out=held_out, narrow=shard.narrow) for _ in range(shard.count)]
     lines = [
         json.dumps({"scene": s.to_dict(), "caption": caption(s, rng), "canonical_caption": canonical_caption(s)})
         for s in scenes
@@ -85,6 +88,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size_px", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--all_combinations", action="store_true", help="the held-out ones too")
+    parser.add_argument("--narrow", action="store_true", help="one camera, two sights of a place: fewer views to learn")
     return parser.parse_args(argv)
 
 
@@ -101,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
             args.size_px,
             args.device,
             all_combinations=args.all_combinations,
+            narrow=args.narrow,
         )
         for number, start in enumerate(starts)
     ]
