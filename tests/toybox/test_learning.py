@@ -22,7 +22,7 @@ from toybox.learning.build_tokenizer import MAX_TOKENS, load
 from toybox.learning.channels_last import FastGroupNorm, to_channels_last, use_fast_group_norm
 from toybox.learning.sharpen_decoder import anchor_loss, contrast, contrast_gains, with_contrast
 from toybox.learning.train_unet import SNR_GAMMA, TOY_WEIGHT, Timesteps, build_unet, noise_schedule
-from toybox.learning.train_vae import crops
+from toybox.learning.train_vae import crops, noised
 from toybox.learning.train_vit import Views
 from toybox.learning.training import MasterWeights, Run, compute_dtype, saved_step
 
@@ -212,6 +212,21 @@ def test_the_vae_trains_on_the_crop_with_the_most_detail():
     share = [float((crops(images, 64, torch.Generator().manual_seed(seed)).std(dim=(1, 2, 3)) > 0.05).float().mean())
              for seed in range(4)]  # fmt: skip
     assert sum(share) / 4 > 0.4  # 0.24 by chance, 0.56 as the best of three
+
+
+def test_noise_on_latents_is_a_share_of_their_deviation_and_none_for_a_fifth_of_them():
+    draw = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    latents = torch.randn(2000, 4, 8, 8, generator=draw()).requires_grad_()
+    added = noised(latents, 0.3, torch.Generator().manual_seed(1)) - latents
+    share = added.detach().std(dim=(1, 2, 3))
+    assert float((share == 0).float().mean()) == pytest.approx(0.2, abs=0.03)
+    assert float(share.max()) == pytest.approx(0.3, rel=0.2)
+    twice = noised(2 * latents, 0.3, torch.Generator().manual_seed(1)) - 2 * latents
+    torch.testing.assert_close(twice, 2 * added, atol=1e-5, rtol=1e-4)
+    # The encoder is told that larger latents bring larger noise.
+    added.square().mean().backward()
+    assert float((latents.grad * latents).sum()) > 0
+    assert torch.equal(noised(latents, 0.0, draw()), latents)
 
 
 def test_the_shipped_tokenizer_is_read_as_the_one_of_the_training(tmp_path):
