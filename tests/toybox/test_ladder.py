@@ -1,0 +1,36 @@
+"""The ladder: a base that is right gives the renders back, and both families are measured on the same ones."""
+
+import pytest
+import torch
+from PIL import Image
+
+from toybox.learning.train_unet import noise_schedule
+from toybox.measures.ladder import STEPS, denoised, main
+
+LATENTS = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+CAPTIONS = [str(number) for number in range(len(LATENTS))]
+
+
+@pytest.mark.parametrize("timestep", STEPS)
+def test_true_velocities_give_the_latents_back_and_none_leave_noise_in_them(timestep):
+    def truth(noisy, t, captions):
+        latents = LATENTS[[int(caption) for caption in captions]]
+        signal = noise_schedule().alphas_cumprod[t].sqrt()[:, None, None, None]
+        noise = (noisy - signal * latents) / (1 - signal**2).sqrt()
+        return signal * noise - (1 - signal**2).sqrt() * latents
+
+    torch.testing.assert_close(denoised(truth, LATENTS, CAPTIONS, timestep), LATENTS, atol=1e-3, rtol=0)
+    none = denoised(lambda noisy, *_: 0 * noisy, LATENTS, CAPTIONS, timestep)
+    assert (none - LATENTS).square().mean() > 0.05
+
+
+@pytest.mark.slow
+def test_each_base_loses_more_from_more_noise_and_has_its_strip(tmp_path, capsys):
+    main(["assets/toy-sdxl", "assets/toy-zimage", "--pictures", "2", "--out", str(tmp_path)])
+    head, *rows = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert head == ["base", "autoencoder", *(f"t = {timestep}" for timestep in STEPS)]
+    assert [row[0] for row in rows] == ["assets/toy-sdxl", "assets/toy-zimage"]
+    for number, (_, *figures) in enumerate(rows, start=1):
+        found = [float(figure) for figure in figures]
+        assert found[-1] > 15 and found == sorted(found, reverse=True) and found[0] > 28
+        assert Image.open(tmp_path / f"{number}.png").size == (2 * 128, 5 * 128)
