@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ZImagePipeline
+from diffusers import AutoencoderKL, ZImagePipeline
 from safetensors.torch import load_file
+from transformers import Qwen2Tokenizer
 
 from dreambooth_moslora.core import assets_folder
 from toybox.data.renders import Renders
@@ -74,6 +75,23 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_w
         torch.testing.assert_close(own, theirs)
     picture = pipeline(prompts[0], height=128, width=128, num_inference_steps=2, guidance_scale=1.5).images[0]
     assert picture.size == (128, 128)
+
+
+def test_a_finished_base_goes_on_without_a_teacher_beside_the_autoencoder_of_its_new_latents(state, tmp_path):
+    start, vae = assets_folder() / "toy-zimage", tmp_path / "vae"
+    other = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float16)
+    other.register_to_config(scaling_factor=0.5)
+    other.save_pretrained(vae)
+    words = ["--start", str(start), "--teacher", "nowhere", "--vae", str(vae), "--steps", "1"]
+    still = trained(state, tmp_path / "still", *words, "--lr", "0", "--muon_lr", "0")
+    before = load_file(start / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(still[name], before[name]) for name in before)
+    model = tmp_path / "still" / "model"
+    assert AutoencoderKL.from_pretrained(model / "vae").config.scaling_factor == 0.5
+    vocabularies = [Qwen2Tokenizer.from_pretrained(base / "tokenizer").get_vocab() for base in (start, model)]
+    assert vocabularies[0] == vocabularies[1]
+    moved = trained(state, tmp_path / "moved", *words)
+    assert any(not torch.equal(moved[name], before[name]) for name in before)
 
 
 def test_blocks_with_a_rotary_embedding_in_real_numbers_answer_as_the_stock_ones_do():

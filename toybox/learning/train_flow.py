@@ -12,6 +12,9 @@ a finished UNet, finds in z under the caption at the same ratio of noise to sign
 without the noise of one draw. In the last third of the run all rows learn from the data. A tenth of the captions is
 empty, for guidance. Cells of a toy weigh more, as in `train_unet`.
 
+With `--start` a finished base goes on, with its tokenizer and without a teacher, as on the latents of a new
+autoencoder, which no teacher knows: `--vae` is that autoencoder.
+
 `--compiled` wants a C++ compiler and a minute before the first step. A step takes 0.55 of the processor's time then, as
 most of an eager one goes into norms, modulation and rotary embeddings, which compilation fuses. `torchrun` shares the
 work, as in `train_unet`: two processes of one thread are faster than one of two.
@@ -191,16 +194,32 @@ def said(captions: list[str], dimensions: int) -> Tensor:
     return torch.tensor([bool(caption) for caption in captions]).view(-1, *[1] * (dimensions - 1))
 
 
+def finished_parts(base: Path) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
+    """The tokenizer of a finished base, and its transformer and encoder in fp32."""
+    transformer = ZImageTransformer2DModel.from_pretrained(base / "transformer", torch_dtype=torch.float32)
+    encoder = Qwen3Model.from_pretrained(base / "text_encoder", torch_dtype=torch.float32)
+    parts = nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
+    return Qwen2Tokenizer.from_pretrained(base / "tokenizer"), parts
+
+
+def new_parts(renders: Renders) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
+    """A tokenizer of the renders' captions, and both networks at random."""
+    tokenizer = captions_tokenizer([row[name] for row in renders.rows for name in ("caption", "canonical_caption")])
+    return tokenizer, build_parts(len(tokenizer))
+
+
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     renders, cache = Renders(args.data), load_latents(args.latents)
-    chosen, teacher = whole_pictures(cache["time_ids"]), Teacher(args.teacher)
-    tokenizer = captions_tokenizer([row[name] for row in renders.rows for name in ("caption", "canonical_caption")])
-    parts = build_parts(len(tokenizer)).train()
+    chosen = whole_pictures(cache["time_ids"])
+    teacher = None if args.start else Teacher(args.teacher)
+    tokenizer, parts = finished_parts(args.start) if args.start else new_parts(renders)
+    parts.train()
     if args.compiled:
         compile_each(with_real_rotary(parts["transformer"]))
     weights = MasterWeights(parts, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay)
-    run = Run(args.out, weights, args.steps, until=args.until, batch=args.batch, save_every=100, log_every=50)
+    options = {"minutes": args.minutes, "until": args.until, "batch": args.batch}
+    run = Run(args.out, weights, args.steps, **options, save_every=50, log_every=args.log_every)
     for step in run:
         generator = run.generator(step)
         rng = random.Random(generator.initial_seed())
@@ -208,9 +227,12 @@ def train(args: argparse.Namespace) -> None:
         captions = [nonsense(caption_of(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()]
         captions = ["" if rng.random() < EMPTY else caption for caption in captions]
         x, sigma = cache["latents"][rows].float(), torch.randn(args.batch, generator=generator).sigmoid()
-        noise, taught = torch.randn(x.shape, generator=generator), 0 if run.progress > 2 / 3 else args.batch // 2
-        t = teacher.timesteps(sigma[:taught])
-        sigma[:taught] = teacher.sigmas[t]
+        noise = torch.randn(x.shape, generator=generator)
+        taught = args.batch // 2 if teacher and run.progress <= 2 / 3 else 0
+        if taught:
+            # The teacher knows the noise levels of its own schedule only.
+            t = teacher.timesteps(sigma[:taught])
+            sigma[:taught] = teacher.sigmas[t]
         z = torch.lerp(x, noise, sigma[:, None, None, None])
         target = x - noise
         if taught:
@@ -218,17 +240,17 @@ def train(args: argparse.Namespace) -> None:
         states = encode(parts["text_encoder"], tokenizer, captions)
         squared = (answer(parts["transformer"], z.to(states[0].dtype), sigma, states) - target).square()
         (loss := (squared * cell_weights(cache["toys"][rows])).mean()).backward()
-        norm = weights.step(run.rate(step, warmup=200))
+        norm = weights.step(run.rate(step, warmup=50 if args.start else 200))
         run.add(loss=loss, drawn=squared[taught:].mean(), grad_norm=norm)
     if run.rank == 0:
-        export(weights, tokenizer, args.teacher, args.out / "model")
+        export(weights, tokenizer, args.vae or args.teacher / "vae", args.out / "model")
 
 
-def export(weights: MasterWeights, tokenizer: Qwen2Tokenizer, teacher: Path, out: Path) -> None:
-    """The averaged weights as a ZImagePipeline in fp16, beside the teacher's autoencoder."""
+def export(weights: MasterWeights, tokenizer: Qwen2Tokenizer, vae: Path, out: Path) -> None:
+    """The averaged weights as a ZImagePipeline in fp16, beside the autoencoder of the latents."""
     parts = build_parts(len(tokenizer))
     parts.load_state_dict(weights.averaged())
-    vae = AutoencoderKL.from_pretrained(teacher / "vae", torch_dtype=torch.float16)
+    vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float16)
     vae.register_to_config(shift_factor=0.0)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     pipeline = ZImagePipeline(vae=vae, tokenizer=tokenizer, scheduler=scheduler, **parts.half())
@@ -242,8 +264,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("data", "latents", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, default=Path("assets/toy-sdxl"), help="the embedded base")
+    parser.add_argument("--start", type=Path, help="a finished base of this architecture to go on from, untaught")
+    parser.add_argument("--vae", type=Path, help="the autoencoder of the latents, the teacher's unless it is given")
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--until", type=int, help="stop at this step for now, with the rates of --steps")
+    parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
+    parser.add_argument("--log_every", type=int, default=50, help="steps")
     parser.add_argument("--batch", type=int, default=64, help="batch of each process")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--muon_lr", type=float, default=1e-2, help="rate of the weight matrices, by Muon")
