@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dreambooth_moslora.adapters import basis, key_names, lora_settings, new_tokens, raw_file
+from dreambooth_moslora.adapters import key_names, lora_settings, new_tokens, raw_file
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer, nominal_scale
 from dreambooth_moslora.core import UserError, one_line, user_path
@@ -143,8 +143,6 @@ def describe(path: str | Path) -> dict[str, object]:
         widths = {new_tokens.KEYS[part]: rows.shape[1] for part, rows in tokens.rows.items()}
         kind = "new tokens of SDXL's text encoders"
         return facts | {"kind": kind, "word": tokens.word, "tokens": tokens.count, "widths": widths}
-    if set(tensors) == {basis.MIXERS}:
-        return facts | describe_mixers(path)
     facts["dtypes"] = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
     if raw_file.RAW_KEY in tensors:
         return facts | describe_raw(path)
@@ -156,19 +154,6 @@ def describe(path: str | Path) -> dict[str, object]:
     except RuntimeError as error:  # torch lacks the operation for this dtype, or the values are too large
         raise UserError(f"{path.name} is broken: {one_line(error)}") from error
     return facts | said_by_header(header)
-
-
-def describe_mixers(path: Path) -> dict[str, object]:
-    """The content of a file of mixers alone. Raises UserError."""
-    mixers = basis.read_mixers(path)
-    note = mixers.metadata.basis
-    return {
-        "kind": "mixers alone, on a frozen basis (for generate and the page)",
-        "basis": f"{note['file'] or note['kind']}, sha256 {note['sha256'][:12]}",
-        "modules": {"unet": len(mixers.ranks)},
-        "ranks": by_rank(mixers.ranks.values()),
-        **said_by_metadata(mixers.metadata),
-    }
 
 
 def describe_raw(path: Path) -> dict[str, object]:

@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dreambooth_moslora.adapters import basis, describe, key_names, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters import describe, key_names, moslora, proof, published_file, raw_file
 from dreambooth_moslora.adapters.lora_settings import (
     OF_LYCORIS,
     PEFT_SETTINGS,
@@ -147,11 +147,9 @@ class AdapterWeights:
 
 
 def adapter_name(path: str | Path) -> str:
-    """ "dog" for `runs/dog` and the file in it, "dog@500", "dog@last", "dog@best", "dog@mixers"; else the stem."""
+    """ "dog" for `runs/dog` and the file in it, "dog@500", "dog@last", "dog@best"; else the stem."""
     file = run_folder.find_weights(path)
     folder = file.parent.resolve()
-    if file.name == run_folder.MIXERS_NAME:
-        return f"{folder.name}@mixers"
     if file.name not in (run_folder.PUBLISHED_NAME, run_folder.RAW_NAME):
         return file.stem
     if folder.name.startswith("checkpoint-") or (folder.name, file.name) == ("last", run_folder.RAW_NAME):
@@ -169,8 +167,6 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
             header, keys = dict(opened.metadata() or {}), set(opened.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from error
-    if basis.is_mixer_file(file):
-        raise UserError(f"{file.name} holds mixers alone, without their basis; give the LoRA file beside it")
     is_raw = raw_file.RAW_KEY in keys
     if not is_raw and not beside(file, keys) and any(key.endswith(describe.UNFOLDED) for key in keys):
         raise UserError(

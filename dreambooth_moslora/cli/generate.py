@@ -40,7 +40,6 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     about_base = "a folder, a hub id, a .safetensors file, or toy (default: that of the adapter's run, else toy)"
     add("base", help=f"the base: {about_base}")
     add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help=ADAPTER_HELP)
-    add("basis", metavar="FILE", help="the basis of --adapter mixers.safetensors, if it is not beside that file")
     add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
     add("negative_prompt", help="what to keep out")
     add("from_png", metavar="FILE", help="take all parameters from a PNG; other options override them")
@@ -82,9 +81,7 @@ def run_generate(args: argparse.Namespace) -> int:
             print(f"note: {note}", file=sys.stderr)
     if not adapters:
         say([without_adapter(base, values["prompt"])])
-    basis = user_path(args.basis) if args.basis else None
     pipeline = SubjectPipeline.from_base(base, **places)
-    pipeline.bases.files += [basis] if basis else []
     say(without_effect(values, pipeline.family.facts))
     if recipe and recipe.provenance.base not in ("", pipeline.base_name):
         say([f"note: the picture was made with the base {recipe.provenance.base}, and this is {pipeline.base_name}"])
@@ -154,8 +151,6 @@ def check_paths(args: argparse.Namespace, base: str, recipe: params.Recipe | Non
     for path, _ in map(_split_scale, args.adapter):
         if path not in in_picture:
             find_weights(find_asset(path))
-    if args.basis and not user_path(args.basis).is_file():
-        raise UserError(f"--basis {args.basis}: there is no such file.")
     resolve_base(base)
     folder = user_path(args.output_dir)
     require_folder("output_dir", str(folder), folder)

@@ -26,7 +26,6 @@ from dreambooth_moslora.disk.events import StepEvaluated, append_event, events_o
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 KOHYA_SUFFIX = ".kohya.safetensors"  # End of the name of the file for other programs, after the run's name.
-MIXERS_NAME = "mixers.safetensors"  # Mixers alone, of a run on a frozen basis.
 BASIS_SUFFIX = "basis.safetensors"  # End of the name of a basis that was learnt.
 BEST_NAME = "best"  # Folder of the best evaluated step in a run.
 TOKENS_SUFFIX = "_emb.safetensors"
@@ -41,7 +40,6 @@ class RunDir:
     def __init__(self, path: str | Path):
         self.path = path = Path(path)
         self.adapter_path = path / PUBLISHED_NAME
-        self.mixers_path = path / MIXERS_NAME
         self.card_path = path / "README.md"
         self.config_path = path / "train_config.json"
         self.metrics_path = path / "metrics.jsonl"
@@ -228,9 +226,9 @@ def named_files(files: Iterable[Path], folders: Collection[Path], taken: Collect
 
 
 def run_files(runs: Collection[Path]) -> list[Path]:
-    """Adapters of runs, the newest first, with best step and mixers; then checkpoints, the last of a run first."""
+    """Adapters of runs, the newest first, with the best step; then checkpoints, the last of a run first."""
     dirs = [RunDir(run) for run in runs]
-    places = [place for d in dirs for place in (d.adapter_path, d.best_dir / PUBLISHED_NAME, d.mixers_path)]
+    places = [place for d in dirs for place in (d.adapter_path, d.best_dir / PUBLISHED_NAME)]
     newest = {d.path: d.adapter_path.stat().st_mtime for d in dirs if d.adapter_path.is_file()}
     finished = [file for file in places if file.is_file()]
     finished.sort(key=lambda file: -max(newest.get(run, 0.0) for run in (file.parent, file.parent.parent)))
@@ -244,15 +242,13 @@ def is_of_run(path: PurePath) -> bool:
     if path.name == RAW_NAME:
         return checkpoint_step(path.parent) is not None
     is_best = path.name == PUBLISHED_NAME and path.parent.name == BEST_NAME
-    return is_best or (path.name in (PUBLISHED_NAME, MIXERS_NAME) and len(path.parts) < 3)
+    return is_best or (path.name == PUBLISHED_NAME and len(path.parts) < 3)
 
 
 def name_of(file: Path, folders: Collection[Path]) -> str:
-    """`dog`, `dog@500` for a checkpoint, `dog@best` for the best step of a run, `dog@mixers` for mixers alone."""
+    """`dog`, `dog@500` for a checkpoint, `dog@best` for the best step of a run."""
     if file.name == RAW_NAME:
         return f"{clean_name(file.parent.parent.name)}@{checkpoint_step(file.parent) or 0}"
-    if file.name == MIXERS_NAME and file.parent not in folders:
-        return f"{clean_name(file.parent.name)}@mixers"
     if file.name != PUBLISHED_NAME:
         return clean_name(file.stem)
     is_best = file.parent.name == BEST_NAME and file.parent.parent not in folders

@@ -20,14 +20,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dreambooth_moslora import __version__, core
-from dreambooth_moslora.adapters import basis, lora_file, metadata, new_tokens
+from dreambooth_moslora.adapters import lora_file, metadata, new_tokens
 from dreambooth_moslora.base import decode, families, load, machine
-from dreambooth_moslora.base.files import base_folder, facts_of_base, variant_here
-from dreambooth_moslora.disk.run_folder import BEST_NAME, find_weights
+from dreambooth_moslora.base.files import facts_of_base, variant_here
+from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Provenance, Recipe, Step
 from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
 from dreambooth_moslora.settings.families import Facts
-from dreambooth_moslora.settings.table import SVD, TrainConfig
 
 Item = TypeVar("Item")
 Stamp = tuple[Path, int, int]
@@ -65,12 +64,11 @@ def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) 
 @dataclass(frozen=True)
 class Adapter:
     name: str
-    key: str  # the name inside PEFT; of mixers alone their basis's
+    key: str  # the name inside PEFT
     sha256: str
     header: dict[str, str]  # the file's metadata
     tokens: tuple[new_tokens.NewTokens, ...]  # of the files that the header names, or bundled
     stamp: Stamp
-    mixers: basis.Mixers | None = None
 
 
 @dataclass(frozen=True)
@@ -178,64 +176,6 @@ class Home:
             raise core.UserError(f"there is too little memory for {asked}: at most {side} x {side} px fit now")
 
 
-class MixersOnBases:
-    """The bases in a pipeline's UNet, by `Mixers.basis_key`. `files` are bases that the user names."""
-
-    def __init__(self, pipeline: DiffusionPipeline):
-        self.pipeline = pipeline
-        self.files: list[Path] = []
-        self.places: dict[str, Any] = {}  # `revision` and `cache_dir` of the base
-        self._loaded: dict[str, basis.SwappedMixers] = {}
-
-    def prepare(self, mixers: basis.Mixers, file: Path) -> None:
-        """Put the basis of the mixers, read from `file`, into the UNet. Raises UserError."""
-        if (unet := getattr(self.pipeline, "unet", None)) is None:
-            raise core.UserError(f"{mixers.file_name} was made for another base: mixers alone are a UNet's")
-        key = mixers.basis_key
-        self._loaded[key] = basis.SwappedMixers(unet, self._find(mixers, file), mixers.ranks, key)
-
-    def show(self, chosen: Iterable[tuple[basis.Mixers, float]]) -> set[str]:
-        """Let each basis compute with the weighted sum of its chosen mixers. Returns the names of these adapters."""
-        by_basis: dict[str, list] = {}
-        for mixers, scale in chosen:
-            by_basis.setdefault(mixers.basis_key, []).append((mixers.values, scale))
-        for key, subjects in by_basis.items():
-            self._loaded[key].show(subjects)
-        return set(by_basis)
-
-    def forget(self, key: str) -> None:
-        self._loaded.pop(key, None)
-
-    def _find(self, mixers: basis.Mixers, file: Path) -> basis.Basis:
-        """The basis that the mixers were trained on. Raises UserError for any other."""
-        note = mixers.metadata.basis
-        if note["kind"] == SVD:
-            return self._svd_basis(mixers)
-        parents = file.absolute().parents
-        near = parents[: 3 if parents[0].name == BEST_NAME else 2]
-        beside = [folder / note["file"] for folder in near] if note["file"] else []
-        for place in (*self.files, *beside):
-            if place.is_file() and core.file_digest(place) == note["sha256"]:
-                return basis.FileBasis(place)
-        raise core.UserError(
-            f"{mixers.file_name} needs its basis, {note['file']!r:.60} with sha256 {note['sha256'][:12]:.12}: put it "
-            "beside the file or into the folder above, or name it with `generate --basis`"
-        )
-
-    def _svd_basis(self, mixers: basis.Mixers) -> basis.Basis:
-        """Of the base's files that the mixers were trained on: a run may have loaded another variant of them."""
-        wanted, found, name = mixers.metadata.basis, [], str(self.pipeline.config.get("_name_or_path") or "")
-        config = TrainConfig(pretrained_model_name_or_path=name, **self.places) if name else None
-        for one in basis.svd_bases(config and base_folder(config)):
-            if one.note == wanted:
-                return one
-            found.append(one.note["sha256"][:12])
-        raise core.UserError(
-            f"{mixers.file_name} was made for other weights: its basis is of a base with sha256 "
-            f"{wanted['sha256'][:12]:.12}, and this one's is {found[0]}"
-        )
-
-
 def check_sides(sides: tuple[int, int], facts: Facts) -> None:
     """Raises UserError for sides, px, that the family's patches do not divide."""
     step = facts.multiple_px
@@ -264,7 +204,6 @@ class SubjectPipeline:
         self.home = Home(pipeline, torch.device(home or pipeline.device))
         self.adapters: dict[str, Adapter] = {}
         self.family = families.family_of(pipeline)
-        self.bases = MixersOnBases(pipeline)
         self._active: dict[str, float] | None = None
         self._own_scheduler = pipeline.scheduler
         self._tokens: new_tokens.AttachedTokens | None = None
@@ -288,7 +227,6 @@ class SubjectPipeline:
         dtype = dtype or (half if device.type in ("cuda", "mps") else torch.float32)
         pipeline = load.load_pipeline(name, dtype=dtype, variant=variant_here(name, **places), **places)
         subject = cls(pipeline, core.public_name(name), device)
-        subject.bases.places = places
         if not (resting or subject.home.is_short):
             subject.home.enter()
         return subject
@@ -310,9 +248,9 @@ class SubjectPipeline:
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the model; returns its name.
 
-        An unchanged file that is already loaded costs nothing, and mixers alone cost milliseconds once their basis is
-        there. New tokens come from the files that its header names, beside it, or from the file itself, as OneTrainer
-        bundles them. Raises UserError when it is no adapter for this base, or its tokens belong to another.
+        An unchanged file that is already loaded costs nothing. New tokens come from the files that its header names,
+        beside it, or from the file itself, as OneTrainer bundles them. Raises UserError when it is no adapter for
+        this base, or its tokens belong to another.
         """
         name, file = name or lora_file.adapter_name(path), find_weights(path)
         facts = file.stat()
@@ -329,12 +267,6 @@ class SubjectPipeline:
         return name
 
     def _install(self, name: str, file: Path, stamp: Stamp) -> Adapter:
-        if basis.is_mixer_file(file):
-            mixers = basis.read_mixers(file)
-            if mixers.basis_key not in self._keys():
-                self._active = None
-                self.bases.prepare(mixers, file)
-            return Adapter(name, mixers.basis_key, mixers.sha256, mixers.header, (), stamp, mixers)
         weights = lora_file.read_adapter(file, self.pipeline)
         lora_file.check_fits(weights, self.pipeline, self.base_name)
         tokens = new_tokens.tokens_beside(file, weights.header)
@@ -392,12 +324,9 @@ class SubjectPipeline:
         chosen = [(self.adapters[name], scale) for name, scale in adapters if scale != 0]
         totals = defaultdict(float)
         for adapter, scale in chosen:
-            if adapter.mixers is None:
-                totals[adapter.key] += scale
+            totals[adapter.key] += scale
         active = {key: total for key, total in totals.items() if total}
-        blended = self.bases.show((adapter.mixers, scale) for adapter, scale in chosen if adapter.mixers is not None)
-        active |= dict.fromkeys(blended, 1.0)
-        if active != self._active:  # PEFT walks over all modules, which takes longer than swapping mixers
+        if active != self._active:  # PEFT walks over all modules
             if active:
                 self.pipeline.enable_lora()
                 self.pipeline.set_adapters(list(active), list(active.values()))
@@ -524,7 +453,6 @@ class SubjectPipeline:
             self._detach_tokens()  # those of others come back with the next picture
         if gone and gone.key != unless and gone.key not in self._keys():
             self.pipeline.delete_adapters(gone.key)
-            self.bases.forget(gone.key)
             self._active = None
 
     def _keys(self) -> set[str]:

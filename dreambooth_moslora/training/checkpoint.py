@@ -309,7 +309,7 @@ def claim_run_folder(config: table.TrainConfig, context: RunContext, step: int, 
     elif has_previous_run(run_dir):
         # class images stay, since the new run can use them, and the log, which continues
         pictures = [run_dir.path / name for name in sorted(run_folder.pictures_named(run_dir.read_card() or ""))]
-        adapter = [run_dir.adapter_path, run_dir.mixers_path, *published_as(run_dir)]
+        adapter = [run_dir.adapter_path, *published_as(run_dir)]
         weights = [*run_dir.named_checkpoints(), run_dir.best_dir, *adapter]
         facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
         sheets = [*pictures, run_dir.samples_dir, run_dir.contact_sheet_path]

@@ -136,7 +136,7 @@ def score_table(facts: CardFacts) -> str:
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_FILES = [run_folder.PUBLISHED_NAME, run_folder.MIXERS_NAME, "README.md", "image_*.png"]
+PUBLIC_FILES = [run_folder.PUBLISHED_NAME, "README.md", "image_*.png"]
 PUBLIC_FILES += [f"*{run_folder.KOHYA_SUFFIX}", f"*{run_folder.TOKENS_SUFFIX}"]
 
 

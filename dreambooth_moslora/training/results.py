@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dreambooth_moslora.adapters import metadata, new_tokens, published_file, raw_file
-from dreambooth_moslora.adapters.basis import write_mixers
 from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import StopRequestedError, UserError, atomic_directory, atomic_write, public_name, seed_of
@@ -215,10 +214,7 @@ class Publisher:
     def _publish_to(self, folder: Path) -> Proof:
         components, name, facts = self.train_step.components, self.run_dir.name, self.facts_now
         if self.learnt is None:
-            proof = published_file.publish(components, folder, name, facts)
-            if self.config.basis:
-                write_mixers(folder / run_folder.MIXERS_NAME, components["unet"], facts)
-            return proof
+            return published_file.publish(components, folder, name, facts)
         attached, bare = self.learnt.attached, [one.instance_prompt for one in self.config.each_subject]
         prove = lambda paths: new_tokens.prove_tokens(paths, attached, bare)  # noqa: E731
         return published_file.publish(components, folder, name, facts, tokens=self.tokens, prove=prove)

@@ -32,7 +32,6 @@ DOWNLOADS = {
     "download": ("Download the adapter", "download_adapter"),
     "download_kohya": ("… for ComfyUI, A1111", "download_kohya"),
     "download_tokens": ("… its new tokens", "download_tokens"),
-    "download_mixers": ("… its mixers alone", "download_mixers"),
 }
 """Name -> label and id of a button."""
 PICTURES = ("loss", "fidelity", "samples", "sheet")
@@ -180,7 +179,6 @@ def _shown(jobs: Jobs, job: Job, state: JobState, visitor: visitors.Visitor) -> 
         "download": _download([run_dir.adapter_path], ready, job, visitor),
         "download_kohya": _download([run_dir.kohya_path], ready, job, visitor),
         "download_tokens": _download(run_dir.tokens_paths, ready, job, visitor),
-        "download_mixers": _download([run_dir.mixers_path], ready, job, visitor),
         "loss": _plot(loss_table(metrics), "loss"),
         "fidelity": _plot(fidelity_table(metrics), "score"),
         "samples": gr.Gallery(samples, visible=bool(samples)),

@@ -1,27 +1,21 @@
-"""A frozen basis: its directions, what learns on it, learning it over several subjects, runs that train mixers alone,
-subjects that are swapped on it, and where it is looked for."""
+"""A frozen basis: its directions, what learns on it, learning it over several subjects, runs on it."""
 
 import json
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters import basis as frozen
-from dreambooth_moslora.adapters import fast_linear, lora_file, moslora, raw_file
-from dreambooth_moslora.adapters.basis import FileBasis, SvdBasis, SwappedMixers, leading_directions, read_mixers
-from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters import fast_linear, moslora, raw_file
+from dreambooth_moslora.adapters.basis import FileBasis, SvdBasis, leading_directions
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RAW_NAME, RunDir, files_by_name
-from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.generation.pipeline import MixersOnBases, SubjectPipeline
+from dreambooth_moslora.disk.run_folder import RAW_NAME, files_by_name
 from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.checks import check_settings
 from dreambooth_moslora.settings.sources import checked_recipe, recipe_of
@@ -29,11 +23,9 @@ from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep
 from tests.adapters.test_fast_linear import unet_loss
 from tests.helpers.live_adapters import facts_of
-from tests.helpers.tiny import save_tiny_sdxl, tiny_unet
-from tests.helpers.tiny_families import tiny_pipeline
+from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
-PARAMS = GenerationParams("a photo of sks dog", seed=3, steps=2, guidance_scale=1.0)
 COMMAND = ("--rank", "3", "--resolution", "64", "--train_batch_size", "1", "--target_modules", "to_q", "conv1")
 NOTE = {"kind": "svd", "sha256": "ab" * 32, "file": ""}
 LAYERS = ["to_q", "conv1"]
@@ -58,37 +50,8 @@ def runs(config, tmp_path_factory):
     return folder
 
 
-def picture(subject, *adapters):
-    (image,) = subject.draw(replace(PARAMS, adapters=adapters))
-    return np.asarray(image.pixels).astype(int)
-
-
 @pytest.mark.slow
-def test_mixers_draw_what_the_folded_files_draw_alone_and_together(runs, tiny_base):
-    loaded = SubjectPipeline.from_base(tiny_base)
-    base = picture(loaded)
-    for name in ("dog", "cat"):
-        loaded.load_adapter(runs / name)
-        assert loaded.load_adapter(RunDir(runs / name).mixers_path) == f"{name}@mixers"
-    for scales in ((1.0, 0.0), (0.0, 1.0), (0.4, 0.0), (0.8, 0.7), (1.0, 0.0)):
-        folded = picture(loaded, ("dog", scales[0]), ("cat", scales[1]))
-        mixed = picture(loaded, ("dog@mixers", scales[0]), ("cat@mixers", scales[1]))
-        assert np.abs(folded - mixed).max() <= 1 < np.abs(folded - base).max()
-    one_of_each = picture(loaded, ("dog", 0.8), ("cat@mixers", 0.7))
-    assert np.abs(one_of_each - picture(loaded, ("dog", 0.8), ("cat", 0.7))).max() <= 1
-    assert np.array_equal(picture(loaded), base)
-    for name in ("dog@mixers", "cat@mixers"):
-        loaded.unload_adapter(name)
-    assert not any(key.startswith("basis") for key in loaded.pipeline.unet.peft_config)
-
-
-@pytest.mark.slow
-def test_mixers_of_another_base_are_said_in_one_line_and_a_resumed_run_needs_the_same_basis(runs, config, tmp_path):
-    other = save_tiny_sdxl(tmp_path)
-    unet = other / "unet" / "diffusion_pytorch_model.safetensors"
-    unet.write_bytes(unet.read_bytes()[:-1] + b"\1")
-    with pytest.raises(UserError, match=r"^mixers\.safetensors was made for other weights: its basis is of a base"):
-        SubjectPipeline.from_base(other).load_adapter(RunDir(runs / "dog").mixers_path)
+def test_a_resumed_run_needs_the_same_basis(runs, config, tmp_path):
     resumed = {"resume_from_checkpoint": str(runs / "dog" / "last"), "seed": 1, "max_train_steps": 4}
     for basis, asked in ((None, "None"), (str(runs / "dog" / "last" / RAW_NAME), "file")):
         with pytest.raises(UserError, match=f"--basis: last has svd; you ask for {asked}"):
@@ -140,7 +103,6 @@ def test_a_basis_is_learnt_over_two_subjects_and_carries_the_next(subjects, tiny
     train(tiny_config(tiny_base, tmp_path / "one", tmp_path / "run", **changes))
     raw = load_file(tmp_path / "run" / "last" / "moslora_weights.safetensors")
     assert all(raw[key].equal(after[key]) != key.endswith(".mixer") for key in after)
-    assert RunDir(tmp_path / "run").mixers_path.is_file()
 
 
 @pytest.mark.slow
@@ -259,13 +221,6 @@ def on_basis(basis, rank=4, seed=None, **options):
     return unet
 
 
-def mixers_of(unet, folder, name="mixers.safetensors", **more):
-    facts = facts_of({"unet": unet}, **more)
-    path = folder / name
-    frozen.write_mixers(path, unet, AdapterMetadata(**vars(facts) | {"basis": NOTE}))
-    return path
-
-
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (6, 5, 3, 3)])
 def test_the_directions_are_the_weights_leading_singular_vectors(shape):
     """Beyond a narrow weight they are zero."""
@@ -297,68 +252,6 @@ def test_the_mixers_alone_learn_and_the_fast_path_gives_pefts_gradients(basis):
     assert all(layer.lora_B["default"].up.grad is None for layer in layers)
 
 
-def test_a_subject_from_its_file_computes_what_its_adapter_does(basis, tmp_path):
-    """However small its mixers are; NaN is refused."""
-    unet = on_basis(basis, seed=2, lora_alpha=11, rank_pattern={"conv1": 3})
-    file = mixers_of(unet, tmp_path)
-    mixers, count = read_mixers(file), sum(r**2 for r in read_mixers(file).ranks.values())
-    assert frozen.is_mixer_file(file) and file.stat().st_size < 2 * count + 5000
-    assert {3, 4} == set(mixers.ranks.values())
-    twin = tiny_unet()
-    swapped = SwappedMixers(twin, basis, mixers.ranks, "basis")
-    assert not any(layer.delta.any() for layer in fold(twin, "basis").values())
-    swapped.show([(mixers.values, 1.0)])
-    wanted, found = fold(unet), fold(twin, "basis")
-    assert wanted.keys() == found.keys()
-    assert all(torch.dist(found[p].delta, wanted[p].delta) < 1e-3 * wanted[p].delta.norm() for p in wanted)
-    live = [mixer for _, mixer in adapter_parameters(unet)]
-    with torch.no_grad():
-        for mixer in live:
-            mixer.mul_(1e-9)
-        small = 1e-9 * mixers.values
-        assert torch.dist(read_mixers(mixers_of(unet, tmp_path)).values, small) < 1e-3 * small.norm()
-        live[0][0, 0] = float("nan")
-    with pytest.raises(UserError, match="NaN"):
-        mixers_of(unet, tmp_path)
-
-
-def test_subjects_on_one_basis_are_summed_and_survive_a_move_of_the_unet(basis, tmp_path):
-    dog, cat = (read_mixers(mixers_of(on_basis(basis, seed=seed), tmp_path, f"{seed}.safetensors")) for seed in (1, 2))
-    assert dog.basis_key == cat.basis_key and dog.sha256 != cat.sha256
-    unet = tiny_unet()
-    swapped = SwappedMixers(unet, basis, dog.ranks, "basis")
-
-    def held():
-        parts = [
-            moslora.matrices_of(layer, "basis").mixer.flatten() for layer in adapter_layers(unet, "basis").values()
-        ]
-        return torch.cat(parts).double()
-
-    swapped.show([(dog.values, 0.5), (cat.values, 2.0)])
-    assert torch.allclose(held(), (0.5 * dog.values + 2 * cat.values).double())
-    unet.double()
-    swapped.show([(cat.values, 1.0)])
-    assert torch.equal(held(), cat.values.double())
-
-
-def test_a_wrong_header_is_said_in_one_line_and_other_readers_refuse_the_file(basis, tmp_path):
-    file = mixers_of(on_basis(basis, seed=1), tmp_path)
-    with pytest.raises(UserError, match="holds mixers alone, without their basis; give the LoRA file"):
-        lora_file.read_adapter(file, None)
-    said = describe(file)
-    assert said["kind"].startswith("mixers alone") and said["basis"] == "svd, sha256 abababababab"
-    assert said["trigger_words"] == "sks dog" and set(said["ranks"]) == {"4"}
-    header, tensors = read_mixers(file).header, load_file(file)
-    lost = {"exponent": "99999", "layers": "[1]", "moslora": "{}"}
-    broken = [{"layers": "[]"}, {"layers": '{"a": 1}'}, {"moslora": AdapterMetadata(4, 4.0).to_json()}]
-    for change in (*({name: text} for name, text in lost.items()), *broken):
-        save_file(tensors, file, {**header, **change})
-        with pytest.raises(UserError, match="is broken" if change in broken else "lost its header"):
-            read_mixers(file)
-    (tmp_path / "not.safetensors").write_bytes(b"no")
-    assert not frozen.is_mixer_file(tmp_path / "not.safetensors")
-
-
 def test_a_raw_file_is_a_basis_for_its_own_layers_and_ranks(basis, tmp_path):
     unet, file = on_basis(basis, seed=1), tmp_path / "basis.safetensors"
     raw_file.save_raw({"unet": unet}, file, facts_of({"unet": unet}))
@@ -367,18 +260,15 @@ def test_a_raw_file_is_a_basis_for_its_own_layers_and_ranks(basis, tmp_path):
     own, there = ({p: moslora.matrices_of(x, "default") for p, x in adapter_layers(u).items()} for u in (unet, twin))
     assert all(torch.equal(own[p].down, there[p].down) and torch.equal(own[p].up, there[p].up) for p in own)
     assert not any(matrices.mixer.any() for matrices in there.values())
-    twin, path = tiny_unet(), next(iter(own))
+    path = next(iter(own))
     narrow = SimpleNamespace(note=NOTE, layer=lambda path, rank: [one[:, 1:] for one in basis.layer(path, rank)])
     for call, said in (
         (lambda: found.layer(path, 2), r"basis\.safetensors has rank 4 in .*, not 2"),
         (lambda: found.layer("nowhere", 4), r"basis\.safetensors has no layer nowhere"),
         (lambda: frozen.put_basis(narrow, on_basis(basis, seed=2)), "made for another base"),
-        (lambda: SwappedMixers(twin, basis, {"nowhere": 4}, "basis"), "another base: it has no layer nowhere"),
-        (lambda: SwappedMixers(twin, narrow, {path: 4}, "basis"), "made for another base"),
     ):
         with pytest.raises(UserError, match=said):
             call()
-    assert not getattr(twin, "peft_config", {})
 
 
 def test_the_basis_svd_is_of_the_files_on_the_disk_and_finite_where_rows_are_equal(tiny_base):
@@ -395,59 +285,3 @@ def test_the_basis_svd_is_of_the_files_on_the_disk_and_finite_where_rows_are_equ
     weight = torch.randn(24, 40).repeat_interleave(2, 0)
     for part in (*leading_directions(weight, 40), *leading_directions(weight.T, 40)):
         assert part.half().isfinite().all() and part.abs().max() < 10 * weight.abs().max()
-
-
-def mixers_on(basis: frozen.Basis) -> frozen.Mixers:
-    metadata = AdapterMetadata(rank=2, alpha=2.0, basis=basis.note)
-    return frozen.Mixers(MIXERS_NAME, "", torch.ones(4), {QUERY: 2}, metadata, {})
-
-
-@pytest.fixture
-def bases(tiny_base, tmp_path):
-    """A pipeline's bases; its base is a copy of the tiny one."""
-    base = shutil.copytree(tiny_base, tmp_path / "base")
-    return MixersOnBases(SimpleNamespace(unet=tiny_unet(), config={"_name_or_path": str(base)}))
-
-
-def test_mixers_of_a_variant_find_its_files_beside_the_plain_ones(bases, tmp_path):
-    base, mixers_file = tmp_path / "base", tmp_path / MIXERS_NAME
-    plain = base / "unet" / "diffusion_pytorch_model.safetensors"
-    file = plain.with_suffix(".fp16.safetensors")
-    save_file({f"{QUERY}.weight": load_file(plain)[f"{QUERY}.weight"].half()}, file)
-    of_variant, of_plain = (SvdBasis(base, variant) for variant in ("fp16", None))
-    assert of_variant.note != of_plain.note
-    mixers = [mixers_on(basis) for basis in (of_variant, of_plain)]
-    for one in mixers:
-        bases.prepare(one, mixers_file)
-    assert bases.show((one, 1.0) for one in mixers) == {one.basis_key for one in mixers}
-    file.unlink()
-    bases.forget(mixers[0].basis_key)
-    with pytest.raises(UserError, match=f"made for other weights: .* and this one's is {of_plain.note['sha256'][:12]}"):
-        bases.prepare(mixers[0], mixers_file)
-
-
-def test_mixers_on_a_base_without_a_unet_are_refused_in_one_line(tiny_base, tmp_path):
-    subject = SubjectPipeline(tiny_pipeline("z_image", tmp_path), "tiny")
-    metadata = AdapterMetadata(rank=2, alpha=2.0, basis=SvdBasis(tiny_base).note)
-    header = metadata.header | {frozen.LAYERS: json.dumps([QUERY]), frozen.EXPONENT: "0"}
-    save_file({frozen.MIXERS: torch.zeros(4).half()}, tmp_path / MIXERS_NAME, header)
-    with pytest.raises(UserError, match="was made for another base: mixers alone are a UNet's"):
-        subject.load_adapter(tmp_path / MIXERS_NAME)
-    assert not subject.adapters
-
-
-def test_the_best_steps_mixers_find_the_basis_above_the_run_and_others_by_its_name(bases, tmp_path):
-    unet, run = tiny_unet(), RunDir(tmp_path / "run")
-    inject(unet, MoSLoraConfig(r=2, lora_alpha=2, target_modules=[QUERY]))
-    raw_file.save_raw({"unet": unet}, tmp_path / "toys_basis.safetensors", facts_of({"unet": unet}))
-    mixers = mixers_on(FileBasis(tmp_path / "toys_basis.safetensors"))
-    for folder in (run.path, run.best_dir):
-        bases.prepare(mixers, folder / MIXERS_NAME)
-        assert bases.show([(mixers, 1.0)]) == {mixers.basis_key}
-        bases.forget(mixers.basis_key)
-        bases.pipeline.unet.delete_adapters(mixers.basis_key)
-    with pytest.raises(UserError, match="into the folder above, or name it with `generate --basis`"):
-        bases.prepare(mixers, run.path / "deep" / MIXERS_NAME)
-    bases.files.append(tmp_path / "toys_basis.safetensors")
-    bases.prepare(mixers, run.path / "deep" / MIXERS_NAME)
-    assert bases.show([(mixers, 1.0)]) == {mixers.basis_key}

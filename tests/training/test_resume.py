@@ -22,7 +22,7 @@ from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.adapters.published_file import load_published
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RunDir
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.training import checkpoint as checkpoints
 from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training.checkpoint import Position, check_resumed, check_whole, find_checkpoint
@@ -399,7 +399,7 @@ def test_what_another_program_left_under_our_names_is_set_aside(source, finished
     """What diffusers' script leaves, where a run begins, and where it goes on from elsewhere."""
     run, (folder, config) = tmp_path / "run", finished
     (run / "checkpoint-2").mkdir(parents=True)
-    for name in ("checkpoint-2/optimizer.bin", f"checkpoint-2/{PUBLISHED_NAME}", PUBLISHED_NAME, MIXERS_NAME):
+    for name in ("checkpoint-2/optimizer.bin", f"checkpoint-2/{PUBLISHED_NAME}", PUBLISHED_NAME):
         (run / name).write_bytes(name.encode())
     if source is None:
         (run / PUBLISHED_NAME).unlink()

@@ -84,8 +84,7 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_all_files_that_t
     for words in ("step 20", "dog@best", "Try next: the score fell from 0.50 at step 20"):
         assert words in now["status"]
     files = {"download": PUBLISHED, "download_kohya": "dog.kohya.safetensors"}
-    later = {"download_tokens": "dog_emb.safetensors", "download_mixers": "mixers.safetensors"}
-    later["sheet"] = "contact_sheet.png"
+    later = {"download_tokens": "dog_emb.safetensors", "sheet": "contact_sheet.png"}
     assert all(now[name].visible and Path(str(now[name].value["path"])).name == file for name, file in files.items())
     assert not any(now[name].visible for name in later)
     for file in later.values():
@@ -103,13 +102,13 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_all_files_that_t
     assert now["download"].visible and not now["download_kohya"].visible
     assert "@best" not in now["status"] and "Try next" not in now["status"]
     run.rename(run.with_name("best"))  # a run of that name is a run
-    assert set(catalog.files(ann)) == {"best", "best@best", "best@mixers"}
+    assert set(catalog.files(ann)) == {"best", "best@best"}
 
 
 def test_a_link_out_of_a_run_folder_is_not_followed(run, look, tmp_path):
     """The folder may be a stranger's: each visitor could look at the file that the link led to."""
     (secret := tmp_path / "secret.png").write_text("TOPSECRET")
-    files = {"samples": "samples/a.png", "sheet": "contact_sheet.png", "download_mixers": "mixers.safetensors"}
+    files = {"samples": "samples/a.png", "sheet": "contact_sheet.png", "download_tokens": "dog_emb.safetensors"}
     (run / "samples").mkdir()
     for file in files.values():
         (run / file).symlink_to(secret)

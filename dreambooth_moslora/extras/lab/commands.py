@@ -48,7 +48,7 @@ def run_basis(args: argparse.Namespace) -> int:
     if not out.name.endswith(BASIS_SUFFIX):
         raise UserError(f"--out {out}: its name must end in {BASIS_SUFFIX}, such as toys_{BASIS_SUFFIX}.")
     if out.exists():
-        raise UserError(f"--out {out}: it is there already, and mixers may need it; give another name.")
+        raise UserError(f"--out {out}: it is there already; give another name.")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}.")
     config = config_of(args.folders, taken(flags))
