@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.settings.table import KRONECKER, ZERO
+from dreambooth_moslora.settings.table import KRONECKER
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,6 @@ STARTS: dict[str, Callable[[torch.Tensor, torch.Generator], object]] = {
     "identity": lambda mixer, _: torch.nn.init.eye_(mixer),
     "butterfly": lambda mixer, _: mixer.copy_(torch.eye(len(mixer) // 2).repeat(2, 2)),  # [[I, I], [I, I]]
     KRONECKER: lambda mixer, generator: torch.nn.init.orthogonal_(mixer, generator=generator),  # of W₁ (f, f)
-    ZERO: lambda mixer, _: mixer.zero_(),  # on a basis, whose B is not zero
 }
 """Kind -> how M (r, r) starts, in place, from the generator alone. `settings.table.MIXERS` offers them."""
 

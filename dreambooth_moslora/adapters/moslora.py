@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters import mixer
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.settings.table import KRONECKER, MIXERS, ZERO, check_kronecker
+from dreambooth_moslora.settings.table import KRONECKER, MIXERS, check_kronecker
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -143,7 +143,7 @@ def combine_folded(self, *arguments, **options):
 
 def check_settings(config: LoraConfig) -> None:
     """Raises UserError for a rank below 1, an unknown mixer, or a setting that excludes a mixer."""
-    if config.mixer not in (*MIXERS, ZERO):
+    if config.mixer not in MIXERS:
         raise UserError(f"mixer={config.mixer!r} is unknown; choose one of {', '.join(MIXERS)}")
     for rank in (config.r, *(config.rank_pattern or {}).values()):
         if rank < 1:
@@ -297,12 +297,12 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of every learnt A, B, M and DoRA magnitude, in the model's order."""
-    found, is_basis = [], getattr(model.peft_config.get(adapter_name), "mixer", None) == ZERO
+    found = []
     for path, layer in adapter_layers(model, adapter_name).items():
         for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
             if adapter_name in (modules := getattr(layer, part)):
                 own = modules[adapter_name].named_parameters()
-                found += [(f"{path}.{part}.{n}", p) for n, p in own if n == "mixer" or not is_basis]
+                found += [(f"{path}.{part}.{n}", p) for n, p in own]
     return found
 
 

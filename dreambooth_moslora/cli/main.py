@@ -29,7 +29,7 @@ COMMANDS = {
         "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI"),
     "compare": ("extras.lab.commands",
         "train and score several kinds of adapter at an equal budget: tables, intervals, plots"),
-    "basis": ("extras.lab.commands", "learn A and B that many subjects share, for `train --basis FILE`"),
+    "basis": ("extras.lab.commands", "learn A and B that many subjects share, for studies"),
     "fleet": ("extras.cluster.command_fleet",
         "train many subjects on many machines (Ray); `fleet status DIR` shows their state"),
     "serve": ("extras.serving.command_serve", "answer HTTP requests with pictures of many adapters (Ray Serve)"),

@@ -26,7 +26,6 @@ from dreambooth_moslora.disk.events import StepEvaluated, append_event, events_o
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 KOHYA_SUFFIX = ".kohya.safetensors"  # End of the name of the file for other programs, after the run's name.
-BASIS_SUFFIX = "basis.safetensors"  # End of the name of a basis that was learnt.
 BEST_NAME = "best"  # Folder of the best evaluated step in a run.
 TOKENS_SUFFIX = "_emb.safetensors"
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
@@ -215,11 +214,11 @@ def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Colle
 
 
 def named_files(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:
-    """Name -> file, in order, with a number if `taken`; without tokens and bases."""
+    """Name -> file, in order, with a number if `taken`; without tokens."""
     found: dict[str, Path] = {}
     known = {NONE, *taken}
     for file in files:
-        if not file.name.endswith((TOKENS_SUFFIX, BASIS_SUFFIX)):
+        if not file.name.endswith(TOKENS_SUFFIX):
             known.add(name := free_name(name_of(file, folders), known.__contains__, " "))
             found[name] = file
     return found

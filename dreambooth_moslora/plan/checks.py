@@ -10,9 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_file
+from dreambooth_moslora.adapters.metadata import check_start_file
 from dreambooth_moslora.base import files, machine
 from dreambooth_moslora.core import UserError, default_cache_dir, one_line
 from dreambooth_moslora.disk import queue, run_folder
@@ -190,8 +188,6 @@ def check_settings(config: table.TrainConfig) -> Path | None:
         check_push(config)
     if config.init_adapter and not config.resume_from_checkpoint:
         check_start(config.init_adapter)
-    if config.basis:
-        check_basis(config)
     if config.pretrained_vae_model_name_or_path:
         files.check_vae(config.pretrained_vae_model_name_or_path)
     folder = files.base_folder(config)
@@ -294,27 +290,6 @@ def check_start(adapter: str) -> None:
         check_start_file(run_folder.find_weights(adapter))
     except UserError as error:
         raise UserError(f"--init_adapter {adapter}: {error}.") from error
-
-
-def check_basis(config: table.TrainConfig) -> None:
-    """Raises UserError for a base without a basis svd, and for a file that is no basis of the run's rank."""
-    given = f"--basis {config.basis}"
-    if config.basis == table.SVD:
-        source = files.resolve_base(config.pretrained_model_name_or_path)
-        if isinstance(source, Path) and source.is_file():
-            reason = "is a single file; the base must be a diffusers folder or a hub id."
-            raise UserError(f"{given}: {source.name} {reason}")
-        return
-    if not Path(config.basis).is_file():
-        raise UserError(f"{given}: there is no such file; give a raw adapter file, or the word svd.")
-    try:
-        facts = AdapterMetadata.from_json(run_folder.header_of(Path(config.basis))["moslora"])
-        with safe_open(config.basis, framework="pt") as file:
-            file.get_slice("raw_format")
-    except (UserError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{given}: it is no raw adapter file of this program.") from error
-    if facts.rank != config.rank:
-        raise UserError(f"{given}: it has rank {facts.rank}; give --rank {facts.rank}.")
 
 
 def check_push(config: table.TrainConfig) -> None:

@@ -227,7 +227,7 @@ def preparing_gib(config: table.TrainConfig, size: BaseSize, unet: float, texts:
 
 
 def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:
-    """Of A, B and the mixers, on a basis of these alone. Patterns count only where the layers' paths are known."""
+    """Of A, B and the mixers. Patterns count only where the layers' paths are known."""
     layers = [(table.rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
     if not layers:
         layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers

@@ -186,7 +186,7 @@ FAMILIES = (
 )
 # fmt: on
 OF_UNETS = ("do_edm_style_training", "snr_gamma", "debiased_estimation_loss", "timestep_bias_strategy")
-OF_UNETS += ("noise_offset", "cache_cross_attention", "recompute_feed_forward", "basis")
+OF_UNETS += ("noise_offset", "cache_cross_attention", "recompute_feed_forward")
 """Settings that only UNets obey."""
 OF_FLOWS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
 """Settings that only transformers obey."""

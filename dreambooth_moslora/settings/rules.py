@@ -46,14 +46,6 @@ EXCLUDED: dict[str, dict[str, str]] = {
         "base_quantization": "it quantises these weights",
     },
     "images_at_once": {name: ONE_PASS for name in ("train_text_encoder", "train_text_encoder_ti")},
-    "basis": {
-        "init_adapter": "each sets A and B",
-        "use_dora": "the mixer alone is trained",
-        "train_text_encoder": "a basis is the UNet's",
-        "train_text_encoder_ti": "a basis is the UNet's",
-        "mixer": "on a basis the mixer starts at zero",
-        "train_mixer": "nothing would be trained",
-    },
 }
 """Setting -> settings that a run cannot change beside it, and why."""
 

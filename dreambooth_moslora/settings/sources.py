@@ -18,7 +18,7 @@ from typing import Any
 
 from dreambooth_moslora.core import UserError, find_asset, one_line, small_text
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, header_of
-from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, SVD, TrainConfig, checked_setting, named
+from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig, checked_setting, named
 
 
 def load_settings(path: Path | str) -> dict[str, Any]:
@@ -84,8 +84,6 @@ def recipe_of(config: TrainConfig) -> dict[str, Any]:
     settings = config.to_dict()
     for name in LAYERS:
         settings[name] = [text for text in settings[name] if LAYER.fullmatch(text)]
-    if settings["basis"] != SVD:  # a file's name is the user's
-        settings["basis"] = None
     if settings["caching"] == "disk":  # the bytes are those of "memory"
         settings["caching"] = DEFAULTS["caching"]
     changed = [name for name in TOLD_IF_CHANGED if settings[name] != DEFAULTS[name]]
@@ -102,8 +100,6 @@ def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
             if name in LAYERS and len(str(value)) > MOST_LETTERS:
                 raise UserError(f"--{name} names too many layers")
             found = getattr(TrainConfig(class_prompt="a class", **{name: value}), name)
-            if name == "basis" and found not in (None, SVD):
-                raise UserError("--basis names a file")
             if name in LAYERS and not all(LAYER.fullmatch(text) for text in found):
                 raise UserError(f"--{name} names no layers")
             taken[name] = found
@@ -177,15 +173,13 @@ def recipe_in(header: Mapping[str, str]) -> FoundRecipe:
     except (ValueError, RecursionError):
         facts = {}
     facts = facts if isinstance(facts, dict) else {}
-    ours, basis = facts.get("recipe"), facts.get("basis")
+    ours = facts.get("recipe")
     values, meaningless = (ours, []) if isinstance(ours, dict) else from_kohya(header)
     if not values:
         raise UserError("its header holds no recipe, neither ours nor kohya's (ss_*)")
     settings, wrong = checked_recipe(values)
     if not settings:
         raise UserError(f"none of its settings is valid: {one_line('; '.join(wrong))}")
-    if isinstance(basis, dict) and basis.get("kind") == "file":
-        wrong = [*wrong, "its basis is a file, which --basis must name"]
     return FoundRecipe(settings, tuple(meaningless), tuple(wrong))
 
 

@@ -21,9 +21,8 @@ from dreambooth_moslora.settings import optimizer_kinds, rows, rules, subjects
 
 KRONECKER = "kronecker"
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", KRONECKER, "none"]
-ZERO = "zero"  # Start of the mixer on a frozen basis. Elsewhere it would not train.
-BEGUN_WITH = ("basis", "init_adapter", "pretrained_vae_model_name_or_path")  # Files whose content decides a result.
-SVD = "svd"  # The word for the basis of the base's own weights; any other is a file.
+ZERO = "zero"  # The start of the mixer in files of runs on a frozen basis.
+BEGUN_WITH = ("init_adapter", "pretrained_vae_model_name_or_path")  # Files whose content decides a result.
 PLANS: dict[str, dict[str, object]] = {
     "full": {},
     "full_cached": {"cache_cross_attention": True},
@@ -207,9 +206,6 @@ class TrainConfig:
         low=0, publish="always",
         idle=rows.where("with --mixer none", lambda run: run.mixer == "none")
         + rows.where("with --no_train_mixer", lambda run: run.mixer != "none" and not run.train_mixer))
-    basis: str | None = of_adapter(None,
-        "train the mixer alone, from zero: A and B are frozen, from the SVD of the base's weights (svd) or those of "
-        "a raw adapter file", path=expanduser, publish="if_changed")
     target_modules: tuple[str, ...] = of_adapter(rows.ATTENTION,
         "layers of the UNet or transformer that get an adapter, by the end of their path (to_q, conv1), with * "
         "(down_blocks.2.*), or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, "
@@ -681,7 +677,7 @@ def layer_parameters(config: TrainConfig, rank: int, width: int) -> int:
         side = config.mixer_factor
         matrices = rank // side * (width // side)
     else:
-        side, matrices = rank, 0 if config.basis else rank * width
+        side, matrices = rank, rank * width
     return matrices + (side**2 if config.mixer != "none" and config.train_mixer else 0)
 
 

@@ -19,7 +19,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch.utils.checkpoint import checkpoint
 
 from dreambooth_moslora.adapters import fast_linear, lora_file, moslora, new_tokens, raw_file
-from dreambooth_moslora.adapters.basis import Basis, freeze_basis, put_basis
 from dreambooth_moslora.base import families, load
 from dreambooth_moslora.core import UserError, generator, seed_of
 from dreambooth_moslora.disk.run_folder import RAW_NAME, tokens_files
@@ -27,7 +26,7 @@ from dreambooth_moslora.settings.families import DENOISERS, Facts
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import TEXT_PROJECTIONS, is_adapted
 from dreambooth_moslora.settings.subjects import stream_of
-from dreambooth_moslora.settings.table import ZERO, TrainConfig, rank_and_alpha, ranks_in_vain
+from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha, ranks_in_vain
 from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache
 
 logger = logging.getLogger(__name__)
@@ -45,14 +44,13 @@ def add_adapters(
     checkpoint: Path | None = None,
     *,
     start: lora_file.AdapterWeights | None = None,
-    basis: Basis | None = None,
 ) -> None:
-    """Add an adapter to each of the modules: from `checkpoint`, else fresh, from the file `start` if given. With
-    `basis`, the UNet's A and B are its own, frozen. Raises UserError for a checkpoint of other layers or basis."""
+    """Add an adapter to each of the modules: from `checkpoint`, else fresh, from the file `start` if given. Raises
+    UserError for a checkpoint of other layers."""
     if checkpoint is None:
-        fresh_adapters(config, components, start, basis)
+        fresh_adapters(config, components, start)
     else:
-        facts = raw_file.load_raw(checkpoint / RAW_NAME, components)
+        raw_file.load_raw(checkpoint / RAW_NAME, components)
         for name, module in components.items():
             differing = set(moslora.adapter_layers(module)) ^ set(target_paths(config, name, module))
             if differing:
@@ -60,10 +58,6 @@ def add_adapters(
                     f"--target_modules: {checkpoint.name} was trained on other layers, first {min(differing)}: "
                     "resume with the same, or start a new run."
                 )
-        if basis is not None and facts.basis.get("sha256") != basis.note["sha256"]:
-            raise UserError(f"--basis: {checkpoint.name} has another basis: resume with the same, or start a new run.")
-    if basis is not None:
-        freeze_basis(components["unet"])
     for module in components.values():
         if config.gradient_checkpointing:  # diffusers and transformers name the method differently
             turn_on = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
@@ -141,10 +135,7 @@ def recompute_feed_forward(denoiser: torch.nn.Module) -> None:
 
 
 def fresh_adapters(
-    config: TrainConfig,
-    components: dict[str, torch.nn.Module],
-    start: lora_file.AdapterWeights | None,
-    basis: Basis | None,
+    config: TrainConfig, components: dict[str, torch.nn.Module], start: lora_file.AdapterWeights | None
 ) -> None:
     """Add an adapter to exactly the layers of `target_paths`, each with its own rank and alpha."""
     usual_alpha = config.rank if config.lora_alpha is None else config.lora_alpha
@@ -155,24 +146,11 @@ def fresh_adapters(
         torch.manual_seed(seed_of(config.seed, "adapter", name))
         sizes = {path: rank_and_alpha(config, name, path) for path in paths}
         ranks, alphas = ({path: both[place] for path, both in sizes.items()} for place in (0, 1))
-        same = ("lora_dropout", "use_dora", "use_rslora", "train_mixer", "mixer_factor")
+        same = ("lora_dropout", "use_dora", "use_rslora", "mixer", "train_mixer", "mixer_factor")
         settings = {name: getattr(config, name) for name in same} | {"mixer_seed": config.seed}
-        settings["mixer"] = ZERO if config.basis else config.mixer
         moslora.inject(module, moslora.exact_config(ranks, alphas, config.rank, usual_alpha, **settings))
     if start is not None:
         logger.warning("%s", lora_file.begin_with(start, components).sentence())
-    if basis is not None:
-        with named_basis():
-            put_basis(basis, components["unet"])
-
-
-@contextmanager
-def named_basis() -> Iterator[None]:
-    """Errors of a basis name its flag."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"--basis: {error}.") from error
 
 
 def target_paths(config: TrainConfig, component: str, module: torch.nn.Module) -> list[str]:

@@ -226,8 +226,7 @@ def settings_of_both(
         yield "alpha_pattern" if config.alpha_pattern else "lora_alpha", facts.alphas.get(module, facts.alpha), alpha
     if not optimizer_kinds.optimizer_of(config).averages:
         yield "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema
-    yield "basis", facts.basis.get("kind"), config.basis and (table.SVD if config.basis == table.SVD else "file")
-    unlike = {"mixer"} if config.basis else {"train_mixer"} if config.mixer == "none" else set()
+    unlike = {"train_mixer"} if config.mixer == "none" else set()
     unlike |= {"mixer_factor"} if config.mixer != table.KRONECKER else set()
     for name in (name for name in table.named("resume", "same") if name not in unlike):
         yield name, getattr(facts, name), getattr(config, name)

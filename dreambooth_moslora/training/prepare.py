@@ -18,7 +18,6 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from dreambooth_moslora.adapters import lora_file, moslora
-from dreambooth_moslora.adapters.basis import Basis, read_basis
 from dreambooth_moslora.base import families, files, machine
 from dreambooth_moslora.base.load import TextProducts, default_resolution
 from dreambooth_moslora.core import UserError, content_key, default_cache_dir
@@ -28,7 +27,7 @@ from dreambooth_moslora.plan import checks, memory, processes
 from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.families import facts_of, text_options_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
-from dreambooth_moslora.training import adapters, frozen_base, made_before, objective, photo_stream, reporter
+from dreambooth_moslora.training import frozen_base, made_before, objective, photo_stream, reporter
 
 Entries = dict[str, Callable[[], frozen_base.Tensors]]
 """Keys in a cache, each with the function that computes its value."""
@@ -46,7 +45,6 @@ class TrainInputs:
     dtype: torch.dtype
     start: lora_file.AdapterWeights | None = None  # of a fresh adapter
     text_products: TextProducts | None = None  # of a UNet that caches cross-attention
-    basis: Basis | None = None
     base: str = ""  # how the denoiser is held, and its fingerprint
 
     @property
@@ -93,7 +91,7 @@ def prepare(
     family = families.family_of(pipeline, told_guidance=config.guidance_scale, options=text_options(config))
     checks.check_family(config, family.facts)
     if not is_late:
-        start, basis = check_denoiser(config, context, pipeline, is_fresh)
+        start = check_denoiser(config, context, pipeline, is_fresh)
     context.stop_if_asked()
     class_photos = []
     if config.draws_class_images:
@@ -116,7 +114,7 @@ def prepare(
     give_freed_memory_back()
     if is_late:
         frozen_base.load_denoiser_of(config, pipeline, dtype, device)
-        start, basis = check_denoiser(config, context, pipeline, is_fresh)
+        start = check_denoiser(config, context, pipeline, is_fresh)
     denoiser = families.denoiser_of(pipeline)
     is_exact = config.base_quantization == "none"  # two devices may round another otherwise
     weights = frozen_base.fingerprint(denoiser) if is_exact else ""
@@ -124,26 +122,22 @@ def prepare(
     products = TextProducts(denoiser, device) if config.cache_cross_attention else None
     denoiser.to(device)
     shown = photos, instance, prior, prompt_embeds
-    return TrainInputs(pipeline, family, schedule, *shown, dtype, start, products, basis, base)
+    return TrainInputs(pipeline, family, schedule, *shown, dtype, start, products, base)
 
 
 def check_denoiser(
     config: table.TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline, is_fresh: bool
-) -> tuple[lora_file.AdapterWeights | None, Basis | None]:
-    """What a fresh adapter starts with, and its basis. Raises UserError for layers that the denoiser lacks."""
+) -> lora_file.AdapterWeights | None:
+    """What a fresh adapter starts with. Raises UserError for layers that the denoiser lacks."""
     if context.accelerator.is_main_process:
         frozen_base.warn_of_slow_precision(pipeline, context.accelerator.device)
     layers = {path: layer.weight.ndim for path, layer in moslora.matrix_layers(families.denoiser_of(pipeline)).items()}
     checks.check_layers(config.target_modules, layers, config.use_dora, facts_of(type(pipeline).__name__))
     checks.check_patterns(config, layers)
-    start = None
-    if is_fresh and config.init_adapter is not None:
-        base = config.pretrained_model_name_or_path
-        start = lora_file.read_start(config.init_adapter, pipeline, base, config.use_dora)
-    if config.basis is None:
-        return start, None
-    with adapters.named_basis():
-        return start, read_basis(config.basis, files.base_folder(config), config.variant)
+    if not is_fresh or config.init_adapter is None:
+        return None
+    base = config.pretrained_model_name_or_path
+    return lora_file.read_start(config.init_adapter, pipeline, base, config.use_dora)
 
 
 def text_options(config: table.TrainConfig) -> dict[str, Any]:

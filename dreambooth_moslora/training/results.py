@@ -230,12 +230,11 @@ def facts_of(config: table.TrainConfig, inputs: prepare.TrainInputs, train_step:
         resolution_px=config.resolution,
     )
     bare = tuple(one.instance_prompt for one in config.each_subject) if len(config.subjects) > 1 else ()
-    basis = inputs.basis.note if inputs.basis else {}
     accelerator = train_step.accelerator
     processes = accelerator.num_processes if accelerator.num_processes > 1 else None
     if accelerator.mixed_precision != "no":  # perhaps from `accelerate config`
         config = replace(config, mixed_precision=accelerator.mixed_precision)
-    return metadata.with_recipe(config, replace(facts, subject_prompts=bare, basis=basis, processes=processes))
+    return metadata.with_recipe(config, replace(facts, subject_prompts=bare, processes=processes))
 
 
 def changed_names(checkpoint: Path, facts: metadata.AdapterMetadata, digest: str) -> list[str]:

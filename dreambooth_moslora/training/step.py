@@ -114,7 +114,7 @@ class TrainStep:
             torch.backends.cudnn.benchmark = True
         self.class_prompts = [subject.class_prompt for subject in config.each_subject]
         self.components = adapters.trained_modules(config, inputs.family.facts, inputs.pipeline)
-        adapters.add_adapters(config, self.components, checkpoint, start=inputs.start, basis=inputs.basis)
+        adapters.add_adapters(config, self.components, checkpoint, start=inputs.start)
         inputs.start = None  # free its tensors
         self.compiled = []  # the transformer blocks that are compiled at their first call
         if speed.compiled:

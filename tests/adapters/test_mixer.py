@@ -165,7 +165,7 @@ def reversed_kind(monkeypatch):
 
 
 def test_flag_page_training_files_and_descriptions_know_a_new_mixer(reversed_kind, tiny_base, tmp_path):
-    assert set(STARTS) == set(MIXERS) - {"none"} | {"zero"}
+    assert set(STARTS) == set(MIXERS) - {"none"}
     flags = ["--mixer", "reversed", "--instance_data_dir", "p", "--instance_prompt", "a sks dog", "--output_dir", "run"]
     assert parse_train_config([*flags, "--pretrained_model_name_or_path", "toy"]).mixer == "reversed"
     with gr.Blocks():

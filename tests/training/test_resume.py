@@ -42,7 +42,6 @@ TAGS = {"instance_prompt": "sks dog, red, round, on grass", "shuffle_caption": T
 BUCKETS = {"enable_bucket": True, "bucket_reso_steps": 16, "train_batch_size": 2, "caching": "disk", **TWO_CROPS}
 SIZES = {"num_class_images": 5, "sample_batch_size": 1}
 CONVOLUTIONS = {"target_modules": ("to_q", "conv1", "conv_shortcut")}
-BASIS = {"basis": "svd", "rank": 3, "lora_alpha": 2, "target_modules": ("to_q", "conv1"), "learning_rate": 0.3}
 TEXT = {"train_text_encoder": True, "lora_dropout": 0.3, "use_dora": True, "lr_scheduler": "cosine"}
 BITS_8 = {"use_8bit_adam": True, "rank": 128, "mixed_precision": "bf16", "gradient_checkpointing": True}
 ACCUMULATED = {"gradient_accumulation_steps": 3, "train_batch_size": 2}
@@ -57,13 +56,13 @@ KINDS = {
     "prodigy_uncached_kronecker": TWO_CROPS | KRONECKER | PRODIGY | {"caching": "off"},
     "schedule_free": WARM | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
     "accumulation_convolutions_and_adam_8bit_in_bf16": ACCUMULATED | CONVOLUTIONS | BITS_8,
-    "basis_and_a_prior_of_some": BASIS | CLASS_IMAGES | UNCACHED | {"prior_every": 3},
+    "a_prior_of_some": CONVOLUTIONS | CLASS_IMAGES | UNCACHED | {"prior_every": 3},
     "new_tokens_of_several_subjects_and_average": CLASS_IMAGES | TOKENS | {"subjects": [DOG, CAT], "use_ema": True},
 }
 NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}
 FAST = ("bare_prompt",)
 STOPS = {
-    **dict.fromkeys(("basis_and_a_prior_of_some", "class_images_and_captions"), (1, 2, 3)),
+    **dict.fromkeys(("a_prior_of_some", "class_images_and_captions"), (1, 2, 3)),
     "new_tokens_of_several_subjects_and_average": (1, 3),  # the pivot is step 2
     **dict.fromkeys(("text_encoder_dropout_and_dora", "schedule_free"), (1,)),  # step 2 has the whole learning rate
     "buckets_class_images_of_several_sizes_and_adafactor": (0, 2),

@@ -1,1 +1,1 @@
-"""Studies: many runs whose differences are listed in a table, and a basis learnt over many subjects."""
+"""Studies: many runs whose differences are listed in a table, and mixers alone on a frozen basis."""

@@ -1,129 +1,83 @@
-"""Learns A and B that many subjects share: each subject has its own mixer, and takes its turn with a micro-batch.
+"""Subjects on one frozen basis: A and B are given, and a subject is its mixers M alone (LoRA-XS, arXiv 2405.17604).
 
-    start: A and B of `--basis`, all M = 0
-    step n: subject k = k(n): M := M_k, one micro-batch of it, a step of Adam on A, B and M_k
+    W0 ≈ U·S·Vᵀ        A = √c·V_rᵀ (r, in)        B = √c·U_r (out, r)        c = the mean of the r largest S
+    y  = W0·x + s·B·M·A·x        M (r, r) starts at zero
 
-The result is a raw adapter file with A and B, and M = 0: a run takes it with `--basis FILE`.
+A basis is the word svd, for the denoiser's own weights, or a raw adapter file, whose A and B are taken.
 """
 
-import math
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
 
 from dreambooth_moslora.adapters import moslora, raw_file
-from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.loop import training
-from dreambooth_moslora.training.step import TrainStep
+from dreambooth_moslora.training.loop import TrainResult, advanced, training
 
-SAVE_EVERY = 50
-
-Progress = Callable[[int, int, float, float], None]
-"""(steps done, of how many, mean loss of late, seconds left)."""
+SVD = "svd"
+ADAPTER = "default"
+NEGLIGIBLE = 1e-6  # singular values below this share of the largest are rounding: roots of eigenvalues in fp64
 
 
-def learn_basis(
-    config: TrainConfig, out: Path, basis_lr: float, progress: Progress, should_stop: Callable[[], bool] = bool
-) -> int:
-    """Write a basis for the subjects of `config`, learnt in its `max_train_steps`; returns the steps done. It starts
-    from `config.basis`. Mixers have the run's learning rate, A and B have `basis_lr`; both fall to zero. The file is
-    written now and then, at the end, and after a stop. Raises UserError."""
-    if len(config.subjects) < 2:
-        raise UserError("a basis is learnt over two subjects or more: name a folder for each.")
-    with tempfile.TemporaryDirectory() as folder:
-        bare = {"num_validation_images": 0, "evaluate_steps": None, "report_to": "none"}
-        bare |= {"enable_bucket": True}  # so that a micro-batch shows one subject
-        own = replace(config, output_dir=str(Path(folder) / "basis"), **bare)
-        steps = training(own, should_stop=should_stop)
+def train_on_basis(config: TrainConfig, basis: str) -> TrainResult:
+    """`loop.train` of a new run, in which only the mixers learn. Raises UserError."""
+    with closing(training(config)) as steps:
         try:
-            run = next(steps)
-            learner = Learner(run.train_step, len(config.subjects), config.learning_rate, basis_lr)
-            return learner.learn(run.max_train_steps, out, own, progress, should_stop)
-        except StopIteration:  # stopped before the first step
-            return 0
-        finally:
-            steps.close()
+            run = next(steps)  # all is prepared, and no step is done
+            components = run.train_step.components
+            put_basis(basis, components)
+            freeze_basis(components)
+            while True:
+                run = advanced(steps, run.accumulate_gradients)
+        except StopIteration as end:
+            return end.value
 
 
-class Learner:
-    """The shared A and B in the UNet, and the mixers of `count` subjects."""
+def put_basis(basis: str, components: dict[str, nn.Module]) -> None:
+    """Give the adapter of the denoiser, the first of the components, this A and B, and mixers of zeros.
 
-    def __init__(self, step: TrainStep, count: int, mixer_lr: float, basis_lr: float):
-        self.step, self.unet = step, step.components["unet"]
-        self.live, self.shared = [mixer for _, mixer in moslora.mixer_parameters(self.unet)], []
-        for layer in moslora.adapter_layers(self.unet).values():
-            self.shared += [layer.lora_A["default"].weight, layer.lora_B["default"].up]
-        for matrix in self.shared:
-            matrix.requires_grad_(True)
-        size = sum(mixer.numel() for mixer in self.live)
-        self.subjects = [torch.nn.Parameter(self.live[0].new_zeros(size)) for _ in range(count)]
-        groups = [{"params": self.shared, "lr": basis_lr}, {"params": self.subjects, "lr": mixer_lr}]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-        self.rates = [basis_lr, mixer_lr]
-        self.scaler = step.accelerator.scaler or torch.amp.GradScaler(enabled=False)  # of fp16
-
-    def learn(
-        self, total: int, out: Path, config: TrainConfig, progress: Progress, should_stop: Callable[[], bool]
-    ) -> int:
-        began, loss = time.perf_counter(), None
-        for number in range(total):
-            found = self.one_step(number, total)
-            loss = found if loss is None else 0.9 * loss + 0.1 * found
-            done = number + 1
-            progress(done, total, loss, (time.perf_counter() - began) / done * (total - done))
-            if done % SAVE_EVERY == 0 or done == total or should_stop():
-                self.save(out, config)
-            if should_stop():
-                return done
-        return total
-
-    def one_step(self, number: int, total: int) -> float:
-        """Train A, B and the mixers of the subject whose turn it is; fp16 skips a step that overflows. Returns the
-        loss."""
-        step, size = self.step, self.step.config.train_batch_size
-        subject = self.subjects[step.inputs.instance.subject_at(number * size)]
-        put(subject.detach(), self.live)
-        step.train_mode()
-        summed = torch.zeros((), device=step.device)
-        with step.copies.for_one_step() as copies:
-            for parts in step.micro_batch_losses(number):
-                self.scaler.scale(parts.total).backward()
-                copies.collect()
-                summed = summed + parts.total.detach()
-        loss = float(summed)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {number + 1}: lower --learning_rate or --basis_lr")
-        subject.grad = torch.cat([mixer.grad.flatten() for mixer in self.live])
-        self.scaler.unscale_(self.optimizer)
-        clip_grad_norm_([*self.shared, subject], step.config.max_grad_norm)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * (1 - number / total)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        for mixer in self.live:
-            mixer.grad = None
-        return loss
-
-    def save(self, out: Path, config: TrainConfig) -> None:
-        put(torch.zeros_like(self.subjects[0]), self.live)
-        facts = raw_file.adapter_metadata(
-            {"unet": self.unet},
-            base_id=config.pretrained_model_name_or_path,
-            base_architecture=architecture(self.step.inputs.denoiser),
-            resolution_px=config.resolution,
-        )
-        raw_file.save_raw({"unet": self.unet}, out, facts)
+    Raises UserError for a basis of other layers or sizes, and for an adapter without mixers.
+    """
+    name, denoiser = next(iter(components.items()))
+    kept = {} if basis == SVD else raw_file.by_module(raw_file.read_raw(Path(basis))[0]).get(name, {})
+    for path, layer in moslora.adapter_layers(denoiser, ADAPTER).items():
+        down, mixer, up = moslora.stored_matrices(layer, ADAPTER)
+        if basis == SVD:
+            new_down, new_up = leading_directions(layer.get_base_layer().weight, len(down))
+        elif path in kept:
+            new_down, new_up = kept[path]["lora_A"], kept[path]["lora_B"]
+        else:
+            raise UserError(f"the basis {basis} has no layer {path:.100}.")
+        if mixer is None or (new_down.shape, new_up.shape) != (down.shape, up.shape):
+            raise UserError(f"the basis {basis} is no A and B for the mixer of {path:.100}: give its rank and base.")
+        parts = {"lora_A": new_down, "lora_B": new_up, "mixer": torch.zeros_like(mixer)}
+        raw_file.fill(layer, ADAPTER, parts)
 
 
-@torch.no_grad()
-def put(values: torch.Tensor, mixers: list[torch.nn.Parameter]) -> None:
-    for mixer, part in zip(mixers, values.split([m.numel() for m in mixers]), strict=True):
-        mixer.copy_(part.view_as(mixer))
+def freeze_basis(components: dict[str, nn.Module]) -> None:
+    """Let only the mixers of the denoiser, the first of the components, learn."""
+    denoiser = next(iter(components.values()))
+    for name, parameter in moslora.adapter_parameters(denoiser, ADAPTER):
+        parameter.requires_grad_(name.endswith(".mixer"))
+
+
+def leading_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, in, …) and B (out, rank) of a weight (out, in, …), in fp64 on the CPU, by the eigenvectors of the
+    smaller of W·Wᵀ and Wᵀ·W. The largest entry on that side is positive. Directions beyond the rank of W are zero."""
+    flat = weight.detach().cpu().double().flatten(1)
+    is_tall = len(flat) > flat.shape[1]
+    wide = flat.T if is_tall else flat
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    kept = min(rank, len(wide))
+    sizes, first = squares.flip(0)[:kept].clamp(min=0).sqrt(), vectors.flip(1)[:, :kept]
+    is_real = sizes > sizes[0] * NEGLIGIBLE
+    first = first * first.gather(0, first.abs().argmax(0, keepdim=True)).sign() * is_real
+    second = wide.T @ first / torch.where(is_real, sizes, torch.ones_like(sizes))
+    out_side, in_side = (second, first) if is_tall else (first, second)
+    root = sizes.mean().sqrt()
+    up, down = flat.new_zeros(len(flat), rank), flat.new_zeros(rank, flat.shape[1])
+    up[:, :kept], down[:kept] = root * out_side, root * in_side.T
+    return down.view(rank, *weight.shape[1:]).float(), up.float()

@@ -12,12 +12,11 @@ from typing import Any
 
 from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset, is_toy, user_path
-from dreambooth_moslora.disk.run_folder import BASIS_SUFFIX
 from dreambooth_moslora.extras.cluster import command_fleet, subjects
 from dreambooth_moslora.extras.lab.study import Study, StudySubject, load_study
 from dreambooth_moslora.plan import choices, memory
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.table import MIXERS, SAID_BY_SUBJECTS, SVD, TrainConfig, check_number
+from dreambooth_moslora.settings.table import MIXERS, SAID_BY_SUBJECTS, TrainConfig, check_number
 
 EVERY_SEC = 5.0
 GROUPS_OF_RUNS = ("optimizer", "samples and evaluation", "run folder", "hub")
@@ -25,34 +24,35 @@ OF_RUNS = (
     *(item.name for item in fields(TrainConfig) if item.metadata["group"] in GROUPS_OF_RUNS),
     *("instance_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column", "subjects"),
     *("instance_prompt", "class_prompt", "token", "class_word", "enable_bucket", "mixer", "mixer_lr_scale"),
+    *("train_mixer", "use_dora", "init_adapter", "train_text_encoder", "train_text_encoder_ti"),
     *("gradient_accumulation_steps", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps"),
     *("lr_num_cycles", "lr_power", "use_ema", "ema_decay", "train_text_encoder_ti_frac", "token_abstraction"),
     *("num_new_tokens_per_abstraction", "initializer_concept"),
 )
 """Settings of a run that a basis has no use for: as flags they are refused, in a file they are left out."""
+OWN = ("folders", "out", "start", "basis_lr")
 OF_FILES = (*OF_RUNS, *SAID_BY_SUBJECTS)
 """Of the subject in a file, too, what a flag may say of all: `--mask_prompt toy`."""
 
 
 def basis_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of photos, each with its subject.json")
-    parser.add_argument("--out", metavar="FILE", required=True, help=f"its file: a name ending in {BASIS_SUFFIX}")
+    parser.add_argument("--out", metavar="FILE", required=True, help="its file, such as runs/toys_basis.safetensors")
+    parser.add_argument("--start", metavar="FILE", default="svd", help="an earlier basis (default: that of the base)")
     parser.add_argument("--basis_lr", type=float, default=1e-3, help="learning rate of A and B (default: 0.001)")
     train.add_training_flags(parser, hidden=OF_RUNS)
 
 
 def run_basis(args: argparse.Namespace) -> int:
-    flags = {name: value for name, value in vars(args).items() if name not in ("folders", "out", "basis_lr")}
+    flags = {name: value for name, value in vars(args).items() if name not in OWN}
     check_number("basis_lr", args.basis_lr, low=0, high=100)  # as --learning_rate
     out = user_path(args.out)
-    if not out.name.endswith(BASIS_SUFFIX):
-        raise UserError(f"--out {out}: its name must end in {BASIS_SUFFIX}, such as toys_{BASIS_SUFFIX}.")
     if out.exists():
         raise UserError(f"--out {out}: it is there already; give another name.")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}.")
     config = config_of(args.folders, taken(flags))
-    from dreambooth_moslora.extras.lab.basis import learn_basis
+    from dreambooth_moslora.extras.lab.learn_basis import learn_basis
     from dreambooth_moslora.plan.checks import check_settings
 
     check_settings(config)
@@ -64,7 +64,7 @@ def run_basis(args: argparse.Namespace) -> int:
             print(f"step {done} of {total}, loss {loss:.3f}, {eta_sec:.0f} s left", file=sys.stderr, flush=True)
 
     with terminal.StopRequest() as stop:
-        done = learn_basis(config, out, args.basis_lr, progress, stop)
+        done = learn_basis(config, args.start, out, args.basis_lr, progress, stop)
     if done:
         print(out)
     return terminal.INTERRUPTED if stop() else 0
@@ -90,7 +90,7 @@ def config_of(folders: list[str], settings: dict) -> TrainConfig:
         if seen[prompt] > 1:  # prompts must differ; each subject has a mixer of its own
             table["instance_prompt"] = f"{prompt} {seen[prompt]}"
     fixed = {"subjects": tables, "output_dir": "basis", "report_to": "none"}
-    chosen = choices.Choices({"pretrained_model_name_or_path": "toy", "basis": SVD, **settings, **fixed})
+    chosen = choices.Choices({"pretrained_model_name_or_path": "toy", **settings, **fixed})
     choices.choose_resolution(chosen)
     return TrainConfig.from_dict(chosen.all)
 

@@ -42,7 +42,8 @@ from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.evaluation import metrics, score_tables
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
 from dreambooth_moslora.extras.cluster import fleet, on_ray
-from dreambooth_moslora.extras.lab.study import Cell, Study
+from dreambooth_moslora.extras.lab.basis import train_on_basis
+from dreambooth_moslora.extras.lab.study import BASIS, Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
@@ -186,7 +187,7 @@ def materials(study: Study, cell: Cell) -> list[Path]:
     beside = [base.parent / metrics.TOY_DINO] if metrics.own_encoders(study.base) else []
     mine, settings = study.subject(cell.subject), {**study.train, **study.arms[cell.arm]}
     found = [base, mine.photos, *(one.photos for one in mine.beside), protocol.clip, protocol.dino, *beside]
-    found += [settings.get(name) for name in BEGUN_WITH]
+    found += [settings.get(name) for name in (BASIS, *BEGUN_WITH)]
     return [Path(path) for path in found if path and Path(path).exists()]
 
 
@@ -360,7 +361,7 @@ def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int, folder: 
     work = out / "running" / f"{cell.name}-{os.getpid()}"
     config = study.config_of(cell, rank, work)
     try:
-        cost = train_cell(config, out)
+        cost = train_cell(config, out, study.basis_of(cell.arm))
         found = evaluate_cell(study, cell, work)
     except Exception as error:  # one failed cell must not end the study
         return cell, time.monotonic() - started, f"{type(error).__name__}: {error}"
@@ -375,20 +376,22 @@ def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int, folder: 
     return cell, time.monotonic() - started, ""
 
 
-def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
-    """Train; returns seconds in total and per step (median), peak memory and the number of trained parameters."""
+def train_cell(config: TrainConfig, out: Path, basis: str | None = None) -> dict[str, float]:
+    """Train, on a basis if one is given; returns seconds in total and per step (median), peak memory and the number
+    of trained parameters."""
     processes.reset_peak_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
     shared = {**encodings_folder(config, out), **class_folders(config, out)}
-    result = train(TrainConfig.from_dict({**config.to_dict(), **shared}))
+    whole = TrainConfig.from_dict({**config.to_dict(), **shared})
+    result = train_on_basis(whole, basis) if basis else train(whole)
     steps = events.events_of(events.StepDone, run_folder.RunDir(result.run_dir).read_metrics())
     return {
         "seconds": time.monotonic() - started,
         "step_sec": median(event.step_sec for event in steps),
         "memory_gib": max(event.memory_gib or 0.0 for event in steps),
-        "parameters": count_parameters(config, config.rank),
+        "parameters": count_parameters(config, config.rank, on_basis=bool(basis)),
     }
 
 
@@ -430,18 +433,20 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
         budget = sum(rank * (inputs + outputs) for inputs, outputs in projections_of(config).values())
         factor = config.mixer_factor if config.mixer == KRONECKER else 1  # ties the numbers of factor**2 ranks
         step = 2 if config.mixer == "butterfly" else factor
-        gaps = {r: abs(count_parameters(config, r) - budget) for r in range(step, rank * factor**2 + 1, step)}
+        on_basis = bool(study.basis_of(arm))
+        gaps = {r: abs(count_parameters(config, r, on_basis) - budget) for r in range(step, rank * factor**2 + 1, step)}
         found[arm, rank] = min(gaps, key=gaps.__getitem__)
     return found
 
 
-def count_parameters(config: TrainConfig, rank: int) -> int:
-    """Of A, B, a learnt mixer and DoRA's magnitudes, over all projections, each with its own rank."""
+def count_parameters(config: TrainConfig, rank: int, on_basis: bool = False) -> int:
+    """Of A, B, a learnt mixer and DoRA's magnitudes, over all projections, each with its own rank. On a basis the
+    mixers alone are learnt."""
     own, found = replace(config, rank=rank), 0
     for path, (inputs, outputs) in projections_of(own).items():
         r, _ = rank_and_alpha(own, "unet", path)
-        found += layer_parameters(own, r, inputs + outputs)
-        found += outputs if config.use_dora and not config.basis else 0
+        magnitudes = outputs if config.use_dora else 0
+        found += r**2 if on_basis else layer_parameters(own, r, inputs + outputs) + magnitudes
     return found
 
 

@@ -4,7 +4,8 @@
     [evaluation]  num_prompts, images_per_prompt, class_images, unrelated, inference_steps, clip, dino
     [train]       any setting of train_dreambooth.py, the same for every arm
     [arms.NAME]   the settings in which this arm differs; config = "recipe.toml" reads them from a file;
-                  together = true trains each subject with its companions in one run
+                  together = true trains each subject with its companions in one run;
+                  basis = "svd" or a file trains the mixers alone (see `basis.py`)
 
 Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the others. An
 arm with its own learning rate keeps it. A run with k subjects gets k times the steps, so that each is shown as often as
@@ -106,7 +107,7 @@ class StudySubject:
 
 SECTIONS = ("study", "evaluation", "train", "arms")
 BUDGETS = ("parameters", "rank")
-TOGETHER = "together"
+TOGETHER, BASIS = "together", "basis"
 OF_BASE = ("revision", "variant", "pretrained_vae_model_name_or_path")
 LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
 
@@ -200,6 +201,10 @@ class Study:
         own = self.arms[arm].get("learning_rate")
         return self.learning_rates if own is None else (float(own),)
 
+    def basis_of(self, arm: str) -> str | None:
+        """The basis on which the arm trains the mixers alone, if it does."""
+        return self.arms[arm].get(BASIS)
+
     def first_rates(self) -> dict[tuple[str, int], float]:
         """(arm, rank) -> the first of its rates, which is the only one of an arm with its own."""
         return {(arm, rank): self.rates_of(arm)[0] for arm, rank in product(self.arms, self.ranks)}
@@ -222,6 +227,7 @@ class Study:
         """The settings of the cell's training at its real `rank`; arms share the seed. Raises UserError."""
         subject, shared = self.subject(cell.subject), {**self.train, **self.arms[cell.arm]}
         chosen, steps = subject.settings, shared.get("max_train_steps")
+        shared.pop(BASIS, None)
         if shared.pop(TOGETHER, False):
             if not steps:  # epochs and exposures count photos, and companions may have more
                 raise UserError(f"an arm with {TOGETHER} needs max_train_steps, the steps of one subject alone.")
@@ -253,7 +259,8 @@ def load_study(path: Path) -> Study:
         study[name] = tuple(map(StudySubject.of, folders))
     arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
     for settings in (shared, *arms.values()):
-        check_each({name: value for name, value in settings.items() if settings is shared or name != TOGETHER})
+        own = () if settings is shared else (TOGETHER, BASIS)
+        check_each({name: value for name, value in settings.items() if name not in own})
     for settings in arms.values():  # not in `train`, by which results of arms that have a size are known
         sized = choices.Choices({"pretrained_model_name_or_path": "toy"} | shared | settings)
         choices.choose_resolution(sized)

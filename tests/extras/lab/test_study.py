@@ -15,7 +15,7 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.lab.commands import compare_arguments, config_of
 from dreambooth_moslora.extras.lab.commands import study_of as study_of_words
 from dreambooth_moslora.extras.lab.report import arm_rows, difference_plot, finding, outcome_rows
-from dreambooth_moslora.extras.lab.run import Result, best_rates, materials, outcomes, summaries
+from dreambooth_moslora.extras.lab.run import Result, best_rates, count_parameters, materials, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.measures import MEASURES, Measure
@@ -292,6 +292,16 @@ def test_each_arm_gets_the_rate_that_was_best_for_it():
     own = replace(study, arms={**study.arms, "own": {"learning_rate": 5e-4}})
     assert best_rates(own, results)["own", 4] == 5e-4 and all(cell.arm != "own" for cell in own.tuning_cells())
     assert best_rates(study, results) == {("lora", 4): 1e-3, ("mix", 4): 1e-4}  # the lower one at a tie
+
+
+def test_an_arm_on_a_basis_learns_r_squared_numbers_a_layer(tmp_path):
+    for subject in ("01_duck", "02_house", "03_mushroom", "04_snowman"):
+        shutil.copytree("a", tmp_path / "runs" / "others" / subject)
+    study = load_study(MIXERS.with_name("basis.toml"))
+    assert [study.basis_of(arm) for arm in ("lora", "svd", "learnt")] == [None, "svd", "runs/toys_basis.safetensors"]
+    (cell,) = [one for one in study.test_cells(study.first_rates()) if (one.arm, one.subject) == ("svd", "01_duck")]
+    config = study.config_of(cell, cell.rank, Path("run"))
+    assert count_parameters(config, 32, on_basis=True) == 149_504 < count_parameters(config, 2)
 
 
 def test_a_folder_and_a_word_are_a_study_of_its_mixers(capsys):

@@ -123,16 +123,11 @@ def test_in_a_folder_or_a_bucket_a_new_file_is_seen_and_a_changed_one_has_anothe
 
 @pytest.mark.parametrize("place", [".", "rex"])
 def test_a_bucket_serves_the_adapters_of_a_folder_by_the_same_names(folder, place):
-    """It knew no best step, and served a run's file for other programs and its basis."""
+    """It knew no best step, and served a run's file for other programs."""
     (folder / "rex.safetensors").write_bytes(b"another rex")
     (folder / "rex" / "best").mkdir()
-    files = (
-        "rex.kohya.safetensors",
-        "toysbasis.safetensors",
-        f"best/{PUBLISHED_NAME}",
-        "best/x.safetensors",
-    )
-    for name in files if place == "." else files[2:]:
+    files = ("rex.kohya.safetensors", f"best/{PUBLISHED_NAME}", "best/x.safetensors")
+    for name in files if place == "." else files[1:]:
         (folder / "rex" / name).write_bytes(name.encode())
     of_folder, of_bucket = (open_catalogue([f"{scheme}{folder / place}"]) for scheme in ("", "file://"))
     read = [{name: one.local(one.find(name)).read_bytes() for name in one.names()} for one in (of_folder, of_bucket)]

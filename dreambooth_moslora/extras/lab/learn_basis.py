@@ -1,0 +1,134 @@
+"""Learns A and B that many subjects share: each subject has its own mixer, and takes its turn with a micro-batch.
+
+    start: A and B of `--start`, all M = 0
+    step n: subject k = k(n): M := M_k, one micro-batch of it, a step of Adam on A, B and M_k
+
+The result is a raw adapter file with A and B, and M = 0: an arm of a study takes it with `basis = "FILE"`.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from dreambooth_moslora.adapters import moslora, raw_file
+from dreambooth_moslora.base.load import architecture
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.extras.lab.basis import put_basis
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.loop import training
+from dreambooth_moslora.training.step import TrainStep
+
+SAVE_EVERY = 50
+
+Progress = Callable[[int, int, float, float], None]
+"""(steps done, of how many, mean loss of late, seconds left)."""
+
+
+def learn_basis(
+    config: TrainConfig,
+    start: str,
+    out: Path,
+    basis_lr: float,
+    progress: Progress,
+    should_stop: Callable[[], bool] = bool,
+) -> int:
+    """Write a basis for the subjects of `config`, learnt in its `max_train_steps`; returns the steps done. It starts
+    from the basis `start`. Mixers have the run's learning rate, A and B have `basis_lr`; both fall to zero. The file is
+    written now and then, at the end, and after a stop. Raises UserError."""
+    if len(config.subjects) < 2:
+        raise UserError("a basis is learnt over two subjects or more: name a folder for each.")
+    with tempfile.TemporaryDirectory() as folder:
+        bare = {"num_validation_images": 0, "evaluate_steps": None, "report_to": "none"}
+        bare |= {"enable_bucket": True}  # so that a micro-batch shows one subject
+        own = replace(config, output_dir=str(Path(folder) / "basis"), **bare)
+        steps = training(own, should_stop=should_stop)
+        try:
+            run = next(steps)
+            put_basis(start, run.train_step.components)
+            learner = Learner(run.train_step, len(config.subjects), config.learning_rate, basis_lr)
+            return learner.learn(run.max_train_steps, out, own, progress, should_stop)
+        except StopIteration:  # stopped before the first step
+            return 0
+        finally:
+            steps.close()
+
+
+class Learner:
+    """The shared A and B in the denoiser, and the mixers of `count` subjects."""
+
+    def __init__(self, step: TrainStep, count: int, mixer_lr: float, basis_lr: float):
+        self.step = step
+        (denoiser,) = step.components.values()  # text encoders are not trained
+        self.live = [mixer for _, mixer in moslora.mixer_parameters(denoiser)]
+        self.shared = [matrix for name, matrix in moslora.adapter_parameters(denoiser) if not name.endswith(".mixer")]
+        size = sum(mixer.numel() for mixer in self.live)
+        self.subjects = [torch.nn.Parameter(self.live[0].new_zeros(size)) for _ in range(count)]
+        groups = [{"params": self.shared, "lr": basis_lr}, {"params": self.subjects, "lr": mixer_lr}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        self.rates = [basis_lr, mixer_lr]
+        self.scaler = step.accelerator.scaler or torch.amp.GradScaler(enabled=False)  # of fp16
+
+    def learn(
+        self, total: int, out: Path, config: TrainConfig, progress: Progress, should_stop: Callable[[], bool]
+    ) -> int:
+        began, loss = time.perf_counter(), None
+        for number in range(total):
+            found = self.one_step(number, total)
+            loss = found if loss is None else 0.9 * loss + 0.1 * found
+            done = number + 1
+            progress(done, total, loss, (time.perf_counter() - began) / done * (total - done))
+            if done % SAVE_EVERY == 0 or done == total or should_stop():
+                self.save(out, config)
+            if should_stop():
+                return done
+        return total
+
+    def one_step(self, number: int, total: int) -> float:
+        """Train A, B and the mixers of the subject whose turn it is; fp16 skips a step that overflows. Returns the
+        loss."""
+        step, size = self.step, self.step.config.train_batch_size
+        subject = self.subjects[step.inputs.instance.subject_at(number * size)]
+        put(subject.detach(), self.live)
+        step.train_mode()
+        summed = torch.zeros((), device=step.device)
+        with step.copies.for_one_step() as copies:
+            for parts in step.micro_batch_losses(number):
+                self.scaler.scale(parts.total).backward()
+                copies.collect()
+                summed = summed + parts.total.detach()
+        loss = float(summed)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {number + 1}: lower --learning_rate or --basis_lr")
+        subject.grad = torch.cat([mixer.grad.flatten() for mixer in self.live])
+        self.scaler.unscale_(self.optimizer)
+        clip_grad_norm_([*self.shared, subject], step.config.max_grad_norm)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * (1 - number / total)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for mixer in self.live:
+            mixer.grad = None
+        return loss
+
+    def save(self, out: Path, config: TrainConfig) -> None:
+        put(torch.zeros_like(self.subjects[0]), self.live)
+        facts = raw_file.adapter_metadata(
+            self.step.components,
+            base_id=config.pretrained_model_name_or_path,
+            base_architecture=architecture(self.step.inputs.denoiser),
+            resolution_px=config.resolution,
+        )
+        raw_file.save_raw(self.step.components, out, facts)
+
+
+@torch.no_grad()
+def put(values: torch.Tensor, mixers: list[torch.nn.Parameter]) -> None:
+    for mixer, part in zip(mixers, values.split([m.numel() for m in mixers]), strict=True):
+        mixer.copy_(part.view_as(mixer))
