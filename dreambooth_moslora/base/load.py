@@ -53,6 +53,8 @@ def quantize(
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_worth_saying)
     count = 0
     for name, dense in layers_of_blocks(denoiser):
+        if ".lora_" in name:  # the adapter's own, of a base that has one already
+            continue
         if type(dense) is nn.Linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
             parent, _, child = name.rpartition(".")
             layer = quantized(dense, kind, compute_dtype, device or dense.weight.device)

@@ -4,6 +4,8 @@ The same prompt and seed give the same noise at every step, so that only the ada
 encoded once; the text encoders may be freed before the first picture is drawn.
 """
 
+import logging
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,11 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dreambooth_moslora.base import decode, families, load
-from dreambooth_moslora.core import StopRequestedError, UserError
+from dreambooth_moslora.base import decode, families, load, machine
+from dreambooth_moslora.core import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.settings.families import facts_of
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_INFERENCE_STEPS = 25
 
@@ -49,8 +53,21 @@ class Sampler:
             part.eval()  # adapters may have dropout
         pipeline.vae.to(self.device)
         try:
-            for start in range(0, len(requests), batch_size):
-                yield from self._draw(requests[start : start + batch_size])
+            waiting = list(requests)
+            while waiting:
+                try:
+                    pictures = self._draw(waiting[:batch_size])
+                except Exception as error:
+                    if batch_size == 1 or not is_out_of_memory(error):
+                        raise
+                    pictures = []
+
+                if not pictures:  # out of the block, where the error holds no tensors any more
+                    machine.free_unused_blocks(self.device)
+                    batch_size = math.ceil(min(batch_size, len(waiting)) / 2)
+                    logger.warning("pictures ran out of memory: %d are drawn at once.", batch_size)
+                yield from pictures
+                del waiting[: len(pictures)]
         finally:
             for part, mode in zip(parts, modes):
                 part.train(mode)

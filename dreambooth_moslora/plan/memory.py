@@ -68,6 +68,8 @@ BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
 WORTH_IMAGES = 1000
 """Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
 report about a minute to compile the blocks, and a tenth of a second saved per image."""
+OF_A_LOADED_BASE = ("recompute_ff", "recompute", "nf4")
+"""The plans that a run can change to before its first update, from the fastest to the leanest."""
 USABLE = 0.9  # Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest.
 Result = TypeVar("Result")
 
@@ -484,17 +486,50 @@ def fitting(
 
 def costs(config: table.TrainConfig, size: BaseSize, names: Collection[str] = tuple(table.PLANS)) -> dict[str, float]:
     """Plan -> peak memory in GiB, for the plans that are possible with these settings and packages."""
-    found = {}
-    for name in names:
-        if machine.is_on_apple() and (name == "nf4" or "gradient_checkpointing" not in table.PLANS[name]):
-            continue
-        if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
-            continue
-        if size.family.style == "flow" and any(setting in families.OF_UNETS for setting in table.PLANS[name]):
-            continue
-        if "cache_cross_attention" not in table.PLANS[name] or not rules.excluded_by("cache_cross_attention", config):
-            found[name] = estimate(replace(config, **plan_settings(config, name)), size, 1).peak_gib
-    return found
+    return {
+        name: estimate(replace(config, **plan_settings(config, name)), size, 1).peak_gib
+        for name in names
+        if is_possible(name, config, size.family)
+    }
+
+
+def is_possible(name: str, config: table.TrainConfig, facts: families.Facts) -> bool:
+    """Whether a run can take this plan, with its settings, its family and the packages here."""
+    plan = table.PLANS[name]
+    if machine.is_on_apple() and (name == "nf4" or "gradient_checkpointing" not in plan):
+        return False
+    if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
+        return False
+    if facts.style == "flow" and any(setting in families.OF_UNETS for setting in plan):
+        return False
+    is_cached = "cache_cross_attention" in plan
+    return not is_cached or not rules.excluded_by("cache_cross_attention", config)
+
+
+def leaner(config: table.TrainConfig, facts: families.Facts) -> tuple[str, dict[str, Any]] | None:
+    """What takes less memory than these settings, of what a loaded base can change to: as a flag,
+    and as settings. First half as many images at once, which computes nothing twice, then the next
+    plan. None if nothing is left."""
+    images = math.ceil(config.images_a_pass / 2)
+    if images < config.images_a_pass and not rules.excluded_by("images_at_once", config):
+        return f"--images_at_once {images}", {"images_at_once": images}
+
+    plans = [name for name in OF_A_LOADED_BASE if is_possible(name, config, facts)]
+    if config.use_dora:  # its magnitudes are those of the dense weights
+        plans = [name for name in plans if name != "nf4"]
+
+    # Go on after the leanest plan whose settings the run has.
+    later = plans
+    for place, name in enumerate(plans):
+        settings = plan_settings(config, name)
+        if all(getattr(config, key) == value for key, value in settings.items()):
+            later = plans[place + 1 :]
+    if not later:
+        return None
+
+    # A block that is recomputed as a whole would recompute its feed-forward part twice.
+    settings = {"recompute_feed_forward": False} | plan_settings(config, later[0])
+    return f"--memory {later[0]}", settings
 
 
 def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:

@@ -59,11 +59,7 @@ def add_adapters(
                     "resume with the same, or start a new run."
                 )
     for module in components.values():
-        if config.gradient_checkpointing:  # diffusers and transformers name the method differently
-            turn_on = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
-            turn_on()
-        elif config.recompute_feed_forward:
-            recompute_feed_forward(module)
+        recompute(config, module)
         drop_divisions(module)
         fast_linear.enable_fast_path(module)
 
@@ -127,11 +123,17 @@ class RecomputedFeedForward(FeedForward):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
-def recompute_feed_forward(denoiser: torch.nn.Module) -> None:
-    """In place: these blocks keep two fifths of what the UNet keeps for the backward pass."""
-    for module in denoiser.modules():
-        if type(module) is FeedForward:
-            module.__class__ = RecomputedFeedForward
+def recompute(config: TrainConfig, module: torch.nn.Module) -> None:
+    """In place, what these settings say: all blocks, or the feed-forward ones alone. Those keep two
+    fifths of what the UNet keeps for the backward pass."""
+    if config.gradient_checkpointing:  # diffusers and transformers name the method differently
+        turn_on = getattr(module, "enable_gradient_checkpointing", None)
+        turn_on = turn_on or module.gradient_checkpointing_enable
+        turn_on()
+    is_apart = config.recompute_feed_forward and not config.gradient_checkpointing
+    for part in module.modules():
+        if type(part) in (FeedForward, RecomputedFeedForward):
+            part.__class__ = RecomputedFeedForward if is_apart else FeedForward
 
 
 def fresh_adapters(

@@ -314,5 +314,9 @@ def claim_run_folder(config: table.TrainConfig, context: RunContext, step: int, 
         sheets = [*pictures, run_dir.samples_dir, run_dir.contact_sheet_path]
         evaluations = sorted(run_dir.path.glob(f"*{run_dir.evaluation_dir.name}"))  # of the run, and of single files
         move(present(*weights, *facts, *sheets, *evaluations, *report.earlier_curves), run_dir, "held an earlier run")
-    core.atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
+    write_settings(config, run_dir)
     report.begin_at(step if is_own else 0)  # else the log is of a run that failed here
+
+
+def write_settings(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
+    core.atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))

@@ -19,11 +19,17 @@ from typing import Protocol
 import torch
 
 from dreambooth_moslora.adapters.proof import Proof
-from dreambooth_moslora.core import StopRequestedError, UserError, half_precision, remove_directory
+from dreambooth_moslora.core import (
+    StopRequestedError,
+    UserError,
+    half_precision,
+    is_out_of_memory,
+    remove_directory,
+)
 from dreambooth_moslora.disk import events, queue, run_folder
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos import folder, photo_file
-from dreambooth_moslora.plan import checks, processes
+from dreambooth_moslora.plan import checks, memory, processes
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import checkpoint, explain, frozen_base, made_before, optimizer, reporter, results
@@ -87,6 +93,33 @@ class Training:
     def accumulate_gradients(self) -> StepLosses:
         self.started = time.monotonic()
         return self.train_step.accumulate_gradients()
+
+    def accumulate_with_less(self) -> StepLosses:
+        """The same. Until the first update a step that runs out of memory is done again with less,
+        from the same draws. Raises the error where nothing is left, and in one of several
+        processes, as the others would not know."""
+        while True:
+            try:
+                return self.accumulate_gradients()
+            except Exception as error:
+                may_change = self.step == 0 and self.accelerator.num_processes == 1
+                if not may_change or not is_out_of_memory(error):
+                    raise
+                leaner = memory.leaner(self.config, self.train_step.inputs.family.facts)
+                if leaner is None:
+                    raise
+
+            # Out of the block, where the error holds the step's tensors no more.
+            reporter.free_unused_memory(self.accelerator.device)
+            flag, settings = leaner
+            logger.warning("the first step ran out of memory: it is done again with %s.", flag)
+            self.go_on_as(replace(self.config, **settings))
+
+    def go_on_as(self, config: TrainConfig) -> None:
+        """Other settings from here on, in what the run computes and in what it says of itself."""
+        self.train_step.go_on_as(config)
+        self.config, self.publisher = config, replace(self.publisher, config=config)
+        checkpoint.write_settings(config, self.run_dir)
 
     def check_finite(self, losses: StepLosses) -> None:
         """Raises UserError unless the loss is finite. Losses are shared, so all processes stop together."""
@@ -255,7 +288,7 @@ def train(
     try:
         run = next(steps)
         while True:
-            run = advanced(steps, run.accumulate_gradients)
+            run = advanced(steps, run.accumulate_with_less)
     except StopIteration as end:
         return end.value
 

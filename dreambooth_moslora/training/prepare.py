@@ -116,13 +116,18 @@ def prepare(
         frozen_base.load_denoiser_of(config, pipeline, dtype, device)
         start = check_denoiser(config, context, pipeline, is_fresh)
     denoiser = families.denoiser_of(pipeline)
-    is_exact = config.base_quantization == "none"  # two devices may round another otherwise
-    weights = frozen_base.fingerprint(denoiser) if is_exact else ""
-    base = f"{dtype} {config.base_quantization} {config.variant} {weights}"
+    base = held_as(config, denoiser, dtype)
     products = TextProducts(denoiser, device) if config.cache_cross_attention else None
     denoiser.to(device)
     shown = photos, instance, prior, prompt_embeds
     return TrainInputs(pipeline, family, schedule, *shown, dtype, start, products, base)
+
+
+def held_as(config: table.TrainConfig, denoiser: torch.nn.Module, dtype: torch.dtype) -> str:
+    """How the base is held, and the denoiser's fingerprint: what a checkpoint notes of it."""
+    is_exact = config.base_quantization == "none"  # two devices may round another otherwise
+    weights = frozen_base.fingerprint(denoiser) if is_exact else ""
+    return f"{dtype} {config.base_quantization} {config.variant} {weights}"
 
 
 def check_denoiser(

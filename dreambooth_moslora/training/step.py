@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dreambooth_moslora.adapters import fast_linear, moslora
-from dreambooth_moslora.base import families
+from dreambooth_moslora.base import families, load
 from dreambooth_moslora.core import StopRequestedError, UserError, generator, is_out_of_memory, one_line, rng, seed_of
 from dreambooth_moslora.plan import memory, processes
 from dreambooth_moslora.settings.table import TrainConfig
@@ -159,6 +159,19 @@ class TrainStep:
             self.compiled = []
             logger.warning("--compile: %s: %s", GOES_ON, one_line(f"{type(error).__name__} {error}", 200))
         return self._accumulate()
+
+    def go_on_as(self, config: TrainConfig) -> None:
+        """Take settings that differ from the present ones in what `memory.leaner` changes."""
+        inputs = self.inputs
+        if config.base_quantization != self.config.base_quantization:
+            load.quantize(inputs.denoiser, config.base_quantization, inputs.dtype, self.device)
+            inputs.base = prepare.held_as(config, inputs.denoiser, inputs.dtype)
+        for module in self.components.values():
+            adapters.recompute(config, module)
+
+        # The copies know the layers' weights, and what a step that broke off has left.
+        self.copies = fast_linear.WorkingCopies(*self.components.values())
+        self.config = config
 
     def _accumulate(self) -> StepLosses:
         self.begin()

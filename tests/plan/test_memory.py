@@ -367,6 +367,32 @@ def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card):
         memory.check_memory(run, size)
 
 
+CHECKPOINTED = {"gradient_checkpointing": True}
+BY_HALVES = {"train_batch_size": 3, "gradient_accumulation_steps": 2, "images_at_once": 6}
+LEANER = [
+    ("sdxl", BY_HALVES, ["at_once 3", "at_once 2", "at_once 1", "ff", "recompute", "nf4"]),
+    ("flux", {"train_batch_size": 2}, ["at_once 1", "recompute", "nf4"]),
+    ("sdxl", {"train_text_encoder": True, "train_batch_size": 2}, ["ff", "recompute", "nf4"]),
+    ("sdxl", {"use_dora": True}, ["ff", "recompute"]),
+    ("sdxl", {"cache_cross_attention": True}, ["ff", "recompute"]),
+    ("sdxl", {"base_quantization": "int8"}, ["ff", "recompute"]),
+    ("sdxl", {"base_quantization": "int8"} | CHECKPOINTED, []),
+    ("z_image", CHECKPOINTED, ["nf4"]),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "ends"), LEANER)
+def test_a_run_out_of_memory_has_these_ways_left(family, changes, ends):
+    """One after the other, each for a loaded base, and as settings that are allowed."""
+    facts, config = family_memory.facts_named(family), TrainConfig.from_dict(SETTINGS | changes)
+    flags = []
+    while found := memory.leaner(config, facts):
+        config = replace(config, **found[1])
+        flags.append(found[0])
+    assert len(flags) == len(ends)
+    assert all(flag.endswith(end) for flag, end in zip(flags, ends))
+
+
 OF_FAMILIES = [(facts, gb) for facts in FAMILIES if not facts.needs_sizes for gb in facts.recipes]
 
 

@@ -1,0 +1,127 @@
+"""A step, or pictures, that run out of memory are done with less, and that changes nothing else."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from dreambooth_moslora.base import load
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
+from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny_training import adapter_sha256, tiny_config
+
+Fits = Callable[[nn.Module, torch.Tensor], bool]
+NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB."
+TWICE = {"gradient_accumulation_steps": 2, "max_train_steps": 2}
+PAIR = TWICE | {"train_batch_size": 2}
+LAYERS = TWICE | {"target_modules": ("to_q", "to_k", "ff.net.2")}
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Let a pass run out of memory, at its end, unless it `fits`; the first ones always do."""
+    forward = UNet2DConditionModel.forward
+
+    def card(fits: Fits, free_passes: int = 0) -> None:
+        passes = []
+
+        def limited(unet: nn.Module, z: torch.Tensor, *given, **named):
+            found = forward(unet, z, *given, **named)
+            passes.append(z)
+            if len(passes) > free_passes and not fits(unet, z):
+                raise torch.OutOfMemoryError(NO_ROOM)
+            return found
+
+        monkeypatch.setattr(UNet2DConditionModel, "forward", limited)
+
+    return card
+
+
+FEWER = {"images_at_once": 1}
+FEED_FORWARD, RECOMPUTED = {"recompute_feed_forward": True}, {"gradient_checkpointing": True}
+IN_4_BIT = RECOMPUTED | {"base_quantization": "nf4"}
+TO_FEWER, TO_FEED_FORWARD = "--images_at_once 1", "--memory recompute_ff"
+TO_RECOMPUTED, TO_4_BIT = "--memory recompute", "--memory nf4"
+slow = pytest.mark.slow
+
+
+def is_recomputed(unet: nn.Module, z: torch.Tensor) -> bool:
+    return unet.is_gradient_checkpointing
+
+
+def is_single(unet: nn.Module, z: torch.Tensor) -> bool:
+    return len(z) == 1
+
+
+def has_layers(kind: str) -> Fits:
+    return lambda unet, z: any(type(part).__name__ == kind for part in unet.modules())
+
+
+# the settings of a run, what fits, what it ends with beside these, and the flags that it names
+WAYS = [
+    (PAIR, is_single, FEWER, [TO_FEWER]),
+    (LAYERS, has_layers("RecomputedFeedForward"), FEED_FORWARD, [TO_FEED_FORWARD]),
+    pytest.param(LAYERS, is_recomputed, RECOMPUTED, [TO_FEED_FORWARD, TO_RECOMPUTED], marks=slow),
+    pytest.param(LAYERS | RECOMPUTED, has_layers("Linear4bit"), IN_4_BIT, [TO_4_BIT], marks=slow),
+    (
+        PAIR | LAYERS,
+        has_layers("Linear4bit"),
+        FEWER | IN_4_BIT,
+        [TO_FEWER, TO_FEED_FORWARD, TO_RECOMPUTED, TO_4_BIT],
+    ),
+]
+
+
+@pytest.mark.parametrize(("usual", "fits", "changes", "flags"), WAYS)
+def test_the_first_step_is_done_again_as_by_a_run_that_began_with_less(
+    usual, fits, changes, flags, card, tiny_base, photos, tmp_path, caplog
+):
+    """The same bytes, though it ran out in the second of its passes. The run's folder tells."""
+    begun = tiny_config(tiny_base, photos, tmp_path / "begun", **usual | changes)
+    train(begun)
+    card(fits, free_passes=1)
+    train(tiny_config(tiny_base, photos, tmp_path / "recovered", **usual))
+
+    assert adapter_sha256(tmp_path / "recovered") == adapter_sha256(tmp_path / "begun")
+    said = [line for line in caplog.messages if "out of memory" in line]
+    told = "the first step ran out of memory: it is done again with"
+    assert said == [f"{told} {flag}." for flag in flags]
+    settings = json.loads(RunDir(tmp_path / "recovered").config_path.read_text())
+    assert settings.items() >= changes.items()
+
+
+LOST = {
+    "nothing is left": (RECOMPUTED | {"base_quantization": "nf4"}, 0),
+    "the adapter was updated": ({}, 1),
+}
+
+
+@pytest.mark.parametrize(("changes", "free_passes"), LOST.values(), ids=LOST)
+def test_where_nothing_is_left_a_run_ends(changes, free_passes, card, tiny_base, photos, tmp_path):
+    card(lambda unet, z: False, free_passes)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        train(tiny_config(tiny_base, photos, tmp_path / "run", **changes))
+    assert RunDir(tmp_path / "run").read_metrics()[-1]["message"] == NO_ROOM
+
+
+def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog):
+    """Each once, and the same; one that does not fit alone ends it."""
+    pipeline = load.load_pipeline(tiny_base)
+    pipeline.set_progress_bar_config(disable=True)
+    embed = lambda prompts: load.encode_text(pipeline, prompts)  # noqa: E731
+    sampler = Sampler(pipeline, embed, 64, torch.device("cpu"), inference_steps=2)
+    requests = [SampleRequest("a dog", seed) for seed in range(5)]
+    wanted = list(sampler(requests, batch_size=1))
+
+    card(lambda unet, z: len(z) <= 2)  # a picture with guidance passes twice
+    assert list(sampler(requests, batch_size=4)) == wanted
+    said = "pictures ran out of memory: %d are drawn at once."
+    assert caplog.messages == [said % 2, said % 1]
+
+    card(lambda unet, z: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        next(sampler(requests, batch_size=4))
