@@ -69,7 +69,7 @@ def one_or_many(notes: object) -> object:
 
 Rank = Annotated[int, Field(gt=0)]
 FileName = Annotated[str, AfterValidator(plain_name)]
-Mixer = Literal[*table.MIXERS, table.ZERO]
+Mixer = Literal[*table.MIXERS]
 
 
 class TokenNote(TypedDict):
@@ -81,21 +81,8 @@ class TokenNote(TypedDict):
     sha256: str
 
 
-class BasisNote(TypedDict):
-    """The frozen A and B: `svd` of the base, or a file."""
-
-    kind: str
-    sha256: str
-    file: FileName
-
-
-class NoBasis(TypedDict):
-    """{}: a run that trains A and B."""
-
-
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-for note in (TokenNote, BasisNote, NoBasis):
-    note.__pydantic_config__ = STRICT | {"extra": "forbid"}
+TokenNote.__pydantic_config__ = STRICT | {"extra": "forbid"}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -136,7 +123,6 @@ class AdapterMetadata:
     tokens: Annotated[tuple[TokenNote, ...], BeforeValidator(one_or_many)] = ()
     # of several subjects
     subject_prompts: tuple[str, ...] = ()
-    basis: BasisNote | NoBasis = field(default_factory=dict)
     # if the run did not end there
     step: Rank | None = None
     # if there were several
@@ -157,7 +143,7 @@ class AdapterMetadata:
         facts = asdict(self)
         if len(self.tokens) == 1:
             facts["tokens"] = self.tokens[0]
-        later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts", "basis")
+        later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts")
         later += ("step", "processes", "mixer_factor")
         told = {name: value for name, value in facts.items() if value or name not in later}
         return json.dumps(told, sort_keys=True)

@@ -21,7 +21,6 @@ from dreambooth_moslora.settings import optimizer_kinds, rows, rules, subjects
 
 KRONECKER = "kronecker"
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", KRONECKER, "none"]
-ZERO = "zero"  # The start of the mixer in files of runs on a frozen basis.
 BEGUN_WITH = ("init_adapter", "pretrained_vae_model_name_or_path")  # Files whose content decides a result.
 PLANS: dict[str, dict[str, object]] = {
     "full": {},
