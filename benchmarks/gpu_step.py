@@ -23,7 +23,7 @@ import torch
 from benchmarks.meta_count import GIB
 from dreambooth_moslora.core import one_line
 
-__all__ = ["ARMS", "main", "measure"]
+__all__ = ["ARMS", "main", "measure", "measured"]
 
 ARMS = {
     "floor": "the frozen UNet's forward and the gradient to its input",
@@ -78,6 +78,16 @@ def measure(arm: str, options: argparse.Namespace) -> dict:
     accelerator = half_accelerator()
     device, options.precision = accelerator.device, accelerator.mixed_precision
     step = floor(options, device) if arm == "floor" else trainer_step(arm, options, accelerator)
+    return measured(arm, step, options, device)
+
+
+def measured(
+    arm: str,
+    step: Callable[[], None],
+    options: argparse.Namespace,
+    device: torch.device,
+) -> dict:
+    """Time the step, and say by which options."""
     for _ in range(WARM_UP):
         step()
     finish(device)

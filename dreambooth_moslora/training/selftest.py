@@ -35,7 +35,12 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageDraw, ImageStat
 
 from dreambooth_moslora.base import families, load
@@ -77,10 +82,15 @@ def made(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.M
     with torch.device("meta"):
         module = torch.nn.Module.to(build(), dtype)
     module.to_empty(device="cpu")
-    noise = torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0)).to(dtype)  # odd: no two rows are equal
+    noise = noise_of(dtype)
     for part in module.modules():
         fill(part, noise)
     return module.eval()
+
+
+def noise_of(dtype: torch.dtype) -> torch.Tensor:
+    """What `fill` repeats. Its length is odd, so that no two rows of a matrix are equal."""
+    return torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 @torch.no_grad()
@@ -105,15 +115,34 @@ def random_materials(size: str, resolution_px: int, dtype: torch.dtype = torch.b
     """What a run prepares, of a random UNet and one random photo and prompt."""
     side = resolution_px // 8
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    ids = torch.tensor([resolution_px, resolution_px, 0, 0, resolution_px, resolution_px], dtype=torch.float32)
     embeds, pooled = torch.randn(77, sum(WIDTHS[size])).to(dtype), torch.randn(WIDTHS[size][1]).to(dtype)
     text = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-    shown = photo_stream.EncodedView(torch.randn(4, side, side), ids, None), "a photo of sks dog"
-    stream = SimpleNamespace(at=lambda position: shown, read_ahead=lambda position: None)
     parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     pipeline = StableDiffusionXLPipeline(**parts, unet=random_unet(size, dtype), scheduler=scheduler)
-    texts, schedule = (lambda prompts: [text] * len(prompts)), prepare.noise_schedule(scheduler)
-    return prepare.TrainInputs(pipeline, load.SDXL_FAMILY, schedule, [], stream, None, texts, dtype)
+    latents = torch.randn(4, side, side)
+    return materials_of(pipeline, load.SDXL_FAMILY, text, latents, resolution_px, dtype)
+
+
+def materials_of(
+    pipeline: DiffusionPipeline,
+    family: families.Family,
+    text: families.Text,
+    latents: torch.Tensor,
+    resolution_px: int,
+    dtype: torch.dtype,
+) -> prepare.TrainInputs:
+    """What a run prepares, of one photo's `latents` (C, h, w), whose prompts all have this text."""
+    sizes = [resolution_px, resolution_px, 0, 0, resolution_px, resolution_px]
+    ids = torch.tensor(sizes, dtype=torch.float32)
+    shown = photo_stream.EncodedView(latents, ids, None), "a photo of sks dog"
+    stream = SimpleNamespace(
+        at=lambda position: shown,
+        read_ahead=lambda position: None,
+        subject_at=lambda position: 0,
+    )
+    schedule = prepare.noise_schedule(pipeline.scheduler)
+    texts = lambda prompts: [text] * len(prompts)  # noqa: E731
+    return prepare.TrainInputs(pipeline, family, schedule, [], stream, None, texts, dtype)
 
 
 GIB = 2**30

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from benchmarks import gpu_step, precision
+from benchmarks import flow_step, gpu_step, precision
 from benchmarks.batched_adapters import trained
 from benchmarks.diffusers_style_loop import diffusers_style_step
 from benchmarks.floor_ratio import measure
@@ -137,17 +137,37 @@ def test_an_arm_has_its_own_layout(arm, monkeypatch):
     assert weight.is_contiguous(memory_format=torch.channels_last) == (arm == "channels_last")
 
 
-@pytest.mark.parametrize("arm", ["floor", "ours", "peft", "nf4", "channels_last"])
-def test_the_gpu_arms_step_on_any_device(arm, capsys):
-    words = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2", "--arms", arm]
-    gpu_step.main(words)
+SMALL = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2"]
+GPU_ARMS = ["floor", "ours", "peft", "nf4", "channels_last", "ours --prior"]
+
+
+@pytest.mark.parametrize("words", GPU_ARMS)
+def test_the_gpu_arms_step_on_any_device(words, capsys):
+    arm, *others = words.split()
+    gpu_step.main([*SMALL, "--arms", arm, *others])
     found = json.loads(capsys.readouterr().out)
     assert found["arm"] == arm and 0 < found["host_sec"] <= found["step_sec"]
 
 
 def test_an_arm_that_fails_is_one_line_and_the_next_follows(capsys):
     """The CPU records no graphs."""
-    words = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2", "--arms", "graphed", "floor"]
-    gpu_step.main(words)
+    gpu_step.main([*SMALL, "--arms", "graphed", "floor"])
     graphed, floor = map(json.loads, capsys.readouterr().out.splitlines())
     assert graphed["arm"] == "graphed" and graphed["error"] and floor["step_sec"] > 0
+
+
+FLOWS = [
+    ("Z-Image", "recompute", ["ours", "peft", "stateless"]),
+    ("FLUX.1 dev", "nf4", ["ours"]),
+    ("FLUX.2 klein 4B", "full", ["ours"]),
+    ("Qwen-Image", "recompute", ["ours", "masked"]),
+    ("Krea 2", "recompute", ["ours", "masked"]),
+]
+
+
+@pytest.mark.parametrize(("model", "plan", "arms"), FLOWS)
+def test_a_flow_family_steps_on_any_device(model, plan, arms, capsys):
+    flow_step.main([*SMALL, "--model", model, "--plan", plan, "--arms", *arms])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["arm"] for one in found] == arms
+    assert all(0 < one["host_sec"] <= one["step_sec"] for one in found)

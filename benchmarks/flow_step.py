@@ -1,0 +1,181 @@
+"""Seconds and memory of one training step of a flow family on a GPU, with random weights.
+
+    python -m benchmarks.flow_step --model Z-Image            # ours, recomputed, 1024 px
+    python -m benchmarks.flow_step --model "FLUX.1 dev" --plan nf4 --arms ours peft
+    python -m benchmarks.flow_step --model Qwen-Image --arms ours masked stateless compiled
+    python -m benchmarks.flow_step --size small --resolution 64           # on a CPU: does it run
+
+It downloads nothing: the configurations are those of the published models, one photo and one
+prompt are random. It prints one line of JSON for each arm, as `gpu_step` does.
+"""
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.family_memory import MODELS, PLANS, config_of, facts_named
+from benchmarks.gpu_step import WARM_UP, measured
+from benchmarks.precision import half_accelerator
+from dreambooth_moslora.adapters.fast_linear import disable_fast_path
+from dreambooth_moslora.base.families import METHODS, filled
+from dreambooth_moslora.base.load import quantize
+from dreambooth_moslora.plan.processes import DTYPES
+from dreambooth_moslora.settings.families import Facts
+from dreambooth_moslora.training.prepare import TrainInputs
+from dreambooth_moslora.training.selftest import fill, materials_of, noise_of
+from dreambooth_moslora.training.step import TrainStep
+
+__all__ = ["ARMS", "SMALL", "main"]
+
+ARMS = {
+    "ours": "the trainer's own step",
+    "peft": "the same, by PEFT's own layers",
+    "compiled": "ours, with --compile on",
+    "stateless": "ours, recomputed without the state of the random generator",
+    "masked": "ours, texts with a mask that hides nothing, for Qwen-Image and Krea 2",
+}
+SMALL = {
+    "FLUX.1 dev": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
+    "FLUX.2 klein 4B": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
+    "Z-Image": {"n_layers": 1, "n_refiner_layers": 1, "dim": 256, "n_heads": 2, "n_kv_heads": 2},
+    "Qwen-Image": {"num_layers": 1, "num_attention_heads": 2},
+    "Krea 2": {
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 256,
+        "text_intermediate_size": 256,
+        "num_layerwise_text_blocks": 1,
+        "num_refiner_text_blocks": 1,
+    },
+}
+"""What makes each model small enough for a CPU; its texts and latents stay as they are."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    for arm in options.arms:
+        torch.manual_seed(0)
+        accelerator = half_accelerator()
+        options.precision = accelerator.mixed_precision
+        step = trainer_step(arm, options, accelerator)
+        print(json.dumps(measured(arm, step, options, accelerator.device)), flush=True)
+        del step
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
+    options.add_argument("--model", choices=SMALL, default="Z-Image")
+    options.add_argument("--arms", nargs="+", choices=ARMS, default=["ours"], help=arms)
+    options.add_argument("--plan", choices=PLANS, default="recompute", help="a word of --memory")
+    options.add_argument("--size", choices=("full", "small"), default="full")
+    options.add_argument("--resolution", type=int, default=1024)
+    options.add_argument("--batch", type=int, default=1)
+    options.add_argument("--rank", type=int, default=16)
+    options.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    return options
+
+
+def trainer_step(
+    arm: str,
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+) -> Callable[[], None]:
+    """The trainer's step of one random photo with its update, as the arm and the plan say."""
+    facts, dtype = facts_named(MODELS[options.model][0]), DTYPES[options.precision]
+    denoiser = random_denoiser(options.model, facts, options.size, dtype, accelerator.device)
+    quantize(denoiser, PLANS[options.plan].get("base_quantization", "none"), dtype)
+    materials = random_materials(options.model, facts, denoiser, options.resolution, dtype)
+    if arm == "masked":
+        family = materials.family
+        family.arguments = lambda texts: filled(type(family).arguments(family, texts))
+
+    config = replace(
+        config_of(facts, options.resolution, options.rank, options.plan),
+        train_batch_size=options.batch,
+        mixed_precision=options.precision,
+        compile="on" if arm == "compiled" else "off",
+        seed=0,
+    )
+    steps = WARM_UP + options.steps
+    train_step = TrainStep(config, materials, accelerator, max_train_steps=steps)
+    if arm == "peft":
+        disable_fast_path(denoiser)
+    if arm == "stateless":
+        denoiser.enable_gradient_checkpointing(without_state)
+
+    def step() -> None:
+        train_step.accumulate_gradients()
+        train_step.update_adapter()
+
+    return step
+
+
+def without_state(block: nn.Module, *inputs: Any) -> Any:
+    """Nothing in these blocks draws, so that the generator's state need not be kept."""
+    return checkpoint(block.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def random_denoiser(
+    model: str,
+    facts: Facts,
+    size: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    """Filled on the device: billions of numbers are slow to draw and to move elsewhere."""
+    kind, options = getattr(diffusers, facts.model), MODELS[model][1]
+    little = kind(**options | SMALL[model])
+    with torch.device("meta"):
+        denoiser = kind(**options | SMALL[model]) if size == "small" else kind(**options)
+    denoiser = denoiser.to(dtype).to_empty(device=device).requires_grad_(False).train()
+
+    # Tables of places are computed as a part is built, and have no numbers on the meta device.
+    for name, part in little.named_children():
+        if not list(part.parameters()):
+            setattr(denoiser, name, part.to(device))
+    noise = noise_of(dtype).to(device)
+    for part in denoiser.modules():
+        fill(part, noise)
+    return denoiser
+
+
+def random_materials(
+    model: str,
+    facts: Facts,
+    denoiser: nn.Module,
+    resolution_px: int,
+    dtype: torch.dtype,
+) -> TrainInputs:
+    """What a run prepares, of one random photo and one random prompt."""
+    _, _, (channels, px), words = MODELS[model]
+    kind, scheduler = getattr(diffusers, facts.pipeline), FlowMatchEulerDiscreteScheduler()
+    parts = dict.fromkeys(("vae", *facts.encoders, *map(tokenizer_of, facts.encoders)))
+    pipeline = kind(**parts, transformer=denoiser, scheduler=scheduler)
+    shapes = {name: rows[0].shape for name, rows in words().items() if rows is not None}
+    text = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    side = resolution_px // px
+    latents, family = torch.randn(channels, side, side), METHODS[facts.name](facts)
+    return materials_of(pipeline, family, text, latents, resolution_px, dtype)
+
+
+def tokenizer_of(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+if __name__ == "__main__":
+    main()
