@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dreambooth_moslora.training.micro_batch import MicroBatch, Rows
 from dreambooth_moslora.training.objective import NoisySample
-from dreambooth_moslora.training.step import MicroBatch, Rows, TrainStep
+from dreambooth_moslora.training.step import TrainStep
 
 __all__ = ["CudaGraph", "record_passes"]
 

@@ -91,16 +91,16 @@ class Training:
         return self.train_step.step
 
     def accumulate_gradients(self) -> StepLosses:
-        self.started = time.monotonic()
-        return self.train_step.accumulate_gradients()
+        """Draw, predict, compare and differentiate a step's micro-batches.
 
-    def accumulate_with_less(self) -> StepLosses:
-        """The same. Until the first update a step that runs out of memory is done again with less,
-        from the same draws. Raises the error where nothing is left, and in one of several
-        processes, as the others would not know."""
+        Until the first update a step that runs out of memory is done again with less, from the
+        same draws. Raises the error where nothing is left, and in one of several processes, as the
+        others would not know.
+        """
         while True:
+            self.started = time.monotonic()
             try:
-                return self.accumulate_gradients()
+                return self.train_step.accumulate_gradients()
             except Exception as error:
                 may_change = self.step == 0 and self.accelerator.num_processes == 1
                 if not may_change or not is_out_of_memory(error):
@@ -288,7 +288,7 @@ def train(
     try:
         run = next(steps)
         while True:
-            run = advanced(steps, run.accumulate_with_less)
+            run = advanced(steps, run.accumulate_gradients)
     except StopIteration as end:
         return end.value
 
@@ -378,24 +378,36 @@ def set_up(
 
 
 def fit(run: Training) -> Steps:
+    """The loop. A step has five stages: draw, predict, compare, differentiate, update."""
+    # A resumed run gets its earlier scores; a fresh one shows what the base draws.
     if run.step:
         processes.on_main(run.accelerator, run.recall_scores)
     run.sample_if_due()
+
     while run.step < run.max_train_steps and not run.has_stalled:
         if run.context.stop_requested():
             if run.step == 0:  # the adapter would be the unchanged base
                 raise StopRequestedError
             return run.finish(interrupted=True)
+
+        # Draw, predict, compare, differentiate: `Training.accumulate_gradients` of this run, or of
+        # several runs together.
         losses = yield run
         run.check_finite(losses)
+
+        # Update. A step that fp16 skipped is repeated.
         if not run.update_adapter(losses):
             continue
+
+        # Score, sample, save.
         if run.is_scored_now:
             run.require_finite_adapter()
             processes.on_main(run.accelerator, run.evaluate)
         run.sample_if_due()
         if run.is_checkpoint_due:
             run.save_checkpoint(run.run_dir.checkpoint_path(run.step))
-    if run.samples.requests and run.samples.latest_step != run.step:  # it ends before `max_train_steps`
+
+    # A run that stalled ends before `max_train_steps`, so its last samples are still to be drawn.
+    if run.samples.requests and run.samples.latest_step != run.step:
         run.sample()
     return run.finish(interrupted=False)

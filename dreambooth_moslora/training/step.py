@@ -11,7 +11,7 @@ of one width share a graph, which stays valid with recomputation and without the
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,59 +27,8 @@ from dreambooth_moslora.plan import memory, processes
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import adapters, objective, photo_stream, prepare
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
+from dreambooth_moslora.training.micro_batch import MicroBatch, Rows, alike, predicted_together
 from dreambooth_moslora.training.optimizer import average_of, lent, make_lr_schedule, make_optimizer, parameter_groups
-
-
-def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:
-    """For each photo the prompt of its class, or with equal chance a random one of `prior_prompts`."""
-    draws = rng(config.seed, "micro", micro_batch, "prior prompts")
-    return [draws.choice((of_class, draws.choice(config.prior_prompts or (of_class,)))) for of_class in classes]
-
-
-@dataclass(frozen=True)
-class Rows:
-    noisy: objective.NoisySample
-    texts: tuple[families.Text, ...]  # (B)
-    time_ids: torch.Tensor  # (B, 6) with sizes and crops
-    prompts: tuple[str, ...]  # (B)
-
-    @classmethod
-    def joined(cls, parts: Sequence["Rows"]) -> "Rows":
-        noisy = objective.NoisySample(*map(torch.cat, zip(*(part.noisy.tensors for part in parts), strict=True)))
-        texts, prompts = (tuple(one for part in parts for one in getattr(part, name)) for name in ("texts", "prompts"))
-        return cls(noisy, texts, torch.cat([part.time_ids for part in parts]), prompts)
-
-    def __getitem__(self, some: slice) -> "Rows":
-        noisy = objective.NoisySample(*(tensor[some] for tensor in self.noisy.tensors))
-        return Rows(noisy, self.texts[some], self.time_ids[some], self.prompts[some])
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        """(h, w) of the latents."""
-        return tuple(self.noisy.latents.shape[-2:])
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The first `instance_count` images are the subject's."""
-
-    rows: Rows
-    target: torch.Tensor  # (B, 4, h, w); with the base as prior its answer is half of it
-    mask: torch.Tensor | None  # (B, 1, h, w)
-    instance_count: int
-
-    def parts(self, most: int) -> Iterator[tuple["MicroBatch", float]]:
-        """Parts of at most so many images, each the subject's alone or the prior's alone, and its share of these."""
-        for start, end in ((0, self.instance_count), (self.instance_count, len(self.rows))):
-            for first in range(start, end, most):
-                some = slice(first, min(first + most, end))
-                mask, size = None if self.mask is None else self.mask[some], some.stop - first
-                part = MicroBatch(self.rows[some], self.target[some], mask, 0 if start else size)
-                yield part, size / (end - start)
-
 
 logger = logging.getLogger(__name__)
 
@@ -146,19 +95,104 @@ class TrainStep:
         self.schedule, self.device = inputs.schedule.to(accelerator.device), accelerator.device
 
     def accumulate_gradients(self) -> StepLosses:
-        """Forward and backward passes of this process's micro-batches; again without compilation if that fails."""
+        """Draw, predict, compare and differentiate this process's micro-batches; again without
+        compilation if that fails."""
         try:
-            return self._accumulate()
+            return self.run_passes()
         except (UserError, StopRequestedError):
             raise
         except Exception as error:  # compilers and what they call raise what they like
             if is_out_of_memory(error) or not self.compiled:
                 raise
-            for block in self.compiled:
-                block._compiled_call_impl = None
-            self.compiled = []
-            logger.warning("--compile: %s: %s", GOES_ON, one_line(f"{type(error).__name__} {error}", 200))
-        return self._accumulate()
+            self.stop_compiling(one_line(f"{type(error).__name__} {error}", 200))
+        return self.run_passes()
+
+    def run_passes(self) -> StepLosses:
+        self.begin()
+        found = []
+        turns = range(self.config.gradient_accumulation_steps)
+        with self.copies.for_one_step() as copies:
+            # Draw: what passes through the denoiser together.
+            for micros, share in self.passes(map(self.number_of, turns)):
+                # Predict, compare, differentiate.
+                found += self.differentiated(micros, share)
+                copies.collect()
+        return self.mean_of(found)
+
+    def differentiated(self, micros: Sequence[MicroBatch], share: float | None) -> list[torch.Tensor]:
+        """One pass forward and backward. Returns the `numbers_of` (3,) each micro-batch; gradients
+        are added to the copies'."""
+        losses = self.losses(micros, share)
+        total = sum((parts.total for parts in losses[1:]), losses[0].total)
+        self.accelerator.backward(total / self.config.gradient_accumulation_steps)
+        return [numbers_of(parts) for parts in losses]
+
+    def losses(self, micros: Sequence[MicroBatch], share: float | None = None) -> list[objective.LossParts]:
+        """The loss of each of these, which pass through the denoiser together. `share` is that of a
+        part of a micro-batch, whose parts sum to its loss."""
+        # Predict. The frozen base's answer is the target of the prior's pictures.
+        answers: list[torch.Tensor | None] = [None] * len(micros)
+        if self.base_is_prior:
+            prior = [self.prior_rows(micro) for micro in micros]
+            answers = predicted_together(self.base_prediction, prior)
+        predictions = predicted_together(self.predict, [micro.rows for micro in micros])
+
+        # Compare.
+        found = []
+        for micro, prediction, answer in zip(micros, predictions, answers, strict=True):
+            parts = self.loss_of(micro, prediction, answer)
+            found.append(parts if share is None else parts.share(share))
+        return found
+
+    def loss_of(self, micro: MicroBatch, prediction: torch.Tensor, answer: torch.Tensor | None) -> objective.LossParts:
+        """The loss of `prediction` (B, C, h, w). `answer` (B/2, C, h, w) is the base's, the target
+        of the prior's half."""
+        config, schedule, index = self.config, self.schedule, micro.rows.noisy.index
+        target = micro.target
+        if answer is not None:
+            target = torch.cat([target[: micro.instance_count], answer])
+        weights = objective.weights_of(
+            objective.weightings_of(config, schedule),
+            schedule,
+            index,
+            instance_count=micro.instance_count,
+            gamma=config.snr_gamma,
+        )
+        return objective.loss(
+            prediction,
+            target,
+            weights,
+            instance_count=micro.instance_count,
+            # a prior in one of `prior_every` micro-batches counts for all of them
+            prior_loss_weight=config.prior_loss_weight * config.prior_every,
+            mask=micro.mask,
+            pointwise=objective.pointwise_error(
+                schedule,
+                index,
+                loss_type=config.loss_type,
+                huber_c=config.huber_c,
+                huber_schedule=config.huber_schedule,
+            ),
+        )
+
+    def passes(self, numbers: Iterable[int]) -> Iterator[tuple[list[MicroBatch], float | None]]:
+        """What passes together through the denoiser of the micro-batches of these numbers, one
+        after the other: whole micro-batches, or a part of one with its share."""
+        most, whole = self.config.images_a_pass, self.config.images_a_micro_batch
+        micros = map(self.micro_batch, numbers)
+        if most >= whole:
+            for together in alike(micros, most // whole):
+                yield together, None
+        else:
+            for micro in micros:
+                for part, share in micro.parts(most):
+                    yield [part], share
+
+    def stop_compiling(self, why: str) -> None:
+        for block in self.compiled:
+            block._compiled_call_impl = None
+        self.compiled = []
+        logger.warning("--compile: %s: %s", GOES_ON, why)
 
     def go_on_as(self, config: TrainConfig) -> None:
         """Take settings that differ from the present ones in what `memory.leaner` changes."""
@@ -172,32 +206,6 @@ class TrainStep:
         # The copies know the layers' weights, and what a step that broke off has left.
         self.copies = fast_linear.WorkingCopies(*self.components.values())
         self.config = config
-
-    def _accumulate(self) -> StepLosses:
-        self.begin()
-        found = []
-        with self.copies.for_one_step() as copies:
-            for micros, share in self.passes():
-                found += self.differentiated(micros, share)
-                copies.collect()
-        return self.mean_of(found)
-
-    def passes(self) -> Iterator[tuple[list[MicroBatch], float | None]]:
-        """What passes together through the denoiser, one after the other: whole micro-batches, or a part of one with
-        its share."""
-        most, whole = self.config.images_a_pass, self.config.images_a_micro_batch
-        micros = (self.micro_batch(self.number_of(turn)) for turn in range(self.config.gradient_accumulation_steps))
-        if most >= whole:
-            yield from ((together, None) for together in alike(micros, most // whole))
-        else:
-            yield from (([part], share) for micro in micros for part, share in micro.parts(most))
-
-    def differentiated(self, micros: Sequence[MicroBatch], share: float | None) -> list[torch.Tensor]:
-        """The pass forward and backward. Returns the `numbers_of` (3,) each; gradients are added to the copies'."""
-        losses = [parts if share is None else parts.share(share) for parts in self.losses(micros)]
-        total = sum((parts.total for parts in losses[1:]), losses[0].total)
-        self.accelerator.backward(total / self.config.gradient_accumulation_steps)
-        return [numbers_of(parts) for parts in losses]
 
     def begin(self) -> None:
         self.train_mode()
@@ -231,66 +239,71 @@ class TrainStep:
         with pause, apart, lent(self.average, self.trained):
             yield
 
-    def micro_batch_losses(self, micro_batch: int) -> Iterator[objective.LossParts]:
-        """Those of the passes of one micro-batch, which sum to its loss: each is differentiated before the next."""
-        micro, most = self.micro_batch(micro_batch), self.config.images_a_pass
-        if most >= self.config.images_a_micro_batch:
-            yield self.losses([micro])[0]
-            return
-        for part, share in micro.parts(most):
-            yield self.losses([part])[0].share(share)
-
-    def losses(self, micros: Sequence[MicroBatch]) -> list[objective.LossParts]:
-        """The loss of each of these, which pass through the denoiser together."""
-        answers: list[torch.Tensor | None] = [None] * len(micros)
-        if self.base_is_prior:
-            answers = predictions(self.base_prediction, [self.prior_rows(micro) for micro in micros])
-        of_each = predictions(self.predict, [micro.rows for micro in micros])
-        return [self.loss_of(*own) for own in zip(micros, of_each, answers, strict=True)]
-
-    def micro_batch(self, micro_batch: int) -> MicroBatch:
-        """The run's micro-batch of this number: drawn on the CPU with noise and noise levels, then moved."""
-        config, batch = self.config, self.batch_at(micro_batch)
-        names = (config.seed, "micro", micro_batch)
+    def micro_batch(self, number: int) -> MicroBatch:
+        """The run's micro-batch of this number: drawn on the CPU with noise and noise levels, then
+        moved to the device."""
+        config, batch = self.config, self.batch_at(number)
+        names = (config.seed, "micro", number)
         torch.manual_seed(seed_of(*names, "dropout"))
+
+        # Noise and noise levels, the same whatever the device.
         noise = torch.randn(batch.latents.shape, generator=generator(*names, "noise"))
-        schedule, count, draws = self.inputs.schedule, len(batch.latents), generator(*names, "level")
-        if schedule.style == "flow":
-            scheme = (config.weighting_scheme or "none", config.logit_mean, config.logit_std, config.mode_scale)
-            tokens = batch.time_ids[:, 4:].prod(1) / PX_A_TOKEN if config.shift_timesteps else None
-            index = objective.flow_levels(schedule, count, draws, *scheme, tokens)
-        else:
-            bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
-            index = objective.sample_timesteps(schedule, count, draws, *bias)
+        offset = generator(*names, "noise offset")
         drawn = {
             "latents": batch.latents,
             "time_ids": batch.time_ids,
             "mask": batch.mask,
-            "noise": objective.offset_noise(noise, config.noise_offset, generator(*names, "noise offset")),
-            "index": index,
+            "noise": objective.offset_noise(noise, config.noise_offset, offset),
+            "index": self.noise_levels(batch, generator(*names, "level")),
         }
-        texts = [] if config.keeps_text_encoders else self.inputs.prompt_embeds(batch.prompts)
-        named = [{(number, name): tensor for name, tensor in text.items()} for number, text in enumerate(texts)]
-        of_texts = {key: tensor for text in named for key, tensor in text.items()}
-        moved = photo_stream.move_together(drawn | of_texts, self.device)
+
+        # Texts of frozen encoders move with the rest; others are computed on the device.
         if config.keeps_text_encoders:
+            moved = photo_stream.move_together(drawn, self.device)
             texts = self.texts(batch.prompts)
         else:
-            texts = [{name: moved[number, name] for _, name in text} for number, text in enumerate(named)]
-        noisy = objective.add_noise(self.schedule, moved["latents"], moved["noise"], moved["index"])
-        target = objective.loss_target(self.schedule, moved["latents"], moved["noise"], noisy.index)
-        rows = Rows(noisy, tuple(texts), moved["time_ids"], tuple(batch.prompts))
-        return MicroBatch(rows, target, moved["mask"], batch.instance_count)
+            cached = self.inputs.prompt_embeds(batch.prompts)
+            for place, text in enumerate(cached):
+                drawn |= {(place, name): tensor for name, tensor in text.items()}
+            moved = photo_stream.move_together(drawn, self.device)
+            texts = [{name: moved[place, name] for name in text} for place, text in enumerate(cached)]
 
-    def loss_of(self, micro: MicroBatch, prediction: torch.Tensor, answer: torch.Tensor | None) -> objective.LossParts:
-        """The loss of `prediction` (B, 4, h, w); `answer` (B/2, 4, h, w): the base's, the prior half's target."""
-        config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.instance_count
-        target = micro.target if answer is None else torch.cat([micro.target[:count], answer])
-        names = objective.weightings_of(config, schedule)
-        weights = objective.weights_of(names, schedule, index, count, config.snr_gamma)
-        error = objective.pointwise_error(schedule, index, config.loss_type, config.huber_c, config.huber_schedule)
-        weight = config.prior_loss_weight * config.prior_every
-        return objective.loss(prediction, target, weights, count, weight, micro.mask, error)
+        latents, noise, index = moved["latents"], moved["noise"], moved["index"]
+        return MicroBatch(
+            rows=Rows(
+                noisy=objective.add_noise(self.schedule, latents, noise, index),
+                texts=tuple(texts),
+                time_ids=moved["time_ids"],
+                prompts=tuple(batch.prompts),
+            ),
+            target=objective.loss_target(self.schedule, latents, noise, index),
+            mask=moved["mask"],
+            instance_count=batch.instance_count,
+        )
+
+    def noise_levels(self, batch: photo_stream.TrainBatch, draws: torch.Generator) -> torch.Tensor:
+        """Indices (B,) into the schedule, as the settings draw them."""
+        config, schedule, count = self.config, self.inputs.schedule, len(batch.latents)
+        if schedule.style != "flow":
+            return objective.sample_timesteps(
+                schedule,
+                count,
+                draws,
+                strategy=config.timestep_bias_strategy,
+                multiplier=config.timestep_bias_multiplier,
+                portion=config.timestep_bias_portion,
+            )
+        tokens = batch.time_ids[:, 4:].prod(1) / PX_A_TOKEN if config.shift_timesteps else None
+        return objective.flow_levels(
+            schedule,
+            count,
+            draws,
+            scheme=config.weighting_scheme or "none",
+            mean=config.logit_mean,
+            std=config.logit_std,
+            mode=config.mode_scale,
+            tokens=tokens,
+        )
 
     def has_prior(self, micro_batch: int) -> bool:
         """Whether micro-batch number `micro_batch` of the run has a prior half: of each `prior_every` in a row a drawn
@@ -374,28 +387,15 @@ class TrainStep:
         return StepLosses(total, instance, prior / share if share else None)
 
 
-def alike(micros: Iterable[MicroBatch], most: int) -> Iterator[list[MicroBatch]]:
-    """Neighbours of one size, at most so many together. None is drawn before the full group is used."""
-    group: list[MicroBatch] = []
-    for micro in micros:
-        if group and group[0].rows.size != micro.rows.size:
-            yield group
-            group = []
-        group.append(micro)
-        if len(group) == most:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def predictions(predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]) -> list[torch.Tensor | None]:
-    """Of each part, computed together; None of a part without rows."""
-    some = [part for part in parts if len(part)]
-    found = map(predict, some)
-    if len(some) > 1:
-        found = iter(predict(Rows.joined(some)).split([len(part) for part in some]))
-    return [next(found) if len(part) else None for part in parts]
+def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:
+    """For each photo the prompt of its class, or with equal chance a random one of
+    `prior_prompts`."""
+    draws = rng(config.seed, "micro", micro_batch, "prior prompts")
+    found = []
+    for of_class in classes:
+        other = draws.choice(config.prior_prompts or (of_class,))
+        found.append(draws.choice((of_class, other)))
+    return found
 
 
 def numbers_of(parts: objective.LossParts) -> torch.Tensor:

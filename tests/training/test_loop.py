@@ -144,10 +144,15 @@ def test_the_adapter_lowers_the_loss_on_equal_noise(tiny_base, tmp_path, train_s
     photos, attention = paint_photos(tmp_path / "photos", count=1), ("to_q", "to_k", "to_v", "to_out.0")
     size = {"rank": 16, "train_batch_size": 4, "max_train_steps": 40, "target_modules": attention}
     train(tiny_config(tiny_base, photos, tmp_path / "run", **size))
-    losses = lambda: sum(float(of.total) for n in range(1000, 1008) for of in train_steps[0].micro_batch_losses(n))  # noqa: E731
+    step = train_steps[0]
+
+    def losses() -> float:
+        passes = step.passes(range(1000, 1008))
+        return sum(float(of.total) for micros, share in passes for of in step.losses(micros, share))
+
     with torch.no_grad():
         trained = losses()
-        with moslora.disabled(train_steps[0].components["unet"]):
+        with moslora.disabled(step.components["unet"]):
             untrained = losses()
     assert trained < 0.95 * untrained  # 0.89 was seen
 
@@ -276,7 +281,8 @@ def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, monkeypatc
     base, noised, targets = save_tiny_sdxl(tmp_path / "base", prediction_type="v_prediction"), [], []
     add_noise, loss = objective.add_noise, objective.loss
     monkeypatch.setattr(objective, "add_noise", lambda *given: noised.append(given) or add_noise(*given))
-    monkeypatch.setattr(objective, "loss", lambda *given: targets.append(given[1]) or loss(*given))
+    noted = lambda answer, target, *given, **named: targets.append(target) or loss(answer, target, *given, **named)  # noqa: E731
+    monkeypatch.setattr(objective, "loss", noted)
     train(tiny_config(base, photos, tmp_path / "run", max_train_steps=2))
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
     for (_, latents, noise, index), target in zip(noised, targets, strict=True):

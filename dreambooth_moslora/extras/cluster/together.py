@@ -37,7 +37,8 @@ from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan
 from dreambooth_moslora.settings import families, sources, table
 from dreambooth_moslora.training import adapters, frozen_base, loop
-from dreambooth_moslora.training.step import MicroBatch, StepLosses, TrainStep, numbers_of, predictions
+from dreambooth_moslora.training.micro_batch import MicroBatch, predicted_together
+from dreambooth_moslora.training.step import StepLosses, TrainStep, numbers_of
 
 T = TypeVar("T")
 
@@ -275,8 +276,8 @@ def accumulate_together(steps: Sequence[TrainStep], drawn: Sequence[Sequence[Mic
         for micros in turns:
             answers = [None] * len(steps)
             if first.base_is_prior:
-                answers = predictions(first.base_prediction, [s.prior_rows(m) for s, m in zip(steps, micros)])
-            of_each = predictions(first.predict, [micro.rows for micro in micros])
+                answers = predicted_together(first.base_prediction, [s.prior_rows(m) for s, m in zip(steps, micros)])
+            of_each = predicted_together(first.predict, [micro.rows for micro in micros])
             parts = [step.loss_of(*own) for step, *own in zip(steps, micros, of_each, answers, strict=True)]
             sum(scaled(step, part.total / len(turns)) for step, part in zip(steps, parts)).backward()
             copies.collect()

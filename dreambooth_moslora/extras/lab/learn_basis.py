@@ -98,7 +98,8 @@ class Learner:
         step.train_mode()
         summed = torch.zeros((), device=step.device)
         with step.copies.for_one_step() as copies:
-            for parts in step.micro_batch_losses(number):
+            for micros, share in step.passes([number]):
+                (parts,) = step.losses(micros, share)
                 self.scaler.scale(parts.total).backward()
                 copies.collect()
                 summed = summed + parts.total.detach()

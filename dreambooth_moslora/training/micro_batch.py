@@ -1,0 +1,117 @@
+"""What one step learns from, ready for the denoiser: rows of pictures, and micro-batches of them.
+
+A micro-batch holds `train_batch_size` pictures of the subject and as many of its prior, if it has
+one. What passes through the denoiser together is decided by `--images_at_once`: whole micro-batches
+of one size, or parts of one.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dreambooth_moslora.base import families
+from dreambooth_moslora.training import objective
+
+__all__ = ["MicroBatch", "Rows", "alike", "predicted_together"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B pictures with all that the denoiser is told of them.
+
+    noisy: noised latents and their noise levels
+    texts: (B) texts, each by the names of the pipeline's own arguments
+    time_ids: (B, 6) with sizes and crops in px
+    prompts: (B) the words of the texts
+    """
+
+    noisy: objective.NoisySample
+    texts: tuple[families.Text, ...]
+    time_ids: torch.Tensor
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Rows"]) -> "Rows":
+        tensors = zip(*(part.noisy.tensors for part in parts), strict=True)
+        return cls(
+            noisy=objective.NoisySample(*(torch.cat(of_all) for of_all in tensors)),
+            texts=tuple(text for part in parts for text in part.texts),
+            time_ids=torch.cat([part.time_ids for part in parts]),
+            prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        )
+
+    def __getitem__(self, some: slice) -> "Rows":
+        noisy = objective.NoisySample(*(tensor[some] for tensor in self.noisy.tensors))
+        return Rows(
+            noisy=noisy,
+            texts=self.texts[some],
+            time_ids=self.time_ids[some],
+            prompts=self.prompts[some],
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(h, w) of the latents."""
+        return tuple(self.noisy.latents.shape[-2:])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B pictures, the subject's first, and what the denoiser should answer.
+
+    target: (B, C, h, w); with the base as prior, the base's answer replaces the prior's half
+    mask: (B, 1, h, w) weights of places in [0, 1], or None
+    instance_count: how many are the subject's
+    """
+
+    rows: Rows
+    target: torch.Tensor
+    mask: torch.Tensor | None
+    instance_count: int
+
+    def parts(self, most: int) -> Iterator[tuple["MicroBatch", float]]:
+        """Parts of at most so many pictures, each the subject's alone or the prior's alone, and its
+        share of these."""
+        instance, prior = (0, self.instance_count), (self.instance_count, len(self.rows))
+        for start, end in (instance, prior):
+            for first in range(start, end, most):
+                some = slice(first, min(first + most, end))
+                size = some.stop - first
+                part = MicroBatch(
+                    rows=self.rows[some],
+                    target=self.target[some],
+                    mask=None if self.mask is None else self.mask[some],
+                    instance_count=size if start == 0 else 0,
+                )
+                yield part, size / (end - start)
+
+
+def alike(micros: Iterable[MicroBatch], most: int) -> Iterator[list[MicroBatch]]:
+    """Neighbours of one size, at most so many together. None is drawn before the full group is
+    used."""
+    group: list[MicroBatch] = []
+    for micro in micros:
+        if group and group[0].rows.size != micro.rows.size:
+            yield group
+            group = []
+        group.append(micro)
+        if len(group) == most:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def predicted_together(predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]) -> list[torch.Tensor | None]:
+    """The prediction (B, C, h, w) of each part, computed in one pass; None for a part without
+    rows."""
+    some = [part for part in parts if len(part)]
+    if len(some) > 1:
+        answers = iter(predict(Rows.joined(some)).split([len(part) for part in some]))
+    else:
+        answers = map(predict, some)
+    return [next(answers) if len(part) else None for part in parts]
