@@ -41,13 +41,13 @@ WARM_UP = 3
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     for arm in options.arms:
-        print(json.dumps(measured(arm, options)), flush=True)
+        print(json.dumps(measure_or_say(arm, options)), flush=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def measured(arm: str, options: argparse.Namespace) -> dict:
+def measure_or_say(arm: str, options: argparse.Namespace) -> dict:
     """What `measure` finds; for an arm that this card cannot do, its error, so that the others follow."""
     try:
         return measure(arm, options)
