@@ -21,11 +21,13 @@ from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
-    from pydantic import ValidationError
+    from pydantic import TypeAdapter, ValidationError
+
+M = TypeVar("M")
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters, and those that turn the direction of a line."""
@@ -203,6 +205,47 @@ def stored_text(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
         return small_text(path, most_bytes, errors="replace")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from error
+
+
+def read_json(path: Path, model: type[M] = dict, most_bytes: int = MOST_TEXT_BYTES) -> M:
+    """What `from_json` makes of a file. Raises UserError naming the file and its first wrong value."""
+    try:
+        return from_json(small_text(path, most_bytes), model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {reason_of(error)}.") from error
+
+
+def from_json(text: str | bytes, model: type[M] = dict) -> M:
+    """The JSON text as a plain dict, or as a `model` (a dataclass, a list of words …) whose types
+    pydantic checks: 1 is a float, but no "1" and no true. Raises UserError with the first wrong value.
+    """
+    try:
+        if model is not dict:
+            return type_adapter(model).validate_json(text, strict=True)
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # pydantic's own error is a ValueError
+        is_pydantics = hasattr(error, "errors")
+        what = first_problem(error) if is_pydantics else f"it is not valid JSON: {error}"
+        raise UserError(what) from error
+    if not isinstance(found, dict):
+        raise UserError(f"expected names and values, found a {type(found).__name__}")
+    return found
+
+
+@cache
+def type_adapter(model: type[M]) -> "TypeAdapter[M]":
+    from pydantic import TypeAdapter  # not before it is needed: most commands read no record
+
+    return TypeAdapter(model)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a text file was not read."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, UserError):
+        return str(error)
+    return error.strerror if isinstance(error, OSError) and error.strerror else "it is not a text file"
 
 
 def user_path(path: str | Path) -> Path:

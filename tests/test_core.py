@@ -1,6 +1,7 @@
 """Names, numbers and errors, named randomness, and where the program's own files are found."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from dreambooth_moslora.core import find_asset, free_name, is_finite_number, is_
 ROOT = Path(__file__).parents[1]
 
 
+@dataclass(frozen=True)
+class Shown:
+    words: tuple[str, ...]
+    share: float = 0.5
+
+
 def test_a_public_name_holds_no_path_and_a_folder_here_is_called_by_its_own_name(tmp_path, monkeypatch):
     for name in ("stabilityai/sdxl-base-1.0", "toy", ""):
         assert public_name(name) == name
@@ -25,6 +32,34 @@ def test_a_public_name_holds_no_path_and_a_folder_here_is_called_by_its_own_name
     assert public_name(".") == "sdxl"
     monkeypatch.chdir(tmp_path)
     assert public_name("me/sdxl") == "sdxl", "it looks like a hub id, and is a folder"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "found"),
+    [
+        ('{"a": 1}', dict, {"a": 1}),
+        ('{"words": ["a"], "share": 1, "new": 0}', Shown, Shown(("a",), 1.0)),
+        ("[1]", dict, "x.json: expected names and values, found a list."),
+        ("{", dict, "x.json: it is not valid JSON: "),
+        ("[" * 100_000, dict, "x.json: it is not valid JSON: "),
+        ("[" * 100_000, Shown, "x.json: Invalid JSON: recursion limit"),
+        ('{"words": ["a", 3]}', Shown, "x.json: words.1: Input should be a valid string."),
+        ('{"words": [], "share": true}', Shown, "x.json: share: Input should be a valid number."),
+        ("{}", Shown, "x.json: words: Field required."),
+        (b"\xff", dict, "x.json: it is not a text file."),
+        (None, dict, "x.json: there is no such file."),
+    ],
+)
+def test_a_record_is_read_by_its_types_or_its_first_wrong_value_is_named(text, kind, found, tmp_path):
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if not isinstance(found, str):
+        assert core.read_json(path, kind) == found
+        return
+    with pytest.raises(core.UserError) as told:
+        core.read_json(path, kind)
+    assert found in str(told.value)
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):

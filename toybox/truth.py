@@ -19,11 +19,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from dreambooth_moslora.core import SUBJECT_FILE, UserError, assets_folder
+from dreambooth_moslora.core import SUBJECT_FILE, UserError, assets_folder, read_json
 from dreambooth_moslora.evaluation.metrics import Encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.photos.toy_readers import ToySegmenter, load_net
-from dreambooth_moslora.settings.sources import read_json_table
 from toybox.data.renders import to_pixels, to_uint8
 from toybox.measures.sharpness import sharpness
 from toybox.readers import judge
@@ -175,7 +174,7 @@ def find_truth(photos_dir: Path, encoders: Encoders, size_px: int = 128) -> ToyT
     path = Path(photos_dir) / SUBJECT_FILE
     if not path.is_file():
         return None
-    facts = read_json_table(path)
+    facts = read_json(path)
     if "toy" not in facts:
         return None
     try:

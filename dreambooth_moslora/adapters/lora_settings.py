@@ -1,7 +1,6 @@
 """PEFT's settings of a LoRA, as diffusers writes them into a file's header and PEFT beside its weights: which alpha and
 scale a layer has."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 
 from dreambooth_moslora.adapters import key_names, lycoris
 from dreambooth_moslora.adapters.mixer import Tensors, nominal_scale
-from dreambooth_moslora.core import UserError, is_number, parse_object, stored_text
+from dreambooth_moslora.core import UserError, from_json, is_number, read_json
 from dreambooth_moslora.disk.run_folder import PEFT_CONFIG
 from dreambooth_moslora.settings.families import DENOISERS
 
@@ -49,28 +48,16 @@ def check_alphas(alphas: Mapping[str, object], file_name: str) -> None:
 def in_header(header: Mapping[str, str], file_name: str) -> dict[str, object]:
     """The header's settings, named `component.name`, or `name` of one model; {} without any. Raises UserError."""
     try:
-        found = json.loads(header.get(PEFT_SETTINGS, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise broken(file_name, "its LoRA settings are not valid JSON") from error
-    if not isinstance(found, dict | None):
-        raise broken(file_name, "its LoRA settings are no object")
-    return found or {}
+        return from_json(header.get(PEFT_SETTINGS, "{}"), dict[str, Any] | None) or {}
+    except UserError as error:
+        raise broken(file_name, f"its LoRA settings: {error}") from error
 
 
 def beside(file: Path, keys: Iterable[str]) -> dict[str, Any]:
     """The settings that PEFT keeps beside a file with its own keys; {} for any other file. Raises UserError."""
     config = file.parent / PEFT_CONFIG
     is_pefts = any(key.startswith(key_names.PEFT_PREFIX) for key in keys) and config.is_file()
-    return read_peft_config(config) if is_pefts else {}
-
-
-def read_peft_config(path: Path) -> dict[str, Any]:
-    """The settings that PEFT keeps beside its weights. Raises UserError for a damaged file."""
-    text = stored_text(path)
-    try:
-        return parse_object(text.encode())
-    except UserError as error:
-        raise UserError(f"{path} is damaged: it is no JSON object") from error
+    return read_json(config) if is_pefts else {}
 
 
 def scaled(tensors: Tensors, settings: Mapping[str, Any], file_name: str) -> Tensors:

@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 
 from dreambooth_moslora.adapters import describe, key_names, lycoris, mixer, moslora, new_tokens, raw_file
-from dreambooth_moslora.adapters.lora_settings import PEFT_SETTINGS, read_peft_config
+from dreambooth_moslora.adapters.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_note, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors, untied
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
-from dreambooth_moslora.core import UserError, atomic_write, scratch_directory
+from dreambooth_moslora.core import UserError, atomic_write, read_json, scratch_directory
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PEFT_CONFIG, PUBLISHED_NAME, check_name, tokens_name
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.table import KRONECKER
@@ -229,7 +229,7 @@ def fold_peft(source: Path, out: Path) -> int:
     """Write the folder's adapter folded into `out`; returns how many layers were. Raises UserError."""
     if not (source / PEFT_CONFIG).is_file():
         raise UserError(f"{source} holds no {PEFT_CONFIG}: give the folder that PEFT's save_pretrained wrote")
-    settings = read_peft_config(source / PEFT_CONFIG)
+    settings = read_json(source / PEFT_CONFIG)
     if settings.get("peft_type") != moslora.SAVED_TYPE:
         raise UserError(f"{source} is of the type {settings.get('peft_type')!r:.40}, which PEFT loads as it is")
     if out.resolve() == source.resolve():

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.generate import places_of, text_option_arguments
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
-from dreambooth_moslora.core import UserError, atomic_write, find_asset, small_text, spelled_out, user_path
+from dreambooth_moslora.core import UserError, atomic_write, find_asset, read_json, small_text, spelled_out, user_path
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card, subject_name
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
@@ -195,7 +195,7 @@ def known_of(path: Path) -> dict:
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
-            return sources.read_json_table(config) | {"output_dir": str(folder)}  # it may have been moved
+            return read_json(config) | {"output_dir": str(folder)}  # it may have been moved
     facts = load_published(find_weights(path))[1]
     if facts is None or not facts.trigger_words:
         return {}

@@ -12,11 +12,11 @@ from typing import Any
 
 from dreambooth_moslora.base.files import TOY, resolve_base
 from dreambooth_moslora.cli.terminal import hush, say
-from dreambooth_moslora.core import UserError, find_asset, free_name, is_toy, user_path
+from dreambooth_moslora.core import UserError, find_asset, free_name, is_toy, read_json, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.generation import params
 from dreambooth_moslora.plan.checks import require_folder, require_writable
-from dreambooth_moslora.settings import sources, table
+from dreambooth_moslora.settings import table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS, Facts, text_options_of
 
 EPILOG = """examples:
@@ -115,7 +115,7 @@ def base_of_runs(adapters: list[str], given: str | None = None) -> tuple[str, di
 def settings_in(file: Path) -> dict[str, Any]:
     """A run's settings. Raises UserError for a damaged file."""
     try:
-        return sources.read_json_table(file)
+        return read_json(file)
     except UserError as error:
         raise UserError(f"{str(error).rstrip('.')}; give --base instead.") from error
 

@@ -10,12 +10,14 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar
 
-from dreambooth_moslora.core import check_size, stored_text
+from typing_extensions import TypedDict
+
+from dreambooth_moslora.core import UserError, check_size, from_json, stored_text
 
 MOST_BYTES = 64 * 2**20  # of a file of events; 200,000 steps have less
 
@@ -50,12 +52,11 @@ def finite(value: Any) -> Any:
 
 def parse_event(line: str | bytes) -> dict[str, Any] | None:
     """The event in a line; None for any other line."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    is_event = isinstance(event, dict) and isinstance(event.get("type"), str)
-    return event if is_event and isinstance(event.get("step", 0), int) else None
+    event: dict[str, Any] = {}
+    with suppress(UserError):
+        event = from_json(line)
+    is_event = isinstance(event.get("type"), str) and isinstance(event.get("step", 0), int)
+    return event if is_event else None
 
 
 @dataclass
@@ -152,12 +153,18 @@ class SamplesDrawn(Event):
     seeds: list[int]
 
 
+class Best(TypedDict):
+    step: int
+    score: float
+    since: int  # evaluations
+
+
 @dataclass(frozen=True)
 class StepEvaluated(Event):
     kind: ClassVar[str] = "evaluation"
     step: int
     scores: dict[str, float] = field(default_factory=dict)  # each a key of its own on disk
-    best: dict[str, Any] = field(default_factory=dict)  # step so far
+    best: Best = field(default_factory=dict)
     copy_alarm: bool = False
     cost: dict[str, float] = field(default_factory=dict)  # of this evaluation
     photos: dict[str, float] = field(default_factory=dict)  # `count`, `nearness`, `largest`, `without_bare_prompt`
@@ -212,24 +219,11 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     names = {item.name for item in fields(kind)}
     values = {name: value for name, value in record.items() if name in names}
     if kind is StepEvaluated:
+        values = {"best": {}} | values
         values["scores"] = {k: v for k, v in record.items() if isinstance(v, float) and k not in names}
-    try:
-        event = kind(**values)
-    except TypeError:  # a field is missing
-        return None
-    is_whole = all(fits(getattr(event, item.name), item.type) for item in fields(kind))
-    if kind is StepEvaluated and is_whole:
-        best, wanted = event.best, {"step": int, "score": float, "since": int}
-        is_whole = best.keys() == wanted.keys() and all(fits(best[name], kind) for name, kind in wanted.items())
-    return event if is_whole else None
-
-
-def fits(value: object, kind: Any) -> bool:
-    """Whether a JSON value is of the annotated type; an int also fits float."""
-    kinds = [get_origin(one) or one for one in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, tuple(kinds)) or (float in kinds and isinstance(value, int))
+    with suppress(UserError):
+        return from_json(json.dumps(values), kind)
+    return None
 
 
 def events_of(kind: type[E], records: Iterable[Mapping[str, Any]]) -> list[E]:

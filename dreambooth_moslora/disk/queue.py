@@ -36,6 +36,7 @@ from dreambooth_moslora.core import (
     atomic_write,
     clean_stale,
     one_line,
+    read_json,
     rename,
     spelled_out,
 )
@@ -166,14 +167,10 @@ class QueuedRun:
 
     @classmethod
     def load(cls, path: Path) -> "QueuedRun":
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            run = cls(**facts | {"argv": tuple(map(str, facts["argv"]))})
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            return cls(path.stem)
-        kinds = vars(cls("")).items()
-        is_sound = all(isinstance(getattr(run, name), type(default)) for name, default in kinds)
-        return run if is_sound and run.name == path.stem else cls(path.stem)
+        with suppress(UserError):
+            if (run := read_json(path, cls)).name == path.stem:
+                return run
+        return cls(path.stem)
 
 
 class RunQueue:
@@ -211,11 +208,9 @@ class RunQueue:
             return place + 1
 
     def waiting(self) -> list[QueuedRun]:
-        try:
-            order = json.loads((self.folder / "order.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            order = []
-        names = [name for name in order if isinstance(name, str)] if isinstance(order, list) else []
+        names = []
+        with suppress(UserError):
+            names = read_json(self.folder / "order.json", list[str])
         moved = {name: number for number, name in enumerate(names)}
         return sorted(self._all("waiting"), key=lambda run: (moved.get(run.name, len(moved)), run.queued, run.name))
 

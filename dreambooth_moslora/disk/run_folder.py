@@ -3,9 +3,10 @@
 Adapter files lie in folders of adapters and in runs. A user chooses one by the name that `name_of` gives it.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,9 +17,9 @@ from dreambooth_moslora.core import (
     UserError,
     free_name,
     one_line,
+    read_json,
     recover,
     remove_directory,
-    small_text,
     stored_text,
     user_path,
 )
@@ -140,10 +141,21 @@ def step_of(path: Path) -> int:
     named = checkpoint_step(path)
     if named is not None:
         return named
-    try:
-        return int(json.loads(small_text(path / CHECKPOINT_FILES[0]))["step"])
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return -1
+    with suppress(UserError):
+        return read_json(path / CHECKPOINT_FILES[0], Position).step
+    return -1
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a checkpoint was taken, in its position.json."""
+
+    step: int  # optimizer steps done
+    seed: int  # names every draw
+    optimizer: str = ""  # `optimizer_kind`
+    base: str = ""  # the denoiser: how it is held, and its fingerprint
+    shown: str = ""  # digest of the photos and words that the steps learn from (`digest_of_shown`)
+    digest: str = ""  # of the position and the files beside it (`digest_of`)
 
 
 def is_checkpoint(path: Path) -> bool:

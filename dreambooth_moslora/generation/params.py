@@ -19,7 +19,7 @@ import PIL.Image
 from PIL import UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.core import UserError, from_json
 from dreambooth_moslora.settings.families import TEXT_OPTIONS
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -150,6 +150,16 @@ class GenerationParams:
 
 
 @dataclass(frozen=True)
+class StoredRecipe:
+    """The JSON in a PNG."""
+
+    params: dict[str, Any]
+    base: str = ""
+    adapter_sha256: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     params: GenerationParams
     provenance: Provenance
@@ -208,16 +218,11 @@ def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
     if PNG_KEY not in text:
         raise UserError(f"{name} carries no recipe of this program; was it saved again by another one?")
     try:
-        recipe = json.loads(text[PNG_KEY])
-        json.dumps(recipe, ensure_ascii=False).encode("utf-8")  # a name may hold half a surrogate pair
-        parts = [(recipe.get(key) or {}).items() for key in ("adapter_sha256", "versions")]
-        pairs = [tuple((str(name), str(value)) for name, value in part) for part in parts]
-        provenance = Provenance(str(recipe.get("base", "")), *pairs)
-        return Recipe(GenerationParams.from_dict(recipe["params"]), provenance)
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError("the recipe inside the PNG is damaged") from error
+        found = from_json(text[PNG_KEY], StoredRecipe)
+    except UserError as error:
+        raise UserError(f"the recipe inside the PNG is damaged: {error}") from error
+    pairs = tuple(found.adapter_sha256.items()), tuple(found.versions.items())
+    return Recipe(GenerationParams.from_dict(found.params), Provenance(found.base, *pairs))
 
 
 def check_characters(text: str, name: str) -> None:

@@ -20,6 +20,7 @@ import logging
 import os
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from io import BytesIO
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from typing_extensions import TypedDict
 
 from dreambooth_moslora import core
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -137,10 +139,10 @@ class Captions:
             self.complaints.append((path, f"line {number} is {TOO_LONG}"))
             return "", ""
         try:
-            row = json.loads(line)
+            row = core.from_json(line)
             name = Path(str(row["file_name"])).name
             caption = next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), "")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (core.UserError, KeyError):
             self.complaints.append((path, f'line {number} is not {{"file_name": …, "text": …}}'))
             return "", ""
         if not name or not os.path.exists(path.parent / name):
@@ -150,18 +152,19 @@ class Captions:
         return name, one_space(caption)
 
 
-def kept_captions(path: Path) -> dict[str, dict[str, str]]:
+class KeptCaption(TypedDict):
+    caption: str
+    made_from: str
+
+
+def kept_captions(path: Path) -> dict[str, KeptCaption]:
     """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged, or is none."""
-    try:
-        entries = json.loads(core.small_text(path)) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    known = {}
-    for name, facts in entries.items() if isinstance(entries, dict) else ():
-        texts = [facts.get(key) for key in ("caption", "made_from")] if isinstance(facts, dict) else []
-        if texts and all(isinstance(text, str) and text for text in texts):
-            known[name] = {"caption": one_space(texts[0]), "made_from": texts[1]}
-    return known
+    entries: dict[str, KeptCaption] = {}
+    if path.is_file():
+        with suppress(core.UserError):
+            entries = core.read_json(path, dict[str, KeptCaption])
+    whole = {name: facts for name, facts in entries.items() if all(facts.values())}
+    return {name: facts | {"caption": one_space(facts["caption"])} for name, facts in whole.items()}
 
 
 def one_space(text: str) -> str:

@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dreambooth_moslora.base import files, machine
-from dreambooth_moslora.core import UserError, process_count
+from dreambooth_moslora.core import UserError, process_count, read_json
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings import families, optimizer_kinds, rows, rules, sources, table
+from dreambooth_moslora.settings import families, optimizer_kinds, rows, rules, table
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
@@ -420,7 +420,7 @@ def kept_plan(config: table.TrainConfig) -> dict[str, Any] | None:
     if not config.resume_from_checkpoint or run_dir.latest_checkpoint() is None:
         return None
     with suppress(UserError):  # the folder has no settings
-        saved = sources.read_json_table(run_dir.config_path)
+        saved = read_json(run_dir.config_path)
         if saved.get("memory") == config.memory:
             return {name: saved[name] for name in saved.keys() & still_open(config)}
     return None

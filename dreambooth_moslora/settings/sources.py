@@ -8,15 +8,25 @@ layers, never paths, prompts or words. Anyone may have written a header, kohya's
 settings that a recipe may hold are taken, and each is checked. What the user says overrides them.
 """
 
-import json
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
-from dreambooth_moslora.core import UserError, find_asset, one_line, small_text
+from typing_extensions import TypedDict
+
+from dreambooth_moslora.core import (
+    UserError,
+    find_asset,
+    from_json,
+    one_line,
+    read_json,
+    reason_of,
+    small_text,
+)
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, header_of
 from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig, checked_setting, named
 
@@ -29,35 +39,20 @@ def load_settings(path: Path | str) -> dict[str, Any]:
 def read_tables(path: Path | str) -> dict[str, Any]:
     """The content of a --config file, with its tables. Raises UserError."""
     path = Path(find_asset(str(path)))
-    return parsed(path, f"--config {path}")
-
-
-def read_json_table(path: Path) -> dict[str, Any]:
-    return parsed(path, str(path))
-
-
-def parsed(path: Path, called: str) -> dict[str, Any]:
-    """The file's names and values. Raises UserError for a bad file; the message begins with `called`."""
     try:
-        text = small_text(path)
+        return read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
+    except UserError as error:
+        raise UserError(f"--config {error}") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's names and values. Raises UserError naming it."""
+    try:
+        return tomllib.loads(small_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: it is not valid TOML: {error}.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{called}: {reason_of(error)}.") from error
-    kind, loads = "TOML", tomllib.loads
-    if path.suffix.lower() == ".json":
-        kind, loads = "JSON", json.loads
-    try:
-        values = loads(text)
-    except ValueError as error:
-        raise UserError(f"{called} is not valid {kind}: {error}.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{called}: expected names and values, found a {type(values).__name__}.")
-    return values
-
-
-def reason_of(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    return error.strerror if isinstance(error, OSError) and error.strerror else "it is not a text file"
+        raise UserError(f"{path}: {reason_of(error)}.") from error
 
 
 def flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -168,11 +163,9 @@ def recipe_in_file(file: Path) -> FoundRecipe:
 
 def recipe_in(header: Mapping[str, str]) -> FoundRecipe:
     """This program's recipe, else kohya's settings. Raises UserError for a header without one of these."""
-    try:
-        facts = json.loads(header.get("moslora", "{}"))
-    except (ValueError, RecursionError):
-        facts = {}
-    facts = facts if isinstance(facts, dict) else {}
+    facts = {}
+    with suppress(UserError):
+        facts = from_json(header.get("moslora", "{}"))
     ours = facts.get("recipe")
     values, meaningless = (ours, []) if isinstance(ours, dict) else from_kohya(header)
     if not values:
@@ -209,14 +202,21 @@ def from_kohya(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     return values, meaningless
 
 
+class DataSet(TypedDict):
+    """A data set's settings in a header of kohya's, with those of its subsets."""
+
+    subsets: NotRequired[list[dict[str, Any]]]
+
+
+DataSet.__pydantic_config__ = {"extra": "allow"}
+
+
 def told_by_datasets(text: str) -> dict[str, list[str]]:
     """`ss_resolution` and its like -> the different values that the data sets have; {} for a text that is broken."""
     found: dict[str, dict[str, None]] = {}
-    try:
-        for dataset in json.loads(text):
+    with suppress(UserError):
+        for dataset in from_json(text, list[DataSet]):
             for table in (dataset, *dataset.get("subsets", ())):
                 for name in table.keys() & set(OF_DATASETS):
                     found.setdefault(f"ss_{name}", {})[str(table[name])] = None
-    except (AttributeError, RecursionError, TypeError, ValueError):
-        return {}
     return {key: list(found[key]) for key in sorted(found)}

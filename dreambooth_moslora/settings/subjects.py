@@ -8,7 +8,6 @@
 A table overrides the run's other settings. A run without tables has one subject, described by its settings.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -17,7 +16,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_moslora.core import UserError, find_asset, small_text
+from dreambooth_moslora.core import UserError, find_asset, read_json, small_text
 
 Config = TypeVar("Config")  # Stands for `settings.table.TrainConfig`, which imports this file.
 COUNTED = re.compile(r"^\d+_")  # kohya's `10_sks duck`: the number is ignored; subjects are shown equally often
@@ -33,17 +32,12 @@ def to_tables(value: Any) -> tuple[Any, ...] | None:
     return tuple(value)
 
 
-def tables_in(path: Path) -> Any:
+def tables_in(path: Path) -> list[dict[str, Any]]:
     """The content of a JSON file: a list of tables, like other programs' --concepts_list. Raises UserError."""
     try:
-        found = json.loads(small_text(path))
-    except OSError as error:
-        raise UserError(f"--subjects {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--subjects {path} is not valid JSON: {error}.") from error
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        raise UserError(f"--subjects {path}: expected a list of subjects, each with its settings.")
-    return found
+        return read_json(path, list[dict[str, Any]])
+    except UserError as error:
+        raise UserError(f"--subjects {error}") from error
 
 
 def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:

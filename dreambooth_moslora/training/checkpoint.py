@@ -9,7 +9,7 @@ Files in the run folder that a new run does not continue, or would overwrite, ar
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dreambooth_moslora import core
 from dreambooth_moslora.adapters import metadata, new_tokens, raw_file
 from dreambooth_moslora.disk import events, run_folder
+from dreambooth_moslora.disk.run_folder import Position
 from dreambooth_moslora.plan.checks import last_name
 from dreambooth_moslora.settings import optimizer_kinds, prompts, rows, table
 from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_settings
@@ -28,16 +29,6 @@ from dreambooth_moslora.training.reporter import RunContext
 
 OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
 WEIGHTS = "weights.pt"  # The weights that training continues from, if the checkpoint's adapter is their average
-
-
-@dataclass(frozen=True)
-class Position:
-    step: int  # optimizer steps done
-    seed: int  # names every draw
-    optimizer: str = ""  # `optimizer_kind`
-    base: str = ""  # the denoiser: how it is held, and its fingerprint
-    shown: str = ""  # digest of the photos and words that the steps learn from (`digest_of_shown`)
-    digest: str = ""  # of the position and the files beside it (`digest_of`)
 
 
 def save_checkpoint(
@@ -83,19 +74,16 @@ def digest_of_shown(config: table.TrainConfig, vae: str, photos: Sequence[object
 def read_position(checkpoint: Path) -> Position:
     """Raises UserError when it is no position."""
     try:
-        return Position(**json.loads(core.small_text(checkpoint / POSITION)))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return core.read_json(checkpoint / POSITION, Position)
+    except core.UserError as error:
         raise damaged(checkpoint, POSITION, error) from error
 
 
 def check_whole(checkpoint: Path) -> Position:
     """The checkpoint's position. Raises UserError when its files were changed, or belong to different checkpoints."""
     position = read_position(checkpoint)
-    if any(type(value) is not int or value < 0 for value in (position.step, position.seed)):
-        raise damaged(checkpoint, POSITION, "step and seed are whole numbers")
-    words = position.optimizer, position.digest, position.base, position.shown
-    if not all(isinstance(value, str) for value in words):
-        raise damaged(checkpoint, POSITION, "optimizer and digests are words")
+    if min(position.step, position.seed) < 0:
+        raise damaged(checkpoint, POSITION, "step and seed are below 0")
     if run_folder.checkpoint_step(checkpoint) not in (None, position.step):
         raise damaged(checkpoint, POSITION, f"it is of step {position.step}")
     if position.digest != digest_of(checkpoint, position):

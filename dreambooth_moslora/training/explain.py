@@ -17,20 +17,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core import (
-    LIKE_FP32,
-    SUBJECT_FILE,
-    UserError,
-    find_asset,
-    is_finite_number,
-    is_toy,
-)
+from dreambooth_moslora.core import LIKE_FP32, SUBJECT_FILE, UserError, find_asset, is_finite_number, is_toy, read_json
 from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan.choices import PRACTICE, on_a_gpu
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES
-from dreambooth_moslora.settings import measures, sources, table
+from dreambooth_moslora.settings import measures, table
 from dreambooth_moslora.settings.prompts import class_word_of
 
 STALLED_AFTER = 3  # Evaluations without a better score, after which early stopping is suggested
@@ -184,7 +177,7 @@ def figures_of(run_dir: RunDir, photos: Sequence[photo_file.Photo] | None = None
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
-    config = known_config(sources.read_json_table(run_dir.config_path))
+    config = known_config(read_json(run_dir.config_path))
     if photos is None and not config.dataset_name:
         with suppress(UserError):
             photos = folder.photo_report(config).photos
@@ -232,7 +225,7 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
     path = run_dir.evaluation_dir / "scores.json"
     if not path.is_file():
         return found
-    report = sources.read_json_table(path)
+    report = read_json(path)
     if (number(report.get("time")) or 0.0) < found.time:
         return found
     is_of_one = len(found.config.subjects) > 1 and "subjects" not in report

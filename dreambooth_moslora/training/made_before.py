@@ -167,12 +167,9 @@ class ClassImages:
 
     def manifest(self) -> dict[str, dict]:
         """File name -> {prompt, seed, model, resolution, perhaps sha256} of every generated image; {} if damaged."""
-        try:
-            entries = json.loads(core.small_text(self.folder / MANIFEST))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        entries = entries if isinstance(entries, dict) else {}
-        return {name: facts for name, facts in entries.items() if isinstance(facts, dict)}
+        with suppress(UserError):
+            return core.read_json(self.folder / MANIFEST, dict[str, dict[str, Any]])
+        return {}
 
     def stale(self, paths: list[Path]) -> set[Path]:
         """The generated images of another or unknown prompt, model or size."""

@@ -650,7 +650,7 @@ def test_too_large_a_lora_and_wrong_settings_beside_a_file_are_refused(tiny_base
     tensors = {f"base_model.model.{path}.{part}": tensor for part, tensor in pair.items()}
     refused(subject, tmp_path, tensors, "an alpha of 'four'")
     (tmp_path / "adapter_config.json").write_text("{")
-    refused(subject, tmp_path, tensors, "adapter_config.json is damaged: it is no JSON object")
+    refused(subject, tmp_path, tensors, "adapter_config.json: it is not valid JSON")
     monkeypatch.setattr(key_names, "MOST_NUMBERS", 1000)
     as_lycoris(tiny_base, tmp_path / "x.safetensors", KINDS["LoKr"])
     with pytest.raises(UserError, match=r"would be a LoRA of more than .* GiB, as"):

@@ -13,13 +13,13 @@ from unittest.mock import ANY
 
 import pytest
 
-from dreambooth_moslora.adapters.lora_settings import read_peft_config
 from dreambooth_moslora.core import (
     UserError,
     atomic_directory,
     atomic_write,
     clean_stale,
     process_token,
+    read_json,
     scratch_directory,
 )
 from dreambooth_moslora.disk import events
@@ -28,7 +28,6 @@ from dreambooth_moslora.disk.queue import locked, owner_of
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name, step_of
 from dreambooth_moslora.photos.folder import kept_captions
 from dreambooth_moslora.plan.checks import check_folders
-from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.checkpoint import read_position
 from dreambooth_moslora.training.made_before import ClassImages
@@ -149,8 +148,8 @@ def test_a_strangers_run_folder_has_no_file_written_elsewhere(name, kind, tmp_pa
 REFUSED = {
     "metrics.jsonl": lambda path: RunDir(path.parent).read_metrics(),
     "README.md": lambda path: RunDir(path.parent).read_card(),
-    "train_config.json": read_json_table,
-    "adapter_config.json": read_peft_config,
+    "train_config.json": read_json,
+    "adapter_config.json": read_json,
     "position.json": lambda path: read_position(path.parent),
 }
 TAKEN_FOR_DAMAGED = {

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from dreambooth_moslora.core import UserError, file_digest, one_line
+from dreambooth_moslora.core import UserError, file_digest, from_json, one_line
 from dreambooth_moslora.disk import processes, queue, run_folder
 from dreambooth_moslora.extras.cluster.records import FLEET_NAME
 
@@ -134,30 +134,28 @@ class Manifest:
     """`writer` is the machine that writes now; `files` maps names to SHA-256 digests in hex."""
 
     writer: str = ""
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def read_manifest(bucket: Bucket) -> Manifest:
     """The manifest of a run folder; an empty one when it is missing or damaged, as others may write to the bucket."""
-    content = bucket.read(MANIFEST) or b"{}"  # outside of the block: a UserError is a ValueError
-    try:
-        manifest = Manifest(**json.loads(content))
+    content = bucket.read(MANIFEST) or b"{}"  # outside of the block, which suppresses a UserError
+    with suppress(UserError):
+        manifest = from_json(content, Manifest)
         files = manifest.files
         clash = any(str(folder) in files for name in files for folder in PurePosixPath(name).parents)
-        if isinstance(manifest.writer, str) and all(map(is_plain, files, files.values())) and not clash:
+        if all(map(is_plain, files)) and not clash:
             return manifest
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        pass
     return Manifest()
 
 
-def is_plain(name: str, digest: object) -> bool:
-    """Whether it names a file within the folder, as files and bucket keys can. Raises ValueError."""
+def is_plain(name: str) -> bool:
+    """Whether it names a file within the folder, as files and bucket keys can."""
     path, sizes = PurePosixPath(name), [len(os.fsencode(part)) for part in (name, *name.split("/"))]
     is_within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
     is_one_spelling = str(path) == name and path.parts == Path(name).parts  # Windows divides names at more characters
     is_possible = sizes[0] <= KEY_BYTES and max(sizes[1:]) <= NAME_BYTES and "\0" not in name
-    return isinstance(digest, str) and is_within and is_one_spelling and is_possible
+    return is_within and is_one_spelling and is_possible
 
 
 class Digests:

@@ -12,17 +12,16 @@ small pictures are embedded, links lead to files beside it, and it contains no p
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
 from PIL import Image
 
-from dreambooth_moslora.core import UserError, atomic_write, spelled_out
+from dreambooth_moslora.core import UserError, atomic_write, read_json, spelled_out
 from dreambooth_moslora.disk import processes, run_folder
-from dreambooth_moslora.disk.events import fits
 from dreambooth_moslora.pictures import jpeg_url, render
-from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.training.explain import NOT_SCORED, advice_after, figures_from, known_config, with_report
 
 FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
@@ -47,11 +46,9 @@ class Record:
 
 def read_record(run_dir: Path) -> Record | None:
     """None when the record is missing or cannot be read."""
-    try:
-        record = Record(**read_json_table(run_dir / FLEET_NAME))
-    except (UserError, TypeError):
-        return None
-    return record if all(fits(getattr(record, item.name), item.type) for item in fields(record)) else None
+    with suppress(UserError):
+        return read_json(run_dir / FLEET_NAME, Record)
+    return None
 
 
 def write_record(run_dir: Path, record: Record) -> None:
@@ -86,11 +83,11 @@ def read_names(out: Path) -> list[str]:
     path = out / FLEET_NAME
     if not path.is_file():
         raise UserError(f"{out} holds no fleet: {FLEET_NAME} is not there.")
-    names = read_json_table(path).get("subjects")
     try:
+        names = read_json(path, dict[str, list[str]])["subjects"]
         for name in names:
             run_folder.check_name(name)
-    except (UserError, TypeError, AttributeError) as error:
+    except (UserError, KeyError) as error:
         raise UserError(f"{path} is damaged: it names no subjects.") from error
     return names
 
@@ -125,7 +122,7 @@ def row_of(run_dir: Path) -> Row:
         record = Record("waiting")
     try:
         run = run_folder.RunDir(run_dir)
-        config, events = known_config(read_json_table(run_dir / processes.CONFIG_NAME)), run.read_metrics()
+        config, events = known_config(read_json(run_dir / processes.CONFIG_NAME)), run.read_metrics()
         found = figures_from(events, config)
         found = with_report(found, run) if events else found
         totals = [None, *(event.get("max_train_steps") for event in events if event.get("type") == "start")]

@@ -9,7 +9,6 @@ reason and does not stop the others.
 """
 
 import csv
-import json
 import os
 import tomllib
 from collections import Counter
@@ -26,7 +25,9 @@ from dreambooth_moslora.core import (
     content_key,
     file_digest,
     find_asset,
+    from_json,
     one_line,
+    read_json,
     small_text,
     user_path,
 )
@@ -95,7 +96,7 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
         return list(rows_in(text, kind))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: {sources.reason_of(error)}.") from error
-    except (ValueError, csv.Error, RecursionError) as error:
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{source} is not a list of subjects: {error}.") from error
 
 
@@ -111,16 +112,14 @@ def rows_in(text: str, kind: str) -> Iterator[dict[str, Any]]:
             yield {name.strip(): value for name, value in row.items() if value}
         return
     if kind == ".jsonl":
-        rows = (json.loads(line) for line in text.splitlines() if line.strip())
-    else:
-        values = tomllib.loads(text)
-        rows = values.get("subjects")
-        if set(values) != {"subjects"} or not isinstance(rows, list):
-            raise ValueError("it has [[subjects]] tables and nothing else")
-    for row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{row!r:.60} is not a table of names and values")
-        yield row
+        yield from (from_json(line) for line in text.splitlines() if line.strip())
+        return
+    values = tomllib.loads(text)
+    rows = values.get("subjects")
+    is_list = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if set(values) != {"subjects"} or not is_list:
+        raise ValueError("it has [[subjects]] tables and nothing else")
+    yield from rows
 
 
 def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path) -> Subject:
@@ -154,7 +153,7 @@ def settings_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any],
     table.check_each(own)
     if not photos.is_dir():
         raise UserError(f"{photos}: {'not a folder' if photos.exists() else 'no such folder'}.")
-    facts = sources.read_json_table(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
+    facts = read_json(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
     word = row.get("class") or row.get("class_word") or facts.get("class_word")
     token = row.get("token") or facts.get("token") or shared.get("token") or TOKEN
     for kind, words in (("token", token), ("class", word)):

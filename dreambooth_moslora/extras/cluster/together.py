@@ -30,12 +30,12 @@ from diffusers import DiffusionPipeline
 from dreambooth_moslora.adapters.fast_linear import lay_together
 from dreambooth_moslora.base.families import denoiser_of
 from dreambooth_moslora.cli import terminal, train
-from dreambooth_moslora.core import UserError, shortened, spelled_out
+from dreambooth_moslora.core import UserError, read_json, shortened, spelled_out
 from dreambooth_moslora.disk import events, processes
 from dreambooth_moslora.extras.cluster import records, stacked_adapters
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan
-from dreambooth_moslora.settings import families, sources, table
+from dreambooth_moslora.settings import families, table
 from dreambooth_moslora.training import adapters, frozen_base, loop
 from dreambooth_moslora.training.micro_batch import MicroBatch, predicted_together
 from dreambooth_moslora.training.step import StepLosses, TrainStep, numbers_of
@@ -70,7 +70,7 @@ def members(folders: Sequence[Path], stop: terminal.StopRequest, costs: "Costs")
             continue
         costs.began(folder)
         try:
-            config = table.TrainConfig.from_dict(sources.read_json_table(folder / processes.CONFIG_NAME))
+            config = table.TrainConfig.from_dict(read_json(folder / processes.CONFIG_NAME))
             check_folders(config)
             with logged_to(config):
                 plan = make_plan(config)

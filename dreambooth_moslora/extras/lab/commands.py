@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.cli import terminal, train
-from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset, is_toy, user_path
+from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset, is_toy, read_json, user_path
 from dreambooth_moslora.extras.cluster import command_fleet, subjects
 from dreambooth_moslora.extras.lab.study import Study, StudySubject, load_study
 from dreambooth_moslora.plan import choices, memory
-from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.table import MIXERS, SAID_BY_SUBJECTS, TrainConfig, check_number
 
 EVERY_SEC = 5.0
@@ -101,7 +100,7 @@ def table_of(folder: str) -> dict[str, str]:
     if not place.is_dir():
         raise UserError(f"{folder}: there is no such folder.")
     file = place / SUBJECT_FILE
-    facts = read_json_table(file) if file.is_file() else {}
+    facts = read_json(file) if file.is_file() else {}
     token, word = facts.get("token"), facts.get("class_word")
     if not (token and word):
         raise UserError(f'{folder}: write {SUBJECT_FILE} into it, such as {{"token": "sks", "class_word": "dog"}}.')

@@ -37,7 +37,7 @@ from PIL import Image
 from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.base.families import denoiser_of
 from dreambooth_moslora.base.files import facts_of_base, resolve_base
-from dreambooth_moslora.core import atomic_write, content_key
+from dreambooth_moslora.core import atomic_write, content_key, read_json
 from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.evaluation import metrics, score_tables
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
@@ -208,8 +208,7 @@ def content_of(path: Path) -> str:
 
 def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]:
     paths = [result_path(study, cell, out) for cell in cells]
-    stored = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-    return [Result(Cell(**s["cell"]), s["scores"], s["pictures"], s["cost"]) for s in stored]
+    return [read_json(path, Result) for path in paths if path.is_file()]
 
 
 def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evaluation:

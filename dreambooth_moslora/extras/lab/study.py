@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.base.files import resolve_base
-from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset
+from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset, read_json
 from dreambooth_moslora.extras.cluster.subjects import prompts_of
 from dreambooth_moslora.plan import choices
 from dreambooth_moslora.settings import prompts, sources
@@ -98,7 +98,7 @@ class StudySubject:
         if not facts_path.is_file():
             example = f'{{photos = "{folder}", instance_prompt = "a photo of a sks dog"}}'
             raise UserError(f"the study's subject {folder} has no subject.json: give it an instance_prompt, {example}.")
-        facts = sources.read_json_table(facts_path)
+        facts = read_json(facts_path)
         token, word = facts.get("token"), facts.get("class_word")
         if not token or not word:
             raise UserError(f"{facts_path} must name the token and the class_word, or the study an instance_prompt.")
