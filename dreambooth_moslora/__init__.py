@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "UserError": "core",
+    "Base": "base.base",
     "TrainConfig": "settings.table",
     "GenerationParams": "generation.params",
     "MoSLoraConfig": "adapters.moslora",

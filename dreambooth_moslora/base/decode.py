@@ -19,7 +19,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dreambooth_moslora.base import files, machine
+from dreambooth_moslora.base import machine
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.core import LIKE_FP32
 
 logger = logging.getLogger(__name__)
@@ -105,13 +106,14 @@ class Probe:
     error: float  # mean |difference| from the fp32 picture, of 255 levels
 
 
-def load_vae_alone(source: str | Path) -> AutoencoderKL:
-    """The VAE of a base, in fp32, from a diffusers folder, a hub id, or a single file."""
-    if Path(source).is_file():
-        configs = files.configs_beside(Path(source))
-        local = {} if configs is None else {"config": str(configs), "subfolder": "vae"}
-        return AutoencoderKL.from_single_file(str(source), **local).eval()
-    return AutoencoderKL.from_pretrained(source, subfolder="vae").eval()
+def load_vae_alone(base: Base | str | Path) -> AutoencoderKL:
+    """The VAE of a base, or of the base of that name, in fp32. Raises UserError for no base, and
+    OSError and ValueError for one without a VAE that can be read."""
+    base = Base.find(base)
+    if base.file:
+        local = {} if base.configs is None else {"config": str(base.configs), "subfolder": "vae"}
+        return AutoencoderKL.from_single_file(str(base.file), **local).eval()
+    return AutoencoderKL.from_pretrained(base.place, subfolder="vae").eval()
 
 
 @torch.no_grad()

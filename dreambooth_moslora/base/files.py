@@ -5,6 +5,7 @@
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -134,7 +135,8 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
     if facts.needs_sizes and read_json(folder / "unet" / "config.json").get("addition_embed_type") != "text_time":
         raise UserError(f"{folder} is not an SDXL base model: its UNet has no size conditioning (text_time).")
     for part in models:
-        check_component(folder / part, variant, MARKS.get(part) if facts.denoiser == "unet" else None)
+        marks = MARKS.get(part) if facts.denoiser == "unet" else None
+        check_component(folder / part, variant, tensor_shapes(folder / part, variant), marks)
 
 
 def facts_of_base(
@@ -229,7 +231,12 @@ def facts_of_file(path: Path) -> families.Facts:
     """The family of a single file: that of the configs beside it, else by the names of its tensors."""
     if configs := configs_beside(path):
         return facts_in(read_json(configs / INDEX))
-    names = {name.removeprefix(DENOISER_PREFIX) for name in shapes_in(path)}
+    return facts_by_names(shapes_in(path))
+
+
+def facts_by_names(tensors: Iterable[str]) -> families.Facts:
+    """The family of a single file, by the names of its tensors."""
+    names = {name.removeprefix(DENOISER_PREFIX) for name in tensors}
     found = (facts for facts in families.FAMILIES if facts.file_mark in names)
     return next(found, families.facts_of("StableDiffusionXLPipeline"))
 
@@ -245,18 +252,20 @@ def check_vae(name: str) -> None:
     path = Path(name)
     if path.is_dir():
         read_json(path / "config.json")
-        check_component(path, None, MARKS["vae"])
+        check_component(path, None, tensor_shapes(path), MARKS["vae"])
     elif path.exists() or not is_hub_id(name):
         raise UserError(f"the VAE {name} is neither a diffusers folder that is here nor a hub id.")
 
 
-def check_component(folder: Path, variant: str | None, marks: set[str] | None) -> None:
-    """Raises UserError for a folder without weights, and for another model's weights: they have none of `marks`."""
+def check_component(folder: Path, variant: str | None, shapes: Mapping[str, list[int]], marks: set[str] | None) -> None:
+    """Raises UserError for a folder without weights, and for another model's weights: their `shapes`,
+    by tensor's name, have none of `marks`."""
     if not weight_files(folder, variant):
-        raise UserError(f"{folder} has no weights: there is neither a .safetensors nor a .bin file in it.")
-    names = tensor_shapes(folder, variant).keys()
-    if marks and names and not names & marks:
-        raise UserError(f"{folder} holds weights of another model: it has no {min(marks)}, but {min(names):.80}.")
+        lack = "there is neither a .safetensors nor a .bin file in it"
+        raise UserError(f"{folder} has no weights: {lack}.")
+    if marks and shapes and not shapes.keys() & marks:
+        other = f"it has no {min(marks)}, but {min(shapes):.80}"
+        raise UserError(f"{folder} holds weights of another model: {other}.")
 
 
 def read_json(path: Path) -> dict:

@@ -16,7 +16,6 @@ import logging
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreambooth_moslora.base import decode, families, files, machine, scaled_fp8
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.core import TOY_PX, UserError, is_toy, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.settings.families import Facts, facts_of
@@ -174,44 +174,43 @@ class TextProducts:
 
 
 def load_pipeline(
-    name_or_path: str | Path,
+    base: Base | str | Path,
     *,
     dtype: torch.dtype = torch.float32,
-    variant: str | None = None,
-    revision: str | None = None,
-    vae: str | Path | None = None,
-    cache_dir: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
     has_denoiser: bool = True,
 ) -> DiffusionPipeline:
-    """Load a base in `dtype` (default fp32), frozen, in evaluation mode. `vae` names another autoencoder (folder or hub
-    id), in `vae_dtype`. With `has_denoiser` False a folder or hub id is loaded without it, for `load_denoiser`. Raises
-    UserError when the base is missing, of no known family, or cannot be fetched."""
-    source = files.resolve_base(name_or_path)
-    if isinstance(source, Path) and source.is_dir():
-        files.check_diffusers_folder(source, variant, has_vae=vae is None)
-    vae_dtype = vae_dtype or dtype
-    options = {"dtype": dtype, "revision": revision, "cache_dir": cache_dir}
+    """Load a base, or the base of that name, frozen and in evaluation mode.
+
+    dtype: of the weights
+    vae_dtype: of the autoencoder, which `base.vae` may name; the same by default
+    has_denoiser: False leaves it to `load_denoiser`, but for a single file of a UNet
+
+    Raises UserError when the base is missing, of no known family, or cannot be fetched.
+    """
+    base, vae_dtype = Base.find(base), vae_dtype or dtype
+    base.check()
+    places = {"revision": base.revision, "cache_dir": base.cache_dir}
     try:
-        facts = files.facts_of_base(source, revision, cache_dir) or facts_of("StableDiffusionXLPipeline")
+        facts = base.facts or facts_of("StableDiffusionXLPipeline")
         kind = getattr(diffusers, facts.pipeline)
-        parts = {"vae": load_vae(vae, kind, vae_dtype, cache_dir)} if vae else {}
+        parts = {"vae": load_vae(base.vae, kind, vae_dtype, base.cache_dir)} if base.vae else {}
         parts |= {"add_watermarker": False} if "add_watermarker" in signature(kind.__init__).parameters else {}
         parts |= {} if has_denoiser else {facts.denoiser: None}
-        is_file = isinstance(source, Path) and source.is_file()
-        if is_file and facts.style == "ddpm":
-            pipeline = load_single_file(source, kind, options | parts)
+        options = places | parts
+        if base.file and facts.style == "ddpm":
+            pipeline = load_single_file(base.file, kind, options | {"dtype": dtype})
         else:
-            options |= parts | {"dtype": {"default": dtype, "vae": vae_dtype}}
-            if is_file:
-                pipeline = around_file(source, facts, dtype, options)
+            options["dtype"] = {"default": dtype, "vae": vae_dtype}
+            if base.file:
+                pipeline = around_file(base.file, facts, dtype, options)
             else:
-                pipeline = kind.from_pretrained(source, variant=variant, **options)
+                pipeline = kind.from_pretrained(base.place, variant=base.variant, **options)
     except UserError:
         raise
     except UNLOADABLE as error:
-        raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error, 300)}") from error
-    check_is_whole(pipeline, name_or_path, has_denoiser)
+        raise UserError(f"the base model {base.name} cannot be loaded: {one_line(error, 300)}") from error
+    check_is_whole(pipeline, base.name, has_denoiser)
     if has_zero_terminal_snr(pipeline):  # SDXL's own spacing (`leading`) would never use the last noise level
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
@@ -223,20 +222,22 @@ def load_pipeline(
     return pipeline
 
 
-def load_denoiser(pipeline: DiffusionPipeline, name_or_path: str | Path, dtype: torch.dtype, **options: Any) -> None:
-    """Load a pipeline's denoiser, frozen. `options`: `variant`, `revision`, `cache_dir`. Raises UserError."""
-    facts, source = facts_of(type(pipeline).__name__), files.resolve_base(name_or_path)
+def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -> None:
+    """Give a pipeline that was loaded without it the base's denoiser, frozen. Raises UserError."""
+    facts = facts_of(type(pipeline).__name__)
     name = facts.denoiser
     others = dict.fromkeys(part for part in pipeline.components if part != name)
+    places = {"revision": base.revision, "cache_dir": base.cache_dir, "variant": base.variant}
     try:
-        if isinstance(source, Path) and source.is_file():
-            model = denoiser_from_file(source, facts, dtype)
+        if base.file:
+            model = denoiser_from_file(base.file, facts, dtype)
         else:
-            model = getattr(type(pipeline).from_pretrained(source, dtype=dtype, **options, **others), name)
+            whole = type(pipeline).from_pretrained(base.place, dtype=dtype, **places, **others)
+            model = getattr(whole, name)
     except UNLOADABLE as error:
-        raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error, 300)}") from error
+        raise UserError(f"the base model {base.name} cannot be loaded: {one_line(error, 300)}") from error
     pipeline.register_modules(**{name: model.requires_grad_(False).eval()})
-    check_is_whole(pipeline, name_or_path, needs_encoders=False)
+    check_is_whole(pipeline, base.name, needs_encoders=False)
 
 
 def load_vae(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.generate import places_of, text_option_arguments
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
@@ -94,7 +95,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     photos = folders.photos
     of_each = report.photos_by_subject(photos, len(subjects))
     plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
-    pipeline = SubjectPipeline.from_base(base, **({} if args.base else places_of(config)))
+    pipeline = SubjectPipeline.from_base(Base.find(base, **({} if args.base else places_of(config))))
     name = pipeline.load_adapter(find_asset(args.adapter))
     device = families.denoiser_of(pipeline.pipeline).device
     encoders = metrics.load_encoders(base, args.clip, args.dino, device)

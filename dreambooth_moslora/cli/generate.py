@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import TOY, resolve_base
 from dreambooth_moslora.cli.terminal import hush, say
 from dreambooth_moslora.core import UserError, find_asset, free_name, is_toy, read_json, user_path
@@ -81,7 +82,7 @@ def run_generate(args: argparse.Namespace) -> int:
             print(f"note: {note}", file=sys.stderr)
     if not adapters:
         say([without_adapter(base, values["prompt"])])
-    pipeline = SubjectPipeline.from_base(base, **places)
+    pipeline = SubjectPipeline.from_base(Base.find(base, **places))
     say(without_effect(values, pipeline.family.facts))
     if recipe and recipe.provenance.base not in ("", pipeline.base_name):
         say([f"note: the picture was made with the base {recipe.provenance.base}, and this is {pipeline.base_name}"])

@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 from dreambooth_moslora import __version__, core
 from dreambooth_moslora.adapters import lora_file, metadata, new_tokens
 from dreambooth_moslora.base import decode, families, load, machine
-from dreambooth_moslora.base.files import facts_of_base, variant_here
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Provenance, Recipe, Step
 from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
@@ -213,20 +213,27 @@ class SubjectPipeline:
     @classmethod
     def from_base(
         cls,
-        name: str | Path,
+        base: Base | str | Path,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         *,
         resting: bool = False,
-        **places: Any,
     ) -> "SubjectPipeline":
-        """Load "toy", a folder, hub id or file, on a GPU by default, or `resting` until used. `places`: `revision` and
-        `cache_dir` of a hub id. Raises UserError."""
+        """Load a base, or the base of that name: "toy", a folder, a hub id or a file. It is drawn with by whichever of
+        its files are here.
+
+        dtype: by default a half precision that suits its family on a GPU, else fp32
+        device: a GPU by default
+        resting: stay in the CPU's memory until used
+
+        Raises UserError.
+        """
+        base = Base.find(base)
+        base = replace(base, variant=base.variant or base.variant_here)
         device = torch.device(device or machine.best_device())
-        half = torch.bfloat16 if getattr(facts_of_base(name, **places), "style", None) == "flow" else torch.float16
+        half = torch.bfloat16 if base.is_flow else torch.float16
         dtype = dtype or (half if device.type in ("cuda", "mps") else torch.float32)
-        pipeline = load.load_pipeline(name, dtype=dtype, variant=variant_here(name, **places), **places)
-        subject = cls(pipeline, core.public_name(name), device)
+        subject = cls(load.load_pipeline(base, dtype=dtype), base.public_name, device)
         if not (resting or subject.home.is_short):
             subject.home.enter()
         return subject

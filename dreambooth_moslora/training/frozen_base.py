@@ -17,6 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
 from dreambooth_moslora.base import families, files, load, machine
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.core import UserError, atomic_write, content_key
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -34,25 +35,16 @@ BF16_ON_A_CPU = (
 
 
 def is_flow(config: TrainConfig) -> bool:
-    facts = files.facts_of_base(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
-    return facts is not None and facts.style == "flow"
+    return Base.of(config).is_flow
 
 
 def load_base(
     config: TrainConfig, dtype: torch.dtype, device: torch.device, *, has_denoiser: bool = True
 ) -> DiffusionPipeline:
     """Load the base, its VAE in fp32 unless that is named or a flow model's. Raises UserError if it cannot be."""
-    vae = config.pretrained_vae_model_name_or_path
-    pipeline = load.load_pipeline(
-        config.pretrained_model_name_or_path,
-        dtype=dtype,
-        variant=config.variant,
-        revision=config.revision,
-        vae=vae,
-        cache_dir=config.cache_dir,
-        vae_dtype=dtype if vae or is_flow(config) else torch.float32,
-        has_denoiser=has_denoiser,
-    )
+    base = Base.of(config)
+    vae_dtype = dtype if base.vae or base.is_flow else torch.float32
+    pipeline = load.load_pipeline(base, dtype=dtype, vae_dtype=vae_dtype, has_denoiser=has_denoiser)
     if has_denoiser:
         load.quantize(families.denoiser_of(pipeline), config.base_quantization, dtype, device)
     if hasattr(pipeline, "image_encoder"):
@@ -65,8 +57,7 @@ def load_denoiser_of(
     config: TrainConfig, pipeline: DiffusionPipeline, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. Raises UserError."""
-    places = {"variant": config.variant, "revision": config.revision, "cache_dir": config.cache_dir}
-    load.load_denoiser(pipeline, config.pretrained_model_name_or_path, dtype, **places)
+    load.load_denoiser(pipeline, Base.of(config), dtype)
     load.quantize(families.denoiser_of(pipeline), config.base_quantization, dtype, device)
 
 

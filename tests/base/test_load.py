@@ -20,6 +20,7 @@ from torch import nn
 
 from dreambooth_moslora.adapters.moslora import inject
 from dreambooth_moslora.base import decode, load, machine
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.decode import load_vae_alone
 from dreambooth_moslora.base.files import base_folder, facts_of_base, variant_here, variants_in, weight_files
 from dreambooth_moslora.base.scaled_fp8 import unscaled
@@ -320,7 +321,8 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(tiny_b
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "other"))
         told = places_of(TrainConfig(revision="0" * 40, cache_dir=str(tmp_path)))
         assert places_of(TrainConfig(cache_dir=str(tmp_path / "gone"))) == {"revision": None, "cache_dir": None}
-        assert SubjectPipeline.from_base("owner/half", **told).bases.places == told
+        found = SubjectPipeline.from_base(Base.find("owner/half", **told)).bases.base
+        assert found == Base.find("owner/half", **told, variant="fp16")
         run = {"pretrained_model_name_or_path": "owner/half", "revision": "0" * 40, "cache_dir": str(tmp_path)}
         RunDir(tmp_path).config_path.write_text(json.dumps(run))
         assert base_of_runs([str(tmp_path)]) == ("owner/half", told)

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import generate
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -186,14 +187,14 @@ def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tin
 def test_the_base_is_loaded_from_where_the_run_had_it_unless_another_is_given(tiny_base, drawn, tmp_path, monkeypatch):
     """The default revision was drawn with."""
     loaded, from_base = [], SubjectPipeline.from_base
-    monkeypatch.setattr(SubjectPipeline, "from_base", lambda name, **own: loaded.append(own) or from_base(name))
+    monkeypatch.setattr(SubjectPipeline, "from_base", lambda base: loaded.append(base) or from_base(base))
     run = shutil.copytree(drawn / "runs" / "dog", tmp_path / "runs" / "dog")
     told = {"revision": "0" * 40, "cache_dir": str(tmp_path)}
     RunDir(run).config_path.write_text(json.dumps({"pretrained_model_name_or_path": str(tiny_base), **told}))
     monkeypatch.chdir(tmp_path)
     for base, words in ((None, ["--adapter", str(run), "--prompt", "dog"]), (None, []), (tiny_base, [])):
         command(base, tmp_path, *(words or ["--from_png", str(drawn / "image_0.png")]))
-    assert loaded == [told, told, {}]
+    assert loaded == [Base.find(tiny_base, **own) for own in (told, told, {})]
 
 
 def test_two_files_of_one_name_are_told_apart_and_one_file_is_not_taken_twice(tiny_base, pipeline, tmp_path, capsys):

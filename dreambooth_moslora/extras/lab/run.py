@@ -35,6 +35,7 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.adapters import moslora, raw_file
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import denoiser_of
 from dreambooth_moslora.base.files import facts_of_base, resolve_base
 from dreambooth_moslora.core import atomic_write, content_key, read_json
@@ -227,7 +228,7 @@ def pipeline_of(study: Study) -> SubjectPipeline:
 
 @lru_cache(maxsize=1)
 def pipeline_from(base: str, revision: str | None, cache_dir: str | None) -> SubjectPipeline:
-    return SubjectPipeline.from_base(base, revision=revision, cache_dir=cache_dir)
+    return SubjectPipeline.from_base(Base.find(base, revision=revision, cache_dir=cache_dir))
 
 
 encoders_of = lru_cache(maxsize=1)(metrics.load_encoders)

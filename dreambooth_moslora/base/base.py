@@ -1,0 +1,296 @@
+"""The base model of a run: found once, from its name, and handed on.
+
+    Base.find("toy")    Base.find("models/sdxl")    Base.find("model.safetensors")    Base.find("owner/model")
+    Base.of(config)     what a run's settings name
+
+Each fact is read from the base's files when it is first asked for, and kept. Nothing here loads the model or imports
+torch: `base.load` does.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from dreambooth_moslora import core
+from dreambooth_moslora.base import files
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.settings import families
+from dreambooth_moslora.settings.table import TrainConfig
+
+SETTINGS = {
+    "name": "pretrained_model_name_or_path",
+    "revision": "revision",
+    "cache_dir": "cache_dir",
+    "variant": "variant",
+    "vae": "pretrained_vae_model_name_or_path",
+}
+"""What decides which base a run has, and the setting that says it."""
+LOGIN = "asks for a login: accept its terms on its page, then `hf auth login`"
+HUB_ANSWERS = {401: LOGIN, 403: LOGIN, 404: "has no such model"}
+HUB_SEC = 5
+Shapes = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model. Make it by `find` or `of`.
+
+    name: as it was given
+    source: an embedded base, a folder or a single file that is here, or an id of the hub
+    path: of the folder or file; None for the hub
+    revision, cache_dir: of a hub id, as huggingface_hub takes them
+    variant: whose weight files are loaded, such as fp16; None for the plain ones
+    vae: the name of another autoencoder
+    """
+
+    name: str
+    source: Literal["toy", "folder", "file", "hub"]
+    path: Path | None
+    revision: str | None = None
+    cache_dir: str | None = None
+    variant: str | None = None
+    vae: str | None = None
+
+    @classmethod
+    def find(cls, name: "str | Path | Base", **places: Any) -> "Base":
+        """The base of that name; a base is itself. `places`: `revision`, `cache_dir`, `variant` and
+        `vae`. Raises UserError for one that is missing, and for a damaged file."""
+        if isinstance(name, Base):
+            return name
+        path = path_of(name)
+        if path is None:
+            source = "hub"
+        elif path.is_file():
+            source = "file"
+        else:
+            source = "toy" if core.is_toy(name) else "folder"
+        found = cls(str(name), source, path, **places)
+        if source == "file":
+            _ = found.tensors  # which refuses a damaged file
+        return found
+
+    @classmethod
+    def of(cls, settings: TrainConfig | Mapping[str, Any]) -> "Base":
+        """The base that a run's settings name. Raises UserError as `find` does."""
+        given = settings if isinstance(settings, Mapping) else vars(settings)
+        name, *places = SETTINGS.items()
+        return cls.find(given[name[1]], **{field: given.get(setting) for field, setting in places})
+
+    @classmethod
+    def of_run(cls, config: TrainConfig) -> "Base":
+        """The same to draw with after the run, which may have been moved away from its cache, by
+        whichever of the base's files are here. Raises UserError as `find` does."""
+        cache_dir = config.cache_dir if config.cache_dir and Path(config.cache_dir).is_dir() else None
+        name = config.pretrained_model_name_or_path
+        return cls.find(name, revision=config.revision, cache_dir=cache_dir)
+
+    @property
+    def public_name(self) -> str:
+        """Without what is private of a path."""
+        return core.public_name(self.name)
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether it is an embedded base."""
+        return core.is_toy(self.name)
+
+    @property
+    def place(self) -> str | Path:
+        """What diffusers loads it from."""
+        return self.path or self.name
+
+    @property
+    def file(self) -> Path | None:
+        """The single file that it is."""
+        return self.path if self.source == "file" else None
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """Its diffusers folder, also in the hub's cache; None for a single file, and until the hub's
+        denoiser is fetched."""
+        if self.source == "file":
+            return None
+        if self.source != "hub":
+            return self.path
+        configs = [self._cached / part / "config.json" for part in families.DENOISERS if self._cached]
+        return self._cached if any(config.is_file() for config in configs) else None
+
+    @cached_property
+    def _cached(self) -> Path | None:
+        """Where the hub's cache has its index, and perhaps no more of it."""
+        from huggingface_hub import try_to_load_from_cache
+
+        places = {"revision": self.revision, "cache_dir": self.cache_dir}
+        found = try_to_load_from_cache(self.name, files.INDEX, **places)
+        return Path(found).parent if isinstance(found, str) else None
+
+    @property
+    def configs(self) -> Path | None:
+        """The folder that has its configuration: its own, or the one beside a single file."""
+        return files.configs_beside(self.file) if self.file else self.folder
+
+    @cached_property
+    def _told(self) -> dict | str | None:
+        """`index`, or why the hub does not give it."""
+        home = self._cached if self.source == "hub" else self.configs
+        if home is not None:
+            return files.read_json(home / files.INDEX)
+        return asked_of_hub(self.name, self.revision) if self.source == "hub" else None
+
+    @property
+    def index(self) -> dict | None:
+        """Its `model_index.json`, for which the hub may be asked; None where nobody has it. Raises
+        UserError for a damaged one."""
+        return self._told if isinstance(self._told, dict) else None
+
+    @property
+    def unreachable(self) -> str | None:
+        """Why neither this machine nor the hub has it; None if one has. The hub may be asked."""
+        if not isinstance(self._told, str):
+            return None
+        return (
+            f"the base {self.name} is not on this machine, and the hub {self._told}: give the folder "
+            f"of a base, or fetch it with `hf download {self.name}` where there is a connection."
+        )
+
+    @cached_property
+    def known(self) -> tuple[families.Facts, families.Model] | None:
+        """The family and the published model, of an id that is known without its files."""
+        return families.BY_HUB_ID.get(self.name.lower()) if self.source == "hub" else None
+
+    @cached_property
+    def facts(self) -> families.Facts | None:
+        """Its family; None for a hub id that is not known and cannot be asked for. Raises UserError
+        for a family that cannot be trained."""
+        if self.known and not self._cached:
+            return self.known[0]
+        if self.index is not None:
+            return files.facts_in(self.index)
+        return files.facts_by_names(self.tensors) if self.file else None
+
+    @property
+    def is_flow(self) -> bool:
+        return self.facts is not None and self.facts.style == "flow"
+
+    @cached_property
+    def tensors(self) -> Shapes:
+        """Tensor's name -> shape in a single file; {} for a format that does not tell them. Raises
+        UserError for a damaged file."""
+        return files.shapes_in(self.file) if self.file else {}
+
+    @cached_property
+    def shapes(self) -> dict[str, Shapes]:
+        """Part -> tensor's name -> shape, of the denoiser, the text encoders and the VAE in its
+        folder; {} without a folder, and for a part without .safetensors files. Raises UserError for a
+        damaged file."""
+        if self.folder is None or self.facts is None:
+            return {}
+        parts = (self.facts.denoiser, *self.facts.encoders, "vae")
+        return {part: files.tensor_shapes(self.folder / part, self.variant) for part in parts}
+
+    @cached_property
+    def resolution_px(self) -> int:
+        """The side in px of the pictures that it was trained on, by its files. The usual one for a
+        base that is not known yet, and for one that cannot be used, which is refused later."""
+        if self.is_toy:
+            return core.TOY_PX
+        with suppress(UserError):
+            own = files.unet_side(self.configs) if self.configs else None
+            if side := own or (self.facts and self.facts.resolution_px):
+                return side
+        return TrainConfig.resolution
+
+    @cached_property
+    def variant_here(self) -> str | None:
+        """The variant whose files are here where the plain ones are not, `fp16` before others. A
+        training by `sdxl.toml` fetches that variant alone."""
+        for denoiser in families.DENOISERS if self.folder else ():
+            home = self.folder / denoiser
+            if any("." in file.stem for file in files.weight_files(home)):
+                variants = files.variants_in(home)
+                return "fp16" if "fp16" in variants else next(iter(variants), None)
+        return None
+
+    @property
+    def weights_gib(self) -> float:
+        """Of the files that would be loaded, GiB. Raises OSError for a link whose file is gone."""
+        if self.file or self.folder is None:
+            weights = [self.file] if self.file else []
+        else:
+            parts = [part for part in self.folder.iterdir() if part.is_dir()]
+            weights = [file for part in parts for file in files.weight_files(part)]
+        return sum(file.stat().st_size for file in weights) / 2**30
+
+    def check(self) -> None:
+        """Raises UserError for a family that cannot be trained, a folder that is no whole base, and a
+        VAE that is missing. What the hub has, or has not fetched yet, is not looked at."""
+        if self.vae:
+            files.check_vae(self.vae)
+        if self.facts is not None and self.source in ("toy", "folder"):
+            self._check_folder(self.facts)
+
+    def _check_folder(self, facts: families.Facts) -> None:
+        folder, index = self.folder, self.index
+        models = [facts.denoiser, *([] if self.vae else ["vae"]), *facts.encoders]
+        tokenizers = [part.replace("text_encoder", "tokenizer") for part in facts.encoders]
+        for part in (*models, *tokenizers, "scheduler"):
+            if not isinstance(index.get(part), list) or None in index[part]:
+                title = f"{facts.article} {facts.title}"
+                raise UserError(f"{folder} is not {title} base model: its {files.INDEX} names no {part}.")
+            if not any((folder / part).glob("*.json")):
+                missing = f"{folder / part} is missing or has no configuration"
+                raise UserError(f"{folder} is not a whole base model: {missing}.")
+        if facts.needs_sizes:
+            unet = files.read_json(folder / "unet" / "config.json")
+            if unet.get("addition_embed_type") != "text_time":
+                lack = "its UNet has no size conditioning (text_time)"
+                raise UserError(f"{folder} is not an SDXL base model: {lack}.")
+        for part in models:
+            marks = files.MARKS.get(part) if facts.denoiser == "unet" else None
+            files.check_component(folder / part, self.variant, self.shapes[part], marks)
+
+
+def path_of(name: str | Path) -> Path | None:
+    """The folder or file of that name; None for an id of the hub. Raises UserError for neither."""
+    if str(name) in core.TOYS:
+        toy = core.assets_folder() / core.TOYS[str(name)]
+        if not (toy / files.INDEX).is_file():
+            lack = f"{toy} has no {files.INDEX}"
+            raise UserError(f"the embedded base is missing: {lack}; clone or install it again.")
+        return toy
+    path = core.user_path(name)
+    if path.is_dir():
+        if not (path / files.INDEX).is_file():
+            raise UserError(f"{path} is not a diffusers model: it has no {files.INDEX}.")
+        return path
+    if path.is_file():
+        if path.suffix not in files.SINGLE_FILE_SUFFIXES:
+            raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
+        return path
+    if not files.is_hub_id(str(name)):
+        instead = "give a diffusers folder, a .safetensors file or a hub id"
+        raise UserError(f"the base {name} does not exist: {instead}.")
+    return None
+
+
+@cache
+def asked_of_hub(hub_id: str, revision: str | None) -> dict | str:
+    """The `model_index.json` that the hub gives, or why it does not. It is asked once, and waited for
+    only `HUB_SEC`: loading a base asks it again for minutes."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import OfflineModeIsEnabled, build_hf_headers, get_session
+
+    url = hf_hub_url(hub_id, files.INDEX, revision=revision)
+    try:
+        answer = get_session().get(url, headers=build_hf_headers(), timeout=HUB_SEC)
+        if answer.status_code != 200:
+            return HUB_ANSWERS.get(answer.status_code, "has none")
+        index = answer.json()
+    except OfflineModeIsEnabled:
+        return "is not asked, as HF_HUB_OFFLINE is set"
+    except Exception:  # the client passes on the HTTP library's errors
+        return "does not answer"
+    return index if isinstance(index, dict) else "has none"

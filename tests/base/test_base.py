@@ -1,0 +1,135 @@
+"""`Base`: what it says of each kind of base by its files alone, and that it reads each fact once."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dreambooth_moslora.base import files
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.core import TOY_PX, UserError, assets_folder
+from dreambooth_moslora.settings.families import facts_of
+from dreambooth_moslora.settings.table import TrainConfig
+from tests.helpers.tiny import RESOLUTION_PX
+
+SDXL, SD1, FLUX = (facts_of(name) for name in ("StableDiffusionXLPipeline", "StableDiffusionPipeline", "FluxPipeline"))
+UNET = "unet/diffusion_pytorch_model.safetensors"
+COMMIT = "0" * 40
+
+
+@pytest.fixture(scope="module")
+def world(tiny_base, tmp_path_factory):
+    """Bases of each kind: folders, files and the hub's cache."""
+    world = tmp_path_factory.mktemp("world")
+    for name in ("damaged", "partial", "foreign"):
+        shutil.copytree(tiny_base, world / name)
+    (world / "damaged" / UNET).write_bytes(b"")
+    shutil.rmtree(world / "partial" / "tokenizer")
+    (world / "foreign" / files.INDEX).write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    save_file({SD1.file_mark: torch.zeros(2, 3)}, world / "one.safetensors")
+    (world / "noise.safetensors").write_bytes(b"noise")
+    model = world / "models--owner--here"
+    shutil.copytree(tiny_base, model / "snapshots" / COMMIT)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(COMMIT)
+    return world
+
+
+KNOWN, ELSEWHERE = "black-forest-labs/FLUX.1-dev", "as HF_HUB_OFFLINE is set: give the folder of a base"
+TOY_FOLDER = assets_folder() / "toy-sdxl"
+# fmt: off
+ROWS = [  # name, source, is it a folder here, family, own side in px, why it cannot be used, why it is not reachable
+    ("toy", "toy", True, SDXL, TOY_PX, None, None),
+    (str(TOY_FOLDER), "toy", True, SDXL, TOY_PX, None, None),
+    ("{tiny}", "folder", True, SDXL, RESOLUTION_PX, None, None),
+    ("{world}/one.safetensors", "file", False, SD1, 512, None, None),
+    ("owner/here", "hub", True, SDXL, RESOLUTION_PX, None, None),
+    ("owner/elsewhere", "hub", False, None, 1024, None, ELSEWHERE),
+    (KNOWN, "hub", False, FLUX, 1024, None, ELSEWHERE),
+    ("{world}/damaged", "folder", True, SDXL, RESOLUTION_PX, "damaged, cut short", None),
+    ("{world}/partial", "folder", True, SDXL, RESOLUTION_PX, "tokenizer is missing", None),
+    ("{world}/foreign", "folder", True, "PixArtAlphaPipeline cannot be trained", RESOLUTION_PX,
+        "PixArtAlphaPipeline cannot be trained", None),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_what_a_base_says_of_itself(row, world, tiny_base):
+    name, source, is_here, family, side, refusal, unreachable = row
+    name = name.format(world=world, tiny=tiny_base)
+    settings = {"pretrained_model_name_or_path": name, "cache_dir": str(world)}
+    found = Base.of(settings)
+    assert found == Base.of(TrainConfig(**settings)) == Base.find(name, cache_dir=str(world))
+    assert Base.find(found) is found and hash(found) == hash(pickle.loads(pickle.dumps(found)))
+    assert (found.name, found.source, found.is_toy) == (name, source, source == "toy")
+    assert (found.folder is not None, found.resolution_px) == (is_here, side)
+    if isinstance(family, str):
+        with pytest.raises(UserError, match=family):
+            _ = found.facts
+    else:
+        assert found.facts is family
+    with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
+        found.check()
+    if unreachable:
+        assert unreachable in found.unreachable and found.index is None
+    else:
+        assert found.unreachable is None
+
+
+NO_BASE = {
+    "{world}": "it has no model_index.json",
+    "{world}/noise.safetensors": "is damaged, cut short or not a safetensors file",
+    "{world}/damaged/model_index.json": "neither a diffusers folder nor a .safetensors checkpoint",
+    "./nowhere": "does not exist: give a diffusers folder, a .safetensors file or a hub id",
+}
+
+
+@pytest.mark.parametrize("name", NO_BASE)
+def test_what_is_no_base_is_refused_when_it_is_looked_for(name, world):
+    with pytest.raises(UserError, match=NO_BASE[name]):
+        Base.find(name.format(world=world))
+
+
+def test_the_shapes_are_those_of_its_files_which_are_opened_once(tiny_base, tmp_path, monkeypatch):
+    opened, shapes_in = [], files.shapes_in
+    monkeypatch.setattr(files, "shapes_in", lambda path: opened.append(path) or shapes_in(path))
+    base = Base.find(tiny_base)
+    base.check()
+    base.check()
+    assert base.shapes == {part: files.tensor_shapes(tiny_base / part) for part in ("unet", *SDXL.encoders, "vae")}
+    assert len(opened) == 2 * len(set(opened))  # the second time by the test itself
+    assert 0 < base.weights_gib < 0.1
+
+
+def test_another_vae_and_another_variant_are_looked_at(tiny_base, tmp_path):
+    with pytest.raises(UserError, match=r"the VAE .*none is neither a diffusers folder"):
+        Base.find(tiny_base, vae=str(tmp_path / "none")).check()
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    shutil.copy(base / UNET, base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    (base / UNET).write_bytes(b"")
+    Base.find(base, variant="fp16").check()
+    with pytest.raises(UserError, match="damaged"):
+        Base.find(base).check()
+    (base / UNET).unlink()
+    assert Base.find(base).variant_here == "fp16" and Base.find(tiny_base).variant_here is None
+
+
+def test_a_run_that_was_moved_away_from_its_cache_is_drawn_with_the_usual_one(tmp_path):
+    here, gone = str(tmp_path), str(tmp_path / "gone")
+    config = {"pretrained_model_name_or_path": "owner/model", "revision": "v1", "variant": "fp16"}
+    for cache_dir, told in ((here, here), (gone, None)):
+        found = Base.of_run(TrainConfig(**config, cache_dir=cache_dir))
+        assert found == Base.find("owner/model", revision="v1", cache_dir=told)
+
+
+def test_to_ask_a_base_takes_no_torch():
+    code = "import sys; from dreambooth_moslora.base.base import Base; Base.find('toy').check()"
+    code += "; print({'torch', 'diffusers'} & sys.modules.keys())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
