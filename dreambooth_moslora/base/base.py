@@ -191,6 +191,11 @@ class Base:
         parts = (self.facts.denoiser, *self.facts.encoders, "vae")
         return {part: files.tensor_shapes(self.folder / part, self.variant) for part in parts}
 
+    @property
+    def denoiser_shapes(self) -> Shapes:
+        """Those of the denoiser alone."""
+        return self.shapes.get(self.facts.denoiser, {}) if self.facts else {}
+
     @cached_property
     def resolution_px(self) -> int:
         """The side in px of the pictures that it was trained on, by its files. The usual one for a

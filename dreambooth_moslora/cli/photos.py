@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import terminal, train
-from dreambooth_moslora.core import UserError, find_asset, is_toy, spelled_out, user_path
+from dreambooth_moslora.core import UserError, find_asset, spelled_out, user_path
 from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, choose_resolution, choose_shapes, choose_words
 from dreambooth_moslora.plan.memory import STOCK_SDXL, least_free_gib
@@ -74,7 +75,7 @@ def run_check(args: argparse.Namespace) -> int:
         terminal.say(choices.lines)
         given |= choices.settings
     config = replace(config, **given)
-    config = replace(config, **own_bucket_step(config))
+    config = replace(config, **own_bucket_step(config, Base.of(config)))
     crops = None if args.no_picture or not report.photos else draw(report.photos, config, args, folder)
     has_words = bool(known.get("instance_prompt"))
     shown = json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops, has_words))
@@ -95,7 +96,7 @@ def as_train_would(args: argparse.Namespace, given: dict[str, Any]) -> dict[str,
     train.choose_base(choices, folder)
     terminal.say(choices.lines)
     if not args.config:
-        choose_recipe(choices, None if is_toy(choices.all[BASE]) else least_free_gib())
+        choose_recipe(choices, None if choices.base.is_toy else least_free_gib())
     choose_words(choices, word)
     return {name: value for name, value in choices.all.items() if name in OF_PHOTOS}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
 from dreambooth_moslora.core import UserError, process_count, spelled_out, user_path
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
@@ -86,8 +87,9 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     if config.hub_token:
         raise UserError("--hub_token: it would lie in the queue's file; log in instead (`hf auth login`).")
     check_folders(config)
-    trained = replace(config, **family_settings(config))
-    check_settings(trained)
+    base = Base.of(config)
+    trained = replace(config, **family_settings(config, base))
+    check_settings(trained, base)
     if config.resume_from_checkpoint:
         from dreambooth_moslora.training.checkpoint import resume_point
 

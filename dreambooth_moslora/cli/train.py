@@ -18,7 +18,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_moslora import __version__, core
-from dreambooth_moslora.base import files, machine
+from dreambooth_moslora.base import machine
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, Parser, underscored, unknown_flag_message
 from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, StopRequest, TerminalProgress, exit_code, say
 from dreambooth_moslora.disk.processes import uncollected
@@ -87,7 +88,8 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
 
     with StopRequest() as stop:
         check_folders(config)  # before the log file creates or changes a folder
-        files.require_reachable(config)
+        if refusal := Base.of(config).unreachable:
+            raise core.UserError(refusal)
         file_only = start_log(config)
         file_only.info(
             "begins: version %s, base %s", __version__, core.public_name(config.pretrained_model_name_or_path)
@@ -252,13 +254,12 @@ def choose(given: Given) -> choices.Choices:
     if settings.get("instance_data_dir"):
         raise core.UserError(f"{given.words[0]} and --instance_data_dir: give the folder of photos once.")
     if base := settings.get("pretrained_model_name_or_path"):
-        files.resolve_base(base)  # before PyTorch is imported to ask for the GPU's memory
+        Base.find(base)  # before PyTorch is imported to ask for the GPU's memory
     chosen = choices.Choices(settings, {"instance_data_dir": str(folder)})
     if choose_base(chosen, folder):
         said = f"No GPU here: {choices.PRACTICE} is trained, and it cannot draw a real {word}."
         chosen.last_words = [said, choices.on_a_gpu(given.words[0], word)]
-    is_for_toys = core.is_toy(chosen.all["pretrained_model_name_or_path"])
-    free_gib = None if is_for_toys else memory.least_free_gib(is_later=given.is_queued)
+    free_gib = None if chosen.base.is_toy else memory.least_free_gib(is_later=given.is_queued)
     if free_gib is not None and memory.is_alone() and (count := machine.gpu_count()) > 1:
         chosen.say(f"GPUs: one of {count}; `accelerate launch --multi_gpu {SCRIPT} …` trains on all")
     exposures = choices.USUAL_EXPOSURES if given.has_recipe else choices.choose_recipe(chosen, free_gib)

@@ -11,11 +11,13 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from dreambooth_moslora.adapters.metadata import check_start_file
-from dreambooth_moslora.base import files, machine
+from dreambooth_moslora.base import machine
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.core import UserError, default_cache_dir, one_line
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.photos.folder import require_folder_of_photos
-from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, precision_of, size_of_run
+from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, precision_of, size_of_base
 from dreambooth_moslora.settings import families, prompts, rows, rules, table
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -163,17 +165,17 @@ def check_strangers(run_dir: run_folder.RunDir) -> None:
             raise UserError(f"{path} is not a run's and would be taken for its picture: name another --output_dir.")
 
 
-def preflight(config: table.TrainConfig, *, is_later: bool = False) -> tuple[Path | None, BaseSize]:
-    """Check settings and memory (not `is_later`). Returns the base's folder, if here, and size. Raises UserError."""
-    folder = check_settings(config)
-    size = size_of_run(config, folder)
+def preflight(config: table.TrainConfig, base: Base, *, is_later: bool = False) -> BaseSize:
+    """Check settings and memory (not `is_later`). Returns the base's size. Raises UserError."""
+    check_settings(config, base)
+    size = size_of_base(base, config.target_modules)
     if not is_later:
         check_memory(config, size)
-    return folder, size
+    return size
 
 
-def check_settings(config: table.TrainConfig) -> Path | None:
-    """The checks of `preflight` that concern no memory. Returns the base's folder as it does. Raises UserError."""
+def check_settings(config: table.TrainConfig, base: Base) -> None:
+    """The checks of `preflight` that concern no memory. Raises UserError."""
     if config.instance_data_dir:
         require_folder_of_photos(Path(config.instance_data_dir))
     machine.check_bf16(config)
@@ -188,56 +190,45 @@ def check_settings(config: table.TrainConfig) -> Path | None:
         check_push(config)
     if config.init_adapter and not config.resume_from_checkpoint:
         check_start(config.init_adapter)
-    if config.pretrained_vae_model_name_or_path:
-        files.check_vae(config.pretrained_vae_model_name_or_path)
-    folder = files.base_folder(config)
-    denoisers = [folder / name for name in families.DENOISERS if (folder / name).is_dir()] if folder else []
-    shapes = files.tensor_shapes(denoisers[0], config.variant) if folder else {}
+    base.check()
+    shapes = base.denoiser_shapes
     layers = {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
     if layers:
-        check_layers(
-            config.target_modules, layers, config.use_dora, files.facts_in(files.read_json(folder / files.INDEX))
-        )
+        check_layers(config.target_modules, layers, config.use_dora, base.facts)
         check_patterns(config, layers)
     for name in layers if config.mixer == table.KRONECKER else ():
         if rows.is_adapted(name, config.target_modules):
             table.check_kronecker(name, shapes[f"{name}.weight"], config.mixer_factor)
     rules.require_packages(config)
-    return folder
 
 
-def family_settings(config: table.TrainConfig) -> dict[str, Any]:
+def family_settings(config: table.TrainConfig, base: Base) -> dict[str, Any]:
     """What the base's family says where nothing was chosen. Raises UserError for what it cannot obey."""
-    base = config.pretrained_model_name_or_path
-    facts = files.facts_of_base(base, config.revision, config.cache_dir)
+    facts = base.facts
     if facts is None:
         return {}
     check_family(config, facts)
     if facts.style == "ddpm":
         return {}
-    is_known = base.lower() in families.BY_HUB_ID
-    index = None if is_known else files.index_of(base, config.revision, config.cache_dir)
-    if reason := families.distilled(index or {}, base, facts):
-        raise UserError(f"--pretrained_model_name_or_path {base}: {reason}.")
-    folder = files.base_folder(config)
+    index = None if base.known else base.index
+    if reason := families.distilled(index or {}, base.name, facts):
+        raise UserError(f"--pretrained_model_name_or_path {base.name}: {reason}.")
     check_sides(config, facts)
     found: dict[str, Any] = {
-        "target_modules": targets_of(config, facts, folder),
+        "target_modules": targets_of(config, base),
         "lora_blocks": (),  # the layers above name them
         "weighting_scheme": config.weighting_scheme or facts.weighting_scheme,
     }
-    found |= own_bucket_step(config)
+    found |= own_bucket_step(config, base)
     if config.precondition_outputs is None and facts.precondition_outputs:
         found["precondition_outputs"] = True
     return found
 
 
-def own_bucket_step(config: table.TrainConfig) -> dict[str, int]:
+def own_bucket_step(config: table.TrainConfig, base: Base) -> dict[str, int]:
     """The setting of a small base's family for crops in the photos' shapes, unless given. Raises UserError."""
-    is_open = config.enable_bucket and not config.bucket_reso_steps and config.resolution <= files.SMALL_BASE_PX
-    place = config.pretrained_model_name_or_path, config.revision, config.cache_dir
-    facts = files.facts_of_base(*place) if is_open else None
-    return {"bucket_reso_steps": facts.multiple_px} if facts else {}
+    is_open = config.enable_bucket and not config.bucket_reso_steps and config.resolution <= SMALL_BASE_PX
+    return {"bucket_reso_steps": base.facts.multiple_px} if is_open and base.facts else {}
 
 
 def check_sides(config: table.TrainConfig, facts: families.Facts) -> None:
@@ -251,16 +242,15 @@ def check_sides(config: table.TrainConfig, facts: families.Facts) -> None:
             raise UserError(f"--{name} {px}: {facts.title} needs multiples of {facts.multiple_px} px, such as {near}.")
 
 
-def targets_of(config: table.TrainConfig, facts: families.Facts, folder: Path | None) -> tuple[str, ...]:
+def targets_of(config: table.TrainConfig, base: Base) -> tuple[str, ...]:
     """The family's layers unless others were named, in the blocks of `--lora_blocks`. The last block may lack some of
     the family's, which are left out where the base's files tell."""
     is_usual = config.target_modules == rows.ATTENTION
-    names = facts.targets if is_usual else config.target_modules
+    names = base.facts.targets if is_usual else config.target_modules
     if not config.lora_blocks:
         return names
     named = tuple(f"transformer_blocks.{block}.{name}" for block in config.lora_blocks for name in names)
-    shapes = files.tensor_shapes(folder / facts.denoiser, config.variant) if folder and is_usual else {}
-    paths = [path.removesuffix(".weight") for path in shapes]
+    paths = [path.removesuffix(".weight") for path in base.denoiser_shapes] if is_usual else []
     return tuple(name for name in named if any(rows.is_target(path, name) for path in paths)) or named
 
 

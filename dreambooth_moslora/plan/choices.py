@@ -8,9 +8,11 @@ The base decides the recipe from `assets/configs`; on a GPU its free memory deci
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.base import files, machine
+from dreambooth_moslora.base import machine
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.core import CLIP, DINO, assets_folder, is_toy, process_count
 from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.settings import families, sources
@@ -70,11 +72,10 @@ class Choices:
     def all(self) -> dict[str, Any]:
         return self.settings | dict(self.given)
 
-    @property
-    def place_of_base(self) -> tuple[str, str | None, str | None]:
-        """Its name, revision and cache."""
-        chosen = self.all
-        return chosen["pretrained_model_name_or_path"], chosen.get("revision"), chosen.get("cache_dir")
+    @cached_property
+    def base(self) -> Base:
+        """Ask for it once the base is chosen: it stays. Raises UserError."""
+        return Base.of(self.all)
 
 
 def on_a_gpu(photos: str, word: str) -> str:
@@ -85,21 +86,20 @@ def on_a_gpu(photos: str, word: str) -> str:
 
 def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     """`free_gib` is the GPU's, None without one. Returns the exposures of each photo in the recipe."""
-    base, memory = choices.all["pretrained_model_name_or_path"], choices.given.get("memory")
+    base, memory = choices.base, choices.given.get("memory")
     name, recipe = recipe_settings(base, free_gib)
     photos_a_step = recipe["train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
     exposures = recipe["max_train_steps"] * photos_a_step // PHOTOS_OF_A_RECIPE
     left_out = {*OWN, *(OF_PLANS if memory is not None else ())}
-    if not is_toy(base) and free_gib is None and not machine.has_gpu():
+    if not base.is_toy and free_gib is None and not machine.has_gpu():
         left_out.update(OF_SAMPLES)
     recipe = {key: value for key, value in recipe.items() if key not in left_out}
     if choices.given.get("do_edm_style_training"):
         recipe.pop("snr_gamma", None)
-    facts = files.facts_of_base(*choices.place_of_base)
-    if facts and not is_toy(base):
-        recipe = {key: value for key, value in recipe.items() if facts.style == "ddpm" or key not in families.OF_UNETS}
-        if facts.style == "ddpm" or not facts.recipes:
-            recipe["resolution"] = files.own_resolution(*choices.place_of_base)
+    if base.facts and not base.is_toy:
+        recipe = {key: value for key, value in recipe.items() if not (base.is_flow and key in families.OF_UNETS)}
+        if not base.is_flow or not base.facts.recipes:
+            recipe["resolution"] = base.resolution_px
     if choices.given.get("with_prior_preservation") is False:
         recipe = {key: value for key, value in recipe.items() if "prior" not in key}
     is_by_card = free_gib is not None and name.endswith("gb.toml")
@@ -115,19 +115,19 @@ def choose_resolution(choices: Choices) -> None:
     """The base's own, unless given; the default is SDXL's."""
     if "resolution" in choices.all:
         return
-    if (own := files.own_resolution(*choices.place_of_base)) != TrainConfig.resolution:
+    if (own := choices.base.resolution_px) != TrainConfig.resolution:
         choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
 
 
-def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, Any]]:
+def recipe_settings(base: Base, free_gib: float | None) -> tuple[str, dict[str, Any]]:
     """The file in `assets/configs` for this base, and its settings, with what the recipes leave open: bases without
     fp16 files, and the precision that the GPU, or the CPU where there is none, computes fast. A flow family has recipes
     by GB: the largest that needs at most nine tenths of the card is taken; without a GPU, for 12 GB."""
     folder = assets_folder() / "configs"
-    if is_toy(base):
-        name = "toy.toml" if files.facts_of_base(base).style == "ddpm" else "toy_zimage.toml"
+    if base.is_toy:
+        name = "toy_zimage.toml" if base.is_flow else "toy.toml"
         return name, sources.load_settings(folder / name)
-    facts, name = None if base == STOCK_SDXL else files.facts_of_base(base), "sdxl.toml"
+    facts, name = base.facts, "sdxl.toml"
     if is_on_gpu := machine.has_gpu():
         precision = machine.half_precision_of(facts)
     else:
@@ -138,7 +138,7 @@ def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, A
         fitting = [gb for gb in facts.recipes if gb <= most]
         name = f"{facts.name}_{max(fitting, default=min(facts.recipes))}gb.toml"
     recipe = sources.load_settings(folder / name)
-    if base != STOCK_SDXL:
+    if base.name != STOCK_SDXL:
         recipe["variant"] = None
     return name, recipe | {"mixed_precision": precision}
 
@@ -183,7 +183,7 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
     shown = " + ".join(map(str, counts))
     choices.said.insert(0, (f"photos: {shown}, {masked} with a mask (name.mask.png beside each)", ()))
     bare = len(photos) - masked
-    if bare and is_toy(choices.all["pretrained_model_name_or_path"]):
+    if bare and choices.base.is_toy:
         choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
     elif bare and "masks" not in choices.given:  # SDXL's segmenter is a download, which needs the user's consent
         choices.say("masks: made for none, as CLIPSeg comes from the hub", "masks auto")
@@ -214,7 +214,7 @@ def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | Non
     `is_wanted`: the user has asked for scores, or has refused them; None when neither. Given steps of 0 refuse them."""
     given = choices.given.get("evaluate_steps")
     is_open = is_wanted is None and (given or "evaluate_steps" not in choices.given)
-    if encoders_are_here(choices.all["pretrained_model_name_or_path"]) if is_open else is_wanted:
+    if encoders_are_here(choices.base.name) if is_open else is_wanted:
         every = given or max(1, steps_of(choices, photos) // 4)
         wanted = {"evaluate_steps": every, "validation_steps": every, "find_scale": True}
         settings = choices.settings | wanted | dict(choices.given)

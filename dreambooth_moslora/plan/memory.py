@@ -30,10 +30,10 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_moslora.base import files, machine
+from dreambooth_moslora.base import machine
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.core import UserError, process_count, read_json
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings import families, optimizer_kinds, rows, rules, table
@@ -116,39 +116,18 @@ class Estimate:
         return max(self.encoding_gib, self.training_gib, self.sampling_gib)
 
 
-def size_of_run(config: table.TrainConfig, folder: Path | None) -> BaseSize:
-    """The size of the run's base, whose folder is here or None. Raises UserError for damaged files."""
-    name = config.pretrained_model_name_or_path
-    facts = None if folder else files.facts_of_base(name, config.revision, config.cache_dir)
-    return size_of_base(folder, config.target_modules, config.variant, name, facts)
-
-
-def size_of_base(
-    folder: Path | None,
-    target_modules: tuple[str, ...],
-    variant: str | None = None,
-    name: str = "",
-    facts: families.Facts | None = None,
-) -> BaseSize:
-    """The size of the base in this folder; without one, of the model known by its hub id, or of a single file. It is
-    assumed by the family, of an id by `facts`, if the folder is incomplete or the id unknown. Raises UserError for
-    damaged files."""
-    if folder is None:
-        return size_of_model(name, facts)
-    facts = files.facts_in(files.read_json(folder / files.INDEX))
-    parts = (facts.denoiser, *facts.encoders, "vae")
-    shapes = {part: files.tensor_shapes(folder / part, variant) for part in parts}
-    return size_of_shapes(facts, shapes, target_modules) if all(shapes.values()) else size_of_model("", facts)
-
-
-def size_of_model(name: str, facts: families.Facts | None = None) -> BaseSize:
-    """By a hub id or a single file, with the adapter on the family's usual layers. Of an unknown id it is that of the
-    largest model of the family, or SDXL's where the family is not known either."""
-    facts, model = families.BY_HUB_ID.get(name.lower(), (facts, None))
-    if Path(name).is_file():
-        facts, count = files.facts_of_file(Path(name)), sum(map(math.prod, files.shapes_in(Path(name)).values()))
+def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
+    """The size of a base with the adapter on these layers, counted in its folder where that is whole.
+    Else it is assumed, with the adapter on the family's usual layers, by the model that is known by
+    its id, or that a single file is nearest to; of another base by the largest model of its family, or
+    by SDXL where the family is not known either. Raises UserError for damaged files."""
+    if base.shapes and all(base.shapes.values()):
+        return size_of_shapes(base.facts, base.shapes, target_modules)
+    facts, model = base.known or (base.facts, None)
+    if base.file:
+        count = sum(map(math.prod, base.tensors.values()))
         nearest = min(facts.models, key=lambda model: abs(model.parameters - count))
-        model = None if facts is SDXL else nearest
+        model = None if facts == SDXL else nearest
     if facts in (None, SDXL):
         return BaseSize(hub_id=model.hub_id if model else "", is_assumed=facts is None)
     is_assumed, model = model is None, model or max(facts.models, key=lambda one: one.parameters)
@@ -400,15 +379,15 @@ def images_of(config: table.TrainConfig, steps: int) -> float:
     return images * (config.resolution / 1024) ** 2
 
 
-def memory_settings(config: table.TrainConfig, free_gib: float | None = None) -> dict[str, Any]:
+def memory_settings(config: table.TrainConfig, base: Base, free_gib: float | None = None) -> dict[str, Any]:
     """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's, if another process
-    will train; else all processes of the run must call it. Raises UserError for a missing base."""
+    will train; else all processes of the run must call it. Raises UserError for damaged files."""
     if config.memory is None:
         return {}
     free = least_free_gib() if free_gib is None else free_gib
     if (kept := kept_plan(config)) is not None:
         return kept
-    size = size_of_run(config, files.base_folder(config))
+    size = size_of_base(base, config.target_modules)
     precision = half_settings(config, size.family, free)
     return precision | fitting_settings(replace(config, **precision), size, free)
 

@@ -13,8 +13,8 @@ shows each photo of that subject once, and photos of the others more often.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.core import is_main_process, process_count
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import checks, memory
@@ -80,7 +80,7 @@ def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, 
 @dataclass(frozen=True)
 class Plan:
     config: TrainConfig  # after its `--memory`
-    base: Path | None  # the diffusers folder; None if it is not here
+    base: Base
     photo_report: folder.PhotoReport
     steps: StepPlan  # of all processes
     cost: memory.Estimate
@@ -100,10 +100,11 @@ def make_plan(
     """The plan of a run whose folders `check_folders` allows, in all its processes. `report`: photos read before.
     `is_later`: another process trains, on a GPU with `free_gib`. Raises UserError for what training would refuse."""
     memory.check_same(config)
-    config = replace(config, **checks.family_settings(config))
-    config = replace(config, **memory.memory_settings(config, free_gib))
+    base = memory.by_all(lambda: Base.of(config))
+    config = replace(config, **checks.family_settings(config, base))
+    config = replace(config, **memory.memory_settings(config, base, free_gib))
     memory.check_same(config)
-    base, size = memory.by_all(lambda: checks.preflight(config, is_later=is_later))
+    size = memory.by_all(lambda: checks.preflight(config, base, is_later=is_later))
     if report is None:  # the main process reads first, as it then writes the images of a data set
         first = memory.by_all(lambda: folder.photo_report(config) if is_main_process() else None)
         report = memory.by_all(lambda: first or folder.photo_report(config))

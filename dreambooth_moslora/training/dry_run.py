@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 from dreambooth_moslora.adapters.metadata import dora_note
-from dreambooth_moslora.base import files
 from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.core import public_name
 from dreambooth_moslora.disk import queue, run_folder
@@ -30,12 +29,12 @@ def advice(plan: Plan) -> list[str]:
     warm_up, steps = plan.config.lr_warmup_steps, plan.steps.total_steps
     if plan.config.lr_scheduler != "constant" and warm_up >= steps:
         lines.append(f"the learning rate rises for {warm_up} steps, and the run has {steps}: set --lr_warmup_steps")
-    base = files.facts_of_base(plan.config.pretrained_model_name_or_path, plan.config.revision, plan.config.cache_dir)
-    if base is not None and base.has_negative and (flag := rules.given_flag(plan.config, "guidance_scale")):
-        lines.append(f"{flag} has no effect with {base.title}, which is told no guidance in training")
+    facts = plan.base.facts
+    if facts is not None and facts.has_negative and (flag := rules.given_flag(plan.config, "guidance_scale")):
+        lines.append(f"{flag} has no effect with {facts.title}, which is told no guidance in training")
     if (free := free_disk_gib(plan.config)) < needed:
         lines.append(f"the disk has too little room: the run writes {needed:.2f} GiB, {free:.1f} GiB are free")
-    is_unet = base is None or base.denoiser == "unet"
+    is_unet = facts is None or facts.denoiser == "unet"
     return lines + [dora_note(has_kohya_file=is_unet)] * plan.config.use_dora
 
 

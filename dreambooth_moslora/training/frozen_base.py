@@ -23,7 +23,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-LoadBase = Callable[[TrainConfig, torch.dtype, torch.device], DiffusionPipeline]
+LoadBase = Callable[[TrainConfig, Base, torch.dtype, torch.device], DiffusionPipeline]
 
 FP32_ON_A_GPU = (
     "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision %s."
@@ -34,15 +34,15 @@ BF16_ON_A_CPU = (
 )
 
 
-def is_flow(config: TrainConfig) -> bool:
-    return Base.of(config).is_flow
-
-
 def load_base(
-    config: TrainConfig, dtype: torch.dtype, device: torch.device, *, has_denoiser: bool = True
+    config: TrainConfig,
+    base: Base,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    has_denoiser: bool = True,
 ) -> DiffusionPipeline:
     """Load the base, its VAE in fp32 unless that is named or a flow model's. Raises UserError if it cannot be."""
-    base = Base.of(config)
     vae_dtype = dtype if base.vae or base.is_flow else torch.float32
     pipeline = load.load_pipeline(base, dtype=dtype, vae_dtype=vae_dtype, has_denoiser=has_denoiser)
     if has_denoiser:
@@ -54,10 +54,10 @@ def load_base(
 
 
 def load_denoiser_of(
-    config: TrainConfig, pipeline: DiffusionPipeline, dtype: torch.dtype, device: torch.device
+    config: TrainConfig, base: Base, pipeline: DiffusionPipeline, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. Raises UserError."""
-    load.load_denoiser(pipeline, Base.of(config), dtype)
+    load.load_denoiser(pipeline, base, dtype)
     load.quantize(families.denoiser_of(pipeline), config.base_quantization, dtype, device)
 
 

@@ -363,7 +363,7 @@ def set_up(
     samples = results.ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.is_scored else ())]
     sample_count = steps.total_steps * steps.photos_a_step
-    inputs = prepare(config, context, photos, sample_count, prompts, resumed_from is None, load)
+    inputs = prepare(config, plan.base, context, photos, sample_count, prompts, resumed_from is None, load)
     processes.on_each(context.accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base))
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
         samples.requests, samples.contexts = [], []

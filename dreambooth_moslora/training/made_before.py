@@ -28,6 +28,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from dreambooth_moslora import core
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import denoiser_of, encoding_options
 from dreambooth_moslora.core import UserError, spelled_out
 from dreambooth_moslora.disk import queue
@@ -255,7 +256,11 @@ Sets = list[tuple[ClassImages, int]]  # Sets of generated images, one per size, 
 
 
 def class_photos_of_each(
-    config: TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline, photos: list[Photo]
+    config: TrainConfig,
+    base: Base,
+    context: reporter.RunContext,
+    pipeline: DiffusionPipeline,
+    photos: list[Photo],
 ) -> list[list[Photo]]:
     """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs."""
     found: dict[tuple[str, str | None], list[Photo]] = {}
@@ -266,7 +271,7 @@ def class_photos_of_each(
             sizes = Counter(rule.target(photo.size_px) for photo in photos if keys[photo.subject] == key)
             folder = Path(subject.class_data_dir or context.run_dir.class_images_dir)
             with alone_in(folder, context) if subject.class_data_dir else nullcontext():
-                found[key] = top_up(folder, subject, context, pipeline, sizes)
+                found[key] = top_up(folder, subject, base, context, pipeline, sizes)
     return [found[key] for key in keys]
 
 
@@ -301,6 +306,7 @@ def alone_in(folder: Path, context: reporter.RunContext) -> Iterator[None]:
 def top_up(
     folder: Path,
     config: TrainConfig,
+    base: Base,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     sizes: Mapping[tuple[int, int], int],
@@ -314,7 +320,7 @@ def top_up(
 
         @cache
         def drawing() -> DiffusionPipeline:
-            return (pipeline if asked == precision else frozen_base.load_base(config, asked, device)).to(device)
+            return (pipeline if asked == precision else frozen_base.load_base(config, base, asked, device)).to(device)
 
         def draw(batch: ClassBatch) -> list[bytes]:
             settings = {"size_px": batch.images.size_px, "text_options": batch.images.text_options}

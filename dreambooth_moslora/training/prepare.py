@@ -18,7 +18,9 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from dreambooth_moslora.adapters import lora_file, moslora
-from dreambooth_moslora.base import families, files, machine
+from dreambooth_moslora.base import families, machine
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.base.load import TextProducts, default_resolution
 from dreambooth_moslora.core import UserError, content_key, default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
@@ -69,6 +71,7 @@ class TrainInputs:
 
 def prepare(
     config: table.TrainConfig,
+    base: Base,
     context: reporter.RunContext,
     photos: list[Photo],
     sample_count: int,
@@ -82,20 +85,20 @@ def prepare(
     context.report.phase("loading")
     dtype = processes.DTYPES[context.accelerator.mixed_precision]
     needs_both = config.keeps_text_encoders or config.draws_class_images
-    is_late = load is None and not needs_both and frozen_base.is_flow(config)  # its encoders have to go before
+    is_late = load is None and not needs_both and base.is_flow  # its encoders have to go before
     load = partial(frozen_base.load_base, has_denoiser=False) if is_late else load or frozen_base.load_base
-    pipeline = load(config, dtype, device)
+    pipeline = load(config, base, dtype, device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     for flag in rules.weighting_flags(config) if schedule.style == "edm" else ():  # of the base, without the flag too
         raise UserError(f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out.")
     family = families.family_of(pipeline, told_guidance=config.guidance_scale, options=text_options(config))
     checks.check_family(config, family.facts)
     if not is_late:
-        start = check_denoiser(config, context, pipeline, is_fresh)
+        start = check_denoiser(config, base, context, pipeline, is_fresh)
     context.stop_if_asked()
     class_photos = []
     if config.draws_class_images:
-        class_photos = made_before.class_photos_of_each(config, context, pipeline, photos)
+        class_photos = made_before.class_photos_of_each(config, base, context, pipeline, photos)
     options = config.dataloader_num_workers, config.unmasked_weight, family, config.alpha
     encoder = photo_stream.PhotoEncoder(pipeline.vae.to(device), cache_of(config), crop_rule(config), *options)
     instance = photo_stream.instance_streams(config, photos, encoder)
@@ -113,14 +116,14 @@ def prepare(
     reporter.free_unused_memory(device)
     give_freed_memory_back()
     if is_late:
-        frozen_base.load_denoiser_of(config, pipeline, dtype, device)
-        start = check_denoiser(config, context, pipeline, is_fresh)
+        frozen_base.load_denoiser_of(config, base, pipeline, dtype, device)
+        start = check_denoiser(config, base, context, pipeline, is_fresh)
     denoiser = families.denoiser_of(pipeline)
-    base = held_as(config, denoiser, dtype)
+    held = held_as(config, denoiser, dtype)
     products = TextProducts(denoiser, device) if config.cache_cross_attention else None
     denoiser.to(device)
     shown = photos, instance, prior, prompt_embeds
-    return TrainInputs(pipeline, family, schedule, *shown, dtype, start, products, base)
+    return TrainInputs(pipeline, family, schedule, *shown, dtype, start, products, held)
 
 
 def held_as(config: table.TrainConfig, denoiser: torch.nn.Module, dtype: torch.dtype) -> str:
@@ -131,7 +134,11 @@ def held_as(config: table.TrainConfig, denoiser: torch.nn.Module, dtype: torch.d
 
 
 def check_denoiser(
-    config: table.TrainConfig, context: reporter.RunContext, pipeline: DiffusionPipeline, is_fresh: bool
+    config: table.TrainConfig,
+    base: Base,
+    context: reporter.RunContext,
+    pipeline: DiffusionPipeline,
+    is_fresh: bool,
 ) -> lora_file.AdapterWeights | None:
     """What a fresh adapter starts with. Raises UserError for layers that the denoiser lacks."""
     if context.accelerator.is_main_process:
@@ -141,8 +148,7 @@ def check_denoiser(
     checks.check_patterns(config, layers)
     if not is_fresh or config.init_adapter is None:
         return None
-    base = config.pretrained_model_name_or_path
-    return lora_file.read_start(config.init_adapter, pipeline, base, config.use_dora)
+    return lora_file.read_start(config.init_adapter, pipeline, base.name, config.use_dora)
 
 
 def text_options(config: table.TrainConfig) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def too_slow_for_samples(config: table.TrainConfig, pipeline: DiffusionPipeline,
     """Whether samples would take minutes each, on a CPU with a large base, and were not asked for."""
     prompts = [subject.validation_prompt for subject in config.each_subject]
     asked = (config.num_validation_images, *prompts, config.validation_steps)
-    is_large = default_resolution(pipeline) > files.SMALL_BASE_PX
+    is_large = default_resolution(pipeline) > SMALL_BASE_PX
     return device.type == "cpu" and is_large and all(setting is None for setting in asked)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.base.files import variant_here
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.machine import GIB, apple_gib, best_device
 from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, file_digest, is_number, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
@@ -289,7 +289,7 @@ class TrainForm:
         token = " ".join(str(self.token).split())
         return {
             "pretrained_model_name_or_path": base,
-            "variant": variant_here(base),  # the files that the page itself has loaded
+            "variant": Base.find(base).variant_here,  # the files that the page itself has loaded
             "output_dir": str(run_dir),
             "resolution": resolution_px,
             **self.settings_given(base, is_like=is_like),
@@ -483,9 +483,10 @@ def crop_config(
     like: sources.FoundRecipe | None = None,
 ) -> TrainConfig:
     """The settings that decide the crops, like those of `TrainForm.choices`; the words are not needed."""
-    recipe = (
-        taken_from(like, {"with_prior_preservation": False}) if like else plan.recipe_settings(base, free_for(base))[1]
-    )
+    if like:
+        recipe = taken_from(like, {"with_prior_preservation": False})
+    else:
+        _, recipe = plan.recipe_settings(Base.find(base), free_for(base))
     own = {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": str(photos_dir),
@@ -496,4 +497,4 @@ def crop_config(
     choices = plan.Choices(recipe | own)
     plan.choose_shapes(choices, photos)
     config = TrainConfig.from_dict(choices.all)
-    return replace(config, **own_bucket_step(config))
+    return replace(config, **own_bucket_step(config, Base.of(config)))

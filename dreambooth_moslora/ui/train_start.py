@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from dreambooth_moslora.adapters.metadata import check_start_file
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.core import UserError, free_name, small_text
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_recipe
@@ -224,7 +225,8 @@ def prepared(
         if recipe is not None:
             (run_dir / LIKE).mkdir()
             (run_dir / LIKE / f"{form.like}.json").write_text(json.dumps(recipe.settings), encoding="utf-8")
-        check_settings(replace(config, **family_settings(config)))
+        base = Base.of(config)
+        check_settings(replace(config, **family_settings(config, base)), base)
         yield Prepared(run_dir, config.to_dict(), [*start_lines(form), *(words for words, _ in choices.said)])
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)

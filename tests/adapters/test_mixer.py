@@ -34,6 +34,7 @@ from dreambooth_moslora.adapters.moslora import (
     matrices_of,
 )
 from dreambooth_moslora.adapters.raw_file import RAW_KEY, read_raw, save_raw, write_file
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config
@@ -234,7 +235,7 @@ def test_a_run_publishes_a_plain_lora_and_counts_its_numbers(tiny_base, tmp_path
     tensors, metadata = read_raw(tmp_path / "run" / "last" / RAW_NAME)
     stored = sum(tensor.numel() for tensor in tensors.values())
     assert metadata.mixer_factor == 4 and layer_parameters(run, 8, 64) == 2 * 16 + 16
-    assert counted(run, size_of_base(tiny_base, run.target_modules, None)) == stored
+    assert counted(run, size_of_base(Base.of(run), run.target_modules)) == stored
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
@@ -323,4 +324,4 @@ def test_a_run_says_what_does_not_fit(flags, words, tiny_base, tmp_path):
     words_of = ["--instance_prompt", "a sks dog", "--pretrained_model_name_or_path", str(tiny_base)]
     found = parse_train_config([*folder, *words_of, "--mixer", "kronecker", "--rank", "8", *flags])
     with pytest.raises(UserError, match=re.escape(words)):
-        check_settings(found)
+        check_settings(found, Base.of(found))

@@ -302,8 +302,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-from dreambooth_moslora.base.files import facts_of_base
-print(facts_of_base("some/Z-Image").name, facts_of_base("some/other"), asked)
+from dreambooth_moslora.base.base import Base
+for _ in range(2):
+    told = Base.find("some/Z-Image").facts.name, Base.find("some/other").facts
+print(*told, asked)
 """
 
 

@@ -22,7 +22,7 @@ from dreambooth_moslora.adapters.moslora import inject
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.decode import load_vae_alone
-from dreambooth_moslora.base.files import base_folder, facts_of_base, variant_here, variants_in, weight_files
+from dreambooth_moslora.base.files import variants_in, weight_files
 from dreambooth_moslora.base.scaled_fp8 import unscaled
 from dreambooth_moslora.cli.generate import base_of_runs, places_of
 from dreambooth_moslora.core import UserError
@@ -252,7 +252,7 @@ def test_a_damaged_base_is_one_line_and_the_same_in_dry_run_and_in_training(name
     damage, says = DAMAGES[name]
     damage(base)
     with pytest.raises(UserError, match=says) as seen:
-        base_folder(TrainConfig(pretrained_model_name_or_path=base))
+        Base.find(base).check()
     with pytest.raises(UserError, match=says) as loaded:
         load.load_pipeline(base)
     assert str(seen.value) == str(loaded.value) and "\n" not in str(seen.value)
@@ -274,12 +274,13 @@ def test_what_only_the_loader_can_see_is_one_line_too(base, tiny_base):
 def test_only_the_files_that_are_loaded_need_be_whole(base):
     """A single file is looked at too."""
     shutil.copy(base / UNET, base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    whole = memory.size_of_base(base_folder(TrainConfig(pretrained_model_name_or_path=base)), ("to_q",))
+    whole = memory.size_of_base(Base.find(base), ("to_q",))
     (base / UNET).write_text(POINTER)
-    folder = base_folder(TrainConfig(pretrained_model_name_or_path=base, variant="fp16"))
-    assert memory.size_of_base(folder, ("to_q",), "fp16") == whole
+    half = Base.find(base, variant="fp16")
+    half.check()
+    assert memory.size_of_base(half, ("to_q",)) == whole
     with pytest.raises(UserError, match="git-lfs pointer"):
-        base_folder(TrainConfig(pretrained_model_name_or_path=base / UNET))
+        Base.find(base / UNET)
 
 
 def test_another_vae_is_looked_at_before_a_run_and_before_a_dry_one(base):
@@ -294,7 +295,7 @@ def test_another_vae_is_looked_at_before_a_run_and_before_a_dry_one(base):
     for name, says in names.items():
         given = {"pretrained_model_name_or_path": str(base), "pretrained_vae_model_name_or_path": str(name)}
         with pytest.raises(UserError, match=says) if says else nullcontext():
-            checks.preflight(TrainConfig(**given))
+            checks.preflight(TrainConfig(**given), Base.of(given))
 
 
 @pytest.mark.parametrize("name", ["a.fp16", "a.fp16-00001-of-00002", "a-00001-of-00002.fp16"])
@@ -315,7 +316,7 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(tiny_b
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("0" * 40)
     for name in (str(folder), "owner/half"):
-        assert variant_here(name) == "fp16"
+        assert Base.find(name).variant_here == "fp16"
         assert SubjectPipeline.from_base(name).pipeline.unet.num_parameters()
     with monkeypatch.context() as patch:  # what a run was told of its base: `evaluate` and `generate` take it again
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "other"))
@@ -329,7 +330,7 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(tiny_b
         with pytest.raises(UserError, match="owner/half cannot be loaded"):
             SubjectPipeline.from_base("owner/half")
     load.load_pipeline(tiny_base).unet.save_pretrained(folder / "unet")
-    assert [variant_here(name) for name in ("owner/half", tiny_base, "owner/none")] == [None] * 3
+    assert [Base.find(name).variant_here for name in ("owner/half", tiny_base, "owner/none")] == [None] * 3
 
 
 @pytest.fixture(scope="module")
@@ -464,7 +465,7 @@ def family_file(request, tmp_path):
 @pytest.mark.slow
 def test_a_file_is_the_same_model_as_its_folder_and_trains(family_file, tmp_path):
     facts, folder, file = family_file
-    assert facts_of_base(file) is facts
+    assert Base.find(file).facts is facts
     ours, truth = (getattr(load.load_pipeline(base), facts.denoiser).state_dict() for base in (file, folder))
     assert ours.keys() == truth.keys() and all(torch.equal(ours[name], truth[name]) for name in truth)
     found, photos = [], paint_photos(tmp_path / "photos")
@@ -544,7 +545,7 @@ def test_a_scale_may_be_one_a_row_and_the_encoders_of_a_whole_checkpoint_stay_as
 def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_familys_name(family_file):
     facts, _, file = family_file
     shutil.rmtree(file.with_suffix(""))
-    assert facts_of_base(file) is facts and memory.size_of_base(None, (), name=str(file)).family is facts
+    assert memory.size_of_base(Base.find(file), ()).family is Base.find(file).facts is facts
     rest = "configs that belong to them could not be fetched"
     with pytest.raises(UserError, match=rest if facts.style == "ddpm" else "holds Z-Image's transformer alone"):
         load.load_pipeline(file)
@@ -571,5 +572,5 @@ def test_the_mark_of_a_family_is_found_as_diffusers_finds_it(name, tmp_path):
     for prefix in ("", PREFIX):
         tensors = {prefix + key: torch.zeros(64, 64) for key in (facts.file_mark, *others)}
         save_file(tensors, tmp_path / "one.safetensors")
-        assert facts_of_base(tmp_path / "one.safetensors") is facts
+        assert Base.find(tmp_path / "one.safetensors").facts is facts
         assert infer_diffusers_model_type(tensors) == word or (prefix and name in ("flux", "sana"))

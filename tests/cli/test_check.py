@@ -76,7 +76,6 @@ def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_
     [
         ([], 1024, "note: judged for SDXL at 1024 px; `check DIR WORD` judges for the base"),
         (["--pretrained_model_name_or_path", "black-forest-labs/FLUX.1-dev"], 1024, ""),
-        (["--pretrained_model_name_or_path", "my models/sdxl"], 1024, ""),  # no name that the hub would take
         (["--pretrained_model_name_or_path", "toy"], 128, "resolution: 128 px, the base's own (--resolution)\n"),
     ],
 )
@@ -86,6 +85,8 @@ def test_without_a_word_and_a_size_photos_are_judged_at_the_bases_own_and_it_is_
     shown = capsys.readouterr()
     assert shown.err.startswith(says) and shown.err.count("\n") == bool(says)
     assert ("no good photo is" in shown.out, "5 good photos" in shown.out) == (px == 1024, px == 128)
+    assert main(["check", ".", "--pretrained_model_name_or_path", "my models/sdxl"]) == 2
+    assert "the base my models/sdxl does not exist" in capsys.readouterr().err, "as training says"
 
 
 def test_the_picture_shows_every_photo_and_its_crops_and_its_name_may_lack_a_suffix(tmp_path, capsys):

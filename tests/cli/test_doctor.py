@@ -11,6 +11,7 @@ import torch
 from packaging.requirements import Requirement
 
 from dreambooth_moslora.base import decode, machine
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
 from dreambooth_moslora.base.files import TOY
 from dreambooth_moslora.cli.machine import (
@@ -120,7 +121,8 @@ def test_a_vae_that_overflows_is_found(tiny_base):
     ],
 )
 def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(settings, says, monkeypatch):
-    checks.preflight(TrainConfig(report_to="none"))
+    base = Base.find("toy")
+    checks.preflight(TrainConfig(report_to="none"), base)
     monkeypatch.setattr(rules, "version_of", lambda name: None)
     with pytest.raises(UserError, match=says):
-        checks.preflight(TrainConfig(**{"report_to": "none"} | settings))
+        checks.preflight(TrainConfig(**{"report_to": "none"} | settings), base)

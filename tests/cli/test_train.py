@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from dreambooth_moslora.base import files
+from dreambooth_moslora.base.base import Base, asked_of_hub
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
@@ -64,16 +65,16 @@ def test_a_base_that_was_trained_smaller_has_its_own_resolution(given, px, flags
 
 
 def test_the_own_side_is_read_in_a_folder_without_a_vae_and_beside_a_single_file(tiny_base, tmp_path):
-    assert files.own_resolution(tiny_base) == RESOLUTION_PX
+    assert Base.find(tiny_base).resolution_px == RESOLUTION_PX
     unet = tmp_path / "mine" / "unet" / "config.json"
     unet.parent.mkdir(parents=True)
     unet.write_text(json.dumps({"sample_size": 96}))
     (tmp_path / "mine" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     save_file({"model.diffusion_model.x": torch.zeros(1)}, tmp_path / "mine.safetensors")
     for base in (tmp_path / "mine", tmp_path / "mine.safetensors"):
-        assert files.own_resolution(base) == 768
+        assert Base.find(base).resolution_px == 768
     unet.write_text(json.dumps({"sample_size": -96}))
-    assert files.own_resolution(tmp_path / "mine") == 1024
+    assert Base.find(tmp_path / "mine").resolution_px == 1024
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_the_own_side_is_read_in_a_folder_without_a_vae_and_beside_a_single_file
 def test_what_the_hub_would_not_take_as_a_name_is_a_path(name):
     assert not files.is_hub_id(name) and files.is_hub_id("stabilityai/sd-turbo_1.0")
     with pytest.raises(UserError, match="does not exist"):
-        files.resolve_base(name)
+        Base.find(name)
 
 
 @pytest.fixture
@@ -98,13 +99,13 @@ def hub_says(monkeypatch):
                 return type("Answer", (), {"status_code": answer, "json": lambda self: index})()
 
         asked = []
-        files.hub_index.cache_clear()
+        asked_of_hub.cache_clear()
         if answer is not None:
             monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
         return asked
 
     yield say
-    files.hub_index.cache_clear()
+    asked_of_hub.cache_clear()
 
 
 ANSWERS = [(401, "asks for a login"), (404, "has no such model"), (500, "has none")]

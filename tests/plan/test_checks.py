@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.machine import Findings, examine_machine
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError, half_precision
@@ -154,7 +155,8 @@ def t4(gpu):
 
 
 def asked(**changes):
-    preflight(TrainConfig(**{"report_to": "none"} | changes))
+    config = TrainConfig(**{"report_to": "none"} | changes)
+    preflight(config, Base.of(config))
 
 
 def test_bf16_on_an_older_gpu_is_refused_with_the_way_out_also_by_a_function_and_of_accelerate(

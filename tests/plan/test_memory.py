@@ -15,7 +15,7 @@ from benchmarks import family_memory
 from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
 from dreambooth_moslora.adapters.moslora import adapter_layers, adapter_parameters
 from dreambooth_moslora.base import machine
-from dreambooth_moslora.base.files import facts_of_base
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
 from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
@@ -53,7 +53,11 @@ def test_a_scored_run_keeps_its_best_adapter_on_the_disk_too():
 
 
 def planned(config: TrainConfig) -> TrainConfig:
-    return replace(config, **memory_settings(config))
+    return replace(config, **memory_settings(config, Base.of(config)))
+
+
+def check(config: TrainConfig) -> None:
+    preflight(config, Base.of(config))
 
 
 def chosen(config: TrainConfig) -> tuple:
@@ -137,7 +141,7 @@ def test_what_was_given_stays_and_without_a_gpu_nothing_is_chosen_for_it(card, m
     assert chosen(planned(replace(given, memory="nf4"))) == ("fp16", True, "int8")
     assert chosen(planned(replace(SDXL, mixed_precision="no")))[0] == "no"
     plain = replace(SDXL, memory=None)
-    assert memory_settings(plain) == {}
+    assert planned(plain) == plain
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert chosen(planned(SDXL)) == (None, False, "none")
     assert chosen(planned(replace(SDXL, memory="recompute"))) == (None, True, "none")
@@ -173,11 +177,11 @@ def test_where_a_kept_plan_does_not_fit_another_word_is_named_and_without_a_chec
     card(7.0)
     again = replace(SDXL, output_dir=str(tmp_path), gradient_accumulation_steps=8, resume_from_checkpoint="latest")
     with pytest.raises(UserError, match=r"7\.5 GiB are free: give --memory recompute \(then 6\.\d GiB\)"):
-        preflight(planned(again))
+        check(planned(again))
     word = planned(replace(again, memory="recompute"))
-    preflight(word)
+    check(word)
     shutil.rmtree(tmp_path / "last")
-    preflight(planned(again))
+    check(planned(again))
     assert short(planned(again)) == short(word)
 
 
@@ -186,16 +190,16 @@ def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows
     card(14.6, capability=7)
     base = next(facts for facts in FAMILIES if facts.title == "Z-Image").models[0].hub_id
     run = replace(SDXL, pretrained_model_name_or_path=base)
-    name, recipe = recipe_settings(base, 14.6)
+    name, recipe = recipe_settings(Base.find(base), 14.6)
     assert (name, recipe["mixed_precision"]) == ("z_image_8gb.toml", "no")
     choose_recipe(choices := Choices({"pretrained_model_name_or_path": base}), 14.6)
     assert "precision: fp32, as this GPU has no bf16" in choices.lines[-1]
     assert chosen(planned(run)) == ("no", True, "nf4")
-    [line] = card_lines(planned(run), estimate(planned(run), size_of_base(None, (), name=base), 1))
+    [line] = card_lines(planned(run), estimate(planned(run), size_of_base(Base.find(base), ()), 1))
     assert "so it trains in fp32, with gradient checkpointing, the base in nf4" in line
     for precision, says in (("bf16", "give --mixed_precision no"), ("fp16", "Z-Image overflows in fp16; give no")):
         with pytest.raises(UserError, match=says):
-            family_settings(replace(run, mixed_precision=precision))
+            family_settings(replace(run, mixed_precision=precision), Base.of(run))
 
 
 SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}
@@ -248,7 +252,7 @@ def test_trained_text_encoders_count_with_their_adapters_and_their_pass(tiny_bas
     learnt = sum(weight.numel() for model in components.values() for _, weight in adapter_parameters(model))
     layers = sum(len(adapter_layers(model)) for model in components.values())
     assert f"adapter: {learnt:,} parameters on {layers} layers" in describe_run(config)
-    sdxl, flux = BaseSize(), size_of_base(None, (), name="black-forest-labs/FLUX.1-dev")
+    sdxl, flux = BaseSize(), size_of_base(Base.find("black-forest-labs/FLUX.1-dev"), ())
     assert (sdxl.text_layers, sdxl.text_widths) == (48 + 128, 2 * (48 * 768 + 128 * 1280))
     assert (flux.text_layers, flux.text_widths) == (48, 2 * 48 * 768), "CLIP-L alone"
     one, two = (
@@ -272,7 +276,7 @@ def test_cached_text_counts_as_its_products_weigh():
 def test_the_texts_projections_and_those_of_blocks_are_counted_in_the_files(tiny_base):
     from bitsandbytes.nn import Linear4bit
 
-    size, unet = size_of_base(tiny_base, ("to_q",)), load_pipeline(tiny_base).unet
+    size, unet = size_of_base(Base.find(tiny_base), ("to_q",)), load_pipeline(tiny_base).unet
     texts = TextProducts(load_pipeline(tiny_base).unet, torch.device("cpu")).layers
     assert size.text_projections == sum(layer.host_weight.numel() for layer in texts)
     assert size.text_outputs == sum(layer.out_features for layer in texts) > 0
@@ -293,23 +297,23 @@ def test_the_texts_projections_and_those_of_blocks_are_counted_in_the_files(tiny
 def test_a_run_beyond_the_card_is_refused_with_the_nearest_one_that_fits(card, free_gib, says):
     card(free_gib)
     with pytest.raises(UserError, match=says):
-        preflight(TrainConfig.from_dict(SETTINGS))
+        check(TrainConfig.from_dict(SETTINGS))
 
 
 def test_the_settings_that_are_named_fit_and_so_does_a_small_base(card):
-    def check(**changes) -> None:
-        preflight(TrainConfig.from_dict(SETTINGS | changes))
+    def check_with(**changes) -> None:
+        check(TrainConfig.from_dict(SETTINGS | changes))
 
     card(14.6, capability=7)
     two = SETTINGS | {"train_batch_size": 2}
     with pytest.raises(UserError, match=r"give --memory auto \(then 10\.6 GiB\)\."):
-        preflight(TrainConfig.from_dict(two))
+        check(TrainConfig.from_dict(two))
     auto = TrainConfig.from_dict(two | {"memory": "auto"})
-    preflight(replace(auto, **memory_settings(auto)))
+    check(planned(auto))
     card(24.0)
-    check(mixed_precision="bf16")
+    check_with(mixed_precision="bf16")
     card(0.1)
-    check(pretrained_model_name_or_path="toy", resolution=128)
+    check_with(pretrained_model_name_or_path="toy", resolution=128)
 
 
 def test_a_dry_run_says_what_each_plan_needs(capsys):
@@ -350,8 +354,8 @@ def test_a_known_model_is_what_its_denoiser_counts(facts, model):
 @pytest.mark.parametrize(("facts", "model"), KNOWN, ids=[model.hub_id for _, model in KNOWN])
 def test_a_model_that_is_not_fetched_is_known_by_its_id_without_a_network(facts, model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("the hub was asked"))
-    assert facts_of_base(model.hub_id) is facts
-    size = size_of_base(None, facts.targets, name=model.hub_id)
+    assert Base.find(model.hub_id).facts is facts
+    size = size_of_base(Base.find(model.hub_id), facts.targets)
     assert (size.family, size.unet, size.is_measured) == (facts, model.parameters, False)
     config = TrainConfig(resolution=1024, rank=16, train_batch_size=1, mixed_precision="bf16")
     assert size.unet * 2 / 2**30 < estimate(config, size, 1).training_gib
@@ -400,11 +404,11 @@ OF_FAMILIES = [(facts, gb) for facts in FAMILIES if not facts.needs_sizes for gb
 def test_the_recipe_of_a_family_fits_its_card(facts, gb, tmp_path):
     recipe = load_settings(CONFIGS / f"{facts.name}_{gb}gb.toml")
     run = TrainConfig.from_dict(recipe | {"target_modules": facts.targets, "output_dir": str(tmp_path)})
-    size = size_of_base(None, facts.targets, name=run.pretrained_model_name_or_path)
+    size = size_of_base(Base.of(run), facts.targets)
     assert size.family is facts and estimate(run, size, 1).peak_gib < USABLE * gb
 
 
 def test_one_word_takes_the_recipe_of_the_bases_family(tmp_path):
     tiny_pipeline("z_image", tmp_path / "files").save_pretrained(tmp_path / "base")
-    names = [recipe_settings(str(tmp_path / "base"), free)[0] for free in (7.3, 15.0, None)]
+    names = [recipe_settings(Base.find(tmp_path / "base"), free)[0] for free in (7.3, 15.0, None)]
     assert names == ["z_image_8gb.toml", "z_image_16gb.toml", "z_image_8gb.toml"]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, DORA_OF_TRANSFORMERS
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.train import train_main
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import memory, plan
@@ -65,7 +66,13 @@ def test_exposures_a_photo_set_the_steps():
 
 def advised(about: str = "each photo is seen", **settings) -> list[str]:
     config = TrainConfig(**settings)
-    plan = Plan(config, None, folder.PhotoReport([], []), plan_steps(config, 5), estimate(config, BaseSize(), 1))
+    plan = Plan(
+        config=config,
+        base=Base.of(config),
+        photo_report=folder.PhotoReport([], []),
+        steps=plan_steps(config, 5),
+        cost=estimate(config, BaseSize(), 1),
+    )
     return [line for line in advice(plan) if about in line]
 
 

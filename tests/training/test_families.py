@@ -26,6 +26,7 @@ from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.lora_file import read_adapter
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, fold, inject
 from dreambooth_moslora.base import load
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import family_of
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.queue import enqueue
@@ -471,7 +472,7 @@ def test_a_fleets_runs_share_their_steps(case):
 
 
 def test_one_word_takes_the_familys_recipe(case):
-    name, recipe = recipe_settings(str(case.base), 8.0)
+    name, recipe = recipe_settings(Base.find(case.base), 8.0)
     assert name.startswith(case.facts.name)
     words = [str(case.photos), "dog", "--pretrained_model_name_or_path", str(case.base), "--resolution", "64"]
     config = parse_train_config([*words, "--output_dir", str(case.folder / "word"), "--base_quantization", "none"])

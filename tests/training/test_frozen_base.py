@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save, save_file
 
 from dreambooth_moslora.adapters import metadata, moslora
 from dreambooth_moslora.base import families, load, machine
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.terminal import TerminalProgress
 from dreambooth_moslora.core import StopRequestedError, UserError, content_key
 from dreambooth_moslora.disk.events import PhaseProgress, SamplesDrawn
@@ -426,7 +427,7 @@ def test_it_learns_on_and_a_resumed_run_needs_the_file_no_more(config, file, tmp
 def test_a_file_that_cannot_be_gone_on_from_is_said_before_the_base_is_loaded(config, file):
     def said() -> str:
         with pytest.raises(UserError, match=r"--init_adapter .*: ") as error:
-            preflight(config())
+            preflight(config(), Base.of(config()))
         return str(error.value)
 
     note = {"word": "sks", "count": 2, "file": "dog_emb.safetensors", "sha256": "0" * 64}

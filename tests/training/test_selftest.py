@@ -13,6 +13,7 @@ from torch.utils import backend_registration
 
 from benchmarks.precision import bf16_accelerator
 from dreambooth_moslora.base import machine
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -301,7 +302,7 @@ def test_cached_text_needs_no_projection_on_the_device_and_one_more_copy_a_row(r
     """With the frozen base as the prior a photo has two rows."""
     live, cached = (run_on_device(**TRAININGS["prior of the base"], **cached) for cached in ({}, CACHED))
     assert cached["losses"] == pytest.approx(live["losses"], rel=1e-5)
-    assert live["frozen"] - cached["frozen"] == size_of_base(tiny_base, ()).text_projections > 0
+    assert live["frozen"] - cached["frozen"] == size_of_base(Base.find(tiny_base), ()).text_projections > 0
     assert sum(cached["waits"].values()) == 1, cached["waits"]
     assert sum(cached["copies"].values()) == 1 + 3, cached["copies"]
 

@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.disk import processes
@@ -453,7 +454,7 @@ def test_the_form_is_the_recipe_and_what_the_command_chooses_and_memory_goes_by_
     left_out = {"output_dir", *OF_THE_PAGE}
     mine, its = ({n: v for n, v in c.to_dict().items() if n not in left_out} for c in (config, command))
     assert mine == its and (config.memory, config.seed) == ("auto", 0)
-    planned = replace(config, **memory_settings(config, 0.95 * gb))
+    planned = replace(config, **memory_settings(config, Base.of(config), 0.95 * gb))
     assert estimate(planned, BaseSize(), 400).peak_gib <= 0.95 * gb
     crops = crop_config("owner/sdxl", 1024, photos, [])
     assert crops.crops_per_photo == config.crops_per_photo == recipe.get("crops_per_photo", 1)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
-from dreambooth_moslora.base import files, machine
+from dreambooth_moslora.base import machine
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.extras.cluster import on_ray, records, worker
@@ -130,8 +131,10 @@ def base_size(config: table.TrainConfig) -> memory.BaseSize:
 def size_of(named: tuple[tuple[str, object], ...]) -> memory.BaseSize:
     """The size of the base that these settings name, with its family's layers. Its files are opened once."""
     config = replace(table.TrainConfig(), **dict(named))
-    config = replace(config, **checks.family_settings(config))
-    return memory.size_of_run(config, files.base_folder(config))
+    base = Base.of(config)
+    base.check()
+    targets = checks.family_settings(config, base).get("target_modules", config.target_modules)
+    return memory.size_of_base(base, targets)
 
 
 MOST_ROUNDS = 8

@@ -28,6 +28,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dreambooth_moslora.adapters.fast_linear import lay_together
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import denoiser_of
 from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.core import UserError, read_json, shortened, spelled_out
@@ -145,10 +146,12 @@ class SharedBase:
 
     _pipeline: DiffusionPipeline | None = None
 
-    def __call__(self, config: table.TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    def __call__(
+        self, config: table.TrainConfig, base: Base, dtype: torch.dtype, device: torch.device
+    ) -> DiffusionPipeline:
         """The pipeline of one run. Its adapter and the components it removes do not affect other runs."""
         if self._pipeline is None:
-            pipeline = frozen_base.load_base(config, dtype, device)
+            pipeline = frozen_base.load_base(config, base, dtype, device)
             denoiser = denoiser_of(pipeline).to(device)
             facts = families.facts_of(type(pipeline).__name__)
             if device.type != "cpu":

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import terminal, train
-from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset, is_toy, read_json, user_path
+from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset, read_json, user_path
 from dreambooth_moslora.extras.cluster import command_fleet, subjects
 from dreambooth_moslora.extras.lab.study import Study, StudySubject, load_study
 from dreambooth_moslora.plan import choices, memory
@@ -54,7 +55,7 @@ def run_basis(args: argparse.Namespace) -> int:
     from dreambooth_moslora.extras.lab.learn_basis import learn_basis
     from dreambooth_moslora.plan.checks import check_settings
 
-    check_settings(config)
+    check_settings(config, Base.of(config))
     last = [0.0]
 
     def progress(done: int, total: int, loss: float, eta_sec: float) -> None:
@@ -169,8 +170,7 @@ def study_of(args: argparse.Namespace) -> Study:
     base = args.pretrained_model_name_or_path
     chosen = choices.Choices({"pretrained_model_name_or_path": base} if base else {})
     train.choose_base(chosen, folder)
-    is_of_toys = is_toy(chosen.all["pretrained_model_name_or_path"])
-    exposures = choices.choose_recipe(chosen, None if is_of_toys else memory.least_free_gib())
+    exposures = choices.choose_recipe(chosen, None if chosen.base.is_toy else memory.least_free_gib())
     choices.choose_words(chosen, word)
     chosen.add("", exposures_per_photo=exposures)
     recipe, of_arms = chosen.all, ("instance_prompt", "class_prompt", "class_word", "mixer", "rank", "learning_rate")

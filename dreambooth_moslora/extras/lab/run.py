@@ -451,7 +451,7 @@ def count_parameters(config: TrainConfig, rank: int, on_basis: bool = False) -> 
 
 
 def projections_of(config: TrainConfig) -> dict[str, tuple[int, int]]:
-    targets = family_settings(config).get("target_modules", config.target_modules)
+    targets = family_settings(config, Base.of(config)).get("target_modules", config.target_modules)
     return projections(config.pretrained_model_name_or_path, targets)
 
 
