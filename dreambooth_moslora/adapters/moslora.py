@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters import mixer
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.settings.table import KRONECKER, MIXERS, check_kronecker
+from dreambooth_moslora.settings.table import KRONECKER, MIXERS, check_kronecker, check_rank
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -148,10 +148,7 @@ def check_settings(config: LoraConfig) -> None:
     for rank in (config.r, *(config.rank_pattern or {}).values()):
         if rank < 1:
             raise UserError(f"a rank is a whole number from 1 on, not {rank}")
-        if config.mixer == "butterfly" and rank % 2:
-            raise UserError(f"the butterfly mixer [[I, I], [I, I]] needs even ranks, not {rank}")
-        if config.mixer == KRONECKER and (config.mixer_factor < 1 or rank % config.mixer_factor):
-            raise UserError(f"the kronecker mixer needs ranks that {config.mixer_factor} divides, not {rank}")
+        check_rank(config.mixer, rank, config.mixer_factor)
     if not has_mixer(config):
         return
     # PEFT would compute variants of LoRA from B·A, without the mixer.

@@ -43,17 +43,19 @@ def apple_gib() -> tuple[float, float]:
     return torch.mps.recommended_max_memory() / GIB, torch.mps.current_allocated_memory() / GIB
 
 
-def free_gib(device: Any) -> float | None:
-    """GiB that this process can still use on a GPU, its allocator's own blocks too; None for other devices."""
+def free_gib(device: Any, *, is_later: bool = False) -> float | None:
+    """GiB that this process can still use on a GPU, its allocator's own blocks too; None for other devices. `is_later`:
+    the whole GPU's memory, for a run that waits until the others have ended."""
     if device.type == "mps":
         most, used = apple_gib()
-        return most - used
+        return most if is_later else most - used
     if device.type != "cuda":
         return None
     import torch
 
+    free, whole = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (torch.cuda.mem_get_info(device)[0] + kept) / GIB
+    return (whole if is_later else free + kept) / GIB
 
 
 def device_of(model: Any) -> Any:

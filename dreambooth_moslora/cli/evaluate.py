@@ -19,7 +19,7 @@ from dreambooth_moslora.core import UserError, atomic_write, find_asset, read_js
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card, subject_name
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.plan.checks import require_folder, require_writable
+from dreambooth_moslora.plan.checks import output_folder
 from dreambooth_moslora.settings import measures, sources, table
 from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.training import explain, model_card
@@ -83,7 +83,7 @@ def strength(text: str) -> float:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     check_paths(args)
-    folder, config = output_folder(args), resolve(args)
+    folder, config = output_folder(args.output_dir or usual_folder(args)), resolve(args)
     from dreambooth_moslora.base import families, load
     from dreambooth_moslora.evaluation import metrics, report, score_tables
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -222,14 +222,6 @@ def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequen
             raise UserError(f"--prompts {file}: {sources.reason_of(error)}.") from error
         plan = replace(plan, templates=tuple(filter(None, lines)))
     return replace(plan, templates=spread(plan.templates, args.num_prompts)) if args.num_prompts else plan
-
-
-def output_folder(args: argparse.Namespace) -> Path:
-    """The folder of the report, checked before anything is drawn. Raises UserError when it cannot be written."""
-    folder = user_path(args.output_dir) if args.output_dir else usual_folder(args)
-    require_folder("output_dir", str(folder), folder)
-    require_writable("output_dir", str(folder))
-    return folder
 
 
 def usual_folder(args: argparse.Namespace) -> Path:

@@ -16,7 +16,7 @@ from dreambooth_moslora.cli.terminal import hush, say
 from dreambooth_moslora.core import UserError, find_asset, free_name, is_toy, read_json, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.generation import params
-from dreambooth_moslora.plan.checks import require_folder, require_writable
+from dreambooth_moslora.plan.checks import output_folder
 from dreambooth_moslora.settings import table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS, Facts, text_options_of
 
@@ -153,9 +153,7 @@ def check_paths(args: argparse.Namespace, base: str, recipe: params.Recipe | Non
         if path not in in_picture:
             find_weights(find_asset(path))
     resolve_base(base)
-    folder = user_path(args.output_dir)
-    require_folder("output_dir", str(folder), folder)
-    require_writable("output_dir", str(folder))
+    output_folder(args.output_dir)
 
 
 def _split_scale(text: str) -> tuple[str, float | None]:

@@ -14,7 +14,7 @@ from dreambooth_moslora.adapters.metadata import check_start_file
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import SMALL_BASE_PX
-from dreambooth_moslora.core import UserError, default_cache_dir, one_line
+from dreambooth_moslora.core import UserError, default_cache_dir, one_line, user_path
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, precision_of, size_of_base
@@ -146,6 +146,14 @@ def require_writable(name: str, value: str) -> None:
         raise UserError(f"--{name} {value}: cannot be written: {error.strerror}.") from error
 
 
+def output_folder(path: str | Path) -> Path:
+    """The folder of --output_dir, checked before anything is drawn. Raises UserError when it cannot be written."""
+    folder = user_path(path)
+    require_folder("output_dir", str(folder), folder)
+    require_writable("output_dir", str(folder))
+    return folder
+
+
 def nearest_existing(path: Path) -> Path:
     """The path itself, or its nearest existing parent."""
     path = Path(os.path.abspath(path))
@@ -181,11 +189,8 @@ def check_settings(config: table.TrainConfig, base: Base) -> None:
     machine.check_bf16(config)
     prompts.learnt_words(config)
     ranks = [config.rank, *(int(rows.parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern)]
-    if config.mixer == "butterfly" and (odd := [rank for rank in ranks if rank % 2]):
-        raise UserError(f"--mixer butterfly needs an even --rank, not {odd[0]}.")
-    if config.mixer == table.KRONECKER and (other := [rank for rank in ranks if rank % config.mixer_factor]):
-        factor = f"--mixer_factor {config.mixer_factor}"
-        raise UserError(f"--mixer kronecker needs a --rank that {factor} divides, not {other[0]}.")
+    for rank in ranks:
+        table.check_rank(config.mixer, rank, config.mixer_factor)
     if config.push_to_hub:
         check_push(config)
     if config.init_adapter and not config.resume_from_checkpoint:

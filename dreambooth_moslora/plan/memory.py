@@ -300,22 +300,17 @@ def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
 
 
 def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
-    """GiB for this process on its GPU; None without a GPU, or when accelerate is told to use the CPU. It includes the
-    CUDA context, which asking the driver creates. `is_later`: the whole GPU's memory, for a run that waits until the
-    others have ended."""
+    """`machine.free_gib` of this process's GPU; None without a GPU, or when accelerate is told to use the CPU. It
+    includes the CUDA context, which asking the driver creates."""
     if machine.asks_accelerate("ACCELERATE_USE_CPU"):
         return None
     import torch  # not before it is needed: a dry run answers at once
 
-    kind = machine.best_device().type
-    if kind == "mps":
-        most, used = machine.apple_gib()
-        return most if is_later else most - used
-    if kind == "cpu":
-        return None
-    device = int(os.environ.get("LOCAL_RANK", "0"))
-    free, whole = torch.cuda.mem_get_info(device)
-    return whole / machine.GIB if is_later else free / machine.GIB + CONTEXT_GIB
+    device = machine.best_device()
+    if device.type != "cuda":
+        return machine.free_gib(device, is_later=is_later)
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return machine.free_gib(own, is_later=is_later) + (0.0 if is_later else CONTEXT_GIB)
 
 
 def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:

@@ -7,6 +7,7 @@ between several settings is a sentence in `rules`.
 """
 
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, make_dataclass, replace
@@ -577,7 +578,7 @@ def checked_setting(name: str, value: Any) -> Any:
         if facts["choices"] and found not in facts["choices"]:
             raise UserError(f"--{name} {found}: choose one of {', '.join(facts['choices'])}.")
         if is_number(found):
-            check_number(name, found, **{bound: facts[bound] for bound in ("low", "above", "high", "below")})
+            check_number(name, found, **{bound: facts[bound] for bound in BOUNDS})
     if base is rows.Subject:
         return tuple(map(subject_table, found))
     return facts["path"](found) if found and facts["path"] else found
@@ -629,25 +630,25 @@ def whole(value: Any, number: float) -> int | None:
         return int(number)
 
 
-Bound = float | None
+BOUNDS = {
+    "low": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "high": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
+"""A row's bound -> how a value relates to it."""
 
 
-def check_number(
-    name: str, value: float, *, low: Bound = None, above: Bound = None, high: Bound = None, below: Bound = None
-) -> None:
-    """Raises UserError, which begins with `--name`, for a number that is not finite or breaks a bound."""
+def check_number(name: str, value: float, **bounds: float | None) -> None:
+    """Raises UserError, which begins with `--name`, for a number that is not finite or breaks one of BOUNDS."""
     if value != value or value in (float("inf"), float("-inf")):
         raise UserError(f"--{name} {value}: must be a finite number.")
-    if low is not None and value < low:
-        raise UserError(f"--{name} {value:g}: must be at least {low:g}.")
-    if above is not None and value <= above:
-        raise UserError(f"--{name} {value:g}: must be more than {above:g}.")
-    if high is None and isinstance(value, int):
-        high = MOST
-    if high is not None and value > high:
-        raise UserError(f"--{name} {value:g}: must be at most {high:g}.")
-    if below is not None and value >= below:
-        raise UserError(f"--{name} {value:g}: must be less than {below:g}.")
+    if bounds.get("high") is None and isinstance(value, int):
+        bounds["high"] = MOST
+    for kind, (holds, words) in BOUNDS.items():
+        bound = bounds.get(kind)
+        if bound is not None and not holds(value, bound):
+            raise UserError(f"--{name} {value:g}: must be {words} {bound:g}.")
 
 
 def check_each(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -678,6 +679,14 @@ def layer_parameters(config: TrainConfig, rank: int, width: int) -> int:
     else:
         side, matrices = rank, rank * width
     return matrices + (side**2 if config.mixer != "none" and config.train_mixer else 0)
+
+
+def check_rank(mixer: str, rank: int, factor: int) -> None:
+    """Raises UserError for a rank that the mixer's M cannot have."""
+    if mixer == "butterfly" and rank % 2:
+        raise UserError(f"mixer butterfly needs an even rank, not {rank}")
+    if mixer == KRONECKER and (factor < 1 or rank % factor):
+        raise UserError(f"mixer kronecker needs a rank that mixer_factor {factor} divides, not {rank}")
 
 
 def check_kronecker(path: str, size: Sequence[int], factor: int) -> None:

@@ -82,10 +82,10 @@ def test_mixers_depend_on_seed_and_place_and_their_product_stays_of_its_subclass
 REFUSED = [({"target_modules": ["to_q", "words"]}, "words is a Embedding"), ({"r": 0}, "from 1 on, not 0")]
 REFUSED += [({"target_modules": ["nowhere"]}, "matches no module of Net"), ({"lora_bias": True}, "lora_bias")]
 REFUSED += [({"rank_pattern": {"to_k": -2}}, "from 1 on, not -2")]
-REFUSED += [({"mixer": "butterfly", "r": 3}, "even ranks, not 3"), ({"mixer": "random"}, "mixer")]
+REFUSED += [({"mixer": "butterfly", "r": 3}, "an even rank, not 3"), ({"mixer": "random"}, "mixer")]
 REFUSED += [({"init_lora_weights": kind}, "mixer") for kind in ("pissa", "olora")]
 KRONECKER = {"mixer": "kronecker", "mixer_factor": 4}
-REFUSED += [(KRONECKER | {"r": 6}, "needs ranks that 4 divides, not 6")]
+REFUSED += [(KRONECKER | {"r": 6}, "needs a rank that mixer_factor 4 divides, not 6")]
 REFUSED += [(KRONECKER | {"mixer_factor": 0}, "needs ranks")]
 REFUSED += [(KRONECKER, r"to_q of 10×12 \(out×in\) cannot be a Kronecker product of 4×4 blocks")]
 
@@ -312,7 +312,7 @@ def test_a_header_that_says_another_factor_is_no_crash(tmp_path):
 
 
 WRONG = [
-    (["--mixer_factor", "3"], "--mixer kronecker needs a --rank that --mixer_factor 3 divides, not 8."),
+    (["--mixer_factor", "3"], "mixer kronecker needs a rank that mixer_factor 3 divides, not 8"),
     (["--mixer_factor", "2", "--target_modules", "conv1"], "of 2×2 blocks: choose another mixer, leave it out of --"),
 ]
 

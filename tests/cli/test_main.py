@@ -389,7 +389,7 @@ LATE_MISTAKES = {
     "logging_dir": (["--report_to", "tensorboard", "--logging_dir", "../file"], "file is a file, not a folder"),
     "tracker": (TRACKER, "--report_to wandb needs wandb: pip install wandb"),
     "projection": ([*TRACKER, "--target_modules", "to_q", "to_out"], "no such layer; did you mean to_out.0?"),
-    "butterfly": ([*TRACKER, "--mixer", "butterfly", "--rank", "3"], "--mixer butterfly needs an even --rank, not 3"),
+    "butterfly": ([*TRACKER, "--mixer", "butterfly", "--rank", "3"], "mixer butterfly needs an even rank, not 3"),
     "convolution": (["--use_dora", "--target_modules", "conv_in"], "--use_dora: conv_in is a convolution; leave"),
     "checkpoint": (["--resume_from_checkpoint", "checkpoint-9"], "no complete checkpoint there"),
     "long name": (["--output_dir", "n" * 250], "is too long: an adapter's has at most 200 bytes"),

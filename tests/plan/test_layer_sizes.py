@@ -106,7 +106,7 @@ NONE_SUCH, NEAR = "no layer with an adapter has that name", "up_blocks.0.attenti
         ({"rank_pattern": ("to_r=8",)}, f"--rank_pattern to_r=8: {NONE_SUCH}; did you mean to_"),
         ({"alpha_pattern": ("mid_block=8",)}, f"--alpha_pattern mid_block=8: {NONE_SUCH}"),
         ({"target_modules": (NEAR,)}, f"{NEAR}: the UNet has no such layer; did you mean up_blocks.0"),
-        ({"mixer": "butterfly", "rank_pattern": ("to_q=3",)}, "--mixer butterfly needs an even --rank, not 3"),
+        ({"mixer": "butterfly", "rank_pattern": ("to_q=3",)}, "mixer butterfly needs an even rank, not 3"),
     ],
 )
 def test_names_that_mean_nothing_are_answered_with_a_near_one(config, changes, says):
