@@ -55,7 +55,11 @@ def run_queue(args: argparse.Namespace) -> int:
         case ["start"]:
             return train_all(turns)
         case ["stop"]:
-            print(spelled_out(stop_current(turns)))
+            if (job := live_job(turns, turns.current())) is None:
+                raise UserError("no run of the queue is trained now; `queue` lists those that wait")
+            turns.jobs.stop(job.name, job.owner)
+            said = f"{job.name} finishes its step, saves and leaves the queue"
+            print(spelled_out(f"{said}; its checkpoint stays in {job.run_dir}"))
         case ["move", name, place]:
             turns.queue.move(name, place)
             print(spelled_out("\n".join(lines_of(turns))))
@@ -65,14 +69,6 @@ def run_queue(args: argparse.Namespace) -> int:
         case _:
             raise UserError(f"queue {' '.join(args.words)}: say list, start, stop, move NAME PLACE, or remove NAME.")
     return 0
-
-
-def stop_current(turns: "QueueTurns") -> str:
-    """Ask the run in progress to save and end; returns a line to print. Raises UserError when none is trained."""
-    if (job := live_job(turns, turns.current())) is None:
-        raise UserError("no run of the queue is trained now; `queue` lists those that wait")
-    turns.jobs.stop(job.name, job.owner)
-    return f"{job.name} finishes its step, saves and leaves the queue; its checkpoint stays in {job.run_dir}"
 
 
 def enqueue(config: TrainConfig, argv: list[str]) -> str:
