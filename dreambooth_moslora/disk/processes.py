@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.core import import_environment, is_running, process_token
+from dreambooth_moslora.core import import_environment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,25 +118,18 @@ def uncollected() -> Iterator[None]:
 
 
 def when_orphaned(parent: int, then: Callable[[], object]) -> None:
-    """Call `then` in a thread as soon as the process `parent` has ended."""
-    token = process_token(parent)
+    """Call `then` in a thread as soon as the process `parent` has ended, also if its own parent has
+    not taken note (a zombie)."""
+    import psutil
 
     def wait() -> None:
-        while token and is_running(parent, token) and not is_zombie(parent):
-            time.sleep(0.5)
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(parent)
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.5)
         then()
 
     Thread(target=wait, daemon=True).start()
-
-
-def is_zombie(pid: int) -> bool:
-    """Whether the process has ended, and only its parent has not taken note."""
-    import psutil
-
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def ask_to_stop(run_dir: Path) -> None:
