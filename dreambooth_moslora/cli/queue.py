@@ -57,7 +57,7 @@ def run_queue(args: argparse.Namespace) -> int:
         case ["stop"]:
             if (job := live_job(turns, turns.current())) is None:
                 raise UserError("no run of the queue is trained now; `queue` lists those that wait")
-            turns.jobs.stop(job.name, job.owner)
+            turns.jobs.stop(job.name)
             said = f"{job.name} finishes its step, saves and leaves the queue"
             print(spelled_out(f"{said}; its checkpoint stays in {job.run_dir}"))
         case ["move", name, place]:
@@ -117,7 +117,8 @@ def lines_of(turns: "QueueTurns") -> list[str]:
             said = f"step {state.step} of {state.max_train_steps}" if state.max_train_steps else "starting"
         lines.append(f"now: {queued.name}, {said}")
     for number, queued in enumerate(turns.queue.waiting(), 1):
-        said = shlex.join(queued.argv) or ("added on the page" if queued.owner else "its file cannot be read")
+        unsaid = "added on the page" if queued.settings else "its file cannot be read"
+        said = shlex.join(queued.argv) or unsaid
         lines.append(f"{number:>3}  {queued.name}  {said}")
     lines += [PAUSED] * turns.queue.is_paused
     return lines if not turns.is_empty else [*lines, NOTHING]

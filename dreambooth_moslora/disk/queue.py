@@ -21,7 +21,6 @@ import os
 import shutil
 import socket
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -146,19 +145,15 @@ def owner_of(folder: Path) -> str:
 
 
 QUEUE_NAME = ".queue"
-COMMAND_LINE = ""  # Owner of a run that was added by the command; other runs belong to a user of the page.
 PLACES = ("up", "down", "first", "last")
-RUNS_TOGETHER = 4  # Of an address without login, in a round of the owners: one visitor may have many cookies
 HELD_SEC, POLL_SEC = 30.0, 0.02
 
 
 @dataclass(frozen=True)
 class QueuedRun:
     name: str
-    owner: str = COMMAND_LINE
-    address: str = ""  # of an owner without a login
     folder: str = ""  # that paths in the settings are relative to
-    argv: tuple[str, ...] = ()  # the command's words
+    argv: tuple[str, ...] = ()  # the words of the command that added it; () of the page
     settings: dict[str, Any] = field(default_factory=dict)  # checked; {} if its file could not be read
     is_new: bool = False  # its run folder was made for it
     queued: float = 0.0  # time, s
@@ -196,16 +191,15 @@ class RunQueue:
             self._paused_path.unlink(missing_ok=True)
 
     def add(self, run: QueuedRun) -> int:
-        """Add a run where its owner's turn is; returns its place, from 1. Raises UserError for a name in the queue."""
+        """Add a run behind the others; returns its place, from 1. Raises UserError for a name that
+        is in the queue."""
         with self._held():
-            started, waiting = self.started(), self.waiting()
-            order = [found.name for found in waiting]
-            if run.name in [*order, *(found.name for found in started)]:
+            order = [found.name for found in self.waiting()]
+            if run.name in [*order, *(found.name for found in self.started())]:
                 raise UserError(f"the run {run.name} is in the queue already")
-            place = place_of(run, started, waiting)
-            self._set_order([*order[:place], run.name, *order[place:]])
+            self._set_order([*order, run.name])
             self._write("waiting", run)
-            return place + 1
+            return len(order) + 1
 
     def waiting(self) -> list[QueuedRun]:
         names = []
@@ -218,27 +212,21 @@ class RunQueue:
         """The run whose turn it is, or an empty list."""
         return sorted(self._all("started"), key=lambda run: run.started)
 
-    def move(self, name: str, place: str, owner: str | None = None) -> None:
-        """Move a run to `place`, one of PLACES or a number from 1, among the `owner`'s. Raises UserError."""
+    def move(self, name: str, place: str) -> None:
+        """Move a run to `place`, one of PLACES or a number from 1. Raises UserError."""
         with self._held():
-            waiting = self.waiting()
-            order = [run.name for run in waiting]
-            own = [run.name for run in waiting if owner is None or run.owner == owner]
-            slots = [order.index(one) for one in own]
-            for slot, one in zip(slots, with_place(own, name, place)):
-                order[slot] = one
-            self._set_order(order)
+            self._set_order(with_place([run.name for run in self.waiting()], name, place))
 
-    def remove(self, name: str, owner: str | None = None) -> QueuedRun:
+    def remove(self, name: str) -> QueuedRun:
         """Remove a waiting run, and its new folder if nothing was trained there. Raises UserError."""
         with self._held():
-            run = next((run for run in self.waiting() if run.name == name and owner in (None, run.owner)), None)
+            run = next((run for run in self.waiting() if run.name == name), None)
             if run is None:
                 raise UserError(not_waiting(name))
             self._path("waiting", name).unlink()
         run_dir = run_folder.RunDir(self.runs_dir / name)
         if run.is_new and not run_dir.metrics_path.exists():
-            if run.owner == COMMAND_LINE:
+            if run.argv:
                 with suppress(OSError):  # files of the person's own are in it
                     run_dir.path.rmdir()
             else:
@@ -275,7 +263,7 @@ class RunQueue:
 
     def end(self, run: QueuedRun, state: str, message: str) -> None:
         """Record the end of a run; `state` is done, interrupted or failed."""
-        facts = {"type": "ended", "time": time.time(), "name": run.name, "owner": run.owner, "state": state}
+        facts = {"type": "ended", "time": time.time(), "name": run.name, "state": state}
         events.append_event(self.ended_path, facts | {"message": message})
         self._path("started", run.name).unlink(missing_ok=True)
 
@@ -315,19 +303,6 @@ class RunQueue:
             yield
         finally:
             lock.close()
-
-
-def place_of(run: QueuedRun, started: Sequence[QueuedRun], waiting: Sequence[QueuedRun]) -> int:
-    """Where a new run goes, from 0: behind its own round, which has one run of each owner, and at most RUNS_TOGETHER of
-    an address. So owners take turns, and a run that was moved to the front stays there."""
-    owners, addresses, rounds = Counter(), Counter(), []
-    for one in [*started, *waiting, run]:
-        together = addresses[one.address] // RUNS_TOGETHER if one.address else 0
-        rounds.append(max(owners[one.owner], together))
-        owners[one.owner] += 1
-        addresses[one.address] += 1
-    earlier, own = rounds[len(started) : -1], rounds[-1]
-    return max((place for place, number in enumerate(earlier, 1) if number <= own), default=0)
 
 
 def with_place(names: Sequence[str], name: str, place: str) -> list[str]:

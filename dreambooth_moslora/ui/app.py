@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options)
 
     add("base", default="toy", help='a folder, a hub id, a .safetensors file, or "toy", the embedded base (default)')
-    add("bases_dir", metavar="DIR", help="folder below which bases lie: the page lets you choose one")
+    add("bases_dir", metavar="DIR", help="folder below which bases lie, of which you choose one")
     add("adapters_dir", default=str(core.assets_folder() / "adapters"), help="folder of .safetensors adapters to offer")
     add("runs_dir", default="runs", help="folder of training runs (default runs)")
     add("server_name", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "public",
         action="store_true",
-        help="a page for everybody, which only draws: with --base and the adapters of --adapters_dir",
+        help="a page for everybody, which only draws, with the adapters of --adapters_dir",
     )
     add("backend", metavar="URL", help="draw by `dreambooth_moslora serve` there, with the same base and adapters")
     add("backend_token", help=f"its token (default: that of {TOKEN_VARIABLE} in the environment)")
@@ -91,7 +91,8 @@ def serve(args: argparse.Namespace) -> int:
     if (is_exposed or allowed) and not (logins or args.public):
         raise core.UserError(NEEDS_LOGIN)
     context = context_of(args)
-    os.environ["GRADIO_TEMP_DIR"] = str(context.visitors.root / "gradio")  # so uploads are deleted with the visitors'
+    # what gradio keeps is deleted with the workspace
+    os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.root / "gradio")
 
     options = page.launch_options(allowed, any_host=is_exposed, public=args.public) | {
         "server_name": args.server_name,
@@ -100,13 +101,13 @@ def serve(args: argparse.Namespace) -> int:
         "auth": logins or None,
         "inbrowser": args.inbrowser,
     }
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # deletes the visitors' files
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so `finally` runs
     try:
         page.build_app(context, templates_for(args.base)).launch(**options)
     except OSError as error:
         raise core.UserError(f"the page cannot be served: {' '.join(str(error).split())}") from error
     finally:
-        context.visitors.close()
+        context.workspace.close()
     return 0
 
 
@@ -122,6 +123,7 @@ def context_of(args: argparse.Namespace) -> "AppContext":
     """Start loading the base, and tell the page what it needs before that is loaded. Raises UserError."""
     runs_dir = runs_folder(args.runs_dir)
     from dreambooth_moslora.ui import state
+    from dreambooth_moslora.ui.workspace import new_workspace
 
     bases_dir = core.user_path(args.bases_dir).resolve() if args.bases_dir else None
     has_one = args.public or args.backend
@@ -132,6 +134,7 @@ def context_of(args: argparse.Namespace) -> "AppContext":
         *bases,
         adapters_dir=adapters_dir,
         runs_dir=runs_dir,
+        workspace=new_workspace(),
         public=args.public,
     )
 

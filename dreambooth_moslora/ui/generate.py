@@ -12,9 +12,10 @@ import gradio as gr
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
-from dreambooth_moslora.ui import generate_values, state, visitors
+from dreambooth_moslora.ui import generate_values, state
 from dreambooth_moslora.ui.generate_values import GenerateForm, prompt_for, recipe_of, summary_of
 from dreambooth_moslora.ui.html import LARGE_PREVIEW, SHOWN, explain_bad_values, faint, progress_card
+from dreambooth_moslora.ui.workspace import Picture
 
 IDLE = progress_card("Ready", "Enter starts, Esc stops")
 PICTURES = [".png"]
@@ -81,7 +82,8 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
 
 
 def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
-    """A public page has neither the grid, which draws many pictures at once, nor the history, which is its owner's."""
+    """A public page has neither the grid, which draws many pictures at once, nor the history, which
+    is its owner's."""
     parts: dict[str, Any] = {"status": gr.HTML(IDLE, elem_id="status", label="Status")}
     with gr.Tabs(elem_id="result_tabs", selected="pictures") as tabs:
         with gr.Tab("Pictures", id="pictures"):
@@ -105,7 +107,8 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
                 parts |= _grid_widgets()
             with gr.Tab("History", id="history") as parts["history_tab"]:
                 parts["history"] = _gallery("History", "history")
-                parts["reuse_history"] = gr.Button("Use these settings", elem_id="reuse_history", **look)
+                look["elem_id"] = "reuse_history"
+                parts["reuse_history"] = gr.Button("Use these settings", **look)
                 parts |= {"shown_history": gr.State([]), "selected_history": gr.State(0)}
     return parts | {"tabs": tabs, "shown": gr.State([]), "selected": gr.State(0)}
 
@@ -155,7 +158,12 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[s
                 template = gr.Dropdown(templates, value=None, label="Template", elem_id="template")
             if not ctx.public:
                 with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
-                    dropped = gr.File(file_types=PICTURES, label="Drop a picture", height=150, elem_id="drop_png")
+                    dropped = gr.File(
+                        file_types=PICTURES,
+                        label="Drop a picture",
+                        height=150,
+                        elem_id="drop_png",
+                    )
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
         explain_bad_values(widget)
@@ -174,7 +182,7 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[s
     return tab
 
 
-def _items(pictures: Iterable[visitors.Picture]) -> list[tuple[str, str]]:
+def _items(pictures: Iterable[Picture]) -> list[tuple[str, str]]:
     return [(str(picture.path), picture.caption) for picture in pictures]
 
 
@@ -211,16 +219,15 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
     _without_stop(ctx, "generate", made, buttons["stop"])
 
     @results["shown"].change(inputs=results["shown"], outputs=[results["reuse"], results["last_seed"]], **state.AT_ONCE)
-    def usable(pictures: list[visitors.Picture]) -> list[gr.Button]:
+    def usable(pictures: list[Picture]) -> list[gr.Button]:
         return [gr.Button(interactive=bool(pictures))] * 2
 
     @made.then(inputs=results["shown"], outputs=results["code"], **state.AT_ONCE)
-    def snippet(pictures: list[visitors.Picture], request: gr.Request) -> str:
-        visitor = ctx.visitors.of(request)
-        if not (own := _own(pictures, visitor)):
+    def snippet(pictures: list[Picture]) -> str:
+        if not pictures:
             return ""
-        params = replace(GenerationParams.from_png(own[0].path), num_images=len(own))
-        return generate_values.code_snippet(params, ctx.public_name, ctx.catalog.public_paths(visitor))
+        params = replace(GenerationParams.from_png(pictures[0].path), num_images=len(pictures))
+        return generate_values.code_snippet(params, ctx.public_name, ctx.catalog.public_paths())
 
     # The page drops a click while the last one is not answered, but for this mode: each Stop must count.
     @buttons["stop"].click(inputs=None, outputs=None, queue=False, trigger_mode="multiple", api_name="stop")
@@ -243,7 +250,12 @@ def _drawing(results: dict) -> dict[str, Any]:
     return {**state.GPU, "show_progress": "minimal", "show_progress_on": results["status"]}
 
 
-def _connect_compare(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: gr.Button) -> None:
+def _connect_compare(
+    ctx: state.AppContext,
+    tab: GenerateTab,
+    results: dict,
+    stop: gr.Button,
+) -> None:
     @state.as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
         for frame in generate_values.compare(ctx, GenerateForm.of(values), request):
@@ -261,7 +273,12 @@ def _connect_compare(ctx: state.AppContext, tab: GenerateTab, results: dict, sto
 
 
 def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: gr.Button) -> None:
-    axis = {"rows": "down", "row_values": "down_values", "columns": "across", "column_values": "across_values"}
+    axis = {
+        "rows": "down",
+        "row_values": "down_values",
+        "columns": "across",
+        "column_values": "across_values",
+    }
     for widget in axis.values():
         explain_bad_values(results[widget])
 
@@ -293,12 +310,12 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
 
     @results["across"].input(**axis_of("across"))
     @results["down"].input(**axis_of("down"))
-    def axis_values(name: str, adapter: str, prompt: str, request: gr.Request) -> str:
+    def axis_values(name: str, adapter: str, prompt: str) -> str:
         if name == "prompt":
             return f"{prompt}|"
         if name != "adapter":
             return AXIS_VALUES.get(name, "")
-        names = list(ctx.catalog.files(ctx.visitors.of(request)))
+        names = list(ctx.catalog.files())
         # default values for checkpoints: all of the chosen adapter's run
         run = [n for n in reversed(names) if n.split("@")[0] == str(adapter).split("@")[0]]
         return ", ".join(["none", *(run if len(run) > 1 else names[:3])])
@@ -307,23 +324,21 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
 def _connect_adapters(ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict) -> None:
     first, prompt, about = tab.adapters[0], tab.prompt, buttons["about"]
 
-    def files_for(request: gr.Request) -> dict[str, Path]:
-        return ctx.catalog.files(ctx.visitors.of(request))
-
     @gr.api(api_name="adapters", queue=False)
-    def listed(request: gr.Request) -> list[dict]:
-        """Name and summary of every adapter that the user may use."""
-        return [{"name": name, **asdict(summary_of(file))} for name, file in files_for(request).items()]
+    def listed() -> list[dict]:
+        """Name and summary of every adapter."""
+        found = ctx.catalog.files()
+        return [{"name": name, **asdict(summary_of(file))} for name, file in found.items()]
 
-    def adapters(request: gr.Request) -> list:
-        return [gr.Dropdown(choices=[NONE, *files_for(request)])] * len(tab.adapters)
+    def adapters() -> list:
+        return [gr.Dropdown(choices=[NONE, *ctx.catalog.files()])] * len(tab.adapters)
 
     buttons["refresh"].click(adapters, None, tab.adapters, **state.AT_ONCE)
     page.load(adapters, None, tab.adapters, **state.AT_ONCE)
 
     @first.change(inputs=[first, prompt], outputs=[about, prompt], **state.AT_ONCE)
-    def describe(name: str, old_prompt: str, request: gr.Request) -> tuple:
-        files = files_for(request)
+    def describe(name: str, old_prompt: str) -> tuple:
+        files = ctx.catalog.files()
         if name not in files:
             return gr.HTML(faint(""), visible=False), gr.skip()
         summary = summary_of(files[name])
@@ -337,10 +352,10 @@ def _connect_adapters(ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, 
 
 
 def _preset(ctx: state.AppContext) -> Callable:
-    """The chosen file's recommended scale. A picture's settings do not call this: they have their own scale."""
+    """The chosen file's recommended scale. A picture's settings have a scale of their own."""
 
-    def preset(name: str, request: gr.Request) -> float:
-        files = ctx.catalog.files(ctx.visitors.of(request))
+    def preset(name: str) -> float:
+        files = ctx.catalog.files()
         return summary_of(files[name]).scale if name in files else 1.0
 
     return preset
@@ -348,32 +363,37 @@ def _preset(ctx: state.AppContext) -> Callable:
 
 def _connect_upload(ctx: state.AppContext, tab: GenerateTab, button: gr.UploadButton) -> None:
     @state.as_gradio_error
-    def upload(file: str, request: gr.Request) -> tuple:
-        visitor = ctx.visitors.of(request)
-        name = ctx.catalog.add_upload(file, visitor)
+    def upload(file: str) -> tuple:
+        name = ctx.catalog.add_upload(file)
         try:
-            ctx.pipeline().load_adapter(visitor.uploads[name], name)
+            ctx.pipeline().load_adapter(ctx.workspace.uploads[name], name)
         except Exception:
-            shutil.rmtree(visitor.uploads.pop(name).parent, ignore_errors=True)
+            shutil.rmtree(ctx.workspace.uploads.pop(name).parent, ignore_errors=True)
             raise
-        for gone in ctx.catalog.forget_oldest(visitor):
-            gr.Info(html.escape(f"{gone} is not kept: {state.MAX_UPLOADS} uploads are, the newest", quote=False))
-        names = [NONE, *ctx.catalog.files(visitor)]
+        names = [NONE, *ctx.catalog.files()]
         return gr.Dropdown(choices=names, value=name), gr.Dropdown(choices=names), gr.Dropdown(choices=names)
 
     uploaded = button.upload(upload, button, tab.adapters, api_visibility="private", **state.GPU)
     uploaded.success(_preset(ctx), tab.adapters[0], tab.fields["scale"], **state.AT_ONCE)
 
 
-def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict, template: gr.Dropdown) -> None:
+def _connect_reuse(
+    ctx: state.AppContext,
+    tab: GenerateTab,
+    results: dict,
+    template: gr.Dropdown,
+) -> None:
     _connect_gallery(ctx, tab, results, "gallery")
     results["last_seed"].click(
-        lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **state.AT_ONCE
+        lambda seed: seed if seed is not None else gr.skip(),
+        results["used_seed"],
+        tab.fields["seed"],
+        **state.AT_ONCE,
     )
 
     @template.input(inputs=[template, tab.adapters[0]], outputs=tab.prompt, **state.TELLING)
-    def from_template(template: str | None, adapter: str, request: gr.Request) -> Any:
-        files = ctx.catalog.files(ctx.visitors.of(request))
+    def from_template(template: str | None, adapter: str) -> Any:
+        files = ctx.catalog.files()
         subject = summary_of(files[adapter]).subject if adapter in files else ""
         return template.replace("{}", subject or "…") if template else gr.skip()
 
@@ -382,50 +402,50 @@ def _connect_gallery(ctx: state.AppContext, tab: GenerateTab, results: dict, nam
     """The settings of the picture that is chosen in a gallery go into the form."""
     end = "_history" if name == "history" else ""
     selected, shown = results[f"selected{end}"], results[f"shown{end}"]
+    outputs = list(tab.fields.values())
 
     @results[name].select(inputs=None, outputs=selected, **state.AT_ONCE)
     def select(event: gr.SelectData) -> int:
         return event.index if isinstance(event.index, int) else 0
 
-    @results[f"reuse{end}"].click(inputs=[shown, selected], outputs=list(tab.fields.values()), **state.TELLING)
+    @results[f"reuse{end}"].click(inputs=[shown, selected], outputs=outputs, **state.TELLING)
     @state.as_gradio_error
-    def reuse(pictures: list[visitors.Picture], index: int, request: gr.Request) -> list:
-        own = _own(pictures, ctx.visitors.of(request))
-        return to_widgets(ctx, recipe_of(_picked(own, index)), request)
+    def reuse(pictures: list[Picture], index: int) -> list:
+        return to_widgets(ctx, recipe_of(_picked(pictures, index)))
 
 
-def _connect_earlier(ctx: state.AppContext, tab: GenerateTab, results: dict, dropped: gr.File) -> None:
+def _connect_earlier(
+    ctx: state.AppContext,
+    tab: GenerateTab,
+    results: dict,
+    dropped: gr.File,
+) -> None:
     """Pictures that were drawn before: the history, and a file that is dropped."""
     _connect_gallery(ctx, tab, results, "history")
     outputs = list(tab.fields.values())
     of_history = [results[name] for name in ("history", "reuse_history", "shown_history")]
 
     @results["history_tab"].select(inputs=None, outputs=of_history, **state.AT_ONCE)
-    def history(request: gr.Request) -> tuple:
+    def history() -> tuple:
         """Pictures that are drawn later are not shown until the tab is opened again."""
-        pictures = list(ctx.visitors.of(request).history)
+        pictures = list(ctx.workspace.history)
         return _items(pictures), gr.Button(interactive=bool(pictures)), pictures
 
     @dropped.upload(inputs=dropped, outputs=outputs, **state.TELLING)
     @state.as_gradio_error
-    def reuse_dropped(file: str | None, request: gr.Request) -> list:
-        return to_widgets(ctx, recipe_of(file), request) if file else [gr.skip()] * len(outputs)
+    def reuse_dropped(file: str | None) -> list:
+        return to_widgets(ctx, recipe_of(file)) if file else [gr.skip()] * len(outputs)
 
 
-def _own(pictures: list[visitors.Picture], visitor: visitors.Visitor) -> list[visitors.Picture]:
-    """Only pictures in the visitor's folder: the page's state belongs to a session, whose name anyone may send."""
-    return [picture for picture in pictures if picture.path.is_relative_to(visitor.folder)]
-
-
-def _picked(pictures: list[visitors.Picture], index: int) -> Path:
+def _picked(pictures: list[Picture], index: int) -> Path:
     if not pictures:
         raise UserError("there is no picture yet")
     return pictures[min(max(int(index), 0), len(pictures) - 1)].path
 
 
-def to_widgets(ctx: state.AppContext, recipe: Recipe, request: gr.Request) -> list:
+def to_widgets(ctx: state.AppContext, recipe: Recipe) -> list:
     """The values of all fields, in order, that give the recipe again; differences are shown as remarks."""
-    files = ctx.catalog.files(ctx.visitors.of(request))
+    files = ctx.catalog.files()
     settled, remarks = generate_values.match_adapters(recipe, files, ctx.public_name)
     params, changes = generate_values.clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
     for remark in (*remarks, *changes):

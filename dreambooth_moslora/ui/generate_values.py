@@ -27,7 +27,8 @@ from dreambooth_moslora.generation.params import (
     draw_seed,
     read_recipe,
 )
-from dreambooth_moslora.ui import html, state, visitors
+from dreambooth_moslora.ui import html, state
+from dreambooth_moslora.ui.workspace import Picture, Workspace
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.params import Image, Step
@@ -209,7 +210,6 @@ def summary_of(file: Path) -> AdapterSummary:
 @lru_cache(maxsize=1024)
 def _read(file: Path, mtime_ns: int, size: int) -> AdapterSummary:
     try:
-        state.check_header(file)
         with safe_open(file, framework="numpy") as opened:
             header = opened.metadata() or {}
         facts = json.loads(header.get("moslora", "{}"))
@@ -345,7 +345,7 @@ class Frame:
     """One state of the result area. `pictures` is None when they have not changed."""
 
     status: str
-    pictures: tuple[visitors.Picture, ...] | None = None
+    pictures: tuple[Picture, ...] | None = None
     params: GenerationParams | None = None
     sheet: Path | None = None
 
@@ -368,7 +368,7 @@ def compare(ctx: state.AppContext, form: GenerateForm, request: gr.Request) -> I
     with_adapters = replace(form.params(), num_images=1).apply_tags()
     if not with_adapters.adapters:
         raise UserError("choose an adapter to compare the base with")
-    pictures: tuple[visitors.Picture, ...] = ()
+    pictures: tuple[Picture, ...] = ()
     halves = (replace(with_adapters, adapters=()), with_adapters)
     for number, (params, word) in enumerate(zip(halves, ("Without the adapter", "With the adapter"))):
         for frame in _run(ctx, params, request, axes=(), word=f"{word}, "):
@@ -384,7 +384,6 @@ def _run(
 ) -> Iterator[Frame]:
     """An error is told on the card; what a picture leaves of memory goes back to the system."""
     try:
-        visitor = ctx.visitors.of(request)
         check_size(params, ctx.resolution_px)
         if ctx.loaded() is None:
             yield Frame(html.progress_card("Loading the base …", "the next pictures need not wait for it"))
@@ -395,15 +394,16 @@ def _run(
 
                 def load(cell: GenerationParams) -> GenerationParams:
                     check_steps(cell)  # which an axis may set beyond the slider
-                    return ctx.load_adapters(cell, visitor)
+                    return ctx.load_adapters(cell)
 
                 events = generate_grid(pipeline, params, axes, should_stop, load)
             else:
-                params = ctx.load_adapters(params, visitor)
+                params = ctx.load_adapters(params)
                 events = pipeline.generate(params, should_stop)
             yield Frame(html.progress_card("Starting …", fraction=0.0), (), params)
             size_px = (params.width_px or ctx.resolution_px, params.height_px or ctx.resolution_px)
-            yield from _frames(events, visitor, params, word, None if axes or word else size_px)
+            shown_px = None if axes or word else size_px
+            yield from _frames(events, ctx.workspace, params, word, shown_px)
     except Exception as error:
         told = state.as_user_error(error)
         yield Frame(html.notice(state.sentence(told), "bad"))
@@ -413,7 +413,11 @@ def _run(
 
 
 def _frames(
-    events: Iterator, visitor: visitors.Visitor, params: GenerationParams, word: str, size_px: tuple[int, int] | None
+    events: Iterator,
+    workspace: Workspace,
+    params: GenerationParams,
+    word: str,
+    size_px: tuple[int, int] | None,
 ) -> Iterator[Frame]:
     """With `size_px` the previews are large."""
     from dreambooth_moslora.generation import grids, previews
@@ -425,13 +429,13 @@ def _frames(
         if isinstance(event, Step):
             step, total = event, event.num_images
         elif isinstance(event, Image):
-            pictures.append(_keep(event, visitor))
+            pictures.append(_keep(event, workspace))
             black += [event] * bool(about_black([event]))
             yield Frame(_status(step, word), tuple(pictures))
         elif isinstance(event, grids.Sheet):
-            for old in visitor.folder.glob("grid_*.png"):
+            for old in workspace.folder.glob("grid_*.png"):
                 old.unlink(missing_ok=True)
-            sheet = event.save(visitor.folder / f"grid_{time.time_ns():x}.png")
+            sheet = event.save(workspace.folder / f"grid_{time.time_ns():x}.png")
         elif isinstance(event, previews.Preview) and time.perf_counter() - shown_at > FRAME_SEC:
             shown_at = time.perf_counter()
             yield Frame(_status(step, word, html.thumbnail(event.pixels), size_px))
@@ -441,13 +445,13 @@ def _frames(
     yield Frame(status, tuple(pictures), params, sheet)
 
 
-def _keep(image: "Image", visitor: visitors.Visitor) -> visitors.Picture:
-    """Write the PNG to the visitor's folder and add it to the history."""
+def _keep(image: "Image", workspace: Workspace) -> Picture:
+    """Write the PNG to the workspace and add it to the history."""
     seed = image.params.seed
-    path = image.save(visitor.folder / f"{time.time_ns():x}_seed_{seed}.png")
+    path = image.save(workspace.folder / f"{time.time_ns():x}_seed_{seed}.png")
     scales = ", ".join(f"{name} at scale {scale:g}" for name, scale in image.params.adapters)
-    picture = visitors.Picture(path, f"seed {seed}" + (f" · {scales}" if scales else ""))
-    visitor.remember(picture)
+    picture = Picture(path, f"seed {seed}" + (f" · {scales}" if scales else ""))
+    workspace.remember(picture)
     return picture
 
 
@@ -459,7 +463,7 @@ def _status(step: "Step", word: str, picture: str = "", size_px: tuple[int, int]
     return html.progress_card(line[:1].upper() + line[1:], left, done / step.num_images, picture, size_px)
 
 
-def _summary(pictures: list[visitors.Picture], total: int, seconds: float, is_grid: bool) -> str:
+def _summary(pictures: list[Picture], total: int, seconds: float, is_grid: bool) -> str:
     if len(pictures) < total:
         return html.progress_card("Stopped.", f"{len(pictures)} of {total} pictures were finished and are kept")
     plural = "s" if total != 1 else ""

@@ -1,6 +1,7 @@
 """Training runs as processes of the server: they go on when the page is closed or the app is restarted.
 
-`runs/<name>/job.json` names the process and its owner; `metrics.jsonl`, which anyone may have edited, has the progress.
+`runs/<name>/job.json` names the process; `metrics.jsonl`, which anyone may have edited, has the
+progress.
 A file stops a run after its step, with a checkpoint (`processes.ask_to_stop`). The queue's state is on the disk: any
 page or `queue start` trains its runs, one after the other.
 """
@@ -14,8 +15,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import dropwhile
 from pathlib import Path
@@ -78,10 +79,9 @@ REMARK = re.compile(r"^[\d-]+ [\d:,]+ WARNING dreambooth_moslora[\w.]*: (?:note:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its folder, its owner (`Visitor.id`) and its process. Paths in its settings are relative to `folder`."""
+    """One run: its folder and its process. Paths in its settings are relative to `folder`."""
 
     run_dir: Path
-    owner: str
     pid: int
     created: float
     stop_asked: float = 0.0
@@ -106,13 +106,20 @@ class Job:
         """The record in the folder; None when it is missing or cannot be read. Reading a pipe would have no end."""
         if not (run_dir / JOB_NAME).is_file():
             return None
+        names = [name for name in cls.__dataclass_fields__ if name != "run_dir"]
         try:
-            job = cls(run_dir, **json.loads(small_text(run_dir / JOB_NAME)))
+            facts = json.loads(small_text(run_dir / JOB_NAME))
+            job = cls(run_dir, **{name: facts[name] for name in names if name in facts})
         except (OSError, ValueError, TypeError, RecursionError):
             return None
-        texts, numbers = (job.owner, job.birth, job.folder), (job.created, job.stop_asked, job.began)
+        texts, numbers = (job.birth, job.folder), (job.created, job.stop_asked, job.began)
         is_sound = type(job.pid) is int and job.pid > 0 and all(isinstance(text, str) for text in texts)
         return job if is_sound and all(map(is_finite_number, numbers)) else None
+
+    @property
+    def is_of_terminal(self) -> bool:
+        """Whether `train` began it in a terminal: it has no record, and is stopped there."""
+        return not (self.run_dir / JOB_NAME).exists()
 
     @property
     def is_alive(self) -> bool:
@@ -137,17 +144,17 @@ class Job:
         return list(dict.fromkeys(REMARK.findall(text)))
 
 
-def job_by_command(run_dir: Path) -> Job:
-    """The run in a folder without a record, and the process that holds it, if that lives here."""
+def job_of_terminal(run_dir: Path) -> Job:
+    """The run in a folder without a record, and the process that the lock names, if it lives on this machine."""
     try:
         owner, began = queue.owner_of(run_dir), (run_dir / queue.OWNER_NAME).stat().st_mtime
         pid = int(re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}", owner)[1])
         created = psutil.Process(pid).create_time()
         if created <= began + 1:  # else another process has its number by now
-            return Job(run_dir, queue.COMMAND_LINE, pid, created)
+            return Job(run_dir, pid, created)
     except (OSError, ValueError, TypeError, psutil.Error):
         pass
-    return Job(run_dir, queue.COMMAND_LINE, NO_PROCESS, 0.0)
+    return Job(run_dir, NO_PROCESS, 0.0)
 
 
 NO_PROCESS = 0  # The number of no program's process.
@@ -180,46 +187,32 @@ class Jobs:
         self, runs_dir: Path, script: Path | None = None, make_room: Callable[[], AbstractContextManager] = nullcontext
     ) -> None:
         self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
-        self.public_names = {f"{runs_dir}{os.sep}": ""}  # text in messages -> its replacement for visitors
         self._children: dict[int, subprocess.Popen] = {}
         self._exits: dict[int, int] = {}
         self._asked: dict[int, float] = {}  # process -> when it was asked to stop
         self._metrics: dict[Path, RunEvents] = {}
         self._lock = threading.Lock()
 
-    def told(self, text: str) -> str:
-        """The text without folders of this machine, which visitors should not see."""
-        for place, name in self.public_names.items():
-            text = text.replace(place, name)
-        return text
-
-    @contextmanager
-    def telling(self) -> Iterator[None]:
-        """A UserError in this block names no folder of this machine."""
-        try:
-            yield
-        except UserError as error:
-            raise UserError(self.told(str(error))) from error
-
-    def start(self, name: str, config: dict[str, Any], owner: str, folder: str = "") -> Job:
+    def start(self, name: str, config: dict[str, Any], folder: str = "") -> Job:
         """Start training into `runs_dir`/`name`. Raises UserError while another run is going on."""
         run_dir = self.run_dir(name)
         run_dir.mkdir(parents=True, exist_ok=True)
         processes.write_settings(run_dir, config)
-        return self._launch(run_dir, owner, folder)
+        return self._launch(run_dir, folder)
 
-    def resume(self, name: str, owner: str) -> Job:
-        """Resume from the last checkpoint. Raises UserError when the run is another's or is going on."""
-        job = self.owned(name, owner)
+    def resume(self, name: str) -> Job:
+        """Resume from the last checkpoint. Raises UserError when the run is a terminal's, or is
+        going on."""
+        job = self.recorded(name)
         if job.is_alive:
             raise UserError(f"the run {job.name} is still going on")
         config = settings_of(job) | {"resume_from_checkpoint": "latest"}
         processes.write_settings(job.run_dir, config)
-        return self._launch(job.run_dir, owner, job.folder)
+        return self._launch(job.run_dir, job.folder)
 
-    def stop(self, name: str, owner: str) -> Job:
+    def stop(self, name: str) -> Job:
         """Ask the trainer to end with a checkpoint; after 30 s, kill it with its children. Raises UserError."""
-        job = self.owned(name, owner)
+        job = self.recorded(name)
         if not job.is_alive:
             raise UserError(f"the run {job.name} has already ended")
         if job.stop_asked and time.time() - job.stop_asked > KILL_AFTER_SEC:
@@ -244,11 +237,10 @@ class Jobs:
                 psutil.Process(job.pid).terminate()
         return replace(job, stop_asked=self._asked.setdefault(job.pid, time.time()))
 
-    def owned(self, name: str, owner: str) -> Job:
-        """The visitor's run. Raises the same UserError for a missing run and for another visitor's."""
-        job = Job.load(self.run_dir(name))
-        if job is None or job.owner != owner:
-            raise UserError(f"you have no run called {name!r:.60}")
+    def recorded(self, name: str) -> Job:
+        """A run of the page or of the queue. Raises UserError for any other."""
+        if (job := Job.load(self.run_dir(name))) is None:
+            raise UserError(f"there is no run called {name!r:.60} of a page or of the queue")
         return replace(job, stop_asked=job.stop_asked or self._asked.get(job.pid, 0.0))
 
     def run_dir(self, name: str) -> Path:
@@ -260,29 +252,26 @@ class Jobs:
         return self.runs_dir / name
 
     def all(self) -> list[Job]:
-        """All runs, the newest first."""
+        """All runs of the page and of the queue, the newest first."""
         folders = sorted(self.runs_dir.glob(f"*/{JOB_NAME}"), key=lambda path: -path.stat().st_mtime)
         return [job for folder in folders if (job := Job.load(folder.parent))]
 
-    def of(self, owner: str) -> list[Job]:
-        return [job for job in self.all() if job.owner == owner]
-
-    def command_runs(self) -> list[Job]:
-        """The command line's runs, the newest first: of the queue, or in a folder where no process of the page was."""
-        found = {job.run_dir: job for job in self.of(queue.COMMAND_LINE)}
+    def of_terminals(self) -> list[Job]:
+        """The runs that `train` began in a terminal, the newest first."""
+        found = []
         for path in self.runs_dir.glob("*/metrics.jsonl"):
             folder = path.parent
             if RUN_NAME.fullmatch(folder.name) and path.is_file() and not os.path.lexists(folder / JOB_NAME):
-                found[folder] = job_by_command(folder)
-        return sorted(found.values(), key=lambda job: -run_folder.RunDir(job.run_dir).path.stat().st_mtime)
+                found.append(job_of_terminal(folder))
+        return sorted(found, key=lambda job: -job.run_dir.stat().st_mtime)
 
-    def seen(self, name: str, owner: str) -> Job:
-        """The visitor's run, or one of the command line. Raises UserError as `owned`."""
-        by_command = {job.name: job for job in self.command_runs()} if isinstance(name, str) else {}
-        return by_command.get(name) or self.owned(name, owner)
+    def seen(self, name: str) -> Job:
+        """Any run. Raises UserError as `recorded`."""
+        by_terminal = (job for job in self.of_terminals() if job.name == name)
+        return next(by_terminal, None) or self.recorded(name)
 
     def current(self) -> Job | None:
-        """The run in progress, whoever owns it. One that was asked to stop and does not answer is ended."""
+        """The run in progress. One that was asked to stop and does not answer is ended."""
         self._reap()
         job = next((job for job in self.all() if job.is_alive), None)
         asked = (job.stop_asked or self._asked.get(job.pid, 0.0)) if job else 0.0
@@ -320,7 +309,8 @@ class Jobs:
         return JobState(state, step, total, phase_of(events), message)
 
     def was_cut_off(self, job: Job) -> bool:
-        """Whether it neither ended itself nor was stopped by its owner: it was killed, or its machine went down."""
+        """Whether it neither ended itself nor was stopped by anybody: it was killed, or its machine
+        went down."""
         if job.is_alive or job.stop_asked or job.pid in self._asked:
             return False
         self._reap()
@@ -332,11 +322,10 @@ class Jobs:
         events, since = self.metrics(job).since_start(), job.began or job.created - 1
         return list(dropwhile(lambda event: (event.get("time") or 0) < since, events))
 
-    def _launch(self, run_dir: Path, owner: str, folder: str) -> Job:
+    def _launch(self, run_dir: Path, folder: str) -> Job:
         with self._make_room(), self._lock:
             if running := self.current():
-                whose = "your run " + running.name if running.owner == owner else "another visitor's run"
-                raise UserError(f"{whose} is going on; one run at a time")
+                raise UserError(f"the run {running.name} is going on; one run at a time")
             command = processes.TRAIN if self.script is None else [str(self.script)]
             words = (*command, "--config", str(run_dir / processes.CONFIG_NAME))
             began = time.time()
@@ -346,7 +335,7 @@ class Jobs:
             self._asked.pop(child.pid, None)
             try:
                 created, birth = psutil.Process(child.pid).create_time(), birth_of(child.pid)
-                job = Job(run_dir, owner, child.pid, created, birth=birth, folder=folder, began=began)
+                job = Job(run_dir, child.pid, created, birth=birth, folder=folder, began=began)
                 job.save()
             except BaseException:  # an unrecorded process could not be stopped
                 child.kill()
@@ -435,7 +424,7 @@ class QueueTurns:
         self.queue.note(replace(run, started=time.time()))
         try:
             queue.refuse_links(run_dir, "--output_dir")
-            self.jobs.start(run.name, settings, run.owner, run.folder)
+            self.jobs.start(run.name, settings, run.folder)
         except (OSError, ValueError) as error:  # UserError is a ValueError; so is the error of an impossible path
             if not self.jobs.current():  # else another run was faster, and this one starts later
                 self.queue.end(run, "failed", one_line(error))

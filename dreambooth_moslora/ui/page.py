@@ -11,12 +11,13 @@ from starlette.middleware import Middleware
 
 from dreambooth_moslora.core import UserError, is_toy
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
-from dreambooth_moslora.ui import generate_values, guard, html, state, train, train_form, visitors
+from dreambooth_moslora.ui import generate_values, guard, html, state, train, train_form
 from dreambooth_moslora.ui.generate import PICTURES, GenerateTab, build_generate_tab, to_widgets
 
 MAX_SESSIONS = 256
 """Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
-MOST_WAITING = 64  # Pictures of a public page that wait; whoever comes then is told that the queue is full
+MOST_WAITING = 64
+"""Pictures of a public page that may wait: whoever comes then is told that the queue is full."""
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 HINT = html.notice("Drop a PNG, JPEG or WebP made here or elsewhere, or a .safetensors adapter.")
 
@@ -114,8 +115,6 @@ def launch_options(
 ) -> dict[str, Any]:
     """The common options for `launch()`. The page answers to the loopback's names and those of the `allowed` origins,
     or to every name (`any_host`). A `public` page takes no files."""
-    own = [guard.BodySizeLimit, guard.UploadQuota, visitors.VisitorCookie]
-    layers = [guard.DrawsOnly] if public else own
     hosts = None if any_host else guard.LOOPBACK | {name for _, name, _ in allowed}
     return {
         "theme": html.THEME,
@@ -123,10 +122,9 @@ def launch_options(
         "head": html.HEAD,
         "footer_links": ["api"],
         "run_history": False,
-        "max_file_size": guard.MAX_UPLOAD_BYTES,
         "state_session_capacity": MAX_SESSIONS,
         "app_kwargs": {
-            "middleware": list(map(Middleware, layers)),
+            "middleware": [Middleware(guard.DrawsOnly)] if public else [],
             "lifespan": partial(guard.trusted_hosts, hosts, allowed),
         },
         "enable_monitoring": False,
@@ -157,10 +155,10 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
 
     @use.click(inputs=file, outputs=[tabs, *fields], show_progress_on=fields, **state.TELLING)
     @state.as_gradio_error
-    def use_recipe(file: str | None, request: gr.Request) -> list:
+    def use_recipe(file: str | None) -> list:
         if not file:
             raise UserError("drop a picture first")
-        return [gr.Tabs(selected="generate"), *to_widgets(ctx, generate_values.recipe_of(file), request)]
+        return [gr.Tabs(selected="generate"), *to_widgets(ctx, generate_values.recipe_of(file))]
 
 
 def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
@@ -187,7 +185,6 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
 
 def adapter_facts(file: str) -> list[tuple[str, str]]:
     """The lines of `info` for any LoRA file."""
-    state.check_upload(Path(file))
     state.import_libraries()
     from dreambooth_moslora.adapters.describe import as_text, describe, label
 

@@ -1,6 +1,7 @@
-"""State shared by all tabs: the pipeline (which loads while the page is already up), adapters, visitors, and stops.
+"""State shared by all tabs: the pipeline (which loads while the page is already up), adapters, runs,
+and stops.
 
-Adapters are looked up by name: a visitor's path is never opened, and an upload's size and header bound its cost.
+Adapters are looked up by name: a path that a request names is never opened.
 """
 
 import errno
@@ -8,9 +9,7 @@ import functools
 import gc
 import html
 import inspect
-import json
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -21,7 +20,6 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,11 +28,12 @@ import gradio as gr
 from dreambooth_moslora.base.files import SMALL_BASE_PX, facts_of_base
 from dreambooth_moslora.base.machine import has_gpu
 from dreambooth_moslora.core import UserError, assets_folder, free_name, one_line, preferred_guidance
-from dreambooth_moslora.disk import processes, queue, run_folder
+from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.plan.memory import SDXL
 from dreambooth_moslora.settings.families import Facts
-from dreambooth_moslora.ui import guard, jobs, visitors
+from dreambooth_moslora.ui import jobs
+from dreambooth_moslora.ui.workspace import Workspace
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -50,87 +49,47 @@ MAX_WAITING = 1000
 LOOK_SEC = 0.5
 MAX_SENTENCE = 300
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-Page = tuple[str, str]  # Visitor and session
 
 logger = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 8 * 1024**2
-"""SDXL with all layers trained needs less than 1 MiB; large data sets add long lists of tags."""
-MAX_QUOTES = 400_000  # Quotes in a header: four for each entry of its metadata, ten for each tensor
-MAX_WORK = 2e10
-"""Sum of rank²·width over all matrices: about half a minute of one core. Rank 64 on all of SDXL is 0.8e10."""
-
-
-def check_upload(source: Path) -> None:
-    """Raises UserError for anything but a safetensors file of reasonable size and header."""
-    if source.suffix != ".safetensors":
-        raise UserError(f"{source.name} is not a .safetensors file; other formats can carry code and are not opened")
-    if (size := source.stat().st_size) > guard.MAX_UPLOAD_BYTES:
-        raise UserError(
-            f"{source.name} has {size / 2**20:.0f} MiB; at most {guard.MAX_UPLOAD_BYTES // 2**20} are taken"
-        )
-    if _work(check_header(source)) > MAX_WORK:
-        raise UserError(f"{source.name}: its ranks are too high; measuring them would hold up everybody else")
-
-
-def check_header(file: Path) -> bytes:
-    """The header's JSON, unparsed. Raises UserError for one that takes long to parse, and OSError."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if MAX_HEADER_BYTES < length <= file.stat().st_size:
-            raise UserError(f"{file.name}: its header has {length / 2**20:.0f} MiB; at most 8 are read")
-        header = opened.read(min(length, MAX_HEADER_BYTES))
-    if header.count(b'"') - header.count(b'\\"') > MAX_QUOTES:
-        raise UserError(f"{file.name}: its header holds too many names")
-    return header
-
-
-def _work(header: bytes) -> float:
-    """The cost of measuring the file's ranks; 0 for an unreadable header, which fails later with a reason."""
-    work = 0.0
-    try:
-        for key, entry in json.loads(header).items():
-            if "lora" in key and key != "__metadata__" and len(shape := entry["shape"]) > 1:
-                low, high = sorted((shape[0], prod(shape[1:])))
-                work += float(low) ** 2 * high
-        return work
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return 0.0
-
-
 PROJECT = assets_folder().parent
-MAX_UPLOADS = 16  # Of a visitor; each further one takes the oldest's place
+
+
+def check_suffix(file: Path) -> None:
+    """Raises UserError for anything but a safetensors file."""
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file.name} is not a .safetensors file; other formats can carry code and are not opened")
 
 
 @dataclass(frozen=True)
 class AdapterCatalog:
-    """Finds adapters in `adapters_dir` (safetensors files) and `runs_dir` (finished runs and their checkpoints), which
-    a public page has not."""
+    """Finds adapters among the uploads, in `adapters_dir` (safetensors files), and in `runs_dir`
+    (finished runs and their checkpoints), which a public page has not."""
 
     adapters_dir: Path
     runs_dir: Path | None
+    workspace: Workspace
 
-    def files(self, visitor: visitors.Visitor | None = None) -> dict[str, Path]:
-        """Name -> file: the visitor's uploads and runs, and those of the command line; a checkpoint is `run@step`."""
-        uploads = dict(visitor.uploads) if visitor else {}
+    def files(self) -> dict[str, Path]:
+        """Name -> file; a checkpoint is `run@step`."""
+        uploads = dict(self.workspace.uploads)
         files, places = sorted(self.adapters_dir.glob("*.safetensors")), [self.adapters_dir]
         if self.runs_dir is not None:
-            runs = [folder for folder in self.runs_dir.glob("*/") if _may_see(folder, visitor)]
-            files += run_folder.run_files(runs)
+            files += run_folder.run_files(list(self.runs_dir.glob("*/")))
             places.append(self.runs_dir)
         return uploads | run_folder.files_by_name(files, places, taken=uploads)
 
-    def path(self, name: str, visitor: visitors.Visitor | None = None) -> Path:
+    def path(self, name: str) -> Path:
         """Raises UserError for an unlisted name: names are looked up, never joined to a folder."""
-        files = self.files(visitor)
+        files = self.files()
         if name not in files:
             raise UserError(f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}")
         return files[name]
 
-    def public_paths(self, visitor: visitors.Visitor | None = None) -> dict[str, str]:
+    def public_paths(self) -> dict[str, str]:
         """Name -> the path for a program, such as `runs/dog/checkpoint-500`: no folder of this machine is shown."""
         paths = {}
-        for name, file in self.files(visitor).items():
+        for name, file in self.files().items():
             is_run = self.runs_dir is not None and file.is_relative_to(self.runs_dir)
             wanted = file.parent if is_run else file
             if wanted.is_relative_to(PROJECT):
@@ -139,34 +98,17 @@ class AdapterCatalog:
                 paths[name] = f"runs/{wanted.relative_to(self.runs_dir).as_posix()}" if is_run else file.name
         return paths
 
-    def add_upload(self, uploaded: str | Path, visitor: visitors.Visitor) -> str:
-        """Keep an uploaded file for its visitor alone; returns its name. Raises UserError."""
+    def add_upload(self, uploaded: str | Path) -> str:
+        """Keep an uploaded file while the page is up; returns its name. Raises UserError."""
         source = Path(uploaded)
-        check_upload(source)
-        name = free_name(run_folder.clean_name(source.stem), {run_folder.NONE, *self.files(visitor)}.__contains__, " ")
-        target = Path(tempfile.mkdtemp(prefix="adapter-", dir=visitor.folder)) / f"{name}.safetensors"
+        check_suffix(source)
+        taken = {run_folder.NONE, *self.files()}
+        name = free_name(run_folder.clean_name(source.stem), taken.__contains__, " ")
+        folder = Path(tempfile.mkdtemp(prefix="adapter-", dir=self.workspace.folder))
+        target = folder / f"{name}.safetensors"
         shutil.copyfile(source, target)
-        visitor.uploads[name] = target
+        self.workspace.uploads[name] = target
         return name
-
-    def forget_oldest(self, visitor: visitors.Visitor) -> list[str]:
-        """Delete the visitor's oldest uploads beyond MAX_UPLOADS; returns their names."""
-        gone = list(visitor.uploads)[:-MAX_UPLOADS]
-        for name in gone:
-            shutil.rmtree(visitor.uploads.pop(name).parent, ignore_errors=True)
-        return gone
-
-
-def _may_see(run_dir: Path, visitor: visitors.Visitor | None) -> bool:
-    """Whether it is the visitor's own, or of the command line: without `job.json`, or without an owner in it."""
-    try:
-        (run_dir / jobs.JOB_NAME).lstat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    job = jobs.Job.load(run_dir)
-    return job is not None and (job.owner == queue.COMMAND_LINE or (visitor is not None and job.owner == visitor.id))
 
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -226,20 +168,19 @@ class AppContext:
         *page_bases: PageBase,
         adapters_dir: Path,
         runs_dir: Path,
+        workspace: Workspace,
         public: bool = False,
     ) -> None:
         self._take(page_bases[0])
         self.bases = {one.title: one for one in page_bases}
-        self.runs_dir, self.public = runs_dir, public
-        self.visitors = visitors.Visitors()
-        self.catalog = AdapterCatalog(adapters_dir, None if public else runs_dir)
-        self._stops: dict[Page, threading.Event] = {}
-        self._announced: OrderedDict[Page, tuple[threading.Event, set[str]]] = OrderedDict()  # the stop of these works
+        self.runs_dir, self.workspace, self.public = runs_dir, workspace, public
+        self.catalog = AdapterCatalog(adapters_dir, None if public else runs_dir, workspace)
+        self._stops: dict[str, threading.Event] = {}  # by session, as a page is called
+        # the stop of these works, by session, too
+        self._announced: OrderedDict[str, tuple[threading.Event, set[str]]] = OrderedDict()
         self.turns = GpuTurns(self)
         self.jobs = jobs.Jobs(runs_dir, make_room=self.turns.training)
         self.queue = jobs.QueueTurns(self.jobs)
-        paths = {one.name: title for title, one in self.bases.items() if os.sep in one.name}
-        self.jobs.public_names |= {f"{adapters_dir}{os.sep}": ""} | paths
         self._load_lock = threading.Lock()
         self._pipeline: Future[SubjectPipeline] | None = self._loading(self.chosen)
 
@@ -295,7 +236,7 @@ class AppContext:
                 future.set_result(base.load())
             except UserError as error:
                 logger.error("The base could not be loaded: %s", error)
-                future.set_exception(UserError(self.jobs.told(str(error))))
+                future.set_exception(error)
             except Exception:
                 logger.exception("The base could not be loaded")
                 future.set_exception(UserError("the base could not be loaded; the server's log says why"))
@@ -303,16 +244,16 @@ class AppContext:
         threading.Thread(target=fulfil, name="load-base", daemon=True).start()
         return future
 
-    def load_adapters(self, params: GenerationParams, visitor: visitors.Visitor) -> GenerationParams:
+    def load_adapters(self, params: GenerationParams) -> GenerationParams:
         """Apply tags and load every adapter into the model. Raises UserError for an unknown or unsuitable one."""
         params = params.apply_tags()
         for name, _ in params.adapters:
-            self.pipeline().load_adapter(self.catalog.path(name, visitor), name)
+            self.pipeline().load_adapter(self.catalog.path(name), name)
         return params
 
     def announce(self, request: gr.Request, work: str) -> None:
         """This page's `work` joins the queue: it can be stopped until it has `ended`, even before its turn."""
-        page, new = _page_of(request), (threading.Event(), set())
+        page, new = request.session_hash, (threading.Event(), set())
         known = self._announced.pop(page, new)
         stop, works = new if known[0].is_set() else known
         self._announced[page] = stop, works | {work}
@@ -321,15 +262,15 @@ class AppContext:
 
     def ended(self, request: gr.Request, work: str) -> bool:
         """This page's `work` is done or has failed; returns whether other work of the page is left."""
-        stop, works = self._announced.pop(_page_of(request), (threading.Event(), set()))
+        stop, works = self._announced.pop(request.session_hash, (threading.Event(), set()))
         if left := works - {work}:
-            self._announced[_page_of(request)] = stop, left
+            self._announced[request.session_hash] = stop, left
         return bool(left)
 
     @contextmanager
     def stoppable(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
         """`should_stop` of this page's work; what is announced after a stop gets a new one."""
-        page = _page_of(request)
+        page = request.session_hash
         stop = self._stops[page] = self._announced.get(page, (threading.Event(),))[0]
         try:
             yield stop.is_set
@@ -339,7 +280,7 @@ class AppContext:
 
     def stop(self, request: gr.Request) -> None:
         """Stop all of this page's own work, running or waiting. Another page's cannot be stopped."""
-        page = _page_of(request)
+        page = request.session_hash
         for stop in (self._stops.get(page), self._announced.get(page, (None,))[0]):
             if stop:
                 stop.set()
@@ -402,11 +343,6 @@ class GpuTurns:
                 del pipeline
                 self._ctx.unload()
             yield
-
-
-def _page_of(request: gr.Request) -> Page:
-    """The visitor and the page: the session's name is chosen by the client, so it alone grants nothing."""
-    return visitors.visitor_id(request), str(request.session_hash)
 
 
 @contextmanager

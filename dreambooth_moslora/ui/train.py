@@ -18,7 +18,6 @@ from dreambooth_moslora.ui import (
     train_photos,
     train_start,
     train_watch,
-    visitors,
 )
 from dreambooth_moslora.ui.generate import GenerateTab
 from dreambooth_moslora.ui.train_form import TrainForm, form_of, left_out, named, rows, values_like, values_of
@@ -113,16 +112,16 @@ def build_train_tab(ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, gener
     _connect_start(ctx, fields, parts)
 
     @gr.on([page.load, fields["begin_with"].focus], inputs=None, outputs=fields["begin_with"], **state.AT_ONCE)
-    def starts(request: gr.Request) -> gr.Dropdown:
+    def starts() -> gr.Dropdown:
         """Adapters with new tokens are left out, as no run begins with them."""
-        files = ctx.catalog.files(ctx.visitors.of(request))
+        files = ctx.catalog.files()
         return gr.Dropdown(
             choices=[NONE, *(name for name, file in files.items() if not generate_values.summary_of(file).new_tokens)]
         )
 
     @gr.on([page.load, fields["like"].focus], inputs=None, outputs=fields["like"], **state.AT_ONCE)
-    def recipes(request: gr.Request) -> gr.Dropdown:
-        return gr.Dropdown(choices=train_start.recipe_names(ctx, ctx.visitors.of(request)))
+    def recipes() -> gr.Dropdown:
+        return gr.Dropdown(choices=train_start.recipe_names(ctx))
 
     _connect_like(ctx, fields, parts)
     _connect_values(ctx, page, fields, parts)
@@ -136,25 +135,24 @@ def build_train_tab(ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, gener
 
 
 def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    def with_photos(act: Callable[[TrainForm, visitors.Visitor], Any]) -> Callable:
+    def with_photos(act: Callable[[TrainForm], Any]) -> Callable:
         """A handler of the form's values, after the photos were taken."""
 
         @state.as_gradio_error
         def handler(
             photos: Files,
-            request: gr.Request,
             photos_2: Files = None,
             photos_3: Files = None,
             photos_4: Files = None,
             **values,
         ) -> Any:
-            visitor = ctx.visitors.of(request)
             sent = {n: files for n, files in enumerate((photos, photos_2, photos_3, photos_4), 1) if files}
             form = form_of(values | {named("photos", number): files for number, files in sent.items()})
-            with visitor.changing if sent else nullcontext():  # or another request's photos would be used in its place
+            # else the photos of another request would be used in their place
+            with ctx.workspace.changing if sent else nullcontext():
                 for number, files in sent.items():  # the photos of the other subjects stay
-                    train_photos.take_with_masks(files, visitor, number)
-                return act(form, visitor)
+                    train_photos.take_with_masks(files, ctx.workspace, number)
+                return act(form)
 
         return handler
 
@@ -166,22 +164,22 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     chosen.change(lambda card: card, chosen, parts["cost"], **state.AT_ONCE).then(None, js=SHOW_STATUS, **state.AT_ONCE)
 
     @with_photos
-    def train(form: TrainForm, visitor: visitors.Visitor) -> tuple:
-        job, chosen = train_start.start_run(ctx, form, visitor)
-        names = gr.Dropdown(choices=train_watch.run_names(ctx.jobs, visitor.id), value=job.name)
+    def train(form: TrainForm) -> tuple:
+        job, chosen = train_start.start_run(ctx, form)
+        names = gr.Dropdown(choices=train_watch.run_names(ctx.jobs), value=job.name)
         return names, html.notice(f"The run {job.name} is starting."), chosen
 
     parts["start"].click(train, api_name="train", outputs=[parts["run"], parts["status"], chosen], **how)
 
     @parts["queue"].click(api_name="add_to_queue", outputs=parts["cost"], **how)
     @with_photos
-    def queue(form: TrainForm, visitor: visitors.Visitor) -> str:
-        return train_start.add_to_queue(ctx, form, visitor)[1]
+    def queue(form: TrainForm) -> str:
+        return train_start.add_to_queue(ctx, form)[1]
 
     @parts["estimate"].click(api_name="estimate", outputs=parts["cost"], **how)
     @with_photos
-    def estimate(form: TrainForm, visitor: visitors.Visitor) -> str:
-        return train_start.estimate_cost(ctx, form, visitor)
+    def estimate(form: TrainForm) -> str:
+        return train_start.estimate_cost(ctx, form)
 
 
 def _connect_like(ctx: state.AppContext, fields: dict, parts: dict) -> None:
@@ -191,31 +189,30 @@ def _connect_like(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     outputs = [fields["like"], parts["like_said"], *filled]
     options = {"outputs": outputs, "show_progress_on": parts["like_said"], **state.TELLING}
 
-    def like(name: str, count: int, visitor: visitors.Visitor) -> tuple:
-        recipe = train_start.recipe_of(ctx, name, visitor)
+    def like(name: str, count: int) -> tuple:
+        recipe = train_start.recipe_of(ctx, name)
         values = as_shown(values_like(recipe, ctx.base_name))
-        listed = gr.Dropdown(choices=train_start.recipe_names(ctx, visitor), value=name)
-        pictures = train_masks.reviews(ctx, visitor, values["seed"], count, name)
+        listed = gr.Dropdown(choices=train_start.recipe_names(ctx), value=name)
+        pictures = train_masks.reviews(ctx, values["seed"], count, name)
         return listed, said_of(name, recipe), *(values[field] for field in names), *pictures
 
     def mistake(error: Exception) -> gr.HTML:
-        return gr.HTML(html.notice(ctx.jobs.told(state.sentence(state.as_user_error(error))), "bad"), visible=True)
+        return gr.HTML(html.notice(state.sentence(state.as_user_error(error)), "bad"), visible=True)
 
     @fields["like"].input(inputs=[fields["like"], fields["subjects"]], **options)
-    def choose(name: str | None, count: int, request: gr.Request) -> tuple:
+    def choose(name: str | None, count: int) -> tuple:
         """A name without a recipe becomes “none”."""
         try:
-            return like(str(name or NONE), count, ctx.visitors.of(request))
+            return like(str(name or NONE), count)
         except Exception as error:
-            listed, _, *rest = like(NONE, count, ctx.visitors.of(request))
+            listed, _, *rest = like(NONE, count)
             return listed, mistake(error), *rest
 
     @parts["upload_like"].upload(inputs=[parts["upload_like"], fields["subjects"]], **options)
-    def upload(file: str, count: int, request: gr.Request) -> tuple:
+    def upload(file: str, count: int) -> tuple:
         """A bad file changes nothing."""
-        visitor = ctx.visitors.of(request)
         try:
-            return like(train_start.add_recipe(ctx, file, visitor), count, visitor)
+            return like(train_start.add_recipe(ctx, file), count)
         except Exception as error:
             return gr.skip(), mistake(error), *([gr.skip()] * len(filled))
 
@@ -225,10 +222,9 @@ def _connect_values(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
     names = [name for name, row in rows(TrainForm).items() if row.by_recipe]
     shown = [parts["by_recipe"], *(fields[name] for name in names)]
 
-    def values(preset: str, like: str | None, request: gr.Request) -> list:
-        visitor = ctx.visitors.of(request)
+    def values(preset: str, like: str | None) -> list:
         try:
-            found = train_start.recipe_values(ctx, preset, like, visitor)
+            found = train_start.recipe_values(ctx, preset, like)
         except Exception as error:
             return [html.faint(state.sentence(state.as_user_error(error))), *([gr.skip()] * len(names))]
         line = f"Trained at {ctx.resolution_px} px, the base's own size. An empty field has the value in grey."
@@ -261,10 +257,9 @@ def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Ta
 
     @parts["use"].click(inputs=parts["run"], outputs=shown, show_progress_on=generate.prompt, **state.TELLING)
     @state.as_gradio_error
-    def use(run: str | None, request: gr.Request) -> tuple:
-        visitor = ctx.visitors.of(request)
-        job = ctx.jobs.seen(run or "", visitor.id)
-        files, adapter = ctx.catalog.files(visitor), RunDir(job.run_dir).adapter_path
+    def use(run: str | None) -> tuple:
+        job = ctx.jobs.seen(run or "")
+        files, adapter = ctx.catalog.files(), RunDir(job.run_dir).adapter_path
         if (name := next((name for name, file in files.items() if file == adapter), None)) is None:
             raise UserError("there is no adapter yet")
         summary = generate_values.summary_of(files[name])
@@ -277,20 +272,19 @@ def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Ta
 
     @parts["reopen"].click(inputs=parts["run"], outputs=outputs, show_progress_on=parts["cost"], **state.TELLING)
     @state.as_gradio_error
-    def reopen(run: str | None, request: gr.Request) -> tuple:
-        visitor = ctx.visitors.of(request)
-        job = ctx.jobs.owned(run or "", visitor.id)
+    def reopen(run: str | None) -> tuple:
+        job = ctx.jobs.recorded(run or "")
         settings = jobs.settings_of(job)
         form = train_start.form_of_run(settings, job.run_dir / "photos")
         count = len(form.subjects)
-        train_start.take_photos_of_run(job.run_dir, visitor, count)
+        train_start.take_photos_of_run(job.run_dir, ctx.workspace, count)
         name, recipe = train_start.like_of_run(job.run_dir)
-        train_start.keep_recipe(ctx, name, recipe, visitor)
-        train_photos.keep_captions_of(visitor, form.subjects)
+        train_start.keep_recipe(ctx, name, recipe)
+        train_photos.keep_captions_of(ctx.workspace, form.subjects)
         values = as_shown(values_of(form))
         told = f"The settings, words and photos of {job.name} are in the form. Change them, and start."
         if (base := settings["pretrained_model_name_or_path"]) != ctx.base_name:
             told += f" It was trained on {public_name(base)}, and the base at the top of the page is {ctx.base}."
-        reviews = train_masks.reviews(ctx, visitor, form.seed, count, form.like, is_reset=True)
+        reviews = train_masks.reviews(ctx, form.seed, count, form.like, is_reset=True)
         shown = (*reviews, said_of(name, recipe), html.notice(told), *train_masks.boxes_for(count)[1:])
         return (*(values[name] for name in names), *shown)

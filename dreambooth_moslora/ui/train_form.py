@@ -21,7 +21,7 @@ from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.settings import rules, sources
 from dreambooth_moslora.settings.table import OF_PLANS, SETTINGS, TrainConfig
-from dreambooth_moslora.ui.visitors import kept_photos
+from dreambooth_moslora.ui.photo_copies import kept_photos
 
 LENGTHS = ("max_train_steps", "exposures_per_photo", "num_train_epochs")
 OF_MACHINE = (
@@ -45,7 +45,7 @@ class FormField:
     line: int = 0  # its line below “More settings”, from the top, where several may stand side by side; 0: elsewhere
     setting: str = ""  # the setting that it fills; "" if the form does more with it
     choices: Collection[str] | Mapping[str, str] = ()  # values, or value -> its label (default: those of its setting)
-    most: float | None = None  # the most that a visitor may ask of this machine (default: the setting's bound)
+    most: float | None = None  # the most that the field takes (default: the setting's bound)
     kind: str = ""  # radio, slider, or list: names that the page knows; else the widget follows from the values
     required: bool = False  # the API's argument has no default
     always: bool = False  # the run is given its value even where that is as at first; else 0 means “by recipe”
@@ -394,16 +394,6 @@ def values_like(recipe: sources.FoundRecipe | None, base: str, form: type[TrainF
     return {name: value for name, value in values.items() if not rows(form)[name].of_files}
 
 
-MOST: dict[str, float] = {
-    "num_train_epochs": 10_000,
-    "exposures_per_photo": 10_000,
-    "train_batch_size": 64,
-    "gradient_accumulation_steps": 256,
-    "repeats": 1000,
-    "crops_per_photo": 100,
-    "num_class_images": 1000,
-} | {row.setting: row.limit for row in rows(TrainForm).values() if row.setting and row.is_number}
-"""The most that a visitor may ask of this machine, in the form and by a file that anyone may have written."""
 PRIOR_FLAGS = r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\""
 
 

@@ -2,32 +2,26 @@
 
 What a program sends in `photos` and `captions` the page has elsewhere: photos are taken when they are dropped, and
 captions are written in the rows.
-
-Gradio's ImageEditor has limits here: uploads are bounded before they are decoded, and unused ones are dropped.
 """
 
-import io
 import shutil
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import fastapi
 import gradio as gr
-import PIL.Image
 
 from dreambooth_moslora.core import UserError, is_toy
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui import html, state, train_form, train_photos, train_start, visitors
+from dreambooth_moslora.ui import html, state, train_form, train_photos, train_start
 from dreambooth_moslora.ui.html import CAPTIONS, photo_rows, with_cards
+from dreambooth_moslora.ui.photo_copies import PHOTO_TYPES
 from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, SubjectWords, folder_of, form_of, named, photos_of
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
-"""Options of events that process photos: visitors take turns photo by photo (`visitors.ONE_AT_A_TIME`)."""
+"""Options of events that process photos: an estimate need not wait for a start."""
 ABOUT_MASKS = "A mask, if you have one, goes along as name.mask.png beside name.jpg: its white part is learned most."
 FURTHER = range(2, MOST_SUBJECTS + 1)
 PRIVATE = {"api_visibility": "private", **state.GPU}
@@ -39,7 +33,7 @@ WRITING, FETCHED = "Writing captions", "Qwen3-VL comes from the hub once"
 def photo_widgets(number: int = 1) -> dict[str, Any]:
     """The widgets in which a subject's photos are dropped and shown, and the field for those of a program."""
     whose = "one subject" if number == 1 else f"subject {number}"
-    files = {"file_count": "multiple", "file_types": visitors.PHOTO_TYPES, "label": f"3 to 10 photos of {whose}"}
+    files = {"file_count": "multiple", "file_types": PHOTO_TYPES, "label": f"3 to 10 photos of {whose}"}
     widgets = {"added": gr.File(height=130, elem_id=named("photos", number), **files)}
     if number == 1:
         gr.HTML(html.faint(ABOUT_MASKS))
@@ -115,28 +109,26 @@ def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
     changing = {"api_visibility": "private", "show_progress_on": remarks, "trigger_mode": "multiple", **TAKING_PHOTOS}
 
     @added.upload(inputs=[added, *crops], outputs=[added, remarks, rows], show_progress="minimal", **changing)
-    def add(files: list[str] | None, seed: int, like: str, request: gr.Request) -> tuple:
+    def add(files: list[str] | None, seed: int, like: str) -> tuple:
         """The dropped files leave their field in any case: whatever is dropped next comes beside those in the rows."""
         try:
-            visitor = ctx.visitors.of(request)
-            told = train_photos.add_photos(files or [], visitor, number)
-            return None, *review(ctx, visitor, number, seed, like, told)
+            told = train_photos.add_photos(files or [], ctx.workspace, number)
+            return None, *review(ctx, number, seed, like, told)
         except Exception as error:
-            words = ctx.jobs.told(state.sentence(state.as_user_error(error)))
+            words = state.sentence(state.as_user_error(error))
             return None, gr.HTML(html.notice(words, "bad"), visible=True), gr.skip()
 
     @rows.drop(inputs=crops, outputs=[remarks, rows], show_progress="hidden", **changing)
     @state.as_gradio_error
-    def drop(seed: int, like: str, event: gr.EventData, request: gr.Request) -> tuple:
-        visitor = ctx.visitors.of(request)
-        train_photos.remove_photo(visitor, photo_in(event), number)
-        return review(ctx, visitor, number, seed, like)
+    def drop(seed: int, like: str, event: gr.EventData) -> tuple:
+        train_photos.remove_photo(ctx.workspace, photo_in(event), number)
+        return review(ctx, number, seed, like)
 
     rows.written(None, rows, captions, js=CAPTIONS, trigger_mode="multiple", **state.AT_ONCE)
 
     @rows.keep(inputs=rows, outputs=None, trigger_mode="always_last", **state.AT_ONCE)
-    def keep(said: Any, request: gr.Request) -> None:
-        train_photos.keep_captions(ctx.visitors.of(request), number, said)
+    def keep(said: Any) -> None:
+        train_photos.keep_captions(ctx.workspace, number, said)
 
     fields = {name: widgets[name] for name in ("subjects", "seed", "like")}
     words = [named(name, one) for one in range(1, number + 1) for name in WORDS]
@@ -144,16 +136,16 @@ def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
 
     @rows.write(inputs_kwargs=fields, outputs=[remarks, rows], show_progress_on=remarks, **PRIVATE)
     @state.as_gradio_error
-    def write(request: gr.Request, progress: gr.Progress = PROGRESS, **values) -> tuple:
-        visitor, made, told = ctx.visitors.of(request), {}, []
+    def write(progress: gr.Progress = PROGRESS, **values) -> tuple:
+        made, told = {}, []
         progress((0, None), desc=WRITING if is_toy(ctx.base_name) else f"{WRITING}; {FETCHED}", unit="photos")
         with ctx.turns.captioning():
-            wanted = train_photos.made_captions(ctx, visitor, form_of(values), number)
+            wanted = train_photos.made_captions(ctx, form_of(values), number)
             for place, (digest, caption, remark) in enumerate(wanted, 1):
                 progress((place, None), desc=WRITING, unit="photos")
                 made[digest] = caption
                 told += [remark] if remark else []
-        return review(ctx, visitor, number, values["seed"], values["like"], told, made=made)
+        return review(ctx, number, values["seed"], values["like"], told, made=made)
 
 
 def photo_in(event: gr.EventData) -> str:
@@ -169,27 +161,27 @@ def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None
 
     @page.load(inputs=widgets["seed"], outputs=[*pictures, *boxes], **state.AT_ONCE)
     @state.as_gradio_error
-    def restore(seed: int, request: gr.Request) -> tuple:
-        visitor, count = ctx.visitors.of(request), 0
-        while count < MOST_SUBJECTS and photos_of(visitor.photos_dir, count + 1):
+    def restore(seed: int) -> tuple:
+        count = 0
+        while count < MOST_SUBJECTS and photos_of(ctx.workspace.photos_dir, count + 1):
             count += 1
-        return (*reviews(ctx, visitor, seed, max(1, count)), *boxes_for(max(1, count)))
+        return (*reviews(ctx, seed, max(1, count)), *boxes_for(max(1, count)))
 
     @widgets["seed"].blur(
         inputs=[widgets[name] for name in ("seed", "subjects", "like")], outputs=pictures, **state.TELLING
     )
     @state.as_gradio_error
-    def again(seed: int, count: int, like: str, request: gr.Request) -> tuple:
-        return reviews(ctx, ctx.visitors.of(request), seed, count, like)
+    def again(seed: int, count: int, like: str) -> tuple:
+        return reviews(ctx, seed, count, like)
 
     @widgets["add_subject"].click(inputs=widgets["subjects"], outputs=boxes, **state.AT_ONCE)
     def add(count: int) -> tuple:
         return boxes_for(min(MOST_SUBJECTS, int(count) + 1))
 
     @widgets["remove_subject"].click(inputs=widgets["subjects"], outputs=[*boxes, *emptied], **state.AT_ONCE)
-    def remove(count: int, request: gr.Request) -> tuple:
+    def remove(count: int) -> tuple:
         last = max(2, int(count))
-        shutil.rmtree(folder_of(ctx.visitors.of(request).photos_dir, last), ignore_errors=True)
+        shutil.rmtree(folder_of(ctx.workspace.photos_dir, last), ignore_errors=True)
         values = (gr.HTML(visible=False), with_cards([]), "", train_form.TOKENS[last - 1], "", "")
         cleared = [value if number == last else gr.skip() for number in FURTHER for value in values]
         return (*boxes_for(last - 1), *cleared)
@@ -200,21 +192,18 @@ def review_widgets(widgets: dict) -> list[Any]:
     return [widget for number in subjects for widget in widgets_of(widgets, number, "remarks", "crops")]
 
 
-def reviews(
-    ctx: state.AppContext, visitor: visitors.Visitor, seed: int, count: int, like: str = NONE, **how: Any
-) -> tuple:
+def reviews(ctx: state.AppContext, seed: int, count: int, like: str = NONE, **how: Any) -> tuple:
     """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not change but with
     `is_reset`, where they may be gone."""
     values: list[Any] = []
     for number in range(1, MOST_SUBJECTS + 1):
-        is_shown = how.get("is_reset") or (number <= count and photos_of(visitor.photos_dir, number))
-        values += review(ctx, visitor, number, seed, like, **how) if is_shown else (gr.skip(), gr.skip())
+        is_shown = how.get("is_reset") or (number <= count and photos_of(ctx.workspace.photos_dir, number))
+        values += review(ctx, number, seed, like, **how) if is_shown else (gr.skip(), gr.skip())
     return tuple(values)
 
 
 def review(
     ctx: state.AppContext,
-    visitor: visitors.Visitor,
     number: int,
     seed: int,
     like: str,
@@ -225,10 +214,10 @@ def review(
     is_reset: bool = False,
 ) -> tuple:
     """Values of a subject's remarks and rows; hidden without photos."""
-    if not photos_of(visitor.photos_dir, number):
+    if not photos_of(ctx.workspace.photos_dir, number):
         return gr.HTML(visible=False), with_cards([])
-    found = train_photos.review_kept(ctx, visitor, remarks, seed, number, like, masks)
-    cards = train_photos.cards_of(visitor, found, number, made or {})
+    found = train_photos.review_kept(ctx, remarks, seed, number, like, masks)
+    cards = train_photos.cards_of(ctx.workspace, found, number, made or {})
     return gr.HTML(found.remarks, visible=True), with_cards(cards, is_reset=is_reset)
 
 
@@ -246,82 +235,25 @@ def boxes_for(count: int) -> tuple:
     )
 
 
-MOST_PIXELS = 4 * train_photos.EDIT_PX**2
-KEPT_BYTES = 32 * 1024**2  # Limit for all visitors' drawings between upload and the click that uses them
-OWN_BYTES = KEPT_BYTES // 4
 BRUSH_PX, OPACITY = 24, 0.6
-TOO_LARGE = "the painted mask is no picture of the size that was shown"
-
-
-class Drawings(OrderedDict):
-    """(Owner, id) -> uploaded drawing. The oldest go when those of an owner exceed OWN_BYTES, or all KEPT_BYTES."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, value)
-        self.move_to_end(key)
-        self.drop_oldest([name for name in self if name[0] == key[0]], OWN_BYTES)
-        self.drop_oldest(list(self), KEPT_BYTES)
-
-    def drop_oldest(self, names: list, limit: int) -> None:
-        """Keep the newest of these, and at most `limit` bytes."""
-        total = 0
-        for number, name in enumerate(reversed(names)):
-            drawing = self[name]
-            total += sum(map(len, filter(None, (drawing.background, drawing.composite, *drawing.layers))))
-            if number and total > limit:
-                del self[name]
-
-
-def owner_of(request: gr.Request) -> str:
-    """Whose drawings these are: the visitor's cookie, which the upload of a drawing has with a login too."""
-    return visitors.secret_in(getattr(request, "cookies", None) or {})
 
 
 def mask_editor() -> gr.ImageEditor:
-    """The editor of a painted layer. Update only its value: else gradio makes another one, without the limits."""
+    """The editor of one painted layer."""
     sides = (train_photos.LEARNED, train_photos.LEFT_OUT)
     colours = [f"rgba({red}, {green}, {blue}, {OPACITY})" for red, green, blue in sides]
     brush = gr.Brush(default_size=BRUSH_PX, colors=colours, default_color=colours[0], color_mode="fixed")
     look = {"label": "Mask", "show_label": False, "elem_id": "mask_editor", "format": "png", "interactive": True}
     look |= {"sources": (), "transforms": (), "layers": False, "buttons": []}
     size = (train_photos.EDIT_PX, train_photos.EDIT_PX)
-    editor = gr.ImageEditor(canvas_size=size, brush=brush, eraser=gr.Eraser(default_size=BRUSH_PX), **look)
-    editor.blob_storage = Drawings()
-    accept = editor.accept_blobs
-
-    def accept_blobs(data: Any, request: gr.Request) -> None:
-        try:
-            kind, index, name = (data.data[part] for part in ("type", "index", "id"))
-            data.files[0][1]
-        except (AttributeError, IndexError, KeyError, TypeError) as error:  # JSON in place of a form
-            raise fastapi.HTTPException(400, "send the layer as a form, with type, index, id and one file") from error
-        if kind != "layer":  # the server has the photo
-            return
-        if str(index) != "0":
-            raise fastapi.HTTPException(400, "there is one layer")
-        accept(SimpleNamespace(data={**data.data, "id": (owner_of(request), name)}, files=data.files))
-
-    accept_blobs._is_server_fn = True
-    editor.accept_blobs = accept_blobs
-    editor.preprocess = lambda payload: payload  # `painted_of` is told whose it is
-    return editor
-
-
-def painted_of(editor: gr.ImageEditor, payload: Any, owner: str) -> PIL.Image.Image | None:
-    """The layer that this owner sent, as RGBA. Raises gr.Error unless it is a small picture."""
-    if payload is not None and payload.id is not None:
-        payload = editor.blob_storage.pop((owner, payload.id), None)
-    layer = next((layer for layer in payload.layers if layer), None) if payload is not None else None
-    if layer is None:
-        return None
-    source = io.BytesIO(layer) if isinstance(layer, bytes | bytearray) else layer.path
-    try:
-        with PIL.Image.open(source, formats=["PNG", "WEBP"]) as image:
-            if image.width * image.height <= MOST_PIXELS:
-                return image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
-        pass
-    raise gr.Error(TOO_LARGE, duration=12, print_exception=False)
+    return gr.ImageEditor(
+        type="pil",
+        image_mode="RGBA",
+        canvas_size=size,
+        brush=brush,
+        eraser=gr.Eraser(default_size=BRUSH_PX),
+        **look,
+    )
 
 
 PAINT = "green is learned. The brush has green to add, and red to take away."
@@ -355,31 +287,31 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     corrected = [parts["mask_remarks"], parts["mask_box"], *review_widgets(parts)]
     making = {"show_progress": "minimal", "show_progress_on": parts["mask_remarks"], **PRIVATE}
 
-    def settings(visitor: visitors.Visitor, values: dict) -> TrainConfig:
-        photos, form = visitor.given_photos, form_of(values)
+    def settings(values: dict) -> TrainConfig:
+        photos, form = ctx.workspace.given_photos, form_of(values)
         form = form if form.make_masks and not is_toy(ctx.base_name) else with_any_word(form)
-        recipe, run_dir = train_start.recipe_of(ctx, form.like, visitor), ctx.runs_dir / "new"
+        recipe, run_dir = train_start.recipe_of(ctx, form.like), ctx.runs_dir / "new"
         config = form.config(ctx.base_name, ctx.resolution_px, photos, run_dir, recipe)
         return TrainConfig.from_dict(config)
 
-    def pictures(visitor: visitors.Visitor, values: dict) -> tuple:
+    def pictures(values: dict) -> tuple:
         """Values of `corrected`: the rows have the masks that a run would use, and the brush is away."""
-        masks = list(train_photos.shown_masks(settings(visitor, values), visitor))
+        masks = list(train_photos.shown_masks(settings(values), ctx.workspace))
         lines = [f"{mask.label}: {mask.remark}" for mask in masks if mask.remark]
         of_photos = {mask.photo: mask.path for mask in masks}
-        rows = reviews(ctx, visitor, values["seed"], values["subjects"], values["like"], masks=of_photos)
+        rows = reviews(ctx, values["seed"], values["subjects"], values["like"], masks=of_photos)
         return gr.HTML(html.remarks_card(lines, SHOWN), visible=True), gr.Column(visible=False), *rows
 
     @state.as_gradio_error
-    def show(request: gr.Request, **values) -> tuple:
-        return pictures(ctx.visitors.of(request), values)
+    def show(**values) -> tuple:
+        return pictures(values)
 
     def edit_of(number: int) -> Callable:
         @state.as_gradio_error
-        def edit(event: gr.EventData, request: gr.Request, **values) -> tuple:
-            visitor, digest = ctx.visitors.of(request), photo_in(event)
-            photo = train_photos.photo_with(visitor, digest, number)
-            picture = train_photos.editor_picture(visitor, photo, settings(visitor, values))
+        def edit(event: gr.EventData, **values) -> tuple:
+            digest = photo_in(event)
+            photo = train_photos.photo_with(ctx.workspace, digest, number)
+            picture = train_photos.editor_picture(ctx.workspace, photo, settings(values))
             label = train_photos.label_of(photo, number - 1, values["subjects"])
             value = {"background": picture, "layers": [], "composite": None}
             return gr.Column(visible=True), html.notice(f"{label.capitalize()}: {PAINT}"), value, (digest, number)
@@ -388,21 +320,18 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
 
     @parts["keep_mask"].click(inputs_kwargs={"painted": parts["mask_editor"], **of_chosen}, outputs=corrected, **making)
     @state.as_gradio_error
-    def keep(chosen: tuple[str, int], painted: Any, request: gr.Request, **values) -> tuple:
-        painted = painted_of(parts["mask_editor"], painted, owner_of(request))
-        if painted is None:
+    def keep(chosen: tuple[str, int], painted: dict | None, **values) -> tuple:
+        if not (painted and painted["layers"]):
             raise UserError(train_photos.EMPTY)
-        visitor = ctx.visitors.of(request)
-        photo = train_photos.photo_with(visitor, *chosen)
-        train_photos.keep_mask(visitor, photo, painted, settings(visitor, values))
-        return pictures(visitor, values)
+        photo = train_photos.photo_with(ctx.workspace, *chosen)
+        train_photos.keep_mask(ctx.workspace, photo, painted["layers"][0], settings(values))
+        return pictures(values)
 
     @parts["put_mask_back"].click(inputs_kwargs=of_chosen, outputs=corrected, **making)
     @state.as_gradio_error
-    def back(chosen: tuple[str, int], request: gr.Request, **values) -> tuple:
-        visitor = ctx.visitors.of(request)
-        train_photos.put_back(visitor, train_photos.photo_with(visitor, *chosen))
-        return pictures(visitor, values)
+    def back(chosen: tuple[str, int], **values) -> tuple:
+        train_photos.put_back(ctx.workspace, train_photos.photo_with(ctx.workspace, *chosen))
+        return pictures(values)
 
     def closed() -> tuple:
         return gr.HTML(visible=False), gr.Column(visible=False)

@@ -1,4 +1,5 @@
-"""A visitor's photos: taken, shown as the run will crop them, with captions to edit and masks to correct.
+"""The photos in the form: taken, shown as the run will crop them, with captions to edit and masks to
+correct.
 
 A caption and a corrected mask are kept under the digest of their photo's clean copy, and found when the photo is
 uploaded again.
@@ -23,8 +24,10 @@ from dreambooth_moslora.photos.folder import MOST_BYTES, find_photos, one_space,
 from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_warning
 from dreambooth_moslora.photos.photo_file import Photo, apply_crop, open_again, open_mask, open_rgb, to_rgb
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui import html, state, train_form, train_start, visitors
+from dreambooth_moslora.ui import html, state, train_form, train_start
+from dreambooth_moslora.ui.photo_copies import MAX_PHOTOS, kept_photos, remove_photos, take_photos
 from dreambooth_moslora.ui.train_form import DIGEST, folder_of, photos_of
+from dreambooth_moslora.ui.workspace import Workspace
 
 EDIT_PX = 768  # Side of the square to paint on: the photo, scaled to it, and a margin
 MARGIN = (226, 228, 232)
@@ -32,7 +35,6 @@ LEARNED, LEFT_OUT = (13, 148, 136), (225, 29, 72)
 """Colours of the brush: for parts that become white in the mask, and for parts that become black."""
 TINT = 0.5
 PAINTED = 64  # A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less
-MOST_KEPT = 200  # Most files of corrections, and of captions of a subject, per visitor; the oldest are deleted
 ROW_PX = 256  # Longer side of the picture beside a caption
 NO_MASK = "no mask: all of it is learned"
 GONE = "this photo is not there any more; load the page again"
@@ -49,27 +51,33 @@ class ShownMask:
     remark: str
 
 
-def take_with_masks(files: list[str], visitor: visitors.Visitor, number: int = 1, *, keep: bool = False) -> list[str]:
+def take_with_masks(
+    files: list[str],
+    workspace: Workspace,
+    number: int = 1,
+    *,
+    keep: bool = False,
+) -> list[str]:
     """`take_photos` for subject `number`, with earlier corrections for the same photos."""
-    folder = folder_of(visitor.photos_dir, number)
-    remarks = visitors.take_photos(files, folder, keep=keep)
-    for photo in visitors.kept_photos(folder):
-        if (corrected := corrections_of(visitor, photo)[0]).is_file():
+    folder = folder_of(workspace.photos_dir, number)
+    remarks = take_photos(files, folder, keep=keep)
+    for photo in kept_photos(folder):
+        if (corrected := corrections_of(workspace, photo)[0]).is_file():
             shutil.copyfile(corrected, beside(photo))
     return remarks
 
 
-def add_photos(files: list[str], visitor: visitors.Visitor, number: int = 1) -> list[str]:
+def add_photos(files: list[str], workspace: Workspace, number: int = 1) -> list[str]:
     """Take them after the subject's other photos. Of equal ones the first stays, with the first mask. Returns remarks.
     Raises UserError."""
-    with visitor.changing:
-        remarks, first, again = take_with_masks(files, visitor, number, keep=True), {}, []
-        for photo in photos_of(visitor.photos_dir, number):
+    with workspace.changing:
+        remarks, first, again = take_with_masks(files, workspace, number, keep=True), {}, []
+        for photo in photos_of(workspace.photos_dir, number):
             if (known := first.setdefault(file_digest(photo), photo)) != photo:
                 again.append(photo)
                 of_mask = with_mask_of(known, photo)
                 remarks.append(f"photo {number_of(known)} was added once more: it counts once{of_mask}")
-        visitors.remove_photos(folder_of(visitor.photos_dir, number), again)
+        remove_photos(folder_of(workspace.photos_dir, number), again)
     return remarks
 
 
@@ -84,86 +92,80 @@ def with_mask_of(first: Path, again: Path) -> str:
     return "" if is_same else ", with its first mask; for another, remove it first"
 
 
-def remove_photo(visitor: visitors.Visitor, digest: str, number: int = 1) -> None:
+def remove_photo(workspace: Workspace, digest: str, number: int = 1) -> None:
     """Remove a photo from the subject. Its caption and corrected mask are kept for when it is added again."""
-    folder = folder_of(visitor.photos_dir, number)
-    with visitor.changing:
-        gone = [photo for photo in visitors.kept_photos(folder) if file_digest(photo) == digest]
-        visitors.remove_photos(folder, gone)
-        if not visitors.kept_photos(folder):
+    folder = folder_of(workspace.photos_dir, number)
+    with workspace.changing:
+        gone = [photo for photo in kept_photos(folder) if file_digest(photo) == digest]
+        remove_photos(folder, gone)
+        if not kept_photos(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def photo_with(visitor: visitors.Visitor, digest: str, number: int = 1) -> Path:
+def photo_with(workspace: Workspace, digest: str, number: int = 1) -> Path:
     """The subject's photo of that digest. Raises UserError when it is gone."""
-    for photo in photos_of(visitor.photos_dir, number):
+    for photo in photos_of(workspace.photos_dir, number):
         if file_digest(photo) == digest:
             return photo
     raise UserError(GONE)
 
 
-def caption_file(visitor: visitors.Visitor, number: int, digest: str) -> Path:
-    return folder_of(visitor.root / "captions", number) / f"{digest}.txt"
+def caption_file(workspace: Workspace, number: int, digest: str) -> Path:
+    return folder_of(workspace.root / "captions", number) / f"{digest}.txt"
 
 
-def caption_of(visitor: visitors.Visitor, number: int, digest: str) -> str:
-    file = caption_file(visitor, number, digest)
+def caption_of(workspace: Workspace, number: int, digest: str) -> str:
+    file = caption_file(workspace, number, digest)
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
-def keep_captions(visitor: visitors.Visitor, number: int, said: Any) -> None:
+def keep_captions(workspace: Workspace, number: int, said: Any) -> None:
     """Keep the captions of a subject's rows, [[digest, caption], …]; whatever else is in the list is skipped."""
-    for row in said[: visitors.MAX_PHOTOS] if isinstance(said, list) else ():
+    for row in said[:MAX_PHOTOS] if isinstance(said, list) else ():
         if not (isinstance(row, list) and len(row) == 2 and all(isinstance(part, str) for part in row)):
             continue
         digest, caption = row[0], one_space(row[1])
         if not DIGEST.fullmatch(digest) or len(caption.encode()) > MOST_BYTES:
             continue
-        file = caption_file(visitor, number, digest)
+        file = caption_file(workspace, number, digest)
         file.parent.mkdir(parents=True, exist_ok=True)
-        if caption != caption_of(visitor, number, digest):
+        if caption != caption_of(workspace, number, digest):
             file.write_text(caption, encoding="utf-8")
-    forget_oldest(caption_file(visitor, number, "").parent)
 
 
-def forget_oldest(folder: Path) -> None:
-    """Keep the newest MOST_KEPT files."""
-    if folder.is_dir():
-        for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-MOST_KEPT]:
-            path.unlink(missing_ok=True)
-
-
-def keep_captions_of(visitor: visitors.Visitor, subjects: Sequence[train_form.SubjectWords]) -> None:
+def keep_captions_of(workspace: Workspace, subjects: Sequence[train_form.SubjectWords]) -> None:
     """Keep the captions of a form, which has a line for each photo."""
     for number, words in enumerate(subjects, 1):
-        digests = list(map(file_digest, photos_of(visitor.photos_dir, number)))
+        digests = list(map(file_digest, photos_of(workspace.photos_dir, number)))
         lines = words.captions.splitlines()
         lines += [""] * (len(digests) - len(lines))
-        keep_captions(visitor, number, [list(row) for row in zip(digests, lines)])
+        keep_captions(workspace, number, [list(row) for row in zip(digests, lines)])
 
 
 def made_captions(
-    ctx: state.AppContext, visitor: visitors.Visitor, form: train_form.TrainForm, number: int
+    ctx: state.AppContext,
+    form: train_form.TrainForm,
+    number: int,
 ) -> Iterator[tuple[str, str, str]]:
     """(Digest, caption, remark) of each photo of the subject that has no caption. Raises UserError without its words,
     and for a captioner that is not here."""
-    words = form.subjects[number - 1]
+    words, workspace = form.subjects[number - 1], ctx.workspace
     prompt, class_prompt = train_form.prompts_of(words.token, words.class_word)
-    folder = folder_of(visitor.photos_dir, number)
+    folder = folder_of(workspace.photos_dir, number)
     photos = find_photos(folder, prompt, ctx.resolution_px).photos
-    recipe = train_start.recipe_of(ctx, form.like, visitor)
+    recipe = train_start.recipe_of(ctx, form.like)
     config = train_form.crop_config(ctx.base_name, ctx.resolution_px, folder, photos, form.seed, recipe)
     captioner = load_captioner(replace(config, instance_prompt=prompt, class_prompt=class_prompt), best_device())
     for photo in photos:
-        if not caption_of(visitor, number, digest := file_digest(photo.path)):
+        if not caption_of(workspace, number, digest := file_digest(photo.path)):
             made = make_caption(photo, captioner, prompt)
             yield digest, made.caption or "", f"photo {number_of(photo.path)}: {made.remark}" if made.remark else ""
 
 
-def shown_masks(config: TrainConfig, visitor: visitors.Visitor) -> Iterator[ShownMask]:
+def shown_masks(config: TrainConfig, workspace: Workspace) -> Iterator[ShownMask]:
     """The masks as a run with these settings uses them; missing ones are made, and kept. Raises UserError."""
     subjects = len(config.each_subject)
-    for photo, remark in with_made_masks(config, visitor):
+    for photo, remark in with_made_masks(config, workspace):
         mask = open_mask(photo)
         reason = remark or next((words for words in photo.reasons if words.startswith("mask not used")), "")
         words = NO_MASK if mask is None else quality_warning(mask)
@@ -171,7 +173,9 @@ def shown_masks(config: TrainConfig, visitor: visitors.Visitor) -> Iterator[Show
 
 
 def with_made_masks(
-    config: TrainConfig, visitor: visitors.Visitor, only: Path | None = None
+    config: TrainConfig,
+    workspace: Workspace,
+    only: Path | None = None,
 ) -> Iterator[tuple[Photo, str]]:
     """Each photo, or `only` one, with its mask, if it has one, and a remark on a made one."""
     segmenters = [load_segmenter(one) for one in config.each_subject] if config.masks == "auto" else []
@@ -181,13 +185,13 @@ def with_made_masks(
         if photo.mask_path is not None or not segmenters:
             yield photo, ""
             continue
-        made = make_kept(photo, segmenters[photo.subject], visitor.folder / "made_masks")
+        made = make_kept(photo, segmenters[photo.subject], workspace.folder / "made_masks")
         yield replace(photo, mask_path=made.path), made.remark
 
 
-def editor_picture(visitor: visitors.Visitor, path: Path, config: TrainConfig) -> PIL.Image.Image:
+def editor_picture(workspace: Workspace, path: Path, config: TrainConfig) -> PIL.Image.Image:
     """The photo on its square, tinted where its mask is white. Raises UserError when it is gone."""
-    found = photo_now(visitor, path, config)
+    found = photo_now(workspace, path, config)
     photo = open_rgb(found)
     left, top, right, bottom = place_of(photo.size)
     square = PIL.Image.new("RGB", (EDIT_PX, EDIT_PX), MARGIN)
@@ -205,9 +209,9 @@ def mask_on_square(photo: Photo) -> PIL.Image.Image:
     return square
 
 
-def photo_now(visitor: visitors.Visitor, path: Path, config: TrainConfig) -> Photo:
+def photo_now(workspace: Workspace, path: Path, config: TrainConfig) -> Photo:
     """The photo with its current mask. Raises UserError when it is gone."""
-    if (found := next(with_made_masks(config, visitor, path), None)) is None:
+    if (found := next(with_made_masks(config, workspace, path), None)) is None:
         raise UserError(GONE)
     return found[0]
 
@@ -224,31 +228,36 @@ def place_of(size: tuple[int, int]) -> tuple[int, int, int, int]:
     return left, top, left + width, top + height
 
 
-def keep_mask(visitor: visitors.Visitor, photo: Path, painted: PIL.Image.Image, config: TrainConfig) -> None:
+def keep_mask(
+    workspace: Workspace,
+    photo: Path,
+    painted: PIL.Image.Image,
+    config: TrainConfig,
+) -> None:
     """Save the mask with what was painted (RGBA) on the square, green as white. Raises UserError for no white."""
     with PIL.Image.open(photo) as opened:
         size = opened.size
     red, green, _, alpha = painted.resize((EDIT_PX, EDIT_PX)).split()
     is_painted = alpha.point(lambda value: 255 * (value >= PAINTED))
     is_learned = PIL.ImageChops.subtract(green, red).point(lambda value: 255 * (value > 0))
-    square = PIL.Image.composite(is_learned, mask_on_square(photo_now(visitor, photo, config)), is_painted)
+    before = mask_on_square(photo_now(workspace, photo, config))
+    square = PIL.Image.composite(is_learned, before, is_painted)
     white = square.crop(place_of(size))
     if white.getextrema()[1] == 0:
         raise UserError(EMPTY)
-    with visitors.ONE_AT_A_TIME:
+    with workspace.changing:
         mask = white.resize(size, PIL.Image.Resampling.BILINEAR).point(as_black_or_white)
-        corrected, given = corrections_of(visitor, photo)
+        corrected, given = corrections_of(workspace, photo)
         corrected.parent.mkdir(parents=True, exist_ok=True)
         if beside(photo).is_file() and not corrected.is_file():
             shutil.copyfile(beside(photo), given)
         mask.convert("1").save(corrected)
         shutil.copyfile(corrected, beside(photo))
-    forget_oldest(corrected.parent)
 
 
-def put_back(visitor: visitors.Visitor, photo: Path) -> None:
+def put_back(workspace: Workspace, photo: Path) -> None:
     """Restore the mask that came with the photo, or none; the run may then make one."""
-    corrected, given = corrections_of(visitor, photo)
+    corrected, given = corrections_of(workspace, photo)
     if not corrected.is_file():
         return
     corrected.unlink()
@@ -272,9 +281,9 @@ def beside(photo: Path) -> Path:
     return photo.with_suffix(".mask.png")
 
 
-def corrections_of(visitor: visitors.Visitor, photo: Path) -> tuple[Path, Path]:
+def corrections_of(workspace: Workspace, photo: Path) -> tuple[Path, Path]:
     """Files of the corrected mask, and of the one that came with the photo."""
-    folder, digest = visitor.root / "corrected_masks", file_digest(photo)
+    folder, digest = workspace.root / "corrected_masks", file_digest(photo)
     return folder / f"{digest}.png", folder / f"{digest}.given.png"
 
 
@@ -289,7 +298,6 @@ class PhotoReview:
 
 def review_kept(
     ctx: state.AppContext,
-    visitor: visitors.Visitor,
     remarks: Sequence[str] = (),
     seed: int = 0,
     number: int = 1,
@@ -298,10 +306,10 @@ def review_kept(
 ) -> PhotoReview:
     """Judge the clean copies of subject `number`, each by its first crop in a run with this seed and recipe. `masks`
     are those that a run would use, where other ones than beside the photos."""
-    folder = folder_of(visitor.photos_dir, number)
-    with visitor.changing:
+    folder = folder_of(ctx.workspace.photos_dir, number)
+    with ctx.workspace.changing:
         report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
-        recipe = train_start.recipe_of(ctx, like, visitor)
+        recipe = train_start.recipe_of(ctx, like)
         config = train_form.crop_config(ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe)
         lines = [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
         crops = {
@@ -322,12 +330,15 @@ def review_kept(
 
 
 def cards_of(
-    visitor: visitors.Visitor, found: PhotoReview, number: int, made: Mapping[str, str]
+    workspace: Workspace,
+    found: PhotoReview,
+    number: int,
+    made: Mapping[str, str],
 ) -> list[dict[str, str]]:
     """The cards of `photo_rows`; `made` are captions by the photos' digests."""
     cards = []
     for photo, (picture, remark) in zip(found.photos, found.crops):
         digest = file_digest(photo)
-        kept = {"caption": caption_of(visitor, number, digest), "made": made.get(digest, "")}
+        kept = {"caption": caption_of(workspace, number, digest), "made": made.get(digest, "")}
         cards.append({"photo": digest, "picture": html.thumbnail(picture, ROW_PX), "remark": remark, **kept})
     return cards

@@ -1,7 +1,7 @@
 """From a filled form to a run, and from an earlier run or a recipe (“Train like”) back to the form.
 
-A run is started, queued, or told what it will cost, as `--dry_run` estimates it. Of a visitor's file only the recipe is
-kept, so it need not fit this base.
+A run is started, queued, or told what it will cost, as `--dry_run` estimates it. Of an uploaded file
+only the recipe is kept, so it need not fit this base.
 """
 
 import json
@@ -23,74 +23,49 @@ from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_rec
 from dreambooth_moslora.plan.memory import Estimate
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings import prompts, sources, table
-from dreambooth_moslora.settings.rows import parse_pattern
-from dreambooth_moslora.ui import generate_values, html, state, train_form, visitors
+from dreambooth_moslora.ui import generate_values, html, state, train_form
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
+from dreambooth_moslora.ui.photo_copies import kept_photos
 from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, TrainForm, folder_of, photos_of
+from dreambooth_moslora.ui.workspace import Workspace
 
 LIKE = "like"  # Folder in a run: the recipe that it was given, NAME.json
-MOST_RECIPES = 16
 
 
-def recipe_names(ctx: state.AppContext, visitor: visitors.Visitor) -> list[str]:
-    """What can be chosen: the visitor's own files, then the adapters."""
-    return [run_folder.NONE, *visitor.recipes, *ctx.catalog.files(visitor)]
+def recipe_names(ctx: state.AppContext) -> list[str]:
+    """What can be chosen: the uploaded files, then the adapters."""
+    return [run_folder.NONE, *ctx.workspace.recipes, *ctx.catalog.files()]
 
 
-def recipe_of(ctx: state.AppContext, name: str | None, visitor: visitors.Visitor) -> sources.FoundRecipe | None:
+def recipe_of(ctx: state.AppContext, name: str | None) -> sources.FoundRecipe | None:
     """The recipe of that name; None of none. Raises UserError for an unlisted name, and for an adapter without one."""
     name = str(name or run_folder.NONE)
     if name == run_folder.NONE:
         return None
-    return visitor.recipes.get(name) or read(ctx.catalog.path(name, visitor), name)
+    return ctx.workspace.recipes.get(name) or read(ctx.catalog.path(name), name)
 
 
-def add_recipe(ctx: state.AppContext, uploaded: str | Path, visitor: visitors.Visitor) -> str:
-    """Keep the recipe of an uploaded file for its visitor alone; returns its name. Raises UserError."""
+def add_recipe(ctx: state.AppContext, uploaded: str | Path) -> str:
+    """Keep the recipe of an uploaded file; returns its name. Raises UserError."""
     file = Path(uploaded)
-    if file.suffix != ".safetensors":
-        raise UserError(f"{file.name} is not a .safetensors file; other formats can carry code and are not opened")
+    state.check_suffix(file)
     found = read(file, file.name)
-    name = free_name(run_folder.clean_name(file.name), recipe_names(ctx, visitor).__contains__, " ")
-    keep_recipe(ctx, name, found, visitor)
+    name = free_name(run_folder.clean_name(file.name), recipe_names(ctx).__contains__, " ")
+    keep_recipe(ctx, name, found)
     return name
 
 
-def keep_recipe(
-    ctx: state.AppContext, name: str, recipe: sources.FoundRecipe | None, visitor: visitors.Visitor
-) -> None:
-    """Keep a recipe that a run of the visitor was given, unless its name is listed."""
-    if recipe is None or name in recipe_names(ctx, visitor):
-        return
-    visitor.recipes[name] = recipe
-    while len(visitor.recipes) > MOST_RECIPES:
-        visitor.recipes.pop(next(iter(visitor.recipes)))
+def keep_recipe(ctx: state.AppContext, name: str, recipe: sources.FoundRecipe | None) -> None:
+    """Keep a recipe that a run was given, unless its name is listed."""
+    if recipe is not None and name not in recipe_names(ctx):
+        ctx.workspace.recipes[name] = recipe
 
 
 def read(file: Path, name: str) -> sources.FoundRecipe:
     try:
-        state.check_header(file)
-        return bounded(sources.recipe_in_file(file))
+        return sources.recipe_in_file(file)
     except UserError as error:
         raise UserError(f"nothing is taken from {name}: {error}") from error
-
-
-def bounded(found: sources.FoundRecipe) -> sources.FoundRecipe:
-    """The recipe without settings beyond MOST, each of which gets a line. Raises UserError where nothing is left."""
-    kept, great = {}, []
-    for name, value in found.settings.items():
-        if name == "rank_pattern":
-            is_great = any(parse_pattern(name, text)[1] > train_form.MOST["rank"] for text in value)
-        else:
-            is_great = name in train_form.MOST and value is not None and value > train_form.MOST[name]
-        if is_great:
-            great.append(name)
-        else:
-            kept[name] = value
-    if not kept:
-        raise UserError(f"none of its settings can be taken: {', '.join(great)} are too great for this page")
-    lines = [f"{name} is too great for this page" for name in great]
-    return sources.FoundRecipe(kept, found.without_equivalent, (*found.invalid, *lines))
 
 
 def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainForm] = TrainForm) -> TrainForm:
@@ -109,7 +84,7 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainF
 
 def words_of(config: table.TrainConfig, photos_dir: Path) -> train_form.SubjectWords:
     subject, captions = prompts.subject_of(config), ""
-    for photo in visitors.kept_photos(photos_dir):
+    for photo in kept_photos(photos_dir):
         with suppress(OSError):
             captions += " ".join(photo.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").split())
         captions += "\n"
@@ -123,7 +98,7 @@ def like_of_run(run_dir: Path) -> tuple[str, sources.FoundRecipe | None]:
     for file in (run_dir / LIKE).glob("*.json"):
         try:
             settings = json.loads(small_text(file))
-            return file.stem, bounded(sources.FoundRecipe(sources.checked_recipe(settings)[0]))
+            return file.stem, sources.FoundRecipe(sources.checked_recipe(settings)[0])
         except (OSError, ValueError, AttributeError, RecursionError):
             break
     return TrainForm.like, None
@@ -147,13 +122,15 @@ def length_of(
     return {"steps": plan_steps(config, counts).total_steps}
 
 
-def take_photos_of_run(run_dir: Path, visitor: visitors.Visitor, subjects: int) -> None:
-    """The run's photos and masks become the visitor's. Raises UserError where those of a subject are gone."""
-    with visitors.ONE_AT_A_TIME:
+def take_photos_of_run(run_dir: Path, workspace: Workspace, subjects: int) -> None:
+    """The run's photos and masks come into the form. Raises UserError where those of a subject are
+    gone."""
+    with workspace.changing:
         if not all(photos_of(run_dir / "photos", number) for number in range(1, subjects + 1)):
             raise UserError("the photos of this run are not there any more")
         for number in range(1, MOST_SUBJECTS + 1):
-            source, target = (folder_of(folder, number) for folder in (run_dir / "photos", visitor.photos_dir))
+            source = folder_of(run_dir / "photos", number)
+            target = folder_of(workspace.photos_dir, number)
             shutil.rmtree(target, ignore_errors=True)
             if number <= subjects:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.txt"))
@@ -176,38 +153,42 @@ class Prepared:
     said: list[str]
 
 
-def start_run(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor) -> tuple[Job, str]:
+def start_run(ctx: state.AppContext, form: TrainForm) -> tuple[Job, str]:
     """The started run, and what was chosen for it as HTML. Raises UserError."""
     if ctx.jobs.current() or not ctx.queue.is_empty:
         raise UserError(BUSY + PAUSED * ctx.queue.queue.is_paused)
-    with ctx.jobs.telling(), prepared(ctx, form, visitor) as run:
-        job = ctx.jobs.start(run.run_dir.name, run.settings, visitor.id)
+    with prepared(ctx, form) as run:
+        job = ctx.jobs.start(run.run_dir.name, run.settings)
     return job, html.remarks_card(run.said, f"{job.name} has started. {CHOSEN}")
 
 
-def add_to_queue(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor) -> tuple[str, str]:
+def add_to_queue(ctx: state.AppContext, form: TrainForm) -> tuple[str, str]:
     """The name of the run, which waits until those before it have ended, and HTML. Raises UserError."""
-    with ctx.jobs.telling(), prepared(ctx, form, visitor, is_queued=True) as run:
-        name, asked = run.run_dir.name, {"settings": run.settings, "is_new": True, "queued": time.time()}
-        place = ctx.queue.queue.add(queue.QueuedRun(name, visitor.id, visitor.address, **asked))
+    with prepared(ctx, form, is_queued=True) as run:
+        name = run.run_dir.name
+        queued = queue.QueuedRun(name, settings=run.settings, is_new=True, queued=time.time())
+        place = ctx.queue.queue.add(queued)
     return name, html.remarks_card(run.said, f"{name} waits, number {place} in the queue. {CHOSEN}")
 
 
 @contextmanager
 def prepared(
-    ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor, *, is_queued: bool = False
+    ctx: state.AppContext,
+    form: TrainForm,
+    *,
+    is_queued: bool = False,
 ) -> Iterator[Prepared]:
     """Prepare the run folder. It is deleted when the block fails, which frees its name. Raises UserError."""
     from dreambooth_moslora.plan.checks import check_settings, family_settings
 
-    photos = visitor.given_photos
+    photos = ctx.workspace.given_photos
     train_form.prompts_of(form.token, form.class_word)
     run_dir = free_run_dir(ctx.jobs, form)
-    recipe = recipe_of(ctx, form.like, visitor)
+    recipe = recipe_of(ctx, form.like)
     choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir, is_queued=is_queued, recipe=recipe)
-    begun_with = adapter_of(ctx, form, visitor)
+    begun_with = adapter_of(ctx, form)
     places = form.photos_given(run_dir / "photos")
-    if begun_with is not None:  # the run's own copy: a queued run may begin when the visitor's upload is gone
+    if begun_with is not None:  # the run's own copy: a queued run may begin when an upload is gone
         places |= {"init_adapter": str(run_dir / BEGUN_WITH / f"{form.begin_with}.safetensors")}
     config = table.TrainConfig.from_dict(choices.all | places)
     try:
@@ -215,7 +196,7 @@ def prepared(
     except FileExistsError as error:
         raise UserError("another run of that name is just being started; try again") from error
     try:
-        with visitors.ONE_AT_A_TIME:
+        with ctx.workspace.changing:
             for number in range(1, len(form.subjects) + 1):
                 shutil.copytree(folder_of(photos, number), folder_of(run_dir / "photos", number))
         form.write_captions(run_dir / "photos")
@@ -233,12 +214,12 @@ def prepared(
         raise
 
 
-def adapter_of(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor) -> Path | None:
+def adapter_of(ctx: state.AppContext, form: TrainForm) -> Path | None:
     """The file that the run goes on from. Raises UserError for one that no run begins with, or that is not listed."""
     name = str(form.begin_with or run_folder.NONE)
     if name == run_folder.NONE:
         return None
-    file = ctx.catalog.path(name, visitor)
+    file = ctx.catalog.path(name)
     try:
         check_start_file(file)
     except UserError as error:
@@ -259,25 +240,25 @@ def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
     return jobs.run_dir(free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))
 
 
-def estimate_cost(ctx: state.AppContext, form: TrainForm, visitor: visitors.Visitor) -> str:
+def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
     """Memory, time and disk as HTML, and folded below them each choice and what they follow from. Raises UserError for
     whatever training would refuse."""
     from dreambooth_moslora.plan.plan import make_plan
     from dreambooth_moslora.training.dry_run import advice, cost_lines, step_lines
 
-    jobs = ctx.jobs
-    with jobs.telling():
-        photos, recipe = visitor.given_photos, recipe_of(ctx, form.like, visitor)
-        choices = form.choices(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe=recipe)
-        plan = make_plan(table.TrainConfig.from_dict(choices.all), free_gib=train_form.free_gib(), is_later=True)
-        adapter_of(ctx, form, visitor)
-        lines = [*start_lines(form), *(words for words, _ in choices.said), *step_lines(plan)]
-        seconds = seconds_of(jobs, plan.config, plan.steps.total_steps)
-        lines += [TIME_KNOWN if seconds else TIME_UNKNOWN]
-        lines += [*cost_lines(plan), *card_lines(plan.config, plan.cost), *advice(plan)]
+    photos, recipe = ctx.workspace.given_photos, recipe_of(ctx, form.like)
+    run_dir = ctx.runs_dir / "new"
+    choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir, recipe=recipe)
+    config = table.TrainConfig.from_dict(choices.all)
+    plan = make_plan(config, free_gib=train_form.free_gib(), is_later=True)
+    adapter_of(ctx, form)
+    lines = [*start_lines(form), *(words for words, _ in choices.said), *step_lines(plan)]
+    seconds = seconds_of(ctx.jobs, plan.config, plan.steps.total_steps)
+    lines += [TIME_KNOWN if seconds else TIME_UNKNOWN]
+    lines += [*cost_lines(plan), *card_lines(plan.config, plan.cost), *advice(plan)]
     time_needed = f"about {generate_values.format_seconds(seconds)}" if seconds else "time not known yet"
     title = f"{plan.cost.peak_gib:.1f} GiB of memory · {time_needed} · {plan.cost.disk_gib:.2f} GiB on the disk"
-    return html.folded_card(title, [jobs.told(line) for line in lines])
+    return html.folded_card(title, lines)
 
 
 def card_lines(config: table.TrainConfig, cost: Estimate) -> list[str]:
@@ -313,11 +294,11 @@ def seconds_of(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> float
     return None
 
 
-def recipe_values(ctx: state.AppContext, preset: str, like: str | None, visitor: visitors.Visitor) -> dict[str, str]:
+def recipe_values(ctx: state.AppContext, preset: str, like: str | None) -> dict[str, str]:
     """What an empty field stands for, by its name: the recipe's value, and of the steps how many show these photos as
     often as it says. Raises UserError."""
     form = TrainForm("sks", "x", preset=preset, like=like or run_folder.NONE)
-    recipe = recipe_of(ctx, like, visitor)
+    recipe = recipe_of(ctx, like)
     share = train_form.PRESETS[form.checked("preset")]
     if recipe is not None:
         settings, exposures = train_form.taken_from(recipe, {}, share), USUAL_EXPOSURES
@@ -329,15 +310,15 @@ def recipe_values(ctx: state.AppContext, preset: str, like: str | None, visitor:
     said = {name: table.SETTINGS[row.setting].default for name, row in rows.items() if row.by_recipe}
     said |= {name: settings[rows[name].setting] for name in said if settings.get(rows[name].setting) is not None}
     shown = {name: f"{value:g}" for name, value in said.items() if name != "steps"}
-    return shown | {"steps": steps_of(ctx, form, recipe, visitor) or f"{round(share * exposures)} times each photo"}
+    steps = steps_of(ctx, form, recipe) or f"{round(share * exposures)} times each photo"
+    return shown | {"steps": steps}
 
 
-def steps_of(
-    ctx: state.AppContext, form: TrainForm, recipe: sources.FoundRecipe | None, visitor: visitors.Visitor
-) -> str:
-    """The number of steps for the visitor's photos of the first subject; "" without usable ones."""
+def steps_of(ctx: state.AppContext, form: TrainForm, recipe: sources.FoundRecipe | None) -> str:
+    """The number of steps for the photos of the first subject; "" without usable ones."""
     with suppress(UserError):
-        photos = visitor.given_photos
+        photos = ctx.workspace.given_photos
         config = form.config(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe)
-        return str(plan_steps(table.TrainConfig.from_dict(config), [len(visitors.kept_photos(photos))]).total_steps)
+        plan = plan_steps(table.TrainConfig.from_dict(config), [len(kept_photos(photos))])
+        return str(plan.total_steps)
     return ""

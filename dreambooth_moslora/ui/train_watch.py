@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ import pandas as pd
 
 from dreambooth_moslora.core import UserError, atomic_write, is_finite_number
 from dreambooth_moslora.disk import events, run_folder
-from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun
+from dreambooth_moslora.disk.queue import QueuedRun
 from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.settings.prompts import noun_of
 from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
-from dreambooth_moslora.ui import generate_values, html, train_form, visitors
+from dreambooth_moslora.ui import generate_values, html, train_form
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
 from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
+from dreambooth_moslora.ui.workspace import Workspace
 
 POLL_SEC = 2.0
 NO_RUN = html.notice("No run yet. Add photos, say what they show, start.")
@@ -87,15 +87,14 @@ def watch_widgets() -> dict[str, Any]:
 def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     inputs, outputs = [parts["run"], parts["seen"]], [parts[name] for name in WATCHED]
 
-    def attach(request: gr.Request) -> gr.Dropdown:
-        """The visitor's newest run is shown, else one of the command line that is going on."""
-        owner = ctx.visitors.of(request).id
-        going_on = (job for job in ctx.jobs.command_runs() if job.is_alive)
-        first = next(itertools.chain(ctx.jobs.of(owner), going_on), None)
-        return gr.Dropdown(choices=run_names(ctx.jobs, owner), value=first.name if first else None)
+    def attach() -> gr.Dropdown:
+        """The newest run is shown, else one of a terminal that is going on."""
+        going_on = (job for job in ctx.jobs.of_terminals() if job.is_alive)
+        first = next(itertools.chain(ctx.jobs.all(), going_on), None)
+        return gr.Dropdown(choices=run_names(ctx.jobs), value=first.name if first else None)
 
-    def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
-        changes = watched(ctx.jobs, run, seen, ctx.visitors.of(request)) or {"seen": gr.skip()}
+    def look(run: str | None, seen: tuple | None) -> dict:
+        changes = watched(ctx.jobs, run, seen, ctx.workspace) or {"seen": gr.skip()}
         return {parts[name]: value for name, value in changes.items()}
 
     page.load(attach, None, parts["run"], **AT_ONCE).then(look, inputs, outputs, **AT_ONCE)
@@ -106,38 +105,38 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
 
     @gr.api(api_name="train_status")
     @as_gradio_error
-    def status(run: str | None, request: gr.Request) -> dict:
-        return status_of(ctx, run, ctx.visitors.of(request))
+    def status(run: str | None) -> dict:
+        return status_of(ctx, run)
 
 
-def status_of(ctx: AppContext, run: str | None, visitor: visitors.Visitor) -> dict[str, Any]:
-    """The state of the visitor's run, for a program; with its `place` while it waits. Raises UserError."""
+def status_of(ctx: AppContext, run: str | None) -> dict[str, Any]:
+    """The state of a run, for a program; with its `place` while it waits. Raises UserError."""
     unbegun, queue = {"run": run, "state": "waiting", "step": 0, "steps": 0}, ctx.queue.queue
-    if waiting := next((found for found in queued_runs(ctx, visitor) if found["run"] == run), None):
+    if waiting := next((found for found in queued_runs(ctx) if found["run"] == run), None):
         return unbegun | waiting | ({"message": "the queue is paused"} if queue.is_paused else {})
-    is_next = any((one.name, one.owner) == (run, visitor.id) for one in queue.started())
+    is_next = any(one.name == run for one in queue.started())
     if is_next and Job.load(ctx.jobs.run_dir(run)) is None:  # it starts as soon as pictures make room
         return unbegun | {"state": "starting"}
-    job = ctx.jobs.owned(run or "", visitor.id)
+    job = ctx.jobs.seen(run or "")
     state = ctx.jobs.state(job)
     facts = {"run": job.name, "state": state.state, "step": state.step, "steps": state.max_train_steps}
-    said = {"message": ctx.jobs.told(state.message), "remarks": list(map(ctx.jobs.told, job.remarks()))}
+    said = {"message": state.message, "remarks": job.remarks()}
     return facts | {name: words for name, words in said.items() if words}
 
 
 def _connect_control(
-    ctx: AppContext, button: gr.Button, parts: dict, action: Callable[[str, str], Job], api_name: str
+    ctx: AppContext, button: gr.Button, parts: dict, action: Callable[[str], Job], api_name: str
 ) -> None:
-    """Stop and Resume, which work only on the visitor's own runs. The page's event does not join the queue, which may
-    be full when a run must be stopped: the card shows errors."""
+    """Stop and Resume. The page's event does not join the queue, where pictures may wait: the card
+    shows errors."""
 
-    def control(run: str | None, request: gr.Request) -> str:
-        job = action(run or "", ctx.visitors.of(request).id)
+    def control(run: str | None) -> str:
+        job = action(run or "")
         return html.notice(f"{'Stopping' if job.stop_asked else 'Going on with'} {job.name} …")
 
-    def told(run: str | None, request: gr.Request) -> str:
+    def told(run: str | None) -> str:
         try:
-            return control(run, request)
+            return control(run)
         except Exception as error:
             return html.notice(sentence(as_user_error(error)), "bad")
 
@@ -145,55 +144,59 @@ def _connect_control(
     gr.api(as_gradio_error(control), api_name=api_name, queue=False)
 
 
-def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: visitors.Visitor) -> dict[str, Any]:
-    """New values for the widgets in WATCHED, by name; empty while the run is as it was `seen`. A deleted run looks the
-    same as another visitor's."""
+def watched(
+    jobs: Jobs,
+    run: str | None,
+    seen: tuple | None,
+    workspace: Workspace,
+) -> dict[str, Any]:
+    """New values for the widgets in WATCHED, by name; empty while the run is as it was `seen`."""
     if not run:
         return {}
     try:
-        job = jobs.seen(run, visitor.id)
+        job = jobs.seen(run)
     except UserError:
         shown = {name: gr.update(visible=False) for name in ("use", "reopen", *DOWNLOADS, *PICTURES)}
         shown |= {name: gr.Button(interactive=False) for name in ("stop", "resume")}
-        names = gr.Dropdown(choices=run_names(jobs, visitor.id), value=None)
+        names = gr.Dropdown(choices=run_names(jobs), value=None)
         return shown | {"run": names, "seen": None, "status": html.notice(GONE, "bad"), "log": ""}
     state, metrics = jobs.state(job), jobs.metrics(job)
     now = (job.name, job.created, state, len(metrics.events))
-    return {} if now == seen else {"seen": now} | _shown(jobs, job, state, visitor)
+    return {} if now == seen else {"seen": now} | _shown(jobs, job, state, workspace)
 
 
-def _shown(jobs: Jobs, job: Job, state: JobState, visitor: visitors.Visitor) -> dict[str, Any]:
+def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[str, Any]:
     run_dir, metrics = run_folder.RunDir(job.run_dir), jobs.metrics(job)
     ready = run_dir.adapter_path.is_file() and not state.is_active
     has_sheet = ready and is_own_file(run_dir.contact_sheet_path, job)  # the photos, and pictures before and after
-    sheet = str(link_into_user_folder(run_dir.contact_sheet_path, visitor, job.name)) if has_sheet else None
-    samples = samples_of(job, metrics, visitor)
-    is_own = job.owner == visitor.id  # the command line's run is stopped where it was started
-    status = status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics))
+    sheet = str(link_into(workspace, run_dir.contact_sheet_path, job.name)) if has_sheet else None
+    samples = samples_of(job, metrics, workspace)
+    is_ours = not job.is_of_terminal
+    status = status_card(state, metrics, best_of(job, metrics))
     return {
         "status": status + subjects_line(metrics) + (advice_card(metrics) if state.state == "done" else ""),
-        "stop": gr.Button(interactive=is_own and state.is_active),
-        "resume": gr.Button(interactive=is_own and not state.is_active and state.state != "done"),
+        "stop": gr.Button(interactive=is_ours and state.is_active),
+        "resume": gr.Button(interactive=is_ours and not state.is_active and state.state != "done"),
         "use": gr.Button(visible=ready),
-        "reopen": gr.Button(visible=is_own and not state.is_active),
-        "download": _download([run_dir.adapter_path], ready, job, visitor),
-        "download_kohya": _download([run_dir.kohya_path], ready, job, visitor),
-        "download_tokens": _download(run_dir.tokens_paths, ready, job, visitor),
+        "reopen": gr.Button(visible=is_ours and not state.is_active),
+        "download": _download([run_dir.adapter_path], ready, job, workspace),
+        "download_kohya": _download([run_dir.kohya_path], ready, job, workspace),
+        "download_tokens": _download(run_dir.tokens_paths, ready, job, workspace),
         "loss": _plot(loss_table(metrics), "loss"),
         "fidelity": _plot(fidelity_table(metrics), "score"),
         "samples": gr.Gallery(samples, visible=bool(samples)),
         "sheet": gr.Image(sheet, visible=has_sheet),
-        "log": jobs.told(job.log_tail()) if is_own else "",
+        "log": job.log_tail(),
     }
 
 
-def _download(files: list[Path], ready: bool, job: Job, visitor: visitors.Visitor) -> gr.DownloadButton:
+def _download(files: list[Path], ready: bool, job: Job, workspace: Workspace) -> gr.DownloadButton:
     """The file that is there, or of several all in one; hidden for none."""
     files = [file for file in files if ready and is_own_file(file, job)]
     if len(files) < 2:
-        linked = [str(link_into_user_folder(file, visitor, job.name)) for file in files]
+        linked = [str(link_into(workspace, file, job.name)) for file in files]
         return gr.DownloadButton(value=linked[0] if linked else None, visible=bool(linked))
-    bundle = visitor.folder / "runs" / job.name / f"{job.name}_emb.zip"
+    bundle = workspace.folder / "runs" / job.name / f"{job.name}_emb.zip"
     if not bundle.is_file() or bundle.stat().st_mtime < max(file.stat().st_mtime for file in files):
         content = BytesIO()
         with ZipFile(content, "w") as archive:
@@ -209,10 +212,10 @@ def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
     return gr.LinePlot(table, y_lim=[min(0.0, HEADROOM * low), HEADROOM * high], visible=table.step.nunique() > 1)
 
 
-def run_names(jobs: Jobs, owner: str) -> list[str | tuple[str, str]]:
-    """The visitor's runs, then the command line's under (label, name)."""
-    own = [job.name for job in jobs.of(owner)]
-    return own + [(f"{job.name} · by command", job.name) for job in jobs.command_runs()]
+def run_names(jobs: Jobs) -> list[str | tuple[str, str]]:
+    """The runs of the page and of the queue, then those of terminals under (label, name)."""
+    own = [job.name for job in jobs.all()]
+    return own + [(f"{job.name} · in a terminal", job.name) for job in jobs.of_terminals()]
 
 
 OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run", "queue_pause")
@@ -238,82 +241,77 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     def shown(changes: dict[str, Any]) -> dict:
         return {parts[name]: value for name, value in (changes or {"queue_seen": gr.skip()}).items()}
 
-    def control(change: Callable[[str, str], Any]) -> Callable:
+    def control(change: Callable[[str], Any]) -> Callable:
         @as_gradio_error
-        def changed(chosen: str | None, run: str | None, seen: tuple | None, request: gr.Request) -> dict:
-            visitor = ctx.visitors.of(request)
-            change(chosen or "", visitor.id)
-            return shown(queue_changes(ctx, visitor, run, seen, chosen))
+        def changed(chosen: str | None, run: str | None, seen: tuple | None) -> dict:
+            change(chosen or "")
+            return shown(queue_changes(ctx, run, seen, chosen))
 
         return changed
 
     buttons = {
-        "queue_up": lambda name, owner: queue.move(name, "up", owner),
-        "queue_down": lambda name, owner: queue.move(name, "down", owner),
+        "queue_up": lambda name: queue.move(name, "up"),
+        "queue_down": lambda name: queue.move(name, "down"),
         "queue_remove": queue.remove,
-        "queue_pause": lambda name, owner: pause_or_go_on(ctx),
+        "queue_pause": lambda name: queue.pause(not queue.is_paused),
     }
     for name, change in buttons.items():
         parts[name].click(control(change), [parts["queued"], *inputs], outputs, **TELLING)
 
-    def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
-        return shown(queue_changes(ctx, ctx.visitors.of(request), run, seen))
+    def look(run: str | None, seen: tuple | None) -> dict:
+        return shown(queue_changes(ctx, run, seen))
 
     page.load(look, inputs, outputs, **AT_ONCE)
     parts["timer"].tick(look, inputs, outputs, **AT_ONCE)
     _connect_programs(ctx)
 
 
-def pause_or_go_on(ctx: AppContext) -> None:
-    ctx.queue.queue.pause(not ctx.queue.queue.is_paused)
-
-
 def _connect_programs(ctx: AppContext) -> None:
     @gr.api(api_name="queue", queue=False)
     @as_gradio_error
-    def queue(request: gr.Request) -> list:
-        return queued_runs(ctx, ctx.visitors.of(request))
+    def queue() -> list:
+        return queued_runs(ctx)
 
     @gr.api(api_name="move_in_queue", queue=False)
     @as_gradio_error
-    def move_in_queue(run: str, place: str = "first", request: gr.Request = None) -> list:
-        visitor = ctx.visitors.of(request)
-        ctx.queue.queue.move(str(run), str(place), visitor.id)
-        return queued_runs(ctx, visitor)
+    def move_in_queue(run: str, place: str = "first") -> list:
+        ctx.queue.queue.move(str(run), str(place))
+        return queued_runs(ctx)
 
     @gr.api(api_name="remove_from_queue", queue=False)
     @as_gradio_error
-    def remove_from_queue(run: str, request: gr.Request) -> list:
-        visitor = ctx.visitors.of(request)
-        ctx.queue.queue.remove(str(run), visitor.id)
-        return queued_runs(ctx, visitor)
+    def remove_from_queue(run: str) -> list:
+        ctx.queue.queue.remove(str(run))
+        return queued_runs(ctx)
 
 
-def queued_runs(ctx: AppContext, visitor: visitors.Visitor) -> list[dict[str, Any]]:
-    """The visitor's own waiting runs, for a program: `run`, and its `place` from 1 among all."""
+def queued_runs(ctx: AppContext) -> list[dict[str, Any]]:
+    """The waiting runs, for a program: `run`, and its `place` from 1."""
     waiting = enumerate(ctx.queue.queue.waiting(), 1)
-    return [{"run": run.name, "place": place} for place, run in waiting if run.owner == visitor.id]
+    return [{"run": run.name, "place": place} for place, run in waiting]
 
 
 def queue_changes(
-    ctx: AppContext, visitor: visitors.Visitor, run: str | None, seen: tuple | None, chosen: str | None = None
+    ctx: AppContext,
+    run: str | None,
+    seen: tuple | None,
+    chosen: str | None = None,
 ) -> dict[str, Any]:
-    """New values for the widgets in OF_QUEUE, by name; empty while the queue is as it was `seen`. The visitor's own
+    """New values for the widgets in OF_QUEUE, by name; empty while the queue is as it was `seen`. The
     run whose turn has come is watched next. A `chosen` run stays chosen after it was moved."""
-    waiting, names = ctx.queue.queue.waiting(), run_names(ctx.jobs, visitor.id)
-    rows = [(f"{place} · {words_of(one)}", one.name) for place, one in enumerate(waiting, 1) if one.owner == visitor.id]
+    waiting, names = ctx.queue.queue.waiting(), run_names(ctx.jobs)
+    rows = [(f"{place} · {words_of(one)}", one.name) for place, one in enumerate(waiting, 1)]
     is_paused = ctx.queue.queue.is_paused
-    rest = rest_of(waiting, visitor) + (html.faint(PAUSED) if is_paused else "")
-    now = (rows, rest, names)
+    now = (rows, is_paused, names)
     if now == seen:
         return {}
     current = ctx.jobs.current()
-    is_own = current is not None and current.owner == visitor.id
-    is_next = is_own and current.name != run and current.name not in (seen[-1] if seen else ())
+    known = (run, *(seen[-1] if seen else ()))
+    is_next = current is not None and current.name not in known
     return {
-        "queue_box": gr.Column(visible=bool(rows or rest)),
+        "queue_box": gr.Column(visible=bool(rows or is_paused)),
         "queued": gr.Radio(choices=rows, value=chosen if chosen in dict(map(reversed, rows)) else None),
-        "queue_rest": rest,
+        "queue_rest": html.faint(PAUSED) if is_paused else "",
         "queue_seen": now,
         "queue_pause": gr.Button("Go on" if is_paused else "Pause the queue"),
         "run": gr.Dropdown(choices=names, value=current.name) if is_next else gr.Dropdown(choices=names),
@@ -324,15 +322,6 @@ def words_of(run: QueuedRun) -> str:
     steps, exposures = run.settings.get("max_train_steps"), run.settings.get("exposures_per_photo")
     length = f"{steps} steps" if steps else f"each photo {exposures} times" if exposures else ""
     return f"{run.name} · {length}" if length else run.name
-
-
-def rest_of(waiting: list[QueuedRun], visitor: visitors.Visitor) -> str:
-    """The command line's waiting runs by name, and the number of other visitors' runs; "" when there are none."""
-    named = [f"{place} · {run.name}" for place, run in enumerate(waiting, 1) if run.owner == COMMAND_LINE]
-    others = sum(run.owner not in (COMMAND_LINE, visitor.id) for run in waiting)
-    parts = [f"added by command: {', '.join(named)}"] * bool(named)
-    parts += [f"{others} of other visitors"] * bool(others)
-    return html.faint("; ".join(parts)) if parts else ""
 
 
 def best_of(job: Job, metrics: events.Metrics) -> str:
@@ -435,8 +424,8 @@ def fidelity_table(metrics: events.Metrics) -> pd.DataFrame:
     return pd.DataFrame(rows) if rows else pd.DataFrame({"step": [], "score": [], "measure": []})
 
 
-def samples_of(job: Job, metrics: events.Metrics, visitor: visitors.Visitor) -> list[tuple[str, str]]:
-    """The sample pictures by step, as links in this visitor's folder; those of several prompts with their noun. If
+def samples_of(job: Job, metrics: events.Metrics, workspace: Workspace) -> list[tuple[str, str]]:
+    """The sample pictures by step, as links in the workspace; those of several prompts with their noun. If
     there are too many, step 0 and the newest are kept: the base's pictures are the reference for the others."""
     found: dict[str, str] = {}
     for event in metrics.of("sample"):
@@ -449,17 +438,17 @@ def samples_of(job: Job, metrics: events.Metrics, visitor: visitors.Visitor) -> 
     there = [(file, caption) for file, caption in samples if is_own_file(file, job)]
     first = [item for item in there if item[1].partition(" · ")[0] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
     newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
-    return [(str(link_into_user_folder(file, visitor, job.name)), caption) for file, caption in first + newest]
+    return [(str(link_into(workspace, file, job.name)), caption) for file, caption in first + newest]
 
 
 def is_own_file(file: Path, job: Job) -> bool:
-    """Whether it is the run's, which may be a stranger's: a link in it could show a visitor any file of the server."""
+    """Whether it is the run's, and no link out of its folder, which may be a stranger's."""
     return run_folder.is_file_inside(file, (job.run_dir,))
 
 
-def link_into_user_folder(file: Path, visitor: visitors.Visitor, run: str) -> Path:
-    """The file inside the visitor's own folder (a hard link if possible), from where gradio may serve it."""
-    target = visitor.folder / "runs" / run / file.name
+def link_into(workspace: Workspace, file: Path, run: str) -> Path:
+    """The file inside the workspace (a hard link if possible), from where gradio may serve it."""
+    target = workspace.folder / "runs" / run / file.name
     if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from dreambooth_moslora.extras.cluster.worker import train_subject
 from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 from tests.training.test_loop import HOLD
-from tests.ui.conftest import OWNER, TRAINER, recorded, wait_for
+from tests.ui.conftest import TRAINER, recorded, wait_for
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is open is read in /proc"),
@@ -100,10 +100,10 @@ def test_a_run_of_the_queue_is_asked_by_a_file_which_stops_no_later_one(tmp_path
     for name in ("dog", "cat"):
         (folder := tmp_path / "runs" / name).mkdir(parents=True)
         settings = {"mode": "good", "steps": 1000 if name == "dog" else 2, "output_dir": str(folder)}
-        turns.queue.add(QueuedRun(name, OWNER, settings=settings, queued=time.time()))
+        turns.queue.add(QueuedRun(name, settings=settings, queued=time.time()))
     turns.take()
     wait_for(lambda: (job := jobs.current()) and jobs.state(job).step)
-    jobs.stop("dog", OWNER)
+    jobs.stop("dog")
     processes.ask_to_stop(tmp_path / "runs" / "cat")  # left there by an earlier run
     wait_for(lambda: turns.take() or turns.is_empty)
     assert {event["name"]: event["state"] for event in turns.queue.ended()} == {"dog": "interrupted", "cat": "done"}
@@ -112,9 +112,9 @@ def test_a_run_of_the_queue_is_asked_by_a_file_which_stops_no_later_one(tmp_path
 def test_a_process_that_does_not_answer_is_ended_and_told(tmp_path, monkeypatch, caplog):
     (script := tmp_path / "trainer.py").write_text(TRAINER)
     jobs = Jobs(tmp_path / "runs", script)
-    job = jobs.start("dog", {"mode": "stubborn", "output_dir": str(tmp_path / "runs" / "dog")}, OWNER)
+    job = jobs.start("dog", {"mode": "stubborn", "output_dir": str(tmp_path / "runs" / "dog")})
     wait_for(lambda: jobs.state(job).step)
-    jobs.stop("dog", OWNER)
+    jobs.stop("dog")
     monkeypatch.setattr(processes, "ANSWER_SEC", -1)
     wait_for(lambda: not jobs.current())
     assert {record.message for record in caplog.records} == {"dog did not answer the request to stop and was ended"}
@@ -151,22 +151,22 @@ def told(settings: dict) -> dict:
 @pytest.mark.slow
 def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_bytes(tiny_base, tmp_path):
     jobs = Jobs(tmp_path / "runs")
-    job = jobs.start("dog", told(config_of(tiny_base, tmp_path)), OWNER)
+    job = jobs.start("dog", told(config_of(tiny_base, tmp_path)))
     wait_for(lambda: jobs.state(job).step or not job.is_alive, 120)
-    jobs.stop("dog", OWNER)
+    jobs.stop("dog")
     wait_for(lambda: not job.is_alive, 120)
-    run, state = RunDir(job.run_dir), jobs.state(jobs.owned("dog", OWNER))
+    run, state = RunDir(job.run_dir), jobs.state(jobs.owned("dog"))
     assert state.state == "interrupted", job.log_tail()
     assert run.adapter_path.is_file() and run.latest_checkpoint() and not (run.path / processes.STOP_NAME).exists()
     steps = state.step + 2
     settings = json.loads((run.path / processes.CONFIG_NAME).read_text()) | {"max_train_steps": steps}
     processes.write_settings(run.path, settings)
-    job = jobs.resume("dog", OWNER)
+    job = jobs.resume("dog")
     wait_for(lambda: not job.is_alive, 120)
     assert jobs.state(job).state == "done", job.log_tail()
     resumed = adapter_sha256(run.path)
     shutil.rmtree(run.path)
-    job = jobs.start("dog", settings, OWNER)
+    job = jobs.start("dog", settings)
     wait_for(lambda: not job.is_alive, 120)
     assert adapter_sha256(run.path) == resumed
 

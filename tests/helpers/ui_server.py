@@ -1,6 +1,5 @@
 """The page on the tiny base, served in this process on a free port of the loopback."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,20 +10,8 @@ import gradio as gr
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui.page import build_app, launch_options
 from dreambooth_moslora.ui.state import AppContext, PageBase
-from dreambooth_moslora.ui.visitors import COOKIE
+from dreambooth_moslora.ui.workspace import new_workspace
 from tests.helpers.tiny_adapters import save_diffusers_lora
-
-PROXY = "pictures.example.org"
-
-
-def secret_of(name: str) -> str:
-    """The secret of the visitor whom a test calls by `name`."""
-    return hashlib.sha256(name.encode()).hexdigest()
-
-
-def cookie_of(name: str) -> dict[str, str]:
-    """The headers of that visitor's browser."""
-    return {"Cookie": f"{COOKIE}={secret_of(name)}"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +32,7 @@ def serve(tiny_base: Path, folder: Path, *, public: bool = False, others=(), **l
         file.rename(folder / "adapters" / f"{name}.safetensors")
     base = PageBase("tiny", str(tiny_base), pipeline.resolution_px, lambda: pipeline)
     folders = {"adapters_dir": folder / "adapters", "runs_dir": folder / "runs"}
-    ctx = AppContext(base, *others, **folders, public=public)
+    ctx = AppContext(base, *others, **folders, workspace=new_workspace(), public=public)
     page = build_app(ctx, ["a photo of {} in the jungle", "a red {}"])
     options = launch_options(public=public) | launch
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options)
@@ -53,4 +40,4 @@ def serve(tiny_base: Path, folder: Path, *, public: bool = False, others=(), **l
         yield Served(url, ctx, page)
     finally:
         page.close()
-        ctx.visitors.close()
+        ctx.workspace.close()

@@ -1,4 +1,4 @@
-"""What the page's tests begin with: visitors, runs of a stand-in, and the page without a server."""
+"""What the page's tests begin with: its photos, runs of a stand-in, and the page without a server."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import AdapterCatalog, AppContext, PageBase
 from dreambooth_moslora.ui.train_form import SubjectWords, TrainForm, folder_of
-from dreambooth_moslora.ui.visitors import COOKIE, Visitor
+from dreambooth_moslora.ui.workspace import Workspace
 from tests.helpers.browser import chromium
-from tests.helpers.ui_server import secret_of, serve
+from tests.helpers.ui_server import serve
 
-OWNER, OTHER = "a" * 64, "b" * 64
-PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")
+PAGE = SimpleNamespace(session_hash="page")
+"""A request of one page."""
 ROCKET = SubjectWords("rocket", "zwx", "a red rocket\n\n")
 TWO = TrainForm("sks", "duck", others=(ROCKET,))
 TRAINER = '''
@@ -54,61 +54,59 @@ say("end", state="interrupted" if stop else "done", step=step, message="")
 '''
 
 
-def visitor(folder: Path, name: str = OWNER) -> Visitor:
-    (own := folder / f"visitor-{name[:4]}").mkdir(exist_ok=True)
-    return Visitor(name, own)
-
-
-def asker(name: str, address: str = "203.0.113.1", username: str | None = None) -> SimpleNamespace:
-    """The request of the visitor whom a test calls by `name`."""
-    client = SimpleNamespace(host=address)
-    return SimpleNamespace(cookies={COOKIE: secret_of(name)}, session_hash=None, username=username, client=client)
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    (root := tmp_path / "workspace").mkdir()
+    return Workspace(root)
 
 
 @pytest.fixture
-def ann(tmp_path) -> Visitor:
-    return visitor(tmp_path)
-
-
-@pytest.fixture
-def toys(ann) -> Visitor:
-    """Ann with five photos of a duck and two of a rocket."""
+def toys(workspace) -> Workspace:
+    """With five photos of a duck and two of a rocket."""
     for number, (name, count) in enumerate((("duck", 5), ("rocket", 2)), 1):
-        (folder := folder_of(ann.photos_dir, number)).mkdir()
+        (folder := folder_of(workspace.photos_dir, number)).mkdir()
         for photo in range(count):
             shutil.copy(assets_folder() / "subjects" / name / f"0{photo}.jpg", folder / f"photo_0{photo + 1}.png")
-    return ann
+    return workspace
+
+
+@pytest.fixture(autouse=True)
+def _of_one_test(request):
+    """What a page that several tests share has taken in goes with the test."""
+    yield
+    for name in {"served", "of_toys"} & set(request.fixturenames):
+        kept = request.getfixturevalue(name).ctx.workspace
+        kept.close()
+        for each in (kept.history, kept.uploads, kept.recipes):
+            each.clear()
 
 
 @pytest.fixture
-def tab(tmp_path) -> SimpleNamespace:
+def tab(tmp_path, workspace) -> SimpleNamespace:
     """What the Train tab's actions know of a page on the embedded base."""
     jobs = Jobs(tmp_path / "runs")
-    catalog = AdapterCatalog(tmp_path / "adapters", jobs.runs_dir)
-    return SimpleNamespace(base_name="toy", resolution_px=128, runs_dir=jobs.runs_dir, jobs=jobs, catalog=catalog)
+    catalog = AdapterCatalog(tmp_path / "adapters", jobs.runs_dir, workspace)
+    facts = {"base_name": "toy", "resolution_px": 128, "runs_dir": jobs.runs_dir, "jobs": jobs}
+    return SimpleNamespace(**facts, catalog=catalog, workspace=workspace)
 
 
 @pytest.fixture
-def context(tmp_path):
+def context(tmp_path, workspace):
     """Makes a page without a server, on a base that `load` gives; `facts` win."""
-    made = []
 
     def make(load=lambda: None, others=(), **facts) -> AppContext:
         of_base = {"title": "x", "name": "toy", "resolution_px": 64, "public_name": "", "is_remote": False}
         of_base |= {name: facts.pop(name) for name in of_base if name in facts}
         folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
-        made.append(AppContext(PageBase(load=load, **of_base), *others, **folders | facts))
-        return made[-1]
+        return AppContext(PageBase(load=load, **of_base), *others, **{"workspace": workspace} | folders | facts)
 
-    yield make
-    for ctx in made:
-        ctx.visitors.close()
+    return make
 
 
 def recorded(run: Path, *events: dict, **job) -> Job:
     """A run with these events, whose process is gone; this one, where `job` says when it was created."""
     run.mkdir(parents=True, exist_ok=True)
-    found = Job(run, **{"owner": OWNER, "pid": os.getpid(), "created": psutil.Process().create_time() - 100} | job)
+    found = Job(run, **{"pid": os.getpid(), "created": psutil.Process().create_time() - 100} | job)
     found.save()
     (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 1e12} | event) + "\n" for event in events))
     return found
@@ -161,9 +159,9 @@ def started(served, monkeypatch):
     """The settings of each run that is started; none is trained."""
     found: list[dict] = []
 
-    def start(name: str, config: dict, owner: str) -> Job:
+    def start(name: str, config: dict) -> Job:
         found.append(config)
-        return Job(served.ctx.runs_dir / name, owner, 1, 0.0)
+        return Job(served.ctx.runs_dir / name, 1, 0.0)
 
     monkeypatch.setattr(served.ctx.jobs, "start", start)
     return found
@@ -183,9 +181,12 @@ def wait_for(condition, seconds: float = 40.0):
     return found
 
 
-def handler(ctx: AppContext, name: str):
-    """What the page does at that event."""
-    return next(event.fn for event in build_app(ctx, []).fns.values() if event.name == name)
+def handler(ctx: AppContext, name: str, elem_id: str = ""):
+    """What the page does at that event, or at that of the widget with this id."""
+    page = build_app(ctx, [])
+    numbers = {number for number, block in page.blocks.items() if elem_id in ("", block.elem_id)}
+    events = (event for event in page.fns.values() if event.name == name)
+    return next(event.fn for event in events if not elem_id or {number for number, _ in event.targets} & numbers)
 
 
 def write_adapter(file: Path, trigger: str = "sks", class_word: str = "dog", **facts) -> Path:
@@ -212,14 +213,3 @@ def event_of(served, elem_id: str, trigger: str) -> int:
     config = httpx.get(f"{served.url}config").json()
     widget = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == elem_id)
     return next(d["id"] for d in config["dependencies"] if [widget, trigger] in [list(t) for t in d["targets"]])
-
-
-def foreign_run(served) -> Path:
-    """A finished run of somebody else, with a secret in each file."""
-    run = served.ctx.runs_dir / "theirs"
-    (run / "samples").mkdir(parents=True, exist_ok=True)
-    for name in ("pytorch_lora_weights.safetensors", "job.log", "samples/a.png"):
-        (run / name).write_text("TOPSECRET")
-    (run / "metrics.jsonl").write_text(json.dumps({"type": "sample", "step": 0, "files": ["a.png"]}) + "\n")
-    Job(run, "somebody-else", os.getpid(), 0.0).save()
-    return run

@@ -1,8 +1,7 @@
-"""The page through gradio_client: names, arguments, streaming, stopping, several visitors, and mistakes in words."""
+"""The page through gradio_client: names, arguments, streaming, stopping, several clients, and mistakes in words."""
 
 import json
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,11 +13,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from dreambooth_moslora.generation.params import GenerationParams, Image, read_recipe
-from dreambooth_moslora.ui.jobs import Job
 from dreambooth_moslora.ui.train_form import TrainForm, rows
-from dreambooth_moslora.ui.visitors import visitor_id
-from tests.helpers.ui_server import cookie_of
-from tests.ui.conftest import asker, noise_photos
+from tests.ui.conftest import TRAINER, end_all, noise_photos, wait_for
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
 DRAW = FAST | {"api_name": "/generate"}
@@ -57,19 +53,6 @@ def test_endpoints_and_arguments_keep_their_names_and_are_told_in_the_docs(clien
     }
     told["grid"] += told["generate"]
     assert told == arguments
-
-
-def test_a_fixed_cookie_finds_its_run_and_its_adapter_again(served):
-    (run := served.ctx.runs_dir / "lasting").mkdir()
-    shutil.copy(served.ctx.catalog.path("dog"), run / "pytorch_lora_weights.safetensors")
-    Job(run, visitor_id(asker("a-secret")), 1, 0.0).save()
-    for _ in range(2):
-        mine = Client(served.url, verbose=False, headers=cookie_of("a-secret"))
-        assert mine.predict("lasting", api_name="/train_status")["run"] == "lasting"
-        assert "lasting" in [row["name"] for row in mine.predict(api_name="/adapters")]
-    with pytest.raises(AppError, match="no run"):
-        Client(served.url, verbose=False).predict("lasting", api_name="/train_status")
-    shutil.rmtree(run)
 
 
 def test_a_picture_of_two_adapters_is_the_pipelines_own_comes_with_previews_and_carries_its_recipe(client, served):
@@ -156,17 +139,34 @@ def test_mistakes_are_told_in_words(served, endpoint, arguments, words):
     assert words in told and "event: error" in told
 
 
-def test_visitors_share_a_queue_each_gets_its_own_and_a_history_belongs_to_one_cookie(served):
+def test_clients_share_a_queue_each_gets_its_own_and_the_history_is_of_all(served):
     def ask(number: int) -> tuple[int, list]:
-        client = Client(served.url, verbose=False, headers=cookie_of(f"visitor {number // 2}"))
+        client = Client(served.url, verbose=False)
         gallery, seed, _ = client.predict(f"dog {number}", seed=number, **DRAW)
         return seed, [read_recipe(file).params.prompt for file in files_of(gallery)]
 
     with ThreadPoolExecutor(5) as pool:
         assert list(pool.map(ask, range(5))) == [(n, [f"dog {n}"]) for n in range(5)]
-    histories = [served.ctx.visitors.of(asker(f"visitor {number}")).history for number in range(3)]
-    prompts = [{GenerationParams.from_png(picture.path).prompt for picture in history} for history in histories]
-    assert prompts == [{"dog 0", "dog 1"}, {"dog 2", "dog 3"}, {"dog 4"}]
+    prompts = {GenerationParams.from_png(picture.path).prompt for picture in served.ctx.workspace.history}
+    assert prompts == {f"dog {number}" for number in range(5)}
+
+
+def test_another_client_watches_a_run_and_stops_and_resumes_it(client, served, tmp_path, monkeypatch):
+    (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
+    monkeypatch.setattr(served.ctx.jobs, "script", stand_in)
+    photos = list(map(handle_file, noise_photos(tmp_path, 3)))
+    client.predict(photos=photos, class_word="owl", steps=5000, api_name="/train")
+    other = Client(served.url, verbose=False)
+
+    def is_told(state: str) -> bool:
+        return other.predict("owl", api_name="/train_status")["state"] == state
+
+    wait_for(lambda: is_told("running"))
+    assert "Stopping owl" in other.predict("owl", api_name="/stop_training")
+    wait_for(lambda: is_told("interrupted"))
+    assert "Going on with owl" in other.predict("owl", api_name="/resume_training")
+    end_all(served.ctx.jobs)
+    wait_for(lambda: served.ctx.jobs.current() is None)
 
 
 def test_a_run_of_one_or_two_subjects_answers_with_its_name_takes_the_rest_from_the_recipe_and_has_an_estimate(

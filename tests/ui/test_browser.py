@@ -5,7 +5,6 @@ import json
 import re
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -16,7 +15,6 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui.app import OF_TOY
 from dreambooth_moslora.ui.state import PageBase
-from dreambooth_moslora.ui.visitors import visitor_id
 from tests.helpers import browser as web
 from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.ui_server import serve
@@ -202,6 +200,37 @@ def test_a_run_with_new_tokens_is_started_survives_a_reload_stops_resumes_and_is
     assert ["sks"] in drawn_with
 
 
+def test_a_second_browser_has_the_photos_watches_the_run_and_stops_it(served, browser, visited, page, tmp_path):
+    web.open_tab(page, "Train")
+    web.add_photos(page, noise_photos(tmp_path, 3), "owl")
+    web.open_box(page, "more_training")
+    web.set_number(page, "train_steps", 5000)
+    page.click("#start")
+    web.says(page, "train_status", "of 5000")
+    with web.visit(browser, served.url) as second:
+        web.open_tab(second.page, "Train")
+        second.page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
+        assert second.page.input_value("#run_picker input") == "owl"
+        web.says(second.page, "train_status", "of 5000")
+        second.page.click("#stop_training:not([disabled])")
+        web.says(second.page, "train_status", "Stopped; a checkpoint is written.")
+        assert not second.errors
+    web.says(page, "train_status", "Stopped; a checkpoint is written.")
+
+
+def test_a_public_page_has_two_tabs_and_draws(tiny_base, tmp_path, browser):
+    with serve(tiny_base, tmp_path, public=True) as server, web.visit(browser, server.url) as visited:
+        page = visited.page
+        generate(page)
+        web.says(page, "status", "1 picture in")
+        assert page.get_by_role("tab").all_inner_texts() == ["Generate", "Pictures", "Compare"]
+        page.click("#reuse")
+        web.open_tab(page, "Compare")
+        page.click("#compare")
+        page.wait_for_function("document.querySelectorAll('#slider img').length >= 2")
+        assert page.locator("input[type=file]").count() == 0 and not visited.errors
+
+
 def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(served, page, tmp_path, monkeypatch):
     (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setattr(served.ctx.jobs, "script", stand_in)
@@ -362,13 +391,12 @@ def test_a_phone_has_the_results_under_the_button_a_dark_page_if_asked_and_all_l
         for step in (60, 120)
     )
     with web.visit(browser, served.url, size=web.PHONE) as visited:
-        page, cookies = visited.page, {cookie["name"]: cookie["value"] for cookie in visited.context.cookies()}
-        owner = visitor_id(SimpleNamespace(cookies=cookies))
+        page = visited.page
         generate(page)
         web.says(page, "status", "1 picture in")
         tops = [page.locator(f"#{part}").bounding_box()["y"] for part in ("run", "status", "gallery", "settings")]
         assert tops == sorted(tops)
-        recorded(served.ctx.runs_dir / "scored", *events, owner=owner, pid=1, created=0.0)
+        recorded(served.ctx.runs_dir / "scored", *events, pid=1, created=0.0)
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             visited.reload()

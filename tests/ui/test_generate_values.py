@@ -25,7 +25,6 @@ from dreambooth_moslora.generation.params import (
 from dreambooth_moslora.ui.generate import ask_widgets, settings_widgets
 from dreambooth_moslora.ui.generate_values import (
     RANGES,
-    AdapterSummary,
     GenerateForm,
     clamp_to_widgets,
     code_snippet,
@@ -39,8 +38,8 @@ from dreambooth_moslora.ui.generate_values import (
 )
 from dreambooth_moslora.ui.html import facts_table, notice
 from dreambooth_moslora.ui.page import adapter_facts, build_app
-from dreambooth_moslora.ui.state import as_gradio_error, check_upload
-from dreambooth_moslora.ui.visitors import Picture
+from dreambooth_moslora.ui.state import as_gradio_error
+from dreambooth_moslora.ui.workspace import Picture
 from tests.ui.conftest import PAGE, handler, save_header, write_adapter
 
 
@@ -186,7 +185,7 @@ def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_
         ("a photo of a sks dog in space", "zwx", "a photo of a sks dog in space"),
         ("a photo of a sks dog", "foreign", "a photo of a sks dog"),
     ):
-        assert describe(name, old, PAGE)[1] == new
+        assert describe(name, old)[1] == new
 
 
 def test_the_first_prompt_has_the_trigger_words_and_the_adapters_words_are_no_markup(tmp_path, context):
@@ -210,8 +209,8 @@ def test_the_axis_of_adapters_starts_with_the_checkpoints_of_the_chosen_run(tmp_
         write_adapter(tmp_path / "runs" / "dog" / file)
     write_adapter(tmp_path / "adapters" / "cat.safetensors", "zwx")
     axis_values = handler(context(), "axis_values")
-    assert axis_values("adapter", "dog", "", PAGE) == "none, dog@20, dog@100, dog"
-    assert axis_values("prompt", "dog", "a dog", PAGE) == "a dog|"
+    assert axis_values("adapter", "dog", "") == "none, dog@20, dog@100, dog"
+    assert axis_values("prompt", "dog", "a dog") == "a dog|"
 
 
 def test_facts_and_seconds_are_said_as_people_say_them():
@@ -286,18 +285,18 @@ def test_the_settings_of_a_picture_in_the_history_are_those_of_the_one_that_is_s
     page = build_app(ctx, [])
     history = next(event for event in page.fns.values() if event.name == "history")
     reuse = next(event for event in page.fns.values() if event.inputs[:1] == history.outputs[-1:])
-    (visitor := ctx.visitors.of(PAGE)).remember(one_drawn(visitor.folder, "a dog"))
-    shown = history.fn(PAGE)[-1]
-    visitor.remember(one_drawn(visitor.folder, "a cat"))
-    assert reuse.fn(shown, 0, PAGE)[0] == "a dog" and reuse.fn(history.fn(PAGE)[-1], 0, PAGE)[0] == "a cat"
+    ctx.workspace.remember(one_drawn(ctx.workspace.root, "a dog"))
+    shown = history.fn()[-1]
+    ctx.workspace.remember(one_drawn(ctx.workspace.root, "a cat"))
+    assert reuse.fn(shown, 0)[0] == "a dog" and reuse.fn(history.fn()[-1], 0)[0] == "a cat"
 
 
 def test_the_code_draws_all_pictures_that_are_shown(context):
     ctx = context()
     snippet = next(event for event in build_app(ctx, []).fns.values() if event.name == "snippet")
-    drawn = one_drawn((visitor := ctx.visitors.of(PAGE)).folder, "a dog")
-    assert "num_images=3" in snippet.fn([drawn] * 3, PAGE) and "num_images" not in snippet.fn([drawn], PAGE)
-    assert snippet.fn([Picture(visitor.root.parent / "another.png", "")], PAGE) == ""
+    drawn = one_drawn(ctx.workspace.root, "a dog")
+    assert "num_images=3" in snippet.fn([drawn] * 3) and "num_images" not in snippet.fn([drawn])
+    assert snippet.fn([]) == ""
 
 
 def test_a_base_of_the_hub_is_named_so_in_code_and_no_other_than_its_pictures_tell(context, monkeypatch):
@@ -307,11 +306,10 @@ def test_a_base_of_the_hub_is_named_so_in_code_and_no_other_than_its_pictures_te
     monkeypatch.setattr(gr, "Warning", remarks.append)
     snippet, history = (next(event for event in page.fns.values() if event.name == n) for n in ("snippet", "history"))
     reuse = next(event for event in page.fns.values() if event.inputs[:1] == history.outputs[-1:])
-    visitor = ctx.visitors.of(PAGE)
     for base in ("owner/base", "other"):
-        visitor.remember(one_drawn(visitor.folder, "a dog", base))
-        assert "from_base('owner/base')" in snippet.fn(list(visitor.history), PAGE)
-        reuse.fn(list(visitor.history), 0, PAGE)
+        drawn = [one_drawn(ctx.workspace.root, "a dog", base)]
+        assert "from_base('owner/base')" in snippet.fn(drawn)
+        reuse.fn(drawn, 0)
     assert remarks == ["It was made with the base other; this page has owner/base"]
 
 
@@ -327,38 +325,9 @@ def with_header(file: Path, header: bytes, content: int = 0) -> Path:
     return file
 
 
-def with_ranks(file: Path, *shapes: tuple[int, int]) -> Path:
-    """A file that is as sparse as its matrices: only the header is written."""
-    header, end = {}, 0
-    for number, shape in enumerate(shapes):
-        start, end = end, end + 4 * shape[0] * shape[1]
-        header[f"unet.a{number}.lora_A.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    return with_header(file, json.dumps(header).encode(), end)
-
-
-def test_millions_of_names_are_refused_before_they_are_parsed(tmp_path, monkeypatch):
-    names = ",".join(f'"{number:x}":""' for number in range(700_000))
-    many = with_header(tmp_path / "many.safetensors", f'{{"__metadata__":{{{names}}}}}'.encode())
-    long = with_header(tmp_path / "long.safetensors", b"{" + b" " * (16 << 20) + b"}")
-    monkeypatch.setattr("json.loads", lambda text: pytest.fail("it was parsed"))
-    for file, word in ((many, "names"), (long, "MiB")):
-        with pytest.raises(UserError, match=f"header .*{word}"):
-            check_upload(file)
-        assert summary_of(file) == AdapterSummary()
-
-
-def test_ranks_that_take_minutes_to_measure_are_refused_and_usual_ones_taken(tmp_path):
-    for shapes in ([(8000, 1280), (1280, 8000)], [(320, 1280)] * 320):
-        with pytest.raises(UserError, match="ranks are too high"):
-            adapter_facts(str(with_ranks(tmp_path / "high.safetensors", *shapes)))
-    check_upload(with_ranks(tmp_path / "usual.safetensors", *[(64, 1280), (1280, 64)] * 722))
-    check_upload(save_header(tmp_path / "plain.safetensors"))
-
-
 @pytest.mark.parametrize("header", [b"[" * 100_000, b"[]", b'{"lora": 1}', b'{"lora": {"shape": ["x"]}}', b"\xff"])
 def test_a_header_that_makes_no_sense_is_left_to_the_reader(tmp_path, header):
     file = with_header(tmp_path / "odd.safetensors", header)
-    check_upload(file)
     with pytest.raises(UserError, match="odd"):
         adapter_facts(str(file))
 

@@ -17,9 +17,9 @@ from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.processes import why_it_ended
 from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.jobs import Job, Jobs
-from dreambooth_moslora.ui.state import AdapterCatalog, as_gradio_error
+from dreambooth_moslora.ui.state import as_gradio_error
 from dreambooth_moslora.ui.train_watch import status_card
-from tests.ui.conftest import OTHER, OWNER, recorded, visitor, wait_for
+from tests.ui.conftest import recorded, wait_for
 
 NOW = psutil.Process().create_time()
 DEEP = "[" * 100_000
@@ -28,38 +28,34 @@ on_linux = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linu
 
 
 def start(jobs: Jobs, mode: str = "good", name: str = "dog", **config) -> Job:
-    return jobs.start(name, {"mode": mode, "output_dir": str(jobs.runs_dir / name), **config}, OWNER)
+    return jobs.start(name, {"mode": mode, "output_dir": str(jobs.runs_dir / name), **config})
 
 
-def test_a_run_survives_the_server_that_started_it_is_the_only_one_and_only_its_owner_has_a_say(jobs):
+def test_a_run_survives_the_server_that_started_it_and_is_the_only_one(jobs):
     """Another process starts the run and is gone; this one finds it, watches it and stops it."""
     code = (
         "import sys; from pathlib import Path; from dreambooth_moslora.ui.jobs import Jobs\n"
         f"jobs = Jobs(Path({str(jobs.runs_dir)!r}), Path({str(jobs.script)!r}))\n"
-        f"jobs.start('dog', {{'mode': 'good', 'output_dir': {str(jobs.runs_dir / 'dog')!r}}}, {OWNER!r})"
+        f"jobs.start('dog', {{'mode': 'good', 'output_dir': {str(jobs.runs_dir / 'dog')!r}}})"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     job = jobs.current()
-    assert job is not None and job.is_alive and jobs.of(OTHER) == []
-    for owner, whose in ((OWNER, "your run dog"), (OTHER, "another visitor's")):
-        with pytest.raises(UserError, match=whose):
-            jobs.start("cat", {}, owner)
-    for action in (jobs.stop, jobs.resume):
-        with pytest.raises(UserError, match="you have no run"):
-            action("dog", OTHER)
+    assert job is not None and job.is_alive
+    with pytest.raises(UserError, match="the run dog is going on"):
+        jobs.start("cat", {})
     with pytest.raises(UserError, match="still going on"):
-        jobs.resume("dog", OWNER)
+        jobs.resume("dog")
     first = wait_for(lambda: jobs.state(job).step)
     wait_for(lambda: jobs.state(job).step > first)
-    assert jobs.stop("dog", OWNER).stop_asked
-    wait_for(lambda: jobs.state(jobs.owned("dog", OWNER)).state == "interrupted")
+    assert jobs.stop("dog").stop_asked
+    wait_for(lambda: jobs.state(jobs.recorded("dog")).state == "interrupted")
     assert jobs.current() is None
 
 
 def test_resume_adds_the_checkpoint_to_the_same_run(jobs):
     job = start(jobs, steps=2)
     wait_for(lambda: jobs.state(job).state == "done")
-    job = jobs.resume("dog", OWNER)
+    job = jobs.resume("dog")
     wait_for(lambda: jobs.state(job).state == "done")
     config = json.loads((job.run_dir / "job_config.json").read_text())
     assert config["resume_from_checkpoint"] == "latest" and len(jobs.metrics(job).of("start")) == 2
@@ -72,19 +68,19 @@ def test_a_process_that_will_not_stop_is_killed_at_the_second_asking(jobs, monke
     wait_for(lambda: jobs.state(job).step)
     if is_full:
         (job.run_dir / ".job.json.tmp").symlink_to("/dev/full")
-    assert jobs.stop("dog", OWNER).stop_asked
-    stopping = jobs.owned("dog", OWNER)
+    assert jobs.stop("dog").stop_asked
+    stopping = jobs.recorded("dog")
     assert jobs.state(stopping).state == "stopping" and stopping.is_alive
     monkeypatch.setattr("dreambooth_moslora.ui.jobs.KILL_AFTER_SEC", 0)
-    jobs.stop("dog", OWNER)
+    jobs.stop("dog")
     wait_for(lambda: not job.is_alive)
-    assert jobs.state(jobs.owned("dog", OWNER)).state == "failed"
+    assert jobs.state(jobs.recorded("dog")).state == "failed"
 
 
 def loading(jobs: Jobs) -> Job:
     """A run that is killed by any signal."""
     jobs.script.write_text(SLEEPER)
-    job = jobs.start("dog", {}, OWNER)
+    job = jobs.start("dog", {})
     wait_for(lambda: "loading" in job.log_tail())
     return job
 
@@ -99,12 +95,12 @@ def test_a_run_that_is_stopped_while_it_starts_has_not_failed(jobs, tmp_path, is
     job = loading(jobs)
     if is_full:
         (job.run_dir / ".job.json.tmp").symlink_to("/dev/full")
-    assert "stopped before training had begun" in ended(jobs, jobs.stop("dog", OWNER))
-    state = jobs.state(jobs.owned("dog", OWNER))
+    assert "stopped before training had begun" in ended(jobs, jobs.stop("dog"))
+    state = jobs.state(jobs.recorded("dog"))
     assert state.state == "interrupted" and not state.is_active
     assert "It was stopped before training had begun." in status_card(state, Metrics(tmp_path))
     with pytest.raises(UserError, match="dog has already ended"):
-        jobs.stop("dog", OWNER)
+        jobs.stop("dog")
 
 
 def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_one(jobs):
@@ -114,7 +110,7 @@ def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_o
         told = ended(server, job)
         assert "was killed" in told and "want of memory" in told and ("loading" in told) == knows_the_log
     with pytest.raises(UserError, match="dog has already ended"):
-        jobs.stop("dog", OWNER)
+        jobs.stop("dog")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +134,7 @@ def test_training_is_found_from_any_folder_and_takes_nothing_from_there(tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     jobs = Jobs(tmp_path / "runs")
-    job = jobs.start("dog", {"pretrained_model_name_or_path": "toy"}, OWNER)
+    job = jobs.start("dog", {"pretrained_model_name_or_path": "toy"})
     assert "missing: --instance_prompt" in ended(jobs, job)
 
 
@@ -147,7 +143,7 @@ def test_a_start_on_a_full_disk_is_refused_in_words(jobs):
     (jobs.runs_dir / "dog").mkdir()
     (jobs.runs_dir / "dog" / "job_config.json").symlink_to("/dev/full")
     with pytest.raises(gr.Error, match="disk is full"):
-        as_gradio_error(jobs.start)("dog", {"a": 1}, OWNER)
+        as_gradio_error(jobs.start)("dog", {"a": 1})
 
 
 def test_a_process_of_which_nothing_can_be_noted_is_ended(jobs, monkeypatch):
@@ -157,7 +153,7 @@ def test_a_process_of_which_nothing_can_be_noted_is_ended(jobs, monkeypatch):
     monkeypatch.setattr(page_jobs.processes, "start_logged", noted)
     monkeypatch.setattr(Job, "save", lambda job: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        jobs.start("dog", {}, OWNER)
+        jobs.start("dog", {})
     assert children[0].wait(timeout=20) == -9
 
 
@@ -183,13 +179,13 @@ def test_a_run_resumed_in_the_second_of_its_end_is_starting(jobs):
     """The earlier process's last events are not the new one's, though its birth is known to a second only."""
     start(jobs)
     wait_for(lambda: jobs.state(jobs.current()).step)
-    jobs.stop("dog", OWNER)
+    jobs.stop("dog")
     wait_for(lambda: jobs.current() is None)
     now = time.time()
     earlier = line("start", 0, now - 9) + line("step", 5, now - 0.1) + line("end", 5, now - 0.1)
     replaced(jobs.runs_dir / "dog" / "metrics.jsonl", earlier)
     jobs.script.write_text("import time; time.sleep(60)")
-    job = jobs.resume("dog", OWNER)
+    job = jobs.resume("dog")
     assert (jobs.state(job).state, jobs.state(job).step) == ("starting", 0)
 
 
@@ -215,21 +211,19 @@ def test_settings_that_cannot_be_read_are_told_and_the_log_shows_a_bars_last_sta
     for content in ("", "nonsense", "[]", "7", DEEP):
         (run / "job_config.json").write_text(content)
         with pytest.raises(UserError, match="settings of the run dog cannot be read"):
-            Jobs(tmp_path).resume("dog", OWNER)
+            Jobs(tmp_path).resume("dog")
 
 
-ODD_RECORDS = {"news": True}, {"pid": "x", "created": []}, {"pid": -1}, {"pid": 0}, {"pid": True}, {"created": 10**400}
-RECORDS = ["", "nonsense", "[]", "{}", '{"owner": 5}', DEEP, "a pipe", "a link to nowhere"]
-RECORDS += [json.dumps({"owner": OWNER, "pid": os.getpid(), "created": 0.0} | odd) for odd in ODD_RECORDS]
+ODD_RECORDS = {"pid": "x", "created": []}, {"pid": -1}, {"pid": 0}, {"pid": True}, {"created": 10**400}
+RECORDS = ["", "nonsense", "[]", "5", "{}", '{"pid": 5}', DEEP, "a pipe", "a link to nowhere"]
+RECORDS += [json.dumps({"pid": os.getpid(), "created": 0.0} | odd) for odd in ODD_RECORDS]
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record[:60])
-def test_a_record_that_cannot_be_read_is_no_run_and_its_adapter_is_shown_to_nobody(tmp_path, record):
+def test_a_record_that_cannot_be_read_is_no_run(tmp_path, record):
     file = recorded(tmp_path / "dog").run_dir / "job.json"
-    (tmp_path / "dog" / "pytorch_lora_weights.safetensors").write_text("x")
-    jobs, shelf = Jobs(tmp_path), AdapterCatalog(tmp_path / "adapters", tmp_path)
+    jobs = Jobs(tmp_path)
     file.unlink()
-    assert list(shelf.files()) == ["dog"]
     if record == "a pipe":
         os.mkfifo(file)  # reading it would have no end
     elif record == "a link to nowhere":
@@ -237,9 +231,8 @@ def test_a_record_that_cannot_be_read_is_no_run_and_its_adapter_is_shown_to_nobo
     else:
         file.write_text(record)
     assert jobs.all() == [] and jobs.current() is None
-    with pytest.raises(UserError, match="you have no run"):
-        jobs.stop("dog", OWNER)
-    assert not shelf.files() and not shelf.files(visitor(tmp_path, OTHER))
+    with pytest.raises(UserError, match="there is no run called 'dog'"):
+        jobs.stop("dog")
 
 
 @pytest.fixture

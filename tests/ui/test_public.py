@@ -15,7 +15,16 @@ from tests.ui.conftest import refusal, wait_for
 
 DRAW = {"steps": 1, "api_name": "/generate"}
 EVERYTHING = {"generate", "compare", "stop", "adapters"}
-NOT_THERE = ("train", "estimate", "add_to_queue", "train_status", "stop_training", "queue", "grid", "inspect")
+NOT_THERE = (
+    "train",
+    "estimate",
+    "add_to_queue",
+    "train_status",
+    "stop_training",
+    "queue",
+    "grid",
+    "inspect",
+)
 FILES = {"file", "uploadbutton", "imageeditor", "downloadbutton", "timer"}
 
 

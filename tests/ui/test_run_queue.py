@@ -16,14 +16,14 @@ import pytest
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import log_file
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun, RunQueue, locked
+from dreambooth_moslora.disk.queue import QueuedRun, RunQueue, locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.ui.jobs import KILLED_MOST, Job, Jobs, QueueTurns
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import add_to_queue, start_run
-from dreambooth_moslora.ui.train_watch import pause_or_go_on, queue_changes, status_of
+from dreambooth_moslora.ui.train_watch import queue_changes, status_of
 from tests.helpers.tiny_training import paint_photos
-from tests.ui.conftest import OTHER, OWNER, recorded, wait_for
+from tests.ui.conftest import handler, recorded, wait_for
 
 TURNS = """
 import sys, time
@@ -46,11 +46,11 @@ def turns(jobs) -> QueueTurns:
     return QueueTurns(jobs)
 
 
-def added(queue: RunQueue, name: str, owner: str = OWNER, address: str = "", **settings) -> QueuedRun:
+def added(queue: RunQueue, name: str, argv: tuple[str, ...] = (), **settings) -> QueuedRun:
     """A run of the stand-in for the trainer, of two steps."""
     (queue.runs_dir / name).mkdir()
     settings = {"mode": "good", "steps": 2, "output_dir": str(queue.runs_dir / name)} | settings
-    run = QueuedRun(name, owner, address, settings=settings, is_new=True, queued=time.time())
+    run = QueuedRun(name, argv=argv, settings=settings, is_new=True, queued=time.time())
     queue.add(run)
     return run
 
@@ -77,27 +77,25 @@ def starts_of(queue: RunQueue, name: str) -> list[dict]:
     return [event for event in map(json.loads, lines) if event["type"] == "start"]
 
 
-def test_the_order_is_on_the_disk_and_each_owner_changes_only_the_own_places(queue):
-    for name, owner in (("a", OWNER), ("b", OTHER), ("c", OWNER), ("d", OWNER)):
-        added(queue, name, owner)
+def test_the_order_is_on_the_disk(queue):
+    for name in "abcd":
+        added(queue, name)
     assert names(RunQueue(queue.runs_dir)) == ["a", "b", "c", "d"]
-    for name, place, owner, order in (
-        ("d", "up", OWNER, "abdc"),
-        ("c", "first", OWNER, "cbad"),
-        ("c", "down", OWNER, "abcd"),
-        ("d", "up", None, "abdc"),
-        ("b", "3", None, "adbc"),
-        ("a", "last", None, "dbca"),
-        ("b", "9" * 5000, None, "dcab"),
-        ("b", "2", None, "dbca"),
+    for name, place, order in (
+        ("d", "up", "abdc"),
+        ("c", "first", "cabd"),
+        ("c", "down", "acbd"),
+        ("b", "1", "bacd"),
+        ("a", "last", "bcda"),
+        ("b", "9" * 5000, "cdab"),
+        ("b", "2", "cbda"),
     ):
-        queue.move(name, place, owner)
+        queue.move(name, place)
         assert "".join(names(RunQueue(queue.runs_dir))) == order
     added(queue, "e")
     assert names(queue)[-1] == "e"
     for call, words in (
-        (lambda: queue.move("a", "up", OTHER), "waits in the queue"),
-        (lambda: queue.remove("a", OTHER), "waits in the queue"),
+        (lambda: queue.move("zz", "up"), "waits in the queue"),
         (lambda: queue.remove("zz"), "waits in the queue"),
         (lambda: queue.move("a", "sideways"), "'sideways' is not a place"),
         (lambda: queue.add(QueuedRun("a")), "a is in the queue already"),
@@ -106,29 +104,11 @@ def test_the_order_is_on_the_disk_and_each_owner_changes_only_the_own_places(que
             call()
 
 
-def test_owners_take_turns_however_many_runs_each_has_waiting(queue):
-    for name in ("e1", "e2", "e3", "e4"):
-        added(queue, name, "eve")
-    assert queue.claim().name == "e1"  # eve's turn in the first round
-    for name, owner in (("a1", "ann"), ("b1", "bob"), ("a2", "ann"), ("c1", COMMAND_LINE), ("c2", COMMAND_LINE)):
-        added(queue, name, owner)
-    assert names(RunQueue(queue.runs_dir)) == ["a1", "b1", "c1", "e2", "a2", "c2", "e3", "e4"]
-    queue.move("e4", "first")  # by the person at the machine
-    added(queue, "d1", "dan")
-    assert names(queue) == ["e4", "a1", "b1", "c1", "d1", "e2", "a2", "c2", "e3"]
-
-
-def test_invented_cookies_of_one_address_are_together_no_more_than_a_few_owners(queue):
-    asked = [(f"e{number}", f"cookie {number}", "203.0.113.1") for number in range(12)]
-    for name, owner, address in (*asked, ("a", "ann", "203.0.113.2"), ("l", "a login", "")):
-        added(queue, name, owner, address)
-    assert names(queue)[:6] == ["e0", "e1", "e2", "e3", "a", "l"]
-
-
 def test_a_removed_run_takes_its_new_folder_along_but_nothing_that_was_trained(queue):
-    runs = {"new": OWNER, "trained": OWNER, "empty": COMMAND_LINE, "noted": COMMAND_LINE}
-    for name, owner in runs.items():
-        added(queue, name, owner)
+    command = ("train", "--queue")
+    runs = {"new": (), "trained": (), "empty": command, "noted": command}
+    for name, argv in runs.items():
+        added(queue, name, argv)
     (queue.runs_dir / "trained" / "metrics.jsonl").write_text("")
     (queue.runs_dir / "noted" / "notes.txt").write_text("mine")
     for name in runs:
@@ -213,7 +193,7 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint_though_the_clock_was
     later.take()
     assert goes_on(jobs) and later.current().name == "dog"
     wait_for(lambda: len(starts_of(queue, "dog")) == 3)
-    later.jobs.stop("dog", OWNER)  # its owner did
+    later.jobs.stop("dog")  # now somebody does
     assert trained(later) == {"dog": "interrupted", "cat": "done"}
 
 
@@ -278,7 +258,7 @@ def test_the_command_stops_the_run_in_progress_which_leaves_the_queue_to_the_nex
 
 def test_nothing_is_started_beside_a_run_or_in_a_folder_that_is_held(jobs, turns):
     added(turns.queue, "dog")
-    jobs.start("cat", {"mode": "good", "output_dir": str(jobs.runs_dir / "cat"), "steps": 2}, OTHER)
+    jobs.start("cat", {"mode": "good", "output_dir": str(jobs.runs_dir / "cat"), "steps": 2})
     turns.take()
     assert names(turns.queue) == ["dog"]
     wait_for(lambda: jobs.current() is None)
@@ -303,17 +283,17 @@ FORM = TrainForm("sks", "dog")
 
 
 @pytest.fixture
-def page(jobs, turns):
+def page(jobs, turns, workspace):
     """What the tab's actions know."""
-    return SimpleNamespace(queue=turns, base_name="toy", resolution_px=128, jobs=jobs)
+    return SimpleNamespace(queue=turns, base_name="toy", resolution_px=128, jobs=jobs, workspace=workspace)
 
 
 @pytest.fixture
-def ann(ann):
-    """A visitor with two photos."""
-    for number, file in enumerate(sorted(paint_photos(ann.photos_dir, 2).iterdir()), 1):
-        file.rename(ann.photos_dir / f"photo_0{number}.png")
-    return ann
+def workspace(workspace):
+    """With two photos."""
+    for number, file in enumerate(sorted(paint_photos(workspace.photos_dir, 2).iterdir()), 1):
+        file.rename(workspace.photos_dir / f"photo_0{number}.png")
+    return workspace
 
 
 def test_a_pause_lets_the_running_one_end_and_starts_no_next_one_also_after_a_restart(jobs, turns):
@@ -329,61 +309,61 @@ def test_a_pause_lets_the_running_one_end_and_starts_no_next_one_also_after_a_re
     wait_for(lambda: later.take() or "cat" in endings(later.queue))
 
 
-def test_the_page_pauses_the_queue_and_says_so(context, ann):
+def test_the_page_pauses_the_queue_and_says_so(context):
     ctx = context()
     ctx.runs_dir.mkdir()
-    added(ctx.queue.queue, "dog", ann.id)
-    pause_or_go_on(ctx)
-    shown = queue_changes(ctx, ann, None, None)
+    added(ctx.queue.queue, "dog")
+    pause = handler(ctx, "changed", "queue_pause")
+    pause(None, None, None)
+    shown = queue_changes(ctx, None, None)
     assert "Paused" in shown["queue_rest"] and shown["queue_pause"].value == "Go on"
     with pytest.raises(UserError, match="lets this one wait for its turn; the queue is paused, which “Go on” there"):
-        start_run(ctx, FORM, ann)
-    pause_or_go_on(ctx)
-    assert queue_changes(ctx, ann, None, shown["queue_seen"])["queue_pause"].value == "Pause the queue"
+        start_run(ctx, FORM)
+    pause(None, None, None)
+    assert queue_changes(ctx, None, shown["queue_seen"])["queue_pause"].value == "Pause the queue"
 
 
-def test_the_page_adds_shows_and_moves_runs_of_its_visitor_alone(page, ann):
+def test_the_page_adds_and_shows_runs_also_those_of_the_command(page):
     queue, runs_dir = page.queue.queue, page.jobs.runs_dir
-    assert add_to_queue(page, FORM, ann)[0] == "dog"
-    name, card = add_to_queue(page, replace(FORM, steps=7), ann)
+    assert add_to_queue(page, FORM)[0] == "dog"
+    name, card = add_to_queue(page, replace(FORM, steps=7))
     assert name == "dog-2" and "dog-2 waits, number 2 in the queue" in card
     assert len(list((runs_dir / "dog-2" / "photos").iterdir())) == 2
-    add_to_queue(page, replace(FORM, run_name="secret"), replace(ann, id=OTHER))
-    added(queue, "bear", owner="")
-    shown = queue_changes(page, ann, None, None)
-    assert shown["queued"].choices == [("1 · dog · each photo 384 times", "dog"), ("4 · dog-2 · 7 steps", "dog-2")]
-    assert "3 · bear" in shown["queue_rest"] and "1 of other visitors" in shown["queue_rest"]
-    assert "secret" not in str(shown) and shown["queue_box"].visible
-    assert queue_changes(page, ann, None, shown["queue_seen"]) == {}
+    added(queue, "bear", ("train", "--queue"))
+    shown = queue_changes(page, None, None)
+    words = ["1 · dog · each photo 384 times", "2 · dog-2 · 7 steps", "3 · bear"]
+    assert shown["queued"].choices == list(zip(words, ("dog", "dog-2", "bear")))
+    assert shown["queue_box"].visible and not shown["queue_rest"]
+    assert queue_changes(page, None, shown["queue_seen"]) == {}
     with pytest.raises(UserError, match="Add to queue"):
-        start_run(page, FORM, ann)
+        start_run(page, FORM)
     for run in names(queue):
         queue.remove(run)
-    assert not queue_changes(page, ann, None, None, "dog")["queue_box"].visible
+    assert not queue_changes(page, None, None, "dog")["queue_box"].visible
     assert [path.name for path in runs_dir.iterdir()] == [".queue"]
 
 
-def test_a_program_is_told_that_its_run_waits_and_where(page, ann):
+def test_a_program_is_told_that_its_run_waits_and_where(page):
     """It was told that it had no such run."""
-    for name, owner in (("bear", ""), ("dog", ann.id)):
-        added(page.queue.queue, name, owner)
+    for name in ("bear", "dog"):
+        added(page.queue.queue, name)
     waits = {"run": "dog", "state": "waiting", "step": 0, "steps": 0}
-    assert status_of(page, "dog", ann) == waits | {"place": 2}
+    assert status_of(page, "dog") == waits | {"place": 2}
     page.queue.queue.remove("bear")
     page.queue.queue.pause()
-    assert status_of(page, "dog", ann) == waits | {"place": 1, "message": "the queue is paused"}
-    with pytest.raises(UserError, match="you have no run"):
-        status_of(page, "dog", replace(ann, id=OTHER))
+    assert status_of(page, "dog") == waits | {"place": 1, "message": "the queue is paused"}
+    with pytest.raises(UserError, match="there is no run called 'cat'"):
+        status_of(page, "cat")
     page.queue.queue.pause(False)
     page.queue.queue.claim()
-    assert status_of(page, "dog", ann) == waits | {"state": "starting"}
-    assert trained(page.queue) == {"dog": "done"} and status_of(page, "dog", ann)["state"] == "done"
+    assert status_of(page, "dog") == waits | {"state": "starting"}
+    assert trained(page.queue) == {"dog": "done"} and status_of(page, "dog")["state"] == "done"
 
 
-def test_a_program_is_told_what_the_trainer_remarked_once_and_without_folders(page, ann):
+def test_a_program_is_told_what_the_trainer_remarked_once(page):
     """The command line prints it before a training, and the page left it in the log."""
     run = recorded(page.jobs.runs_dir / "dog", {"type": "end", "state": "done", "step": 2}).run_dir
-    assert "remarks" not in status_of(page, "dog", ann)
+    assert "remarks" not in status_of(page, "dog")
     log = log_file(RunDir(run))
     for name, level, words in (
         ("dreambooth_moslora.cli.train", logging.INFO, "begins"),
@@ -393,18 +373,16 @@ def test_a_program_is_told_what_the_trainer_remarked_once_and_without_folders(pa
     ):
         log.emit(logging.LogRecord(name, level, "", 0, words, None, None))
     log.close()
-    assert status_of(page, "dog", ann)["remarks"] == ["--prior has no effect", "dog/old was not removed"]
+    assert status_of(page, "dog")["remarks"] == ["--prior has no effect", f"{run}/old was not removed"]
 
 
-def test_the_page_turns_to_the_run_whose_turn_has_come_and_once(page, ann):
+def test_the_page_turns_to_the_run_whose_turn_has_come_and_once(page):
     """Whoever looked at an older run was taken away from it, with its buttons, whenever anybody changed the queue."""
     added(page.queue.queue, "dog", steps=500)
     page.queue.take()
     wait_for(page.jobs.current)
-    shown = queue_changes(page, ann, "old", None)
+    shown = queue_changes(page, "old", None)
     assert shown["run"].value == "dog"
-    added(page.queue.queue, "bear", owner="")
-    again = queue_changes(page, ann, "old", shown["queue_seen"])
-    assert "bear" in again["queue_rest"] and "value" not in again["run"].constructor_args
-    other = queue_changes(page, replace(ann, id=OTHER), None, None)["run"]
-    assert other.value != "dog" and other.choices == []
+    added(page.queue.queue, "bear")
+    again = queue_changes(page, "old", shown["queue_seen"])
+    assert "bear" in str(again["queued"].choices) and "value" not in again["run"].constructor_args

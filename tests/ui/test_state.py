@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,17 +22,14 @@ from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.generate_values import AdapterSummary, GenerateForm, make_pictures, summary_of
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import TELLS_PROMPTS, AdapterCatalog, AppContext, as_gradio_error, import_libraries
-from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.train_start import add_to_queue, estimate_cost, start_run
-from dreambooth_moslora.ui.train_watch import watched
-from tests.ui.conftest import OTHER, OWNER, PAGE, handler, recorded, visitor, wait_for, write_adapter
+from tests.ui.conftest import PAGE, wait_for, write_adapter
 
 PUBLISHED, RAW = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 
 
 @pytest.fixture
-def shelf(tmp_path) -> AdapterCatalog:
-    return AdapterCatalog(tmp_path / "adapters", tmp_path / "runs")
+def shelf(tmp_path, workspace) -> AdapterCatalog:
+    return AdapterCatalog(tmp_path / "adapters", tmp_path / "runs", workspace)
 
 
 def put(folder: Path, *files: str) -> None:
@@ -41,19 +38,18 @@ def put(folder: Path, *files: str) -> None:
         (folder / file).write_text(file)
 
 
-def test_the_shelf_shows_runs_to_their_owners_command_line_runs_to_all_and_uploads_to_their_visitors(
-    tmp_path, shelf, ann
-):
-    runs, bob = tmp_path / "runs", visitor(tmp_path, OTHER)
-    put(runs, f"mine/{PUBLISHED}", f"free/{PUBLISHED}", f"free/checkpoint-20/{RAW}", f"free/checkpoint-100/{RAW}")
-    recorded(runs / "mine")
-    assert set(shelf.files(ann)) == {"mine", "free", "free@100", "free@20"}
-    put(tmp_path, "my <b>dog.safetensors")
-    names = [shelf.add_upload(tmp_path / "my <b>dog.safetensors", ann) for _ in range(2)]
-    assert names == ["my _b_dog", "my _b_dog 2"] and set(names) < set(shelf.files(ann))
-    assert list(shelf.files(bob)) == ["free", "free@100", "free@20"]
+def test_the_shelf_shows_all_runs_and_uploads_and_that_of_a_public_page_only_its_own_files(tmp_path, shelf, workspace):
+    runs = tmp_path / "runs"
+    put(runs, f"dog/{PUBLISHED}", f"dog/checkpoint-20/{RAW}", f"dog/checkpoint-100/{RAW}")
+    put(tmp_path, "adapters/cat.safetensors", "my <b>dog.safetensors")
+    names = [shelf.add_upload(tmp_path / "my <b>dog.safetensors") for _ in range(2)]
+    assert names == ["my _b_dog", "my _b_dog 2"]
+    assert list(shelf.files()) == [*names, "cat", "dog", "dog@100", "dog@20"]
+    workspace.uploads.clear()
+    public = replace(shelf, runs_dir=None)
+    assert public.public_paths() == {"cat": "cat.safetensors"}
     with pytest.raises(UserError, match="there is no adapter"):
-        shelf.path(names[0], bob)
+        public.path("dog")
 
 
 def test_files_are_named_as_they_lie_in_the_project_or_by_a_bare_name_of_their_own(tmp_path, shelf, monkeypatch):
@@ -69,7 +65,7 @@ def test_files_are_named_as_they_lie_in_the_project_or_by_a_bare_name_of_their_o
     assert shelf.path("dog 2") == tmp_path / "runs" / "dog" / PUBLISHED
 
 
-def test_links_out_of_the_folder_or_in_circles_and_pipes_are_no_adapters(tmp_path, shelf, ann):
+def test_links_out_of_the_folder_or_in_circles_and_pipes_are_no_adapters(tmp_path, shelf):
     folder, runs = tmp_path / "adapters", tmp_path / "runs"
     for adapter in (folder / "dog.safetensors", tmp_path / "secret.safetensors"):
         write_adapter(adapter)
@@ -80,11 +76,11 @@ def test_links_out_of_the_folder_or_in_circles_and_pipes_are_no_adapters(tmp_pat
     for pipe in (folder / "pipe.safetensors", runs / "cat" / "checkpoint-5" / RAW):
         os.mkfifo(pipe)
     (runs / "round").symlink_to(runs / "round")
-    assert list(shelf.files(ann)) == ["dog"] and summary_of(folder / "pipe.safetensors") == AdapterSummary()
+    assert list(shelf.files()) == ["dog"] and summary_of(folder / "pipe.safetensors") == AdapterSummary()
 
 
 def test_a_stop_counts_before_ones_turn_has_come_and_only_once(context):
-    pages = [SimpleNamespace(username=None, cookies={}, session_hash=name) for name in ("mine", "other")]
+    pages = [SimpleNamespace(session_hash=name) for name in ("mine", "other")]
     ctx = context()
     for page in pages:
         ctx.announce(page, "generate")
@@ -151,29 +147,7 @@ def test_a_fault_of_ours_is_told_without_its_secrets_and_logged(caplog):
     assert [str(record.exc_info[1]) for record in caplog.records] == ["'/secret/path'"] * 2
 
 
-def test_no_visitor_reads_where_things_lie_on_this_machine(context, tmp_path, ann):
-    def load():
-        raise UserError(f"{secret} has no unet; {tmp_path / 'runs' / 'x'} is there")
-
-    (secret := tmp_path / "secret" / "my_base").mkdir(parents=True)
-    hidden = context(load, title="my_base", name=str(secret), adapters_dir=secret.parent / "adapters")
-    me = hidden.visitors.of(PAGE)
-    run = recorded(tmp_path / "runs" / "dog", owner=me.id).run_dir
-    (run / "job.log").write_text(f"error: {hidden.base_name}/unet is missing, {hidden.catalog.adapters_dir}/a too\n")
-    now = watched(hidden.jobs, "dog", None, me)
-    ann.photos_dir.mkdir()
-    PIL.Image.new("RGB", (64, 64)).save(ann.photos_dir / "photo_01.png")
-    texts = {text: "my_base/unet" for text in (now["status"], now["log"], str(handler(hidden, "status")("dog", PAGE)))}
-    acts = [partial(act, hidden, TrainForm("sks", "dog"), ann) for act in (estimate_cost, start_run, add_to_queue)]
-    for asked, words in ((hidden.pipeline, "my_base has no unet; x is there"), *((act, "my_base") for act in acts)):
-        with pytest.raises(UserError) as told:
-            asked()
-        texts[str(told.value)] = words
-    for text, words in texts.items():
-        assert words in text and str(tmp_path) not in text
-
-
-def test_the_prompt_of_a_visitor_is_not_written_to_the_log(subject):
+def test_a_prompt_is_not_written_to_the_log(subject):
     lines, handler = [], logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     import_libraries()
@@ -205,7 +179,7 @@ def resting(tiny_base):
 
 
 def stop(ctx: AppContext) -> None:
-    ctx.jobs.stop(ctx.jobs.current().name, OWNER)
+    ctx.jobs.stop(ctx.jobs.current().name)
     wait_for(lambda: not ctx.jobs.current())
 
 
@@ -248,7 +222,7 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_also_after_a_restart_a
     seen, spawn = [], page_jobs.processes.start_logged
     noted = lambda *place, **how: (seen.append(list(moves)), spawn(*place, **how))[1]  # noqa: E731
     monkeypatch.setattr(page_jobs.processes, "start_logged", noted)
-    ctx.jobs.start("dog", {}, OWNER)
+    ctx.jobs.start("dog", {})
     assert seen == [[OTHER_DEVICE, "cpu"]]
     fresh, its_moves = resting()
     for page in (ctx, large(lambda: fresh)):
@@ -269,7 +243,7 @@ def test_a_run_begins_when_the_picture_being_drawn_is_done_and_a_resumed_one_kee
     next(frames)
     with ThreadPoolExecutor(1) as pool:
         started = threading.Event()
-        job = pool.submit(lambda: (started.set(), ctx.jobs.start("dog", {}, OWNER))[1])
+        job = pool.submit(lambda: (started.set(), ctx.jobs.start("dog", {}))[1])
         started.wait()
         time.sleep(0.1)
         assert not job.done() and ctx.jobs.current() is None
@@ -277,7 +251,7 @@ def test_a_run_begins_when_the_picture_being_drawn_is_done_and_a_resumed_one_kee
         assert len(last.pictures) == 1 and job.result(timeout=20).is_alive
     stop(ctx)
     picture(ctx)
-    ctx.jobs.resume("dog", OWNER)
+    ctx.jobs.resume("dog")
     assert moves == [OTHER_DEVICE, "cpu"] * 2
 
 
@@ -290,7 +264,7 @@ def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_load
         return subject
 
     ctx = large(load)
-    ctx.jobs.start("dog", {}, OWNER)  # while the base is loading
+    ctx.jobs.start("dog", {})  # while the base is loading
     assert not ctx.loaded() and [one() for one in made] == [None]
     with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
         picture(ctx)
@@ -298,7 +272,7 @@ def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_load
         large(load).pipeline()  # a server that is started again
     stop(ctx)
     before = picture(ctx)
-    ctx.jobs.start("cat", {}, OWNER)
+    ctx.jobs.start("cat", {})
     assert [one() for one in made] == [None, None]
     stop(ctx)
     assert picture(ctx) == before and len(made) == 3
@@ -310,7 +284,7 @@ def test_a_service_draws_while_a_run_trains_here_but_no_captions_are_written_the
     before = picture(ctx)
     with ctx.turns.captioning():
         pass
-    ctx.jobs.start("dog", {}, OWNER)
+    ctx.jobs.start("dog", {})
     assert ctx.loaded() and picture(ctx) == picture(large(lambda: subject, is_remote=True)) == before
     with pytest.raises(UserError, match="this machine is training a run"), ctx.turns.captioning():
         pass

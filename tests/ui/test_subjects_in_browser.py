@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -18,7 +17,6 @@ from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.train_photos import remove_photo
-from dreambooth_moslora.ui.visitors import COOKIE, Visitor
 from tests.helpers import browser as web
 from tests.ui.conftest import noise_photos, toy_photos, wait_for
 
@@ -202,11 +200,6 @@ def captions(page) -> list[str]:
     return page.locator("#crops textarea").evaluate_all("boxes => boxes.map(box => box.value)")
 
 
-def visitor_of(server, visited) -> Visitor:
-    (cookie,) = [c["value"] for c in visited.context.cookies() if c["name"] == COOKIE]
-    return server.ctx.visitors.of(SimpleNamespace(cookies={COOKIE: cookie}))
-
-
 def is_within(box: dict[str, float], size: tuple[int, int]) -> bool:
     right, bottom = box["x"] + box["width"], box["y"] + box["height"]
     return box["x"] >= 0 and box["y"] >= 0 and right <= size[0] and bottom <= size[1]
@@ -267,8 +260,8 @@ def test_a_row_has_its_parts_side_by_side_and_the_brush_has_the_window_and_each_
         left, top = (photo[side] + photo["width"] / 10 for side in "xy")
         web.brush(page, (left, top), (left + photo["width"] / 10, top))
         web.says(page, "mask_remarks", "The masks are shown")
-        ann = visitor_of(of_toys, visited)
-        mask = np.asarray(open_mask(find_photos(ann.photos_dir, "", 128).photos[2])) > 127
+        kept = of_toys.ctx.workspace
+        mask = np.asarray(open_mask(find_photos(kept.photos_dir, "", 128).photos[2])) > 127
         assert mask[: len(mask) // 5, : len(mask) // 4].any() and not mask.all()
         assert row(page, 3, "img").get_attribute("src") != before
         assert web.fits(page) and not visited.errors
@@ -308,8 +301,8 @@ def test_nothing_typed_is_lost_by_a_turned_page_or_a_photo_more_or_less_on_anoth
         web.press(page, "Later photos")
         assert captions(page) == wanted[12:]
         row(page, 2, "textarea").fill("")
-        ann = visitor_of(served, visited)
-        remove_photo(ann, file_digest(ann.photos_dir / "photo_12.png"))  # as another page does
+        kept = served.ctx.workspace
+        remove_photo(kept, file_digest(kept.photos_dir / "photo_12.png"))  # as another page does
         web.put(page, "class_word", "dog")
         page.click("#start")
         web.says(page, "cost", "words: “a photo of a sks dog”")

@@ -19,7 +19,7 @@ from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, phase_of
 from dreambooth_moslora.ui.state import AdapterCatalog
 from dreambooth_moslora.ui.train_form import in_the_forms_words
 from dreambooth_moslora.ui.train_watch import fidelity_table, loss_table, run_names, samples_of, status_card, watched
-from tests.ui.conftest import OTHER, OWNER, recorded, visitor
+from tests.ui.conftest import recorded
 
 PUBLISHED = "pytorch_lora_weights.safetensors"
 
@@ -43,9 +43,9 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def look(tmp_path, ann):
+def look(tmp_path, workspace):
     """What the page shows of that run."""
-    return lambda: watched(Jobs(tmp_path / "runs"), "dog", None, ann)
+    return lambda: watched(Jobs(tmp_path / "runs"), "dog", None, workspace)
 
 
 def by_command(run: Path, *events: dict) -> None:
@@ -54,32 +54,31 @@ def by_command(run: Path, *events: dict) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 1e12} | event) + "\n" for event in events))
 
 
-@pytest.mark.parametrize("owner", [OWNER, OTHER])
-def test_a_run_of_the_command_line_is_listed_and_watched_and_only_looked_at(tmp_path, owner):
-    jobs, run, ann = Jobs(tmp_path / "runs"), tmp_path / "runs" / "dog", visitor(tmp_path, owner)
+def test_a_run_of_a_terminal_is_listed_and_watched_and_only_looked_at(tmp_path, workspace):
+    jobs, run = Jobs(tmp_path / "runs"), tmp_path / "runs" / "dog"
     by_command(run, {"type": "start", "max_train_steps": 30}, {"type": "step", "step": 7})
     by_command(tmp_path / "runs" / ".hidden")
     recorded(tmp_path / "runs" / "cat")
     with locked(run):
-        now = watched(jobs, "dog", None, ann)
+        now = watched(jobs, "dog", None, workspace)
         assert "Step 7 of 30" in now["status"] and not now["stop"].interactive and not now["resume"].interactive
         with pytest.raises(UserError, match="no run"):
-            jobs.stop("dog", owner)
-    assert run_names(jobs, owner) == ["cat"] * (owner == OWNER) + [("dog · by command", "dog")]
+            jobs.stop("dog")
+    assert run_names(jobs) == ["cat", ("dog · in a terminal", "dog")]
     (run / "run.owner").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     os.utime(run / "run.owner", (1, 1))  # left by a process that this number belonged to before
-    assert "The run failed." in watched(jobs, "dog", None, ann)["status"]
+    assert "The run failed." in watched(jobs, "dog", None, workspace)["status"]
     by_command(run, {"type": "start", "max_train_steps": 30}, {"type": "end", "state": "done", "step": 30})
-    now = watched(jobs, "dog", None, ann)
+    now = watched(jobs, "dog", None, workspace)
     assert "Done." in now["status"] and not now["reopen"].visible and not now["log"]
 
 
 def test_the_card_names_the_best_step_which_is_on_the_shelf_and_all_files_that_the_run_made_are_offered(
-    run, look, tmp_path, ann
+    run, look, tmp_path, workspace
 ):
-    catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs")
-    assert catalog.files(ann) == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
-    assert catalog.public_paths(ann)["dog@best"] == "runs/dog/best" and not catalog.files()
+    catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs", workspace)
+    assert catalog.files() == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
+    assert catalog.public_paths()["dog@best"] == "runs/dog/best"
     now = look()
     for words in ("step 20", "dog@best", "Try next: the score fell from 0.50 at step 20"):
         assert words in now["status"]
@@ -102,11 +101,11 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_all_files_that_t
     assert now["download"].visible and not now["download_kohya"].visible
     assert "@best" not in now["status"] and "Try next" not in now["status"]
     run.rename(run.with_name("best"))  # a run of that name is a run
-    assert set(catalog.files(ann)) == {"best", "best@best"}
+    assert set(catalog.files()) == {"best", "best@best"}
 
 
 def test_a_link_out_of_a_run_folder_is_not_followed(run, look, tmp_path):
-    """The folder may be a stranger's: each visitor could look at the file that the link led to."""
+    """The folder may be a stranger's."""
     (secret := tmp_path / "secret.png").write_text("TOPSECRET")
     files = {"samples": "samples/a.png", "sheet": "contact_sheet.png", "download_tokens": "dog_emb.safetensors"}
     (run / "samples").mkdir()
@@ -150,19 +149,19 @@ def test_advice_names_what_the_form_has_and_not_the_flag(advice, words):
     assert in_the_forms_words(advice).endswith(words)
 
 
-def test_a_run_that_is_gone_is_told_and_leaves_no_button_to_press(tmp_path, ann):
+def test_a_run_that_is_gone_is_told_and_leaves_no_button_to_press(tmp_path, workspace):
     jobs, now = Jobs(tmp_path), psutil.Process().create_time()
-    for name, owner in (("dog", OWNER), ("mine", OWNER), ("theirs", OTHER)):
-        recorded(tmp_path / name, owner=owner, created=now)
-    seen = watched(jobs, "dog", None, ann)
-    assert seen["stop"].interactive and watched(jobs, "dog", seen["seen"], ann) == {}
+    for name in ("dog", "other"):
+        recorded(tmp_path / name, created=now)
+    seen = watched(jobs, "dog", None, workspace)
+    assert seen["stop"].interactive and watched(jobs, "dog", seen["seen"], workspace) == {}
     shutil.rmtree(tmp_path / "dog")
-    for run in ("dog", "theirs", "../dog"):
-        now = watched(jobs, run, seen["seen"], ann)
+    for run in ("dog", "../dog"):
+        now = watched(jobs, run, seen["seen"], workspace)
         assert "not there any more" in now["status"] and now["run"].value is None
-        assert [value for _, value in now["run"].choices] == ["mine"]
+        assert [value for _, value in now["run"].choices] == ["other"]
         assert not (now["stop"].interactive or now["resume"].interactive or now["download"]["visible"])
-    assert watched(jobs, None, None, ann) == {}
+    assert watched(jobs, None, None, workspace) == {}
 
 
 ODD_EVENTS = {
@@ -225,13 +224,13 @@ def test_the_loss_plot_keeps_instance_and_prior_apart_and_a_resumed_step_once(tm
     assert list(table[table.part == "subject"].step) == [1, 2, 3]
 
 
-def test_scores_and_samples_are_shown_step_0_first_and_of_many_the_newest(tmp_path, ann):
+def test_scores_and_samples_are_shown_step_0_first_and_of_many_the_newest(tmp_path, workspace):
     scores = {"type": "evaluation", "step": 10, "clip_t": 0.7, "pres": 1, "note": "x", "time": 5}
     metrics = written(tmp_path, *drawn(tmp_path, (0, 10), "../../etc/passwd"), scores)
     assert fidelity_table(metrics).to_dict("records") == [{"step": 10, "score": 0.7, "measure": "prompt"}]
-    shown = samples_of(Job(tmp_path, OWNER, 1, 0.0), metrics, ann)
+    shown = samples_of(Job(tmp_path, 1, 0.0), metrics, workspace)
     assert [caption for _, caption in shown] == ["step 0", "step 10"]
-    assert all(Path(path).is_relative_to(ann.folder) for path, _ in shown)
+    assert all(Path(path).is_relative_to(workspace.folder) for path, _ in shown)
     metrics = written(tmp_path, *drawn(tmp_path, range(40)))
-    shown = [caption for _, caption in samples_of(Job(tmp_path, OWNER, 1, 0.0), metrics, ann)]
+    shown = [caption for _, caption in samples_of(Job(tmp_path, 1, 0.0), metrics, workspace)]
     assert shown == ["step 0", *(f"step {s}" for s in range(40 - len(shown) + 1, 40))] and len(shown) < 40

@@ -124,15 +124,15 @@ def test_a_backend_that_is_away_is_one_line_without_the_token(free_port):
 
 @needs_counts
 def test_the_page_generates_and_compares_by_the_backend_and_says_when_it_is_away(place, base, tmp_path, free_port):
-    request = SimpleNamespace(session_hash="s", username=None, headers={}, cookies={}, request=None, client=None)
+    request = SimpleNamespace(session_hash="s")
     add_arguments(parser := argparse.ArgumentParser())
     words = ["--base", str(base.base_name), "--adapters_dir", str(place.shelf), "--runs_dir", str(tmp_path / "runs")]
     form = GenerateForm(prompt="a dog", adapter="dog", seed=1, steps=1, guidance_scale=2.0, size="64 x 64")
 
     @contextmanager
     def page_of(url: str):
-        ctx = context_of(parser.parse_args([*words, "--backend", url, "--backend_token", TOKEN]), training=False)
-        with closing(ctx.visitors):
+        ctx = context_of(parser.parse_args([*words, "--backend", url, "--backend_token", TOKEN]))
+        with closing(ctx.workspace):
             yield ctx
 
     with page_of(place.url) as ctx:

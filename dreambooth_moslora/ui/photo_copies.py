@@ -1,0 +1,99 @@
+"""Photos that were dropped on the page become clean copies: upright, without metadata, of at most
+4096 px a side.
+
+The copies are photo_01.png …, and their masks photo_01.mask.png …
+"""
+
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+import PIL.Image
+
+from dreambooth_moslora.core import UserError, rename
+from dreambooth_moslora.photos import photo_file as images
+from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
+from dreambooth_moslora.photos.photo_file import grey_mask
+
+PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]
+MAX_PHOTOS = 50
+MAX_SIDE_PX = 4096
+
+
+def take_photos(files: list[str], folder: Path, *, keep: bool = False) -> list[str]:
+    """Copy photos and their masks into an empty `folder`; returns remarks. With `keep` they come
+    after those that are there. The folder is replaced atomically. Raises UserError when no file is
+    usable."""
+    given = list(map(Path, files))
+    named_masks = [file for file in given if (sidecar_of(file) or ("", ""))[1] == MASK_SUFFIX]
+    masks = {stem: file for (stem, _), file in sidecars_of(named_masks).items()}
+    photos = [file for file in given if file not in named_masks]
+    if not photos:
+        raise UserError("add some photos of your subject first")
+    kept = len(kept_photos(folder)) if keep else 0
+    if (count := kept + len(photos)) > MAX_PHOTOS:
+        raise UserError(f"{count} photos are too many; {MAX_PHOTOS} at most, and 3 to 10 good ones are enough")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
+        new = Path(scratch) / folder.name
+        shutil.copytree(folder, new) if kept else new.mkdir()
+        remarks = copy_all(photos, masks, new, kept)
+        is_empty = len(kept_photos(new)) == kept
+        if not (kept and is_empty):
+            shutil.rmtree(folder, ignore_errors=True)
+            rename(new, folder)
+    if is_empty:
+        raise UserError(f"none of the files is a usable photo: {remarks[0]}")
+    return remarks
+
+
+def kept_photos(folder: Path) -> list[Path]:
+    """The clean copies in their order, without the masks."""
+    return sorted(path for path in folder.glob("photo_*.png") if "." not in path.stem)
+
+
+def remove_photos(folder: Path, gone: Collection[Path]) -> None:
+    """Delete these photos with their masks, and number the others anew."""
+    for photo in gone:
+        for file in folder.glob(f"{photo.stem}.*"):
+            file.unlink()
+    for number, photo in enumerate(kept_photos(folder), 1):
+        for file in folder.glob(f"{photo.stem}.*"):
+            file.rename(folder / f"photo_{number:02d}{file.name.removeprefix(photo.stem)}")
+
+
+def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, taken: int = 0) -> list[str]:
+    """Write clean copies after the `taken` photos of the folder, beside them their masks in plain
+    grey (by the photo's stem); returns the remarks."""
+    remarks = []
+    for photo in photos:
+        try:
+            clean, was_turned = clean_copy(photo)
+        except images.UnreadableImageError as error:
+            remarks.append(f"{photo.name}: {error}")
+            continue
+        taken += 1
+        clean.save(folder / f"photo_{taken:02d}.png")
+        remarks += [f"photo {taken}: rotated by EXIF, turned upright"] if was_turned else []
+        if mask := masks.get(photo.stem):
+            try:
+                grey = grey_mask(images.open_image(mask, MAX_SIDE_PX))
+                grey.save(folder / f"photo_{taken:02d}.mask.png")
+            except images.UnreadableImageError as error:
+                remarks.append(f"{mask.name}: {error}")
+    stems = {photo.stem for photo in photos}
+    lone = [mask for stem, mask in masks.items() if stem not in stems]
+    return remarks + [f"{mask.name}: a mask of no photo that is here" for mask in lone]
+
+
+def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
+    """The upright pixels without metadata, and whether EXIF had turned them. Raises
+    UnreadableImageError."""
+    opened = images.open_image(file, MAX_SIDE_PX)
+    clean, alpha = images.to_rgb(opened), images.alpha_of(opened)
+    if alpha is not None:
+        clean.putalpha(alpha)
+    bare = PIL.Image.new(clean.mode, clean.size)
+    bare.paste(clean)
+    return bare, images.is_rotated(opened)

@@ -1,0 +1,84 @@
+"""What the page keeps while it is up: photos as clean copies, pictures, uploaded adapters and
+recipes.
+
+A page has one owner, who may look from several browsers: all of them see the same. The folder goes
+with the server.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dreambooth_moslora.core import UserError, is_running, own_token
+from dreambooth_moslora.settings.sources import FoundRecipe
+from dreambooth_moslora.ui.photo_copies import kept_photos
+
+PREFIX = "moslora-app-"
+FOLDER = re.compile(rf"{PREFIX}(?P<pid>[0-9]{{1,9}})-(?P<token>[0-9a-f]{{8}})-[a-z0-9_]+")
+"""A server's folder. Any user of the machine may have made other names among temporary files."""
+HISTORY_LENGTH = 48
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished PNG."""
+
+    path: Path
+    caption: str
+
+
+@dataclass
+class Workspace:
+    """`root` holds the files, `recipes` what was read from files that are not kept."""
+
+    root: Path
+    history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
+    uploads: dict[str, Path] = field(default_factory=dict)
+    recipes: dict[str, FoundRecipe] = field(default_factory=dict)
+    changing: threading.RLock = field(default_factory=threading.RLock, compare=False)
+    """Held while the photos change: two tabs may send theirs at once."""
+
+    @property
+    def folder(self) -> Path:
+        """`root`, made again if the system has cleared it away."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return self.root
+
+    @property
+    def photos_dir(self) -> Path:
+        """Clean copies of the photos in the form."""
+        return self.root / "photos"
+
+    @property
+    def given_photos(self) -> Path:
+        """`photos_dir`. Raises UserError while no photo is in it."""
+        if not kept_photos(self.photos_dir):
+            raise UserError("add some photos of your subject first")
+        return self.photos_dir
+
+    def remember(self, picture: Picture) -> None:
+        """Add to the history, newest first; when it is full, the oldest file is deleted."""
+        if len(self.history) == self.history.maxlen:
+            self.history[-1].path.unlink(missing_ok=True)
+        self.history.appendleft(picture)
+
+    def close(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def new_workspace() -> Workspace:
+    """An empty one of this process. Those of servers that were killed go: they hold photos."""
+    home = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
+    home.mkdir(parents=True, exist_ok=True)
+    for folder in home.glob(f"{PREFIX}*"):
+        named = FOLDER.fullmatch(folder.name)
+        if named and not is_running(int(named["pid"]), named["token"]):
+            shutil.rmtree(folder, ignore_errors=True)
+    pid = os.getpid()
+    folder = tempfile.mkdtemp(prefix=f"{PREFIX}{pid}-{own_token(pid)}-", dir=home)
+    return Workspace(Path(folder).resolve())

@@ -1,0 +1,141 @@
+"""What the page keeps goes with it; photos become clean copies within bounded memory, and masks go along."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import PIL.Image
+import pytest
+
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.photos.photo_file import open_mask
+from dreambooth_moslora.ui.photo_copies import MAX_SIDE_PX, kept_photos, take_photos
+from dreambooth_moslora.ui.workspace import HISTORY_LENGTH, Picture, new_workspace
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_history_forgets_the_oldest_with_its_file(tmp_path, workspace):
+    for number in range(HISTORY_LENGTH + 5):
+        (path := tmp_path / f"{number}.png").write_bytes(b"x")
+        workspace.remember(Picture(path, str(number)))
+    assert workspace.history[0].caption == str(HISTORY_LENGTH + 4)
+    assert len(list(tmp_path.glob("*.png"))) == HISTORY_LENGTH
+
+
+@pytest.mark.parametrize("rest", ["²", f"{'9' * 40}-left", "notes"])
+def test_a_folder_that_any_user_named_like_a_server_s_is_kept_and_does_not_stop_the_page(rest, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    (tmp_path / f"moslora-app-{rest}").mkdir()
+    new_workspace().close()
+    assert [path.name for path in tmp_path.iterdir()] == [f"moslora-app-{rest}"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_nothing_that_was_sent_outlives_the_server(tmp_path, free_port, number):
+    """After a kill the next start clears it away."""
+    tmp = tmp_path / "tmp"
+    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    environment |= {"TMPDIR": str(tmp), "PYTHONUNBUFFERED": "1"}
+    (tmp / "moslora-app-999999999-0123abcd-left").mkdir(parents=True)
+    command = [
+        sys.executable,
+        "app.py",
+        "--runs_dir",
+        str(tmp_path / "runs"),
+        "--server_port",
+        str(free_port),
+    ]
+    page = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any("Running on" in line for line in page.stdout)
+        assert len(list(tmp.glob("moslora-app-*"))) == 1
+        url, files = (
+            f"http://127.0.0.1:{free_port}/gradio_api/upload",
+            {"files": ("gps.jpg", b"x" * 100)},
+        )
+        uploaded = Path(httpx.post(url, files=files, timeout=60).json()[0])
+        assert uploaded.is_relative_to(tmp) and uploaded.is_file()
+    finally:
+        page.send_signal(number)
+        code = page.wait(timeout=60)
+    if number == signal.SIGKILL:
+        assert uploaded.is_file()
+        start = "from dreambooth_moslora.ui.workspace import new_workspace; new_workspace().close()"
+        subprocess.run([sys.executable, "-c", start], env=environment, check=True)
+    else:
+        assert code == 143
+    assert not list(tmp.glob("moslora-app-*")) and not [path for path in tmp.rglob("*") if path.is_file()]
+
+
+PEAK_CODE = """
+import sys
+from pathlib import Path
+from dreambooth_moslora.photos.photo_file import open_image
+from dreambooth_moslora.ui.photo_copies import take_photos
+
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+before = peak()
+take_photos([sys.argv[1]], Path(sys.argv[2]))
+print((peak() - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak")
+@pytest.mark.parametrize("name, side, kind", [("deep.png", 5000, "uint16"), ("large.jpg", 2 * MAX_SIDE_PX, "uint8")])
+def test_a_large_photo_takes_little_more_than_its_own_pixels(tmp_path, name, side, kind):
+    PIL.Image.fromarray(np.full((side, side), 128, kind)).save(tmp_path / name, compress_level=1)
+    command = [sys.executable, "-c", PEAK_CODE, str(tmp_path / name), str(tmp_path / "photos")]
+    assert int(subprocess.check_output(command, text=True)) < 300  # MiB
+    with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
+        assert taken.size == (MAX_SIDE_PX, MAX_SIDE_PX)
+
+
+def test_a_large_rotated_picture_with_a_palette_stands_upright_and_keeps_its_colours(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    picture = PIL.Image.new("RGB", (MAX_SIDE_PX + 400, 90), "red")
+    picture.paste("blue", (0, 0, 400, 90))
+    picture.quantize(4).save(tmp_path / "a.png", exif=exif)
+    remarks = take_photos([str(tmp_path / "a.png")], tmp_path / "photos")
+    assert remarks == ["photo 1: rotated by EXIF, turned upright"]
+    with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
+        assert taken.size[1] == MAX_SIDE_PX > taken.size[0]
+        assert (taken.getpixel((9, 9)), taken.getpixel((9, 4000))) == ((0, 0, 255), (255, 0, 0))
+
+
+def test_masks_of_any_image_format_go_with_their_photos_and_are_no_photos(tmp_path):
+    for name, colour in (("a.jpg", "red"), ("b.png", "blue"), ("d.png", "green")):
+        PIL.Image.new("RGB", (96, 64), colour).save(tmp_path / name)
+    for name in ("b.Mask.PNG", "c.mask.png"):
+        PIL.Image.linear_gradient("L").resize((96, 64)).save(tmp_path / name)
+    shape = PIL.Image.new("RGBA", (96, 64), (255, 255, 255, 0))
+    shape.paste((0, 0, 0, 255), (0, 0, 48, 64))  # black on nothing
+    shape.save(tmp_path / "d.mask.webp", lossless=True)
+    (tmp_path / "a.mask.png").write_bytes(b"no picture")
+    (tmp_path / "d.txt").write_text("a caption is not taken for the mask")
+    remarks = take_photos([str(path) for path in sorted(tmp_path.iterdir())], tmp_path / "photos")
+    assert [path.name for path in kept_photos(tmp_path / "photos")] == [f"photo_0{number}.png" for number in (1, 2, 3)]
+    assert "c.mask.png: a mask of no photo that is here" in remarks and len(remarks) == 3
+    assert all(any(remark.startswith(f"{name}: ") for remark in remarks) for name in ("a.mask.png", "d.txt"))
+    first, second, third = map(open_mask, find_photos(tmp_path / "photos", "x", 64).photos)
+    assert first is None and np.abs(np.array(second).mean() - 127) < 3
+    assert (third.getpixel((9, 9)), third.getpixel((90, 9))) == (255, 0)
+    with pytest.raises(UserError, match="add some photos"):
+        take_photos([str(tmp_path / "c.mask.png")], tmp_path / "none")
+
+
+def test_estimate_and_train_do_not_wait_for_each_other_and_the_page_says_how_a_mask_goes_along(
+    served,
+):
+    fns = {fn.api_name: fn for fn in served.page.fns.values()}
+    assert min(fns[name].concurrency_limit for name in ("estimate", "train")) > 1
+    assert "name.mask.png" in httpx.get(f"{served.url}config").text
