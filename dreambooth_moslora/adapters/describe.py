@@ -6,7 +6,6 @@ effective rank   exp(−Σ p ln p),  p = σ(B·M·A) / Σσ               Roy & 
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters import key_names, lora_settings, new_tokens, raw_file
+from dreambooth_moslora.adapters.key_names import ENDINGS, PAIRED, Key, Module
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer, nominal_scale
 from dreambooth_moslora.core import UserError, one_line, user_path
@@ -100,33 +100,9 @@ def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
     return reduced, after / before if before else 1.0
 
 
-PAIRS = {  # suffix of the down matrix -> (suffix of the up matrix, name of this kind of key)
-    ".lora_A.weight": (".lora_B.weight", "PEFT keys"),
-    key_names.KOHYA_DOWN: (key_names.KOHYA_UP, "kohya keys"),
-    ".lora.down.weight": (".lora.up.weight", "diffusers keys"),
-    "_lora.down.weight": ("_lora.up.weight", "old diffusers keys"),
-    ".lora_linear_layer.down.weight": (".lora_linear_layer.up.weight", "diffusers text encoder keys"),
-}
-UNFOLDED = ".lora_B.mixer"
-OTHER_KINDS = {
-    "hada_w1": "LyCORIS LoHa",
-    "lokr_w1": "LyCORIS LoKr",
-    "lora_mid": "LyCORIS LoCon",
-    "lora_AB": "MoSLoRA reference code",
-    UNFOLDED: "MoSLoRA in PEFT's form, unfolded",
-}
-COMPONENT_KEYS = {
-    "text_encoder_2": r"(lora_te2_|text_encoder_2\.)",
-    "text_encoder": r"(lora_te1?_|text_encoder\.)",
-    "unet": r"(lora_unet_|unet\.)",
-    "transformer": r"transformer\.",
-}
-
-
 @dataclass(frozen=True)
 class Pair:
-    module: str  # of a published file, or of another program's
-    keys: str
+    key: Key  # of the down matrix
     matrices: LowRank
     alpha: float | None
     is_product: bool  # ΔW = up·down, flattened
@@ -183,57 +159,62 @@ def describe_pairs(path: Path, tensors: dict[str, Tensor], header: dict[str, str
     """The content of a plain LoRA file; for other kinds of adapters only the kind. Raises UserError."""
     name, settings = path.name, lora_settings.beside(path, tensors) or lora_settings.in_header(header, path.name)
     pairs = with_settings(name, find_pairs(name, tensors), settings)
-    others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
+    tools = {key.tool for key in map(key_names.parse, tensors) if key}
+    others = [tool for tool in dict.fromkeys(row.tool for row in ENDINGS) if tool in tools - PAIRED]
     if not pairs and not others:
         raise UserError(f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
-    sizes = [tensor for key, tensor in tensors.items() if key.endswith(key_names.DORA_SCALE)]
+    sizes = [tensor for key, tensor in tensors.items() if key.endswith(".dora_scale")]
     use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
     by_columns = "DoRA by columns, which is not read here"
     others += ["DoRA" if all(map(key_names.is_by_rows, sizes)) else by_columns] * use_dora
-    kinds = ", ".join(others + sorted({pair.keys for pair in pairs}))
+    kinds = ", ".join(others + sorted({pair.key.tool for pair in pairs}))
     kind = "published by dreambooth_moslora, " * (HEADER in header) + kinds
     return {"kind": kind, **(geometry(pairs) if pairs else {}), "use_dora": use_dora}
 
 
 def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
     """The pairs of down (r, in, …) and up (out, r, …) matrices. Raises UserError for one without its partner."""
-    for down_suffix, (up_suffix, _) in PAIRS.items():
-        for key in tensors:
-            if key.endswith(up_suffix) and key.removesuffix(up_suffix) + down_suffix not in tensors:
-                module = key.removesuffix(up_suffix)
-                raise UserError(f"{name} is broken: {module:.100} has an up matrix without a down matrix")
+    modules: dict[Module, dict[str, Tensor]] = {}
+    downs: dict[Module, Key] = {}
+    for text, tensor in tensors.items():
+        if key := key_names.parse(text):
+            modules.setdefault(key.module, {})[key.part] = tensor
+            if key.part == "down":
+                downs[key.module] = key
+
     pairs = []
-    for key, down in tensors.items():
-        suffix = next((s for s in PAIRS if key.endswith(s)), None)
-        if suffix is None or key.removesuffix(suffix) + UNFOLDED in tensors:
+    for module, parts in modules.items():
+        down, up, alpha = (parts.get(part) for part in ("down", "up", "alpha"))
+        if "mixer" in parts or (down is None and up is None):
             continue
-        module, (up_suffix, keys) = key.removesuffix(suffix), PAIRS[suffix]
-        up, alpha = tensors.get(module + up_suffix), tensors.get(module + key_names.KOHYA_ALPHA)
+        if down is None:
+            raise UserError(f"{name} is broken: {module.name:.100} has an up matrix without a down matrix")
         if up is None or up.ndim < 2 or down.ndim < 2 or not up.shape[1] == down.shape[0] > 0:
-            raise UserError(f"{name} is broken: {module} has a down matrix without an up matrix of its rank")
+            raise UserError(f"{name} is broken: {module.name} has a down matrix without an up matrix of its rank")
         if not isfinite(float(down.double().norm() * up.double().norm())):
-            raise UserError(f"{name} is broken: {module} has values too large to be multiplied")
+            raise UserError(f"{name} is broken: {module.name} has values too large to be multiplied")
         if alpha is not None and alpha.numel() != 1:
-            raise UserError(f"{name} is broken: {module}.alpha is not one number")
-        is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
-        pairs.append(Pair(module, keys, LowRank(down, up), None if alpha is None else float(alpha), is_product))
+            raise UserError(f"{name} is broken: {module.name}.alpha is not one number")
+        is_product = all(n == 1 for n in up.shape[2:]) and "mid" not in parts
+        found = None if alpha is None else float(alpha)
+        pairs.append(Pair(downs[module], LowRank(down, up), found, is_product))
     return pairs
 
 
 def with_settings(name: str, pairs: list[Pair], settings: dict[str, object]) -> list[Pair]:
     """The pairs with the alphas of PEFT's settings, where they have none. Raises UserError."""
-    found = {}
+    result = []
     is_of_one_model = "lora_alpha" in settings
-    prefixes = [""] if is_of_one_model else [f"{component}." for component in raw_file.COMPONENTS]
-    for prefix in prefixes:
+    for pair in pairs:
+        component, path = pair.key.module.component or DENOISERS[0], pair.key.module.path
+        prefix = "" if is_of_one_model else f"{component}."
         own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-        modules = [pair.module for pair in pairs if own and pair.alpha is None and pair.module.startswith(prefix)]
-        paths = {module.removeprefix(prefix).removeprefix(key_names.PEFT_PREFIX): module for module in modules}
-        told = lora_settings.scales_of_settings(prefix[:-1] or DENOISERS[0], paths, own, name)
-        lora_settings.check_alphas(told.alphas, name)
-        for path, alpha in told.alphas.items():
-            found[paths[path]] = {"alpha": float(alpha), "use_rslora": told.use_rslora}
-    return [replace(pair, **found.get(pair.module, {})) for pair in pairs]
+        if own and pair.alpha is None:
+            told = lora_settings.scales_of_settings(component, [path], own, name)
+            lora_settings.check_alphas(told.alphas, name)
+            pair = replace(pair, alpha=float(told.alphas[path]), use_rslora=told.use_rslora)
+        result.append(pair)
+    return result
 
 
 @torch.no_grad()
@@ -242,9 +223,7 @@ def geometry(pairs: list[Pair]) -> dict[str, object]:
     with_alpha = [p for p in pairs if p.alpha is not None]
     alphas = {p.alpha for p in with_alpha}
     scales = {nominal_scale(p.alpha, p.matrices.rank, p.use_rslora) for p in with_alpha}
-    modules = Counter()
-    for p in pairs:
-        modules[next((name for name, pattern in COMPONENT_KEYS.items() if re.match(pattern, p.module)), "other")] += 1
+    modules = Counter(p.key.module.component or "other" for p in pairs)
     facts: dict[str, object] = {
         "modules": dict(modules),
         "ranks": by_rank(p.matrices.rank for p in pairs),

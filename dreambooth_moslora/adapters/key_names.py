@@ -1,12 +1,11 @@
-"""Names of the tensors in LoRA files: of PEFT, diffusers, kohya, and those that diffusers does not read.
+"""How the tools that people have spell the keys of a LoRA: a table of what a key begins with, and one of its end.
 
-PEFT                              diffusers                          kohya, after diffusers' conversion
-to_q.lora_A.weight                to_q.lora.down.weight              processor.to_q_lora.down.weight
-q_proj.lora_A.weight              q_proj.lora_linear_layer.down.…    to_q_lora.down.weight
+    prefix         path                                        ending
+    unet.          mid_block.attentions.0.….attn1.to_q         .lora_A.weight          diffusers, with PEFT's ends
+    lora_unet_     mid_block_attentions_0_…_attn1_to_q         .lora_down.weight       kohya
 
-read here alone:    lycoris_<path with _>.…    base_model.model.<path>.…    <path>.…    <component>.<path>.lora_down.…
-                    lora_unet_<path with _>.… of LoHa and LoKr    <component>.<path>.alpha beside PEFT's names
-                    diffusion_model.<path>.…
+Any prefix may go with any ending. Another tool costs a row here and a row of the test's table. Which layer of a base a
+path means is in `named_layers`.
 
 A file in kohya's form, for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI:
 
@@ -21,176 +20,133 @@ and `ss_*` of kohya's sd-scripts, without its folder names, captions and tag cou
 """
 
 import re
-from collections.abc import Collection, Iterable
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 
-from dreambooth_moslora.adapters import lycoris, raw_file
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.adapters.mixer import Folded, Tensors
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.adapters.raw_file import COMPONENTS
 from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
-PEFT_KEY = re.compile(
-    r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?|alpha)"
-)
-OLD_KEY = re.compile(
-    r"(?P<path>.+?)\.((?P<projection>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)"
-    r"\.(?P<side>down\.weight|up\.weight|up\.bias)"
-)
-KOHYA_KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha|dora_scale|(hada|lokr)_\w+)")
-UNET_NAMES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
-TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-SIDES = dict.fromkeys(("lora_A.weight", "lora_down.weight", "down.weight"), "down")
-SIDES |= dict.fromkeys(("lora_B.weight", "lora_up.weight", "up.weight"), "up")
+class Prefix(NamedTuple):
+    """What a key begins with: in whose layers its path is."""
+
+    text: str
+    tool: str
+    components: tuple[str, ...]  # one of these, the likeliest first
+
+
+DIFFUSERS, KOHYA = "diffusers", "kohya"
 PEFT_PREFIX = "base_model.model."
-PASSED = ("lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight")  # as they are, in PEFT's form
-MOST_NUMBERS = 2**29  # of a file as a LoRA: 2 GiB in fp32
-Layer = tuple[str, str, tuple[int, ...]]  # component, module path, (out, in) or (out, in, h, w)
+PREFIXES = (
+    *(Prefix(f"{component}.", DIFFUSERS, (component,)) for component in COMPONENTS),
+    Prefix("lora_unet_", KOHYA, ("unet",)),
+    Prefix("lora_te_", KOHYA, ("text_encoder",)),  # of the one encoder of SD 1.5 and FLUX.1
+    Prefix("lora_te1_", KOHYA, ("text_encoder",)),
+    Prefix("lora_te2_", KOHYA, ("text_encoder_2",)),
+    Prefix("lora_transformer_", "OneTrainer", ("transformer",)),
+    Prefix("lycoris_", "LyCORIS", DENOISERS[::-1]),
+    Prefix("diffusion_model.", "ComfyUI", DENOISERS[::-1]),
+    Prefix(PEFT_PREFIX, "PEFT", COMPONENTS),
+    Prefix("", DIFFUSERS, COMPONENTS),  # its `save_lora_adapter`
+)
+KOHYA_PREFIXES = {row.components[0]: row.text for row in PREFIXES if row.tool == KOHYA}
+KOHYA_ALONE = "lora_te_"
 
 
-def module_path(component: str, key: str) -> str:
-    """The module path in a file's key: `…attn1.processor.to_q_lora.down.weight` -> `…attn1.to_q`."""
-    match = match_of(key)
+class Ending(NamedTuple):
+    """What a key ends in: what the tensor is."""
+
+    text: str
+    part: str
+    tool: str  # as `info` calls such keys
+
+
+PEFT_KEYS, KOHYA_KEYS, OLD_KEYS = "PEFT keys", "kohya keys", "old diffusers keys"
+DIFFUSERS_KEYS, ENCODER_KEYS = "diffusers keys", "diffusers text encoder keys"
+LOHA, LOKR = "LyCORIS LoHa", "LyCORIS LoKr"
+UNFOLDED = "MoSLoRA in PEFT's form, unfolded"
+ENDINGS = (
+    *(Ending(f".hada_{part}", f"hada_{part}", LOHA) for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+    *(Ending(f".lokr_{part}", f"lokr_{part}", LOKR) for part in ("w1", "w1_a", "w1_b")),
+    *(Ending(f".lokr_{part}", f"lokr_{part}", LOKR) for part in ("w2", "w2_a", "w2_b", "t2")),
+    Ending(".lora_mid.weight", "mid", "LyCORIS LoCon"),
+    Ending(".lora_AB.weight", "between", "MoSLoRA reference code"),
+    Ending(".lora_B.mixer", "mixer", UNFOLDED),
+    Ending(".lora_A.weight", "down", PEFT_KEYS),
+    Ending(".lora_B.weight", "up", PEFT_KEYS),
+    Ending(".lora_B.bias", "bias", PEFT_KEYS),
+    Ending(".lora_magnitude_vector", "magnitude", PEFT_KEYS),
+    Ending(".lora_magnitude_vector.weight", "magnitude", PEFT_KEYS),
+    Ending(".lora_down.weight", "down", KOHYA_KEYS),
+    Ending(".lora_up.weight", "up", KOHYA_KEYS),
+    Ending(".alpha", "alpha", KOHYA_KEYS),
+    Ending(".dora_scale", "dora_scale", KOHYA_KEYS),
+    Ending(".lora.down.weight", "down", DIFFUSERS_KEYS),
+    Ending(".lora.up.weight", "up", DIFFUSERS_KEYS),
+    Ending(".lora.up.bias", "bias", DIFFUSERS_KEYS),
+    Ending("_lora.down.weight", "down", OLD_KEYS),
+    Ending("_lora.up.weight", "up", OLD_KEYS),
+    Ending("_lora.up.bias", "bias", OLD_KEYS),
+    Ending(".lora_linear_layer.down.weight", "down", ENCODER_KEYS),
+    Ending(".lora_linear_layer.up.weight", "up", ENCODER_KEYS),
+    Ending(".lora_linear_layer.up.bias", "bias", ENCODER_KEYS),
+)
+BY_TEXT = {row.text: row for row in ENDINGS}
+ENDED = re.compile(f"(.+?)({'|'.join(re.escape(text) for text in BY_TEXT)})")
+PAIRED = {row.tool for row in ENDINGS if row.part == "down"}
+"""Tools whose files hold an up and a down matrix a layer; of the others `info` tells the kind."""
+OF_LYCORIS = {LOHA, LOKR}
+LYCORIS_PARTS = {row.part for row in ENDINGS if row.tool in OF_LYCORIS}
+
+
+class Module(NamedTuple):
+    """A layer as a file names it."""
+
+    prefix: Prefix
+    path: str  # with dots, or with _ after a prefix that ends so
+
+    @property
+    def name(self) -> str:
+        return f"{self.prefix.text}{self.path}"
+
+    @property
+    def component(self) -> str:
+        """The likeliest part of a pipeline; "" for a name that fits any."""
+        return "" if self.prefix.components == COMPONENTS else self.prefix.components[0]
+
+
+class Key(NamedTuple):
+    module: Module
+    part: str
+    tool: str
+
+
+def parse(key: str) -> Key | None:
+    """Whose layer and which part of it the key names; None for a key of no known spelling."""
+    match = ENDED.fullmatch(key.replace(".processor.", "."))
     if match is None:
-        return key.replace(".processor.", ".")
-    old = match.groupdict().get("projection")
-    names = UNET_NAMES if component in DENOISERS else TEXT_NAMES
-    return f"{match['path']}.{names[old]}" if old else match["path"]
-
-
-def match_of(key: str) -> re.Match[str] | None:
-    key = key.replace(".processor.", ".")
-    return PEFT_KEY.fullmatch(key) or OLD_KEY.fullmatch(key)
-
-
-def is_of_lycoris(key: str) -> bool:
-    return re.search(r"\.(hada|lokr)_", key) is not None
-
-
-def is_read_here(keys: Iterable[str], pipeline: "DiffusionPipeline") -> bool:
-    """Whether diffusers does not read a key of the file for a UNet, or leaves out an alpha. Of other models it depends
-    on its version."""
-    is_unet = getattr(pipeline, "unet", None) is not None
-    for key in keys:
-        is_flat, is_dotted = key.startswith("lora_"), key.partition(".")[0] in raw_file.COMPONENTS
-        is_kohya_s = re.search(r"\.(lora_(down|up)\.|alpha$)", key) is not None
-        if is_of_lycoris(key) or not (is_flat or is_dotted) or (is_kohya_s and is_dotted) or (is_flat and not is_unet):
-            return True
-    return False
-
-
-def as_peft(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> Tensors | None:
-    """The tensors under PEFT's names, scales in `lora_B`; None for names that diffusers may know. Raises UserError."""
-    if not is_read_here(tensors, pipeline):
         return None
-    modules: dict[str, Tensors] = {}
-    for key, tensor in tensors.items():
-        name, part = placed(key)
-        modules.setdefault(name, {})[part] = tensor
-    layers, found, numbers = layers_named(modules, pipeline), {}, 0
-    for name, parts in modules.items():
-        if name not in layers:
-            if any(map(is_of_lycoris, tensors)):
-                raise UserError(f"{file_name} does not fit this base: {name!r:.100} is no layer of it")
-            return None
-        passed = PASSED[1:] if lycoris.ALPHA in parts else PASSED  # a bias has the scale too
-        own = {part: parts.pop(part) for part in passed if part in parts}
-        label, size, (up, down) = folded(parts, layers[name], f"{file_name} is broken, or was made for another base")
-        numbers += up.numel() + down.numel()
-        if numbers > MOST_NUMBERS:
-            raise UserError(
-                f"{file_name} would be a LoRA of more than {MOST_NUMBERS / 2**28:.0f} GiB, as its LoHa or LoKr has so "
-                "high a rank: use it in the program that trained it, or train it with a lower dim"
-            )
-        found[f"{label}.lora_A.weight"] = down.view(len(down), *size[1:])
-        found[f"{label}.lora_B.weight"] = up.view(*up.shape, *(1,) * (len(size) - 2))
-        found |= {f"{label}.{part}": tensor for part, tensor in own.items()}
-        if lycoris.MAGNITUDE in parts:
-            found[f"{label}.lora_magnitude_vector"] = as_magnitude(parts[lycoris.MAGNITUDE])
-    return found
+    ending = BY_TEXT[match[2]]
+    prefix = next(row for row in PREFIXES if match[1].startswith(row.text))
+    path = match[1].removeprefix(prefix.text)
+    if ending.tool == OLD_KEYS:  # `attn1.to_out_lora`, `self_attn.to_q_lora`
+        block, _, projection = path.rpartition(".")
+        names = OLD_TEXT_NAMES if block.endswith("self_attn") else OLD_NAMES
+        path = f"{block}.{names.get(projection, projection)}"
+    return Key(Module(prefix, path), ending.part, ending.tool)
 
 
-def folded(parts: Tensors, layers: list[Layer], wrong: str) -> tuple[str, tuple[int, ...], tuple]:
-    """`component.path`, size, and up and down of the first of these layers that the parts fit. Raises UserError."""
-    for component, path, size in layers:
-        with suppress(ValueError):
-            return f"{component}.{path}", size, lycoris.lora_of(parts, size)
-    component, path, size = layers[0]
-    raise UserError(f"{wrong}: {component}.{path:.100} is {'×'.join(map(str, size))} (out×in) here")
+OLD_NAMES = {"to_out": "to_out.0"}
+OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-def as_magnitude(dora_scale: torch.Tensor) -> torch.Tensor:
-    """kohya's `dora_scale` as PEFT's magnitudes: (out, 1) -> (out,), and (out, 1, 1, 1) -> (1, out, 1, 1)."""
-    return dora_scale[:, 0] if dora_scale.ndim == 2 else dora_scale.transpose(0, 1)
-
-
-def placed(key: str) -> tuple[str, str]:
-    """A module as the file names it, and the part: `x.lora_A.weight` -> `x`, `down`. An unknown key has the part ""."""
-    if old := KOHYA_KEY.fullmatch(key):
-        return old["path"], SIDES.get(old["part"], old["part"])
-    if (match := match_of(key)) is None:
-        return key, ""
-    part = match.groupdict().get("part") or match["side"]
-    component = "text_encoder" if "self_attn" in key else DENOISERS[0]
-    return module_path(component, key), SIDES.get(part, part)
-
-
-def layers_named(names: Iterable[str], pipeline: "DiffusionPipeline") -> dict[str, list[Layer]]:
-    """Module's name in some program -> the layers that it may mean: SDXL's two text encoders share theirs."""
-    from dreambooth_moslora.adapters import moslora
-
-    known: dict[str, list[Layer]] = {}
-    by_label: dict[str, Layer] = {}
-    for component in raw_file.COMPONENTS:
-        model = getattr(pipeline, component, None)
-        for own_path, module in ({} if model is None else moslora.matrix_layers(model)).items():
-            path = published_path(component, own_path)
-            layer = by_label[f"{component}.{path}"] = component, path, moslora.weight_size(module)
-            for name in spellings(component, path):
-                known.setdefault(name, []).append(layer)
-    others = [name for name in names if name not in known and name.startswith("lora_")]
-    labels = renamed(others, pipeline) if hasattr(pipeline, "unet") else {}
-    return known | {name: [by_label[label]] for name, label in labels.items() if label in by_label}
-
-
-def spellings(component: str, path: str) -> list[str]:
-    """How programs name this module."""
-    flat, bare = path.replace(".", "_"), path.removeprefix("text_model.")
-    found = [name for dotted in dict.fromkeys((path, bare)) for name in (dotted, PEFT_PREFIX + dotted)]
-    found += [f"{component}.{dotted}" for dotted in dict.fromkeys((path, bare))]
-    prefix = PREFIXES.get(component, f"lora_{component}")
-    found += [f"{one}_{flat}" for one in dict.fromkeys((prefix, ALONE.get(component, prefix)))]
-    return [*found, f"lycoris_{flat}", f"diffusion_model.{path}"] if component in DENOISERS else found
-
-
-def renamed(names: Iterable[str], pipeline: "DiffusionPipeline") -> dict[str, str]:
-    """kohya's names, also of original blocks -> `component.path`, as diffusers renames pairs with a number each."""
-    numbered = dict(enumerate(names))
-    pairs = {
-        f"{name}{side}": torch.full((1, 1), float(n)) for n, name in numbered.items() for side in (KOHYA_DOWN, KOHYA_UP)
-    }
-    found = {}
-    for key, number in (pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config)[0] if pairs else {}).items():
-        component, _, rest = key.partition(".")
-        found[numbered[int(number)]] = f"{component}.{published_path(component, module_path(component, rest))}"
-    return found
-
-
-PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-ALONE = {"text_encoder": "lora_te"}  # Of the one text encoder: Stable Diffusion 1.5, FLUX.1.
-WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
-KOHYA_DOWN, KOHYA_UP, KOHYA_ALPHA, DORA_SCALE = ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale"
-
-
-def is_by_rows(dora_scale: torch.Tensor) -> bool:
-    """Whether DoRA's magnitudes are of W's rows: (out, 1) or (out, 1, 1, 1). Some programs write (1, in)."""
-    return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
+def spell(tool: str, name: str, part: str) -> str:
+    """The key of a part of the layer `name` (as the file names it) with the tool's ending, the first of ENDINGS."""
+    return name + next(row.text for row in ENDINGS if (row.tool, row.part) == (tool, part))
 
 
 def published_path(component: str, path: str) -> str:
@@ -199,10 +155,19 @@ def published_path(component: str, path: str) -> str:
     return f"text_model.{path}" if is_bare else path
 
 
-def kohya_name(component: str, path: str, components: Collection[str] = tuple(PREFIXES)) -> str:
+def kohya_name(component: str, path: str, components: Collection[str] = COMPONENTS) -> str:
     """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`, in a file with these components."""
-    prefixes = PREFIXES if "text_encoder_2" in components else PREFIXES | ALONE
-    return f"{prefixes[component]}_{path.replace('.', '_')}"
+    is_alone = component == "text_encoder" and "text_encoder_2" not in components
+    prefix = KOHYA_ALONE if is_alone else KOHYA_PREFIXES[component]
+    return prefix + path.replace(".", "_")
+
+
+WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
+
+
+def is_by_rows(dora_scale: torch.Tensor) -> bool:
+    """Whether DoRA's magnitudes are of W's rows: (out, 1) or (out, 1, 1, 1). Some programs write (1, in)."""
+    return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
 
 
 def kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
@@ -212,11 +177,14 @@ def kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> Ten
     for component, layers in components.items():
         for path, layer in layers.items():
             name = kohya_name(component, path, components)
-            tensors[f"{name}{KOHYA_DOWN}"] = layer.down.to(dtype)
-            tensors[f"{name}{KOHYA_UP}"] = (layer.up * (layer.rank / alpha)).to(dtype)
-            tensors[f"{name}{KOHYA_ALPHA}"] = torch.tensor(float(alpha), dtype=dtype)
+            parts = {
+                "down": layer.down.to(dtype),
+                "up": (layer.up * (layer.rank / alpha)).to(dtype),
+                "alpha": torch.tensor(float(alpha), dtype=dtype),
+            }
             if layer.magnitude is not None:
-                tensors[f"{name}{DORA_SCALE}"] = layer.magnitude[:, None]
+                parts["dora_scale"] = layer.magnitude[:, None]
+            tensors |= {spell(KOHYA_KEYS, name, part): tensor for part, tensor in parts.items()}
     return tensors
 
 

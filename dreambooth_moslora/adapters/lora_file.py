@@ -9,9 +9,7 @@ a start, a file of lower rank fills the first rows of A, and one of higher rank 
 <component>.<module path>.<part>  ->  component -> module path -> LowRank
 """
 
-import json
 import logging
-from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -23,96 +21,87 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dreambooth_moslora.adapters import describe, key_names, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters import describe, key_names, moslora, proof, raw_file
+from dreambooth_moslora.adapters.key_names import ENCODER_KEYS, PEFT_KEYS, spell
 from dreambooth_moslora.adapters.lora_settings import (
     OF_LYCORIS,
-    PEFT_SETTINGS,
     Scales,
     beside,
     broken,
     check_alphas,
     flag,
+    in_header,
     scaled,
     scales_of_settings,
 )
 from dreambooth_moslora.adapters.metadata import BUNDLE, check_start_file, most_common
 from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors
+from dreambooth_moslora.adapters.named_layers import Parts, as_lora
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core import UserError, file_digest, one_line
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.settings.families import DENOISERS, facts_of
 
-FIELDS = key_names.SIDES | {
-    "lora_B.bias": "bias",
-    "up.bias": "bias",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "alpha": "",  # of a layer that the base lacks: `key_names.as_peft` takes the others
-}
 logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 Layers = dict[str, LowRank]  # by module path
 
 
-def projections(tensors: Tensors, file_name: str) -> Folded:
+def projections(parts: Parts, file_name: str) -> Folded:
     """Component -> module path -> matrices down (r, in, …) and up (out, r, …). Raises UserError for others."""
-    found: dict[str, dict[str, Tensors]] = {}
-    for key, tensor in tensors.items():
-        component, path, field = _place(key, tensor, file_name)
-        if field:
-            found.setdefault(component, {}).setdefault(path, {})[field] = tensor
-    if not found:
+    if not parts:
         raise UserError(f"{file_name} holds no LoRA projection")
     result: Folded = {}
-    for component, paths in found.items():
-        for path, parts in paths.items():
-            name, down, up = f"{component}.{path}", parts.get("down"), parts.get("up")
-            if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < len(down) == up.shape[1]:
-                raise broken(file_name, f"{name!r:.100} is half there")
-            result.setdefault(component, {})[path] = LowRank(**parts)
-        if len({projection.magnitude is None for projection in result[component].values()}) > 1:
+    for (component, path), own in parts.items():
+        name = f"{component}.{path}"
+        for field, tensor in own.items():
+            check_numbers(f"{name}.{field}", tensor, file_name)
+        down, up = own.get("down"), own.get("up")
+        if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < len(down) == up.shape[1]:
+            raise broken(file_name, f"{name!r:.100} is half there")
+        result.setdefault(component, {})[path] = LowRank(**own)
+    for component, layers in result.items():
+        if len({projection.magnitude is None for projection in layers.values()}) > 1:
             raise UserError(f"{file_name} holds DoRA for some layers of its {component} alone, which PEFT cannot load")
     return result
 
 
-def _place(key: str, tensor: Tensor, file_name: str) -> tuple[str, str, str]:
-    """Component, module path and field of LowRank ("" for an ignored tensor). Raises UserError."""
-    component, _, rest = key.partition(".")
-    match = key_names.match_of(rest)
-    if component not in raw_file.COMPONENTS or match is None:
-        raise UserError(f"{file_name} is not a LoRA of a diffusion model: {key!r:.100} does not belong to one")
-    groups = match.groupdict()
-    field = FIELDS[groups.get("part") or groups["side"]]
-    if field and tensor.dtype not in DTYPES:
-        raise broken(file_name, f"{key!r:.100} is in {tensor.dtype}, which is not a dtype of weights")
-    if field and not tensor.float().isfinite().all():
-        raise broken(file_name, f"{key!r:.100} has values that are NaN, infinite or beyond single precision")
-    return component, key_names.module_path(component, rest), field
+def check_numbers(name: str, tensor: Tensor, file_name: str) -> None:
+    """Raises UserError for a tensor that is no weight."""
+    if tensor.dtype not in DTYPES:
+        raise broken(file_name, f"{name!r:.100} is in {tensor.dtype}, which is not a dtype of weights")
+    if not tensor.float().isfinite().all():
+        raise broken(file_name, f"{name!r:.100} has values that are NaN, infinite or beyond single precision")
+
+
+def by_layer(found: Tensors | tuple[Tensors, object], file_name: str) -> Parts:
+    """The layers in what diffusers' `lora_state_dict` gives. Raises UserError for a key of none."""
+    tensors, parts = found if isinstance(found, dict) else found[0], {}
+    for text, tensor in tensors.items():
+        key = key_names.parse(text)
+        if key is None or key.module.prefix.text != f"{key.module.component}." or key.tool not in key_names.PAIRED:
+            raise UserError(f"{file_name} is not a LoRA of a diffusion model: {text!r:.100} does not belong to one")
+        parts.setdefault((key.module.component, key.module.path), {})[key.part] = tensor
+    return parts
 
 
 MOST_VALUES = 200  # PEFT tries one pattern per value on every module; no trainer writes this many ranks or alphas
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # they leave the base unchanged
 
 
-def scales(
-    component: str, found: Layers, kohya_alphas: dict | None, of_peft: object, file_name: str, pipeline
-) -> Scales:
-    """The alphas of one component, kohya's or PEFT's. Raises UserError for invalid and contradicting settings."""
-    if of_peft is not None and not isinstance(of_peft, dict):
-        raise broken(file_name, "its LoRA settings are no object")
-    if of_peft and kohya_alphas:
+def scales(component: str, found: Layers, alphas: dict[str, float], of_peft: dict, file_name: str) -> Scales:
+    """The alphas of one component, the file's by path or PEFT's. Raises UserError for invalid and contradicting
+    settings."""
+    if of_peft and alphas:
         raise broken(file_name, "it has both alphas and LoRA settings")
     prefix = f"{component}."
-    settings = {k.removeprefix(prefix): v for k, v in (of_peft or {}).items() if k.startswith(prefix)}
-    own = {k.removeprefix(prefix): v for k, v in (kohya_alphas or {}).items() if k.startswith(prefix)}
+    settings = {k.removeprefix(prefix): v for k, v in of_peft.items() if k.startswith(prefix)}
     if settings:
         result = _from_settings(component, found, settings, file_name)
     else:  # a layer without an alpha gets the most common one, as in diffusers; without any, alpha is the rank
-        paths = {key: key_names.module_path(component, key.removesuffix(".alpha")) for key in own}
-        named = {_base_path(component, path, pipeline): own[key] for key, path in paths.items()}
-        common = most_common(named.values()) if named else None
-        result = Scales({path: named.get(path, common) if named else p.rank for path, p in found.items()})
+        common = most_common(alphas.values()) if alphas else None
+        result = Scales({path: alphas.get(path, p.rank if common is None else common) for path, p in found.items()})
     check_alphas(result.alphas, file_name)
     if max(len({p.rank for p in found.values()}), len(set(result.alphas.values()))) > MOST_VALUES:
         raise UserError(f"{file_name} has more than {MOST_VALUES} different ranks or alphas")
@@ -168,16 +157,19 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from error
     is_raw = raw_file.RAW_KEY in keys
-    if not is_raw and not beside(file, keys) and any(key.endswith(describe.UNFOLDED) for key in keys):
+    tools = {key.tool for key in map(key_names.parse, keys) if key}
+    if not is_raw and not beside(file, keys) and key_names.UNFOLDED in tools:
         raise UserError(
             f"{file.name} holds mixers that are not folded, as diffusers saves a live MoSLoRA: save it by "
             "adapters.published_file.publish, which folds them"
         )
-    tensors, alphas, settings = (fold_raw(file), None, None) if is_raw else _read_published(file, pipeline)
+    layers, alphas, settings = (fold_raw(file), {}, {}) if is_raw else _read_published(file, pipeline)
     parts = {}
-    for component, found in projections(tensors, file.name).items():
-        found = {_base_path(component, path, pipeline): projection for path, projection in found.items()}
-        parts[component] = found, scales(component, found, alphas, settings, file.name, pipeline)
+    for component, of_component in layers.items():
+        paths = {path: _base_path(component, path, pipeline) for path in of_component}
+        found = {paths[path]: projection for path, projection in of_component.items()}
+        own = {paths[path]: alpha for path, alpha in alphas.get(component, {}).items()}
+        parts[component] = found, scales(component, found, own, settings, file.name)
     return AdapterWeights(file.name, file_digest(file), parts, header)
 
 
@@ -188,89 +180,49 @@ def _base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
     return path if has_prefix else path.removeprefix("text_model.")
 
 
-def fold_raw(file: Path) -> Tensors:
-    """A checkpoint, folded, as `published_tensors`. Raises UserError."""
+def fold_raw(file: Path) -> Folded:
+    """A checkpoint, folded, in fp32. Raises UserError."""
     tensors, metadata = raw_file.read_raw(file)
     folded: Folded = {}
     for component, modules in raw_file.by_module(tensors).items():
         for path, parts in modules.items():
             layer = raw_file.matrices_from(parts, metadata, f"{component}.{path}").fold()
-            folded.setdefault(component, {})[key_names.published_path(component, path)] = layer
-    return published_file.published_tensors(folded)
+            folded.setdefault(component, {})[path] = layer
+    return folded
 
 
-def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Tensors, dict | None, object]:
-    """Tensors in diffusers' naming, kohya's alphas, and PEFT's settings in the header. Raises UserError."""
+def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Folded, dict[str, dict], dict]:
+    """Matrices, alphas by component and path, and PEFT's settings. Raises UserError."""
     try:
-        sizes = _dora_scales(file)
-        tensors = _read_otherwise(file, pipeline)
-        if tensors is not None:
-            own = beside(file, tensors)
-            tensors = scaled(tensors, own, file.name)
-            if others := key_names.as_peft(tensors, pipeline, file.name):
-                return others, None, _settings_of_one_model(own, file, tensors, others)
-        with proof.collected_warnings() if sizes else nullcontext():  # diffusers drops dora_scale, and says so
+        tensors = _tensors_of(file)
+        own = beside(file, tensors)
+        tensors = scaled(tensors, own, file.name)
+        parts = as_lora(tensors, pipeline, file.name)
+        if not parts:
+            # The names are none of this base's layers, until diffusers gives them others. If it does not, `check_fits`
+            # refuses the file, so that the alphas that diffusers keeps apart are not missed.
             is_unet = facts_of(type(pipeline).__name__).denoiser == "unet"
-            returns_alphas = "return_alphas" in signature(pipeline.lora_state_dict).parameters  # FLUX.1's
-            tensors, *alphas, settings = pipeline.lora_state_dict(
-                str(file.parent) if tensors is None else tensors,
-                weight_name=file.name,
-                use_safetensors=True,
-                local_files_only=True,
-                return_lora_metadata=True,
-                **({"unet_config": pipeline.unet.config} if is_unet else {}),
-                **({"return_alphas": True} if returns_alphas else {}),
-            )
-            found = alphas[0] if alphas else None  # of a UNet and of FLUX.1; elsewhere they are in `tensors`
-            alphas = {key: float(alpha) for key, alpha in (found or {}).items()}
-        settings = settings or json.loads(run_folder.header_of(file).get(PEFT_SETTINGS, "null"))
-        by_name = {key.removesuffix(key_names.DORA_SCALE): key_names.as_magnitude(size) for key, size in sizes.items()}
-        labels = key_names.renamed(by_name, pipeline).items()
-        return tensors | {f"{label}.lora_magnitude_vector": by_name[name] for name, label in labels}, alphas, settings
+            options = {"unet_config": pipeline.unet.config} if is_unet else {}
+            parts = by_layer(pipeline.lora_state_dict(tensors, **options), file.name)
+        alphas: dict[str, dict[str, float]] = {}
+        for (component, path), of_layer in parts.items():
+            if "alpha" in of_layer:
+                alphas.setdefault(component, {})[path] = float(of_layer.pop("alpha"))
+        settings = {} if own.get("peft_type") in OF_LYCORIS else own or in_header(run_folder.header_of(file), file.name)
+        if own or "lora_alpha" in settings:  # of one model, whatever its name
+            settings = {f"{component}.{name}": value for component, _ in parts for name, value in settings.items()}
+        return projections(parts, file.name), alphas, settings
     except UserError:
         raise
     except Exception as error:  # diffusers' conversion raises any error on unknown names
         raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}") from error
 
 
-def _read_otherwise(file: Path, pipeline: DiffusionPipeline) -> Tensors | None:
-    """The tensors of a file that diffusers cannot read, fp8 as fp32, without new tokens; None for any other file."""
+def _tensors_of(file: Path) -> Tensors:
+    """The file's tensors, fp8 as fp32, without new tokens."""
     with safe_open(file, framework="pt") as opened:
-        keys = sorted(opened.keys())
-        is_short = any(opened.get_slice(key).get_dtype().startswith("F8") for key in keys)
-        if not is_short and not key_names.is_read_here(keys, pipeline):
-            return None
-        tensors = {key: opened.get_tensor(key) for key in keys if not key.startswith(BUNDLE)}
+        tensors = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if not key.startswith(BUNDLE)}
     return {k: t.float() if t.is_floating_point() and t.element_size() == 1 else t for k, t in tensors.items()}
-
-
-def _settings_of_one_model(own: dict, file: Path, tensors: Tensors, found: Tensors) -> dict[str, object] | None:
-    """PEFT's settings, which PEFT keeps in a file of its own and diffusers' `save_lora_adapter` in the header; None for
-    a file that has none, and for LoHa and LoKr, whose scales are in the tensors."""
-    if own.get("peft_type") in OF_LYCORIS:
-        return None
-    if not (settings := own):
-        settings = json.loads(run_folder.header_of(file).get(PEFT_SETTINGS, "{}"))
-        if any(key.endswith(key_names.KOHYA_ALPHA) for key in tensors):
-            return None
-        if "lora_alpha" not in settings:  # named `component.lora_alpha`, or none
-            return settings if any(key.endswith(".lora_alpha") for key in settings) else None
-    components = {key.partition(".")[0] for key in found}
-    return {f"{component}.{name}": value for component in components for name, value in settings.items()}
-
-
-def _dora_scales(file: Path) -> Tensors:
-    """kohya's magnitudes by their keys, each (out, 1) or (out, 1, 1, 1). Raises UserError for those of columns."""
-    with safe_open(file, framework="pt") as opened:
-        sizes = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if key.endswith(key_names.DORA_SCALE)}
-    for key, size in sizes.items():
-        if not key_names.is_by_rows(size):
-            raise UserError(
-                f"{file.name} holds DoRA by the columns of W ({key:.100} {tuple(size.shape)}), and only DoRA by its "
-                "rows (out, 1) is read here: use it in the program that trained it, or train it by rows "
-                "(LyCORIS: wd_on_output=True)"
-            )
-    return sizes
 
 
 def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: str) -> None:
@@ -341,16 +293,13 @@ def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
 def _load(component: str, found: Layers, scales: Scales, key: str, pipeline) -> None:
     """The tensors get names for diffusers' loader: PEFT's for a UNet, its own older ones for a text encoder."""
     is_denoiser = component in DENOISERS
-    down, up = ("lora_A", "lora_B") if is_denoiser else ("lora_linear_layer.down", "lora_linear_layer.up")
+    tool = PEFT_KEYS if is_denoiser else ENCODER_KEYS
     tensors = {}
     for path, projection in found.items():
-        parts = {
-            f"{down}.weight": projection.down,
-            f"{up}.weight": projection.up,
-            f"{up}.bias": projection.bias,
-            "lora_magnitude_vector.weight": projection.magnitude,
-        }
-        tensors |= {f"{component}.{path}.{name}": part for name, part in parts.items() if part is not None}
+        name = f"{component}.{path}"
+        parts = {spell(tool, name, part): getattr(projection, part) for part in ("down", "up", "bias")}
+        parts[spell(PEFT_KEYS, name, "magnitude") + ".weight"] = projection.magnitude
+        tensors |= {key: part for key, part in parts.items() if part is not None}
     config = {f"{component}.{name}": value for name, value in lora_config(found, scales).items()}
     model, options = getattr(pipeline, component), {"adapter_name": key, "metadata": config, "_pipeline": pipeline}
     if component == "unet":

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dreambooth_moslora.adapters import key_names, lycoris
+from dreambooth_moslora.adapters import key_names
 from dreambooth_moslora.adapters.mixer import Tensors, nominal_scale
 from dreambooth_moslora.core import UserError, from_json, is_number, read_json
 from dreambooth_moslora.disk.run_folder import PEFT_CONFIG
@@ -80,9 +78,7 @@ def scaled(tensors: Tensors, settings: Mapping[str, Any], file_name: str) -> Ten
         raise broken(file_name, "its settings have a rank that is none")
     result = dict(tensors)
     for module, path in paths.items():
-        if f"{module}.hada_w1_a" in tensors:
-            result[f"{module}.{lycoris.ALPHA}"] = torch.tensor(float(alphas[path]))
-        for key in (f"{module}.lokr_w1", f"{module}.lokr_w1_a"):
+        for key in (f"{module}.hada_w1_a", f"{module}.lokr_w1", f"{module}.lokr_w1_a"):
             if key in tensors:
                 result[key] = tensors[key] * (alphas[path] / ranks[path])
     return result

@@ -16,37 +16,29 @@ from dreambooth_moslora.adapters.mixer import Tensors
 
 Factors = tuple[Tensor, Tensor]  # (out, r) and (r, n), for their product
 
-ALPHA, MAGNITUDE = "alpha", "dora_scale"
-PLAIN = {"up", "down"}
 LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
 def lora_of(parts: Tensors, size: tuple[int, ...]) -> Factors:
     """up (out, r) with the scale, and down (r, n), in fp32, of the parts of a layer (out, in, …). Raises ValueError."""
     outputs, inputs = size[0], prod(size[1:])
-    matrices = {name: tensor.double() for name, tensor in parts.items() if name not in (ALPHA, MAGNITUDE)}
-    if not all(tensor.is_floating_point() for name, tensor in parts.items() if name != ALPHA):
+    matrices = {name: tensor.double() for name, tensor in parts.items() if name != "alpha"}
+    if not all(tensor.is_floating_point() for name, tensor in parts.items() if name != "alpha"):
         raise ValueError("whole numbers")
-    if matrices.keys() == PLAIN:
-        up, down, rank = matrices["up"].flatten(1), matrices["down"].flatten(1), len(matrices["down"])
-    elif matrices.keys() >= LOHA:
-        up, down, rank = hadamard(matrices, outputs, inputs)
-    elif any(name.startswith("lokr_") for name in matrices):
-        up, down, rank = kronecker(matrices, outputs, inputs)
-    else:
-        raise ValueError("not whole")
+    fold = hadamard if matrices.keys() >= LOHA else kronecker
+    up, down, rank = fold(matrices, outputs, inputs)
     if up.shape != (outputs, len(down)) or down.shape[1] != inputs:
         raise ValueError("another size")
     return (up * scale_of(parts, rank)).float(), down.float()
 
 
 def scale_of(parts: Tensors, rank: int | None) -> float:
-    """alpha/r; 1 for a pair of matrices or a LoKr without an alpha, and for LoKr of whole matrices (rank None)."""
-    if rank is None or (ALPHA not in parts and not parts.keys() & LOHA):
+    """alpha/r; 1 without an alpha, and for LoKr of whole matrices (rank None)."""
+    if rank is None or "alpha" not in parts:
         return 1.0
-    if ALPHA not in parts or parts[ALPHA].numel() != 1:
+    if parts["alpha"].numel() != 1:
         raise ValueError("no alpha")
-    return float(parts[ALPHA]) / rank
+    return float(parts["alpha"]) / rank
 
 
 def hadamard(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor, int]:

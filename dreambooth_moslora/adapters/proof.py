@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters import key_names, raw_file
+from dreambooth_moslora.adapters.key_names import KOHYA_KEYS
 from dreambooth_moslora.adapters.mixer import Components, Tensors
 from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
@@ -105,7 +106,7 @@ def prove_file(path: Path, components: Components, adapter_name: str, expected: 
     """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW). Raises UserError."""
     live = raw_file.all_layers(components, adapter_name)
     tensors, _ = raw_file.read_tensors(path)
-    if any(key.endswith(key_names.DORA_SCALE) for key in tensors):
+    if any(key.endswith(".dora_scale") for key in tensors):
         return prove_kohya_dora(path, tensors, live, adapter_name, expected)
     stock = stock_layers(path, components)
     if missing := sorted(set(live) ^ set(stock)):
@@ -239,10 +240,9 @@ def prove_kohya_dora(
     differences, components = {}, {name.partition(".")[0] for name in live}
     for name, layer in live.items():
         component, module = name.split(".", 1)
-        key = key_names.kohya_name(component, key_names.published_path(component, module), components)
+        named = key_names.kohya_name(component, key_names.published_path(component, module), components)
         up, down, alpha, found_size = (
-            tensors[key + part].double()
-            for part in (key_names.KOHYA_UP, key_names.KOHYA_DOWN, key_names.KOHYA_ALPHA, key_names.DORA_SCALE)
+            tensors[key_names.spell(KOHYA_KEYS, named, part)].double() for part in ("up", "down", "alpha", "dora_scale")
         )
         scale = float(alpha) / len(down)
         wanted = expected[name] if expected is not None else delta(layer, adapter_name)

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from dreambooth_moslora.adapters import describe, key_names, lycoris, mixer, moslora, new_tokens, raw_file
+from dreambooth_moslora.adapters.key_names import PEFT_KEYS, spell
 from dreambooth_moslora.adapters.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_note, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors, untied
@@ -164,12 +165,13 @@ def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> Ten
     tensors = {}
     for component, layers in folded.items():
         for path, layer in layers.items():
-            tensors[f"{component}.{path}.lora_A.weight"] = layer.down.to(dtype)
-            tensors[f"{component}.{path}.lora_B.weight"] = layer.up.to(dtype)
+            name = f"{component}.{path}"
+            tensors[spell(PEFT_KEYS, name, "down")] = layer.down.to(dtype)
+            tensors[spell(PEFT_KEYS, name, "up")] = layer.up.to(dtype)
             if layer.magnitude is not None:
                 # For a UNet every diffusers adds `.weight`, and old ones need that; transformers' loader does not.
                 suffix = "" if component in DENOISERS else ".weight"
-                tensors[f"{component}.{path}.lora_magnitude_vector{suffix}"] = layer.magnitude
+                tensors[spell(PEFT_KEYS, name, "magnitude") + suffix] = layer.magnitude
     return tensors
 
 
@@ -273,18 +275,19 @@ def write_lokr(source: Path, file: Path, title: str = "", tokens: Sequence[new_t
     for component, modules in components.items():
         for path, parts in modules.items():
             module, public = f"{component}.{path}", key_names.published_path(component, path)
+            is_kohya = component in key_names.KOHYA_PREFIXES
             name = f"{component}.{public}"
-            if component in key_names.PREFIXES:
+            if is_kohya:
                 name = key_names.kohya_name(component, public, components)
             rank, alpha = facts.ranks.get(module, facts.rank), facts.alphas.get(module, facts.alpha)
             scale = mixer.nominal_scale(alpha, rank, facts.use_rslora)
             own = {"lokr_w1": parts["mixer"], "lokr_w2_a": parts["lora_B"], "lokr_w2_b": parts["lora_A"]}
-            if component in key_names.PREFIXES:
-                own[lycoris.ALPHA] = torch.tensor(scale * len(parts["lora_A"]))
+            if is_kohya:
+                own["alpha"] = torch.tensor(scale * len(parts["lora_A"]))
             else:  # a transformer's, which diffusers reads where it has no alpha
                 own["lokr_w1"] = scale * own["lokr_w1"]
             if "magnitude" in parts:
-                own[lycoris.MAGNITUDE] = parts["magnitude"][:, None]
+                own["dora_scale"] = parts["magnitude"][:, None]
             content |= {f"{name}.{part}": tensor.contiguous() for part, tensor in own.items()}
             names[module] = name
     raw_file.write_file(file, content, replace(facts, tokens=new_tokens.notes_of(tokens, title)).header)

@@ -14,7 +14,15 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_mo
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters import key_names, lora_file, moslora, proof, published_file, raw_file
+from dreambooth_moslora.adapters import (
+    key_names,
+    lora_file,
+    moslora,
+    named_layers,
+    proof,
+    published_file,
+    raw_file,
+)
 from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_file
@@ -651,7 +659,7 @@ def test_too_large_a_lora_and_wrong_settings_beside_a_file_are_refused(tiny_base
     refused(subject, tmp_path, tensors, "an alpha of 'four'")
     (tmp_path / "adapter_config.json").write_text("{")
     refused(subject, tmp_path, tensors, "adapter_config.json: it is not valid JSON")
-    monkeypatch.setattr(key_names, "MOST_NUMBERS", 1000)
+    monkeypatch.setattr(named_layers, "MOST_NUMBERS", 1000)
     as_lycoris(tiny_base, tmp_path / "x.safetensors", KINDS["LoKr"])
     with pytest.raises(UserError, match=r"would be a LoRA of more than .* GiB, as"):
         subject.load_adapter(tmp_path / "x.safetensors")

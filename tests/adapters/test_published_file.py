@@ -349,8 +349,8 @@ def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options
     if "conv1" in options.get("target_modules", ()):
         folded, published = lora_file.fold_raw(tmp_path / RAW_NAME), fold(components["unet"])
         for path, layer in published.items():
-            assert torch.equal(folded[f"unet.{path}.lora_A.weight"], layer.down)
-            assert torch.allclose(folded[f"unet.{path}.lora_B.weight"], layer.up, atol=1e-6)
+            assert torch.equal(folded["unet"][path].down, layer.down)
+            assert torch.allclose(folded["unet"][path].up, layer.up, atol=1e-6)
         assert describe(tmp_path / RAW_NAME)["modules"] == {"unet": len(published)}
 
 
